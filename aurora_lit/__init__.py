@@ -1,0 +1,1 @@
+"""aurora_lit: an OpenAI-style server with lossless speculative decoding."""
