@@ -1,0 +1,1 @@
+"""What lies between processes: shared memory and lifetimes."""
