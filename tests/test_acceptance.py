@@ -1,4 +1,4 @@
-"""The fused loss equals its readable definition in value, gradient and statistics; the closed forms equal enumeration."""
+"""The fused loss equals its definition in value, gradient and statistics; the closed forms equal enumeration."""
 
 import pytest
 import torch
