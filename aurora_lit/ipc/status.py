@@ -150,11 +150,12 @@ class StatusBlock:
 
     def read(self) -> Status:
         """A consistent reading. After a writer that died inside a write, the last try is taken as it is."""
-        for _ in range(1000):
+        for _ in range(200):
             before = self._words[1]
             page = bytes(self._memory)
             if before % 2 == 0 and self._words[1] == before:
                 break
+            time.sleep(1e-4)  # the writer lost its core inside a write
         return _parse(page)
 
 

@@ -210,9 +210,9 @@ def drop_neutral(body: Any, neutral: Mapping[str, tuple[Any, ...]], *, inside: s
         allowed = neutral[name]
         # Types too: to Python, 1 == True and 0 == False.
         if not any(type(body[name]) is type(value) and body[name] == value for value in allowed):
-            where = f"{inside}: " if inside else ""
+            where = f"{inside}.{name}" if inside else name
             raise RequestError(
-                f"{where}{name}={shorten(body[name])} is not supported; leave it out", param=name,
+                f"{where}={shorten(body[name])} is not supported; leave it out", param=where,
                 code="unsupported_parameter",
             )  # fmt: skip
     return {name: value for name, value in body.items() if name not in neutral}

@@ -1,0 +1,117 @@
+"""The engine worker's loop: takes calls from LitServe's queue, runs engine rounds, sends back text.
+
+One thread owns the engine; a second one only blocks on the request queue, a third one only says that we live. Leaves
+out the HTTP side (serve/in_flight.py), the bookkeeping of calls (serve/calls.py) and a round (serve/engine.py).
+
+    every round:  inbox -> add, cancel     engine.round()     one message a call     counters -> status block
+
+A fault of one request ends its call. A fault of the engine ends all calls, turns the status red and the process ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from litserve.loops import LitLoop
+from litserve.utils import LitAPIStatus, LoopResponseType
+
+from aurora_lit.errors import RequestError
+from aurora_lit.ipc.status import StatusBlock, WorkerState
+from aurora_lit.serve.calls import CallTable, EngineInterface
+from aurora_lit.serve.messages import CANCEL, Delta, Failure
+
+HEARTBEAT_S = 0.25
+_log = logging.getLogger(__name__)
+
+
+class EngineLoop(LitLoop):  # type: ignore[misc]
+    """LitServe runs this in the worker process; `run` never returns."""
+
+    def __init__(self, status_path: Path) -> None:
+        """The status block must exist."""
+        super().__init__()
+        self._status_path = status_path
+
+    def run(
+        self, lit_api: Any, device: str, worker_id: int, request_queue: Any, transport: Any,
+        workers_setup_status: Any, callback_runner: Any,
+    ) -> None:  # fmt: skip
+        """Serve until the process is ended from outside, or the engine fails (then: exception, exit code 1)."""
+        engine: EngineInterface = lit_api.engine
+        status = StatusBlock.open(self._status_path, writable=True)
+        calls = CallTable(engine, lit_api.tokenizer)
+        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._read_requests, args=(request_queue, inbox), daemon=True).start()
+        threading.Thread(target=_beat, args=(status,), daemon=True).start()
+        status.write(state=WorkerState.READY, started_ns=time.monotonic_ns())
+        try:
+            while True:
+                self._take_in(inbox, calls, transport, wait=not engine.has_work)
+                outputs = engine.round()
+                for call_id, response_queue_id, content in calls.advance(outputs):
+                    self._send(transport, response_queue_id, call_id, content)
+                _publish(engine, status)
+        except Exception as error:
+            _log.exception("the engine failed")
+            status.write(state=WorkerState.FAILED, error=f"{type(error).__name__}: {error}")
+            failure = Failure(message="the engine failed; the server must be restarted", code="engine_dead")
+            for call_id, response_queue_id in calls.everyone():
+                self._send(transport, response_queue_id, call_id, failure)
+            raise
+
+    def _read_requests(self, request_queue: Any, inbox: queue.SimpleQueue[Any]) -> None:
+        while True:
+            try:
+                inbox.put(self.get_request(request_queue, block=True))
+            except (EOFError, OSError):  # LitServe's manager is gone, so the server is too
+                os._exit(1)
+
+    def _take_in(self, inbox: queue.SimpleQueue[Any], calls: CallTable, transport: Any, *, wait: bool) -> None:
+        """Empty the inbox; with nothing to do, sleep until something comes."""
+        while True:
+            try:
+                item = inbox.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            if item is None:
+                continue
+            response_queue_id, call_id, _, content = item
+            if content == CANCEL:
+                calls.drop(call_id)
+                continue
+            try:
+                calls.add(content, response_queue_id)
+            except RequestError as error:
+                calls.drop(call_id)
+                failure = Failure(message=error.message, param=error.param, code=error.code, status=error.status)
+                self._send(transport, response_queue_id, call_id, failure)
+            except Exception as error:
+                _log.exception("call %s was not accepted", call_id)
+                calls.drop(call_id)
+                failure = Failure(message=f"the request failed: {error}", code="engine_error")
+                self._send(transport, response_queue_id, call_id, failure)
+
+    def _send(self, transport: Any, response_queue_id: int, call_id: str, content: tuple[Delta, ...] | Failure) -> None:
+        self.put_response(transport, response_queue_id, call_id, content, LitAPIStatus.OK, LoopResponseType.STREAMING)
+
+
+def _beat(status: StatusBlock) -> None:
+    while True:
+        status.beat()
+        time.sleep(HEARTBEAT_S)
+
+
+def _publish(engine: EngineInterface, status: StatusBlock) -> None:
+    stats = engine.stats
+    status.write(
+        running=engine.num_running, waiting=engine.num_waiting, rounds=stats.rounds, prompt_tokens=stats.prompt_tokens,
+        generated_tokens=stats.generated_tokens, drafts=stats.drafts, proposed=stats.proposed, accepted=stats.accepted,
+        accepted_by_position=stats.accepted_by_position, draft_version=engine.draft_version,
+    )  # fmt: skip

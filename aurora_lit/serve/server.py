@@ -1,0 +1,167 @@
+"""The server's processes: started in order, ended in order, none left behind.
+
+    main (this file) ── manager of LitServe's queues
+        ├── HTTP: uvicorn, forked          serve/api.py, serve/routes.py
+        └── engine worker, spawned         serve/loop.py
+
+SIGTERM or Ctrl-C: no new connections, running requests get server.drain_s seconds, then everything ends. A worker that
+dies turns /health red, its clients get an error, and after WORKER_GRACE_S the whole server ends with an error: it is
+restarted from outside. However the main process ends, its children end with it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from litserve import LitServer
+
+from aurora_lit.config import AuroraConfig, model_name
+from aurora_lit.errors import AuroraError, ConfigError
+from aurora_lit.ipc.lifetime import forked_children_die_with_me
+from aurora_lit.ipc.status import StatusBlock, WorkerState
+from aurora_lit.serve.api import AuroraAPI, AuroraSpec, Backend
+
+WORKER_GRACE_S = 10.0
+"""How long a server without worker stays to say so on /health."""
+_AFTER_DRAIN_S = 2.0  # for the error events that end what drain_s cut off
+MAX_BODY_BYTES = 16 * 2**20
+_FIRST_FREE_PORT = 1024
+
+
+def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C; AuroraError when it cannot start or the engine worker dies."""
+    backend = _real_backend() if backend is None else backend
+    check_address(config.server.host, config.server.port)
+    backend.prepare(config)
+    folder = Path(tempfile.mkdtemp(prefix="aurora-lit-", dir=_shared_memory()))  # mode 0700
+    try:
+        status = StatusBlock.create(folder / "status")
+        forked_children_die_with_me()
+        server = _build(config, backend, folder / "status")
+        _run(server, config, status)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    now = status.read()
+    if now.state is WorkerState.FAILED:
+        raise AuroraError(f"the engine worker failed: {now.error}")
+
+
+def check_address(host: str, port: int) -> None:
+    """ConfigError when nobody could listen there."""
+    if port < _FIRST_FREE_PORT:
+        raise ConfigError(f"server.port={port} is reserved; use {_FIRST_FREE_PORT} to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"server.port={port} on {host} cannot be used ({error.strerror}); "
+                "end the program that uses it, or choose another with server.port=NUMBER"
+            ) from error
+
+
+def _real_backend() -> Backend:
+    from aurora_lit.models.source import cache_root, resolve
+    from aurora_lit.serve.build import build_engine, load_tokenizer
+
+    def prepare(config: AuroraConfig) -> None:
+        target = config.target
+        resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
+
+    return Backend(prepare=prepare, build_engine=build_engine, load_tokenizer=load_tokenizer)
+
+
+def _shared_memory() -> str | None:
+    """Where the status block lies: memory, not a disk, where there is such a folder."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def _build(config: AuroraConfig, backend: Backend, status_path: Path) -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns about every fork
+    spec = AuroraSpec(config, backend, status_path)
+    api = AuroraAPI(config, backend, status_path, spec)
+    # One worker owns all devices; "cpu" only tells LitServe to start one, the engine chooses its device itself.
+    server = LitServer(api, accelerator="cpu", workers_per_device=1, timeout=False, max_payload_size=MAX_BODY_BYTES)
+    server.uvicorn_graceful_timeout = config.server.drain_s + _AFTER_DRAIN_S
+    # LitServe would end the server at once when the worker dies; we first let /health and the clients know.
+    server._monitor_workers = False
+    spec.adopt(server.app)
+    return server
+
+
+def _run(server: Any, config: AuroraConfig, status: StatusBlock) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
+    for task in (_announce_when_ready, _end_after_worker):
+        threading.Thread(target=task, args=(server, config, status), daemon=True).start()
+    try:
+        server.run(host=config.server.host, port=config.server.port, num_api_servers=1, log_level="warning",
+                   generate_client_file=False, access_log=False)  # fmt: skip
+    except KeyboardInterrupt:  # before LitServe itself catches it: while the model loads
+        pass
+    except RuntimeError as error:
+        now = status.read()
+        raise AuroraError(f"the engine could not be built: {now.error or error}") from error
+    finally:
+        for worker in getattr(server, "inference_workers", []):
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """LitServe drains on KeyboardInterrupt only; a second signal must not break into that."""
+    for again in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(again, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _announce_when_ready(server: Any, config: AuroraConfig, status: StatusBlock) -> None:
+    """Print the URL once /ready says so."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)
+    while status.read().state is WorkerState.STARTING or not _answers_ready(host, config.server.port):
+        if status.read().state is WorkerState.FAILED:
+            return
+        time.sleep(0.05)
+    shown = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+    print(f"aurora-lit serves {model_name(config)} on http://{shown}:{config.server.port}/v1", flush=True)
+
+
+def _answers_ready(host: str, port: int) -> bool:
+    connection = http.client.HTTPConnection(host, port, timeout=2)
+    try:
+        connection.request("GET", "/ready")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def _end_after_worker(server: Any, config: AuroraConfig, status: StatusBlock) -> None:
+    """When the worker has ended, give clients and probes a moment, then end the server as SIGTERM would."""
+    while status.read().state is not WorkerState.READY:
+        if status.read().state is WorkerState.FAILED:
+            return
+        time.sleep(0.05)
+    wait([server.inference_workers[0].sentinel])
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        return  # the server is being ended anyway
+    logging.getLogger(__name__).error("the engine worker ended; the server ends in %.0f s", WORKER_GRACE_S)
+    status.write(state=WorkerState.FAILED, error=status.read().error or "it was killed")
+    time.sleep(WORKER_GRACE_S)
+    os.kill(os.getpid(), signal.SIGTERM)

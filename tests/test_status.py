@@ -1,0 +1,87 @@
+"""The status block and the metrics that show it."""
+
+import os
+import stat
+import threading
+
+import pytest
+
+from aurora_lit.ipc.status import StatusBlock, WorkerState
+from aurora_lit.metrics import ServerMetrics
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "status"
+
+
+def test_a_reader_sees_what_the_writer_wrote(path):
+    StatusBlock.create(path)
+    writer, reader = StatusBlock.open(path, writable=True), StatusBlock.open(path)
+    writer.write(
+        state=WorkerState.READY, running=3, max_draft_tokens=2, drafts=4, proposed=8, accepted=6,
+        accepted_by_position=[4, 2, 0, 0], draft_version="draft-7", error="ü" * 2000,
+    )  # fmt: skip
+    writer.beat()
+    now = reader.read()
+    assert (now.state, now.running, now.draft_version) == (WorkerState.READY, 3, "draft-7")
+    assert now.accepted_by_position == (4, 2)
+    assert (now.acceptance_rate, now.mean_accepted_length) == (0.75, 2.5)
+    assert set(now.error) == {"ü"}, "a long text is cut, but not in the middle of a character"
+    assert 0 <= now.heartbeat_age_s < 1
+
+
+def test_only_the_owner_may_read_it(path):
+    StatusBlock.create(path)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
+def test_another_file_is_refused(path):
+    path.write_bytes(bytes(8192))
+    with pytest.raises(ValueError, match="no status block"):
+        StatusBlock.open(path)
+
+
+def test_readings_are_never_torn(path):
+    writer, reader = StatusBlock.create(path), StatusBlock.open(path)
+    stop = threading.Event()
+
+    def write():
+        count = 0
+        while not stop.is_set():
+            count += 1
+            writer.write(rounds=count, generated_tokens=count, running=count)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(2000):
+            now = reader.read()
+            assert now.rounds == now.generated_tokens == now.running
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_metrics_have_the_names_that_vllm_uses(path):
+    block = StatusBlock.create(path)
+    block.write(max_draft_tokens=2, drafts=4, proposed=8, accepted=6, accepted_by_position=[4, 2], running=1, waiting=2,
+                prompt_tokens=10, generated_tokens=20)  # fmt: skip
+    metrics = ServerMetrics(model="m", status=block)
+    metrics.finish("stop")
+    metrics.refuse(429)
+    for histogram in (metrics.first_token, metrics.between_tokens, metrics.whole_request):
+        histogram.observe(0.5)
+    lines = metrics.render().decode().splitlines()
+    label = 'engine="0"'
+    for name, value in {
+        "vllm:spec_decode_num_drafts_total": 4, "vllm:spec_decode_num_draft_tokens_total": 8,
+        "vllm:spec_decode_num_accepted_tokens_total": 6, "vllm:num_requests_running": 1,
+        "vllm:num_requests_waiting": 2, "vllm:prompt_tokens_total": 10, "vllm:generation_tokens_total": 20,
+        "vllm:time_to_first_token_seconds_count": 1, "vllm:inter_token_latency_seconds_count": 1,
+        "vllm:e2e_request_latency_seconds_count": 1, "aurora_mean_accepted_length": 2.5,
+    }.items():  # fmt: skip
+        assert f'{name}{{{label},model_name="m"}} {float(value)}' in lines, name
+    assert f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{label},model_name="m",position="1"}} 2.0' in lines
+    assert f'vllm:request_success_total{{{label},finished_reason="stop",model_name="m"}} 1.0' in lines
+    assert f'aurora_requests_refused_total{{{label},model_name="m",status="429"}} 1.0' in lines
