@@ -50,6 +50,8 @@ class FakeOptions:
     """How long a round takes."""
     max_batch_size: int = 8
     max_seq_len: int = 512
+    build_s: float = 0.0
+    """How long build_engine takes."""
     build_error: str = ""
     """build_engine raises this."""
 
@@ -174,6 +176,7 @@ def load_tiny_tokenizer(config: object) -> PreTrainedTokenizerFast:
 
 def build_fake(config: object, *, options: FakeOptions) -> tuple[FakeEngine, PreTrainedTokenizerFast]:
     """Backend.build_engine, with `options` bound by functools.partial."""
+    time.sleep(options.build_s)
     if options.build_error:
         raise RuntimeError(options.build_error)
     return FakeEngine(options), tiny_tokenizer()

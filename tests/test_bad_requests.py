@@ -166,7 +166,8 @@ def test_too_long_a_prompt_has_its_code(client, fields):
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"{", b"{'model': 1}", b"\xff\xfe", b'{"model": "tiny"', b"[" * 100_000, b'{"a":' + b"1" * 5000 + b"}"],
+    "raw",
+    [b"", b"{", b"{'model': 1}", b"\xff\xfe", b'{"model": "tiny"', b"[" * 100_000, b'{"a":' + b"1" * 5000 + b"}"],
     ids=["empty", "brace", "quotes", "no UTF-8", "cut", "deep", "digits"],
 )  # fmt: skip
 def test_bad_json(client, raw):
@@ -214,7 +215,8 @@ NEUTRAL = {
     "response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "parallel_tool_calls": True,
     "functions": None, "modalities": ["text"], "service_tier": "auto", "audio": None, "prediction": None,
     "reasoning_effort": None, "user": "u", "metadata": {"a": "b"}, "store": False, "min_tokens": 0, "best_of": 1,
-    "logit_bias": {"5": 100}, "stop": None, "seed": None, "stream_options": None, "top_logprobs": None, "logprobs": False,
+    "logit_bias": {"5": 100}, "stop": None, "seed": None, "stream_options": None, "top_logprobs": None,
+    "logprobs": False,
 }  # fmt: skip
 
 
