@@ -1,1 +1,41 @@
-"""aurora_lit: an OpenAI-style server with lossless speculative decoding."""
+"""aurora_lit: an OpenAI-style server with lossless speculative decoding.
+
+The names below are the public ones; each is imported when it is first used, so that `import aurora_lit` is instant.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuroraConfig",
+    "AuroraError",
+    "CheckpointError",
+    "ConfigError",
+    "Output",
+    "Request",
+    "RequestError",
+    "SamplingParams",
+    "SourceError",
+    "__version__",
+    "load_config",
+]
+
+if TYPE_CHECKING:
+    from aurora_lit.config import AuroraConfig, load_config
+    from aurora_lit.errors import AuroraError, CheckpointError, ConfigError, RequestError, SourceError
+    from aurora_lit.request import Output, Request, SamplingParams
+
+_HOMES = {
+    "aurora_lit.config": ("AuroraConfig", "load_config"),
+    "aurora_lit.errors": ("AuroraError", "CheckpointError", "ConfigError", "RequestError", "SourceError"),
+    "aurora_lit.request": ("Output", "Request", "SamplingParams"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
