@@ -105,7 +105,7 @@ def _continuation(toy: Toy, params: SamplingParams, emitted: tuple[int, ...]) ->
 def test_enumerated_law_is_that_of_plain_decoding(name: str, k: int, one_hot: bool) -> None:
     toy = Toy.random(V=V, D=D, seed=len(name) + k)
     law = _enumerated_law(toy, OPTIONS[name], k=k, one_hot=one_hot)
-    assert law.sum().item() == pytest.approx(1, abs=1e-9)
+    assert law.sum().item() == pytest.approx(1, abs=1e-7)
     assert (law - reference_law(toy, OPTIONS[name])).abs().max() < 1e-6
 
 
