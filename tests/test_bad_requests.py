@@ -1,6 +1,7 @@
 """Bad requests: each gets its status, OpenAI's error body and the name of the field; the server goes on."""
 
 import json
+import time
 
 import httpx
 import pytest
@@ -156,6 +157,12 @@ def test_bad_body(client, case):
     path, body, status, param = case
     response = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
     check_error(response, status, param)
+
+
+def test_megabytes_of_prompt_are_refused_at_once(client):
+    began = time.monotonic()
+    check_error(client.post(TEXT, json=text(prompt="hello " * 2_000_000)), 400, "prompt")
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("fields", [{"stream": True}, {}])

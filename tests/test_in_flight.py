@@ -107,7 +107,7 @@ def test_a_queue_that_breaks_leaves_nothing(flights, spec):
     assert (spec.response_buffer, flights.num_sequences) == ({}, 0)
 
 
-def test_a_silent_worker_gives_waiting_calls_an_error(flights, block, monkeypatch):
+def test_a_silent_worker_gives_waiting_calls_an_error(flights, block, spec, monkeypatch):
     monkeypatch.setattr(in_flight, "_CHECK_HEARTBEAT_S", 0.01)
     monkeypatch.setattr(in_flight, "HEARTBEAT_STALE_S", 0.1)
     monkeypatch.setattr(in_flight, "call_when_process_ends", lambda pid, callback: lambda: None)
@@ -122,6 +122,7 @@ def test_a_silent_worker_gives_waiting_calls_an_error(flights, block, monkeypatc
             assert 0.05 < time.monotonic() - began < 2
             assert (caught.value.status, caught.value.code) == (503, "engine_dead")
             flight.close()
+            assert [entry[3] for entry in spec.sent] == [CALL, CANCEL], "should it come back, it has nothing to do"
             assert "no sign of life" in flights.trouble()
             with pytest.raises(RequestError, match="cannot serve"):
                 flights.start(CALL, Client(), on_close=lambda failed: None)

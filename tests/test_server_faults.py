@@ -167,12 +167,14 @@ def test_sigterm_ends_what_takes_longer_than_drain_s():
         assert error_of(stream.whole())["code"] == "shutting_down"
 
 
-def test_ctrl_c_reaches_the_whole_group_and_still_drains():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_still_drains(number):
+    """As Ctrl-C in a terminal and a service manager send it."""
     with FakeServer(options={"round_s": 0.03}) as server:
         stream = Stream(server, max_tokens=60).begun()
-        for pid in server.family:
-            os.kill(pid, signal.SIGINT)
-        assert server.end(signal.SIGINT)[0] == 0
+        for pid in server.family[1:]:
+            os.kill(pid, number)
+        assert server.end(number)[0] == 0
         assert "[DONE]" in stream.whole()
 
 

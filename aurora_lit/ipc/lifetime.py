@@ -26,10 +26,19 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
-def forked_children_die_with_me() -> None:
-    """From now on every child that this process forks calls `die_with_parent` first."""
+def lead_forked_children() -> None:
+    """From now on, children that this process forks die with it, and leave SIGTERM to it until they say otherwise.
+
+    A service manager sends SIGTERM to all processes of a service: those that serve the others must outlive them.
+    """
     me = os.getpid()
-    os.register_at_fork(after_in_child=lambda: die_with_parent(me) if os.getppid() == me else None)
+
+    def follow() -> None:
+        if os.getppid() == me:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            die_with_parent(me)
+
+    os.register_at_fork(after_in_child=follow)
 
 
 def call_when_process_ends(pid: int, callback: Callable[[], None]) -> Callable[[], None]:

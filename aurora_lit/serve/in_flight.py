@@ -117,23 +117,24 @@ class Flights:
 
     @contextlib.contextmanager
     def drain_on_sigterm(self, drain_s: float) -> Iterator[None]:
-        """While inside: drain_s after SIGTERM or SIGINT, calls that still run get an error; uvicorn does the rest."""
+        """While inside: drain_s after SIGTERM, calls that still run get an error; uvicorn does the rest.
+
+        SIGINT is ignored: Ctrl-C reaches the main process too, which sends SIGTERM; uvicorn takes both for impatience.
+        """
         loop = asyncio.get_running_loop()
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        uvicorn_handler = signal.getsignal(signal.SIGTERM)
 
         def begin(number: int, frame: FrameType | None) -> None:
             loop.call_soon_threadsafe(loop.call_later, drain_s, self._fail_all, _DRAINED)
-            handler = before[signal.Signals(number)]
-            if callable(handler):
-                handler(number, frame)
+            if callable(uvicorn_handler):
+                uvicorn_handler(number, frame)
 
-        for number in before:
-            signal.signal(number, begin)
+        signal.signal(signal.SIGTERM, begin)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            signal.signal(signal.SIGTERM, uvicorn_handler)
 
     def _fail_all(self, why: Failure) -> None:
         for item in list(self._spec.response_buffer.values()):
@@ -166,9 +167,11 @@ class Flight:
                 raise ClientGone
             self._item.event.clear()
             await self._item.event.wait()
-        content, _ = self._item.response_queue.popleft()
+        content, status = self._item.response_queue.popleft()
         if isinstance(content, Failure):
-            self._unfinished, self._failed = 0, True
+            self._failed = True
+            if status != LitAPIStatus.ERROR:  # the worker's own word; ERROR is ours, and it may still be at work
+                self._unfinished = 0
             raise RequestError(content.message, param=content.param, code=content.code, status=content.status)
         deltas: tuple[Delta, ...] = content
         self._unfinished -= sum(delta.finish_reason is not None for delta in deltas)

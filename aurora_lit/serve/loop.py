@@ -13,9 +13,13 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from litserve.loops import LitLoop
@@ -36,13 +40,13 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
     def __init__(self, status_path: Path) -> None:
         """The status block must exist."""
         super().__init__()
-        self._status_path = status_path
+        self._status_path, self._ending = status_path, False
 
     def run(
         self, lit_api: Any, device: str, worker_id: int, request_queue: Any, transport: Any,
         workers_setup_status: Any, callback_runner: Any,
     ) -> None:  # fmt: skip
-        """Serve until the process is ended from outside, or the engine fails (then: exception, exit code 1)."""
+        """Serve until SIGTERM has come and nothing runs, or the engine fails (then: exception, exit code 1)."""
         engine: EngineInterface = lit_api.engine
         status = StatusBlock.open(self._status_path, writable=True)
         calls = CallTable(engine, lit_api.tokenizer)
@@ -50,8 +54,9 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
         threading.Thread(target=self._read_requests, args=(request_queue, inbox), daemon=True).start()
         threading.Thread(target=_beat, args=(status,), daemon=True).start()
         status.write(state=WorkerState.READY, started_ns=time.monotonic_ns())
+        self._end_when_idle(lambda: engine.has_work)
         try:
-            while True:
+            while not self._ending or engine.has_work:
                 self._take_in(inbox, calls, transport, wait=not engine.has_work)
                 outputs = engine.round()
                 for call_id, response_queue_id, content in calls.advance(outputs):
@@ -64,6 +69,17 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
             for call_id, response_queue_id in calls.everyone():
                 self._send(transport, response_queue_id, call_id, failure)
             raise
+        sys.exit(0)
+
+    def _end_when_idle(self, busy: Callable[[], bool]) -> None:
+        """On SIGTERM finish what runs, then end: LitServe sends it last, a service manager to all at once."""
+
+        def end(number: int, frame: FrameType | None) -> None:
+            self._ending = True
+            if not busy():
+                sys.exit(0)
+
+        signal.signal(signal.SIGTERM, end)
 
     def _read_requests(self, request_queue: Any, inbox: queue.SimpleQueue[Any]) -> None:
         while True:

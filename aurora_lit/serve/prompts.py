@@ -29,6 +29,14 @@ class Limits:
 
     max_seq_len: int
     vocab_size: int
+    longest_token: int
+    """Characters of the vocabulary's longest entry: no text has fewer than len(text) / longest_token tokens, unless the
+    tokenizer folds white space."""
+
+
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """For `Limits`; looks through the whole vocabulary."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +63,7 @@ def prepare_chat(body: ChatRequest, *, call_id: str, tokenizer: PreTrainedTokeni
     except TemplateError as error:
         raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
     # The template writes the special tokens itself.
-    prompt_ids = _encode(tokenizer, str(text), param="messages", add_special_tokens=False)
+    prompt_ids = _encode(tokenizer, str(text), limits, param="messages", add_special_tokens=False)
     max_tokens = _check_length(len(prompt_ids), token_limit(body), limits, default=None, param="messages")
     params = body.sampling_params(
         max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs
@@ -75,7 +83,7 @@ def prepare_completion(
         if not prompt:
             raise RequestError("prompt is empty; send text or token ids", param="prompt")
         if isinstance(prompt, str):
-            prompt_ids = _encode(tokenizer, prompt, param="prompt", add_special_tokens=True)
+            prompt_ids = _encode(tokenizer, prompt, limits, param="prompt", add_special_tokens=True)
             texts.append(prompt)
         else:
             prompt_ids = tuple(prompt)
@@ -100,26 +108,36 @@ def prepare_completion(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, param: str, add_special_tokens: bool
+    tokenizer: PreTrainedTokenizerBase, text: str, limits: Limits, *, param: str, add_special_tokens: bool
 ) -> tuple[int, ...]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"{param}: half of a surrogate pair is no text; send whole characters",
                            param=param) from error  # fmt: skip
+    # Megabytes would hold up everybody else for seconds: their beginning is enough to see that they are too long.
+    beginning = text[: limits.max_seq_len * limits.longest_token]
+    if len(beginning) < len(text):
+        _check_room(len(tokenizer.encode(beginning, add_special_tokens=False)), limits, param=param)
     ids: Any = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return tuple(ids)
 
 
-def _check_length(num_prompt: int, wanted: int | None, limits: Limits, *, default: int | None, param: str) -> int:
-    """New tokens at most; RequestError when prompt and answer do not fit into the context."""
+def _check_room(num_prompt: int, limits: Limits, *, param: str) -> int:
+    """Tokens left for the answer; RequestError when there are none."""
     room = limits.max_seq_len - num_prompt
     if room < 1:
         raise RequestError(
-            f"{param}: {num_prompt} tokens leave no room for an answer in the context of {limits.max_seq_len}; "
+            f"{param}: {num_prompt} tokens or more leave no room for an answer in the context of {limits.max_seq_len}; "
             "shorten the prompt or raise engine.max_seq_len",
             param=param, code="context_length_exceeded",
         )  # fmt: skip
+    return room
+
+
+def _check_length(num_prompt: int, wanted: int | None, limits: Limits, *, default: int | None, param: str) -> int:
+    """New tokens at most; RequestError when prompt and answer do not fit into the context."""
+    room = _check_room(num_prompt, limits, param=param)
     if wanted is not None and wanted > room:
         raise RequestError(
             f"max_tokens={shorten(wanted)} is too many: the prompt has {num_prompt} tokens and the context "

@@ -22,7 +22,7 @@ from aurora_lit.metrics import ServerMetrics
 from aurora_lit.serve.errors_http import error_event
 from aurora_lit.serve.in_flight import ClientGone, Flight, Flights
 from aurora_lit.serve.messages import Delta
-from aurora_lit.serve.prompts import Limits, Prepared, prepare_chat, prepare_completion
+from aurora_lit.serve.prompts import Limits, Prepared, longest_token, prepare_chat, prepare_completion
 from aurora_lit.serve.responses import Answer
 from aurora_lit.serve.schema import ChatRequest, CompletionRequest, StreamOptions, shorten
 from aurora_lit.serve.text import TokenSpeller
@@ -40,6 +40,7 @@ class Generation:
         """`model` is the only name that requests may ask for."""
         self._model, self._flights, self._metrics, self._status = model, flights, metrics, status
         self._tokenizer, self._speller = tokenizer, TokenSpeller(tokenizer)
+        self._longest_token = longest_token(tokenizer)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -65,7 +66,7 @@ class Generation:
 
     def _limits(self) -> Limits:
         now = self._status.read()
-        return Limits(max_seq_len=now.max_seq_len, vocab_size=now.vocab_size)
+        return Limits(max_seq_len=now.max_seq_len, vocab_size=now.vocab_size, longest_token=self._longest_token)
 
     async def _respond(self, body: ChatRequest | CompletionRequest, prepared: Prepared, request: Request) -> Response:
         options = body.stream_options or StreamOptions()

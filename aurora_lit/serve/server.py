@@ -29,7 +29,7 @@ from litserve import LitServer
 
 from aurora_lit.config import AuroraConfig, model_name
 from aurora_lit.errors import AuroraError, ConfigError
-from aurora_lit.ipc.lifetime import forked_children_die_with_me
+from aurora_lit.ipc.lifetime import lead_forked_children
 from aurora_lit.ipc.status import StatusBlock, WorkerState
 from aurora_lit.serve.api import AuroraAPI, AuroraSpec, Backend
 
@@ -48,7 +48,7 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
     folder = Path(tempfile.mkdtemp(prefix="aurora-lit-", dir=_shared_memory()))  # mode 0700
     try:
         status = StatusBlock.create(folder / "status")
-        forked_children_die_with_me()
+        lead_forked_children()
         server = _build(config, backend, folder / "status")
         _run(server, config, status)
     finally:
