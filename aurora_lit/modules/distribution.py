@@ -24,7 +24,7 @@ from torch import Tensor
 from aurora_lit.request import SamplingParams
 
 GREEDY_BELOW = 1e-5  # a lower temperature means greedy; dividing by it would overflow
-TOP_P_CANDIDATES = 1024  # sorted first; only a flatter distribution pays for a sort of the whole vocabulary
+TOP_P_CANDIDATES = (64, 1024)  # how many of the likeliest tokens are tried before the whole vocabulary is sorted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,7 @@ def probabilities(logits_RTV: Tensor, *, filters: Filters) -> Tensor:
         cut_RT1 = torch.where(top_k_R11 > 0, torch.maximum(cut_RT1, kth_RT1), cut_RT1)
     if filters.any_top_p:
         cut_RT1 = torch.maximum(cut_RT1, _top_p_cut(p, cut_RT1=cut_RT1, top_p_R=filters.top_p_R.to(dtype)))
-    p.mul_(p >= cut_RT1)
+    p.mul_(torch.ge(p, cut_RT1, out=torch.empty_like(p)))  # numbers, not bools: several times faster
     return p.div_(p.sum(-1, keepdim=True))
 
 
@@ -232,17 +232,23 @@ def _top_p_cut(p_RTV: Tensor, *, cut_RT1: Tensor, top_p_R: Tensor) -> Tensor:
 
     Kept are the tokens with less than top_p of the remaining mass before them, likeliest first.
     """
-    off_R11 = (top_p_R >= 1)[:, None, None]
-    wanted_RT1 = top_p_R[:, None, None] * (p_RTV * (p_RTV >= cut_RT1)).sum(-1, keepdim=True)
-    for candidates in (TOP_P_CANDIDATES, p_RTV.shape[-1]):
-        likeliest_RTW = p_RTV.topk(min(candidates, p_RTV.shape[-1]), -1).values
-        remaining_RTW = likeliest_RTW * (likeliest_RTW >= cut_RT1)
-        up_to_RTW = remaining_RTW.cumsum(-1)
-        before_RTW = up_to_RTW - remaining_RTW
-        if candidates >= p_RTV.shape[-1] or bool((off_R11 | (up_to_RTW[..., -1:] >= wanted_RT1)).all()):
+    R, T, V = p_RTV.shape
+    p_NV, cut_N1 = p_RTV.view(R * T, V), cut_RT1.reshape(R * T, 1)
+    top_p_N = top_p_R[:, None].expand(R, T).reshape(R * T)
+    found_N1 = torch.zeros_like(cut_N1)
+    searched = (top_p_N < 1).nonzero()[:, 0]  # rows without an answer yet; peaked ones get theirs from few candidates
+    for count in (*TOP_P_CANDIDATES, V):
+        p, cut = p_NV[searched], cut_N1[searched]
+        wanted = top_p_N[searched, None] * (p * torch.ge(p, cut, out=torch.empty_like(p))).sum(-1, keepdim=True)
+        likeliest = p.topk(min(count, V), -1).values
+        remaining = likeliest * (likeliest >= cut)
+        up_to = remaining.cumsum(-1)
+        num_kept = (up_to - remaining < wanted).sum(-1, keepdim=True).clamp_min(1)
+        found_N1[searched] = likeliest.gather(-1, num_kept - 1)
+        searched = searched[(up_to[:, -1:] < wanted)[:, 0]] if count < V else searched[:0]
+        if not searched.numel():
             break
-    kept_RT1 = (before_RTW < wanted_RT1).sum(-1, keepdim=True).clamp_min(1)
-    return torch.where(off_R11, 0, likeliest_RTW.gather(-1, kept_RT1 - 1))
+    return found_N1.view(R, T, 1)
 
 
 def target_distribution(
