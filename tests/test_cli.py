@@ -1,0 +1,167 @@
+"""Claims about the command line: right exit codes, one clear line for an error, no heavy import before its time."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import aurora_lit
+from aurora_lit.cli import main
+from aurora_lit.config import AuroraConfig, load_config
+from aurora_lit.errors import SourceError
+
+COMMANDS = (["serve"], ["generate"], ["pretrain"], ["doctor"], ["bench", "throughput"], ["bench", "acceptance"])
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(main, args)
+
+
+class Recorder:
+    """Stands where a command's function would, and keeps what it was called with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str, function: str, **others: Any) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        fake = types.ModuleType(module)
+        fake.__dict__.update({function: self, **others})
+        monkeypatch.setitem(sys.modules, module, fake)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.calls.append((args, kwargs))
+
+
+@pytest.fixture
+def prompt_files(tmp_path: Path) -> list[str]:
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.txt")]
+    for file in files:
+        file.write_text("")
+    return [str(file) for file in files]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_print_config_needs_none_of_a_commands_own_options(command: list[str], tmp_path: Path) -> None:
+    result = run(*command, "--print-config", "engine.max_batch_size=3")
+    assert result.exit_code == 0, result.output
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(result.stdout)
+    assert load_config(printed, []) == load_config(None, ["engine.max_batch_size=3"])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_misspelt_key_ends_every_command_with_one_line_and_code_2(command: list[str]) -> None:
+    result = run(*command, "engine.max_batch=3")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == "Error: engine.max_batch=3: there is no such setting; did you mean engine.max_batch_size?\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help(command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "--config FILE" in result.output
+    assert "key=value" in result.output
+
+
+def test_an_error_of_ours_inside_a_command_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(_: AuroraConfig) -> None:
+        raise SourceError("no model\nhere; connect")
+
+    Recorder(monkeypatch, "aurora_lit.serve.server", "serve")
+    monkeypatch.setattr(sys.modules["aurora_lit.serve.server"], "serve", serve)
+    result = run("serve")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: no model here; connect\n"
+
+
+def test_an_error_not_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(_: AuroraConfig) -> None:
+        raise ZeroDivisionError
+
+    Recorder(monkeypatch, "aurora_lit.serve.server", "serve")
+    monkeypatch.setattr(sys.modules["aurora_lit.serve.server"], "serve", serve)
+    assert isinstance(run("serve").exception, ZeroDivisionError)
+
+
+def test_serve_passes_file_and_overrides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.serve.server", "serve")
+    path = tmp_path / "mine.yaml"
+    path.write_text("server: {port: 9000}")
+    assert run("serve", "server.max_queue=5", "--config", str(path)).exit_code == 0
+    ((config,), _), = recorder.calls
+    assert (config.server.port, config.server.max_queue) == (9000, 5)
+
+
+def test_generate_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.generate", "generate")
+    assert run("generate", "-p", "a = b", "--max-tokens", "7", "--no-compare-plain").exit_code == 0
+    (_, options), = recorder.calls
+    assert options == {"prompt": "a = b", "max_tokens": 7, "temperature": 0.0, "compare_plain": False}
+
+
+def test_pretrain_takes_several_files_after_one_option(
+    monkeypatch: pytest.MonkeyPatch, prompt_files: list[str], tmp_path: Path
+) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.pretrain", "pretrain", PretrainOptions=dict)
+    a, b, c = prompt_files
+    result = run("pretrain", "--prompts", a, b, "--text", c, "--prompts", a, "--out", str(tmp_path), "engine.threads=1")
+    assert result.exit_code == 0, result.output
+    ((config, options), _), = recorder.calls
+    assert options["prompts"] == (Path(a), Path(b), Path(a))
+    assert options["text"] == (Path(c),)
+    assert config.engine.threads == 1
+
+
+def test_bench_passes_batch_sizes(monkeypatch: pytest.MonkeyPatch, prompt_files: list[str]) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.bench.throughput", "run")
+    assert run("bench", "throughput", "--prompts", prompt_files[0], "--batch", "1,16").exit_code == 0
+    assert recorder.calls[0][1]["batch_sizes"] == (1, 16)
+
+
+@pytest.mark.parametrize("batch", ["", "1,x", "0", "1,,2"])
+def test_wrong_batch_sizes_are_refused(batch: str, prompt_files: list[str]) -> None:
+    result = run("bench", "throughput", "--prompts", prompt_files[0], "--batch", batch)
+    assert result.exit_code == 2
+    assert "write numbers such as 1,4,8" in result.stderr
+
+
+@pytest.mark.parametrize("args", [["serve", "--nope"], ["nope"], ["pretrain"], ["generate", "--temperature", "3"],
+                                  ["generate"], ["bench", "acceptance", "--prompts", "/no/such/file"]])
+def test_wrong_use_ends_with_code_2(args: list[str]) -> None:
+    assert run(*args).exit_code == 2
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_doctor_ends_with_code_1_when_serving_would_not_start(fit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    Recorder(monkeypatch, "aurora_lit.doctor", "doctor")
+    monkeypatch.setattr(sys.modules["aurora_lit.doctor"], "doctor", lambda config, as_json: fit)
+    assert run("doctor").exit_code == (0 if fit else 1)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["serve", "--help"], ["serve", "--print-config"], ["serve", "nope=1"]])
+def test_torch_is_not_loaded_for_what_needs_no_model(args: list[str]) -> None:
+    code = (
+        "import sys; from aurora_lit.cli import main\n"
+        f"try: main({args!r})\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'lightning', 'litserve'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_module_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "aurora_lit", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"aurora-lit, version {aurora_lit.__version__}"
+
+
+def test_every_public_name_can_be_had() -> None:
+    for name in aurora_lit.__all__:
+        assert getattr(aurora_lit, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = aurora_lit.nonsense

