@@ -212,7 +212,8 @@ def probabilities(logits_RTV: Tensor, *, filters: Filters) -> Tensor:
     top-k and top-p is looked for among the likeliest candidates.
     """
     dtype = torch.promote_types(logits_RTV.dtype, torch.float32)
-    p = torch.softmax(logits_RTV.to(dtype) / filters.temperature_R.to(dtype)[:, None, None], -1)
+    p = logits_RTV / filters.temperature_R.to(dtype)[:, None, None]
+    torch.softmax(p, -1, out=p)  # in place: at this size a fresh buffer costs more than the arithmetic
     if not (filters.any_min_p or filters.largest_top_k or filters.any_top_p):
         return p
     cut_RT1 = filters.min_p_R.to(dtype)[:, None, None] * p.amax(-1, keepdim=True)
@@ -222,12 +223,14 @@ def probabilities(logits_RTV: Tensor, *, filters: Filters) -> Tensor:
         kth_RT1 = likeliest_RTW.gather(-1, (top_k_R11 - 1).clamp_min(0).expand(-1, p.shape[1], 1))
         cut_RT1 = torch.where(top_k_R11 > 0, torch.maximum(cut_RT1, kth_RT1), cut_RT1)
     if filters.any_top_p:
-        cut_RT1 = torch.maximum(cut_RT1, _top_p_cut(p, cut_RT1=cut_RT1, top_p_R=filters.top_p_R.to(dtype)))
+        is_cut = filters.any_min_p or filters.largest_top_k > 0
+        top_p_R = filters.top_p_R.to(dtype)
+        cut_RT1 = torch.maximum(cut_RT1, _top_p_cut(p, cut_RT1=cut_RT1, is_cut=is_cut, top_p_R=top_p_R))
     p.mul_(torch.ge(p, cut_RT1, out=torch.empty_like(p)))  # numbers, not bools: several times faster
     return p.div_(p.sum(-1, keepdim=True))
 
 
-def _top_p_cut(p_RTV: Tensor, *, cut_RT1: Tensor, top_p_R: Tensor) -> Tensor:
+def _top_p_cut(p_RTV: Tensor, *, cut_RT1: Tensor, is_cut: bool, top_p_R: Tensor) -> Tensor:
     """The probability of the last token that top-p keeps among those at or above the cut; 0 where top-p is off.
 
     Kept are the tokens with less than top_p of the remaining mass before them, likeliest first.
@@ -238,8 +241,10 @@ def _top_p_cut(p_RTV: Tensor, *, cut_RT1: Tensor, top_p_R: Tensor) -> Tensor:
     found_N1 = torch.zeros_like(cut_N1)
     searched = (top_p_N < 1).nonzero()[:, 0]  # rows without an answer yet; peaked ones get theirs from few candidates
     for count in (*TOP_P_CANDIDATES, V):
-        p, cut = p_NV[searched], cut_N1[searched]
-        wanted = top_p_N[searched, None] * (p * torch.ge(p, cut, out=torch.empty_like(p))).sum(-1, keepdim=True)
+        p, cut = p_NV if searched.numel() == R * T else p_NV[searched], cut_N1[searched]
+        wanted = top_p_N[searched, None]
+        if is_cut:
+            wanted = wanted * (p * torch.ge(p, cut, out=torch.empty_like(p))).sum(-1, keepdim=True)
         likeliest = p.topk(min(count, V), -1).values
         remaining = likeliest * (likeliest >= cut)
         up_to = remaining.cumsum(-1)
