@@ -148,7 +148,7 @@ def test_an_engine_that_fails_ends_every_call_with_an_error():
 def test_sigterm_lets_running_requests_finish():
     with FakeServer(options={"round_s": 0.03}) as server:
         mapped = {mapping.path for mapping in psutil.Process(server.process.pid).memory_maps()}
-        (folder,) = {os.path.dirname(path) for path in mapped if "aurora-lit-" in path}
+        (folder,) = {os.path.dirname(path) for path in mapped if "aurora-lit-run-" in path}
         stream = Stream(server, max_tokens=90).begun()
         code, _ = server.end(signal.SIGTERM)
         assert code == 0

@@ -14,10 +14,8 @@ from __future__ import annotations
 import http.client
 import logging
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from multiprocessing.connection import wait
@@ -30,6 +28,7 @@ from litserve import LitServer
 from aurora_lit.config import AuroraConfig, model_name
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.lifetime import lead_forked_children
+from aurora_lit.ipc.run_folder import run_folder
 from aurora_lit.ipc.status import StatusBlock, WorkerState
 from aurora_lit.serve.api import AuroraAPI, AuroraSpec, Backend
 
@@ -45,14 +44,11 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
     backend = _real_backend() if backend is None else backend
     check_address(config.server.host, config.server.port)
     backend.prepare(config)
-    folder = Path(tempfile.mkdtemp(prefix="aurora-lit-", dir=_shared_memory()))  # mode 0700
-    try:
+    with run_folder() as folder:
         status = StatusBlock.create(folder / "status")
         lead_forked_children()
         server = _build(config, backend, folder / "status")
         _run(server, config, status)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     now = status.read()
     if now.state is WorkerState.FAILED:
         raise AuroraError(f"the engine worker failed: {now.error}")
@@ -83,11 +79,6 @@ def _real_backend() -> Backend:
         resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
 
     return Backend(prepare=prepare, build_engine=build_engine, load_tokenizer=load_tokenizer)
-
-
-def _shared_memory() -> str | None:
-    """Where the status block lies: memory, not a disk, where there is such a folder."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def _build(config: AuroraConfig, backend: Backend, status_path: Path) -> Any:
