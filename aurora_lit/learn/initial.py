@@ -1,0 +1,100 @@
+"""Where a draft starts: its vocabulary from token counts, its weights from the target's last layer.
+
+What is left out: training (learn/fitting.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft import Draft, DraftConfig
+
+
+def count_tokens(sequences: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
+    """How often each token id occurs [V]."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for ids in sequences:
+        counts += torch.bincount(ids.long(), minlength=vocab_size)
+    return counts
+
+
+def choose_vocabulary(counts_V: torch.Tensor, size: int, *, always: Iterable[int] = ()) -> torch.Tensor:
+    """The `size` most frequent ids, `always` among them, sorted [Vd]; ties go to the lower id."""
+    counts_V = counts_V.clone()
+    counts_V[list(always)] = counts_V.max() + 1
+    return counts_V.argsort(descending=True, stable=True)[:size].sort().values
+
+
+def initial_draft(
+    target: Target,
+    draft_token_ids: torch.Tensor,
+    *,
+    num_key_value_heads: int | None = None,
+    intermediate_size: int | None = None,
+    max_positions: int = 2048,
+) -> Draft:
+    """A draft that starts from the target's last layer, final norm and head where the shapes allow it.
+
+    The hidden half of attention takes the last layer's projections, its embedding half small noise; `fc` passes the
+    highest auxiliary state through.
+    """
+    config = target.model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    size, heads = target.hidden_size, config.num_attention_heads
+    draft = Draft(
+        DraftConfig(
+            hidden_size=size,
+            target_hidden_size=size,
+            intermediate_size=intermediate_size or config.intermediate_size,
+            num_attention_heads=heads,
+            num_key_value_heads=num_key_value_heads or heads,
+            head_dim=target.head_dim,
+            vocab_size=target.vocab_size,
+            draft_vocab_size=len(draft_token_ids),
+            aux_layer_ids=target.aux_layer_ids,
+            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-5),
+            rope_theta=float(rope.get("rope_theta", 10_000.0)),
+            max_position_embeddings=max_positions,
+        ),
+        draft_token_ids,
+    )
+    with torch.no_grad():
+        draft.lm_head.weight.copy_(target.head_rows(draft_token_ids))
+        draft.fc.weight.normal_(std=0.01)
+        draft.fc.weight[:, 2 * size :].add_(torch.eye(size))
+        _copy_last_layer(target, draft)
+    return draft
+
+
+def _copy_last_layer(target: Target, draft: Draft) -> None:
+    """Copy what fits from the last decoder layer, by the names Llama-like models use."""
+    parameters = {name: p.detach().float() for name, p in target.model.base_model.named_parameters()}
+    prefix = f"layers.{target.num_layers - 1}."
+    size = draft.config.hidden_size
+    layer = draft.midlayer
+    for name, linear in (("q", layer.self_attn.q_proj), ("k", layer.self_attn.k_proj), ("v", layer.self_attn.v_proj)):
+        source = parameters.get(f"{prefix}self_attn.{name}_proj.weight")
+        linear.weight.normal_(std=0.02)
+        if source is None or linear.weight.shape[0] % source.shape[0]:
+            continue
+        copies = linear.weight.shape[0] // source.shape[0]
+        heads = source.view(-1, draft.config.head_dim, source.shape[1]).repeat_interleave(copies, dim=0)
+        linear.weight[:, size:] = heads.reshape(-1, source.shape[1])
+    pairs: tuple[tuple[str, nn.Module], ...] = (
+        (f"{prefix}self_attn.o_proj.weight", layer.self_attn.o_proj),
+        (f"{prefix}mlp.gate_proj.weight", layer.mlp.gate_proj),
+        (f"{prefix}mlp.up_proj.weight", layer.mlp.up_proj),
+        (f"{prefix}mlp.down_proj.weight", layer.mlp.down_proj),
+        (f"{prefix}input_layernorm.weight", layer.hidden_norm),
+        (f"{prefix}post_attention_layernorm.weight", layer.post_attention_layernorm),
+        ("norm.weight", draft.norm),
+    )
+    for name, module in pairs:
+        weight, source = module.weight, parameters.get(name)
+        assert isinstance(weight, torch.Tensor)
+        if source is not None and source.shape == weight.shape:
+            weight.copy_(source)

@@ -1,0 +1,1 @@
+"""Part of aurora_lit; see ARCHITECTURE.md."""

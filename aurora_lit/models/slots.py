@@ -1,0 +1,128 @@
+"""The key-value cache: one preallocated slot a running request, and attention over it.
+
+Keys lie transposed (D before L), so that the scores of neighbouring positions are neighbours in memory. A round
+writes its new keys and values behind each row's committed length; rejection only moves that length back, since what
+lies behind it is overwritten before it is ever attended to.
+
+Shapes: S slots, B rows of a batch, T new positions, N query heads, G key-value heads, D head size, L positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from aurora_lit.kernels import native
+
+_PAD_POSITIONS = 32
+"""Keeps the stride of a row away from powers of two, which would alias in the first-level cache."""
+
+
+class KVSlots:
+    """Keys and values of every layer for `num_slots` requests of up to `capacity` positions."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        padded = (capacity + 31) // 32 * 32 + _PAD_POSITIONS
+        key_shape = (num_slots, num_kv_heads, head_dim, padded)
+        value_shape = (num_slots, num_kv_heads, padded, head_dim)
+        self.capacity = capacity
+        self.keys_SGDL = [torch.zeros(key_shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values_SGLD = [torch.zeros(value_shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+
+class SlotView:
+    """The slots and lengths one forward pass works on; handed through the model to its attention."""
+
+    def __init__(self, slots: KVSlots, *, slots_B: torch.Tensor, starts_B: torch.Tensor) -> None:
+        """`slots_B` int64: where each row lives; `starts_B` int64: positions it already holds."""
+        self.slots = slots
+        self.slots_B = slots_B
+        self.starts_B = starts_B
+
+    def attend(
+        self,
+        layer: int,
+        query_BNTD: torch.Tensor,
+        key_BGTD: torch.Tensor,
+        value_BGTD: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Write the new keys and values, then attend causally over each row; returns [B, T, N, D]."""
+        new = (query_BNTD, key_BGTD, value_BGTD)
+        held = (self.slots.keys_SGDL[layer], self.slots.values_SGLD[layer], self.slots_B, self.starts_B)
+        if native.can_attend(query_BNTD, window=window, softcap=softcap):
+            return native.attend(*new, *held, scale=scale)
+        return torch_attend(*new, *held, scale=scale, window=window, softcap=softcap)
+
+
+def torch_attend(
+    query_BNTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    keys_SGDL: torch.Tensor,
+    values_SGLD: torch.Tensor,
+    slots_B: torch.Tensor,
+    starts_B: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """What `SlotView.attend` does, in torch operations: any device, sliding windows and soft caps."""
+    B, N, T, D = query_BNTD.shape
+    G = key_BGTD.shape[1]
+    positions_BT = starts_B[:, None] + torch.arange(T, device=starts_B.device)
+    keys_SGDL[slots_B[:, None], :, :, positions_BT] = key_BGTD.permute(0, 2, 1, 3).to(keys_SGDL.dtype)
+    values_SGLD[slots_B[:, None], :, positions_BT] = value_BGTD.permute(0, 2, 1, 3).to(values_SGLD.dtype)
+
+    L = int(starts_B.max()) + T
+    keys_BGDL = keys_SGDL[slots_B, :, :, :L].float()
+    values_BGLD = values_SGLD[slots_B, :, :L].float()
+    scores_BNTL = (query_BNTD.reshape(B, G, N // G * T, D).float() @ keys_BGDL * scale).view(B, N, T, L)
+    if softcap is not None:
+        scores_BNTL = softcap * torch.tanh(scores_BNTL / softcap)
+    distance_BTL = positions_BT[..., None] - torch.arange(L, device=starts_B.device)
+    hidden_BTL = (distance_BTL < 0) | (distance_BTL >= (window or L))
+    weights_BNTL = torch.softmax(scores_BNTL.masked_fill(hidden_BTL[:, None], float("-inf")), dim=-1)
+    out = weights_BNTL.view(B, G, N // G * T, L) @ values_BGLD
+    return out.view(B, N, T, D).transpose(1, 2).to(query_BNTD.dtype)
+
+
+def read_attention(
+    query_BNTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Causal attention over a whole sequence without a cache, for reading; returns [B, T, N, D]."""
+    N, T = query_BNTD.shape[1:3]
+    groups = N // key_BGTD.shape[1]
+    key_BNTD = key_BGTD.repeat_interleave(groups, dim=1)
+    value_BNTD = value_BGTD.repeat_interleave(groups, dim=1)
+    if softcap is None and (window is None or window >= T):
+        out = F.scaled_dot_product_attention(query_BNTD, key_BNTD, value_BNTD, is_causal=True, scale=scale)
+        return out.transpose(1, 2)
+    scores_BNTT = query_BNTD.float() @ key_BNTD.float().transpose(2, 3) * scale
+    if softcap is not None:
+        scores_BNTT = softcap * torch.tanh(scores_BNTT / softcap)
+    position_T = torch.arange(T, device=query_BNTD.device)
+    distance_TT = position_T[:, None] - position_T
+    hidden_TT = (distance_TT < 0) | (distance_TT >= (window or T))
+    weights = torch.softmax(scores_BNTT.masked_fill(hidden_TT, float("-inf")), dim=-1)
+    return (weights @ value_BNTD.float()).transpose(1, 2).to(query_BNTD.dtype)

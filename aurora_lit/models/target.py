@@ -1,0 +1,195 @@
+"""The target: any `AutoModelForCausalLM`, read at three layers and attending through our own slots.
+
+No model code is copied. Attention goes through transformers' attention interface, where `aurora_slots` is registered
+below; the three auxiliary hidden states are taken by hooks in front of decoder layers. What is left out: where a
+model comes from (models/source.py), the cache (models/slots.py), and what is done with logits (modules/sampling.py).
+
+Shapes: B rows, T positions, N rows of a flat batch, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+
+from aurora_lit.errors import SourceError
+from aurora_lit.kernels import native
+from aurora_lit.kernels.packed import PackedLinear, pack_linears
+from aurora_lit.models.slots import KVSlots, SlotView, read_attention
+
+ATTENTION_NAME = "aurora_slots"
+
+
+def slot_attention(
+    module: nn.Module,
+    query_BNTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    slot_view: SlotView | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention function in the shape transformers calls: over slots when a `slot_view` is passed, else causal."""
+    scale = query_BNTD.shape[-1] ** -0.5 if scaling is None else scaling
+    if slot_view is None:
+        out = read_attention(query_BNTD, key_BGTD, value_BGTD, scale=scale, window=sliding_window, softcap=softcap)
+        return out, None
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    out_BTND = slot_view.attend(
+        layer, query_BNTD, key_BGTD, value_BGTD, scale=scale, window=sliding_window, softcap=softcap
+    )
+    return out_BTND, None
+
+
+AttentionInterface.register(ATTENTION_NAME, slot_attention)
+
+
+def aux_layer_ids(num_layers: int) -> tuple[int, int, int]:
+    """EAGLE-3's three layers (low, middle, high): indices into transformers' `hidden_states`."""
+    last = num_layers - 1
+    return min(2, last), min(num_layers // 2, last), max(num_layers - 3, 0)
+
+
+class Target(nn.Module):
+    """A causal language model whose forward pass also returns what a draft needs.
+
+    >>> target = Target.load(folder, precision="fp32")
+    >>> slots = target.make_slots(num_slots=1, capacity=64)
+    >>> aux_BT3H, last_BTH = target(ids_BT, slots=slots, slots_B=torch.tensor([0]), starts_B=torch.tensor([0]))
+    >>> logits_BTV = target.logits(last_BTH)
+    """
+
+    def __init__(self, model: PreTrainedModel, *, kv_dtype: torch.dtype | None = None) -> None:
+        """`kv_dtype`: of the slots; the model's own when left out."""
+        super().__init__()
+        self.kv_dtype = kv_dtype or model.dtype
+        model.set_attn_implementation(ATTENTION_NAME)
+        self.model: PreTrainedModel = model.requires_grad_(False)
+        model.train(False)
+        config = model.config.get_text_config()
+        self.vocab_size: int = config.vocab_size
+        self.hidden_size: int = config.hidden_size
+        self.num_layers: int = config.num_hidden_layers
+        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 20)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.aux_layer_ids = aux_layer_ids(self.num_layers)
+        self._forward: Any = model.base_model
+        self._taps: dict[int, torch.Tensor] = {}
+        layers = _decoder_layers(model, self.num_layers)
+        for layer_id in sorted(set(self.aux_layer_ids)):
+            layers[layer_id].register_forward_pre_hook(self._make_tap(layer_id), with_kwargs=True)
+
+    @classmethod
+    def load(cls, folder: Path, *, precision: str) -> Target:
+        """Load a model folder. `precision`: "fp32", or "bf16" (weights in bf16).
+
+        Where the native kernels can be had, linear layers are packed for them and only their weights are in bf16;
+        elsewhere the whole model is.
+        """
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        packing = native.library() is not None
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32 if packing else dtype, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise SourceError(f"target.source: {folder} is not a loadable causal language model: {error}") from error
+        if packing:
+            pack_linears(model, dtype=dtype)
+        return cls(model, kv_dtype=dtype)
+
+    def make_slots(self, *, num_slots: int, capacity: int) -> KVSlots:
+        """Allocate a cache that fits this model."""
+        return KVSlots(
+            num_layers=self.num_layers,
+            num_slots=num_slots,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            capacity=capacity,
+            dtype=self.kv_dtype,
+            device=self.model.device,
+        )
+
+    def forward(
+        self, ids_BT: torch.Tensor, *, slots: KVSlots, slots_B: torch.Tensor, starts_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run T new tokens of each row, which follow `starts_B` positions already in its slot.
+
+        Returns the auxiliary hidden states [B, T, 3H] and the last hidden state [B, T, H] (after the final norm).
+        """
+        positions_BT = starts_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        view = SlotView(slots, slots_B=slots_B, starts_B=starts_B)
+        return self._run(input_ids=ids_BT, position_ids=positions_BT, slot_view=view)
+
+    def compile_forward(self) -> None:
+        """Compile the model's forward pass, for devices without native kernels; shapes are dynamic."""
+        self._forward = torch.compile(self.model.base_model, dynamic=True)
+
+    def read(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run whole sequences from their start, without a cache; returns as `forward` does."""
+        positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        return self._run(input_ids=ids_BT, position_ids=positions_BT)
+
+    def logits(self, last_BTH: torch.Tensor) -> torch.Tensor:
+        """Logits over the vocabulary, fp32."""
+        logits_BTV: torch.Tensor = self.head(last_BTH).float()
+        if self.softcap is not None:
+            logits_BTV = self.softcap * torch.tanh(logits_BTV / self.softcap)
+        return logits_BTV
+
+    def logsumexp(self, last_NH: torch.Tensor, *, chunk: int = 64) -> torch.Tensor:
+        """Log-sum-exp of the logits of each row, fp32, without holding all logits at once."""
+        return torch.cat([self.logits(rows).logsumexp(-1) for rows in torch.split(last_NH, chunk)])
+
+    def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the head's weight for some tokens, fp32 [len(token_ids), H]."""
+        head = self.head
+        if isinstance(head, PackedLinear):
+            return head.rows(token_ids)
+        weight = head.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.detach()[token_ids.to(weight.device)].float()
+
+    @property
+    def head(self) -> nn.Module:
+        """The output embedding."""
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        return head
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The input embedding, which the draft shares."""
+        embedding = self.model.get_input_embeddings()
+        assert isinstance(embedding, nn.Module)
+        return embedding
+
+    def _run(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        last_BTH = self._forward(**inputs, use_cache=False).last_hidden_state
+        aux_BT3H = torch.cat([self._taps[layer_id] for layer_id in self.aux_layer_ids], dim=-1)
+        self._taps.clear()
+        return aux_BT3H, last_BTH
+
+    def _make_tap(self, layer_id: int) -> Any:
+        def tap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._taps[layer_id] = args[0] if args else kwargs["hidden_states"]
+
+        return tap
+
+
+def _decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise SourceError(f"target.source: {type(model).__name__} has no list of {num_layers} decoder layers to read from")

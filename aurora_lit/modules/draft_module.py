@@ -1,0 +1,191 @@
+"""The draft as a LightningModule: K unrolled steps (EAGLE-3's training-time test), LK loss, value loss.
+
+The draft learns on its own hidden states: step 0 starts from the target's features, step j from what step j - 1 put
+out, as in serving. Steps are indexed by their root position t: at step j the draft holds token t + 1 + j and proposes
+token t + 2 + j, so its target is the target's distribution at position t + 1 + j.
+
+What is left out: the loop and its budget (pretrain.py), batches (learn/dataset.py), inference (serve/).
+
+Shapes: B rows, T positions, K steps, H hidden, N heads, G key-value heads, D head size, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from aurora_lit.modules.acceptance import LKStats, fused_lk_loss
+from aurora_lit.modules.draft import Draft
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftBatch:
+    """Traces of several sequences, right-padded together."""
+
+    token_ids_BT: torch.Tensor
+    """int64."""
+    aux_BT3H: torch.Tensor
+    """The target's three hidden states."""
+    last_BTH: torch.Tensor
+    """What the target's head saw."""
+    lse_BT: torch.Tensor
+    """Log-sum-exp of the target's logits."""
+    weight_BT: torch.Tensor
+    """fp32. How much the target distribution at this position counts; 0 on padding."""
+    domains: tuple[str, ...]
+    """A label a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one batch showed, by draft step; rows are target positions."""
+
+    loss: torch.Tensor
+    stats: LKStats
+    weight_KBT: torch.Tensor
+    """0 where the step has no target."""
+
+
+class DraftModule(LightningModule):
+    """Trains a `Draft` against recorded targets.
+
+    `embedding_VH` and `head_VdH` are the target's input embedding and its head's rows for the draft vocabulary; both
+    stay frozen and are not part of the state.
+    """
+
+    embedding_VH: torch.Tensor
+    head_VdH: torch.Tensor
+
+    def __init__(
+        self,
+        draft: Draft,
+        *,
+        embedding_VH: torch.Tensor,
+        head_VdH: torch.Tensor,
+        num_steps: int = 4,
+        step_decay: float = 0.8,
+        value_weight: float = 0.1,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 100,
+        total_steps: int = 10_000,
+        final_factor: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self.draft = draft
+        self.register_buffer("embedding_VH", embedding_VH, persistent=False)
+        self.register_buffer("head_VdH", head_VdH, persistent=False)
+        self.num_steps = num_steps
+        self.step_decay = step_decay
+        self.value_weight = value_weight
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.final_factor = final_factor
+
+    def training_step(self, batch: DraftBatch, batch_idx: int = 0) -> StepReport:  # type: ignore[override]
+        """Loss and statistics of one batch (`loss` is divided by the summed weights of all steps)."""
+        hidden_KBTH = self.unroll(batch)
+        K, B, T, H = hidden_KBTH.shape
+        valid_KBT = torch.stack([_shift(torch.ones_like(batch.weight_BT), 1 + step) for step in range(K)])
+        valid_KBT = valid_KBT * (batch.weight_BT > 0)
+        decay_K = self.step_decay ** torch.arange(K, device=hidden_KBTH.device)
+        weight_KBT = valid_KBT * batch.weight_BT * decay_K[:, None, None]
+        loss_sum, stats = fused_lk_loss(
+            h_NH=self.draft.norm(hidden_KBTH).view(K, B * T, H),
+            weight_DH=self.draft.lm_head.weight,
+            row_weight_N=weight_KBT.view(K, B * T),
+            target_h_NG=batch.last_BTH.flatten(0, 1),
+            target_weight_DG=self.head_VdH,
+            target_lse_N=batch.lse_BT.flatten(),
+        )
+        total_weight = weight_KBT.sum().clamp_min(1.0)
+        value_KBT = self.draft.value(hidden_KBTH.detach())
+        to_go_KBT = _accepted_to_go(stats.alpha_N.view(K, B, T) * (valid_KBT > 0))
+        value_loss = ((value_KBT - to_go_KBT).square() * weight_KBT).sum()
+        loss = (loss_sum + self.value_weight * value_loss) / total_weight
+        return StepReport(loss=loss, stats=stats, weight_KBT=valid_KBT)
+
+    def unroll(self, batch: DraftBatch) -> torch.Tensor:
+        """Hidden states of the K steps [K, B, T, H], shifted so that row m of every step aims at target position m."""
+        draft = self.draft
+        B, T = batch.token_ids_BT.shape
+        device = batch.token_ids_BT.device
+        embeds_BTH = nn.functional.embedding(batch.token_ids_BT, self.embedding_VH)
+        causal_TT = torch.full((T, T), float("-inf"), device=device).triu(1)
+        hidden_BTH = draft.fuse(batch.aux_BT3H)
+        chain: list[tuple[torch.Tensor, torch.Tensor]] = []
+        shifted = []
+        for step in range(self.num_steps):
+            positions_BT = (torch.arange(T, device=device) + step).expand(B, T)
+            query, key, value = draft.project(_shift(embeds_BTH, -(1 + step)), hidden_BTH, positions_BT)
+            chain.append((key, value))
+            hidden_BTH = draft.finish(_chain_attention(query, chain, causal_TT), hidden_BTH)
+            shifted.append(_shift(hidden_BTH, 1 + step))
+        return torch.stack(shifted)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear warm-up and cosine decay; norms and the value head's bias are not decayed."""
+        matrices = [p for p in self.draft.parameters() if p.ndim > 1]
+        vectors = [p for p in self.draft.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
+        return [optimizer], [LambdaLR(optimizer, self.rate_factor)]
+
+    def rate_factor(self, step: int) -> float:
+        """Learning-rate factor at an optimiser step."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return self.final_factor + (1 - self.final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _chain_attention(
+    query_BNTD: torch.Tensor, chain: list[tuple[torch.Tensor, torch.Tensor]], causal_TT: torch.Tensor
+) -> torch.Tensor:
+    """Attend to step 0's keys causally and to the own chain's later keys; returns [B, T, N*D].
+
+    `chain` holds keys and values [B, G, T, D] of step 0, 1, …, of which the last belongs to the query's step.
+    """
+    B, N, T, D = query_BNTD.shape
+    groups = N // chain[0][0].shape[1]
+    keys = [key.repeat_interleave(groups, dim=1) for key, _ in chain]
+    values = [value.repeat_interleave(groups, dim=1) for _, value in chain]
+    scaled_BNTD = query_BNTD * D**-0.5
+    scores = (scaled_BNTD @ keys[0].transpose(2, 3)).float() + causal_TT
+    own = [(scaled_BNTD * key).sum(-1, keepdim=True).float() for key in keys[1:]]
+    weights = torch.softmax(torch.cat([scores, *own], dim=-1), dim=-1).to(values[0].dtype)
+    out_BNTD = weights[..., :T] @ values[0]
+    for step, value in enumerate(values[1:]):
+        out_BNTD = out_BNTD + weights[..., T + step, None] * value
+    return out_BNTD.transpose(1, 2).reshape(B, T, N * D)
+
+
+def _shift(x_BT: torch.Tensor, by: int) -> torch.Tensor:
+    """Move along dim 1 by `by` positions (later if positive), zeros moving in."""
+    out = torch.zeros_like(x_BT)
+    if by >= x_BT.shape[1] or -by >= x_BT.shape[1]:
+        return out
+    if by >= 0:
+        out[:, by:] = x_BT[:, : x_BT.shape[1] - by]
+    else:
+        out[:, :by] = x_BT[:, -by:]
+    return out
+
+
+def _accepted_to_go(alpha_KBT: torch.Tensor) -> torch.Tensor:
+    """G_j = α_j (1 + G_{j+1}), G_K = 0, along each chain: the value head's target.
+
+    Step j of a chain aims at target position m, step j + 1 of the same chain at m + 1.
+    """
+    to_go = torch.zeros_like(alpha_KBT)
+    ahead_BT = torch.zeros_like(alpha_KBT[0])
+    for step in range(len(alpha_KBT) - 1, -1, -1):
+        to_go[step] = alpha_KBT[step] * (1 + ahead_BT)
+        ahead_BT = _shift(to_go[step], -1)
+    return to_go

@@ -1,0 +1,68 @@
+"""Measures, before the first request, what target passes and draft steps cost here (seconds, least of a few calls).
+
+The numbers start the policy in serve/speculation.py; running rounds keep them up. Runs in the engine's own slots,
+which hold nothing yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+
+from aurora_lit.models.slots import KVSlots
+from aurora_lit.models.target import Target
+from aurora_lit.modules.distribution import LogitOptions
+from aurora_lit.request import SamplingParams
+from aurora_lit.serve.drafting import Drafter, DraftRows
+from aurora_lit.serve.speculation import DraftLength
+
+_REPEATS = 3
+
+
+@torch.no_grad()
+def calibrate(policy: DraftLength, target: Target, drafter: Drafter, *, slots: KVSlots, max_rows: int) -> None:
+    """Fill the policy's cost tables for 1, 2, 4, … `max_rows` rows and every width up to its draft length + 1."""
+    rows = [1]
+    while rows[-1] < max_rows:
+        rows.append(min(2 * rows[-1], max_rows))
+    for num_rows in rows:
+        slots_B = torch.arange(num_rows, device=target.model.device)
+        starts_B = torch.zeros_like(slots_B)
+
+        def run_target(width: int, slots_B: torch.Tensor = slots_B, starts_B: torch.Tensor = starts_B) -> None:
+            ids_BT = torch.zeros(len(slots_B), width, dtype=torch.int64, device=slots_B.device)
+            _, last_BTH = target(ids_BT, slots=slots, slots_B=slots_B, starts_B=starts_B)
+            target.logits(last_BTH)
+
+        for width in range(1, policy.max_draft_tokens + 2):
+            policy.target_cost.update(num_rows, width, _least_seconds(functools.partial(run_target, width)))
+
+        greedy = LogitOptions.of([SamplingParams(max_tokens=1, temperature=0.0)] * num_rows, device=slots_B.device)
+
+        def run_draft(steps: int, slots_B: torch.Tensor = slots_B, options: LogitOptions = greedy) -> None:
+            for slot in slots_B.tolist():
+                drafter.forget(slot)
+            drafter.propose(
+                DraftRows(slots_B=slots_B, lengths=[3] * len(slots_B)),
+                options=options,
+                num_steps=steps,
+                uniform_BK=torch.zeros(len(slots_B), steps, device=slots_B.device),
+                go_on=lambda *_: True,
+            )
+
+        one_s = _least_seconds(lambda: run_draft(1))
+        three_s = _least_seconds(lambda: run_draft(3))
+        policy.first_step_cost.update(num_rows, 1, one_s)
+        policy.next_step_cost.update(num_rows, 1, max(0.0, (three_s - one_s) / 2))
+
+
+def _least_seconds(operation: Callable[[], None]) -> float:
+    seconds = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        operation()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

@@ -1,0 +1,162 @@
+"""Drafting for a batch: the draft's own cache, catching up with the target, and the chain of proposals.
+
+Lifecycle of a row here: the engine stores the target's features of every position it runs (`remember`); nothing is
+computed from them until proposals are wanted. Then `propose` first brings the draft's cache up to the last committed
+token, from true features, and chains on from there with the draft's own. What the chain wrote is overwritten by the
+next catching up, so rejection needs no work.
+
+What is left out: how many proposals (serve/speculation.py) and their verification (modules/sampling.py).
+
+Shapes: B rows, T positions, K proposals, H hidden, Vd draft vocabulary, S slots, L capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from aurora_lit.kernels import native
+from aurora_lit.kernels.packed import pack_linears
+from aurora_lit.models.slots import KVSlots, SlotView
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft import Draft, rope_table
+from aurora_lit.modules.distribution import LogitOptions
+from aurora_lit.modules.sampling import DraftVocabulary, Proposals, propose
+
+_CATCH_UP_TOKENS = 256
+"""Positions a single forward pass of the draft takes when a row is far behind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftRows:
+    """The rows to draft for."""
+
+    slots_B: torch.Tensor
+    """int64."""
+    lengths: list[int]
+    """Committed tokens of each row, the last of which the target has not run yet."""
+
+
+class Drafter:
+    """A draft with a cache of its own, over the same slots as the target's.
+
+    `tokens_SL` is the engine's table of committed tokens by slot and position.
+    """
+
+    def __init__(self, draft: Draft, target: Target, *, tokens_SL: torch.Tensor, capacity: int) -> None:
+        num_slots, config = len(tokens_SL), draft.config
+        self.draft = draft.eval().requires_grad_(False)
+        if native.library() is not None:
+            pack_linears(self.draft, dtype=target.kv_dtype)
+        device = tokens_SL.device
+        self.draft.cos_LD, self.draft.sin_LD = (
+            table.to(device) for table in rope_table(capacity, config.head_dim, config.rope_theta)
+        )
+        self.vocabulary = DraftVocabulary.of_offsets(draft.d2t, vocab_size=config.vocab_size)
+        self._target = target
+        self._tokens_SL = tokens_SL
+        self._scale = config.head_dim**-0.5
+        self._features_SLF = torch.zeros(
+            num_slots, capacity, 3 * config.target_hidden_size, dtype=target.kv_dtype, device=device
+        )
+        self._cache = KVSlots(
+            num_layers=1,
+            num_slots=num_slots,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            capacity=capacity,
+            dtype=target.kv_dtype,
+            device=device,
+        )
+        self._done = [0] * num_slots  # draft positions of each slot computed from true features
+
+    def remember(self, *, slots_B: torch.Tensor, starts_B: torch.Tensor, aux_BT3H: torch.Tensor) -> None:
+        """Keep the target's features of positions start, start + 1, … of each row."""
+        positions_BT = starts_B[:, None] + torch.arange(aux_BT3H.shape[1], device=starts_B.device)
+        self._features_SLF[slots_B[:, None], positions_BT] = aux_BT3H.to(self._features_SLF.dtype)
+
+    def forget(self, slot: int) -> None:
+        """The slot starts a new request."""
+        self._done[slot] = 0
+
+    def propose(
+        self,
+        rows: DraftRows,
+        *,
+        options: LogitOptions,
+        num_steps: int,
+        uniform_BK: torch.Tensor,
+        go_on: Callable[[int, torch.Tensor], bool],
+    ) -> Proposals:
+        """Draft up to `num_steps` tokens a row; before each further step `go_on(steps done, values_B)` may stop.
+
+        `values_B` is the value head's prediction at the last step: tokens accepted from that proposal on.
+        """
+        hidden_BH = self._catch_up(rows)
+        starts_B = torch.tensor(rows.lengths, device=rows.slots_B.device) - 1
+        tokens: list[torch.Tensor] = []
+        distributions: list[torch.Tensor] = []
+        while True:
+            step = len(tokens)
+            draft_id_B, q_BD = propose(self.draft.logits(hidden_BH), options=options, uniform_B=uniform_BK[:, step])
+            tokens.append(self.vocabulary.target_id_D[draft_id_B])
+            if q_BD is not None:
+                distributions.append(q_BD)
+            if step + 1 == num_steps or not go_on(step + 1, self.draft.value(hidden_BH)):
+                break
+            hidden_BH = self._run(tokens[-1][:, None], hidden_BH[:, None], rows.slots_B, starts_B + step)[:, 0]
+        return Proposals(
+            token_BK=torch.stack(tokens, dim=1),
+            num_B=torch.full_like(rows.slots_B, len(tokens)),
+            q_BKD=torch.stack(distributions, dim=1) if distributions else None,
+        )
+
+    def _catch_up(self, rows: DraftRows) -> torch.Tensor:
+        """Run all committed positions the draft has not seen; returns the hidden state at each row's last [B, H]."""
+        slots = rows.slots_B.tolist()
+        for slot, length in zip(slots, rows.lengths, strict=True):
+            while length - 1 - self._done[slot] > _CATCH_UP_TOKENS // 8:
+                count = min(_CATCH_UP_TOKENS, length - 2 - self._done[slot])
+                self._run_committed(torch.tensor([slot]), [self._done[slot]], count)
+                self._done[slot] += count
+        starts = [self._done[slot] for slot in slots]
+        counts = [length - 1 - start for length, start in zip(rows.lengths, starts, strict=True)]
+        hidden_BTH = self._run_committed(rows.slots_B, starts, max(counts))
+        for slot, length in zip(slots, rows.lengths, strict=True):
+            self._done[slot] = length - 1
+        return hidden_BTH[torch.arange(len(slots)), torch.tensor(counts) - 1]
+
+    def _run_committed(self, slots_B: torch.Tensor, starts: list[int], count: int) -> torch.Tensor:
+        """Run `count` positions a row from true features; what lies beyond a row's end is overwritten later."""
+        starts_B = torch.tensor(starts, device=slots_B.device)
+        positions_BT = starts_B[:, None] + torch.arange(count, device=slots_B.device)
+        features_BTF = self._features_SLF[slots_B[:, None], positions_BT]
+        if native.library() is not None:
+            features_BTF = features_BTF.float()
+        tokens_BT = self._tokens_SL[slots_B[:, None], positions_BT + 1]
+        return self._run(tokens_BT, self.draft.fuse(features_BTF), slots_B, starts_B)
+
+    def _run(
+        self, tokens_BT: torch.Tensor, hidden_BTH: torch.Tensor, slots_B: torch.Tensor, starts_B: torch.Tensor
+    ) -> torch.Tensor:
+        """One pass of the draft layer; `tokens_BT` are the tokens after the positions; returns hidden [B, T, H]."""
+        B, T = tokens_BT.shape
+        positions_BT = starts_B[:, None] + torch.arange(T, device=starts_B.device)
+        query, key, value = self.draft.project(self._target.embedding(tokens_BT), hidden_BTH, positions_BT)
+        view = SlotView(self._cache, slots_B=slots_B, starts_B=starts_B)
+        attended = view.attend(0, query, key, value, scale=self._scale)
+        return self.draft.finish(attended.reshape(B, T, -1), hidden_BTH)
+
+
+def spread(drafted: Proposals, rows: list[int], num_rows: int) -> Proposals:
+    """Proposals of some rows as those of all: the others have none."""
+    index = torch.tensor(rows, device=drafted.token_BK.device)
+    token_BK = drafted.token_BK.new_zeros(num_rows, drafted.token_BK.shape[1])
+    q_BKD = None if drafted.q_BKD is None else drafted.q_BKD.new_zeros(num_rows, *drafted.q_BKD.shape[1:])
+    return Proposals(
+        token_BK=token_BK.index_copy(0, index, drafted.token_BK),
+        num_B=drafted.num_B.new_zeros(num_rows).index_copy(0, index, drafted.num_B),
+        q_BKD=None if q_BKD is None or drafted.q_BKD is None else q_BKD.index_copy(0, index, drafted.q_BKD),
+    )

@@ -1,0 +1,307 @@
+"""The speculative engine: continuous batching over slots, one `round` at a time.
+
+    round = admit -> prefill a chunk -> draft k tokens a row -> one target pass over k + 1 positions -> accept -> commit
+
+Whatever the draft proposes, what is committed has exactly the law of plain decoding (modules/sampling.py); the draft
+decides only how fast. What is left out: text and stop strings (serve/text.py), HTTP, how many tokens to draft
+(serve/speculation.py), the draft's own work (serve/drafting.py).
+
+A request's life: submit -> waiting -> prefilling (a chunk a round) -> decoding -> finished, or cancelled anywhere.
+
+Shapes: B rows of a batch, T = K + 1 positions, K proposals, V vocabulary, S slots, L capacity.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from aurora_lit.errors import RequestError
+from aurora_lit.models.target import Target
+from aurora_lit.modules.distribution import History, LogitOptions
+from aurora_lit.modules.draft import Draft
+from aurora_lit.modules.sampling import Proposals, token_logprobs, verify
+from aurora_lit.request import Output, Request
+from aurora_lit.serve.calibration import calibrate
+from aurora_lit.serve.drafting import Drafter, DraftRows, spread
+from aurora_lit.serve.rows import EngineStats, RoundObserver, Row
+from aurora_lit.serve.speculation import DraftLength
+
+
+class Engine:
+    """Serves requests over a fixed number of slots.
+
+    >>> engine.submit(Request(request_id="a", prompt_ids=ids, params=SamplingParams(max_tokens=16, temperature=0.0)))
+    >>> while engine.has_work:
+    ...     for output in engine.round(): ...
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        draft: Draft | None,
+        *,
+        eos_token_ids: frozenset[int],
+        max_batch_size: int,
+        max_seq_len: int,
+        max_draft_tokens: int = 4,
+        prefill_chunk_tokens: int = 256,
+        adaptive: bool = True,
+        draft_version: str = "",
+        observer: RoundObserver | None = None,
+    ) -> None:
+        """`draft` None: plain decoding. `max_seq_len` counts prompt and output tokens of a request."""
+        self.eos_token_ids = eos_token_ids
+        self.max_seq_len = max_seq_len
+        self.vocab_size = target.vocab_size
+        self.draft_version = draft_version
+        self.stats = EngineStats()
+        self._target = target
+        self._observer = observer
+        self._prefill_chunk_tokens = prefill_chunk_tokens
+        capacity = max_seq_len + max_draft_tokens + 1
+        self._device = target.model.device
+        self._tokens_SL = torch.zeros(max_batch_size, capacity + 1, dtype=torch.int64, device=self._device)
+        self._slots = target.make_slots(num_slots=max_batch_size, capacity=capacity)
+        self._free = list(reversed(range(max_batch_size)))
+        self._waiting: deque[Request] = deque()
+        self._prefilling: deque[Row] = deque()
+        self._decoding: list[Row] = []
+        self._drafter: Drafter | None = None
+        if draft is not None and max_draft_tokens:
+            self._drafter = Drafter(draft, target, tokens_SL=self._tokens_SL, capacity=capacity)
+        self.policy = DraftLength(max_draft_tokens=max_draft_tokens if self._drafter else 0, adaptive=adaptive)
+        self._options_key: tuple[str, ...] = ()
+        self._options = LogitOptions.of([])
+        self._draft_options = self._options
+        if self._drafter is not None and adaptive:
+            calibrate(self.policy, target, self._drafter, slots=self._slots, max_rows=max_batch_size)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a round would do anything."""
+        return bool(self._waiting or self._prefilling or self._decoding)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises RequestError when it cannot fit."""
+        length = len(request.prompt_ids)
+        if not length:
+            raise RequestError("the prompt has no tokens; send at least one", param="prompt")
+        if length + 1 > self.max_seq_len:
+            raise RequestError(
+                f"the prompt has {length} tokens and engine.max_seq_len is {self.max_seq_len}; shorten it",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        self._waiting.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request and free its slot; an unknown id is ignored."""
+        self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
+        for row in [*self._prefilling, *self._decoding]:
+            if row.request.request_id == request_id:
+                self._release(row)
+
+    @torch.no_grad()
+    def round(self) -> list[Output]:
+        """One round for everything that runs; what each request got."""
+        self._admit()
+        self._prefill()
+        rows = list(self._decoding)
+        if not rows:
+            return []
+        self.stats.rounds += 1
+        return self._verify(rows, self._draft(rows))
+
+    # -- prefill ---------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        while self._waiting and self._free:
+            request, slot = self._waiting.popleft(), self._free.pop()
+            length = len(request.prompt_ids)
+            self._tokens_SL[slot, :length] = torch.tensor(request.prompt_ids)
+            if self._drafter:
+                self._drafter.forget(slot)
+            row = Row(request=request, slot=slot, rate=self.policy.mean_rate, prompt_length=length, length=length)
+            if request.params.prompt_logprobs is not None:
+                row.prompt_logprobs.append(None)
+            self._prefilling.append(row)
+            self.stats.prompt_tokens += length
+
+    def _prefill(self) -> None:
+        """Run the next chunk of the oldest prompt, a short one while others decode so that they do not wait long.
+
+        The prompt's last token is left to the first decoding pass, which then is like any other.
+        """
+        budget = self._prefill_chunk_tokens // (4 if self._decoding else 1)
+        while self._prefilling and budget > 0:
+            row = self._prefilling[0]
+            start, end = row.prefilled, min(row.prefilled + budget, row.prompt_length - 1)
+            if end > start:
+                _, last_BTH = self._run_target([row], start, self._tokens_SL[row.slot, start:end][None])
+                if row.params.prompt_logprobs is not None:
+                    self._note_prompt(row, last_BTH[0], start)
+                row.prefilled = end
+                budget -= end - start
+            if row.prefilled == row.prompt_length - 1:
+                self._prefilling.popleft()
+                self._decoding.append(row)
+
+    def _note_prompt(self, row: Row, last_TH: torch.Tensor, start: int) -> None:
+        ids = row.request.prompt_ids[start + 1 : start + 1 + len(last_TH)]
+        for at in range(0, len(ids), 32):
+            logits_TV = self._target.logits(last_TH[at : at + 32])
+            row.prompt_logprobs += token_logprobs(
+                logits_TV, token_ids=list(ids[at : at + 32]), num_top=row.params.prompt_logprobs or 0
+            )
+
+    # -- draft and verify ------------------------------------------------------------------------------------------
+
+    def _draft(self, rows: list[Row]) -> Proposals:
+        """Proposals for every row that speculates; none at all, and no draft pass, where the policy says so."""
+        self._refresh_options(rows)
+        nothing = Proposals(
+            token_BK=torch.zeros(len(rows), 0, dtype=torch.int64, device=self._device),
+            num_B=torch.zeros(len(rows), dtype=torch.int64, device=self._device),
+            q_BKD=None,
+        )
+        speculating = [i for i, row in enumerate(rows) if row.params.speculate]
+        num_plain = len(rows) - len(speculating)
+        k = self.policy.choose([rows[i].rate for i in speculating], num_plain=num_plain)
+        if k == 0 or self._drafter is None:
+            return nothing
+        survival = [1.0] * len(speculating)
+        started = time.perf_counter()
+        drafted = self._drafter.propose(
+            DraftRows(
+                slots_B=torch.tensor([rows[i].slot for i in speculating], device=self._device),
+                lengths=[rows[i].length for i in speculating],
+            ),
+            options=self._draft_options,
+            num_steps=k,
+            uniform_BK=torch.rand(len(speculating), k, dtype=torch.float64, device=self._device),
+            go_on=lambda done, values_B: self.policy.worth_another_step(
+                done, values_B.tolist(), survival, num_plain=num_plain
+            ),
+        )
+        self.policy.observe_draft(len(speculating), drafted.token_BK.shape[1], time.perf_counter() - started)
+        return drafted if not num_plain else spread(drafted, speculating, len(rows))
+
+    def _verify(self, rows: list[Row], proposals: Proposals) -> list[Output]:
+        """One target pass over each row's last token and its proposals, then accept and commit."""
+        last_tokens_B1 = torch.stack([self._tokens_SL[row.slot, row.length - 1] for row in rows])[:, None]
+        ids_BT = torch.cat([last_tokens_B1, proposals.token_BK], dim=1)
+        started = time.perf_counter()
+        _, last_BTH = self._run_target(rows, None, ids_BT)
+        logits_BTV = self._target.logits(last_BTH)
+        self.policy.target_cost.update(len(rows), ids_BT.shape[1], time.perf_counter() - started)
+        verdict = verify(
+            logits_BTV,
+            options=self._options,
+            proposals=proposals,
+            uniform_BT=torch.rand(ids_BT.shape, dtype=torch.float64, device=self._device),
+            history=self._history(rows),
+            vocabulary=self._drafter.vocabulary if self._drafter else None,
+        )
+        accepted, final = verdict.accepted_B.tolist(), verdict.next_token_B.tolist()
+        proposed, token_table = proposals.num_B.tolist(), proposals.token_BK.tolist()
+        return [
+            self._commit(row, [*token_table[i][: accepted[i]], final[i]], proposed[i], accepted[i], logits_BTV[i])
+            for i, row in enumerate(rows)
+        ]
+
+    def _commit(self, row: Row, tokens: list[int], proposed: int, accepted: int, logits_TV: torch.Tensor) -> Output:
+        """Append a row's new tokens up to where it ends, and say what it got."""
+        params, stats = row.params, self.stats
+        room = min(params.max_tokens - (row.length - row.prompt_length), self.max_seq_len - row.length)
+        tokens = tokens[: max(0, room)]
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        reason = "length" if len(tokens) == room or room <= 0 else None
+        for i, token in enumerate(tokens):
+            if token in ends:
+                tokens, reason = tokens[: i + 1], "stop"
+                break
+        logprobs = None
+        if params.logprobs is not None:
+            logprobs = token_logprobs(logits_TV, token_ids=tokens, num_top=params.logprobs)
+        accepted = min(accepted, len(tokens))
+        end = row.length + len(tokens)
+        self._tokens_SL[row.slot, row.length : end] = torch.tensor(tokens, dtype=torch.int64)
+        first = row.length == row.prompt_length
+        row.length = end
+        row.rate = self.policy.observe_rate(row.rate, proposed=proposed, accepted=accepted)
+        stats.generated_tokens += len(tokens)
+        stats.drafts += proposed > 0
+        stats.proposed += proposed
+        stats.accepted += accepted
+        for position in range(accepted):
+            stats.accepted_by_position[position] += 1
+        if reason is not None:
+            if self._observer:
+                self._observer.on_finish(row, self._tokens_SL[row.slot, : row.length])
+            self._release(row)
+        return Output(
+            request_id=row.request.request_id,
+            token_ids=tuple(tokens),
+            logprobs=logprobs,
+            prompt_logprobs=tuple(row.prompt_logprobs) if first and row.prompt_logprobs else None,
+            num_proposed=proposed,
+            num_accepted=accepted,
+            finish_reason=reason,
+        )
+
+    # -- shared ----------------------------------------------------------------------------------------------------
+
+    def _run_target(
+        self, rows: Sequence[Row], start: int | None, ids_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run tokens behind `start` positions, or behind all but a row's last token; features go to the drafter."""
+        slots_B = torch.tensor([row.slot for row in rows], device=self._device)
+        starts = [row.length - 1 if start is None else start for row in rows]
+        starts_B = torch.tensor(starts, device=self._device)
+        aux_BT3H, last_BTH = self._target(ids_BT, slots=self._slots, slots_B=slots_B, starts_B=starts_B)
+        if self._drafter:
+            self._drafter.remember(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H)
+        if self._observer:
+            self._observer.on_pass(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H, last_BTH=last_BTH)
+        return aux_BT3H, last_BTH
+
+    def _refresh_options(self, rows: list[Row]) -> None:
+        key = tuple(row.request.request_id for row in rows)
+        if key != self._options_key:
+            self._options_key = key
+            self._options = LogitOptions.of([row.params for row in rows], device=self._device)
+            speculating = [row.params for row in rows if row.params.speculate]
+            self._draft_options = LogitOptions.of(speculating, device=self._device)
+
+    def _history(self, rows: list[Row]) -> History | None:
+        """The rows' tokens, where an option depends on them."""
+        options = self._options
+        if not options.penalty_rows.numel() and options.num_free == options.num_sampled:
+            return None
+        longest = max(row.length for row in rows)
+        return History(
+            token_BL=self._tokens_SL[torch.tensor([row.slot for row in rows]), :longest],
+            prompt_length_B=torch.tensor([row.prompt_length for row in rows], device=self._device),
+            length_B=torch.tensor([row.length for row in rows], device=self._device),
+        )
+
+    def _release(self, row: Row) -> None:
+        if row in self._decoding:
+            self._decoding.remove(row)
+        else:
+            self._prefilling.remove(row)
+        self._free.append(row.slot)

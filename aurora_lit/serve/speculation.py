@@ -1,0 +1,141 @@
+"""How many tokens to draft in a round: measured costs against predicted acceptance, zero included.
+
+A round over B rows with k proposals costs draft(B, k) + target(B, k + 1) seconds and yields 1 + a + a² + … + a^k
+tokens a row of acceptance rate a. The k with the most tokens a second is taken; a change must promise a few per cent,
+so that noise does not make it flutter. Costs are measured at start and kept up by every round.
+
+What is left out: drafting itself (serve/drafting.py). Seconds everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_COST_MEMORY = 0.9
+"""Share of an old cost that stays when a new one is measured."""
+_RATE_MEMORY = 0.95
+"""The same a proposal, for acceptance rates."""
+_GAIN_TO_CHANGE = 1.03
+_LATE_TOKEN_WORTH = 0.5
+"""A token more from a round saves this share of a plain round, since the rounds it saves speculate too."""
+_PROBE_EVERY = 128
+"""Rounds without a draft after which one token is drafted, to see whether the traffic has become predictable."""
+
+
+class CostTable:
+    """Seconds of an operation by number of rows and width, where measured; between and beyond by the nearest ones."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[int, int], float] = {}
+
+    def update(self, rows: int, width: int, seconds: float) -> None:
+        """Take in a measurement; outliers (a preempted process) move it little."""
+        old = self._seconds.get((rows, width))
+        if old is None:
+            self._seconds[rows, width] = seconds
+        else:
+            self._seconds[rows, width] = old + (1 - _COST_MEMORY) * (min(seconds, 2 * old) - old)
+
+    def __call__(self, rows: int, width: int) -> float:
+        """Expected seconds; 0 before any measurement."""
+        exact = self._seconds.get((rows, width))
+        if exact is not None or not self._seconds:
+            return exact or 0.0
+        low = [key for key in self._seconds if key[0] <= rows and key[1] <= width]
+        high = [key for key in self._seconds if key[0] >= rows and key[1] >= width]
+        if not low or not high:
+            near = min(self._seconds, key=lambda key: abs(key[0] * key[1] - rows * width))
+            return self._seconds[near]
+        below = max(low, key=lambda key: key[0] * key[1])
+        above = min(high, key=lambda key: key[0] * key[1])
+        span = above[0] * above[1] - below[0] * below[1]
+        share = (rows * width - below[0] * below[1]) / span if span else 0.0
+        return self._seconds[below] + share * (self._seconds[above] - self._seconds[below])
+
+
+class DraftLength:
+    """Chooses k for each round and, inside a round, whether one more draft step pays.
+
+    >>> k = policy.choose(rates=[0.7, 0.6])
+    >>> policy.observe(...)  # after the round
+    """
+
+    def __init__(self, *, max_draft_tokens: int, adaptive: bool) -> None:
+        self.max_draft_tokens = max_draft_tokens
+        self.adaptive = adaptive
+        self.target_cost = CostTable()
+        self.first_step_cost = CostTable()
+        """Of catching up and the first proposal, by rows (width 1)."""
+        self.next_step_cost = CostTable()
+        """Of each further proposal, by rows (width 1)."""
+        self.mean_rate = 0.6
+        """Running acceptance rate of all traffic: where a new request starts."""
+        self._last = max_draft_tokens
+        self._rounds_without = 0
+
+    def choose(self, rates: Sequence[float], *, num_plain: int = 0) -> int:
+        """Draft length for rows of these acceptance rates beside `num_plain` rows that do not speculate."""
+        if not rates or not self.max_draft_tokens:
+            return 0
+        if not self.adaptive:
+            return self.max_draft_tokens
+        rows = len(rates) + num_plain
+        speeds = [self._speed(k, rates, rows) for k in range(self.max_draft_tokens + 1)]
+        best = max(range(len(speeds)), key=speeds.__getitem__)
+        if speeds[best] > speeds[self._last] * _GAIN_TO_CHANGE:
+            self._last = best
+        self._rounds_without = self._rounds_without + 1 if self._last == 0 else 0
+        if self._rounds_without >= _PROBE_EVERY:
+            self._rounds_without = 0
+            return 1
+        return self._last
+
+    def worth_another_step(
+        self, steps_done: int, values: Sequence[float], survival: list[float], *, num_plain: int = 0
+    ) -> bool:
+        """Whether drafting step `steps_done` + 1 promises more time than it costs.
+
+        `values[b]`: the value head's prediction at the last step, v = a(1 + v'), of tokens accepted from there on.
+        `survival[b]`: probability that row b accepts all before that step; moved on by one step here.
+        """
+        if not self.adaptive:
+            return True
+        rows = len(values) + num_plain
+        gain_tokens = 0.0
+        for b, value in enumerate(values):
+            rate = max(0.0, min(0.98, value / (1.0 + max(0.0, value))))
+            survival[b] *= rate
+            gain_tokens += survival[b] * rate
+        width = steps_done + 1
+        cost_s = self.next_step_cost(len(values), 1) + max(
+            0.0, self.target_cost(rows, width + 1) - self.target_cost(rows, width)
+        )
+        plain_s = self.target_cost(rows, 1)
+        return gain_tokens * plain_s / rows * _LATE_TOKEN_WORTH > cost_s
+
+    def observe_rate(self, rate: float, *, proposed: int, accepted: int) -> float:
+        """New running rate of a row after a round; moves the common rate too, slowly."""
+        for i in range(min(accepted + 1, proposed)):
+            hit = 1.0 if i < accepted else 0.0
+            rate += (1 - _RATE_MEMORY) * (hit - rate)
+            self.mean_rate += 0.1 * (1 - _RATE_MEMORY) * (hit - self.mean_rate)
+        return rate
+
+    def observe_draft(self, rows: int, steps: int, seconds: float) -> None:
+        """Take in how long drafting took in a round."""
+        expected = self._draft_seconds(rows, steps)
+        if expected:
+            for table in (self.first_step_cost, self.next_step_cost):
+                table.update(rows, 1, table(rows, 1) * seconds / expected)
+
+    def _draft_seconds(self, rows: int, steps: int) -> float:
+        return self.first_step_cost(rows, 1) + (steps - 1) * self.next_step_cost(rows, 1)
+
+    def _speed(self, k: int, rates: Sequence[float], rows: int) -> float:
+        tokens = float(rows)
+        for rate in rates:
+            tokens += sum(rate**j for j in range(1, k + 1))
+        seconds = self.target_cost(rows, k + 1)
+        if k:
+            seconds += self._draft_seconds(len(rates), k)
+        return tokens / seconds if seconds else float(k)
