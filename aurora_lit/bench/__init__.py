@@ -1,0 +1,1 @@
+"""Measurements of speed and acceptance on real prompts."""

@@ -1,0 +1,164 @@
+"""`aurora-lit bench acceptance`: accepted length and acceptance by position, for every domain, greedy and sampled.
+
+The draft proposes engine.max_draft_tokens in every round here (engine.adaptive is off), so that numbers of different
+drafts compare. Accepted length is tokens emitted a round, the corrected or bonus token included. A request's last round
+is left out, since the end of the answer cuts it short; so is a round without proposals.
+
+Leaves out speed (bench/throughput.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from aurora_lit.bench.drive import (
+    REPEATED_GRAM_TOKENS,
+    Answer,
+    BenchPrompt,
+    drive,
+    load_prompts,
+    params_for,
+    progress_bar,
+    repeated_share,
+    write_report,
+)
+from aurora_lit.config import AuroraConfig
+from aurora_lit.errors import ConfigError
+from aurora_lit.serve.build import build_engine
+from aurora_lit.serve.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acceptance:
+    """How well the draft did on some answers."""
+
+    temperature: float
+    domain: str
+    """"all" for all together."""
+    prompts: int
+    rounds: int
+    accepted_length: float
+    """Tokens emitted a round."""
+    rate_by_position: list[float]
+    """Of the rounds that proposed that far: the share that accepted the proposal and all before it."""
+    conditional_rate_by_position: list[float]
+    """Of the rounds that accepted all before it: the share that accepted the proposal too."""
+    repeated_share: float
+    """Of the answers' n-grams."""
+
+
+def run(
+    config: AuroraConfig,
+    *,
+    prompts: Sequence[Path],
+    limit: int | None = None,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    out: Path = Path("bench-results"),
+) -> list[Acceptance]:
+    """Measure greedy, and at `temperature` too if that is not 0; print a table and write `out`/acceptance.json."""
+    engine, tokenizer = build_engine(fixed_length(config))
+    loaded = load_prompts(
+        prompts, limit=limit, tokenizer=tokenizer, max_prompt_tokens=config.engine.max_seq_len - max_tokens
+    )
+    console = Console()
+    temperatures = sorted({0.0, temperature})
+    results: list[Acceptance] = []
+    with progress_bar(console) as progress:
+        for each in temperatures:
+            task = progress.add_task(f"temperature {each:g}", total=len(loaded))
+            results += measure(
+                engine,
+                loaded,
+                temperature=each,
+                max_tokens=max_tokens,
+                on_answer=partial(progress.advance, task),
+            )
+    console.print(table(results))
+    path = out / "acceptance.json"
+    write_report(
+        path,
+        config=config,
+        draft_version=engine.draft_version,
+        results={"max_tokens": max_tokens, "acceptance": [asdict(result) for result in results]},
+    )
+    console.print(f"written to {path}")
+    return results
+
+
+def fixed_length(config: AuroraConfig) -> AuroraConfig:
+    """The same with as many proposals in every round."""
+    if config.draft.checkpoint is None:
+        raise ConfigError("draft.checkpoint=null: there is no draft to measure; name a checkpoint folder")
+    if config.engine.max_draft_tokens == 0:
+        raise ConfigError("engine.max_draft_tokens=0: nothing would be proposed; use 1 to 8")
+    return replace(config, engine=replace(config.engine, speculate=True, adaptive=False))
+
+
+def measure(
+    engine: Engine,
+    prompts: Sequence[BenchPrompt],
+    *,
+    temperature: float,
+    max_tokens: int,
+    on_answer: Callable[[], None] = lambda: None,
+) -> list[Acceptance]:
+    """One record a domain, in the order they first appear, and one for all together."""
+    answers = drive(engine, prompts, params_for(temperature, max_tokens=max_tokens), on_answer=on_answer).answers
+    domains = list(dict.fromkeys(answer.domain for answer in answers))
+    groups = [(domain, [a for a in answers if a.domain == domain]) for domain in domains]
+    return [summarise(group, domain=name, temperature=temperature) for name, group in [*groups, ("all", answers)]]
+
+
+def summarise(answers: Sequence[Answer], *, domain: str, temperature: float) -> Acceptance:
+    """Count the rounds of some answers."""
+    rounds = [r for answer in answers for r in answer.rounds if r.num_proposed and r.finish_reason is None]
+    longest = max((r.num_proposed for r in rounds), default=0)
+    rates, conditional = [], []
+    for position in range(1, longest + 1):
+        tried = [r for r in rounds if r.num_proposed >= position]
+        passed = sum(r.num_accepted >= position for r in tried)
+        reached = sum(r.num_accepted >= position - 1 for r in tried)
+        rates.append(passed / len(tried))
+        conditional.append(passed / reached if reached else 0.0)
+    return Acceptance(
+        temperature=temperature,
+        domain=domain,
+        prompts=len(answers),
+        rounds=len(rounds),
+        accepted_length=sum(len(r.token_ids) for r in rounds) / len(rounds) if rounds else 1.0,
+        rate_by_position=rates,
+        conditional_rate_by_position=conditional,
+        repeated_share=repeated_share([answer.token_ids for answer in answers]),
+    )
+
+
+def table(results: Sequence[Acceptance]) -> Table:
+    """One row a record."""
+    shown = Table(title="Acceptance (share of rounds that accepted position 1, 2, …)")
+    longest = max(len(result.rate_by_position) for result in results)
+    for name in ("temperature", "domain"):
+        shown.add_column(name)
+    for name in ("prompts", "rounds", "accepted length", *map(str, range(1, longest + 1))):
+        shown.add_column(name, justify="right")
+    shown.add_column(f"repeated {REPEATED_GRAM_TOKENS}-grams", justify="right")
+    for result in results:
+        rates = [f"{rate:.2f}" for rate in result.rate_by_position]
+        shown.add_row(
+            f"{result.temperature:g}",
+            result.domain,
+            str(result.prompts),
+            str(result.rounds),
+            f"{result.accepted_length:.2f}",
+            *rates,
+            *[""] * (longest - len(rates)),
+            f"{result.repeated_share:.1%}",
+            end_section=result.domain == "all",
+        )
+    return shown

@@ -1,0 +1,79 @@
+"""transformers' own `generate` as an arm of the throughput benchmark: same weights, precision and prompts.
+
+Leaves out our engine and what is reported (bench/throughput.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from aurora_lit.bench.drive import Answer, BenchPrompt, Run
+from aurora_lit.config import AuroraConfig
+from aurora_lit.models.source import cache_root, resolve
+
+
+def load_reference(
+    config: AuroraConfig, eos_token_ids: frozenset[int], *, max_tokens: int, temperature: float
+) -> Callable[[Sequence[BenchPrompt]], Run]:
+    """Load the target once more, as transformers does, and answer with it."""
+    folder = resolve(config.target.source, cache_dir=cache_root(config.target.cache_dir), sha256=config.target.sha256)
+    dtype = torch.bfloat16 if config.target.precision == "bf16" else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.eval()
+    return lambda prompts: generate(
+        model, prompts, eos_token_ids=eos_token_ids, max_tokens=max_tokens, temperature=temperature
+    )
+
+
+def generate(
+    model: Any, prompts: Sequence[BenchPrompt], *, eos_token_ids: frozenset[int], max_tokens: int, temperature: float
+) -> Run:
+    """Answer prompts in one left-padded batch. An answer ends with its first end-of-text token, which counts."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+        mask_BT[row, longest - len(prompt.token_ids) :] = 1
+    first_token = _FirstToken()
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {
+        "do_sample": False, "temperature": None, "top_k": None, "top_p": None,
+    }  # fmt: skip
+    started = time.perf_counter()
+    out_BL = model.generate(
+        ids_BT,
+        attention_mask=mask_BT,
+        max_new_tokens=max_tokens,
+        eos_token_id=sorted(eos_token_ids),
+        pad_token_id=min(eos_token_ids),
+        streamer=None,
+        stopping_criteria=[first_token],
+        **sampling,
+    )
+    ended = time.perf_counter()
+    answers = []
+    for prompt, row in zip(prompts, out_BL[:, longest:].tolist(), strict=True):
+        end = next((i + 1 for i, token in enumerate(row) if token in eos_token_ids), len(row))
+        answers.append(Answer(domain=prompt.domain, token_ids=row[:end], rounds=[]))
+    return Run(
+        answers=answers,
+        seconds=ended - started,
+        decode_tokens=sum(len(answer.token_ids) - 1 for answer in answers),
+        decode_seconds=ended - (first_token.at or ended),
+    )
+
+
+class _FirstToken:
+    """A stopping criterion that never stops; it notes when the first token came."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.at = self.at or time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
