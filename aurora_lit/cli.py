@@ -54,8 +54,14 @@ class ManyFilesCommand(click.Command):
 def configured(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command `--config FILE`, `--print-config` and trailing overrides; it receives `config`."""
 
-    @click.option("--config", "config_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-                  is_eager=True, help="YAML file of the deployment. Default: configs/smollm2.yaml.")
+    @click.option(
+        "--config",
+        "config_file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        is_eager=True,
+        help="YAML file of the deployment. Default: configs/smollm2.yaml.",
+    )
     @click.option("--print-config", is_flag=True, is_eager=True, help="Print the settings that would be used, and end.")
     @click.argument("config", nargs=-1, metavar="[key=value]...", is_eager=True, callback=_read_config)
     @functools.wraps(command)
@@ -96,8 +102,12 @@ def serve(config: AuroraConfig) -> None:
 @click.option("-p", "--prompt", required=True, help="What the user says.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--compare-plain/--no-compare-plain", default=True, show_default=True,
-              help="Also decode plainly, and print both speeds.")
+@click.option(
+    "--compare-plain/--no-compare-plain",
+    default=True,
+    show_default=True,
+    help="Also decode plainly, and print both speeds.",
+)
 @configured
 def generate(config: AuroraConfig, prompt: str, max_tokens: int, temperature: float, compare_plain: bool) -> None:
     """Answer one prompt here; accepted and corrected tokens are coloured."""
@@ -107,15 +117,26 @@ def generate(config: AuroraConfig, prompt: str, max_tokens: int, temperature: fl
 
 
 @main.command(cls=ManyFilesCommand)
-@click.option("--prompts", type=_FILE, multiple=True, required=True, metavar="FILE...",
-              help="JSON lines of prompts: read, then answered by the target.")
+@click.option(
+    "--prompts",
+    type=_FILE,
+    multiple=True,
+    required=True,
+    metavar="FILE...",
+    help="JSON lines of prompts: read, then answered by the target.",
+)
 @click.option("--text", type=_FILE, multiple=True, metavar="FILE...", help="Plain text: read only.")
 @click.option("--out", type=_FOLDER, required=True, help="Folder of the new checkpoint.")
-@click.option("--answers-per-prompt", type=click.IntRange(min=0), default=1, show_default=True)
-@click.option("--max-answer-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--epochs", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--draft-vocab-size", type=click.IntRange(min=16), default=8192, show_default=True)
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop training after this long.")
+@click.option(
+    "--text-positions", type=click.IntRange(min=0), default=1_000_000, show_default=True, help="Text to read."
+)
+@click.option("--answers", type=click.IntRange(min=1), help="Prompts to answer, the files in turn; all if left out.")
+@click.option("--max-answer-tokens", type=click.IntRange(min=1), default=160, show_default=True)
+@click.option("--positions", type=click.IntRange(min=1), default=3_000_000, show_default=True, help="To learn from.")
+@click.option("--batch-positions", type=click.IntRange(min=64), default=1024, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option("--draft-vocab-size", type=click.IntRange(min=16), default=16_384, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
 @configured
 def pretrain(config: AuroraConfig, **options: Any) -> None:
     """Make a first draft from prompts and text; start it again to go on where it was stopped."""
@@ -149,6 +170,7 @@ def bench() -> None:
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
 @click.option("--out", type=_FOLDER, default=Path("bench-results"), show_default=True)
+@click.option("--against-transformers", is_flag=True, help="Also time transformers' own generate.")
 @configured
 def throughput(config: AuroraConfig, batch: str, **options: Any) -> None:
     """Tokens a second, plain against the draft, interleaved; writes JSON and a PNG."""

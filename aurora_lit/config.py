@@ -168,11 +168,15 @@ def validate(config: AuroraConfig) -> None:
     if engine.strategy != "single":
         raise ConfigError(f"engine.strategy={engine.strategy} is not built yet; use engine.strategy=single")
     if engine.devices != 1:
-        raise ConfigError(f"engine.devices={engine.devices} needs a sharding strategy, and only single is built yet; "
-                          "use engine.devices=1")
+        raise ConfigError(
+            f"engine.devices={engine.devices} needs a sharding strategy, and only single is built yet; "
+            "use engine.devices=1"
+        )
     if engine.prefill_chunk_tokens > engine.max_seq_len:
-        raise ConfigError(f"engine.prefill_chunk_tokens={engine.prefill_chunk_tokens} is more than "
-                          f"engine.max_seq_len={engine.max_seq_len}; use at most that")
+        raise ConfigError(
+            f"engine.prefill_chunk_tokens={engine.prefill_chunk_tokens} is more than "
+            f"engine.max_seq_len={engine.max_seq_len}; use at most that"
+        )
     if target.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", target.sha256):
         raise ConfigError(f"target.sha256={target.sha256!r} is no SHA-256; use 64 lower-case hex digits or null")
     if config.learn.enabled:
@@ -180,8 +184,11 @@ def validate(config: AuroraConfig) -> None:
     for key, text in (("target.source", target.source), ("checkpoint.dir", config.checkpoint.dir)):
         if not text.strip():
             raise ConfigError(f"{key}={text!r} is empty; name one")
-    for key, optional in (("server.api_key", config.server.api_key), ("server.model_name", config.server.model_name),
-                          ("draft.checkpoint", config.draft.checkpoint)):
+    for key, optional in (
+        ("server.api_key", config.server.api_key),
+        ("server.model_name", config.server.model_name),
+        ("draft.checkpoint", config.draft.checkpoint),
+    ):
         if optional is not None and not optional.strip():
             raise ConfigError(f"{key}={optional!r} is empty; use null for none")
 

@@ -8,6 +8,7 @@ something is still to come (such as a download).
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -22,8 +23,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from aurora_lit.config import AuroraConfig, draft_folder
-from aurora_lit.errors import AuroraError, ConfigError
-from aurora_lit.models.source import cache_root, cached, parse_wheel_source
+from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
+from aurora_lit.models.source import cache_root, cached
 
 _GIB = 1 << 30
 _RUNTIME_BYTES = 3 * _GIB // 2
@@ -45,6 +46,18 @@ class Check:
     """What is there."""
     remedy: str = ""
     """What to do; empty when ok."""
+
+
+def _ok(name: str, found: str) -> Check:
+    return Check(name=name, state="ok", found=found)
+
+
+def _warn(name: str, found: str, remedy: str) -> Check:
+    return Check(name=name, state="warn", found=found, remedy=remedy)
+
+
+def _fail(name: str, found: str, remedy: str) -> Check:
+    return Check(name=name, state="fail", found=found, remedy=remedy)
 
 
 def doctor(config: AuroraConfig, *, as_json: bool = False) -> bool:
@@ -74,16 +87,17 @@ def run_checks(config: AuroraConfig) -> Iterator[Check]:
         try:
             yield check(config)
         except Exception as error:  # the report must not end at its first surprise
-            yield Check(name=check.__name__.removeprefix("check_"), state="fail", found=repr(error),
-                        remedy="report this as a bug, with the text beside it")
+            yield _fail(
+                check.__name__.removeprefix("check_"), repr(error), "report this as a bug, with the text beside it"
+            )
 
 
 def check_python(_: AuroraConfig) -> Check:
     """The interpreter and the system it runs on."""
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     if sys.platform != "linux":
-        return Check(name="python", state="warn", found=found, remedy="only Linux is tested; expect rough edges")
-    return Check(name="python", state="ok", found=found)
+        return _warn("python", found, "only Linux is tested; expect rough edges")
+    return _ok("python", found)
 
 
 def check_torch(_: AuroraConfig) -> Check:
@@ -91,10 +105,9 @@ def check_torch(_: AuroraConfig) -> Check:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return Check(name="torch", state="fail", found=str(error), remedy="reinstall torch >= 2.10 for this machine")
+        return _fail("torch", str(error), "reinstall torch >= 2.10 for this machine")
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "lightning", "litserve")}
-    return Check(name="torch", state="ok",
-                 found=", ".join([torch.__version__, *(f"{name} {version}" for name, version in versions.items())]))
+    return _ok("torch", ", ".join([torch.__version__, *(f"{name} {version}" for name, version in versions.items())]))
 
 
 def check_devices(config: AuroraConfig) -> Check:
@@ -105,9 +118,10 @@ def check_devices(config: AuroraConfig) -> Check:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     found = f"{cores} CPU cores, {', '.join(gpus) if gpus else 'no GPU'}"
     if config.engine.threads > cores:
-        return Check(name="devices", state="warn", found=found,
-                     remedy=f"engine.threads={config.engine.threads} is more than the cores; use 0 or at most {cores}")
-    return Check(name="devices", state="ok", found=found)
+        return _warn(
+            "devices", found, f"engine.threads={config.engine.threads} is more than the cores; use 0 or at most {cores}"
+        )
+    return _ok("devices", found)
 
 
 def check_processor(_: AuroraConfig) -> Check:
@@ -115,15 +129,14 @@ def check_processor(_: AuroraConfig) -> Check:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return Check(name="processor", state="ok", found=platform.processor() or "unknown")
+        return _ok("processor", platform.processor() or "unknown")
     flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     fast = [flag for flag in _FAST_FLAGS if flag in flags]
     found = f"{model}: {', '.join(fast) if fast else 'none of ' + ', '.join(_FAST_FLAGS)}"
     if "avx512_bf16" not in fast:
-        return Check(name="processor", state="warn", found=found,
-                     remedy="works, but slower: bf16 products are native only with avx512_bf16")
-    return Check(name="processor", state="ok", found=found)
+        return _warn("processor", found, "works, but slower: bf16 products are native only with avx512_bf16")
+    return _ok("processor", found)
 
 
 def check_compiler(_: AuroraConfig) -> Check:
@@ -132,26 +145,38 @@ def check_compiler(_: AuroraConfig) -> Check:
 
     command = native.compiler()
     if command is None:
-        return Check(name="compiler", state="warn", found="neither $CXX nor g++ nor clang++",
-                     remedy="works, but decoding on CPU is several times slower: install g++")
+        return _warn(
+            "compiler",
+            "neither $CXX nor g++ nor clang++",
+            "works, but decoding on CPU is slower: install g++",
+        )
     if native.library() is None:
-        return Check(name="compiler", state="warn", found=f"{command}, but the native kernels are not in use",
-                     remedy="works, but slower: see that AURORA_LIT_NATIVE is not 0, that the compiler knows "
-                            "-march=native and OpenMP, and that the cache folder can be written")
-    return Check(name="compiler", state="ok", found=f"{command}, native kernels built")
+        return _warn(
+            "compiler",
+            f"{command}, but the native kernels are not in use",
+            "works, but slower: see that AURORA_LIT_NATIVE is not 0, that the compiler knows "
+            "-march=native and OpenMP, and that the cache folder can be written",
+        )
+    return _ok("compiler", f"{command}, native kernels built")
 
 
 def check_shared_memory(_: AuroraConfig) -> Check:
     """Room for the page that the processes of a server share."""
     folder = Path("/dev/shm")
     if not os.access(folder, os.W_OK):
-        return Check(name="shared memory", state="warn", found=f"{folder} cannot be written",
-                     remedy="works from the temporary folder; in a container, mount a tmpfs at /dev/shm")
+        return _warn(
+            "shared memory",
+            f"{folder} cannot be written",
+            "works from the temporary folder; in a container, mount a tmpfs at /dev/shm",
+        )
     free = shutil.disk_usage(folder).free
     if free < 1 << 20:
-        return Check(name="shared memory", state="fail", found=f"{free >> 10} KiB free in {folder}",
-                     remedy=f"remove files of programs that ended from {folder}, or give it more room (--shm-size)")
-    return Check(name="shared memory", state="ok", found=f"{free >> 20} MiB free in {folder}")
+        return _fail(
+            "shared memory",
+            f"{free >> 10} KiB free in {folder}",
+            f"remove files of programs that ended from {folder}, or give it more room (--shm-size)",
+        )
+    return _ok("shared memory", f"{free >> 20} MiB free in {folder}")
 
 
 def check_address(config: AuroraConfig) -> Check:
@@ -163,11 +188,12 @@ def check_address(config: AuroraConfig) -> Check:
         server.check_address(host, port)
     except ConfigError as error:
         found, _, remedy = str(error).partition("; ")
-        return Check(name="address", state="fail", found=found, remedy=remedy or "choose another server.port")
+        return _fail("address", found, remedy or "choose another server.port")
     if host != "127.0.0.1" and config.server.api_key is None:
-        return Check(name="address", state="warn", found=f"{host} port {port} is free, open to everyone",
-                     remedy="set server.api_key, or server.host=127.0.0.1")
-    return Check(name="address", state="ok", found=f"{host} port {port} is free")
+        return _warn(
+            "address", f"{host} port {port} is free, open to everyone", "set server.api_key, or server.host=127.0.0.1"
+        )
+    return _ok("address", f"{host} port {port} is free")
 
 
 def check_target(config: AuroraConfig) -> Check:
@@ -176,23 +202,30 @@ def check_target(config: AuroraConfig) -> Check:
     root = cache_root(target.cache_dir)
     try:
         folder = cached(target.source, cache_dir=root, sha256=target.sha256)
-        if target.source.startswith("pypi:"):
-            parse_wheel_source(target.source, sha256=target.sha256)
     except AuroraError as error:
         found, _, remedy = str(error).partition("; ")
-        return Check(name="target", state="fail", found=found, remedy=remedy)
+        return _fail("target", found, remedy)
     if folder is not None:
-        return Check(name="target", state="ok", found=str(folder))
+        return _ok("target", str(folder))
     if not target.source.startswith(("pypi:", "hf:")):
-        return Check(name="target", state="fail", found=f"{target.source} is no folder with a model",
-                     remedy="set target.source to a folder that save_pretrained wrote, hf:org/name or pypi:...")
+        return _fail(
+            "target",
+            f"{target.source} is no folder with a model",
+            "set target.source to a folder that save_pretrained wrote, hf:org/name or pypi:...",
+        )
     existing = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if not os.access(existing, os.W_OK) or free < _FRESH_MODEL_BYTES:
-        return Check(name="target", state="fail", found=f"not in the cache; {free / _GIB:.1f} GiB free in {existing}",
-                     remedy=f"set target.cache_dir to a writable folder with {_FRESH_MODEL_BYTES / _GIB:.0f} GiB free")
-    return Check(name="target", state="warn", found=f"{target.source} is not in {root} yet",
-                 remedy="nothing: the first start downloads it (or run `aurora-lit generate -p hello` now)")
+        return _fail(
+            "target",
+            f"not in the cache; {free / _GIB:.1f} GiB free in {existing}",
+            f"set target.cache_dir to a writable folder with {_FRESH_MODEL_BYTES / _GIB:.0f} GiB free",
+        )
+    return _warn(
+        "target",
+        f"{target.source} is not in {root} yet",
+        "nothing: the first start downloads it (or run `aurora-lit generate -p hello` now)",
+    )
 
 
 def check_memory(config: AuroraConfig) -> Check:
@@ -201,26 +234,38 @@ def check_memory(config: AuroraConfig) -> Check:
     target = config.target
     folder = cached(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
     if folder is None:
-        return Check(name="memory", state="warn", found=f"{free / _GIB:.1f} GiB free",
-                     remedy="run doctor again when the target is there: its needs are not known yet")
+        return _warn(
+            "memory",
+            f"{free / _GIB:.1f} GiB free",
+            "run doctor again when the target is there: its needs are not known yet",
+        )
     need = needed_bytes(config, folder)
     found = f"{free / _GIB:.1f} GiB free, about {need / _GIB:.1f} GiB needed"
     if free < need:
-        return Check(name="memory", state="fail", found=found, remedy="lower engine.max_batch_size or "
-                     "engine.max_seq_len, use target.precision=bf16, or choose a smaller target")
-    return Check(name="memory", state="ok", found=found)
+        return _fail(
+            "memory",
+            found,
+            "lower engine.max_batch_size or engine.max_seq_len, use target.precision=bf16, or choose a smaller target",
+        )
+    return _ok("memory", found)
 
 
 def check_draft(config: AuroraConfig) -> Check:
-    """The draft checkpoint is there; whether it fits the target is seen when it is loaded."""
+    """The draft checkpoint is there and names itself; whether it fits the target is seen when it is loaded."""
+    from aurora_lit.checkpoints import read_config
+
     folder = draft_folder(config)
     if folder is None or not config.engine.speculate:
-        return Check(name="draft", state="ok", found="none: plain decoding")
+        return _ok("draft", "none: plain decoding")
+    remedy = "make one with `aurora-lit pretrain`, or set draft.checkpoint=null"
     missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
-        return Check(name="draft", state="fail", found=f"{folder} lacks {' and '.join(missing)}",
-                     remedy="make one with `aurora-lit pretrain`, or set draft.checkpoint=null")
-    return Check(name="draft", state="ok", found=str(folder))
+        return _fail("draft", f"{folder} lacks {' and '.join(missing)}", remedy)
+    try:
+        read_config(folder)
+    except CheckpointError as error:
+        return _fail("draft", str(error), remedy)
+    return _ok("draft", str(folder))
 
 
 def needed_bytes(config: AuroraConfig, folder: Path) -> int:
@@ -232,10 +277,7 @@ def needed_bytes(config: AuroraConfig, folder: Path) -> int:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
-                size = 1
-                for length in tensors.get_slice(name).get_shape():
-                    size *= length
-                parameters += size
+                parameters += math.prod(tensors.get_slice(name).get_shape())
     text = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -116,10 +116,24 @@ def test_pretrain_takes_several_files_after_one_option(
     assert config.engine.threads == 1
 
 
+def test_pretrain_without_options_uses_the_defaults_of_the_record(
+    monkeypatch: pytest.MonkeyPatch, prompt_files: list[str], tmp_path: Path
+) -> None:
+    from aurora_lit import pretrain as module
+
+    calls: list[module.PretrainOptions] = []
+    monkeypatch.setattr(module, "pretrain", lambda config, options: calls.append(options))
+    result = run("pretrain", "--prompts", prompt_files[0], "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert calls == [module.PretrainOptions(prompts=(Path(prompt_files[0]),), text=(), out=tmp_path)]
+
+
 def test_bench_passes_batch_sizes(monkeypatch: pytest.MonkeyPatch, prompt_files: list[str]) -> None:
     recorder = Recorder(monkeypatch, "aurora_lit.bench.throughput", "run")
     assert run("bench", "throughput", "--prompts", prompt_files[0], "--batch", "1,16").exit_code == 0
-    assert recorder.calls[0][1]["batch_sizes"] == (1, 16)
+    options = recorder.calls[0][1]
+    assert options["batch_sizes"] == (1, 16)
+    assert options["against_transformers"] is False
 
 
 @pytest.mark.parametrize("batch", ["", "1,x", "0", "1,,2"])

@@ -89,6 +89,10 @@ def test_a_draft_that_is_not_there_fails(fit: list[str], tmp_path: Path) -> None
     assert check.state == "fail"
     assert "model.safetensors" in check.found
     assert "config.json" not in check.found.removeprefix(str(draft))
+    (draft / "model.safetensors").write_bytes(b"")
+    check = states(load_config(None, overrides))["draft"]
+    assert check.state == "fail", "a config.json that describes no draft"
+    assert "refused" in check.found
     assert states(load_config(None, [*overrides, "engine.speculate=false"]))["draft"].state == "ok"
 
 

