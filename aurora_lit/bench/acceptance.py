@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from aurora_lit.bench.drive import (
@@ -26,6 +25,7 @@ from aurora_lit.bench.drive import (
     params_for,
     progress_bar,
     repeated_share,
+    report_console,
     write_report,
 )
 from aurora_lit.config import AuroraConfig
@@ -67,7 +67,7 @@ def run(
     loaded = load_prompts(
         prompts, limit=limit, tokenizer=tokenizer, max_prompt_tokens=config.engine.max_seq_len - max_tokens
     )
-    console = Console()
+    console = report_console()
     temperatures = sorted({0.0, temperature})
     results: list[Acceptance] = []
     with progress_bar(console) as progress:

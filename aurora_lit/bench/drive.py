@@ -160,6 +160,12 @@ class Spread:
         return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
 
 
+def report_console() -> Console:
+    """A console wide enough for the tables, also where there is no terminal to tell its width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
 def progress_bar(console: Console) -> Progress:
     """A bar that counts answers."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

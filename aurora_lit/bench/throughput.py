@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from aurora_lit.bench.drive import (
@@ -31,6 +30,7 @@ from aurora_lit.bench.drive import (
     params_for,
     progress_bar,
     repeated_share,
+    report_console,
     write_report,
 )
 from aurora_lit.bench.plot import save_plot
@@ -123,7 +123,7 @@ def run(
     if against_transformers:
         eos = drafting.eos_token_ids
         arms = {TRANSFORMERS: load_reference(config, eos, max_tokens=max_tokens, temperature=temperature), **arms}
-    console = Console()
+    console = report_console()
     results = []
     with progress_bar(console) as progress:
         for batch_size in batch_sizes:
