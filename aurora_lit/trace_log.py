@@ -79,7 +79,9 @@ class TraceLogWriter:
         if not self._pending:
             return
         traces, self._pending, self._pending_positions = self._pending, [], 0
-        name = f"{self.kind}-{len(read_index(self.folder)):05d}.safetensors"
+        index_path = self.folder / INDEX_NAME
+        known = index_path.read_text(encoding="utf-8") if index_path.exists() else ""
+        name = f"{self.kind}-{len(known.splitlines()):05d}.safetensors"  # a number that no line of the index has
         tensors = {
             "token_ids": torch.cat([t.token_ids_T.to(torch.int32) for t in traces]),
             "aux": torch.cat([t.aux_T3H.to(torch.bfloat16) for t in traces]),
@@ -90,9 +92,13 @@ class TraceLogWriter:
         }
         temporary = self.folder / f".{name}.tmp"
         save_file(tensors, temporary, metadata={"domains": json.dumps([t.domain for t in traces])})
+        with temporary.open("rb") as shard:
+            os.fsync(shard.fileno())
         os.replace(temporary, self.folder / name)
         info = ShardInfo(name=name, num_positions=len(tensors["token_ids"]), num_sequences=len(traces), kind=self.kind)
-        with (self.folder / INDEX_NAME).open("a", encoding="utf-8") as index:
+        with index_path.open("a", encoding="utf-8") as index:
+            # A line that a crash cut short is ended first, so that it does not spoil this one.
+            index.write("\n" if known and not known.endswith("\n") else "")
             index.write(json.dumps(info.__dict__) + "\n")
             index.flush()
             os.fsync(index.fileno())

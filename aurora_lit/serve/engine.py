@@ -74,7 +74,7 @@ class Engine:
         if draft is not None and max_draft_tokens:
             self._drafter = Drafter(draft, target, tokens_SL=self._tokens_SL, capacity=capacity)
         self.policy = DraftLength(max_draft_tokens=max_draft_tokens if self._drafter else 0, adaptive=adaptive)
-        self._options_key: tuple[str, ...] = ()
+        self._options_rows: list[Row] = []
         self._options = LogitOptions.of([])
         self._draft_options = self._options
         if self._drafter is not None and adaptive:
@@ -280,9 +280,8 @@ class Engine:
         return aux_BT3H, last_BTH
 
     def _refresh_options(self, rows: list[Row]) -> None:
-        key = tuple(row.request.request_id for row in rows)
-        if key != self._options_key:
-            self._options_key = key
+        if rows != self._options_rows:
+            self._options_rows = rows
             self._options = LogitOptions.of([row.params for row in rows], device=self._device)
             speculating = [row.params for row in rows if row.params.speculate]
             self._draft_options = LogitOptions.of(speculating, device=self._device)
