@@ -25,10 +25,13 @@ def training_batches(
     *,
     batch_positions: int,
     max_length: int,
-    prompt_weight: float,
+    prompt_share: float,
     seed: int,
 ) -> Iterator[DraftBatch]:
-    """Yield one epoch over the shards, without the held-out sequences."""
+    """Yield one epoch over the shards, without the held-out sequences.
+
+    `prompt_share`: share of the answers whose prompt is learnt from too; prompts are more text than answers are.
+    """
     rng = random.Random(seed)
     order = list(shards)
     rng.shuffle(order)
@@ -37,7 +40,7 @@ def training_batches(
         batches = list(_pack(_cut(traces, max_length), batch_positions))
         rng.shuffle(batches)
         for batch in batches:
-            yield collate(batch, prompt_weight=prompt_weight)
+            yield collate(batch, with_prompt=[rng.random() < prompt_share for _ in batch])
 
 
 def held_out_batches(
@@ -51,17 +54,17 @@ def held_out_batches(
                 by_domain.setdefault(trace.domain, []).append(trace)
     for _, traces in sorted(by_domain.items()):
         for batch in _pack(_cut(traces, max_length), batch_positions):
-            yield collate(batch, prompt_weight=0.0)
+            yield collate(batch, with_prompt=[False] * len(batch))
 
 
-def collate(traces: Sequence[Trace], *, prompt_weight: float) -> DraftBatch:
-    """Pad traces together; positions before the answer weigh `prompt_weight`, those of read text weigh 1."""
+def collate(traces: Sequence[Trace], *, with_prompt: Sequence[bool]) -> DraftBatch:
+    """Pad traces together; positions before an answer count only `with_prompt`, those of read text always."""
     weights = []
-    for trace in traces:
+    for trace, whole in zip(traces, with_prompt, strict=True):
         weight_T = torch.ones(len(trace.token_ids_T))
-        if trace.answer_start < len(weight_T):
+        if trace.answer_start != len(weight_T) and not whole:
             # The distribution of an answer's first token stands at the position before it.
-            weight_T[: max(0, trace.answer_start - 1)] = prompt_weight
+            weight_T[: max(0, trace.answer_start - 1)] = 0.0
         weights.append(weight_T)
     return DraftBatch(
         token_ids_BT=pad_sequence([t.token_ids_T.long() for t in traces], batch_first=True),
@@ -77,10 +80,16 @@ def _cut(traces: Sequence[Trace], max_length: int) -> list[Trace]:
     """Split longer sequences into pieces of at most `max_length` positions; tiny rests are dropped."""
     pieces = []
     for trace in traces:
-        for start in range(0, len(trace.token_ids_T), max_length):
-            end = min(start + max_length, len(trace.token_ids_T))
+        length = len(trace.token_ids_T)
+        for start in range(0, length, max_length):
+            end = min(start + max_length, length)
             if end - start < 8:
                 continue
+            answer_start = trace.answer_start - start
+            if trace.answer_start == length:  # read text
+                answer_start = end - start
+            elif answer_start >= end - start:  # a prompt, cut off before its answer
+                answer_start = end - start + 1
             pieces.append(
                 Trace(
                     token_ids_T=trace.token_ids_T[start:end],
@@ -88,7 +97,7 @@ def _cut(traces: Sequence[Trace], max_length: int) -> list[Trace]:
                     last_TH=trace.last_TH[start:end],
                     lse_T=trace.lse_T[start:end],
                     domain=trace.domain,
-                    answer_start=trace.answer_start - start,
+                    answer_start=answer_start,
                 )
             )
     return pieces

@@ -17,6 +17,7 @@ from lightning.fabric import Fabric
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torchmetrics import MeanMetric
 
+from aurora_lit.errors import AuroraError
 from aurora_lit.learn.dataset import held_out_batches, training_batches
 from aurora_lit.modules.acceptance import expected_accepted_length
 from aurora_lit.modules.draft_module import DraftBatch, DraftModule, StepReport
@@ -32,9 +33,9 @@ class FitOptions:
 
     total_positions: int
     """Positions of the whole training, all stages: what the learning-rate schedule spans."""
-    batch_positions: int = 3072
+    batch_positions: int = 1024
     max_length: int = 512
-    prompt_weight: float = 0.3
+    prompt_share: float = 0.3
     learning_rate: float = 1e-3
     seed: int = 0
 
@@ -67,6 +68,7 @@ class Fitter:
         with _progress() as bar:
             task = bar.add_task("learning", total=until_positions, completed=self.positions_seen, note="")
             while self.positions_seen < until_positions:
+                before = self.positions_seen
                 for batch in self._batches(traces, shards):
                     report = self._step(batch)
                     self.positions_seen += int((batch.weight_BT > 0).sum())
@@ -77,6 +79,8 @@ class Fitter:
                     if self.positions_seen >= until_positions:
                         break
                 self.epoch += 1
+                if self.positions_seen == before:
+                    raise AuroraError(f"{traces} holds no sequence to learn from; read or answer more text first")
         self.save()
 
     @torch.no_grad()
@@ -89,7 +93,7 @@ class Fitter:
             traces, shards, batch_positions=self.options.batch_positions, max_length=self.options.max_length
         ):
             with self.fabric.autocast():
-                report = self.module.training_step(self.fabric.to_device(batch))
+                report = self.module.training_step(self._to_device(batch))
             domain = batch.domains[0]
             weight_KN = report.weight_KBT.flatten(1)
             for table, values_KN in ((alphas, report.stats.alpha_N), (matches, report.stats.top1_match_N)):
@@ -135,11 +139,13 @@ class Fitter:
             shards,
             batch_positions=options.batch_positions,
             max_length=options.max_length,
-            prompt_weight=options.prompt_weight,
+            prompt_share=options.prompt_share,
             seed=options.seed * 1_000_003 + self.epoch,
         ):
-            fields = {name: self.fabric.to_device(getattr(batch, name)) for name in _TENSORS}
-            yield replace(batch, **fields)
+            yield self._to_device(batch)
+
+    def _to_device(self, batch: DraftBatch) -> DraftBatch:
+        return replace(batch, **{name: self.fabric.to_device(getattr(batch, name)) for name in _TENSORS})
 
     def _step(self, batch: DraftBatch) -> StepReport:
         with self.fabric.autocast():
@@ -158,7 +164,7 @@ _TENSORS = ("token_ids_BT", "aux_BT3H", "last_BTH", "lse_BT", "weight_BT")
 def _note(report: StepReport) -> str:
     weight_N = report.weight_KBT[0].flatten()
     alpha = float((report.stats.alpha_N[0] * weight_N).sum() / weight_N.sum().clamp_min(1))
-    return f"loss {float(report.loss):.3f}  first-proposal acceptance {alpha:.3f}"
+    return f"loss {float(report.loss.detach()):.3f}  first-proposal acceptance {alpha:.3f}"
 
 
 def _progress() -> Progress:

@@ -129,6 +129,8 @@ class Target(nn.Module):
         Returns the auxiliary hidden states [B, T, 3H] and the last hidden state [B, T, H] (after the final norm).
         """
         positions_BT = starts_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        # Proposals may reach past the end of a learned position table; what comes of them is never committed.
+        positions_BT = positions_BT.clamp_max(self.max_positions - 1)
         view = SlotView(slots, slots_B=slots_B, starts_B=starts_B)
         return self._run(input_ids=ids_BT, position_ids=positions_BT, slot_view=view)
 
@@ -161,10 +163,16 @@ class Target(nn.Module):
         assert isinstance(weight, torch.Tensor)
         return weight.detach()[token_ids.to(weight.device)].float()
 
+    def embedding_rows(self) -> torch.Tensor:
+        """The input embedding as one table, fp32 [V, H]; scaled models (Gemma) included."""
+        ids = torch.arange(self.vocab_size, device=self.model.device)
+        rows: torch.Tensor = self.embedding(ids)
+        return rows.detach().float()
+
     @property
     def head(self) -> nn.Module:
         """The output embedding."""
-        head = self.model.get_output_embeddings()
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         assert isinstance(head, nn.Module)
         return head
 

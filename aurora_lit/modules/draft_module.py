@@ -96,13 +96,20 @@ class DraftModule(LightningModule):
         valid_KBT = valid_KBT * (batch.weight_BT > 0)
         decay_K = self.step_decay ** torch.arange(K, device=hidden_KBTH.device)
         weight_KBT = valid_KBT * batch.weight_BT * decay_K[:, None, None]
-        loss_sum, stats = fused_lk_loss(
-            h_NH=self.draft.norm(hidden_KBTH).view(K, B * T, H),
+        # Rows that no step weighs cost nothing: the head is half of the work.
+        kept_N = (weight_KBT > 0).any(0).flatten().nonzero()[:, 0]
+        loss_sum, kept = fused_lk_loss(
+            h_NH=self.draft.norm(hidden_KBTH.view(K, B * T, H)[:, kept_N]),
             weight_DH=self.draft.lm_head.weight,
-            row_weight_N=weight_KBT.view(K, B * T),
-            target_h_NG=batch.last_BTH.flatten(0, 1),
+            row_weight_N=weight_KBT.view(K, B * T)[:, kept_N],
+            target_h_NG=batch.last_BTH.flatten(0, 1)[kept_N],
             target_weight_DG=self.head_VdH,
-            target_lse_N=batch.lse_BT.flatten(),
+            target_lse_N=batch.lse_BT.flatten()[kept_N],
+        )
+        stats = LKStats(
+            alpha_N=_spread(kept.alpha_N, kept_N, B * T),
+            kl_N=_spread(kept.kl_N, kept_N, B * T),
+            top1_match_N=_spread(kept.top1_match_N, kept_N, B * T),
         )
         total_weight = weight_KBT.sum().clamp_min(1.0)
         value_KBT = self.draft.value(hidden_KBTH.detach())
@@ -164,6 +171,11 @@ def _chain_attention(
     for step, value in enumerate(values[1:]):
         out_BNTD = out_BNTD + weights[..., T + step, None] * value
     return out_BNTD.transpose(1, 2).reshape(B, T, N * D)
+
+
+def _spread(values_KR: torch.Tensor, rows_R: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Values of some rows as those of all [K, N], zero elsewhere."""
+    return values_KR.new_zeros(len(values_KR), num_rows).index_copy(1, rows_R, values_KR)
 
 
 def _shift(x_BT: torch.Tensor, by: int) -> torch.Tensor:
