@@ -90,11 +90,8 @@ void block_rows(const typename Kind::Weight* w, const typename Kind::Input* x, p
     float out[BLOCK];
     std::memcpy(out, acc[r], sizeof out);
     float* row = y + r * y_stride;
-    if (bias) {
-      for (int i = 0; i < width; ++i) row[i] = out[i] + bias[i];
-    } else {
-      std::memcpy(row, out, size_t(width) * sizeof(float));
-    }
+    std::memcpy(row, out, size_t(width) * sizeof(float));
+    for (int i = 0; bias && i < width; ++i) row[i] += bias[i];
   }
 }
 

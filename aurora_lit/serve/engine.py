@@ -75,8 +75,7 @@ class Engine:
             self._drafter = Drafter(draft, target, tokens_SL=self._tokens_SL, capacity=capacity)
         self.policy = DraftLength(max_draft_tokens=max_draft_tokens if self._drafter else 0, adaptive=adaptive)
         self._options_rows: list[Row] = []
-        self._options = LogitOptions.of([])
-        self._draft_options = self._options
+        self._options = self._draft_options = LogitOptions.of([])
         if self._drafter is not None and adaptive:
             calibrate(self.policy, target, self._drafter, slots=self._slots, max_rows=max_batch_size)
 
@@ -151,7 +150,7 @@ class Engine:
             row = self._prefilling[0]
             start, end = row.prefilled, min(row.prefilled + budget, row.prompt_length - 1)
             if end > start:
-                _, last_BTH = self._run_target([row], start, self._tokens_SL[row.slot, start:end][None])
+                last_BTH = self._run_target([row], start, self._tokens_SL[row.slot, start:end][None])
                 if row.params.prompt_logprobs is not None:
                     self._note_prompt(row, last_BTH[0], start)
                 row.prefilled = end
@@ -205,7 +204,7 @@ class Engine:
         last_tokens_B1 = torch.stack([self._tokens_SL[row.slot, row.length - 1] for row in rows])[:, None]
         ids_BT = torch.cat([last_tokens_B1, proposals.token_BK], dim=1)
         started = time.perf_counter()
-        _, last_BTH = self._run_target(rows, None, ids_BT)
+        last_BTH = self._run_target(rows, None, ids_BT)
         logits_BTV = self._target.logits(last_BTH)
         self.policy.target_cost.update(len(rows), ids_BT.shape[1], time.perf_counter() - started)
         verdict = verify(
@@ -265,10 +264,8 @@ class Engine:
 
     # -- shared ----------------------------------------------------------------------------------------------------
 
-    def _run_target(
-        self, rows: Sequence[Row], start: int | None, ids_BT: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run tokens behind `start` positions, or behind all but a row's last token; features go to the drafter."""
+    def _run_target(self, rows: Sequence[Row], start: int | None, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Run tokens behind `start` positions, or behind all but a row's last token; the last hidden states."""
         slots_B = torch.tensor([row.slot for row in rows], device=self._device)
         starts = [row.length - 1 if start is None else start for row in rows]
         starts_B = torch.tensor(starts, device=self._device)
@@ -277,7 +274,7 @@ class Engine:
             self._drafter.remember(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H)
         if self._observer:
             self._observer.on_pass(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H, last_BTH=last_BTH)
-        return aux_BT3H, last_BTH
+        return last_BTH
 
     def _refresh_options(self, rows: list[Row]) -> None:
         if rows != self._options_rows:
@@ -299,8 +296,5 @@ class Engine:
         )
 
     def _release(self, row: Row) -> None:
-        if row in self._decoding:
-            self._decoding.remove(row)
-        else:
-            self._prefilling.remove(row)
+        (self._decoding if row in self._decoding else self._prefilling).remove(row)
         self._free.append(row.slot)

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 
 _COST_MEMORY = 0.9
 """Share of an old cost that stays when a new one is measured."""
-_RATE_MEMORY = 0.95
-"""The same a proposal, for acceptance rates."""
+_RATE_MEMORY = 0.9
+"""The same a proposal, for a row's acceptance rate."""
+_MEAN_RATE_MEMORY = 0.98
+"""The same for the rate of all traffic."""
 _GAIN_TO_CHANGE = 1.03
 _LATE_TOKEN_WORTH = 0.5
 """A token more from a round saves this share of a plain round, since the rounds it saves speculate too."""
@@ -68,7 +70,7 @@ class DraftLength:
         """Of catching up and the first proposal, by rows (width 1)."""
         self.next_step_cost = CostTable()
         """Of each further proposal, by rows (width 1)."""
-        self.mean_rate = 0.6
+        self.mean_rate = 0.5
         """Running acceptance rate of all traffic: where a new request starts."""
         self._last = max_draft_tokens
         self._rounds_without = 0
@@ -118,7 +120,7 @@ class DraftLength:
         for i in range(min(accepted + 1, proposed)):
             hit = 1.0 if i < accepted else 0.0
             rate += (1 - _RATE_MEMORY) * (hit - rate)
-            self.mean_rate += 0.1 * (1 - _RATE_MEMORY) * (hit - self.mean_rate)
+            self.mean_rate += (1 - _MEAN_RATE_MEMORY) * (hit - self.mean_rate)
         return rate
 
     def observe_draft(self, rows: int, steps: int, seconds: float) -> None:

@@ -1,0 +1,116 @@
+"""Is greedy output the target's, token for token? Compares the engine with transformers' `generate` on real prompts.
+
+    python benchmarks/losslessness.py --prompts FILE... --limit 34 --max-tokens 128
+
+The reference is transformers alone, fp32, one prompt at a time; it is kept in `--reference`, since it takes longest.
+Against it run: the configured draft, a random draft and no draft (k = 0), in batches of 1 and of 8. In bf16, where
+transformers rounds differently, the reference is the engine's own plain decoding. Exit code 1 if any output differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoModelForCausalLM
+
+from aurora_lit.checkpoints import load_draft, read_config
+from aurora_lit.config import AuroraConfig, draft_folder, load_config
+from aurora_lit.learn.reading import encode_prompt, read_prompts
+from aurora_lit.models.source import cache_root, resolve
+from aurora_lit.modules.draft import Draft
+from aurora_lit.request import Request, SamplingParams
+from aurora_lit.serve.build import eos_token_ids, load_target, load_tokenizer
+from aurora_lit.serve.engine import Engine
+
+Outputs = list[list[int]]
+
+
+def main() -> int:
+    """Run the comparison; 0 if every output is equal."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", nargs="+", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=34, help="prompts taken from each file")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--max-prompt-tokens", type=int, default=512)
+    parser.add_argument("--reference", type=Path, default=Path("bench-results/losslessness-reference.json"))
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key=value, for example target.precision=fp32")
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    tokenizer = load_tokenizer(config)
+    prompts: Outputs = []
+    for path in arguments.prompts:
+        encoded = (encode_prompt(tokenizer, prompt) for prompt in read_prompts(path))
+        fitting = (ids for ids in encoded if len(ids) <= arguments.max_prompt_tokens)
+        prompts += [ids for ids, _ in zip(fitting, range(arguments.limit), strict=False)]
+
+    target = load_target(config)
+    ends = eos_token_ids(target, tokenizer)
+    console = Console()
+
+    def decode(draft: Draft | None, k: int, batch: int) -> Outputs:
+        engine = Engine(
+            target, draft, eos_token_ids=ends, max_batch_size=batch, max_seq_len=config.engine.max_seq_len,
+            max_draft_tokens=k, adaptive=False,
+        )  # fmt: skip
+        for number, ids in enumerate(prompts):
+            params = SamplingParams(max_tokens=arguments.max_tokens, temperature=0.0)
+            engine.submit(Request(request_id=str(number), prompt_ids=tuple(ids), params=params))
+        outputs: Outputs = [[] for _ in prompts]
+        while engine.has_work:
+            for output in engine.round():
+                outputs[int(output.request_id)] += output.token_ids
+        return outputs
+
+    folder = draft_folder(config)
+    if folder is None:
+        parser.error("draft.checkpoint is null: name a draft to compare with")
+    if config.target.precision == "fp32":
+        reference = _transformers_reference(config, prompts, ends, arguments.max_tokens, arguments.reference)
+    else:
+        reference = decode(None, 0, 1)
+    failures = 0
+    for batch in (1, 8):
+        drafts = {"trained draft": (load_draft(folder, target), 4), "random draft": (Draft(read_config(folder)), 4)}
+        for name, (draft, k) in {**drafts, "no draft, k = 0": (None, 0)}.items():
+            outputs = decode(draft, k, batch)
+            equal = sum(ours == theirs for ours, theirs in zip(outputs, reference, strict=True))
+            failures += len(prompts) - equal
+            console.print(f"{config.target.precision}  batch {batch}  {name:16}  {equal} of {len(prompts)} equal")
+            for number, (ours, theirs) in enumerate(zip(outputs, reference, strict=True)):
+                if ours != theirs:
+                    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), -1)
+                    console.print(f"    prompt {number} differs from token {at} on")
+    return int(failures > 0)
+
+
+def _transformers_reference(
+    config: AuroraConfig, prompts: Outputs, ends: frozenset[int], max_tokens: int, path: Path
+) -> Outputs:
+    known = json.loads(path.read_text()) if path.exists() else {}
+    folder = resolve(config.target.source, cache_dir=cache_root(config.target.cache_dir), sha256=config.target.sha256)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    outputs: Outputs = []
+    for ids in track(prompts, description="transformers generate, fp32"):
+        key = f"{max_tokens}:{ids}"
+        if key not in known:
+            with torch.no_grad():
+                tokens = model.generate(
+                    torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                    max_new_tokens=max_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=min(ends),
+                )  # fmt: skip
+            known[key] = tokens[0, len(ids) :].tolist()
+            path.write_text(json.dumps(known))
+        outputs.append(known[key])
+    return outputs
+
+
+if __name__ == "__main__":
+    sys.exit(main())
