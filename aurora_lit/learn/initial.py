@@ -49,7 +49,7 @@ def initial_draft(
         DraftConfig(
             hidden_size=size,
             target_hidden_size=size,
-            intermediate_size=intermediate_size or getattr(config, "intermediate_size", 4 * size),
+            intermediate_size=intermediate_size or getattr(config, "intermediate_size", None) or 4 * size,
             num_attention_heads=heads,
             num_key_value_heads=num_key_value_heads or heads,
             head_dim=target.head_dim,

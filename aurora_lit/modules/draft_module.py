@@ -98,6 +98,8 @@ class DraftModule(LightningModule):
         weight_KBT = valid_KBT * batch.weight_BT * decay_K[:, None, None]
         # Rows that no step weighs cost nothing: the head is half of the work.
         kept_N = (weight_KBT > 0).any(0).flatten().nonzero()[:, 0]
+        if not kept_N.numel():  # only prompts that are not learnt from
+            kept_N = kept_N.new_zeros(1)
         loss_sum, kept = fused_lk_loss(
             h_NH=self.draft.norm(hidden_KBTH.view(K, B * T, H)[:, kept_N]),
             weight_DH=self.draft.lm_head.weight,

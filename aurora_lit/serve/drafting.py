@@ -21,8 +21,8 @@ from aurora_lit.kernels import native
 from aurora_lit.kernels.packed import pack_linears
 from aurora_lit.models.slots import KVSlots, SlotView
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft import Draft, rope_table
 from aurora_lit.modules.distribution import LogitOptions
+from aurora_lit.modules.draft import Draft, rope_table
 from aurora_lit.modules.sampling import DraftVocabulary, Proposals, propose
 
 _CATCH_UP_TOKENS = 256
@@ -50,12 +50,15 @@ class Drafter:
         self.draft = draft.eval().requires_grad_(False)
         if native.library() is not None:
             pack_linears(self.draft, dtype=target.kv_dtype)
+        else:
+            self.draft.to(target.kv_dtype)
         device = tokens_SL.device
         self.draft.cos_LD, self.draft.sin_LD = (
             table.to(device) for table in rope_table(capacity, config.head_dim, config.rope_theta)
         )
         self.vocabulary = DraftVocabulary.of_offsets(draft.d2t, vocab_size=config.vocab_size)
         self._target = target
+        self._capacity = capacity
         self._tokens_SL = tokens_SL
         self._scale = config.head_dim**-0.5
         self._features_SLF = torch.zeros(
@@ -116,8 +119,10 @@ class Drafter:
     def _catch_up(self, rows: DraftRows) -> torch.Tensor:
         """Run all committed positions the draft has not seen; returns the hidden state at each row's last [B, H]."""
         slots = rows.slots_B.tolist()
+        # All rows of the last pass are given as many positions, so these must fit behind the longest row.
+        together = min(_CATCH_UP_TOKENS // 8, self._capacity - max(rows.lengths))
         for slot, length in zip(slots, rows.lengths, strict=True):
-            while length - 1 - self._done[slot] > _CATCH_UP_TOKENS // 8:
+            while length - 1 - self._done[slot] > together:
                 count = min(_CATCH_UP_TOKENS, length - 2 - self._done[slot])
                 self._run_committed(torch.tensor([slot]), [self._done[slot]], count)
                 self._done[slot] += count
