@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -34,10 +36,15 @@ def build_engine(config: AuroraConfig) -> tuple[Engine, PreTrainedTokenizerBase]
     return engine, tokenizer
 
 
+def find_target(config: AuroraConfig) -> Path:
+    """The target's folder; downloads and converts it when it is not there yet. Raises SourceError."""
+    target = config.target
+    return resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
+
+
 def load_target(config: AuroraConfig) -> Target:
     """The target of a configuration, in its precision. Raises ConfigError when it cannot hold max_seq_len positions."""
-    folder = resolve(config.target.source, cache_dir=cache_root(config.target.cache_dir), sha256=config.target.sha256)
-    target = Target.load(folder, precision=config.target.precision)
+    target = Target.load(find_target(config), precision=config.target.precision)
     if config.engine.max_seq_len > target.max_positions:
         raise ConfigError(
             f"engine.max_seq_len={config.engine.max_seq_len}: the target was made for {target.max_positions} "
@@ -50,8 +57,7 @@ def load_target(config: AuroraConfig) -> Target:
 
 def load_tokenizer(config: AuroraConfig) -> PreTrainedTokenizerBase:
     """The target's tokenizer, without its weights."""
-    folder = resolve(config.target.source, cache_dir=cache_root(config.target.cache_dir), sha256=config.target.sha256)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(find_target(config), local_files_only=True)
     return tokenizer
 
 

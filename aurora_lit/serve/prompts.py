@@ -65,9 +65,7 @@ def prepare_chat(body: ChatRequest, *, call_id: str, tokenizer: PreTrainedTokeni
     # The template writes the special tokens itself.
     prompt_ids = _encode(tokenizer, str(text), limits, param="messages", add_special_tokens=False)
     max_tokens = _check_length(len(prompt_ids), token_limit(body), limits, default=None, param="messages")
-    params = body.sampling_params(
-        max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs
-    )
+    params = body.sampling_params(max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs)
     call = _call(call_id, [prompt_ids], [params], body.num_choices)
     return Prepared(call=call, prompt_texts=(), num_prompt_tokens=len(prompt_ids))
 
@@ -149,9 +147,7 @@ def _check_length(num_prompt: int, wanted: int | None, limits: Limits, *, defaul
     return room if default is None else min(default, room)
 
 
-def _call(
-    call_id: str, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams], num_choices: int
-) -> Call:
+def _call(call_id: str, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams], num_choices: int) -> Call:
     """n requests a prompt; choice i draws with seed + i, so that the choices differ and repeat."""
     requests: list[Request] = []
     for prompt_ids, options in zip(prompts, params, strict=True):

@@ -150,9 +150,7 @@ class Answer:
             choice.logprobs += entries
         return text, entries
 
-    def _chunk(
-        self, index: int, content: Any, logprobs: Json | None = None, finish_reason: str | None = None
-    ) -> Json:
+    def _chunk(self, index: int, content: Any, logprobs: Json | None = None, finish_reason: str | None = None) -> Json:
         body = {"text": content} if self._kind == "text" else {"delta": content}
         choice = {"index": index, **body, "logprobs": logprobs, "finish_reason": finish_reason}
         extra = {"usage": self.usage()} if self._usage_in_every_chunk else {}

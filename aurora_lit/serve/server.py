@@ -71,14 +71,9 @@ def check_address(host: str, port: int) -> None:
 
 
 def _real_backend() -> Backend:
-    from aurora_lit.models.source import cache_root, resolve
-    from aurora_lit.serve.build import build_engine, load_tokenizer
+    from aurora_lit.serve.build import build_engine, find_target, load_tokenizer
 
-    def prepare(config: AuroraConfig) -> None:
-        target = config.target
-        resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
-
-    return Backend(prepare=prepare, build_engine=build_engine, load_tokenizer=load_tokenizer)
+    return Backend(prepare=find_target, build_engine=build_engine, load_tokenizer=load_tokenizer)
 
 
 def _build(config: AuroraConfig, backend: Backend, status_path: Path) -> Any:
