@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
@@ -103,7 +104,7 @@ class Target(nn.Module):
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32 if packing else dtype, local_files_only=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise SourceError(f"target.source: {folder} is not a loadable causal language model: {error}") from error
         if packing:
             pack_linears(model, dtype=dtype)
