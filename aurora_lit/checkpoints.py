@@ -85,7 +85,8 @@ def load_draft(folder: Path, target: TargetShape) -> Draft:
     draft = Draft(config)
     own = draft.state_dict()
     value_names = {name for name in own if name.startswith(_VALUE_PREFIX)}
-    if (missing := set(own) - set(state) - value_names) or (surplus := set(state) - set(own)):
+    missing, surplus = set(own) - set(state) - value_names, set(state) - set(own)
+    if missing or surplus:
         raise _refusal(folder, f"tensors missing: {sorted(missing) or '-'}, unknown: {sorted(surplus) or '-'}")
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:

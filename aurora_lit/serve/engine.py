@@ -269,7 +269,7 @@ class Engine:
         slots_B = torch.tensor([row.slot for row in rows], device=self._device)
         starts = [row.length - 1 if start is None else start for row in rows]
         starts_B = torch.tensor(starts, device=self._device)
-        aux_BT3H, last_BTH = self._target(ids_BT, slots=self._slots, slots_B=slots_B, starts_B=starts_B)
+        aux_BT3H, last_BTH = self._target.forward(ids_BT, slots=self._slots, slots_B=slots_B, starts_B=starts_B)
         if self._drafter:
             self._drafter.remember(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H)
         if self._observer:
