@@ -1,0 +1,194 @@
+"""The CPU kernels: right against torch, and every row the same bit for bit whatever it is computed beside."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from aurora_lit.kernels import native
+from aurora_lit.kernels.packed import PackedLinear, pack_linears
+from aurora_lit.models.slots import KVSlots, SlotView, torch_attend
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture
+def gen() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def random_linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
+    torch.manual_seed(inputs * 1000 + outputs)
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+def reference(linear: nn.Linear, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the packed layer claims: inputs and weight rounded to `dtype`, exact sums, bias unrounded."""
+    out = x.to(dtype).double() @ linear.weight.detach().to(dtype).double().t()
+    return out if linear.bias is None else out + linear.bias.detach().double()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(1, 1), (3, 5), (16, 32), (17, 31), (33, 33), (64, 96), (97, 65), (130, 257), (576, 64)]
+)
+def test_a_packed_layer_multiplies_as_torch_does(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
+    linear = random_linear(inputs, outputs, bias=bias)
+    x = torch.randn(2, 7, inputs)
+    y = PackedLinear(linear, dtype)(x)
+    assert y.shape == (2, 7, outputs)
+    assert y.dtype == torch.float32
+    assert (y - reference(linear, x, dtype)).abs().max() < 2e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (97, 65), (33, 31)])
+def test_rows_do_not_depend_on_the_batch(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    layer = PackedLinear(random_linear(inputs, outputs, bias=True), dtype)
+    x = torch.randn(40, inputs)
+    alone = torch.cat([layer(x[i : i + 1]) for i in range(40)])
+    for rows in range(1, 41):
+        assert torch.equal(layer(x[:rows]), alone[:rows]), f"{rows} rows"
+        assert torch.equal(layer(x[40 - rows :]), alone[40 - rows :]), f"last {rows} rows"
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_inputs_are_read_right(dtype: torch.dtype) -> None:
+    layer = PackedLinear(random_linear(24, 40, bias=False), dtype)
+    x = torch.randn(6, 48)
+    for view in (x[:, :24], x[:, ::2], x[::2, 24:], x[:, :24].t().contiguous().t()):
+        assert torch.equal(layer(view), layer(view.contiguous()))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_packed_weight_come_back(dtype: torch.dtype) -> None:
+    linear = random_linear(33, 50, bias=False)
+    ids = torch.tensor([49, 0, 31, 32])
+    assert torch.equal(PackedLinear(linear, dtype).rows(ids), linear.weight.detach()[ids].to(dtype).float())
+
+
+@needs_kernels
+def test_all_linear_layers_of_a_model_are_packed_and_nothing_else() -> None:
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8)), nn.Linear(8, 3))
+    ids = torch.tensor([[1, 4]])
+    before = model(ids)
+    assert pack_linears(model, dtype=torch.float32) == 2
+    assert not [m for m in model.modules() if isinstance(m, nn.Linear)]
+    torch.testing.assert_close(model(ids), before)
+
+
+def attention_case(
+    *, rows: int, T: int, N: int, G: int, D: int, dtype: torch.dtype, starts: list[int], gen: torch.Generator
+) -> tuple[list[torch.Tensor], KVSlots, torch.Tensor, torch.Tensor]:
+    """New queries, keys and values for scattered slots that hold noise, also behind what counts."""
+    slots = KVSlots(num_layers=1, num_slots=rows + 3, num_kv_heads=G, head_dim=D, capacity=90, dtype=dtype)
+    slots.keys_SGDL[0].normal_(generator=gen)
+    slots.values_SGLD[0].normal_(generator=gen)
+    slots_B = torch.randperm(rows + 3, generator=gen)[:rows]
+    # As a model gives them: heads and positions swapped, so not contiguous.
+    new = [torch.randn(rows, T, heads, D, generator=gen).transpose(1, 2) for heads in (N, G, G)]
+    return new, slots, slots_B, torch.tensor(starts)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "G", "D"), [(2, 2, 32), (6, 2, 64), (4, 1, 96), (3, 3, 128)])
+@pytest.mark.parametrize(
+    ("T", "starts"), [(1, [0, 31, 32, 80]), (5, [3, 0, 28, 60]), (17, [0, 15, 50, 7]), (40, [0, 1, 32, 49])]
+)
+def test_attention_equals_torch_attention(
+    T: int, starts: list[int], N: int, G: int, D: int, dtype: torch.dtype, gen: torch.Generator
+) -> None:
+    new, slots, slots_B, starts_B = attention_case(
+        rows=4, T=T, N=N, G=G, D=D, dtype=dtype, starts=starts, gen=gen
+    )
+    keys, values = slots.keys_SGDL[0].clone(), slots.values_SGLD[0].clone()
+    assert native.can_attend(new[0], window=None, softcap=None)
+    out = SlotView(slots, slots_B=slots_B, starts_B=starts_B).attend(0, *new, scale=0.3)
+    wanted = torch_attend(*new, keys, values, slots_B, starts_B, scale=0.3)
+    torch.testing.assert_close(out, wanted, atol=2e-5, rtol=0)
+    assert torch.equal(slots.keys_SGDL[0], keys), "the same keys are written, and no others"
+    assert torch.equal(slots.values_SGLD[0], values)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_does_not_depend_on_batch_or_chunks(dtype: torch.dtype, gen: torch.Generator) -> None:
+    new, slots, slots_B, starts_B = attention_case(
+        rows=5, T=24, N=4, G=2, D=32, dtype=dtype, starts=[0, 9, 31, 40, 64], gen=gen
+    )
+    whole = SlotView(slots, slots_B=slots_B, starts_B=starts_B).attend(0, *new, scale=0.2)
+    for sizes in ([1] * 24, [17, 1, 5, 1], [20, 4]):
+        for row in range(5):
+            at = 0
+            for size in sizes:
+                part = [x[row : row + 1, :, at : at + size] for x in new]
+                view = SlotView(slots, slots_B=slots_B[row : row + 1], starts_B=starts_B[row : row + 1] + at)
+                out = view.attend(0, *part, scale=0.2)
+                assert torch.equal(out[0], whole[row, at : at + size]), f"row {row}, position {at}"
+                at += size
+
+
+def test_torch_attention_hides_the_future_other_slots_and_what_a_window_leaves_behind() -> None:
+    """Values are one-hot by position, so the output shows which positions were seen."""
+    slots = KVSlots(num_layers=1, num_slots=2, num_kv_heads=1, head_dim=32, capacity=32)
+    slots.values_SGLD[0].fill_(float("nan"))  # whoever looks at the other slot or ahead shows it
+    slots.values_SGLD[0][1, 0, :8] = torch.eye(32)[:8]
+    slots.keys_SGDL[0][1, :, :, 8:] = 50.0
+    query, key = torch.ones(1, 1, 3, 32), torch.zeros(1, 1, 3, 32)
+    value = torch.eye(32)[8:11].view(1, 1, 3, 32)
+    held = (slots.keys_SGDL[0], slots.values_SGLD[0], torch.tensor([1]), torch.tensor([8]))
+    seen = torch_attend(query, key, value, *held, scale=1.0)[0, :, 0] > 1e-6
+    assert seen.sum(-1).tolist() == [9, 10, 11]
+    seen = torch_attend(query, key, value, *held, scale=1.0, window=4)[0, :, 0] > 1e-6
+    assert [row.nonzero().flatten().tolist() for row in seen] == [[5, 6, 7, 8], [6, 7, 8, 9], [7, 8, 9, 10]]
+
+
+@pytest.mark.parametrize(
+    ("query", "options"),
+    [
+        (torch.zeros(1, 1, 1, 48), {}),
+        (torch.zeros(1, 1, 1, 32, dtype=torch.bfloat16), {}),
+        (torch.zeros(1, 1, 1, 32), {"window": 4}),
+        (torch.zeros(1, 1, 1, 32), {"softcap": 30.0}),
+    ],
+)
+def test_the_kernel_leaves_other_cases_to_torch(query: torch.Tensor, options: dict[str, int]) -> None:
+    assert not native.can_attend(query, window=options.get("window"), softcap=options.get("softcap"))
+
+
+@needs_kernels
+def test_without_the_library_attention_goes_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.zeros(1, 1, 1, 32)
+    assert native.can_attend(query, window=None, softcap=None)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert not native.can_attend(query, window=None, softcap=None)
+
+
+def test_the_environment_switches_the_kernels_off() -> None:
+    code = "from aurora_lit.kernels import native; print(native.library())"
+    environment = {**os.environ, "AURORA_LIT_NATIVE": "0"}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "None"
+
+
+@pytest.mark.parametrize("name", ["no compiler", "a compiler that fails"])
+def test_a_machine_without_a_working_compiler_falls_back(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("AURORA_LIT_CACHE", str(folder))
+    monkeypatch.delenv("AURORA_LIT_NATIVE", raising=False)
+    monkeypatch.setattr(native, "compiler", lambda: None if name == "no compiler" else "false")
+    assert native.library.__wrapped__() is None
