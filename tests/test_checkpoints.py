@@ -1,4 +1,4 @@
-"""Draft checkpoints: the layout other servers load, whole after a crash, and refused with a reason when they do not fit."""
+"""Draft checkpoints: the layout other servers load, whole after a crash, refused with a reason when they do not fit."""
 
 from __future__ import annotations
 

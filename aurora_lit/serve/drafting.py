@@ -128,7 +128,8 @@ class Drafter:
                 self._done[slot] += count
         starts = [self._done[slot] for slot in slots]
         counts = [length - 1 - start for length, start in zip(rows.lengths, starts, strict=True)]
-        hidden_BTH = self._run_committed(rows.slots_B, starts, max(counts))
+        # A row of one token has no position yet: what it is given here is arbitrary, and computed again next time.
+        hidden_BTH = self._run_committed(rows.slots_B, starts, max(1, *counts))
         for slot, length in zip(slots, rows.lengths, strict=True):
             self._done[slot] = length - 1
         return hidden_BTH[torch.arange(len(slots)), torch.tensor(counts) - 1]
