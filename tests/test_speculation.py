@@ -1,0 +1,195 @@
+"""The draft length by listed costs and acceptance rates. Costs are in seconds; the target's plain pass takes 10 ms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from aurora_lit.serve import speculation
+from aurora_lit.serve.speculation import CostTable, DraftLength
+
+PLAIN_S = 0.010
+
+
+def policy(
+    *,
+    first_s: float = 0.001,
+    next_s: float = 0.001,
+    wider_s: float = 0.0005,
+    rows: Sequence[int] = (1, 2, 4, 8),
+    max_draft_tokens: int = 4,
+    adaptive: bool = True,
+) -> DraftLength:
+    """Costs: a first proposal, each further one, and each position more of the target's pass."""
+    made = DraftLength(max_draft_tokens=max_draft_tokens, adaptive=adaptive)
+    for count in rows:
+        for width in range(1, max_draft_tokens + 2):
+            made.target_cost.update(count, width, PLAIN_S + (width - 1) * wider_s)
+        made.first_step_cost.update(count, 1, first_s)
+        made.next_step_cost.update(count, 1, next_s)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("costs", "rates", "k"),
+    [
+        ({}, [0.9], 4),  # a cheap draft that is often right
+        ({}, [0.8, 0.9], 4),
+        ({"max_draft_tokens": 8}, [0.95], 8),
+        ({"max_draft_tokens": 0}, [0.95], 0),
+        ({}, [0.05], 0),  # hardly ever right
+        ({"next_s": 0.0025}, [0.05, 0.05, 0.05, 0.9], 1),  # one row of four: a little
+        ({"wider_s": 0.010}, [0.9], 0),  # a target that pays for every position
+        ({"first_s": 0.02}, [0.7], 0),  # a draft as slow as the target
+        ({"first_s": 0.003, "next_s": 0.002}, [0.4], 1),
+        ({"first_s": 0.001, "next_s": 0.02}, [0.8], 1),  # a dear second step
+        ({"wider_s": 0.0}, [0.0], 0),
+    ],
+)
+def test_the_length_with_most_tokens_a_second(costs: dict[str, float], rates: list[float], k: int) -> None:
+    assert policy(**costs).choose(rates) == k  # type: ignore[arg-type]
+
+
+def test_rows_that_do_not_speculate_make_a_draft_less_worth() -> None:
+    """Costs that grow with the batch: three plain rows pay for the wider pass of the fourth."""
+    made = DraftLength(max_draft_tokens=4, adaptive=True)
+    for rows in (1, 2, 4):
+        made.first_step_cost.update(rows, 1, 0.001)
+        made.next_step_cost.update(rows, 1, 0.001)
+        for width in range(1, 6):
+            made.target_cost.update(rows, width, 0.002 + 0.003 * rows * width)
+    alone = made.choose([0.9])
+    made = made if alone else pytest.fail("should have speculated alone")
+    assert made.choose([0.9], num_plain=3) < alone
+    assert made.choose([], num_plain=4) == 0
+
+
+def test_without_adaptation_the_length_is_fixed() -> None:
+    made = policy(adaptive=False, first_s=1.0)
+    assert made.choose([0.01]) == 4
+    assert made.worth_another_step(1, [0.0], [1.0])
+    assert made.choose([]) == 0
+
+
+def test_a_change_must_promise_a_few_per_cent() -> None:
+    """Speeds at 1 and 4 proposals nearly equal: whichever was in use stays."""
+
+    def speeds(made: DraftLength, rate: float) -> list[float]:
+        return [made._speed(k, [rate], 1) for k in range(5)]
+
+    made = policy(first_s=0.001, next_s=0.002)
+    rates = [0.05 + 0.01 * i for i in range(90)]
+    up, down = [], []
+    for rate in rates:
+        up.append(made.choose([rate]))
+    for rate in reversed(rates):
+        down.append(made.choose([rate]))
+    down.reverse()
+    assert up == sorted(up)
+    assert down == sorted(down)
+    assert up[0] == down[0] == 0
+    assert up[-1] == down[-1] == 4
+    assert all(low <= high for low, high in zip(up, down, strict=True))
+    assert up != down, "on the way up changes come later than on the way down"
+    for rate, chosen in zip(rates, up, strict=True):
+        assert max(speeds(made, rate)) <= speeds(made, rate)[chosen] * speculation._GAIN_TO_CHANGE
+
+
+def test_after_many_rounds_without_a_draft_one_token_is_tried() -> None:
+    made = policy()
+    chosen = [made.choose([0.05]) for _ in range(2 * speculation._PROBE_EVERY)]
+    assert [i + 1 for i, k in enumerate(chosen) if k] == [speculation._PROBE_EVERY, 2 * speculation._PROBE_EVERY]
+    assert set(chosen) == {0, 1}
+
+
+def test_probes_that_are_accepted_bring_speculation_back() -> None:
+    made, rate = policy(), 0.05
+    for _ in range(60 * speculation._PROBE_EVERY):
+        k = made.choose([rate])
+        if k > 1:
+            break
+        if k:
+            rate = made.observe_rate(rate, proposed=k, accepted=k)
+    else:
+        pytest.fail("never came back")
+    assert rate > 0.3
+
+
+@pytest.mark.parametrize(
+    ("costs", "value", "survival", "worth"),
+    [
+        ({}, 2.0, 1.0, True),
+        ({}, 0.1, 1.0, False),  # the value head expects nothing
+        ({}, 2.0, 0.05, False),  # the chain will hardly live that long
+        ({"next_s": 0.02}, 2.0, 1.0, False),
+        ({"wider_s": 0.02}, 2.0, 1.0, False),
+        ({}, -3.0, 1.0, False),
+    ],
+)
+def test_another_step_must_save_more_than_it_costs(
+    costs: dict[str, float], value: float, survival: float, worth: bool
+) -> None:
+    assert policy(**costs).worth_another_step(1, [value], [survival]) == worth  # type: ignore[arg-type]
+
+
+def test_survival_moves_on_by_the_predicted_rate() -> None:
+    """v = a(1 + v') with v' = v gives a = v / (1 + v)."""
+    survival = [1.0, 0.5]
+    policy().worth_another_step(1, [1.0, 3.0], survival)
+    assert survival == pytest.approx([0.5, 0.375])
+    policy().worth_another_step(2, [1.0, -1.0], survival)
+    assert survival == pytest.approx([0.25, 0.0])
+
+
+def test_a_full_batch_of_hopeful_rows_pays_where_one_hopeful_row_does_not() -> None:
+    made = policy(next_s=0.0015)
+    assert made.worth_another_step(1, [3.0] * 4, [1.0] * 4)
+    assert not made.worth_another_step(1, [3.0, 0.0, 0.0, 0.0], [1.0] * 4)
+    assert not made.worth_another_step(1, [3.0], [1.0], num_plain=3)
+
+
+def test_rates_follow_hits_up_to_the_first_miss() -> None:
+    made = policy()
+    start = made.mean_rate
+    assert made.observe_rate(0.5, proposed=0, accepted=0) == 0.5
+    hit = made.observe_rate(0.5, proposed=4, accepted=4)
+    hit_then_miss = made.observe_rate(0.5, proposed=4, accepted=1)
+    miss = made.observe_rate(0.5, proposed=4, accepted=0)
+    assert hit > hit_then_miss > miss
+    step = 1 - speculation._RATE_MEMORY
+    assert miss == pytest.approx(0.5 - 0.5 * step), "proposals after a miss say nothing"
+    one = 0.5 + 0.5 * step
+    assert hit_then_miss == pytest.approx(one - one * step)
+    assert made.mean_rate != start
+    for _ in range(500):
+        made.observe_rate(0.5, proposed=4, accepted=4)
+    assert 0.95 < made.mean_rate <= 1.0
+
+
+def test_costs_between_measurements_are_interpolated() -> None:
+    table = CostTable()
+    assert table(1, 1) == 0.0
+    table.update(1, 1, 1.0)
+    assert table(7, 3) == 1.0
+    table.update(4, 1, 4.0)
+    assert [table(rows, 1) for rows in (1, 2, 3, 4, 9)] == pytest.approx([1, 2, 3, 4, 4])
+
+
+def test_a_cost_follows_slowly_and_an_outlier_hardly() -> None:
+    table = CostTable()
+    table.update(1, 1, 1.0)
+    table.update(1, 1, 50.0)
+    assert table(1, 1) <= 1.2
+    for _ in range(100):
+        table.update(1, 1, 0.5)
+    assert table(1, 1) == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_slower_draft_than_measured_is_noticed() -> None:
+    made = policy()
+    assert made.choose([0.6]) > 0
+    for _ in range(200):
+        made.observe_draft(1, 4, 0.2)
+    assert made._draft_seconds(1, 4) == pytest.approx(0.2, rel=0.05)
+    assert made.choose([0.6]) == 0
