@@ -65,6 +65,8 @@ class EngineConfig:
     """Most draft tokens proposed in a round; 0 is plain decoding."""
     adaptive: bool = True
     """true: the draft length is chosen each round from measured costs; false: always max_draft_tokens."""
+    lookup: bool = True
+    """Also propose what followed the last tokens earlier in the request, where that has been right; costs nothing."""
     max_batch_size: int = _within(8, 1, 1024)
     """Requests decoded together; each has one slot of the KV cache."""
     max_seq_len: int = _within(2048, 16, 1 << 20)
@@ -87,7 +89,7 @@ class ServerConfig:
 
     host: Literal["127.0.0.1", "0.0.0.0", "::"] = "127.0.0.1"
     """Address to listen on: loopback, all of IPv4, or all of IPv6. Set api_key before leaving loopback."""
-    port: int = _within(8000, 1, 65535)
+    port: int = _within(8000, 1024, 65535)
     """TCP port to listen on."""
     api_key: str | None = None
     """Clients must send `Authorization: Bearer KEY`. null: no key is asked. `${oc.env:NAME}` reads a variable."""

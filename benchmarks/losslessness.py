@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,6 +40,10 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--max-prompt-tokens", type=int, default=512)
     parser.add_argument("--reference", type=Path, default=Path("bench-results/losslessness-reference.json"))
+    parser.add_argument(
+        "--drafts", nargs="+", choices=["trained", "random", "none"], default=["trained", "random", "none"]
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--config", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value, for example target.precision=fp32")
     arguments = parser.parse_args()
@@ -57,7 +62,7 @@ def main() -> int:
     def decode(draft: Draft | None, k: int, batch: int) -> Outputs:
         engine = Engine(
             target, draft, eos_token_ids=ends, max_batch_size=batch, max_seq_len=config.engine.max_seq_len,
-            max_draft_tokens=k, adaptive=False,
+            max_draft_tokens=k, adaptive=False, lookup=config.engine.lookup and k > 0,
         )  # fmt: skip
         for number, ids in enumerate(prompts):
             params = SamplingParams(max_tokens=arguments.max_tokens, temperature=0.0)
@@ -76,13 +81,17 @@ def main() -> int:
     else:
         reference = decode(None, 0, 1)
     failures = 0
-    for batch in (1, 8):
-        drafts = {"trained draft": (load_draft(folder, target), 4), "random draft": (Draft(read_config(folder)), 4)}
-        for name, (draft, k) in {**drafts, "no draft, k = 0": (None, 0)}.items():
-            outputs = decode(draft, k, batch)
+    make_draft: dict[str, Callable[[], Draft | None]] = {
+        "trained": lambda: load_draft(folder, target),
+        "random": lambda: Draft(read_config(folder)),
+        "none": lambda: None,
+    }
+    for batch in arguments.batches:
+        for name in arguments.drafts:
+            outputs = decode(make_draft[name](), 0 if name == "none" else 4, batch)
             equal = sum(ours == theirs for ours, theirs in zip(outputs, reference, strict=True))
             failures += len(prompts) - equal
-            console.print(f"{config.target.precision}  batch {batch}  {name:16}  {equal} of {len(prompts)} equal")
+            console.print(f"{config.target.precision}  batch {batch}  draft {name:8}  {equal} of {len(prompts)} equal")
             for number, (ours, theirs) in enumerate(zip(outputs, reference, strict=True)):
                 if ours != theirs:
                     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), -1)

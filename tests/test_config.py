@@ -108,7 +108,8 @@ def test_an_override_arrives(override: str, key: str, value: object) -> None:
         ("engine.max_draft_tokens=-1", "engine.max_draft_tokens=-1 is out of range; use 0 to 8"),
         ("engine.max_batch_size=0", "engine.max_batch_size=0 is out of range"),
         ("engine.threads=-1", "engine.threads=-1 is out of range"),
-        ("server.port=65536", "server.port=65536 is out of range; use 1 to 65535"),
+        ("server.port=80", "server.port=80 is out of range; use 1024 to 65535"),
+        ("server.port=65536", "server.port=65536 is out of range; use 1024 to 65535"),
         ("server.max_queue=0", "server.max_queue=0 is out of range"),
         ("server.drain_s=nan", "server.drain_s=nan is out of range"),
         # impossible

@@ -6,10 +6,18 @@ from collections.abc import Sequence
 
 import pytest
 
+from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve import speculation
+from aurora_lit.serve.rows import Row
 from aurora_lit.serve.speculation import CostTable, DraftLength
 
 PLAIN_S = 0.010
+
+
+def a_row(rate: float) -> Row:
+    """A running request with this acceptance rate."""
+    asked = Request(request_id="a", prompt_ids=(1,), params=SamplingParams(max_tokens=1))
+    return Row(request=asked, slot=0, rate=rate, prompt_length=1, length=1)
 
 
 def policy(
@@ -104,16 +112,16 @@ def test_after_many_rounds_without_a_draft_one_token_is_tried() -> None:
 
 
 def test_probes_that_are_accepted_bring_speculation_back() -> None:
-    made, rate = policy(), 0.05
+    made, row = policy(), a_row(0.05)
     for _ in range(60 * speculation._PROBE_EVERY):
-        k = made.choose([rate])
+        k = made.choose([row.rate])
         if k > 1:
             break
         if k:
-            rate = made.observe_rate(rate, proposed=k, accepted=k)
+            made.observe(row, proposed=k, accepted=k)
     else:
         pytest.fail("never came back")
-    assert rate > 0.3
+    assert row.rate > 0.3
 
 
 @pytest.mark.parametrize(
@@ -152,10 +160,14 @@ def test_a_full_batch_of_hopeful_rows_pays_where_one_hopeful_row_does_not() -> N
 def test_rates_follow_hits_up_to_the_first_miss() -> None:
     made = policy()
     start = made.mean_rate
-    assert made.observe_rate(0.5, proposed=0, accepted=0) == 0.5
-    hit = made.observe_rate(0.5, proposed=4, accepted=4)
-    hit_then_miss = made.observe_rate(0.5, proposed=4, accepted=1)
-    miss = made.observe_rate(0.5, proposed=4, accepted=0)
+
+    def after(proposed: int, accepted: int) -> float:
+        row = a_row(0.5)
+        made.observe(row, proposed=proposed, accepted=accepted)
+        return row.rate
+
+    assert after(0, 0) == 0.5
+    hit, hit_then_miss, miss = after(4, 4), after(4, 1), after(4, 0)
     assert hit > hit_then_miss > miss
     step = 1 - speculation._RATE_MEMORY
     assert miss == pytest.approx(0.5 - 0.5 * step), "proposals after a miss say nothing"
@@ -163,8 +175,25 @@ def test_rates_follow_hits_up_to_the_first_miss() -> None:
     assert hit_then_miss == pytest.approx(one - one * step)
     assert made.mean_rate != start
     for _ in range(500):
-        made.observe_rate(0.5, proposed=4, accepted=4)
+        after(4, 4)
     assert 0.95 < made.mean_rate <= 1.0
+
+
+def test_what_copied_tokens_achieve_says_nothing_about_the_draft() -> None:
+    made, row = policy(), a_row(0.5)
+    row.looked_up = True
+    before = (row.rate, row.lookup_rate, made.mean_rate)
+    made.observe(row, proposed=4, accepted=0)
+    assert (row.rate, made.mean_rate) == (before[0], before[2])
+    assert row.lookup_rate < before[1]
+
+
+def test_copied_tokens_are_as_many_as_pay_without_drafting() -> None:
+    flat = policy(wider_s=0.0)
+    assert flat.choose_copied([0.3], num_others=0) == flat.max_proposals
+    steep = policy(wider_s=0.02)
+    assert steep.choose_copied([0.3], num_others=0) == 0
+    assert steep.choose_copied([], num_others=2) == 0
 
 
 def test_costs_between_measurements_are_interpolated() -> None:

@@ -55,8 +55,8 @@ class Fitter:
         self.fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed")
         module.learning_rate = options.learning_rate
         module.total_steps = max(1, options.total_positions // options.batch_positions)
-        (optimizer,), (self.schedule,) = module.configure_optimizers()
-        self.module, self.optimizer = self.fabric.setup(module, optimizer)
+        optimizers, self.schedules = module.configure_optimizers()
+        self.module, *self.optimizers = self.fabric.setup(module, *optimizers)
         self.positions_seen = 0
         self.epoch = 0
         if self.state_path.exists():
@@ -117,8 +117,8 @@ class Fitter:
             temporary,
             {
                 "module": self.module,
-                "optimizer": self.optimizer,
-                "schedule": self.schedule.state_dict(),
+                **self._named_optimizers(),
+                "schedules": [schedule.state_dict() for schedule in self.schedules],
                 "positions_seen": self.positions_seen,
                 "epoch": self.epoch,
             },
@@ -128,8 +128,9 @@ class Fitter:
         os.replace(temporary, self.state_path)
 
     def _resume(self) -> None:
-        rest = self.fabric.load(self.state_path, {"module": self.module, "optimizer": self.optimizer})
-        self.schedule.load_state_dict(rest["schedule"])
+        rest = self.fabric.load(self.state_path, {"module": self.module, **self._named_optimizers()})
+        for schedule, state in zip(self.schedules, rest["schedules"], strict=True):
+            schedule.load_state_dict(state)
         self.positions_seen, self.epoch = rest["positions_seen"], rest["epoch"]
 
     def _batches(self, traces: Path, shards: Sequence[ShardInfo]) -> Iterator[DraftBatch]:
@@ -150,12 +151,16 @@ class Fitter:
     def _step(self, batch: DraftBatch) -> StepReport:
         with self.fabric.autocast():
             report: StepReport = self.module.training_step(batch)
-        self.optimizer.zero_grad()
+        self.module.zero_grad()
         self.fabric.backward(report.loss)
-        self.fabric.clip_gradients(self.module, self.optimizer, max_norm=1.0)
-        self.optimizer.step()
-        self.schedule.step()
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            self.fabric.clip_gradients(self.module, optimizer, max_norm=1.0)
+            optimizer.step()
+            schedule.step()
         return report
+
+    def _named_optimizers(self) -> dict[str, Any]:
+        return {f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)}
 
 
 _TENSORS = ("token_ids_BT", "aux_BT3H", "last_BTH", "lse_BT", "weight_BT")

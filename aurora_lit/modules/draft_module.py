@@ -139,12 +139,20 @@ class DraftModule(LightningModule):
         return torch.stack(shifted)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with linear warm-up and cosine decay; norms and the value head's bias are not decayed."""
-        matrices = [p for p in self.draft.parameters() if p.ndim > 1]
-        vectors = [p for p in self.draft.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
-        return [optimizer], [LambdaLR(optimizer, self.rate_factor)]
+        """Muon for the layer's matrices, AdamW for heads and norms; linear warm-up and cosine decay for both.
+
+        Muon (Jordan et al. 2024; its rate scaled to AdamW's as in Liu et al., arXiv 2502.16982) learns more from as
+        many positions, and positions are what is dear.
+        """
+        heads = {id(self.draft.lm_head.weight), id(self.draft.value_head.weight)}
+        matrices = [p for p in self.draft.parameters() if p.ndim > 1 and id(p) not in heads]
+        others = [p for p in self.draft.parameters() if p.ndim <= 1 or id(p) in heads]
+        rate = self.learning_rate
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+        return optimizers, [LambdaLR(optimizer, self.rate_factor) for optimizer in optimizers]
 
     def rate_factor(self, step: int) -> float:
         """Learning-rate factor at an optimiser step."""

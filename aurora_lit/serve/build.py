@@ -31,6 +31,7 @@ def build_engine(config: AuroraConfig) -> tuple[Engine, PreTrainedTokenizerBase]
         max_draft_tokens=config.engine.max_draft_tokens,
         prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
         adaptive=config.engine.adaptive,
+        lookup=config.engine.speculate and config.engine.lookup,
         draft_version="none" if folder is None else folder.name,
     )
     return engine, tokenizer

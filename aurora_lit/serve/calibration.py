@@ -23,7 +23,7 @@ _REPEATS = 3
 
 
 @torch.no_grad()
-def calibrate(policy: DraftLength, target: Target, drafter: Drafter, *, slots: KVSlots, max_rows: int) -> None:
+def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, slots: KVSlots, max_rows: int) -> None:
     """Fill the policy's cost tables for 1, 2, 4, … `max_rows` rows and every width up to its draft length + 1."""
     rows = [1]
     while rows[-1] < max_rows:
@@ -37,12 +37,19 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter, *, slots: K
             _, last_BTH = target(ids_BT, slots=slots, slots_B=slots_B, starts_B=starts_B)
             target.logits(last_BTH)
 
-        for width in range(1, policy.max_draft_tokens + 2):
+        for width in range(1, policy.max_proposals + 2):
             policy.target_cost.update(num_rows, width, _least_seconds(functools.partial(run_target, width)))
 
+        if drafter is None:
+            continue
         greedy = LogitOptions.of([SamplingParams(max_tokens=1, temperature=0.0)] * num_rows, device=slots_B.device)
 
-        def run_draft(steps: int, slots_B: torch.Tensor = slots_B, options: LogitOptions = greedy) -> None:
+        def run_draft(
+            steps: int,
+            slots_B: torch.Tensor = slots_B,
+            options: LogitOptions = greedy,
+            drafter: Drafter = drafter,
+        ) -> None:
             for slot in slots_B.tolist():
                 drafter.forget(slot)
             drafter.propose(

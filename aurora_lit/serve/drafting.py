@@ -154,15 +154,3 @@ class Drafter:
         view = SlotView(self._cache, slots_B=slots_B, starts_B=starts_B)
         attended = view.attend(0, query, key, value, scale=self._scale)
         return self.draft.finish(attended.reshape(B, T, -1), hidden_BTH)
-
-
-def spread(drafted: Proposals, rows: list[int], num_rows: int) -> Proposals:
-    """Proposals of some rows as those of all: the others have none."""
-    index = torch.tensor(rows, device=drafted.token_BK.device)
-    token_BK = drafted.token_BK.new_zeros(num_rows, drafted.token_BK.shape[1])
-    q_BKD = None if drafted.q_BKD is None else drafted.q_BKD.new_zeros(num_rows, *drafted.q_BKD.shape[1:])
-    return Proposals(
-        token_BK=token_BK.index_copy(0, index, drafted.token_BK),
-        num_B=drafted.num_B.new_zeros(num_rows).index_copy(0, index, drafted.num_B),
-        q_BKD=None if q_BKD is None or drafted.q_BKD is None else q_BKD.index_copy(0, index, drafted.q_BKD),
-    )

@@ -1,6 +1,6 @@
 """The speculative engine: continuous batching over slots, one `round` at a time.
 
-    round = admit -> prefill a chunk -> draft k tokens a row -> one target pass over k + 1 positions -> accept -> commit
+    round = admit -> prefill a chunk -> propose k tokens a row -> one target pass over k + 1 -> accept -> commit
 
 Whatever the draft proposes, what is committed has exactly the law of plain decoding (modules/sampling.py); the draft
 decides only how fast. What is left out: text and stop strings (serve/text.py), HTTP, how many tokens to draft
@@ -26,7 +26,9 @@ from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.sampling import Proposals, token_logprobs, verify
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.calibration import calibrate
-from aurora_lit.serve.drafting import Drafter, DraftRows, spread
+from aurora_lit.serve.drafting import Drafter
+from aurora_lit.serve.lookup import NgramIndex
+from aurora_lit.serve.proposing import Proposer
 from aurora_lit.serve.rows import EngineStats, RoundObserver, Row
 from aurora_lit.serve.speculation import DraftLength
 
@@ -50,10 +52,11 @@ class Engine:
         max_draft_tokens: int = 4,
         prefill_chunk_tokens: int = 256,
         adaptive: bool = True,
+        lookup: bool = False,
         draft_version: str = "",
         observer: RoundObserver | None = None,
     ) -> None:
-        """`draft` None: plain decoding. `max_seq_len` counts prompt and output tokens of a request."""
+        """`draft` None and no `lookup`: plain decoding. `max_seq_len` counts prompt and output tokens of a request."""
         self.eos_token_ids = eos_token_ids
         self.max_seq_len = max_seq_len
         self.vocab_size = target.vocab_size
@@ -73,10 +76,14 @@ class Engine:
         self._drafter: Drafter | None = None
         if draft is not None and max_draft_tokens:
             self._drafter = Drafter(draft, target, tokens_SL=self._tokens_SL, capacity=capacity)
-        self.policy = DraftLength(max_draft_tokens=max_draft_tokens if self._drafter else 0, adaptive=adaptive)
+        self.policy = DraftLength(
+            max_draft_tokens=max_draft_tokens if self._drafter else 0, max_proposals=max_draft_tokens, adaptive=adaptive
+        )
+        self._lookup = lookup and max_draft_tokens > 0
+        self._proposer = Proposer(self._drafter, self.policy, lookup=self._lookup, device=self._device)
         self._options_rows: list[Row] = []
-        self._options = self._draft_options = LogitOptions.of([])
-        if self._drafter is not None and adaptive:
+        self._options = LogitOptions.of([])
+        if adaptive and (self._drafter or self._lookup):
             calibrate(self.policy, target, self._drafter, slots=self._slots, max_rows=max_batch_size)
 
     @property
@@ -123,7 +130,7 @@ class Engine:
         if not rows:
             return []
         self.stats.rounds += 1
-        return self._verify(rows, self._draft(rows))
+        return self._verify(rows, self._proposer.propose(rows))
 
     # -- prefill ---------------------------------------------------------------------------------------------------
 
@@ -135,6 +142,8 @@ class Engine:
             if self._drafter:
                 self._drafter.forget(slot)
             row = Row(request=request, slot=slot, rate=self.policy.mean_rate, prompt_length=length, length=length)
+            if self._lookup:
+                row.ngrams = NgramIndex(request.prompt_ids)
             if request.params.prompt_logprobs is not None:
                 row.prompt_logprobs.append(None)
             self._prefilling.append(row)
@@ -169,38 +178,11 @@ class Engine:
 
     # -- draft and verify ------------------------------------------------------------------------------------------
 
-    def _draft(self, rows: list[Row]) -> Proposals:
-        """Proposals for every row that speculates; none at all, and no draft pass, where the policy says so."""
-        self._refresh_options(rows)
-        nothing = Proposals(
-            token_BK=torch.zeros(len(rows), 0, dtype=torch.int64, device=self._device),
-            num_B=torch.zeros(len(rows), dtype=torch.int64, device=self._device),
-            q_BKD=None,
-        )
-        speculating = [i for i, row in enumerate(rows) if row.params.speculate]
-        num_plain = len(rows) - len(speculating)
-        k = self.policy.choose([rows[i].rate for i in speculating], num_plain=num_plain)
-        if k == 0 or self._drafter is None:
-            return nothing
-        survival = [1.0] * len(speculating)
-        started = time.perf_counter()
-        drafted = self._drafter.propose(
-            DraftRows(
-                slots_B=torch.tensor([rows[i].slot for i in speculating], device=self._device),
-                lengths=[rows[i].length for i in speculating],
-            ),
-            options=self._draft_options,
-            num_steps=k,
-            uniform_BK=torch.rand(len(speculating), k, dtype=torch.float64, device=self._device),
-            go_on=lambda done, values_B: self.policy.worth_another_step(
-                done, values_B.tolist(), survival, num_plain=num_plain
-            ),
-        )
-        self.policy.observe_draft(len(speculating), drafted.token_BK.shape[1], time.perf_counter() - started)
-        return drafted if not num_plain else spread(drafted, speculating, len(rows))
-
     def _verify(self, rows: list[Row], proposals: Proposals) -> list[Output]:
         """One target pass over each row's last token and its proposals, then accept and commit."""
+        if rows != self._options_rows:
+            self._options_rows = rows
+            self._options = LogitOptions.of([row.params for row in rows], device=self._device)
         last_tokens_B1 = torch.stack([self._tokens_SL[row.slot, row.length - 1] for row in rows])[:, None]
         ids_BT = torch.cat([last_tokens_B1, proposals.token_BK], dim=1)
         started = time.perf_counter()
@@ -241,7 +223,9 @@ class Engine:
         self._tokens_SL[row.slot, row.length : end] = torch.tensor(tokens, dtype=torch.int64)
         first = row.length == row.prompt_length
         row.length = end
-        row.rate = self.policy.observe_rate(row.rate, proposed=proposed, accepted=accepted)
+        self.policy.observe(row, proposed=proposed, accepted=accepted)
+        if self._lookup:
+            row.ngrams.extend(tokens)
         stats.generated_tokens += len(tokens)
         stats.drafts += proposed > 0
         stats.proposed += proposed
@@ -275,13 +259,6 @@ class Engine:
         if self._observer:
             self._observer.on_pass(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H, last_BTH=last_BTH)
         return last_BTH
-
-    def _refresh_options(self, rows: list[Row]) -> None:
-        if rows != self._options_rows:
-            self._options_rows = rows
-            self._options = LogitOptions.of([row.params for row in rows], device=self._device)
-            speculating = [row.params for row in rows if row.params.speculate]
-            self._draft_options = LogitOptions.of(speculating, device=self._device)
 
     def _history(self, rows: list[Row]) -> History | None:
         """The rows' tokens, where an option depends on them."""

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from aurora_lit.request import Request, SamplingParams, TokenLogprob
+from aurora_lit.serve.lookup import NgramIndex
 
 
 @dataclass(kw_only=True)
@@ -31,12 +32,17 @@ class Row:
     request: Request
     slot: int
     rate: float
-    """Running acceptance rate."""
+    """Running acceptance rate of the draft."""
     prompt_length: int
     length: int
     """Committed tokens. While decoding, the target has run all but the last."""
     prefilled: int = 0
     """Prompt tokens the target has run."""
+    lookup_rate: float = 0.6
+    """The same of prompt lookup; starts where it is tried before the draft has shown more."""
+    looked_up: bool = False
+    """Whether this round's proposals are copied."""
+    ngrams: NgramIndex = field(default_factory=NgramIndex)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
     @property

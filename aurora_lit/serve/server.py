@@ -36,7 +36,6 @@ WORKER_GRACE_S = 10.0
 """How long a server without worker stays to say so on /health."""
 _AFTER_DRAIN_S = 2.0  # for the error events that end what drain_s cut off
 MAX_BODY_BYTES = 16 * 2**20
-_FIRST_FREE_PORT = 1024
 
 
 def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
@@ -56,8 +55,6 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
 
 def check_address(host: str, port: int) -> None:
     """ConfigError when nobody could listen there."""
-    if port < _FIRST_FREE_PORT:
-        raise ConfigError(f"server.port={port} is reserved; use {_FIRST_FREE_PORT} to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from aurora_lit.serve.rows import Row
+
 _COST_MEMORY = 0.9
 """Share of an old cost that stays when a new one is measured."""
 _RATE_MEMORY = 0.9
@@ -62,7 +64,9 @@ class DraftLength:
     >>> policy.observe(...)  # after the round
     """
 
-    def __init__(self, *, max_draft_tokens: int, adaptive: bool) -> None:
+    def __init__(self, *, max_draft_tokens: int, adaptive: bool, max_proposals: int | None = None) -> None:
+        """`max_proposals`: most copied tokens; as many as drafted ones when left out."""
+        self.max_proposals = max_draft_tokens if max_proposals is None else max_proposals
         self.max_draft_tokens = max_draft_tokens
         self.adaptive = adaptive
         self.target_cost = CostTable()
@@ -115,13 +119,29 @@ class DraftLength:
         plain_s = self.target_cost(rows, 1)
         return gain_tokens * plain_s / rows * _LATE_TOKEN_WORTH > cost_s
 
-    def observe_rate(self, rate: float, *, proposed: int, accepted: int) -> float:
-        """New running rate of a row after a round; moves the common rate too, slowly."""
+    def choose_copied(self, rates: Sequence[float], *, num_others: int) -> int:
+        """How many copied tokens to verify for rows of these acceptance rates: they cost no drafting."""
+        if not rates:
+            return 0
+        if not self.adaptive:
+            return self.max_proposals
+        rows = len(rates) + num_others
+
+        def speed(count: int) -> float:
+            seconds = self.target_cost(rows, count + 1)
+            return (rows + _gained(count, rates)) / seconds if seconds else float(count)
+
+        return max(range(self.max_proposals + 1), key=speed)
+
+    def observe(self, row: Row, *, proposed: int, accepted: int) -> None:
+        """Take in a round's outcome: the rate of whoever proposed for the row and, for the draft, of all traffic."""
         for i in range(min(accepted + 1, proposed)):
             hit = 1.0 if i < accepted else 0.0
-            rate += (1 - _RATE_MEMORY) * (hit - rate)
-            self.mean_rate += (1 - _MEAN_RATE_MEMORY) * (hit - self.mean_rate)
-        return rate
+            if row.looked_up:
+                row.lookup_rate += (1 - _RATE_MEMORY) * (hit - row.lookup_rate)
+            else:
+                row.rate += (1 - _RATE_MEMORY) * (hit - row.rate)
+                self.mean_rate += (1 - _MEAN_RATE_MEMORY) * (hit - self.mean_rate)
 
     def observe_draft(self, rows: int, steps: int, seconds: float) -> None:
         """Take in how long drafting took in a round."""
@@ -134,10 +154,13 @@ class DraftLength:
         return self.first_step_cost(rows, 1) + (steps - 1) * self.next_step_cost(rows, 1)
 
     def _speed(self, k: int, rates: Sequence[float], rows: int) -> float:
-        tokens = float(rows)
-        for rate in rates:
-            tokens += sum(rate**j for j in range(1, k + 1))
+        tokens = rows + _gained(k, rates)
         seconds = self.target_cost(rows, k + 1)
         if k:
             seconds += self._draft_seconds(len(rates), k)
         return tokens / seconds if seconds else float(k)
+
+
+def _gained(count: int, rates: Sequence[float]) -> float:
+    """Tokens expected to be accepted of `count` proposals a row."""
+    return sum(rate**j for rate in rates for j in range(1, count + 1))

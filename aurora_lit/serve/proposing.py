@@ -1,0 +1,103 @@
+"""Who proposes what in a round: prompt lookup where it has been right, else the draft, else nobody.
+
+Lookup serves rows that accept what equals the target's own token (greedy and seeded ones); for the others proposals
+must be drawn from a distribution, which only the draft has. No draft pass runs when no row needs one.
+What is left out: the draft's work (serve/drafting.py), lengths and costs (serve/speculation.py), verification.
+
+Shapes: B rows, K proposals, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from aurora_lit.modules.distribution import LogitOptions, is_greedy
+from aurora_lit.modules.sampling import Proposals
+from aurora_lit.serve.drafting import Drafter, DraftRows
+from aurora_lit.serve.rows import Row
+from aurora_lit.serve.speculation import DraftLength
+
+
+class Proposer:
+    """Makes the round's proposals for a batch; `drafter` None: lookup alone, `lookup` false: the draft alone."""
+
+    def __init__(self, drafter: Drafter | None, policy: DraftLength, *, lookup: bool, device: torch.device) -> None:
+        self._drafter = drafter
+        self._policy = policy
+        self._lookup = lookup
+        self._device = device
+        self._options_rows: list[Row] = []
+        self._options = LogitOptions.of([])
+
+    def propose(self, rows: Sequence[Row]) -> Proposals:
+        """Proposals for each row; sets each row's `looked_up`, so that the outcome counts for who proposed."""
+        speculating = [i for i, row in enumerate(rows) if row.params.speculate]
+        copied = self._look_up(rows, speculating)
+        for i, row in enumerate(rows):
+            row.looked_up = i in copied
+        drafting = [i for i in speculating if i not in copied]
+        drafted = self._draft([rows[i] for i in drafting], num_others=len(rows) - len(drafting))
+        return self._merge(len(rows), copied, drafting, drafted)
+
+    def _look_up(self, rows: Sequence[Row], speculating: list[int]) -> dict[int, list[int]]:
+        """Tokens copied for the rows where lookup has a match and a better record than the draft."""
+        if not self._lookup:
+            return {}
+        found = {}
+        for i in speculating:
+            row = rows[i]
+            matches = is_greedy(row.params) or row.params.seed is not None
+            if matches and row.lookup_rate >= row.rate:
+                found[i] = row.ngrams.continuation(self._policy.max_proposals)
+        found = {i: tokens for i, tokens in found.items() if tokens}
+        rates = [rows[i].lookup_rate for i in found]
+        count = self._policy.choose_copied(rates, num_others=len(rows) - len(found))
+        return {i: tokens[:count] for i, tokens in found.items()} if count else {}
+
+    def _draft(self, rows: list[Row], *, num_others: int) -> Proposals | None:
+        num_steps = self._policy.choose([row.rate for row in rows], num_plain=num_others)
+        if not num_steps or self._drafter is None:
+            return None
+        if rows != self._options_rows:
+            self._options_rows = rows
+            self._options = LogitOptions.of([row.params for row in rows], device=self._device)
+        survival = [1.0] * len(rows)
+        started = time.perf_counter()
+        drafted = self._drafter.propose(
+            DraftRows(
+                slots_B=torch.tensor([row.slot for row in rows], device=self._device),
+                lengths=[row.length for row in rows],
+            ),
+            options=self._options,
+            num_steps=num_steps,
+            uniform_BK=torch.rand(len(rows), num_steps, dtype=torch.float64, device=self._device),
+            go_on=lambda done, values_B: self._policy.worth_another_step(
+                done, values_B.tolist(), survival, num_plain=num_others
+            ),
+        )
+        self._policy.observe_draft(len(rows), drafted.token_BK.shape[1], time.perf_counter() - started)
+        return drafted
+
+    def _merge(
+        self, num_rows: int, copied: dict[int, list[int]], drafting: list[int], drafted: Proposals | None
+    ) -> Proposals:
+        """One table for all rows; a row with neither has no proposals."""
+        steps = 0 if drafted is None else drafted.token_BK.shape[1]
+        width = max([steps, *(len(tokens) for tokens in copied.values())])
+        token_BK = torch.zeros(num_rows, width, dtype=torch.int64, device=self._device)
+        num_B = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
+        q_BKD = None
+        if drafted is not None:
+            index = torch.tensor(drafting, device=self._device)
+            token_BK[index, :steps] = drafted.token_BK
+            num_B[index] = drafted.num_B
+            if drafted.q_BKD is not None:
+                q_BKD = drafted.q_BKD.new_zeros(num_rows, width, drafted.q_BKD.shape[2])
+                q_BKD[index, :steps] = drafted.q_BKD
+        for i, tokens in copied.items():
+            token_BK[i, : len(tokens)] = torch.tensor(tokens, device=self._device)
+            num_B[i] = len(tokens)
+        return Proposals(token_BK=token_BK, num_B=num_B, q_BKD=q_BKD)
