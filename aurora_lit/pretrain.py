@@ -136,15 +136,20 @@ def _text_in_turn(tokenizer: PreTrainedTokenizerBase, paths: tuple[Path, ...]) -
 
 
 def _answer(target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path) -> None:
-    """Stage two; an earlier run's answers are not asked for again (one of the last shard may be, if it was cut off)."""
-    questions = _questions(tokenizer, options)
-    done = sum(shard.num_sequences for shard in read_index(traces) if shard.kind == "answer")
-    questions = questions[done:]
+    """Stage two; prompts that an earlier run has answered are not asked again."""
+    asked = _questions(tokenizer, options)
+    answered = {
+        tuple(trace.token_ids_T[: trace.answer_start].tolist())
+        for shard in read_index(traces)
+        if shard.kind == "answer"
+        for trace in read_shard(traces / shard.name)
+    }
+    questions = [question for question in asked if question.prompt_ids not in answered]
     if not questions:
         return
     writer = TraceLogWriter(traces, kind="answer")
     with Progress() as bar:
-        task = bar.add_task("answering", total=done + len(questions), completed=done)
+        task = bar.add_task("answering", total=len(asked), completed=len(asked) - len(questions))
         for trace in answer(
             target,
             questions,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, reference_model, save_model
 
 from aurora_lit.config import load_config
@@ -153,6 +154,15 @@ def test_a_folder_with_broken_weights_is_refused(tmp_path: Path) -> None:
     weights = save_model("llama", tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(SourceError, match="target.source"):
+        Target.load(tmp_path, precision="fp32")
+
+
+def test_a_folder_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
+    path = save_model("llama", tmp_path) / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="lacks weights .*up_proj"):
         Target.load(tmp_path, precision="fp32")
 
 

@@ -49,8 +49,14 @@ class AnswerRecorder:
         self._last_SLH[index] = last_BTH.to("cpu", torch.bfloat16)
 
     def on_finish(self, row: Row, token_ids_T: torch.Tensor) -> None:
-        """Turn the slot into a trace; its last token, which the target has not run, is left out."""
+        """Turn the slot into a trace; its last token, which the target has not run, is left out.
+
+        An answer of one token leaves nothing of itself, and no trace.
+        """
+        domain = self.domains.pop(row.request.request_id)
         length = len(token_ids_T) - 1
+        if length <= row.prompt_length:
+            return
         last_TH = self._last_SLH[row.slot, :length].clone()
         self.finished.append(
             Trace(
@@ -58,7 +64,7 @@ class AnswerRecorder:
                 aux_T3H=self._aux_SLF[row.slot, :length].clone(),
                 last_TH=last_TH,
                 lse_T=self._target.logsumexp(last_TH.to(self._target.model.dtype)).cpu(),
-                domain=self.domains.pop(row.request.request_id),
+                domain=domain,
                 answer_start=row.prompt_length,
             )
         )

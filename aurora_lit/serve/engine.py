@@ -154,7 +154,7 @@ class Engine:
 
         The prompt's last token is left to the first decoding pass, which then is like any other.
         """
-        budget = self._prefill_chunk_tokens // (4 if self._decoding else 1)
+        budget = max(1, self._prefill_chunk_tokens // (4 if self._decoding else 1))
         while self._prefilling and budget > 0:
             row = self._prefilling[0]
             start, end = row.prefilled, min(row.prefilled + budget, row.prompt_length - 1)
