@@ -131,7 +131,8 @@ class DraftLength:
             seconds = self.target_cost(rows, count + 1)
             return (rows + _gained(count, rates)) / seconds if seconds else float(count)
 
-        return max(range(self.max_proposals + 1), key=speed)
+        best = max(range(self.max_proposals + 1), key=speed)
+        return best if speed(best) > speed(0) * _GAIN_TO_CHANGE else 0
 
     def observe(self, row: Row, *, proposed: int, accepted: int) -> None:
         """Take in a round's outcome: the rate of whoever proposed for the row and, for the draft, of all traffic."""
