@@ -101,11 +101,12 @@ class Target(nn.Module):
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         packing = native.library() is not None
         try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32 if packing else dtype, local_files_only=True, output_loading_info=True
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise SourceError(f"target.source: {folder} is not a loadable causal language model: {error}") from error
+        model, loading = loaded
         if missing := sorted(loading["missing_keys"]):
             raise SourceError(f"target.source: {folder} lacks weights ({', '.join(missing[:3])} …); copy it again")
         if packing:
