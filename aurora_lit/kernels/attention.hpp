@@ -40,6 +40,98 @@ struct AttentionShape {
   float scale;
 };
 
+// One query of one head: what it asks, how many positions it sees, where its answer goes, its scores.
+struct Query {
+  const float* q;
+  int64_t length;
+  float* out;
+  float* scores;
+};
+
+inline int64_t padded64(int64_t length) { return (length + 63) / 64 * 64; }
+
+// Softmax numerators in place over `length` scores, zeros up to `padded`; returns the sum.
+inline float exponentiate(float* scores, int64_t length, int64_t padded) {
+  for (int64_t p = length; p < padded; ++p) scores[p] = -3.0e38f;
+  f16v tops = f16v{} - 3.0e38f;
+  for (int64_t p = 0; p < padded; p += 16) {
+    const f16v x = load16(scores + p);
+    tops = x > tops ? x : tops;
+  }
+  float top = tops[0];
+  for (int i = 1; i < 16; ++i) top = tops[i] > top ? tops[i] : top;
+  for (int64_t p = 0; p < padded; p += 16) {
+    const f16v e = exp_vector(load16(scores + p) - top);
+    std::memcpy(scores + p, &e, 64);
+  }
+  for (int64_t p = length; p < padded; ++p) scores[p] = 0.0f;
+  f16v sums = f16v{};
+  for (int64_t p = 0; p < padded; p += 16) sums += load16(scores + p);
+  float total = 0.0f;
+  for (int i = 0; i < 16; ++i) total += sums[i];
+  return total;
+}
+
+// ROWS queries over the same keys and values, so that these are loaded and widened once. Every row has sums of its own,
+// added up in the order of positions, so that neither ROWS nor WIDTH (vectors a step) changes a bit of it.
+template <class Cache, int ROWS, int WIDTH>
+void attend_rows(const Query* rows, const Cache* keys, ptrdiff_t key_stride, const Cache* values, int D, float scale) {
+  int64_t longest = 0, shortest = rows[0].length;
+  for (int r = 0; r < ROWS; ++r) {
+    longest = rows[r].length > longest ? rows[r].length : longest;
+    shortest = rows[r].length < shortest ? rows[r].length : shortest;
+  }
+  for (int64_t p = 0; p < padded64(longest); p += 16 * WIDTH) {
+    f16v acc[ROWS][WIDTH] = {};
+    for (int d = 0; d < D; ++d) {
+      f16v key[WIDTH];
+      for (int v = 0; v < WIDTH; ++v) key[v] = load16(keys + d * key_stride + p + 16 * v);
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].q[d] * key[v];
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < WIDTH; ++v) {
+        acc[r][v] *= scale;
+        std::memcpy(rows[r].scores + p + 16 * v, &acc[r][v], 64);
+      }
+  }
+  float inverse[ROWS];
+  for (int r = 0; r < ROWS; ++r)
+    inverse[r] = 1.0f / exponentiate(rows[r].scores, rows[r].length, padded64(rows[r].length));
+  for (int d = 0; d < D; d += 16 * WIDTH) {
+    f16v acc[ROWS][WIDTH] = {};
+    for (int64_t p = 0; p < shortest; ++p) {
+      f16v value[WIDTH];
+      for (int v = 0; v < WIDTH; ++v) value[v] = load16(values + p * D + d + 16 * v);
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].scores[p] * value[v];
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      for (int64_t p = shortest; p < rows[r].length; ++p)
+        for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].scores[p] * load16(values + p * D + d + 16 * v);
+      for (int v = 0; v < WIDTH; ++v) {
+        acc[r][v] *= inverse[r];
+        std::memcpy(rows[r].out + d + 16 * v, &acc[r][v], 64);
+      }
+    }
+  }
+}
+
+constexpr int MAX_QUERIES = 4;  // that share one reading of keys and values
+
+template <class Cache>
+void attend_queries(const Query* rows, int count, const Cache* keys, ptrdiff_t key_stride, const Cache* values, int D,
+                    float scale) {
+  const bool wide = D % 64 == 0;
+  switch (count) {
+    case 1: return (wide ? attend_rows<Cache, 1, 4> : attend_rows<Cache, 1, 2>)(rows, keys, key_stride, values, D, scale);
+    case 2: return (wide ? attend_rows<Cache, 2, 4> : attend_rows<Cache, 2, 2>)(rows, keys, key_stride, values, D, scale);
+    case 3: return (wide ? attend_rows<Cache, 3, 4> : attend_rows<Cache, 3, 2>)(rows, keys, key_stride, values, D, scale);
+    default: return (wide ? attend_rows<Cache, 4, 4> : attend_rows<Cache, 4, 2>)(rows, keys, key_stride, values, D, scale);
+  }
+}
+
+// Write the new keys and values behind each row's start, then attend causally.
 template <class Cache>
 void attention(const AttentionShape& s, const float* q, const float* k, const float* v, Cache* keys, Cache* values,
                const int64_t* slots, const int64_t* starts, float* out) {
@@ -55,59 +147,32 @@ void attention(const AttentionShape& s, const float* q, const float* k, const fl
         for (int d = 0; d < D; ++d) store(kc + d * s.cache_dim_k, kt[d]);
         for (int d = 0; d < D; ++d) store(vc + d, vt[d]);
       }
+  // Queries that share keys: neighbouring tokens of a head, or at one token the heads of a group.
   const int64_t group = s.heads / s.kv_heads;
-  const int64_t tiles = (s.queries + 15) / 16;
+  const bool by_token = s.queries > 1 || s.rows * s.kv_heads < 4;
+  const int64_t tiles = by_token ? (s.queries + 15) / 16 : 1, lanes = by_token ? s.heads : s.kv_heads;
 #pragma omp parallel
   {
     std::vector<float> scores;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t job = 0; job < s.rows * s.heads * tiles; ++job) {
-      const int64_t tile = job % tiles, h = job / tiles % s.heads, b = job / tiles / s.heads, g = h / group;
-      const int64_t last = (tile + 1) * 16 < s.queries ? (tile + 1) * 16 : s.queries;
+    for (int64_t job = 0; job < s.rows * lanes * tiles; ++job) {
+      const int64_t tile = job % tiles, lane = job / tiles % lanes, b = job / tiles / lanes;
+      const int64_t g = by_token ? lane / group : lane;
       const Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k;
       const Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v;
-      for (int64_t t = tile * 16; t < last; ++t) {
-        const float* qt = q + b * s.q_row + h * s.q_head + t * s.q_token;
-        const int64_t length = starts[b] + t + 1, padded = (length + 31) / 32 * 32;
-        if (int64_t(scores.size()) < padded) scores.resize(size_t(padded) * 2);
-        float* sc = scores.data();
-        float top = -3.0e38f;
-        for (int64_t p = 0; p < padded; p += 32) {
-          f16v a0 = f16v{}, a1 = f16v{};
-          for (int d = 0; d < D; ++d) {
-            const Cache* row = kc + d * s.cache_dim_k + p;
-            a0 += qt[d] * load16(row);
-            a1 += qt[d] * load16(row + 16);
-          }
-          a0 *= s.scale;
-          a1 *= s.scale;
-          std::memcpy(sc + p, &a0, 64);
-          std::memcpy(sc + p + 16, &a1, 64);
+      const int64_t first = by_token ? tile * 16 : g * group;
+      const int64_t last = by_token ? (first + 16 < s.queries ? first + 16 : s.queries) : first + group;
+      const int64_t room = padded64(starts[b] + s.queries);
+      if (int64_t(scores.size()) < room * MAX_QUERIES) scores.resize(size_t(room * MAX_QUERIES));
+      for (int64_t i = first; i < last; i += MAX_QUERIES) {
+        const int count = int(last - i < MAX_QUERIES ? last - i : MAX_QUERIES);
+        Query rows[MAX_QUERIES];
+        for (int r = 0; r < count; ++r) {
+          const int64_t t = by_token ? i + r : 0, h = by_token ? lane : i + r;
+          rows[r] = Query{q + b * s.q_row + h * s.q_head + t * s.q_token, starts[b] + t + 1,
+                          out + ((b * s.queries + t) * s.heads + h) * D, scores.data() + room * r};
         }
-        for (int64_t p = length; p < padded; ++p) sc[p] = -3.0e38f;
-        for (int64_t p = 0; p < length; ++p) top = sc[p] > top ? sc[p] : top;
-        f16v sums = f16v{};
-        for (int64_t p = 0; p < padded; p += 16) {
-          f16v e = exp_vector(load16(sc + p) - top);
-          std::memcpy(sc + p, &e, 64);
-        }
-        for (int64_t p = length; p < padded; ++p) sc[p] = 0.0f;
-        for (int64_t p = 0; p < padded; p += 16) sums += load16(sc + p);
-        float total = 0.0f;
-        for (int i = 0; i < 16; ++i) total += sums[i];
-        const float inverse = 1.0f / total;
-        float* ot = out + ((b * s.queries + t) * s.heads + h) * D;
-        for (int d = 0; d < D; d += 32) {
-          f16v o0 = f16v{}, o1 = f16v{};
-          for (int64_t p = 0; p < length; ++p) {
-            o0 += sc[p] * load16(vc + p * D + d);
-            o1 += sc[p] * load16(vc + p * D + d + 16);
-          }
-          o0 *= inverse;
-          o1 *= inverse;
-          std::memcpy(ot + d, &o0, 64);
-          std::memcpy(ot + d + 16, &o1, 64);
-        }
+        attend_queries(rows, count, kc, s.cache_dim_k, vc, D, s.scale);
       }
     }
   }
