@@ -6,6 +6,8 @@ Leaves out: mistakes of our own, which stay `assert` or plain Python errors.
     ├── ConfigError        a setting is wrong: full key, value received, remedy
     ├── SourceError        the target model cannot be had: not found, offline, wrong hash
     ├── CheckpointError    a draft checkpoint is refused, and why
+    ├── TraceError         bytes that are no trace
+    ├── RingError          a trace ring cannot be made or opened
     └── RequestError       a client's request is refused; becomes an OpenAI error body
 """
 
@@ -24,6 +26,14 @@ class SourceError(AuroraError):
 
 class CheckpointError(AuroraError):
     """A draft checkpoint that is refused; the message says why."""
+
+
+class TraceError(AuroraError):
+    """Bytes that are no trace of this version; the message says what is wrong with them."""
+
+
+class RingError(AuroraError):
+    """A trace ring that cannot be made or opened: no room, another layout, or somebody else reads it."""
 
 
 class RequestError(AuroraError):
