@@ -1,11 +1,17 @@
 """The status block and the metrics that show it."""
 
+import dataclasses
 import os
 import stat
+import subprocess
+import sys
 import threading
+import time
 
+import psutil
 import pytest
 
+from aurora_lit.ipc.learner_status import LearnerBlock, LearnerStatus
 from aurora_lit.ipc.status import StatusBlock, WorkerState
 from aurora_lit.metrics import ServerMetrics
 
@@ -38,8 +44,46 @@ def test_only_the_owner_may_read_it(path):
 
 def test_another_file_is_refused(path):
     path.write_bytes(bytes(8192))
-    with pytest.raises(ValueError, match="no status block"):
+    with pytest.raises(ValueError, match="no Status page of this version"):
         StatusBlock.open(path)
+
+
+def test_a_page_of_another_record_is_refused_whatever_its_size(path):
+    LearnerBlock.create(path)
+    content = path.read_bytes()
+    status = path.with_name("status page")
+    StatusBlock.create(status)
+    path.write_bytes((content * 2)[: status.stat().st_size])
+    with pytest.raises(ValueError, match="no Status page"):
+        StatusBlock.open(path)
+
+
+def test_every_field_comes_back_as_it_was_written(path):
+    block = LearnerBlock.create(path)
+    written = {
+        field.name: index * 0.25 if field.type == "float" else f"word {index}" if field.type == "str" else index
+        for index, field in enumerate(dataclasses.fields(LearnerStatus), 1)
+    }
+    block.write(**written)
+    assert dataclasses.asdict(LearnerBlock.open(path).read()) == written
+
+
+def test_who_lives_is_told_by_process_and_heartbeat(path):
+    block = LearnerBlock.create(path)
+    assert block.read().state == "absent"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        block.write(pid=process.pid)
+        block.beat()
+        assert block.read().state == "running"
+        block.write(heartbeat_ns=time.monotonic_ns() - int(11e9))
+        assert block.read().state == "stalled"
+        process.kill()
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert block.read().state == "dead", "nobody has waited for it yet"
+    assert block.read().state == "dead"
+    block.write(pid=0)
+    assert block.read().state == "absent"
 
 
 def test_readings_are_never_torn(path):
