@@ -30,7 +30,8 @@ from transformers import (
 
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft, DraftConfig
-from aurora_lit.modules.draft_module import DraftBatch, DraftModule
+from aurora_lit.modules.draft_batch import DraftBatch
+from aurora_lit.modules.draft_module import DraftModule
 from aurora_lit.request import Output, Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.engine import Engine
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from aurora_lit.modules.draft_module import DraftBatch
+from aurora_lit.modules.draft_batch import DraftBatch
 from aurora_lit.trace_log import ShardInfo, Trace, read_shard
 
 HELD_OUT_EVERY = 40

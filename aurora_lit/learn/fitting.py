@@ -20,7 +20,8 @@ from torchmetrics import MeanMetric
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.dataset import held_out_batches, training_batches
 from aurora_lit.modules.acceptance import expected_accepted_length
-from aurora_lit.modules.draft_module import DraftBatch, DraftModule, StepReport
+from aurora_lit.modules.draft_batch import DraftBatch
+from aurora_lit.modules.draft_module import DraftModule, StepReport
 from aurora_lit.trace_log import ShardInfo
 
 STATE_NAME = "training.ckpt"

@@ -22,24 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from aurora_lit.modules.acceptance import LKStats, fused_lk_loss
 from aurora_lit.modules.draft import Draft
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftBatch:
-    """Traces of several sequences, right-padded together."""
-
-    token_ids_BT: torch.Tensor
-    """int64."""
-    aux_BT3H: torch.Tensor
-    """The target's three hidden states."""
-    last_BTH: torch.Tensor
-    """What the target's head saw."""
-    lse_BT: torch.Tensor
-    """Log-sum-exp of the target's logits."""
-    weight_BT: torch.Tensor
-    """fp32. How much the target distribution at this position counts; 0 on padding."""
-    domains: tuple[str, ...]
-    """A label a row."""
+from aurora_lit.modules.draft_batch import DraftBatch
 
 
 @dataclass(frozen=True, kw_only=True)
