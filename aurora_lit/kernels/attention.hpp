@@ -131,50 +131,64 @@ void attend_queries(const Query* rows, int count, const Cache* keys, ptrdiff_t k
   }
 }
 
-// Write the new keys and values behind each row's start, then attend causally.
+// Write the new keys and values of one row and key-value head behind the row's start.
 template <class Cache>
-void attention(const AttentionShape& s, const float* q, const float* k, const float* v, Cache* keys, Cache* values,
-               const int64_t* slots, const int64_t* starts, float* out) {
+void write_slot(const AttentionShape& s, int64_t b, int64_t g, const float* k, const float* v, Cache* keys,
+                Cache* values, const int64_t* slots, const int64_t* starts) {
   const int D = int(s.head_dim);
-  for (int64_t b = 0; b < s.rows; ++b)
-    for (int64_t g = 0; g < s.kv_heads; ++g)
-      for (int64_t t = 0; t < s.queries; ++t) {
-        const int64_t at = starts[b] + t;
-        const float* kt = k + b * s.k_row + g * s.k_head + t * s.k_token;
-        const float* vt = v + b * s.v_row + g * s.v_head + t * s.v_token;
-        Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k + at;
-        Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v + at * D;
-        for (int d = 0; d < D; ++d) store(kc + d * s.cache_dim_k, kt[d]);
-        for (int d = 0; d < D; ++d) store(vc + d, vt[d]);
-      }
-  // Queries that share keys: neighbouring tokens of a head, or at one token the heads of a group.
+  for (int64_t t = 0; t < s.queries; ++t) {
+    const int64_t at = starts[b] + t;
+    const float* kt = k + b * s.k_row + g * s.k_head + t * s.k_token;
+    const float* vt = v + b * s.v_row + g * s.v_head + t * s.v_token;
+    Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k + at;
+    Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v + at * D;
+    for (int d = 0; d < D; ++d) store(kc + d * s.cache_dim_k, kt[d]);
+    for (int d = 0; d < D; ++d) store(vc + d, vt[d]);
+  }
+}
+
+// Attend causally over what is written: a share of a parallel region, which waits for all shares at the end.
+// Queries that share keys go together: neighbouring tokens of a head, or at one token the heads of a group.
+template <class Cache>
+void attend_share(const AttentionShape& s, const float* q, const Cache* keys, const Cache* values,
+                  const int64_t* slots, const int64_t* starts, float* out) {
+  const int D = int(s.head_dim);
   const int64_t group = s.heads / s.kv_heads;
   const bool by_token = s.queries > 1 || s.rows * s.kv_heads < 4;
   const int64_t tiles = by_token ? (s.queries + 15) / 16 : 1, lanes = by_token ? s.heads : s.kv_heads;
+  static thread_local std::vector<float> scores;
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t job = 0; job < s.rows * lanes * tiles; ++job) {
+    const int64_t tile = job % tiles, lane = job / tiles % lanes, b = job / tiles / lanes;
+    const int64_t g = by_token ? lane / group : lane;
+    const Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k;
+    const Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v;
+    const int64_t first = by_token ? tile * 16 : g * group;
+    const int64_t last = by_token ? (first + 16 < s.queries ? first + 16 : s.queries) : first + group;
+    const int64_t room = padded64(starts[b] + s.queries);
+    if (int64_t(scores.size()) < room * MAX_QUERIES) scores.resize(size_t(room * MAX_QUERIES));
+    for (int64_t i = first; i < last; i += MAX_QUERIES) {
+      const int count = int(last - i < MAX_QUERIES ? last - i : MAX_QUERIES);
+      Query rows[MAX_QUERIES];
+      for (int r = 0; r < count; ++r) {
+        const int64_t t = by_token ? i + r : 0, h = by_token ? lane : i + r;
+        rows[r] = Query{q + b * s.q_row + h * s.q_head + t * s.q_token, starts[b] + t + 1,
+                        out + ((b * s.queries + t) * s.heads + h) * D, scores.data() + room * r};
+      }
+      attend_queries(rows, count, kc, s.cache_dim_k, vc, D, s.scale);
+    }
+  }
+}
+
+template <class Cache>
+void attention(const AttentionShape& s, const float* q, const float* k, const float* v, Cache* keys, Cache* values,
+               const int64_t* slots, const int64_t* starts, float* out) {
 #pragma omp parallel
   {
-    std::vector<float> scores;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t job = 0; job < s.rows * lanes * tiles; ++job) {
-      const int64_t tile = job % tiles, lane = job / tiles % lanes, b = job / tiles / lanes;
-      const int64_t g = by_token ? lane / group : lane;
-      const Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k;
-      const Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v;
-      const int64_t first = by_token ? tile * 16 : g * group;
-      const int64_t last = by_token ? (first + 16 < s.queries ? first + 16 : s.queries) : first + group;
-      const int64_t room = padded64(starts[b] + s.queries);
-      if (int64_t(scores.size()) < room * MAX_QUERIES) scores.resize(size_t(room * MAX_QUERIES));
-      for (int64_t i = first; i < last; i += MAX_QUERIES) {
-        const int count = int(last - i < MAX_QUERIES ? last - i : MAX_QUERIES);
-        Query rows[MAX_QUERIES];
-        for (int r = 0; r < count; ++r) {
-          const int64_t t = by_token ? i + r : 0, h = by_token ? lane : i + r;
-          rows[r] = Query{q + b * s.q_row + h * s.q_head + t * s.q_token, starts[b] + t + 1,
-                          out + ((b * s.queries + t) * s.heads + h) * D, scores.data() + room * r};
-        }
-        attend_queries(rows, count, kc, s.cache_dim_k, vc, D, s.scale);
-      }
-    }
+#pragma omp for schedule(static)
+    for (int64_t job = 0; job < s.rows * s.kv_heads; ++job)
+      write_slot(s, job / s.kv_heads, job % s.kv_heads, k, v, keys, values, slots, starts);
+    attend_share(s, q, keys, values, slots, starts, out);
   }
 }
 

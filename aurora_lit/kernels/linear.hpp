@@ -47,9 +47,18 @@ struct BFloat {  // two input indices a step, side by side in one 32-bit lane
   }
 };
 
+// One row's sums of a block into the output: set, or added to what is there (a residual stream).
+inline void put_row(const float* sums, float* row, int width, const float* bias, bool add) {
+  if (add)
+    for (int i = 0; i < width; ++i) row[i] += sums[i];
+  else
+    std::memcpy(row, sums, size_t(width) * sizeof(float));
+  for (int i = 0; bias && i < width; ++i) row[i] += bias[i];
+}
+
 template <class Kind, int ROWS>
 void block_rows(const typename Kind::Weight* w, const typename Kind::Input* x, ptrdiff_t x_stride, int k_padded,
-                float* y, ptrdiff_t y_stride, int width, const float* bias) {
+                float* y, ptrdiff_t y_stride, int width, const float* bias, bool add) {
   f16v acc[ROWS][2];
   const typename Kind::Input* rows[ROWS];
   for (int r = 0; r < ROWS; ++r) {
@@ -60,18 +69,17 @@ void block_rows(const typename Kind::Weight* w, const typename Kind::Input* x, p
   for (int r = 0; r < ROWS; ++r) {
     float out[BLOCK];
     std::memcpy(out, acc[r], sizeof out);
-    float* row = y + r * y_stride;
-    std::memcpy(row, out, size_t(width) * sizeof(float));
-    for (int i = 0; bias && i < width; ++i) row[i] += bias[i];
+    put_row(out, y + r * y_stride, width, bias, add);
   }
 }
 
+inline int num_blocks(int outputs) { return (outputs + BLOCK - 1) / BLOCK; }
+
+// Blocks [from, to) of the outputs.
 template <class Kind>
-void linear(const typename Kind::Input* x, ptrdiff_t x_stride, int rows, const typename Kind::Weight* w, int k_padded,
-            int outputs, float* y, const float* bias) {
-  const int blocks = (outputs + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(static)
-  for (int b = 0; b < blocks; ++b) {
+void linear_blocks(const typename Kind::Input* x, ptrdiff_t x_stride, int rows, const typename Kind::Weight* w,
+                   int k_padded, int outputs, float* y, const float* bias, bool add, int from, int to) {
+  for (int b = from; b < to; ++b) {
     const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
     const typename Kind::Weight* wb = w + ptrdiff_t(b) * BLOCK * k_padded;
     const float* bb = bias ? bias + first : nullptr;
@@ -80,12 +88,12 @@ void linear(const typename Kind::Input* x, ptrdiff_t x_stride, int rows, const t
       const typename Kind::Input* xr = x + r * x_stride;
       float* yr = y + ptrdiff_t(r) * outputs + first;
       switch (n) {
-        case 1: block_rows<Kind, 1>(wb, xr, x_stride, k_padded, yr, outputs, width, bb); break;
-        case 2: block_rows<Kind, 2>(wb, xr, x_stride, k_padded, yr, outputs, width, bb); break;
-        case 3: block_rows<Kind, 3>(wb, xr, x_stride, k_padded, yr, outputs, width, bb); break;
-        case 4: block_rows<Kind, 4>(wb, xr, x_stride, k_padded, yr, outputs, width, bb); break;
-        case 5: block_rows<Kind, 5>(wb, xr, x_stride, k_padded, yr, outputs, width, bb); break;
-        default: block_rows<Kind, 6>(wb, xr, x_stride, k_padded, yr, outputs, width, bb); break;
+        case 1: block_rows<Kind, 1>(wb, xr, x_stride, k_padded, yr, outputs, width, bb, add); break;
+        case 2: block_rows<Kind, 2>(wb, xr, x_stride, k_padded, yr, outputs, width, bb, add); break;
+        case 3: block_rows<Kind, 3>(wb, xr, x_stride, k_padded, yr, outputs, width, bb, add); break;
+        case 4: block_rows<Kind, 4>(wb, xr, x_stride, k_padded, yr, outputs, width, bb, add); break;
+        case 5: block_rows<Kind, 5>(wb, xr, x_stride, k_padded, yr, outputs, width, bb, add); break;
+        default: block_rows<Kind, 6>(wb, xr, x_stride, k_padded, yr, outputs, width, bb, add); break;
       }
     }
   }

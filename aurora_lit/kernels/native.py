@@ -26,7 +26,9 @@ _SOURCES = (_SOURCE, *sorted(_SOURCE.parent.glob("*.hpp")))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
 
 
-class _AttentionShape(ctypes.Structure):
+class AttentionShape(ctypes.Structure):
+    """Sizes and strides as attention.hpp reads them."""
+
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "queries", "heads", "kv_heads", "head_dim")),
         *((f"{tensor}_{dim}", ctypes.c_int64) for tensor in "qkv" for dim in ("row", "head", "token")),
@@ -92,7 +94,7 @@ def attend(
     if value_BGTD.stride(3) != 1:
         value_BGTD = value_BGTD.contiguous()
     out_BTND = torch.empty(B, T, N, D)
-    shape = _AttentionShape(
+    shape = AttentionShape(
         B, T, N, key_BGTD.shape[1], D,
         *query_BNTD.stride()[:3], *key_BGTD.stride()[:3], *value_BGTD.stride()[:3],
         *keys_SGDL.stride()[:3], *values_SGLD.stride()[:2], scale,
@@ -159,7 +161,13 @@ def _build(command: str) -> Path:
     version = subprocess.run([command, "--version"], check=True, capture_output=True).stdout
     threads = _torch_openmp()
     key = b"\0".join(
-        (*(path.read_bytes() for path in _SOURCES), " ".join(_FLAGS).encode(), version, _processor().encode(), str(threads is None).encode())
+        (
+            *(path.read_bytes() for path in _SOURCES),
+            " ".join(_FLAGS).encode(),
+            version,
+            _processor().encode(),
+            str(threads is None).encode(),
+        )
     )
     folder = Path(os.environ.get("AURORA_LIT_CACHE", Path.home() / ".cache" / "aurora-lit")) / "kernels"
     path = folder / f"skinny-{hashlib.sha256(key).hexdigest()[:16]}.so"

@@ -4,9 +4,7 @@
 // or requests are computed together. Speculative and plain decoding therefore give bit-equal logits, in bf16 weights
 // too. Compiled by kernels/native.py with -march=native.
 
-#include "attention.hpp"
-#include "linear.hpp"
-#include "tiles.hpp"
+#include "decoder.hpp"
 
 extern "C" {
 
@@ -48,33 +46,13 @@ void aurora_pack_bf16(const float* weight, int outputs, int inputs, int padded, 
 // y [rows, outputs] = x [rows, inputs] times packed weight
 void aurora_linear_fp32(const float* x, int64_t x_stride, int rows, const float* packed, int inputs, int outputs,
                         float* y, const float* bias) {
-  linear<Float>(x, x_stride, rows, packed, inputs, outputs, y, bias);
+  multiply<Float>(x, x_stride, rows, packed, inputs, outputs, y, bias);
 }
 
 // the same with bf16 weights; inputs are rounded to bf16, sums stay fp32
 void aurora_linear_bf16(const float* x, int64_t x_stride, int rows, const uint16_t* packed, int inputs, int outputs,
                         float* y, const float* bias) {
-  const int padded = (inputs + 31) / 32 * 32;
-  const int whole = rows > 16 ? (rows + 15) / 16 * 16 : rows;  // whole tiles of rows
-  static thread_local std::vector<uint16_t> rounded;
-  if (rounded.size() < size_t(whole) * padded) rounded.resize(size_t(whole) * padded);
-  uint16_t* to = rounded.data();
-  for (int r = 0; r < rows; ++r) {
-    const float* from = x + r * x_stride;
-    uint16_t* row = to + ptrdiff_t(r) * padded;
-    int k = 0;
-#if defined(__AVX512BF16__)
-    for (; k + 16 <= inputs; k += 16)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + k), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + k)));
-#endif
-    for (; k < inputs; ++k) row[k] = to_bf16(from[k]);
-    for (; k < padded; ++k) row[k] = 0;
-  }
-  std::memset(to + ptrdiff_t(rows) * padded, 0, size_t(whole - rows) * padded * 2);
-#if defined(AURORA_TILES)
-  if (tiles_allowed()) return linear_tiles(to, padded, rows, packed, outputs, y, bias);
-#endif
-  linear<BFloat>(to, padded, rows, packed, padded, outputs, y, bias);
+  multiply<BFloat>(x, x_stride, rows, packed, inputs, outputs, y, bias);
 }
 
 void aurora_attention_fp32(const AttentionShape* shape, const float* q, const float* k, const float* v, float* keys,
@@ -86,5 +64,9 @@ void aurora_attention_bf16(const AttentionShape* shape, const float* q, const fl
                            uint16_t* values, const int64_t* slots, const int64_t* starts, float* out) {
   attention<uint16_t>(*shape, q, k, v, keys, values, slots, starts, out);
 }
+
+// Decoder layers over packed weights and slots, both of one type.
+void aurora_decode_fp32(const DecoderCall* call) { decode<Float, float>(*call); }
+void aurora_decode_bf16(const DecoderCall* call) { decode<BFloat, uint16_t>(*call); }
 
 }  // extern "C"

@@ -39,61 +39,48 @@ inline void configure_tiles(int rows) {
   _tile_loadconfig(&config);
 }
 
-inline void store_block(const float* sums, int rows, float* y, ptrdiff_t y_stride, int width, const float* bias) {
-  for (int r = 0; r < rows; ++r) {
-    float* row = y + r * y_stride;
-    std::memcpy(row, sums + r * BLOCK, size_t(width) * sizeof(float));
-    for (int i = 0; bias && i < width; ++i) row[i] += bias[i];
-  }
-}
-
-// x: bf16 rows, padded with rows of zeros to whole tiles where there are more than 16.
+// Blocks [from, to) of the outputs; the thread's tiles are configured for min(rows, 16).
+// x: bf16 rows, padded to whole tiles where there are more than 16 (what the padding holds does not matter).
 inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16_t* w, int outputs, float* y,
-                         const float* bias) {
-  const int blocks = (outputs + BLOCK - 1) / BLOCK;
+                         const float* bias, bool add, int from, int to) {
   const int x_bytes = k_padded * 2, w_bytes = BLOCK * 2 * 2, sum_bytes = BLOCK * 4;
-#pragma omp parallel
-  {
-    alignas(64) float sums[2 * TILE_ROWS * BLOCK];
-    configure_tiles(rows < TILE_ROWS ? rows : TILE_ROWS);
-#pragma omp for schedule(static)
-    for (int b = 0; b < blocks; ++b) {
-      const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
-      const uint16_t* wb = w + ptrdiff_t(b) * BLOCK * k_padded;
-      const float* bb = bias ? bias + first : nullptr;
-      for (int r = 0; r < rows; r += 2 * TILE_ROWS) {
-        const uint16_t* x0 = x + ptrdiff_t(r) * k_padded;
-        const uint16_t* x1 = x0 + TILE_ROWS * k_padded;
-        const bool both = rows - r > TILE_ROWS;
-        _tile_zero(0);
-        _tile_zero(1);
-        if (both) {
-          _tile_zero(2);
-          _tile_zero(3);
-        }
-        for (int k = 0; k < k_padded; k += TILE_INPUTS) {
-          _tile_loadd(6, wb + ptrdiff_t(k) * BLOCK, w_bytes);
-          _tile_loadd(7, wb + ptrdiff_t(k) * BLOCK + BLOCK, w_bytes);
-          _tile_loadd(4, x0 + k, x_bytes);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          if (both) {
-            _tile_loadd(5, x1 + k, x_bytes);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-          }
-        }
-        _tile_stored(0, sums, sum_bytes);
-        _tile_stored(1, sums + 16, sum_bytes);
-        if (both) {
-          _tile_stored(2, sums + TILE_ROWS * BLOCK, sum_bytes);
-          _tile_stored(3, sums + TILE_ROWS * BLOCK + 16, sum_bytes);
-        }
-        const int n = rows - r < 2 * TILE_ROWS ? rows - r : 2 * TILE_ROWS;
-        store_block(sums, n, y + ptrdiff_t(r) * outputs + first, outputs, width, bb);
+  alignas(64) float sums[2 * TILE_ROWS * BLOCK];
+  for (int b = from; b < to; ++b) {
+    const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
+    const uint16_t* wb = w + ptrdiff_t(b) * BLOCK * k_padded;
+    const float* bb = bias ? bias + first : nullptr;
+    for (int r = 0; r < rows; r += 2 * TILE_ROWS) {
+      const uint16_t* x0 = x + ptrdiff_t(r) * k_padded;
+      const uint16_t* x1 = x0 + TILE_ROWS * k_padded;
+      const bool both = rows - r > TILE_ROWS;
+      _tile_zero(0);
+      _tile_zero(1);
+      if (both) {
+        _tile_zero(2);
+        _tile_zero(3);
       }
+      for (int k = 0; k < k_padded; k += TILE_INPUTS) {
+        _tile_loadd(6, wb + ptrdiff_t(k) * BLOCK, w_bytes);
+        _tile_loadd(7, wb + ptrdiff_t(k) * BLOCK + BLOCK, w_bytes);
+        _tile_loadd(4, x0 + k, x_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (both) {
+          _tile_loadd(5, x1 + k, x_bytes);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, sums, sum_bytes);
+      _tile_stored(1, sums + 16, sum_bytes);
+      if (both) {
+        _tile_stored(2, sums + TILE_ROWS * BLOCK, sum_bytes);
+        _tile_stored(3, sums + TILE_ROWS * BLOCK + 16, sum_bytes);
+      }
+      const int n = rows - r < 2 * TILE_ROWS ? rows - r : 2 * TILE_ROWS;
+      for (int i = 0; i < n; ++i)
+        put_row(sums + i * BLOCK, y + ptrdiff_t(r + i) * outputs + first, width, bb, add);
     }
-    _tile_release();
   }
 }
 

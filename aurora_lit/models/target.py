@@ -19,7 +19,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
+from aurora_lit.kernels.decoder import Decoder
 from aurora_lit.kernels.packed import PackedLinear, pack_linears
+from aurora_lit.models.fused import fuse
 from aurora_lit.models.slots import KVSlots, SlotView, read_attention
 
 ATTENTION_NAME = "aurora_slots"
@@ -86,6 +88,7 @@ class Target(nn.Module):
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.aux_layer_ids = aux_layer_ids(self.num_layers)
         self._forward: Any = model.base_model
+        self._decoder: Decoder | None = None
         self._taps: dict[int, torch.Tensor] = {}
         layers = _decoder_layers(model, self.num_layers)
         for layer_id in sorted(set(self.aux_layer_ids)):
@@ -111,7 +114,30 @@ class Target(nn.Module):
             raise SourceError(f"target.source: {folder} lacks weights ({', '.join(missing[:3])} …); copy it again")
         if packing:
             pack_linears(model, dtype=dtype)
-        return cls(model, kv_dtype=dtype)
+        target = cls(model, kv_dtype=dtype)
+        if packing:
+            target.fuse_layers()
+        return target
+
+    @torch.no_grad()
+    def fuse_layers(self) -> bool:
+        """Run the decoder layers as one native call from now on, if it gives what the model itself gives."""
+        decoder = fuse(self.model, self.aux_layer_ids)
+        if decoder is None:
+            return False
+        probe = {
+            "ids_BT": torch.arange(1, 9).remainder(self.vocab_size).view(2, 4),
+            "slots_B": torch.tensor([1, 0]),
+            "starts_B": torch.tensor([0, 0]),
+        }
+        wanted = self.forward(**probe, slots=self.make_slots(num_slots=2, capacity=4))
+        self._decoder = decoder
+        found = self.forward(**probe, slots=self.make_slots(num_slots=2, capacity=4))
+        tolerance = 1e-4 if self.kv_dtype == torch.float32 else 5e-2  # of the largest value: rounding, no more
+        for ours, own in zip(found, wanted, strict=True):
+            if float((ours - own).abs().max()) > tolerance * float(own.abs().max()):
+                self._decoder = None
+        return self._decoder is not None
 
     def make_slots(self, *, num_slots: int, capacity: int) -> KVSlots:
         """Allocate a cache that fits this model."""
@@ -135,6 +161,19 @@ class Target(nn.Module):
         positions_BT = starts_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device)
         # Proposals may reach past the end of a learned position table; what comes of them is never committed.
         positions_BT = positions_BT.clamp_max(self.max_positions - 1)
+        if self._decoder is not None:
+            B, T = ids_BT.shape
+            embeds_NH = self.embedding(ids_BT).float().reshape(B * T, -1)
+            _, last_NH, aux_N3H = self._decoder(
+                embeds_NH,
+                keys=slots.keys_SGDL,
+                values=slots.values_SGLD,
+                slots_B=slots_B,
+                starts_B=starts_B,
+                queries=T,
+            )
+            assert aux_N3H is not None
+            return aux_N3H.view(B, T, -1), last_NH.view(B, T, -1)
         view = SlotView(slots, slots_B=slots_B, starts_B=starts_B)
         return self._run(input_ids=ids_BT, position_ids=positions_BT, slot_view=view)
 

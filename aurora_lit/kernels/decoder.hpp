@@ -1,0 +1,199 @@
+// Whole decoder layers of the Llama family in one parallel region: norm, projections, rotary positions, attention over
+// slots, gated MLP, residuals. At few rows a model spends more time between kernels than in them; here nothing lies
+// between. The same code runs EAGLE-3's draft layer, whose input is a normed embedding beside a normed hidden state.
+// Every row is computed on its own and in one order, so this is as batch-invariant as the kernels it is made of.
+#pragma once
+
+#include <cmath>
+
+#include "attention.hpp"
+#include "products.hpp"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+inline int omp_get_thread_num() { return 0; }
+inline int omp_get_num_threads() { return 1; }
+#endif
+
+namespace {
+
+struct Matrix {
+  const void* weight;  // packed
+  const float* bias;   // or null
+  int64_t outputs, inputs;
+};
+
+struct DecoderLayer {
+  const float* norm_embeds;  // or null: the input is the normed hidden state alone
+  const float* norm_attention;
+  const float* norm_mlp;
+  Matrix query, key, value, output, gate, up, down;
+  void* keys;  // the layer's slots
+  void* values;
+};
+
+struct DecoderCall {
+  AttentionShape attention;  // strides of the slots; rows, queries, heads; the rest is filled in here
+  int64_t hidden, num_layers;
+  const DecoderLayer* layers;
+  const float* final_norm;
+  float eps;
+  const float* cosines;  // [positions, D]
+  const float* sines;
+  int64_t max_positions;  // later positions are rotated as the last one
+  const int64_t* slots;
+  const int64_t* starts;
+  const float* embeds;  // [N, H] or null
+  float* stream;        // [N, H]: in: the first layer's hidden state; out: the last layer's
+  float* normed;        // [N, H] out: the stream after the final norm
+  float* aux;           // [N, taps, H] out: the stream in front of the tapped layers, or null
+  int64_t taps[3];
+};
+
+// Root mean square norm of a row (Zhang & Sennrich 2019, as in Llama).
+inline void rms_norm(const float* x, const float* weight, int size, float eps, float* out) {
+  f16v sums = f16v{};
+  int i = 0;
+  for (; i + 16 <= size; i += 16) {
+    const f16v v = load16(x + i);
+    sums += v * v;
+  }
+  float total = 0.0f;
+  for (int lane = 0; lane < 16; ++lane) total += sums[lane];
+  for (; i < size; ++i) total += x[i] * x[i];
+  const float factor = 1.0f / std::sqrt(total / float(size) + eps);
+  for (i = 0; i < size; ++i) out[i] = weight[i] * (x[i] * factor);
+}
+
+// Rotate one head in place (RoFormer, halves as in Llama).
+inline void rotate_head(float* x, const float* cosines, const float* sines, int D) {
+  for (int i = 0; i < D / 2; ++i) {
+    const float low = x[i], high = x[i + D / 2];
+    x[i] = low * cosines[i] - high * sines[i];
+    x[i + D / 2] = high * cosines[i + D / 2] + low * sines[i + D / 2];
+  }
+}
+
+// gate <- silu(gate) * up over `size` floats (a multiple of 16 or the tail is scalar).
+inline void gate_times_up(float* gate, const float* up, int size) {
+  int i = 0;
+  for (; i + 16 <= size; i += 16) {
+    const f16v g = load16(gate + i), zero = f16v{};
+    const f16v e = exp_vector(g < zero ? g : -g);  // exp(-|g|)
+    const f16v y = g * (g < zero ? e : zero + 1.0f) / (e + 1.0f) * load16(up + i);
+    std::memcpy(gate + i, &y, 64);
+  }
+  for (; i < size; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+template <class T>
+T* at_least(std::vector<T>& buffer, size_t size) {
+  if (buffer.size() < size) buffer.resize(size);
+  return buffer.data();
+}
+
+template <class Kind, class Cache>
+void decode(const DecoderCall& call) {
+  typedef Product<Kind> P;
+  typedef typename Kind::Input Input;
+  AttentionShape s = call.attention;
+  const int H = int(call.hidden), D = int(s.head_dim), rows = int(s.rows * s.queries);
+  const int q_width = int(s.heads) * D, kv_width = int(s.kv_heads) * D;
+  s.q_head = s.k_head = s.v_head = D;
+  s.q_token = q_width, s.k_token = s.v_token = kv_width;
+  s.q_row = s.queries * s.q_token, s.k_row = s.v_row = s.queries * s.k_token;
+  int64_t widest = 0;  // of the MLP
+  for (int64_t l = 0; l < call.num_layers; ++l)
+    widest = call.layers[l].gate.outputs > widest ? call.layers[l].gate.outputs : widest;
+  static thread_local std::vector<float> query, key, value, attended, gate, up;
+  static thread_local std::vector<Input> products;
+  float* q = at_least(query, size_t(rows) * q_width);
+  float* k = at_least(key, size_t(rows) * kv_width);
+  float* v = at_least(value, size_t(rows) * kv_width);
+  float* attention_out = at_least(attended, size_t(rows) * q_width);
+  float* g = at_least(gate, size_t(rows) * widest);
+  float* u = at_least(up, size_t(rows) * widest);
+  Input* inner = at_least(products, P::buffer_rows(rows) * P::padded(int(widest)));
+
+#pragma omp parallel
+  {
+    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    static thread_local std::vector<float> normed_row;
+    static thread_local std::vector<Input> rounded;
+    const auto share = [&](int64_t outputs, int which) { return int(num_blocks(int(outputs)) * int64_t(which) / threads); };
+    // This thread's blocks of a product.
+    const auto product = [&](const Input* x, const Matrix& m, float* y, bool add) {
+      P::blocks(x, P::padded(int(m.inputs)), rows, m.weight, int(m.outputs), y, m.bias, add, share(m.outputs, thread),
+                share(m.outputs, thread + 1));
+    };
+    P::enter(rows);
+    for (int64_t l = 0; l < call.num_layers; ++l) {
+      const DecoderLayer& layer = call.layers[l];
+      Cache* keys = static_cast<Cache*>(layer.keys);
+      Cache* values = static_cast<Cache*>(layer.values);
+      for (int tap = 0; call.aux && tap < 3; ++tap)
+        if (call.taps[tap] == l) {
+#pragma omp for schedule(static) nowait
+          for (int r = 0; r < rows; ++r)
+            std::memcpy(call.aux + (ptrdiff_t(r) * 3 + tap) * H, call.stream + ptrdiff_t(r) * H, size_t(H) * 4);
+        }
+      // Every thread norms all rows for itself: cheaper than meeting.
+      const int width = int(layer.query.inputs), padded = P::padded(width);
+      Input* x = at_least(rounded, P::buffer_rows(rows) * size_t(padded > P::padded(q_width) ? padded : P::padded(q_width)));
+      float* row = at_least(normed_row, size_t(width));
+      for (int r = 0; r < rows; ++r) {
+        const float* hidden = call.stream + ptrdiff_t(r) * H;
+        if (layer.norm_embeds) rms_norm(call.embeds + ptrdiff_t(r) * H, layer.norm_embeds, H, call.eps, row);
+        rms_norm(hidden, layer.norm_attention, H, call.eps, row + width - H);
+        P::round_row(row, width, x + ptrdiff_t(r) * padded);
+      }
+      product(x, layer.query, q, false);
+      product(x, layer.key, k, false);
+      product(x, layer.value, v, false);
+#pragma omp barrier
+#pragma omp for schedule(static)
+      for (int64_t job = 0; job < s.rows * s.kv_heads; ++job) {
+        const int64_t b = job / s.kv_heads, kv = job % s.kv_heads, group = s.heads / s.kv_heads;
+        for (int64_t t = 0; t < s.queries; ++t) {
+          const int64_t position = call.starts[b] + t;
+          const int64_t place = (position < call.max_positions ? position : call.max_positions - 1) * D;
+          float* token_q = q + (b * s.queries + t) * q_width;
+          for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
+            rotate_head(token_q + h * D, call.cosines + place, call.sines + place, D);
+          rotate_head(k + (b * s.queries + t) * kv_width + kv * D, call.cosines + place, call.sines + place, D);
+        }
+        write_slot(s, b, kv, k, v, keys, values, call.slots, call.starts);
+      }
+      attend_share(s, q, keys, values, call.slots, call.starts, attention_out);
+      const int q_padded = P::padded(q_width);
+      for (int r = 0; r < rows; ++r)
+        P::round_row(attention_out + ptrdiff_t(r) * q_width, q_width, x + ptrdiff_t(r) * q_padded);
+      product(x, layer.output, call.stream, true);
+#pragma omp barrier
+      const int h_padded = P::padded(H);
+      x = at_least(rounded, P::buffer_rows(rows) * size_t(h_padded));
+      for (int r = 0; r < rows; ++r) {
+        rms_norm(call.stream + ptrdiff_t(r) * H, layer.norm_mlp, H, call.eps, row);
+        P::round_row(row, H, x + ptrdiff_t(r) * h_padded);
+      }
+      product(x, layer.gate, g, false);
+      product(x, layer.up, u, false);
+      const int M = int(layer.gate.outputs), m_padded = P::padded(M);
+      const int from = share(M, thread) * BLOCK, to = share(M, thread + 1) * BLOCK < M ? share(M, thread + 1) * BLOCK : M;
+      for (int r = 0; r < rows; ++r)
+        if (to > from) gate_times_up(g + ptrdiff_t(r) * M + from, u + ptrdiff_t(r) * M + from, to - from);
+#pragma omp barrier
+#pragma omp for schedule(static)
+      for (int r = 0; r < rows; ++r) P::round_row(g + ptrdiff_t(r) * M, M, inner + ptrdiff_t(r) * m_padded);
+      product(inner, layer.down, call.stream, true);
+#pragma omp barrier
+    }
+    P::leave();
+#pragma omp for schedule(static)
+    for (int r = 0; r < rows; ++r)
+      rms_norm(call.stream + ptrdiff_t(r) * H, call.final_norm, H, call.eps, call.normed + ptrdiff_t(r) * H);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,171 @@
+"""Whole decoder layers in one native call (decoder.hpp), over packed weights and slots.
+
+`Decoder` holds pointers into tensors that it keeps alive. What is left out: which models qualify (models/fused.py).
+
+Shapes: B rows, T positions, N = B·T, H hidden, S slots, L capacity, D head size, P positions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from aurora_lit.kernels import native
+from aurora_lit.kernels.packed import PackedLinear
+
+_TAPS = 3
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+    )
+
+
+_MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("norm_embeds", ctypes.c_void_p),
+        ("norm_attention", ctypes.c_void_p),
+        ("norm_mlp", ctypes.c_void_p),
+        *((name, _Matrix) for name in _MATRICES),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+    )
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("attention", native.AttentionShape),
+        ("hidden", ctypes.c_int64),
+        ("num_layers", ctypes.c_int64),
+        ("layers", ctypes.c_void_p),
+        ("final_norm", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("cosines", ctypes.c_void_p),
+        ("sines", ctypes.c_void_p),
+        ("max_positions", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("slots", "starts", "embeds", "stream", "normed", "aux")),
+        ("taps", ctypes.c_int64 * _TAPS),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """One layer; norms are fp32 vectors [H]."""
+
+    norm_embeds: torch.Tensor | None = None
+    """EAGLE-3's draft layer only: the norm of the embedding that stands beside the hidden state."""
+    norm_attention: torch.Tensor
+    norm_mlp: torch.Tensor
+    query: PackedLinear
+    key: PackedLinear
+    value: PackedLinear
+    output: PackedLinear
+    gate: PackedLinear
+    up: PackedLinear
+    down: PackedLinear
+
+
+class Decoder:
+    """Layers ready to run.
+
+    >>> decoder = Decoder(layers, final_norm=…, cosines_PD=…, sines_PD=…, num_heads=9, num_kv_heads=3, eps=1e-5)
+    >>> stream_NH, normed_NH = decoder(hidden_NH, keys=slots.keys_SGDL, values=slots.values_SGLD,
+    ...                                slots_B=slots_B, starts_B=starts_B, queries=T)
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerWeights],
+        *,
+        final_norm: torch.Tensor,
+        cosines_PD: torch.Tensor,
+        sines_PD: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        eps: float,
+        taps: tuple[int, int, int] | None = None,
+    ) -> None:
+        """`taps`: layers in front of which the hidden state is to be noted."""
+        library = native.library()
+        assert library is not None
+        self._layers = [_checked(layer) for layer in layers]
+        self._final_norm = final_norm.float().contiguous()
+        self._cosines_PD, self._sines_PD = cosines_PD.float().contiguous(), sines_PD.float().contiguous()
+        self._heads = (num_heads, num_kv_heads)
+        self._eps, self._taps = eps, taps
+        self.dtype = layers[0].query.packed.dtype
+        self._run = library.aurora_decode_fp32 if self.dtype == torch.float32 else library.aurora_decode_bf16
+        self._slots: tuple[Sequence[torch.Tensor], ctypes.Array[_Layer]] | None = None  # keeps the keys' lists alive
+
+    def __call__(
+        self,
+        hidden_NH: torch.Tensor,
+        *,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        slots_B: torch.Tensor,
+        starts_B: torch.Tensor,
+        queries: int,
+        embeds_NH: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Run `queries` positions of each row behind its start; `hidden_NH` fp32 contiguous is overwritten.
+
+        Returns the last layer's hidden state (that same tensor), it after the final norm, and the taps [N, 3, H].
+        """
+        N, H = hidden_NH.shape
+        heads, kv_heads = self._heads
+        head_dim = self._cosines_PD.shape[1]
+        normed_NH = torch.empty(N, H)
+        aux_N3H = None if self._taps is None else torch.empty(N, _TAPS, H)
+        call = _Call(hidden=H, num_layers=len(self._layers), eps=self._eps, max_positions=len(self._cosines_PD))
+        shape = call.attention
+        shape.rows, shape.queries, shape.heads, shape.kv_heads = N // queries, queries, heads, kv_heads
+        shape.head_dim, shape.scale = head_dim, head_dim**-0.5
+        shape.cache_row_k, shape.cache_head_k, shape.cache_dim_k = keys[0].stride()[:3]
+        shape.cache_row_v, shape.cache_head_v = values[0].stride()[:2]
+        call.layers = ctypes.addressof(self._record(keys, values))
+        for name, tensor in (
+            ("final_norm", self._final_norm), ("cosines", self._cosines_PD), ("sines", self._sines_PD),
+            ("slots", slots_B), ("starts", starts_B), ("embeds", embeds_NH), ("stream", hidden_NH),
+            ("normed", normed_NH), ("aux", aux_N3H),
+        ):  # fmt: skip
+            setattr(call, name, None if tensor is None else tensor.data_ptr())
+        if self._taps is not None:
+            call.taps = (ctypes.c_int64 * _TAPS)(*self._taps)
+        self._run(ctypes.byref(call))
+        return hidden_NH, normed_NH, aux_N3H
+
+    def _record(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> ctypes.Array[_Layer]:
+        """The layers with their slots' addresses; made once a cache."""
+        if self._slots is None or self._slots[0] is not keys:
+            records = (_Layer * len(self._layers))()
+            for record, layer, key, value in zip(records, self._layers, keys, values, strict=True):
+                assert key.dtype == value.dtype == self.dtype
+                for name in ("norm_embeds", "norm_attention", "norm_mlp"):
+                    weight = getattr(layer, name)
+                    setattr(record, name, None if weight is None else weight.data_ptr())
+                for name in _MATRICES:
+                    linear = getattr(layer, name)
+                    bias = None if linear.bias is None else linear.bias.data_ptr()
+                    setattr(
+                        record, name, _Matrix(linear.packed.data_ptr(), bias, linear.out_features, linear.in_features)
+                    )
+                record.keys, record.values = key.data_ptr(), value.data_ptr()
+            self._slots = (keys, records)
+        return self._slots[1]
+
+
+def _checked(layer: LayerWeights) -> LayerWeights:
+    for norm in (layer.norm_embeds, layer.norm_attention, layer.norm_mlp):
+        assert norm is None or (norm.dtype == torch.float32 and norm.is_contiguous())
+    return layer

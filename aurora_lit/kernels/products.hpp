@@ -1,0 +1,80 @@
+// What the two weight types have in common for those who multiply: rounding inputs, and a share of a product inside a
+// parallel region. bf16 goes through tiles where the processor has them.
+#pragma once
+
+#include "linear.hpp"
+#include "tiles.hpp"
+
+namespace {
+
+template <class Kind>
+struct Product;
+
+template <>
+struct Product<Float> {
+  static int padded(int inputs) { return inputs; }
+  static size_t buffer_rows(int rows) { return size_t(rows); }
+  static void round_row(const float* from, int inputs, float* to) { std::memcpy(to, from, size_t(inputs) * 4); }
+  static void enter(int) {}
+  static void leave() {}
+  static void blocks(const float* x, int k, int rows, const void* w, int outputs, float* y, const float* bias, bool add,
+                     int from, int to) {
+    linear_blocks<Float>(x, k, rows, static_cast<const float*>(w), k, outputs, y, bias, add, from, to);
+  }
+};
+
+template <>
+struct Product<BFloat> {
+  static int padded(int inputs) { return (inputs + 31) / 32 * 32; }
+  static size_t buffer_rows(int rows) { return size_t(rows > 16 ? (rows + 15) / 16 * 16 : rows); }
+  static void round_row(const float* from, int inputs, uint16_t* to) {
+    int k = 0;
+#if defined(__AVX512BF16__)
+    for (; k + 16 <= inputs; k += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + k)));
+#endif
+    for (; k < inputs; ++k) to[k] = to_bf16(from[k]);
+    for (; k < padded(inputs); ++k) to[k] = 0;
+  }
+  // Each thread of the region calls these two around its products.
+  static void enter(int rows) {
+#if defined(AURORA_TILES)
+    if (tiles_allowed()) configure_tiles(rows < TILE_ROWS ? rows : TILE_ROWS);
+#endif
+    (void)rows;
+  }
+  static void leave() {
+#if defined(AURORA_TILES)
+    if (tiles_allowed()) _tile_release();
+#endif
+  }
+  static void blocks(const uint16_t* x, int k, int rows, const void* w, int outputs, float* y, const float* bias,
+                     bool add, int from, int to) {
+    const uint16_t* weight = static_cast<const uint16_t*>(w);
+#if defined(AURORA_TILES)
+    if (tiles_allowed()) return linear_tiles(x, k, rows, weight, outputs, y, bias, add, from, to);
+#endif
+    linear_blocks<BFloat>(x, k, rows, weight, k, outputs, y, bias, add, from, to);
+  }
+};
+
+// y [rows, outputs] = x [rows, inputs] times a packed weight, on all threads.
+template <class Kind>
+void multiply(const float* x, ptrdiff_t x_stride, int rows, const void* w, int inputs, int outputs, float* y,
+              const float* bias) {
+  typedef Product<Kind> P;
+  const int k = P::padded(inputs), blocks = num_blocks(outputs);
+  static thread_local std::vector<typename Kind::Input> rounded;
+  if (rounded.size() < P::buffer_rows(rows) * k) rounded.resize(P::buffer_rows(rows) * k);
+  typename Kind::Input* to = rounded.data();
+  for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to + ptrdiff_t(r) * k);
+#pragma omp parallel
+  {
+    P::enter(rows);
+#pragma omp for schedule(static)
+    for (int b = 0; b < blocks; ++b) P::blocks(to, k, rows, w, outputs, y, bias, false, b, b + 1);
+    P::leave();
+  }
+}
+
+}  // namespace

@@ -1,0 +1,75 @@
+"""A transformers model's decoder layers as one native call, where they are of the plain Llama form.
+
+Nothing is copied from transformers: the packed weights of the loaded modules are read in place, and the result is
+compared with the model's own forward pass before it is trusted. What is left out: the layers' arithmetic
+(kernels/decoder.hpp) and the slots (models/slots.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from aurora_lit.kernels.decoder import Decoder, LayerWeights
+from aurora_lit.kernels.packed import PackedLinear
+
+_KINDS = ("llama", "mistral", "qwen2")
+"""Model types whose layers are: norm, attention with rotary halves, residual, norm, SiLU-gated MLP, residual."""
+
+
+def fuse(model: PreTrainedModel, taps: tuple[int, int, int]) -> Decoder | None:
+    """A `Decoder` over the model's packed layers, or None where the model is of another form."""
+    config = model.config.get_text_config()
+    base: Any = model.base_model
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = (
+        config.model_type in _KINDS
+        and config.hidden_act == "silu"
+        and rope.get("rope_type", "default") == "default"
+        and rope.get("partial_rotary_factor", 1.0) == 1.0
+        and head_dim % 32 == 0
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and (config.model_type == "qwen2" or getattr(config, "sliding_window", None) is None)
+    )
+    if not plain:
+        return None
+    layers = [_weights(layer) for layer in base.layers]
+    if any(layer is None for layer in layers):
+        return None
+    positions = torch.arange(config.max_position_embeddings)[None]
+    cosines, sines = base.rotary_emb(torch.zeros(1), positions)
+    return Decoder(
+        [layer for layer in layers if layer is not None],
+        final_norm=base.norm.weight.detach(),
+        cosines_PD=cosines[0],
+        sines_PD=sines[0],
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        eps=float(config.rms_norm_eps),
+        taps=taps,
+    )
+
+
+def _weights(layer: Any) -> LayerWeights | None:
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = {
+        "query": attention.q_proj,
+        "key": attention.k_proj,
+        "value": attention.v_proj,
+        "output": attention.o_proj,
+        "gate": mlp.gate_proj,
+        "up": mlp.up_proj,
+        "down": mlp.down_proj,
+    }
+    extra = [name for name, child in attention.named_children() if isinstance(child, nn.Module) and "norm" in name]
+    if extra or not all(isinstance(linear, PackedLinear) for linear in linears.values()):
+        return None
+    return LayerWeights(
+        norm_attention=layer.input_layernorm.weight.detach().float().contiguous(),
+        norm_mlp=layer.post_attention_layernorm.weight.detach().float().contiguous(),
+        **linears,
+    )
