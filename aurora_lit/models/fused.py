@@ -1,5 +1,6 @@
-"""A transformers model's decoder layers as one native call, where they are of the plain Llama form.
+"""A transformers model's decoder layers, and the draft's one layer, as one native call.
 
+A model's layers qualify where they are of the plain Llama form.
 Nothing is copied from transformers: the packed weights of the loaded modules are read in place, and the result is
 compared with the model's own forward pass before it is trusted. What is left out: the layers' arithmetic
 (kernels/decoder.hpp) and the slots (models/slots.py).
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from aurora_lit.kernels.decoder import Decoder, LayerWeights
 from aurora_lit.kernels.packed import PackedLinear
+from aurora_lit.modules.draft import Draft
 
 _KINDS = ("llama", "mistral", "qwen2")
 """Model types whose layers are: norm, attention with rotary halves, residual, norm, SiLU-gated MLP, residual."""
@@ -37,7 +39,7 @@ def fuse(model: PreTrainedModel, taps: tuple[int, int, int]) -> Decoder | None:
     )
     if not plain:
         return None
-    layers = [_weights(layer) for layer in base.layers]
+    layers = [_weights(layer, norm_attention=layer.input_layernorm) for layer in base.layers]
     if any(layer is None for layer in layers):
         return None
     positions = torch.arange(config.max_position_embeddings)[None]
@@ -54,22 +56,45 @@ def fuse(model: PreTrainedModel, taps: tuple[int, int, int]) -> Decoder | None:
     )
 
 
-def _weights(layer: Any) -> LayerWeights | None:
-    attention, mlp = layer.self_attn, layer.mlp
-    linears = {
-        "query": attention.q_proj,
-        "key": attention.k_proj,
-        "value": attention.v_proj,
-        "output": attention.o_proj,
-        "gate": mlp.gate_proj,
-        "up": mlp.up_proj,
-        "down": mlp.down_proj,
-    }
-    extra = [name for name, child in attention.named_children() if isinstance(child, nn.Module) and "norm" in name]
-    if extra or not all(isinstance(linear, PackedLinear) for linear in linears.values()):
+def fuse_draft(draft: Draft) -> Decoder | None:
+    """A `Decoder` over a draft's packed layer and final norm; None where its layers are not packed."""
+    layer, config = draft.midlayer, draft.config
+    weights = _weights(layer, norm_embeds=layer.input_layernorm, norm_attention=layer.hidden_norm)
+    if weights is None or config.head_dim % 32:
         return None
-    return LayerWeights(
-        norm_attention=layer.input_layernorm.weight.detach().float().contiguous(),
-        norm_mlp=layer.post_attention_layernorm.weight.detach().float().contiguous(),
-        **linears,
+    return Decoder(
+        [weights],
+        final_norm=draft.norm.weight.detach(),
+        cosines_PD=draft.cos_LD,
+        sines_PD=draft.sin_LD,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        eps=config.rms_norm_eps,
     )
+
+
+def _weights(layer: Any, *, norm_attention: Any, norm_embeds: Any = None) -> LayerWeights | None:
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    extra = [name for name, child in attention.named_children() if isinstance(child, nn.Module) and "norm" in name]
+    if extra or not all(isinstance(linear, PackedLinear) for linear in linears):
+        return None
+    query, key, value, output, gate, up, down = linears
+    return LayerWeights(
+        norm_embeds=None if norm_embeds is None else _vector(norm_embeds),
+        norm_attention=_vector(norm_attention),
+        norm_mlp=_vector(layer.post_attention_layernorm),
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        gate=gate,
+        up=up,
+        down=down,
+    )
+
+
+def _vector(norm: Any) -> torch.Tensor:
+    weight: torch.Tensor = norm.weight
+    return weight.detach().float().contiguous()

@@ -19,6 +19,7 @@ import torch
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.packed import pack_linears
+from aurora_lit.models.fused import fuse_draft
 from aurora_lit.models.slots import KVSlots, SlotView
 from aurora_lit.models.target import Target
 from aurora_lit.modules.distribution import LogitOptions
@@ -56,6 +57,7 @@ class Drafter:
         self.draft.cos_LD, self.draft.sin_LD = (
             table.to(device) for table in rope_table(capacity, config.head_dim, config.rope_theta)
         )
+        self._decoder = fuse_draft(self.draft)
         self.vocabulary = DraftVocabulary.of_offsets(draft.d2t, vocab_size=config.vocab_size)
         self._target = target
         self._capacity = capacity
@@ -149,8 +151,20 @@ class Drafter:
     ) -> torch.Tensor:
         """One pass of the draft layer; `tokens_BT` are the tokens after the positions; returns hidden [B, T, H]."""
         B, T = tokens_BT.shape
+        embeds_BTH = self._target.embedding(tokens_BT)
+        if self._decoder is not None:
+            stream_NH, _, _ = self._decoder(
+                hidden_BTH.reshape(B * T, -1).clone(),
+                keys=self._cache.keys_SGDL,
+                values=self._cache.values_SGLD,
+                slots_B=slots_B,
+                starts_B=starts_B,
+                queries=T,
+                embeds_NH=embeds_BTH.reshape(B * T, -1).contiguous(),
+            )
+            return stream_NH.view(B, T, -1)
         positions_BT = starts_B[:, None] + torch.arange(T, device=starts_B.device)
-        query, key, value = self.draft.project(self._target.embedding(tokens_BT), hidden_BTH, positions_BT)
+        query, key, value = self.draft.project(embeds_BTH, hidden_BTH, positions_BT)
         view = SlotView(self._cache, slots_B=slots_B, starts_B=starts_B)
         attended = view.attend(0, query, key, value, scale=self._scale)
         return self.draft.finish(attended.reshape(B, T, -1), hidden_BTH)
