@@ -1,0 +1,282 @@
+"""The trace ring: byte records in a mapped file, from one writer that never waits to one reader that may be dead.
+
+When the reader has not kept up, the oldest records make room and are counted. Either side may be killed at any
+instruction: the other goes on, and no wrong record is ever returned. The reader's place lives in the file, so the next
+reader goes on behind the last. What is left out: what the records mean (trace.py).
+
+    writer = RingWriter.create(folder / "traces-0.ring", 1 << 28, layout=LAYOUT_DIGEST)
+    writer.push(payload)                                            # True, or False and counted
+    reader = RingReader.open(folder / "traces-0.ring", layout=LAYOUT_DIGEST)
+    reader.pop()                                                    # the oldest payload, None when there is none
+    read_counters(folder / "traces-0.ring").overwritten             # anybody
+
+Offsets count bytes since the ring was made and only grow; offset o lies at byte o % capacity of the data. Records lie
+end to end in [oldest, head). The writer moves `oldest` before it writes over a record and `head` after it has written
+one, so what it was killed in lies outside. A record is a lock word (2n + 1 while record n is being written, 2n + 2
+after), its length, its CRC32 (seeded with n), and the payload, filled up to whole words.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import sys
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum, auto
+from pathlib import Path
+
+from aurora_lit.errors import RingError
+
+_MAGIC = 0x31474E49_52524C41
+_HEADER_BYTES = 4096
+_RECORD_BYTES = 24
+
+
+class _Word(IntEnum):
+    """Places in the header."""
+
+    MAGIC = 0
+    LAYOUT = auto()
+    CAPACITY = auto()
+    HEAD = auto()
+    OLDEST = auto()
+    PUSHED = auto()
+    """Records written, which is also the number of the next."""
+    OVERWRITTEN = auto()
+    TOO_LARGE = auto()
+    # The reader's words lie in another cache line.
+    CURSOR = 16
+    POPPED = auto()
+    TORN = auto()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingCounters:
+    """What has gone through a ring since it was made."""
+
+    pushed: int
+    """Records written."""
+    popped: int
+    """Records read."""
+    overwritten: int
+    """Records that made room before they were read."""
+    too_large: int
+    """Payloads that did not fit into the whole ring."""
+    torn: int
+    """Records that were damaged and skipped."""
+    queued_bytes: int
+    """Bytes written and not read yet."""
+    capacity_bytes: int
+
+    @property
+    def queued_records(self) -> int:
+        """Records written and not read yet; one may be missed or counted twice after a side was killed."""
+        return max(0, self.pushed - self.popped - self.overwritten - self.torn)
+
+
+class _Ring:
+    """The mapped file: words, and bytes that go round."""
+
+    def __init__(self, path: Path, *, layout: str | None, writable: bool = True) -> None:
+        """Map an existing ring. Raises RingError when it is none, or of another layout than `layout`."""
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+        except OSError as error:
+            raise RingError(f"{path} cannot be opened: {error.strerror}; is the server running?") from error
+        try:
+            self._map(layout, mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+        except BaseException:
+            self.close()
+            raise
+
+    def _map(self, layout: str | None, access: int) -> None:
+        size = os.fstat(self._descriptor).st_size
+        if size <= _HEADER_BYTES or size % 8:
+            raise RingError(f"{self.path} is no trace ring")
+        self._memory = mmap.mmap(self._descriptor, size, access=access)
+        self._words = memoryview(self._memory)[:_HEADER_BYTES].cast("Q")
+        self._data = memoryview(self._memory)[_HEADER_BYTES:]
+        self._data_words = self._data.cast("Q")
+        self._capacity = len(self._data)
+        if self._words[_Word.MAGIC] != _MAGIC or self._words[_Word.CAPACITY] != self._capacity:
+            raise RingError(f"{self.path} is no trace ring of this version")
+        if layout is not None and self._words[_Word.LAYOUT] != _layout_word(layout):
+            raise RingError(f"{self.path} holds records of another layout; run server and learner from one version")
+
+    @property
+    def counters(self) -> RingCounters:
+        """One reading; the numbers may be of slightly different moments."""
+        words = self._words
+        return RingCounters(
+            pushed=words[_Word.PUSHED],
+            popped=words[_Word.POPPED],
+            overwritten=words[_Word.OVERWRITTEN],
+            too_large=words[_Word.TOO_LARGE],
+            torn=words[_Word.TORN],
+            queued_bytes=max(0, words[_Word.HEAD] - max(words[_Word.CURSOR], words[_Word.OLDEST])),
+            capacity_bytes=self._capacity,
+        )
+
+    def close(self) -> None:
+        """Unmap, and give up the lock, if any; the file stays."""
+        for name in ("_words", "_data_words", "_data"):
+            if name in self.__dict__:
+                self.__dict__[name].release()
+        if "_memory" in self.__dict__:
+            self._memory.close()
+        os.close(self._descriptor)
+
+    def _word(self, offset: int) -> int:
+        return self._data_words[offset % self._capacity // 8]
+
+    def _set_word(self, offset: int, value: int) -> None:
+        """Store a word whole."""
+        self._data_words[offset % self._capacity // 8] = value
+
+    def _pieces(self, offset: int, length: int) -> tuple[memoryview, memoryview]:
+        """The bytes from an offset on, which may go round the end."""
+        start = offset % self._capacity
+        first = min(length, self._capacity - start)
+        return self._data[start : start + first], self._data[: length - first]
+
+
+class RingWriter(_Ring):
+    """The one writer of a ring. Not for several threads at once."""
+
+    @classmethod
+    def create(cls, path: Path, capacity_bytes: int, *, layout: str) -> RingWriter:
+        """Make a ring that only this user can read; its memory is reserved at once, so no write can SIGBUS.
+
+        Raises RingError when there is no room for it, or a file of that name.
+        """
+        capacity = capacity_bytes // 8 * 8
+        if capacity < 2 * _RECORD_BYTES:
+            raise RingError(f"a ring of {capacity_bytes} bytes holds nothing; raise trace.capacity_mb")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                _reserve(descriptor, _HEADER_BYTES + capacity)
+                for word, value in ((_Word.MAGIC, _MAGIC), (_Word.LAYOUT, _layout_word(layout)),
+                                    (_Word.CAPACITY, capacity)):  # fmt: skip
+                    os.pwrite(descriptor, value.to_bytes(8, sys.byteorder), 8 * word)
+                os.link(temporary, path)  # whole from the moment it has its name
+            finally:
+                os.close(descriptor)
+                os.unlink(temporary)
+        except OSError as error:
+            raise RingError(
+                f"{path}: no ring of {capacity} bytes can be made here: {error.strerror}; "
+                "make room or lower trace.capacity_mb"
+            ) from error
+        return cls.open(path, layout=layout)
+
+    @classmethod
+    def open(cls, path: Path, *, layout: str) -> RingWriter:
+        """Go on with a ring whose writer is gone, or that another process made. Raises RingError."""
+        return cls(path, layout=layout)
+
+    def push(self, payload: bytes | bytearray | memoryview) -> bool:
+        """Write a record; False when it is larger than the whole ring. Never waits."""
+        words, length = self._words, len(payload)
+        size = _record_size(length)
+        if size > self._capacity:
+            words[_Word.TOO_LARGE] += 1
+            return False
+        head, number = words[_Word.HEAD], words[_Word.PUSHED]
+        self._make_room(head + size - self._capacity, head)
+        self._set_word(head, 2 * number + 1)
+        self._set_word(head + 8, length)
+        self._set_word(head + 16, zlib.crc32(payload, number & 0xFFFFFFFF))
+        first, second = self._pieces(head + _RECORD_BYTES, length)
+        first[:] = payload[: len(first)]
+        second[:] = payload[len(first) :]
+        self._set_word(head, 2 * number + 2)
+        # Killed between these two, a number is left out and no record is lost.
+        words[_Word.PUSHED] = number + 1
+        words[_Word.HEAD] = head + size
+        return True
+
+    def _make_room(self, until: int, head: int) -> None:
+        """Give up records until none begins before `until`; all of them when a damaged length leads nowhere."""
+        oldest, unread = self._words[_Word.OLDEST], 0
+        if oldest >= until:
+            return
+        while oldest < until:
+            unread += oldest >= self._words[_Word.CURSOR]
+            oldest = min(head, oldest + _record_size(self._word(oldest + 8)))
+        self._words[_Word.OLDEST] = oldest
+        self._words[_Word.OVERWRITTEN] += unread
+
+
+class RingReader(_Ring):
+    """The one reader of a ring; holds its lock."""
+
+    @classmethod
+    def open(cls, path: Path, *, layout: str) -> RingReader:
+        """Go on where the last reader was. Raises RingError when another reader lives, or for another layout."""
+        reader = cls(path, layout=layout)
+        try:
+            fcntl.flock(reader._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            reader.close()
+            raise RingError(f"{path} is read by another learner; one ring has one reader") from error
+        return reader
+
+    def pop(self) -> bytes | None:
+        """The oldest record that is whole; None when there is none now. Damaged ones are skipped and counted."""
+        words = self._words
+        while True:
+            cursor, head = max(words[_Word.CURSOR], words[_Word.OLDEST]), words[_Word.HEAD]
+            if cursor >= head:
+                return None
+            lock, length, checksum = self._word(cursor), self._word(cursor + 8), self._word(cursor + 16)
+            size = _record_size(length)
+            whole = lock % 2 == 0 and cursor + size <= head
+            payload = b"".join(self._pieces(cursor + _RECORD_BYTES, length)) if whole else b""
+            if words[_Word.OLDEST] > cursor or self._word(cursor) != lock:
+                continue  # written over meanwhile, which the writer has counted
+            if whole and zlib.crc32(payload, (lock // 2 - 1) & 0xFFFFFFFF) == checksum:
+                words[_Word.CURSOR] = cursor + size
+                words[_Word.POPPED] += 1
+                return payload
+            # Where the next record begins is known only while the length can be believed.
+            words[_Word.CURSOR] = cursor + size if whole else head
+            words[_Word.TORN] += 1
+
+    @property
+    def lag_bytes(self) -> int:
+        """Bytes that wait."""
+        return self.counters.queued_bytes
+
+    @property
+    def lag_records(self) -> int:
+        """Records that wait."""
+        return self.counters.queued_records
+
+
+def read_counters(path: Path) -> RingCounters:
+    """A ring's counters, for whoever wants to show them. Raises RingError."""
+    ring = _Ring(path, layout=None, writable=False)
+    try:
+        return ring.counters
+    finally:
+        ring.close()
+
+
+def _record_size(length: int) -> int:
+    return _RECORD_BYTES + (length + 7) // 8 * 8
+
+
+def _layout_word(layout: str) -> int:
+    return int(layout, 16) & 0xFFFFFFFF_FFFFFFFF
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
