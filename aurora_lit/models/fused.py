@@ -75,8 +75,8 @@ def fuse_draft(draft: Draft) -> Decoder | None:
 
 def _weights(layer: Any, *, norm_attention: Any, norm_embeds: Any = None) -> LayerWeights | None:
     attention, mlp = layer.self_attn, layer.mlp
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     extra = [name for name, child in attention.named_children() if isinstance(child, nn.Module) and "norm" in name]
     if extra or not all(isinstance(linear, PackedLinear) for linear in linears):
         return None
