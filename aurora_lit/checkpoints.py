@@ -44,24 +44,29 @@ def save_draft(draft: Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat1
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        state = {
-            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-            for name, tensor in draft.state_dict().items()
-        }
-        weights = {name: tensor for name, tensor in state.items() if not name.startswith(_VALUE_PREFIX)}
-        value = {name: tensor for name, tensor in state.items() if name.startswith(_VALUE_PREFIX)}
-        save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-        save_file(value, temporary / VALUE_NAME)
-        config_text = json.dumps(_config_json(draft.config, dtype), indent=2) + "\n"
-        (temporary / CONFIG_NAME).write_text(config_text, encoding="utf-8")
-        digests = {name: _sha256(temporary / name) for name in (CONFIG_NAME, WEIGHTS_NAME, VALUE_NAME)}
-        (temporary / MANIFEST_NAME).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        write_draft(draft, temporary, dtype=dtype)
         _replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_draft(draft: Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a draft's files into an existing folder, each safe on disk; the manifest comes last."""
+    state = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in draft.state_dict().items()
+    }
+    weights = {name: tensor for name, tensor in state.items() if not name.startswith(_VALUE_PREFIX)}
+    value = {name: tensor for name, tensor in state.items() if name.startswith(_VALUE_PREFIX)}
+    save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(value, folder / VALUE_NAME)
+    config_text = json.dumps(_config_json(draft.config, dtype), indent=2) + "\n"
+    (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+    digests = {name: _sha256(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME, VALUE_NAME)}
+    (folder / MANIFEST_NAME).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+    for name in (*digests, MANIFEST_NAME):
+        sync(folder / name)
+    sync(folder)
 
 
 def load_draft(folder: Path, target: TargetShape) -> Draft:
@@ -96,6 +101,15 @@ def load_draft(folder: Path, target: TargetShape) -> Draft:
     draft.load_state_dict(state, strict=False)
     _check_vocabulary(folder, draft)
     return draft
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder's entries safe on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_config(folder: Path) -> DraftConfig:
@@ -198,8 +212,4 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
         os.replace(folder, old)
     os.replace(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)
