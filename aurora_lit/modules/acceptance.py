@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aurora_lit.kernels import lk_loss as native_lk
+
 KL_DECAY = 3.0  # λ = exp(−KL_DECAY · α): KL leads while the draft is poor, acceptance when it is good
 
 
@@ -25,6 +27,12 @@ class LKStats:
     alpha_N: Tensor  # acceptance rate Σ min(p, q)
     kl_N: Tensor  # KL over the draft vocabulary, see `lk_loss`
     top1_match_N: Tensor  # bool: the draft's first choice is the target's; false where that is outside the vocabulary
+
+    @property
+    def loss_N(self) -> Tensor:
+        """What `lk_loss` is for each row."""
+        kl_share = torch.exp(-KL_DECAY * self.alpha_N)
+        return kl_share * self.kl_N + (1 - kl_share) * (1 - self.alpha_N)
 
 
 def acceptance_rate(p: Tensor, q: Tensor) -> Tensor:
@@ -141,12 +149,35 @@ class _FusedLK(torch.autograd.Function):
         z_full, q_full, grad_full = (torch.empty(K, size, D, dtype=math_dtype, device=device) for _ in range(3))
         log_p_full, p_full = (torch.empty(size, D, dtype=math_dtype, device=device) for _ in range(2))
 
+        in_one_pass = p_ND is None and native_lk.can_take(draft_mm)
+
         for start in range(0, N, size):
             rows = slice(start, min(start + size, N))
             C = rows.stop - start
             if size > C:  # the last chunk: contiguous views of the same memory
                 draft_mm = draft_mm.view(-1)[: K * C * D].view(K, C, D)
                 z_full, q_full, grad_full = (b.view(-1)[: K * C * D].view(K, C, D) for b in (z_full, q_full, grad_full))
+            if in_one_pass:
+                assert target_h_NG is not None  # fused_lk_loss has checked
+                assert target_weight_mm is not None
+                assert target_lse_N is not None
+                torch.mm(target_h_NG[rows].to(matmul_dtype), target_weight_mm.t(), out=target_mm[:C])
+                h_chunk = h_mm[:, rows].reshape(K * C, H)
+                torch.mm(h_chunk, weight_mm.t(), out=draft_mm.view(K * C, D))
+                loss_KC, alpha_KN[:, rows], kl_KN[:, rows], match_KN[:, rows] = native_lk.lk_rows(
+                    draft_mm,
+                    target_mm[:C],
+                    target_lse_C=target_lse_N[rows],
+                    weight_KC=row_weight_KN[:, rows],
+                    top_C=None if target_argmax_N is None else target_argmax_N[rows],
+                    decay=KL_DECAY,
+                )
+                loss += loss_KC.sum()
+                if dh_KNH is not None:
+                    dh_KNH[:, rows] = torch.mm(draft_mm.view(K * C, D), weight_mm).view(K, C, H)
+                if dweight_DH is not None and dweight_chunk is not None:
+                    dweight_DH.add_(torch.mm(draft_mm.view(K * C, D).t(), h_chunk, out=dweight_chunk))
+                continue
             z, q, grad, log_p, p = z_full, q_full, grad_full, log_p_full[:C], p_full[:C]
 
             # The target: p, log p, and their dot product.

@@ -8,7 +8,7 @@ Shapes: B rows, T positions, H target hidden, Q rounds of all rows, K proposals 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -89,6 +89,9 @@ class OnlineBatch:
 
 
 def _to(batch: _Batch, device: torch.device | str) -> _Batch:
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    moved = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor | DraftBatch)}
+    moved: dict[str, Any] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor | DraftBatch):
+            moved[field.name] = value.to(device)
     return replace(batch, **moved)

@@ -1,28 +1,43 @@
-"""The draft as a LightningModule: K unrolled steps (EAGLE-3's training-time test), LK loss, value loss.
+"""The draft as a LightningModule: LK loss and value loss over K unrolled steps, and online the policy terms.
 
 The draft learns on its own hidden states: step 0 starts from the target's features, step j from what step j - 1 put
-out, as in serving. Steps are indexed by their root position t: at step j the draft holds token t + 1 + j and proposes
-token t + 2 + j, so its target is the target's distribution at position t + 1 + j.
+out, as in serving (modules/unroll.py).
 
-What is left out: the loop and its budget (pretrain.py), batches (learn/dataset.py), inference (serve/).
+What is left out: the loop and its budget (pretrain.py, learn/), batches (learn/), inference (serve/).
 
-Shapes: B rows, T positions, K steps, H hidden, N heads, G key-value heads, D head size, Vd draft vocabulary.
+Shapes: B rows, T positions, K steps, Q rounds, H hidden, Vd draft vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from lightning import LightningModule
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from aurora_lit.modules.acceptance import LKStats, fused_lk_loss
+from aurora_lit.modules.acceptance import KL_DECAY, LKStats, fused_lk_loss
 from aurora_lit.modules.draft import Draft
-from aurora_lit.modules.draft_batch import DraftBatch
+from aurora_lit.modules.draft_batch import DraftBatch, OnlineBatch
+from aurora_lit.modules.policy import PolicyTerms, policy_terms, usable_rounds
+from aurora_lit.modules.unroll import Unrolled, shift, unroll, unroll_rounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineWeights:
+    """What the online loss is made of: LK(live) + w·PPO + β·LK(replay) + c_v·value − β_H·entropy."""
+
+    ppo_weight: float = 1.0
+    """w = ppo_weight·(1 − exp(−3ᾱ)): the policy grows as the draft becomes competent. 0 leaves it out."""
+    clip: float = 0.2
+    """PPO's ε."""
+    gae_lambda: float = 0.95
+    entropy_weight: float = 0.0
+    """β_H."""
+    replay_weight: float = 1.0
+    """β."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +48,23 @@ class StepReport:
     stats: LKStats
     weight_KBT: torch.Tensor
     """0 where the step has no target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineReport(StepReport):
+    """The same for an online batch, and each term of its loss. Scalars; those of `policy` have a gradient."""
+
+    lk_live: torch.Tensor
+    lk_replay: torch.Tensor
+    value_loss: torch.Tensor
+    """Of all positions and, where there are policy terms, of the rounds too."""
+    policy: PolicyTerms
+    policy_weight: torch.Tensor
+    """w; 0 without policy terms."""
+    tested_K: torch.Tensor
+    """Rounds of the batch, usable or not, in which proposal i was reached."""
+    accepted_K: torch.Tensor
+    """Rounds in which it was accepted: acceptance by position as it was served."""
 
 
 class DraftModule(LightningModule):
@@ -54,6 +86,7 @@ class DraftModule(LightningModule):
         num_steps: int = 4,
         step_decay: float = 0.8,
         value_weight: float = 0.1,
+        online: OnlineWeights | None = None,
         learning_rate: float = 1e-3,
         warmup_steps: int = 100,
         total_steps: int = 10_000,
@@ -66,19 +99,93 @@ class DraftModule(LightningModule):
         self.num_steps = num_steps
         self.step_decay = step_decay
         self.value_weight = value_weight
+        self.online = online or OnlineWeights()
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         self.final_factor = final_factor
 
-    def training_step(self, batch: DraftBatch, batch_idx: int = 0) -> StepReport:  # type: ignore[override]
-        """Loss and statistics of one batch (`loss` is divided by the summed weights of all steps)."""
-        hidden_KBTH = self.unroll(batch)
+    @overload  # type: ignore[override]
+    def training_step(self, batch: DraftBatch, batch_idx: int = 0) -> StepReport: ...
+
+    @overload
+    def training_step(self, batch: OnlineBatch, batch_idx: int = 0) -> OnlineReport: ...
+
+    def training_step(self, batch: DraftBatch | OnlineBatch, batch_idx: int = 0) -> StepReport:
+        """Loss and statistics of one batch; LK and value loss are divided by the summed weights of all steps."""
+        if isinstance(batch, OnlineBatch):
+            return self._online_step(batch)
+        unrolled = self._unroll(batch)
+        valid_KBT, weight_KBT = self._weights(batch)
+        loss_sum, value_sum, stats = self._supervised(batch, unrolled, valid_KBT, weight_KBT)
+        loss = (loss_sum + self.value_weight * value_sum) / weight_KBT.sum().clamp_min(1.0)
+        return StepReport(loss=loss, stats=stats, weight_KBT=valid_KBT)
+
+    def _online_step(self, batch: OnlineBatch) -> OnlineReport:
+        """One total of all terms, each an average over what it is about."""
+        traces, online = batch.traces, self.online
+        unrolled = self._unroll(traces)
+        valid_KBT, weight_KBT = self._weights(traces)
+        live_B1 = batch.live_B[:, None]
+        live_KBT, replay_KBT = weight_KBT * live_B1, weight_KBT * ~live_B1
+        share_KBT = live_KBT / live_KBT.sum().clamp_min(1.0)
+        share_KBT = share_KBT + online.replay_weight * replay_KBT / replay_KBT.sum().clamp_min(1.0)
+        lk_loss, value_loss, stats = self._supervised(traces, unrolled, valid_KBT, share_KBT)
+        policy, policy_weight = PolicyTerms.none(lk_loss), lk_loss.new_zeros(())
+        if online.ppo_weight > 0 or online.entropy_weight > 0:
+            policy = self._policy_terms(batch, unrolled)
+            counted_KBT = valid_KBT * live_B1 if batch.live_B.any() else valid_KBT
+            mean_alpha = (stats.alpha_N.view_as(valid_KBT) * counted_KBT).sum() / counted_KBT.sum().clamp_min(1.0)
+            policy_weight = online.ppo_weight * (1 - torch.exp(-KL_DECAY * mean_alpha))
+            value_loss = value_loss + policy.value_loss
+        loss = (
+            lk_loss
+            + policy_weight * policy.policy_loss
+            + self.value_weight * value_loss
+            - online.entropy_weight * policy.entropy
+        )
+        row_loss_KBT = stats.loss_N.view_as(valid_KBT)
+        place_K = torch.arange(batch.proposal_QK.shape[1], device=batch.row_Q.device)
+        within_QK = place_K < batch.num_proposed_Q[:, None]
+        return OnlineReport(
+            loss=loss,
+            stats=stats,
+            weight_KBT=valid_KBT,
+            lk_live=(live_KBT * row_loss_KBT).sum() / live_KBT.sum().clamp_min(1.0),
+            lk_replay=(replay_KBT * row_loss_KBT).sum() / replay_KBT.sum().clamp_min(1.0),
+            value_loss=value_loss.detach(),
+            policy=policy,
+            policy_weight=policy_weight,
+            tested_K=(within_QK & (place_K <= batch.num_accepted_Q[:, None])).sum(0),
+            accepted_K=(within_QK & (place_K < batch.num_accepted_Q[:, None])).sum(0),
+        )
+
+    def unroll(self, batch: DraftBatch) -> torch.Tensor:
+        """Hidden states of the K steps [K, B, T, H], shifted so that row m of every step aims at target position m."""
+        return self._unroll(batch).hidden_KBTH
+
+    def _unroll(self, batch: DraftBatch) -> Unrolled:
+        return unroll(
+            self.draft,
+            token_ids_BT=batch.token_ids_BT,
+            aux_BT3H=batch.aux_BT3H,
+            embedding_VH=self.embedding_VH,
+            num_steps=self.num_steps,
+        )
+
+    def _weights(self, batch: DraftBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a step has a target (1 or 0), and how much that counts; both [K, B, T]."""
+        K, ones_BT = self.num_steps, torch.ones_like(batch.weight_BT)
+        valid_KBT = torch.stack([shift(ones_BT, 1 + step) for step in range(K)]) * (batch.weight_BT > 0)
+        decay_K = self.step_decay ** torch.arange(K, device=ones_BT.device)
+        return valid_KBT, valid_KBT * batch.weight_BT * decay_K[:, None, None]
+
+    def _supervised(
+        self, batch: DraftBatch, unrolled: Unrolled, valid_KBT: torch.Tensor, weight_KBT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, LKStats]:
+        """Weighted sums of the LK loss and of the value head's squared error; statistics."""
+        hidden_KBTH = unrolled.hidden_KBTH
         K, B, T, H = hidden_KBTH.shape
-        valid_KBT = torch.stack([_shift(torch.ones_like(batch.weight_BT), 1 + step) for step in range(K)])
-        valid_KBT = valid_KBT * (batch.weight_BT > 0)
-        decay_K = self.step_decay ** torch.arange(K, device=hidden_KBTH.device)
-        weight_KBT = valid_KBT * batch.weight_BT * decay_K[:, None, None]
         # Rows that no step weighs cost nothing: the head is half of the work.
         kept_N = (weight_KBT > 0).any(0).flatten().nonzero()[:, 0]
         if not kept_N.numel():  # only prompts that are not learnt from
@@ -96,30 +203,31 @@ class DraftModule(LightningModule):
             kl_N=_spread(kept.kl_N, kept_N, B * T),
             top1_match_N=_spread(kept.top1_match_N, kept_N, B * T),
         )
-        total_weight = weight_KBT.sum().clamp_min(1.0)
         value_KBT = self.draft.value(hidden_KBTH.detach())
         to_go_KBT = _accepted_to_go(stats.alpha_N.view(K, B, T) * (valid_KBT > 0))
-        value_loss = ((value_KBT - to_go_KBT).square() * weight_KBT).sum()
-        loss = (loss_sum + self.value_weight * value_loss) / total_weight
-        return StepReport(loss=loss, stats=stats, weight_KBT=valid_KBT)
+        return loss_sum, ((value_KBT - to_go_KBT).square() * weight_KBT).sum(), stats
 
-    def unroll(self, batch: DraftBatch) -> torch.Tensor:
-        """Hidden states of the K steps [K, B, T, H], shifted so that row m of every step aims at target position m."""
-        draft = self.draft
-        B, T = batch.token_ids_BT.shape
-        device = batch.token_ids_BT.device
-        embeds_BTH = nn.functional.embedding(batch.token_ids_BT, self.embedding_VH)
-        causal_TT = torch.full((T, T), float("-inf"), device=device).triu(1)
-        hidden_BTH = draft.fuse(batch.aux_BT3H)
-        chain: list[tuple[torch.Tensor, torch.Tensor]] = []
-        shifted = []
-        for step in range(self.num_steps):
-            positions_BT = (torch.arange(T, device=device) + step).expand(B, T)
-            query, key, value = draft.project(_shift(embeds_BTH, -(1 + step)), hidden_BTH, positions_BT)
-            chain.append((key, value))
-            hidden_BTH = draft.finish(_chain_attention(query, chain, causal_TT), hidden_BTH)
-            shifted.append(_shift(hidden_BTH, 1 + step))
-        return torch.stack(shifted)
+    def _policy_terms(self, batch: OnlineBatch, unrolled: Unrolled) -> PolicyTerms:
+        """Policy and value loss of those rounds that have a policy ratio."""
+        rounds = usable_rounds(batch, self.draft)
+        if not len(rounds.row_Q):
+            return PolicyTerms.none(unrolled.hidden_KBTH)
+        hidden_QKH = unroll_rounds(
+            self.draft,
+            unrolled,
+            row_Q=rounds.row_Q,
+            root_Q=rounds.root_Q,
+            proposal_QK=rounds.proposal_QK,
+            embedding_VH=self.embedding_VH,
+        )
+        return policy_terms(
+            rounds,
+            self.draft,
+            hidden_QKH,
+            head_VH=self.head_VdH,
+            clip=self.online.clip,
+            gae_lambda=self.online.gae_lambda,
+        )
 
     def configure_optimizers(self) -> Any:
         """Muon for the layer's matrices, AdamW for heads and norms; linear warm-up and cosine decay for both.
@@ -145,42 +253,9 @@ class DraftModule(LightningModule):
         return self.final_factor + (1 - self.final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _chain_attention(
-    query_BNTD: torch.Tensor, chain: list[tuple[torch.Tensor, torch.Tensor]], causal_TT: torch.Tensor
-) -> torch.Tensor:
-    """Attend to step 0's keys causally and to the own chain's later keys; returns [B, T, N*D].
-
-    `chain` holds keys and values [B, G, T, D] of step 0, 1, …, of which the last belongs to the query's step.
-    """
-    B, N, T, D = query_BNTD.shape
-    groups = N // chain[0][0].shape[1]
-    keys = [key.repeat_interleave(groups, dim=1) for key, _ in chain]
-    values = [value.repeat_interleave(groups, dim=1) for _, value in chain]
-    scaled_BNTD = query_BNTD * D**-0.5
-    scores = (scaled_BNTD @ keys[0].transpose(2, 3)).float() + causal_TT
-    own = [(scaled_BNTD * key).sum(-1, keepdim=True).float() for key in keys[1:]]
-    weights = torch.softmax(torch.cat([scores, *own], dim=-1), dim=-1).to(values[0].dtype)
-    out_BNTD = weights[..., :T] @ values[0]
-    for step, value in enumerate(values[1:]):
-        out_BNTD = out_BNTD + weights[..., T + step, None] * value
-    return out_BNTD.transpose(1, 2).reshape(B, T, N * D)
-
-
 def _spread(values_KR: torch.Tensor, rows_R: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Values of some rows as those of all [K, N], zero elsewhere."""
     return values_KR.new_zeros(len(values_KR), num_rows).index_copy(1, rows_R, values_KR)
-
-
-def _shift(x_BT: torch.Tensor, by: int) -> torch.Tensor:
-    """Move along dim 1 by `by` positions (later if positive), zeros moving in."""
-    out = torch.zeros_like(x_BT)
-    if by >= x_BT.shape[1] or -by >= x_BT.shape[1]:
-        return out
-    if by >= 0:
-        out[:, by:] = x_BT[:, : x_BT.shape[1] - by]
-    else:
-        out[:, :by] = x_BT[:, -by:]
-    return out
 
 
 def _accepted_to_go(alpha_KBT: torch.Tensor) -> torch.Tensor:
@@ -192,5 +267,5 @@ def _accepted_to_go(alpha_KBT: torch.Tensor) -> torch.Tensor:
     ahead_BT = torch.zeros_like(alpha_KBT[0])
     for step in range(len(alpha_KBT) - 1, -1, -1):
         to_go[step] = alpha_KBT[step] * (1 + ahead_BT)
-        ahead_BT = _shift(to_go[step], -1)
+        ahead_BT = shift(to_go[step], -1)
     return to_go

@@ -56,6 +56,8 @@ class Proposals:
     """int64, 0..K a row."""
     q_BKD: Tensor | None
     """The distribution each free row's proposal was drawn from; None when all proposals are the draft's argmax."""
+    logprob_BK: Tensor | None = None
+    """fp32. Behaviour log-probabilities, as `behaviour_logprobs` makes them; None when nobody asked for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,23 @@ def propose(
         return best_B, None
     q_BD = probabilities(logits_BD[:, None], filters=options.filters)[:, 0]
     return torch.where(options.free_B, draw(q_BD, uniform_B), best_B), q_BD
+
+
+def behaviour_logprobs(proposals: Proposals, *, options: LogitOptions, vocabulary: DraftVocabulary) -> Tensor:
+    """Log-probability [B, K] of each proposal under the distribution it was drawn from; 0 for an argmax.
+
+    NaN where top-k, top-p or min-p cut that distribution: the draft alone cannot tell it any more, so it is no basis
+    for a policy ratio. `options` are those that the proposals were made with.
+    """
+    chosen_BK = torch.zeros(proposals.token_BK.shape, device=proposals.token_BK.device)
+    if proposals.q_BKD is None:
+        return chosen_BK
+    draft_id_BK = vocabulary.draft_id_V[proposals.token_BK].clamp_min(0)
+    drawn_BK = proposals.q_BKD.gather(2, draft_id_BK[..., None])[..., 0].float().log()
+    filters = options.filters
+    cut_B = (filters.top_k_R > 0) | (filters.top_p_R < 1) | (filters.min_p_R > 0)
+    drawn_BK = drawn_BK.masked_fill(cut_B[:, None], float("nan"))
+    return torch.where(options.free_B[:, None], drawn_BK, chosen_BK)
 
 
 def verify(
