@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from aurora_lit.kernels import lk_loss as lk_loss_kernel
+from aurora_lit.kernels import native
 from aurora_lit.modules.acceptance import acceptance_rate, expected_accepted_length, fused_lk_loss, lk_loss
 
 N, H, G, D, V, K = 13, 5, 7, 11, 16, 3
@@ -151,3 +153,31 @@ def test_expected_length_counts_every_prefix_once() -> None:
     alpha = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
     stops = [0.1 * 1, 0.9 * 0.5 * 2, 0.9 * 0.5 * 0.8 * 3, 0.9 * 0.5 * 0.2 * 4]  # chance of a stop × tokens emitted
     assert expected_accepted_length(alpha).item() == pytest.approx(sum(stops))
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
+@pytest.mark.parametrize("with_argmax", [False, True])
+def test_the_native_pass_equals_the_torch_passes(with_argmax: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    K, N, D, H, G = 3, 21, 48, 24, 16
+    gen = torch.Generator().manual_seed(3)
+    target_h, target_weight = torch.randn(N, G, generator=gen), torch.randn(D, G, generator=gen)
+    outside = torch.randn(N, generator=gen)
+    lse = torch.logaddexp((target_h @ target_weight.t()).logsumexp(-1), outside)
+    row_weight = torch.rand(K, N, generator=gen)
+    row_weight[1, 4:7] = 0.0
+    results = []
+    for native_pass in (True, False):
+        monkeypatch.setattr(lk_loss_kernel, "can_take", lambda logits, native_pass=native_pass: native_pass)
+        h = torch.randn(K, N, H, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        weight = torch.randn(D, H, generator=torch.Generator().manual_seed(6)).requires_grad_()
+        loss, stats = fused_lk_loss(
+            h_NH=h, weight_DH=weight, row_weight_N=row_weight, target_h_NG=target_h, target_weight_DG=target_weight,
+            target_lse_N=lse, target_argmax_N=torch.arange(N) - 1 if with_argmax else None,
+            matmul_dtype=torch.bfloat16, chunk=24,
+        )  # fmt: skip
+        loss.backward()
+        results.append((loss, stats.alpha_N, stats.kl_N, stats.top1_match_N, h.grad, weight.grad))
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-2, atol=2e-3)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
+    assert float(results[1][4].abs().max()) > 0.1, "the tolerance is small beside the gradient"

@@ -5,6 +5,7 @@
 // too. Compiled by kernels/native.py with -march=native.
 
 #include "decoder.hpp"
+#include "lk_loss.hpp"
 
 extern "C" {
 
@@ -68,5 +69,8 @@ void aurora_attention_bf16(const AttentionShape* shape, const float* q, const fl
 // Decoder layers over packed weights and slots, both of one type.
 void aurora_decode_fp32(const DecoderCall* call) { decode<Float, float>(*call); }
 void aurora_decode_bf16(const DecoderCall* call) { decode<BFloat, uint16_t>(*call); }
+
+// The LK loss of rows of logits; the draft's logits become their gradient.
+void aurora_lk_rows(const LKRows* rows) { lk_rows(*rows); }
 
 }  // extern "C"
