@@ -23,12 +23,12 @@ class _LKRows(ctypes.Structure):
     )
 
 
-def can_take(logits_KCD: torch.Tensor) -> bool:
+def can_take(logits: torch.Tensor) -> bool:
     """Whether `lk_rows` covers this case."""
     return (
-        logits_KCD.dtype == torch.bfloat16
-        and logits_KCD.device.type == "cpu"
-        and logits_KCD.shape[-1] % 16 == 0
+        logits.dtype == torch.bfloat16
+        and logits.device.type == "cpu"
+        and logits.shape[-1] % 16 == 0
         and native.library() is not None
     )
 
@@ -46,7 +46,9 @@ def lk_rows(
     library = native.library()
     assert library is not None
     K, C, D = draft_KCD.shape
-    assert draft_KCD.is_contiguous() and target_CD.is_contiguous() and target_CD.dtype == torch.bfloat16
+    assert draft_KCD.is_contiguous()
+    assert target_CD.is_contiguous()
+    assert target_CD.dtype == torch.bfloat16
     inputs = (target_lse_C.float().contiguous(), weight_KC.float().contiguous())
     top_C = None if top_C is None else top_C.long().contiguous()
     loss_KC, alpha_KC, kl_KC = (torch.empty(K, C) for _ in range(3))

@@ -144,12 +144,13 @@ class _FusedLK(torch.autograd.Function):
         match_KN = torch.empty(K, N, dtype=torch.bool, device=device)
 
         # Buffers of one chunk, reused: their pages stay in cache.
+        in_one_pass = p_ND is None and native_lk.can_take(torch.empty(0, D, dtype=matmul_dtype, device=device))
+        if in_one_pass:  # no fp32 buffers to keep in cache, and each chunk costs a pass over the head's gradient
+            size = min(max(1, 8 * chunk // K), N)
         draft_mm = torch.empty(K, size, D, dtype=matmul_dtype, device=device)
         target_mm = torch.empty(size, D, dtype=matmul_dtype, device=device)
         z_full, q_full, grad_full = (torch.empty(K, size, D, dtype=math_dtype, device=device) for _ in range(3))
         log_p_full, p_full = (torch.empty(size, D, dtype=math_dtype, device=device) for _ in range(2))
-
-        in_one_pass = p_ND is None and native_lk.can_take(draft_mm)
 
         for start in range(0, N, size):
             rows = slice(start, min(start + size, N))
