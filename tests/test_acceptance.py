@@ -173,7 +173,7 @@ def test_the_native_pass_equals_the_torch_passes(with_argmax: bool, monkeypatch:
         loss, stats = fused_lk_loss(
             h_NH=h, weight_DH=weight, row_weight_N=row_weight, target_h_NG=target_h, target_weight_DG=target_weight,
             target_lse_N=lse, target_argmax_N=torch.arange(N) - 1 if with_argmax else None,
-            matmul_dtype=torch.bfloat16, chunk=24,
+            matmul_dtype=torch.bfloat16, chunk=3,
         )  # fmt: skip
         loss.backward()
         results.append((loss, stats.alpha_N, stats.kl_N, stats.top1_match_N, h.grad, weight.grad))
