@@ -177,7 +177,7 @@ def test_the_native_pass_equals_the_torch_passes(with_argmax: bool, monkeypatch:
         )  # fmt: skip
         loss.backward()
         results.append((loss, stats.alpha_N, stats.kl_N, stats.top1_match_N, h.grad, weight.grad))
-    for ours, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-2, atol=2e-3)
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
-    assert float(results[1][4].abs().max()) > 0.1, "the tolerance is small beside the gradient"
+    for ours, wanted in zip(*(result[:4] for result in results), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    for ours, wanted in zip(*(result[4:] for result in results), strict=True):  # bf16 sums, cut into other chunks
+        assert float((ours - wanted).norm()) < 1e-2 * float(wanted.norm())
