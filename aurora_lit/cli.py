@@ -194,6 +194,24 @@ def acceptance(config: AuroraConfig, **options: Any) -> None:
     run(config, **options)
 
 
+@bench.command(cls=ManyFilesCommand)
+@click.option("--prompts", type=_FILE, multiple=True, required=True, metavar="FILE...", help="JSON lines of prompts.")
+@click.option("--measure", type=_FILE, multiple=True, metavar="FILE...", help="Prompts to measure on, never learnt.")
+@click.option("--requests", type=click.IntRange(min=1), default=400, show_default=True, help="Requests of traffic.")
+@click.option("--measure-requests", type=click.IntRange(min=1), default=40, show_default=True)
+@click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Clients at a time.")
+@click.option("--arms", default="static,learning", show_default=True, help="Servers to compare, in this order.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--window", type=click.IntRange(min=1), default=40, show_default=True, help="Requests of a reading.")
+@click.option("--out", type=_FOLDER, default=Path("bench-results"), show_default=True)
+@configured
+def online(config: AuroraConfig, arms: str, **options: Any) -> None:
+    """A draft that learns from traffic against the same one that does not; writes JSON and a PNG."""
+    from aurora_lit.bench.online import run
+
+    run(config, arms=tuple(arms.split(",")), **options)
+
+
 def _batch_sizes(text: str) -> tuple[int, ...]:
     try:
         sizes = tuple(int(part) for part in text.split(","))
