@@ -55,6 +55,10 @@ class Request:
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    store: bool = True
+    """False: the client wants nothing of it kept, so no trace is made."""
+    domain: str = ""
+    """The client's label for what this is about (`metadata.aurora_domain`); goes into the trace."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +90,9 @@ class Output:
     """"stop" (end of text or stop token), "length", "error"; None while it runs."""
     error: str | None = None
     """What went wrong when finish_reason is "error"."""
+    explored: bool = False
+    """This round's proposals were drawn at the exploration's temperature."""
+    looked_up: bool = False
+    """This round's proposals were copied from earlier in the request."""
+    draft_versions: tuple[str, ...] = ()
+    """Draft versions that have proposed for the request so far, in the order they came."""

@@ -15,7 +15,8 @@ from aurora_lit.learn.fitting import FitOptions, Fitter
 from aurora_lit.learn.initial import choose_vocabulary, count_tokens, initial_draft
 from aurora_lit.learn.reading import encode_prompt, read_batch, read_prompts, text_pieces
 from aurora_lit.models.target import Target
-from aurora_lit.trace_log import Trace, TraceLogWriter, read_index
+from aurora_lit.trace import Trace
+from aurora_lit.trace_log import TraceLogWriter, read_index
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from scipy.stats import chi2
 from toy_sampling import OPTIONS, Toy, history, reference_law, reference_p
 
 from aurora_lit.modules.distribution import LogitOptions, probabilities, target_distribution
-from aurora_lit.modules.sampling import Proposals, propose, verify, verify_sampled
+from aurora_lit.modules.sampling import Proposals, behaviour_logprobs, propose, verify, verify_sampled
 from aurora_lit.request import SamplingParams
 
 V, D = 8, 5
@@ -26,9 +26,12 @@ def _draft_q(toy: Toy, params: SamplingParams) -> tuple[torch.Tensor, torch.Tens
     return q[0], q[1:]
 
 
-def _enumerated_law(toy: Toy, params: SamplingParams, *, k: int, one_hot: bool) -> torch.Tensor:
+def _enumerated_law(
+    toy: Toy, params: SamplingParams, *, k: int, one_hot: bool, drawn_by: SamplingParams | None = None
+) -> torch.Tensor:
+    """`drawn_by`: what proposals are drawn by; the request's own options when left out."""
     ids = toy.vocabulary.target_id_D
-    q0, q1 = _draft_q(toy, params)
+    q0, q1 = _draft_q(toy, drawn_by or params)
     chains = torch.tensor(list(itertools.product(range(D), repeat=k)), dtype=torch.int64).view(D**k, k)
     tokens = ids[chains]
     q_BKD = torch.zeros(len(chains), k, D, dtype=torch.float64)
@@ -121,6 +124,15 @@ def test_enumerated_law_holds_for_a_draft_that_is_the_target_and_for_one_that_is
             assert (law - reference_law(case, OPTIONS[name])).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 5.0])
+def test_the_law_does_not_change_when_proposals_are_drawn_by_exploring(name: str, temperature: float) -> None:
+    toy = Toy.random(V=V, D=D, seed=len(name))
+    exploring = SamplingParams(max_tokens=1, temperature=temperature)
+    law = _enumerated_law(toy, OPTIONS[name], k=2, one_hot=False, drawn_by=exploring)
+    assert (law - reference_law(toy, OPTIONS[name])).abs().max() < 1e-6
+
+
 def test_the_acceptance_test_switches_at_min_1_p_over_q() -> None:
     p = torch.tensor([[[0.2, 0.5, 0.3]] * 2], dtype=torch.float64)
     q = torch.tensor([[[0.5, 0.25, 0.25]]], dtype=torch.float64)
@@ -193,6 +205,30 @@ def _none(rows: int) -> Proposals:
     return Proposals(
         token_BK=torch.zeros(rows, 0, dtype=torch.int64), num_B=torch.zeros(rows, dtype=torch.int64), q_BKD=None
     )
+
+
+def test_behaviour_log_probabilities_are_those_of_the_draws() -> None:
+    toy = Toy.random(V=V, D=D, seed=4)
+    params = [
+        SamplingParams(max_tokens=1, temperature=0.0),
+        SamplingParams(max_tokens=1, temperature=0.7, seed=3),
+        SamplingParams(max_tokens=1, temperature=0.7),
+        SamplingParams(max_tokens=1, temperature=2.0),
+        *(SamplingParams(max_tokens=1, **cut) for cut in ({"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.3})),
+    ]
+    options = LogitOptions.of(params)
+    uniform = torch.rand(len(params), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    proposals = _draft_chain(toy, options, uniform, num=torch.full((len(params),), 2))
+    got = behaviour_logprobs(proposals, options=options, vocabulary=toy.vocabulary)
+    assert got[:2].tolist() == [[0.0, 0.0]] * 2
+    assert got[4:].isnan().all()
+    for row, temperature in ((2, 0.7), (3, 2.0)):
+        first, second = proposals.token_BK[row].tolist()
+        for place, (logits, token) in enumerate(((toy.draft[0], first), (toy.draft[1][first], second))):
+            q = (logits / temperature).softmax(-1)
+            assert got[row, place].item() == pytest.approx(q[toy.vocabulary.draft_id_V[token]].log().item(), abs=1e-6)
+    argmax = _draft_chain(toy, options, None, num=torch.full((len(params),), 2))
+    assert behaviour_logprobs(argmax, options=options, vocabulary=toy.vocabulary).tolist() == [[0.0, 0.0]] * 7
 
 
 def _seeded(options: LogitOptions, *, first_seed: int) -> LogitOptions:

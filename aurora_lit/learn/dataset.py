@@ -13,7 +13,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from aurora_lit.modules.draft_batch import DraftBatch
-from aurora_lit.trace_log import ShardInfo, Trace, read_shard
+from aurora_lit.trace import Trace
+from aurora_lit.trace_log import ShardInfo, read_shard
 
 HELD_OUT_EVERY = 40
 """One sequence in so many of a shard is kept for validation."""
@@ -70,10 +71,16 @@ def collate(traces: Sequence[Trace], *, with_prompt: Sequence[bool]) -> DraftBat
         token_ids_BT=pad_sequence([t.token_ids_T.long() for t in traces], batch_first=True),
         aux_BT3H=pad_sequence([t.aux_T3H for t in traces], batch_first=True),
         last_BTH=pad_sequence([t.last_TH for t in traces], batch_first=True),
-        lse_BT=pad_sequence([t.lse_T for t in traces], batch_first=True),
+        lse_BT=pad_sequence([_lse(t) for t in traces], batch_first=True),
         weight_BT=pad_sequence(weights, batch_first=True),
         domains=tuple(t.domain for t in traces),
     )
+
+
+def _lse(trace: Trace) -> torch.Tensor:
+    if trace.lse_T is None:
+        raise ValueError("trace.lse_T is None; compute it with the target's head first")
+    return trace.lse_T
 
 
 def _cut(traces: Sequence[Trace], max_length: int) -> list[Trace]:
@@ -95,7 +102,7 @@ def _cut(traces: Sequence[Trace], max_length: int) -> list[Trace]:
                     token_ids_T=trace.token_ids_T[start:end],
                     aux_T3H=trace.aux_T3H[start:end],
                     last_TH=trace.last_TH[start:end],
-                    lse_T=trace.lse_T[start:end],
+                    lse_T=_lse(trace)[start:end],
                     domain=trace.domain,
                     answer_start=answer_start,
                 )

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.errors import AuroraError
 from aurora_lit.models.target import Target
-from aurora_lit.trace_log import Trace
+from aurora_lit.trace import Trace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,11 @@ from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.sampling import Proposals, token_logprobs, verify
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.calibration import calibrate
-from aurora_lit.serve.drafting import Drafter
+from aurora_lit.serve.drafting import Drafter, FittedDraft
 from aurora_lit.serve.lookup import NgramIndex
+from aurora_lit.serve.observing import RoundObserver, tell
 from aurora_lit.serve.proposing import Proposer
-from aurora_lit.serve.rows import EngineStats, RoundObserver, Row
+from aurora_lit.serve.rows import EngineStats, Row
 from aurora_lit.serve.speculation import DraftLength
 
 
@@ -55,10 +56,12 @@ class Engine:
         lookup: bool = False,
         draft_version: str = "",
         observer: RoundObserver | None = None,
+        explore_share: float = 0.0,
+        explore_temperature: float = 1.0,
+        explore_seed: int = 0,
     ) -> None:
         """`draft` None and no `lookup`: plain decoding. `max_seq_len` counts prompt and output tokens of a request."""
-        self.eos_token_ids = eos_token_ids
-        self.max_seq_len = max_seq_len
+        self.eos_token_ids, self.max_seq_len = eos_token_ids, max_seq_len
         self.vocab_size = target.vocab_size
         self.draft_version = draft_version
         self.stats = EngineStats()
@@ -80,7 +83,18 @@ class Engine:
             max_draft_tokens=max_draft_tokens if self._drafter else 0, max_proposals=max_draft_tokens, adaptive=adaptive
         )
         self._lookup = lookup and max_draft_tokens > 0
-        self._proposer = Proposer(self._drafter, self.policy, lookup=self._lookup, device=self._device)
+        self._proposer = Proposer(
+            self._drafter,
+            self.policy,
+            lookup=self._lookup,
+            device=self._device,
+            explore_share=explore_share,
+            explore_temperature=explore_temperature,
+            explore_seed=explore_seed,
+            log_probabilities=observer is not None,
+        )
+        if observer is not None:
+            observer.attach(tokens_SL=self._tokens_SL, aux_SLF=self._drafter and self._drafter.features_SLF)
         self._options_rows: list[Row] = []
         self._options = LogitOptions.of([])
         if adaptive and (self._drafter or self._lookup):
@@ -115,11 +129,19 @@ class Engine:
         self._waiting.append(request)
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request and free its slot; an unknown id is ignored."""
+        """End a request where it is and free its slot; an unknown id is ignored."""
         self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
         for row in [*self._prefilling, *self._decoding]:
             if row.request.request_id == request_id:
                 self._release(row)
+
+    def swap_draft(self, draft: Draft | FittedDraft, *, version: str, recompute: bool = False) -> None:
+        """Propose with another draft from the next round on (serve/drafting.py). Needs an engine with a draft."""
+        if self._drafter is None:
+            raise ValueError("this engine was made without a draft, so there is none to swap")
+        self._drafter.swap(draft, recompute=recompute)
+        self.policy.start_over([*self._prefilling, *self._decoding])
+        self.draft_version = version
 
     @torch.no_grad()
     def round(self) -> list[Output]:
@@ -148,6 +170,7 @@ class Engine:
                 row.prompt_logprobs.append(None)
             self._prefilling.append(row)
             self.stats.prompt_tokens += length
+            self.stats.opted_out += not request.store
 
     def _prefill(self) -> None:
         """Run the next chunk of the oldest prompt, a short one while others decode so that they do not wait long.
@@ -199,25 +222,26 @@ class Engine:
         )
         accepted, final = verdict.accepted_B.tolist(), verdict.next_token_B.tolist()
         proposed, token_table = proposals.num_B.tolist(), proposals.token_BK.tolist()
-        return [
+        outputs = [
             self._commit(row, [*token_table[i][: accepted[i]], final[i]], proposed[i], accepted[i], logits_BTV[i])
             for i, row in enumerate(rows)
         ]
+        if self._observer:
+            tell(
+                self._observer, rows, outputs, proposals=proposals, last_BTH=last_BTH, version=self.draft_version,
+                explore_temperature=self._proposer.explore_temperature,
+            )  # fmt: skip
+        for row, output in zip(rows, outputs, strict=True):
+            if output.finish_reason is not None:
+                self._release(row)
+        return outputs
 
     def _commit(self, row: Row, tokens: list[int], proposed: int, accepted: int, logits_TV: torch.Tensor) -> Output:
         """Append a row's new tokens up to where it ends, and say what it got."""
-        params, stats = row.params, self.stats
-        room = min(params.max_tokens - (row.length - row.prompt_length), self.max_seq_len - row.length)
-        tokens = tokens[: max(0, room)]
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        reason = "length" if len(tokens) == room or room <= 0 else None
-        for i, token in enumerate(tokens):
-            if token in ends:
-                tokens, reason = tokens[: i + 1], "stop"
-                break
+        tokens, reason = row.cut_at_end(tokens, eos_token_ids=self.eos_token_ids, max_seq_len=self.max_seq_len)
         logprobs = None
-        if params.logprobs is not None:
-            logprobs = token_logprobs(logits_TV, token_ids=tokens, num_top=params.logprobs)
+        if row.params.logprobs is not None:
+            logprobs = token_logprobs(logits_TV, token_ids=tokens, num_top=row.params.logprobs)
         accepted = min(accepted, len(tokens))
         end = row.length + len(tokens)
         self._tokens_SL[row.slot, row.length : end] = torch.tensor(tokens, dtype=torch.int64)
@@ -226,16 +250,9 @@ class Engine:
         self.policy.observe(row, proposed=proposed, accepted=accepted)
         if self._lookup:
             row.ngrams.extend(tokens)
-        stats.generated_tokens += len(tokens)
-        stats.drafts += proposed > 0
-        stats.proposed += proposed
-        stats.accepted += accepted
-        for position in range(accepted):
-            stats.accepted_by_position[position] += 1
-        if reason is not None:
-            if self._observer:
-                self._observer.on_finish(row, self._tokens_SL[row.slot, : row.length])
-            self._release(row)
+        self.stats.count(generated=len(tokens), proposed=proposed, accepted=accepted, explored=row.explored)
+        if proposed and not row.looked_up:
+            row.versions[self.draft_version] = None
         return Output(
             request_id=row.request.request_id,
             token_ids=tuple(tokens),
@@ -244,6 +261,9 @@ class Engine:
             num_proposed=proposed,
             num_accepted=accepted,
             finish_reason=reason,
+            explored=row.explored,
+            looked_up=row.looked_up,
+            draft_versions=tuple(row.versions),
         )
 
     # -- shared ----------------------------------------------------------------------------------------------------
@@ -273,5 +293,8 @@ class Engine:
         )
 
     def _release(self, row: Row) -> None:
-        (self._decoding if row in self._decoding else self._prefilling).remove(row)
+        decoding = row in self._decoding
+        (self._decoding if decoding else self._prefilling).remove(row)
         self._free.append(row.slot)
+        if self._observer and decoding and row.request.store:
+            self._observer.on_finish(row)

@@ -2,6 +2,10 @@
 
 Lookup serves rows that accept what equals the target's own token (greedy and seeded ones); for the others proposals
 must be drawn from a distribution, which only the draft has. No draft pass runs when no row needs one.
+
+Exploration: in a share of a row's drafted rounds the proposals are drawn from the draft at a temperature of its own,
+for greedy and seeded rows too, so that a learner sees what else the draft could have said and with which probability.
+Verification does not change, so output stays exact; such rounds accept less.
 What is left out: the draft's work (serve/drafting.py), lengths and costs (serve/speculation.py), verification.
 
 Shapes: B rows, K proposals, D draft vocabulary.
@@ -9,13 +13,16 @@ Shapes: B rows, K proposals, D draft vocabulary.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from aurora_lit.modules.distribution import LogitOptions, is_greedy
-from aurora_lit.modules.sampling import Proposals
+from aurora_lit.modules.sampling import Proposals, behaviour_logprobs
+from aurora_lit.request import SamplingParams
 from aurora_lit.serve.drafting import Drafter, DraftRows
 from aurora_lit.serve.rows import Row
 from aurora_lit.serve.speculation import DraftLength
@@ -24,20 +31,36 @@ from aurora_lit.serve.speculation import DraftLength
 class Proposer:
     """Makes the round's proposals for a batch; `drafter` None: lookup alone, `lookup` false: the draft alone."""
 
-    def __init__(self, drafter: Drafter | None, policy: DraftLength, *, lookup: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        drafter: Drafter | None,
+        policy: DraftLength,
+        *,
+        lookup: bool,
+        device: torch.device,
+        explore_share: float = 0.0,
+        explore_temperature: float = 1.0,
+        explore_seed: int = 0,
+        log_probabilities: bool = False,
+    ) -> None:
+        """`log_probabilities`: also say how likely each proposal was (`Proposals.logprob_BK`)."""
+        self.explore_temperature = explore_temperature
         self._drafter = drafter
         self._policy = policy
         self._lookup = lookup
         self._device = device
+        self._explore_share = explore_share
+        self._rng = random.Random(explore_seed)
+        self._log_probabilities = log_probabilities
         self._options_rows: list[Row] = []
         self._options = LogitOptions.of([])
 
     def propose(self, rows: Sequence[Row]) -> Proposals:
-        """Proposals for each row; sets each row's `looked_up`, so that the outcome counts for who proposed."""
+        """Proposals for each row; sets each row's `looked_up` and `explored`, so that the outcome counts for those."""
         speculating = [i for i, row in enumerate(rows) if row.params.speculate]
         copied = self._look_up(rows, speculating)
         for i, row in enumerate(rows):
-            row.looked_up = i in copied
+            row.looked_up, row.explored = i in copied, False
         drafting = [i for i in speculating if i not in copied]
         drafted = self._draft([rows[i] for i in drafting], num_others=len(rows) - len(drafting))
         return self._merge(len(rows), copied, drafting, drafted)
@@ -61,9 +84,7 @@ class Proposer:
         num_steps = self._policy.choose([row.rate for row in rows], num_plain=num_others)
         if not num_steps or self._drafter is None:
             return None
-        if rows != self._options_rows:
-            self._options_rows = rows
-            self._options = LogitOptions.of([row.params for row in rows], device=self._device)
+        options = self._options_for(rows)
         survival = [1.0] * len(rows)
         started = time.perf_counter()
         drafted = self._drafter.propose(
@@ -71,7 +92,7 @@ class Proposer:
                 slots_B=torch.tensor([row.slot for row in rows], device=self._device),
                 lengths=[row.length for row in rows],
             ),
-            options=self._options,
+            options=options,
             num_steps=num_steps,
             uniform_BK=torch.rand(len(rows), num_steps, dtype=torch.float64, device=self._device),
             go_on=lambda done, values_B: self._policy.worth_another_step(
@@ -79,7 +100,24 @@ class Proposer:
             ),
         )
         self._policy.observe_draft(len(rows), drafted.token_BK.shape[1], time.perf_counter() - started)
-        return drafted
+        if not self._log_probabilities:
+            return drafted
+        logprob_BK = behaviour_logprobs(drafted, options=options, vocabulary=self._drafter.vocabulary)
+        return replace(drafted, logprob_BK=logprob_BK)
+
+    def _options_for(self, rows: list[Row]) -> LogitOptions:
+        """How each row's proposals are drawn: by its own options, or by exploring."""
+        if self._explore_share:
+            for row in rows:
+                row.explored = row.request.store and self._rng.random() < self._explore_share
+            if any(row.explored for row in rows):
+                # As if it were a request that is sampled freely; the target's pass keeps to what was asked for.
+                free = SamplingParams(max_tokens=1, temperature=self.explore_temperature)
+                return LogitOptions.of([free if row.explored else row.params for row in rows], device=self._device)
+        if rows != self._options_rows:
+            self._options_rows = rows
+            self._options = LogitOptions.of([row.params for row in rows], device=self._device)
+        return self._options
 
     def _merge(
         self, num_rows: int, copied: dict[int, list[int]], drafting: list[int], drafted: Proposals | None
@@ -89,7 +127,7 @@ class Proposer:
         width = max([steps, *(len(tokens) for tokens in copied.values())])
         token_BK = torch.zeros(num_rows, width, dtype=torch.int64, device=self._device)
         num_B = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
-        q_BKD = None
+        q_BKD = logprob_BK = None
         if drafted is not None:
             index = torch.tensor(drafting, device=self._device)
             token_BK[index, :steps] = drafted.token_BK
@@ -97,7 +135,10 @@ class Proposer:
             if drafted.q_BKD is not None:
                 q_BKD = drafted.q_BKD.new_zeros(num_rows, width, drafted.q_BKD.shape[2])
                 q_BKD[index, :steps] = drafted.q_BKD
+            if drafted.logprob_BK is not None:
+                logprob_BK = drafted.logprob_BK.new_full((num_rows, width), float("nan"))
+                logprob_BK[index, :steps] = drafted.logprob_BK
         for i, tokens in copied.items():
             token_BK[i, : len(tokens)] = torch.tensor(tokens, device=self._device)
             num_B[i] = len(tokens)
-        return Proposals(token_BK=token_BK, num_B=num_B, q_BKD=q_BKD)
+        return Proposals(token_BK=token_BK, num_B=num_B, q_BKD=q_BKD, logprob_BK=logprob_BK)

@@ -19,6 +19,8 @@ _RATE_MEMORY = 0.9
 """The same a proposal, for a row's acceptance rate."""
 _MEAN_RATE_MEMORY = 0.98
 """The same for the rate of all traffic."""
+_FIRST_RATE = 0.5
+"""Acceptance rate of a draft that nobody has seen at work."""
 _GAIN_TO_CHANGE = 1.03
 _LATE_TOKEN_WORTH = 0.5
 """A token more from a round saves this share of a plain round, since the rounds it saves speculate too."""
@@ -74,7 +76,7 @@ class DraftLength:
         """Of catching up and the first proposal, by rows (width 1)."""
         self.next_step_cost = CostTable()
         """Of each further proposal, by rows (width 1)."""
-        self.mean_rate = 0.5
+        self.mean_rate = _FIRST_RATE
         """Running acceptance rate of all traffic: where a new request starts."""
         self._last = max_draft_tokens
         self._rounds_without = 0
@@ -135,7 +137,12 @@ class DraftLength:
         return best if speed(best) > speed(0) * _GAIN_TO_CHANGE else 0
 
     def observe(self, row: Row, *, proposed: int, accepted: int) -> None:
-        """Take in a round's outcome: the rate of whoever proposed for the row and, for the draft, of all traffic."""
+        """Take in a round's outcome: the rate of whoever proposed for the row and, for the draft, of all traffic.
+
+        An exploring round says nothing about the others.
+        """
+        if row.explored:
+            return
         for i in range(min(accepted + 1, proposed)):
             hit = 1.0 if i < accepted else 0.0
             if row.looked_up:
@@ -143,6 +150,13 @@ class DraftLength:
             else:
                 row.rate += (1 - _RATE_MEMORY) * (hit - row.rate)
                 self.mean_rate += (1 - _MEAN_RATE_MEMORY) * (hit - self.mean_rate)
+
+    def start_over(self, rows: Sequence[Row]) -> None:
+        """Another draft proposes: what the last one was worth must not keep this one from being tried."""
+        self.mean_rate = max(self.mean_rate, _FIRST_RATE)
+        for row in rows:
+            row.rate = max(row.rate, _FIRST_RATE)
+        self._last, self._rounds_without = self.max_draft_tokens, 0
 
     def observe_draft(self, rows: int, steps: int, seconds: float) -> None:
         """Take in how long drafting took in a round."""

@@ -1,0 +1,98 @@
+"""Watching rounds: what an observer of the engine is told, for recording traces.
+
+Left out: what is made of it (serve/tracing.py).
+
+Shapes: S slots, L capacity, F auxiliary features, B rows, T positions, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from aurora_lit.modules.distribution import is_greedy
+from aurora_lit.modules.sampling import Proposals
+from aurora_lit.request import Output
+from aurora_lit.serve.rows import Row
+from aurora_lit.trace import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_NOBODY
+
+
+class RoundNote(NamedTuple):
+    """One round of one row, as a trace tells it."""
+
+    root: int
+    """Position of the last committed token when the round began."""
+    version: str
+    """The draft's version; "" when the draft proposed nothing."""
+    source: int
+    """trace.SOURCE_…"""
+    explored: bool
+    draft_temperature: float
+    proposals: list[int]
+    """Without those that the request's end cut off."""
+    logprobs: list[float] | None
+    """Their behaviour log-probabilities; None for lookup."""
+    accepted: int
+
+
+class RoundObserver(Protocol):
+    """Sees what the target computed: for recording traces."""
+
+    def attach(self, *, tokens_SL: torch.Tensor, aux_SLF: torch.Tensor | None) -> None:
+        """Once, by the engine: its committed tokens by slot, and the auxiliary states that the drafter keeps by slot.
+
+        None: there is no drafter, so the observer must keep them itself if it wants them.
+        """
+
+    def on_pass(
+        self, *, slots_B: torch.Tensor, starts_B: torch.Tensor, aux_BT3H: torch.Tensor, last_BTH: torch.Tensor
+    ) -> None:
+        """A target pass over positions start, start + 1, … of each slot; rejected ones are passed again later."""
+
+    def on_commit(self, row: Row, note: RoundNote, last_TH: torch.Tensor) -> None:
+        """A round of a row was committed; `last_TH` is what the target computed behind its root and its proposals."""
+
+    def on_finish(self, row: Row) -> None:
+        """A request ended or was cancelled; the target has run all its tokens but the last."""
+
+
+def tell(
+    observer: RoundObserver,
+    rows: Sequence[Row],
+    outputs: Sequence[Output],
+    *,
+    proposals: Proposals,
+    last_BTH: torch.Tensor,
+    version: str,
+    explore_temperature: float,
+) -> None:
+    """Tell the observer what a committed round was, but for requests that nothing may be kept of."""
+    tokens = proposals.token_BK.tolist()
+    logprobs = None if proposals.logprob_BK is None else proposals.logprob_BK.tolist()
+    proposed = proposals.num_B.tolist()
+    for i, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+        if not row.request.store:
+            continue
+        accepted, committed = output.num_accepted, len(output.token_ids)
+        # Without a token behind the accepted ones the request ended there: nobody judged the other proposals.
+        count = proposed[i] if committed > accepted else accepted
+        source = SOURCE_NOBODY if not count else SOURCE_LOOKUP if row.looked_up else SOURCE_DRAFT
+        drafted = source == SOURCE_DRAFT
+        temperature = 1.0
+        if drafted and row.explored:
+            temperature = explore_temperature
+        elif drafted and row.params.seed is None and not is_greedy(row.params):
+            temperature = row.params.temperature
+        note = RoundNote(
+            root=row.length - committed - 1,
+            version=version if drafted else "",
+            source=source,
+            explored=drafted and row.explored,
+            draft_temperature=temperature,
+            proposals=tokens[i][:count],
+            logprobs=logprobs[i][:count] if drafted and logprobs is not None else None,
+            accepted=accepted,
+        )
+        observer.on_commit(row, note, last_BTH[i])
