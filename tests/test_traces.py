@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from trace_examples import same_trace, trace_with_rounds
 
 from aurora_lit import trace_log
 from aurora_lit.learn.dataset import HELD_OUT_EVERY, collate, held_out_batches, training_batches
-from aurora_lit.trace_log import INDEX_NAME, Trace, TraceLogWriter, read_index, read_shard
+from aurora_lit.trace import Trace, check
+from aurora_lit.trace_log import INDEX_NAME, TraceLogWriter, read_index, read_shard
 
 
 def a_trace(length: int, *, first: int = 0, domain: str = "chat", answer_start: int | None = None) -> Trace:
@@ -101,6 +103,38 @@ def test_a_shard_that_was_deleted_does_not_make_another_be_overwritten(tmp_path:
     (tmp_path / read_index(tmp_path)[0].name).unlink()
     write(tmp_path, [a_trace(9, first=20)])
     assert [int(trace.token_ids_T[0]) for trace in read(tmp_path)] == [10, 20]
+
+
+def test_live_traces_come_back_with_their_rounds(tmp_path: Path) -> None:
+    live = [
+        trace_with_rounds([(1, 4, 1), (3, 3, 3), (7, 0, 0), (8, 1, 0)], request_id="a"),
+        trace_with_rounds([], verify="greedy", temperature=0.0, domain=""),
+        trace_with_rounds([(2, 2, 0), (5, 2, 2)], lse_T=torch.arange(12) / 3, first_position=70),
+        trace_with_rounds([(2, 0, 0)]),
+    ]
+    write(tmp_path, live, kind="live")
+    got = read(tmp_path)
+    assert all(same_trace(a, b) for a, b in zip(got, live, strict=True))
+    for trace in got:
+        check(trace)
+
+
+def test_a_bounded_log_deletes_its_oldest_shards(tmp_path: Path) -> None:
+    writer = TraceLogWriter(tmp_path, kind="live", max_bytes=40_000)
+    (tmp_path / "live-00099.safetensors").write_bytes(bytes(30_000))  # a crash left it out of the index
+    for first in range(60):
+        writer.append(trace_with_rounds([(1, 3, 1)], first_position=first))
+        writer.flush()
+        size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+        assert size <= 40_000
+    kept = [trace.first_position for trace in read(tmp_path)]
+    assert kept == list(range(60 - len(kept), 60))
+    assert size > 30_000
+    assert len((tmp_path / INDEX_NAME).read_text().splitlines()) == len(kept)
+    writer.append(trace_with_rounds([], length=20_000, token_ids_T=torch.zeros(20_000, dtype=torch.int32)))
+    with pytest.raises(OSError, match="larger"):
+        writer.flush()
+    assert [trace.first_position for trace in read(tmp_path)] == kept
 
 
 # -- batches -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from aurora_lit.errors import RequestError
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.messages import Call
-from aurora_lit.serve.schema import ChatRequest, CompletionRequest, shorten, token_limit
+from aurora_lit.serve.schema import ChatRequest, CompletionRequest, Sampling, shorten, token_limit
 from aurora_lit.serve.text import decode
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -66,7 +66,7 @@ def prepare_chat(body: ChatRequest, *, call_id: str, tokenizer: PreTrainedTokeni
     prompt_ids = _encode(tokenizer, str(text), limits, param="messages", add_special_tokens=False)
     max_tokens = _check_length(len(prompt_ids), token_limit(body), limits, default=None, param="messages")
     params = body.sampling_params(max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs)
-    call = _call(call_id, [prompt_ids], [params], body.num_choices)
+    call = _call(call_id, [prompt_ids], [params], body)
     return Prepared(call=call, prompt_texts=(), num_prompt_tokens=len(prompt_ids))
 
 
@@ -98,7 +98,7 @@ def prepare_completion(
             prompt_logprobs=body.logprobs if body.echo else None,
         ))  # fmt: skip
     return Prepared(
-        call=_call(call_id, ids, params, body.num_choices),
+        call=_call(call_id, ids, params, body),
         prompt_texts=tuple(texts) if body.echo else (),
         num_prompt_tokens=sum(map(len, ids)),
         drop_output=wanted == 0,
@@ -147,14 +147,17 @@ def _check_length(num_prompt: int, wanted: int | None, limits: Limits, *, defaul
     return room if default is None else min(default, room)
 
 
-def _call(call_id: str, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams], num_choices: int) -> Call:
+def _call(
+    call_id: str, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams], body: Sampling
+) -> Call:
     """n requests a prompt; choice i draws with seed + i, so that the choices differ and repeat."""
     requests: list[Request] = []
     for prompt_ids, options in zip(prompts, params, strict=True):
-        for choice in range(num_choices):
+        for choice in range(body.num_choices):
             # The sum stays a 63-bit number, as random generators want it.
             seed = None if options.seed is None else (options.seed + choice) % 2**63
             requests.append(Request(
-                request_id=f"{call_id}-{len(requests)}", prompt_ids=prompt_ids, params=replace(options, seed=seed)
+                request_id=f"{call_id}-{len(requests)}", prompt_ids=prompt_ids, params=replace(options, seed=seed),
+                store=body.may_be_stored, domain=body.domain,
             ))  # fmt: skip
     return Call(call_id=call_id, requests=tuple(requests))

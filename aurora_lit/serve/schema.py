@@ -19,6 +19,9 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_DOMAIN_CHARACTERS = 64
+DOMAIN_KEY = "aurora_domain"
+"""The entry of `metadata` that labels a request's domain."""
 _INT64 = 2**63
 T = TypeVar("T")
 
@@ -112,6 +115,26 @@ class Sampling(_Strict):
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only for stream=true; leave it out", param="stream_options")
         return self
+
+    @model_validator(mode="after")
+    def _domain_is_a_short_label(self) -> Sampling:
+        domain = (self.metadata or {}).get(DOMAIN_KEY)
+        if domain is not None and not 0 < len(domain) <= MAX_DOMAIN_CHARACTERS:
+            raise RequestError(
+                f"metadata.{DOMAIN_KEY}={shorten(domain)} is no label; use 1 to {MAX_DOMAIN_CHARACTERS} characters",
+                param=f"metadata.{DOMAIN_KEY}",
+            )
+        return self
+
+    @property
+    def may_be_stored(self) -> bool:
+        """Whether the draft may learn from the request; only `store: false` says no."""
+        return _or(self.store, True)
+
+    @property
+    def domain(self) -> str:
+        """The client's label for what the request is about; "" without one."""
+        return (self.metadata or {}).get(DOMAIN_KEY, "")
 
     @property
     def num_choices(self) -> int:
