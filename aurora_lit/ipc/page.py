@@ -116,7 +116,7 @@ class Page(Generic[Record]):
 
     def write(self, **fields: Any) -> None:
         """Set some fields of the record; readers see all of them change together."""
-        self._whole[1] += 1
+        self._whole[1] |= 1  # odd already where the last writer was killed inside a write
         for name, value in fields.items():
             place = self._places[name]
             if place.kind == "d":

@@ -1,0 +1,125 @@
+"""Which traces are learned from: live traffic as it comes, mixed with what is remembered.
+
+A trace waits in `live` until a batch takes it; then it goes to the reservoir, from where it comes back as replay. When
+more comes than can be learned from, the most informative traces are taken and the oldest go to the reservoir untaken.
+Requests kept out of training never come here (learn/gate.py). What is left out: padding (learn/rounds.py).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from aurora_lit.learn.frozen import FrozenEnds
+from aurora_lit.learn.reservoir import Reservoir
+from aurora_lit.learn.rounds import Lesson, crop, first_taught, online_batch, read_lesson, read_lse
+from aurora_lit.modules.draft_batch import OnlineBatch
+from aurora_lit.trace import SOURCE_DRAFT, Trace
+
+MAX_PASSES = 4
+"""Positions are learned from at most so many times on average; then the learner waits for new ones."""
+_SHORTEST = 8
+"""Positions of a trace that is worth a row."""
+
+
+class Feed:
+    """Makes batches of live and remembered traces.
+
+    >>> feed.add(trace)
+    >>> batch = feed.next_batch(oldest_fresh=3)         # None: nothing to learn from now
+    """
+
+    def __init__(
+        self,
+        ends: FrozenEnds,
+        reservoir: Reservoir,
+        *,
+        batch_positions: int,
+        replay_share: float,
+        live_bytes: int,
+    ) -> None:
+        """live_bytes: memory for traces that wait."""
+        self._ends, self.reservoir = ends, reservoir
+        self._batch_positions = batch_positions
+        self._live_positions = max(_SHORTEST, int(batch_positions * (1 - replay_share)))
+        self._live_bytes = live_bytes
+        self._waiting: deque[Trace] = deque()
+        self.positions_in = 0
+        """Positions that came and can teach."""
+        self.positions_out = 0
+        """Positions handed out in batches, replay included."""
+        self.num_stale = 0
+        """Live traces handed out whose draft was too old to teach the policy."""
+
+    def add(self, trace: Trace) -> None:
+        """Take in a live trace; one that teaches nothing is let go."""
+        # Half a batch at most, so that no trace fills one alone.
+        trace = crop(trace, max(_SHORTEST, self._batch_positions // 2))
+        taught = len(trace.token_ids_T) - first_taught(trace)
+        if len(trace.token_ids_T) < _SHORTEST or not taught:
+            return
+        self.positions_in += taught
+        self._waiting.append(trace)
+        while sum(trace.num_bytes for trace in self._waiting) > self._live_bytes:
+            self._remember(self._waiting.popleft())
+
+    def next_batch(self, *, oldest_fresh: int) -> OnlineBatch | None:
+        """The next batch; None when nothing new came and what is remembered has taught enough.
+
+        oldest_fresh: number of the oldest draft version whose proposals may teach the policy.
+        """
+        if not self._waiting and self.positions_out >= MAX_PASSES * self.positions_in:
+            return None
+        live = [read_lesson(trace, self._ends) for trace in self._take_live()]
+        replay = self._take_replay([lesson.trace for lesson in live])
+        if not live and not replay:
+            return None
+        for lesson in live:
+            self._remember(lesson.trace)
+        self.num_stale += sum(_is_stale(lesson, oldest_fresh) for lesson in live)
+        batch = online_batch(live, replay, oldest_fresh=oldest_fresh)
+        self.positions_out += int((batch.traces.weight_BT > 0).sum())
+        return batch
+
+    def _take_live(self) -> list[Trace]:
+        """The most informative of those that wait, as many as the live share of a batch holds; at least one."""
+        taken: list[Trace] = []
+        for trace in sorted(self._waiting, key=informativeness, reverse=True):
+            if taken and _padded([*taken, trace]) > self._live_positions:
+                break
+            taken.append(trace)
+        chosen = set(map(id, taken))
+        self._waiting = deque(trace for trace in self._waiting if id(trace) not in chosen)
+        return taken
+
+    def _take_replay(self, live: list[Trace]) -> list[Trace]:
+        """Remembered traces, drawn until the batch is full."""
+        taken: list[Trace] = []
+        while self._live_positions < self._batch_positions:
+            trace = self.reservoir.sample()
+            if trace is None or ((live or taken) and _padded([*live, *taken, trace]) > self._batch_positions):
+                break
+            taken.append(read_lse(trace, self._ends))
+        return taken
+
+    def _remember(self, trace: Trace) -> None:
+        self.reservoir.add(trace, weight=0.1 + informativeness(trace))
+
+
+def informativeness(trace: Trace) -> float:
+    """Share of the draft's rounds in which something was rejected; a half where the draft had no round."""
+    drafted_R = (trace.source_R == SOURCE_DRAFT) & (trace.num_proposed_R > 0)
+    if not drafted_R.any():
+        return 0.5
+    rejected_R = trace.num_accepted_R < trace.num_proposed_R
+    return float(rejected_R[drafted_R].float().mean())
+
+
+def _is_stale(lesson: Lesson, oldest_fresh: int) -> bool:
+    trace = lesson.trace
+    return bool(((trace.source_R == SOURCE_DRAFT) & (trace.round_version_R < oldest_fresh)).any())
+
+
+def _padded(traces: Sequence[Trace]) -> int:
+    """Positions of a batch of these traces, padding included."""
+    return len(traces) * max(len(trace.token_ids_T) for trace in traces)

@@ -1,0 +1,184 @@
+"""The learner: a draft module, its optimisers and its schedule. `update` is the only optimiser step of online learning.
+
+Its state is written whole and safely, so that it is killed at the cost of what came after the last `save`.
+What is left out: batches (learn/feed.py), when to step (learn/loop.py), the losses (modules/draft_module.py).
+
+    learner = Learner(module, state_path, version="draft-000003")
+    learner.resume()                    # True: it goes on where the last one was
+    learner.update(batch)               # None: the batch was poison and left no trace
+    learner.save()
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers.logger import Logger
+from torchmetrics import MeanMetric
+
+from aurora_lit.modules.draft import Draft
+from aurora_lit.modules.draft_batch import OnlineBatch
+from aurora_lit.modules.draft_module import DraftModule, OnlineReport
+
+STARTING_VERSION = "start"
+"""Stands for the draft that serving began with, before any was published."""
+_LOG_EVERY_STEPS = 8
+
+
+class Learner:
+    """See the file's docstring for its life."""
+
+    def __init__(
+        self, module: DraftModule, state_path: Path, *, version: str, loggers: Sequence[Logger] = ()
+    ) -> None:
+        """`version`: the published draft, or the starting checkpoint, that the module's weights descend from."""
+        self.state_path = state_path
+        self.version = version
+        self.steps = 0
+        self.positions = 0
+        """Positions learned from, replay included."""
+        self.poisoned = 0
+        """Batches since this object was made whose loss or gradient was not finite; they taught nothing."""
+        self.fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed", loggers=list(loggers))
+        self.module: Any = self.fabric.setup_module(module)
+        self._metrics: dict[str, MeanMetric] = {}
+        self._new_optimizers()
+
+    @property
+    def draft(self) -> Draft:
+        """The draft as it is now."""
+        draft = self.module.draft
+        assert isinstance(draft, Draft)
+        return draft
+
+    def update(self, batch: OnlineBatch) -> OnlineReport | None:
+        """Learn from a batch: loss, gradient, one step of each optimiser and of the schedule."""
+        batch = batch.to(self.fabric.device)
+        with self.fabric.autocast():
+            report: OnlineReport = self.module.training_step(batch)
+        self.module.zero_grad()
+        self.fabric.backward(report.loss)
+        norm = self._clip_gradients()
+        if not (torch.isfinite(report.loss) and torch.isfinite(norm)):
+            self.poisoned += 1
+            return None
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        self.steps += 1
+        self.positions += int((batch.traces.weight_BT > 0).sum())
+        self._log(report, norm)
+        return report
+
+    def restart_from(self, draft: Draft, *, version: str) -> None:
+        """Go on from other weights: those learned since were taken back. The optimisers forget what led there."""
+        self.draft.load_state_dict(draft.state_dict())
+        self.version = version
+        self._new_optimizers()
+
+    def save(self) -> None:
+        """Write the whole state, safe on disk, over the last one."""
+        self.state_path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.state_path.with_suffix(".tmp")
+        self.fabric.save(
+            temporary,
+            {
+                **self._stateful(),
+                "schedules": [schedule.state_dict() for schedule in self.schedules],
+                "version": self.version,
+                "steps": self.steps,
+                "positions": self.positions,
+                "vocabulary": self.draft.d2t.cpu(),
+            },
+        )
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, self.state_path)
+
+    def resume(self) -> bool:
+        """Take over the last learner's state; False, and nothing taken, when there is none that fits this draft."""
+        if not self.state_path.exists():
+            return False
+        try:
+            rest = self.fabric.load(self.state_path)  # all in memory first: a file cut short must not half load
+        except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError):
+            return False
+        shapes = {name: tensor.shape for name, tensor in self.module.state_dict().items()}
+        found = {name: tensor.shape for name, tensor in rest["module"].items()}
+        if shapes != found or not torch.equal(rest["vocabulary"], self.draft.d2t.cpu()):
+            return False
+        for name, part in self._stateful().items():
+            part.load_state_dict(rest[name])
+        for schedule, state in zip(self.schedules, rest["schedules"], strict=True):
+            schedule.load_state_dict(state)
+        self.version, self.steps, self.positions = rest["version"], rest["steps"], rest["positions"]
+        return True
+
+    def mean(self, name: str) -> float:
+        """Running mean of a metric since it was last logged; 0 before the first step."""
+        metric = self._metrics.get(name)
+        return float(metric.compute()) if metric is not None and metric.update_called else 0.0
+
+    def log(self, values: dict[str, float]) -> None:
+        """Give numbers of this step to the loggers."""
+        self.fabric.log_dict(values, step=self.steps)
+
+    def _new_optimizers(self) -> None:
+        module: DraftModule = self.module.module
+        optimizers, self.schedules = module.configure_optimizers()
+        self.optimizers: list[Any] = [self.fabric.setup_optimizers(optimizer) for optimizer in optimizers]
+
+    def _clip_gradients(self) -> torch.Tensor:
+        """Clip the gradient of the whole module, whichever optimiser has which part; its norm before."""
+        norm = self.fabric.clip_gradients(self.module, self.optimizers[0], max_norm=1.0, error_if_nonfinite=False)
+        assert norm is not None  # it is for strategies that clip out of sight
+        return norm
+
+    def _stateful(self) -> dict[str, Any]:
+        return {
+            "module": self.module,
+            **{f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)},
+        }
+
+    def _log(self, report: OnlineReport, norm: torch.Tensor) -> None:
+        """Average the step's numbers; every few steps the means go to the loggers."""
+        for name, value, weight in _numbers(report, norm):
+            self._metrics.setdefault(name, MeanMetric(nan_strategy="ignore")).update(value, weight)
+        if self.steps % _LOG_EVERY_STEPS == 0:
+            means = {name: float(metric.compute()) for name, metric in self._metrics.items() if metric.update_called}
+            self.log({**means, "learning_rate": float(self.schedules[0].get_last_lr()[0]), "positions": self.positions})
+            for metric in self._metrics.values():
+                metric.reset()
+
+
+def _numbers(report: OnlineReport, norm: torch.Tensor) -> list[tuple[str, float, float]]:
+    """Name, value and weight of what a step showed; what it did not show has weight 0."""
+    policy = report.policy
+    numbers = [
+        ("loss", float(report.loss.detach()), 1.0),
+        ("lk_live", float(report.lk_live), 1.0),
+        ("lk_replay", float(report.lk_replay), 1.0),
+        ("value_loss", float(report.value_loss), 1.0),
+        ("gradient_norm", float(norm), 1.0),
+        ("policy_weight", float(report.policy_weight), 1.0),
+        ("policy_loss", float(policy.policy_loss.detach()), float(policy.num_rounds)),
+        ("policy_accepted_length", float(policy.accepted_length), float(policy.num_rounds)),
+        ("entropy", float(policy.entropy.detach()), float(policy.num_proposals)),
+        ("mean_ratio", float(policy.mean_ratio), float(policy.num_proposals)),
+        ("clip_fraction", float(policy.clip_fraction), float(policy.num_proposals)),
+        ("explained_variance", float(policy.explained_variance), float(policy.num_proposals)),
+    ]
+    for place, (tested, accepted) in enumerate(zip(report.tested_K, report.accepted_K, strict=True)):
+        rate = float(accepted) / max(1.0, float(tested))
+        numbers.append((f"served_acceptance_{place}", rate, float(tested)))
+    alpha_KN, weight_KN = report.stats.alpha_N, report.weight_KBT.flatten(1)
+    for step, (alpha_N, weight_N) in enumerate(zip(alpha_KN, weight_KN, strict=True)):
+        total = float(weight_N.sum())
+        numbers.append((f"alpha_{step}", float((alpha_N * weight_N).sum()) / max(1.0, total), total))
+    return [number for number in numbers if number[2] > 0]

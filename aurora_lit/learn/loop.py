@@ -1,0 +1,261 @@
+"""The learner's loop: read traces, learn within the budget, try to publish, follow what serving does with the drafts.
+
+    tick:  drain ring → follow versions → step, if the budget allows → trial → save → report
+
+What is left out: the optimiser step (learn/learner.py), batches (learn/feed.py), the verdict (learn/gate.py), and how
+a process comes to run this (learn/online.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from aurora_lit.errors import CheckpointError, TraceError
+from aurora_lit.ipc.learner_status import LearnerBlock
+from aurora_lit.learn.budget import Budget
+from aurora_lit.learn.feed import Feed
+from aurora_lit.learn.frozen import FrozenEnds
+from aurora_lit.learn.gate import MIN_REQUESTS, HeldOut, HeldOutRequest, Verdict, judge, score_requests
+from aurora_lit.learn.learner import STARTING_VERSION, Learner
+from aurora_lit.learn.rounds import crop, first_taught, fits, read_lesson
+from aurora_lit.modules.draft import Draft
+from aurora_lit.modules.draft_module import DraftModule
+from aurora_lit.publishing import DraftStore, version_number
+from aurora_lit.settings import LearnConfig
+from aurora_lit.trace import from_bytes
+
+_LONGEST_PAUSE_S = 0.2
+"""The ring is looked at, and the page written, at least so often between steps."""
+_READ_AT_ONCE = 32
+"""Most traces read between two steps."""
+
+
+class TraceSource(Protocol):
+    """A ring's reading end."""
+
+    def pop(self) -> bytes | None:
+        """The next record; None when there is none now."""
+
+    @property
+    def lag_records(self) -> int:
+        """Records that wait."""
+
+    @property
+    def lag_bytes(self) -> int:
+        """Bytes that wait."""
+
+
+@dataclass(kw_only=True)
+class Outside:
+    """What the loop meets of the world beyond its own process."""
+
+    traces: TraceSource
+    store: DraftStore
+    page: LearnerBlock
+    requests_wait: Callable[[], bool]
+    """Whether requests queue at the server."""
+    served_draft: Callable[[str | None], Draft]
+    """A version's draft, checked; None: the one that serving started with. Raises CheckpointError."""
+    monotonic_s: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+class OnlineLoop:
+    """Runs until `stop` is called; `tick` does one turn."""
+
+    def __init__(
+        self,
+        outside: Outside,
+        *,
+        config: LearnConfig,
+        learner: Learner,
+        champion: DraftModule,
+        ends: FrozenEnds,
+        feed: Feed,
+        held_out: HeldOut,
+        budget: Budget,
+    ) -> None:
+        """`champion`: a module of the learner's kind to hold the served draft; its weights are loaded here."""
+        self._outside, self._config = outside, config
+        self.learner, self._champion, self._ends = learner, champion, ends
+        self.feed, self.held_out, self._budget = feed, held_out, budget
+        # The page outlives a learner: counters go on where the last one, of the same server, was.
+        before = outside.page.read()
+        self.records, self.skipped, self.feed.num_stale = before.records, before.skipped, before.stale
+        self.published, self.refused_by_gate = before.published, before.gate_refused
+        self.verdict: Verdict | None = None
+        self.last_turn_s = outside.monotonic_s()
+        """When the last turn began: a heartbeat may be given while it is recent."""
+        self._stopped = False
+        self._served: str | None = None
+        self._activity = "starting"
+        self._last_trial_s = self._last_save_s = outside.monotonic_s()
+        self._last_trial_steps = self._last_saved_steps = learner.steps
+        self._load_champion(outside.store.current())
+
+    def stop(self) -> None:
+        """Let the turn in hand be the last; safe in a signal handler."""
+        self._stopped = True
+
+    def run(self) -> None:
+        """Turn until stopped, then save."""
+        while not self._stopped:
+            self.tick()
+        self.learner.save()
+
+    def tick(self) -> None:
+        """One turn, of at most one optimiser step or one trial."""
+        self.last_turn_s = self._outside.monotonic_s()
+        self._drain()
+        self._follow_versions()
+        if not self._may_work():
+            return
+        if self._trial_is_due():
+            self._try_to_publish()
+        elif batch := self.feed.next_batch(oldest_fresh=self._served_number - self._config.max_staleness):
+            self._activity = "learning"
+            self.learner.update(batch)
+        else:
+            self._activity = "waiting for traces"
+            self._outside.sleep(_LONGEST_PAUSE_S)
+        self._save_when_due()
+        self._report()
+
+    # -- traces ----------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """Read what waits in the ring: held-out requests for the gate, all others to learn from."""
+        for _ in range(_READ_AT_ONCE):
+            payload = self._outside.traces.pop()
+            if payload is None:
+                return
+            self.records += 1
+            try:
+                trace = from_bytes(payload)
+            except TraceError:
+                self.skipped += 1
+                continue
+            if not fits(trace, self._ends):
+                self.skipped += 1
+            elif not self.held_out.takes(trace.request_id):
+                self.feed.add(trace)
+            elif first_taught(trace) < len(trace.token_ids_T):
+                self.held_out.add(read_lesson(crop(trace, self._config.batch_positions), self._ends))
+
+    # -- budget ----------------------------------------------------------------------------------------------------
+
+    def _may_work(self) -> bool:
+        """Whether the budget allows work now; if not, sleep a little, so that the ring is looked at again."""
+        busy = self._outside.requests_wait()
+        wait_s = self._budget.wait_s(busy=busy)
+        if wait_s:
+            self._activity = "yielding to requests" if busy else "resting: its share is used up"
+            self._report()
+            self._outside.sleep(min(wait_s, _LONGEST_PAUSE_S))
+        return not wait_s
+
+    # -- versions --------------------------------------------------------------------------------------------------
+
+    @property
+    def _served_number(self) -> int:
+        return version_number(self._served or "")
+
+    def _follow_versions(self) -> None:
+        """Notice that another draft is to be served; if ours was taken back, go on from the one it went back to."""
+        try:
+            current = self._outside.store.current()
+            if current == self._served:
+                return
+            self._load_champion(current)
+        except CheckpointError:  # pruned or garbled in this moment; the next turn looks again
+            return
+        if version_number(self.learner.version) > self._served_number:
+            self.learner.restart_from(self._champion.draft, version=current or STARTING_VERSION)
+            self._last_trial_steps = self.learner.steps
+
+    def _load_champion(self, version: str | None) -> None:
+        self._champion.draft.load_state_dict(self._outside.served_draft(version).state_dict())
+        self._served = version
+        self.held_out.forget_scores()
+
+    # -- trial -----------------------------------------------------------------------------------------------------
+
+    def _trial_is_due(self) -> bool:
+        return (
+            self._outside.monotonic_s() - self._last_trial_s >= self._config.publish_every_s
+            and self.learner.steps - self._last_trial_steps >= self._config.min_steps
+            and len(self.held_out.newest) >= MIN_REQUESTS
+        )
+
+    def _try_to_publish(self) -> None:
+        """Compare the learner's draft with the one that serves; publish it if it passes."""
+        self._activity = "comparing drafts"
+        self._last_trial_s, self._last_trial_steps = self._outside.monotonic_s(), self.learner.steps
+        verdict = self._compare()
+        if verdict is None:
+            return
+        self.verdict = verdict
+        if verdict.passed:
+            record = {"steps": self.learner.steps, "positions": self.learner.positions, "reason": verdict.reason}
+            self.learner.version = self._outside.store.publish(self.learner.draft, record=record | verdict.record)
+            self.published += 1
+        else:
+            self.refused_by_gate += 1
+        self.learner.log({"gate_champion": verdict.champion, "gate_challenger": verdict.challenger,
+                          "gate_passed": float(verdict.passed)})  # fmt: skip
+
+    def _compare(self) -> Verdict | None:
+        """Score both drafts on all held-out requests; None when too few of them can be scored."""
+        requests = list(self.held_out)
+        size = self._config.batch_positions
+        with self.learner.fabric.autocast():
+            unscored = [request for request in requests if request.champion_score is None]
+            for request, score in score_requests(self._champion, unscored, batch_positions=size):
+                request.champion_score = score
+            challenger = dict(score_requests(self.learner.module.module, requests, batch_positions=size))
+        newest: list[tuple[float, float]] = []
+        by_domain: dict[str, list[tuple[float, float]]] = {}
+        for request in requests:
+            if (pair := _pair(request, challenger)) is not None:
+                by_domain.setdefault(request.domain, []).append(pair)
+                if request in self.held_out.newest:
+                    newest.append(pair)
+        return judge(newest, by_domain) if len(newest) >= MIN_REQUESTS else None
+
+    # -- what is left behind ---------------------------------------------------------------------------------------
+
+    def _save_when_due(self) -> None:
+        due = self._outside.monotonic_s() - self._last_save_s >= self._config.save_every_s
+        if due and self.learner.steps != self._last_saved_steps:
+            self.learner.save()
+            self._last_save_s, self._last_saved_steps = self._outside.monotonic_s(), self.learner.steps
+
+    def _report(self) -> None:
+        learner, verdict = self.learner, self.verdict
+        self._outside.page.write(
+            steps=learner.steps,
+            positions=learner.positions,
+            records=self.records,
+            skipped=self.skipped + learner.poisoned,
+            stale=self.feed.num_stale,
+            lag_records=self._outside.traces.lag_records,
+            lag_bytes=self._outside.traces.lag_bytes,
+            published=self.published,
+            gate_refused=self.refused_by_gate,
+            compute_share=self._budget.measured_share,
+            loss=learner.mean("loss"),
+            champion_score=verdict.champion if verdict else 0.0,
+            challenger_score=verdict.challenger if verdict else 0.0,
+            version=learner.version,
+            activity=self._activity,
+        )
+
+
+def _pair(request: HeldOutRequest, challenger: dict[HeldOutRequest, float]) -> tuple[float, float] | None:
+    """Scores of champion and challenger; None where the request was too short to tell."""
+    if request.champion_score is None or request not in challenger:
+        return None
+    return request.champion_score, challenger[request]

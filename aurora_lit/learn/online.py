@@ -1,0 +1,127 @@
+"""A learner's process: attach to a running server, build what learning needs, run the loop, leave in order.
+
+torch is imported only after the process has stepped behind all others, since threads inherit their priority from the
+one that starts them. What is left out: the loop (learn/loop.py).
+
+    run_learner(config, run_folder)         # returns when the server is gone, or after SIGTERM
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from aurora_lit.config import AuroraConfig
+from aurora_lit.errors import AuroraError
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.status import STATUS_NAME, StatusBlock
+
+if TYPE_CHECKING:
+    from aurora_lit.learn.loop import OnlineLoop
+
+RING_NAME = "traces-0.ring"
+"""The engine worker's ring in the run folder."""
+_BEAT_EVERY_S = 0.5
+_LONGEST_TURN_S, _LONGEST_LOADING_S = 60.0, 600.0
+"""A turn of the loop, or the loading before it, that takes longer has got stuck: the heartbeat stops."""
+
+
+def run_learner(config: AuroraConfig, run_folder: Path) -> None:
+    """Learn from the server that owns `run_folder` until it ends. Raises AuroraError when that cannot be begun."""
+    _step_behind(config.learn.threads)
+    page, status = _open_pages(run_folder)
+    page.write(pid=os.getpid(), started_ns=time.monotonic_ns(), activity="loading", error="")
+    page.beat()
+    try:
+        _learn(config, run_folder, page, status)
+    except BaseException as error:
+        page.write(error=f"{type(error).__name__}: {error}")
+        raise
+    page.write(pid=0, activity="left")
+
+
+def _learn(config: AuroraConfig, run_folder: Path, page: LearnerBlock, status: StatusBlock) -> None:
+    from aurora_lit.learn.wiring import build_loop
+
+    loops: list[OnlineLoop] = []
+    with _beating(page, loops), build_loop(config, run_folder, run_folder / RING_NAME, page, status) as loop:
+        loops.append(loop)
+        with _stopped_by_signals(loop), _stopped_with_server(loop, run_folder, status):
+            loop.run()
+
+
+def _step_behind(threads: int) -> None:
+    """Run only when nobody else wants the processor, and on few threads."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    else:
+        os.nice(19)
+
+
+def _open_pages(run_folder: Path) -> tuple[LearnerBlock, StatusBlock]:
+    """Our own page, and the engine worker's to read."""
+    try:
+        page = LearnerBlock.open(run_folder / LEARNER_STATUS_NAME, writable=True)
+        return page, StatusBlock.open(run_folder / STATUS_NAME)
+    except (OSError, ValueError) as error:
+        raise AuroraError(f"{run_folder} is not the run folder of a server of this version: {error}") from error
+
+
+@contextlib.contextmanager
+def _beating(page: LearnerBlock, loops: list[OnlineLoop]) -> Iterator[None]:
+    """Beat from a thread of its own, since a step may take long on a loaded machine; not for a loop that got stuck."""
+    ended = threading.Event()
+    silent_from_s = time.monotonic() + _LONGEST_LOADING_S
+
+    def beat() -> None:
+        while not ended.wait(_BEAT_EVERY_S):
+            if time.monotonic() < (loops[0].last_turn_s + _LONGEST_TURN_S if loops else silent_from_s):
+                page.beat()
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(loop: OnlineLoop) -> Iterator[None]:
+    """SIGTERM and SIGINT end the loop in order."""
+    before = {number: signal.signal(number, lambda *_: loop.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _stopped_with_server(loop: OnlineLoop, run_folder: Path, status: StatusBlock) -> Iterator[None]:
+    """The loop ends when the run folder is gone, or the engine worker is."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            worker = status.read().worker_pid
+            if not run_folder.is_dir() or (worker and not psutil.pid_exists(worker)):
+                loop.stop()
+
+    thread = threading.Thread(target=watch, name="server watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

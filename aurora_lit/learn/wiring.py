@@ -1,0 +1,157 @@
+"""From a configuration and a server's run folder to a learner's loop. Only wiring; no behaviour of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from lightning.fabric.loggers.csv_logs import CSVLogger
+from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+
+from aurora_lit.checkpoints import load_draft, read_config
+from aurora_lit.config import AuroraConfig, draft_folder
+from aurora_lit.errors import ConfigError
+from aurora_lit.ipc.learner_status import LearnerBlock
+from aurora_lit.ipc.ring import RingReader
+from aurora_lit.ipc.status import StatusBlock
+from aurora_lit.learn.budget import Budget
+from aurora_lit.learn.feed import Feed
+from aurora_lit.learn.frozen import FrozenEnds
+from aurora_lit.learn.gate import HeldOut
+from aurora_lit.learn.initial import initial_draft
+from aurora_lit.learn.learner import STARTING_VERSION, Learner
+from aurora_lit.learn.loop import OnlineLoop, Outside
+from aurora_lit.learn.reservoir import Reservoir
+from aurora_lit.models.source import cache_root, resolve
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft import Draft
+from aurora_lit.modules.draft_module import DraftModule, OnlineWeights
+from aurora_lit.publishing import DraftStore, version_number
+from aurora_lit.trace import LAYOUT_DIGEST
+
+STATE_NAME = "learner.ckpt"
+"""The learner's state, beside the versions it has published."""
+_WARMUP_STEPS = 8
+_VOCABULARY_SIZE = 12_288
+"""Of an untrained draft that has no checkpoint to take a vocabulary from: the lowest ids, which are the commonest."""
+_MIB = 1 << 20
+
+
+@contextlib.contextmanager
+def build_loop(
+    config: AuroraConfig, run_folder: Path, ring_path: Path, page: LearnerBlock, status: StatusBlock
+) -> Iterator[OnlineLoop]:
+    """A loop attached to a server's ring; the ring is let go at the end. Raises AuroraError."""
+    learn = config.learn
+    torch.set_num_threads(learn.threads)
+    with contextlib.closing(RingReader.open(ring_path, layout=LAYOUT_DIGEST)) as ring:
+        ends, starting = _load(config)
+        store = DraftStore(Path(config.checkpoint.dir) / config.checkpoint.run, keep=config.checkpoint.keep)
+        if learn.from_scratch and store.current() is None:
+            store.publish(starting, record={"reason": "untrained: learning begins from scratch"})
+
+        def served_draft(version: str | None) -> Draft:
+            return starting if version is None else load_draft(store.folder / version, ends)
+
+        current = store.current()
+        module = _module(config, copy.deepcopy(served_draft(current)), ends)
+        state_path = store.folder / STATE_NAME
+        learner = Learner(module, state_path, version=current or STARTING_VERSION, loggers=_loggers(config))
+        if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
+            learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # taken back meanwhile
+        ends.to(learner.fabric.device)
+        champion = _module(config, copy.deepcopy(module.draft), ends).to(learner.fabric.device)
+        feed = Feed(
+            ends,
+            Reservoir(run_folder / "reservoir", limit_bytes=learn.reservoir_mb * _MIB, seed=learn.seed),
+            batch_positions=learn.batch_positions,
+            replay_share=learn.replay_share,
+            live_bytes=learn.reservoir_mb * _MIB // 8,
+        )
+        yield OnlineLoop(
+            Outside(
+                traces=ring,
+                store=store,
+                page=page,
+                requests_wait=lambda: status.read().waiting > 0,
+                served_draft=served_draft,
+            ),
+            config=learn,
+            learner=learner,
+            champion=champion,
+            ends=ends,
+            feed=feed,
+            held_out=HeldOut(num_newest=learn.gate_requests, seed=learn.seed),
+            budget=Budget(share=learn.compute_share, minimum_duty=learn.minimum_duty),
+        )
+
+
+def _load(config: AuroraConfig) -> tuple[FrozenEnds, Draft]:
+    """The target's two ends, and the draft that serving starts with; the target's layers are let go again."""
+    folder = draft_folder(config)
+    if folder is None and not config.learn.from_scratch:
+        raise ConfigError(
+            "draft.checkpoint=null: there is no draft to improve; name a checkpoint, or set learn.from_scratch=true"
+        )
+    found = resolve(config.target.source, cache_dir=cache_root(config.target.cache_dir), sha256=config.target.sha256)
+    target = Target.load(found, precision=config.target.precision)
+    ends = FrozenEnds(target)
+    if config.learn.from_scratch:
+        starting = _untrained(config, target, folder)
+    else:
+        assert folder is not None
+        starting = load_draft(folder, ends)
+    del target
+    gc.collect()
+    return ends, starting
+
+
+def _untrained(config: AuroraConfig, target: Target, folder: Path | None) -> Draft:
+    """A draft that has seen nothing, of the configured checkpoint's shape and vocabulary where there is one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.learn.seed)
+        if folder is None:
+            ids = torch.arange(min(_VOCABULARY_SIZE, target.vocab_size))
+            return initial_draft(target, ids, max_positions=config.engine.max_seq_len)
+        shape = read_config(folder)
+        return initial_draft(
+            target,
+            load_draft(folder, target).draft_token_ids,
+            num_key_value_heads=shape.num_key_value_heads,
+            intermediate_size=shape.intermediate_size,
+            max_positions=shape.max_position_embeddings,
+        )
+
+
+def _module(config: AuroraConfig, draft: Draft, ends: FrozenEnds) -> DraftModule:
+    learn = config.learn
+    return DraftModule(
+        draft,
+        embedding_VH=ends.embedding_VH,
+        head_VdH=ends.head_VH[draft.draft_token_ids],
+        num_steps=learn.num_steps,
+        value_weight=learn.value_weight,
+        online=OnlineWeights(
+            ppo_weight=learn.ppo_weight,
+            clip=learn.clip,
+            gae_lambda=learn.gae_lambda,
+            entropy_weight=learn.entropy_weight,
+        ),
+        learning_rate=learn.learning_rate,
+        warmup_steps=_WARMUP_STEPS,
+        final_factor=1.0,  # constant after warm-up: traffic has no end
+    )
+
+
+def _loggers(config: AuroraConfig) -> list[Logger]:
+    """CSV always, TensorBoard where it is installed."""
+    folder, name = config.learn.logs, config.checkpoint.run
+    loggers: list[Logger] = [CSVLogger(folder, name=name, flush_logs_every_n_steps=1)]
+    with contextlib.suppress(ModuleNotFoundError):
+        loggers.append(TensorBoardLogger(folder, name=f"{name}-tensorboard"))
+    return loggers

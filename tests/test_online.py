@@ -1,0 +1,396 @@
+"""The learner: it improves a draft on traffic, publishes through the gate, follows rollbacks, survives being killed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live_traces import FakeRing, online_module, serve, some_requests
+from tiny_models import random_draft, save_model
+
+from aurora_lit.checkpoints import load_draft, save_draft
+from aurora_lit.config import load_config
+from aurora_lit.errors import AuroraError
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.ring import RingWriter
+from aurora_lit.ipc.status import STATUS_NAME, StatusBlock
+from aurora_lit.learn.budget import Budget
+from aurora_lit.learn.feed import Feed
+from aurora_lit.learn.frozen import FrozenEnds
+from aurora_lit.learn.gate import HeldOut
+from aurora_lit.learn.learner import STARTING_VERSION, Learner
+from aurora_lit.learn.loop import OnlineLoop, Outside
+from aurora_lit.learn.online import RING_NAME
+from aurora_lit.learn.reservoir import Reservoir
+from aurora_lit.learn.rounds import online_batch, read_lesson
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft import Draft
+from aurora_lit.publishing import DraftStore
+from aurora_lit.settings import LearnConfig
+from aurora_lit.trace import LAYOUT_DIGEST, Trace, to_bytes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def target(folder: Path) -> Target:
+    return Target.load(folder, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def traffic(target: Target) -> list[Trace]:
+    """Few prompts asked often: what a draft of a random target can learn. Some rounds explore, some requests draw."""
+    asked = [*some_requests(10), *some_requests(4, seed=1, temperature=0.5)]
+    requests = [replace(r, request_id=f"{n}-{r.request_id}") for n in range(4) for r in asked]
+    draft = random_draft(target)
+    return serve(target, draft, requests, explore_share=0.5, explore_temperature=1.0, explore_seed=1)
+
+
+class World:
+    """A loop with everything around it: a ring filled by hand, a real store, a page, and a budget that allows all."""
+
+    def __init__(self, target: Target, folder: Path, *, draft: Draft | None = None, **settings: Any) -> None:
+        config = LearnConfig(**{
+            "batch_positions": 512, "num_steps": 3, "publish_every_s": 0.0, "min_steps": 20, "save_every_s": 3600.0,
+            "gate_requests": 12, **settings,
+        })  # fmt: skip
+        folder.mkdir(exist_ok=True)
+        self.starting = draft or random_draft(target)
+        self.store = DraftStore(folder / "live", keep=3)
+        self.ring = FakeRing()
+        self.ends = FrozenEnds(target)
+        self.page = LearnerBlock.create(folder / f"page{time.monotonic_ns()}")
+        module = online_module(target, copy.deepcopy(self.starting))
+        self.learner = Learner(module, folder / "learner.ckpt", version=STARTING_VERSION)
+        self.busy = False
+        self.naps: list[float] = []
+        self.outside = Outside(
+            traces=self.ring, store=self.store, page=self.page, requests_wait=lambda: self.busy,
+            served_draft=self.served_draft, sleep=self.naps.append,
+        )  # fmt: skip
+        self.loop = OnlineLoop(
+            self.outside,
+            config=config,
+            learner=self.learner,
+            champion=online_module(target, random_draft(target)),
+            ends=self.ends,
+            feed=Feed(
+                self.ends, Reservoir(folder / "reservoir", limit_bytes=1 << 24, seed=0), replay_share=0.5,
+                batch_positions=config.batch_positions, live_bytes=1 << 24,
+            ),
+            held_out=HeldOut(num_newest=config.gate_requests, seed=0),
+            budget=Budget(share=1.0, minimum_duty=1.0, cpu_s=lambda: 0.0),
+        )  # fmt: skip
+
+    def served_draft(self, version: str | None) -> Draft:
+        return self.starting if version is None else load_draft(self.store.folder / version, self.ends)
+
+    def tick_until(self, done: Callable[[], bool], *, most: int = 400) -> None:
+        for _ in range(most):
+            if done():
+                return
+            self.loop.tick()
+        assert done(), f"not after {most} turns; the gate said {self.loop.verdict}"
+
+
+def accepted_length(target: Target, draft: Draft) -> float:
+    """Tokens a round that the engine itself gets with a draft on known greedy prompts."""
+    traces = serve(target, draft, some_requests(10))
+    accepted = torch.cat([trace.num_accepted_R for trace in traces])
+    return 1 + float(accepted.float().mean())
+
+
+@pytest.fixture(scope="module")
+def learned(target: Target, traffic: list[Trace], tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Draft]:
+    """A world that has published twice, and the second draft."""
+    world = World(target, tmp_path_factory.mktemp("world"))
+    world.ring.records.extend(traffic * 8)  # as if it were asked again and again
+    world.tick_until(lambda: world.loop.published >= 2)
+    return world, world.served_draft("draft-000002")
+
+
+def test_a_draft_gets_better_on_traffic_and_is_published_through_the_gate(
+    target: Target, traffic: list[Trace], learned: tuple[World, Draft]
+) -> None:
+    world, draft = learned
+    name = "draft-000002"
+    before, after = accepted_length(target, world.starting), accepted_length(target, draft)
+    assert after > before + 0.3, (before, after)
+    record = world.store.versions()[1].record
+    assert record["score"] > record["champion_score"]
+    page = world.page.read()
+    assert (page.records, page.skipped, page.published) == (8 * len(traffic) - len(world.ring.records), 0, 2)
+    assert page.version == name
+    assert page.steps == world.learner.steps >= 40
+    assert world.loop.records > 0
+    remembered = {trace.request_id for _ in range(300) if (trace := world.loop.feed.reservoir.sample())}
+    held_out = {request.request_id for request in world.loop.held_out}
+    assert len(remembered) > 20
+    assert not remembered & held_out
+
+
+def test_the_gate_holds_back_a_draft_that_got_worse(
+    target: Target, traffic: list[Trace], learned: tuple[World, Draft], tmp_path: Path
+) -> None:
+    world = World(target, tmp_path, draft=learned[1])
+    world.ring.records.extend(traffic * 8)
+    with torch.no_grad():
+        world.learner.draft.lm_head.weight.zero_()  # and it does not learn
+    for group in (g for optimizer in world.learner.optimizers for g in optimizer.param_groups):
+        group["lr"] = group["initial_lr"] = 0.0
+    for schedule in world.learner.schedules:
+        schedule.base_lrs = [0.0]
+    world.tick_until(lambda: world.loop.refused_by_gate >= 1)
+    assert world.store.current() is None
+    assert world.loop.published == 0
+    assert world.page.read().gate_refused == 1
+
+
+def test_after_a_rollback_the_learner_goes_on_from_what_is_served_now(learned: tuple[World, Draft]) -> None:
+    world, _ = learned
+    first, second = (version.name for version in world.store.versions())
+    world.loop._follow_versions()
+    assert world.learner.version == second
+    world.store.roll_back(bad=second, reason="test")
+    world.loop._follow_versions()
+    assert world.learner.version == first
+    served = world.served_draft(first).state_dict()
+    assert all(torch.equal(tensor, served[name]) for name, tensor in world.learner.draft.state_dict().items())
+    assert not any(optimizer.state for optimizer in world.learner.optimizers)
+
+    # Somebody else's newer draft is a champion to beat, not a place to go on from.
+    forced = world.served_draft(first)
+    with torch.no_grad():
+        forced.lm_head.weight.zero_()
+    world.store.publish(forced, record={})
+    mine = copy.deepcopy(world.learner.draft.state_dict())
+    world.loop._follow_versions()
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in world.learner.draft.state_dict().items())
+    assert not world.loop._champion.draft.lm_head.weight.any()
+
+
+def test_poisoned_traces_are_counted_and_teach_nothing(target: Target, traffic: list[Trace], tmp_path: Path) -> None:
+    world = World(target, tmp_path)
+    huge = replace(traffic[0], request_id="a", aux_T3H=torch.full_like(traffic[0].aux_T3H, 3e38))
+    other = traffic[1]
+    foreign = replace(other, aux_T3H=torch.cat([other.aux_T3H] * 2, -1), last_TH=torch.cat([other.last_TH] * 2, -1),
+                      rejected_last_NH=torch.cat([other.rejected_last_NH] * 2, -1))  # fmt: skip
+    bad = [b"", b"no trace", to_bytes(traffic[0])[:-7], to_bytes(traffic[0]).replace(b"aux", b"axu", 1)]
+    world.ring.records.extend([*bad, foreign, huge])
+    before = copy.deepcopy(world.learner.draft.state_dict())
+    for _ in range(12):
+        world.loop.tick()
+    assert world.loop.skipped + world.learner.poisoned >= len(bad) + 2
+    assert world.page.read().skipped >= len(bad) + 2
+    assert world.learner.steps == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in world.learner.draft.state_dict().items())
+    world.ring.records.extend(t for t in traffic if not HeldOut.takes(t.request_id))
+    world.tick_until(lambda: world.learner.steps >= 3)
+
+
+def test_a_batch_that_is_not_finite_leaves_the_learner_as_it_was(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    learner = Learner(online_module(target, random_draft(target)), tmp_path / "s", version="start")
+    lesson = read_lesson(traffic[0], FrozenEnds(target))
+    aux_T3H = lesson.trace.aux_T3H.clone()
+    aux_T3H[4, 0] = float("nan")
+    before = copy.deepcopy(learner.draft.state_dict())
+    poison = replace(lesson, trace=replace(lesson.trace, aux_T3H=aux_T3H))
+    assert learner.update(online_batch([poison], [], oldest_fresh=0)) is None
+    assert (learner.poisoned, learner.steps) == (1, 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in learner.draft.state_dict().items())
+    assert learner.update(online_batch([lesson], [], oldest_fresh=0)) is not None
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in learner.draft.state_dict().items())
+
+
+def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    ends = FrozenEnds(target)
+    batch = online_batch([read_lesson(trace, ends) for trace in traffic[:6]], [], oldest_fresh=0)
+
+    def a_learner(seed: int) -> Learner:
+        return Learner(online_module(target, random_draft(target, seed=seed)), tmp_path / "state", version="start")
+
+    first = a_learner(0)
+    assert not first.resume(), "there is nothing yet"
+    for _ in range(3):
+        first.update(batch)
+    first.version = "draft-000004"
+    first.save()
+    again = a_learner(5)
+    assert again.resume()
+    assert (again.version, again.steps, again.positions) == ("draft-000004", 3, first.positions)
+    for learner in (first, again):
+        learner.update(batch)
+    for name, tensor in first.draft.state_dict().items():
+        torch.testing.assert_close(tensor, again.draft.state_dict()[name], msg=name)
+
+    whole = (tmp_path / "state").read_bytes()
+    (tmp_path / "state").write_bytes(whole[: len(whole) // 2])
+    assert not a_learner(5).resume(), "a file cut short is no state"
+    (tmp_path / "state").write_bytes(whole)
+    other = random_draft(target, intermediate_size=96)
+    assert not Learner(online_module(target, other), tmp_path / "state", version="start").resume()
+
+
+def test_the_loop_yields_while_its_share_is_used_up_and_still_reads(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    world = World(target, tmp_path)
+    spent = 0.0
+    world.loop._budget = Budget(share=0.001, minimum_duty=0.0, cpu_s=lambda: spent)
+    spent, world.busy = 100.0, True
+    world.ring.records.extend(traffic[:5])
+    for _ in range(3):
+        world.loop.tick()
+    assert (world.learner.steps, world.loop.records, len(world.naps)) == (0, 5, 3)
+    assert world.page.read().activity == "yielding to requests"
+    assert max(world.naps) <= 0.2
+
+
+# -- the process ---------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """What a learner needs of a server: a run folder with a ring and two pages, and a process that lives."""
+
+    def __init__(self, folder: Path, target_folder: Path, draft: Draft) -> None:
+        self.run_folder = folder / "run"
+        self.run_folder.mkdir()
+        self.ring = RingWriter.create(self.run_folder / RING_NAME, 1 << 24, layout=LAYOUT_DIGEST)
+        self.page = LearnerBlock.create(self.run_folder / LEARNER_STATUS_NAME)
+        StatusBlock.create(self.run_folder / STATUS_NAME).write(worker_pid=os.getpid())
+        save_draft(draft, folder / "start", dtype=torch.float32)
+        self.store = DraftStore(folder / "checkpoints" / "live", keep=3)
+        self.folder, self.target_folder = folder, target_folder
+
+    @property
+    def overrides(self) -> list[str]:
+        learn = {
+            "compute_share": 1.0, "batch_positions": 256, "num_steps": 3, "learning_rate": 4e-3, "publish_every_s": 0.5,
+            "min_steps": 4, "save_every_s": 0.2, "gate_requests": 8, "reservoir_mb": 16, "logs": self.folder / "logs",
+        }  # fmt: skip
+        return [
+            f"target.source={self.target_folder}", "target.precision=fp32", f"draft.checkpoint={self.folder / 'start'}",
+            f"checkpoint.dir={self.folder / 'checkpoints'}", "engine.max_seq_len=128",
+            "engine.prefill_chunk_tokens=64", *(f"learn.{key}={value}" for key, value in learn.items()),
+        ]  # fmt: skip
+
+    def start_learner(self) -> subprocess.Popen[str]:
+        code = f"""
+            from pathlib import Path
+            from aurora_lit.config import load_config
+            from aurora_lit.learn.online import run_learner
+            run_learner(load_config(None, {self.overrides!r}), Path({str(self.run_folder)!r}))
+        """
+        return subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def wait(self, learner: subprocess.Popen[str], until: Callable[[], bool], *, seconds: float = 120.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not until():
+            if learner.poll() is not None or time.monotonic() > deadline:
+                learner.kill()
+                pytest.fail(f"{self.page.read()}\n{learner.communicate()[0][-3000:]}")
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def server(folder: Path, target: Target, tmp_path: Path) -> Server:
+    return Server(tmp_path, folder, random_draft(target))
+
+
+def test_a_killed_learner_resumes_and_publishes_and_leaves_with_its_server(
+    server: Server, traffic: list[Trace]
+) -> None:
+    for trace in traffic:
+        assert server.ring.push(to_bytes(trace))
+    learner = server.start_learner()
+    server.wait(learner, lambda: server.page.read().steps >= 6 and (server.store.folder / "learner.ckpt").exists())
+    assert server.page.read().state == "running"
+    assert os.sched_getscheduler(learner.pid) == os.SCHED_IDLE
+    learner.kill()
+    learner.communicate()
+    killed = server.page.read()
+    assert killed.state == "dead"
+    saved = torch.load(server.store.folder / "learner.ckpt", weights_only=True)["steps"]
+    assert 1 <= saved <= killed.steps
+
+    learner = server.start_learner()
+    server.wait(learner, lambda: server.page.read().pid == learner.pid and server.page.read().activity != "loading")
+    assert server.page.read().steps >= saved, "what was saved is not learned again"
+    assert (server.run_folder / "reservoir").is_dir()
+    assert server.page.read().records == killed.records, "what was read is not read again"
+    for trace in traffic * 2:
+        assert server.ring.push(to_bytes(trace))
+    server.wait(learner, lambda: server.page.read().published > killed.published)
+    assert (server.store.current() or "").startswith("draft-")
+    assert server.page.read().state == "running"
+    assert list((server.folder / "logs").rglob("metrics.csv"))
+    for left in server.run_folder.iterdir():
+        if left.is_file():
+            left.unlink()
+    (server.run_folder / "reservoir").rename(server.folder / "gone")
+    server.run_folder.rmdir()
+    output, _ = learner.communicate(timeout=60)
+    assert learner.returncode == 0, output[-3000:]
+    assert server.page.read().state == "absent"
+
+
+def test_a_learner_that_is_asked_to_leave_does_so_in_order(server: Server) -> None:
+    learner = server.start_learner()
+    server.wait(learner, lambda: server.page.read().activity == "waiting for traces")
+    learner.send_signal(signal.SIGTERM)
+    output, _ = learner.communicate(timeout=60)
+    assert learner.returncode == 0, output[-3000:]
+    assert server.page.read().state == "absent"
+    assert (server.store.folder / "learner.ckpt").exists()
+
+
+def test_learning_from_scratch_publishes_an_untrained_draft_of_the_same_shape(server: Server, target: Target) -> None:
+    from aurora_lit.learn.wiring import build_loop
+
+    config = load_config(None, [*server.overrides, "learn.from_scratch=true"])
+    status = StatusBlock.open(server.run_folder / STATUS_NAME)
+    with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
+        assert server.store.current() == loop.learner.version == "draft-000001"
+        draft = load_draft(server.store.folder / "draft-000001", target)
+    configured = load_draft(server.folder / "start", target)
+    shapes = {name: tensor.shape for name, tensor in configured.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in draft.state_dict().items()} == shapes
+    assert torch.equal(draft.draft_token_ids, configured.draft_token_ids)
+    assert not torch.allclose(draft.lm_head.weight, configured.lm_head.weight, atol=0.01)
+
+
+def test_without_a_draft_or_a_server_it_is_said_what_to_do(server: Server, tmp_path: Path) -> None:
+    from aurora_lit.learn.wiring import build_loop
+
+    config = load_config(None, [*server.overrides, "draft.checkpoint=null"])
+    status = StatusBlock.open(server.run_folder / STATUS_NAME)
+    with (
+        pytest.raises(AuroraError, match="learn.from_scratch=true"),
+        build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status),
+    ):
+        pass
+    with (
+        pytest.raises(AuroraError, match="is the server running"),
+        build_loop(config, tmp_path, tmp_path / RING_NAME, server.page, status),
+    ):
+        pass
