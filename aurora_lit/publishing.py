@@ -112,6 +112,12 @@ class DraftStore:
             found.append(DraftVersion(name=name, number=version_number(name), record=record, retired=retired))
         return found
 
+    def before(self, name: str) -> str | None:
+        """The newest version older than `name` that is not retired."""
+        number = version_number(name)
+        older = [version.name for version in self.versions() if version.number < number and version.retired is None]
+        return older[-1] if older else None
+
     def roll_back(self, *, bad: str, reason: str) -> str | None:
         """Retire a version and, where it is current, go back to the newest older one that is not retired.
 
@@ -120,7 +126,7 @@ class DraftStore:
         with self._locked():
             current = self.current()
             if current == bad:
-                current = self._before(bad)
+                current = self.before(bad)
                 self._point_to(current)
             self._retire(bad, reason)
             self.note("rolled_back", version=bad, to=current, reason=reason)
@@ -204,12 +210,6 @@ class DraftStore:
         there = ", ".join(self._names()) or "none"
         raise CheckpointError(f"there is no version {name} in {self.folder}; there are: {there}")
 
-    def _before(self, name: str) -> str | None:
-        """The newest version older than `name` that is not retired."""
-        number = version_number(name)
-        older = [version.name for version in self.versions() if version.number < number and version.retired is None]
-        return older[-1] if older else None
-
     def _point_to(self, name: str | None) -> None:
         if name is None:
             (self.folder / CURRENT_NAME).unlink(missing_ok=True)
@@ -235,7 +235,7 @@ class DraftStore:
 
     def _prune(self) -> None:
         current = self.current()
-        spared = {current, self._before(current) if current is not None else None}
+        spared = {current, self.before(current) if current is not None else None}
         for name in self._names()[: -self._keep]:
             if name not in spared:
                 # Renamed first: a version that is half deleted must not look like one.

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
+from aurora_lit.errors import CheckpointError
 from aurora_lit.kernels import native
+from aurora_lit.kernels.decoder import Decoder
 from aurora_lit.kernels.packed import pack_linears
 from aurora_lit.models.fused import fuse_draft
-from aurora_lit.models.slots import KVSlots, SlotView
+from aurora_lit.models.slots import KVSlots, SlotView, read_attention
 from aurora_lit.models.target import Target
 from aurora_lit.modules.distribution import LogitOptions
 from aurora_lit.modules.draft import Draft, rope_table
@@ -28,6 +30,7 @@ from aurora_lit.modules.sampling import DraftVocabulary, Proposals, propose
 
 _CATCH_UP_TOKENS = 256
 """Positions a single forward pass of the draft takes when a row is far behind."""
+_TRIAL_POSITIONS, _TRIAL_SCALE = 4, 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,52 @@ class DraftRows:
     """Committed tokens of each row, the last of which the target has not run yet."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FittedDraft:
+    """A draft ready to run here, so that swapping it in is a matter of references."""
+
+    draft: Draft
+    decoder: Decoder | None
+    """Its layer as a native call, where there are kernels."""
+    vocabulary: DraftVocabulary
+
+
+def fit_draft(draft: Draft, target: Target, *, capacity: int) -> FittedDraft:
+    """Pack a draft's weights as the target's are, in place, for sequences of up to `capacity`; from any thread.
+
+    Raises CheckpointError when it computes numbers that are not finite.
+    """
+    config, device = draft.config, target.model.device
+    draft.eval().requires_grad_(False)
+    if native.library() is not None:
+        pack_linears(draft, dtype=target.kv_dtype)
+    else:
+        draft.to(target.kv_dtype)
+    draft.cos_LD, draft.sin_LD = (
+        table.to(device) for table in rope_table(capacity, config.head_dim, config.rope_theta)
+    )
+    _try(draft, target)
+    vocabulary = DraftVocabulary.of_offsets(draft.d2t.to(device), vocab_size=config.vocab_size)
+    return FittedDraft(draft=draft, decoder=fuse_draft(draft), vocabulary=vocabulary)
+
+
+@torch.no_grad()
+def _try(draft: Draft, target: Target) -> None:
+    """Run a few positions of strong features: what serving computes must be finite."""
+    positions_1T = torch.arange(_TRIAL_POSITIONS, device=target.model.device)[None]
+    embeds_1TH = target.embedding(positions_1T % target.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    size = (1, _TRIAL_POSITIONS, 3 * target.hidden_size)
+    aux_1T3H = _TRIAL_SCALE * torch.randn(size, generator=generator).to(embeds_1TH)
+    fused_1TH = draft.fuse(aux_1T3H)
+    query, key, value = draft.project(embeds_1TH, fused_1TH, positions_1T)
+    attended = read_attention(query, key, value, scale=draft.config.head_dim**-0.5)
+    hidden_1TH = draft.finish(attended.reshape(1, _TRIAL_POSITIONS, -1), fused_1TH)
+    for what, numbers in (("logits", draft.logits(hidden_1TH)), ("values", draft.value(hidden_1TH))):
+        if not bool(numbers.isfinite().all()):
+            raise CheckpointError(f"the draft is refused: it computes {what} that are NaN or infinite")
+
+
 class Drafter:
     """A draft with a cache of its own, over the same slots as the target's.
 
@@ -47,35 +96,63 @@ class Drafter:
     """
 
     def __init__(self, draft: Draft, target: Target, *, tokens_SL: torch.Tensor, capacity: int) -> None:
-        num_slots, config = len(tokens_SL), draft.config
-        self.draft = draft.eval().requires_grad_(False)
-        if native.library() is not None:
-            pack_linears(self.draft, dtype=target.kv_dtype)
-        else:
-            self.draft.to(target.kv_dtype)
-        device = tokens_SL.device
-        self.draft.cos_LD, self.draft.sin_LD = (
-            table.to(device) for table in rope_table(capacity, config.head_dim, config.rope_theta)
-        )
-        self._decoder = fuse_draft(self.draft)
-        self.vocabulary = DraftVocabulary.of_offsets(draft.d2t, vocab_size=config.vocab_size)
         self._target = target
         self._capacity = capacity
         self._tokens_SL = tokens_SL
-        self._scale = config.head_dim**-0.5
         self._features_SLF = torch.zeros(
-            num_slots, capacity, 3 * config.target_hidden_size, dtype=target.kv_dtype, device=device
+            len(tokens_SL), capacity, 3 * target.hidden_size, dtype=target.kv_dtype, device=tokens_SL.device
         )
-        self._cache = KVSlots(
+        self._done = [0] * len(tokens_SL)  # draft positions of each slot computed from true features
+        self._fitted = self.fit(draft)
+        self._cache = self._make_cache()
+
+    @property
+    def draft(self) -> Draft:
+        """The one that proposes now."""
+        return self._fitted.draft
+
+    @property
+    def vocabulary(self) -> DraftVocabulary:
+        """Its vocabulary."""
+        return self._fitted.vocabulary
+
+    def fit(self, draft: Draft) -> FittedDraft:
+        """Make a draft ready to be swapped in; from any thread. Raises CheckpointError."""
+        return fit_draft(draft, self._target, capacity=self._capacity)
+
+    def swap(self, draft: Draft | FittedDraft, *, recompute: bool = False) -> None:
+        """Propose with another draft from now on; running requests go on. One that is not fitted yet is fitted here.
+
+        Keys and values that the old weights made stay in use unless `recompute`, which has each running request's next
+        proposals compute them all again from the kept features: a long round, worth it when the old weights were bad.
+        Between neighbouring versions it is worth nothing (SmolLM2-135M, eight steps apart: 1.166 tokens accepted a
+        round against 1.165). Output never depends on it.
+        """
+        fitted = self.fit(draft) if isinstance(draft, Draft) else draft
+        assert len(fitted.draft.cos_LD) >= self._capacity, "fitted for shorter sequences"
+        before, after = self.draft.config, fitted.draft.config
+        self._fitted = fitted
+        if (before.num_key_value_heads, before.head_dim) != (after.num_key_value_heads, after.head_dim):
+            self._cache, recompute = self._make_cache(), True
+        if recompute:
+            self._done = [0] * len(self._done)
+
+    def _make_cache(self) -> KVSlots:
+        config = self.draft.config
+        return KVSlots(
             num_layers=1,
-            num_slots=num_slots,
+            num_slots=len(self._tokens_SL),
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
-            capacity=capacity,
-            dtype=target.kv_dtype,
-            device=device,
+            capacity=self._capacity,
+            dtype=self._target.kv_dtype,
+            device=self._tokens_SL.device,
         )
-        self._done = [0] * num_slots  # draft positions of each slot computed from true features
+
+    @property
+    def features_SLF(self) -> torch.Tensor:
+        """The target's features as `remember` keeps them; true for every position the target has run and kept."""
+        return self._features_SLF
 
     def remember(self, *, slots_B: torch.Tensor, starts_B: torch.Tensor, aux_BT3H: torch.Tensor) -> None:
         """Keep the target's features of positions start, start + 1, … of each row."""
@@ -152,8 +229,8 @@ class Drafter:
         """One pass of the draft layer; `tokens_BT` are the tokens after the positions; returns hidden [B, T, H]."""
         B, T = tokens_BT.shape
         embeds_BTH = self._target.embedding(tokens_BT)
-        if self._decoder is not None:
-            stream_NH, _, _ = self._decoder(
+        if self._fitted.decoder is not None:
+            stream_NH, _, _ = self._fitted.decoder(
                 hidden_BTH.reshape(B * T, -1).clone(),
                 keys=self._cache.keys_SGDL,
                 values=self._cache.values_SGLD,
@@ -166,5 +243,5 @@ class Drafter:
         positions_BT = starts_B[:, None] + torch.arange(T, device=starts_B.device)
         query, key, value = self.draft.project(embeds_BTH, hidden_BTH, positions_BT)
         view = SlotView(self._cache, slots_B=slots_B, starts_B=starts_B)
-        attended = view.attend(0, query, key, value, scale=self._scale)
+        attended = view.attend(0, query, key, value, scale=self.draft.config.head_dim**-0.5)
         return self.draft.finish(attended.reshape(B, T, -1), hidden_BTH)
