@@ -94,7 +94,7 @@ class Engine:
             log_probabilities=observer is not None,
         )
         if observer is not None:
-            observer.attach(tokens_SL=self._tokens_SL, aux_SLF=self._drafter and self._drafter.features_SLF)
+            observer.attach(tokens_SL=self._tokens_SL, aux_SLF=self._drafter.features_SLF if self._drafter else None)
         self._options_rows: list[Row] = []
         self._options = LogitOptions.of([])
         if adaptive and (self._drafter or self._lookup):
