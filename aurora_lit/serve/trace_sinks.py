@@ -19,7 +19,7 @@ from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.trace import Trace, to_bytes
 from aurora_lit.trace_log import TraceLogWriter
 
-_QUEUE_TRACES = 64
+_QUEUE_TRACES = 16
 _SHARDS_AT_LEAST = 16
 """The log's bound is shared by so many shards or more, so that deleting one loses little."""
 _SHARD_BYTES = 32 << 20
