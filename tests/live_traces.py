@@ -35,6 +35,7 @@ def serve(target: Target, draft: Draft | None, requests: Sequence[Request], **ch
     """What an engine's recorder hands over while it answers the requests."""
     traces: list[Trace] = []
     recorder = TraceRecorder(traces.append, hidden_size=target.hidden_size)
+    torch.manual_seed(0)  # free requests draw from the global generator
     draft = copy.deepcopy(draft)  # an engine packs the weights of the one it is given
     engine = make_engine(target, draft, observer=recorder, **{"max_draft_tokens": 3, **changes})
     run(engine, requests)

@@ -24,14 +24,14 @@ from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
 from aurora_lit.ipc.ring import RingWriter
+from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.ipc.status import STATUS_NAME, StatusBlock
 from aurora_lit.learn.budget import Budget
 from aurora_lit.learn.feed import Feed
 from aurora_lit.learn.frozen import FrozenEnds
-from aurora_lit.learn.gate import HeldOut
+from aurora_lit.learn.gate import HeldOut, judge
 from aurora_lit.learn.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.loop import OnlineLoop, Outside
-from aurora_lit.learn.online import RING_NAME
 from aurora_lit.learn.reservoir import Reservoir
 from aurora_lit.learn.rounds import online_batch, read_lesson
 from aurora_lit.models.target import Target
@@ -117,8 +117,8 @@ def accepted_length(target: Target, draft: Draft) -> float:
 @pytest.fixture(scope="module")
 def learned(target: Target, traffic: list[Trace], tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Draft]:
     """A world that has published twice, and the second draft."""
-    world = World(target, tmp_path_factory.mktemp("world"))
-    world.ring.records.extend(traffic * 8)  # as if it were asked again and again
+    world = World(target, tmp_path_factory.mktemp("world"), min_steps=40)
+    world.ring.records.extend(traffic * 12)  # as if it were asked again and again
     world.tick_until(lambda: world.loop.published >= 2)
     return world, world.served_draft("draft-000002")
 
@@ -133,9 +133,9 @@ def test_a_draft_gets_better_on_traffic_and_is_published_through_the_gate(
     record = world.store.versions()[1].record
     assert record["score"] > record["champion_score"]
     page = world.page.read()
-    assert (page.records, page.skipped, page.published) == (8 * len(traffic) - len(world.ring.records), 0, 2)
+    assert (page.records, page.skipped, page.published) == (12 * len(traffic) - len(world.ring.records), 0, 2)
     assert page.version == name
-    assert page.steps == world.learner.steps >= 40
+    assert page.steps == world.learner.steps >= 80
     assert world.loop.records > 0
     remembered = {trace.request_id for _ in range(300) if (trace := world.loop.feed.reservoir.sample())}
     held_out = {request.request_id for request in world.loop.held_out}
@@ -262,6 +262,32 @@ def test_the_loop_yields_while_its_share_is_used_up_and_still_reads(
     assert (world.learner.steps, world.loop.records, len(world.naps)) == (0, 5, 3)
     assert world.page.read().activity == "yielding to requests"
     assert max(world.naps) <= 0.2
+
+
+def test_a_full_disk_is_said_and_learning_goes_on(
+    target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(target, tmp_path, min_steps=2, save_every_s=0.1)
+    (tmp_path / "learner.tmp").mkdir()  # nothing can be written there
+
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(world.store, "publish", full)
+    monkeypatch.setattr("aurora_lit.learn.loop.judge", lambda newest, by_domain: replace(
+        judge(newest, by_domain), passed=True))  # fmt: skip
+    world.ring.records.extend(traffic * 4)
+    errors = set()
+
+    def said_both() -> bool:
+        errors.add(world.page.read().error[:24])
+        return len(errors) == 3
+
+    world.tick_until(said_both)
+    assert errors == {"", "a draft could not be pub", "the learner's state coul"}
+    steps = world.learner.steps
+    world.tick_until(lambda: world.learner.steps > steps)
+    assert (world.loop.published, world.learner.version) == (0, STARTING_VERSION)
 
 
 # -- the process ---------------------------------------------------------------------------------------------------

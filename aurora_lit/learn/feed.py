@@ -20,6 +20,10 @@ MAX_PASSES = 4
 """Positions are learned from at most so many times on average; then the learner waits for new ones."""
 _SHORTEST = 8
 """Positions of a trace that is worth a row."""
+_CONTEXT = 128
+"""Positions kept before the first that teaches: a prompt costs as much as an answer and teaches nothing."""
+_DRAWS = 16
+"""Remembered traces looked at to fill a batch; those that do not fit in are left."""
 
 
 class Feed:
@@ -53,12 +57,12 @@ class Feed:
 
     def add(self, trace: Trace) -> None:
         """Take in a live trace; one that teaches nothing is let go."""
-        # Half a batch at most, so that no trace fills one alone.
-        trace = crop(trace, max(_SHORTEST, self._batch_positions // 2))
         taught = len(trace.token_ids_T) - first_taught(trace)
+        # Half a batch at most, so that no trace fills one alone.
+        trace = crop(trace, min(taught + _CONTEXT, max(_SHORTEST, self._batch_positions // 2)))
         if len(trace.token_ids_T) < _SHORTEST or not taught:
             return
-        self.positions_in += taught
+        self.positions_in += len(trace.token_ids_T) - first_taught(trace)
         self._waiting.append(trace)
         while sum(trace.num_bytes for trace in self._waiting) > self._live_bytes:
             self._remember(self._waiting.popleft())
@@ -85,21 +89,27 @@ class Feed:
         """The most informative of those that wait, as many as the live share of a batch holds; at least one."""
         taken: list[Trace] = []
         for trace in sorted(self._waiting, key=informativeness, reverse=True):
-            if taken and _padded([*taken, trace]) > self._live_positions:
-                break
-            taken.append(trace)
+            if not taken or _padded([*taken, trace]) <= self._live_positions:
+                taken.append(trace)
         chosen = set(map(id, taken))
         self._waiting = deque(trace for trace in self._waiting if id(trace) not in chosen)
         return taken
 
     def _take_replay(self, live: list[Trace]) -> list[Trace]:
-        """Remembered traces, drawn until the batch is full."""
+        """Remembered traces, drawn at random until the batch is full."""
         taken: list[Trace] = []
-        while self._live_positions < self._batch_positions:
+        if self._live_positions >= self._batch_positions:
+            return taken
+        seen = set()
+        for _ in range(_DRAWS):
             trace = self.reservoir.sample()
-            if trace is None or ((live or taken) and _padded([*live, *taken, trace]) > self._batch_positions):
+            if trace is None:
                 break
-            taken.append(read_lse(trace, self._ends))
+            name = (trace.request_id, trace.first_position)
+            fits_in = not (live or taken) or _padded([*live, *taken, trace]) <= self._batch_positions
+            if fits_in and name not in seen:
+                seen.add(name)
+                taken.append(read_lse(trace, self._ends))
         return taken
 
     def _remember(self, trace: Trace) -> None:

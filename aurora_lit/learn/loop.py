@@ -104,7 +104,7 @@ class OnlineLoop:
         """Turn until stopped, then save."""
         while not self._stopped:
             self.tick()
-        self.learner.save()
+        self._save()
 
     def tick(self) -> None:
         """One turn, of at most one optimiser step or one trial."""
@@ -200,8 +200,11 @@ class OnlineLoop:
         self.verdict = verdict
         if verdict.passed:
             record = {"steps": self.learner.steps, "positions": self.learner.positions, "reason": verdict.reason}
-            self.learner.version = self._outside.store.publish(self.learner.draft, record=record | verdict.record)
-            self.published += 1
+            try:
+                self.learner.version = self._outside.store.publish(self.learner.draft, record=record | verdict.record)
+                self.published += 1
+            except OSError as error:  # a full disk: learning goes on, and the next trial tries again
+                self._outside.page.write(error=f"a draft could not be published: {error}")
         else:
             self.refused_by_gate += 1
         self.learner.log({"gate_champion": verdict.champion, "gate_challenger": verdict.challenger,
@@ -230,8 +233,14 @@ class OnlineLoop:
     def _save_when_due(self) -> None:
         due = self._outside.monotonic_s() - self._last_save_s >= self._config.save_every_s
         if due and self.learner.steps != self._last_saved_steps:
+            self._save()
+
+    def _save(self) -> None:
+        self._last_save_s, self._last_saved_steps = self._outside.monotonic_s(), self.learner.steps
+        try:
             self.learner.save()
-            self._last_save_s, self._last_saved_steps = self._outside.monotonic_s(), self.learner.steps
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            self._outside.page.write(error=f"the learner's state could not be saved: {error}")
 
     def _report(self) -> None:
         learner, verdict = self.learner, self.verdict

@@ -22,13 +22,12 @@ import psutil
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.ipc.status import STATUS_NAME, StatusBlock
 
 if TYPE_CHECKING:
     from aurora_lit.learn.loop import OnlineLoop
 
-RING_NAME = "traces-0.ring"
-"""The engine worker's ring in the run folder."""
 _BEAT_EVERY_S = 0.5
 _LONGEST_TURN_S, _LONGEST_LOADING_S = 60.0, 600.0
 """A turn of the loop, or the loading before it, that takes longer has got stuck: the heartbeat stops."""
