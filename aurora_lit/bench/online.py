@@ -31,7 +31,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from aurora_lit.bench.plot_online import save_plot
-from aurora_lit.config import AuroraConfig, to_yaml
+from aurora_lit.config import AuroraConfig, model_name, to_yaml
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.learn.reading import Prompt, read_prompts
 
@@ -141,10 +141,10 @@ def _run_arm(
         from openai import OpenAI
 
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
-        begun = time.monotonic()
+        begun, model = time.monotonic(), model_name(config)
 
         def send(numbered: tuple[int, Prompt], *, store: bool) -> Answered:
-            answered = _ask(client, numbered[0], numbered[1], max_tokens=max_tokens, store=store, begun=begun)
+            answered = _ask(client, model, numbered[0], numbered[1], max_tokens=max_tokens, store=store, begun=begun)
             advance()
             return answered
 
@@ -171,12 +171,14 @@ def _run_arm(
     }
 
 
-def _ask(client: Any, number: int, prompt: Prompt, *, max_tokens: int, store: bool, begun: float) -> Answered:
+def _ask(
+    client: Any, model: str, number: int, prompt: Prompt, *, max_tokens: int, store: bool, begun: float
+) -> Answered:
     started = time.monotonic()
     fields: dict[str, Any] = {"number": number, "started_s": started - begun}
     try:
         response = client.chat.completions.create(
-            model="any",
+            model=model,
             messages=[{"role": "user", "content": prompt.messages[0]}],
             max_tokens=max_tokens,
             temperature=0.0,
