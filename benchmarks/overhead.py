@@ -1,0 +1,128 @@
+"""What learning costs a serving round: traces, reload checks and the status page, timed inside real rounds.
+
+    python benchmarks/overhead.py --prompts FILE... --limit 16 --max-tokens 128 -- engine.max_batch_size=8
+
+Everything an engine worker does for a learner is wrapped in a clock; a reader empties the ring as a learner would.
+Prints milliseconds a round (mean, p50, p99) and the share of the round's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from aurora_lit.bench.drive import load_prompts, params_for
+from aurora_lit.config import load_config
+from aurora_lit.ipc.ring import RingReader
+from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.ipc.status import StatusBlock
+from aurora_lit.publishing import DraftStore
+from aurora_lit.request import Request
+from aurora_lit.serve.build import build_worker
+from aurora_lit.serve.hot_reload import HotReloader
+from aurora_lit.serve.live_draft import LiveDraft
+from aurora_lit.trace import LAYOUT_DIGEST
+
+PARTS = ("traces", "reload checks", "status page")
+
+
+class Clock:
+    """Adds up the seconds of a round's parts."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.rounds: list[dict[str, float]] = []
+
+    def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, timed."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[part] += time.perf_counter() - started
+
+        return timed
+
+    def end_round(self, seconds: float) -> None:
+        """Close a round that took so long in all."""
+        self.rounds.append({**self.seconds, "round": seconds})
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+
+@torch.no_grad()
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", nargs="+", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=16, help="prompts taken from each file")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("overrides", nargs="*", help="settings, key=value, after --")
+    args = parser.parse_args()
+    config = load_config(None, args.overrides)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        parts = build_worker(config, folder)
+        engine: Any = parts.engine
+        clock = Clock()
+        for name in ("on_pass", "on_commit", "on_finish"):
+            setattr(engine._observer, name, clock.around("traces", getattr(engine._observer, name)))
+        assert parts.load_draft is not None, "there is no draft to learn: set draft.checkpoint"
+        live = LiveDraft(engine, HotReloader(DraftStore(folder / "drafts", keep=2), parts.load_draft))
+        before = clock.around("reload checks", live.before_round)
+        after = clock.around("reload checks", live.after_round)
+        status = StatusBlock.create(folder / "status")
+        write = clock.around("status page", status.write)
+        room = config.engine.max_seq_len - args.max_tokens
+        prompts = load_prompts(args.prompts, limit=args.limit, tokenizer=parts.tokenizer, max_prompt_tokens=room)
+        with contextlib.closing(RingReader.open(folder / RING_NAME, layout=LAYOUT_DIGEST)) as reader:
+            for number, prompt in enumerate(prompts):
+                params = params_for(0.0, max_tokens=args.max_tokens)
+                engine.submit(Request(request_id=str(number), prompt_ids=prompt.token_ids, params=params))
+            while engine.has_work:
+                started = time.perf_counter()
+                before()
+                outputs = engine.round()
+                after(outputs, domain_of=lambda _: "")
+                stats = engine.stats
+                write(
+                    running=engine.num_running, rounds=stats.rounds, generated_tokens=stats.generated_tokens,
+                    drafts=stats.drafts, proposed=stats.proposed, accepted=stats.accepted,
+                )  # fmt: skip
+                clock.end_round(time.perf_counter() - started)
+                while reader.pop() is not None:
+                    pass
+        parts.close()
+    _report(clock.rounds[8:], batch=config.engine.max_batch_size)
+    return 0
+
+
+def _report(rounds: list[dict[str, float]], *, batch: int) -> None:
+    total_s = sum(each["round"] for each in rounds)
+    table = Table(title=f"{len(rounds)} rounds, at most {batch} requests, {total_s / len(rounds) * 1e3:.1f} ms a round")
+    for column in ("part", "mean ms", "p50 ms", "p99 ms", "share of time"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    sums = {"all three": [sum(each[part] for part in PARTS) for each in rounds]}
+    for part, seconds in {**{part: [each[part] for each in rounds] for part in PARTS}, **sums}.items():
+        cuts = statistics.quantiles(seconds, n=100)
+        table.add_row(
+            part, *(f"{value * 1e3:.3f}" for value in (statistics.mean(seconds), cuts[49], cuts[98])),
+            f"{sum(seconds) / total_s:.2%}",
+        )  # fmt: skip
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
