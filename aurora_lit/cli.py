@@ -4,80 +4,15 @@ Leaves out every command's work: a command reads its configuration, then calls o
 files are imported inside the commands, so that `--help` and a misspelt key answer at once, before torch is loaded.
 """
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 import aurora_lit
-from aurora_lit.config import AuroraConfig, load_config, to_yaml
-from aurora_lit.errors import AuroraError
-
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_FOLDER = click.Path(file_okay=False, path_type=Path)
-
-
-class AuroraGroup(click.Group):
-    """Prints our own errors as one line and ends with exit code 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except AuroraError as error:
-            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-            ctx.exit(2)
-
-
-class ManyFilesCommand(click.Command):
-    """Lets an option for files take several, as a shell's `*` gives them: `--prompts a.jsonl b.jsonl`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeat the option's name before each of its files; an option or a key=value ends the list."""
-        many = {name for parameter in self.params if parameter.multiple for name in parameter.opts}
-        spread: list[str] = []
-        current = None
-        for word in args:
-            if word.startswith("-"):
-                current = word if word in many else None
-                spread += [] if current else [word]
-            elif current and "=" not in word:
-                spread += [current, word]
-            else:
-                current = None
-                spread.append(word)
-        return super().parse_args(ctx, spread)
-
-
-def configured(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command `--config FILE`, `--print-config` and trailing overrides; it receives `config`."""
-
-    @click.option(
-        "--config",
-        "config_file",
-        type=click.Path(dir_okay=False, path_type=Path),
-        metavar="FILE",
-        is_eager=True,
-        help="YAML file of the deployment. Default: configs/smollm2.yaml.",
-    )
-    @click.option("--print-config", is_flag=True, is_eager=True, help="Print the settings that would be used, and end.")
-    @click.argument("config", nargs=-1, metavar="[key=value]...", is_eager=True, callback=_read_config)
-    @functools.wraps(command)
-    def wrapper(config_file: Path | None, print_config: bool, **options: Any) -> None:
-        command(**options)
-
-    return wrapper
-
-
-def _read_config(ctx: click.Context, _: click.Parameter, overrides: tuple[str, ...]) -> AuroraConfig:
-    """Runs after the two options and before all others, so --print-config needs none of a command's own."""
-    config = load_config(ctx.params.get("config_file"), overrides)
-    if ctx.params.get("print_config"):
-        click.echo(to_yaml(config), nl=False)
-        ctx.exit()
-    return config
+from aurora_lit.cli_live import drafts, learn, status
+from aurora_lit.cli_options import FILE, FOLDER, AuroraGroup, ManyFilesCommand, configured
+from aurora_lit.config import AuroraConfig
 
 
 @click.group(cls=AuroraGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -87,6 +22,10 @@ def main() -> None:
 
     Every command takes settings as trailing `key=value`, such as engine.max_batch_size=4.
     """
+
+
+for _command in (learn, status, drafts):
+    main.add_command(_command)
 
 
 @main.command()
@@ -119,14 +58,14 @@ def generate(config: AuroraConfig, prompt: str, max_tokens: int, temperature: fl
 @main.command(cls=ManyFilesCommand)
 @click.option(
     "--prompts",
-    type=_FILE,
+    type=FILE,
     multiple=True,
     required=True,
     metavar="FILE...",
     help="JSON lines of prompts: read, then answered by the target.",
 )
-@click.option("--text", type=_FILE, multiple=True, metavar="FILE...", help="Plain text: read only.")
-@click.option("--out", type=_FOLDER, required=True, help="Folder of the new checkpoint.")
+@click.option("--text", type=FILE, multiple=True, metavar="FILE...", help="Plain text: read only.")
+@click.option("--out", type=FOLDER, required=True, help="Folder of the new checkpoint.")
 @click.option(
     "--text-positions", type=click.IntRange(min=0), default=1_000_000, show_default=True, help="Text to read."
 )
@@ -163,13 +102,13 @@ def bench() -> None:
 
 
 @bench.command(cls=ManyFilesCommand)
-@click.option("--prompts", type=_FILE, multiple=True, required=True, metavar="FILE...", help="JSON lines of prompts.")
+@click.option("--prompts", type=FILE, multiple=True, required=True, metavar="FILE...", help="JSON lines of prompts.")
 @click.option("--limit", type=click.IntRange(min=1), help="Most prompts taken from each file.")
 @click.option("--batch", default="1,4,8", show_default=True, help="Batch sizes.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
-@click.option("--out", type=_FOLDER, default=Path("bench-results"), show_default=True)
+@click.option("--out", type=FOLDER, default=Path("bench-results"), show_default=True)
 @click.option("--against-transformers", is_flag=True, help="Also time transformers' own generate.")
 @configured
 def throughput(config: AuroraConfig, batch: str, **options: Any) -> None:
@@ -181,11 +120,11 @@ def throughput(config: AuroraConfig, batch: str, **options: Any) -> None:
 
 
 @bench.command(cls=ManyFilesCommand)
-@click.option("--prompts", type=_FILE, multiple=True, required=True, metavar="FILE...", help="JSON lines of prompts.")
+@click.option("--prompts", type=FILE, multiple=True, required=True, metavar="FILE...", help="JSON lines of prompts.")
 @click.option("--limit", type=click.IntRange(min=1), help="Most prompts taken from each file.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
-@click.option("--out", type=_FOLDER, default=Path("bench-results"), show_default=True)
+@click.option("--out", type=FOLDER, default=Path("bench-results"), show_default=True)
 @configured
 def acceptance(config: AuroraConfig, **options: Any) -> None:
     """Accepted length and acceptance by position, one row a prompt file; writes JSON."""
@@ -195,15 +134,15 @@ def acceptance(config: AuroraConfig, **options: Any) -> None:
 
 
 @bench.command(cls=ManyFilesCommand)
-@click.option("--prompts", type=_FILE, multiple=True, required=True, metavar="FILE...", help="JSON lines of prompts.")
-@click.option("--measure", type=_FILE, multiple=True, metavar="FILE...", help="Prompts to measure on, never learnt.")
+@click.option("--prompts", type=FILE, multiple=True, required=True, metavar="FILE...", help="JSON lines of prompts.")
+@click.option("--measure", type=FILE, multiple=True, metavar="FILE...", help="Prompts to measure on, never learnt.")
 @click.option("--requests", type=click.IntRange(min=1), default=400, show_default=True, help="Requests of traffic.")
 @click.option("--measure-requests", type=click.IntRange(min=1), default=40, show_default=True)
 @click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Clients at a time.")
 @click.option("--arms", default="static,learning", show_default=True, help="Servers to compare, in this order.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--window", type=click.IntRange(min=1), default=40, show_default=True, help="Requests of a reading.")
-@click.option("--out", type=_FOLDER, default=Path("bench-results"), show_default=True)
+@click.option("--out", type=FOLDER, default=Path("bench-results"), show_default=True)
 @configured
 def online(config: AuroraConfig, arms: str, **options: Any) -> None:
     """A draft that learns from traffic against the same one that does not; writes JSON and a PNG."""

@@ -1,6 +1,7 @@
 """Settings read from one YAML file and `key=value` overrides, and validated.
 
-Leaves out: what settings there are (settings.py), finding the target model (models/source.py) and judging a draft checkpoint (checkpoints.py).
+Leaves out: what settings there are (settings.py), finding the target model (models/source.py) and judging a draft
+checkpoint (checkpoints.py).
 
     config = load_config(None, ["engine.max_batch_size=4"])     # None: the shipped configs/smollm2.yaml
     config.engine.max_batch_size                                # 4
@@ -111,6 +112,11 @@ def draft_folder(config: AuroraConfig) -> Path | None:
         return None
     folder = Path(config.draft.checkpoint).expanduser()
     return folder if folder.is_absolute() or folder.is_dir() else PROJECT_FOLDER / folder
+
+
+def versions_folder(config: AuroraConfig) -> Path:
+    """Where this deployment's draft versions live."""
+    return Path(config.checkpoint.dir).expanduser() / config.checkpoint.run
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:

@@ -1,22 +1,25 @@
 """What GET /metrics shows: vLLM's names where vLLM has one, `aurora_` names beside them.
 
-Counters of the engine are read from the status block at scrape time; latencies are observed in the HTTP process, of
-which there is one. Leaves out the JSON status page (serve/api.py).
+Counters of engine, ring and learner are read from their pages at scrape time; latencies are observed in the HTTP
+process, of which there is one. Leaves out the JSON status page (serve/status_json.py).
 
-    metrics = ServerMetrics(model="SmolLM2", status=block)
+    metrics = ServerMetrics(model="SmolLM2", status=block, learner=page, ring=lambda: None)
     metrics.first_token.observe(0.2)
     metrics.render()                   # bytes in Prometheus' text format
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from aurora_lit.ipc.learner_status import LearnerBlock
+from aurora_lit.ipc.ring import RingCounters
 from aurora_lit.ipc.status import StatusBlock, WorkerState
+from aurora_lit.publishing import version_number
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -32,7 +35,9 @@ _REQUEST_BUCKETS_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 2
 class ServerMetrics:
     """All metrics of one server, in a registry of their own."""
 
-    def __init__(self, *, model: str, status: StatusBlock) -> None:
+    def __init__(
+        self, *, model: str, status: StatusBlock, learner: LearnerBlock, ring: Callable[[], RingCounters | None]
+    ) -> None:
         """Register everything once; `model` becomes the label model_name on every sample."""
         self._registry = CollectorRegistry()
         labels = {"model_name": model, "engine": "0"}
@@ -58,6 +63,7 @@ class ServerMetrics:
                                 (*labels, "status"), registry=self._registry)  # fmt: skip
         self._labels = labels
         self._registry.register(_EngineCounters(status, labels))
+        self._registry.register(_LearningCounters(learner, ring, labels))
 
     def finish(self, reason: str) -> None:
         """Count one sequence that ended; reason is one of FINISH_REASONS."""
@@ -72,8 +78,12 @@ class ServerMetrics:
         return generate_latest(self._registry)
 
 
+Numbers = Mapping[str, tuple[str, float | None]]
+"""Name -> what it says, and the number; None: unknown now, so not shown."""
+
+
 class _EngineCounters(Collector):
-    """Turns one reading of the status block into samples."""
+    """Turns one reading of the status page into samples."""
 
     def __init__(self, status: StatusBlock, labels: dict[str, str]) -> None:
         self._status, self._labels = status, labels
@@ -91,11 +101,13 @@ class _EngineCounters(Collector):
             "vllm:spec_decode_num_draft_tokens": ("Draft tokens proposed.", now.proposed),
             "vllm:spec_decode_num_accepted_tokens": ("Draft tokens accepted.", now.accepted),
             "aurora_rounds": ("Engine rounds.", now.rounds),
+            "aurora_draft_swaps": ("Drafts swapped in.", now.swaps),
+            "aurora_draft_refusals": ("Drafts that could not be served.", now.refusals),
+            "aurora_draft_rollbacks": ("Drafts taken back because they accepted less.", now.rollbacks),
+            "aurora_traces_opted_out": ("Sequences whose client wanted nothing stored.", now.opted_out),
+            "aurora_traces_unrecorded": ("Traces that trace.record could not take.", now.unrecorded),
         }
-        for name, (text, value) in counters.items():
-            counter = CounterMetricFamily(name, text, labels=names)
-            counter.add_metric(values, value)
-            yield counter
+        yield from _counters(counters, self._labels)
         positions = CounterMetricFamily(
             "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by position.",
             labels=[*names, "position"],
@@ -110,9 +122,65 @@ class _EngineCounters(Collector):
             "aurora_worker_heartbeat_age_seconds": ("Since the worker's last sign of life.", now.heartbeat_age_s),
             "aurora_mean_accepted_length": ("Tokens a drafted round emits.", now.mean_accepted_length),
             "aurora_acceptance_rate": ("Accepted / proposed draft tokens.", now.acceptance_rate),
+            "aurora_draft_version": ("Number of the draft that serves; 0: the starting one.",
+                                     version_number(now.draft_version)),
         }
-        for name, (text, number) in gauges.items():
-            if number is not None:
-                gauge = GaugeMetricFamily(name, text, labels=names)
-                gauge.add_metric(values, number)
-                yield gauge
+        yield from _gauges(gauges, self._labels)
+
+
+class _LearningCounters(Collector):
+    """Turns one reading of ring and learner page into samples."""
+
+    def __init__(
+        self, learner: LearnerBlock, ring: Callable[[], RingCounters | None], labels: dict[str, str]
+    ) -> None:
+        self._learner, self._ring, self._labels = learner, ring, labels
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        now, ring = self._learner.read(), self._ring()
+        alive = now.state == "running"
+        yield from _counters({
+            "aurora_learner_restarts": ("Learners started again.", now.restarts),
+            "aurora_learner_steps": ("Optimiser steps.", now.steps),
+            "aurora_learner_positions": ("Token positions learned from.", now.positions),
+            "aurora_learner_traces": ("Traces read.", now.records),
+            "aurora_learner_traces_skipped": ("Traces that could not be used.", now.skipped),
+            "aurora_learner_published": ("Drafts published.", now.published),
+            "aurora_learner_gate_refused": ("Drafts that the gate held back.", now.gate_refused),
+        }, self._labels)  # fmt: skip
+        yield from _gauges({
+            "aurora_learner_running": ("1 while a learner gives signs of life.", int(alive)),
+            "aurora_learner_heartbeat_age_seconds": ("Since its last one.", now.heartbeat_age_s if now.pid else None),
+            "aurora_learner_compute_share": ("Share of processor time, measured.", now.compute_share),
+            "aurora_learner_loss": ("Running mean of the loss.", now.loss),
+        }, self._labels)  # fmt: skip
+        if ring is None:
+            return
+        yield from _counters({"aurora_traces_pushed": ("Traces put into the ring.", ring.pushed)}, self._labels)
+        dropped = CounterMetricFamily("aurora_traces_dropped", "Traces nobody learned from, by cause.",
+                                      labels=[*self._labels, "cause"])  # fmt: skip
+        for cause in ("overwritten", "too_large", "torn"):
+            dropped.add_metric([*self._labels.values(), cause], getattr(ring, cause))
+        yield dropped
+        yield from _gauges({
+            "aurora_traces_queued": ("Traces in the ring, not read yet.", ring.queued_records),
+            "aurora_traces_queued_bytes": ("Their bytes.", ring.queued_bytes),
+        }, self._labels)  # fmt: skip
+
+
+def _counters(numbers: Numbers, labels: dict[str, str]) -> Iterable[Metric]:
+    for name, (text, number) in numbers.items():
+        counter = CounterMetricFamily(name, text, labels=list(labels))
+        counter.add_metric(list(labels.values()), number or 0)
+        yield counter
+
+
+def _gauges(numbers: Numbers, labels: dict[str, str]) -> Iterable[Metric]:
+    for name, (text, number) in numbers.items():
+        if number is not None:
+            gauge = GaugeMetricFamily(name, text, labels=list(labels))
+            gauge.add_metric(list(labels.values()), number)
+            yield gauge

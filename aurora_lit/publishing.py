@@ -139,9 +139,10 @@ class DraftStore:
             for version in self.versions():
                 if version.number > number and version.retired is None:
                     self._retire(version.name, reason)
-                    self.note("rolled_back", version=version.name, to=name, reason=reason)
+                    self.note("retired", version=version.name, reason=reason)
             self._reinstate(name)
             self._point_to(name)
+            self.note("promoted", version=name or "", reason=reason)
 
     def promote(self, name: str) -> None:
         """Make a version current whatever its scores; it is no longer retired. CheckpointError when it is gone."""

@@ -14,12 +14,15 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from aurora_lit.checkpoints import read_config
 from aurora_lit.errors import RequestError
 from aurora_lit.request import Output, Request, TokenLogprob
+from aurora_lit.serve.calls import WorkerParts
 
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|crash|>", "<|error|>", "<|refuse|>", "<|toolong|>")
 _MERGES = ("h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld", "Ġ t", "Ġt he")
@@ -77,8 +80,6 @@ class _Running:
 class FakeEngine:
     """Engine's interface; each request's tokens are its prompt, over and over."""
 
-    draft_version = "fake-000001"
-
     def __init__(self, options: FakeOptions | None = None) -> None:
         self._options = options or FakeOptions()
         tokenizer = tiny_tokenizer()
@@ -87,6 +88,7 @@ class FakeEngine:
         self.vocab_size = len(tokenizer)
         self.max_seq_len = self._options.max_seq_len
         self.stats = FakeStats()
+        self.draft_version = "fake-000001"
         self._running: dict[str, _Running] = {}
         self._waiting: dict[str, Request] = {}
 
@@ -112,6 +114,9 @@ class FakeEngine:
     def cancel(self, request_id: str) -> None:
         self._waiting.pop(request_id, None)
         self._running.pop(request_id, None)
+
+    def swap_draft(self, draft: object, *, version: str, recompute: bool = False) -> None:
+        self.draft_version = version
 
     def round(self) -> list[Output]:
         while self._waiting and len(self._running) < self._options.max_batch_size:
@@ -156,6 +161,7 @@ class FakeEngine:
             prompt_logprobs = (None, *rest)
         return Output(
             request_id=request.request_id, token_ids=tuple(ids), finish_reason=finish_reason,
+            draft_versions=(self.draft_version,) if proposed else (),
             logprobs=None if params.logprobs is None else tuple(self._logprob(i, params.logprobs) for i in ids),
             prompt_logprobs=prompt_logprobs, num_proposed=proposed, num_accepted=accepted,
         )  # fmt: skip
@@ -174,9 +180,16 @@ def load_tiny_tokenizer(config: object) -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
 
 
-def build_fake(config: object, *, options: FakeOptions) -> tuple[FakeEngine, PreTrainedTokenizerFast]:
-    """Backend.build_engine, with `options` bound by functools.partial."""
+def build_fake(config: object, run_folder: object, *, options: FakeOptions) -> WorkerParts:
+    """Backend.build_worker, with `options` bound by functools.partial."""
     time.sleep(options.build_s)
     if options.build_error:
         raise RuntimeError(options.build_error)
-    return FakeEngine(options), tiny_tokenizer()
+    return WorkerParts(engine=FakeEngine(options), tokenizer=tiny_tokenizer(), load_draft=load_fake_draft)
+
+
+def load_fake_draft(folder: Path | None) -> object:
+    """A draft is its folder; one without a whole checkpoint is refused."""
+    if folder is not None:
+        read_config(folder)
+    return folder

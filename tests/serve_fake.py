@@ -21,8 +21,8 @@ import httpx
 import psutil
 from fakes import FakeOptions, build_fake, load_tiny_tokenizer, prepare_nothing
 
-from aurora_lit.config import AuroraConfig, EngineConfig, ServerConfig
 from aurora_lit.errors import AuroraError
+from aurora_lit.settings import AuroraConfig, CheckpointConfig, DraftConfig, EngineConfig, LearnConfig, ServerConfig
 
 MODEL = "tiny"
 
@@ -36,10 +36,15 @@ def free_port() -> int:
 class FakeServer:
     """Starts on entry, is ready then; ends with SIGTERM on exit and leaves no process."""
 
-    def __init__(self, *, server: dict[str, Any] | None = None, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, *, server: dict[str, Any] | None = None, options: dict[str, Any] | None = None,
+        checkpoints: Path | None = None, learner: str | None = None,
+    ) -> None:  # fmt: skip
+        """checkpoints: where draft versions live; learner: how the server's own one behaves (fake_learner.py)."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        arguments = {"server": {"port": self.port, "model_name": MODEL, **(server or {})}, "options": options or {}}
+        arguments = {"server": {"port": self.port, "model_name": MODEL, **(server or {})}, "options": options or {},
+                     "checkpoints": str(checkpoints or "/nonexistent"), "learner": learner}  # fmt: skip
         # The package may be installed or not; a helper thread per core would only slow the tests' neighbours down.
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
@@ -104,9 +109,25 @@ def main(arguments: dict[str, Any]) -> None:
     from aurora_lit.serve.server import serve
 
     options = FakeOptions(**arguments["options"])
-    config = AuroraConfig(server=ServerConfig(**arguments["server"]), engine=EngineConfig(max_draft_tokens=2))
-    build = functools.partial(build_fake, options=options)
-    serve(config, backend=Backend(prepare=prepare_nothing, build_engine=build, load_tokenizer=load_tiny_tokenizer))
+    config = AuroraConfig(
+        server=ServerConfig(**arguments["server"]), engine=EngineConfig(max_draft_tokens=2),
+        draft=DraftConfig(checkpoint="anything"), checkpoint=CheckpointConfig(dir=arguments["checkpoints"]),
+        learn=LearnConfig(enabled=arguments["learner"] is not None),
+    )  # fmt: skip
+    serve(
+        config,
+        backend=Backend(
+            prepare=prepare_nothing,
+            build_worker=functools.partial(build_fake, options=options),
+            load_tokenizer=load_tiny_tokenizer,
+            learner_command=functools.partial(fake_learner, behaviour=arguments["learner"]),
+        ),
+    )
+
+
+def fake_learner(run_folder: Path, *, behaviour: str) -> list[str]:
+    script = Path(__file__).with_name("fake_learner.py")
+    return [sys.executable, str(script), str(run_folder), str(os.getpid()), behaviour]
 
 
 if __name__ == "__main__":

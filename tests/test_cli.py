@@ -1,5 +1,6 @@
 """Claims about the command line: right exit codes, one clear line for an error, no heavy import before its time."""
 
+import json
 import subprocess
 import sys
 import types
@@ -14,7 +15,8 @@ from aurora_lit.cli import main
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.errors import SourceError
 
-COMMANDS = (["serve"], ["generate"], ["pretrain"], ["doctor"], ["bench", "throughput"], ["bench", "acceptance"])
+COMMANDS = (["serve"], ["learn"], ["status"], ["drafts", "list"],
+            ["generate"], ["pretrain"], ["doctor"], ["bench", "throughput"], ["bench", "acceptance"])  # fmt: skip
 
 
 def run(*args: str) -> Result:
@@ -126,6 +128,60 @@ def test_pretrain_without_options_uses_the_defaults_of_the_record(
     result = run("pretrain", "--prompts", prompt_files[0], "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert calls == [module.PretrainOptions(prompts=(Path(prompt_files[0]),), text=(), out=tmp_path)]
+
+
+def test_learn_attaches_with_the_settings_of_the_server_that_it_finds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.learn.online", "run_learner")
+    (tmp_path / "status").write_text("")
+    (tmp_path / "config.yaml").write_text("checkpoint: {dir: /of/the/server}")
+    assert run("learn", "--run-folder", str(tmp_path), "learn.threads=2").exit_code == 0
+    other = tmp_path / "other.yaml"
+    other.write_text("checkpoint: {dir: /mine}")
+    assert run("learn", "--run-folder", str(tmp_path), "--config", str(other)).exit_code == 0
+    ((first, folder), _), ((second, _), _) = recorder.calls
+    assert (first.checkpoint.dir, first.learn.threads, folder) == ("/of/the/server", 2, tmp_path)
+    assert second.checkpoint.dir == "/mine"
+
+
+def test_learn_and_status_without_a_server_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("aurora_lit.ipc.run_folder._usual_parent", lambda: tmp_path)
+    for command in ("learn", "status"):
+        result = run(command)
+        assert result.exit_code == 2
+        assert "no server of this user runs on this machine" in result.stderr
+        result = run(command, "--run-folder", str(tmp_path))
+        assert result.exit_code == 2
+
+
+def test_drafts_are_listed_returned_to_and_promoted(tmp_path: Path) -> None:
+    from aurora_lit.modules.draft import Draft, DraftConfig
+    from aurora_lit.publishing import DraftStore
+
+    where = f"checkpoint.dir={tmp_path}"
+    assert "holds no version yet" in run("drafts", "list", where).stdout
+    assert run("drafts", "rollback", "1", where).exit_code == 2
+    assert not list(tmp_path.iterdir()), "a mistyped folder is not made"
+    store = DraftStore(tmp_path / "live", keep=5)
+    draft = Draft(
+        DraftConfig(hidden_size=8, target_hidden_size=8, intermediate_size=8, num_attention_heads=1,
+                    num_key_value_heads=1, head_dim=8, vocab_size=11, draft_vocab_size=7, aux_layer_ids=(1, 2, 3))
+    )  # fmt: skip
+    for number in range(3):
+        store.publish(draft, record={"accepted_length": 2 + number / 8})
+    table = run("drafts", "list", where).stdout
+    assert "accepted_length 2.25" in table
+    assert run("drafts", "rollback", "1", where).exit_code == 0
+    listed = json.loads(run("drafts", "list", "--json", where).stdout)
+    assert listed["current"] == "draft-000001"
+    assert [each["retired"] for each in listed["versions"]] == [None, "rolled back by hand", "rolled back by hand"]
+    assert run("drafts", "promote", "3", where).exit_code == 0
+    assert store.current() == "draft-000003"
+    assert run("drafts", "rollback", "0", where).exit_code == 0
+    assert store.current() is None
+    refused = run("drafts", "promote", "9", where)
+    assert (refused.exit_code, "no version draft-000009" in refused.stderr) == (2, True)
 
 
 def test_bench_passes_batch_sizes(monkeypatch: pytest.MonkeyPatch, prompt_files: list[str]) -> None:

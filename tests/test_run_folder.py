@@ -4,8 +4,9 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 
-from aurora_lit.ipc.run_folder import run_folder
+from aurora_lit.ipc.run_folder import live_folders, run_folder
 
 HOLD = "import sys, time, pathlib; from aurora_lit.ipc.run_folder import run_folder\n" \
        "with run_folder(pathlib.Path(sys.argv[1])) as folder: print(folder, flush=True); time.sleep(60)"  # fmt: skip
@@ -31,3 +32,13 @@ def test_only_the_folders_of_dead_servers_are_swept_up(tmp_path):
             assert theirs not in {str(path) for path in tmp_path.iterdir()}
         assert mine.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["something else"]
+
+
+def test_running_servers_are_found_the_newest_first(tmp_path):
+    (tmp_path / "aurora-lit-run-dead").mkdir()
+    with run_folder(tmp_path) as first:
+        time.sleep(0.01)
+        with run_folder(tmp_path) as second:
+            assert live_folders(tmp_path) == [second, first]
+        assert live_folders(tmp_path) == [first]
+    assert live_folders(tmp_path) == []

@@ -175,7 +175,7 @@ def test_speculation_is_reported(server, client):
     assert report == {
         "num_spec_steps": 3, "num_draft_tokens": 6, "num_accepted_draft_tokens": 4, "acceptance_histogram": [1, 0, 2],
         "draft_acceptance_rate": pytest.approx(4 / 6), "mean_acceptance_length": pytest.approx(1 + 4 / 3),
-        "num_spec_tokens": 2,
+        "num_spec_tokens": 2, "draft_versions": ["fake-000001"],
     }  # fmt: skip
     server.wait_until(lambda now: now["speculation"]["proposed"] == before["proposed"] + 6, 2)
     plain = complete(client, "abc", max_tokens=7, extra_body={"speculate": False})

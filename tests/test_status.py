@@ -1,6 +1,7 @@
 """The status block and the metrics that show it."""
 
 import dataclasses
+import json
 import os
 import stat
 import subprocess
@@ -12,8 +13,11 @@ import psutil
 import pytest
 
 from aurora_lit.ipc.learner_status import LearnerBlock, LearnerStatus
+from aurora_lit.ipc.ring import RingWriter
+from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.ipc.status import StatusBlock, WorkerState
 from aurora_lit.metrics import ServerMetrics
+from aurora_lit.serve.status_json import engine_json, learner_json, ring_counters
 
 
 @pytest.fixture
@@ -110,8 +114,15 @@ def test_readings_are_never_torn(path):
 def test_metrics_have_the_names_that_vllm_uses(path):
     block = StatusBlock.create(path)
     block.write(max_draft_tokens=2, drafts=4, proposed=8, accepted=6, accepted_by_position=[4, 2], running=1, waiting=2,
-                prompt_tokens=10, generated_tokens=20)  # fmt: skip
-    metrics = ServerMetrics(model="m", status=block)
+                prompt_tokens=10, generated_tokens=20, swaps=5, draft_version="draft-000042")  # fmt: skip
+    learner = LearnerBlock.create(path.with_name("learner"))
+    learner.write(pid=os.getpid(), steps=7, compute_share=0.25)
+    learner.beat()
+    ring = RingWriter.create(path.with_name(RING_NAME), 4096, layout="12")
+    ring.push(b"x" * 3000)
+    ring.push(b"y" * 3000)
+    ring.push(b"z" * 5000)
+    metrics = ServerMetrics(model="m", status=block, learner=learner, ring=lambda: ring_counters(path.parent))
     metrics.finish("stop")
     metrics.refuse(429)
     for histogram in (metrics.first_token, metrics.between_tokens, metrics.whole_request):
@@ -124,8 +135,35 @@ def test_metrics_have_the_names_that_vllm_uses(path):
         "vllm:num_requests_waiting": 2, "vllm:prompt_tokens_total": 10, "vllm:generation_tokens_total": 20,
         "vllm:time_to_first_token_seconds_count": 1, "vllm:inter_token_latency_seconds_count": 1,
         "vllm:e2e_request_latency_seconds_count": 1, "aurora_mean_accepted_length": 2.5,
+        "aurora_draft_version": 42, "aurora_draft_swaps_total": 5, "aurora_learner_running": 1,
+        "aurora_learner_steps_total": 7, "aurora_learner_compute_share": 0.25, "aurora_traces_pushed_total": 2,
     }.items():  # fmt: skip
         assert f'{name}{{{label},model_name="m"}} {float(value)}' in lines, name
     assert f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{label},model_name="m",position="1"}} 2.0' in lines
     assert f'vllm:request_success_total{{{label},finished_reason="stop",model_name="m"}} 1.0' in lines
+    for cause in ("overwritten", "too_large"):
+        assert f'aurora_traces_dropped_total{{cause="{cause}",{label},model_name="m"}} 1.0' in lines
     assert f'aurora_requests_refused_total{{{label},model_name="m",status="429"}} 1.0' in lines
+
+
+def test_json_tells_what_happened_to_drafts_and_learner(path):
+    block, page = StatusBlock.create(path), LearnerBlock.create(path.with_name("learner"))
+    report = engine_json(block.read(), ring_counters(path.parent))
+    assert (report["draft"]["refused"], report["draft"]["rolled_back"]) == (None, None)
+    assert report["traces"]["ring"] is None
+    learner = learner_json(page.read())
+    assert (learner["state"], learner["heartbeat_age_s"], learner["uptime_s"]) == ("absent", None, None)
+    block.write(refused_version="draft-000003", refused_reason="NaN", refusals=1, swaps=2, draft_version="draft-000002")
+    page.write(pid=os.getpid(), challenger_score=float("nan"), champion_score=2.5)
+    page.beat()
+    RingWriter.create(path.with_name(RING_NAME), 4096, layout="12").push(b"x" * 100)
+    report = engine_json(block.read(), ring_counters(path.parent))
+    assert report["draft"] == {
+        "version": "draft-000002", "swaps": 2, "refusals": 1, "refused": {"version": "draft-000003", "reason": "NaN"},
+        "rollbacks": 0, "rolled_back": None,
+    }  # fmt: skip
+    assert (report["traces"]["ring"]["queued"], report["traces"]["ring"]["dropped"]["torn"]) == (1, 0)
+    learner = learner_json(page.read())
+    assert learner["state"] == "running"
+    assert learner["gate"] == {"published": 0, "refused": 0, "champion": 2.5, "challenger": None}
+    json.dumps([report, learner], allow_nan=False)

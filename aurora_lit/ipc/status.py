@@ -64,17 +64,10 @@ class Status:
     """Drafts that could not be served."""
     rollbacks: int
     """Drafts taken back because they accepted less."""
-    traces_pushed: int
-    traces_overwritten: int
-    """Dropped: the learner had not read them when their place was needed."""
-    traces_too_large: int
-    """Dropped: larger than the whole ring."""
-    traces_opted_out: int
+    opted_out: int
     """Requests that asked not to be stored."""
-    traces_unrecorded: int
-    """Not written to trace.record: the disk refused."""
-    ring_queued_bytes: int
-    """In the ring and not yet read."""
+    unrecorded: int
+    """Traces that trace.record had no room or no time for. The ring counts for itself (ipc/ring.py)."""
     draft_version: str = text(256)
     refused_version: str = text(256)
     """The last draft that could not be served; empty: none."""

@@ -9,6 +9,7 @@ The spec lives in the HTTP process, the API's `setup` runs in the worker. Leaves
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import signal
@@ -26,16 +27,22 @@ from litserve import LitAPI
 from litserve.specs.base import LitSpec
 from transformers import PreTrainedTokenizerBase
 
-from aurora_lit.config import AuroraConfig, model_name
+from aurora_lit.config import AuroraConfig, model_name, versions_folder
 from aurora_lit.errors import RequestError
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
 from aurora_lit.ipc.lifetime import die_with_parent
-from aurora_lit.ipc.status import StatusBlock, WorkerState
+from aurora_lit.ipc.status import STATUS_NAME, StatusBlock, WorkerState
 from aurora_lit.metrics import CONTENT_TYPE, ServerMetrics
-from aurora_lit.serve.calls import EngineInterface
+from aurora_lit.publishing import DraftStore
+from aurora_lit.serve.calls import WorkerParts
 from aurora_lit.serve.errors_http import install
+from aurora_lit.serve.hot_reload import HotReloader
 from aurora_lit.serve.in_flight import Flights
+from aurora_lit.serve.learner_child import learner_command
+from aurora_lit.serve.live_draft import LiveDraft
 from aurora_lit.serve.loop import EngineLoop
 from aurora_lit.serve.routes import Generation
+from aurora_lit.serve.status_json import engine_json, learner_json, ring_counters
 
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
@@ -46,40 +53,49 @@ class Backend:
 
     prepare: Callable[[AuroraConfig], object]
     """Runs first, in the main process: fetch what is missing, so that its errors show before workers start."""
-    build_engine: Callable[[AuroraConfig], tuple[Any, PreTrainedTokenizerBase]]
-    """Runs in the worker: an EngineInterface and its tokenizer."""
+    build_worker: Callable[[AuroraConfig, Path], WorkerParts]
+    """Runs in the worker, with the run folder."""
     load_tokenizer: Callable[[AuroraConfig], PreTrainedTokenizerBase]
     """Runs for the HTTP process."""
+    learner_command: Callable[[Path], list[str]] = learner_command
+    """The command line of the server's own learner, for this run folder."""
 
 
 class AuroraAPI(LitAPI):  # type: ignore[misc]
     """The worker's side: builds the engine; the loop does the rest."""
 
-    engine: EngineInterface
-    tokenizer: PreTrainedTokenizerBase
+    parts: WorkerParts
+    live: LiveDraft | None
 
-    def __init__(self, config: AuroraConfig, backend: Backend, status_path: Path, spec: AuroraSpec) -> None:
+    def __init__(self, config: AuroraConfig, backend: Backend, run_folder: Path, spec: AuroraSpec) -> None:
         """Only plain data here: the object is pickled to the worker."""
-        super().__init__(loop=EngineLoop(status_path), spec=spec)
-        self._config, self._backend, self._status_path = config, backend, status_path
+        super().__init__(loop=EngineLoop(run_folder / STATUS_NAME), spec=spec)
+        self._config, self._backend, self._run_folder = config, backend, run_folder
         self._server_pid = os.getpid()
 
     def setup(self, device: str) -> None:
         """Build the engine; a failure is left in the status block for the main process to show."""
         die_with_parent(self._server_pid)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process drains first
-        status = StatusBlock.open(self._status_path, writable=True)
+        status = StatusBlock.open(self._run_folder / STATUS_NAME, writable=True)
         status.beat()
         status.write(worker_pid=os.getpid())
         try:
-            self.engine, self.tokenizer = self._backend.build_engine(self._config)
+            self.parts = self._backend.build_worker(self._config, self._run_folder)
+            self.live = self._live_draft()
         except Exception as error:
             status.write(state=WorkerState.FAILED, error=f"{type(error).__name__}: {error}")
             raise
-        status.write(
-            max_seq_len=self.engine.max_seq_len, vocab_size=self.engine.vocab_size,
-            max_draft_tokens=self._config.engine.max_draft_tokens, draft_version=self.engine.draft_version,
-        )  # fmt: skip
+        engine = self.parts.engine
+        status.write(max_seq_len=engine.max_seq_len, vocab_size=engine.vocab_size,
+                     max_draft_tokens=self._config.engine.max_draft_tokens)  # fmt: skip
+
+    def _live_draft(self) -> LiveDraft | None:
+        """The engine begins with the version that this deployment has come to, if it has published any."""
+        if self.parts.load_draft is None:
+            return None
+        store = DraftStore(versions_folder(self._config), keep=self._config.checkpoint.keep)
+        return LiveDraft(self.parts.engine, HotReloader(store, self.parts.load_draft))
 
     def authorize(self, credentials: Credentials) -> None:
         """Ask for `Authorization: Bearer KEY` when server.api_key is set."""
@@ -93,14 +109,16 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
 class AuroraSpec(LitSpec):  # type: ignore[misc]
     """The HTTP side: routes and what they share."""
 
-    def __init__(self, config: AuroraConfig, backend: Backend, status_path: Path) -> None:
+    def __init__(self, config: AuroraConfig, backend: Backend, run_folder: Path) -> None:
         """Make the parts and register the routes that ask for a key."""
         super().__init__()
         self.api_path = "/v1/chat/completions"
         self._model, self._max_queue = model_name(config), config.server.max_queue
         self._created, self._drain_s = int(time.time()), config.server.drain_s
-        self._status = StatusBlock.open(status_path)
-        self._metrics = ServerMetrics(model=self._model, status=self._status)
+        self._status = StatusBlock.open(run_folder / STATUS_NAME)
+        self._learner = LearnerBlock.open(run_folder / LEARNER_STATUS_NAME)
+        self._ring = functools.partial(ring_counters, run_folder)
+        self._metrics = ServerMetrics(model=self._model, status=self._status, learner=self._learner, ring=self._ring)
         self._flights = Flights(status=self._status, max_queue=config.server.max_queue)
         self._flights.connect(self)
         generation = Generation(
@@ -171,28 +189,11 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         return JSONResponse(self._model_card())
 
     async def status(self) -> JSONResponse:
-        """Everything that the status block knows."""
-        now = self._status.read()
-        return JSONResponse({
-            "model": self._model,
-            "worker": {
-                "state": now.state.name.lower(), "pid": now.worker_pid, "error": now.error or None,
-                "heartbeat_age_s": round(now.heartbeat_age_s, 3),
-                "uptime_s": round((time.monotonic_ns() - now.started_ns) / 1e9, 3) if now.started_ns else None,
-            },
-            "queue": {
-                "running": now.running, "waiting": now.waiting, "in_flight": self._flights.num_sequences,
-                "calls": self._flights.num_calls, "max_queue": self._max_queue,
-            },
-            "limits": {"max_seq_len": now.max_seq_len, "vocab_size": now.vocab_size},
-            "tokens": {"prompt": now.prompt_tokens, "generated": now.generated_tokens},
-            "speculation": {
-                "draft_version": now.draft_version or None, "max_draft_tokens": now.max_draft_tokens,
-                "rounds": now.rounds, "drafts": now.drafts, "proposed": now.proposed, "accepted": now.accepted,
-                "accepted_by_position": now.accepted_by_position, "acceptance_rate": now.acceptance_rate,
-                "mean_accepted_length": now.mean_accepted_length,
-            },
-        })  # fmt: skip
+        """Everything that engine, ring and learner say of themselves."""
+        report = engine_json(self._status.read(), self._ring())
+        report["queue"] |= {"in_flight": self._flights.num_sequences, "calls": self._flights.num_calls,
+                            "max_queue": self._max_queue}  # fmt: skip
+        return JSONResponse({"model": self._model, **report, "learner": learner_json(self._learner.read())})
 
     async def prometheus(self) -> Response:
         """Metrics in Prometheus' text format."""

@@ -1,30 +1,113 @@
-"""From a configuration to an engine: source, target, draft checkpoint. Only wiring; no behaviour of its own."""
+"""From a configuration to an engine, and to all that an engine worker needs. Only wiring; no behaviour of its own."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from aurora_lit.checkpoints import load_draft
+from aurora_lit.checkpoints import load_draft, read_config
 from aurora_lit.config import AuroraConfig, draft_folder
-from aurora_lit.errors import ConfigError
+from aurora_lit.errors import ConfigError, RingError
+from aurora_lit.ipc.ring import RingWriter
+from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
+from aurora_lit.modules.draft import Draft, DraftConfig
+from aurora_lit.serve.calls import WorkerParts
+from aurora_lit.serve.drafting import FittedDraft, fit_draft
 from aurora_lit.serve.engine import Engine
+from aurora_lit.serve.observing import RoundObserver
+from aurora_lit.serve.trace_sinks import TraceRecording, TraceSinks
+from aurora_lit.serve.tracing import TraceRecorder
+from aurora_lit.trace import LAYOUT_DIGEST
+
+UNTRAINED = "untrained"
+"""Version of the draft that stands in until a learner that begins from scratch has published its first."""
+_UNTRAINED_VOCABULARY = 4096
+_log = logging.getLogger(__name__)
 
 
 def build_engine(config: AuroraConfig) -> tuple[Engine, PreTrainedTokenizerBase]:
     """Load target and draft and start an engine on them. Raises SourceError, CheckpointError or ConfigError."""
+    tokenizer, target = _load(config)
+    return _engine(config, target, tokenizer, observer=None), tokenizer
+
+
+def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
+    """The same for a server, with traces into the run folder's ring, and drafts that can be swapped."""
+    tokenizer, target = _load(config)
+    sinks = _sinks(config, run_folder)
+    observer = TraceRecorder(
+        sinks,
+        hidden_size=target.hidden_size,
+        segment_tokens=config.trace.segment_tokens,
+        overlap_tokens=config.trace.overlap_tokens,
+    )
+    wanted = sinks.ring is not None or sinks.recording is not None
+    engine = _engine(config, target, tokenizer, observer=observer if wanted else None)
+    capacity = config.engine.max_seq_len + config.engine.max_draft_tokens + 1
+
+    def load(folder: Path | None) -> FittedDraft:
+        draft = starting_draft(config, target)[0] if folder is None else load_draft(folder, target)
+        assert draft is not None
+        return fit_draft(draft, target, capacity=capacity)
+
+    return WorkerParts(
+        engine=engine,
+        tokenizer=tokenizer,
+        load_draft=load if drafts(config) else None,
+        unrecorded=lambda: 0 if sinks.recording is None else sinks.recording.dropped,
+        close=sinks.close,
+    )
+
+
+def drafts(config: AuroraConfig) -> bool:
+    """Whether a draft proposes at all, so that there is one to improve."""
+    source = config.draft.checkpoint is not None or config.learn.from_scratch
+    return source and config.engine.speculate and config.engine.max_draft_tokens > 0
+
+
+def starting_draft(config: AuroraConfig, target: Target) -> tuple[Draft | None, str]:
+    """The draft that an engine begins with, and its version's name."""
+    folder = draft_folder(config)
+    if not drafts(config):
+        return None, "none"
+    if not config.learn.from_scratch:
+        assert folder is not None
+        return load_draft(folder, target), folder.name
+    if folder is not None:
+        return Draft(read_config(folder)), UNTRAINED
+    size, heads = target.hidden_size, max(1, target.hidden_size // target.head_dim)
+    shape = DraftConfig(
+        hidden_size=size,
+        target_hidden_size=size,
+        intermediate_size=size,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=target.head_dim,
+        vocab_size=target.vocab_size,
+        draft_vocab_size=min(_UNTRAINED_VOCABULARY, target.vocab_size),
+        aux_layer_ids=target.aux_layer_ids,
+    )
+    return Draft(shape), UNTRAINED
+
+
+def _load(config: AuroraConfig) -> tuple[PreTrainedTokenizerBase, Target]:
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
-    tokenizer = load_tokenizer(config)
-    target = load_target(config)
-    folder = draft_folder(config) if config.engine.speculate else None
-    engine = Engine(
+    return load_tokenizer(config), load_target(config)
+
+
+def _engine(
+    config: AuroraConfig, target: Target, tokenizer: PreTrainedTokenizerBase, *, observer: RoundObserver | None
+) -> Engine:
+    draft, version = starting_draft(config, target)
+    return Engine(
         target,
-        None if folder is None else load_draft(folder, target),
+        draft,
         eos_token_ids=eos_token_ids(target, tokenizer),
         max_batch_size=config.engine.max_batch_size,
         max_seq_len=config.engine.max_seq_len,
@@ -32,9 +115,32 @@ def build_engine(config: AuroraConfig) -> tuple[Engine, PreTrainedTokenizerBase]
         prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
         adaptive=config.engine.adaptive,
         lookup=config.engine.speculate and config.engine.lookup,
-        draft_version="none" if folder is None else folder.name,
+        draft_version=version,
+        observer=observer,
+        explore_share=config.engine.explore_share,
+        explore_temperature=config.engine.explore_temperature,
     )
-    return engine, tokenizer
+
+
+def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
+    """A ring wherever a learner may come; without room for it, serving goes on when none was asked for."""
+    ring = recording = None
+    if drafts(config):
+        try:
+            ring = RingWriter.create(run_folder / RING_NAME, config.trace.capacity_mb << 20, layout=LAYOUT_DIGEST)
+        except RingError as error:
+            if config.learn.enabled:
+                raise
+            _log.warning("no learner can be attached to this server: %s", error)
+    if config.trace.record is not None:
+        folder = Path(config.trace.record).expanduser()
+        try:
+            recording = TraceRecording(folder, max_bytes=config.trace.record_mb << 20)
+        except OSError as error:
+            raise ConfigError(
+                f"trace.record={config.trace.record} cannot be used ({error.strerror}); name a folder that can be made"
+            ) from error
+    return TraceSinks(ring=ring, recording=recording)
 
 
 def find_target(config: AuroraConfig) -> Path:

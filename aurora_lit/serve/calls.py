@@ -6,9 +6,10 @@ Knows the engine, but no queue and no process. Leaves out when a round runs (ser
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -50,6 +51,21 @@ class EngineInterface(Protocol):
     def submit(self, request: Request) -> None: ...  # noqa: D102
     def cancel(self, request_id: str) -> None: ...  # noqa: D102
     def round(self) -> list[Output]: ...  # noqa: D102
+    def swap_draft(self, draft: Any, *, version: str, recompute: bool = False) -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerParts:
+    """What an engine worker is made of; serve/build.py makes the real ones."""
+
+    engine: EngineInterface
+    tokenizer: PreTrainedTokenizerBase
+    load_draft: Callable[[Path | None], Any] | None = None
+    """Reads a draft for `swap_draft`, from a folder or (None) the starting one; None: this engine has no draft."""
+    unrecorded: Callable[[], int] = lambda: 0
+    """Traces that could not be written to the disk so far."""
+    close: Callable[[], None] = lambda: None
+    """Writes out what is pending; at the worker's end."""
 
 
 @dataclass(kw_only=True)
@@ -83,6 +99,8 @@ class CallTable:
         self._engine, self._tokenizer = engine, tokenizer
         self._calls: dict[str, _ActiveCall] = {}
         self._sequences: dict[str, _Sequence] = {}
+        self.num_opted_out = 0
+        """Requests so far that nothing may be stored of."""
 
     def add(self, call: Call, response_queue_id: int) -> None:
         """Submit every request of a call; when one is refused, none stays."""
@@ -92,6 +110,7 @@ class CallTable:
             text = TextStream(self._tokenizer, stop=request.params.stop)
             self._sequences[request.request_id] = _Sequence(call=active, index=index, request=request, text=text)
             active.running.add(request.request_id)
+            self.num_opted_out += not request.store
             self._engine.submit(request)
 
     def drop(self, call_id: str) -> None:
@@ -100,6 +119,11 @@ class CallTable:
         for request_id in active.running if active is not None else ():
             self._engine.cancel(request_id)
             del self._sequences[request_id]
+
+    def domain_of(self, request_id: str) -> str:
+        """The label that a running request came with; "" when it is none of ours."""
+        sequence = self._sequences.get(request_id)
+        return "" if sequence is None else sequence.request.domain
 
     def everyone(self) -> list[tuple[str, int]]:
         """(call id, response queue) of all calls in work."""
@@ -139,6 +163,7 @@ class CallTable:
             num_proposed=output.num_proposed,
             num_accepted=output.num_accepted,
             finish_reason=finish_reason,
+            draft_versions=output.draft_versions,
         )
 
     def _read(self, sequence: _Sequence, output: Output) -> tuple[str, int, str | None]:

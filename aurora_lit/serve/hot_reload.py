@@ -136,6 +136,7 @@ class HotReloader:
                 self._served = name
                 self._was_served.add(name)
                 self._ready.append(ready)
+                self._store.note("served", version=name or "")
                 self._on_change()
                 return
             if name is None or not or_older:

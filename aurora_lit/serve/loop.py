@@ -1,9 +1,10 @@
 """The engine worker's loop: takes calls from LitServe's queue, runs engine rounds, sends back text.
 
-One thread owns the engine; a second one only blocks on the request queue, a third one only says that we live. Leaves
-out the HTTP side (serve/in_flight.py), the bookkeeping of calls (serve/calls.py) and a round (serve/engine.py).
+One thread owns the engine; a second one only blocks on the request queue, a third one only says that we live, and a
+fourth one loads new drafts (serve/hot_reload.py). Leaves out the HTTP side (serve/in_flight.py), the bookkeeping of
+calls (serve/calls.py), a round (serve/engine.py) and which draft serves (serve/live_draft.py).
 
-    every round:  inbox -> add, cancel     engine.round()     one message a call     counters -> status block
+    every round:  inbox -> add, cancel     swap     engine.round()     one message a call     counters -> status page
 
 A fault of one request ends its call. A fault of the engine ends all calls, turns the status red and the process ends.
 """
@@ -27,7 +28,9 @@ from litserve.utils import LitAPIStatus, LoopResponseType
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.status import StatusBlock, WorkerState
-from aurora_lit.serve.calls import CallTable, EngineInterface
+from aurora_lit.serve.calls import CallTable, WorkerParts
+from aurora_lit.serve.hot_reload import Refusal
+from aurora_lit.serve.live_draft import LiveDraft
 from aurora_lit.serve.messages import CANCEL, Delta, Failure
 
 HEARTBEAT_S = 0.25
@@ -47,21 +50,30 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
         workers_setup_status: Any, callback_runner: Any,
     ) -> None:  # fmt: skip
         """Serve until SIGTERM has come and nothing runs, or the engine fails (then: exception, exit code 1)."""
-        engine: EngineInterface = lit_api.engine
+        parts: WorkerParts = lit_api.parts
+        live: LiveDraft | None = lit_api.live
+        engine = parts.engine
         status = StatusBlock.open(self._status_path, writable=True)
-        calls = CallTable(engine, lit_api.tokenizer)
+        calls = CallTable(engine, parts.tokenizer)
         inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._read_requests, args=(request_queue, inbox), daemon=True).start()
         threading.Thread(target=_beat, args=(status,), daemon=True).start()
-        status.write(state=WorkerState.READY, started_ns=time.monotonic_ns())
+        if live is not None:
+            live.start(on_change=lambda: inbox.put(None))
+        report = _Report(parts, calls, live, status)
+        report.write(state=WorkerState.READY, started_ns=time.monotonic_ns())
         self._end_when_idle(lambda: engine.has_work)
         try:
             while not self._ending or engine.has_work:
                 self._take_in(inbox, calls, transport, wait=not engine.has_work)
+                if live is not None:
+                    live.before_round()
                 outputs = engine.round()
+                if live is not None:
+                    live.after_round(outputs, domain_of=calls.domain_of)
                 for call_id, response_queue_id, content in calls.advance(outputs):
                     self._send(transport, response_queue_id, call_id, content)
-                _publish(engine, status)
+                report.write()
         except Exception as error:
             _log.exception("the engine failed")
             status.write(state=WorkerState.FAILED, error=f"{type(error).__name__}: {error}")
@@ -69,6 +81,10 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
             for call_id, response_queue_id in calls.everyone():
                 self._send(transport, response_queue_id, call_id, failure)
             raise
+        finally:
+            if live is not None:
+                live.close()
+            parts.close()
         sys.exit(0)
 
     def _end_when_idle(self, busy: Callable[[], bool]) -> None:
@@ -124,10 +140,34 @@ def _beat(status: StatusBlock) -> None:
         time.sleep(HEARTBEAT_S)
 
 
-def _publish(engine: EngineInterface, status: StatusBlock) -> None:
-    stats = engine.stats
-    status.write(
-        running=engine.num_running, waiting=engine.num_waiting, rounds=stats.rounds, prompt_tokens=stats.prompt_tokens,
-        generated_tokens=stats.generated_tokens, drafts=stats.drafts, proposed=stats.proposed, accepted=stats.accepted,
-        accepted_by_position=stats.accepted_by_position, draft_version=engine.draft_version,
-    )  # fmt: skip
+class _Report:
+    """Writes the worker's counters to the status page, texts only when they have changed."""
+
+    def __init__(self, parts: WorkerParts, calls: CallTable, live: LiveDraft | None, status: StatusBlock) -> None:
+        self._parts, self._calls, self._live, self._status = parts, calls, live, status
+        self._shown: tuple[Refusal | None, Refusal | None, str] | None = None
+
+    def write(self, **more: int) -> None:
+        """Everything as it is now; readers see it change at once."""
+        engine, stats, live = self._parts.engine, self._parts.engine.stats, self._live
+        self._status.write(
+            running=engine.num_running, waiting=engine.num_waiting, rounds=stats.rounds,
+            prompt_tokens=stats.prompt_tokens, generated_tokens=stats.generated_tokens, drafts=stats.drafts,
+            proposed=stats.proposed, accepted=stats.accepted, accepted_by_position=stats.accepted_by_position,
+            opted_out=self._calls.num_opted_out, unrecorded=self._parts.unrecorded(), **self._draft(live), **more,
+        )  # fmt: skip
+
+    def _draft(self, live: LiveDraft | None) -> dict[str, int | str]:
+        version = self._parts.engine.draft_version
+        refused, rolled_back = (None, None) if live is None else (live.refused, live.rolled_back)
+        fields: dict[str, int | str] = {}
+        if live is not None:
+            fields = {"swaps": live.num_swaps, "refusals": live.num_refused, "rollbacks": live.num_rollbacks}
+        if (refused, rolled_back, version) != self._shown:
+            self._shown = (refused, rolled_back, version)
+            fields["draft_version"] = version
+            if refused is not None:
+                fields.update(refused_version=refused.version, refused_reason=refused.reason)
+            if rolled_back is not None:
+                fields.update(rolled_back_version=rolled_back.version, rolled_back_reason=rolled_back.reason)
+        return fields

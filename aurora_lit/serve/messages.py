@@ -38,6 +38,8 @@ class Delta:
     num_accepted: int = 0
     finish_reason: str | None = None
     """"stop" or "length" with the choice's last delta."""
+    draft_versions: tuple[str, ...] = ()
+    """Draft versions that have proposed for the choice so far."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ class _Choice:
     histogram: list[int]
     """[j]: rounds in which j draft tokens were accepted."""
     num_proposed: int = 0
+    draft_versions: tuple[str, ...] = ()
 
 
 class Answer:
@@ -124,6 +125,7 @@ class Answer:
             "mean_acceptance_length": 1 + num_accepted / num_steps if num_steps else 1.0,
             "acceptance_histogram": histogram,
             "num_spec_tokens": self._max_draft_tokens,
+            "draft_versions": sorted({version for choice in self._choices for version in choice.draft_versions}),
         }}  # fmt: skip
 
     def _book(self, delta: Delta) -> tuple[str, list[Entry]]:
@@ -142,6 +144,7 @@ class Answer:
         if delta.num_proposed and not dropped:
             choice.histogram[min(delta.num_accepted, self._max_draft_tokens)] += 1
             choice.num_proposed += delta.num_proposed
+        choice.draft_versions = delta.draft_versions
         if delta.finish_reason is not None:
             choice.finish_reason = "length" if dropped else delta.finish_reason
         choice.begun = True

@@ -2,7 +2,8 @@
 
     main (this file) ── manager of LitServe's queues
         ├── HTTP: uvicorn, forked          serve/api.py, serve/routes.py
-        └── engine worker, spawned         serve/loop.py
+        ├── engine worker, spawned         serve/loop.py
+        └── learner, with learn.enabled    serve/learner_child.py; may die, the others go on
 
 SIGTERM or Ctrl-C: no new connections, running requests get server.drain_s seconds, then everything ends. A worker that
 dies turns /health red, its clients get an error, and after WORKER_GRACE_S the whole server ends with an error: it is
@@ -11,6 +12,7 @@ restarted from outside. However the main process ends, its children end with it.
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import logging
 import os
@@ -25,12 +27,14 @@ from typing import Any
 
 from litserve import LitServer
 
-from aurora_lit.config import AuroraConfig, model_name
+from aurora_lit.config import AuroraConfig, draft_folder, model_name, to_yaml
 from aurora_lit.errors import AuroraError, ConfigError
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
 from aurora_lit.ipc.lifetime import lead_forked_children
-from aurora_lit.ipc.run_folder import run_folder
-from aurora_lit.ipc.status import StatusBlock, WorkerState
+from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
+from aurora_lit.ipc.status import STATUS_NAME, StatusBlock, WorkerState
 from aurora_lit.serve.api import AuroraAPI, AuroraSpec, Backend
+from aurora_lit.serve.learner_child import LearnerChild
 
 WORKER_GRACE_S = 10.0
 """How long a server without worker stays to say so on /health."""
@@ -42,15 +46,53 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C; AuroraError when it cannot start or the engine worker dies."""
     backend = _real_backend() if backend is None else backend
     check_address(config.server.host, config.server.port)
+    check_learning(config)
     backend.prepare(config)
     with run_folder() as folder:
-        status = StatusBlock.create(folder / "status")
+        status = StatusBlock.create(folder / STATUS_NAME)
+        learner = LearnerChild(backend.learner_command(folder), LearnerBlock.create(folder / LEARNER_STATUS_NAME))
+        (folder / CONFIG_NAME).write_text(to_yaml(settings_for_learner(config)), encoding="utf-8")
         lead_forked_children()
-        server = _build(config, backend, folder / "status")
-        _run(server, config, status)
+        server = _build(config, backend, folder)
+        try:
+            _run(server, config, status, learner if config.learn.enabled else None)
+        finally:
+            learner.end()
     now = status.read()
     if now.state is WorkerState.FAILED:
         raise AuroraError(f"the engine worker failed: {now.error}")
+
+
+def check_learning(config: AuroraConfig) -> None:
+    """ConfigError when a learner is asked for, and nothing that it learns could ever be served."""
+    remedy = None
+    if not config.engine.speculate or not config.engine.max_draft_tokens:
+        remedy = "set engine.speculate=true and engine.max_draft_tokens=4"
+    elif config.draft.checkpoint is None and not config.learn.from_scratch:
+        remedy = "name a draft.checkpoint to begin with, or set learn.from_scratch=true"
+    if config.learn.enabled and remedy is not None:
+        raise ConfigError(f"learn.enabled=true needs a draft that is used; {remedy}")
+
+
+def settings_for_learner(config: AuroraConfig) -> AuroraConfig:
+    """The same settings, true in whatever folder a learner is started, and without the API key."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().resolve())
+
+    target, draft = config.target, draft_folder(config)
+    return dataclasses.replace(
+        config,
+        target=dataclasses.replace(
+            target,
+            source=absolute(target.source) if Path(target.source).expanduser().is_dir() else target.source,
+            cache_dir=None if target.cache_dir is None else absolute(target.cache_dir),
+        ),
+        draft=dataclasses.replace(config.draft, checkpoint=None if draft is None else absolute(str(draft))),
+        checkpoint=dataclasses.replace(config.checkpoint, dir=absolute(config.checkpoint.dir)),
+        learn=dataclasses.replace(config.learn, logs=absolute(config.learn.logs)),
+        server=dataclasses.replace(config.server, api_key=None),
+    )
 
 
 def check_address(host: str, port: int) -> None:
@@ -68,15 +110,15 @@ def check_address(host: str, port: int) -> None:
 
 
 def _real_backend() -> Backend:
-    from aurora_lit.serve.build import build_engine, find_target, load_tokenizer
+    from aurora_lit.serve.build import build_worker, find_target, load_tokenizer
 
-    return Backend(prepare=find_target, build_engine=build_engine, load_tokenizer=load_tokenizer)
+    return Backend(prepare=find_target, build_worker=build_worker, load_tokenizer=load_tokenizer)
 
 
-def _build(config: AuroraConfig, backend: Backend, status_path: Path) -> Any:
+def _build(config: AuroraConfig, backend: Backend, folder: Path) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns about every fork
-    spec = AuroraSpec(config, backend, status_path)
-    api = AuroraAPI(config, backend, status_path, spec)
+    spec = AuroraSpec(config, backend, folder)
+    api = AuroraAPI(config, backend, folder, spec)
     # One worker owns all devices; "cpu" only tells LitServe to start one, the engine chooses its device itself.
     server = LitServer(api, accelerator="cpu", workers_per_device=1, timeout=False, max_payload_size=MAX_BODY_BYTES)
     server.uvicorn_graceful_timeout = config.server.drain_s + _AFTER_DRAIN_S
@@ -86,11 +128,11 @@ def _build(config: AuroraConfig, backend: Backend, status_path: Path) -> Any:
     return server
 
 
-def _run(server: Any, config: AuroraConfig, status: StatusBlock) -> None:
+def _run(server: Any, config: AuroraConfig, status: StatusBlock, learner: LearnerChild | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
-    for task in (_announce_when_ready, _end_after_worker):
-        threading.Thread(target=task, args=(server, config, status), daemon=True).start()
+    threading.Thread(target=_announce_when_ready, args=(config, status, learner), daemon=True).start()
+    threading.Thread(target=_end_after_worker, args=(server, status), daemon=True).start()
     try:
         server.run(host=config.server.host, port=config.server.port, num_api_servers=1, log_level="warning",
                    generate_client_file=False, access_log=False)  # fmt: skip
@@ -113,8 +155,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _announce_when_ready(server: Any, config: AuroraConfig, status: StatusBlock) -> None:
-    """Print the URL once /ready says so."""
+def _announce_when_ready(config: AuroraConfig, status: StatusBlock, learner: LearnerChild | None) -> None:
+    """Print the URL once /ready says so; only then may a learner take processor time."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)
     while status.read().state is WorkerState.STARTING or not _answers_ready(host, config.server.port):
         if status.read().state is WorkerState.FAILED:
@@ -122,6 +164,8 @@ def _announce_when_ready(server: Any, config: AuroraConfig, status: StatusBlock)
         time.sleep(0.05)
     shown = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
     print(f"aurora-lit serves {model_name(config)} on http://{shown}:{config.server.port}/v1", flush=True)
+    if learner is not None:
+        learner.start()
 
 
 def _answers_ready(host: str, port: int) -> bool:
@@ -135,7 +179,7 @@ def _answers_ready(host: str, port: int) -> bool:
         connection.close()
 
 
-def _end_after_worker(server: Any, config: AuroraConfig, status: StatusBlock) -> None:
+def _end_after_worker(server: Any, status: StatusBlock) -> None:
     """When the worker has ended, give clients and probes a moment, then end the server as SIGTERM would."""
     while status.read().state is not WorkerState.READY:
         if status.read().state is WorkerState.FAILED:

@@ -1,0 +1,85 @@
+"""What all commands share: settings as `--config FILE` and trailing `key=value`, our errors as one line.
+
+Leaves out the commands (cli.py, cli_live.py). Imports nothing heavy: `--help` answers at once.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aurora_lit.config import AuroraConfig, load_config, to_yaml
+from aurora_lit.errors import AuroraError
+from aurora_lit.ipc.run_folder import CONFIG_NAME
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+class AuroraGroup(click.Group):
+    """Prints our own errors as one line and ends with exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except AuroraError as error:
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(2)
+
+
+class ManyFilesCommand(click.Command):
+    """Lets an option for files take several, as a shell's `*` gives them: `--prompts a.jsonl b.jsonl`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat the option's name before each of its files; an option or a key=value ends the list."""
+        many = {name for parameter in self.params if parameter.multiple for name in parameter.opts}
+        spread: list[str] = []
+        current = None
+        for word in args:
+            if word.startswith("-"):
+                current = word if word in many else None
+                spread += [] if current else [word]
+            elif current and "=" not in word:
+                spread += [current, word]
+            else:
+                current = None
+                spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+def configured(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `--config FILE`, `--print-config` and trailing overrides; it receives `config`."""
+
+    @click.option(
+        "--config",
+        "config_file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        is_eager=True,
+        help="YAML file of the deployment. Default: configs/smollm2.yaml.",
+    )
+    @click.option("--print-config", is_flag=True, is_eager=True, help="Print the settings that would be used, and end.")
+    @click.argument("config", nargs=-1, metavar="[key=value]...", is_eager=True, callback=_read_config)
+    @functools.wraps(command)
+    def wrapper(config_file: Path | None, print_config: bool, **options: Any) -> None:
+        command(**options)
+
+    return wrapper
+
+
+def _read_config(ctx: click.Context, _: click.Parameter, overrides: tuple[str, ...]) -> AuroraConfig:
+    """Runs after the eager options and before all others, so --print-config needs none of a command's own.
+
+    With a run folder and no file, the settings are those of the server that the folder belongs to.
+    """
+    path = ctx.params.get("config_file")
+    if path is None and ctx.params.get("run_folder") is not None:
+        path = ctx.params["run_folder"] / CONFIG_NAME
+    config = load_config(path, overrides)
+    if ctx.params.get("print_config"):
+        click.echo(to_yaml(config), nl=False)
+        ctx.exit()
+    return config

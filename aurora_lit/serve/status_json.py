@@ -1,0 +1,89 @@
+"""The shared pages as JSON: what GET /v1/aurora/status and `aurora-lit status` show. Pure, but for reading the ring.
+
+Leaves out what only the HTTP process knows (serve/api.py) and Prometheus (metrics.py).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from aurora_lit.errors import RingError
+from aurora_lit.ipc.learner_status import LearnerStatus
+from aurora_lit.ipc.ring import RingCounters, read_counters
+from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.ipc.status import Status
+
+Json = dict[str, Any]
+
+
+def ring_counters(run_folder: Path) -> RingCounters | None:
+    """The ring's counters as they are now; None where there is no ring."""
+    try:
+        return read_counters(run_folder / RING_NAME)
+    except RingError:
+        return None
+
+
+def engine_json(now: Status, ring: RingCounters | None) -> Json:
+    """The engine worker: its life, its work, its draft, its traces."""
+    return {
+        "worker": {
+            "state": now.state.name.lower(), "pid": now.worker_pid, "error": now.error or None,
+            "heartbeat_age_s": round(now.heartbeat_age_s, 3), "uptime_s": _since(now.started_ns),
+        },
+        "queue": {"running": now.running, "waiting": now.waiting},
+        "limits": {"max_seq_len": now.max_seq_len, "vocab_size": now.vocab_size},
+        "tokens": {"prompt": now.prompt_tokens, "generated": now.generated_tokens},
+        "speculation": {
+            "draft_version": now.draft_version or None, "max_draft_tokens": now.max_draft_tokens,
+            "rounds": now.rounds, "drafts": now.drafts, "proposed": now.proposed, "accepted": now.accepted,
+            "accepted_by_position": now.accepted_by_position, "acceptance_rate": now.acceptance_rate,
+            "mean_accepted_length": now.mean_accepted_length,
+        },
+        "draft": {
+            "version": now.draft_version or None, "swaps": now.swaps,
+            "refusals": now.refusals, "refused": _event(now.refused_version, now.refused_reason),
+            "rollbacks": now.rollbacks, "rolled_back": _event(now.rolled_back_version, now.rolled_back_reason),
+        },
+        "traces": {
+            "opted_out": now.opted_out, "unrecorded": now.unrecorded,
+            "ring": None if ring is None else {
+                "pushed": ring.pushed, "read": ring.popped,
+                "dropped": {"overwritten": ring.overwritten, "too_large": ring.too_large, "torn": ring.torn},
+                "queued": ring.queued_records, "queued_bytes": ring.queued_bytes,
+                "capacity_bytes": ring.capacity_bytes,
+            },
+        },
+    }  # fmt: skip
+
+
+def learner_json(now: LearnerStatus) -> Json:
+    """The learner: its life, its work, its last gate; numbers are those of the last one when none is there."""
+    alive = now.state in ("running", "stalled")
+    return {
+        "state": now.state, "activity": now.activity or None, "error": now.error or None,
+        "pid": now.pid or None, "restarts": now.restarts,
+        "heartbeat_age_s": round(now.heartbeat_age_s, 3) if alive else None,
+        "uptime_s": _since(now.started_ns) if alive else None,
+        "version": now.version or None, "steps": now.steps, "positions": now.positions,
+        "compute_share": _finite(now.compute_share), "loss": _finite(now.loss),
+        "traces": {"read": now.records, "skipped": now.skipped, "stale": now.stale,
+                   "queued": now.lag_records, "queued_bytes": now.lag_bytes},
+        "gate": {"published": now.published, "refused": now.gate_refused,
+                 "champion": _finite(now.champion_score), "challenger": _finite(now.challenger_score)},
+    }  # fmt: skip
+
+
+def _since(moment_ns: int) -> float | None:
+    return round((time.monotonic_ns() - moment_ns) / 1e9, 3) if moment_ns else None
+
+
+def _event(version: str, reason: str) -> Json | None:
+    return {"version": version, "reason": reason} if version else None
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
