@@ -50,6 +50,11 @@ class Status:
     running: int
     waiting: int
     rounds: int
+    round_p50_us: int
+    """Of the last rounds that swapped no draft, in microseconds; 0 before the first."""
+    round_p99_us: int
+    swap_round_p99_us: int
+    """The same of the rounds that swapped one."""
     prompt_tokens: int
     generated_tokens: int
     drafts: int

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litserve.loops import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
@@ -30,8 +30,11 @@ from aurora_lit.errors import RequestError
 from aurora_lit.ipc.status import StatusBlock, WorkerState
 from aurora_lit.serve.calls import CallTable, WorkerParts
 from aurora_lit.serve.hot_reload import Refusal
-from aurora_lit.serve.live_draft import LiveDraft
 from aurora_lit.serve.messages import CANCEL, Delta, Failure
+from aurora_lit.serve.round_times import RoundTimes
+
+if TYPE_CHECKING:
+    from aurora_lit.serve.live_draft import LiveDraft
 
 HEARTBEAT_S = 0.25
 _log = logging.getLogger(__name__)
@@ -66,9 +69,11 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
         try:
             while not self._ending or engine.has_work:
                 self._take_in(inbox, calls, transport, wait=not engine.has_work)
+                started, swaps = time.perf_counter(), 0 if live is None else live.num_swaps
                 if live is not None:
                     live.before_round()
                 outputs = engine.round()
+                report.times.note(time.perf_counter() - started, swapped=live is not None and live.num_swaps > swaps)
                 if live is not None:
                     live.after_round(outputs, domain_of=calls.domain_of)
                 for call_id, response_queue_id, content in calls.advance(outputs):
@@ -146,6 +151,7 @@ class _Report:
     def __init__(self, parts: WorkerParts, calls: CallTable, live: LiveDraft | None, status: StatusBlock) -> None:
         self._parts, self._calls, self._live, self._status = parts, calls, live, status
         self._shown: tuple[Refusal | None, Refusal | None, str] | None = None
+        self.times = RoundTimes()
 
     def write(self, **more: int) -> None:
         """Everything as it is now; readers see it change at once."""
@@ -154,7 +160,8 @@ class _Report:
             running=engine.num_running, waiting=engine.num_waiting, rounds=stats.rounds,
             prompt_tokens=stats.prompt_tokens, generated_tokens=stats.generated_tokens, drafts=stats.drafts,
             proposed=stats.proposed, accepted=stats.accepted, accepted_by_position=stats.accepted_by_position,
-            opted_out=self._calls.num_opted_out, unrecorded=self._parts.unrecorded(), **self._draft(live), **more,
+            opted_out=self._calls.num_opted_out, unrecorded=self._parts.unrecorded(),
+            **self.times.fields(), **self._draft(live), **more,
         )  # fmt: skip
 
     def _draft(self, live: LiveDraft | None) -> dict[str, int | str]:

@@ -36,6 +36,8 @@ def engine_json(now: Status, ring: RingCounters | None) -> Json:
         },
         "queue": {"running": now.running, "waiting": now.waiting},
         "limits": {"max_seq_len": now.max_seq_len, "vocab_size": now.vocab_size},
+        "round_ms": {"p50": now.round_p50_us / 1e3, "p99": now.round_p99_us / 1e3,
+                     "swapping_p99": now.swap_round_p99_us / 1e3 or None},
         "tokens": {"prompt": now.prompt_tokens, "generated": now.generated_tokens},
         "speculation": {
             "draft_version": now.draft_version or None, "max_draft_tokens": now.max_draft_tokens,
