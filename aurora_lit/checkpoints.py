@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from aurora_lit.durable import sync
 from aurora_lit.errors import CheckpointError
 from aurora_lit.modules.draft import Draft, DraftConfig
 
@@ -101,15 +102,6 @@ def load_draft(folder: Path, target: TargetShape) -> Draft:
     draft.load_state_dict(state, strict=False)
     _check_vocabulary(folder, draft)
     return draft
-
-
-def sync(path: Path) -> None:
-    """Have a file or a folder's entries safe on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_config(folder: Path) -> DraftConfig:

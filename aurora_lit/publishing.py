@@ -27,11 +27,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aurora_lit.checkpoints import sync, write_draft
+from aurora_lit.durable import sync
 from aurora_lit.errors import CheckpointError
-from aurora_lit.modules.draft import Draft
+
+if TYPE_CHECKING:
+    from aurora_lit.modules.draft import Draft
 
 CURRENT_NAME, HISTORY_NAME, RECORD_NAME, RETIRED_NAME = "CURRENT", "history.jsonl", "record.json", "RETIRED"
 _LOCK_NAME = ".lock"
@@ -71,6 +73,8 @@ class DraftStore:
 
     def publish(self, draft: Draft, *, record: dict[str, Any]) -> str:
         """Write a draft as the next version and make it current; its name. `record` must be JSON."""
+        from aurora_lit.checkpoints import write_draft  # with torch, which who only reads versions does without
+
         with self._locked():
             name = version_name(1 + self._highest_number())
             temporary = self.folder / f"{_TEMPORARY}{name}"

@@ -19,7 +19,6 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from aurora_lit.checkpoints import read_config
 from aurora_lit.errors import RequestError
 from aurora_lit.request import Output, Request, TokenLogprob
 from aurora_lit.serve.calls import WorkerParts
@@ -190,6 +189,8 @@ def build_fake(config: object, run_folder: object, *, options: FakeOptions) -> W
 
 def load_fake_draft(folder: Path | None) -> object:
     """A draft is its folder; one without a whole checkpoint is refused."""
+    from aurora_lit.checkpoints import read_config
+
     if folder is not None:
         read_config(folder)
     return folder

@@ -212,7 +212,8 @@ def test_doctor_ends_with_code_1_when_serving_would_not_start(fit: bool, monkeyp
     assert run("doctor").exit_code == (0 if fit else 1)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["serve", "--help"], ["serve", "--print-config"], ["serve", "nope=1"]])
+@pytest.mark.parametrize("args", [["--help"], ["serve", "--help"], ["serve", "--print-config"], ["serve", "nope=1"],
+                                  ["learn", "--help"], ["status"], ["drafts", "list"]])  # fmt: skip
 def test_torch_is_not_loaded_for_what_needs_no_model(args: list[str]) -> None:
     code = (
         "import sys; from aurora_lit.cli import main\n"
@@ -223,6 +224,12 @@ def test_torch_is_not_loaded_for_what_needs_no_model(args: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_neither_torch_nor_drift_detection_is_loaded_by_the_processes_that_only_answer_http() -> None:
+    code = "import sys, aurora_lit.serve.server; sys.exit(str({'torch', 'river'} & set(sys.modules) or ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "", "every process that is forked from it would carry them"
 
 
 def test_the_module_runs_as_the_command() -> None:

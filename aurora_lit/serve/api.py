@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI
 from fastapi.responses import JSONResponse, Response
@@ -39,10 +39,12 @@ from aurora_lit.serve.errors_http import install
 from aurora_lit.serve.hot_reload import HotReloader
 from aurora_lit.serve.in_flight import Flights
 from aurora_lit.serve.learner_child import learner_command
-from aurora_lit.serve.live_draft import LiveDraft
 from aurora_lit.serve.loop import EngineLoop
 from aurora_lit.serve.routes import Generation
 from aurora_lit.serve.status_json import engine_json, learner_json, ring_counters
+
+if TYPE_CHECKING:
+    from aurora_lit.serve.live_draft import LiveDraft
 
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
@@ -94,6 +96,8 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
         """The engine begins with the version that this deployment has come to, if it has published any."""
         if self.parts.load_draft is None:
             return None
+        from aurora_lit.serve.live_draft import LiveDraft  # drift detection brings much along that only the worker needs
+
         store = DraftStore(versions_folder(self._config), keep=self._config.checkpoint.keep)
         return LiveDraft(self.parts.engine, HotReloader(store, self.parts.load_draft))
 
