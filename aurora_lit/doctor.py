@@ -160,8 +160,8 @@ def check_compiler(_: AuroraConfig) -> Check:
     return _ok("compiler", f"{command}, native kernels built")
 
 
-def check_shared_memory(_: AuroraConfig) -> Check:
-    """Room for the page that the processes of a server share."""
+def check_shared_memory(config: AuroraConfig) -> Check:
+    """Room for what the processes of a server share: two pages and, for a learner, the trace ring."""
     folder = Path("/dev/shm")
     if not os.access(folder, os.W_OK):
         return _warn(
@@ -170,11 +170,11 @@ def check_shared_memory(_: AuroraConfig) -> Check:
             "works from the temporary folder; in a container, mount a tmpfs at /dev/shm",
         )
     free = shutil.disk_usage(folder).free
-    if free < 1 << 20:
+    if free < (config.trace.capacity_mb + 1 if config.learn.enabled else 1) << 20:
         return _fail(
             "shared memory",
             f"{free >> 10} KiB free in {folder}",
-            f"remove files of programs that ended from {folder}, or give it more room (--shm-size)",
+            f"remove files of ended programs from {folder}, give it more room (--shm-size), or lower trace.capacity_mb",
         )
     return _ok("shared memory", f"{free >> 20} MiB free in {folder}")
 

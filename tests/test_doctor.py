@@ -3,6 +3,7 @@
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.numpy import save_file
@@ -146,3 +147,11 @@ def test_a_check_that_breaks_is_a_failed_line(fit: list[str], monkeypatch: pytes
     monkeypatch.setattr(module, "check_processor", breaks)
     broken = [check for check in run_checks(load_config(None, fit)) if "surprise" in check.found]
     assert [check.state for check in broken] == ["fail"]
+
+
+def test_a_learner_needs_room_for_its_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=100 << 20))
+    assert module.check_shared_memory(load_config(None, [])).state == "ok"
+    found = module.check_shared_memory(load_config(None, ["learn.enabled=true", "trace.capacity_mb=100"]))
+    assert (found.state, "lower trace.capacity_mb" in found.remedy) == ("fail", True)
+    assert module.check_shared_memory(load_config(None, ["learn.enabled=true", "trace.capacity_mb=99"])).state == "ok"

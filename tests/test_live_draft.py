@@ -20,9 +20,9 @@ from aurora_lit.checkpoints import load_draft, write_draft
 from aurora_lit.errors import CheckpointError
 from aurora_lit.models.target import Target
 from aurora_lit.modules.distribution import LogitOptions
-from aurora_lit.modules.draft import Draft
+from aurora_lit.modules.draft import Draft, DraftConfig
 from aurora_lit.publishing import DraftStore, version_name
-from aurora_lit.request import Request
+from aurora_lit.request import Output, Request
 from aurora_lit.serve.drafting import Drafter, DraftRows, fit_draft
 from aurora_lit.serve.engine import Engine
 from aurora_lit.serve.hot_reload import HotReloader
@@ -300,3 +300,51 @@ def test_a_swap_gives_a_new_draft_its_chance_where_the_old_one_was_given_up(worl
     engine.swap_draft(copy.deepcopy(world.good), version="draft-000001")
     assert (engine.policy.mean_rate, engine._decoding[0].rate) == (0.5, 0.5)
     assert engine.policy._last == 3
+
+
+class NotedEngine:
+    draft_version = "good"
+
+    def __init__(self) -> None:
+        self.swaps: list[tuple[Any, str, bool]] = []
+
+    def swap_draft(self, draft: Any, *, version: str, recompute: bool = False) -> None:
+        self.draft_version = version
+        self.swaps.append((draft, version, recompute))
+
+
+def judged(store: DraftStore, **of_output: Any) -> LiveDraft:
+    """After a hundred rounds that accepted 3 tokens, a new draft, and a hundred that accepted none."""
+    engine = NotedEngine()
+    live = LiveDraft(engine, HotReloader(store, lambda folder: folder and folder.name))
+    live.start(on_change=lambda: None)
+    output = Output(request_id="a", token_ids=(1,), num_proposed=3, num_accepted=3)
+    for _ in range(100):
+        live.after_round([output], domain_of=lambda _: "")
+    draft = Draft(DraftConfig(**SMALL))
+    store.publish(draft, record={})
+    wait(lambda: live._reloader._ready)
+    live.before_round()
+    for _ in range(100):
+        live.after_round([dataclasses.replace(output, num_accepted=0, **of_output)], domain_of=lambda _: "")
+    if live.num_rollbacks:
+        wait(lambda: live._reloader._ready)
+        live.before_round()
+    live.close()
+    assert engine.swaps[0] == ("draft-000001", "draft-000001", False)
+    assert engine.swaps[1:] == [(None, "good", True)] * live.num_rollbacks, "nothing of the bad one's cache is kept"
+    return live
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 8, "target_hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 11, "draft_vocab_size": 7, "aux_layer_ids": (1, 2, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("of_output", "rollbacks"), [({}, 1), ({"looked_up": True}, 0), ({"explored": True}, 0),
+                                                      ({"num_proposed": 0}, 0)])  # fmt: skip
+def test_only_what_the_draft_proposed_for_speed_is_held_against_it(
+    of_output: dict[str, Any], rollbacks: int, store: DraftStore
+) -> None:
+    assert judged(store, **of_output).num_rollbacks == rollbacks

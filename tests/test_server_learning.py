@@ -17,6 +17,8 @@ from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.learner_status import LearnerBlock
 from aurora_lit.ipc.run_folder import live_folders
+from aurora_lit.ipc.status import StatusBlock
+from aurora_lit.learn.online import _open_pages
 from aurora_lit.modules.draft import Draft, DraftConfig
 from aurora_lit.publishing import DraftStore
 from aurora_lit.serve import learner_child
@@ -206,3 +208,13 @@ def test_settings_for_a_learner_hold_in_any_folder(tmp_path, monkeypatch):
     assert for_learner.learn.logs == str(tmp_path / "logs")
     assert Path(for_learner.draft.checkpoint).is_absolute()
     assert for_learner.server.api_key is None
+
+
+def test_a_second_learner_is_refused_before_it_writes_anything(tmp_path):
+    StatusBlock.create(tmp_path / "status")
+    page = LearnerBlock.create(tmp_path / "learner.status")
+    assert _open_pages(tmp_path)
+    page.write(pid=os.getpid())
+    page.beat()
+    with pytest.raises(AuroraError, match=f"attached to this server already .pid {os.getpid()}."):
+        _open_pages(tmp_path)

@@ -70,9 +70,13 @@ def _open_pages(run_folder: Path) -> tuple[LearnerBlock, StatusBlock]:
     """Our own page, and the engine worker's to read."""
     try:
         page = LearnerBlock.open(run_folder / LEARNER_STATUS_NAME, writable=True)
-        return page, StatusBlock.open(run_folder / STATUS_NAME)
+        status = StatusBlock.open(run_folder / STATUS_NAME)
     except (OSError, ValueError) as error:
         raise AuroraError(f"{run_folder} is not the run folder of a server of this version: {error}") from error
+    other = page.read()
+    if other.state == "running":  # its page is not ours to write on
+        raise AuroraError(f"a learner is attached to this server already (pid {other.pid}); end it first")
+    return page, status
 
 
 @contextlib.contextmanager
