@@ -96,7 +96,8 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
         """The engine begins with the version that this deployment has come to, if it has published any."""
         if self.parts.load_draft is None:
             return None
-        from aurora_lit.serve.live_draft import LiveDraft  # drift detection brings much along that only the worker needs
+        # Here, because drift detection brings much along that only the worker needs.
+        from aurora_lit.serve.live_draft import LiveDraft
 
         store = DraftStore(versions_folder(self._config), keep=self._config.checkpoint.keep)
         return LiveDraft(self.parts.engine, HotReloader(store, self.parts.load_draft))
