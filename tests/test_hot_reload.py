@@ -192,6 +192,18 @@ def test_a_rollback_leaves_a_newer_version_its_own_trial(store, loader, reloader
     assert reloader.poll() is None
 
 
+def test_a_rollback_and_a_newer_version_at_once_serve_the_newer_one(store, loader, reloader):
+    publish(store, 2)
+    reloader.first()
+    publish(store)
+    reloader.roll_back(bad="draft-000002", reason="slow")
+    reloader.start(on_change=lambda: None)
+    assert soon(reloader.poll).version == "draft-000003"
+    time.sleep(0.3)
+    assert reloader.poll() is None
+    assert loader.loaded == ["draft-000002", "draft-000003"]
+
+
 def test_when_the_version_before_is_broken_too_the_one_before_that_serves(store, loader, reloader):
     publish(store, 3)
     reloader.first()
