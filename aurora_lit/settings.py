@@ -162,6 +162,42 @@ class LearnConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DomainConfig:
+    """How the learner tells kinds of traffic apart."""
+
+    detect: bool = True
+    """Find domains and shifts from prompts; false knows only the labels that clients give, and no shifts."""
+    max_domains: int = _within(16, 2, 31)
+    """Most domains told apart, labels included; beyond it the closest two become one."""
+    novelty: float = _within(0.7, 0.05, 1.95)
+    """How unlike all known domains (1 - cosine) a request must be to count as odd; a few such that are alike found a
+    domain. Smaller tells finer domains apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """What the learner does while a domain is new: its heat is 1 then, and falls to 0 as tokens of it are learned.
+
+    At heat 0 exploration, entropy and replay are what the other sections say; up to heat 1 they change in proportion.
+    """
+
+    warmup_steps: int = _within(8, 0, 1 << 20)
+    """Optimiser steps in which the learning rate rises to its value, after a start and after a rollback."""
+    floor: float = _within(0.3, 0.0, 1.0)
+    """Share of learn.learning_rate that is left at heat 0. 1 makes the rate constant."""
+    decay_tokens: int = _within(100_000, 1, 1 << 40)
+    """Tokens learned in a domain, replay included, in which its heat falls to 1/e."""
+    explore_share: float = _within(0.0, 0.0, 1.0)
+    """Added to engine.explore_share at heat 1."""
+    explore_temperature_factor: float = _within(1.0, 0.1, 10.0)
+    """By which engine.explore_temperature is multiplied at heat 1."""
+    entropy_weight: float = _within(0.0, 0.0, 100.0)
+    """Added to learn.entropy_weight at heat 1."""
+    replay_factor: float = _within(0.6, 0.0, 2.0)
+    """By which learn.replay_share is multiplied at heat 1; replay weighs in the loss as much as it fills of a batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuroraConfig:
     """One whole deployment: what a YAML file in configs/ describes."""
 
@@ -179,3 +215,7 @@ class AuroraConfig:
     """Draft checkpoints written."""
     learn: LearnConfig = field(default_factory=LearnConfig)
     """Online learning."""
+    domain: DomainConfig = field(default_factory=DomainConfig)
+    """Kinds of traffic."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """How learning answers to them."""

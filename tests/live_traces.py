@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from tiny_models import VOCAB, draft_module, make_engine, request, run
 
+from aurora_lit.learn.steering import Steering
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.draft_module import DraftModule, OnlineWeights
+from aurora_lit.modules.lr_schedule import DomainSignal, SignalRange
 from aurora_lit.request import Request
 from aurora_lit.serve.tracing import TraceRecorder
 from aurora_lit.trace import Trace, to_bytes
@@ -48,6 +50,16 @@ def online_module(target: Target, draft: Draft, **changes: Any) -> DraftModule:
         "num_steps": 3, "learning_rate": 4e-3, "warmup_steps": 2, "final_factor": 1.0, "online": OnlineWeights(),
     }  # fmt: skip
     return draft_module(target, draft, **{**fields, **changes})
+
+
+def a_steering(**changes: Any) -> Steering:
+    """One that warms up like `online_module` and then keeps the rate, so that a test learns as fast as it can."""
+    signal = DomainSignal(explore_share=0.0, explore_temperature=1.0, entropy_weight=0.0, replay_share=0.5)
+    fields: dict[str, Any] = {
+        "detector": None, "signals": SignalRange(cold=signal, hot=signal), "warmup_steps": 2, "floor": 1.0,
+        "decay_tokens": 1000.0,
+    }  # fmt: skip
+    return Steering(**{**fields, **changes})
 
 
 class FakeRing:

@@ -9,14 +9,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from live_traces import FakeRing, online_module, serve, some_requests
+from live_traces import FakeRing, a_steering, online_module, serve, some_requests
 from tiny_models import random_draft, save_model
 
 from aurora_lit.checkpoints import load_draft, save_draft
@@ -34,8 +34,11 @@ from aurora_lit.learn.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.loop import OnlineLoop, Outside
 from aurora_lit.learn.reservoir import Reservoir
 from aurora_lit.learn.rounds import online_batch, read_lesson
+from aurora_lit.learn.steering import Steering
 from aurora_lit.models.target import Target
+from aurora_lit.modules.domains import DomainDetector
 from aurora_lit.modules.draft import Draft
+from aurora_lit.modules.lr_schedule import DomainSignal, SignalRange
 from aurora_lit.publishing import DraftStore
 from aurora_lit.settings import LearnConfig
 from aurora_lit.trace import LAYOUT_DIGEST, Trace, to_bytes
@@ -63,7 +66,10 @@ def traffic(target: Target) -> list[Trace]:
 class World:
     """A loop with everything around it: a ring filled by hand, a real store, a page, and a budget that allows all."""
 
-    def __init__(self, target: Target, folder: Path, *, draft: Draft | None = None, **settings: Any) -> None:
+    def __init__(
+        self, target: Target, folder: Path, *, draft: Draft | None = None, steering: Steering | None = None,
+        **settings: Any,
+    ) -> None:  # fmt: skip
         config = LearnConfig(**{
             "batch_positions": 512, "num_steps": 3, "publish_every_s": 0.0, "min_steps": 20, "save_every_s": 3600.0,
             "gate_requests": 12, **settings,
@@ -75,7 +81,7 @@ class World:
         self.ends = FrozenEnds(target)
         self.page = LearnerBlock.create(folder / f"page{time.monotonic_ns()}")
         module = online_module(target, copy.deepcopy(self.starting))
-        self.learner = Learner(module, folder / "learner.ckpt", version=STARTING_VERSION)
+        self.learner = Learner(module, steering or a_steering(), folder / "learner.ckpt", version=STARTING_VERSION)
         self.busy = False
         self.naps: list[float] = []
         self.outside = Outside(
@@ -205,7 +211,7 @@ def test_poisoned_traces_are_counted_and_teach_nothing(target: Target, traffic: 
 def test_a_batch_that_is_not_finite_leaves_the_learner_as_it_was(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
-    learner = Learner(online_module(target, random_draft(target)), tmp_path / "s", version="start")
+    learner = Learner(online_module(target, random_draft(target)), a_steering(), tmp_path / "s", version="start")
     lesson = read_lesson(traffic[0], FrozenEnds(target))
     aux_T3H = lesson.trace.aux_T3H.clone()
     aux_T3H[4, 0] = float("nan")
@@ -225,10 +231,14 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(
     batch = online_batch([read_lesson(trace, ends) for trace in traffic[:6]], [], oldest_fresh=0)
 
     def a_learner(seed: int) -> Learner:
-        return Learner(online_module(target, random_draft(target, seed=seed)), tmp_path / "state", version="start")
+        steering = a_steering(detector=DomainDetector(max_domains=4, novelty=0.7), floor=0.1)
+        module = online_module(target, random_draft(target, seed=seed))
+        return Learner(module, steering, tmp_path / "state", version="start")
 
     first = a_learner(0)
     assert not first.resume(), "there is nothing yet"
+    for trace in traffic[:6]:
+        first.steering.place(trace)
     for _ in range(3):
         first.update(batch)
     first.version = "draft-000004"
@@ -236,6 +246,8 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(
     again = a_learner(5)
     assert again.resume()
     assert (again.version, again.steps, again.positions) == ("draft-000004", 3, first.positions)
+    assert again.steering.describe() == first.steering.describe()
+    assert 0 < again.steering.heat == first.steering.heat < 0.9
     for learner in (first, again):
         learner.update(batch)
     for name, tensor in first.draft.state_dict().items():
@@ -246,7 +258,7 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(
     assert not a_learner(5).resume(), "a file cut short is no state"
     (tmp_path / "state").write_bytes(whole)
     other = random_draft(target, intermediate_size=96)
-    assert not Learner(online_module(target, other), tmp_path / "state", version="start").resume()
+    assert not Learner(online_module(target, other), a_steering(), tmp_path / "state", version="start").resume()
 
 
 def test_the_loop_yields_while_its_share_is_used_up_and_still_reads(
@@ -274,7 +286,7 @@ def test_a_full_disk_is_said_and_learning_goes_on(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(world.store, "publish", full)
-    monkeypatch.setattr("aurora_lit.learn.loop.judge", lambda newest, by_domain: replace(
+    monkeypatch.setattr("aurora_lit.learn.gate.judge", lambda newest, by_domain: replace(
         judge(newest, by_domain), passed=True))  # fmt: skip
     world.ring.records.extend(traffic * 4)
     errors = set()
@@ -288,6 +300,46 @@ def test_a_full_disk_is_said_and_learning_goes_on(
     steps = world.learner.steps
     world.tick_until(lambda: world.learner.steps > steps)
     assert (world.loop.published, world.learner.version) == (0, STARTING_VERSION)
+
+
+def test_domains_set_the_rate_the_replay_and_the_losss_weights_and_are_shown(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    signals = SignalRange(
+        cold=DomainSignal(explore_share=0.0, explore_temperature=1.0, entropy_weight=0.0, replay_share=0.5),
+        hot=DomainSignal(explore_share=0.2, explore_temperature=2.0, entropy_weight=0.1, replay_share=0.25),
+    )
+    detector = DomainDetector(max_domains=4, novelty=0.7)
+    steering = a_steering(detector=detector, signals=signals, warmup_steps=0, floor=0.5, decay_tokens=600.0)
+    world = World(target, tmp_path, steering=steering, publish_every_s=3600.0)
+    module = world.learner.module.module
+
+    def learn(traces: Sequence[Trace]) -> tuple[float, float, float, float]:
+        """The rate that is set, and what the last batch was made with."""
+        world.ring.records.extend(traces)
+        steps = world.learner.steps
+        world.tick_until(lambda: world.learner.steps == steps + 1)
+        (rate,) = {group["lr"] for optimizer in world.learner.optimizers for group in optimizer.param_groups}
+        return rate, world.loop.feed.replay_share, module.online.entropy_weight, module.online.replay_weight
+
+    chat = [trace for trace in traffic if trace.domain == "chat"]
+    first = learn(chat[:8])
+    assert first[1:] == pytest.approx((0.25, 0.1, 1 / 3)), "all is new"
+    for n in range(1, 6):
+        last = learn(chat[8 * n : 8 * n + 8])
+    assert last == pytest.approx((0.5 * 4e-3, 0.5, 0.0, 1.0), abs=0.08)
+    page = world.page.read()
+    assert page.domains.startswith("chat 100% (heat 0.0")
+    assert page.rate_factor == pytest.approx(0.5, abs=0.03)
+    assert page.explore_share == pytest.approx(0.0, abs=0.01)
+
+    code = [replace(trace, domain="code", request_id=f"code{n}") for n, trace in enumerate(chat[:12])]
+    rates = [learn(code[4 * n : 4 * n + 4])[0] for n in range(3)]
+    assert max(rates) > 1.1 * last[0], "the new domain is learned faster"
+    page = world.page.read()
+    assert "code" in page.domains
+    assert page.explore_share > 0.01
+    assert set(world.loop.feed.reservoir.domains) == {"chat", "code"}
 
 
 # -- the process ---------------------------------------------------------------------------------------------------

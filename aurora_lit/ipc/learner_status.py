@@ -61,6 +61,18 @@ class LearnerStatus:
     """Expected accepted length of the served draft at the last gate."""
     challenger_score: float
     """The same of the draft that wanted to replace it."""
+    num_shifts: int
+    """Shifts of traffic noticed."""
+    rate_factor: float
+    """What the base learning rate is multiplied by."""
+    explore_share: float
+    """Share of drafted rounds that it wants to explore."""
+    explore_temperature: float
+    """Draft temperature of those rounds."""
+    last_shift: str = text(128)
+    """The last shift, in words."""
+    domains: str = text(1024)
+    """Domains of the latest requests, their shares and what is left to learn of each, in words."""
     version: str = text(256)
     """The version its weights started from or were last published as."""
     activity: str = text(128)

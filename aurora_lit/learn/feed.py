@@ -45,7 +45,8 @@ class Feed:
         """live_bytes: memory for traces that wait."""
         self._ends, self.reservoir = ends, reservoir
         self._batch_positions = batch_positions
-        self._live_positions = max(_SHORTEST, int(batch_positions * (1 - replay_share)))
+        self.replay_share = replay_share
+        """Of a batch's positions; may be changed between batches."""
         self._live_bytes = live_bytes
         self._waiting: deque[Trace] = deque()
         self.positions_in = 0
@@ -84,6 +85,10 @@ class Feed:
         batch = online_batch(live, replay, oldest_fresh=oldest_fresh)
         self.positions_out += int((batch.traces.weight_BT > 0).sum())
         return batch
+
+    @property
+    def _live_positions(self) -> int:
+        return max(_SHORTEST, int(self._batch_positions * (1 - self.replay_share)))
 
     def _take_live(self) -> list[Trace]:
         """The most informative of those that wait, as many as the live share of a batch holds; at least one."""

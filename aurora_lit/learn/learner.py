@@ -3,7 +3,7 @@
 Its state is written whole and safely, so that it is killed at the cost of what came after the last `save`.
 What is left out: batches (learn/feed.py), when to step (learn/loop.py), the losses (modules/draft_module.py).
 
-    learner = Learner(module, state_path, version="draft-000003")
+    learner = Learner(module, steering, state_path, version="draft-000003")
     learner.resume()                    # True: it goes on where the last one was
     learner.update(batch)               # None: the batch was poison and left no trace
     learner.save()
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
 from torchmetrics import MeanMetric
 
+from aurora_lit.learn.steering import Steering
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.draft_batch import OnlineBatch
 from aurora_lit.modules.draft_module import DraftModule, OnlineReport
@@ -35,9 +37,10 @@ class Learner:
     """See the file's docstring for its life."""
 
     def __init__(
-        self, module: DraftModule, state_path: Path, *, version: str, loggers: Sequence[Logger] = ()
+        self, module: DraftModule, steering: Steering, state_path: Path, *, version: str, loggers: Sequence[Logger] = ()
     ) -> None:
         """`version`: the published draft, or the starting checkpoint, that the module's weights descend from."""
+        self.steering = steering
         self.state_path = state_path
         self.version = version
         self.steps = 0
@@ -60,6 +63,7 @@ class Learner:
     def update(self, batch: OnlineBatch) -> OnlineReport | None:
         """Learn from a batch: loss, gradient, one step of each optimiser and of the schedule."""
         batch = batch.to(self.fabric.device)
+        self._follow_signal()
         with self.fabric.autocast():
             report: OnlineReport = self.module.training_step(batch)
         self.module.zero_grad()
@@ -68,6 +72,7 @@ class Learner:
         if not (torch.isfinite(report.loss) and torch.isfinite(norm)):
             self.poisoned += 1
             return None
+        self.steering.learned(batch)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
@@ -131,8 +136,16 @@ class Learner:
 
     def _new_optimizers(self) -> None:
         module: DraftModule = self.module.module
-        optimizers, self.schedules = module.configure_optimizers()
+        optimizers = module.make_optimizers()
+        self.schedules = self.steering.schedules_for(optimizers)
         self.optimizers: list[Any] = [self.fabric.setup_optimizers(optimizer) for optimizer in optimizers]
+
+    def _follow_signal(self) -> None:
+        """Weigh the loss's terms as what is left to learn asks for."""
+        module: DraftModule = self.module.module
+        signal = self.steering.signal
+        replay_weight = signal.replay_share / (1 - signal.replay_share)
+        module.online = replace(module.online, entropy_weight=signal.entropy_weight, replay_weight=replay_weight)
 
     def _clip_gradients(self) -> torch.Tensor:
         """Clip the gradient of the whole module, whichever optimiser has which part; its norm before."""
@@ -143,6 +156,7 @@ class Learner:
     def _stateful(self) -> dict[str, Any]:
         return {
             "module": self.module,
+            "domains": self.steering,
             **{f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)},
         }
 
@@ -152,7 +166,8 @@ class Learner:
             self._metrics.setdefault(name, MeanMetric(nan_strategy="ignore")).update(value, weight)
         if self.steps % _LOG_EVERY_STEPS == 0:
             means = {name: float(metric.compute()) for name, metric in self._metrics.items() if metric.update_called}
-            self.log({**means, "learning_rate": float(self.schedules[0].get_last_lr()[0]), "positions": self.positions})
+            rate = float(self.schedules[0].get_last_lr()[0])
+            self.log({**means, "learning_rate": rate, "heat": self.steering.heat, "positions": self.positions})
             for metric in self._metrics.values():
                 metric.reset()
 

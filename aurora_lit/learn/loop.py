@@ -113,6 +113,7 @@ class OnlineLoop:
         self._follow_versions()
         if not self._may_work():
             return
+        self.feed.replay_share = self.learner.steering.signal.replay_share
         if self._trial_is_due():
             self._try_to_publish()
         elif batch := self.feed.next_batch(oldest_fresh=self._served_number - self._config.max_staleness):
@@ -140,7 +141,9 @@ class OnlineLoop:
                 continue
             if not fits(trace, self._ends):
                 self.skipped += 1
-            elif not self.held_out.takes(trace.request_id):
+                continue
+            trace = self.learner.steering.place(trace)
+            if not self.held_out.takes(trace.request_id):
                 self.feed.add(trace)
             elif first_taught(trace) < len(trace.token_ids_T):
                 self.held_out.add(read_lesson(crop(trace, self._config.batch_positions), self._ends))
@@ -243,7 +246,8 @@ class OnlineLoop:
             self._outside.page.write(error=f"the learner's state could not be saved: {error}")
 
     def _report(self) -> None:
-        learner, verdict = self.learner, self.verdict
+        learner, verdict, steering = self.learner, self.verdict, self.learner.steering
+        signal, shift = steering.signal, steering.last_shift
         self._outside.page.write(
             steps=learner.steps,
             positions=learner.positions,
@@ -260,6 +264,12 @@ class OnlineLoop:
             challenger_score=verdict.challenger if verdict else 0.0,
             version=learner.version,
             activity=self._activity,
+            num_shifts=steering.num_shifts,
+            last_shift=f"{shift.cause}: {shift.domain or 'unknown'} (novelty {shift.novelty:.2f})" if shift else "",
+            domains=steering.describe(),
+            rate_factor=steering.factor,
+            explore_share=signal.explore_share,
+            explore_temperature=signal.explore_temperature,
         )
 
 

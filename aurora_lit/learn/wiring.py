@@ -27,18 +27,21 @@ from aurora_lit.learn.initial import initial_draft
 from aurora_lit.learn.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.loop import OnlineLoop, Outside
 from aurora_lit.learn.reservoir import Reservoir
+from aurora_lit.learn.steering import Steering
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
+from aurora_lit.modules.domains import DomainDetector
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.draft_module import DraftModule, OnlineWeights
+from aurora_lit.modules.lr_schedule import DomainSignal, SignalRange
 from aurora_lit.publishing import DraftStore, version_number
 from aurora_lit.trace import LAYOUT_DIGEST
 
 STATE_NAME = "learner.ckpt"
 """The learner's state, beside the versions it has published."""
-_WARMUP_STEPS = 8
 _VOCABULARY_SIZE = 12_288
 """Of an untrained draft that has no checkpoint to take a vocabulary from: the lowest ids, which are the commonest."""
+_MOST_REPLAY = 0.95
 _MIB = 1 << 20
 
 
@@ -61,7 +64,9 @@ def build_loop(
         current = store.current()
         module = _module(config, copy.deepcopy(served_draft(current)), ends)
         state_path = store.folder / STATE_NAME
-        learner = Learner(module, state_path, version=current or STARTING_VERSION, loggers=_loggers(config))
+        learner = Learner(
+            module, steering_of(config), state_path, version=current or STARTING_VERSION, loggers=_loggers(config)
+        )
         if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # taken back meanwhile
         ends.to(learner.fabric.device)
@@ -89,6 +94,31 @@ def build_loop(
             held_out=HeldOut(num_newest=learn.gate_requests, seed=learn.seed),
             budget=Budget(share=learn.compute_share, minimum_duty=learn.minimum_duty),
         )
+
+
+def steering_of(config: AuroraConfig) -> Steering:
+    """What the sections `domain` and `schedule` ask for; cold is what their neighbours say."""
+    domain, schedule = config.domain, config.schedule
+    detector = DomainDetector(max_domains=domain.max_domains, novelty=domain.novelty) if domain.detect else None
+    cold = DomainSignal(
+        explore_share=config.engine.explore_share,
+        explore_temperature=config.engine.explore_temperature,
+        entropy_weight=config.learn.entropy_weight,
+        replay_share=config.learn.replay_share,
+    )
+    hot = DomainSignal(
+        explore_share=min(1.0, cold.explore_share + schedule.explore_share),
+        explore_temperature=cold.explore_temperature * schedule.explore_temperature_factor,
+        entropy_weight=cold.entropy_weight + schedule.entropy_weight,
+        replay_share=min(_MOST_REPLAY, cold.replay_share * schedule.replay_factor),
+    )
+    return Steering(
+        detector,
+        signals=SignalRange(cold=cold, hot=hot),
+        warmup_steps=schedule.warmup_steps,
+        floor=schedule.floor,
+        decay_tokens=schedule.decay_tokens,
+    )
 
 
 def _load(config: AuroraConfig) -> tuple[FrozenEnds, Draft]:
@@ -140,11 +170,8 @@ def _module(config: AuroraConfig, draft: Draft, ends: FrozenEnds) -> DraftModule
             ppo_weight=learn.ppo_weight,
             clip=learn.clip,
             gae_lambda=learn.gae_lambda,
-            entropy_weight=learn.entropy_weight,
         ),
         learning_rate=learn.learning_rate,
-        warmup_steps=_WARMUP_STEPS,
-        final_factor=1.0,  # constant after warm-up: traffic has no end
     )
 
 

@@ -95,6 +95,11 @@ class DomainDetector:
         shares = self._mix.shares
         return {name: shares.get(name, 0.0) for name in self._domains}
 
+    @property
+    def unknown_share(self) -> float:
+        """Share of requests without a domain."""
+        return self._mix.shares.get(UNKNOWN, 0.0)
+
     def place(self, trace: Trace) -> Placement:
         """The domain of a trace. Only a request's first segment teaches the detector; later ones share its domain."""
         x_E = embed(trace)

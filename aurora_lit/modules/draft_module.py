@@ -230,7 +230,12 @@ class DraftModule(LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        """Muon for the layer's matrices, AdamW for heads and norms; linear warm-up and cosine decay for both.
+        """The optimizers, with linear warm-up and cosine decay for each."""
+        optimizers = self.make_optimizers()
+        return optimizers, [LambdaLR(optimizer, self.rate_factor) for optimizer in optimizers]
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the layer's matrices, AdamW for heads and norms; for schedules of any kind.
 
         Muon (Jordan et al. 2024; its rate scaled to AdamW's as in Liu et al., arXiv 2502.16982) learns more from as
         many positions, and positions are what is dear.
@@ -239,11 +244,10 @@ class DraftModule(LightningModule):
         matrices = [p for p in self.draft.parameters() if p.ndim > 1 and id(p) not in heads]
         others = [p for p in self.draft.parameters() if p.ndim <= 1 or id(p) in heads]
         rate = self.learning_rate
-        optimizers: list[torch.optim.Optimizer] = [
+        return [
             torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
         ]
-        return optimizers, [LambdaLR(optimizer, self.rate_factor) for optimizer in optimizers]
 
     def rate_factor(self, step: int) -> float:
         """Learning-rate factor at an optimiser step."""

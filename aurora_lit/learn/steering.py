@@ -1,0 +1,126 @@
+"""How learning answers to domains: places traces, keeps the schedules' heat, and says what that asks for.
+
+Joins the detector (modules/domains.py) and the schedules (modules/lr_schedule.py); has no rule of its own.
+
+    steering = Steering(detector, signals=signals, warmup_steps=8, floor=0.3, decay_tokens=100_000)
+    schedules = steering.schedules_for(optimizers)
+    trace = steering.place(trace)               # its domain is now the detector's
+    steering.learned(batch)                     # before the schedules' step()
+    steering.signal.replay_share
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch.optim import Optimizer
+
+from aurora_lit.modules.domains import UNKNOWN, DomainDetector, Shift
+from aurora_lit.modules.draft_batch import OnlineBatch
+from aurora_lit.modules.lr_schedule import DomainAwareLR, DomainSignal, SignalRange
+from aurora_lit.trace import Trace
+
+
+class Steering:
+    """See the file's docstring."""
+
+    def __init__(
+        self,
+        detector: DomainDetector | None,
+        *,
+        signals: SignalRange,
+        warmup_steps: int,
+        floor: float,
+        decay_tokens: float,
+    ) -> None:
+        """`detector` None: domains are what clients call them, and no shift is noticed."""
+        self.detector = detector
+        self._signals = signals
+        self._warmup_steps, self._floor, self._decay_tokens = warmup_steps, floor, decay_tokens
+        self._schedules: list[DomainAwareLR] = []
+        self.last_shift: Shift | None = None
+
+    def schedules_for(self, optimizers: Sequence[Optimizer]) -> list[DomainAwareLR]:
+        """Schedules for new optimizers, in the place of any before; what those knew of domains stays known."""
+        schedules = [
+            DomainAwareLR(
+                optimizer, warmup_steps=self._warmup_steps, floor=self._floor, decay_tokens=self._decay_tokens
+            )
+            for optimizer in optimizers
+        ]
+        for schedule, before in zip(schedules, self._schedules, strict=False):
+            schedule.continue_from(before)
+        self._schedules = schedules
+        return schedules
+
+    def place(self, trace: Trace) -> Trace:
+        """The trace with its domain; founding and shifts heat the schedules."""
+        if self.detector is None:
+            return trace
+        placement = self.detector.place(trace)
+        if placement.founded:
+            self._heat(placement.domain, placement.founded)
+        if placement.shift is not None:
+            self.last_shift = placement.shift
+            self._heat(placement.shift.domain, placement.shift.novelty)
+            if placement.shift.cause == "mix":
+                for schedule in self._schedules:
+                    schedule.came(placement.shift.domain)
+        return replace(trace, domain=placement.domain)
+
+    def learned(self, batch: OnlineBatch) -> None:
+        """Tell the schedules what the step that is being taken learns from."""
+        tokens: Counter[str] = Counter()
+        traffic: Counter[str] = Counter()
+        counts_B = (batch.traces.weight_BT > 0).sum(1).tolist()
+        for domain, count, live in zip(batch.traces.domains, counts_B, batch.live_B.tolist(), strict=True):
+            tokens[domain] += count
+            if live:
+                traffic[domain] += count
+        for schedule in self._schedules:
+            schedule.learned(tokens, traffic=traffic)
+
+    @property
+    def heat(self) -> float:
+        """What is left to learn of the traffic, 0 to 1."""
+        return self._schedules[0].heat
+
+    @property
+    def factor(self) -> float:
+        """Of the learning rate."""
+        return self._schedules[0].factor
+
+    @property
+    def signal(self) -> DomainSignal:
+        """What the heat asks for."""
+        return self._signals.at(self.heat)
+
+    @property
+    def num_shifts(self) -> int:
+        """Shifts noticed, before a restart too."""
+        return self.detector.num_shifts if self.detector is not None else 0
+
+    def describe(self) -> str:
+        """The domains of the latest requests and the heat of each, in words: `auto-1 62% (heat 0.13), chat 38% (…)`."""
+        shares = self._schedules[0].share
+        if self.detector is not None:
+            shares = self.detector.domains | {UNKNOWN: self.detector.unknown_share}
+        present = sorted(((share, name) for name, share in shares.items() if share >= 0.01), reverse=True)
+        heat_of = self._schedules[0].heat_of
+        return ", ".join(f"{name or 'unknown'} {share:.0%} (heat {heat_of(name):.2f})" for share, name in present)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The detector's; schedules are saved with their optimizers."""
+        return self.detector.state_dict() if self.detector is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; of a learner without a detector, nothing."""
+        if self.detector is not None and state:
+            self.detector.load_state_dict(state)
+
+    def _heat(self, domain: str, novelty: float) -> None:
+        for schedule in self._schedules:
+            schedule.raise_heat(domain, novelty)
