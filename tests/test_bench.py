@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from aurora_lit.bench import acceptance, throughput
 from aurora_lit.bench.drive import Answer, BenchPrompt, Run, Spread, drive, load_prompts, params_for, repeated_share
 from aurora_lit.bench.reference import generate as reference_generate
-from aurora_lit.config import AuroraConfig, DraftConfig, EngineConfig
+from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.request import Output
+from aurora_lit.settings import DraftConfig, EngineConfig
 
 CONFIG = AuroraConfig(draft=DraftConfig(checkpoint="somewhere"))
 

@@ -151,7 +151,7 @@ def test_a_check_that_breaks_is_a_failed_line(fit: list[str], monkeypatch: pytes
 
 def test_a_learner_needs_room_for_its_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=100 << 20))
-    assert module.check_shared_memory(load_config(None, [])).state == "ok"
+    assert module.check_shared_memory(load_config(None, ["learn.enabled=false"])).state == "ok"
     found = module.check_shared_memory(load_config(None, ["learn.enabled=true", "trace.capacity_mb=100"]))
     assert (found.state, "lower trace.capacity_mb" in found.remedy) == ("fail", True)
     assert module.check_shared_memory(load_config(None, ["learn.enabled=true", "trace.capacity_mb=99"])).state == "ok"

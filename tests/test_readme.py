@@ -41,7 +41,8 @@ def test_every_key_in_the_settings_table_exists_with_that_default() -> None:
         for name, value in zip(names, values or [None] * len(names), strict=True):
             section, key = name.split(".")
             actual = getattr(getattr(config, section), key)
-            assert value is None or str(actual) == value, name
+            shown = {True: "true", False: "false", None: "null"}.get(actual, str(actual))
+            assert value is None or shown == value, name
 
 
 def test_everything_in_the_tree_exists() -> None:
