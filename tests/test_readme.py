@@ -41,7 +41,7 @@ def test_every_key_in_the_settings_table_exists_with_that_default() -> None:
         for name, value in zip(names, values or [None] * len(names), strict=True):
             section, key = name.split(".")
             actual = getattr(getattr(config, section), key)
-            shown = {True: "true", False: "false", None: "null"}.get(actual, str(actual))
+            shown = "null" if actual is None else str(actual).lower() if isinstance(actual, bool) else str(actual)
             assert value is None or shown == value, name
 
 
