@@ -97,6 +97,8 @@ def _lines(report: Json) -> list[tuple[str, str]]:
     lines.append(("learner", f"{learner['state']}{activity}"))
     if learner["error"]:
         lines.append(("learner's error", learner["error"]))
+    if learner["domains"]["now"]:
+        lines.append(("domains", learner["domains"]["now"]))
     if learner["steps"] or learner["traces"]["read"]:
         share = learner["compute_share"] or 0.0
         lines += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,14 @@ import torch
 from scipy.stats import chi2
 from tiny_models import VOCAB, make_engine, random_draft, request, run, save_model, trained_draft
 
+from aurora_lit.ipc.learner_status import LearnerBlock
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.sampling import Proposals
 from aurora_lit.serve.drafting import Drafter
+from aurora_lit.serve.exploring import LearnersWish
+from aurora_lit.serve.proposing import Proposer
+from aurora_lit.serve.speculation import DraftLength
 
 PROMPT = (3, 14, 15, 9, 26)
 
@@ -126,3 +131,43 @@ def test_rounds_that_explore_do_not_change_what_drafting_is_expected_to_gain(tar
     plain = make_engine(target, random_draft(target))
     run(plain, [request("a", PROMPT, max_tokens=20)])
     assert plain.policy.mean_rate != before
+
+
+def test_rounds_explore_as_a_living_learner_asks_and_else_as_configured(tmp_path: Path) -> None:
+    page = LearnerBlock.create(tmp_path / "page")
+    proposer = Proposer(
+        None, DraftLength(max_draft_tokens=0, max_proposals=0, adaptive=False), lookup=False,
+        device=torch.device("cpu"), explore_share=0.02, explore_temperature=1.5,
+    )  # fmt: skip
+    now = [0.0]
+    wish = LearnersWish(proposer, page, monotonic_s=lambda: now[0])
+
+    def followed() -> tuple[float, float]:
+        now[0] += 1.0
+        wish.follow()
+        return proposer.explore_share, proposer.explore_temperature
+
+    assert followed() == (0.02, 1.5), "no learner"
+    page.beat()
+    page.write(pid=1)
+    assert followed() == (0.02, 1.5), "it has not said anything yet"
+    page.write(explore_share=0.25, explore_temperature=2.0)
+    assert followed() == (0.25, 2.0)
+    page.write(explore_share=0.5)
+    wish.follow()
+    assert proposer.explore_share == 0.25, "the page is not looked at in every round"
+    assert followed() == (0.5, 2.0)
+    page.write(heartbeat_ns=time.monotonic_ns() - int(20e9))
+    assert followed() == (0.02, 1.5), "it has stalled"
+    page.beat()
+    page.write(pid=0)
+    assert followed() == (0.02, 1.5), "it has left"
+
+
+def test_the_engine_explores_as_it_is_told_between_rounds(target: Target) -> None:
+    engine = make_engine(target, random_draft(target), explore_seed=4)
+    run(engine, [request(f"a{n}", [n + 1, 5, 6], max_tokens=8) for n in range(4)])
+    assert engine.stats.explored == 0
+    engine.proposer.explore_share = 1.0
+    run(engine, [request(f"b{n}", [n + 1, 5, 6], max_tokens=8) for n in range(4)])
+    assert engine.stats.explored > 4

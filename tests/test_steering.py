@@ -53,7 +53,7 @@ def test_a_trace_gets_the_detectors_domain_and_a_new_one_heats_the_rate() -> Non
     assert trace.domain not in ("", "auto-99")
     assert calm < 0.25
     rates = []
-    for n in range(20):
+    for _ in range(20):
         trace = steering.place(prompts.trace("prose"))
         steering.learned(Batch((trace.domain, 1, True)))  # type: ignore[arg-type]
         rates.append(step())

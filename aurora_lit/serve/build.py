@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from aurora_lit.checkpoints import load_draft, read_config
 from aurora_lit.config import AuroraConfig, draft_folder
 from aurora_lit.errors import ConfigError, RingError
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.models.source import cache_root, resolve
@@ -19,6 +20,7 @@ from aurora_lit.modules.draft import Draft, DraftConfig
 from aurora_lit.serve.calls import WorkerParts
 from aurora_lit.serve.drafting import FittedDraft, fit_draft
 from aurora_lit.serve.engine import Engine
+from aurora_lit.serve.exploring import LearnersWish
 from aurora_lit.serve.observing import RoundObserver
 from aurora_lit.serve.trace_sinks import TraceRecording, TraceSinks
 from aurora_lit.serve.tracing import TraceRecorder
@@ -59,6 +61,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         engine=engine,
         tokenizer=tokenizer,
         load_draft=load if drafts(config) else None,
+        before_round=LearnersWish(engine.proposer, LearnerBlock.open(run_folder / LEARNER_STATUS_NAME)).follow,
         unrecorded=lambda: 0 if sinks.recording is None else sinks.recording.dropped,
         close=sinks.close,
     )

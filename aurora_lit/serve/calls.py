@@ -64,6 +64,8 @@ class WorkerParts:
     """Reads a draft for `swap_draft`, from a folder or (None) the starting one; None: this engine has no draft."""
     unrecorded: Callable[[], int] = lambda: 0
     """Traces that could not be written to the disk so far."""
+    before_round: Callable[[], None] = lambda: None
+    """Takes in what the learner asks for."""
     close: Callable[[], None] = lambda: None
     """Writes out what is pending; at the worker's end."""
 

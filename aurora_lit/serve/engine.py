@@ -83,7 +83,7 @@ class Engine:
             max_draft_tokens=max_draft_tokens if self._drafter else 0, max_proposals=max_draft_tokens, adaptive=adaptive
         )
         self._lookup = lookup and max_draft_tokens > 0
-        self._proposer = Proposer(
+        self.proposer = Proposer(
             self._drafter,
             self.policy,
             lookup=self._lookup,
@@ -152,7 +152,7 @@ class Engine:
         if not rows:
             return []
         self.stats.rounds += 1
-        return self._verify(rows, self._proposer.propose(rows))
+        return self._verify(rows, self.proposer.propose(rows))
 
     # -- prefill ---------------------------------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ class Engine:
         if self._observer:
             tell(
                 self._observer, rows, outputs, proposals=proposals, last_BTH=last_BTH, version=self.draft_version,
-                explore_temperature=self._proposer.explore_temperature,
+                explore_temperature=self.proposer.explore_temperature,
             )  # fmt: skip
         for row, output in zip(rows, outputs, strict=True):
             if output.finish_reason is not None:

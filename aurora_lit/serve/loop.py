@@ -72,6 +72,7 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
                 started, swaps = time.perf_counter(), 0 if live is None else live.num_swaps
                 if live is not None:
                     live.before_round()
+                parts.before_round()
                 outputs = engine.round()
                 report.times.note(time.perf_counter() - started, swapped=live is not None and live.num_swaps > swaps)
                 if live is not None:

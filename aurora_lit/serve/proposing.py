@@ -44,12 +44,11 @@ class Proposer:
         log_probabilities: bool = False,
     ) -> None:
         """`log_probabilities`: also say how likely each proposal was (`Proposals.logprob_BK`)."""
-        self.explore_temperature = explore_temperature
         self._drafter = drafter
         self._policy = policy
         self._lookup = lookup
         self._device = device
-        self._explore_share = explore_share
+        self.explore_share, self.explore_temperature = explore_share, explore_temperature
         self._rng = random.Random(explore_seed)
         self._log_probabilities = log_probabilities
         self._options_rows: list[Row] = []
@@ -107,9 +106,9 @@ class Proposer:
 
     def _options_for(self, rows: list[Row]) -> LogitOptions:
         """How each row's proposals are drawn: by its own options, or by exploring."""
-        if self._explore_share:
+        if self.explore_share:
             for row in rows:
-                row.explored = row.request.store and self._rng.random() < self._explore_share
+                row.explored = row.request.store and self._rng.random() < self.explore_share
             if any(row.explored for row in rows):
                 # As if it were a request that is sampled freely; the target's pass keeps to what was asked for.
                 free = SamplingParams(max_tokens=1, temperature=self.explore_temperature)

@@ -76,6 +76,8 @@ def learner_json(now: LearnerStatus) -> Json:
                    "queued": now.lag_records, "queued_bytes": now.lag_bytes},
         "gate": {"published": now.published, "refused": now.gate_refused,
                  "champion": _finite(now.champion_score), "challenger": _finite(now.challenger_score)},
+        "domains": {"now": now.domains or None, "shifts": now.num_shifts, "last_shift": now.last_shift or None,
+                    "rate_factor": now.rate_factor, "explore_share": now.explore_share},
     }  # fmt: skip
 
 
