@@ -92,6 +92,18 @@ def accepted_length(report: dict[str, dict[str, object]]) -> float:
     return float(report["chat"]["expected_accepted_length"])  # type: ignore[arg-type]
 
 
+def test_the_rate_falls_with_positions_however_many_of_a_batch_count(
+    target: Target, log: Path, tmp_path: Path
+) -> None:
+    shards = read_index(log)
+    learning = fitter(target, tmp_path / "fit")
+    peak, module = learning.options.learning_rate, learning.module
+    learning.fit(log, shards, until_positions=4_000)
+    seen = learning.positions_seen / learning.options.batch_positions
+    assert learning.schedules[0].get_last_lr()[0] == pytest.approx(peak * module.rate_factor(int(seen)), rel=1e-6)
+    assert learning.schedules[0].last_epoch > 1.2 * seen, "prompts are not learnt from, so steps run ahead"
+
+
 def test_a_few_steps_learn_and_a_rebuilt_fitter_goes_on_where_the_last_one_was(
     target: Target, log: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from aurora_lit.errors import AuroraError
@@ -56,9 +57,11 @@ class Fitter:
         self.fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed")
         module.learning_rate = options.learning_rate
         module.total_steps = max(1, options.total_positions // options.batch_positions)
-        optimizers, self.schedules = module.configure_optimizers()
-        self.module, *self.optimizers = self.fabric.setup(module, *optimizers)
         self.positions_seen = 0
+        optimizers, _ = module.configure_optimizers()
+        # By positions, not steps: how many of a batch's positions count is not known beforehand.
+        self.schedules = [LambdaLR(each, lambda _: module.rate_factor(self._progress())) for each in optimizers]
+        self.module, *self.optimizers = self.fabric.setup(module, *optimizers)
         self.epoch = 0
         if self.state_path.exists():
             self._resume()
@@ -72,7 +75,6 @@ class Fitter:
                 before = self.positions_seen
                 for batch in self._batches(traces, shards):
                     report = self._step(batch)
-                    self.positions_seen += int((batch.weight_BT > 0).sum())
                     bar.update(task, completed=self.positions_seen, note=_note(report))
                     if time.monotonic() - last_save > SAVE_EVERY_S:
                         self.save()
@@ -110,6 +112,10 @@ class Fitter:
                 "expected_accepted_length": round(float(expected_accepted_length(alpha_K)), 3),
             }
         return report_by_domain
+
+    def _progress(self) -> int:
+        """How far the training is, in steps of whole batches."""
+        return self.positions_seen // self.options.batch_positions
 
     def save(self) -> None:
         """Write the whole training state, durably, over the last one."""
@@ -154,6 +160,7 @@ class Fitter:
             report: StepReport = self.module.training_step(batch)
         self.module.zero_grad()
         self.fabric.backward(report.loss)
+        self.positions_seen += int((batch.weight_BT > 0).sum())
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             self.fabric.clip_gradients(self.module, optimizer, max_norm=1.0)
             optimizer.step()
