@@ -13,6 +13,7 @@ import aurora_lit
 from aurora_lit.cli_live import drafts, learn, status
 from aurora_lit.cli_options import FILE, FOLDER, AuroraGroup, ManyFilesCommand, configured
 from aurora_lit.config import AuroraConfig
+from aurora_lit.replay import replay
 
 
 @click.group(cls=AuroraGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -24,7 +25,7 @@ def main() -> None:
     """
 
 
-for _command in (learn, status, drafts):
+for _command in (learn, status, drafts, replay):
     main.add_command(_command)
 
 

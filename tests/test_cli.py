@@ -15,7 +15,7 @@ from aurora_lit.cli import main
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.errors import SourceError
 
-COMMANDS = (["serve"], ["learn"], ["status"], ["drafts", "list"],
+COMMANDS = (["serve"], ["learn"], ["replay"], ["status"], ["drafts", "list"],
             ["generate"], ["pretrain"], ["doctor"], ["bench", "throughput"], ["bench", "acceptance"])  # fmt: skip
 
 

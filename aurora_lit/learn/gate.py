@@ -15,7 +15,7 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -153,6 +153,27 @@ def _compare(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]
     return before, after, (after - before) / max(math.sqrt(variance / count), 1e-9)
 
 
+def compare(
+    held_out: HeldOut, *, champion: DraftModule, challenger: DraftModule, batch_positions: int
+) -> Verdict | None:
+    """Score both drafts on all held-out requests; None when too few of them can be scored."""
+    requests = list(held_out)
+    unscored = [request for request in requests if request.champion_score is None]
+    for request, score in score_requests(champion, unscored, batch_positions=batch_positions):
+        request.champion_score = score
+    scores = dict(score_requests(challenger, requests, batch_positions=batch_positions))
+    newest: list[tuple[float, float]] = []
+    by_domain: dict[str, list[tuple[float, float]]] = {}
+    for request in requests:
+        if request.champion_score is None or request not in scores:  # too short to tell
+            continue
+        pair = (request.champion_score, scores[request])
+        by_domain.setdefault(request.domain, []).append(pair)
+        if request in held_out.newest:
+            newest.append(pair)
+    return judge(newest, by_domain) if len(newest) >= MIN_REQUESTS else None
+
+
 @torch.no_grad()
 def score_requests(
     module: DraftModule, requests: Sequence[HeldOutRequest], *, batch_positions: int
@@ -174,8 +195,7 @@ def _accepted(module: DraftModule, lessons: Sequence[Lesson]) -> list[tuple[floa
     """By lesson: proposals expected to be accepted, summed over all roots, and how many roots there are."""
     device = module.embedding_VH.device
     batch = collate([lesson.trace for lesson in lessons], with_prompt=[False] * len(lessons)).to(device)
-    # In the draft's own precision, unless the caller has autocast on.
-    hidden_KBTH = module.unroll(replace(batch, aux_BT3H=batch.aux_BT3H.to(module.draft.fc.weight.dtype)))
+    hidden_KBTH = module.unroll(batch)
     K, B, T, _ = hidden_KBTH.shape
     accept_KBT = torch.zeros(K, B, T)
     for row, lesson in enumerate(lessons):

@@ -37,9 +37,19 @@ class Learner:
     """See the file's docstring for its life."""
 
     def __init__(
-        self, module: DraftModule, steering: Steering, state_path: Path, *, version: str, loggers: Sequence[Logger] = ()
+        self,
+        module: DraftModule,
+        steering: Steering,
+        state_path: Path,
+        *,
+        version: str,
+        loggers: Sequence[Logger] = (),
+        fabric: Fabric | None = None,
     ) -> None:
-        """`version`: the published draft, or the starting checkpoint, that the module's weights descend from."""
+        """`version`: the published draft, or the starting checkpoint, that the module's weights descend from.
+
+        fabric: of several processes that take each step together; each must be given the same batches.
+        """
         self.steering = steering
         self.state_path = state_path
         self.version = version
@@ -48,7 +58,7 @@ class Learner:
         """Positions learned from, replay included."""
         self.poisoned = 0
         """Batches since this object was made whose loss or gradient was not finite; they taught nothing."""
-        self.fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed", loggers=list(loggers))
+        self.fabric = fabric or Fabric(accelerator="auto", devices=1, precision="bf16-mixed", loggers=list(loggers))
         self.module: Any = self.fabric.setup_module(module)
         self._metrics: dict[str, MeanMetric] = {}
         self._new_optimizers()
@@ -62,14 +72,16 @@ class Learner:
 
     def update(self, batch: OnlineBatch) -> OnlineReport | None:
         """Learn from a batch: loss, gradient, one step of each optimiser and of the schedule."""
-        batch = batch.to(self.fabric.device)
+        part = batch.part(self.fabric.global_rank, of=self.fabric.world_size).to(self.fabric.device)
         self._follow_signal()
+        module: DraftModule = self.module.module
         with self.fabric.autocast():
-            report: OnlineReport = self.module.training_step(batch)
+            report = module.training_step(part)
         self.module.zero_grad()
         self.fabric.backward(report.loss)
+        loss = self._join_parts(report.loss.detach())
         norm = self._clip_gradients()
-        if not (torch.isfinite(report.loss) and torch.isfinite(norm)):
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
             self.poisoned += 1
             return None
         self.steering.learned(batch)
@@ -147,6 +159,21 @@ class Learner:
         replay_weight = signal.replay_share / (1 - signal.replay_share)
         module.online = replace(module.online, entropy_weight=signal.entropy_weight, replay_weight=replay_weight)
 
+    def _join_parts(self, loss: torch.Tensor) -> torch.Tensor:
+        """Add up the gradients of all processes, and their losses.
+
+        Here, not in the strategy's wrapper: that one averages, and takes no frozen records.
+        """
+        if self.fabric.world_size == 1:
+            return loss
+        gradients = [p.grad for p in self.draft.parameters() if p.grad is not None]
+        flat = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)])
+        flat = torch.as_tensor(self.fabric.all_reduce(flat, reduce_op="sum"))
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, joined in zip(gradients, torch.split(flat[1:], sizes), strict=True):
+            gradient.copy_(joined.view_as(gradient))
+        return flat[0]
+
     def _clip_gradients(self) -> torch.Tensor:
         """Clip the gradient of the whole module, whichever optimiser has which part; its norm before."""
         norm = self.fabric.clip_gradients(self.module, self.optimizers[0], max_norm=1.0, error_if_nonfinite=False)
@@ -163,7 +190,9 @@ class Learner:
     def _log(self, report: OnlineReport, norm: torch.Tensor) -> None:
         """Average the step's numbers; every few steps the means go to the loggers."""
         for name, value, weight in _numbers(report, norm):
-            self._metrics.setdefault(name, MeanMetric(nan_strategy="ignore")).update(value, weight)
+            # Processes see different terms, so what is logged is the first one's part.
+            metric = MeanMetric(nan_strategy="ignore", sync_on_compute=False)
+            self._metrics.setdefault(name, metric).update(value, weight)
         if self.steps % _LOG_EVERY_STEPS == 0:
             means = {name: float(metric.compute()) for name, metric in self._metrics.items() if metric.update_called}
             rate = float(self.schedules[0].get_last_lr()[0])

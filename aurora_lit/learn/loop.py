@@ -18,7 +18,7 @@ from aurora_lit.ipc.learner_status import LearnerBlock
 from aurora_lit.learn.budget import Budget
 from aurora_lit.learn.feed import Feed
 from aurora_lit.learn.frozen import FrozenEnds
-from aurora_lit.learn.gate import MIN_REQUESTS, HeldOut, HeldOutRequest, Verdict, judge, score_requests
+from aurora_lit.learn.gate import MIN_REQUESTS, HeldOut, Verdict, compare
 from aurora_lit.learn.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.rounds import crop, first_taught, fits, read_lesson
 from aurora_lit.modules.draft import Draft
@@ -215,21 +215,13 @@ class OnlineLoop:
 
     def _compare(self) -> Verdict | None:
         """Score both drafts on all held-out requests; None when too few of them can be scored."""
-        requests = list(self.held_out)
-        size = self._config.batch_positions
         with self.learner.fabric.autocast():
-            unscored = [request for request in requests if request.champion_score is None]
-            for request, score in score_requests(self._champion, unscored, batch_positions=size):
-                request.champion_score = score
-            challenger = dict(score_requests(self.learner.module.module, requests, batch_positions=size))
-        newest: list[tuple[float, float]] = []
-        by_domain: dict[str, list[tuple[float, float]]] = {}
-        for request in requests:
-            if (pair := _pair(request, challenger)) is not None:
-                by_domain.setdefault(request.domain, []).append(pair)
-                if request in self.held_out.newest:
-                    newest.append(pair)
-        return judge(newest, by_domain) if len(newest) >= MIN_REQUESTS else None
+            return compare(
+                self.held_out,
+                champion=self._champion,
+                challenger=self.learner.module.module,
+                batch_positions=self._config.batch_positions,
+            )
 
     # -- what is left behind ---------------------------------------------------------------------------------------
 
@@ -271,10 +263,3 @@ class OnlineLoop:
             explore_share=signal.explore_share,
             explore_temperature=signal.explore_temperature,
         )
-
-
-def _pair(request: HeldOutRequest, challenger: dict[HeldOutRequest, float]) -> tuple[float, float] | None:
-    """Scores of champion and challenger; None where the request was too short to tell."""
-    if request.champion_score is None or request not in challenger:
-        return None
-    return request.champion_score, challenger[request]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,7 +121,9 @@ def online_batch(live: Sequence[Lesson], replay: Sequence[Trace], *, oldest_fres
     width = max([1, *(part["proposal_QK"].shape[1] for part in parts)])
     hidden = traces[0].last_TH.shape[1]
     parts.append(_no_rounds(hidden))  # so that there is something to join
-    rounds = {name: torch.cat([_widen(name, part[name], width) for part in parts]) for name in parts[-1]}
+    rounds: dict[str, Any] = {
+        name: torch.cat([_widen(name, part[name], width) for part in parts]) for name in parts[-1]
+    }
     counts = [len(part["root_Q"]) for part in parts]
     return OnlineBatch(
         traces=collate(traces, with_prompt=[False] * len(traces)),

@@ -53,7 +53,7 @@ def build_loop(
     learn = config.learn
     torch.set_num_threads(learn.threads)
     with contextlib.closing(RingReader.open(ring_path, layout=LAYOUT_DIGEST)) as ring:
-        ends, starting = _load(config)
+        ends, starting = ends_and_start(config)
         store = DraftStore(Path(config.checkpoint.dir) / config.checkpoint.run, keep=config.checkpoint.keep)
         if learn.from_scratch and store.current() is None:
             store.publish(starting, record={"reason": "untrained: learning begins from scratch"})
@@ -62,7 +62,7 @@ def build_loop(
             return starting if version is None else load_draft(store.folder / version, ends)
 
         current = store.current()
-        module = _module(config, copy.deepcopy(served_draft(current)), ends)
+        module = online_module(config, copy.deepcopy(served_draft(current)), ends)
         state_path = store.folder / STATE_NAME
         learner = Learner(
             module, steering_of(config), state_path, version=current or STARTING_VERSION, loggers=_loggers(config)
@@ -70,7 +70,7 @@ def build_loop(
         if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # taken back meanwhile
         ends.to(learner.fabric.device)
-        champion = _module(config, copy.deepcopy(module.draft), ends).to(learner.fabric.device)
+        champion = online_module(config, copy.deepcopy(module.draft), ends).to(learner.fabric.device)
         feed = Feed(
             ends,
             Reservoir(run_folder / "reservoir", limit_bytes=learn.reservoir_mb * _MIB, seed=learn.seed),
@@ -121,7 +121,7 @@ def steering_of(config: AuroraConfig) -> Steering:
     )
 
 
-def _load(config: AuroraConfig) -> tuple[FrozenEnds, Draft]:
+def ends_and_start(config: AuroraConfig) -> tuple[FrozenEnds, Draft]:
     """The target's two ends, and the draft that serving starts with; the target's layers are let go again."""
     folder = draft_folder(config)
     if folder is None and not config.learn.from_scratch:
@@ -158,7 +158,8 @@ def _untrained(config: AuroraConfig, target: Target, folder: Path | None) -> Dra
         )
 
 
-def _module(config: AuroraConfig, draft: Draft, ends: FrozenEnds) -> DraftModule:
+def online_module(config: AuroraConfig, draft: Draft, ends: FrozenEnds) -> DraftModule:
+    """The draft as `learn` asks to train it."""
     learn = config.learn
     return DraftModule(
         draft,

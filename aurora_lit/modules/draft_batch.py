@@ -83,9 +83,54 @@ class OnlineBatch:
     fresh_Q: Tensor
     """bool: proposed by a draft recent enough to learn a policy from."""
 
+    live_part: float = 1.0
+    """Share that the live rows here have of those of a whole batch, by their weights; see `part`."""
+    replay_part: float = 1.0
+    """The same of the remembered rows."""
+    rounds_part: float = 1.0
+    """The same of the rounds with a policy ratio."""
+
+    def part(self, number: int, *, of: int) -> OnlineBatch:
+        """What process `number` of so many learns from: every `of`-th row, with its rounds.
+
+        The parts' supervised losses add up to the whole batch's. A part without rows gets one that counts nothing,
+        since all processes must take the step.
+        """
+        if of == 1:
+            return self
+        traces, num_rows = self.traces, len(self.live_B)
+        row_P = torch.arange(number, num_rows, of)
+        counts = len(row_P) > 0
+        row_P = row_P if counts else torch.zeros(1, dtype=torch.int64)
+        drawn_Q = self.fresh_Q & self.behaviour_logprob_QK.isfinite().any(-1)
+        kept_Q = torch.isin(self.row_Q, row_P) & counts
+        weight_B = traces.weight_BT.sum(1)
+        of_tensors = {name: value[row_P] for name, value in vars(traces).items() if isinstance(value, Tensor)}
+        of_rounds = {
+            name: value[kept_Q] for name, value in vars(self).items() if name.endswith(("_Q", "_QK", "_QKH"))
+        }
+        of_tensors["weight_BT"] = of_tensors["weight_BT"] * counts
+        of_rounds["row_Q"] = torch.searchsorted(row_P, of_rounds["row_Q"])
+        mine_B = torch.isin(torch.arange(num_rows), row_P) & counts
+        return replace(
+            self,
+            traces=replace(traces, **of_tensors, domains=tuple(traces.domains[row] for row in row_P.tolist())),
+            live_B=self.live_B[row_P],
+            live_part=_share(weight_B * self.live_B, mine_B),
+            replay_part=_share(weight_B * ~self.live_B, mine_B),
+            rounds_part=_share(drawn_Q, kept_Q),
+            **of_rounds,
+        )
+
     def to(self, device: torch.device | str) -> OnlineBatch:
         """The same on another device."""
         return _to(self, device)
+
+
+def _share(weight_N: Tensor, mine_N: Tensor) -> float:
+    """Of the summed weights, how much is mine; 0 of nothing."""
+    total = float(weight_N.sum())
+    return float((weight_N * mine_N).sum()) / total if total else 0.0
 
 
 def _to(batch: _Batch, device: torch.device | str) -> _Batch:

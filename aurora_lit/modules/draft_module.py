@@ -128,8 +128,9 @@ class DraftModule(LightningModule):
         valid_KBT, weight_KBT = self._weights(traces)
         live_B1 = batch.live_B[:, None]
         live_KBT, replay_KBT = weight_KBT * live_B1, weight_KBT * ~live_B1
-        share_KBT = live_KBT / live_KBT.sum().clamp_min(1.0)
-        share_KBT = share_KBT + online.replay_weight * replay_KBT / replay_KBT.sum().clamp_min(1.0)
+        replay_weight = online.replay_weight * batch.replay_part
+        share_KBT = batch.live_part * live_KBT / live_KBT.sum().clamp_min(1.0)
+        share_KBT = share_KBT + replay_weight * replay_KBT / replay_KBT.sum().clamp_min(1.0)
         lk_loss, value_loss, stats = self._supervised(traces, unrolled, valid_KBT, share_KBT)
         policy, policy_weight = PolicyTerms.none(lk_loss), lk_loss.new_zeros(())
         if online.ppo_weight > 0 or online.entropy_weight > 0:
@@ -137,12 +138,11 @@ class DraftModule(LightningModule):
             counted_KBT = valid_KBT * live_B1 if batch.live_B.any() else valid_KBT
             mean_alpha = (stats.alpha_N.view_as(valid_KBT) * counted_KBT).sum() / counted_KBT.sum().clamp_min(1.0)
             policy_weight = online.ppo_weight * (1 - torch.exp(-KL_DECAY * mean_alpha))
-            value_loss = value_loss + policy.value_loss
+            value_loss = value_loss + batch.rounds_part * policy.value_loss
         loss = (
             lk_loss
-            + policy_weight * policy.policy_loss
             + self.value_weight * value_loss
-            - online.entropy_weight * policy.entropy
+            + batch.rounds_part * (policy_weight * policy.policy_loss - online.entropy_weight * policy.entropy)
         )
         row_loss_KBT = stats.loss_N.view_as(valid_KBT)
         place_K = torch.arange(batch.proposal_QK.shape[1], device=batch.row_Q.device)
@@ -168,7 +168,7 @@ class DraftModule(LightningModule):
         return unroll(
             self.draft,
             token_ids_BT=batch.token_ids_BT,
-            aux_BT3H=batch.aux_BT3H,
+            aux_BT3H=batch.aux_BT3H.to(self.draft.fc.weight.dtype),  # the draft's own precision, unless autocast is on
             embedding_VH=self.embedding_VH,
             num_steps=self.num_steps,
         )
