@@ -184,6 +184,18 @@ def test_kill_9_of_the_main_process_leaves_nothing():
         assert server.left_behind() == []
 
 
+def test_a_killed_http_process_ends_the_server_instead_of_letting_clients_hang():
+    with FakeServer() as server:
+        with httpx.Client(base_url=server.url) as client:
+            client.get("/health")
+            (http,) = {pid for pid in server.family for each in psutil.Process(pid).net_connections("tcp")
+                       if each.status == psutil.CONN_ESTABLISHED and each.laddr.port == server.port}  # fmt: skip
+            os.kill(http, signal.SIGKILL)
+            server.process.wait(10)
+        assert server.process.returncode == 2
+        assert server.left_behind() == []
+
+
 def test_an_engine_that_cannot_be_built_is_one_clear_error():
     server = FakeServer(options={"build_error": "no such weights"})
     _, stderr = server.process.communicate(timeout=30)

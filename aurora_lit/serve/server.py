@@ -6,8 +6,8 @@
         └── learner, with learn.enabled    serve/learner_child.py; may die, the others go on
 
 SIGTERM or Ctrl-C: no new connections, running requests get server.drain_s seconds, then everything ends. A worker that
-dies turns /health red, its clients get an error, and after WORKER_GRACE_S the whole server ends with an error: it is
-restarted from outside. However the main process ends, its children end with it.
+dies turns /health red, its clients get an error, and after WORKER_GRACE_S the whole server ends with an error, at once
+when the HTTP process dies: it is restarted from outside. However the main process ends, its children end with it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from multiprocessing.connection import wait
@@ -39,6 +40,7 @@ from aurora_lit.serve.learner_child import LearnerChild
 WORKER_GRACE_S = 10.0
 """How long a server without worker stays to say so on /health."""
 _AFTER_DRAIN_S = 2.0  # for the error events that end what drain_s cut off
+_LONGEST_PATH_OF_A_SOCKET = 103  # bytes, on the meanest system
 MAX_BODY_BYTES = 16 * 2**20
 
 
@@ -49,6 +51,7 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
     check_learning(config)
     backend.prepare(config)
     with run_folder() as folder:
+        _keep_sockets_in(folder)
         status = StatusBlock.create(folder / STATUS_NAME)
         learner = LearnerChild(backend.learner_command(folder), LearnerBlock.create(folder / LEARNER_STATUS_NAME))
         (folder / CONFIG_NAME).write_text(to_yaml(settings_for_learner(config)), encoding="utf-8")
@@ -60,7 +63,13 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
             learner.end()
     now = status.read()
     if now.state is WorkerState.FAILED:
-        raise AuroraError(f"the engine worker failed: {now.error}")
+        raise AuroraError(f"the server failed: {now.error}")
+
+
+def _keep_sockets_in(folder: Path) -> None:
+    """LitServe's manager makes a socket among the temporary files; in here it is swept up even after a kill -9."""
+    if len(str(folder)) <= _LONGEST_PATH_OF_A_SOCKET - len("/pymp-12345678/listener-12345678"):
+        tempfile.tempdir = str(folder)
 
 
 def check_learning(config: AuroraConfig) -> None:
@@ -115,12 +124,23 @@ def _real_backend() -> Backend:
     return Backend(prepare=find_target, build_worker=build_worker, load_tokenizer=load_tokenizer)
 
 
-def _build(config: AuroraConfig, backend: Backend, folder: Path) -> Any:
+class _Server(LitServer):  # type: ignore[misc]
+    """LitServe's server, which waits for ever for an HTTP process that was killed: so we watch it."""
+
+    http_processes: tuple[Any, ...] = ()
+
+    def _start_server(self, *args: Any, **options: Any) -> Any:
+        workers = super()._start_server(*args, **options)
+        self.http_processes = tuple(workers.values())
+        return workers
+
+
+def _build(config: AuroraConfig, backend: Backend, folder: Path) -> _Server:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns about every fork
     spec = AuroraSpec(config, backend, folder)
     api = AuroraAPI(config, backend, folder, spec)
     # One worker owns all devices; "cpu" only tells LitServe to start one, the engine chooses its device itself.
-    server = LitServer(api, accelerator="cpu", workers_per_device=1, timeout=False, max_payload_size=MAX_BODY_BYTES)
+    server = _Server(api, accelerator="cpu", workers_per_device=1, timeout=False, max_payload_size=MAX_BODY_BYTES)
     server.uvicorn_graceful_timeout = config.server.drain_s + _AFTER_DRAIN_S
     # LitServe would end the server at once when the worker dies; we first let /health and the clients know.
     server._monitor_workers = False
@@ -128,11 +148,11 @@ def _build(config: AuroraConfig, backend: Backend, folder: Path) -> Any:
     return server
 
 
-def _run(server: Any, config: AuroraConfig, status: StatusBlock, learner: LearnerChild | None) -> None:
+def _run(server: _Server, config: AuroraConfig, status: StatusBlock, learner: LearnerChild | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     threading.Thread(target=_announce_when_ready, args=(config, status, learner), daemon=True).start()
-    threading.Thread(target=_end_after_worker, args=(server, status), daemon=True).start()
+    threading.Thread(target=_end_after_children, args=(server, status), daemon=True).start()
     try:
         server.run(host=config.server.host, port=config.server.port, num_api_servers=1, log_level="warning",
                    generate_client_file=False, access_log=False)  # fmt: skip
@@ -179,16 +199,28 @@ def _answers_ready(host: str, port: int) -> bool:
         connection.close()
 
 
-def _end_after_worker(server: Any, status: StatusBlock) -> None:
-    """When the worker has ended, give clients and probes a moment, then end the server as SIGTERM would."""
+def _end_after_children(server: _Server, status: StatusBlock) -> None:
+    """When engine worker or HTTP process has ended, end the server as SIGTERM would.
+
+    A dead worker leaves clients and probes a moment to be told; without HTTP nobody could be told anything.
+    """
     while status.read().state is not WorkerState.READY:
         if status.read().state is WorkerState.FAILED:
             return
         time.sleep(0.05)
-    wait([server.inference_workers[0].sentinel])
+    while not server.http_processes:
+        time.sleep(0.05)
+    worker = server.inference_workers[0]
+    ended = wait([worker.sentinel, *(process.sentinel for process in server.http_processes)])
     if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         return  # the server is being ended anyway
-    logging.getLogger(__name__).error("the engine worker ended; the server ends in %.0f s", WORKER_GRACE_S)
-    status.write(state=WorkerState.FAILED, error=status.read().error or "it was killed")
-    time.sleep(WORKER_GRACE_S)
+    if worker.sentinel not in ended:
+        logging.getLogger(__name__).error("the HTTP process ended; the server ends")
+        worker.kill()  # nobody waits for what it does
+        worker.join()
+        status.write(state=WorkerState.FAILED, error="the HTTP process ended")
+    else:
+        logging.getLogger(__name__).error("the engine worker ended; the server ends in %.0f s", WORKER_GRACE_S)
+        status.write(state=WorkerState.FAILED, error=status.read().error or "the engine worker was killed")
+        time.sleep(WORKER_GRACE_S)
     os.kill(os.getpid(), signal.SIGTERM)
