@@ -101,25 +101,29 @@ class Learner:
 
     def save(self) -> None:
         """Write the whole state, safe on disk, over the last one."""
+        if not self.fabric.is_global_zero:
+            return
         self.state_path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.state_path.with_suffix(".tmp")
-        self.fabric.save(
-            temporary,
-            {
-                **self._stateful(),
-                "schedules": [schedule.state_dict() for schedule in self.schedules],
-                "version": self.version,
-                "steps": self.steps,
-                "positions": self.positions,
-                "vocabulary": self.draft.d2t.cpu(),
-            },
-        )
-        with temporary.open("rb") as file:
+        # Not by fabric.save: killed inside, it leaves a file of this size among the machine's temporary files.
+        with self._unfinished_path.open("wb") as file:
+            torch.save(
+                {
+                    **{name: part.state_dict() for name, part in self._stateful().items()},
+                    "schedules": [schedule.state_dict() for schedule in self.schedules],
+                    "version": self.version,
+                    "steps": self.steps,
+                    "positions": self.positions,
+                    "vocabulary": self.draft.d2t.cpu(),
+                },
+                file,
+            )
+            file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.state_path)
+        os.replace(self._unfinished_path, self.state_path)
 
     def resume(self) -> bool:
         """Take over the last learner's state; False, and nothing taken, when there is none that fits this draft."""
+        self._unfinished_path.unlink(missing_ok=True)  # of a learner that was killed while it saved
         if not self.state_path.exists():
             return False
         try:
@@ -179,6 +183,10 @@ class Learner:
         norm = self.fabric.clip_gradients(self.module, self.optimizers[0], max_norm=1.0, error_if_nonfinite=False)
         assert norm is not None  # it is for strategies that clip out of sight
         return norm
+
+    @property
+    def _unfinished_path(self) -> Path:
+        return self.state_path.with_suffix(".tmp")
 
     def _stateful(self) -> dict[str, Any]:
         return {

@@ -55,6 +55,7 @@ def build_loop(
     with contextlib.closing(RingReader.open(ring_path, layout=LAYOUT_DIGEST)) as ring:
         ends, starting = ends_and_start(config)
         store = DraftStore(Path(config.checkpoint.dir) / config.checkpoint.run, keep=config.checkpoint.keep)
+        store.prune()  # and with it what a learner left that was killed while it published
         if learn.from_scratch and store.current() is None:
             store.publish(starting, record={"reason": "untrained: learning begins from scratch"})
 
