@@ -22,6 +22,7 @@ import psutil
 from fakes import FakeOptions, build_fake, load_tiny_tokenizer, prepare_nothing
 
 from aurora_lit.errors import AuroraError
+from aurora_lit.ipc.lifetime import die_with_parent
 from aurora_lit.settings import AuroraConfig, CheckpointConfig, DraftConfig, EngineConfig, LearnConfig, ServerConfig
 
 MODEL = "tiny"
@@ -44,7 +45,8 @@ class FakeServer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         arguments = {"server": {"port": self.port, "model_name": MODEL, **(server or {})}, "options": options or {},
-                     "checkpoints": str(checkpoints or "/nonexistent"), "learner": learner}  # fmt: skip
+                     "checkpoints": str(checkpoints or "/nonexistent"), "learner": learner,
+                     "parent": os.getpid()}  # fmt: skip
         # The package may be installed or not; a helper thread per core would only slow the tests' neighbours down.
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
@@ -108,6 +110,7 @@ def main(arguments: dict[str, Any]) -> None:
     from aurora_lit.serve.api import Backend
     from aurora_lit.serve.server import serve
 
+    die_with_parent(arguments["parent"])
     options = FakeOptions(**arguments["options"])
     config = AuroraConfig(
         server=ServerConfig(**arguments["server"]), engine=EngineConfig(max_draft_tokens=2),

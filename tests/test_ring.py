@@ -305,6 +305,8 @@ WRITER = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
+from aurora_lit.ipc.lifetime import die_with_parent
+die_with_parent({parent})
 from test_ring import LAYOUT, payload_of
 from aurora_lit.ipc.ring import RingWriter
 writer = RingWriter.open(Path({path!r}), layout=LAYOUT)
@@ -317,6 +319,8 @@ READER = """
 import sys, os
 sys.path.insert(0, {tests!r})
 from pathlib import Path
+from aurora_lit.ipc.lifetime import die_with_parent
+die_with_parent({parent})
 from test_ring import LAYOUT, number_of
 from aurora_lit.ipc.ring import RingReader
 reader = RingReader.open(Path({path!r}), layout=LAYOUT)
@@ -332,7 +336,7 @@ while True:
 
 
 def started(script: str, path: Path) -> subprocess.Popen[bytes]:
-    code = script.format(tests=str(Path(__file__).parent), path=str(path))
+    code = script.format(tests=str(Path(__file__).parent), path=str(path), parent=os.getpid())
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None
     assert child.stdout.readline() == b"ready\n"

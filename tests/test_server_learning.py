@@ -168,7 +168,7 @@ def test_a_learner_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(learner_child, "_GRACE_S", 0.2)
     pid = tmp_path / "pid"
     page = LearnerBlock.create(tmp_path / "page")
-    looping = f"trap '' TERM; echo $$ > {pid}; while :; do sleep 0.1; done"
+    looping = f"trap '' TERM; echo $$ > {pid}; for i in $(seq 600); do sleep 0.1; done"
     child = learner_child.LearnerChild(["sh", "-c", looping], page)
     child.start()
     until(lambda: pid.exists() and pid.read_text(), bool)
@@ -191,7 +191,7 @@ def test_a_learner_needs_a_draft_that_is_used():
         (["engine.speculate=false"], "engine.speculate=true"),
         (["engine.max_draft_tokens=0"], "engine.max_draft_tokens=4"),
     ]:
-        check_learning(load_config(None, overrides))
+        check_learning(load_config(None, [*overrides, "learn.enabled=false"]))
         with pytest.raises(ConfigError, match=remedy):
             check_learning(load_config(None, [*overrides, "learn.enabled=true"]))
     check_learning(load_config(None, ["draft.checkpoint=null", "learn.from_scratch=true", "learn.enabled=true"]))
