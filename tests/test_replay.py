@@ -299,7 +299,8 @@ def test_two_processes_learn_what_one_learns(recorded: list[str], tmp_path: Path
     other = torch.cat([t.flatten().float() for t in together.values()])
     start = load_draft(tmp_path / "start", FrozenEnds(Target.load(_source(tmp_path), precision="fp32"))).state_dict()
     began = torch.cat([t.flatten().float() for t in start.values()])
-    assert (moved - other).norm() < 0.02 * (moved - began).norm()
+    # Muon orthogonalises in bf16, which makes more of rounding; halves that are not joined are ten times as far off.
+    assert (moved - other).norm() < 0.05 * (moved - began).norm()
 
 
 def _source(tmp_path: Path) -> Path:
