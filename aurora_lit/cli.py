@@ -75,7 +75,7 @@ def generate(config: AuroraConfig, prompt: str, max_tokens: int, temperature: fl
 @click.option("--positions", type=click.IntRange(min=1), default=3_000_000, show_default=True, help="To learn from.")
 @click.option("--batch-positions", type=click.IntRange(min=64), default=1024, show_default=True)
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
-@click.option("--draft-vocab-size", type=click.IntRange(min=16), default=12_288, show_default=True)
+@click.option("--draft-vocab-size", type=click.IntRange(min=16), default=16_384, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @configured
 def pretrain(config: AuroraConfig, **options: Any) -> None:

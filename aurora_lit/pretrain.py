@@ -62,7 +62,7 @@ class PretrainOptions:
     """Share of those that is learnt from text alone, before answers."""
     batch_positions: int = 1024
     learning_rate: float = 1e-3
-    draft_vocab_size: int = 12_288
+    draft_vocab_size: int = 16_384
     seed: int = 0
 
 
