@@ -385,9 +385,11 @@ def test_readers_killed_at_random_times_never_read_a_wrong_record_nor_hold_up_th
     counters = writer.counters
     assert counters.popped > 50
     assert counters.torn == 0
+    push(writer, 5)  # the last reader may have caught up before it was killed
     reader = RingReader.open(path, layout=LAYOUT)
     rest = drain(reader)
-    assert rest == list(range(rest[0], counters.pushed))
+    assert len(rest) >= 5
+    assert rest == list(range(rest[0], writer.counters.pushed))
 
 
 # -- no room -------------------------------------------------------------------------------------------------------
