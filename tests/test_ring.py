@@ -369,8 +369,8 @@ def test_writers_killed_at_random_times_never_leave_a_wrong_record(path: Path) -
     assert counters.pushed > 1000
     assert counters.popped > 50
     assert counters.torn == 0
-    # A reader and a writer that meet at one record may both count it.
-    assert -20 <= counters.pushed - counters.popped - counters.overwritten <= 20
+    # A reader and a writer that meet at one record may both count it, and how often they meet grows with the pushes.
+    assert abs(counters.pushed - counters.popped - counters.overwritten) <= max(20, counters.pushed // 50)
 
 
 def test_readers_killed_at_random_times_never_read_a_wrong_record_nor_hold_up_the_writer(path: Path) -> None:
