@@ -24,6 +24,7 @@ from rich.table import Table
 
 from aurora_lit.bench.drive import load_prompts, params_for
 from aurora_lit.config import load_config
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
 from aurora_lit.ipc.ring import RingReader
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.ipc.status import StatusBlock
@@ -74,6 +75,7 @@ def main() -> int:
     config = load_config(None, args.overrides)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        LearnerBlock.create(folder / LEARNER_STATUS_NAME)
         parts = build_worker(config, folder)
         engine: Any = parts.engine
         clock = Clock()
