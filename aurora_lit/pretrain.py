@@ -26,7 +26,7 @@ from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.answering import Question, answer
 from aurora_lit.learn.fitting import FitOptions, Fitter
-from aurora_lit.learn.initial import choose_vocabulary, count_tokens, initial_draft
+from aurora_lit.learn.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, count_tokens, initial_draft
 from aurora_lit.learn.reading import encode_prompt, read_batch, read_prompts, text_pieces
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft_module import DraftModule
@@ -62,7 +62,7 @@ class PretrainOptions:
     """Share of those that is learnt from text alone, before answers."""
     batch_positions: int = 1024
     learning_rate: float = 1e-3
-    draft_vocab_size: int = 16_384
+    draft_vocab_size: int = DRAFT_VOCABULARY_SIZE
     seed: int = 0
 
 

@@ -13,6 +13,9 @@ from torch import nn
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft, DraftConfig
 
+DRAFT_VOCABULARY_SIZE = 16_384
+"""Tokens of a new draft's vocabulary, unless told otherwise."""
+
 
 def count_tokens(sequences: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
     """How often each token id occurs [V]."""

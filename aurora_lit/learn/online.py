@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,21 +82,14 @@ def _open_pages(run_folder: Path) -> tuple[LearnerBlock, StatusBlock]:
 @contextlib.contextmanager
 def _beating(page: LearnerBlock, loops: list[OnlineLoop]) -> Iterator[None]:
     """Beat from a thread of its own, since a step may take long on a loaded machine; not for a loop that got stuck."""
-    ended = threading.Event()
     silent_from_s = time.monotonic() + _LONGEST_LOADING_S
 
     def beat() -> None:
-        while not ended.wait(_BEAT_EVERY_S):
-            if time.monotonic() < (loops[0].last_turn_s + _LONGEST_TURN_S if loops else silent_from_s):
-                page.beat()
+        if time.monotonic() < (loops[0].last_turn_s + _LONGEST_TURN_S if loops else silent_from_s):
+            page.beat()
 
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
+    with _repeated(beat, every_s=_BEAT_EVERY_S, name="heartbeat"):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @contextlib.contextmanager
@@ -113,15 +106,26 @@ def _stopped_by_signals(loop: OnlineLoop) -> Iterator[None]:
 @contextlib.contextmanager
 def _stopped_with_server(loop: OnlineLoop, run_folder: Path, status: StatusBlock) -> Iterator[None]:
     """The loop ends when the run folder is gone, or the engine worker is."""
-    ended = threading.Event()
 
     def watch() -> None:
-        while not ended.wait(1.0):
-            worker = status.read().worker_pid
-            if not run_folder.is_dir() or (worker and not psutil.pid_exists(worker)):
-                loop.stop()
+        worker = status.read().worker_pid
+        if not run_folder.is_dir() or (worker and not psutil.pid_exists(worker)):
+            loop.stop()
 
-    thread = threading.Thread(target=watch, name="server watch", daemon=True)
+    with _repeated(watch, every_s=1.0, name="server watch"):
+        yield
+
+
+@contextlib.contextmanager
+def _repeated(action: Callable[[], None], *, every_s: float, name: str) -> Iterator[None]:
+    """Do something again and again in a thread of its own, which has ended when this is left."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(every_s):
+            action()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     try:
         yield

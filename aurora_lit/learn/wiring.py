@@ -23,7 +23,7 @@ from aurora_lit.learn.budget import Budget
 from aurora_lit.learn.feed import Feed
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.gate import HeldOut
-from aurora_lit.learn.initial import initial_draft
+from aurora_lit.learn.initial import DRAFT_VOCABULARY_SIZE, initial_draft
 from aurora_lit.learn.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.loop import OnlineLoop, Outside
 from aurora_lit.learn.reservoir import Reservoir
@@ -39,8 +39,6 @@ from aurora_lit.trace import LAYOUT_DIGEST
 
 STATE_NAME = "learner.ckpt"
 """The learner's state, beside the versions it has published."""
-_VOCABULARY_SIZE = 12_288
-"""Of an untrained draft that has no checkpoint to take a vocabulary from: the lowest ids, which are the commonest."""
 _MOST_REPLAY = 0.95
 _MIB = 1 << 20
 
@@ -147,7 +145,8 @@ def _untrained(config: AuroraConfig, target: Target, folder: Path | None) -> Dra
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.learn.seed)
         if folder is None:
-            ids = torch.arange(min(_VOCABULARY_SIZE, target.vocab_size))
+            # No checkpoint to take a vocabulary from: the lowest ids, which are the commonest.
+            ids = torch.arange(min(DRAFT_VOCABULARY_SIZE, target.vocab_size))
             return initial_draft(target, ids, max_positions=config.engine.max_seq_len)
         shape = read_config(folder)
         return initial_draft(
