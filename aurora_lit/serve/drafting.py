@@ -182,11 +182,13 @@ class Drafter:
         distributions: list[torch.Tensor] = []
         while True:
             step = len(tokens)
-            draft_id_B, q_BD = propose(self.draft.logits(hidden_BH), options=options, uniform_B=uniform_BK[:, step])
+            normed_BH = self.draft.norm(hidden_BH)  # once for both heads
+            logits_BD = self.draft.lm_head(normed_BH)
+            draft_id_B, q_BD = propose(logits_BD, options=options, uniform_B=uniform_BK[:, step])
             tokens.append(self.vocabulary.target_id_D[draft_id_B])
             if q_BD is not None:
                 distributions.append(q_BD)
-            if step + 1 == num_steps or not go_on(step + 1, self.draft.value(hidden_BH)):
+            if step + 1 == num_steps or not go_on(step + 1, self.draft.value_head(normed_BH).squeeze(-1)):
                 break
             hidden_BH = self._run(tokens[-1][:, None], hidden_BH[:, None], rows.slots_B, starts_B + step)[:, 0]
         return Proposals(
