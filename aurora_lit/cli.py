@@ -67,11 +67,19 @@ def generate(config: AuroraConfig, prompt: str, max_tokens: int, temperature: fl
 )
 @click.option("--text", type=FILE, multiple=True, metavar="FILE...", help="Plain text: read only.")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the new checkpoint.")
+@click.option("--start-from", type=FOLDER, help="Draft checkpoint to go on from; a new draft if left out.")
 @click.option(
     "--text-positions", type=click.IntRange(min=0), default=1_000_000, show_default=True, help="Text to read."
 )
 @click.option("--answers", type=click.IntRange(min=1), help="Prompts to answer, the files in turn; all if left out.")
 @click.option("--max-answer-tokens", type=click.IntRange(min=1), default=160, show_default=True)
+@click.option(
+    "--sampled-share",
+    type=click.FloatRange(0, 1),
+    default=1 / 3,
+    show_default="1/3",
+    help="Share of the answers sampled at temperature 0.7; the others are greedy.",
+)
 @click.option("--positions", type=click.IntRange(min=1), default=3_000_000, show_default=True, help="To learn from.")
 @click.option("--batch-positions", type=click.IntRange(min=64), default=1024, show_default=True)
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)

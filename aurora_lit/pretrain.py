@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from aurora_lit.checkpoints import save_draft
+from aurora_lit.checkpoints import load_draft, save_draft
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.answering import Question, answer
@@ -49,6 +49,8 @@ class PretrainOptions:
     """Text files; read by the target."""
     out: Path
     """The checkpoint's folder."""
+    start_from: Path | None = None
+    """A draft checkpoint of this target to go on from, vocabulary included; None: start from the target itself."""
     text_positions: int = 1_000_000
     """Positions of text to read."""
     answers: int | None = None
@@ -73,16 +75,19 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         torch.set_num_threads(config.engine.threads)
     traces = options.out.with_name(f"{options.out.name}.traces")
     tokenizer, target = load_tokenizer(config), load_target(config)
+    draft = load_draft(options.start_from, target) if options.start_from else None  # refused before hours of work
     _read(target, tokenizer, options, traces)
     _answer(target, tokenizer, options, traces)
     shards = read_index(traces)
     if not shards:
         raise ConfigError("--prompts and --text gave nothing to learn from; name files with more text")
-    ids = _vocabulary(target, tokenizer, options, traces, shards)
+    if draft is None:
+        ids = _vocabulary(target, tokenizer, options, traces, shards)
+        draft = initial_draft(target, ids, max_positions=config.engine.max_seq_len)
     module = DraftModule(
-        initial_draft(target, ids, max_positions=config.engine.max_seq_len),
+        draft,
         embedding_VH=target.embedding_rows(),
-        head_VdH=target.head_rows(ids).bfloat16(),
+        head_VdH=target.head_rows(draft.draft_token_ids).bfloat16(),
     )
     fitter = Fitter(
         module,
@@ -210,5 +215,6 @@ def _record(options: PretrainOptions, shards: list[ShardInfo], report: dict[str,
         "prompt_files": [path.name for path in options.prompts],
         "batch_positions": options.batch_positions,
         "learning_rate": options.learning_rate,
+        "started_from": options.start_from.name if options.start_from else None,
         "held_out": report,
     }
