@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import safetensors.torch
@@ -95,6 +95,11 @@ class Trace:
         """Rows of `rejected_last_NH` that belong to each round, int64."""
         return (self.num_proposed_R.long() - 1 - self.num_accepted_R).clamp_min(0)
 
+    def copy(self) -> Trace:
+        """The same in memory of its own."""
+        tensors: dict[str, Any] = {name: tensor.clone() for name, tensor in _tensors(self).items()}
+        return replace(self, **tensors)
+
 
 _DTYPES = {
     "token_ids_T": torch.int32, "aux_T3H": torch.bfloat16, "last_TH": torch.bfloat16, "lse_T": torch.float32,
@@ -114,12 +119,37 @@ LAYOUT_DIGEST = hashlib.sha256(
 """Changes with any field's name or type: a ring or log of another layout is not read."""
 
 
+_NAMES_OF_DTYPES = {
+    torch.float32: "F32", torch.int32: "I32", torch.int64: "I64", torch.bfloat16: "BF16", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+
+
 def to_bytes(trace: Trace) -> bytes:
     """The trace as safetensors."""
+    return b"".join(to_pieces(trace))
+
+
+def to_pieces(trace: Trace) -> list[bytes | memoryview]:
+    """The same bytes in pieces: safetensors' header, then the tensors' own memory, wide numbers first, not copied."""
     plain = json.dumps({name: getattr(trace, name) for name in _PLAIN}).encode()
-    tensors = {name: tensor.contiguous() for name, tensor in _tensors(trace).items()}
-    tensors[_ABOUT] = torch.frombuffer(bytearray(plain), dtype=torch.uint8)
-    return safetensors.torch.save(tensors)
+    tensors = sorted(_tensors(trace).items(), key=lambda item: -item[1].itemsize)
+    header: dict[str, Any] = {}
+    pieces, end = [], 0
+    for name, tensor in tensors:
+        numbers: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        piece = memoryview(numbers)
+        header[name] = _entry(_NAMES_OF_DTYPES[tensor.dtype], list(tensor.shape), end, len(piece))
+        pieces.append(piece)
+        end += len(piece)
+    header[_ABOUT] = _entry("U8", [len(plain)], end, len(plain))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *pieces, plain]
+
+
+def _entry(dtype: str, shape: list[int], start: int, size: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
 
 
 def from_bytes(data: bytes | bytearray | memoryview) -> Trace:

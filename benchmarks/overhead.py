@@ -30,6 +30,7 @@ from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.ipc.status import StatusBlock
 from aurora_lit.publishing import DraftStore
 from aurora_lit.request import Request
+from aurora_lit.serve import engine as engine_module
 from aurora_lit.serve.build import build_worker
 from aurora_lit.serve.hot_reload import HotReloader
 from aurora_lit.serve.live_draft import LiveDraft
@@ -79,8 +80,9 @@ def main() -> int:
         parts = build_worker(config, folder)
         engine: Any = parts.engine
         clock = Clock()
-        for name in ("on_pass", "on_commit", "on_finish"):
-            setattr(engine._observer, name, clock.around("traces", getattr(engine._observer, name)))
+        for name in ("tell", "tell_pass"):
+            setattr(engine_module, name, clock.around("traces", getattr(engine_module, name)))
+        engine._observer.on_finish = clock.around("traces", engine._observer.on_finish)
         assert parts.load_draft is not None, "there is no draft to learn: set draft.checkpoint"
         live = LiveDraft(engine, HotReloader(DraftStore(folder / "drafts", keep=2), parts.load_draft))
         before = clock.around("reload checks", live.before_round)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from tiny_models import VOCAB, draft_module, make_engine, request, run
+from trace_examples import keep_in
 
 from aurora_lit.learn.steering import Steering
 from aurora_lit.models.target import Target
@@ -36,7 +37,7 @@ def some_requests(
 def serve(target: Target, draft: Draft | None, requests: Sequence[Request], **changes: Any) -> list[Trace]:
     """What an engine's recorder hands over while it answers the requests."""
     traces: list[Trace] = []
-    recorder = TraceRecorder(traces.append, hidden_size=target.hidden_size)
+    recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size)
     torch.manual_seed(0)  # free requests draw from the global generator
     draft = copy.deepcopy(draft)  # an engine packs the weights of the one it is given
     engine = make_engine(target, draft, observer=recorder, **{"max_draft_tokens": 3, **changes})

@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner
 from live_traces import online_module, serve, some_requests
 from tiny_models import make_engine, random_draft, run, save_model, trained_draft
+from trace_examples import keep_in
 
 from aurora_lit.checkpoints import load_draft, save_draft
 from aurora_lit.cli import main
@@ -101,7 +102,7 @@ def test_a_walk_goes_on_in_a_requests_next_segment(target: Target, good_draft: D
 
     def segments(draft: Draft, **sizes: int) -> list[Trace]:
         traces: list[Trace] = []
-        recorder = TraceRecorder(traces.append, hidden_size=target.hidden_size, **sizes)
+        recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size, **sizes)
         run(make_engine(target, copy.deepcopy(draft), max_draft_tokens=K, observer=recorder), requests)
         return traces
 

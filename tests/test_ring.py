@@ -86,6 +86,17 @@ def test_payloads_of_any_length_up_to_the_whole_ring(ring: tuple[RingWriter, Rin
         assert reader.pop() is None
 
 
+def test_pieces_are_one_record_end_to_end_wherever_the_ring_goes_round(ring: tuple[RingWriter, RingReader]) -> None:
+    writer, reader = ring
+    for number in range(60):
+        pieces = [bytes([number]) * 5, b"", memoryview(bytes(range(number))), bytearray(b"end")]
+        assert writer.push(*pieces)
+        assert reader.pop() == b"".join(pieces)
+    assert reader.counters.torn == 0
+    assert writer.push()
+    assert reader.pop() == b""
+
+
 def test_a_payload_larger_than_the_ring_is_dropped_and_the_rest_stays(ring: tuple[RingWriter, RingReader]) -> None:
     writer, reader = ring
     push(writer, 3)

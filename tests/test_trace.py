@@ -12,7 +12,7 @@ import torch
 from trace_examples import HIDDEN, same_trace, trace_with_rounds
 
 from aurora_lit.errors import TraceError
-from aurora_lit.trace import Trace, check, from_bytes, to_bytes
+from aurora_lit.trace import Trace, check, from_bytes, to_bytes, to_pieces
 
 ROUNDS = [(1, 4, 1), (3, 3, 3), (7, 0, 0), (8, 1, 0), (9, 3, 2)]
 
@@ -38,6 +38,25 @@ def a_trace(**changes: Any) -> Trace:
 def test_bytes_give_back_every_field(trace: Trace) -> None:
     assert same_trace(from_bytes(memoryview(to_bytes(trace))), trace)
     assert trace.num_bytes < len(to_bytes(trace)) < trace.num_bytes + 3000
+
+
+def test_pieces_are_the_same_bytes_and_the_tensors_own_memory() -> None:
+    trace = a_trace()
+    pieces = to_pieces(trace)
+    assert b"".join(pieces) == to_bytes(trace)
+    before = from_bytes(to_bytes(trace))
+    trace.last_TH.fill_(7)
+    assert bool((from_bytes(b"".join(pieces)).last_TH == 7).all()), "a copy was made"
+    assert not same_trace(from_bytes(b"".join(pieces)), before)
+
+
+def test_a_copy_keeps_what_it_was() -> None:
+    trace = a_trace(lse_T=torch.arange(12) / 7)
+    kept, wanted = trace.copy(), from_bytes(to_bytes(trace))
+    assert same_trace(kept, wanted)
+    for name in ("token_ids_T", "aux_T3H", "last_TH", "lse_T", "proposal_RK", "rejected_last_NH"):
+        getattr(trace, name).zero_()
+    assert same_trace(kept, wanted)
 
 
 def test_rejected_rows_are_counted_by_round() -> None:

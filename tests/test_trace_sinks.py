@@ -53,6 +53,15 @@ def test_a_trace_goes_into_the_ring_and_onto_the_disk(tmp_path: Path) -> None:
     TraceSinks(ring=None)(a_trace())
 
 
+def test_what_waits_for_the_disk_outlives_the_memory_it_came_in(tmp_path: Path) -> None:
+    sinks, trace = TraceSinks(ring=None, recording=TraceRecording(tmp_path, max_bytes=1 << 20)), a_trace()
+    sinks(trace)
+    trace.aux_T3H.fill_(-1)  # the slot's next request
+    sinks.close()
+    (kept,) = [each for shard in read_index(tmp_path) for each in read_shard(tmp_path / shard.name)]
+    assert bool((kept.aux_T3H == a_trace().aux_T3H).all())
+
+
 def test_what_is_pending_is_written_after_a_while_and_by_size(tmp_path: Path) -> None:
     idle = TraceRecording(tmp_path / "idle", max_bytes=1 << 30, flush_s=0.05)
     idle.put(a_trace())

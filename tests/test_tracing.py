@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import VOCAB, Answer, make_engine, random_draft, request, run, save_model, trained_draft
+from trace_examples import keep_in
 
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft
@@ -44,7 +45,7 @@ class World:
 
     def engine(self, traces: list[Trace], *, segment_tokens: int = 500, overlap: int = 0, **changes: object) -> Engine:
         recorder = TraceRecorder(
-            traces.append, hidden_size=self.target.hidden_size, segment_tokens=segment_tokens, overlap_tokens=overlap
+            keep_in(traces), hidden_size=self.target.hidden_size, segment_tokens=segment_tokens, overlap_tokens=overlap
         )
         fields: dict[str, object] = {"max_batch_size": 4, "max_draft_tokens": 4, "observer": recorder, **changes}
         return make_engine(self.target, copy.deepcopy(self.draft), **fields)
@@ -171,7 +172,7 @@ def test_segments_teach_each_new_position_once_and_repeat_the_overlap(world: Wor
 def test_plain_decoding_is_recorded_too(world: World, drafted: bool) -> None:
     traces: list[Trace] = []
     engine = world.engine(traces) if drafted else make_engine(
-        world.target, observer=TraceRecorder(traces.append, hidden_size=world.target.hidden_size)
+        world.target, observer=TraceRecorder(keep_in(traces), hidden_size=world.target.hidden_size)
     )  # fmt: skip
     given = run(engine, [replace(r, params=replace(r.params, speculate=False)) for r in world.requests()])
     for trace in traces:
@@ -215,6 +216,14 @@ def test_a_request_that_may_not_be_stored_leaves_nothing_and_is_not_explored(wor
     assert engine.stats.opted_out == 3
     for trace in traces:
         check_states(world, trace, whole(world, given[trace.request_id], trace.request_id))
+
+
+def test_no_state_is_copied_of_a_request_that_may_not_be_stored(world: World) -> None:
+    recorder = TraceRecorder(lambda _: None, hidden_size=world.target.hidden_size)
+    engine = make_engine(world.target, max_batch_size=2, observer=recorder)
+    run(engine, [replace(r, store=r.request_id == "2") for r in world.requests()[2:4]])
+    used_S = (recorder._last_SLH != 0).any(-1).any(-1).tolist()
+    assert used_S == [True, False] or used_S == [False, True]
 
 
 def test_what_an_end_cuts_off_is_not_told_as_rejected(world: World) -> None:
@@ -285,7 +294,7 @@ def test_versions_are_noted_across_a_swap(world: World) -> None:
 def test_a_bf16_target_is_recorded_as_it_computes(world: World, tmp_path: Path) -> None:
     target = Target.load(save_model("llama", tmp_path, num_hidden_layers=4), precision="bf16")
     traces: list[Trace] = []
-    recorder = TraceRecorder(traces.append, hidden_size=target.hidden_size)
+    recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size)
     engine = make_engine(target, copy.deepcopy(world.draft), max_draft_tokens=3, observer=recorder)
     given = run(engine, world.requests("free"))
     for trace in traces:

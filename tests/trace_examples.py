@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ def trace_with_rounds(rounds: Sequence[tuple[int, int, int]], *, length: int = 1
         "rejected_last_NH": torch.arange(num_rejected * HIDDEN).view(num_rejected, HIDDEN).bfloat16() / 8,
     }  # fmt: skip
     return Trace(**{**fields, **changes})
+
+
+def keep_in(traces: list[Trace]) -> Callable[[Trace], None]:
+    """A sink that keeps what it is given: a copy, as the recorder's slots go on."""
+    return lambda trace: traces.append(trace.copy())
 
 
 def same_trace(left: Trace, right: Trace) -> bool:

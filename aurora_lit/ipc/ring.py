@@ -5,7 +5,7 @@ instruction: the other goes on, and no wrong record is ever returned. The reader
 reader goes on behind the last. What is left out: what the records mean (trace.py).
 
     writer = RingWriter.create(folder / "traces-0.ring", 1 << 28, layout=LAYOUT_DIGEST)
-    writer.push(payload)                                            # True, or False and counted
+    writer.push(header, payload)                                    # True, or False and counted
     reader = RingReader.open(folder / "traces-0.ring", layout=LAYOUT_DIGEST)
     reader.pop()                                                    # the oldest payload, None when there is none
     read_counters(folder / "traces-0.ring").overwritten             # anybody
@@ -179,9 +179,12 @@ class RingWriter(_Ring):
         """Go on with a ring whose writer is gone, or that another process made. Raises RingError."""
         return cls(path, layout=layout)
 
-    def push(self, payload: bytes | bytearray | memoryview) -> bool:
-        """Write a record; False when it is larger than the whole ring. Never waits."""
-        words, length = self._words, len(payload)
+    def push(self, *pieces: bytes | bytearray | memoryview) -> bool:
+        """Write a record, its pieces (of bytes) end to end; False when it is larger than the whole ring. Never waits.
+
+        Pieces, so that what lies in several places is copied once, to here.
+        """
+        words, length = self._words, sum(map(len, pieces))
         size = _record_size(length)
         if size > self._capacity:
             words[_Word.TOO_LARGE] += 1
@@ -190,10 +193,14 @@ class RingWriter(_Ring):
         self._make_room(head + size - self._capacity, head)
         self._set_word(head, 2 * number + 1)
         self._set_word(head + 8, length)
-        self._set_word(head + 16, zlib.crc32(payload, number & 0xFFFFFFFF))
-        first, second = self._pieces(head + _RECORD_BYTES, length)
-        first[:] = payload[: len(first)]
-        second[:] = payload[len(first) :]
+        checksum, place = number & 0xFFFFFFFF, head + _RECORD_BYTES
+        for piece in pieces:
+            checksum = zlib.crc32(piece, checksum)
+            first, second = self._pieces(place, len(piece))
+            first[:] = memoryview(piece)[: len(first)]
+            second[:] = memoryview(piece)[len(first) :]
+            place += len(piece)
+        self._set_word(head + 16, checksum)
         self._set_word(head, 2 * number + 2)
         # Killed between these two, a number is left out and no record is lost.
         words[_Word.PUSHED] = number + 1

@@ -42,7 +42,7 @@ def answer(
 
     def keep(trace: Trace) -> None:
         last_TH = trace.last_TH.to(target.model.device, target.model.dtype)
-        finished.append(replace(trace, lse_T=target.logsumexp(last_TH).cpu()))
+        finished.append(replace(trace.copy(), lse_T=target.logsumexp(last_TH).cpu()))
 
     recorder = TraceRecorder(keep, hidden_size=target.hidden_size, segment_tokens=max_seq_len)
     engine = Engine(

@@ -28,7 +28,7 @@ from aurora_lit.request import Output, Request
 from aurora_lit.serve.calibration import calibrate
 from aurora_lit.serve.drafting import Drafter, FittedDraft
 from aurora_lit.serve.lookup import NgramIndex
-from aurora_lit.serve.observing import RoundObserver, tell
+from aurora_lit.serve.observing import RoundObserver, tell, tell_pass
 from aurora_lit.serve.proposing import Proposer
 from aurora_lit.serve.rows import EngineStats, Row
 from aurora_lit.serve.speculation import DraftLength
@@ -271,13 +271,12 @@ class Engine:
     def _run_target(self, rows: Sequence[Row], start: int | None, ids_BT: torch.Tensor) -> torch.Tensor:
         """Run tokens behind `start` positions, or behind all but a row's last token; the last hidden states."""
         slots_B = torch.tensor([row.slot for row in rows], device=self._device)
-        starts = [row.length - 1 if start is None else start for row in rows]
-        starts_B = torch.tensor(starts, device=self._device)
+        starts_B = torch.tensor([row.length - 1 if start is None else start for row in rows], device=self._device)
         aux_BT3H, last_BTH = self._target.forward(ids_BT, slots=self._slots, slots_B=slots_B, starts_B=starts_B)
         if self._drafter:
             self._drafter.remember(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H)
         if self._observer:
-            self._observer.on_pass(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H, last_BTH=last_BTH)
+            tell_pass(self._observer, rows, slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H, last_BTH=last_BTH)
         return last_BTH
 
     def _history(self, rows: list[Row]) -> History | None:

@@ -49,13 +49,30 @@ class RoundObserver(Protocol):
     def on_pass(
         self, *, slots_B: torch.Tensor, starts_B: torch.Tensor, aux_BT3H: torch.Tensor, last_BTH: torch.Tensor
     ) -> None:
-        """A target pass over positions start, start + 1, … of each slot; rejected ones are passed again later."""
+        """A target pass over positions start, start + 1, … of some slots; rejected ones are passed again later."""
 
     def on_commit(self, row: Row, note: RoundNote, last_TH: torch.Tensor) -> None:
         """A round of a row was committed; `last_TH` is what the target computed behind its root and its proposals."""
 
     def on_finish(self, row: Row) -> None:
         """A request ended or was cancelled; the target has run all its tokens but the last."""
+
+
+def tell_pass(
+    observer: RoundObserver,
+    rows: Sequence[Row],
+    *,
+    slots_B: torch.Tensor,
+    starts_B: torch.Tensor,
+    aux_BT3H: torch.Tensor,
+    last_BTH: torch.Tensor,
+) -> None:
+    """Tell the observer what the target computed, but for requests that nothing may be kept of."""
+    kept = [i for i, row in enumerate(rows) if row.request.store]
+    if len(kept) < len(rows):
+        slots_B, starts_B, aux_BT3H, last_BTH = slots_B[kept], starts_B[kept], aux_BT3H[kept], last_BTH[kept]
+    if kept:
+        observer.on_pass(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H, last_BTH=last_BTH)
 
 
 def tell(

@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 from aurora_lit.ipc.ring import RingWriter
-from aurora_lit.trace import Trace, to_bytes
+from aurora_lit.trace import Trace, to_pieces
 from aurora_lit.trace_log import TraceLogWriter
 
 _QUEUE_TRACES = 16
@@ -46,11 +46,11 @@ class TraceRecording:
         self._thread.start()
 
     def put(self, trace: Trace) -> None:
-        """Keep a trace, if the disk keeps up."""
-        try:
-            self._queue.put_nowait(trace)
-        except queue.Full:
+        """Keep a copy of a trace, if the disk keeps up. One caller only."""
+        if self._queue.full():
             self.dropped += 1
+        else:
+            self._queue.put_nowait(trace.copy())
 
     def close(self) -> None:
         """Write what is pending and end the thread."""
@@ -94,9 +94,9 @@ class TraceSinks:
         self.recording = recording
 
     def __call__(self, trace: Trace) -> None:
-        """Hand a trace on; never waits."""
+        """Hand a trace on; never waits, and keeps nothing that lies in the trace's own memory."""
         if self.ring is not None:
-            self.ring.push(to_bytes(trace))
+            self.ring.push(*to_pieces(trace))
         if self.recording is not None:
             self.recording.put(trace)
 

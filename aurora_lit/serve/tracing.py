@@ -2,7 +2,8 @@
 
 A segment is handed over when a request ends and whenever it has grown by `segment_tokens`; a later one repeats the last
 `overlap_tokens` positions before it, as context. Each generated position is new in exactly one segment, and each round
-lies in one. What is left out: what a trace holds (trace.py), where it goes (serve/trace_sinks.py).
+lies in one. Its states are those in the slot, not copied, so a sink takes what it wants before it returns. What is left
+out: what a trace holds (trace.py), where it goes (serve/trace_sinks.py).
 
 Lifecycle: made, given to an Engine (which attaches it), and from then on called by that.
 
@@ -39,7 +40,10 @@ class _Segment:
 
 
 class TraceRecorder:
-    """An observer of the engine that hands traces to `sink`, in the engine's thread: the sink must not wait."""
+    """An observer of the engine that hands traces to `sink`, in the engine's thread: the sink must not wait.
+
+    A trace is the sink's until it returns: the slot will hold something else soon.
+    """
 
     def __init__(
         self,
@@ -104,9 +108,9 @@ class TraceRecorder:
                 temperature=row.params.temperature,
                 first_position=first,
                 answer_start=segment.start - first,
-                token_ids_T=_taken(self._tokens_SL[row.slot, first:end], torch.int32),
-                aux_T3H=_taken(self._aux_SLF[row.slot, first:end], torch.bfloat16),
-                last_TH=_taken(self._last_SLH[row.slot, first:end], torch.bfloat16),
+                token_ids_T=self._tokens_SL[row.slot, first:end].to("cpu", torch.int32),
+                aux_T3H=self._aux_SLF[row.slot, first:end].to("cpu", torch.bfloat16),
+                last_TH=self._last_SLH[row.slot, first:end].cpu(),
                 rejected_last_NH=self._rejected(segment.rejected),
                 **_round_tensors(segment.notes, first=first),
             )
@@ -127,11 +131,6 @@ def verify_mode(params: SamplingParams) -> str:
     if is_greedy(params):
         return "greedy"
     return "free" if params.seed is None else "seeded"
-
-
-def _taken(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy on the CPU: the slot will hold something else soon."""
-    return values.to("cpu", dtype, copy=True)
 
 
 def _round_tensors(notes: Sequence[RoundNote], *, first: int) -> dict[str, torch.Tensor]:
