@@ -80,7 +80,8 @@ class Trace:
     """int32 target ids; -1 beyond num_proposed."""
     behaviour_logprob_RK: Tensor = _none_of(torch.float32, 0, 0)
     """fp32. Log-probability of each proposal under the distribution it was drawn from; 0 for an argmax, NaN beyond
-    num_proposed and for lookup."""
+    num_proposed, for lookup, and where the request's options (top-k, top-p, min-p, penalties, bias) made its p another
+    than the head's softmax at its temperature: such rounds teach by supervision only, no policy."""
     rejected_last_NH: Tensor = _none_of(torch.bfloat16, 0, 0)
     """bf16. Last hidden states behind first rejections, rounds in order. A round with n proposals and a accepted has
     those after its proposals a, a + 1, …, n - 2: n - 1 - a rows, if positive."""

@@ -204,6 +204,26 @@ def test_behaviour_log_probabilities_and_temperatures_by_kind(world: World) -> N
             assert (logprob[inside] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("free", {"top_k": 5}), ("seeded", {"min_p": 0.2}), ("cut", {}), ("free", {"presence_penalty": 0.5}),
+        ("greedy", {"repetition_penalty": 1.2}), ("greedy", {"frequency_penalty": 0.5}),
+        ("free", {"logit_bias": {3: 1.0}}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("explore_share", [0.0, 1.0])
+def test_what_shaped_p_beyond_the_head_is_no_basis_for_a_policy(
+    world: World, kind: str, options: dict[str, object], explore_share: float
+) -> None:
+    traces: list[Trace] = []
+    requests = [replace(r, params=replace(r.params, **options)) for r in world.requests(kind)]  # type: ignore[arg-type]
+    run(world.engine(traces, explore_share=explore_share), requests)
+    drafted = torch.cat([(t.source_R == SOURCE_DRAFT) for t in traces])
+    assert int(drafted.sum()) > 10
+    assert torch.cat([t.behaviour_logprob_RK.isnan().all().reshape(1) for t in traces]).all()
+
+
 def test_a_request_that_may_not_be_stored_leaves_nothing_and_is_not_explored(world: World) -> None:
     traces: list[Trace] = []
     engine = world.engine(traces, explore_share=1.0, explore_temperature=3.0, segment_tokens=7)

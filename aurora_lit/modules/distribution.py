@@ -144,6 +144,13 @@ def is_greedy(params: SamplingParams) -> bool:
     return params.temperature < GREEDY_BELOW
 
 
+def is_plain(params: SamplingParams) -> bool:
+    """Whether p is the softmax of the target's own logits at the temperature (at 0: their argmax), nothing else."""
+    shifted = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.logit_bias
+    cut = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    return not shifted and (is_greedy(params) or not cut)
+
+
 def shift_logits(logits_BTV: Tensor, *, options: LogitOptions, history: History | None, proposals_BK: Tensor) -> Tensor:
     """Logits after bias and penalties. The input itself, untouched, when no row has either; else an fp32 copy."""
     if not options.bias_row_N.numel() and not options.penalty_rows.numel():

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from aurora_lit.modules.distribution import is_greedy
+from aurora_lit.modules.distribution import is_greedy, is_plain
 from aurora_lit.modules.sampling import Proposals
 from aurora_lit.request import Output
 from aurora_lit.serve.rows import Row
@@ -33,7 +33,8 @@ class RoundNote(NamedTuple):
     proposals: list[int]
     """Without those that the request's end cut off."""
     logprobs: list[float] | None
-    """Their behaviour log-probabilities; None for lookup."""
+    """Their behaviour log-probabilities. None for lookup, and where p is more than the target's softmax: a learner has
+    only that, and would take wrong rewards from such rounds."""
     accepted: int
 
 
@@ -109,7 +110,7 @@ def tell(
             explored=drafted and row.explored,
             draft_temperature=temperature,
             proposals=tokens[i][:count],
-            logprobs=logprobs[i][:count] if drafted and logprobs is not None else None,
+            logprobs=logprobs[i][:count] if drafted and logprobs is not None and is_plain(row.params) else None,
             accepted=accepted,
         )
         observer.on_commit(row, note, last_BTH[i])
