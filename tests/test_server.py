@@ -182,6 +182,14 @@ def test_speculation_is_reported(server, client):
     assert plain.model_extra["metrics"]["speculative_decoding"]["num_spec_steps"] == 0
 
 
+@pytest.mark.parametrize("model", [{}, {"model": None}])
+def test_whoever_names_no_model_gets_the_served_one(server, model):
+    chat = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": hello(), "max_tokens": 4, **model}).json()
+    text = httpx.post(f"{server.url}/v1/completions", json={"prompt": "abc", "max_tokens": 4, **model}).json()
+    assert (chat["model"], text["model"]) == (MODEL, MODEL)
+    assert text["choices"][0]["text"]
+
+
 def test_metrics_count_what_was_done(server, client):
     complete(client, "abc", max_tokens=7)
     server.wait_until(lambda now: now["queue"]["running"] == 0, 2)

@@ -59,8 +59,9 @@ class Generation:
         )  # fmt: skip
         return await self._respond(body, prepared, request)
 
-    def _check_model(self, name: str) -> None:
-        if name != self._model:
+    def _check_model(self, name: str | None) -> None:
+        """Only the served model can be asked for; whoever names none means it."""
+        if name not in (None, self._model):
             raise RequestError(f"model={shorten(name)} does not exist; this server has {self._model}", param="model",
                                code="model_not_found", status=404)  # fmt: skip
 

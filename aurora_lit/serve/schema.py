@@ -84,7 +84,7 @@ class StreamOptions(_Strict):
 class Sampling(_Strict):
     """The fields that chat and text completion share."""
 
-    model: str
+    model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
