@@ -1,7 +1,10 @@
 """What the benchmarks count, on a fake engine whose answers are known."""
 
 import json
-from collections.abc import Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,3 +203,32 @@ def test_the_reference_answers_as_transformers_does_alone_and_ends_at_end_of_tex
     cut = reference_generate(model, prompts[:1], eos_token_ids=frozenset({eos}), max_tokens=5, temperature=0)
     assert cut.answers[0].token_ids[-1] == eos
     assert cut.answers[0].token_ids.count(eos) == 1
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.02)
+
+
+def test_a_server_that_a_benchmark_started_is_told_to_end_when_the_benchmark_is_killed(tmp_path: Path) -> None:
+    server = """
+import pathlib, signal, sys, time
+def end(*_):
+    pathlib.Path("told").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+pathlib.Path("up").touch()
+time.sleep(60)
+"""
+    bench = f"""
+import sys, time
+from aurora_lit.bench.online import _start
+_start([sys.executable, "-c", {server!r}], sys.stderr)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", bench], cwd=tmp_path) as process:
+        until((tmp_path / "up").exists)
+        process.kill()
+    until((tmp_path / "told").exists)

@@ -9,6 +9,7 @@ before and after. What is left out: the picture (bench/plot_online.py), the serv
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -33,6 +34,7 @@ from rich.table import Table
 from aurora_lit.bench.plot_online import save_plot
 from aurora_lit.config import AuroraConfig, model_name, to_yaml
 from aurora_lit.errors import AuroraError, ConfigError
+from aurora_lit.ipc.lifetime import die_with_parent
 from aurora_lit.learn.reading import Prompt, read_prompts
 
 ARMS = ("static", "learning")
@@ -221,9 +223,7 @@ def _server(config: AuroraConfig, log: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as scratch, log.open("w") as output:
         path = Path(scratch) / "arm.yaml"
         path.write_text(to_yaml(config))
-        server = subprocess.Popen(
-            [sys.executable, "-m", "aurora_lit", "serve", "--config", str(path)], stdout=output, stderr=output
-        )
+        server = _start([sys.executable, "-m", "aurora_lit", "serve", "--config", str(path)], output)
         try:
             _wait_until_ready(url, server, log)
             yield url
@@ -234,6 +234,13 @@ def _server(config: AuroraConfig, log: Path) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
+
+
+def _start(command: Sequence[str], output: IO[str]) -> subprocess.Popen[bytes]:
+    """A process that is told to end when we do, however we do."""
+    me = os.getpid()
+    follow = functools.partial(die_with_parent, me, by=signal.SIGTERM)  # SIGTERM, so that it tidies up
+    return subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=follow)
 
 
 def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -15,12 +15,15 @@ from collections.abc import Callable
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Let the kernel kill this process when `parent_pid` ends, even by SIGKILL (Linux; elsewhere nothing happens)."""
+def die_with_parent(parent_pid: int, *, by: signal.Signals = signal.SIGKILL) -> None:
+    """Let the kernel signal this process when `parent_pid` ends, even by SIGKILL (Linux; elsewhere nothing happens).
+
+    Goes on to apply to a program that the process then becomes.
+    """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:  # it went before we asked
         os._exit(1)
