@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from aurora_lit.durable import sync
+from aurora_lit.durable import exchange, sync
 from aurora_lit.errors import CheckpointError
 from aurora_lit.modules.draft import Draft, DraftConfig
 
@@ -198,10 +198,12 @@ def _sha256(path: Path) -> str:
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:
-    """Move a finished folder into place; only between the two renames is there no folder of that name."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
+    """Move a finished folder into place; where names cannot be exchanged, there is none for an instant."""
+    if not folder.exists():
+        os.replace(temporary, folder)
+    elif not exchange(temporary, folder):
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
     sync(folder.parent)

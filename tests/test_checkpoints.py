@@ -14,6 +14,7 @@ from tiny_models import VOCAB, random_draft, save_model
 
 from aurora_lit import checkpoints
 from aurora_lit.checkpoints import load_draft, save_draft
+from aurora_lit.durable import exchange
 from aurora_lit.errors import CheckpointError
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft
@@ -185,7 +186,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(name: str, target: Target,
 def test_a_crash_while_saving_leaves_the_old_draft_whole(
     call: int, target: Target, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before either file of tensors (0, 1), any digest (2, 3, 4), the move (5), or its first rename (6)."""
+    """Before either file of tensors (0, 1), any digest (2, 3, 4), the move (5), or its only step (6)."""
     old: Draft = load_draft(saved, target)
     calls = iter(range(100))
 
@@ -200,7 +201,7 @@ def test_a_crash_while_saving_leaves_the_old_draft_whole(
     monkeypatch.setattr(checkpoints, "save_file", breaking(checkpoints.save_file))
     monkeypatch.setattr(checkpoints, "_sha256", breaking(checkpoints._sha256))
     monkeypatch.setattr(checkpoints, "_replace_folder", breaking(checkpoints._replace_folder))
-    monkeypatch.setattr(checkpoints.os, "replace", breaking(checkpoints.os.replace))
+    monkeypatch.setattr(checkpoints, "exchange", breaking(checkpoints.exchange))
     with pytest.raises(KeyboardInterrupt):
         save_draft(random_draft(target, seed=9), saved)
     monkeypatch.undo()
@@ -209,8 +210,28 @@ def test_a_crash_while_saving_leaves_the_old_draft_whole(
         assert torch.equal(tensor, old.state_dict()[name])
 
 
-def test_a_newer_draft_replaces_the_older(target: Target, saved: Path) -> None:
+def test_names_are_exchanged_in_one_step_or_not_at_all(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    (one / "file").touch()
+    assert not exchange(one, other)
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    other.mkdir()
+    assert exchange(one, other)
+    assert (other / "file").exists()
+    assert list(one.iterdir()) == []
+
+
+@pytest.mark.parametrize("exchanging", [True, False])
+def test_a_newer_draft_replaces_the_older(
+    exchanging: bool, target: Target, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if exchanging:
+        monkeypatch.setattr(checkpoints.os, "replace", None)  # a step that would leave an instant without
+    else:
+        monkeypatch.setattr(checkpoints, "exchange", lambda *_: False)
     newer = random_draft(target, seed=9)
     save_draft(newer, saved, dtype=torch.float32)
+    monkeypatch.undo()
     assert torch.equal(load_draft(saved, target).fc.weight, newer.fc.weight)
     assert [path.name for path in saved.parent.iterdir()] == ["draft"]
