@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from aurora_lit.errors import RequestError
 from aurora_lit.request import Output, Request, TokenLogprob
+from aurora_lit.serve import loop
 from aurora_lit.serve.calls import WorkerParts
 
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|crash|>", "<|error|>", "<|refuse|>", "<|toolong|>")
@@ -54,6 +55,8 @@ class FakeOptions:
     max_seq_len: int = 512
     build_s: float = 0.0
     """How long build_engine takes."""
+    turn_may_last_s: float = 120.0
+    """When a worker is taken to hang."""
     build_error: str = ""
     """build_engine raises this."""
 
@@ -181,6 +184,7 @@ def load_tiny_tokenizer(config: object) -> PreTrainedTokenizerFast:
 
 def build_fake(config: object, run_folder: object, *, options: FakeOptions) -> WorkerParts:
     """Backend.build_worker, with `options` bound by functools.partial."""
+    loop.TURN_MAY_LAST_S = options.turn_may_last_s
     time.sleep(options.build_s)
     if options.build_error:
         raise RuntimeError(options.build_error)

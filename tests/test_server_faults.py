@@ -225,3 +225,13 @@ def test_sigterm_while_the_model_loads():
     time.sleep(4)
     code, _ = server.end(signal.SIGTERM)
     assert code == 0
+
+
+def test_a_round_that_hangs_stops_the_heartbeat_until_it_ends():
+    with FakeServer(options={"round_s": 3.0, "turn_may_last_s": 0.5}) as server:
+        time.sleep(1)
+        assert server.status()["worker"]["heartbeat_age_s"] < 0.9, "an idle worker lives, however long it waits"
+        stream = Stream(server, max_tokens=1)
+        server.wait_until(lambda now: now["worker"]["heartbeat_age_s"] > 1.5, 10)
+        assert '"finish_reason":"length"' in stream.whole()
+        assert server.wait_until(lambda now: now["worker"]["heartbeat_age_s"] < 0.9, 10) < 5

@@ -7,6 +7,7 @@ calls (serve/calls.py), a round (serve/engine.py) and which draft serves (serve/
     every round:  inbox -> add, cancel     swap     engine.round()     one message a call     counters -> status page
 
 A fault of one request ends its call. A fault of the engine ends all calls, turns the status red and the process ends.
+A turn that hangs stops the heartbeat, which turns the status red and fails the calls until it goes on.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from aurora_lit.serve.live_draft import LiveDraft
 
 HEARTBEAT_S = 0.25
+TURN_MAY_LAST_S = 120.0
+"""A turn of the loop that lasts longer hangs. The longest that do not: a minute to compile a shape (engine.compile)."""
 _log = logging.getLogger(__name__)
 
 
@@ -60,7 +63,8 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
         calls = CallTable(engine, parts.tokenizer)
         inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._read_requests, args=(request_queue, inbox), daemon=True).start()
-        threading.Thread(target=_beat, args=(status,), daemon=True).start()
+        pulse = _Pulse(status)
+        threading.Thread(target=pulse.run, daemon=True).start()
         if live is not None:
             live.start(on_change=lambda: inbox.put(None))
         report = _Report(parts, calls, live, status)
@@ -68,7 +72,9 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
         self._end_when_idle(lambda: engine.has_work)
         try:
             while not self._ending or engine.has_work:
+                pulse.rest()
                 self._take_in(inbox, calls, transport, wait=not engine.has_work)
+                pulse.begin_turn()
                 started, swaps = time.perf_counter(), 0 if live is None else live.num_swaps
                 if live is not None:
                     live.before_round()
@@ -140,10 +146,28 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
         self.put_response(transport, response_queue_id, call_id, content, LitAPIStatus.OK, LoopResponseType.STREAMING)
 
 
-def _beat(status: StatusBlock) -> None:
-    while True:
-        status.beat()
-        time.sleep(HEARTBEAT_S)
+class _Pulse:
+    """Says that the worker lives: while it waits, and while a turn of its loop may still come to an end."""
+
+    def __init__(self, status: StatusBlock) -> None:
+        self._status = status
+        self._turn_began_s: float | None = None
+
+    def rest(self) -> None:
+        """The loop waits for work, as long as it takes."""
+        self._turn_began_s = None
+
+    def begin_turn(self) -> None:
+        """The loop is at work, and back before long."""
+        self._turn_began_s = time.monotonic()
+
+    def run(self) -> None:
+        """Beat; in a thread of its own."""
+        while True:
+            began_s = self._turn_began_s
+            if began_s is None or time.monotonic() - began_s < TURN_MAY_LAST_S:
+                self._status.beat()
+            time.sleep(HEARTBEAT_S)
 
 
 class _Report:
