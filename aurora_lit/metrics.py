@@ -93,7 +93,6 @@ class _EngineCounters(Collector):
 
     def collect(self) -> Iterable[Metric]:
         now = self._status.read()
-        names, values = list(self._labels), list(self._labels.values())
         counters = {
             "vllm:prompt_tokens": ("Prompt tokens read.", now.prompt_tokens),
             "vllm:generation_tokens": ("Tokens generated.", now.generated_tokens),
@@ -107,14 +106,11 @@ class _EngineCounters(Collector):
             "aurora_traces_opted_out": ("Sequences whose client wanted nothing stored.", now.opted_out),
             "aurora_traces_unrecorded": ("Traces that trace.record could not take.", now.unrecorded),
         }
-        yield from _counters(counters, self._labels)
-        positions = CounterMetricFamily(
-            "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by position.",
-            labels=[*names, "position"],
+        yield from _families(CounterMetricFamily, counters, self._labels)
+        yield _by_label(
+            "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by position.", "position",
+            {str(position): count for position, count in enumerate(now.accepted_by_position)}, self._labels,
         )  # fmt: skip
-        for position, count in enumerate(now.accepted_by_position):
-            positions.add_metric([*values, str(position)], count)
-        yield positions
         gauges = {
             "vllm:num_requests_running": ("Sequences that hold a slot.", now.running),
             "vllm:num_requests_waiting": ("Sequences that wait for a slot.", now.waiting),
@@ -125,7 +121,7 @@ class _EngineCounters(Collector):
             "aurora_draft_version": ("Number of the draft that serves; 0: the starting one.",
                                      version_number(now.draft_version)),
         }
-        yield from _gauges(gauges, self._labels)
+        yield from _families(GaugeMetricFamily, gauges, self._labels)
 
 
 class _LearningCounters(Collector):
@@ -142,7 +138,7 @@ class _LearningCounters(Collector):
     def collect(self) -> Iterable[Metric]:
         now, ring = self._learner.read(), self._ring()
         alive = now.state == "running"
-        yield from _counters({
+        yield from _families(CounterMetricFamily, {
             "aurora_learner_restarts": ("Learners started again.", now.restarts),
             "aurora_learner_steps": ("Optimiser steps.", now.steps),
             "aurora_learner_positions": ("Token positions learned from.", now.positions),
@@ -151,7 +147,7 @@ class _LearningCounters(Collector):
             "aurora_learner_published": ("Drafts published.", now.published),
             "aurora_learner_gate_refused": ("Drafts that the gate held back.", now.gate_refused),
         }, self._labels)  # fmt: skip
-        yield from _gauges({
+        yield from _families(GaugeMetricFamily, {
             "aurora_learner_running": ("1 while a learner gives signs of life.", int(alive)),
             "aurora_learner_heartbeat_age_seconds": ("Since its last one.", now.heartbeat_age_s if now.pid else None),
             "aurora_learner_compute_share": ("Share of processor time, measured.", now.compute_share),
@@ -159,28 +155,33 @@ class _LearningCounters(Collector):
         }, self._labels)  # fmt: skip
         if ring is None:
             return
-        yield from _counters({"aurora_traces_pushed": ("Traces put into the ring.", ring.pushed)}, self._labels)
-        dropped = CounterMetricFamily("aurora_traces_dropped", "Traces nobody learned from, by cause.",
-                                      labels=[*self._labels, "cause"])  # fmt: skip
-        for cause in ("overwritten", "too_large", "torn"):
-            dropped.add_metric([*self._labels.values(), cause], getattr(ring, cause))
-        yield dropped
-        yield from _gauges({
+        yield from _families(
+            CounterMetricFamily, {"aurora_traces_pushed": ("Traces put into the ring.", ring.pushed)}, self._labels
+        )
+        yield _by_label(
+            "aurora_traces_dropped", "Traces nobody learned from, by cause.", "cause",
+            {cause: getattr(ring, cause) for cause in ("overwritten", "too_large", "torn")}, self._labels,
+        )  # fmt: skip
+        yield from _families(GaugeMetricFamily, {
             "aurora_traces_queued": ("Traces in the ring, not read yet.", ring.queued_records),
             "aurora_traces_queued_bytes": ("Their bytes.", ring.queued_bytes),
         }, self._labels)  # fmt: skip
 
 
-def _counters(numbers: Numbers, labels: dict[str, str]) -> Iterable[Metric]:
-    for name, (text, number) in numbers.items():
-        counter = CounterMetricFamily(name, text, labels=list(labels))
-        counter.add_metric(list(labels.values()), number or 0)
-        yield counter
-
-
-def _gauges(numbers: Numbers, labels: dict[str, str]) -> Iterable[Metric]:
+def _families(
+    kind: type[CounterMetricFamily | GaugeMetricFamily], numbers: Numbers, labels: dict[str, str]
+) -> Iterable[Metric]:
+    """One family a number."""
     for name, (text, number) in numbers.items():
         if number is not None:
-            gauge = GaugeMetricFamily(name, text, labels=list(labels))
-            gauge.add_metric(list(labels.values()), number)
-            yield gauge
+            family = kind(name, text, labels=list(labels))
+            family.add_metric(list(labels.values()), number)
+            yield family
+
+
+def _by_label(name: str, text: str, label: str, counts: Mapping[str, int], labels: dict[str, str]) -> Metric:
+    """One counter with a sample for each value of another label."""
+    family = CounterMetricFamily(name, text, labels=[*labels, label])
+    for value, count in counts.items():
+        family.add_metric([*labels.values(), value], count)
+    return family
