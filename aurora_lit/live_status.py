@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from aurora_lit.errors import AuroraError
@@ -31,7 +32,7 @@ def show(*, url: str | None, api_key: str | None, run_folder: Path | None, as_js
         return
     table = Table("", "", show_header=False, box=None)
     for name, value in _lines(report):
-        table.add_row(f"[bold]{name}[/]", value)
+        table.add_row(f"[bold]{name}[/]", escape(value))  # clients' labels may look like markup
     Console(highlight=False).print(table)
 
 
@@ -99,6 +100,13 @@ def _lines(report: Json) -> list[tuple[str, str]]:
         lines.append(("learner's error", learner["error"]))
     if learner["domains"]["now"]:
         lines.append(("domains", learner["domains"]["now"]))
+    left_out = {
+        "looping answers": learner["traces"]["looping"],
+        "labels": learner["traces"]["labels_dropped"],
+        "waits of clients over their share": learner["traces"]["over_client_share"],
+    }
+    if any(left_out.values()):
+        lines.append(("left out", ", ".join(f"{number} {what}" for what, number in left_out.items() if number)))
     if learner["steps"] or learner["traces"]["read"]:
         share = learner["compute_share"] or 0.0
         lines += [

@@ -59,6 +59,8 @@ class Request:
     """False: the client wants nothing of it kept, so no trace is made."""
     domain: str = ""
     """The client's label for what this is about (`metadata.aurora_domain`); goes into the trace."""
+    client: str = ""
+    """Tells clients apart without saying who they are (serve/clients.py); goes into the trace."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,6 +137,12 @@ class LearnConfig:
     """Share of each batch that comes from the reservoir instead of the newest traffic."""
     reservoir_mb: int = _within(512, 1, 1 << 20)
     """Memory for remembered traces, in MiB."""
+    max_client_share: float = _within(0.5, 0.05, 1.0)
+    """Most of a batch's positions that one client may fill while there are others. A client is the request's `user`, or
+    else its network address. 1: no bound."""
+    max_repeated_share: float = _within(0.7, 0.0, 1.0)
+    """Share of 4-grams that an answer repeats of itself beyond which it counts as a loop and teaches nothing. 1: none
+    does."""
     ppo_weight: float = _within(1.0, 0.0, 100.0)
     """Weight of the policy loss; it is multiplied by 1 - exp(-3 acceptance). 0 leaves it out."""
     clip: float = _within(0.2, 0.0, 10.0)

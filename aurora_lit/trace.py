@@ -46,6 +46,8 @@ class Trace:
     request_id: str = ""
     domain: str = ""
     """The client's label (`metadata.aurora_domain`) or the prompt file's; "" when unknown."""
+    client: str = ""
+    """Tells clients apart without saying who they are (serve/clients.py); "" when unknown."""
     verify: str = "read"
     """One of VERIFY_MODES."""
     temperature: float = 0.0
@@ -109,8 +111,8 @@ _DTYPES = {
     "draft_temperature_R": torch.float32, "proposal_RK": torch.int32, "behaviour_logprob_RK": torch.float32,
     "rejected_last_NH": torch.bfloat16,
 }  # fmt: skip
-_PLAIN = {"request_id": str, "domain": str, "verify": str, "temperature": float, "first_position": int,
-          "answer_start": int}  # fmt: skip
+_PLAIN = {"request_id": str, "domain": str, "client": str, "verify": str, "temperature": float,
+          "first_position": int, "answer_start": int}  # fmt: skip
 _ABOUT = "about"
 """Name of the uint8 tensor that holds the plain fields as JSON."""
 

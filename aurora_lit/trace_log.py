@@ -30,7 +30,7 @@ INDEX_NAME = "index.jsonl"
 _POSITIONS = {"token_ids": "token_ids_T", "aux": "aux_T3H", "last": "last_TH"}
 _ROUNDS = ("round_root_R", "round_version_R", "num_proposed_R", "num_accepted_R", "source_R", "explored_R",
            "draft_temperature_R", "proposal_RK", "behaviour_logprob_RK")  # fmt: skip
-_PLAIN = ("request_id", "verify", "temperature", "first_position")
+_PLAIN = ("request_id", "client", "verify", "temperature", "first_position")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ class TinyServers:
         learn = {
             "enabled": "true", "compute_share": 1.0, "batch_positions": 256, "num_steps": 3, "learning_rate": 4e-3,
             "publish_every_s": 0.3, "min_steps": 2, "save_every_s": 0.2, "gate_requests": 8, "reservoir_mb": 4,
-            "logs": self.folder / "logs",
+            "logs": self.folder / "logs", "max_repeated_share": 1.0,
         }  # fmt: skip
         engine = {"max_seq_len": 128, "prefill_chunk_tokens": 64, "max_draft_tokens": 3, "adaptive": "false",
                   "lookup": "false", "explore_share": 0.2, "threads": 1}  # fmt: skip

@@ -72,7 +72,7 @@ class World:
     ) -> None:  # fmt: skip
         config = LearnConfig(**{
             "batch_positions": 512, "num_steps": 3, "publish_every_s": 0.0, "min_steps": 20, "save_every_s": 3600.0,
-            "gate_requests": 12, **settings,
+            "gate_requests": 12, "max_repeated_share": 1.0, **settings,
         })  # fmt: skip
         folder.mkdir(exist_ok=True)
         self.starting = draft or random_draft(target)
@@ -363,6 +363,7 @@ class Server:
         learn = {
             "compute_share": 1.0, "batch_positions": 256, "num_steps": 3, "learning_rate": 4e-3, "publish_every_s": 0.5,
             "min_steps": 4, "save_every_s": 0.2, "gate_requests": 8, "reservoir_mb": 16, "logs": self.folder / "logs",
+            "max_repeated_share": 1.0,
         }  # fmt: skip
         return [
             f"target.source={self.target_folder}", "target.precision=fp32", f"draft.checkpoint={self.folder / 'start'}",

@@ -140,7 +140,8 @@ def test_under_the_ratio_test_scores_are_right_on_average(target: Target, good_d
 
 def a_config(**learn: Any) -> AuroraConfig:
     config = load_config(None, ["engine.max_draft_tokens=3", "domain.detect=false"])
-    fields = {"batch_positions": 512, "num_steps": K, "min_steps": 10, "learning_rate": 4e-3, "gate_requests": 12}
+    fields = {"batch_positions": 512, "num_steps": K, "min_steps": 10, "learning_rate": 4e-3, "gate_requests": 12,
+              "max_repeated_share": 1.0}  # fmt: skip
     return replace(config, learn=replace(config.learn, **{**fields, **learn}))
 
 

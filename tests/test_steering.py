@@ -72,7 +72,26 @@ def test_without_a_detector_labels_are_domains_and_nothing_shifts() -> None:
         rate = step()
     assert rate == pytest.approx(0.2, abs=1e-3)
     assert (steering.num_shifts, steering.describe()) == (0, "mine 100% (heat 0.00)")
-    assert steering.state_dict() == {}
+
+
+@pytest.mark.parametrize("detect", [False, True])
+def test_labels_are_capped_and_those_dropped_are_counted(detect: bool) -> None:
+    def a_capped() -> Steering:
+        detector = DomainDetector(max_domains=3, novelty=0.7) if detect else None
+        return with_rate(a_steering(detector=detector, max_labels=3))[0]
+
+    steering, prompts = a_capped(), Prompts()
+    found = [steering.place(prompts.trace("code", label=f"label {n % 5}")).domain for n in range(50)]
+    assert set(found) == {"label 0", "label 1", "label 2"} | set(found) & {""}
+    assert steering.num_labels_dropped == 20
+    again = a_capped()
+    again.load_state_dict(steering.state_dict())
+    assert again.place(prompts.trace("code", label="label 2")).domain == "label 2"
+    assert again.place(prompts.trace("code", label="another")).domain != "another"
+    assert again.num_labels_dropped == 1
+    other = a_steering(detector=None if detect else DomainDetector(max_domains=3, novelty=0.7))
+    other.load_state_dict(steering.state_dict())
+    assert other.place(prompts.trace("code", label="mine")).domain == "mine"
 
 
 def test_only_what_is_learned_counts() -> None:

@@ -22,8 +22,8 @@ def requests(**fields: Any) -> list[Request]:
     chat = ChatRequest(model="m", messages=TURN, max_tokens=4, **fields)
     text = CompletionRequest(model="m", prompt=["hello", "a"], max_tokens=4, **fields)
     return [
-        *prepare_chat(chat, call_id="c", tokenizer=tokenizer, limits=limits).call.requests,
-        *prepare_completion(text, call_id="t", tokenizer=tokenizer, limits=limits).call.requests,
+        *prepare_chat(chat, call_id="c", tokenizer=tokenizer, limits=limits, client="c1").call.requests,
+        *prepare_completion(text, call_id="t", tokenizer=tokenizer, limits=limits, client="c1").call.requests,
     ]
 
 
@@ -38,13 +38,13 @@ def requests(**fields: Any) -> list[Request]:
         ({"store": False, "metadata": {"aurora_domain": "ü" * 64}}, False, "ü" * 64),
     ],
 )
-def test_store_and_domain_reach_every_choice(fields: dict[str, Any], store: bool, domain: str) -> None:
+def test_store_domain_and_client_reach_every_choice(fields: dict[str, Any], store: bool, domain: str) -> None:
     made = requests(**fields)
     assert len(made) == 3 * fields.get("n", 1)
-    assert {(r.store, r.domain) for r in made} == {(store, domain)}
+    assert {(r.store, r.domain, r.client) for r in made} == {(store, domain, "c1")}
 
 
-@pytest.mark.parametrize("domain", ["", "x" * 65])
+@pytest.mark.parametrize("domain", ["", "x" * 65, "two\nlines", "\x1b[31mred"])
 def test_a_domain_that_is_no_label_is_refused_by_name(domain: str) -> None:
     with pytest.raises(RequestError, match=r"metadata\.aurora_domain") as caught:
         ChatRequest(model="m", messages=TURN, metadata={"aurora_domain": domain})

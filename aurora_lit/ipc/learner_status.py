@@ -46,6 +46,12 @@ class LearnerStatus:
     """Traces that could not be used: torn, overwritten, malformed."""
     stale: int
     """Traces of drafts older than learn.max_staleness versions: supervised loss only."""
+    looping: int
+    """Traces left out because their answer loops."""
+    over_client_share: int
+    """Times that a client's traces had to wait because it filled its share of a batch."""
+    labels_dropped: int
+    """Traces whose client's label was not kept: too many labels, or a name of ours."""
     lag_records: int
     """Traces in the ring and not yet read."""
     lag_bytes: int

@@ -2,12 +2,13 @@
 
 A trace waits in `live` until a batch takes it; then it goes to the reservoir, from where it comes back as replay. When
 more comes than can be learned from, the most informative traces are taken and the oldest go to the reservoir untaken.
+No client fills more than its share of a batch, live and remembered traces together, unless it is the only one there is.
 Requests kept out of training never come here (learn/gate.py). What is left out: padding (learn/rounds.py).
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 
 from aurora_lit.learn.frozen import FrozenEnds
@@ -24,6 +25,8 @@ _CONTEXT = 128
 """Positions kept before the first that teaches: a prompt costs as much as an answer and teaches nothing."""
 _DRAWS = 16
 """Remembered traces looked at to fill a batch; those that do not fit in are left."""
+_LATEST_CLIENTS = 256
+"""Traces that tell whether there is more than one client now."""
 
 
 class Feed:
@@ -41,13 +44,16 @@ class Feed:
         batch_positions: int,
         replay_share: float,
         live_bytes: int,
+        max_client_share: float = 1.0,
     ) -> None:
-        """live_bytes: memory for traces that wait."""
+        """live_bytes: memory for traces that wait. max_client_share: of a batch's positions."""
         self._ends, self.reservoir = ends, reservoir
         self._batch_positions = batch_positions
         self.replay_share = replay_share
         """Of a batch's positions; may be changed between batches."""
         self._live_bytes = live_bytes
+        self._client_positions = int(max_client_share * batch_positions)
+        self._clients: deque[str] = deque(maxlen=_LATEST_CLIENTS)
         self._waiting: deque[Trace] = deque()
         self.positions_in = 0
         """Positions that came and can teach."""
@@ -55,6 +61,8 @@ class Feed:
         """Positions handed out in batches, replay included."""
         self.num_stale = 0
         """Live traces handed out whose draft was too old to teach the policy."""
+        self.num_over_share = 0
+        """Times that a client's live traces had to wait for the next batch, because it filled its share of one."""
 
     def add(self, trace: Trace) -> None:
         """Take in a live trace; one that teaches nothing is let go."""
@@ -65,6 +73,7 @@ class Feed:
             return
         self.positions_in += len(trace.token_ids_T) - first_taught(trace)
         self._waiting.append(trace)
+        self._clients.append(trace.client)
         while sum(trace.num_bytes for trace in self._waiting) > self._live_bytes:
             self._remember(self._waiting.popleft())
 
@@ -75,8 +84,9 @@ class Feed:
         """
         if not self._waiting and self.positions_out >= MAX_PASSES * self.positions_in:
             return None
-        live = [read_lesson(trace, self._ends) for trace in self._take_live()]
-        replay = self._take_replay([lesson.trace for lesson in live])
+        shares = _Shares(self._client_positions if len(set(self._clients)) > 1 else self._batch_positions)
+        live = [read_lesson(trace, self._ends) for trace in self._take_live(shares)]
+        replay = self._take_replay([lesson.trace for lesson in live], shares)
         if not live and not replay:
             return None
         for lesson in live:
@@ -90,17 +100,23 @@ class Feed:
     def _live_positions(self) -> int:
         return max(_SHORTEST, int(self._batch_positions * (1 - self.replay_share)))
 
-    def _take_live(self) -> list[Trace]:
+    def _take_live(self, shares: _Shares) -> list[Trace]:
         """The most informative of those that wait, as many as the live share of a batch holds; at least one."""
         taken: list[Trace] = []
+        chosen, held_back = set(), set()
         for trace in sorted(self._waiting, key=informativeness, reverse=True):
-            if not taken or _padded([*taken, trace]) <= self._live_positions:
-                taken.append(trace)
-        chosen = set(map(id, taken))
+            part = shares.part_of(trace)
+            if part is None:
+                held_back.add(trace.client)
+            elif not taken or _padded([*taken, part]) <= self._live_positions:
+                shares.take(part)
+                taken.append(part)
+                chosen.add(id(trace))
+        self.num_over_share += len(held_back)
         self._waiting = deque(trace for trace in self._waiting if id(trace) not in chosen)
         return taken
 
-    def _take_replay(self, live: list[Trace]) -> list[Trace]:
+    def _take_replay(self, live: list[Trace], shares: _Shares) -> list[Trace]:
         """Remembered traces, drawn at random until the batch is full."""
         taken: list[Trace] = []
         if self._live_positions >= self._batch_positions:
@@ -111,14 +127,38 @@ class Feed:
             if trace is None:
                 break
             name = (trace.request_id, trace.first_position)
-            fits_in = not (live or taken) or _padded([*live, *taken, trace]) <= self._batch_positions
-            if fits_in and name not in seen:
+            part = shares.part_of(trace)
+            if part is None or name in seen:
+                continue
+            if not (live or taken) or _padded([*live, *taken, part]) <= self._batch_positions:
                 seen.add(name)
-                taken.append(read_lse(trace, self._ends))
+                shares.take(part)
+                taken.append(read_lse(part, self._ends))
         return taken
 
     def _remember(self, trace: Trace) -> None:
         self.reservoir.add(trace, weight=0.1 + informativeness(trace))
+
+
+class _Shares:
+    """What each client may still fill of the batch in hand."""
+
+    def __init__(self, most_positions: int) -> None:
+        """most_positions: of one client; one that is not known is not bounded."""
+        self._most_positions = most_positions
+        self._taken: Counter[str] = Counter()
+
+    def part_of(self, trace: Trace) -> Trace | None:
+        """The trace, or the end of a client's first one that is too long alone; None when its share is filled."""
+        room = self._most_positions - self._taken[trace.client] if trace.client else len(trace.token_ids_T)
+        if len(trace.token_ids_T) <= room:
+            return trace
+        first = not self._taken[trace.client]
+        return crop(trace, room) if first and room >= _SHORTEST else None
+
+    def take(self, trace: Trace) -> None:
+        """It is in the batch."""
+        self._taken[trace.client] += len(trace.token_ids_T)
 
 
 def informativeness(trace: Trace) -> float:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from aurora_lit.errors import CheckpointError, TraceError
 from aurora_lit.ipc.learner_status import LearnerBlock
+from aurora_lit.learn.admission import Admission
 from aurora_lit.learn.budget import Budget
 from aurora_lit.learn.feed import Feed
 from aurora_lit.learn.frozen import FrozenEnds
@@ -86,6 +87,9 @@ class OnlineLoop:
         before = outside.page.read()
         self.records, self.skipped, self.feed.num_stale = before.records, before.skipped, before.stale
         self.published, self.refused_by_gate = before.published, before.gate_refused
+        self.admission = Admission(max_repeated_share=config.max_repeated_share)
+        self.admission.num_looping, self.feed.num_over_share = before.looping, before.over_client_share
+        learner.steering.num_labels_dropped = before.labels_dropped
         self.verdict: Verdict | None = None
         self.last_turn_s = outside.monotonic_s()
         """When the last turn began: a heartbeat may be given while it is recent."""
@@ -141,6 +145,8 @@ class OnlineLoop:
                 continue
             if not fits(trace, self._ends):
                 self.skipped += 1
+                continue
+            if not self.admission.admits(trace):
                 continue
             trace = self.learner.steering.place(trace)
             if not self.held_out.takes(trace.request_id):
@@ -246,6 +252,9 @@ class OnlineLoop:
             records=self.records,
             skipped=self.skipped + learner.poisoned,
             stale=self.feed.num_stale,
+            looping=self.admission.num_looping,
+            over_client_share=self.feed.num_over_share,
+            labels_dropped=steering.num_labels_dropped,
             lag_records=self._outside.traces.lag_records,
             lag_bytes=self._outside.traces.lag_bytes,
             published=self.published,

@@ -22,6 +22,7 @@ from lightning.fabric import Fabric
 from aurora_lit.checkpoints import load_draft
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError, ConfigError, TraceError
+from aurora_lit.learn.admission import Admission
 from aurora_lit.learn.feed import Feed
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.gate import HeldOut, Verdict, compare
@@ -95,7 +96,9 @@ class Replay:
             batch_positions=learn.batch_positions,
             replay_share=learn.replay_share,
             live_bytes=learn.reservoir_mb * _MIB // 8,
+            max_client_share=learn.max_client_share,
         )
+        self._admission = Admission(max_repeated_share=learn.max_repeated_share)
         self._held_out = HeldOut(num_newest=learn.gate_requests, seed=learn.seed)
         self._store = DraftStore(folder, keep=config.checkpoint.keep)
         self._learn, self._steps_per_trace = learn, steps_per_trace
@@ -114,10 +117,12 @@ class Replay:
         sound = [trace for trace in block if self._is_sound(trace)]
         self.skipped += len(block) - len(sound)
         for trace, (static, learning) in zip(sound, self._score(sound), strict=True):
-            placed = self.learner.steering.place(trace)
+            admitted = self._admission.admits(trace)
+            placed = self.learner.steering.place(trace) if admitted else trace
             label = trace.domain or placed.domain
             self.scored.append(Scored(domain=label, version=self.version, static=static, learning=learning))
-            self._learn_from(placed)
+            if admitted:
+                self._learn_from(placed)
         self._hold_trial()
 
     def _is_sound(self, trace: Trace) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from aurora_lit.modules.domains import UNKNOWN, DomainDetector, Shift
+from aurora_lit.modules.domains import UNKNOWN, DomainDetector, Placement, Shift
 from aurora_lit.modules.draft_batch import OnlineBatch
 from aurora_lit.modules.lr_schedule import DomainAwareLR, DomainSignal, SignalRange
 from aurora_lit.trace import Trace
@@ -35,9 +35,15 @@ class Steering:
         warmup_steps: int,
         floor: float,
         decay_tokens: float,
+        max_labels: int = 16,
     ) -> None:
-        """`detector` None: domains are what clients call them, and no shift is noticed."""
+        """`detector` None: domains are what clients call them, the first `max_labels` names that come, and no shift is
+        noticed."""
         self.detector = detector
+        self._labels: dict[str, None] = {}
+        self._max_labels = max_labels
+        self.num_labels_dropped = 0
+        """Traces whose client's label was not kept, since this object was made."""
         self._signals = signals
         self._warmup_steps, self._floor, self._decay_tokens = warmup_steps, floor, decay_tokens
         self._schedules: list[DomainAwareLR] = []
@@ -58,9 +64,10 @@ class Steering:
 
     def place(self, trace: Trace) -> Trace:
         """The trace with its domain; founding and shifts heat the schedules."""
-        if self.detector is None:
-            return trace
-        placement = self.detector.place(trace)
+        placement = Placement(domain=self._known_label(trace.domain))
+        if self.detector is not None:
+            placement = self.detector.place(trace)
+        self.num_labels_dropped += trace.domain not in (UNKNOWN, placement.domain)
         if placement.founded:
             self._heat(placement.domain, placement.founded)
         if placement.shift is not None:
@@ -69,7 +76,7 @@ class Steering:
             if placement.shift.cause == "mix":
                 for schedule in self._schedules:
                     schedule.came(placement.shift.domain)
-        return replace(trace, domain=placement.domain)
+        return trace if placement.domain == trace.domain else replace(trace, domain=placement.domain)
 
     def learned(self, batch: OnlineBatch) -> None:
         """Tell the schedules what the step that is being taken learns from."""
@@ -113,13 +120,21 @@ class Steering:
         return ", ".join(f"{name or 'unknown'} {share:.0%} (heat {heat_of(name):.2f})" for share, name in present)
 
     def state_dict(self) -> dict[str, Any]:
-        """The detector's; schedules are saved with their optimizers."""
-        return self.detector.state_dict() if self.detector is not None else {}
+        """The detector's, or the labels known without one; schedules are saved with their optimizers."""
+        return self.detector.state_dict() if self.detector is not None else {"labels": list(self._labels)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; of a learner without a detector, nothing."""
-        if self.detector is not None and state:
+        """Go on from there; a detector takes nothing from a learner that had none."""
+        if self.detector is None:
+            self._labels = dict.fromkeys(state.get("labels", ()))
+        elif "clusters" in state:
             self.detector.load_state_dict(state)
+
+    def _known_label(self, label: str) -> str:
+        """The label, while there is room for it."""
+        if label != UNKNOWN and len(self._labels) < self._max_labels:
+            self._labels.setdefault(label)
+        return label if label in self._labels else UNKNOWN
 
     def _heat(self, domain: str, novelty: float) -> None:
         for schedule in self._schedules:

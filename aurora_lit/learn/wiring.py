@@ -76,6 +76,7 @@ def build_loop(
             batch_positions=learn.batch_positions,
             replay_share=learn.replay_share,
             live_bytes=learn.reservoir_mb * _MIB // 8,
+            max_client_share=learn.max_client_share,
         )
         yield OnlineLoop(
             Outside(
@@ -117,6 +118,7 @@ def steering_of(config: AuroraConfig) -> Steering:
         warmup_steps=schedule.warmup_steps,
         floor=schedule.floor,
         decay_tokens=schedule.decay_tokens,
+        max_labels=domain.max_domains,
     )
 
 

@@ -52,8 +52,10 @@ class Prepared:
     """max_tokens was 0: the one token that the engine makes is thrown away."""
 
 
-def prepare_chat(body: ChatRequest, *, call_id: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Prepared:
-    """Apply the chat template; RequestError when the conversation does not fit."""
+def prepare_chat(
+    body: ChatRequest, *, call_id: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, client: str = ""
+) -> Prepared:
+    """Apply the chat template; RequestError when the conversation does not fit. `client`: see Request."""
     if tokenizer.chat_template is None:
         raise RequestError("this model has no chat template; use /v1/completions", param="messages")
     turns = [{"role": "system" if turn.role == "developer" else turn.role, "content": turn.text}
@@ -66,14 +68,14 @@ def prepare_chat(body: ChatRequest, *, call_id: str, tokenizer: PreTrainedTokeni
     prompt_ids = _encode(tokenizer, str(text), limits, param="messages", add_special_tokens=False)
     max_tokens = _check_length(len(prompt_ids), token_limit(body), limits, default=None, param="messages")
     params = body.sampling_params(max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs)
-    call = _call(call_id, [prompt_ids], [params], body)
+    call = _call(call_id, [prompt_ids], [params], body, client)
     return Prepared(call=call, prompt_texts=(), num_prompt_tokens=len(prompt_ids))
 
 
 def prepare_completion(
-    body: CompletionRequest, *, call_id: str, tokenizer: PreTrainedTokenizerBase, limits: Limits
+    body: CompletionRequest, *, call_id: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, client: str = ""
 ) -> Prepared:
-    """Tokenize or check each prompt; RequestError when one is empty or does not fit."""
+    """Tokenize or check each prompt; RequestError when one is empty or does not fit. `client`: see Request."""
     if not body.prompts:
         raise RequestError("prompt is an empty list; send at least one prompt", param="prompt")
     ids, texts = [], []
@@ -98,7 +100,7 @@ def prepare_completion(
             prompt_logprobs=body.logprobs if body.echo else None,
         ))  # fmt: skip
     return Prepared(
-        call=_call(call_id, ids, params, body),
+        call=_call(call_id, ids, params, body, client),
         prompt_texts=tuple(texts) if body.echo else (),
         num_prompt_tokens=sum(map(len, ids)),
         drop_output=wanted == 0,
@@ -148,7 +150,7 @@ def _check_length(num_prompt: int, wanted: int | None, limits: Limits, *, defaul
 
 
 def _call(
-    call_id: str, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams], body: Sampling
+    call_id: str, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams], body: Sampling, client: str
 ) -> Call:
     """n requests a prompt; choice i draws with seed + i, so that the choices differ and repeat."""
     requests: list[Request] = []
@@ -158,6 +160,6 @@ def _call(
             seed = None if options.seed is None else (options.seed + choice) % 2**63
             requests.append(Request(
                 request_id=f"{call_id}-{len(requests)}", prompt_ids=prompt_ids, params=replace(options, seed=seed),
-                store=body.may_be_stored, domain=body.domain,
+                store=body.may_be_stored, domain=body.domain, client=client,
             ))  # fmt: skip
     return Call(call_id=call_id, requests=tuple(requests))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.status import StatusBlock
 from aurora_lit.metrics import ServerMetrics
+from aurora_lit.serve.clients import ClientNames
 from aurora_lit.serve.errors_http import error_event
 from aurora_lit.serve.in_flight import ClientGone, Flight, Flights
 from aurora_lit.serve.messages import Delta
@@ -41,13 +42,15 @@ class Generation:
         self._model, self._flights, self._metrics, self._status = model, flights, metrics, status
         self._tokenizer, self._speller = tokenizer, TokenSpeller(tokenizer)
         self._longest_token = longest_token(tokenizer)
+        self._clients = ClientNames()
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
         self._check_model(body.model)
         prepared = await asyncio.to_thread(
-            prepare_chat, body, call_id=f"chatcmpl-{uuid.uuid4().hex}", tokenizer=self._tokenizer, limits=self._limits()
-        )
+            prepare_chat, body, call_id=f"chatcmpl-{uuid.uuid4().hex}", tokenizer=self._tokenizer,
+            limits=self._limits(), client=self._client(body, request),
+        )  # fmt: skip
         return await self._respond(body, prepared, request)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
@@ -55,9 +58,12 @@ class Generation:
         self._check_model(body.model)
         prepared = await asyncio.to_thread(
             prepare_completion, body, call_id=f"cmpl-{uuid.uuid4().hex}", tokenizer=self._tokenizer,
-            limits=self._limits(),
+            limits=self._limits(), client=self._client(body, request),
         )  # fmt: skip
         return await self._respond(body, prepared, request)
+
+    def _client(self, body: ChatRequest | CompletionRequest, request: Request) -> str:
+        return self._clients.of(user=body.user, address=request.client.host if request.client else None)
 
     def _check_model(self, name: str | None) -> None:
         """Only the served model can be asked for; whoever names none means it."""

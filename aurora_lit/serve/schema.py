@@ -119,9 +119,10 @@ class Sampling(_Strict):
     @model_validator(mode="after")
     def _domain_is_a_short_label(self) -> Sampling:
         domain = (self.metadata or {}).get(DOMAIN_KEY)
-        if domain is not None and not 0 < len(domain) <= MAX_DOMAIN_CHARACTERS:
+        if domain is not None and not (0 < len(domain) <= MAX_DOMAIN_CHARACTERS and domain.isprintable()):
             raise RequestError(
-                f"metadata.{DOMAIN_KEY}={shorten(domain)} is no label; use 1 to {MAX_DOMAIN_CHARACTERS} characters",
+                f"metadata.{DOMAIN_KEY}={shorten(domain)} is no label; use 1 to {MAX_DOMAIN_CHARACTERS} printable "
+                "characters",
                 param=f"metadata.{DOMAIN_KEY}",
             )
         return self

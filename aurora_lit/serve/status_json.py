@@ -73,6 +73,8 @@ def learner_json(now: LearnerStatus) -> Json:
         "version": now.version or None, "steps": now.steps, "positions": now.positions,
         "compute_share": _finite(now.compute_share), "loss": _finite(now.loss),
         "traces": {"read": now.records, "skipped": now.skipped, "stale": now.stale,
+                   "looping": now.looping, "over_client_share": now.over_client_share,
+                   "labels_dropped": now.labels_dropped,
                    "queued": now.lag_records, "queued_bytes": now.lag_bytes},
         "gate": {"published": now.published, "refused": now.gate_refused,
                  "champion": _finite(now.champion_score), "challenger": _finite(now.challenger_score)},

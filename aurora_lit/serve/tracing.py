@@ -104,6 +104,7 @@ class TraceRecorder:
             Trace(
                 request_id=row.request.request_id,
                 domain=row.request.domain,
+                client=row.request.client,
                 verify=verify_mode(row.params),
                 temperature=row.params.temperature,
                 first_position=first,
