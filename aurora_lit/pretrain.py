@@ -88,6 +88,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         draft,
         embedding_VH=target.embedding_rows(),
         head_VdH=target.head_rows(draft.draft_token_ids).bfloat16(),
+        finish=target.finish.rows(draft.draft_token_ids),
     )
     fitter = Fitter(
         module,

@@ -73,7 +73,7 @@ def test_strided_inputs_are_read_right(dtype: torch.dtype) -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_a_packed_weight_come_back(dtype: torch.dtype) -> None:
-    linear = random_linear(33, 50, bias=False)
+    linear = random_linear(33, 50, bias=True)
     ids = torch.tensor([49, 0, 31, 32])
     assert torch.equal(PackedLinear(linear, dtype).rows(ids), linear.weight.detach()[ids].to(dtype).float())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, reference_model, save_model
+from tiny_models import FAMILIES, VOCAB, reference_model, save_model
 
 from aurora_lit.config import load_config
 from aurora_lit.errors import SourceError
@@ -17,7 +17,6 @@ from aurora_lit.kernels.packed import PackedLinear
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target, aux_layer_ids
 
-FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gpt2", "mistral", "mixtral"]  # two have a window of 9
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 
 

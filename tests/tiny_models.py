@@ -16,16 +16,24 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    OlmoeConfig,
+    Phi3Config,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from aurora_lit.models.target import Target
@@ -52,32 +60,42 @@ _COMMON: dict[str, Any] = {
 }
 
 
+_GPT2: dict[str, Any] = {
+    "vocab_size": VOCAB, "n_positions": 256, "n_embd": 64, "n_layer": 7, "n_head": 2, "n_inner": 96,
+    "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+_MOE: dict[str, Any] = {"num_experts_per_tok": 2}
+FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama3": (LlamaConfig, {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+    "mistral": (MistralConfig, {"sliding_window": 9}),
+    "mistral_wide": (MistralConfig, {"sliding_window": 64}),
+    "mixtral": (MixtralConfig, {**_MOE, "num_local_experts": 4}),
+    "qwen3_moe": (Qwen3MoeConfig, {**_MOE, "num_experts": 6, "moe_intermediate_size": 48, "mlp_only_layers": [1]}),
+    "olmoe": (OlmoeConfig, {**_MOE, "num_experts": 4, "clip_qkv": 1.0}),
+    "gpt_oss": (GptOssConfig, {**_MOE, "num_local_experts": 4, "sliding_window": 9, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10_000.0}}),
+    "gemma": (GemmaConfig, {}),
+    "gemma2": (Gemma2Config, {"sliding_window": 9, "query_pre_attn_scalar": 48, "final_logit_softcapping": 2.0}),
+    "gemma3": (Gemma3TextConfig, {"sliding_window": 9, "query_pre_attn_scalar": 48, "sliding_window_pattern": 2}),
+    "gemma3_wide": (Gemma3TextConfig, {"sliding_window": 64, "sliding_window_pattern": 2}),
+    "cohere": (CohereConfig, {"logit_scale": 0.3}),
+    "phi": (PhiConfig, {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
+    "phi3": (Phi3Config, {}),
+    "gpt_neox": (GPTNeoXConfig, {"num_key_value_heads": 2}),
+    "gpt2": (GPT2Config, {}),
+}  # fmt: skip
+"""The configuration of each family, and what of its own a tiny model has. Windows are of 9 positions or of 64."""
+
+
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     """The configuration of a tiny model."""
-    fields = {**_COMMON, **changes}
-    moe = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    gpt2 = {
-        "vocab_size": VOCAB, "n_positions": 256, "n_embd": 64, "n_layer": 7, "n_head": 2, "n_inner": 96,
-        "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": None,
-    }  # fmt: skip
-    match family:
-        case "llama":
-            return LlamaConfig(**fields)
-        case "qwen2":
-            return Qwen2Config(**fields)
-        case "qwen3":
-            return Qwen3Config(**fields)
-        case "gemma":
-            return GemmaConfig(**fields)
-        case "gemma2":
-            return Gemma2Config(**fields, sliding_window=9, query_pre_attn_scalar=48, final_logit_softcapping=2.0)
-        case "mistral":
-            return MistralConfig(**fields, sliding_window=9)
-        case "mixtral":
-            return MixtralConfig(**fields, **moe)
-        case "gpt2":
-            return GPT2Config(**{**gpt2, **changes})
-    raise ValueError(f"no tiny model of family {family!r}")
+    kind, own = FAMILIES[family]
+    return kind(**{**(_GPT2 if family == "gpt2" else _COMMON), **own, **changes})
 
 
 def save_model(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
@@ -147,11 +165,9 @@ def draft_batch(target: Target, ids_BT: torch.Tensor) -> DraftBatch:
 
 def draft_module(target: Target, draft: Draft, **changes: Any) -> DraftModule:
     """The training module of a draft on a target."""
-    embedding_VH = target.embedding.weight.detach()
-    assert isinstance(embedding_VH, torch.Tensor)
-    return DraftModule(
-        draft, embedding_VH=embedding_VH, head_VdH=target.head_rows(draft.draft_token_ids), **changes
-    )
+    ids = draft.draft_token_ids
+    fields = {"head_VdH": target.head_rows(ids), "finish": target.finish.rows(ids), **changes}
+    return DraftModule(draft, embedding_VH=target.embedding_rows(), **fields)
 
 
 def trained_draft(target: Target, ids_BT: torch.Tensor, *, steps: int = 60) -> Draft:

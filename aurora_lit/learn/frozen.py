@@ -40,7 +40,7 @@ class FrozenEnds(nn.Module):
         super().__init__()
         self.vocab_size, self.hidden_size = target.vocab_size, target.hidden_size
         self.aux_layer_ids = target.aux_layer_ids
-        self._softcap = target.softcap
+        self.finish = target.finish
         self.register_buffer("embedding_VH", target.embedding_rows())
         head_VH = target.head_rows(torch.arange(target.vocab_size))
         # As serving stores it, but no larger than a training step in bf16 wants it.
@@ -51,9 +51,7 @@ class FrozenEnds(nn.Module):
         """Read hidden states, in chunks of rows so that their logits stay in cache; the result lies on the CPU."""
         parts = []
         for rows_CH in torch.split(last_NH, chunk):
-            logits_CV = (rows_CH.to(self.head_VH.device, self.head_VH.dtype) @ self.head_VH.T).float()
-            if self._softcap is not None:
-                logits_CV = self._softcap * torch.tanh(logits_CV / self._softcap)
+            logits_CV = self.finish((rows_CH.to(self.head_VH.device, self.head_VH.dtype) @ self.head_VH.T).float())
             lse_C = logits_CV.logsumexp(-1)
             tempered = lse_C if temperature < GREEDY_BELOW else (logits_CV / temperature).logsumexp(-1)
             parts.append((lse_C, tempered, logits_CV.argmax(-1)))

@@ -223,7 +223,7 @@ def _acceptance(module: DraftModule, lesson: Lesson, hidden_KNH: Tensor, scored:
         return (proposal_KN == trace.token_ids_T[scored.start + 1 : scored.stop + 1]).float()
     q_KND = (logits_KND.float() / trace.temperature).softmax(-1)
     last_NH = trace.last_TH[scored].to(module.head_VdH.device, module.head_VdH.dtype)
-    logits_ND = (last_NH @ module.head_VdH.T).float() / trace.temperature
+    logits_ND = module.finish((last_NH @ module.head_VdH.T).float()) / trace.temperature
     p_ND = (logits_ND - lesson.tempered_lse_T[scored, None].to(logits_ND.device)).exp()
     return torch.minimum(p_ND, q_KND).sum(-1).cpu()
 

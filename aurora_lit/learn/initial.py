@@ -46,7 +46,6 @@ def initial_draft(
     highest auxiliary state through.
     """
     config = target.model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
     size, heads = target.hidden_size, config.num_attention_heads
     draft = Draft(
         DraftConfig(
@@ -60,7 +59,7 @@ def initial_draft(
             draft_vocab_size=len(draft_token_ids),
             aux_layer_ids=target.aux_layer_ids,
             rms_norm_eps=getattr(config, "rms_norm_eps", 1e-5),
-            rope_theta=float(rope.get("rope_theta", 10_000.0)),
+            rope_theta=float(target.rope.get("rope_theta", 10_000.0)),
             max_position_embeddings=max_positions,
         ),
         draft_token_ids,

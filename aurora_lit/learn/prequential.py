@@ -99,7 +99,8 @@ class RoundScorer:
         last_NH = trace.last_TH[scored].to(self._ends.head_VH.device)
         lse_N = self._ends.read(last_NH, temperature=trace.temperature).tempered_lse_N.to(last_NH.device)
         head_NH = self.module.head_VdH[index_N].float()
-        logp_N = (last_NH.float() * head_NH).sum(-1) / trace.temperature - lse_N
+        logit_N = self.module.finish.of_tokens((last_NH.float() * head_NH).sum(-1), index_N)
+        logp_N = logit_N / trace.temperature - lse_N
         return ((logq_KN - logp_N).clamp(max=0).exp() * draft.t2d[token_N]).cpu()
 
     def _roots_of(self, trace: Trace) -> dict[int, float]:

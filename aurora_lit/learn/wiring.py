@@ -167,6 +167,7 @@ def online_module(config: AuroraConfig, draft: Draft, ends: FrozenEnds) -> Draft
         draft,
         embedding_VH=ends.embedding_VH,
         head_VdH=ends.head_VH[draft.draft_token_ids],
+        finish=ends.finish.rows(draft.draft_token_ids),
         num_steps=learn.num_steps,
         value_weight=learn.value_weight,
         online=OnlineWeights(

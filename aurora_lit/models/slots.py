@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
 
 _PAD_POSITIONS = 32
@@ -48,6 +49,8 @@ class SlotView:
         self.slots = slots
         self.slots_B = slots_B
         self.starts_B = starts_B
+        self.written: set[int] = set()
+        """Layers that have attended."""
 
     def attend(
         self,
@@ -59,13 +62,27 @@ class SlotView:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Write the new keys and values, then attend causally over each row; returns [B, T, N, D]."""
+        """Write the new keys and values, then attend causally over each row; returns [B, T, N, D].
+
+        `window`: positions seen, the own one included; `softcap`: scores become cap·tanh(score / cap); `sinks_N`: a
+        score a head that takes part in the softmax and adds nothing (gpt-oss). Raises SourceError where keys or values
+        have another shape than the slots.
+        """
         new = (query_BNTD, key_BGTD, value_BGTD)
         held = (self.slots.keys_SGDL[layer], self.slots.values_SGLD[layer], self.slots_B, self.starts_B)
-        if native.can_attend(query_BNTD, window=window, softcap=softcap):
+        G, D = held[0].shape[1:3]
+        for name, heads_BGTD in (("keys", key_BGTD), ("values", value_BGTD)):
+            if (heads_BGTD.shape[1], heads_BGTD.shape[3]) != (G, D):
+                raise SourceError(
+                    f"target.source: layer {layer} has {name} of {heads_BGTD.shape[1]} heads of size "
+                    f"{heads_BGTD.shape[3]}, not the {G} of {D} that its configuration promises; choose another model"
+                )
+        self.written.add(layer)
+        if sinks_N is None and native.can_attend(query_BNTD, window=window, softcap=softcap):
             return native.attend(*new, *held, scale=scale)
-        return torch_attend(*new, *held, scale=scale, window=window, softcap=softcap)
+        return torch_attend(*new, *held, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
 
 
 def torch_attend(
@@ -80,8 +97,9 @@ def torch_attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What `SlotView.attend` does, in torch operations: any device, sliding windows and soft caps."""
+    """What `SlotView.attend` does, in torch operations: any device, and all that families add to attention."""
     B, N, T, D = query_BNTD.shape
     G = key_BGTD.shape[1]
     positions_BT = starts_B[:, None] + torch.arange(T, device=starts_B.device)
@@ -96,7 +114,7 @@ def torch_attend(
         scores_BNTL = softcap * torch.tanh(scores_BNTL / softcap)
     distance_BTL = positions_BT[..., None] - torch.arange(L, device=starts_B.device)
     hidden_BTL = (distance_BTL < 0) | (distance_BTL >= (window or L))
-    weights_BNTL = torch.softmax(scores_BNTL.masked_fill(hidden_BTL[:, None], float("-inf")), dim=-1)
+    weights_BNTL = _softmax(scores_BNTL.masked_fill(hidden_BTL[:, None], float("-inf")), sinks_N)
     out = weights_BNTL.view(B, G, N // G * T, L) @ values_BGLD
     return out.view(B, N, T, D).transpose(1, 2).to(query_BNTD.dtype)
 
@@ -109,13 +127,14 @@ def read_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention over a whole sequence without a cache, for reading; returns [B, T, N, D]."""
     N, T = query_BNTD.shape[1:3]
     groups = N // key_BGTD.shape[1]
     key_BNTD = key_BGTD.repeat_interleave(groups, dim=1)
     value_BNTD = value_BGTD.repeat_interleave(groups, dim=1)
-    if softcap is None and (window is None or window >= T):
+    if softcap is None and sinks_N is None and (window is None or window >= T):
         out = F.scaled_dot_product_attention(query_BNTD, key_BNTD, value_BNTD, is_causal=True, scale=scale)
         return out.transpose(1, 2)
     scores_BNTT = query_BNTD.float() @ key_BNTD.float().transpose(2, 3) * scale
@@ -124,5 +143,13 @@ def read_attention(
     position_T = torch.arange(T, device=query_BNTD.device)
     distance_TT = position_T[:, None] - position_T
     hidden_TT = (distance_TT < 0) | (distance_TT >= (window or T))
-    weights = torch.softmax(scores_BNTT.masked_fill(hidden_TT, float("-inf")), dim=-1)
-    return (weights @ value_BNTD.float()).transpose(1, 2).to(query_BNTD.dtype)
+    weights_BNTT = _softmax(scores_BNTT.masked_fill(hidden_TT, float("-inf")), sinks_N)
+    return (weights_BNTT @ value_BNTD.float()).transpose(1, 2).to(query_BNTD.dtype)
+
+
+def _softmax(scores_BNTL: torch.Tensor, sinks_N: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over L, where a sink takes its share first."""
+    if sinks_N is None:
+        return scores_BNTL.softmax(-1)
+    sinks_BNT1 = sinks_N.float().view(1, -1, 1, 1).expand(*scores_BNTL.shape[:3], 1)
+    return torch.cat([scores_BNTL, sinks_BNT1], dim=-1).softmax(-1)[..., :-1]

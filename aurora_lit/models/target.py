@@ -1,8 +1,8 @@
 """The target: any `AutoModelForCausalLM`, read at three layers and attending through our own slots.
 
-No model code is copied. Attention goes through transformers' attention interface, where `aurora_slots` is registered
-below; the three auxiliary hidden states are taken by hooks in front of decoder layers. What is left out: where a
-model comes from (models/source.py), the cache (models/slots.py), and what is done with logits (modules/sampling.py).
+No model code is copied: attention is handed to our slots (models/attention.py), and the three auxiliary hidden states
+are taken by hooks in front of decoder layers. What is left out: where a model comes from (models/source.py), the cache
+(models/slots.py), and what is done with logits (modules/sampling.py).
 
 Shapes: B rows, T positions, N rows of a flat batch, H hidden, V vocabulary.
 """
@@ -15,45 +15,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Decoder
 from aurora_lit.kernels.packed import PackedLinear, pack_linears
+from aurora_lit.models.attention import ATTENTION_NAME
 from aurora_lit.models.fused import fuse
-from aurora_lit.models.slots import KVSlots, SlotView, read_attention
-
-ATTENTION_NAME = "aurora_slots"
-
-
-def slot_attention(
-    module: nn.Module,
-    query_BNTD: torch.Tensor,
-    key_BGTD: torch.Tensor,
-    value_BGTD: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    slot_view: SlotView | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention function in the shape transformers calls: over slots when a `slot_view` is passed, else causal."""
-    scale = query_BNTD.shape[-1] ** -0.5 if scaling is None else scaling
-    if slot_view is None:
-        out = read_attention(query_BNTD, key_BGTD, value_BGTD, scale=scale, window=sliding_window, softcap=softcap)
-        return out, None
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    out_BTND = slot_view.attend(
-        layer, query_BNTD, key_BGTD, value_BGTD, scale=scale, window=sliding_window, softcap=softcap
-    )
-    return out_BTND, None
-
-
-AttentionInterface.register(ATTENTION_NAME, slot_attention)
+from aurora_lit.models.slots import KVSlots, SlotView
+from aurora_lit.modules.head import HeadFinish
 
 
 def aux_layer_ids(num_layers: int) -> tuple[int, int, int]:
@@ -84,8 +55,15 @@ class Target(nn.Module):
         self.num_layers: int = config.num_hidden_layers
         self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.rope = _rope(config)
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 20)
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        if self.rope.get("rope_type") == "longrope":
+            # Beyond these, every row of a batch is rotated otherwise as soon as one row is that long.
+            self.max_positions = self.rope["original_max_position_embeddings"]
+        self.logit_factor = 1.0
+        softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        bias: torch.Tensor | None = getattr(self.head, "bias", None)
+        self.finish = HeadFinish(bias_V=None if bias is None else bias.detach().float(), softcap=softcap)
         self.aux_layer_ids = aux_layer_ids(self.num_layers)
         self._forward: Any = model.base_model
         self._decoder: Decoder | None = None
@@ -115,9 +93,43 @@ class Target(nn.Module):
         if packing:
             pack_linears(model, dtype=dtype)
         target = cls(model, kv_dtype=dtype)
+        target.check()
         if packing:
             target.fuse_layers()
         return target
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Run the model once, find the factor of its logits (Cohere, Granite); SourceError if it would not be itself.
+
+        Namely where a layer's attention does not go through slots, or logits are made in a way unknown here.
+        """
+        kind = type(self.model).__name__
+        probe = self._probe()
+        view = SlotView(self.make_slots(num_slots=2, capacity=4), slots_B=probe["slots_B"], starts_B=probe["starts_B"])
+        try:
+            wanted_BTV = self.model(input_ids=probe["ids_BT"], use_cache=False).logits.double()
+            self._run(input_ids=probe["ids_BT"], slot_view=view)
+            found_BTV = self.logits(self.read(probe["ids_BT"])[1]).double()
+        except SourceError:
+            raise
+        except Exception as error:  # whatever a family does that this file does not know of
+            raise SourceError(
+                f"target.source: a {kind} cannot be run over slots ({error!r}); choose another model"
+            ) from error
+        if missing := sorted(set(range(self.num_layers)) - view.written):
+            raise SourceError(
+                f"target.source: in {len(missing)} of {self.num_layers} layers a {kind} does not attend through "
+                "transformers' attention interface, or not at all; choose a model whose layers all do"
+            )
+        factor = float((wanted_BTV * found_BTV).sum() / found_BTV.square().sum())
+        if abs(factor - 1) > 1e-3:  # else rounding
+            self.logit_factor = factor
+            found_BTV = self.logits(self.read(probe["ids_BT"])[1]).double()
+        if float((wanted_BTV - found_BTV).abs().max()) > 1e-2 * float(wanted_BTV.abs().max()):
+            raise SourceError(
+                f"target.source: a {kind} makes its logits in a way that is not known here; choose another model"
+            )
 
     @torch.no_grad()
     def fuse_layers(self) -> bool:
@@ -125,11 +137,7 @@ class Target(nn.Module):
         decoder = fuse(self.model, self.aux_layer_ids)
         if decoder is None:
             return False
-        probe = {
-            "ids_BT": torch.arange(1, 9).remainder(self.vocab_size).view(2, 4),
-            "slots_B": torch.tensor([1, 0]),
-            "starts_B": torch.tensor([0, 0]),
-        }
+        probe = self._probe()
         wanted = self.forward(**probe, slots=self.make_slots(num_slots=2, capacity=4))
         self._decoder = decoder
         found = self.forward(**probe, slots=self.make_slots(num_slots=2, capacity=4))
@@ -188,17 +196,14 @@ class Target(nn.Module):
 
     def logits(self, last_BTH: torch.Tensor) -> torch.Tensor:
         """Logits over the vocabulary, fp32."""
-        logits_BTV: torch.Tensor = self.head(last_BTH).float()
-        if self.softcap is not None:
-            logits_BTV = self.softcap * torch.tanh(logits_BTV / self.softcap)
-        return logits_BTV
+        return self.finish.capped(self.head(last_BTH).float())
 
     def logsumexp(self, last_NH: torch.Tensor, *, chunk: int = 64) -> torch.Tensor:
         """Log-sum-exp of the logits of each row, fp32, without holding all logits at once."""
         return torch.cat([self.logits(rows).logsumexp(-1) for rows in torch.split(last_NH, chunk)])
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the head's weight for some tokens, fp32 [len(token_ids), H]."""
+        """Rows of the head's weight for some tokens, fp32 [len(token_ids), H]; `finish` has what comes after it."""
         head = self.head
         if isinstance(head, PackedLinear):
             return head.rows(token_ids)
@@ -228,15 +233,33 @@ class Target(nn.Module):
 
     def _run(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         last_BTH = self._forward(**inputs, use_cache=False).last_hidden_state
+        if self.logit_factor != 1.0:
+            last_BTH = last_BTH * self.logit_factor
         aux_BT3H = torch.cat([self._taps[layer_id] for layer_id in self.aux_layer_ids], dim=-1)
         self._taps.clear()
         return aux_BT3H, last_BTH
+
+    def _probe(self) -> dict[str, torch.Tensor]:
+        """Two short rows for a cache of two slots."""
+        device = self.model.device
+        return {
+            "ids_BT": torch.arange(1, 9, device=device).remainder(self.vocab_size).view(2, 4),
+            "slots_B": torch.tensor([1, 0], device=device),
+            "starts_B": torch.tensor([0, 0], device=device),
+        }
 
     def _make_tap(self, layer_id: int) -> Any:
         def tap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._taps[layer_id] = args[0] if args else kwargs["hidden_states"]
 
         return tap
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """The rotary positions' parameters: those of full attention where kinds of layers have their own (Gemma 3)."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    nested: dict[str, Any] | None = rope.get("full_attention")
+    return rope if nested is None else nested
 
 
 def _decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aurora_lit.kernels import lk_loss as native_lk
+from aurora_lit.modules.head import LINEAR, HeadFinish
 
 KL_DECAY = 3.0  # λ = exp(−KL_DECAY · α): KL leads while the draft is poor, acceptance when it is good
 
@@ -69,6 +70,7 @@ def fused_lk_loss(
     row_weight_N: Tensor,
     target_h_NG: Tensor | None = None,
     target_weight_DG: Tensor | None = None,
+    target_finish: HeadFinish = LINEAR,
     target_lse_N: Tensor | None = None,
     target_argmax_N: Tensor | None = None,
     p_ND: Tensor | None = None,
@@ -78,7 +80,7 @@ def fused_lk_loss(
     """Σ_n w_n·lk_loss(p_n, softmax(h_n·Wᵀ)), with gradients for h_NH and weight_DH; the caller divides.
 
     The target is given by its last normed hidden state, its head's rows for the draft vocabulary and its log-sum-exp
-    over the full vocabulary (p = exp(target_h·target_weightᵀ − lse)), or as p_ND. It gets no gradient.
+    over the full vocabulary (p = exp(finish(target_h·target_weightᵀ) − lse)), or as p_ND. It gets no gradient.
     h may be [K, N, H] with row_weight [K, N]: K draft steps whose row n aims at the same target row n (weight 0 where a
     step has none). Then p is computed once for the K steps: a quarter of the matrix work less at K = 4.
 
@@ -102,7 +104,7 @@ def fused_lk_loss(
     with torch.autocast(device_type, enabled=False):
         loss, alpha, kl, match = _FusedLK.apply(  # type: ignore[no-untyped-call]
             h_KNH, weight_DH, weight_KN, (target_h_NG, target_weight_DG, target_lse_N, target_argmax_N, p_ND),
-            matmul_dtype, chunk,
+            target_finish, matmul_dtype, chunk,
         )  # fmt: skip
     stats = LKStats(
         alpha_N=alpha.reshape(steps_shape), kl_N=kl.reshape(steps_shape), top1_match_N=match.reshape(steps_shape)
@@ -120,6 +122,7 @@ class _FusedLK(torch.autograd.Function):
         weight_DH: Tensor,
         row_weight_KN: Tensor,
         target: tuple[Tensor | None, ...],
+        target_finish: HeadFinish,
         matmul_dtype: torch.dtype,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,6 +166,8 @@ class _FusedLK(torch.autograd.Function):
                 assert target_weight_mm is not None
                 assert target_lse_N is not None
                 torch.mm(target_h_NG[rows].to(matmul_dtype), target_weight_mm.t(), out=target_mm[:C])
+                if not target_finish.is_identity:
+                    target_mm[:C] = target_finish(target_mm[:C].to(math_dtype))
                 h_chunk = h_mm[:, rows].reshape(K * C, H)
                 torch.mm(h_chunk, weight_mm.t(), out=draft_mm.view(K * C, D))
                 loss_KC, alpha_KN[:, rows], kl_KN[:, rows], match_KN[:, rows] = native_lk.lk_rows(
@@ -190,7 +195,7 @@ class _FusedLK(torch.autograd.Function):
                 assert target_weight_mm is not None
                 assert target_lse_N is not None
                 torch.mm(target_h_NG[rows].to(matmul_dtype), target_weight_mm.t(), out=target_mm[:C])
-                log_p.copy_(target_mm[:C])
+                log_p.copy_(target_finish(target_mm[:C].to(math_dtype)))
                 log_p.sub_(target_lse_N[rows, None])
                 torch.exp(log_p, out=p)
                 p_log_p_C = torch.linalg.vecdot(p, log_p)
@@ -237,4 +242,4 @@ class _FusedLK(torch.autograd.Function):
         scale = grads[0]
         dh = None if dh_KNH is None else dh_KNH * scale.to(dh_KNH.dtype)
         dweight = None if dweight_DH is None else dweight_DH * scale.to(dweight_DH.dtype)
-        return dh, dweight, None, None, None, None
+        return dh, dweight, None, None, None, None, None

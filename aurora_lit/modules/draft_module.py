@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from aurora_lit.modules.acceptance import KL_DECAY, LKStats, fused_lk_loss
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.draft_batch import DraftBatch, OnlineBatch
+from aurora_lit.modules.head import LINEAR, HeadFinish
 from aurora_lit.modules.policy import PolicyTerms, policy_terms, usable_rounds
 from aurora_lit.modules.unroll import Unrolled, shift, unroll, unroll_rounds
 
@@ -70,8 +71,8 @@ class OnlineReport(StepReport):
 class DraftModule(LightningModule):
     """Trains a `Draft` against recorded targets.
 
-    `embedding_VH` and `head_VdH` are the target's input embedding and its head's rows for the draft vocabulary; both
-    stay frozen and are not part of the state.
+    `embedding_VH` and `head_VdH` are the target's input embedding and its head's rows for the draft vocabulary,
+    `finish` is what else its head does there; all stay frozen and are not part of the state.
     """
 
     embedding_VH: torch.Tensor
@@ -83,6 +84,7 @@ class DraftModule(LightningModule):
         *,
         embedding_VH: torch.Tensor,
         head_VdH: torch.Tensor,
+        finish: HeadFinish = LINEAR,
         num_steps: int = 4,
         step_decay: float = 0.8,
         value_weight: float = 0.1,
@@ -96,6 +98,7 @@ class DraftModule(LightningModule):
         self.draft = draft
         self.register_buffer("embedding_VH", embedding_VH, persistent=False)
         self.register_buffer("head_VdH", head_VdH, persistent=False)
+        self.finish = finish
         self.num_steps = num_steps
         self.step_decay = step_decay
         self.value_weight = value_weight
@@ -196,6 +199,7 @@ class DraftModule(LightningModule):
             row_weight_N=weight_KBT.view(K, B * T)[:, kept_N],
             target_h_NG=batch.last_BTH.flatten(0, 1)[kept_N],
             target_weight_DG=self.head_VdH,
+            target_finish=self.finish,
             target_lse_N=batch.lse_BT.flatten()[kept_N],
         )
         stats = LKStats(
@@ -225,6 +229,7 @@ class DraftModule(LightningModule):
             self.draft,
             hidden_QKH,
             head_VH=self.head_VdH,
+            finish=self.finish,
             clip=self.online.clip,
             gae_lambda=self.online.gae_lambda,
         )

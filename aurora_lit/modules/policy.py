@@ -20,6 +20,7 @@ from torch import Tensor
 from aurora_lit.modules.distribution import GREEDY_BELOW
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.draft_batch import OnlineBatch
+from aurora_lit.modules.head import HeadFinish
 from aurora_lit.modules.ppo import (
     acceptance_gae,
     clipped_policy_loss,
@@ -74,11 +75,13 @@ def usable_rounds(batch: OnlineBatch, draft: Draft) -> OnlineBatch:
     return replace(batch, **{name: getattr(batch, name)[kept_Q] for name in names})
 
 
-def accept_probabilities(batch: OnlineBatch, draft: Draft, head_VH: Tensor) -> tuple[Tensor, Tensor]:
+def accept_probabilities(
+    batch: OnlineBatch, draft: Draft, head_VH: Tensor, finish: HeadFinish
+) -> tuple[Tensor, Tensor]:
     """c and log p(a) of every proposal [Q, K]; c is 0 beyond a round's number. The rounds must be usable."""
     index_QK = draft_index(batch.proposal_QK, draft)
     head_QKH = head_VH[index_QK].to(_math_dtype(head_VH))
-    logit_QK = (batch.path_last_QKH.to(head_QKH.dtype) * head_QKH).sum(-1)
+    logit_QK = finish.of_tokens((batch.path_last_QKH.to(head_QKH.dtype) * head_QKH).sum(-1), index_QK)
     logp_QK = logit_QK / _target_temperature(batch)[:, None] - batch.path_lse_QK
     equal_QK = (batch.proposal_QK == batch.path_top_QK).to(logp_QK.dtype)
     greedy_Q = batch.temperature_Q < GREEDY_BELOW
@@ -89,16 +92,24 @@ def accept_probabilities(batch: OnlineBatch, draft: Draft, head_VH: Tensor) -> t
 
 
 def policy_terms(
-    batch: OnlineBatch, draft: Draft, hidden_QKH: Tensor, *, head_VH: Tensor, clip: float, gae_lambda: float
+    batch: OnlineBatch,
+    draft: Draft,
+    hidden_QKH: Tensor,
+    *,
+    head_VH: Tensor,
+    finish: HeadFinish,
+    clip: float,
+    gae_lambda: float,
 ) -> PolicyTerms:
-    """Losses of usable rounds; `hidden_QKH` are the draft's states along the proposed paths, `head_VH` the target's.
+    """Losses of usable rounds; `hidden_QKH` are the draft's states along the proposed paths.
 
-    The heads run in full precision: a policy ratio forgives no rounding of large logits.
+    `head_VH` and `finish` are the target's, for the draft vocabulary. The heads run in full precision: a policy ratio
+    forgives no rounding of large logits.
     """
     if not len(batch.row_Q):
         return PolicyTerms.none(hidden_QKH)
     with torch.autocast(hidden_QKH.device.type, enabled=False):
-        accept_QK, logp_QK = accept_probabilities(batch, draft, head_VH)
+        accept_QK, logp_QK = accept_probabilities(batch, draft, head_VH, finish)
         reached_QK = survival(accept_QK)
         counts_QK = (reached_QK > 0) & (_places(batch) < batch.num_proposed_Q[:, None])
         hidden_MH = hidden_QKH[counts_QK].to(draft.lm_head.weight.dtype)
@@ -113,7 +124,7 @@ def policy_terms(
         value_QK1[:, :-1][counts_QK] = value_M.detach().to(value_QK1.dtype)
         gae_QK = acceptance_gae(accept_QK, value_QK1, gae_lambda)
         tested_M = ~batch.greedy_verify_Q[round_M]
-        share_M = _rise_shares(batch, counts_QK, tested_M, logq_MV.detach(), head_VH)
+        share_M = _rise_shares(batch, counts_QK, tested_M, logq_MV.detach(), head_VH, finish)
         ratio_test_QK = ratio_test_advantage(
             gae_QK,
             value_QK1,
@@ -147,14 +158,14 @@ def draft_index(token_ids: Tensor, draft: Draft) -> Tensor:
 
 
 def _rise_shares(
-    batch: OnlineBatch, counts_QK: Tensor, tested_M: Tensor, logq_MV: Tensor, head_VH: Tensor
+    batch: OnlineBatch, counts_QK: Tensor, tested_M: Tensor, logq_MV: Tensor, head_VH: Tensor, finish: HeadFinish
 ) -> Tensor:
     """`rise_share` of every proposal under the ratio test, 0 elsewhere."""
     share_M = logq_MV.new_zeros(len(tested_M))
     if tested_M.any():
         round_L = counts_QK.nonzero()[tested_M, 0]
         last_LH = batch.path_last_QKH[counts_QK][tested_M].to(head_VH.dtype)
-        logits_LV = (last_LH @ head_VH.T).to(logq_MV.dtype) / _target_temperature(batch)[round_L, None]
+        logits_LV = finish((last_LH @ head_VH.T).to(logq_MV.dtype)) / _target_temperature(batch)[round_L, None]
         p_LV = (logits_LV - batch.path_lse_QK[counts_QK][tested_M, None]).exp()
         share_M[tested_M] = rise_share(p_LV, logq_MV[tested_M].exp())
     return share_M
