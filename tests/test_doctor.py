@@ -10,9 +10,10 @@ from safetensors.numpy import save_file
 
 np = pytest.importorskip("numpy")
 
-from aurora_lit import doctor as module  # noqa: E402
+from aurora_lit import checks as module  # noqa: E402
+from aurora_lit.checks import Check, needed_bytes, run_checks  # noqa: E402
 from aurora_lit.config import AuroraConfig, load_config  # noqa: E402
-from aurora_lit.doctor import Check, doctor, needed_bytes, run_checks  # noqa: E402
+from aurora_lit.doctor import doctor  # noqa: E402
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
@@ -118,6 +119,22 @@ def test_memory_need_is_weights_twice_and_the_cache(model: Path) -> None:
     assert need(*shape, "target.precision=fp32") == 2 * 4 * NUM_PARAMETERS + 300 * position_elements * 4
     assert need(*shape, "target.precision=bf16") * 2 == need(*shape, "target.precision=fp32")
     assert need(*shape[1:], "engine.max_batch_size=8") > 7 * (need(*shape) - 4 * NUM_PARAMETERS)
+
+
+def test_a_target_that_is_not_there_yet_is_weighed_by_its_shape(
+    fit: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = [*fit, "target.source=pypi:x==1#y.gguf", f"target.cache_dir={tmp_path}"]
+    assert states(load_config(None, absent))["memory"].state == "warn"
+    config = load_config(None, [*absent, f"target.shape={model / 'config.json'}", "learn.from_scratch=true"])
+    assert "GiB needed" in states(config)["memory"].found
+    doctor(config)
+    said = capsys.readouterr().out
+    assert "learner, draft" in said
+    assert "Smallest set of GPUs by engine.strategy=single: 24 GB: 1" in " ".join(said.split())
+    doctor(config, as_json=True)
+    report = json.loads(capsys.readouterr().out)["memory"]
+    assert report["totals"]["host"] == sum(each["num_bytes"] for each in report["needs"] if each["where"] == "host")
 
 
 def test_too_little_memory_fails(fit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,11 @@ _PAD_POSITIONS = 32
 """Keeps the stride of a row away from powers of two, which would alias in the first-level cache."""
 
 
+def padded_positions(capacity: int) -> int:
+    """Positions that a slot takes in memory."""
+    return (capacity + 31) // 32 * 32 + _PAD_POSITIONS
+
+
 class KVSlots:
     """Keys and values of every layer for `num_slots` requests of up to `capacity` positions."""
 
@@ -33,7 +38,7 @@ class KVSlots:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        padded = (capacity + 31) // 32 * 32 + _PAD_POSITIONS
+        padded = padded_positions(capacity)
         key_shape = (num_slots, num_kv_heads, head_dim, padded)
         value_shape = (num_slots, num_kv_heads, padded, head_dim)
         self.capacity = capacity

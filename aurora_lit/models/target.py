@@ -68,7 +68,7 @@ class Target(nn.Module):
         self._forward: Any = model.base_model
         self._decoder: Decoder | None = None
         self._taps: dict[int, torch.Tensor] = {}
-        layers = _decoder_layers(model, self.num_layers)
+        layers = decoder_layers(model, self.num_layers)
         for layer_id in sorted(set(self.aux_layer_ids)):
             layers[layer_id].register_forward_pre_hook(self._make_tap(layer_id), with_kwargs=True)
 
@@ -262,7 +262,8 @@ def _rope(config: Any) -> dict[str, Any]:
     return rope if nested is None else nested
 
 
-def _decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
+    """The list of a model's decoder layers. Raises SourceError."""
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
