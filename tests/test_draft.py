@@ -113,6 +113,26 @@ def test_weights_choose_what_is_learnt(target: Target) -> None:
     assert nothing.item() == 0.0
 
 
+def test_chains_that_nobody_asks_for_change_nothing_of_the_others(target: Target) -> None:
+    """Losses and gradients are those of running a chain from every position."""
+    ids_BT = torch.randint(0, VOCAB, (3, 24), generator=torch.Generator().manual_seed(3))
+    batch = draft_batch(target, ids_BT)
+    wanted_BT = torch.zeros(3, 24, dtype=torch.bool)
+    wanted_BT[0, 9:15] = wanted_BT[1, 20:] = wanted_BT[2, 0] = True
+    module = draft_module(target, random_draft(target), num_steps=3)
+    weights = torch.randn(3, 3, 24, 64, generator=torch.Generator().manual_seed(4)) * wanted_BT[..., None]
+    gradients = []
+    for asked_BT in (torch.ones_like(wanted_BT), wanted_BT):
+        module.zero_grad()
+        hidden_KBTH = module.unroll(batch, asked_BT)
+        (hidden_KBTH * weights).sum().backward()
+        kept_KBTH = hidden_KBTH.detach() * wanted_BT[..., None]
+        gradients.append([kept_KBTH, *(p.grad for p in module.draft.parameters() if p.grad is not None)])
+    for full, part in zip(*gradients, strict=True):
+        torch.testing.assert_close(part, full, rtol=1e-4, atol=1e-4)
+    assert gradients[0][0][:, 0, 9:15].abs().sum() > 0
+
+
 # -- the reduced vocabulary ----------------------------------------------------------------------------------------
 
 

@@ -76,11 +76,14 @@ class RoundScorer:
         module, device = self.module, self._ends.head_VH.device
         unread = [replace(trace, lse_T=torch.zeros(len(trace.token_ids_T))) for trace in traces]  # not looked at
         batch = collate(unread, with_prompt=[False] * len(traces)).to(device)
-        hidden_KBTH = module.unroll(batch)
-        for row, trace in enumerate(traces):
+        # Roots that waited lie up to K before the segment's own first one; the last token has no known successor.
+        scored_B = [slice(max(0, first_taught(t) - module.num_steps), len(t.token_ids_T) - 1) for t in traces]
+        wanted_BT = torch.zeros(batch.token_ids_BT.shape, dtype=torch.bool)
+        for row, scored in enumerate(scored_B):
+            wanted_BT[row, scored] = True
+        hidden_KBTH = module.unroll(batch, wanted_BT.to(device))
+        for row, (trace, scored) in enumerate(zip(traces, scored_B, strict=True)):
             accept_KT = torch.zeros(len(hidden_KBTH), len(trace.token_ids_T))
-            # Roots that waited lie up to K before the segment's own first one; the last token has no known successor.
-            scored = slice(max(0, first_taught(trace) - len(accept_KT)), len(trace.token_ids_T) - 1)
             if scored.start < scored.stop:
                 accept_KT[:, scored] = self._accepted(trace, hidden_KBTH[:, row, scored], scored)
             yield torch.cat([shift(accept_KT[None, step], -step) for step in range(len(accept_KT))])

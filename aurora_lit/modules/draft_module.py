@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from lightning import LightningModule
@@ -30,6 +30,8 @@ from aurora_lit.modules.unroll import Unrolled, shift, unroll, unroll_rounds
 class OnlineWeights:
     """What the online loss is made of: LK(live) + w·PPO + β·LK(replay) + c_v·value − β_H·entropy."""
 
+    base_loss: Literal["lk", "kl", "none"] = "lk"
+    """"kl": KL alone in LK's place. "none": nothing in its place, the policy loss alone."""
     ppo_weight: float = 1.0
     """w = ppo_weight·(1 − exp(−3ᾱ)): the policy grows as the draft becomes competent. 0 leaves it out."""
     clip: float = 0.2
@@ -118,7 +120,7 @@ class DraftModule(LightningModule):
         """Loss and statistics of one batch; LK and value loss are divided by the summed weights of all steps."""
         if isinstance(batch, OnlineBatch):
             return self._online_step(batch)
-        unrolled = self._unroll(batch)
+        unrolled = self._unroll(batch, batch.weight_BT > 0)
         valid_KBT, weight_KBT = self._weights(batch)
         loss_sum, value_sum, stats = self._supervised(batch, unrolled, valid_KBT, weight_KBT)
         loss = (loss_sum + self.value_weight * value_sum) / weight_KBT.sum().clamp_min(1.0)
@@ -127,14 +129,19 @@ class DraftModule(LightningModule):
     def _online_step(self, batch: OnlineBatch) -> OnlineReport:
         """One total of all terms, each an average over what it is about."""
         traces, online = batch.traces, self.online
-        unrolled = self._unroll(traces)
+        wanted_BT = traces.weight_BT > 0
+        wanted_BT[batch.row_Q, batch.root_Q] = True  # rounds begin there
+        unrolled = self._unroll(traces, wanted_BT)
         valid_KBT, weight_KBT = self._weights(traces)
         live_B1 = batch.live_B[:, None]
         live_KBT, replay_KBT = weight_KBT * live_B1, weight_KBT * ~live_B1
         replay_weight = online.replay_weight * batch.replay_part
         share_KBT = batch.live_part * live_KBT / live_KBT.sum().clamp_min(1.0)
         share_KBT = share_KBT + replay_weight * replay_KBT / replay_KBT.sum().clamp_min(1.0)
-        lk_loss, value_loss, stats = self._supervised(traces, unrolled, valid_KBT, share_KBT)
+        kl_decay = 0.0 if online.base_loss == "kl" else KL_DECAY
+        lk_loss, value_loss, stats = self._supervised(traces, unrolled, valid_KBT, share_KBT, kl_decay=kl_decay)
+        if online.base_loss == "none":
+            lk_loss = lk_loss.new_zeros(())
         policy, policy_weight = PolicyTerms.none(lk_loss), lk_loss.new_zeros(())
         if online.ppo_weight > 0 or online.entropy_weight > 0:
             policy = self._policy_terms(batch, unrolled)
@@ -163,17 +170,21 @@ class DraftModule(LightningModule):
             accepted_K=(within_QK & (place_K < batch.num_accepted_Q[:, None])).sum(0),
         )
 
-    def unroll(self, batch: DraftBatch) -> torch.Tensor:
-        """Hidden states of the K steps [K, B, T, H], shifted so that row m of every step aims at target position m."""
-        return self._unroll(batch).hidden_KBTH
+    def unroll(self, batch: DraftBatch, wanted_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states of the K steps [K, B, T, H], shifted so that row m of every step aims at target position m.
 
-    def _unroll(self, batch: DraftBatch) -> Unrolled:
+        wanted_BT: bool, positions that matter; None: those that have a weight. Elsewhere they may be 0.
+        """
+        return self._unroll(batch, batch.weight_BT > 0 if wanted_BT is None else wanted_BT).hidden_KBTH
+
+    def _unroll(self, batch: DraftBatch, wanted_BT: torch.Tensor) -> Unrolled:
         return unroll(
             self.draft,
             token_ids_BT=batch.token_ids_BT,
             aux_BT3H=batch.aux_BT3H.to(self.draft.fc.weight.dtype),  # the draft's own precision, unless autocast is on
             embedding_VH=self.embedding_VH,
             num_steps=self.num_steps,
+            wanted_BT=wanted_BT,
         )
 
     def _weights(self, batch: DraftBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,7 +195,13 @@ class DraftModule(LightningModule):
         return valid_KBT, valid_KBT * batch.weight_BT * decay_K[:, None, None]
 
     def _supervised(
-        self, batch: DraftBatch, unrolled: Unrolled, valid_KBT: torch.Tensor, weight_KBT: torch.Tensor
+        self,
+        batch: DraftBatch,
+        unrolled: Unrolled,
+        valid_KBT: torch.Tensor,
+        weight_KBT: torch.Tensor,
+        *,
+        kl_decay: float = KL_DECAY,
     ) -> tuple[torch.Tensor, torch.Tensor, LKStats]:
         """Weighted sums of the LK loss and of the value head's squared error; statistics."""
         hidden_KBTH = unrolled.hidden_KBTH
@@ -201,11 +218,13 @@ class DraftModule(LightningModule):
             target_weight_DG=self.head_VdH,
             target_finish=self.finish,
             target_lse_N=batch.lse_BT.flatten()[kept_N],
+            kl_decay=kl_decay,
         )
         stats = LKStats(
             alpha_N=_spread(kept.alpha_N, kept_N, B * T),
             kl_N=_spread(kept.kl_N, kept_N, B * T),
             top1_match_N=_spread(kept.top1_match_N, kept_N, B * T),
+            kl_decay=kl_decay,
         )
         value_KBT = self.draft.value(hidden_KBTH.detach())
         to_go_KBT = _accepted_to_go(stats.alpha_N.view(K, B, T) * (valid_KBT > 0))

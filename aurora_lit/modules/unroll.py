@@ -6,8 +6,11 @@ chain's token j and proposes token j + 1. `unroll` runs a chain from every posit
 
 Source: Li et al., arXiv 2503.01840. What is left out: serving's chain, which has a cache (serve/drafting.py).
 
-Shapes: B rows, T positions, S step-0 keys, K steps, Q rounds, R most rounds of a row, H hidden, V target vocabulary,
-N heads, G key-value heads, D head size.
+A chain costs as much as a position of the text, so chains run only where something is asked of them: behind a prompt,
+which is most of a trace and teaches nothing, they need its keys and values alone.
+
+Shapes: B rows, T positions, S step-0 keys, K steps, Q rounds, R most rounds or chains of a row, H hidden, V target
+vocabulary, N heads, G key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -34,30 +37,64 @@ class Unrolled:
 
 
 def unroll(
-    draft: Draft, *, token_ids_BT: torch.Tensor, aux_BT3H: torch.Tensor, embedding_VH: torch.Tensor, num_steps: int
+    draft: Draft,
+    *,
+    token_ids_BT: torch.Tensor,
+    aux_BT3H: torch.Tensor,
+    embedding_VH: torch.Tensor,
+    num_steps: int,
+    wanted_BT: torch.Tensor | None = None,
 ) -> Unrolled:
-    """K steps from every position: at step j, root t holds token t + 1 + j and proposes token t + 2 + j."""
+    """K steps from every position: at step j, root t holds token t + 1 + j and proposes token t + 2 + j.
+
+    wanted_BT: bool, the target positions m that something is asked of: chains that aim at none of them do not run, and
+    what stands at other positions is 0. None: all.
+    """
     B, T = token_ids_BT.shape
     device = token_ids_BT.device
     embeds_BTH = nn.functional.embedding(token_ids_BT, embedding_VH)
-    causal_TT = torch.full((T, T), float("-inf"), device=device).triu(1)
-    hidden_BTH = draft.fuse(aux_BT3H)
-    chain: list[tuple[torch.Tensor, torch.Tensor]] = []
-    steps: list[torch.Tensor] = []
-    shifted: list[torch.Tensor] = []
-    for step in range(num_steps):
-        positions_BT = (torch.arange(T, device=device) + step).expand(B, T)
-        query, key, value = draft.project(shift(embeds_BTH, -(1 + step)), hidden_BTH, positions_BT)
+    fused_BTH = draft.fuse(aux_BT3H)
+    positions_BT = torch.arange(T, device=device).expand(B, T)
+    query, key, value = draft.project(shift(embeds_BTH, -1), fused_BTH, positions_BT)
+    root_BR = positions_BT if wanted_BT is None else _roots_of(wanted_BT, num_steps)
+    if wanted_BT is not None:
+        query = query.gather(2, root_BR[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    causal_B1RT = torch.zeros(*root_BR.shape, T, device=device)
+    causal_B1RT = causal_B1RT.masked_fill(positions_BT[:, None] > root_BR[..., None], float("-inf"))[:, None]
+    chain = [(key, value)]
+    hidden_BRH = draft.finish(_chain_attention(query, chain, causal_B1RT), _at(fused_BTH, root_BR))
+    steps = [hidden_BRH]
+    for step in range(1, num_steps):
+        next_BRH = _at(embeds_BTH, (root_BR + 1 + step).clamp_max(T - 1))
+        query, key, value = draft.project(next_BRH, hidden_BRH, root_BR + step)
         chain.append((key, value))
-        hidden_BTH = draft.finish(_chain_attention(query, chain, causal_TT), hidden_BTH)
-        steps.append(hidden_BTH)
-        shifted.append(shift(hidden_BTH, 1 + step))
+        hidden_BRH = draft.finish(_chain_attention(query, chain, causal_B1RT), hidden_BRH)
+        steps.append(hidden_BRH)
     return Unrolled(
-        hidden_KBTH=torch.stack(shifted),
-        first_BTH=steps[0],
+        hidden_KBTH=torch.stack([_laid_out(each, root_BR + 1 + step, T) for step, each in enumerate(steps)]),
+        first_BTH=steps[0] if wanted_BT is None else _laid_out(steps[0], root_BR, T),
         first_key_BGTD=chain[0][0],
         first_value_BGTD=chain[0][1],
     )
+
+
+def _roots_of(wanted_BT: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """Roots of the chains that aim at wanted positions [B, R], ascending; rows with fewer have others too."""
+    needed_BT = torch.stack([shift(wanted_BT, -(1 + step)) for step in range(num_steps)]).any(0)
+    most = max(1, int(needed_BT.sum(1).max()))
+    return needed_BT.int().argsort(dim=1, descending=True, stable=True)[:, :most].sort(1).values
+
+
+def _at(x_BTH: torch.Tensor, index_BR: torch.Tensor) -> torch.Tensor:
+    return x_BTH.gather(1, index_BR[..., None].expand(-1, -1, x_BTH.shape[2]))
+
+
+def _laid_out(x_BRH: torch.Tensor, index_BR: torch.Tensor, T: int) -> torch.Tensor:
+    """Rows at their places among T, zeros elsewhere; places beyond the end fall away."""
+    B, R, H = x_BRH.shape
+    place_BR = index_BR.clamp_max(T) + torch.arange(B, device=index_BR.device)[:, None] * (T + 1)
+    out_NH = x_BRH.new_zeros(B * (T + 1), H).index_copy(0, place_BR.flatten(), x_BRH.reshape(B * R, H))
+    return out_NH.view(B, T + 1, H)[:, :T]
 
 
 def unroll_rounds(
