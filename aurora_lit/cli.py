@@ -122,7 +122,7 @@ def bench() -> None:
 @configured
 def throughput(config: AuroraConfig, batch: str, **options: Any) -> None:
     """Tokens a second, plain against the draft, interleaved; writes JSON and a PNG."""
-    batch_sizes = _batch_sizes(batch)
+    batch_sizes = _numbers(batch, "--batch", least=1)
     from aurora_lit.bench.throughput import run
 
     run(config, batch_sizes=batch_sizes, **options)
@@ -160,11 +160,40 @@ def online(config: AuroraConfig, arms: str, **options: Any) -> None:
     run(config, arms=tuple(arms.split(",")), **options)
 
 
-def _batch_sizes(text: str) -> tuple[int, ...]:
+@bench.command("stream")
+@click.option("--stream", type=FILE, required=True, help="YAML of the phases; see benchmarks/stream.yaml.")
+@click.option("--prompts", type=FOLDER, help="Folder of the prompt files it names. Default: where it lies.")
+@click.option("--out", type=FOLDER, required=True, help="Folder of the recorded traces.")
+@configured
+def record_stream(config: AuroraConfig, **options: Any) -> None:
+    """Record a stream of changing traffic for `bench ablation`; start it again to go on where it was stopped."""
+    from aurora_lit.bench.stream import run
+
+    run(config, **options)
+
+
+@bench.command()
+@click.option("--traces", type=FOLDER, required=True, help="What `bench stream` recorded.")
+@click.option("--arms", default="static,kl,lk,ppo,full", show_default=True, help="Learners to compare.")
+@click.option("--seeds", default="0", show_default=True, help="Such as 0,1,2.")
+@click.option("--steps-per-request", type=click.FloatRange(min=0), default=0.05, show_default=True, help="Of learning.")
+@click.option("--every", type=click.IntRange(min=1), default=4, show_default=True, help="One in so many is offered.")
+@click.option("--block", type=click.IntRange(min=1), default=32, show_default=True, help="Requests between trials.")
+@click.option("--out", type=FOLDER, default=Path("ablation-results"), show_default=True)
+@configured
+def ablation(config: AuroraConfig, arms: str, seeds: str, **options: Any) -> None:
+    """What each part of learning is worth on a recorded stream; start it again to go on where it was stopped."""
+    numbers = _numbers(seeds, "--seeds", least=0)
+    from aurora_lit.bench.ablation import run
+
+    run(config, arms=tuple(arms.split(",")), seeds=numbers, **options)
+
+
+def _numbers(text: str, option: str, *, least: int) -> tuple[int, ...]:
     try:
-        sizes = tuple(int(part) for part in text.split(","))
+        numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise click.BadParameter(f"{text!r} is no list of sizes; write numbers such as 1,4,8", param_hint="--batch")
-    return sizes
+        numbers = ()
+    if not numbers or min(numbers) < least:
+        raise click.BadParameter(f"{text!r} is no list of numbers; write numbers such as 1,4,8", param_hint=option)
+    return numbers

@@ -146,6 +146,10 @@ class LearnConfig:
     max_repeated_share: float = _within(0.7, 0.0, 1.0)
     """Share of 4-grams that an answer repeats of itself beyond which it counts as a loop and teaches nothing. 1: none
     does."""
+    base_loss: Literal["lk", "kl", "none"] = "lk"
+    """What the policy loss is added to: the acceptance loss, KL alone, or nothing. The last two are for comparison."""
+    choice: Literal["informative", "uniform"] = "informative"
+    """Which live traces a batch takes when more wait than it holds: those with the most rejections, or any."""
     ppo_weight: float = _within(1.0, 0.0, 100.0)
     """Weight of the policy loss; it is multiplied by 1 - exp(-3 acceptance). 0 leaves it out."""
     clip: float = _within(0.2, 0.0, 10.0)

@@ -284,6 +284,28 @@ def test_batches_mix_live_and_remembered_and_stay_within_their_size(
     assert (feed.num_stale, len(feed.reservoir)) == (0, len(served))
 
 
+def test_a_uniform_choice_looks_at_no_rejections(ends: FrozenEnds, served: list[Trace], tmp_path: Path) -> None:
+    worth = {trace.request_id: informativeness(trace) for trace in served}
+    order = []
+    for seed, choice in ((0, "informative"), (0, "uniform"), (1, "uniform")):
+        feed = Feed(
+            ends, Reservoir(tmp_path / f"{choice}-{seed}", limit_bytes=1 << 24, seed=0), batch_positions=40,
+            replay_share=0.0, live_bytes=1 << 24, choice=choice, seed=seed,
+        )  # fmt: skip
+        for trace in served:
+            feed.add(replace(trace, domain=trace.request_id))
+        taken: list[str] = []
+        while len(taken) < len(served):
+            batch = feed.next_batch(oldest_fresh=0)
+            assert batch is not None
+            taken += batch.traces.domains
+        order.append(taken)
+    assert len({tuple(taken) for taken in order}) == 3
+    assert all(sorted(taken) == sorted(worth) for taken in order)
+    by_worth = [[worth[name] for name in taken] for taken in order]
+    assert sum(by_worth[0][:8]) > sum(by_worth[1][:8])
+
+
 def test_the_most_informative_come_first_and_the_oldest_make_room(
     ends: FrozenEnds, served: list[Trace], tmp_path: Path
 ) -> None:

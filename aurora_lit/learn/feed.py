@@ -8,6 +8,7 @@ Requests kept out of training never come here (learn/gate.py). What is left out:
 
 from __future__ import annotations
 
+import random
 from collections import Counter, deque
 from collections.abc import Sequence
 
@@ -45,8 +46,10 @@ class Feed:
         replay_share: float,
         live_bytes: int,
         max_client_share: float = 1.0,
+        choice: str = "informative",
+        seed: int = 0,
     ) -> None:
-        """live_bytes: memory for traces that wait. max_client_share: of a batch's positions."""
+        """live_bytes: memory for traces that wait. max_client_share: of a batch's positions. choice, seed: learn's."""
         self._ends, self.reservoir = ends, reservoir
         self._batch_positions = batch_positions
         self.replay_share = replay_share
@@ -55,6 +58,7 @@ class Feed:
         self._client_positions = int(max_client_share * batch_positions)
         self._clients: deque[str] = deque(maxlen=_LATEST_CLIENTS)
         self._waiting: deque[Trace] = deque()
+        self._uniform = random.Random(seed) if choice == "uniform" else None
         self.positions_in = 0
         """Positions that came and can teach."""
         self.positions_out = 0
@@ -103,8 +107,13 @@ class Feed:
     def _take_live(self, shares: _Shares) -> list[Trace]:
         """The most informative of those that wait, as many as the live share of a batch holds; at least one."""
         taken: list[Trace] = []
+        uniform = self._uniform
+        if uniform is not None:
+            order = uniform.sample(list(self._waiting), len(self._waiting))
+        else:
+            order = sorted(self._waiting, key=informativeness, reverse=True)
         chosen, held_back = set(), set()
-        for trace in sorted(self._waiting, key=informativeness, reverse=True):
+        for trace in order:
             part = shares.part_of(trace)
             if part is None:
                 held_back.add(trace.client)
@@ -162,12 +171,16 @@ class _Shares:
 
 
 def informativeness(trace: Trace) -> float:
-    """Share of the draft's rounds in which something was rejected; a half where the draft had no round."""
+    """Rejected by tested proposals of the draft; a half where it had no round.
+
+    A round tests its proposals up to the first rejection; those behind it say nothing.
+    """
     drafted_R = (trace.source_R == SOURCE_DRAFT) & (trace.num_proposed_R > 0)
     if not drafted_R.any():
         return 0.5
-    rejected_R = trace.num_accepted_R < trace.num_proposed_R
-    return float(rejected_R[drafted_R].float().mean())
+    accepted_R, proposed_R = trace.num_accepted_R[drafted_R].long(), trace.num_proposed_R[drafted_R].long()
+    rejected_R = accepted_R < proposed_R
+    return float(rejected_R.sum()) / float((accepted_R + rejected_R).sum())
 
 
 def _is_stale(lesson: Lesson, oldest_fresh: int) -> bool:

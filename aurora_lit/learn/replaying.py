@@ -1,11 +1,15 @@
 """Learning from recorded traces, offline: what a live server and its learner would have done, faster than real time.
 
-    a block of traces:  score with the draft that serves → learn from each → trial: is the learner's draft better?
+    a block of traces:  score with the draft that serves → its own rounds in the place of the recorded ones
+                        → learn from each → trial: is the learner's draft better?
 
-Each trace is scored before anything is learned from it (prequential evaluation), by the starting draft too. Steps, gate
-and publishing are those of live learning; time is counted in traces, so a replay can be repeated. Several processes may
+Each trace is scored before anything is learned from it (prequential evaluation), by the starting draft too. What
+teaches the policy are the rounds that the draft which serves in the replay would have had (learn/reproposing.py), not
+those of the draft that was recorded. Steps, gate and publishing are those of live learning; time is counted in traces,
+so a replay can be repeated. Several processes may
 replay together: all read the same traces and take each step together, each with its part of the batch.
-What is left out: how a score comes about (learn/prequential.py), the command and what it prints (replay.py).
+What is left out: how a score comes about (learn/prequential.py), the command and what it prints (replay.py), arms to
+compare (bench/ablation.py).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -28,12 +33,13 @@ from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.gate import HeldOut, Verdict, compare
 from aurora_lit.learn.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.prequential import Rounds, RoundScorer
+from aurora_lit.learn.reproposing import Reproposer
 from aurora_lit.learn.reservoir import Reservoir
 from aurora_lit.learn.rounds import crop, first_taught, fits, read_lesson
 from aurora_lit.learn.wiring import online_module, steering_of
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.draft_module import DraftModule
-from aurora_lit.publishing import DraftStore
+from aurora_lit.publishing import DraftStore, version_name, version_number
 from aurora_lit.trace import Trace, check
 from aurora_lit.trace_log import read_index, read_shard
 
@@ -75,8 +81,14 @@ class Replay:
         scratch: Path,
         steps_per_trace: float,
         fabric: Fabric | None = None,
+        gated: bool = True,
+        keep_versions: bool = True,
     ) -> None:
-        """`folder`: for the published versions; `scratch`: for what is remembered of the traces, for this process."""
+        """`folder`: for the published versions; `scratch`: for what is remembered of the traces, for this process.
+
+        gated: false lets every draft serve that has learned for learn.min_steps more steps. keep_versions: false writes
+        no version to disk.
+        """
         if config.engine.max_draft_tokens == 0:
             raise ConfigError("engine.max_draft_tokens=0: nothing would be proposed; use 1 to 8")
         learn = config.learn
@@ -97,10 +109,16 @@ class Replay:
             replay_share=learn.replay_share,
             live_bytes=learn.reservoir_mb * _MIB // 8,
             max_client_share=learn.max_client_share,
+            choice=learn.choice,
+            seed=learn.seed,
         )
         self._admission = Admission(max_repeated_share=learn.max_repeated_share)
         self._held_out = HeldOut(num_newest=learn.gate_requests, seed=learn.seed)
-        self._store = DraftStore(folder, keep=config.checkpoint.keep)
+        self.reproposer = Reproposer(module=self._scorers[1].module, seed=learn.seed)
+        self._store = DraftStore(folder, keep=config.checkpoint.keep) if keep_versions else None
+        self._gated = gated
+        self.published = 0
+        """Drafts that came to serve."""
         self._learn, self._steps_per_trace = learn, steps_per_trace
         self._steps_due = 0.0
         self._last_trial_steps = 0
@@ -116,14 +134,19 @@ class Replay:
         """Score a block of traces, learn from each, then hold a trial; the same draft serves all along the block."""
         sound = [trace for trace in block if self._is_sound(trace)]
         self.skipped += len(block) - len(sound)
-        for trace, (static, learning) in zip(sound, self._score(sound), strict=True):
-            admitted = self._admission.admits(trace)
-            placed = self.learner.steering.place(trace) if admitted else trace
+        proposed = self.repropose(sound)
+        for trace, own, (static, learning) in zip(sound, proposed, self._score(sound), strict=True):
+            placed = self.learn_from(own)
             label = trace.domain or placed.domain
             self.scored.append(Scored(domain=label, version=self.version, static=static, learning=learning))
-            if admitted:
-                self._learn_from(placed)
-        self._hold_trial()
+        self.hold_trial()
+
+    def repropose(self, traces: Sequence[Trace]) -> list[Trace]:
+        """With the rounds of the draft that serves now, exploring as the learner asks now."""
+        signal = self.learner.steering.signal
+        self.reproposer.explore_share = signal.explore_share
+        self.reproposer.explore_temperature = signal.explore_temperature
+        return self.reproposer.repropose(traces, version=version_number(self.version))
 
     def _is_sound(self, trace: Trace) -> bool:
         try:
@@ -148,8 +171,14 @@ class Replay:
         table = torch.as_tensor(self.fabric.all_reduce(found, reduce_op="sum")).tolist()
         return [[Rounds(count=count, tokens=tokens) for count, tokens in row] for row in table]
 
-    def _learn_from(self, trace: Trace) -> None:
-        """As live: every so many requests are kept for the gate, all others taught."""
+    def learn_from(self, trace: Trace) -> Trace:
+        """As live: every so many requests are kept for the gate, all others taught. Returns it with its domain.
+
+        One that may not teach is returned as it is.
+        """
+        if not self._admission.admits(trace):
+            return trace
+        trace = self.learner.steering.place(trace)
         self._newest_version = max(self._newest_version, *trace.round_version_R.tolist())
         if not self._held_out.takes(trace.request_id):
             self._feed.add(trace)
@@ -162,12 +191,16 @@ class Replay:
             batch = self._feed.next_batch(oldest_fresh=self._newest_version - self._learn.max_staleness)
             if batch is not None:
                 self.learner.update(batch)
+        return trace
 
-    def _hold_trial(self) -> None:
+    def hold_trial(self) -> None:
         """Publish the learner's draft, and serve it, if the gate lets it pass."""
         if self.learner.steps - self._last_trial_steps < self._learn.min_steps:
             return
         self._last_trial_steps = self.learner.steps
+        if not self._gated:
+            self._serve({"reason": "no gate"})
+            return
         with self.fabric.autocast():
             verdict = compare(
                 self._held_out,
@@ -180,13 +213,24 @@ class Replay:
             return
         self.trials.append(verdict)
         if verdict.passed:
-            name = ""
+            self._serve({"reason": verdict.reason} | verdict.record)
+
+    def _serve(self, record: dict[str, Any]) -> None:
+        """Let the learner's draft serve, as a checkpoint would hold it."""
+        self.published += 1
+        name = version_name(self.published)
+        if self._store is None:
+            stored = {key: each.bfloat16() if each.is_floating_point() else each
+                      for key, each in self.learner.draft.state_dict().items()}  # fmt: skip
+            self.served.load_state_dict(stored)
+        else:
             if self.fabric.is_global_zero:
-                record = {"steps": self.learner.steps, "positions": self.learner.positions, "reason": verdict.reason}
-                name = self._store.publish(self.learner.draft, record=record | verdict.record)
-            self.version = self.learner.version = self.fabric.broadcast(name)
-            self.served.load_state_dict(load_draft(self._store.folder / self.version, self._ends).state_dict())
-            self._held_out.forget_scores()
+                record = {"steps": self.learner.steps, "positions": self.learner.positions} | record
+                name = self._store.publish(self.learner.draft, record=record)
+            name = self.fabric.broadcast(name)
+            self.served.load_state_dict(load_draft(self._store.folder / name, self._ends).state_dict())
+        self.version = self.learner.version = name
+        self._held_out.forget_scores()
 
 
 def recorded(folder: Path) -> Iterator[Trace]:

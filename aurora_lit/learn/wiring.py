@@ -77,6 +77,8 @@ def build_loop(
             replay_share=learn.replay_share,
             live_bytes=learn.reservoir_mb * _MIB // 8,
             max_client_share=learn.max_client_share,
+            choice=learn.choice,
+            seed=learn.seed,
         )
         yield OnlineLoop(
             Outside(
@@ -171,6 +173,7 @@ def online_module(config: AuroraConfig, draft: Draft, ends: FrozenEnds) -> Draft
         num_steps=learn.num_steps,
         value_weight=learn.value_weight,
         online=OnlineWeights(
+            base_loss=learn.base_loss,
             ppo_weight=learn.ppo_weight,
             clip=learn.clip,
             gae_lambda=learn.gae_lambda,

@@ -28,11 +28,12 @@ class LKStats:
     alpha_N: Tensor  # acceptance rate Σ min(p, q)
     kl_N: Tensor  # KL over the draft vocabulary, see `lk_loss`
     top1_match_N: Tensor  # bool: the draft's first choice is the target's; false where that is outside the vocabulary
+    kl_decay: float = KL_DECAY
 
     @property
     def loss_N(self) -> Tensor:
-        """What `lk_loss` is for each row."""
-        kl_share = torch.exp(-KL_DECAY * self.alpha_N)
+        """What `lk_loss` is for each row, with this decay."""
+        kl_share = torch.exp(-self.kl_decay * self.alpha_N)
         return kl_share * self.kl_N + (1 - kl_share) * (1 - self.alpha_N)
 
 
@@ -76,6 +77,7 @@ def fused_lk_loss(
     p_ND: Tensor | None = None,
     matmul_dtype: torch.dtype | None = None,
     chunk: int = 512,
+    kl_decay: float = KL_DECAY,
 ) -> tuple[Tensor, LKStats]:
     """Σ_n w_n·lk_loss(p_n, softmax(h_n·Wᵀ)), with gradients for h_NH and weight_DH; the caller divides.
 
@@ -89,6 +91,7 @@ def fused_lk_loss(
     matmul_dtype: what h and both weights are cast to for the matrix products (default: autocast's type if it is on,
     else that of h); softmax and loss are at least fp32.
     chunk: rows of logits alive at a time (K·C), so that they stay in the CPU's cache.
+    kl_decay: of λ; 0 is KL alone.
     Rows of weight 0 must still be finite.
     """
     by_hidden = target_h_NG is not None and target_weight_DG is not None and target_lse_N is not None
@@ -104,10 +107,13 @@ def fused_lk_loss(
     with torch.autocast(device_type, enabled=False):
         loss, alpha, kl, match = _FusedLK.apply(  # type: ignore[no-untyped-call]
             h_KNH, weight_DH, weight_KN, (target_h_NG, target_weight_DG, target_lse_N, target_argmax_N, p_ND),
-            target_finish, matmul_dtype, chunk,
+            target_finish, matmul_dtype, chunk, kl_decay,
         )  # fmt: skip
     stats = LKStats(
-        alpha_N=alpha.reshape(steps_shape), kl_N=kl.reshape(steps_shape), top1_match_N=match.reshape(steps_shape)
+        alpha_N=alpha.reshape(steps_shape),
+        kl_N=kl.reshape(steps_shape),
+        top1_match_N=match.reshape(steps_shape),
+        kl_decay=kl_decay,
     )
     return loss, stats
 
@@ -125,6 +131,7 @@ class _FusedLK(torch.autograd.Function):
         target_finish: HeadFinish,
         matmul_dtype: torch.dtype,
         chunk: int,
+        kl_decay: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         target_h_NG, target_weight_DG, target_lse_N, target_argmax_N, p_ND = target
         K, N, H = h_KNH.shape
@@ -176,7 +183,7 @@ class _FusedLK(torch.autograd.Function):
                     target_lse_C=target_lse_N[rows],
                     weight_KC=row_weight_KN[:, rows],
                     top_C=None if target_argmax_N is None else target_argmax_N[rows],
-                    decay=KL_DECAY,
+                    decay=kl_decay,
                 )
                 loss += loss_KC.sum()
                 if dh_KNH is not None:
@@ -215,7 +222,7 @@ class _FusedLK(torch.autograd.Function):
             torch.lt(q, p, out=grad)  # m = 1[q < p] as numbers
             q_below = torch.mul(q, grad, out=z).sum(-1)  # Σ m·q
 
-            kl_share = torch.exp(-KL_DECAY * alpha)
+            kl_share = torch.exp(-kl_decay * alpha)
             w = row_weight_KN[:, rows]
             loss += (w * (kl_share * kl + (1 - kl_share) * (1 - alpha))).sum()
             alpha_KN[:, rows], kl_KN[:, rows], match_KN[:, rows] = alpha, kl, top_q_KC == top_p_C
@@ -242,4 +249,4 @@ class _FusedLK(torch.autograd.Function):
         scale = grads[0]
         dh = None if dh_KNH is None else dh_KNH * scale.to(dh_KNH.dtype)
         dweight = None if dweight_DH is None else dweight_DH * scale.to(dweight_DH.dtype)
-        return dh, dweight, None, None, None, None, None
+        return dh, dweight, None, None, None, None, None, None

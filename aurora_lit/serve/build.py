@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from aurora_lit.serve.exploring import LearnersWish
 from aurora_lit.serve.observing import RoundObserver
 from aurora_lit.serve.trace_sinks import TraceRecording, TraceSinks
 from aurora_lit.serve.tracing import TraceRecorder
-from aurora_lit.trace import LAYOUT_DIGEST
+from aurora_lit.trace import LAYOUT_DIGEST, Trace
 
 UNTRAINED = "untrained"
 """Version of the draft that stands in until a learner that begins from scratch has published its first."""
@@ -32,22 +33,23 @@ _UNTRAINED_VOCABULARY = 4096
 _log = logging.getLogger(__name__)
 
 
-def build_engine(config: AuroraConfig) -> tuple[Engine, PreTrainedTokenizerBase]:
-    """Load target and draft and start an engine on them. Raises SourceError, CheckpointError or ConfigError."""
+def build_engine(
+    config: AuroraConfig, *, sink: Callable[[Trace], None] | None = None
+) -> tuple[Engine, PreTrainedTokenizerBase]:
+    """Load target and draft and start an engine on them. Raises SourceError, CheckpointError or ConfigError.
+
+    sink: takes the traces of what is answered; None: nothing is recorded.
+    """
     tokenizer, target = _load(config)
-    return _engine(config, target, tokenizer, observer=None), tokenizer
+    observer = None if sink is None else _recorder(config, target, sink)
+    return _engine(config, target, tokenizer, observer=observer), tokenizer
 
 
 def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
     """The same for a server, with traces into the run folder's ring, and drafts that can be swapped."""
     tokenizer, target = _load(config)
     sinks = _sinks(config, run_folder)
-    observer = TraceRecorder(
-        sinks,
-        hidden_size=target.hidden_size,
-        segment_tokens=config.trace.segment_tokens,
-        overlap_tokens=config.trace.overlap_tokens,
-    )
+    observer = _recorder(config, target, sinks)
     wanted = sinks.ring is not None or sinks.recording is not None
     engine = _engine(config, target, tokenizer, observer=observer if wanted else None)
     capacity = config.engine.max_seq_len + config.engine.max_draft_tokens + 1
@@ -102,6 +104,15 @@ def _load(config: AuroraConfig) -> tuple[PreTrainedTokenizerBase, Target]:
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     return load_tokenizer(config), load_target(config)
+
+
+def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None]) -> TraceRecorder:
+    return TraceRecorder(
+        sink,
+        hidden_size=target.hidden_size,
+        segment_tokens=config.trace.segment_tokens,
+        overlap_tokens=config.trace.overlap_tokens,
+    )
 
 
 def _engine(
