@@ -51,6 +51,7 @@ BAD = [
     (CHAT, chat(top_k=1.5), 400, "top_k"),
     (CHAT, chat(min_p=2), 400, "min_p"),
     (CHAT, chat(repetition_penalty=0), 400, "repetition_penalty"),
+    (CHAT, chat(repetition_penalty=5e-324), 400, "repetition_penalty"),  # 0 in fp32
     (CHAT, chat(presence_penalty=3), 400, "presence_penalty"),
     (CHAT, chat(frequency_penalty=-3), 400, "frequency_penalty"),
     (CHAT, chat(logit_bias={"x": 1}), 400, "logit_bias"),
@@ -206,6 +207,12 @@ def test_without_the_key_nothing_is_shown(server, path, header):
     response = httpx.get(server.url + path, headers=header)
     check_error(response, 401, None)
     assert response.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_openapi_says_that_a_key_is_asked_for(server):
+    schema = httpx.get(f"{server.url}/openapi.json").json()
+    assert "security" in schema["paths"][CHAT]["post"]
+    assert "security" not in schema["paths"]["/health"]["get"]
 
 
 def test_without_the_key_nothing_is_generated(server):

@@ -96,6 +96,28 @@ def test_greedy_with_penalties_and_bias_is_the_same_under_speculation(
     assert speculative.stats.accepted > 10
 
 
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1e-5}, {"temperature": 2.0, "seed": 3}])
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"repetition_penalty": 0.01, "frequency_penalty": -2.0, "presence_penalty": -2.0},
+        {"repetition_penalty": 10.0, "frequency_penalty": 2.0, "presence_penalty": 2.0},
+        {"top_p": 5e-324, "min_p": 1.0, "top_k": 1},
+        {"top_p": 5e-324},
+        {"min_p": 5e-324, "top_k": 2**31 - 1},
+        {"logit_bias": {i: 100.0 if i % 2 else -100.0 for i in range(VOCAB)}},
+    ],
+)
+def test_the_ends_of_every_options_range_keep_the_engine_going(
+    sampling: dict[str, object], extreme: dict[str, object], target: Target, draft: Draft
+) -> None:
+    for engine in both(target, draft):
+        given = run(engine, requests(**{**sampling, **extreme}, logprobs=2))
+        for answer in given.values():
+            assert len(answer.token_ids) == 20
+            assert all(0 <= token < VOCAB for token in answer.token_ids)
+
+
 def test_a_repetition_penalty_is_that_of_transformers(model: PreTrainedModel, target: Target, draft: Draft) -> None:
     given = tokens(run(make_engine(target, copy.deepcopy(draft)), requests(repetition_penalty=1.4)))
     for i, prompt in enumerate(PROMPTS):

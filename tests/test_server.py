@@ -224,8 +224,11 @@ def test_openapi_describes_requests_and_errors(server):
         body = schema["components"]["schemas"][reference.rpartition("/")[2]]
         assert body["additionalProperties"] is False
         assert "temperature" in body["properties"]
+        assert set(operation["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert set(schema["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
     text = json.dumps(schema)
     assert "HTTPValidationError" not in text
+    assert "security" not in text, "no key is set, so none is asked for"
 
 
 def one_of_many(server, number):

@@ -120,6 +120,7 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         self.api_path = "/v1/chat/completions"
         self._model, self._max_queue = model_name(config), config.server.max_queue
         self._created, self._drain_s = int(time.time()), config.server.drain_s
+        self._asks_key = config.server.api_key is not None
         self._status = StatusBlock.open(run_folder / STATUS_NAME)
         self._learner = LearnerBlock.open(run_folder / LEARNER_STATUS_NAME)
         self._ring = functools.partial(ring_counters, run_folder)
@@ -161,7 +162,7 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         app.title, app.version, app.description = "aurora-lit", "1", "Lossless speculative decoding, OpenAI's API."
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/ready", self.ready, methods=["GET"])
-        install(app, on_error=self._metrics.refuse)
+        install(app, on_error=self._metrics.refuse, asks_key=self._asks_key)
         litserve_lifespan = app.router.lifespan_context
 
         @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Every error as OpenAI's body `{"error": {"message", "type", "param", "code"}}`, whoever raised it.
+"""Every error as OpenAI's body `{"error": {"message", "type", "param", "code"}}`, whoever raised it, and as documented.
 
 Leaves out the checks themselves. `install` covers our RequestError, FastAPI's validation, HTTP errors of the framework
 (404, 405, 413) and anything unforeseen (500).
@@ -36,8 +36,9 @@ def error_event(message: str, *, status: int, param: str | None = None, code: st
     return f"data: {json.dumps(error_body(message, status=status, param=param, code=code))}\n\n"
 
 
-def install(app: FastAPI, *, on_error: Callable[[int], None]) -> None:
-    """Register the handlers; `on_error` is told the status of every error answered."""
+def install(app: FastAPI, *, on_error: Callable[[int], None], asks_key: bool) -> None:
+    """Register the handlers; `on_error` is told the status of every error answered, `asks_key` is what /openapi.json
+    says."""
 
     def answer(
         message: str, status: int, param: str | None = None, code: str | None = None,
@@ -74,16 +75,20 @@ def install(app: FastAPI, *, on_error: Callable[[int], None]) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, framework)
     app.add_exception_handler(Exception, unforeseen)
-    _document(app)
+    _document(app, asks_key=asks_key)
 
 
-def _document(app: FastAPI) -> None:
-    """Let /openapi.json show our error body for every status that is no success, in place of FastAPI's 422."""
+def _document(app: FastAPI, *, asks_key: bool) -> None:
+    """Let /openapi.json show our error body for every status that is no success, in place of FastAPI's 422.
+
+    And what FastAPI cannot know: that no key is asked where none is set, and which answers are not JSON.
+    """
     generate = app.openapi
     nullable = {"anyOf": [{"type": "string"}, {"type": "null"}]}
     properties = {"message": {"type": "string"}, "type": {"type": "string"}, "param": nullable, "code": nullable}
     error = {"type": "object", "required": list(properties), "properties": properties}
     body = {"type": "object", "required": ["error"], "properties": {"error": error}}
+    text = {"schema": {"type": "string"}}
 
     def openapi() -> dict[str, Any]:
         schema = generate()
@@ -91,10 +96,23 @@ def _document(app: FastAPI) -> None:
         schemas["Error"] = body
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        for operation in (operation for path in schema["paths"].values() for operation in path.values()):
+        if not asks_key:
+            schema["components"].pop("securitySchemes", None)
+        for path, method, operation in (
+            (path, method, operation) for path, each in schema["paths"].items() for method, operation in each.items()
+        ):
             operation["responses"].pop("422", None)
             content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
             operation["responses"]["default"] = {"description": "An error", "content": content}
+            if not asks_key:
+                operation.pop("security", None)
+            success = operation["responses"]["200"]
+            if path in ("/health", "/ready"):
+                operation["responses"]["503"] = {**success, "description": "Not now; status says why"}
+            elif path == "/metrics":
+                success["content"] = {"text/plain": text}
+            elif method == "post":
+                success["content"]["text/event-stream"] = text
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]

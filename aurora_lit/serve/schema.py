@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from aurora_lit.errors import RequestError
 from aurora_lit.request import SamplingParams
@@ -44,6 +44,9 @@ NEUTRAL_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
 
 Text = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS, min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
+# Emptiness is only told to /openapi.json here: serve/prompts.py refuses it in better words.
+PromptText = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
+Prompts = Annotated[list[T], Field(json_schema_extra={"minItems": 1})]
 
 
 class _Strict(BaseModel):
@@ -89,7 +92,7 @@ class Sampling(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None  # logits are divided by it
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
@@ -195,7 +198,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: PromptText | Prompts[PromptText] | Prompts[TokenId] | Prompts[Prompts[TokenId]]
     max_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
