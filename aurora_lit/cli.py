@@ -189,6 +189,18 @@ def ablation(config: AuroraConfig, arms: str, seeds: str, **options: Any) -> Non
     run(config, arms=tuple(arms.split(",")), seeds=numbers, **options)
 
 
+@bench.command()
+@click.option("--traces", type=FOLDER, required=True, help="What `bench stream` recorded.")
+@click.option("--shuffles", type=click.IntRange(min=0), default=10, show_default=True, help="Random orders of it.")
+@click.option("--out", type=FOLDER, default=Path("bench-results"), show_default=True)
+@configured
+def shifts(config: AuroraConfig, **options: Any) -> None:
+    """How soon the domain detector notices a stream's phases, and how often it is wrong; writes JSON."""
+    from aurora_lit.bench.shifts import run
+
+    run(config, **options)
+
+
 def _numbers(text: str, option: str, *, least: int) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
