@@ -97,7 +97,7 @@ class _EngineCounters(Collector):
             "vllm:prompt_tokens": ("Prompt tokens read.", now.prompt_tokens),
             "vllm:generation_tokens": ("Tokens generated.", now.generated_tokens),
             "vllm:spec_decode_num_drafts": ("Rounds of a request that had a draft.", now.drafts),
-            "vllm:spec_decode_num_draft_tokens": ("Draft tokens proposed.", now.proposed),
+            "vllm:spec_decode_num_draft_tokens": ("Draft tokens proposed, all of a tree's.", now.proposed),
             "vllm:spec_decode_num_accepted_tokens": ("Draft tokens accepted.", now.accepted),
             "aurora_rounds": ("Engine rounds.", now.rounds),
             "aurora_draft_swaps": ("Drafts swapped in.", now.swaps),

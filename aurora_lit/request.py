@@ -85,9 +85,11 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     """Once, with the first output; the first entry is None."""
     num_proposed: int = 0
-    """Draft tokens proposed in this round."""
+    """Draft tokens proposed in this round; of a tree all of them, of which one path at most can be accepted."""
     num_accepted: int = 0
     """Draft tokens accepted in this round."""
+    chain_in_tree: tuple[int, int] | None = None
+    """Of a tree: the length of its chain of first choices, and how much of it would have been accepted alone."""
     finish_reason: str | None = None
     """"stop" (end of text or stop token), "length", "error"; None while it runs."""
     error: str | None = None
@@ -98,3 +100,13 @@ class Output:
     """This round's proposals were copied from earlier in the request."""
     draft_versions: tuple[str, ...] = ()
     """Draft versions that have proposed for the request so far, in the order they came."""
+
+    @property
+    def chain_proposed(self) -> int:
+        """The draft's first choices: all proposals but for a tree."""
+        return self.num_proposed if self.chain_in_tree is None else self.chain_in_tree[0]
+
+    @property
+    def chain_accepted(self) -> int:
+        """What would have been accepted of these alone."""
+        return self.num_accepted if self.chain_in_tree is None else self.chain_in_tree[1]

@@ -43,8 +43,12 @@ class EngineConfig:
     """false: plain decoding, the draft is never run (a request can also say so for itself)."""
     max_draft_tokens: int = _within(4, 0, 8)
     """Most draft tokens proposed in a round; 0 is plain decoding."""
+    tree_tokens: int = _within(15, 0, 31)
+    """Most tokens of a draft tree, which is at most max_draft_tokens deep and proposed where it pays; 0: only chains.
+    For greedy and seeded requests without penalties, on the fused CPU layers; others propose chains."""
     adaptive: bool = True
-    """true: the draft length is chosen each round from measured costs; false: always max_draft_tokens."""
+    """true: draft length, and chain or tree, are chosen each round from measured costs; false: always
+    max_draft_tokens, and tree_tokens."""
     explore_share: float = _within(0.0, 0.0, 1.0)
     """Share of drafted rounds that propose by sampling, greedy requests too, so that the learner sees alternatives.
     Output stays exact; exploring rounds accept less."""

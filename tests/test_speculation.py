@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from aurora_lit.request import Request, SamplingParams
+from aurora_lit.request import Output, Request, SamplingParams
 from aurora_lit.serve import speculation
-from aurora_lit.serve.rows import Row
+from aurora_lit.serve.rows import Judged, Row
 from aurora_lit.serve.speculation import CostTable, DraftLength
 
 PLAIN_S = 0.010
@@ -225,3 +225,73 @@ def test_a_slower_draft_than_measured_is_noticed() -> None:
         made.observe_draft(1, 4, 0.2)
     assert made._draft_seconds(1, 4) == pytest.approx(0.2, rel=0.05)
     assert made.choose([0.6]) == 0
+
+
+# -- trees ---------------------------------------------------------------------------------------------------------
+
+
+def with_trees(*, wider_s: float = 0.0001, level_s: float = 0.001, adaptive: bool = True) -> DraftLength:
+    """The same costs as `policy`, and a tree's; the target's pass grows as slowly as on matrix tiles."""
+    made = DraftLength(max_draft_tokens=4, adaptive=adaptive, tree_tokens=15)
+    for rows in (1, 2, 4, 8):
+        for width in (1, 2, 3, 4, 5, 8, 16):
+            made.target_cost.update(rows, width, PLAIN_S + (rows * width - 1) * wider_s)
+        made.first_step_cost.update(rows, 1, 0.001)
+        made.next_step_cost.update(rows, 1, 0.001)
+        made.level_cost.update(rows, 1, level_s)
+    return made
+
+
+def test_sizes_of_trees() -> None:
+    assert [speculation.tree_sizes(n) for n in (0, 2, 7, 15, 20)] == [(), (2,), (3, 7), (3, 7, 15), (3, 7, 15, 20)]
+    assert DraftLength(max_draft_tokens=1, adaptive=True, tree_tokens=15).tree_sizes == ()
+
+
+@pytest.mark.parametrize(
+    ("costs", "rates", "num_plain", "nodes"),
+    [
+        ({}, [0.6], 0, 15),  # rows of the target are nearly free
+        ({"wider_s": 0.0006}, [0.6], 0, 3),
+        ({"wider_s": 0.003}, [0.6], 0, 0),  # and here each one is paid for
+        ({"level_s": 0.02}, [0.6], 0, 0),
+        ({}, [0.01], 0, 0),
+        ({}, [0.6] * 8, 0, 3),  # 32 columns; 64 of them cost more than they give
+        ({}, [], 4, 0),
+    ],
+)
+def test_the_tree_with_most_tokens_a_second(
+    costs: dict[str, float], rates: list[float], num_plain: int, nodes: int
+) -> None:
+    made = with_trees(**costs)  # type: ignore[arg-type]
+    steps = made.choose(rates, num_plain=num_plain)
+    levels, found = made.choose_tree(steps, rates, num_plain=num_plain)
+    assert found == nodes
+    assert levels == steps if not nodes else 2 <= levels <= 4
+
+
+def test_without_adaptation_the_tree_is_fixed() -> None:
+    made = with_trees(adaptive=False, level_s=1.0)
+    assert made.choose_tree(4, [0.01]) == (4, 15)
+    assert made.worth_another_level([0.0], [0.01], nodes=15)
+
+
+@pytest.mark.parametrize(("reach", "level_s", "worth"), [(0.8, 0.001, True), (0.1, 0.001, False), (0.8, 0.006, False)])
+def test_a_level_more_must_be_likely_to_be_reached(reach: float, level_s: float, worth: bool) -> None:
+    assert with_trees(level_s=level_s).worth_another_level([reach], [0.6], nodes=15) == worth
+
+
+def test_what_trees_accept_beyond_their_chain_is_learned() -> None:
+    made = with_trees()
+    before = made._tree_rate(15, 0.5)
+    hit = Judged([1, 2, 3], [0, 2, 5], 15, 4, [9, 9, 9])
+    output = Output(request_id="a", token_ids=(1, 2, 3), num_proposed=15, num_accepted=2, chain_in_tree=(3, 0))
+    for _ in range(200):
+        made.observe_trees([hit], [output])
+    assert made._tree_rate(15, 0.5) > before + 0.1
+    assert made._tree_rate(7, 0.5) < before
+    for _ in range(400):
+        nothing = Output(request_id="a", token_ids=(1,), num_proposed=15, chain_in_tree=(3, 0))
+        made.observe_trees([hit._replace(tokens=[1])], [nothing])
+    assert made._tree_rate(15, 0.5) == pytest.approx(0.5, abs=0.02), "no better than a chain"
+    made.observe_levels(1, 3, 0.011)
+    assert 0.001 < made.level_cost(1, 1) < 0.0015

@@ -1,8 +1,9 @@
 """`aurora-lit bench acceptance`: accepted length and acceptance by position, for every domain, greedy and sampled.
 
-The draft proposes engine.max_draft_tokens in every round here (engine.adaptive is off), so that numbers of different
-drafts compare. Accepted length is tokens emitted a round, the corrected or bonus token included. A request's last round
-is left out, since the end of the answer cuts it short; so is a round without proposals.
+The draft proposes engine.max_draft_tokens in every round here, greedy ones a tree of engine.tree_tokens (0: a chain),
+so that numbers of different drafts compare (engine.adaptive is off). Accepted length is tokens emitted a round, the
+corrected or bonus token included. A request's last round is left out, since the end of the answer cuts it short; so is
+a round without proposals.
 
 Leaves out speed (bench/throughput.py).
 """
@@ -119,7 +120,7 @@ def measure(
 def summarise(answers: Sequence[Answer], *, domain: str, temperature: float) -> Acceptance:
     """Count the rounds of some answers."""
     rounds = [r for answer in answers for r in answer.rounds if r.num_proposed and r.finish_reason is None]
-    longest = max((r.num_proposed for r in rounds), default=0)
+    longest = max((max(r.chain_proposed, r.num_accepted) for r in rounds), default=0)  # as deep as trees go
     rates, conditional = [], []
     for position in range(1, longest + 1):
         tried = [r for r in rounds if r.num_proposed >= position]

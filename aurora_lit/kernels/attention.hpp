@@ -40,13 +40,39 @@ struct AttentionShape {
   float scale;
 };
 
-// One query of one head: what it asks, how many positions it sees, where its answer goes, its scores.
+// Proposals that branch. They lie behind a row's start in `columns` columns, of which the pass computes the last
+// `queries`; a column follows its parent, or where that is negative what stands before the start. It attends to the
+// start's positions and its ancestors, in the order in which they would stand there without the others.
+struct Tree {
+  const int64_t* parents;  // [rows, columns], each below its column; or null: each column follows the one before
+  int64_t columns;
+};
+
+constexpr int MAX_PATH = 32;
+
+// One query of one head: what it asks, how many positions it sees, where its answer goes, its scores. The last `steps`
+// of its positions are columns of a tree: `path`, counted from where they begin.
 struct Query {
   const float* q;
   int64_t length;
   float* out;
   float* scores;
+  int64_t extent;  // positions to score, so that all of the path are
+  int steps;
+  int path[MAX_PATH];
 };
+
+// Columns from the one that follows the start down to `column`; returns how many.
+inline int path_to(const int64_t* parents, int64_t column, int* path) {
+  int steps = 0;
+  for (int64_t at = column; at >= 0 && steps < MAX_PATH; at = parents[at]) path[steps++] = int(at);
+  for (int i = 0; i < steps / 2; ++i) {
+    const int swapped = path[i];
+    path[i] = path[steps - 1 - i];
+    path[steps - 1 - i] = swapped;
+  }
+  return steps;
+}
 
 inline int64_t padded64(int64_t length) { return (length + 63) / 64 * 64; }
 
@@ -78,8 +104,9 @@ template <class Cache, int ROWS, int WIDTH>
 void attend_rows(const Query* rows, const Cache* keys, ptrdiff_t key_stride, const Cache* values, int D, float scale) {
   int64_t longest = 0, shortest = rows[0].length;
   for (int r = 0; r < ROWS; ++r) {
-    longest = rows[r].length > longest ? rows[r].length : longest;
-    shortest = rows[r].length < shortest ? rows[r].length : shortest;
+    const int64_t together = rows[r].length - rows[r].steps;
+    longest = rows[r].extent > longest ? rows[r].extent : longest;
+    shortest = together < shortest ? together : shortest;
   }
   for (int64_t p = 0; p < padded64(longest); p += 16 * WIDTH) {
     f16v acc[ROWS][WIDTH] = {};
@@ -95,6 +122,10 @@ void attend_rows(const Query* rows, const Cache* keys, ptrdiff_t key_stride, con
         std::memcpy(rows[r].scores + p + 16 * v, &acc[r][v], 64);
       }
   }
+  for (int r = 0; r < ROWS; ++r) {
+    float* behind = rows[r].scores + rows[r].length - rows[r].steps;
+    for (int i = 0; i < rows[r].steps; ++i) behind[i] = behind[rows[r].path[i]];  // i <= path[i], both ascend
+  }
   float inverse[ROWS];
   for (int r = 0; r < ROWS; ++r)
     inverse[r] = 1.0f / exponentiate(rows[r].scores, rows[r].length, padded64(rows[r].length));
@@ -107,8 +138,11 @@ void attend_rows(const Query* rows, const Cache* keys, ptrdiff_t key_stride, con
         for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].scores[p] * value[v];
     }
     for (int r = 0; r < ROWS; ++r) {
-      for (int64_t p = shortest; p < rows[r].length; ++p)
-        for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].scores[p] * load16(values + p * D + d + 16 * v);
+      const int64_t together = rows[r].length - rows[r].steps;
+      for (int64_t p = shortest; p < rows[r].length; ++p) {
+        const int64_t at = p < together ? p : together + rows[r].path[p - together];
+        for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].scores[p] * load16(values + at * D + d + 16 * v);
+      }
       for (int v = 0; v < WIDTH; ++v) {
         acc[r][v] *= inverse[r];
         std::memcpy(rows[r].out + d + 16 * v, &acc[r][v], 64);
@@ -134,10 +168,11 @@ void attend_queries(const Query* rows, int count, const Cache* keys, ptrdiff_t k
 // Write the new keys and values of one row and key-value head behind the row's start.
 template <class Cache>
 void write_slot(const AttentionShape& s, int64_t b, int64_t g, const float* k, const float* v, Cache* keys,
-                Cache* values, const int64_t* slots, const int64_t* starts) {
+                Cache* values, const int64_t* slots, const int64_t* starts, const Tree& tree) {
   const int D = int(s.head_dim);
+  const int64_t first = tree.parents ? tree.columns - s.queries : 0;
   for (int64_t t = 0; t < s.queries; ++t) {
-    const int64_t at = starts[b] + t;
+    const int64_t at = starts[b] + first + t;
     const float* kt = k + b * s.k_row + g * s.k_head + t * s.k_token;
     const float* vt = v + b * s.v_row + g * s.v_head + t * s.v_token;
     Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k + at;
@@ -151,8 +186,9 @@ void write_slot(const AttentionShape& s, int64_t b, int64_t g, const float* k, c
 // Queries that share keys go together: neighbouring tokens of a head, or at one token the heads of a group.
 template <class Cache>
 void attend_share(const AttentionShape& s, const float* q, const Cache* keys, const Cache* values,
-                  const int64_t* slots, const int64_t* starts, float* out) {
+                  const int64_t* slots, const int64_t* starts, const Tree& tree, float* out) {
   const int D = int(s.head_dim);
+  const int64_t before = tree.parents ? tree.columns - s.queries : 0;  // columns that earlier passes computed
   const int64_t group = s.heads / s.kv_heads;
   const bool by_token = s.queries > 1 || s.rows * s.kv_heads < 4;
   const int64_t tiles = by_token ? (s.queries + 15) / 16 : 1, lanes = by_token ? s.heads : s.kv_heads;
@@ -165,15 +201,19 @@ void attend_share(const AttentionShape& s, const float* q, const Cache* keys, co
     const Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v;
     const int64_t first = by_token ? tile * 16 : g * group;
     const int64_t last = by_token ? (first + 16 < s.queries ? first + 16 : s.queries) : first + group;
-    const int64_t room = padded64(starts[b] + s.queries);
+    const int64_t room = padded64(starts[b] + before + s.queries);
     if (int64_t(scores.size()) < room * MAX_QUERIES) scores.resize(size_t(room * MAX_QUERIES));
     for (int64_t i = first; i < last; i += MAX_QUERIES) {
       const int count = int(last - i < MAX_QUERIES ? last - i : MAX_QUERIES);
       Query rows[MAX_QUERIES];
       for (int r = 0; r < count; ++r) {
         const int64_t t = by_token ? i + r : 0, h = by_token ? lane : i + r;
-        rows[r] = Query{q + b * s.q_row + h * s.q_head + t * s.q_token, starts[b] + t + 1,
-                        out + ((b * s.queries + t) * s.heads + h) * D, scores.data() + room * r};
+        rows[r].q = q + b * s.q_row + h * s.q_head + t * s.q_token;
+        rows[r].out = out + ((b * s.queries + t) * s.heads + h) * D;
+        rows[r].scores = scores.data() + room * r;
+        rows[r].extent = starts[b] + before + t + 1;
+        rows[r].steps = tree.parents ? path_to(tree.parents + b * tree.columns, before + t, rows[r].path) : 0;
+        rows[r].length = tree.parents ? starts[b] + rows[r].steps : rows[r].extent;
       }
       attend_queries(rows, count, kc, s.cache_dim_k, vc, D, s.scale);
     }
@@ -187,9 +227,22 @@ void attention(const AttentionShape& s, const float* q, const float* k, const fl
   {
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < s.rows * s.kv_heads; ++job)
-      write_slot(s, job / s.kv_heads, job % s.kv_heads, k, v, keys, values, slots, starts);
-    attend_share(s, q, keys, values, slots, starts, out);
+      write_slot(s, job / s.kv_heads, job % s.kv_heads, k, v, keys, values, slots, starts, Tree{});
+    attend_share(s, q, keys, values, slots, starts, Tree{}, out);
   }
+}
+
+// Copy position from[i] of slot slots[i] to position to[i], for all heads, one copy after the other.
+template <class Cache>
+void move_positions(const AttentionShape& s, Cache* keys, Cache* values, const int64_t* slots, const int64_t* from,
+                    const int64_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t g = 0; g < s.kv_heads; ++g) {
+      Cache* k = keys + slots[i] * s.cache_row_k + g * s.cache_head_k;
+      Cache* v = values + slots[i] * s.cache_row_v + g * s.cache_head_v;
+      for (int64_t d = 0; d < s.head_dim; ++d) k[d * s.cache_dim_k + to[i]] = k[d * s.cache_dim_k + from[i]];
+      std::memcpy(v + to[i] * s.head_dim, v + from[i] * s.head_dim, size_t(s.head_dim) * sizeof(Cache));
+    }
 }
 
 }  // namespace

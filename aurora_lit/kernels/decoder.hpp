@@ -44,6 +44,7 @@ struct DecoderCall {
   int64_t max_positions;  // later positions are rotated as the last one
   const int64_t* slots;
   const int64_t* starts;
+  Tree tree;
   const float* embeds;  // [N, H] or null
   float* stream;        // [N, H]: in: the first layer's hidden state; out: the last layer's
   float* normed;        // [N, H] out: the stream after the final norm
@@ -85,6 +86,12 @@ inline void gate_times_up(float* gate, const float* up, int size) {
     std::memcpy(gate + i, &y, 64);
   }
   for (; i < size; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+// How far behind its row's start query t of a tree stands.
+inline int64_t depth(const Tree& tree, int64_t row, int64_t queries, int64_t t) {
+  int path[MAX_PATH];
+  return path_to(tree.parents + row * tree.columns, tree.columns - queries + t, path) - 1;
 }
 
 template <class T>
@@ -156,16 +163,16 @@ void decode(const DecoderCall& call) {
       for (int64_t job = 0; job < s.rows * s.kv_heads; ++job) {
         const int64_t b = job / s.kv_heads, kv = job % s.kv_heads, group = s.heads / s.kv_heads;
         for (int64_t t = 0; t < s.queries; ++t) {
-          const int64_t position = call.starts[b] + t;
+          const int64_t position = call.starts[b] + (call.tree.parents ? depth(call.tree, b, s.queries, t) : t);
           const int64_t place = (position < call.max_positions ? position : call.max_positions - 1) * D;
           float* token_q = q + (b * s.queries + t) * q_width;
           for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
             rotate_head(token_q + h * D, call.cosines + place, call.sines + place, D);
           rotate_head(k + (b * s.queries + t) * kv_width + kv * D, call.cosines + place, call.sines + place, D);
         }
-        write_slot(s, b, kv, k, v, keys, values, call.slots, call.starts);
+        write_slot(s, b, kv, k, v, keys, values, call.slots, call.starts, call.tree);
       }
-      attend_share(s, q, keys, values, call.slots, call.starts, attention_out);
+      attend_share(s, q, keys, values, call.slots, call.starts, call.tree, attention_out);
       const int q_padded = P::padded(q_width);
       for (int r = 0; r < rows; ++r)
         P::round_row(attention_out + ptrdiff_t(r) * q_width, q_width, x + ptrdiff_t(r) * q_padded);
@@ -194,6 +201,15 @@ void decode(const DecoderCall& call) {
     for (int r = 0; r < rows; ++r)
       rms_norm(call.stream + ptrdiff_t(r) * H, call.final_norm, H, call.eps, call.normed + ptrdiff_t(r) * H);
   }
+}
+
+// Move positions of the call's slots in every layer: what a tree accepted, to where it belongs.
+template <class Cache>
+void move(const DecoderCall& call, const int64_t* from, const int64_t* to, int64_t count) {
+#pragma omp parallel for schedule(static)
+  for (int64_t l = 0; l < call.num_layers; ++l)
+    move_positions(call.attention, static_cast<Cache*>(call.layers[l].keys), static_cast<Cache*>(call.layers[l].values),
+                   call.slots, from, to, count);
 }
 
 }  // namespace

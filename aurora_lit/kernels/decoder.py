@@ -2,7 +2,8 @@
 
 `Decoder` holds pointers into tensors that it keeps alive. What is left out: which models qualify (models/fused.py).
 
-Shapes: B rows, T positions, N = B·T, H hidden, S slots, L capacity, D head size, P positions.
+Shapes: B rows, T positions, N = B·T, C columns of a tree, H hidden, S slots, L capacity, D head size, P positions, M
+moves.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from aurora_lit.kernels import native
 from aurora_lit.kernels.packed import PackedLinear
 
 _TAPS = 3
+MAX_DEPTH = 32
+"""Most columns on a path of a tree; MAX_PATH in attention.hpp."""
 
 
 class _Matrix(ctypes.Structure):
@@ -53,7 +56,9 @@ class _Call(ctypes.Structure):
         ("cosines", ctypes.c_void_p),
         ("sines", ctypes.c_void_p),
         ("max_positions", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("slots", "starts", "embeds", "stream", "normed", "aux")),
+        *((name, ctypes.c_void_p) for name in ("slots", "starts", "parents")),
+        ("columns", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("embeds", "stream", "normed", "aux")),
         ("taps", ctypes.c_int64 * _TAPS),
     )
 
@@ -104,7 +109,9 @@ class Decoder:
         self._heads = (num_heads, num_kv_heads)
         self._eps, self._taps = eps, taps
         self.dtype = layers[0].query.packed.dtype
-        self._run = library.aurora_decode_fp32 if self.dtype == torch.float32 else library.aurora_decode_bf16
+        single = self.dtype == torch.float32
+        self._run = library.aurora_decode_fp32 if single else library.aurora_decode_bf16
+        self._move = library.aurora_move_fp32 if single else library.aurora_move_bf16
         self._slots: tuple[Sequence[torch.Tensor], ctypes.Array[_Layer]] | None = None  # keeps the keys' lists alive
 
     def __call__(
@@ -117,33 +124,64 @@ class Decoder:
         starts_B: torch.Tensor,
         queries: int,
         embeds_NH: torch.Tensor | None = None,
+        parents_BC: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Run `queries` positions of each row behind its start; `hidden_NH` fp32 contiguous is overwritten.
+
+        `parents_BC` int64: the positions are the last `queries` columns of a tree, whose earlier ones were run before.
+        A column follows its parent, which comes before it, or the row's start where that is -1; it stands at the
+        position of its depth and attends to what is before the start, its ancestors and itself. Columns lie in the slot
+        in their order until `move` takes the wanted ones to their positions.
 
         Returns the last layer's hidden state (that same tensor), it after the final norm, and the taps [N, 3, H].
         """
         N, H = hidden_NH.shape
-        heads, kv_heads = self._heads
-        head_dim = self._cosines_PD.shape[1]
         normed_NH = torch.empty(N, H)
         aux_N3H = None if self._taps is None else torch.empty(N, _TAPS, H)
-        call = _Call(hidden=H, num_layers=len(self._layers), eps=self._eps, max_positions=len(self._cosines_PD))
-        shape = call.attention
-        shape.rows, shape.queries, shape.heads, shape.kv_heads = N // queries, queries, heads, kv_heads
-        shape.head_dim, shape.scale = head_dim, head_dim**-0.5
-        shape.cache_row_k, shape.cache_head_k, shape.cache_dim_k = keys[0].stride()[:3]
-        shape.cache_row_v, shape.cache_head_v = values[0].stride()[:2]
-        call.layers = ctypes.addressof(self._record(keys, values))
+        call = self._call(keys, values)
+        call.hidden, call.eps, call.max_positions = H, self._eps, len(self._cosines_PD)
+        call.attention.rows, call.attention.queries = N // queries, queries
+        if parents_BC is not None:
+            parents_BC = parents_BC.contiguous()
+            call.columns = parents_BC.shape[1]
+            assert queries <= call.columns
         for name, tensor in (
             ("final_norm", self._final_norm), ("cosines", self._cosines_PD), ("sines", self._sines_PD),
-            ("slots", slots_B), ("starts", starts_B), ("embeds", embeds_NH), ("stream", hidden_NH),
-            ("normed", normed_NH), ("aux", aux_N3H),
+            ("slots", slots_B), ("starts", starts_B), ("parents", parents_BC), ("embeds", embeds_NH),
+            ("stream", hidden_NH), ("normed", normed_NH), ("aux", aux_N3H),
         ):  # fmt: skip
             setattr(call, name, None if tensor is None else tensor.data_ptr())
         if self._taps is not None:
             call.taps = (ctypes.c_int64 * _TAPS)(*self._taps)
         self._run(ctypes.byref(call))
         return hidden_NH, normed_NH, aux_N3H
+
+    def move(
+        self,
+        *,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        slots_M: torch.Tensor,
+        from_M: torch.Tensor,
+        to_M: torch.Tensor,
+    ) -> None:
+        """Copy keys and values of position from to position to, one after the other; all int64."""
+        call = self._call(keys, values)
+        call.slots = slots_M.data_ptr()
+        self._move(
+            ctypes.byref(call), ctypes.c_void_p(from_M.data_ptr()), ctypes.c_void_p(to_M.data_ptr()),
+            ctypes.c_int64(len(slots_M)),
+        )  # fmt: skip
+
+    def _call(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> _Call:
+        """What all calls over these slots have in common."""
+        shape, head_dim = native.AttentionShape(), self._cosines_PD.shape[1]
+        shape.heads, shape.kv_heads = self._heads
+        shape.head_dim, shape.scale = head_dim, head_dim**-0.5
+        shape.cache_row_k, shape.cache_head_k, shape.cache_dim_k = keys[0].stride()[:3]
+        shape.cache_row_v, shape.cache_head_v = values[0].stride()[:2]
+        layers = ctypes.addressof(self._record(keys, values))
+        return _Call(attention=shape, num_layers=len(self._layers), layers=layers)
 
     def _record(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> ctypes.Array[_Layer]:
         """The layers with their slots' addresses; made once a cache."""

@@ -70,6 +70,14 @@ void aurora_attention_bf16(const AttentionShape* shape, const float* q, const fl
 void aurora_decode_fp32(const DecoderCall* call) { decode<Float, float>(*call); }
 void aurora_decode_bf16(const DecoderCall* call) { decode<BFloat, uint16_t>(*call); }
 
+// Keys and values of every layer from positions `from` of the call's slots to `to`.
+void aurora_move_fp32(const DecoderCall* call, const int64_t* from, const int64_t* to, int64_t count) {
+  move<float>(*call, from, to, count);
+}
+void aurora_move_bf16(const DecoderCall* call, const int64_t* from, const int64_t* to, int64_t count) {
+  move<uint16_t>(*call, from, to, count);
+}
+
 // The LK loss of rows of logits; the draft's logits become their gradient.
 void aurora_lk_rows(const LKRows* rows) { lk_rows(*rows); }
 

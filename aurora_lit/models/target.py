@@ -160,10 +160,17 @@ class Target(nn.Module):
         )
 
     def forward(
-        self, ids_BT: torch.Tensor, *, slots: KVSlots, slots_B: torch.Tensor, starts_B: torch.Tensor
+        self,
+        ids_BT: torch.Tensor,
+        *,
+        slots: KVSlots,
+        slots_B: torch.Tensor,
+        starts_B: torch.Tensor,
+        parents_BT: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run T new tokens of each row, which follow `starts_B` positions already in its slot.
 
+        `parents_BT`, where `can_branch`: the tokens form a tree (kernels/decoder.py); `keep_path` then keeps a path.
         Returns the auxiliary hidden states [B, T, 3H] and the last hidden state [B, T, H] (after the final norm).
         """
         positions_BT = starts_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device)
@@ -179,11 +186,25 @@ class Target(nn.Module):
                 slots_B=slots_B,
                 starts_B=starts_B,
                 queries=T,
+                parents_BC=parents_BT,
             )
             assert aux_N3H is not None
             return aux_N3H.view(B, T, -1), last_NH.view(B, T, -1)
+        assert parents_BT is None, "only fused layers branch"
         view = SlotView(slots, slots_B=slots_B, starts_B=starts_B)
         return self._run(input_ids=ids_BT, position_ids=positions_BT, slot_view=view)
+
+    @property
+    def can_branch(self) -> bool:
+        """Whether a pass may take a tree of tokens. Only fused layers do: others would need a mask a family."""
+        return self._decoder is not None
+
+    def keep_path(self, *, slots: KVSlots, slots_M: torch.Tensor, from_M: torch.Tensor, to_M: torch.Tensor) -> None:
+        """Move keys and values of tree columns to the positions that their tokens were committed at, in this order."""
+        assert self._decoder is not None
+        self._decoder.move(
+            keys=slots.keys_SGDL, values=slots.values_SGLD, slots_M=slots_M, from_M=from_M, to_M=to_M
+        )
 
     def compile_forward(self) -> None:
         """Compile the model's forward pass, for devices without native kernels; shapes are dynamic."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from aurora_lit.modules.distribution import History, LogitOptions, probabilities, shift_logits
+from aurora_lit.modules.tree import accepted_path, depths
 from aurora_lit.request import TokenLogprob
 
 
@@ -58,6 +59,16 @@ class Proposals:
     """The distribution each free row's proposal was drawn from; None when all proposals are the draft's argmax."""
     logprob_BK: Tensor | None = None
     """fp32. Behaviour log-probabilities, as `behaviour_logprobs` makes them; None when nobody asked for them."""
+    parent_BK: Tensor | None = None
+    """int64. The column each proposal follows (modules/tree.py); None: a chain, each follows the one before. Where
+    proposals branch, free rows have none, and rows with a penalty none or a chain."""
+
+    @property
+    def parent_BT(self) -> Tensor | None:
+        """The same for all columns; the root's follows none: −1."""
+        if self.parent_BK is None:
+            return None
+        return torch.cat([self.parent_BK.new_full((len(self.parent_BK), 1), -1), self.parent_BK], 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +77,8 @@ class Verdict:
 
     accepted_B: Tensor
     next_token_B: Tensor
+    column_BA: Tensor | None = None
+    """int64. Where proposals branch: the root's column 0, the columns accepted, and any columns beyond."""
 
 
 def propose(
@@ -117,7 +130,7 @@ def verify(
     shifted = shift_logits(logits_BTV, options=options, history=history, proposals_BK=proposals.token_BK)
     rows = options.sampled_rows
     if not options.num_sampled:
-        return verify_greedy(shifted.argmax(-1), proposals_BK=proposals.token_BK, num_proposed_B=proposals.num_B)
+        return verify_matching(shifted.argmax(-1), proposals=proposals)
 
     all_sampled = not options.greedy_rows.numel()
     p_RTV = probabilities(shifted if all_sampled else shifted[rows], filters=options.sampled_filters)
@@ -126,7 +139,11 @@ def verify(
         if history is None:
             raise ValueError("history is None but a row has a seed: pass the rows' tokens")
         place_R = (history.length_B - history.prompt_length_B)[rows]
-        token_RT = draw(p_RTV, seeded_uniforms(options.seed_B[rows], place_B=place_R, count=p_RTV.shape[1]))
+        uniform_RT = seeded_uniforms(options.seed_B[rows], place_B=place_R, count=p_RTV.shape[1])
+        if proposals.parent_BK is not None:
+            depth_RT = torch.tensor([depths(parents) for parents in proposals.parent_BK[rows].tolist()])
+            uniform_RT = uniform_RT.gather(1, depth_RT.to(uniform_RT.device))
+        token_RT = draw(p_RTV, uniform_RT)
 
     # Rows that accept what equals the target's token: greedy and seeded.
     token_BT = token_RT
@@ -134,7 +151,7 @@ def verify(
         token_BT = logits_BTV.new_zeros(logits_BTV.shape[:2], dtype=torch.int64)
         token_BT[rows] = token_RT
         token_BT[options.greedy_rows] = shifted[options.greedy_rows].argmax(-1)
-    matched = verify_greedy(token_BT, proposals_BK=proposals.token_BK, num_proposed_B=proposals.num_B)
+    matched = verify_matching(token_BT, proposals=proposals)
     if not options.num_free:
         return matched
 
@@ -152,6 +169,27 @@ def verify(
     return Verdict(
         accepted_B=matched.accepted_B.scatter(0, rows, accepted_R),
         next_token_B=matched.next_token_B.scatter(0, rows, next_token_R),
+        column_BA=matched.column_BA,
+    )
+
+
+def verify_matching(target_token_BT: Tensor, *, proposals: Proposals) -> Verdict:
+    """Accept the proposals that equal the target's own tokens, along a chain or down a tree."""
+    if proposals.parent_BK is None:
+        return verify_greedy(target_token_BT, proposals_BK=proposals.token_BK, num_proposed_B=proposals.num_B)
+    paths = [
+        [0, *accepted_path(tokens[:count], parents[:count], wanted)]
+        for tokens, parents, wanted, count in zip(
+            proposals.token_BK.tolist(), proposals.parent_BK.tolist(), target_token_BT.tolist(),
+            proposals.num_B.tolist(), strict=True,
+        )
+    ]  # fmt: skip
+    longest = max(map(len, paths))
+    column_BA = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=target_token_BT.device)
+    accepted_B = torch.tensor([len(path) - 1 for path in paths], device=target_token_BT.device)
+    last_B1 = column_BA.gather(1, accepted_B[:, None])
+    return Verdict(
+        accepted_B=accepted_B, next_token_B=target_token_BT.gather(1, last_B1)[:, 0], column_BA=column_BA
     )
 
 

@@ -18,6 +18,7 @@ from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft, DraftConfig
+from aurora_lit.serve.branching import slot_capacity
 from aurora_lit.serve.calls import WorkerParts
 from aurora_lit.serve.drafting import FittedDraft, fit_draft
 from aurora_lit.serve.engine import Engine
@@ -52,7 +53,11 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
     observer = _recorder(config, target, sinks)
     wanted = sinks.ring is not None or sinks.recording is not None
     engine = _engine(config, target, tokenizer, observer=observer if wanted else None)
-    capacity = config.engine.max_seq_len + config.engine.max_draft_tokens + 1
+    capacity = slot_capacity(
+        max_seq_len=config.engine.max_seq_len,
+        max_draft_tokens=config.engine.max_draft_tokens,
+        tree_tokens=config.engine.tree_tokens,
+    )
 
     def load(folder: Path | None) -> FittedDraft:
         draft = starting_draft(config, target)[0] if folder is None else load_draft(folder, target)
@@ -126,6 +131,7 @@ def _engine(
         max_batch_size=config.engine.max_batch_size,
         max_seq_len=config.engine.max_seq_len,
         max_draft_tokens=config.engine.max_draft_tokens,
+        tree_tokens=config.engine.tree_tokens,
         prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
         adaptive=config.engine.adaptive,
         lookup=config.engine.speculate and config.engine.lookup,

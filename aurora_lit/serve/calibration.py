@@ -16,8 +16,9 @@ from aurora_lit.models.slots import KVSlots
 from aurora_lit.models.target import Target
 from aurora_lit.modules.distribution import LogitOptions
 from aurora_lit.request import SamplingParams
+from aurora_lit.serve.branching import propose_tree
 from aurora_lit.serve.drafting import Drafter, DraftRows
-from aurora_lit.serve.speculation import DraftLength
+from aurora_lit.serve.speculation import MOST_COLUMNS, DraftLength
 
 _REPEATS = 3
 
@@ -40,20 +41,30 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, s
         for width in range(1, policy.max_proposals + 2):
             policy.target_cost.update(num_rows, width, _least_seconds(functools.partial(run_target, width)))
 
+        for nodes in policy.tree_sizes:
+            if num_rows * (nodes + 1) <= MOST_COLUMNS:
+                seconds = _least_seconds(functools.partial(run_target, nodes + 1))
+                policy.target_cost.update(num_rows, nodes + 1, seconds)
+
         if drafter is None:
             continue
         greedy = LogitOptions.of([SamplingParams(max_tokens=1, temperature=0.0)] * num_rows, device=slots_B.device)
 
         def run_draft(
             steps: int,
+            nodes: int = 0,
             slots_B: torch.Tensor = slots_B,
             options: LogitOptions = greedy,
             drafter: Drafter = drafter,
         ) -> None:
             for slot in slots_B.tolist():
                 drafter.forget(slot)
+            rows = DraftRows(slots_B=slots_B, lengths=[3] * len(slots_B))
+            if nodes:
+                propose_tree(drafter, rows, num_steps=steps, num_nodes=nodes, go_on=lambda *_: True)
+                return
             drafter.propose(
-                DraftRows(slots_B=slots_B, lengths=[3] * len(slots_B)),
+                rows,
                 options=options,
                 num_steps=steps,
                 uniform_BK=torch.zeros(len(slots_B), steps, device=slots_B.device),
@@ -64,6 +75,9 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, s
         three_s = _least_seconds(lambda: run_draft(3))
         policy.first_step_cost.update(num_rows, 1, one_s)
         policy.next_step_cost.update(num_rows, 1, max(0.0, (three_s - one_s) / 2))
+        if policy.tree_sizes:
+            three_s = _least_seconds(lambda: run_draft(3, policy.tree_sizes[-1]))
+            policy.observe_levels(num_rows, 3, three_s)
 
 
 def _least_seconds(operation: Callable[[], None]) -> float:

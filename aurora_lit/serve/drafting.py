@@ -5,7 +5,8 @@ computed from them until proposals are wanted. Then `propose` first brings the d
 token, from true features, and chains on from there with the draft's own. What the chain wrote is overwritten by the
 next catching up, so rejection needs no work.
 
-What is left out: how many proposals (serve/speculation.py) and their verification (modules/sampling.py).
+What is left out: trees (serve/branching.py), how many proposals (serve/speculation.py) and their verification
+(modules/sampling.py).
 
 Shapes: B rows, T positions, K proposals, H hidden, Vd draft vocabulary, S slots, L capacity.
 """
@@ -154,6 +155,11 @@ class Drafter:
         """The target's features as `remember` keeps them; true for every position the target has run and kept."""
         return self._features_SLF
 
+    @property
+    def can_branch(self) -> bool:
+        """Whether `run` takes trees."""
+        return self._fitted.decoder is not None
+
     def remember(self, *, slots_B: torch.Tensor, starts_B: torch.Tensor, aux_BT3H: torch.Tensor) -> None:
         """Keep the target's features of positions start, start + 1, … of each row."""
         positions_BT = starts_B[:, None] + torch.arange(aux_BT3H.shape[1], device=starts_B.device)
@@ -176,7 +182,7 @@ class Drafter:
 
         `values_B` is the value head's prediction at the last step: tokens accepted from that proposal on.
         """
-        hidden_BH = self._catch_up(rows)
+        hidden_BH = self.catch_up(rows)
         starts_B = torch.tensor(rows.lengths, device=rows.slots_B.device) - 1
         tokens: list[torch.Tensor] = []
         distributions: list[torch.Tensor] = []
@@ -190,14 +196,14 @@ class Drafter:
                 distributions.append(q_BD)
             if step + 1 == num_steps or not go_on(step + 1, self.draft.value_head(normed_BH).squeeze(-1)):
                 break
-            hidden_BH = self._run(tokens[-1][:, None], hidden_BH[:, None], rows.slots_B, starts_B + step)[:, 0]
+            hidden_BH = self.run(tokens[-1][:, None], hidden_BH[:, None], rows.slots_B, starts_B + step)[:, 0]
         return Proposals(
             token_BK=torch.stack(tokens, dim=1),
             num_B=torch.full_like(rows.slots_B, len(tokens)),
             q_BKD=torch.stack(distributions, dim=1) if distributions else None,
         )
 
-    def _catch_up(self, rows: DraftRows) -> torch.Tensor:
+    def catch_up(self, rows: DraftRows) -> torch.Tensor:
         """Run all committed positions the draft has not seen; returns the hidden state at each row's last [B, H]."""
         slots = rows.slots_B.tolist()
         # All rows of the last pass are given as many positions, so these must fit behind the longest row.
@@ -223,12 +229,21 @@ class Drafter:
         if native.library() is not None:
             features_BTF = features_BTF.float()
         tokens_BT = self._tokens_SL[slots_B[:, None], positions_BT + 1]
-        return self._run(tokens_BT, self.draft.fuse(features_BTF), slots_B, starts_B)
+        return self.run(tokens_BT, self.draft.fuse(features_BTF), slots_B, starts_B)
 
-    def _run(
-        self, tokens_BT: torch.Tensor, hidden_BTH: torch.Tensor, slots_B: torch.Tensor, starts_B: torch.Tensor
+    def run(
+        self,
+        tokens_BT: torch.Tensor,
+        hidden_BTH: torch.Tensor,
+        slots_B: torch.Tensor,
+        starts_B: torch.Tensor,
+        *,
+        parents_BC: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One pass of the draft layer; `tokens_BT` are the tokens after the positions; returns hidden [B, T, H]."""
+        """One pass of the draft layer; `tokens_BT` are the tokens after the positions; returns hidden [B, T, H].
+
+        `parents_BC`, where `can_branch`: the positions are the last columns of a tree (kernels/decoder.py).
+        """
         B, T = tokens_BT.shape
         embeds_BTH = self._target.embedding(tokens_BT)
         if self._fitted.decoder is not None:
@@ -240,8 +255,10 @@ class Drafter:
                 starts_B=starts_B,
                 queries=T,
                 embeds_NH=embeds_BTH.reshape(B * T, -1).contiguous(),
+                parents_BC=parents_BC,
             )
             return stream_NH.view(B, T, -1)
+        assert parents_BC is None, "only fused layers branch"
         positions_BT = starts_B[:, None] + torch.arange(T, device=starts_B.device)
         query, key, value = self.draft.project(embeds_BTH, hidden_BTH, positions_BT)
         view = SlotView(self._cache, slots_B=slots_B, starts_B=starts_B)

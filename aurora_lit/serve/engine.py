@@ -15,22 +15,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 
 import torch
 
 from aurora_lit.errors import RequestError
 from aurora_lit.models.target import Target
-from aurora_lit.modules.distribution import History, LogitOptions
+from aurora_lit.modules.distribution import LogitOptions
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.sampling import Proposals, token_logprobs, verify
+from aurora_lit.modules.tree import common_prefix
 from aurora_lit.request import Output, Request
+from aurora_lit.serve.branching import slot_capacity
 from aurora_lit.serve.calibration import calibrate
 from aurora_lit.serve.drafting import Drafter, FittedDraft
 from aurora_lit.serve.lookup import NgramIndex
-from aurora_lit.serve.observing import RoundObserver, tell, tell_pass
+from aurora_lit.serve.observing import RoundObserver, tell
+from aurora_lit.serve.passes import TargetPasses
 from aurora_lit.serve.proposing import Proposer
-from aurora_lit.serve.rows import EngineStats, Row
+from aurora_lit.serve.rows import EngineStats, Judged, Row, history_of, judge
 from aurora_lit.serve.speculation import DraftLength
 
 
@@ -51,6 +53,7 @@ class Engine:
         max_batch_size: int,
         max_seq_len: int,
         max_draft_tokens: int = 4,
+        tree_tokens: int = 0,
         prefill_chunk_tokens: int = 256,
         adaptive: bool = True,
         lookup: bool = False,
@@ -68,10 +71,10 @@ class Engine:
         self._target = target
         self._observer = observer
         self._prefill_chunk_tokens = prefill_chunk_tokens
-        capacity = max_seq_len + max_draft_tokens + 1
+        capacity = slot_capacity(max_seq_len=max_seq_len, max_draft_tokens=max_draft_tokens, tree_tokens=tree_tokens)
         self._device = target.model.device
         self._tokens_SL = torch.zeros(max_batch_size, capacity + 1, dtype=torch.int64, device=self._device)
-        self._slots = target.make_slots(num_slots=max_batch_size, capacity=capacity)
+        slots = target.make_slots(num_slots=max_batch_size, capacity=capacity)
         self._free = list(reversed(range(max_batch_size)))
         self._waiting: deque[Request] = deque()
         self._prefilling: deque[Row] = deque()
@@ -79,8 +82,13 @@ class Engine:
         self._drafter: Drafter | None = None
         if draft is not None and max_draft_tokens:
             self._drafter = Drafter(draft, target, tokens_SL=self._tokens_SL, capacity=capacity)
+        self._passes = TargetPasses(target, slots=slots, drafter=self._drafter, observer=observer)
+        can_branch = self._drafter is not None and self._drafter.can_branch and target.can_branch
         self.policy = DraftLength(
-            max_draft_tokens=max_draft_tokens if self._drafter else 0, max_proposals=max_draft_tokens, adaptive=adaptive
+            max_draft_tokens=max_draft_tokens if self._drafter else 0,
+            max_proposals=max_draft_tokens,
+            adaptive=adaptive,
+            tree_tokens=tree_tokens if can_branch else 0,
         )
         self._lookup = lookup and max_draft_tokens > 0
         self.proposer = Proposer(
@@ -98,7 +106,7 @@ class Engine:
         self._options_rows: list[Row] = []
         self._options = LogitOptions.of([])
         if adaptive and (self._drafter or self._lookup):
-            calibrate(self.policy, target, self._drafter, slots=self._slots, max_rows=max_batch_size)
+            calibrate(self.policy, target, self._drafter, slots=slots, max_rows=max_batch_size)
 
     @property
     def has_work(self) -> bool:
@@ -182,9 +190,10 @@ class Engine:
             row = self._prefilling[0]
             start, end = row.prefilled, min(row.prefilled + budget, row.prompt_length - 1)
             if end > start:
-                last_BTH = self._run_target([row], start, self._tokens_SL[row.slot, start:end][None])
+                computed = self._passes.run([row], self._tokens_SL[row.slot, start:end][None], start=start)
+                self._passes.keep([row], computed)
                 if row.params.prompt_logprobs is not None:
-                    self._note_prompt(row, last_BTH[0], start)
+                    self._note_prompt(row, computed.last_BTH[0], start)
                 row.prefilled = end
                 budget -= end - start
             if row.prefilled == row.prompt_length - 1:
@@ -209,45 +218,49 @@ class Engine:
         last_tokens_B1 = torch.stack([self._tokens_SL[row.slot, row.length - 1] for row in rows])[:, None]
         ids_BT = torch.cat([last_tokens_B1, proposals.token_BK], dim=1)
         started = time.perf_counter()
-        last_BTH = self._run_target(rows, None, ids_BT)
-        logits_BTV = self._target.logits(last_BTH)
+        computed = self._passes.run(rows, ids_BT, parents_BT=proposals.parent_BT)
+        logits_BTV = self._target.logits(computed.last_BTH)
         self.policy.target_cost.update(len(rows), ids_BT.shape[1], time.perf_counter() - started)
         verdict = verify(
             logits_BTV,
             options=self._options,
             proposals=proposals,
             uniform_BT=torch.rand(ids_BT.shape, dtype=torch.float64, device=self._device),
-            history=self._history(rows),
+            history=history_of(rows, self._options, self._tokens_SL),
             vocabulary=self._drafter.vocabulary if self._drafter else None,
         )
-        accepted, final = verdict.accepted_B.tolist(), verdict.next_token_B.tolist()
-        proposed, token_table = proposals.num_B.tolist(), proposals.token_BK.tolist()
+        self._passes.keep(rows, computed, column_BA=verdict.column_BA)
+        judged = judge(proposals, verdict)
         outputs = [
-            self._commit(row, [*token_table[i][: accepted[i]], final[i]], proposed[i], accepted[i], logits_BTV[i])
-            for i, row in enumerate(rows)
+            self._commit(row, of_row, logits_TV)
+            for row, of_row, logits_TV in zip(rows, judged, logits_BTV, strict=True)
         ]
+        if proposals.parent_BK is not None:
+            self.policy.observe_trees(judged, outputs)
         if self._observer:
             tell(
-                self._observer, rows, outputs, proposals=proposals, last_BTH=last_BTH, version=self.draft_version,
-                explore_temperature=self.proposer.explore_temperature,
+                self._observer, rows, outputs, proposals=proposals, last_BTH=computed.last_BTH,
+                version=self.draft_version, explore_temperature=self.proposer.explore_temperature,
             )  # fmt: skip
         for row, output in zip(rows, outputs, strict=True):
             if output.finish_reason is not None:
                 self._release(row)
         return outputs
 
-    def _commit(self, row: Row, tokens: list[int], proposed: int, accepted: int, logits_TV: torch.Tensor) -> Output:
+    def _commit(self, row: Row, judged: Judged, logits_TV: torch.Tensor) -> Output:
         """Append a row's new tokens up to where it ends, and say what it got."""
-        tokens, reason = row.cut_at_end(tokens, eos_token_ids=self.eos_token_ids, max_seq_len=self.max_seq_len)
+        tokens, reason = row.cut_at_end(judged.tokens, eos_token_ids=self.eos_token_ids, max_seq_len=self.max_seq_len)
         logprobs = None
         if row.params.logprobs is not None:
-            logprobs = token_logprobs(logits_TV, token_ids=tokens, num_top=row.params.logprobs)
-        accepted = min(accepted, len(tokens))
+            logprobs = token_logprobs(logits_TV[judged.columns], token_ids=tokens, num_top=row.params.logprobs)
+        proposed, accepted = judged.num_proposed, min(len(judged.tokens) - 1, len(tokens))
+        chain_proposed = len(judged.first_choices)
+        chain_accepted = min(accepted, common_prefix(judged.first_choices, tokens))
         end = row.length + len(tokens)
         self._tokens_SL[row.slot, row.length : end] = torch.tensor(tokens, dtype=torch.int64)
         first = row.length == row.prompt_length
         row.length = end
-        self.policy.observe(row, proposed=proposed, accepted=accepted)
+        self.policy.observe(row, proposed=chain_proposed, accepted=chain_accepted)
         if self._lookup:
             row.ngrams.extend(tokens)
         self.stats.count(generated=len(tokens), proposed=proposed, accepted=accepted, explored=row.explored)
@@ -260,35 +273,11 @@ class Engine:
             prompt_logprobs=tuple(row.prompt_logprobs) if first and row.prompt_logprobs else None,
             num_proposed=proposed,
             num_accepted=accepted,
+            chain_in_tree=None if proposed == chain_proposed else (chain_proposed, chain_accepted),
             finish_reason=reason,
             explored=row.explored,
             looked_up=row.looked_up,
             draft_versions=tuple(row.versions),
-        )
-
-    # -- shared ----------------------------------------------------------------------------------------------------
-
-    def _run_target(self, rows: Sequence[Row], start: int | None, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Run tokens behind `start` positions, or behind all but a row's last token; the last hidden states."""
-        slots_B = torch.tensor([row.slot for row in rows], device=self._device)
-        starts_B = torch.tensor([row.length - 1 if start is None else start for row in rows], device=self._device)
-        aux_BT3H, last_BTH = self._target.forward(ids_BT, slots=self._slots, slots_B=slots_B, starts_B=starts_B)
-        if self._drafter:
-            self._drafter.remember(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H)
-        if self._observer:
-            tell_pass(self._observer, rows, slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H, last_BTH=last_BTH)
-        return last_BTH
-
-    def _history(self, rows: list[Row]) -> History | None:
-        """The rows' tokens, where an option depends on them."""
-        options = self._options
-        if not options.penalty_rows.numel() and options.num_free == options.num_sampled:
-            return None
-        longest = max(row.length for row in rows)
-        return History(
-            token_BL=self._tokens_SL[torch.tensor([row.slot for row in rows]), :longest],
-            prompt_length_B=torch.tensor([row.prompt_length for row in rows], device=self._device),
-            length_B=torch.tensor([row.length for row in rows], device=self._device),
         )
 
     def _release(self, row: Row) -> None:

@@ -79,7 +79,7 @@ class LiveDraft:
             if not output.num_proposed or output.looked_up or output.explored:
                 continue
             verdict = self._watch.observe(
-                domain=domain_of(output.request_id), proposed=output.num_proposed, accepted=output.num_accepted
+                domain=domain_of(output.request_id), proposed=output.chain_proposed, accepted=output.chain_accepted
             )
             if verdict is not None:
                 version = self._engine.draft_version

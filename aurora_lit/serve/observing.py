@@ -14,6 +14,7 @@ import torch
 
 from aurora_lit.modules.distribution import is_greedy, is_plain
 from aurora_lit.modules.sampling import Proposals
+from aurora_lit.modules.tree import first_choices
 from aurora_lit.request import Output
 from aurora_lit.serve.rows import Row
 from aurora_lit.trace import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_NOBODY
@@ -86,14 +87,19 @@ def tell(
     version: str,
     explore_temperature: float,
 ) -> None:
-    """Tell the observer what a committed round was, but for requests that nothing may be kept of."""
+    """Tell the observer what a committed round was, but for requests that nothing may be kept of.
+
+    Of a tree the chain of first choices is told, as if it alone had been proposed: what a draft learns from, and is
+    judged by, is what it would say first.
+    """
+    proposals, last_BTH = _first_chain(proposals, last_BTH)
     tokens = proposals.token_BK.tolist()
     logprobs = None if proposals.logprob_BK is None else proposals.logprob_BK.tolist()
     proposed = proposals.num_B.tolist()
     for i, (row, output) in enumerate(zip(rows, outputs, strict=True)):
         if not row.request.store:
             continue
-        accepted, committed = output.num_accepted, len(output.token_ids)
+        accepted, committed = output.chain_accepted, len(output.token_ids)
         # Without a token behind the accepted ones the request ended there: nobody judged the other proposals.
         count = proposed[i] if committed > accepted else accepted
         source = SOURCE_NOBODY if not count else SOURCE_LOOKUP if row.looked_up else SOURCE_DRAFT
@@ -114,3 +120,22 @@ def tell(
             accepted=accepted,
         )
         observer.on_commit(row, note, last_BTH[i])
+
+
+def _first_chain(proposals: Proposals, last_BTH: torch.Tensor) -> tuple[Proposals, torch.Tensor]:
+    """Proposals, and the states behind root and proposals, along each row's chain of first choices."""
+    if proposals.parent_BK is None:
+        return proposals, last_BTH
+    counts = proposals.num_B.tolist()
+    chains = [first_choices(row[:count]) for row, count in zip(proposals.parent_BK.tolist(), counts, strict=True)]
+    width = max(map(len, chains))
+    column_BK = torch.tensor([chain + [1] * (width - len(chain)) for chain in chains], device=last_BTH.device)
+    token_BK = proposals.token_BK.gather(1, column_BK - 1)
+    chain = Proposals(
+        token_BK=token_BK,
+        num_B=torch.tensor([len(chain) for chain in chains]),
+        q_BKD=None,
+        logprob_BK=torch.zeros(token_BK.shape),  # chosen, not drawn
+    )
+    index_BT = torch.cat([column_BK.new_zeros(len(chains), 1), column_BK], 1)
+    return chain, last_BTH[torch.arange(len(chains))[:, None], index_BT]

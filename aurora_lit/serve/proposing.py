@@ -5,7 +5,8 @@ must be drawn from a distribution, which only the draft has. No draft pass runs 
 
 Exploration: in a share of a row's drafted rounds the proposals are drawn from the draft at a temperature of its own,
 for greedy and seeded rows too, so that a learner sees what else the draft could have said and with which probability.
-Verification does not change, so output stays exact; such rounds accept less.
+Verification does not change, so output stays exact; such rounds accept less. They propose chains, as do rounds with
+rows that are sampled freely or have a penalty: a tree is for rows that accept what equals the target's own token.
 What is left out: the draft's work (serve/drafting.py), lengths and costs (serve/speculation.py), verification.
 
 Shapes: B rows, K proposals, D draft vocabulary.
@@ -23,6 +24,7 @@ import torch
 from aurora_lit.modules.distribution import LogitOptions, is_greedy
 from aurora_lit.modules.sampling import Proposals, behaviour_logprobs
 from aurora_lit.request import SamplingParams
+from aurora_lit.serve.branching import propose_tree
 from aurora_lit.serve.drafting import Drafter, DraftRows
 from aurora_lit.serve.rows import Row
 from aurora_lit.serve.speculation import DraftLength
@@ -80,17 +82,23 @@ class Proposer:
         return {i: tokens[:count] for i, tokens in found.items()} if count else {}
 
     def _draft(self, rows: list[Row], *, num_others: int) -> Proposals | None:
-        num_steps = self._policy.choose([row.rate for row in rows], num_plain=num_others)
-        if not num_steps or self._drafter is None:
+        rates = [row.rate for row in rows]
+        num_steps = self._policy.choose(rates, num_plain=num_others)
+        if self._drafter is None or not (num_steps or self._policy.tree_sizes):
             return None
         options = self._options_for(rows)
+        if not options.num_free and not options.penalty_rows.numel():
+            num_steps, num_nodes = self._policy.choose_tree(num_steps, rates, num_plain=num_others)
+            if num_nodes:
+                return self._branch(rows, rates, num_steps, num_nodes, num_others)
+        if not num_steps:
+            for row in rows:
+                row.explored = False
+            return None
         survival = [1.0] * len(rows)
         started = time.perf_counter()
         drafted = self._drafter.propose(
-            DraftRows(
-                slots_B=torch.tensor([row.slot for row in rows], device=self._device),
-                lengths=[row.length for row in rows],
-            ),
+            self._draft_rows(rows),
             options=options,
             num_steps=num_steps,
             uniform_BK=torch.rand(len(rows), num_steps, dtype=torch.float64, device=self._device),
@@ -103,6 +111,28 @@ class Proposer:
             return drafted
         logprob_BK = behaviour_logprobs(drafted, options=options, vocabulary=self._drafter.vocabulary)
         return replace(drafted, logprob_BK=logprob_BK)
+
+    def _branch(
+        self, rows: list[Row], rates: list[float], num_steps: int, num_nodes: int, num_others: int
+    ) -> Proposals:
+        """A tree a row, for rows that accept what equals the target's own token and count none of their past."""
+        assert self._drafter is not None
+        started, levels = time.perf_counter(), [1]
+
+        def go_on(done: int, reach_B: list[float]) -> bool:
+            wanted = self._policy.worth_another_level(reach_B, rates, nodes=num_nodes, num_plain=num_others)
+            levels[0] = done + wanted
+            return wanted
+
+        drafted = propose_tree(
+            self._drafter, self._draft_rows(rows), num_steps=num_steps, num_nodes=num_nodes, go_on=go_on
+        )
+        self._policy.observe_levels(len(rows), levels[0], time.perf_counter() - started)
+        return drafted
+
+    def _draft_rows(self, rows: Sequence[Row]) -> DraftRows:
+        slots_B = torch.tensor([row.slot for row in rows], device=self._device)
+        return DraftRows(slots_B=slots_B, lengths=[row.length for row in rows])
 
     def _options_for(self, rows: list[Row]) -> LogitOptions:
         """How each row's proposals are drawn: by its own options, or by exploring."""
@@ -126,11 +156,14 @@ class Proposer:
         width = max([steps, *(len(tokens) for tokens in copied.values())])
         token_BK = torch.zeros(num_rows, width, dtype=torch.int64, device=self._device)
         num_B = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
-        q_BKD = logprob_BK = None
+        q_BKD = logprob_BK = parent_BK = None
         if drafted is not None:
             index = torch.tensor(drafting, device=self._device)
             token_BK[index, :steps] = drafted.token_BK
             num_B[index] = drafted.num_B
+            if drafted.parent_BK is not None:
+                parent_BK = torch.arange(width).repeat(num_rows, 1)  # the others' are chains
+                parent_BK[index, :steps] = drafted.parent_BK
             if drafted.q_BKD is not None:
                 q_BKD = drafted.q_BKD.new_zeros(num_rows, width, drafted.q_BKD.shape[2])
                 q_BKD[index, :steps] = drafted.q_BKD
@@ -140,4 +173,4 @@ class Proposer:
         for i, tokens in copied.items():
             token_BK[i, : len(tokens)] = torch.tensor(tokens, device=self._device)
             num_B[i] = len(tokens)
-        return Proposals(token_BK=token_BK, num_B=num_B, q_BKD=q_BKD, logprob_BK=logprob_BK)
+        return Proposals(token_BK=token_BK, num_B=num_B, q_BKD=q_BKD, logprob_BK=logprob_BK, parent_BK=parent_BK)

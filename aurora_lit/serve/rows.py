@@ -1,9 +1,16 @@
-"""What the engine keeps of a request that holds a slot, and its counters."""
+"""What the engine keeps of a request that holds a slot, its counters, and a round's verdict on it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
+
+from aurora_lit.modules.distribution import History, LogitOptions
+from aurora_lit.modules.sampling import Proposals, Verdict
+from aurora_lit.modules.tree import depths, first_choices
 from aurora_lit.request import Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.lookup import NgramIndex
 
@@ -76,3 +83,48 @@ class Row:
             if token in ends:
                 return tokens[: i + 1], "stop"
         return tokens, "length" if len(tokens) == room or room <= 0 else None
+
+
+def history_of(rows: Sequence[Row], options: LogitOptions, tokens_SL: torch.Tensor) -> History | None:
+    """The rows' tokens, where an option depends on them; `tokens_SL` has them by slot."""
+    if not options.penalty_rows.numel() and options.num_free == options.num_sampled:
+        return None
+    longest, device = max(row.length for row in rows), tokens_SL.device
+    return History(
+        token_BL=tokens_SL[torch.tensor([row.slot for row in rows]), :longest],
+        prompt_length_B=torch.tensor([row.prompt_length for row in rows], device=device),
+        length_B=torch.tensor([row.length for row in rows], device=device),
+    )
+
+
+class Judged(NamedTuple):
+    """What a round's verdict means for a row."""
+
+    tokens: list[int]
+    """The proposals accepted, and the token that the target says behind them."""
+    columns: list[int]
+    """Of the target's pass, at which each of these was decided."""
+    num_proposed: int
+    num_levels: int
+    """How far the proposals reached: their number, or the depth of a tree."""
+    first_choices: list[int]
+    """The chain of the draft's first choices: all proposals, or one path of a tree."""
+
+
+def judge(proposals: Proposals, verdict: Verdict) -> list[Judged]:
+    """One record a row."""
+    tokens, counts = proposals.token_BK.tolist(), proposals.num_B.tolist()
+    accepted, final = verdict.accepted_B.tolist(), verdict.next_token_B.tolist()
+    if proposals.parent_BK is None or verdict.column_BA is None:
+        return [
+            Judged([*row[:hits], last], list(range(hits + 1)), count, count, row[:count])
+            for row, count, hits, last in zip(tokens, counts, accepted, final, strict=True)
+        ]
+    judged = []
+    for b, (row, count, hits) in enumerate(zip(tokens, counts, accepted, strict=True)):
+        parents = proposals.parent_BK[b, :count].tolist()
+        columns = verdict.column_BA[b, : hits + 1].tolist()
+        chosen = [row[column - 1] for column in first_choices(parents)]
+        taken = [row[column - 1] for column in columns[1:]]
+        judged.append(Judged([*taken, final[b]], columns, count, max(depths(parents)), chosen))
+    return judged
