@@ -60,13 +60,18 @@ def validate(config: AuroraConfig) -> None:
                 if not low <= value <= high:
                     raise ConfigError(f"{section.name}.{setting.name}={value} is out of range; use {low} to {high}")
     engine, target = config.engine, config.target
-    if engine.strategy != "single":
-        raise ConfigError(f"engine.strategy={engine.strategy} is not built yet; use engine.strategy=single")
-    if engine.devices != 1:
+    if engine.strategy == "single" and engine.devices != 1:
         raise ConfigError(
-            f"engine.devices={engine.devices} needs a sharding strategy, and only single is built yet; "
-            "use engine.devices=1"
+            f"engine.devices={engine.devices} needs a strategy that shares the target; use "
+            "engine.strategy=tensor_parallel or fsdp, or engine.devices=1"
         )
+    if engine.strategy != "single" and engine.devices == 1:
+        raise ConfigError(
+            f"engine.strategy={engine.strategy} needs several devices; use engine.devices=2 or more, or "
+            "engine.strategy=single"
+        )
+    if engine.strategy != "single" and engine.compile == "on":
+        raise ConfigError(f"engine.compile=on does not go with engine.strategy={engine.strategy}; use auto or off")
     if engine.prefill_chunk_tokens > engine.max_seq_len:
         raise ConfigError(
             f"engine.prefill_chunk_tokens={engine.prefill_chunk_tokens} is more than "

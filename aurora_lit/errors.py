@@ -8,6 +8,7 @@ Leaves out: mistakes of our own, which stay `assert` or plain Python errors.
     ├── CheckpointError    a draft checkpoint is refused, and why
     ├── TraceError         bytes that are no trace
     ├── RingError          a trace ring cannot be made or opened
+    ├── RankError          a process that holds a part of the target was lost
     └── RequestError       a client's request is refused; becomes an OpenAI error body
 """
 
@@ -34,6 +35,10 @@ class TraceError(AuroraError):
 
 class RingError(AuroraError):
     """A trace ring that cannot be made or opened: no room, another layout, or somebody else reads it."""
+
+
+class RankError(AuroraError):
+    """A process that holds a part of the target was lost, or no longer does what the others do."""
 
 
 class RequestError(AuroraError):

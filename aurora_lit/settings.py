@@ -63,13 +63,14 @@ class EngineConfig:
     prefill_chunk_tokens: int = _within(256, 1, 1 << 16)
     """Prompt tokens read in one round; smaller makes others wait less for a long prompt."""
     strategy: Literal["single", "fsdp", "tensor_parallel"] = "single"
-    """How the target is spread over devices. Only `single` exists so far."""
+    """How the target is spread over engine.devices processes. tensor_parallel: each has some heads and columns of every
+    layer, the faster way. fsdp: each has a part of every weight and gathers a layer to run it, for any model."""
     devices: int = _within(1, 1, 1024)
-    """Devices that share the target; 1 with strategy single."""
+    """Processes that share the target, one a GPU, or all on the CPU; 1 with strategy single."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile: auto uses it where it pays and a compiler is found."""
     threads: int = _within(0, 0, 4096)
-    """CPU threads of the engine; 0 takes all cores."""
+    """CPU threads of the engine, of each of its processes; 0 takes all cores, shared out among them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,12 +52,13 @@ def text_of(ids: list[int]) -> str:
 class TinyServers:
     """One deployment, whose server is started again and again; all its processes end with this one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **model: Any) -> None:
+        """model: what the target has otherwise than tiny_models.py says."""
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         for name in ("shm", "tmp"):
             (folder / name).mkdir()
-        self.target = Target.load(save_model("llama", folder / "target", seed=3), precision="fp32")
+        self.target = Target.load(save_model("llama", folder / "target", seed=3, **model), precision="fp32")
         vocabulary = {text_of([i]): i for i in range(VOCAB)}
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -228,6 +229,7 @@ def run_command(arguments: list[str]) -> None:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
+        print(f"process {os.getpid()} ended with exit code {code}", file=sys.stderr, flush=True)
         os._exit(code)
 
 

@@ -113,9 +113,9 @@ def test_an_override_arrives(override: str, key: str, value: object) -> None:
         ("server.max_queue=0", "server.max_queue=0 is out of range"),
         ("server.drain_s=nan", "server.drain_s=nan is out of range"),
         # impossible
-        ("engine.strategy=fsdp", "engine.strategy=fsdp is not built yet; use engine.strategy=single"),
-        ("engine.strategy=tensor_parallel", "engine.strategy=tensor_parallel is not built yet"),
-        ("engine.devices=2", "engine.devices=2 needs a sharding strategy"),
+        ("engine.strategy=fsdp", "engine.strategy=fsdp needs several devices; use engine.devices=2 or more"),
+        ("engine.strategy=tensor_parallel", "engine.strategy=tensor_parallel needs several devices"),
+        ("engine.devices=2", "engine.devices=2 needs a strategy that shares the target"),
         ("engine.prefill_chunk_tokens=4096", "engine.prefill_chunk_tokens=4096 is more than engine.max_seq_len=2048"),
         ("trace.overlap_tokens=512", "trace.overlap_tokens=512 must be less than trace.segment_tokens=512; lower it"),
         ("checkpoint.run=../x", "checkpoint.run='../x' is no plain folder name"),

@@ -9,7 +9,6 @@ The spec lives in the HTTP process, the API's `setup` runs in the worker. Leaves
 
 from __future__ import annotations
 
-import functools
 import os
 import secrets
 import signal
@@ -17,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,8 +40,9 @@ from aurora_lit.serve.hot_reload import HotReloader
 from aurora_lit.serve.in_flight import Flights
 from aurora_lit.serve.learner_child import learner_command
 from aurora_lit.serve.loop import EngineLoop
+from aurora_lit.serve.ranks import Part, run_rank
 from aurora_lit.serve.routes import Generation
-from aurora_lit.serve.status_json import engine_json, learner_json, ring_counters
+from aurora_lit.serve.status_json import engine_json, learner_json, ranks_json, ring_counters
 
 if TYPE_CHECKING:
     from aurora_lit.serve.live_draft import LiveDraft
@@ -59,6 +60,8 @@ class Backend:
     """Runs in the worker, with the run folder."""
     load_tokenizer: Callable[[AuroraConfig], PreTrainedTokenizerBase]
     """Runs for the HTTP process."""
+    load_part: Callable[[AuroraConfig, Path, int], Part] | None = None
+    """Runs in the workers beside it, ranks 1, 2, …, with the run folder and the rank."""
     learner_command: Callable[[Path], list[str]] = learner_command
     """The command line of the server's own learner, for this run folder."""
 
@@ -76,8 +79,15 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
         self._server_pid = os.getpid()
 
     def setup(self, device: str) -> None:
-        """Build the engine; a failure is left in the status block for the main process to show."""
+        """Build the engine; a failure is left in the status block for the main process to show.
+
+        The other workers of a sharded target do not return from here: they are never to take a request.
+        """
         die_with_parent(self._server_pid)
+        rank = int(os.environ["LITSERVE_WORKER_ID"])
+        if rank:
+            assert self._backend.load_part is not None
+            run_rank(rank, self._run_folder, partial(self._backend.load_part, self._config, self._run_folder, rank))
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process drains first
         status = StatusBlock.open(self._run_folder / STATUS_NAME, writable=True)
         status.beat()
@@ -123,7 +133,8 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         self._asks_key = config.server.api_key is not None
         self._status = StatusBlock.open(run_folder / STATUS_NAME)
         self._learner = LearnerBlock.open(run_folder / LEARNER_STATUS_NAME)
-        self._ring = functools.partial(ring_counters, run_folder)
+        self._ring = partial(ring_counters, run_folder)
+        self._ranks = partial(ranks_json, run_folder)
         self._metrics = ServerMetrics(model=self._model, status=self._status, learner=self._learner, ring=self._ring)
         self._flights = Flights(status=self._status, max_queue=config.server.max_queue)
         self._flights.connect(self)
@@ -199,7 +210,8 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         report = engine_json(self._status.read(), self._ring())
         report["queue"] |= {"in_flight": self._flights.num_sequences, "calls": self._flights.num_calls,
                             "max_queue": self._max_queue}  # fmt: skip
-        return JSONResponse({"model": self._model, **report, "learner": learner_json(self._learner.read())})
+        return JSONResponse({"model": self._model, **report, "ranks": self._ranks(),
+                             "learner": learner_json(self._learner.read())})  # fmt: skip
 
     async def prometheus(self) -> Response:
         """Metrics in Prometheus' text format."""

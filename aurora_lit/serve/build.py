@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from aurora_lit.checkpoints import load_draft, read_config
 from aurora_lit.config import AuroraConfig, draft_folder
+from aurora_lit.distributed import Ranks
 from aurora_lit.errors import ConfigError, RingError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.models.sharded import ShardedTarget
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft, DraftConfig
@@ -41,6 +44,11 @@ def build_engine(
 
     sink: takes the traces of what is answered; None: nothing is recorded.
     """
+    if config.engine.strategy != "single":
+        raise ConfigError(
+            f"engine.strategy={config.engine.strategy}: only `aurora-lit serve` spreads a target over processes; "
+            "use engine.strategy=single and engine.devices=1 here"
+        )
     tokenizer, target = _load(config)
     observer = None if sink is None else _recorder(config, target, sink)
     return _engine(config, target, tokenizer, observer=observer), tokenizer
@@ -48,7 +56,8 @@ def build_engine(
 
 def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
     """The same for a server, with traces into the run folder's ring, and drafts that can be swapped."""
-    tokenizer, target = _load(config)
+    part = load_part(config, run_folder, 0) if config.engine.strategy != "single" else None
+    tokenizer, target = _load(config) if part is None else (load_tokenizer(config), part)
     sinks = _sinks(config, run_folder)
     observer = _recorder(config, target, sinks)
     wanted = sinks.ring is not None or sinks.recording is not None
@@ -64,14 +73,39 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         assert draft is not None
         return fit_draft(draft, target, capacity=capacity)
 
+    wish = LearnersWish(engine.proposer, LearnerBlock.open(run_folder / LEARNER_STATUS_NAME))
+
+    def before_round() -> None:
+        wish.follow()
+        if part is not None:
+            part.ranks.announce(engine.draft_version)
+
+    def close() -> None:
+        sinks.close()
+        if part is not None:
+            part.ranks.stop()
+
     return WorkerParts(
         engine=engine,
         tokenizer=tokenizer,
         load_draft=load if drafts(config) else None,
-        before_round=LearnersWish(engine.proposer, LearnerBlock.open(run_folder / LEARNER_STATUS_NAME)).follow,
+        before_round=before_round,
         unrecorded=lambda: 0 if sinks.recording is None else sinks.recording.dropped,
-        close=sinks.close,
+        close=close,
     )
+
+
+def load_part(config: AuroraConfig, run_folder: Path, rank: int) -> ShardedTarget:
+    """One rank's part of a sharded target; all ranks call it at the same time. Raises SourceError or ConfigError."""
+    engine = config.engine
+    assert engine.strategy != "single"
+    torch.set_num_threads(engine.threads or max(1, (os.cpu_count() or 1) // engine.devices))
+    ranks = Ranks(rank=rank, size=engine.devices, folder=run_folder, strategy=engine.strategy)
+    target = ShardedTarget.load_part(
+        find_target(config), precision=config.target.precision, strategy=engine.strategy, ranks=ranks
+    )
+    _check_length(config, target)
+    return target
 
 
 def drafts(config: AuroraConfig) -> bool:
@@ -172,14 +206,18 @@ def find_target(config: AuroraConfig) -> Path:
 def load_target(config: AuroraConfig) -> Target:
     """The target of a configuration, in its precision. Raises ConfigError when it cannot hold max_seq_len positions."""
     target = Target.load(find_target(config), precision=config.target.precision)
+    _check_length(config, target)
+    if config.engine.compile == "on" or (config.engine.compile == "auto" and target.model.device.type == "cuda"):
+        target.compile_forward()
+    return target
+
+
+def _check_length(config: AuroraConfig, target: Target) -> None:
     if config.engine.max_seq_len > target.max_positions:
         raise ConfigError(
             f"engine.max_seq_len={config.engine.max_seq_len}: the target was made for {target.max_positions} "
             "positions; lower it"
         )
-    if config.engine.compile == "on" or (config.engine.compile == "auto" and target.model.device.type == "cuda"):
-        target.compile_forward()
-    return target
 
 
 def load_tokenizer(config: AuroraConfig) -> PreTrainedTokenizerBase:

@@ -3,6 +3,7 @@
     main (this file) ── manager of LitServe's queues
         ├── HTTP: uvicorn, forked          serve/api.py, serve/routes.py
         ├── engine worker, spawned         serve/loop.py
+        ├── engine.devices - 1 more        serve/ranks.py; hold parts of the target, live and die with the worker
         └── learner, with learn.enabled    serve/learner_child.py; may die, the others go on
 
 SIGTERM or Ctrl-C: no new connections, running requests get server.drain_s seconds, then everything ends. A worker that
@@ -13,6 +14,7 @@ when the HTTP process dies: it is restarted from outside. However the main proce
 from __future__ import annotations
 
 import dataclasses
+import gc
 import http.client
 import logging
 import os
@@ -32,16 +34,19 @@ from aurora_lit.config import AuroraConfig, draft_folder, model_name, to_yaml
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
 from aurora_lit.ipc.lifetime import lead_forked_children
+from aurora_lit.ipc.rank_status import RankBlock, rank_path
 from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
 from aurora_lit.ipc.status import STATUS_NAME, StatusBlock, WorkerState
 from aurora_lit.serve.api import AuroraAPI, AuroraSpec, Backend
 from aurora_lit.serve.learner_child import LearnerChild
+from aurora_lit.serve.ranks import RankWatch
 
-WORKER_GRACE_S = 10.0
+WORKER_GRACE_S = 1.0
 """How long a server without worker stays to say so on /health."""
 _AFTER_DRAIN_S = 2.0  # for the error events that end what drain_s cut off
 _LONGEST_PATH_OF_A_SOCKET = 103  # bytes, on the meanest system
 MAX_BODY_BYTES = 16 * 2**20
+_log = logging.getLogger(__name__)
 
 
 def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
@@ -54,13 +59,16 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
         _keep_sockets_in(folder)
         status = StatusBlock.create(folder / STATUS_NAME)
         learner = LearnerChild(backend.learner_command(folder), LearnerBlock.create(folder / LEARNER_STATUS_NAME))
+        for rank in range(1, config.engine.devices):
+            RankBlock.create(rank_path(folder, rank))
         (folder / CONFIG_NAME).write_text(to_yaml(settings_for_learner(config)), encoding="utf-8")
         lead_forked_children()
         server = _build(config, backend, folder)
         try:
-            _run(server, config, status, learner if config.learn.enabled else None)
+            _run(server, config, status, folder, learner if config.learn.enabled else None)
         finally:
             learner.end()
+            gc.freeze()  # Python would go through all that is loaded before it ends: seconds on a busy machine
     now = status.read()
     if now.state is WorkerState.FAILED:
         raise AuroraError(f"the server failed: {now.error}")
@@ -119,9 +127,11 @@ def check_address(host: str, port: int) -> None:
 
 
 def _real_backend() -> Backend:
-    from aurora_lit.serve.build import build_worker, find_target, load_tokenizer
+    from aurora_lit.serve.build import build_worker, find_target, load_part, load_tokenizer
 
-    return Backend(prepare=find_target, build_worker=build_worker, load_tokenizer=load_tokenizer)
+    return Backend(
+        prepare=find_target, build_worker=build_worker, load_part=load_part, load_tokenizer=load_tokenizer
+    )
 
 
 class _Server(LitServer):  # type: ignore[misc]
@@ -139,8 +149,9 @@ def _build(config: AuroraConfig, backend: Backend, folder: Path) -> _Server:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns about every fork
     spec = AuroraSpec(config, backend, folder)
     api = AuroraAPI(config, backend, folder, spec)
-    # One worker owns all devices; "cpu" only tells LitServe to start one, the engine chooses its device itself.
-    server = _Server(api, accelerator="cpu", workers_per_device=1, timeout=False, max_payload_size=MAX_BODY_BYTES)
+    # "cpu" only lets LitServe start as many as we say; each worker chooses its device itself.
+    server = _Server(api, accelerator="cpu", workers_per_device=config.engine.devices, timeout=False,
+                     max_payload_size=MAX_BODY_BYTES)  # fmt: skip
     server.uvicorn_graceful_timeout = config.server.drain_s + _AFTER_DRAIN_S
     # LitServe would end the server at once when the worker dies; we first let /health and the clients know.
     server._monitor_workers = False
@@ -148,11 +159,14 @@ def _build(config: AuroraConfig, backend: Backend, folder: Path) -> _Server:
     return server
 
 
-def _run(server: _Server, config: AuroraConfig, status: StatusBlock, learner: LearnerChild | None) -> None:
+def _run(
+    server: _Server, config: AuroraConfig, status: StatusBlock, folder: Path, learner: LearnerChild | None
+) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     threading.Thread(target=_announce_when_ready, args=(config, status, learner), daemon=True).start()
-    threading.Thread(target=_end_after_children, args=(server, status), daemon=True).start()
+    watched = (server, config.engine.devices, status, folder)
+    threading.Thread(target=_end_after_children, args=watched, daemon=True).start()
     try:
         server.run(host=config.server.host, port=config.server.port, num_api_servers=1, log_level="warning",
                    generate_client_file=False, access_log=False)  # fmt: skip
@@ -199,28 +213,38 @@ def _answers_ready(host: str, port: int) -> bool:
         connection.close()
 
 
-def _end_after_children(server: _Server, status: StatusBlock) -> None:
-    """When engine worker or HTTP process has ended, end the server as SIGTERM would.
+def _being_ended() -> bool:
+    return signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+
+
+def _end_after_children(server: _Server, num_workers: int, status: StatusBlock, folder: Path) -> None:
+    """When an engine worker or the HTTP process has ended, or a rank is stopped, end the server as SIGTERM would.
 
     A dead worker leaves clients and probes a moment to be told; without HTTP nobody could be told anything.
     """
-    while status.read().state is not WorkerState.READY:
-        if status.read().state is WorkerState.FAILED:
+    while len(getattr(server, "inference_workers", ())) < num_workers:
+        time.sleep(0.05)
+    watch = RankWatch(server.inference_workers, status, folder)
+    ready = False
+    while not _being_ended():
+        loss = watch.look()
+        if status.read().state is WorkerState.FAILED and not ready:
+            return  # it could not be built, as LitServe knows
+        if _being_ended() and (loss is None or watch.orderly):
             return
-        time.sleep(0.05)
-    while not server.http_processes:
-        time.sleep(0.05)
-    worker = server.inference_workers[0]
-    ended = wait([worker.sentinel, *(process.sentinel for process in server.http_processes)])
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
-        return  # the server is being ended anyway
-    if worker.sentinel not in ended:
-        logging.getLogger(__name__).error("the HTTP process ended; the server ends")
-        worker.kill()  # nobody waits for what it does
-        worker.join()
+        http_ended = wait([process.sentinel for process in server.http_processes], timeout=0)
+        if loss is not None or http_ended:
+            break
+        ready = ready or status.read().state is WorkerState.READY
+    else:
+        return
+    watch.kill()  # what is left of them: a rank alone can do nothing
+    if loss is None:
+        _log.error("the HTTP process ended; the server ends")
         status.write(state=WorkerState.FAILED, error="the HTTP process ended")
     else:
-        logging.getLogger(__name__).error("the engine worker ended; the server ends in %.0f s", WORKER_GRACE_S)
-        status.write(state=WorkerState.FAILED, error=status.read().error or "the engine worker was killed")
-        time.sleep(WORKER_GRACE_S)
+        _log.error("%s; the server ends", loss)
+        status.write(state=WorkerState.FAILED, error=loss)
+        if ready:
+            time.sleep(WORKER_GRACE_S)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -12,6 +12,8 @@ from typing import Any
 
 from aurora_lit.errors import RingError
 from aurora_lit.ipc.learner_status import LearnerStatus
+from aurora_lit.ipc.page import heartbeat_age_s
+from aurora_lit.ipc.rank_status import read_ranks
 from aurora_lit.ipc.ring import RingCounters, read_counters
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.ipc.status import Status
@@ -60,6 +62,15 @@ def engine_json(now: Status, ring: RingCounters | None) -> Json:
             },
         },
     }  # fmt: skip
+
+
+def ranks_json(run_folder: Path) -> list[Json]:
+    """The processes that hold parts of the target beside the engine worker; empty where it is whole."""
+    return [
+        {"rank": rank, "pid": now.pid, "heartbeat_age_s": round(heartbeat_age_s(now), 3), "orders": now.orders,
+         "draft_version": now.draft_version or None, "error": now.error or None}
+        for rank, now in read_ranks(run_folder).items()
+    ]  # fmt: skip
 
 
 def learner_json(now: LearnerStatus) -> Json:

@@ -1,0 +1,155 @@
+"""Does a sharded target say what a whole one says, how fast is it, and how much does each process hold?
+
+    python benchmarks/sharding.py --prompts FILE... --limit 20 -- target.precision=fp32
+
+Answers the prompts greedily with the target whole, then with each strategy in `--processes` processes, as a server's
+workers would; every engine runs in processes of its own. Prints equal answers, rounds a second (of those that read no
+prompt; with engine.adaptive=false they are the same rounds for all), and memory a process: weights, all that came with
+loading (slots and the kernels' copies too), and its highest point. Exit code 1 if any answer differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.multiprocessing
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from aurora_lit.bench.drive import params_for
+from aurora_lit.config import AuroraConfig, load_config
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.kernels import native
+from aurora_lit.learn.reading import encode_prompt, read_prompts
+from aurora_lit.models.target import Target
+from aurora_lit.request import Request
+from aurora_lit.serve.build import build_worker, load_part, load_tokenizer
+
+_MIB = 1 << 20
+
+
+def main() -> int:
+    """Run the comparison; 0 if every answer is equal."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", nargs="+", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=20, help="prompts in all, the files in turn")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--strategies", nargs="+", default=["tensor_parallel", "fsdp"])
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key=value, for example target.precision=fp32")
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    tokenizer = load_tokenizer(config)
+    files = [read_prompts(path) for path in arguments.prompts]
+    turns = [prompt for prompts in zip(*files, strict=False) for prompt in prompts][: arguments.limit]
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in turns]
+
+    found = {"single": measure(config, "single", 1, prompts, arguments.max_tokens)}
+    for strategy in arguments.strategies:
+        found[strategy] = measure(config, strategy, arguments.processes, prompts, arguments.max_tokens)
+    table = Table("", "equal answers", "rounds/s", "tokens/s", "weights MiB", "loaded MiB", "highest MiB")
+    same = True
+    for strategy, ranks in found.items():
+        first = ranks[0]
+        equal = sum(a == b for a, b in zip(first["answers"], found["single"][0]["answers"], strict=True))
+        same &= equal == len(prompts)
+        memory = (" + ".join(f"{each[key] / _MIB:.0f}" for each in ranks) for key in ("weights", "loaded", "highest"))
+        table.add_row(
+            strategy, f"{equal}/{len(prompts)}", f"{first['rounds_per_s']:.2f}", f"{first['tokens_per_s']:.1f}", *memory
+        )
+    Console(width=120).print(table)
+    return 0 if same else 1
+
+
+def measure(
+    config: AuroraConfig, strategy: Any, processes: int, prompts: list[list[int]], max_tokens: int
+) -> list[dict[str, Any]]:
+    """One engine's answers and figures, and the other processes' figures, by rank."""
+    config = replace(config, engine=replace(config.engine, strategy=strategy, devices=processes))
+    with tempfile.TemporaryDirectory() as folder:
+        LearnerBlock.create(Path(folder) / LEARNER_STATUS_NAME)
+        torch.multiprocessing.spawn(run, (config, Path(folder), prompts, max_tokens), nprocs=processes)
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
+def run(rank: int, config: AuroraConfig, folder: Path, prompts: list[list[int]], max_tokens: int) -> None:
+    """One process: the engine, or a part of the target."""
+    native.library()
+    process = psutil.Process()
+    before = process.memory_info().rss
+    figures: dict[str, Any] = {}
+    if rank == 0:
+        parts = build_worker(config, folder)
+        engine: Any = parts.engine
+        figures |= memory(engine._target, before)
+        params = params_for(0, max_tokens=max_tokens)
+        for i, ids in enumerate(prompts):
+            engine.submit(Request(request_id=str(i), prompt_ids=tuple(ids), params=params))
+        answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+        seconds, rounds, tokens = [], 0, 0
+        while engine.has_work:
+            reads = bool(engine._prefilling or (engine._waiting and engine._free))
+            started = time.perf_counter()
+            outputs = engine.round()
+            if not reads:
+                seconds.append(time.perf_counter() - started)
+                rounds += 1
+                tokens += sum(len(output.token_ids) for output in outputs)
+            for output in outputs:
+                answers[output.request_id] += output.token_ids
+        figures |= {
+            "answers": list(answers.values()), "rounds_per_s": rounds / max(1e-9, sum(seconds)),
+            "tokens_per_s": tokens / max(1e-9, sum(seconds)),
+        }  # fmt: skip
+        parts.close()
+    else:
+        target = load_part(config, folder, rank)
+        figures |= memory(target, before)
+        target.follow()
+    figures["highest"] = _highest() - before
+    (folder / f"{rank}.json").write_text(json.dumps(figures))
+
+
+def memory(target: Target, before: int) -> dict[str, int]:
+    """Bytes of weights here, and all that the process has grown by."""
+    return {"weights": sum(map(_bytes, weights(target))), "loaded": psutil.Process().memory_info().rss - before}
+
+
+def weights(target: nn.Module) -> Iterator[torch.Tensor]:
+    """Every parameter's part here, packed ones included."""
+    seen = set()
+    for module in target.modules():
+        packed = getattr(module, "packed", None)
+        for tensor in [*module.parameters(recurse=False), *([] if packed is None else [packed])]:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if local.data_ptr() not in seen:
+                seen.add(local.data_ptr())
+                yield local
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _highest() -> int:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) << 10
+
+
+if __name__ == "__main__":
+    sys.exit(main())
