@@ -133,13 +133,15 @@ class Runner:
                 keep_versions=False,
             )
             result.measured.append(self._measure(replay, measured))
-            number = 0
+            version, number = replay.version, 0
             for _, phase in groupby(recorded(traces), key=lambda trace: phase_of(trace.request_id)):
                 for block in blocks(phase, self._plan.block):
                     self._take(replay, block, number, result, learns=arm.name != STATIC)
                     number += len(block)
                     on_block(len(block))
-                result.measured.append(self._measure(replay, measured))
+                same = replay.version == version
+                result.measured.append(result.measured[-1] if same else self._measure(replay, measured))
+                version = replay.version
             result.steps, result.positions = replay.learner.steps, replay.learner.positions
             result.published, result.trials = replay.published, len(replay.trials)
         return result
