@@ -183,6 +183,39 @@ def test_each_trace_is_scored_before_it_teaches_and_learning_shows(
     assert told == pytest.approx(sum(served, Rounds()).accepted_length, rel=0.01)
 
 
+def test_the_policy_learns_from_the_replays_own_rounds(target: Target, tmp_path: Path) -> None:
+    """Nobody proposed when these answers were recorded; a server with this draft would have, exploring."""
+    plain = serve(target, None, _asked(2))
+    assert not any(trace.num_proposed_R.any() for trace in plain)
+    config = a_config()
+    config = replace(config, engine=replace(config.engine, explore_share=0.5))
+    replay = Replay(
+        config, ends=FrozenEnds(target), starting=random_draft(target), folder=tmp_path / "versions", scratch=tmp_path,
+        steps_per_trace=0.5,
+    )  # fmt: skip
+    replay.take(plain)
+    assert replay.learner.steps >= 10
+    assert replay.learner.mean("policy_weight") > 0
+    assert replay.learner.mean("mean_ratio") == pytest.approx(1, abs=0.3), "the rounds are on-policy but for the steps"
+
+
+def test_without_gate_or_store_every_draft_serves_and_none_is_written(
+    target: Target, stream: list[Trace], tmp_path: Path
+) -> None:
+    replay = Replay(
+        a_config(min_steps=1), ends=FrozenEnds(target), starting=random_draft(target), folder=tmp_path / "versions",
+        scratch=tmp_path, steps_per_trace=1.0, gated=False, keep_versions=False,
+    )  # fmt: skip
+    for block in blocks(iter(stream[:48]), 12):
+        replay.take(block)
+    assert (replay.version, replay.published, replay.trials) == ("draft-000004", 4, [])
+    assert not (tmp_path / "versions").exists()
+    served = replay.served.state_dict()
+    for name, learned in replay.learner.draft.state_dict().items():
+        stored = learned.bfloat16() if learned.is_floating_point() else learned
+        assert torch.equal(served[name], stored.to(learned.dtype)), name
+
+
 def test_other_targets_and_damaged_traces_are_skipped(target: Target, stream: list[Trace], tmp_path: Path) -> None:
     replay = a_replay(target, random_draft(target), tmp_path)
     trace = stream[0]
