@@ -34,9 +34,12 @@ _VALUE_PREFIX = "value_head."
 class TargetShape(Protocol):
     """What of a target a draft must fit."""
 
-    vocab_size: int
-    hidden_size: int
-    aux_layer_ids: tuple[int, int, int]
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+    @property
+    def hidden_size(self) -> int: ...  # noqa: D102
+    @property
+    def aux_layer_ids(self) -> tuple[int, int, int]: ...  # noqa: D102
 
 
 def save_draft(draft: Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import aurora_lit
-from aurora_lit.cli_live import drafts, learn, status
+from aurora_lit.cli_live import drafts, export, learn, status
 from aurora_lit.cli_options import FILE, FOLDER, AuroraGroup, ManyFilesCommand, configured
 from aurora_lit.config import AuroraConfig
 from aurora_lit.replay import replay
@@ -25,7 +25,7 @@ def main() -> None:
     """
 
 
-for _command in (learn, status, drafts, replay):
+for _command in (learn, status, drafts, export, replay):
     main.add_command(_command)
 
 

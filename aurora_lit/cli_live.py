@@ -1,10 +1,10 @@
-"""Commands beside a running server: `learn`, `status`, `drafts`. Added to the command line by cli.py."""
+"""Commands beside a running server: `learn`, `status`, `drafts`, `export`. Added to the command line by cli.py."""
 
 from pathlib import Path
 
 import click
 
-from aurora_lit.cli_options import configured
+from aurora_lit.cli_options import FOLDER, configured
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.ipc.run_folder import live_folders
 
@@ -43,6 +43,17 @@ def status(config: AuroraConfig, url: str | None, run_folder: Path | None, as_js
     from aurora_lit.live_status import show
 
     show(url=url, api_key=config.server.api_key, run_folder=run_folder, as_json=as_json)
+
+
+@click.command()
+@click.option("--out", type=FOLDER, required=True, help="Folder to write; must be new.")
+@click.option("--version", type=click.IntRange(min=1), help="A published version. Default: the current one.")
+@configured
+def export(config: AuroraConfig, out: Path, version: int | None) -> None:
+    """Write a draft as vLLM and SGLang load it."""
+    from aurora_lit.export import export as run
+
+    run(config, out=out, version=version)
 
 
 @click.group(invoke_without_command=True)
