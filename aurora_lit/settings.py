@@ -157,6 +157,9 @@ class LearnConfig:
     """What the policy loss is added to: the acceptance loss, KL alone, or nothing. The last two are for comparison."""
     choice: Literal["informative", "uniform"] = "informative"
     """Which live traces a batch takes when more wait than it holds: those with the most rejections, or any."""
+    adapt_vocabulary: bool = True
+    """Before each trial to publish, tokens that traffic uses enter the draft's vocabulary in the place of unused ones;
+    its size stays. false: the vocabulary of the draft that serving began with stays."""
     ppo_weight: float = _within(1.0, 0.0, 100.0)
     """Weight of the policy loss; it is multiplied by 1 - exp(-3 acceptance). 0 leaves it out."""
     clip: float = _within(0.2, 0.0, 10.0)

@@ -55,6 +55,7 @@ from aurora_lit.checkpoints import load_draft
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
 from aurora_lit.ipc.ring import read_counters
 from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.learner import Learner
 from aurora_lit.learn.wiring import STATE_NAME
 
@@ -341,7 +342,8 @@ def test_a_learner_saves_without_files_elsewhere(
 ) -> None:
     """Killed while it saves, it leaves nothing that the next one does not find."""
     module = online_module(servers.target, random_draft(servers.target))
-    learner = Learner(module, a_steering(), tmp_path / STATE_NAME, version="draft-000001")
+    ends = FrozenEnds(servers.target)
+    learner = Learner(module, a_steering(), tmp_path / STATE_NAME, ends=ends, version="draft-000001")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     learner.save()
     assert [path.name for path in tmp_path.iterdir()] == [STATE_NAME]

@@ -35,6 +35,7 @@ from aurora_lit.learn.loop import OnlineLoop, Outside
 from aurora_lit.learn.reservoir import Reservoir
 from aurora_lit.learn.rounds import online_batch, read_lesson
 from aurora_lit.learn.steering import Steering
+from aurora_lit.learn.vocabulary import VocabularyUse
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains import DomainDetector
 from aurora_lit.modules.draft import Draft
@@ -81,7 +82,10 @@ class World:
         self.ends = FrozenEnds(target)
         self.page = LearnerBlock.create(folder / f"page{time.monotonic_ns()}")
         module = online_module(target, copy.deepcopy(self.starting))
-        self.learner = Learner(module, steering or a_steering(), folder / "learner.ckpt", version=STARTING_VERSION)
+        self.learner = Learner(
+            module, steering or a_steering(), folder / "learner.ckpt", ends=self.ends, version=STARTING_VERSION,
+            vocabulary_use=VocabularyUse(self.ends) if config.adapt_vocabulary else None,
+        )  # fmt: skip
         self.busy = False
         self.naps: list[float] = []
         self.outside = Outside(
@@ -92,11 +96,12 @@ class World:
             self.outside,
             config=config,
             learner=self.learner,
-            champion=online_module(target, random_draft(target)),
+            champion=online_module(target, copy.deepcopy(self.starting)),
             ends=self.ends,
             feed=Feed(
                 self.ends, Reservoir(folder / "reservoir", limit_bytes=1 << 24, seed=0), replay_share=0.5,
                 batch_positions=config.batch_positions, live_bytes=1 << 24,
+                vocabulary_use=self.learner.vocabulary_use,
             ),
             held_out=HeldOut(num_newest=config.gate_requests, seed=0),
             budget=Budget(share=1.0, minimum_duty=1.0, cpu_s=lambda: 0.0),
@@ -211,8 +216,9 @@ def test_poisoned_traces_are_counted_and_teach_nothing(target: Target, traffic: 
 def test_a_batch_that_is_not_finite_leaves_the_learner_as_it_was(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
-    learner = Learner(online_module(target, random_draft(target)), a_steering(), tmp_path / "s", version="start")
-    lesson = read_lesson(traffic[0], FrozenEnds(target))
+    ends, module = FrozenEnds(target), online_module(target, random_draft(target))
+    learner = Learner(module, a_steering(), tmp_path / "s", ends=ends, version="start")
+    lesson = read_lesson(traffic[0], ends)
     aux_T3H = lesson.trace.aux_T3H.clone()
     aux_T3H[4, 0] = float("nan")
     before = copy.deepcopy(learner.draft.state_dict())
@@ -233,7 +239,7 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(
     def a_learner(seed: int) -> Learner:
         steering = a_steering(detector=DomainDetector(max_domains=4, novelty=0.7), floor=0.1)
         module = online_module(target, random_draft(target, seed=seed))
-        return Learner(module, steering, tmp_path / "state", version="start")
+        return Learner(module, steering, tmp_path / "state", ends=ends, version="start")
 
     first = a_learner(0)
     assert not first.resume(), "there is nothing yet"
@@ -257,8 +263,8 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(
     (tmp_path / "state").write_bytes(whole[: len(whole) // 2])
     assert not a_learner(5).resume(), "a file cut short is no state"
     (tmp_path / "state").write_bytes(whole)
-    other = random_draft(target, intermediate_size=96)
-    assert not Learner(online_module(target, other), a_steering(), tmp_path / "state", version="start").resume()
+    other = online_module(target, random_draft(target, intermediate_size=96))
+    assert not Learner(other, a_steering(), tmp_path / "state", ends=ends, version="start").resume()
 
 
 def test_the_loop_yields_while_its_share_is_used_up_and_still_reads(

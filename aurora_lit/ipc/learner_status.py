@@ -52,6 +52,8 @@ class LearnerStatus:
     """Times that a client's traces had to wait because it filled its share of a batch."""
     labels_dropped: int
     """Traces whose client's label was not kept: too many labels, or a name of ours."""
+    tokens_entered: int
+    """Tokens that came into the draft's vocabulary because traffic uses them."""
     lag_records: int
     """Traces in the ring and not yet read."""
     lag_bytes: int
@@ -67,6 +69,8 @@ class LearnerStatus:
     """Expected accepted length of the served draft at the last gate."""
     challenger_score: float
     """The same of the draft that wanted to replace it."""
+    vocabulary_coverage: float
+    """Share of traffic's tokens that the learner's draft can propose, at the last trial; 0 before."""
     num_shifts: int
     """Shifts of traffic noticed."""
     rate_factor: float

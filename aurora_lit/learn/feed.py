@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.reservoir import Reservoir
 from aurora_lit.learn.rounds import Lesson, crop, first_taught, online_batch, read_lesson, read_lse
+from aurora_lit.learn.vocabulary import VocabularyUse
 from aurora_lit.modules.draft_batch import OnlineBatch
 from aurora_lit.trace import SOURCE_DRAFT, Trace
 
@@ -48,13 +49,15 @@ class Feed:
         max_client_share: float = 1.0,
         choice: str = "informative",
         seed: int = 0,
+        vocabulary_use: VocabularyUse | None = None,
     ) -> None:
-        """live_bytes: memory for traces that wait. max_client_share: of a batch's positions. choice, seed: learn's."""
+        """live_bytes: memory for traces that wait. max_client_share: of a batch's positions. choice, seed: learn's.
+        vocabulary_use: is told of every trace that comes."""
         self._ends, self.reservoir = ends, reservoir
         self._batch_positions = batch_positions
         self.replay_share = replay_share
         """Of a batch's positions; may be changed between batches."""
-        self._live_bytes = live_bytes
+        self._live_bytes, self._vocabulary_use = live_bytes, vocabulary_use
         self._client_positions = int(max_client_share * batch_positions)
         self._clients: deque[str] = deque(maxlen=_LATEST_CLIENTS)
         self._waiting: deque[Trace] = deque()
@@ -70,6 +73,8 @@ class Feed:
 
     def add(self, trace: Trace) -> None:
         """Take in a live trace; one that teaches nothing is let go."""
+        if self._vocabulary_use is not None:
+            self._vocabulary_use.add(trace)
         taught = len(trace.token_ids_T) - first_taught(trace)
         # Half a batch at most, so that no trace fills one alone.
         trace = crop(trace, min(taught + _CONTEXT, max(_SHORTEST, self._batch_positions // 2)))

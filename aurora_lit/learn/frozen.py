@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aurora_lit.models.target import Target
 from aurora_lit.modules.distribution import GREEDY_BELOW
+from aurora_lit.modules.draft_module import DraftModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,12 @@ class FrozenEnds(nn.Module):
         head_VH = target.head_rows(torch.arange(target.vocab_size))
         # As serving stores it, but no larger than a training step in bf16 wants it.
         self.register_buffer("head_VH", head_VH if target.kv_dtype == torch.float32 else head_VH.bfloat16())
+
+    def fit_head(self, module: DraftModule) -> None:
+        """Give a module the head's part for the vocabulary that its draft has now."""
+        ids_D = module.draft.draft_token_ids.to(self.head_VH.device)
+        module.head_VdH = self.head_VH[ids_D].to(module.embedding_VH.device)
+        module.finish = self.finish.rows(ids_D)
 
     @torch.no_grad()
     def read(self, last_NH: Tensor, *, temperature: float, chunk: int = 64) -> Reading:

@@ -3,7 +3,7 @@
 Its state is written whole and safely, so that it is killed at the cost of what came after the last `save`.
 What is left out: batches (learn/feed.py), when to step (learn/loop.py), the losses (modules/draft_module.py).
 
-    learner = Learner(module, steering, state_path, version="draft-000003")
+    learner = Learner(module, steering, state_path, ends=ends, version="draft-000003")
     learner.resume()                    # True: it goes on where the last one was
     learner.update(batch)               # None: the batch was poison and left no trace
     learner.save()
@@ -11,6 +11,8 @@ What is left out: batches (learn/feed.py), when to step (learn/loop.py), the los
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import pickle
 from collections.abc import Sequence
@@ -23,7 +25,9 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
 from torchmetrics import MeanMetric
 
+from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.steering import Steering
+from aurora_lit.learn.vocabulary import VocabularyUse, change_vocabulary
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.draft_batch import OnlineBatch
 from aurora_lit.modules.draft_module import DraftModule, OnlineReport
@@ -31,6 +35,8 @@ from aurora_lit.modules.draft_module import DraftModule, OnlineReport
 STARTING_VERSION = "start"
 """Stands for the draft that serving began with, before any was published."""
 _LOG_EVERY_STEPS = 8
+_USE = "vocabulary_use"
+_log = logging.getLogger(__name__)
 
 
 class Learner:
@@ -42,14 +48,22 @@ class Learner:
         steering: Steering,
         state_path: Path,
         *,
+        ends: FrozenEnds,
         version: str,
+        vocabulary_use: VocabularyUse | None = None,
+        starting_ids: torch.Tensor | None = None,
         loggers: Sequence[Logger] = (),
         fabric: Fabric | None = None,
     ) -> None:
         """`version`: the published draft, or the starting checkpoint, that the module's weights descend from.
 
+        vocabulary_use: what `adapt_vocabulary` goes by; None: the vocabulary stays. starting_ids: vocabulary of the
+        draft that serving began with, by which a state of another deployment is told; None: the module's.
         fabric: of several processes that take each step together; each must be given the same batches.
         """
+        self._ends, self.vocabulary_use = ends, vocabulary_use
+        ids_D = module.draft.draft_token_ids if starting_ids is None else starting_ids
+        self._origin = hashlib.sha256(ids_D.cpu().numpy().tobytes()).hexdigest()
         self.steering = steering
         self.state_path = state_path
         self.version = version
@@ -96,8 +110,21 @@ class Learner:
     def restart_from(self, draft: Draft, *, version: str) -> None:
         """Go on from other weights: those learned since were taken back. The optimisers forget what led there."""
         self.draft.load_state_dict(draft.state_dict())
+        self._ends.fit_head(self.module.module)
         self.version = version
         self._new_optimizers()
+
+    def adapt_vocabulary(self) -> int:
+        """Let the tokens that traffic uses into the draft's vocabulary; how many entered."""
+        weight, use = self.draft.lm_head.weight, self.vocabulary_use
+        ids_D = use.better_ids(self.draft.draft_token_ids) if use is not None else None
+        if ids_D is None:
+            return 0
+        states = [optimizer.optimizer.state.get(weight, {}) for optimizer in self.optimizers]
+        moments = [value for state in states for value in state.values() if value.shape == weight.shape]
+        entered = change_vocabulary(self.draft, ids_D, self._ends.head_VH, per_row=moments)
+        self._ends.fit_head(self.module.module)
+        return entered
 
     def save(self) -> None:
         """Write the whole state, safe on disk, over the last one."""
@@ -113,7 +140,7 @@ class Learner:
                     "version": self.version,
                     "steps": self.steps,
                     "positions": self.positions,
-                    "vocabulary": self.draft.d2t.cpu(),
+                    "origin": self._origin,
                 },
                 file,
             )
@@ -130,16 +157,29 @@ class Learner:
             rest = self.fabric.load(self.state_path)  # all in memory first: a file cut short must not half load
         except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError):
             return False
-        shapes = {name: tensor.shape for name, tensor in self.module.state_dict().items()}
-        found = {name: tensor.shape for name, tensor in rest["module"].items()}
-        if shapes != found or not torch.equal(rest["vocabulary"], self.draft.d2t.cpu()):
+        if reason := self._why_not(rest):
+            _log.warning("the learner's state in %s is not used: %s", self.state_path, reason)
             return False
         for name, part in self._stateful().items():
-            part.load_state_dict(rest[name])
+            if name in rest or name != _USE:  # states of before there was any adapting have none
+                part.load_state_dict(rest[name])
+        self._ends.fit_head(self.module.module)
         for schedule, state in zip(self.schedules, rest["schedules"], strict=True):
             schedule.load_state_dict(state)
         self.version, self.steps, self.positions = rest["version"], rest["steps"], rest["positions"]
         return True
+
+    def _why_not(self, rest: dict[str, Any]) -> str:
+        """Why a state does not fit this draft; "" when it does."""
+        shapes = {name: tensor.shape for name, tensor in self.module.state_dict().items()}
+        found = {name: tensor.shape for name, tensor in rest["module"].items()}
+        if shapes != found:
+            return "it is of a draft of another shape"
+        if "origin" in rest:
+            same = rest["origin"] == self._origin
+        else:  # written before vocabularies adapted: its own is that of the draft that serving began with
+            same = torch.equal(rest["vocabulary"], self.draft.d2t.cpu())
+        return "" if same else "serving began with a draft of another vocabulary"
 
     def mean(self, name: str) -> float:
         """Running mean of a metric since it was last logged; 0 before the first step."""
@@ -189,9 +229,11 @@ class Learner:
         return self.state_path.with_suffix(".tmp")
 
     def _stateful(self) -> dict[str, Any]:
+        use = {} if self.vocabulary_use is None else {_USE: self.vocabulary_use}
         return {
             "module": self.module,
             "domains": self.steering,
+            **use,
             **{f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)},
         }
 

@@ -87,6 +87,7 @@ class OnlineLoop:
         before = outside.page.read()
         self.records, self.skipped, self.feed.num_stale = before.records, before.skipped, before.stale
         self.published, self.refused_by_gate = before.published, before.gate_refused
+        self.tokens_entered, self._coverage = before.tokens_entered, before.vocabulary_coverage
         self.admission = Admission(max_repeated_share=config.max_repeated_share)
         self.admission.num_looping, self.feed.num_over_share = before.looping, before.over_client_share
         learner.steering.num_labels_dropped = before.labels_dropped
@@ -187,6 +188,7 @@ class OnlineLoop:
 
     def _load_champion(self, version: str | None) -> None:
         self._champion.draft.load_state_dict(self._outside.served_draft(version).state_dict())
+        self._ends.fit_head(self._champion)
         self._served = version
         self.held_out.forget_scores()
 
@@ -203,6 +205,9 @@ class OnlineLoop:
         """Compare the learner's draft with the one that serves; publish it if it passes."""
         self._activity = "comparing drafts"
         self._last_trial_s, self._last_trial_steps = self._outside.monotonic_s(), self.learner.steps
+        self.tokens_entered += self.learner.adapt_vocabulary()
+        if (use := self.learner.vocabulary_use) is not None:
+            self._coverage = use.coverage(self.learner.draft.draft_token_ids)
         verdict = self._compare()
         if verdict is None:
             return
@@ -255,6 +260,8 @@ class OnlineLoop:
             looping=self.admission.num_looping,
             over_client_share=self.feed.num_over_share,
             labels_dropped=steering.num_labels_dropped,
+            tokens_entered=self.tokens_entered,
+            vocabulary_coverage=self._coverage,
             lag_records=self._outside.traces.lag_records,
             lag_bytes=self._outside.traces.lag_bytes,
             published=self.published,

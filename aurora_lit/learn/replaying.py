@@ -36,6 +36,7 @@ from aurora_lit.learn.prequential import Rounds, RoundScorer
 from aurora_lit.learn.reproposing import Reproposer
 from aurora_lit.learn.reservoir import Reservoir
 from aurora_lit.learn.rounds import crop, first_taught, fits, read_lesson
+from aurora_lit.learn.vocabulary import VocabularyUse
 from aurora_lit.learn.wiring import online_module, steering_of
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.draft_module import DraftModule
@@ -94,8 +95,9 @@ class Replay:
         learn = config.learn
         module = online_module(config, copy.deepcopy(starting), ends)
         self.learner = Learner(
-            module, steering_of(config), folder / "learner.ckpt", version=STARTING_VERSION, fabric=fabric
-        )
+            module, steering_of(config), folder / "learner.ckpt", ends=ends, version=STARTING_VERSION,
+            vocabulary_use=VocabularyUse(ends) if learn.adapt_vocabulary else None, fabric=fabric,
+        )  # fmt: skip
         self.fabric = self.learner.fabric
         device = self.fabric.device
         self._ends = ends.to(device)
@@ -111,6 +113,7 @@ class Replay:
             max_client_share=learn.max_client_share,
             choice=learn.choice,
             seed=learn.seed,
+            vocabulary_use=self.learner.vocabulary_use,
         )
         self._admission = Admission(max_repeated_share=learn.max_repeated_share)
         self._held_out = HeldOut(num_newest=learn.gate_requests, seed=learn.seed)
@@ -198,6 +201,7 @@ class Replay:
         if self.learner.steps - self._last_trial_steps < self._learn.min_steps:
             return
         self._last_trial_steps = self.learner.steps
+        self.learner.adapt_vocabulary()
         if not self._gated:
             self._serve({"reason": "no gate"})
             return
@@ -229,6 +233,8 @@ class Replay:
                 name = self._store.publish(self.learner.draft, record=record)
             name = self.fabric.broadcast(name)
             self.served.load_state_dict(load_draft(self._store.folder / name, self._ends).state_dict())
+        for module in (self._champion, *(scorer.module for scorer in self._scorers)):
+            self._ends.fit_head(module)
         self.version = self.learner.version = name
         self._held_out.forget_scores()
 

@@ -28,6 +28,7 @@ from aurora_lit.learn.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.loop import OnlineLoop, Outside
 from aurora_lit.learn.reservoir import Reservoir
 from aurora_lit.learn.steering import Steering
+from aurora_lit.learn.vocabulary import VocabularyUse
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains import DomainDetector
@@ -64,8 +65,10 @@ def build_loop(
         module = online_module(config, copy.deepcopy(served_draft(current)), ends)
         state_path = store.folder / STATE_NAME
         learner = Learner(
-            module, steering_of(config), state_path, version=current or STARTING_VERSION, loggers=_loggers(config)
-        )
+            module, steering_of(config), state_path, ends=ends, version=current or STARTING_VERSION,
+            vocabulary_use=VocabularyUse(ends) if learn.adapt_vocabulary else None,
+            starting_ids=starting.draft_token_ids, loggers=_loggers(config),
+        )  # fmt: skip
         if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # taken back meanwhile
         ends.to(learner.fabric.device)
@@ -79,6 +82,7 @@ def build_loop(
             max_client_share=learn.max_client_share,
             choice=learn.choice,
             seed=learn.seed,
+            vocabulary_use=learner.vocabulary_use,
         )
         yield OnlineLoop(
             Outside(

@@ -89,6 +89,7 @@ def learner_json(now: LearnerStatus) -> Json:
                    "queued": now.lag_records, "queued_bytes": now.lag_bytes},
         "gate": {"published": now.published, "refused": now.gate_refused,
                  "champion": _finite(now.champion_score), "challenger": _finite(now.challenger_score)},
+        "vocabulary": {"entered": now.tokens_entered, "coverage": now.vocabulary_coverage or None},
         "domains": {"now": now.domains or None, "shifts": now.num_shifts, "last_shift": now.last_shift or None,
                     "rate_factor": now.rate_factor, "explore_share": now.explore_share},
     }  # fmt: skip
