@@ -160,6 +160,9 @@ class LearnConfig:
     adapt_vocabulary: bool = True
     """Before each trial to publish, tokens that traffic uses enter the draft's vocabulary in the place of unused ones;
     its size stays. false: the vocabulary of the draft that serving began with stays."""
+    domain_drafts: bool = False
+    """Keep the draft that was best in each domain (checkpoint.dir/RUN/domains, as many as domain.max_domains) and go on
+    learning from it when traffic comes back to the domain and it is better there; live learning only."""
     ppo_weight: float = _within(1.0, 0.0, 100.0)
     """Weight of the policy loss; it is multiplied by 1 - exp(-3 acceptance). 0 leaves it out."""
     clip: float = _within(0.2, 0.0, 10.0)

@@ -73,6 +73,8 @@ class LearnerStatus:
     """Share of traffic's tokens that the learner's draft can propose, at the last trial; 0 before."""
     num_shifts: int
     """Shifts of traffic noticed."""
+    warm_starts: int
+    """Times that learning went on from the draft kept of a domain that came back."""
     rate_factor: float
     """What the base learning rate is multiplied by."""
     explore_share: float

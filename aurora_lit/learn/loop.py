@@ -8,6 +8,7 @@ a process comes to run this (learn/online.py).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from aurora_lit.errors import CheckpointError, TraceError
 from aurora_lit.ipc.learner_status import LearnerBlock
 from aurora_lit.learn.admission import Admission
 from aurora_lit.learn.budget import Budget
+from aurora_lit.learn.domain_drafts import DomainDrafts
 from aurora_lit.learn.feed import Feed
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.gate import MIN_REQUESTS, HeldOut, Verdict, compare
@@ -78,15 +80,18 @@ class OnlineLoop:
         feed: Feed,
         held_out: HeldOut,
         budget: Budget,
+        domain_drafts: DomainDrafts | None = None,
     ) -> None:
         """`champion`: a module of the learner's kind to hold the served draft; its weights are loaded here."""
         self._outside, self._config = outside, config
         self.learner, self._champion, self._ends = learner, champion, ends
         self.feed, self.held_out, self._budget = feed, held_out, budget
+        self._domain_drafts = domain_drafts
         # The page outlives a learner: counters go on where the last one, of the same server, was.
         before = outside.page.read()
         self.records, self.skipped, self.feed.num_stale = before.records, before.skipped, before.stale
         self.published, self.refused_by_gate = before.published, before.gate_refused
+        self.warm_starts = before.warm_starts
         self.tokens_entered, self._coverage = before.tokens_entered, before.vocabulary_coverage
         self.admission = Admission(max_repeated_share=config.max_repeated_share)
         self.admission.num_looping, self.feed.num_over_share = before.looping, before.over_client_share
@@ -118,6 +123,7 @@ class OnlineLoop:
         self._follow_versions()
         if not self._may_work():
             return
+        self._warm_start()
         self.feed.replay_share = self.learner.steering.signal.replay_share
         if self._trial_is_due():
             self._try_to_publish()
@@ -212,6 +218,8 @@ class OnlineLoop:
         if verdict is None:
             return
         self.verdict = verdict
+        kept = self._domain_drafts
+        given_up = kept is not None and kept.after_trial(self.learner, self.held_out, passed=verdict.passed)
         if verdict.passed:
             record = {"steps": self.learner.steps, "positions": self.learner.positions, "reason": verdict.reason}
             try:
@@ -221,8 +229,16 @@ class OnlineLoop:
                 self._outside.page.write(error=f"a draft could not be published: {error}")
         else:
             self.refused_by_gate += 1
+        if given_up:
+            self.learner.restart_from(self._champion.draft, version=self._served or STARTING_VERSION)
         self.learner.log({"gate_champion": verdict.champion, "gate_challenger": verdict.challenger,
                           "gate_passed": float(verdict.passed)})  # fmt: skip
+
+    def _warm_start(self) -> None:
+        """When a domain comes back whose kept draft is better there, go on from that, and hold a trial at once."""
+        if self._domain_drafts is not None and self._domain_drafts.warm_start(self.learner, self.held_out):
+            self.warm_starts += 1
+            self._last_trial_s, self._last_trial_steps = -math.inf, self.learner.steps - self._config.min_steps
 
     def _compare(self) -> Verdict | None:
         """Score both drafts on all held-out requests; None when too few of them can be scored."""
@@ -260,6 +276,7 @@ class OnlineLoop:
             looping=self.admission.num_looping,
             over_client_share=self.feed.num_over_share,
             labels_dropped=steering.num_labels_dropped,
+            warm_starts=self.warm_starts,
             tokens_entered=self.tokens_entered,
             vocabulary_coverage=self._coverage,
             lag_records=self._outside.traces.lag_records,

@@ -20,6 +20,7 @@ from aurora_lit.ipc.learner_status import LearnerBlock
 from aurora_lit.ipc.ring import RingReader
 from aurora_lit.ipc.status import StatusBlock
 from aurora_lit.learn.budget import Budget
+from aurora_lit.learn.domain_drafts import DomainDrafts
 from aurora_lit.learn.feed import Feed
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.gate import HeldOut
@@ -40,6 +41,8 @@ from aurora_lit.trace import LAYOUT_DIGEST
 
 STATE_NAME = "learner.ckpt"
 """The learner's state, beside the versions it has published."""
+DOMAINS_NAME = "domains"
+"""Folder of the drafts that were best in one domain, beside the versions too."""
 _MOST_REPLAY = 0.95
 _MIB = 1 << 20
 
@@ -99,7 +102,18 @@ def build_loop(
             feed=feed,
             held_out=HeldOut(num_newest=learn.gate_requests, seed=learn.seed),
             budget=Budget(share=learn.compute_share, minimum_duty=learn.minimum_duty),
+            domain_drafts=_domain_drafts(config, store, starting, ends) if learn.domain_drafts else None,
         )
+
+
+def _domain_drafts(config: AuroraConfig, store: DraftStore, starting: Draft, ends: FrozenEnds) -> DomainDrafts:
+    return DomainDrafts(
+        store.folder / DOMAINS_NAME,
+        ends,
+        scratch=online_module(config, copy.deepcopy(starting), ends).to(ends.head_VH.device),
+        most=config.domain.max_domains,
+        batch_positions=config.learn.batch_positions,
+    )
 
 
 def steering_of(config: AuroraConfig) -> Steering:

@@ -91,7 +91,7 @@ def learner_json(now: LearnerStatus) -> Json:
                  "champion": _finite(now.champion_score), "challenger": _finite(now.challenger_score)},
         "vocabulary": {"entered": now.tokens_entered, "coverage": now.vocabulary_coverage or None},
         "domains": {"now": now.domains or None, "shifts": now.num_shifts, "last_shift": now.last_shift or None,
-                    "rate_factor": now.rate_factor, "explore_share": now.explore_share},
+                    "warm_starts": now.warm_starts, "rate_factor": now.rate_factor, "explore_share": now.explore_share},
     }  # fmt: skip
 
 
