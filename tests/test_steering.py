@@ -61,6 +61,8 @@ def test_a_trace_gets_the_detectors_domain_and_a_new_one_heats_the_rate() -> Non
     assert steering.last_shift is not None
     assert (steering.num_shifts, steering.last_shift.domain) == (1, trace.domain)
     assert trace.domain in steering.describe()
+    titled, _ = with_rate(a_steering(detector=steering.detector, spell=lambda token: "abcd"[token // 1000 - 1] * 3))
+    assert f"{trace.domain}: ccc" in titled.describe()
 
 
 def test_without_a_detector_labels_are_domains_and_nothing_shifts() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from aurora_lit.learn.naming import DomainWords, Speller
 from aurora_lit.modules.domains import UNKNOWN, DomainDetector, Placement, Shift
 from aurora_lit.modules.draft_batch import OnlineBatch
 from aurora_lit.modules.lr_schedule import DomainAwareLR, DomainSignal, SignalRange
@@ -36,10 +37,13 @@ class Steering:
         floor: float,
         decay_tokens: float,
         max_labels: int = 16,
+        spell: Speller | None = None,
     ) -> None:
         """`detector` None: domains are what clients call them, the first `max_labels` names that come, and no shift is
-        noticed."""
+        noticed. `spell`: for words that tell people what a domain is about; None: ids have to do.
+        """
         self.detector = detector
+        self._words = DomainWords(detector, spell) if detector is not None and spell is not None else None
         self._labels: dict[str, None] = {}
         self._max_labels = max_labels
         self.num_labels_dropped = 0
@@ -111,13 +115,17 @@ class Steering:
         return self.detector.num_shifts if self.detector is not None else 0
 
     def describe(self) -> str:
-        """The domains of the latest requests and the heat of each, in words: `auto-1 62% (heat 0.13), chat 38% (…)`."""
+        """The latest requests' domains and their heat, in words: `auto-1: def, return, int 62% (heat 0.13), chat …`."""
         shares = self._schedules[0].share
         if self.detector is not None:
             shares = self.detector.domains | {UNKNOWN: self.detector.unknown_share}
         present = sorted(((share, name) for name, share in shares.items() if share >= 0.01), reverse=True)
         heat_of = self._schedules[0].heat_of
-        return ", ".join(f"{name or 'unknown'} {share:.0%} (heat {heat_of(name):.2f})" for share, name in present)
+        return ", ".join(f"{self._titled(name)} {share:.0%} (heat {heat_of(name):.2f})" for share, name in present)
+
+    def _titled(self, domain: str) -> str:
+        words = self._words.of(domain) if self._words is not None else ""
+        return (domain or "unknown") + (f": {words}" if words else "")
 
     def state_dict(self) -> dict[str, Any]:
         """The detector's, or the labels known without one; schedules are saved with their optimizers."""

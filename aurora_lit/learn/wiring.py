@@ -27,6 +27,7 @@ from aurora_lit.learn.gate import HeldOut
 from aurora_lit.learn.initial import DRAFT_VOCABULARY_SIZE, initial_draft
 from aurora_lit.learn.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.loop import OnlineLoop, Outside
+from aurora_lit.learn.naming import Speller, speller
 from aurora_lit.learn.reservoir import Reservoir
 from aurora_lit.learn.steering import Steering
 from aurora_lit.learn.vocabulary import VocabularyUse
@@ -68,9 +69,9 @@ def build_loop(
         module = online_module(config, copy.deepcopy(served_draft(current)), ends)
         state_path = store.folder / STATE_NAME
         learner = Learner(
-            module, steering_of(config), state_path, ends=ends, version=current or STARTING_VERSION,
-            vocabulary_use=VocabularyUse(ends) if learn.adapt_vocabulary else None,
-            starting_ids=starting.draft_token_ids, loggers=_loggers(config),
+            module, steering_of(config, spell=_speller(config)), state_path, ends=ends,
+            version=current or STARTING_VERSION, starting_ids=starting.draft_token_ids,
+            vocabulary_use=VocabularyUse(ends) if learn.adapt_vocabulary else None, loggers=_loggers(config),
         )  # fmt: skip
         if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # taken back meanwhile
@@ -116,7 +117,11 @@ def _domain_drafts(config: AuroraConfig, store: DraftStore, starting: Draft, end
     )
 
 
-def steering_of(config: AuroraConfig) -> Steering:
+def _speller(config: AuroraConfig) -> Speller | None:
+    return speller(_target_folder(config)) if config.domain.detect else None
+
+
+def steering_of(config: AuroraConfig, *, spell: Speller | None = None) -> Steering:
     """What the sections `domain` and `schedule` ask for; cold is what their neighbours say."""
     domain, schedule = config.domain, config.schedule
     detector = DomainDetector(max_domains=domain.max_domains, novelty=domain.novelty) if domain.detect else None
@@ -139,7 +144,13 @@ def steering_of(config: AuroraConfig) -> Steering:
         floor=schedule.floor,
         decay_tokens=schedule.decay_tokens,
         max_labels=domain.max_domains,
+        spell=spell,
     )
+
+
+def _target_folder(config: AuroraConfig) -> Path:
+    target = config.target
+    return resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
 
 
 def ends_and_start(config: AuroraConfig) -> tuple[FrozenEnds, Draft]:
@@ -149,8 +160,7 @@ def ends_and_start(config: AuroraConfig) -> tuple[FrozenEnds, Draft]:
         raise ConfigError(
             "draft.checkpoint=null: there is no draft to improve; name a checkpoint, or set learn.from_scratch=true"
         )
-    found = resolve(config.target.source, cache_dir=cache_root(config.target.cache_dir), sha256=config.target.sha256)
-    target = Target.load(found, precision=config.target.precision)
+    target = Target.load(_target_folder(config), precision=config.target.precision)
     ends = FrozenEnds(target)
     if config.learn.from_scratch:
         starting = _untrained(config, target, folder)

@@ -33,6 +33,8 @@ _FRESH_REQUESTS = 64
 """Requests after a domain's founding in which a shift to it is a shift to something new."""
 _REQUESTS_KNOWN = 1024
 """Requests whose domain is remembered for their later segments."""
+_TYPICAL = 0.15
+"""By so large a share more of a domain's prompts must have a token."""
 _TOKENS_KEPT = 512
 """Different tokens counted of a domain, at most twice this."""
 
@@ -96,6 +98,11 @@ class DomainDetector:
         return {name: shares.get(name, 0.0) for name in self._domains}
 
     @property
+    def num_requests(self) -> int:
+        """Requests placed so far."""
+        return self._number
+
+    @property
     def unknown_share(self) -> float:
         """Share of requests without a domain."""
         return self._mix.shares.get(UNKNOWN, 0.0)
@@ -116,14 +123,15 @@ class DomainDetector:
         return Placement(domain=name, distance=found.distance, founded=found.founded, shift=shift)
 
     def typical_tokens(self, name: str, count: int = 3) -> list[int]:
-        """Token ids that stand in many of a domain's prompts and in few others: for a name that people understand."""
+        """Token ids that stand in more of a domain's prompts than of others', the most typical first."""
         own, others = self._domains[name], [domain for key, domain in self._domains.items() if key != name]
         elsewhere: Counter[int] = Counter()
         for other in others:
             elsewhere.update(other.tokens)
         total = max(1, sum(other.number for other in others))
         score = {token: number / max(1, own.number) - elsewhere[token] / total for token, number in own.tokens.items()}
-        return sorted(score, key=lambda token: (-score[token], token))[:count]
+        typical = [token for token in score if score[token] > _TYPICAL]
+        return sorted(typical, key=lambda token: (-score[token], token))[:count]
 
     def _find(self, trace: Trace, x_E: Tensor) -> Found:
         labelled = trace.domain != UNKNOWN and not trace.domain.startswith(_OWN)
