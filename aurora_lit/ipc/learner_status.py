@@ -81,6 +81,10 @@ class LearnerStatus:
     """Share of drafted rounds that it wants to explore."""
     explore_temperature: float
     """Draft temperature of those rounds."""
+    entropy_weight: float
+    """Weight of the draft's entropy in the loss."""
+    replay_share: float
+    """Share of a batch that comes from the reservoir."""
     last_shift: str = text(128)
     """The last shift, in words."""
     domains: str = text(1024)

@@ -293,6 +293,5 @@ class OnlineLoop:
             last_shift=f"{shift.cause}: {shift.domain or 'unknown'} (novelty {shift.novelty:.2f})" if shift else "",
             domains=steering.describe(),
             rate_factor=steering.factor,
-            explore_share=signal.explore_share,
-            explore_temperature=signal.explore_temperature,
+            **vars(signal),
         )

@@ -91,7 +91,9 @@ def learner_json(now: LearnerStatus) -> Json:
                  "champion": _finite(now.champion_score), "challenger": _finite(now.challenger_score)},
         "vocabulary": {"entered": now.tokens_entered, "coverage": now.vocabulary_coverage or None},
         "domains": {"now": now.domains or None, "shifts": now.num_shifts, "last_shift": now.last_shift or None,
-                    "warm_starts": now.warm_starts, "rate_factor": now.rate_factor, "explore_share": now.explore_share},
+                    "warm_starts": now.warm_starts, "rate_factor": now.rate_factor, "explore_share": now.explore_share,
+                    "explore_temperature": now.explore_temperature, "entropy_weight": now.entropy_weight,
+                    "replay_share": now.replay_share},
     }  # fmt: skip
 
 

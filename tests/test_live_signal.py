@@ -1,0 +1,99 @@
+"""What is left to learn steers a live server: exploration there, entropy and replay in the learner, by domain."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from serve_tiny import MODEL, TinyServers
+from tiny_models import VOCAB
+
+from aurora_lit.trace import SOURCE_DRAFT, Trace
+from aurora_lit.trace_log import read_index, read_shard
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyServers]:
+    with TinyServers(tmp_path_factory.mktemp("f")) as running:
+        yield running
+
+
+def ask(servers: TinyServers, number: int, *, domain: str) -> None:
+    prompt = [7 + (5 * (number % 12) + 3 * place) % (VOCAB - 7) for place in range(4)]
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 24, "temperature": 0, "user": f"user {number % 2}",
+            "metadata": {"aurora_domain": domain}}  # fmt: skip
+    assert httpx.post(f"{servers.url}/v1/completions", json=body, timeout=40).status_code == 200
+
+
+def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
+    servers: TinyServers, tmp_path: Path
+) -> None:
+    server = servers.start(
+        f"trace.record={tmp_path / 'traces'}", "engine.explore_share=0.0", "schedule.explore_share=0.8",
+        "schedule.explore_temperature_factor=3.0", "schedule.entropy_weight=0.1", "schedule.replay_factor=0.2",
+        "schedule.decay_tokens=1500", "schedule.warmup_steps=0",
+    )  # fmt: skip
+    servers.wait_ready()
+    numbers = itertools.count()
+
+    def learner() -> dict[str, Any]:
+        return dict(servers.status()["learner"])
+
+    def ask_until(domain: str, condition: Any) -> dict[str, Any]:
+        """Ask about a domain until what the learner says of domains fulfils a condition; that."""
+
+        def asked() -> dict[str, Any] | None:
+            ask(servers, next(numbers), domain=domain)
+            now = learner()["domains"]
+            return dict(now) if now["now"] and condition(now) else None
+
+        found = servers.wait(asked, timeout_s=120)
+        assert isinstance(found, dict)
+        return found
+
+    hot = ask_until("chat", lambda now: now["explore_share"] > 0.4)
+    cold = ask_until("chat", lambda now: now["explore_share"] < 0.08)
+    first_cold = next(numbers)
+    for _ in range(8):
+        ask(servers, next(numbers), domain="chat")
+    last_cold = next(numbers)
+    again = ask_until("code", lambda now: now["explore_share"] > 0.3)
+    first_again = next(numbers)
+    for _ in range(3):
+        ask(servers, next(numbers), domain="code")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(server, signal.SIGTERM)
+    servers.wait(lambda: not servers.alive(server))
+
+    # One signal, linear in heat: whoever reads the page can tell the heat from each of its parts.
+    for now in (hot, cold, again):
+        heat = now["explore_share"] / 0.8
+        assert now["explore_temperature"] == pytest.approx(1 + 2 * heat, abs=0.01)
+        assert now["entropy_weight"] == pytest.approx(0.1 * heat, abs=0.001)
+        assert now["replay_share"] == pytest.approx(0.5 * (1 - 0.8 * heat), abs=0.01)
+    assert hot["rate_factor"] > cold["rate_factor"] < again["rate_factor"]
+
+    # And serving did it: rounds explored, at that temperature, where there was something to learn, and hardly else.
+    traces = [t for shard in read_index(tmp_path / "traces") for t in read_shard(tmp_path / "traces" / shard.name)]
+    assert len(traces) > last_cold - first_cold
+    learned, new = explored(traces[first_cold : last_cold - 1]), explored(traces[first_again - 1 :])
+    assert new > 0.2 > learned, (new, learned)
+    temperatures = torch.cat([trace.draft_temperature_R[trace.explored_R] for trace in traces])
+    assert float(temperatures.max()) > 2.0
+    assert float(temperatures.min()) >= 1.0
+    assert len({trace.client for trace in traces}) == 2, "a client is its user"
+    assert all(len(trace.client) == 16 for trace in traces)
+
+
+def explored(traces: list[Trace]) -> float:
+    """Share of the draft's rounds that explored."""
+    drafted = torch.cat([trace.explored_R[trace.source_R == SOURCE_DRAFT] for trace in traces])
+    return float(drafted.float().mean())
