@@ -120,12 +120,14 @@ class Feed:
         chosen, held_back = set(), set()
         for trace in order:
             part = shares.part_of(trace)
+            if taken and _padded([*taken, part or trace]) > self._live_positions:
+                continue
             if part is None:
                 held_back.add(trace.client)
-            elif not taken or _padded([*taken, part]) <= self._live_positions:
-                shares.take(part)
-                taken.append(part)
-                chosen.add(id(trace))
+                continue
+            shares.take(part)
+            taken.append(part)
+            chosen.add(id(trace))
         self.num_over_share += len(held_back)
         self._waiting = deque(trace for trace in self._waiting if id(trace) not in chosen)
         return taken
