@@ -70,7 +70,7 @@ class EngineConfig:
     devices: int = _within(1, 1, 1024)
     """Processes that share the target, one a GPU, or all on the CPU; 1 with strategy single."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile: auto uses it where it pays and a compiler is found."""
+    """torch.compile of the target: auto uses it on a GPU; on a CPU, on takes it in place of our fused layers."""
     threads: int = _within(0, 0, 4096)
     """CPU threads of the engine, of each of its processes; 0 takes all cores, shared out among them."""
 

@@ -16,6 +16,7 @@ from aurora_lit.kernels import native
 from aurora_lit.kernels.packed import PackedLinear
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target, aux_layer_ids
+from aurora_lit.serve.build import load_target
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 
@@ -127,6 +128,34 @@ def test_head_and_embedding_rows(said: dict[str, Said], kernels: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("setting", "compiled"), [("on", True), ("off", False), ("auto", False)])
+def test_the_compiled_forward_pass_runs_where_it_was_asked_for(
+    setting: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module, **_: object) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, **inputs: object) -> object:
+            passes.append(1)
+            return self.module(**inputs)
+
+    monkeypatch.setattr(torch, "compile", Compiled)  # the real one takes minutes
+    folder = save_model("llama", tmp_path)
+    settings = [f"target.source={folder}", "target.precision=fp32", "engine.max_seq_len=64",
+                "engine.prefill_chunk_tokens=64", f"engine.compile={setting}"]  # fmt: skip
+    target, plain = load_target(load_config(None, settings)), Target.load(folder, precision="fp32")
+    where = {"slots_B": torch.tensor([0]), "starts_B": torch.tensor([0])}
+    ids_BT = torch.tensor([[1, 2, 3]])
+    _, last_BTH = target(ids_BT, slots=target.make_slots(num_slots=1, capacity=8), **where)
+    _, wanted_BTH = plain(ids_BT, slots=plain.make_slots(num_slots=1, capacity=8), **where)
+    assert (len(passes) == 1) == compiled
+    torch.testing.assert_close(last_BTH, wanted_BTH, atol=1e-4, rtol=1e-4)
+
+
 def test_positions_past_a_learned_table_do_not_fail(tmp_path: Path) -> None:
     """Proposals of a request near its limit reach past it; they are never committed, but they are run."""
     target = Target.load(save_model("gpt2", tmp_path, n_positions=16), precision="fp32")

@@ -207,8 +207,8 @@ class Target(nn.Module):
         )
 
     def compile_forward(self) -> None:
-        """Compile the model's forward pass, for devices without native kernels; shapes are dynamic."""
-        self._forward = torch.compile(self.model.base_model, dynamic=True)
+        """Have torch compile the model's own forward pass, in place of our fused layers; shapes are dynamic."""
+        self._forward, self._decoder = torch.compile(self.model.base_model, dynamic=True), None
 
     def read(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Run whole sequences from their start, without a cache; returns as `forward` does."""
