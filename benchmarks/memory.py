@@ -1,0 +1,112 @@
+"""Whether a real server's memory stays flat: what each of its processes holds while it answers mixed requests.
+
+    python benchmarks/memory.py --prompts FILE... --requests 500 -- engine.max_seq_len=512
+
+Chats and text completions, whole, streamed, left early, refused, with several choices, log-probabilities, penalties
+and seeds, in one fixed mix. Prints megabytes that a process has to itself (USS) after each tenth of the requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from aurora_lit.bench.online import _server
+from aurora_lit.config import load_config
+from aurora_lit.learn.reading import read_prompts
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+def kinds(client: httpx.Client, max_tokens: int) -> list[Callable[[str], None]]:
+    """One function a kind of request, each given the prompt; they raise when the server does what it should not."""
+
+    def post(path: str, wanted: int = 200, **fields: Any) -> None:
+        response = client.post(path, json={"max_tokens": max_tokens, **fields})
+        assert response.status_code == wanted, response.text
+
+    def stream(path: str, *, leave_after: int | None, **fields: Any) -> None:
+        body = {"max_tokens": max_tokens, "stream": True, **fields}
+        with client.stream("POST", path, json=body) as response:
+            assert response.status_code == 200
+            list(itertools.islice(response.iter_lines(), leave_after))
+
+    def turn(prompt: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": prompt}]}
+
+    return [
+        lambda prompt: post(CHAT, **turn(prompt), temperature=0),
+        lambda prompt: stream(CHAT, leave_after=None, **turn(prompt)),
+        lambda prompt: stream(TEXT, leave_after=3, prompt=prompt, seed=7),
+        lambda prompt: post(CHAT, **turn(prompt), n=2, logprobs=True, top_logprobs=3, store=False),
+        lambda prompt: post(TEXT, prompt=[prompt, prompt[:20]], echo=True, logprobs=2, temperature=0),
+        lambda prompt: post(TEXT, prompt=prompt, repetition_penalty=1.2, top_p=0.9, stop=["\n\n"]),
+        lambda prompt: post(CHAT, wanted=400, **turn(prompt), temperature=-1),
+        lambda prompt: post(TEXT, wanted=400, prompt=[10**9]),
+    ]
+
+
+def held_mb(server: psutil.Process) -> dict[str, float]:
+    """Megabytes that each process of the server has to itself, by what it is."""
+    held = {}
+    for process in [server, *server.children(recursive=True)]:
+        words = " ".join(process.cmdline())
+        if "resource_tracker" in words:
+            continue
+        name = "learner" if " learn " in words else "engine worker" if "spawn_main" in words else "main, manager, HTTP"
+        held[f"{name} {process.pid}"] = process.memory_full_info().uss / 2**20
+    return held
+
+
+def main() -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", nargs="+", type=Path, required=True)
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("overrides", nargs="*", help="settings, key=value, after --")
+    args = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        config = load_config(None, [f"server.port={port}", f"checkpoint.dir={folder}", f"learn.logs={folder}",
+                                    *args.overrides])  # fmt: skip
+        texts = [prompt.messages[0] for path in args.prompts for prompt in read_prompts(path)]
+        prompts = [text for text in texts if len(text) < config.engine.max_seq_len]  # a token is a letter or more
+        readings = []
+        with _server(config, folder / "log") as url, httpx.Client(base_url=url, timeout=600) as client:
+            (server,) = [child for child in psutil.Process().children() if "serve" in child.cmdline()]
+            send = kinds(client, args.max_tokens)
+            with ThreadPoolExecutor(args.concurrency) as pool:
+                for part in range(10):
+                    numbers = range(part * args.requests // 10, (part + 1) * args.requests // 10)
+                    list(pool.map(lambda i: send[i % len(send)](prompts[i % len(prompts)]), numbers))
+                    readings.append((numbers.stop, held_mb(server)))
+                    print(f"{numbers.stop} requests", file=sys.stderr, flush=True)
+    table = Table(title="megabytes of each process's own (USS)")
+    table.add_column("process")
+    for after, _ in readings:
+        table.add_column(f"after {after}", justify="right")
+    for name in readings[0][1]:
+        table.add_row(name, *(f"{held[name]:.1f}" if name in held else "-" for _, held in readings))
+    Console(width=140).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
