@@ -23,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from aurora_lit.bench.online import _server
+from aurora_lit.bench.online import running_server
 from aurora_lit.config import load_config
 from aurora_lit.learn.reading import read_prompts
 
@@ -89,7 +89,7 @@ def main() -> int:
         texts = [prompt.messages[0] for path in args.prompts for prompt in read_prompts(path)]
         prompts = [text for text in texts if len(text) < config.engine.max_seq_len]  # a token is a letter or more
         readings = []
-        with _server(config, folder / "log") as url, httpx.Client(base_url=url, timeout=600) as client:
+        with running_server(config, folder / "log") as url, httpx.Client(base_url=url, timeout=600) as client:
             (server,) = [child for child in psutil.Process().children() if "serve" in child.cmdline()]
             send = kinds(client, args.max_tokens)
             with ThreadPoolExecutor(args.concurrency) as pool:

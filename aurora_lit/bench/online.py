@@ -139,7 +139,7 @@ def _run_arm(
     log: Path,
     advance: Any,
 ) -> dict[str, Any]:
-    with _server(config, log) as url, ThreadPoolExecutor(concurrency) as pool:
+    with running_server(config, log) as url, ThreadPoolExecutor(concurrency) as pool:
         from openai import OpenAI
 
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
@@ -217,7 +217,7 @@ def _window(answers: Sequence[Answered]) -> Window:
 
 
 @contextmanager
-def _server(config: AuroraConfig, log: Path) -> Iterator[str]:
+def running_server(config: AuroraConfig, log: Path) -> Iterator[str]:
     """A server in a process of its own, ended as a service manager would."""
     url = f"http://127.0.0.1:{config.server.port}"
     with tempfile.TemporaryDirectory() as scratch, log.open("w") as output:
