@@ -84,29 +84,28 @@ def run(
     window: int,
     out: Path,
 ) -> dict[str, Any]:
-    """Run the arms one after the other; returns what it writes to `out`/online.json."""
+    """Run the arms one after the other; returns what it writes to `out`/online.json, anew after every arm."""
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise ConfigError(f"--arms {','.join(unknown)}: there is no such arm; use {' or '.join(ARMS)}")
     traffic = _in_turn(prompts, requests)
     measured = _in_turn(measure, measure_requests)
     out.mkdir(parents=True, exist_ok=True)
-    results = {}
+    results: dict[str, Any] = {}
+    texts: dict[str, list[str]] = {}
+    report: dict[str, Any] = {}
     with Progress(console=Console(stderr=True)) as bar:
         for arm in arms:
             task = bar.add_task(arm, total=len(traffic) + 2 * len(measured))
-            results[arm] = _run_arm(
+            results[arm], texts[arm] = _run_arm(
                 _arm_config(config, arm), traffic, measured, concurrency, max_tokens, window, out / f"{arm}.log",
                 lambda task=task: bar.advance(task),
             )  # fmt: skip
-    outputs_equal = _outputs_equal(results)
-    for result in results.values():
-        del result["texts"]
-    report = {"prompts": [p.name for p in prompts], "requests": len(traffic), "concurrency": concurrency,
-              "max_tokens": max_tokens, "arms": results, "outputs_equal": outputs_equal}  # fmt: skip
-    (out / "online.json").write_text(json.dumps(report, indent=2) + "\n")
+            report = {"prompts": [p.name for p in prompts], "requests": len(traffic), "concurrency": concurrency,
+                      "max_tokens": max_tokens, "arms": results, "outputs_equal": _outputs_equal(texts)}  # fmt: skip
+            (out / "online.json").write_text(json.dumps(report, indent=2) + "\n")
     save_plot(results, out / "online.png")
-    Console().print(_table(results, outputs_equal))
+    Console().print(_table(results, report["outputs_equal"]))
     return report
 
 
@@ -138,7 +137,8 @@ def _run_arm(
     window: int,
     log: Path,
     advance: Any,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
+    """What is reported of an arm, and the texts that were measured before and after."""
     with running_server(config, log) as url, ThreadPoolExecutor(concurrency) as pool:
         from openai import OpenAI
 
@@ -169,8 +169,7 @@ def _run_arm(
         "statuses": statuses,
         "status": status,
         "errors": failed + [a.error for a in before + after if a.error],
-        "texts": [a.text for a in before] + [a.text for a in after],
-    }
+    }, [a.text for a in before] + [a.text for a in after]
 
 
 def _ask(
@@ -263,12 +262,11 @@ def _status(url: str) -> dict[str, Any]:
     return status
 
 
-def _outputs_equal(results: dict[str, Any]) -> bool:
+def _outputs_equal(texts: dict[str, list[str]]) -> bool:
     """Whether every measured prompt was answered the same in all arms, before and after learning."""
     halves = []
-    for result in results.values():
-        texts = result["texts"]
-        halves += [texts[: len(texts) // 2], texts[len(texts) // 2 :]]
+    for both in texts.values():
+        halves += [both[: len(both) // 2], both[len(both) // 2 :]]
     return all(half == halves[0] for half in halves)
 
 
