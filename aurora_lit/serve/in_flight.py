@@ -50,6 +50,7 @@ class Flights:
         self._spec: Any = None
         self._watchers: set[asyncio.Task[None]] = set()
         self._process_ended = False
+        self._held_up_until_s = -HEARTBEAT_STALE_S
         self.num_sequences = 0
         """Choices in flight, waiting and running; at most server.max_queue."""
 
@@ -69,7 +70,9 @@ class Flights:
             return "the engine worker has ended"
         if now.state is not WorkerState.READY:
             return f"the engine worker is {now.state.name.lower()}: {now.error}".rstrip(": ")
-        if now.heartbeat_age_s > HEARTBEAT_STALE_S:
+        # Where we were held up ourselves (a suspended machine), so was the worker: it gets as long again.
+        awake_s = time.monotonic() - self._held_up_until_s
+        if min(now.heartbeat_age_s, awake_s) > HEARTBEAT_STALE_S:
             return f"the engine worker gave no sign of life for {now.heartbeat_age_s:.0f} s"
         return None
 
@@ -83,7 +86,10 @@ class Flights:
 
         async def check_heartbeat() -> None:
             while True:
+                before_s = time.monotonic()
                 await asyncio.sleep(_CHECK_HEARTBEAT_S)
+                if time.monotonic() - before_s > _CHECK_HEARTBEAT_S + HEARTBEAT_STALE_S / 2:
+                    self._held_up_until_s = time.monotonic()
                 if self.trouble() is not None:
                     self._fail_all(_DEAD)
 
