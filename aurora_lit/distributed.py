@@ -59,6 +59,7 @@ class Op(IntEnum):
     FORWARD = 3
     LOGITS = 4
     EMBED = 5
+    COPY = 6
 
 
 @dataclass(frozen=True, kw_only=True)

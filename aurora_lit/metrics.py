@@ -95,6 +95,8 @@ class _EngineCounters(Collector):
         now = self._status.read()
         counters = {
             "vllm:prompt_tokens": ("Prompt tokens read.", now.prompt_tokens),
+            "vllm:prefix_cache_queries": ("Prompt tokens looked for in slots.", now.prompt_tokens),
+            "vllm:prefix_cache_hits": ("Prompt tokens found there, so not computed.", now.cached_tokens),
             "vllm:generation_tokens": ("Tokens generated.", now.generated_tokens),
             "vllm:spec_decode_num_drafts": ("Rounds of a request that had a draft.", now.drafts),
             "vllm:spec_decode_num_draft_tokens": ("Draft tokens proposed, all of a tree's.", now.proposed),

@@ -63,7 +63,11 @@ class EngineConfig:
     max_seq_len: int = _within(2048, 16, 1 << 20)
     """Most tokens of a request, prompt and answer together; sizes the KV cache."""
     prefill_chunk_tokens: int = _within(256, 1, 1 << 16)
-    """Prompt tokens read in one round; smaller makes others wait less for a long prompt."""
+    """Most prompt tokens read in one round; beside requests that decode at least a quarter, and with engine.adaptive as
+    many as the readers' share of time allows. Smaller makes others wait less for a long prompt."""
+    prefix_cache: bool = True
+    """Copy what a slot, running or done, still holds of a prompt's beginning instead of computing it again. The answer
+    is the same; how soon it comes tells whether somebody asked something alike."""
     strategy: Literal["single", "fsdp", "tensor_parallel"] = "single"
     """How the target is spread over engine.devices processes. tensor_parallel: each has some heads and columns of every
     layer, the faster way. fsdp: each has a part of every weight and gathers a layer to run it, for any model."""

@@ -65,6 +65,7 @@ class FakeOptions:
 class FakeStats:
     rounds: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generated_tokens: int = 0
     drafts: int = 0
     proposed: int = 0

@@ -46,7 +46,7 @@ def noted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, No
 
 def plain(folder: Path, precision: str = "fp32") -> list[list[int]]:
     """What the whole target says without a draft."""
-    engine = make_engine(Target.load(folder, precision=precision))
+    engine = make_engine(Target.load(folder, precision=precision), prefix_cache=False)
     answers = run(engine, [request(str(i), ids, max_tokens=MAX_TOKENS) for i, ids in enumerate(PROMPTS)])
     return [answers[str(i)].token_ids for i in range(len(PROMPTS))]
 
@@ -58,6 +58,7 @@ STRATEGIES = ["tensor_parallel", "tensor_parallel in torch", "fsdp"]
 def test_two_ranks_say_what_one_says_while_the_draft_is_swapped(name, noted, llama):
     assert noted[name][0]["tokens"] == plain(llama)
     assert noted[name][0]["proposed"] > 0
+    assert noted[name][0]["cached"] == 18, "one prompt's beginning is copied on both ranks"
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -114,7 +114,8 @@ def test_readings_are_never_torn(path):
 def test_metrics_have_the_names_that_vllm_uses(path):
     block = StatusBlock.create(path)
     block.write(max_draft_tokens=2, drafts=4, proposed=8, accepted=6, accepted_by_position=[4, 2], running=1, waiting=2,
-                prompt_tokens=10, generated_tokens=20, swaps=5, draft_version="draft-000042")  # fmt: skip
+                prompt_tokens=10, cached_tokens=6, generated_tokens=20, swaps=5,
+                draft_version="draft-000042")  # fmt: skip
     learner = LearnerBlock.create(path.with_name("learner"))
     learner.write(pid=os.getpid(), steps=7, compute_share=0.25)
     learner.beat()
@@ -133,6 +134,7 @@ def test_metrics_have_the_names_that_vllm_uses(path):
         "vllm:spec_decode_num_drafts_total": 4, "vllm:spec_decode_num_draft_tokens_total": 8,
         "vllm:spec_decode_num_accepted_tokens_total": 6, "vllm:num_requests_running": 1,
         "vllm:num_requests_waiting": 2, "vllm:prompt_tokens_total": 10, "vllm:generation_tokens_total": 20,
+        "vllm:prefix_cache_queries_total": 10, "vllm:prefix_cache_hits_total": 6,
         "vllm:time_to_first_token_seconds_count": 1, "vllm:inter_token_latency_seconds_count": 1,
         "vllm:e2e_request_latency_seconds_count": 1, "aurora_mean_accepted_length": 2.5,
         "aurora_draft_version": 42, "aurora_draft_swaps_total": 5, "aurora_learner_running": 1,

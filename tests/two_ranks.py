@@ -16,7 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-PROMPTS = ((3, 14, 15, 9, 2, 6), (5, 35, 8, 9), (7, 9, 3, 2, 38, 4, 6, 2, 6, 4, 3, 3))
+PROMPTS = (
+    (3, 14, 15, 9, 2, 6), (5, 35, 8, 9), (7, 9, 3, 2, 38, 4, 6, 2, 6, 4, 3, 3),
+    (*range(20, 38), 5), (*range(20, 38), 6, 7)
+)  # fmt: skip
 MAX_TOKENS = 12
 SWAP_AT_ROUND = 4
 SHAPE: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
@@ -108,7 +111,7 @@ def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
                 tokens[output.request_id] += output.token_ids
                 proposed += output.num_proposed
             rounds += 1
-        noted |= {"tokens": list(tokens.values()), "proposed": proposed}
+        noted |= {"tokens": list(tokens.values()), "proposed": proposed, "cached": engine.stats.cached_tokens}
         ranks.stop()
     except RankError as error:
         noted["error"] = str(error)

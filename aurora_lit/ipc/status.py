@@ -56,6 +56,8 @@ class Status:
     swap_round_p99_us: int
     """The same of the rounds that swapped one."""
     prompt_tokens: int
+    cached_tokens: int
+    """Those of prompt_tokens that a slot still held, so that they were not computed."""
     generated_tokens: int
     drafts: int
     """Request-rounds in which at least one token was proposed."""

@@ -106,6 +106,12 @@ class ShardedTarget(Target):
         with self.ranks.order(Op.FORWARD, torch.tensor([place]), ids_BT, slots_B, starts_B):
             return super().forward(ids_BT, slots=slots, slots_B=slots_B, starts_B=starts_B)
 
+    def copy_beginning(self, *, slots: KVSlots, source: int, slot: int, length: int) -> None:
+        """As `Target.copy_beginning`, on every rank."""
+        place = next(i for i, each in enumerate(self._all_slots) if each is slots)
+        with self.ranks.order(Op.COPY, torch.tensor([place, source, slot, length])):
+            slots.copy(source, slot, length)
+
     def logits(self, last_BTH: torch.Tensor) -> torch.Tensor:
         """As `Target.logits`; each rank computes those of its rows of the vocabulary."""
         if self._together:
@@ -147,6 +153,9 @@ class ShardedTarget(Target):
                     place, ids_BT, slots_B, starts_B = tensors
                     slots = self._all_slots[int(place)]
                     super().forward(ids_BT, slots=slots, slots_B=slots_B, starts_B=starts_B)
+                case Op.COPY:
+                    place, source, slot, length = order.tensors[0].tolist()
+                    self._all_slots[place].copy(source, slot, length)
                 case Op.LOGITS:
                     size = (int(tensors[0]), self.hidden_size)
                     self._logits(torch.empty(size, dtype=self._hidden_dtype, device=self.ranks.device))

@@ -45,6 +45,12 @@ class KVSlots:
         self.keys_SGDL = [torch.zeros(key_shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values_SGLD = [torch.zeros(value_shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """Copy the first `length` positions of a slot to another."""
+        for keys_SGDL, values_SGLD in zip(self.keys_SGDL, self.values_SGLD, strict=True):
+            keys_SGDL[slot, ..., :length] = keys_SGDL[source, ..., :length]
+            values_SGLD[slot, :, :length] = values_SGLD[source, :, :length]
+
 
 class SlotView:
     """The slots and lengths one forward pass works on; handed through the model to its attention."""

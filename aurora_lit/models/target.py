@@ -206,6 +206,10 @@ class Target(nn.Module):
             keys=slots.keys_SGDL, values=slots.values_SGLD, slots_M=slots_M, from_M=from_M, to_M=to_M
         )
 
+    def copy_beginning(self, *, slots: KVSlots, source: int, slot: int, length: int) -> None:
+        """Let a slot begin with the first `length` positions of another."""
+        slots.copy(source, slot, length)
+
     def compile_forward(self) -> None:
         """Have torch compile the model's own forward pass, in place of our fused layers; shapes are dynamic."""
         self._forward, self._decoder = torch.compile(self.model.base_model, dynamic=True), None

@@ -167,6 +167,7 @@ def _engine(
         max_draft_tokens=config.engine.max_draft_tokens,
         tree_tokens=config.engine.tree_tokens,
         prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
+        prefix_cache=config.engine.prefix_cache,
         adaptive=config.engine.adaptive,
         lookup=config.engine.speculate and config.engine.lookup,
         draft_version=version,

@@ -25,6 +25,7 @@ class EngineStats(Protocol):
 
     rounds: int
     prompt_tokens: int
+    cached_tokens: int
     generated_tokens: int
     drafts: int
     proposed: int

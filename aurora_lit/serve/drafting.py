@@ -169,6 +169,16 @@ class Drafter:
         """The slot starts a new request."""
         self._done[slot] = 0
 
+    def keep_beginning(self, slot: int, length: int) -> None:
+        """The slot starts a new request whose first `length` tokens are those it holds."""
+        self._done[slot] = min(self._done[slot], max(0, length - 1))  # a position has seen the token behind it
+
+    def copy_beginning(self, source: int, slot: int, length: int) -> None:
+        """The slot's request begins with the first `length` tokens of another slot's."""
+        self._features_SLF[slot, :length] = self._features_SLF[source, :length]
+        self._done[slot] = min(self._done[source], length - 1)
+        self._cache.copy(source, slot, self._done[slot])
+
     def propose(
         self,
         rows: DraftRows,

@@ -31,6 +31,8 @@ from aurora_lit.serve.drafting import Drafter, FittedDraft
 from aurora_lit.serve.lookup import NgramIndex
 from aurora_lit.serve.observing import RoundObserver, tell
 from aurora_lit.serve.passes import TargetPasses
+from aurora_lit.serve.prefilling import Prefill
+from aurora_lit.serve.prefixes import SlotTable
 from aurora_lit.serve.proposing import Proposer
 from aurora_lit.serve.rows import EngineStats, Judged, Row, history_of, judge
 from aurora_lit.serve.speculation import DraftLength
@@ -55,6 +57,7 @@ class Engine:
         max_draft_tokens: int = 4,
         tree_tokens: int = 0,
         prefill_chunk_tokens: int = 256,
+        prefix_cache: bool = True,
         adaptive: bool = True,
         lookup: bool = False,
         draft_version: str = "",
@@ -70,19 +73,26 @@ class Engine:
         self.stats = EngineStats()
         self._target = target
         self._observer = observer
-        self._prefill_chunk_tokens = prefill_chunk_tokens
         capacity = slot_capacity(max_seq_len=max_seq_len, max_draft_tokens=max_draft_tokens, tree_tokens=tree_tokens)
         self._device = target.model.device
         self._tokens_SL = torch.zeros(max_batch_size, capacity + 1, dtype=torch.int64, device=self._device)
         slots = target.make_slots(num_slots=max_batch_size, capacity=capacity)
-        self._free = list(reversed(range(max_batch_size)))
         self._waiting: deque[Request] = deque()
-        self._prefilling: deque[Row] = deque()
         self._decoding: list[Row] = []
         self._drafter: Drafter | None = None
         if draft is not None and max_draft_tokens:
             self._drafter = Drafter(draft, target, tokens_SL=self._tokens_SL, capacity=capacity)
         self._passes = TargetPasses(target, slots=slots, drafter=self._drafter, observer=observer)
+        self._table = SlotTable(self._tokens_SL, share=prefix_cache, tracing=observer is not None)
+        self._prefill = Prefill(
+            target,
+            self._passes,
+            self._table,
+            tokens_SL=self._tokens_SL,
+            chunk_tokens=prefill_chunk_tokens,
+            adaptive=adaptive,
+            stats=self.stats,
+        )
         can_branch = self._drafter is not None and self._drafter.can_branch and target.can_branch
         self.policy = DraftLength(
             max_draft_tokens=max_draft_tokens if self._drafter else 0,
@@ -111,12 +121,12 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a round would do anything."""
-        return bool(self._waiting or self._prefilling or self._decoding)
+        return bool(self._waiting or self._prefill.rows or self._decoding)
 
     @property
     def num_running(self) -> int:
         """Requests that hold a slot."""
-        return len(self._prefilling) + len(self._decoding)
+        return len(self._prefill.rows) + len(self._decoding)
 
     @property
     def num_waiting(self) -> int:
@@ -139,7 +149,7 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """End a request where it is and free its slot; an unknown id is ignored."""
         self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
-        for row in [*self._prefilling, *self._decoding]:
+        for row in [*self._prefill.rows, *self._decoding]:
             if row.request.request_id == request_id:
                 self._release(row)
 
@@ -148,65 +158,47 @@ class Engine:
         if self._drafter is None:
             raise ValueError("this engine was made without a draft, so there is none to swap")
         self._drafter.swap(draft, recompute=recompute)
-        self.policy.start_over([*self._prefilling, *self._decoding])
+        self.policy.start_over([*self._prefill.rows, *self._decoding])
         self.draft_version = version
 
     @torch.no_grad()
     def round(self) -> list[Output]:
         """One round for everything that runs; what each request got."""
         self._admit()
-        self._prefill()
+        others = len(self._decoding)
+        self._decoding += self._prefill.run(num_decoding=others, round_s=self.policy.target_cost(others, 1))
         rows = list(self._decoding)
         if not rows:
             return []
         self.stats.rounds += 1
         return self._verify(rows, self.proposer.propose(rows))
 
-    # -- prefill ---------------------------------------------------------------------------------------------------
-
     def _admit(self) -> None:
-        while self._waiting and self._free:
-            request, slot = self._waiting.popleft(), self._free.pop()
+        """Give free slots to those who wait longest; what a slot still holds of a prompt is not read again."""
+        while self._waiting and self._table.num_free:
+            request = self._waiting.popleft()
+            slot, shared = self._table.take(request)
             length = len(request.prompt_ids)
             self._tokens_SL[slot, :length] = torch.tensor(request.prompt_ids)
             if self._drafter:
-                self._drafter.forget(slot)
-            row = Row(request=request, slot=slot, rate=self.policy.mean_rate, prompt_length=length, length=length)
+                self._drafter.keep_beginning(slot, shared)
+            row = Row(
+                request=request,
+                slot=slot,
+                rate=self.policy.mean_rate,
+                prompt_length=length,
+                length=length,
+                prefilled=shared,
+            )
+            self._table.seat(row)
             if self._lookup:
                 row.ngrams = NgramIndex(request.prompt_ids)
             if request.params.prompt_logprobs is not None:
                 row.prompt_logprobs.append(None)
-            self._prefilling.append(row)
+            self._prefill.rows.append(row)
             self.stats.prompt_tokens += length
+            self.stats.cached_tokens += shared
             self.stats.opted_out += not request.store
-
-    def _prefill(self) -> None:
-        """Run the next chunk of the oldest prompt, a short one while others decode so that they do not wait long.
-
-        The prompt's last token is left to the first decoding pass, which then is like any other.
-        """
-        budget = max(1, self._prefill_chunk_tokens // (4 if self._decoding else 1))
-        while self._prefilling and budget > 0:
-            row = self._prefilling[0]
-            start, end = row.prefilled, min(row.prefilled + budget, row.prompt_length - 1)
-            if end > start:
-                computed = self._passes.run([row], self._tokens_SL[row.slot, start:end][None], start=start)
-                self._passes.keep([row], computed)
-                if row.params.prompt_logprobs is not None:
-                    self._note_prompt(row, computed.last_BTH[0], start)
-                row.prefilled = end
-                budget -= end - start
-            if row.prefilled == row.prompt_length - 1:
-                self._prefilling.popleft()
-                self._decoding.append(row)
-
-    def _note_prompt(self, row: Row, last_TH: torch.Tensor, start: int) -> None:
-        ids = row.request.prompt_ids[start + 1 : start + 1 + len(last_TH)]
-        for at in range(0, len(ids), 32):
-            logits_TV = self._target.logits(last_TH[at : at + 32])
-            row.prompt_logprobs += token_logprobs(
-                logits_TV, token_ids=list(ids[at : at + 32]), num_top=row.params.prompt_logprobs or 0
-            )
 
     # -- draft and verify ------------------------------------------------------------------------------------------
 
@@ -282,7 +274,7 @@ class Engine:
 
     def _release(self, row: Row) -> None:
         decoding = row in self._decoding
-        (self._decoding if decoding else self._prefilling).remove(row)
-        self._free.append(row.slot)
+        (self._decoding if decoding else self._prefill.rows).remove(row)
+        self._table.give_back(row.slot)
         if self._observer and decoding and row.request.store:
             self._observer.on_finish(row)

@@ -183,8 +183,9 @@ class _Report:
         engine, stats, live = self._parts.engine, self._parts.engine.stats, self._live
         self._status.write(
             running=engine.num_running, waiting=engine.num_waiting, rounds=stats.rounds,
-            prompt_tokens=stats.prompt_tokens, generated_tokens=stats.generated_tokens, drafts=stats.drafts,
-            proposed=stats.proposed, accepted=stats.accepted, accepted_by_position=stats.accepted_by_position,
+            prompt_tokens=stats.prompt_tokens, cached_tokens=stats.cached_tokens,
+            generated_tokens=stats.generated_tokens, drafts=stats.drafts, proposed=stats.proposed,
+            accepted=stats.accepted, accepted_by_position=stats.accepted_by_position,
             opted_out=self._calls.num_opted_out, unrecorded=self._parts.unrecorded(),
             **self.times.fields(), **self._draft(live), **more,
         )  # fmt: skip

@@ -53,6 +53,9 @@ class RoundObserver(Protocol):
     ) -> None:
         """A target pass over positions start, start + 1, … of some slots; rejected ones are passed again later."""
 
+    def on_copy(self, *, source: int, slot: int, length: int) -> None:
+        """A slot begins with the first positions of another, which the target does not run again."""
+
     def on_commit(self, row: Row, note: RoundNote, last_TH: torch.Tensor) -> None:
         """A round of a row was committed; `last_TH` is what the target computed behind its root and its proposals."""
 

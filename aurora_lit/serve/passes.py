@@ -68,6 +68,14 @@ class TargetPasses:
         if self._observer:
             tell_pass(self._observer, rows, slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H, last_BTH=last_BTH)
 
+    def copy_beginning(self, source: int, slot: int, length: int) -> None:
+        """Let a slot begin with the first positions of another: the bits that computing them would give."""
+        self._target.copy_beginning(slots=self._slots, source=source, slot=slot, length=length)
+        if self._drafter:
+            self._drafter.copy_beginning(source, slot, length)
+        if self._observer:
+            self._observer.on_copy(source=source, slot=slot, length=length)
+
     def _move(self, slots_B: torch.Tensor, starts_B: torch.Tensor, column_BA: torch.Tensor) -> None:
         moved_B, place = (column_BA > torch.arange(column_BA.shape[1])).nonzero(as_tuple=True)
         if moved_B.numel():

@@ -21,6 +21,8 @@ class EngineStats:
 
     rounds: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Those of `prompt_tokens` that were not computed, since a slot held them."""
     generated_tokens: int = 0
     drafts: int = 0
     """Rounds of a request in which tokens were proposed for it."""
@@ -56,6 +58,8 @@ class Row:
     """Committed tokens. While decoding, the target has run all but the last."""
     prefilled: int = 0
     """Prompt tokens the target has run."""
+    looked_for_beginning: bool = False
+    """Whether other slots were searched for the prompt's beginning."""
     lookup_rate: float = 0.6
     """The same of prompt lookup; starts where it is tried before the draft has shown more."""
     looked_up: bool = False
@@ -66,6 +70,11 @@ class Row:
     """Draft versions that have proposed for it, in the order they came."""
     ngrams: NgramIndex = field(default_factory=NgramIndex)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+    @property
+    def num_held(self) -> int:
+        """Tokens whose keys, values and states lie in the slot."""
+        return self.length - 1 if self.prefilled == self.prompt_length - 1 else self.prefilled
 
     @property
     def params(self) -> SamplingParams:

@@ -40,7 +40,7 @@ def engine_json(now: Status, ring: RingCounters | None) -> Json:
         "limits": {"max_seq_len": now.max_seq_len, "vocab_size": now.vocab_size},
         "round_ms": {"p50": now.round_p50_us / 1e3, "p99": now.round_p99_us / 1e3,
                      "swapping_p99": now.swap_round_p99_us / 1e3 or None},
-        "tokens": {"prompt": now.prompt_tokens, "generated": now.generated_tokens},
+        "tokens": {"prompt": now.prompt_tokens, "cached": now.cached_tokens, "generated": now.generated_tokens},
         "speculation": {
             "draft_version": now.draft_version or None, "max_draft_tokens": now.max_draft_tokens,
             "rounds": now.rounds, "drafts": now.drafts, "proposed": now.proposed, "accepted": now.accepted,

@@ -77,6 +77,12 @@ class TraceRecorder:
         if self._owns_aux:
             self._aux_SLF[index] = aux_BT3H.to(torch.bfloat16)
 
+    def on_copy(self, *, source: int, slot: int, length: int) -> None:
+        """Copy the states; where the source's were not kept, nor will the slot's be asked for."""
+        self._last_SLH[slot, :length] = self._last_SLH[source, :length]
+        if self._owns_aux:
+            self._aux_SLF[slot, :length] = self._aux_SLF[source, :length]
+
     def on_commit(self, row: Row, note: RoundNote, last_TH: torch.Tensor) -> None:
         """Note a round and the states behind its first rejection; hand the segment over when it is full."""
         segment = self._segments[row.slot]
