@@ -62,12 +62,14 @@ def run_checks(config: AuroraConfig) -> Iterator[Check]:
         check_address, check_target, check_memory, check_draft,
     )  # fmt: skip
     for check in checks:
+        name = check.__name__.removeprefix("check_")
         try:
             yield check(config)
+        except AuroraError as error:
+            found, _, remedy = str(error).partition("; ")
+            yield _fail(name, found, remedy)
         except Exception as error:  # the report must not end at its first surprise
-            yield _fail(
-                check.__name__.removeprefix("check_"), repr(error), "report this as a bug, with the text beside it"
-            )
+            yield _fail(name, repr(error), "report this as a bug, with the text beside it")
 
 
 def check_python(_: AuroraConfig) -> Check:
@@ -175,15 +177,15 @@ def check_address(config: AuroraConfig) -> Check:
 
 
 def check_target(config: AuroraConfig) -> Check:
-    """The target model is in the cache, or can get there."""
+    """The target model is in the cache, or can get there, and can be shared as engine.strategy says."""
+    from aurora_lit.memory import model_shape
+    from aurora_lit.models.parallel import check_shareable
+
     target = config.target
     root = cache_root(target.cache_dir)
-    try:
-        folder = cached(target.source, cache_dir=root, sha256=target.sha256)
-    except AuroraError as error:
-        found, _, remedy = str(error).partition("; ")
-        return _fail("target", found, remedy)
+    folder = cached(target.source, cache_dir=root, sha256=target.sha256)
     if folder is not None:
+        check_shareable(config, model_shape(config, folder=folder))
         return _ok("target", str(folder))
     if not target.source.startswith(("pypi:", "hf:")):
         return _fail(

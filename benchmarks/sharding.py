@@ -11,6 +11,7 @@ loading (slots and the kernels' copies too), and its highest point. Exit code 1 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -46,6 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", nargs="+", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=20, help="prompts in all, the files in turn")
+    parser.add_argument("--max-prompt-tokens", type=int, default=128, help="longer ones are passed over")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--strategies", nargs="+", default=["tensor_parallel", "fsdp"])
@@ -55,8 +57,9 @@ def main() -> int:
     config = load_config(arguments.config, arguments.overrides)
     tokenizer = load_tokenizer(config)
     files = [read_prompts(path) for path in arguments.prompts]
-    turns = [prompt for prompts in zip(*files, strict=False) for prompt in prompts][: arguments.limit]
-    prompts = [encode_prompt(tokenizer, prompt) for prompt in turns]
+    encoded = (encode_prompt(tokenizer, prompt) for turn in zip(*files, strict=False) for prompt in turn)
+    fitting = (ids for ids in encoded if len(ids) <= arguments.max_prompt_tokens)
+    prompts = list(itertools.islice(fitting, arguments.limit))
 
     found = {"single": measure(config, "single", 1, prompts, arguments.max_tokens)}
     for strategy in arguments.strategies:
@@ -102,7 +105,7 @@ def run(rank: int, config: AuroraConfig, folder: Path, prompts: list[list[int]],
         answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
         seconds, rounds, tokens = [], 0, 0
         while engine.has_work:
-            reads = bool(engine._prefilling or (engine._waiting and engine._free))
+            reads = bool(engine._prefill.rows or (engine.num_waiting and engine._table.num_free))
             started = time.perf_counter()
             outputs = engine.round()
             if not reads:

@@ -110,6 +110,14 @@ def test_a_target_that_cannot_be_had_fails_and_a_download_only_warns(
     assert check.remedy
 
 
+def test_a_target_that_cannot_be_shared_so_fails(fit: list[str]) -> None:
+    check = states(load_config(None, [*fit, "engine.strategy=tensor_parallel", "engine.devices=64"]))["target"]
+    assert check.state == "fail"
+    assert "engine.devices=64: tensor_parallel gives each device whole key-value heads" in check.found
+    assert "engine.strategy=fsdp" in check.remedy
+    assert states(load_config(None, [*fit, "engine.strategy=fsdp", "engine.devices=64"]))["target"].state == "ok"
+
+
 def test_memory_need_is_weights_twice_and_the_cache(model: Path) -> None:
     def need(*overrides: str) -> int:
         return needed_bytes(load_config(None, list(overrides)), model) - module._RUNTIME_BYTES

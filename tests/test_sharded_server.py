@@ -34,7 +34,7 @@ def start(servers: TinyServers, strategy: str, *overrides: str) -> int:
 
 def ask(servers: TinyServers, prompt: list[int], **options: Any) -> httpx.Response:
     body = {"model": MODEL, "prompt": prompt, "max_tokens": 24, "temperature": 0, **options}
-    return httpx.post(f"{servers.url}/v1/completions", json=body, timeout=20)
+    return httpx.post(f"{servers.url}/v1/completions", json=body, timeout=100)
 
 
 def versions(servers: TinyServers) -> tuple[str, str]:
@@ -93,7 +93,7 @@ def check_answers(servers: TinyServers, prompts: list[list[int]]) -> None:
     for client in clients:
         client.start()
     for client in clients:
-        client.join(30)
+        client.join(120)  # a busy machine
     assert found == {number: text_of(plain[str(number)].token_ids) for number in range(len(prompts))}
 
 
@@ -104,7 +104,7 @@ def test_it_answers_as_one_swaps_on_both_ranks_and_ends_when_one_is_stopped(serv
     check_answers(servers, PROMPTS)
     for seed in (1, 2):
         version = servers.store.publish(random_draft(servers.target, seed=seed), record={})
-        servers.wait(lambda version=version: versions(servers) == (version, version), timeout_s=10)
+        servers.wait(lambda version=version: versions(servers) == (version, version))
         check_answers(servers, PROMPTS)
 
     family = servers.family(server)

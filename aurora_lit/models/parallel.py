@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from aurora_lit.config import AuroraConfig
 from aurora_lit.distributed import Ranks
 from aurora_lit.errors import ConfigError
 from aurora_lit.kernels.packed import PackedLinear
@@ -90,6 +91,13 @@ def check_plan(config: Any) -> dict[str, str]:
             "use engine.strategy=fsdp"
         )
     return plan
+
+
+def check_shareable(config: AuroraConfig, shape: Any) -> None:
+    """Refuse a target (its transformers configuration) that engine.devices cannot share so. Raises ConfigError."""
+    if config.engine.strategy == "tensor_parallel":
+        check_plan(shape.get_text_config())
+        local_heads(shape.get_text_config(), rank=0, size=config.engine.devices)
 
 
 class Cutter:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from aurora_lit.checkpoints import load_draft, read_config
 from aurora_lit.config import AuroraConfig, draft_folder
@@ -17,6 +17,7 @@ from aurora_lit.errors import ConfigError, RingError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.models.parallel import check_shareable
 from aurora_lit.models.sharded import ShardedTarget
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
@@ -196,6 +197,14 @@ def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
                 f"trace.record={config.trace.record} cannot be used ({error.strerror}); name a folder that can be made"
             ) from error
     return TraceSinks(ring=ring, recording=recording)
+
+
+def prepare(config: AuroraConfig) -> None:
+    """What a server does first: have the target there, and see that it can be shared as asked.
+
+    Raises SourceError or ConfigError, before any process is started.
+    """
+    check_shareable(config, AutoConfig.from_pretrained(find_target(config), local_files_only=True))
 
 
 def find_target(config: AuroraConfig) -> Path:

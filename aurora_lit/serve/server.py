@@ -127,11 +127,9 @@ def check_address(host: str, port: int) -> None:
 
 
 def _real_backend() -> Backend:
-    from aurora_lit.serve.build import build_worker, find_target, load_part, load_tokenizer
+    from aurora_lit.serve.build import build_worker, load_part, load_tokenizer, prepare
 
-    return Backend(
-        prepare=find_target, build_worker=build_worker, load_part=load_part, load_tokenizer=load_tokenizer
-    )
+    return Backend(prepare=prepare, build_worker=build_worker, load_part=load_part, load_tokenizer=load_tokenizer)
 
 
 class _Server(LitServer):  # type: ignore[misc]
