@@ -309,23 +309,34 @@ def test_a_folder_without_traces_is_said(tmp_path: Path, recorded: list[str]) ->
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(recorded: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("machines", [1, 2])
+def test_two_processes_learn_what_one_learns(machines: int, recorded: list[str], tmp_path: Path) -> None:
+    """On one machine, and as they would on two, which here are one."""
     script = Path(__file__).parents[1] / "aurora_lit" / "replay.py"
     fabric = Path(sys.executable).with_name("fabric")
 
-    def replayed(devices: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        out = tmp_path / f"by-{devices}"
-        command = [str(fabric), "run", "--devices", str(devices), "--accelerator", "cpu", "--strategy", "ddp",
-                   "--precision", "32-true", "--main-port", str(29500 + os.getpid() % 1000 + devices),
-                   str(script), "--", *recorded, "--out", str(out), "learn.ppo_weight=0"]  # fmt: skip
+    def replayed(processes: int, machines: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        out = tmp_path / f"by-{processes}"
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("drafts passed the gate") == 1, "one process speaks"
+        started = []
+        for machine in range(machines):
+            command = [str(fabric), "run", "--devices", str(processes // machines), "--accelerator", "cpu",
+                       "--strategy", "ddp", "--precision", "32-true", "--num-nodes", str(machines),
+                       "--node-rank", str(machine), "--main-address", "127.0.0.1",
+                       "--main-port", str(29500 + os.getpid() % 1000 + processes),
+                       str(script), "--", *recorded, "--out", str(out), "learn.ppo_weight=0"]  # fmt: skip
+            started.append(subprocess.Popen(command, env=env, **pipes))
+        spoken = ""
+        for process in started:
+            stdout, stderr = process.communicate(timeout=200)
+            assert process.returncode == 0, stderr[-3000:]
+            spoken += stdout
+        assert spoken.count("drafts passed the gate") == 1, "one process speaks"
         draft = load_draft(out / "draft", FrozenEnds(Target.load(_source(tmp_path), precision="fp32")))
         return json.loads((out / "replay.json").read_text()), draft.state_dict()
 
-    (one, alone), (two, together) = replayed(1), replayed(2)
+    (one, alone), (two, together) = replayed(1, 1), replayed(2, machines)
     assert one["published"] >= 1
     assert (one["traces"], one["steps"], one["positions"]) == (two["traces"], two["steps"], two["positions"])
     for arm in ("static", "learning"):
