@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_models import FAMILIES, reference_model, save_model, tiny_config
 
-from aurora_lit.config import AuroraConfig, load_config
+from aurora_lit.config import DEFAULT_CONFIG, AuroraConfig, load_config
+from aurora_lit.doctor import doctor
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.initial import initial_draft
 from aurora_lit.memory import draft_shape, fewest_devices, model_shape, needs, total
@@ -55,6 +56,25 @@ def test_llama_70b_by_hand() -> None:
     assert found["traces, ring"] == 4096 << 20
     assert found["learner, the target's ends"] == 128256 * 8192 * (4 + 2) + 2 * 16_384 * 8192 * 2
     assert found["learner, draft"] == 3 * 4 * draft + 4 * matrices + 8 * (draft - matrices)
+
+
+@pytest.mark.parametrize(("name", "card_gb", "devices"), [("llama-3.1-70b", 80, 4), ("mixtral-8x22b", 80, 8)])
+def test_the_shipped_deployments_name_a_set_that_holds_them(
+    name: str, card_gb: int, devices: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = DEFAULT_CONFIG.with_name(f"{name}.yaml")
+    config = load_config(path, [f"target.cache_dir={tmp_path}"])
+    shape = model_shape(config, folder=None)
+    assert shape is not None
+    assert config.engine.devices == devices
+    found = fewest_devices(config, shape, card_gb=card_gb)
+    assert found == (devices, int(not config.learn.enabled))
+    ring_positions = (config.trace.capacity_mb << 20) // (8 * shape.hidden_size)  # four hidden states, 2 bytes each
+    assert f"about {ring_positions // 1000} k positions" in path.read_text()
+    doctor(config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Memory over {devices} devices by tensor_parallel" in said
+    assert f"80 GB: {devices}" in said
 
 
 def test_mixtral_8x22b_by_hand() -> None:
