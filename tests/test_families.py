@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from aurora_lit.errors import SourceError
 from aurora_lit.learn.frozen import FrozenEnds
+from aurora_lit.learn.initial import initial_draft
 from aurora_lit.models.target import Target
 from aurora_lit.modules.acceptance import lk_loss
 from aurora_lit.modules.draft import Draft
@@ -106,6 +107,23 @@ def test_learning_sees_the_targets_own_distribution(world: World) -> None:
     logit_T = module.finish.of_tokens((batch.last_BTH[0] * module.head_VdH[trained]).sum(-1), trained)
     inside_T = draft.t2d[p_TV.argmax(-1)]
     torch.testing.assert_close((logit_T - read.lse_N).exp()[inside_T], p_TV.amax(-1)[inside_T], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("family", "more"), [("llama", 0.0), ("gemma", 1.0), ("gemma3", 1.0), ("phi", None)])
+def test_a_drafts_norms_begin_as_those_that_the_target_applies(
+    family: str, more: float | None, tmp_path: Path
+) -> None:
+    """Gemma multiplies by one more than the weight, and its norm before the MLP has another name."""
+    target = Target.load(save_model(family, tmp_path), precision="fp32")
+    draft, base = initial_draft(target, torch.arange(40)), target.model.base_model
+    layer = base.layers[-1]
+    assert torch.equal(draft.midlayer.hidden_norm.weight, layer.input_layernorm.weight + (more or 0.0))
+    if more is None:  # one norm for attention and MLP, and a last one of another name
+        assert torch.equal(draft.norm.weight, torch.ones(target.hidden_size))
+        return
+    before_mlp = layer.pre_feedforward_layernorm if family == "gemma3" else layer.post_attention_layernorm
+    assert torch.equal(draft.midlayer.post_attention_layernorm.weight, before_mlp.weight + more)
+    assert torch.equal(draft.norm.weight, base.norm.weight + more)
 
 
 @pytest.mark.parametrize("family", ["bloom", "stablelm"])

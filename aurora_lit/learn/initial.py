@@ -6,6 +6,7 @@ What is left out: training (learn/fitting.py).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,12 +92,29 @@ def _copy_last_layer(target: Target, draft: Draft) -> None:
         (f"{prefix}mlp.gate_proj.weight", layer.mlp.gate_proj),
         (f"{prefix}mlp.up_proj.weight", layer.mlp.up_proj),
         (f"{prefix}mlp.down_proj.weight", layer.mlp.down_proj),
-        (f"{prefix}input_layernorm.weight", layer.hidden_norm),
-        (f"{prefix}post_attention_layernorm.weight", layer.post_attention_layernorm),
-        ("norm.weight", draft.norm),
     )
     for name, module in pairs:
         weight, source = module.weight, parameters.get(name)
         assert isinstance(weight, torch.Tensor)
         if source is not None and source.shape == weight.shape:
             weight.copy_(source)
+    base: Any = target.model.base_model
+    last = getattr(base, "layers", [None])[-1]
+    after_attention = getattr(last, "post_attention_layernorm", None)  # in Gemma 2 and 3 not the one before the MLP
+    for module, norm in (
+        (layer.hidden_norm, getattr(last, "input_layernorm", None)),
+        (layer.post_attention_layernorm, getattr(last, "pre_feedforward_layernorm", after_attention)),
+        (draft.norm, getattr(base, "norm", None)),
+    ):
+        if norm is not None and norm.weight.shape == module.weight.shape:
+            module.weight.copy_(_gains(norm))
+
+
+def _gains(norm: Any) -> torch.Tensor:
+    """What a norm multiplies by: its weight, or that and one more, as Gemma keeps it."""
+    weight: torch.Tensor = norm.weight.detach().float()
+    signs = torch.ones_like(weight)
+    signs[1::2] = -1.0  # of mean 0 and mean square 1, so that any norm leaves them as they are
+    found = (norm(signs.to(norm.weight.dtype)) - norm(-signs.to(norm.weight.dtype))).float() / 2 * signs
+    one_more: torch.Tensor = (found - weight).mean().round()
+    return weight + one_more
