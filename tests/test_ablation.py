@@ -46,6 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, (domain, seed) in enumerate((("chat", 0), ("code", 1))):
         asked = some_requests(6, seed=seed, domain=domain, max_tokens=30)
         requests = [replace(r, request_id=f"{number}-{domain}/{n}-{r.request_id}") for n in range(6) for r in asked]
+        if number:  # sampled requests are not scored
+            sampled = [replace(r, params=replace(r.params, temperature=0.7, seed=5)) for r in asked[:2]]
+            requests += [replace(r, request_id=f"{number}-{domain}/9-{r.request_id}") for r in sampled]
         for trace in sorted(serve(target, None, requests), key=lambda trace: trace.request_id):
             traffic.append(trace)
     traffic.flush()

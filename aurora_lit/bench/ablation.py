@@ -7,8 +7,8 @@ All arms see the same requests in the same order and take as many steps, of as m
 that a live server would have had with the arm's draft (learn/reproposing.py), exploring included; the measured prompts
 are decoded without exploring. Of the traffic every `every`-th request is scored and offered to learning, others with
 each seed; the rest only tells the detector what traffic is like, since a learner with a small budget could not take it
-anyway. Labels of domains are kept from the learners. An arm and seed that is done is not run again; killed in the
-middle it begins again.
+anyway. Labels of domains are kept from the learners. Sampled requests teach, but are not scored. An arm and seed that
+is done is not run again; killed in the middle it begins again.
 
 What is left out: what the arms are (bench/arms.py), statistics (bench/tallies.py), the report
 (bench/ablation_report.py).
@@ -160,7 +160,7 @@ class Runner:
         for at, trace in enumerate(block):
             tokens += len(trace.token_ids_T) - trace.answer_start
             own = proposed.get(id(trace))
-            if own is not None:
+            if own is not None and own.verify == "greedy":  # the rounds of others are not this draft's
                 result.requests.append(trace.request_id)
                 result.domains.append(trace.domain)
                 result.phases.append(phase_of(trace.request_id))
