@@ -199,6 +199,16 @@ def test_wrong_batch_sizes_are_refused(batch: str, prompt_files: list[str]) -> N
     assert "write numbers such as 1,4,8" in result.stderr
 
 
+def test_bench_ablation_passes_arms_and_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.bench.ablation", "run")
+    line = ("bench", "ablation", "--traces", str(tmp_path), "--arms", "static,full", "--every", "8")
+    assert run(*line, "--seeds", "0,2").exit_code == 0
+    options = recorder.calls[0][1]
+    assert (options["arms"], options["seeds"], options["every"]) == (("static", "full"), (0, 2), 8)
+    refused = run(*line, "--seeds", "-1")
+    assert (refused.exit_code, "write numbers such as" in refused.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("args", [["serve", "--nope"], ["nope"], ["pretrain"], ["generate", "--temperature", "3"],
                                   ["generate"], ["bench", "acceptance", "--prompts", "/no/such/file"]])
 def test_wrong_use_ends_with_code_2(args: list[str]) -> None:
