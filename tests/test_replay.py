@@ -193,7 +193,8 @@ def test_the_policy_learns_from_the_replays_own_rounds(target: Target, tmp_path:
         config, ends=FrozenEnds(target), starting=random_draft(target), folder=tmp_path / "versions", scratch=tmp_path,
         steps_per_trace=0.5,
     )  # fmt: skip
-    replay.take(plain)
+    short = serve(target, None, some_requests(2, seed=3, max_tokens=3))  # no round of theirs is known wholly
+    replay.take([*short, *plain])
     assert replay.learner.steps >= 10
     assert replay.learner.mean("policy_weight") > 0
     assert replay.learner.mean("mean_ratio") == pytest.approx(1, abs=0.3), "the rounds are on-policy but for the steps"

@@ -182,7 +182,7 @@ class Replay:
         if not self._admission.admits(trace):
             return trace
         trace = self.learner.steering.place(trace)
-        self._newest_version = max(self._newest_version, *trace.round_version_R.tolist())
+        self._newest_version = max([self._newest_version, *trace.round_version_R.tolist()])
         if not self._held_out.takes(trace.request_id):
             self._feed.add(trace)
         elif first_taught(trace) < len(trace.token_ids_T):
