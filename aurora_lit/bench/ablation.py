@@ -3,12 +3,13 @@
     for each seed, each arm:   a block of traffic → its rounds with the draft that serves → learn → trial → …
                                after each phase: the draft that serves, on the measured prompts
 
-All arms see the same requests in the same order and take as many steps, of as many positions each. Rounds are those
-that a live server would have had with the arm's draft (learn/reproposing.py), exploring included; the measured prompts
-are decoded without exploring. Of the traffic every `every`-th request is scored and offered to learning, others with
-each seed; the rest only tells the detector what traffic is like, since a learner with a small budget could not take it
-anyway. Labels of domains are kept from the learners. Sampled requests teach, but are not scored. An arm and seed that
-is done is not run again; killed in the middle it begins again.
+All arms see the same requests in the same order and take as many steps, of batches of one size; an arm without replay
+fills its batches only while enough traffic waits, so compare positions too, and choose `every` small enough. Rounds are
+those that a live server would have had with the arm's draft (learn/reproposing.py), exploring included; the measured
+prompts are decoded without exploring. Of the traffic every `every`-th request is scored and offered to learning, others
+with each seed; the rest only tells the detector what traffic is like, since a learner with a small budget could not
+take it anyway. Labels of domains are kept from the learners. Sampled requests teach, but are not scored. An arm and
+seed that is done is not run again; killed in the middle it begins again.
 
 What is left out: what the arms are (bench/arms.py), statistics (bench/tallies.py), the report
 (bench/ablation_report.py).

@@ -209,8 +209,8 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     """Arms against each other."""
     arms = report["arms"]
     along = Table(title="along the stream, exploring included: accepted length, over static (95 %), acceptance")
-    for name in ("arm", "seeds", "length", "over static", "over kl", "rate", "positions 1, 2, …", "speed-up", "steps",
-                 "learner s"):  # fmt: skip
+    for name in ("arm", "seeds", "length", "over static", "over kl", "rate", "accepted 1, 2, …", "speed-up", "steps",
+                 "positions", "learner s"):  # fmt: skip
         along.add_column(name, justify="left" if name == "arm" else "right")
     for arm, found in arms.items():
         traffic = found["traffic"]
@@ -218,7 +218,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
             arm, str(found["seeds"]), f"{traffic['accepted_length']:.3f}", _shown(traffic["over_static"]),
             _shown(traffic.get("over_kl")), f"{traffic['acceptance_rate']:.3f}",
             " ".join(f"{share:.2f}" for share in traffic["by_position"]), f"{traffic['modelled_speed_up']:.2f}",
-            f"{found['cost']['steps']:.0f}", f"{found['cost']['learner_s']:.0f}",
+            f"{found['cost']['steps']:.0f}", f"{found['cost']['positions']:.0f}", f"{found['cost']['learner_s']:.0f}",
         )  # fmt: skip
     domains = sorted({domain for found in arms.values() for domain in found["measured"]["after"]})
     after = Table(title="measured prompts, before and after the stream: accepted length (× of before)")
