@@ -140,8 +140,7 @@ def to_pieces(trace: Trace) -> list[bytes | memoryview]:
     header: dict[str, Any] = {}
     pieces, end = [], 0
     for name, tensor in tensors:
-        numbers: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        piece = memoryview(numbers)
+        piece = _memory(tensor)
         header[name] = _entry(_NAMES_OF_DTYPES[tensor.dtype], list(tensor.shape), end, len(piece))
         pieces.append(piece)
         end += len(piece)
@@ -149,6 +148,16 @@ def to_pieces(trace: Trace) -> list[bytes | memoryview]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little") + text, *pieces, plain]
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, not copied."""
+    if not tensor.numel():
+        return memoryview(b"")
+    numbers = tensor.contiguous()
+    # numpy has no bf16.
+    array: Any = (numbers.view(torch.int16) if numbers.dtype == torch.bfloat16 else numbers).numpy()
+    return memoryview(array).cast("B")
 
 
 def _entry(dtype: str, shape: list[int], start: int, size: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from aurora_lit.ipc.status import StatusBlock
 from aurora_lit.publishing import DraftStore
 from aurora_lit.request import Request
 from aurora_lit.serve import engine as engine_module
+from aurora_lit.serve import passes
 from aurora_lit.serve.build import build_worker
 from aurora_lit.serve.hot_reload import HotReloader
 from aurora_lit.serve.live_draft import LiveDraft
@@ -80,8 +81,8 @@ def main() -> int:
         parts = build_worker(config, folder)
         engine: Any = parts.engine
         clock = Clock()
-        for name in ("tell", "tell_pass"):
-            setattr(engine_module, name, clock.around("traces", getattr(engine_module, name)))
+        for module, name in ((engine_module, "tell"), (passes, "tell_pass")):
+            setattr(module, name, clock.around("traces", getattr(module, name)))
         engine._observer.on_finish = clock.around("traces", engine._observer.on_finish)
         assert parts.load_draft is not None, "there is no draft to learn: set draft.checkpoint"
         live = LiveDraft(engine, HotReloader(DraftStore(folder / "drafts", keep=2), parts.load_draft))

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 from aurora_lit.modules.distribution import is_greedy
@@ -90,8 +92,7 @@ class TraceRecorder:
             segment = self._segments[row.slot] = _Segment(row=row, start=row.prompt_length)
         segment.notes.append(note)
         if note.accepted + 1 < len(note.proposals):
-            rejected_NH = last_TH[note.accepted + 1 : len(note.proposals)]
-            segment.rejected.append(rejected_NH.to(torch.bfloat16, copy=True))
+            segment.rejected.append(last_TH[note.accepted + 1 : len(note.proposals)])
         if row.length - 1 - segment.start >= self._segment_tokens:
             self._hand_over(segment, row)
 
@@ -141,22 +142,24 @@ def verify_mode(params: SamplingParams) -> str:
 
 
 def _round_tensors(notes: Sequence[RoundNote], *, first: int) -> dict[str, torch.Tensor]:
-    widest = max((len(note.proposals) for note in notes), default=0)
+    count, widest = len(notes), max((len(note.proposals) for note in notes), default=0)
     padding, unknown = [-1] * widest, [float("nan")] * widest
-    return {
-        "round_root_R": torch.tensor([note.root - first for note in notes], dtype=torch.int32),
-        "round_version_R": torch.tensor(
-            [version_number(note.version) if note.source == SOURCE_DRAFT else -1 for note in notes], dtype=torch.int32
+    versions = {note.version: version_number(note.version) for note in notes}
+    columns: dict[str, tuple[list[Any], type[np.generic]]] = {
+        "round_root_R": ([note.root - first for note in notes], np.int32),
+        "round_version_R": (
+            [versions[note.version] if note.source == SOURCE_DRAFT else -1 for note in notes], np.int32
         ),
-        "num_proposed_R": torch.tensor([len(note.proposals) for note in notes], dtype=torch.int32),
-        "num_accepted_R": torch.tensor([note.accepted for note in notes], dtype=torch.int32),
-        "source_R": torch.tensor([note.source for note in notes], dtype=torch.uint8),
-        "explored_R": torch.tensor([note.explored for note in notes], dtype=torch.bool),
-        "draft_temperature_R": torch.tensor([note.draft_temperature for note in notes], dtype=torch.float32),
-        "proposal_RK": torch.tensor(
-            [(note.proposals + padding)[:widest] for note in notes], dtype=torch.int32
-        ).view(len(notes), widest),
-        "behaviour_logprob_RK": torch.tensor(
-            [((note.logprobs or []) + unknown)[:widest] for note in notes], dtype=torch.float32
-        ).view(len(notes), widest),
-    }
+        "num_proposed_R": ([len(note.proposals) for note in notes], np.int32),
+        "num_accepted_R": ([note.accepted for note in notes], np.int32),
+        "source_R": ([note.source for note in notes], np.uint8),
+        "explored_R": ([note.explored for note in notes], np.bool_),
+        "draft_temperature_R": ([note.draft_temperature for note in notes], np.float32),
+        "proposal_RK": ([(note.proposals + padding)[:widest] for note in notes], np.int32),
+        "behaviour_logprob_RK": ([((note.logprobs or []) + unknown)[:widest] for note in notes], np.float32),
+    }  # fmt: skip
+    tensors = {}
+    for name, (values, kind) in columns.items():
+        array = np.array(values, dtype=kind)  # a fraction of what torch.tensor takes for lists
+        tensors[name] = torch.from_numpy(array.reshape(count, widest) if name.endswith("_RK") else array)
+    return tensors
