@@ -192,3 +192,22 @@ def test_a_machine_without_a_working_compiler_falls_back(
     monkeypatch.delenv("AURORA_LIT_NATIVE", raising=False)
     monkeypatch.setattr(native, "compiler", lambda: None if name == "no compiler" else "false")
     assert native.library.__wrapped__() is None
+
+
+@needs_kernels
+def test_small_weights_share_huge_pages_and_never_bytes() -> None:
+    """Packed ones, of sizes that end anywhere, keep what was packed into them; large ones have an area of their own."""
+    gen = torch.Generator().manual_seed(0)
+    weights = [torch.randn(33 + 7 * i, 20 + i, generator=gen) for i in range(40)]
+    packed = [native.pack(weight, dtype=torch.float32) for weight in weights]
+    x = torch.randn(3, 60, generator=gen)
+    for weight, each in zip(weights, packed, strict=True):
+        outputs, inputs = weight.shape
+        torch.testing.assert_close(native.linear(x[:, :inputs], each, outputs, None), x[:, :inputs] @ weight.T,
+                                   rtol=1e-4, atol=1e-4)  # fmt: skip
+    storages = {each.untyped_storage().data_ptr() for each in packed}
+    assert len(storages) <= 2, "forty of a few kilobytes lie side by side"
+    assert all(each.data_ptr() % 64 == 0 for each in packed)
+    large = native.pack(torch.randn(3000, 800, generator=gen), dtype=torch.float32)
+    assert large.untyped_storage().data_ptr() not in storages
+    assert large.data_ptr() % (1 << 21) == 0

@@ -65,6 +65,7 @@ def same_traces(one: dict[str, Trace], other: dict[str, Trace]) -> bool:
     )
 
 
+@pytest.mark.skipif(native.library() is None, reason="torch's sums depend on how many positions are computed together")
 @pytest.mark.parametrize("drafts", [True, False])
 @pytest.mark.parametrize(
     ("slots", "arrivals", "cached"),

@@ -17,12 +17,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
 
 _SOURCE = Path(__file__).with_name("skinny.cpp")
 _SOURCES = (_SOURCE, *sorted(_SOURCE.parent.glob("*.hpp")))
+_AREA_BYTES = 16 << 20
+"""Of huge pages, for the weights that are too small for pages of their own."""
+_areas: list[torch.Tensor] = []
+_area_lock = threading.Lock()  # a new draft is packed beside serving
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
 
 
@@ -146,14 +151,28 @@ def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
 
 
 def _huge(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor on huge pages where the system gives them: weights are read as long streams."""
+    """An uninitialised tensor on huge pages where the system gives them: weights are read as long streams.
+
+    Those smaller than a few pages share an area, which lives as long as any of them.
+    """
+    size = numel * dtype.itemsize
+    if size > _AREA_BYTES // 4:
+        return _huge_area(size)[:size].view(dtype)
+    with _area_lock:
+        if not _areas or _areas[0].numel() < size:
+            _areas[:] = [_huge_area(_AREA_BYTES)]
+        raw = _areas[0]
+        _areas[0] = raw[-(-size // 64) * 64 :]
+    return raw[:size].view(dtype)
+
+
+def _huge_area(size: int) -> torch.Tensor:
     page = 1 << 21
-    size = torch.empty((), dtype=dtype).element_size()
-    raw = torch.empty(numel * size + page, dtype=torch.uint8)
+    raw = torch.empty(size + page, dtype=torch.uint8)
     offset = -raw.data_ptr() % page
-    if sys.platform == "linux" and numel * size >= page:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(raw.data_ptr() + offset), ctypes.c_size_t(numel * size), 14)
-    return raw[offset : offset + numel * size].view(dtype)
+    if sys.platform == "linux" and size >= page:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(raw.data_ptr() + offset), ctypes.c_size_t(size), 14)
+    return raw[offset : offset + size]
 
 
 def _build(command: str) -> Path:

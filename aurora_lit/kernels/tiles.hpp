@@ -15,6 +15,7 @@ namespace {
 
 constexpr int TILE_ROWS = 16;    // rows of one tile of inputs
 constexpr int TILE_INPUTS = 32;  // inputs that one tile instruction takes
+constexpr int PREFETCH_BYTES = 4096;  // tile loads alone leave the weights' next lines too late
 
 // Whether the system lets this process use tiles; asked once.
 inline bool tiles_allowed() {
@@ -60,6 +61,8 @@ inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16
         _tile_zero(3);
       }
       for (int k = 0; k < k_padded; k += TILE_INPUTS) {
+        const char* ahead = reinterpret_cast<const char*>(wb + ptrdiff_t(k) * BLOCK) + PREFETCH_BYTES;
+        for (int line = 0; line < TILE_INPUTS * w_bytes / 2; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
         _tile_loadd(6, wb + ptrdiff_t(k) * BLOCK, w_bytes);
         _tile_loadd(7, wb + ptrdiff_t(k) * BLOCK + BLOCK, w_bytes);
         _tile_loadd(4, x0 + k, x_bytes);
