@@ -20,7 +20,7 @@ from aurora_lit.learn.reservoir import MAX_DOMAINS
 from aurora_lit.modules.draft import Draft
 from aurora_lit.trace import Trace
 
-FEWEST_USES = 6
+FEWEST_USES = 4
 """Uses with which a token may enter."""
 USES_A_TRACE = 2
 """Uses of a token that count of one trace: no single request brings a token in."""
