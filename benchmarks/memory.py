@@ -97,7 +97,8 @@ def main() -> int:
                     numbers = range(part * args.requests // 10, (part + 1) * args.requests // 10)
                     list(pool.map(lambda i: send[i % len(send)](prompts[i % len(prompts)]), numbers))
                     readings.append((numbers.stop, held_mb(server)))
-                    print(f"{numbers.stop} requests", file=sys.stderr, flush=True)
+                    held = ", ".join(f"{name}: {mb:.1f} MB" for name, mb in readings[-1][1].items())
+                    print(f"{numbers.stop} requests: {held}", file=sys.stderr, flush=True)
     table = Table(title="megabytes of each process's own (USS)")
     table.add_column("process")
     for after, _ in readings:
