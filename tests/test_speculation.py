@@ -293,5 +293,12 @@ def test_what_trees_accept_beyond_their_chain_is_learned() -> None:
         nothing = Output(request_id="a", token_ids=(1,), num_proposed=15, chain_in_tree=(3, 0))
         made.observe_trees([hit._replace(tokens=[1])], [nothing])
     assert made._tree_rate(15, 0.5) == pytest.approx(0.5, abs=0.02), "no better than a chain"
-    made.observe_levels(1, 3, 0.011)
-    assert 0.001 < made.level_cost(1, 1) < 0.0015
+
+
+def test_a_slow_tree_makes_its_first_step_and_its_levels_dearer_alike() -> None:
+    made = with_trees(level_s=0.002)
+    made.observe_levels(1, 3, 0.0075)
+    assert made.level_cost(1, 1) == pytest.approx(0.0021)
+    assert made.first_step_cost(1, 1) == pytest.approx(0.00105)
+    made.observe_levels(1, 1, 1.0)
+    assert made.level_cost(1, 1) == pytest.approx(0.0021)

@@ -77,7 +77,7 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, s
         policy.next_step_cost.update(num_rows, 1, max(0.0, (three_s - one_s) / 2))
         if policy.tree_sizes:
             three_s = _least_seconds(lambda: run_draft(3, policy.tree_sizes[-1]))
-            policy.observe_levels(num_rows, 3, three_s)
+            policy.level_cost.update(num_rows, 1, max(0.0, (three_s - one_s) / 2))
 
 
 def _least_seconds(operation: Callable[[], None]) -> float:

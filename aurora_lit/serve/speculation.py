@@ -160,9 +160,11 @@ class DraftLength:
                 seen.chain = _after(seen.chain, output.chain_accepted, output.chain_proposed)
 
     def observe_levels(self, rows: int, levels: int, seconds: float) -> None:
-        """Take in how long drafting a tree took."""
-        if levels > 1:
-            self.level_cost.update(rows, 1, max(0.0, seconds - self.first_step_cost(rows, 1)) / (levels - 1))
+        """Take in how long drafting a tree took; what catching up took more than usual is no level's fault alone."""
+        expected = self.first_step_cost(rows, 1) + (levels - 1) * self.level_cost(rows, 1)
+        if expected and levels > 1:
+            for table in (self.first_step_cost, self.level_cost):
+                table.update(rows, 1, table(rows, 1) * seconds / expected)
 
     def worth_another_step(
         self, steps_done: int, values: Sequence[float], survival: list[float], *, num_plain: int = 0
