@@ -208,3 +208,14 @@ def test_adaptation_is_counted_from_a_phases_beginning_to_its_final_level() -> N
     assert 450 <= tokens <= 530
     assert tokens_to_adapt(base, base, [10] * 100, window=5) is None, "nothing is gained"
     assert tokens_to_adapt(own[:9], base[:9], [10] * 9, window=5) is None, "too few to tell"
+
+
+def test_costs_are_measured_once_and_wider_passes_cost_no_less(folder: Path, tmp_path: Path) -> None:
+    config = a_config(folder)
+    config = replace(config, engine=replace(config.engine, max_seq_len=128, prefill_chunk_tokens=64))
+    costs = ablation.measure_costs(config, tmp_path / "costs.json")
+    assert len(costs["target_s"]) == K + 1
+    assert costs["target_s"] == sorted(costs["target_s"])
+    assert min(costs["target_s"]) > 0
+    assert costs["first_step_s"] > 0
+    assert ablation.measure_costs(config, tmp_path / "costs.json") == costs
