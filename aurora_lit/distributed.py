@@ -9,7 +9,8 @@ What is left out: what an order makes a rank do (models/sharded.py), and who end
     with ranks.order(FORWARD, ids_BT, starts_B): ...                     # rank 0
     order = ranks.next_order()                                           # the others, for ever
 
-Losing a rank raises RankError in those that talk to it. The connection cannot be mended: the process must end.
+What fails in the midst of an order, a lost rank above all, raises RankError. The connection cannot be mended: the
+process must end.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class Ranks:
                 yield
             except RuntimeError as error:
                 self._broken = True
-                raise RankError(f"a rank of this engine was lost: {error}") from error
+                raise RankError(f"the engine's processes cannot go on together: {error}") from error
             except BaseException:
                 self._broken = True  # the others may be in the midst of it
                 raise

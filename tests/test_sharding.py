@@ -92,7 +92,7 @@ def test_key_value_heads_are_shared_out_unevenly_and_only_under_tensor_parallel(
 
 def test_a_rank_that_dies_is_an_error_on_rank_0(noted):
     assert noted["dies"][1] == {"exit": 9}
-    assert noted["dies"][0]["error"].startswith("a rank of this engine was lost: ")
+    assert noted["dies"][0]["error"].startswith("the engine's processes cannot go on together: ")
 
 
 def test_a_rank_that_has_heard_of_other_drafts_refuses_to_go_on(noted):

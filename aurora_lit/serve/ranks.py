@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from aurora_lit.errors import RankError
-from aurora_lit.ipc.page import Page
-from aurora_lit.ipc.rank_status import RankBlock, RankStatus, rank_path
-from aurora_lit.ipc.status import Status, StatusBlock, WorkerState
+from aurora_lit.ipc.rank_status import RankBlock, rank_path
+from aurora_lit.ipc.status import StatusBlock, WorkerState
 
 if TYPE_CHECKING:
     from aurora_lit.distributed import Order  # the main process needs no torch
@@ -59,7 +58,7 @@ def run_rank(rank: int, run_folder: Path, load: Callable[[], Part]) -> None:
     os._exit(0)
 
 
-def keep_beating(page: Page[RankStatus] | Page[Status]) -> None:
+def keep_beating(page: RankBlock) -> None:
     """Say for ever that this process lives."""
     while True:
         page.beat()
