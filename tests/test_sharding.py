@@ -37,6 +37,7 @@ def noted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, No
         Case(name="tensor_parallel", model=model, strategy="tensor_parallel"),
         Case(name="tensor_parallel in torch", model=model, strategy="tensor_parallel", native=False),
         Case(name="fsdp", model=model, strategy="fsdp"),
+        Case(name="fsdp in bf16", model=model, strategy="fsdp", precision="bf16"),
         Case(name="dies", model=model, strategy="tensor_parallel", fault="dies"),
         Case(name="miscounts", model=model, strategy="tensor_parallel", fault="miscounts"),
         Case(name="unknown", model=str(gpt2), strategy="tensor_parallel"),
@@ -83,6 +84,12 @@ def test_each_rank_holds_about_half_of_the_weights(name, noted, llama):
     shares = [rank["weights"] / whole for rank in noted[name]]
     assert sum(shares) < 1.04  # norms are on both
     assert max(shares) < 0.60
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native kernels here")
+def test_the_drafts_kernels_are_given_fp32_whatever_the_target_computes_in(noted):
+    assert noted["fsdp in bf16"][0]["embeds_type"] == "torch.float32"
+    assert [len(tokens) for tokens in noted["fsdp in bf16"][0]["tokens"]] == [MAX_TOKENS] * len(PROMPTS)
 
 
 def test_key_value_heads_are_shared_out_unevenly_and_only_under_tensor_parallel(noted):

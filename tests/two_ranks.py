@@ -97,7 +97,8 @@ def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
     ranks._send = send  # type: ignore[method-assign]
     try:
         with torch.no_grad():
-            noted["embeds"] = target.embedding(torch.arange(1500).view(30, 50) % target.vocab_size).tolist()
+            embeds = target.embedding(torch.arange(1500).view(30, 50) % target.vocab_size)
+            noted |= {"embeds": embeds.tolist(), "embeds_type": str(embeds.dtype)}
         engine = make_engine(target, random_draft(target), max_draft_tokens=3)
         for i, prompt in enumerate(PROMPTS):
             engine.submit(request(str(i), prompt, max_tokens=MAX_TOKENS))

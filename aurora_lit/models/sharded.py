@@ -124,7 +124,7 @@ class ShardedTarget(Target):
 
     @property
     def embedding(self) -> nn.Module:
-        """Looks up on all ranks; for what is not part of a pass, such as a draft's step."""
+        """Looks up on all ranks; for a draft's step. fp32 on CPUs, which the draft's kernels take."""
         return _Lookup(self._embed)
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -174,7 +174,7 @@ class ShardedTarget(Target):
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         with self.ranks.order(Op.EMBED, ids):
             embeds: torch.Tensor = super().embedding(ids)
-            return embeds
+            return embeds.float() if embeds.device.type == "cpu" and native.library() is not None else embeds
 
 
 class _Lookup(nn.Module):

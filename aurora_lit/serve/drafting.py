@@ -61,16 +61,21 @@ def fit_draft(draft: Draft, target: Target, *, capacity: int) -> FittedDraft:
     """
     config, device = draft.config, target.model.device
     draft.eval().requires_grad_(False)
-    if native.library() is not None:
+    if _on_kernels(device):
         pack_linears(draft, dtype=target.kv_dtype)
     else:
-        draft.to(target.kv_dtype)
+        draft.to(device, target.kv_dtype)
     draft.cos_LD, draft.sin_LD = (
         table.to(device) for table in rope_table(capacity, config.head_dim, config.rope_theta)
     )
     _try(draft, target)
     vocabulary = DraftVocabulary.of_offsets(draft.d2t.to(device), vocab_size=config.vocab_size)
     return FittedDraft(draft=draft, decoder=fuse_draft(draft), vocabulary=vocabulary)
+
+
+def _on_kernels(device: torch.device) -> bool:
+    """Whether drafts run on the native kernels there, which take and give fp32."""
+    return device.type == "cpu" and native.library() is not None
 
 
 @torch.no_grad()
@@ -236,7 +241,7 @@ class Drafter:
         starts_B = torch.tensor(starts, device=slots_B.device)
         positions_BT = starts_B[:, None] + torch.arange(count, device=slots_B.device)
         features_BTF = self._features_SLF[slots_B[:, None], positions_BT]
-        if native.library() is not None:
+        if _on_kernels(slots_B.device):
             features_BTF = features_BTF.float()
         tokens_BT = self._tokens_SL[slots_B[:, None], positions_BT + 1]
         return self.run(tokens_BT, self.draft.fuse(features_BTF), slots_B, starts_B)
