@@ -127,6 +127,7 @@ def test_only_what_is_not_done_is_run(folder: Path, out: Path) -> None:
     assert not scored[0] & scored[1], "other requests with each seed"
     assert first["arms"]["lk"]["traffic"]["requests"] == 72
     assert json.loads(files["lk-0.json"])["measured"] != json.loads(files["lk-1.json"])["measured"]
+    assert list(run(folder, out, "static", seeds=(0, 1), every=2)["arms"]) == ["static", "lk"], "all that is done"
     (out / "arms" / "lk-1.json").unlink()  # killed in the middle: there is no file
     written = {path.name: path.stat().st_mtime_ns for path in (out / "arms").iterdir()}
     again = run(folder, out, "static,lk", seeds=(0, 1), every=2)

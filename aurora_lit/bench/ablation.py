@@ -77,7 +77,7 @@ def run(
     every: int = 4,
     block: int = 32,
 ) -> dict[str, Any]:
-    """Run what is not done yet of the arms on the stream in `traces`; returns what it writes to `out`."""
+    """Run what is not done yet of the arms on the stream in `traces`; returns the report of all that `out` holds."""
     if config.draft.checkpoint is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to learn from; name a checkpoint folder")
     if config.engine.max_draft_tokens == 0:
@@ -101,7 +101,7 @@ def run(
                     arm, seed, traces=traces / TRAFFIC, measured=measured, on_block=lambda n, t=task: bar.advance(t, n)
                 )
                 store(out, result)
-    return save_report(out, stream=stream, costs=costs, arms=[arm.name for arm in wanted])
+    return save_report(out, stream=stream, costs=costs)
 
 
 class Runner:

@@ -18,7 +18,7 @@ import numpy as np
 from rich.table import Table
 
 from aurora_lit.bench.ablation_result import Result, stored
-from aurora_lit.bench.arms import STATIC
+from aurora_lit.bench.arms import ARMS, STATIC
 from aurora_lit.bench.drive import report_console
 from aurora_lit.bench.plot_ablation import save_plot
 from aurora_lit.bench.tallies import (
@@ -40,12 +40,10 @@ _COMPARED = ("kl", "lk")
 """Arms that others are compared with besides the static one."""
 
 
-def save_report(
-    out: Path, *, stream: Mapping[str, Any], costs: Mapping[str, Any], arms: Sequence[str]
-) -> dict[str, Any]:
+def save_report(out: Path, *, stream: Mapping[str, Any], costs: Mapping[str, Any]) -> dict[str, Any]:
     """Read what is done of the arms; write `out`/report.json and a picture, and print tables."""
     names = [phase["name"] for phase in stream["stream"]["phases"]]
-    done = {arm: found for arm in arms if (found := list(stored(out, arm)))}
+    done = {arm: found for arm in ARMS if (found := list(stored(out, arm)))}
     base = list(stored(out, STATIC))
     others = {name: done[name] for name in _COMPARED if name in done}
     report = {
