@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import tiny_tokenizer
-from tiny_models import VOCAB, draft_module, make_engine, random_draft, request, run, save_model
+from tiny_models import VOCAB, draft_module, make_engine, random_draft, reference_model, request, run, save_model
 
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.answering import Question, answer
@@ -20,8 +20,12 @@ from aurora_lit.trace_log import TraceLogWriter, read_index
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def target(folder: Path) -> Target:
     return Target.load(folder, precision="fp32")
 
 
@@ -137,7 +141,7 @@ def test_nothing_to_learn_from_is_said_and_not_waited_for(target: Target, tmp_pa
         fitter(target, tmp_path).fit(tmp_path, [], until_positions=10)
 
 
-def test_a_draft_starts_from_the_targets_last_layer(target: Target) -> None:
+def test_a_draft_starts_from_the_targets_last_layer(target: Target, folder: Path) -> None:
     ids = torch.tensor([1, 4, 30, 60])
     draft = initial_draft(target, ids)
     layer, size = target.model.base_model.layers[-1], target.hidden_size
@@ -148,6 +152,12 @@ def test_a_draft_starts_from_the_targets_last_layer(target: Target) -> None:
     assert torch.equal(draft.midlayer.post_attention_layernorm.weight, layer.post_attention_layernorm.weight)
     assert draft.config.aux_layer_ids == target.aux_layer_ids
     assert (draft.config.intermediate_size, draft.config.head_dim) == (96, 32)
+    plain = reference_model(folder).model.layers[-1]
+    for own, name in ((draft.midlayer.mlp, "gate_proj"), (draft.midlayer.mlp, "down_proj")):
+        assert torch.equal(getattr(own, name).weight, getattr(plain.mlp, name).weight)
+    assert torch.equal(draft.midlayer.self_attn.o_proj.weight, plain.self_attn.o_proj.weight)
+    values = plain.self_attn.v_proj.weight.repeat(2, 1)  # two heads share one of the target's
+    assert torch.equal(draft.midlayer.self_attn.v_proj.weight[:, size:], values)
     highest = draft.fc.weight[:, 2 * size :] - torch.eye(size)
     assert max(draft.fc.weight[:, : 2 * size].abs().max(), highest.abs().max()) < 0.1
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aurora_lit.kernels.packed import PackedLinear
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft, DraftConfig
 
@@ -75,31 +76,29 @@ def initial_draft(
 
 def _copy_last_layer(target: Target, draft: Draft) -> None:
     """Copy what fits from the last decoder layer, by the names Llama-like models use."""
-    parameters = {name: p.detach().float() for name, p in target.model.base_model.named_parameters()}
-    prefix = f"layers.{target.num_layers - 1}."
+    base: Any = target.model.base_model
+    last = getattr(base, "layers", [None])[-1]
+    attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
     size = draft.config.hidden_size
     layer = draft.midlayer
     for name, linear in (("q", layer.self_attn.q_proj), ("k", layer.self_attn.k_proj), ("v", layer.self_attn.v_proj)):
-        source = parameters.get(f"{prefix}self_attn.{name}_proj.weight")
+        source = _weight(getattr(attention, f"{name}_proj", None))
         linear.weight.normal_(std=0.02)
         if source is None or linear.weight.shape[0] % source.shape[0]:
             continue
         copies = linear.weight.shape[0] // source.shape[0]
         heads = source.view(-1, draft.config.head_dim, source.shape[1]).repeat_interleave(copies, dim=0)
         linear.weight[:, size:] = heads.reshape(-1, source.shape[1])
-    pairs: tuple[tuple[str, nn.Module], ...] = (
-        (f"{prefix}self_attn.o_proj.weight", layer.self_attn.o_proj),
-        (f"{prefix}mlp.gate_proj.weight", layer.mlp.gate_proj),
-        (f"{prefix}mlp.up_proj.weight", layer.mlp.up_proj),
-        (f"{prefix}mlp.down_proj.weight", layer.mlp.down_proj),
+    pairs: tuple[tuple[nn.Linear, Any], ...] = (
+        (layer.self_attn.o_proj, getattr(attention, "o_proj", None)),
+        (layer.mlp.gate_proj, getattr(mlp, "gate_proj", None)),
+        (layer.mlp.up_proj, getattr(mlp, "up_proj", None)),
+        (layer.mlp.down_proj, getattr(mlp, "down_proj", None)),
     )
-    for name, module in pairs:
-        weight, source = module.weight, parameters.get(name)
-        assert isinstance(weight, torch.Tensor)
-        if source is not None and source.shape == weight.shape:
-            weight.copy_(source)
-    base: Any = target.model.base_model
-    last = getattr(base, "layers", [None])[-1]
+    for linear, own in pairs:
+        source = _weight(own)
+        if source is not None and source.shape == linear.weight.shape:
+            linear.weight.copy_(source)
     after_attention = getattr(last, "post_attention_layernorm", None)  # in Gemma 2 and 3 not the one before the MLP
     for module, norm in (
         (layer.hidden_norm, getattr(last, "input_layernorm", None)),
@@ -108,6 +107,13 @@ def _copy_last_layer(target: Target, draft: Draft) -> None:
     ):
         if norm is not None and norm.weight.shape == module.weight.shape:
             module.weight.copy_(_gains(norm))
+
+
+def _weight(linear: Any) -> torch.Tensor | None:
+    """A linear layer's weight [outputs, inputs], fp32, packed or not; None for anything else."""
+    if isinstance(linear, PackedLinear):
+        return linear.rows(torch.arange(linear.out_features))
+    return linear.weight.detach().float() if isinstance(linear, nn.Linear) else None
 
 
 def _gains(norm: Any) -> torch.Tensor:
