@@ -57,10 +57,7 @@ class RoundObserver(Protocol):
         """A slot begins with the first positions of another, which the target does not run again."""
 
     def on_commit(self, row: Row, note: RoundNote, last_TH: torch.Tensor) -> None:
-        """A round of a row was committed; `last_TH`, bf16, is what the target computed behind root and proposals.
-
-        Nobody writes into it any more.
-        """
+        """A round of a row was committed; `last_TH` is what the target computed behind its root and its proposals."""
 
     def on_finish(self, row: Row) -> None:
         """A request ended or was cancelled; the target has run all its tokens but the last."""
@@ -99,7 +96,6 @@ def tell(
     judged by, is what it would say first.
     """
     proposals, last_BTH = _first_chain(proposals, last_BTH)
-    kept_BTH = last_BTH.to(torch.bfloat16, copy=True)
     tokens = proposals.token_BK.tolist()
     logprobs = None if proposals.logprob_BK is None else proposals.logprob_BK.tolist()
     proposed = proposals.num_B.tolist()
@@ -126,7 +122,7 @@ def tell(
             logprobs=logprobs[i][:count] if drafted and logprobs is not None and is_plain(row.params) else None,
             accepted=accepted,
         )
-        observer.on_commit(row, note, kept_BTH[i])
+        observer.on_commit(row, note, last_BTH[i])
 
 
 def _first_chain(proposals: Proposals, last_BTH: torch.Tensor) -> tuple[Proposals, torch.Tensor]:

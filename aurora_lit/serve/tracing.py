@@ -92,7 +92,8 @@ class TraceRecorder:
             segment = self._segments[row.slot] = _Segment(row=row, start=row.prompt_length)
         segment.notes.append(note)
         if note.accepted + 1 < len(note.proposals):
-            segment.rejected.append(last_TH[note.accepted + 1 : len(note.proposals)])
+            rejected_NH = last_TH[note.accepted + 1 : len(note.proposals)]
+            segment.rejected.append(rejected_NH.to(torch.bfloat16, copy=True))  # a view would keep the whole batch's
         if row.length - 1 - segment.start >= self._segment_tokens:
             self._hand_over(segment, row)
 
