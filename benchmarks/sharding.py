@@ -25,8 +25,6 @@ from typing import Any
 import psutil
 import torch
 import torch.multiprocessing
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -61,20 +59,20 @@ def main() -> int:
     fitting = (ids for ids in encoded if len(ids) <= arguments.max_prompt_tokens)
     prompts = list(itertools.islice(fitting, arguments.limit))
 
-    found = {"single": measure(config, "single", 1, prompts, arguments.max_tokens)}
-    for strategy in arguments.strategies:
-        found[strategy] = measure(config, strategy, arguments.processes, prompts, arguments.max_tokens)
-    table = Table("", "equal answers", "rounds/s", "tokens/s", "weights MiB", "loaded MiB", "highest MiB")
+    whole: list[list[int]] = []
     same = True
-    for strategy, ranks in found.items():
-        first = ranks[0]
-        equal = sum(a == b for a, b in zip(first["answers"], found["single"][0]["answers"], strict=True))
+    for strategy in ["single", *arguments.strategies]:
+        processes = 1 if strategy == "single" else arguments.processes
+        ranks = measure(config, strategy, processes, prompts, arguments.max_tokens)
+        whole = whole or ranks[0]["answers"]
+        equal = sum(a == b for a, b in zip(ranks[0]["answers"], whole, strict=True))
         same &= equal == len(prompts)
-        memory = (" + ".join(f"{each[key] / _MIB:.0f}" for each in ranks) for key in ("weights", "loaded", "highest"))
-        table.add_row(
-            strategy, f"{equal}/{len(prompts)}", f"{first['rounds_per_s']:.2f}", f"{first['tokens_per_s']:.1f}", *memory
+        memory = "; ".join(
+            f"{key} " + " + ".join(f"{each[key] / _MIB:.0f}" for each in ranks) + " MiB"
+            for key in ("weights", "loaded", "highest")
         )
-    Console(width=120).print(table)
+        print(f"{strategy}: {equal}/{len(prompts)} answers equal; {ranks[0]['rounds_per_s']:.2f} rounds/s; "
+              f"{ranks[0]['tokens_per_s']:.1f} tokens/s; {memory}", flush=True)  # fmt: skip
     return 0 if same else 1
 
 
