@@ -82,7 +82,7 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, s
 
 
 def _least_seconds(operation: Callable[[], None]) -> float:
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < _REPEATS or sum(seconds) < _SHORT_S:
         started = time.perf_counter()
         operation()
