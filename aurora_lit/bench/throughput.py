@@ -108,8 +108,10 @@ def run(
         raise ConfigError(
             f"engine.max_batch_size={config.engine.max_batch_size} is below --batch {max(batch_sizes)}; raise it"
         )
-    drafting, tokenizer = build_engine(replace(config, engine=replace(config.engine, speculate=True)))
-    plain, _ = build_engine(replace(config, engine=replace(config.engine, speculate=False)))
+    # Every repeat asks the same prompts: held from the last one, they would be read for nothing.
+    engine = replace(config.engine, prefix_cache=False)
+    drafting, tokenizer = build_engine(replace(config, engine=replace(engine, speculate=True)))
+    plain, _ = build_engine(replace(config, engine=replace(engine, speculate=False)))
     loaded = load_prompts(
         prompts,
         limit=limit or PROMPTS_A_FILE,
