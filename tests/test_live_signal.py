@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from tiny_models import VOCAB
 
 from aurora_lit.trace import SOURCE_DRAFT, Trace
 from aurora_lit.trace_log import read_index, read_shard
+
+FOLLOWED_S = 2.0  # the worker looks at the learner's page twice a second, the learner writes it as often
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +65,17 @@ def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
 
     hot = ask_until("chat", lambda now: now["explore_share"] > 0.4)
     cold = ask_until("chat", lambda now: now["explore_share"] < 0.08)
+    time.sleep(FOLLOWED_S)
     first_cold = next(numbers)
-    for _ in range(8):
+    for _ in range(24):
         ask(servers, next(numbers), domain="chat")
     last_cold = next(numbers)
-    again = ask_until("code", lambda now: now["explore_share"] > 0.3)
+    again = ask_until("code", lambda now: now["explore_share"] > 0.4)
+    time.sleep(FOLLOWED_S)
     first_again = next(numbers)
-    for _ in range(3):
+    for _ in range(12):
         ask(servers, next(numbers), domain="code")
+    cooled = learner()["domains"]
     with contextlib.suppress(ProcessLookupError):
         os.kill(server, signal.SIGTERM)
     servers.wait(lambda: not servers.alive(server))
@@ -85,7 +92,11 @@ def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
     traces = [t for shard in read_index(tmp_path / "traces") for t in read_shard(tmp_path / "traces" / shard.name)]
     assert len(traces) > last_cold - first_cold
     learned, new = explored(traces[first_cold : last_cold - 1]), explored(traces[first_again - 1 :])
-    assert new > 0.2 > learned, (new, learned)
+    new_share = min(again["explore_share"], cooled["explore_share"])
+    assert new_share > 0.2 > 2 * cold["explore_share"], "the two shares lie well apart"
+    assert learned.mean() < cold["explore_share"] + by_chance(learned, cold["explore_share"])
+    assert new.mean() > new_share - by_chance(new, new_share)
+    assert new.mean() > 2 * learned.mean()
     temperatures = torch.cat([trace.draft_temperature_R[trace.explored_R] for trace in traces])
     assert float(temperatures.max()) > 1 + 2 * 0.2 / 0.8, "what a share of 0.2 comes with"
     assert float(temperatures.min()) >= 1.0
@@ -93,7 +104,11 @@ def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
     assert all(len(trace.client) == 16 for trace in traces)
 
 
-def explored(traces: list[Trace]) -> float:
-    """Share of the draft's rounds that explored."""
-    drafted = torch.cat([trace.explored_R[trace.source_R == SOURCE_DRAFT] for trace in traces])
-    return float(drafted.float().mean())
+def explored(traces: list[Trace]) -> torch.Tensor:
+    """Which of the draft's rounds explored, 1 or 0. Shape [R]."""
+    return torch.cat([trace.explored_R[trace.source_R == SOURCE_DRAFT] for trace in traces]).float()
+
+
+def by_chance(rounds_R: torch.Tensor, share: float) -> float:
+    """How far from its share the mean of so many draws lies at most: four standard deviations."""
+    return 4 * math.sqrt(share * (1 - share) / len(rounds_R))
