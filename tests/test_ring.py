@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -149,6 +150,28 @@ def test_one_reader_at_a_time(ring: tuple[RingWriter, RingReader], path: Path) -
     again = RingReader.open(path, layout=LAYOUT)
     again.close()
     ring[1].__init__(path, layout=LAYOUT)  # type: ignore[misc]  # so that the fixture can close it
+
+
+def test_no_push_is_the_first_to_touch_its_pages(path: Path) -> None:
+    def faults_of_going_round_once(ring: RingWriter) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(64):
+            ring.push(payload)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    payload = bytes(1 << 16)
+    with contextlib.closing(RingWriter.create(path, 4 << 20, layout=LAYOUT)) as ring:
+        untouched = faults_of_going_round_once(ring)
+    with contextlib.closing(RingWriter.open(path, layout=LAYOUT)) as ring:
+        ring.map_pages()
+        mapped = faults_of_going_round_once(ring)
+        assert mapped < 0.1 * untouched, (mapped, untouched)
+
+
+def test_pages_of_a_ring_that_was_closed_meanwhile_are_left_alone(path: Path) -> None:
+    ring = RingWriter.create(path, 4 << 20, layout=LAYOUT)
+    ring.close()
+    ring.map_pages()
 
 
 def test_what_is_no_ring_or_has_another_layout_is_refused(path: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +185,7 @@ def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
     if drafts(config):
         try:
             ring = RingWriter.create(run_folder / RING_NAME, config.trace.capacity_mb << 20, layout=LAYOUT_DIGEST)
+            threading.Thread(target=ring.map_pages, name="ring-pages", daemon=True).start()
         except RingError as error:
             if config.learn.enabled:
                 raise

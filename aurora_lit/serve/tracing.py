@@ -132,7 +132,8 @@ class TraceRecorder:
         return torch.cat(rows).cpu()
 
     def _table(self, num_slots: int, capacity: int, width: int, device: torch.device) -> torch.Tensor:
-        return torch.zeros(num_slots, capacity, width * self._hidden_size, dtype=torch.bfloat16, device=device)
+        table = torch.empty(num_slots, capacity, width * self._hidden_size, dtype=torch.bfloat16, device=device)
+        return table.zero_()  # not torch.zeros, whose pages would be a round's to make
 
 
 def verify_mode(params: SamplingParams) -> str:
