@@ -12,7 +12,10 @@ from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
 from tests.tiny_models import VOCAB, save_model
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
+pytestmark = [
+    pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0"),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 
 @pytest.mark.parametrize(

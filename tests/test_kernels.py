@@ -15,6 +15,7 @@ from aurora_lit.kernels.packed import PackedLinear, pack_linears
 from aurora_lit.models.slots import KVSlots, SlotView, torch_attend
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
+pytestmark = pytest.mark.usefixtures("two_threads")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
