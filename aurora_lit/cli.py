@@ -148,13 +148,18 @@ def acceptance(config: AuroraConfig, **options: Any) -> None:
 @click.option("--requests", type=click.IntRange(min=1), default=400, show_default=True, help="Requests of traffic.")
 @click.option("--measure-requests", type=click.IntRange(min=1), default=40, show_default=True)
 @click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Clients at a time.")
-@click.option("--arms", default="static,learning", show_default=True, help="Servers to compare, in this order.")
+@click.option(
+    "--static-requests", type=click.IntRange(min=1), help="Traffic of the arms that do not learn; all if left out."
+)
+@click.option(
+    "--arms", default="static,learning", show_default=True, help="Of plain, static, learning: servers, in this order."
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--window", type=click.IntRange(min=1), default=40, show_default=True, help="Requests of a reading.")
 @click.option("--out", type=FOLDER, default=Path("bench-results"), show_default=True)
 @configured
 def online(config: AuroraConfig, arms: str, **options: Any) -> None:
-    """A draft that learns from traffic against the same one that does not; writes JSON and a PNG."""
+    """A draft that learns from traffic against the same one that does not, and none; writes JSON and a PNG."""
     from aurora_lit.bench.online import run
 
     run(config, arms=tuple(arms.split(",")), **options)

@@ -1,9 +1,10 @@
-"""Real servers on real prompts over HTTP, in one order: a draft that learns against the same draft that does not.
+"""Real servers on real prompts over HTTP, in one order: a draft that learns, the same one that does not, and none.
 
     measure -> traffic, a window at a time -> measure again
 
 The measured prompts are sent with `store: false`, so they teach nothing; their answers must be the same in every arm,
-before and after. What is left out: the picture (bench/plot_online.py), the server itself.
+before and after. Arms that do not learn change nothing with time, so a part of the traffic tells all of them.
+What is left out: the picture (bench/plot_online.py), the server itself.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.lifetime import die_with_parent
 from aurora_lit.learn.reading import Prompt, read_prompts
 
-ARMS = ("static", "learning")
+ARMS = ("plain", "static", "learning")
 _START_S = 300.0
 
 
@@ -83,11 +84,15 @@ def run(
     max_tokens: int,
     window: int,
     out: Path,
+    static_requests: int | None = None,
 ) -> dict[str, Any]:
-    """Run the arms one after the other; returns what it writes to `out`/online.json, anew after every arm."""
+    """Run the arms one after the other; returns what it writes to `out`/online.json, anew after every arm.
+
+    static_requests: traffic of the arms that do not learn; None: all of it.
+    """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
-        raise ConfigError(f"--arms {','.join(unknown)}: there is no such arm; use {' or '.join(ARMS)}")
+        raise ConfigError(f"--arms {','.join(unknown)}: there is no such arm; use some of {','.join(ARMS)}")
     traffic = _in_turn(prompts, requests)
     measured = _in_turn(measure, measure_requests)
     out.mkdir(parents=True, exist_ok=True)
@@ -96,9 +101,10 @@ def run(
     report: dict[str, Any] = {}
     with Progress(console=Console(stderr=True)) as bar:
         for arm in arms:
-            task = bar.add_task(arm, total=len(traffic) + 2 * len(measured))
+            asked = traffic if arm == "learning" else traffic[:static_requests]
+            task = bar.add_task(arm, total=len(asked) + 2 * len(measured))
             results[arm], texts[arm] = _run_arm(
-                _arm_config(config, arm), traffic, measured, concurrency, max_tokens, window, out / f"{arm}.log",
+                _arm_config(config, arm), asked, measured, concurrency, max_tokens, window, out / f"{arm}.log",
                 lambda task=task: bar.advance(task),
             )  # fmt: skip
             report = {"prompts": [p.name for p in prompts], "requests": len(traffic), "concurrency": concurrency,
@@ -117,6 +123,7 @@ def _arm_config(config: AuroraConfig, arm: str) -> AuroraConfig:
         config,
         server=dataclasses.replace(config.server, port=port, host="127.0.0.1", api_key=None),
         learn=dataclasses.replace(config.learn, enabled=arm == "learning"),
+        engine=dataclasses.replace(config.engine, speculate=config.engine.speculate and arm != "plain"),
         checkpoint=dataclasses.replace(config.checkpoint, run=f"bench-{arm}-{os.getpid()}"),
     )
 
