@@ -32,6 +32,7 @@ from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.gate import HeldOut, judge
 from aurora_lit.learn.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.loop import OnlineLoop, Outside
+from aurora_lit.learn.online import niceness
 from aurora_lit.learn.reservoir import Reservoir
 from aurora_lit.learn.rounds import online_batch, read_lesson
 from aurora_lit.learn.steering import Steering
@@ -385,8 +386,9 @@ class Server:
             run_learner(load_config(None, {self.overrides!r}), Path({str(self.run_folder)!r}))
         """
         return subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+            [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
 
     def wait(self, learner: subprocess.Popen[str], until: Callable[[], bool], *, seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
@@ -395,6 +397,14 @@ class Server:
                 learner.kill()
                 pytest.fail(f"{self.page.read()}\n{learner.communicate()[0][-3000:]}")
             time.sleep(0.05)
+
+
+def test_the_nice_value_gives_the_share_beside_busy_processors() -> None:
+    for share, threads, cpus in ((0.04, 1, 2), (0.04, 1, 8), (0.01, 1, 2), (0.1, 2, 4)):
+        weight = 1.25 ** -niceness(share=share, threads=threads, cpus=cpus)
+        assert threads / cpus * weight / (1 + weight) == pytest.approx(share, rel=0.12), "steps are 25 %"
+    assert niceness(share=0.9, threads=1, cpus=64) == 1, "always behind serving"
+    assert niceness(share=0.001, threads=1, cpus=1) == 19
 
 
 @pytest.fixture
@@ -410,7 +420,10 @@ def test_a_killed_learner_resumes_and_publishes_and_leaves_with_its_server(
     learner = server.start_learner()
     server.wait(learner, lambda: server.page.read().steps >= 6 and (server.store.folder / "learner.ckpt").exists())
     assert server.page.read().state == "running"
-    assert os.sched_getscheduler(learner.pid) == os.SCHED_IDLE
+    assert os.sched_getscheduler(learner.pid) == os.SCHED_BATCH
+    assert os.getpriority(os.PRIO_PROCESS, learner.pid) == 1
+    autogroup = Path(f"/proc/{learner.pid}/autogroup")
+    assert not autogroup.exists() or autogroup.read_text().endswith("nice 1\n"), "its session too"
     learner.kill()
     learner.communicate()
     killed = server.page.read()

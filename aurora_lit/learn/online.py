@@ -9,6 +9,7 @@ one that starts them. What is left out: the loop (learn/loop.py).
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -28,6 +29,7 @@ from aurora_lit.ipc.status import STATUS_NAME, StatusBlock
 if TYPE_CHECKING:
     from aurora_lit.learn.loop import OnlineLoop
 
+_AUTOGROUP = Path("/proc/self/autogroup")
 _BEAT_EVERY_S = 0.5
 _LONGEST_TURN_S, _LONGEST_LOADING_S = 60.0, 600.0
 """A turn of the loop, or the loading before it, that takes longer has got stuck: the heartbeat stops."""
@@ -35,7 +37,9 @@ _LONGEST_TURN_S, _LONGEST_LOADING_S = 60.0, 600.0
 
 def run_learner(config: AuroraConfig, run_folder: Path) -> None:
     """Learn from the server that owns `run_folder` until it ends. Raises AuroraError when that cannot be begun."""
-    _step_behind(config.learn.threads)
+    learn = config.learn
+    nice = niceness(share=learn.compute_share, threads=learn.threads, cpus=os.cpu_count() or 1)
+    _step_behind(learn.threads, nice)
     page, status = _open_pages(run_folder)
     page.write(pid=os.getpid(), started_ns=time.monotonic_ns(), activity="loading", error="")
     page.beat()
@@ -57,13 +61,28 @@ def _learn(config: AuroraConfig, run_folder: Path, page: LearnerBlock, status: S
             loop.run()
 
 
-def _step_behind(threads: int) -> None:
-    """Run only when nobody else wants the processor, and on few threads."""
+def niceness(*, share: float, threads: int, cpus: int) -> int:
+    """The nice value that gives `threads` about `share` of the processors while all of them are busy otherwise.
+
+    Linux weighs a nice value by 1.25 to its power (sched(7)), and a processor's time is shared by weight.
+    """
+    of_one = min(0.5, share * cpus / threads)
+    return min(19, max(1, round(math.log((1 - of_one) / of_one, 1.25))))
+
+
+def _step_behind(threads: int, nice: int) -> None:
+    """Run on few threads, and behind all others: but not SCHED_IDLE, which gets nothing while engines spin.
+
+    Linux shares processors among sessions first (autogroups, sched(7)), and nice values count within a session only:
+    two busy sessions get half each. So a session of our own steps back as a whole.
+    """
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    else:
-        os.nice(19)
+    if hasattr(os, "SCHED_BATCH"):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    os.nice(nice)
+    if os.getsid(0) == os.getpid():  # not that of a terminal
+        with contextlib.suppress(OSError):  # not Linux, or built without
+            _AUTOGROUP.write_text(str(nice))
 
 
 def _open_pages(run_folder: Path) -> tuple[LearnerBlock, StatusBlock]:
