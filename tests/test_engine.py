@@ -26,9 +26,9 @@ from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft
 from aurora_lit.request import Output, Request
+from aurora_lit.serve.costs import CostTable
 from aurora_lit.serve.drafting import Drafter, DraftRows
 from aurora_lit.serve.engine import Engine
-from aurora_lit.serve.speculation import CostTable
 
 LENGTHS = (1, 2, 5, 9, 16, 17, 30, 41)
 NEW = 24

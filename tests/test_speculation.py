@@ -8,8 +8,9 @@ import pytest
 
 from aurora_lit.request import Output, Request, SamplingParams
 from aurora_lit.serve import speculation
+from aurora_lit.serve.costs import CostTable
 from aurora_lit.serve.rows import Judged, Row
-from aurora_lit.serve.speculation import CostTable, DraftLength
+from aurora_lit.serve.speculation import DraftLength
 
 PLAIN_S = 0.010
 
@@ -216,6 +217,35 @@ def test_a_cost_follows_slowly_and_an_outlier_hardly() -> None:
     for _ in range(100):
         table.update(1, 1, 0.5)
     assert table(1, 1) == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_no_round_has_measured_is_taken_for_as_much_dearer_as_the_rest() -> None:
+    table = CostTable()
+    for width, seconds in ((1, 1.0), (2, 1.2), (4, 2.0)):
+        table.begin_with(8, width, seconds)
+    assert [table(8, width) for width in (1, 2, 3, 4)] == pytest.approx([1.0, 1.2, 1.6, 2.0])
+    for _ in range(100):
+        table.update(8, 1, 1.5)
+    assert [table(8, width) for width in (1, 2, 3, 4)] == pytest.approx([1.5, 1.8, 2.4, 3.0], rel=0.02)
+    for _ in range(100):
+        table.update(8, 2, 1.5)
+    assert table(8, 2) == pytest.approx(1.5, rel=0.02), "measured itself"
+    table.update(8, 4, 1000.0)
+    assert table(8, 4) < 4.0
+
+
+def test_drafting_is_given_up_as_soon_as_it_costs_time_and_taken_up_where_it_clearly_saves_some() -> None:
+    made = policy()
+    assert made.choose([0.6]) > 0
+    rates = [n / 100 for n in range(60, 0, -1)]
+    chosen = [made.choose([rate]) for rate in rates]
+    given_up = rates[chosen.index(0)]
+    again = [made.choose([rate]) for rate in sorted(rates)]
+    taken_up = sorted(rates)[next(i for i, k in enumerate(again) if k)]
+    assert taken_up > given_up, "so that noise does not make it flutter"
+    fresh = policy()
+    speeds = [fresh._speed(k, [given_up + 0.01], 1) for k in range(5)]
+    assert speeds[chosen[chosen.index(0) - 1]] >= speeds[0]
 
 
 def test_a_slower_draft_than_measured_is_noticed() -> None:

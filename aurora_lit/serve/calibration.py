@@ -1,7 +1,7 @@
 """Measures, before the first request, what target passes and draft steps cost here (seconds, least of a few calls).
 
-The numbers start the policy in serve/speculation.py; running rounds keep them up. Runs in the engine's own slots,
-which hold nothing yet.
+The numbers start the policy in serve/speculation.py; running rounds keep them up (serve/costs.py). Runs in the
+engine's own slots, which hold nothing yet.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, s
             target.logits(last_BTH)
 
         for width in range(1, policy.max_proposals + 2):
-            policy.target_cost.update(num_rows, width, _least_seconds(functools.partial(run_target, width)))
+            policy.target_cost.begin_with(num_rows, width, _least_seconds(functools.partial(run_target, width)))
 
         for nodes in policy.tree_sizes:
             if num_rows * (nodes + 1) <= MOST_COLUMNS:
                 seconds = _least_seconds(functools.partial(run_target, nodes + 1))
-                policy.target_cost.update(num_rows, nodes + 1, seconds)
+                policy.target_cost.begin_with(num_rows, nodes + 1, seconds)
 
         if drafter is None:
             continue
@@ -74,11 +74,11 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, s
 
         one_s = _least_seconds(lambda: run_draft(1))
         three_s = _least_seconds(lambda: run_draft(3))
-        policy.first_step_cost.update(num_rows, 1, one_s)
-        policy.next_step_cost.update(num_rows, 1, max(0.0, (three_s - one_s) / 2))
+        policy.first_step_cost.begin_with(num_rows, 1, one_s)
+        policy.next_step_cost.begin_with(num_rows, 1, max(0.0, (three_s - one_s) / 2))
         if policy.tree_sizes:
             three_s = _least_seconds(lambda: run_draft(3, policy.tree_sizes[-1]))
-            policy.level_cost.update(num_rows, 1, max(0.0, (three_s - one_s) / 2))
+            policy.level_cost.begin_with(num_rows, 1, max(0.0, (three_s - one_s) / 2))
 
 
 def _least_seconds(operation: Callable[[], None]) -> float:

@@ -212,7 +212,6 @@ class Engine:
         started = time.perf_counter()
         computed = self._passes.run(rows, ids_BT, parents_BT=proposals.parent_BT)
         logits_BTV = self._target.logits(computed.last_BTH)
-        self.policy.target_cost.update(len(rows), ids_BT.shape[1], time.perf_counter() - started)
         verdict = verify(
             logits_BTV,
             options=self._options,
@@ -227,6 +226,7 @@ class Engine:
             self._commit(row, of_row, logits_TV)
             for row, of_row, logits_TV in zip(rows, judged, logits_BTV, strict=True)
         ]
+        self.policy.target_cost.update(len(rows), ids_BT.shape[1], time.perf_counter() - started)
         if proposals.parent_BK is not None:
             self.policy.observe_trees(judged, outputs)
         if self._observer:

@@ -2,13 +2,13 @@
 
 A round over B rows with k proposals costs draft(B, k) + target(B, k + 1) seconds and yields 1 + a + a² + … + a^k
 tokens a row of acceptance rate a. The k with the most tokens a second is taken; a change must promise a few per cent,
-so that noise does not make it flutter. Costs are measured at start and kept up by every round.
+so that noise does not make it flutter, but for giving drafting up, which is done as soon as it costs time.
 
 A tree of n nodes (serve/branching.py) costs its levels' wider draft passes and target(B, n + 1). Its levels hit more
 often than a chain's: h = a + (1 − a)s, where the share s of misses that a tree of that size saves is learned from the
 trees that were verified, and taken for less where a is lower than theirs.
 
-What is left out: drafting itself (serve/drafting.py). Seconds everywhere.
+What is left out: drafting itself (serve/drafting.py), how costs are kept (serve/costs.py). Seconds everywhere.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import math
 from collections.abc import Sequence
 
 from aurora_lit.request import Output
+from aurora_lit.serve.costs import CostTable
 from aurora_lit.serve.rows import Judged, Row
 
-_COST_MEMORY = 0.9
-"""Share of an old cost that stays when a new one is measured."""
 _RATE_MEMORY = 0.9
 """The same a proposal, for a row's acceptance rate."""
 _MEAN_RATE_MEMORY = 0.98
@@ -40,37 +39,6 @@ _FIRST_SAVED = 0.1
 _MISSES_MEMORY = 0.99
 
 
-class CostTable:
-    """Seconds of an operation by number of rows and width, where measured; between and beyond by the nearest ones."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[tuple[int, int], float] = {}
-
-    def update(self, rows: int, width: int, seconds: float) -> None:
-        """Take in a measurement; outliers (a preempted process) move it little."""
-        old = self._seconds.get((rows, width))
-        if old is None:
-            self._seconds[rows, width] = seconds
-        else:
-            self._seconds[rows, width] = old + (1 - _COST_MEMORY) * (min(seconds, 2 * old) - old)
-
-    def __call__(self, rows: int, width: int) -> float:
-        """Expected seconds; 0 before any measurement."""
-        exact = self._seconds.get((rows, width))
-        if exact is not None or not self._seconds:
-            return exact or 0.0
-        low = [key for key in self._seconds if key[0] <= rows and key[1] <= width]
-        high = [key for key in self._seconds if key[0] >= rows and key[1] >= width]
-        if not low or not high:
-            near = min(self._seconds, key=lambda key: abs(key[0] * key[1] - rows * width))
-            return self._seconds[near]
-        below = max(low, key=lambda key: key[0] * key[1])
-        above = min(high, key=lambda key: key[0] * key[1])
-        span = above[0] * above[1] - below[0] * below[1]
-        share = (rows * width - below[0] * below[1]) / span if span else 0.0
-        return self._seconds[below] + share * (self._seconds[above] - self._seconds[below])
-
-
 class DraftLength:
     """Chooses k for each round and, inside a round, whether one more draft step pays.
 
@@ -86,6 +54,7 @@ class DraftLength:
         self.max_draft_tokens = max_draft_tokens
         self.adaptive = adaptive
         self.target_cost = CostTable()
+        """Of a round from the target's pass on: checking and keeping its outcome included."""
         self.first_step_cost = CostTable()
         """Of catching up and the first proposal, by rows (width 1)."""
         self.next_step_cost = CostTable()
@@ -112,6 +81,8 @@ class DraftLength:
         best = max(range(len(speeds)), key=speeds.__getitem__)
         if speeds[best] > speeds[self._last] * _GAIN_TO_CHANGE:
             self._last = best
+        elif speeds[self._last] < speeds[0]:
+            self._last = 0
         self._rounds_without = self._rounds_without + 1 if self._last == 0 else 0
         if self._rounds_without >= _PROBE_EVERY:
             self._rounds_without = 0
