@@ -81,8 +81,9 @@ def test_without_adaptation_the_length_is_fixed() -> None:
     assert made.choose([]) == 0
 
 
-def test_a_change_must_promise_a_few_per_cent() -> None:
+def test_a_change_must_promise_a_few_per_cent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds at 1 and 4 proposals nearly equal: whichever was in use stays."""
+    monkeypatch.setattr(speculation, "_LOOK_EVERY", 1)
 
     def speeds(made: DraftLength, rate: float) -> list[float]:
         return [made._speed(k, [rate], 1) for k in range(5)]
@@ -106,6 +107,20 @@ def test_a_change_must_promise_a_few_per_cent() -> None:
     assert len(flutter) == 1
     for rate, chosen in zip(rates, up, strict=True):
         assert max(speeds(made, rate)) <= speeds(made, rate)[chosen] * speculation._GAIN_TO_CHANGE
+
+
+def test_while_nothing_is_drafted_that_is_considered_every_few_rounds_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = with_trees()
+    while made.choose([0.01]) or made.choose_tree(0, [0.01])[1]:
+        pass
+    looks: list[int] = []
+    speed = made._speed
+    monkeypatch.setattr(made, "_speed", lambda k, rates, rows: looks.append(k) or speed(k, rates, rows))
+    for _ in range(4 * speculation._LOOK_EVERY):
+        made.choose_tree(made.choose([0.01]), [0.01])
+    assert looks.count(0) <= 2 * 4
+    took = next(n for n in range(100) if made.choose([0.9]))
+    assert took < speculation._LOOK_EVERY, "a row that is predictable does not wait for long"
 
 
 def test_after_many_rounds_without_a_draft_one_token_is_tried() -> None:

@@ -44,9 +44,14 @@ class CostTable:
 
     def __call__(self, rows: int, width: int) -> float:
         """Expected seconds; 0 before any measurement."""
+        measured = self._seconds.get((rows, width))
+        if measured is not None:
+            return measured
+        if (rows, width) in self._at_start:
+            return self._known((rows, width))
         keys = self._at_start.keys() | self._seconds.keys()
-        if (rows, width) in keys or not keys:
-            return self._known((rows, width)) if keys else 0.0
+        if not keys:
+            return 0.0
         low = [key for key in keys if key[0] <= rows and key[1] <= width]
         high = [key for key in keys if key[0] >= rows and key[1] >= width]
         if not low or not high:

@@ -29,6 +29,8 @@ _FIRST_RATE = 0.5
 _GAIN_TO_CHANGE = 1.03
 _LATE_TOKEN_WORTH = 0.5
 """A token more from a round saves this share of a plain round, since the rounds it saves speculate too."""
+_LOOK_EVERY = 8
+"""Rounds without a draft after which it is considered again: considering takes a few per cent of a small round."""
 _PROBE_EVERY = 128
 """Rounds without a draft after which one token is drafted, to see whether the traffic has become predictable."""
 
@@ -63,6 +65,7 @@ class DraftLength:
         """Running acceptance rate of all traffic: where a new request starts."""
         self._last = max_draft_tokens
         self._rounds_without = 0
+        self._resting = False
         self.tree_sizes = tree_sizes(tree_tokens if max_draft_tokens > 1 else 0)
         """Nodes of the trees that may be chosen, largest last."""
         self.level_cost = CostTable()
@@ -77,6 +80,10 @@ class DraftLength:
         if not self.adaptive:
             return self.max_draft_tokens
         rows = len(rates) + num_plain
+        self._resting = not self._last_tree and self._last == 0 and (self._rounds_without + 1) % _LOOK_EVERY != 0
+        if self._resting:
+            self._rounds_without += 1
+            return 0
         speeds = [self._speed(k, rates, rows) for k in range(self.max_draft_tokens + 1)]
         best = max(range(len(speeds)), key=speeds.__getitem__)
         if speeds[best] > speeds[self._last] * _GAIN_TO_CHANGE:
@@ -91,7 +98,7 @@ class DraftLength:
 
     def choose_tree(self, steps: int, rates: Sequence[float], *, num_plain: int = 0) -> tuple[int, int]:
         """Levels and nodes of the tree that beats a chain of `steps`; 0 nodes: none does."""
-        if not rates or not self.tree_sizes:
+        if not rates or not self.tree_sizes or self._resting:
             return steps, 0
         if not self.adaptive:
             return self.max_draft_tokens, self.tree_sizes[-1]
