@@ -264,7 +264,7 @@ def prepare(folder: Path) -> None:
     learner_child.RESTART_AFTER_S = (0.05,) * 100
     server.WORKER_GRACE_S = 0.5
     learner_status.STALLED_AFTER_S = 3.0
-    online._step_behind = lambda threads: None
+    online._step_behind = lambda *_: None
     loop.from_bytes = noted
 
 

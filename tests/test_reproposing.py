@@ -18,6 +18,9 @@ from aurora_lit.modules.draft import Draft
 from aurora_lit.serve.tracing import TraceRecorder
 from aurora_lit.trace import Trace, check
 
+# Traces keep states in bf16, so a near tie may fall another way than it did live. The draft that two threads train has
+# none along these answers.
+pytestmark = pytest.mark.usefixtures("two_threads")
 K = 3
 
 
@@ -126,7 +129,7 @@ def test_the_policy_sees_its_own_rounds(target: Target, good_draft: Draft, recor
     rounds, ratio = policy(found)
     assert rounds == sum(int(trace.explored_R.sum()) for trace in found) > 40
     assert ratio == pytest.approx(1, abs=1e-4)
-    colder = a_reproposer(target, good_draft, explore_share=0.6, explore_temperature=0.7)
+    colder = a_reproposer(target, good_draft, explore_share=0.6, explore_temperature=0.3)
     mislabelled = [
         replace(trace, draft_temperature_R=torch.where(trace.explored_R, 1.3, 1.0))
         for trace in colder.repropose(recorded, version=0)
