@@ -224,9 +224,9 @@ def _measure(
         with running(command, environ, ready_url=f"http://127.0.0.1:{port}{engine.ready}",
                      log=arguments.out / "logs" / f"{engine.name}.log"):  # fmt: skip
             for count in counts:
-                for chosen in (prompts[0][:count], prompts[count]):
-                    loads[count] = run_load(port, chosen, clients=count, max_tokens=arguments.max_tokens,
-                                            on_answer=advance)  # fmt: skip
+                how = {"clients": count, "max_tokens": arguments.max_tokens}
+                run_load(port, prompts[0][:count], **how, on_answer=advance)
+                loads[count] = run_load(port, prompts[count], **how, on_answer=advance)
     finally:
         bar.remove_task(task)
     return loads

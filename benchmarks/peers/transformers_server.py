@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
 import threading
 import time
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=8, help="requests in a batch")
     parser.add_argument("--prompt-lookup", type=int, default=0, help="tokens proposed from the prompt; batches of one")
     arguments = parser.parse_args()
+    cores = os.sched_getaffinity(0)
     torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, attn_implementation="sdpa")
@@ -114,8 +116,11 @@ def main() -> None:
         def log_message(self, format: str, *words: Any) -> None:
             """Silent."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    def listen() -> None:
+        os.sched_setaffinity(0, cores)  # OpenMP has bound the main thread, and this one would be bound with it
+        ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler).serve_forever()
+
+    threading.Thread(target=listen, daemon=True).start()
     _decode(model, tokenizer, waiting, most=1 if arguments.prompt_lookup else arguments.most,
             lookup_tokens=arguments.prompt_lookup)  # fmt: skip
 
