@@ -1,0 +1,83 @@
+"""Ratios of ours to each peer, with quartiles over the repeats: a table, and JSON with all that was measured.
+
+A *pair* is one visit to a peer: its server and ours, one after the other, under the same loads. Ratios are taken inside
+a pair only, so that the machine's drift over minutes is in both.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from aurora_lit.bench.drive import Spread
+
+from .client import Load
+
+RATIOS = ("tokens_per_s", "first_token_s", "token_s", "pause_p50_s", "pause_p99_s")
+"""Fields of Load; for the first, more than 1 is in our favour, for the others, less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """What one visit to a peer gave."""
+
+    repeat: int
+    peer: str
+    ours: dict[int, Load]
+    """By the number of clients."""
+    theirs: dict[int, Load]
+
+    def to_json(self) -> dict[str, Any]:
+        """As one line of the results."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> Pair:
+        """What to_json wrote."""
+        sides = {side: {int(c): Load(**load) for c, load in fields[side].items()} for side in ("ours", "theirs")}
+        return Pair(repeat=fields["repeat"], peer=fields["peer"], **sides)
+
+
+def summarise(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """One record a peer and number of clients, in the order in which they first came."""
+    rows = []
+    for peer in dict.fromkeys(pair.peer for pair in pairs):
+        mine = [pair for pair in pairs if pair.peer == peer]
+        for clients in mine[0].theirs:
+            both = [(pair.ours[clients], pair.theirs[clients]) for pair in mine]
+            rows.append({
+                "peer": peer,
+                "clients": clients,
+                "repeats": len(both),
+                "ours": {key: statistics.median(getattr(ours, key) for ours, _ in both) for key in RATIOS},
+                "theirs": {key: statistics.median(getattr(theirs, key) for _, theirs in both) for key in RATIOS},
+                "ratios": {
+                    key: asdict(Spread.of([getattr(ours, key) / getattr(theirs, key) for ours, theirs in both]))
+                    for key in RATIOS
+                },
+                "same_answers": _same_share(both),
+            })  # fmt: skip
+    return rows
+
+
+def _same_share(both: Sequence[tuple[Load, Load]]) -> float:
+    """The share of answers whose text is that of ours; other sums in the peer make other answers now and then."""
+    same = [mine == their for ours, theirs in both for mine, their in zip(ours.texts, theirs.texts, strict=True)]
+    return sum(same) / len(same)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Ours over theirs: tokens/s above 1 and times below 1 are in our favour."""
+    shown = Table(title="ours / peer: median (quartiles)")
+    for column in ("peer", "clients", "peer tokens/s", "our tokens/s", "tokens/s", "first token", "per token",
+                   "pause p50", "pause p99", "same answers"):  # fmt: skip
+        shown.add_column(column, justify="left" if column == "peer" else "right")
+    for row in rows:
+        ratios = [str(Spread(**row["ratios"][key])) for key in RATIOS]
+        speeds = [f"{row[side]['tokens_per_s']:.1f}" for side in ("theirs", "ours")]
+        shown.add_row(row["peer"], str(row["clients"]), *speeds, *ratios, f"{row['same_answers']:.0%}")
+    return shown
