@@ -57,6 +57,8 @@ class FakeOptions:
     """How long build_engine takes."""
     turn_may_last_s: float = 120.0
     """When a worker is taken to hang."""
+    worker_grace_s: float = 1.0
+    """How long the server outlives a dead worker."""
     build_error: str = ""
     """build_engine raises this."""
 

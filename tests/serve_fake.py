@@ -107,17 +107,18 @@ def _alive(pids: list[int]) -> list[psutil.Process]:
 
 
 def main(arguments: dict[str, Any]) -> None:
+    from aurora_lit.serve import server
     from aurora_lit.serve.api import Backend
-    from aurora_lit.serve.server import serve
 
     die_with_parent(arguments["parent"])
     options = FakeOptions(**arguments["options"])
+    server.WORKER_GRACE_S = options.worker_grace_s
     config = AuroraConfig(
         server=ServerConfig(**arguments["server"]), engine=EngineConfig(max_draft_tokens=2),
         draft=DraftConfig(checkpoint="anything"), checkpoint=CheckpointConfig(dir=arguments["checkpoints"]),
         learn=LearnConfig(enabled=arguments["learner"] is not None),
     )  # fmt: skip
-    serve(
+    server.serve(
         config,
         backend=Backend(
             prepare=prepare_nothing,

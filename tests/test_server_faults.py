@@ -110,7 +110,8 @@ def error_of(text):
 
 
 def test_a_killed_worker_turns_health_red_and_clients_get_an_error():
-    with FakeServer(options={"round_s": 0.03}) as server:
+    # Longer than by default, so that all of it is asked in time on a busy machine too.
+    with FakeServer(options={"round_s": 0.03, "worker_grace_s": 4.0}) as server:
         stream = Stream(server).begun()
         whole = {}
         plain = threading.Thread(target=lambda: whole.update(
