@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from aurora_lit.bench.online import running_server
+from aurora_lit.bench.online import free_port, running_server
 from aurora_lit.config import load_config
 from aurora_lit.learn.reading import read_prompts
 
@@ -81,9 +80,7 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("overrides", nargs="*", help="settings, key=value, after --")
     args = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         config = load_config(None, [f"server.port={port}", f"checkpoint.dir={folder}", f"learn.logs={folder}",

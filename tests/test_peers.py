@@ -23,6 +23,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from aurora_lit.bench.online import free_port
 from aurora_lit.errors import AuroraError, ConfigError
 from benchmarks.peers import __main__ as driver
 from benchmarks.peers import environments
@@ -31,7 +32,7 @@ from benchmarks.peers.engines import OURS, PEERS, Engine
 from benchmarks.peers.gguf_files import write_f32
 from benchmarks.peers.report import Pair
 from benchmarks.peers.report import summarise as ratios
-from benchmarks.peers.servers import free_port, running
+from benchmarks.peers.servers import running
 
 
 def event(**fields: Any) -> bytes:

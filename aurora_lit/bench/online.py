@@ -116,16 +116,20 @@ def run(
 
 
 def _arm_config(config: AuroraConfig, arm: str) -> AuroraConfig:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return dataclasses.replace(
         config,
-        server=dataclasses.replace(config.server, port=port, host="127.0.0.1", api_key=None),
+        server=dataclasses.replace(config.server, port=free_port(), host="127.0.0.1", api_key=None),
         learn=dataclasses.replace(config.learn, enabled=arm == "learning"),
         engine=dataclasses.replace(config.engine, speculate=config.engine.speculate and arm != "plain"),
         checkpoint=dataclasses.replace(config.checkpoint, run=f"bench-{arm}-{os.getpid()}"),
     )
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _in_turn(paths: Sequence[Path], count: int) -> list[Prompt]:
@@ -231,7 +235,7 @@ def running_server(config: AuroraConfig, log: Path) -> Iterator[str]:
         path.write_text(to_yaml(config))
         server = _start([sys.executable, "-m", "aurora_lit", "serve", "--config", str(path)], output)
         try:
-            _wait_until_ready(url, server, log)
+            wait_until_ready(f"{url}/ready", server, log, within_s=_START_S)
             yield url
         finally:
             server.send_signal(signal.SIGTERM)
@@ -249,18 +253,19 @@ def _start(command: Sequence[str], output: IO[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=follow)
 
 
-def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_S
+def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path, *, within_s: float) -> None:
+    """Return when the URL answers 200. Raises AuroraError when the server ends before, or takes too long."""
+    deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise AuroraError(f"the server ended at its start; {log} says why")
         try:
-            with urllib.request.urlopen(f"{url}/ready", timeout=5) as response:
+            with urllib.request.urlopen(url, timeout=5) as response:
                 if response.status == 200:
                     return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    raise AuroraError(f"the server was not ready after {_START_S:.0f} s; {log} says why")
+    raise AuroraError(f"the server was not ready after {within_s:.0f} s; {log} says why")
 
 
 def _status(url: str) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class DraftLength:
         self._last = max_draft_tokens
         self._rounds_without = 0
         self._resting = False
+        """Whether drafting is not even considered in this round."""
         self.tree_sizes = tree_sizes(tree_tokens if max_draft_tokens > 1 else 0)
         """Nodes of the trees that may be chosen, largest last."""
         self.level_cost = CostTable()

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from aurora_lit.bench.drive import progress_bar, report_console
+from aurora_lit.bench.online import free_port
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.export import export
@@ -41,7 +42,7 @@ from . import environments, gguf_files
 from .client import Load, run_load
 from .engines import OURS, PEERS, SLOT_TOKENS, SLOTS, Engine
 from .report import Pair, summarise, table
-from .servers import free_port, running
+from .servers import running
 
 _OVERRIDES = ("learn.enabled=false", f"engine.max_batch_size={SLOTS}", f"engine.max_seq_len={SLOT_TOKENS}")
 """Ours, before those of the command line: the peers do not learn either."""

@@ -8,30 +8,18 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-from aurora_lit.errors import AuroraError
+from aurora_lit.bench.online import wait_until_ready
 from aurora_lit.ipc.lifetime import die_with_parent
 
 _START_S = 600.0
 _END_S = 30.0
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager
@@ -45,24 +33,10 @@ def running(command: Sequence[str], environ: Mapping[str, str], *, ready_url: st
             preexec_fn=follow, start_new_session=True,
         )  # fmt: skip
         try:
-            _wait_until_ready(server, ready_url, log)
+            wait_until_ready(ready_url, server, log, within_s=_START_S)
             yield
         finally:
             _end(server)
-
-
-def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + _START_S
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise AuroraError(f"the server ended at its start; {log} says why")
-        try:
-            with urllib.request.urlopen(url, timeout=5) as response:
-                if response.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise AuroraError(f"the server was not ready after {_START_S:.0f} s; {log} says why")
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
