@@ -72,6 +72,10 @@ def validate(config: AuroraConfig) -> None:
         )
     if engine.strategy != "single" and engine.compile == "on":
         raise ConfigError(f"engine.compile=on does not go with engine.strategy={engine.strategy}; use auto or off")
+    if engine.strategy != "single" and target.precision in ("int8", "int4"):
+        raise ConfigError(
+            f"target.precision={target.precision} does not go with engine.strategy={engine.strategy}; use bf16 or fp32"
+        )
     if engine.prefill_chunk_tokens > engine.max_seq_len:
         raise ConfigError(
             f"engine.prefill_chunk_tokens={engine.prefill_chunk_tokens} is more than "

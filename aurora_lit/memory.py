@@ -36,6 +36,8 @@ _USABLE = 0.95
 """Of a card: the rest is lost between allocations."""
 _CONTEXT_BYTES = 1 << 30
 """What a process with its GPU context takes of a device before anything is loaded; about."""
+WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 34 / 32, "int4": 20 / 32}
+"""Of a weight by `target.precision`, scales and minima included; of int4 without the head's larger ones."""
 _MOST_DEVICES = 64
 _MIB = 1 << 20
 
@@ -83,9 +85,10 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
     Raises CheckpointError where draft.checkpoint is no draft.
     """
     text, engine = shape.get_text_config(), config.engine
-    element_bytes = 4 if config.target.precision == "fp32" else 2
+    element_bytes = 4 if config.target.precision == "fp32" else 2  # of whatever is no weight of the target
     by_heads = engine.strategy == "tensor_parallel" and devices > 1
     whole_layers = engine.strategy == "fsdp" and devices > 1
+    weight_bytes = WEIGHT_BYTES[config.target.precision]
     parameters, largest_layer = _parameters(shape.to_json_string())
     slots, capacity = engine.max_batch_size, engine.max_seq_len + engine.max_draft_tokens + 1
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -94,8 +97,8 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
     H, L, D = text.hidden_size, text.num_hidden_layers, _head_dim(text)
 
     lines = [
-        Need(what="weights", where="every device", num_bytes=math.ceil(parameters / devices) * element_bytes,
-             how=f"{parameters:,} parameters / {devices} x {element_bytes} bytes"),
+        Need(what="weights", where="every device", num_bytes=int(math.ceil(parameters / devices) * weight_bytes),
+             how=f"{parameters:,} parameters / {devices} x {weight_bytes:g} bytes"),
         Need(what="keys and values", where="every device",
              num_bytes=2 * L * kv_heads * D * kept_positions * element_bytes,
              how=f"2 x {L} layers x {kv_heads} heads x {D} x {kept_positions:,} positions x {element_bytes} bytes"),

@@ -23,6 +23,7 @@ from tests.tiny_models import VOCAB, Answer, make_engine, random_draft, request,
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
 
+PRECISIONS = ("fp32", "bf16", "int4")
 LENGTHS = (1, 2, 17, 30, 41)
 NEW = 24
 
@@ -44,7 +45,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-    targets = {precision: Target.load(folder, precision=precision) for precision in ("fp32", "bf16")}
+    targets = {precision: Target.load(folder, precision=precision) for precision in PRECISIONS}
     gen = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, VOCAB, (length,), generator=gen).tolist() for length in LENGTHS]
     plain = run(make_engine(targets["fp32"]), [request(str(i), p, max_tokens=NEW) for i, p in enumerate(prompts)])
@@ -70,7 +71,7 @@ def path_of(parents: list[int], column: int) -> list[int]:
 
 
 @pytest.mark.parametrize("columns", [2, 5, 16, 23])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_node_is_a_plain_pass_over_its_path_bit_for_bit(world: World, precision: str, columns: int) -> None:
     target, rng = world.targets[precision], random.Random(columns)
     ids_BL = torch.randint(VOCAB, (2, 80), generator=torch.Generator().manual_seed(columns))

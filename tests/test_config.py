@@ -62,6 +62,7 @@ def test_every_number_has_a_range() -> None:
         ("engine.compile=on", "compile", "on"),
         ("engine.compile=off", "compile", "off"),
         ("target.precision=fp32", "precision", "fp32"),
+        ("target.precision=int4", "precision", "int4"),
         ("target.source=hf:org/name@main", "source", "hf:org/name@main"),
         ("target.sha256=null", "sha256", None),
         ("draft.checkpoint=null", "checkpoint", None),
@@ -130,6 +131,12 @@ def test_a_wrong_override_is_refused_with_key_value_and_remedy(override: str, sa
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
     assert "; " in str(caught.value), "no remedy"
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weights_in_groups_are_not_shared_among_processes(precision: str) -> None:
+    with pytest.raises(ConfigError, match=f"precision={precision} does not go with engine.strategy=fsdp; use bf16"):
+        load_config(None, ["engine.strategy=fsdp", "engine.devices=2", f"target.precision={precision}"])
 
 
 @pytest.mark.parametrize(

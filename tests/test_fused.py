@@ -34,7 +34,7 @@ pytestmark = [
         ("gpt2", {}, False),
     ],
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_models_of_the_plain_form_run_fused_and_as_they_are(
     family: str, changes: dict[str, Any], fused: bool, precision: str, tmp_path: Path
 ) -> None:
@@ -58,7 +58,7 @@ def test_a_model_that_does_something_else_inside_is_not_fused(tmp_path: Path) ->
     assert not target.fuse_layers()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_no_bit_depends_on_batch_or_chunks(precision: str, tmp_path: Path) -> None:
     target = Target.load(save_model("llama", tmp_path), precision=precision)
     assert target._decoder is not None

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from formats import stored
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, VOCAB, reference_model, save_model
 
 from aurora_lit.config import load_config
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
-from aurora_lit.kernels.packed import PackedLinear
+from aurora_lit.kernels.packed import STORAGE, PackedLinear
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target, aux_layer_ids
 from aurora_lit.serve.build import load_target
@@ -116,6 +117,40 @@ def test_bf16_is_close_and_keeps_a_bf16_cache(said: dict[str, Said], kernels: st
     difference = (target.logits(last) - wanted.logits_BTV).abs()
     assert target.logits(last).dtype == torch.float32
     assert 1e-4 < difference.max() < 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_groups_are_the_model_with_rounded_weights(precision: str, family: str, tmp_path: Path) -> None:
+    """Its linear layers' weights rounded, a head's to eight bits, and nothing else once the cache is not bf16."""
+    if native.library() is None:
+        pytest.skip("no native kernels here")
+    folder = save_model(family, tmp_path)
+    model = reference_model(folder)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.clone())  # its own, where the embedding was tied to it
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.weight.copy_(stored(module.weight, torch.int8 if module is head else STORAGE[precision]))
+    target, ids_BT = Target.load(folder, precision=precision), tokens(3, 40)
+    wanted_BTV = model(ids_BT).logits
+    assert isinstance(target.head, PackedLinear)
+    assert (target.kv_dtype, target.head.packed.dtype) == (torch.bfloat16, torch.int8)
+    target.kv_dtype, target._decoder = torch.float32, None
+    slots = target.make_slots(num_slots=3, capacity=40)
+    _, last = target(ids_BT, slots=slots, slots_B=torch.tensor([1, 0, 2]), starts_B=torch.tensor([0, 0, 0]))
+    # The mean: at a near tie a router may send a token to another expert.
+    assert (target.logits(last) - wanted_BTV).abs().mean() < 1e-3 * wanted_BTV.std()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weights_in_groups_need_the_kernels(
+    precision: str, said: dict[str, Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    with pytest.raises(SourceError, match=rf"target\.precision: {precision} needs the native kernels.*install a C\+\+"):
+        Target.load(said["llama"].folder, precision=precision)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ def load_reference(
 ) -> Callable[[Sequence[BenchPrompt]], Run]:
     """Load the target once more, as transformers does, and answer with it."""
     folder = resolve(config.target.source, cache_dir=cache_root(config.target.cache_dir), sha256=config.target.sha256)
-    dtype = torch.bfloat16 if config.target.precision == "bf16" else torch.float32
+    dtype = torch.float32 if config.target.precision == "fp32" else torch.bfloat16  # it has no kernels for the others
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.eval()
     return lambda prompts: generate(

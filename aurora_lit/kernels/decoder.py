@@ -108,10 +108,10 @@ class Decoder:
         self._cosines_PD, self._sines_PD = cosines_PD.float().contiguous(), sines_PD.float().contiguous()
         self._heads = (num_heads, num_kv_heads)
         self._eps, self._taps = eps, taps
-        self.dtype = layers[0].query.packed.dtype
-        single = self.dtype == torch.float32
-        self._run = library.aurora_decode_fp32 if single else library.aurora_decode_bf16
-        self._move = library.aurora_move_fp32 if single else library.aurora_move_bf16
+        weights = layers[0].query.packed.dtype
+        self._run = getattr(library, f"aurora_decode_{native.SUFFIXES[weights]}")
+        self._slot_dtype = torch.float32 if weights == torch.float32 else torch.bfloat16
+        self._move = getattr(library, f"aurora_move_{native.SUFFIXES[self._slot_dtype]}")
         self._slots: tuple[Sequence[torch.Tensor], ctypes.Array[_Layer]] | None = None  # keeps the keys' lists alive
 
     def __call__(
@@ -188,7 +188,7 @@ class Decoder:
         if self._slots is None or self._slots[0] is not keys:
             records = (_Layer * len(self._layers))()
             for record, layer, key, value in zip(records, self._layers, keys, values, strict=True):
-                assert key.dtype == value.dtype == self.dtype
+                assert key.dtype == value.dtype == self._slot_dtype
                 for name in ("norm_embeds", "norm_attention", "norm_mlp"):
                     weight = getattr(layer, name)
                     setattr(record, name, None if weight is None else weight.data_ptr())

@@ -1,16 +1,31 @@
-// A linear layer over packed weights: vector instructions, for every processor and for fp32.
+// A linear layer over packed weights: vector instructions, for every processor and every kind of weight.
 // Weights lie as one sequential stream (blocks of 32 outputs, input index inside), because at one row the time of a
 // linear layer is the time to read it.
 #pragma once
 
-#include "words.hpp"
+#include "groups.hpp"
 
 namespace {
 
-constexpr int BLOCK = 32;    // outputs of one block of packed weights: two vectors
-constexpr int MAX_ROWS = 6;  // rows that share one read of a block
+#if defined(__AVX512F__)
+constexpr int MAX_ROWS = 12;  // rows that share one read of a block: their sums fill the registers
+#else
+constexpr int MAX_ROWS = 6;
+#endif
 
-struct Float {  // one input index a step
+// What kinds of weights have in common that are read a few inputs at a time, for all of a block's outputs.
+template <class Kind>
+struct Stepwise {
+  static ptrdiff_t block_size(int k) { return ptrdiff_t(k) * BLOCK; }
+  template <int ROWS, class Number>
+  static void sums(const Number* w, const Number* x, ptrdiff_t x_stride, int k_padded, f16v (*total)[2]) {
+    const Number* rows[ROWS];
+    for (int r = 0; r < ROWS; ++r) rows[r] = x + r * x_stride;
+    for (int k = 0; k < k_padded; k += Kind::STEP) Kind::step(w + ptrdiff_t(k) * BLOCK, rows, k, total, ROWS);
+  }
+};
+
+struct Float : Stepwise<Float> {  // one input index a step
   typedef float Weight;
   typedef float Input;
   static constexpr int STEP = 1;
@@ -23,7 +38,7 @@ struct Float {  // one input index a step
   }
 };
 
-struct BFloat {  // two input indices a step, side by side in one 32-bit lane
+struct BFloat : Stepwise<BFloat> {  // two input indices a step, side by side in one 32-bit lane
   typedef uint16_t Weight;
   typedef uint16_t Input;
   static constexpr int STEP = 2;
@@ -60,12 +75,8 @@ template <class Kind, int ROWS>
 void block_rows(const typename Kind::Weight* w, const typename Kind::Input* x, ptrdiff_t x_stride, int k_padded,
                 float* y, ptrdiff_t y_stride, int width, const float* bias, bool add) {
   f16v acc[ROWS][2];
-  const typename Kind::Input* rows[ROWS];
-  for (int r = 0; r < ROWS; ++r) {
-    acc[r][0] = acc[r][1] = f16v{};
-    rows[r] = x + r * x_stride;
-  }
-  for (int k = 0; k < k_padded; k += Kind::STEP) Kind::step(w + ptrdiff_t(k) * BLOCK, rows, k, acc, ROWS);
+  for (int r = 0; r < ROWS; ++r) acc[r][0] = acc[r][1] = f16v{};
+  Kind::template sums<ROWS>(w, x, x_stride, k_padded, acc);
   for (int r = 0; r < ROWS; ++r) {
     float out[BLOCK];
     std::memcpy(out, acc[r], sizeof out);
@@ -75,26 +86,28 @@ void block_rows(const typename Kind::Weight* w, const typename Kind::Input* x, p
 
 inline int num_blocks(int outputs) { return (outputs + BLOCK - 1) / BLOCK; }
 
+// A block's sums for the `rows` rows that share one read of it.
+template <class Kind, int ROWS = MAX_ROWS>
+void block_of(int rows, const typename Kind::Weight* w, const typename Kind::Input* x, ptrdiff_t x_stride, int k_padded,
+              float* y, ptrdiff_t y_stride, int width, const float* bias, bool add) {
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return block_of<Kind, ROWS - 1>(rows, w, x, x_stride, k_padded, y, y_stride, width, bias, add);
+  block_rows<Kind, ROWS>(w, x, x_stride, k_padded, y, y_stride, width, bias, add);
+}
+
 // Blocks [from, to) of the outputs.
 template <class Kind>
 void linear_blocks(const typename Kind::Input* x, ptrdiff_t x_stride, int rows, const typename Kind::Weight* w,
                    int k_padded, int outputs, float* y, const float* bias, bool add, int from, int to) {
   for (int b = from; b < to; ++b) {
     const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
-    const typename Kind::Weight* wb = w + ptrdiff_t(b) * BLOCK * k_padded;
+    const typename Kind::Weight* wb = w + Kind::block_size(k_padded) * b;
     const float* bb = bias ? bias + first : nullptr;
-    for (int r = 0; r < rows; r += MAX_ROWS) {
-      const int n = rows - r < MAX_ROWS ? rows - r : MAX_ROWS;
-      const typename Kind::Input* xr = x + r * x_stride;
-      float* yr = y + ptrdiff_t(r) * outputs + first;
-      switch (n) {
-        case 1: block_rows<Kind, 1>(wb, xr, x_stride, k_padded, yr, outputs, width, bb, add); break;
-        case 2: block_rows<Kind, 2>(wb, xr, x_stride, k_padded, yr, outputs, width, bb, add); break;
-        case 3: block_rows<Kind, 3>(wb, xr, x_stride, k_padded, yr, outputs, width, bb, add); break;
-        case 4: block_rows<Kind, 4>(wb, xr, x_stride, k_padded, yr, outputs, width, bb, add); break;
-        case 5: block_rows<Kind, 5>(wb, xr, x_stride, k_padded, yr, outputs, width, bb, add); break;
-        default: block_rows<Kind, 6>(wb, xr, x_stride, k_padded, yr, outputs, width, bb, add); break;
-      }
+    int parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int r = 0, n; r < rows; r += n) {
+      n = (rows - r + parts - 1) / parts--;
+      block_of<Kind>(n, wb, x + r * x_stride, x_stride, k_padded, y + ptrdiff_t(r) * outputs + first, outputs, width, bb,
+                     add);
     }
   }
 }

@@ -22,12 +22,16 @@ from pathlib import Path
 
 import torch
 
+from aurora_lit.kernels import grouped
+
 _SOURCE = Path(__file__).with_name("skinny.cpp")
 _SOURCES = (_SOURCE, *sorted(_SOURCE.parent.glob("*.hpp")))
 _AREA_BYTES = 16 << 20
 """Of huge pages, for the weights that are too small for pages of their own."""
 _areas: list[torch.Tensor] = []
 _area_lock = threading.Lock()  # a new draft is packed beside serving
+SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8", torch.uint8: "int4"}
+"""Of the kernels' names, by what weights and slots are stored in; weights of four bits lie two to a byte."""
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
 
 
@@ -63,6 +67,12 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_build(command)))
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def has_vnni() -> bool:
+    """Whether the processor multiplies weights of four and eight bits as fast as it reads them."""
+    kernels = library()
+    return kernels is not None and bool(kernels.aurora_has_vnni())
 
 
 def can_attend(query_BNTD: torch.Tensor, *, window: int | None, softcap: float | None) -> bool:
@@ -113,7 +123,7 @@ def attend(
 
 
 def pack(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
-    """Lay out a linear layer's weight [outputs, inputs] for `linear`, as fp32 or bf16 (flat tensor)."""
+    """Lay out a linear layer's weight [outputs, inputs] for `linear` as one of `SUFFIXES` (flat tensor)."""
     kernels = library()
     assert kernels is not None
     weight_OI = weight_OI.detach().float().contiguous()
@@ -123,6 +133,10 @@ def pack(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float32:
         packed = _huge(blocks * block * inputs, dtype)
         kernels.aurora_pack_fp32(_address(weight_OI), outputs, inputs, _address(packed))
+    elif dtype in grouped.BITS:
+        parts = grouped.pack(weight_OI, bits=grouped.BITS[dtype], block=block, group=kernels.aurora_group())
+        packed = _huge(parts.numel(), dtype)
+        packed.view(torch.uint8).copy_(parts)
     else:
         padded = -(-inputs // 32) * 32
         packed = _huge(blocks * block * padded, dtype)
@@ -138,7 +152,7 @@ def linear(x_NI: torch.Tensor, packed: torch.Tensor, outputs: int, bias: torch.T
         x_NI = x_NI.contiguous()
     rows, inputs = x_NI.shape
     y_NO = torch.empty(rows, outputs)
-    call = kernels.aurora_linear_fp32 if packed.dtype == torch.float32 else kernels.aurora_linear_bf16
+    call = getattr(kernels, f"aurora_linear_{SUFFIXES[packed.dtype]}")
     call(
         _address(x_NI), ctypes.c_int64(x_NI.stride(0)), rows, _address(packed), inputs, outputs,
         _address(y_NO), None if bias is None else _address(bias),

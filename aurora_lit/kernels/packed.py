@@ -1,15 +1,22 @@
 """Linear layers whose weight is packed for the native kernel, and the swap of a model's own layers for them.
 
-`precision` names what the weights are stored in. Activations, sums, norms and attention stay fp32 in both precisions,
-which keeps bf16 close to fp32 and, since the kernels are batch-invariant, speculation exact in either.
+The type names what the weights are stored in; int8 and uint8 stand for weights of eight and four bits with a scale a
+group (kernels/grouped.py). Sums, norms and attention stay fp32 whatever it is, which keeps it close to fp32 and, since
+the kernels are batch-invariant, speculation exact in each.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from aurora_lit.kernels import native
+
+STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
+"""By `target.precision`: the type that names how weights are stored."""
 
 
 class PackedLinear(nn.Module):
@@ -33,12 +40,14 @@ class PackedLinear(nn.Module):
         return native.linear(identity, self.packed, self.out_features, None).t()[indices]
 
 
-def pack_linears(model: nn.Module, *, dtype: torch.dtype) -> int:
-    """Swap every `nn.Linear` of a CPU model for a `PackedLinear`; returns how many."""
+def pack_linears(
+    model: nn.Module, *, dtype: torch.dtype, others: Mapping[nn.Module, torch.dtype] = MappingProxyType({})
+) -> int:
+    """Swap every `nn.Linear` of a CPU model for a `PackedLinear`; returns how many. `others` have their own type."""
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child, dtype))
+                setattr(parent, name, PackedLinear(child, others.get(child, dtype)))
                 count += 1
     return count

@@ -1,4 +1,4 @@
-// What the two weight types have in common for those who multiply: rounding inputs, and a share of a product inside a
+// What the kinds of weights have in common for those who multiply: rounding inputs, and a share of a product inside a
 // parallel region. bf16 goes through tiles where the processor has them.
 #pragma once
 
@@ -55,6 +55,28 @@ struct Product<BFloat> {
     if (tiles_allowed()) return linear_tiles(x, k, rows, weight, outputs, y, bias, add, from, to);
 #endif
     linear_blocks<BFloat>(x, k, rows, weight, k, outputs, y, bias, add, from, to);
+  }
+};
+
+template <int BITS>
+struct Product<Grouped<BITS>> {
+  typedef Grouped<BITS> Kind;
+  static int padded(int inputs) { return num_groups(inputs); }
+  static size_t buffer_rows(int rows) { return size_t(rows); }
+  static void round_row(const float* from, int inputs, InputGroup* to) {
+    int k = 0;
+    for (; k + GROUP <= inputs; k += GROUP) round_group(from + k, to++);
+    if (k == inputs) return;
+    float rest[GROUP] = {};
+    std::memcpy(rest, from + k, size_t(inputs - k) * sizeof(float));
+    round_group(rest, to);
+  }
+  static void enter(int) {}
+  static void leave() {}
+  static void blocks(const InputGroup* x, int groups, int rows, const void* w, int outputs, float* y, const float* bias,
+                     bool add, int from, int to) {
+    linear_blocks<Kind>(x, groups, rows, static_cast<const typename Kind::Weight*>(w), groups, outputs, y, bias, add,
+                        from, to);
   }
 };
 

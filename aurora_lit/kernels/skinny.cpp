@@ -44,6 +44,17 @@ void aurora_pack_bf16(const float* weight, int outputs, int inputs, int padded, 
       }
 }
 
+int aurora_group() { return GROUP; }
+
+// Whether weights in groups are multiplied at full speed.
+int aurora_has_vnni() {
+#if defined(__AVX512VNNI__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // y [rows, outputs] = x [rows, inputs] times packed weight
 void aurora_linear_fp32(const float* x, int64_t x_stride, int rows, const float* packed, int inputs, int outputs,
                         float* y, const float* bias) {
@@ -56,6 +67,16 @@ void aurora_linear_bf16(const float* x, int64_t x_stride, int rows, const uint16
   multiply<BFloat>(x, x_stride, rows, packed, inputs, outputs, y, bias);
 }
 
+// the same with weights of eight or four bits in groups (kernels/grouped.py)
+void aurora_linear_int8(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
+                        float* y, const float* bias) {
+  multiply<Grouped<8>>(x, x_stride, rows, packed, inputs, outputs, y, bias);
+}
+void aurora_linear_int4(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
+                        float* y, const float* bias) {
+  multiply<Grouped<4>>(x, x_stride, rows, packed, inputs, outputs, y, bias);
+}
+
 void aurora_attention_fp32(const AttentionShape* shape, const float* q, const float* k, const float* v, float* keys,
                            float* values, const int64_t* slots, const int64_t* starts, float* out) {
   attention<float>(*shape, q, k, v, keys, values, slots, starts, out);
@@ -66,9 +87,11 @@ void aurora_attention_bf16(const AttentionShape* shape, const float* q, const fl
   attention<uint16_t>(*shape, q, k, v, keys, values, slots, starts, out);
 }
 
-// Decoder layers over packed weights and slots, both of one type.
+// Decoder layers over packed weights and slots, both of one type; beside weights in groups slots are bf16.
 void aurora_decode_fp32(const DecoderCall* call) { decode<Float, float>(*call); }
 void aurora_decode_bf16(const DecoderCall* call) { decode<BFloat, uint16_t>(*call); }
+void aurora_decode_int8(const DecoderCall* call) { decode<Grouped<8>, uint16_t>(*call); }
+void aurora_decode_int4(const DecoderCall* call) { decode<Grouped<4>, uint16_t>(*call); }
 
 // Keys and values of every layer from positions `from` of the call's slots to `to`.
 void aurora_move_fp32(const DecoderCall* call, const int64_t* from, const int64_t* to, int64_t count) {

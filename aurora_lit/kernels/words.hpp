@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int BLOCK = 32;  // outputs of one block of packed weights: two vectors
+
 typedef float f16v __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u16v __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16v __attribute__((vector_size(64), aligned(4)));

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from aurora_lit.distributed import Op, Order, Ranks, Strategy
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
+from aurora_lit.kernels.packed import STORAGE
 from aurora_lit.models.parallel import Cutter, local_heads
 from aurora_lit.models.shards import ShardReader
 from aurora_lit.models.slots import KVSlots
@@ -53,7 +54,8 @@ class ShardedTarget(Target):
         Precisions are those of `Target.load` where the native kernels run (tensor_parallel on CPUs); elsewhere bf16
         is that of weights and activations.
         """
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        dtype = STORAGE[precision]
+        assert dtype in (torch.float32, torch.bfloat16)
         packing = strategy == "tensor_parallel" and ranks.device.type == "cpu" and native.library() is not None
         kept = torch.float32 if packing else dtype
         try:

@@ -55,14 +55,14 @@ class FittedDraft:
 
 
 def fit_draft(draft: Draft, target: Target, *, capacity: int) -> FittedDraft:
-    """Pack a draft's weights as the target's are, in place, for sequences of up to `capacity`; from any thread.
+    """Pack a draft's weights in place, for sequences of up to `capacity`; from any thread.
 
     Raises CheckpointError when it computes numbers that are not finite.
     """
     config, device = draft.config, target.model.device
     draft.eval().requires_grad_(False)
     if _on_kernels(device):
-        pack_linears(draft, dtype=target.kv_dtype)
+        pack_linears(draft, dtype=_draft_dtype(target))
     else:
         draft.to(device, target.kv_dtype)
     draft.cos_LD, draft.sin_LD = (
@@ -71,6 +71,11 @@ def fit_draft(draft: Draft, target: Target, *, capacity: int) -> FittedDraft:
     _try(draft, target)
     vocabulary = DraftVocabulary.of_offsets(draft.d2t.to(device), vocab_size=config.vocab_size)
     return FittedDraft(draft=draft, decoder=fuse_draft(draft), vocabulary=vocabulary)
+
+
+def _draft_dtype(target: Target) -> torch.dtype:
+    """How its weights are stored: a step is the time to read them, and eight bits propose as well as sixteen."""
+    return torch.int8 if target.kv_dtype != torch.float32 and native.has_vnni() else target.kv_dtype
 
 
 def _on_kernels(device: torch.device) -> bool:

@@ -1,0 +1,36 @@
+"""What weights and inputs are after a kernel's rounding: the formats written down from their definition."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = [torch.float32, torch.bfloat16]
+GROUPED = {torch.int8: 8, torch.uint8: 4}
+
+
+def groups(x: torch.Tensor) -> torch.Tensor:
+    """[..., inputs] in groups of 32, zeros behind the last one."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32)).double()
+
+
+def stored(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight as its format has it: llama.cpp's Q8_0 and Q4_1, written down from their definition."""
+    if dtype in FLOATS:
+        return weight.to(dtype).double()
+    grouped = groups(weight)
+    if GROUPED[dtype] == 8:
+        scale, low = (grouped.abs().amax(-1, keepdim=True) / 127).half().double(), torch.zeros(1).double()
+        q = (grouped / scale).round().clamp(-127, 127)
+    else:
+        low = grouped.amin(-1, keepdim=True)
+        scale, low = ((grouped.amax(-1, keepdim=True) - low) / 15).half().double(), low.half().double()
+        q = ((grouped - low) / scale).round().clamp(0, 15)
+    return torch.where(scale > 0, q * scale + low, low).flatten(-2)[..., : weight.shape[-1]]
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Inputs as the kernels take them: beside weights in groups, sixteen bits a group."""
+    if dtype in FLOATS:
+        return x.to(dtype).double()
+    step = groups(x).abs().amax(-1, keepdim=True).clamp_min(1e-30) / 32639
+    return ((groups(x) / step).round() * step).flatten(-2)[..., : x.shape[-1]]
