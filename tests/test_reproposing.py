@@ -9,6 +9,7 @@ import pytest
 import torch
 from live_traces import online_module, serve, some_requests
 from tiny_models import make_engine, random_draft, run, save_model, trained_draft
+from trace_examples import keep_in
 
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.reproposing import Reproposer
@@ -79,7 +80,7 @@ def test_segments_of_a_request_give_the_rounds_of_the_whole(
     target: Target, good_draft: Draft, recorded: list[Trace]
 ) -> None:
     traces: list[Trace] = []
-    recorder = TraceRecorder(traces.append, hidden_size=target.hidden_size, segment_tokens=7, overlap_tokens=90)
+    recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size, segment_tokens=7, overlap_tokens=90)
     draft = copy.deepcopy(random_draft(target))
     run(make_engine(target, draft, max_draft_tokens=K, observer=recorder), some_requests(10, max_tokens=40))
     pieces = in_order(traces)

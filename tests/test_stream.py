@@ -140,6 +140,11 @@ def test_a_stream_is_recorded_and_gone_on_with(
     assert len(traffic) == 19
     assert {t.verify for t in traffic} == {"greedy", "seeded"}
     assert any(t.explored_R.any() for t in traffic), "as a live server records"
+    for trace in traffic:  # slots have been used again since, yet each has its own states
+        with torch.no_grad():
+            aux_1T3H, last_1TH = target.read(trace.token_ids_T.long()[None])
+        torch.testing.assert_close(trace.aux_T3H.float(), aux_1T3H[0], atol=0.05, rtol=0.02)
+        torch.testing.assert_close(trace.last_TH.float(), last_1TH[0], atol=0.05, rtol=0.02)
     tokens = sum(len(t.token_ids_T) - t.answer_start for t in traffic if t.domain == "sql")
     assert (found["traffic"]["sql"]["segments"], found["traffic"]["sql"]["tokens"]) == (6, tokens)
     assert found["runs"]["2-sql"]["seconds"] >= 0.2, "requests come when they are due"

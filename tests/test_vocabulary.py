@@ -15,6 +15,7 @@ from live_traces import a_steering, online_module, serve, some_requests
 from test_online import World
 from test_replay import a_replay
 from tiny_models import VOCAB, draft_config, make_engine, random_draft, request, run, save_model
+from trace_examples import keep_in
 
 from aurora_lit.checkpoints import load_draft, save_draft
 from aurora_lit.learn.frozen import FrozenEnds
@@ -401,7 +402,7 @@ def test_serving_swaps_to_another_vocabulary_between_rounds_and_output_stays_exa
     prompts = [(3, 14, 15), (9, 26, 5, 35)]
     plain = run(make_engine(target), [request(str(i), p, max_tokens=40) for i, p in enumerate(prompts)])
     traces: list[Trace] = []
-    recorder = TraceRecorder(traces.append, hidden_size=target.hidden_size)
+    recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size)
     engine = make_engine(
         target, copy.deepcopy(draft), max_draft_tokens=3, observer=recorder, explore_share=1.0, explore_temperature=4.0,
         explore_seed=1,

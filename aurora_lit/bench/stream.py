@@ -48,7 +48,7 @@ def run(config: AuroraConfig, *, stream: Path, prompts: Path | None = None, out:
     described = read_stream(stream)
     _claim(out, described)
     traces: list[Trace] = []
-    engine, tokenizer = build_engine(config, sink=traces.append)
+    engine, tokenizer = build_engine(config, sink=lambda trace: traces.append(trace.copy()))  # it lies in a slot that is used again
     phases, measured = plan(
         described,
         prompts=prompts or stream.parent,
