@@ -48,7 +48,8 @@ def run(config: AuroraConfig, *, stream: Path, prompts: Path | None = None, out:
     described = read_stream(stream)
     _claim(out, described)
     traces: list[Trace] = []
-    engine, tokenizer = build_engine(config, sink=lambda trace: traces.append(trace.copy()))  # it lies in a slot that is used again
+    # A copy: what the recorder hands over lies in slots that are used again.
+    engine, tokenizer = build_engine(config, sink=lambda trace: traces.append(trace.copy()))
     phases, measured = plan(
         described,
         prompts=prompts or stream.parent,
