@@ -29,8 +29,9 @@ def stored(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Inputs as the kernels take them: beside weights in groups, sixteen bits a group."""
+    """Inputs as the kernels take them: twelve bits a group beside weights of four, sixteen beside those of eight."""
     if dtype in FLOATS:
         return x.to(dtype).double()
-    step = groups(x).abs().amax(-1, keepdim=True).clamp_min(1e-30) / 32639
-    return ((groups(x) / step).round() * step).flatten(-2)[..., : x.shape[-1]]
+    limit, most = {8: 127 * 256 + 127, 4: 127 * 16 + 7}[GROUPED[dtype]], groups(x).abs().amax(-1, keepdim=True)
+    q = (groups(x).float() * (limit / most.float())).round()  # in the kernel's own arithmetic, so that ties fall alike
+    return (q * most / limit).flatten(-2)[..., : x.shape[-1]]

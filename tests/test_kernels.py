@@ -48,8 +48,8 @@ def test_a_packed_layer_multiplies_as_torch_does(inputs: int, outputs: int, bias
     y = PackedLinear(linear, dtype)(x)
     assert y.shape == (2, 7, outputs)
     assert y.dtype == torch.float32
-    # A sixteen-bit input that lies between two integers may be rounded to either.
-    tolerance = 2e-5 if dtype in FLOATS else 1e-4
+    # Beside weights of four bits an input in the middle of two integers may be taken for either: a step of 1/2039.
+    tolerance = 2e-4 if dtype == torch.uint8 else 2e-5
     assert (y - reference(linear, x, dtype)).abs().max() < tolerance
 
 

@@ -140,8 +140,9 @@ def test_weights_in_groups_are_the_model_with_rounded_weights(precision: str, fa
     target.kv_dtype, target._decoder = torch.float32, None
     slots = target.make_slots(num_slots=3, capacity=40)
     _, last = target(ids_BT, slots=slots, slots_B=torch.tensor([1, 0, 2]), starts_B=torch.tensor([0, 0, 0]))
-    # The mean: at a near tie a router may send a token to another expert.
-    assert (target.logits(last) - wanted_BTV).abs().mean() < 1e-3 * wanted_BTV.std()
+    # Inputs are rounded too, to sixteen or twelve bits; and at a near tie a router may send a token to another expert.
+    tolerance = {"int8": 1e-3, "int4": 1e-2}[precision]
+    assert (target.logits(last) - wanted_BTV).abs().mean() < tolerance * wanted_BTV.std()
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

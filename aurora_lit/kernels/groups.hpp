@@ -1,6 +1,6 @@
 // The linear layer with weights of four or eight bits that share a scale in groups of 32 along the inputs, as
-// llama.cpp's Q4_1 and Q8_0 do. Inputs are rounded to sixteen bits, a scale a group, which is finer than bf16. Products
-// are summed as integers inside a group, which is exact in any order, and over groups in fp32 in one order: as
+// llama.cpp's Q4_1 and Q8_0 do. Inputs are rounded to twelve or sixteen bits, a scale a group, which is finer than bf16
+// for what weighs in a sum. Products are summed as integers inside a group, which is exact in any order, and over groups in fp32 in one order: as
 // batch-invariant as the other kinds, with a third or half of bf16's weights to read. grouped.py packs the weights.
 // Source of the formats: ggml-common.h (block_q4_1, block_q8_0); of the instruction: VPDPWSSD, Intel 64 and IA-32
 // Architectures Software Developer's Manual, vol. 2.
@@ -12,14 +12,25 @@
 #if defined(__AVX512VNNI__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
+#define AURORA_GROUP_TILES 1  // group_tiles.hpp
+#endif
 
 namespace {
 
 constexpr int GROUP = 32;               // inputs that share a scale
-constexpr float INPUT_LIMIT = 32639.0f;  // of a rounded input: 127 * 256 + 127, so that it splits into signed bytes
+// A rounded input splits into two signed bytes: STEP times one plus the other. Beside weights of four bits the step is
+// one by which a weight still is a byte.
+template <int BITS>
+constexpr int INPUT_STEP = BITS == 4 ? 16 : 256;
+template <int BITS>
+constexpr float INPUT_LIMIT = 127 * INPUT_STEP<BITS> + INPUT_STEP<BITS> / 2 - 1;
 
 struct InputGroup {  // of one row
   int16_t values[GROUP];
+#if defined(AURORA_GROUP_TILES)
+  int8_t high[GROUP], low[GROUP];  // value = step * high + low, in the order in which a weight's bytes lie
+#endif
   float scale;
   int32_t sum;  // of the values
 };
@@ -51,7 +62,26 @@ inline i16v add_products(i16v sums, u16v weights, int32_t pair) {
 #endif
 }
 
+#if defined(AURORA_GROUP_TILES)
+// Which input each byte of a weight group belongs to, once its shares are split into bytes.
+template <int BITS>
+struct LaneOrder {
+  uint16_t input[GROUP];
+  constexpr LaneOrder() : input() {
+    constexpr int SPAN = 32 / BITS;  // inputs of a line
+    for (int i = 0; i < GROUP; ++i) {
+      const int pair = i % SPAN / 2, half = i % 2;
+      const int piece = BITS == 4 ? pair % 2 : 0, byte = BITS == 4 ? pair / 2 : pair;
+      input[i / SPAN * SPAN + 4 * piece + 2 * half + byte] = uint16_t(i);
+    }
+  }
+};
+template <int BITS>
+constexpr LaneOrder<BITS> LANE_ORDER;
+#endif
+
 // A group of a row's inputs to integers. The scale is NaN where an input is not finite, and so are all sums with it.
+template <int BITS>
 inline void round_group(const float* x, InputGroup* out) {
   typedef int16_t s16v __attribute__((vector_size(32), aligned(2)));
   const f16v v[2] = {*reinterpret_cast<const f16v*>(x), *reinterpret_cast<const f16v*>(x + 16)};
@@ -62,8 +92,8 @@ inline void round_group(const float* x, InputGroup* out) {
     most = larger[i] > most ? larger[i] : most;
     none += poison[i];
   }
-  out->scale = most / INPUT_LIMIT + none;
-  const float factor = most > 1e-30f && out->scale == out->scale ? INPUT_LIMIT / most : 0.0f;
+  out->scale = most / INPUT_LIMIT<BITS> + none;
+  const float factor = most > 1e-30f && out->scale == out->scale ? INPUT_LIMIT<BITS> / most : 0.0f;
   constexpr float TO_INTEGER = 0x1.8p23f;  // added, it leaves the nearest integer in the low bits
   i16v sums = {};
   for (int i = 0; i < 2; ++i) {
@@ -74,6 +104,22 @@ inline void round_group(const float* x, InputGroup* out) {
   }
   out->sum = 0;
   for (int i = 0; i < 16; ++i) out->sum += sums[i];
+#if defined(AURORA_GROUP_TILES)
+  const __m512i values = _mm512_loadu_si512(out->values), order = _mm512_loadu_si512(LANE_ORDER<BITS>.input);
+  constexpr int STEP = INPUT_STEP<BITS>, SHIFT = BITS == 4 ? 4 : 8;
+  const __m512i high = _mm512_srai_epi16(_mm512_add_epi16(values, _mm512_set1_epi16(STEP / 2)), SHIFT);
+  const __m512i low = _mm512_sub_epi16(values, _mm512_slli_epi16(high, SHIFT));
+  _mm256_storeu_si256((__m256i*)out->high, _mm512_cvtepi16_epi8(_mm512_permutexvar_epi16(order, high)));
+  _mm256_storeu_si256((__m256i*)out->low, _mm512_cvtepi16_epi8(_mm512_permutexvar_epi16(order, low)));
+#endif
+}
+
+// One group's integer sums of 16 outputs, added to what the groups before it gave.
+template <bool HAS_MIN>
+inline f16v add_group(f16v total, i16v dots, f16v scales, f16v mins, const InputGroup& inputs) {
+  total += __builtin_convertvector(dots, f16v) * (scales * inputs.scale);
+  if (HAS_MIN) total += mins * (inputs.scale * float(inputs.sum));
+  return total;
 }
 
 inline int num_groups(int inputs) { return (inputs + GROUP - 1) / GROUP; }
@@ -112,8 +158,7 @@ struct Grouped {
         for (int r = 0; r < ROWS; ++r) {
           const InputGroup& inputs = x[r * x_stride];
           for (int chain = 1; chain < CHAINS; ++chain) dots[0][r][v] += dots[chain][r][v];
-          total[r][v] += __builtin_convertvector(dots[0][r][v], f16v) * (scales * inputs.scale);
-          if (Weight::HAS_MIN) total[r][v] += mins * (inputs.scale * float(inputs.sum));
+          total[r][v] = add_group<Weight::HAS_MIN>(total[r][v], dots[0][r][v], scales, mins, inputs);
         }
       }
     }

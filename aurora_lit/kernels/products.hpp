@@ -3,6 +3,7 @@
 #pragma once
 
 #include "linear.hpp"
+#include "group_tiles.hpp"
 #include "tiles.hpp"
 
 namespace {
@@ -62,21 +63,37 @@ template <int BITS>
 struct Product<Grouped<BITS>> {
   typedef Grouped<BITS> Kind;
   static int padded(int inputs) { return num_groups(inputs); }
-  static size_t buffer_rows(int rows) { return size_t(rows); }
+  static size_t buffer_rows(int rows) { return size_t(rows > 16 ? (rows + 15) / 16 * 16 : rows); }
   static void round_row(const float* from, int inputs, InputGroup* to) {
     int k = 0;
-    for (; k + GROUP <= inputs; k += GROUP) round_group(from + k, to++);
+    for (; k + GROUP <= inputs; k += GROUP) round_group<BITS>(from + k, to++);
     if (k == inputs) return;
     float rest[GROUP] = {};
     std::memcpy(rest, from + k, size_t(inputs - k) * sizeof(float));
-    round_group(rest, to);
+    round_group<BITS>(rest, to);
   }
-  static void enter(int) {}
-  static void leave() {}
+  static bool on_tiles(int rows) {
+#if defined(AURORA_GROUP_TILES)
+    return rows >= GROUP_TILE_MIN_ROWS && tiles_allowed();
+#else
+    (void)rows;
+    return false;
+#endif
+  }
+  static void enter(int rows) {
+#if defined(AURORA_GROUP_TILES)
+    if (on_tiles(rows)) configure_group_tiles<BITS>(rows < TILE_ROWS ? rows : TILE_ROWS);
+#endif
+    (void)rows;
+  }
+  static void leave() { Product<BFloat>::leave(); }
   static void blocks(const InputGroup* x, int groups, int rows, const void* w, int outputs, float* y, const float* bias,
                      bool add, int from, int to) {
-    linear_blocks<Kind>(x, groups, rows, static_cast<const typename Kind::Weight*>(w), groups, outputs, y, bias, add,
-                        from, to);
+    const typename Kind::Weight* weight = static_cast<const typename Kind::Weight*>(w);
+#if defined(AURORA_GROUP_TILES)
+    if (on_tiles(rows)) return linear_group_tiles<BITS>(x, groups, rows, weight, outputs, y, bias, add, from, to);
+#endif
+    linear_blocks<Kind>(x, groups, rows, weight, groups, outputs, y, bias, add, from, to);
   }
 };
 

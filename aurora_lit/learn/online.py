@@ -64,7 +64,7 @@ def _learn(config: AuroraConfig, run_folder: Path, page: LearnerBlock, status: S
 
 
 def niceness(*, share: float, threads: int, cpus: int) -> int:
-    """The nice value that lets `threads` have somewhat more than `share` of the processors while all are busy otherwise.
+    """The nice value that lets `threads` have more than `share` of the processors while all are busy otherwise.
 
     Linux weighs a nice value by 1.25 to its power (sched(7)), and a processor's time is shared by weight. What is more
     than the share the budget keeps from being used (learn/budget.py); a weight of just the share would not be enough,
