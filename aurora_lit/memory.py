@@ -36,8 +36,8 @@ _USABLE = 0.95
 """Of a card: the rest is lost between allocations."""
 _CONTEXT_BYTES = 1 << 30
 """What a process with its GPU context takes of a device before anything is loaded; about."""
-WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 34 / 32, "int4": 20 / 32}
-"""Of a weight by `target.precision`, scales and minima included; of int4 without the head's larger ones."""
+WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "auto": 2.0, "int8": 34 / 32, "int4": 20 / 32}
+"""Of a weight by `target.precision`, scales and minima included; at most, for auto; of int4 without the head's own."""
 _MOST_DEVICES = 64
 _MIB = 1 << 20
 

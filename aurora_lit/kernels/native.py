@@ -144,6 +144,14 @@ def pack(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
     return packed
 
 
+def loses_nothing(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> bool:
+    """Whether packing a weight in groups, as torch.int8 or torch.uint8, changes none of its numbers."""
+    kernels = library()
+    assert kernels is not None
+    weight_OI = weight_OI.detach().float()
+    return grouped.loses_nothing(weight_OI, bits=grouped.BITS[dtype], group=kernels.aurora_group())
+
+
 def linear(x_NI: torch.Tensor, packed: torch.Tensor, outputs: int, bias: torch.Tensor | None) -> torch.Tensor:
     """x [N, inputs] fp32 times a packed weight, plus bias: [N, outputs] fp32."""
     kernels = library()

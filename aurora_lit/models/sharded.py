@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from aurora_lit.distributed import Op, Order, Ranks, Strategy
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
-from aurora_lit.kernels.packed import STORAGE
 from aurora_lit.models.parallel import Cutter, local_heads
 from aurora_lit.models.shards import ShardReader
 from aurora_lit.models.slots import KVSlots
@@ -54,8 +53,8 @@ class ShardedTarget(Target):
         Precisions are those of `Target.load` where the native kernels run (tensor_parallel on CPUs); elsewhere bf16
         is that of weights and activations.
         """
-        dtype = STORAGE[precision]
-        assert dtype in (torch.float32, torch.bfloat16)
+        assert precision in ("fp32", "bf16", "auto"), "weights in groups are not cut"
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         packing = strategy == "tensor_parallel" and ranks.device.type == "cpu" and native.library() is not None
         kept = torch.float32 if packing else dtype
         try:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Decoder
-from aurora_lit.kernels.packed import STORAGE, PackedLinear, pack_linears
+from aurora_lit.kernels.packed import PackedLinear, pack_model
 from aurora_lit.models.attention import ATTENTION_NAME
 from aurora_lit.models.fused import fuse
 from aurora_lit.models.slots import KVSlots, SlotView
@@ -74,15 +74,14 @@ class Target(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, *, precision: str) -> Target:
-        """Load a model folder. `precision`: one of `STORAGE`.
+        """Load a model folder. `precision`: as `pack_model` has it.
 
         Where the native kernels can be had, linear layers are packed for them and only their weights are in that
-        precision; elsewhere the whole model is, fp32 or bf16. Beside layers of four bits the head has eight, as in
-        llama.cpp's files: its errors would go straight into the logits. Raises SourceError.
+        precision; elsewhere the whole model is, fp32 or bf16. Raises SourceError.
         """
         packing = native.library() is not None
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        if not packing and STORAGE[precision] != dtype:
+        if not packing and precision in ("int8", "int4"):
             remedy = "install a C++ compiler (apt-get install g++), or use bf16"
             raise SourceError(f"target.precision: {precision} needs the native kernels; {remedy}")
         try:
@@ -95,8 +94,7 @@ class Target(nn.Module):
         if missing := sorted(loading["missing_keys"]):
             raise SourceError(f"target.source: {folder} lacks weights ({', '.join(missing[:3])} …); copy it again")
         if packing:
-            others = {model.get_output_embeddings(): torch.int8} if precision == "int4" else {}
-            pack_linears(model, dtype=STORAGE[precision], others=others)
+            pack_model(model, precision=precision, head=model.get_output_embeddings())
         target = cls(model, kv_dtype=dtype)
         target.check()
         if packing:
