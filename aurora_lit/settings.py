@@ -172,7 +172,8 @@ class LearnConfig:
     """Keep the draft that was best in each domain (checkpoint.dir/RUN/domains, as many as domain.max_domains) and go on
     learning from it when traffic comes back to the domain and it is better there; live learning only."""
     ppo_weight: float = _within(1.0, 0.0, 100.0)
-    """Weight of the policy loss; it is multiplied by 1 - exp(-3 acceptance). 0 leaves it out."""
+    """Weight of the policy loss; it is multiplied by 1 - exp(-3 acceptance), and beside a base loss by the share that
+    sampled proposals are of all that a batch teaches of acceptance. 0 leaves it out."""
     clip: float = _within(0.2, 0.0, 10.0)
     """How far a policy ratio may move from 1 before its gradient stops (PPO's epsilon)."""
     gae_lambda: float = _within(0.95, 0.0, 1.0)

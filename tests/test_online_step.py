@@ -76,7 +76,17 @@ def test_the_total_is_the_sum_of_its_terms(target: Target) -> None:
 
     valid_KBT = report.weight_KBT * torch.tensor([1.0, 0.0, 1.0])[:, None]
     mean_alpha = (report.stats.alpha_N.view_as(valid_KBT) * valid_KBT).sum() / valid_KBT.sum()
-    torch.testing.assert_close(report.policy_weight, 0.7 * (1 - torch.exp(-3 * mean_alpha)))
+    evidence = policy.num_proposals / (policy.num_proposals + valid_KBT.sum())
+    torch.testing.assert_close(report.policy_weight, 0.7 * (1 - torch.exp(-3 * mean_alpha)) * evidence)
+
+
+def test_fewer_sampled_proposals_weigh_less_beside_the_closed_form_and_all_without_it(target: Target) -> None:
+    batch = online_batch(target)
+    many, few = step(target, batch), step(target, some_rounds(batch, [0]))
+    assert 0 < few.policy_weight < 0.5 * many.policy_weight
+    bare = OnlineWeights(base_loss="none")
+    torch.testing.assert_close(step(target, batch, bare).policy_weight,
+                               step(target, some_rounds(batch, [0]), bare).policy_weight)  # fmt: skip
 
 
 def test_live_and_replayed_traces_are_averaged_each_by_itself(target: Target) -> None:

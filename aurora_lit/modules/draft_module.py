@@ -22,7 +22,7 @@ from aurora_lit.modules.acceptance import KL_DECAY, LKStats, fused_lk_loss
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.draft_batch import DraftBatch, OnlineBatch
 from aurora_lit.modules.head import LINEAR, HeadFinish
-from aurora_lit.modules.policy import PolicyTerms, policy_terms, usable_rounds
+from aurora_lit.modules.policy import PolicyTerms, evidence, policy_terms, usable_rounds
 from aurora_lit.modules.unroll import Unrolled, shift, unroll, unroll_rounds
 
 
@@ -33,7 +33,8 @@ class OnlineWeights:
     base_loss: Literal["lk", "kl", "none"] = "lk"
     """"kl": KL alone in LK's place. "none": nothing in its place, the policy loss alone."""
     ppo_weight: float = 1.0
-    """w = ppo_weight·(1 − exp(−3ᾱ)): the policy grows as the draft becomes competent. 0 leaves it out."""
+    """w = ppo_weight·(1 − exp(−3ᾱ))·e: the policy grows as the draft becomes competent, and as there is evidence:
+    e = M / (M + N) with M sampled proposals and N targets of a base loss. 0 leaves it out."""
     clip: float = 0.2
     """PPO's ε."""
     gae_lambda: float = 0.95
@@ -148,12 +149,11 @@ class DraftModule(LightningModule):
             counted_KBT = valid_KBT * live_B1 if batch.live_B.any() else valid_KBT
             mean_alpha = (stats.alpha_N.view_as(valid_KBT) * counted_KBT).sum() / counted_KBT.sum().clamp_min(1.0)
             policy_weight = online.ppo_weight * (1 - torch.exp(-KL_DECAY * mean_alpha))
+            if online.base_loss != "none":
+                policy_weight = policy_weight * evidence(batch, policy.num_proposals, counted_KBT.sum())
             value_loss = value_loss + batch.rounds_part * policy.value_loss
-        loss = (
-            lk_loss
-            + self.value_weight * value_loss
-            + batch.rounds_part * (policy_weight * policy.policy_loss - online.entropy_weight * policy.entropy)
-        )
+        rounds_loss = policy_weight * policy.policy_loss - online.entropy_weight * policy.entropy
+        loss = lk_loss + self.value_weight * value_loss + batch.rounds_part * rounds_loss
         row_loss_KBT = stats.loss_N.view_as(valid_KBT)
         place_K = torch.arange(batch.proposal_QK.shape[1], device=batch.row_Q.device)
         within_QK = place_K < batch.num_proposed_Q[:, None]

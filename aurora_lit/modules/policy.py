@@ -152,6 +152,18 @@ def policy_terms(
         )
 
 
+def evidence(batch: OnlineBatch, num_proposals: int, num_targets: Tensor) -> Tensor:
+    """Share of sampled proposals in all that a batch says of acceptance, in [0, 1]; alike in all processes.
+
+    The base loss has the same objective in closed form at every position and draft step (`num_targets` of them). A few
+    sampled proposals beside those are mostly noise: averaged over themselves alone, as if they were as many, they undid
+    what it taught.
+    """
+    part = batch.live_part if batch.live_B.any() else batch.replay_part
+    sampled, exact = num_proposals / max(batch.rounds_part, 1e-9), num_targets / max(part, 1e-9)
+    return sampled / (sampled + exact).clamp_min(1.0)
+
+
 def draft_index(token_ids: Tensor, draft: Draft) -> Tensor:
     """Draft index of target ids; 0 for padding (−1), and arbitrary where the draft has no such token."""
     return (draft.t2d.cumsum(0) - 1)[token_ids.clamp_min(0)].clamp_min(0)
