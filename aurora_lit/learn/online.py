@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from aurora_lit.learn.loop import OnlineLoop
 
 _AUTOGROUP = Path("/proc/self/autogroup")
-_HEADROOM = 3.0
-"""Of the learner's weight over its share."""
 _BEAT_EVERY_S = 0.5
 _LONGEST_TURN_S, _LONGEST_LOADING_S = 60.0, 600.0
 """A turn of the loop, or the loading before it, that takes longer has got stuck: the heartbeat stops."""
@@ -64,13 +62,11 @@ def _learn(config: AuroraConfig, run_folder: Path, page: LearnerBlock, status: S
 
 
 def niceness(*, share: float, threads: int, cpus: int) -> int:
-    """The nice value that lets `threads` have more than `share` of the processors while all are busy otherwise.
+    """The nice value that gives `threads` about `share` of the processors while all of them are busy otherwise.
 
-    Linux weighs a nice value by 1.25 to its power (sched(7)), and a processor's time is shared by weight. What is more
-    than the share the budget keeps from being used (learn/budget.py); a weight of just the share would not be enough,
-    since a thread that mostly sleeps never gets all of it, and loading would take minutes.
+    Linux weighs a nice value by 1.25 to its power (sched(7)), and a processor's time is shared by weight.
     """
-    of_one = min(0.5, _HEADROOM * share * cpus / threads)
+    of_one = min(0.5, share * cpus / threads)
     return min(19, max(1, round(math.log((1 - of_one) / of_one, 1.25))))
 
 
