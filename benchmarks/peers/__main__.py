@@ -193,7 +193,9 @@ def _measure_all(
             counts = [count for count in sorted(prompts) if 0 < count <= peer.most_clients]
             try:
                 loads = {
-                    engine.name: _measure(engine, places[engine.name], prompts, counts, arguments, bar)
+                    engine.name: _measure(
+                        engine, {**places[engine.name], "precision": peer.precision}, prompts, counts, arguments, bar
+                    )
                     for engine in order
                 }
             except (AuroraError, OSError) as error:

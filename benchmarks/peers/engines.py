@@ -4,7 +4,8 @@ Leaves out how an engine is installed (environments.py) and how its server is ru
 
 Words in braces are filled in from what was prepared: {python} and {bin} of the engine's environment, {model} (the
 folder our own server loads), {draft} (our draft, exported), {gguf} (a folder of GGUF files), {config} (our settings),
-{cores} (`0,1`), {threads}, {tcmalloc} and {iomp} (libraries to preload), {cache} and {port}.
+{precision} (of ours beside this peer), {cores} (`0,1`), {threads}, {tcmalloc} and {iomp} (libraries to preload), {cache}
+and {port}.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Engine:
     """Answers 200 as soon as requests may come."""
     most_clients: int = SLOTS
     """It is not measured with more."""
+    precision: str = "bf16"
+    """target.precision of our own server beside it."""
 
     def filled(self, places: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
         """Command and environment variables with every word in braces replaced."""
@@ -80,22 +83,24 @@ def _vllm(name: str, *words: str) -> Engine:
     )  # fmt: skip
 
 
-def _llama_cpp(kind: str) -> Engine:
+def _llama_cpp(kind: str, precision: str) -> Engine:
     """Built for this very processor; a thread a core; continuous batching in parallel slots."""
     return Engine(
         name=f"llama.cpp-{kind.lower()}",
         environment="llama.cpp",
         command=("{bin}/llama-server", "--model", f"{{gguf}}/{kind}.gguf", "--host", "127.0.0.1", "--port", "{port}",
                  "--threads", "{threads}", "--parallel", str(SLOTS), "--ctx-size", str(SLOTS * SLOT_TOKENS)),
+        precision=precision,
     )  # fmt: skip
 
 
 OURS = Engine(
     name="aurora-lit",
     environment="",
-    command=("{python}", "-m", "aurora_lit", "serve", "--config", "{config}", "server.port={port}"),
+    command=("{python}", "-m", "aurora_lit", "serve", "--config", "{config}", "server.port={port}",
+             "target.precision={precision}"),
     ready="/ready",
-)
+)  # fmt: skip
 
 PEERS = (
     _transformers("transformers"),
@@ -106,5 +111,5 @@ PEERS = (
           "--speculative-config.prompt_lookup_min", "2", "--speculative-config.prompt_lookup_max", "4"),
     _vllm("vllm-eagle3", "--speculative-config.method", "eagle3", "--speculative-config.model", "{draft}",
           "--speculative-config.num_speculative_tokens", "3"),
-    *(_llama_cpp(kind) for kind in ("F32", "BF16", "Q8_0", "Q4_0")),
+    *(_llama_cpp(*formats) for formats in (("F32", "fp32"), ("BF16", "bf16"), ("Q8_0", "int8"), ("Q4_0", "int4"))),
 )  # fmt: skip

@@ -1,0 +1,96 @@
+"""What each `target.precision` costs in accuracy and in time.
+
+    python benchmarks/precision.py --prompts FILE... --limit 20
+
+The model reads the prompts in every precision, and each position's distribution is compared with that of fp32:
+Kullback-Leibler divergence in nats, and how often the likeliest token is the same. Passes are timed in turn, one
+request: of one token, of five (four proposals are checked), and of 128 (a prompt is read), the head's logits included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from aurora_lit.bench.drive import load_prompts
+from aurora_lit.config import load_config
+from aurora_lit.models.source import cache_root, resolve
+from aurora_lit.models.target import Target
+from aurora_lit.serve.build import load_tokenizer
+
+WIDTHS = (1, 5, 128)
+CONTEXT = 150
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", nargs="+", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=20, help="prompts taken from each file")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "int8", "int4"])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("overrides", nargs="*", help="settings, key=value, after --")
+    arguments = parser.parse_args()
+    config = load_config(None, arguments.overrides)
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    source = config.target
+    folder = resolve(source.source, cache_dir=cache_root(source.cache_dir), sha256=source.sha256)
+    prompts = load_prompts(
+        arguments.prompts, limit=arguments.limit, tokenizer=load_tokenizer(config), max_prompt_tokens=512
+    )
+    targets = {name: Target.load(folder, precision=name) for name in ["fp32", *arguments.precisions]}
+    exact = targets["fp32"]
+    divergence = {name: 0.0 for name in targets}
+    same, positions = dict.fromkeys(targets, 0), 0
+    for prompt in prompts:
+        ids_1T = torch.tensor([prompt.token_ids])
+        logp_TV = log_probabilities(exact, ids_1T)
+        positions += len(logp_TV)
+        for name, target in targets.items():
+            found_TV = log_probabilities(target, ids_1T)
+            divergence[name] += float((logp_TV.exp() * (logp_TV - found_TV)).sum())
+            same[name] += int((logp_TV.argmax(-1) == found_TV.argmax(-1)).sum())
+    times = time_passes(targets, repeats=arguments.repeats)
+    table = Table(title=f"against fp32, over {positions:,} positions; passes: median of {arguments.repeats}")
+    for column in ("precision", "divergence, nats", "same token", *(f"pass of {width}, ms" for width in WIDTHS)):
+        table.add_column(column, justify="right")
+    for name in arguments.precisions:
+        row = [f"{divergence[name] / positions:.6f}", f"{same[name] / positions:.2%}"]
+        table.add_row(name, *row, *(f"{statistics.median(times[name][width]) * 1e3:.2f}" for width in WIDTHS))
+    Console(width=120).print(table)
+
+
+def log_probabilities(target: Target, ids_1T: torch.Tensor) -> torch.Tensor:
+    """What the target says behind each token [T, V]."""
+    slots = target.make_slots(num_slots=1, capacity=ids_1T.shape[1])
+    zero = torch.zeros(1, dtype=torch.int64)
+    _, last_1TH = target(ids_1T, slots=slots, slots_B=zero, starts_B=zero)
+    return target.logits(last_1TH)[0].log_softmax(-1)
+
+
+def time_passes(targets: dict[str, Target], *, repeats: int) -> dict[str, dict[int, list[float]]]:
+    """Seconds of passes by precision and width, behind a context; precisions take turns."""
+    seconds: dict[str, dict[int, list[float]]] = {name: {width: [] for width in WIDTHS} for name in targets}
+    slots = {name: target.make_slots(num_slots=1, capacity=CONTEXT + max(WIDTHS)) for name, target in targets.items()}
+    zero, start = torch.zeros(1, dtype=torch.int64), torch.full((1,), CONTEXT)
+    for width in WIDTHS:
+        ids_1T = torch.arange(width)[None]
+        for _ in range(repeats):
+            for name, target in targets.items():
+                started = time.perf_counter()
+                _, last_1TH = target(ids_1T, slots=slots[name], slots_B=zero, starts_B=start)
+                target.logits(last_1TH[:, -5:])
+                seconds[name][width].append(time.perf_counter() - started)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
