@@ -260,8 +260,8 @@ def test_ratios_are_taken_inside_a_pair_and_spread_over_the_repeats() -> None:
     assert Pair.from_json(json.loads(json.dumps(pairs[0].to_json()))) == pairs[0]
 
 
-PLACES = {"python", "bin", "model", "draft", "gguf", "config", "precision", "cores", "threads", "tcmalloc", "iomp", "cache",
-          "port"}  # fmt: skip
+PLACES = {"python", "bin", "model", "draft", "gguf", "config", "precision", "cores", "threads", "tcmalloc", "iomp",
+          "cache", "port"}  # fmt: skip
 
 
 def test_every_engine_has_a_name_of_its_own_and_names_only_what_is_prepared() -> None:

@@ -4,8 +4,8 @@ Leaves out how an engine is installed (environments.py) and how its server is ru
 
 Words in braces are filled in from what was prepared: {python} and {bin} of the engine's environment, {model} (the
 folder our own server loads), {draft} (our draft, exported), {gguf} (a folder of GGUF files), {config} (our settings),
-{precision} (of ours beside this peer), {cores} (`0,1`), {threads}, {tcmalloc} and {iomp} (libraries to preload), {cache}
-and {port}.
+{precision} (of ours beside this peer), {cores} (`0,1`), {threads}, {tcmalloc} and {iomp} (libraries to preload),
+{cache} and {port}.
 """
 
 from __future__ import annotations
