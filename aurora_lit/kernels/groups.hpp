@@ -1,7 +1,8 @@
 // The linear layer with weights of four or eight bits that share a scale in groups of 32 along the inputs, as
 // llama.cpp's Q4_1 and Q8_0 do. Inputs are rounded to twelve or sixteen bits, a scale a group, which is finer than bf16
-// for what weighs in a sum. Products are summed as integers inside a group, which is exact in any order, and over groups in fp32 in one order: as
-// batch-invariant as the other kinds, with a third or half of bf16's weights to read. grouped.py packs the weights.
+// for what weighs in a sum. Products are summed as integers inside a group, which is exact in any order, and over groups
+// in fp32 in one order: as batch-invariant as the other kinds, with a third or half of bf16's weights to read.
+// grouped.py packs the weights.
 // Source of the formats: ggml-common.h (block_q4_1, block_q8_0); of the instruction: VPDPWSSD, Intel 64 and IA-32
 // Architectures Software Developer's Manual, vol. 2.
 #pragma once
@@ -18,7 +19,7 @@
 
 namespace {
 
-constexpr int GROUP = 32;               // inputs that share a scale
+constexpr int GROUP = 32;  // inputs that share a scale
 // A rounded input splits into two signed bytes: STEP times one plus the other. Beside weights of four bits the step is
 // one by which a weight still is a byte.
 template <int BITS>
