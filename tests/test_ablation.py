@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def a_config(folder: Path, **learn: Any) -> AuroraConfig:
-    config = load_config(None, [f"engine.max_draft_tokens={K}", "engine.explore_share=0.3", "domain.detect=false"])
+    config = load_config(None, [f"engine.max_draft_tokens={K}", "engine.explore_share=0.1", "domain.detect=false"])
     fields = {"batch_positions": 512, "num_steps": K, "min_steps": 6, "learning_rate": 4e-3, "gate_requests": 12}
     return replace(
         config,
