@@ -36,7 +36,7 @@ _USABLE = 0.95
 """Of a card: the rest is lost between allocations."""
 _CONTEXT_BYTES = 1 << 30
 """What a process with its GPU context takes of a device before anything is loaded; about."""
-WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "auto": 2.0, "int8": 34 / 32, "int4": 20 / 32}
+_WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "auto": 2.0, "int8": 34 / 32, "int4": 20 / 32}
 """Of a weight by `target.precision`, scales and minima included; at most, for auto; of int4 without the head's own."""
 _MOST_DEVICES = 64
 _MIB = 1 << 20
@@ -88,7 +88,7 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
     element_bytes = 4 if config.target.precision == "fp32" else 2  # of whatever is no weight of the target
     by_heads = engine.strategy == "tensor_parallel" and devices > 1
     whole_layers = engine.strategy == "fsdp" and devices > 1
-    weight_bytes = WEIGHT_BYTES[config.target.precision]
+    weight_bytes = _WEIGHT_BYTES[config.target.precision]
     parameters, largest_layer = _parameters(shape.to_json_string())
     slots, capacity = engine.max_batch_size, engine.max_seq_len + engine.max_draft_tokens + 1
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

@@ -14,7 +14,8 @@ from tiny_models import FAMILIES, VOCAB, reference_model, save_model
 from aurora_lit.config import load_config
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
-from aurora_lit.kernels.packed import STORAGE, PackedLinear
+from aurora_lit.kernels.native import STORAGE
+from aurora_lit.kernels.packed import PackedLinear
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target, aux_layer_ids
 from aurora_lit.serve.build import load_target

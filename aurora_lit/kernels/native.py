@@ -30,8 +30,10 @@ _AREA_BYTES = 16 << 20
 """Of huge pages, for the weights that are too small for pages of their own."""
 _areas: list[torch.Tensor] = []
 _area_lock = threading.Lock()  # a new draft is packed beside serving
-SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8", torch.uint8: "int4"}
-"""Of the kernels' names, by what weights and slots are stored in; weights of four bits lie two to a byte."""
+STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
+"""By `target.precision`: the type that names how weights are stored; those of four bits lie two to a byte."""
+SUFFIXES = {dtype: name for name, dtype in STORAGE.items()}
+"""Of the kernels' names, by what weights and slots are stored in."""
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
 
 

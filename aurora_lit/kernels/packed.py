@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from aurora_lit.kernels import native
+from aurora_lit.kernels.native import STORAGE
 
-STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
-"""By `target.precision`: the type that names how weights are stored."""
 _ROWS_LOOKED_AT = 8
 
 
