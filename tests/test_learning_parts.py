@@ -433,6 +433,21 @@ def test_the_gate_refuses_what_one_domain_pays_for() -> None:
     assert "'old'" in verdict.reason
 
 
+def test_drafts_as_good_are_rarely_refused_however_many_domains_and_few_requests_there_are() -> None:
+    chance = torch.Generator().manual_seed(0)
+    better = [(2.0, 2.4 + i / 50) for i in range(12)]
+
+    def refused(shift: float, requests: int) -> float:
+        changes = shift + torch.randn(1000, 8, requests, generator=chance)
+        verdicts = [judge(better, {str(i): [(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)})
+                    for table in changes.tolist()]  # fmt: skip
+        return sum(not verdict.passed for verdict in verdicts) / 1000
+
+    assert 0.02 < refused(0.0, requests=3) < 0.08
+    assert 0.02 < refused(0.0, requests=12) < 0.08
+    assert refused(-1.0, requests=12) > 0.95
+
+
 def test_a_worse_draft_scores_worse(target: Target, ends: FrozenEnds, good_draft: Draft) -> None:
     scored = [held(trace, ends) for trace in serve(target, good_draft, some_requests(6))]
     good, bad = (

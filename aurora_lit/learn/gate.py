@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from aurora_lit.learn.dataset import collate
@@ -31,8 +32,8 @@ HELD_OUT_EVERY = 6
 """One request in so many never teaches."""
 MIN_REQUESTS = 6
 """Newest held-out requests without which nothing is judged."""
-_NOISE = 1.645
-"""Standard errors: worse by more is worse (one-sided, 5 %)."""
+_FALSE_REFUSALS = 0.05
+"""Chance that a draft as good as the champion in every domain is refused for one of them."""
 _OLD_REQUESTS = 64
 """Older held-out requests kept, all domains together."""
 
@@ -125,7 +126,8 @@ class Verdict:
 def judge(newest: Sequence[tuple[float, float]], by_domain: dict[str, list[tuple[float, float]]]) -> Verdict:
     """Decide by (champion, challenger) scores, paired by request.
 
-    The challenger passes when it is better on average over the newest requests and in no domain worse beyond noise.
+    The challenger passes when it is better on average over the newest requests and in no domain worse beyond noise:
+    paired one-sided t-tests, whose levels share _FALSE_REFUSALS (Bonferroni).
     """
     champion, challenger, _ = _compare(newest)
     reason = f"{challenger:.3f} against {champion:.3f} tokens a round on the {len(newest)} newest requests"
@@ -134,7 +136,7 @@ def judge(newest: Sequence[tuple[float, float]], by_domain: dict[str, list[tuple
     for domain, pairs in sorted(by_domain.items()):
         before, after, errors = _compare(pairs)
         table[domain] = {"champion": round(before, 4), "challenger": round(after, 4), "requests": float(len(pairs))}
-        if errors < -_NOISE:
+        if len(pairs) > 1 and errors < stdtrit(len(pairs) - 1, _FALSE_REFUSALS / len(by_domain)):
             passed = False
             reason += f"; worse in domain {domain!r}: {after:.3f} against {before:.3f} on {len(pairs)} requests"
     return Verdict(
@@ -144,10 +146,10 @@ def judge(newest: Sequence[tuple[float, float]], by_domain: dict[str, list[tuple
 
 
 def _compare(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """Means of champion and challenger, and their difference in standard errors (0 when there are fewer than three)."""
+    """Means of champion and challenger, and their difference in standard errors (0 when there is but one pair)."""
     count = len(pairs)
     before, after = (sum(side) / count for side in zip(*pairs, strict=True))
-    if count < 3:
+    if count < 2:
         return before, after, 0.0
     variance = sum((b - a - (after - before)) ** 2 for a, b in pairs) / (count - 1)
     return before, after, (after - before) / max(math.sqrt(variance / count), 1e-9)
