@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from aurora_lit.ipc.learner_status import LearnerBlock
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.sampling import Proposals
+from aurora_lit.serve.cores import SharedCores
 from aurora_lit.serve.drafting import Drafter
 from aurora_lit.serve.exploring import LearnersWish
 from aurora_lit.serve.proposing import Proposer
@@ -162,6 +164,37 @@ def test_rounds_explore_as_a_living_learner_asks_and_else_as_configured(tmp_path
     page.beat()
     page.write(pid=0)
     assert followed() == (0.02, 1.5), "it has left"
+
+
+def test_rounds_leave_the_cores_alone_that_a_living_learner_computes_on(tmp_path: Path) -> None:
+    page, policy, now = LearnerBlock.create(tmp_path / "page"), DraftLength(max_draft_tokens=2, adaptive=True), [0.0]
+    had = torch.get_num_threads()
+    cores = SharedCores(policy, page, threads=4, cores=5, monotonic_s=lambda: now[0])
+
+    def followed(busy_threads: int) -> tuple[int, bool]:
+        now[0] += 1.0
+        page.write(busy_threads=busy_threads)
+        cores.follow()
+        policy.observe_target(1, 1, 0.1)
+        return torch.get_num_threads(), policy.times_count
+
+    try:
+        torch.set_num_threads(4)
+        assert followed(3) == (4, True), "no learner"
+        page.beat()
+        page.write(pid=os.getpid())
+        assert followed(1) == (4, True), "there is a core for it"
+        assert policy.target_cost(1, 1) == 0.1
+        assert followed(3) == (2, False)
+        policy.observe_target(1, 1, 9.0)
+        assert policy.target_cost(1, 1) == 0.1, "what rounds on fewer cores take is no cost of rounds"
+        assert followed(9) == (1, False)
+        assert followed(0) == (4, True), "it rests"
+        assert followed(3) == (2, False)
+        page.write(heartbeat_ns=time.monotonic_ns() - int(20e9))
+        assert followed(3) == (4, True), "it was killed at work"
+    finally:
+        torch.set_num_threads(had)
 
 
 def test_the_engine_explores_as_it_is_told_between_rounds(target: Target) -> None:

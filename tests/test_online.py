@@ -283,6 +283,26 @@ def test_the_loop_yields_while_its_share_is_used_up_and_still_reads(
     assert max(world.naps) <= 0.2
 
 
+def test_the_page_says_which_cores_learning_takes_while_it_takes_them(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    world = World(target, tmp_path, threads=3)
+    seen: list[int] = []
+    world.outside.sleep = lambda _: seen.append(world.page.peek("busy_threads"))
+    world.loop.tick()  # nothing to do
+    learn = world.learner.update
+
+    def update(batch: Any) -> Any:
+        seen.append(world.page.peek("busy_threads"))
+        return learn(batch)
+
+    world.learner.update = update  # type: ignore[method-assign]
+    world.ring.records.extend(traffic[:10])
+    world.loop.tick()
+    assert seen == [0, 3]
+    assert world.page.peek("busy_threads") == 0
+
+
 def test_a_full_disk_is_said_and_learning_goes_on(
     target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

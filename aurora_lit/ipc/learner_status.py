@@ -11,6 +11,8 @@ Leaves out the page's mechanics (ipc/page.py) and learning.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +59,8 @@ class LearnerStatus:
     lag_records: int
     """Traces in the ring and not yet read."""
     lag_bytes: int
+    busy_threads: int
+    """CPU threads that it computes with just now; 0 while it rests."""
     published: int
     """Drafts published."""
     gate_refused: int
@@ -115,6 +119,15 @@ class LearnerBlock(Page[LearnerStatus]):
     """The page of the learner."""
 
     kind = LearnerStatus
+
+    @contextlib.contextmanager
+    def computing(self, threads: int) -> Iterator[None]:
+        """Say meanwhile that so many CPU threads are busy, so that the server leaves their cores alone."""
+        self.write(busy_threads=threads)
+        try:
+            yield
+        finally:
+            self.write(busy_threads=0)
 
 
 def _exists(pid: int) -> bool:

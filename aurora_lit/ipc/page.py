@@ -131,6 +131,10 @@ class Page(Generic[Record]):
                     self._whole[place.first + index] = count
         self._whole[1] += 1
 
+    def peek(self, name: str) -> int:
+        """A whole number as it is now, whatever the other fields are."""
+        return self._whole[self._places[name].first]
+
     def read(self) -> Record:
         """A consistent reading. After a writer that died inside a write, the last try is taken as it is."""
         for _ in range(200):

@@ -125,16 +125,22 @@ class OnlineLoop:
             return
         self._warm_start()
         self.feed.replay_share = self.learner.steering.signal.replay_share
-        if self._trial_is_due():
-            self._try_to_publish()
-        elif batch := self.feed.next_batch(oldest_fresh=self._served_number - self._config.max_staleness):
-            self._activity = "learning"
-            self.learner.update(batch)
-        else:
-            self._activity = "waiting for traces"
-            self._outside.sleep(_LONGEST_PAUSE_S)
-        self._save_when_due()
+        with self._outside.page.computing(self._config.threads):
+            if trial_is_due := self._trial_is_due():
+                self._try_to_publish()
+            found_work = trial_is_due or self._step()
+            self._save_when_due()
         self._report()
+        if not found_work:
+            self._outside.sleep(_LONGEST_PAUSE_S)
+
+    def _step(self) -> bool:
+        """One optimiser step; False when there is nothing to learn from."""
+        batch = self.feed.next_batch(oldest_fresh=self._served_number - self._config.max_staleness)
+        self._activity = "waiting for traces" if batch is None else "learning"
+        if batch is not None:
+            self.learner.update(batch)
+        return batch is not None
 
     # -- traces ----------------------------------------------------------------------------------------------------
 
@@ -214,7 +220,11 @@ class OnlineLoop:
         self.tokens_entered += self.learner.adapt_vocabulary()
         if (use := self.learner.vocabulary_use) is not None:
             self._coverage = use.coverage(self.learner.draft.draft_token_ids)
-        verdict = self._compare()
+        with self.learner.fabric.autocast():
+            verdict = compare(
+                self.held_out, champion=self._champion, challenger=self.learner.module.module,
+                batch_positions=self._config.batch_positions,
+            )  # fmt: skip
         if verdict is None:
             return
         self.verdict = verdict
@@ -239,16 +249,6 @@ class OnlineLoop:
         if self._domain_drafts is not None and self._domain_drafts.warm_start(self.learner, self.held_out):
             self.warm_starts += 1
             self._last_trial_s, self._last_trial_steps = -math.inf, self.learner.steps - self._config.min_steps
-
-    def _compare(self) -> Verdict | None:
-        """Score both drafts on all held-out requests; None when too few of them can be scored."""
-        with self.learner.fabric.autocast():
-            return compare(
-                self.held_out,
-                champion=self._champion,
-                challenger=self.learner.module.module,
-                batch_positions=self._config.batch_positions,
-            )
 
     # -- what is left behind ---------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft, DraftConfig
 from aurora_lit.serve.branching import slot_capacity
 from aurora_lit.serve.calls import WorkerParts
+from aurora_lit.serve.cores import SharedCores
 from aurora_lit.serve.drafting import FittedDraft, fit_draft
 from aurora_lit.serve.engine import Engine
 from aurora_lit.serve.exploring import LearnersWish
@@ -75,11 +76,15 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         assert draft is not None
         return fit_draft(draft, target, capacity=capacity)
 
-    wish = LearnersWish(engine.proposer, LearnerBlock.open(run_folder / LEARNER_STATUS_NAME))
+    page = LearnerBlock.open(run_folder / LEARNER_STATUS_NAME)
+    wish = LearnersWish(engine.proposer, page)
+    cores = SharedCores(engine.policy, page, threads=torch.get_num_threads())
 
     def before_round() -> None:
         wish.follow()
-        if part is not None:
+        if part is None:
+            cores.follow()
+        else:
             part.ranks.announce(engine.draft_version)
 
     def close() -> None:

@@ -226,7 +226,7 @@ class Engine:
             self._commit(row, of_row, logits_TV)
             for row, of_row, logits_TV in zip(rows, judged, logits_BTV, strict=True)
         ]
-        self.policy.target_cost.update(len(rows), ids_BT.shape[1], time.perf_counter() - started)
+        self.policy.observe_target(len(rows), ids_BT.shape[1], time.perf_counter() - started)
         if proposals.parent_BK is not None:
             self.policy.observe_trees(judged, outputs)
         if self._observer:

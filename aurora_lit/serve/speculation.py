@@ -63,6 +63,8 @@ class DraftLength:
         """Of each further proposal, by rows (width 1)."""
         self.mean_rate = _FIRST_RATE
         """Running acceptance rate of all traffic: where a new request starts."""
+        self.times_count = True
+        """Whether rounds have the machine that costs are about; false: how long they take is not taken in."""
         self._last = max_draft_tokens
         self._rounds_without = 0
         self._resting = False
@@ -141,7 +143,7 @@ class DraftLength:
     def observe_levels(self, rows: int, levels: int, seconds: float) -> None:
         """Take in how long drafting a tree took; what catching up took more than usual is no level's fault alone."""
         expected = self.first_step_cost(rows, 1) + (levels - 1) * self.level_cost(rows, 1)
-        if expected and levels > 1:
+        if self.times_count and expected and levels > 1:
             for table in (self.first_step_cost, self.level_cost):
                 table.update(rows, 1, table(rows, 1) * seconds / expected)
 
@@ -205,10 +207,15 @@ class DraftLength:
             row.rate = max(row.rate, _FIRST_RATE)
         self._last, self._rounds_without = self.max_draft_tokens, 0
 
+    def observe_target(self, rows: int, width: int, seconds: float) -> None:
+        """Take in how long a round took from the target's pass on."""
+        if self.times_count:
+            self.target_cost.update(rows, width, seconds)
+
     def observe_draft(self, rows: int, steps: int, seconds: float) -> None:
         """Take in how long drafting took in a round."""
         expected = self._draft_seconds(rows, steps)
-        if expected:
+        if self.times_count and expected:
             for table in (self.first_step_cost, self.next_step_cost):
                 table.update(rows, 1, table(rows, 1) * seconds / expected)
 
