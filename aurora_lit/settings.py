@@ -145,6 +145,9 @@ class LearnConfig:
     """Begin with an untrained draft instead of draft.checkpoint (day 0)."""
     learning_rate: float = _within(3e-4, 0.0, 1.0)
     """Peak learning rate."""
+    ema_decay: float = _within(0.9, 0.0, 0.9999)
+    """What is tried and published is the running average of the learner's weights, of which so much stays at each
+    optimiser step: the noise of a high learning rate averages out. 0: the weights as they are."""
     batch_positions: int = _within(1024, 16, 1 << 20)
     """Token positions of a batch, padding included."""
     num_steps: int = _within(4, 1, 8)

@@ -231,6 +231,36 @@ def test_a_batch_that_is_not_finite_leaves_the_learner_as_it_was(
     assert any(not torch.equal(tensor, before[name]) for name, tensor in learner.draft.state_dict().items())
 
 
+def test_what_is_tried_is_the_running_average_of_the_weights(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    ends, start = FrozenEnds(target), random_draft(target)
+    batch = online_batch([read_lesson(trace, ends) for trace in traffic[:6]], [], oldest_fresh=0)
+    learner = Learner(
+        online_module(target, copy.deepcopy(start)), a_steering(), tmp_path / "s", ends=ends, version="start",
+        ema_decay=0.8,
+    )  # fmt: skip
+
+    def averaged() -> dict[str, torch.Tensor]:
+        with learner.averaged() as module:
+            assert module.draft is learner.draft
+            return copy.deepcopy(module.draft.state_dict())
+
+    expected = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    for _ in range(4):
+        learner.update(batch)
+        for name, tensor in learner.draft.state_dict().items():
+            if tensor.is_floating_point():
+                expected[name].mul_(0.8).add_(tensor, alpha=0.2)
+    for name, tensor in averaged().items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
+    with learner.averaged():
+        pass
+    assert not torch.equal(learner.draft.lm_head.weight, expected["lm_head.weight"]), "learning has its own weights"
+    learner.restart_from(start, version="start")
+    assert all(torch.equal(tensor, start.state_dict()[name]) for name, tensor in averaged().items())
+
+
 def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
@@ -240,7 +270,7 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(
     def a_learner(seed: int) -> Learner:
         steering = a_steering(detector=DomainDetector(max_domains=4, novelty=0.7), floor=0.1)
         module = online_module(target, random_draft(target, seed=seed))
-        return Learner(module, steering, tmp_path / "state", ends=ends, version="start")
+        return Learner(module, steering, tmp_path / "state", ends=ends, version="start", ema_decay=0.9)
 
     first = a_learner(0)
     assert not first.resume(), "there is nothing yet"
@@ -257,8 +287,11 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(
     assert 0 < again.steering.heat == first.steering.heat < 0.9
     for learner in (first, again):
         learner.update(batch)
-    for name, tensor in first.draft.state_dict().items():
-        torch.testing.assert_close(tensor, again.draft.state_dict()[name], msg=name)
+    with first.averaged(), again.averaged():
+        averages = [copy.deepcopy(learner.draft.state_dict()) for learner in (first, again)]
+    for mine, its in [(first.draft.state_dict(), again.draft.state_dict()), averages]:
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, its[name], msg=name)
 
     whole = (tmp_path / "state").read_bytes()
     (tmp_path / "state").write_bytes(whole[: len(whole) // 2])

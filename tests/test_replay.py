@@ -215,7 +215,9 @@ def test_without_gate_or_store_every_draft_serves_and_none_is_written(
     assert (replay.version, replay.published, replay.trials) == ("draft-000004", 4, [])
     assert not (tmp_path / "versions").exists()
     served = replay.served.state_dict()
-    for name, learned in replay.learner.draft.state_dict().items():
+    with replay.learner.averaged() as module:
+        averaged = module.draft.state_dict()
+    for name, learned in averaged.items():
         stored = learned.bfloat16() if learned.is_floating_point() else learned
         assert torch.equal(served[name], stored.to(learned.dtype)), name
 

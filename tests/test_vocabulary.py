@@ -220,6 +220,8 @@ def test_a_learner_adapts_with_its_optimisers_and_the_frozen_head(
     for place, token in enumerate(ids.tolist()):
         assert torch.equal(moment[place], rows[token] if token not in new else torch.zeros_like(moment[0]))
     assert torch.equal(learner.module.module.head_VdH, ends.head_VH[ids])
+    with learner.averaged() as module:
+        assert torch.equal(module.draft.draft_token_ids, ids), "what is tried has the same vocabulary"
     before = weight.detach().clone()
     assert learner.update(batch) is not None
     moved_D = (weight.detach() - before).abs().sum(-1)

@@ -77,9 +77,9 @@ class DomainDrafts:
         requests = _of(shift.domain, held_out)
         if shift.cause != "mix" or len(requests) < FEWEST_REQUESTS:
             return False
-        with learner.fabric.autocast():
+        with learner.averaged() as module, learner.fabric.autocast():
             best = self._score_kept(shift.domain, requests)
-            if best is None or best <= self._score(learner.module.module, requests):
+            if best is None or best <= self._score(module, requests):
                 return False
         learner.restart_from(self._scratch.draft, version=learner.version)
         self._refused = 0
@@ -87,8 +87,8 @@ class DomainDrafts:
 
     def after_trial(self, learner: Learner, held_out: HeldOut, *, passed: bool) -> bool:
         """Keep the learner's draft where it is best; whether a warm start is to be given up."""
-        with learner.fabric.autocast():
-            self._offer(learner.module.module, held_out)
+        with learner.averaged() as module, learner.fabric.autocast():
+            self._offer(module, held_out)
         if self._refused is not None:
             self._refused = None if passed else self._refused + 1
         if self._refused != PATIENCE_TRIALS:

@@ -11,11 +11,12 @@ What is left out: batches (learn/feed.py), when to step (learn/loop.py), the los
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
-from torchmetrics import MeanMetric
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.steering import Steering
+from aurora_lit.learn.step_metrics import StepMetrics
 from aurora_lit.learn.vocabulary import VocabularyUse, change_vocabulary
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.draft_batch import OnlineBatch
@@ -35,7 +37,7 @@ from aurora_lit.modules.draft_module import DraftModule, OnlineReport
 STARTING_VERSION = "start"
 """Stands for the draft that serving began with, before any was published."""
 _LOG_EVERY_STEPS = 8
-_USE = "vocabulary_use"
+_USE, _AVERAGE = "vocabulary_use", "average"
 _log = logging.getLogger(__name__)
 
 
@@ -52,6 +54,7 @@ class Learner:
         version: str,
         vocabulary_use: VocabularyUse | None = None,
         starting_ids: torch.Tensor | None = None,
+        ema_decay: float = 0.0,
         loggers: Sequence[Logger] = (),
         fabric: Fabric | None = None,
     ) -> None:
@@ -59,6 +62,7 @@ class Learner:
 
         vocabulary_use: what `adapt_vocabulary` goes by; None: the vocabulary stays. starting_ids: vocabulary of the
         draft that serving began with, by which a state of another deployment is told; None: the module's.
+        ema_decay: what stays of the averaged weights at each step (see `averaged`).
         fabric: of several processes that take each step together; each must be given the same batches.
         """
         self._ends, self.vocabulary_use = ends, vocabulary_use
@@ -74,7 +78,9 @@ class Learner:
         """Batches since this object was made whose loss or gradient was not finite; they taught nothing."""
         self.fabric = fabric or Fabric(accelerator="auto", devices=1, precision="bf16-mixed", loggers=list(loggers))
         self.module: Any = self.fabric.setup_module(module)
-        self._metrics: dict[str, MeanMetric] = {}
+        self._metrics = StepMetrics()
+        self._ema_decay = ema_decay
+        self._average = self._new_average()
         self._new_optimizers()
 
     @property
@@ -83,6 +89,26 @@ class Learner:
         draft = self.module.draft
         assert isinstance(draft, Draft)
         return draft
+
+    @property
+    def _averaged_draft(self) -> Draft:
+        draft = self._average.module
+        assert isinstance(draft, Draft)
+        return draft
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[DraftModule]:
+        """The module with the running average of its weights, which is what is tried, published and kept.
+
+        Averaging takes out the noise of a high learning rate without lowering it (Polyak and Juditsky 1992).
+        """
+        module: DraftModule = self.module.module
+        learning = module.draft
+        module.draft = self._averaged_draft
+        try:
+            yield module
+        finally:
+            module.draft = learning
 
     def update(self, batch: OnlineBatch) -> OnlineReport | None:
         """Learn from a batch: loss, gradient, one step of each optimiser and of the schedule."""
@@ -102,9 +128,14 @@ class Learner:
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
+        self._average.update_parameters(self.draft)
         self.steps += 1
         self.positions += int((batch.traces.weight_BT > 0).sum())
-        self._log(report, norm)
+        self._metrics.note(report, norm)
+        if self.steps % _LOG_EVERY_STEPS == 0:
+            rate = float(self.schedules[0].get_last_lr()[0])
+            heat = self.steering.heat
+            self.log({**self._metrics.take(), "learning_rate": rate, "heat": heat, "positions": self.positions})
         return report
 
     def restart_from(self, draft: Draft, *, version: str) -> None:
@@ -112,6 +143,7 @@ class Learner:
         self.draft.load_state_dict(draft.state_dict())
         self._ends.fit_head(self.module.module)
         self.version = version
+        self._average = self._new_average()
         self._new_optimizers()
 
     def adapt_vocabulary(self) -> int:
@@ -123,6 +155,7 @@ class Learner:
         states = [optimizer.optimizer.state.get(weight, {}) for optimizer in self.optimizers]
         moments = [value for state in states for value in state.values() if value.shape == weight.shape]
         entered = change_vocabulary(self.draft, ids_D, self._ends.head_VH, per_row=moments)
+        change_vocabulary(self._averaged_draft, ids_D, self._ends.head_VH, per_row=[])
         self._ends.fit_head(self.module.module)
         return entered
 
@@ -161,8 +194,10 @@ class Learner:
             _log.warning("the learner's state in %s is not used: %s", self.state_path, reason)
             return False
         for name, part in self._stateful().items():
-            if name in rest or name != _USE:  # states of before there was any adapting have none
+            if name in rest or name not in (_USE, _AVERAGE):  # states of before there were any have none
                 part.load_state_dict(rest[name])
+        if _AVERAGE not in rest:
+            self._average = self._new_average()
         self._ends.fit_head(self.module.module)
         for schedule, state in zip(self.schedules, rest["schedules"], strict=True):
             schedule.load_state_dict(state)
@@ -183,12 +218,16 @@ class Learner:
 
     def mean(self, name: str) -> float:
         """Running mean of a metric since it was last logged; 0 before the first step."""
-        metric = self._metrics.get(name)
-        return float(metric.compute()) if metric is not None and metric.update_called else 0.0
+        return self._metrics.mean(name)
 
     def log(self, values: dict[str, float]) -> None:
         """Give numbers of this step to the loggers."""
         self.fabric.log_dict(values, step=self.steps)
+
+    def _new_average(self) -> AveragedModel:
+        average = AveragedModel(self.draft, multi_avg_fn=get_ema_multi_avg_fn(self._ema_decay))  # type: ignore[no-untyped-call]
+        average.n_averaged += 1  # the weights as they are count
+        return average
 
     def _new_optimizers(self) -> None:
         module: DraftModule = self.module.module
@@ -233,46 +272,7 @@ class Learner:
         return {
             "module": self.module,
             "domains": self.steering,
+            _AVERAGE: self._average,
             **use,
             **{f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)},
         }
-
-    def _log(self, report: OnlineReport, norm: torch.Tensor) -> None:
-        """Average the step's numbers; every few steps the means go to the loggers."""
-        for name, value, weight in _numbers(report, norm):
-            # Processes see different terms, so what is logged is the first one's part.
-            metric = MeanMetric(nan_strategy="ignore", sync_on_compute=False)
-            self._metrics.setdefault(name, metric).update(value, weight)
-        if self.steps % _LOG_EVERY_STEPS == 0:
-            means = {name: float(metric.compute()) for name, metric in self._metrics.items() if metric.update_called}
-            rate = float(self.schedules[0].get_last_lr()[0])
-            self.log({**means, "learning_rate": rate, "heat": self.steering.heat, "positions": self.positions})
-            for metric in self._metrics.values():
-                metric.reset()
-
-
-def _numbers(report: OnlineReport, norm: torch.Tensor) -> list[tuple[str, float, float]]:
-    """Name, value and weight of what a step showed; what it did not show has weight 0."""
-    policy = report.policy
-    numbers = [
-        ("loss", float(report.loss.detach()), 1.0),
-        ("lk_live", float(report.lk_live), 1.0),
-        ("lk_replay", float(report.lk_replay), 1.0),
-        ("value_loss", float(report.value_loss), 1.0),
-        ("gradient_norm", float(norm), 1.0),
-        ("policy_weight", float(report.policy_weight), 1.0),
-        ("policy_loss", float(policy.policy_loss.detach()), float(policy.num_rounds)),
-        ("policy_accepted_length", float(policy.accepted_length), float(policy.num_rounds)),
-        ("entropy", float(policy.entropy.detach()), float(policy.num_proposals)),
-        ("mean_ratio", float(policy.mean_ratio), float(policy.num_proposals)),
-        ("clip_fraction", float(policy.clip_fraction), float(policy.num_proposals)),
-        ("explained_variance", float(policy.explained_variance), float(policy.num_proposals)),
-    ]
-    for place, (tested, accepted) in enumerate(zip(report.tested_K, report.accepted_K, strict=True)):
-        rate = float(accepted) / max(1.0, float(tested))
-        numbers.append((f"served_acceptance_{place}", rate, float(tested)))
-    alpha_KN, weight_KN = report.stats.alpha_N, report.weight_KBT.flatten(1)
-    for step, (alpha_N, weight_N) in enumerate(zip(alpha_KN, weight_KN, strict=True)):
-        total = float(weight_N.sum())
-        numbers.append((f"alpha_{step}", float((alpha_N * weight_N).sum()) / max(1.0, total), total))
-    return [number for number in numbers if number[2] > 0]

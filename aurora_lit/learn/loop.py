@@ -220,9 +220,9 @@ class OnlineLoop:
         self.tokens_entered += self.learner.adapt_vocabulary()
         if (use := self.learner.vocabulary_use) is not None:
             self._coverage = use.coverage(self.learner.draft.draft_token_ids)
-        with self.learner.fabric.autocast():
+        with self.learner.averaged() as challenger, self.learner.fabric.autocast():
             verdict = compare(
-                self.held_out, champion=self._champion, challenger=self.learner.module.module,
+                self.held_out, champion=self._champion, challenger=challenger,
                 batch_positions=self._config.batch_positions,
             )  # fmt: skip
         if verdict is None:
@@ -233,7 +233,8 @@ class OnlineLoop:
         if verdict.passed:
             record = {"steps": self.learner.steps, "positions": self.learner.positions, "reason": verdict.reason}
             try:
-                self.learner.version = self._outside.store.publish(self.learner.draft, record=record | verdict.record)
+                with self.learner.averaged() as better:
+                    self.learner.version = self._outside.store.publish(better.draft, record=record | verdict.record)
                 self.published += 1
             except OSError as error:  # a full disk: learning goes on, and the next trial tries again
                 self._outside.page.write(error=f"a draft could not be published: {error}")

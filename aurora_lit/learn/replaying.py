@@ -96,7 +96,8 @@ class Replay:
         module = online_module(config, copy.deepcopy(starting), ends)
         self.learner = Learner(
             module, steering_of(config), folder / "learner.ckpt", ends=ends, version=STARTING_VERSION,
-            vocabulary_use=VocabularyUse(ends) if learn.adapt_vocabulary else None, fabric=fabric,
+            vocabulary_use=VocabularyUse(ends) if learn.adapt_vocabulary else None, ema_decay=learn.ema_decay,
+            fabric=fabric,
         )  # fmt: skip
         self.fabric = self.learner.fabric
         device = self.fabric.device
@@ -202,25 +203,26 @@ class Replay:
             return
         self._last_trial_steps = self.learner.steps
         self.learner.adapt_vocabulary()
-        if not self._gated:
-            self._serve({"reason": "no gate"})
-            return
-        with self.fabric.autocast():
-            verdict = compare(
-                self._held_out,
-                champion=self._champion,
-                challenger=self.learner.module.module,
-                batch_positions=self._learn.batch_positions,
-            )
-        verdict = self.fabric.broadcast(verdict)  # so that all agree, whatever their rounding
-        if verdict is None:
-            return
-        self.trials.append(verdict)
-        if verdict.passed:
-            self._serve({"reason": verdict.reason} | verdict.record)
+        with self.learner.averaged() as challenger:
+            if not self._gated:
+                self._serve({"reason": "no gate"})
+                return
+            with self.fabric.autocast():
+                verdict = compare(
+                    self._held_out,
+                    champion=self._champion,
+                    challenger=challenger,
+                    batch_positions=self._learn.batch_positions,
+                )
+            verdict = self.fabric.broadcast(verdict)  # so that all agree, whatever their rounding
+            if verdict is None:
+                return
+            self.trials.append(verdict)
+            if verdict.passed:
+                self._serve({"reason": verdict.reason} | verdict.record)
 
     def _serve(self, record: dict[str, Any]) -> None:
-        """Let the learner's draft serve, as a checkpoint would hold it."""
+        """Let the learner's draft, which is averaged now, serve as a checkpoint would hold it."""
         self.published += 1
         name = version_name(self.published)
         if self._store is None:

@@ -71,7 +71,8 @@ def build_loop(
         learner = Learner(
             module, steering_of(config, spell=_speller(config)), state_path, ends=ends,
             version=current or STARTING_VERSION, starting_ids=starting.draft_token_ids,
-            vocabulary_use=VocabularyUse(ends) if learn.adapt_vocabulary else None, loggers=_loggers(config),
+            vocabulary_use=VocabularyUse(ends) if learn.adapt_vocabulary else None, ema_decay=learn.ema_decay,
+            loggers=_loggers(config),
         )  # fmt: skip
         if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # taken back meanwhile
