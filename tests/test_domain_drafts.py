@@ -17,10 +17,10 @@ from tiny_models import random_draft, save_model, trained_draft
 from aurora_lit.config import load_config
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.ipc.status import STATUS_NAME, StatusBlock
-from aurora_lit.learn.domain_drafts import PATIENCE_TRIALS, DomainDrafts
+from aurora_lit.learn.domain_drafts import DomainDrafts
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.gate import HeldOut
-from aurora_lit.learn.learner import STARTING_VERSION
+from aurora_lit.learn.learner import PATIENCE_TRIALS, STARTING_VERSION
 from aurora_lit.learn.rounds import read_lesson
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains import Shift
@@ -92,10 +92,10 @@ def test_the_better_draft_of_a_domain_is_kept_and_found_again(
     kept, held_out = kept_in(tmp_path / "k", target, ends), held(traffic, ends, newest="chat")
     untrained = random_draft(target)
     for draft in (untrained, good_at["chat"], untrained, good_at["code"]):
-        kept._offer(online_module(target, draft), held_out)
+        kept.offer(online_module(target, draft), held_out)
     assert kept.domains == ["chat"], "code is not what the newest requests are about"
     assert len(list((tmp_path / "k").iterdir())) == 1
-    kept._offer(online_module(target, good_at["code"]), held(traffic, ends, newest="code"))
+    kept.offer(online_module(target, good_at["code"]), held(traffic, ends, newest="code"))
     again = kept_in(tmp_path / "k", target, ends)
     assert again.domains == ["chat", "code"]
     for domain, draft in good_at.items():

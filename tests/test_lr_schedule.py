@@ -77,6 +77,21 @@ def test_a_drop_inside_a_domain_heats_it_again() -> None:
     assert step(schedule, {"a": 100}) == 0.3
 
 
+def test_refused_drafts_halve_the_rate_and_those_that_pass_double_it_again() -> None:
+    schedule = a_schedule(floor=1.0)
+    rates = []
+    for event in ("back_off", "back_off", "recover", "recover", "recover"):
+        getattr(schedule, event)()
+        rates.append(step(schedule, {"a": 100}))
+    assert rates == [0.5, 0.25, 0.5, 1.0, 1.0]
+    for _ in range(20):
+        schedule.back_off()
+    assert step(schedule, {"a": 100}) == round(1 / 64, 4), "it never stands still"
+    other = a_schedule()
+    other.continue_from(schedule)
+    assert other.backoff == schedule.backoff
+
+
 def test_two_interleaved_domains_cool_apart() -> None:
     schedule = a_schedule()
     for _ in range(10):

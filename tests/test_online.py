@@ -30,7 +30,7 @@ from aurora_lit.learn.budget import Budget
 from aurora_lit.learn.feed import Feed
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.gate import HeldOut, judge
-from aurora_lit.learn.learner import STARTING_VERSION, Learner
+from aurora_lit.learn.learner import PATIENCE_TRIALS, STARTING_VERSION, Learner
 from aurora_lit.learn.loop import OnlineLoop, Outside
 from aurora_lit.learn.online import niceness
 from aurora_lit.learn.reservoir import Reservoir
@@ -314,6 +314,31 @@ def test_the_loop_yields_while_its_share_is_used_up_and_still_reads(
     assert (world.learner.steps, world.loop.records, len(world.naps)) == (0, 5, 3)
     assert world.page.read().activity == "yielding to requests"
     assert max(world.naps) <= 0.2
+
+
+def test_a_learner_that_is_refused_again_and_again_goes_back_to_the_served_draft_at_half_the_rate(
+    target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(target, tmp_path, min_steps=2)
+    passed = [False]
+    monkeypatch.setattr("aurora_lit.learn.gate.judge", lambda newest, by_domain: replace(
+        judge(newest, by_domain), passed=passed[0]))  # fmt: skip
+    start = copy.deepcopy(world.learner.draft.state_dict())
+    world.ring.records.extend(traffic * 4)
+
+    def as_at_the_start() -> bool:
+        return all(torch.equal(tensor, start[name]) for name, tensor in world.learner.draft.state_dict().items())
+
+    world.tick_until(lambda: world.loop.refused_by_gate == PATIENCE_TRIALS - 1)
+    assert not as_at_the_start()
+    assert world.learner.schedules[0].backoff == 1
+    world.tick_until(lambda: world.loop.refused_by_gate == PATIENCE_TRIALS)
+    assert as_at_the_start()
+    assert [schedule.backoff for schedule in world.learner.schedules] == [0.5, 0.5]
+    passed[0] = True
+    world.tick_until(lambda: world.loop.published == 1)
+    assert [schedule.backoff for schedule in world.learner.schedules] == [1, 1]
+    assert not as_at_the_start(), "one that passes is gone on from"
 
 
 def test_the_page_says_which_cores_learning_takes_while_it_takes_them(

@@ -8,11 +8,11 @@ one that it replaces is deleted: whatever is killed at whatever moment, the newe
 
 When traffic shifts back to a domain whose kept draft is better there than the learner's, the learner goes on from it.
 The gate judges what comes of that like any other draft, so that the other domains do not pay; what it refuses again
-and again is given up. What is left out: the gate (learn/gate.py).
+and again is given up (learn/learner.py). What is left out: the gate (learn/gate.py).
 
     kept = DomainDrafts(folder, ends, scratch=module, most=16, batch_positions=1024)
     kept.warm_start(learner, held_out)                      # True: the learner has other weights now
-    kept.after_trial(learner, held_out, passed=False)       # True: the learner should go on from the champion
+    kept.offer(challenger, held_out)                        # in each trial
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ from aurora_lit.modules.draft_module import DraftModule
 
 FEWEST_REQUESTS = 3
 """Held-out requests of a domain without which nothing is compared."""
-PATIENCE_TRIALS = 4
-"""A warm start that the gate refuses so often is given up."""
 _NAME = re.compile(r"kept-(\d{6,})")
 _TEMPORARY, _RECORD_NAME = ".new.", "record.json"
 
@@ -53,8 +51,6 @@ class DomainDrafts:
         self._folder, self._ends, self._scratch, self._most = folder, ends, scratch, most
         self._batch_positions = batch_positions
         self._answered: Shift | None = None
-        self._refused: int | None = None
-        """Trials that a warm start has lost, while it has won none; None: there is no such."""
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f"{_TEMPORARY}*"):  # by a learner that was killed
             shutil.rmtree(left)
@@ -82,22 +78,10 @@ class DomainDrafts:
             if best is None or best <= self._score(module, requests):
                 return False
         learner.restart_from(self._scratch.draft, version=learner.version)
-        self._refused = 0
         return True
 
-    def after_trial(self, learner: Learner, held_out: HeldOut, *, passed: bool) -> bool:
-        """Keep the learner's draft where it is best; whether a warm start is to be given up."""
-        with learner.averaged() as module, learner.fabric.autocast():
-            self._offer(module, held_out)
-        if self._refused is not None:
-            self._refused = None if passed else self._refused + 1
-        if self._refused != PATIENCE_TRIALS:
-            return False
-        self._refused = None
-        return True
-
-    def _offer(self, challenger: DraftModule, held_out: HeldOut) -> None:
-        """Keep a draft for every domain of the newest requests in which it is better than the one kept so far."""
+    def offer(self, challenger: DraftModule, held_out: HeldOut) -> None:
+        """Keep its draft for every domain of the newest requests in which it is better than the one kept so far."""
         for domain in dict.fromkeys(request.domain for request in held_out.newest):
             requests = _of(domain, held_out)
             if len(requests) < FEWEST_REQUESTS:

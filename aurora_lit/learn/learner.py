@@ -36,6 +36,8 @@ from aurora_lit.modules.draft_module import DraftModule, OnlineReport
 
 STARTING_VERSION = "start"
 """Stands for the draft that serving began with, before any was published."""
+PATIENCE_TRIALS = 4
+"""Drafts refused one after the other after which learning goes back to the one that serves, at half the rate."""
 _LOG_EVERY_STEPS = 8
 _USE, _AVERAGE = "vocabulary_use", "average"
 _log = logging.getLogger(__name__)
@@ -74,6 +76,8 @@ class Learner:
         self.steps = 0
         self.positions = 0
         """Positions learned from, replay included."""
+        self._refused = 0
+        """Drafts one after the other."""
         self.poisoned = 0
         """Batches since this object was made whose loss or gradient was not finite; they taught nothing."""
         self.fabric = fabric or Fabric(accelerator="auto", devices=1, precision="bf16-mixed", loggers=list(loggers))
@@ -137,6 +141,17 @@ class Learner:
             heat = self.steering.heat
             self.log({**self._metrics.take(), "learning_rate": rate, "heat": heat, "positions": self.positions})
         return report
+
+    def judged(self, *, passed: bool, champion: Draft, version: str) -> None:
+        """Take in a verdict on the averaged draft; `champion`, of `version`: the draft that serves unless it passed."""
+        self._refused = 0 if passed else self._refused + 1
+        for schedule in self.schedules if passed else []:
+            schedule.recover()
+        if self._refused == PATIENCE_TRIALS:
+            self._refused = 0
+            for schedule in self.schedules:
+                schedule.back_off()
+            self.restart_from(champion, version=version)
 
     def restart_from(self, draft: Draft, *, version: str) -> None:
         """Go on from other weights: those learned since were taken back. The optimisers forget what led there."""

@@ -225,11 +225,11 @@ class OnlineLoop:
                 self.held_out, champion=self._champion, challenger=challenger,
                 batch_positions=self._config.batch_positions,
             )  # fmt: skip
+            if verdict is not None and self._domain_drafts is not None:
+                self._domain_drafts.offer(challenger, self.held_out)
         if verdict is None:
             return
         self.verdict = verdict
-        kept = self._domain_drafts
-        given_up = kept is not None and kept.after_trial(self.learner, self.held_out, passed=verdict.passed)
         if verdict.passed:
             record = {"steps": self.learner.steps, "positions": self.learner.positions, "reason": verdict.reason}
             try:
@@ -240,8 +240,9 @@ class OnlineLoop:
                 self._outside.page.write(error=f"a draft could not be published: {error}")
         else:
             self.refused_by_gate += 1
-        if given_up:
-            self.learner.restart_from(self._champion.draft, version=self._served or STARTING_VERSION)
+        self.learner.judged(
+            passed=verdict.passed, champion=self._champion.draft, version=self._served or STARTING_VERSION
+        )
         self.learner.log({"gate_champion": verdict.champion, "gate_challenger": verdict.challenger,
                           "gate_passed": float(verdict.passed)})  # fmt: skip
 

@@ -220,6 +220,7 @@ class Replay:
             self.trials.append(verdict)
             if verdict.passed:
                 self._serve({"reason": verdict.reason} | verdict.record)
+        self.learner.judged(passed=verdict.passed, champion=self.served, version=self.version)
 
     def _serve(self, record: dict[str, Any]) -> None:
         """Let the learner's draft, which is averaged now, serve as a checkpoint would hold it."""

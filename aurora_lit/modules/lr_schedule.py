@@ -4,11 +4,12 @@ Every domain has a heat h = min(1, novelty when it came) · exp(-tokens learned 
 raises a domain's heat to the shift's novelty, never lowers it; a domain that comes back has the heat that it left with.
 A step's heat is the mean over the domains of the last few steps' live traffic, and the rate is
 
-    base_lr · min(1, (step + 1) / warmup_steps) · (floor + (1 - floor) · heat)
+    base_lr · backoff · min(1, (step + 1) / warmup_steps) · (floor + (1 - floor) · heat)
 
-so two interleaved domains cool apart, and replay cools its domain without setting the rate. The same heat says how much
-to explore, to keep the draft's entropy, and to replay (`DomainSignal`). What is left out: who finds domains and shifts
-(modules/domains.py).
+so two interleaved domains cool apart, and replay cools its domain without setting the rate. backoff is 1 until drafts
+are refused one after the other, which says that the rate is too high for what is left to gain. The same heat says how
+much to explore, to keep the draft's entropy, and to replay (`DomainSignal`). What is left out: who finds domains and
+shifts (modules/domains.py).
 
     schedule = DomainAwareLR(optimizer, warmup_steps=8, floor=0.3, decay_tokens=100_000)
     schedule.came("code")                       # state only; the next step() applies it
@@ -32,6 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 _TRAFFIC_STEPS = 4
 """Memory of the traffic's shares, in steps: a single batch holds few requests."""
+_LEAST_BACKOFF = 1 / 64
 MAX_DOMAINS = 256
 """Domains whose heat is remembered; beyond them, the one not learned from for longest is forgotten."""
 
@@ -48,6 +50,8 @@ class DomainAwareLR(LRScheduler):
         """Tokens learned in it since then."""
         self.share: dict[str, float] = {}
         """Of each domain in the live traffic of the last steps."""
+        self.backoff = 1.0
+        """What refused drafts have left of the rate."""
         super().__init__(optimizer)
 
     def heat_of(self, domain: str) -> float:
@@ -64,7 +68,7 @@ class DomainAwareLR(LRScheduler):
     def factor(self) -> float:
         """By which the base rate is multiplied."""
         warm = min(1.0, (self.last_epoch + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return warm * (self.floor + (1 - self.floor) * self.heat)
+        return self.backoff * warm * (self.floor + (1 - self.floor) * self.heat)
 
     def raise_heat(self, domain: str, novelty: float) -> None:
         """So much (0 to 1) of a domain is new to the draft, if not more anyway."""
@@ -91,10 +95,19 @@ class DomainAwareLR(LRScheduler):
                 for domain in sorted(kept.keys() | traffic.keys())
             }
 
+    def back_off(self) -> None:
+        """Half the rate from the next step on."""
+        self.backoff = max(_LEAST_BACKOFF, self.backoff / 2)
+
+    def recover(self) -> None:
+        """Twice the rate, up to what it was at first."""
+        self.backoff = min(1.0, self.backoff * 2)
+
     def continue_from(self, other: DomainAwareLR) -> None:
         """Know what another schedule knows of domains; the warm-up begins anew."""
         self.heat_then, self.tokens_since = dict(other.heat_then), dict(other.tokens_since)
         self.share = dict(other.share)
+        self.backoff = other.backoff
 
     def get_lr(self) -> list[float | Tensor]:
         """Rates of the optimizer's groups."""
