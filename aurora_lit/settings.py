@@ -143,8 +143,8 @@ class LearnConfig:
     """CPU threads of the learner."""
     from_scratch: bool = False
     """Begin with an untrained draft instead of draft.checkpoint (day 0)."""
-    learning_rate: float = _within(3e-4, 0.0, 1.0)
-    """Peak learning rate."""
+    learning_rate: float = _within(1e-3, 0.0, 1.0)
+    """Peak learning rate; halved for a while when drafts are refused one after the other."""
     ema_decay: float = _within(0.9, 0.0, 0.9999)
     """What is tried and published is the running average of the learner's weights, of which so much stays at each
     optimiser step: the noise of a high learning rate averages out. 0: the weights as they are."""
@@ -231,7 +231,7 @@ class ScheduleConfig:
     """By which engine.explore_temperature is multiplied at heat 1."""
     entropy_weight: float = _within(0.0, 0.0, 100.0)
     """Added to learn.entropy_weight at heat 1."""
-    replay_factor: float = _within(0.6, 0.0, 2.0)
+    replay_factor: float = _within(1.0, 0.0, 2.0)
     """By which learn.replay_share is multiplied at heat 1; replay weighs in the loss as much as it fills of a batch."""
 
 
