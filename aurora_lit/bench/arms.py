@@ -2,11 +2,12 @@
 
 static        the starting draft
 kl            KL on live tokens and nothing else, as in online distillation (Liu et al., arXiv 2310.07177): no domains,
-              no replay, no gate, no averaging, a constant rate
+              no replay, no gate, no averaging, a constant rate of 3e-4 (at 1e-3, which averaging allows, it unlearns)
 lk            the same with the acceptance loss
 ppo           the same with the policy loss alone
 full          what the settings say
-full-without-detector, full-without-replay, full-without-ppo, full-without-gate, full-without-averaging
+full-without-detector, full-without-replay, full-without-ppo, full-without-gate, full-without-averaging,
+full-without-vocabulary
 full-uniform  traces of a batch are drawn at random, not by what they can teach
 
 What is left out: running them (bench/ablation.py).
@@ -29,7 +30,9 @@ _NO_PPO: _Changes = {"learn": {"ppo_weight": 0.0}, "engine": {"explore_share": 0
 _NO_DETECTOR: _Changes = {"domain": {"detect": False}}
 _NO_REPLAY: _Changes = {"learn": {"replay_share": 0.0}}
 _NO_AVERAGING: _Changes = {"learn": {"ema_decay": 0.0}}
-_BARE: list[_Changes] = [_NO_DETECTOR, _NO_REPLAY, _NO_AVERAGING, {"schedule": {"floor": 1.0}}]
+_BARE: list[_Changes] = [
+    _NO_DETECTOR, _NO_REPLAY, _NO_AVERAGING, {"schedule": {"floor": 1.0}, "learn": {"learning_rate": 3e-4}}
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ ARMS = {
         Arm(name="full-without-ppo", changes=[_NO_PPO]),
         Arm(name="full-without-gate", gated=False),
         Arm(name="full-without-averaging", changes=[_NO_AVERAGING]),
+        Arm(name="full-without-vocabulary", changes=[{"learn": {"adapt_vocabulary": False}}]),
         Arm(name="full-uniform", changes=[{"learn": {"choice": "uniform"}}]),
     )
 }
