@@ -119,8 +119,9 @@ class OnlineLoop:
     def tick(self) -> None:
         """One turn, of at most one optimiser step or one trial."""
         self.last_turn_s = self._outside.monotonic_s()
-        self._drain()
-        self._follow_versions()
+        with self._outside.page.computing(self._config.threads):
+            self._drain()
+            self._follow_versions()
         if not self._may_work():
             return
         self._warm_start()

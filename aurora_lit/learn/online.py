@@ -41,7 +41,9 @@ def run_learner(config: AuroraConfig, run_folder: Path) -> None:
     nice = niceness(share=learn.compute_share, threads=learn.threads, cpus=os.cpu_count() or 1)
     _step_behind(learn.threads, nice)
     page, status = _open_pages(run_folder)
-    page.write(pid=os.getpid(), started_ns=time.monotonic_ns(), activity="loading", error="", busy_threads=0)
+    page.write(
+        pid=os.getpid(), started_ns=time.monotonic_ns(), activity="loading", error="", busy_threads=learn.threads
+    )
     page.beat()
     try:
         _learn(config, run_folder, page, status)
