@@ -1,0 +1,80 @@
+"""How near plain decoding comes to the machine's bound: all weights are read once a token.
+
+    python benchmarks/bandwidth.py
+
+Per precision: the bytes that a pass of one token reads, how long reading as many bytes takes when nothing else is done
+(the sum of a buffer of that size, on all threads, the machine's caches helping both alike), and how long the pass
+takes, the head's logits included. They take turns; medians and quartiles of the share reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from aurora_lit.config import load_config
+from aurora_lit.kernels.packed import PackedLinear
+from aurora_lit.models.source import cache_root, resolve
+from aurora_lit.models.target import Target
+
+CONTEXT = 100
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "int8", "int4"])
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("overrides", nargs="*", help="settings, key=value, after --")
+    arguments = parser.parse_args()
+    config = load_config(None, arguments.overrides)
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    source = config.target
+    folder = resolve(source.source, cache_dir=cache_root(source.cache_dir), sha256=source.sha256)
+    table = Table(title=f"a pass of one token, {torch.get_num_threads()} threads")
+    for column in ("precision", "weights, MB", "reading alone, GB/s", "the pass, ms", "share of the bound"):
+        table.add_column(column, justify="right")
+    for precision in arguments.precisions:
+        target = Target.load(folder, precision=precision)
+        weights = weight_bytes(target)
+        buffer = torch.ones(weights // 4)
+        step = one_token(target)
+        pairs = [(seconds(buffer.sum), seconds(step)) for _ in range(arguments.repeats)]
+        read_s, pass_s = (statistics.median(side) for side in zip(*pairs, strict=True))
+        low, middle, high = statistics.quantiles([read_s / taken for _, taken in pairs], n=4)
+        table.add_row(precision, f"{weights / 1e6:.0f}", f"{weights / read_s / 1e9:.1f}", f"{pass_s * 1e3:.2f}",
+                      f"{middle:.0%} ({low:.0%} to {high:.0%})")  # fmt: skip
+    Console(width=120).print(table)
+
+
+def weight_bytes(target: Target) -> int:
+    """Of all linear layers, the head among them; an embedding's one row is nothing beside them."""
+    packed = [module.packed for module in target.model.modules() if isinstance(module, PackedLinear)]
+    return sum(weight.numel() * weight.element_size() for weight in packed)
+
+
+def one_token(target: Target) -> Callable[[], object]:
+    """Decode one token behind a context, always the same."""
+    slots = target.make_slots(num_slots=1, capacity=CONTEXT + 1)
+    ids_11, zero = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    start = torch.full((1,), CONTEXT)
+    return lambda: target.logits(target(ids_11, slots=slots, slots_B=zero, starts_B=start)[1])
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long it takes, once."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
