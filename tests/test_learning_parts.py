@@ -448,6 +448,18 @@ def test_drafts_as_good_are_rarely_refused_however_many_domains_and_few_requests
     assert refused(-1.0, requests=12) > 0.95
 
 
+def test_drafts_as_good_pass_by_luck_once_in_four_and_better_ones_nearly_always() -> None:
+    chance = torch.Generator().manual_seed(0)
+
+    def passed(shift: float, requests: int) -> float:
+        changes = shift + torch.randn(2000, requests, generator=chance)
+        return sum(judge([(2.0, 2.0 + c) for c in row], {}).passed for row in changes.tolist()) / 2000
+
+    assert 0.22 < passed(0.0, requests=6) < 0.28
+    assert 0.22 < passed(0.0, requests=32) < 0.28
+    assert passed(0.5, requests=32) > 0.95
+
+
 def test_a_worse_draft_scores_worse(target: Target, ends: FrozenEnds, good_draft: Draft) -> None:
     scored = [held(trace, ends) for trace in serve(target, good_draft, some_requests(6))]
     good, bad = (

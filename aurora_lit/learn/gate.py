@@ -32,6 +32,8 @@ HELD_OUT_EVERY = 6
 """One request in so many never teaches."""
 MIN_REQUESTS = 6
 """Newest held-out requests without which nothing is judged."""
+_LUCKY_PASSES = 0.25
+"""Chance that a draft as good as the champion passes: each that does would be a step at random."""
 _FALSE_REFUSALS = 0.05
 """Chance that a draft as good as the champion in every domain is refused for one of them."""
 _OLD_REQUESTS = 64
@@ -126,12 +128,12 @@ class Verdict:
 def judge(newest: Sequence[tuple[float, float]], by_domain: dict[str, list[tuple[float, float]]]) -> Verdict:
     """Decide by (champion, challenger) scores, paired by request.
 
-    The challenger passes when it is better on average over the newest requests and in no domain worse beyond noise:
-    paired one-sided t-tests, whose levels share _FALSE_REFUSALS (Bonferroni).
+    The challenger passes when it is likely to be better on the newest requests and is in no domain worse beyond noise:
+    paired one-sided t-tests, at _LUCKY_PASSES, and at levels that share _FALSE_REFUSALS (Bonferroni).
     """
-    champion, challenger, _ = _compare(newest)
+    champion, challenger, errors = _compare(newest)
     reason = f"{challenger:.3f} against {champion:.3f} tokens a round on the {len(newest)} newest requests"
-    passed = challenger > champion
+    passed = len(newest) > 1 and bool(errors > stdtrit(len(newest) - 1, 1 - _LUCKY_PASSES))
     table = {}
     for domain, pairs in sorted(by_domain.items()):
         before, after, errors = _compare(pairs)
