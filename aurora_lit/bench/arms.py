@@ -2,7 +2,7 @@
 
 static        the starting draft
 kl            KL on live tokens and nothing else, as in online distillation (Liu et al., arXiv 2310.07177): no domains,
-              no replay, no gate, no averaging, a constant rate of 3e-4 (at 1e-3, which averaging allows, it unlearns)
+              no replay, no gate, no averaging, a constant rate: 0.3 of learn.learning_rate, which averaging allows
 lk            the same with the acceptance loss
 ppo           the same with the policy loss alone
 full          what the settings say
@@ -30,9 +30,8 @@ _NO_PPO: _Changes = {"learn": {"ppo_weight": 0.0}, "engine": {"explore_share": 0
 _NO_DETECTOR: _Changes = {"domain": {"detect": False}}
 _NO_REPLAY: _Changes = {"learn": {"replay_share": 0.0}}
 _NO_AVERAGING: _Changes = {"learn": {"ema_decay": 0.0}}
-_BARE: list[_Changes] = [
-    _NO_DETECTOR, _NO_REPLAY, _NO_AVERAGING, {"schedule": {"floor": 1.0}, "learn": {"learning_rate": 3e-4}}
-]  # fmt: skip
+_BARE: list[_Changes] = [_NO_DETECTOR, _NO_REPLAY, _NO_AVERAGING, {"schedule": {"floor": 1.0}}]
+_BARE_RATE = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +40,15 @@ class Arm:
 
     name: str
     changes: Sequence[_Changes] = ()
+    rate_factor: float = 1.0
+    """Of learn.learning_rate."""
     gated: bool = True
     """A draft serves only if the gate lets it pass."""
 
     def settings(self, config: AuroraConfig, *, seed: int) -> AuroraConfig:
         """Of this arm."""
-        for change in [*self.changes, {"learn": {"seed": seed}}]:
+        learn = {"seed": seed, "learning_rate": config.learn.learning_rate * self.rate_factor}
+        for change in [*self.changes, {"learn": learn}]:
             config = replace(
                 config, **{name: replace(getattr(config, name), **fields) for name, fields in change.items()}
             )
@@ -57,9 +59,9 @@ ARMS = {
     arm.name: arm
     for arm in (
         Arm(name=STATIC, changes=[_NO_PPO]),
-        Arm(name="kl", changes=[*_BARE, _NO_PPO, {"learn": {"base_loss": "kl"}}], gated=False),
-        Arm(name="lk", changes=[*_BARE, _NO_PPO], gated=False),
-        Arm(name="ppo", changes=[*_BARE, {"learn": {"base_loss": "none"}}], gated=False),
+        Arm(name="kl", changes=[*_BARE, _NO_PPO, {"learn": {"base_loss": "kl"}}], rate_factor=_BARE_RATE, gated=False),
+        Arm(name="lk", changes=[*_BARE, _NO_PPO], rate_factor=_BARE_RATE, gated=False),
+        Arm(name="ppo", changes=[*_BARE, {"learn": {"base_loss": "none"}}], rate_factor=_BARE_RATE, gated=False),
         Arm(name="full"),
         Arm(name="full-without-detector", changes=[_NO_DETECTOR]),
         Arm(name="full-without-replay", changes=[_NO_REPLAY]),
