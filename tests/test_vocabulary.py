@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -287,6 +288,20 @@ def test_a_heads_bias_follows_the_vocabulary(tmp_path: Path) -> None:
     assert ends.finish.bias_V is not None
     assert module.finish.bias_V is not None
     assert torch.equal(module.finish.bias_V, ends.finish.bias_V[draft.draft_token_ids])
+
+
+@pytest.mark.parametrize("count", [3, 32, 70])
+def test_uses_are_those_of_answers_and_of_what_ends_them(ends: FrozenEnds, traffic: list[Trace], count: int) -> None:
+    use, expected = VocabularyUse(ends), torch.zeros(VOCAB)
+    for trace in (traffic * 40)[:count]:
+        use.add(trace)
+        for token, times in Counter(trace.token_ids_T[trace.answer_start :].tolist()).items():
+            expected[token] += min(times, USES_A_TRACE)
+        expected[int(ends.read(trace.last_TH[-1:], temperature=0.0).top_N)] += 1
+    assert torch.equal(use.uses_V, expected)
+    again = VocabularyUse(ends)
+    again.load_state_dict(use.state_dict())
+    assert torch.equal(again.uses_V, expected)
 
 
 def test_a_state_with_another_vocabulary_is_taken_over_and_one_of_another_beginning_is_not(

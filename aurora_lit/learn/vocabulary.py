@@ -30,6 +30,7 @@ _MOST_SHARE = 1 / 16
 """Of the vocabulary that is replaced at once."""
 _MEMORY_USES = 100_000
 """Uses remembered of a domain, about; beyond them all count half."""
+_READ_AT_ONCE = 32
 _RIDGE = 1e-3
 """Of the map's regression, as a share of the mean square of what it maps from."""
 
@@ -46,23 +47,37 @@ class VocabularyUse:
         self._ends = ends
         self._uses: dict[str, Tensor] = {}
         """By domain, fp32 [V]."""
+        self._unread: list[tuple[str, Tensor]] = []
+        """Domains and last hidden states [1, H] of answers whose ends are not counted yet."""
 
     def add(self, trace: Trace) -> None:
         """Count an answer's tokens, and the target's first choice behind the last: an end is part of no trace."""
         if trace.answer_start == len(trace.token_ids_T):
             return
-        behind = self._ends.read(trace.last_TH[-1:], temperature=0.0).top_N
-        ids = torch.cat([trace.token_ids_T[trace.answer_start :].long(), behind])
-        times_V = torch.bincount(ids, minlength=self._ends.vocab_size)
         domain = trace.domain if trace.domain in self._uses or len(self._uses) < MAX_DOMAINS else ""
+        times_V = torch.bincount(trace.token_ids_T[trace.answer_start :].long(), minlength=self._ends.vocab_size)
         uses_V = self._uses.setdefault(domain, torch.zeros(self._ends.vocab_size))
         uses_V += times_V.clamp_max(USES_A_TRACE)
         if float(uses_V.sum()) > _MEMORY_USES:
             uses_V *= 0.5
+        self._unread.append((domain, trace.last_TH[-1:].clone()))
+        if len(self._unread) == _READ_AT_ONCE:
+            self._count_ends()
+
+    def _count_ends(self) -> None:
+        """Many at once: the head is as long read for one row as for all of them."""
+        if not self._unread:
+            return
+        last_NH = torch.cat([last_1H for _, last_1H in self._unread])
+        ends_N = self._ends.read(last_NH, temperature=0.0).top_N.tolist()
+        for (domain, _), token in zip(self._unread, ends_N, strict=True):
+            self._uses[domain][token] += 1
+        self._unread.clear()
 
     @property
     def uses_V(self) -> Tensor:
         """Of every token, all domains together."""
+        self._count_ends()
         return sum(self._uses.values(), torch.zeros(self._ends.vocab_size))
 
     def coverage(self, ids_D: Tensor) -> float:
@@ -90,10 +105,12 @@ class VocabularyUse:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors by domain."""
+        self._count_ends()
         return {"uses": dict(self._uses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
+        self._unread.clear()
         self._uses = {domain: uses_V.float().cpu() for domain, uses_V in state["uses"].items()}
 
 
