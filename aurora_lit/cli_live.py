@@ -1,5 +1,6 @@
 """Commands beside a running server: `learn`, `status`, `drafts`, `export`. Added to the command line by cli.py."""
 
+import os
 from pathlib import Path
 
 import click
@@ -25,9 +26,11 @@ _RUN_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 def learn(config: AuroraConfig, run_folder: Path | None, parent: int | None) -> None:
     """Attach a learner to a running server, with that server's settings unless --config names others."""
     from aurora_lit.ipc.lifetime import die_with_parent
-    from aurora_lit.learn.online import run_learner
+    from aurora_lit.learn.online import follows, run_learner
     from aurora_lit.live_status import find_run_folder
 
+    if follows(config):
+        parent = os.getppid()  # the learner that leads; --parent is that one's
     if parent is not None:
         die_with_parent(parent)
     run_learner(config, find_run_folder(run_folder))

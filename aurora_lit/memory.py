@@ -137,8 +137,8 @@ def total(lines: list[Need], *places: Place) -> int:
 def fewest_devices(config: AuroraConfig, shape: PretrainedConfig, *, card_gb: int) -> tuple[int, int] | None:
     """The smallest set of cards: for the target (doubling from 1), and for a learner; None where none will do.
 
-    The server's own learner (learn.enabled) shares the first card; one that is attached by hand gets one. Without a
-    strategy there is one card; tensor_parallel takes at most one a key-value head.
+    The server's own learner (learn.enabled) shares the first card; one that is attached by hand gets learn.devices.
+    Without a strategy there is one card; tensor_parallel takes at most one a key-value head.
     """
     text = shape.get_text_config()
     most = {
@@ -152,7 +152,7 @@ def fewest_devices(config: AuroraConfig, shape: PretrainedConfig, *, card_gb: in
         serving, learning = total(lines, "every device", "first device"), total(lines, "learner's device")
         apart = not config.learn.enabled and learning > 0
         if max(serving, learning + _CONTEXT_BYTES) <= room if apart else serving + learning <= room:
-            return devices, int(apart)
+            return devices, config.learn.devices if apart else 0
     return None
 
 
@@ -196,14 +196,14 @@ def _learner_needs(config: AuroraConfig, text: PretrainedConfig, *, element_byte
     draft, learn = draft_shape(config, text), config.learn
     parameters, matrices = _draft_parameters(draft)
     H, V = text.hidden_size, text.vocab_size
-    state = 12 * parameters + 4 * matrices + 8 * (parameters - matrices)
+    state = 16 * parameters + 4 * matrices + 8 * (parameters - matrices)
     rows = 2 * draft.draft_vocab_size * H * element_bytes
     step = learn.batch_positions * (3 * H + learn.num_steps * (8 * H + 3 * draft.intermediate_size)) * 2
     return [
         Need(what="learner, the target's ends", where="learner's device", num_bytes=V * H * (4 + element_bytes) + rows,
              how=f"embedding fp32 and head, {V:,} x {H}; twice the head's {draft.draft_vocab_size:,} rows"),
         Need(what="learner, draft", where="learner's device", num_bytes=state,
-             how=f"{parameters:,} x (weights, gradient, champion 4 bytes each); "
+             how=f"{parameters:,} x (weights, gradient, average, champion 4 bytes each); "
                  f"Muon 4 bytes for {matrices:,}, AdamW 8 for the rest"),
         Need(what="learner, a step (about)", where="learner's device", num_bytes=step,
              how=f"{learn.batch_positions:,} positions x {learn.num_steps} steps, bf16"),

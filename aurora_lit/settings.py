@@ -140,7 +140,10 @@ class LearnConfig:
     minimum_duty: float = _within(0.005, 0.0, 1.0)
     """Share it gets even while requests queue, so that learning never stands still."""
     threads: int = _within(1, 1, 4096)
-    """CPU threads of the learner."""
+    """CPU threads of the learner; of each of its processes."""
+    devices: int = _within(1, 1, 64)
+    """Processes that learn together, each from its part of every batch: on as many GPUs where there are enough, else on
+    the CPU."""
     from_scratch: bool = False
     """Begin with an untrained draft instead of draft.checkpoint (day 0)."""
     learning_rate: float = _within(1e-3, 0.0, 1.0)

@@ -1,7 +1,8 @@
 """The learner: a draft module, its optimisers and its schedule. `update` is the only optimiser step of online learning.
 
 Its state is written whole and safely, so that it is killed at the cost of what came after the last `save`.
-What is left out: batches (learn/feed.py), when to step (learn/loop.py), the losses (modules/draft_module.py).
+What is left out: batches (learn/feed.py), when to step (learn/loop.py), the losses (modules/draft_module.py), the file
+of a state (learn/state_file.py), and how several learners keep in step (learn/together.py).
 
     learner = Learner(module, steering, state_path, ends=ends, version="draft-000003")
     learner.resume()                    # True: it goes on where the last one was
@@ -14,9 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
-import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from lightning.fabric.loggers.logger import Logger
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from aurora_lit.learn.frozen import FrozenEnds
+from aurora_lit.learn.state_file import read_state, write_state
 from aurora_lit.learn.steering import Steering
 from aurora_lit.learn.step_metrics import StepMetrics
 from aurora_lit.learn.vocabulary import VocabularyUse, change_vocabulary
@@ -59,6 +59,7 @@ class Learner:
         ema_decay: float = 0.0,
         loggers: Sequence[Logger] = (),
         fabric: Fabric | None = None,
+        before_step: Callable[[Learner, OnlineBatch], None] | None = None,
     ) -> None:
         """`version`: the published draft, or the starting checkpoint, that the module's weights descend from.
 
@@ -66,6 +67,7 @@ class Learner:
         draft that serving began with, by which a state of another deployment is told; None: the module's.
         ema_decay: what stays of the averaged weights at each step (see `averaged`).
         fabric: of several processes that take each step together; each must be given the same batches.
+        before_step: is shown this and the batch before anything is learned from it.
         """
         self._ends, self.vocabulary_use = ends, vocabulary_use
         ids_D = module.draft.draft_token_ids if starting_ids is None else starting_ids
@@ -74,12 +76,15 @@ class Learner:
         self.state_path = state_path
         self.version = version
         self.steps = 0
+        self.num_changes = 0
+        """Of the weights, by anything but a step."""
         self.positions = 0
         """Positions learned from, replay included."""
         self._refused = 0
         """Drafts one after the other."""
         self.poisoned = 0
         """Batches since this object was made whose loss or gradient was not finite; they taught nothing."""
+        self._before_step = before_step
         self.fabric = fabric or Fabric(accelerator="auto", devices=1, precision="bf16-mixed", loggers=list(loggers))
         self.module: Any = self.fabric.setup_module(module)
         self._metrics = StepMetrics()
@@ -116,6 +121,8 @@ class Learner:
 
     def update(self, batch: OnlineBatch) -> OnlineReport | None:
         """Learn from a batch: loss, gradient, one step of each optimiser and of the schedule."""
+        if self._before_step is not None:
+            self._before_step(self, batch)
         part = batch.part(self.fabric.global_rank, of=self.fabric.world_size).to(self.fabric.device)
         self._follow_signal()
         module: DraftModule = self.module.module
@@ -158,6 +165,7 @@ class Learner:
         self.draft.load_state_dict(draft.state_dict())
         self._ends.fit_head(self.module.module)
         self.version = version
+        self.num_changes += 1
         self._average = self._new_average()
         self._new_optimizers()
 
@@ -172,52 +180,48 @@ class Learner:
         entered = change_vocabulary(self.draft, ids_D, self._ends.head_VH, per_row=moments)
         change_vocabulary(self._averaged_draft, ids_D, self._ends.head_VH, per_row=[])
         self._ends.fit_head(self.module.module)
+        self.num_changes += 1
         return entered
 
     def save(self) -> None:
         """Write the whole state, safe on disk, over the last one."""
-        if not self.fabric.is_global_zero:
-            return
-        self.state_path.parent.mkdir(parents=True, exist_ok=True)
-        # Not by fabric.save: killed inside, it leaves a file of this size among the machine's temporary files.
-        with self._unfinished_path.open("wb") as file:
-            torch.save(
-                {
-                    **{name: part.state_dict() for name, part in self._stateful().items()},
-                    "schedules": [schedule.state_dict() for schedule in self.schedules],
-                    "version": self.version,
-                    "steps": self.steps,
-                    "positions": self.positions,
-                    "origin": self._origin,
-                },
-                file,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(self._unfinished_path, self.state_path)
+        if self.fabric.is_global_zero:
+            write_state(self.state_path, self.state())
 
     def resume(self) -> bool:
         """Take over the last learner's state; False, and nothing taken, when there is none that fits this draft."""
-        self._unfinished_path.unlink(missing_ok=True)  # of a learner that was killed while it saved
-        if not self.state_path.exists():
-            return False
-        try:
-            rest = self.fabric.load(self.state_path)  # all in memory first: a file cut short must not half load
-        except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError):
+        rest = read_state(self.state_path)
+        if rest is None:
             return False
         if reason := self._why_not(rest):
             _log.warning("the learner's state in %s is not used: %s", self.state_path, reason)
             return False
+        self.take(rest)
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """All that learning goes on from."""
+        return {
+            **{name: part.state_dict() for name, part in self._stateful().items()},
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
+            "version": self.version,
+            "steps": self.steps,
+            "positions": self.positions,
+            "origin": self._origin,
+        }
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned, of a learner of the same shape."""
         for name, part in self._stateful().items():
-            if name in rest or name not in (_USE, _AVERAGE):  # states of before there were any have none
-                part.load_state_dict(rest[name])
-        if _AVERAGE not in rest:
+            if name in state or name not in (_USE, _AVERAGE):  # states of before there were any have none
+                part.load_state_dict(state[name])
+        if _AVERAGE not in state:
             self._average = self._new_average()
         self._ends.fit_head(self.module.module)
-        for schedule, state in zip(self.schedules, rest["schedules"], strict=True):
-            schedule.load_state_dict(state)
-        self.version, self.steps, self.positions = rest["version"], rest["steps"], rest["positions"]
-        return True
+        for schedule, of_schedule in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(of_schedule)
+        self.version, self.steps, self.positions = state["version"], state["steps"], state["positions"]
+        self.num_changes += 1
 
     def _why_not(self, rest: dict[str, Any]) -> str:
         """Why a state does not fit this draft; "" when it does."""
@@ -277,10 +281,6 @@ class Learner:
         norm = self.fabric.clip_gradients(self.module, self.optimizers[0], max_norm=1.0, error_if_nonfinite=False)
         assert norm is not None  # it is for strategies that clip out of sight
         return norm
-
-    @property
-    def _unfinished_path(self) -> Path:
-        return self.state_path.with_suffix(".tmp")
 
     def _stateful(self) -> dict[str, Any]:
         use = {} if self.vocabulary_use is None else {_USE: self.vocabulary_use}

@@ -83,7 +83,7 @@ class OnlineLoop:
         domain_drafts: DomainDrafts | None = None,
     ) -> None:
         """`champion`: a module of the learner's kind to hold the served draft; its weights are loaded here."""
-        self._outside, self._config = outside, config
+        self._outside, self._config, self._threads = outside, config, config.threads * config.devices
         self.learner, self._champion, self._ends = learner, champion, ends
         self.feed, self.held_out, self._budget = feed, held_out, budget
         self._domain_drafts = domain_drafts
@@ -119,14 +119,14 @@ class OnlineLoop:
     def tick(self) -> None:
         """One turn, of at most one optimiser step or one trial."""
         self.last_turn_s = self._outside.monotonic_s()
-        with self._outside.page.computing(self._config.threads):
+        with self._outside.page.computing(self._threads):
             self._drain()
             self._follow_versions()
         if not self._may_work():
             return
         self._warm_start()
         self.feed.replay_share = self.learner.steering.signal.replay_share
-        with self._outside.page.computing(self._config.threads):
+        with self._outside.page.computing(self._threads):
             if trial_is_due := self._trial_is_due():
                 self._try_to_publish()
             found_work = trial_is_due or self._step()

@@ -38,12 +38,13 @@ _LONGEST_TURN_S, _LONGEST_LOADING_S = 60.0, 600.0
 def run_learner(config: AuroraConfig, run_folder: Path) -> None:
     """Learn from the server that owns `run_folder` until it ends. Raises AuroraError when that cannot be begun."""
     learn = config.learn
-    nice = niceness(share=learn.compute_share, threads=learn.threads, cpus=os.cpu_count() or 1)
-    _step_behind(learn.threads, nice)
+    if follows(config):
+        _follow(config)
+        return
+    threads = learn.threads * learn.devices
+    _step_behind(learn.threads, niceness(share=learn.compute_share, threads=threads, cpus=os.cpu_count() or 1))
     page, status = _open_pages(run_folder)
-    page.write(
-        pid=os.getpid(), started_ns=time.monotonic_ns(), activity="loading", error="", busy_threads=learn.threads
-    )
+    page.write(pid=os.getpid(), started_ns=time.monotonic_ns(), activity="loading", error="", busy_threads=threads)
     page.beat()
     try:
         _learn(config, run_folder, page, status)
@@ -51,6 +52,20 @@ def run_learner(config: AuroraConfig, run_folder: Path) -> None:
         page.write(error=f"{type(error).__name__}: {error}")
         raise
     page.write(pid=0, activity="left")
+
+
+def follows(config: AuroraConfig) -> bool:
+    """Whether this is one of several processes that learn together, and not the first: Fabric has numbered it then."""
+    return config.learn.devices > 1 and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def _follow(config: AuroraConfig) -> None:
+    """Learn with the first process, whose copy this is, until that says to end; priority is inherited from it."""
+    from aurora_lit.learn.wiring import run_follower
+
+    for number in (signal.SIGTERM, signal.SIGINT):  # sent to all of a terminal or a service
+        signal.signal(number, signal.SIG_IGN)
+    run_follower(config)
 
 
 def _learn(config: AuroraConfig, run_folder: Path, page: LearnerBlock, status: StatusBlock) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from aurora_lit.learn.loop import OnlineLoop, Outside
 from aurora_lit.learn.naming import Speller, speller
 from aurora_lit.learn.reservoir import Reservoir
 from aurora_lit.learn.steering import Steering
+from aurora_lit.learn.together import Follower, launched, leading
 from aurora_lit.learn.vocabulary import VocabularyUse
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
@@ -55,7 +58,8 @@ def build_loop(
     """A loop attached to a server's ring; the ring is let go at the end. Raises AuroraError."""
     learn = config.learn
     torch.set_num_threads(learn.threads)
-    with contextlib.closing(RingReader.open(ring_path, layout=LAYOUT_DIGEST)) as ring:
+    with contextlib.ExitStack() as leaving:
+        ring = leaving.enter_context(contextlib.closing(RingReader.open(ring_path, layout=LAYOUT_DIGEST)))
         ends, starting = ends_and_start(config)
         store = DraftStore(Path(config.checkpoint.dir) / config.checkpoint.run, keep=config.checkpoint.keep)
         store.prune()  # and with it what a learner left that was killed while it published
@@ -68,11 +72,13 @@ def build_loop(
         current = store.current()
         module = online_module(config, copy.deepcopy(served_draft(current)), ends)
         state_path = store.folder / STATE_NAME
+        fabric = launched(learn, loggers=_loggers(config))
+        leader = leaving.enter_context(leading()) if learn.devices > 1 else None
         learner = Learner(
             module, steering_of(config, spell=_speller(config)), state_path, ends=ends,
             version=current or STARTING_VERSION, starting_ids=starting.draft_token_ids,
             vocabulary_use=VocabularyUse(ends) if learn.adapt_vocabulary else None, ema_decay=learn.ema_decay,
-            loggers=_loggers(config),
+            fabric=fabric, before_step=leader.share if leader else None,
         )  # fmt: skip
         if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # taken back meanwhile
@@ -103,9 +109,28 @@ def build_loop(
             ends=ends,
             feed=feed,
             held_out=HeldOut(num_newest=learn.gate_requests, seed=learn.seed),
-            budget=Budget(share=learn.compute_share, minimum_duty=learn.minimum_duty),
+            budget=Budget(
+                share=learn.compute_share, minimum_duty=learn.minimum_duty,
+                cpu_s=leader.processor_s if leader else time.process_time,
+            ),
             domain_drafts=_domain_drafts(config, store, starting, ends) if learn.domain_drafts else None,
         )
+
+
+def run_follower(config: AuroraConfig) -> None:
+    """Learn with the process that this one is a copy of, until it has enough. Raises AuroraError."""
+    learn = config.learn
+    torch.set_num_threads(learn.threads)
+    ends, starting = ends_and_start(config)
+    fabric = launched(learn)
+    follower = Follower()
+    module = online_module(config, starting, ends)
+    learner = Learner(
+        module, steering_of(config), Path(os.devnull), ends=ends, version=STARTING_VERSION, ema_decay=learn.ema_decay,
+        fabric=fabric,
+    )  # fmt: skip
+    ends.to(fabric.device)
+    follower.follow(learner)
 
 
 def _domain_drafts(config: AuroraConfig, store: DraftStore, starting: Draft, ends: FrozenEnds) -> DomainDrafts:
