@@ -37,8 +37,8 @@ from aurora_lit.settings import LearnConfig
 _PRECISION: Final = "bf16-mixed"
 _IDLE_TIMEOUT = timedelta(days=365)
 """How long a follower waits for a step: where there is no traffic there is none."""
-
 _LEAVING_S = 5.0
+"""How long the leader waits for the others to leave."""
 
 
 @dataclass(frozen=True, kw_only=True)
