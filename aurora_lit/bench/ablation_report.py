@@ -76,6 +76,7 @@ def summary(
     own = _traffic(found)
     per_seed = [accepted_length(np.array(each.tallies, dtype=float)) for each in found]
     before, after = _measured(found, 0), _measured(found, -1)
+    all_before, all_after = (np.concatenate(list(each.values())) for each in (before, after))
     return {
         "seeds": len(found),
         "traffic": {
@@ -99,9 +100,14 @@ def summary(
                 domain: _numbers(each, costs) | {"over_start": _ratio(each, before[domain])}
                 for domain, each in after.items()
             },
-            "all_before": _numbers(np.concatenate(list(before.values())), costs),
-            "all_after": _numbers(np.concatenate(list(after.values())), costs)
-            | {"over_start": _ratio(np.concatenate(list(after.values())), np.concatenate(list(before.values())))},
+            "all_before": _numbers(all_before, costs),
+            "all_after": _numbers(all_after, costs)
+            | {"over_start": _ratio(all_after, all_before)}
+            | {
+                f"over_{name}": _ratio(all_after, np.concatenate(list(_measured(other, -1).values())))
+                for name, other in others.items()
+                if other is not found
+            },
             "length_after_phase": [
                 {domain: round(accepted_length(each), 4) for domain, each in _measured(found, at).items()}
                 for at in range(len(found[0].measured))
@@ -220,11 +226,13 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         )  # fmt: skip
     domains = sorted({domain for found in arms.values() for domain in found["measured"]["after"]})
     after = Table(title="measured prompts, before and after the stream: accepted length (× of before)")
-    for name in ("arm", "all", *domains):
+    for name in ("arm", "all", "all, over kl", *domains):
         after.add_column(name, justify="left" if name == "arm" else "right")
     for arm, found in arms.items():
-        cells = [found["measured"]["all_after"], *(found["measured"]["after"][domain] for domain in domains)]
-        after.add_row(arm, *(f"{each['accepted_length']:.3f} ({each['over_start']['ratio']:.3f}×)" for each in cells))
+        measured = found["measured"]
+        cells = [f"{each['accepted_length']:.3f} ({each['over_start']['ratio']:.3f}×)"
+                 for each in (measured["all_after"], *(measured["after"][domain] for domain in domains))]  # fmt: skip
+        after.add_row(arm, cells[0], _shown(measured["all_after"].get("over_kl")), *cells[1:])
     kept = Table(title="forgetting: lost of a domain's accepted length until it came back, or the end")
     stretches = list(next(iter(arms.values()))["forgetting"]) if arms else []
     for name in ("arm", *stretches):
