@@ -65,6 +65,7 @@ def start_learner(server: Server) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_learns_with_its_follower_and_both_leave_in_order(server: Server, target: Target) -> None:
     for trace in serve(target, random_draft(target), some_requests(10)) * 4:
         assert server.ring.push(to_bytes(trace))
