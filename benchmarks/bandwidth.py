@@ -20,8 +20,8 @@ from rich.table import Table
 
 from aurora_lit.config import load_config
 from aurora_lit.kernels.packed import PackedLinear
-from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
+from aurora_lit.serve.build import find_target
 
 CONTEXT = 100
 
@@ -37,8 +37,7 @@ def main() -> None:
     config = load_config(None, arguments.overrides)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
-    source = config.target
-    folder = resolve(source.source, cache_dir=cache_root(source.cache_dir), sha256=source.sha256)
+    folder = find_target(config)
     table = Table(title=f"a pass of one token, {torch.get_num_threads()} threads")
     for column in ("precision", "weights, MB", "reading alone, GB/s", "the pass, ms", "share of the bound"):
         table.add_column(column, justify="right")

@@ -23,10 +23,9 @@ from transformers import AutoModelForCausalLM
 from aurora_lit.checkpoints import load_draft, read_config
 from aurora_lit.config import AuroraConfig, draft_folder, load_config
 from aurora_lit.learn.reading import encode_prompt, read_prompts
-from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.modules.draft import Draft
 from aurora_lit.request import Request, SamplingParams
-from aurora_lit.serve.build import eos_token_ids, load_target, load_tokenizer
+from aurora_lit.serve.build import eos_token_ids, find_target, load_target, load_tokenizer
 from aurora_lit.serve.engine import Engine
 
 Outputs = list[list[int]]
@@ -103,7 +102,7 @@ def _transformers_reference(
     config: AuroraConfig, prompts: Outputs, ends: frozenset[int], max_tokens: int, path: Path
 ) -> Outputs:
     known = json.loads(path.read_text()) if path.exists() else {}
-    folder = resolve(config.target.source, cache_dir=cache_root(config.target.cache_dir), sha256=config.target.sha256)
+    folder = find_target(config)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
     outputs: Outputs = []

@@ -20,9 +20,8 @@ from rich.table import Table
 
 from aurora_lit.bench.drive import load_prompts
 from aurora_lit.config import load_config
-from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
-from aurora_lit.serve.build import load_tokenizer
+from aurora_lit.serve.build import find_target, load_tokenizer
 
 WIDTHS = (1, 5, 128)
 CONTEXT = 150
@@ -41,8 +40,7 @@ def main() -> None:
     config = load_config(None, arguments.overrides)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
-    source = config.target
-    folder = resolve(source.source, cache_dir=cache_root(source.cache_dir), sha256=source.sha256)
+    folder = find_target(config)
     prompts = load_prompts(
         arguments.prompts, limit=arguments.limit, tokenizer=load_tokenizer(config), max_prompt_tokens=512
     )

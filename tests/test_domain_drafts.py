@@ -12,7 +12,7 @@ import pytest
 import torch
 from live_traces import online_module, serve, some_requests
 from test_online import Server, World
-from tiny_models import random_draft, save_model, trained_draft
+from tiny_models import random_draft, trained_draft
 
 from aurora_lit.config import load_config
 from aurora_lit.ipc.run_folder import RING_NAME
@@ -26,16 +26,6 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.domains import Shift
 from aurora_lit.modules.draft import Draft
 from aurora_lit.trace import Trace
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-
-
-@pytest.fixture(scope="module")
-def target(folder: Path) -> Target:
-    return Target.load(folder, precision="fp32")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from live_traces import FakeRing, a_steering, online_module, serve, some_requests
-from tiny_models import random_draft, save_model
+from tiny_models import random_draft
 
 from aurora_lit.checkpoints import load_draft, save_draft
 from aurora_lit.config import load_config
@@ -44,16 +44,6 @@ from aurora_lit.modules.lr_schedule import DomainSignal, SignalRange
 from aurora_lit.publishing import DraftStore
 from aurora_lit.settings import LearnConfig
 from aurora_lit.trace import LAYOUT_DIGEST, Trace, to_bytes
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-
-
-@pytest.fixture(scope="module")
-def target(folder: Path) -> Target:
-    return Target.load(folder, precision="fp32")
 
 
 @pytest.fixture(scope="module")

@@ -19,16 +19,6 @@ from aurora_lit.trace import Trace
 from aurora_lit.trace_log import TraceLogWriter, read_index
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-
-
-@pytest.fixture(scope="module")
-def target(folder: Path) -> Target:
-    return Target.load(folder, precision="fp32")
-
-
 def check_trace(target: Target, trace: Trace) -> None:
     with torch.no_grad():
         aux, last = target.read(trace.token_ids_T.long()[None])

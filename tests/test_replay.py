@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from live_traces import online_module, serve, some_requests
-from tiny_models import make_engine, random_draft, run, save_model, trained_draft
+from tiny_models import make_engine, random_draft, run, trained_draft
 from trace_examples import keep_in
 
 from aurora_lit.checkpoints import load_draft, save_draft
@@ -41,16 +41,6 @@ K = 3
 """Proposals of every round."""
 TIMES = 8
 """The stream's prompts are asked so often."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-
-
-@pytest.fixture(scope="module")
-def target(folder: Path) -> Target:
-    return Target.load(folder, precision="fp32")
 
 
 @pytest.fixture(scope="module")

@@ -15,22 +15,12 @@ import torch
 from learning_ranks import STEPS, learn_by
 from live_traces import serve, some_requests
 from test_online import Server
-from tiny_models import random_draft, save_model
+from tiny_models import random_draft
 
 from aurora_lit.config import load_config, to_yaml
 from aurora_lit.ipc.run_folder import CONFIG_NAME
 from aurora_lit.models.target import Target
 from aurora_lit.trace import to_bytes
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-
-
-@pytest.fixture(scope="module")
-def target(folder: Path) -> Target:
-    return Target.load(folder, precision="fp32")
 
 
 @pytest.fixture

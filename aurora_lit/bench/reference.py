@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from aurora_lit.bench.drive import Answer, BenchPrompt, Run
 from aurora_lit.config import AuroraConfig
-from aurora_lit.models.source import cache_root, resolve
+from aurora_lit.serve.build import find_target
 
 
 def load_reference(
     config: AuroraConfig, eos_token_ids: frozenset[int], *, max_tokens: int, temperature: float
 ) -> Callable[[Sequence[BenchPrompt]], Run]:
     """Load the target once more, as transformers does, and answer with it."""
-    folder = resolve(config.target.source, cache_dir=cache_root(config.target.cache_dir), sha256=config.target.sha256)
+    folder = find_target(config)
     dtype = torch.float32 if config.target.precision == "fp32" else torch.bfloat16  # it has no kernels for the others
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.eval()

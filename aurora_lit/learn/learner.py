@@ -15,14 +15,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.loggers.logger import Logger
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from aurora_lit.learn.frozen import FrozenEnds
@@ -57,7 +56,6 @@ class Learner:
         vocabulary_use: VocabularyUse | None = None,
         starting_ids: torch.Tensor | None = None,
         ema_decay: float = 0.0,
-        loggers: Sequence[Logger] = (),
         fabric: Fabric | None = None,
         before_step: Callable[[Learner, OnlineBatch], None] | None = None,
     ) -> None:
@@ -85,7 +83,7 @@ class Learner:
         self.poisoned = 0
         """Batches since this object was made whose loss or gradient was not finite; they taught nothing."""
         self._before_step = before_step
-        self.fabric = fabric or Fabric(accelerator="auto", devices=1, precision="bf16-mixed", loggers=list(loggers))
+        self.fabric = fabric or Fabric(accelerator="auto", devices=1, precision="bf16-mixed")
         self.module: Any = self.fabric.setup_module(module)
         self._metrics = StepMetrics()
         self._ema_decay = ema_decay

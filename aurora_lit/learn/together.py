@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any
 
 import psutil
 import torch
@@ -34,7 +34,6 @@ from aurora_lit.learn.learner import Learner
 from aurora_lit.modules.draft_batch import OnlineBatch
 from aurora_lit.settings import LearnConfig
 
-_PRECISION: Final = "bf16-mixed"
 _IDLE_TIMEOUT = timedelta(days=365)
 """How long a follower waits for a step: where there is no traffic there is none."""
 _LEAVING_S = 5.0
@@ -53,17 +52,17 @@ class _Step:
 
 def launched(learn: LearnConfig, *, loggers: Sequence[Logger] = ()) -> Fabric:
     """Start the further processes, if any: on as many GPUs where there are enough, else on the CPU."""
-    if learn.devices == 1:
-        return Fabric(accelerator="auto", devices=1, precision=_PRECISION, loggers=list(loggers))
+    alone = learn.devices == 1
     gpus = torch.cuda.is_available() and torch.cuda.device_count() >= learn.devices
     fabric = Fabric(
-        accelerator="cuda" if gpus else "cpu",
+        accelerator="auto" if alone else "cuda" if gpus else "cpu",
         devices=learn.devices,
-        strategy="ddp",
-        precision=_PRECISION,
+        strategy="auto" if alone else "ddp",
+        precision="bf16-mixed",
         loggers=list(loggers),
     )
-    fabric.launch()
+    if not alone:
+        fabric.launch()
     return fabric
 
 

@@ -31,6 +31,7 @@ _MOST_SHARE = 1 / 16
 _MEMORY_USES = 100_000
 """Uses remembered of a domain, about; beyond them all count half."""
 _READ_AT_ONCE = 32
+"""Answers whose ends wait to be read together."""
 _RIDGE = 1e-3
 """Of the map's regression, as a share of the mean square of what it maps from."""
 

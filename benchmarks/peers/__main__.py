@@ -35,8 +35,7 @@ from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.export import export
 from aurora_lit.learn.reading import encode_prompt, read_prompts
 from aurora_lit.models.package_index import file_sha256
-from aurora_lit.models.source import cache_root, resolve
-from aurora_lit.serve.build import load_tokenizer
+from aurora_lit.serve.build import find_target, load_tokenizer
 
 from . import environments, gguf_files
 from .client import Load, run_load
@@ -124,8 +123,7 @@ def _prepare(engine: Engine, config: AuroraConfig, work: Path, console: Console)
     cores = sorted(os.sched_getaffinity(0))
     with console.status(f"preparing {engine.name}"):
         places = environments.prepare(engine.environment, work)
-        target = config.target
-        model = resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
+        model = find_target(config)
         places |= {"model": str(model), "cache": str(work / "cache"), "threads": str(len(cores)),
                    "cores": ",".join(map(str, cores))}  # fmt: skip
         words = " ".join(engine.command)
