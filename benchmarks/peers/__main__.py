@@ -129,6 +129,7 @@ def _prepare(engine: Engine, config: AuroraConfig, work: Path, console: Console)
         words = " ".join(engine.command)
         if "{config}" in words:
             places["config"] = str(work / "ours.yaml")
+            work.mkdir(parents=True, exist_ok=True)
             (work / "ours.yaml").write_text(to_yaml(config))
         if "{gguf}" in words:
             places["gguf"] = str(work / "gguf" / model.name)
