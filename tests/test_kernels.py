@@ -132,7 +132,7 @@ def attention_case(
 ) -> tuple[list[torch.Tensor], KVSlots, torch.Tensor, torch.Tensor]:
     """New queries, keys and values for scattered slots that hold noise, also behind what counts."""
     slots = KVSlots(num_layers=1, num_slots=rows + 3, num_kv_heads=G, head_dim=D, capacity=90, dtype=dtype)
-    slots.keys_SGDL[0].normal_(generator=gen)
+    slots.keys_SGCDP[0].normal_(generator=gen)
     slots.values_SGLD[0].normal_(generator=gen)
     slots_B = torch.randperm(rows + 3, generator=gen)[:rows]
     # As a model gives them: heads and positions swapped, so not contiguous.
@@ -152,12 +152,12 @@ def test_attention_equals_torch_attention(
     new, slots, slots_B, starts_B = attention_case(
         rows=4, T=T, N=N, G=G, D=D, dtype=dtype, starts=starts, gen=gen
     )
-    keys, values = slots.keys_SGDL[0].clone(), slots.values_SGLD[0].clone()
+    keys, values = slots.keys_SGCDP[0].clone(), slots.values_SGLD[0].clone()
     assert native.can_attend(new[0], window=None, softcap=None)
     out = SlotView(slots, slots_B=slots_B, starts_B=starts_B).attend(0, *new, scale=0.3)
     wanted = torch_attend(*new, keys, values, slots_B, starts_B, scale=0.3)
     torch.testing.assert_close(out, wanted, atol=2e-5, rtol=0)
-    assert torch.equal(slots.keys_SGDL[0], keys), "the same keys are written, and no others"
+    assert torch.equal(slots.keys_SGCDP[0], keys), "the same keys are written, and no others"
     assert torch.equal(slots.values_SGLD[0], values)
 
 
@@ -184,10 +184,10 @@ def test_torch_attention_hides_the_future_other_slots_and_what_a_window_leaves_b
     slots = KVSlots(num_layers=1, num_slots=2, num_kv_heads=1, head_dim=32, capacity=32)
     slots.values_SGLD[0].fill_(float("nan"))  # whoever looks at the other slot or ahead shows it
     slots.values_SGLD[0][1, 0, :8] = torch.eye(32)[:8]
-    slots.keys_SGDL[0][1, :, :, 8:] = 50.0
+    slots.keys_SGCDP[0][1, ..., 8:] = 50.0
     query, key = torch.ones(1, 1, 3, 32), torch.zeros(1, 1, 3, 32)
     value = torch.eye(32)[8:11].view(1, 1, 3, 32)
-    held = (slots.keys_SGDL[0], slots.values_SGLD[0], torch.tensor([1]), torch.tensor([8]))
+    held = (slots.keys_SGCDP[0], slots.values_SGLD[0], torch.tensor([1]), torch.tensor([8]))
     seen = torch_attend(query, key, value, *held, scale=1.0)[0, :, 0] > 1e-6
     assert seen.sum(-1).tolist() == [9, 10, 11]
     seen = torch_attend(query, key, value, *held, scale=1.0, window=4)[0, :, 0] > 1e-6

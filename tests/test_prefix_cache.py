@@ -11,6 +11,7 @@ import torch
 
 from aurora_lit.config import load_config
 from aurora_lit.kernels import native
+from aurora_lit.models.slots import keys_by_position
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft
 from aurora_lit.request import Request, SamplingParams
@@ -162,7 +163,7 @@ def test_the_draft_does_not_catch_up_with_a_copied_beginning(target: Target, dra
     drafter = served.engine._drafter
     assert drafter is not None
     with torch.no_grad():
-        keys, done = [k.clone() for k in drafter._cache.keys_SGDL], list(drafter._done)
+        keys, done = [keys_by_position(k).clone() for k in drafter._cache.keys_SGCDP], list(drafter._done)
     assert min(done) >= 40
     assert torch.equal(keys[0][0, ..., :39], keys[0][1, ..., :39])
 

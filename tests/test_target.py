@@ -77,7 +77,7 @@ def test_read_whole_and_in_uneven_chunks_through_scattered_slots(
     torch.testing.assert_close(lse, wanted.logits_BTV.logsumexp(-1).flatten(), **TOLERANCE)
 
     slots = target.make_slots(num_slots=5, capacity=48)
-    for cached in (*slots.keys_SGDL, *slots.values_SGLD):
+    for cached in (*slots.keys_SGCDP, *slots.values_SGLD):
         cached.normal_()  # what an earlier request may have left
     slots_B, starts = torch.tensor([4, 0, 2]), [0, 0, 0]
 
@@ -113,7 +113,7 @@ def test_bf16_is_close_and_keeps_a_bf16_cache(said: dict[str, Said], kernels: st
     wanted = said["llama"]
     target = Target.load(wanted.folder, precision="bf16")
     slots = target.make_slots(num_slots=3, capacity=40)
-    assert slots.keys_SGDL[0].dtype == torch.bfloat16
+    assert slots.keys_SGCDP[0].dtype == torch.bfloat16
     _, last = target(wanted.ids_BT, slots=slots, slots_B=torch.tensor([1, 0, 2]), starts_B=torch.tensor([0, 0, 0]))
     difference = (target.logits(last) - wanted.logits_BTV).abs()
     assert target.logits(last).dtype == torch.float32

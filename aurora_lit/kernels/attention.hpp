@@ -25,20 +25,24 @@ inline f16v exp_vector(f16v x) {
 inline void store(float* to, float x) { *to = x; }
 inline void store(uint16_t* to, float x) { *to = to_bf16(x); }
 inline f16v load16(const float* from) { return *reinterpret_cast<const f16v*>(from); }
-inline f16v load16(const uint16_t* from) {
-  typedef uint16_t h16v __attribute__((vector_size(32), aligned(2)));
-  return (f16v)(__builtin_convertvector(*reinterpret_cast<const h16v*>(from), u16v) << 16);
-}
+inline f16v load16(const uint16_t* from) { return (f16v)(widen16(from) << 16); }
 
 struct AttentionShape {
   int64_t rows, queries, heads, kv_heads, head_dim;
   int64_t q_row, q_head, q_token;           // strides of the query, in elements
   int64_t k_row, k_head, k_token;           // of the new keys
   int64_t v_row, v_head, v_token;           // of the new values
-  int64_t cache_row_k, cache_head_k, cache_dim_k;  // of the key slots [slot, head, dim, position]
+  int64_t cache_row_k, cache_head_k;        // of the key slots [slot, head, block, dim, position of the block]
   int64_t cache_row_v, cache_head_v;        // of the value slots [slot, head, position, dim]
   float scale;
 };
+
+constexpr int KEY_BLOCK = 64;  // positions whose keys lie together, so that they are read as one stream
+
+// Where the key of a position lies in its head's slot; its dims are KEY_BLOCK apart.
+inline int64_t key_place(int64_t position, int D) {
+  return position / KEY_BLOCK * KEY_BLOCK * D + position % KEY_BLOCK;
+}
 
 // Proposals that branch. They lie behind a row's start in `columns` columns, of which the pass computes the last
 // `queries`; a column follows its parent, or where that is negative what stands before the start. It attends to the
@@ -84,8 +88,7 @@ inline float exponentiate(float* scores, int64_t length, int64_t padded) {
     const f16v x = load16(scores + p);
     tops = x > tops ? x : tops;
   }
-  float top = tops[0];
-  for (int i = 1; i < 16; ++i) top = tops[i] > top ? tops[i] : top;
+  const float top = largest(tops);
   for (int64_t p = 0; p < padded; p += 16) {
     const f16v e = exp_vector(load16(scores + p) - top);
     std::memcpy(scores + p, &e, 64);
@@ -93,26 +96,33 @@ inline float exponentiate(float* scores, int64_t length, int64_t padded) {
   for (int64_t p = length; p < padded; ++p) scores[p] = 0.0f;
   f16v sums = f16v{};
   for (int64_t p = 0; p < padded; p += 16) sums += load16(scores + p);
-  float total = 0.0f;
-  for (int i = 0; i < 16; ++i) total += sums[i];
-  return total;
+  return total(sums);
 }
 
-// ROWS queries over the same keys and values, so that these are loaded and widened once. Every row has sums of its own,
-// added up in the order of positions, so that neither ROWS nor WIDTH (vectors a step) changes a bit of it.
-template <class Cache, int ROWS, int WIDTH>
-void attend_rows(const Query* rows, const Cache* keys, ptrdiff_t key_stride, const Cache* values, int D, float scale) {
-  int64_t longest = 0, shortest = rows[0].length;
-  for (int r = 0; r < ROWS; ++r) {
-    const int64_t together = rows[r].length - rows[r].steps;
-    longest = rows[r].extent > longest ? rows[r].extent : longest;
-    shortest = together < shortest ? together : shortest;
-  }
-  for (int64_t p = 0; p < padded64(longest); p += 16 * WIDTH) {
-    f16v acc[ROWS][WIDTH] = {};
+// `bytes` of what comes next, read while this is worked on.
+inline void prefetch(const void* from, int bytes) {
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(from) + line);
+}
+
+template <int ROWS, int WIDTH>
+inline void clear(f16v (*sums)[WIDTH]) {
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < WIDTH; ++v) sums[r][v] = f16v{};
+}
+
+// Scores of ROWS queries over the positions of their head from 0 to `positions`, whole blocks; then come the values.
+template <class Cache, int ROWS>
+void score_rows(const Query* rows, const Cache* keys, const Cache* values, int64_t positions, int D, float scale) {
+  constexpr int WIDTH = KEY_BLOCK / 16;
+  for (int64_t p = 0; p < positions; p += KEY_BLOCK, keys += D * KEY_BLOCK) {
+    const Cache* next = p + KEY_BLOCK < positions ? keys + D * KEY_BLOCK : values;
+    f16v acc[ROWS][WIDTH];
+    clear<ROWS, WIDTH>(acc);
     for (int d = 0; d < D; ++d) {
+      const Cache* at = keys + d * KEY_BLOCK;
+      prefetch(next + d * KEY_BLOCK, KEY_BLOCK * sizeof(Cache));
       f16v key[WIDTH];
-      for (int v = 0; v < WIDTH; ++v) key[v] = load16(keys + d * key_stride + p + 16 * v);
+      for (int v = 0; v < WIDTH; ++v) key[v] = load16(at + 16 * v);
       for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].q[d] * key[v];
     }
@@ -122,16 +132,17 @@ void attend_rows(const Query* rows, const Cache* keys, ptrdiff_t key_stride, con
         std::memcpy(rows[r].scores + p + 16 * v, &acc[r][v], 64);
       }
   }
-  for (int r = 0; r < ROWS; ++r) {
-    float* behind = rows[r].scores + rows[r].length - rows[r].steps;
-    for (int i = 0; i < rows[r].steps; ++i) behind[i] = behind[rows[r].path[i]];  // i <= path[i], both ascend
-  }
-  float inverse[ROWS];
-  for (int r = 0; r < ROWS; ++r)
-    inverse[r] = 1.0f / exponentiate(rows[r].scores, rows[r].length, padded64(rows[r].length));
+}
+
+// Values weighed by the scores, WIDTH vectors of a head at a time; the first `shared` positions are those of all rows.
+template <class Cache, int ROWS, int WIDTH>
+void weigh_rows(const Query* rows, const float* inverse, const Cache* values, int64_t shared, int D) {
+  constexpr int AHEAD = 32;  // positions
   for (int d = 0; d < D; d += 16 * WIDTH) {
-    f16v acc[ROWS][WIDTH] = {};
-    for (int64_t p = 0; p < shortest; ++p) {
+    f16v acc[ROWS][WIDTH];
+    clear<ROWS, WIDTH>(acc);
+    for (int64_t p = 0; p < shared; ++p) {
+      prefetch(values + (p + AHEAD < shared ? p + AHEAD : p) * D + d, 16 * WIDTH * sizeof(Cache));
       f16v value[WIDTH];
       for (int v = 0; v < WIDTH; ++v) value[v] = load16(values + p * D + d + 16 * v);
       for (int r = 0; r < ROWS; ++r)
@@ -139,7 +150,7 @@ void attend_rows(const Query* rows, const Cache* keys, ptrdiff_t key_stride, con
     }
     for (int r = 0; r < ROWS; ++r) {
       const int64_t together = rows[r].length - rows[r].steps;
-      for (int64_t p = shortest; p < rows[r].length; ++p) {
+      for (int64_t p = shared; p < rows[r].length; ++p) {
         const int64_t at = p < together ? p : together + rows[r].path[p - together];
         for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].scores[p] * load16(values + at * D + d + 16 * v);
       }
@@ -151,18 +162,40 @@ void attend_rows(const Query* rows, const Cache* keys, ptrdiff_t key_stride, con
   }
 }
 
-constexpr int MAX_QUERIES = 4;  // that share one reading of keys and values
-
-template <class Cache>
-void attend_queries(const Query* rows, int count, const Cache* keys, ptrdiff_t key_stride, const Cache* values, int D,
-                    float scale) {
-  const bool wide = D % 64 == 0;
-  switch (count) {
-    case 1: return (wide ? attend_rows<Cache, 1, 4> : attend_rows<Cache, 1, 2>)(rows, keys, key_stride, values, D, scale);
-    case 2: return (wide ? attend_rows<Cache, 2, 4> : attend_rows<Cache, 2, 2>)(rows, keys, key_stride, values, D, scale);
-    case 3: return (wide ? attend_rows<Cache, 3, 4> : attend_rows<Cache, 3, 2>)(rows, keys, key_stride, values, D, scale);
-    default: return (wide ? attend_rows<Cache, 4, 4> : attend_rows<Cache, 4, 2>)(rows, keys, key_stride, values, D, scale);
+// ROWS queries over the same keys and values, so that these are loaded and widened once. Every row has sums of its own,
+// added up in the order of positions, so that neither ROWS nor how many vectors go together changes a bit of it.
+template <class Cache, int ROWS>
+void attend_rows(const Query* rows, const Cache* keys, const Cache* values, int D, float scale) {
+  int64_t longest = 0, shared = rows[0].length;
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t together = rows[r].length - rows[r].steps;
+    longest = rows[r].extent > longest ? rows[r].extent : longest;
+    shared = together < shared ? together : shared;
   }
+  score_rows<Cache, ROWS>(rows, keys, values, padded64(longest), D, scale);
+  float inverse[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    float* behind = rows[r].scores + rows[r].length - rows[r].steps;
+    for (int i = 0; i < rows[r].steps; ++i) behind[i] = behind[rows[r].path[i]];  // i <= path[i], both ascend
+    inverse[r] = 1.0f / exponentiate(rows[r].scores, rows[r].length, padded64(rows[r].length));
+  }
+  if (D % 64 == 0)
+    weigh_rows<Cache, ROWS, 4>(rows, inverse, values, shared, D);
+  else
+    weigh_rows<Cache, ROWS, 2>(rows, inverse, values, shared, D);
+}
+
+#if defined(__AVX512F__)
+constexpr int MAX_QUERIES = 6;  // that share one reading of keys and values: their sums fill the registers
+#else
+constexpr int MAX_QUERIES = 3;
+#endif
+
+template <class Cache, int ROWS = MAX_QUERIES>
+void attend_queries(const Query* rows, int count, const Cache* keys, const Cache* values, int D, float scale) {
+  if constexpr (ROWS > 1)
+    if (count < ROWS) return attend_queries<Cache, ROWS - 1>(rows, count, keys, values, D, scale);
+  attend_rows<Cache, ROWS>(rows, keys, values, D, scale);
 }
 
 // Write the new keys and values of one row and key-value head behind the row's start.
@@ -175,48 +208,42 @@ void write_slot(const AttentionShape& s, int64_t b, int64_t g, const float* k, c
     const int64_t at = starts[b] + first + t;
     const float* kt = k + b * s.k_row + g * s.k_head + t * s.k_token;
     const float* vt = v + b * s.v_row + g * s.v_head + t * s.v_token;
-    Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k + at;
+    Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k + key_place(at, D);
     Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v + at * D;
-    for (int d = 0; d < D; ++d) store(kc + d * s.cache_dim_k, kt[d]);
+    for (int d = 0; d < D; ++d) store(kc + d * KEY_BLOCK, kt[d]);
     for (int d = 0; d < D; ++d) store(vc + d, vt[d]);
   }
 }
 
 // Attend causally over what is written: a share of a parallel region, which waits for all shares at the end.
-// Queries that share keys go together: neighbouring tokens of a head, or at one token the heads of a group.
+// Queries that share keys go together: those of a group's heads, for neighbouring tokens.
 template <class Cache>
 void attend_share(const AttentionShape& s, const float* q, const Cache* keys, const Cache* values,
                   const int64_t* slots, const int64_t* starts, const Tree& tree, float* out) {
   const int D = int(s.head_dim);
   const int64_t before = tree.parents ? tree.columns - s.queries : 0;  // columns that earlier passes computed
-  const int64_t group = s.heads / s.kv_heads;
-  const bool by_token = s.queries > 1 || s.rows * s.kv_heads < 4;
-  const int64_t tiles = by_token ? (s.queries + 15) / 16 : 1, lanes = by_token ? s.heads : s.kv_heads;
+  const int64_t group = s.heads / s.kv_heads, queries = group * s.queries;
+  const int64_t parts = (queries + MAX_QUERIES - 1) / MAX_QUERIES;
   static thread_local std::vector<float> scores;
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t job = 0; job < s.rows * lanes * tiles; ++job) {
-    const int64_t tile = job % tiles, lane = job / tiles % lanes, b = job / tiles / lanes;
-    const int64_t g = by_token ? lane / group : lane;
+  for (int64_t job = 0; job < s.rows * s.kv_heads * parts; ++job) {
+    const int64_t part = job % parts, g = job / parts % s.kv_heads, b = job / parts / s.kv_heads;
     const Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k;
     const Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v;
-    const int64_t first = by_token ? tile * 16 : g * group;
-    const int64_t last = by_token ? (first + 16 < s.queries ? first + 16 : s.queries) : first + group;
+    const int64_t first = part * queries / parts, count = (part + 1) * queries / parts - first;
     const int64_t room = padded64(starts[b] + before + s.queries);
     if (int64_t(scores.size()) < room * MAX_QUERIES) scores.resize(size_t(room * MAX_QUERIES));
-    for (int64_t i = first; i < last; i += MAX_QUERIES) {
-      const int count = int(last - i < MAX_QUERIES ? last - i : MAX_QUERIES);
-      Query rows[MAX_QUERIES];
-      for (int r = 0; r < count; ++r) {
-        const int64_t t = by_token ? i + r : 0, h = by_token ? lane : i + r;
-        rows[r].q = q + b * s.q_row + h * s.q_head + t * s.q_token;
-        rows[r].out = out + ((b * s.queries + t) * s.heads + h) * D;
-        rows[r].scores = scores.data() + room * r;
-        rows[r].extent = starts[b] + before + t + 1;
-        rows[r].steps = tree.parents ? path_to(tree.parents + b * tree.columns, before + t, rows[r].path) : 0;
-        rows[r].length = tree.parents ? starts[b] + rows[r].steps : rows[r].extent;
-      }
-      attend_queries(rows, count, kc, s.cache_dim_k, vc, D, s.scale);
+    Query rows[MAX_QUERIES];
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t t = (first + r) / group, h = g * group + (first + r) % group;
+      rows[r].q = q + b * s.q_row + h * s.q_head + t * s.q_token;
+      rows[r].out = out + ((b * s.queries + t) * s.heads + h) * D;
+      rows[r].scores = scores.data() + room * r;
+      rows[r].extent = starts[b] + before + t + 1;
+      rows[r].steps = tree.parents ? path_to(tree.parents + b * tree.columns, before + t, rows[r].path) : 0;
+      rows[r].length = tree.parents ? starts[b] + rows[r].steps : rows[r].extent;
     }
+    attend_queries(rows, int(count), kc, vc, D, s.scale);
   }
 }
 
@@ -240,7 +267,8 @@ void move_positions(const AttentionShape& s, Cache* keys, Cache* values, const i
     for (int64_t g = 0; g < s.kv_heads; ++g) {
       Cache* k = keys + slots[i] * s.cache_row_k + g * s.cache_head_k;
       Cache* v = values + slots[i] * s.cache_row_v + g * s.cache_head_v;
-      for (int64_t d = 0; d < s.head_dim; ++d) k[d * s.cache_dim_k + to[i]] = k[d * s.cache_dim_k + from[i]];
+      const int64_t old_place = key_place(from[i], int(s.head_dim)), new_place = key_place(to[i], int(s.head_dim));
+      for (int64_t d = 0; d < s.head_dim; ++d) k[new_place + d * KEY_BLOCK] = k[old_place + d * KEY_BLOCK];
       std::memcpy(v + to[i] * s.head_dim, v + from[i] * s.head_dim, size_t(s.head_dim) * sizeof(Cache));
     }
 }

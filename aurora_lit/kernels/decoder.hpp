@@ -60,10 +60,9 @@ inline void rms_norm(const float* x, const float* weight, int size, float eps, f
     const f16v v = load16(x + i);
     sums += v * v;
   }
-  float total = 0.0f;
-  for (int lane = 0; lane < 16; ++lane) total += sums[lane];
-  for (; i < size; ++i) total += x[i] * x[i];
-  const float factor = 1.0f / std::sqrt(total / float(size) + eps);
+  float squares = total(sums);
+  for (; i < size; ++i) squares += x[i] * x[i];
+  const float factor = 1.0f / std::sqrt(squares / float(size) + eps);
   for (i = 0; i < size; ++i) out[i] = weight[i] * (x[i] * factor);
 }
 
@@ -129,10 +128,14 @@ void decode(const DecoderCall& call) {
     static thread_local std::vector<float> normed_row;
     static thread_local std::vector<Input> rounded;
     const auto share = [&](int64_t outputs, int which) { return int(num_blocks(int(outputs)) * int64_t(which) / threads); };
-    // This thread's blocks of a product.
-    const auto product = [&](const Input* x, const Matrix& m, float* y, bool add) {
-      P::blocks(x, P::padded(int(m.inputs)), rows, m.weight, int(m.outputs), y, m.bias, add, share(m.outputs, thread),
-                share(m.outputs, thread + 1));
+    const auto share_begins = [&](const Matrix& m, int which) {
+      return static_cast<const char*>(m.weight) + share(m.outputs, which) * P::block_bytes(P::padded(int(m.inputs)));
+    };
+    // This thread's blocks of a product, and on to those of the next.
+    const auto product = [&](const Input* x, const Matrix& m, float* y, bool add, const Matrix& next) {
+      const Stream stream{share_begins(m, thread + 1), share_begins(next, thread)};
+      P::blocks(x, P::padded(int(m.inputs)), rows, m.weight, int(m.outputs), stream, y, m.bias, add,
+                share(m.outputs, thread), share(m.outputs, thread + 1));
     };
     P::enter(rows);
     for (int64_t l = 0; l < call.num_layers; ++l) {
@@ -155,9 +158,9 @@ void decode(const DecoderCall& call) {
         rms_norm(hidden, layer.norm_attention, H, call.eps, row + width - H);
         P::round_row(row, width, x + ptrdiff_t(r) * padded);
       }
-      product(x, layer.query, q, false);
-      product(x, layer.key, k, false);
-      product(x, layer.value, v, false);
+      product(x, layer.query, q, false, layer.key);
+      product(x, layer.key, k, false, layer.value);
+      product(x, layer.value, v, false, layer.output);
 #pragma omp barrier
 #pragma omp for schedule(static)
       for (int64_t job = 0; job < s.rows * s.kv_heads; ++job) {
@@ -176,7 +179,7 @@ void decode(const DecoderCall& call) {
       const int q_padded = P::padded(q_width);
       for (int r = 0; r < rows; ++r)
         P::round_row(attention_out + ptrdiff_t(r) * q_width, q_width, x + ptrdiff_t(r) * q_padded);
-      product(x, layer.output, call.stream, true);
+      product(x, layer.output, call.stream, true, layer.gate);
 #pragma omp barrier
       const int h_padded = P::padded(H);
       x = at_least(rounded, P::buffer_rows(rows) * size_t(h_padded));
@@ -184,8 +187,8 @@ void decode(const DecoderCall& call) {
         rms_norm(call.stream + ptrdiff_t(r) * H, layer.norm_mlp, H, call.eps, row);
         P::round_row(row, H, x + ptrdiff_t(r) * h_padded);
       }
-      product(x, layer.gate, g, false);
-      product(x, layer.up, u, false);
+      product(x, layer.gate, g, false, layer.up);
+      product(x, layer.up, u, false, layer.down);
       const int M = int(layer.gate.outputs), m_padded = P::padded(M);
       const int from = share(M, thread) * BLOCK, to = share(M, thread + 1) * BLOCK < M ? share(M, thread + 1) * BLOCK : M;
       for (int r = 0; r < rows; ++r)
@@ -193,7 +196,7 @@ void decode(const DecoderCall& call) {
 #pragma omp barrier
 #pragma omp for schedule(static)
       for (int r = 0; r < rows; ++r) P::round_row(g + ptrdiff_t(r) * M, M, inner + ptrdiff_t(r) * m_padded);
-      product(inner, layer.down, call.stream, true);
+      product(inner, layer.down, call.stream, true, call.layers[l + 1 < call.num_layers ? l + 1 : l].query);
 #pragma omp barrier
     }
     P::leave();

@@ -84,7 +84,7 @@ class Decoder:
     """Layers ready to run.
 
     >>> decoder = Decoder(layers, final_norm=…, cosines_PD=…, sines_PD=…, num_heads=9, num_kv_heads=3, eps=1e-5)
-    >>> stream_NH, normed_NH = decoder(hidden_NH, keys=slots.keys_SGDL, values=slots.values_SGLD,
+    >>> stream_NH, normed_NH = decoder(hidden_NH, keys=slots.keys_SGCDP, values=slots.values_SGLD,
     ...                                slots_B=slots_B, starts_B=starts_B, queries=T)
     """
 
@@ -178,7 +178,7 @@ class Decoder:
         shape, head_dim = native.AttentionShape(), self._cosines_PD.shape[1]
         shape.heads, shape.kv_heads = self._heads
         shape.head_dim, shape.scale = head_dim, head_dim**-0.5
-        shape.cache_row_k, shape.cache_head_k, shape.cache_dim_k = keys[0].stride()[:3]
+        shape.cache_row_k, shape.cache_head_k = keys[0].stride()[:2]
         shape.cache_row_v, shape.cache_head_v = values[0].stride()[:2]
         layers = ctypes.addressof(self._record(keys, values))
         return _Call(attention=shape, num_layers=len(self._layers), layers=layers)

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int GROUP_TILE_MIN_ROWS = 4;
+constexpr int GROUP_TILE_MIN_ROWS = 6;
 constexpr int BYTE_LINES = GROUP / 4;  // rows of a tile of weights: four inputs each
 
 // Tiles 0-3: sums. 4, 5: high, low bytes of the inputs. Weights of eight bits: sums of high and of low bytes for both
@@ -100,8 +100,8 @@ struct GroupSums {
 
 // Blocks [from, to) of the outputs; x holds whole tiles of rows where there are more than 16.
 template <int BITS>
-void linear_group_tiles(const InputGroup* x, int groups, int rows, const WeightGroup<BITS>* w, int outputs, float* y,
-                        const float* bias, bool add, int from, int to) {
+void linear_group_tiles(const InputGroup* x, int groups, int rows, const WeightGroup<BITS>* w, int outputs,
+                        const Stream& stream, float* y, const float* bias, bool add, int from, int to) {
   const ptrdiff_t stride = ptrdiff_t(groups) * ptrdiff_t(sizeof(InputGroup));
   static thread_local std::vector<f16v> buffer;
   if (buffer.size() < size_t(rows) * 2 + 1) buffer.resize(size_t(rows) * 2 + 1);
@@ -113,6 +113,7 @@ void linear_group_tiles(const InputGroup* x, int groups, int rows, const WeightG
     for (int i = 0; i < rows * 2; ++i) totals[i] = f16v{};
     for (int g = 0; g < groups; ++g) {
       const WeightGroup<BITS>& weights = w[ptrdiff_t(b) * groups + g];
+      stream.ask<sizeof(weights)>(&weights);
       load_weights(weights);
       f16v scales[2], mins[2] = {};
       for (int v = 0; v < 2; ++v) {

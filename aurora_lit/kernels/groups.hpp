@@ -10,9 +10,6 @@
 #include "words.hpp"
 
 #include <cmath>
-#if defined(__AVX512VNNI__)
-#include <immintrin.h>
-#endif
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
 #define AURORA_GROUP_TILES 1  // group_tiles.hpp
 #endif
@@ -48,8 +45,7 @@ struct WeightGroup {
 
 // fp16 to fp32; exact, and finite numbers only.
 inline f16v from_fp16(const uint16_t* from) {
-  typedef uint16_t h16v __attribute__((vector_size(32), aligned(2)));
-  const u16v h = __builtin_convertvector(*reinterpret_cast<const h16v*>(from), u16v);
+  const u16v h = widen16(from);
   const f16v size = (f16v)((h & 0x7fffu) << 13) * 0x1p112f;
   return (f16v)((u16v)size | (h & 0x8000u) << 16);
 }
@@ -84,15 +80,10 @@ constexpr LaneOrder<BITS> LANE_ORDER;
 // A group of a row's inputs to integers. The scale is NaN where an input is not finite, and so are all sums with it.
 template <int BITS>
 inline void round_group(const float* x, InputGroup* out) {
-  typedef int16_t s16v __attribute__((vector_size(32), aligned(2)));
   const f16v v[2] = {*reinterpret_cast<const f16v*>(x), *reinterpret_cast<const f16v*>(x + 16)};
   const f16v size[2] = {(f16v)((u16v)v[0] & 0x7fffffffu), (f16v)((u16v)v[1] & 0x7fffffffu)};
   const f16v larger = size[0] > size[1] ? size[0] : size[1], poison = (v[0] + v[1]) * 0.0f;
-  float most = 0.0f, none = 0.0f;
-  for (int i = 0; i < 16; ++i) {
-    most = larger[i] > most ? larger[i] : most;
-    none += poison[i];
-  }
+  const float most = largest(larger), none = total(poison);
   out->scale = most / INPUT_LIMIT<BITS> + none;
   const float factor = most > 1e-30f && out->scale == out->scale ? INPUT_LIMIT<BITS> / most : 0.0f;
   constexpr float TO_INTEGER = 0x1.8p23f;  // added, it leaves the nearest integer in the low bits
@@ -101,10 +92,9 @@ inline void round_group(const float* x, InputGroup* out) {
     const f16v scaled = factor > 0.0f ? v[i] * factor : f16v{};
     const i16v q = (i16v)(scaled + TO_INTEGER) - 0x4b400000;
     sums += q;
-    *reinterpret_cast<s16v*>(out->values + 16 * i) = __builtin_convertvector(q, s16v);
+    narrow16(q, out->values + 16 * i);
   }
-  out->sum = 0;
-  for (int i = 0; i < 16; ++i) out->sum += sums[i];
+  out->sum = total(sums);
 #if defined(AURORA_GROUP_TILES)
   const __m512i values = _mm512_loadu_si512(out->values), order = _mm512_loadu_si512(LANE_ORDER<BITS>.input);
   constexpr int STEP = INPUT_STEP<BITS>, SHIFT = BITS == 4 ? 4 : 8;
@@ -134,9 +124,11 @@ struct Grouped {
   static ptrdiff_t block_size(int groups) { return groups; }
 
   template <int ROWS>
-  static void sums(const Weight* w, const InputGroup* x, ptrdiff_t x_stride, int groups, f16v (*total)[2]) {
+  static void sums(const Weight* w, const InputGroup* x, ptrdiff_t x_stride, int groups, const Stream& stream,
+                   f16v (*total)[2]) {
     constexpr int CHAINS = ROWS < 3 ? 2 : 1;  // a sum waits for itself: with few of them each is made in two parts
     for (int group = 0; group < groups; ++group, ++w, ++x) {
+      stream.ask<sizeof(Weight)>(w);
       i16v dots[CHAINS][ROWS][2] = {};
       for (int r = 0; r < ROWS && !Weight::HAS_MIN; ++r)
         dots[0][r][0] = dots[0][r][1] = i16v{} - 128 * x[r * x_stride].sum;

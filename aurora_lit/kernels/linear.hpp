@@ -18,10 +18,14 @@ template <class Kind>
 struct Stepwise {
   static ptrdiff_t block_size(int k) { return ptrdiff_t(k) * BLOCK; }
   template <int ROWS, class Number>
-  static void sums(const Number* w, const Number* x, ptrdiff_t x_stride, int k_padded, f16v (*total)[2]) {
+  static void sums(const Number* w, const Number* x, ptrdiff_t x_stride, int k_padded, const Stream& stream,
+                   f16v (*total)[2]) {
     const Number* rows[ROWS];
     for (int r = 0; r < ROWS; ++r) rows[r] = x + r * x_stride;
-    for (int k = 0; k < k_padded; k += Kind::STEP) Kind::step(w + ptrdiff_t(k) * BLOCK, rows, k, total, ROWS);
+    for (int k = 0; k < k_padded; k += Kind::STEP) {
+      stream.ask<Kind::STEP * BLOCK * int(sizeof(Number))>(w + ptrdiff_t(k) * BLOCK);
+      Kind::step(w + ptrdiff_t(k) * BLOCK, rows, k, total, ROWS);
+    }
   }
 };
 
@@ -73,10 +77,10 @@ inline void put_row(const float* sums, float* row, int width, const float* bias,
 
 template <class Kind, int ROWS>
 void block_rows(const typename Kind::Weight* w, const typename Kind::Input* x, ptrdiff_t x_stride, int k_padded,
-                float* y, ptrdiff_t y_stride, int width, const float* bias, bool add) {
+                const Stream& stream, float* y, ptrdiff_t y_stride, int width, const float* bias, bool add) {
   f16v acc[ROWS][2];
   for (int r = 0; r < ROWS; ++r) acc[r][0] = acc[r][1] = f16v{};
-  Kind::template sums<ROWS>(w, x, x_stride, k_padded, acc);
+  Kind::template sums<ROWS>(w, x, x_stride, k_padded, stream, acc);
   for (int r = 0; r < ROWS; ++r) {
     float out[BLOCK];
     std::memcpy(out, acc[r], sizeof out);
@@ -89,16 +93,18 @@ inline int num_blocks(int outputs) { return (outputs + BLOCK - 1) / BLOCK; }
 // A block's sums for the `rows` rows that share one read of it.
 template <class Kind, int ROWS = MAX_ROWS>
 void block_of(int rows, const typename Kind::Weight* w, const typename Kind::Input* x, ptrdiff_t x_stride, int k_padded,
-              float* y, ptrdiff_t y_stride, int width, const float* bias, bool add) {
+              const Stream& stream, float* y, ptrdiff_t y_stride, int width, const float* bias, bool add) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return block_of<Kind, ROWS - 1>(rows, w, x, x_stride, k_padded, y, y_stride, width, bias, add);
-  block_rows<Kind, ROWS>(w, x, x_stride, k_padded, y, y_stride, width, bias, add);
+    if (rows < ROWS)
+      return block_of<Kind, ROWS - 1>(rows, w, x, x_stride, k_padded, stream, y, y_stride, width, bias, add);
+  block_rows<Kind, ROWS>(w, x, x_stride, k_padded, stream, y, y_stride, width, bias, add);
 }
 
 // Blocks [from, to) of the outputs.
 template <class Kind>
 void linear_blocks(const typename Kind::Input* x, ptrdiff_t x_stride, int rows, const typename Kind::Weight* w,
-                   int k_padded, int outputs, float* y, const float* bias, bool add, int from, int to) {
+                   int k_padded, int outputs, const Stream& stream, float* y, const float* bias, bool add, int from,
+                   int to) {
   for (int b = from; b < to; ++b) {
     const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
     const typename Kind::Weight* wb = w + Kind::block_size(k_padded) * b;
@@ -106,8 +112,8 @@ void linear_blocks(const typename Kind::Input* x, ptrdiff_t x_stride, int rows, 
     int parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int r = 0, n; r < rows; r += n) {
       n = (rows - r + parts - 1) / parts--;
-      block_of<Kind>(n, wb, x + r * x_stride, x_stride, k_padded, y + ptrdiff_t(r) * outputs + first, outputs, width, bb,
-                     add);
+      block_of<Kind>(n, wb, x + r * x_stride, x_stride, k_padded, stream, y + ptrdiff_t(r) * outputs + first, outputs,
+                     width, bb, add);
     }
   }
 }

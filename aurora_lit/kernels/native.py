@@ -3,7 +3,8 @@
 The library is compiled once a machine with the system's C++ compiler and kept in the cache folder. It shares torch's
 OpenMP threads. Without a compiler, or on a device other than the CPU, callers use torch's own operations instead.
 
-Shapes: S slots, B rows, T positions, N query heads, G key-value heads, D head size, L slot capacity.
+Shapes: S slots, B rows, T positions, N query heads, G key-value heads, D head size, L slot capacity, C blocks of
+P = KEY_BLOCK positions.
 """
 
 from __future__ import annotations
@@ -17,23 +18,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import torch
 
-from aurora_lit.kernels import grouped
+from aurora_lit.kernels import grouped, huge_pages
 
 _SOURCE = Path(__file__).with_name("skinny.cpp")
 _SOURCES = (_SOURCE, *sorted(_SOURCE.parent.glob("*.hpp")))
-_AREA_BYTES = 16 << 20
-"""Of huge pages, for the weights that are too small for pages of their own."""
-_areas: list[torch.Tensor] = []
-_area_lock = threading.Lock()  # a new draft is packed beside serving
 STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
 """By `target.precision`: the type that names how weights are stored; those of four bits lie two to a byte."""
 SUFFIXES = {dtype: name for name, dtype in STORAGE.items()}
 """Of the kernels' names, by what weights and slots are stored in."""
+KEY_BLOCK = 64
+"""Positions whose keys lie together in a slot; as in attention.hpp."""
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
 
 
@@ -43,8 +41,7 @@ class AttentionShape(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "queries", "heads", "kv_heads", "head_dim")),
         *((f"{tensor}_{dim}", ctypes.c_int64) for tensor in "qkv" for dim in ("row", "head", "token")),
-        *((name, ctypes.c_int64) for name in ("cache_row_k", "cache_head_k", "cache_dim_k")),
-        *((name, ctypes.c_int64) for name in ("cache_row_v", "cache_head_v")),
+        *((f"cache_{dim}_{tensor}", ctypes.c_int64) for tensor in "kv" for dim in ("row", "head")),
         ("scale", ctypes.c_float),
     )
 
@@ -93,7 +90,7 @@ def attend(
     query_BNTD: torch.Tensor,
     key_BGTD: torch.Tensor,
     value_BGTD: torch.Tensor,
-    keys_SGDL: torch.Tensor,
+    keys_SGCDP: torch.Tensor,
     values_SGLD: torch.Tensor,
     slots_B: torch.Tensor,
     starts_B: torch.Tensor,
@@ -114,12 +111,12 @@ def attend(
     shape = AttentionShape(
         B, T, N, key_BGTD.shape[1], D,
         *query_BNTD.stride()[:3], *key_BGTD.stride()[:3], *value_BGTD.stride()[:3],
-        *keys_SGDL.stride()[:3], *values_SGLD.stride()[:2], scale,
+        *keys_SGCDP.stride()[:2], *values_SGLD.stride()[:2], scale,
     )  # fmt: skip
-    call = kernels.aurora_attention_fp32 if keys_SGDL.dtype == torch.float32 else kernels.aurora_attention_bf16
+    call = kernels.aurora_attention_fp32 if keys_SGCDP.dtype == torch.float32 else kernels.aurora_attention_bf16
     call(
         ctypes.byref(shape), _address(query_BNTD), _address(key_BGTD), _address(value_BGTD),
-        _address(keys_SGDL), _address(values_SGLD), _address(slots_B), _address(starts_B), _address(out_BTND),
+        _address(keys_SGCDP), _address(values_SGLD), _address(slots_B), _address(starts_B), _address(out_BTND),
     )  # fmt: skip
     return out_BTND
 
@@ -133,15 +130,15 @@ def pack(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
     block = kernels.aurora_block()
     blocks = -(-outputs // block)
     if dtype == torch.float32:
-        packed = _huge(blocks * block * inputs, dtype)
+        packed = huge_pages.empty(blocks * block * inputs, dtype)
         kernels.aurora_pack_fp32(_address(weight_OI), outputs, inputs, _address(packed))
     elif dtype in grouped.BITS:
         parts = grouped.pack(weight_OI, bits=grouped.BITS[dtype], block=block, group=kernels.aurora_group())
-        packed = _huge(parts.numel(), dtype)
+        packed = huge_pages.empty(parts.numel(), dtype)
         packed.view(torch.uint8).copy_(parts)
     else:
         padded = -(-inputs // 32) * 32
-        packed = _huge(blocks * block * padded, dtype)
+        packed = huge_pages.empty(blocks * block * padded, dtype)
         kernels.aurora_pack_bf16(_address(weight_OI), outputs, inputs, padded, _address(packed))
     return packed
 
@@ -172,31 +169,6 @@ def linear(x_NI: torch.Tensor, packed: torch.Tensor, outputs: int, bias: torch.T
 
 def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _huge(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor on huge pages where the system gives them: weights are read as long streams.
-
-    Those smaller than a few pages share an area, which lives as long as any of them.
-    """
-    size = numel * dtype.itemsize
-    if size > _AREA_BYTES // 4:
-        return _huge_area(size)[:size].view(dtype)
-    with _area_lock:
-        if not _areas or _areas[0].numel() < size:
-            _areas[:] = [_huge_area(_AREA_BYTES)]
-        raw = _areas[0]
-        _areas[0] = raw[-(-size // 64) * 64 :]
-    return raw[:size].view(dtype)
-
-
-def _huge_area(size: int) -> torch.Tensor:
-    page = 1 << 21
-    raw = torch.empty(size + page, dtype=torch.uint8)
-    offset = -raw.data_ptr() % page
-    if sys.platform == "linux" and size >= page:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(raw.data_ptr() + offset), ctypes.c_size_t(size), 14)
-    return raw[offset : offset + size]
 
 
 def _build(command: str) -> Path:

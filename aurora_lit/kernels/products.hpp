@@ -15,12 +15,13 @@ template <>
 struct Product<Float> {
   static int padded(int inputs) { return inputs; }
   static size_t buffer_rows(int rows) { return size_t(rows); }
+  static ptrdiff_t block_bytes(int k) { return ptrdiff_t(k) * BLOCK * 4; }
   static void round_row(const float* from, int inputs, float* to) { std::memcpy(to, from, size_t(inputs) * 4); }
   static void enter(int) {}
   static void leave() {}
-  static void blocks(const float* x, int k, int rows, const void* w, int outputs, float* y, const float* bias, bool add,
-                     int from, int to) {
-    linear_blocks<Float>(x, k, rows, static_cast<const float*>(w), k, outputs, y, bias, add, from, to);
+  static void blocks(const float* x, int k, int rows, const void* w, int outputs, const Stream& stream, float* y,
+                     const float* bias, bool add, int from, int to) {
+    linear_blocks<Float>(x, k, rows, static_cast<const float*>(w), k, outputs, stream, y, bias, add, from, to);
   }
 };
 
@@ -28,6 +29,7 @@ template <>
 struct Product<BFloat> {
   static int padded(int inputs) { return (inputs + 31) / 32 * 32; }
   static size_t buffer_rows(int rows) { return size_t(rows > 16 ? (rows + 15) / 16 * 16 : rows); }
+  static ptrdiff_t block_bytes(int k) { return ptrdiff_t(k) * BLOCK * 2; }
   static void round_row(const float* from, int inputs, uint16_t* to) {
     int k = 0;
 #if defined(__AVX512BF16__)
@@ -49,13 +51,13 @@ struct Product<BFloat> {
     if (tiles_allowed()) _tile_release();
 #endif
   }
-  static void blocks(const uint16_t* x, int k, int rows, const void* w, int outputs, float* y, const float* bias,
-                     bool add, int from, int to) {
+  static void blocks(const uint16_t* x, int k, int rows, const void* w, int outputs, const Stream& stream,
+                     float* y, const float* bias, bool add, int from, int to) {
     const uint16_t* weight = static_cast<const uint16_t*>(w);
 #if defined(AURORA_TILES)
-    if (tiles_allowed()) return linear_tiles(x, k, rows, weight, outputs, y, bias, add, from, to);
+    if (tiles_allowed()) return linear_tiles(x, k, rows, weight, outputs, stream, y, bias, add, from, to);
 #endif
-    linear_blocks<BFloat>(x, k, rows, weight, k, outputs, y, bias, add, from, to);
+    linear_blocks<BFloat>(x, k, rows, weight, k, outputs, stream, y, bias, add, from, to);
   }
 };
 
@@ -64,6 +66,7 @@ struct Product<Grouped<BITS>> {
   typedef Grouped<BITS> Kind;
   static int padded(int inputs) { return num_groups(inputs); }
   static size_t buffer_rows(int rows) { return size_t(rows > 16 ? (rows + 15) / 16 * 16 : rows); }
+  static ptrdiff_t block_bytes(int groups) { return groups * ptrdiff_t(sizeof(typename Kind::Weight)); }
   static void round_row(const float* from, int inputs, InputGroup* to) {
     int k = 0;
     for (; k + GROUP <= inputs; k += GROUP) round_group<BITS>(from + k, to++);
@@ -87,13 +90,13 @@ struct Product<Grouped<BITS>> {
     (void)rows;
   }
   static void leave() { Product<BFloat>::leave(); }
-  static void blocks(const InputGroup* x, int groups, int rows, const void* w, int outputs, float* y, const float* bias,
-                     bool add, int from, int to) {
+  static void blocks(const InputGroup* x, int groups, int rows, const void* w, int outputs, const Stream& stream,
+                     float* y, const float* bias, bool add, int from, int to) {
     const typename Kind::Weight* weight = static_cast<const typename Kind::Weight*>(w);
 #if defined(AURORA_GROUP_TILES)
-    if (on_tiles(rows)) return linear_group_tiles<BITS>(x, groups, rows, weight, outputs, y, bias, add, from, to);
+    if (on_tiles(rows)) return linear_group_tiles<BITS>(x, groups, rows, weight, outputs, stream, y, bias, add, from, to);
 #endif
-    linear_blocks<Kind>(x, groups, rows, weight, groups, outputs, y, bias, add, from, to);
+    linear_blocks<Kind>(x, groups, rows, weight, groups, outputs, stream, y, bias, add, from, to);
   }
 };
 
@@ -107,11 +110,12 @@ void multiply(const float* x, ptrdiff_t x_stride, int rows, const void* w, int i
   if (rounded.size() < P::buffer_rows(rows) * k) rounded.resize(P::buffer_rows(rows) * k);
   typename Kind::Input* to = rounded.data();
   for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to + ptrdiff_t(r) * k);
+  const char* end = static_cast<const char*>(w) + blocks * P::block_bytes(k);
 #pragma omp parallel
   {
     P::enter(rows);
 #pragma omp for schedule(static)
-    for (int b = 0; b < blocks; ++b) P::blocks(to, k, rows, w, outputs, y, bias, false, b, b + 1);
+    for (int b = 0; b < blocks; ++b) P::blocks(to, k, rows, w, outputs, Stream{end, end}, y, bias, false, b, b + 1);
     P::leave();
   }
 }

@@ -15,7 +15,6 @@ namespace {
 
 constexpr int TILE_ROWS = 16;    // rows of one tile of inputs
 constexpr int TILE_INPUTS = 32;  // inputs that one tile instruction takes
-constexpr int PREFETCH_BYTES = 4096;  // tile loads alone leave the weights' next lines too late
 
 // Whether the system lets this process use tiles; asked once.
 inline bool tiles_allowed() {
@@ -42,8 +41,8 @@ inline void configure_tiles(int rows) {
 
 // Blocks [from, to) of the outputs; the thread's tiles are configured for min(rows, 16).
 // x: bf16 rows, padded to whole tiles where there are more than 16 (what the padding holds does not matter).
-inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16_t* w, int outputs, float* y,
-                         const float* bias, bool add, int from, int to) {
+inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16_t* w, int outputs,
+                         const Stream& stream, float* y, const float* bias, bool add, int from, int to) {
   const int x_bytes = k_padded * 2, w_bytes = BLOCK * 2 * 2, sum_bytes = BLOCK * 4;
   alignas(64) float sums[2 * TILE_ROWS * BLOCK];
   for (int b = from; b < to; ++b) {
@@ -61,8 +60,7 @@ inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16
         _tile_zero(3);
       }
       for (int k = 0; k < k_padded; k += TILE_INPUTS) {
-        const char* ahead = reinterpret_cast<const char*>(wb + ptrdiff_t(k) * BLOCK) + PREFETCH_BYTES;
-        for (int line = 0; line < TILE_INPUTS * w_bytes / 2; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+        stream.ask<TILE_INPUTS * BLOCK * 2>(wb + ptrdiff_t(k) * BLOCK);
         _tile_loadd(6, wb + ptrdiff_t(k) * BLOCK, w_bytes);
         _tile_loadd(7, wb + ptrdiff_t(k) * BLOCK + BLOCK, w_bytes);
         _tile_loadd(4, x0 + k, x_bytes);

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -16,6 +16,69 @@ constexpr int BLOCK = 32;  // outputs of one block of packed weights: two vector
 typedef float f16v __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u16v __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16v __attribute__((vector_size(64), aligned(4)));
+
+// 16 halves as the low halves of words; compilers make two vectors of it where there is one instruction.
+inline u16v widen16(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return (u16v)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  typedef uint16_t h16v __attribute__((vector_size(32), aligned(2)));
+  return __builtin_convertvector(*reinterpret_cast<const h16v*>(from), u16v);
+#endif
+}
+
+// Weights are asked for before they are needed: their arithmetic leaves a processor no room to run that far ahead.
+// A thread's share of a matrix ends at `end`, and what it reads then lies at `next`.
+struct Stream {
+  static constexpr int AHEAD = 16384;  // bytes; measured, on AMX and AVX-512
+  const char* end;
+  const char* next;
+
+  // Ask for what is read AHEAD of `at`, as much as is read there.
+  template <int BYTES>
+  void ask(const void* at) const {
+    const char* place = static_cast<const char*>(at) + AHEAD;
+    if (place >= end) place = next + (place - end);
+    for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(place + line);
+  }
+};
+
+inline void narrow16(i16v from, int16_t* to) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)from));
+#else
+  for (int i = 0; i < 16; ++i) to[i] = int16_t(from[i]);
+#endif
+}
+
+// Over the lanes of a vector; of floats in an order of its own.
+inline float largest(f16v x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float most = x[0];
+  for (int i = 1; i < 16; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+#endif
+}
+inline float total(f16v x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sum = 0.0f;
+  for (int i = 0; i < 16; ++i) sum += x[i];
+  return sum;
+#endif
+}
+inline int32_t total(i16v x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)x);
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += x[i];
+  return sum;
+#endif
+}
 
 inline uint16_t to_bf16(float x) {
   uint32_t u;

@@ -1,10 +1,12 @@
 """The key-value cache: one preallocated slot a running request, and attention over it.
 
-Keys lie transposed (D before L), so that the scores of neighbouring positions are neighbours in memory. A round
+Keys lie transposed (D before positions), so that the scores of neighbouring positions are neighbours in memory: on the
+CPU in blocks of positions, which kernels read as one stream, elsewhere all positions in one block. A round
 writes its new keys and values behind each row's committed length; rejection only moves that length back, since what
 lies behind it is overwritten before it is ever attended to.
 
-Shapes: S slots, B rows of a batch, T new positions, N query heads, G key-value heads, D head size, L positions.
+Shapes: S slots, B rows of a batch, T new positions, N query heads, G key-value heads, D head size, L positions,
+C blocks of P positions.
 """
 
 from __future__ import annotations
@@ -13,15 +15,12 @@ import torch
 from torch.nn import functional as F
 
 from aurora_lit.errors import SourceError
-from aurora_lit.kernels import native
-
-_PAD_POSITIONS = 32
-"""Keeps the stride of a row away from powers of two, which would alias in the first-level cache."""
+from aurora_lit.kernels import huge_pages, native
 
 
 def padded_positions(capacity: int) -> int:
     """Positions that a slot takes in memory."""
-    return (capacity + 31) // 32 * 32 + _PAD_POSITIONS
+    return -(-capacity // native.KEY_BLOCK) * native.KEY_BLOCK
 
 
 class KVSlots:
@@ -39,17 +38,27 @@ class KVSlots:
         device: torch.device | str = "cpu",
     ) -> None:
         padded = padded_positions(capacity)
-        key_shape = (num_slots, num_kv_heads, head_dim, padded)
+        block = native.KEY_BLOCK if torch.device(device).type == "cpu" else padded
+        key_shape = (num_slots, num_kv_heads, padded // block, head_dim, block)
         value_shape = (num_slots, num_kv_heads, padded, head_dim)
         self.capacity = capacity
-        self.keys_SGDL = [torch.zeros(key_shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values_SGLD = [torch.zeros(value_shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.keys_SGCDP = [_zeros(key_shape, dtype, device) for _ in range(num_layers)]
+        self.values_SGLD = [_zeros(value_shape, dtype, device) for _ in range(num_layers)]
 
     def copy(self, source: int, slot: int, length: int) -> None:
         """Copy the first `length` positions of a slot to another."""
-        for keys_SGDL, values_SGLD in zip(self.keys_SGDL, self.values_SGLD, strict=True):
-            keys_SGDL[slot, ..., :length] = keys_SGDL[source, ..., :length]
+        for keys_SGCDP, values_SGLD in zip(self.keys_SGCDP, self.values_SGLD, strict=True):
+            blocks, rest = divmod(length, keys_SGCDP.shape[-1])
+            keys_SGCDP[slot, :, :blocks] = keys_SGCDP[source, :, :blocks]
+            if rest:
+                keys_SGCDP[slot, :, blocks, :, :rest] = keys_SGCDP[source, :, blocks, :, :rest]
             values_SGLD[slot, :, :length] = values_SGLD[source, :, :length]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    if torch.device(device).type == "cpu":
+        return huge_pages.zeros(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class SlotView:
@@ -82,8 +91,8 @@ class SlotView:
         have another shape than the slots.
         """
         new = (query_BNTD, key_BGTD, value_BGTD)
-        held = (self.slots.keys_SGDL[layer], self.slots.values_SGLD[layer], self.slots_B, self.starts_B)
-        G, D = held[0].shape[1:3]
+        held = (self.slots.keys_SGCDP[layer], self.slots.values_SGLD[layer], self.slots_B, self.starts_B)
+        G, _, D, _ = held[0].shape[1:]
         for name, heads_BGTD in (("keys", key_BGTD), ("values", value_BGTD)):
             if (heads_BGTD.shape[1], heads_BGTD.shape[3]) != (G, D):
                 raise SourceError(
@@ -100,7 +109,7 @@ def torch_attend(
     query_BNTD: torch.Tensor,
     key_BGTD: torch.Tensor,
     value_BGTD: torch.Tensor,
-    keys_SGDL: torch.Tensor,
+    keys_SGCDP: torch.Tensor,
     values_SGLD: torch.Tensor,
     slots_B: torch.Tensor,
     starts_B: torch.Tensor,
@@ -114,11 +123,13 @@ def torch_attend(
     B, N, T, D = query_BNTD.shape
     G = key_BGTD.shape[1]
     positions_BT = starts_B[:, None] + torch.arange(T, device=starts_B.device)
-    keys_SGDL[slots_B[:, None], :, :, positions_BT] = key_BGTD.permute(0, 2, 1, 3).to(keys_SGDL.dtype)
+    P = keys_SGCDP.shape[-1]
+    place = (slots_B[:, None], slice(None), positions_BT // P, slice(None), positions_BT % P)
+    keys_SGCDP[place] = key_BGTD.permute(0, 2, 1, 3).to(keys_SGCDP.dtype)
     values_SGLD[slots_B[:, None], :, positions_BT] = value_BGTD.permute(0, 2, 1, 3).to(values_SGLD.dtype)
 
     L = int(starts_B.max()) + T
-    keys_BGDL = keys_SGDL[slots_B, :, :, :L].float()
+    keys_BGDL = keys_by_position(keys_SGCDP[slots_B, :, : -(-L // P)])[..., :L].float()
     values_BGLD = values_SGLD[slots_B, :, :L].float()
     scores_BNTL = (query_BNTD.reshape(B, G, N // G * T, D).float() @ keys_BGDL * scale).view(B, N, T, L)
     if softcap is not None:
@@ -128,6 +139,11 @@ def torch_attend(
     weights_BNTL = _softmax(scores_BNTL.masked_fill(hidden_BTL[:, None], float("-inf")), sinks_N)
     out = weights_BNTL.view(B, G, N // G * T, L) @ values_BGLD
     return out.view(B, N, T, D).transpose(1, 2).to(query_BNTD.dtype)
+
+
+def keys_by_position(keys_BGCDP: torch.Tensor) -> torch.Tensor:
+    """Blocks of keys one after the other: [B, G, D, C·P]."""
+    return keys_BGCDP.transpose(2, 3).flatten(3)
 
 
 def read_attention(

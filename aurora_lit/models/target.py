@@ -184,7 +184,7 @@ class Target(nn.Module):
             embeds_NH = self.embedding(ids_BT).float().reshape(B * T, -1)
             _, last_NH, aux_N3H = self._decoder(
                 embeds_NH,
-                keys=slots.keys_SGDL,
+                keys=slots.keys_SGCDP,
                 values=slots.values_SGLD,
                 slots_B=slots_B,
                 starts_B=starts_B,
@@ -206,7 +206,7 @@ class Target(nn.Module):
         """Move keys and values of tree columns to the positions that their tokens were committed at, in this order."""
         assert self._decoder is not None
         self._decoder.move(
-            keys=slots.keys_SGDL, values=slots.values_SGLD, slots_M=slots_M, from_M=from_M, to_M=to_M
+            keys=slots.keys_SGCDP, values=slots.values_SGLD, slots_M=slots_M, from_M=from_M, to_M=to_M
         )
 
     def copy_beginning(self, *, slots: KVSlots, source: int, slot: int, length: int) -> None:

@@ -269,7 +269,7 @@ class Drafter:
         if self._fitted.decoder is not None:
             stream_NH, _, _ = self._fitted.decoder(
                 hidden_BTH.reshape(B * T, -1).clone(),
-                keys=self._cache.keys_SGDL,
+                keys=self._cache.keys_SGCDP,
                 values=self._cache.values_SGLD,
                 slots_B=slots_B,
                 starts_B=starts_B,
