@@ -198,13 +198,13 @@ void attend_queries(const Query* rows, int count, const Cache* keys, const Cache
   attend_rows<Cache, ROWS>(rows, keys, values, D, scale);
 }
 
-// Write the new keys and values of one row and key-value head behind the row's start.
+// Write new keys and values of one row and key-value head, those of tokens [from, to), behind the row's start.
 template <class Cache>
 void write_slot(const AttentionShape& s, int64_t b, int64_t g, const float* k, const float* v, Cache* keys,
-                Cache* values, const int64_t* slots, const int64_t* starts, const Tree& tree) {
+                Cache* values, const int64_t* slots, const int64_t* starts, const Tree& tree, int64_t from, int64_t to) {
   const int D = int(s.head_dim);
   const int64_t first = tree.parents ? tree.columns - s.queries : 0;
-  for (int64_t t = 0; t < s.queries; ++t) {
+  for (int64_t t = from; t < to; ++t) {
     const int64_t at = starts[b] + first + t;
     const float* kt = k + b * s.k_row + g * s.k_head + t * s.k_token;
     const float* vt = v + b * s.v_row + g * s.v_head + t * s.v_token;
@@ -224,7 +224,7 @@ void attend_share(const AttentionShape& s, const float* q, const Cache* keys, co
   const int64_t before = tree.parents ? tree.columns - s.queries : 0;  // columns that earlier passes computed
   const int64_t group = s.heads / s.kv_heads, queries = group * s.queries;
   const int64_t parts = (queries + MAX_QUERIES - 1) / MAX_QUERIES;
-  static thread_local std::vector<float> scores;
+  static thread_local Buffer<float> scores;
 #pragma omp for schedule(dynamic, 1)
   for (int64_t job = 0; job < s.rows * s.kv_heads * parts; ++job) {
     const int64_t part = job % parts, g = job / parts % s.kv_heads, b = job / parts / s.kv_heads;
@@ -232,13 +232,13 @@ void attend_share(const AttentionShape& s, const float* q, const Cache* keys, co
     const Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v;
     const int64_t first = part * queries / parts, count = (part + 1) * queries / parts - first;
     const int64_t room = padded64(starts[b] + before + s.queries);
-    if (int64_t(scores.size()) < room * MAX_QUERIES) scores.resize(size_t(room * MAX_QUERIES));
+    float* of_rows = scores.at_least(size_t(room * MAX_QUERIES));
     Query rows[MAX_QUERIES];
     for (int64_t r = 0; r < count; ++r) {
       const int64_t t = (first + r) / group, h = g * group + (first + r) % group;
       rows[r].q = q + b * s.q_row + h * s.q_head + t * s.q_token;
       rows[r].out = out + ((b * s.queries + t) * s.heads + h) * D;
-      rows[r].scores = scores.data() + room * r;
+      rows[r].scores = of_rows + room * r;
       rows[r].extent = starts[b] + before + t + 1;
       rows[r].steps = tree.parents ? path_to(tree.parents + b * tree.columns, before + t, rows[r].path) : 0;
       rows[r].length = tree.parents ? starts[b] + rows[r].steps : rows[r].extent;
@@ -254,7 +254,7 @@ void attention(const AttentionShape& s, const float* q, const float* k, const fl
   {
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < s.rows * s.kv_heads; ++job)
-      write_slot(s, job / s.kv_heads, job % s.kv_heads, k, v, keys, values, slots, starts, Tree{});
+      write_slot(s, job / s.kv_heads, job % s.kv_heads, k, v, keys, values, slots, starts, Tree{}, 0, s.queries);
     attend_share(s, q, keys, values, slots, starts, Tree{}, out);
   }
 }

@@ -93,11 +93,8 @@ inline int64_t depth(const Tree& tree, int64_t row, int64_t queries, int64_t t) 
   return path_to(tree.parents + row * tree.columns, tree.columns - queries + t, path) - 1;
 }
 
-template <class T>
-T* at_least(std::vector<T>& buffer, size_t size) {
-  if (buffer.size() < size) buffer.resize(size);
-  return buffer.data();
-}
+constexpr int MANY_ROWS = 12;  // from which threads share the making of a product's inputs, and then meet
+constexpr int64_t TOKENS_AT_ONCE = 32;
 
 template <class Kind, class Cache>
 void decode(const DecoderCall& call) {
@@ -112,21 +109,38 @@ void decode(const DecoderCall& call) {
   int64_t widest = 0;  // of the MLP
   for (int64_t l = 0; l < call.num_layers; ++l)
     widest = call.layers[l].gate.outputs > widest ? call.layers[l].gate.outputs : widest;
-  static thread_local std::vector<float> query, key, value, attended, gate, up;
-  static thread_local std::vector<Input> products;
-  float* q = at_least(query, size_t(rows) * q_width);
-  float* k = at_least(key, size_t(rows) * kv_width);
-  float* v = at_least(value, size_t(rows) * kv_width);
-  float* attention_out = at_least(attended, size_t(rows) * q_width);
-  float* g = at_least(gate, size_t(rows) * widest);
-  float* u = at_least(up, size_t(rows) * widest);
-  Input* inner = at_least(products, P::buffer_rows(rows) * P::padded(int(widest)));
+  static thread_local Buffer<float> query, key, value, attended, gate, up;
+  static thread_local Buffer<Input> products, shared;
+  float* q = query.at_least(size_t(rows) * q_width);
+  float* k = key.at_least(size_t(rows) * kv_width);
+  float* v = value.at_least(size_t(rows) * kv_width);
+  float* attention_out = attended.at_least(size_t(rows) * q_width);
+  float* g = gate.at_least(size_t(rows) * widest);
+  float* u = up.at_least(size_t(rows) * widest);
+  Input* inner = products.at_least(P::buffer_rows(rows) * P::padded(int(widest)));
+  int64_t wide = q_width > H ? q_width : H;  // of the other products' inputs
+  for (int64_t l = 0; l < call.num_layers; ++l)
+    wide = call.layers[l].query.inputs > wide ? call.layers[l].query.inputs : wide;
+  const size_t input_size = P::buffer_rows(rows) * P::padded(int(wide));
+  const bool many = rows >= MANY_ROWS;
+  Input* together = many ? shared.at_least(input_size) : nullptr;
+
+  const int64_t parts = (s.queries + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
 
 #pragma omp parallel
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    static thread_local std::vector<float> normed_row;
-    static thread_local std::vector<Input> rounded;
+    static thread_local Buffer<float> normed_row;
+    static thread_local Buffer<Input> rounded;
+    Input* x = many ? together : rounded.at_least(input_size);
+    float* row = normed_row.at_least(size_t(wide));
+    // Inputs of few rows each thread makes for itself: cheaper than meeting.
+    const auto each_row = [&](auto make) {
+      for (int r = many ? rows * thread / threads : 0; r < (many ? rows * (thread + 1) / threads : rows); ++r) make(r);
+      if (many) {
+#pragma omp barrier
+      }
+    };
     const auto share = [&](int64_t outputs, int which) { return int(num_blocks(int(outputs)) * int64_t(which) / threads); };
     const auto share_begins = [&](const Matrix& m, int which) {
       return static_cast<const char*>(m.weight) + share(m.outputs, which) * P::block_bytes(P::padded(int(m.inputs)));
@@ -148,24 +162,21 @@ void decode(const DecoderCall& call) {
           for (int r = 0; r < rows; ++r)
             std::memcpy(call.aux + (ptrdiff_t(r) * 3 + tap) * H, call.stream + ptrdiff_t(r) * H, size_t(H) * 4);
         }
-      // Every thread norms all rows for itself: cheaper than meeting.
-      const int width = int(layer.query.inputs), padded = P::padded(width);
-      Input* x = at_least(rounded, P::buffer_rows(rows) * size_t(padded > P::padded(q_width) ? padded : P::padded(q_width)));
-      float* row = at_least(normed_row, size_t(width));
-      for (int r = 0; r < rows; ++r) {
-        const float* hidden = call.stream + ptrdiff_t(r) * H;
+      const int width = int(layer.query.inputs);
+      each_row([&](int r) {
         if (layer.norm_embeds) rms_norm(call.embeds + ptrdiff_t(r) * H, layer.norm_embeds, H, call.eps, row);
-        rms_norm(hidden, layer.norm_attention, H, call.eps, row + width - H);
-        P::round_row(row, width, x + ptrdiff_t(r) * padded);
-      }
+        rms_norm(call.stream + ptrdiff_t(r) * H, layer.norm_attention, H, call.eps, row + width - H);
+        P::round_row(row, width, x + ptrdiff_t(r) * P::padded(width));
+      });
       product(x, layer.query, q, false, layer.key);
       product(x, layer.key, k, false, layer.value);
       product(x, layer.value, v, false, layer.output);
 #pragma omp barrier
 #pragma omp for schedule(static)
-      for (int64_t job = 0; job < s.rows * s.kv_heads; ++job) {
-        const int64_t b = job / s.kv_heads, kv = job % s.kv_heads, group = s.heads / s.kv_heads;
-        for (int64_t t = 0; t < s.queries; ++t) {
+      for (int64_t job = 0; job < s.rows * s.kv_heads * parts; ++job) {
+        const int64_t b = job / parts / s.kv_heads, kv = job / parts % s.kv_heads, group = s.heads / s.kv_heads;
+        const int64_t from = job % parts * s.queries / parts, to = (job % parts + 1) * s.queries / parts;
+        for (int64_t t = from; t < to; ++t) {
           const int64_t position = call.starts[b] + (call.tree.parents ? depth(call.tree, b, s.queries, t) : t);
           const int64_t place = (position < call.max_positions ? position : call.max_positions - 1) * D;
           float* token_q = q + (b * s.queries + t) * q_width;
@@ -173,20 +184,18 @@ void decode(const DecoderCall& call) {
             rotate_head(token_q + h * D, call.cosines + place, call.sines + place, D);
           rotate_head(k + (b * s.queries + t) * kv_width + kv * D, call.cosines + place, call.sines + place, D);
         }
-        write_slot(s, b, kv, k, v, keys, values, call.slots, call.starts, call.tree);
+        write_slot(s, b, kv, k, v, keys, values, call.slots, call.starts, call.tree, from, to);
       }
       attend_share(s, q, keys, values, call.slots, call.starts, call.tree, attention_out);
-      const int q_padded = P::padded(q_width);
-      for (int r = 0; r < rows; ++r)
-        P::round_row(attention_out + ptrdiff_t(r) * q_width, q_width, x + ptrdiff_t(r) * q_padded);
+      each_row([&](int r) {
+        P::round_row(attention_out + ptrdiff_t(r) * q_width, q_width, x + ptrdiff_t(r) * P::padded(q_width));
+      });
       product(x, layer.output, call.stream, true, layer.gate);
 #pragma omp barrier
-      const int h_padded = P::padded(H);
-      x = at_least(rounded, P::buffer_rows(rows) * size_t(h_padded));
-      for (int r = 0; r < rows; ++r) {
+      each_row([&](int r) {
         rms_norm(call.stream + ptrdiff_t(r) * H, layer.norm_mlp, H, call.eps, row);
-        P::round_row(row, H, x + ptrdiff_t(r) * h_padded);
-      }
+        P::round_row(row, H, x + ptrdiff_t(r) * P::padded(H));
+      });
       product(x, layer.gate, g, false, layer.up);
       product(x, layer.up, u, false, layer.down);
       const int M = int(layer.gate.outputs), m_padded = P::padded(M);

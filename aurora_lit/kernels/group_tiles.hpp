@@ -103,9 +103,8 @@ template <int BITS>
 void linear_group_tiles(const InputGroup* x, int groups, int rows, const WeightGroup<BITS>* w, int outputs,
                         const Stream& stream, float* y, const float* bias, bool add, int from, int to) {
   const ptrdiff_t stride = ptrdiff_t(groups) * ptrdiff_t(sizeof(InputGroup));
-  static thread_local std::vector<f16v> buffer;
-  if (buffer.size() < size_t(rows) * 2 + 1) buffer.resize(size_t(rows) * 2 + 1);
-  f16v* const totals = reinterpret_cast<f16v*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);  // whole lines
+  static thread_local Buffer<float> buffer;
+  f16v* const totals = reinterpret_cast<f16v*>(buffer.at_least(size_t(rows) * BLOCK));
   GroupSums<BITS> both[2];  // while the tiles make one, the other is added up
   int turn = 0;
   for (int b = from; b < to; ++b) {

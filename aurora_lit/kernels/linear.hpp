@@ -68,11 +68,17 @@ struct BFloat : Stepwise<BFloat> {  // two input indices a step, side by side in
 
 // One row's sums of a block into the output: set, or added to what is there (a residual stream).
 inline void put_row(const float* sums, float* row, int width, const float* bias, bool add) {
-  if (add)
-    for (int i = 0; i < width; ++i) row[i] += sums[i];
-  else
-    std::memcpy(row, sums, size_t(width) * sizeof(float));
-  for (int i = 0; bias && i < width; ++i) row[i] += bias[i];
+  const bool whole = width == BLOCK;
+  for (int v = 0; whole && v < BLOCK; v += 16) {
+    f16v y = *reinterpret_cast<const f16v*>(sums + v);
+    if (add) y += *reinterpret_cast<const f16v*>(row + v);
+    if (bias) y += *reinterpret_cast<const f16v*>(bias + v);
+    std::memcpy(row + v, &y, sizeof y);
+  }
+  for (int i = whole ? width : 0; i < width; ++i) {
+    const float y = add ? row[i] + sums[i] : sums[i];
+    row[i] = bias ? y + bias[i] : y;
+  }
 }
 
 template <class Kind, int ROWS>

@@ -106,9 +106,8 @@ void multiply(const float* x, ptrdiff_t x_stride, int rows, const void* w, int i
               const float* bias) {
   typedef Product<Kind> P;
   const int k = P::padded(inputs), blocks = num_blocks(outputs);
-  static thread_local std::vector<typename Kind::Input> rounded;
-  if (rounded.size() < P::buffer_rows(rows) * k) rounded.resize(P::buffer_rows(rows) * k);
-  typename Kind::Input* to = rounded.data();
+  static thread_local Buffer<typename Kind::Input> rounded;
+  typename Kind::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
   for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to + ptrdiff_t(r) * k);
   const char* end = static_cast<const char*>(w) + blocks * P::block_bytes(k);
 #pragma omp parallel

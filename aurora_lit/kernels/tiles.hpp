@@ -60,7 +60,7 @@ inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16
         _tile_zero(3);
       }
       for (int k = 0; k < k_padded; k += TILE_INPUTS) {
-        stream.ask<TILE_INPUTS * BLOCK * 2>(wb + ptrdiff_t(k) * BLOCK);
+        if (r == 0) stream.ask<TILE_INPUTS * BLOCK * 2>(wb + ptrdiff_t(k) * BLOCK);
         _tile_loadd(6, wb + ptrdiff_t(k) * BLOCK, w_bytes);
         _tile_loadd(7, wb + ptrdiff_t(k) * BLOCK + BLOCK, w_bytes);
         _tile_loadd(4, x0 + k, x_bytes);
@@ -72,15 +72,27 @@ inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16
           _tile_dpbf16ps(3, 5, 7);
         }
       }
-      _tile_stored(0, sums, sum_bytes);
-      _tile_stored(1, sums + 16, sum_bytes);
-      if (both) {
+      // Whole tiles go where they belong at once; the rest by way of `sums`.
+      const int n = rows - r < 2 * TILE_ROWS ? rows - r : 2 * TILE_ROWS;
+      const bool plain = width == BLOCK && !add && !bias;
+      const int direct = !plain ? 0 : n == 2 * TILE_ROWS || rows <= TILE_ROWS ? n : n / TILE_ROWS * TILE_ROWS;
+      float* y0 = y + ptrdiff_t(r) * outputs + first;
+      const int y_bytes = outputs * 4;
+      if (direct) {
+        _tile_stored(0, y0, y_bytes);
+        _tile_stored(1, y0 + 16, y_bytes);
+      } else {
+        _tile_stored(0, sums, sum_bytes);
+        _tile_stored(1, sums + 16, sum_bytes);
+      }
+      if (direct == 2 * TILE_ROWS) {
+        _tile_stored(2, y0 + ptrdiff_t(TILE_ROWS) * outputs, y_bytes);
+        _tile_stored(3, y0 + ptrdiff_t(TILE_ROWS) * outputs + 16, y_bytes);
+      } else if (both) {
         _tile_stored(2, sums + TILE_ROWS * BLOCK, sum_bytes);
         _tile_stored(3, sums + TILE_ROWS * BLOCK + 16, sum_bytes);
       }
-      const int n = rows - r < 2 * TILE_ROWS ? rows - r : 2 * TILE_ROWS;
-      for (int i = 0; i < n; ++i)
-        put_row(sums + i * BLOCK, y + ptrdiff_t(r + i) * outputs + first, width, bb, add);
+      for (int i = direct; i < n; ++i) put_row(sums + i * BLOCK, y0 + ptrdiff_t(i) * outputs, width, bb, add);
     }
   }
 }

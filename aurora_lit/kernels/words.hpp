@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -16,6 +17,26 @@ constexpr int BLOCK = 32;  // outputs of one block of packed weights: two vector
 typedef float f16v __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u16v __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16v __attribute__((vector_size(64), aligned(4)));
+
+// A vector that begins a cache line: a row of a tile that lies across two takes twice as long.
+template <class T>
+struct LineAllocator {
+  typedef T value_type;
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})); }
+  void deallocate(T* at, size_t) { ::operator delete(at, std::align_val_t{64}); }
+  friend bool operator==(const LineAllocator&, const LineAllocator&) { return true; }
+  friend bool operator!=(const LineAllocator&, const LineAllocator&) { return false; }
+};
+template <class T>
+struct Buffer : std::vector<T, LineAllocator<T>> {
+  T* at_least(size_t size) {
+    if (this->size() < size) this->resize(size);
+    return this->data();
+  }
+};
 
 // 16 halves as the low halves of words; compilers make two vectors of it where there is one instruction.
 inline u16v widen16(const uint16_t* from) {
