@@ -201,7 +201,8 @@ void attend_queries(const Query* rows, int count, const Cache* keys, const Cache
 // Write new keys and values of one row and key-value head, those of tokens [from, to), behind the row's start.
 template <class Cache>
 void write_slot(const AttentionShape& s, int64_t b, int64_t g, const float* k, const float* v, Cache* keys,
-                Cache* values, const int64_t* slots, const int64_t* starts, const Tree& tree, int64_t from, int64_t to) {
+                Cache* values, const int64_t* slots, const int64_t* starts, const Tree& tree, int64_t from,
+                int64_t to) {
   const int D = int(s.head_dim);
   const int64_t first = tree.parents ? tree.columns - s.queries : 0;
   for (int64_t t = from; t < to; ++t) {

@@ -94,7 +94,8 @@ struct Product<Grouped<BITS>> {
                      float* y, const float* bias, bool add, int from, int to) {
     const typename Kind::Weight* weight = static_cast<const typename Kind::Weight*>(w);
 #if defined(AURORA_GROUP_TILES)
-    if (on_tiles(rows)) return linear_group_tiles<BITS>(x, groups, rows, weight, outputs, stream, y, bias, add, from, to);
+    if (on_tiles(rows))
+      return linear_group_tiles<BITS>(x, groups, rows, weight, outputs, stream, y, bias, add, from, to);
 #endif
     linear_blocks<Kind>(x, groups, rows, weight, groups, outputs, stream, y, bias, add, from, to);
   }
