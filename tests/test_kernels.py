@@ -55,14 +55,30 @@ def test_a_packed_layer_multiplies_as_torch_does(inputs: int, outputs: int, bias
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (97, 65), (33, 31)])
-def test_rows_do_not_depend_on_the_batch(inputs: int, outputs: int, dtype: torch.dtype) -> None:
-    layer = PackedLinear(random_linear(inputs, outputs, bias=True), dtype)
+def test_rows_do_not_depend_on_the_batch(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
+    layer = PackedLinear(random_linear(inputs, outputs, bias=bias), dtype)
     x = torch.randn(40, inputs)
     alone = torch.cat([layer(x[i : i + 1]) for i in range(40)])
     for rows in range(1, 41):
         assert torch.equal(layer(x[:rows]), alone[:rows]), f"{rows} rows"
         assert torch.equal(layer(x[40 - rows :]), alone[40 - rows :]), f"last {rows} rows"
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (97, 65), (33, 31), (16, 1)])
+def test_the_largest_output_is_found_without_the_others(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    linear = random_linear(inputs, outputs, bias=False)
+    with torch.no_grad():
+        linear.weight[outputs // 2 :] = linear.weight[: outputs - outputs // 2].clone()  # every output twice, or nearly
+    layer, x = PackedLinear(linear, dtype), torch.randn(5, 8, inputs)
+    for rows in (1, 2, 5):
+        y = layer(x[:rows])
+        first = (y == y.amax(-1, keepdim=True)).float().argmax(-1)
+        assert torch.equal(layer.argmax(x[:rows]), first)
+    assert torch.equal(layer.argmax(-torch.zeros(3, inputs)), torch.zeros(3, dtype=torch.int64))
 
 
 @needs_kernels
@@ -144,7 +160,7 @@ def attention_case(
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("N", "G", "D"), [(2, 2, 32), (6, 2, 64), (4, 1, 96), (3, 3, 128)])
 @pytest.mark.parametrize(
-    ("T", "starts"), [(1, [0, 31, 32, 80]), (5, [3, 0, 28, 60]), (17, [0, 15, 50, 7]), (40, [0, 1, 32, 49])]
+    ("T", "starts"), [(1, [0, 63, 64, 80]), (5, [3, 0, 28, 60]), (17, [0, 15, 50, 63]), (40, [0, 1, 32, 49])]
 )
 def test_attention_equals_torch_attention(
     T: int, starts: list[int], N: int, G: int, D: int, dtype: torch.dtype, gen: torch.Generator

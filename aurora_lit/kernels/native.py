@@ -167,6 +167,19 @@ def linear(x_NI: torch.Tensor, packed: torch.Tensor, outputs: int, bias: torch.T
     return y_NO
 
 
+def argmax_linear(x_NI: torch.Tensor, packed: torch.Tensor, outputs: int) -> torch.Tensor:
+    """Where each row of `linear`, without a bias, is largest: [N] int64; of equal outputs the first."""
+    kernels = library()
+    assert kernels is not None
+    if x_NI.stride(1) != 1:
+        x_NI = x_NI.contiguous()
+    rows, inputs = x_NI.shape
+    place_N = torch.empty(rows, dtype=torch.int64)
+    call = getattr(kernels, f"aurora_argmax_{SUFFIXES[packed.dtype]}")
+    call(_address(x_NI), ctypes.c_int64(x_NI.stride(0)), rows, _address(packed), inputs, outputs, _address(place_N))
+    return place_N
+
+
 def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 

@@ -33,6 +33,11 @@ class PackedLinear(nn.Module):
         y = native.linear(x.reshape(-1, self.in_features), self.packed, self.out_features, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
+    def argmax(self, x: torch.Tensor) -> torch.Tensor:
+        """Which output is the largest, int64 of x's leading shape; for a layer without a bias."""
+        assert self.bias is None
+        return native.argmax_linear(x.reshape(-1, self.in_features), self.packed, self.out_features).view(x.shape[:-1])
+
     @torch.no_grad()
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the weight [len(indices), inputs], fp32, as the kernel sees them."""

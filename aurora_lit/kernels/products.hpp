@@ -120,4 +120,53 @@ void multiply(const float* x, ptrdiff_t x_stride, int rows, const void* w, int i
   }
 }
 
+// The largest of a block's outputs.
+inline float largest(const float* block) {
+  const f16v low = *reinterpret_cast<const f16v*>(block), high = *reinterpret_cast<const f16v*>(block + 16);
+  return largest(low > high ? low : high);
+}
+
+// Of each row the place of the largest output, of equal ones the first: `multiply` for those who want no more of it.
+template <class Kind>
+void multiply_argmax(const float* x, ptrdiff_t x_stride, int rows, const void* w, int inputs, int outputs,
+                     int64_t* places) {
+  typedef Product<Kind> P;
+  const int k = P::padded(inputs), blocks = num_blocks(outputs);
+  static thread_local Buffer<typename Kind::Input> rounded;
+  static thread_local Buffer<float> largest_outputs;
+  typename Kind::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
+  float* tops = largest_outputs.at_least(size_t(rows));
+  for (int r = 0; r < rows; ++r) {
+    P::round_row(x + r * x_stride, inputs, to + ptrdiff_t(r) * k);
+    tops[r] = -INFINITY, places[r] = 0;
+  }
+  const char* weight = static_cast<const char*>(w);
+  const Stream stream{weight + blocks * P::block_bytes(k), weight + blocks * P::block_bytes(k)};
+#pragma omp parallel
+  {
+    static thread_local Buffer<float> of_block, own_tops;
+    static thread_local Buffer<int64_t> own_places;
+    float* y = of_block.at_least(size_t(rows) * BLOCK);
+    float* top = own_tops.at_least(size_t(rows));
+    int64_t* place = own_places.at_least(size_t(rows));
+    for (int r = 0; r < rows; ++r) top[r] = -INFINITY, place[r] = 0;
+    P::enter(rows);
+#pragma omp for schedule(static) nowait
+    for (int b = 0; b < blocks; ++b) {
+      const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
+      P::blocks(to, k, rows, weight + b * P::block_bytes(k), width, stream, y, nullptr, false, 0, 1);
+      for (int r = 0; r < rows; ++r) {
+        const float* row = y + ptrdiff_t(r) * width;
+        if (width == BLOCK && !(largest(row) > top[r])) continue;
+        for (int i = 0; i < width; ++i)
+          if (row[i] > top[r]) top[r] = row[i], place[r] = first + i;
+      }
+    }
+    P::leave();
+#pragma omp critical
+    for (int r = 0; r < rows; ++r)
+      if (top[r] > tops[r] || (top[r] == tops[r] && place[r] < places[r])) tops[r] = top[r], places[r] = place[r];
+  }
+}
+
 }  // namespace

@@ -77,6 +77,24 @@ void aurora_linear_int4(const float* x, int64_t x_stride, int rows, const uint8_
   multiply<Grouped<4>>(x, x_stride, rows, packed, inputs, outputs, y, bias);
 }
 
+// where each row of the product is largest
+void aurora_argmax_fp32(const float* x, int64_t x_stride, int rows, const float* packed, int inputs, int outputs,
+                        int64_t* places) {
+  multiply_argmax<Float>(x, x_stride, rows, packed, inputs, outputs, places);
+}
+void aurora_argmax_bf16(const float* x, int64_t x_stride, int rows, const uint16_t* packed, int inputs, int outputs,
+                        int64_t* places) {
+  multiply_argmax<BFloat>(x, x_stride, rows, packed, inputs, outputs, places);
+}
+void aurora_argmax_int8(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
+                        int64_t* places) {
+  multiply_argmax<Grouped<8>>(x, x_stride, rows, packed, inputs, outputs, places);
+}
+void aurora_argmax_int4(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
+                        int64_t* places) {
+  multiply_argmax<Grouped<4>>(x, x_stride, rows, packed, inputs, outputs, places);
+}
+
 void aurora_attention_fp32(const AttentionShape* shape, const float* q, const float* k, const float* v, float* keys,
                            float* values, const int64_t* slots, const int64_t* starts, float* out) {
   attention<float>(*shape, q, k, v, keys, values, slots, starts, out);

@@ -123,6 +123,10 @@ class ShardedTarget(Target):
         assert logits_NV is not None
         return self.finish.capped(logits_NV).view(*last_BTH.shape[:-1], -1)
 
+    def likeliest(self, last_BTH: torch.Tensor) -> torch.Tensor:
+        """As `Target.likeliest`; the head is spread."""
+        return self.logits(last_BTH).argmax(-1)
+
     @property
     def embedding(self) -> nn.Module:
         """Looks up on all ranks; for a draft's step. fp32 on CPUs, which the draft's kernels take."""

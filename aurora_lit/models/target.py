@@ -176,9 +176,6 @@ class Target(nn.Module):
         `parents_BT`, where `can_branch`: the tokens form a tree (kernels/decoder.py); `keep_path` then keeps a path.
         Returns the auxiliary hidden states [B, T, 3H] and the last hidden state [B, T, H] (after the final norm).
         """
-        positions_BT = starts_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        # Proposals may reach past the end of a learned position table; what comes of them is never committed.
-        positions_BT = positions_BT.clamp_max(self.max_positions - 1)
         if self._decoder is not None:
             B, T = ids_BT.shape
             embeds_NH = self.embedding(ids_BT).float().reshape(B * T, -1)
@@ -194,6 +191,8 @@ class Target(nn.Module):
             assert aux_N3H is not None
             return aux_N3H.view(B, T, -1), last_NH.view(B, T, -1)
         assert parents_BT is None, "only fused layers branch"
+        positions_BT = starts_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        positions_BT = positions_BT.clamp_max(self.max_positions - 1)  # proposals past a learned table are never kept
         view = SlotView(slots, slots_B=slots_B, starts_B=starts_B)
         return self._run(input_ids=ids_BT, position_ids=positions_BT, slot_view=view)
 
@@ -205,9 +204,8 @@ class Target(nn.Module):
     def keep_path(self, *, slots: KVSlots, slots_M: torch.Tensor, from_M: torch.Tensor, to_M: torch.Tensor) -> None:
         """Move keys and values of tree columns to the positions that their tokens were committed at, in this order."""
         assert self._decoder is not None
-        self._decoder.move(
-            keys=slots.keys_SGCDP, values=slots.values_SGLD, slots_M=slots_M, from_M=from_M, to_M=to_M
-        )
+        held = {"keys": slots.keys_SGCDP, "values": slots.values_SGLD}
+        self._decoder.move(**held, slots_M=slots_M, from_M=from_M, to_M=to_M)
 
     def copy_beginning(self, *, slots: KVSlots, source: int, slot: int, length: int) -> None:
         """Let a slot begin with the first `length` positions of another."""
@@ -226,23 +224,27 @@ class Target(nn.Module):
         """Logits over the vocabulary, fp32."""
         return self.finish.capped(self.head(last_BTH).float())
 
+    def likeliest(self, last_BTH: torch.Tensor) -> torch.Tensor:
+        """The token of the largest logit at each position [B, T]; kernels find it without keeping the others."""
+        if isinstance(self.head, PackedLinear) and self.finish.is_identity:
+            return self.head.argmax(last_BTH)
+        return self.logits(last_BTH).argmax(-1)
+
     def logsumexp(self, last_NH: torch.Tensor, *, chunk: int = 64) -> torch.Tensor:
         """Log-sum-exp of the logits of each row, fp32, without holding all logits at once."""
         return torch.cat([self.logits(rows).logsumexp(-1) for rows in torch.split(last_NH, chunk)])
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the head's weight for some tokens, fp32 [len(token_ids), H]; `finish` has what comes after it."""
-        head = self.head
-        if isinstance(head, PackedLinear):
-            return head.rows(token_ids)
-        weight = head.weight
+        if isinstance(self.head, PackedLinear):
+            return self.head.rows(token_ids)
+        weight = self.head.weight
         assert isinstance(weight, torch.Tensor)
         return weight.detach()[token_ids.to(weight.device)].float()
 
     def embedding_rows(self) -> torch.Tensor:
         """The input embedding as one table, fp32 [V, H]; scaled models (Gemma) included."""
-        ids = torch.arange(self.vocab_size, device=self.model.device)
-        rows: torch.Tensor = self.embedding(ids)
+        rows: torch.Tensor = self.embedding(torch.arange(self.vocab_size, device=self.model.device))
         return rows.detach().float()
 
     @property
@@ -285,9 +287,9 @@ class Target(nn.Module):
 
 def _rope(config: Any) -> dict[str, Any]:
     """The rotary positions' parameters: those of full attention where kinds of layers have their own (Gemma 3)."""
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    nested: dict[str, Any] | None = rope.get("full_attention")
-    return rope if nested is None else nested
+    rope = getattr(config, "rope_parameters", None) or {}
+    full: dict[str, Any] = rope.get("full_attention", rope)
+    return full
 
 
 def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:

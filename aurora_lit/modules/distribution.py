@@ -107,6 +107,11 @@ class LogitOptions:
     """How many rows that is; known without reading the tensor, as num_sampled."""
     num_sampled: int
 
+    @property
+    def is_argmax(self) -> bool:
+        """Whether all rows take the largest logit as it is: greedy, without bias or penalty."""
+        return not (self.num_sampled or self.penalty_rows.numel() or self.bias_row_N.numel())
+
     @staticmethod
     def of(params: Sequence[SamplingParams], *, device: torch.device | str = "cpu") -> LogitOptions:
         """One row a request, in the batch's order."""

@@ -37,7 +37,7 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, s
         def run_target(width: int, slots_B: torch.Tensor = slots_B, starts_B: torch.Tensor = starts_B) -> None:
             ids_BT = torch.zeros(len(slots_B), width, dtype=torch.int64, device=slots_B.device)
             _, last_BTH = target(ids_BT, slots=slots, slots_B=slots_B, starts_B=starts_B)
-            target.logits(last_BTH)
+            target.likeliest(last_BTH)
 
         for width in range(1, policy.max_proposals + 2):
             policy.target_cost.begin_with(num_rows, width, _least_seconds(functools.partial(run_target, width)))

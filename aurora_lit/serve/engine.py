@@ -22,7 +22,7 @@ from aurora_lit.errors import RequestError
 from aurora_lit.models.target import Target
 from aurora_lit.modules.distribution import LogitOptions
 from aurora_lit.modules.draft import Draft
-from aurora_lit.modules.sampling import Proposals, token_logprobs, verify
+from aurora_lit.modules.sampling import Proposals, Verdict, token_logprobs, verify, verify_matching
 from aurora_lit.modules.tree import common_prefix
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.branching import slot_capacity
@@ -211,20 +211,12 @@ class Engine:
         ids_BT = torch.cat([last_tokens_B1, proposals.token_BK], dim=1)
         started = time.perf_counter()
         computed = self._passes.run(rows, ids_BT, parents_BT=proposals.parent_BT)
-        logits_BTV = self._target.logits(computed.last_BTH)
-        verdict = verify(
-            logits_BTV,
-            options=self._options,
-            proposals=proposals,
-            uniform_BT=torch.rand(ids_BT.shape, dtype=torch.float64, device=self._device),
-            history=history_of(rows, self._options, self._tokens_SL),
-            vocabulary=self._drafter.vocabulary if self._drafter else None,
-        )
+        verdict, logits_BTV = self._judge(rows, proposals, computed.last_BTH)
         self._passes.keep(rows, computed, column_BA=verdict.column_BA)
         judged = judge(proposals, verdict)
         outputs = [
-            self._commit(row, of_row, logits_TV)
-            for row, of_row, logits_TV in zip(rows, judged, logits_BTV, strict=True)
+            self._commit(row, of_row, None if logits_BTV is None else logits_BTV[b])
+            for b, (row, of_row) in enumerate(zip(rows, judged, strict=True))
         ]
         self.policy.observe_target(len(rows), ids_BT.shape[1], time.perf_counter() - started)
         if proposals.parent_BK is not None:
@@ -239,11 +231,29 @@ class Engine:
                 self._release(row)
         return outputs
 
-    def _commit(self, row: Row, judged: Judged, logits_TV: torch.Tensor) -> Output:
+    def _judge(
+        self, rows: list[Row], proposals: Proposals, last_BTH: torch.Tensor
+    ) -> tuple[Verdict, torch.Tensor | None]:
+        """What the target says of the proposals; and its logits, unless all that is wanted is which are largest."""
+        if self._options.is_argmax and all(row.params.logprobs is None for row in rows):
+            return verify_matching(self._target.likeliest(last_BTH), proposals=proposals), None
+        logits_BTV = self._target.logits(last_BTH)
+        verdict = verify(
+            logits_BTV,
+            options=self._options,
+            proposals=proposals,
+            uniform_BT=torch.rand(logits_BTV.shape[:2], dtype=torch.float64, device=self._device),
+            history=history_of(rows, self._options, self._tokens_SL),
+            vocabulary=self._drafter.vocabulary if self._drafter else None,
+        )
+        return verdict, logits_BTV
+
+    def _commit(self, row: Row, judged: Judged, logits_TV: torch.Tensor | None) -> Output:
         """Append a row's new tokens up to where it ends, and say what it got."""
         tokens, reason = row.cut_at_end(judged.tokens, eos_token_ids=self.eos_token_ids, max_seq_len=self.max_seq_len)
         logprobs = None
         if row.params.logprobs is not None:
+            assert logits_TV is not None
             logprobs = token_logprobs(logits_TV[judged.columns], token_ids=tokens, num_top=row.params.logprobs)
         proposed, accepted = judged.num_proposed, min(len(judged.tokens) - 1, len(tokens))
         chain_proposed = len(judged.first_choices)
