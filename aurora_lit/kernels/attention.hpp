@@ -78,7 +78,7 @@ inline int path_to(const int64_t* parents, int64_t column, int* path) {
   return steps;
 }
 
-inline int64_t padded64(int64_t length) { return (length + 63) / 64 * 64; }
+inline int64_t whole_blocks(int64_t length) { return (length + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK; }
 
 // Softmax numerators in place over `length` scores, zeros up to `padded`; returns the sum.
 inline float exponentiate(float* scores, int64_t length, int64_t padded) {
@@ -97,11 +97,6 @@ inline float exponentiate(float* scores, int64_t length, int64_t padded) {
   f16v sums = f16v{};
   for (int64_t p = 0; p < padded; p += 16) sums += load16(scores + p);
   return total(sums);
-}
-
-// `bytes` of what comes next, read while this is worked on.
-inline void prefetch(const void* from, int bytes) {
-  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(from) + line);
 }
 
 template <int ROWS, int WIDTH>
@@ -172,12 +167,12 @@ void attend_rows(const Query* rows, const Cache* keys, const Cache* values, int 
     longest = rows[r].extent > longest ? rows[r].extent : longest;
     shared = together < shared ? together : shared;
   }
-  score_rows<Cache, ROWS>(rows, keys, values, padded64(longest), D, scale);
+  score_rows<Cache, ROWS>(rows, keys, values, whole_blocks(longest), D, scale);
   float inverse[ROWS];
   for (int r = 0; r < ROWS; ++r) {
     float* behind = rows[r].scores + rows[r].length - rows[r].steps;
     for (int i = 0; i < rows[r].steps; ++i) behind[i] = behind[rows[r].path[i]];  // i <= path[i], both ascend
-    inverse[r] = 1.0f / exponentiate(rows[r].scores, rows[r].length, padded64(rows[r].length));
+    inverse[r] = 1.0f / exponentiate(rows[r].scores, rows[r].length, whole_blocks(rows[r].length));
   }
   if (D % 64 == 0)
     weigh_rows<Cache, ROWS, 4>(rows, inverse, values, shared, D);
@@ -232,7 +227,7 @@ void attend_share(const AttentionShape& s, const float* q, const Cache* keys, co
     const Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k;
     const Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v;
     const int64_t first = part * queries / parts, count = (part + 1) * queries / parts - first;
-    const int64_t room = padded64(starts[b] + before + s.queries);
+    const int64_t room = whole_blocks(starts[b] + before + s.queries);
     float* of_rows = scores.at_least(size_t(room * MAX_QUERIES));
     Query rows[MAX_QUERIES];
     for (int64_t r = 0; r < count; ++r) {

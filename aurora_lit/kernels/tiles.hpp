@@ -75,7 +75,7 @@ inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16
       // Whole tiles go where they belong at once; the rest by way of `sums`.
       const int n = rows - r < 2 * TILE_ROWS ? rows - r : 2 * TILE_ROWS;
       const bool plain = width == BLOCK && !add && !bias;
-      const int direct = !plain ? 0 : n == 2 * TILE_ROWS || rows <= TILE_ROWS ? n : n / TILE_ROWS * TILE_ROWS;
+      const int direct = !plain ? 0 : rows <= TILE_ROWS ? n : n / TILE_ROWS * TILE_ROWS;
       float* y0 = y + ptrdiff_t(r) * outputs + first;
       const int y_bytes = outputs * 4;
       if (direct) {

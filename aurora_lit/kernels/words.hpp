@@ -48,6 +48,11 @@ inline u16v widen16(const uint16_t* from) {
 #endif
 }
 
+// Have `bytes` on their way into the cache.
+inline void prefetch(const void* from, int bytes) {
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(from) + line);
+}
+
 // Weights are asked for before they are needed: their arithmetic leaves a processor no room to run that far ahead.
 // A thread's share of a matrix ends at `end`, and what it reads then lies at `next`.
 struct Stream {
@@ -60,7 +65,7 @@ struct Stream {
   void ask(const void* at) const {
     const char* place = static_cast<const char*>(at) + AHEAD;
     if (place >= end) place = next + (place - end);
-    for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(place + line);
+    prefetch(place, BYTES);
   }
 };
 
@@ -73,33 +78,23 @@ inline void narrow16(i16v from, int16_t* to) {
 }
 
 // Over the lanes of a vector; of floats in an order of its own.
-inline float largest(f16v x) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x);
+inline float largest(f16v x) { return _mm512_reduce_max_ps((__m512)x); }
+inline float total(f16v x) { return _mm512_reduce_add_ps((__m512)x); }
+inline int32_t total(i16v x) { return _mm512_reduce_add_epi32((__m512i)x); }
 #else
+inline float largest(f16v x) {
   float most = x[0];
   for (int i = 1; i < 16; ++i) most = x[i] > most ? x[i] : most;
   return most;
-#endif
 }
-inline float total(f16v x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)x);
-#else
-  float sum = 0.0f;
-  for (int i = 0; i < 16; ++i) sum += x[i];
+template <class Vector>
+inline auto total(Vector x) {
+  auto sum = x[0];
+  for (int i = 1; i < 16; ++i) sum += x[i];
   return sum;
-#endif
 }
-inline int32_t total(i16v x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32((__m512i)x);
-#else
-  int32_t sum = 0;
-  for (int i = 0; i < 16; ++i) sum += x[i];
-  return sum;
 #endif
-}
 
 inline uint16_t to_bf16(float x) {
   uint32_t u;
