@@ -20,8 +20,9 @@ from aurora_lit.serve.branching import propose_tree
 from aurora_lit.serve.drafting import Drafter, DraftRows
 from aurora_lit.serve.speculation import MOST_COLUMNS, DraftLength
 
-_REPEATS, _SHORT_S = 3, 0.01
-"""Least number of calls; and how long short operations are repeated, since a disturbed start would be believed."""
+_CALLS, _GAIN = 3, 0.98
+"""The least time is believed when so many calls have not made it shorter by 2 %: weights that fit into a cache come to
+lie there only after a few calls, and there rounds find them."""
 
 
 @torch.no_grad()
@@ -82,9 +83,11 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, s
 
 
 def _least_seconds(operation: Callable[[], None]) -> float:
-    seconds: list[float] = []
-    while len(seconds) < _REPEATS or sum(seconds) < _SHORT_S:
+    least, calls_since = float("inf"), 0
+    while calls_since < _CALLS:
         started = time.perf_counter()
         operation()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+        seconds = time.perf_counter() - started
+        calls_since = 0 if seconds < _GAIN * least else calls_since + 1
+        least = min(least, seconds)
+    return least
