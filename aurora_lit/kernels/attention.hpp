@@ -5,23 +5,6 @@
 
 namespace {
 
-// exp(x) for x <= 0, relative error below 2e-7: 2^n * polynomial (Cephes' expf).
-inline f16v exp_vector(f16v x) {
-  const f16v lowest = f16v{} - 87.0f;
-  x = x < lowest ? lowest : x;
-  const f16v shifter = f16v{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest whole number
-  const f16v n = (x * 1.44269504088896341f + shifter) - shifter;
-  const f16v r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  f16v p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const i16v scale = (__builtin_convertvector(n, i16v) + 127) << 23;
-  return p * (f16v)scale;
-}
-
 inline void store(float* to, float x) { *to = x; }
 inline void store(uint16_t* to, float x) { *to = to_bf16(x); }
 inline f16v load16(const float* from) { return *reinterpret_cast<const f16v*>(from); }

@@ -4,17 +4,8 @@
 // Every row is computed on its own and in one order, so this is as batch-invariant as the kernels it is made of.
 #pragma once
 
-#include <cmath>
-
 #include "attention.hpp"
-#include "products.hpp"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#else
-inline int omp_get_thread_num() { return 0; }
-inline int omp_get_num_threads() { return 1; }
-#endif
+#include "tops.hpp"
 
 namespace {
 

@@ -1,0 +1,130 @@
+// The largest outputs of a product's rows, found while they are made: nothing else of them is written out.
+#pragma once
+
+#include <cmath>
+
+#include "products.hpp"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+inline int omp_get_thread_num() { return 0; }
+inline int omp_get_num_threads() { return 1; }
+inline int omp_get_max_threads() { return 1; }
+#endif
+
+namespace {
+
+struct Top {
+  float value;
+  int64_t place;
+};
+
+// Of equal outputs the first comes first.
+inline bool comes_before(const Top& a, const Top& b) {
+  return a.value > b.value || (a.value == b.value && a.place < b.place);
+}
+
+// Take one into the `count` largest, largest first.
+inline void take(Top* tops, int count, const Top& one) {
+  if (!comes_before(one, tops[count - 1])) return;
+  int at = count - 1;
+  for (; at > 0 && comes_before(one, tops[at - 1]); --at) tops[at] = tops[at - 1];
+  tops[at] = one;
+}
+
+// The largest of a block's outputs.
+inline float largest(const float* block) {
+  const f16v low = *reinterpret_cast<const f16v*>(block), high = *reinterpret_cast<const f16v*>(block + 16);
+  return largest(low > high ? low : high);
+}
+
+// log(sum(exp(x))) of outputs that come in blocks, by their largest so far.
+struct LogSumExp {
+  float most = -INFINITY;
+  float sum = 0.0f;  // of exp(x - most)
+
+  void rescale(float more) {
+    if (!(more > most)) return;
+    sum *= std::exp(most - more);
+    most = more;
+  }
+  void take(const float* block, int width) {
+    if (width == BLOCK) {
+      rescale(largest(block));
+      const f16v low = *reinterpret_cast<const f16v*>(block), high = *reinterpret_cast<const f16v*>(block + 16);
+      sum += total(exp_vector(low - most) + exp_vector(high - most));
+      return;
+    }
+    for (int i = 0; i < width; ++i) take(LogSumExp{block[i], 1.0f});
+  }
+  void take(const LogSumExp& other) {
+    rescale(other.most);
+    if (other.sum > 0.0f) sum += other.sum * std::exp(other.most - most);
+  }
+  float value() const { return most + std::log(sum); }
+};
+
+// Of each row the `count` largest outputs, largest first, and where `lse` is not null the log-sum-exp of all: `multiply`
+// for those who want no more of it.
+template <class Kind>
+void multiply_top(const float* x, ptrdiff_t x_stride, int rows, const void* w, int inputs, int outputs, int count,
+                  Top* tops, LogSumExp* lse) {
+  typedef Product<Kind> P;
+  const int k = P::padded(inputs), blocks = num_blocks(outputs);
+  static thread_local Buffer<typename Kind::Input> rounded;
+  static thread_local Buffer<Top> all_tops;
+  static thread_local Buffer<LogSumExp> all_sums;
+  typename Kind::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
+  for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to + ptrdiff_t(r) * k);
+  // A part for each thread, put together in their order.
+  const int most_parts = omp_get_max_threads();
+  Top* parts = all_tops.at_least(size_t(most_parts) * rows * count);
+  LogSumExp* sums = all_sums.at_least(size_t(most_parts) * rows);
+  for (int i = 0; i < most_parts * rows * count; ++i) parts[i] = Top{-INFINITY, 0};
+  for (int i = 0; i < most_parts * rows; ++i) sums[i] = LogSumExp{};
+  const char* weight = static_cast<const char*>(w);
+  const Stream stream{weight + blocks * P::block_bytes(k), weight + blocks * P::block_bytes(k)};
+#pragma omp parallel
+  {
+    static thread_local Buffer<float> of_block;
+    float* y = of_block.at_least(size_t(rows) * BLOCK);
+    Top* own = parts + ptrdiff_t(omp_get_thread_num()) * rows * count;
+    LogSumExp* own_sums = sums + ptrdiff_t(omp_get_thread_num()) * rows;
+    P::enter(rows);
+#pragma omp for schedule(static)
+    for (int b = 0; b < blocks; ++b) {
+      const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
+      P::blocks(to, k, rows, weight + b * P::block_bytes(k), width, stream, y, nullptr, false, 0, 1);
+      for (int r = 0; r < rows; ++r) {
+        const float* row = y + ptrdiff_t(r) * width;
+        if (lse) own_sums[r].take(row, width);
+        if (width == BLOCK && !(largest(row) > own[(r + 1) * count - 1].value)) continue;
+        for (int i = 0; i < width; ++i) take(own + r * count, count, Top{row[i], first + i});
+      }
+    }
+    P::leave();
+  }
+  for (int r = 0; r < rows; ++r) {
+    Top* of_row = tops + ptrdiff_t(r) * count;
+    for (int i = 0; i < count; ++i) of_row[i] = Top{-INFINITY, 0};
+    if (lse) lse[r] = LogSumExp{};
+    for (int part = 0; part < most_parts; ++part) {
+      const Top* own = parts + (ptrdiff_t(part) * rows + r) * count;
+      for (int i = 0; i < count; ++i) take(of_row, count, own[i]);
+      if (lse) lse[r].take(sums[ptrdiff_t(part) * rows + r]);
+    }
+  }
+}
+
+// Of each row the place of the largest output.
+template <class Kind>
+void multiply_argmax(const float* x, ptrdiff_t x_stride, int rows, const void* w, int inputs, int outputs,
+                     int64_t* places) {
+  static thread_local Buffer<Top> tops;
+  Top* top = tops.at_least(size_t(rows));
+  multiply_top<Kind>(x, x_stride, rows, w, inputs, outputs, 1, top, nullptr);
+  for (int r = 0; r < rows; ++r) places[r] = top[r].place;
+}
+
+}  // namespace
