@@ -15,8 +15,7 @@ from aurora_lit.models.slots import keys_by_position
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft
 from aurora_lit.request import Request
-from aurora_lit.serve.branching import LEVEL_WIDTH, propose_tree, slot_capacity
-from aurora_lit.serve.drafting import Drafter, DraftRows
+from aurora_lit.serve.branching import slot_capacity
 from aurora_lit.serve.engine import Engine
 from aurora_lit.serve.tracing import TraceRecorder
 from aurora_lit.trace import SOURCE_DRAFT, Trace, check
@@ -121,43 +120,6 @@ def test_other_layers_do_not_branch(world: World) -> None:
         assert {o.num_proposed for a in run(engine, world.requests()).values() for o in a.rounds} == {4}
     finally:
         target._decoder = decoder
-
-
-# -- the draft -----------------------------------------------------------------------------------------------------
-
-
-def test_a_tree_holds_the_draft_chain_and_the_likeliest_of_an_exhaustive_search(world: World) -> None:
-    """Two levels, by a plain chain of the draft from each first token."""
-    target, prompt = world.targets["fp32"], world.prompts[3]
-    tokens_SL = torch.zeros(1, 90, dtype=torch.int64)
-    tokens_SL[0, : len(prompt)] = torch.tensor(prompt)
-    drafter = Drafter(copy.deepcopy(world.drafts["trained"]), target, tokens_SL=tokens_SL, capacity=89)
-    one, zero = torch.tensor([0]), torch.tensor([0])
-    aux, _ = target.forward(torch.tensor([prompt[:-1]]), slots=target.make_slots(num_slots=1, capacity=89),
-                            slots_B=one, starts_B=zero)  # fmt: skip
-    drafter.remember(slots_B=one, starts_B=zero, aux_BT3H=aux)
-    rows = DraftRows(slots_B=one, lengths=[len(prompt)])
-    with torch.no_grad():
-        found = propose_tree(drafter, rows, num_steps=3, num_nodes=31, go_on=lambda *_: True)
-        drafter.forget(0)
-        hidden_BH = drafter.catch_up(rows)
-        ids = drafter.vocabulary.target_id_D
-        first = drafter.draft.logits(hidden_BH)[0].log_softmax(-1)
-        paths = {}
-        for top in first.topk(LEVEL_WIDTH).indices.tolist():
-            paths[int(ids[top]),] = float(first[top])
-            out = drafter.run(ids[top].view(1, 1), hidden_BH[:, None], one, torch.tensor([len(prompt) - 1]))
-            second = drafter.draft.logits(out)[0, 0].log_softmax(-1)
-            for then in second.topk(LEVEL_WIDTH).indices.tolist():
-                paths[int(ids[top]), int(ids[then])] = float(first[top] + second[then])
-    assert found.parent_BK is not None
-    parents, node_tokens = [-1, *(p for p in found.parent_BK[0].tolist())], [None, *found.token_BK[0].tolist()]
-    taken = [tuple(node_tokens[c] for c in path_of(parents, column)[1:]) for column in range(1, len(parents))]
-    shallow = {path for path in taken if len(path) < 3}
-    assert shallow <= paths.keys()
-    left = [paths[path] for path in paths.keys() - shallow]
-    assert min(paths[path] for path in shallow) > max(left, default=-99) - 1e-5
-    assert any(len(path) == 3 for path in taken), "the test needs a third level"
 
 
 # -- engines -------------------------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from aurora_lit.modules.distribution import LogitOptions
 from aurora_lit.modules.draft import Draft, DraftConfig
 from aurora_lit.publishing import DraftStore, version_name
 from aurora_lit.request import Output, Request
-from aurora_lit.serve.drafting import Drafter, DraftRows, fit_draft
+from aurora_lit.serve.drafting import Drafter, DraftRows
 from aurora_lit.serve.engine import Engine
+from aurora_lit.serve.fitted import fit_draft
 from aurora_lit.serve.hot_reload import HotReloader
 from aurora_lit.serve.live_draft import LiveDraft
 

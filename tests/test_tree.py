@@ -9,36 +9,11 @@ import torch
 
 from aurora_lit.modules.distribution import History, LogitOptions
 from aurora_lit.modules.sampling import Proposals, verify
-from aurora_lit.modules.tree import Tree, accepted_path, common_prefix, depths, first_choices
+from aurora_lit.modules.tree import accepted_path, common_prefix, depths, first_choices
 from aurora_lit.request import SamplingParams
 from aurora_lit.serve.rows import judge
 
 VOCAB = 11
-
-
-def grown() -> Tree:
-    """Root -> 5 (-0.5) -> 8 (-0.6), 9 (-2.5); root -> 7 (-1.2) -> 8 (-1.2: certain)."""
-    tree = Tree()
-    tree.add([-1], tokens=[[5, 7]], logprobs=[[-0.5, -1.2]])
-    tree.add([1, 0], tokens=[[8], [8, 9]], logprobs=[[0.0], [-0.1, -2.0]])
-    return tree
-
-
-def test_the_likeliest_nodes_make_a_tree_whatever_their_number() -> None:
-    tree = grown()
-    assert [tree.likeliest(n).tokens for n in range(1, 7)] == [
-        [5], [5, 8], [5, 7, 8], [5, 7, 8, 8], [5, 7, 8, 8, 9], [5, 7, 8, 8, 9]
-    ]  # fmt: skip
-    assert tree.likeliest(4).parents == [-1, -1, 1, 0]
-    assert tree.likeliest(3).parents == [-1, -1, 0], "a parent comes before an equally likely child"
-    assert tree.best(2, start=2) == [3, 2]
-
-
-def test_rounding_cannot_make_a_child_likelier_than_its_parent() -> None:
-    tree = Tree()
-    tree.add([-1], tokens=[[1]], logprobs=[[-0.5]])
-    tree.add([0], tokens=[[2]], logprobs=[[1e-6]])
-    assert tree.logprobs == [-0.5, -0.5]
 
 
 def test_first_choices_depths_and_paths() -> None:

@@ -22,13 +22,21 @@ MAX_DEPTH = 32
 """Most columns on a path of a tree; MAX_PATH in attention.hpp."""
 
 
-class _Matrix(ctypes.Structure):
+class Matrix(ctypes.Structure):
+    """A packed linear layer as decoder.hpp reads it."""
+
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
         ("inputs", ctypes.c_int64),
     )
+
+    @staticmethod
+    def of(linear: PackedLinear) -> Matrix:
+        """Pointers into a layer that the caller keeps alive."""
+        bias = None if linear.bias is None else linear.bias.data_ptr()
+        return Matrix(linear.packed.data_ptr(), bias, linear.out_features, linear.in_features)
 
 
 _MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
@@ -39,13 +47,15 @@ class _Layer(ctypes.Structure):
         ("norm_embeds", ctypes.c_void_p),
         ("norm_attention", ctypes.c_void_p),
         ("norm_mlp", ctypes.c_void_p),
-        *((name, _Matrix) for name in _MATRICES),
+        *((name, Matrix) for name in _MATRICES),
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
     )
 
 
-class _Call(ctypes.Structure):
+class DecoderCall(ctypes.Structure):
+    """A pass as decoder.hpp reads it."""
+
     _fields_ = (
         ("attention", native.AttentionShape),
         ("hidden", ctypes.c_int64),
@@ -138,15 +148,13 @@ class Decoder:
         N, H = hidden_NH.shape
         normed_NH = torch.empty(N, H)
         aux_N3H = None if self._taps is None else torch.empty(N, _TAPS, H)
-        call = self._call(keys, values)
-        call.hidden, call.eps, call.max_positions = H, self._eps, len(self._cosines_PD)
+        call = self.call(keys, values)
         call.attention.rows, call.attention.queries = N // queries, queries
         if parents_BC is not None:
             parents_BC = parents_BC.contiguous()
             call.columns = parents_BC.shape[1]
             assert queries <= call.columns
         for name, tensor in (
-            ("final_norm", self._final_norm), ("cosines", self._cosines_PD), ("sines", self._sines_PD),
             ("slots", slots_B), ("starts", starts_B), ("parents", parents_BC), ("embeds", embeds_NH),
             ("stream", hidden_NH), ("normed", normed_NH), ("aux", aux_N3H),
         ):  # fmt: skip
@@ -166,22 +174,31 @@ class Decoder:
         to_M: torch.Tensor,
     ) -> None:
         """Copy keys and values of position from to position to, one after the other; all int64."""
-        call = self._call(keys, values)
+        call = self.call(keys, values)
         call.slots = slots_M.data_ptr()
         self._move(
             ctypes.byref(call), ctypes.c_void_p(from_M.data_ptr()), ctypes.c_void_p(to_M.data_ptr()),
             ctypes.c_int64(len(slots_M)),
         )  # fmt: skip
 
-    def _call(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> _Call:
+    def call(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DecoderCall:
         """What all calls over these slots have in common."""
         shape, head_dim = native.AttentionShape(), self._cosines_PD.shape[1]
         shape.heads, shape.kv_heads = self._heads
         shape.head_dim, shape.scale = head_dim, head_dim**-0.5
         shape.cache_row_k, shape.cache_head_k = keys[0].stride()[:2]
         shape.cache_row_v, shape.cache_head_v = values[0].stride()[:2]
-        layers = ctypes.addressof(self._record(keys, values))
-        return _Call(attention=shape, num_layers=len(self._layers), layers=layers)
+        return DecoderCall(
+            attention=shape,
+            hidden=len(self._final_norm),
+            num_layers=len(self._layers),
+            layers=ctypes.addressof(self._record(keys, values)),
+            final_norm=self._final_norm.data_ptr(),
+            eps=self._eps,
+            cosines=self._cosines_PD.data_ptr(),
+            sines=self._sines_PD.data_ptr(),
+            max_positions=len(self._cosines_PD),
+        )
 
     def _record(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> ctypes.Array[_Layer]:
         """The layers with their slots' addresses; made once a cache."""
@@ -193,11 +210,7 @@ class Decoder:
                     weight = getattr(layer, name)
                     setattr(record, name, None if weight is None else weight.data_ptr())
                 for name in _MATRICES:
-                    linear = getattr(layer, name)
-                    bias = None if linear.bias is None else linear.bias.data_ptr()
-                    setattr(
-                        record, name, _Matrix(linear.packed.data_ptr(), bias, linear.out_features, linear.in_features)
-                    )
+                    setattr(record, name, Matrix.of(getattr(layer, name)))
                 record.keys, record.values = key.data_ptr(), value.data_ptr()
             self._slots = (keys, records)
         return self._slots[1]

@@ -116,8 +116,8 @@ void linear_blocks(const typename Kind::Input* x, ptrdiff_t x_stride, int rows, 
     const typename Kind::Weight* wb = w + Kind::block_size(k_padded) * b;
     const float* bb = bias ? bias + first : nullptr;
     int parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    for (int r = 0, n; r < rows; r += n) {
-      n = (rows - r + parts - 1) / parts--;
+    for (int r = 0, n; r < rows; r += n, --parts) {
+      n = (rows - r + parts - 1) / parts;
       block_of<Kind>(n, wb, x + r * x_stride, x_stride, k_padded, stream, y + ptrdiff_t(r) * outputs + first, outputs,
                      width, bb, add);
     }

@@ -4,7 +4,7 @@
 // or requests are computed together. Speculative and plain decoding therefore give bit-equal logits, in bf16 weights
 // too. Compiled by kernels/native.py with -march=native.
 
-#include "decoder.hpp"
+#include "drafting.hpp"
 #include "lk_loss.hpp"
 
 extern "C" {
@@ -110,6 +110,21 @@ void aurora_decode_fp32(const DecoderCall* call) { decode<Float, float>(*call); 
 void aurora_decode_bf16(const DecoderCall* call) { decode<BFloat, uint16_t>(*call); }
 void aurora_decode_int8(const DecoderCall* call) { decode<Grouped<8>, uint16_t>(*call); }
 void aurora_decode_int4(const DecoderCall* call) { decode<Grouped<4>, uint16_t>(*call); }
+
+// The steps of a proposal; what lies between them is made and freed by the caller.
+Drafting* aurora_drafting_new() { return new Drafting; }
+void aurora_drafting_free(Drafting* drafting) { delete drafting; }
+void aurora_draft_start_fp32(const DraftCall* call, Drafting* drafting) { draft_start<Float, float>(*call, *drafting); }
+void aurora_draft_step_fp32(const DraftCall* call, Drafting* drafting) { draft_step<Float, float>(*call, *drafting); }
+void aurora_draft_start_bf16(const DraftCall* call, Drafting* drafting) { draft_start<BFloat, uint16_t>(*call, *drafting); }
+void aurora_draft_step_bf16(const DraftCall* call, Drafting* drafting) { draft_step<BFloat, uint16_t>(*call, *drafting); }
+void aurora_draft_start_int8(const DraftCall* call, Drafting* drafting) { draft_start<Grouped<8>, uint16_t>(*call, *drafting); }
+void aurora_draft_step_int8(const DraftCall* call, Drafting* drafting) { draft_step<Grouped<8>, uint16_t>(*call, *drafting); }
+void aurora_draft_start_int4(const DraftCall* call, Drafting* drafting) { draft_start<Grouped<4>, uint16_t>(*call, *drafting); }
+void aurora_draft_step_int4(const DraftCall* call, Drafting* drafting) { draft_step<Grouped<4>, uint16_t>(*call, *drafting); }
+int64_t aurora_draft_finish(const Drafting* drafting, int64_t count, int64_t* tokens, int64_t* parents) {
+  return draft_finish(*drafting, count, tokens, parents);
+}
 
 // Keys and values of every layer from positions `from` of the call's slots to `to`.
 void aurora_move_fp32(const DecoderCall* call, const int64_t* from, const int64_t* to, int64_t count) {

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from aurora_lit.kernels.decoder import Decoder, LayerWeights
+from aurora_lit.kernels.draft_steps import DraftSteps
 from aurora_lit.kernels.packed import PackedLinear
 from aurora_lit.modules.draft import Draft
 
@@ -70,6 +71,22 @@ def fuse_draft(draft: Draft) -> Decoder | None:
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         eps=config.rms_norm_eps,
+    )
+
+
+def draft_steps(draft: Draft, decoder: Decoder, embedding: nn.Module, target_id_D: torch.Tensor) -> DraftSteps | None:
+    """Whole steps of the draft in one native call; None where its input is not a plain table of fp32."""
+    if type(embedding) is not nn.Embedding or embedding.weight.dtype != torch.float32:
+        return None
+    linears: list[Any] = [draft.fc, draft.lm_head, draft.value_head]
+    fuse, head, value = linears
+    return DraftSteps(
+        decoder,
+        fuse=fuse,
+        head=head,
+        value=value,
+        target_id_D=target_id_D,
+        embedding_VH=embedding.weight.detach(),
     )
 
 

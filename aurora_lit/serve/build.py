@@ -26,9 +26,9 @@ from aurora_lit.modules.draft import Draft, DraftConfig
 from aurora_lit.serve.branching import slot_capacity
 from aurora_lit.serve.calls import WorkerParts
 from aurora_lit.serve.cores import SharedCores
-from aurora_lit.serve.drafting import FittedDraft, fit_draft
 from aurora_lit.serve.engine import Engine
 from aurora_lit.serve.exploring import LearnersWish
+from aurora_lit.serve.fitted import FittedDraft, fit_draft
 from aurora_lit.serve.observing import RoundObserver
 from aurora_lit.serve.trace_sinks import TraceRecording, TraceSinks
 from aurora_lit.serve.tracing import TraceRecorder

@@ -18,20 +18,17 @@ from dataclasses import dataclass
 
 import torch
 
-from aurora_lit.errors import CheckpointError
-from aurora_lit.kernels import native
-from aurora_lit.kernels.decoder import Decoder
-from aurora_lit.kernels.packed import pack_linears
-from aurora_lit.models.fused import fuse_draft
-from aurora_lit.models.slots import KVSlots, SlotView, read_attention
+from aurora_lit.kernels.decoder import MAX_DEPTH
+from aurora_lit.kernels.draft_steps import DraftSteps
+from aurora_lit.models.slots import KVSlots, SlotView
 from aurora_lit.models.target import Target
 from aurora_lit.modules.distribution import LogitOptions
-from aurora_lit.modules.draft import Draft, rope_table
+from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.sampling import DraftVocabulary, Proposals, propose
+from aurora_lit.serve.fitted import FittedDraft, fit_draft, on_kernels
 
 _CATCH_UP_TOKENS = 256
 """Positions a single forward pass of the draft takes when a row is far behind."""
-_TRIAL_POSITIONS, _TRIAL_SCALE = 4, 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,62 +39,6 @@ class DraftRows:
     """int64."""
     lengths: list[int]
     """Committed tokens of each row, the last of which the target has not run yet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FittedDraft:
-    """A draft ready to run here, so that swapping it in is a matter of references."""
-
-    draft: Draft
-    decoder: Decoder | None
-    """Its layer as a native call, where there are kernels."""
-    vocabulary: DraftVocabulary
-
-
-def fit_draft(draft: Draft, target: Target, *, capacity: int) -> FittedDraft:
-    """Pack a draft's weights in place, for sequences of up to `capacity`; from any thread.
-
-    Raises CheckpointError when it computes numbers that are not finite.
-    """
-    config, device = draft.config, target.model.device
-    draft.eval().requires_grad_(False)
-    if _on_kernels(device):
-        pack_linears(draft, dtype=_draft_dtype(target))
-    else:
-        draft.to(device, target.kv_dtype)
-    draft.cos_LD, draft.sin_LD = (
-        table.to(device) for table in rope_table(capacity, config.head_dim, config.rope_theta)
-    )
-    _try(draft, target)
-    vocabulary = DraftVocabulary.of_offsets(draft.d2t.to(device), vocab_size=config.vocab_size)
-    return FittedDraft(draft=draft, decoder=fuse_draft(draft), vocabulary=vocabulary)
-
-
-def _draft_dtype(target: Target) -> torch.dtype:
-    """How its weights are stored: a step is the time to read them, and eight bits propose as well as sixteen."""
-    return torch.int8 if target.kv_dtype != torch.float32 and native.has_vnni() else target.kv_dtype
-
-
-def _on_kernels(device: torch.device) -> bool:
-    """Whether drafts run on the native kernels there, which take and give fp32."""
-    return device.type == "cpu" and native.library() is not None
-
-
-@torch.no_grad()
-def _try(draft: Draft, target: Target) -> None:
-    """Run a few positions of strong features: what serving computes must be finite."""
-    positions_1T = torch.arange(_TRIAL_POSITIONS, device=target.model.device)[None]
-    embeds_1TH = target.embedding(positions_1T % target.vocab_size)
-    generator = torch.Generator().manual_seed(0)
-    size = (1, _TRIAL_POSITIONS, 3 * target.hidden_size)
-    aux_1T3H = _TRIAL_SCALE * torch.randn(size, generator=generator).to(embeds_1TH)
-    fused_1TH = draft.fuse(aux_1T3H)
-    query, key, value = draft.project(embeds_1TH, fused_1TH, positions_1T)
-    attended = read_attention(query, key, value, scale=draft.config.head_dim**-0.5)
-    hidden_1TH = draft.finish(attended.reshape(1, _TRIAL_POSITIONS, -1), fused_1TH)
-    for what, numbers in (("logits", draft.logits(hidden_1TH)), ("values", draft.value(hidden_1TH))):
-        if not bool(numbers.isfinite().all()):
-            raise CheckpointError(f"the draft is refused: it computes {what} that are NaN or infinite")
 
 
 class Drafter:
@@ -167,8 +108,8 @@ class Drafter:
 
     @property
     def can_branch(self) -> bool:
-        """Whether `run` takes trees."""
-        return self._fitted.decoder is not None
+        """Whether `grow` can be had, and with it trees."""
+        return self._fitted.steps is not None
 
     def remember(self, *, slots_B: torch.Tensor, starts_B: torch.Tensor, aux_BT3H: torch.Tensor) -> None:
         """Keep the target's features of positions start, start + 1, … of each row."""
@@ -202,6 +143,10 @@ class Drafter:
 
         `values_B` is the value head's prediction at the last step: tokens accepted from that proposal on.
         """
+        if self.can_branch and options.is_argmax and num_steps <= MAX_DEPTH:
+            steps, count = self.grow(rows, num_steps=num_steps, width=1, go_on=go_on)
+            token_BK, _ = steps.proposals(count)
+            return Proposals(token_BK=token_BK, num_B=torch.full_like(rows.slots_B, count), q_BKD=None)
         hidden_BH = self.catch_up(rows)
         starts_B = torch.tensor(rows.lengths, device=rows.slots_B.device) - 1
         tokens: list[torch.Tensor] = []
@@ -223,30 +168,61 @@ class Drafter:
             q_BKD=torch.stack(distributions, dim=1) if distributions else None,
         )
 
+    def grow(
+        self, rows: DraftRows, *, num_steps: int, width: int, go_on: Callable[[int, torch.Tensor], bool]
+    ) -> tuple[DraftSteps, int]:
+        """Draft up to `num_steps` levels of at most `width` nodes without drawing, where `can_branch`; how many it was.
+
+        Before each further level `go_on(levels done, outcome_B)` may stop (`DraftSteps.start` says what that is).
+        """
+        steps, levels = self._fitted.steps, 1
+        assert steps is not None
+        starts = self._nearly_catch_up(rows)
+        outcome_B = steps.start(
+            keys=self._cache.keys_SGCDP,
+            values=self._cache.values_SGLD,
+            features_SLF=self._features_SLF,
+            tokens_SL=self._tokens_SL,
+            slots_B=rows.slots_B,
+            done=starts,
+            ends=[length - 1 for length in rows.lengths],
+            width=width,
+        )
+        while levels < num_steps and go_on(levels, outcome_B):
+            outcome_B = steps.step()
+            levels += 1
+        return steps, levels
+
     def catch_up(self, rows: DraftRows) -> torch.Tensor:
         """Run all committed positions the draft has not seen; returns the hidden state at each row's last [B, H]."""
-        slots = rows.slots_B.tolist()
-        # All rows of the last pass are given as many positions, so these must fit behind the longest row.
-        together = min(_CATCH_UP_TOKENS // 8, self._capacity - max(rows.lengths))
-        for slot, length in zip(slots, rows.lengths, strict=True):
+        starts = self._nearly_catch_up(rows)
+        counts = [length - 1 - start for length, start in zip(rows.lengths, starts, strict=True)]
+        # A row of one token has no position yet: what it is given here is arbitrary, and computed again next time.
+        hidden_BTH = self._run_committed(rows.slots_B, starts, max(1, *counts))
+        return hidden_BTH[torch.arange(len(counts)), torch.tensor(counts) - 1]
+
+    def _nearly_catch_up(self, rows: DraftRows) -> list[int]:
+        """Run what rows lack, but for what one pass of them all together takes: positions run until then.
+
+        The caller runs that pass.
+        """
+        # All rows of it are given as many positions, so these must fit behind the longest row.
+        together, starts = min(_CATCH_UP_TOKENS // 8, self._capacity - max(rows.lengths)), []
+        for slot, length in zip(rows.slots_B.tolist(), rows.lengths, strict=True):
             while length - 1 - self._done[slot] > together:
                 count = min(_CATCH_UP_TOKENS, length - 2 - self._done[slot])
                 self._run_committed(torch.tensor([slot]), [self._done[slot]], count)
                 self._done[slot] += count
-        starts = [self._done[slot] for slot in slots]
-        counts = [length - 1 - start for length, start in zip(rows.lengths, starts, strict=True)]
-        # A row of one token has no position yet: what it is given here is arbitrary, and computed again next time.
-        hidden_BTH = self._run_committed(rows.slots_B, starts, max(1, *counts))
-        for slot, length in zip(slots, rows.lengths, strict=True):
+            starts.append(self._done[slot])
             self._done[slot] = length - 1
-        return hidden_BTH[torch.arange(len(slots)), torch.tensor(counts) - 1]
+        return starts
 
     def _run_committed(self, slots_B: torch.Tensor, starts: list[int], count: int) -> torch.Tensor:
         """Run `count` positions a row from true features; what lies beyond a row's end is overwritten later."""
         starts_B = torch.tensor(starts, device=slots_B.device)
         positions_BT = starts_B[:, None] + torch.arange(count, device=slots_B.device)
         features_BTF = self._features_SLF[slots_B[:, None], positions_BT]
-        if _on_kernels(slots_B.device):
+        if on_kernels(slots_B.device):
             features_BTF = features_BTF.float()
         tokens_BT = self._tokens_SL[slots_B[:, None], positions_BT + 1]
         return self.run(tokens_BT, self.draft.fuse(features_BTF), slots_B, starts_B)
@@ -257,13 +233,8 @@ class Drafter:
         hidden_BTH: torch.Tensor,
         slots_B: torch.Tensor,
         starts_B: torch.Tensor,
-        *,
-        parents_BC: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One pass of the draft layer; `tokens_BT` are the tokens after the positions; returns hidden [B, T, H].
-
-        `parents_BC`, where `can_branch`: the positions are the last columns of a tree (kernels/decoder.py).
-        """
+        """One pass of the draft layer; `tokens_BT` are the tokens after the positions; returns hidden [B, T, H]."""
         B, T = tokens_BT.shape
         embeds_BTH = self._target.embedding(tokens_BT)
         if self._fitted.decoder is not None:
@@ -275,10 +246,8 @@ class Drafter:
                 starts_B=starts_B,
                 queries=T,
                 embeds_NH=embeds_BTH.reshape(B * T, -1).contiguous(),
-                parents_BC=parents_BC,
             )
             return stream_NH.view(B, T, -1)
-        assert parents_BC is None, "only fused layers branch"
         positions_BT = starts_B[:, None] + torch.arange(T, device=starts_B.device)
         query, key, value = self.draft.project(embeds_BTH, hidden_BTH, positions_BT)
         view = SlotView(self._cache, slots_B=slots_B, starts_B=starts_B)

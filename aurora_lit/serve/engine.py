@@ -27,7 +27,8 @@ from aurora_lit.modules.tree import common_prefix
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.branching import slot_capacity
 from aurora_lit.serve.calibration import calibrate
-from aurora_lit.serve.drafting import Drafter, FittedDraft
+from aurora_lit.serve.drafting import Drafter
+from aurora_lit.serve.fitted import FittedDraft
 from aurora_lit.serve.lookup import NgramIndex
 from aurora_lit.serve.observing import RoundObserver, tell
 from aurora_lit.serve.passes import TargetPasses

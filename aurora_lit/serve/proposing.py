@@ -117,17 +117,17 @@ class Proposer:
     ) -> Proposals:
         """A tree a row, for rows that accept what equals the target's own token and count none of their past."""
         assert self._drafter is not None
-        started, levels = time.perf_counter(), [1]
-
-        def go_on(done: int, reach_B: list[float]) -> bool:
-            wanted = self._policy.worth_another_level(reach_B, rates, nodes=num_nodes, num_plain=num_others)
-            levels[0] = done + wanted
-            return wanted
-
-        drafted = propose_tree(
-            self._drafter, self._draft_rows(rows), num_steps=num_steps, num_nodes=num_nodes, go_on=go_on
+        started = time.perf_counter()
+        drafted, levels = propose_tree(
+            self._drafter,
+            self._draft_rows(rows),
+            num_steps=num_steps,
+            num_nodes=num_nodes,
+            go_on=lambda done, reach_B: self._policy.worth_another_level(
+                reach_B, rates, nodes=num_nodes, num_plain=num_others
+            ),
         )
-        self._policy.observe_levels(len(rows), levels[0], time.perf_counter() - started)
+        self._policy.observe_levels(len(rows), levels, time.perf_counter() - started)
         return drafted
 
     def _draft_rows(self, rows: Sequence[Row]) -> DraftRows:

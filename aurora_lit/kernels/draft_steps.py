@@ -1,0 +1,125 @@
+"""A draft's proposals in native steps (drafting.hpp): catching up with what is committed, then level by level.
+
+`DraftSteps` holds pointers into tensors that it keeps alive. What is left out: whether another level pays, which the
+caller decides between steps (serve/speculation.py).
+
+Shapes: B rows, K proposals, S slots, L positions, F the target's features of a position, V vocabulary, D draft
+vocabulary, H hidden, P positions of a block of keys, G key-value heads, C blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from aurora_lit.kernels import native
+from aurora_lit.kernels.decoder import Decoder, DecoderCall, Matrix
+from aurora_lit.kernels.packed import PackedLinear
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("decoder", DecoderCall),
+        *((name, Matrix) for name in ("fuse", "head", "value")),
+        ("features", ctypes.c_void_p),
+        ("features_slot", ctypes.c_int64),
+        ("committed", ctypes.c_void_p),
+        ("committed_slot", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("embedding", "target_ids", "done", "ends")),
+        *((name, ctypes.c_int64) for name in ("count", "children", "level_width")),
+        *((name, ctypes.c_void_p) for name in ("reach", "values")),
+    )
+
+
+class DraftSteps:
+    """One proposal after the other for a batch of rows: `start`, any number of `step`, `proposals`.
+
+    >>> values_B = steps.start(slots_B=slots_B, done_B=done_B, ends_B=ends_B, width=1)
+    >>> values_B = steps.step()
+    >>> token_BK, _ = steps.proposals(2)
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        fuse: PackedLinear,
+        head: PackedLinear,
+        value: PackedLinear,
+        target_id_D: torch.Tensor,
+        embedding_VH: torch.Tensor,
+    ) -> None:
+        """`embedding_VH` fp32 and contiguous."""
+        library = native.library()
+        assert library is not None
+        assert embedding_VH.dtype == torch.float32
+        assert embedding_VH.is_contiguous()
+        self._kept = (decoder, fuse, head, value, target_id_D, embedding_VH)
+        self._decoder = decoder
+        kind = native.SUFFIXES[head.packed.dtype]
+        self._start = getattr(library, f"aurora_draft_start_{kind}")
+        self._step = getattr(library, f"aurora_draft_step_{kind}")
+        self._finish = library.aurora_draft_finish
+        self._finish.restype = ctypes.c_int64
+        library.aurora_drafting_new.restype = ctypes.c_void_p
+        self._state = ctypes.c_void_p(library.aurora_drafting_new())
+        weakref.finalize(self, library.aurora_drafting_free, self._state)
+        self._call = _Call(
+            fuse=Matrix.of(fuse),
+            head=Matrix.of(head),
+            value=Matrix.of(value),
+            embedding=embedding_VH.data_ptr(),
+            target_ids=target_id_D.data_ptr(),
+        )
+        self._num_outputs = head.out_features
+        self._rows: tuple[torch.Tensor, ...] = ()  # what the call points at
+
+    def start(
+        self,
+        *,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        features_SLF: torch.Tensor,
+        tokens_SL: torch.Tensor,
+        slots_B: torch.Tensor,
+        done: Sequence[int],
+        ends: Sequence[int],
+        width: int,
+    ) -> torch.Tensor:
+        """Run each row's positions from `done` up to `ends` from true features, and choose the first level.
+
+        `width`: most nodes of a level that are expanded, and children thought of for each; `features_SLF` are of the
+        slots' type. Returns, for chains (width 1), the value head's prediction [B] at the last position, and for trees
+        the probability [B], by the draft, that a row's path leads through the nodes to be expanded; the next call of
+        either method overwrites it.
+        """
+        call, B = self._call, len(slots_B)
+        done_B, ends_B, outcome_B = torch.tensor(done), torch.tensor(ends), torch.empty(B)
+        self._rows = (slots_B, done_B, ends_B, outcome_B, features_SLF, tokens_SL)
+        call.decoder = self._decoder.call(keys, values)
+        call.decoder.attention.rows = B
+        call.decoder.slots, call.decoder.starts = slots_B.data_ptr(), ends_B.data_ptr()
+        call.features, call.features_slot = features_SLF.data_ptr(), features_SLF.stride(0)
+        call.committed, call.committed_slot = tokens_SL.data_ptr(), tokens_SL.stride(0)
+        call.done, call.ends = done_B.data_ptr(), ends_B.data_ptr()
+        call.count = max(1, *(end - start for start, end in zip(done, ends, strict=True)))
+        call.children, call.level_width = min(width, self._num_outputs), width
+        call.values, call.reach = (outcome_B.data_ptr(), None) if width == 1 else (None, outcome_B.data_ptr())
+        self._start(ctypes.byref(call), self._state)
+        return outcome_B
+
+    def step(self) -> torch.Tensor:
+        """Expand the level chosen last and choose the next; returns as `start` does."""
+        self._step(ctypes.byref(self._call), self._state)
+        return self._rows[3]
+
+    def proposals(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest `count` nodes, or all there are: target ids and the columns they follow, both int64 [B, K]."""
+        found = torch.empty(2, len(self._rows[0]) * count, dtype=torch.int64)
+        tokens, parents = (ctypes.c_void_p(part.data_ptr()) for part in found)
+        nodes = self._finish(self._state, ctypes.c_int64(count), tokens, parents)
+        token_BK, parent_BK = found[:, : len(self._rows[0]) * nodes].view(2, -1, nodes)
+        return token_BK, parent_BK
