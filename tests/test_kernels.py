@@ -8,16 +8,16 @@ import sys
 
 import pytest
 import torch
-from formats import FLOATS, GROUPED, rounded, stored
+from formats import BYTES, FLOATS, GROUPED, rounded, stored
 from torch import nn
 
-from aurora_lit.kernels import native
+from aurora_lit.kernels import native, row_scaled
 from aurora_lit.kernels.packed import PackedLinear, pack_linears
 from aurora_lit.models.slots import KVSlots, SlotView, torch_attend
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
 pytestmark = pytest.mark.usefixtures("two_threads")
-DTYPES = [*FLOATS, *GROUPED]
+DTYPES = [*FLOATS, *GROUPED, *BYTES]
 
 
 @pytest.fixture
@@ -81,6 +81,91 @@ def test_the_largest_output_is_found_without_the_others(inputs: int, outputs: in
     assert torch.equal(layer.argmax(-torch.zeros(3, inputs)), torch.zeros(3, dtype=torch.int64))
 
 
+def screened_and_not(linear: nn.Linear, dtype: torch.dtype) -> tuple[PackedLinear, PackedLinear]:
+    return PackedLinear(linear, dtype, screened=True), PackedLinear(linear, dtype)
+
+
+needs_byte_tiles = pytest.mark.skipif(not BYTES, reason="no matrix tiles here")
+
+
+@needs_kernels
+@needs_byte_tiles
+@pytest.mark.parametrize("dtype", [*FLOATS, *GROUPED])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 2048), (97, 1000), (576, 3001), (33, 31), (16, 1)])
+def test_a_screen_finds_the_very_output_that_all_outputs_give(
+    inputs: int, outputs: int, dtype: torch.dtype, gen: torch.Generator
+) -> None:
+    """Outputs that differ by less than the screen's errors, or not at all; rows of any size, and some that are none."""
+    linear = random_linear(inputs, outputs, bias=False)
+    with torch.no_grad():
+        linear.weight *= torch.rand(outputs, 1, generator=gen) * 3  # norms that differ
+        twins = torch.randint(0, outputs, (2, outputs // 3), generator=gen)
+        noise = 1 + 1e-3 * torch.randn(outputs // 3, inputs, generator=gen).where(torch.rand(outputs // 3, 1) < 0.5, 0)
+        linear.weight[twins[0]] = linear.weight[twins[1]] * noise
+    screened, whole = screened_and_not(linear, dtype)
+    assert screened._screen is not None
+    assert whole._screen is None
+    x = torch.randn(40, inputs, generator=gen) * 10.0 ** torch.randint(-6, 7, (40, 1), generator=gen)
+    x[3], x[4, 0], x[5, 0], x[6] = 0.0, float("nan"), float("inf"), 1e-39
+    x[7:20] = linear.weight.detach()[torch.randint(0, outputs, (13,), generator=gen)]  # a clear winner, or its twin
+    x[20:24, 1 % inputs] *= 1e4  # one input outweighs all others
+    for rows in (1, 2, 7, 16, 17, 40):
+        for start in range(0, 41 - rows, 3):
+            part = x[start : start + rows]
+            assert torch.equal(screened.argmax(part), whole.argmax(part))
+
+
+@needs_kernels
+@needs_byte_tiles
+@pytest.mark.parametrize("looks", ["smaller", "larger"])
+def test_a_screens_bounds_hold_where_weights_are_as_far_off_as_can_be(looks: str) -> None:
+    """Inputs along what quantising takes from an output, whose copy so looks smaller, or larger, than it is."""
+    weight = random_linear(576, 1, bias=False).weight.detach().double()[0]
+    q, scale = row_scaled.quantise(weight[None].float())
+    copy = q[0].double() * scale.double()
+    off = (weight - copy) * (1 if looks == "smaller" else -1)
+    seems, other = (2, 2.6) if looks == "smaller" else (3, 2.4)  # by the size of what is off; it is 3, or 2
+    x = off + (seems * off @ off - copy @ off) / (copy @ copy) * copy
+    linear = nn.Linear(576, 96, bias=False)
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.weight[3], linear.weight[70] = weight.float(), other / seems * copy.float()
+    screened, whole = screened_and_not(linear, torch.float32)
+    x_1I = x.float()[None]
+    assert whole.argmax(x_1I).tolist() == screened.argmax(x_1I).tolist() == [3 if looks == "smaller" else 70]
+
+
+@needs_kernels
+@needs_byte_tiles
+def test_a_screens_bounds_hold_where_inputs_are_as_far_off_as_can_be() -> None:
+    """Weights are their own copies; but for two inputs all are rounded to nothing, and together they decide."""
+    linear, x = nn.Linear(64, 96, bias=False), torch.empty(1, 64)
+    x[:, 0] = 512.0
+    step = 512.0 / (127 * 256 + 127)
+    x[:, 1:63], x[:, 63] = 0.49 * step, 20 * step
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.weight[:, 0] = 127
+        linear.weight[3, 1:63], linear.weight[70, 63] = 126, 126
+    screened, whole = screened_and_not(linear, torch.float32)
+    assert whole.argmax(x).tolist() == screened.argmax(x).tolist() == [3]
+
+
+@needs_kernels
+@needs_byte_tiles
+def test_a_screen_leaves_most_of_the_weight_alone() -> None:
+    """Weights outside of the blocks where the largest may be are not read: they are other ones now."""
+    linear = random_linear(576, 8192, bias=False)
+    layer = PackedLinear(linear, torch.bfloat16, screened=True)
+    x = linear.weight.detach()[[1000]] + 0.5 * torch.randn(1, 576) * linear.weight.detach().std()
+    assert layer.argmax(x).tolist() == [1000]
+    block = layer.packed.numel() // (8192 // 32)
+    for b in range(8192 // 32):
+        if b != 1000 // 32:
+            layer.packed[b * block : (b + 1) * block] = float("nan")
+    assert layer.argmax(x).tolist() == [1000]
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_inputs_are_read_right(dtype: torch.dtype) -> None:
@@ -101,7 +186,7 @@ def test_rows_of_a_packed_weight_come_back(dtype: torch.dtype) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", GROUPED)
+@pytest.mark.parametrize("dtype", [*GROUPED, *BYTES])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_so_and_keeps_to_its_row(dtype: torch.dtype, value: float) -> None:
     layer = PackedLinear(random_linear(64, 40, bias=True), dtype)
@@ -113,7 +198,7 @@ def test_what_is_not_finite_stays_so_and_keeps_to_its_row(dtype: torch.dtype, va
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", GROUPED)
+@pytest.mark.parametrize("dtype", [*GROUPED, *BYTES])
 def test_weights_of_one_number_and_of_none_come_out_right(dtype: torch.dtype) -> None:
     linear = nn.Linear(64, 3, bias=False)
     with torch.no_grad():

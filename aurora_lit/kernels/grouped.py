@@ -36,10 +36,17 @@ def pack(weight_OI: Tensor, *, bits: int, block: int, group: int) -> Tensor:
 
 def loses_nothing(weight_OI: Tensor, *, bits: int, group: int) -> bool:
     """Whether a weight's numbers are those of its packed form, so that it comes from a file of that form."""
-    padded_OGI = functional.pad(weight_OI, (0, -weight_OI.shape[1] % group)).view(len(weight_OI), -1, group)
+    off = float((stored(weight_OI, bits=bits, group=group) - weight_OI).abs().max())
+    return off <= 1e-6 * float(weight_OI.abs().max())
+
+
+def stored(weight_OI: Tensor, *, bits: int, group: int) -> Tensor:
+    """The numbers, in fp32, that a weight becomes by being packed."""
+    outputs, inputs = weight_OI.shape
+    padded_OGI = functional.pad(weight_OI, (0, -inputs % group)).view(outputs, -1, group)
     q_OGI, (scale_OG1, *minima) = _symmetric(padded_OGI) if bits == 8 else _affine(padded_OGI)
     found_OGI = scale_OG1 * (q_OGI.float() - 128) if bits == 8 else scale_OG1 * q_OGI + minima[0]
-    return float((found_OGI - padded_OGI).abs().max()) <= 1e-6 * float(padded_OGI.abs().max())
+    return found_OGI.view(outputs, -1)[:, :inputs]
 
 
 def _symmetric(weight_OGI: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -22,16 +22,22 @@ from pathlib import Path
 
 import torch
 
-from aurora_lit.kernels import grouped, huge_pages
+from aurora_lit.kernels import grouped, huge_pages, row_scaled
 
 _SOURCE = Path(__file__).with_name("skinny.cpp")
 _SOURCES = (_SOURCE, *sorted(_SOURCE.parent.glob("*.hpp")))
 STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
 """By `target.precision`: the type that names how weights are stored; those of four bits lie two to a byte."""
-SUFFIXES = {dtype: name for name, dtype in STORAGE.items()}
+BYTES = torch.int16
+"""Stands for weights of eight bits with a scale an output, beside inputs of sixteen (kernels/row_scaled.py)."""
+SUFFIXES = {BYTES: "bytes", **{dtype: name for name, dtype in STORAGE.items()}}
 """Of the kernels' names, by what weights and slots are stored in."""
 KEY_BLOCK = 64
 """Positions whose keys lie together in a slot; as in attention.hpp."""
+_ROUNDED_UP = 1.001
+"""Times a norm that was computed in fp32: no less than the true one."""
+_AT_ONCE = 4096
+"""Outputs of a weight that are looked at together, whole blocks: all of a large head would take gigabytes."""
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
 
 
@@ -72,6 +78,12 @@ def has_vnni() -> bool:
     """Whether the processor multiplies weights of four and eight bits as fast as it reads them."""
     kernels = library()
     return kernels is not None and bool(kernels.aurora_has_vnni())
+
+
+def has_byte_tiles() -> bool:
+    """Whether weights can be stored as `BYTES`."""
+    kernels = library()
+    return kernels is not None and hasattr(kernels, "aurora_linear_bytes") and bool(kernels.aurora_uses_tiles())
 
 
 def can_attend(query_BNTD: torch.Tensor, *, window: int | None, softcap: float | None) -> bool:
@@ -132,9 +144,12 @@ def pack(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float32:
         packed = huge_pages.empty(blocks * block * inputs, dtype)
         kernels.aurora_pack_fp32(_address(weight_OI), outputs, inputs, _address(packed))
-    elif dtype in grouped.BITS:
-        parts = grouped.pack(weight_OI, bits=grouped.BITS[dtype], block=block, group=kernels.aurora_group())
-        packed = huge_pages.empty(parts.numel(), dtype)
+    elif dtype in (*grouped.BITS, BYTES):
+        if dtype == BYTES:
+            parts = row_scaled.pack(weight_OI, block=block)
+        else:
+            parts = grouped.pack(weight_OI, bits=grouped.BITS[dtype], block=block, group=kernels.aurora_group())
+        packed = huge_pages.empty(parts.numel() // dtype.itemsize, dtype)
         packed.view(torch.uint8).copy_(parts)
     else:
         padded = -(-inputs // 32) * 32
@@ -167,7 +182,39 @@ def linear(x_NI: torch.Tensor, packed: torch.Tensor, outputs: int, bias: torch.T
     return y_NO
 
 
-def argmax_linear(x_NI: torch.Tensor, packed: torch.Tensor, outputs: int) -> torch.Tensor:
+class Screen(ctypes.Structure):
+    """A coarse copy of a packed weight, which says where its largest outputs may be (screen.hpp)."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("copy", "errors", "norms"))
+
+    @staticmethod
+    def of(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> Screen:
+        """For a weight that is packed as `dtype`, where there are byte tiles."""
+        screen, parts = Screen(), []
+        for part_OI in torch.split(weight_OI, _AT_ONCE):
+            seen_OI = stored(part_OI, dtype=dtype)
+            parts.append((pack(seen_OI, dtype=BYTES), *(norm_O * _ROUNDED_UP for norm_O in row_scaled.errors(seen_OI))))
+        copies, *norms = zip(*parts, strict=True)
+        copy = huge_pages.empty(sum(map(len, copies)), BYTES)
+        torch.cat(copies, out=copy)
+        screen.kept = (copy, *map(torch.cat, norms))
+        screen.copy, screen.errors, screen.norms = (tensor.data_ptr() for tensor in screen.kept)
+        return screen
+
+
+def stored(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers, in fp32, that a weight becomes by being packed."""
+    weight_OI = weight_OI.detach().float()
+    if dtype in grouped.BITS:
+        kernels = library()
+        assert kernels is not None
+        return grouped.stored(weight_OI, bits=grouped.BITS[dtype], group=kernels.aurora_group())
+    return weight_OI.to(dtype).float()
+
+
+def argmax_linear(
+    x_NI: torch.Tensor, packed: torch.Tensor, outputs: int, *, screen: Screen | None = None
+) -> torch.Tensor:
     """Where each row of `linear`, without a bias, is largest: [N] int64; of equal outputs the first."""
     kernels = library()
     assert kernels is not None
@@ -175,8 +222,12 @@ def argmax_linear(x_NI: torch.Tensor, packed: torch.Tensor, outputs: int) -> tor
         x_NI = x_NI.contiguous()
     rows, inputs = x_NI.shape
     place_N = torch.empty(rows, dtype=torch.int64)
-    call = getattr(kernels, f"aurora_argmax_{SUFFIXES[packed.dtype]}")
-    call(_address(x_NI), ctypes.c_int64(x_NI.stride(0)), rows, _address(packed), inputs, outputs, _address(place_N))
+    screened = () if screen is None else (ctypes.byref(screen),)
+    call = getattr(kernels, f"aurora_{'screened_' if screened else ''}argmax_{SUFFIXES[packed.dtype]}")
+    call(
+        _address(x_NI), ctypes.c_int64(x_NI.stride(0)), rows, _address(packed), inputs, outputs, _address(place_N),
+        *screened,
+    )  # fmt: skip
     return place_N
 
 

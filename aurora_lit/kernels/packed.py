@@ -22,11 +22,14 @@ _ROWS_LOOKED_AT = 8
 class PackedLinear(nn.Module):
     """Drop-in for `nn.Linear` at inference: [..., inputs] fp32 -> [..., outputs] fp32."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, screened: bool = False) -> None:
+        """`screened`: `argmax` reads a coarse copy first, and little of the weight itself; where tiles allow it."""
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.packed = native.pack(linear.weight, dtype=dtype)
         self.bias = None if linear.bias is None else linear.bias.detach().float().contiguous()
+        screened = screened and native.has_byte_tiles()
+        self._screen = native.Screen.of(linear.weight.detach(), dtype=dtype) if screened else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply; rows may have any leading shape."""
@@ -36,7 +39,8 @@ class PackedLinear(nn.Module):
     def argmax(self, x: torch.Tensor) -> torch.Tensor:
         """Which output is the largest, int64 of x's leading shape; for a layer without a bias."""
         assert self.bias is None
-        return native.argmax_linear(x.reshape(-1, self.in_features), self.packed, self.out_features).view(x.shape[:-1])
+        x_NI = x.reshape(-1, self.in_features)
+        return native.argmax_linear(x_NI, self.packed, self.out_features, screen=self._screen).view(x.shape[:-1])
 
     @torch.no_grad()
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
@@ -54,7 +58,7 @@ def pack_model(model: nn.Module, *, precision: str, head: nn.Module) -> None:
     if precision == "auto":
         fewest = [name for name in ("int4", "int8") if native.has_vnni() and _loses_nothing(model, name, head)]
         precision = [*fewest, "bf16"][0]
-    pack_linears(model, dtype=STORAGE[precision], others={head: _head_storage(precision)})
+    pack_linears(model, dtype=STORAGE[precision], others={head: _head_storage(precision)}, screened=head)
 
 
 def _head_storage(precision: str) -> torch.dtype:
@@ -74,13 +78,17 @@ def _loses_nothing(model: nn.Module, precision: str, head: nn.Module) -> bool:
 
 
 def pack_linears(
-    model: nn.Module, *, dtype: torch.dtype, others: Mapping[nn.Module, torch.dtype] = MappingProxyType({})
+    model: nn.Module,
+    *,
+    dtype: torch.dtype,
+    others: Mapping[nn.Module, torch.dtype] = MappingProxyType({}),
+    screened: nn.Module | None = None,
 ) -> int:
     """Swap every `nn.Linear` of a CPU model for a `PackedLinear`; returns how many. `others` have their own type."""
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child, others.get(child, dtype)))
+                setattr(parent, name, PackedLinear(child, others.get(child, dtype), screened=child is screened))
                 count += 1
     return count

@@ -2,12 +2,14 @@
 // parallel region. bf16 goes through tiles where the processor has them.
 #pragma once
 
-#include "linear.hpp"
+#include "byte_tiles.hpp"
 #include "group_tiles.hpp"
+#include "linear.hpp"
 #include "tiles.hpp"
 
 namespace {
 
+// round_row makes a row's inputs as a kind takes them, seen says which number one of them has become.
 template <class Kind>
 struct Product;
 
@@ -17,6 +19,7 @@ struct Product<Float> {
   static size_t buffer_rows(int rows) { return size_t(rows); }
   static ptrdiff_t block_bytes(int k) { return ptrdiff_t(k) * BLOCK * 4; }
   static void round_row(const float* from, int inputs, float* to) { std::memcpy(to, from, size_t(inputs) * 4); }
+  static float seen(const float* rounded, int i) { return rounded[i]; }
   static void enter(int) {}
   static void leave() {}
   static void blocks(const float* x, int k, int rows, const void* w, int outputs, const Stream& stream, float* y,
@@ -39,6 +42,7 @@ struct Product<BFloat> {
     for (; k < inputs; ++k) to[k] = to_bf16(from[k]);
     for (; k < padded(inputs); ++k) to[k] = 0;
   }
+  static float seen(const uint16_t* rounded, int i) { return from_bf16(rounded[i]); }
   // Each thread of the region calls these two around its products.
   static void enter(int rows) {
 #if defined(AURORA_TILES)
@@ -75,6 +79,9 @@ struct Product<Grouped<BITS>> {
     std::memcpy(rest, from + k, size_t(inputs - k) * sizeof(float));
     round_group<BITS>(rest, to);
   }
+  static float seen(const InputGroup* rounded, int i) {
+    return float(rounded[i / GROUP].values[i % GROUP]) * rounded[i / GROUP].scale;
+  }
   static bool on_tiles(int rows) {
 #if defined(AURORA_GROUP_TILES)
     return rows >= GROUP_TILE_MIN_ROWS && tiles_allowed();
@@ -100,6 +107,22 @@ struct Product<Grouped<BITS>> {
     linear_blocks<Kind>(x, groups, rows, weight, groups, outputs, stream, y, bias, add, from, to);
   }
 };
+
+#if defined(AURORA_BYTE_TILES)
+template <>
+struct Product<Bytes> {
+  static int padded(int inputs) { return (inputs + BYTE_GROUP - 1) / BYTE_GROUP; }
+  static size_t buffer_rows(int rows) { return Product<BFloat>::buffer_rows(rows); }
+  static ptrdiff_t block_bytes(int groups) { return byte_block(groups); }
+  static void round_row(const float* from, int inputs, ByteInputs* to) { round_to_bytes(from, inputs, to); }
+  static void enter(int rows) { Product<BFloat>::enter(rows); }
+  static void leave() { Product<BFloat>::leave(); }
+  static void blocks(const ByteInputs* x, int groups, int rows, const void* w, int outputs, const Stream& stream,
+                     float* y, const float* bias, bool add, int from, int to) {
+    linear_byte_tiles(x, groups, rows, static_cast<const int8_t*>(w), outputs, stream, y, bias, add, from, to);
+  }
+};
+#endif
 
 // y [rows, outputs] = x [rows, inputs] times a packed weight, on all threads.
 template <class Kind>

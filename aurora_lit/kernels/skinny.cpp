@@ -6,6 +6,7 @@
 
 #include "drafting.hpp"
 #include "lk_loss.hpp"
+#include "screen.hpp"
 
 extern "C" {
 
@@ -76,6 +77,37 @@ void aurora_linear_int4(const float* x, int64_t x_stride, int rows, const uint8_
                         float* y, const float* bias) {
   multiply<Grouped<4>>(x, x_stride, rows, packed, inputs, outputs, y, bias);
 }
+
+#if defined(AURORA_BYTE_TILES)
+// and with weights of eight bits with a scale an output (kernels/row_scaled.py)
+void aurora_linear_bytes(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
+                         float* y, const float* bias) {
+  multiply<Bytes>(x, x_stride, rows, packed, inputs, outputs, y, bias);
+}
+void aurora_argmax_bytes(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
+                         int64_t* places) {
+  multiply_argmax<Bytes>(x, x_stride, rows, packed, inputs, outputs, places);
+}
+int aurora_screened_argmax_fp32(const float* x, int64_t x_stride, int rows, const float* packed, int inputs, int outputs,
+                               int64_t* places, const Screen* screen) {
+  return screened_argmax<Float>(x, x_stride, rows, packed, *screen, inputs, outputs, places);
+}
+int aurora_screened_argmax_bf16(const float* x, int64_t x_stride, int rows, const uint16_t* packed, int inputs, int outputs,
+                               int64_t* places, const Screen* screen) {
+  return screened_argmax<BFloat>(x, x_stride, rows, packed, *screen, inputs, outputs, places);
+}
+int aurora_screened_argmax_int8(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
+                               int64_t* places, const Screen* screen) {
+  return screened_argmax<Grouped<8>>(x, x_stride, rows, packed, *screen, inputs, outputs, places);
+}
+int aurora_screened_argmax_int4(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
+                               int64_t* places, const Screen* screen) {
+  return screened_argmax<Grouped<4>>(x, x_stride, rows, packed, *screen, inputs, outputs, places);
+}
+void aurora_decode_bytes(const DecoderCall* call) { decode<Bytes, uint16_t>(*call); }
+void aurora_draft_start_bytes(const DraftCall* call, Drafting* d) { draft_start<Bytes, uint16_t>(*call, *d); }
+void aurora_draft_step_bytes(const DraftCall* call, Drafting* d) { draft_step<Bytes, uint16_t>(*call, *d); }
+#endif
 
 // where each row of the product is largest
 void aurora_argmax_fp32(const float* x, int64_t x_stride, int rows, const float* packed, int inputs, int outputs,

@@ -58,6 +58,8 @@ def fit_draft(draft: Draft, target: Target, *, capacity: int) -> FittedDraft:
 
 def _draft_dtype(target: Target) -> torch.dtype:
     """How its weights are stored: a step is the time to read them, and eight bits propose as well as sixteen."""
+    if target.kv_dtype != torch.float32 and native.has_byte_tiles():
+        return native.BYTES
     return torch.int8 if target.kv_dtype != torch.float32 and native.has_vnni() else target.kv_dtype
 
 
