@@ -157,7 +157,7 @@ void decode(const DecoderCall& call) {
       each_row([&](int r) {
         if (layer.norm_embeds) rms_norm(call.embeds + ptrdiff_t(r) * H, layer.norm_embeds, H, call.eps, row);
         rms_norm(call.stream + ptrdiff_t(r) * H, layer.norm_attention, H, call.eps, row + width - H);
-        P::round_row(row, width, x + ptrdiff_t(r) * P::padded(width));
+        P::round_row(row, width, x, r);
       });
       product(x, layer.query, q, false, layer.key);
       product(x, layer.key, k, false, layer.value);
@@ -179,23 +179,23 @@ void decode(const DecoderCall& call) {
       }
       attend_share(s, q, keys, values, call.slots, call.starts, call.tree, attention_out);
       each_row([&](int r) {
-        P::round_row(attention_out + ptrdiff_t(r) * q_width, q_width, x + ptrdiff_t(r) * P::padded(q_width));
+        P::round_row(attention_out + ptrdiff_t(r) * q_width, q_width, x, r);
       });
       product(x, layer.output, call.stream, true, layer.gate);
 #pragma omp barrier
       each_row([&](int r) {
         rms_norm(call.stream + ptrdiff_t(r) * H, layer.norm_mlp, H, call.eps, row);
-        P::round_row(row, H, x + ptrdiff_t(r) * P::padded(H));
+        P::round_row(row, H, x, r);
       });
       product(x, layer.gate, g, false, layer.up);
       product(x, layer.up, u, false, layer.down);
-      const int M = int(layer.gate.outputs), m_padded = P::padded(M);
+      const int M = int(layer.gate.outputs);
       const int from = share(M, thread) * BLOCK, to = share(M, thread + 1) * BLOCK < M ? share(M, thread + 1) * BLOCK : M;
       for (int r = 0; r < rows; ++r)
         if (to > from) gate_times_up(g + ptrdiff_t(r) * M + from, u + ptrdiff_t(r) * M + from, to - from);
 #pragma omp barrier
 #pragma omp for schedule(static)
-      for (int r = 0; r < rows; ++r) P::round_row(g + ptrdiff_t(r) * M, M, inner + ptrdiff_t(r) * m_padded);
+      for (int r = 0; r < rows; ++r) P::round_row(g + ptrdiff_t(r) * M, M, inner, r);
       product(inner, layer.down, call.stream, true, call.layers[l + 1 < call.num_layers ? l + 1 : l].query);
 #pragma omp barrier
     }

@@ -9,7 +9,7 @@
 
 namespace {
 
-// round_row makes a row's inputs as a kind takes them, seen says which number one of them has become.
+// round_row makes row r of the inputs `x` as a kind takes them, seen says which number one of them has become.
 template <class Kind>
 struct Product;
 
@@ -18,8 +18,10 @@ struct Product<Float> {
   static int padded(int inputs) { return inputs; }
   static size_t buffer_rows(int rows) { return size_t(rows); }
   static ptrdiff_t block_bytes(int k) { return ptrdiff_t(k) * BLOCK * 4; }
-  static void round_row(const float* from, int inputs, float* to) { std::memcpy(to, from, size_t(inputs) * 4); }
-  static float seen(const float* rounded, int i) { return rounded[i]; }
+  static void round_row(const float* from, int inputs, float* x, int r) {
+    std::memcpy(x + ptrdiff_t(r) * inputs, from, size_t(inputs) * 4);
+  }
+  static float seen(const float* x, int inputs, int r, int i) { return x[ptrdiff_t(r) * inputs + i]; }
   static void enter(int) {}
   static void leave() {}
   static void blocks(const float* x, int k, int rows, const void* w, int outputs, const Stream& stream, float* y,
@@ -31,18 +33,30 @@ struct Product<Float> {
 template <>
 struct Product<BFloat> {
   static int padded(int inputs) { return (inputs + 31) / 32 * 32; }
-  static size_t buffer_rows(int rows) { return size_t(rows > 16 ? (rows + 15) / 16 * 16 : rows); }
+  static size_t buffer_rows(int rows) { return size_t((rows + 15) / 16 * 16); }
   static ptrdiff_t block_bytes(int k) { return ptrdiff_t(k) * BLOCK * 2; }
-  static void round_row(const float* from, int inputs, uint16_t* to) {
-    int k = 0;
-#if defined(__AVX512BF16__)
-    for (; k + 16 <= inputs; k += 16)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + k)));
+  // For tiles each tile of inputs lies as one piece, so that the next is fetched ahead.
+  static ptrdiff_t place(int k, int r, int i) {
+#if defined(AURORA_TILES)
+    if (tiles_allowed()) return tile_place(k, r, i);
 #endif
-    for (; k < inputs; ++k) to[k] = to_bf16(from[k]);
-    for (; k < padded(inputs); ++k) to[k] = 0;
+    return ptrdiff_t(r) * k + i;
   }
-  static float seen(const uint16_t* rounded, int i) { return from_bf16(rounded[i]); }
+  static void round_row(const float* from, int inputs, uint16_t* x, int r) {
+    const int k_padded = padded(inputs);
+    for (int k = 0; k < k_padded; k += 32) {
+      uint16_t* to = x + place(k_padded, r, k);
+      int i = 0;
+#if defined(__AVX512BF16__)
+      for (; i < 32 && k + i + 16 <= inputs; i += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                            (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + k + i)));
+#endif
+      for (; i < 32 && k + i < inputs; ++i) to[i] = to_bf16(from[k + i]);
+      for (; i < 32; ++i) to[i] = 0;
+    }
+  }
+  static float seen(const uint16_t* x, int inputs, int r, int i) { return from_bf16(x[place(padded(inputs), r, i)]); }
   // Each thread of the region calls these two around its products.
   static void enter(int rows) {
 #if defined(AURORA_TILES)
@@ -71,7 +85,8 @@ struct Product<Grouped<BITS>> {
   static int padded(int inputs) { return num_groups(inputs); }
   static size_t buffer_rows(int rows) { return size_t(rows > 16 ? (rows + 15) / 16 * 16 : rows); }
   static ptrdiff_t block_bytes(int groups) { return groups * ptrdiff_t(sizeof(typename Kind::Weight)); }
-  static void round_row(const float* from, int inputs, InputGroup* to) {
+  static void round_row(const float* from, int inputs, InputGroup* x, int r) {
+    InputGroup* to = x + ptrdiff_t(r) * padded(inputs);
     int k = 0;
     for (; k + GROUP <= inputs; k += GROUP) round_group<BITS>(from + k, to++);
     if (k == inputs) return;
@@ -79,8 +94,9 @@ struct Product<Grouped<BITS>> {
     std::memcpy(rest, from + k, size_t(inputs - k) * sizeof(float));
     round_group<BITS>(rest, to);
   }
-  static float seen(const InputGroup* rounded, int i) {
-    return float(rounded[i / GROUP].values[i % GROUP]) * rounded[i / GROUP].scale;
+  static float seen(const InputGroup* x, int inputs, int r, int i) {
+    const InputGroup& group = x[ptrdiff_t(r) * padded(inputs) + i / GROUP];
+    return float(group.values[i % GROUP]) * group.scale;
   }
   static bool on_tiles(int rows) {
 #if defined(AURORA_GROUP_TILES)
@@ -114,7 +130,9 @@ struct Product<Bytes> {
   static int padded(int inputs) { return (inputs + BYTE_GROUP - 1) / BYTE_GROUP; }
   static size_t buffer_rows(int rows) { return Product<BFloat>::buffer_rows(rows); }
   static ptrdiff_t block_bytes(int groups) { return byte_block(groups); }
-  static void round_row(const float* from, int inputs, ByteInputs* to) { round_to_bytes(from, inputs, to); }
+  static void round_row(const float* from, int inputs, ByteInputs* x, int r) {
+    round_to_bytes(from, inputs, x + ptrdiff_t(r) * padded(inputs));
+  }
   static void enter(int rows) { Product<BFloat>::enter(rows); }
   static void leave() { Product<BFloat>::leave(); }
   static void blocks(const ByteInputs* x, int groups, int rows, const void* w, int outputs, const Stream& stream,
@@ -132,7 +150,7 @@ void multiply(const float* x, ptrdiff_t x_stride, int rows, const void* w, int i
   const int k = P::padded(inputs), blocks = num_blocks(outputs);
   static thread_local Buffer<typename Kind::Input> rounded;
   typename Kind::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
-  for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to + ptrdiff_t(r) * k);
+  for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to, r);
   const char* end = static_cast<const char*>(w) + blocks * P::block_bytes(k);
 #pragma omp parallel
   {

@@ -72,9 +72,9 @@ int screened_argmax(const float* x, ptrdiff_t x_stride, int rows, const void* w,
   float* seen = seen_row.at_least(size_t(inputs));
   Slack* slack = slacks.at_least(size_t(rows));
   for (int r = 0; r < rows; ++r) {
-    P::round_row(x + r * x_stride, inputs, to + ptrdiff_t(r) * k);
-    for (int i = 0; i < inputs; ++i) seen[i] = P::seen(to + ptrdiff_t(r) * k, i);
-    Copy::round_row(seen, inputs, copy_x + ptrdiff_t(r) * coarse_k);
+    P::round_row(x + r * x_stride, inputs, to, r);
+    for (int i = 0; i < inputs; ++i) seen[i] = P::seen(to, inputs, r, i);
+    Copy::round_row(seen, inputs, copy_x, r);
     slack[r] = slack_of(seen, inputs, copy_x[ptrdiff_t(r) * coarse_k].scale);
   }
   float* uppers = all_uppers.at_least(size_t(blocks) * rows);

@@ -29,6 +29,13 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
+// Where input i of row r lies, tile after tile of its row's sixteen.
+inline ptrdiff_t tile_place(int k_padded, int r, int i) {
+  constexpr int TILE = TILE_ROWS * TILE_INPUTS;
+  return (ptrdiff_t(r / TILE_ROWS) * (k_padded / TILE_INPUTS) + i / TILE_INPUTS) * TILE + r % TILE_ROWS * TILE_INPUTS +
+         i % TILE_INPUTS;
+}
+
 // Tiles 0-3: sums of two tiles of rows times two halves of a block. 4, 5: inputs. 6, 7: weights.
 inline void configure_tiles(int rows) {
   TileConfig config;
@@ -40,10 +47,10 @@ inline void configure_tiles(int rows) {
 }
 
 // Blocks [from, to) of the outputs; the thread's tiles are configured for min(rows, 16).
-// x: bf16 rows, padded to whole tiles where there are more than 16 (what the padding holds does not matter).
+// x: bf16 rows as tile_place has them; what lies in a last tile's further rows does not matter.
 inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16_t* w, int outputs,
                          const Stream& stream, float* y, const float* bias, bool add, int from, int to) {
-  const int x_bytes = k_padded * 2, w_bytes = BLOCK * 2 * 2, sum_bytes = BLOCK * 4;
+  const int x_bytes = TILE_INPUTS * 2, w_bytes = BLOCK * 2 * 2, sum_bytes = BLOCK * 4;
   alignas(64) float sums[2 * TILE_ROWS * BLOCK];
   for (int b = from; b < to; ++b) {
     const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
@@ -63,11 +70,11 @@ inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16
         if (r == 0) stream.ask<TILE_INPUTS * BLOCK * 2>(wb + ptrdiff_t(k) * BLOCK);
         _tile_loadd(6, wb + ptrdiff_t(k) * BLOCK, w_bytes);
         _tile_loadd(7, wb + ptrdiff_t(k) * BLOCK + BLOCK, w_bytes);
-        _tile_loadd(4, x0 + k, x_bytes);
+        _tile_loadd(4, x0 + k * TILE_ROWS, x_bytes);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (both) {
-          _tile_loadd(5, x1 + k, x_bytes);
+          _tile_loadd(5, x1 + k * TILE_ROWS, x_bytes);
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
         }

@@ -76,7 +76,7 @@ void multiply_top(const float* x, ptrdiff_t x_stride, int rows, const void* w, i
   static thread_local Buffer<Top> all_tops;
   static thread_local Buffer<LogSumExp> all_sums;
   typename Kind::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
-  for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to + ptrdiff_t(r) * k);
+  for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to, r);
   // A part for each thread, put together in their order.
   const int most_parts = omp_get_max_threads();
   Top* parts = all_tops.at_least(size_t(most_parts) * rows * count);
