@@ -20,6 +20,8 @@ from aurora_lit.serve.branching import propose_tree
 from aurora_lit.serve.drafting import Drafter, DraftRows
 from aurora_lit.serve.speculation import MOST_COLUMNS, DraftLength
 
+_POSITIONS = 256
+"""That a draft catches up with, to see what one takes."""
 _CALLS, _GAIN = 3, 0.98
 """The least time is believed when so many calls have not made it shorter by 2 %: weights that fit into a cache come to
 lie there only after a few calls, and there rounds find them."""
@@ -28,6 +30,12 @@ lie there only after a few calls, and there rounds find them."""
 @torch.no_grad()
 def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, slots: KVSlots, max_rows: int) -> None:
     """Fill the policy's cost tables for 1, 2, 4, … `max_rows` rows and every width up to its draft length + 1."""
+    if drafter is not None:
+        behind = DraftRows(
+            slots_B=torch.zeros(1, dtype=torch.int64, device=target.model.device),
+            lengths=[1 + min(_POSITIONS, slots.capacity // 2)],
+        )
+        policy.position_cost = _least_seconds(lambda: _catch_up(drafter, behind)) / (behind.lengths[0] - 1)
     rows = [1]
     while rows[-1] < max_rows:
         rows.append(min(2 * rows[-1], max_rows))
@@ -82,6 +90,12 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, s
         if policy.tree_sizes:
             three_s = _least_seconds(lambda: run_draft(3, policy.tree_sizes[-1]), before=before)
             policy.level_cost.begin_with(num_rows, 1, max(0.0, (three_s - one_s) / 2))
+
+
+def _catch_up(drafter: Drafter, rows: DraftRows) -> None:
+    for slot in rows.slots_B.tolist():
+        drafter.forget(slot)
+    drafter.catch_up(rows)
 
 
 def _least_seconds(operation: Callable[[], None], *, before: Callable[[], None] | None = None) -> float:

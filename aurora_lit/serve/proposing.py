@@ -27,7 +27,7 @@ from aurora_lit.request import SamplingParams
 from aurora_lit.serve.branching import propose_tree
 from aurora_lit.serve.drafting import Drafter, DraftRows
 from aurora_lit.serve.rows import Row
-from aurora_lit.serve.speculation import DraftLength
+from aurora_lit.serve.speculation import MOST_LEFT, DraftLength
 
 
 class Proposer:
@@ -63,7 +63,7 @@ class Proposer:
         for i, row in enumerate(rows):
             row.looked_up, row.explored = i in copied, False
         drafting = [i for i in speculating if i not in copied]
-        drafted = self._draft([rows[i] for i in drafting], num_others=len(rows) - len(drafting))
+        drafted, drafting = self._draft(rows, drafting)
         return self._merge(len(rows), copied, drafting, drafted)
 
     def _look_up(self, rows: Sequence[Row], speculating: list[int]) -> dict[int, list[int]]:
@@ -81,22 +81,37 @@ class Proposer:
         count = self._policy.choose_copied(rates, num_others=len(rows) - len(found))
         return {i: tokens[:count] for i, tokens in found.items()} if count else {}
 
-    def _draft(self, rows: list[Row], *, num_others: int) -> Proposals | None:
-        rates = [row.rate for row in rows]
-        num_steps = self._policy.choose(rates, num_plain=num_others)
+    def _draft(self, all_rows: Sequence[Row], places: list[int]) -> tuple[Proposals | None, list[int]]:
+        """What is drafted, and for which of the rows at `places`."""
+        rows = [all_rows[i] for i in places]
+        num_steps = self._policy.choose([row.rate for row in rows], num_plain=len(all_rows) - len(rows))
         if self._drafter is None or not (num_steps or self._policy.tree_sizes):
-            return None
-        options = self._options_for(rows)
-        if not options.num_free and not options.penalty_rows.numel():
+            return None, []
+        if self._policy.probing:
+            places = [min(places, key=lambda i: self._behind([all_rows[i]]))]
+            rows = [all_rows[i] for i in places]
+        rates, num_others = [row.rate for row in rows], len(all_rows) - len(rows)
+        options, num_nodes = self._options_for(rows), 0
+        if not (options.num_free or options.penalty_rows.numel() or self._policy.probing):
             num_steps, num_nodes = self._policy.choose_tree(num_steps, rates, num_plain=num_others)
-            if num_nodes:
-                return self._branch(rows, rates, num_steps, num_nodes, num_others)
-        if not num_steps:
+        left = sum(min(MOST_LEFT, row.params.max_tokens - row.length + row.prompt_length) for row in all_rows)
+        debt = {"num_plain": num_others, "behind": self._behind(rows), "left": left}
+        if not num_steps or not self._policy.stands(num_steps, num_nodes, rates, **debt):
             for row in rows:
                 row.explored = False
-            return None
+            return None, []
+        if num_nodes:
+            return self._branch(rows, rates, num_steps, num_nodes, num_others), places
+        return self._chain(rows, options, num_steps, num_others), places
+
+    def _behind(self, rows: Sequence[Row]) -> int:
+        assert self._drafter is not None
+        return self._drafter.behind(self._draft_rows(rows))
+
+    def _chain(self, rows: list[Row], options: LogitOptions, num_steps: int, num_others: int) -> Proposals:
+        assert self._drafter is not None
         survival = [1.0] * len(rows)
-        started = time.perf_counter()
+        behind, started = self._behind(rows), time.perf_counter()
         drafted = self._drafter.propose(
             self._draft_rows(rows),
             options=options,
@@ -106,7 +121,8 @@ class Proposer:
                 done, values_B.tolist(), survival, num_plain=num_others
             ),
         )
-        self._policy.observe_draft(len(rows), drafted.token_BK.shape[1], time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._policy.observe_draft(len(rows), drafted.token_BK.shape[1], seconds, behind=behind)
         if not self._log_probabilities:
             return drafted
         logprob_BK = behaviour_logprobs(drafted, options=options, vocabulary=self._drafter.vocabulary)
@@ -117,7 +133,7 @@ class Proposer:
     ) -> Proposals:
         """A tree a row, for rows that accept what equals the target's own token and count none of their past."""
         assert self._drafter is not None
-        started = time.perf_counter()
+        behind, started = self._behind(rows), time.perf_counter()
         drafted, levels = propose_tree(
             self._drafter,
             self._draft_rows(rows),
@@ -127,7 +143,7 @@ class Proposer:
                 reach_B, rates, nodes=num_nodes, num_plain=num_others
             ),
         )
-        self._policy.observe_levels(len(rows), levels, time.perf_counter() - started)
+        self._policy.observe_levels(len(rows), levels, time.perf_counter() - started, behind=behind)
         return drafted
 
     def _draft_rows(self, rows: Sequence[Row]) -> DraftRows:

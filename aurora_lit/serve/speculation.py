@@ -33,6 +33,10 @@ _LOOK_EVERY = 8
 """Rounds without a draft after which it is considered again: considering takes a few per cent of a small round."""
 _PROBE_EVERY = 128
 """Rounds without a draft after which one token is drafted, to see whether the traffic has become predictable."""
+_PLAIN_EVERY, _NEAR = 16, 1.3
+"""Rounds with proposals after which a plain one is tried, where that is thought to be less than 1.3 times as slow."""
+MOST_LEFT = 128
+"""Tokens still to come that a row is thought to have at most, whatever it asked for."""
 
 MOST_COLUMNS = 64
 """Target rows of a round beyond which no tree is tried: products stop being free long before."""
@@ -61,12 +65,16 @@ class DraftLength:
         """Of catching up and the first proposal, by rows (width 1)."""
         self.next_step_cost = CostTable()
         """Of each further proposal, by rows (width 1)."""
+        self.position_cost = 0.0
+        """Of a position that the draft has to catch up with, seconds."""
+        self.probing = False
+        """Whether the last choice is a look at how predictable the traffic is: one row will do."""
         self.mean_rate = _FIRST_RATE
         """Running acceptance rate of all traffic: where a new request starts."""
         self.times_count = True
         """Whether rounds have the machine that costs are about; false: how long they take is not taken in."""
         self._last = max_draft_tokens
-        self._rounds_without = 0
+        self._rounds_without = self._since_plain = 0
         self._resting = False
         """Whether drafting is not even considered in this round."""
         self.tree_sizes = tree_sizes(tree_tokens if max_draft_tokens > 1 else 0)
@@ -78,6 +86,7 @@ class DraftLength:
 
     def choose(self, rates: Sequence[float], *, num_plain: int = 0) -> int:
         """Draft length for rows of these acceptance rates beside `num_plain` rows that do not speculate."""
+        self.probing = False
         if not rates or not self.max_draft_tokens:
             return 0
         if not self.adaptive:
@@ -96,8 +105,29 @@ class DraftLength:
         self._rounds_without = self._rounds_without + 1 if self._last == 0 else 0
         if self._rounds_without >= _PROBE_EVERY:
             self._rounds_without = 0
+            self.probing = True
             return 1
         return self._last
+
+    def stands(
+        self, steps: int, nodes: int, rates: Sequence[float], *, num_plain: int = 0, behind: int = 0, left: int = 0
+    ) -> bool:
+        """Whether that choice is carried out, or this round is a plain one.
+
+        It must gain in `left` tokens what it takes to catch up with `behind` positions. And where plain rounds come
+        near it they are tried now and then: else what they cost is only guessed, and a wrong guess would last.
+        """
+        if not self.adaptive or self.probing:
+            return True
+        rows = len(rates) + num_plain
+        plain = self._speed(0, rates, rows)
+        chosen = self._tree_speed(steps, nodes, rates, rows) if nodes else self._speed(steps, rates, rows)
+        gain_s = left * (1 / plain - 1 / chosen) if plain else 0.0
+        if gain_s < behind * self.position_cost:
+            self._last = self._last_tree = 0
+            return False
+        self._since_plain = (self._since_plain + 1) % _PLAIN_EVERY
+        return self._since_plain > 0 or chosen > _NEAR * plain
 
     def choose_tree(self, steps: int, rates: Sequence[float], *, num_plain: int = 0) -> tuple[int, int]:
         """Levels and nodes of the tree that beats a chain of `steps`; 0 nodes: none does."""
@@ -140,8 +170,9 @@ class DraftLength:
                 seen.tree = _after(seen.tree, output.num_accepted, of_row.num_levels)
                 seen.chain = _after(seen.chain, output.chain_accepted, output.chain_proposed)
 
-    def observe_levels(self, rows: int, levels: int, seconds: float) -> None:
-        """Take in how long drafting a tree took; what catching up took more than usual is no level's fault alone."""
+    def observe_levels(self, rows: int, levels: int, seconds: float, *, behind: int = 0) -> None:
+        """Take in how long drafting a tree took, catching up with `behind` positions included."""
+        seconds = max(0.0, seconds - behind * self.position_cost)
         expected = self.first_step_cost(rows, 1) + (levels - 1) * self.level_cost(rows, 1)
         if self.times_count and expected and levels > 1:
             for table in (self.first_step_cost, self.level_cost):
@@ -212,8 +243,9 @@ class DraftLength:
         if self.times_count:
             self.target_cost.update(rows, width, seconds)
 
-    def observe_draft(self, rows: int, steps: int, seconds: float) -> None:
-        """Take in how long drafting took in a round."""
+    def observe_draft(self, rows: int, steps: int, seconds: float, *, behind: int = 0) -> None:
+        """Take in how long drafting took in a round, catching up with `behind` positions included."""
+        seconds = max(0.0, seconds - behind * self.position_cost)
         expected = self._draft_seconds(rows, steps)
         if self.times_count and expected:
             for table in (self.first_step_cost, self.next_step_cost):
