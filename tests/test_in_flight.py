@@ -11,7 +11,7 @@ from aurora_lit.ipc.status import StatusBlock, WorkerState
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve import in_flight
 from aurora_lit.serve.in_flight import ClientGone, Flights
-from aurora_lit.serve.messages import CANCEL, Call, Delta
+from aurora_lit.serve.messages import CANCEL, EVERY_CALL, Call, Delta
 
 CALL = Call(call_id="c", requests=(Request(request_id="c-0", prompt_ids=(1,), params=SamplingParams(max_tokens=1)),))
 
@@ -61,9 +61,7 @@ def flights(block, spec):
 
 
 def deliver(spec, *deltas):
-    item = spec.response_buffer["c"]
-    item.response_queue.append([deltas, "OK"])
-    item.event.set()
+    spec.response_buffer[EVERY_CALL].response_queue.append([(("gone", deltas), ("c", deltas)), "OK"])
 
 
 def test_a_finished_call_leaves_nothing_and_sends_no_cancel(flights, spec):
@@ -77,7 +75,8 @@ def test_a_finished_call_leaves_nothing_and_sends_no_cancel(flights, spec):
         assert ends == [False]
 
     asyncio.run(run())
-    assert (spec.response_buffer, flights.num_sequences) == ({}, 0)
+    assert (flights.num_calls, flights.num_sequences) == (0, 0)
+    assert spec.response_buffer.keys() <= {EVERY_CALL}
     assert [entry[3] for entry in spec.sent] == [CALL]
 
 
@@ -90,7 +89,8 @@ def test_a_client_that_leaves_before_the_response_starts_is_cleaned_up_too(fligh
             await flight.next()
 
     asyncio.run(run())
-    assert (spec.response_buffer, flights.num_sequences) == ({}, 0)
+    assert (flights.num_calls, flights.num_sequences) == (0, 0)
+    assert spec.response_buffer.keys() <= {EVERY_CALL}
     assert [entry[3] for entry in spec.sent] == [CALL, CANCEL]
 
 
@@ -104,7 +104,8 @@ def test_a_queue_that_breaks_leaves_nothing(flights, spec):
             flights.start(CALL, Client(), on_close=lambda failed: None)
 
     asyncio.run(run())
-    assert (spec.response_buffer, flights.num_sequences) == ({}, 0)
+    assert (flights.num_calls, flights.num_sequences) == (0, 0)
+    assert spec.response_buffer.keys() <= {EVERY_CALL}
 
 
 def test_a_silent_worker_gives_waiting_calls_an_error(flights, block, spec, monkeypatch):

@@ -19,17 +19,17 @@ import contextlib
 import signal
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 from fastapi import Request
-from litserve.utils import LitAPIStatus, ResponseBufferItem
+from litserve.utils import ResponseBufferItem
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.lifetime import call_when_process_ends
 from aurora_lit.ipc.status import StatusBlock, WorkerState
-from aurora_lit.serve.messages import CANCEL, Call, Delta, Failure
+from aurora_lit.serve.messages import CANCEL, EVERY_CALL, Call, Content, Delta, Failure
 
 HEARTBEAT_STALE_S = 10.0
 _CHECK_HEARTBEAT_S = 1.0
@@ -48,6 +48,7 @@ class Flights:
         """`connect` must follow, once LitServe has made its queues."""
         self._status, self._max_queue = status, max_queue
         self._spec: Any = None
+        self._boxes: dict[str, _Box] = {}  # of the calls in flight
         self._watchers: set[asyncio.Task[None]] = set()
         self._process_ended = False
         self._held_up_until_s = -HEARTBEAT_STALE_S
@@ -60,8 +61,8 @@ class Flights:
 
     @property
     def num_calls(self) -> int:
-        """Entries in LitServe's response buffer: one a call in flight."""
-        return len(self._spec.response_buffer) if self._spec.response_buffer is not None else 0
+        """Calls that wait for messages."""
+        return len(self._boxes)
 
     def trouble(self) -> str | None:
         """Why the worker cannot serve; None while it can."""
@@ -142,10 +143,48 @@ class Flights:
         finally:
             signal.signal(signal.SIGTERM, uvicorn_handler)
 
+    def open_box(self, call_id: str) -> _Box:
+        """Where a call's messages will lie. LitServe puts all that the worker sends into one entry of its buffer."""
+        if EVERY_CALL not in self._spec.response_buffer:
+            entry = ResponseBufferItem(event=asyncio.Event(), response_queue=_Letters(self._boxes))
+            self._spec.response_buffer[EVERY_CALL] = entry
+        self._boxes[call_id] = box = _Box()
+        return box
+
+    def close_box(self, call_id: str) -> None:
+        """Nobody reads it any more."""
+        self._boxes.pop(call_id, None)
+
     def _fail_all(self, why: Failure) -> None:
-        for item in list(self._spec.response_buffer.values()):
-            item.response_queue.append((why, LitAPIStatus.ERROR))
-            item.event.set()
+        for box in self._boxes.values():
+            box.put(why, from_worker=False)
+
+
+class _Box:
+    """One call's messages that nobody has read yet."""
+
+    def __init__(self) -> None:
+        self.messages: deque[tuple[Content, bool]] = deque()
+        self.event = asyncio.Event()
+
+    def put(self, content: Content, *, from_worker: bool) -> None:
+        """Wake the reader."""
+        self.messages.append((content, from_worker))
+        self.event.set()
+
+
+class _Letters(deque[Any]):
+    """Stands where LitServe appends (content, status): hands on to each call what is its own."""
+
+    def __init__(self, boxes: Mapping[str, _Box]) -> None:
+        super().__init__()
+        self._boxes = boxes
+
+    def append(self, response: Any) -> None:
+        """For calls that have ended there is no box."""
+        for call_id, content in response[0]:
+            if (box := self._boxes.get(call_id)) is not None:
+                box.put(content, from_worker=True)
 
 
 class Flight:
@@ -156,8 +195,7 @@ class Flight:
         self._flights, self._spec, self._call, self._on_close = flights, spec, call, on_close
         self._unfinished = len(call.requests)
         self._closed = self._client_left = self._failed = False
-        self._item = ResponseBufferItem(event=asyncio.Event(), response_queue=deque())
-        spec.response_buffer[call.call_id] = self._item
+        self._box = flights.open_box(call.call_id)
         flights.num_sequences += self._unfinished
         try:
             self._put(call)
@@ -168,27 +206,26 @@ class Flight:
 
     async def next(self) -> tuple[Delta, ...]:
         """The next round's deltas; RequestError when the call failed, ClientGone when nobody listens."""
-        while not self._item.response_queue:
+        while not self._box.messages:
             if self._client_left:
                 raise ClientGone
-            self._item.event.clear()
-            await self._item.event.wait()
-        content, status = self._item.response_queue.popleft()
+            self._box.event.clear()
+            await self._box.event.wait()
+        content, from_worker = self._box.messages.popleft()
         if isinstance(content, Failure):
             self._failed = True
-            if status != LitAPIStatus.ERROR:  # the worker's own word; ERROR is ours, and it may still be at work
+            if from_worker:  # where it is our own word, the worker may still be at work
                 self._unfinished = 0
             raise RequestError(content.message, param=content.param, code=content.code, status=content.status)
-        deltas: tuple[Delta, ...] = content
-        self._unfinished -= sum(delta.finish_reason is not None for delta in deltas)
-        return deltas
+        self._unfinished -= sum(delta.finish_reason is not None for delta in content)
+        return content
 
     def close(self) -> None:
         """Leave nothing behind: no buffer entry, no place in the queue, no slot in the engine."""
         if self._closed:
             return
         self._closed = True
-        self._spec.response_buffer.pop(self._call.call_id, None)
+        self._flights.close_box(self._call.call_id)
         self._flights.num_sequences -= len(self._call.requests)
         if self._unfinished:
             with contextlib.suppress(EOFError, OSError):  # the server is going down: so is the engine
@@ -200,7 +237,7 @@ class Flight:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self._client_left = True
-        self._item.event.set()
+        self._box.event.set()
         self.close()
 
     def _put(self, content: Any) -> None:

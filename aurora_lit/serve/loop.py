@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from aurora_lit.errors import RequestError
 from aurora_lit.ipc.status import StatusBlock, WorkerState
 from aurora_lit.serve.calls import CallTable, WorkerParts
 from aurora_lit.serve.hot_reload import Refusal
-from aurora_lit.serve.messages import CANCEL, Delta, Failure
+from aurora_lit.serve.messages import CANCEL, EVERY_CALL, Content, Failure
 from aurora_lit.serve.round_times import RoundTimes
 
 if TYPE_CHECKING:
@@ -83,15 +83,13 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
                 report.times.note(time.perf_counter() - started, swapped=live is not None and live.num_swaps > swaps)
                 if live is not None:
                     live.after_round(outputs, domain_of=calls.domain_of)
-                for call_id, response_queue_id, content in calls.advance(outputs):
-                    self._send(transport, response_queue_id, call_id, content)
+                self._send(transport, calls.advance(outputs))
                 report.write()
         except Exception as error:
             _log.exception("the engine failed")
             status.write(state=WorkerState.FAILED, error=f"{type(error).__name__}: {error}")
             failure = Failure(message="the engine failed; the server must be restarted", code="engine_dead")
-            for call_id, response_queue_id in calls.everyone():
-                self._send(transport, response_queue_id, call_id, failure)
+            self._send(transport, [(*whose, failure) for whose in calls.everyone()])
             raise
         finally:
             if live is not None:
@@ -135,15 +133,22 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
             except RequestError as error:
                 calls.drop(call_id)
                 failure = Failure(message=error.message, param=error.param, code=error.code, status=error.status)
-                self._send(transport, response_queue_id, call_id, failure)
+                self._send(transport, [(call_id, response_queue_id, failure)])
             except Exception as error:
                 _log.exception("call %s was not accepted", call_id)
                 calls.drop(call_id)
                 failure = Failure(message=f"the request failed: {error}", code="engine_error")
-                self._send(transport, response_queue_id, call_id, failure)
+                self._send(transport, [(call_id, response_queue_id, failure)])
 
-    def _send(self, transport: Any, response_queue_id: int, call_id: str, content: tuple[Delta, ...] | Failure) -> None:
-        self.put_response(transport, response_queue_id, call_id, content, LitAPIStatus.OK, LoopResponseType.STREAMING)
+    def _send(self, transport: Any, messages: Iterable[tuple[str, int, Content]]) -> None:
+        """All that goes to one HTTP process at once: a message costs each of three processes more than its content."""
+        letters: dict[int, list[tuple[str, Content]]] = {}
+        for call_id, response_queue_id, content in messages:
+            letters.setdefault(response_queue_id, []).append((call_id, content))
+        for response_queue_id, together in letters.items():
+            self.put_response(
+                transport, response_queue_id, EVERY_CALL, tuple(together), LitAPIStatus.OK, LoopResponseType.STREAMING
+            )
 
 
 class _Pulse:

@@ -50,3 +50,8 @@ class Failure:
     param: str | None = None
     code: str | None = None
     status: int = 500
+
+Content = tuple[Delta, ...] | Failure
+"""What a round brings a call."""
+EVERY_CALL = "every call"
+"""What the worker's messages are addressed to: each holds a (call id, Content) for every call that it is about."""

@@ -8,16 +8,17 @@ A tree of n nodes (serve/branching.py) costs its levels' wider draft passes and 
 often than a chain's: h = a + (1 − a)s, where the share s of misses that a tree of that size saves is learned from the
 trees that were verified, and taken for less where a is lower than theirs.
 
-What is left out: drafting itself (serve/drafting.py), how costs are kept (serve/costs.py). Seconds everywhere.
+What is left out: drafting itself (serve/drafting.py), how costs (serve/costs.py) and misses (serve/misses.py) are kept.
+Seconds everywhere.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from aurora_lit.request import Output
 from aurora_lit.serve.costs import CostTable
+from aurora_lit.serve.misses import Misses
 from aurora_lit.serve.rows import Judged, Row
 
 _RATE_MEMORY = 0.9
@@ -40,9 +41,6 @@ MOST_LEFT = 128
 
 MOST_COLUMNS = 64
 """Target rows of a round beyond which no tree is tried: products stop being free long before."""
-_FIRST_SAVED = 0.1
-"""Times log2(nodes + 1) − 1: the share of misses saved by trees nobody has seen at work; measured on SmolLM2-135M."""
-_MISSES_MEMORY = 0.99
 
 
 class DraftLength:
@@ -81,7 +79,7 @@ class DraftLength:
         """Nodes of the trees that may be chosen, largest last."""
         self.level_cost = CostTable()
         """Of each level of a tree after the first, by rows (width 1)."""
-        self._tree_misses = {n: _Misses(n) for n in self.tree_sizes}
+        self._tree_misses = {n: Misses(n) for n in self.tree_sizes}
         self._last_tree = 0
 
     def choose(self, rates: Sequence[float], *, num_plain: int = 0) -> int:
@@ -167,8 +165,7 @@ class DraftLength:
         for of_row, output in zip(judged, outputs, strict=True):
             seen = self._tree_misses.get(of_row.num_proposed)
             if seen is not None and not output.looked_up and output.finish_reason is None:
-                seen.tree = _after(seen.tree, output.num_accepted, of_row.num_levels)
-                seen.chain = _after(seen.chain, output.chain_accepted, output.chain_proposed)
+                seen.observe(of_row, output)
 
     def observe_levels(self, rows: int, levels: int, seconds: float, *, behind: int = 0) -> None:
         """Take in how long drafting a tree took, catching up with `behind` positions included."""
@@ -272,29 +269,9 @@ class DraftLength:
         return tokens / seconds if seconds else 0.0
 
 
-class _Misses:
-    """Shares of levels that missed, in trees of one size and along the chains in them."""
-
-    def __init__(self, nodes: int) -> None:
-        self.chain = 0.5
-        self.tree = self.chain * (1 - _FIRST_SAVED * (math.log2(nodes + 1) - 1))
-
-    def saved(self, rate: float) -> float:
-        """The share of a chain's misses that the tree saves, for a chain's acceptance rate."""
-        usual = max(0.0, 1.0 - self.tree / max(self.chain, 1e-3))
-        return usual * min(1.0, rate / max(1.0 - self.chain, 1e-3))
-
-
 def tree_sizes(most: int) -> tuple[int, ...]:
     """The sizes tried: a root and 3, 7, 15, … nodes fill whole tiles of rows at some batch; and `most` itself."""
     return tuple(sorted({n for n in (3, 7, 15) if n < most} | ({most} if most else set())))
-
-
-def _after(misses: float, accepted: int, reached: int) -> float:
-    """A share of misses after a path that accepted so many of the levels it reached."""
-    for level in range(min(accepted + 1, reached)):
-        misses += (1 - _MISSES_MEMORY) * ((level >= accepted) - misses)
-    return misses
 
 
 def _gained(count: int, rates: Sequence[float]) -> float:
