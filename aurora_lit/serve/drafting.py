@@ -118,8 +118,8 @@ class Drafter:
 
     def remember(self, *, slots_B: torch.Tensor, starts_B: torch.Tensor, aux_BT3H: torch.Tensor) -> None:
         """Keep the target's features of positions start, start + 1, … of each row."""
-        positions_BT = starts_B[:, None] + torch.arange(aux_BT3H.shape[1], device=starts_B.device)
-        self._features_SLF[slots_B[:, None], positions_BT] = aux_BT3H.to(self._features_SLF.dtype)
+        for slot, start, aux_T3H in zip(slots_B.tolist(), starts_B.tolist(), aux_BT3H, strict=True):
+            self._features_SLF[slot, start : start + len(aux_T3H)] = aux_T3H
 
     def forget(self, slot: int) -> None:
         """The slot starts a new request."""

@@ -77,12 +77,12 @@ class TargetPasses:
             self._observer.on_copy(source=source, slot=slot, length=length)
 
     def _move(self, slots_B: torch.Tensor, starts_B: torch.Tensor, column_BA: torch.Tensor) -> None:
-        moved_B, place = (column_BA > torch.arange(column_BA.shape[1])).nonzero(as_tuple=True)
-        if moved_B.numel():
-            starts_M = starts_B[moved_B]
-            self._target.keep_path(
-                slots=self._slots,
-                slots_M=slots_B[moved_B],
-                from_M=starts_M + column_BA[moved_B, place],
-                to_M=starts_M + place,
-            )
+        moves = [
+            (slot, start + column, start + place)
+            for slot, start, columns in zip(slots_B.tolist(), starts_B.tolist(), column_BA.tolist(), strict=True)
+            for place, column in enumerate(columns)
+            if column > place
+        ]
+        if moves:
+            slots_M, from_M, to_M = torch.tensor(moves).t().contiguous()
+            self._target.keep_path(slots=self._slots, slots_M=slots_M, from_M=from_M, to_M=to_M)

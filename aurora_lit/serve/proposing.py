@@ -168,6 +168,8 @@ class Proposer:
         self, num_rows: int, copied: dict[int, list[int]], drafting: list[int], drafted: Proposals | None
     ) -> Proposals:
         """One table for all rows; a row with neither has no proposals."""
+        if drafted is not None and len(drafting) == num_rows:
+            return drafted
         steps = 0 if drafted is None else drafted.token_BK.shape[1]
         width = max([steps, *(len(tokens) for tokens in copied.values())])
         token_BK = torch.zeros(num_rows, width, dtype=torch.int64, device=self._device)
