@@ -284,6 +284,37 @@ def test_no_draft_pass_runs_when_it_does_not_pay_but_for_a_probe(world: World, d
     assert [t for output in outputs for t in output.token_ids][:NEW] == world.answers[3]
 
 
+def test_a_probe_drafts_for_the_row_alone_that_has_least_to_catch_up_with(
+    world: World, drafted: list[DraftRows]
+) -> None:
+    engine = world.engine(adaptive=True, max_seq_len=200)
+    engine.policy.first_step_cost = CostTable()
+    engine.policy.first_step_cost.update(4, 1, 60.0)
+    drafted.clear()  # the calibration's
+    prompts = [world.prompts[3] * 3, world.prompts[3], world.prompts[3] * 2]
+    for i, prompt in enumerate(prompts):
+        engine.submit(request(str(i), prompt, max_tokens=140))
+    while engine.has_work:
+        engine.round()
+    assert len(drafted) == 1
+    (length,) = drafted[0].lengths
+    assert len(prompts[1]) + 120 < length < len(prompts[2]) + 120
+
+
+@pytest.mark.parametrize(("max_tokens", "pays"), [(8, False), (NEW, True)])
+def test_a_prompt_is_not_drafted_for_when_little_is_to_come(
+    world: World, drafted: list[DraftRows], max_tokens: int, pays: bool
+) -> None:
+    """Reading the prompt through the draft would take longer than its proposals save."""
+    engine = world.engine(adaptive=True)
+    engine.policy.position_cost, engine.policy.target_cost = 1.0, CostTable()
+    engine.policy.target_cost.begin_with(1, 1, 1.0)
+    engine.policy.times_count = False
+    drafted.clear()  # the calibration's
+    run(engine, [request("a", world.prompts[3][:9], max_tokens=max_tokens)])
+    assert bool(drafted) == pays
+
+
 @pytest.mark.parametrize("draft", [lambda target: random_draft(target), lambda target: None])
 def test_bf16_without_kernels(
     world: World, draft: Callable[[Target], Draft | None], monkeypatch: pytest.MonkeyPatch

@@ -293,6 +293,42 @@ def test_sizes_of_trees() -> None:
 
 
 @pytest.mark.parametrize(
+    ("behind", "left", "stands"), [(0, 128, True), (500, 128, True), (500, 4, False), (50_000, 128, False)]
+)
+def test_proposals_must_save_what_catching_up_takes(behind: int, left: int, stands: bool) -> None:
+    made = policy()
+    made.position_cost = 1e-4
+    steps = made.choose([0.9])
+    assert made.stands(steps, 0, [0.9], behind=behind, left=left) == stands
+    assert (made.choose([0.9]) > 0) == stands, "what is not carried out is not thought of again at once"
+
+
+def test_plain_rounds_that_come_near_are_tried_now_and_then() -> None:
+    near, far = policy(wider_s=0.003), policy()
+    for made, tried in ((near, 3), (far, 0)):
+        rates = [0.6 if made is near else 0.9]
+        choices = [made.stands(made.choose(rates), 0, rates, left=128) for _ in range(48)]
+        assert choices.count(False) == tried
+        assert all(choices[:15])
+
+
+def test_a_look_at_the_traffic_is_had_whatever_it_takes() -> None:
+    made = policy(first_s=1.0)
+    made.position_cost = 1.0
+    looks = [i for i in range(300) if made.choose([0.5]) and made.probing and made.stands(1, 0, [0.5], behind=999)]
+    assert len(looks) == 2
+    assert not policy().probing
+
+
+def test_catching_up_is_no_cost_of_a_step() -> None:
+    made, other = policy(), policy()
+    made.position_cost = 1e-5
+    made.observe_draft(1, 2, 0.002 + 300 * 1e-5, behind=300)
+    other.observe_draft(1, 2, 0.002)
+    assert made.first_step_cost(1, 1) == pytest.approx(other.first_step_cost(1, 1))
+
+
+@pytest.mark.parametrize(
     ("costs", "rates", "num_plain", "nodes"),
     [
         ({}, [0.6], 0, 15),  # rows of the target are nearly free
