@@ -9,7 +9,7 @@
 
 namespace {
 
-// round_row makes row r of the inputs `x` as a kind takes them, seen says which number one of them has become.
+// round_row makes row r of the inputs `x` as a kind takes them, seen says which numbers they have become.
 template <class Kind>
 struct Product;
 
@@ -21,7 +21,9 @@ struct Product<Float> {
   static void round_row(const float* from, int inputs, float* x, int r) {
     std::memcpy(x + ptrdiff_t(r) * inputs, from, size_t(inputs) * 4);
   }
-  static float seen(const float* x, int inputs, int r, int i) { return x[ptrdiff_t(r) * inputs + i]; }
+  static void seen(const float* x, int inputs, int r, float* to) {
+    std::memcpy(to, x + ptrdiff_t(r) * inputs, size_t(inputs) * 4);
+  }
   static void enter(int) {}
   static void leave() {}
   static void blocks(const float* x, int k, int rows, const void* w, int outputs, const Stream& stream, float* y,
@@ -56,7 +58,12 @@ struct Product<BFloat> {
       for (; i < 32; ++i) to[i] = 0;
     }
   }
-  static float seen(const uint16_t* x, int inputs, int r, int i) { return from_bf16(x[place(padded(inputs), r, i)]); }
+  static void seen(const uint16_t* x, int inputs, int r, float* to) {
+    for (int k = 0; k < inputs; k += 32) {
+      const uint16_t* from = x + place(padded(inputs), r, k);
+      for (int i = 0; i < 32 && k + i < inputs; ++i) to[k + i] = from_bf16(from[i]);
+    }
+  }
   // Each thread of the region calls these two around its products.
   static void enter(int rows) {
 #if defined(AURORA_TILES)
@@ -94,9 +101,10 @@ struct Product<Grouped<BITS>> {
     std::memcpy(rest, from + k, size_t(inputs - k) * sizeof(float));
     round_group<BITS>(rest, to);
   }
-  static float seen(const InputGroup* x, int inputs, int r, int i) {
-    const InputGroup& group = x[ptrdiff_t(r) * padded(inputs) + i / GROUP];
-    return float(group.values[i % GROUP]) * group.scale;
+  static void seen(const InputGroup* x, int inputs, int r, float* to) {
+    const InputGroup* group = x + ptrdiff_t(r) * padded(inputs);
+    for (int k = 0; k < inputs; k += GROUP, ++group)
+      for (int i = 0; i < GROUP && k + i < inputs; ++i) to[k + i] = float(group->values[i]) * group->scale;
   }
   static bool on_tiles(int rows) {
 #if defined(AURORA_GROUP_TILES)

@@ -73,7 +73,7 @@ int screened_argmax(const float* x, ptrdiff_t x_stride, int rows, const void* w,
   Slack* slack = slacks.at_least(size_t(rows));
   for (int r = 0; r < rows; ++r) {
     P::round_row(x + r * x_stride, inputs, to, r);
-    for (int i = 0; i < inputs; ++i) seen[i] = P::seen(to, inputs, r, i);
+    P::seen(to, inputs, r, seen);
     Copy::round_row(seen, inputs, copy_x, r);
     slack[r] = slack_of(seen, inputs, copy_x[ptrdiff_t(r) * coarse_k].scale);
   }
