@@ -30,7 +30,7 @@ from benchmarks.peers import environments
 from benchmarks.peers.client import Answer, Load, read_answer, run_load, summarise
 from benchmarks.peers.engines import OURS, PEERS, Engine
 from benchmarks.peers.gguf_files import write_f32
-from benchmarks.peers.report import Pair
+from benchmarks.peers.report import Pair, Visit
 from benchmarks.peers.report import summarise as ratios
 from benchmarks.peers.servers import running
 
@@ -151,9 +151,12 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRe
 def test_a_server_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     port, noted = free_port(), tmp_path / "child"
     command = [sys.executable, "-c", SERVER, str(port), str(noted)]
-    with running(command, {}, ready_url=f"http://127.0.0.1:{port}/", log=tmp_path / "log"):
+    with running(command, {}, ready_url=f"http://127.0.0.1:{port}/", log=tmp_path / "log") as server:
         child = psutil.Process(int(noted.read_text()))
         assert child.is_running()
+        alone = psutil.Process(child.ppid()).memory_full_info().pss / 1e6
+        assert server.memory_mb() > alone + 2, "its child counts too"
+        assert 0 < server.age_s() < 600
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
@@ -245,16 +248,22 @@ def load(tokens_per_s: float, *texts: str) -> Load:
                 pause_p99_s=0.03, tokens=128, texts=list(texts or ("a",)))  # fmt: skip
 
 
+def visit(loads: dict[int, Load], *, memory_mb: float = 900.0) -> Visit:
+    return Visit(loads=loads, first_answer_s=12.0, memory_mb=memory_mb)
+
+
 def test_ratios_are_taken_inside_a_pair_and_spread_over_the_repeats() -> None:
     speeds = [(100.0, 50.0), (30.0, 10.0), (400.0, 100.0), (90.0, 90.0), (50.0, 10.0)]
     pairs = [
-        Pair(repeat=i, peer="vllm", ours={4: load(ours, "a", "b")}, theirs={4: load(theirs, "a", "x")})
+        Pair(repeat=i, peer="vllm", ours=visit({4: load(ours, "a", "b")}),
+             theirs=visit({4: load(theirs, "a", "x")}, memory_mb=1800.0))  # fmt: skip
         for i, (ours, theirs) in enumerate(speeds)
     ]
     (row,) = ratios(pairs)
     assert (row["peer"], row["clients"], row["repeats"]) == ("vllm", 4, 5)
     assert row["ratios"]["tokens_per_s"] == {"median": 3.0, "low": 2.0, "high": 4.0}
     assert row["ratios"]["token_s"]["median"] == pytest.approx(1 / 3)
+    assert (row["ratios"]["memory_mb"]["median"], row["ratios"]["first_answer_s"]["median"]) == (0.5, 1.0)
     assert (row["ours"]["tokens_per_s"], row["theirs"]["tokens_per_s"]) == (90.0, 50.0)
     assert row["same_answers"] == 0.5
     assert Pair.from_json(json.loads(json.dumps(pairs[0].to_json()))) == pairs[0]
@@ -308,11 +317,11 @@ def test_a_run_that_was_stopped_goes_on_and_the_order_alternates(
 ) -> None:
     visited: list[str] = []
 
-    def measure(engine: Engine, places: object, prompts: object, counts: list[int], *_: object) -> dict[int, Load]:
+    def measure(engine: Engine, places: object, prompts: object, counts: list[int], *_: object) -> Visit:
         if len(visited) == 3:
             raise KeyboardInterrupt
         visited.append(engine.name)
-        return {count: load(10.0) for count in counts}
+        return visit({count: load(10.0) for count in counts})
 
     monkeypatch.setattr(driver, "_measure", measure)
     few = Engine(name="few", environment="", command=(), most_clients=1)
@@ -332,7 +341,7 @@ def test_a_run_that_was_stopped_goes_on_and_the_order_alternates(
     assert go_on() == []
     assert visited[4:] == [ours, "many", "few", ours, "many", ours]
     pairs = driver.read_pairs(tmp_path / "pairs.jsonl")
-    assert [(pair.repeat, pair.peer, [*pair.theirs]) for pair in pairs] == [
+    assert [(pair.repeat, pair.peer, [*pair.theirs.loads]) for pair in pairs] == [
         (0, "few", [1]), (0, "many", [1, 4]), (1, "few", [1]), (1, "many", [1, 4])
     ]  # fmt: skip
 
@@ -343,7 +352,7 @@ def test_an_engine_that_fails_is_named_and_the_others_are_measured(
     def measure(engine: Engine, places: object, prompts: object, counts: list[int], *_: object) -> dict[int, Load]:
         if engine.name == "broken":
             raise AuroraError("it does not start")
-        return {count: load(10.0) for count in counts}
+        return visit({count: load(10.0) for count in counts})
 
     monkeypatch.setattr(driver, "_measure", measure)
     peers = [Engine(name=name, environment="", command=()) for name in ("broken", "whole")]

@@ -4,7 +4,7 @@
 caller decides between steps (serve/speculation.py).
 
 Shapes: B rows, K proposals, S slots, L positions, F the target's features of a position, V vocabulary, D draft
-vocabulary, H hidden, P positions of a block of keys, G key-value heads, C blocks.
+vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Call(ctypes.Structure):
 class DraftSteps:
     """One proposal after the other for a batch of rows: `start`, any number of `step`, `proposals`.
 
-    >>> values_B = steps.start(slots_B=slots_B, done_B=done_B, ends_B=ends_B, width=1)
+    >>> values_B = steps.start(slots_B=slots_B, done=[4, 0], ends=[6, 9], width=1, ...)
     >>> values_B = steps.step()
     >>> token_BK, _ = steps.proposals(2)
     """

@@ -94,15 +94,23 @@ class Proposer:
         options, num_nodes = self._options_for(rows), 0
         if not (options.num_free or options.penalty_rows.numel() or self._policy.probing):
             num_steps, num_nodes = self._policy.choose_tree(num_steps, rates, num_plain=num_others)
-        left = sum(min(MOST_LEFT, row.params.max_tokens - row.length + row.prompt_length) for row in all_rows)
-        debt = {"num_plain": num_others, "behind": self._behind(rows), "left": left}
-        if not num_steps or not self._policy.stands(num_steps, num_nodes, rates, **debt):
+        if not (num_steps and self._stands(num_steps, num_nodes, rows, all_rows)):
             for row in rows:
                 row.explored = False
             return None, []
         if num_nodes:
             return self._branch(rows, rates, num_steps, num_nodes, num_others), places
         return self._chain(rows, options, num_steps, num_others), places
+
+    def _stands(self, num_steps: int, num_nodes: int, rows: Sequence[Row], all_rows: Sequence[Row]) -> bool:
+        return self._policy.stands(
+            num_steps,
+            num_nodes,
+            [row.rate for row in rows],
+            num_plain=len(all_rows) - len(rows),
+            behind=self._behind(rows),
+            left=sum(min(MOST_LEFT, row.params.max_tokens - row.length + row.prompt_length) for row in all_rows),
+        )
 
     def _behind(self, rows: Sequence[Row]) -> int:
         assert self._drafter is not None

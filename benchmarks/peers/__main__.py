@@ -38,9 +38,9 @@ from aurora_lit.models.package_index import file_sha256
 from aurora_lit.serve.build import find_target, load_tokenizer
 
 from . import environments, gguf_files
-from .client import Load, run_load
+from .client import ask, run_load, served_model
 from .engines import OURS, PEERS, SLOT_TOKENS, SLOTS, Engine
-from .report import Pair, summarise, table
+from .report import Pair, Visit, summarise, table
 from .servers import running
 
 _OVERRIDES = ("learn.enabled=false", f"engine.max_batch_size={SLOTS}", f"engine.max_seq_len={SLOT_TOKENS}")
@@ -191,7 +191,7 @@ def _measure_all(
             order = (OURS, peer) if repeat % 2 == 0 else (peer, OURS)
             counts = [count for count in sorted(prompts) if 0 < count <= peer.most_clients]
             try:
-                loads = {
+                visits_of = {
                     engine.name: _measure(
                         engine, {**places[engine.name], "precision": peer.precision}, prompts, counts, arguments, bar
                     )
@@ -202,7 +202,7 @@ def _measure_all(
                 continue
             finally:
                 bar.advance(whole)
-            pair = Pair(repeat=repeat, peer=peer.name, ours=loads[OURS.name], theirs=loads[peer.name])
+            pair = Pair(repeat=repeat, peer=peer.name, ours=visits_of[OURS.name], theirs=visits_of[peer.name])
             with results.open("a") as file:
                 file.write(json.dumps(pair.to_json()) + "\n")
     return failures
@@ -215,7 +215,7 @@ def _measure(
     counts: Sequence[int],
     arguments: argparse.Namespace,
     bar: Progress,
-) -> dict[int, Load]:
+) -> Visit:
     """One server's life: every number of clients, each after a round of prompts that is not measured."""
     port = free_port()
     command, environ = engine.filled({**places, "port": str(port)})
@@ -224,14 +224,16 @@ def _measure(
     advance: Callable[[], object] = lambda: bar.advance(task)  # noqa: E731
     try:
         with running(command, environ, ready_url=f"http://127.0.0.1:{port}{engine.ready}",
-                     log=arguments.out / "logs" / f"{engine.name}.log"):  # fmt: skip
+                     log=arguments.out / "logs" / f"{engine.name}.log") as server:  # fmt: skip
+            ask(port, served_model(port), prompts[0][0], max_tokens=1)
+            first_answer_s = server.age_s()
             for count in counts:
                 how = {"clients": count, "max_tokens": arguments.max_tokens}
                 run_load(port, prompts[0][:count], **how, on_answer=advance)
                 loads[count] = run_load(port, prompts[count], **how, on_answer=advance)
+            return Visit(loads=loads, first_answer_s=first_answer_s, memory_mb=server.memory_mb())
     finally:
         bar.remove_task(task)
-    return loads
 
 
 def read_pairs(path: Path) -> list[Pair]:

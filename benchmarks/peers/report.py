@@ -19,6 +19,26 @@ from .client import Load
 
 RATIOS = ("tokens_per_s", "first_token_s", "token_s", "pause_p50_s", "pause_p99_s")
 """Fields of Load; for the first, more than 1 is in our favour, for the others, less."""
+OF_SERVER = ("first_answer_s", "memory_mb")
+"""Fields of Visit; less than 1 is in our favour."""
+_ALL = (*RATIOS, *OF_SERVER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """What one server's life gave."""
+
+    loads: dict[int, Load]
+    """By the number of clients."""
+    first_answer_s: float
+    """From the server's start to the end of an answer of one token, its model in the page cache."""
+    memory_mb: float
+    """Of all its processes after all loads, shared pages by halves (PSS)."""
+
+    def values(self, clients: int) -> dict[str, float]:
+        """All that is compared."""
+        of_load = {key: getattr(self.loads[clients], key) for key in RATIOS}
+        return of_load | {key: getattr(self, key) for key in OF_SERVER}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +47,8 @@ class Pair:
 
     repeat: int
     peer: str
-    ours: dict[int, Load]
-    """By the number of clients."""
-    theirs: dict[int, Load]
+    ours: Visit
+    theirs: Visit
 
     def to_json(self) -> dict[str, Any]:
         """As one line of the results."""
@@ -38,7 +57,10 @@ class Pair:
     @staticmethod
     def from_json(fields: dict[str, Any]) -> Pair:
         """What to_json wrote."""
-        sides = {side: {int(c): Load(**load) for c, load in fields[side].items()} for side in ("ours", "theirs")}
+        sides = {
+            side: Visit(**fields[side] | {"loads": {int(c): Load(**load) for c, load in fields[side]["loads"].items()}})
+            for side in ("ours", "theirs")
+        }
         return Pair(repeat=fields["repeat"], peer=fields["peer"], **sides)
 
 
@@ -47,17 +69,18 @@ def summarise(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     rows = []
     for peer in dict.fromkeys(pair.peer for pair in pairs):
         mine = [pair for pair in pairs if pair.peer == peer]
-        for clients in mine[0].theirs:
-            both = [(pair.ours[clients], pair.theirs[clients]) for pair in mine]
+        for clients in mine[0].theirs.loads:
+            both = [(pair.ours.loads[clients], pair.theirs.loads[clients]) for pair in mine]
+            values = [(pair.ours.values(clients), pair.theirs.values(clients)) for pair in mine]
             rows.append({
                 "peer": peer,
                 "clients": clients,
                 "repeats": len(both),
-                "ours": {key: statistics.median(getattr(ours, key) for ours, _ in both) for key in RATIOS},
-                "theirs": {key: statistics.median(getattr(theirs, key) for _, theirs in both) for key in RATIOS},
+                "ours": {key: statistics.median(ours[key] for ours, _ in values) for key in _ALL},
+                "theirs": {key: statistics.median(theirs[key] for _, theirs in values) for key in _ALL},
                 "ratios": {
-                    key: asdict(Spread.of([getattr(ours, key) / getattr(theirs, key) for ours, theirs in both]))
-                    for key in RATIOS
+                    key: asdict(Spread.of([ours[key] / theirs[key] for ours, theirs in values]))
+                    for key in _ALL
                 },
                 "same_answers": _same_share(both),
             })  # fmt: skip
@@ -74,10 +97,10 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Ours over theirs: tokens/s above 1 and times below 1 are in our favour."""
     shown = Table(title="ours / peer: median (quartiles)")
     for column in ("peer", "clients", "peer tokens/s", "our tokens/s", "tokens/s", "first token", "per token",
-                   "pause p50", "pause p99", "same answers"):  # fmt: skip
+                   "pause p50", "pause p99", "first answer", "memory", "same answers"):  # fmt: skip
         shown.add_column(column, justify="left" if column == "peer" else "right")
     for row in rows:
-        ratios = [str(Spread(**row["ratios"][key])) for key in RATIOS]
+        ratios = [str(Spread(**row["ratios"][key])) for key in _ALL]
         speeds = [f"{row[side]['tokens_per_s']:.1f}" for side in ("theirs", "ours")]
         shown.add_row(row["peer"], str(row["clients"]), *speeds, *ratios, f"{row['same_answers']:.0%}")
     return shown

@@ -9,6 +9,7 @@ import functools
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,24 @@ _START_S = 600.0
 _END_S = 30.0
 
 
+class Server:
+    """One that runs."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._started_s = pid, time.monotonic()
+
+    def age_s(self) -> float:
+        """Since its start."""
+        return time.monotonic() - self._started_s
+
+    def memory_mb(self) -> float:
+        """Of all its processes; what they share is counted once (PSS)."""
+        parent = psutil.Process(self._pid)
+        return sum(process.memory_full_info().pss for process in (parent, *parent.children(recursive=True))) / 1e6
+
+
 @contextmanager
-def running(command: Sequence[str], environ: Mapping[str, str], *, ready_url: str, log: Path) -> Iterator[None]:
+def running(command: Sequence[str], environ: Mapping[str, str], *, ready_url: str, log: Path) -> Iterator[Server]:
     """The server, ready; `log` gets what it prints."""
     log.parent.mkdir(parents=True, exist_ok=True)
     follow = functools.partial(die_with_parent, os.getpid(), by=signal.SIGTERM)  # SIGTERM, so that it tidies up
@@ -32,9 +49,10 @@ def running(command: Sequence[str], environ: Mapping[str, str], *, ready_url: st
             command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=os.environ | dict(environ),
             preexec_fn=follow, start_new_session=True,
         )  # fmt: skip
+        started = Server(server.pid)
         try:
             wait_until_ready(ready_url, server, log, within_s=_START_S)
-            yield
+            yield started
         finally:
             _end(server)
 
