@@ -50,7 +50,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_model(model: nn.Module, *, precision: str, head: nn.Module) -> None:
-    """Pack a language model's linear layers in one of `STORAGE`, or as is best for it here ("auto").
+    """Pack a language model's linear layers in one of `STORAGE`, or as is best for it here ("auto"); copy the rest.
 
     That is the fewest bits that lose nothing of its weights, where the processor is quick at them, and else bf16.
     Beside layers of four bits the head has eight, as in llama.cpp's files: its errors would go straight into logits.
@@ -59,6 +59,8 @@ def pack_model(model: nn.Module, *, precision: str, head: nn.Module) -> None:
         fewest = [name for name in ("int4", "int8") if native.has_vnni() and _loses_nothing(model, name, head)]
         precision = [*fewest, "bf16"][0]
     pack_linears(model, dtype=STORAGE[precision], others={head: _head_storage(precision)}, screened=head)
+    for left in model.parameters():  # in their file's mapping, all of which would stay in memory with them
+        left.data = left.data.clone()
 
 
 def _head_storage(precision: str) -> torch.dtype:
