@@ -1,5 +1,5 @@
-// Weights of eight bits with a scale an output, on Intel's matrix tiles (AMX): the fewest instructions a weight, for what
-// need not be exact (a draft) or is looked at again (tops.hpp). Inputs have sixteen bits, a scale a row, as two signed
+// Weights of eight bits with a scale an output, on Intel's matrix tiles (AMX): the fewest instructions a weight, for
+// what need not be exact (a draft) or is looked at again (screen.hpp). Inputs have sixteen bits, a scale a row, as two signed
 // bytes; products are summed as integers, exact in any order, and turned into floats once: as batch-invariant as the
 // other kinds. row_scaled.py packs the weights.
 // Source of the instruction: Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 2, TDPBSSD.
@@ -103,7 +103,8 @@ inline void linear_byte_tiles(const ByteInputs* x, int groups, int rows, const i
         const float scale = of_rows[ptrdiff_t(i) * groups].scale;
         alignas(64) float out[BLOCK];
         for (int v = 0; v < 2; ++v) {
-          const f16v high = __builtin_convertvector(sums[v][i], f16v), low = __builtin_convertvector(sums[2 + v][i], f16v);
+          const f16v high = __builtin_convertvector(sums[v][i], f16v);
+          const f16v low = __builtin_convertvector(sums[2 + v][i], f16v);
           const f16v value = (high * 256.0f + low) * (*reinterpret_cast<const f16v*>(scales + 16 * v) * scale);
           std::memcpy(out + 16 * v, &value, sizeof value);
         }

@@ -1,6 +1,6 @@
-// Drafting in native steps: what the target has committed since is caught up with, then each step runs the draft's layer
-// over the nodes chosen last and picks their likeliest children. A chain is a tree of one node a level. Between steps the
-// caller may stop. The trees are those of modules/tree.py; source: EAGLE-2, arXiv 2406.16858.
+// Drafting in native steps: what the target has committed since is caught up with, then each step runs the layer of the
+// draft over the nodes chosen last and picks their likeliest children. A chain is a tree of one node a level. Between
+// steps the caller may stop. The trees are those of modules/tree.py; source: EAGLE-2, arXiv 2406.16858.
 #pragma once
 
 #include <algorithm>

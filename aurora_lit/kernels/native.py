@@ -146,7 +146,7 @@ def pack(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
         kernels.aurora_pack_fp32(_address(weight_OI), outputs, inputs, _address(packed))
     elif dtype in (*grouped.BITS, BYTES):
         if dtype == BYTES:
-            parts = row_scaled.pack(weight_OI, block=block)
+            parts = row_scaled.pack(*row_scaled.quantise(weight_OI), block=block)
         else:
             parts = grouped.pack(weight_OI, bits=grouped.BITS[dtype], block=block, group=kernels.aurora_group())
         packed = huge_pages.empty(parts.numel() // dtype.itemsize, dtype)
@@ -190,14 +190,17 @@ class Screen(ctypes.Structure):
     @staticmethod
     def of(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> Screen:
         """For a weight that is packed as `dtype`, where there are byte tiles."""
+        kernels = library()
+        assert kernels is not None
         screen, parts = Screen(), []
         for part_OI in torch.split(weight_OI, _AT_ONCE):
             seen_OI = stored(part_OI, dtype=dtype)
-            parts.append((pack(seen_OI, dtype=BYTES), *(norm_O * _ROUNDED_UP for norm_O in row_scaled.errors(seen_OI))))
-        copies, *norms = zip(*parts, strict=True)
-        copy = huge_pages.empty(sum(map(len, copies)), BYTES)
-        torch.cat(copies, out=copy)
-        screen.kept = (copy, *map(torch.cat, norms))
+            quantised = row_scaled.quantise(seen_OI)
+            norms = (norm_O * _ROUNDED_UP for norm_O in row_scaled.errors(seen_OI, *quantised))
+            parts.append((row_scaled.pack(*quantised, block=kernels.aurora_block()), *norms))
+        copies, errors, sizes = zip(*parts, strict=True)
+        copy = torch.cat(copies, out=huge_pages.empty(sum(map(len, copies)), torch.uint8))
+        screen.kept = (copy, torch.cat(errors), torch.cat(sizes))
         screen.copy, screen.errors, screen.norms = (tensor.data_ptr() for tensor in screen.kept)
         return screen
 

@@ -23,20 +23,19 @@ def quantise(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     return q_OI.to(torch.int8), scale_O
 
 
-def pack(weight_OI: Tensor, *, block: int) -> Tensor:
-    """Quantise an fp32 weight; flat uint8: for each block of outputs their scales, then groups of inputs."""
-    outputs, inputs = weight_OI.shape
-    q_OI, scale_O = quantise(functional.pad(weight_OI, (0, -inputs % _GROUP, 0, -outputs % block)))
+def pack(q_OI: Tensor, scale_O: Tensor, *, block: int) -> Tensor:
+    """What `quantise` gave, flat uint8: for each block of outputs their scales, then groups of inputs."""
+    outputs, inputs = q_OI.shape
+    q_OI = functional.pad(q_OI, (0, -inputs % _GROUP, 0, -outputs % block))
     N, G = len(q_OI) // block, q_OI.shape[1] // _GROUP
     # [block, half, output, group, line, input] -> what a tile's line holds: four inputs of each output
     words = q_OI.view(N, block // _HALF, _HALF, G, _GROUP // 4, 4).permute(0, 3, 1, 4, 2, 5)
-    scales = scale_O.view(N, block).contiguous().view(torch.uint8)
+    scales = functional.pad(scale_O, (0, -outputs % block)).view(N, block).view(torch.uint8)
     return torch.cat([scales, words.reshape(N, -1).view(torch.uint8)], dim=-1).flatten()
 
 
-def errors(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms, fp32 [O]: of what quantising changes in each output's weights, and the larger of both weights'."""
-    q_OI, scale_O = quantise(weight_OI)
+def errors(weight_OI: Tensor, q_OI: Tensor, scale_O: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms, fp32 [O]: of what quantising changed in each output's weights, and the larger of both weights'."""
     found_OI = q_OI.float() * scale_O[:, None]
     return (found_OI - weight_OI).norm(dim=-1), torch.maximum(found_OI.norm(dim=-1), weight_OI.norm(dim=-1))
 

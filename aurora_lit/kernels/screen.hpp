@@ -1,5 +1,5 @@
 // The largest output of a wide product without reading most of its weights: a copy of them in eight bits bounds every
-// output from both sides, and only blocks whose upper bound reaches the best lower bound are multiplied with the weights
+// output on both sides, and only blocks whose upper bound reaches the best lower bound are multiplied with the weights
 // themselves. What is found is what the whole product would give: the bounds are proven, by Cauchy and Schwarz,
 //   |w.x - c.y| <= |w - c| |x| + |c| |x - y| + rounding,
 // for weights w, their copy c, inputs x as the product takes them, y as the copy does.
@@ -65,7 +65,7 @@ int screened_argmax(const float* x, ptrdiff_t x_stride, int rows, const void* w,
   static thread_local Buffer<ByteInputs> coarse;
   static thread_local Buffer<float> seen_row, all_uppers, all_lowers;
   static thread_local Buffer<Slack> slacks;
-  static thread_local Buffer<Top> all_tops;
+  static thread_local Buffer<Top> tops;
   static thread_local std::vector<int> chosen;
   typename Kind::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
   ByteInputs* copy_x = coarse.at_least(Copy::buffer_rows(rows) * coarse_k);
@@ -80,24 +80,12 @@ int screened_argmax(const float* x, ptrdiff_t x_stride, int rows, const void* w,
   float* uppers = all_uppers.at_least(size_t(blocks) * rows);
   float* lowers = all_lowers.at_least(size_t(most_parts) * rows);
   for (int i = 0; i < most_parts * rows; ++i) lowers[i] = -INFINITY;
-  const char* copy = static_cast<const char*>(screen.copy);
-  const Stream stream{copy + blocks * Copy::block_bytes(coarse_k), copy + blocks * Copy::block_bytes(coarse_k)};
-#pragma omp parallel
-  {
-    static thread_local Buffer<float> of_block;
-    float* y = of_block.at_least(size_t(rows) * BLOCK);
-    float* own = lowers + ptrdiff_t(omp_get_thread_num()) * rows;
-    Copy::enter(rows);
-#pragma omp for schedule(static)
-    for (int b = 0; b < blocks; ++b) {
-      const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
-      Copy::blocks(copy_x, coarse_k, rows, copy + b * Copy::block_bytes(coarse_k), width, stream, y, nullptr, false, 0, 1);
-      for (int r = 0; r < rows; ++r)
-        bounds(y + ptrdiff_t(r) * width, screen.errors + first, screen.norms + first, width, slack[r],
-               uppers + ptrdiff_t(b) * rows + r, own + r);
-    }
-    Copy::leave();
-  }
+  each_block<Bytes>(copy_x, coarse_k, rows, screen.copy, outputs, nullptr, blocks,
+                    [=, &screen](int thread, int b, const float* y, int width) {
+                      for (int r = 0; r < rows; ++r)
+                        bounds(y + ptrdiff_t(r) * width, screen.errors + b * BLOCK, screen.norms + b * BLOCK, width,
+                               slack[r], uppers + ptrdiff_t(b) * rows + r, lowers + ptrdiff_t(thread) * rows + r);
+                    });
   for (int part = 1; part < most_parts; ++part)
     for (int r = 0; r < rows; ++r)
       if (lowers[part * rows + r] > lowers[r]) lowers[r] = lowers[part * rows + r];
@@ -108,34 +96,10 @@ int screened_argmax(const float* x, ptrdiff_t x_stride, int rows, const void* w,
         chosen.push_back(b);
         break;
       }
-
-  const int num_chosen = int(chosen.size()), *const blocks_chosen = chosen.data();
-  Top* tops = all_tops.at_least(size_t(most_parts) * rows);
-  for (int i = 0; i < most_parts * rows; ++i) tops[i] = Top{-INFINITY, 0};
-  const char* weight = static_cast<const char*>(w);
-#pragma omp parallel
-  {
-    static thread_local Buffer<float> of_block;
-    float* y = of_block.at_least(size_t(rows) * BLOCK);
-    Top* own = tops + ptrdiff_t(omp_get_thread_num()) * rows;
-    P::enter(rows);
-#pragma omp for schedule(static)
-    for (int i = 0; i < num_chosen; ++i) {
-      const int b = blocks_chosen[i], first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
-      const char* at = weight + b * P::block_bytes(k);
-      const char* next = i + 1 < num_chosen ? weight + blocks_chosen[i + 1] * P::block_bytes(k) : at;
-      P::blocks(to, k, rows, at, width, Stream{at + P::block_bytes(k), next}, y, nullptr, false, 0, 1);
-      for (int r = 0; r < rows; ++r)
-        for (int o = 0; o < width; ++o) take(own + r, 1, Top{y[ptrdiff_t(r) * width + o], first + o});
-    }
-    P::leave();
-  }
-  for (int r = 0; r < rows; ++r) {
-    Top top = tops[r];
-    for (int part = 1; part < most_parts; ++part) take(&top, 1, tops[part * rows + r]);
-    places[r] = top.place;
-  }
-  return num_chosen;
+  Top* top = tops.at_least(size_t(rows));
+  top_of_blocks<Kind>(to, k, rows, w, outputs, chosen.data(), int(chosen.size()), 1, top, nullptr);
+  for (int r = 0; r < rows; ++r) places[r] = top[r].place;
+  return int(chosen.size());
 }
 
 }  // namespace

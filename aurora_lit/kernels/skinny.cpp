@@ -56,76 +56,41 @@ int aurora_has_vnni() {
 #endif
 }
 
-// y [rows, outputs] = x [rows, inputs] times packed weight
-void aurora_linear_fp32(const float* x, int64_t x_stride, int rows, const float* packed, int inputs, int outputs,
-                        float* y, const float* bias) {
-  multiply<Float>(x, x_stride, rows, packed, inputs, outputs, y, bias);
-}
-
-// the same with bf16 weights; inputs are rounded to bf16, sums stay fp32
-void aurora_linear_bf16(const float* x, int64_t x_stride, int rows, const uint16_t* packed, int inputs, int outputs,
-                        float* y, const float* bias) {
-  multiply<BFloat>(x, x_stride, rows, packed, inputs, outputs, y, bias);
-}
-
-// the same with weights of eight or four bits in groups (kernels/grouped.py)
-void aurora_linear_int8(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
-                        float* y, const float* bias) {
-  multiply<Grouped<8>>(x, x_stride, rows, packed, inputs, outputs, y, bias);
-}
-void aurora_linear_int4(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
-                        float* y, const float* bias) {
-  multiply<Grouped<4>>(x, x_stride, rows, packed, inputs, outputs, y, bias);
-}
+// What all kinds of weights have; slots are fp32 beside weights of fp32 and else bf16.
+// linear: y [rows, outputs] = x [rows, inputs] times packed weight, with inputs rounded as the kind has it and sums in
+// fp32. argmax: where each row of that is largest. decode: decoder layers over packed weights and slots. draft_start,
+// draft_step: the steps of a proposal.
+#define AURORA_KIND(name, Kind, Cache)                                                                                 \
+  void aurora_linear_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
+                            float* y, const float* bias) {                                                             \
+    multiply<Kind>(x, x_stride, rows, packed, inputs, outputs, y, bias);                                               \
+  }                                                                                                                    \
+  void aurora_argmax_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
+                            int64_t* places) {                                                                         \
+    multiply_argmax<Kind>(x, x_stride, rows, packed, inputs, outputs, places);                                         \
+  }                                                                                                                    \
+  void aurora_decode_##name(const DecoderCall* call) { decode<Kind, Cache>(*call); }                                   \
+  void aurora_draft_start_##name(const DraftCall* call, Drafting* d) { draft_start<Kind, Cache>(*call, *d); }          \
+  void aurora_draft_step_##name(const DraftCall* call, Drafting* d) { draft_step<Kind, Cache>(*call, *d); }
+AURORA_KIND(fp32, Float, float)
+AURORA_KIND(bf16, BFloat, uint16_t)
+AURORA_KIND(int8, Grouped<8>, uint16_t)
+AURORA_KIND(int4, Grouped<4>, uint16_t)
 
 #if defined(AURORA_BYTE_TILES)
-// and with weights of eight bits with a scale an output (kernels/row_scaled.py)
-void aurora_linear_bytes(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
-                         float* y, const float* bias) {
-  multiply<Bytes>(x, x_stride, rows, packed, inputs, outputs, y, bias);
-}
-void aurora_argmax_bytes(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
-                         int64_t* places) {
-  multiply_argmax<Bytes>(x, x_stride, rows, packed, inputs, outputs, places);
-}
-int aurora_screened_argmax_fp32(const float* x, int64_t x_stride, int rows, const float* packed, int inputs, int outputs,
-                               int64_t* places, const Screen* screen) {
-  return screened_argmax<Float>(x, x_stride, rows, packed, *screen, inputs, outputs, places);
-}
-int aurora_screened_argmax_bf16(const float* x, int64_t x_stride, int rows, const uint16_t* packed, int inputs, int outputs,
-                               int64_t* places, const Screen* screen) {
-  return screened_argmax<BFloat>(x, x_stride, rows, packed, *screen, inputs, outputs, places);
-}
-int aurora_screened_argmax_int8(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
-                               int64_t* places, const Screen* screen) {
-  return screened_argmax<Grouped<8>>(x, x_stride, rows, packed, *screen, inputs, outputs, places);
-}
-int aurora_screened_argmax_int4(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
-                               int64_t* places, const Screen* screen) {
-  return screened_argmax<Grouped<4>>(x, x_stride, rows, packed, *screen, inputs, outputs, places);
-}
-void aurora_decode_bytes(const DecoderCall* call) { decode<Bytes, uint16_t>(*call); }
-void aurora_draft_start_bytes(const DraftCall* call, Drafting* d) { draft_start<Bytes, uint16_t>(*call, *d); }
-void aurora_draft_step_bytes(const DraftCall* call, Drafting* d) { draft_step<Bytes, uint16_t>(*call, *d); }
-#endif
+AURORA_KIND(bytes, Bytes, uint16_t)
 
-// where each row of the product is largest
-void aurora_argmax_fp32(const float* x, int64_t x_stride, int rows, const float* packed, int inputs, int outputs,
-                        int64_t* places) {
-  multiply_argmax<Float>(x, x_stride, rows, packed, inputs, outputs, places);
-}
-void aurora_argmax_bf16(const float* x, int64_t x_stride, int rows, const uint16_t* packed, int inputs, int outputs,
-                        int64_t* places) {
-  multiply_argmax<BFloat>(x, x_stride, rows, packed, inputs, outputs, places);
-}
-void aurora_argmax_int8(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
-                        int64_t* places) {
-  multiply_argmax<Grouped<8>>(x, x_stride, rows, packed, inputs, outputs, places);
-}
-void aurora_argmax_int4(const float* x, int64_t x_stride, int rows, const uint8_t* packed, int inputs, int outputs,
-                        int64_t* places) {
-  multiply_argmax<Grouped<4>>(x, x_stride, rows, packed, inputs, outputs, places);
-}
+// argmax behind a screen; returns how many blocks of the weight were read
+#define AURORA_SCREENED(name, Kind)                                                                                    \
+  int aurora_screened_argmax_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs,        \
+                                    int outputs, int64_t* places, const Screen* screen) {                              \
+    return screened_argmax<Kind>(x, x_stride, rows, packed, *screen, inputs, outputs, places);                         \
+  }
+AURORA_SCREENED(fp32, Float)
+AURORA_SCREENED(bf16, BFloat)
+AURORA_SCREENED(int8, Grouped<8>)
+AURORA_SCREENED(int4, Grouped<4>)
+#endif
 
 void aurora_attention_fp32(const AttentionShape* shape, const float* q, const float* k, const float* v, float* keys,
                            float* values, const int64_t* slots, const int64_t* starts, float* out) {
@@ -137,23 +102,9 @@ void aurora_attention_bf16(const AttentionShape* shape, const float* q, const fl
   attention<uint16_t>(*shape, q, k, v, keys, values, slots, starts, out);
 }
 
-// Decoder layers over packed weights and slots, both of one type; beside weights in groups slots are bf16.
-void aurora_decode_fp32(const DecoderCall* call) { decode<Float, float>(*call); }
-void aurora_decode_bf16(const DecoderCall* call) { decode<BFloat, uint16_t>(*call); }
-void aurora_decode_int8(const DecoderCall* call) { decode<Grouped<8>, uint16_t>(*call); }
-void aurora_decode_int4(const DecoderCall* call) { decode<Grouped<4>, uint16_t>(*call); }
-
-// The steps of a proposal; what lies between them is made and freed by the caller.
+// What lies between the steps of a proposal is made and freed by the caller.
 Drafting* aurora_drafting_new() { return new Drafting; }
 void aurora_drafting_free(Drafting* drafting) { delete drafting; }
-void aurora_draft_start_fp32(const DraftCall* call, Drafting* drafting) { draft_start<Float, float>(*call, *drafting); }
-void aurora_draft_step_fp32(const DraftCall* call, Drafting* drafting) { draft_step<Float, float>(*call, *drafting); }
-void aurora_draft_start_bf16(const DraftCall* call, Drafting* drafting) { draft_start<BFloat, uint16_t>(*call, *drafting); }
-void aurora_draft_step_bf16(const DraftCall* call, Drafting* drafting) { draft_step<BFloat, uint16_t>(*call, *drafting); }
-void aurora_draft_start_int8(const DraftCall* call, Drafting* drafting) { draft_start<Grouped<8>, uint16_t>(*call, *drafting); }
-void aurora_draft_step_int8(const DraftCall* call, Drafting* drafting) { draft_step<Grouped<8>, uint16_t>(*call, *drafting); }
-void aurora_draft_start_int4(const DraftCall* call, Drafting* drafting) { draft_start<Grouped<4>, uint16_t>(*call, *drafting); }
-void aurora_draft_step_int4(const DraftCall* call, Drafting* drafting) { draft_step<Grouped<4>, uint16_t>(*call, *drafting); }
 int64_t aurora_draft_finish(const Drafting* drafting, int64_t count, int64_t* tokens, int64_t* parents) {
   return draft_finish(*drafting, count, tokens, parents);
 }

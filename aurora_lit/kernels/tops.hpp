@@ -65,46 +65,52 @@ struct LogSumExp {
   float value() const { return most + std::log(sum); }
 };
 
-// Of each row the `count` largest outputs, largest first, and where `lse` is not null the log-sum-exp of all: `multiply`
-// for those who want no more of it.
-template <class Kind>
-void multiply_top(const float* x, ptrdiff_t x_stride, int rows, const void* w, int inputs, int outputs, int count,
-                  Top* tops, LogSumExp* lse) {
+// Some blocks of a product's outputs on all threads: `each(thread, block, y, width)` gets a block, y [rows, width].
+// `chosen`: the blocks' numbers, or null for the first `count`. The inputs are rounded.
+template <class Kind, class Each>
+void each_block(const typename Kind::Input* x, int k, int rows, const void* w, int outputs, const int* chosen,
+                int count, Each each) {
   typedef Product<Kind> P;
-  const int k = P::padded(inputs), blocks = num_blocks(outputs);
-  static thread_local Buffer<typename Kind::Input> rounded;
+  const char* weight = static_cast<const char*>(w);
+  const auto place = [&](int i) { return weight + (chosen ? chosen[i] : i) * P::block_bytes(k); };
+#pragma omp parallel
+  {
+    static thread_local Buffer<float> of_block;
+    float* y = of_block.at_least(size_t(rows) * BLOCK);
+    P::enter(rows);
+#pragma omp for schedule(static)
+    for (int i = 0; i < count; ++i) {
+      const int b = chosen ? chosen[i] : i, width = outputs - b * BLOCK < BLOCK ? outputs - b * BLOCK : BLOCK;
+      const Stream stream{place(i) + P::block_bytes(k), place(i + 1 < count ? i + 1 : i)};
+      P::blocks(x, k, rows, place(i), width, stream, y, nullptr, false, 0, 1);
+      each(omp_get_thread_num(), b, y, width);
+    }
+    P::leave();
+  }
+}
+
+// Of each row the `count` largest outputs of some blocks, largest first, and where `lse` is not null the log-sum-exp of
+// all of these.
+template <class Kind>
+void top_of_blocks(const typename Kind::Input* x, int k, int rows, const void* w, int outputs, const int* chosen,
+                   int num_chosen, int count, Top* tops, LogSumExp* lse) {
   static thread_local Buffer<Top> all_tops;
   static thread_local Buffer<LogSumExp> all_sums;
-  typename Kind::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
-  for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to, r);
   // A part for each thread, put together in their order.
   const int most_parts = omp_get_max_threads();
   Top* parts = all_tops.at_least(size_t(most_parts) * rows * count);
   LogSumExp* sums = all_sums.at_least(size_t(most_parts) * rows);
   for (int i = 0; i < most_parts * rows * count; ++i) parts[i] = Top{-INFINITY, 0};
   for (int i = 0; i < most_parts * rows; ++i) sums[i] = LogSumExp{};
-  const char* weight = static_cast<const char*>(w);
-  const Stream stream{weight + blocks * P::block_bytes(k), weight + blocks * P::block_bytes(k)};
-#pragma omp parallel
-  {
-    static thread_local Buffer<float> of_block;
-    float* y = of_block.at_least(size_t(rows) * BLOCK);
-    Top* own = parts + ptrdiff_t(omp_get_thread_num()) * rows * count;
-    LogSumExp* own_sums = sums + ptrdiff_t(omp_get_thread_num()) * rows;
-    P::enter(rows);
-#pragma omp for schedule(static)
-    for (int b = 0; b < blocks; ++b) {
-      const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
-      P::blocks(to, k, rows, weight + b * P::block_bytes(k), width, stream, y, nullptr, false, 0, 1);
-      for (int r = 0; r < rows; ++r) {
-        const float* row = y + ptrdiff_t(r) * width;
-        if (lse) own_sums[r].take(row, width);
-        if (width == BLOCK && !(largest(row) > own[(r + 1) * count - 1].value)) continue;
-        for (int i = 0; i < width; ++i) take(own + r * count, count, Top{row[i], first + i});
-      }
+  each_block<Kind>(x, k, rows, w, outputs, chosen, num_chosen, [=](int thread, int b, const float* y, int width) {
+    Top* own = parts + ptrdiff_t(thread) * rows * count;
+    for (int r = 0; r < rows; ++r) {
+      const float* row = y + ptrdiff_t(r) * width;
+      if (lse) sums[ptrdiff_t(thread) * rows + r].take(row, width);
+      if (width == BLOCK && !(largest(row) > own[(r + 1) * count - 1].value)) continue;
+      for (int i = 0; i < width; ++i) take(own + r * count, count, Top{row[i], b * BLOCK + i});
     }
-    P::leave();
-  }
+  });
   for (int r = 0; r < rows; ++r) {
     Top* of_row = tops + ptrdiff_t(r) * count;
     for (int i = 0; i < count; ++i) of_row[i] = Top{-INFINITY, 0};
@@ -115,6 +121,18 @@ void multiply_top(const float* x, ptrdiff_t x_stride, int rows, const void* w, i
       if (lse) lse[r].take(sums[ptrdiff_t(part) * rows + r]);
     }
   }
+}
+
+// The same of all outputs: `multiply` for those who want no more of it.
+template <class Kind>
+void multiply_top(const float* x, ptrdiff_t x_stride, int rows, const void* w, int inputs, int outputs, int count,
+                  Top* tops, LogSumExp* lse) {
+  typedef Product<Kind> P;
+  const int k = P::padded(inputs);
+  static thread_local Buffer<typename Kind::Input> rounded;
+  typename Kind::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
+  for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to, r);
+  top_of_blocks<Kind>(to, k, rows, w, outputs, nullptr, num_blocks(outputs), count, tops, lse);
 }
 
 // Of each row the place of the largest output.

@@ -35,7 +35,8 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, s
             slots_B=torch.zeros(1, dtype=torch.int64, device=target.model.device),
             lengths=[1 + min(_POSITIONS, slots.capacity // 2)],
         )
-        policy.position_cost = _least_seconds(lambda: _catch_up(drafter, behind)) / (behind.lengths[0] - 1)
+        seconds = _least_seconds(lambda: drafter.catch_up(_anew(drafter, behind)))
+        policy.position_cost = seconds / (behind.lengths[0] - 1)
     rows = [1]
     while rows[-1] < max_rows:
         rows.append(min(2 * rows[-1], max_rows))
@@ -67,9 +68,7 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, s
             options: LogitOptions = greedy,
             drafter: Drafter = drafter,
         ) -> None:
-            for slot in slots_B.tolist():
-                drafter.forget(slot)
-            rows = DraftRows(slots_B=slots_B, lengths=[3] * len(slots_B))
+            rows = _anew(drafter, DraftRows(slots_B=slots_B, lengths=[3] * len(slots_B)))
             if nodes:
                 propose_tree(drafter, rows, num_steps=steps, num_nodes=nodes, go_on=lambda *_: True)
                 return
@@ -92,13 +91,14 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, s
             policy.level_cost.begin_with(num_rows, 1, max(0.0, (three_s - one_s) / 2))
 
 
-def _catch_up(drafter: Drafter, rows: DraftRows) -> None:
+def _anew(drafter: Drafter, rows: DraftRows) -> DraftRows:
+    """The rows as those of requests that the draft has not seen yet."""
     for slot in rows.slots_B.tolist():
         drafter.forget(slot)
-    drafter.catch_up(rows)
+    return rows
 
 
-def _least_seconds(operation: Callable[[], None], *, before: Callable[[], None] | None = None) -> float:
+def _least_seconds(operation: Callable[[], object], *, before: Callable[[], None] | None = None) -> float:
     """`before` is run each time, and takes no time."""
     least, calls_since = float("inf"), 0
     while calls_since < _CALLS:

@@ -111,10 +111,9 @@ class Drafter:
         """Whether `grow` can be had, and with it trees."""
         return self._fitted.steps is not None
 
-    def behind(self, rows: DraftRows) -> int:
-        """Committed positions that are still to be caught up with."""
-        done = [self._done[slot] for slot in rows.slots_B.tolist()]
-        return sum(length - 1 - start for length, start in zip(rows.lengths, done, strict=True))
+    def behind(self, slot: int, length: int) -> int:
+        """Committed positions that are still to be caught up with, of a row of that many tokens."""
+        return length - 1 - self._done[slot]
 
     def remember(self, *, slots_B: torch.Tensor, starts_B: torch.Tensor, aux_BT3H: torch.Tensor) -> None:
         """Keep the target's features of positions start, start + 1, … of each row."""

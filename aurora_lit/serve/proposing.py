@@ -87,39 +87,32 @@ class Proposer:
         num_steps = self._policy.choose([row.rate for row in rows], num_plain=len(all_rows) - len(rows))
         if self._drafter is None or not (num_steps or self._policy.tree_sizes):
             return None, []
+        behind = [self._drafter.behind(row.slot, row.length) for row in rows]
         if self._policy.probing:
-            places = [min(places, key=lambda i: self._behind([all_rows[i]]))]
-            rows = [all_rows[i] for i in places]
+            least = min(range(len(rows)), key=behind.__getitem__)
+            places, rows, behind = [places[least]], [rows[least]], [behind[least]]
         rates, num_others = [row.rate for row in rows], len(all_rows) - len(rows)
         options, num_nodes = self._options_for(rows), 0
         if not (options.num_free or options.penalty_rows.numel() or self._policy.probing):
             num_steps, num_nodes = self._policy.choose_tree(num_steps, rates, num_plain=num_others)
-        if not (num_steps and self._stands(num_steps, num_nodes, rows, all_rows)):
+        left = sum(min(MOST_LEFT, row.params.max_tokens - row.length + row.prompt_length) for row in all_rows)
+        debt = sum(behind)
+        if not num_steps or not self._policy.stands(
+            num_steps, num_nodes, rates, num_plain=num_others, behind=debt, left=left
+        ):
             for row in rows:
                 row.explored = False
             return None, []
         if num_nodes:
-            return self._branch(rows, rates, num_steps, num_nodes, num_others), places
-        return self._chain(rows, options, num_steps, num_others), places
+            return self._branch(rows, rates, num_steps, num_nodes, num_others, debt), places
+        return self._chain(rows, options, num_steps, num_others, debt), places
 
-    def _stands(self, num_steps: int, num_nodes: int, rows: Sequence[Row], all_rows: Sequence[Row]) -> bool:
-        return self._policy.stands(
-            num_steps,
-            num_nodes,
-            [row.rate for row in rows],
-            num_plain=len(all_rows) - len(rows),
-            behind=self._behind(rows),
-            left=sum(min(MOST_LEFT, row.params.max_tokens - row.length + row.prompt_length) for row in all_rows),
-        )
-
-    def _behind(self, rows: Sequence[Row]) -> int:
-        assert self._drafter is not None
-        return self._drafter.behind(self._draft_rows(rows))
-
-    def _chain(self, rows: list[Row], options: LogitOptions, num_steps: int, num_others: int) -> Proposals:
+    def _chain(
+        self, rows: list[Row], options: LogitOptions, num_steps: int, num_others: int, behind: int
+    ) -> Proposals:
         assert self._drafter is not None
         survival = [1.0] * len(rows)
-        behind, started = self._behind(rows), time.perf_counter()
+        started = time.perf_counter()
         drafted = self._drafter.propose(
             self._draft_rows(rows),
             options=options,
@@ -137,11 +130,11 @@ class Proposer:
         return replace(drafted, logprob_BK=logprob_BK)
 
     def _branch(
-        self, rows: list[Row], rates: list[float], num_steps: int, num_nodes: int, num_others: int
+        self, rows: list[Row], rates: list[float], num_steps: int, num_nodes: int, num_others: int, behind: int
     ) -> Proposals:
         """A tree a row, for rows that accept what equals the target's own token and count none of their past."""
         assert self._drafter is not None
-        behind, started = self._behind(rows), time.perf_counter()
+        started = time.perf_counter()
         drafted, levels = propose_tree(
             self._drafter,
             self._draft_rows(rows),
