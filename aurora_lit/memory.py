@@ -25,8 +25,8 @@ from aurora_lit.checkpoints import read_config
 from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, draft_folder
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.initial import DRAFT_VOCABULARY_SIZE
+from aurora_lit.models.layers import aux_layer_ids, decoder_layers
 from aurora_lit.models.slots import padded_positions
-from aurora_lit.models.target import aux_layer_ids, decoder_layers
 from aurora_lit.modules.draft import Draft, DraftConfig
 from aurora_lit.serve.build import drafts
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+MOST_PROPOSED = 31
+"""Most tokens one after the other that a round may propose for a request."""
+
 
 def _within(default: float, low: float, high: float) -> Any:
     """A number setting that must lie in [low, high]."""
@@ -60,7 +63,11 @@ class EngineConfig:
     explore_temperature: float = _within(1.0, 0.05, 10.0)
     """Draft temperature of those rounds."""
     lookup: bool = True
-    """Also propose what followed the last tokens earlier in the request, where that has been right; costs nothing."""
+    """Also propose what followed the last tokens earlier in the request, where that promises more; costs no drafting.
+    For greedy and seeded requests."""
+    lookup_tokens: int = _within(15, 1, MOST_PROPOSED)
+    """Most tokens copied for a request in a round; at most 4 beside requests that are not greedy, or ask for penalties,
+    biases or log-probabilities, and on targets without fused layers."""
     max_batch_size: int = _within(8, 1, 1024)
     """Requests decoded together; each has one slot of the KV cache."""
     max_seq_len: int = _within(2048, 16, 1 << 20)
@@ -80,6 +87,16 @@ class EngineConfig:
     """torch.compile of the target: auto uses it on a GPU; on a CPU, on takes it in place of our fused layers."""
     threads: int = _within(0, 0, 4096)
     """CPU threads of the engine, of each of its processes; 0 takes all cores, shared out among them."""
+
+    @property
+    def copied_tokens(self) -> int:
+        """Most tokens copied for a request in a round; 0: none are."""
+        return self.lookup_tokens if self.speculate and self.lookup and self.max_draft_tokens else 0
+
+    @property
+    def most_proposed(self) -> int:
+        """Most tokens one after the other that a round proposes for a request."""
+        return max(self.max_draft_tokens, self.copied_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ def main() -> int:
     def decode(draft: Draft | None, k: int, batch: int) -> Outputs:
         engine = Engine(
             target, draft, eos_token_ids=ends, max_batch_size=batch, max_seq_len=config.engine.max_seq_len,
-            max_draft_tokens=k, adaptive=False, lookup=config.engine.lookup and k > 0,
+            max_draft_tokens=k, adaptive=False, lookup_tokens=config.engine.copied_tokens if k else 0,
         )  # fmt: skip
         for number, ids in enumerate(prompts):
             params = SamplingParams(max_tokens=arguments.max_tokens, temperature=0.0)

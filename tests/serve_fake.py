@@ -114,7 +114,7 @@ def main(arguments: dict[str, Any]) -> None:
     options = FakeOptions(**arguments["options"])
     server.WORKER_GRACE_S = options.worker_grace_s
     config = AuroraConfig(
-        server=ServerConfig(**arguments["server"]), engine=EngineConfig(max_draft_tokens=2),
+        server=ServerConfig(**arguments["server"]), engine=EngineConfig(max_draft_tokens=2, lookup=False),
         draft=DraftConfig(checkpoint="anything"), checkpoint=CheckpointConfig(dir=arguments["checkpoints"]),
         learn=LearnConfig(enabled=arguments["learner"] is not None),
     )  # fmt: skip

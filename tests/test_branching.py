@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from aurora_lit.kernels import native
-from aurora_lit.models.slots import keys_by_position
+from aurora_lit.models.slots import KVSlots, keys_by_position
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft
 from aurora_lit.request import Request
@@ -110,6 +110,38 @@ def test_every_node_is_a_plain_pass_over_its_path_bit_for_bit(world: World, prec
             assert torch.equal(mine[slot, :, :end], other[slot, :, :end])
 
 
+@pytest.mark.parametrize("branching", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_of_different_widths_give_the_bits_of_rows_that_are_all_as_wide(
+    world: World, precision: str, branching: bool
+) -> None:
+    target, widths, T = world.targets[precision], [3, 1, 17, 2], 17
+    gen = torch.Generator().manual_seed(5)
+    ids_BT = torch.randint(0, VOCAB, (len(widths), T), generator=gen)
+    parents_BT = torch.tensor([[-1, *(random.Random(b).randrange(t) for t in range(1, T))] for b in range(len(widths))])
+    branches = {"parents_BT": parents_BT} if branching else {}
+    slots_B, starts_B = torch.tensor([2, 0, 3, 1]), torch.tensor([5, 0, 1, 9])
+
+    def prepared() -> KVSlots:
+        slots = target.make_slots(num_slots=4, capacity=40)
+        read = torch.randint(0, VOCAB, (4, 9), generator=torch.Generator().manual_seed(6))
+        target(read, slots=slots, slots_B=slots_B, starts_B=torch.zeros(4, dtype=torch.int64))
+        return slots
+
+    wide, ragged = prepared(), prepared()
+    wanted = target(ids_BT, slots=wide, slots_B=slots_B, starts_B=starts_B, **branches)
+    ids_N = torch.cat([row[:width] for row, width in zip(ids_BT, widths, strict=True)])
+    found = target.forward_ragged(
+        ids_N, widths=widths, slots=ragged, slots_B=slots_B, starts_B=starts_B, **branches
+    )
+    for of_all, of_some in zip(wanted, found, strict=True):
+        assert torch.equal(torch.cat([row[:width] for row, width in zip(of_all, widths, strict=True)]), of_some)
+    for keys, other in zip(wide.keys_SGCDP, ragged.keys_SGCDP, strict=True):
+        for slot, start, width in zip(slots_B.tolist(), starts_B.tolist(), widths, strict=True):
+            one, two = (keys_by_position(k[slot][None])[..., : start + width] for k in (keys, other))
+            assert torch.equal(one, two)
+
+
 def test_other_layers_do_not_branch(world: World) -> None:
     target = world.targets["fp32"]
     decoder, target._decoder = target._decoder, None
@@ -182,7 +214,7 @@ def test_copied_proposals_and_trees_share_a_round(world: World) -> None:
     prompts = [[7, 8, 9, 10, 11] * 4, world.prompts[3]]
     asked = [request(str(i), p, max_tokens=NEW) for i, p in enumerate(prompts)]
     asked.append(request("plain", world.prompts[2], max_tokens=NEW, speculate=False))
-    given = run(world.engine(lookup=True, prefill_chunk_tokens=64), asked)
+    given = run(world.engine(lookup_tokens=15, prefill_chunk_tokens=64), asked)
     assert tokens(given) == tokens(run(make_engine(world.targets["bf16"]), asked))
     assert any(o.looked_up and o.num_proposed for o in given["0"].rounds)
     assert {o.num_proposed for o in given["1"].rounds if not o.looked_up} == {15}

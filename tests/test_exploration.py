@@ -138,7 +138,7 @@ def test_rounds_that_explore_do_not_change_what_drafting_is_expected_to_gain(tar
 def test_rounds_explore_as_a_living_learner_asks_and_else_as_configured(tmp_path: Path) -> None:
     page = LearnerBlock.create(tmp_path / "page")
     proposer = Proposer(
-        None, DraftLength(max_draft_tokens=0, max_proposals=0, adaptive=False), lookup=False,
+        None, DraftLength(max_draft_tokens=0, max_proposals=0, adaptive=False), copying=None,
         device=torch.device("cpu"), explore_share=0.02, explore_temperature=1.5,
     )  # fmt: skip
     now = [0.0]

@@ -46,7 +46,7 @@ class World:
 
     def answered(self, draft: Draft | None, *, batch: int) -> tuple[list[list[int]], float]:
         """What the engine answers, and how many tokens a round that made proposals emitted."""
-        engine = make_engine(self.target, copy.deepcopy(draft), max_draft_tokens=3, max_batch_size=batch, lookup=False)
+        engine = make_engine(self.target, copy.deepcopy(draft), max_draft_tokens=3, max_batch_size=batch)
         given = run(engine, [request(str(i), prompt, max_tokens=NEW) for i, prompt in enumerate(self.prompts)])
         rounds = [output for answer in given.values() for output in answer.rounds if output.num_proposed]
         length = sum(len(output.token_ids) for output in rounds) / max(1, len(rounds))

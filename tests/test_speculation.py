@@ -198,23 +198,6 @@ def test_rates_follow_hits_up_to_the_first_miss() -> None:
     assert 0.95 < made.mean_rate <= 1.0
 
 
-def test_what_copied_tokens_achieve_says_nothing_about_the_draft() -> None:
-    made, row = policy(), a_row(0.5)
-    row.looked_up = True
-    before = (row.rate, row.lookup_rate, made.mean_rate)
-    made.observe(row, proposed=4, accepted=0)
-    assert (row.rate, made.mean_rate) == (before[0], before[2])
-    assert row.lookup_rate < before[1]
-
-
-def test_copied_tokens_are_as_many_as_pay_without_drafting() -> None:
-    flat = policy(wider_s=0.0)
-    assert flat.choose_copied([0.3], num_others=0) == flat.max_proposals
-    steep = policy(wider_s=0.02)
-    assert steep.choose_copied([0.3], num_others=0) == 0
-    assert steep.choose_copied([], num_others=2) == 0
-
-
 def test_costs_between_measurements_are_interpolated() -> None:
     table = CostTable()
     assert table(1, 1) == 0.0

@@ -16,8 +16,9 @@ from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
 from aurora_lit.kernels.native import STORAGE
 from aurora_lit.kernels.packed import PackedLinear
+from aurora_lit.models.layers import aux_layer_ids
 from aurora_lit.models.source import cache_root, resolve
-from aurora_lit.models.target import Target, aux_layer_ids
+from aurora_lit.models.target import Target
 from aurora_lit.serve.build import load_target
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}

@@ -110,8 +110,10 @@ def check_rounds(traces: Sequence[Trace], answer: Answer) -> None:
     position = LENGTHS[int(traces[0].request_id)] - 1
     wanted = []
     for output in answer.rounds:
-        # The end cuts off what nobody judged.
+        # The end cuts off what nobody judged; of copies what is behind the first refusal is left out.
         count = output.num_proposed if len(output.token_ids) > output.num_accepted else output.num_accepted
+        if output.looked_up:
+            count = min(count, output.num_accepted + 1)
         wanted.append((position, count, output.num_accepted, output.explored and count > 0))
         position += len(output.token_ids)
     assert [(root, n, a, explored) for root, n, a, _, explored in rounds] == wanted
@@ -124,7 +126,8 @@ def check_rounds(traces: Sequence[Trace], answer: Answer) -> None:
 def test_states_distributions_and_rounds(world: World, kind: str, lookup: bool, segment_tokens: int) -> None:
     traces: list[Trace] = []
     engine = world.engine(
-        traces, segment_tokens=segment_tokens, overlap=3, lookup=lookup, explore_share=0.3, explore_temperature=1.5
+        traces, segment_tokens=segment_tokens, overlap=3, lookup_tokens=15 * lookup, explore_share=0.3,
+        explore_temperature=1.5,
     )
     given = run(engine, world.requests(kind))
     by_request = defaultdict(list)

@@ -17,11 +17,10 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from aurora_lit.ipc.page import Page, counts, heartbeat_age_s, text
+from aurora_lit.settings import MOST_PROPOSED
 
 STATUS_NAME = "status"
 """The page's file in the run folder."""
-MAX_DRAFT_TOKENS = 8
-"""Entries of `accepted_by_position`; engine.max_draft_tokens is at most this."""
 
 
 class WorkerState(IntEnum):
@@ -47,6 +46,7 @@ class Status:
     max_seq_len: int
     vocab_size: int
     max_draft_tokens: int
+    """Most tokens that a round accepts for a request: drafted or copied ones."""
     running: int
     waiting: int
     rounds: int
@@ -63,7 +63,7 @@ class Status:
     """Request-rounds in which at least one token was proposed."""
     proposed: int
     accepted: int
-    accepted_by_position: tuple[int, ...] = counts(MAX_DRAFT_TOKENS)
+    accepted_by_position: tuple[int, ...] = counts(MOST_PROPOSED)
     """How often the token proposed at this position was accepted; max_draft_tokens entries."""
     swaps: int
     """Drafts that were swapped in since the start."""

@@ -20,6 +20,10 @@ struct AttentionShape {
   int64_t cache_row_k, cache_head_k;        // of the key slots [slot, head, block, dim, position of the block]
   int64_t cache_row_v, cache_head_v;        // of the value slots [slot, head, position, dim]
   float scale;
+  const int64_t* begins;  // [rows + 1]: where each row's queries begin, `queries` being the most a row has; or null
+
+  int64_t queries_of(int64_t row) const { return begins ? begins[row + 1] - begins[row] : queries; }
+  int64_t first_of(int64_t row) const { return begins ? begins[row] : row * queries; }
 };
 
 constexpr int KEY_BLOCK = 64;  // positions whose keys lie together, so that they are read as one stream
@@ -178,6 +182,11 @@ void attend_queries(const Query* rows, int count, const Cache* keys, const Cache
   attend_rows<Cache, ROWS>(rows, keys, values, D, scale);
 }
 
+// Where a row begins in a tensor of these strides; rows with queries of their own number lie one behind the other.
+inline int64_t row_at(const AttentionShape& s, int64_t b, int64_t row, int64_t token) {
+  return s.begins ? s.begins[b] * token : b * row;
+}
+
 // Write new keys and values of one row and key-value head, those of tokens [from, to), behind the row's start.
 template <class Cache>
 void write_slot(const AttentionShape& s, int64_t b, int64_t g, const float* k, const float* v, Cache* keys,
@@ -187,8 +196,8 @@ void write_slot(const AttentionShape& s, int64_t b, int64_t g, const float* k, c
   const int64_t first = tree.parents ? tree.columns - s.queries : 0;
   for (int64_t t = from; t < to; ++t) {
     const int64_t at = starts[b] + first + t;
-    const float* kt = k + b * s.k_row + g * s.k_head + t * s.k_token;
-    const float* vt = v + b * s.v_row + g * s.v_head + t * s.v_token;
+    const float* kt = k + row_at(s, b, s.k_row, s.k_token) + g * s.k_head + t * s.k_token;
+    const float* vt = v + row_at(s, b, s.v_row, s.v_token) + g * s.v_head + t * s.v_token;
     Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k + key_place(at, D);
     Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v + at * D;
     for (int d = 0; d < D; ++d) store(kc + d * KEY_BLOCK, kt[d]);
@@ -203,12 +212,13 @@ void attend_share(const AttentionShape& s, const float* q, const Cache* keys, co
                   const int64_t* slots, const int64_t* starts, const Tree& tree, float* out) {
   const int D = int(s.head_dim);
   const int64_t before = tree.parents ? tree.columns - s.queries : 0;  // columns that earlier passes computed
-  const int64_t group = s.heads / s.kv_heads, queries = group * s.queries;
-  const int64_t parts = (queries + MAX_QUERIES - 1) / MAX_QUERIES;
+  const int64_t group = s.heads / s.kv_heads, most_parts = (group * s.queries + MAX_QUERIES - 1) / MAX_QUERIES;
   static thread_local Buffer<float> scores;
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t job = 0; job < s.rows * s.kv_heads * parts; ++job) {
-    const int64_t part = job % parts, g = job / parts % s.kv_heads, b = job / parts / s.kv_heads;
+  for (int64_t job = 0; job < s.rows * s.kv_heads * most_parts; ++job) {
+    const int64_t part = job % most_parts, g = job / most_parts % s.kv_heads, b = job / most_parts / s.kv_heads;
+    const int64_t queries = group * s.queries_of(b), parts = (queries + MAX_QUERIES - 1) / MAX_QUERIES;
+    if (part >= parts) continue;
     const Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k;
     const Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v;
     const int64_t first = part * queries / parts, count = (part + 1) * queries / parts - first;
@@ -217,8 +227,8 @@ void attend_share(const AttentionShape& s, const float* q, const Cache* keys, co
     Query rows[MAX_QUERIES];
     for (int64_t r = 0; r < count; ++r) {
       const int64_t t = (first + r) / group, h = g * group + (first + r) % group;
-      rows[r].q = q + b * s.q_row + h * s.q_head + t * s.q_token;
-      rows[r].out = out + ((b * s.queries + t) * s.heads + h) * D;
+      rows[r].q = q + row_at(s, b, s.q_row, s.q_token) + h * s.q_head + t * s.q_token;
+      rows[r].out = out + ((s.first_of(b) + t) * s.heads + h) * D;
       rows[r].scores = of_rows + room * r;
       rows[r].extent = starts[b] + before + t + 1;
       rows[r].steps = tree.parents ? path_to(tree.parents + b * tree.columns, before + t, rows[r].path) : 0;

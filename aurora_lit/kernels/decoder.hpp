@@ -92,7 +92,7 @@ void decode(const DecoderCall& call) {
   typedef Product<Kind> P;
   typedef typename Kind::Input Input;
   AttentionShape s = call.attention;
-  const int H = int(call.hidden), D = int(s.head_dim), rows = int(s.rows * s.queries);
+  const int H = int(call.hidden), D = int(s.head_dim), rows = int(s.first_of(s.rows));
   const int q_width = int(s.heads) * D, kv_width = int(s.kv_heads) * D;
   s.q_head = s.k_head = s.v_head = D;
   s.q_token = q_width, s.k_token = s.v_token = kv_width;
@@ -166,14 +166,15 @@ void decode(const DecoderCall& call) {
 #pragma omp for schedule(static)
       for (int64_t job = 0; job < s.rows * s.kv_heads * parts; ++job) {
         const int64_t b = job / parts / s.kv_heads, kv = job / parts % s.kv_heads, group = s.heads / s.kv_heads;
-        const int64_t from = job % parts * s.queries / parts, to = (job % parts + 1) * s.queries / parts;
+        const int64_t queries = s.queries_of(b), first = s.first_of(b);
+        const int64_t from = job % parts * queries / parts, to = (job % parts + 1) * queries / parts;
         for (int64_t t = from; t < to; ++t) {
           const int64_t position = call.starts[b] + (call.tree.parents ? depth(call.tree, b, s.queries, t) : t);
           const int64_t place = (position < call.max_positions ? position : call.max_positions - 1) * D;
-          float* token_q = q + (b * s.queries + t) * q_width;
+          float* token_q = q + (first + t) * q_width;
           for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
             rotate_head(token_q + h * D, call.cosines + place, call.sines + place, D);
-          rotate_head(k + (b * s.queries + t) * kv_width + kv * D, call.cosines + place, call.sines + place, D);
+          rotate_head(k + (first + t) * kv_width + kv * D, call.cosines + place, call.sines + place, D);
         }
         write_slot(s, b, kv, k, v, keys, values, call.slots, call.starts, call.tree, from, to);
       }

@@ -2,8 +2,8 @@
 
 `Decoder` holds pointers into tensors that it keeps alive. What is left out: which models qualify (models/fused.py).
 
-Shapes: B rows, T positions, N = B·T, C columns of a tree, H hidden, S slots, L capacity, D head size, P positions, M
-moves.
+Shapes: B rows, T positions, N = B·T or fewer, C columns of a tree, H hidden, S slots, L capacity, D head size, P
+positions, M moves.
 """
 
 from __future__ import annotations
@@ -135,8 +135,12 @@ class Decoder:
         queries: int,
         embeds_NH: torch.Tensor | None = None,
         parents_BC: torch.Tensor | None = None,
+        begins_R: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Run `queries` positions of each row behind its start; `hidden_NH` fp32 contiguous is overwritten.
+
+        `begins_R` int64 [B + 1]: rows have positions of their own number, `queries` at most, and lie one behind the
+        other: those of row b begin at begins_R[b]. Of a tree they are the first columns.
 
         `parents_BC` int64: the positions are the last `queries` columns of a tree, whose earlier ones were run before.
         A column follows its parent, which comes before it, or the row's start where that is -1; it stands at the
@@ -149,11 +153,13 @@ class Decoder:
         normed_NH = torch.empty(N, H)
         aux_N3H = None if self._taps is None else torch.empty(N, _TAPS, H)
         call = self.call(keys, values)
-        call.attention.rows, call.attention.queries = N // queries, queries
+        call.attention.rows, call.attention.queries = len(slots_B), queries
+        if begins_R is not None:
+            call.attention.begins = begins_R.data_ptr()
         if parents_BC is not None:
             parents_BC = parents_BC.contiguous()
             call.columns = parents_BC.shape[1]
-            assert queries <= call.columns
+            assert queries <= call.columns if begins_R is None else queries == call.columns
         for name, tensor in (
             ("slots", slots_B), ("starts", starts_B), ("parents", parents_BC), ("embeds", embeds_NH),
             ("stream", hidden_NH), ("normed", normed_NH), ("aux", aux_N3H),

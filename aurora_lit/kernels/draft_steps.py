@@ -29,7 +29,7 @@ class _Call(ctypes.Structure):
         ("committed", ctypes.c_void_p),
         ("committed_slot", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("embedding", "target_ids", "done", "ends")),
-        *((name, ctypes.c_int64) for name in ("count", "children", "level_width")),
+        *((name, ctypes.c_int64) for name in ("children", "level_width")),
         *((name, ctypes.c_void_p) for name in ("reach", "values")),
     )
 
@@ -105,7 +105,6 @@ class DraftSteps:
         call.features, call.features_slot = features_SLF.data_ptr(), features_SLF.stride(0)
         call.committed, call.committed_slot = tokens_SL.data_ptr(), tokens_SL.stride(0)
         call.done, call.ends = done_B.data_ptr(), ends_B.data_ptr()
-        call.count = max(1, *(end - start for start, end in zip(done, ends, strict=True)))
         call.children, call.level_width = min(width, self._num_outputs), width
         call.values, call.reach = (outcome_B.data_ptr(), None) if width == 1 else (None, outcome_B.data_ptr())
         self._start(ctypes.byref(call), self._state)

@@ -19,7 +19,6 @@ struct DraftCall {
   const float* embedding;      // [V, H]
   const int64_t* target_ids;   // by the draft's ids
   const int64_t *done, *ends;  // [B]: of each row the positions that are run, those that are to be
-  int64_t count;               // positions run a row when catching up
   int64_t children;            // thought of for each node
   int64_t level_width;         // most nodes of a level that are expanded
   float* reach;                // [B] out: probability that a row's path leads through the nodes to be expanded; or null
@@ -56,6 +55,7 @@ struct Drafting {
   std::vector<Growth> rows;
   std::vector<int64_t> columns;  // [rows, columns]: parents of the nodes in the cache
   int64_t num_columns = 0;
+  std::vector<int64_t> begins;  // where each row's positions begin among those that are caught up with
   Buffer<float> hidden, normed, next, embeds;  // of the nodes expanded last; of those that are next
   Buffer<Top> tops;
   Buffer<LogSumExp> sums;
@@ -91,19 +91,27 @@ void choose(const DraftCall& call, Drafting& d) {
   }
 }
 
-// Catch up with what is committed, then choose the first level.
+// Catch up with what is committed, then choose the first level. A row without anything new runs one position all the
+// same: what comes of it is arbitrary, and computed again when there is something.
 template <class Kind, class Cache>
 void draft_start(const DraftCall& call, Drafting& d) {
-  const size_t B = size_t(call.decoder.attention.rows), count = size_t(call.count), N = B * count;
-  const size_t H = size_t(call.decoder.hidden), F = size_t(call.fuse.inputs);
+  const size_t B = size_t(call.decoder.attention.rows), H = size_t(call.decoder.hidden), F = size_t(call.fuse.inputs);
+  int64_t most = 1;
+  d.begins.assign(1, 0);
+  for (size_t b = 0; b < B; ++b) {
+    const int64_t count = std::max(int64_t(1), call.ends[b] - call.done[b]);
+    most = std::max(most, count);
+    d.begins.push_back(d.begins.back() + count);
+  }
+  const size_t N = size_t(d.begins.back());
   static thread_local Buffer<float> features, stream, normed;
   float* x = features.at_least(N * F);
   float* embeds = d.embeds.at_least(N * H);
   for (size_t b = 0; b < B; ++b)
-    for (size_t t = 0; t < count; ++t) {
-      const int64_t slot = call.decoder.slots[b], position = call.done[b] + int64_t(t);
+    for (int64_t at = d.begins[b]; at < d.begins[b + 1]; ++at) {
+      const int64_t slot = call.decoder.slots[b], position = call.done[b] + at - d.begins[b];
       const Cache* from = static_cast<const Cache*>(call.features) + slot * call.features_slot + position * int64_t(F);
-      float* to = x + (b * count + t) * F;
+      float* to = x + size_t(at) * F;
       size_t i = 0;
       for (; i + 16 <= F; i += 16) {
         const f16v v = load16(from + i);
@@ -111,10 +119,10 @@ void draft_start(const DraftCall& call, Drafting& d) {
       }
       for (; i < F; ++i) to[i] = load(from + i);
       const int64_t token = call.committed[slot * call.committed_slot + position + 1];
-      std::memcpy(embeds + (b * count + t) * H, call.embedding + token * int64_t(H), H * sizeof(float));
+      std::memcpy(embeds + size_t(at) * H, call.embedding + token * int64_t(H), H * sizeof(float));
     }
   DecoderCall pass = call.decoder;
-  pass.attention.queries = call.count, pass.starts = call.done;
+  pass.attention.queries = most, pass.attention.begins = d.begins.data(), pass.starts = call.done;
   pass.embeds = embeds, pass.stream = stream.at_least(N * H), pass.normed = normed.at_least(N * H);
   multiply<Kind>(x, ptrdiff_t(F), int(N), call.fuse.weight, int(F), int(H), pass.stream, call.fuse.bias);
   decode<Kind, Cache>(pass);
@@ -124,8 +132,7 @@ void draft_start(const DraftCall& call, Drafting& d) {
   float* last = d.normed.at_least(B * H);
   for (size_t b = 0; b < B; ++b) {
     d.rows[b].begin();
-    const size_t new_positions = size_t(call.ends[b] - call.done[b]);
-    const size_t at = b * count + (new_positions ? new_positions : count) - 1;
+    const size_t at = size_t(d.begins[b + 1]) - 1;
     std::memcpy(hidden + b * H, pass.stream + at * H, H * sizeof(float));
     std::memcpy(last + b * H, pass.normed + at * H, H * sizeof(float));
   }

@@ -49,6 +49,7 @@ class AttentionShape(ctypes.Structure):
         *((f"{tensor}_{dim}", ctypes.c_int64) for tensor in "qkv" for dim in ("row", "head", "token")),
         *((f"cache_{dim}_{tensor}", ctypes.c_int64) for tensor in "kv" for dim in ("row", "head")),
         ("scale", ctypes.c_float),
+        ("begins", ctypes.c_void_p),
     )
 
 

@@ -27,8 +27,8 @@ from aurora_lit.config import AuroraConfig
 from aurora_lit.distributed import Ranks
 from aurora_lit.errors import ConfigError
 from aurora_lit.kernels.packed import PackedLinear
+from aurora_lit.models.layers import decoder_layers
 from aurora_lit.models.shards import ShardReader, split
-from aurora_lit.models.target import decoder_layers
 
 _MLP_UNIT = 32
 """Columns that stay together in an MLP, for the kernels' sake."""

@@ -9,6 +9,8 @@ Shapes: B rows, T positions, N rows of a flat batch, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,9 @@ from aurora_lit.kernels.decoder import Decoder
 from aurora_lit.kernels.packed import PackedLinear, pack_model
 from aurora_lit.models.attention import ATTENTION_NAME
 from aurora_lit.models.fused import fuse
+from aurora_lit.models.layers import aux_layer_ids, decoder_layers, rope_parameters
 from aurora_lit.models.slots import KVSlots, SlotView
 from aurora_lit.modules.head import HeadFinish
-
-
-def aux_layer_ids(num_layers: int) -> tuple[int, int, int]:
-    """EAGLE-3's three layers (low, middle, high): indices into transformers' `hidden_states`."""
-    last = num_layers - 1
-    return min(2, last), min(num_layers // 2, last), max(num_layers - 3, 0)
 
 
 class Target(nn.Module):
@@ -55,7 +52,7 @@ class Target(nn.Module):
         self.num_layers: int = config.num_hidden_layers
         self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.rope = _rope(config)
+        self.rope = rope_parameters(config)
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 20)
         if self.rope.get("rope_type") == "longrope":
             # Beyond these, every row of a batch is rotated otherwise as soon as one row is that long.
@@ -177,28 +174,39 @@ class Target(nn.Module):
         Returns the auxiliary hidden states [B, T, 3H] and the last hidden state [B, T, H] (after the final norm).
         """
         if self._decoder is not None:
-            B, T = ids_BT.shape
-            embeds_NH = self.embedding(ids_BT).float().reshape(B * T, -1)
-            _, last_NH, aux_N3H = self._decoder(
-                embeds_NH,
-                keys=slots.keys_SGCDP,
-                values=slots.values_SGLD,
-                slots_B=slots_B,
-                starts_B=starts_B,
-                queries=T,
-                parents_BC=parents_BT,
-            )
-            assert aux_N3H is not None
-            return aux_N3H.view(B, T, -1), last_NH.view(B, T, -1)
+            held = {"keys": slots.keys_SGCDP, "values": slots.values_SGLD, "slots_B": slots_B, "starts_B": starts_B}
+            aux_NF, last_NH = self._run_fused(ids_BT.flatten(), queries=ids_BT.shape[1], parents_BC=parents_BT, **held)
+            return aux_NF.view(*ids_BT.shape, -1), last_NH.view(*ids_BT.shape, -1)
         assert parents_BT is None, "only fused layers branch"
         positions_BT = starts_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device)
         positions_BT = positions_BT.clamp_max(self.max_positions - 1)  # proposals past a learned table are never kept
         view = SlotView(slots, slots_B=slots_B, starts_B=starts_B)
         return self._run(input_ids=ids_BT, position_ids=positions_BT, slot_view=view)
 
+    def forward_ragged(
+        self,
+        ids_N: torch.Tensor,
+        *,
+        widths: Sequence[int],
+        slots: KVSlots,
+        slots_B: torch.Tensor,
+        starts_B: torch.Tensor,
+        parents_BT: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, where `can_branch`, for rows of `widths` tokens that lie one behind the other in `ids_N`.
+
+        T is the largest width. The same bits as with all rows that wide; returns [N, 3H] and [N, H].
+        """
+        begins_R = torch.tensor([0, *itertools.accumulate(widths)])
+        held = {"keys": slots.keys_SGCDP, "values": slots.values_SGLD, "slots_B": slots_B, "starts_B": starts_B}
+        return self._run_fused(ids_N, queries=max(widths), begins_R=begins_R, parents_BC=parents_BT, **held)
+
     @property
     def can_branch(self) -> bool:
-        """Whether a pass may take a tree of tokens. Only fused layers do: others would need a mask a family."""
+        """Whether a pass may take a tree of tokens, and rows of different widths.
+
+        Only fused layers do: others would need a mask a family.
+        """
         return self._decoder is not None
 
     def keep_path(self, *, slots: KVSlots, slots_M: torch.Tensor, from_M: torch.Tensor, to_M: torch.Tensor) -> None:
@@ -261,6 +269,12 @@ class Target(nn.Module):
         assert isinstance(embedding, nn.Module)
         return embedding
 
+    def _run_fused(self, ids_N: torch.Tensor, **held: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._decoder is not None
+        _, last_NH, aux_N3H = self._decoder(self.embedding(ids_N).float(), **held)
+        assert aux_N3H is not None
+        return aux_N3H.flatten(1), last_NH
+
     def _run(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         last_BTH = self._forward(**inputs, use_cache=False).last_hidden_state
         if self.logit_factor != 1.0:
@@ -283,18 +297,3 @@ class Target(nn.Module):
             self._taps[layer_id] = args[0] if args else kwargs["hidden_states"]
 
         return tap
-
-
-def _rope(config: Any) -> dict[str, Any]:
-    """The rotary positions' parameters: those of full attention where kinds of layers have their own (Gemma 3)."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    full: dict[str, Any] = rope.get("full_attention", rope)
-    return full
-
-
-def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
-    """The list of a model's decoder layers. Raises SourceError."""
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return module
-    raise SourceError(f"target.source: {type(model).__name__} has no list of {num_layers} decoder layers to read from")

@@ -100,7 +100,7 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
             raise
         engine = self.parts.engine
         status.write(max_seq_len=engine.max_seq_len, vocab_size=engine.vocab_size,
-                     max_draft_tokens=self._config.engine.max_draft_tokens)  # fmt: skip
+                     max_draft_tokens=self._config.engine.most_proposed)  # fmt: skip
 
     def _live_draft(self) -> LiveDraft | None:
         """The engine begins with the version that this deployment has come to, if it has published any."""

@@ -20,9 +20,9 @@ LEVEL_WIDTH = 4
 """Most nodes of a row that a level expands, and the children that are thought of for each."""
 
 
-def slot_capacity(*, max_seq_len: int, max_draft_tokens: int, tree_tokens: int) -> int:
+def slot_capacity(*, max_seq_len: int, max_draft_tokens: int, tree_tokens: int, lookup_tokens: int = 0) -> int:
     """Positions of a slot: a request's own, and behind them what a round proposes and a draft expands."""
-    columns = max(max_draft_tokens, tree_tokens, LEVEL_WIDTH * max_draft_tokens if tree_tokens else 0)
+    columns = max(max_draft_tokens, tree_tokens, lookup_tokens, LEVEL_WIDTH * max_draft_tokens if tree_tokens else 0)
     return max_seq_len + columns + 1
 
 

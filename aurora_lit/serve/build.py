@@ -69,6 +69,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         max_seq_len=config.engine.max_seq_len,
         max_draft_tokens=config.engine.max_draft_tokens,
         tree_tokens=config.engine.tree_tokens,
+        lookup_tokens=config.engine.copied_tokens,
     )
 
     def load(folder: Path | None) -> FittedDraft:
@@ -176,7 +177,7 @@ def _engine(
         prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
         prefix_cache=config.engine.prefix_cache,
         adaptive=config.engine.adaptive,
-        lookup=config.engine.speculate and config.engine.lookup,
+        lookup_tokens=config.engine.copied_tokens,
         draft_version=version,
         observer=observer,
         explore_share=config.engine.explore_share,

@@ -29,7 +29,7 @@ lie there only after a few calls, and there rounds find them."""
 
 @torch.no_grad()
 def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, slots: KVSlots, max_rows: int) -> None:
-    """Fill the policy's cost tables for 1, 2, 4, … `max_rows` rows and every width up to its draft length + 1."""
+    """Fill the policy's cost tables for 1, 2, 4, … `max_rows` rows and the widths that it chooses from."""
     if drafter is not None:
         behind = DraftRows(
             slots_B=torch.zeros(1, dtype=torch.int64, device=target.model.device),
@@ -49,13 +49,10 @@ def calibrate(policy: DraftLength, target: Target, drafter: Drafter | None, *, s
             _, last_BTH = target(ids_BT, slots=slots, slots_B=slots_B, starts_B=starts_B)
             target.likeliest(last_BTH)
 
-        for width in range(1, policy.max_proposals + 2):
+        widths = {*range(1, policy.max_draft_tokens + 2), 2, policy.max_proposals + 1}
+        widths |= {nodes + 1 for nodes in policy.tree_sizes if num_rows * (nodes + 1) <= MOST_COLUMNS}
+        for width in sorted(widths):
             policy.target_cost.begin_with(num_rows, width, _least_seconds(functools.partial(run_target, width)))
-
-        for nodes in policy.tree_sizes:
-            if num_rows * (nodes + 1) <= MOST_COLUMNS:
-                seconds = _least_seconds(functools.partial(run_target, nodes + 1))
-                policy.target_cost.begin_with(num_rows, nodes + 1, seconds)
 
         if drafter is None:
             continue

@@ -32,9 +32,15 @@ class CostTable:
         """Take in what a calibration has measured."""
         self._at_start[rows, width] = seconds
 
-    def update(self, rows: int, width: int, seconds: float) -> None:
-        """Take in what a round has measured; outliers (a preempted process) move it little."""
-        key = rows, width
+    def update(self, rows: int, width: float, seconds: float) -> None:
+        """Take in what a round has measured; outliers (a preempted process) move it little.
+
+        What was measured between two widths counts for the nearer one, as much as that is thought to differ.
+        """
+        key = rows, max(1, round(width))
+        expected = self(rows, width)
+        if key[1] != width and expected:
+            seconds *= self(*key) / expected
         at_start = self._at_start.get(key)
         old = self._known(key) if key in self._seconds or at_start is not None else seconds
         seconds = min(seconds, 2 * old)
@@ -42,13 +48,11 @@ class CostTable:
             self._drift += (1 - _DRIFT_MEMORY) * (min(seconds / at_start, _MOST_DRIFT) - self._drift)
         self._seconds[key] = old + (1 - _MEMORY) * (seconds - old)
 
-    def __call__(self, rows: int, width: int) -> float:
-        """Expected seconds; 0 before any measurement."""
-        measured = self._seconds.get((rows, width))
-        if measured is not None:
-            return measured
-        if (rows, width) in self._at_start:
-            return self._known((rows, width))
+    def __call__(self, rows: int, width: float) -> float:
+        """Expected seconds; 0 before any measurement. `width` may lie between whole ones."""
+        whole = rows, int(width)
+        if whole[1] == width and (whole in self._seconds or whole in self._at_start):
+            return self._known(whole)
         keys = self._at_start.keys() | self._seconds.keys()
         if not keys:
             return 0.0

@@ -27,11 +27,12 @@ from aurora_lit.modules.tree import common_prefix
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.branching import slot_capacity
 from aurora_lit.serve.calibration import calibrate
+from aurora_lit.serve.copying import Copying
 from aurora_lit.serve.drafting import Drafter
 from aurora_lit.serve.fitted import FittedDraft
 from aurora_lit.serve.lookup import NgramIndex
 from aurora_lit.serve.observing import RoundObserver, tell
-from aurora_lit.serve.passes import TargetPasses
+from aurora_lit.serve.passes import Computed, TargetPasses, widths_of
 from aurora_lit.serve.prefilling import Prefill
 from aurora_lit.serve.prefixes import SlotTable
 from aurora_lit.serve.proposing import Proposer
@@ -60,21 +61,22 @@ class Engine:
         prefill_chunk_tokens: int = 256,
         prefix_cache: bool = True,
         adaptive: bool = True,
-        lookup: bool = False,
+        lookup_tokens: int = 0,
         draft_version: str = "",
         observer: RoundObserver | None = None,
         explore_share: float = 0.0,
         explore_temperature: float = 1.0,
         explore_seed: int = 0,
     ) -> None:
-        """`draft` None and no `lookup`: plain decoding. `max_seq_len` counts prompt and output tokens of a request."""
+        """No `draft`, no `lookup_tokens`: plain decoding. `max_seq_len` counts a request's prompt and output tokens."""
         self.eos_token_ids, self.max_seq_len = eos_token_ids, max_seq_len
         self.vocab_size = target.vocab_size
         self.draft_version = draft_version
         self.stats = EngineStats()
         self._target = target
         self._observer = observer
-        capacity = slot_capacity(max_seq_len=max_seq_len, max_draft_tokens=max_draft_tokens, tree_tokens=tree_tokens)
+        widest = {"max_draft_tokens": max_draft_tokens, "tree_tokens": tree_tokens, "lookup_tokens": lookup_tokens}
+        capacity = slot_capacity(max_seq_len=max_seq_len, **widest)
         self._device = target.model.device
         self._tokens_SL = torch.zeros(max_batch_size, capacity + 1, dtype=torch.int64, device=self._device)
         slots = target.make_slots(num_slots=max_batch_size, capacity=capacity)
@@ -83,6 +85,7 @@ class Engine:
         self._drafter: Drafter | None = None
         if draft is not None and max_draft_tokens:
             self._drafter = Drafter(draft, target, tokens_SL=self._tokens_SL, capacity=capacity)
+        self._lookup = lookup_tokens > 0
         self._passes = TargetPasses(target, slots=slots, drafter=self._drafter, observer=observer)
         self._table = SlotTable(self._tokens_SL, share=prefix_cache, tracing=observer is not None)
         self._prefill = Prefill(
@@ -97,15 +100,14 @@ class Engine:
         can_branch = self._drafter is not None and self._drafter.can_branch and target.can_branch
         self.policy = DraftLength(
             max_draft_tokens=max_draft_tokens if self._drafter else 0,
-            max_proposals=max_draft_tokens,
+            max_proposals=lookup_tokens,
             adaptive=adaptive,
             tree_tokens=tree_tokens if can_branch else 0,
         )
-        self._lookup = lookup and max_draft_tokens > 0
         self.proposer = Proposer(
             self._drafter,
             self.policy,
-            lookup=self._lookup,
+            copying=Copying(self.policy, most=lookup_tokens, ragged=target.can_branch) if lookup_tokens else None,
             device=self._device,
             explore_share=explore_share,
             explore_temperature=explore_temperature,
@@ -172,7 +174,12 @@ class Engine:
         if not rows:
             return []
         self.stats.rounds += 1
-        return self._verify(rows, self.proposer.propose(rows))
+        if rows != self._options_rows:
+            self._options_rows = rows
+            self._options = LogitOptions.of([row.params for row in rows], device=self._device)
+        argmax = self._options.is_argmax and all(row.params.logprobs is None for row in rows)
+        proposals = self.proposer.propose(rows, ragged=argmax and self._target.can_branch)
+        return self._verify(rows, proposals, argmax=argmax)
 
     def _admit(self) -> None:
         """Give free slots to those who wait longest; what a slot still holds of a prompt is not read again."""
@@ -203,28 +210,29 @@ class Engine:
 
     # -- draft and verify ------------------------------------------------------------------------------------------
 
-    def _verify(self, rows: list[Row], proposals: Proposals) -> list[Output]:
-        """One target pass over each row's last token and its proposals, then accept and commit."""
-        if rows != self._options_rows:
-            self._options_rows = rows
-            self._options = LogitOptions.of([row.params for row in rows], device=self._device)
+    def _verify(self, rows: list[Row], proposals: Proposals, *, argmax: bool) -> list[Output]:
+        """One target pass over each row's last token and its proposals, then accept and commit.
+
+        `argmax`: all that is wanted is which logits are largest.
+        """
         last_tokens_B1 = torch.stack([self._tokens_SL[row.slot, row.length - 1] for row in rows])[:, None]
         ids_BT = torch.cat([last_tokens_B1, proposals.token_BK], dim=1)
+        widths = widths_of(proposals) if argmax and self._target.can_branch else None
         started = time.perf_counter()
-        computed = self._passes.run(rows, ids_BT, parents_BT=proposals.parent_BT)
-        verdict, logits_BTV = self._judge(rows, proposals, computed.last_BTH)
-        self._passes.keep(rows, computed, column_BA=verdict.column_BA)
+        computed = self._passes.run(rows, ids_BT, parents_BT=proposals.parent_BT, widths=widths)
+        verdict, logits_BTV = self._judge(rows, proposals, computed, argmax=argmax)
+        self._passes.keep(rows, computed, verdict)
         judged = judge(proposals, verdict)
         outputs = [
             self._commit(row, of_row, None if logits_BTV is None else logits_BTV[b])
             for b, (row, of_row) in enumerate(zip(rows, judged, strict=True))
         ]
-        self.policy.observe_target(len(rows), ids_BT.shape[1], time.perf_counter() - started)
+        self.policy.observe_target(len(rows), len(computed.last_NH), time.perf_counter() - started)
         if proposals.parent_BK is not None:
             self.policy.observe_trees(judged, outputs)
         if self._observer:
             tell(
-                self._observer, rows, outputs, proposals=proposals, last_BTH=computed.last_BTH,
+                self._observer, rows, outputs, proposals=proposals, last_BTH=computed.of_columns(computed.last_NH),
                 version=self.draft_version, explore_temperature=self.proposer.explore_temperature,
             )  # fmt: skip
         for row, output in zip(rows, outputs, strict=True):
@@ -233,12 +241,13 @@ class Engine:
         return outputs
 
     def _judge(
-        self, rows: list[Row], proposals: Proposals, last_BTH: torch.Tensor
+        self, rows: list[Row], proposals: Proposals, computed: Computed, *, argmax: bool
     ) -> tuple[Verdict, torch.Tensor | None]:
         """What the target says of the proposals; and its logits, unless all that is wanted is which are largest."""
-        if self._options.is_argmax and all(row.params.logprobs is None for row in rows):
-            return verify_matching(self._target.likeliest(last_BTH), proposals=proposals), None
-        logits_BTV = self._target.logits(last_BTH)
+        if argmax:
+            token_N = self._target.likeliest(computed.last_NH)
+            return verify_matching(token_N[computed.place_BT], proposals=proposals), None
+        logits_BTV = self._target.logits(computed.of_columns(computed.last_NH))
         verdict = verify(
             logits_BTV,
             options=self._options,
@@ -263,7 +272,7 @@ class Engine:
         self._tokens_SL[row.slot, row.length : end] = torch.tensor(tokens, dtype=torch.int64)
         first = row.length == row.prompt_length
         row.length = end
-        self.policy.observe(row, proposed=chain_proposed, accepted=chain_accepted)
+        self.proposer.observe(row, proposed=chain_proposed, accepted=chain_accepted, cut=reason is not None)
         if self._lookup:
             row.ngrams.extend(tokens)
         self.stats.count(generated=len(tokens), proposed=proposed, accepted=accepted, explored=row.explored)

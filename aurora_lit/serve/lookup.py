@@ -1,42 +1,70 @@
 """Prompt lookup: proposals copied from what the request has said before, at no cost.
 
-When the last few tokens occurred earlier in prompt or output, what followed them there is proposed (Saxena 2023,
-"Prompt Lookup Decoding"; n-gram speculation in vLLM). Good at summaries, code and refrains, where the draft is blind
-to anything but its features. What is left out: when to prefer it to the draft (serve/proposing.py).
+Where the last few tokens occurred earlier in prompt or output, what followed them there is proposed (Saxena 2023,
+"Prompt Lookup Decoding"; n-gram speculation in vLLM). Of several places the one is taken before which most tokens
+agree, as in suffix decoding (Oliaro et al. 2024, arXiv 2411.04975): the more do, the more of the copy is right. Good at
+summaries, code and refrains, where the draft is blind to anything but its features. What is left out: how much is
+copied, and when that is preferred to the draft (serve/copying.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-MATCH_TOKENS = 3
-"""Tokens that must agree; two match too often by chance."""
+LEAST_MATCH, MOST_MATCH = 2, 12
+"""Tokens that must agree; agreement beyond the second number is not looked at."""
+_PLACES = 16
+"""Latest occurrences of the last tokens that are compared."""
 
 
 class NgramIndex:
-    """All tokens of one request, and where each run of `MATCH_TOKENS` was followed last.
+    """All tokens of one request, and where each run of `LEAST_MATCH` of them occurred.
 
     >>> index = NgramIndex([5, 6, 7, 8, 9, 5, 6, 7])
-    >>> index.continuation(4)
+    >>> index.longest()
+    (3, 3)
+    >>> index.continuation(3, 4)
     [8, 9, 5, 6]
     """
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
         self._tokens: list[int] = []
-        self._follower_at: dict[tuple[int, ...], int] = {}
+        self._last_at: dict[tuple[int, int], int] = {}
+        self._before: list[int] = []
+        """For each token, where the two in front of it occurred last before: the place behind them; 0: nowhere."""
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Append committed tokens."""
+        known = self._tokens
         for token in tokens:
-            if len(self._tokens) >= MATCH_TOKENS:
-                self._follower_at[tuple(self._tokens[-MATCH_TOKENS:])] = len(self._tokens)
-            self._tokens.append(token)
+            place = len(known)
+            if place >= LEAST_MATCH:
+                pair = known[-2], known[-1]
+                self._before.append(self._last_at.get(pair, 0))
+                self._last_at[pair] = place
+            else:
+                self._before.append(0)
+            known.append(token)
 
-    def continuation(self, count: int) -> list[int]:
-        """The next `count` tokens as they came last time, going round in circles at the end; [] without a match."""
-        start = self._follower_at.get(tuple(self._tokens[-MATCH_TOKENS:]))
-        if start is None:
-            return []
-        period = len(self._tokens) - start
-        return [self._tokens[start + i % period] for i in range(count)]
+    def longest(self) -> tuple[int, int]:
+        """How many of the last tokens agree with those in front of an earlier place, and that place; (0, 0): none."""
+        known = self._tokens
+        if len(known) <= LEAST_MATCH:
+            return 0, 0
+        place, best, at = self._last_at.get((known[-2], known[-1]), 0), 0, 0
+        for _ in range(_PLACES):
+            if not place or best == MOST_MATCH:
+                break
+            agreed, most = LEAST_MATCH, min(MOST_MATCH, place)
+            while agreed < most and known[place - 1 - agreed] == known[-1 - agreed]:
+                agreed += 1
+            if agreed > best:
+                best, at = agreed, place
+            place = self._before[place]
+        return best, at
+
+    def continuation(self, place: int, count: int) -> list[int]:
+        """The `count` tokens from a place on, going round in circles at the end."""
+        period = len(self._tokens) - place
+        return [self._tokens[place + i % period] for i in range(count)]

@@ -32,7 +32,7 @@ class RoundNote(NamedTuple):
     explored: bool
     draft_temperature: float
     proposals: list[int]
-    """Without those that the request's end cut off."""
+    """Without those that the request's end cut off, or that stand behind the first refused one of a copy."""
     logprobs: list[float] | None
     """Their behaviour log-probabilities. None for lookup, and where p is more than the target's softmax: a learner has
     only that, and would take wrong rewards from such rounds."""
@@ -107,6 +107,8 @@ def tell(
         count = proposed[i] if committed > accepted else accepted
         source = SOURCE_NOBODY if not count else SOURCE_LOOKUP if row.looked_up else SOURCE_DRAFT
         drafted = source == SOURCE_DRAFT
+        if source == SOURCE_LOOKUP:
+            count = min(count, accepted + 1)  # nobody learns from what a copy would have gone on with
         temperature = 1.0
         if drafted and row.explored:
             temperature = explore_temperature

@@ -93,7 +93,7 @@ class Prefill:
             old = self._token_s or token_s
             self._token_s = old + (1 - _COST_MEMORY) * (min(token_s, 2 * old) - old)
         if row.params.prompt_logprobs is not None:
-            self._note_prompt(row, computed.last_BTH[0], start)
+            self._note_prompt(row, computed.last_NH, start)
         row.prefilled = end
 
     def _note_prompt(self, row: Row, last_TH: torch.Tensor, start: int) -> None:

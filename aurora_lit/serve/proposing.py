@@ -1,4 +1,4 @@
-"""Who proposes what in a round: prompt lookup where it has been right, else the draft, else nobody.
+"""Who proposes what in a round: prompt lookup where it promises more, else the draft, else nobody.
 
 Lookup serves rows that accept what equals the target's own token (greedy and seeded ones); for the others proposals
 must be drawn from a distribution, which only the draft has. No draft pass runs when no row needs one.
@@ -25,20 +25,24 @@ from aurora_lit.modules.distribution import LogitOptions, is_greedy
 from aurora_lit.modules.sampling import Proposals, behaviour_logprobs
 from aurora_lit.request import SamplingParams
 from aurora_lit.serve.branching import propose_tree
+from aurora_lit.serve.copying import Copying
 from aurora_lit.serve.drafting import Drafter, DraftRows
 from aurora_lit.serve.rows import Row
 from aurora_lit.serve.speculation import MOST_LEFT, DraftLength
 
+_MOST_SIDE_BY_SIDE = 4
+"""Tokens copied where a round computes as many columns, and logits, for all rows as for the one with most."""
+
 
 class Proposer:
-    """Makes the round's proposals for a batch; `drafter` None: lookup alone, `lookup` false: the draft alone."""
+    """Makes the round's proposals for a batch; `drafter` None: lookup alone, `copying` None: the draft alone."""
 
     def __init__(
         self,
         drafter: Drafter | None,
         policy: DraftLength,
         *,
-        lookup: bool,
+        copying: Copying | None,
         device: torch.device,
         explore_share: float = 0.0,
         explore_temperature: float = 1.0,
@@ -48,7 +52,7 @@ class Proposer:
         """`log_probabilities`: also say how likely each proposal was (`Proposals.logprob_BK`)."""
         self._drafter = drafter
         self._policy = policy
-        self._lookup = lookup
+        self._copying = copying
         self._device = device
         self.explore_share, self.explore_temperature = explore_share, explore_temperature
         self._rng = random.Random(explore_seed)
@@ -56,30 +60,46 @@ class Proposer:
         self._options_rows: list[Row] = []
         self._options = LogitOptions.of([])
 
-    def propose(self, rows: Sequence[Row]) -> Proposals:
-        """Proposals for each row; sets each row's `looked_up` and `explored`, so that the outcome counts for those."""
+    def propose(self, rows: Sequence[Row], *, ragged: bool = False) -> Proposals:
+        """Proposals for each row; sets each row's `looked_up` and `explored`, so that the outcome counts for those.
+
+        `ragged`: rows may have very different numbers of them, since the target runs no more than those.
+        """
         speculating = [i for i, row in enumerate(rows) if row.params.speculate]
-        copied = self._look_up(rows, speculating)
+        copied = self._look_up(rows, speculating, ragged=ragged)
         for i, row in enumerate(rows):
             row.looked_up, row.explored = i in copied, False
         drafting = [i for i in speculating if i not in copied]
         drafted, drafting = self._draft(rows, drafting)
         return self._merge(len(rows), copied, drafting, drafted)
 
-    def _look_up(self, rows: Sequence[Row], speculating: list[int]) -> dict[int, list[int]]:
-        """Tokens copied for the rows where lookup has a match and a better record than the draft."""
-        if not self._lookup:
+    def observe(self, row: Row, *, proposed: int, accepted: int, cut: bool) -> None:
+        """Take in a round's outcome; `cut`: the request ended there, maybe within what was right."""
+        if not row.looked_up:
+            self._policy.observe(row, proposed=proposed, accepted=accepted)
+        elif self._copying is not None and not cut:
+            self._copying.record.observe(row.match, proposed=proposed, accepted=accepted)
+
+    def _look_up(self, rows: Sequence[Row], speculating: list[int], *, ragged: bool) -> dict[int, list[int]]:
+        """Tokens copied for the rows of which a copy promises more than the draft."""
+        if self._copying is None:
             return {}
-        found = {}
+        most = self._copying.most if ragged else min(self._copying.most, _MOST_SIDE_BY_SIDE)
+        places, survivals = {}, []
         for i in speculating:
             row = rows[i]
-            matches = is_greedy(row.params) or row.params.seed is not None
-            if matches and row.lookup_rate >= row.rate:
-                found[i] = row.ngrams.continuation(self._policy.max_proposals)
-        found = {i: tokens for i, tokens in found.items() if tokens}
-        rates = [rows[i].lookup_rate for i in found]
-        count = self._policy.choose_copied(rates, num_others=len(rows) - len(found))
-        return {i: tokens[:count] for i, tokens in found.items()} if count else {}
+            count = min(most, row.num_left - 1)
+            if count > 0 and (is_greedy(row.params) or row.params.seed is not None):
+                row.match, place = row.ngrams.longest()
+                if row.match:
+                    places[i] = place
+                    survivals.append(self._copying.record.survival(row.match, count))
+        if not places:
+            return {}
+        rates = [rows[i].rate for i in places]
+        counts = self._copying.choose(survivals, rates, num_others=len(rows) - len(places))
+        chosen = zip(places.items(), counts, strict=True)
+        return {i: rows[i].ngrams.continuation(place, count) for (i, place), count in chosen if count}
 
     def _draft(self, all_rows: Sequence[Row], places: list[int]) -> tuple[Proposals | None, list[int]]:
         """What is drafted, and for which of the rows at `places`."""
@@ -95,7 +115,7 @@ class Proposer:
         options, num_nodes = self._options_for(rows), 0
         if not (options.num_free or options.penalty_rows.numel() or self._policy.probing):
             num_steps, num_nodes = self._policy.choose_tree(num_steps, rates, num_plain=num_others)
-        left = sum(min(MOST_LEFT, row.params.max_tokens - row.length + row.prompt_length) for row in all_rows)
+        left = sum(min(MOST_LEFT, row.num_left) for row in all_rows)
         debt = sum(behind)
         if not num_steps or not self._policy.stands(
             num_steps, num_nodes, rates, num_plain=num_others, behind=debt, left=left

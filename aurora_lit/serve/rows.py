@@ -13,6 +13,7 @@ from aurora_lit.modules.sampling import Proposals, Verdict
 from aurora_lit.modules.tree import depths, first_choices
 from aurora_lit.request import Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.lookup import NgramIndex
+from aurora_lit.settings import MOST_PROPOSED
 
 
 @dataclass(kw_only=True)
@@ -28,7 +29,7 @@ class EngineStats:
     """Rounds of a request in which tokens were proposed for it."""
     proposed: int = 0
     accepted: int = 0
-    accepted_by_position: list[int] = field(default_factory=lambda: [0] * 8)
+    accepted_by_position: list[int] = field(default_factory=lambda: [0] * MOST_PROPOSED)
     opted_out: int = 0
     """Requests of which no trace may be made."""
     explored: int = 0
@@ -60,10 +61,10 @@ class Row:
     """Prompt tokens the target has run."""
     looked_for_beginning: bool = False
     """Whether other slots were searched for the prompt's beginning."""
-    lookup_rate: float = 0.6
-    """The same of prompt lookup; starts where it is tried before the draft has shown more."""
     looked_up: bool = False
     """Whether this round's proposals are copied."""
+    match: int = 0
+    """How many tokens agree in front of the place that would be copied from."""
     explored: bool = False
     """Whether this round's proposals are drawn at the exploration's temperature."""
     versions: dict[str, None] = field(default_factory=dict)
@@ -75,6 +76,11 @@ class Row:
     def num_held(self) -> int:
         """Tokens whose keys, values and states lie in the slot."""
         return self.length - 1 if self.prefilled == self.prompt_length - 1 else self.prefilled
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that the request may still get, as it was asked for."""
+        return self.params.max_tokens - self.length + self.prompt_length
 
     @property
     def params(self) -> SamplingParams:

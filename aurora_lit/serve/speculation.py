@@ -8,7 +8,8 @@ A tree of n nodes (serve/branching.py) costs its levels' wider draft passes and 
 often than a chain's: h = a + (1 − a)s, where the share s of misses that a tree of that size saves is learned from the
 trees that were verified, and taken for less where a is lower than theirs.
 
-What is left out: drafting itself (serve/drafting.py), how costs (serve/costs.py) and misses (serve/misses.py) are kept.
+What is left out: drafting itself (serve/drafting.py), how costs (serve/costs.py) and misses (serve/misses.py) are kept,
+how much is copied (serve/copying.py).
 Seconds everywhere.
 """
 
@@ -80,7 +81,7 @@ class DraftLength:
         self.level_cost = CostTable()
         """Of each level of a tree after the first, by rows (width 1)."""
         self._tree_misses = {n: Misses(n) for n in self.tree_sizes}
-        self._last_tree = 0
+        self._last_tree = self._last_levels = 0
 
     def choose(self, rates: Sequence[float], *, num_plain: int = 0) -> int:
         """Draft length for rows of these acceptance rates beside `num_plain` rows that do not speculate."""
@@ -143,8 +144,8 @@ class DraftLength:
         speeds = {shape: self._tree_speed(*shape, rates, rows) for shape in shapes}
         best = max(speeds, key=speeds.__getitem__, default=(steps, 0))
         bar = self._speed(steps, rates, rows) * (1.0 if self._last_tree else _GAIN_TO_CHANGE)
-        levels, self._last_tree = best if speeds.get(best, 0.0) > bar else (steps, 0)
-        return levels, self._last_tree
+        self._last_levels, self._last_tree = best if speeds.get(best, 0.0) > bar else (steps, 0)
+        return self._last_levels, self._last_tree
 
     def worth_another_level(
         self, reach: Sequence[float], rates: Sequence[float], *, nodes: int, num_plain: int = 0
@@ -198,23 +199,21 @@ class DraftLength:
         plain_s = self.target_cost(rows, 1)
         return gain_tokens * plain_s / rows * _LATE_TOKEN_WORTH > cost_s
 
-    def choose_copied(self, rates: Sequence[float], *, num_others: int) -> int:
-        """How many copied tokens to verify for rows of these acceptance rates: they cost no drafting."""
-        if not rates:
-            return 0
-        if not self.adaptive:
-            return self.max_proposals
-        rows = len(rates) + num_others
+    def promised_tokens(self, rate: float, *, rows: int, speed: float, column_tokens: float) -> float:
+        """Tokens that a row's draft promises as rounds were last drafted, less those that its time would have given.
 
-        def speed(count: int) -> float:
-            seconds = self.target_cost(rows, count + 1)
-            return (rows + _gained(count, rates)) / seconds if seconds else float(count)
-
-        best = max(range(self.max_proposals + 1), key=speed)
-        return best if speed(best) > speed(0) * _GAIN_TO_CHANGE else 0
+        `speed`: tokens a second otherwise; `column_tokens`: what a column's time would have given.
+        """
+        nodes = self._last_tree
+        levels, later_cost = (self._last_levels, self.level_cost) if nodes else (self._last, self.next_step_cost)
+        if not levels:
+            return 0.0
+        drafting_s = self.first_step_cost(rows, 1) + (levels - 1) * later_cost(rows, 1)
+        hit = self._tree_rate(nodes, rate) if nodes else rate
+        return _gained(levels, [hit]) - (nodes or levels) * column_tokens - drafting_s / rows * speed
 
     def observe(self, row: Row, *, proposed: int, accepted: int) -> None:
-        """Take in a round's outcome: the rate of whoever proposed for the row and, for the draft, of all traffic.
+        """Take in a round's outcome: the rate of the row, and of all traffic.
 
         An exploring round says nothing about the others.
         """
@@ -222,11 +221,8 @@ class DraftLength:
             return
         for i in range(min(accepted + 1, proposed)):
             hit = 1.0 if i < accepted else 0.0
-            if row.looked_up:
-                row.lookup_rate += (1 - _RATE_MEMORY) * (hit - row.lookup_rate)
-            else:
-                row.rate += (1 - _RATE_MEMORY) * (hit - row.rate)
-                self.mean_rate += (1 - _MEAN_RATE_MEMORY) * (hit - self.mean_rate)
+            row.rate += (1 - _RATE_MEMORY) * (hit - row.rate)
+            self.mean_rate += (1 - _MEAN_RATE_MEMORY) * (hit - self.mean_rate)
 
     def start_over(self, rows: Sequence[Row]) -> None:
         """Another draft proposes: what the last one was worth must not keep this one from being tried."""
@@ -235,10 +231,10 @@ class DraftLength:
             row.rate = max(row.rate, _FIRST_RATE)
         self._last, self._rounds_without = self.max_draft_tokens, 0
 
-    def observe_target(self, rows: int, width: int, seconds: float) -> None:
-        """Take in how long a round took from the target's pass on."""
+    def observe_target(self, rows: int, columns: int, seconds: float) -> None:
+        """Take in how long a round took from the target's pass on, which ran so many columns of all rows together."""
         if self.times_count:
-            self.target_cost.update(rows, width, seconds)
+            self.target_cost.update(rows, columns / rows, seconds)
 
     def observe_draft(self, rows: int, steps: int, seconds: float, *, behind: int = 0) -> None:
         """Take in how long drafting took in a round, catching up with `behind` positions included."""
