@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from live_traces import online_module, serve, some_requests
 from tiny_models import random_draft, save_model, trained_draft
 
-from aurora_lit.learn.budget import Budget
+from aurora_lit.learn.budget import Budget, Load
 from aurora_lit.learn.feed import MAX_PASSES, Feed, informativeness
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.gate import HeldOut, HeldOutRequest, judge, score_requests
@@ -67,50 +68,57 @@ class FakeMachine:
         self.wall += seconds
 
 
+def a_budget(machine: FakeMachine, **changes: Any) -> Budget:
+    fields = {"full_load_share": 0.0, "minimum_duty": 0.0, "cpus": 2, **changes}
+    return Budget(**fields, wall_s=lambda: machine.wall, cpu_s=lambda: machine.cpu)
+
+
 @pytest.mark.parametrize(("share", "step_s", "slowdown"), [(0.04, 2.0, 1.0), (0.04, 0.05, 3.0), (0.3, 0.5, 1.5)])
-@pytest.mark.parametrize("busy", [False, True])
-def test_the_budget_holds_its_share_within_a_fifth(share: float, step_s: float, slowdown: float, busy: bool) -> None:
+@pytest.mark.parametrize(("load", "most"), [(Load.SPARE, 1.0), (Load.FULL, 0.03), (Load.QUEUEING, 0.01)])
+def test_the_budget_holds_its_share_within_a_fifth(
+    share: float, step_s: float, slowdown: float, load: Load, most: float
+) -> None:
     machine = FakeMachine()
-    budget = Budget(share=share, minimum_duty=0.01, cpus=2, wall_s=lambda: machine.wall, cpu_s=lambda: machine.cpu)
+    budget = a_budget(machine, share=share, full_load_share=0.03, minimum_duty=0.01)
     machine.sleep(30)  # nothing to do at first: only a little of that is kept
     began_wall, began_cpu = machine.wall, machine.cpu
     while machine.wall < began_wall + 3600:
-        if wait_s := budget.wait_s(busy=busy):
+        if wait_s := budget.wait_s(load):
             machine.sleep(min(wait_s, 0.2))
         else:
             machine.work(step_s, slowdown=slowdown)
     used = (machine.cpu - began_cpu) / (2 * (machine.wall - began_wall))
-    assert used == pytest.approx(min(share, 0.01) if busy else share, rel=0.2)
+    assert used == pytest.approx(min(share, most), rel=0.2)
 
 
 def test_a_long_idle_time_is_not_made_up_for() -> None:
     machine = FakeMachine()
-    budget = Budget(share=0.04, minimum_duty=0, cpus=2, wall_s=lambda: machine.wall, cpu_s=lambda: machine.cpu)
+    budget = a_budget(machine, share=0.04)
     machine.sleep(3600)
     began = machine.cpu
-    while budget.wait_s(busy=False) == 0:
+    while budget.wait_s(Load.SPARE) == 0:
         machine.work(0.05)
     assert machine.cpu - began < 1.0
 
 
 def test_the_measured_share_is_that_of_the_last_minute() -> None:
     machine = FakeMachine()
-    budget = Budget(share=0.5, minimum_duty=0, cpus=2, wall_s=lambda: machine.wall, cpu_s=lambda: machine.cpu)
+    budget = a_budget(machine, share=0.5)
     machine.work(60)
-    assert budget.wait_s(busy=False) == 0
+    assert budget.wait_s(Load.SPARE) == 0
     assert budget.measured_share == pytest.approx(0.5)
     for _ in range(100):
         machine.sleep(1)
-        budget.wait_s(busy=False)
+        budget.wait_s(Load.SPARE)
     assert budget.measured_share == pytest.approx(0)
 
 
 def test_without_a_minimum_duty_a_busy_server_is_left_alone() -> None:
     machine = FakeMachine()
-    budget = Budget(share=0.5, minimum_duty=0, cpus=1, wall_s=lambda: machine.wall, cpu_s=lambda: machine.cpu)
+    budget = a_budget(machine, share=0.5, cpus=1)
     machine.work(1)
-    assert budget.wait_s(busy=True) == float("inf")
-    assert budget.wait_s(busy=False) == pytest.approx(2.0), "what was worked while requests queued earned nothing"
+    assert budget.wait_s(Load.QUEUEING) == float("inf")
+    assert budget.wait_s(Load.SPARE) == pytest.approx(2.0), "what was worked while requests queued earned nothing"
 
 
 # -- reservoir -----------------------------------------------------------------------------------------------------

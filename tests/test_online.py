@@ -26,7 +26,7 @@ from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.ipc.status import STATUS_NAME, StatusBlock
-from aurora_lit.learn.budget import Budget
+from aurora_lit.learn.budget import Budget, Load
 from aurora_lit.learn.feed import Feed
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.gate import HeldOut, judge
@@ -77,10 +77,10 @@ class World:
             module, steering or a_steering(), folder / "learner.ckpt", ends=self.ends, version=STARTING_VERSION,
             vocabulary_use=VocabularyUse(self.ends) if config.adapt_vocabulary else None,
         )  # fmt: skip
-        self.busy = False
+        self.load = Load.SPARE
         self.naps: list[float] = []
         self.outside = Outside(
-            traces=self.ring, store=self.store, page=self.page, requests_wait=lambda: self.busy,
+            traces=self.ring, store=self.store, page=self.page, load=lambda: self.load,
             served_draft=self.served_draft, sleep=self.naps.append,
         )  # fmt: skip
         self.loop = OnlineLoop(
@@ -95,7 +95,7 @@ class World:
                 vocabulary_use=self.learner.vocabulary_use,
             ),
             held_out=HeldOut(num_newest=config.gate_requests, seed=0),
-            budget=Budget(share=1.0, minimum_duty=1.0, cpu_s=lambda: 0.0),
+            budget=Budget(share=1.0, full_load_share=1.0, minimum_duty=1.0, cpu_s=lambda: 0.0),
         )  # fmt: skip
 
     def served_draft(self, version: str | None) -> Draft:
@@ -291,13 +291,14 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(
     assert not Learner(other, a_steering(), tmp_path / "state", ends=ends, version="start").resume()
 
 
+@pytest.mark.parametrize("load", [Load.FULL, Load.QUEUEING])
 def test_the_loop_yields_while_its_share_is_used_up_and_still_reads(
-    target: Target, traffic: list[Trace], tmp_path: Path
+    target: Target, traffic: list[Trace], tmp_path: Path, load: Load
 ) -> None:
     world = World(target, tmp_path)
     spent = 0.0
-    world.loop._budget = Budget(share=0.001, minimum_duty=0.0, cpu_s=lambda: spent)
-    spent, world.busy = 100.0, True
+    world.loop._budget = Budget(share=0.001, full_load_share=0.001, minimum_duty=0.0, cpu_s=lambda: spent)
+    spent, world.load = 100.0, load
     world.ring.records.extend(traffic[:5])
     for _ in range(3):
         world.loop.tick()

@@ -5,9 +5,9 @@ so the share holds on average whatever a step costs. The whole process counts, r
 What is left out: the sleeping itself (learn/loop.py), and priority (learn/online.py), which decides who goes first
 where this decides how much.
 
-    budget = Budget(share=0.04, minimum_duty=0.005)
+    budget = Budget(share=0.04, full_load_share=0.015, minimum_duty=0.005)
     while True:
-        if wait_s := budget.wait_s(busy=requests_wait()):
+        if wait_s := budget.wait_s(load()):
             time.sleep(wait_s)
         else:
             step()
@@ -19,6 +19,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from enum import Enum
 
 _SAVED_S = 10.0
 """Seconds of unused share that are kept: a learner that waited for traces may begin with a few steps at once."""
@@ -28,6 +29,17 @@ _WINDOW_S = 60.0
 """Wall seconds that `measured_share` looks back."""
 
 
+class Load(Enum):
+    """What serving has to do."""
+
+    SPARE = 1
+    """Slots are free."""
+    FULL = 2
+    """Every slot is taken: a second of learning costs about one of serving."""
+    QUEUEING = 3
+    """Requests wait for a slot."""
+
+
 class Budget:
     """Holds this process's processor time to a share of the machine's."""
 
@@ -35,28 +47,30 @@ class Budget:
         self,
         *,
         share: float,
+        full_load_share: float,
         minimum_duty: float,
         cpus: int | None = None,
         wall_s: Callable[[], float] = time.monotonic,
         cpu_s: Callable[[], float] = time.process_time,
     ) -> None:
-        """share: of all processors; minimum_duty: the share while requests queue; cpus: None counts the machine's."""
+        """share: of all processors, and no more by the others: full_load_share while every slot is taken, minimum_duty
+        while requests queue. cpus: None counts the machine's.
+        """
         self._cpus = cpus or os.cpu_count() or 1
-        self._share, self._minimum = share, min(minimum_duty, share)
+        self._shares = {
+            Load.SPARE: share, Load.FULL: min(full_load_share, share), Load.QUEUEING: min(minimum_duty, share)
+        }  # fmt: skip
         self._wall_s, self._cpu_s = wall_s, cpu_s
         self._balance_s = 0.0
         self._seen = (wall_s(), cpu_s())
         self._samples = deque([self._seen])
 
-    def wait_s(self, *, busy: bool) -> float:
-        """Seconds until work may begin if nothing changes; 0: now. `busy`: requests wait for the machine.
-
-        Infinite when busy and no minimum duty is set.
-        """
+    def wait_s(self, load: Load) -> float:
+        """Seconds until work may begin if nothing changes; 0: now. Infinite where there is no share for that load."""
         wall, cpu = self._wall_s(), self._cpu_s()
-        rate = (self._minimum if busy else self._share) * self._cpus
+        rate = self._shares[load] * self._cpus
         earned, spent = rate * (wall - self._seen[0]), cpu - self._seen[1]
-        self._balance_s = min(self._balance_s + earned - spent, self._share * self._cpus * _SAVED_S)
+        self._balance_s = min(self._balance_s + earned - spent, self._shares[Load.SPARE] * self._cpus * _SAVED_S)
         self._seen = (wall, cpu)
         self._samples.append(self._seen)
         while len(self._samples) > 2 and self._samples[1][0] <= wall - _WINDOW_S:

@@ -17,7 +17,7 @@ from typing import Protocol
 from aurora_lit.errors import CheckpointError, TraceError
 from aurora_lit.ipc.learner_status import LearnerBlock
 from aurora_lit.learn.admission import Admission
-from aurora_lit.learn.budget import Budget
+from aurora_lit.learn.budget import Budget, Load
 from aurora_lit.learn.domain_drafts import DomainDrafts
 from aurora_lit.learn.feed import Feed
 from aurora_lit.learn.frozen import FrozenEnds
@@ -58,8 +58,8 @@ class Outside:
     traces: TraceSource
     store: DraftStore
     page: LearnerBlock
-    requests_wait: Callable[[], bool]
-    """Whether requests queue at the server."""
+    load: Callable[[], Load]
+    """What the server has to do."""
     served_draft: Callable[[str | None], Draft]
     """A version's draft, checked; None: the one that serving started with. Raises CheckpointError."""
     monotonic_s: Callable[[], float] = time.monotonic
@@ -172,10 +172,10 @@ class OnlineLoop:
 
     def _may_work(self) -> bool:
         """Whether the budget allows work now; if not, sleep a little, so that the ring is looked at again."""
-        busy = self._outside.requests_wait()
-        wait_s = self._budget.wait_s(busy=busy)
+        load = self._outside.load()
+        wait_s = self._budget.wait_s(load)
         if wait_s:
-            self._activity = "yielding to requests" if busy else "resting: its share is used up"
+            self._activity = "yielding to requests" if load is not Load.SPARE else "resting: its share is used up"
             self._report()
             self._outside.sleep(min(wait_s, _LONGEST_PAUSE_S))
         return not wait_s

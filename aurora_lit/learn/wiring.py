@@ -21,7 +21,7 @@ from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.learner_status import LearnerBlock
 from aurora_lit.ipc.ring import RingReader
 from aurora_lit.ipc.status import StatusBlock
-from aurora_lit.learn.budget import Budget
+from aurora_lit.learn.budget import Budget, Load
 from aurora_lit.learn.domain_drafts import DomainDrafts
 from aurora_lit.learn.feed import Feed
 from aurora_lit.learn.frozen import FrozenEnds
@@ -100,7 +100,7 @@ def build_loop(
                 traces=ring,
                 store=store,
                 page=page,
-                requests_wait=lambda: status.read().waiting > 0,
+                load=lambda: _load(status, num_slots=config.engine.max_batch_size),
                 served_draft=served_draft,
             ),
             config=learn,
@@ -110,11 +110,18 @@ def build_loop(
             feed=feed,
             held_out=HeldOut(num_newest=learn.gate_requests, seed=learn.seed),
             budget=Budget(
-                share=learn.compute_share, minimum_duty=learn.minimum_duty,
+                share=learn.compute_share, full_load_share=learn.full_load_share, minimum_duty=learn.minimum_duty,
                 cpu_s=leader.processor_s if leader else time.process_time,
             ),
             domain_drafts=_domain_drafts(config, store, starting, ends) if learn.domain_drafts else None,
         )
+
+
+def _load(status: StatusBlock, *, num_slots: int) -> Load:
+    now = status.read()
+    if now.waiting:
+        return Load.QUEUEING
+    return Load.FULL if now.running >= num_slots else Load.SPARE
 
 
 def run_follower(config: AuroraConfig) -> None:
