@@ -153,8 +153,8 @@ class LearnConfig:
     """Start a learner with the server; false serves the draft as it is (`aurora-lit learn` can still attach one)."""
     compute_share: float = _within(0.04, 0.0001, 1.0)
     """Share of the machine's processor time that learning may use, measured."""
-    full_load_share: float = _within(0.015, 0.0, 1.0)
-    """Share it gets while every slot is taken: there a second of learning costs about one of serving."""
+    full_load_share: float = _within(0.02, 0.0, 1.0)
+    """Share it gets while nearly every slot is taken: there a second of learning costs about one of serving."""
     minimum_duty: float = _within(0.005, 0.0, 1.0)
     """Share it gets even while requests queue, so that learning never stands still."""
     threads: int = _within(1, 1, 4096)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from aurora_lit.learn.domain_drafts import DomainDrafts
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.gate import HeldOut
 from aurora_lit.learn.learner import PATIENCE_TRIALS, STARTING_VERSION
-from aurora_lit.learn.rounds import read_lesson
+from aurora_lit.learn.rounds import for_gate
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains import Shift
 from aurora_lit.modules.draft import Draft
@@ -53,10 +54,10 @@ def good_at(target: Target, traffic: dict[str, list[Trace]]) -> dict[str, Draft]
 
 def held(traces: dict[str, list[Trace]], ends: FrozenEnds, *, newest: str) -> HeldOut:
     """Held-out requests of both domains; the newest are of one."""
-    held_out = HeldOut(num_newest=8, seed=0)
+    held_out = HeldOut(num_newest=8, seed=0, read=partial(for_gate, ends=ends))
     for domain in sorted(traces, key=lambda domain: domain == newest):
         for trace in traces[domain][:8]:
-            held_out.add(read_lesson(trace, ends))
+            held_out.add(trace)
     return held_out
 
 

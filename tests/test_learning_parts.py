@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from aurora_lit.learn.feed import MAX_PASSES, Feed, informativeness
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.gate import HeldOut, HeldOutRequest, judge, score_requests
 from aurora_lit.learn.reservoir import Reservoir
-from aurora_lit.learn.rounds import crop, first_taught, fits, online_batch, read_lesson
+from aurora_lit.learn.rounds import crop, first_taught, fits, for_gate, online_batch, read_lesson
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft import Draft
 from aurora_lit.trace import Trace, check
@@ -338,8 +339,8 @@ def test_the_most_informative_come_first_and_the_oldest_make_room(
 
 
 def held(trace: Trace, ends: FrozenEnds) -> HeldOutRequest:
-    lesson = read_lesson(trace, ends)
-    return HeldOutRequest(request_id=trace.request_id, domain=trace.domain, lessons=[lesson])
+    read = partial(for_gate, ends=ends)
+    return HeldOutRequest(request_id=trace.request_id, domain=trace.domain, read=read, traces=[trace])
 
 
 def test_the_score_of_a_greedy_request_is_what_the_engine_accepts(
@@ -395,19 +396,17 @@ def test_the_score_of_a_free_request_is_the_overlap_of_the_two_distributions(
 
 
 def test_a_segmented_request_counts_once(ends: FrozenEnds, target: Target, served: list[Trace]) -> None:
-    held_out = HeldOut(num_newest=3, seed=0)
+    held_out = HeldOut(num_newest=3, seed=0, read=partial(for_gate, ends=ends))
     for trace in [*served[:5], served[4]]:
-        held_out.add(read_lesson(trace, ends))
+        held_out.add(trace)
     assert [len(request.lessons) for request in held_out.newest] == [1, 1, 2]
     assert len(list(held_out)) == 5, "the oldest two are remembered by domain"
 
 
 def test_older_requests_are_kept_by_domain_within_bounds(ends: FrozenEnds, served: list[Trace]) -> None:
-    held_out = HeldOut(num_newest=2, seed=0)
-    lesson = read_lesson(served[0], ends)
+    held_out = HeldOut(num_newest=2, seed=0, read=partial(for_gate, ends=ends))
     for i in range(300):
-        trace = replace(lesson.trace, request_id=str(i), domain="rare" if i < 3 else f"busy{i % 3}")
-        held_out.add(replace(lesson, trace=trace))
+        held_out.add(replace(served[0], request_id=str(i), domain="rare" if i < 3 else f"busy{i % 3}"))
     assert len(held_out.old["rare"]) == 3
     assert sum(map(len, held_out.old.values())) <= 64
     assert {len(held_out.old[f"busy{i}"]) for i in range(3)} == {16}

@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from aurora_lit.learn.learner import PATIENCE_TRIALS, STARTING_VERSION, Learner
 from aurora_lit.learn.loop import OnlineLoop, Outside
 from aurora_lit.learn.online import niceness
 from aurora_lit.learn.reservoir import Reservoir
-from aurora_lit.learn.rounds import online_batch, read_lesson
+from aurora_lit.learn.rounds import for_gate, online_batch, read_lesson
 from aurora_lit.learn.steering import Steering
 from aurora_lit.learn.vocabulary import VocabularyUse
 from aurora_lit.models.target import Target
@@ -94,7 +95,7 @@ class World:
                 batch_positions=config.batch_positions, live_bytes=1 << 24,
                 vocabulary_use=self.learner.vocabulary_use,
             ),
-            held_out=HeldOut(num_newest=config.gate_requests, seed=0),
+            held_out=HeldOut(num_newest=config.gate_requests, seed=0, read=partial(for_gate, ends=self.ends)),
             budget=Budget(share=1.0, full_load_share=1.0, minimum_duty=1.0, cpu_s=lambda: 0.0),
         )  # fmt: skip
 
@@ -291,9 +292,13 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(
     assert not Learner(other, a_steering(), tmp_path / "state", ends=ends, version="start").resume()
 
 
-@pytest.mark.parametrize("load", [Load.FULL, Load.QUEUEING])
-def test_the_loop_yields_while_its_share_is_used_up_and_still_reads(
-    target: Target, traffic: list[Trace], tmp_path: Path, load: Load
+@pytest.mark.parametrize(("load", "activity", "records"), [
+    (Load.SPARE, "resting: its share is used up", 5),
+    (Load.FULL, "yielding to requests", 0),
+    (Load.QUEUEING, "yielding to requests", 0),
+])  # fmt: skip
+def test_the_loop_rests_while_its_share_is_used_up_and_reads_on_where_that_is_in_nobodys_way(
+    target: Target, traffic: list[Trace], tmp_path: Path, load: Load, activity: str, records: int
 ) -> None:
     world = World(target, tmp_path)
     spent = 0.0
@@ -302,8 +307,8 @@ def test_the_loop_yields_while_its_share_is_used_up_and_still_reads(
     world.ring.records.extend(traffic[:5])
     for _ in range(3):
         world.loop.tick()
-    assert (world.learner.steps, world.loop.records, len(world.naps)) == (0, 5, 3)
-    assert world.page.read().activity == "yielding to requests"
+    assert (world.learner.steps, world.loop.records, len(world.naps)) == (0, records, 3)
+    assert world.page.read().activity == activity
     assert max(world.naps) <= 0.2
 
 

@@ -5,7 +5,7 @@ so the share holds on average whatever a step costs. The whole process counts, r
 What is left out: the sleeping itself (learn/loop.py), and priority (learn/online.py), which decides who goes first
 where this decides how much.
 
-    budget = Budget(share=0.04, full_load_share=0.015, minimum_duty=0.005)
+    budget = Budget(share=0.04, full_load_share=0.02, minimum_duty=0.005)
     while True:
         if wait_s := budget.wait_s(load()):
             time.sleep(wait_s)
@@ -35,7 +35,7 @@ class Load(Enum):
     SPARE = 1
     """Slots are free."""
     FULL = 2
-    """Every slot is taken: a second of learning costs about one of serving."""
+    """Nearly every slot is taken: a second of learning costs about one of serving."""
     QUEUEING = 3
     """Requests wait for a slot."""
 
@@ -53,8 +53,8 @@ class Budget:
         wall_s: Callable[[], float] = time.monotonic,
         cpu_s: Callable[[], float] = time.process_time,
     ) -> None:
-        """share: of all processors, and no more by the others: full_load_share while every slot is taken, minimum_duty
-        while requests queue. cpus: None counts the machine's.
+        """share: of all processors, and no more by the others: full_load_share while nearly every slot is taken,
+        minimum_duty while requests queue. cpus: None counts the machine's.
         """
         self._cpus = cpus or os.cpu_count() or 1
         self._shares = {

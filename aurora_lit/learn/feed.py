@@ -61,6 +61,7 @@ class Feed:
         self._client_positions = int(max_client_share * batch_positions)
         self._clients: deque[str] = deque(maxlen=_LATEST_CLIENTS)
         self._waiting: deque[Trace] = deque()
+        self._waiting_bytes = 0
         self._uniform = random.Random(seed) if choice == "uniform" else None
         self.positions_in = 0
         """Positions that came and can teach."""
@@ -83,8 +84,11 @@ class Feed:
         self.positions_in += len(trace.token_ids_T) - first_taught(trace)
         self._waiting.append(trace)
         self._clients.append(trace.client)
-        while sum(trace.num_bytes for trace in self._waiting) > self._live_bytes:
-            self._remember(self._waiting.popleft())
+        self._waiting_bytes += trace.num_bytes
+        while self._waiting_bytes > self._live_bytes:
+            oldest = self._waiting.popleft()
+            self._waiting_bytes -= oldest.num_bytes
+            self._remember(oldest)
 
     def next_batch(self, *, oldest_fresh: int) -> OnlineBatch | None:
         """The next batch; None when nothing new came and what is remembered has taught enough.
@@ -130,6 +134,7 @@ class Feed:
             chosen.add(id(trace))
         self.num_over_share += len(held_back)
         self._waiting = deque(trace for trace in self._waiting if id(trace) not in chosen)
+        self._waiting_bytes = sum(trace.num_bytes for trace in self._waiting)
         return taken
 
     def _take_replay(self, live: list[Trace], shares: _Shares) -> list[Trace]:

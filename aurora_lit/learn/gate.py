@@ -14,7 +14,7 @@ import math
 import random
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from aurora_lit.learn.reservoir import MAX_DOMAINS
 from aurora_lit.learn.rounds import Lesson, first_taught
 from aurora_lit.modules.draft_module import DraftModule
 from aurora_lit.modules.unroll import shift
+from aurora_lit.trace import Trace
 
 HELD_OUT_EVERY = 6
 """One request in so many never teaches."""
@@ -46,18 +47,27 @@ class HeldOutRequest:
 
     request_id: str
     domain: str
-    lessons: list[Lesson] = field(default_factory=list)
+    read: Callable[[Trace], Lesson]
+    traces: list[Trace] = field(default_factory=list)
     champion_score: float | None = None
     """Cached until the champion changes or a segment comes."""
+    _lessons: list[Lesson] = field(default_factory=list)
+
+    @property
+    def lessons(self) -> list[Lesson]:
+        """The traces as the head reads them: not before they are asked for, since most requests never are."""
+        self._lessons += map(self.read, self.traces[len(self._lessons) :])
+        return self._lessons
 
 
 class HeldOut:
     """Requests that only the gate sees: the newest, and a random few of each domain from before them."""
 
-    def __init__(self, *, num_newest: int, seed: int) -> None:
+    def __init__(self, *, num_newest: int, seed: int, read: Callable[[Trace], Lesson]) -> None:
+        """`read`: as `for_gate` of rounds.py."""
         self.newest: deque[HeldOutRequest] = deque()
         self.old: dict[str, list[HeldOutRequest]] = {}
-        self._num_newest = num_newest
+        self._num_newest, self._read = num_newest, read
         self._num_seen: dict[str, int] = {}
         self._random = random.Random(seed)
 
@@ -66,14 +76,13 @@ class HeldOut:
         """Whether a request is held out: by its id, so that all its segments are, after a restart too."""
         return zlib.crc32(request_id.encode()) % HELD_OUT_EVERY == 0
 
-    def add(self, lesson: Lesson) -> None:
+    def add(self, trace: Trace) -> None:
         """Keep a segment; its request's older segments are looked for among the newest requests."""
-        trace = lesson.trace
         request = next((r for r in self.newest if r.request_id == trace.request_id), None)
         if request is None:
-            request = HeldOutRequest(request_id=trace.request_id, domain=trace.domain)
+            request = HeldOutRequest(request_id=trace.request_id, domain=trace.domain, read=self._read)
             self.newest.append(request)
-        request.lessons.append(lesson)
+        request.traces.append(trace)
         request.champion_score = None
         if len(self.newest) > self._num_newest:
             self._remember(self.newest.popleft())

@@ -23,7 +23,7 @@ from aurora_lit.learn.feed import Feed
 from aurora_lit.learn.frozen import FrozenEnds
 from aurora_lit.learn.gate import MIN_REQUESTS, HeldOut, Verdict, compare
 from aurora_lit.learn.learner import STARTING_VERSION, Learner
-from aurora_lit.learn.rounds import crop, first_taught, fits, read_lesson
+from aurora_lit.learn.rounds import crop, first_taught, fits
 from aurora_lit.modules.draft import Draft
 from aurora_lit.modules.draft_module import DraftModule
 from aurora_lit.publishing import DraftStore, version_number
@@ -119,10 +119,14 @@ class OnlineLoop:
     def tick(self) -> None:
         """One turn, of at most one optimiser step or one trial."""
         self.last_turn_s = self._outside.monotonic_s()
-        with self._outside.page.computing(self._threads):
-            self._drain()
-            self._follow_versions()
-        if not self._may_work():
+        load = self._outside.load()
+        wait_s = self._budget.wait_s(load)
+        if load is Load.SPARE or not wait_s:  # else traces wait in the ring, which keeps the newest
+            with self._outside.page.computing(self._threads):
+                self._drain()
+                self._follow_versions()
+        if wait_s:
+            self._rest(wait_s, load)
             return
         self._warm_start()
         self.feed.replay_share = self.learner.steering.signal.replay_share
@@ -166,19 +170,15 @@ class OnlineLoop:
             if not self.held_out.takes(trace.request_id):
                 self.feed.add(trace)
             elif first_taught(trace) < len(trace.token_ids_T):
-                self.held_out.add(read_lesson(crop(trace, self._config.batch_positions), self._ends))
+                self.held_out.add(crop(trace, self._config.batch_positions))
 
     # -- budget ----------------------------------------------------------------------------------------------------
 
-    def _may_work(self) -> bool:
-        """Whether the budget allows work now; if not, sleep a little, so that the ring is looked at again."""
-        load = self._outside.load()
-        wait_s = self._budget.wait_s(load)
-        if wait_s:
-            self._activity = "yielding to requests" if load is not Load.SPARE else "resting: its share is used up"
-            self._report()
-            self._outside.sleep(min(wait_s, _LONGEST_PAUSE_S))
-        return not wait_s
+    def _rest(self, wait_s: float, load: Load) -> None:
+        """Sleep until the budget allows work, or a little, so that the ring is looked at again."""
+        self._activity = "resting: its share is used up" if load is Load.SPARE else "yielding to requests"
+        self._report()
+        self._outside.sleep(min(wait_s, _LONGEST_PAUSE_S))
 
     # -- versions --------------------------------------------------------------------------------------------------
 

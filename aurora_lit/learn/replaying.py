@@ -18,6 +18,7 @@ import copy
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from aurora_lit.learn.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.prequential import Rounds, RoundScorer
 from aurora_lit.learn.reproposing import Reproposer
 from aurora_lit.learn.reservoir import Reservoir
-from aurora_lit.learn.rounds import crop, first_taught, fits, read_lesson
+from aurora_lit.learn.rounds import crop, first_taught, fits, for_gate
 from aurora_lit.learn.vocabulary import VocabularyUse
 from aurora_lit.learn.wiring import online_module, steering_of
 from aurora_lit.modules.draft import Draft
@@ -117,7 +118,7 @@ class Replay:
             vocabulary_use=self.learner.vocabulary_use,
         )
         self._admission = Admission(max_repeated_share=learn.max_repeated_share)
-        self._held_out = HeldOut(num_newest=learn.gate_requests, seed=learn.seed)
+        self._held_out = HeldOut(num_newest=learn.gate_requests, seed=learn.seed, read=partial(for_gate, ends=ends))
         self.reproposer = Reproposer(module=self._scorers[1].module, seed=learn.seed)
         self._store = DraftStore(folder, keep=config.checkpoint.keep) if keep_versions else None
         self._gated = gated
@@ -187,7 +188,7 @@ class Replay:
         if not self._held_out.takes(trace.request_id):
             self._feed.add(trace)
         elif first_taught(trace) < len(trace.token_ids_T):
-            self._held_out.add(read_lesson(crop(trace, self._learn.batch_positions), self._ends))
+            self._held_out.add(crop(trace, self._learn.batch_positions))
         self._steps_due += self._steps_per_trace
         while self._steps_due >= 1:
             self._steps_due -= 1

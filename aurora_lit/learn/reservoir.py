@@ -68,6 +68,8 @@ class Reservoir:
     def add(self, trace: Trace, *, weight: float = 1.0) -> bool:
         """Offer a trace; whether it is remembered. A heavier one stays likelier, in proportion."""
         key = self._random.random() ** (1 / weight)
+        if self._would_be_dropped(self._domain_of(trace), key, trace.num_bytes):
+            return False
         payload = to_bytes(trace)
         entry = _Entry(key=key, number=self._next_number, num_bytes=len(payload))
         self._next_number += 1
@@ -99,6 +101,12 @@ class Reservoir:
                 heapq.heapify(self._heaps[domain])
                 self._forget(domain, entry)
         return None
+
+    def _would_be_dropped(self, domain: str, key: float, num_bytes: int) -> bool:
+        """Whether it would itself be what makes room for it: then it need not be written."""
+        of_domain = self._bytes.get(domain, 0) + num_bytes
+        full = self.num_bytes + num_bytes > self._limit_bytes and of_domain > max(self._bytes.values(), default=0)
+        return full and key < self._heaps[domain][0].key if domain in self._heaps else False
 
     def _domain_of(self, trace: Trace) -> str:
         return trace.domain if trace.domain in self._heaps or len(self._heaps) < MAX_DOMAINS else ""

@@ -111,6 +111,17 @@ def read_lesson(trace: Trace, ends: FrozenEnds) -> Lesson:
     )
 
 
+def for_gate(trace: Trace, ends: FrozenEnds) -> Lesson:
+    """As `read_lesson`, where only a draft's acceptance is wanted: that of greedy and seeded answers asks no head."""
+    if trace.verify == "free":
+        return read_lesson(trace, ends)
+    zeros_T, zeros_N = torch.zeros(len(trace.token_ids_T)), torch.zeros(len(trace.rejected_last_NH))
+    return Lesson(
+        trace=replace(trace, lse_T=zeros_T), tempered_lse_T=zeros_T, top_T=zeros_T.long(),
+        rejected_tempered_lse_N=zeros_N, rejected_top_N=zeros_N.long(),
+    )  # fmt: skip
+
+
 def online_batch(live: Sequence[Lesson], replay: Sequence[Trace], *, oldest_fresh: int) -> OnlineBatch:
     """Pad live and remembered traces together, with the rounds of the live ones.
 

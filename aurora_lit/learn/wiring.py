@@ -8,6 +8,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from aurora_lit.learn.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.loop import OnlineLoop, Outside
 from aurora_lit.learn.naming import Speller, speller
 from aurora_lit.learn.reservoir import Reservoir
+from aurora_lit.learn.rounds import for_gate
 from aurora_lit.learn.steering import Steering
 from aurora_lit.learn.together import Follower, launched, leading
 from aurora_lit.learn.vocabulary import VocabularyUse
@@ -108,7 +110,7 @@ def build_loop(
             champion=champion,
             ends=ends,
             feed=feed,
-            held_out=HeldOut(num_newest=learn.gate_requests, seed=learn.seed),
+            held_out=HeldOut(num_newest=learn.gate_requests, seed=learn.seed, read=partial(for_gate, ends=ends)),
             budget=Budget(
                 share=learn.compute_share, full_load_share=learn.full_load_share, minimum_duty=learn.minimum_duty,
                 cpu_s=leader.processor_s if leader else time.process_time,
@@ -117,11 +119,15 @@ def build_loop(
         )
 
 
+_FULL = 0.75
+"""Share of slots beyond which serving takes all of the machine: between two requests a slot is free for a moment."""
+
+
 def _load(status: StatusBlock, *, num_slots: int) -> Load:
     now = status.read()
     if now.waiting:
         return Load.QUEUEING
-    return Load.FULL if now.running >= num_slots else Load.SPARE
+    return Load.FULL if now.running > _FULL * num_slots else Load.SPARE
 
 
 def run_follower(config: AuroraConfig) -> None:
