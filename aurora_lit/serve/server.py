@@ -40,6 +40,7 @@ from aurora_lit.ipc.status import STATUS_NAME, StatusBlock, WorkerState
 from aurora_lit.serve.api import AuroraAPI, AuroraSpec, Backend
 from aurora_lit.serve.learner_child import LearnerChild
 from aurora_lit.serve.ranks import RankWatch
+from aurora_lit.serve.transport import SocketTransport
 
 WORKER_GRACE_S = 1.0
 """How long a server without worker stays to say so on /health."""
@@ -133,9 +134,18 @@ def _real_backend() -> Backend:
 
 
 class _Server(LitServer):  # type: ignore[misc]
-    """LitServe's server, which waits for ever for an HTTP process that was killed: so we watch it."""
+    """LitServe's server, which waits for ever for an HTTP process that was killed: so we watch it.
+
+    And answers come by a socket of our own.
+    """
 
     http_processes: tuple[Any, ...] = ()
+
+    def _init_manager(self, num_api_servers: int) -> Any:
+        assert num_api_servers == 1
+        manager = super()._init_manager(num_api_servers)
+        self._transport = SocketTransport()
+        return manager
 
     def _start_server(self, *args: Any, **options: Any) -> Any:
         workers = super()._start_server(*args, **options)
