@@ -29,9 +29,10 @@ def policy(
     rows: Sequence[int] = (1, 2, 4, 8),
     max_draft_tokens: int = 4,
     adaptive: bool = True,
+    ragged: bool = False,
 ) -> DraftLength:
     """Costs: a first proposal, each further one, and each position more of the target's pass."""
-    made = DraftLength(max_draft_tokens=max_draft_tokens, adaptive=adaptive)
+    made = DraftLength(max_draft_tokens=max_draft_tokens, adaptive=adaptive, ragged=ragged)
     for count in rows:
         for width in range(1, max_draft_tokens + 2):
             made.target_cost.update(count, width, PLAIN_S + (width - 1) * wider_s)
@@ -196,6 +197,26 @@ def test_rates_follow_hits_up_to_the_first_miss() -> None:
     for _ in range(500):
         after(4, 4)
     assert 0.95 < made.mean_rate <= 1.0
+
+
+def test_rows_that_do_not_draft_have_no_columns_where_each_row_has_its_own() -> None:
+    costs = {"first_s": 0.0005, "next_s": 0.0005, "wider_s": 0.002}
+    assert policy(**costs).choose([0.9], num_plain=7) == 0
+    assert policy(**costs, ragged=True).choose([0.9], num_plain=7) > 0
+    assert policy(**costs).choose([0.9] * 8) == policy(**costs, ragged=True).choose([0.9] * 8) > 0
+
+
+def test_what_lies_between_two_widths_counts_for_the_nearer_one() -> None:
+    table = CostTable()
+    for width, seconds in ((1, 0.010), (2, 0.014), (3, 0.018)):
+        table.begin_with(4, width, seconds)
+    assert table(4, 2.25) == pytest.approx(0.015)
+    before = table(4, 3)
+    for _ in range(200):
+        table.update(4, 2.25, 0.030)
+    assert table(4, 2.25) == pytest.approx(0.030, rel=0.02)
+    assert table(4, 2) < 0.030
+    assert table(4, 3) > before, "what was not measured is as much dearer as the rest has turned out"
 
 
 def test_costs_between_measurements_are_interpolated() -> None:

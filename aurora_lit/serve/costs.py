@@ -25,12 +25,15 @@ class CostTable:
         self._seconds: dict[tuple[int, int], float] = {}
         """What rounds measured."""
         self._at_start: dict[tuple[int, int], float] = {}
+        self._between: dict[tuple[int, float], tuple[tuple[int, int], tuple[int, int], float]] = {}
+        """For what was not measured: the nearest that were, and how far it lies from the first to the second."""
         self._drift = 1.0
         """What rounds measured, by what the same took at start."""
 
     def begin_with(self, rows: int, width: int, seconds: float) -> None:
         """Take in what a calibration has measured."""
         self._at_start[rows, width] = seconds
+        self._between.clear()
 
     def update(self, rows: int, width: float, seconds: float) -> None:
         """Take in what a round has measured; outliers (a preempted process) move it little.
@@ -46,6 +49,8 @@ class CostTable:
         seconds = min(seconds, 2 * old)
         if at_start:
             self._drift += (1 - _DRIFT_MEMORY) * (min(seconds / at_start, _MOST_DRIFT) - self._drift)
+        if key not in self._seconds:
+            self._between.clear()
         self._seconds[key] = old + (1 - _MEMORY) * (seconds - old)
 
     def __call__(self, rows: int, width: float) -> float:
@@ -53,18 +58,24 @@ class CostTable:
         whole = rows, int(width)
         if whole[1] == width and (whole in self._seconds or whole in self._at_start):
             return self._known(whole)
+        if (rows, width) not in self._between:
+            if not self._at_start and not self._seconds:
+                return 0.0
+            self._between[rows, width] = self._neighbours(rows, width)
+        below, above, share = self._between[rows, width]
+        return self._known(below) + share * (self._known(above) - self._known(below))
+
+    def _neighbours(self, rows: int, width: float) -> tuple[tuple[int, int], tuple[int, int], float]:
         keys = self._at_start.keys() | self._seconds.keys()
-        if not keys:
-            return 0.0
         low = [key for key in keys if key[0] <= rows and key[1] <= width]
         high = [key for key in keys if key[0] >= rows and key[1] >= width]
         if not low or not high:
-            return self._known(min(keys, key=lambda key: abs(key[0] * key[1] - rows * width)))
+            nearest = min(keys, key=lambda key: abs(key[0] * key[1] - rows * width))
+            return nearest, nearest, 0.0
         below = max(low, key=lambda key: key[0] * key[1])
         above = min(high, key=lambda key: key[0] * key[1])
         span = above[0] * above[1] - below[0] * below[1]
-        share = (rows * width - below[0] * below[1]) / span if span else 0.0
-        return self._known(below) + share * (self._known(above) - self._known(below))
+        return below, above, (rows * width - below[0] * below[1]) / span if span else 0.0
 
     def _known(self, key: tuple[int, int]) -> float:
         measured = self._seconds.get(key)

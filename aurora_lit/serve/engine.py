@@ -103,6 +103,7 @@ class Engine:
             max_proposals=lookup_tokens,
             adaptive=adaptive,
             tree_tokens=tree_tokens if can_branch else 0,
+            ragged=target.can_branch,
         )
         self.proposer = Proposer(
             self._drafter,
@@ -211,10 +212,7 @@ class Engine:
     # -- draft and verify ------------------------------------------------------------------------------------------
 
     def _verify(self, rows: list[Row], proposals: Proposals, *, argmax: bool) -> list[Output]:
-        """One target pass over each row's last token and its proposals, then accept and commit.
-
-        `argmax`: all that is wanted is which logits are largest.
-        """
+        """A target pass over each row's last token and its proposals, then accept and commit; `argmax` as `_judge`."""
         last_tokens_B1 = torch.stack([self._tokens_SL[row.slot, row.length - 1] for row in rows])[:, None]
         ids_BT = torch.cat([last_tokens_B1, proposals.token_BK], dim=1)
         widths = widths_of(proposals) if argmax and self._target.can_branch else None

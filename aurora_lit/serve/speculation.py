@@ -52,12 +52,17 @@ class DraftLength:
     """
 
     def __init__(
-        self, *, max_draft_tokens: int, adaptive: bool, max_proposals: int | None = None, tree_tokens: int = 0
+        self, *, max_draft_tokens: int, adaptive: bool, max_proposals: int | None = None, tree_tokens: int = 0,
+        ragged: bool = False,
     ) -> None:
-        """`max_proposals`: most copied tokens; as many as drafted ones when left out. `tree_tokens`: most nodes."""
+        """`max_proposals`: most copied tokens; as many as drafted ones when left out. `tree_tokens`: most nodes.
+
+        `ragged`: the target runs of each row its own columns only.
+        """
         self.max_proposals = max_draft_tokens if max_proposals is None else max_proposals
         self.max_draft_tokens = max_draft_tokens
         self.adaptive = adaptive
+        self._ragged = ragged
         self.target_cost = CostTable()
         """Of a round from the target's pass on: checking and keeping its outcome included."""
         self.first_step_cost = CostTable()
@@ -138,7 +143,7 @@ class DraftLength:
         shapes = [
             (levels, nodes)
             for nodes in self.tree_sizes
-            if rows * (nodes + 1) <= MOST_COLUMNS
+            if rows * self._width(nodes, len(rates), rows) <= MOST_COLUMNS
             for levels in range(2, min(self.max_draft_tokens, nodes) + 1)
         ]
         speeds = {shape: self._tree_speed(*shape, rates, rows) for shape in shapes}
@@ -192,9 +197,9 @@ class DraftLength:
             rate = max(0.0, min(0.98, value / (1.0 + max(0.0, value))))
             survival[b] *= rate
             gain_tokens += survival[b] * rate
-        width = steps_done + 1
+        shorter, longer = (self._width(k, len(values), rows) for k in (steps_done, steps_done + 1))
         cost_s = self.next_step_cost(len(values), 1) + max(
-            0.0, self.target_cost(rows, width + 1) - self.target_cost(rows, width)
+            0.0, self.target_cost(rows, longer) - self.target_cost(rows, shorter)
         )
         plain_s = self.target_cost(rows, 1)
         return gain_tokens * plain_s / rows * _LATE_TOKEN_WORTH > cost_s
@@ -247,9 +252,13 @@ class DraftLength:
     def _draft_seconds(self, rows: int, steps: int) -> float:
         return self.first_step_cost(rows, 1) + (steps - 1) * self.next_step_cost(rows, 1)
 
+    def _width(self, proposed: int, drafting: int, rows: int) -> float:
+        """Columns a row, on average, where `drafting` of the rows have so many proposals."""
+        return 1 + proposed * (drafting / rows if self._ragged else 1)
+
     def _speed(self, k: int, rates: Sequence[float], rows: int) -> float:
         tokens = rows + _gained(k, rates)
-        seconds = self.target_cost(rows, k + 1)
+        seconds = self.target_cost(rows, self._width(k, len(rates), rows))
         if k:
             seconds += self._draft_seconds(len(rates), k)
         return tokens / seconds if seconds else float(k)
@@ -260,7 +269,7 @@ class DraftLength:
 
     def _tree_speed(self, levels: int, nodes: int, rates: Sequence[float], rows: int) -> float:
         tokens = rows + _gained(levels, [self._tree_rate(nodes, rate) for rate in rates])
-        seconds = self.target_cost(rows, nodes + 1) + self.first_step_cost(len(rates), 1)
+        seconds = self.target_cost(rows, self._width(nodes, len(rates), rows)) + self.first_step_cost(len(rates), 1)
         seconds += (levels - 1) * self.level_cost(len(rates), 1)
         return tokens / seconds if seconds else 0.0
 
