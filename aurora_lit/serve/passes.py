@@ -73,7 +73,7 @@ class TargetPasses:
         where: dict[str, Any] = {"slots": self._slots, "slots_B": slots_B, "starts_B": starts_B}
         if parents_BT is not None:
             where["parents_BT"] = parents_BT
-        place_BT = torch.arange(ids_BT.numel()).view(ids_BT.shape)
+        place_BT = torch.arange(ids_BT.numel(), device=self._device).view(ids_BT.shape)
         if widths is None:
             aux_BT3H, last_BTH = self._target.forward(ids_BT, **where)
             return Computed(slots_B, starts_B, aux_BT3H.flatten(0, 1), last_BTH.flatten(0, 1), place_BT)
