@@ -18,7 +18,8 @@ def copying(*, column_s: float, ragged: bool = True, drafts: bool = True, adapti
             policy.target_cost.begin_with(rows, width, PLAIN_S + rows * (width - 1) * column_s)
         policy.first_step_cost.begin_with(rows, 1, 0.001)
         policy.next_step_cost.begin_with(rows, 1, 0.0002)
-    return Copying(policy, most=15, ragged=ragged)
+    policy.ragged = ragged
+    return Copying(policy, most=15)
 
 
 def geometric(rate: float, count: int = 15) -> list[float]:

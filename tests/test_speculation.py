@@ -32,7 +32,8 @@ def policy(
     ragged: bool = False,
 ) -> DraftLength:
     """Costs: a first proposal, each further one, and each position more of the target's pass."""
-    made = DraftLength(max_draft_tokens=max_draft_tokens, adaptive=adaptive, ragged=ragged)
+    made = DraftLength(max_draft_tokens=max_draft_tokens, adaptive=adaptive)
+    made.ragged = ragged
     for count in rows:
         for width in range(1, max_draft_tokens + 2):
             made.target_cost.update(count, width, PLAIN_S + (width - 1) * wider_s)

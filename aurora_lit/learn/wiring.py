@@ -51,6 +51,8 @@ DOMAINS_NAME = "domains"
 """Folder of the drafts that were best in one domain, beside the versions too."""
 _MOST_REPLAY = 0.95
 _MIB = 1 << 20
+_FULL = 0.75
+"""Share of slots beyond which serving takes all of the machine: between two requests a slot is free for a moment."""
 
 
 @contextlib.contextmanager
@@ -117,10 +119,6 @@ def build_loop(
             ),
             domain_drafts=_domain_drafts(config, store, starting, ends) if learn.domain_drafts else None,
         )
-
-
-_FULL = 0.75
-"""Share of slots beyond which serving takes all of the machine: between two requests a slot is free for a moment."""
 
 
 def _load(status: StatusBlock, *, num_slots: int) -> Load:

@@ -174,8 +174,8 @@ class Target(nn.Module):
         Returns the auxiliary hidden states [B, T, 3H] and the last hidden state [B, T, H] (after the final norm).
         """
         if self._decoder is not None:
-            held = {"keys": slots.keys_SGCDP, "values": slots.values_SGLD, "slots_B": slots_B, "starts_B": starts_B}
-            aux_NF, last_NH = self._run_fused(ids_BT.flatten(), queries=ids_BT.shape[1], parents_BC=parents_BT, **held)
+            where = {"queries": ids_BT.shape[1], "slots_B": slots_B, "starts_B": starts_B, "parents_BC": parents_BT}
+            aux_NF, last_NH = self._run_fused(ids_BT.flatten(), slots, **where)
             return aux_NF.view(*ids_BT.shape, -1), last_NH.view(*ids_BT.shape, -1)
         assert parents_BT is None, "only fused layers branch"
         positions_BT = starts_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device)
@@ -198,8 +198,8 @@ class Target(nn.Module):
         T is the largest width. The same bits as with all rows that wide; returns [N, 3H] and [N, H].
         """
         begins_R = torch.tensor([0, *itertools.accumulate(widths)])
-        held = {"keys": slots.keys_SGCDP, "values": slots.values_SGLD, "slots_B": slots_B, "starts_B": starts_B}
-        return self._run_fused(ids_N, queries=max(widths), begins_R=begins_R, parents_BC=parents_BT, **held)
+        where = {"queries": max(widths), "slots_B": slots_B, "starts_B": starts_B, "parents_BC": parents_BT}
+        return self._run_fused(ids_N, slots, begins_R=begins_R, **where)
 
     @property
     def can_branch(self) -> bool:
@@ -269,9 +269,10 @@ class Target(nn.Module):
         assert isinstance(embedding, nn.Module)
         return embedding
 
-    def _run_fused(self, ids_N: torch.Tensor, **held: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run_fused(self, ids_N: torch.Tensor, slots: KVSlots, **where: Any) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._decoder is not None
-        _, last_NH, aux_N3H = self._decoder(self.embedding(ids_N).float(), **held)
+        where = {"keys": slots.keys_SGCDP, "values": slots.values_SGLD, **where}
+        _, last_NH, aux_N3H = self._decoder(self.embedding(ids_N).float(), **where)
         assert aux_N3H is not None
         return aux_N3H.flatten(1), last_NH
 

@@ -57,12 +57,11 @@ class CopyRecord:
 class Copying:
     """How many tokens each row copies, beside a draft that follows `policy`."""
 
-    def __init__(self, policy: DraftLength, *, most: int, ragged: bool) -> None:
-        """`most`: tokens a row; `ragged`: a target can run rows of different widths."""
+    def __init__(self, policy: DraftLength, *, most: int) -> None:
+        """`most`: tokens a row."""
         self.record = CopyRecord()
         self.most = most
         self._policy = policy
-        self._ragged = ragged
 
     def choose(self, survivals: Sequence[Sequence[float]], rates: Sequence[float], *, num_others: int) -> list[int]:
         """How many tokens to verify for each row that has a copy; 0 where its draft promises more.
@@ -71,21 +70,18 @@ class Copying:
         """
         if not self._policy.adaptive:
             return [len(survival) for survival in survivals]
-        rows, cost = len(survivals) + num_others, self._policy.target_cost
-
-        def seconds(counts: Sequence[int]) -> float:
-            return cost(rows, 1 + (sum(counts) / rows if self._ragged else max(counts)))
+        rows = len(survivals) + num_others
 
         def gained(counts: Sequence[int]) -> list[float]:
             return [sum(survival[:count]) for survival, count in zip(survivals, counts, strict=True)]
 
-        plain_s = cost(rows, 1)
+        plain_s = self._policy.round_s(rows, [])
         counts, fastest = [0] * len(survivals), rows / plain_s if plain_s else 0.0
         for threshold in _THRESHOLDS:
             longer = [sum(reached >= threshold for reached in survival) for survival in survivals]
             if longer == counts:
                 continue
-            round_s = seconds(longer)
+            round_s = self._policy.round_s(rows, longer)
             speed = (rows + sum(gained(longer))) / round_s if round_s else float(sum(longer))
             if speed > fastest:
                 counts, fastest = longer, speed
@@ -94,7 +90,7 @@ class Copying:
         columns = sum(counts)
         if not columns:
             return counts
-        column_tokens = fastest * (seconds(counts) - plain_s) / columns
+        column_tokens = fastest * (self._policy.round_s(rows, counts) - plain_s) / columns
         return [
             count
             if tokens - count * column_tokens

@@ -210,7 +210,7 @@ class Drafter:
 
         The caller runs that pass.
         """
-        # All rows of it are given as many positions, so these must fit behind the longest row.
+        # Without native steps all rows of it are given as many positions, so these must fit behind the longest row.
         together, starts = min(_CATCH_UP_TOKENS // 8, self._capacity - max(rows.lengths)), []
         for slot, length in zip(rows.slots_B.tolist(), rows.lengths, strict=True):
             while length - 1 - self._done[slot] > together:

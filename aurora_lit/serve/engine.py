@@ -103,12 +103,11 @@ class Engine:
             max_proposals=lookup_tokens,
             adaptive=adaptive,
             tree_tokens=tree_tokens if can_branch else 0,
-            ragged=target.can_branch,
         )
         self.proposer = Proposer(
             self._drafter,
             self.policy,
-            copying=Copying(self.policy, most=lookup_tokens, ragged=target.can_branch) if lookup_tokens else None,
+            copying=Copying(self.policy, most=lookup_tokens) if lookup_tokens else None,
             device=self._device,
             explore_share=explore_share,
             explore_temperature=explore_temperature,
@@ -179,8 +178,9 @@ class Engine:
             self._options_rows = rows
             self._options = LogitOptions.of([row.params for row in rows], device=self._device)
         argmax = self._options.is_argmax and all(row.params.logprobs is None for row in rows)
-        proposals = self.proposer.propose(rows, ragged=argmax and self._target.can_branch)
-        return self._verify(rows, proposals, argmax=argmax)
+        ragged = argmax and self._target.can_branch
+        proposals = self.proposer.propose(rows, ragged=ragged)
+        return self._verify(rows, proposals, argmax=argmax, widths=widths_of(proposals) if ragged else None)
 
     def _admit(self) -> None:
         """Give free slots to those who wait longest; what a slot still holds of a prompt is not read again."""
@@ -211,11 +211,13 @@ class Engine:
 
     # -- draft and verify ------------------------------------------------------------------------------------------
 
-    def _verify(self, rows: list[Row], proposals: Proposals, *, argmax: bool) -> list[Output]:
-        """A target pass over each row's last token and its proposals, then accept and commit; `argmax` as `_judge`."""
+    def _verify(self, rows: list[Row], proposals: Proposals, *, argmax: bool, widths: list[int] | None) -> list[Output]:
+        """One target pass over each row's last token and its proposals, then accept and commit.
+
+        `argmax`: all that is wanted is which logits are largest; `widths`: as `TargetPasses.run` takes them.
+        """
         last_tokens_B1 = torch.stack([self._tokens_SL[row.slot, row.length - 1] for row in rows])[:, None]
         ids_BT = torch.cat([last_tokens_B1, proposals.token_BK], dim=1)
-        widths = widths_of(proposals) if argmax and self._target.can_branch else None
         started = time.perf_counter()
         computed = self._passes.run(rows, ids_BT, parents_BT=proposals.parent_BT, widths=widths)
         verdict, logits_BTV = self._judge(rows, proposals, computed, argmax=argmax)

@@ -1,7 +1,7 @@
-"""What the HTTP process and the engine worker say to each other, over LitServe's queues.
+"""What the HTTP process and the engine worker say to each other.
 
 HTTP -> worker: a `Call`, or `CANCEL` for a call's id. Worker -> HTTP: one tuple of `Delta`s a call a round, or one
-`Failure`. Leaves out the transport (serve/loop.py, serve/in_flight.py).
+`Failure`. Leaves out the way there (LitServe's queue) and back (serve/transport.py).
 """
 
 from __future__ import annotations

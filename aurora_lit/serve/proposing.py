@@ -65,8 +65,9 @@ class Proposer:
 
         `ragged`: rows may have very different numbers of them, since the target runs no more than those.
         """
+        self._policy.ragged = ragged
         speculating = [i for i, row in enumerate(rows) if row.params.speculate]
-        copied = self._look_up(rows, speculating, ragged=ragged)
+        copied = self._look_up(rows, speculating)
         for i, row in enumerate(rows):
             row.looked_up, row.explored = i in copied, False
         drafting = [i for i in speculating if i not in copied]
@@ -80,11 +81,11 @@ class Proposer:
         elif self._copying is not None and not cut:
             self._copying.record.observe(row.match, proposed=proposed, accepted=accepted)
 
-    def _look_up(self, rows: Sequence[Row], speculating: list[int], *, ragged: bool) -> dict[int, list[int]]:
+    def _look_up(self, rows: Sequence[Row], speculating: list[int]) -> dict[int, list[int]]:
         """Tokens copied for the rows of which a copy promises more than the draft."""
         if self._copying is None:
             return {}
-        most = self._copying.most if ragged else min(self._copying.most, _MOST_SIDE_BY_SIDE)
+        most = self._copying.most if self._policy.ragged else min(self._copying.most, _MOST_SIDE_BY_SIDE)
         places, survivals = {}, []
         for i in speculating:
             row = rows[i]

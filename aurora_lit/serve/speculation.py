@@ -52,17 +52,14 @@ class DraftLength:
     """
 
     def __init__(
-        self, *, max_draft_tokens: int, adaptive: bool, max_proposals: int | None = None, tree_tokens: int = 0,
-        ragged: bool = False,
+        self, *, max_draft_tokens: int, adaptive: bool, max_proposals: int | None = None, tree_tokens: int = 0
     ) -> None:
-        """`max_proposals`: most copied tokens; as many as drafted ones when left out. `tree_tokens`: most nodes.
-
-        `ragged`: the target runs of each row its own columns only.
-        """
+        """`max_proposals`: most copied tokens; as many as drafted ones when left out. `tree_tokens`: most nodes."""
         self.max_proposals = max_draft_tokens if max_proposals is None else max_proposals
         self.max_draft_tokens = max_draft_tokens
         self.adaptive = adaptive
-        self._ragged = ragged
+        self.ragged = False
+        """Whether the round in hand runs of each row its own columns only; else all have as many as the widest."""
         self.target_cost = CostTable()
         """Of a round from the target's pass on: checking and keeping its outcome included."""
         self.first_step_cost = CostTable()
@@ -252,9 +249,13 @@ class DraftLength:
     def _draft_seconds(self, rows: int, steps: int) -> float:
         return self.first_step_cost(rows, 1) + (steps - 1) * self.next_step_cost(rows, 1)
 
+    def round_s(self, rows: int, counts: Sequence[int]) -> float:
+        """What a round over `rows` takes from the target's pass on, of which some have so many proposals."""
+        return self.target_cost(rows, 1 + (sum(counts) / rows if self.ragged else max(counts, default=0)))
+
     def _width(self, proposed: int, drafting: int, rows: int) -> float:
         """Columns a row, on average, where `drafting` of the rows have so many proposals."""
-        return 1 + proposed * (drafting / rows if self._ragged else 1)
+        return 1 + proposed * (drafting / rows if self.ragged else 1)
 
     def _speed(self, k: int, rates: Sequence[float], rows: int) -> float:
         tokens = rows + _gained(k, rates)
