@@ -1,6 +1,6 @@
 """`python -m aurora_lit` is the command `aurora-lit`."""
 
-from aurora_lit.cli import main
+from aurora_lit.cli.main import main
 
 if __name__ == "__main__":
     main(prog_name="aurora-lit")

@@ -3,7 +3,7 @@
 Rank 0 owns the engine. It sends an *order* before each thing that all ranks must do together, and every rank then does
 it, so that their collectives match; whatever rank 0 does between orders the others need not know. Orders travel over
 a gloo group of their own, on GPUs too, and the tensors of a pass over Fabric's (gloo on CPUs, NCCL on GPUs).
-What is left out: what an order makes a rank do (models/sharded.py), and who ends whom when one dies (serve/server.py).
+What is left out: what an order makes a rank do (models/sharded_target.py), and who ends whom when one dies (serve/server.py).
 
     ranks = Ranks(rank=0, size=2, folder=run_folder, strategy="fsdp")    # in each process; they wait for each other
     with ranks.order(FORWARD, ids_BT, starts_B): ...                     # rank 0

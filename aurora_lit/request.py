@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is decoded; validated before it is built (serve/schema.py)."""
+    """How one request is decoded; validated before it is built (serve/http/schema.py)."""
 
     max_tokens: int
     """New tokens at most."""
@@ -35,7 +35,7 @@ class SamplingParams:
     seed: int | None = None
     """Makes the sampled output repeatable in a fixed batch."""
     stop: tuple[str, ...] = ()
-    """Stop strings: handled by serve/text.py, not by the engine."""
+    """Stop strings: handled by serve/sequences/detokenizer.py, not by the engine."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the output besides the end-of-text tokens."""
     ignore_eos: bool = False
@@ -60,7 +60,7 @@ class Request:
     domain: str = ""
     """The client's label for what this is about (`metadata.aurora_domain`); goes into the trace."""
     client: str = ""
-    """Tells clients apart without saying who they are (serve/clients.py); goes into the trace."""
+    """Tells clients apart without saying who they are (serve/http/client_names.py); goes into the trace."""
 
 
 @dataclass(frozen=True, kw_only=True)

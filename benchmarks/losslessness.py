@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForCausalLM
 
-from aurora_lit.checkpoints import load_draft, read_config
 from aurora_lit.config import AuroraConfig, draft_folder, load_config
-from aurora_lit.learn.reading import encode_prompt, read_prompts
-from aurora_lit.modules.draft import Draft
+from aurora_lit.drafts.checkpoint import load_draft, read_config
+from aurora_lit.learn.pretrain.label_text import encode_prompt, read_prompts
+from aurora_lit.modules.draft.eagle3 import Draft
 from aurora_lit.request import Request, SamplingParams
-from aurora_lit.serve.build import eos_token_ids, find_target, load_target, load_tokenizer
-from aurora_lit.serve.engine import Engine
+from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.worker.build import eos_token_ids, find_target, load_target, load_tokenizer
 
 Outputs = list[list[int]]
 
@@ -60,9 +60,15 @@ def main() -> int:
 
     def decode(draft: Draft | None, k: int, batch: int) -> Outputs:
         engine = Engine(
-            target, draft, eos_token_ids=ends, max_batch_size=batch, max_seq_len=config.engine.max_seq_len,
-            max_draft_tokens=k, adaptive=False, lookup_tokens=config.engine.copied_tokens if k else 0,
-        )  # fmt: skip
+            target,
+            draft,
+            eos_token_ids=ends,
+            max_batch_size=batch,
+            max_seq_len=config.engine.max_seq_len,
+            max_draft_tokens=k,
+            adaptive=False,
+            lookup_tokens=config.engine.copied_tokens if k else 0,
+        )
         for number, ids in enumerate(prompts):
             params = SamplingParams(max_tokens=arguments.max_tokens, temperature=0.0)
             engine.submit(Request(request_id=str(number), prompt_ids=tuple(ids), params=params))
@@ -111,9 +117,13 @@ def _transformers_reference(
         if key not in known:
             with torch.no_grad():
                 tokens = model.generate(
-                    torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                    max_new_tokens=max_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=min(ends),
-                )  # fmt: skip
+                    torch.tensor([ids]),
+                    attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                    max_new_tokens=max_tokens,
+                    do_sample=False,
+                    eos_token_id=sorted(ends),
+                    pad_token_id=min(ends),
+                )
             known[key] = tokens[0, len(ids) :].tolist()
             path.write_text(json.dumps(known))
         outputs.append(known[key])

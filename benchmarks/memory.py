@@ -25,7 +25,7 @@ from rich.table import Table
 
 from aurora_lit.bench.online import free_port, running_server
 from aurora_lit.config import load_config
-from aurora_lit.learn.reading import read_prompts
+from aurora_lit.learn.pretrain.label_text import read_prompts
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -83,8 +83,9 @@ def main() -> int:
     port = free_port()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        config = load_config(None, [f"server.port={port}", f"checkpoint.dir={folder}", f"learn.logs={folder}",
-                                    *args.overrides])  # fmt: skip
+        config = load_config(
+            None, [f"server.port={port}", f"checkpoint.dir={folder}", f"learn.logs={folder}", *args.overrides]
+        )
         texts = [prompt.messages[0] for path in args.prompts for prompt in read_prompts(path)]
         prompts = [text for text in texts if len(text) < config.engine.max_seq_len]  # a token is a letter or more
         readings = []

@@ -53,13 +53,28 @@ def main(arguments: list[str]) -> None:
     for name, texts in files.items():
         rows = [{"domain": "python", "messages": [{"role": "user", "content": text}]} for text in texts]
         (options.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = load_config(None, [
-        f"target.source={model_folder}", "target.precision=fp32", "draft.checkpoint=null", "learn.from_scratch=true",
-        f"checkpoint.dir={options.out / 'checkpoints'}", f"learn.logs={options.out / 'logs'}", "engine.max_seq_len=256",
-        "engine.prefill_chunk_tokens=128", "engine.lookup=false", "engine.adaptive=false", "engine.explore_share=0.05",
-        "learn.learning_rate=2e-3", "learn.compute_share=0.4", "learn.publish_every_s=10", "learn.gate_requests=16",
-        "engine.threads=1", *options.settings,
-    ])  # fmt: skip
+    config = load_config(
+        None,
+        [
+            f"target.source={model_folder}",
+            "target.precision=fp32",
+            "draft.checkpoint=null",
+            "learn.from_scratch=true",
+            f"checkpoint.dir={options.out / 'checkpoints'}",
+            f"learn.logs={options.out / 'logs'}",
+            "engine.max_seq_len=256",
+            "engine.prefill_chunk_tokens=128",
+            "engine.lookup=false",
+            "engine.adaptive=false",
+            "engine.explore_share=0.05",
+            "learn.learning_rate=2e-3",
+            "learn.compute_share=0.4",
+            "learn.publish_every_s=10",
+            "learn.gate_requests=16",
+            "engine.threads=1",
+            *options.settings,
+        ],
+    )
     run(
         config,
         prompts=[options.out / "traffic.jsonl"],
@@ -83,9 +98,7 @@ def library() -> tuple[list[str], list[str]]:
 
 def prompts(texts: list[str]) -> list[str]:
     """Stretches of text that end inside a line, shuffled, none twice."""
-    found = {
-        text[start : start + 200].rsplit(" ", 1)[0] for text in texts for start in range(0, len(text) - 200, 400)
-    }
+    found = {text[start : start + 200].rsplit(" ", 1)[0] for text in texts for start in range(0, len(text) - 200, 400)}
     ordered = sorted(found)
     random.Random(0).shuffle(ordered)
     return ordered
@@ -95,10 +108,22 @@ def train(seen: list[str], kept: list[str], folder: Path, *, seconds: float) -> 
     """Make tokenizer and model, save both; losses in nats a token on the files that were kept out."""
     tokenizer = make_tokenizer(seen)
     config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=7, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=512,
-        sliding_window=None, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
     model = MixtralForCausalLM(config)
     tokens, held_out = (torch.tensor(tokenizer("\n".join(texts)).input_ids) for texts in (seen, kept))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)

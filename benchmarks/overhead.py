@@ -22,20 +22,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from aurora_lit.bench.drive import load_prompts, params_for
+from aurora_lit.bench.prompts import load_prompts, params_for
 from aurora_lit.config import load_config
+from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.ipc.engine_status import StatusBlock
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
 from aurora_lit.ipc.ring import RingReader
 from aurora_lit.ipc.run_folder import RING_NAME
-from aurora_lit.ipc.status import StatusBlock
-from aurora_lit.publishing import DraftStore
 from aurora_lit.request import Request
-from aurora_lit.serve import engine as engine_module
-from aurora_lit.serve import passes
-from aurora_lit.serve.build import build_worker
-from aurora_lit.serve.hot_reload import HotReloader
-from aurora_lit.serve.live_draft import LiveDraft
-from aurora_lit.trace import LAYOUT_DIGEST
+from aurora_lit.serve.engine import engine as engine_module
+from aurora_lit.serve.engine import target_runner as passes
+from aurora_lit.serve.worker.build import build_worker
+from aurora_lit.serve.worker.hot_reload import HotReloader
+from aurora_lit.serve.worker.live_draft import LiveDraft
+from aurora_lit.traces.record import LAYOUT_DIGEST
 
 PARTS = ("traces", "reload checks", "status page")
 
@@ -81,7 +81,7 @@ def main() -> int:
         parts = build_worker(config, folder)
         engine: Any = parts.engine
         clock = Clock()
-        for module, name in ((engine_module, "tell"), (passes, "tell_pass")):
+        for module, name in ((engine_module, "tell"), (passes, "notify_forward")):
             setattr(module, name, clock.around("traces", getattr(module, name)))
         engine._observer.on_finish = clock.around("traces", engine._observer.on_finish)
         assert parts.load_draft is not None, "there is no draft to learn: set draft.checkpoint"
@@ -103,9 +103,13 @@ def main() -> int:
                 after(outputs, domain_of=lambda _: "")
                 stats = engine.stats
                 write(
-                    running=engine.num_running, rounds=stats.rounds, generated_tokens=stats.generated_tokens,
-                    drafts=stats.drafts, proposed=stats.proposed, accepted=stats.accepted,
-                )  # fmt: skip
+                    running=engine.num_running,
+                    rounds=stats.rounds,
+                    generated_tokens=stats.generated_tokens,
+                    drafts=stats.drafts,
+                    proposed=stats.proposed,
+                    accepted=stats.accepted,
+                )
                 clock.end_round(time.perf_counter() - started)
                 while reader.pop() is not None:
                     pass
@@ -123,9 +127,10 @@ def _report(rounds: list[dict[str, float]], *, batch: int) -> None:
     for part, seconds in {**{part: [each[part] for each in rounds] for part in PARTS}, **sums}.items():
         cuts = statistics.quantiles(seconds, n=100)
         table.add_row(
-            part, *(f"{value * 1e3:.3f}" for value in (statistics.mean(seconds), cuts[49], cuts[98])),
+            part,
+            *(f"{value * 1e3:.3f}" for value in (statistics.mean(seconds), cuts[49], cuts[98])),
             f"{sum(seconds) / total_s:.2%}",
-        )  # fmt: skip
+        )
     Console(width=100).print(table)
 
 

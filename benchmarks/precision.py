@@ -18,10 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from aurora_lit.bench.drive import load_prompts
+from aurora_lit.bench.prompts import load_prompts
 from aurora_lit.config import load_config
 from aurora_lit.models.target import Target
-from aurora_lit.serve.build import find_target, load_tokenizer
+from aurora_lit.serve.worker.build import find_target, load_tokenizer
 
 WIDTHS = (1, 5, 128)
 CONTEXT = 150

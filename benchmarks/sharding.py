@@ -28,14 +28,14 @@ import torch.multiprocessing
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from aurora_lit.bench.drive import params_for
+from aurora_lit.bench.prompts import params_for
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
 from aurora_lit.kernels import native
-from aurora_lit.learn.reading import encode_prompt, read_prompts
+from aurora_lit.learn.pretrain.label_text import encode_prompt, read_prompts
 from aurora_lit.models.target import Target
 from aurora_lit.request import Request
-from aurora_lit.serve.build import build_worker, load_part, load_tokenizer
+from aurora_lit.serve.worker.build import build_worker, load_part, load_tokenizer
 
 _MIB = 1 << 20
 
@@ -71,8 +71,11 @@ def main() -> int:
             f"{key} " + " + ".join(f"{each[key] / _MIB:.0f}" for each in ranks) + " MiB"
             for key in ("weights", "loaded", "highest")
         )
-        print(f"{strategy}: {equal}/{len(prompts)} answers equal; {ranks[0]['rounds_per_s']:.2f} rounds/s; "
-              f"{ranks[0]['tokens_per_s']:.1f} tokens/s; {memory}", flush=True)  # fmt: skip
+        print(
+            f"{strategy}: {equal}/{len(prompts)} answers equal; {ranks[0]['rounds_per_s']:.2f} rounds/s; "
+            f"{ranks[0]['tokens_per_s']:.1f} tokens/s; {memory}",
+            flush=True,
+        )
     return 0 if same else 1
 
 
@@ -113,9 +116,10 @@ def run(rank: int, config: AuroraConfig, folder: Path, prompts: list[list[int]],
             for output in outputs:
                 answers[output.request_id] += output.token_ids
         figures |= {
-            "answers": list(answers.values()), "rounds_per_s": rounds / max(1e-9, sum(seconds)),
+            "answers": list(answers.values()),
+            "rounds_per_s": rounds / max(1e-9, sum(seconds)),
             "tokens_per_s": tokens / max(1e-9, sum(seconds)),
-        }  # fmt: skip
+        }
         parts.close()
     else:
         target = load_part(config, folder, rank)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import save_model
+from support.tiny_models import save_model
 
 from aurora_lit.models.target import Target
 

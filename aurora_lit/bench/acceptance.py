@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from aurora_lit.bench.drive import (
+from aurora_lit.bench.prompts import (
     REPEATED_GRAM_TOKENS,
     Answer,
     BenchPrompt,
@@ -31,8 +31,8 @@ from aurora_lit.bench.drive import (
 )
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
-from aurora_lit.serve.build import build_engine
-from aurora_lit.serve.engine import Engine
+from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.worker.build import build_engine
 
 
 @dataclass(frozen=True, kw_only=True)

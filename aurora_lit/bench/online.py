@@ -35,8 +35,8 @@ from rich.table import Table
 from aurora_lit.bench.plot_online import save_plot
 from aurora_lit.config import AuroraConfig, model_name, to_yaml
 from aurora_lit.errors import AuroraError, ConfigError
-from aurora_lit.ipc.lifetime import die_with_parent
-from aurora_lit.learn.reading import Prompt, read_prompts
+from aurora_lit.ipc.process_lifetime import die_with_parent
+from aurora_lit.learn.pretrain.label_text import Prompt, read_prompts
 
 ARMS = ("plain", "static", "learning")
 _START_S = 300.0
@@ -104,11 +104,23 @@ def run(
             asked = traffic if arm == "learning" else traffic[:static_requests]
             task = bar.add_task(arm, total=len(asked) + 2 * len(measured))
             results[arm], texts[arm] = _run_arm(
-                _arm_config(config, arm), asked, measured, concurrency, max_tokens, window, out / f"{arm}.log",
+                _arm_config(config, arm),
+                asked,
+                measured,
+                concurrency,
+                max_tokens,
+                window,
+                out / f"{arm}.log",
                 lambda task=task: bar.advance(task),
-            )  # fmt: skip
-            report = {"prompts": [p.name for p in prompts], "requests": len(traffic), "concurrency": concurrency,
-                      "max_tokens": max_tokens, "arms": results, "outputs_equal": _outputs_equal(texts)}  # fmt: skip
+            )
+            report = {
+                "prompts": [p.name for p in prompts],
+                "requests": len(traffic),
+                "concurrency": concurrency,
+                "max_tokens": max_tokens,
+                "arms": results,
+                "outputs_equal": _outputs_equal(texts),
+            }
             (out / "online.json").write_text(json.dumps(report, indent=2) + "\n")
     save_plot(results, out / "online.png")
     Console().print(_table(results, report["outputs_equal"]))
@@ -198,9 +210,15 @@ def _ask(
         )
     except Exception as error:  # whatever goes wrong is a finding of the benchmark
         return Answered(
-            **fields, seconds=time.monotonic() - started, tokens=0, rounds=0, accepted=0, draft_versions=(), text="",
+            **fields,
+            seconds=time.monotonic() - started,
+            tokens=0,
+            rounds=0,
+            accepted=0,
+            draft_versions=(),
+            text="",
             error=f"{type(error).__name__}: {error}",
-        )  # fmt: skip
+        )
     speculation = response.model_extra["metrics"]["speculative_decoding"]
     return Answered(
         **fields,

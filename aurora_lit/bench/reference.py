@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from aurora_lit.bench.drive import Answer, BenchPrompt, Run
+from aurora_lit.bench.prompts import Answer, BenchPrompt, Run
 from aurora_lit.config import AuroraConfig
-from aurora_lit.serve.build import find_target
+from aurora_lit.serve.worker.build import find_target
 
 
 def load_reference(
@@ -41,9 +41,16 @@ def generate(
         ids_BT[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
         mask_BT[row, longest - len(prompt.token_ids) :] = 1
     first_token = _FirstToken()
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {
-        "do_sample": False, "temperature": None, "top_k": None, "top_p": None,
-    }  # fmt: skip
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {
+            "do_sample": False,
+            "temperature": None,
+            "top_k": None,
+            "top_p": None,
+        }
+    )
     started = time.perf_counter()
     out_BL = model.generate(
         ids_BT,

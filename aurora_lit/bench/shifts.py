@@ -2,7 +2,7 @@
 
 Delay: requests of a new phase until a shift is called. False alarms: shifts called in random orders of the same
 requests, where there is nothing to notice, and those called in the stream itself after a phase's own was. The detector
-sees prompts alone here, no labels and no acceptance. What is left out: the detector (modules/domains.py).
+sees prompts alone here, no labels and no acceptance. What is left out: the detector (modules/domains/detector.py).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from aurora_lit.bench.drive import progress_bar, report_console
+from aurora_lit.bench.prompts import progress_bar, report_console
 from aurora_lit.bench.stream import TRAFFIC, about
 from aurora_lit.bench.stream_plan import phase_of
 from aurora_lit.config import AuroraConfig
-from aurora_lit.learn.replaying import recorded
-from aurora_lit.modules.domains import DomainDetector, embed
-from aurora_lit.trace import Trace
+from aurora_lit.learn.offline.replay import recorded
+from aurora_lit.modules.domains.detector import DomainDetector, embed
+from aurora_lit.traces.record import Trace
 
 REPORT_NAME = "shifts.json"
 

@@ -5,8 +5,8 @@ kept: traffic in the order in which it ended, and measured answers beside it.
 
 With a draft (draft.checkpoint) rounds are recorded as it was served: proposals, exploration, behaviour
 log-probabilities. Greedy and seeded answers do not depend on it, so engine.speculate=false gives the same text, and
-learn/reproposing.py makes any other draft's rounds from it. Killed, it goes on where it was; at most one shard is lost.
-What is left out: what a stream is (bench/stream_plan.py), what drafts are worth along it (bench/ablation.py).
+learn/offline/on_policy.py makes any other draft's rounds from it. Killed, it goes on where it was; at most one shard is lost.
+What is left out: what a stream is (bench/stream_plan.py), what drafts are worth along it (bench/ablation/run.py).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 from rich.console import Console
 
-from aurora_lit.bench.drive import progress_bar, repeated_share
+from aurora_lit.bench.prompts import progress_bar, repeated_share
 from aurora_lit.bench.stream_plan import Asked, Stream, plan, read_stream
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError, ConfigError
-from aurora_lit.serve.build import build_engine
-from aurora_lit.serve.engine import Engine
-from aurora_lit.trace import Trace
-from aurora_lit.trace_log import TraceLogWriter, read_index, read_shard
+from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.worker.build import build_engine
+from aurora_lit.traces.log import TraceLogWriter, read_index, read_shard
+from aurora_lit.traces.record import Trace
 
 TRAFFIC, MEASURED, ABOUT_NAME = "traffic", "measure", "stream.json"
 _SHARD_POSITIONS = 16_384
@@ -155,10 +155,12 @@ def _finish(out: Path) -> dict[str, Any]:
                 answers.setdefault(trace.domain, []).append(trace.token_ids_T[trace.answer_start :].tolist())
         found[part] = {
             domain: {
-                "segments": len(each), "tokens": sum(map(len, each)), "repeated_share": round(repeated_share(each), 4)
+                "segments": len(each),
+                "tokens": sum(map(len, each)),
+                "repeated_share": round(repeated_share(each), 4),
             }
             for domain, each in sorted(answers.items())
-        }  # fmt: skip
+        }
     found["complete"] = True
     _write(out / ABOUT_NAME, found)
     return found

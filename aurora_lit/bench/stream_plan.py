@@ -5,7 +5,7 @@
       - {name: mixed, prompts: [chat.jsonl, code.jsonl], weights: [3, 1], requests: 400}
 
 A prompt is asked once: a file that comes again goes on where it was. The same stream and seed give the same plan.
-What is left out: asking (bench/stream.py), what drafts are worth along it (bench/ablation.py).
+What is left out: asking (bench/stream.py), what drafts are worth along it (bench/ablation/run.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.errors import ConfigError
-from aurora_lit.learn.reading import encode_prompt, read_prompts
+from aurora_lit.learn.pretrain.label_text import encode_prompt, read_prompts
 from aurora_lit.request import Request, SamplingParams
 
 MEASURE = "measure"
@@ -149,9 +149,7 @@ def plan(
         for at in range(stream.measure.requests):
             domain, ids = next_of(name, max_tokens=stream.measure.max_tokens, place="measure")
             params = SamplingParams(max_tokens=stream.measure.max_tokens, temperature=0.0)
-            request = Request(
-                request_id=f"{MEASURE}-{name}/{at:05d}", prompt_ids=ids, params=params, domain=domain
-            )
+            request = Request(request_id=f"{MEASURE}-{name}/{at:05d}", prompt_ids=ids, params=params, domain=domain)
             measured.append(Asked(request=request))
     return phases, measured
 

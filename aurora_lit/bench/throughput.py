@@ -5,7 +5,7 @@ own in this process. Groups of as many prompts as the batch size are answered by
 that turns round with every group, so that what else happens on the machine hits all arms alike. One repeat over all
 groups gives one ratio; reported are the median and the quartiles of the ratios.
 
-Leaves out acceptance by position (bench/acceptance.py) and the picture (bench/plot.py).
+Leaves out acceptance by position (bench/acceptance.py) and the picture (bench/plot_throughput.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from aurora_lit.bench.drive import (
+from aurora_lit.bench.plot_throughput import save_plot
+from aurora_lit.bench.prompts import (
     REPEATED_GRAM_TOKENS,
     Answer,
     BenchPrompt,
@@ -33,12 +34,11 @@ from aurora_lit.bench.drive import (
     report_console,
     write_report,
 )
-from aurora_lit.bench.plot import save_plot
 from aurora_lit.bench.reference import load_reference
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
-from aurora_lit.serve.build import build_engine
-from aurora_lit.serve.engine import Engine
+from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.worker.build import build_engine
 
 Arm = Callable[[Sequence[BenchPrompt]], Run]
 """Answers prompts together."""
@@ -141,10 +141,13 @@ def run(
         config=config,
         draft_version=drafting.draft_version,
         results={
-            "prompts": len(loaded), "repeats": repeats, "max_tokens": max_tokens, "temperature": temperature,
+            "prompts": len(loaded),
+            "repeats": repeats,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
             "throughput": [asdict(result) for result in results],
         },
-    )  # fmt: skip
+    )
     written = [out / "throughput.json"]
     speeds = {result.batch_size: result.tokens_per_s for result in results}
     against_plain = {result.batch_size: _against(result, PLAIN) for result in results}
@@ -232,8 +235,14 @@ def table(results: Sequence[BatchResult]) -> Table:
     shown = Table(title="Throughput: median (quartiles) over repeats; in brackets once prompts are read")
     shown.add_column("batch", justify="right")
     shown.add_column("arm")
-    for name in ("tokens/s", "against plain", "against transformers", f"repeated {REPEATED_GRAM_TOKENS}-grams",
-                 "accepted length", "as plain"):  # fmt: skip
+    for name in (
+        "tokens/s",
+        "against plain",
+        "against transformers",
+        f"repeated {REPEATED_GRAM_TOKENS}-grams",
+        "accepted length",
+        "as plain",
+    ):
         shown.add_column(name, justify="right")
     for result in results:
         for name, speed in result.tokens_per_s.items():

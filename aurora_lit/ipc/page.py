@@ -2,7 +2,7 @@
 
 The record is a frozen dataclass of int, float, str and tuple[int, ...] fields; its layout follows from the class, and
 a digest of that layout stands at the page's head, so a page of another version is refused. Leaves out what the records
-mean (ipc/status.py, ipc/learner_status.py).
+mean (ipc/engine_status.py, ipc/learner_status.py).
 
     class StatusBlock(Page[Status]):
         kind = Status

@@ -1,7 +1,7 @@
 """A page for each process that holds a part of the target and does not run the engine (ranks 1, 2, …).
 
 The server creates the pages in its run folder, each rank writes its own, and the server and HTTP routes read them.
-Rank 0's page is ipc/status.py. Leaves out who ends the server when a rank falls silent (serve/ranks.py).
+Rank 0's page is ipc/engine_status.py. Leaves out who ends the server when a rank falls silent (serve/ranks.py).
 """
 
 from __future__ import annotations

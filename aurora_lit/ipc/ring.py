@@ -162,8 +162,11 @@ class RingWriter(_Ring):
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 _reserve(descriptor, _HEADER_BYTES + capacity)
-                for word, value in ((_Word.MAGIC, _MAGIC), (_Word.LAYOUT, _layout_word(layout)),
-                                    (_Word.CAPACITY, capacity)):  # fmt: skip
+                for word, value in (
+                    (_Word.MAGIC, _MAGIC),
+                    (_Word.LAYOUT, _layout_word(layout)),
+                    (_Word.CAPACITY, capacity),
+                ):
                     os.pwrite(descriptor, value.to_bytes(8, sys.byteorder), 8 * word)
                 os.link(temporary, path)  # whole from the moment it has its name
             finally:

@@ -1,7 +1,7 @@
 """The folder of one running server: private, in memory where there is such a file system, gone with the server.
 
 A server that was killed cannot clean up, so the next one does: a folder that nobody locks has no server any more.
-Leaves out what lies inside: the pages (ipc/status.py, ipc/learner_status.py), the ring (ipc/ring.py), the settings.
+Leaves out what lies inside: the pages (ipc/engine_status.py, ipc/learner_status.py), the ring (ipc/ring.py), the settings.
 """
 
 from __future__ import annotations

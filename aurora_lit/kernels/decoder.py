@@ -1,6 +1,6 @@
 """Whole decoder layers in one native call (decoder.hpp), over packed weights and slots.
 
-`Decoder` holds pointers into tensors that it keeps alive. What is left out: which models qualify (models/fused.py).
+`Decoder` holds pointers into tensors that it keeps alive. What is left out: which models qualify (models/fused_layers.py).
 
 Shapes: B rows, T positions, N = B·T or fewer, C columns of a tree, H hidden, S slots, L capacity, D head size, P
 positions, M moves.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from aurora_lit.kernels import native
-from aurora_lit.kernels.packed import PackedLinear
+from aurora_lit.kernels.packed_linear import PackedLinear
 
 _TAPS = 3
 MAX_DEPTH = 32
@@ -161,9 +161,14 @@ class Decoder:
             call.columns = parents_BC.shape[1]
             assert queries <= call.columns if begins_R is None else queries == call.columns
         for name, tensor in (
-            ("slots", slots_B), ("starts", starts_B), ("parents", parents_BC), ("embeds", embeds_NH),
-            ("stream", hidden_NH), ("normed", normed_NH), ("aux", aux_N3H),
-        ):  # fmt: skip
+            ("slots", slots_B),
+            ("starts", starts_B),
+            ("parents", parents_BC),
+            ("embeds", embeds_NH),
+            ("stream", hidden_NH),
+            ("normed", normed_NH),
+            ("aux", aux_N3H),
+        ):
             setattr(call, name, None if tensor is None else tensor.data_ptr())
         if self._taps is not None:
             call.taps = (ctypes.c_int64 * _TAPS)(*self._taps)
@@ -183,9 +188,11 @@ class Decoder:
         call = self.call(keys, values)
         call.slots = slots_M.data_ptr()
         self._move(
-            ctypes.byref(call), ctypes.c_void_p(from_M.data_ptr()), ctypes.c_void_p(to_M.data_ptr()),
+            ctypes.byref(call),
+            ctypes.c_void_p(from_M.data_ptr()),
+            ctypes.c_void_p(to_M.data_ptr()),
             ctypes.c_int64(len(slots_M)),
-        )  # fmt: skip
+        )
 
     def call(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DecoderCall:
         """What all calls over these slots have in common."""

@@ -1,7 +1,7 @@
 """A draft's proposals in native steps (drafting.hpp): catching up with what is committed, then level by level.
 
 `DraftSteps` holds pointers into tensors that it keeps alive. What is left out: whether another level pays, which the
-caller decides between steps (serve/speculation.py).
+caller decides between steps (serve/speculation/planner.py).
 
 Shapes: B rows, K proposals, S slots, L positions, F the target's features of a position, V vocabulary, D draft
 vocabulary, H hidden.
@@ -17,7 +17,7 @@ import torch
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Decoder, DecoderCall, Matrix
-from aurora_lit.kernels.packed import PackedLinear
+from aurora_lit.kernels.packed_linear import PackedLinear
 
 
 class _Call(ctypes.Structure):

@@ -1,6 +1,6 @@
 """The LK acceptance loss of rows of bf16 logits in one native pass (lk_loss.hpp); learning only.
 
-What is left out: the formulas and the torch version (modules/acceptance.py).
+What is left out: the formulas and the torch version (modules/losses/lk.py).
 
 Shapes: K steps, C rows, D draft vocabulary.
 """

@@ -22,14 +22,16 @@ from pathlib import Path
 
 import torch
 
-from aurora_lit.kernels import grouped, huge_pages, row_scaled
+from aurora_lit.kernels import group_quantization as grouped
+from aurora_lit.kernels import huge_pages
+from aurora_lit.kernels import row_quantization as row_scaled
 
-_SOURCE = Path(__file__).with_name("skinny.cpp")
+_SOURCE = Path(__file__).parent / "csrc" / "skinny.cpp"
 _SOURCES = (_SOURCE, *sorted(_SOURCE.parent.glob("*.hpp")))
 STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
 """By `target.precision`: the type that names how weights are stored; those of four bits lie two to a byte."""
 BYTES = torch.int16
-"""Stands for weights of eight bits with a scale an output, beside inputs of sixteen (kernels/row_scaled.py)."""
+"""Stands for weights of eight bits with a scale an output, beside inputs of sixteen (kernels/row_quantization.py)."""
 SUFFIXES = {BYTES: "bytes", **{dtype: name for name, dtype in STORAGE.items()}}
 """Of the kernels' names, by what weights and slots are stored in."""
 KEY_BLOCK = 64
@@ -122,15 +124,30 @@ def attend(
         value_BGTD = value_BGTD.contiguous()
     out_BTND = torch.empty(B, T, N, D)
     shape = AttentionShape(
-        B, T, N, key_BGTD.shape[1], D,
-        *query_BNTD.stride()[:3], *key_BGTD.stride()[:3], *value_BGTD.stride()[:3],
-        *keys_SGCDP.stride()[:2], *values_SGLD.stride()[:2], scale,
-    )  # fmt: skip
+        B,
+        T,
+        N,
+        key_BGTD.shape[1],
+        D,
+        *query_BNTD.stride()[:3],
+        *key_BGTD.stride()[:3],
+        *value_BGTD.stride()[:3],
+        *keys_SGCDP.stride()[:2],
+        *values_SGLD.stride()[:2],
+        scale,
+    )
     call = kernels.aurora_attention_fp32 if keys_SGCDP.dtype == torch.float32 else kernels.aurora_attention_bf16
     call(
-        ctypes.byref(shape), _address(query_BNTD), _address(key_BGTD), _address(value_BGTD),
-        _address(keys_SGCDP), _address(values_SGLD), _address(slots_B), _address(starts_B), _address(out_BTND),
-    )  # fmt: skip
+        ctypes.byref(shape),
+        _address(query_BNTD),
+        _address(key_BGTD),
+        _address(value_BGTD),
+        _address(keys_SGCDP),
+        _address(values_SGLD),
+        _address(slots_B),
+        _address(starts_B),
+        _address(out_BTND),
+    )
     return out_BTND
 
 
@@ -177,9 +194,15 @@ def linear(x_NI: torch.Tensor, packed: torch.Tensor, outputs: int, bias: torch.T
     y_NO = torch.empty(rows, outputs)
     call = getattr(kernels, f"aurora_linear_{SUFFIXES[packed.dtype]}")
     call(
-        _address(x_NI), ctypes.c_int64(x_NI.stride(0)), rows, _address(packed), inputs, outputs,
-        _address(y_NO), None if bias is None else _address(bias),
-    )  # fmt: skip
+        _address(x_NI),
+        ctypes.c_int64(x_NI.stride(0)),
+        rows,
+        _address(packed),
+        inputs,
+        outputs,
+        _address(y_NO),
+        None if bias is None else _address(bias),
+    )
     return y_NO
 
 
@@ -229,9 +252,15 @@ def argmax_linear(
     screened = () if screen is None else (ctypes.byref(screen),)
     call = getattr(kernels, f"aurora_{'screened_' if screened else ''}argmax_{SUFFIXES[packed.dtype]}")
     call(
-        _address(x_NI), ctypes.c_int64(x_NI.stride(0)), rows, _address(packed), inputs, outputs, _address(place_N),
+        _address(x_NI),
+        ctypes.c_int64(x_NI.stride(0)),
+        rows,
+        _address(packed),
+        inputs,
+        outputs,
+        _address(place_N),
         *screened,
-    )  # fmt: skip
+    )
     return place_N
 
 

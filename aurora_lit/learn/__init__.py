@@ -1,1 +1,1 @@
-"""Part of aurora_lit; see ARCHITECTURE.md."""
+"""Nothing is here but sub-packages."""

@@ -2,7 +2,7 @@
 
 No model code is copied: attention is handed to our slots (models/attention.py), and the three auxiliary hidden states
 are taken by hooks in front of decoder layers. What is left out: where a model comes from (models/source.py), the cache
-(models/slots.py), and what is done with logits (modules/sampling.py).
+(models/slots.py), and what is done with logits (modules/sampling/verification.py).
 
 Shapes: B rows, T positions, N rows of a flat batch, H hidden, V vocabulary.
 """
@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Decoder
-from aurora_lit.kernels.packed import PackedLinear, pack_model
+from aurora_lit.kernels.packed_linear import PackedLinear, pack_model
 from aurora_lit.models.attention import ATTENTION_NAME
-from aurora_lit.models.fused import fuse
+from aurora_lit.models.fused_layers import fuse
 from aurora_lit.models.layers import aux_layer_ids, decoder_layers, rope_parameters
 from aurora_lit.models.slots import KVSlots, SlotView
-from aurora_lit.modules.head import HeadFinish
+from aurora_lit.modules.draft.logit_transform import LogitTransform
 
 
 class Target(nn.Module):
@@ -60,7 +60,7 @@ class Target(nn.Module):
         self.logit_factor = 1.0
         softcap: float | None = getattr(config, "final_logit_softcapping", None)
         bias: torch.Tensor | None = getattr(self.head, "bias", None)
-        self.finish = HeadFinish(bias_V=None if bias is None else bias.detach().float(), softcap=softcap)
+        self.finish = LogitTransform(bias_V=None if bias is None else bias.detach().float(), softcap=softcap)
         self.aux_layer_ids = aux_layer_ids(self.num_layers)
         self._forward: Any = model.base_model
         self._decoder: Decoder | None = None

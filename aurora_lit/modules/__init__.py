@@ -1,1 +1,1 @@
-"""Mathematics and networks: pure tensor functions first, the draft network after them. No serving code."""
+"""Nothing is here but sub-packages."""

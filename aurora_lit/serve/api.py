@@ -1,7 +1,7 @@
 """Our one LitAPI and our one LitSpec: every route, who may call it, and the engine worker's setup.
 
 The spec lives in the HTTP process, the API's `setup` runs in the worker. Leaves out what a generation request does
-(serve/routes.py) and the processes (serve/server.py).
+(serve/http/routes.py) and the processes (serve/server.py).
 
     POST /v1/chat/completions  /v1/completions      GET /v1/models  /v1/models/NAME  /v1/aurora/status  /metrics
     GET /health  /ready                              open: no key is asked
@@ -28,24 +28,24 @@ from litserve.specs.base import LitSpec
 from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.config import AuroraConfig, model_name, versions_folder
+from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import RequestError
+from aurora_lit.ipc.engine_status import STATUS_NAME, StatusBlock, WorkerState
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
-from aurora_lit.ipc.lifetime import die_with_parent
-from aurora_lit.ipc.status import STATUS_NAME, StatusBlock, WorkerState
-from aurora_lit.metrics import CONTENT_TYPE, ServerMetrics
-from aurora_lit.publishing import DraftStore
-from aurora_lit.serve.calls import WorkerParts
-from aurora_lit.serve.errors_http import install
-from aurora_lit.serve.hot_reload import HotReloader
-from aurora_lit.serve.in_flight import Flights
+from aurora_lit.ipc.process_lifetime import die_with_parent
+from aurora_lit.serve.http.errors import install
+from aurora_lit.serve.http.metrics import CONTENT_TYPE, ServerMetrics
+from aurora_lit.serve.http.routes import Generation
+from aurora_lit.serve.http.status import engine_json, learner_json, ranks_json, ring_counters
+from aurora_lit.serve.http.worker_client import WorkerClient
 from aurora_lit.serve.learner_child import learner_command
-from aurora_lit.serve.loop import EngineLoop
 from aurora_lit.serve.ranks import Part, run_rank
-from aurora_lit.serve.routes import Generation
-from aurora_lit.serve.status_json import engine_json, learner_json, ranks_json, ring_counters
+from aurora_lit.serve.worker.call_tracker import WorkerParts
+from aurora_lit.serve.worker.hot_reload import HotReloader
+from aurora_lit.serve.worker.loop import EngineLoop
 
 if TYPE_CHECKING:
-    from aurora_lit.serve.live_draft import LiveDraft
+    from aurora_lit.serve.worker.live_draft import LiveDraft
 
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
@@ -99,15 +99,18 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
             status.write(state=WorkerState.FAILED, error=f"{type(error).__name__}: {error}")
             raise
         engine = self.parts.engine
-        status.write(max_seq_len=engine.max_seq_len, vocab_size=engine.vocab_size,
-                     max_draft_tokens=self._config.engine.most_proposed)  # fmt: skip
+        status.write(
+            max_seq_len=engine.max_seq_len,
+            vocab_size=engine.vocab_size,
+            max_draft_tokens=self._config.engine.most_proposed,
+        )
 
     def _live_draft(self) -> LiveDraft | None:
         """The engine begins with the version that this deployment has come to, if it has published any."""
         if self.parts.load_draft is None:
             return None
         # Here, because drift detection brings much along that only the worker needs.
-        from aurora_lit.serve.live_draft import LiveDraft
+        from aurora_lit.serve.worker.live_draft import LiveDraft
 
         store = DraftStore(versions_folder(self._config), keep=self._config.checkpoint.keep)
         return LiveDraft(self.parts.engine, HotReloader(store, self.parts.load_draft))
@@ -117,8 +120,9 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
         key = self._config.server.api_key
         given = "" if credentials is None else credentials.credentials
         if key is not None and not secrets.compare_digest(given.encode(), key.encode()):
-            raise RequestError("the API key is missing or wrong; send Authorization: Bearer KEY", status=401,
-                               code="invalid_api_key")  # fmt: skip
+            raise RequestError(
+                "the API key is missing or wrong; send Authorization: Bearer KEY", status=401, code="invalid_api_key"
+            )
 
 
 class AuroraSpec(LitSpec):  # type: ignore[misc]
@@ -136,12 +140,15 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         self._ring = partial(ring_counters, run_folder)
         self._ranks = partial(ranks_json, run_folder)
         self._metrics = ServerMetrics(model=self._model, status=self._status, learner=self._learner, ring=self._ring)
-        self._flights = Flights(status=self._status, max_queue=config.server.max_queue)
+        self._flights = WorkerClient(status=self._status, max_queue=config.server.max_queue)
         self._flights.connect(self)
         generation = Generation(
-            model=self._model, tokenizer=backend.load_tokenizer(config), flights=self._flights, metrics=self._metrics,
+            model=self._model,
+            tokenizer=backend.load_tokenizer(config),
+            flights=self._flights,
+            metrics=self._metrics,
             status=self._status,
-        )  # fmt: skip
+        )
         self.add_endpoint("/v1/chat/completions", generation.chat, ["POST"])
         self.add_endpoint("/v1/completions", generation.complete, ["POST"])
         self.add_endpoint("/v1/models", self.models, ["GET"])
@@ -201,22 +208,35 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
     async def one_model(self, name: str) -> JSONResponse:
         """The same, asked for by name."""
         if name != self._model:
-            raise RequestError(f"model={name!r} does not exist; this server has {self._model}", param="model",
-                               code="model_not_found", status=404)  # fmt: skip
+            raise RequestError(
+                f"model={name!r} does not exist; this server has {self._model}",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
         return JSONResponse(self._model_card())
 
     async def status(self) -> JSONResponse:
         """Everything that engine, ring and learner say of themselves."""
         report = engine_json(self._status.read(), self._ring())
-        report["queue"] |= {"in_flight": self._flights.num_sequences, "calls": self._flights.num_calls,
-                            "max_queue": self._max_queue}  # fmt: skip
-        return JSONResponse({"model": self._model, **report, "ranks": self._ranks(),
-                             "learner": learner_json(self._learner.read())})  # fmt: skip
+        report["queue"] |= {
+            "in_flight": self._flights.num_sequences,
+            "calls": self._flights.num_calls,
+            "max_queue": self._max_queue,
+        }
+        return JSONResponse(
+            {"model": self._model, **report, "ranks": self._ranks(), "learner": learner_json(self._learner.read())}
+        )
 
     async def prometheus(self) -> Response:
         """Metrics in Prometheus' text format."""
         return Response(self._metrics.render(), media_type=CONTENT_TYPE)
 
     def _model_card(self) -> dict[str, Any]:
-        return {"id": self._model, "object": "model", "created": self._created, "owned_by": "aurora-lit",
-                "max_model_len": self._status.read().max_seq_len}  # fmt: skip
+        return {
+            "id": self._model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "aurora-lit",
+            "max_model_len": self._status.read().max_seq_len,
+        }

@@ -3,7 +3,7 @@
 LitServe starts `engine.devices` workers. Worker 0 is rank 0 and runs the engine; each other one runs `run_rank` and
 never serves a request. The main process watches them all: each says several times a second that it lives, from a
 thread of its own, so that a long pass is no silence and a stopped process is. One that ends or falls silent takes the
-whole server with it. What is left out: what ranks do together (distributed.py, models/sharded.py), ending the server
+whole server with it. What is left out: what ranks do together (distributed.py, models/sharded_target.py), ending the server
 (serve/server.py).
 """
 
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from aurora_lit.errors import RankError
+from aurora_lit.ipc.engine_status import StatusBlock, WorkerState
 from aurora_lit.ipc.rank_status import RankBlock, rank_path
-from aurora_lit.ipc.status import StatusBlock, WorkerState
 
 if TYPE_CHECKING:
     from aurora_lit.distributed import Order  # the main process needs no torch
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class Part(Protocol):
-    """A rank's part of the target, as models/sharded.py has it."""
+    """A rank's part of the target, as models/sharded_target.py has it."""
 
     def follow(self, *, after: Callable[[Order], None]) -> None:
         """Do what rank 0 orders until it says stop."""
@@ -105,7 +105,7 @@ class RankWatch:
             return self._say()
         now = self._status.read()
         if len(self._processes) == 1 or now.state is not WorkerState.READY:
-            return None  # clients judge a lone worker's silence (serve/in_flight.py); one that loads may be silent
+            return None  # clients judge a lone worker's silence (serve/http/worker_client.py); one that loads may be silent
         beats = [now.heartbeat_ns, *(page.read().heartbeat_ns for page in self._pages)]
         for rank, beat in enumerate(beats):
             # In looks, not by the clock: when the whole machine stood still, so did this process.

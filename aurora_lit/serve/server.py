@@ -1,8 +1,8 @@
 """The server's processes: started in order, ended in order, none left behind.
 
     main (this file) ── manager of LitServe's queues
-        ├── HTTP: uvicorn, forked          serve/api.py, serve/routes.py
-        ├── engine worker, spawned         serve/loop.py
+        ├── HTTP: uvicorn, forked          serve/api.py, serve/http/routes.py
+        ├── engine worker, spawned         serve/worker/loop.py
         ├── engine.devices - 1 more        serve/ranks.py; hold parts of the target, live and die with the worker
         └── learner, with learn.enabled    serve/learner_child.py; may die, the others go on
 
@@ -32,15 +32,15 @@ from litserve import LitServer
 
 from aurora_lit.config import AuroraConfig, draft_folder, model_name, to_yaml
 from aurora_lit.errors import AuroraError, ConfigError
+from aurora_lit.ipc.channel import SocketTransport
+from aurora_lit.ipc.engine_status import STATUS_NAME, StatusBlock, WorkerState
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
-from aurora_lit.ipc.lifetime import lead_forked_children
+from aurora_lit.ipc.process_lifetime import lead_forked_children
 from aurora_lit.ipc.rank_status import RankBlock, rank_path
 from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
-from aurora_lit.ipc.status import STATUS_NAME, StatusBlock, WorkerState
 from aurora_lit.serve.api import AuroraAPI, AuroraSpec, Backend
 from aurora_lit.serve.learner_child import LearnerChild
 from aurora_lit.serve.ranks import RankWatch
-from aurora_lit.serve.transport import SocketTransport
 
 WORKER_GRACE_S = 1.0
 """How long a server without worker stays to say so on /health."""
@@ -128,7 +128,7 @@ def check_address(host: str, port: int) -> None:
 
 
 def _real_backend() -> Backend:
-    from aurora_lit.serve.build import build_worker, load_part, load_tokenizer, prepare
+    from aurora_lit.serve.worker.build import build_worker, load_part, load_tokenizer, prepare
 
     return Backend(prepare=prepare, build_worker=build_worker, load_part=load_part, load_tokenizer=load_tokenizer)
 
@@ -158,8 +158,9 @@ def _build(config: AuroraConfig, backend: Backend, folder: Path) -> _Server:
     spec = AuroraSpec(config, backend, folder)
     api = AuroraAPI(config, backend, folder, spec)
     # "cpu" only lets LitServe start as many as we say; each worker chooses its device itself.
-    server = _Server(api, accelerator="cpu", workers_per_device=config.engine.devices, timeout=False,
-                     max_payload_size=MAX_BODY_BYTES)  # fmt: skip
+    server = _Server(
+        api, accelerator="cpu", workers_per_device=config.engine.devices, timeout=False, max_payload_size=MAX_BODY_BYTES
+    )
     server.uvicorn_graceful_timeout = config.server.drain_s + _AFTER_DRAIN_S
     # LitServe would end the server at once when the worker dies; we first let /health and the clients know.
     server._monitor_workers = False
@@ -176,8 +177,14 @@ def _run(
     watched = (server, config.engine.devices, status, folder)
     threading.Thread(target=_end_after_children, args=watched, daemon=True).start()
     try:
-        server.run(host=config.server.host, port=config.server.port, num_api_servers=1, log_level="warning",
-                   generate_client_file=False, access_log=False)  # fmt: skip
+        server.run(
+            host=config.server.host,
+            port=config.server.port,
+            num_api_servers=1,
+            log_level="warning",
+            generate_client_file=False,
+            access_log=False,
+        )
     except KeyboardInterrupt:  # before LitServe itself catches it: while the model loads
         pass
     except RuntimeError as error:

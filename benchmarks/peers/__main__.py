@@ -28,14 +28,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from aurora_lit.bench.drive import progress_bar, report_console
 from aurora_lit.bench.online import free_port
+from aurora_lit.bench.prompts import progress_bar, report_console
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml
+from aurora_lit.drafts.export import export
 from aurora_lit.errors import AuroraError, ConfigError
-from aurora_lit.export import export
-from aurora_lit.learn.reading import encode_prompt, read_prompts
+from aurora_lit.learn.pretrain.label_text import encode_prompt, read_prompts
 from aurora_lit.models.package_index import file_sha256
-from aurora_lit.serve.build import find_target, load_tokenizer
+from aurora_lit.serve.worker.build import find_target, load_tokenizer
 
 from . import environments, gguf_files
 from .client import ask, run_load, served_model
@@ -59,8 +59,13 @@ def main() -> int:
         places = {engine.name: _prepare(engine, config, work, console) for engine in (OURS, *peers)}
         if arguments.prepare:
             return 0
-        prompts = choose_prompts(arguments.prompts, config, clients=arguments.clients, rounds=arguments.rounds,
-                                 max_tokens=arguments.max_tokens)  # fmt: skip
+        prompts = choose_prompts(
+            arguments.prompts,
+            config,
+            clients=arguments.clients,
+            rounds=arguments.rounds,
+            max_tokens=arguments.max_tokens,
+        )
         arguments.out.mkdir(parents=True, exist_ok=True)
         _keep_plan(arguments.out / "plan.json", arguments, config, prompts)
         failures = _measure_all(peers, places, prompts, arguments, console)
@@ -71,8 +76,14 @@ def main() -> int:
     rows = summarise(pairs)
     machine = {"processor": environments.processor()[0], "cores": len(os.sched_getaffinity(0))}
     installed = {name: environments.versions(name, work) for name in {p.environment for p in peers}}
-    report = {"machine": machine, "installed": installed, "overrides": _all_overrides(arguments), "rows": rows,
-              "commands": {p.name: p.command for p in (OURS, *peers)}, "failures": failures}  # fmt: skip
+    report = {
+        "machine": machine,
+        "installed": installed,
+        "overrides": _all_overrides(arguments),
+        "rows": rows,
+        "commands": {p.name: p.command for p in (OURS, *peers)},
+        "failures": failures,
+    }
     (arguments.out / "peers.json").write_text(json.dumps(report, indent=2) + "\n")
     report_console().print(table(rows))
     for failure in failures:
@@ -86,8 +97,14 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--prompts", nargs="+", type=Path, default=[], help="JSONL files, taken in turn")
     parser.add_argument("--out", type=Path, default=Path("peers"))
-    parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in PEERS], default=[], metavar="NAME",
-                        help=f"of {', '.join(peer.name for peer in PEERS)}; all if left out")  # fmt: skip
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=[peer.name for peer in PEERS],
+        default=[],
+        metavar="NAME",
+        help=f"of {', '.join(peer.name for peer in PEERS)}; all if left out",
+    )
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--rounds", type=int, default=3, help="prompts a client, on average")
     parser.add_argument("--repeats", type=int, default=5)
@@ -124,8 +141,12 @@ def _prepare(engine: Engine, config: AuroraConfig, work: Path, console: Console)
     with console.status(f"preparing {engine.name}"):
         places = environments.prepare(engine.environment, work)
         model = find_target(config)
-        places |= {"model": str(model), "cache": str(work / "cache"), "threads": str(len(cores)),
-                   "cores": ",".join(map(str, cores))}  # fmt: skip
+        places |= {
+            "model": str(model),
+            "cache": str(work / "cache"),
+            "threads": str(len(cores)),
+            "cores": ",".join(map(str, cores)),
+        }
         words = " ".join(engine.command)
         if "{config}" in words:
             places["config"] = str(work / "ours.yaml")
@@ -223,8 +244,12 @@ def _measure(
     task = bar.add_task(engine.name, total=sum(count + len(prompts[count]) for count in counts))
     advance: Callable[[], object] = lambda: bar.advance(task)  # noqa: E731
     try:
-        with running(command, environ, ready_url=f"http://127.0.0.1:{port}{engine.ready}",
-                     log=arguments.out / "logs" / f"{engine.name}.log") as server:  # fmt: skip
+        with running(
+            command,
+            environ,
+            ready_url=f"http://127.0.0.1:{port}{engine.ready}",
+            log=arguments.out / "logs" / f"{engine.name}.log",
+        ) as server:
             ask(port, served_model(port), prompts[0][0], max_tokens=1)
             first_answer_s = server.age_s()
             for count in counts:

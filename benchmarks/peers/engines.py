@@ -54,11 +54,22 @@ def _transformers(name: str, *words: str, most_clients: int = SLOTS) -> Engine:
     return Engine(
         name=name,
         environment="transformers",
-        command=("{python}", server, "--model", "{model}", "--port", "{port}", "--threads", "{threads}",
-                 "--most", str(SLOTS), *words),
+        command=(
+            "{python}",
+            server,
+            "--model",
+            "{model}",
+            "--port",
+            "{port}",
+            "--threads",
+            "{threads}",
+            "--most",
+            str(SLOTS),
+            *words,
+        ),
         environ=_PRELOAD | _OFFLINE | {"KMP_AFFINITY": "granularity=fine,compact,1,0", "KMP_BLOCKTIME": "1"},
         most_clients=most_clients,
-    )  # fmt: skip
+    )
 
 
 def _vllm(name: str, *words: str) -> Engine:
@@ -69,10 +80,28 @@ def _vllm(name: str, *words: str) -> Engine:
     return Engine(
         name=name,
         environment="vllm",
-        command=("{python}", "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--host", "127.0.0.1",
-                 "--port", "{port}", "--dtype", "bfloat16", "--max-model-len", str(SLOT_TOKENS), "--max-num-seqs",
-                 str(SLOTS), "--disable-uvicorn-access-log", *words),
-        environ=_PRELOAD | _OFFLINE | {
+        command=(
+            "{python}",
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            "{model}",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "{port}",
+            "--dtype",
+            "bfloat16",
+            "--max-model-len",
+            str(SLOT_TOKENS),
+            "--max-num-seqs",
+            str(SLOTS),
+            "--disable-uvicorn-access-log",
+            *words,
+        ),
+        environ=_PRELOAD
+        | _OFFLINE
+        | {
             "VLLM_TARGET_DEVICE": "cpu",
             "VLLM_CPU_OMP_THREADS_BIND": "{cores}",
             "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -80,7 +109,7 @@ def _vllm(name: str, *words: str) -> Engine:
             "TORCHINDUCTOR_CACHE_DIR": "{cache}/inductor",
             "VLLM_NO_USAGE_STATS": "1",
         },
-    )  # fmt: skip
+    )
 
 
 def _llama_cpp(kind: str, precision: str) -> Engine:
@@ -88,28 +117,65 @@ def _llama_cpp(kind: str, precision: str) -> Engine:
     return Engine(
         name=f"llama.cpp-{kind.lower()}",
         environment="llama.cpp",
-        command=("{bin}/llama-server", "--model", f"{{gguf}}/{kind}.gguf", "--host", "127.0.0.1", "--port", "{port}",
-                 "--threads", "{threads}", "--parallel", str(SLOTS), "--ctx-size", str(SLOTS * SLOT_TOKENS)),
+        command=(
+            "{bin}/llama-server",
+            "--model",
+            f"{{gguf}}/{kind}.gguf",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "{port}",
+            "--threads",
+            "{threads}",
+            "--parallel",
+            str(SLOTS),
+            "--ctx-size",
+            str(SLOTS * SLOT_TOKENS),
+        ),
         precision=precision,
-    )  # fmt: skip
+    )
 
 
 OURS = Engine(
     name="aurora-lit",
     environment="",
-    command=("{python}", "-m", "aurora_lit", "serve", "--config", "{config}", "server.port={port}",
-             "target.precision={precision}"),
+    command=(
+        "{python}",
+        "-m",
+        "aurora_lit",
+        "serve",
+        "--config",
+        "{config}",
+        "server.port={port}",
+        "target.precision={precision}",
+    ),
     ready="/ready",
-)  # fmt: skip
+)
 
 PEERS = (
     _transformers("transformers"),
     # Assisted generation takes one request at a time.
     _transformers("transformers-lookup", "--prompt-lookup", "10", most_clients=1),
     _vllm("vllm"),
-    _vllm("vllm-ngram", "--speculative-config.method", "ngram", "--speculative-config.num_speculative_tokens", "4",
-          "--speculative-config.prompt_lookup_min", "2", "--speculative-config.prompt_lookup_max", "4"),
-    _vllm("vllm-eagle3", "--speculative-config.method", "eagle3", "--speculative-config.model", "{draft}",
-          "--speculative-config.num_speculative_tokens", "3"),
+    _vllm(
+        "vllm-ngram",
+        "--speculative-config.method",
+        "ngram",
+        "--speculative-config.num_speculative_tokens",
+        "4",
+        "--speculative-config.prompt_lookup_min",
+        "2",
+        "--speculative-config.prompt_lookup_max",
+        "4",
+    ),
+    _vllm(
+        "vllm-eagle3",
+        "--speculative-config.method",
+        "eagle3",
+        "--speculative-config.model",
+        "{draft}",
+        "--speculative-config.num_speculative_tokens",
+        "3",
+    ),
     *(_llama_cpp(*formats) for formats in (("F32", "fp32"), ("BF16", "bf16"), ("Q8_0", "int8"), ("Q4_0", "int4"))),
-)  # fmt: skip
+)

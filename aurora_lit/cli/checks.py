@@ -1,0 +1,306 @@
+"""What `aurora-lit doctor` looks at: one function a line of its report.
+
+"fail" means that serving would not start; "warn" that it works but is slower, or that something is still to come (such
+as a download). Leaves out the report (doctor.py) and what memory a deployment needs (memory.py).
+"""
+
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from aurora_lit.config import AuroraConfig, draft_folder
+from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
+from aurora_lit.models.source import cache_root, cached
+
+_GIB = 1 << 30
+_RUNTIME_BYTES = 3 * _GIB // 2
+"""Two Python processes with torch and transformers loaded, without a model."""
+_FRESH_MODEL_BYTES = 2 * _GIB
+"""Disk that a small model's download and conversion take at their widest; a guess, for want of the file's size."""
+_FAST_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    """What was looked at."""
+    state: Literal["ok", "warn", "fail"]
+    """fail: serving would not start."""
+    found: str
+    """What is there."""
+    remedy: str = ""
+    """What to do; empty when ok."""
+
+
+def _ok(name: str, found: str) -> Check:
+    return Check(name=name, state="ok", found=found)
+
+
+def _warn(name: str, found: str, remedy: str) -> Check:
+    return Check(name=name, state="warn", found=found, remedy=remedy)
+
+
+def _fail(name: str, found: str, remedy: str) -> Check:
+    return Check(name=name, state="fail", found=found, remedy=remedy)
+
+
+def run_checks(config: AuroraConfig) -> Iterator[Check]:
+    """All checks in the order of the report; a check that breaks is itself a failed line."""
+    checks: tuple[Callable[[AuroraConfig], Check], ...] = (
+        check_python,
+        check_torch,
+        check_devices,
+        check_processor,
+        check_compiler,
+        check_shared_memory,
+        check_address,
+        check_target,
+        check_memory,
+        check_draft,
+    )
+    for check in checks:
+        name = check.__name__.removeprefix("check_")
+        try:
+            yield check(config)
+        except AuroraError as error:
+            found, _, remedy = str(error).partition("; ")
+            yield _fail(name, found, remedy)
+        except Exception as error:  # the report must not end at its first surprise
+            yield _fail(name, repr(error), "report this as a bug, with the text beside it")
+
+
+def check_python(_: AuroraConfig) -> Check:
+    """The interpreter and the system it runs on."""
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if sys.platform != "linux":
+        return _warn("python", found, "only Linux is tested; expect rough edges")
+    return _ok("python", found)
+
+
+def check_torch(_: AuroraConfig) -> Check:
+    """The numeric library imports."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return _fail("torch", str(error), "reinstall torch >= 2.10 for this machine")
+    versions = {name: importlib.metadata.version(name) for name in ("transformers", "lightning", "litserve")}
+    return _ok("torch", ", ".join([torch.__version__, *(f"{name} {version}" for name, version in versions.items())]))
+
+
+def check_devices(config: AuroraConfig) -> Check:
+    """GPUs, and cores against engine.threads."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    found = f"{cores} CPU cores, {', '.join(gpus) if gpus else 'no GPU'}"
+    if config.engine.threads > cores:
+        return _warn(
+            "devices", found, f"engine.threads={config.engine.threads} is more than the cores; use 0 or at most {cores}"
+        )
+    return _ok("devices", found)
+
+
+def check_processor(_: AuroraConfig) -> Check:
+    """Vector instructions that the CPU path profits from."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return _ok("processor", platform.processor() or "unknown")
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    fast = [flag for flag in _FAST_FLAGS if flag in flags]
+    found = f"{model}: {', '.join(fast) if fast else 'none of ' + ', '.join(_FAST_FLAGS)}"
+    if "avx512_bf16" not in fast:
+        return _warn("processor", found, "works, but slower: bf16 products are native only with avx512_bf16")
+    return _ok("processor", found)
+
+
+def check_compiler(_: AuroraConfig) -> Check:
+    """A C++ compiler, tried on our own kernels."""
+    from aurora_lit.kernels import native
+
+    command = native.compiler()
+    if command is None:
+        return _warn(
+            "compiler",
+            "neither $CXX nor g++ nor clang++",
+            "works, but decoding on CPU is slower: install g++",
+        )
+    if native.library() is None:
+        return _warn(
+            "compiler",
+            f"{command}, but the native kernels are not in use",
+            "works, but slower: see that AURORA_LIT_NATIVE is not 0, that the compiler knows "
+            "-march=native and OpenMP, and that the cache folder can be written",
+        )
+    return _ok("compiler", f"{command}, native kernels built")
+
+
+def check_shared_memory(config: AuroraConfig) -> Check:
+    """Room for what the processes of a server share: two pages and, for a learner, the trace ring."""
+    folder = Path("/dev/shm")
+    if not os.access(folder, os.W_OK):
+        return _warn(
+            "shared memory",
+            f"{folder} cannot be written",
+            "works from the temporary folder; in a container, mount a tmpfs at /dev/shm",
+        )
+    free = shutil.disk_usage(folder).free
+    if free < (config.trace.capacity_mb + 1 if config.learn.enabled else 1) << 20:
+        return _fail(
+            "shared memory",
+            f"{free >> 10} KiB free in {folder}",
+            f"remove files of ended programs from {folder}, give it more room (--shm-size), or lower trace.capacity_mb",
+        )
+    return _ok("shared memory", f"{free >> 20} MiB free in {folder}")
+
+
+def check_address(config: AuroraConfig) -> Check:
+    """The port is free, and nobody unknown gets in."""
+    from aurora_lit.serve import server
+
+    host, port = config.server.host, config.server.port
+    try:
+        server.check_address(host, port)
+    except ConfigError as error:
+        found, _, remedy = str(error).partition("; ")
+        return _fail("address", found, remedy or "choose another server.port")
+    if host != "127.0.0.1" and config.server.api_key is None:
+        return _warn(
+            "address", f"{host} port {port} is free, open to everyone", "set server.api_key, or server.host=127.0.0.1"
+        )
+    return _ok("address", f"{host} port {port} is free")
+
+
+def check_target(config: AuroraConfig) -> Check:
+    """The target model is in the cache, or can get there, and can be shared as engine.strategy says."""
+    from aurora_lit.cli.footprint import model_shape
+    from aurora_lit.models.partition import check_shareable
+
+    target = config.target
+    root = cache_root(target.cache_dir)
+    folder = cached(target.source, cache_dir=root, sha256=target.sha256)
+    if folder is not None:
+        check_shareable(config, model_shape(config, folder=folder))
+        return _ok("target", str(folder))
+    if not target.source.startswith(("pypi:", "hf:")):
+        return _fail(
+            "target",
+            f"{target.source} is no folder with a model",
+            "set target.source to a folder that save_pretrained wrote, hf:org/name or pypi:...",
+        )
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if not os.access(existing, os.W_OK) or free < _FRESH_MODEL_BYTES:
+        return _fail(
+            "target",
+            f"not in the cache; {free / _GIB:.1f} GiB free in {existing}",
+            f"set target.cache_dir to a writable folder with {_FRESH_MODEL_BYTES / _GIB:.0f} GiB free",
+        )
+    return _warn(
+        "target",
+        f"{target.source} is not in {root} yet",
+        "nothing: the first start downloads it (or run `aurora-lit generate -p hello` now)",
+    )
+
+
+def check_memory(config: AuroraConfig) -> Check:
+    """Free memory against what the deployment needs: on GPUs, or on the machine where there are none."""
+    import torch
+
+    from aurora_lit.cli.footprint import model_shape, needs, total
+
+    free = available_bytes()
+    target, engine = config.target, config.engine
+    folder = cached(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
+    shape = model_shape(config, folder=folder)
+    if shape is None:
+        return _warn(
+            "memory",
+            f"{free / _GIB:.1f} GiB free",
+            "run doctor again when the target is there, or name its config.json as target.shape: its needs are not "
+            "known yet",
+        )
+    lines = needs(config, shape, devices=engine.devices)
+    gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    fullest = total(lines, "every device", "first device")
+    if config.learn.enabled:
+        fullest += total(lines, "learner's device")
+    if gpus:
+        found = f"{len(gpus)} GPUs of {min(gpus) / _GIB:.0f} GiB, {engine.devices} of {fullest / _GIB:.1f} GiB needed"
+        enough = len(gpus) >= engine.devices and min(gpus) >= fullest
+    else:
+        if folder is not None and engine.strategy == "single":
+            need = needed_bytes(config, folder)
+        else:
+            need = fullest + (engine.devices - 1) * total(lines, "every device")
+        found = f"{free / _GIB:.1f} GiB free, about {need / _GIB:.1f} GiB needed"
+        enough = free >= need
+    if not enough:
+        return _fail(
+            "memory",
+            found,
+            "lower engine.max_batch_size or engine.max_seq_len, use target.precision=bf16, more engine.devices, or "
+            "choose a smaller target; the table below says what takes how much",
+        )
+    return _ok("memory", found)
+
+
+def check_draft(config: AuroraConfig) -> Check:
+    """The draft checkpoint is there and names itself; whether it fits the target is seen when it is loaded."""
+    from aurora_lit.drafts.checkpoint import read_config
+
+    folder = draft_folder(config)
+    if folder is None or not config.engine.speculate:
+        return _ok("draft", "none: plain decoding")
+    remedy = "make one with `aurora-lit pretrain`, or set draft.checkpoint=null"
+    missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
+    if missing:
+        return _fail("draft", f"{folder} lacks {' and '.join(missing)}", remedy)
+    try:
+        read_config(folder)
+    except CheckpointError as error:
+        return _fail("draft", str(error), remedy)
+    return _ok("draft", str(folder))
+
+
+def needed_bytes(config: AuroraConfig, folder: Path) -> int:
+    """Memory to serve the model in `folder`: weights and their packed copy, KV cache, runtime."""
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    parameters = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                parameters += math.prod(tensors.get_slice(name).get_shape())
+    text = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    engine = config.engine
+    element_bytes = 4 if config.target.precision == "fp32" else 2
+    positions = engine.max_batch_size * (engine.max_seq_len + engine.max_draft_tokens)
+    kv_bytes = 2 * text.num_hidden_layers * heads * head_dim * positions * element_bytes
+    return int(2 * parameters * element_bytes + kv_bytes + _RUNTIME_BYTES)
+
+
+def available_bytes() -> int:
+    """Free memory, or what a container's limit leaves when that is less."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{part}").read_text().strip() for part in ("max", "current"))
+        return free if limit == "max" else min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        return free

@@ -1,0 +1,135 @@
+"""`aurora-lit status`: what a running server and its learner say of themselves.
+
+Leaves out gathering the numbers (ipc/, serve/http/status.py).
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from aurora_lit.errors import AuroraError
+from aurora_lit.ipc.engine_status import STATUS_NAME, StatusBlock
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.run_folder import live_folders
+from aurora_lit.serve.http.status import engine_json, learner_json, ring_counters
+
+Json = dict[str, Any]
+
+
+def show(*, url: str | None, api_key: str | None, run_folder: Path | None, as_json: bool) -> None:
+    """Print the state of a server: at `url`, or of this machine, from its run folder (None: the newest)."""
+    report = ask(url, api_key) if url is not None else read(find_run_folder(run_folder))
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    table = Table("", "", show_header=False, box=None)
+    for name, value in _lines(report):
+        table.add_row(f"[bold]{name}[/]", escape(value))  # clients' labels may look like markup
+    Console(highlight=False).print(table)
+
+
+def find_run_folder(given: Path | None) -> Path:
+    """The folder of a running server; AuroraError when there is none."""
+    if given is not None:
+        if not (given / STATUS_NAME).exists():
+            raise AuroraError(f"--run-folder {given} belongs to no running server; leave it out to take the newest one")
+        return given
+    folders = live_folders()
+    if not folders:
+        raise AuroraError("no server of this user runs on this machine; start `aurora-lit serve`")
+    return folders[0]
+
+
+def read(run_folder: Path) -> Json:
+    """The report from the pages that the server's processes share."""
+    try:
+        status = StatusBlock.open(run_folder / STATUS_NAME).read()
+        learner = LearnerBlock.open(run_folder / LEARNER_STATUS_NAME).read()
+    except (OSError, ValueError) as error:
+        raise AuroraError(f"{run_folder} cannot be read: {error}") from error
+    return {
+        "run_folder": str(run_folder),
+        **engine_json(status, ring_counters(run_folder)),
+        "learner": learner_json(learner),
+    }
+
+
+def ask(url: str, api_key: str | None) -> Json:
+    """The report over HTTP."""
+    address = f"{url.rstrip('/').removesuffix('/v1')}/v1/aurora/status"
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as response:
+            report: Json = json.load(response)
+            return report
+    except urllib.error.HTTPError as error:
+        remedy = "; give the key with server.api_key=KEY" if error.code == 401 else ""
+        raise AuroraError(f"{address} answered {error.code} {error.reason}{remedy}") from error
+    except (OSError, ValueError) as error:
+        raise AuroraError(f"{address} cannot be reached: {error}; is the server running?") from error
+
+
+def _lines(report: Json) -> list[tuple[str, str]]:
+    worker, queue, draft, learner = (report[key] for key in ("worker", "queue", "draft", "learner"))
+    speculation, ring, gate = report["speculation"], report["traces"]["ring"], learner["gate"]
+    lines = [
+        ("server", f"{worker['state']}, up {_seconds(worker['uptime_s'])}, pid {worker['pid']}"),
+        ("requests", f"{queue['running']} running, {queue['waiting']} waiting"),
+        ("tokens", f"{report['tokens']['prompt']} read, {report['tokens']['generated']} generated"),
+        ("accepted length", f"{_number(speculation['mean_accepted_length'])} over {speculation['drafts']} rounds"),
+        ("draft", f"{draft['version']}, {draft['swaps']} swaps, {draft['rollbacks']} rollbacks"),
+    ]
+    lines += [
+        (name.replace("_", " "), f"{draft[name]['version']}: {draft[name]['reason']}")
+        for name in ("refused", "rolled_back")
+        if draft[name]
+    ]
+    if ring is not None:
+        dropped = sum(ring["dropped"].values())
+        lines.append(("traces", f"{ring['pushed']} recorded, {ring['queued']} waiting, {dropped} dropped"))
+    if worker["error"]:
+        lines.append(("server's error", worker["error"]))
+    activity = f": {learner['activity']}" if learner["activity"] and learner["pid"] else ""
+    lines.append(("learner", f"{learner['state']}{activity}"))
+    if learner["error"]:
+        lines.append(("learner's error", learner["error"]))
+    if learner["domains"]["now"]:
+        lines.append(("domains", learner["domains"]["now"]))
+    left_out = {
+        "looping answers": learner["traces"]["looping"],
+        "labels": learner["traces"]["labels_dropped"],
+        "waits of clients over their share": learner["traces"]["over_client_share"],
+    }
+    if any(left_out.values()):
+        lines.append(("left out", ", ".join(f"{number} {what}" for what, number in left_out.items() if number)))
+    if learner["steps"] or learner["traces"]["read"]:
+        share = learner["compute_share"] or 0.0
+        lines += [
+            ("learned", f"{learner['steps']} steps, {learner['positions']} positions, {100 * share:.1f} % of compute"),
+            (
+                "gate",
+                f"{gate['published']} published, {gate['refused']} held back, last "
+                f"{_number(gate['challenger'])} against {_number(gate['champion'])}",
+            ),
+        ]
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    minutes, seconds = divmod(int(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

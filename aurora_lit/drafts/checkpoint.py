@@ -1,0 +1,212 @@
+"""Draft checkpoints on disk: the EAGLE-3 layout that vLLM and SGLang load, written whole or not at all.
+
+A folder holds `config.json` and `model.safetensors` in that layout, `value_head.safetensors` (ours alone), and
+`manifest.json` with the SHA-256 of each. `load_draft` refuses whatever does not fit the target, with the reason.
+What is left out: training state (learn/pretrain/trainer.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from aurora_lit.durable import exchange, sync
+from aurora_lit.errors import CheckpointError
+from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+
+CONFIG_NAME, WEIGHTS_NAME, VALUE_NAME, MANIFEST_NAME = (
+    "config.json",
+    "model.safetensors",
+    "value_head.safetensors",
+    "manifest.json",
+)
+_VALUE_PREFIX = "value_head."
+
+
+class TargetShape(Protocol):
+    """What of a target a draft must fit."""
+
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+    @property
+    def hidden_size(self) -> int: ...  # noqa: D102
+    @property
+    def aux_layer_ids(self) -> tuple[int, int, int]: ...  # noqa: D102
+
+
+def save_draft(draft: Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a draft beside its destination, then move it into place; an older one there is replaced."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_draft(draft, temporary, dtype=dtype)
+        _replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_draft(draft: Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a draft's files into an existing folder, each safe on disk; the manifest comes last."""
+    state = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in draft.state_dict().items()
+    }
+    weights = {name: tensor for name, tensor in state.items() if not name.startswith(_VALUE_PREFIX)}
+    value = {name: tensor for name, tensor in state.items() if name.startswith(_VALUE_PREFIX)}
+    save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(value, folder / VALUE_NAME)
+    config_text = json.dumps(_config_json(draft.config, dtype), indent=2) + "\n"
+    (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+    digests = {name: _sha256(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME, VALUE_NAME)}
+    (folder / MANIFEST_NAME).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+    for name in (*digests, MANIFEST_NAME):
+        sync(folder / name)
+    sync(folder)
+
+
+def load_draft(folder: Path, target: TargetShape) -> Draft:
+    """Read a draft, fp32, and check it against the target. Raises CheckpointError with the reason."""
+    config = read_config(folder)
+    expected = {
+        "vocab_size": (config.vocab_size, target.vocab_size),
+        "target_hidden_size": (config.target_hidden_size, target.hidden_size),
+        "hidden_size": (config.hidden_size, target.hidden_size),  # the embedding is shared
+        "eagle_aux_hidden_state_layer_ids": (config.aux_layer_ids, target.aux_layer_ids),
+    }
+    for name, (found, wanted) in expected.items():
+        if found != wanted:
+            raise _refusal(folder, f"{name} is {found}, but the target needs {wanted}; train a draft for this target")
+    for name, digest in _read_json(folder, MANIFEST_NAME, missing={}).items():
+        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+            raise _refusal(folder, f"{name} does not match {MANIFEST_NAME}: truncated or altered; copy it again")
+    state = _read_tensors(folder, WEIGHTS_NAME)
+    if (folder / VALUE_NAME).exists():
+        state |= _read_tensors(folder, VALUE_NAME)
+    draft = Draft(config)
+    own = draft.state_dict()
+    value_names = {name for name in own if name.startswith(_VALUE_PREFIX)}
+    missing, surplus = set(own) - set(state) - value_names, set(state) - set(own)
+    if missing or surplus:
+        raise _refusal(folder, f"tensors missing: {sorted(missing) or '-'}, unknown: {sorted(surplus) or '-'}")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise _refusal(folder, f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise _refusal(folder, f"{name} holds NaN or infinite values")
+    draft.load_state_dict(state, strict=False)
+    _check_vocabulary(folder, draft)
+    return draft
+
+
+def read_config(folder: Path) -> DraftConfig:
+    """The shape of a stored draft. Raises CheckpointError."""
+    raw = _read_json(folder, CONFIG_NAME)
+    if "LlamaForCausalLMEagle3" not in raw.get("architectures", []):
+        raise _refusal(folder, f"architectures is {raw.get('architectures')}, expected ['LlamaForCausalLMEagle3']")
+    layers = raw.get("eagle_aux_hidden_state_layer_ids") or raw.get("eagle_config", {}).get(
+        "eagle_aux_hidden_state_layer_ids"
+    )
+    try:
+        low, middle, high = layers
+        return DraftConfig(
+            hidden_size=int(raw["hidden_size"]),
+            target_hidden_size=int(raw.get("target_hidden_size", raw["hidden_size"])),
+            intermediate_size=int(raw["intermediate_size"]),
+            num_attention_heads=int(raw["num_attention_heads"]),
+            num_key_value_heads=int(raw["num_key_value_heads"]),
+            head_dim=int(raw["head_dim"]),
+            vocab_size=int(raw["vocab_size"]),
+            draft_vocab_size=int(raw["draft_vocab_size"]),
+            aux_layer_ids=(int(low), int(middle), int(high)),
+            rms_norm_eps=float(raw["rms_norm_eps"]),
+            rope_theta=float(raw["rope_theta"]),
+            max_position_embeddings=int(raw["max_position_embeddings"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _refusal(folder, f"{CONFIG_NAME} lacks or garbles a field: {error!r}") from error
+
+
+def _config_json(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
+    layers = list(config.aux_layer_ids)
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_size": config.hidden_size,
+        "target_hidden_size": config.target_hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "eagle_aux_hidden_state_layer_ids": layers,
+        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": layers},
+    }
+
+
+def _check_vocabulary(folder: Path, draft: Draft) -> None:
+    ids = draft.draft_token_ids
+    in_range = bool((ids >= 0).all()) and bool((ids < draft.config.vocab_size).all())
+    if not in_range or len(set(ids.tolist())) != len(ids):
+        raise _refusal(folder, "d2t does not name distinct tokens of the target's vocabulary")
+    if int(draft.t2d.sum()) != len(ids) or not bool(draft.t2d[ids].all()):
+        raise _refusal(folder, "t2d and d2t disagree")
+
+
+def _read_json(folder: Path, name: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    path = folder / name
+    if missing is not None and not path.exists():
+        return missing
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _refusal(folder, f"{name} cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise _refusal(folder, f"{name} is not a JSON object")
+    return raw
+
+
+def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(folder / name)
+    except (OSError, SafetensorError) as error:
+        raise _refusal(folder, f"{name} cannot be read: {error}") from error
+
+
+def _refusal(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"draft.checkpoint: {folder} is refused: {reason}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace_folder(temporary: Path, folder: Path) -> None:
+    """Move a finished folder into place; where names cannot be exchanged, there is none for an instant."""
+    if not folder.exists():
+        os.replace(temporary, folder)
+    elif not exchange(temporary, folder):
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    sync(folder.parent)

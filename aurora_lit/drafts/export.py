@@ -1,0 +1,68 @@
+"""`aurora-lit export`: a draft as vLLM and SGLang load it, in a folder of its own, without what is ours alone.
+
+    FOLDER/config.json           EAGLE-3's, with the layers' numbers as each of the two reads them
+    FOLDER/model.safetensors     as it was published
+
+vLLM reads `eagle_aux_hidden_state_layer_ids` and takes hidden_states[k], what enters layer k, as we do. SGLang reads
+the list inside `eagle_config` and takes what leaves layer k, so the numbers there are lower by one. Leaves out value
+head, training state and scores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from aurora_lit.config import AuroraConfig, draft_folder, versions_folder
+from aurora_lit.drafts.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_draft, read_config
+from aurora_lit.drafts.versions import DraftStore, version_name
+from aurora_lit.durable import sync
+from aurora_lit.errors import CheckpointError
+
+
+def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
+    """Write a version (None: the current one, else the starting draft) to `out`. Raises CheckpointError."""
+    source = _source(config, version)
+    shape = read_config(source)
+    load_draft(source, shape)  # whole, finite, of the shape it claims
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"--out {out} is there already; name a new folder")
+    fields = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+    fields["eagle_config"] = {
+        "use_aux_hidden_state": True,
+        "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in shape.aux_layer_ids],
+    }
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        shutil.copyfile(source / WEIGHTS_NAME, temporary / WEIGHTS_NAME)
+        (temporary / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        load_draft(temporary, shape)
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        os.replace(temporary, out)
+        sync(out.absolute().parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{source} as EAGLE-3 draft in {out}")
+
+
+def _source(config: AuroraConfig, version: int | None) -> Path:
+    store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
+    if version is not None:
+        folder = store.folder / version_name(version)
+        if not folder.is_dir():
+            raise CheckpointError(f"--version {version}: there is no {folder}; see `aurora-lit drafts list`")
+        return folder
+    current = store.current()
+    if current is not None:
+        return store.folder / current
+    starting = draft_folder(config)
+    if starting is None:
+        raise CheckpointError(
+            f"{store.folder} holds no current version and draft.checkpoint is null; name one with --version"
+        )
+    return starting

@@ -1,0 +1,126 @@
+"""Where a draft starts: its vocabulary from token counts, its weights from the target's last layer.
+
+What is left out: training (learn/pretrain/trainer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+
+DRAFT_VOCABULARY_SIZE = 16_384
+"""Tokens of a new draft's vocabulary, unless told otherwise."""
+
+
+def count_tokens(sequences: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
+    """How often each token id occurs [V]."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for ids in sequences:
+        counts += torch.bincount(ids.long(), minlength=vocab_size)
+    return counts
+
+
+def choose_vocabulary(counts_V: torch.Tensor, size: int, *, always: Iterable[int] = ()) -> torch.Tensor:
+    """The `size` most frequent ids, `always` among them, sorted [Vd]; ties go to the lower id."""
+    counts_V = counts_V.clone()
+    counts_V[list(always)] = counts_V.max() + 1
+    return counts_V.argsort(descending=True, stable=True)[:size].sort().values
+
+
+def initial_draft(
+    target: Target,
+    draft_token_ids: torch.Tensor,
+    *,
+    num_key_value_heads: int | None = None,
+    intermediate_size: int | None = None,
+    max_positions: int = 2048,
+) -> Draft:
+    """A draft that starts from the target's last layer, final norm and head where the shapes allow it.
+
+    The hidden half of attention takes the last layer's projections, its embedding half small noise; `fc` passes the
+    highest auxiliary state through.
+    """
+    config = target.model.config.get_text_config()
+    size, heads = target.hidden_size, config.num_attention_heads
+    draft = Draft(
+        DraftConfig(
+            hidden_size=size,
+            target_hidden_size=size,
+            intermediate_size=intermediate_size or getattr(config, "intermediate_size", None) or 4 * size,
+            num_attention_heads=heads,
+            num_key_value_heads=num_key_value_heads or heads,
+            head_dim=target.head_dim,
+            vocab_size=target.vocab_size,
+            draft_vocab_size=len(draft_token_ids),
+            aux_layer_ids=target.aux_layer_ids,
+            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-5),
+            rope_theta=float(target.rope.get("rope_theta", 10_000.0)),
+            max_position_embeddings=max_positions,
+        ),
+        draft_token_ids,
+    )
+    with torch.no_grad():
+        draft.lm_head.weight.copy_(target.head_rows(draft_token_ids))
+        draft.fc.weight.normal_(std=0.01)
+        draft.fc.weight[:, 2 * size :].add_(torch.eye(size))
+        _copy_last_layer(target, draft)
+    return draft
+
+
+def _copy_last_layer(target: Target, draft: Draft) -> None:
+    """Copy what fits from the last decoder layer, by the names Llama-like models use."""
+    base: Any = target.model.base_model
+    last = getattr(base, "layers", [None])[-1]
+    attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
+    size = draft.config.hidden_size
+    layer = draft.midlayer
+    for name, linear in (("q", layer.self_attn.q_proj), ("k", layer.self_attn.k_proj), ("v", layer.self_attn.v_proj)):
+        source = _weight(getattr(attention, f"{name}_proj", None))
+        linear.weight.normal_(std=0.02)
+        if source is None or linear.weight.shape[0] % source.shape[0]:
+            continue
+        copies = linear.weight.shape[0] // source.shape[0]
+        heads = source.view(-1, draft.config.head_dim, source.shape[1]).repeat_interleave(copies, dim=0)
+        linear.weight[:, size:] = heads.reshape(-1, source.shape[1])
+    pairs: tuple[tuple[nn.Linear, Any], ...] = (
+        (layer.self_attn.o_proj, getattr(attention, "o_proj", None)),
+        (layer.mlp.gate_proj, getattr(mlp, "gate_proj", None)),
+        (layer.mlp.up_proj, getattr(mlp, "up_proj", None)),
+        (layer.mlp.down_proj, getattr(mlp, "down_proj", None)),
+    )
+    for linear, own in pairs:
+        source = _weight(own)
+        if source is not None and source.shape == linear.weight.shape:
+            linear.weight.copy_(source)
+    after_attention = getattr(last, "post_attention_layernorm", None)  # in Gemma 2 and 3 not the one before the MLP
+    for module, norm in (
+        (layer.hidden_norm, getattr(last, "input_layernorm", None)),
+        (layer.post_attention_layernorm, getattr(last, "pre_feedforward_layernorm", after_attention)),
+        (draft.norm, getattr(base, "norm", None)),
+    ):
+        if norm is not None and norm.weight.shape == module.weight.shape:
+            module.weight.copy_(_gains(norm))
+
+
+def _weight(linear: Any) -> torch.Tensor | None:
+    """A linear layer's weight [outputs, inputs], fp32, packed or not; None for anything else."""
+    if isinstance(linear, PackedLinear):
+        return linear.rows(torch.arange(linear.out_features))
+    return linear.weight.detach().float() if isinstance(linear, nn.Linear) else None
+
+
+def _gains(norm: Any) -> torch.Tensor:
+    """What a norm multiplies by: its weight, or that and one more, as Gemma keeps it."""
+    weight: torch.Tensor = norm.weight.detach().float()
+    signs = torch.ones_like(weight)
+    signs[1::2] = -1.0  # of mean 0 and mean square 1, so that any norm leaves them as they are
+    found = (norm(signs.to(norm.weight.dtype)) - norm(-signs.to(norm.weight.dtype))).float() / 2 * signs
+    one_more: torch.Tensor = (found - weight).mean().round()
+    return weight + one_more

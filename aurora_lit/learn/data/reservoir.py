@@ -1,0 +1,140 @@
+"""What is remembered of past traffic: a weighted random sample of traces by domain, within a number of bytes.
+
+Each trace draws a key u^(1/weight); the highest keys stay (Efraimidis & Spirakis 2006), which keeps a sample of all
+that ever came, whatever the order. When the bytes run out, the domain that holds most of them gives up its lowest key,
+so that a busy domain does not push out a rare one.
+
+Traces lie as files in the server's run folder, which is memory and gone with the server: a learner that was killed
+finds them again, and what clients said is never written to a disk. What is left out: batches (learn/data/feed.py).
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from aurora_lit.errors import TraceError
+from aurora_lit.traces.record import Trace, from_bytes, to_bytes
+
+MAX_DOMAINS = 32
+"""Clients name domains freely; those beyond this number share one without a name."""
+_SUFFIX = ".trace"
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class _Entry:
+    key: float
+    number: int
+    """Of arrival; keeps names apart."""
+    num_bytes: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:010d}-{self.key.hex()}{_SUFFIX}"
+
+
+class Reservoir:
+    """The remembered traces; opened on a folder that already holds some, it goes on with them."""
+
+    def __init__(self, folder: Path, *, limit_bytes: int, seed: int) -> None:
+        self._folder, self._limit_bytes = folder, limit_bytes
+        self._heaps: dict[str, list[_Entry]] = {}
+        """By domain, lowest key first."""
+        self._bytes: dict[str, int] = {}
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self._next_number = 0
+        for path in sorted(folder.iterdir()):
+            self._find(path)
+        # Keys drawn before a restart are not drawn again.
+        self._random = random.Random(f"{seed} {self._next_number}")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all traces."""
+        return sum(self._bytes.values())
+
+    def __len__(self) -> int:
+        """Traces remembered."""
+        return sum(map(len, self._heaps.values()))
+
+    @property
+    def domains(self) -> dict[str, int]:
+        """Traces by domain."""
+        return {domain: len(heap) for domain, heap in self._heaps.items()}
+
+    def add(self, trace: Trace, *, weight: float = 1.0) -> bool:
+        """Offer a trace; whether it is remembered. A heavier one stays likelier, in proportion."""
+        key = self._random.random() ** (1 / weight)
+        if self._would_be_dropped(self._domain_of(trace), key, trace.num_bytes):
+            return False
+        payload = to_bytes(trace)
+        entry = _Entry(key=key, number=self._next_number, num_bytes=len(payload))
+        self._next_number += 1
+        if len(payload) > self._limit_bytes:
+            return False
+        temporary = self._folder / f"{entry.name}.tmp"
+        try:
+            with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                file.write(payload)
+            os.replace(temporary, self._folder / entry.name)
+        except OSError:  # shared memory is full: what is remembered already stays
+            temporary.unlink(missing_ok=True)
+            return False
+        self._keep(self._domain_of(trace), entry)
+        dropped = set()
+        while self.num_bytes > self._limit_bytes:
+            dropped.add(self._drop_one().number)
+        return entry.number not in dropped
+
+    def sample(self) -> Trace | None:
+        """One trace at random: every domain is as likely as any other. None when nothing is remembered."""
+        while self._heaps:
+            domain = self._random.choice(sorted(self._heaps))
+            entry = self._random.choice(self._heaps[domain])
+            try:
+                return from_bytes((self._folder / entry.name).read_bytes())
+            except (OSError, TraceError):  # somebody meddled with the folder
+                self._heaps[domain].remove(entry)
+                heapq.heapify(self._heaps[domain])
+                self._forget(domain, entry)
+        return None
+
+    def _would_be_dropped(self, domain: str, key: float, num_bytes: int) -> bool:
+        """Whether it would itself be what makes room for it: then it need not be written."""
+        of_domain = self._bytes.get(domain, 0) + num_bytes
+        full = self.num_bytes + num_bytes > self._limit_bytes and of_domain > max(self._bytes.values(), default=0)
+        return full and key < self._heaps[domain][0].key if domain in self._heaps else False
+
+    def _domain_of(self, trace: Trace) -> str:
+        return trace.domain if trace.domain in self._heaps or len(self._heaps) < MAX_DOMAINS else ""
+
+    def _find(self, path: Path) -> None:
+        """Take in a file of an earlier learner; what cannot be read is deleted."""
+        try:
+            number, key = path.name.removesuffix(_SUFFIX).split("-", 1)
+            payload = path.read_bytes()
+            entry = _Entry(key=float.fromhex(key), number=int(number), num_bytes=len(payload))
+            self._keep(self._domain_of(from_bytes(payload)), entry)
+        except (OSError, ValueError, TraceError):
+            path.unlink(missing_ok=True)
+        else:
+            self._next_number = max(self._next_number, entry.number + 1)
+
+    def _keep(self, domain: str, entry: _Entry) -> None:
+        heapq.heappush(self._heaps.setdefault(domain, []), entry)
+        self._bytes[domain] = self._bytes.get(domain, 0) + entry.num_bytes
+
+    def _drop_one(self) -> _Entry:
+        domain = max(self._bytes, key=lambda name: self._bytes[name])
+        entry = heapq.heappop(self._heaps[domain])
+        self._forget(domain, entry)
+        return entry
+
+    def _forget(self, domain: str, entry: _Entry) -> None:
+        (self._folder / entry.name).unlink(missing_ok=True)
+        self._bytes[domain] -= entry.num_bytes
+        if not self._heaps[domain]:
+            del self._heaps[domain], self._bytes[domain]

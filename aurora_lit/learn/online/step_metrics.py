@@ -1,0 +1,67 @@
+"""What optimiser steps show, averaged until it goes to the loggers. What is left out: the loggers (learn/online/learner.py).
+
+metrics = StepMetrics()
+metrics.note(report, norm)
+metrics.mean("loss")
+metrics.take()                          # all means; averaging begins again
+"""
+
+from __future__ import annotations
+
+import torch
+from torchmetrics import MeanMetric
+
+from aurora_lit.modules.losses.draft_module import OnlineReport
+
+
+class StepMetrics:
+    """See the file's docstring."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, MeanMetric] = {}
+
+    def note(self, report: OnlineReport, norm: torch.Tensor) -> None:
+        """Take in a step; `norm`: of its gradient, before clipping."""
+        for name, value, weight in _numbers(report, norm):
+            # Processes see different terms, so what is logged is the first one's part.
+            metric = MeanMetric(nan_strategy="ignore", sync_on_compute=False)
+            self._metrics.setdefault(name, metric).update(value, weight)
+
+    def mean(self, name: str) -> float:
+        """Since the last `take`; 0 before the first step."""
+        metric = self._metrics.get(name)
+        return float(metric.compute()) if metric is not None and metric.update_called else 0.0
+
+    def take(self) -> dict[str, float]:
+        """The means of all that was shown."""
+        means = {name: float(metric.compute()) for name, metric in self._metrics.items() if metric.update_called}
+        for metric in self._metrics.values():
+            metric.reset()
+        return means
+
+
+def _numbers(report: OnlineReport, norm: torch.Tensor) -> list[tuple[str, float, float]]:
+    """Name, value and weight of what a step showed; what it did not show has weight 0."""
+    policy = report.policy
+    numbers = [
+        ("loss", float(report.loss.detach()), 1.0),
+        ("lk_live", float(report.lk_live), 1.0),
+        ("lk_replay", float(report.lk_replay), 1.0),
+        ("value_loss", float(report.value_loss), 1.0),
+        ("gradient_norm", float(norm), 1.0),
+        ("policy_weight", float(report.policy_weight), 1.0),
+        ("policy_loss", float(policy.policy_loss.detach()), float(policy.num_rounds)),
+        ("policy_accepted_length", float(policy.accepted_length), float(policy.num_rounds)),
+        ("entropy", float(policy.entropy.detach()), float(policy.num_proposals)),
+        ("mean_ratio", float(policy.mean_ratio), float(policy.num_proposals)),
+        ("clip_fraction", float(policy.clip_fraction), float(policy.num_proposals)),
+        ("explained_variance", float(policy.explained_variance), float(policy.num_proposals)),
+    ]
+    for place, (tested, accepted) in enumerate(zip(report.tested_K, report.accepted_K, strict=True)):
+        rate = float(accepted) / max(1.0, float(tested))
+        numbers.append((f"served_acceptance_{place}", rate, float(tested)))
+    alpha_KN, weight_KN = report.stats.alpha_N, report.weight_KBT.flatten(1)
+    for step, (alpha_N, weight_N) in enumerate(zip(alpha_KN, weight_KN, strict=True)):
+        total = float(weight_N.sum())
+        numbers.append((f"alpha_{step}", float((alpha_N * weight_N).sum()) / max(1.0, total), total))
+    return [number for number in numbers if number[2] > 0]

@@ -1,0 +1,189 @@
+"""The training loop of pretraining: one Fabric loop over a trace log, resumable, killed at the cost of a minute.
+
+What is left out: the loss (modules/losses/draft_module.py), the data (learn/data/batches.py), the stages (pretrain.py).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+
+from aurora_lit.errors import AuroraError
+from aurora_lit.learn.data.batches import held_out_batches, training_batches
+from aurora_lit.modules.losses.batch import DraftBatch
+from aurora_lit.modules.losses.draft_module import DraftModule, StepReport
+from aurora_lit.modules.losses.lk import expected_accepted_length
+from aurora_lit.traces.log import ShardInfo
+
+STATE_NAME = "training.ckpt"
+SAVE_EVERY_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How the loop runs."""
+
+    total_positions: int
+    """Positions of the whole training, all stages: what the learning-rate schedule spans."""
+    batch_positions: int = 1024
+    max_length: int = 512
+    prompt_share: float = 0.3
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+
+class Fitter:
+    """Trains a module up to given numbers of positions; construct it again on the same folder to resume.
+
+    >>> fitter = Fitter(module, folder, options)
+    >>> fitter.fit(traces, shards, until_positions=1_000_000)
+    >>> fitter.validate(traces, shards)
+    """
+
+    def __init__(self, module: DraftModule, folder: Path, options: FitOptions) -> None:
+        self.options = options
+        self.state_path = folder / STATE_NAME
+        folder.mkdir(parents=True, exist_ok=True)
+        self.fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed")
+        module.learning_rate = options.learning_rate
+        module.total_steps = max(1, options.total_positions // options.batch_positions)
+        self.positions_seen = 0
+        optimizers, _ = module.configure_optimizers()
+        # By positions, not steps: how many of a batch's positions count is not known beforehand.
+        self.schedules = [LambdaLR(each, lambda _: module.rate_factor(self._progress())) for each in optimizers]
+        self.module, *self.optimizers = self.fabric.setup(module, *optimizers)
+        self.epoch = 0
+        if self.state_path.exists():
+            self._resume()
+
+    def fit(self, traces: Path, shards: Sequence[ShardInfo], *, until_positions: int) -> None:
+        """Take optimiser steps over the shards, epoch after epoch, until so many positions have been seen in all."""
+        last_save = time.monotonic()
+        with _progress() as bar:
+            task = bar.add_task("learning", total=until_positions, completed=self.positions_seen, note="")
+            while self.positions_seen < until_positions:
+                before = self.positions_seen
+                for batch in self._batches(traces, shards):
+                    report = self._step(batch)
+                    bar.update(task, completed=self.positions_seen, note=_note(report))
+                    if time.monotonic() - last_save > SAVE_EVERY_S:
+                        self.save()
+                        last_save = time.monotonic()
+                    if self.positions_seen >= until_positions:
+                        break
+                self.epoch += 1
+                if self.positions_seen == before:
+                    raise AuroraError(f"{traces} holds no sequence to learn from; read or answer more text first")
+        self.save()
+
+    @torch.no_grad()
+    def validate(self, traces: Path, shards: Sequence[ShardInfo]) -> dict[str, dict[str, Any]]:
+        """Acceptance on the held-out sequences: by domain, the rate at each position and the accepted length."""
+        alphas: dict[str, list[MeanMetric]] = {}
+        matches: dict[str, list[MeanMetric]] = {}
+        steps = self.module.num_steps
+        for batch in held_out_batches(
+            traces, shards, batch_positions=self.options.batch_positions, max_length=self.options.max_length
+        ):
+            with self.fabric.autocast():
+                report = self.module.training_step(self._to_device(batch))
+            domain = batch.domains[0]
+            weight_KN = report.weight_KBT.flatten(1)
+            for table, values_KN in ((alphas, report.stats.alpha_N), (matches, report.stats.top1_match_N)):
+                meters = table.setdefault(domain, [MeanMetric() for _ in range(steps)])
+                for step, meter in enumerate(meters):
+                    meter.update(values_KN[step].float(), weight_KN[step])
+        report_by_domain = {}
+        for domain, meters in alphas.items():
+            alpha_K = torch.stack([meter.compute() for meter in meters])
+            report_by_domain[domain] = {
+                "acceptance_by_position": [round(float(a), 4) for a in alpha_K],
+                "top1_match_by_position": [round(float(meter.compute()), 4) for meter in matches[domain]],
+                "expected_accepted_length": round(float(expected_accepted_length(alpha_K)), 3),
+            }
+        return report_by_domain
+
+    def _progress(self) -> int:
+        """How far the training is, in steps of whole batches."""
+        return self.positions_seen // self.options.batch_positions
+
+    def save(self) -> None:
+        """Write the whole training state, durably, over the last one."""
+        temporary = self.state_path.with_suffix(".tmp")
+        self.fabric.save(
+            temporary,
+            {
+                "module": self.module,
+                **self._named_optimizers(),
+                "schedules": [schedule.state_dict() for schedule in self.schedules],
+                "positions_seen": self.positions_seen,
+                "epoch": self.epoch,
+            },
+        )
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, self.state_path)
+
+    def _resume(self) -> None:
+        rest = self.fabric.load(self.state_path, {"module": self.module, **self._named_optimizers()})
+        for schedule, state in zip(self.schedules, rest["schedules"], strict=True):
+            schedule.load_state_dict(state)
+        self.positions_seen, self.epoch = rest["positions_seen"], rest["epoch"]
+
+    def _batches(self, traces: Path, shards: Sequence[ShardInfo]) -> Iterator[DraftBatch]:
+        options = self.options
+        for batch in training_batches(
+            traces,
+            shards,
+            batch_positions=options.batch_positions,
+            max_length=options.max_length,
+            prompt_share=options.prompt_share,
+            seed=options.seed * 1_000_003 + self.epoch,
+        ):
+            yield self._to_device(batch)
+
+    def _to_device(self, batch: DraftBatch) -> DraftBatch:
+        return replace(batch, **{name: self.fabric.to_device(getattr(batch, name)) for name in _TENSORS})
+
+    def _step(self, batch: DraftBatch) -> StepReport:
+        with self.fabric.autocast():
+            report: StepReport = self.module.training_step(batch)
+        self.module.zero_grad()
+        self.fabric.backward(report.loss)
+        self.positions_seen += int((batch.weight_BT > 0).sum())
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            self.fabric.clip_gradients(self.module, optimizer, max_norm=1.0)
+            optimizer.step()
+            schedule.step()
+        return report
+
+    def _named_optimizers(self) -> dict[str, Any]:
+        return {f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)}
+
+
+_TENSORS = ("token_ids_BT", "aux_BT3H", "last_BTH", "lse_BT", "weight_BT")
+
+
+def _note(report: StepReport) -> str:
+    weight_N = report.weight_KBT[0].flatten()
+    alpha = float((report.stats.alpha_N[0] * weight_N).sum() / weight_N.sum().clamp_min(1))
+    return f"loss {float(report.loss.detach()):.3f}  first-proposal acceptance {alpha:.3f}"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} positions  {task.fields[note]}"),
+        TimeRemainingColumn(),
+    )

@@ -1,0 +1,117 @@
+"""A transformers model's decoder layers, and the draft's one layer, as one native call.
+
+A model's layers qualify where they are of the plain Llama form.
+Nothing is copied from transformers: the packed weights of the loaded modules are read in place, and the result is
+compared with the model's own forward pass before it is trusted. What is left out: the layers' arithmetic
+(kernels/csrc/decoder.hpp) and the slots (models/slots.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from aurora_lit.kernels.decoder import Decoder, LayerWeights
+from aurora_lit.kernels.draft_steps import DraftSteps
+from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.modules.draft.eagle3 import Draft
+
+_KINDS = ("llama", "mistral", "qwen2")
+"""Model types whose layers are: norm, attention with rotary halves, residual, norm, SiLU-gated MLP, residual."""
+
+
+def fuse(model: PreTrainedModel, taps: tuple[int, int, int]) -> Decoder | None:
+    """A `Decoder` over the model's packed layers, or None where the model is of another form."""
+    config = model.config.get_text_config()
+    base: Any = model.base_model
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = (
+        config.model_type in _KINDS
+        and config.hidden_act == "silu"
+        and rope.get("rope_type", "default") == "default"
+        and rope.get("partial_rotary_factor", 1.0) == 1.0
+        and head_dim % 32 == 0
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and (config.model_type == "qwen2" or getattr(config, "sliding_window", None) is None)
+    )
+    if not plain:
+        return None
+    layers = [_weights(layer, norm_attention=layer.input_layernorm) for layer in base.layers]
+    if any(layer is None for layer in layers):
+        return None
+    positions = torch.arange(config.max_position_embeddings)[None]
+    cosines, sines = base.rotary_emb(torch.zeros(1), positions)
+    return Decoder(
+        [layer for layer in layers if layer is not None],
+        final_norm=base.norm.weight.detach(),
+        cosines_PD=cosines[0],
+        sines_PD=sines[0],
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        eps=float(config.rms_norm_eps),
+        taps=taps,
+    )
+
+
+def fuse_draft(draft: Draft) -> Decoder | None:
+    """A `Decoder` over a draft's packed layer and final norm; None where its layers are not packed."""
+    layer, config = draft.midlayer, draft.config
+    weights = _weights(layer, norm_embeds=layer.input_layernorm, norm_attention=layer.hidden_norm)
+    if weights is None or config.head_dim % 32:
+        return None
+    return Decoder(
+        [weights],
+        final_norm=draft.norm.weight.detach(),
+        cosines_PD=draft.cos_LD,
+        sines_PD=draft.sin_LD,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        eps=config.rms_norm_eps,
+    )
+
+
+def draft_steps(draft: Draft, decoder: Decoder, embedding: nn.Module, target_id_D: torch.Tensor) -> DraftSteps | None:
+    """Whole steps of the draft in one native call; None where its input is not a plain table of fp32."""
+    if type(embedding) is not nn.Embedding or embedding.weight.dtype != torch.float32:
+        return None
+    linears: list[Any] = [draft.fc, draft.lm_head, draft.value_head]
+    fuse, head, value = linears
+    return DraftSteps(
+        decoder,
+        fuse=fuse,
+        head=head,
+        value=value,
+        target_id_D=target_id_D,
+        embedding_VH=embedding.weight.detach(),
+    )
+
+
+def _weights(layer: Any, *, norm_attention: Any, norm_embeds: Any = None) -> LayerWeights | None:
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    extra = [name for name, child in attention.named_children() if isinstance(child, nn.Module) and "norm" in name]
+    if extra or not all(isinstance(linear, PackedLinear) for linear in linears):
+        return None
+    query, key, value, output, gate, up, down = linears
+    return LayerWeights(
+        norm_embeds=None if norm_embeds is None else _vector(norm_embeds),
+        norm_attention=_vector(norm_attention),
+        norm_mlp=_vector(layer.post_attention_layernorm),
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        gate=gate,
+        up=up,
+        down=down,
+    )
+
+
+def _vector(norm: Any) -> torch.Tensor:
+    weight: torch.Tensor = norm.weight
+    return weight.detach().float().contiguous()

@@ -1,0 +1,146 @@
+"""Every error as OpenAI's body `{"error": {"message", "type", "param", "code"}}`, whoever raised it, and as documented.
+
+Leaves out the checks themselves. `install` covers our RequestError, FastAPI's validation, HTTP errors of the framework
+(404, 405, 413) and anything unforeseen (500).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from aurora_lit.errors import RequestError
+from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Message, StreamOptions, TextPart, shorten
+
+RETRY_AFTER_S = 1
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_MODELS: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, Message, StreamOptions, TextPart)
+_FIELDS = frozenset(name for model in _MODELS for name in model.model_fields)
+
+
+def error_body(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error body; the type follows from the HTTP status."""
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_event(message: str, *, status: int, param: str | None = None, code: str | None = None) -> str:
+    """The same as one complete server-sent event, for a stream that has begun."""
+    return f"data: {json.dumps(error_body(message, status=status, param=param, code=code))}\n\n"
+
+
+def install(app: FastAPI, *, on_error: Callable[[int], None], asks_key: bool) -> None:
+    """Register the handlers; `on_error` is told the status of every error answered, `asks_key` is what /openapi.json
+    says."""
+
+    def answer(
+        message: str,
+        status: int,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> JSONResponse:
+        on_error(status)
+        more = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+        body = error_body(message, status=status, param=param, code=code)
+        return JSONResponse(body, status_code=status, headers={**more, **(headers or {})})
+
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestError)
+        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+        return answer(error.message, error.status, error.param, error.code, headers)
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return answer(*explain(error.errors(), content_type=request.headers.get("content-type")))
+
+    async def framework(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        text = {
+            404: f"{request.method} {request.url.path} does not exist; see /docs",
+            405: f"{request.url.path} does not answer {request.method}; see /docs",
+        }.get(error.status_code, str(error.detail))
+        code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(error.status_code)
+        param = "body" if error.status_code in (400, 413) else None
+        return answer(text, error.status_code, param, code, error.headers)
+
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+        return answer("internal error; the server's log has the details", 500, None, "internal_error")
+
+    app.add_exception_handler(RequestError, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, framework)
+    app.add_exception_handler(Exception, unforeseen)
+    _document(app, asks_key=asks_key)
+
+
+def _document(app: FastAPI, *, asks_key: bool) -> None:
+    """Let /openapi.json show our error body for every status that is no success, in place of FastAPI's 422.
+
+    And what FastAPI cannot know: that no key is asked where none is set, and which answers are not JSON.
+    """
+    generate = app.openapi
+    nullable = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    properties = {"message": {"type": "string"}, "type": {"type": "string"}, "param": nullable, "code": nullable}
+    error = {"type": "object", "required": list(properties), "properties": properties}
+    body = {"type": "object", "required": ["error"], "properties": {"error": error}}
+    text = {"schema": {"type": "string"}}
+
+    def openapi() -> dict[str, Any]:
+        schema = generate()
+        schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+        schemas["Error"] = body
+        for unused in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(unused, None)
+        if not asks_key:
+            schema["components"].pop("securitySchemes", None)
+        for path, method, operation in (
+            (path, method, operation) for path, each in schema["paths"].items() for method, operation in each.items()
+        ):
+            operation["responses"].pop("422", None)
+            content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+            operation["responses"]["default"] = {"description": "An error", "content": content}
+            if not asks_key:
+                operation.pop("security", None)
+            success = operation["responses"]["200"]
+            if path in ("/health", "/ready"):
+                operation["responses"]["503"] = {**success, "description": "Not now; status says why"}
+            elif path == "/metrics":
+                success["content"] = {"text/plain": text}
+            elif method == "post":
+                success["content"]["text/event-stream"] = text
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def explain(errors: list[Any] | Any, *, content_type: str | None) -> tuple[str, int, str | None, str | None]:
+    """Message, status, param and code for pydantic's list of errors; only the most telling one is shown."""
+    media_type = (content_type or "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        shown = shorten(content_type) if content_type else "missing"
+        return f"content-type is {shown}; send application/json", 400, "content-type", "invalid_content_type"
+    # Of a union (such as prompt) every branch complains; the one that got furthest into the value tells most.
+    error = max(errors, key=lambda entry: (len(entry["loc"]), [part for part in entry["loc"] if isinstance(part, int)]))
+    # Names of union branches ("list[str]") are no fields; an unknown field is only known as the last part.
+    named = _FIELDS | ({error["loc"][-1]} if error["type"] == "extra_forbidden" else set())
+    location = [part for part in error["loc"][1:] if isinstance(part, int) or part in named]
+    if error["type"] == "json_invalid":
+        detail = error.get("ctx", {}).get("error", "")
+        return f"body is no valid JSON: {detail} at character {error['loc'][-1]}", 400, "body", "invalid_json"
+    if not location:
+        return "body must be a JSON object", 400, "body", "invalid_type"
+    where = str(location[0]) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location[1:])
+    if error["type"] == "extra_forbidden":
+        return f"{where} is unknown or not supported; leave it out", 400, where, "unsupported_parameter"
+    if error["type"] == "missing":
+        return f"{where} is missing", 400, where, "missing_parameter"
+    said = str(error["msg"])
+    return f"{where}={shorten(error.get('input'))}: {said[:1].lower()}{said[1:]}", 400, where, "invalid_value"

@@ -1,0 +1,289 @@
+"""The bodies of POST /v1/chat/completions and /v1/completions: every field, its range, and nothing silently dropped.
+
+A field that we do not support is refused with its name, unless it carries the value that means "not used" (NEUTRAL).
+Leaves out what needs a tokenizer or the model's limits (serve/http/tokenize.py) and the wording of error bodies
+(serve/http/errors.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from aurora_lit.errors import RequestError
+from aurora_lit.request import SamplingParams
+
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_DOMAIN_CHARACTERS = 64
+DOMAIN_KEY = "aurora_domain"
+"""The entry of `metadata` that labels a request's domain."""
+_INT64 = 2**63
+T = TypeVar("T")
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "include_stop_str_in_output": (None, False),
+    "length_penalty": (None, 1, 1.0),
+    "min_tokens": (None, 0),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),
+    "prediction": (None,),
+    "prompt_cache_key": (None,),
+    "reasoning_effort": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "safety_identifier": (None,),
+    "service_tier": (None, "auto", "default"),
+    "skip_special_tokens": (None, True),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "use_beam_search": (None, False),
+    "verbosity": (None, "medium"),
+    "web_search_options": (None,),
+}
+"""Fields of other servers that clients send, with the values that ask for nothing."""
+
+NEUTRAL_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "name": (None,),
+    "reasoning": (None,),
+    "reasoning_content": (None,),
+    "refusal": (None,),
+    "tool_call_id": (None,),
+    "tool_calls": (None, []),
+}
+"""The same inside a message: what a client gets when it sends back the answer it was given."""
+
+Text = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS, min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
+# Emptiness is only told to /openapi.json here: serve/http/tokenize.py refuses it in better words.
+PromptText = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
+Prompts = Annotated[list[T], Field(json_schema_extra={"minItems": 1})]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class TextPart(_Strict):
+    """One text part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral_fields(cls, body: Any) -> Any:
+        return drop_neutral(body, NEUTRAL_IN_MESSAGE, inside="messages")
+
+    @property
+    def text(self) -> str:
+        """The content as one string; parts are joined by line breaks."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+
+class StreamOptions(_Strict):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Sampling(_Strict):
+    """The fields that chat and text completion share."""
+
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None  # logits are divided by it
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    ignore_eos: bool | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    speculate: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral_fields(cls, body: Any) -> Any:
+        return drop_neutral(body, {name: ok for name, ok in NEUTRAL.items() if name not in cls.model_fields})
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is only for stream=true; leave it out", param="stream_options")
+        return self
+
+    @model_validator(mode="after")
+    def _domain_is_a_short_label(self) -> Sampling:
+        domain = (self.metadata or {}).get(DOMAIN_KEY)
+        if domain is not None and not (0 < len(domain) <= MAX_DOMAIN_CHARACTERS and domain.isprintable()):
+            raise RequestError(
+                f"metadata.{DOMAIN_KEY}={shorten(domain)} is no label; use 1 to {MAX_DOMAIN_CHARACTERS} printable "
+                "characters",
+                param=f"metadata.{DOMAIN_KEY}",
+            )
+        return self
+
+    @property
+    def may_be_stored(self) -> bool:
+        """Whether the draft may learn from the request; only `store: false` says no."""
+        return _or(self.store, True)
+
+    @property
+    def domain(self) -> str:
+        """The client's label for what the request is about; "" without one."""
+        return (self.metadata or {}).get(DOMAIN_KEY, "")
+
+    @property
+    def num_choices(self) -> int:
+        """Choices a prompt gets."""
+        return 1 if self.n is None else self.n
+
+    def sampling_params(
+        self, *, max_tokens: int, vocab_size: int, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> SamplingParams:
+        """The engine's options; null means the default of OpenAI's API."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        for token_id in self.stop_token_ids or ():
+            if token_id >= vocab_size:
+                raise RequestError(
+                    f"stop_token_ids: {token_id} is no token; use 0 to {vocab_size - 1}", param="stop_token_ids"
+                )
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=_or(self.temperature, 1.0),
+            top_k=max(0, _or(self.top_k, 0)),
+            top_p=_or(self.top_p, 1.0),
+            min_p=_or(self.min_p, 0.0),
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            presence_penalty=_or(self.presence_penalty, 0.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            logit_bias=_token_keys(self.logit_bias or {}, vocab_size),
+            seed=self.seed,
+            stop=tuple(stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            speculate=_or(self.speculate, True),
+        )
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _fields_that_belong_together(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs is only for logprobs=true; set it", param="top_logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives a token, None when no log-probabilities are wanted."""
+        return _or(self.top_logprobs, 0) if self.logprobs else None
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: PromptText | Prompts[PromptText] | Prompts[TokenId] | Prompts[Prompts[TokenId]]
+    max_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _zero_tokens_only_with_echo(self) -> CompletionRequest:
+        for name in ("max_tokens", "max_completion_tokens"):
+            if getattr(self, name) == 0 and not self.echo:
+                raise RequestError(f"{name}=0 is only for echo=true; use 1 or more", param=name)
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One entry a prompt."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            return [prompt]
+        return list(prompt)
+
+
+def token_limit(body: ChatRequest | CompletionRequest) -> int | None:
+    """max_tokens under either of its names; None when neither is given."""
+    old, new = body.max_tokens, body.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise RequestError(
+            f"max_tokens={old} and max_completion_tokens={new} differ; send one of them", param="max_completion_tokens"
+        )
+    return old if new is None else new
+
+
+def drop_neutral(body: Any, neutral: Mapping[str, tuple[Any, ...]], *, inside: str = "") -> Any:
+    """`body` without the known but unsupported fields; RequestError when one of them asks for something."""
+    if not isinstance(body, dict):
+        return body
+    for name in neutral.keys() & body.keys():
+        allowed = neutral[name]
+        # Types too: to Python, 1 == True and 0 == False.
+        if not any(type(body[name]) is type(value) and body[name] == value for value in allowed):
+            where = f"{inside}.{name}" if inside else name
+            raise RequestError(
+                f"{where}={shorten(body[name])} is not supported; leave it out",
+                param=where,
+                code="unsupported_parameter",
+            )
+    return {name: value for name, value in body.items() if name not in neutral}
+
+
+def shorten(value: object) -> str:
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _token_keys(bias: Mapping[str, float], vocab_size: int) -> dict[int, float]:
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) < 20 and int(key) < vocab_size):
+            raise RequestError(
+                f"logit_bias: key {shorten(key)} is no token id; use 0 to {vocab_size - 1}", param="logit_bias"
+            )
+    return {int(key): value for key, value in bias.items()}

@@ -1,0 +1,179 @@
+"""From a checked body to a `Call`: chat template, tokens, the model's limits, one request a choice.
+
+Runs in the HTTP process, in a thread (tokenizing a long prompt takes a while). Leaves out the checks that need no
+tokenizer (serve/http/schema.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from aurora_lit.errors import RequestError
+from aurora_lit.ipc.messages import Call
+from aurora_lit.request import Request, SamplingParams
+from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling, shorten, token_limit
+from aurora_lit.serve.sequences.detokenizer import decode
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""max_tokens of a text completion that names none, as in OpenAI's API; a chat then has the rest of the context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the loaded model can take."""
+
+    max_seq_len: int
+    vocab_size: int
+    longest_token: int
+    """Characters of the vocabulary's longest entry: no text has fewer than len(text) / longest_token tokens, unless the
+    tokenizer folds white space."""
+
+
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """For `Limits`; looks through the whole vocabulary."""
+    return max(map(len, tokenizer.get_vocab()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A call and what its answer needs of the prompts."""
+
+    call: Call
+    prompt_texts: tuple[str, ...]
+    """One a prompt (not a choice); only filled for echo."""
+    num_prompt_tokens: int
+    """Over all prompts, each counted once."""
+    drop_output: bool = False
+    """max_tokens was 0: the one token that the engine makes is thrown away."""
+
+
+def prepare_chat(
+    body: ChatRequest, *, call_id: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, client: str = ""
+) -> Prepared:
+    """Apply the chat template; RequestError when the conversation does not fit. `client`: see Request."""
+    if tokenizer.chat_template is None:
+        raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+    turns = [
+        {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text} for turn in body.messages
+    ]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
+    # The template writes the special tokens itself.
+    prompt_ids = _encode(tokenizer, str(text), limits, param="messages", add_special_tokens=False)
+    max_tokens = _check_length(len(prompt_ids), token_limit(body), limits, default=None, param="messages")
+    params = body.sampling_params(max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs)
+    call = _call(call_id, [prompt_ids], [params], body, client)
+    return Prepared(call=call, prompt_texts=(), num_prompt_tokens=len(prompt_ids))
+
+
+def prepare_completion(
+    body: CompletionRequest, *, call_id: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, client: str = ""
+) -> Prepared:
+    """Tokenize or check each prompt; RequestError when one is empty or does not fit. `client`: see Request."""
+    if not body.prompts:
+        raise RequestError("prompt is an empty list; send at least one prompt", param="prompt")
+    ids, texts = [], []
+    for prompt in body.prompts:
+        if not prompt:
+            raise RequestError("prompt is empty; send text or token ids", param="prompt")
+        if isinstance(prompt, str):
+            prompt_ids = _encode(tokenizer, prompt, limits, param="prompt", add_special_tokens=True)
+            texts.append(prompt)
+        else:
+            prompt_ids = tuple(prompt)
+            bad = next((token_id for token_id in prompt_ids if token_id >= limits.vocab_size), None)
+            if bad is not None:
+                raise RequestError(f"prompt: {bad} is no token; use 0 to {limits.vocab_size - 1}", param="prompt")
+            texts.append(decode(tokenizer, prompt_ids) if body.echo else "")
+        ids.append(prompt_ids)
+    wanted, params = token_limit(body), []
+    for prompt_ids in ids:
+        max_tokens = _check_length(len(prompt_ids), wanted, limits, default=DEFAULT_COMPLETION_TOKENS, param="prompt")
+        params.append(
+            body.sampling_params(
+                max_tokens=max(1, max_tokens),
+                vocab_size=limits.vocab_size,
+                logprobs=body.logprobs,
+                prompt_logprobs=body.logprobs if body.echo else None,
+            )
+        )
+    return Prepared(
+        call=_call(call_id, ids, params, body, client),
+        prompt_texts=tuple(texts) if body.echo else (),
+        num_prompt_tokens=sum(map(len, ids)),
+        drop_output=wanted == 0,
+    )
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, limits: Limits, *, param: str, add_special_tokens: bool
+) -> tuple[int, ...]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{param}: half of a surrogate pair is no text; send whole characters", param=param
+        ) from error
+    # Megabytes would hold up everybody else for seconds: their beginning is enough to see that they are too long.
+    beginning = text[: limits.max_seq_len * limits.longest_token]
+    if len(beginning) < len(text):
+        _check_room(len(tokenizer.encode(beginning, add_special_tokens=False)), limits, param=param)
+    ids: Any = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return tuple(ids)
+
+
+def _check_room(num_prompt: int, limits: Limits, *, param: str) -> int:
+    """Tokens left for the answer; RequestError when there are none."""
+    room = limits.max_seq_len - num_prompt
+    if room < 1:
+        raise RequestError(
+            f"{param}: {num_prompt} tokens or more leave no room for an answer in the context of {limits.max_seq_len}; "
+            "shorten the prompt or raise engine.max_seq_len",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return room
+
+
+def _check_length(num_prompt: int, wanted: int | None, limits: Limits, *, default: int | None, param: str) -> int:
+    """New tokens at most; RequestError when prompt and answer do not fit into the context."""
+    room = _check_room(num_prompt, limits, param=param)
+    if wanted is not None and wanted > room:
+        raise RequestError(
+            f"max_tokens={shorten(wanted)} is too many: the prompt has {num_prompt} tokens and the context "
+            f"{limits.max_seq_len}; use at most {room}",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    if wanted is not None:
+        return wanted
+    return room if default is None else min(default, room)
+
+
+def _call(
+    call_id: str, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams], body: Sampling, client: str
+) -> Call:
+    """n requests a prompt; choice i draws with seed + i, so that the choices differ and repeat."""
+    requests: list[Request] = []
+    for prompt_ids, options in zip(prompts, params, strict=True):
+        for choice in range(body.num_choices):
+            # The sum stays a 63-bit number, as random generators want it.
+            seed = None if options.seed is None else (options.seed + choice) % 2**63
+            requests.append(
+                Request(
+                    request_id=f"{call_id}-{len(requests)}",
+                    prompt_ids=prompt_ids,
+                    params=replace(options, seed=seed),
+                    store=body.may_be_stored,
+                    domain=body.domain,
+                    client=client,
+                )
+            )
+    return Call(call_id=call_id, requests=tuple(requests))

@@ -1,0 +1,252 @@
+"""From a configuration to an engine, and to all that an engine worker needs. Only wiring; no behaviour of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from aurora_lit.config import AuroraConfig, draft_folder
+from aurora_lit.distributed import Ranks
+from aurora_lit.drafts.checkpoint import load_draft, read_config
+from aurora_lit.errors import ConfigError, RingError
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.ring import RingWriter
+from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.models.partition import check_shareable
+from aurora_lit.models.sharded_target import ShardedTarget
+from aurora_lit.models.source import cache_root, resolve
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.trace_recorder import TraceRecorder
+from aurora_lit.serve.sequences.observer import RoundObserver
+from aurora_lit.serve.speculation.draft_tree import slot_capacity
+from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, prepare_draft
+from aurora_lit.serve.worker.call_tracker import WorkerParts
+from aurora_lit.serve.worker.exploration import ExplorationFollower
+from aurora_lit.serve.worker.thread_budget import ThreadBudget
+from aurora_lit.serve.worker.trace_sinks import TraceRecording, TraceSinks
+from aurora_lit.traces.record import LAYOUT_DIGEST, Trace
+
+UNTRAINED = "untrained"
+"""Version of the draft that stands in until a learner that begins from scratch has published its first."""
+_UNTRAINED_VOCABULARY = 4096
+_log = logging.getLogger(__name__)
+
+
+def build_engine(
+    config: AuroraConfig, *, sink: Callable[[Trace], None] | None = None
+) -> tuple[Engine, PreTrainedTokenizerBase]:
+    """Load target and draft and start an engine on them. Raises SourceError, CheckpointError or ConfigError.
+
+    sink: takes the traces of what is answered; None: nothing is recorded.
+    """
+    if config.engine.strategy != "single":
+        raise ConfigError(
+            f"engine.strategy={config.engine.strategy}: only `aurora-lit serve` spreads a target over processes; "
+            "use engine.strategy=single and engine.devices=1 here"
+        )
+    tokenizer, target = _load(config)
+    observer = None if sink is None else _recorder(config, target, sink)
+    return _engine(config, target, tokenizer, observer=observer), tokenizer
+
+
+def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
+    """The same for a server, with traces into the run folder's ring, and drafts that can be swapped."""
+    part = load_part(config, run_folder, 0) if config.engine.strategy != "single" else None
+    tokenizer, target = _load(config) if part is None else (load_tokenizer(config), part)
+    sinks = _sinks(config, run_folder)
+    observer = _recorder(config, target, sinks)
+    wanted = sinks.ring is not None or sinks.recording is not None
+    engine = _engine(config, target, tokenizer, observer=observer if wanted else None)
+    capacity = slot_capacity(
+        max_seq_len=config.engine.max_seq_len,
+        max_draft_tokens=config.engine.max_draft_tokens,
+        tree_tokens=config.engine.tree_tokens,
+        lookup_tokens=config.engine.copied_tokens,
+    )
+
+    def load(folder: Path | None) -> RuntimeDraft:
+        draft = starting_draft(config, target)[0] if folder is None else load_draft(folder, target)
+        assert draft is not None
+        return prepare_draft(draft, target, capacity=capacity)
+
+    page = LearnerBlock.open(run_folder / LEARNER_STATUS_NAME)
+    wish = ExplorationFollower(engine.proposer, page)
+    cores = ThreadBudget(engine.policy, page, threads=torch.get_num_threads())
+
+    def before_round() -> None:
+        wish.follow()
+        if part is None:
+            cores.follow()
+        else:
+            part.ranks.announce(engine.draft_version)
+
+    def close() -> None:
+        sinks.close()
+        if part is not None:
+            part.ranks.stop()
+
+    return WorkerParts(
+        engine=engine,
+        tokenizer=tokenizer,
+        load_draft=load if drafts(config) else None,
+        before_round=before_round,
+        unrecorded=lambda: 0 if sinks.recording is None else sinks.recording.dropped,
+        close=close,
+    )
+
+
+def load_part(config: AuroraConfig, run_folder: Path, rank: int) -> ShardedTarget:
+    """One rank's part of a sharded target; all ranks call it at the same time. Raises SourceError or ConfigError."""
+    engine = config.engine
+    assert engine.strategy != "single"
+    torch.set_num_threads(engine.threads or max(1, (os.cpu_count() or 1) // engine.devices))
+    ranks = Ranks(rank=rank, size=engine.devices, folder=run_folder, strategy=engine.strategy)
+    target = ShardedTarget.load_part(
+        find_target(config), precision=config.target.precision, strategy=engine.strategy, ranks=ranks
+    )
+    _check_length(config, target)
+    return target
+
+
+def drafts(config: AuroraConfig) -> bool:
+    """Whether a draft proposes at all, so that there is one to improve."""
+    source = config.draft.checkpoint is not None or config.learn.from_scratch
+    return source and config.engine.speculate and config.engine.max_draft_tokens > 0
+
+
+def starting_draft(config: AuroraConfig, target: Target) -> tuple[Draft | None, str]:
+    """The draft that an engine begins with, and its version's name."""
+    folder = draft_folder(config)
+    if not drafts(config):
+        return None, "none"
+    if not config.learn.from_scratch:
+        assert folder is not None
+        return load_draft(folder, target), folder.name
+    if folder is not None:
+        return Draft(read_config(folder)), UNTRAINED
+    size, heads = target.hidden_size, max(1, target.hidden_size // target.head_dim)
+    shape = DraftConfig(
+        hidden_size=size,
+        target_hidden_size=size,
+        intermediate_size=size,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=target.head_dim,
+        vocab_size=target.vocab_size,
+        draft_vocab_size=min(_UNTRAINED_VOCABULARY, target.vocab_size),
+        aux_layer_ids=target.aux_layer_ids,
+    )
+    return Draft(shape), UNTRAINED
+
+
+def _load(config: AuroraConfig) -> tuple[PreTrainedTokenizerBase, Target]:
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    return load_tokenizer(config), load_target(config)
+
+
+def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None]) -> TraceRecorder:
+    return TraceRecorder(
+        sink,
+        hidden_size=target.hidden_size,
+        segment_tokens=config.trace.segment_tokens,
+        overlap_tokens=config.trace.overlap_tokens,
+    )
+
+
+def _engine(
+    config: AuroraConfig, target: Target, tokenizer: PreTrainedTokenizerBase, *, observer: RoundObserver | None
+) -> Engine:
+    draft, version = starting_draft(config, target)
+    return Engine(
+        target,
+        draft,
+        eos_token_ids=eos_token_ids(target, tokenizer),
+        max_batch_size=config.engine.max_batch_size,
+        max_seq_len=config.engine.max_seq_len,
+        max_draft_tokens=config.engine.max_draft_tokens,
+        tree_tokens=config.engine.tree_tokens,
+        prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
+        prefix_cache=config.engine.prefix_cache,
+        adaptive=config.engine.adaptive,
+        lookup_tokens=config.engine.copied_tokens,
+        draft_version=version,
+        observer=observer,
+        explore_share=config.engine.explore_share,
+        explore_temperature=config.engine.explore_temperature,
+    )
+
+
+def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
+    """A ring wherever a learner may come; without room for it, serving goes on when none was asked for."""
+    ring = recording = None
+    if drafts(config):
+        try:
+            ring = RingWriter.create(run_folder / RING_NAME, config.trace.capacity_mb << 20, layout=LAYOUT_DIGEST)
+            threading.Thread(target=ring.map_pages, name="ring-pages", daemon=True).start()
+        except RingError as error:
+            if config.learn.enabled:
+                raise
+            _log.warning("no learner can be attached to this server: %s", error)
+    if config.trace.record is not None:
+        folder = Path(config.trace.record).expanduser()
+        try:
+            recording = TraceRecording(folder, max_bytes=config.trace.record_mb << 20)
+        except OSError as error:
+            raise ConfigError(
+                f"trace.record={config.trace.record} cannot be used ({error.strerror}); name a folder that can be made"
+            ) from error
+    return TraceSinks(ring=ring, recording=recording)
+
+
+def prepare(config: AuroraConfig) -> None:
+    """What a server does first: have the target there, and see that it can be shared as asked.
+
+    Raises SourceError or ConfigError, before any process is started.
+    """
+    check_shareable(config, AutoConfig.from_pretrained(find_target(config), local_files_only=True))
+
+
+def find_target(config: AuroraConfig) -> Path:
+    """The target's folder; downloads and converts it when it is not there yet. Raises SourceError."""
+    target = config.target
+    return resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
+
+
+def load_target(config: AuroraConfig) -> Target:
+    """The target of a configuration, in its precision. Raises ConfigError when it cannot hold max_seq_len positions."""
+    target = Target.load(find_target(config), precision=config.target.precision)
+    _check_length(config, target)
+    if config.engine.compile == "on" or (config.engine.compile == "auto" and target.model.device.type == "cuda"):
+        target.compile_forward()
+    return target
+
+
+def _check_length(config: AuroraConfig, target: Target) -> None:
+    if config.engine.max_seq_len > target.max_positions:
+        raise ConfigError(
+            f"engine.max_seq_len={config.engine.max_seq_len}: the target was made for {target.max_positions} "
+            "positions; lower it"
+        )
+
+
+def load_tokenizer(config: AuroraConfig) -> PreTrainedTokenizerBase:
+    """The target's tokenizer, without its weights."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(find_target(config), local_files_only=True)
+    return tokenizer
+
+
+def eos_token_ids(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer: the generation config's and the tokenizer's."""
+    generation: GenerationConfig | None = getattr(target.model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    from_model = ids if isinstance(ids, list) else [ids]
+    return frozenset(int(i) for i in [*from_model, tokenizer.eos_token_id] if i is not None)

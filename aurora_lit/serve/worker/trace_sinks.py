@@ -1,0 +1,108 @@
+"""Where the engine's traces go: into the ring for a learner, and onto the disk when that is asked for.
+
+Neither may hold up a round. The ring never waits; the disk is a thread's, behind a short queue: what does not fit into
+the queue, or what a full disk refuses, is counted and lost.
+
+    sinks = TraceSinks(ring=RingWriter.open(path, layout=LAYOUT_DIGEST), recording=TraceRecording(folder, max_bytes=n))
+    recorder = TraceRecorder(sinks, ...)
+    sinks.close()                           # writes what is pending
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from pathlib import Path
+
+from aurora_lit.ipc.ring import RingWriter
+from aurora_lit.traces.log import TraceLogWriter
+from aurora_lit.traces.record import Trace, to_pieces
+
+_QUEUE_TRACES = 16
+_SHARDS_AT_LEAST = 16
+"""The log's bound is shared by so many shards or more, so that deleting one loses little."""
+_SHARD_BYTES = 32 << 20
+_logger = logging.getLogger(__name__)
+
+
+class TraceRecording:
+    """A bounded trace log written by a thread; starts one at once."""
+
+    def __init__(self, folder: Path, *, max_bytes: int, flush_s: float = 10.0) -> None:
+        """`flush_s`: what is pending is written at least so often. Raises OSError when the folder cannot be made."""
+        self.written = 0
+        """Traces that are on the disk."""
+        self.dropped = 0
+        """Traces that the disk had no room or no time for."""
+        self._folder, self._flush_s = folder, flush_s
+        self._shard_bytes = min(_SHARD_BYTES, max_bytes // _SHARDS_AT_LEAST)
+        # Shards are closed by their bytes, which differ much between traces of equal length.
+        self._log = TraceLogWriter(folder, kind="live", shard_positions=1 << 62, max_bytes=max_bytes)
+        self._pending = self._pending_bytes = 0
+        self._complained = False
+        self._queue: queue.Queue[Trace | None] = queue.Queue(_QUEUE_TRACES)
+        self._thread = threading.Thread(target=self._run, name="trace-recording", daemon=True)
+        self._thread.start()
+
+    def put(self, trace: Trace) -> None:
+        """Keep a copy of a trace, if the disk keeps up. One caller only."""
+        if self._queue.full():
+            self.dropped += 1
+        else:
+            self._queue.put_nowait(trace.copy())
+
+    def close(self) -> None:
+        """Write what is pending and end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                trace = self._queue.get(timeout=self._flush_s)
+            except queue.Empty:
+                self._flush()
+                continue
+            if trace is None:
+                self._flush()
+                return
+            self._log.append(trace)
+            self._pending += 1
+            self._pending_bytes += trace.num_bytes
+            if self._pending_bytes >= self._shard_bytes:
+                self._flush()
+
+    def _flush(self) -> None:
+        pending, self._pending, self._pending_bytes = self._pending, 0, 0
+        try:
+            self._log.flush()
+            self.written += pending
+        except OSError as error:
+            self.dropped += pending
+            if not self._complained:
+                _logger.error("traces cannot be recorded in %s (%s); serving goes on without", self._folder, error)
+            self._complained = True
+
+
+class TraceSinks:
+    """The recorder's sink: a trace goes wherever it is wanted."""
+
+    def __init__(self, *, ring: RingWriter | None, recording: TraceRecording | None = None) -> None:
+        """None: not wanted there."""
+        self.ring = ring
+        self.recording = recording
+
+    def __call__(self, trace: Trace) -> None:
+        """Hand a trace on; never waits, and keeps nothing that lies in the trace's own memory."""
+        if self.ring is not None:
+            self.ring.push(*to_pieces(trace))
+        if self.recording is not None:
+            self.recording.put(trace)
+
+    def close(self) -> None:
+        """Write out what is pending."""
+        if self.ring is not None:
+            self.ring.close()
+        if self.recording is not None:
+            self.recording.close()

@@ -1,0 +1,208 @@
+"""Traces on disk: what the target computed over token sequences, kept so that a draft can learn from it later.
+
+A log is a folder of safetensors shards plus `index.jsonl`. A shard holds many traces end to end; it is written to a
+temporary name and moved into place, so a reader sees whole shards only and a crash loses at most one shard. A log may
+be bounded: then the oldest shards are deleted. What this file leaves out: who produces traces (serve/engine/trace_recorder.py,
+learn/pretrain/label_text.py, learn/pretrain/generate_answers.py) and how batches are made of them (learn/data/batches.py).
+
+Shapes, over a shard: N positions, S traces, R rounds, K proposals of the widest round.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.functional import pad
+
+from aurora_lit.traces.record import Trace
+
+INDEX_NAME = "index.jsonl"
+
+_POSITIONS = {"token_ids": "token_ids_T", "aux": "aux_T3H", "last": "last_TH"}
+_ROUNDS = (
+    "round_root_R",
+    "round_version_R",
+    "num_proposed_R",
+    "num_accepted_R",
+    "source_R",
+    "explored_R",
+    "draft_temperature_R",
+    "proposal_RK",
+    "behaviour_logprob_RK",
+)
+_PLAIN = ("request_id", "client", "verify", "temperature", "first_position")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """A line of the index."""
+
+    name: str
+    num_positions: int
+    num_sequences: int
+    kind: str
+
+
+class TraceLogWriter:
+    """Appends traces to a log; `flush` closes the shard in hand, which also happens at `shard_positions`.
+
+    Opened on a folder that already holds shards, it continues behind them.
+    """
+
+    def __init__(self, folder: Path, *, kind: str, shard_positions: int = 65_536, max_bytes: int | None = None) -> None:
+        """`max_bytes`: most that the shards may take, of all kinds; the oldest are deleted. None: no bound."""
+        self.folder = folder
+        self.kind = kind
+        self.shard_positions = shard_positions
+        self.max_bytes = max_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+        self.num_positions = sum(shard.num_positions for shard in read_index(folder) if shard.kind == kind)
+        self._pending: list[Trace] = []
+        self._pending_positions = 0
+
+    def append(self, trace: Trace) -> None:
+        """Add one trace; writes a shard when enough positions are pending."""
+        self._pending.append(trace)
+        self._pending_positions += len(trace.token_ids_T)
+        self.num_positions += len(trace.token_ids_T)
+        if self._pending_positions >= self.shard_positions:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as one shard, durably, then name it in the index.
+
+        What is pending is lost when that fails: the caller sees the OSError and may go on with the next traces.
+        """
+        if not self._pending:
+            return
+        traces, self._pending, self._pending_positions = self._pending, [], 0
+        name = f"{self.kind}-{self._next_number():05d}.safetensors"
+        temporary = self.folder / f".{name}.tmp"
+        tensors, metadata = _shard_of(traces)
+        try:
+            try:
+                save_file(tensors, temporary, metadata=metadata)
+            except SafetensorError as error:
+                raise OSError(f"{temporary} cannot be written: {error}") from error
+            with temporary.open("rb") as shard:
+                os.fsync(shard.fileno())
+            if self.max_bytes is not None:
+                self._delete_oldest(self.max_bytes - temporary.stat().st_size)
+            os.replace(temporary, self.folder / name)
+            self._add_to_index(
+                ShardInfo(name=name, num_positions=len(tensors["token_ids"]), num_sequences=len(traces), kind=self.kind)
+            )
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _next_number(self) -> int:
+        """A number that no shard has, neither in the index nor in the folder."""
+        names = [*(shard.name for shard in _index_lines(self.folder)), *(p.name for p in self.folder.iterdir())]
+        numbers = [name.removesuffix(".safetensors").rpartition("-")[2] for name in names]
+        return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+    def _add_to_index(self, info: ShardInfo) -> None:
+        path = self.folder / INDEX_NAME
+        known = path.read_text(encoding="utf-8") if path.exists() else ""
+        with path.open("a", encoding="utf-8") as index:
+            # A line that a crash cut short is ended first, so that it does not spoil this one.
+            index.write("\n" if known and not known.endswith("\n") else "")
+            index.write(json.dumps(info.__dict__) + "\n")
+            index.flush()
+            os.fsync(index.fileno())
+
+    def _delete_oldest(self, room: int) -> None:
+        """Delete shards, oldest first, until those left take at most `room` bytes; the index then names only those."""
+        if room < 0:
+            raise OSError(errno.EFBIG, f"a shard is larger than the {self.max_bytes} bytes the whole log may take")
+        shards = read_index(self.folder)
+        for nameless in {path.name for path in self.folder.glob("*.safetensors")} - {shard.name for shard in shards}:
+            (self.folder / nameless).unlink()  # a crash came between it and its line in the index
+        sizes = [(self.folder / shard.name).stat().st_size for shard in shards]
+        gone = 0
+        while gone < len(shards) and sum(sizes[gone:]) > room:
+            (self.folder / shards[gone].name).unlink()
+            gone += 1
+        if gone:
+            temporary = self.folder / f".{INDEX_NAME}.tmp"
+            lines = [json.dumps(shard.__dict__) + "\n" for shard in shards[gone:]]
+            temporary.write_text("".join(lines), encoding="utf-8")
+            os.replace(temporary, self.folder / INDEX_NAME)
+
+
+def read_index(folder: Path) -> list[ShardInfo]:
+    """Return the whole shards of a log, oldest first; a line cut short by a crash is left out."""
+    return [info for info in _index_lines(folder) if (folder / info.name).exists()]
+
+
+def read_shard(path: Path) -> Iterator[Trace]:
+    """Yield the traces of one shard, as views of its tensors."""
+    with safe_open(path, framework="pt") as shard:
+        tensors = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118  (not a dict)
+        metadata = shard.metadata()
+    domains = json.loads(metadata["domains"])
+    plain = json.loads(metadata.get("plain", "null")) or [{}] * len(domains)
+    parts: dict[str, Any] = {name: tensors[key].split(tensors["lengths"].tolist()) for key, name in _POSITIONS.items()}
+    lse = tensors["lse"].split(tensors["lengths"].tolist())
+    if "num_rounds" in tensors:
+        parts |= {name: tensors[name].split(tensors["num_rounds"].tolist()) for name in _ROUNDS}
+        parts["rejected_last_NH"] = tensors["rejected"].split(tensors["num_rejected"].tolist())
+    for i, (domain, answer_start) in enumerate(zip(domains, tensors["answer_starts"].tolist(), strict=True)):
+        fields = {name: part[i] for name, part in parts.items()}
+        if "proposal_RK" in fields:
+            widest = int(fields["num_proposed_R"].max()) if len(fields["num_proposed_R"]) else 0
+            for name in ("proposal_RK", "behaviour_logprob_RK"):
+                fields[name] = fields[name][:, :widest]
+        yield Trace(
+            **plain[i],
+            **fields,
+            domain=domain,
+            answer_start=answer_start,
+            lse_T=None if bool(lse[i].isnan().any()) else lse[i],
+        )
+
+
+def _index_lines(folder: Path) -> list[ShardInfo]:
+    path = folder / INDEX_NAME
+    shards = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            shards.append(ShardInfo(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError):
+            continue
+    return shards
+
+
+def _shard_of(traces: list[Trace]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a shard."""
+    tensors = {key: torch.cat([getattr(trace, name) for trace in traces]) for key, name in _POSITIONS.items()}
+    unknown = float("nan")
+    tensors["lse"] = torch.cat(
+        [t.lse_T.float() if t.lse_T is not None else torch.full((len(t.token_ids_T),), unknown) for t in traces]
+    )
+    tensors["lengths"] = torch.tensor([len(t.token_ids_T) for t in traces], dtype=torch.int32)
+    tensors["answer_starts"] = torch.tensor([t.answer_start for t in traces], dtype=torch.int32)
+    tensors["num_rounds"] = torch.tensor([len(t.round_root_R) for t in traces], dtype=torch.int32)
+    tensors["num_rejected"] = torch.tensor([len(t.rejected_last_NH) for t in traces], dtype=torch.int32)
+    hidden_size = traces[0].last_TH.shape[1]
+    tensors["rejected"] = torch.cat([t.rejected_last_NH.view(-1, hidden_size) for t in traces])
+    widest = max(t.proposal_RK.shape[1] for t in traces)
+    for name in _ROUNDS:
+        columns = [getattr(trace, name) for trace in traces]
+        if name.endswith("_RK"):
+            filler = -1 if name == "proposal_RK" else unknown
+            columns = [pad(column, (0, widest - column.shape[1]), value=filler) for column in columns]
+        tensors[name] = torch.cat(columns)
+    return tensors, {
+        "domains": json.dumps([t.domain for t in traces]),
+        "plain": json.dumps([{name: getattr(t, name) for name in _PLAIN} for t in traces]),
+    }

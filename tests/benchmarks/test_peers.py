@@ -1,0 +1,402 @@
+"""What the comparison with other engines counts, runs and writes, on servers and weights that are known."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+from support import ROOT
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from aurora_lit.bench.online import free_port
+from aurora_lit.errors import AuroraError, ConfigError
+from benchmarks.peers import __main__ as driver
+from benchmarks.peers import environments
+from benchmarks.peers.client import Answer, Load, read_answer, run_load, summarise
+from benchmarks.peers.engines import OURS, PEERS, Engine
+from benchmarks.peers.gguf_files import write_f32
+from benchmarks.peers.report import Pair, Visit
+from benchmarks.peers.report import summarise as ratios
+from benchmarks.peers.servers import running
+
+
+def event(**fields: Any) -> bytes:
+    return b"data: " + json.dumps(fields).encode() + b"\n"
+
+
+def delta(text: str) -> dict[str, Any]:
+    return {"choices": [{"delta": {"content": text}}]}
+
+
+def test_an_answer_is_timed_by_its_pieces_of_text_and_counted_by_its_usage() -> None:
+    lines = [
+        (10.0, event(choices=[{"delta": {"role": "assistant", "content": ""}}])),
+        (10.5, event(**delta("Hello"))),
+        (10.5, b"\n"),
+        (10.9, event(**delta(" you"))),
+        (11.0, event(choices=[{"delta": {}, "finish_reason": "stop"}])),
+        (11.0, event(choices=[], usage={"completion_tokens": 5})),
+        (11.1, b"data: [DONE]\n"),
+    ]
+    answer = read_answer(lines, sent_s=9.0, ended_s=11.2)
+    assert answer == Answer(sent_s=9.0, pieces_s=(10.5, 10.9), ended_s=11.2, tokens=5, text="Hello you")
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ([event(**delta("a"))], "without usage"),
+        ([event(choices=[], usage={"completion_tokens": 1})], "without text"),
+        ([event(**delta("a")), event(error={"message": "out of memory"})], "out of memory"),
+    ],
+)
+def test_an_answer_that_did_not_come_whole_is_an_error(lines: list[bytes], reason: str) -> None:
+    with pytest.raises(AuroraError, match=reason):
+        read_answer([(0.0, line) for line in lines], sent_s=0.0, ended_s=1.0)
+
+
+def test_speed_is_over_all_answers_and_pauses_are_between_pieces() -> None:
+    first = Answer(sent_s=0.0, pieces_s=(1.0, 1.5, 3.0), ended_s=3.0, tokens=9, text="a")
+    second = Answer(sent_s=1.0, pieces_s=(4.0, 4.5), ended_s=5.0, tokens=6, text="b")
+    load = summarise([first, second])
+    assert load.tokens_per_s == 15 / 5
+    assert load.first_token_s == 2.0  # 1 and 3
+    assert load.token_s == pytest.approx((2 / 8 + 0.5 / 5) / 2)
+    assert load.pause_p50_s == 0.5  # 0.5, 0.5, 1.5
+    assert load.pause_p99_s == pytest.approx(1.48)
+    assert load.texts == ["a", "b"]
+
+
+class Stub(ThreadingHTTPServer):
+    """Answers with the prompt's words, and notes how many requests it had at once."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), StubHandler)
+        self.lock = threading.Lock()
+        self.now = self.most = 0
+        self.bodies: list[dict[str, Any]] = []
+
+
+class StubHandler(BaseHTTPRequestHandler):
+    server: Stub
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "stub"}]}')
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
+            self.server.bodies.append(body)
+        self.send_response(200)
+        self.end_headers()
+        words = body["messages"][0]["content"].split()
+        for word in words:
+            self.wfile.write(event(**delta(word)))
+            time.sleep(0.02)
+        with self.server.lock:
+            self.server.now -= 1
+        self.wfile.write(event(choices=[], usage={"completion_tokens": len(words)}) + b"data: [DONE]\n")
+
+    def log_message(self, format: str, *words: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with Stub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_so_many_clients_ask_at_once_and_every_prompt_is_answered_in_its_place(stub: Stub) -> None:
+    prompts = [f"a{i} b{i} c{i}" for i in range(9)]
+    load = run_load(stub.server_address[1], prompts, clients=3, max_tokens=7)
+    assert stub.most == 3
+    assert load.tokens == 27
+    assert load.texts == [prompt.replace(" ", "") for prompt in prompts]
+    assert all(body["model"] == "stub" and body["temperature"] == 0 for body in stub.bodies)
+    assert all(body["max_tokens"] == 7 and body["stream"] for body in stub.bodies)
+
+
+SERVER = """
+import http.server, pathlib, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+                                                "time.sleep(60)"])
+pathlib.Path(sys.argv[2]).write_text(str(child.pid))
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()
+"""
+
+
+def test_a_server_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    port, noted = free_port(), tmp_path / "child"
+    command = [sys.executable, "-c", SERVER, str(port), str(noted)]
+    with running(command, {}, ready_url=f"http://127.0.0.1:{port}/", log=tmp_path / "log") as server:
+        child = psutil.Process(int(noted.read_text()))
+        assert child.is_running()
+        alone = psutil.Process(child.ppid()).memory_full_info().pss / 1e6
+        assert server.memory_mb() > alone + 2, "its child counts too"
+        assert 0 < server.age_s() < 600
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_server_ends_with_a_comparison_that_was_killed(tmp_path: Path) -> None:
+    port, noted = free_port(), tmp_path / "server"
+    server = f"import os, pathlib, time; pathlib.Path({str(noted)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    killed = f"""
+import pathlib, sys
+from benchmarks.peers.servers import running
+log = pathlib.Path({str(tmp_path / "log")!r})
+with running([sys.executable, "-c", {server!r}], {{}}, ready_url="http://127.0.0.1:{port}/", log=log):
+    pass
+"""
+    with subprocess.Popen([sys.executable, "-c", killed], cwd=ROOT) as process:
+        end = time.monotonic() + 60
+        while not (noted.exists() and noted.read_text()):
+            assert time.monotonic() < end, "it does not come"
+            time.sleep(0.02)
+        process.kill()
+    server_pid = int(noted.read_text())
+    while psutil.pid_exists(server_pid) and psutil.Process(server_pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, "it lives on"
+        time.sleep(0.02)
+
+
+def test_a_server_that_ends_at_its_start_is_an_error_that_names_its_log(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('no such model')"]
+    with (
+        pytest.raises(AuroraError, match=f"{tmp_path}/log says why"),
+        running(command, {}, ready_url="http://127.0.0.1:1/", log=tmp_path / "log"),
+    ):
+        pass
+    assert (tmp_path / "log").read_text() == "no such model\n"
+
+
+def byte_level_model(folder: Path) -> Path:
+    """A tiny Llama with tied embeddings, and a byte-level tokenizer with two merges and a special token."""
+    alphabet = sorted(ByteLevel.alphabet())
+    words = ["<|end|>", *alphabet, "he", "hel"]
+    tokenizer = Tokenizer(BPE({word: i for i, word in enumerate(words)}, [("h", "e"), ("he", "l")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.chat_template = "{{ messages[0]['content'] }}"
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words) + 1,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=80,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        rope_theta=1000.0,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_gguf_file_is_the_same_model_with_the_same_tokens(tmp_path: Path) -> None:
+    folder = byte_level_model(tmp_path / "model")
+    write_f32(folder, tmp_path / "F32.gguf")
+    read: dict[str, Any] = {"pretrained_model_name_or_path": str(tmp_path), "gguf_file": "F32.gguf"}
+    ids = torch.tensor([[5, 200, 9, 258, 31, 7]])
+    ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    theirs = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)(ids).logits
+    assert torch.equal(ours, theirs)
+    text = "hello, hell<|end|>he 2026"
+    plain, again = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(**read)
+    assert plain.encode(text, add_special_tokens=False) == again.encode(text, add_special_tokens=False)
+    assert again.chat_template == plain.chat_template
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "reason"),
+    [
+        ("config.json", "tie_word_embeddings", False, "tie_word_embeddings"),
+        ("config.json", "rope_parameters", {"rope_type": "linear", "rope_theta": 1.0}, "rope_type=linear"),
+        ("tokenizer.json", "pre_tokenizer", {"type": "Whitespace"}, "pre-tokenizer"),
+    ],
+)
+def test_a_model_of_another_form_is_not_written(
+    tmp_path: Path, file: str, key: str, value: object, reason: str
+) -> None:
+    folder = byte_level_model(tmp_path / "model")
+    fields = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(fields | {key: value}))
+    with pytest.raises(AuroraError, match=reason):
+        write_f32(folder, tmp_path / "F32.gguf")
+
+
+def load(tokens_per_s: float, *texts: str) -> Load:
+    return Load(
+        tokens_per_s=tokens_per_s,
+        first_token_s=0.1,
+        token_s=1 / tokens_per_s,
+        pause_p50_s=0.02,
+        pause_p99_s=0.03,
+        tokens=128,
+        texts=list(texts or ("a",)),
+    )
+
+
+def visit(loads: dict[int, Load], *, memory_mb: float = 900.0) -> Visit:
+    return Visit(loads=loads, first_answer_s=12.0, memory_mb=memory_mb)
+
+
+def test_ratios_are_taken_inside_a_pair_and_spread_over_the_repeats() -> None:
+    speeds = [(100.0, 50.0), (30.0, 10.0), (400.0, 100.0), (90.0, 90.0), (50.0, 10.0)]
+    pairs = [
+        Pair(
+            repeat=i,
+            peer="vllm",
+            ours=visit({4: load(ours, "a", "b")}),
+            theirs=visit({4: load(theirs, "a", "x")}, memory_mb=1800.0),
+        )
+        for i, (ours, theirs) in enumerate(speeds)
+    ]
+    (row,) = ratios(pairs)
+    assert (row["peer"], row["clients"], row["repeats"]) == ("vllm", 4, 5)
+    assert row["ratios"]["tokens_per_s"] == {"median": 3.0, "low": 2.0, "high": 4.0}
+    assert row["ratios"]["token_s"]["median"] == pytest.approx(1 / 3)
+    assert (row["ratios"]["memory_mb"]["median"], row["ratios"]["first_answer_s"]["median"]) == (0.5, 1.0)
+    assert (row["ours"]["tokens_per_s"], row["theirs"]["tokens_per_s"]) == (90.0, 50.0)
+    assert row["same_answers"] == 0.5
+    assert Pair.from_json(json.loads(json.dumps(pairs[0].to_json()))) == pairs[0]
+
+
+PLACES = {
+    "python",
+    "bin",
+    "model",
+    "draft",
+    "gguf",
+    "config",
+    "precision",
+    "cores",
+    "threads",
+    "tcmalloc",
+    "iomp",
+    "cache",
+    "port",
+}
+
+
+def test_every_engine_has_a_name_of_its_own_and_names_only_what_is_prepared() -> None:
+    assert len({engine.name for engine in (OURS, *PEERS)}) == 1 + len(PEERS)
+    for engine in (OURS, *PEERS):
+        command, environ = engine.filled({place: f"/{place}" for place in PLACES})
+        assert not any("{" in word for word in [*command, *environ.values()])
+        assert "/port" in " ".join(command)
+
+
+def test_an_environment_is_made_once_and_anew_when_its_requirements_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(environments, "_run", lambda command, log: ran.append([str(word) for word in command]))
+    for requirements in (["a==1"], ["a==1"], ["a==2"]):
+        environments._make_venv(tmp_path / "peer", requirements)
+    assert [command[-1] for command in ran] == [str(tmp_path / "peer"), "a==1", str(tmp_path / "peer"), "a==2"]
+
+
+def prompt_file(path: Path, count: int) -> Path:
+    rows = [{"domain": path.stem, "messages": [{"role": "user", "content": f"{path.stem} {i}"}]} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_every_number_of_clients_has_prompts_of_its_own_from_all_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "load_tokenizer", lambda config: None)
+    monkeypatch.setattr(driver, "encode_prompt", lambda tokenizer, prompt: [0] * 10)
+    files = [prompt_file(tmp_path / f"{name}.jsonl", 10) for name in ("chat", "code")]
+    choose: dict[str, Any] = {"config": None, "clients": [1, 4], "max_tokens": 8}
+    chosen = driver.choose_prompts(files, rounds=2, **choose)
+    assert chosen[1] == ["chat 0", "code 0"]
+    assert chosen[4] == ["chat 1", "code 1", "chat 2", "code 2", "chat 3", "code 3", "chat 4", "code 4"]
+    assert chosen[0] == ["chat 5", "code 5", "chat 6", "code 6"]
+    with pytest.raises(ConfigError, match="54 are needed"):
+        driver.choose_prompts(files, rounds=10, **choose)
+
+
+def test_a_run_that_was_stopped_goes_on_and_the_order_alternates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visited: list[str] = []
+
+    def measure(engine: Engine, places: object, prompts: object, counts: list[int], *_: object) -> Visit:
+        if len(visited) == 3:
+            raise KeyboardInterrupt
+        visited.append(engine.name)
+        return visit({count: load(10.0) for count in counts})
+
+    monkeypatch.setattr(driver, "_measure", measure)
+    few = Engine(name="few", environment="", command=(), most_clients=1)
+    many = Engine(name="many", environment="", command=())
+    arguments = argparse.Namespace(out=tmp_path, repeats=2)
+    peers, ours = [few, many], OURS.name
+
+    def go_on() -> list[str]:
+        places = {name: {} for name in (ours, "few", "many")}
+        return driver._measure_all(peers, places, {0: [], 1: ["a"], 4: ["b"]}, arguments, Console(quiet=True))
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    assert visited == [ours, "few", ours]
+    visited.clear()
+    visited += [""] * 4  # past the place where it was stopped
+    assert go_on() == []
+    assert visited[4:] == [ours, "many", "few", ours, "many", ours]
+    pairs = driver.read_pairs(tmp_path / "pairs.jsonl")
+    assert [(pair.repeat, pair.peer, [*pair.theirs.loads]) for pair in pairs] == [
+        (0, "few", [1]),
+        (0, "many", [1, 4]),
+        (1, "few", [1]),
+        (1, "many", [1, 4]),
+    ]
+
+
+def test_an_engine_that_fails_is_named_and_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(engine: Engine, places: object, prompts: object, counts: list[int], *_: object) -> dict[int, Load]:
+        if engine.name == "broken":
+            raise AuroraError("it does not start")
+        return visit({count: load(10.0) for count in counts})
+
+    monkeypatch.setattr(driver, "_measure", measure)
+    peers = [Engine(name=name, environment="", command=()) for name in ("broken", "whole")]
+    places: dict[str, dict[str, str]] = {name: {} for name in (OURS.name, "broken", "whole")}
+    arguments = argparse.Namespace(out=tmp_path, repeats=1)
+    failures = driver._measure_all(peers, places, {0: [], 1: ["a"]}, arguments, Console(quiet=True))
+    assert failures == ["repeat 0, broken: it does not start"]
+    assert [pair.peer for pair in driver.read_pairs(tmp_path / "pairs.jsonl")] == ["whole"]

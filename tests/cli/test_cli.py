@@ -1,0 +1,292 @@
+"""Claims about the command line: right exit codes, one clear line for an error, no heavy import before its time."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import aurora_lit
+from aurora_lit.cli.main import main
+from aurora_lit.config import AuroraConfig, load_config
+from aurora_lit.errors import SourceError
+
+COMMANDS = (
+    ["serve"],
+    ["learn"],
+    ["replay"],
+    ["status"],
+    ["drafts", "list"],
+    ["generate"],
+    ["pretrain"],
+    ["doctor"],
+    ["bench", "throughput"],
+    ["bench", "acceptance"],
+)
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(main, args)
+
+
+class Recorder:
+    """Stands where a command's function would, and keeps what it was called with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str, function: str, **others: Any) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        fake = types.ModuleType(module)
+        fake.__dict__.update({function: self, **others})
+        monkeypatch.setitem(sys.modules, module, fake)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.calls.append((args, kwargs))
+
+
+@pytest.fixture
+def prompt_files(tmp_path: Path) -> list[str]:
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.txt")]
+    for file in files:
+        file.write_text("")
+    return [str(file) for file in files]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_print_config_needs_none_of_a_commands_own_options(command: list[str], tmp_path: Path) -> None:
+    result = run(*command, "--print-config", "engine.max_batch_size=3")
+    assert result.exit_code == 0, result.output
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(result.stdout)
+    assert load_config(printed, []) == load_config(None, ["engine.max_batch_size=3"])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_misspelt_key_ends_every_command_with_one_line_and_code_2(command: list[str]) -> None:
+    result = run(*command, "engine.max_batch=3")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == "Error: engine.max_batch=3: there is no such setting; did you mean engine.max_batch_size?\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help(command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "--config FILE" in result.output
+    assert "key=value" in result.output
+
+
+def test_an_error_of_ours_inside_a_command_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(_: AuroraConfig) -> None:
+        raise SourceError("no model\nhere; connect")
+
+    Recorder(monkeypatch, "aurora_lit.serve.server", "serve")
+    monkeypatch.setattr(sys.modules["aurora_lit.serve.server"], "serve", serve)
+    result = run("serve")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: no model here; connect\n"
+
+
+def test_an_error_not_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(_: AuroraConfig) -> None:
+        raise ZeroDivisionError
+
+    Recorder(monkeypatch, "aurora_lit.serve.server", "serve")
+    monkeypatch.setattr(sys.modules["aurora_lit.serve.server"], "serve", serve)
+    assert isinstance(run("serve").exception, ZeroDivisionError)
+
+
+def test_serve_passes_file_and_overrides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.serve.server", "serve")
+    path = tmp_path / "mine.yaml"
+    path.write_text("server: {port: 9000}")
+    assert run("serve", "server.max_queue=5", "--config", str(path)).exit_code == 0
+    (((config,), _),) = recorder.calls
+    assert (config.server.port, config.server.max_queue) == (9000, 5)
+
+
+def test_generate_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.cli.generate", "generate")
+    assert run("generate", "-p", "a = b", "--max-tokens", "7", "--no-compare-plain").exit_code == 0
+    ((_, options),) = recorder.calls
+    assert options == {"prompt": "a = b", "max_tokens": 7, "temperature": 0.0, "compare_plain": False}
+
+
+def test_pretrain_takes_several_files_after_one_option(
+    monkeypatch: pytest.MonkeyPatch, prompt_files: list[str], tmp_path: Path
+) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.learn.pretrain.stages", "pretrain", PretrainOptions=dict)
+    a, b, c = prompt_files
+    result = run("pretrain", "--prompts", a, b, "--text", c, "--prompts", a, "--out", str(tmp_path), "engine.threads=1")
+    assert result.exit_code == 0, result.output
+    (((config, options), _),) = recorder.calls
+    assert options["prompts"] == (Path(a), Path(b), Path(a))
+    assert options["text"] == (Path(c),)
+    assert config.engine.threads == 1
+
+
+def test_pretrain_without_options_uses_the_defaults_of_the_record(
+    monkeypatch: pytest.MonkeyPatch, prompt_files: list[str], tmp_path: Path
+) -> None:
+    from aurora_lit.learn.pretrain import stages as module
+
+    calls: list[module.PretrainOptions] = []
+    monkeypatch.setattr(module, "pretrain", lambda config, options: calls.append(options))
+    result = run("pretrain", "--prompts", prompt_files[0], "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert calls == [module.PretrainOptions(prompts=(Path(prompt_files[0]),), text=(), out=tmp_path)]
+
+
+def test_learn_attaches_with_the_settings_of_the_server_that_it_finds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.learn.online.process", "run_learner", follows=lambda _: False)
+    (tmp_path / "status").write_text("")
+    (tmp_path / "config.yaml").write_text("checkpoint: {dir: /of/the/server}")
+    assert run("learn", "--run-folder", str(tmp_path), "learn.threads=2").exit_code == 0
+    other = tmp_path / "other.yaml"
+    other.write_text("checkpoint: {dir: /mine}")
+    assert run("learn", "--run-folder", str(tmp_path), "--config", str(other)).exit_code == 0
+    ((first, folder), _), ((second, _), _) = recorder.calls
+    assert (first.checkpoint.dir, first.learn.threads, folder) == ("/of/the/server", 2, tmp_path)
+    assert second.checkpoint.dir == "/mine"
+
+
+def test_learn_and_status_without_a_server_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("aurora_lit.ipc.run_folder._usual_parent", lambda: tmp_path)
+    for command in ("learn", "status"):
+        result = run(command)
+        assert result.exit_code == 2
+        assert "no server of this user runs on this machine" in result.stderr
+        result = run(command, "--run-folder", str(tmp_path))
+        assert result.exit_code == 2
+
+
+def test_drafts_are_listed_returned_to_and_promoted(tmp_path: Path) -> None:
+    from aurora_lit.drafts.versions import DraftStore
+    from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+
+    where = f"checkpoint.dir={tmp_path}"
+    assert "holds no version yet" in run("drafts", "list", where).stdout
+    assert run("drafts", "rollback", "1", where).exit_code == 2
+    assert not list(tmp_path.iterdir()), "a mistyped folder is not made"
+    store = DraftStore(tmp_path / "live", keep=5)
+    draft = Draft(
+        DraftConfig(
+            hidden_size=8,
+            target_hidden_size=8,
+            intermediate_size=8,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=8,
+            vocab_size=11,
+            draft_vocab_size=7,
+            aux_layer_ids=(1, 2, 3),
+        )
+    )
+    for number in range(3):
+        store.publish(draft, record={"accepted_length": 2 + number / 8})
+    table = run("drafts", "list", where).stdout
+    assert "accepted_length 2.25" in table
+    assert run("drafts", "rollback", "1", where).exit_code == 0
+    listed = json.loads(run("drafts", "list", "--json", where).stdout)
+    assert listed["current"] == "draft-000001"
+    assert [each["retired"] for each in listed["versions"]] == [None, "rolled back by hand", "rolled back by hand"]
+    assert run("drafts", "promote", "3", where).exit_code == 0
+    assert store.current() == "draft-000003"
+    assert run("drafts", "rollback", "0", where).exit_code == 0
+    assert store.current() is None
+    refused = run("drafts", "promote", "9", where)
+    assert (refused.exit_code, "no version draft-000009" in refused.stderr) == (2, True)
+
+
+def test_bench_passes_batch_sizes(monkeypatch: pytest.MonkeyPatch, prompt_files: list[str]) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.bench.throughput", "run")
+    assert run("bench", "throughput", "--prompts", prompt_files[0], "--batch", "1,16").exit_code == 0
+    options = recorder.calls[0][1]
+    assert options["batch_sizes"] == (1, 16)
+    assert options["against_transformers"] is False
+
+
+@pytest.mark.parametrize("batch", ["", "1,x", "0", "1,,2"])
+def test_wrong_batch_sizes_are_refused(batch: str, prompt_files: list[str]) -> None:
+    result = run("bench", "throughput", "--prompts", prompt_files[0], "--batch", batch)
+    assert result.exit_code == 2
+    assert "write numbers such as 1,4,8" in result.stderr
+
+
+def test_bench_ablation_passes_arms_and_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.bench.ablation.run", "run")
+    line = ("bench", "ablation", "--traces", str(tmp_path), "--arms", "static,full", "--every", "8")
+    assert run(*line, "--seeds", "0,2").exit_code == 0
+    options = recorder.calls[0][1]
+    assert (options["arms"], options["seeds"], options["every"]) == (("static", "full"), (0, 2), 8)
+    refused = run(*line, "--seeds", "-1")
+    assert (refused.exit_code, "write numbers such as" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["serve", "--nope"],
+        ["nope"],
+        ["pretrain"],
+        ["generate", "--temperature", "3"],
+        ["generate"],
+        ["bench", "acceptance", "--prompts", "/no/such/file"],
+    ],
+)
+def test_wrong_use_ends_with_code_2(args: list[str]) -> None:
+    assert run(*args).exit_code == 2
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_doctor_ends_with_code_1_when_serving_would_not_start(fit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    Recorder(monkeypatch, "aurora_lit.cli.doctor", "doctor")
+    monkeypatch.setattr(sys.modules["aurora_lit.cli.doctor"], "doctor", lambda config, as_json: fit)
+    assert run("doctor").exit_code == (0 if fit else 1)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["serve", "--help"],
+        ["serve", "--print-config"],
+        ["serve", "nope=1"],
+        ["learn", "--help"],
+        ["status"],
+        ["drafts", "list"],
+    ],
+)
+def test_torch_is_not_loaded_for_what_needs_no_model(args: list[str]) -> None:
+    code = (
+        "import sys; from aurora_lit.cli.main import main\n"
+        f"try: main({args!r})\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'lightning', 'litserve'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_neither_torch_nor_drift_detection_is_loaded_by_the_processes_that_only_answer_http() -> None:
+    code = "import sys, aurora_lit.serve.server; sys.exit(str({'torch', 'river'} & set(sys.modules) or ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "", "every process that is forked from it would carry them"
+
+
+def test_the_module_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "aurora_lit", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"aurora-lit, version {aurora_lit.__version__}"
+
+
+def test_every_public_name_can_be_had() -> None:
+    for name in aurora_lit.__all__:
+        assert getattr(aurora_lit, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = aurora_lit.nonsense

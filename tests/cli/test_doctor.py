@@ -1,0 +1,198 @@
+"""Claims about doctor.py: what blocks serving fails the report and says what to do; what does not, does not."""
+
+import json
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors.numpy import save_file
+
+np = pytest.importorskip("numpy")
+
+from aurora_lit.cli import checks as module  # noqa: E402
+from aurora_lit.cli.checks import Check, needed_bytes, run_checks  # noqa: E402
+from aurora_lit.cli.doctor import doctor  # noqa: E402
+from aurora_lit.config import AuroraConfig, load_config  # noqa: E402
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 100,
+}
+NUM_PARAMETERS = 1000
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that looks like a model: doctor reads headers only."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    save_file({"weight": np.zeros((10, NUM_PARAMETERS // 10), np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def fit(model: Path, free_port: int) -> list[str]:
+    """Overrides under which nothing fails."""
+    return [f"target.source={model}", "draft.checkpoint=null", f"server.port={free_port}"]
+
+
+def states(config: AuroraConfig) -> dict[str, Check]:
+    return {check.name: check for check in run_checks(config)}
+
+
+def test_a_fit_machine_passes_and_says_so(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(load_config(None, fit), as_json=True)
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is True
+    assert [check["name"] for check in report["checks"]] == [
+        "python",
+        "torch",
+        "devices",
+        "processor",
+        "compiler",
+        "shared memory",
+        "address",
+        "target",
+        "memory",
+        "draft",
+    ]
+    assert all(check["remedy"] for check in report["checks"] if check["state"] != "ok")
+
+
+def test_the_table_shows_every_remedy(fit: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not doctor(load_config(None, [*fit, f"draft.checkpoint={tmp_path / 'no-draft'}"]))
+    said = "".join(capsys.readouterr().out.split())
+    assert "FAIL" in said
+    assert "draft.checkpoint=null" in said.replace("│", "")
+
+
+def test_a_port_in_use_fails(fit: list[str], free_port: int) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", free_port))
+        holder.listen()
+        check = states(load_config(None, fit))["address"]
+    assert check.state == "fail"
+    assert f"server.port={free_port}" in check.found
+    assert "server.port" in check.remedy
+
+
+def test_an_open_door_without_a_key_warns(fit: list[str]) -> None:
+    assert states(load_config(None, [*fit, "server.host=0.0.0.0"]))["address"].state == "warn"
+    assert states(load_config(None, [*fit, "server.host=0.0.0.0", "server.api_key=k"]))["address"].state == "ok"
+
+
+def test_a_draft_that_is_not_there_fails(fit: list[str], tmp_path: Path) -> None:
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    (draft / "config.json").write_text("{}")
+    overrides = [*fit, f"draft.checkpoint={draft}"]
+    check = states(load_config(None, overrides))["draft"]
+    assert check.state == "fail"
+    assert "model.safetensors" in check.found
+    assert "config.json" not in check.found.removeprefix(str(draft))
+    (draft / "model.safetensors").write_bytes(b"")
+    check = states(load_config(None, overrides))["draft"]
+    assert check.state == "fail", "a config.json that describes no draft"
+    assert "refused" in check.found
+    assert states(load_config(None, [*overrides, "engine.speculate=false"]))["draft"].state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("source", "state"),
+    [("/no/such/folder", "fail"), ("pypi:x==1", "fail"), ("pypi:x==1#y.gguf", "warn")],
+)
+def test_a_target_that_cannot_be_had_fails_and_a_download_only_warns(
+    source: str, state: str, fit: list[str], tmp_path: Path
+) -> None:
+    check = states(load_config(None, [*fit, f"target.source={source}", f"target.cache_dir={tmp_path}"]))["target"]
+    assert check.state == state
+    assert check.remedy
+
+
+def test_a_target_that_cannot_be_shared_so_fails(fit: list[str]) -> None:
+    check = states(load_config(None, [*fit, "engine.strategy=tensor_parallel", "engine.devices=64"]))["target"]
+    assert check.state == "fail"
+    assert "engine.devices=64: tensor_parallel gives each device whole key-value heads" in check.found
+    assert "engine.strategy=fsdp" in check.remedy
+    assert states(load_config(None, [*fit, "engine.strategy=fsdp", "engine.devices=64"]))["target"].state == "ok"
+
+
+def test_memory_need_is_weights_twice_and_the_cache(model: Path) -> None:
+    def need(*overrides: str) -> int:
+        return needed_bytes(load_config(None, list(overrides)), model) - module._RUNTIME_BYTES
+
+    shape = ("engine.max_batch_size=1", "engine.max_seq_len=300", "engine.max_draft_tokens=0")
+    position_elements = 2 * LLAMA["num_hidden_layers"] * LLAMA["num_key_value_heads"] * LLAMA["head_dim"]  # type: ignore[operator]
+    assert need(*shape, "target.precision=fp32") == 2 * 4 * NUM_PARAMETERS + 300 * position_elements * 4
+    assert need(*shape, "target.precision=bf16") * 2 == need(*shape, "target.precision=fp32")
+    assert need(*shape[1:], "engine.max_batch_size=8") > 7 * (need(*shape) - 4 * NUM_PARAMETERS)
+
+
+def test_a_target_that_is_not_there_yet_is_weighed_by_its_shape(
+    fit: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = [*fit, "target.source=pypi:x==1#y.gguf", f"target.cache_dir={tmp_path}"]
+    assert states(load_config(None, absent))["memory"].state == "warn"
+    config = load_config(None, [*absent, f"target.shape={model / 'config.json'}", "learn.from_scratch=true"])
+    assert "GiB needed" in states(config)["memory"].found
+    doctor(config)
+    said = capsys.readouterr().out
+    assert "learner, draft" in said
+    assert "Smallest set of GPUs by engine.strategy=single: 24 GB: 1" in " ".join(said.split())
+    doctor(config, as_json=True)
+    report = json.loads(capsys.readouterr().out)["memory"]
+    assert report["totals"]["host"] == sum(each["num_bytes"] for each in report["needs"] if each["where"] == "host")
+
+
+def test_too_little_memory_fails(fit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available_bytes", lambda: 1 << 30)
+    check = states(load_config(None, fit))["memory"]
+    assert check.state == "fail"
+    assert "1.0 GiB free" in check.found
+    assert "max_batch_size" in check.remedy
+
+
+def test_no_compiler_warns_but_serves(fit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    check = states(load_config(None, fit))["compiler"]
+    assert check.state == "warn"
+    assert "g++" in check.remedy
+
+
+def test_more_threads_than_cores_warns(fit: list[str]) -> None:
+    assert states(load_config(None, [*fit, "engine.threads=4096"]))["devices"].state == "warn"
+
+
+def test_a_check_that_breaks_is_a_failed_line(fit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(_: AuroraConfig) -> Check:
+        raise RuntimeError("surprise")
+
+    monkeypatch.setattr(module, "check_processor", breaks)
+    broken = [check for check in run_checks(load_config(None, fit)) if "surprise" in check.found]
+    assert [check.state for check in broken] == ["fail"]
+
+
+def test_a_learner_needs_room_for_its_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=100 << 20))
+    assert module.check_shared_memory(load_config(None, ["learn.enabled=false"])).state == "ok"
+    found = module.check_shared_memory(load_config(None, ["learn.enabled=true", "trace.capacity_mb=100"]))
+    assert (found.state, "lower trace.capacity_mb" in found.remedy) == ("fail", True)
+    assert module.check_shared_memory(load_config(None, ["learn.enabled=true", "trace.capacity_mb=99"])).state == "ok"

@@ -1,0 +1,164 @@
+"""The memory table against hand arithmetic, and what it must agree with elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_models import FAMILIES, reference_model, save_model, tiny_config
+
+from aurora_lit.cli.doctor import doctor
+from aurora_lit.cli.footprint import draft_shape, fewest_devices, model_shape, needs, total
+from aurora_lit.config import DEFAULT_CONFIG, AuroraConfig, load_config
+from aurora_lit.drafts.initial import initial_draft
+from aurora_lit.errors import ConfigError
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Draft
+
+
+def deployment(name: str, *, strategy: str, devices: int, learn: bool = False) -> AuroraConfig:
+    """Sixteen requests of 8192 positions, k = 4, bf16, a draft from scratch."""
+    config = load_config(
+        None,
+        [
+            f"target.shape=configs/shapes/{name}.json",
+            "draft.checkpoint=null",
+            "learn.from_scratch=true",
+            "engine.max_batch_size=16",
+            "engine.max_seq_len=8192",
+            "engine.prefill_chunk_tokens=512",
+            "trace.capacity_mb=4096",
+            f"learn.enabled={learn}",
+        ],
+    )
+    return replace(config, engine=replace(config.engine, strategy=strategy, devices=devices))
+
+
+def table(config: AuroraConfig) -> dict[str, int]:
+    shape = model_shape(config, folder=None)
+    assert shape is not None
+    return {need.what: need.num_bytes for need in needs(config, shape, devices=config.engine.devices)}
+
+
+# By hand. A slot holds 8192 + 4 + 1 = 8197 positions; in key-value slots they are rounded up to 8224 and 32 are added.
+KEPT = 16 * (8224 + 32)
+
+
+def test_llama_70b_by_hand() -> None:
+    found = table(deployment("llama-3.1-70b", strategy="tensor_parallel", devices=4))
+    attention = 8192 * (64 * 128) * 2 + 8192 * (8 * 128) * 2
+    layer = attention + 3 * 8192 * 28672 + 2 * 8192
+    parameters = 80 * layer + 2 * 128256 * 8192 + 8192
+    assert parameters == 70_553_706_496  # what the model's page says: 70.6 billion
+    assert found["weights"] == parameters * 2 // 4
+    assert found["keys and values"] == 2 * 80 * (8 // 4) * 128 * KEPT * 2
+    # EAGLE-3's layer: attention from 2H, as wide as the target's 64 heads; fc from 3H; the head of 16,384 rows.
+    matrices = 3 * (2 * 8192) * 8192 + 8192 * 8192 + 3 * 8192 * 28672 + 3 * 8192 * 8192
+    draft = matrices + 16_384 * 8192 + 4 * 8192 + (8192 + 1)  # four norms, value head
+    assert found["draft"] == 2 * draft * 2
+    assert found["draft, keys and values"] == 2 * 64 * 128 * KEPT * 2
+    assert found["draft, features"] == 16 * 8197 * 3 * 8192 * 2
+    assert found["traces, kept states"] == 16 * 8198 * 8192 * 2
+    assert found["traces, ring"] == 4096 << 20
+    assert found["learner, the target's ends"] == 128256 * 8192 * (4 + 2) + 2 * 16_384 * 8192 * 2
+    assert found["learner, draft"] == 4 * 4 * draft + 4 * matrices + 8 * (draft - matrices)
+
+
+@pytest.mark.parametrize(("name", "card_gb", "devices"), [("llama-3.1-70b", 80, 4), ("mixtral-8x22b", 80, 8)])
+def test_the_shipped_deployments_name_a_set_that_holds_them(
+    name: str, card_gb: int, devices: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = DEFAULT_CONFIG.with_name(f"{name}.yaml")
+    config = load_config(path, [f"target.cache_dir={tmp_path}"])
+    shape = model_shape(config, folder=None)
+    assert shape is not None
+    assert config.engine.devices == devices
+    found = fewest_devices(config, shape, card_gb=card_gb)
+    assert found == (devices, int(not config.learn.enabled))
+    ring_positions = (config.trace.capacity_mb << 20) // (8 * shape.hidden_size)  # four hidden states, 2 bytes each
+    assert f"about {ring_positions // 1000} k positions" in path.read_text()
+    doctor(config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Memory over {devices} devices by tensor_parallel" in said
+    assert f"80 GB: {devices}" in said
+
+
+def test_mixtral_8x22b_by_hand() -> None:
+    found = table(deployment("mixtral-8x22b", strategy="fsdp", devices=8))
+    attention = 2 * 6144 * (48 * 128) + 2 * 6144 * (8 * 128)
+    layer = attention + 8 * 3 * 6144 * 16384 + 8 * 6144 + 2 * 6144  # eight experts, their router, two norms
+    parameters = 56 * layer + 2 * 32768 * 6144 + 6144
+    assert parameters == 140_630_071_296  # 141 billion
+    assert found["weights"] == parameters * 2 // 8
+    assert found["layers gathered"] == 2 * layer * 2
+    assert found["keys and values"] == 2 * 56 * 8 * 128 * KEPT * 2, "every rank keeps all heads"
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "learn", "smallest"),
+    [
+        ("llama-3.1-70b", "tensor_parallel", False, {24: None, 40: None, 80: (4, 1), 141: (2, 1)}),
+        ("llama-3.1-70b", "tensor_parallel", True, {80: None, 141: (4, 0)}),
+        ("mixtral-8x22b", "tensor_parallel", True, {40: None, 80: (8, 0), 141: (4, 0)}),
+        ("mixtral-8x22b", "single", True, {141: None}),
+    ],
+)
+def test_the_smallest_set_of_cards(
+    name: str, strategy: str, learn: bool, smallest: dict[int, tuple[int, int] | None]
+) -> None:
+    config = deployment(name, strategy=strategy, devices=1, learn=learn)
+    shape = model_shape(config, folder=None)
+    assert shape is not None
+    for card_gb, wanted in smallest.items():
+        assert fewest_devices(config, shape, card_gb=card_gb) == wanted
+        if wanted is None or learn:
+            continue
+        lines = needs(config, shape, devices=wanted[0])
+        assert total(lines, "every device", "first device") < card_gb * 10**9
+        fewer = needs(config, shape, devices=wanted[0] // 2)
+        assert total(fewer, "every device", "first device") > 0.95 * card_gb * 10**9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_counted_is_what_a_model_has(family: str, tmp_path: Path) -> None:
+    """On a tiny model of every family: weights, slots, and a draft from scratch."""
+    target = Target.load(save_model(family, tmp_path), precision="fp32")
+    config = load_config(
+        None,
+        [
+            f"target.source={tmp_path}",
+            "target.precision=fp32",
+            "draft.checkpoint=null",
+            "learn.from_scratch=true",
+            "engine.max_batch_size=3",
+            "engine.max_seq_len=64",
+            "engine.prefill_chunk_tokens=16",
+        ],
+    )
+    shape = model_shape(config, folder=tmp_path)
+    assert shape is not None
+    lines = {need.what: need.num_bytes for need in needs(config, shape, devices=1)}
+    assert lines["weights"] == 4 * sum(parameter.numel() for parameter in reference_model(tmp_path).parameters())
+    slots = target.make_slots(num_slots=3, capacity=64 + 4 + 1)
+    kept = sum(tensor.nbytes for tensor in (*slots.keys_SGCDP, *slots.values_SGLD))
+    assert lines["keys and values"] == kept
+    wanted = initial_draft(target, torch.arange(target.vocab_size), max_positions=64)
+    text = tiny_config(family).get_text_config()
+    own = Draft(draft_shape(config, text))
+    assert {n: p.shape for n, p in own.named_parameters()} == {n: p.shape for n, p in wanted.named_parameters()}
+    assert lines["draft"] == 2 * 4 * sum(parameter.numel() for parameter in own.parameters())
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"hidden_size": 3}', '{"model_type": "no such"}'])
+def test_a_shape_that_is_none_is_named(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "shape.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=f"target.shape={path} cannot be read .*config.json"):
+        model_shape(load_config(None, [f"target.shape={path}"]), folder=None)
+
+
+def test_without_model_and_shape_nothing_is_claimed() -> None:
+    assert model_shape(load_config(None, []), folder=None) is None

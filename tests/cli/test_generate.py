@@ -1,0 +1,38 @@
+"""The colours and numbers of `aurora-lit generate`, on a fake engine."""
+
+import pytest
+from rich.console import Console
+from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
+
+from aurora_lit.cli import generate as module
+from aurora_lit.cli.generate import ACCEPTED, CORRECTED, coloured, generate
+from aurora_lit.config import AuroraConfig
+from aurora_lit.request import Output
+from aurora_lit.serve.sequences.detokenizer import TextStream
+
+
+def test_accepted_and_corrected_tokens_have_their_colours() -> None:
+    tokenizer = tiny_tokenizer()
+    tokens = tuple(tokenizer.encode("abc"))
+    output = Output(request_id="a", token_ids=tokens, num_proposed=4, num_accepted=2)
+    shown = coloured(TextStream(tokenizer), output)
+    assert shown.plain == "abc"
+    assert [str(span.style) for span in shown.spans] == [ACCEPTED, ACCEPTED, CORRECTED]
+    plain = coloured(TextStream(tokenizer), Output(request_id="a", token_ids=tokens))
+    assert not any(str(span.style) for span in plain.spans)
+
+
+@pytest.mark.parametrize("compare_plain", [True, False])
+def test_it_prints_the_answer_and_the_numbers(
+    compare_plain: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = FakeEngine(FakeOptions(tokens_per_round=3))
+    monkeypatch.setattr(module, "build_engine", lambda config: (engine, tiny_tokenizer()))
+    monkeypatch.setattr(module, "Console", lambda **kwargs: Console(width=200, **kwargs))
+    generate(AuroraConfig(), prompt="hello world", max_tokens=9, temperature=0.0, compare_plain=compare_plain)
+    printed = capsys.readouterr().out
+    assert "hello world" in printed
+    assert "9 tokens" in printed
+    assert "accepted length 3.00" in printed
+    assert ("plain decoding" in printed) == compare_plain
+    assert not engine.has_work

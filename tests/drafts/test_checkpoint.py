@@ -1,0 +1,244 @@
+"""Draft checkpoints: the layout other servers load, whole after a crash, refused with a reason when they do not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny_models import VOCAB, random_draft, save_model
+
+from aurora_lit.drafts import checkpoint as checkpoints
+from aurora_lit.drafts.checkpoint import load_draft, save_draft
+from aurora_lit.durable import exchange
+from aurora_lit.errors import CheckpointError
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Draft
+
+H, V, VD, HEADS, GROUPS, DIM, WIDE = 64, VOCAB, VOCAB - 3, 2, 1, 32, 80
+SHAPES = {
+    "fc.weight": (H, 3 * H),
+    "midlayer.input_layernorm.weight": (H,),
+    "midlayer.hidden_norm.weight": (H,),
+    "midlayer.post_attention_layernorm.weight": (H,),
+    "midlayer.self_attn.q_proj.weight": (HEADS * DIM, 2 * H),
+    "midlayer.self_attn.k_proj.weight": (GROUPS * DIM, 2 * H),
+    "midlayer.self_attn.v_proj.weight": (GROUPS * DIM, 2 * H),
+    "midlayer.self_attn.o_proj.weight": (H, HEADS * DIM),
+    "midlayer.mlp.gate_proj.weight": (WIDE, H),
+    "midlayer.mlp.up_proj.weight": (WIDE, H),
+    "midlayer.mlp.down_proj.weight": (H, WIDE),
+    "norm.weight": (H,),
+    "lm_head.weight": (VD, H),
+    "d2t": (VD,),
+    "t2d": (V,),
+}
+CONFIG = {
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "hidden_size": H,
+    "target_hidden_size": H,
+    "intermediate_size": WIDE,
+    "num_hidden_layers": 1,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "head_dim": DIM,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 256,
+    "vocab_size": V,
+    "draft_vocab_size": VD,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "torch_dtype": "bfloat16",
+    "eagle_aux_hidden_state_layer_ids": [2, 3, 4],
+    "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [2, 3, 4]},
+}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return Target.load(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
+
+
+@pytest.fixture
+def saved(target: Target, tmp_path: Path) -> Path:
+    save_draft(random_draft(target), tmp_path / "draft")
+    return tmp_path / "draft"
+
+
+def test_the_layout_is_the_one_other_servers_load(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == SHAPES
+    assert {name: t.dtype for name, t in tensors.items() if t.dtype != torch.bfloat16} == {
+        "d2t": torch.int64,
+        "t2d": torch.bool,
+    }
+    assert json.loads((saved / "config.json").read_text()) == CONFIG
+    assert [i + offset for i, offset in enumerate(tensors["d2t"].tolist())] == [
+        i for i in range(VOCAB) if i not in (0, 5, 6)
+    ]
+    assert sorted(path.name for path in saved.parent.rglob("*")) == [
+        "config.json",
+        "draft",
+        "manifest.json",
+        "model.safetensors",
+        "value_head.safetensors",
+    ]
+
+
+def test_a_round_trip_keeps_every_tensor(target: Target, tmp_path: Path) -> None:
+    draft = random_draft(target)
+    save_draft(draft, tmp_path / "draft", dtype=torch.float32)
+    back = load_draft(tmp_path / "draft", target)
+    assert back.config == draft.config
+    assert back.state_dict().keys() == draft.state_dict().keys()
+    for name, tensor in back.state_dict().items():
+        assert torch.equal(tensor, draft.state_dict()[name]), name
+
+
+def test_a_draft_of_other_makers_without_value_head_and_manifest_is_taken(target: Target, saved: Path) -> None:
+    (saved / "value_head.safetensors").unlink()
+    (saved / "manifest.json").unlink()
+    config = json.loads((saved / "config.json").read_text())
+    del config["eagle_aux_hidden_state_layer_ids"], config["target_hidden_size"]
+    (saved / "config.json").write_text(json.dumps(config))
+    assert load_draft(saved, target).value_head.weight.abs().max() == 0
+
+
+def edit_tensors(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "manifest.json").unlink()
+
+    return edit
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = {**json.loads((folder / "config.json").read_text()), **changes}
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        (folder / "manifest.json").unlink()
+
+    return edit
+
+
+def truncate(name: str, *, manifest: bool) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:-40])
+        if not manifest:
+            (folder / "manifest.json").unlink()
+
+    return edit
+
+
+def flip_a_byte(folder: Path) -> None:
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1000] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (lambda folder: folder.rename(folder.with_name("gone")), "config.json cannot be read"),
+    "truncated": (truncate("model.safetensors", manifest=True), "model.safetensors does not match manifest.json"),
+    "truncated, no manifest": (truncate("model.safetensors", manifest=False), "model.safetensors cannot be read"),
+    "truncated config": (truncate("config.json", manifest=False), "config.json cannot be read"),
+    "truncated value head": (truncate("value_head.safetensors", manifest=False), "value_head.safetensors cannot"),
+    "a flipped byte": (flip_a_byte, "model.safetensors does not match manifest.json"),
+    "a file gone": (lambda folder: (folder / "value_head.safetensors").unlink(), "does not match manifest.json"),
+    "a garbled manifest": (lambda folder: (folder / "manifest.json").write_text("[]"), "not a JSON object"),
+    "NaN": (edit_tensors(lambda t: t["fc.weight"][3].fill_(torch.nan)), "fc.weight holds NaN"),
+    "infinity": (edit_tensors(lambda t: t["norm.weight"][3].fill_(torch.inf)), "norm.weight holds NaN or inf"),
+    "wrong shape": (
+        edit_tensors(lambda t: t.update({"fc.weight": torch.zeros(64, 64)})),
+        r"fc.weight has shape \(64, 64\)",
+    ),
+    "a tensor missing": (edit_tensors(lambda t: t.pop("norm.weight")), r"missing: \['norm.weight'\]"),
+    "a tensor too many": (edit_tensors(lambda t: t.update(x=torch.zeros(1))), r"unknown: \['x'\]"),
+    "other layers": (
+        edit_config(eagle_aux_hidden_state_layer_ids=[1, 3, 5]),
+        r"layer_ids is \(1, 3, 5\).*needs \(2, 3, 4\)",
+    ),
+    "other vocabulary": (edit_config(vocab_size=V + 1), f"vocab_size is {V + 1}.*needs {V}"),
+    "other hidden size": (edit_config(target_hidden_size=128), "target_hidden_size is 128.*needs 64"),
+    "another head count": (edit_config(num_key_value_heads=2), "k_proj.weight has shape"),
+    "another architecture": (edit_config(architectures=["LlamaForCausalLM"]), "architectures is"),
+    "no layers": (edit_config(eagle_aux_hidden_state_layer_ids=None, eagle_config={}), "lacks or garbles a field"),
+    "a field missing": (edit_config(head_dim=None), "lacks or garbles a field.*head_dim"),
+    "words for numbers": (edit_config(head_dim="many"), "lacks or garbles a field.*many"),
+    "d2t out of range": (edit_tensors(lambda t: t["d2t"].fill_(V)), "d2t does not name distinct tokens"),
+    "d2t twice the same": (edit_tensors(lambda t: t["d2t"][1].sub_(1)), "d2t does not name distinct tokens"),
+    "t2d of another draft": (edit_tensors(lambda t: t["t2d"].roll(1, 0) is t["t2d"].fill_(True)), "disagree"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_does_not_fit_is_refused_with_the_reason(name: str, target: Target, saved: Path) -> None:
+    spoil, reason = REFUSALS[name]
+    load_draft(saved, target)
+    spoil(saved)
+    with pytest.raises(CheckpointError, match=f"draft.checkpoint: .*refused: .*{reason}"):
+        load_draft(saved, target)
+
+
+@pytest.mark.parametrize("call", range(7))
+def test_a_crash_while_saving_leaves_the_old_draft_whole(
+    call: int, target: Target, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before either file of tensors (0, 1), any digest (2, 3, 4), the move (5), or its only step (6)."""
+    old: Draft = load_draft(saved, target)
+    calls = iter(range(100))
+
+    def breaking(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            return function(*args, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(checkpoints, "save_file", breaking(checkpoints.save_file))
+    monkeypatch.setattr(checkpoints, "_sha256", breaking(checkpoints._sha256))
+    monkeypatch.setattr(checkpoints, "_replace_folder", breaking(checkpoints._replace_folder))
+    monkeypatch.setattr(checkpoints, "exchange", breaking(checkpoints.exchange))
+    with pytest.raises(KeyboardInterrupt):
+        save_draft(random_draft(target, seed=9), saved)
+    monkeypatch.undo()
+    assert [path.name for path in saved.parent.iterdir()] == ["draft"]
+    for name, tensor in load_draft(saved, target).state_dict().items():
+        assert torch.equal(tensor, old.state_dict()[name])
+
+
+def test_names_are_exchanged_in_one_step_or_not_at_all(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    (one / "file").touch()
+    assert not exchange(one, other)
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    other.mkdir()
+    assert exchange(one, other)
+    assert (other / "file").exists()
+    assert list(one.iterdir()) == []
+
+
+@pytest.mark.parametrize("exchanging", [True, False])
+def test_a_newer_draft_replaces_the_older(
+    exchanging: bool, target: Target, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if exchanging:
+        monkeypatch.setattr(checkpoints.os, "replace", None)  # a step that would leave an instant without
+    else:
+        monkeypatch.setattr(checkpoints, "exchange", lambda *_: False)
+    newer = random_draft(target, seed=9)
+    save_draft(newer, saved, dtype=torch.float32)
+    monkeypatch.undo()
+    assert torch.equal(load_draft(saved, target).fc.weight, newer.fc.weight)
+    assert [path.name for path in saved.parent.iterdir()] == ["draft"]

@@ -1,0 +1,149 @@
+"""What export writes is EAGLE-3's layout and nothing else, read back here by the layout alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from support.tiny_models import random_draft
+from torch.nn import functional as F
+
+from aurora_lit.cli.main import main
+from aurora_lit.drafts.checkpoint import load_draft, read_config, save_draft
+from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.modules.draft.eagle3 import Draft
+
+H, V, N, G, D, M, L = 64, 61, 2, 1, 32, 80, 7
+VD = V - 3
+SHAPES = {
+    "fc.weight": (H, 3 * H),
+    "midlayer.input_layernorm.weight": (H,),
+    "midlayer.hidden_norm.weight": (H,),
+    "midlayer.post_attention_layernorm.weight": (H,),
+    "midlayer.self_attn.q_proj.weight": (N * D, 2 * H),
+    "midlayer.self_attn.k_proj.weight": (G * D, 2 * H),
+    "midlayer.self_attn.v_proj.weight": (G * D, 2 * H),
+    "midlayer.self_attn.o_proj.weight": (H, N * D),
+    "midlayer.mlp.gate_proj.weight": (M, H),
+    "midlayer.mlp.up_proj.weight": (M, H),
+    "midlayer.mlp.down_proj.weight": (H, M),
+    "norm.weight": (H,),
+    "lm_head.weight": (VD, H),
+    "d2t": (VD,),
+    "t2d": (V,),
+}
+
+
+def a_draft(seed: int = 0) -> Draft:
+    target = SimpleNamespace(hidden_size=H, vocab_size=V, aux_layer_ids=(2, L // 2, L - 3))
+    return random_draft(target, seed=seed)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> list[str]:
+    """A starting draft and two published versions, of which the second is current."""
+    save_draft(a_draft(0), tmp_path / "start", dtype=torch.float32)
+    store = DraftStore(tmp_path / "checkpoints" / "live", keep=5)
+    for seed in (1, 2):
+        store.publish(a_draft(seed), record={"score": 1.0})
+    return [f"checkpoint.dir={tmp_path / 'checkpoints'}", f"draft.checkpoint={tmp_path / 'start'}"]
+
+
+def exported(out: Path, *words: str) -> dict[str, torch.Tensor]:
+    done = CliRunner().invoke(main, ["export", "--out", str(out), *words])
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    return load_file(out / "model.safetensors")
+
+
+def test_the_files_are_those_of_the_layout(deployment: list[str], tmp_path: Path) -> None:
+    tensors = exported(tmp_path / "out", *deployment)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == SHAPES
+    assert {tensor.dtype for name, tensor in tensors.items() if name.endswith("weight")} == {torch.bfloat16}
+    assert (tensors["d2t"].dtype, tensors["t2d"].dtype) == (torch.int64, torch.bool)
+    ids = torch.arange(VD) + tensors["d2t"]
+    assert ids.tolist() == [i for i in range(V) if i not in (0, 5, 6)]
+    assert tensors["t2d"].nonzero().flatten().tolist() == ids.tolist()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    wanted = {
+        "model_type": "llama",
+        "hidden_size": H,
+        "intermediate_size": M,
+        "num_hidden_layers": 1,
+        "num_attention_heads": N,
+        "num_key_value_heads": G,
+        "head_dim": D,
+        "hidden_act": "silu",
+        "vocab_size": V,
+        "draft_vocab_size": VD,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "torch_dtype": "bfloat16",
+    }
+    assert {name: config[name] for name in wanted} == wanted
+    # vLLM takes what enters these layers, SGLang what leaves them.
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, L // 2, L - 3]
+    assert [layer + 1 for layer in config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]] == [2, L // 2, L - 3]
+    assert config["eagle_config"]["use_aux_hidden_state"] is True
+
+
+def test_a_reader_that_knows_only_the_layout_computes_what_the_draft_computes(
+    deployment: list[str], tmp_path: Path
+) -> None:
+    """One position, which attends to itself alone: normed embedding beside normed hidden state, then the MLP."""
+    w = exported(tmp_path / "out", "draft.checkpoint=null", *deployment[:1])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    w = {name: tensor.float() for name, tensor in w.items()}
+    embed_H, aux_3H = torch.randn(H), torch.randn(3 * H)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.rms_norm(x, (H,), w[f"{name}.weight"], config["rms_norm_eps"])
+
+    hidden_H = w["fc.weight"] @ aux_3H
+    joined = torch.cat([norm(embed_H, "midlayer.input_layernorm"), norm(hidden_H, "midlayer.hidden_norm")])
+    value = (w["midlayer.self_attn.v_proj.weight"] @ joined).repeat(N // G)
+    hidden_H = hidden_H + w["midlayer.self_attn.o_proj.weight"] @ value
+    x = norm(hidden_H, "midlayer.post_attention_layernorm")
+    gated = F.silu(w["midlayer.mlp.gate_proj.weight"] @ x) * (w["midlayer.mlp.up_proj.weight"] @ x)
+    hidden_H = hidden_H + w["midlayer.mlp.down_proj.weight"] @ gated
+    logits = w["lm_head.weight"] @ norm(hidden_H, "norm")
+
+    draft = load_draft(tmp_path / "out", read_config(tmp_path / "out"))
+    own_hidden = draft.fuse(aux_3H.view(1, 1, -1))
+    _, _, value_BGTD = draft.project(embed_H.view(1, 1, -1), own_hidden, torch.tensor([[0]]))
+    own = draft.logits(draft.finish(value_BGTD.repeat(1, N // G, 1, 1).transpose(1, 2).flatten(2), own_hidden))
+    torch.testing.assert_close(logits, own[0, 0], atol=1e-4, rtol=0)
+
+
+def test_which_draft_is_exported(deployment: list[str], tmp_path: Path) -> None:
+    def head(out: str, *words: str) -> torch.Tensor:
+        return exported(tmp_path / out, *words)["lm_head.weight"].bfloat16()
+
+    assert torch.equal(head("current", *deployment), a_draft(2).lm_head.weight.bfloat16())
+    assert torch.equal(head("first", "--version", "1", *deployment), a_draft(1).lm_head.weight.bfloat16())
+    elsewhere = [f"checkpoint.dir={tmp_path / 'none'}", deployment[1]]
+    assert torch.equal(head("beginning", *elsewhere), a_draft(0).lm_head.weight.bfloat16())
+
+
+def test_what_cannot_be_exported_is_said_and_nothing_is_left(deployment: list[str], tmp_path: Path) -> None:
+    def said(*words: str) -> str:
+        done = CliRunner().invoke(main, ["export", "--out", str(tmp_path / "out"), *words])
+        assert done.exit_code == 2
+        return done.output
+
+    assert "there is no" in said("--version", "9", *deployment)
+    assert "name one with --version" in said(f"checkpoint.dir={tmp_path / 'none'}", "draft.checkpoint=null")
+    (tmp_path / "start" / "model.safetensors").write_bytes(b"damaged")
+    assert "is refused" in said(f"checkpoint.dir={tmp_path / 'none'}", deployment[1])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    assert "is there already" in said(*deployment)
+    assert not list(tmp_path.glob(".out*"))

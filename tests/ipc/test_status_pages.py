@@ -1,0 +1,204 @@
+"""The status block and the metrics that show it."""
+
+import dataclasses
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from aurora_lit.ipc.engine_status import StatusBlock, WorkerState
+from aurora_lit.ipc.learner_status import LearnerBlock, LearnerStatus
+from aurora_lit.ipc.ring import RingWriter
+from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.serve.http.metrics import ServerMetrics
+from aurora_lit.serve.http.status import engine_json, learner_json, ring_counters
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "status"
+
+
+def test_a_reader_sees_what_the_writer_wrote(path):
+    StatusBlock.create(path)
+    writer, reader = StatusBlock.open(path, writable=True), StatusBlock.open(path)
+    writer.write(
+        state=WorkerState.READY,
+        running=3,
+        max_draft_tokens=2,
+        drafts=4,
+        proposed=8,
+        accepted=6,
+        accepted_by_position=[4, 2, 0, 0],
+        draft_version="draft-7",
+        error="ü" * 2000,
+    )
+    writer.beat()
+    now = reader.read()
+    assert (now.state, now.running, now.draft_version) == (WorkerState.READY, 3, "draft-7")
+    assert now.accepted_by_position == (4, 2)
+    assert (now.acceptance_rate, now.mean_accepted_length) == (0.75, 2.5)
+    assert set(now.error) == {"ü"}, "a long text is cut, but not in the middle of a character"
+    assert 0 <= now.heartbeat_age_s < 1
+
+
+def test_only_the_owner_may_read_it(path):
+    StatusBlock.create(path)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
+def test_another_file_is_refused(path):
+    path.write_bytes(bytes(8192))
+    with pytest.raises(ValueError, match="no Status page of this version"):
+        StatusBlock.open(path)
+
+
+def test_a_page_of_another_record_is_refused_whatever_its_size(path):
+    LearnerBlock.create(path)
+    content = path.read_bytes()
+    status = path.with_name("status page")
+    StatusBlock.create(status)
+    path.write_bytes((content * 2)[: status.stat().st_size])
+    with pytest.raises(ValueError, match="no Status page"):
+        StatusBlock.open(path)
+
+
+def test_every_field_comes_back_as_it_was_written(path):
+    block = LearnerBlock.create(path)
+    written = {
+        field.name: index * 0.25 if field.type == "float" else f"word {index}" if field.type == "str" else index
+        for index, field in enumerate(dataclasses.fields(LearnerStatus), 1)
+    }
+    block.write(**written)
+    assert dataclasses.asdict(LearnerBlock.open(path).read()) == written
+
+
+def test_who_lives_is_told_by_process_and_heartbeat(path):
+    block = LearnerBlock.create(path)
+    assert block.read().state == "absent"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        block.write(pid=process.pid)
+        block.beat()
+        assert block.read().state == "running"
+        block.write(heartbeat_ns=time.monotonic_ns() - int(11e9))
+        assert block.read().state == "stalled"
+        process.kill()
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert block.read().state == "dead", "nobody has waited for it yet"
+    assert block.read().state == "dead"
+    block.write(pid=0)
+    assert block.read().state == "absent"
+
+
+def test_readings_are_never_torn(path):
+    writer, reader = StatusBlock.create(path), StatusBlock.open(path)
+    stop = threading.Event()
+
+    def write():
+        count = 0
+        while not stop.is_set():
+            count += 1
+            writer.write(rounds=count, generated_tokens=count, running=count)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(2000):
+            now = reader.read()
+            assert now.rounds == now.generated_tokens == now.running
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_metrics_have_the_names_that_vllm_uses(path):
+    block = StatusBlock.create(path)
+    block.write(
+        max_draft_tokens=2,
+        drafts=4,
+        proposed=8,
+        accepted=6,
+        accepted_by_position=[4, 2],
+        running=1,
+        waiting=2,
+        prompt_tokens=10,
+        cached_tokens=6,
+        generated_tokens=20,
+        swaps=5,
+        draft_version="draft-000042",
+    )
+    learner = LearnerBlock.create(path.with_name("learner"))
+    learner.write(pid=os.getpid(), steps=7, compute_share=0.25)
+    learner.beat()
+    ring = RingWriter.create(path.with_name(RING_NAME), 4096, layout="12")
+    ring.push(b"x" * 3000)
+    ring.push(b"y" * 3000)
+    ring.push(b"z" * 5000)
+    metrics = ServerMetrics(model="m", status=block, learner=learner, ring=lambda: ring_counters(path.parent))
+    metrics.finish("stop")
+    metrics.refuse(429)
+    for histogram in (metrics.first_token, metrics.between_tokens, metrics.whole_request):
+        histogram.observe(0.5)
+    lines = metrics.render().decode().splitlines()
+    label = 'engine="0"'
+    for name, value in {
+        "vllm:spec_decode_num_drafts_total": 4,
+        "vllm:spec_decode_num_draft_tokens_total": 8,
+        "vllm:spec_decode_num_accepted_tokens_total": 6,
+        "vllm:num_requests_running": 1,
+        "vllm:num_requests_waiting": 2,
+        "vllm:prompt_tokens_total": 10,
+        "vllm:generation_tokens_total": 20,
+        "vllm:prefix_cache_queries_total": 10,
+        "vllm:prefix_cache_hits_total": 6,
+        "vllm:time_to_first_token_seconds_count": 1,
+        "vllm:inter_token_latency_seconds_count": 1,
+        "vllm:e2e_request_latency_seconds_count": 1,
+        "aurora_mean_accepted_length": 2.5,
+        "aurora_draft_version": 42,
+        "aurora_draft_swaps_total": 5,
+        "aurora_learner_running": 1,
+        "aurora_learner_steps_total": 7,
+        "aurora_learner_compute_share": 0.25,
+        "aurora_traces_pushed_total": 2,
+    }.items():
+        assert f'{name}{{{label},model_name="m"}} {float(value)}' in lines, name
+    assert f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{label},model_name="m",position="1"}} 2.0' in lines
+    assert f'vllm:request_success_total{{{label},finished_reason="stop",model_name="m"}} 1.0' in lines
+    for cause in ("overwritten", "too_large"):
+        assert f'aurora_traces_dropped_total{{cause="{cause}",{label},model_name="m"}} 1.0' in lines
+    assert f'aurora_requests_refused_total{{{label},model_name="m",status="429"}} 1.0' in lines
+
+
+def test_json_tells_what_happened_to_drafts_and_learner(path):
+    block, page = StatusBlock.create(path), LearnerBlock.create(path.with_name("learner"))
+    report = engine_json(block.read(), ring_counters(path.parent))
+    assert (report["draft"]["refused"], report["draft"]["rolled_back"]) == (None, None)
+    assert report["traces"]["ring"] is None
+    learner = learner_json(page.read())
+    assert (learner["state"], learner["heartbeat_age_s"], learner["uptime_s"]) == ("absent", None, None)
+    block.write(refused_version="draft-000003", refused_reason="NaN", refusals=1, swaps=2, draft_version="draft-000002")
+    page.write(pid=os.getpid(), challenger_score=float("nan"), champion_score=2.5)
+    page.beat()
+    RingWriter.create(path.with_name(RING_NAME), 4096, layout="12").push(b"x" * 100)
+    report = engine_json(block.read(), ring_counters(path.parent))
+    assert report["draft"] == {
+        "version": "draft-000002",
+        "swaps": 2,
+        "refusals": 1,
+        "refused": {"version": "draft-000003", "reason": "NaN"},
+        "rollbacks": 0,
+        "rolled_back": None,
+    }
+    assert (report["traces"]["ring"]["queued"], report["traces"]["ring"]["dropped"]["torn"]) == (1, 0)
+    learner = learner_json(page.read())
+    assert learner["state"] == "running"
+    assert learner["gate"] == {"published": 0, "refused": 0, "champion": 2.5, "challenger": None}
+    json.dumps([report, learner], allow_nan=False)

@@ -1,0 +1,89 @@
+"""Several processes learn together: as one would, all with the same weights, and none stays behind alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from support.learner_harness import Server
+from support.learning_ranks import STEPS, learn_by
+from support.live_traces import serve, some_requests
+from support.tiny_models import random_draft
+
+from aurora_lit.config import load_config, to_yaml
+from aurora_lit.ipc.run_folder import CONFIG_NAME
+from aurora_lit.models.target import Target
+from aurora_lit.traces.record import to_bytes
+
+
+@pytest.fixture
+def server(folder: Path, target: Target, tmp_path: Path) -> Server:
+    return Server(tmp_path, folder, random_draft(target))
+
+
+def test_two_processes_learn_what_one_learns_through_all_that_changes_a_draft(folder: Path, tmp_path: Path) -> None:
+    (alone,), (first, second) = (learn_by(tmp_path, folder, processes=n) for n in (1, 2))
+    assert alone["steps"] == first["steps"] == second["steps"] == STEPS
+    for part in ("draft", "average"):
+        for name, tensor in first[part].items():
+            assert torch.equal(tensor, second[part][name]), f"{part}: {name}"
+    assert torch.equal(first["draft"]["d2t"], alone["draft"]["d2t"])
+    began = random_draft(Target.load(folder, precision="fp32"), seed=7, draft_vocab_size=32).state_dict()
+
+    def flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([weights[name].flatten() for name in weights if name not in ("d2t", "t2d", "lm_head.weight")])
+
+    # Sums are rounded in another order, and to bf16.
+    moved = (flat(alone["draft"]) - flat(began)).norm()
+    assert (flat(alone["draft"]) - flat(first["draft"])).norm() < 0.1 * moved
+
+
+def start_learner(server: Server) -> subprocess.Popen[str]:
+    """As a server starts its own."""
+    config = load_config(None, [*server.overrides, "learn.devices=2"])
+    (server.run_folder / CONFIG_NAME).write_text(to_yaml(config))
+    return subprocess.Popen(
+        [sys.executable, "-m", "aurora_lit", "learn", "--run-folder", server.run_folder, "--parent", str(os.getpid())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+def test_the_command_learns_with_its_follower_and_both_leave_in_order(server: Server, target: Target) -> None:
+    for trace in serve(target, random_draft(target), some_requests(10)) * 4:
+        assert server.ring.push(to_bytes(trace))
+    learner = start_learner(server)
+    server.wait(learner, lambda: server.page.read().steps >= 6)
+    (follower,) = psutil.Process(learner.pid).children()
+    assert os.getpriority(os.PRIO_PROCESS, follower.pid) == os.getpriority(os.PRIO_PROCESS, learner.pid)
+    os.killpg(learner.pid, signal.SIGTERM)  # as a service manager does
+    output, _ = learner.communicate(timeout=60)
+    assert learner.returncode == 0, output[-3000:]
+    assert server.page.read().state == "absent"
+    assert not follower.is_running()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["leader", "follower"])
+def test_when_one_is_killed_none_stays_behind(server: Server, target: Target, killed: str) -> None:
+    learner = start_learner(server)
+    server.wait(learner, lambda: server.page.read().activity == "waiting for traces")
+    (follower,) = psutil.Process(learner.pid).children()
+    (learner if killed == "leader" else follower).kill()
+    learner.communicate(timeout=30)
+    assert learner.returncode
+    deadline = time.monotonic() + 10
+    while follower.is_running() and follower.status() != psutil.STATUS_ZOMBIE:  # one that nobody waits for any more
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert server.page.read().state == "dead"

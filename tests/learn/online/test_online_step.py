@@ -1,0 +1,228 @@
+"""The online loss: what it is the sum of, that each weight changes it, and which rounds may teach a policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import VOCAB, draft_module, random_draft, save_model
+from support.toy_rounds import chain_logprobs, rounds, some_rounds
+from torch import Tensor
+
+from aurora_lit.models.target import Target
+from aurora_lit.modules.losses.batch import OnlineBatch
+from aurora_lit.modules.losses.draft_module import DraftModule, OnlineReport, OnlineWeights
+
+OFF = OnlineWeights(ppo_weight=0.0)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return Target.load(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
+
+
+def online_batch(target: Target, *, verified: str = "ratio_test") -> OnlineBatch:
+    """Three texts and four rounds of different length; the behaviour was a little off the present draft."""
+    ids_BT = torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(1))
+    proposed = [(2, 9, (8, 9, 10)), (0, 4, (11, 12)), (2, 3, (13,)), (0, 15, (14, 15, 16))]
+    batch = rounds(target, ids_BT, proposed, verified=verified, accepted=[1, 2, 0, 3])
+    behaviour_QK = present_logprobs(target, batch) + torch.tensor([0.5, 0.05, -0.5])
+    return replace(batch, behaviour_logprob_QK=behaviour_QK, live_B=torch.tensor([True, False, True]))
+
+
+@torch.no_grad()
+def present_logprobs(target: Target, batch: OnlineBatch) -> Tensor:
+    """What the draft as it is would log; NaN beyond a round's number. Its vocabulary lacks the ids 0, 5 and 6."""
+    index_QK = (batch.proposal_QK - 3).clamp_min(0)
+    logq_QK = chain_logprobs(module(target), batch).gather(2, index_QK[..., None])[..., 0]
+    return logq_QK.where(batch.proposal_QK >= 0, float("nan"))
+
+
+def module(target: Target, **changes: Any) -> DraftModule:
+    return draft_module(target, random_draft(target), num_steps=3, **changes)
+
+
+def step(target: Target, batch: OnlineBatch, weights: OnlineWeights | None = None, **changes: Any) -> OnlineReport:
+    return module(target, online=weights or OnlineWeights(), **changes).training_step(batch)
+
+
+# -- the total -----------------------------------------------------------------------------------------------------
+
+
+def test_with_everything_off_it_is_the_supervised_step(target: Target) -> None:
+    batch = replace(online_batch(target), live_B=torch.ones(3, dtype=torch.bool))
+    made = module(target, online=OFF)
+    plain, online = made.training_step(batch.traces), made.training_step(batch)
+    torch.testing.assert_close(online.loss, plain.loss)
+    assert torch.equal(online.stats.alpha_N, plain.stats.alpha_N)
+    gradients = [torch.autograd.grad(r.loss, list(made.draft.parameters())) for r in (plain, online)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    assert online.policy.num_rounds == 0
+    assert online.policy_weight == 0
+
+
+def test_the_total_is_the_sum_of_its_terms(target: Target) -> None:
+    weights = OnlineWeights(ppo_weight=0.7, entropy_weight=0.03, replay_weight=0.4)
+    report = step(target, online_batch(target), weights, value_weight=0.2)
+    policy = report.policy
+    assert policy.num_rounds == 4
+    assert 4 < policy.num_proposals <= 9
+    total = report.lk_live + 0.4 * report.lk_replay + report.policy_weight * policy.policy_loss
+    total = total + 0.2 * report.value_loss - 0.03 * policy.entropy
+    torch.testing.assert_close(report.loss, total)
+
+    valid_KBT = report.weight_KBT * torch.tensor([1.0, 0.0, 1.0])[:, None]
+    mean_alpha = (report.stats.alpha_N.view_as(valid_KBT) * valid_KBT).sum() / valid_KBT.sum()
+    evidence = policy.num_proposals / (policy.num_proposals + valid_KBT.sum())
+    torch.testing.assert_close(report.policy_weight, 0.7 * (1 - torch.exp(-3 * mean_alpha)) * evidence)
+
+
+def test_fewer_sampled_proposals_weigh_less_beside_the_closed_form_and_all_without_it(target: Target) -> None:
+    batch = online_batch(target)
+    many, few = step(target, batch), step(target, some_rounds(batch, [0]))
+    assert 0 < few.policy_weight < 0.5 * many.policy_weight
+    bare = OnlineWeights(base_loss="none")
+    torch.testing.assert_close(
+        step(target, batch, bare).policy_weight, step(target, some_rounds(batch, [0]), bare).policy_weight
+    )
+
+
+def test_live_and_replayed_traces_are_averaged_each_by_itself(target: Target) -> None:
+    batch = online_batch(target)
+    report = step(target, batch, OFF)
+    for name, rows in (("lk_live", [0, 2]), ("lk_replay", [1])):
+        traces = replace(batch.traces, **{k: v[rows] for k, v in vars(batch.traces).items() if isinstance(v, Tensor)})
+        alone = module(target, value_weight=0.0).training_step(traces)
+        torch.testing.assert_close(getattr(report, name), alone.loss.detach())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        OnlineWeights(ppo_weight=0.0),
+        OnlineWeights(ppo_weight=0.5),
+        OnlineWeights(clip=0.6),
+        OnlineWeights(gae_lambda=0.3),
+        OnlineWeights(entropy_weight=0.1),
+        OnlineWeights(replay_weight=0.5),
+    ],
+    ids=str,
+)
+def test_every_weight_changes_the_loss(changed: OnlineWeights, target: Target) -> None:
+    batch = online_batch(target)
+    assert abs(float((step(target, batch, changed).loss - step(target, batch).loss).detach())) > 1e-5
+
+
+def test_entropy_weight_makes_the_draft_less_certain(target: Target) -> None:
+    batch = online_batch(target)
+    made = module(target, online=OnlineWeights(ppo_weight=0.0, entropy_weight=50.0))
+    optimizer = torch.optim.SGD(made.draft.parameters(), lr=1e-4)
+    before = made.training_step(batch)
+    before.loss.backward()
+    optimizer.step()
+    assert made.training_step(batch).policy.entropy > before.policy.entropy
+
+
+# -- the rounds ----------------------------------------------------------------------------------------------------
+
+
+def test_rounds_of_different_length_do_not_touch_each_other(target: Target) -> None:
+    batch = online_batch(target)
+    together = step(target, batch).policy
+    alone = [step(target, some_rounds(batch, [q])).policy for q in range(4)]
+    torch.testing.assert_close(together.policy_loss, torch.stack([a.policy_loss for a in alone]).mean())
+    torch.testing.assert_close(together.accepted_length, torch.stack([a.accepted_length for a in alone]).mean())
+    assert together.num_proposals == sum(a.num_proposals for a in alone)
+    reversed_ = step(target, some_rounds(batch, [3, 2, 1, 0])).policy
+    torch.testing.assert_close(together.policy_loss, reversed_.policy_loss)
+
+
+@pytest.mark.parametrize("why", ["stale", "argmax proposals", "one not drawn", "not in the draft's vocabulary"])
+def test_rounds_without_a_ratio_teach_no_policy(why: str, target: Target) -> None:
+    batch = online_batch(target)
+    match why:
+        case "stale":
+            worse = replace(batch, fresh_Q=torch.tensor([False, True, True, True]))
+        case "argmax proposals":
+            behaviour_QK = batch.behaviour_logprob_QK.clone()
+            behaviour_QK[0] = float("nan")
+            worse = replace(batch, behaviour_logprob_QK=behaviour_QK)
+        case "one not drawn":
+            behaviour_QK = batch.behaviour_logprob_QK.clone()
+            behaviour_QK[0, 2] = float("nan")
+            worse = replace(batch, behaviour_logprob_QK=behaviour_QK)
+        case _:
+            proposal_QK = batch.proposal_QK.clone()
+            proposal_QK[0, 1] = 5
+            worse = replace(batch, proposal_QK=proposal_QK)
+    report = step(target, worse)
+    assert report.policy.num_rounds == 3
+    others = step(target, some_rounds(batch, [1, 2, 3]))
+    torch.testing.assert_close(report.policy.policy_loss, others.policy.policy_loss)
+    assert report.tested_K[0] == 4, "what was served counts all the same"
+
+
+@pytest.mark.parametrize("index", [[], [0]])
+def test_a_batch_without_usable_rounds_is_supervised_only(index: list[int], target: Target) -> None:
+    batch = some_rounds(online_batch(target), index)
+    batch = replace(batch, fresh_Q=torch.zeros(len(index), dtype=torch.bool))
+    report = step(target, batch)
+    torch.testing.assert_close(report.loss, step(target, batch, OFF).loss)
+    report.loss.backward()
+
+
+def test_acceptance_by_position_is_what_was_served(target: Target) -> None:
+    report = step(target, online_batch(target))  # proposed 3, 2, 1, 3 and accepted 1, 2, 0, 3
+    assert report.tested_K.tolist() == [4, 3, 1]
+    assert report.accepted_K.tolist() == [3, 2, 1]
+
+
+def test_the_ratio_is_taken_at_the_temperature_of_the_round(target: Target) -> None:
+    batch = replace(online_batch(target), draft_temperature_Q=torch.full((4,), 0.5))
+    on_policy = step(target, replace(batch, behaviour_logprob_QK=present_logprobs(target, batch))).policy
+    assert float(on_policy.mean_ratio) == pytest.approx(1.0, abs=1e-5)
+    assert on_policy.clip_fraction == 0
+    off_policy = step(target, batch).policy
+    assert abs(float(off_policy.mean_ratio) - 1) > 0.1
+    assert off_policy.clip_fraction > 0
+
+
+def test_the_value_head_does_not_bend_the_draft(target: Target) -> None:
+    made = module(target)
+    made.training_step(online_batch(target)).policy.value_loss.backward()
+    taught = {name for name, parameter in made.draft.named_parameters() if parameter.grad is not None}
+    assert taught == {"value_head.weight", "value_head.bias", "norm.weight"}
+
+
+def test_it_runs_as_it_is_served_in_bf16(target: Target) -> None:
+    batch = online_batch(target)
+    exact = step(target, batch)
+    half = replace(
+        batch,
+        path_last_QKH=batch.path_last_QKH.bfloat16(),
+        traces=replace(
+            batch.traces,
+            aux_BT3H=batch.traces.aux_BT3H.bfloat16(),
+            last_BTH=batch.traces.last_BTH.bfloat16(),
+        ),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = module(target)
+        report = made.training_step(half)
+    report.loss.backward()
+    torch.testing.assert_close(report.loss, exact.loss, rtol=0.05, atol=0.02)
+    assert report.policy.mean_ratio.dtype == torch.float32
+    torch.testing.assert_close(report.policy.mean_ratio, exact.policy.mean_ratio, rtol=0.02, atol=0.0)
+    for name, parameter in made.draft.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_moving_a_batch_moves_all_of_it(target: Target) -> None:
+    moved = online_batch(target).to("meta")
+    for record in (moved, moved.traces):
+        assert all(v.device.type == "meta" for v in vars(record).values() if isinstance(v, Tensor))
+    assert moved.traces.domains == ("chat",) * 3

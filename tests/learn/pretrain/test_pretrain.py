@@ -1,0 +1,66 @@
+"""`aurora-lit pretrain` as a whole, on a tiny model: a new draft, and one that goes on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.fake_engine import tiny_tokenizer
+from support.tiny_models import save_model
+
+from aurora_lit.config import AuroraConfig, load_config
+from aurora_lit.drafts.checkpoint import load_draft
+from aurora_lit.errors import CheckpointError
+from aurora_lit.learn.pretrain.stages import PretrainOptions, pretrain
+from aurora_lit.models.target import Target
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> AuroraConfig:
+    tokenizer = tiny_tokenizer()
+    folder = save_model("llama", tmp_path / "target", num_hidden_layers=4, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    return load_config(None, [f"target.source={folder}", "target.precision=fp32", "engine.max_seq_len=256"])
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> PretrainOptions:
+    prompts = tmp_path / "words.jsonl"
+    lines = [{"domain": "words", "messages": [{"role": "user", "content": f"the {n}"}]} for n in range(12)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return PretrainOptions(
+        prompts=(prompts,),
+        text=(),
+        out=tmp_path / "first",
+        max_answer_tokens=12,
+        positions=600,
+        batch_positions=128,
+        draft_vocab_size=32,
+    )
+
+
+def test_a_draft_goes_on_from_another(config: AuroraConfig, options: PretrainOptions, tmp_path: Path) -> None:
+    assert pretrain(config, options)["words"]["expected_accepted_length"] >= 1
+    target = Target.load(tmp_path / "target", precision="fp32")
+    first = load_draft(options.out, target)
+    # Too slow to learn: what comes out is what it started from, vocabulary included.
+    slow = dataclasses.replace(
+        options, out=tmp_path / "second", start_from=options.out, learning_rate=1e-9, positions=100
+    )
+    pretrain(config, slow)
+    second = load_draft(slow.out, target)
+    assert torch.equal(first.draft_token_ids, second.draft_token_ids)
+    for name, weight in first.named_parameters():
+        torch.testing.assert_close(second.get_parameter(name), weight, atol=1e-4, rtol=1e-2)  # stored in bf16
+    assert json.loads((slow.out / "training.json").read_text())["started_from"] == "first"
+
+
+def test_what_cannot_be_started_from_is_refused_before_any_work(
+    config: AuroraConfig, options: PretrainOptions, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="missing"):
+        pretrain(config, dataclasses.replace(options, start_from=tmp_path / "missing"))
+    assert not options.out.with_name("first.traces").exists()

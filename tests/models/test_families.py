@@ -1,0 +1,151 @@
+"""Every family of models: greedy output with a draft is transformers' own, drafts learn, and what cannot run is said.
+
+What their logits are is tests/test_target.py's.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_models import (
+    FAMILIES,
+    VOCAB,
+    draft_batch,
+    draft_module,
+    make_engine,
+    random_draft,
+    reference_model,
+    request,
+    run,
+    save_model,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from aurora_lit.drafts.initial import initial_draft
+from aurora_lit.errors import SourceError
+from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.losses.lk import lk_loss
+from aurora_lit.modules.losses.policy import draft_index
+
+LENGTHS, NEW = (3, 17, 30), 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """A tiny model of a family, prompts, and what transformers answers greedily."""
+
+    target: Target
+    prompts: list[list[int]]
+    answers: list[list[int]]
+
+    def answered(self, draft: Draft | None, *, batch: int) -> tuple[list[list[int]], float]:
+        """What the engine answers, and how many tokens a round that made proposals emitted."""
+        engine = make_engine(self.target, copy.deepcopy(draft), max_draft_tokens=3, max_batch_size=batch)
+        given = run(engine, [request(str(i), prompt, max_tokens=NEW) for i, prompt in enumerate(self.prompts)])
+        rounds = [output for answer in given.values() for output in answer.rounds if output.num_proposed]
+        length = sum(len(output.token_ids) for output in rounds) / max(1, len(rounds))
+        return [given[str(i)].token_ids for i in range(len(self.prompts))], length
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = save_model(request.param, tmp_path_factory.mktemp(request.param), num_hidden_layers=4)
+    gen = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, VOCAB, (length,), generator=gen).tolist() for length in LENGTHS]
+    model = reference_model(folder)
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+        answers.append(out[0, len(prompt) :].tolist())
+    return World(target=Target.load(folder, precision="fp32"), prompts=prompts, answers=answers)
+
+
+def test_greedy_output_is_that_of_transformers_and_a_draft_learns_to_foretell_it(world: World) -> None:
+    draft = random_draft(world.target)
+    for batch in (3, 1):
+        answers, length_before = world.answered(draft, batch=batch)
+        assert answers == world.answers
+
+    width = max(LENGTHS) + NEW
+    texts = [(p + a + [0] * width)[:width] for p, a in zip(world.prompts, world.answers, strict=True)]
+    module, batch = draft_module(world.target, draft, num_steps=2), draft_batch(world.target, torch.tensor(texts))
+    optimizer, losses = torch.optim.AdamW(draft.parameters(), lr=8e-3), []
+    for _ in range(30):
+        loss = module.training_step(batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    answers, length = world.answered(draft, batch=3)
+    assert answers == world.answers
+    assert losses[-1] < 0.4 * losses[0]
+    assert length > length_before + 0.4
+
+
+@torch.no_grad()
+def test_learning_sees_the_targets_own_distribution(world: World) -> None:
+    """With whatever the head does beside its weight; the learner has no model, only the head."""
+    target, draft = world.target, random_draft(world.target)
+    batch = draft_batch(target, torch.tensor([world.prompts[2]]))
+    module = draft_module(target, draft, num_steps=1)
+    p_TV = target.logits(batch.last_BTH[0]).softmax(-1)
+    read = TargetHead(target).read(batch.last_BTH[0], temperature=0.0)
+    torch.testing.assert_close(read.lse_N, target.logits(batch.last_BTH[0]).logsumexp(-1), atol=1e-5, rtol=0)
+    hidden_TH = module.unroll(batch)[0, 0]
+    wanted_T = lk_loss(p_TV[:, draft.draft_token_ids], draft.logits(hidden_TH).softmax(-1))
+    report = module.training_step(batch)
+    counted_T = report.weight_KBT[0, 0] > 0
+    torch.testing.assert_close(report.stats.loss_N[0][counted_T], wanted_T[counted_T], atol=1e-4, rtol=0)
+    trained = draft_index(p_TV.argmax(-1), draft)
+    logit_T = module.finish.of_tokens((batch.last_BTH[0] * module.head_VdH[trained]).sum(-1), trained)
+    inside_T = draft.t2d[p_TV.argmax(-1)]
+    torch.testing.assert_close((logit_T - read.lse_N).exp()[inside_T], p_TV.amax(-1)[inside_T], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("family", "more"), [("llama", 0.0), ("gemma", 1.0), ("gemma3", 1.0), ("phi", None)])
+def test_a_drafts_norms_begin_as_those_that_the_target_applies(family: str, more: float | None, tmp_path: Path) -> None:
+    """Gemma multiplies by one more than the weight, and its norm before the MLP has another name."""
+    target = Target.load(save_model(family, tmp_path), precision="fp32")
+    draft, base = initial_draft(target, torch.arange(40)), target.model.base_model
+    layer = base.layers[-1]
+    assert torch.equal(draft.midlayer.hidden_norm.weight, layer.input_layernorm.weight + (more or 0.0))
+    if more is None:  # one norm for attention and MLP, and a last one of another name
+        assert torch.equal(draft.norm.weight, torch.ones(target.hidden_size))
+        return
+    before_mlp = layer.pre_feedforward_layernorm if family == "gemma3" else layer.post_attention_layernorm
+    assert torch.equal(draft.midlayer.post_attention_layernorm.weight, before_mlp.weight + more)
+    assert torch.equal(draft.norm.weight, base.norm.weight + more)
+
+
+@pytest.mark.parametrize("family", ["bloom", "stablelm"])
+def test_a_model_whose_layers_do_not_attend_over_slots_is_refused(family: str, tmp_path: Path) -> None:
+    shape = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="in . of . layers .* does not attend .*choose a model"):
+        Target.load(tmp_path, precision="fp32")
+
+
+def test_a_model_that_makes_its_logits_otherwise_is_refused(tmp_path: Path) -> None:
+    target = Target.load(save_model("llama", tmp_path), precision="fp32")
+    target.model.register_forward_hook(lambda module, args, out: out.__setitem__("logits", out.logits.square()) or out)
+    with pytest.raises(SourceError, match="LlamaForCausalLM makes its logits"):
+        target.check()
+
+
+def test_keys_of_another_shape_than_the_configuration_says_are_refused_before_they_are_written(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="keys of 2 heads of size 32, not the 1 of 32"):
+        Target.load(save_model("gpt_neox", tmp_path, num_key_value_heads=1), precision="fp32")
+
+
+def test_long_rotary_positions_are_served_up_to_where_they_would_change(tmp_path: Path) -> None:
+    """Phi-3's long models rotate every row of a batch otherwise once one row is longer than this."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+    folder = save_model("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=128)
+    assert Target.load(folder, precision="fp32").max_positions == 128

@@ -1,0 +1,93 @@
+"""Fused decoder layers: only for models of that form, checked against the model, the same bits whatever the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import VOCAB, save_model
+
+from aurora_lit.kernels import native
+from aurora_lit.models.target import Target
+
+pytestmark = [
+    pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0"),
+    pytest.mark.usefixtures("two_threads"),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "fused"),
+    [
+        ("llama", {}, True),
+        ("llama", {"attention_bias": True, "num_key_value_heads": 2}, True),
+        ("llama", {"head_dim": 24}, False),
+        ("llama", {"hidden_act": "gelu"}, False),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, False),
+        ("qwen2", {}, True),
+        ("mistral", {}, False),
+        ("qwen3", {}, False),
+        ("gemma", {}, False),
+        ("mixtral", {}, False),
+        ("gpt2", {}, False),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+def test_models_of_the_plain_form_run_fused_and_as_they_are(
+    family: str, changes: dict[str, Any], fused: bool, precision: str, tmp_path: Path
+) -> None:
+    target = Target.load(save_model(family, tmp_path, **changes), precision=precision)
+    assert (target._decoder is not None) == fused
+    if not fused:
+        return
+    ids_BT = torch.arange(22).remainder(VOCAB).view(2, 11)
+    found = run(target, ids_BT, starts=[0, 0])
+    target._decoder = None
+    wanted = run(target, ids_BT, starts=[0, 0])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=float(b.abs().max()) * (1e-5 if precision == "fp32" else 3e-2))
+
+
+def test_a_model_that_does_something_else_inside_is_not_fused(tmp_path: Path) -> None:
+    target = Target.load(save_model("llama", tmp_path), precision="fp32")
+    target._decoder = None
+    mlp = target.model.base_model.layers[1].mlp
+    mlp.register_forward_hook(lambda module, args, out: out * 1.01)
+    assert not target.fuse_layers()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+def test_no_bit_depends_on_batch_or_chunks(precision: str, tmp_path: Path) -> None:
+    target = Target.load(save_model("llama", tmp_path), precision=precision)
+    assert target._decoder is not None
+    ids_BT = torch.randint(VOCAB, (5, 37), generator=torch.Generator().manual_seed(0))
+    aux, last = run(target, ids_BT, starts=[0] * 5)
+    slots = target.make_slots(num_slots=5, capacity=64)
+    at = 0
+    for size in (1, 5, 17, 1, 13):
+        for row in (3, 0):
+            part = target.forward(
+                ids_BT[row : row + 1, at : at + size],
+                slots=slots,
+                slots_B=torch.tensor([row]),
+                starts_B=torch.tensor([at]),
+            )
+            assert torch.equal(part[0][0], aux[row, at : at + size])
+            assert torch.equal(part[1][0], last[row, at : at + size])
+        at += size
+
+
+def test_another_cache_at_the_same_address_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
+    target = Target.load(save_model("llama", tmp_path), precision="fp32")
+    ids_BT = torch.tensor([[1, 2, 3, 4]])
+    wanted = run(target, ids_BT, starts=[0])
+    for _ in range(20):
+        torch.testing.assert_close(run(target, ids_BT, starts=[0]), wanted, rtol=0, atol=0)
+
+
+def run(target: Target, ids_BT: torch.Tensor, *, starts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pass in a new cache."""
+    slots = target.make_slots(num_slots=len(starts), capacity=64)
+    return target.forward(ids_BT, slots=slots, slots_B=torch.arange(len(starts)), starts_B=torch.tensor(starts))

@@ -1,0 +1,217 @@
+"""A target held by two processes says what a whole one says, each holds about half, and a lost process is noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny_models import make_engine, request, run, save_model
+from support.two_ranks import MAX_TOKENS, PROMPTS, SHAPE, Case, num_weights, run_cases
+
+from aurora_lit.errors import ConfigError, SourceError
+from aurora_lit.kernels import native
+from aurora_lit.models.partition import check_plan, local_heads, mlp_shares
+from aurora_lit.models.shard_reader import ShardReader, split
+from aurora_lit.models.target import Target
+
+Noted = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its vocabulary of 61 cannot be halved either, nor can its embedding be told from its head."""
+    return save_model("llama", tmp_path_factory.mktemp("llama"), seed=3, tie_word_embeddings=True, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def noted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Noted]:
+    """What the ranks of all cases noted; in one go, since what takes long is to start."""
+    folder = tmp_path_factory.mktemp("ranks")
+    gpt2 = save_model("gpt2", folder / "gpt2", seed=3)
+    model = str(llama)
+    cases = [
+        Case(name="tensor_parallel", model=model, strategy="tensor_parallel"),
+        Case(name="tensor_parallel in torch", model=model, strategy="tensor_parallel", native=False),
+        Case(name="fsdp", model=model, strategy="fsdp"),
+        Case(name="fsdp in bf16", model=model, strategy="fsdp", precision="bf16"),
+        Case(name="dies", model=model, strategy="tensor_parallel", fault="dies"),
+        Case(name="miscounts", model=model, strategy="tensor_parallel", fault="miscounts"),
+        Case(name="unknown", model=str(gpt2), strategy="tensor_parallel"),
+    ]
+    return run_cases(folder, cases)
+
+
+def plain(folder: Path, precision: str = "fp32") -> list[list[int]]:
+    """What the whole target says without a draft."""
+    engine = make_engine(Target.load(folder, precision=precision), prefix_cache=False)
+    answers = run(engine, [request(str(i), ids, max_tokens=MAX_TOKENS) for i, ids in enumerate(PROMPTS)])
+    return [answers[str(i)].token_ids for i in range(len(PROMPTS))]
+
+
+STRATEGIES = ["tensor_parallel", "tensor_parallel in torch", "fsdp"]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_ranks_say_what_one_says_while_the_draft_is_swapped(name, noted, llama):
+    assert noted[name][0]["tokens"] == plain(llama)
+    assert noted[name][0]["proposed"] > 0
+    assert noted[name][0]["cached"] == 18, "one prompt's beginning is copied on both ranks"
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_rank_knows_the_same_draft_at_every_order(name, noted):
+    first, second = (rank["versions"] for rank in noted[name])
+    assert second == first[: len(second)]
+    assert first[len(second) :] == ["STOP draft-000001"]
+    assert second.count("VERSION draft-000001") == 1
+    assert second.index("VERSION draft-000001") < len(second) - 4, "the draft is swapped in the midst"
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_embeddings_are_looked_up_on_both_ranks_in_orders_of_any_length(name, noted, llama):
+    ids = torch.arange(1500).view(30, 50) % 61
+    expected = Target.load(llama, precision="fp32").embedding(ids)
+    torch.testing.assert_close(torch.tensor(noted[name][0]["embeds"]), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_each_rank_holds_about_half_of_the_weights(name, noted, llama):
+    whole = num_weights(Target.load(llama, precision="fp32"))
+    shares = [rank["weights"] / whole for rank in noted[name]]
+    assert sum(shares) < 1.04  # norms are on both
+    assert max(shares) < 0.60
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native kernels here")
+def test_the_drafts_kernels_are_given_fp32_whatever_the_target_computes_in(noted):
+    assert noted["fsdp in bf16"][0]["embeds_type"] == "torch.float32"
+    assert [len(tokens) for tokens in noted["fsdp in bf16"][0]["tokens"]] == [MAX_TOKENS] * len(PROMPTS)
+
+
+def test_key_value_heads_are_shared_out_unevenly_and_only_under_tensor_parallel(noted):
+    assert [rank["kv_heads"] for rank in noted["tensor_parallel"]] == [1, 2]
+    assert [rank["kv_heads"] for rank in noted["fsdp"]] == [3, 3]
+
+
+def test_a_rank_that_dies_is_an_error_on_rank_0(noted):
+    assert noted["dies"][1] == {"exit": 9}
+    assert noted["dies"][0]["error"].startswith("the engine's processes cannot go on together: ")
+
+
+def test_a_rank_that_has_heard_of_other_drafts_refuses_to_go_on(noted):
+    assert noted["miscounts"][1]["error"] == "rank 1 knows 1 drafts where rank 0 has announced 0"
+    assert "error" in noted["miscounts"][0]
+
+
+def test_a_model_that_cannot_be_cut_by_heads_is_refused_on_every_rank(noted):
+    said = "does not know how to cut a gpt2 (transformers has no plan for it); use engine.strategy=fsdp"
+    assert all(said in rank["refused"] for rank in noted["unknown"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_other_families(precision, tmp_path):
+    """Scaled embeddings and soft caps, biases, norms on heads, windows, experts; GPT-2 only by fsdp."""
+    families = {
+        "qwen2": {},
+        "qwen3": {},
+        "gemma2": {"num_attention_heads": 6},
+        "mixtral": {},
+        "mistral": {},
+        "gpt2": None,
+    }
+    models, cases = {}, []
+    for family, changes in families.items():
+        shape = {} if changes is None else SHAPE | changes
+        models[family] = save_model(family, tmp_path / family, seed=3, **shape)
+        strategies = ["fsdp"] if changes is None else ["fsdp", "tensor_parallel"]
+        cases += [
+            Case(name=f"{family}-{each}", model=str(models[family]), strategy=each, precision=precision)
+            for each in strategies
+        ]
+    noted = run_cases(tmp_path, cases)
+    expected = {family: plain(folder, precision) for family, folder in models.items()}
+    for case in cases:
+        if precision == "fp32" or (case.strategy == "tensor_parallel" and native.library() is not None):
+            assert noted[case.name][0]["tokens"] == expected[case.name.split("-")[0]], case.name
+        assert all(len(tokens) == MAX_TOKENS for tokens in noted[case.name][0]["tokens"])
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_split_cuts_into_whole_units_the_larger_last():
+    assert split(3, 2) == [slice(0, 1), slice(1, 3)]
+    assert split(1536, 2, unit=32) == [slice(0, 768), slice(768, 1536)]
+    assert split(9, 4) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 9)]
+    assert split(96, 2, unit=32, shares=[0.6, 0.4]) == [slice(0, 64), slice(64, 96)]
+    assert split(64, 2, unit=32, shares=[0.0, 1.0]) == [slice(0, 32), slice(32, 64)], "none is left empty"
+    with pytest.raises(ValueError, match="cannot be cut"):
+        split(2, 3)
+    with pytest.raises(ValueError, match="cannot be cut"):
+        split(33, 2, unit=32)
+
+
+def test_the_mlp_makes_up_for_uneven_heads():
+    shares = mlp_shares(0.25, [1, 2])  # SmolLM2: a quarter of a layer is attention
+    assert [share + 0.25 * heads / 3 for share, heads in zip(shares, (1, 2), strict=True)] == pytest.approx([0.5, 0.5])
+    assert mlp_shares(0.25, [4, 4]) == [0.375, 0.375]
+
+
+def test_more_devices_than_heads_are_refused_with_the_remedy():
+    config = SimpleNamespace(num_attention_heads=9, num_key_value_heads=3)
+    assert local_heads(config, rank=1, size=2) == slice(1, 3)
+    with pytest.raises(ConfigError, match=r"engine\.devices=4: .* this target has 3; use at most 3, or .*fsdp"):
+        local_heads(config, rank=0, size=4)
+
+
+def test_a_plan_of_unknown_kinds_is_refused():
+    plan = {"layers.*.self_attn.qkv_proj": "colwise_gather_output"}
+    config = SimpleNamespace(model_type="phi3", base_model_tp_plan=plan)
+    with pytest.raises(ConfigError, match=r"phi3 \(its plan has colwise_gather_output\)"):
+        check_plan(config)
+
+
+def test_the_reader_reads_parts_of_what_lies_there(llama):
+    whole = load_file(llama / "model.safetensors")
+    name = "model.layers.2.mlp.down_proj.weight"
+    with ShardReader(llama, dtype=torch.float64, base_prefix="model") as reader:
+        part = reader.read(name, slice(None), slice(10, 30))
+        assert part.dtype == torch.float64
+        torch.testing.assert_close(part, whole[name][:, 10:30].double(), rtol=0, atol=0)
+        padded = reader.read("model.embed_tokens.weight", slice(50, 70))
+        assert padded[:11].equal(whole["model.embed_tokens.weight"][50:].double())
+        assert padded[11:].equal(torch.zeros(9, 96, dtype=torch.float64))
+        with pytest.raises(SourceError, match=r"lacks the weight model\.layers\.9\.mlp\.up_proj\.weight"):
+            reader.read("model.layers.9.mlp.up_proj.weight")
+
+
+def test_the_reader_lays_experts_together_as_transformers_does(tmp_path):
+    folder = save_model("mixtral", tmp_path, seed=3)
+    whole = dict(Target.load(folder, precision="fp32").model.named_parameters())
+    gate_up, down = (f"model.layers.1.mlp.experts.{kind}" for kind in ("gate_up_proj", "down_proj"))
+    with ShardReader(folder, dtype=torch.float32, base_prefix="model") as reader:
+        assert reader.read(gate_up, slice(1, 3)).equal(whole[gate_up][1:3])
+        assert reader.read(down, slice(None), slice(None), slice(5, 9)).equal(whole[down][:, :, 5:9])
+        half = whole[gate_up].shape[1] // 2
+        rows = torch.cat([whole[gate_up][:, 5:9], whole[gate_up][:, half + 5 : half + 9]], dim=1)
+        assert reader.read_gate_up(gate_up, slice(5, 9)).equal(rows)
+
+
+def test_weights_that_are_in_no_safetensors_file_are_named(tmp_path):
+    folder = save_model("llama", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    with (
+        pytest.raises(SourceError, match="holds no safetensors files"),
+        ShardReader(folder, dtype=torch.float32, base_prefix="model"),
+    ):
+        pass
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with ShardReader(folder, dtype=torch.float32, base_prefix="model") as reader, pytest.raises(SourceError):
+        reader.read("model.norm.weight")

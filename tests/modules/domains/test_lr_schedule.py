@@ -1,0 +1,161 @@
+"""DomainAwareLR: the factor of every step, listed; resumable; and the signal that goes with it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from aurora_lit.modules.domains.lr_schedule import MAX_DOMAINS, DomainAwareLR, DomainSignal, SignalRange
+
+_DECAY = 100 / math.log(2)
+"""A hundred tokens halve a domain's heat."""
+
+
+def a_schedule(*, warmup_steps: int = 0, floor: float = 0.2, rate: float = 1.0) -> DomainAwareLR:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    return DomainAwareLR(optimizer, warmup_steps=warmup_steps, floor=floor, decay_tokens=_DECAY)
+
+
+def step(schedule: DomainAwareLR, tokens: Mapping[str, float], traffic: Mapping[str, float] | None = None) -> float:
+    """One step that learned from so much; the rate of the next."""
+    schedule.learned(tokens, traffic=tokens if traffic is None else traffic)
+    schedule.optimizer.step()
+    schedule.step()
+    return round(schedule.optimizer.param_groups[0]["lr"], 4)
+
+
+def test_steady_traffic_warms_up_and_cools_to_the_floor() -> None:
+    schedule = a_schedule(warmup_steps=4)
+    assert schedule.get_last_lr() == [0.25]
+    # warm-up times 0.2 + 0.8 · (1/2, 1/4, …)
+    rates = [step(schedule, {"a": 100}) for _ in range(6)]
+    assert rates == [0.3, 0.3, 0.3, 0.25, 0.225, 0.2125]
+    for _ in range(30):
+        step(schedule, {"a": 100})
+    assert schedule.get_last_lr() == pytest.approx([0.2])
+
+
+def test_a_shift_raises_the_rate_by_novelty_from_the_next_step_on() -> None:
+    schedule = a_schedule()
+    rates = [step(schedule, {"a": 100}) for _ in range(5)]
+    assert rates == [0.6, 0.4, 0.3, 0.25, 0.225]
+    schedule.raise_heat("b", 0.8)
+    schedule.came("b")
+    assert schedule.get_last_lr() == pytest.approx([0.225]), "a signal changes state only"
+    # 0.2 + 0.8 · 0.8 · (1/2, 1/4, …)
+    assert [step(schedule, {"b": 100}) for _ in range(4)] == [0.52, 0.36, 0.28, 0.24]
+
+    lesser = a_schedule()
+    lesser.raise_heat("b", 0.4)
+    lesser.came("b")
+    assert step(lesser, {"b": 100}) == 0.36, "half as new, half as much above the floor"
+
+
+def test_a_domain_that_returns_starts_from_what_is_left_to_learn() -> None:
+    schedule = a_schedule()
+    rates = [step(schedule, {"a": 100}) for _ in range(2)]
+    schedule.raise_heat("b", 1.0)
+    schedule.came("b")
+    rates += [step(schedule, {"b": 100}) for _ in range(5)]
+    schedule.raise_heat("a", 0.0)  # it is known: nothing of it is new
+    schedule.came("a")
+    rates += [step(schedule, {"a": 100}) for _ in range(2)]
+    assert rates == [0.6, 0.4, *[0.6, 0.4, 0.3, 0.25, 0.225], *[0.3, 0.25]]
+
+
+def test_a_drop_inside_a_domain_heats_it_again() -> None:
+    schedule = a_schedule()
+    for _ in range(10):
+        step(schedule, {"a": 100})
+    schedule.raise_heat("a", 0.5)
+    assert step(schedule, {"a": 100}) == 0.4
+    schedule.raise_heat("a", 0.1)  # it has more left than that
+    assert step(schedule, {"a": 100}) == 0.3
+
+
+def test_refused_drafts_halve_the_rate_and_those_that_pass_double_it_again() -> None:
+    schedule = a_schedule(floor=1.0)
+    rates = []
+    for event in ("back_off", "back_off", "recover", "recover", "recover"):
+        getattr(schedule, event)()
+        rates.append(step(schedule, {"a": 100}))
+    assert rates == [0.5, 0.25, 0.5, 1.0, 1.0]
+    for _ in range(20):
+        schedule.back_off()
+    assert step(schedule, {"a": 100}) == round(1 / 64, 4), "it never stands still"
+    other = a_schedule()
+    other.continue_from(schedule)
+    assert other.backoff == schedule.backoff
+
+
+def test_two_interleaved_domains_cool_apart() -> None:
+    schedule = a_schedule()
+    for _ in range(10):
+        step(schedule, {"old": 100})
+    schedule.raise_heat("new", 1.0)
+    # Half of each batch is new: 0.2 + 0.8 · share of the new in the last steps · heat of the new.
+    rates = [step(schedule, {"old": 50, "new": 50}) for _ in range(6)]
+    shares = [(1 - 0.75**n) / 2 for n in range(1, 7)]
+    assert rates == pytest.approx([0.2 + 0.8 * s * 0.5 ** (n / 2) for n, s in enumerate(shares, 1)], abs=1e-3)
+    assert rates == [0.2712, 0.2878, 0.282, 0.2685, 0.254, 0.2412]
+    assert schedule.heat_of("old") == pytest.approx(2.0**-13)
+    assert schedule.heat_of("new") == pytest.approx(2.0**-3)
+
+
+def test_replay_cools_its_domain_and_leaves_the_rate_to_the_traffic() -> None:
+    schedule = a_schedule()
+    schedule.raise_heat("a", 1.0)
+    schedule.came("b")
+    assert step(schedule, {"a": 100, "b": 100}, traffic={"b": 100}) == 0.6
+    assert schedule.heat_of("a") == pytest.approx(0.5)
+    assert step(schedule, {"a": 100}, traffic={}) == 0.6, "only replay: the traffic is what it was"
+    assert schedule.heat_of("a") == pytest.approx(0.25)
+
+
+def test_it_is_saved_as_plain_numbers_and_goes_on_as_if_it_had_not_stopped() -> None:
+    first = a_schedule(warmup_steps=8)
+    for _ in range(3):
+        step(first, {"a": 70, "b": 10})
+    first.raise_heat("c", 0.7)
+    state = json.loads(json.dumps(first.state_dict()))
+    again = a_schedule(warmup_steps=8)
+    again.load_state_dict(state)
+    for tokens in ({"c": 50}, {"a": 20, "c": 30}, {"d": 5}):
+        assert step(first, tokens) == step(again, tokens)
+
+
+def test_after_a_rollback_it_warms_up_anew_and_still_knows_the_domains() -> None:
+    old = a_schedule(warmup_steps=4)
+    for _ in range(8):
+        step(old, {"a": 100})
+    new = a_schedule(warmup_steps=4)
+    new.continue_from(old)
+    assert step(new, {"a": 0}) == pytest.approx(0.5 * (0.2 + 0.8 / 256), abs=1e-4)
+
+
+def test_domains_are_bounded_and_the_one_unused_for_longest_is_forgotten() -> None:
+    schedule = a_schedule()
+    for number in range(MAX_DOMAINS):
+        step(schedule, {str(number): 100})
+    step(schedule, {"0": 100})
+    step(schedule, {"new": 100})
+    assert len(schedule.heat_then) == len(schedule.tokens_since) == MAX_DOMAINS
+    assert "0" in schedule.heat_then
+    assert "1" not in schedule.heat_then
+    assert len(schedule.share) < 64
+
+
+def test_the_signal_goes_from_cold_to_hot_in_proportion() -> None:
+    signals = SignalRange(
+        cold=DomainSignal(explore_share=0.0, explore_temperature=1.0, entropy_weight=0.0, replay_share=0.5),
+        hot=DomainSignal(explore_share=0.2, explore_temperature=2.0, entropy_weight=0.01, replay_share=0.3),
+    )
+    assert signals.at(0.0) == signals.cold
+    assert vars(signals.at(1.0)) == pytest.approx(vars(signals.hot))
+    assert vars(signals.at(0.25)) == pytest.approx(
+        {"explore_share": 0.05, "explore_temperature": 1.25, "entropy_weight": 0.0025, "replay_share": 0.45}
+    )

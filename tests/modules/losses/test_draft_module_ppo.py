@@ -1,0 +1,195 @@
+"""Online training of the draft: its chains along what was proposed, the policy term's gradient, the total loss.
+
+The toys are tiny models whose draft knows four tokens, so that every round of two proposals can be enumerated.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from support.tiny_models import VOCAB, draft_module, random_draft, save_model
+from support.toy_rounds import VERIFIED, chain_logprobs, chain_states, rounds, some_rounds
+from torch import Tensor
+
+from aurora_lit.models.target import Target
+from aurora_lit.modules.losses.batch import OnlineBatch
+from aurora_lit.modules.losses.draft_module import OnlineWeights
+from aurora_lit.modules.sampling.distribution import LogitOptions
+from aurora_lit.request import SamplingParams
+from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
+
+D = 4
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return Target.load(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
+
+
+# -- the chain -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_unrolling_along_proposals_is_the_drafters_chain_also_where_they_were_refused(target: Target) -> None:
+    K, temperatures = 4, (1.0, 0.7, 1.5)
+    draft = random_draft(target)
+    module = draft_module(target, copy.deepcopy(draft))
+    ids_BT = torch.randint(0, VOCAB, (3, 80), generator=torch.Generator().manual_seed(0))
+    features_BTF, _ = target.read(ids_BT)
+    capacity = 80 + K + 1
+    tokens_SL = torch.zeros(3, capacity + 1, dtype=torch.int64)
+    drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
+    slots = torch.arange(3)
+    sampled = LogitOptions.of([SamplingParams(max_tokens=1, temperature=t) for t in temperatures])
+    proposed, q_of, value_of = [], [], []
+    for lengths in ([9, 50, 2], [12, 51, 7], [13, 79, 8]):
+        for row, length in enumerate(lengths):
+            tokens_SL[row, :length] = ids_BT[row, :length]
+            drafter.remember(
+                slots_B=slots[row : row + 1],
+                starts_B=torch.tensor([0]),
+                aux_BT3H=features_BTF[row : row + 1, : length - 1],
+            )
+        values: list[Tensor] = []
+        proposals = drafter.propose(
+            DraftInputs(slots_B=slots, lengths=list(lengths)),
+            options=sampled,
+            num_steps=K,
+            uniform_BK=torch.rand(3, K, dtype=torch.float64, generator=torch.Generator().manual_seed(lengths[0])),
+            go_on=lambda done, values_B, values=values: values.append(values_B) or True,
+        )
+        assert proposals.q_BKD is not None
+        for row, length in enumerate(lengths):
+            path = proposals.token_BK[row].tolist()
+            if length < 77:
+                assert path != ids_BT[row, length : length + K].tolist(), "the test wants refused proposals"
+            proposed.append((row, length - 1, path))
+            q_of.append(proposals.q_BKD[row])
+            value_of.append(torch.stack([v[row] for v in values]))
+    batch = rounds(target, ids_BT, proposed, verified="own_draw")
+    batch = replace(batch, draft_temperature_Q=torch.tensor(temperatures * 3))
+    torch.testing.assert_close(chain_logprobs(module, batch).exp(), torch.stack(q_of), atol=1e-4, rtol=0.0)
+
+    values_QK = module.draft.value(chain_states(module, batch)[:, : K - 1])
+    torch.testing.assert_close(values_QK, torch.stack(value_of), atol=1e-4, rtol=0.0)
+
+
+# -- the gradient of J ---------------------------------------------------------------------------------------------
+
+
+def greedy_vocabulary(target: Target, ids_1T: Tensor) -> Tensor:
+    """D tokens, among them the two that the target would say at either root."""
+    likely: list[int] = []
+    for root in (5, 8):
+        text = ids_1T[:, : root + 1]
+        for _ in range(2):
+            best_11 = target.logits(target.read(text)[1])[:, -1:].argmax(-1)
+            text = torch.cat([text, best_11], 1)
+            likely.append(int(best_11))
+    others = [token for token in (11, 23, 37, 41) if token not in likely]
+    return torch.tensor(sorted([*dict.fromkeys(likely), *others][:D]))
+
+
+class Enumerated:
+    """Every round of two proposals at some roots of a text; J by its definition, not by the code under test."""
+
+    def __init__(self, target: Target, verified: str, *, draft_temperature: float = 1.0, **weights: float) -> None:
+        draft = random_draft(target, draft_vocab_size=D)
+        ids_1T = torch.randint(0, VOCAB, (1, 12), generator=torch.Generator().manual_seed(3))
+        draft.set_vocabulary(greedy_vocabulary(target, ids_1T))
+        ids = draft.draft_token_ids.tolist()
+        self.module = draft_module(target, draft, online=OnlineWeights(**weights), num_steps=2).double()
+        self.paths = list(itertools.product(range(D), repeat=2))
+        proposed = [(0, root, (ids[a], ids[b])) for root in (5, 8) for a, b in self.paths]
+        batch = rounds(target, ids_1T, proposed, verified=verified, draft_temperature=draft_temperature)
+        doubles = {k: v.double() for k, v in vars(batch).items() if isinstance(v, Tensor) and v.is_floating_point()}
+        traces = vars(batch.traces)
+        traces = {k: v.double() for k, v in traces.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        self.batch = replace(batch, traces=replace(batch.traces, **traces), **doubles)
+        self.verified, self.temperature = verified, VERIFIED[verified][1]
+
+    def logq(self) -> tuple[Tensor, Tensor]:
+        """log q of both proposals of every round [Q, 2], and over the vocabulary [Q, 2, D]."""
+        logq_QKD = chain_logprobs(self.module, self.batch)
+        index_QK = torch.tensor(self.paths * 2)
+        return logq_QKD.gather(2, index_QK[..., None])[..., 0], logq_QKD
+
+    def expected(self) -> Tensor:
+        """J, averaged over the roots: Σ_ab q(a) q(b|a) (c_a + c_a c_b)."""
+        q_QK = self.logq()[0].exp()
+        logits_QKD = self.batch.path_last_QKH @ self.module.head_VdH.T / (self.temperature or 1.0)
+        p_QKD = (logits_QKD - self.batch.path_lse_QK[..., None]).exp()
+        p_QK = p_QKD.gather(2, torch.tensor(self.paths * 2)[..., None])[..., 0]
+        match self.verified:
+            case "argmax":
+                c_QK = (self.batch.path_top_QK == self.batch.proposal_QK).double()
+            case "own_draw":
+                c_QK = p_QK
+            case _:
+                c_QK = (p_QK / q_QK).clamp(max=1)
+        return (q_QK.prod(1) * c_QK.cumprod(1).sum(1)).sum() / 2
+
+    def drawn(self, index_Q: Tensor) -> OnlineBatch:
+        """The batch with these rounds, drawn from the draft as it is."""
+        behaviour_QK = self.logq()[0].detach()
+        return some_rounds(replace(self.batch, behaviour_logprob_QK=behaviour_QK), index_Q.tolist())
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for name, p in self.module.draft.named_parameters() if "value_head" not in name]
+
+
+@pytest.mark.parametrize("verified", VERIFIED)
+@pytest.mark.parametrize("draft_temperature", [1.0, 0.7])
+def test_the_policy_term_has_the_gradient_of_expected_acceptance(
+    verified: str, draft_temperature: float, target: Target
+) -> None:
+    """Weighted by how likely each round is; the values are a random head's, so λ is 1."""
+    case = Enumerated(target, verified, draft_temperature=draft_temperature, gae_lambda=1.0)
+    parameters = case.parameters()
+    chance_Q = case.logq()[0].detach().exp().prod(1)
+    got = [torch.zeros_like(p) for p in parameters]
+    for index in range(len(chance_Q)):
+        report = case.module.training_step(case.drawn(torch.tensor([index])))
+        assert report.policy.num_rounds == 1
+        torch.testing.assert_close(report.policy.mean_ratio, torch.ones_like(report.policy.mean_ratio))
+        gradient = torch.autograd.grad(report.policy.policy_loss, parameters, allow_unused=True)
+        for total, part in zip(got, gradient, strict=True):
+            total += chance_Q[index] / 2 * (0.0 if part is None else part)
+    want = torch.autograd.grad(case.expected(), parameters)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, -b, rtol=1e-5, atol=1e-8)
+
+    # Finite differences of J, halfway between the gradient's direction and a random one; attention is single precision.
+    gen = torch.Generator().manual_seed(0)
+    steepest = torch.cat([g.flatten() for g in got])
+    noise = torch.randn(steepest.shape, generator=gen, dtype=torch.float64)
+    direction = steepest / steepest.norm() + noise / noise.norm()
+    ends = []
+    start = torch.nn.utils.parameters_to_vector(parameters).detach()
+    for sign in (1, -1):
+        torch.nn.utils.vector_to_parameters(start + sign * 1e-3 * direction, parameters)
+        with torch.no_grad():
+            ends.append(float(case.expected()))
+    assert (ends[1] - ends[0]) / 2e-3 == pytest.approx(float(steepest @ direction), rel=2e-3)
+    assert steepest.norm() > 0.1
+
+
+@pytest.mark.parametrize("verified", VERIFIED)
+def test_a_draft_that_learns_from_sampled_rounds_alone_is_accepted_more(verified: str, target: Target) -> None:
+    case = Enumerated(target, verified)
+    before = float(case.expected().detach())
+    optimizer = torch.optim.AdamW(case.module.draft.parameters(), lr=3e-3, weight_decay=0.0)
+    gen = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        chance_Q = case.logq()[0].detach().exp().prod(1)
+        batch = case.drawn(torch.multinomial(chance_Q, 32, replacement=True, generator=gen))
+        report = case.module.training_step(batch)
+        optimizer.zero_grad()
+        (report.policy.policy_loss + report.policy.value_loss).backward()
+        optimizer.step()
+    after = float(case.expected().detach())
+    assert after > before + 0.5

@@ -1,0 +1,189 @@
+"""The fused loss equals its definition in value, gradient and statistics; the closed forms equal enumeration."""
+
+import pytest
+import torch
+
+from aurora_lit.kernels import lk_loss as lk_loss_kernel
+from aurora_lit.kernels import native
+from aurora_lit.modules.losses.lk import acceptance_rate, expected_accepted_length, fused_lk_loss, lk_loss
+
+N, H, G, D, V, K = 13, 5, 7, 11, 16, 3
+
+
+def _case(*, steps: int | None = None, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Hidden states and heads; the draft vocabulary is the first D of V target tokens, so p sums to less than 1."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype)
+
+    lead = (N,) if steps is None else (steps, N)
+    target_h, target_head = randn(N, G), randn(V, G)
+    return {
+        "h_NH": randn(*lead, H).requires_grad_(),
+        "weight_DH": randn(D, H).requires_grad_(),
+        "row_weight_N": torch.rand(*lead, generator=gen, dtype=torch.float64).to(dtype),
+        "target_h_NG": target_h,
+        "target_weight_DG": target_head[:D],
+        "target_lse_N": (target_h @ target_head.T).logsumexp(-1),
+    }
+
+
+def _target_p(case: dict[str, torch.Tensor]) -> torch.Tensor:
+    return (case["target_h_NG"] @ case["target_weight_DG"].T - case["target_lse_N"][:, None]).exp()
+
+
+def _reference(case: dict[str, torch.Tensor]) -> torch.Tensor:
+    q = (case["h_NH"] @ case["weight_DH"].T).softmax(-1)
+    return (case["row_weight_N"] * lk_loss(_target_p(case), q)).sum()
+
+
+@pytest.mark.parametrize("steps", [None, K])
+@pytest.mark.parametrize("chunk", [1, 6, 256])
+def test_fused_loss_and_gradients_equal_autograd_of_the_definition(steps: int | None, chunk: int) -> None:
+    case = _case(steps=steps)
+    loss, stats = fused_lk_loss(**case, chunk=chunk)
+    expected = _reference(case)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+    got = torch.autograd.grad(3 * loss, [case["h_NH"], case["weight_DH"]])
+    want = torch.autograd.grad(3 * expected, [case["h_NH"], case["weight_DH"]])
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+    p, q = _target_p(case), (case["h_NH"] @ case["weight_DH"].T).softmax(-1)
+    torch.testing.assert_close(stats.alpha_N, acceptance_rate(p.expand_as(q), q))
+    torch.testing.assert_close(stats.kl_N, (p * (p.log() - q.log())).sum(-1))
+    assert torch.equal(stats.top1_match_N, q.argmax(-1) == p.argmax(-1))
+    assert not stats.alpha_N.requires_grad
+
+
+def test_gradients_equal_finite_differences_with_the_mixing_weight_held_fixed() -> None:
+    case = _case()
+    p, row_weight = _target_p(case), case["row_weight_N"]
+    _, stats = fused_lk_loss(**case)
+    kl_share = torch.exp(-3 * stats.alpha_N)
+
+    def fixed_mix(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        q = (h @ weight.T).softmax(-1)
+        kl = (p * (p.log() - q.log())).sum(-1)
+        return (row_weight * (kl_share * kl + (1 - kl_share) * (1 - acceptance_rate(p, q)))).sum()
+
+    loss, _ = fused_lk_loss(**case)
+    got = torch.autograd.grad(loss, [case["h_NH"], case["weight_DH"]])
+    step = 1e-6
+    for index, name in enumerate(("h_NH", "weight_DH")):
+        inputs = [case["h_NH"].detach(), case["weight_DH"].detach()]
+        numeric = torch.zeros_like(case[name])
+        for flat in range(numeric.numel()):
+            shift = torch.zeros(numeric.numel(), dtype=torch.float64)
+            shift[flat] = step
+            ends = []
+            for sign in (1, -1):
+                moved = list(inputs)
+                moved[index] = inputs[index] + sign * shift.view_as(numeric)
+                ends.append(fixed_mix(*moved))
+            numeric.view(-1)[flat] = (ends[0] - ends[1]) / (2 * step)
+        torch.testing.assert_close(got[index], numeric, rtol=1e-5, atol=1e-7)
+
+
+def test_materialised_p_gives_the_same_as_hidden_states_and_logsumexp() -> None:
+    case = _case()
+    loss, stats = fused_lk_loss(**case)
+    by_p, stats_by_p = fused_lk_loss(
+        h_NH=case["h_NH"], weight_DH=case["weight_DH"], row_weight_N=case["row_weight_N"], p_ND=_target_p(case)
+    )
+    torch.testing.assert_close(loss, by_p)
+    torch.testing.assert_close(stats.kl_N, stats_by_p.kl_N)
+
+
+def test_zero_probabilities_of_a_truncated_target_are_allowed() -> None:
+    case = _case()
+    p = _target_p(case)
+    p[:, ::2] = 0
+    args = {"h_NH": case["h_NH"], "weight_DH": case["weight_DH"], "row_weight_N": case["row_weight_N"]}
+    loss, _ = fused_lk_loss(**args, p_ND=p)
+    expected = (args["row_weight_N"] * lk_loss(p, (args["h_NH"] @ args["weight_DH"].T).softmax(-1))).sum()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_both_or_no_target_is_refused() -> None:
+    case = _case()
+    with pytest.raises(ValueError, match="p_ND"):
+        fused_lk_loss(**case, p_ND=_target_p(case))
+    with pytest.raises(ValueError, match="p_ND"):
+        fused_lk_loss(h_NH=case["h_NH"], weight_DH=case["weight_DH"], row_weight_N=case["row_weight_N"])
+
+
+def test_given_target_argmax_decides_the_match() -> None:
+    case = _case()
+    q_top = (case["h_NH"] @ case["weight_DH"].T).argmax(-1)
+    _, stats = fused_lk_loss(**case, target_argmax_N=q_top)
+    assert stats.top1_match_N.all()
+    _, stats = fused_lk_loss(**case, target_argmax_N=torch.full_like(q_top, -1))
+    assert not stats.top1_match_N.any()
+
+
+def test_bfloat16_products_stay_close_and_gradients_keep_their_own_type() -> None:
+    case = _case(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = fused_lk_loss(**case)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, _reference(case), rtol=2e-2, atol=1e-2)
+    grads = torch.autograd.grad(loss, [case["h_NH"], case["weight_DH"]])
+    want = torch.autograd.grad(_reference(case), [case["h_NH"], case["weight_DH"]])
+    for g, w in zip(grads, want, strict=True):
+        assert g.dtype == torch.float32
+        assert torch.cosine_similarity(g.flatten(), w.flatten(), dim=0) > 0.999
+
+
+def test_frozen_head_gets_no_gradient() -> None:
+    case = _case()
+    case["weight_DH"] = case["weight_DH"].detach()
+    loss, _ = fused_lk_loss(**case)
+    loss.backward()
+    assert case["h_NH"].grad is not None
+
+
+def test_a_perfect_draft_is_always_accepted_and_loses_nothing() -> None:
+    p = torch.rand(4, D, dtype=torch.float64).softmax(-1)
+    torch.testing.assert_close(acceptance_rate(p, p), torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(lk_loss(p, p), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_expected_length_counts_every_prefix_once() -> None:
+    alpha = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
+    stops = [0.1 * 1, 0.9 * 0.5 * 2, 0.9 * 0.5 * 0.8 * 3, 0.9 * 0.5 * 0.2 * 4]  # chance of a stop × tokens emitted
+    assert expected_accepted_length(alpha).item() == pytest.approx(sum(stops))
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
+@pytest.mark.parametrize("with_argmax", [False, True])
+def test_the_native_pass_equals_the_torch_passes(with_argmax: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    K, N, D, H, G = 3, 21, 48, 24, 16
+    gen = torch.Generator().manual_seed(3)
+    target_h, target_weight = torch.randn(N, G, generator=gen), torch.randn(D, G, generator=gen)
+    outside = torch.randn(N, generator=gen)
+    lse = torch.logaddexp((target_h @ target_weight.t()).logsumexp(-1), outside)
+    row_weight = torch.rand(K, N, generator=gen)
+    row_weight[1, 4:7] = 0.0
+    results = []
+    for native_pass in (True, False):
+        monkeypatch.setattr(lk_loss_kernel, "can_take", lambda logits, native_pass=native_pass: native_pass)
+        h = torch.randn(K, N, H, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        weight = torch.randn(D, H, generator=torch.Generator().manual_seed(6)).requires_grad_()
+        loss, stats = fused_lk_loss(
+            h_NH=h,
+            weight_DH=weight,
+            row_weight_N=row_weight,
+            target_h_NG=target_h,
+            target_weight_DG=target_weight,
+            target_lse_N=lse,
+            target_argmax_N=torch.arange(N) - 1 if with_argmax else None,
+            matmul_dtype=torch.bfloat16,
+            chunk=3,
+        )
+        loss.backward()
+        results.append((loss, stats.alpha_N, stats.kl_N, stats.top1_match_N, h.grad, weight.grad))
+    for ours, wanted in zip(*(result[:4] for result in results), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    for ours, wanted in zip(*(result[4:] for result in results), strict=True):  # bf16 sums, cut into other chunks
+        assert float((ours - wanted).norm()) < 1e-2 * float(wanted.norm())

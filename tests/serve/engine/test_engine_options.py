@@ -1,0 +1,256 @@
+"""Sampling options, seeds and log-probabilities through the whole engine, with speculation and without."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from support.tiny_models import (
+    VOCAB,
+    Answer,
+    make_engine,
+    random_draft,
+    reference_model,
+    request,
+    run,
+    save_model,
+    trained_draft,
+)
+from transformers import PreTrainedModel
+
+from aurora_lit.kernels import native
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.request import Request
+from aurora_lit.serve.engine.engine import Engine
+
+PROMPTS = [torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (4, 11, 2, 23)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> PreTrainedModel:
+    return reference_model(folder)
+
+
+@pytest.fixture(scope="module")
+def target(folder: Path) -> Target:
+    return Target.load(folder, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def draft(target: Target, model: PreTrainedModel) -> Draft:
+    """Trained on samples of the target, so that sampled proposals are accepted too."""
+    torch.manual_seed(0)
+    prompts = torch.randint(0, VOCAB, (16, 2))
+    ids_BT = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=30, do_sample=True, top_k=0, temperature=0.7
+    )
+    return trained_draft(target, ids_BT)
+
+
+def requests(**params: object) -> list[Request]:
+    return [request(str(i), prompt, max_tokens=20, **params) for i, prompt in enumerate(PROMPTS)]
+
+
+def both(target: Target, draft: Draft) -> Iterator[Engine]:
+    yield make_engine(target)
+    yield make_engine(target, copy.deepcopy(draft), max_draft_tokens=4)
+
+
+def tokens(answers: dict[str, Answer]) -> dict[str, list[int]]:
+    return {name: answer.token_ids for name, answer in answers.items()}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"repetition_penalty": 1.4},
+        {"presence_penalty": 1.2},
+        {"frequency_penalty": 0.8},
+        {"frequency_penalty": -0.5},
+        {"logit_bias": {7: 1.5, 11: -2.0}},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3, "logit_bias": {1: 1.0}},
+    ],
+    ids=lambda params: "+".join(params),
+)
+def test_greedy_with_penalties_and_bias_is_the_same_under_speculation(
+    params: dict[str, object], target: Target, draft: Draft
+) -> None:
+    plain, speculative = both(target, draft)
+    wanted = tokens(run(plain, requests(**params)))
+    assert wanted != tokens(run(plain, requests())), "the option changes something"
+    assert tokens(run(speculative, requests(**params))) == wanted
+    # And in a batch whose other rows want something else.
+    mixed = [*requests(**params), request("x", PROMPTS[1], max_tokens=30, temperature=0.9, presence_penalty=1.0)]
+    given = tokens(run(speculative, mixed))
+    assert {name: given[name] for name in wanted} == wanted
+    assert speculative.stats.accepted > 10
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1e-5}, {"temperature": 2.0, "seed": 3}])
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"repetition_penalty": 0.01, "frequency_penalty": -2.0, "presence_penalty": -2.0},
+        {"repetition_penalty": 10.0, "frequency_penalty": 2.0, "presence_penalty": 2.0},
+        {"top_p": 5e-324, "min_p": 1.0, "top_k": 1},
+        {"top_p": 5e-324},
+        {"min_p": 5e-324, "top_k": 2**31 - 1},
+        {"logit_bias": {i: 100.0 if i % 2 else -100.0 for i in range(VOCAB)}},
+    ],
+)
+def test_the_ends_of_every_options_range_keep_the_engine_going(
+    sampling: dict[str, object], extreme: dict[str, object], target: Target, draft: Draft
+) -> None:
+    for engine in both(target, draft):
+        given = run(engine, requests(**{**sampling, **extreme}, logprobs=2))
+        for answer in given.values():
+            assert len(answer.token_ids) == 20
+            assert all(0 <= token < VOCAB for token in answer.token_ids)
+
+
+def test_a_repetition_penalty_is_that_of_transformers(model: PreTrainedModel, target: Target, draft: Draft) -> None:
+    given = tokens(run(make_engine(target, copy.deepcopy(draft)), requests(repetition_penalty=1.4)))
+    for i, prompt in enumerate(PROMPTS):
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, repetition_penalty=1.4
+        )
+        assert given[str(i)] == out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_seed_repeats_alone_in_a_batch_and_with_any_draft(k: int, target: Target, draft: Draft) -> None:
+    options = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
+    seeded = requests(**options)
+    alone = {r.request_id: run(make_engine(target), [r])[r.request_id].token_ids for r in seeded}
+    assert alone != {
+        r.request_id: run(make_engine(target), [r])[r.request_id].token_ids for r in requests(**{**options, "seed": 6})
+    }
+    for kind in (copy.deepcopy(draft), random_draft(target)):
+        engine = make_engine(target, kind, max_draft_tokens=k, max_batch_size=6)
+        others = [request(f"x{i}", PROMPTS[i], max_tokens=9 * i + 1, temperature=1.0) for i in range(4)]
+        given = tokens(run(engine, [*others, *seeded], arrivals=[0, 1, 2, 5, 0, 3, 4, 9]))
+        assert {name: given[name] for name in alone} == alone
+    assert tokens(run(make_engine(target, copy.deepcopy(draft)), seeded[:1]))["0"] == alone["0"]
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_log_probabilities_are_the_models_own(
+    speculate: bool, model: PreTrainedModel, target: Target, draft: Draft
+) -> None:
+    """Raw: temperature, penalties and bias are not in them. The same for greedy, seeded and free requests."""
+    engine = make_engine(target, copy.deepcopy(draft) if speculate else None, max_draft_tokens=4)
+    asked = [
+        request("0", PROMPTS[0], max_tokens=20, logprobs=3, prompt_logprobs=2),
+        request("1", PROMPTS[1], max_tokens=20, logprobs=0, prompt_logprobs=0, temperature=0.8, seed=1),
+        request("2", PROMPTS[2], max_tokens=20, logprobs=5, temperature=1.2, repetition_penalty=1.3),
+        request("3", PROMPTS[3], max_tokens=20, prompt_logprobs=4, logit_bias={3: 2.0}),
+    ]
+    given = run(engine, asked)
+    assert not speculate or engine.stats.accepted > 5
+    for item in asked:
+        answer, prompt, params = given[item.request_id], list(item.prompt_ids), item.params
+        with torch.no_grad():
+            logprobs_TV = model(torch.tensor([prompt + answer.token_ids])).logits[0].log_softmax(-1)
+        if params.logprobs is None:
+            assert answer.logprobs == []
+        else:
+            assert [entry.token_id for entry in answer.logprobs] == answer.token_ids
+        if params.prompt_logprobs is None:
+            assert answer.prompt_logprobs is None
+        else:
+            assert answer.prompt_logprobs is not None
+            assert answer.prompt_logprobs[0] is None
+            assert [entry.token_id for entry in answer.prompt_logprobs[1:] if entry] == prompt[1:]
+        placed = [(len(prompt) + i, entry, params.logprobs) for i, entry in enumerate(answer.logprobs)]
+        placed += [(i, entry, params.prompt_logprobs) for i, entry in enumerate(answer.prompt_logprobs or ()) if entry]
+        for place, entry, num_top in placed:
+            row = logprobs_TV[place - 1]
+            assert entry.logprob == pytest.approx(row[entry.token_id].item(), abs=1e-4)
+            assert [value for _, value in entry.top] == pytest.approx(row.topk(num_top or 0).values.tolist(), abs=1e-4)
+            assert [value for _, value in entry.top] == pytest.approx([row[t].item() for t, _ in entry.top], abs=1e-4)
+
+
+def test_a_prompt_of_one_token_has_one_empty_prompt_logprob(target: Target) -> None:
+    given = run(make_engine(target), [request("a", [5], max_tokens=2, prompt_logprobs=1)])
+    assert given["a"].prompt_logprobs == (None,)
+
+
+@pytest.mark.skipif(native.library() is None, reason="torch's own sums depend on the batch")
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_speculation_is_plain_decoding_bit_for_bit(
+    precision: str, options: dict[str, object], folder: Path, draft: Draft
+) -> None:
+    target = Target.load(folder, precision=precision)
+    plain = [run(make_engine(target), [r])[r.request_id] for r in requests(logprobs=0, **options)]
+    if precision != "bf16":  # such rounding makes another model of one so small
+        said = [[*p[-2:], *a.token_ids] for p, a in zip(PROMPTS, plain, strict=True)]
+        draft = trained_draft(target, torch.tensor(said), steps=150)
+    accepted = 0
+    for k in range(1, 7):
+        engine = make_engine(target, copy.deepcopy(draft), max_draft_tokens=k, prefill_chunk_tokens=5)
+        given = run(engine, requests(logprobs=0, **options), arrivals=[0, 2, 3, 1])
+        accepted += engine.stats.accepted
+        for i, answer in enumerate(plain):
+            assert given[str(i)].token_ids == answer.token_ids
+            assert given[str(i)].logprobs == answer.logprobs, "the very same floats"
+    assert accepted > 10
+
+
+@pytest.mark.parametrize(
+    ("params", "k"),
+    [({}, 3), ({"temperature": 0.6, "top_k": 7}, 1), ({"temperature": 1.5, "top_p": 0.8, "logit_bias": {2: 2.0}}, 2)],
+    ids=["plain", "top_k", "top_p+bias"],
+)
+def test_sampled_pairs_have_the_models_probabilities(params: dict[str, object], k: int, tmp_path: Path) -> None:
+    """Chi-square of the first two tokens of 3000 answers against the probabilities the model gives them."""
+    V, count, first = 10, 3000, 4
+    folder = save_model("llama", tmp_path, vocab_size=V, num_hidden_layers=1)
+    model, target = reference_model(folder), Target.load(folder, precision="fp32")
+
+    def probabilities(logits_BV: torch.Tensor) -> torch.Tensor:
+        bias = torch.zeros(V, dtype=torch.float64)
+        for token, value in dict(params.get("logit_bias", {})).items():  # type: ignore[call-overload]
+            bias[token] = value
+        p_BV = torch.softmax((logits_BV.double() + bias) / float(params.get("temperature", 1.0)), -1)  # type: ignore[arg-type]
+        order_BV = p_BV.argsort(-1, descending=True)
+        sorted_BV = p_BV.gather(-1, order_BV)
+        kept_BV = sorted_BV.cumsum(-1) - sorted_BV < float(params.get("top_p", 1.0))  # type: ignore[arg-type]
+        kept_BV &= torch.arange(V) < int(params.get("top_k", V))  # type: ignore[call-overload]
+        p_BV = p_BV * torch.zeros_like(kept_BV).scatter(-1, order_BV, kept_BV)
+        return p_BV / p_BV.sum(-1, keepdim=True)
+
+    with torch.no_grad():
+        p_V = probabilities(model(torch.tensor([[first]])).logits[:, -1])[0]
+        pairs = torch.stack([torch.full((V,), first), torch.arange(V)], dim=1)
+        law_VV = p_V[:, None] * probabilities(model(pairs).logits[:, -1])
+
+    torch.manual_seed(11)
+    engine = make_engine(target, random_draft(target), max_draft_tokens=k, max_batch_size=300, max_seq_len=8)
+    options = {"temperature": 1.0, **params}
+    given = run(engine, [request(str(i), [first], max_tokens=2 + i % 2, **options) for i in range(count)])
+    seen_VV = torch.zeros(V, V)
+    for answer in given.values():
+        seen_VV[answer.token_ids[0], answer.token_ids[1]] += 1
+    assert 0.05 < engine.stats.accepted / engine.stats.proposed < 0.95
+    assert seen_VV[law_VV == 0].sum() == 0
+
+    expected = law_VV.flatten() * count
+    common = expected >= 5
+    seen = [*seen_VV.flatten()[common].tolist(), float(seen_VV.flatten()[~common].sum())]
+    wanted = [*expected[common].tolist(), float(expected[~common].sum())]
+    if wanted[-1] < 5:
+        seen, wanted = [*seen[:-2], seen[-2] + seen[-1]], [*wanted[:-2], wanted[-2] + wanted[-1]]
+    assert len(wanted) > 20
+    assert chisquare(seen, wanted).pvalue > 1e-3

@@ -1,0 +1,51 @@
+"""What a client says about keeping its request reaches the engine: `store: false`, and the label of its domain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.fake_engine import tiny_tokenizer
+
+from aurora_lit.errors import RequestError
+from aurora_lit.request import Request
+from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest
+from aurora_lit.serve.http.tokenize import Limits, longest_token, prepare_chat, prepare_completion
+
+TURN = [{"role": "user", "content": "hello"}]
+
+
+def requests(**fields: Any) -> list[Request]:
+    """Of the same fields in both kinds of call."""
+    tokenizer = tiny_tokenizer()
+    limits = Limits(max_seq_len=64, vocab_size=len(tokenizer), longest_token=longest_token(tokenizer))
+    chat = ChatRequest(model="m", messages=TURN, max_tokens=4, **fields)
+    text = CompletionRequest(model="m", prompt=["hello", "a"], max_tokens=4, **fields)
+    return [
+        *prepare_chat(chat, call_id="c", tokenizer=tokenizer, limits=limits, client="c1").call.requests,
+        *prepare_completion(text, call_id="t", tokenizer=tokenizer, limits=limits, client="c1").call.requests,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "store", "domain"),
+    [
+        ({}, True, ""),
+        ({"store": None, "metadata": None}, True, ""),
+        ({"store": True, "metadata": {"other": "x"}}, True, ""),
+        ({"store": False, "n": 2}, False, ""),
+        ({"metadata": {"aurora_domain": "code"}, "n": 2}, True, "code"),
+        ({"store": False, "metadata": {"aurora_domain": "ü" * 64}}, False, "ü" * 64),
+    ],
+)
+def test_store_domain_and_client_reach_every_choice(fields: dict[str, Any], store: bool, domain: str) -> None:
+    made = requests(**fields)
+    assert len(made) == 3 * fields.get("n", 1)
+    assert {(r.store, r.domain, r.client) for r in made} == {(store, domain, "c1")}
+
+
+@pytest.mark.parametrize("domain", ["", "x" * 65, "two\nlines", "\x1b[31mred"])
+def test_a_domain_that_is_no_label_is_refused_by_name(domain: str) -> None:
+    with pytest.raises(RequestError, match=r"metadata\.aurora_domain") as caught:
+        ChatRequest(model="m", messages=TURN, metadata={"aurora_domain": domain})
+    assert caught.value.param == "metadata.aurora_domain"

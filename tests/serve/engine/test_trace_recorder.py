@@ -1,0 +1,346 @@
+"""What the engine records: states and distributions are those of a plain target pass, rounds those of the outputs."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_models import VOCAB, Answer, make_engine, random_draft, request, run, save_model, trained_draft
+from support.trace_examples import keep_in
+
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.request import Request
+from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.trace_recorder import TraceRecorder
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_NOBODY, Trace, check, from_bytes, to_bytes
+
+LENGTHS = (5, 1, 23, 9, 12, 7)
+NEW = 30
+KINDS: dict[str, dict[str, object]] = {
+    "greedy": {"temperature": 0.0},
+    "seeded": {"temperature": 0.8, "seed": 5},
+    "free": {"temperature": 0.7},
+    "cut": {"temperature": 0.9, "top_p": 0.8},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    target: Target
+    draft: Draft
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    """Greedy."""
+
+    def requests(self, kind: str = "greedy", **changes: object) -> list[Request]:
+        params = {"max_tokens": NEW, **KINDS[kind]}
+        made = [request(str(i), prompt, **params) for i, prompt in enumerate(self.prompts)]
+        return [replace(r, domain=f"d{r.request_id}", **changes) for r in made]  # type: ignore[arg-type]
+
+    def engine(self, traces: list[Trace], *, segment_tokens: int = 500, overlap: int = 0, **changes: object) -> Engine:
+        recorder = TraceRecorder(
+            keep_in(traces), hidden_size=self.target.hidden_size, segment_tokens=segment_tokens, overlap_tokens=overlap
+        )
+        fields: dict[str, object] = {"max_batch_size": 4, "max_draft_tokens": 4, "observer": recorder, **changes}
+        return make_engine(self.target, copy.deepcopy(self.draft), **fields)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
+    target = Target.load(folder, precision="fp32")
+    gen = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, VOCAB, (length,), generator=gen).tolist() for length in LENGTHS]
+    plain = run(make_engine(target), [request(str(i), p, max_tokens=NEW) for i, p in enumerate(prompts)])
+    answers = [plain[str(i)].token_ids for i in range(len(prompts))]
+    width = max(LENGTHS) + NEW
+    learnt = [(p + a + [0] * width)[:width] for p, a in zip(prompts, answers, strict=True)]
+    draft = trained_draft(target, torch.tensor(learnt), steps=40)
+    return World(target=target, draft=draft, prompts=prompts, answers=answers)
+
+
+def whole(world: World, answer: Answer, request_id: str) -> list[int]:
+    return [*world.prompts[int(request_id)], *answer.token_ids]
+
+
+@torch.no_grad()
+def check_states(world: World, trace: Trace, tokens: Sequence[int]) -> int:
+    """Hold every state of a trace to plain passes; how many rejected ones there were."""
+    target = world.target
+    first, end = trace.first_position, trace.first_position + len(trace.token_ids_T)
+    assert trace.token_ids_T.tolist() == list(tokens[first:end])
+    rounding = {"atol": 1e-4, "rtol": 2**-8}
+    aux_BT3H, last_BTH = target.read(torch.tensor([list(tokens)]))
+    torch.testing.assert_close(trace.aux_T3H.float(), aux_BT3H[0, first:end], **rounding)
+    torch.testing.assert_close(trace.last_TH.float(), last_BTH[0, first:end], **rounding)
+    row = 0
+    for r, (root, count, accepted) in enumerate(
+        zip(trace.round_root_R.tolist(), trace.num_proposed_R.tolist(), trace.num_accepted_R.tolist(), strict=True)
+    ):
+        if not count:
+            continue
+        proposed = trace.proposal_RK[r, :count].tolist()
+        path = [*tokens[: first + root + 1], *proposed]
+        last_TH = target.read(torch.tensor([path]))[1][0, first + root :]
+        for i in range(count):
+            at = trace.last_TH[root + i] if i <= accepted else trace.rejected_last_NH[row + i - accepted - 1]
+            torch.testing.assert_close(at.float(), last_TH[i], **rounding)
+            p, wanted = target.logits(at[None].float()).softmax(-1), target.logits(last_TH[i][None]).softmax(-1)
+            assert (p - wanted).abs().max() < 0.02
+        row += int(trace.num_rejected_R[r])
+    return row
+
+
+def check_rounds(traces: Sequence[Trace], answer: Answer) -> None:
+    """Hold the rounds of a request's traces to its outputs."""
+    rounds = [
+        (trace.first_position + root, n, a, source, explored)
+        for trace in traces
+        for root, n, a, source, explored in zip(
+            trace.round_root_R.tolist(),
+            trace.num_proposed_R.tolist(),
+            trace.num_accepted_R.tolist(),
+            trace.source_R.tolist(),
+            trace.explored_R.tolist(),
+            strict=True,
+        )
+    ]
+    position = LENGTHS[int(traces[0].request_id)] - 1
+    wanted = []
+    for output in answer.rounds:
+        # The end cuts off what nobody judged; of copies what is behind the first refusal is left out.
+        count = output.num_proposed if len(output.token_ids) > output.num_accepted else output.num_accepted
+        if output.looked_up:
+            count = min(count, output.num_accepted + 1)
+        wanted.append((position, count, output.num_accepted, output.explored and count > 0))
+        position += len(output.token_ids)
+    assert [(root, n, a, explored) for root, n, a, _, explored in rounds] == wanted
+    assert all((source == SOURCE_NOBODY) == (n == 0) for _, n, _, source, _ in rounds)
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("segment_tokens", [500, 7])
+def test_states_distributions_and_rounds(world: World, kind: str, lookup: bool, segment_tokens: int) -> None:
+    traces: list[Trace] = []
+    engine = world.engine(
+        traces,
+        segment_tokens=segment_tokens,
+        overlap=3,
+        lookup_tokens=15 * lookup,
+        explore_share=0.3,
+        explore_temperature=1.5,
+    )
+    given = run(engine, world.requests(kind))
+    by_request = defaultdict(list)
+    num_rejected = 0
+    for trace in traces:
+        check(trace)
+        by_request[trace.request_id].append(from_bytes(to_bytes(trace)))
+        num_rejected += check_states(world, trace, whole(world, given[trace.request_id], trace.request_id))
+        assert trace.verify == {"greedy": "greedy", "seeded": "seeded"}.get(kind, "free")
+        assert trace.temperature == pytest.approx(KINDS[kind]["temperature"])
+        assert trace.domain == f"d{trace.request_id}"
+    assert num_rejected > 10, "the test needs rejections"
+    assert by_request.keys() == given.keys()
+    for request_id, its in by_request.items():
+        check_rounds(its, given[request_id])
+        assert (len(its) > 1) == (segment_tokens == 7)
+    assert sum(int(t.num_accepted_R.sum()) for t in traces) == engine.stats.accepted
+    assert engine.stats.accepted > (50 if kind == "greedy" else 5)
+    assert sum(int(t.explored_R.sum()) for t in traces) == pytest.approx(engine.stats.explored, abs=6)
+    assert engine.stats.explored > 5
+    sources = torch.cat([t.source_R for t in traces])
+    assert bool((sources == SOURCE_DRAFT).any())
+    if kind != "seeded":  # there it depends on luck
+        assert bool((sources == SOURCE_LOOKUP).any()) == (lookup and kind == "greedy")
+
+
+def test_segments_teach_each_new_position_once_and_repeat_the_overlap(world: World) -> None:
+    traces: list[Trace] = []
+    given = run(world.engine(traces, segment_tokens=7, overlap=3), world.requests())
+    for request_id, answer in given.items():
+        its = [t for t in traces if t.request_id == request_id]
+        length = LENGTHS[int(request_id)]
+        new: list[int] = []
+        for trace in its:
+            start = trace.first_position + trace.answer_start
+            new += range(start, trace.first_position + len(trace.token_ids_T))
+            assert trace.answer_start == (length if trace is its[0] else 3)
+            assert trace is its[-1] or 7 <= len(trace.token_ids_T) - trace.answer_start < 7 + 5
+        assert its[0].first_position == 0
+        assert new == list(range(length, length + NEW - 1)), "all but the last token, which the target has not run"
+        assert len(answer.token_ids) == NEW
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_plain_decoding_is_recorded_too(world: World, drafted: bool) -> None:
+    traces: list[Trace] = []
+    engine = (
+        world.engine(traces)
+        if drafted
+        else make_engine(world.target, observer=TraceRecorder(keep_in(traces), hidden_size=world.target.hidden_size))
+    )
+    given = run(engine, [replace(r, params=replace(r.params, speculate=False)) for r in world.requests()])
+    for trace in traces:
+        check_states(world, trace, whole(world, given[trace.request_id], trace.request_id))
+        assert set(trace.source_R.tolist()) == {SOURCE_NOBODY}
+        assert trace.proposal_RK.shape == (NEW - 0, 0)
+        assert set(trace.round_version_R.tolist()) == {-1}
+
+
+def test_behaviour_log_probabilities_and_temperatures_by_kind(world: World) -> None:
+    for kind, explore_share in (("greedy", 0.0), ("seeded", 0.0), ("free", 0.0), ("cut", 0.0), ("greedy", 1.0)):
+        traces: list[Trace] = []
+        run(world.engine(traces, explore_share=explore_share, explore_temperature=2.5), world.requests(kind))
+        inside = torch.cat([(t.proposal_RK >= 0).flatten() for t in traces])
+        logprob = torch.cat([t.behaviour_logprob_RK.flatten() for t in traces])
+        temperature = torch.cat([t.draft_temperature_R for t in traces]).unique()
+        assert logprob[~inside].isnan().all()
+        if explore_share:
+            assert 2.5 in temperature.tolist()
+            assert (logprob[inside] < 0).all()
+        elif kind == "free":
+            assert temperature.tolist() == pytest.approx([0.7]) or set(temperature.tolist()) <= {0.7, 1.0}
+            assert (logprob[inside] <= 0).all()
+            assert (logprob[inside] < -0.01).any()
+        elif kind == "cut":
+            assert logprob[inside].isnan().all()
+        else:
+            assert temperature.tolist() == [1.0]
+            assert (logprob[inside] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("free", {"top_k": 5}),
+        ("seeded", {"min_p": 0.2}),
+        ("cut", {}),
+        ("free", {"presence_penalty": 0.5}),
+        ("greedy", {"repetition_penalty": 1.2}),
+        ("greedy", {"frequency_penalty": 0.5}),
+        ("free", {"logit_bias": {3: 1.0}}),
+    ],
+)
+@pytest.mark.parametrize("explore_share", [0.0, 1.0])
+def test_what_shaped_p_beyond_the_head_is_no_basis_for_a_policy(
+    world: World, kind: str, options: dict[str, object], explore_share: float
+) -> None:
+    traces: list[Trace] = []
+    requests = [replace(r, params=replace(r.params, **options)) for r in world.requests(kind)]  # type: ignore[arg-type]
+    run(world.engine(traces, explore_share=explore_share), requests)
+    drafted = torch.cat([(t.source_R == SOURCE_DRAFT) for t in traces])
+    assert int(drafted.sum()) > 10
+    assert torch.cat([t.behaviour_logprob_RK.isnan().all().reshape(1) for t in traces]).all()
+
+
+def test_a_request_that_may_not_be_stored_leaves_nothing_and_is_not_explored(world: World) -> None:
+    traces: list[Trace] = []
+    engine = world.engine(traces, explore_share=1.0, explore_temperature=3.0, segment_tokens=7)
+    requests = [replace(r, store=int(r.request_id) % 2 == 0) for r in world.requests()]
+    given = run(engine, requests)
+    assert {t.request_id for t in traces} == {"0", "2", "4"}
+    for request_id, answer in given.items():
+        assert any(output.explored for output in answer.rounds) == (int(request_id) % 2 == 0)
+        assert answer.token_ids == world.answers[int(request_id)]
+    assert engine.stats.opted_out == 3
+    for trace in traces:
+        check_states(world, trace, whole(world, given[trace.request_id], trace.request_id))
+
+
+def test_no_state_is_copied_of_a_request_that_may_not_be_stored(world: World) -> None:
+    recorder = TraceRecorder(lambda _: None, hidden_size=world.target.hidden_size)
+    engine = make_engine(world.target, max_batch_size=2, observer=recorder)
+    run(engine, [replace(r, store=r.request_id == "2") for r in world.requests()[2:4]])
+    used_S = (recorder._last_SLH != 0).any(-1).any(-1).tolist()
+    assert used_S == [True, False] or used_S == [False, True]
+
+
+def test_what_an_end_cuts_off_is_not_told_as_rejected(world: World) -> None:
+    cut = 0
+    for place in range(3, 20):
+        traces: list[Trace] = []
+        stops = [
+            replace(r, params=replace(r.params, stop_token_ids=(world.answers[i][place],)))
+            for i, r in enumerate(world.requests())
+        ]
+        given = run(world.engine(traces), stops)
+        for trace in traces:
+            check(trace)
+            answer = given[trace.request_id]
+            check_rounds([trace], answer)
+            check_states(world, trace, whole(world, answer, trace.request_id))
+            last = answer.rounds[-1]
+            cut += last.num_proposed > last.num_accepted == len(last.token_ids)
+    assert cut > 3, "the test needs ends among accepted proposals"
+
+
+def test_an_answer_of_one_token_leaves_no_trace(world: World) -> None:
+    traces: list[Trace] = []
+    requests = [replace(r, params=replace(r.params, max_tokens=1)) for r in world.requests()]
+    run(world.engine(traces), requests)
+    assert traces == []
+
+
+def test_a_cancelled_request_leaves_what_it_had_and_its_slot_starts_anew(world: World) -> None:
+    traces: list[Trace] = []
+    engine = world.engine(traces, max_batch_size=1)
+    requests = world.requests()
+    engine.submit(requests[2])
+    tokens: list[int] = []
+    while len(tokens) < 8:
+        tokens += [token for output in engine.round() for token in output.token_ids]
+    engine.cancel("2")
+    assert [t.request_id for t in traces] == ["2"]
+    assert check_states(world, traces[0], [*world.prompts[2], *tokens]) >= 0
+    engine.submit(requests[3])
+    engine.round()  # prefill of the next in the same slot
+    engine.cancel("3")
+    given = run(engine, [requests[0]])
+    assert {t.request_id for t in traces[1:]} <= {"0", "3"}
+    check_states(world, traces[-1], whole(world, given["0"], "0"))
+    check_rounds(traces[-1:], given["0"])
+
+
+def test_versions_are_noted_across_a_swap(world: World) -> None:
+    traces: list[Trace] = []
+    engine = world.engine(traces, max_batch_size=1, draft_version="start")
+    engine.submit(world.requests()[0])
+    outputs = []
+    while engine.has_work:
+        if len(outputs) == 3:
+            engine.swap_draft(random_draft(world.target, seed=9), version="draft-000042")
+        outputs += engine.round()
+    assert [token for output in outputs for token in output.token_ids] == world.answers[0]
+    versions = traces[0].round_version_R.tolist()
+    drafted = traces[0].source_R == SOURCE_DRAFT
+    assert versions[:3] == [0, 0, 0]
+    assert set(traces[0].round_version_R[drafted].tolist()[3:]) == {42}
+    assert outputs[-1].draft_versions == ("start", "draft-000042")
+    assert outputs[1].draft_versions == ("start",)
+    check_states(world, traces[0], [*world.prompts[0], *world.answers[0]])
+    with pytest.raises(ValueError, match="without a draft"):
+        make_engine(world.target).swap_draft(random_draft(world.target), version="x")
+
+
+def test_a_bf16_target_is_recorded_as_it_computes(world: World, tmp_path: Path) -> None:
+    target = Target.load(save_model("llama", tmp_path, num_hidden_layers=4), precision="bf16")
+    traces: list[Trace] = []
+    recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size)
+    engine = make_engine(target, copy.deepcopy(world.draft), max_draft_tokens=3, observer=recorder)
+    given = run(engine, world.requests("free"))
+    for trace in traces:
+        tokens = torch.tensor([whole(world, given[trace.request_id], trace.request_id)])
+        with torch.no_grad():
+            aux_BT3H, last_BTH = target.read(tokens)
+        T = len(trace.token_ids_T)
+        # The engine's cache rounds keys and values, a plain pass does not.
+        for got, wanted in ((trace.last_TH, last_BTH), (trace.aux_T3H, aux_BT3H)):
+            assert (got.float() - wanted[0, :T].float()).abs().mean() < 0.02 * wanted.abs().mean()

@@ -1,0 +1,272 @@
+"""Bad requests: each gets its status, OpenAI's error body and the name of the field; the server goes on."""
+
+import json
+import time
+
+import httpx
+import pytest
+from support.fake_server import MODEL, FakeServer
+
+KEY = "sekret"
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def server():
+    with FakeServer(server={"api_key": KEY, "max_queue": 8}, options={"max_seq_len": 128}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=20) as session:
+        yield session
+
+
+def chat(**fields):
+    return {"model": MODEL, "messages": HELLO, "max_tokens": 4, **fields}
+
+
+def text(**fields):
+    return {"model": MODEL, "prompt": "hello", "max_tokens": 4, **fields}
+
+
+def message(**fields):
+    return chat(messages=[{"role": "user", "content": "hi", **fields}])
+
+
+BAD = [
+    # (path, body, status, param)
+    (CHAT, chat(temperature=-5), 400, "temperature"),
+    (CHAT, chat(temperature=2.1), 400, "temperature"),
+    (CHAT, chat(temperature=float("nan")), 400, "temperature"),
+    (CHAT, chat(temperature=float("inf")), 400, "temperature"),
+    (CHAT, chat(temperature="1"), 400, "temperature"),
+    (CHAT, chat(temperature=True), 400, "temperature"),
+    (CHAT, chat(temperature=10**400), 400, "temperature"),
+    (CHAT, chat(top_p=0), 400, "top_p"),
+    (CHAT, chat(top_p=1.01), 400, "top_p"),
+    (CHAT, chat(top_k=-2), 400, "top_k"),
+    (CHAT, chat(top_k=1.5), 400, "top_k"),
+    (CHAT, chat(min_p=2), 400, "min_p"),
+    (CHAT, chat(repetition_penalty=0), 400, "repetition_penalty"),
+    (CHAT, chat(repetition_penalty=5e-324), 400, "repetition_penalty"),  # 0 in fp32
+    (CHAT, chat(presence_penalty=3), 400, "presence_penalty"),
+    (CHAT, chat(frequency_penalty=-3), 400, "frequency_penalty"),
+    (CHAT, chat(logit_bias={"x": 1}), 400, "logit_bias"),
+    (CHAT, chat(logit_bias={"99999": 1}), 400, "logit_bias"),
+    (CHAT, chat(logit_bias={"-1": 1}), 400, "logit_bias"),
+    (CHAT, chat(logit_bias={"5": 101}), 400, "logit_bias"),
+    (CHAT, chat(seed=2**63), 400, "seed"),
+    (CHAT, chat(seed="7"), 400, "seed"),
+    (CHAT, chat(n=0), 400, "n"),
+    (CHAT, chat(n=-1), 400, "n"),
+    (CHAT, chat(n=9), 400, "n"),  # more than server.max_queue
+    (CHAT, chat(n=10**9), 400, "n"),
+    (CHAT, chat(max_tokens=0), 400, "max_tokens"),
+    (CHAT, chat(max_tokens=-1), 400, "max_tokens"),
+    (CHAT, chat(max_tokens=10**30), 400, "max_tokens"),
+    (CHAT, chat(max_tokens=1000), 400, "max_tokens"),
+    (CHAT, chat(max_tokens=4, max_completion_tokens=5), 400, "max_completion_tokens"),
+    (CHAT, chat(stop=[""]), 400, "stop[0]"),
+    (CHAT, chat(stop=7), 400, "stop"),
+    (CHAT, chat(stop=["x"] * 17), 400, "stop"),
+    (CHAT, chat(stop_token_ids=[99999]), 400, "stop_token_ids"),
+    (CHAT, chat(stop_token_ids=[-1]), 400, "stop_token_ids[0]"),
+    (CHAT, chat(stream="yes"), 400, "stream"),
+    (CHAT, chat(stream_options={"include_usage": True}), 400, "stream_options"),
+    (CHAT, chat(stream=True, stream_options={"surprise": True}), 400, "stream_options.surprise"),
+    (CHAT, chat(top_logprobs=3), 400, "top_logprobs"),
+    (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs"),
+    (CHAT, chat(logprobs=1), 400, "logprobs"),
+    (CHAT, chat(metadata={"a": 1}), 400, "metadata"),
+    (CHAT, chat(speculate="no"), 400, "speculate"),
+    (CHAT, chat(frobnicate=1), 400, "frobnicate"),
+    (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
+    (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
+    (CHAT, chat(functions=[{"name": "f"}]), 400, "functions"),
+    (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format"),
+    (CHAT, chat(modalities=["text", "audio"]), 400, "modalities"),
+    (CHAT, chat(min_tokens=3), 400, "min_tokens"),
+    (CHAT, chat(best_of=True), 400, "best_of"),  # to Python, True == 1
+    (CHAT, chat(messages=[]), 400, "messages"),
+    (CHAT, chat(messages="hello"), 400, "messages"),
+    (CHAT, chat(messages=[1]), 400, "messages[0]"),
+    (CHAT, chat(messages=[{"role": "user", "content": "hello " * 200}]), 400, "messages"),
+    (CHAT, chat(messages=[{"role": "user", "content": "forbidden"}]), 400, "messages"),
+    (CHAT, {"model": MODEL}, 400, "messages"),
+    (CHAT, chat(model=5), 400, "model"),
+    (CHAT, chat(model="gpt-4"), 404, "model"),
+    (CHAT, message(role="tool"), 400, "messages[0].role"),
+    (CHAT, message(content=None), 400, "messages[0].content"),
+    (CHAT, message(content=[{"type": "image_url", "image_url": {"url": "x"}}]), 400, "messages[0].content[0].type"),
+    (CHAT, message(content="\ud800"), 400, "messages"),
+    (CHAT, message(tool_calls=[{"id": "1"}]), 400, "messages.tool_calls"),
+    (CHAT, message(mood="cheerful"), 400, "messages[0].mood"),
+    (CHAT, chat(prompt="hello"), 400, "prompt"),
+    (TEXT, text(messages=HELLO), 400, "messages"),
+    (TEXT, text(prompt=""), 400, "prompt"),
+    (TEXT, text(prompt=[]), 400, "prompt"),
+    (TEXT, text(prompt=["a", ""]), 400, "prompt"),
+    (TEXT, text(prompt=[[]]), 400, "prompt"),
+    (TEXT, text(prompt=None), 400, "prompt"),
+    (TEXT, text(prompt=[1, "a"]), 400, "prompt[1]"),
+    (TEXT, text(prompt="\udfff"), 400, "prompt"),
+    (TEXT, text(prompt=[-1]), 400, "prompt[0]"),
+    (TEXT, text(prompt=[275]), 400, "prompt"),
+    (TEXT, text(prompt=[[1], [10**30]]), 400, "prompt[1][0]"),
+    (TEXT, text(prompt="hello " * 200), 400, "prompt"),
+    (TEXT, text(prompt="<|toolong|>"), 400, "prompt"),  # refused by the engine itself
+    (TEXT, text(prompt=["a"] * 9), 400, "n"),
+    (TEXT, text(max_tokens=0), 400, "max_tokens"),
+    (TEXT, text(logprobs=True), 400, "logprobs"),
+    (TEXT, text(logprobs=21), 400, "logprobs"),
+    (TEXT, text(best_of=3), 400, "best_of"),
+    (TEXT, text(suffix="tail"), 400, "suffix"),
+    (TEXT, text(echo="yes"), 400, "echo"),
+    (TEXT, text(top_logprobs=3), 400, "top_logprobs"),
+    (TEXT, text(prompt="<|refuse|>"), 500, None),
+    (TEXT, text(prompt="<|error|>"), 500, None),
+    (CHAT, [], 400, "body"),
+    (CHAT, "hello", 400, "body"),
+    (CHAT, None, 400, "body"),
+]
+
+
+def check_error(response, status, param):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param, error
+    assert error["message"]
+    assert len(error["message"]) < 400
+    expected = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+    assert error["type"] == expected.get(status, "invalid_request_error")
+    if param is not None and param not in ("body", "content-type"):
+        assert param.partition("[")[0].partition(".")[0] in error["message"] or "choices" in error["message"]
+
+
+def case_name(case):
+    path, body, *_ = case
+    return f"{path.split('/')[2]}-{json.dumps(body, default=str)[:60]}"
+
+
+@pytest.mark.parametrize("case", BAD, ids=case_name)
+def test_bad_body(client, case):
+    path, body, status, param = case
+    response = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    check_error(response, status, param)
+
+
+def test_megabytes_of_prompt_are_refused_at_once(client):
+    began = time.monotonic()
+    check_error(client.post(TEXT, json=text(prompt="hello " * 2_000_000)), 400, "prompt")
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("fields", [{"stream": True}, {}])
+def test_too_long_a_prompt_has_its_code(client, fields):
+    response = client.post(TEXT, json=text(prompt="hello " * 200, **fields))
+    check_error(response, 400, "prompt")
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"{'model': 1}", b"\xff\xfe", b'{"model": "tiny"', b"[" * 100_000, b'{"a":' + b"1" * 5000 + b"}"],
+    ids=["empty", "brace", "quotes", "no UTF-8", "cut", "deep", "digits"],
+)
+def test_bad_json(client, raw):
+    check_error(client.post(CHAT, content=raw, headers={"Content-Type": "application/json"}), 400, "body")
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+def test_wrong_content_type(client, kind):
+    response = client.post(CHAT, content=json.dumps(chat()), headers={"Content-Type": kind})
+    check_error(response, 400, "content-type")
+
+
+def test_too_large_a_body(client):
+    response = client.post(
+        CHAT, content=b'{"model": "' + b"x" * (17 * 2**20) + b'"}', headers={"Content-Type": "application/json"}
+    )
+    check_error(response, 413, "body")
+
+
+def test_unknown_paths_and_methods(client):
+    check_error(client.get("/v1/nothing"), 404, None)
+    check_error(client.get(CHAT), 405, None)
+    check_error(client.delete("/health"), 405, None)
+    check_error(client.get("/v1/models/other"), 404, "model")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/v1/aurora/status", "/v1/models/tiny"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": KEY},
+        {"X-API-Key": KEY},
+        {"Authorization": "Bearer ü".encode("latin-1")},
+    ],
+)
+def test_without_the_key_nothing_is_shown(server, path, header):
+    response = httpx.get(server.url + path, headers=header)
+    check_error(response, 401, None)
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_openapi_says_that_a_key_is_asked_for(server):
+    schema = httpx.get(f"{server.url}/openapi.json").json()
+    assert "security" in schema["paths"][CHAT]["post"]
+    assert "security" not in schema["paths"]["/health"]["get"]
+
+
+def test_without_the_key_nothing_is_generated(server):
+    check_error(httpx.post(server.url + CHAT, json=chat()), 401, None)
+
+
+def test_health_and_ready_ask_for_no_key(server):
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/ready").status_code == 200
+
+
+NEUTRAL = {
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": True,
+    "functions": None,
+    "modalities": ["text"],
+    "service_tier": "auto",
+    "audio": None,
+    "prediction": None,
+    "reasoning_effort": None,
+    "user": "u",
+    "metadata": {"a": "b"},
+    "store": False,
+    "min_tokens": 0,
+    "best_of": 1,
+    "logit_bias": {"5": 100},
+    "stop": None,
+    "seed": None,
+    "stream_options": None,
+    "top_logprobs": None,
+    "logprobs": False,
+}
+
+
+def test_fields_that_ask_for_nothing_are_accepted(client):
+    assert client.post(CHAT, json=chat(**NEUTRAL)).status_code == 200
+    answer = client.post(CHAT, json=chat()).json()["choices"][0]["message"]
+    sent_back = {**answer, "annotations": None, "audio": None, "function_call": None, "tool_calls": None}
+    assert client.post(CHAT, json=chat(messages=[*HELLO, sent_back, *HELLO])).status_code == 200
+    assert client.post(TEXT, json=text(suffix=None, best_of=1, use_beam_search=False)).status_code == 200
+
+
+def test_after_all_that_nothing_is_left(client):
+    queue = client.get("/v1/aurora/status").json()["queue"]
+    assert (queue["in_flight"], queue["calls"]) == (0, 0)
+    assert client.post(CHAT, json=chat()).status_code == 200

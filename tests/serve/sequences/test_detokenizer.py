@@ -1,0 +1,93 @@
+"""TextStream: whatever the pieces, the same whole characters, cut before the same stop string."""
+
+import random
+
+import pytest
+from support.fake_engine import tiny_tokenizer
+
+from aurora_lit.serve.sequences.detokenizer import TextStream, TokenSpeller
+
+TEXT = "hello world, ça va? 今日は 🌍🚀 naïve — the end ✓ e\u0301 👩‍👩‍👧 done"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def in_pieces(stream, ids, rng):
+    """Push the ids in random groups; the pieces of text that came out."""
+    pieces, at = [], 0
+    while at < len(ids):
+        size = rng.randint(1, 5)
+        pieces.append(stream.push(ids[at : at + size]))
+        at += size
+    return [*pieces, stream.finish()]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_text_is_the_same_however_it_is_split(tokenizer, seed):
+    pieces = in_pieces(TextStream(tokenizer), tokenizer.encode(TEXT), random.Random(seed))
+    assert "".join(pieces) == TEXT
+
+
+def test_a_character_is_held_back_until_it_is_whole(tokenizer):
+    stream = TextStream(tokenizer)
+    ids = tokenizer.encode("🌍")
+    assert [stream.push([token_id]) for token_id in ids] == ["", "", "", "🌍"]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_bytes_never_give_a_broken_character(tokenizer, seed):
+    rng = random.Random(seed)
+    ids = [rng.randrange(256) for _ in range(200)]
+    stream = TextStream(tokenizer)
+    text = "".join(in_pieces(stream, ids, rng))
+    raw = b"".join(TokenSpeller(tokenizer).spell(token_id) for token_id in ids)
+    assert "\ufffd" not in text
+    assert text == raw.decode(errors="ignore")
+    assert len(stream._window) <= 40, "the window must not grow with the text"
+
+
+def test_half_a_character_at_the_end_is_dropped(tokenizer):
+    stream = TextStream(tokenizer)
+    assert stream.push(tokenizer.encode("ab€")[:-1]) + stream.finish() == "ab"
+
+
+def test_special_tokens_do_not_show(tokenizer):
+    stream = TextStream(tokenizer)
+    ids = [*tokenizer.encode("a"), tokenizer.eos_token_id, *tokenizer.encode("b")]
+    assert stream.push(ids) == "ab"
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        (("🌍",), "hello world, ça va? 今日は "),
+        ((" the end",), "hello world, ça va? 今日は 🌍🚀 naïve —"),
+        (("ld, ça", "zzz"), "hello wor"),
+        (("h",), ""),
+        (("nowhere", "dones"), TEXT),
+        (("今日は 🌍🚀 n", "は"), "hello world, ça va? 今日"),  # the one completed first wins, though it begins later
+        (("日は", "今日は"), "hello world, ça va? "),  # completed together: the longer
+    ],
+)
+def test_output_is_cut_before_the_stop_string(tokenizer, seed, stop, expected):
+    stream = TextStream(tokenizer, stop=stop)
+    rng, ids = random.Random(seed), tokenizer.encode(TEXT)
+    shown = ""
+    for piece in in_pieces(stream, ids, rng):
+        shown += piece
+        assert expected.startswith(shown), "text was shown that had to be held back"
+    assert shown == expected
+    assert stream.stopped == (expected != TEXT)
+
+
+def test_tokens_are_spelled_as_their_bytes(tokenizer):
+    speller = TokenSpeller(tokenizer)
+    ids = tokenizer.encode(TEXT)
+    assert b"".join(speller.spell(token_id) for token_id in ids).decode() == TEXT
+    assert speller.show(tokenizer.encode("€")[0]) == "bytes:\\xe2"
+    assert speller.show(tokenizer.encode("hello world")[1]) == " world"
+    assert speller.show(tokenizer.eos_token_id) == "<|end|>"

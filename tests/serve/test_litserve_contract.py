@@ -1,0 +1,106 @@
+"""The names of LitServe that we use beyond its documentation: they exist and behave as FACTS saw them in 0.2.19."""
+
+import asyncio
+import inspect
+import queue
+from collections import deque
+
+import litserve
+import pytest
+from litserve.loops import LitLoop
+from litserve.server import response_queue_to_buffer
+from litserve.specs.base import LitSpec
+from litserve.transport.process_transport import MPQueueTransport
+from litserve.utils import LitAPIStatus, LoopResponseType, ResponseBufferItem
+
+
+class StreamingSpec(LitSpec):
+    """As little as a spec can be."""
+
+    def __init__(self):
+        super().__init__()
+        self.api_path = "/x"
+
+    @property
+    def stream(self):
+        return True
+
+    def decode_request(self, request, context_kwargs=None):
+        return request
+
+    def encode_response(self, output, context_kwargs=None):
+        return output
+
+
+class Api(litserve.LitAPI):
+    def setup(self, device):
+        pass
+
+
+@pytest.fixture
+def server():
+    return litserve.LitServer(Api(spec=StreamingSpec()), accelerator="cpu", workers_per_device=1, timeout=False)
+
+
+def test_the_pinned_version_is_installed():
+    assert litserve.__version__ == "0.2.19"
+
+
+def test_a_spec_has_the_places_we_fill_and_read():
+    spec = StreamingSpec()
+    for name in ("response_buffer", "request_queue", "response_queue_id"):
+        assert getattr(spec, name) is None
+    assert list(inspect.signature(spec.add_endpoint).parameters) == ["path", "endpoint", "methods"]
+    assert inspect.signature(litserve.LitAPI.decode_request).parameters["request"]
+
+
+def test_the_loop_runs_synchronously_with_these_arguments():
+    assert not asyncio.iscoroutinefunction(LitLoop.run)
+    assert list(inspect.signature(LitLoop.run).parameters) == [
+        "self",
+        "lit_api",
+        "device",
+        "worker_id",
+        "request_queue",
+        "transport",
+        "workers_setup_status",
+        "callback_runner",
+    ]
+    assert LitLoop().get_request(queue.Queue(), block=False) is None
+
+
+def test_a_streamed_message_lands_in_the_response_buffer(server):
+    """put_response -> transport -> (content, status) in the item's deque, and its event is set."""
+
+    async def deliver():
+        channel = queue.Queue()
+        transport = MPQueueTransport(None, [channel])
+        LitLoop().put_response(transport, 0, "uid", ("content",), LitAPIStatus.OK, LoopResponseType.STREAMING)
+        item = ResponseBufferItem(event=asyncio.Event(), response_queue=deque())
+        moving = asyncio.create_task(response_queue_to_buffer(transport, {"uid": item}, 0, server.litapi_connector))
+        await asyncio.wait_for(item.event.wait(), timeout=5)
+        transport.close(send_sentinel=True)
+        moving.cancel()
+        await asyncio.gather(moving, return_exceptions=True)
+        return item.response_queue
+
+    assert [list(entry) for entry in asyncio.run(deliver())] == [[("content",), "OK"]]
+
+
+def test_the_server_has_the_handles_we_turn(server):
+    assert server.uvicorn_graceful_timeout == 30
+    assert server._monitor_workers is True
+    assert server.response_buffer == {}
+    assert {"/", "/health", "/info"} <= {getattr(route, "path", None) for route in server.app.router.routes}
+    assert callable(server.app.router.lifespan_context)
+    parameters = inspect.signature(server.run).parameters
+    assert {"host", "port", "num_api_servers", "log_level", "generate_client_file"} <= parameters.keys()
+
+
+def test_an_api_s_authorize_guards_the_spec_s_routes():
+    def refuse():
+        raise NotImplementedError
+
+    api = Api(spec=StreamingSpec())
+    api.authorize = refuse
+    assert litserve.LitServer(api, accelerator="cpu", timeout=False).setup_auth(api) is refuse

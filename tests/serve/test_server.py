@@ -1,0 +1,288 @@
+"""A real server with FakeEngine: what the openai client gets, streamed and whole."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import psutil
+import pytest
+from support.fake_engine import tiny_tokenizer
+from support.fake_server import MODEL, FakeServer
+
+TOKENIZER = tiny_tokenizer()
+TEXT = "hello 今日は 🌍, ça va? "
+
+
+@pytest.fixture(scope="module")
+def server():
+    with FakeServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20) as session:
+        yield session
+
+
+def hello(content="hello world"):
+    return [{"role": "user", "content": content}]
+
+
+def complete(client, prompt, **options):
+    return client.completions.create(model=MODEL, prompt=prompt, **options)
+
+
+def raw_events(server, path, body):
+    with httpx.stream("POST", server.url + path, json={"model": MODEL, "stream": True, **body}, timeout=20) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return "".join(response.iter_text())
+
+
+def test_the_ready_line_names_the_url(server):
+    assert server.ready_line == f"aurora-lit serves tiny on {server.url}/v1\n"
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).object == "model"
+
+
+def test_chat_whole(client):
+    answer = client.chat.completions.create(model=MODEL, messages=hello(), max_tokens=4)
+    choice = answer.choices[0]
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "hello world", "length")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (4, 4, 8)
+    assert answer.object == "chat.completion"
+    assert answer.id.startswith("chatcmpl-")
+
+
+def test_chat_streamed(client):
+    stream = client.chat.completions.create(
+        model=MODEL, messages=hello(TEXT), max_tokens=60, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert len({(chunk.id, chunk.created, chunk.object) for chunk in chunks}) == 1
+    assert (chunks[0].choices[0].delta.role, chunks[0].choices[0].delta.content) == ("assistant", "")
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 60
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    assert "\ufffd" not in text
+    assert (TEXT * 3).startswith(text)
+    assert len(text) > len(TEXT)
+
+
+def test_streamed_and_whole_are_the_same_text(client):
+    options = {"max_tokens": 50, "stop": ["🌍, ça va? hello"]}
+    whole = complete(client, TEXT, **options).choices[0]
+    parts = list(complete(client, TEXT, stream=True, **options))
+    assert "".join(part.choices[0].text for part in parts) == whole.text == "hello 今日は "
+    assert parts[-1].choices[0].finish_reason == whole.finish_reason == "stop"
+
+
+def test_finish_reason_stop_at_the_end_of_text(client):
+    answer = complete(client, "abc<|end|>", max_tokens=50)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("abc", "stop")
+    assert answer.usage.completion_tokens == 4
+    assert complete(client, "abc<|end|>", max_tokens=9, extra_body={"ignore_eos": True}).usage.completion_tokens == 9
+
+
+def test_the_frame_of_a_stream(server):
+    text = raw_events(server, "/v1/completions", {"prompt": "héllo", "max_tokens": 7})
+    events = text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(event.startswith("data: {") and "\n" not in event for event in events[:-2])
+    assert all("usage" not in json.loads(event[6:]) for event in events[:-2])
+
+
+def test_usage_in_every_chunk_when_asked(server):
+    body = {
+        "messages": hello(),
+        "max_tokens": 7,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    events = [json.loads(event[6:]) for event in raw_events(server, "/v1/chat/completions", body).split("\n\n")[:-2]]
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert counts[-1] == 7
+
+
+def test_n_choices_have_one_id_and_their_own_index(client):
+    answer = client.chat.completions.create(model=MODEL, messages=hello("xyz"), max_tokens=4, n=3, seed=7)
+    assert [(choice.index, choice.message.content) for choice in answer.choices] == [(i, "xyz") for i in range(3)]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 12)
+    stream = client.chat.completions.create(model=MODEL, messages=hello("xyz"), max_tokens=5, n=2, stream=True)
+    texts, roles, reasons = ["", ""], [0, 0], [None, None]
+    for chunk in stream:
+        choice = chunk.choices[0]
+        texts[choice.index] += choice.delta.content or ""
+        roles[choice.index] += choice.delta.role is not None
+        reasons[choice.index] = choice.finish_reason
+    assert (roles, reasons) == ([1, 1], ["length", "length"])
+    assert texts[0] == texts[1]
+
+
+def test_several_prompts_and_choices(client):
+    answer = complete(client, ["ab", "cd"], max_tokens=2, n=2)
+    assert [choice.text for choice in answer.choices] == ["ab", "ab", "cd", "cd"]
+    assert answer.usage.prompt_tokens == 4
+
+
+def test_token_id_prompts(client):
+    ids = TOKENIZER.encode("hello world")
+    assert complete(client, ids, max_tokens=2).choices[0].text == "hello world"
+    assert [choice.text for choice in complete(client, [ids, ids[:1]], max_tokens=1).choices] == ["hello", "hello"]
+
+
+def test_echo_with_logprobs_as_an_evaluation_harness_asks(client):
+    ids = TOKENIZER.encode("hello world €")
+    for max_tokens, num_new in ((0, 0), (1, 1)):
+        answer = complete(client, [ids], max_tokens=max_tokens, echo=True, logprobs=1, temperature=0)
+        choice = answer.choices[0]
+        assert choice.text == "hello world €" + "hello" * num_new
+        assert choice.finish_reason == "length"
+        assert answer.usage.completion_tokens == num_new
+        assert len(choice.logprobs.tokens) == len(ids) + num_new
+        assert choice.logprobs.token_logprobs == [None, *[-0.5] * (len(ids) - 1 + num_new)]
+        assert choice.logprobs.top_logprobs[0] is None
+        assert all(max(top.values()) == -0.5 for top in choice.logprobs.top_logprobs[1:])
+        assert choice.logprobs.tokens[:2] == ["hello", " world"]
+        assert choice.logprobs.tokens[3] == "bytes:\\xe2"
+        assert choice.logprobs.text_offset[:3] == [0, 5, 11]
+
+
+def test_echo_streamed(client):
+    parts = list(complete(client, "abc", max_tokens=4, echo=True, stream=True, logprobs=0))
+    assert "".join(part.choices[0].text for part in parts) == "abcabca"
+    assert [entry for part in parts for entry in part.choices[0].logprobs.text_offset] == list(range(7))
+
+
+def test_chat_logprobs(client):
+    answer = client.chat.completions.create(
+        model=MODEL, messages=hello("€"), max_tokens=4, logprobs=True, top_logprobs=2
+    )
+    content = answer.choices[0].logprobs.content
+    assert [entry.token for entry in content] == ["<|user|>", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"]
+    assert bytes(byte for entry in content[1:] for byte in entry.bytes).decode() == "€"
+    assert all(entry.logprob == -0.5 and len(entry.top_logprobs) == 2 for entry in content)
+
+
+def test_speculation_is_reported(server, client):
+    before = server.status()["speculation"]
+    answer = complete(client, "abc", max_tokens=7)
+    report = answer.model_extra["metrics"]["speculative_decoding"]
+    assert report == {
+        "num_spec_steps": 3,
+        "num_draft_tokens": 6,
+        "num_accepted_draft_tokens": 4,
+        "acceptance_histogram": [1, 0, 2],
+        "draft_acceptance_rate": pytest.approx(4 / 6),
+        "mean_acceptance_length": pytest.approx(1 + 4 / 3),
+        "num_spec_tokens": 2,
+        "draft_versions": ["fake-000001"],
+    }
+    server.wait_until(lambda now: now["speculation"]["proposed"] == before["proposed"] + 6, 2)
+    plain = complete(client, "abc", max_tokens=7, extra_body={"speculate": False})
+    assert plain.model_extra["metrics"]["speculative_decoding"]["num_spec_steps"] == 0
+
+
+@pytest.mark.parametrize("model", [{}, {"model": None}])
+def test_whoever_names_no_model_gets_the_served_one(server, model):
+    chat = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": hello(), "max_tokens": 4, **model}).json()
+    text = httpx.post(f"{server.url}/v1/completions", json={"prompt": "abc", "max_tokens": 4, **model}).json()
+    assert (chat["model"], text["model"]) == (MODEL, MODEL)
+    assert text["choices"][0]["text"]
+
+
+def test_metrics_count_what_was_done(server, client):
+    complete(client, "abc", max_tokens=7)
+    server.wait_until(lambda now: now["queue"]["running"] == 0, 2)
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    label = '{engine="0",model_name="tiny"}'
+    status = server.status()
+    assert values[f"vllm:generation_tokens_total{label}"] == status["tokens"]["generated"] > 0
+    assert values[f"vllm:spec_decode_num_accepted_tokens_total{label}"] == status["speculation"]["accepted"] > 0
+    for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency"):
+        assert values[f"vllm:{name}_seconds_count{label}"] > 0
+    assert values['vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny"}'] > 0
+
+
+def test_an_error_before_the_first_token_has_a_status_even_in_a_stream(server):
+    body = {"model": MODEL, "prompt": "<|error|>", "stream": True}
+    response = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert response.status_code == 500
+    assert "as asked" in response.json()["error"]["message"]
+
+
+def test_openapi_describes_requests_and_errors(server):
+    schema = httpx.get(f"{server.url}/openapi.json").json()
+    assert set(schema["paths"]) == {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{name}",
+        "/v1/aurora/status",
+        "/metrics",
+        "/health",
+        "/ready",
+    }
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        operation = schema["paths"][path]["post"]
+        assert set(operation["responses"]) == {"200", "default"}
+        reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        body = schema["components"]["schemas"][reference.rpartition("/")[2]]
+        assert body["additionalProperties"] is False
+        assert "temperature" in body["properties"]
+        assert set(operation["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert set(schema["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
+    text = json.dumps(schema)
+    assert "HTTPValidationError" not in text
+    assert "security" not in text, "no key is set, so none is asked for"
+
+
+def one_of_many(server, number):
+    """A mix: whole, streamed, left early, bad, several choices."""
+    chat, text = f"{server.url}/v1/chat/completions", f"{server.url}/v1/completions"
+    with httpx.Client(timeout=20) as session:
+        match number % 5:
+            case 0:
+                body = {"model": MODEL, "messages": hello(TEXT), "max_tokens": 20}
+                return session.post(chat, json=body).status_code == 200
+            case 1:
+                body = {"model": MODEL, "prompt": TEXT, "max_tokens": 20, "stream": True, "logprobs": 2}
+                return "[DONE]" in session.post(text, json=body).text
+            case 2:
+                body = {"model": MODEL, "prompt": "abc", "max_tokens": 400, "stream": True}
+                with session.stream("POST", text, json=body) as response:
+                    return next(response.iter_lines()).startswith("data: ")  # and then it leaves
+            case 3:
+                return session.post(chat, json={"model": MODEL, "messages": [], "n": number}).status_code == 400
+            case _:
+                return session.post(text, json={"model": MODEL, "prompt": ["a", "b"], "n": 2}).status_code == 200
+
+
+def rss_bytes(server):
+    return {process.pid: process.memory_info().rss for process in map(psutil.Process, server.family)}
+
+
+def test_memory_is_flat_over_500_mixed_requests(server):
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        assert all(pool.map(lambda number: one_of_many(server, number), range(200)))  # caches fill, allocators settle
+        before = rss_bytes(server)
+        assert all(pool.map(lambda number: one_of_many(server, number), range(500)))
+    server.wait_until(lambda now: not any(now["queue"][key] for key in ("running", "waiting", "in_flight", "calls")), 5)
+    growth = {pid: (now - before[pid]) / 2**20 for pid, now in rss_bytes(server).items()}
+    assert max(growth.values()) < 16, f"MiB by process: {growth}"
+
+
+def test_idle_it_does_not_spin(server):
+    server.wait_until(lambda now: now["queue"]["in_flight"] == 0, 5)
+    processes = [psutil.Process(pid) for pid in server.family]
+    before = sum(sum(process.cpu_times()[:2]) for process in processes)
+    threading.Event().wait(2)
+    assert sum(sum(process.cpu_times()[:2]) for process in processes) - before < 0.3

@@ -1,0 +1,243 @@
+"""A real server in trouble: full, left by its clients, without its worker, ended, without a port."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+from support.fake_server import MODEL, FakeServer
+
+from aurora_lit.errors import ConfigError
+from aurora_lit.serve.server import WORKER_GRACE_S, check_address
+
+
+def body(prompt="abc", **options):
+    return {"model": MODEL, "prompt": prompt, "max_tokens": 400, **options}
+
+
+class Stream:
+    """A streamed completion read in a thread."""
+
+    def __init__(self, server, **options):
+        self.text, self.first_line = "", threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(server, options), daemon=True)
+        self._thread.start()
+
+    def _read(self, server, options):
+        url = f"{server.url}/v1/completions"
+        with httpx.stream("POST", url, json=body(stream=True, **options), timeout=30) as response:
+            self.status_code = response.status_code
+            for line in response.iter_lines():
+                self.text += line + "\n"
+                self.first_line.set()
+
+    def begun(self):
+        assert self.first_line.wait(10)
+        return self
+
+    def whole(self, timeout_s=15):
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive(), "the client hangs"
+        return self.text
+
+
+@pytest.fixture(scope="module")
+def slow_server():
+    """400 tokens take about 4 s; two slots, three choices at most."""
+    options = {"round_s": 0.03, "max_batch_size": 2}
+    with FakeServer(server={"max_queue": 3}, options=options) as running:
+        yield running
+
+
+def in_flight(count):
+    return lambda now: now["queue"]["in_flight"] == count
+
+
+def idle(now):
+    return now["queue"]["running"] == now["queue"]["waiting"] == now["queue"]["in_flight"] == now["queue"]["calls"] == 0
+
+
+def test_a_full_queue_answers_429(slow_server):
+    with httpx.Client(base_url=slow_server.url, timeout=20) as client:
+        streams = [Stream(slow_server, max_tokens=60) for _ in range(3)]
+        slow_server.wait_until(in_flight(3), 5)
+        refused = client.post("/v1/completions", json=body())
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert all("[DONE]" in stream.whole() for stream in streams), "those inside are served"
+        assert client.post("/v1/completions", json=body(max_tokens=3)).status_code == 200
+    slow_server.wait_until(idle, 5)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot_within_a_second(slow_server, stream):
+    connection = socket.create_connection(("127.0.0.1", slow_server.port))
+    content = json.dumps(body(stream=stream, n=2)).encode()
+    connection.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
+    )
+    slow_server.wait_until(lambda now: now["queue"]["running"] == 2, 5)
+    connection.close()
+    took_s = slow_server.wait_until(idle, 3)
+    assert took_s < 1
+
+
+def test_a_client_that_leaves_while_waiting_gives_up_its_place(slow_server):
+    streams = [Stream(slow_server, max_tokens=100).begun() for _ in range(2)]
+    connection = socket.create_connection(("127.0.0.1", slow_server.port))
+    content = json.dumps(body()).encode()
+    connection.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
+    )
+    slow_server.wait_until(lambda now: now["queue"]["waiting"] == 1, 5)
+    connection.close()
+    assert slow_server.wait_until(lambda now: now["queue"]["waiting"] == 0, 3) < 1
+    assert all("[DONE]" in stream.whole() for stream in streams)
+
+
+def error_of(text):
+    """The error event that ends a stream: a whole event, so a client sees it."""
+    events = text.strip().split("\n\n")
+    return json.loads(events[-1].removeprefix("data: "))["error"]
+
+
+def test_a_killed_worker_turns_health_red_and_clients_get_an_error():
+    # Longer than by default, so that all of it is asked in time on a busy machine too.
+    with FakeServer(options={"round_s": 0.03, "worker_grace_s": 4.0}) as server:
+        stream = Stream(server).begun()
+        whole = {}
+        plain = threading.Thread(
+            target=lambda: whole.update(response=httpx.post(f"{server.url}/v1/completions", json=body(), timeout=20))
+        )
+        plain.start()
+        server.wait_until(in_flight(2), 5)
+        os.kill(server.status()["worker"]["pid"], signal.SIGKILL)
+        killed = time.monotonic()
+        assert error_of(stream.whole())["code"] == "engine_dead"
+        plain.join(5)
+        assert time.monotonic() - killed < 2
+        assert whole["response"].status_code == 503
+        for path in ("/health", "/ready"):
+            assert httpx.get(server.url + path).status_code == 503
+        refused = httpx.post(f"{server.url}/v1/completions", json=body())
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+        code, stderr = server.end()
+        assert code != 0
+        assert "the engine worker" in stderr
+
+
+def test_an_engine_that_fails_ends_every_call_with_an_error():
+    with FakeServer(options={"round_s": 0.03}) as server:
+        stream = Stream(server).begun()
+        crashing = httpx.post(f"{server.url}/v1/completions", json=body("<|crash|>"), timeout=20)
+        assert (crashing.status_code, crashing.json()["error"]["code"]) == (500, "engine_dead")
+        assert error_of(stream.whole())["code"] == "engine_dead"
+        health = httpx.get(f"{server.url}/health")
+        assert health.status_code == 503
+        assert "the fake engine crashed" in health.json()["status"]
+        assert "the fake engine crashed" in server.end()[1]
+        assert server.process.returncode == 2
+
+
+def test_sigterm_lets_running_requests_finish():
+    with FakeServer(options={"round_s": 0.03}) as server:
+        mapped = {mapping.path for mapping in psutil.Process(server.process.pid).memory_maps()}
+        (folder,) = {os.path.dirname(path) for path in mapped if "aurora-lit-run-" in path}
+        stream = Stream(server, max_tokens=90).begun()
+        code, _ = server.end(signal.SIGTERM)
+        assert code == 0
+        assert stream.whole().endswith("data: [DONE]\n\n")
+        assert server.left_behind() == []
+        assert not os.path.exists(folder)
+
+
+def test_sigterm_ends_what_takes_longer_than_drain_s():
+    with FakeServer(server={"drain_s": 0.5}, options={"round_s": 0.05}) as server:
+        stream = Stream(server).begun()
+        began = time.monotonic()
+        code, _ = server.end(signal.SIGTERM)
+        assert code == 0
+        assert time.monotonic() - began < 5
+        assert error_of(stream.whole())["code"] == "shutting_down"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_still_drains(number):
+    """As Ctrl-C in a terminal and a service manager send it."""
+    with FakeServer(options={"round_s": 0.03}) as server:
+        stream = Stream(server, max_tokens=60).begun()
+        for pid in server.family[1:]:
+            os.kill(pid, number)
+        assert server.end(number)[0] == 0
+        assert "[DONE]" in stream.whole()
+
+
+def test_kill_9_of_the_main_process_leaves_nothing():
+    with FakeServer() as server:
+        os.kill(server.process.pid, signal.SIGKILL)
+        assert server.left_behind() == []
+
+
+def test_a_killed_http_process_ends_the_server_instead_of_letting_clients_hang():
+    with FakeServer() as server:
+        with httpx.Client(base_url=server.url) as client:
+            client.get("/health")
+            (http,) = {
+                pid
+                for pid in server.family
+                for each in psutil.Process(pid).net_connections("tcp")
+                if each.status == psutil.CONN_ESTABLISHED and each.laddr.port == server.port
+            }
+            os.kill(http, signal.SIGKILL)
+            server.process.wait(10)
+        assert server.process.returncode == 2
+        assert server.left_behind() == []
+
+
+def test_an_engine_that_cannot_be_built_is_one_clear_error():
+    server = FakeServer(options={"build_error": "no such weights"})
+    _, stderr = server.process.communicate(timeout=30)
+    assert server.process.returncode == 2
+    assert stderr.splitlines()[-1] == "AuroraError: the engine could not be built: RuntimeError: no such weights"
+
+
+def test_a_used_port_is_named():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(ConfigError, match=rf"server\.port={other.getsockname()[1]} on 127\.0\.0\.1"):
+            check_address("127.0.0.1", other.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_a_server_without_worker_ends_by_itself():
+    with FakeServer() as server:
+        os.kill(server.status()["worker"]["pid"], signal.SIGKILL)
+        server.process.wait(WORKER_GRACE_S + 10)
+        assert server.process.returncode == 2
+
+
+@pytest.mark.slow
+def test_sigterm_while_the_model_loads():
+    server = FakeServer(options={"build_s": 30})
+    time.sleep(4)
+    code, _ = server.end(signal.SIGTERM)
+    assert code == 0
+
+
+def test_a_round_that_hangs_stops_the_heartbeat_until_it_ends():
+    with FakeServer(options={"round_s": 3.0, "turn_may_last_s": 0.5}) as server:
+        time.sleep(1)
+        assert server.status()["worker"]["heartbeat_age_s"] < 0.9, "an idle worker lives, however long it waits"
+        stream = Stream(server, max_tokens=1)
+        server.wait_until(lambda now: now["worker"]["heartbeat_age_s"] > 1.5, 10)
+        assert '"finish_reason":"length"' in stream.whole()
+        assert server.wait_until(lambda now: now["worker"]["heartbeat_age_s"] < 0.9, 10) < 5

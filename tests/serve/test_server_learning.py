@@ -1,0 +1,234 @@
+"""A real server beside a learner that lives, stalls, dies or never comes, and drafts published under it."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from click.testing import CliRunner
+from support.fake_server import MODEL, FakeServer
+
+from aurora_lit.cli import status as live_status
+from aurora_lit.cli.main import main
+from aurora_lit.config import load_config
+from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.errors import AuroraError, ConfigError
+from aurora_lit.ipc.engine_status import StatusBlock
+from aurora_lit.ipc.learner_status import LearnerBlock
+from aurora_lit.ipc.run_folder import live_folders
+from aurora_lit.learn.online.process import _open_pages
+from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+from aurora_lit.serve import learner_child
+from aurora_lit.serve.server import check_learning, settings_for_learner
+
+
+def answer(server, **options):
+    body = {"model": MODEL, "prompt": "abc", "max_tokens": 12, **options}
+    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=20, headers=KEY)
+    assert response.status_code == 200
+    return response.json()
+
+
+def versions_of(server):
+    return answer(server)["metrics"]["speculative_decoding"]["draft_versions"]
+
+
+def learner_is(state):
+    return lambda now: now["learner"]["state"] == state
+
+
+def publish(folder):
+    shape = {
+        "hidden_size": 8,
+        "target_hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": 11,
+        "draft_vocab_size": 7,
+    }
+    store = DraftStore(folder / "live", keep=5)
+    store.publish(Draft(DraftConfig(**shape, aux_layer_ids=(1, 2, 3))), record={})
+    return store
+
+
+def test_without_learning_no_learner_is_started_and_opting_out_is_counted():
+    with FakeServer() as server:
+        now = server.status()
+        assert now["learner"]["state"] == "absent"
+        answer(server, store=False)
+        answer(server)
+        server.wait_until(lambda now: now["traces"]["opted_out"] == 1, 5)
+
+
+def test_a_killed_learner_comes_back_nobody_notices_and_another_shell_sees_it():
+    with FakeServer(server={"api_key": "secret"}, learner="lives", options={"round_s": 0.002}) as server:
+        report = until(lambda: ask(server), learner_is("running"))
+        os.kill(report["learner"]["pid"], signal.SIGKILL)
+        for _ in range(20):
+            assert answer(server)["choices"][0]["text"] == "abc" * 4
+        after = until(lambda: ask(server), lambda now: now["learner"]["restarts"] == 1)
+        after = until(lambda: ask(server), learner_is("running"))
+        assert after["learner"]["pid"] != report["learner"]["pid"]
+        assert after["worker"]["pid"] == report["worker"]["pid"]
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        metrics = httpx.get(f"{server.url}/metrics", headers=KEY).text
+        assert 'aurora_learner_restarts_total{engine="0",model_name="tiny"} 1.0' in metrics
+
+        folder = next(each for each in live_folders() if live_status.read(each)["worker"]["pid"] in server.family)
+        written = load_config(folder / "config.yaml", [])
+        assert written.server.api_key is None
+        assert written.draft.checkpoint.startswith("/")
+        assert live_status.read(folder)["learner"]["pid"] == after["learner"]["pid"]
+        with pytest.raises(AuroraError, match="401 .*; give the key with server.api_key=KEY"):
+            live_status.ask(server.url, None)
+        shown = CliRunner().invoke(main, ["status", "--run-folder", str(folder)]).stdout
+        assert "fake-000001" in shown
+        assert "running: pretending" in shown
+
+        server.family.append(after["learner"]["pid"])
+        assert server.end()[0] == 0
+        assert server.left_behind() == [], "the learner ends with its server"
+    assert folder not in live_folders()
+
+
+def test_a_stalled_learner_is_told_and_ends_with_a_server_that_is_killed():
+    with FakeServer(learner="stalls") as server:
+        server.wait_until(learner_is("stalled"), 20)
+        assert answer(server)["choices"][0]["text"] == "abc" * 4
+        server.family.append(server.status()["learner"]["pid"])
+        os.kill(server.process.pid, signal.SIGKILL)
+        assert server.left_behind() == []
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "state", "cause"), [("dies", "dead", "exit code 3"), ("absent", "absent", "exit code 1")]
+)
+def test_a_learner_that_cannot_go_on_is_told_and_serving_goes_on(behaviour, state, cause):
+    with FakeServer(learner=behaviour) as server:
+        server.wait_until(lambda now: now["learner"]["restarts"] >= 1 and now["learner"]["error"] == cause, 20)
+        server.wait_until(learner_is(state), 10)
+        assert answer(server)["choices"][0]["text"] == "abc" * 4
+        assert httpx.get(f"{server.url}/ready").status_code == 200
+
+
+def test_published_drafts_are_served_told_and_rolled_back_by_the_command_line(tmp_path):
+    store = publish(tmp_path)
+    with FakeServer(checkpoints=tmp_path) as server:
+        assert server.status()["draft"] == {
+            "version": "draft-000001",
+            "swaps": 0,
+            "refusals": 0,
+            "refused": None,
+            "rollbacks": 0,
+            "rolled_back": None,
+        }
+        assert versions_of(server) == ["draft-000001"]
+        publish(tmp_path)
+        server.wait_until(lambda now: now["draft"]["version"] == "draft-000002", 10)
+        assert versions_of(server) == ["draft-000002"]
+        bad = store.folder / "draft-000003"
+        bad.mkdir()
+        (bad / "config.json").write_text("{}")
+        store.promote(bad.name)
+        server.wait_until(lambda now: now["draft"]["refused"] is not None, 10)
+        now = server.status()["draft"]
+        assert now["refused"]["version"] == bad.name
+        assert "architectures is None" in now["refused"]["reason"]
+        assert (now["version"], now["swaps"], now["refusals"]) == ("draft-000002", 1, 1)
+        assert CliRunner().invoke(main, ["drafts", "rollback", "0", f"checkpoint.dir={tmp_path}"]).exit_code == 0
+        server.wait_until(lambda now: now["draft"]["version"] == "fake-000001", 10)
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert 'aurora_draft_version{engine="0",model_name="tiny"} 0.0' in metrics
+        assert 'aurora_draft_swaps_total{engine="0",model_name="tiny"} 2.0' in metrics
+
+
+KEY = {"Authorization": "Bearer secret"}
+
+
+def ask(server):
+    return live_status.ask(server.url, "secret")
+
+
+def until(reading, condition, timeout_s=20):
+    began = time.monotonic()
+    while not condition(value := reading()):
+        assert time.monotonic() - began < timeout_s, value
+        time.sleep(0.02)
+    return value
+
+
+@pytest.mark.parametrize(("code", "lives"), [(0, 1), (7, 3)])
+def test_one_that_leaves_in_order_is_let_go_and_one_that_fails_is_started_again_so_often(
+    code, lives, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
+    page = LearnerBlock.create(tmp_path / "page")
+    log = tmp_path / "log"
+    child = learner_child.LearnerChild(["sh", "-c", f"echo x >> {log}; exit {code}"], page)
+    child.start()
+    child._thread.join(20)
+    assert log.read_text() == "x\n" * lives
+    assert page.read().restarts == lives - 1
+    assert page.read().error == (f"exit code {code}" if code else "")
+    child.end()
+
+
+def test_a_learner_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(learner_child, "_GRACE_S", 0.2)
+    pid = tmp_path / "pid"
+    page = LearnerBlock.create(tmp_path / "page")
+    looping = f"trap '' TERM; echo $$ > {pid}; for i in $(seq 600); do sleep 0.1; done"
+    child = learner_child.LearnerChild(["sh", "-c", looping], page)
+    child.start()
+    until(lambda: pid.exists() and pid.read_text(), bool)
+    child.end()
+    assert not psutil.pid_exists(int(pid.read_text()))
+
+
+def test_a_learner_whose_program_is_missing_is_no_reason_not_to_serve(tmp_path, monkeypatch):
+    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", ())
+    child = learner_child.LearnerChild(["/no/such/program"], LearnerBlock.create(tmp_path / "page"))
+    child.start()
+    child._thread.join(20)
+    assert not child._thread.is_alive()
+    child.end()
+
+
+def test_a_learner_needs_a_draft_that_is_used():
+    for overrides, remedy in [
+        (["draft.checkpoint=null"], "learn.from_scratch=true"),
+        (["engine.speculate=false"], "engine.speculate=true"),
+        (["engine.max_draft_tokens=0"], "engine.max_draft_tokens=4"),
+    ]:
+        check_learning(load_config(None, [*overrides, "learn.enabled=false"]))
+        with pytest.raises(ConfigError, match=remedy):
+            check_learning(load_config(None, [*overrides, "learn.enabled=true"]))
+    check_learning(load_config(None, ["draft.checkpoint=null", "learn.from_scratch=true", "learn.enabled=true"]))
+
+
+def test_settings_for_a_learner_hold_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    config = load_config(None, ["target.source=model", "server.api_key=secret", "target.cache_dir=cache"])
+    for_learner = settings_for_learner(config)
+    assert for_learner.target.source == str(tmp_path / "model")
+    assert for_learner.target.cache_dir == str(tmp_path / "cache")
+    assert for_learner.checkpoint.dir == str(tmp_path / "checkpoints")
+    assert for_learner.learn.logs == str(tmp_path / "logs")
+    assert Path(for_learner.draft.checkpoint).is_absolute()
+    assert for_learner.server.api_key is None
+
+
+def test_a_second_learner_is_refused_before_it_writes_anything(tmp_path):
+    StatusBlock.create(tmp_path / "status")
+    page = LearnerBlock.create(tmp_path / "learner.status")
+    assert _open_pages(tmp_path)
+    page.write(pid=os.getpid())
+    page.beat()
+    with pytest.raises(AuroraError, match=f"attached to this server already .pid {os.getpid()}."):
+        _open_pages(tmp_path)

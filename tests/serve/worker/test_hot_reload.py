@@ -1,0 +1,266 @@
+"""Loading beside serving: what CURRENT names becomes ready, what cannot be served is refused, a rollback goes back."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.errors import CheckpointError
+from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+from aurora_lit.serve.worker.hot_reload import HotReloader, ReadyDraft
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 8,
+    "target_hidden_size": 8,
+    "intermediate_size": 8,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 11,
+    "draft_vocab_size": 7,
+    "aux_layer_ids": (1, 2, 3),
+}
+
+
+class Loader:
+    """Gives a folder's name for its draft; refuses those in `bad`, and waits while `held`."""
+
+    def __init__(self) -> None:
+        self.bad: set[str] = set()
+        self.loaded: list[str] = []
+        self.held = threading.Event()
+        self.held.set()
+
+    def __call__(self, folder: Path | None) -> str:
+        assert self.held.wait(10)
+        name = "start" if folder is None else folder.name
+        self.loaded.append(name)
+        if name in self.bad:
+            raise CheckpointError(f"{name} is no good")
+        return f"draft of {name}"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DraftStore:
+    return DraftStore(tmp_path / "live", keep=9)
+
+
+@pytest.fixture
+def loader() -> Loader:
+    return Loader()
+
+
+@pytest.fixture
+def reloader(store: DraftStore, loader: Loader) -> Iterator[HotReloader]:
+    reloader = HotReloader(store, loader)
+    yield reloader
+    reloader.close()
+
+
+def publish(store: DraftStore, count: int = 1) -> None:
+    for _ in range(count):
+        store.publish(Draft(DraftConfig(**SHAPE)), record={})
+
+
+def soon(reading: Callable[[], Any], timeout_s: float = 10) -> Any:
+    """The first reading that is not None or False."""
+    until = time.monotonic() + timeout_s
+    while not (value := reading()):
+        assert time.monotonic() < until, "nothing came"
+        time.sleep(0.005)
+    return value
+
+
+def test_a_published_version_becomes_ready_once_and_the_loop_is_woken(store, loader, reloader):
+    assert reloader.first() is None
+    woken = threading.Event()
+    reloader.start(on_change=woken.set)
+    assert reloader.poll() is None
+    publish(store)
+    assert woken.wait(10)
+    ready = reloader.poll()
+    assert ready == ReadyDraft(draft="draft of draft-000001", version="draft-000001", trusted=False)
+    time.sleep(0.3)
+    assert reloader.poll() is None
+    assert loader.loaded == ["draft-000001"], "it looks, but it loads only what is new"
+
+
+def test_serving_begins_with_the_current_version(store, loader, reloader):
+    publish(store, 2)
+    ready = reloader.first()
+    assert (ready.version, loader.loaded) == ("draft-000002", ["draft-000002"])
+    reloader.start(on_change=lambda: None)
+    time.sleep(0.3)
+    assert reloader.poll() is None
+
+
+def test_serving_begins_with_the_newest_that_can_be_served(store, loader, reloader):
+    publish(store, 4)
+    store.roll_back(bad="draft-000002", reason="slow")
+    loader.bad = {"draft-000004", "draft-000003"}
+    assert reloader.first().version == "draft-000001"
+    assert (reloader.num_refused, reloader.refused.version) == (2, "draft-000003")
+    loader.bad.add("draft-000001")
+    assert HotReloader(store, loader).first() is None
+    assert store.current() == "draft-000004", "to refuse is to say no more than that it does not fit this server"
+
+
+def test_while_one_loads_only_the_last_of_many_follows(store, loader, reloader):
+    loader.held.clear()
+    reloader.start(on_change=lambda: None)
+    publish(store)
+    time.sleep(0.3)
+    publish(store, 4)
+    assert reloader.poll() is None, "serving does not wait for a load"
+    loader.held.set()
+    soon(lambda: loader.loaded[-1:] == ["draft-000005"])
+    soon(lambda: len(loader.loaded) == 2)
+    time.sleep(0.05)
+    assert soon(reloader.poll).version == "draft-000005", "one that was never asked for is passed over"
+
+
+def test_a_refused_version_leaves_what_serves_and_is_told_with_its_reason(store, loader, reloader):
+    publish(store)
+    reloader.first()
+    loader.bad = {"draft-000002"}
+    woken = threading.Event()
+    reloader.start(on_change=woken.set)
+    publish(store)
+    assert woken.wait(10)
+    assert reloader.poll() is None
+    assert (reloader.refused.version, reloader.refused.reason) == ("draft-000002", "draft-000002 is no good")
+    assert store.history()[-1]["event"] == "refused"
+    publish(store)
+    assert soon(reloader.poll).version == "draft-000003", "and the next one is taken"
+    assert loader.loaded.count("draft-000002") == 1
+
+
+def test_any_exception_while_loading_is_a_refusal(store, reloader, loader, monkeypatch):
+    monkeypatch.setattr(reloader, "_load", lambda _: 1 / 0)
+    reloader.start(on_change=lambda: None)
+    publish(store)
+    assert soon(lambda: reloader.refused).reason == "ZeroDivisionError: division by zero"
+    monkeypatch.setattr(reloader, "_load", loader)
+    publish(store)
+    assert soon(reloader.poll).version == "draft-000002"
+
+
+def test_a_garbled_current_is_refused_and_mended_by_the_next(store, loader, reloader):
+    publish(store)
+    reloader.first()
+    reloader.start(on_change=lambda: None)
+    (store.folder / "elsewhere").write_text("../../etc\n")
+    os.replace(store.folder / "elsewhere", store.folder / "CURRENT")
+    refused = soon(lambda: reloader.refused)
+    assert refused.version == "CURRENT"
+    assert "no version" in refused.reason
+    publish(store)
+    assert soon(reloader.poll).version == "draft-000002"
+
+
+def test_a_rollback_goes_to_the_version_before_and_trusts_it(store, loader, reloader):
+    publish(store)
+    reloader.first()
+    reloader.start(on_change=lambda: None)
+    publish(store)
+    assert not soon(reloader.poll).trusted
+    reloader.roll_back(bad="draft-000002", reason="slow")
+    ready = soon(reloader.poll)
+    assert (ready.version, ready.trusted) == ("draft-000001", True)
+    assert (store.current(), store.versions()[1].retired) == ("draft-000001", "slow")
+    reloader.roll_back(bad="draft-000001", reason="slow too")
+    ready = soon(reloader.poll)
+    assert (ready.version, ready.draft, ready.trusted) == (None, "draft of start", True)
+    time.sleep(0.3)
+    assert reloader.poll() is None
+
+
+def test_a_rollback_leaves_a_newer_version_its_own_trial(store, loader, reloader):
+    publish(store, 2)
+    reloader.first()
+    loader.held.clear()
+    reloader.start(on_change=lambda: None)
+    publish(store)
+    time.sleep(0.3)
+    reloader.roll_back(bad="draft-000002", reason="slow")
+    loader.held.set()
+    soon(lambda: store.versions()[1].retired)
+    time.sleep(0.3)
+    assert reloader.poll().version == "draft-000003"
+    assert reloader.poll() is None
+
+
+def test_a_rollback_and_a_newer_version_at_once_serve_the_newer_one(store, loader, reloader):
+    publish(store, 2)
+    reloader.first()
+    publish(store)
+    reloader.roll_back(bad="draft-000002", reason="slow")
+    reloader.start(on_change=lambda: None)
+    assert soon(reloader.poll).version == "draft-000003"
+    time.sleep(0.3)
+    assert reloader.poll() is None
+    assert loader.loaded == ["draft-000002", "draft-000003"]
+
+
+def test_when_the_version_before_is_broken_too_the_one_before_that_serves(store, loader, reloader):
+    publish(store, 3)
+    reloader.first()
+    loader.bad = {"draft-000002"}
+    reloader.start(on_change=lambda: None)
+    reloader.roll_back(bad="draft-000003", reason="slow")
+    assert soon(reloader.poll).version == "draft-000001"
+    assert reloader.refused.version == "draft-000002"
+
+
+def test_a_disk_that_cannot_be_written_keeps_nobody_on_a_bad_draft(store, loader, reloader, monkeypatch):
+    publish(store, 2)
+    reloader.first()
+
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "roll_back", full)
+    reloader.start(on_change=lambda: None)
+    reloader.roll_back(bad="draft-000002", reason="slow")
+    assert soon(reloader.poll).version == "draft-000001"
+    time.sleep(0.3)
+    assert reloader.poll() is None, "CURRENT still names the bad one, which is known"
+
+
+def test_the_thread_outlives_a_folder_that_goes_and_comes(store, loader, reloader, tmp_path):
+    publish(store)
+    reloader.first()
+    reloader.start(on_change=lambda: None)
+    store.folder.rename(tmp_path / "away")
+    assert soon(reloader.poll).version is None, "no CURRENT: the starting draft"
+    (tmp_path / "away").rename(store.folder)
+    assert soon(reloader.poll).version == "draft-000001"
+
+
+def test_promoting_an_older_version_serves_it_again(store, loader, reloader):
+    publish(store)
+    reloader.first()
+    reloader.start(on_change=lambda: None)
+    publish(store)
+    soon(reloader.poll)
+    store.promote("draft-000001")
+    ready = soon(reloader.poll)
+    assert (ready.version, ready.trusted) == ("draft-000001", True)
+
+
+def test_a_real_checkpoint_is_read_whole(store):
+    from aurora_lit.drafts.checkpoint import load_draft
+
+    target = SimpleNamespace(vocab_size=11, hidden_size=8, aux_layer_ids=(1, 2, 3))
+    publish(store)
+    ready = HotReloader(store, lambda folder: load_draft(folder, target)).first()
+    assert torch.isfinite(ready.draft.fc.weight).all()

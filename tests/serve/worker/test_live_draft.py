@@ -1,0 +1,368 @@
+"""Swapping drafts under running requests on tiny models: no request notices, bad drafts are taken back or refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny_models import VOCAB, make_engine, random_draft, request, run, save_model, trained_draft
+
+from aurora_lit.drafts.checkpoint import load_draft, write_draft
+from aurora_lit.drafts.versions import DraftStore, version_name
+from aurora_lit.errors import CheckpointError
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+from aurora_lit.modules.sampling.distribution import LogitOptions
+from aurora_lit.request import Output, Request
+from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
+from aurora_lit.serve.speculation.runtime_draft import prepare_draft
+from aurora_lit.serve.worker.hot_reload import HotReloader
+from aurora_lit.serve.worker.live_draft import LiveDraft
+
+NEW = 40
+CAPACITY = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    target: Target
+    good: Draft
+    """Long runs of it are accepted on `requests`."""
+    requests: list[Request]
+    plain: dict[str, list[int]]
+    """What plain decoding answers."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    target = Target.load(save_model("llama", tmp_path_factory.mktemp("llama"), seed=3), precision="fp32")
+    torch.manual_seed(0)
+    requests = []
+    for number in range(32):
+        prompt = torch.randint(7, VOCAB, (3 + number % 11,)).tolist()
+        sampled = {"temperature": 0.9, "seed": number} if number % 4 == 3 else {}
+        requests.append(request(f"r{number}", prompt, max_tokens=NEW, **sampled))
+    plain = run(make_engine(target, max_batch_size=32), requests)
+    texts = [[*each.prompt_ids, *plain[each.request_id].token_ids] for each in requests]
+    width = max(map(len, texts))
+    good = trained_draft(target, torch.tensor([(text + [0] * width)[:width] for text in texts]), steps=120)
+    return World(
+        target=target, good=good, requests=requests, plain={key: answer.token_ids for key, answer in plain.items()}
+    )
+
+
+@dataclass(kw_only=True)
+class Server:
+    """The loop of serve/worker/loop.py without its process."""
+
+    engine: Engine
+    live: LiveDraft
+    answers: dict[str, list[int]] = field(default_factory=dict)
+    accepted: dict[str, list[int]] = field(default_factory=dict)
+    """Accepted tokens of each drafted round, by the version that proposed."""
+
+    def round(self) -> None:
+        self.live.before_round()
+        outputs = self.engine.round()
+        self.live.after_round(outputs, domain_of=lambda _: "")
+        for output in outputs:
+            self.answers.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.num_proposed:
+                self.accepted.setdefault(self.engine.draft_version, []).append(output.num_accepted)
+
+    def serve(self, requests: list[Request], *, until: Callable[[], bool] = lambda: False) -> None:
+        """Submit and run to the end, or until something is so."""
+        for each in requests:
+            self.engine.submit(each)
+        while self.engine.has_work and not until():
+            self.round()
+
+    def length(self, version: str, last: int) -> float:
+        """Accepted length over the last drafted rounds of a version."""
+        rounds = self.accepted[version][-last:]
+        return 1 + sum(rounds) / len(rounds)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DraftStore:
+    return DraftStore(tmp_path / "live", keep=20)
+
+
+@pytest.fixture
+def server(world: World, store: DraftStore) -> Iterator[Server]:
+    def load(folder: Path | None) -> Any:
+        draft = copy.deepcopy(world.good) if folder is None else load_draft(folder, world.target)
+        return prepare_draft(draft, world.target, capacity=CAPACITY)
+
+    engine = make_engine(
+        world.target, copy.deepcopy(world.good), max_batch_size=32, max_draft_tokens=3, draft_version="good"
+    )
+    live = LiveDraft(engine, HotReloader(store, load))
+    live.start(on_change=lambda: None)
+    yield Server(engine=engine, live=live)
+    live.close()
+
+
+def wait(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.005)
+
+
+def test_requests_in_flight_across_ten_swaps_are_answered_as_by_plain_decoding(
+    world: World, store: DraftStore, server: Server
+) -> None:
+    """Of drafts that differ in weights, vocabulary, width and the shape of their cache."""
+    for each in world.requests:
+        server.engine.submit(each)
+    shapes: list[dict[str, Any]] = [
+        {},
+        {"draft_vocab_size": 30},
+        {"intermediate_size": 48},
+        {"num_attention_heads": 4, "num_key_value_heads": 2},
+    ]
+    server.round()
+    seen = []
+    for number in range(10):
+        name = store.publish(random_draft(world.target, seed=number, **shapes[number % 4]), record={})
+        wait(lambda: server.live._reloader._ready)
+        server.round()
+        seen.append(server.engine.draft_version)
+        assert seen[-1] == name
+        drafter = server.engine._drafter
+        assert drafter is not None
+        assert drafter._cache.keys_SGCDP[0].shape[1] == drafter.draft.config.num_key_value_heads
+        assert server.engine.num_running == 32, "all are still in flight"
+    server.serve([])
+    assert server.answers == world.plain
+    assert server.live.num_swaps == 10
+    assert set(server.accepted) == {"good", *seen}, "every version proposed"
+
+
+def test_responses_tell_which_versions_proposed(world: World, store: DraftStore, server: Server) -> None:
+    server.engine.submit(world.requests[0])
+    server.round()
+    server.round()
+    store.publish(copy.deepcopy(world.good), record={})
+    wait(lambda: server.live._reloader._ready)
+    versions: tuple[str, ...] = ()
+    while server.engine.has_work:
+        server.live.before_round()
+        for output in server.engine.round():
+            versions = output.draft_versions
+    assert versions == ("good", "draft-000001")
+
+
+def test_a_zeroed_head_published_by_force_is_taken_back_and_nobody_is_answered_otherwise(
+    world: World, store: DraftStore, server: Server
+) -> None:
+    greedy = [each for each in world.requests if each.params.temperature == 0]
+
+    def traffic(name: str) -> list[Request]:
+        return [dataclasses.replace(each, request_id=f"{each.request_id} {name}") for each in greedy]
+
+    first = store.publish(copy.deepcopy(world.good), record={})
+    wait(lambda: server.live._reloader._ready)
+    server.serve(traffic("before"))
+    before = server.length(first, last=10_000)
+    assert before > 1.8
+
+    broken = copy.deepcopy(world.good)
+    with torch.no_grad():
+        broken.lm_head.weight.zero_()
+    bad = store.publish(broken, record={"by": "force"})
+    wait(lambda: server.live._reloader._ready)
+    server.serve(traffic("during"), until=lambda: server.live.num_rollbacks > 0)
+    assert server.live.num_rollbacks == 1, "within one round of traffic"
+    assert len(server.accepted[bad]) < 300
+    assert server.length(bad, last=10_000) < 1.1, "a draft that knows nothing: 1, but for lucky hits"
+    wait(lambda: server.live._reloader._ready)
+    server.serve([])
+    assert server.engine.draft_version == store.current() == first
+    assert store.versions()[1].retired == server.live.rolled_back.reason
+    assert "tokens a round less than the version before" in store.versions()[1].retired
+
+    rounds_before = len(server.accepted[first])
+    server.serve(traffic("after"))
+    after = server.length(first, last=len(server.accepted[first]) - rounds_before)
+    assert abs(after - before) < 0.1
+    for name, tokens in server.answers.items():
+        assert tokens == world.plain[name.split()[0]], name
+    assert server.live.num_swaps == 3
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "manifest.json").unlink()
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "manifest.json").unlink()
+
+
+POISONS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "NaN": (lambda folder: edit(folder, lambda t: t["fc.weight"][0].fill_(torch.nan)), "fc.weight holds NaN"),
+    "wrong shape": (
+        lambda folder: edit(folder, lambda t: t.update({"norm.weight": torch.ones(3)})),
+        "norm.weight has shape",
+    ),
+    "truncated": (cut, "does not match manifest.json: truncated"),
+    "other layers": (
+        lambda folder: configure(folder, eagle_aux_hidden_state_layer_ids=[1, 2, 3]),
+        "layer_ids is .1, 2, 3.",
+    ),
+    "other vocabulary": (lambda folder: configure(folder, vocab_size=VOCAB + 1), f"vocab_size is {VOCAB + 1}"),
+    "no files": (lambda folder: [path.unlink() for path in folder.iterdir()], "config.json cannot be read"),
+    "overflow": (
+        lambda folder: edit(folder, lambda t: t["lm_head.weight"].fill_(3e38)),
+        "computes logits that are NaN or inf",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POISONS)
+def test_a_poisoned_draft_is_refused_and_the_last_good_one_serves_on(
+    name: str, world: World, store: DraftStore, server: Server
+) -> None:
+    good = store.publish(copy.deepcopy(world.good), record={})
+    wait(lambda: server.live._reloader._ready)
+    server.serve(world.requests[:8], until=lambda: server.engine.num_waiting == 0)
+    spoil, reason = POISONS[name]
+    folder = store.folder / version_name(2)
+    folder.mkdir()
+    write_draft(world.good, folder)
+    spoil(folder)
+    store.promote(folder.name)
+    wait(lambda: server.live.num_refused)
+    server.serve([])
+    assert server.engine.draft_version == good
+    assert server.live.refused.version == folder.name
+    assert reason.replace(".1", "(1").replace("3.", "3)") in server.live.refused.reason
+    events = [(event["event"], event.get("reason")) for event in store.history()]
+    assert events.count(("refused", server.live.refused.reason)) == 1
+    assert server.answers == {each.request_id: world.plain[each.request_id] for each in world.requests[:8]}
+
+
+def test_a_draft_that_computes_no_numbers_cannot_even_be_fitted(world: World) -> None:
+    draft = copy.deepcopy(world.good)
+    with torch.no_grad():
+        draft.value_head.weight.fill_(3e38)
+    with pytest.raises(CheckpointError, match="computes values that are NaN or infinite"):
+        prepare_draft(draft, world.target, capacity=CAPACITY)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_computing_all_again_proposes_as_if_the_new_draft_had_always_served(world: World, recompute: bool) -> None:
+    engine = make_engine(world.target, random_draft(world.target), max_batch_size=32, max_draft_tokens=3)
+    for each in world.requests:
+        engine.submit(each)
+    for _ in range(6):
+        engine.round()
+    drafter = engine._drafter
+    assert drafter is not None
+    fresh = Drafter(copy.deepcopy(world.good), world.target, tokens_SL=engine._tokens_SL, capacity=drafter._capacity)
+    fresh.features_SLF.copy_(drafter.features_SLF)
+    drafter.swap(copy.deepcopy(world.good), recompute=recompute)
+    rows = engine._decoding
+    proposed = [
+        each.propose(
+            DraftInputs(slots_B=torch.tensor([row.slot for row in rows]), lengths=[row.length for row in rows]),
+            options=LogitOptions.of([request("", [1]).params] * len(rows)),
+            num_steps=3,
+            uniform_BK=torch.zeros(len(rows), 3),
+            go_on=lambda *_: True,
+        ).token_BK
+        for each in (drafter, fresh)
+    ]
+    assert torch.equal(*proposed) == recompute
+
+
+def test_a_swap_gives_a_new_draft_its_chance_where_the_old_one_was_given_up(world: World) -> None:
+    engine = make_engine(world.target, random_draft(world.target), max_batch_size=32, max_draft_tokens=3, adaptive=True)
+    for rows in range(1, 33):
+        engine.policy.first_step_cost.update(rows, 1, 1.0)
+    engine.policy.mean_rate = 0.0
+    engine.submit(world.requests[0])
+    engine.round()
+    engine._decoding[0].rate = 0.0
+    engine.policy._last = 0
+    assert engine.policy.choose([0.0]) == 0
+    engine.swap_draft(copy.deepcopy(world.good), version="draft-000001")
+    assert (engine.policy.mean_rate, engine._decoding[0].rate) == (0.5, 0.5)
+    assert engine.policy._last == 3
+
+
+class NotedEngine:
+    draft_version = "good"
+
+    def __init__(self) -> None:
+        self.swaps: list[tuple[Any, str, bool]] = []
+
+    def swap_draft(self, draft: Any, *, version: str, recompute: bool = False) -> None:
+        self.draft_version = version
+        self.swaps.append((draft, version, recompute))
+
+
+def judged(store: DraftStore, **of_output: Any) -> LiveDraft:
+    """After a hundred rounds that accepted 3 tokens, a new draft, and a hundred that accepted none."""
+    engine = NotedEngine()
+    live = LiveDraft(engine, HotReloader(store, lambda folder: folder and folder.name))
+    live.start(on_change=lambda: None)
+    output = Output(request_id="a", token_ids=(1,), num_proposed=3, num_accepted=3)
+    for _ in range(100):
+        live.after_round([output], domain_of=lambda _: "")
+    draft = Draft(DraftConfig(**SMALL))
+    store.publish(draft, record={})
+    wait(lambda: live._reloader._ready)
+    live.before_round()
+    for _ in range(100):
+        live.after_round([dataclasses.replace(output, num_accepted=0, **of_output)], domain_of=lambda _: "")
+    if live.num_rollbacks:
+        wait(lambda: live._reloader._ready)
+        live.before_round()
+    live.close()
+    assert engine.swaps[0] == ("draft-000001", "draft-000001", False)
+    assert engine.swaps[1:] == [(None, "good", True)] * live.num_rollbacks, "nothing of the bad one's cache is kept"
+    return live
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 8,
+    "target_hidden_size": 8,
+    "intermediate_size": 8,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 11,
+    "draft_vocab_size": 7,
+    "aux_layer_ids": (1, 2, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("of_output", "rollbacks"), [({}, 1), ({"looked_up": True}, 0), ({"explored": True}, 0), ({"num_proposed": 0}, 0)]
+)
+def test_only_what_the_draft_proposed_for_speed_is_held_against_it(
+    of_output: dict[str, Any], rollbacks: int, store: DraftStore
+) -> None:
+    assert judged(store, **of_output).num_rollbacks == rollbacks

@@ -1,0 +1,125 @@
+"""What is left to learn steers a live server: exploration there, entropy and replay in the learner, by domain."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from support.tiny_models import VOCAB
+from support.tiny_server import MODEL, TinyServers
+
+from aurora_lit.traces.log import read_index, read_shard
+from aurora_lit.traces.record import SOURCE_DRAFT, Trace
+
+FOLLOWED_S = 2.0  # the worker looks at the learner's page twice a second, the learner writes it as often
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyServers]:
+    with TinyServers(tmp_path_factory.mktemp("f")) as running:
+        yield running
+
+
+def ask(servers: TinyServers, number: int, *, domain: str) -> None:
+    prompt = [7 + (5 * (number % 12) + 3 * place) % (VOCAB - 7) for place in range(4)]
+    body = {
+        "model": MODEL,
+        "prompt": prompt,
+        "max_tokens": 24,
+        "temperature": 0,
+        "user": f"user {number % 2}",
+        "metadata": {"aurora_domain": domain},
+    }
+    assert httpx.post(f"{servers.url}/v1/completions", json=body, timeout=40).status_code == 200
+
+
+def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
+    servers: TinyServers, tmp_path: Path
+) -> None:
+    server = servers.start(
+        f"trace.record={tmp_path / 'traces'}",
+        "engine.explore_share=0.0",
+        "schedule.explore_share=0.8",
+        "schedule.explore_temperature_factor=3.0",
+        "schedule.entropy_weight=0.1",
+        "schedule.replay_factor=0.2",
+        "schedule.decay_tokens=1500",
+        "schedule.warmup_steps=0",
+    )
+    servers.wait_ready()
+    numbers = itertools.count()
+
+    def learner() -> dict[str, Any]:
+        return dict(servers.status()["learner"])
+
+    def ask_until(domain: str, condition: Any) -> dict[str, Any]:
+        """Ask about a domain until what the learner says of domains fulfils a condition; that."""
+
+        def asked() -> dict[str, Any] | None:
+            ask(servers, next(numbers), domain=domain)
+            now = learner()["domains"]
+            return dict(now) if now["now"] and condition(now) else None
+
+        found = servers.wait(asked, timeout_s=120)
+        assert isinstance(found, dict)
+        return found
+
+    hot = ask_until("chat", lambda now: now["explore_share"] > 0.4)
+    cold = ask_until("chat", lambda now: now["explore_share"] < 0.08)
+    time.sleep(FOLLOWED_S)
+    first_cold = next(numbers)
+    for _ in range(24):
+        ask(servers, next(numbers), domain="chat")
+    last_cold = next(numbers)
+    again = ask_until("code", lambda now: now["explore_share"] > 0.4)
+    time.sleep(FOLLOWED_S)
+    first_again = next(numbers)
+    for _ in range(12):
+        ask(servers, next(numbers), domain="code")
+    cooled = learner()["domains"]
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(server, signal.SIGTERM)
+    servers.wait(lambda: not servers.alive(server))
+
+    # One signal, linear in heat: whoever reads the page can tell the heat from each of its parts.
+    for now in (hot, cold, again):
+        heat = now["explore_share"] / 0.8
+        assert now["explore_temperature"] == pytest.approx(1 + 2 * heat, abs=0.01)
+        assert now["entropy_weight"] == pytest.approx(0.1 * heat, abs=0.001)
+        assert now["replay_share"] == pytest.approx(0.5 * (1 - 0.8 * heat), abs=0.01)
+    assert hot["rate_factor"] > cold["rate_factor"] < again["rate_factor"]
+
+    # And serving did it: rounds explored, at that temperature, where there was something to learn, and hardly else.
+    traces = [t for shard in read_index(tmp_path / "traces") for t in read_shard(tmp_path / "traces" / shard.name)]
+    assert len(traces) > last_cold - first_cold
+    learned, new = explored(traces[first_cold : last_cold - 1]), explored(traces[first_again - 1 :])
+    new_share = min(again["explore_share"], cooled["explore_share"])
+    assert new_share > 0.2 > 2 * cold["explore_share"], "the two shares lie well apart"
+    assert learned.mean() < cold["explore_share"] + by_chance(learned, cold["explore_share"])
+    assert new.mean() > new_share - by_chance(new, new_share)
+    assert new.mean() > 2 * learned.mean()
+    temperatures = torch.cat([trace.draft_temperature_R[trace.explored_R] for trace in traces])
+    assert float(temperatures.max()) > 1 + 2 * 0.2 / 0.8, "what a share of 0.2 comes with"
+    assert float(temperatures.min()) >= 1.0
+    assert len({trace.client for trace in traces}) == 2, "a client is its user"
+    assert all(len(trace.client) == 16 for trace in traces)
+
+
+def explored(traces: list[Trace]) -> torch.Tensor:
+    """Which of the draft's rounds explored, 1 or 0. Shape [R]."""
+    return torch.cat([trace.explored_R[trace.source_R == SOURCE_DRAFT] for trace in traces]).float()
+
+
+def by_chance(rounds_R: torch.Tensor, share: float) -> float:
+    """How far from its share the mean of so many draws lies at most: four standard deviations."""
+    return 4 * math.sqrt(share * (1 - share) / len(rounds_R))

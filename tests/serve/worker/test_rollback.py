@@ -1,0 +1,116 @@
+"""The watch over a new draft's first rounds: a bad one is called soon, an equal one never, traffic is not blamed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from aurora_lit.serve.worker.rollback import TRIAL_ROUNDS, RollbackWatch
+
+Draw = Callable[[], tuple[str, int, int]]
+
+
+def rounds(rng: random.Random, rate: float, *, proposed: tuple[int, ...] = (4,), domain: str = "") -> Draw:
+    """Rounds of a draft whose every proposal is accepted with this probability, given those before it were."""
+
+    def draw() -> tuple[str, int, int]:
+        count = rng.choice(proposed)
+        accepted = next((i for i in range(count) if rng.random() >= rate), count)
+        return domain, count, accepted
+
+    return draw
+
+
+def watched(before: Draw, *, num_before: int = 300) -> RollbackWatch:
+    watch = RollbackWatch()
+    observe(watch, before, num_before)
+    watch.swapped(trusted=False)
+    return watch
+
+
+def observe(watch: RollbackWatch, draw: Draw, number: int) -> tuple[int, str] | None:
+    """(rounds it took, verdict); None when nothing was called."""
+    for count in range(1, number + 1):
+        domain, proposed, accepted = draw()
+        verdict = watch.observe(domain=domain, proposed=proposed, accepted=accepted)
+        if verdict is not None:
+            return count, verdict
+    return None
+
+
+def test_a_draft_that_accepts_nothing_is_called_within_a_few_dozen_rounds() -> None:
+    rng = random.Random(0)
+    for proposed in ((4,), (1,), (1, 2, 3, 4)):
+        found = observe(watched(rounds(rng, 0.6, proposed=proposed)), rounds(rng, 0.0, proposed=proposed), 400)
+        assert found is not None
+        assert found[0] < 80
+        assert "tokens a round less than the version before" in found[1]
+
+
+def test_a_clearly_worse_draft_is_called_within_a_few_hundred_rounds() -> None:
+    rng = random.Random(1)
+    took = [observe(watched(rounds(rng, 0.7)), rounds(rng, 0.5), 1000) for _ in range(20)]
+    assert all(found is not None and found[0] < 600 for found in took), took
+
+
+def test_an_equal_or_better_draft_is_never_called() -> None:
+    rng = random.Random(2)
+    for rate_before, rate in [(0.6, 0.6), (0.3, 0.3), (0.8, 0.8), (0.5, 0.7)] * 20:
+        assert observe(watched(rounds(rng, rate_before)), rounds(rng, rate), TRIAL_ROUNDS + 10) is None
+
+
+def test_proposing_fewer_tokens_is_not_taken_for_accepting_fewer() -> None:
+    """Neither that load makes rounds propose 1 instead of 4, nor the other way, which has nothing to compare with."""
+    rng = random.Random(3)
+    many, few = rounds(rng, 0.7, proposed=(4,)), rounds(rng, 0.7, proposed=(1, 2))
+    for before, after in [(many, few), (few, many)] * 10:
+        assert observe(watched(before), after, 1500) is None
+
+
+def test_a_bad_draft_is_called_even_when_it_is_asked_for_fewer_tokens_than_any_before() -> None:
+    rng = random.Random(4)
+    found = observe(watched(rounds(rng, 0.6, proposed=(4,))), rounds(rng, 0.0, proposed=(1,)), 400)
+    assert found is not None
+
+
+def test_another_mix_of_labelled_domains_is_not_blamed_on_the_draft() -> None:
+    rng = random.Random(5)
+    code, chat = rounds(rng, 0.8, domain="code"), rounds(rng, 0.3, domain="chat")
+
+    def mixed(share: float) -> Draw:
+        return lambda: code() if rng.random() < share else chat()
+
+    for _ in range(10):
+        assert observe(watched(mixed(0.8), num_before=600), mixed(0.1), 1500) is None
+    found = observe(watched(mixed(0.8), num_before=600), lambda: ("code", 4, 0), 400)
+    assert found is not None, "and still a bad draft is called"
+
+
+def test_what_happens_after_the_trial_is_the_traffic() -> None:
+    rng = random.Random(6)
+    watch = watched(rounds(rng, 0.7))
+    assert observe(watch, rounds(rng, 0.7), TRIAL_ROUNDS) is None
+    assert observe(watch, rounds(rng, 0.1), 2000) is None
+
+
+def test_a_version_that_is_back_is_not_tried_and_the_next_is_compared_with_it() -> None:
+    rng = random.Random(8)
+    watch = watched(rounds(rng, 0.7))
+    assert observe(watch, rounds(rng, 0.0), 400) is not None
+    watch.swapped(trusted=True)
+    assert observe(watch, rounds(rng, 0.1), 500) is None, "traffic changed as well: no second rollback"
+    watch = watched(rounds(rng, 0.7))
+    found = observe(watch, rounds(rng, 0.5), 2000)
+    assert found is not None
+    assert found[0] > 40, "long enough to be a measure itself"
+    watch.swapped(trusted=True)
+    observe(watch, rounds(rng, 0.7), 5)
+    watch.swapped(trusted=False)
+    assert observe(watch, rounds(rng, 0.5), 2000) is not None, "not measured against the bad one"
+
+
+def test_without_anything_to_compare_with_nothing_is_called() -> None:
+    rng = random.Random(8)
+    watch = RollbackWatch()
+    assert observe(watch, rounds(rng, 0.0), 500) is None
+    assert observe(watched(rounds(rng, 0.7), num_before=20), rounds(rng, 0.0), 500) is None

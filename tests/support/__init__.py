@@ -1,0 +1,20 @@
+"""What tests share: tiny models, fakes, and processes to break. Nothing here is a test.
+
+Tiny models and data: tiny_models (random targets and drafts, engines on them), domain_prompts, trace_examples,
+toy_sampling, toy_rounds, kernel_formats, ring_payloads.
+Fakes: fake_engine (an engine without a model), fake_learner (a learner's process without learning).
+Whole processes: fake_server (HTTP over the fake engine), tiny_server (real servers and learners on a tiny model),
+two_ranks, learning_ranks, crash_points (kills a process at every step it takes on disk).
+Learning: live_traces (traces as a tiny engine makes them), learner_harness, replay_harness.
+"""
+
+import os
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """The environment of a test's own processes: they find the package and this folder, and use one thread."""
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", **more}

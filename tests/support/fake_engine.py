@@ -1,0 +1,207 @@
+"""A tiny tokenizer and an engine that repeats its prompt: the whole serving side on a CPU in seconds.
+
+    engine = FakeEngine(FakeOptions(tokens_per_round=3))
+    engine.submit(Request(request_id="a", prompt_ids=(5, 6), params=SamplingParams(max_tokens=5)))
+    engine.round()                # 5 6 5; the next round gives 6 5 and finish_reason "length"
+
+Special tokens in a prompt ask for faults: <|crash|> (the engine raises), <|error|> (an Output with an error),
+<|refuse|> (submit raises ValueError), <|toolong|> (submit raises RequestError). <|end|> is the end of text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from aurora_lit.errors import RequestError
+from aurora_lit.request import Output, Request, TokenLogprob
+from aurora_lit.serve.worker import loop
+from aurora_lit.serve.worker.call_tracker import WorkerParts
+
+SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|crash|>", "<|error|>", "<|refuse|>", "<|toolong|>")
+_MERGES = ("h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld", "Ġ t", "Ġt he")
+_TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'forbidden' %}{{ raise_exception('forbidden content') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE: 256 bytes, a few merges, the special tokens above."""
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in _MERGES)]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    merges = [tuple(merge.split()) for merge in _MERGES]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIALS))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=_TEMPLATE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeOptions:
+    """How the fake behaves; plain data, so that it reaches a spawned process."""
+
+    tokens_per_round: int = 3
+    round_s: float = 0.0
+    """How long a round takes."""
+    max_batch_size: int = 8
+    max_seq_len: int = 512
+    build_s: float = 0.0
+    """How long build_engine takes."""
+    turn_may_last_s: float = 120.0
+    """When a worker is taken to hang."""
+    worker_grace_s: float = 1.0
+    """How long the server outlives a dead worker."""
+    build_error: str = ""
+    """build_engine raises this."""
+
+
+@dataclass(kw_only=True)
+class FakeStats:
+    rounds: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    drafts: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    accepted_by_position: list[int] = field(default_factory=lambda: [0] * 8)
+
+
+@dataclass(kw_only=True)
+class _Running:
+    request: Request
+    script: Iterator[int]
+    num_done: int = 0
+
+
+class FakeEngine:
+    """Engine's interface; each request's tokens are its prompt, over and over."""
+
+    def __init__(self, options: FakeOptions | None = None) -> None:
+        self._options = options or FakeOptions()
+        tokenizer = tiny_tokenizer()
+        self._special = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
+        self.eos_token_ids = frozenset({self._special["<|end|>"]})
+        self.vocab_size = len(tokenizer)
+        self.max_seq_len = self._options.max_seq_len
+        self.stats = FakeStats()
+        self.draft_version = "fake-000001"
+        self._running: dict[str, _Running] = {}
+        self._waiting: dict[str, Request] = {}
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def submit(self, request: Request) -> None:
+        if self._special["<|refuse|>"] in request.prompt_ids:
+            raise ValueError("the fake refuses")
+        if self._special["<|toolong|>"] in request.prompt_ids or len(request.prompt_ids) + 1 > self.max_seq_len:
+            raise RequestError("prompt too long", param="prompt", code="context_length_exceeded")
+        self._waiting[request.request_id] = request
+
+    def cancel(self, request_id: str) -> None:
+        self._waiting.pop(request_id, None)
+        self._running.pop(request_id, None)
+
+    def swap_draft(self, draft: object, *, version: str, recompute: bool = False) -> None:
+        self.draft_version = version
+
+    def round(self) -> list[Output]:
+        while self._waiting and len(self._running) < self._options.max_batch_size:
+            request_id, request = next(iter(self._waiting.items()))
+            del self._waiting[request_id]
+            self._running[request_id] = _Running(request=request, script=itertools.cycle(request.prompt_ids))
+            self.stats.prompt_tokens += len(request.prompt_ids)
+        if self._running:
+            time.sleep(self._options.round_s)
+            self.stats.rounds += 1
+        return [self._step(running) for running in list(self._running.values())]
+
+    def _step(self, running: _Running) -> Output:
+        request, params = running.request, running.request.params
+        if self._special["<|crash|>"] in request.prompt_ids and running.num_done:
+            raise RuntimeError("the fake engine crashed")
+        if self._special["<|error|>"] in request.prompt_ids:
+            del self._running[request.request_id]
+            return Output(request_id=request.request_id, token_ids=(), finish_reason="error", error="as asked")
+        first, ids, finish_reason = running.num_done == 0, list[int](), None
+        stops = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
+        while len(ids) < self._options.tokens_per_round and finish_reason is None:
+            ids.append(next(running.script))
+            if ids[-1] in stops:
+                finish_reason = "stop"
+            elif running.num_done + len(ids) >= params.max_tokens:
+                finish_reason = "length"
+        running.num_done += len(ids)
+        proposed = self._options.tokens_per_round - 1 if params.speculate else 0
+        accepted = min(len(ids) - 1, proposed)
+        self.stats.generated_tokens += len(ids)
+        self.stats.drafts += proposed > 0
+        self.stats.proposed += proposed
+        self.stats.accepted += accepted
+        for position in range(accepted):
+            self.stats.accepted_by_position[position] += 1
+        if finish_reason is not None:
+            del self._running[request.request_id]
+        prompt_logprobs = None
+        if first and params.prompt_logprobs is not None:
+            rest = (self._logprob(token_id, params.prompt_logprobs) for token_id in request.prompt_ids[1:])
+            prompt_logprobs = (None, *rest)
+        return Output(
+            request_id=request.request_id,
+            token_ids=tuple(ids),
+            finish_reason=finish_reason,
+            draft_versions=(self.draft_version,) if proposed else (),
+            logprobs=None if params.logprobs is None else tuple(self._logprob(i, params.logprobs) for i in ids),
+            prompt_logprobs=prompt_logprobs,
+            num_proposed=proposed,
+            num_accepted=accepted,
+        )
+
+    def _logprob(self, token_id: int, num_top: int) -> TokenLogprob:
+        top = tuple(((token_id + rank) % self.vocab_size, -0.5 - rank) for rank in range(num_top))
+        return TokenLogprob(token_id=token_id, logprob=-0.5, top=top)
+
+
+def prepare_nothing(config: object) -> None:
+    """Backend.prepare without a model."""
+
+
+def load_tiny_tokenizer(config: object) -> PreTrainedTokenizerFast:
+    """Backend.load_tokenizer."""
+    return tiny_tokenizer()
+
+
+def build_fake(config: object, run_folder: object, *, options: FakeOptions) -> WorkerParts:
+    """Backend.build_worker, with `options` bound by functools.partial."""
+    loop.TURN_MAY_LAST_S = options.turn_may_last_s
+    time.sleep(options.build_s)
+    if options.build_error:
+        raise RuntimeError(options.build_error)
+    return WorkerParts(engine=FakeEngine(options), tokenizer=tiny_tokenizer(), load_draft=load_fake_draft)
+
+
+def load_fake_draft(folder: Path | None) -> object:
+    """A draft is its folder; one without a whole checkpoint is refused."""
+    from aurora_lit.drafts.checkpoint import read_config
+
+    if folder is not None:
+        read_config(folder)
+    return folder

@@ -1,0 +1,185 @@
+"""An online learner with what is around it: in this process (World), or as a process beside a server's pages (Server).
+
+world = World(target, tmp_path, min_steps=40)
+world.ring.records.extend(traces)                       # what a server would have pushed
+world.tick_until(lambda: world.loop.published >= 1)
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aurora_lit.drafts.checkpoint import load_draft, save_draft
+from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.ipc.engine_status import STATUS_NAME, StatusBlock
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.ring import RingWriter
+from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.learn.data.feed import Feed
+from aurora_lit.learn.data.labelled_trace import for_gate
+from aurora_lit.learn.data.reservoir import Reservoir
+from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.data.vocabulary import VocabularyUse
+from aurora_lit.learn.online.budget import Budget, Load
+from aurora_lit.learn.online.gate import HeldOut
+from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
+from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
+from aurora_lit.models.target import Target
+from aurora_lit.modules.domains.controller import DomainController
+from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.settings import LearnSettings
+from aurora_lit.traces.record import LAYOUT_DIGEST
+from support.live_traces import FakeRing, a_steering, online_module
+from support.tiny_models import random_draft
+
+
+class World:
+    """A loop with everything around it: a ring filled by hand, a real store, a page, and a budget that allows all."""
+
+    def __init__(
+        self,
+        target: Target,
+        folder: Path,
+        *,
+        draft: Draft | None = None,
+        steering: DomainController | None = None,
+        **settings: Any,
+    ) -> None:
+        config = LearnSettings(
+            **{
+                "batch_positions": 512,
+                "num_steps": 3,
+                "publish_every_s": 0.0,
+                "min_steps": 20,
+                "save_every_s": 3600.0,
+                "gate_requests": 12,
+                "max_repeated_share": 1.0,
+                **settings,
+            }
+        )
+        folder.mkdir(exist_ok=True)
+        self.starting = draft or random_draft(target)
+        self.store = DraftStore(folder / "live", keep=3)
+        self.ring = FakeRing()
+        self.ends = TargetHead(target)
+        self.page = LearnerBlock.create(folder / f"page{time.monotonic_ns()}")
+        module = online_module(target, copy.deepcopy(self.starting))
+        self.learner = Learner(
+            module,
+            steering or a_steering(),
+            folder / "learner.ckpt",
+            ends=self.ends,
+            version=STARTING_VERSION,
+            vocabulary_use=VocabularyUse(self.ends) if config.adapt_vocabulary else None,
+        )
+        self.load = Load.SPARE
+        self.naps: list[float] = []
+        self.outside = LearnerEnvironment(
+            traces=self.ring,
+            store=self.store,
+            page=self.page,
+            load=lambda: self.load,
+            served_draft=self.served_draft,
+            sleep=self.naps.append,
+        )
+        self.loop = OnlineLoop(
+            self.outside,
+            config=config,
+            learner=self.learner,
+            champion=online_module(target, copy.deepcopy(self.starting)),
+            ends=self.ends,
+            feed=Feed(
+                self.ends,
+                Reservoir(folder / "reservoir", limit_bytes=1 << 24, seed=0),
+                replay_share=0.5,
+                batch_positions=config.batch_positions,
+                live_bytes=1 << 24,
+                vocabulary_use=self.learner.vocabulary_use,
+            ),
+            held_out=HeldOut(num_newest=config.gate_requests, seed=0, read=partial(for_gate, ends=self.ends)),
+            budget=Budget(share=1.0, full_load_share=1.0, minimum_duty=1.0, cpu_s=lambda: 0.0),
+        )
+
+    def served_draft(self, version: str | None) -> Draft:
+        return self.starting if version is None else load_draft(self.store.folder / version, self.ends)
+
+    def tick_until(self, done: Callable[[], bool], *, most: int = 400) -> None:
+        for _ in range(most):
+            if done():
+                return
+            self.loop.tick()
+        assert done(), f"not after {most} turns; the gate said {self.loop.verdict}"
+
+
+class Server:
+    """What a learner needs of a server: a run folder with a ring and two pages, and a process that lives."""
+
+    def __init__(self, folder: Path, target_folder: Path, draft: Draft) -> None:
+        self.run_folder = folder / "run"
+        self.run_folder.mkdir()
+        self.ring = RingWriter.create(self.run_folder / RING_NAME, 1 << 24, layout=LAYOUT_DIGEST)
+        self.page = LearnerBlock.create(self.run_folder / LEARNER_STATUS_NAME)
+        StatusBlock.create(self.run_folder / STATUS_NAME).write(worker_pid=os.getpid())
+        save_draft(draft, folder / "start", dtype=torch.float32)
+        self.store = DraftStore(folder / "checkpoints" / "live", keep=3)
+        self.folder, self.target_folder = folder, target_folder
+
+    @property
+    def overrides(self) -> list[str]:
+        learn = {
+            "compute_share": 1.0,
+            "batch_positions": 256,
+            "num_steps": 3,
+            "learning_rate": 4e-3,
+            "publish_every_s": 0.5,
+            "min_steps": 4,
+            "save_every_s": 0.2,
+            "gate_requests": 8,
+            "reservoir_mb": 16,
+            "logs": self.folder / "logs",
+            "max_repeated_share": 1.0,
+        }
+        return [
+            f"target.source={self.target_folder}",
+            "target.precision=fp32",
+            f"draft.checkpoint={self.folder / 'start'}",
+            f"checkpoint.dir={self.folder / 'checkpoints'}",
+            "engine.max_seq_len=128",
+            "engine.prefill_chunk_tokens=64",
+            *(f"learn.{key}={value}" for key, value in learn.items()),
+        ]
+
+    def start_learner(self) -> subprocess.Popen[str]:
+        code = f"""
+            from pathlib import Path
+            from aurora_lit.config import load_config
+            from aurora_lit.learn.online.process import run_learner
+            run_learner(load_config(None, {self.overrides!r}), Path({str(self.run_folder)!r}))
+        """
+        return subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait(self, learner: subprocess.Popen[str], until: Callable[[], bool], *, seconds: float = 120.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not until():
+            if learner.poll() is not None or time.monotonic() > deadline:
+                learner.kill()
+                pytest.fail(f"{self.page.read()}\n{learner.communicate()[0][-3000:]}")
+            time.sleep(0.05)

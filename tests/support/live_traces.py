@@ -1,0 +1,91 @@
+"""Traces as a tiny engine makes them while it serves, and everything a learner of them needs.
+
+served = serve(target, draft, tmp_path, requests)        # list of Trace
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from aurora_lit.models.target import Target
+from aurora_lit.modules.domains.controller import DomainController
+from aurora_lit.modules.domains.lr_schedule import DomainSignal, SignalRange
+from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.losses.draft_module import DraftModule, OnlineWeights
+from aurora_lit.request import Request
+from aurora_lit.serve.engine.trace_recorder import TraceRecorder
+from aurora_lit.traces.record import Trace, to_bytes
+from support.tiny_models import VOCAB, draft_module, make_engine, request, run
+from support.trace_examples import keep_in
+
+
+def some_requests(
+    count: int, *, seed: int = 0, max_tokens: int = 24, domain: str = "chat", **params: Any
+) -> list[Request]:
+    """Requests with random short prompts."""
+    gen = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(0, VOCAB, (3,), generator=gen).tolist() for _ in range(count)]
+    requests = [request(f"{domain}-{seed}-{i}", p, max_tokens=max_tokens, **params) for i, p in enumerate(prompts)]
+    return [Request(request_id=r.request_id, prompt_ids=r.prompt_ids, params=r.params, domain=domain) for r in requests]
+
+
+def serve(target: Target, draft: Draft | None, requests: Sequence[Request], **changes: Any) -> list[Trace]:
+    """What an engine's recorder hands over while it answers the requests."""
+    traces: list[Trace] = []
+    recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size)
+    torch.manual_seed(0)  # free requests draw from the global generator
+    draft = copy.deepcopy(draft)  # an engine packs the weights of the one it is given
+    engine = make_engine(target, draft, observer=recorder, **{"max_draft_tokens": 3, **changes})
+    run(engine, requests)
+    return traces
+
+
+def online_module(target: Target, draft: Draft, **changes: Any) -> DraftModule:
+    """A module as the learner uses it, with a rate that shows something in a few steps."""
+    fields: dict[str, Any] = {
+        "num_steps": 3,
+        "learning_rate": 4e-3,
+        "warmup_steps": 2,
+        "final_factor": 1.0,
+        "online": OnlineWeights(),
+    }
+    return draft_module(target, draft, **{**fields, **changes})
+
+
+def a_steering(**changes: Any) -> DomainController:
+    """One that warms up like `online_module` and then keeps the rate, so that a test learns as fast as it can."""
+    signal = DomainSignal(explore_share=0.0, explore_temperature=1.0, entropy_weight=0.0, replay_share=0.5)
+    fields: dict[str, Any] = {
+        "detector": None,
+        "signals": SignalRange(cold=signal, hot=signal),
+        "warmup_steps": 2,
+        "floor": 1.0,
+        "decay_tokens": 1000.0,
+    }
+    return DomainController(**{**fields, **changes})
+
+
+class FakeRing:
+    """A ring's reading end, filled by hand."""
+
+    def __init__(self, records: Sequence[Trace | bytes] = ()) -> None:
+        self.records = deque(records)
+
+    def pop(self) -> bytes | None:
+        if not self.records:
+            return None
+        record = self.records.popleft()
+        return record if isinstance(record, bytes) else to_bytes(record)
+
+    @property
+    def lag_records(self) -> int:
+        return len(self.records)
+
+    @property
+    def lag_bytes(self) -> int:
+        return 0

@@ -1,0 +1,40 @@
+"""A replay over recorded traces with the settings that tests need: small batches, three draft steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from aurora_lit.config import AuroraConfig, load_config
+from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.offline.replay import Replay
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Draft
+
+K = 3
+
+
+def a_config(**learn: Any) -> AuroraConfig:
+    config = load_config(None, ["engine.max_draft_tokens=3", "domain.detect=false"])
+    fields = {
+        "batch_positions": 512,
+        "num_steps": K,
+        "min_steps": 10,
+        "learning_rate": 4e-3,
+        "gate_requests": 12,
+        "max_repeated_share": 1.0,
+    }
+    return replace(config, learn=replace(config.learn, **{**fields, **learn}))
+
+
+def a_replay(target: Target, draft: Draft, folder: Path, *, steps_per_trace: float = 1.0, **learn: Any) -> Replay:
+    folder.mkdir(exist_ok=True)
+    return Replay(
+        a_config(**learn),
+        ends=TargetHead(target),
+        starting=draft,
+        folder=folder / "versions",
+        scratch=folder,
+        steps_per_trace=steps_per_trace,
+    )

@@ -1,0 +1,265 @@
+"""Tiny random models, and drafts and engines on them: everything with weights, on a CPU, in seconds.
+
+folder = save_model("llama", tmp_path)        # what transformers and Target.load both read
+target = Target.load(folder, precision="fp32")
+engine = make_engine(target, random_draft(target), max_draft_tokens=3)
+outputs = run(engine, [request("a", (1, 2, 3), max_tokens=8)])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Phi3Config,
+    PhiConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+from aurora_lit.modules.losses.batch import DraftBatch
+from aurora_lit.modules.losses.draft_module import DraftModule
+from aurora_lit.request import Output, Request, SamplingParams, TokenLogprob
+from aurora_lit.serve.engine.engine import Engine
+
+VOCAB = 61
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 7,  # so that the three auxiliary layers differ: 2, 3, 4
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,  # what the native attention wants
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+_GPT2: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "n_positions": 256,
+    "n_embd": 64,
+    "n_layer": 7,
+    "n_head": 2,
+    "n_inner": 96,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_MOE: dict[str, Any] = {"num_experts_per_tok": 2}
+FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama3": (
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+    "mistral": (MistralConfig, {"sliding_window": 9}),
+    "mistral_wide": (MistralConfig, {"sliding_window": 64}),
+    "mixtral": (MixtralConfig, {**_MOE, "num_local_experts": 4}),
+    "qwen3_moe": (Qwen3MoeConfig, {**_MOE, "num_experts": 6, "moe_intermediate_size": 48, "mlp_only_layers": [1]}),
+    "olmoe": (OlmoeConfig, {**_MOE, "num_experts": 4, "clip_qkv": 1.0}),
+    "gpt_oss": (
+        GptOssConfig,
+        {
+            **_MOE,
+            "num_local_experts": 4,
+            "sliding_window": 9,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    ),
+    "gemma": (GemmaConfig, {}),
+    "gemma2": (Gemma2Config, {"sliding_window": 9, "query_pre_attn_scalar": 48, "final_logit_softcapping": 2.0}),
+    "gemma3": (Gemma3TextConfig, {"sliding_window": 9, "query_pre_attn_scalar": 48, "sliding_window_pattern": 2}),
+    "gemma3_wide": (Gemma3TextConfig, {"sliding_window": 64, "sliding_window_pattern": 2}),
+    "cohere": (CohereConfig, {"logit_scale": 0.3}),
+    "phi": (PhiConfig, {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
+    "phi3": (Phi3Config, {}),
+    "gpt_neox": (GPTNeoXConfig, {"num_key_value_heads": 2}),
+    "gpt2": (GPT2Config, {}),
+}
+"""The configuration of each family, and what of its own a tiny model has. Windows are of 9 positions or of 64."""
+
+
+def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
+    """The configuration of a tiny model."""
+    kind, own = FAMILIES[family]
+    return kind(**{**(_GPT2 if family == "gpt2" else _COMMON), **own, **changes})
+
+
+def save_model(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Write a random model; one-dimensional parameters are random too, so that a forgotten norm or bias shows."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def reference_model(folder: Path) -> PreTrainedModel:
+    """The same model as transformers runs it, fp32."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def draft_config(target: Target, **changes: Any) -> DraftConfig:
+    """A tiny draft that fits a target; all ids but three are in its vocabulary."""
+    fields: dict[str, Any] = {
+        "hidden_size": target.hidden_size,
+        "target_hidden_size": target.hidden_size,
+        "intermediate_size": 80,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": target.vocab_size,
+        "draft_vocab_size": target.vocab_size - 3,
+        "aux_layer_ids": target.aux_layer_ids,
+        "max_position_embeddings": 256,
+    }
+    return DraftConfig(**{**fields, **changes})
+
+
+def random_draft(target: Target, *, seed: int = 0, **changes: Any) -> Draft:
+    """A draft that knows nothing; its vocabulary leaves out ids 0, 5 and 6."""
+    torch.manual_seed(seed)
+    config = draft_config(target, **changes)
+    ids = torch.tensor([i for i in range(target.vocab_size) if i not in (0, 5, 6)])[: config.draft_vocab_size]
+    draft = Draft(config, ids)
+    with torch.no_grad():
+        for name, parameter in draft.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif name != "fc.weight":
+                parameter.normal_(std=0.15)
+        draft.value_head.weight.normal_(std=0.1)
+    return draft
+
+
+def draft_batch(target: Target, ids_BT: torch.Tensor) -> DraftBatch:
+    """What a draft learns from: the target's states over some tokens, fp32."""
+    with torch.no_grad():
+        aux_BT3H, last_BTH = target.read(ids_BT)
+        lse_BT = target.logits(last_BTH).logsumexp(-1)
+    weight_BT = torch.ones(ids_BT.shape)
+    domains = ("chat",) * len(ids_BT)
+    return DraftBatch(
+        token_ids_BT=ids_BT, aux_BT3H=aux_BT3H, last_BTH=last_BTH, lse_BT=lse_BT, weight_BT=weight_BT, domains=domains
+    )
+
+
+def draft_module(target: Target, draft: Draft, **changes: Any) -> DraftModule:
+    """The training module of a draft on a target."""
+    ids = draft.draft_token_ids
+    fields = {"head_VdH": target.head_rows(ids), "finish": target.finish.rows(ids), **changes}
+    return DraftModule(draft, embedding_VH=target.embedding_rows(), **fields)
+
+
+def trained_draft(target: Target, ids_BT: torch.Tensor, *, steps: int = 60) -> Draft:
+    """A draft that has learned some token sequences well enough that long runs of it are accepted there."""
+    draft = random_draft(target, seed=1)
+    module = draft_module(target, draft, num_steps=3)
+    batch = draft_batch(target, ids_BT)
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=4e-3)
+    for _ in range(steps):
+        report = module.training_step(batch)
+        optimizer.zero_grad()
+        report.loss.backward()
+        optimizer.step()
+    return draft
+
+
+def request(request_id: str, prompt_ids: Sequence[int], **params: Any) -> Request:
+    """A greedy request unless told otherwise."""
+    fields: dict[str, Any] = {"max_tokens": 16, "temperature": 0.0}
+    return Request(request_id=request_id, prompt_ids=tuple(prompt_ids), params=SamplingParams(**{**fields, **params}))
+
+
+def make_engine(target: Target, draft: Draft | None = None, **changes: Any) -> Engine:
+    """A small engine; no token ends an answer unless told so."""
+    fields: dict[str, Any] = {
+        "eos_token_ids": frozenset(),
+        "max_batch_size": 8,
+        "max_seq_len": 96,
+        "prefill_chunk_tokens": 16,
+        "adaptive": False,
+    }
+    return Engine(target, draft, **{**fields, **changes})
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """All that a request was given."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: str | None = None
+    rounds: list[Output] = field(default_factory=list)
+
+    def add(self, output: Output) -> None:
+        """Take in one round."""
+        assert self.finish_reason is None, "an output after the last one"
+        self.token_ids += output.token_ids
+        self.logprobs += output.logprobs or ()
+        if output.prompt_logprobs is not None:
+            assert self.prompt_logprobs is None
+            assert not self.rounds
+            self.prompt_logprobs = output.prompt_logprobs
+        self.finish_reason = output.finish_reason
+        self.rounds.append(output)
+
+
+def run(engine: Engine, requests: Sequence[Request], *, arrivals: Sequence[int] = ()) -> dict[str, Answer]:
+    """Serve all requests to their end; request i arrives before round `arrivals[i]` (0 when left out)."""
+    waiting = [(arrivals[i] if i < len(arrivals) else 0, r) for i, r in enumerate(requests)]
+    answers = {r.request_id: Answer() for r in requests}
+    number = 0
+    while waiting or engine.has_work:
+        for _, due in [w for w in waiting if w[0] <= number]:
+            engine.submit(due)
+        waiting = [w for w in waiting if w[0] > number]
+        for output in engine.round():
+            answers[output.request_id].add(output)
+        number += 1
+        assert number < 3000, "the engine does not come to an end"
+    return answers

@@ -1,0 +1,316 @@
+"""Real servers with real learners on a tiny model, started in a fraction of a second.
+
+Nothing is faked but the waiting: a process that has imported all forks each server by its command line, and servers
+fork their worker and their learner likewise, where they would start a new interpreter. Learners keep their priority,
+since on a busy machine one that steps behind all others would not come to learn within a test.
+
+    with TinyServers(folder) as servers:
+        server = servers.start()                 # `aurora-lit serve learn.enabled=true ...`; not yet ready
+        servers.wait_ready()
+        os.kill(server, signal.SIGKILL)
+
+Lies in `folder`: shm/ (in place of /dev/shm), tmp/ (of temporary files), checkpoints/, log, used (what was learned
+from, a line of JSON a trace).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from aurora_lit.drafts.checkpoint import save_draft
+from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.ipc.engine_status import STATUS_NAME, Status, StatusBlock
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock, LearnerStatus
+from aurora_lit.ipc.process_lifetime import die_with_parent
+from aurora_lit.models.target import Target
+from support import child_environment
+from support.fake_server import free_port
+from support.tiny_models import VOCAB, random_draft, save_model
+
+MODEL = "tiny"
+
+
+def text_of(ids: list[int]) -> str:
+    """Every token is one character."""
+    return "".join(chr(33 + i) for i in ids)
+
+
+class TinyServers:
+    """One deployment, whose server is started again and again; all its processes end with this one."""
+
+    def __init__(self, folder: Path, **model: Any) -> None:
+        """model: what the target has otherwise than tiny_models.py says."""
+        self.folder, self.port = folder, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        for name in ("shm", "tmp"):
+            (folder / name).mkdir()
+        self.target = Target.load(save_model("llama", folder / "target", seed=3, **model), precision="fp32")
+        vocabulary = {text_of([i]): i for i in range(VOCAB)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "target")
+        save_draft(random_draft(self.target), folder / "start", dtype=torch.float32)
+        self.store = DraftStore(folder / "checkpoints" / "live", keep=3)
+
+    @property
+    def _command(self) -> list[str]:
+        learn = {
+            "enabled": "true",
+            "compute_share": 1.0,
+            "batch_positions": 256,
+            "num_steps": 3,
+            "learning_rate": 4e-3,
+            "publish_every_s": 0.3,
+            "min_steps": 2,
+            "save_every_s": 0.2,
+            "gate_requests": 8,
+            "reservoir_mb": 4,
+            "logs": self.folder / "logs",
+            "max_repeated_share": 1.0,
+        }
+        engine = {
+            "max_seq_len": 128,
+            "prefill_chunk_tokens": 64,
+            "max_draft_tokens": 3,
+            "adaptive": "false",
+            "lookup": "false",
+            "explore_share": 0.2,
+            "threads": 1,
+        }
+        return [
+            "serve",
+            f"target.source={self.folder / 'target'}",
+            "target.precision=fp32",
+            f"server.port={self.port}",
+            f"server.model_name={MODEL}",
+            f"draft.checkpoint={self.folder / 'start'}",
+            "trace.capacity_mb=1",
+            f"checkpoint.dir={self.store.folder.parent}",
+            "checkpoint.keep=3",
+            *(f"learn.{key}={value}" for key, value in learn.items()),
+            *(f"engine.{key}={value}" for key, value in engine.items()),
+        ]
+
+    def __enter__(self) -> TinyServers:
+        self._host = subprocess.Popen(
+            [sys.executable, __file__, str(self.folder), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=child_environment(TMPDIR=str(self.folder / "tmp")),
+        )
+        assert self._answer() == "ready", self.log
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """All forked processes die with the one that forked them."""
+        self._host.kill()
+        self._host.communicate()
+
+    def _answer(self) -> str:
+        assert self._host.stdout is not None
+        return self._host.stdout.readline().strip()
+
+    def start(self, *overrides: str) -> int:
+        """Start a server; its process id."""
+        return self.run(*self._command, *overrides)
+
+    def run(self, *command: str) -> int:
+        """Start any `aurora-lit` command; its process id."""
+        assert self._host.stdin is not None
+        self._host.stdin.write(json.dumps(command) + "\n")
+        self._host.stdin.flush()
+        return int(self._answer())
+
+    def status(self) -> dict[str, Any]:
+        """What the server says of itself."""
+        return dict(httpx.get(f"{self.url}/v1/aurora/status", timeout=20).json())
+
+    @property
+    def log(self) -> str:
+        """What all of them have printed, the end of it."""
+        return (self.folder / "log").read_text(errors="replace")[-6000:]
+
+    @property
+    def run_folders(self) -> list[Path]:
+        return sorted((self.folder / "shm").iterdir())
+
+    def learner(self) -> LearnerStatus | None:
+        """The page of the running server's learner; None when there is no server."""
+        try:
+            (folder,) = self.run_folders
+            return LearnerBlock.open(folder / LEARNER_STATUS_NAME).read()
+        except (OSError, ValueError):
+            return None
+
+    def worker(self) -> Status | None:
+        """The engine worker's page."""
+        try:
+            (folder,) = self.run_folders
+            return StatusBlock.open(folder / STATUS_NAME).read()
+        except (OSError, ValueError):
+            return None
+
+    def wait(self, until: Callable[[], Any], timeout_s: float = 60.0) -> Any:
+        """Until something is true; what it returned then."""
+        end = time.monotonic() + timeout_s
+        while not (value := until()):
+            assert time.monotonic() < end, f"it does not come: {self.learner()}\n{self.worker()}\n{self.log}"
+            time.sleep(0.01)
+        return value
+
+    def wait_ready(self) -> None:
+        """Until the server takes requests."""
+        self.wait(self.is_ready)
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=10).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def alive(self, pid: int) -> bool:
+        try:
+            return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+
+    def family(self, server: int) -> list[int]:
+        """The processes of a server, itself included."""
+        try:
+            return [server, *(child.pid for child in psutil.Process(server).children(recursive=True))]
+        except psutil.NoSuchProcess:
+            return []
+
+
+# -- the process that forks ----------------------------------------------------------------------------------------
+
+
+class ForkedCommand:
+    """As much of subprocess.Popen as a server's own learner needs; runs `python -m aurora_lit …` in a fork."""
+
+    def __init__(self, command: list[str], **_: object) -> None:
+        self._code: int | None = None
+        self._pid = os.fork()
+        if self._pid == 0:
+            run_command(command[3:])
+
+    def poll(self) -> int | None:
+        return self._reap(os.WNOHANG)
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + (timeout or 0)
+        while timeout is not None and self._reap(os.WNOHANG) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("learn", timeout)
+            time.sleep(0.01)
+        code = self._reap(0)
+        assert code is not None
+        return code
+
+    def _reap(self, options: int) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self._pid, options)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def terminate(self) -> None:
+        os.kill(self._pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+
+
+def run_command(arguments: list[str]) -> None:
+    """Never returns."""
+    from aurora_lit.cli.main import main
+
+    code = 1
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        main(arguments, prog_name="aurora-lit")
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        print(f"process {os.getpid()} ended with exit code {code}", file=sys.stderr, flush=True)
+        os._exit(code)
+
+
+def prepare(folder: Path) -> None:
+    """Import all, and let servers lie in `folder`, fork instead of spawn, and wait less."""
+    import multiprocessing
+
+    import aurora_lit.learn.online.build
+    import aurora_lit.learn.online.loop
+    import aurora_lit.serve.worker.build
+    import aurora_lit.serve.worker.live_draft  # noqa: F401
+    from aurora_lit.ipc import learner_status, run_folder
+    from aurora_lit.learn.online import loop
+    from aurora_lit.learn.online import process as online
+    from aurora_lit.serve import learner_child, server
+    from aurora_lit.traces.record import Trace, from_bytes
+
+    def noted(payload: bytes) -> Trace:
+        trace = from_bytes(payload)
+        used = {"id": trace.request_id, "first": trace.first_position, "ids": trace.token_ids_T.tolist()}
+        descriptor = os.open(folder / "used", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(descriptor, json.dumps(used).encode() + b"\n")
+        os.close(descriptor)
+        return trace
+
+    patched: Any = multiprocessing
+    forking = multiprocessing.get_context("fork")
+    patched.get_context = lambda method=None: forking
+    run_folder._usual_parent = lambda: folder / "shm"
+    learner_child.subprocess = types.SimpleNamespace(  # type: ignore[assignment]
+        Popen=ForkedCommand, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
+    )
+    learner_child.RESTART_AFTER_S = (0.05,) * 100
+    server.WORKER_GRACE_S = 0.5
+    learner_status.STALLED_AFTER_S = 3.0
+    online._step_behind = lambda *_: None
+    loop.from_bytes = noted
+
+
+def host(folder: Path, parent: int) -> None:
+    die_with_parent(parent)
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 2)
+    prepare(folder)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for what was forked here
+    me = os.getpid()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            die_with_parent(me)
+            os.dup2(log, 1)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            run_command(json.loads(line))
+        print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    host(Path(sys.argv[1]), int(sys.argv[2]))

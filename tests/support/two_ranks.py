@@ -1,0 +1,172 @@
+"""Two processes that hold one tiny target together, without a server; started once, forked for each case.
+
+    results = run_cases(folder, [Case(name="tp", model=folder / "llama", strategy="tensor_parallel")])
+    results["tp"][1]["versions"]        # what rank 1 noted
+
+A case runs an engine with a draft on rank 0 and swaps the draft on its way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from support import child_environment
+
+PROMPTS = (
+    (3, 14, 15, 9, 2, 6),
+    (5, 35, 8, 9),
+    (7, 9, 3, 2, 38, 4, 6, 2, 6, 4, 3, 3),
+    (*range(20, 38), 5),
+    (*range(20, 38), 6, 7),
+)
+MAX_TOKENS = 12
+SWAP_AT_ROUND = 4
+SHAPE: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
+"""Three key-value heads, which two ranks cannot share evenly, as in SmolLM2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What two ranks are to do."""
+
+    name: str
+    model: str
+    strategy: str
+    precision: str = "fp32"
+    native: bool = True
+    """Whether the CPU kernels may be used."""
+    fault: str = ""
+    """"dies": rank 1 ends in the midst of it; "miscounts": it has heard of another number of drafts."""
+
+
+def run_cases(folder: Path, cases: list[Case]) -> dict[str, list[dict[str, Any]]]:
+    """What each rank noted, by case."""
+    words = json.dumps([asdict(case) for case in cases])
+    subprocess.run([sys.executable, __file__, str(folder), words], check=True, env=child_environment(), timeout=200)
+    return {
+        case.name: [json.loads((folder / f"{case.name}-{rank}.json").read_text()) for rank in range(2)]
+        for case in cases
+    }
+
+
+def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
+    import torch
+
+    from aurora_lit.distributed import Op, Order, Ranks
+    from aurora_lit.errors import AuroraError, RankError
+    from aurora_lit.kernels import native
+    from aurora_lit.models.sharded_target import ShardedTarget
+    from support.tiny_models import make_engine, random_draft, request
+
+    torch.set_num_threads(1)
+    if not case.native:
+        native.library = lambda: None  # type: ignore[assignment]
+    meeting = folder / f"{case.name}-meeting"
+    meeting.mkdir(exist_ok=True)
+    ranks = Ranks(rank=rank, size=2, folder=meeting, strategy=case.strategy)  # type: ignore[arg-type]
+    try:
+        target = ShardedTarget.load_part(
+            Path(case.model),
+            precision=case.precision,
+            strategy=case.strategy,
+            ranks=ranks,  # type: ignore[arg-type]
+        )
+    except AuroraError as error:
+        return {"refused": f"{type(error).__name__}: {error}"}
+    noted: dict[str, Any] = {"versions": [], "kv_heads": target.num_kv_heads, "weights": num_weights(target)}
+    if rank:
+
+        def note(order: Order) -> None:
+            noted["versions"].append(f"{order.op.name} {order.version}")
+            if len(noted["versions"]) == 8 and case.fault:
+                if case.fault == "dies":
+                    os._exit(9)
+                ranks.num_versions += 1
+
+        try:
+            target.follow(after=note)
+        except RankError as error:
+            noted["error"] = str(error)
+        return noted
+
+    give = ranks._send
+
+    def send(op: Op, tensors: tuple[Any, ...]) -> None:
+        give(op, tensors)
+        version = "".join(map(chr, tensors[0].tolist())) if op is Op.VERSION else ranks.version
+        noted["versions"].append(f"{op.name} {version}")
+
+    ranks._send = send  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            embeds = target.embedding(torch.arange(1500).view(30, 50) % target.vocab_size)
+            noted |= {"embeds": embeds.tolist(), "embeds_type": str(embeds.dtype)}
+        engine = make_engine(target, random_draft(target), max_draft_tokens=3)
+        for i, prompt in enumerate(PROMPTS):
+            engine.submit(request(str(i), prompt, max_tokens=MAX_TOKENS))
+        tokens: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
+        proposed = rounds = 0
+        while engine.has_work:
+            if rounds == SWAP_AT_ROUND:
+                engine.swap_draft(random_draft(target, seed=5), version="draft-000001")
+            ranks.announce(engine.draft_version)
+            for output in engine.round():
+                tokens[output.request_id] += output.token_ids
+                proposed += output.num_proposed
+            rounds += 1
+        noted |= {"tokens": list(tokens.values()), "proposed": proposed, "cached": engine.stats.cached_tokens}
+        ranks.stop()
+    except RankError as error:
+        noted["error"] = str(error)
+    return noted
+
+
+def num_weights(target: Any) -> int:
+    """Numbers in this rank's weights: parameters' parts, packed linears included."""
+    from torch.distributed.tensor import DTensor
+
+    from aurora_lit.kernels.packed_linear import PackedLinear
+
+    whole = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in target.parameters())
+    packed = [m for m in target.modules() if isinstance(m, PackedLinear)]
+    return int(whole + sum(m.out_features * m.in_features for m in packed))
+
+
+def main(folder: Path, cases: list[Case]) -> None:
+    import tiny_models  # noqa: F401
+
+    import aurora_lit.models.sharded_target  # noqa: F401
+    from aurora_lit.ipc.process_lifetime import die_with_parent
+
+    for case in cases:
+        children = []
+        me = os.getpid()
+        for rank in range(2):
+            child = os.fork()
+            if child == 0:
+                die_with_parent(me)
+                code = 1
+                try:
+                    noted = run_rank(rank, case, folder)
+                    (folder / f"{case.name}-{rank}.json").write_text(json.dumps(noted))
+                    code = 0
+                except BaseException:
+                    import traceback
+
+                    traceback.print_exc()
+                os._exit(code)
+            children.append(child)
+        for rank, child in enumerate(children):
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if code:
+                (folder / f"{case.name}-{rank}.json").write_text(json.dumps({"exit": code}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [Case(**case) for case in json.loads(sys.argv[2])])
