@@ -50,7 +50,7 @@ def main(folder: Path, model: Path, processes: int) -> None:
         module = online_module(target, random_draft(target, seed=seed, draft_vocab_size=32))
         return Learner(
             module,
-            a_steering(floor=0.3),
+            a_steering(min_lr_factor=0.3),
             folder / "state",
             ends=ends,
             version="start",

@@ -64,7 +64,7 @@ def a_steering(**changes: Any) -> DomainController:
         "detector": None,
         "signals": SignalRange(cold=signal, hot=signal),
         "warmup_steps": 2,
-        "floor": 1.0,
+        "min_lr_factor": 1.0,
         "decay_tokens": 1000.0,
     }
     return DomainController(**{**fields, **changes})

@@ -35,7 +35,6 @@ from aurora_lit.learn.online.domain_drafts import DomainDrafts
 from aurora_lit.learn.online.gate import HeldOut
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
-from aurora_lit.learn.online.naming import Speller, speller
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.controller import DomainController
@@ -80,7 +79,7 @@ def build_loop(
         leader = leaving.enter_context(leading()) if learn.devices > 1 else None
         learner = Learner(
             module,
-            steering_of(config, spell=_speller(config)),
+            steering_of(config),
             state_path,
             ends=ends,
             version=current or STARTING_VERSION,
@@ -101,7 +100,7 @@ def build_loop(
             replay_share=learn.replay_share,
             live_bytes=learn.reservoir_mb * _MIB // 8,
             max_client_share=learn.max_client_share,
-            choice=learn.choice,
+            choice=learn.trace_selection,
             seed=learn.seed,
             vocabulary_use=learner.vocabulary_use,
         )
@@ -122,7 +121,7 @@ def build_loop(
             budget=Budget(
                 share=learn.compute_share,
                 full_load_share=learn.full_load_share,
-                minimum_duty=learn.minimum_duty,
+                minimum_share=learn.minimum_share,
                 cpu_s=leader.processor_s if leader else time.process_time,
             ),
             domain_drafts=_domain_drafts(config, store, starting, ends) if learn.domain_drafts else None,
@@ -167,14 +166,10 @@ def _domain_drafts(config: AuroraConfig, store: DraftStore, starting: Draft, end
     )
 
 
-def _speller(config: AuroraConfig) -> Speller | None:
-    return speller(_target_folder(config)) if config.domain.detect else None
-
-
-def steering_of(config: AuroraConfig, *, spell: Speller | None = None) -> DomainController:
+def steering_of(config: AuroraConfig) -> DomainController:
     """What the sections `domain` and `schedule` ask for; cold is what their neighbours say."""
     domain, schedule = config.domain, config.schedule
-    detector = DomainDetector(max_domains=domain.max_domains, novelty=domain.novelty) if domain.detect else None
+    detector = DomainDetector(max_domains=domain.max_domains, novelty=domain.novelty_threshold) if domain.detect else None
     cold = DomainSignal(
         explore_share=config.engine.explore_share,
         explore_temperature=config.engine.explore_temperature,
@@ -191,10 +186,9 @@ def steering_of(config: AuroraConfig, *, spell: Speller | None = None) -> Domain
         detector,
         signals=SignalRange(cold=cold, hot=hot),
         warmup_steps=schedule.warmup_steps,
-        floor=schedule.floor,
+        min_lr_factor=schedule.min_lr_factor,
         decay_tokens=schedule.decay_tokens,
         max_labels=domain.max_domains,
-        spell=spell,
     )
 
 
@@ -248,12 +242,12 @@ def online_module(config: AuroraConfig, draft: Draft, ends: TargetHead) -> Draft
         embedding_VH=ends.embedding_VH,
         head_VdH=ends.head_VH[draft.draft_token_ids],
         finish=ends.finish.rows(draft.draft_token_ids),
-        num_steps=learn.num_steps,
+        num_steps=learn.unroll_steps,
         value_weight=learn.value_weight,
         online=OnlineWeights(
             base_loss=learn.base_loss,
             ppo_weight=learn.ppo_weight,
-            clip=learn.clip,
+            clip=learn.ppo_clip,
             gae_lambda=learn.gae_lambda,
         ),
         learning_rate=learn.learning_rate,

@@ -2,7 +2,7 @@
 
 Joins the detector (modules/domains/detector.py) and the schedules (modules/domains/lr_schedule.py); has no rule of its own.
 
-    steering = DomainController(detector, signals=signals, warmup_steps=8, floor=0.3, decay_tokens=100_000)
+    steering = DomainController(detector, signals=signals, warmup_steps=8, min_lr_factor=0.3, decay_tokens=100_000)
     schedules = steering.schedules_for(optimizers)
     trace = steering.place(trace)               # its domain is now the detector's
     steering.learned(batch)                     # before the schedules' step()
@@ -18,7 +18,6 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from aurora_lit.learn.online.naming import DomainWords, Speller
 from aurora_lit.modules.domains.detector import UNKNOWN, DomainDetector, Placement, Shift
 from aurora_lit.modules.domains.lr_schedule import DomainAwareLR, DomainSignal, SignalRange
 from aurora_lit.modules.losses.batch import OnlineBatch
@@ -34,22 +33,19 @@ class DomainController:
         *,
         signals: SignalRange,
         warmup_steps: int,
-        floor: float,
+        min_lr_factor: float,
         decay_tokens: float,
         max_labels: int = 16,
-        spell: Speller | None = None,
     ) -> None:
         """`detector` None: domains are what clients call them, the first `max_labels` names that come, and no shift is
-        noticed. `spell`: for words that tell people what a domain is about; None: ids have to do.
-        """
+        noticed."""
         self.detector = detector
-        self._words = DomainWords(detector, spell) if detector is not None and spell is not None else None
         self._labels: dict[str, None] = {}
         self._max_labels = max_labels
         self.num_labels_dropped = 0
         """Traces whose client's label was not kept, since this object was made."""
         self._signals = signals
-        self._warmup_steps, self._floor, self._decay_tokens = warmup_steps, floor, decay_tokens
+        self._warmup_steps, self._min_lr_factor, self._decay_tokens = warmup_steps, min_lr_factor, decay_tokens
         self._schedules: list[DomainAwareLR] = []
         self.last_shift: Shift | None = None
 
@@ -57,7 +53,10 @@ class DomainController:
         """Schedules for new optimizers, in the place of any before; what those knew of domains stays known."""
         schedules = [
             DomainAwareLR(
-                optimizer, warmup_steps=self._warmup_steps, floor=self._floor, decay_tokens=self._decay_tokens
+                optimizer,
+                warmup_steps=self._warmup_steps,
+                min_lr_factor=self._min_lr_factor,
+                decay_tokens=self._decay_tokens,
             )
             for optimizer in optimizers
         ]
@@ -121,11 +120,7 @@ class DomainController:
             shares = self.detector.domains | {UNKNOWN: self.detector.unknown_share}
         present = sorted(((share, name) for name, share in shares.items() if share >= 0.01), reverse=True)
         heat_of = self._schedules[0].heat_of
-        return ", ".join(f"{self._titled(name)} {share:.0%} (heat {heat_of(name):.2f})" for share, name in present)
-
-    def _titled(self, domain: str) -> str:
-        words = self._words.of(domain) if self._words is not None else ""
-        return (domain or "unknown") + (f": {words}" if words else "")
+        return ", ".join(f"{name or 'unknown'} {share:.0%} (heat {heat_of(name):.2f})" for share, name in present)
 
     def state_dict(self) -> dict[str, Any]:
         """The detector's, or the labels known without one; schedules are saved with their optimizers."""

@@ -4,14 +4,14 @@ Every domain has a heat h = min(1, novelty when it came) · exp(-tokens learned 
 raises a domain's heat to the shift's novelty, never lowers it; a domain that comes back has the heat that it left with.
 A step's heat is the mean over the domains of the last few steps' live traffic, and the rate is
 
-    base_lr · backoff · min(1, (step + 1) / warmup_steps) · (floor + (1 - floor) · heat)
+    base_lr · backoff · min(1, (step + 1) / warmup_steps) · (min_lr_factor + (1 - min_lr_factor) · heat)
 
 so two interleaved domains cool apart, and replay cools its domain without setting the rate. backoff is 1 until drafts
 are refused one after the other, which says that the rate is too high for what is left to gain. The same heat says how
 much to explore, to keep the draft's entropy, and to replay (`DomainSignal`). What is left out: who finds domains and
 shifts (modules/domains/detector.py).
 
-    schedule = DomainAwareLR(optimizer, warmup_steps=8, floor=0.3, decay_tokens=100_000)
+    schedule = DomainAwareLR(optimizer, warmup_steps=8, min_lr_factor=0.3, decay_tokens=100_000)
     schedule.came("code")                       # state only; the next step() applies it
     schedule.raise_heat("code", 0.9)
     schedule.learned({"code": 900, "chat": 100}, traffic={"code": 500})
@@ -41,9 +41,9 @@ MAX_DOMAINS = 256
 class DomainAwareLR(LRScheduler):
     """See the file's docstring. Its rate depends on base_lrs and its state alone, not on the rate before."""
 
-    def __init__(self, optimizer: Optimizer, *, warmup_steps: int, floor: float, decay_tokens: float) -> None:
-        """floor: factor where nothing is left to learn. decay_tokens: tokens in which a domain's heat falls to 1/e."""
-        self.warmup_steps, self.floor, self.decay_tokens = warmup_steps, floor, decay_tokens
+    def __init__(self, optimizer: Optimizer, *, warmup_steps: int, min_lr_factor: float, decay_tokens: float) -> None:
+        """min_lr_factor: factor where nothing is left to learn. decay_tokens: tokens in which a domain's heat falls to 1/e."""
+        self.warmup_steps, self.min_lr_factor, self.decay_tokens = warmup_steps, min_lr_factor, decay_tokens
         self.heat_then: dict[str, float] = {}
         """Heat of each domain when it was last raised; the one learned from last stands last."""
         self.tokens_since: dict[str, float] = {}
@@ -68,7 +68,7 @@ class DomainAwareLR(LRScheduler):
     def factor(self) -> float:
         """By which the base rate is multiplied."""
         warm = min(1.0, (self.last_epoch + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return self.backoff * warm * (self.floor + (1 - self.floor) * self.heat)
+        return self.backoff * warm * (self.min_lr_factor + (1 - self.min_lr_factor) * self.heat)
 
     def raise_heat(self, domain: str, novelty: float) -> None:
         """So much (0 to 1) of a domain is new to the draft, if not more anyway."""

@@ -53,7 +53,7 @@ def accepted_length(target: Target, draft: Draft) -> float:
 @pytest.fixture(scope="module")
 def learned(target: Target, traffic: list[Trace], tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Draft]:
     """A world that has published twice, and the second draft."""
-    world = World(target, tmp_path_factory.mktemp("world"), min_steps=40)
+    world = World(target, tmp_path_factory.mktemp("world"), publish_every_steps=40)
     world.ring.records.extend(traffic * 12)  # as if it were asked again and again
     world.tick_until(lambda: world.loop.published >= 2)
     return world, world.served_draft("draft-000002")
@@ -200,7 +200,7 @@ def test_a_resumed_learner_goes_on_as_if_it_had_not_stopped(
     batch = online_batch([read_lesson(trace, ends) for trace in traffic[:6]], [], oldest_fresh=0)
 
     def a_learner(seed: int) -> Learner:
-        steering = a_steering(detector=DomainDetector(max_domains=4, novelty=0.7), floor=0.1)
+        steering = a_steering(detector=DomainDetector(max_domains=4, novelty=0.7), min_lr_factor=0.1)
         module = online_module(target, random_draft(target, seed=seed))
         return Learner(module, steering, tmp_path / "state", ends=ends, version="start", ema_decay=0.9)
 
@@ -246,7 +246,7 @@ def test_the_loop_rests_while_its_share_is_used_up_and_reads_on_where_that_is_in
 ) -> None:
     world = World(target, tmp_path)
     spent = 0.0
-    world.loop._budget = Budget(share=0.001, full_load_share=0.001, minimum_duty=0.0, cpu_s=lambda: spent)
+    world.loop._budget = Budget(share=0.001, full_load_share=0.001, minimum_share=0.0, cpu_s=lambda: spent)
     spent, world.load = 100.0, load
     world.ring.records.extend(traffic[:5])
     for _ in range(3):
@@ -259,7 +259,7 @@ def test_the_loop_rests_while_its_share_is_used_up_and_reads_on_where_that_is_in
 def test_a_learner_that_is_refused_again_and_again_goes_back_to_the_served_draft_at_half_the_rate(
     target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = World(target, tmp_path, min_steps=2)
+    world = World(target, tmp_path, publish_every_steps=2)
     passed = [False]
     monkeypatch.setattr(
         "aurora_lit.learn.online.gate.judge",
@@ -306,7 +306,7 @@ def test_the_page_says_which_cores_learning_takes_while_it_takes_them(
 def test_a_full_disk_is_said_and_learning_goes_on(
     target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = World(target, tmp_path, min_steps=2, save_every_s=0.1)
+    world = World(target, tmp_path, publish_every_steps=2, save_every_s=0.1)
     (tmp_path / "learner.tmp").mkdir()  # nothing can be written there
 
     def full(*_: Any, **__: Any) -> str:
@@ -338,7 +338,7 @@ def test_domains_set_the_rate_the_replay_and_the_losss_weights_and_are_shown(
         hot=DomainSignal(explore_share=0.2, explore_temperature=2.0, entropy_weight=0.1, replay_share=0.25),
     )
     detector = DomainDetector(max_domains=4, novelty=0.7)
-    steering = a_steering(detector=detector, signals=signals, warmup_steps=0, floor=0.5, decay_tokens=600.0)
+    steering = a_steering(detector=detector, signals=signals, warmup_steps=0, min_lr_factor=0.5, decay_tokens=600.0)
     world = World(target, tmp_path, steering=steering, publish_every_s=3600.0)
     module = world.learner.module.module
 

@@ -8,15 +8,12 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from support.domain_prompts import _KINDS, Prompts
-from support.fake_engine import tiny_tokenizer
 from torch import Tensor
 
-from aurora_lit.learn.online.naming import DomainWords, speller
 from aurora_lit.modules.domains.detector import UNKNOWN, DomainDetector, Placement, Shift, acceptance_rate, embed
 from aurora_lit.modules.domains.shifts import AcceptanceWatch, MixWatch, Watch
 
@@ -127,45 +124,6 @@ def test_later_segments_share_their_requests_domain_and_teach_nothing() -> None:
     assert (later.domain, later.shift, later.founded) == (placement.domain, None, 0.0)
     assert placement.domain != UNKNOWN
     assert encoded(detector) == state
-
-
-def test_a_domain_is_named_by_tokens_that_its_prompts_have_and_others_have_not() -> None:
-    kinds = shuffled(200)
-    placements, detector = place_all(kinds)
-    domain = next(p.domain for p, kind in zip(placements[150:], kinds[150:], strict=True) if kind == "prose")
-    assert sorted(detector.typical_tokens(domain)) == [3000, 3001, 3002]
-    assert len(detector.typical_tokens(domain, 50)) < 15, "most others stand anywhere"
-
-
-def test_domains_have_words_where_tokens_are_words_and_there_are_others() -> None:
-    words = {3000: " Once", 3001: "once", 3002: " upon", 1000: " def", 1001: "(", 1002: "int"}
-    kinds = ["code", "prose"] * 60
-    placements, detector = place_all(kinds)
-    names = dict(zip(kinds[-2:], [p.domain for p in placements[-2:]], strict=True))
-    found = DomainWords(detector, lambda token: words.get(token, ""))
-    assert {word.strip() for word in found.of(names["prose"]).split(",")} == {"once", "upon"}
-    assert {word.strip() for word in found.of(names["code"]).split(",")} == {"def", "int"}
-    assert found.of("auto-99") == ""
-    _, alone = place_all([], detector=DomainDetector(max_domains=8, novelty=0.7))
-    prompts = Prompts()
-    for _ in range(40):
-        alone.place(prompts.trace("code", label="mine"))
-    assert list(alone.domains) == ["mine"]
-    assert DomainWords(alone, lambda token: "word").of("mine") == "", "nothing to compare with"
-    # Words are looked for anew as traffic goes on.
-    words[1000] = " class"
-    assert "def" in found.of(names["code"])
-    place_all(kinds, detector=detector, seed=1)
-    assert "class" in found.of(names["code"])
-
-
-def test_a_target_without_a_tokenizer_gives_no_words(tmp_path: Path) -> None:
-    assert speller(tmp_path) is None
-    tiny_tokenizer().save_pretrained(tmp_path)
-    spell = speller(tmp_path)
-    assert spell is not None
-    assert spell(5)
-    assert spell(10**6) == "", "models have more rows than tokenizers tokens"
 
 
 # -- shifts --------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ _DECAY = 100 / math.log(2)
 """A hundred tokens halve a domain's heat."""
 
 
-def a_schedule(*, warmup_steps: int = 0, floor: float = 0.2, rate: float = 1.0) -> DomainAwareLR:
+def a_schedule(*, warmup_steps: int = 0, min_lr_factor: float = 0.2, rate: float = 1.0) -> DomainAwareLR:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
-    return DomainAwareLR(optimizer, warmup_steps=warmup_steps, floor=floor, decay_tokens=_DECAY)
+    return DomainAwareLR(optimizer, warmup_steps=warmup_steps, min_lr_factor=min_lr_factor, decay_tokens=_DECAY)
 
 
 def step(schedule: DomainAwareLR, tokens: Mapping[str, float], traffic: Mapping[str, float] | None = None) -> float:
@@ -78,7 +78,7 @@ def test_a_drop_inside_a_domain_heats_it_again() -> None:
 
 
 def test_refused_drafts_halve_the_rate_and_those_that_pass_double_it_again() -> None:
-    schedule = a_schedule(floor=1.0)
+    schedule = a_schedule(min_lr_factor=1.0)
     rates = []
     for event in ("back_off", "back_off", "recover", "recover", "recover"):
         getattr(schedule, event)()
