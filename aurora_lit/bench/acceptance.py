@@ -97,8 +97,6 @@ def fixed_length(config: AuroraConfig) -> AuroraConfig:
     """The same with as many proposals in every round."""
     if config.draft.checkpoint is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to measure; name a checkpoint folder")
-    if config.engine.max_draft_tokens == 0:
-        raise ConfigError("engine.max_draft_tokens=0: nothing would be proposed; use 1 to 8")
     return replace(config, engine=replace(config.engine, speculate=True, adaptive=False, lookup=False))
 
 

@@ -23,7 +23,7 @@ from aurora_lit.bench.prompts import progress_bar, report_console
 from aurora_lit.bench.stream import TRAFFIC, about
 from aurora_lit.bench.stream_plan import phase_of
 from aurora_lit.config import AuroraConfig
-from aurora_lit.learn.offline.replay import recorded
+from aurora_lit.learn.offline.replay import read_traces
 from aurora_lit.modules.domains.detector import DomainDetector, embed
 from aurora_lit.traces.record import Trace
 
@@ -37,7 +37,7 @@ def run(config: AuroraConfig, *, traces: Path, shuffles: int, out: Path) -> dict
     with progress_bar(console) as bar:
         reading = bar.add_task("reading", total=None)
         requests = []
-        for trace in recorded(traces / TRAFFIC):
+        for trace in read_traces(traces / TRAFFIC):
             if not trace.first_position:
                 requests.append(prompt_alone(trace))
                 bar.advance(reading)
@@ -88,7 +88,7 @@ def prompt_alone(trace: Trace) -> Trace:
 
 def called(config: AuroraConfig, requests: Sequence[Trace]) -> list[int]:
     """After which requests a new detector calls a shift."""
-    detector = DomainDetector(max_domains=config.domain.max_domains, novelty=config.domain.novelty)
+    detector = DomainDetector(max_domains=config.domain.max_domains, novelty=config.domain.novelty_threshold)
     return [at for at, trace in enumerate(requests) if detector.place(trace).shift is not None]
 
 

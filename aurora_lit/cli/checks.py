@@ -187,13 +187,13 @@ def check_address(config: AuroraConfig) -> Check:
 def check_target(config: AuroraConfig) -> Check:
     """The target model is in the cache, or can get there, and can be shared as engine.strategy says."""
     from aurora_lit.cli.footprint import model_shape
-    from aurora_lit.models.partition import check_shareable
+    from aurora_lit.models.partition import check_partition
 
     target = config.target
     root = cache_root(target.cache_dir)
     folder = cached(target.source, cache_dir=root, sha256=target.sha256)
     if folder is not None:
-        check_shareable(config, model_shape(config, folder=folder))
+        check_partition(config, model_shape(config, folder=folder))
         return _ok("target", str(folder))
     if not target.source.startswith(("pypi:", "hf:")):
         return _fail(
@@ -230,7 +230,7 @@ def check_memory(config: AuroraConfig) -> Check:
         return _warn(
             "memory",
             f"{free / _GIB:.1f} GiB free",
-            "run doctor again when the target is there, or name its config.json as target.shape: its needs are not "
+            "run doctor again when the target is there, or name its config.json as target.config_file: its needs are not "
             "known yet",
         )
     lines = needs(config, shape, devices=engine.devices)

@@ -2,7 +2,7 @@
 
 Left out: what the machine has, and whether that is enough (checks.py).
 
-    shape = model_shape(config, folder=None)             # the file that target.shape names
+    shape = model_shape(config, folder=None)             # the file that target.config_file names
     for need in needs(config, shape, devices=4): ...     # a line of the table each
     fewest_devices(config, shape, card_gb=80)            # (4, 1): four and one for the learner
 
@@ -25,8 +25,8 @@ from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, draft_folder
 from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE
 from aurora_lit.errors import ConfigError
-from aurora_lit.models.layers import aux_layer_ids, decoder_layers
-from aurora_lit.models.slots import padded_positions
+from aurora_lit.models.target import aux_layer_ids, decoder_layers
+from aurora_lit.models.kv_cache import padded_positions
 from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
 from aurora_lit.serve.worker.build import drafts
 
@@ -58,23 +58,23 @@ class Need:
 
 
 def model_shape(config: AuroraConfig, *, folder: Path | None) -> PretrainedConfig | None:
-    """The model's configuration: its own where it is there (`folder`), else target.shape's; None without either.
+    """The model's configuration: its own where it is there (`folder`), else target.config_file's; None without either.
 
-    Raises ConfigError when target.shape names no readable configuration.
+    Raises ConfigError when target.config_file names no readable configuration.
     """
     if folder is not None:
         own: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
         return own
-    if config.target.shape is None:
+    if config.target.config_file is None:
         return None
-    path = Path(config.target.shape).expanduser()
+    path = Path(config.target.config_file).expanduser()
     path = path if path.is_absolute() or path.is_file() else PROJECT_FOLDER / path
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         shape: PretrainedConfig = AutoConfig.for_model(fields.pop("model_type"), **fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"target.shape={config.target.shape} cannot be read ({error!r}); name a model's config.json"
+            f"target.config_file={config.target.config_file} cannot be read ({error!r}); name a model's config.json"
         ) from error
     return shape
 
@@ -243,7 +243,7 @@ def _learner_needs(config: AuroraConfig, text: PretrainedConfig, *, element_byte
     H, V = text.hidden_size, text.vocab_size
     state = 16 * parameters + 4 * matrices + 8 * (parameters - matrices)
     rows = 2 * draft.draft_vocab_size * H * element_bytes
-    step = learn.batch_positions * (3 * H + learn.num_steps * (8 * H + 3 * draft.intermediate_size)) * 2
+    step = learn.batch_positions * (3 * H + learn.unroll_steps * (8 * H + 3 * draft.intermediate_size)) * 2
     return [
         Need(
             what="learner, the target's ends",
@@ -262,7 +262,7 @@ def _learner_needs(config: AuroraConfig, text: PretrainedConfig, *, element_byte
             what="learner, a step (about)",
             where="learner's device",
             num_bytes=step,
-            how=f"{learn.batch_positions:,} positions x {learn.num_steps} steps, bf16",
+            how=f"{learn.batch_positions:,} positions x {learn.unroll_steps} steps, bf16",
         ),
     ]
 

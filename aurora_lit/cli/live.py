@@ -27,9 +27,9 @@ def learn(config: AuroraConfig, run_folder: Path | None, parent: int | None) -> 
     """Attach a learner to a running server, with that server's settings unless --config names others."""
     from aurora_lit.cli.status import find_run_folder
     from aurora_lit.ipc.process_lifetime import die_with_parent
-    from aurora_lit.learn.online.process import follows, run_learner
+    from aurora_lit.learn.online.process import is_follower, run_learner
 
-    if follows(config):
+    if is_follower(config):
         parent = os.getppid()  # the learner that leads; --parent is that one's
     if parent is not None:
         die_with_parent(parent)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
     from aurora_lit.learn.data.target_head import TargetHead
-    from aurora_lit.learn.offline.replay import Replay, Scored
+    from aurora_lit.learn.offline.replay import Replay, ScoredTrace
     from aurora_lit.modules.draft.eagle3 import Draft
 
 DRAFT_NAME, VERSIONS_NAME, REPORT_NAME = "draft", "versions", "replay.json"
@@ -44,11 +44,11 @@ def replay(config: AuroraConfig, traces: Path | None, **options: Any) -> None:
     folder = traces or (Path(config.trace.record) if config.trace.record else None)
     if folder is None:
         raise ConfigError("trace.record=null: there are no traces to replay; use --traces DIR")
-    from aurora_lit.learn.online.build import ends_and_start
+    from aurora_lit.learn.online.build import load_head_and_draft
 
     fabric = _fabric()
-    ends, starting = ends_and_start(config)
-    run(config, traces=folder, ends=ends, starting=starting, fabric=fabric, **options)
+    target_head, starting = load_head_and_draft(config)
+    run(config, traces=folder, target_head=target_head, starting=starting, fabric=fabric, **options)
 
 
 def run(
@@ -56,7 +56,7 @@ def run(
     *,
     traces: Path,
     out: Path,
-    ends: TargetHead,
+    target_head: TargetHead,
     starting: Draft,
     fabric: Fabric,
     steps_per_trace: float,
@@ -65,14 +65,14 @@ def run(
 ) -> dict[str, Any]:
     """Replay the traces in `traces`; returns what it writes to `out`, beside the draft that serves at the end."""
     from aurora_lit.drafts.checkpoint import save_draft
-    from aurora_lit.learn.offline.replay import Replay, blocks, num_recorded, recorded
+    from aurora_lit.learn.offline.replay import Replay, blocks, count_traces, read_traces
 
-    total = num_recorded(traces)
+    total = count_traces(traces)
     first = fabric.is_global_zero
     with tempfile.TemporaryDirectory() as scratch, _progress(shown=first) as bar:
         replayed = Replay(
             config,
-            ends=ends,
+            target_head=target_head,
             starting=starting,
             folder=out / VERSIONS_NAME,
             scratch=Path(scratch),
@@ -80,8 +80,8 @@ def run(
             fabric=fabric,
         )
         task = bar.add_task("replaying", total=total)
-        for block in blocks(recorded(traces), trial_every):
-            replayed.take(block)
+        for block in blocks(read_traces(traces), trial_every):
+            replayed.process_block(block)
             bar.advance(task, len(block))
     result = report(replayed, window=window)
     if first:
@@ -108,7 +108,7 @@ def report(replayed: Replay, *, window: int) -> dict[str, Any]:
         "skipped": replayed.skipped,
         "steps": learner.steps,
         "positions": learner.positions,
-        "poisoned": learner.poisoned,
+        "poisoned": learner.num_nonfinite,
         "published": sum(trial.passed for trial in replayed.trials),
         "all": _row(scored),
         "domains": [{"domain": name or "unknown"} | _row([s for s in scored if s.domain == name]) for name in domains],
@@ -138,7 +138,7 @@ def table(result: dict[str, Any], part: str) -> Table:
     return shown
 
 
-def _row(scored: Sequence[Scored]) -> dict[str, Any]:
+def _row(scored: Sequence[ScoredTrace]) -> dict[str, Any]:
     found: dict[str, Any] = {"traces": len(scored)}
     for arm in _ARMS:
         rounds = sum(getattr(each, arm).count for each in scored)

@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from aurora_lit.errors import AuroraError
-from aurora_lit.ipc.engine_status import STATUS_NAME, StatusBlock
-from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.run_folder import live_folders
 from aurora_lit.serve.http.status import engine_json, learner_json, ring_counters
 
@@ -51,8 +51,8 @@ def find_run_folder(given: Path | None) -> Path:
 def read(run_folder: Path) -> Json:
     """The report from the pages that the server's processes share."""
     try:
-        status = StatusBlock.open(run_folder / STATUS_NAME).read()
-        learner = LearnerBlock.open(run_folder / LEARNER_STATUS_NAME).read()
+        status = EngineStatusPage.open(run_folder / STATUS_NAME).read()
+        learner = LearnerStatusPage.open(run_folder / LEARNER_STATUS_NAME).read()
     except (OSError, ValueError) as error:
         raise AuroraError(f"{run_folder} cannot be read: {error}") from error
     return {

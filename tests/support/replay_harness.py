@@ -15,12 +15,12 @@ from aurora_lit.modules.draft.eagle3 import Draft
 K = 3
 
 
-def a_config(**learn: Any) -> AuroraConfig:
+def replay_config(**learn: Any) -> AuroraConfig:
     config = load_config(None, ["engine.max_draft_tokens=3", "domain.detect=false"])
     fields = {
         "batch_positions": 512,
-        "num_steps": K,
-        "min_steps": 10,
+        "unroll_steps": K,
+        "publish_every_steps": 10,
         "learning_rate": 4e-3,
         "gate_requests": 12,
         "max_repeated_share": 1.0,
@@ -28,11 +28,11 @@ def a_config(**learn: Any) -> AuroraConfig:
     return replace(config, learn=replace(config.learn, **{**fields, **learn}))
 
 
-def a_replay(target: Target, draft: Draft, folder: Path, *, steps_per_trace: float = 1.0, **learn: Any) -> Replay:
+def make_replay(target: Target, draft: Draft, folder: Path, *, steps_per_trace: float = 1.0, **learn: Any) -> Replay:
     folder.mkdir(exist_ok=True)
     return Replay(
-        a_config(**learn),
-        ends=TargetHead(target),
+        replay_config(**learn),
+        target_head=TargetHead(target),
         starting=draft,
         folder=folder / "versions",
         scratch=folder,

@@ -34,8 +34,8 @@ from transformers import PreTrainedTokenizerFast
 
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.drafts.versions import DraftStore
-from aurora_lit.ipc.engine_status import STATUS_NAME, Status, StatusBlock
-from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock, LearnerStatus
+from aurora_lit.ipc.engine_status import STATUS_NAME, Status, EngineStatusPage
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage, LearnerStatus
 from aurora_lit.ipc.process_lifetime import die_with_parent
 from aurora_lit.models.target import Target
 from support import child_environment
@@ -74,10 +74,10 @@ class TinyServers:
             "enabled": "true",
             "compute_share": 1.0,
             "batch_positions": 256,
-            "num_steps": 3,
+            "unroll_steps": 3,
             "learning_rate": 4e-3,
             "publish_every_s": 0.3,
-            "min_steps": 2,
+            "publish_every_steps": 2,
             "save_every_s": 0.2,
             "gate_requests": 8,
             "reservoir_mb": 4,
@@ -155,7 +155,7 @@ class TinyServers:
         """The page of the running server's learner; None when there is no server."""
         try:
             (folder,) = self.run_folders
-            return LearnerBlock.open(folder / LEARNER_STATUS_NAME).read()
+            return LearnerStatusPage.open(folder / LEARNER_STATUS_NAME).read()
         except (OSError, ValueError):
             return None
 
@@ -163,7 +163,7 @@ class TinyServers:
         """The engine worker's page."""
         try:
             (folder,) = self.run_folders
-            return StatusBlock.open(folder / STATUS_NAME).read()
+            return EngineStatusPage.open(folder / STATUS_NAME).read()
         except (OSError, ValueError):
             return None
 

@@ -30,7 +30,7 @@ _NO_PPO: _Changes = {"learn": {"ppo_weight": 0.0}, "engine": {"explore_share": 0
 _NO_DETECTOR: _Changes = {"domain": {"detect": False}}
 _NO_REPLAY: _Changes = {"learn": {"replay_share": 0.0}}
 _NO_AVERAGING: _Changes = {"learn": {"ema_decay": 0.0}}
-_BARE: list[_Changes] = [_NO_DETECTOR, _NO_REPLAY, _NO_AVERAGING, {"schedule": {"floor": 1.0}}]
+_BARE: list[_Changes] = [_NO_DETECTOR, _NO_REPLAY, _NO_AVERAGING, {"schedule": {"min_lr_factor": 1.0}}]
 _BARE_RATE = 0.3
 
 
@@ -69,7 +69,7 @@ ARMS = {
         Arm(name="full-without-gate", gated=False),
         Arm(name="full-without-averaging", changes=[_NO_AVERAGING]),
         Arm(name="full-without-vocabulary", changes=[{"learn": {"adapt_vocabulary": False}}]),
-        Arm(name="full-uniform", changes=[{"learn": {"choice": "uniform"}}]),
+        Arm(name="full-uniform", changes=[{"learn": {"trace_selection": "uniform"}}]),
     )
 }
 

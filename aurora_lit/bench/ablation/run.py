@@ -40,9 +40,9 @@ from aurora_lit.bench.stream_plan import phase_of
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.offline.on_policy import Reproposer
-from aurora_lit.learn.offline.replay import Replay, blocks, recorded
-from aurora_lit.learn.online.build import ends_and_start
+from aurora_lit.learn.offline.on_policy import RoundSimulator
+from aurora_lit.learn.offline.replay import Replay, blocks, read_traces
+from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.modules.draft.eagle3 import Draft
 from aurora_lit.serve.speculation.calibration import calibrate
 from aurora_lit.serve.speculation.drafter import Drafter
@@ -80,8 +80,6 @@ def run(
     """Run what is not done yet of the arms on the stream in `traces`; returns the report of all that `out` holds."""
     if config.draft.checkpoint is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to learn from; name a checkpoint folder")
-    if config.engine.max_draft_tokens == 0:
-        raise ConfigError("engine.max_draft_tokens=0: nothing would be proposed; use 1 to 8")
     wanted, stream = arms_of(arms), about(traces)
     plan = Plan(steps_per_request=steps_per_request, every=every, block=block)
     _claim(out, config, plan, stream)
@@ -90,13 +88,13 @@ def run(
     costs = measure_costs(config, out / COSTS_NAME)
     todo = [(arm, seed) for seed in seeds for arm in wanted if not result_path(out, arm.name, seed).exists()]
     if todo:
-        ends, starting = ends_and_start(config)
-        measured = list(recorded(traces / MEASURED))
+        target_head, starting = load_head_and_draft(config)
+        measured = list(read_traces(traces / MEASURED))
         total = sum(part["segments"] for part in stream[TRAFFIC].values())
         with progress_bar(Console(stderr=True)) as bar:
             for arm, seed in todo:
                 task = bar.add_task(f"{arm.name}, seed {seed}", total=total)
-                found = Runner(arm.settings(config, seed=seed), plan, ends=ends, starting=starting)
+                found = Runner(arm.settings(config, seed=seed), plan, target_head=target_head, starting=starting)
                 result = found.run(
                     arm, seed, traces=traces / TRAFFIC, measured=measured, on_block=lambda n, t=task: bar.advance(t, n)
                 )
@@ -110,9 +108,9 @@ class Runner:
     >>> Runner(arm.settings(config, seed=0), plan, ends=ends, starting=draft).run(arm, 0, traces=…, measured=…)
     """
 
-    def __init__(self, config: AuroraConfig, plan: Plan, *, ends: TargetHead, starting: Draft) -> None:
+    def __init__(self, config: AuroraConfig, plan: Plan, *, target_head: TargetHead, starting: Draft) -> None:
         """`config`: the arm's own."""
-        self._config, self._plan, self._ends, self._starting = config, plan, ends, starting
+        self._config, self._plan, self._target_head, self._starting = config, plan, target_head, starting
         self._fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed")
 
     def run(
@@ -124,7 +122,7 @@ class Runner:
         with tempfile.TemporaryDirectory() as scratch:
             replay = Replay(
                 self._config,
-                ends=self._ends,
+                target_head=self._target_head,
                 starting=self._starting,
                 folder=Path(scratch) / "versions",
                 scratch=Path(scratch),
@@ -135,7 +133,7 @@ class Runner:
             )
             result.measured.append(self._measure(replay, measured))
             version, number = replay.version, 0
-            for _, phase in groupby(recorded(traces), key=lambda trace: phase_of(trace.request_id)):
+            for _, phase in groupby(read_traces(traces), key=lambda trace: phase_of(trace.request_id)):
                 for block in blocks(phase, self._plan.block):
                     self._take(replay, block, number, result, learns=arm.name != STATIC)
                     number += len(block)
@@ -153,10 +151,10 @@ class Runner:
         offered = [trace for at, trace in enumerate(block) if (number + at) % every == result.seed % every]
         started = time.process_time()
         with self._fabric.autocast():
-            proposed = {id(trace): own for trace, own in zip(offered, replay.repropose(offered), strict=True)}
+            proposed = {id(trace): own for trace, own in zip(offered, replay.simulate(offered), strict=True)}
         result.propose_s += time.process_time() - started
         tokens = 0
-        steering = replay.learner.steering
+        controller = replay.learner.controller
         started = time.process_time()
         for at, trace in enumerate(block):
             tokens += len(trace.token_ids_T) - trace.answer_start
@@ -171,14 +169,14 @@ class Runner:
                 tokens = 0
             if not learns:
                 continue
-            before = steering.num_shifts
+            before = controller.num_shifts
             unlabelled = replace(trace if own is None else own, domain="")
             if own is None:
-                steering.place(unlabelled)
+                controller.place(unlabelled)
             else:
                 replay.learn_from(unlabelled)
-            if steering.num_shifts > before and steering.last_shift is not None:
-                result.shifts.append((number + at, steering.last_shift.cause, steering.last_shift.domain))
+            if controller.num_shifts > before and controller.last_shift is not None:
+                result.shifts.append((number + at, controller.last_shift.cause, controller.last_shift.domain))
         if learns:
             replay.hold_trial()
         result.learner_s += time.process_time() - started
@@ -187,7 +185,7 @@ class Runner:
         """The draft that serves, on prompts that teach nothing."""
         found: dict[str, list[list[int]]] = {}
         with self._fabric.autocast():
-            own = Reproposer(module=replay.reproposer.module).repropose(measured, version=0)
+            own = RoundSimulator(module=replay.simulator.module).simulate(measured, version=0)
         for trace in own:
             one = tally(trace, num_proposed=self._config.engine.max_draft_tokens)
             found.setdefault(trace.domain, []).append(one)
@@ -206,10 +204,10 @@ def measure_costs(config: AuroraConfig, path: Path) -> dict[str, Any]:
         capacity = config.engine.prefill_chunk_tokens
         tokens_SL = torch.zeros(1, capacity + 1, dtype=torch.int64, device=target.model.device)
         drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
-        slots = target.make_slots(num_slots=1, capacity=capacity)
+        slots = target.make_kv_cache(num_slots=1, capacity=capacity)
         policies = [SpeculationPlanner(max_draft_tokens=proposals, adaptive=True) for _ in range(_CALIBRATIONS)]
         for policy in policies:
-            calibrate(policy, target, drafter, slots=slots, max_rows=1)
+            calibrate(policy, target, drafter, slots=slots, max_batch_size=1)
         least_s = [min(p.target_cost(1, width) for p in policies) for width in range(1, proposals + 2)]
         costs = {
             "target_s": [min(least_s[at:]) for at in range(len(least_s))],
