@@ -1,6 +1,6 @@
-"""Puts the default configuration and the shipped draft into the wheel, inside the package.
+"""Build hook: adds configs/ and the shipped draft to the wheel, inside the package.
 
-In a checkout they lie beside the package, where people look for them; an editable install leaves them there.
+In a checkout they are beside the package, and an editable install leaves them there.
 """
 
 from pathlib import Path
@@ -12,10 +12,10 @@ SHIPPED = ("configs", "checkpoints/smollm2-base")
 
 
 class ShippedData(BuildHookInterface):  # type: ignore[misc, type-arg]
-    """Called by hatchling (`tool.hatch.build.targets.wheel.hooks.custom`)."""
+    """The hook that pyproject.toml names under `tool.hatch.build.targets.wheel.hooks.custom`."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Add the folders; `version` is "editable" or "standard"."""
+        """Add the folders to the wheel; `version` is "editable" or "standard"."""
         if version != "editable":
             present = [folder for folder in SHIPPED if (Path(self.root) / folder).is_dir()]
             build_data["force_include"].update({folder: f"aurora_lit/{folder}" for folder in present})

@@ -1,6 +1,6 @@
 """aurora_lit: an OpenAI-style server with lossless speculative decoding.
 
-The names below are the public ones; each is imported when it is first used, so that `import aurora_lit` is instant.
+The names in `__all__` are the public API. Each is imported on first use, so that `import aurora_lit` is instant.
 """
 
 import importlib
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aurora_lit.errors import AuroraError, CheckpointError, ConfigError, RequestError, SourceError
     from aurora_lit.request import Output, Request, SamplingParams
 
-_HOMES = {
+_MODULES = {
     "aurora_lit.config": ("AuroraConfig", "load_config"),
     "aurora_lit.errors": ("AuroraError", "CheckpointError", "ConfigError", "RequestError", "SourceError"),
     "aurora_lit.request": ("Output", "Request", "SamplingParams"),
@@ -35,7 +35,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
+    for module, names in _MODULES.items():
         if name in names:
-            return getattr(importlib.import_module(home), name)
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,16 +1,16 @@
-"""The processes that hold one target together: their groups, and the orders that rank 0 gives the others.
+"""The processes (ranks) that share one target: their process groups, and the orders that rank 0 sends to the others.
 
-Rank 0 owns the engine. It sends an *order* before each thing that all ranks must do together, and every rank then does
-it, so that their collectives match; whatever rank 0 does between orders the others need not know. Orders travel over
-a gloo group of their own, on GPUs too, and the tensors of a pass over Fabric's (gloo on CPUs, NCCL on GPUs).
-What is left out: what an order makes a rank do (models/sharded_target.py), and who ends whom when one dies (serve/server.py).
+Only rank 0 runs the engine. Before each operation that all ranks must take part in, it sends them an *order*; every
+rank then runs the operation, so that their collectives match. Orders travel over a gloo group of their own, also on
+GPUs; the tensors of a forward pass travel over Fabric's group (gloo on CPUs, NCCL on GPUs).
 
-    ranks = Ranks(rank=0, size=2, folder=run_folder, strategy="fsdp")    # in each process; they wait for each other
-    with ranks.order(FORWARD, ids_BT, starts_B): ...                     # rank 0
-    order = ranks.next_order()                                           # the others, for ever
+Leaves out what a rank does for an order (models/sharded_target.py) and what happens when a rank dies (serve/ranks.py).
 
-What fails in the midst of an order, a lost rank above all, raises RankError. The connection cannot be mended: the
-process must end.
+    ranks = Ranks(rank=0, size=2, folder=run_folder, strategy="fsdp")    # in each process; waits for the others
+    with ranks.order(Op.FORWARD, ids_BT, starts_B): ...                  # rank 0
+    order = ranks.next_order()                                           # the other ranks, in a loop
+
+A failure during an order, such as a lost rank, raises RankError. The group cannot be repaired: the process must exit.
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ Parallelize = Callable[[Any, DeviceMesh], Any]
 
 _FILE_NAME = "ranks"
 _INLINE_WORDS = 1024
-"""Size of an order's first message; what does not fit follows in a second one."""
-_MOST_TENSORS, _MOST_DIMS = 6, 3
-_HEADER_WORDS = 3 + _MOST_TENSORS * (1 + _MOST_DIMS)
+"""Size of an order's first message, in int64; the rest follows in a second message."""
+_MAX_TENSORS, _MAX_DIMS = 6, 3
+_HEADER_WORDS = 3 + _MAX_TENSORS * (1 + _MAX_DIMS)
 _COLLECTIVE_TIMEOUT = timedelta(minutes=5)
-"""Far beyond any pass: dead or stopped processes are noticed by the server, this only ends a lockstep that broke."""
+"""Much longer than any forward pass. The server notices dead or stopped ranks itself (serve/ranks.py); this timeout
+only ends ranks that got out of step."""
 _IDLE_TIMEOUT = timedelta(days=365)
-"""How long a rank waits for an order: an idle server gives none."""
+"""How long a rank waits for an order; an idle server sends none."""
 
 
 class Op(IntEnum):
-    """What an order is about."""
+    """The operation that an order asks for."""
 
     STOP = 0
     VERSION = 1
-    """The draft that proposes from now on: its name, one character a word."""
+    """The draft that proposes from now on: its name, one character in each int64."""
     SLOTS = 2
     FORWARD = 3
     LOGITS = 4
@@ -65,39 +66,39 @@ class Op(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What rank 0 wants done."""
+    """One operation for all ranks."""
 
     op: Op
     tensors: tuple[torch.Tensor, ...]
     """int64, on the CPU."""
     version: str
-    """Draft that proposes."""
+    """Name of the draft that proposes."""
     num_versions: int
-    """Drafts announced so far."""
+    """Number of drafts announced so far."""
 
 
 class Ranks:
-    """One process's place among the others of this machine."""
+    """This process's membership in the group of ranks, all on one machine."""
 
     def __init__(self, *, rank: int, size: int, folder: Path, strategy: Strategy) -> None:
-        """Meet the others; returns when all are there.
+        """Join the group; returns when all ranks have joined.
 
-        `folder`: private to them and without traces of earlier meetings; they find each other through a file in it, so
-        that no port is chosen beforehand and nobody else can join. The device is this rank's GPU where there are
-        enough of them, else the CPU.
+        `folder` must be private to the ranks and not have been used for another group: they rendezvous through a file
+        in it, so no port is needed and no other process can join. The device is this rank's GPU if the machine has at
+        least `size` GPUs, else the CPU.
         """
         self.rank, self.size = rank, size
         self.version = ""
-        """Draft that proposes, as rank 0 has announced it."""
+        """Name of the draft that proposes, as last announced by rank 0."""
         self.num_versions = 0
-        """Announcements so far; every order carries it, and a rank that counts otherwise refuses the order."""
+        """Number of announcements so far. Every order carries it, and a rank with another count refuses the order."""
         self._lock = threading.RLock()
         self._broken = False
         self._parallelize: Parallelize | None = None
         gpus = torch.cuda.is_available() and torch.cuda.device_count() >= size
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
         if sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens on the network
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # loopback: not reachable from the network
         if gpus:
             torch.cuda.set_device(rank)
         store = dist.FileStore(str(folder / _FILE_NAME), size)  # type: ignore[attr-defined]
@@ -119,12 +120,12 @@ class Ranks:
         self.device = self.fabric.device
 
     def setup(self, model: nn.Module, parallelize: Parallelize) -> None:
-        """Spread a model over the ranks, through Fabric's strategy."""
+        """Shard a model over the ranks with Fabric's strategy; `parallelize(model, mesh)` returns the sharded model."""
         self._parallelize = parallelize
         self.fabric.setup_module(model, move_to_device=False)
 
     def announce(self, version: str) -> None:
-        """Tell all ranks which draft proposes from the next order on, if that has changed."""
+        """Announce to all ranks which draft proposes from now on; does nothing if it is the same as before."""
         if version != self.version:
             with self.order(Op.VERSION, torch.tensor([ord(character) for character in version], dtype=torch.int64)):
                 self.version = version
@@ -132,57 +133,57 @@ class Ranks:
 
     @contextmanager
     def order(self, op: Op, *tensors: torch.Tensor) -> Iterator[None]:
-        """Have the others do `op` while inside; one order at a time, whichever thread gives it."""
+        """Order `op` from the other ranks, then run this rank's part inside the block; one order at a time."""
         with self._lock:
             if self._broken:
-                raise RankError(f"rank {self.rank} of {self.size} has lost the others")
+                raise RankError(f"rank {self.rank} of {self.size} has lost the other ranks")
             try:
                 self._send(op, tensors)
                 yield
             except RuntimeError as error:
                 self._broken = True
-                raise RankError(f"the engine's processes cannot go on together: {error}") from error
+                raise RankError(f"the engine's processes cannot continue together: {error}") from error
             except BaseException:
-                self._broken = True  # the others may be in the midst of it
+                self._broken = True  # the other ranks may be in the middle of the operation
                 raise
 
     def next_order(self) -> Order:
-        """The next order; waits for it. Raises RankError when rank 0 is gone."""
+        """Wait for the next order and return it. Raises RankError if rank 0 is gone."""
         try:
             return self._receive()
         except RuntimeError as error:
             raise RankError(f"rank 0 of {self.size} is gone: {error}") from error
 
     def stop(self) -> None:
-        """Let the others leave; does nothing when the connection is broken already."""
+        """Order the other ranks to exit; does nothing if the group is already broken."""
         if not self._broken:
             with self.order(Op.STOP):
                 self._broken = True
 
-    # -- collectives of a pass -------------------------------------------------------------------------------------
+    # -- collectives of a forward pass -----------------------------------------------------------------------------
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place; the same bits on every rank."""
+        """The sum over all ranks, in place; bit-identical on every rank."""
         dist.all_reduce(tensor)
         return tensor
 
-    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rank 0's tensor, in place."""
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's tensor on every rank, in place."""
         dist.broadcast(tensor, 0)
         return tensor
 
     def gather(self, part: torch.Tensor) -> list[torch.Tensor] | None:
-        """All ranks' parts, of one shape, on rank 0; None on the others."""
+        """On rank 0, the parts of all ranks, which have one shape; None on the others."""
         parts = [torch.empty_like(part) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(part, parts, 0)
         return parts
 
-    # -- orders as words -------------------------------------------------------------------------------------------
+    # -- orders as int64 messages ----------------------------------------------------------------------------------
 
     def _send(self, op: Op, tensors: tuple[torch.Tensor, ...]) -> None:
         assert self.rank == 0
-        assert len(tensors) <= _MOST_TENSORS
-        shapes = torch.zeros(_MOST_TENSORS, 1 + _MOST_DIMS, dtype=torch.int64)
+        assert len(tensors) <= _MAX_TENSORS
+        shapes = torch.zeros(_MAX_TENSORS, 1 + _MAX_DIMS, dtype=torch.int64)
         for i, tensor in enumerate(tensors):
             shapes[i, 0] = tensor.ndim
             shapes[i, 1 : 1 + tensor.ndim] = torch.tensor(tensor.shape)
@@ -199,8 +200,8 @@ class Ranks:
         dist.broadcast(words, 0, group=self._control)
         op, versions, count = words[:3].tolist()
         if versions != self.num_versions:
-            raise RankError(f"rank {self.rank} knows {self.num_versions} drafts where rank 0 has announced {versions}")
-        shapes = [row[1 : 1 + row[0]] for row in words[3:_HEADER_WORDS].view(_MOST_TENSORS, -1)[:count].tolist()]
+            raise RankError(f"rank {self.rank} has counted {self.num_versions} drafts, rank 0 has announced {versions}")
+        shapes = [row[1 : 1 + row[0]] for row in words[3:_HEADER_WORDS].view(_MAX_TENSORS, -1)[:count].tolist()]
         sizes = [torch.Size(shape).numel() for shape in shapes]
         missing = _HEADER_WORDS + sum(sizes) - _INLINE_WORDS
         if missing > 0:

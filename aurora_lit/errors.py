@@ -1,52 +1,50 @@
-"""Every exception that aurora_lit raises on purpose.
+"""Every exception that aurora_lit raises on purpose. Bugs of our own stay `assert` or built-in exceptions.
 
-Leaves out: mistakes of our own, which stay `assert` or plain Python errors.
-
-    AuroraError
-    ├── ConfigError        a setting is wrong: full key, value received, remedy
-    ├── SourceError        the target model cannot be had: not found, offline, wrong hash
-    ├── CheckpointError    a draft checkpoint is refused, and why
-    ├── TraceError         bytes that are no trace
-    ├── RingError          a trace ring cannot be made or opened
-    ├── RankError          a process that holds a part of the target was lost
-    └── RequestError       a client's request is refused; becomes an OpenAI error body
+AuroraError
+├── ConfigError        a setting or command-line option cannot be used
+├── SourceError        the target model cannot be loaded from its source
+├── CheckpointError    a draft checkpoint is refused
+├── TraceError         bytes are not a valid trace
+├── RingError          a trace ring cannot be created or opened
+├── RankError          a process that holds a part of the target was lost
+└── RequestError       a client's request is refused; becomes an OpenAI error body
 """
 
 
 class AuroraError(Exception):
-    """Root of all; the command line prints it as one line and ends with exit code 2."""
+    """Base class; the command line prints it as one line and exits with code 2."""
 
 
 class ConfigError(AuroraError):
-    """A setting that cannot be used; the message names the full key, the value and the remedy."""
+    """A setting or option that cannot be used; the message names the full key, the value and a remedy."""
 
 
 class SourceError(AuroraError):
-    """The target model cannot be had from its source; the message says what to do."""
+    """The target model was not found, could not be downloaded, or has the wrong hash; the message names a remedy."""
 
 
 class CheckpointError(AuroraError):
-    """A draft checkpoint that is refused; the message says why."""
+    """A draft checkpoint or version that is refused; the message gives the reason."""
 
 
 class TraceError(AuroraError):
-    """Bytes that are no trace of this version; the message says what is wrong with them."""
+    """Bytes or a record that are not a valid trace of this version; the message gives the reason."""
 
 
 class RingError(AuroraError):
-    """A trace ring that cannot be made or opened: no room, another layout, or somebody else reads it."""
+    """A trace ring that cannot be created or opened: no space, another layout, or another reader."""
 
 
 class RankError(AuroraError):
-    """A process that holds a part of the target was lost, or no longer does what the others do."""
+    """A process that holds a part of the target was lost, or is out of step with the others."""
 
 
 class RequestError(AuroraError):
     """A client's request that is refused.
 
-    message: what is wrong, with the value received and what would be right
-    param:   name of the offending field, None when it is no single field
-    code:    machine-readable word of OpenAI's error body, None when there is none
+    message: what is wrong, with the value received and what is accepted
+    param:   name of the offending field; None if no single field is at fault
+    code:    `code` of OpenAI's error body; None if it has none
     status:  HTTP status
     """
 
@@ -59,7 +57,7 @@ class RequestError(AuroraError):
         self.status = status
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Survive pickling: the error crosses from the engine worker to the HTTP process."""
+        """Make the error picklable: it travels from the engine worker to the HTTP process."""
         return (_rebuild_request_error, (self.message, self.param, self.code, self.status))
 
 

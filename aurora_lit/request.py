@@ -1,7 +1,7 @@
-"""Plain records that pass between the HTTP process, the loop and the engine.
+"""The records that HTTP process, engine worker and engine exchange.
 
-What a client asked for (`Request`, `SamplingParams`) and what one engine round gave back (`Output`, `TokenLogprob`).
-No behaviour and no torch: these records are pickled across LitServe's queue.
+`Request` and `SamplingParams` say what a client asked for; `Output` and `TokenLogprob` hold what one engine round
+produced for a request. They are plain data without torch, because LitServe's queue pickles them between processes.
 """
 
 from __future__ import annotations
@@ -12,101 +12,103 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is decoded; validated before it is built (serve/http/schema.py)."""
+    """How one request is decoded. Values are validated before (serve/http/schema.py)."""
 
     max_tokens: int
-    """New tokens at most."""
+    """Most new tokens."""
     temperature: float = 1.0
-    """0 means greedy."""
+    """0: greedy decoding."""
     top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Keep the k most likely tokens; 0: all."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens with this much probability."""
+    """Keep the smallest set of tokens whose probabilities add up to at least this."""
     min_p: float = 0.0
-    """Drop tokens below this share of the likeliest token's probability."""
+    """Drop tokens whose probability is below this fraction of the most likely token's."""
     repetition_penalty: float = 1.0
-    """Over prompt and output, as in transformers."""
+    """Applied to tokens of prompt and output, as in transformers; 1: none."""
     presence_penalty: float = 0.0
-    """Over the output only."""
+    """Subtracted once from the logit of every token in the output."""
     frequency_penalty: float = 0.0
-    """Over the output only."""
+    """Subtracted from a token's logit for each time it is in the output."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Token id -> what is added to its logit."""
+    """Maps token ids to what is added to their logits."""
     seed: int | None = None
-    """Makes the sampled output repeatable in a fixed batch."""
+    """Makes sampled output reproducible."""
     stop: tuple[str, ...] = ()
-    """Stop strings: handled by serve/sequences/detokenizer.py, not by the engine."""
+    """Stop strings; serve/sequences/detokenizer.py handles them, not the engine."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the output besides the end-of-text tokens."""
     ignore_eos: bool = False
-    """Go on after an end-of-text token."""
+    """Continue after an end-of-text token."""
     logprobs: int | None = None
-    """None: off; 0: the chosen token only; n: n alternatives too. Raw model log-probabilities, before temperature."""
+    """None: off; 0: of the chosen token only; n: also of the n most likely tokens. Log-probabilities are the model's,
+    before temperature."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
     speculate: bool = True
-    """False: this request is decoded without the draft."""
+    """False: plain decoding for this request."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One sequence to generate; a client call with n choices becomes n of these."""
+    """One sequence to generate; a client's call with n choices becomes n requests."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     store: bool = True
-    """False: the client wants nothing of it kept, so no trace is made."""
+    """False: the client opted out of storage, so no trace is made."""
     domain: str = ""
-    """The client's label for what this is about (`metadata.aurora_domain`); goes into the trace."""
+    """The client's label for the kind of traffic (`metadata.aurora_domain`); part of the trace."""
     client: str = ""
-    """Tells clients apart without saying who they are (serve/http/client_names.py); goes into the trace."""
+    """Pseudonym of the client (serve/http/client_names.py); part of the trace."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
-    """The log-probability of one token and of its likeliest alternatives."""
+    """The log-probability of one token and of the most likely alternatives."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
-    """(token id, log-probability), likeliest first."""
+    """(token id, log-probability), most likely first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What one round gave one request."""
+    """What one round produced for one request."""
 
     request_id: str
     token_ids: tuple[int, ...]
-    """New tokens; the end-of-text token is included as last when it ended the request."""
+    """New tokens, including the end-of-text token if it ended the request."""
     logprobs: tuple[TokenLogprob, ...] | None = None
-    """One a new token."""
+    """One entry for each new token."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    """Once, with the first output; the first entry is None."""
+    """One entry for each prompt token, with the first output only; the first entry is None."""
     num_proposed: int = 0
-    """Draft tokens proposed in this round; of a tree all of them, of which one path at most can be accepted."""
+    """Tokens proposed in this round; for a tree all its nodes, of which at most one path can be accepted."""
     num_accepted: int = 0
-    """Draft tokens accepted in this round."""
+    """Proposed tokens accepted in this round."""
     chain_in_tree: tuple[int, int] | None = None
-    """Of a tree: the length of its chain of first choices, and how much of it would have been accepted alone."""
+    """For a tree: the length of its chain of most likely nodes, and how many of them would have been accepted if only
+    that chain had been proposed. None for a chain."""
     finish_reason: str | None = None
-    """"stop" (end of text or stop token), "length", "error"; None while it runs."""
+    """"stop" (end of text or stop token), "length" or "error"; None while the request runs."""
     error: str | None = None
-    """What went wrong when finish_reason is "error"."""
+    """The reason if finish_reason is "error"."""
     explored: bool = False
-    """This round's proposals were drawn at the exploration's temperature."""
-    looked_up: bool = False
-    """This round's proposals were copied from earlier in the request."""
+    """True if this round's proposals were sampled for exploration."""
+    from_lookup: bool = False
+    """True if this round's proposals came from n-gram lookup."""
     draft_versions: tuple[str, ...] = ()
-    """Draft versions that have proposed for the request so far, in the order they came."""
+    """Draft versions that have proposed for the request so far, in order of first use."""
 
     @property
     def chain_proposed(self) -> int:
-        """The draft's first choices: all proposals but for a tree."""
+        """Length of the chain of most likely proposals; for a chain, all of them."""
         return self.num_proposed if self.chain_in_tree is None else self.chain_in_tree[0]
 
     @property
     def chain_accepted(self) -> int:
-        """What would have been accepted of these alone."""
+        """How many of these would have been accepted if only they had been proposed."""
         return self.num_accepted if self.chain_in_tree is None else self.chain_in_tree[1]
