@@ -1,7 +1,11 @@
-"""What one served request teaches, as a record, and those records on disk.
+"""Traces: the record of one segment of a served request, from which a draft learns, and its storage on disk.
 
-May import: errors.py. Start with record.py. The files, each importing only those above it:
+The engine and pretraining make traces; the ring (ipc/) and the log here carry them to learning.
 
-    record.py  what one segment of a request teaches: the record, its bytes, its checks
-    log.py     traces on disk, for a draft to learn from
+May import: errors.py.
+
+Start with record.py. The files, each importing only files above it:
+
+    record.py   the Trace dataclass, its bytes and its validation
+    log.py      a folder of traces on disk: writing, size limit, reading
 """

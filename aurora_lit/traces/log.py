@@ -1,11 +1,10 @@
-"""Traces on disk: what the target computed over token sequences, kept so that a draft can learn from it later.
+"""Trace logs: traces on disk, for a draft to learn from later.
 
-A log is a folder of safetensors shards plus `index.jsonl`. A shard holds many traces end to end; it is written to a
-temporary name and moved into place, so a reader sees whole shards only and a crash loses at most one shard. A log may
-be bounded: then the oldest shards are deleted. What this file leaves out: who produces traces (serve/engine/trace_recorder.py,
-learn/pretrain/label_text.py, learn/pretrain/generate_answers.py) and how batches are made of them (learn/data/batches.py).
+A log is a folder of safetensors shards and an `index.jsonl`. A shard holds many traces, concatenated. It is written
+under a temporary name and then renamed, so readers see only whole shards and a crash loses at most one. A log can have
+a size limit, beyond which the oldest shards are deleted.
 
-Shapes, over a shard: N positions, S traces, R rounds, K proposals of the widest round.
+Leaves out making traces (serve/engine/trace_recorder.py, learn/pretrain/) and batches (learn/data/).
 """
 
 from __future__ import annotations
@@ -27,8 +26,10 @@ from aurora_lit.traces.record import Trace
 
 INDEX_NAME = "index.jsonl"
 
-_POSITIONS = {"token_ids": "token_ids_T", "aux": "aux_T3H", "last": "last_TH"}
-_ROUNDS = (
+_UNKNOWN = float("nan")
+_POSITION_FIELDS = {"token_ids": "token_ids_T", "aux": "aux_T3H", "last": "last_TH"}
+"""Name in a shard and field of the trace, for tensors with a row for each position."""
+_ROUND_FIELDS = (
     "round_root_R",
     "round_version_R",
     "num_proposed_R",
@@ -39,12 +40,15 @@ _ROUNDS = (
     "proposal_RK",
     "behaviour_logprob_RK",
 )
-_PLAIN = ("request_id", "client", "verify", "temperature", "first_position")
+"""Tensors with a row for each round."""
+_PADDING = {"proposal_RK": -1, "behaviour_logprob_RK": _UNKNOWN}
+"""Round fields with a column for each proposal, and the value that pads them to the longest round of the shard."""
+_PLAIN_FIELDS = ("request_id", "client", "verify", "temperature", "first_position")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo:
-    """A line of the index."""
+    """One shard: a line of the index."""
 
     name: str
     num_positions: int
@@ -53,13 +57,13 @@ class ShardInfo:
 
 
 class TraceLogWriter:
-    """Appends traces to a log; `flush` closes the shard in hand, which also happens at `shard_positions`.
+    """Appends traces to a log; `flush` writes the pending ones as a shard, as do `shard_positions` pending positions.
 
-    Opened on a folder that already holds shards, it continues behind them.
+    On a folder that already has shards, it continues after them.
     """
 
     def __init__(self, folder: Path, *, kind: str, shard_positions: int = 65_536, max_bytes: int | None = None) -> None:
-        """`max_bytes`: most that the shards may take, of all kinds; the oldest are deleted. None: no bound."""
+        """`max_bytes`: size limit for the shards of all kinds; the oldest are deleted beyond it. None: no limit."""
         self.folder = folder
         self.kind = kind
         self.shard_positions = shard_positions
@@ -70,7 +74,7 @@ class TraceLogWriter:
         self._pending_positions = 0
 
     def append(self, trace: Trace) -> None:
-        """Add one trace; writes a shard when enough positions are pending."""
+        """Add one trace; writes a shard if enough positions are pending."""
         self._pending.append(trace)
         self._pending_positions += len(trace.token_ids_T)
         self.num_positions += len(trace.token_ids_T)
@@ -78,9 +82,9 @@ class TraceLogWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending as one shard, durably, then name it in the index.
+        """Write the pending traces as one shard, flush it to disk, then add it to the index.
 
-        What is pending is lost when that fails: the caller sees the OSError and may go on with the next traces.
+        Raises OSError if that fails; the pending traces are then lost, and the writer can be used for further ones.
         """
         if not self._pending:
             return
@@ -105,7 +109,7 @@ class TraceLogWriter:
             temporary.unlink(missing_ok=True)
 
     def _next_number(self) -> int:
-        """A number that no shard has, neither in the index nor in the folder."""
+        """A number that no shard has, in the index or in the folder."""
         names = [*(shard.name for shard in _index_lines(self.folder)), *(p.name for p in self.folder.iterdir())]
         numbers = [name.removesuffix(".safetensors").rpartition("-")[2] for name in names]
         return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
@@ -114,54 +118,56 @@ class TraceLogWriter:
         path = self.folder / INDEX_NAME
         known = path.read_text(encoding="utf-8") if path.exists() else ""
         with path.open("a", encoding="utf-8") as index:
-            # A line that a crash cut short is ended first, so that it does not spoil this one.
+            # A line that a crash cut short is ended first, so that this one stays readable.
             index.write("\n" if known and not known.endswith("\n") else "")
             index.write(json.dumps(info.__dict__) + "\n")
             index.flush()
             os.fsync(index.fileno())
 
     def _delete_oldest(self, room: int) -> None:
-        """Delete shards, oldest first, until those left take at most `room` bytes; the index then names only those."""
+        """Delete the oldest shards until the others take at most `room` bytes, and rewrite the index."""
         if room < 0:
             raise OSError(errno.EFBIG, f"a shard is larger than the {self.max_bytes} bytes the whole log may take")
         shards = read_index(self.folder)
-        for nameless in {path.name for path in self.folder.glob("*.safetensors")} - {shard.name for shard in shards}:
-            (self.folder / nameless).unlink()  # a crash came between it and its line in the index
+        for unlisted in {path.name for path in self.folder.glob("*.safetensors")} - {shard.name for shard in shards}:
+            (self.folder / unlisted).unlink()  # a crash came between the shard and its line in the index
         sizes = [(self.folder / shard.name).stat().st_size for shard in shards]
-        gone = 0
-        while gone < len(shards) and sum(sizes[gone:]) > room:
-            (self.folder / shards[gone].name).unlink()
-            gone += 1
-        if gone:
+        num_deleted = 0
+        while num_deleted < len(shards) and sum(sizes[num_deleted:]) > room:
+            (self.folder / shards[num_deleted].name).unlink()
+            num_deleted += 1
+        if num_deleted:
             temporary = self.folder / f".{INDEX_NAME}.tmp"
-            lines = [json.dumps(shard.__dict__) + "\n" for shard in shards[gone:]]
+            lines = [json.dumps(shard.__dict__) + "\n" for shard in shards[num_deleted:]]
             temporary.write_text("".join(lines), encoding="utf-8")
             os.replace(temporary, self.folder / INDEX_NAME)
 
 
 def read_index(folder: Path) -> list[ShardInfo]:
-    """Return the whole shards of a log, oldest first; a line cut short by a crash is left out."""
+    """The shards of a log, oldest first; a line of the index that a crash cut short is skipped."""
     return [info for info in _index_lines(folder) if (folder / info.name).exists()]
 
 
 def read_shard(path: Path) -> Iterator[Trace]:
-    """Yield the traces of one shard, as views of its tensors."""
+    """The traces of one shard, as views of its tensors."""
     with safe_open(path, framework="pt") as shard:
         tensors = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118  (not a dict)
         metadata = shard.metadata()
     domains = json.loads(metadata["domains"])
     plain = json.loads(metadata.get("plain", "null")) or [{}] * len(domains)
-    parts: dict[str, Any] = {name: tensors[key].split(tensors["lengths"].tolist()) for key, name in _POSITIONS.items()}
+    parts: dict[str, Any] = {
+        name: tensors[key].split(tensors["lengths"].tolist()) for key, name in _POSITION_FIELDS.items()
+    }
     lse = tensors["lse"].split(tensors["lengths"].tolist())
     if "num_rounds" in tensors:
-        parts |= {name: tensors[name].split(tensors["num_rounds"].tolist()) for name in _ROUNDS}
+        parts |= {name: tensors[name].split(tensors["num_rounds"].tolist()) for name in _ROUND_FIELDS}
         parts["rejected_last_NH"] = tensors["rejected"].split(tensors["num_rejected"].tolist())
     for i, (domain, answer_start) in enumerate(zip(domains, tensors["answer_starts"].tolist(), strict=True)):
         fields = {name: part[i] for name, part in parts.items()}
         if "proposal_RK" in fields:
-            widest = int(fields["num_proposed_R"].max()) if len(fields["num_proposed_R"]) else 0
-            for name in ("proposal_RK", "behaviour_logprob_RK"):
-                fields[name] = fields[name][:, :widest]
+            longest = int(fields["num_proposed_R"].max()) if len(fields["num_proposed_R"]) else 0
+            for name in _PADDING:
+                fields[name] = fields[name][:, :longest]
         yield Trace(
             **plain[i],
             **fields,
@@ -184,10 +190,9 @@ def _index_lines(folder: Path) -> list[ShardInfo]:
 
 def _shard_of(traces: list[Trace]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a shard."""
-    tensors = {key: torch.cat([getattr(trace, name) for trace in traces]) for key, name in _POSITIONS.items()}
-    unknown = float("nan")
+    tensors = {key: torch.cat([getattr(trace, name) for trace in traces]) for key, name in _POSITION_FIELDS.items()}
     tensors["lse"] = torch.cat(
-        [t.lse_T.float() if t.lse_T is not None else torch.full((len(t.token_ids_T),), unknown) for t in traces]
+        [t.lse_T.float() if t.lse_T is not None else torch.full((len(t.token_ids_T),), _UNKNOWN) for t in traces]
     )
     tensors["lengths"] = torch.tensor([len(t.token_ids_T) for t in traces], dtype=torch.int32)
     tensors["answer_starts"] = torch.tensor([t.answer_start for t in traces], dtype=torch.int32)
@@ -195,14 +200,13 @@ def _shard_of(traces: list[Trace]) -> tuple[dict[str, torch.Tensor], dict[str, s
     tensors["num_rejected"] = torch.tensor([len(t.rejected_last_NH) for t in traces], dtype=torch.int32)
     hidden_size = traces[0].last_TH.shape[1]
     tensors["rejected"] = torch.cat([t.rejected_last_NH.view(-1, hidden_size) for t in traces])
-    widest = max(t.proposal_RK.shape[1] for t in traces)
-    for name in _ROUNDS:
-        columns = [getattr(trace, name) for trace in traces]
-        if name.endswith("_RK"):
-            filler = -1 if name == "proposal_RK" else unknown
-            columns = [pad(column, (0, widest - column.shape[1]), value=filler) for column in columns]
-        tensors[name] = torch.cat(columns)
+    longest = max(t.proposal_RK.shape[1] for t in traces)
+    for name in _ROUND_FIELDS:
+        parts = [getattr(trace, name) for trace in traces]
+        if name in _PADDING:
+            parts = [pad(part, (0, longest - part.shape[1]), value=_PADDING[name]) for part in parts]
+        tensors[name] = torch.cat(parts)
     return tensors, {
         "domains": json.dumps([t.domain for t in traces]),
-        "plain": json.dumps([{name: getattr(t, name) for name in _PLAIN} for t in traces]),
+        "plain": json.dumps([{name: getattr(t, name) for name in _PLAIN_FIELDS} for t in traces]),
     }

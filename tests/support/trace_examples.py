@@ -1,21 +1,24 @@
-"""Traces made up for tests: consistent, and with values that tell their place."""
+"""Made-up traces for tests: consistent, and with values from which the position can be read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_NOBODY, Trace
+from aurora_lit.traces.log import TraceLogWriter
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_NONE, Trace
 
 HIDDEN = 4
 
 
 def trace_with_rounds(rounds: Sequence[tuple[int, int, int]], *, length: int = 12, **changes: Any) -> Trace:
-    """`rounds`: (root, proposed, accepted). Accepted proposals are the tokens there, others are 50 more.
+    """A trace with the rounds (root, num_proposed, num_accepted).
 
-    Rounds of one proposal are looked up, those of none are nobody's.
+    Accepted proposals are the tokens that follow the root, others are larger by 50. Rounds with one proposal come from
+    n-gram lookup, those with more from the draft.
     """
     widest = max([proposed for _, proposed, _ in rounds], default=0)
     token_ids_T = torch.arange(100, 100 + length, dtype=torch.int32)
@@ -26,7 +29,7 @@ def trace_with_rounds(rounds: Sequence[tuple[int, int, int]], *, length: int = 1
             proposal_RK[r, i] = 100 + root + 1 + i + (0 if i < accepted else 50)
             if proposed > 1:
                 logprob_RK[r, i] = -0.5 * i
-    sources = [SOURCE_NOBODY if n == 0 else SOURCE_LOOKUP if n == 1 else SOURCE_DRAFT for _, n, _ in rounds]
+    sources = [SOURCE_NONE if n == 0 else SOURCE_LOOKUP if n == 1 else SOURCE_DRAFT for _, n, _ in rounds]
     num_rejected = sum(max(0, proposed - 1 - accepted) for _, proposed, accepted in rounds)
     fields: dict[str, Any] = {
         "request_id": "r-1",
@@ -52,13 +55,34 @@ def trace_with_rounds(rounds: Sequence[tuple[int, int, int]], *, length: int = 1
     return Trace(**{**fields, **changes})
 
 
+def numbered_trace(length: int, *, first: int = 0, domain: str = "chat", answer_start: int | None = None) -> Trace:
+    """A trace without rounds; token ids and states are the positions from `first` on, exact also in bf16."""
+    position_T = torch.arange(first, first + length)
+    return Trace(
+        token_ids_T=position_T.int(),
+        aux_T3H=position_T[:, None].expand(-1, 6).bfloat16(),
+        last_TH=-position_T[:, None].expand(-1, 2).bfloat16(),
+        lse_T=position_T / 3,
+        domain=domain,
+        answer_start=length if answer_start is None else answer_start,
+    )
+
+
+def write_log(folder: Path, traces: Sequence[Trace], *, kind: str = "text", shard_positions: int = 10_000) -> None:
+    """Append traces to a log, the last shard included."""
+    writer = TraceLogWriter(folder, kind=kind, shard_positions=shard_positions)
+    for trace in traces:
+        writer.append(trace)
+    writer.flush()
+
+
 def keep_in(traces: list[Trace]) -> Callable[[Trace], None]:
-    """A sink that keeps what it is given: a copy, as the recorder's slots go on."""
+    """A sink that appends copies, since the recorder reuses the memory of what it hands over."""
     return lambda trace: traces.append(trace.copy())
 
 
 def same_trace(left: Trace, right: Trace) -> bool:
-    """Every field equal, NaN to NaN."""
+    """True if all fields are equal; NaN equals NaN."""
     for name in Trace.__dataclass_fields__:
         a, b = getattr(left, name), getattr(right, name)
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):

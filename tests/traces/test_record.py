@@ -1,4 +1,4 @@
-"""The trace record: bytes and back, and a clear refusal of anything that cannot be."""
+"""The trace record: to bytes and back, and a clear refusal of everything invalid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from support.trace_examples import HIDDEN, same_trace, trace_with_rounds
 
 from aurora_lit.errors import TraceError
-from aurora_lit.traces.record import Trace, check, from_bytes, to_bytes, to_pieces
+from aurora_lit.traces.record import LAYOUT_DIGEST, Trace, check, from_bytes, to_bytes, to_pieces
 
 ROUNDS = [(1, 4, 1), (3, 3, 3), (7, 0, 0), (8, 1, 0), (9, 3, 2)]
 
@@ -28,7 +28,7 @@ def a_trace(**changes: Any) -> Trace:
         a_trace(lse_T=torch.arange(12) / 7),
         trace_with_rounds([]),
         trace_with_rounds([(2, 0, 0)]),
-        trace_with_rounds(ROUNDS[:1], length=3, domain="ünï", temperature=0),  # the bonus token lies behind the end
+        trace_with_rounds(ROUNDS[:1], length=3, domain="ünï", temperature=0),  # the bonus token is beyond the end
         Trace(
             token_ids_T=torch.tensor([5], dtype=torch.int32),
             answer_start=1,
@@ -42,6 +42,10 @@ def test_bytes_give_back_every_field(trace: Trace) -> None:
     assert trace.num_bytes < len(to_bytes(trace)) < trace.num_bytes + 3000
 
 
+def test_the_format_changes_only_on_purpose() -> None:
+    assert LAYOUT_DIGEST == "6b44c912507356af", "a ring or log of the last release cannot be read any more"
+
+
 def test_pieces_are_the_same_bytes_and_the_tensors_own_memory() -> None:
     trace = a_trace()
     pieces = to_pieces(trace)
@@ -52,7 +56,7 @@ def test_pieces_are_the_same_bytes_and_the_tensors_own_memory() -> None:
     assert not same_trace(from_bytes(b"".join(pieces)), before)
 
 
-def test_a_copy_keeps_what_it_was() -> None:
+def test_a_copy_does_not_change_with_the_original() -> None:
     trace = a_trace(lse_T=torch.arange(12) / 7)
     kept, wanted = trace.copy(), from_bytes(to_bytes(trace))
     assert same_trace(kept, wanted)
@@ -121,13 +125,13 @@ def changed(name: str, index: Any, value: float) -> Trace:
         (trace_with_rounds([], length=0, answer_start=0), "no tokens"),
     ],
 )
-def test_what_cannot_be_is_refused_and_named(trace: Trace, word: str) -> None:
+def test_an_invalid_field_is_refused_and_named(trace: Trace, word: str) -> None:
     for refuse in (lambda: check(trace), lambda: from_bytes(to_bytes(trace))):
         with pytest.raises(TraceError, match=word):
             refuse()
 
 
-def test_plain_fields_of_a_wrong_kind_are_refused() -> None:
+def test_plain_fields_of_a_wrong_type_are_refused() -> None:
     tensors = safetensors.torch.load(to_bytes(a_trace()))
     about = json.loads(bytes(tensors["about"].tolist()))
     for changes in ({"domain": 3}, {"first_position": 1.5}, {"answer_start": True}, {"extra": 1}, {"temperature": "1"}):
@@ -138,7 +142,7 @@ def test_plain_fields_of_a_wrong_kind_are_refused() -> None:
         from_bytes(safetensors.torch.save({**tensors, "more": torch.zeros(1)}))
 
 
-def test_damaged_bytes_are_refused_or_make_a_whole_trace() -> None:
+def test_damaged_bytes_are_refused_or_give_a_valid_trace() -> None:
     good = to_bytes(a_trace())
     gen = torch.Generator().manual_seed(0)
     refused = 0
