@@ -1,9 +1,11 @@
-"""Whole decoder layers in one native call (decoder.hpp), over packed weights and slots.
+"""All decoder layers of a forward pass in one native call (csrc/decoder.hpp), over packed weights and the KV cache.
 
-`Decoder` holds pointers into tensors that it keeps alive. What is left out: which models qualify (models/fused_layers.py).
+`Decoder` holds pointers into tensors that it keeps alive.
 
-Shapes: B rows, T positions, N = B·T or fewer, C columns of a tree, H hidden, S slots, L capacity, D head size, P
-positions, M moves.
+Leaves out: which models qualify (models/fused_layers.py).
+
+Shapes: B sequences, T positions of each, N = B·T positions or fewer, C columns of a tree, R = B + 1, H hidden size,
+S slots, L slot capacity, D head size, P positions of the rotary tables, M moves.
 """
 
 from __future__ import annotations
@@ -16,14 +18,15 @@ import torch
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.kernels.weight_format import WeightFormat
 
-_TAPS = 3
+_NUM_AUX_LAYERS = 3
 MAX_DEPTH = 32
-"""Most columns on a path of a tree; MAX_PATH in attention.hpp."""
+"""Largest number of columns on a path of a tree; MAX_PATH in attention.hpp."""
 
 
 class Matrix(ctypes.Structure):
-    """A packed linear layer as decoder.hpp reads it."""
+    """A packed linear layer; Matrix in decoder.hpp."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),
@@ -34,7 +37,7 @@ class Matrix(ctypes.Structure):
 
     @staticmethod
     def of(linear: PackedLinear) -> Matrix:
-        """Pointers into a layer that the caller keeps alive."""
+        """Pointers into a layer, which the caller must keep alive."""
         bias = None if linear.bias is None else linear.bias.data_ptr()
         return Matrix(linear.packed.data_ptr(), bias, linear.out_features, linear.in_features)
 
@@ -43,6 +46,8 @@ _MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 
 
 class _Layer(ctypes.Structure):
+    """DecoderLayer in decoder.hpp."""
+
     _fields_ = (
         ("norm_embeds", ctypes.c_void_p),
         ("norm_attention", ctypes.c_void_p),
@@ -54,7 +59,7 @@ class _Layer(ctypes.Structure):
 
 
 class DecoderCall(ctypes.Structure):
-    """A pass as decoder.hpp reads it."""
+    """A forward pass; DecoderCall in decoder.hpp."""
 
     _fields_ = (
         ("attention", native.AttentionShape),
@@ -68,8 +73,8 @@ class DecoderCall(ctypes.Structure):
         ("max_positions", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("slots", "starts", "parents")),
         ("columns", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("embeds", "stream", "normed", "aux")),
-        ("taps", ctypes.c_int64 * _TAPS),
+        *((name, ctypes.c_void_p) for name in ("embeds", "hidden_states", "normed", "aux")),
+        ("aux_layer_ids", ctypes.c_int64 * _NUM_AUX_LAYERS),
     )
 
 
@@ -78,7 +83,7 @@ class LayerWeights:
     """One layer; norms are fp32 vectors [H]."""
 
     norm_embeds: torch.Tensor | None = None
-    """EAGLE-3's draft layer only: the norm of the embedding that stands beside the hidden state."""
+    """EAGLE-3's draft layer only: norm of the embedding, which is concatenated with the hidden state."""
     norm_attention: torch.Tensor
     norm_mlp: torch.Tensor
     query: PackedLinear
@@ -91,11 +96,11 @@ class LayerWeights:
 
 
 class Decoder:
-    """Layers ready to run.
+    """Decoder layers ready to run.
 
     >>> decoder = Decoder(layers, final_norm=…, cosines_PD=…, sines_PD=…, num_heads=9, num_kv_heads=3, eps=1e-5)
-    >>> stream_NH, normed_NH = decoder(hidden_NH, keys=slots.keys_SGCDP, values=slots.values_SGLD,
-    ...                                slots_B=slots_B, starts_B=starts_B, queries=T)
+    >>> hidden_NH, normed_NH, _ = decoder(embeds_NH, keys=kv_cache.keys_SGCDP, values=kv_cache.values_SGLD,
+    ...                                   slots_B=slots_B, starts_B=starts_B, queries=T)
     """
 
     def __init__(
@@ -108,21 +113,22 @@ class Decoder:
         num_heads: int,
         num_kv_heads: int,
         eps: float,
-        taps: tuple[int, int, int] | None = None,
+        aux_layer_ids: tuple[int, int, int] | None = None,
     ) -> None:
-        """`taps`: layers in front of which the hidden state is to be noted."""
+        """`aux_layer_ids`: layers whose input hidden states are returned as auxiliary ones."""
         library = native.library()
         assert library is not None
         self._layers = [_checked(layer) for layer in layers]
         self._final_norm = final_norm.float().contiguous()
         self._cosines_PD, self._sines_PD = cosines_PD.float().contiguous(), sines_PD.float().contiguous()
         self._heads = (num_heads, num_kv_heads)
-        self._eps, self._taps = eps, taps
-        weights = layers[0].query.packed.dtype
-        self._run = getattr(library, f"aurora_decode_{native.SUFFIXES[weights]}")
-        self._slot_dtype = torch.float32 if weights == torch.float32 else torch.bfloat16
-        self._move = getattr(library, f"aurora_move_{native.SUFFIXES[self._slot_dtype]}")
-        self._slots: tuple[Sequence[torch.Tensor], ctypes.Array[_Layer]] | None = None  # keeps the keys' lists alive
+        self._eps, self._aux_layer_ids = eps, aux_layer_ids
+        weight_format = layers[0].query.weight_format
+        self._run = getattr(library, f"aurora_decode_{weight_format.suffix}")
+        self._kv_dtype = weight_format.kv_dtype
+        self._move = getattr(library, f"aurora_move_{WeightFormat.of_dtype(self._kv_dtype).suffix}")
+        self._records: tuple[Sequence[torch.Tensor], ctypes.Array[_Layer]] | None = None
+        """Of the cache that was used last: its list of keys, kept alive, and its layers for the kernels."""
 
     def __call__(
         self,
@@ -137,21 +143,26 @@ class Decoder:
         parents_BC: torch.Tensor | None = None,
         begins_R: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Run `queries` positions of each row behind its start; `hidden_NH` fp32 contiguous is overwritten.
+        """Run `queries` positions of each sequence, which follow its first `starts_B` positions.
 
-        `begins_R` int64 [B + 1]: rows have positions of their own number, `queries` at most, and lie one behind the
-        other: those of row b begin at begins_R[b]. Of a tree they are the first columns.
+        `hidden_NH`: the first layer's input, fp32 and contiguous; it is overwritten. `embeds_NH`: for EAGLE-3's draft
+        layer only, the embeddings beside the hidden states.
 
-        `parents_BC` int64: the positions are the last `queries` columns of a tree, whose earlier ones were run before.
-        A column follows its parent, which comes before it, or the row's start where that is -1; it stands at the
-        position of its depth and attends to what is before the start, its ancestors and itself. Columns lie in the slot
-        in their order until `move` takes the wanted ones to their positions.
+        `begins_R` int64: the sequences have different query lengths, at most `queries`; the positions of sequence b
+        are rows begins_R[b] to begins_R[b + 1] of `hidden_NH`. Of a tree they are the first columns.
 
-        Returns the last layer's hidden state (that same tensor), it after the final norm, and the taps [N, 3, H].
+        `parents_BC` int64: the positions are the last `queries` columns of a tree, whose earlier columns were computed
+        by earlier calls. parents_BC[b, c] is the column that column c follows, always a smaller one, or -1 for the
+        last position before the tree. A column has the position of its depth; it attends to the positions before the
+        tree, its ancestors and itself. In the cache columns are stored in their own order until `move` takes the
+        accepted ones to their positions.
+
+        Returns the last layer's hidden state (the same tensor), the final norm of it, and the auxiliary hidden states
+        [N, 3, H].
         """
         N, H = hidden_NH.shape
         normed_NH = torch.empty(N, H)
-        aux_N3H = None if self._taps is None else torch.empty(N, _TAPS, H)
+        aux_N3H = None if self._aux_layer_ids is None else torch.empty(N, _NUM_AUX_LAYERS, H)
         call = self.call(keys, values)
         call.attention.rows, call.attention.queries = len(slots_B), queries
         if begins_R is not None:
@@ -165,13 +176,13 @@ class Decoder:
             ("starts", starts_B),
             ("parents", parents_BC),
             ("embeds", embeds_NH),
-            ("stream", hidden_NH),
+            ("hidden_states", hidden_NH),
             ("normed", normed_NH),
             ("aux", aux_N3H),
         ):
             setattr(call, name, None if tensor is None else tensor.data_ptr())
-        if self._taps is not None:
-            call.taps = (ctypes.c_int64 * _TAPS)(*self._taps)
+        if self._aux_layer_ids is not None:
+            call.aux_layer_ids = (ctypes.c_int64 * _NUM_AUX_LAYERS)(*self._aux_layer_ids)
         self._run(ctypes.byref(call))
         return hidden_NH, normed_NH, aux_N3H
 
@@ -184,7 +195,7 @@ class Decoder:
         from_M: torch.Tensor,
         to_M: torch.Tensor,
     ) -> None:
-        """Copy keys and values of position from to position to, one after the other; all int64."""
+        """Copy keys and values of position `from_M` to position `to_M` of slot `slots_M`, one by one; all int64."""
         call = self.call(keys, values)
         call.slots = slots_M.data_ptr()
         self._move(
@@ -195,7 +206,7 @@ class Decoder:
         )
 
     def call(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DecoderCall:
-        """What all calls over these slots have in common."""
+        """A call with the fields that do not depend on the batch."""
         shape, head_dim = native.AttentionShape(), self._cosines_PD.shape[1]
         shape.heads, shape.kv_heads = self._heads
         shape.head_dim, shape.scale = head_dim, head_dim**-0.5
@@ -205,7 +216,7 @@ class Decoder:
             attention=shape,
             hidden=len(self._final_norm),
             num_layers=len(self._layers),
-            layers=ctypes.addressof(self._record(keys, values)),
+            layers=ctypes.addressof(self._layer_records(keys, values)),
             final_norm=self._final_norm.data_ptr(),
             eps=self._eps,
             cosines=self._cosines_PD.data_ptr(),
@@ -213,20 +224,20 @@ class Decoder:
             max_positions=len(self._cosines_PD),
         )
 
-    def _record(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> ctypes.Array[_Layer]:
-        """The layers with their slots' addresses; made once a cache."""
-        if self._slots is None or self._slots[0] is not keys:
+    def _layer_records(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> ctypes.Array[_Layer]:
+        """The layers with the addresses of their keys and values; made once for each cache."""
+        if self._records is None or self._records[0] is not keys:
             records = (_Layer * len(self._layers))()
             for record, layer, key, value in zip(records, self._layers, keys, values, strict=True):
-                assert key.dtype == value.dtype == self._slot_dtype
+                assert key.dtype == value.dtype == self._kv_dtype
                 for name in ("norm_embeds", "norm_attention", "norm_mlp"):
                     weight = getattr(layer, name)
                     setattr(record, name, None if weight is None else weight.data_ptr())
                 for name in _MATRICES:
                     setattr(record, name, Matrix.of(getattr(layer, name)))
                 record.keys, record.values = key.data_ptr(), value.data_ptr()
-            self._slots = (keys, records)
-        return self._slots[1]
+            self._records = (keys, records)
+        return self._records[1]
 
 
 def _checked(layer: LayerWeights) -> LayerWeights:

@@ -1,10 +1,11 @@
-"""A draft's proposals in native steps (drafting.hpp): catching up with what is committed, then level by level.
+"""A draft's proposals by native calls (csrc/drafting.hpp): first the newly committed positions, then level by level.
 
-`DraftSteps` holds pointers into tensors that it keeps alive. What is left out: whether another level pays, which the
-caller decides between steps (serve/speculation/planner.py).
+`DraftSteps` holds pointers into tensors that it keeps alive.
 
-Shapes: B rows, K proposals, S slots, L positions, F the target's features of a position, V vocabulary, D draft
-vocabulary, H hidden.
+Leaves out: whether another level is profitable, which the caller decides between levels (serve/speculation/).
+
+Shapes: B sequences, K proposals, S slots, L positions, F features of a position (the target's auxiliary hidden states),
+V vocabulary, D draft vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from aurora_lit.kernels.packed_linear import PackedLinear
 
 
 class _Call(ctypes.Structure):
+    """DraftCall in drafting.hpp."""
+
     _fields_ = (
         ("decoder", DecoderCall),
         *((name, Matrix) for name in ("fuse", "head", "value")),
@@ -35,7 +38,7 @@ class _Call(ctypes.Structure):
 
 
 class DraftSteps:
-    """One proposal after the other for a batch of rows: `start`, any number of `step`, `proposals`.
+    """Proposals for a batch of sequences: call `start`, then `step` any number of times, then `proposals`.
 
     >>> values_B = steps.start(slots_B=slots_B, done=[4, 0], ends=[6, 9], width=1, ...)
     >>> values_B = steps.step()
@@ -57,11 +60,11 @@ class DraftSteps:
         assert library is not None
         assert embedding_VH.dtype == torch.float32
         assert embedding_VH.is_contiguous()
-        self._kept = (decoder, fuse, head, value, target_id_D, embedding_VH)
+        self._kept_alive = (decoder, fuse, head, value, target_id_D, embedding_VH)
         self._decoder = decoder
-        kind = native.SUFFIXES[head.packed.dtype]
-        self._start = getattr(library, f"aurora_draft_start_{kind}")
-        self._step = getattr(library, f"aurora_draft_step_{kind}")
+        suffix = head.weight_format.suffix
+        self._start = getattr(library, f"aurora_draft_start_{suffix}")
+        self._step = getattr(library, f"aurora_draft_step_{suffix}")
         self._finish = library.aurora_draft_finish
         self._finish.restype = ctypes.c_int64
         library.aurora_drafting_new.restype = ctypes.c_void_p
@@ -75,7 +78,7 @@ class DraftSteps:
             target_ids=target_id_D.data_ptr(),
         )
         self._num_outputs = head.out_features
-        self._rows: tuple[torch.Tensor, ...] = ()  # what the call points at
+        self._batch: tuple[torch.Tensor, ...] = ()  # tensors that the call points to
 
     def start(
         self,
@@ -89,16 +92,18 @@ class DraftSteps:
         ends: Sequence[int],
         width: int,
     ) -> torch.Tensor:
-        """Run each row's positions from `done` up to `ends` from true features, and choose the first level.
+        """Run the draft over positions `done` to `ends` of each sequence, then choose the first level.
 
-        `width`: most nodes of a level that are expanded, and children thought of for each; `features_SLF` are of the
-        slots' type. Returns, for chains (width 1), the value head's prediction [B] at the last position, and for trees
-        the probability [B], by the draft, that a row's path leads through the nodes to be expanded; the next call of
+        These positions use the target's features, `features_SLF`, which have the type of the draft's KV cache.
+        `width`: largest number of nodes of a level that are expanded, and number of children considered for each.
+
+        Returns for chains (width 1) the value head's prediction [B] at the last position, and for trees the draft's
+        probability [B] that the target's continuation passes through one of the nodes to be expanded. The next call of
         either method overwrites it.
         """
         call, B = self._call, len(slots_B)
         done_B, ends_B, outcome_B = torch.tensor(done), torch.tensor(ends), torch.empty(B)
-        self._rows = (slots_B, done_B, ends_B, outcome_B, features_SLF, tokens_SL)
+        self._batch = (slots_B, done_B, ends_B, outcome_B, features_SLF, tokens_SL)
         call.decoder = self._decoder.call(keys, values)
         call.decoder.attention.rows = B
         call.decoder.slots, call.decoder.starts = slots_B.data_ptr(), ends_B.data_ptr()
@@ -111,14 +116,14 @@ class DraftSteps:
         return outcome_B
 
     def step(self) -> torch.Tensor:
-        """Expand the level chosen last and choose the next; returns as `start` does."""
+        """Expand the nodes of the current level and choose the next level; returns as `start` does."""
         self._step(ctypes.byref(self._call), self._state)
-        return self._rows[3]
+        return self._batch[3]
 
     def proposals(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest `count` nodes, or all there are: target ids and the columns they follow, both int64 [B, K]."""
-        found = torch.empty(2, len(self._rows[0]) * count, dtype=torch.int64)
+        """The `count` most probable nodes, or all if there are fewer: target ids and parents' columns, int64 [B, K]."""
+        found = torch.empty(2, len(self._batch[0]) * count, dtype=torch.int64)
         tokens, parents = (ctypes.c_void_p(part.data_ptr()) for part in found)
         nodes = self._finish(self._state, ctypes.c_int64(count), tokens, parents)
-        token_BK, parent_BK = found[:, : len(self._rows[0]) * nodes].view(2, -1, nodes)
+        token_BK, parent_BK = found[:, : len(self._batch[0]) * nodes].view(2, -1, nodes)
         return token_BK, parent_BK

@@ -1,7 +1,7 @@
-"""Tensors on huge pages, for what rounds read from end to end: weights, keys and values.
+"""Tensors on huge pages, for memory that every forward pass reads from end to end: weights, keys and values.
 
-With pages of 4 KiB a pass spends as long looking up addresses as reading what is there, and neighbouring pages lie in
-the caches' way. Where the system has none, the tensors are like any others.
+With pages of 4 KiB, a pass spends as long on address translation as on reading, and neighbouring pages compete for the
+same cache lines. On systems without huge pages the tensors are ordinary ones.
 """
 
 from __future__ import annotations
@@ -15,38 +15,39 @@ from collections.abc import Sequence
 
 import torch
 
-_PAGE = 1 << 21
-_AREA_BYTES = 16 << 20
-"""Of huge pages, for tensors that are too small for pages of their own."""
-_areas: list[torch.Tensor] = []
-_area_lock = threading.Lock()  # a new draft is packed beside serving
+_PAGE_BYTES = 1 << 21
+_ARENA_BYTES = 16 << 20
+"""Size of a mapping that several small tensors share."""
+_arenas: list[torch.Tensor] = []
+"""At most one: the unused rest of the current arena."""
+_arena_lock = threading.Lock()  # a new draft is packed in another thread while serving
 
 
 def empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """A flat tensor; those smaller than a few pages share an area, which lives as long as any of them."""
-    size = numel * dtype.itemsize
-    if size > _AREA_BYTES // 4:
-        return _map(size)[:size].view(dtype)
-    with _area_lock:
-        if not _areas or _areas[0].numel() < size:
-            _areas[:] = [_map(_AREA_BYTES)]
-        raw = _areas[0]
-        _areas[0] = raw[-(-size // 64) * 64 :]
-    return raw[:size].view(dtype)
+    """A flat tensor; small ones share an arena, which lives as long as any of them."""
+    num_bytes = numel * dtype.itemsize
+    if num_bytes > _ARENA_BYTES // 4:
+        return _map(num_bytes)[:num_bytes].view(dtype)
+    with _arena_lock:
+        if not _arenas or _arenas[0].numel() < num_bytes:
+            _arenas[:] = [_map(_ARENA_BYTES)]
+        raw = _arenas[0]
+        _arenas[0] = raw[-(-num_bytes // 64) * 64 :]
+    return raw[:num_bytes].view(dtype)
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of zeros with a mapping of its own; memory is taken when it is written to."""
+    """A tensor of zeros with its own mapping; the system allocates its memory when it is first written."""
     return _map(math.prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
 
 
-def _map(size: int) -> torch.Tensor:
-    """Mapped for itself: what malloc gives may have been used before, and then it lies on small pages for good."""
-    if sys.platform != "linux" or size < _PAGE:
-        return torch.zeros(size, dtype=torch.uint8)
-    area = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+def _map(num_bytes: int) -> torch.Tensor:
+    """A new mapping of its own: memory from malloc may have been used before, and then it stays on small pages."""
+    if sys.platform != "linux" or num_bytes < _PAGE_BYTES:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+    area = mmap.mmap(-1, num_bytes + _PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
         area.madvise(mmap.MADV_HUGEPAGE)
     raw = torch.frombuffer(area, dtype=torch.uint8)
-    offset = -raw.data_ptr() % _PAGE
-    return raw[offset : offset + size]
+    offset = -raw.data_ptr() % _PAGE_BYTES
+    return raw[offset : offset + num_bytes]

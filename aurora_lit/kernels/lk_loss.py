@@ -1,8 +1,8 @@
-"""The LK acceptance loss of rows of bf16 logits in one native pass (lk_loss.hpp); learning only.
+"""The LK acceptance loss of bf16 logits and its gradient, in one native pass (csrc/lk_loss.hpp); for learning only.
 
-What is left out: the formulas and the torch version (modules/losses/lk.py).
+Leaves out: the formulas and the torch version (modules/losses/lk.py).
 
-Shapes: K steps, C rows, D draft vocabulary.
+Shapes: K draft steps, C positions, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from aurora_lit.kernels import native
 
 
 class _LKRows(ctypes.Structure):
+    """LKRows in lk_loss.hpp."""
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("draft", "target", "target_lse", "weight", "top")),
         *((name, ctypes.c_int64) for name in ("K", "C", "D")),
@@ -23,8 +25,8 @@ class _LKRows(ctypes.Structure):
     )
 
 
-def can_take(logits: torch.Tensor) -> bool:
-    """Whether `lk_rows` covers this case."""
+def is_supported(logits: torch.Tensor) -> bool:
+    """True if `lk_loss_and_gradient` supports these logits."""
     return (
         logits.dtype == torch.bfloat16
         and logits.device.type == "cpu"
@@ -33,7 +35,7 @@ def can_take(logits: torch.Tensor) -> bool:
     )
 
 
-def lk_rows(
+def lk_loss_and_gradient(
     draft_KCD: torch.Tensor,
     target_CD: torch.Tensor,
     *,
@@ -42,7 +44,12 @@ def lk_rows(
     top_C: torch.Tensor | None,
     decay: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted loss, acceptance rate, KL [K, C] and whether the first choices agree; draft logits become gradients."""
+    """Weighted loss, acceptance probability, KL divergence, and whether draft and target agree on the top token.
+
+    All are [K, C]. The draft's logits are overwritten with their gradient. `target_lse_C`: log-sum-exp of the target's
+    logits over its whole vocabulary; `top_C`: the target's top token, by default that of `target_CD`; `decay`: of the
+    schedule between KL and acceptance loss.
+    """
     library = native.library()
     assert library is not None
     K, C, D = draft_KCD.shape

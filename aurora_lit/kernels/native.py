@@ -1,50 +1,37 @@
-"""Builds, loads and calls the CPU kernels of skinny.cpp; says whether they can be used here.
+"""Loads and calls the CPU kernels of csrc/kernels.cpp: attention over the KV cache, and products with packed weights.
 
-The library is compiled once a machine with the system's C++ compiler and kept in the cache folder. It shares torch's
-OpenMP threads. Without a compiler, or on a device other than the CPU, callers use torch's own operations instead.
+The library shares torch's OpenMP threads. Without a compiler, or on devices other than the CPU, callers use torch's own
+operations instead.
 
-Shapes: S slots, B rows, T positions, N query heads, G key-value heads, D head size, L slot capacity, C blocks of
-P = KEY_BLOCK positions.
+Leaves out: compiling the library (build.py), and whole decoder layers (decoder.py).
+
+Shapes: S slots, B sequences, T positions, N query heads (of a batch of inputs: rows), G key-value heads, D head size,
+L slot capacity, C blocks of P = KEY_BLOCK positions, O outputs, I inputs.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shutil
 import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import torch
 
-from aurora_lit.kernels import group_quantization as grouped
-from aurora_lit.kernels import huge_pages
-from aurora_lit.kernels import row_quantization as row_scaled
+from aurora_lit.kernels import huge_pages, quantization
+from aurora_lit.kernels.build import built_library, compiler
+from aurora_lit.kernels.weight_format import WeightFormat
 
-_SOURCE = Path(__file__).parent / "csrc" / "skinny.cpp"
-_SOURCES = (_SOURCE, *sorted(_SOURCE.parent.glob("*.hpp")))
-STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
-"""By `target.precision`: the type that names how weights are stored; those of four bits lie two to a byte."""
-BYTES = torch.int16
-"""Stands for weights of eight bits with a scale an output, beside inputs of sixteen (kernels/row_quantization.py)."""
-SUFFIXES = {BYTES: "bytes", **{dtype: name for name, dtype in STORAGE.items()}}
-"""Of the kernels' names, by what weights and slots are stored in."""
 KEY_BLOCK = 64
-"""Positions whose keys lie together in a slot; as in attention.hpp."""
-_ROUNDED_UP = 1.001
-"""Times a norm that was computed in fp32: no less than the true one."""
-_AT_ONCE = 4096
-"""Outputs of a weight that are looked at together, whole blocks: all of a large head would take gigabytes."""
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
+"""Positions whose keys are stored together in a slot; KEY_BLOCK in attention.hpp."""
+_NORM_MARGIN = 1.001
+"""Factor that makes a norm computed in fp32 no smaller than the exact one."""
+_SCREEN_CHUNK = 4096
+"""Outputs that are quantised at a time, whole blocks: a large head at once would take gigabytes."""
 
 
 class AttentionShape(ctypes.Structure):
-    """Sizes and strides as attention.hpp reads them."""
+    """Sizes and strides; AttentionShape in attention.hpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "queries", "heads", "kv_heads", "head_dim")),
@@ -55,42 +42,39 @@ class AttentionShape(ctypes.Structure):
     )
 
 
-def compiler() -> str | None:
-    """The C++ compiler that would be used: `$CXX`, g++ or clang++."""
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and (found := shutil.which(name)):
-            return found
-    return None
-
-
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The loaded kernels, compiled on first use; None where they cannot be had (`AURORA_LIT_NATIVE=0` says so too)."""
+    """The loaded kernels, compiled on first use; None if they cannot be built or `AURORA_LIT_NATIVE=0` is set."""
     if os.environ.get("AURORA_LIT_NATIVE") == "0":
         return None
     command = compiler()
     if command is None:
         return None
     try:
-        return ctypes.CDLL(str(_build(command)))
+        return ctypes.CDLL(str(built_library(command)))
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def has_vnni() -> bool:
-    """Whether the processor multiplies weights of four and eight bits as fast as it reads them."""
+    """True if the processor multiplies grouped weights of 8 and 4 bits as fast as it reads them."""
     kernels = library()
     return kernels is not None and bool(kernels.aurora_has_vnni())
 
 
-def has_byte_tiles() -> bool:
-    """Whether weights can be stored as `BYTES`."""
+def has_int8_tiles() -> bool:
+    """True if the processor has the AMX tiles that INT8_PER_OUTPUT and `Screen` need."""
     kernels = library()
-    return kernels is not None and hasattr(kernels, "aurora_linear_bytes") and bool(kernels.aurora_uses_tiles())
+    if kernels is None or not hasattr(kernels, "aurora_linear_int8_per_output"):
+        return False
+    return bool(kernels.aurora_uses_tiles())
+
+
+# -- attention -----------------------------------------------------------------------------------------------------
 
 
 def can_attend(query_BNTD: torch.Tensor, *, window: int | None, softcap: float | None) -> bool:
-    """Whether `attend` covers this case."""
+    """True if `attend` supports these queries and options."""
     return (
         window is None
         and softcap is None
@@ -112,7 +96,7 @@ def attend(
     *,
     scale: float,
 ) -> torch.Tensor:
-    """Write new keys and values behind `starts_B` in `slots_B` and attend causally; returns [B, T, N, D] fp32."""
+    """Write new keys and values to `slots_B` after `starts_B` positions, attend causally; [B, T, N, D] fp32."""
     kernels = library()
     assert kernels is not None
     B, N, T, D = query_BNTD.shape
@@ -151,48 +135,91 @@ def attend(
     return out_BTND
 
 
-def pack(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
-    """Lay out a linear layer's weight [outputs, inputs] for `linear` as one of `SUFFIXES` (flat tensor)."""
+# -- packing weights -----------------------------------------------------------------------------------------------
+
+
+def pack_weight(weight_OI: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
+    """Lay out a linear layer's weight for `linear`; a flat tensor of the format's `storage_dtype`."""
     kernels = library()
     assert kernels is not None
     weight_OI = weight_OI.detach().float().contiguous()
     outputs, inputs = weight_OI.shape
     block = kernels.aurora_block()
     blocks = -(-outputs // block)
-    if dtype == torch.float32:
-        packed = huge_pages.empty(blocks * block * inputs, dtype)
+    if weight_format is WeightFormat.FP32:
+        packed = huge_pages.empty(blocks * block * inputs, torch.float32)
         kernels.aurora_pack_fp32(_address(weight_OI), outputs, inputs, _address(packed))
-    elif dtype in (*grouped.BITS, BYTES):
-        if dtype == BYTES:
-            parts = row_scaled.pack(*row_scaled.quantise(weight_OI), block=block)
-        else:
-            parts = grouped.pack(weight_OI, bits=grouped.BITS[dtype], block=block, group=kernels.aurora_group())
-        packed = huge_pages.empty(parts.numel() // dtype.itemsize, dtype)
-        packed.view(torch.uint8).copy_(parts)
-    else:
+        return packed
+    if weight_format is WeightFormat.BF16:
         padded = -(-inputs // 32) * 32
-        packed = huge_pages.empty(blocks * block * padded, dtype)
+        packed = huge_pages.empty(blocks * block * padded, torch.bfloat16)
         kernels.aurora_pack_bf16(_address(weight_OI), outputs, inputs, padded, _address(packed))
-    return packed
+        return packed
+    if weight_format is WeightFormat.INT8_PER_OUTPUT:
+        contents = quantization.pack_per_output(*quantization.quantize_per_output(weight_OI), block=block)
+    else:
+        bits = weight_format.grouped_bits
+        assert bits is not None
+        contents = quantization.pack_grouped(weight_OI, bits=bits, block=block, group=kernels.aurora_group())
+    return huge_pages.empty(contents.numel(), torch.uint8).copy_(contents)
 
 
-def loses_nothing(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> bool:
-    """Whether packing a weight in groups, as torch.int8 or torch.uint8, changes none of its numbers."""
+def packed_values(weight_OI: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
+    """The values, in fp32, that a weight has after packing; not for INT8_PER_OUTPUT."""
+    weight_OI = weight_OI.detach().float()
+    if (bits := weight_format.grouped_bits) is not None:
+        kernels = library()
+        assert kernels is not None
+        return quantization.dequantized_grouped(weight_OI, bits=bits, group=kernels.aurora_group())
+    return weight_OI.to(weight_format.storage_dtype).float()
+
+
+def is_lossless(weight_OI: torch.Tensor, weight_format: WeightFormat) -> bool:
+    """True if packing a weight in this grouped format changes none of its values."""
     kernels = library()
     assert kernels is not None
-    weight_OI = weight_OI.detach().float()
-    return grouped.loses_nothing(weight_OI, bits=grouped.BITS[dtype], group=kernels.aurora_group())
+    bits = weight_format.grouped_bits
+    assert bits is not None
+    return quantization.is_lossless_grouped(weight_OI.detach().float(), bits=bits, group=kernels.aurora_group())
 
 
-def linear(x_NI: torch.Tensor, packed: torch.Tensor, outputs: int, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [N, inputs] fp32 times a packed weight, plus bias: [N, outputs] fp32."""
+class Screen(ctypes.Structure):
+    """A coarse copy of a packed weight, from which `argmax_linear` bounds every output; Screen in screen.hpp."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("copy", "errors", "norms"))
+
+    @staticmethod
+    def of(weight_OI: torch.Tensor, weight_format: WeightFormat) -> Screen:
+        """For a weight that is packed in this format; needs `has_int8_tiles`."""
+        kernels = library()
+        assert kernels is not None
+        screen, parts = Screen(), []
+        for part_OI in torch.split(weight_OI, _SCREEN_CHUNK):
+            values_OI = packed_values(part_OI, weight_format)
+            quantized = quantization.quantize_per_output(values_OI)
+            norms = (norm_O * _NORM_MARGIN for norm_O in quantization.per_output_error_norms(values_OI, *quantized))
+            parts.append((quantization.pack_per_output(*quantized, block=kernels.aurora_block()), *norms))
+        copies, errors, norms_O = zip(*parts, strict=True)
+        copy = torch.cat(copies, out=huge_pages.empty(sum(map(len, copies)), torch.uint8))
+        screen.tensors = (copy, torch.cat(errors), torch.cat(norms_O))  # kept alive while the kernels read them
+        screen.copy, screen.errors, screen.norms = (tensor.data_ptr() for tensor in screen.tensors)
+        return screen
+
+
+# -- products ------------------------------------------------------------------------------------------------------
+
+
+def linear(
+    x_NI: torch.Tensor, packed: torch.Tensor, weight_format: WeightFormat, outputs: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x [N, I] fp32 times a packed weight, plus bias: [N, O] fp32."""
     kernels = library()
     assert kernels is not None
     if x_NI.stride(1) != 1:
         x_NI = x_NI.contiguous()
     rows, inputs = x_NI.shape
     y_NO = torch.empty(rows, outputs)
-    call = getattr(kernels, f"aurora_linear_{SUFFIXES[packed.dtype]}")
+    call = getattr(kernels, f"aurora_linear_{weight_format.suffix}")
     call(
         _address(x_NI),
         ctypes.c_int64(x_NI.stride(0)),
@@ -206,51 +233,23 @@ def linear(x_NI: torch.Tensor, packed: torch.Tensor, outputs: int, bias: torch.T
     return y_NO
 
 
-class Screen(ctypes.Structure):
-    """A coarse copy of a packed weight, which says where its largest outputs may be (screen.hpp)."""
-
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("copy", "errors", "norms"))
-
-    @staticmethod
-    def of(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> Screen:
-        """For a weight that is packed as `dtype`, where there are byte tiles."""
-        kernels = library()
-        assert kernels is not None
-        screen, parts = Screen(), []
-        for part_OI in torch.split(weight_OI, _AT_ONCE):
-            seen_OI = stored(part_OI, dtype=dtype)
-            quantised = row_scaled.quantise(seen_OI)
-            norms = (norm_O * _ROUNDED_UP for norm_O in row_scaled.errors(seen_OI, *quantised))
-            parts.append((row_scaled.pack(*quantised, block=kernels.aurora_block()), *norms))
-        copies, errors, sizes = zip(*parts, strict=True)
-        copy = torch.cat(copies, out=huge_pages.empty(sum(map(len, copies)), torch.uint8))
-        screen.kept = (copy, torch.cat(errors), torch.cat(sizes))
-        screen.copy, screen.errors, screen.norms = (tensor.data_ptr() for tensor in screen.kept)
-        return screen
-
-
-def stored(weight_OI: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers, in fp32, that a weight becomes by being packed."""
-    weight_OI = weight_OI.detach().float()
-    if dtype in grouped.BITS:
-        kernels = library()
-        assert kernels is not None
-        return grouped.stored(weight_OI, bits=grouped.BITS[dtype], group=kernels.aurora_group())
-    return weight_OI.to(dtype).float()
-
-
 def argmax_linear(
-    x_NI: torch.Tensor, packed: torch.Tensor, outputs: int, *, screen: Screen | None = None
+    x_NI: torch.Tensor,
+    packed: torch.Tensor,
+    weight_format: WeightFormat,
+    outputs: int,
+    *,
+    screen: Screen | None = None,
 ) -> torch.Tensor:
-    """Where each row of `linear`, without a bias, is largest: [N] int64; of equal outputs the first."""
+    """Index of the largest output of `linear` without a bias, for each row: [N] int64; the first of equal outputs."""
     kernels = library()
     assert kernels is not None
     if x_NI.stride(1) != 1:
         x_NI = x_NI.contiguous()
     rows, inputs = x_NI.shape
-    place_N = torch.empty(rows, dtype=torch.int64)
+    index_N = torch.empty(rows, dtype=torch.int64)
     screened = () if screen is None else (ctypes.byref(screen),)
-    call = getattr(kernels, f"aurora_{'screened_' if screened else ''}argmax_{SUFFIXES[packed.dtype]}")
+    call = getattr(kernels, f"aurora_{'screened_' if screened else ''}argmax_{weight_format.suffix}")
     call(
         _address(x_NI),
         ctypes.c_int64(x_NI.stride(0)),
@@ -258,61 +257,11 @@ def argmax_linear(
         _address(packed),
         inputs,
         outputs,
-        _address(place_N),
+        _address(index_N),
         *screened,
     )
-    return place_N
+    return index_N
 
 
 def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _build(command: str) -> Path:
-    """Compile unless the same source, flags, compiler and processor were compiled before."""
-    version = subprocess.run([command, "--version"], check=True, capture_output=True).stdout
-    threads = _torch_openmp()
-    key = b"\0".join(
-        (
-            *(path.read_bytes() for path in _SOURCES),
-            " ".join(_FLAGS).encode(),
-            version,
-            _processor().encode(),
-            str(threads is None).encode(),
-        )
-    )
-    folder = Path(os.environ.get("AURORA_LIT_CACHE", Path.home() / ".cache" / "aurora-lit")) / "kernels"
-    path = folder / f"skinny-{hashlib.sha256(key).hexdigest()[:16]}.so"
-    if threads is not None:
-        ctypes.CDLL(threads, mode=ctypes.RTLD_GLOBAL)
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        obj, lib = Path(scratch) / "skinny.o", Path(scratch) / "skinny.so"
-        subprocess.run([command, *_FLAGS, "-c", str(_SOURCE), "-o", str(obj)], check=True, capture_output=True)
-        # Not linked against OpenMP where torch's runtime is loaded already: two runtimes would fight for the cores.
-        link = [command, "-shared", str(obj), "-o", str(lib), *(["-fopenmp"] if threads is None else [])]
-        subprocess.run(link, check=True, capture_output=True)
-        os.replace(lib, path)
-    return path
-
-
-def _torch_openmp() -> str | None:
-    """Path of the OpenMP runtime that torch has loaded, on Linux."""
-    if sys.platform != "linux":
-        return None
-    torch.empty(1)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if "libgomp" in line:
-            return line.split(maxsplit=5)[-1]
-    return None
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return line
-    return platform.processor()

@@ -1,8 +1,7 @@
-"""Linear layers whose weight is packed for the native kernel, and the swap of a model's own layers for them.
+"""Linear layers with weights packed for the native kernels, which replace a model's own linear layers.
 
-The type names what the weights are stored in; int8 and uint8 stand for weights of eight and four bits with a scale a
-group (kernels/group_quantization.py). Sums, norms and attention stay fp32 whatever it is, which keeps it close to fp32 and, since
-the kernels are batch-invariant, speculation exact in each.
+Only weights are stored in a `WeightFormat`; sums, norms and attention stay fp32. That keeps results close to fp32, and
+since the kernels are batch-invariant, speculative decoding is exact in every format.
 """
 
 from __future__ import annotations
@@ -14,66 +13,73 @@ import torch
 from torch import nn
 
 from aurora_lit.kernels import native
-from aurora_lit.kernels.native import STORAGE
+from aurora_lit.kernels.weight_format import WeightFormat
 
-_ROWS_LOOKED_AT = 8
+_SAMPLED_ROWS = 8
 
 
 class PackedLinear(nn.Module):
-    """Drop-in for `nn.Linear` at inference: [..., inputs] fp32 -> [..., outputs] fp32."""
+    """Replacement for `nn.Linear` at inference: [..., inputs] fp32 -> [..., outputs] fp32."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, screened: bool = False) -> None:
-        """`screened`: `argmax` reads a coarse copy first, and little of the weight itself; where tiles allow it."""
+    def __init__(self, linear: nn.Linear, weight_format: WeightFormat, *, screened: bool = False) -> None:
+        """`screened`: where tiles allow, `argmax` reads a coarse copy first, and only little of the weight itself."""
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
-        self.packed = native.pack(linear.weight, dtype=dtype)
+        self.weight_format = weight_format
+        self.packed = native.pack_weight(linear.weight, weight_format)
         self.bias = None if linear.bias is None else linear.bias.detach().float().contiguous()
-        screened = screened and native.has_byte_tiles()
-        self._screen = native.Screen.of(linear.weight.detach(), dtype=dtype) if screened else None
+        screened = screened and native.has_int8_tiles()
+        self._screen = native.Screen.of(linear.weight.detach(), weight_format) if screened else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply; rows may have any leading shape."""
-        y = native.linear(x.reshape(-1, self.in_features), self.packed, self.out_features, self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        """Multiply inputs of any leading shape."""
+        x_NI = x.reshape(-1, self.in_features)
+        y_NO = native.linear(x_NI, self.packed, self.weight_format, self.out_features, self.bias)
+        return y_NO.view(*x.shape[:-1], self.out_features)
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor:
-        """Which output is the largest, int64 of x's leading shape; for a layer without a bias."""
+        """Index of the largest output, int64 of x's leading shape; for a layer without a bias."""
         assert self.bias is None
         x_NI = x.reshape(-1, self.in_features)
-        return native.argmax_linear(x_NI, self.packed, self.out_features, screen=self._screen).view(x.shape[:-1])
+        index_N = native.argmax_linear(x_NI, self.packed, self.weight_format, self.out_features, screen=self._screen)
+        return index_N.view(x.shape[:-1])
 
     @torch.no_grad()
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of the weight [len(indices), inputs], fp32, as the kernel sees them."""
+        """Rows of the weight [len(indices), inputs], fp32, with the values that the kernel multiplies by."""
         identity = torch.eye(self.in_features)
-        return native.linear(identity, self.packed, self.out_features, None).t()[indices]
+        return native.linear(identity, self.packed, self.weight_format, self.out_features, None).t()[indices]
 
 
 def pack_model(model: nn.Module, *, precision: str, head: nn.Module) -> None:
-    """Pack a language model's linear layers in one of `STORAGE`, or as is best for it here ("auto"); copy the rest.
+    """Pack a language model's linear layers; `precision`: fp32, bf16, int8, int4 or auto.
 
-    That is the fewest bits that lose nothing of its weights, where the processor is quick at them, and else bf16.
-    Beside layers of four bits the head has eight, as in llama.cpp's files: its errors would go straight into logits.
+    "auto" is the fewest bits that change none of the model's weights, if the processor is fast with them, otherwise
+    bf16. With int4 layers the head has 8 bits, as in llama.cpp's files, because its errors directly change logits. All
+    other parameters are copied.
     """
     if precision == "auto":
-        fewest = [name for name in ("int4", "int8") if native.has_vnni() and _loses_nothing(model, name, head)]
-        precision = [*fewest, "bf16"][0]
-    pack_linears(model, dtype=STORAGE[precision], others={head: _head_storage(precision)}, screened=head)
-    for left in model.parameters():  # in their file's mapping, all of which would stay in memory with them
-        left.data = left.data.clone()
+        grouped = (WeightFormat.INT4_GROUPED, WeightFormat.INT8_GROUPED)
+        lossless = [each for each in grouped if native.has_vnni() and _is_lossless_for(model, each, head)]
+        weight_format = [*lossless, WeightFormat.BF16][0]
+    else:
+        weight_format = WeightFormat(precision)
+    pack_linears(model, weight_format=weight_format, others={head: _head_format(weight_format)}, screened=head)
+    for parameter in model.parameters():  # else they would keep the whole mapping of their file in memory
+        parameter.data = parameter.data.clone()
 
 
-def _head_storage(precision: str) -> torch.dtype:
-    return STORAGE["int8" if precision == "int4" else precision]
+def _head_format(weight_format: WeightFormat) -> WeightFormat:
+    return WeightFormat.INT8_GROUPED if weight_format is WeightFormat.INT4_GROUPED else weight_format
 
 
-def _loses_nothing(model: nn.Module, precision: str, head: nn.Module) -> bool:
-    """By a few rows of every linear layer: a file stores all rows of one alike."""
+def _is_lossless_for(model: nn.Module, weight_format: WeightFormat, head: nn.Module) -> bool:
+    """True if the format changes none of a few rows of every linear layer: a file stores all rows of a layer alike."""
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     return all(
-        native.loses_nothing(
-            linear.weight[:: max(1, linear.out_features // _ROWS_LOOKED_AT)],
-            dtype=_head_storage(precision) if linear is head else STORAGE[precision],
+        native.is_lossless(
+            linear.weight[:: max(1, linear.out_features // _SAMPLED_ROWS)],
+            _head_format(weight_format) if linear is head else weight_format,
         )
         for linear in linears
     )
@@ -82,15 +88,19 @@ def _loses_nothing(model: nn.Module, precision: str, head: nn.Module) -> bool:
 def pack_linears(
     model: nn.Module,
     *,
-    dtype: torch.dtype,
-    others: Mapping[nn.Module, torch.dtype] = MappingProxyType({}),
+    weight_format: WeightFormat,
+    others: Mapping[nn.Module, WeightFormat] = MappingProxyType({}),
     screened: nn.Module | None = None,
 ) -> int:
-    """Swap every `nn.Linear` of a CPU model for a `PackedLinear`; returns how many. `others` have their own type."""
+    """Replace every `nn.Linear` of a CPU model by a `PackedLinear`; returns how many.
+
+    `others`: formats of layers that differ from `weight_format`; `screened`: the layer whose `argmax` is screened.
+    """
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child, others.get(child, dtype), screened=child is screened))
+                packed = PackedLinear(child, others.get(child, weight_format), screened=child is screened)
+                setattr(parent, name, packed)
                 count += 1
     return count

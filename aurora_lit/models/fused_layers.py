@@ -1,9 +1,9 @@
 """A transformers model's decoder layers, and the draft's one layer, as one native call.
 
-A model's layers qualify where they are of the plain Llama form.
-Nothing is copied from transformers: the packed weights of the loaded modules are read in place, and the result is
-compared with the model's own forward pass before it is trusted. What is left out: the layers' arithmetic
-(kernels/csrc/decoder.hpp) and the slots (models/slots.py).
+A model's layers qualify if they have the plain Llama form. No code is copied from transformers: the packed weights of
+the loaded modules are used in place, and `Target.fuse_layers` compares the result with the model's own forward pass.
+
+Leaves out: the layers' arithmetic (kernels/csrc/decoder.hpp) and the KV cache (kv_cache.py).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from transformers import PreTrainedModel
 from aurora_lit.kernels.decoder import Decoder, LayerWeights
 from aurora_lit.kernels.draft_steps import DraftSteps
 from aurora_lit.kernels.packed_linear import PackedLinear
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
-_KINDS = ("llama", "mistral", "qwen2")
-"""Model types whose layers are: norm, attention with rotary halves, residual, norm, SiLU-gated MLP, residual."""
+_PLAIN_LLAMA_TYPES = ("llama", "mistral", "qwen2")
+"""Model types whose layers are: norm, attention with RoPE on halves, residual, norm, SiLU-gated MLP, residual."""
 
 
-def fuse(model: PreTrainedModel, taps: tuple[int, int, int]) -> Decoder | None:
-    """A `Decoder` over the model's packed layers, or None where the model is of another form."""
+def fuse_target(model: PreTrainedModel, aux_layer_ids: tuple[int, int, int]) -> Decoder | None:
+    """A `Decoder` over the model's packed layers; None if its layers do not have the plain Llama form."""
     config = model.config.get_text_config()
     base: Any = model.base_model
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    plain = (
-        config.model_type in _KINDS
+    is_plain_llama = (
+        config.model_type in _PLAIN_LLAMA_TYPES
         and config.hidden_act == "silu"
         and rope.get("rope_type", "default") == "default"
         and rope.get("partial_rotary_factor", 1.0) == 1.0
@@ -38,9 +38,9 @@ def fuse(model: PreTrainedModel, taps: tuple[int, int, int]) -> Decoder | None:
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and (config.model_type == "qwen2" or getattr(config, "sliding_window", None) is None)
     )
-    if not plain:
+    if not is_plain_llama:
         return None
-    layers = [_weights(layer, norm_attention=layer.input_layernorm) for layer in base.layers]
+    layers = [_layer_weights(layer, norm_attention=layer.input_layernorm) for layer in base.layers]
     if any(layer is None for layer in layers):
         return None
     positions = torch.arange(config.max_position_embeddings)[None]
@@ -53,14 +53,14 @@ def fuse(model: PreTrainedModel, taps: tuple[int, int, int]) -> Decoder | None:
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         eps=float(config.rms_norm_eps),
-        taps=taps,
+        aux_layer_ids=aux_layer_ids,
     )
 
 
-def fuse_draft(draft: Draft) -> Decoder | None:
-    """A `Decoder` over a draft's packed layer and final norm; None where its layers are not packed."""
+def fuse_draft(draft: Eagle3Draft) -> Decoder | None:
+    """A `Decoder` over a draft's packed layer and final norm; None if its linear layers are not packed."""
     layer, config = draft.midlayer, draft.config
-    weights = _weights(layer, norm_embeds=layer.input_layernorm, norm_attention=layer.hidden_norm)
+    weights = _layer_weights(layer, norm_embeds=layer.input_layernorm, norm_attention=layer.hidden_norm)
     if weights is None or config.head_dim % 32:
         return None
     return Decoder(
@@ -74,8 +74,10 @@ def fuse_draft(draft: Draft) -> Decoder | None:
     )
 
 
-def draft_steps(draft: Draft, decoder: Decoder, embedding: nn.Module, target_id_D: torch.Tensor) -> DraftSteps | None:
-    """Whole steps of the draft in one native call; None where its input is not a plain table of fp32."""
+def draft_steps(
+    draft: Eagle3Draft, decoder: Decoder, embedding: nn.Module, target_id_D: torch.Tensor
+) -> DraftSteps | None:
+    """Steps of the draft, each as one native call; None if `embedding` is not a plain fp32 table."""
     if type(embedding) is not nn.Embedding or embedding.weight.dtype != torch.float32:
         return None
     linears: list[Any] = [draft.fc, draft.lm_head, draft.value_head]
@@ -90,18 +92,19 @@ def draft_steps(draft: Draft, decoder: Decoder, embedding: nn.Module, target_id_
     )
 
 
-def _weights(layer: Any, *, norm_attention: Any, norm_embeds: Any = None) -> LayerWeights | None:
+def _layer_weights(layer: Any, *, norm_attention: Any, norm_embeds: Any = None) -> LayerWeights | None:
+    """None if the layer's linear layers are not packed, or its attention has norms of its own."""
     attention, mlp = layer.self_attn, layer.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    extra = [name for name, child in attention.named_children() if isinstance(child, nn.Module) and "norm" in name]
-    if extra or not all(isinstance(linear, PackedLinear) for linear in linears):
+    attention_norms = [name for name, _ in attention.named_children() if "norm" in name]
+    if attention_norms or not all(isinstance(linear, PackedLinear) for linear in linears):
         return None
     query, key, value, output, gate, up, down = linears
     return LayerWeights(
-        norm_embeds=None if norm_embeds is None else _vector(norm_embeds),
-        norm_attention=_vector(norm_attention),
-        norm_mlp=_vector(layer.post_attention_layernorm),
+        norm_embeds=None if norm_embeds is None else _norm_weight(norm_embeds),
+        norm_attention=_norm_weight(norm_attention),
+        norm_mlp=_norm_weight(layer.post_attention_layernorm),
         query=query,
         key=key,
         value=value,
@@ -112,6 +115,6 @@ def _weights(layer: Any, *, norm_attention: Any, norm_embeds: Any = None) -> Lay
     )
 
 
-def _vector(norm: Any) -> torch.Tensor:
+def _norm_weight(norm: Any) -> torch.Tensor:
     weight: torch.Tensor = norm.weight
     return weight.detach().float().contiguous()

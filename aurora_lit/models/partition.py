@@ -1,13 +1,17 @@
-"""Cuts a transformers model on the meta device into this rank's part, and reads only that part from the files.
+"""Partitions a transformers model on the meta device for one rank, and reads only that shard from the files.
 
-    tensor_parallel    each rank has whole key-value heads with their queries, and columns of every MLP or expert; what
-                       leaves attention and MLP is summed over the ranks. Which weights are cut how is transformers' own
-                       plan of the model. Heads need not divide evenly: SmolLM2's three become one and two, and the
-                       rank with fewer gets more of the MLP.
-    fully_sharded      FSDP2: each rank has rows of every weight of a decoder layer, and gathers a layer to run it
+    tensor_parallel    each rank has whole key-value heads with their queries, and columns of every MLP or expert; the
+                       outputs of attention and MLP are summed over the ranks. Transformers' own plan of the model says
+                       which weights are column-parallel and which row-parallel. Heads need not divide evenly: SmolLM2's
+                       three become one and two, and the rank with fewer gets more of the MLP.
+    fsdp               FSDP2: each rank has rows of every weight of a decoder layer, and gathers a layer to run it
 
-In both the vocabulary's rows are spread: embeddings are looked up where they lie and summed, logits are gathered.
-No rank ever holds the whole model. What is left out: reading parts (models/shard_reader.py), orders (models/sharded_target.py).
+In both, the vocabulary's rows are distributed: each rank looks up the embeddings it holds and the results are summed;
+logits are gathered. No rank ever holds the whole model.
+
+Leaves out: reading shards (shard_reader.py) and running the model on all ranks together (sharded_target.py).
+
+Shapes: E experts, H hidden size, I intermediate size of the MLP, Vr rows of the vocabulary on this rank.
 """
 
 from __future__ import annotations
@@ -27,94 +31,105 @@ from aurora_lit.config import AuroraConfig
 from aurora_lit.distributed import Ranks
 from aurora_lit.errors import ConfigError
 from aurora_lit.kernels.packed_linear import PackedLinear
-from aurora_lit.models.layers import decoder_layers
-from aurora_lit.models.shard_reader import ShardReader, split
+from aurora_lit.kernels.weight_format import WeightFormat
+from aurora_lit.models.shard_reader import ShardReader, partition_slices
+from aurora_lit.models.target import decoder_layers
 
 _MLP_UNIT = 32
-"""Columns that stay together in an MLP, for the kernels' sake."""
+"""An MLP is partitioned in multiples of this many columns: a block of outputs of the kernels."""
+_PARTITIONED_KINDS = frozenset({"colwise", "rowwise", "packed_colwise", "moe_tp_experts"})
+"""Kinds of transformers' tensor-parallel plans that are partitioned; "replicated…" ones are held whole."""
 
 
-class VocabEmbedding(nn.Module):
-    """An embedding of which every rank holds some rows; a family's own scaling stays in force."""
+class VocabParallelEmbedding(nn.Module):
+    """An embedding of which every rank holds some rows; a family's own scaling still applies."""
 
     def __init__(self, embedding: nn.Module, rows_VrH: torch.Tensor, *, first: int, ranks: Ranks) -> None:
-        """`embedding`: of this family; takes the rows that begin at token `first`."""
+        """`embedding`: the model's own, whose weight is replaced by the rows of tokens from `first` on."""
         super().__init__()
-        inner: Any = embedding
-        inner.weight = nn.Parameter(rows_VrH, requires_grad=False)
-        inner.num_embeddings, inner.padding_idx = len(rows_VrH), None
-        self.inner, self._first, self._ranks = inner, first, ranks
+        local: Any = embedding
+        local.weight = nn.Parameter(rows_VrH, requires_grad=False)
+        local.num_embeddings, local.padding_idx = len(rows_VrH), None
+        self.local, self._first, self._ranks = local, first, ranks
 
     @property
     def weight(self) -> torch.Tensor:
         """This rank's rows."""
-        weight: torch.Tensor = self.inner.weight
+        weight: torch.Tensor = self.local.weight
         return weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Look up on all ranks at once."""
-        places = ids - self._first
-        elsewhere = (places < 0) | (places >= len(self.weight))
-        found: torch.Tensor = self.inner(places.masked_fill(elsewhere, 0))
-        return self._ranks.sum(found.masked_fill(elsewhere[..., None], 0))
+        """Look up embeddings; all ranks call it together."""
+        local_ids = ids - self._first
+        elsewhere = (local_ids < 0) | (local_ids >= len(self.weight))
+        embeds: torch.Tensor = self.local(local_ids.masked_fill(elsewhere, 0))
+        return self._ranks.sum(embeds.masked_fill(elsewhere[..., None], 0))
 
 
-def local_heads(config: Any, *, rank: int, size: int) -> slice:
-    """The key-value heads that a rank has under tensor_parallel. Raises ConfigError when there are too few."""
+def kv_heads_of_rank(config: Any, *, rank: int, size: int) -> slice:
+    """The key-value heads of a rank under tensor_parallel. Raises ConfigError if there are too few for all ranks."""
     total = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if size > total:
         raise ConfigError(
             f"engine.devices={size}: tensor_parallel gives each device whole key-value heads, and this target has "
             f"{total}; use at most {total}, or engine.strategy=fsdp"
         )
-    return split(total, size)[rank]
+    return partition_slices(total, size)[rank]
 
 
 def mlp_shares(attention_share: float, heads: Sequence[int]) -> list[float]:
-    """How much of the MLPs each rank is to have, so that all have as much in all.
+    """Share of the MLPs that each rank holds, so that all ranks hold equally many weights in total.
 
-    `attention_share`: of all weights that are cut, those in attention; `heads`: key-value heads of each rank.
+    `attention_share`: share of attention in all partitioned weights; `heads`: number of key-value heads of each rank.
     """
     equal = 1 / len(heads)
     return [max(0.0, equal - attention_share * count / sum(heads)) for count in heads]
 
 
-def check_plan(config: Any) -> dict[str, str]:
-    """Transformers' plan of a model's layers. Raises ConfigError when there is none that we know."""
+def tensor_parallel_plan(config: Any) -> dict[str, str]:
+    """Transformers' plan of a model's layers. Raises ConfigError if there is none, or if it has unknown kinds."""
     plan: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
-    known = {"colwise", "rowwise", "packed_colwise", "moe_tp_experts"}
-    odd = {kind for kind in plan.values() if kind not in known and not kind.startswith("replicated")}
-    if not plan or odd:
-        reason = f"its plan has {', '.join(sorted(odd))}" if odd else "transformers has no plan for it"
+    unknown = {kind for kind in plan.values() if kind not in _PARTITIONED_KINDS and not kind.startswith("replicated")}
+    if not plan or unknown:
+        reason = f"its plan has {', '.join(sorted(unknown))}" if unknown else "transformers has no plan for it"
         raise ConfigError(
-            f"engine.strategy=tensor_parallel does not know how to cut a {config.model_type} ({reason}); "
+            f"engine.strategy=tensor_parallel cannot partition a {config.model_type} ({reason}); "
             "use engine.strategy=fsdp"
         )
     return plan
 
 
-def check_shareable(config: AuroraConfig, shape: Any) -> None:
-    """Refuse a target (its transformers configuration) that engine.devices cannot share so. Raises ConfigError."""
+def check_partition(config: AuroraConfig, model_config: Any) -> None:
+    """Raise ConfigError if engine.strategy and engine.devices cannot partition this model.
+
+    `model_config`: the target's transformers configuration.
+    """
     if config.engine.strategy == "tensor_parallel":
-        check_plan(shape.get_text_config())
-        local_heads(shape.get_text_config(), rank=0, size=config.engine.devices)
+        tensor_parallel_plan(model_config.get_text_config())
+        kv_heads_of_rank(model_config.get_text_config(), rank=0, size=config.engine.devices)
 
 
-class Cutter:
-    """Cuts one model; `model` lies on the meta device but for its buffers, and is ready to run afterwards."""
+class ModelPartitioner:
+    """Partitions one model for this rank.
 
-    def __init__(self, model: PreTrainedModel, ranks: Ranks, reader: ShardReader, *, pack: torch.dtype | None) -> None:
-        """`pack`: tensor_parallel keeps linear layers packed for the CPU kernels in this type; None: as they are."""
-        self._model, self._ranks, self._reader, self._pack = model, ranks, reader, pack
+    The model is on the meta device except for its buffers, and is ready to run after one of the two methods, which
+    Fabric's ModelParallelStrategy calls.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, ranks: Ranks, reader: ShardReader, *, weight_format: WeightFormat | None
+    ) -> None:
+        """`weight_format`: under tensor_parallel, linear layers are packed so for the CPU kernels; None: not packed."""
+        self._model, self._ranks, self._reader, self._weight_format = model, ranks, reader, weight_format
         self._config = model.config.get_text_config()
-        self._shares: list[float] | None = None
+        self._mlp_shares: list[float] | None = None
 
-    def tensor_parallel(self, model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
-        """For Fabric's ModelParallelStrategy."""
+    def apply_tensor_parallel(self, model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
+        """Give this rank heads of every attention layer and columns of every MLP."""
         base = model.base_model
-        plan = check_plan(self._config)
+        plan = tensor_parallel_plan(self._config)
         size = self._ranks.size
-        heads = [local_heads(self._config, rank=rank, size=size) for rank in range(size)]
+        heads = [kv_heads_of_rank(self._config, rank=rank, size=size) for rank in range(size)]
         kinds = {name: plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name), "") for name, _ in base.named_modules()}
         attention = {
             name
@@ -124,23 +139,23 @@ class Cutter:
         sizes = {
             name: sum(p.numel() for p in module.parameters())
             for name, module in base.named_modules()
-            if kinds[name].endswith("wise") or kinds[name] == "moe_tp_experts"
+            if kinds[name] in _PARTITIONED_KINDS
         }
         in_attention = sum(count for name, count in sizes.items() if name in attention)
-        self._shares = mlp_shares(in_attention / sum(sizes.values()), [each.stop - each.start for each in heads])
+        self._mlp_shares = mlp_shares(in_attention / sum(sizes.values()), [each.stop - each.start for each in heads])
         for name, module in list(base.named_modules()):
-            full = f"{model.base_model_prefix}.{name}"
+            full_name = f"{model.base_model_prefix}.{name}"
             if isinstance(module, nn.Linear):
-                part = heads[self._ranks.rank] if name in attention else None
-                base.set_submodule(name, self._linear(full, module, kinds[name], part))
+                own_heads = heads[self._ranks.rank] if name in attention else None
+                base.set_submodule(name, self._partitioned_linear(full_name, module, kinds[name], own_heads))
             elif kinds[name] == "moe_tp_experts":
-                self._experts(full, module)
+                self._partition_experts(full_name, module)
         self._finish()
         return model
 
     @torch.no_grad()
-    def fully_sharded(self, model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
-        """For Fabric's ModelParallelStrategy."""
+    def apply_fsdp(self, model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
+        """Give this rank rows of every weight of every decoder layer (FSDP2)."""
         layers = decoder_layers(model, self._config.num_hidden_layers)
         shards = mesh["data_parallel"]
         names = {module: name for name, module in model.named_modules()}
@@ -153,79 +168,82 @@ class Cutter:
             for name, parameter in layer.named_parameters():
                 assert isinstance(parameter, DTensor)
                 local = parameter.to_local()
-                rows = -(-parameter.shape[0] // self._ranks.size) * self._ranks.rank
+                first_row = -(-parameter.shape[0] // self._ranks.size) * self._ranks.rank
                 if len(local):
-                    local.copy_(self._reader.read(f"{names[layer]}.{name}", slice(rows, rows + len(local))))
+                    rows = slice(first_row, first_row + len(local))
+                    local.copy_(self._reader.read(f"{names[layer]}.{name}", rows))
         self._finish()
-        # The root shares the layers' streams; it has no weights of its own, since what is left is small or spread.
+        # The root module shares its streams with the layers. It has no sharded weights of its own: the others are
+        # small, or distributed by vocabulary.
         rest = {parameter for parameter in model.base_model.parameters() if not isinstance(parameter, DTensor)}
         fully_shard(model.base_model, mesh=shards, reshard_after_forward=True, ignored_params=rest)
         return model
 
-    # -- parts -----------------------------------------------------------------------------------------------------
+    # -- partitioned modules ---------------------------------------------------------------------------------------
 
-    def _linear(self, name: str, linear: nn.Linear, kind: str, heads: slice | None) -> nn.Module:
-        """This rank's part of a linear layer; `heads`: its key-value heads where it belongs to attention."""
+    def _partitioned_linear(self, name: str, linear: nn.Linear, kind: str, heads: slice | None) -> nn.Module:
+        """This rank's part of a linear layer; `heads`: this rank's key-value heads for a layer in attention."""
         outputs, inputs = linear.weight.shape
         whole = slice(None)
         if kind == "colwise":
-            part = self._part(outputs, heads)
+            part = self._part_of(outputs, heads)
             index, bias_index = (part, whole), (part,)
         else:
-            index, bias_index = (whole, self._part(inputs, heads) if kind == "rowwise" else whole), (whole,)
-        # The bias of a sum is added once.
+            index, bias_index = (whole, self._part_of(inputs, heads) if kind == "rowwise" else whole), (whole,)
+        # Outputs of a row-parallel layer are summed over the ranks, so only rank 0 adds the bias.
         with_bias = linear.bias is not None and (kind != "rowwise" or self._ranks.rank == 0)
-        cut = self._made(
+        partitioned = self._make_linear(
             self._reader.read(f"{name}.weight", *index),
             self._reader.read(f"{name}.bias", *bias_index) if with_bias else None,
         )
         if kind == "rowwise":
-            cut.register_forward_hook(self._sum)
-        return cut
+            partitioned.register_forward_hook(self._sum_over_ranks)
+        return partitioned
 
-    def _part(self, total: int, heads: slice | None) -> slice:
+    def _part_of(self, total: int, heads: slice | None) -> slice:
+        """This rank's part of a dimension: of its heads, or of an MLP if `heads` is None."""
         if heads is not None:
             kv_heads = getattr(self._config, "num_key_value_heads", None) or self._config.num_attention_heads
             unit = total // kv_heads
             return slice(unit * heads.start, unit * heads.stop)
         unit = _MLP_UNIT if total % _MLP_UNIT == 0 and total // _MLP_UNIT >= self._ranks.size else 1
-        return split(total, self._ranks.size, unit=unit, shares=self._shares)[self._ranks.rank]
+        return partition_slices(total, self._ranks.size, unit=unit, shares=self._mlp_shares)[self._ranks.rank]
 
-    def _experts(self, name: str, experts: Any) -> None:
-        """Columns of every expert [E, 2I or H, H or I]; what they give is summed."""
-        columns = self._part(experts.down_proj.shape[2], None)
+    def _partition_experts(self, name: str, experts: Any) -> None:
+        """Give this rank columns of every expert [E, 2I or H, H or I]; their outputs are summed over the ranks."""
+        columns = self._part_of(experts.down_proj.shape[2], None)
         gate_up = self._reader.read_gate_up(f"{name}.gate_up_proj", columns)
         down = self._reader.read(f"{name}.down_proj", slice(None), slice(None), columns)
         for kind, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
             setattr(experts, kind, nn.Parameter(weight.to(self._ranks.device), requires_grad=False))
-        experts.register_forward_hook(self._sum)
+        experts.register_forward_hook(self._sum_over_ranks)
 
-    def _made(self, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-        """A linear layer of these weights, packed at once where it is to be."""
+    def _make_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+        """A linear layer with this weight and bias, packed if the partitioner has a weight format."""
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(weight.to(self._ranks.device), requires_grad=False)
         if bias is not None:
             linear.bias = nn.Parameter(bias.to(self._ranks.device), requires_grad=False)
-        return linear if self._pack is None else PackedLinear(linear, self._pack)
+        return linear if self._weight_format is None else PackedLinear(linear, self._weight_format)
 
-    def _sum(self, _: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def _sum_over_ranks(self, _: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return self._ranks.sum(output.contiguous())
 
     def _finish(self) -> None:
-        """Spread the vocabulary, and read what every rank has whole: norms, routers, position tables."""
+        """Distribute the vocabulary, and read what every rank holds whole: norms, routers, position tables."""
         model, ranks = self._model, self._ranks
         names: dict[Any, str] = {module: name for name, module in model.named_modules()}
         embedding: Any = model.get_input_embeddings()
-        ends: Any = model  # untyped where it matters
-        head = ends.get_output_embeddings()
+        untyped_model: Any = model
+        head = untyped_model.get_output_embeddings()
         count = -(-self._config.vocab_size // ranks.size)
         rows = slice(count * ranks.rank, count * (ranks.rank + 1))
         weight = self._reader.read(f"{names[embedding]}.weight", rows).to(ranks.device)
-        model.set_input_embeddings(VocabEmbedding(embedding, weight, first=rows.start, ranks=ranks))
+        model.set_input_embeddings(VocabParallelEmbedding(embedding, weight, first=rows.start, ranks=ranks))
         if not self._config.tie_word_embeddings:
             weight = self._reader.read(f"{names[head]}.weight", rows)
         bias = None if head.bias is None else self._reader.read(f"{names[head]}.bias", rows)
-        ends.set_output_embeddings(self._made(weight, bias))
+        untyped_model.set_output_embeddings(self._make_linear(weight, bias))
         for name, parameter in list(model.named_parameters()):
             if parameter.is_meta:
                 module, _, last = name.rpartition(".")

@@ -1,8 +1,8 @@
-"""Who holds which part of a weight, and reading just that part from a model's safetensors files.
+"""Reads one rank's shard of each weight from a model's safetensors files, and computes how a dimension is divided.
 
-What is left out: which weights are cut, and how they work together (models/partition.py).
+Leaves out: which weights are partitioned, and how they are used (partition.py).
 
-Shapes: E experts, I intermediate, H hidden.
+Shapes: E experts, I intermediate size, H hidden size.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from safetensors import safe_open
 
 from aurora_lit.errors import SourceError
 
-_FUSED = re.compile(r"(.*)\.mlp\.experts\.(gate_up_proj|down_proj)$")
-_EXPERT_NAMES = {
+_STACKED_EXPERTS = re.compile(r"(.*)\.mlp\.experts\.(gate_up_proj|down_proj)$")
+_EXPERT_MATRICES = {
     "gate_up_proj": (("mlp", ("gate_proj", "up_proj")), ("block_sparse_moe", ("w1", "w3"))),
     "down_proj": (("mlp", ("down_proj",)), ("block_sparse_moe", ("w2",))),
 }
-"""How files name what transformers holds as one tensor [E, I, H]: the layer's part, and the matrices laid together."""
+"""Names in files of what transformers holds as one tensor [E, I, H]: the module, and the matrices to concatenate."""
 
 
-def split(total: int, parts: int, *, unit: int = 1, shares: Sequence[float] | None = None) -> list[slice]:
-    """Cut `total` into neighbouring parts of whole units, as near to `shares` of it as can be (None: equal ones).
+def partition_slices(total: int, parts: int, *, unit: int = 1, shares: Sequence[float] | None = None) -> list[slice]:
+    """Divide `total` into consecutive parts of whole units, in proportion to `shares` (None: equally).
 
-    Where equal parts are not to be had the last are larger: rank 0 holds the first, and has the engine to run beside.
-    Raises ValueError when a part would be empty.
+    If it cannot be divided equally, the last parts are larger: rank 0 holds the first part and also runs the engine.
+    Raises ValueError if a part would be empty.
     """
     units = total // unit
     if units * unit != total or units < parts:
-        raise ValueError(f"{total} cannot be cut into {parts} parts of whole {unit}s")
+        raise ValueError(f"{total} cannot be divided into {parts} parts in multiples of {unit}")
     if shares is None:
         bounds = [units * part // parts for part in range(parts + 1)]
     else:
@@ -44,14 +44,14 @@ def split(total: int, parts: int, *, unit: int = 1, shares: Sequence[float] | No
 
 
 class ShardReader:
-    """Parts of the weights in a model folder, by the names of transformers' parameters.
+    """Reads parts of the weights in a model folder, by the names of transformers' parameters.
 
     >>> with ShardReader(folder, dtype=torch.float32, base_prefix="model") as reader:
     ...     reader.read("model.layers.0.mlp.gate_proj.weight", slice(0, 768))
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, base_prefix: str) -> None:
-        """`base_prefix`: of the model without its head; files of such models lack it."""
+        """`base_prefix`: prefix of the model without its head; files that were saved without a head lack it."""
         self._folder, self._dtype, self._prefix = folder, dtype, f"{base_prefix}."
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
@@ -59,7 +59,9 @@ class ShardReader:
     def __enter__(self) -> ShardReader:
         paths = sorted(self._folder.glob("*.safetensors"))
         if not paths:
-            raise SourceError(f"target.source: {self._folder} holds no safetensors files; sharding reads nothing else")
+            raise SourceError(
+                f"target.source: {self._folder} has no safetensors files; sharding cannot read other formats"
+            )
         for path in paths:
             file = self._stack.enter_context(safe_open(path, framework="pt"))
             self._files.update(dict.fromkeys(file.keys(), file))
@@ -69,32 +71,33 @@ class ShardReader:
         self._stack.close()
 
     def read(self, name: str, *index: slice) -> torch.Tensor:
-        """The part of a parameter that `index` cuts out (one slice a dimension, from the first; none is all of it).
+        """The part of a parameter given by `index`: one slice for each dimension from the first; none: all of it.
 
-        Only that part is read from the disk. A last slice may reach past the end: rows of zeros stand there then.
-        Raises SourceError when the files lack it.
+        Only that part is read from disk. The first slice may extend past the end; the part is then padded with rows of
+        zeros. Raises SourceError if the files lack the parameter.
         """
-        fused = _FUSED.match(name)
-        if fused is not None and self._find(name) is None:
-            return self._read_experts(name, fused[1], fused[2], index)
-        found = self._find(name)
-        if found is None:
+        stored = self._find(name)
+        stacked = _STACKED_EXPERTS.match(name)
+        if stored is None and stacked is not None:
+            return self._read_experts(name, stacked[1], stacked[2], index)
+        if stored is None:
             raise self._missing(name)
-        return self._part(found, index)
+        return self._part(stored, index)
 
     def read_gate_up(self, name: str, rows: slice) -> torch.Tensor:
-        """The same rows of gate and up of every expert, laid together: [E, 2·rows, H]."""
+        """The same rows of the gate and up matrices of every expert, concatenated: [E, 2·rows, H]."""
         whole = slice(None)
-        if self._find(name) is None:
-            fused = _FUSED.match(name)
-            assert fused is not None
-            return self._read_experts(name, fused[1], fused[2], (whole, rows))
-        found = self._find(name)
-        half = found.get_shape()[1] // 2
+        stored = self._find(name)
+        if stored is None:
+            stacked = _STACKED_EXPERTS.match(name)
+            assert stacked is not None
+            return self._read_experts(name, stacked[1], stacked[2], (whole, rows))
+        half = stored.get_shape()[1] // 2
         up = slice(half + rows.start, half + rows.stop)
-        return torch.cat([self._part(found, (whole, rows)), self._part(found, (whole, up))], dim=1)
+        return torch.cat([self._part(stored, (whole, rows)), self._part(stored, (whole, up))], dim=1)
 
     def _find(self, name: str) -> Any:
+        """A handle that reads slices of the stored tensor, under any of its known names; None if the files lack it."""
         short = name.removeprefix(self._prefix)
         for known in (name, short, name.replace(".mlp.", ".block_sparse_moe.")):
             if known in self._files:
@@ -102,22 +105,22 @@ class ShardReader:
         return None
 
     def _read_experts(self, name: str, layer: str, kind: str, index: tuple[slice, ...]) -> torch.Tensor:
-        """Experts that lie one by one, laid together as transformers holds them."""
-        for part, matrices in _EXPERT_NAMES[kind]:
+        """Experts that files store one by one, stacked as transformers holds them."""
+        for module, matrices in _EXPERT_MATRICES[kind]:
             expert = 0
             experts: list[list[Any]] = []
-            while self._find(f"{layer}.{part}.experts.{expert}.{matrices[0]}.weight") is not None:
-                experts.append([self._find(f"{layer}.{part}.experts.{expert}.{each}.weight") for each in matrices])
+            while self._find(f"{layer}.{module}.experts.{expert}.{matrices[0]}.weight") is not None:
+                experts.append([self._find(f"{layer}.{module}.experts.{expert}.{each}.weight") for each in matrices])
                 expert += 1
             if experts:
                 chosen, inner = (index[0] if index else slice(None)), index[1:]
                 return torch.stack([torch.cat([self._part(m, inner) for m in ms]) for ms in experts[chosen]])
         raise self._missing(name)
 
-    def _part(self, found: Any, index: tuple[slice, ...]) -> torch.Tensor:
-        shape = found.get_shape()
+    def _part(self, stored: Any, index: tuple[slice, ...]) -> torch.Tensor:
+        shape = stored.get_shape()
         inside = tuple(slice(*each.indices(size)) for each, size in zip(index, shape, strict=False))
-        part: torch.Tensor = found[inside] if inside else found[:]
+        part: torch.Tensor = stored[inside] if inside else stored[:]
         part = part.to(self._dtype)
         if index and index[0].stop is not None and index[0].stop > shape[0]:
             missing = index[0].stop - max(shape[0], index[0].start)
@@ -126,6 +129,6 @@ class ShardReader:
 
     def _missing(self, name: str) -> SourceError:
         return SourceError(
-            f"target.source: {self._folder} lacks the weight {name}, or lays it out in a way that sharding does not "
-            "know; use engine.strategy=single, or save the model again with transformers' save_pretrained"
+            f"target.source: {self._folder} lacks the weight {name}, or stores it in a layout that sharding does not "
+            "support; use engine.strategy=single, or save the model again with transformers' save_pretrained"
         )

@@ -1,4 +1,4 @@
-"""The CPU kernels: right against torch, and every row the same bit for bit whatever it is computed beside."""
+"""The CPU kernels: they agree with torch, and no row's bits depend on the other rows of the batch."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import sys
 
 import pytest
 import torch
-from support.kernel_formats import BYTES, FLOATS, GROUPED, rounded, stored
+from support.kernel_formats import GROUPED, PER_OUTPUT, UNQUANTIZED, rounded_inputs, stored_weight
 from torch import nn
 
 from aurora_lit.kernels import native
-from aurora_lit.kernels import row_quantization as row_scaled
 from aurora_lit.kernels.packed_linear import PackedLinear, pack_linears
-from aurora_lit.models.slots import KVSlots, SlotView, torch_attend
+from aurora_lit.kernels.quantization import quantize_per_output
+from aurora_lit.kernels.weight_format import WeightFormat
+from aurora_lit.models.attention import KVCacheView, cached_attention
+from aurora_lit.models.kv_cache import KVCache
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
 pytestmark = pytest.mark.usefixtures("two_threads")
-DTYPES = [*FLOATS, *GROUPED, *BYTES]
+FORMATS = [*UNQUANTIZED, *GROUPED, *PER_OUTPUT]
 
 
 @pytest.fixture
@@ -31,35 +33,37 @@ def random_linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias)
 
 
-def reference(linear: nn.Linear, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def reference(linear: nn.Linear, x: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
     """What the packed layer claims: inputs and weight rounded, exact sums, bias unrounded."""
-    out = rounded(x, dtype) @ stored(linear.weight.detach(), dtype).t()
+    out = rounded_inputs(x, weight_format) @ stored_weight(linear.weight.detach(), weight_format).t()
     return out if linear.bias is None else out + linear.bias.detach().double()
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("inputs", "outputs"), [(1, 1), (3, 5), (16, 32), (17, 31), (33, 33), (64, 96), (97, 65), (130, 257), (576, 64)]
 )
-def test_a_packed_layer_multiplies_as_torch_does(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
+def test_a_packed_layer_multiplies_as_torch_does(
+    inputs: int, outputs: int, bias: bool, weight_format: WeightFormat
+) -> None:
     linear = random_linear(inputs, outputs, bias=bias)
     x = torch.randn(2, 7, inputs)
-    y = PackedLinear(linear, dtype)(x)
+    y = PackedLinear(linear, weight_format)(x)
     assert y.shape == (2, 7, outputs)
     assert y.dtype == torch.float32
     # Beside weights of four bits an input in the middle of two integers may be taken for either: a step of 1/2039.
-    tolerance = 2e-4 if dtype == torch.uint8 else 2e-5
-    assert (y - reference(linear, x, dtype)).abs().max() < tolerance
+    tolerance = 2e-4 if weight_format is WeightFormat.INT4_GROUPED else 2e-5
+    assert (y - reference(linear, x, weight_format)).abs().max() < tolerance
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (97, 65), (33, 31)])
-def test_rows_do_not_depend_on_the_batch(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
-    layer = PackedLinear(random_linear(inputs, outputs, bias=bias), dtype)
+def test_rows_do_not_depend_on_the_batch(inputs: int, outputs: int, bias: bool, weight_format: WeightFormat) -> None:
+    layer = PackedLinear(random_linear(inputs, outputs, bias=bias), weight_format)
     x = torch.randn(40, inputs)
     alone = torch.cat([layer(x[i : i + 1]) for i in range(40)])
     for rows in range(1, 41):
@@ -68,13 +72,13 @@ def test_rows_do_not_depend_on_the_batch(inputs: int, outputs: int, bias: bool, 
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (97, 65), (33, 31), (16, 1)])
-def test_the_largest_output_is_found_without_the_others(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+def test_the_largest_output_is_found_without_the_others(inputs: int, outputs: int, weight_format: WeightFormat) -> None:
     linear = random_linear(inputs, outputs, bias=False)
     with torch.no_grad():
         linear.weight[outputs // 2 :] = linear.weight[: outputs - outputs // 2].clone()  # every output twice, or nearly
-    layer, x = PackedLinear(linear, dtype), torch.randn(5, 8, inputs)
+    layer, x = PackedLinear(linear, weight_format), torch.randn(5, 8, inputs)
     for rows in (1, 2, 5):
         y = layer(x[:rows])
         first = (y == y.amax(-1, keepdim=True)).float().argmax(-1)
@@ -82,19 +86,19 @@ def test_the_largest_output_is_found_without_the_others(inputs: int, outputs: in
     assert torch.equal(layer.argmax(-torch.zeros(3, inputs)), torch.zeros(3, dtype=torch.int64))
 
 
-def screened_and_not(linear: nn.Linear, dtype: torch.dtype) -> tuple[PackedLinear, PackedLinear]:
-    return PackedLinear(linear, dtype, screened=True), PackedLinear(linear, dtype)
+def screened_and_not(linear: nn.Linear, weight_format: WeightFormat) -> tuple[PackedLinear, PackedLinear]:
+    return PackedLinear(linear, weight_format, screened=True), PackedLinear(linear, weight_format)
 
 
-needs_byte_tiles = pytest.mark.skipif(not BYTES, reason="no matrix tiles here")
+needs_int8_tiles = pytest.mark.skipif(not PER_OUTPUT, reason="no matrix tiles here")
 
 
 @needs_kernels
-@needs_byte_tiles
-@pytest.mark.parametrize("dtype", [*FLOATS, *GROUPED])
+@needs_int8_tiles
+@pytest.mark.parametrize("weight_format", [*UNQUANTIZED, *GROUPED])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 2048), (97, 1000), (576, 3001), (33, 31), (16, 1)])
 def test_a_screen_finds_the_very_output_that_all_outputs_give(
-    inputs: int, outputs: int, dtype: torch.dtype, gen: torch.Generator
+    inputs: int, outputs: int, weight_format: WeightFormat, gen: torch.Generator
 ) -> None:
     """Outputs that differ by less than the screen's errors, or not at all; rows of any size, and some that are none."""
     linear = random_linear(inputs, outputs, bias=False)
@@ -103,7 +107,7 @@ def test_a_screen_finds_the_very_output_that_all_outputs_give(
         twins = torch.randint(0, outputs, (2, outputs // 3), generator=gen)
         noise = 1 + 1e-3 * torch.randn(outputs // 3, inputs, generator=gen).where(torch.rand(outputs // 3, 1) < 0.5, 0)
         linear.weight[twins[0]] = linear.weight[twins[1]] * noise
-    screened, whole = screened_and_not(linear, dtype)
+    screened, whole = screened_and_not(linear, weight_format)
     assert screened._screen is not None
     assert whole._screen is None
     x = torch.randn(40, inputs, generator=gen) * 10.0 ** torch.randint(-6, 7, (40, 1), generator=gen)
@@ -117,12 +121,12 @@ def test_a_screen_finds_the_very_output_that_all_outputs_give(
 
 
 @needs_kernels
-@needs_byte_tiles
+@needs_int8_tiles
 @pytest.mark.parametrize("looks", ["smaller", "larger"])
 def test_a_screens_bounds_hold_where_weights_are_as_far_off_as_can_be(looks: str) -> None:
     """Inputs along what quantising takes from an output, whose copy so looks smaller, or larger, than it is."""
     weight = random_linear(576, 1, bias=False).weight.detach().double()[0]
-    q, scale = row_scaled.quantise(weight[None].float())
+    q, scale = quantize_per_output(weight[None].float())
     copy = q[0].double() * scale.double()
     off = (weight - copy) * (1 if looks == "smaller" else -1)
     seems, other = (2, 2.6) if looks == "smaller" else (3, 2.4)  # by the size of what is off; it is 3, or 2
@@ -131,13 +135,13 @@ def test_a_screens_bounds_hold_where_weights_are_as_far_off_as_can_be(looks: str
     with torch.no_grad():
         linear.weight.zero_()
         linear.weight[3], linear.weight[70] = weight.float(), other / seems * copy.float()
-    screened, whole = screened_and_not(linear, torch.float32)
+    screened, whole = screened_and_not(linear, WeightFormat.FP32)
     x_1I = x.float()[None]
     assert whole.argmax(x_1I).tolist() == screened.argmax(x_1I).tolist() == [3 if looks == "smaller" else 70]
 
 
 @needs_kernels
-@needs_byte_tiles
+@needs_int8_tiles
 def test_a_screens_bounds_hold_where_inputs_are_as_far_off_as_can_be() -> None:
     """Weights are their own copies; but for two inputs all are rounded to nothing, and together they decide."""
     linear, x = nn.Linear(64, 96, bias=False), torch.empty(1, 64)
@@ -148,16 +152,16 @@ def test_a_screens_bounds_hold_where_inputs_are_as_far_off_as_can_be() -> None:
         linear.weight.zero_()
         linear.weight[:, 0] = 127
         linear.weight[3, 1:63], linear.weight[70, 63] = 126, 126
-    screened, whole = screened_and_not(linear, torch.float32)
+    screened, whole = screened_and_not(linear, WeightFormat.FP32)
     assert whole.argmax(x).tolist() == screened.argmax(x).tolist() == [3]
 
 
 @needs_kernels
-@needs_byte_tiles
+@needs_int8_tiles
 def test_a_screen_leaves_most_of_the_weight_alone() -> None:
     """Weights outside of the blocks where the largest may be are not read: they are other ones now."""
     linear = random_linear(576, 8192, bias=False)
-    layer = PackedLinear(linear, torch.bfloat16, screened=True)
+    layer = PackedLinear(linear, WeightFormat.BF16, screened=True)
     x = linear.weight.detach()[[1000]] + 0.5 * torch.randn(1, 576) * linear.weight.detach().std()
     assert layer.argmax(x).tolist() == [1000]
     block = layer.packed.numel() // (8192 // 32)
@@ -168,29 +172,29 @@ def test_a_screen_leaves_most_of_the_weight_alone() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_inputs_are_read_right(dtype: torch.dtype) -> None:
-    layer = PackedLinear(random_linear(24, 40, bias=False), dtype)
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_strided_inputs_are_read_right(weight_format: WeightFormat) -> None:
+    layer = PackedLinear(random_linear(24, 40, bias=False), weight_format)
     x = torch.randn(6, 48)
     for view in (x[:, :24], x[:, ::2], x[::2, 24:], x[:, :24].t().contiguous().t()):
         assert torch.equal(layer(view), layer(view.contiguous()))
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_a_packed_weight_come_back(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_rows_of_a_packed_weight_come_back(weight_format: WeightFormat) -> None:
     linear = random_linear(33, 50, bias=True)
     ids = torch.tensor([49, 0, 31, 32])
-    wanted = stored(linear.weight.detach()[ids], dtype).float()
-    tolerance = 0 if dtype in FLOATS else 1e-7
-    torch.testing.assert_close(PackedLinear(linear, dtype).rows(ids), wanted, rtol=0, atol=tolerance)
+    wanted = stored_weight(linear.weight.detach()[ids], weight_format).float()
+    tolerance = 0 if weight_format in UNQUANTIZED else 1e-7
+    torch.testing.assert_close(PackedLinear(linear, weight_format).rows(ids), wanted, rtol=0, atol=tolerance)
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [*GROUPED, *BYTES])
+@pytest.mark.parametrize("weight_format", [*GROUPED, *PER_OUTPUT])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_so_and_keeps_to_its_row(dtype: torch.dtype, value: float) -> None:
-    layer = PackedLinear(random_linear(64, 40, bias=True), dtype)
+def test_what_is_not_finite_stays_so_and_keeps_to_its_row(weight_format: WeightFormat, value: float) -> None:
+    layer = PackedLinear(random_linear(64, 40, bias=True), weight_format)
     x = torch.randn(3, 64)
     wanted = layer(x)
     x[1, 37] = value
@@ -199,25 +203,25 @@ def test_what_is_not_finite_stays_so_and_keeps_to_its_row(dtype: torch.dtype, va
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [*GROUPED, *BYTES])
-def test_weights_of_one_number_and_of_none_come_out_right(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("weight_format", [*GROUPED, *PER_OUTPUT])
+def test_weights_of_one_number_and_of_none_come_out_right(weight_format: WeightFormat) -> None:
     linear = nn.Linear(64, 3, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([0.0, 0.5, -2.0])[:, None].expand(3, 64))
     torch.testing.assert_close(
-        PackedLinear(linear, dtype)(torch.ones(1, 64)), torch.tensor([[0.0, 32.0, -128.0]]), rtol=1e-3, atol=0
+        PackedLinear(linear, weight_format)(torch.ones(1, 64)), torch.tensor([[0.0, 32.0, -128.0]]), rtol=1e-3, atol=0
     )
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", GROUPED)
-def test_what_was_quantised_before_is_not_changed_by_it_again(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("weight_format", GROUPED)
+def test_what_was_quantised_before_is_not_changed_by_it_again(weight_format: WeightFormat) -> None:
     """So a model that comes from a file of these formats is served as it is."""
-    weight = stored(random_linear(256, 64, bias=False).weight.detach(), dtype).float()
+    weight = stored_weight(random_linear(256, 64, bias=False).weight.detach(), weight_format).float()
     linear = nn.Linear(256, 64, bias=False)
     with torch.no_grad():
         linear.weight.copy_(weight)
-    torch.testing.assert_close(PackedLinear(linear, dtype).rows(torch.arange(64)), weight, rtol=0, atol=1e-7)
+    torch.testing.assert_close(PackedLinear(linear, weight_format).rows(torch.arange(64)), weight, rtol=0, atol=1e-7)
 
 
 @needs_kernels
@@ -225,16 +229,16 @@ def test_all_linear_layers_of_a_model_are_packed_and_nothing_else() -> None:
     model = nn.Sequential(nn.Embedding(5, 8), nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8)), nn.Linear(8, 3))
     ids = torch.tensor([[1, 4]])
     before = model(ids)
-    assert pack_linears(model, dtype=torch.float32) == 2
+    assert pack_linears(model, weight_format=WeightFormat.FP32) == 2
     assert not [m for m in model.modules() if isinstance(m, nn.Linear)]
     torch.testing.assert_close(model(ids), before)
 
 
 def attention_case(
     *, rows: int, T: int, N: int, G: int, D: int, dtype: torch.dtype, starts: list[int], gen: torch.Generator
-) -> tuple[list[torch.Tensor], KVSlots, torch.Tensor, torch.Tensor]:
+) -> tuple[list[torch.Tensor], KVCache, torch.Tensor, torch.Tensor]:
     """New queries, keys and values for scattered slots that hold noise, also behind what counts."""
-    slots = KVSlots(num_layers=1, num_slots=rows + 3, num_kv_heads=G, head_dim=D, capacity=90, dtype=dtype)
+    slots = KVCache(num_layers=1, num_slots=rows + 3, num_kv_heads=G, head_dim=D, capacity=90, dtype=dtype)
     slots.keys_SGCDP[0].normal_(generator=gen)
     slots.values_SGLD[0].normal_(generator=gen)
     slots_B = torch.randperm(rows + 3, generator=gen)[:rows]
@@ -244,7 +248,7 @@ def attention_case(
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("N", "G", "D"), [(2, 2, 32), (6, 2, 64), (4, 1, 96), (3, 3, 128)])
 @pytest.mark.parametrize(
     ("T", "starts"), [(1, [0, 63, 64, 80]), (5, [3, 0, 28, 60]), (17, [0, 15, 50, 63]), (40, [0, 1, 32, 49])]
@@ -255,26 +259,26 @@ def test_attention_equals_torch_attention(
     new, slots, slots_B, starts_B = attention_case(rows=4, T=T, N=N, G=G, D=D, dtype=dtype, starts=starts, gen=gen)
     keys, values = slots.keys_SGCDP[0].clone(), slots.values_SGLD[0].clone()
     assert native.can_attend(new[0], window=None, softcap=None)
-    out = SlotView(slots, slots_B=slots_B, starts_B=starts_B).attend(0, *new, scale=0.3)
-    wanted = torch_attend(*new, keys, values, slots_B, starts_B, scale=0.3)
+    out = KVCacheView(slots, slots_B=slots_B, starts_B=starts_B).attend(0, *new, scale=0.3)
+    wanted = cached_attention(*new, keys, values, slots_B, starts_B, scale=0.3)
     torch.testing.assert_close(out, wanted, atol=2e-5, rtol=0)
     assert torch.equal(slots.keys_SGCDP[0], keys), "the same keys are written, and no others"
     assert torch.equal(slots.values_SGLD[0], values)
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_does_not_depend_on_batch_or_chunks(dtype: torch.dtype, gen: torch.Generator) -> None:
     new, slots, slots_B, starts_B = attention_case(
         rows=5, T=24, N=4, G=2, D=32, dtype=dtype, starts=[0, 9, 31, 40, 64], gen=gen
     )
-    whole = SlotView(slots, slots_B=slots_B, starts_B=starts_B).attend(0, *new, scale=0.2)
+    whole = KVCacheView(slots, slots_B=slots_B, starts_B=starts_B).attend(0, *new, scale=0.2)
     for sizes in ([1] * 24, [17, 1, 5, 1], [20, 4]):
         for row in range(5):
             at = 0
             for size in sizes:
                 part = [x[row : row + 1, :, at : at + size] for x in new]
-                view = SlotView(slots, slots_B=slots_B[row : row + 1], starts_B=starts_B[row : row + 1] + at)
+                view = KVCacheView(slots, slots_B=slots_B[row : row + 1], starts_B=starts_B[row : row + 1] + at)
                 out = view.attend(0, *part, scale=0.2)
                 assert torch.equal(out[0], whole[row, at : at + size]), f"row {row}, position {at}"
                 at += size
@@ -282,16 +286,16 @@ def test_attention_does_not_depend_on_batch_or_chunks(dtype: torch.dtype, gen: t
 
 def test_torch_attention_hides_the_future_other_slots_and_what_a_window_leaves_behind() -> None:
     """Values are one-hot by position, so the output shows which positions were seen."""
-    slots = KVSlots(num_layers=1, num_slots=2, num_kv_heads=1, head_dim=32, capacity=32)
+    slots = KVCache(num_layers=1, num_slots=2, num_kv_heads=1, head_dim=32, capacity=32)
     slots.values_SGLD[0].fill_(float("nan"))  # whoever looks at the other slot or ahead shows it
     slots.values_SGLD[0][1, 0, :8] = torch.eye(32)[:8]
     slots.keys_SGCDP[0][1, ..., 8:] = 50.0
     query, key = torch.ones(1, 1, 3, 32), torch.zeros(1, 1, 3, 32)
     value = torch.eye(32)[8:11].view(1, 1, 3, 32)
     held = (slots.keys_SGCDP[0], slots.values_SGLD[0], torch.tensor([1]), torch.tensor([8]))
-    seen = torch_attend(query, key, value, *held, scale=1.0)[0, :, 0] > 1e-6
+    seen = cached_attention(query, key, value, *held, scale=1.0)[0, :, 0] > 1e-6
     assert seen.sum(-1).tolist() == [9, 10, 11]
-    seen = torch_attend(query, key, value, *held, scale=1.0, window=4)[0, :, 0] > 1e-6
+    seen = cached_attention(query, key, value, *held, scale=1.0, window=4)[0, :, 0] > 1e-6
     assert [row.nonzero().flatten().tolist() for row in seen] == [[5, 6, 7, 8], [6, 7, 8, 9], [7, 8, 9, 10]]
 
 
@@ -339,16 +343,19 @@ def test_small_weights_share_huge_pages_and_never_bytes() -> None:
     """Packed ones, of sizes that end anywhere, keep what was packed into them; large ones have an area of their own."""
     gen = torch.Generator().manual_seed(0)
     weights = [torch.randn(33 + 7 * i, 20 + i, generator=gen) for i in range(40)]
-    packed = [native.pack(weight, dtype=torch.float32) for weight in weights]
+    packed = [native.pack_weight(weight, WeightFormat.FP32) for weight in weights]
     x = torch.randn(3, 60, generator=gen)
     for weight, each in zip(weights, packed, strict=True):
         outputs, inputs = weight.shape
         torch.testing.assert_close(
-            native.linear(x[:, :inputs], each, outputs, None), x[:, :inputs] @ weight.T, rtol=1e-4, atol=1e-4
+            native.linear(x[:, :inputs], each, WeightFormat.FP32, outputs, None),
+            x[:, :inputs] @ weight.T,
+            rtol=1e-4,
+            atol=1e-4,
         )
     storages = {each.untyped_storage().data_ptr() for each in packed}
     assert len(storages) <= 2, "forty of a few kilobytes lie side by side"
     assert all(each.data_ptr() % 64 == 0 for each in packed)
-    large = native.pack(torch.randn(3000, 800, generator=gen), dtype=torch.float32)
+    large = native.pack_weight(torch.randn(3000, 800, generator=gen), WeightFormat.FP32)
     assert large.untyped_storage().data_ptr() not in storages
     assert large.data_ptr() % (1 << 21) == 0

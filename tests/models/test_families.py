@@ -29,7 +29,7 @@ from aurora_lit.drafts.initial import initial_draft
 from aurora_lit.errors import SourceError
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.lk import lk_loss
 from aurora_lit.modules.losses.policy import draft_index
 
@@ -44,7 +44,7 @@ class World:
     prompts: list[list[int]]
     answers: list[list[int]]
 
-    def answered(self, draft: Draft | None, *, batch: int) -> tuple[list[list[int]], float]:
+    def answered(self, draft: Eagle3Draft | None, *, batch: int) -> tuple[list[list[int]], float]:
         """What the engine answers, and how many tokens a round that made proposals emitted."""
         engine = make_engine(self.target, copy.deepcopy(draft), max_draft_tokens=3, max_batch_size=batch)
         given = run(engine, [request(str(i), prompt, max_tokens=NEW) for i, prompt in enumerate(self.prompts)])
@@ -96,15 +96,15 @@ def test_learning_sees_the_targets_own_distribution(world: World) -> None:
     batch = draft_batch(target, torch.tensor([world.prompts[2]]))
     module = draft_module(target, draft, num_steps=1)
     p_TV = target.logits(batch.last_BTH[0]).softmax(-1)
-    read = TargetHead(target).read(batch.last_BTH[0], temperature=0.0)
+    read = TargetHead(target).evaluate(batch.last_BTH[0], temperature=0.0)
     torch.testing.assert_close(read.lse_N, target.logits(batch.last_BTH[0]).logsumexp(-1), atol=1e-5, rtol=0)
     hidden_TH = module.unroll(batch)[0, 0]
-    wanted_T = lk_loss(p_TV[:, draft.draft_token_ids], draft.logits(hidden_TH).softmax(-1))
+    wanted_T = lk_loss(p_TV[:, draft.draft_token_ids], draft.compute_logits(hidden_TH).softmax(-1))
     report = module.training_step(batch)
     counted_T = report.weight_KBT[0, 0] > 0
     torch.testing.assert_close(report.stats.loss_N[0][counted_T], wanted_T[counted_T], atol=1e-4, rtol=0)
     trained = draft_index(p_TV.argmax(-1), draft)
-    logit_T = module.finish.of_tokens((batch.last_BTH[0] * module.head_VdH[trained]).sum(-1), trained)
+    logit_T = module.logit_transform.at_tokens((batch.last_BTH[0] * module.head_VdH[trained]).sum(-1), trained)
     inside_T = draft.t2d[p_TV.argmax(-1)]
     torch.testing.assert_close((logit_T - read.lse_N).exp()[inside_T], p_TV.amax(-1)[inside_T], atol=1e-5, rtol=0)
 
@@ -135,12 +135,12 @@ def test_a_model_whose_layers_do_not_attend_over_slots_is_refused(family: str, t
 def test_a_model_that_makes_its_logits_otherwise_is_refused(tmp_path: Path) -> None:
     target = Target.load(save_model("llama", tmp_path), precision="fp32")
     target.model.register_forward_hook(lambda module, args, out: out.__setitem__("logits", out.logits.square()) or out)
-    with pytest.raises(SourceError, match="LlamaForCausalLM makes its logits"):
+    with pytest.raises(SourceError, match="LlamaForCausalLM computes its logits"):
         target.check()
 
 
 def test_keys_of_another_shape_than_the_configuration_says_are_refused_before_they_are_written(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="keys of 2 heads of size 32, not the 1 of 32"):
+    with pytest.raises(SourceError, match="keys of 2 heads of size 32, but its configuration says 1 heads of size 32"):
         Target.load(save_model("gpt_neox", tmp_path, num_key_value_heads=1), precision="fp32")
 
 

@@ -64,13 +64,13 @@ def test_no_bit_depends_on_batch_or_chunks(precision: str, tmp_path: Path) -> No
     assert target._decoder is not None
     ids_BT = torch.randint(VOCAB, (5, 37), generator=torch.Generator().manual_seed(0))
     aux, last = run(target, ids_BT, starts=[0] * 5)
-    slots = target.make_slots(num_slots=5, capacity=64)
+    slots = target.make_kv_cache(num_slots=5, capacity=64)
     at = 0
     for size in (1, 5, 17, 1, 13):
         for row in (3, 0):
             part = target.forward(
                 ids_BT[row : row + 1, at : at + size],
-                slots=slots,
+                kv_cache=slots,
                 slots_B=torch.tensor([row]),
                 starts_B=torch.tensor([at]),
             )
@@ -89,5 +89,5 @@ def test_another_cache_at_the_same_address_is_not_taken_for_the_old_one(tmp_path
 
 def run(target: Target, ids_BT: torch.Tensor, *, starts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """A pass in a new cache."""
-    slots = target.make_slots(num_slots=len(starts), capacity=64)
-    return target.forward(ids_BT, slots=slots, slots_B=torch.arange(len(starts)), starts_B=torch.tensor(starts))
+    slots = target.make_kv_cache(num_slots=len(starts), capacity=64)
+    return target.forward(ids_BT, kv_cache=slots, slots_B=torch.arange(len(starts)), starts_B=torch.tensor(starts))

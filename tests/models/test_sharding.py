@@ -14,8 +14,8 @@ from support.two_ranks import MAX_TOKENS, PROMPTS, SHAPE, Case, num_weights, run
 
 from aurora_lit.errors import ConfigError, SourceError
 from aurora_lit.kernels import native
-from aurora_lit.models.partition import check_plan, local_heads, mlp_shares
-from aurora_lit.models.shard_reader import ShardReader, split
+from aurora_lit.models.partition import kv_heads_of_rank, mlp_shares, tensor_parallel_plan
+from aurora_lit.models.shard_reader import ShardReader, partition_slices
 from aurora_lit.models.target import Target
 
 Noted = list[dict[str, Any]]
@@ -99,16 +99,16 @@ def test_key_value_heads_are_shared_out_unevenly_and_only_under_tensor_parallel(
 
 def test_a_rank_that_dies_is_an_error_on_rank_0(noted):
     assert noted["dies"][1] == {"exit": 9}
-    assert noted["dies"][0]["error"].startswith("the engine's processes cannot go on together: ")
+    assert noted["dies"][0]["error"].startswith("the engine's processes cannot continue together: ")
 
 
 def test_a_rank_that_has_heard_of_other_drafts_refuses_to_go_on(noted):
-    assert noted["miscounts"][1]["error"] == "rank 1 knows 1 drafts where rank 0 has announced 0"
+    assert noted["miscounts"][1]["error"] == "rank 1 has counted 1 drafts, rank 0 has announced 0"
     assert "error" in noted["miscounts"][0]
 
 
 def test_a_model_that_cannot_be_cut_by_heads_is_refused_on_every_rank(noted):
-    said = "does not know how to cut a gpt2 (transformers has no plan for it); use engine.strategy=fsdp"
+    said = "cannot partition a gpt2 (transformers has no plan for it); use engine.strategy=fsdp"
     assert all(said in rank["refused"] for rank in noted["unknown"])
 
 
@@ -145,15 +145,15 @@ def test_other_families(precision, tmp_path):
 
 
 def test_split_cuts_into_whole_units_the_larger_last():
-    assert split(3, 2) == [slice(0, 1), slice(1, 3)]
-    assert split(1536, 2, unit=32) == [slice(0, 768), slice(768, 1536)]
-    assert split(9, 4) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 9)]
-    assert split(96, 2, unit=32, shares=[0.6, 0.4]) == [slice(0, 64), slice(64, 96)]
-    assert split(64, 2, unit=32, shares=[0.0, 1.0]) == [slice(0, 32), slice(32, 64)], "none is left empty"
-    with pytest.raises(ValueError, match="cannot be cut"):
-        split(2, 3)
-    with pytest.raises(ValueError, match="cannot be cut"):
-        split(33, 2, unit=32)
+    assert partition_slices(3, 2) == [slice(0, 1), slice(1, 3)]
+    assert partition_slices(1536, 2, unit=32) == [slice(0, 768), slice(768, 1536)]
+    assert partition_slices(9, 4) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 9)]
+    assert partition_slices(96, 2, unit=32, shares=[0.6, 0.4]) == [slice(0, 64), slice(64, 96)]
+    assert partition_slices(64, 2, unit=32, shares=[0.0, 1.0]) == [slice(0, 32), slice(32, 64)], "none is left empty"
+    with pytest.raises(ValueError, match="cannot be divided"):
+        partition_slices(2, 3)
+    with pytest.raises(ValueError, match="cannot be divided"):
+        partition_slices(33, 2, unit=32)
 
 
 def test_the_mlp_makes_up_for_uneven_heads():
@@ -164,16 +164,16 @@ def test_the_mlp_makes_up_for_uneven_heads():
 
 def test_more_devices_than_heads_are_refused_with_the_remedy():
     config = SimpleNamespace(num_attention_heads=9, num_key_value_heads=3)
-    assert local_heads(config, rank=1, size=2) == slice(1, 3)
+    assert kv_heads_of_rank(config, rank=1, size=2) == slice(1, 3)
     with pytest.raises(ConfigError, match=r"engine\.devices=4: .* this target has 3; use at most 3, or .*fsdp"):
-        local_heads(config, rank=0, size=4)
+        kv_heads_of_rank(config, rank=0, size=4)
 
 
 def test_a_plan_of_unknown_kinds_is_refused():
     plan = {"layers.*.self_attn.qkv_proj": "colwise_gather_output"}
     config = SimpleNamespace(model_type="phi3", base_model_tp_plan=plan)
     with pytest.raises(ConfigError, match=r"phi3 \(its plan has colwise_gather_output\)"):
-        check_plan(config)
+        tensor_parallel_plan(config)
 
 
 def test_the_reader_reads_parts_of_what_lies_there(llama):
@@ -207,7 +207,7 @@ def test_weights_that_are_in_no_safetensors_file_are_named(tmp_path):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     with (
-        pytest.raises(SourceError, match="holds no safetensors files"),
+        pytest.raises(SourceError, match="has no safetensors files"),
         ShardReader(folder, dtype=torch.float32, base_prefix="model"),
     ):
         pass

@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.kernel_formats import stored
+from support.kernel_formats import stored_weight
 from support.tiny_models import FAMILIES, VOCAB, reference_model, save_model
 
 from aurora_lit.config import load_config
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
-from aurora_lit.kernels.native import STORAGE
 from aurora_lit.kernels.packed_linear import PackedLinear
-from aurora_lit.models.layers import aux_layer_ids
+from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.models.source import cache_root, resolve
-from aurora_lit.models.target import Target
+from aurora_lit.models.target import Target, aux_layer_ids
 from aurora_lit.serve.worker.build import load_target
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
@@ -71,13 +70,13 @@ def test_read_whole_and_in_uneven_chunks_through_scattered_slots(
     assert target.aux_layer_ids == (2, 3, 4)
     wanted_aux = wanted.auxiliary((2, 3, 4))
 
-    aux_BT3H, last_BTH = target.read(wanted.ids_BT)
+    aux_BT3H, last_BTH = target.forward_uncached(wanted.ids_BT)
     torch.testing.assert_close(aux_BT3H, wanted_aux, **TOLERANCE)
     torch.testing.assert_close(target.logits(last_BTH), wanted.logits_BTV, **TOLERANCE)
     lse = target.logsumexp(last_BTH.flatten(0, 1), chunk=7)
     torch.testing.assert_close(lse, wanted.logits_BTV.logsumexp(-1).flatten(), **TOLERANCE)
 
-    slots = target.make_slots(num_slots=5, capacity=48)
+    slots = target.make_kv_cache(num_slots=5, capacity=48)
     for cached in (*slots.keys_SGCDP, *slots.values_SGLD):
         cached.normal_()  # what an earlier request may have left
     slots_B, starts = torch.tensor([4, 0, 2]), [0, 0, 0]
@@ -85,7 +84,7 @@ def test_read_whole_and_in_uneven_chunks_through_scattered_slots(
     def run(rows: list[int], size: int) -> None:
         at = [starts[row] for row in rows]
         chunk = torch.stack([wanted.ids_BT[row, a : a + size] for row, a in zip(rows, at, strict=True)])
-        aux, last = target(chunk, slots=slots, slots_B=slots_B[rows], starts_B=torch.tensor(at))
+        aux, last = target(chunk, kv_cache=slots, slots_B=slots_B[rows], starts_B=torch.tensor(at))
         for i, row in enumerate(rows):
             here = slice(at[i], at[i] + size)
             torch.testing.assert_close(aux[i], wanted_aux[row, here], **TOLERANCE)
@@ -99,7 +98,7 @@ def test_read_whole_and_in_uneven_chunks_through_scattered_slots(
     run([0, 2], 5)
     run([1, 0, 2], 4)
     # Rejection: what was written behind a row's length is overwritten.
-    target(tokens(3, 6).flip(1), slots=slots, slots_B=slots_B, starts_B=torch.tensor(starts))
+    target(tokens(3, 6).flip(1), kv_cache=slots, slots_B=slots_B, starts_B=torch.tensor(starts))
     run([0, 1, 2], 5)
 
 
@@ -113,9 +112,9 @@ def test_weights_are_packed_where_there_are_kernels(said: dict[str, Said], kerne
 def test_bf16_is_close_and_keeps_a_bf16_cache(said: dict[str, Said], kernels: str) -> None:
     wanted = said["llama"]
     target = Target.load(wanted.folder, precision="bf16")
-    slots = target.make_slots(num_slots=3, capacity=40)
+    slots = target.make_kv_cache(num_slots=3, capacity=40)
     assert slots.keys_SGCDP[0].dtype == torch.bfloat16
-    _, last = target(wanted.ids_BT, slots=slots, slots_B=torch.tensor([1, 0, 2]), starts_B=torch.tensor([0, 0, 0]))
+    _, last = target(wanted.ids_BT, kv_cache=slots, slots_B=torch.tensor([1, 0, 2]), starts_B=torch.tensor([0, 0, 0]))
     difference = (target.logits(last) - wanted.logits_BTV).abs()
     assert target.logits(last).dtype == torch.float32
     assert 1e-4 < difference.max() < 0.5
@@ -134,14 +133,15 @@ def test_weights_in_groups_are_the_model_with_rounded_weights(precision: str, fa
     head.weight = torch.nn.Parameter(head.weight.clone())  # its own, where the embedding was tied to it
     for module in model.modules():
         if type(module) is torch.nn.Linear:
-            module.weight.copy_(stored(module.weight, torch.int8 if module is head else STORAGE[precision]))
+            weight_format = WeightFormat.INT8_GROUPED if module is head else WeightFormat(precision)
+            module.weight.copy_(stored_weight(module.weight, weight_format))
     target, ids_BT = Target.load(folder, precision=precision), tokens(3, 40)
     wanted_BTV = model(ids_BT).logits
     assert isinstance(target.head, PackedLinear)
-    assert (target.kv_dtype, target.head.packed.dtype) == (torch.bfloat16, torch.int8)
+    assert (target.kv_dtype, target.head.weight_format) == (torch.bfloat16, WeightFormat.INT8_GROUPED)
     target.kv_dtype, target._decoder = torch.float32, None
-    slots = target.make_slots(num_slots=3, capacity=40)
-    _, last = target(ids_BT, slots=slots, slots_B=torch.tensor([1, 0, 2]), starts_B=torch.tensor([0, 0, 0]))
+    slots = target.make_kv_cache(num_slots=3, capacity=40)
+    _, last = target(ids_BT, kv_cache=slots, slots_B=torch.tensor([1, 0, 2]), starts_B=torch.tensor([0, 0, 0]))
     # Inputs are rounded too, to sixteen or twelve bits; and at a near tie a router may send a token to another expert.
     tolerance = {"int8": 1e-3, "int4": 1e-2}[precision]
     assert (target.logits(last) - wanted_BTV).abs().mean() < tolerance * wanted_BTV.std()
@@ -168,13 +168,14 @@ def test_auto_takes_the_fewest_bits_that_lose_nothing(
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear and file != "bf16" and not (file == "one layer else" and "3.mlp.up" in name):
-            module.weight.copy_(stored(module.weight, torch.int8 if module is head or file == "int8" else torch.uint8))
+            has_8_bits = module is head or file == "int8"
+            weight_format = WeightFormat.INT8_GROUPED if has_8_bits else WeightFormat.INT4_GROUPED
+            module.weight.copy_(stored_weight(module.weight, weight_format))
     model.save_pretrained(tmp_path)
     target = Target.load(tmp_path, precision="auto")
-    linears = {name: m.packed.dtype for name, m in target.model.named_modules() if isinstance(m, PackedLinear)}
-    wanted_head = STORAGE["int8" if chosen == "int4" else chosen]
-    assert linears.pop("lm_head") == wanted_head
-    assert set(linears.values()) == {STORAGE[chosen]}
+    formats = {name: m.weight_format for name, m in target.model.named_modules() if isinstance(m, PackedLinear)}
+    assert formats.pop("lm_head") is WeightFormat("int8" if chosen == "int4" else chosen)
+    assert set(formats.values()) == {WeightFormat(chosen)}
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -223,8 +224,8 @@ def test_the_compiled_forward_pass_runs_where_it_was_asked_for(
     target, plain = load_target(load_config(None, settings)), Target.load(folder, precision="fp32")
     where = {"slots_B": torch.tensor([0]), "starts_B": torch.tensor([0])}
     ids_BT = torch.tensor([[1, 2, 3]])
-    _, last_BTH = target(ids_BT, slots=target.make_slots(num_slots=1, capacity=8), **where)
-    _, wanted_BTH = plain(ids_BT, slots=plain.make_slots(num_slots=1, capacity=8), **where)
+    _, last_BTH = target(ids_BT, kv_cache=target.make_kv_cache(num_slots=1, capacity=8), **where)
+    _, wanted_BTH = plain(ids_BT, kv_cache=plain.make_kv_cache(num_slots=1, capacity=8), **where)
     assert (len(passes) == 1) == compiled
     torch.testing.assert_close(last_BTH, wanted_BTH, atol=1e-4, rtol=1e-4)
 
@@ -232,8 +233,8 @@ def test_the_compiled_forward_pass_runs_where_it_was_asked_for(
 def test_positions_past_a_learned_table_do_not_fail(tmp_path: Path) -> None:
     """Proposals of a request near its limit reach past it; they are never committed, but they are run."""
     target = Target.load(save_model("gpt2", tmp_path, n_positions=16), precision="fp32")
-    slots = target.make_slots(num_slots=1, capacity=24)
-    target(tokens(1, 5), slots=slots, slots_B=torch.tensor([0]), starts_B=torch.tensor([14]))
+    slots = target.make_kv_cache(num_slots=1, capacity=24)
+    target(tokens(1, 5), kv_cache=slots, slots_B=torch.tensor([0]), starts_B=torch.tensor([14]))
 
 
 @pytest.mark.parametrize(
@@ -276,15 +277,15 @@ def test_the_real_model(kernels: str) -> None:
     wanted = ask(folder, ids_BT)
     target = Target.load(folder, precision="fp32")
     assert target.aux_layer_ids == (2, 15, 27)
-    aux, last = target.read(ids_BT)
+    aux, last = target.forward_uncached(ids_BT)
     torch.testing.assert_close(aux, wanted.auxiliary(target.aux_layer_ids), atol=2e-2, rtol=1e-3)
     torch.testing.assert_close(target.logits(last), wanted.logits_BTV, atol=2e-3, rtol=0)
-    slots = target.make_slots(num_slots=3, capacity=64)
+    slots = target.make_kv_cache(num_slots=3, capacity=64)
     start = 0
     for size in (40, 1, 5, 14):
         _, last = target(
             ids_BT[:, start : start + size],
-            slots=slots,
+            kv_cache=slots,
             slots_B=torch.tensor([2, 0]),
             starts_B=torch.tensor([start, start]),
         )

@@ -1,30 +1,26 @@
-"""What weights and inputs are after a kernel's rounding: the formats written down from their definition."""
+"""Reference values of weights and inputs in each weight format, computed from the formats' definitions."""
 
 from __future__ import annotations
 
 import torch
 
 from aurora_lit.kernels import native
+from aurora_lit.kernels.weight_format import WeightFormat
 
-FLOATS = [torch.float32, torch.bfloat16]
-GROUPED = {torch.int8: 8, torch.uint8: 4}
-BYTES = [native.BYTES] if native.has_byte_tiles() else []
-
-
-def groups(x: torch.Tensor) -> torch.Tensor:
-    """[..., inputs] in groups of 32, zeros behind the last one."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32)).double()
+UNQUANTIZED = [WeightFormat.FP32, WeightFormat.BF16]
+GROUPED = [WeightFormat.INT8_GROUPED, WeightFormat.INT4_GROUPED]
+PER_OUTPUT = [WeightFormat.INT8_PER_OUTPUT] if native.has_int8_tiles() else []
 
 
-def stored(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A weight as its format has it: llama.cpp's Q8_0 and Q4_1, written down from their definition; a scale a row."""
-    if dtype in FLOATS:
-        return weight.to(dtype).double()
-    if dtype in BYTES:
+def stored_weight(weight: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
+    """A weight's values in its format, float64; grouped formats are llama.cpp's Q8_0 and Q4_1."""
+    if weight_format in UNQUANTIZED:
+        return weight.to(weight_format.storage_dtype).double()
+    if weight_format is WeightFormat.INT8_PER_OUTPUT:
         scale = weight.abs().amax(-1, keepdim=True) / 127
         return (weight / scale.clamp_min(1e-30)).round().double() * scale.double()
-    grouped = groups(weight)
-    if GROUPED[dtype] == 8:
+    grouped = in_groups(weight)
+    if weight_format is WeightFormat.INT8_GROUPED:
         scale, low = (grouped.abs().amax(-1, keepdim=True) / 127).half().double(), torch.zeros(1).double()
         q = (grouped / scale).round().clamp(-127, 127)
     else:
@@ -34,13 +30,24 @@ def stored(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(scale > 0, q * scale + low, low).flatten(-2)[..., : weight.shape[-1]]
 
 
-def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Inputs as the kernels take them: twelve bits a group beside weights of four, sixteen beside those of eight."""
-    if dtype in FLOATS:
-        return x.to(dtype).double()
-    if dtype in BYTES:
-        limit, most = 127 * 256 + 127, x.abs().amax(-1, keepdim=True)
-        return (x * (limit / most)).round().double() * most.double() / limit
-    limit, most = {8: 127 * 256 + 127, 4: 127 * 16 + 7}[GROUPED[dtype]], groups(x).abs().amax(-1, keepdim=True)
-    q = (groups(x).float() * (limit / most.float())).round()  # in the kernel's own arithmetic, so that ties fall alike
-    return (q * most / limit).flatten(-2)[..., : x.shape[-1]]
+def rounded_inputs(x: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
+    """Inputs as the kernels round them, float64.
+
+    Grouped formats have a scale per group and 16 bits with INT8_GROUPED, 12 bits with INT4_GROUPED; INT8_PER_OUTPUT
+    has 16 bits and a scale per row.
+    """
+    if weight_format in UNQUANTIZED:
+        return x.to(weight_format.storage_dtype).double()
+    limit_16_bits, limit_12_bits = 127 * 256 + 127, 127 * 16 + 7
+    if weight_format is WeightFormat.INT8_PER_OUTPUT:
+        largest = x.abs().amax(-1, keepdim=True)
+        return (x * (limit_16_bits / largest)).round().double() * largest.double() / limit_16_bits
+    limit = limit_16_bits if weight_format is WeightFormat.INT8_GROUPED else limit_12_bits
+    largest = in_groups(x).abs().amax(-1, keepdim=True)
+    q = (in_groups(x).float() * (limit / largest.float())).round()  # in fp32 like the kernel, so that ties round alike
+    return (q * largest / limit).flatten(-2)[..., : x.shape[-1]]
+
+
+def in_groups(x: torch.Tensor) -> torch.Tensor:
+    """[..., inputs] as float64 groups [..., groups, 32], padded with zeros."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32)).double()

@@ -71,7 +71,7 @@ def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
     meeting.mkdir(exist_ok=True)
     ranks = Ranks(rank=rank, size=2, folder=meeting, strategy=case.strategy)  # type: ignore[arg-type]
     try:
-        target = ShardedTarget.load_part(
+        target = ShardedTarget.load_shard(
             Path(case.model),
             precision=case.precision,
             strategy=case.strategy,
@@ -90,7 +90,7 @@ def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
                 ranks.num_versions += 1
 
         try:
-            target.follow(after=note)
+            target.run_worker_loop(after=note)
         except RankError as error:
             noted["error"] = str(error)
         return noted

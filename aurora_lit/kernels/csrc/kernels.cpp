@@ -78,7 +78,7 @@ AURORA_KIND(int8, Grouped<8>, uint16_t)
 AURORA_KIND(int4, Grouped<4>, uint16_t)
 
 #if defined(AURORA_BYTE_TILES)
-AURORA_KIND(bytes, Bytes, uint16_t)
+AURORA_KIND(int8_per_output, Bytes, uint16_t)
 
 // argmax behind a screen; returns how many blocks of the weight were read
 #define AURORA_SCREENED(name, Kind)                                                                                    \

@@ -1,0 +1,87 @@
+"""Compiles the CPU kernels (csrc/) and caches the shared library.
+
+The library is compiled once on each machine with the system's C++ compiler, into
+`$AURORA_LIT_CACHE/kernels` (default `~/.cache/aurora-lit/kernels`). Its name contains a hash of everything that
+determines its contents: sources, flags, compiler and processor.
+
+Leaves out: loading and calling the library (native.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+_MAIN_SOURCE = Path(__file__).parent / "csrc" / "kernels.cpp"
+_SOURCES = (_MAIN_SOURCE, *sorted(_MAIN_SOURCE.parent.glob("*.hpp")))
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler to use: `$CXX`, g++ or clang++; None if there is none."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    return None
+
+
+def built_library(command: str) -> Path:
+    """Path of the shared library, compiled with `command` unless it is in the cache.
+
+    Raises OSError or CalledProcessError if it cannot be compiled or the cache folder cannot be written.
+    """
+    version = subprocess.run([command, "--version"], check=True, capture_output=True).stdout
+    openmp = _torch_openmp()
+    key = b"\0".join(
+        (
+            *(path.read_bytes() for path in _SOURCES),
+            " ".join(_FLAGS).encode(),
+            version,
+            _processor().encode(),
+            str(openmp is None).encode(),
+        )
+    )
+    folder = Path(os.environ.get("AURORA_LIT_CACHE", Path.home() / ".cache" / "aurora-lit")) / "kernels"
+    path = folder / f"kernels-{hashlib.sha256(key).hexdigest()[:16]}.so"
+    if openmp is not None:
+        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        obj, lib = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
+        subprocess.run([command, *_FLAGS, "-c", str(_MAIN_SOURCE), "-o", str(obj)], check=True, capture_output=True)
+        # Not linked against OpenMP if torch has loaded its own runtime: two runtimes would compete for the cores.
+        link = [command, "-shared", str(obj), "-o", str(lib), *(["-fopenmp"] if openmp is None else [])]
+        subprocess.run(link, check=True, capture_output=True)
+        os.replace(lib, path)
+    return path
+
+
+def _torch_openmp() -> str | None:
+    """Path of the OpenMP runtime that torch has loaded, on Linux; otherwise None."""
+    if sys.platform != "linux":
+        return None
+    torch.empty(1)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "libgomp" in line:
+            return line.split(maxsplit=5)[-1]
+    return None
+
+
+def _processor() -> str:
+    """The processor features that -march=native depends on."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor()
