@@ -1,14 +1,14 @@
 """How processes meet: the trace ring, status pages, messages between the HTTP process and the engine worker.
 
+Everything here crosses a process boundary as plain bytes with a fixed layout; nothing is unpickled. Nothing computes.
+
 May import: errors.py, request.py, settings.py. Start with ring.py. The files, each importing only those above it:
 
-    process_lifetime.py  children die with their parent; a death wakes an event loop
-    page.py              one mmap'ed page that holds one record: one writer, many readers
-    engine_status.py     the engine worker's page: counters, gauges, heartbeat
-    rank_status.py       the page of each further process that holds a part of the target
-    learner_status.py    the learner's page, and whether it lives
-    run_folder.py        the private folder of one running server, gone with it
-    ring.py              traces from the engine to the learner, in shared memory: never waits, never lies
-    messages.py          what the HTTP process and the engine worker say to each other
-    channel.py           the way of those messages to the HTTP process
+    process_lifetime.py  children end with their parent; the end of a process wakes an event loop
+    page.py              a memory-mapped page that holds one record: one writer, many readers
+    engine_status.py     the pages of the engine worker and of further ranks: counters, gauges, heartbeat
+    learner_status.py    the learner's page, and whether it runs
+    run_folder.py        the private folder of one running server
+    ring.py              traces from the engine to the learner in shared memory; the writer never waits
+    messages.py          calls, their updates, and the socket that carries updates to the HTTP process
 """

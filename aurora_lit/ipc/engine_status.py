@@ -1,92 +1,94 @@
-"""The status page: counters, gauges, heartbeat and texts that the engine worker writes.
+"""The status pages of the engine's processes: one of the engine worker, one of each further rank of a sharded target.
 
-One writer (the engine worker), any number of readers (HTTP routes, the main process, the learner, `aurora-lit
-status`). Leaves out the page's mechanics (ipc/page.py), what the numbers are exported as (metrics.py,
-serve/http/status.py) and who decides that a worker is dead (serve/http/worker_client.py).
+Each page has one writer and any number of readers (HTTP routes, the main process, the learner, `aurora-lit status`).
+Leaves out how a page works (ipc/page.py), how the numbers are shown (serve/http/metrics.py, serve/http/status.py) and
+who decides that a process is dead (serve/http/worker_client.py, serve/ranks.py).
 
 Lifecycle: the main process creates the file, the worker opens it writable, the others open it to read.
 
-    block = StatusBlock.create(folder / STATUS_NAME)
-    StatusBlock.open(folder / STATUS_NAME, writable=True).write(running=3)     # in the worker
-    block.read().running                                                       # 3
+    page = EngineStatusPage.create(folder / STATUS_NAME)
+    EngineStatusPage.open(folder / STATUS_NAME, writable=True).write(running=3)     # in the worker
+    page.read().running                                                             # 3
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from pathlib import Path
 
 from aurora_lit.ipc.page import Page, counts, heartbeat_age_s, text
-from aurora_lit.settings import MOST_PROPOSED
+from aurora_lit.settings import MAX_PROPOSAL_LENGTH
 
 STATUS_NAME = "status"
-"""The page's file in the run folder."""
+"""The engine worker's page in the run folder."""
+_RANK_PREFIX = "rank-"
 
 
 class WorkerState(IntEnum):
-    """Where the engine worker is in its life."""
+    """State of the engine worker."""
 
     STARTING = 0
     READY = 1
     FAILED = 2
-    """It gave up; `error` says why."""
+    """It ended with an error; `error` holds the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Status:
-    """One consistent reading of the page."""
+class EngineStatus:
+    """One consistent reading of the engine worker's page."""
 
     heartbeat_ns: int
-    """time.monotonic_ns() of the worker's last sign of life."""
+    """time.monotonic_ns() of the worker's last heartbeat."""
     state: WorkerState
     worker_pid: int
-    """0 before the worker came up."""
+    """0 before the worker has started."""
     started_ns: int
     """time.monotonic_ns() when the worker became ready."""
     max_seq_len: int
     vocab_size: int
     max_draft_tokens: int
-    """Most tokens that a round accepts for a request: drafted or copied ones."""
+    """Most tokens that a round can accept for a sequence, from the draft or from n-gram lookup."""
     running: int
     waiting: int
     rounds: int
     round_p50_us: int
-    """Of the last rounds that swapped no draft, in microseconds; 0 before the first."""
+    """Median of the last rounds that swapped no draft, in microseconds; 0 before the first."""
     round_p99_us: int
     swap_round_p99_us: int
-    """The same of the rounds that swapped one."""
+    """The same for rounds that swapped a draft."""
     prompt_tokens: int
     cached_tokens: int
-    """Those of prompt_tokens that a slot still held, so that they were not computed."""
+    """The part of prompt_tokens found in the KV cache of a slot, so not computed again."""
     generated_tokens: int
     drafts: int
-    """Request-rounds in which at least one token was proposed."""
+    """How often at least one token was proposed for a sequence in a round."""
     proposed: int
     accepted: int
-    accepted_by_position: tuple[int, ...] = counts(MOST_PROPOSED)
-    """How often the token proposed at this position was accepted; max_draft_tokens entries."""
+    accepted_by_position: tuple[int, ...] = counts(MAX_PROPOSAL_LENGTH)
+    """How often the token proposed at each position was accepted; max_draft_tokens entries."""
     swaps: int
-    """Drafts that were swapped in since the start."""
+    """Drafts swapped in since the start."""
     refusals: int
-    """Drafts that could not be served."""
+    """Drafts refused because they could not be served."""
     rollbacks: int
-    """Drafts taken back because they accepted less."""
+    """Drafts rolled back because fewer of their tokens were accepted."""
     opted_out: int
-    """Requests that asked not to be stored."""
+    """Requests with `store: false`, of which no trace is made."""
     unrecorded: int
-    """Traces that trace.record had no room or no time for. The ring counts for itself (ipc/ring.py)."""
+    """Traces that could not be written to the folder trace.record. The ring has its own counters (ipc/ring.py)."""
     draft_version: str = text(256)
     refused_version: str = text(256)
-    """The last draft that could not be served; empty: none."""
+    """The last draft that was refused; empty: none."""
     refused_reason: str = text(1024)
     rolled_back_version: str = text(256)
-    """The last draft that was taken back; empty: none."""
+    """The last draft that was rolled back; empty: none."""
     rolled_back_reason: str = text(512)
     error: str = text(1024)
 
     @property
     def heartbeat_age_s(self) -> float:
-        """Seconds since the worker's last sign of life."""
+        """Seconds since the worker's last heartbeat."""
         return heartbeat_age_s(self)
 
     @property
@@ -96,16 +98,52 @@ class Status:
 
     @property
     def mean_accepted_length(self) -> float | None:
-        """Tokens emitted by a round that had a draft, bonus token included; None before the first."""
+        """Tokens emitted per sequence and round with proposals, bonus token included; None before the first."""
         return 1 + self.accepted / self.drafts if self.drafts else None
 
 
-class StatusBlock(Page[Status]):
-    """The page of the engine worker."""
+class EngineStatusPage(Page[EngineStatus]):
+    """The engine worker's page."""
 
-    kind = Status
+    record_class = EngineStatus
 
-    def read(self) -> Status:
+    def read(self) -> EngineStatus:
         """A consistent reading."""
         now = super().read()
         return replace(now, accepted_by_position=now.accepted_by_position[: now.max_draft_tokens])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankStatus:
+    """One consistent reading of the page of rank 1, 2, …: a process that holds a part of a sharded target."""
+
+    heartbeat_ns: int
+    """time.monotonic_ns() of its last heartbeat; 0 before the first."""
+    pid: int
+    """0 before it has started."""
+    orders: int
+    """Orders of rank 0 that it has carried out."""
+    num_versions: int
+    """Drafts that rank 0 has announced; an order that expects another number is refused."""
+    draft_version: str = text(256)
+    """The draft that proposes now."""
+    error: str = text(1024)
+    """The error that ended it; empty while there is none."""
+
+
+class RankStatusPage(Page[RankStatus]):
+    """The page of one rank; written by that rank."""
+
+    record_class = RankStatus
+
+
+def rank_path(run_folder: Path, rank: int) -> Path:
+    """The file of a rank's page."""
+    return run_folder / f"{_RANK_PREFIX}{rank}.status"
+
+
+def read_ranks(run_folder: Path) -> dict[int, RankStatus]:
+    """All rank pages of a server, by rank; empty if the target is not sharded."""
+    paths = run_folder.glob(f"{_RANK_PREFIX}*.status")
+    numbers = sorted(int(path.stem.removeprefix(_RANK_PREFIX)) for path in paths)
+    return {rank: RankStatusPage.open(rank_path(run_folder, rank)).read() for rank in numbers}

@@ -1,12 +1,12 @@
-"""The learner's page: what it does and has done, for HTTP, `aurora-lit status` and whoever restarts it.
+"""The learner's status page: its work and its state, for HTTP routes, `aurora-lit status` and the server.
 
-The server creates the file in its run folder; a learner opens it writable when it attaches, beats at least once a
-second while it lives, and leaves with `write(pid=0)`. Whether it still lives is judged by readers, from the heartbeat.
-Leaves out the page's mechanics (ipc/page.py) and learning.
+The server creates the file in its run folder. A learner opens it writable when it attaches, writes a heartbeat at
+least once a second, and writes `pid=0` when it leaves. Readers judge from the heartbeat whether it still runs.
+Leaves out how a page works (ipc/page.py) and learning.
 
-    block = LearnerBlock.open(run_folder / LEARNER_STATUS_NAME, writable=True)
-    block.write(pid=os.getpid(), started_ns=time.monotonic_ns(), activity="reading traces")
-    block.beat()
+    page = LearnerStatusPage.open(run_folder / LEARNER_STATUS_NAME, writable=True)
+    page.write(pid=os.getpid(), started_ns=time.monotonic_ns(), activity="reading traces")
+    page.beat()
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from aurora_lit.ipc.page import Page, heartbeat_age_s, text
 LEARNER_STATUS_NAME = "learner.status"
 """The page's file in the run folder."""
 STALLED_AFTER_S = 10.0
-"""Silence after which a learner whose process still exists counts as stalled."""
+"""A learner whose process exists but whose last heartbeat is older counts as stalled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerStatus:
-    """One consistent reading of the page. Counters go on across restarts of the learner where it resumes them."""
+    """One consistent reading of the page. Counters continue across restarts if the learner resumes its state."""
 
     heartbeat_ns: int
-    """time.monotonic_ns() of the learner's last sign of life; 0: no learner has come yet."""
+    """time.monotonic_ns() of the learner's last heartbeat; 0: no learner has attached yet."""
     pid: int
-    """0: none has come, or the last one left in order."""
+    """0: none has attached, or the last one left regularly."""
     started_ns: int
     """time.monotonic_ns() when it attached."""
     restarts: int
-    """Written by the server: how often it had to start its learner again."""
+    """Written by the server: how often it restarted its learner."""
     steps: int
     """Optimiser steps."""
     positions: int
@@ -45,69 +45,69 @@ class LearnerStatus:
     records: int
     """Traces read from the ring."""
     skipped: int
-    """Traces that could not be used: torn, overwritten, malformed."""
+    """Traces that could not be used: torn, overwritten or malformed."""
     stale: int
-    """Traces of drafts older than learn.max_staleness versions: supervised loss only."""
+    """Traces of drafts older than learn.max_staleness versions; only the supervised loss uses them."""
     looping: int
-    """Traces left out because their answer loops."""
+    """Traces left out because their answer repeats itself in a loop."""
     over_client_share: int
-    """Times that a client's traces had to wait because it filled its share of a batch."""
+    """How often a trace was deferred because its client had filled its share of a batch."""
     labels_dropped: int
-    """Traces whose client's label was not kept: too many labels, or a name of ours."""
+    """Traces whose domain label was dropped: too many labels, or a reserved name."""
     tokens_entered: int
-    """Tokens that came into the draft's vocabulary because traffic uses them."""
+    """Tokens added to the draft's vocabulary because traffic uses them."""
     lag_records: int
-    """Traces in the ring and not yet read."""
+    """Traces in the ring that are not read yet."""
     lag_bytes: int
     busy_threads: int
-    """CPU threads that it computes with just now; 0 while it rests."""
+    """CPU threads that it computes with now; 0 while it waits."""
     published: int
     """Drafts published."""
     gate_refused: int
-    """Drafts that the gate held back."""
+    """Drafts that the gate refused to publish."""
     compute_share: float
-    """Share of the machine's processor time used, as measured."""
+    """Measured share of the machine's processor time."""
     loss: float
-    """Running mean of the total loss."""
+    """Running mean of the total training loss."""
     champion_score: float
-    """Expected accepted length of the served draft at the last gate."""
+    """Expected accepted length of the served draft (champion) at the last trial of the gate."""
     challenger_score: float
-    """The same of the draft that wanted to replace it."""
+    """The same for the candidate draft (challenger)."""
     vocabulary_coverage: float
-    """Share of traffic's tokens that the learner's draft can propose, at the last trial; 0 before."""
+    """Share of the traffic's tokens that the learner's draft can propose, at the last trial; 0 before."""
     num_shifts: int
-    """Shifts of traffic noticed."""
+    """Shifts of traffic detected."""
     warm_starts: int
-    """Times that learning went on from the draft kept of a domain that came back."""
+    """How often learning continued from the draft stored for a domain that returned."""
     rate_factor: float
-    """What the base learning rate is multiplied by."""
+    """Factor on the base learning rate."""
     explore_share: float
-    """Share of drafted rounds that it wants to explore."""
+    """Share of rounds with proposals in which the server should explore."""
     explore_temperature: float
-    """Draft temperature of those rounds."""
+    """Draft temperature of exploring rounds; 0 until the learner has written it."""
     entropy_weight: float
     """Weight of the draft's entropy in the loss."""
     replay_share: float
     """Share of a batch that comes from the reservoir."""
     last_shift: str = text(128)
-    """The last shift, in words."""
+    """The last shift, as text."""
     domains: str = text(1024)
-    """Domains of the latest requests, their shares and what is left to learn of each, in words."""
+    """Domains of the latest requests, each with its share and how much is left to learn of it, as text."""
     version: str = text(256)
-    """The version its weights started from or were last published as."""
+    """The checkpoint version that its weights started from or were last published as."""
     activity: str = text(128)
-    """What it is doing, in words."""
+    """Current activity, as text."""
     error: str = text(1024)
-    """Why the last one ended, when it did not leave in order."""
+    """Why the last learner ended, unless it left regularly."""
 
     @property
     def heartbeat_age_s(self) -> float:
-        """Seconds since the learner's last sign of life."""
+        """Seconds since the learner's last heartbeat."""
         return heartbeat_age_s(self)
 
     @property
     def state(self) -> Literal["absent", "running", "stalled", "dead"]:
-        """absent: none has come, or it left in order; stalled: it exists but is silent; dead: it ended otherwise."""
+        """absent: none attached, or it left regularly; stalled: no recent heartbeat; dead: it ended by a fault."""
         if self.pid == 0:
             return "absent"
         if not _exists(self.pid):
@@ -115,14 +115,14 @@ class LearnerStatus:
         return "running" if self.heartbeat_age_s <= STALLED_AFTER_S else "stalled"
 
 
-class LearnerBlock(Page[LearnerStatus]):
-    """The page of the learner."""
+class LearnerStatusPage(Page[LearnerStatus]):
+    """The learner's page."""
 
-    kind = LearnerStatus
+    record_class = LearnerStatus
 
     @contextlib.contextmanager
     def computing(self, threads: int) -> Iterator[None]:
-        """Say meanwhile that so many CPU threads are busy, so that the server leaves their cores alone."""
+        """Report `threads` busy CPU threads inside the context, so that the server does not use their cores."""
         self.write(busy_threads=threads)
         try:
             yield
@@ -131,7 +131,7 @@ class LearnerBlock(Page[LearnerStatus]):
 
 
 def _exists(pid: int) -> bool:
-    """Whether the process is there; one that has ended and waits for its parent to notice is not."""
+    """True if the process runs; False also for a zombie, which has ended and not been waited for."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -1,15 +1,15 @@
-"""One mmap'ed page that holds one record: a writer in one process, any number of readers in others.
+"""A memory-mapped page that holds one record: one process writes it, any number of processes read it.
 
-The record is a frozen dataclass of int, float, str and tuple[int, ...] fields; its layout follows from the class, and
-a digest of that layout stands at the page's head, so a page of another version is refused. Leaves out what the records
-mean (ipc/engine_status.py, ipc/learner_status.py).
+The record is a frozen dataclass with fields of type int, float, str and tuple[int, ...]. The layout follows from the
+class. A digest of the layout is stored at the start of the page, so a page of another version is refused. Leaves out
+what the records mean (ipc/engine_status.py, ipc/learner_status.py).
 
-    class StatusBlock(Page[Status]):
-        kind = Status
+    class EngineStatusPage(Page[EngineStatus]):
+        record_class = EngineStatus
 
-    page = StatusBlock.create(path)
-    StatusBlock.open(path, writable=True).write(running=3)     # in the writer
-    page.read().running                                        # 3
+    page = EngineStatusPage.create(path)
+    EngineStatusPage.open(path, writable=True).write(running=3)     # in the writer
+    page.read().running                                             # 3
 """
 
 from __future__ import annotations
@@ -26,61 +26,64 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 _HEADER_WORDS = 2
-"""Layout digest, and the sequence number (odd while the writer is inside)."""
-_BEAT = "heartbeat_ns"
+"""Layout digest, and the sequence number (odd during a write)."""
+_HEARTBEAT = "heartbeat_ns"
 
 
 class Heartbeat(Protocol):
-    """What every record has."""
+    """The field that every record has."""
 
     @property
     def heartbeat_ns(self) -> int:
-        """time.monotonic_ns() of the writer's last sign of life; 0 before the first."""
+        """time.monotonic_ns() of the writer's last heartbeat; 0 before the first."""
 
 
 Record = TypeVar("Record", bound=Heartbeat)
 
 
 def text(size_bytes: int) -> Any:
-    """A str field; longer texts are cut, at a whole character."""
+    """A str field of at most `size_bytes` of UTF-8; longer texts are cut after a whole character."""
     return dataclasses.field(metadata={"bytes": size_bytes})
 
 
 def counts(number: int) -> Any:
-    """A tuple[int, ...] field of so many entries."""
+    """A tuple[int, ...] field of `number` entries."""
     return dataclasses.field(metadata={"count": number})
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where a field lies."""
+class _FieldLayout:
+    """Type and position of a field in the page."""
 
     kind: str
-    """"Q" whole numbers, "d" floats, "s" text."""
+    """"Q": unsigned integers, "d": floats, "s": text."""
     first: int
-    """Index of its first word (8 bytes)."""
+    """Index of the field's first word (8 bytes)."""
     words: int
     build: Any
-    """Makes the field's value from what is stored."""
+    """Converts what is stored to the field's value."""
 
 
 class Page(Generic[Record]):
-    """The page itself. Words are stored whole; the sequence number lets a reader see a torn reading and read again."""
+    """One record in shared memory.
 
-    kind: ClassVar[type[Any]]
-    """The record's class."""
+    A word of 8 bytes is written at once. The sequence number changes with every write of several words, so that a
+    reader notices a torn reading and reads again.
+    """
+
+    record_class: ClassVar[type[Any]]
 
     def __init__(self, memory: mmap.mmap) -> None:
         """Use `create` or `open` instead."""
         self._memory = memory
-        self._places, _, _ = _layout(self.kind)
-        self._whole = memoryview(memory).cast("Q")
+        self._fields, _, _ = _layout(self.record_class)
+        self._integers = memoryview(memory).cast("Q")
         self._floats = memoryview(memory).cast("B").cast("d")
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """Make a zeroed page that only this user can read; the space is reserved at once, so no write can SIGBUS."""
-        _, size_bytes, digest = _layout(cls.kind)
+        """Make a zeroed page that only this user can read; its space is reserved at once, so no write raises SIGBUS."""
+        _, size_bytes, digest = _layout(cls.record_class)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             if hasattr(os, "posix_fallocate"):
@@ -90,14 +93,14 @@ class Page(Generic[Record]):
             page = cls(mmap.mmap(descriptor, size_bytes))
         finally:
             os.close(descriptor)
-        page._whole[0] = digest
+        page._integers[0] = digest
         return page
 
     @classmethod
     def open(cls, path: Path, *, writable: bool = False) -> Self:
-        """Map a page that another process created; ValueError when it holds another record."""
-        _, size_bytes, digest = _layout(cls.kind)
-        refusal = f"{path} is no {cls.kind.__name__} page of this version; delete it"
+        """Map a page that another process created. Raises ValueError if it holds another record."""
+        _, size_bytes, digest = _layout(cls.record_class)
+        refusal = f"{path} is no {cls.record_class.__name__} page of this version; delete it"
         descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
         try:
             if os.fstat(descriptor).st_size != size_bytes:
@@ -111,70 +114,71 @@ class Page(Generic[Record]):
         return cls(memory)
 
     def beat(self) -> None:
-        """Say that the writer lives; the only write that another thread of it may do."""
-        self._whole[self._places[_BEAT].first] = time.monotonic_ns()
+        """Write a heartbeat; the only write that a second thread of the writer may do."""
+        self._integers[self._fields[_HEARTBEAT].first] = time.monotonic_ns()
 
     def write(self, **fields: Any) -> None:
         """Set some fields of the record; readers see all of them change together."""
-        self._whole[1] |= 1  # odd already where the last writer was killed inside a write
+        self._integers[1] |= 1  # odd already if the last writer was killed during a write
         for name, value in fields.items():
-            place = self._places[name]
-            if place.kind == "d":
-                self._floats[place.first] = value
-            elif place.kind == "s":
-                start, size = 8 * place.first, 8 * place.words
+            field = self._fields[name]
+            if field.kind == "d":
+                self._floats[field.first] = value
+            elif field.kind == "s":
+                start, size = 8 * field.first, 8 * field.words
                 self._memory[start : start + size] = value.encode()[:size].ljust(size, b"\0")
-            elif place.words == 1:
-                self._whole[place.first] = value
+            elif field.words == 1:
+                self._integers[field.first] = value
             else:
-                for index, count in enumerate(value[: place.words]):
-                    self._whole[place.first + index] = count
-        self._whole[1] += 1
+                for index, count in enumerate(value[: field.words]):
+                    self._integers[field.first + index] = count
+        self._integers[1] += 1
 
     def peek(self, name: str) -> int:
-        """A whole number as it is now, whatever the other fields are."""
-        return self._whole[self._places[name].first]
+        """One integer field, read alone: much cheaper than `read`, but not consistent with other fields."""
+        return self._integers[self._fields[name].first]
 
     def read(self) -> Record:
-        """A consistent reading. After a writer that died inside a write, the last try is taken as it is."""
+        """A consistent reading of all fields. If the writer died during a write, the last attempt is returned."""
         for _ in range(200):
-            before = self._whole[1]
+            before = self._integers[1]
             content = bytes(self._memory)
-            if before % 2 == 0 and self._whole[1] == before:
+            if before % 2 == 0 and self._integers[1] == before:
                 break
-            time.sleep(1e-4)  # the writer lost its core inside a write
-        record: Record = self.kind(**{name: _value(content, place) for name, place in self._places.items()})
+            time.sleep(1e-4)  # the writer was descheduled during a write
+        record: Record = self.record_class(**{name: _value(content, field) for name, field in self._fields.items()})
         return record
 
 
 def heartbeat_age_s(record: Heartbeat) -> float:
-    """Seconds since the writer's last sign of life."""
+    """Seconds since the writer's last heartbeat."""
     return (time.monotonic_ns() - record.heartbeat_ns) / 1e9
 
 
-def _value(content: bytes, place: _Place) -> Any:
-    start, size = 8 * place.first, 8 * place.words
-    if place.kind == "s":
+def _value(content: bytes, field: _FieldLayout) -> Any:
+    start, size = 8 * field.first, 8 * field.words
+    if field.kind == "s":
         return content[start : start + size].rstrip(b"\0").decode(errors="ignore")
-    values = struct.unpack_from(f"={place.words}{place.kind}", content, start)
-    return place.build(values[0] if place.words == 1 else values)
+    values = struct.unpack_from(f"={field.words}{field.kind}", content, start)
+    return field.build(values[0] if field.words == 1 else values)
 
 
-def _layout(kind: type[Any]) -> tuple[dict[str, _Place], int, int]:
-    """The places of a record's fields, the page's size in bytes, and a digest of both."""
-    types = typing.get_type_hints(kind)
-    places: dict[str, _Place] = {}
-    at = _HEADER_WORDS
-    for field in dataclasses.fields(kind):
+def _layout(record_class: type[Any]) -> tuple[dict[str, _FieldLayout], int, int]:
+    """The layout of a record's fields, the page's size in bytes, and a digest of both."""
+    types = typing.get_type_hints(record_class)
+    layouts: dict[str, _FieldLayout] = {}
+    next_word = _HEADER_WORDS
+    for field in dataclasses.fields(record_class):
         if "bytes" in field.metadata:
-            place = _Place(kind="s", first=at, words=field.metadata["bytes"] // 8, build=str)
+            layout = _FieldLayout(kind="s", first=next_word, words=field.metadata["bytes"] // 8, build=str)
         elif "count" in field.metadata:
-            place = _Place(kind="Q", first=at, words=field.metadata["count"], build=tuple)
+            layout = _FieldLayout(kind="Q", first=next_word, words=field.metadata["count"], build=tuple)
         elif types[field.name] is float:
-            place = _Place(kind="d", first=at, words=1, build=float)
+            layout = _FieldLayout(kind="d", first=next_word, words=1, build=float)
         else:
-            place = _Place(kind="Q", first=at, words=1, build=types[field.name])
-        places[field.name] = place
-        at += place.words
-    words = repr([kind.__name__, *((name, place.kind, place.first) for name, place in places.items()), at])
-    return places, 8 * at, int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little")
+            layout = _FieldLayout(kind="Q", first=next_word, words=1, build=types[field.name])
+        layouts[field.name] = layout
+        next_word += layout.words
+    parts = [record_class.__name__, *((name, field.kind, field.first) for name, field in layouts.items()), next_word]
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return layouts, 8 * next_word, int.from_bytes(digest[:8], "little")

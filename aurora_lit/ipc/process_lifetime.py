@@ -1,6 +1,6 @@
-"""Who lives as long as whom: children die with their parent, and the death of a process wakes an event loop.
+"""Lifetimes of processes: children end with their parent, and the end of a process wakes an event loop.
 
-Leaves out restarting anything: a server whose worker died is restarted whole, from outside.
+Leaves out restarting: a server whose worker died ends, and is restarted by whatever supervises it.
 """
 
 from __future__ import annotations
@@ -16,38 +16,39 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent_pid: int, *, by: signal.Signals = signal.SIGKILL) -> None:
-    """Let the kernel signal this process when `parent_pid` ends, even by SIGKILL (Linux; elsewhere nothing happens).
+    """Have the kernel signal this process when `parent_pid` ends, even by SIGKILL (Linux; elsewhere nothing happens).
 
-    Goes on to apply to a program that the process then becomes.
+    Still applies after the process has replaced itself by another program (exec). Raises OSError.
     """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent_pid:  # it went before we asked
+    if os.getppid() != parent_pid:  # the parent ended before the call
         os._exit(1)
 
 
-def lead_forked_children() -> None:
-    """From now on, children that this process forks die with it, and leave SIGTERM to it until they say otherwise.
+def tie_forked_children_to_parent() -> None:
+    """Make every child that this process forks from now on end with it and ignore SIGTERM until it sets a handler.
 
-    A service manager sends SIGTERM to all processes of a service: those that serve the others must outlive them.
+    A service manager sends SIGTERM to all processes of a service. LitServe's queue manager, which is forked, must
+    outlive the processes that use its queues.
     """
-    me = os.getpid()
+    parent_pid = os.getpid()
 
-    def follow() -> None:
-        if os.getppid() == me:
+    def tie() -> None:
+        if os.getppid() == parent_pid:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            die_with_parent(me)
+            die_with_parent(parent_pid)
 
-    os.register_at_fork(after_in_child=follow)
+    os.register_at_fork(after_in_child=tie)
 
 
 def call_when_process_ends(pid: int, callback: Callable[[], None]) -> Callable[[], None]:
-    """Run `callback` in the running event loop as soon as `pid` ends; returns what stops the watch.
+    """Run `callback` in the running event loop as soon as `pid` ends; returns a function that stops watching.
 
-    Where the system has no pidfd (not Linux) nothing is watched: the heartbeat alone tells.
+    Without pidfd (systems other than Linux) nothing is watched; only the missing heartbeat shows that a process ended.
     """
     if not hasattr(os, "pidfd_open"):
         return lambda: None
@@ -62,7 +63,7 @@ def call_when_process_ends(pid: int, callback: Callable[[], None]) -> Callable[[
 
     def stop() -> None:
         nonlocal watching
-        if watching:  # once: the number of a closed descriptor may be in use again
+        if watching:  # only once: the descriptor's number may be reused after closing
             watching = False
             loop.remove_reader(descriptor)
             os.close(descriptor)

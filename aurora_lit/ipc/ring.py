@@ -1,19 +1,19 @@
-"""The trace ring: byte records in a mapped file, from one writer that never waits to one reader that may be dead.
+"""The trace ring: byte records in a memory-mapped file, from one writer that never waits to one reader.
 
-When the reader has not kept up, the oldest records make room and are counted. Either side may be killed at any
-instruction: the other goes on, and no wrong record is ever returned. The reader's place lives in the file, so the next
-reader goes on behind the last. What is left out: what the records mean (trace.py).
+If the reader does not keep up, the oldest records are overwritten and counted. Either process may be killed at any
+instruction: the other one continues, and no wrong record is ever returned. The reader's position is stored in the
+file, so the next reader continues where the last one stopped. Leaves out what the records mean (traces/record.py).
 
     writer = RingWriter.create(folder / "traces-0.ring", 1 << 28, layout=LAYOUT_DIGEST)
     writer.push(header, payload)                                    # True, or False and counted
     reader = RingReader.open(folder / "traces-0.ring", layout=LAYOUT_DIGEST)
     reader.pop()                                                    # the oldest payload, None when there is none
-    read_counters(folder / "traces-0.ring").overwritten             # anybody
+    read_counters(folder / "traces-0.ring").overwritten             # in any process
 
-Offsets count bytes since the ring was made and only grow; offset o lies at byte o % capacity of the data. Records lie
-end to end in [oldest, head). The writer moves `oldest` before it writes over a record and `head` after it has written
-one, so what it was killed in lies outside. A record is a lock word (2n + 1 while record n is being written, 2n + 2
-after), its length, its CRC32 (seeded with n), and the payload, filled up to whole words.
+Offsets count bytes since the ring was made and only grow; offset o is byte o % capacity of the data. Records fill
+[oldest, head) without gaps. The writer moves `oldest` before it overwrites a record and `head` after it has written
+one, so a record whose writing was interrupted is outside. A record is a lock word (2n + 1 while record n is being
+written, 2n + 2 after), its length, its CRC32 (seeded with n), and the payload, padded to whole words.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 
 
 class _Word(IntEnum):
-    """Places in the header."""
+    """Indices of the header's words."""
 
     MAGIC = 0
     LAYOUT = auto()
@@ -45,10 +45,10 @@ class _Word(IntEnum):
     HEAD = auto()
     OLDEST = auto()
     PUSHED = auto()
-    """Records written, which is also the number of the next."""
+    """Records written, which is also the number of the next record."""
     OVERWRITTEN = auto()
     TOO_LARGE = auto()
-    # The reader's words lie in another cache line.
+    # The words that the reader writes have a cache line of their own.
     CURSOR = 16
     POPPED = auto()
     TORN = auto()
@@ -56,33 +56,33 @@ class _Word(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class RingCounters:
-    """What has gone through a ring since it was made."""
+    """Counts since the ring was made."""
 
     pushed: int
     """Records written."""
     popped: int
     """Records read."""
     overwritten: int
-    """Records that made room before they were read."""
+    """Records overwritten before they were read."""
     too_large: int
-    """Payloads that did not fit into the whole ring."""
+    """Payloads larger than the whole ring, dropped."""
     torn: int
     """Records that were damaged and skipped."""
     queued_bytes: int
-    """Bytes written and not read yet."""
+    """Bytes written and not read yet, record headers included."""
     capacity_bytes: int
 
     @property
     def queued_records(self) -> int:
-        """Records written and not read yet; one may be missed or counted twice after a side was killed."""
+        """Records written and not read yet; off by one if the reader or the writer was killed during a record."""
         return max(0, self.pushed - self.popped - self.overwritten - self.torn)
 
 
 class _Ring:
-    """The mapped file: words, and bytes that go round."""
+    """The mapped file: header words, and data bytes in a circle."""
 
     def __init__(self, path: Path, *, layout: str | None, writable: bool = True) -> None:
-        """Map an existing ring. Raises RingError when it is none, or of another layout than `layout`."""
+        """Map an existing ring. Raises RingError if the file is no ring, or one of another layout than `layout`."""
         self.path = path
         try:
             self._descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
@@ -110,7 +110,7 @@ class _Ring:
 
     @property
     def counters(self) -> RingCounters:
-        """One reading; the numbers may be of slightly different moments."""
+        """One reading; the numbers may be from slightly different moments."""
         words = self._words
         return RingCounters(
             pushed=words[_Word.PUSHED],
@@ -123,7 +123,7 @@ class _Ring:
         )
 
     def close(self) -> None:
-        """Unmap, and give up the lock, if any; the file stays."""
+        """Unmap the file and release the lock, if held; the file stays."""
         for name in ("_words", "_data_words", "_data"):
             if name in self.__dict__:
                 self.__dict__[name].release()
@@ -135,24 +135,24 @@ class _Ring:
         return self._data_words[offset % self._capacity // 8]
 
     def _set_word(self, offset: int, value: int) -> None:
-        """Store a word whole."""
+        """Store a word in one write."""
         self._data_words[offset % self._capacity // 8] = value
 
     def _pieces(self, offset: int, length: int) -> tuple[memoryview, memoryview]:
-        """The bytes from an offset on, which may go round the end."""
+        """`length` bytes from `offset` on, in two pieces if they wrap around the end."""
         start = offset % self._capacity
         first = min(length, self._capacity - start)
         return self._data[start : start + first], self._data[: length - first]
 
 
 class RingWriter(_Ring):
-    """The one writer of a ring. Not for several threads at once."""
+    """The one writer of a ring. Not thread-safe."""
 
     @classmethod
     def create(cls, path: Path, capacity_bytes: int, *, layout: str) -> RingWriter:
-        """Make a ring that only this user can read; its memory is reserved at once, so no write can SIGBUS.
+        """Make a ring that only this user can read; its memory is reserved at once, so no write raises SIGBUS.
 
-        Raises RingError when there is no room for it, or a file of that name.
+        Raises RingError if there is no room for it, or a file of that name exists.
         """
         capacity = capacity_bytes // 8 * 8
         if capacity < 2 * _RECORD_BYTES:
@@ -168,7 +168,7 @@ class RingWriter(_Ring):
                     (_Word.CAPACITY, capacity),
                 ):
                     os.pwrite(descriptor, value.to_bytes(8, sys.byteorder), 8 * word)
-                os.link(temporary, path)  # whole from the moment it has its name
+                os.link(temporary, path)  # the name appears only when the header is complete
             finally:
                 os.close(descriptor)
                 os.unlink(temporary)
@@ -181,21 +181,25 @@ class RingWriter(_Ring):
 
     @classmethod
     def open(cls, path: Path, *, layout: str) -> RingWriter:
-        """Go on with a ring whose writer is gone, or that another process made. Raises RingError."""
+        """Continue a ring whose writer has ended, or that another process made. Raises RingError."""
         return cls(path, layout=layout)
 
     def map_pages(self) -> None:
-        """Map the ring's pages into this process, where the kernel can: a push that is the first to touch its pages
-        takes six times as long (1.3 ms against 0.2 for 2 MB). For a thread: it holds nothing up for a millisecond.
+        """Fault the ring's pages in ahead of time, if the kernel supports it (Linux 5.14).
+
+        A push that is the first to touch its pages takes six times as long (1.3 ms against 0.2 ms for 2 MB). Meant for
+        a thread of its own: it works in pieces of 1 MiB, each of which takes less than a millisecond.
         """
-        with contextlib.suppress(OSError, ValueError):  # an older kernel; closed meanwhile
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # OSError: an older kernel; ValueError: the ring was closed meanwhile
             for start in range(0, len(self._memory), 1 << 20):
                 self._memory.madvise(_MADV_POPULATE_WRITE, start, min(1 << 20, len(self._memory) - start))
 
     def push(self, *pieces: bytes | bytearray | memoryview) -> bool:
-        """Write a record, its pieces (of bytes) end to end; False when it is larger than the whole ring. Never waits.
+        """Write `pieces`, joined, as one record. Never waits. Returns False if it is larger than the whole ring.
 
-        Pieces, so that what lies in several places is copied once, to here.
+        Takes pieces so that data from several places is copied only once, into the ring.
         """
         words, length = self._words, sum(map(len, pieces))
         size = _record_size(length)
@@ -206,22 +210,22 @@ class RingWriter(_Ring):
         self._make_room(head + size - self._capacity, head)
         self._set_word(head, 2 * number + 1)
         self._set_word(head + 8, length)
-        checksum, place = number & 0xFFFFFFFF, head + _RECORD_BYTES
+        checksum, offset = number & 0xFFFFFFFF, head + _RECORD_BYTES
         for piece in pieces:
             checksum = zlib.crc32(piece, checksum)
-            first, second = self._pieces(place, len(piece))
+            first, second = self._pieces(offset, len(piece))
             first[:] = memoryview(piece)[: len(first)]
             second[:] = memoryview(piece)[len(first) :]
-            place += len(piece)
+            offset += len(piece)
         self._set_word(head + 16, checksum)
         self._set_word(head, 2 * number + 2)
-        # Killed between these two, a number is left out and no record is lost.
+        # A writer killed between these two lines skips a number and loses no record.
         words[_Word.PUSHED] = number + 1
         words[_Word.HEAD] = head + size
         return True
 
     def _make_room(self, until: int, head: int) -> None:
-        """Give up records until none begins before `until`; all of them when a damaged length leads nowhere."""
+        """Drop the oldest records until none begins before `until`; all of them if a length is damaged."""
         oldest, unread = self._words[_Word.OLDEST], 0
         if oldest >= until:
             return
@@ -233,11 +237,11 @@ class RingWriter(_Ring):
 
 
 class RingReader(_Ring):
-    """The one reader of a ring; holds its lock."""
+    """The one reader of a ring; holds the file's lock."""
 
     @classmethod
     def open(cls, path: Path, *, layout: str) -> RingReader:
-        """Go on where the last reader was. Raises RingError when another reader lives, or for another layout."""
+        """Continue where the last reader stopped. Raises RingError if another reader is open, or for another layout."""
         reader = cls(path, layout=layout)
         try:
             fcntl.flock(reader._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -247,7 +251,7 @@ class RingReader(_Ring):
         return reader
 
     def pop(self) -> bytes | None:
-        """The oldest record that is whole; None when there is none now. Damaged ones are skipped and counted."""
+        """The oldest intact record; None when there is none. Damaged records are skipped and counted."""
         words = self._words
         while True:
             cursor, head = max(words[_Word.CURSOR], words[_Word.OLDEST]), words[_Word.HEAD]
@@ -258,28 +262,28 @@ class RingReader(_Ring):
             whole = lock % 2 == 0 and cursor + size <= head
             payload = b"".join(self._pieces(cursor + _RECORD_BYTES, length)) if whole else b""
             if words[_Word.OLDEST] > cursor or self._word(cursor) != lock:
-                continue  # written over meanwhile, which the writer has counted
+                continue  # overwritten meanwhile; the writer has counted it
             if whole and zlib.crc32(payload, (lock // 2 - 1) & 0xFFFFFFFF) == checksum:
                 words[_Word.CURSOR] = cursor + size
                 words[_Word.POPPED] += 1
                 return payload
-            # Where the next record begins is known only while the length can be believed.
+            # A record that is not whole may have a wrong length, so the start of the next one is unknown: skip all.
             words[_Word.CURSOR] = cursor + size if whole else head
             words[_Word.TORN] += 1
 
     @property
     def lag_bytes(self) -> int:
-        """Bytes that wait."""
+        """Bytes written and not read yet."""
         return self.counters.queued_bytes
 
     @property
     def lag_records(self) -> int:
-        """Records that wait."""
+        """Records written and not read yet."""
         return self.counters.queued_records
 
 
 def read_counters(path: Path) -> RingCounters:
-    """A ring's counters, for whoever wants to show them. Raises RingError."""
+    """A ring's counters, readable by any process. Raises RingError."""
     ring = _Ring(path, layout=None, writable=False)
     try:
         return ring.counters

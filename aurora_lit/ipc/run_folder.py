@@ -1,7 +1,8 @@
-"""The folder of one running server: private, in memory where there is such a file system, gone with the server.
+"""The private folder of one running server: in memory if the system has such a file system, removed at the end.
 
-A server that was killed cannot clean up, so the next one does: a folder that nobody locks has no server any more.
-Leaves out what lies inside: the pages (ipc/engine_status.py, ipc/learner_status.py), the ring (ipc/ring.py), the settings.
+A running server holds a lock on its folder. A killed server cannot clean up, so the next one to start removes folders
+without a lock. Leaves out the contents: status pages (ipc/engine_status.py, ipc/learner_status.py), the trace ring
+(ipc/ring.py), settings.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from pathlib import Path
 RING_NAME = "traces-0.ring"
 """The engine worker's trace ring."""
 CONFIG_NAME = "config.yaml"
-"""The server's settings as a learner needs them: paths absolute, no API key."""
+"""The server's settings for a learner: absolute paths, no API key."""
 _PREFIX = "aurora-lit-run-"
 
 
 @contextlib.contextmanager
 def run_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A new folder of mode 0700, removed at the end; those of dead servers are removed first.
+    """A new folder of mode 0700, removed at the end. Folders of servers that no longer run are removed first.
 
-    parent: None takes /dev/shm, or the folder for temporary files where there is no /dev/shm.
+    parent: None means /dev/shm, or the folder for temporary files if there is no /dev/shm.
     """
-    parent = parent or _usual_parent()
-    for left in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError), _locked(left):  # OSError: it lives, it is another user's, or it just went
-            shutil.rmtree(left, ignore_errors=True)
+    parent = parent or _default_parent()
+    for abandoned in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), _locked(abandoned):  # OSError: in use, another user's, or just removed
+            shutil.rmtree(abandoned, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     with _locked(folder):
         try:
@@ -42,7 +43,7 @@ def run_folder(parent: Path | None = None) -> Iterator[Path]:
 def live_folders(parent: Path | None = None) -> list[Path]:
     """Folders of this user's running servers, newest first."""
     found: list[tuple[float, Path]] = []
-    for folder in (parent or _usual_parent()).glob(f"{_PREFIX}*"):
+    for folder in (parent or _default_parent()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             status = folder.stat()
             if status.st_uid == os.getuid() and _is_locked(folder):
@@ -50,7 +51,7 @@ def live_folders(parent: Path | None = None) -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def _usual_parent() -> Path:
+def _default_parent() -> Path:
     shared_memory = Path("/dev/shm")
     usable = shared_memory.is_dir() and os.access(shared_memory, os.W_OK)
     return shared_memory if usable else Path(tempfile.gettempdir())
@@ -66,7 +67,7 @@ def _is_locked(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; OSError when another process holds it. The kernel lets go when the last holder ends."""
+    """Hold the folder's lock, which the kernel frees when its process ends. Raises BlockingIOError if it is held."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,8 +12,8 @@ import time
 import psutil
 import pytest
 
-from aurora_lit.ipc.engine_status import StatusBlock, WorkerState
-from aurora_lit.ipc.learner_status import LearnerBlock, LearnerStatus
+from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
+from aurora_lit.ipc.learner_status import LearnerStatus, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.serve.http.metrics import ServerMetrics
@@ -26,8 +26,8 @@ def path(tmp_path):
 
 
 def test_a_reader_sees_what_the_writer_wrote(path):
-    StatusBlock.create(path)
-    writer, reader = StatusBlock.open(path, writable=True), StatusBlock.open(path)
+    EngineStatusPage.create(path)
+    writer, reader = EngineStatusPage.open(path, writable=True), EngineStatusPage.open(path)
     writer.write(
         state=WorkerState.READY,
         running=3,
@@ -49,38 +49,38 @@ def test_a_reader_sees_what_the_writer_wrote(path):
 
 
 def test_only_the_owner_may_read_it(path):
-    StatusBlock.create(path)
+    EngineStatusPage.create(path)
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
 
 
 def test_another_file_is_refused(path):
     path.write_bytes(bytes(8192))
-    with pytest.raises(ValueError, match="no Status page of this version"):
-        StatusBlock.open(path)
+    with pytest.raises(ValueError, match="no EngineStatus page of this version"):
+        EngineStatusPage.open(path)
 
 
 def test_a_page_of_another_record_is_refused_whatever_its_size(path):
-    LearnerBlock.create(path)
+    LearnerStatusPage.create(path)
     content = path.read_bytes()
     status = path.with_name("status page")
-    StatusBlock.create(status)
+    EngineStatusPage.create(status)
     path.write_bytes((content * 2)[: status.stat().st_size])
-    with pytest.raises(ValueError, match="no Status page"):
-        StatusBlock.open(path)
+    with pytest.raises(ValueError, match="no EngineStatus page"):
+        EngineStatusPage.open(path)
 
 
 def test_every_field_comes_back_as_it_was_written(path):
-    block = LearnerBlock.create(path)
+    block = LearnerStatusPage.create(path)
     written = {
         field.name: index * 0.25 if field.type == "float" else f"word {index}" if field.type == "str" else index
         for index, field in enumerate(dataclasses.fields(LearnerStatus), 1)
     }
     block.write(**written)
-    assert dataclasses.asdict(LearnerBlock.open(path).read()) == written
+    assert dataclasses.asdict(LearnerStatusPage.open(path).read()) == written
 
 
 def test_who_lives_is_told_by_process_and_heartbeat(path):
-    block = LearnerBlock.create(path)
+    block = LearnerStatusPage.create(path)
     assert block.read().state == "absent"
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         block.write(pid=process.pid)
@@ -98,7 +98,7 @@ def test_who_lives_is_told_by_process_and_heartbeat(path):
 
 
 def test_readings_are_never_torn(path):
-    writer, reader = StatusBlock.create(path), StatusBlock.open(path)
+    writer, reader = EngineStatusPage.create(path), EngineStatusPage.open(path)
     stop = threading.Event()
 
     def write():
@@ -119,7 +119,7 @@ def test_readings_are_never_torn(path):
 
 
 def test_metrics_have_the_names_that_vllm_uses(path):
-    block = StatusBlock.create(path)
+    block = EngineStatusPage.create(path)
     block.write(
         max_draft_tokens=2,
         drafts=4,
@@ -134,7 +134,7 @@ def test_metrics_have_the_names_that_vllm_uses(path):
         swaps=5,
         draft_version="draft-000042",
     )
-    learner = LearnerBlock.create(path.with_name("learner"))
+    learner = LearnerStatusPage.create(path.with_name("learner"))
     learner.write(pid=os.getpid(), steps=7, compute_share=0.25)
     learner.beat()
     ring = RingWriter.create(path.with_name(RING_NAME), 4096, layout="12")
@@ -178,7 +178,7 @@ def test_metrics_have_the_names_that_vllm_uses(path):
 
 
 def test_json_tells_what_happened_to_drafts_and_learner(path):
-    block, page = StatusBlock.create(path), LearnerBlock.create(path.with_name("learner"))
+    block, page = EngineStatusPage.create(path), LearnerStatusPage.create(path.with_name("learner"))
     report = engine_json(block.read(), ring_counters(path.parent))
     assert (report["draft"]["refused"], report["draft"]["rolled_back"]) == (None, None)
     assert report["traces"]["ring"] is None
