@@ -13,8 +13,6 @@ if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
 
-    from aurora_lit.cli.options import AuroraGroup
-    from aurora_lit.cli.replay import replay
+    from aurora_lit.cli.main import main
 
-    group = AuroraGroup(commands={"replay": replay})
-    group(["replay", *sys.argv[1:]], prog_name="replay.py")
+    main(["replay", *sys.argv[1:]], prog_name="replay.py")

@@ -1,15 +1,17 @@
-"""The commands.
+"""The command line: options, and the commands that have no other home.
 
-May import: everything above. Start with main.py. The files, each importing only those above it:
+May import: everything else in the package except replay.py and __main__.py. Imports of models happen inside commands.
 
-    status.py     what a running server and its learner say of themselves
-    drafts.py     versions with their scores; going back to one, forcing one
-    generate.py   one answer in the terminal, tokens coloured by where they came from
-    footprint.py  what memory a deployment needs, from its model's measures alone; the smallest set of GPUs
-    checks.py     what doctor looks at, a function a line
-    doctor.py     can this machine serve, and what is to be done if not: the report
-    options.py    what all commands share: settings, one-line errors
-    live.py       commands beside a running server: learn, status, drafts, export
-    replay.py     the learner over recorded traces: the command, and the script for several processes
-    main.py       the command line; no work of its own
+Start with main.py. The files, each importing only files above it:
+
+    options.py     what all commands share: settings, file options, errors on one line
+    status.py      `status`: what a running server and its learner are doing
+    drafts.py      `drafts`: published versions with their scores; rolling back and promoting
+    generate.py    `generate`: one answer in the terminal, with accepted and corrected tokens coloured
+    footprint.py   how much memory a deployment needs, computed from its model's sizes; the smallest set of GPUs
+    checks.py      the checks of `doctor`, one function for each line of the report
+    doctor.py      `doctor`: whether this machine can serve, what to do if not, and the memory table
+    replay.py      `replay`: learning from recorded traces, and the report
+    bench.py       the options of `bench ...`
+    main.py        the options of all other commands
 """

@@ -1,11 +1,12 @@
-"""What `aurora-lit doctor` looks at: one function a line of its report.
+"""The checks of `aurora-lit doctor`: one function for each line of its report.
 
-"fail" means that serving would not start; "warn" that it works but is slower, or that something is still to come (such
-as a download). Leaves out the report (doctor.py) and what memory a deployment needs (memory.py).
+"fail" means that serving would not start. "warn" means that it works but is slower, or that something still has to
+happen, such as a download.
+
+Leaves out the report (cli/doctor.py) and how much memory a deployment needs (cli/footprint.py).
 """
 
 import importlib.metadata
-import math
 import os
 import platform
 import shutil
@@ -22,10 +23,8 @@ from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
 from aurora_lit.models.source import cache_root, cached
 
 _GIB = 1 << 30
-_RUNTIME_BYTES = 3 * _GIB // 2
-"""Two Python processes with torch and transformers loaded, without a model."""
-_FRESH_MODEL_BYTES = 2 * _GIB
-"""Disk that a small model's download and conversion take at their widest; a guess, for want of the file's size."""
+_DOWNLOAD_BYTES = 2 * _GIB
+"""Disk space for downloading and converting a small model; a guess, since the file's size is not known yet."""
 _FAST_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -34,13 +33,13 @@ class Check:
     """One line of the report."""
 
     name: str
-    """What was looked at."""
+    """What was checked."""
     state: Literal["ok", "warn", "fail"]
     """fail: serving would not start."""
     found: str
-    """What is there."""
+    """What the check found."""
     remedy: str = ""
-    """What to do; empty when ok."""
+    """What to do; empty if the state is ok."""
 
 
 def _ok(name: str, found: str) -> Check:
@@ -56,7 +55,7 @@ def _fail(name: str, found: str, remedy: str) -> Check:
 
 
 def run_checks(config: AuroraConfig) -> Iterator[Check]:
-    """All checks in the order of the report; a check that breaks is itself a failed line."""
+    """Run all checks, in the order of the report; a check that raises becomes a failed line."""
     checks: tuple[Callable[[AuroraConfig], Check], ...] = (
         check_python,
         check_torch,
@@ -76,20 +75,20 @@ def run_checks(config: AuroraConfig) -> Iterator[Check]:
         except AuroraError as error:
             found, _, remedy = str(error).partition("; ")
             yield _fail(name, found, remedy)
-        except Exception as error:  # the report must not end at its first surprise
-            yield _fail(name, repr(error), "report this as a bug, with the text beside it")
+        except Exception as error:  # an unexpected error must not end the report
+            yield _fail(name, repr(error), "report this as a bug, with the text in this line")
 
 
 def check_python(_: AuroraConfig) -> Check:
-    """The interpreter and the system it runs on."""
+    """The interpreter and the operating system."""
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     if sys.platform != "linux":
-        return _warn("python", found, "only Linux is tested; expect rough edges")
+        return _warn("python", found, "only Linux is tested")
     return _ok("python", found)
 
 
 def check_torch(_: AuroraConfig) -> Check:
-    """The numeric library imports."""
+    """torch can be imported."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -99,7 +98,7 @@ def check_torch(_: AuroraConfig) -> Check:
 
 
 def check_devices(config: AuroraConfig) -> Check:
-    """GPUs, and cores against engine.threads."""
+    """GPUs, and whether there are as many cores as engine.threads."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -107,13 +106,15 @@ def check_devices(config: AuroraConfig) -> Check:
     found = f"{cores} CPU cores, {', '.join(gpus) if gpus else 'no GPU'}"
     if config.engine.threads > cores:
         return _warn(
-            "devices", found, f"engine.threads={config.engine.threads} is more than the cores; use 0 or at most {cores}"
+            "devices",
+            found,
+            f"engine.threads={config.engine.threads} is more than the number of cores; use 0 or at most {cores}",
         )
     return _ok("devices", found)
 
 
 def check_processor(_: AuroraConfig) -> Check:
-    """Vector instructions that the CPU path profits from."""
+    """Vector instructions that the CPU kernels use."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -128,10 +129,10 @@ def check_processor(_: AuroraConfig) -> Check:
 
 
 def check_compiler(_: AuroraConfig) -> Check:
-    """A C++ compiler, tried on our own kernels."""
-    from aurora_lit.kernels import native
+    """A C++ compiler, tested by building the native kernels."""
+    from aurora_lit.kernels import build, native
 
-    command = native.compiler()
+    command = build.compiler()
     if command is None:
         return _warn(
             "compiler",
@@ -142,33 +143,33 @@ def check_compiler(_: AuroraConfig) -> Check:
         return _warn(
             "compiler",
             f"{command}, but the native kernels are not in use",
-            "works, but slower: see that AURORA_LIT_NATIVE is not 0, that the compiler knows "
-            "-march=native and OpenMP, and that the cache folder can be written",
+            "works, but slower: check that AURORA_LIT_NATIVE is not 0, that the compiler supports "
+            "-march=native and OpenMP, and that the cache folder is writable",
         )
     return _ok("compiler", f"{command}, native kernels built")
 
 
 def check_shared_memory(config: AuroraConfig) -> Check:
-    """Room for what the processes of a server share: two pages and, for a learner, the trace ring."""
+    """Space for the shared memory of a server's processes: two status pages and, for a learner, the trace ring."""
     folder = Path("/dev/shm")
     if not os.access(folder, os.W_OK):
         return _warn(
             "shared memory",
-            f"{folder} cannot be written",
-            "works from the temporary folder; in a container, mount a tmpfs at /dev/shm",
+            f"{folder} is not writable",
+            "works in the temporary folder; in a container, mount a tmpfs at /dev/shm",
         )
     free = shutil.disk_usage(folder).free
     if free < (config.trace.capacity_mb + 1 if config.learn.enabled else 1) << 20:
         return _fail(
             "shared memory",
             f"{free >> 10} KiB free in {folder}",
-            f"remove files of ended programs from {folder}, give it more room (--shm-size), or lower trace.capacity_mb",
+            f"delete leftover files in {folder}, make it larger (--shm-size), or lower trace.capacity_mb",
         )
     return _ok("shared memory", f"{free >> 20} MiB free in {folder}")
 
 
 def check_address(config: AuroraConfig) -> Check:
-    """The port is free, and nobody unknown gets in."""
+    """The port is free, and a server that other machines can reach has an API key."""
     from aurora_lit.serve import server
 
     host, port = config.server.host, config.server.port
@@ -179,13 +180,15 @@ def check_address(config: AuroraConfig) -> Check:
         return _fail("address", found, remedy or "choose another server.port")
     if host != "127.0.0.1" and config.server.api_key is None:
         return _warn(
-            "address", f"{host} port {port} is free, open to everyone", "set server.api_key, or server.host=127.0.0.1"
+            "address",
+            f"{host} port {port} is free, open to everyone",
+            "set server.api_key, or server.host=127.0.0.1",
         )
     return _ok("address", f"{host} port {port} is free")
 
 
 def check_target(config: AuroraConfig) -> Check:
-    """The target model is in the cache, or can get there, and can be shared as engine.strategy says."""
+    """The target is in the cache or can be downloaded, and can be split as engine.strategy says."""
     from aurora_lit.cli.footprint import model_shape
     from aurora_lit.models.partition import check_partition
 
@@ -198,29 +201,29 @@ def check_target(config: AuroraConfig) -> Check:
     if not target.source.startswith(("pypi:", "hf:")):
         return _fail(
             "target",
-            f"{target.source} is no folder with a model",
+            f"{target.source} is not a folder with a model",
             "set target.source to a folder that save_pretrained wrote, hf:org/name or pypi:...",
         )
     existing = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if not os.access(existing, os.W_OK) or free < _FRESH_MODEL_BYTES:
+    if not os.access(existing, os.W_OK) or free < _DOWNLOAD_BYTES:
         return _fail(
             "target",
             f"not in the cache; {free / _GIB:.1f} GiB free in {existing}",
-            f"set target.cache_dir to a writable folder with {_FRESH_MODEL_BYTES / _GIB:.0f} GiB free",
+            f"set target.cache_dir to a writable folder with {_DOWNLOAD_BYTES / _GIB:.0f} GiB free",
         )
     return _warn(
         "target",
         f"{target.source} is not in {root} yet",
-        "nothing: the first start downloads it (or run `aurora-lit generate -p hello` now)",
+        "nothing: the first start downloads it; to do so now, run `aurora-lit generate -p hello`",
     )
 
 
 def check_memory(config: AuroraConfig) -> Check:
-    """Free memory against what the deployment needs: on GPUs, or on the machine where there are none."""
+    """Enough free memory for the deployment: on the GPUs, or in main memory if there are none."""
     import torch
 
-    from aurora_lit.cli.footprint import model_shape, needs, total
+    from aurora_lit.cli.footprint import host_total, model_shape, needs, total
 
     free = available_bytes()
     target, engine = config.target, config.engine
@@ -230,8 +233,8 @@ def check_memory(config: AuroraConfig) -> Check:
         return _warn(
             "memory",
             f"{free / _GIB:.1f} GiB free",
-            "run doctor again when the target is there, or name its config.json as target.config_file: its needs are not "
-            "known yet",
+            "what the deployment needs is not known yet: run doctor again after the download, or name the model's "
+            "config.json with target.config_file",
         )
     lines = needs(config, shape, devices=engine.devices)
     gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
@@ -242,10 +245,7 @@ def check_memory(config: AuroraConfig) -> Check:
         found = f"{len(gpus)} GPUs of {min(gpus) / _GIB:.0f} GiB, {engine.devices} of {fullest / _GIB:.1f} GiB needed"
         enough = len(gpus) >= engine.devices and min(gpus) >= fullest
     else:
-        if folder is not None and engine.strategy == "single":
-            need = needed_bytes(config, folder)
-        else:
-            need = fullest + (engine.devices - 1) * total(lines, "every device")
+        need = host_total(config, lines)
         found = f"{free / _GIB:.1f} GiB free, about {need / _GIB:.1f} GiB needed"
         enough = free >= need
     if not enough:
@@ -253,22 +253,22 @@ def check_memory(config: AuroraConfig) -> Check:
             "memory",
             found,
             "lower engine.max_batch_size or engine.max_seq_len, use target.precision=bf16, more engine.devices, or "
-            "choose a smaller target; the table below says what takes how much",
+            "a smaller target; see the memory table below",
         )
     return _ok("memory", found)
 
 
 def check_draft(config: AuroraConfig) -> Check:
-    """The draft checkpoint is there and names itself; whether it fits the target is seen when it is loaded."""
+    """The draft checkpoint exists and its config.json is valid; the rest is validated when it is loaded."""
     from aurora_lit.drafts.checkpoint import read_config
 
     folder = draft_folder(config)
     if folder is None or not config.engine.speculate:
         return _ok("draft", "none: plain decoding")
-    remedy = "make one with `aurora-lit pretrain`, or set draft.checkpoint=null"
+    remedy = "train one with `aurora-lit pretrain`, or set engine.speculate=false and learn.enabled=false"
     missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
-        return _fail("draft", f"{folder} lacks {' and '.join(missing)}", remedy)
+        return _fail("draft", f"{folder} has no {' and no '.join(missing)}", remedy)
     try:
         read_config(folder)
     except CheckpointError as error:
@@ -276,28 +276,8 @@ def check_draft(config: AuroraConfig) -> Check:
     return _ok("draft", str(folder))
 
 
-def needed_bytes(config: AuroraConfig, folder: Path) -> int:
-    """Memory to serve the model in `folder`: weights and their packed copy, KV cache, runtime."""
-    from safetensors import safe_open
-    from transformers import AutoConfig
-
-    parameters = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                parameters += math.prod(tensors.get_slice(name).get_shape())
-    text = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    engine = config.engine
-    element_bytes = 4 if config.target.precision == "fp32" else 2
-    positions = engine.max_batch_size * (engine.max_seq_len + engine.max_draft_tokens)
-    kv_bytes = 2 * text.num_hidden_layers * heads * head_dim * positions * element_bytes
-    return int(2 * parameters * element_bytes + kv_bytes + _RUNTIME_BYTES)
-
-
 def available_bytes() -> int:
-    """Free memory, or what a container's limit leaves when that is less."""
+    """Free main memory, or what a container's limit leaves of it if that is less."""
     free = int(psutil.virtual_memory().available)
     try:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{part}").read_text().strip() for part in ("max", "current"))

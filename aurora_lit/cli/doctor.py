@@ -1,7 +1,8 @@
-"""`aurora-lit doctor`: can this machine serve this configuration, what is to be done if not, and what goes where.
+"""`aurora-lit doctor`: reports whether this machine can serve the configuration, what to do if not, and memory needs.
 
-Leaves out mending anything, except that the native kernels are built here when they were not built before, and the
-looking (checks.py) and reckoning (memory.py) themselves.
+It changes nothing, except that it builds the native kernels if they have not been built before.
+
+Leaves out the checks (cli/checks.py) and the computation of memory needs (cli/footprint.py).
 """
 
 import json
@@ -20,13 +21,13 @@ _GIB = 1 << 30
 
 
 def doctor(config: AuroraConfig, *, as_json: bool = False) -> bool:
-    """Print the report on standard output; True when nothing blocks serving."""
+    """Print the report on standard output; True if no check failed."""
     checks = list(run_checks(config))
-    fit = all(check.state != "fail" for check in checks)
+    can_serve = all(check.state != "fail" for check in checks)
     memory = _memory(config)
     if as_json:
-        print(json.dumps({"ok": fit, "checks": [asdict(check) for check in checks], "memory": memory}, indent=2))
-        return fit
+        print(json.dumps({"ok": can_serve, "checks": [asdict(check) for check in checks], "memory": memory}, indent=2))
+        return can_serve
     table = Table("", "check", Column("found", overflow="fold"), Column("what to do", overflow="fold"))
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
     for check in checks:
@@ -35,12 +36,12 @@ def doctor(config: AuroraConfig, *, as_json: bool = False) -> bool:
     console.print(table)
     if memory is not None:
         _print_memory(console, config, memory)
-    console.print("This machine can serve." if fit else "Serving would not start: see the lines marked FAIL.")
-    return fit
+    console.print("This machine can serve." if can_serve else "Serving would not start: see the lines marked FAIL.")
+    return can_serve
 
 
 def _memory(config: AuroraConfig) -> dict[str, Any] | None:
-    """The table's lines and sums, and the smallest GPU sets; None where the model's measures are not known."""
+    """The memory table's lines and sums, and the smallest sets of GPUs; None if the model's sizes are not known."""
     from aurora_lit.cli.footprint import CARDS_GB, Place, fewest_devices, model_shape, needs, total
 
     target = config.target
@@ -55,13 +56,13 @@ def _memory(config: AuroraConfig) -> dict[str, Any] | None:
             "totals": {place: total(lines, place) for place in get_args(Place)},
             "smallest": {f"{card} GB": fewest_devices(config, shape, card_gb=card) for card in CARDS_GB},
         }
-    except AuroraError:  # a check has said it
+    except AuroraError:  # a check has reported it
         return None
 
 
 def _print_memory(console: Console, config: AuroraConfig, memory: dict[str, Any]) -> None:
     engine = config.engine
-    shared = "" if engine.devices == 1 else f" over {engine.devices} devices by {engine.strategy}"
+    shared = "" if engine.devices == 1 else f" over {engine.devices} devices with {engine.strategy}"
     table = Table(
         "where", "what", Column("GiB", justify="right"), Column("how", overflow="fold"), title=f"Memory{shared}"
     )
@@ -69,12 +70,12 @@ def _print_memory(console: Console, config: AuroraConfig, memory: dict[str, Any]
         for need in memory["needs"]:
             if need["where"] == place:
                 table.add_row(place, need["what"], f"{need['num_bytes'] / _GIB:.2f}", need["how"])
-        table.add_row(place, "[bold]together[/]", f"[bold]{num_bytes / _GIB:.2f}[/]", "", end_section=True)
+        table.add_row(place, "[bold]total[/]", f"[bold]{num_bytes / _GIB:.2f}[/]", "", end_section=True)
     console.print(table)
     sets = []
     for card, found in memory["smallest"].items():
         if found is None:
-            sets.append(f"{card}: not by {engine.strategy}")
+            sets.append(f"{card}: not with {engine.strategy}")
         else:
             sets.append(f"{card}: {found[0]}" + (" and one for the learner" if found[1] else ""))
-    console.print(f"Smallest set of GPUs by engine.strategy={engine.strategy}: {'; '.join(sets)}.")
+    console.print(f"Smallest set of GPUs with engine.strategy={engine.strategy}: {'; '.join(sets)}.")

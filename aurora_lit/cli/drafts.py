@@ -1,6 +1,6 @@
-"""`aurora-lit drafts`: the versions of a deployment's draft, with their scores; going back to one, forcing one.
+"""`aurora-lit drafts`: lists a deployment's draft versions with their scores, rolls back, promotes.
 
-A running server sees the change within a moment. Leaves out what a version is (publishing.py).
+A running server loads the new current version within seconds. Leaves out what a version is (drafts/versions.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def show(config: AuroraConfig, *, as_json: bool) -> None:
         return
     console = Console(highlight=False)
     if not versions:
-        print(f"{store.folder} holds no version yet: the starting draft serves.")
+        print(f"{store.folder} has no version yet: the starting draft is served.")
         return
     table = Table("", "version", "published", "scores", "retired")
     for each in versions:
@@ -46,12 +46,12 @@ def show(config: AuroraConfig, *, as_json: bool) -> None:
         )
     console.print(table)
     if current is None:
-        console.print("No version is current: the starting draft serves.")
+        console.print("No version is current: the starting draft is served.")
 
 
 def roll_back(config: AuroraConfig, number: int) -> None:
     """Return to version `number` (0: the starting draft) and retire all newer ones. Raises CheckpointError."""
-    _published(config).return_to(version_name(number) if number else None, reason="rolled back by hand")
+    _published(config).roll_back_to(version_name(number) if number else None, reason="rolled back by hand")
     print(f"{version_name(number) if number else 'the starting draft'} is current; newer versions are retired")
 
 
@@ -66,7 +66,7 @@ def _store(config: AuroraConfig) -> DraftStore:
 
 
 def _published(config: AuroraConfig) -> DraftStore:
-    """The store, if there is one: asking for a version of a mistyped folder must not make that folder."""
+    """The store, if its folder exists: a mistyped folder must not be created."""
     store = _store(config)
     if not store.folder.is_dir():
         raise CheckpointError(f"there is no {store.folder}; name the folder with checkpoint.dir and checkpoint.run")
@@ -76,7 +76,7 @@ def _published(config: AuroraConfig) -> DraftStore:
 def _current(store: DraftStore) -> str | None:
     try:
         return store.current()
-    except CheckpointError:  # garbled; the next change mends it
+    except CheckpointError:  # an invalid CURRENT; the next change overwrites it
         return None
 
 

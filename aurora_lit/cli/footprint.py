@@ -1,12 +1,10 @@
-"""What memory a deployment needs, from the measures of its model alone: nothing is loaded, nothing fetched.
+"""How much memory a deployment needs, computed from its model's sizes; no weights are loaded or downloaded.
 
-Left out: what the machine has, and whether that is enough (checks.py).
+    shape = model_shape(config, folder=None)             # from the file that target.config_file names
+    for need in needs(config, shape, devices=4): ...     # one line of the table each
+    fewest_devices(config, shape, card_gb=80)            # (4, 1): four, and one for the learner
 
-    shape = model_shape(config, folder=None)             # the file that target.config_file names
-    for need in needs(config, shape, devices=4): ...     # a line of the table each
-    fewest_devices(config, shape, card_gb=80)            # (4, 1): four and one for the learner
-
-Shapes in the formulas: P parameters, L layers, H hidden, V vocabulary, S slots, C positions of a slot, N devices.
+Leaves out how much memory the machine has, and whether that is enough (cli/checks.py).
 """
 
 from __future__ import annotations
@@ -25,19 +23,20 @@ from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, draft_folder
 from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE
 from aurora_lit.errors import ConfigError
-from aurora_lit.models.target import aux_layer_ids, decoder_layers
 from aurora_lit.models.kv_cache import padded_positions
-from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
-from aurora_lit.serve.worker.build import drafts
+from aurora_lit.models.target import aux_layer_ids, decoder_layers
+from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
+from aurora_lit.serve.engine.options import slot_capacity
+from aurora_lit.serve.worker.build import uses_draft
 
 CARDS_GB = (24, 40, 80, 141)
 """Memory of common GPUs, in 10^9 bytes."""
 _USABLE = 0.95
-"""Of a card: the rest is lost between allocations."""
-_CONTEXT_BYTES = 1 << 30
-"""What a process with its GPU context takes of a device before anything is loaded; about."""
-_WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "auto": 2.0, "int8": 34 / 32, "int4": 20 / 32}
-"""Of a weight by `target.precision`, scales and minima included; at most, for auto; of int4 without the head's own."""
+"""Usable share of a GPU's memory; the rest is lost to fragmentation."""
+_PROCESS_BYTES = 1 << 30
+"""About what a process takes on its device before anything is loaded, such as the GPU context."""
+_BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "auto": 2.0, "int8": 34 / 32, "int4": 20 / 32}
+"""By target.precision, scales and minima included. auto: the most it can be. int4: without the head's eight bits."""
 _MOST_DEVICES = 64
 _MIB = 1 << 20
 
@@ -50,17 +49,19 @@ class Need:
 
     what: str
     where: Place
-    """On every device alike, on the first one beside that, on the learner's (the first one too with learn.enabled), or
-    in the machine's own memory."""
+    """every device: on each device that holds a part of the target. first device: on the first of these in addition.
+    learner's device: with learn.enabled that is the first device too. host: in main memory."""
     num_bytes: int
     how: str
     """The formula, in words."""
+    for_learner: bool = False
+    """True if only a learner on this machine needs it."""
 
 
 def model_shape(config: AuroraConfig, *, folder: Path | None) -> PretrainedConfig | None:
-    """The model's configuration: its own where it is there (`folder`), else target.config_file's; None without either.
+    """The model's configuration, from its `folder`, else from target.config_file; None if there is neither.
 
-    Raises ConfigError when target.config_file names no readable configuration.
+    Raises ConfigError if target.config_file cannot be read.
     """
     if folder is not None:
         own: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -80,17 +81,17 @@ def model_shape(config: AuroraConfig, *, folder: Path | None) -> PretrainedConfi
 
 
 def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> list[Need]:
-    """All lines, with the target shared by `devices` as engine.strategy says.
+    """All lines of the table, with the target split over `devices` by engine.strategy.
 
-    Raises CheckpointError where draft.checkpoint is no draft.
+    Raises CheckpointError if draft.checkpoint is not a valid draft.
     """
     text, engine = shape.get_text_config(), config.engine
-    element_bytes = 4 if config.target.precision == "fp32" else 2  # of whatever is no weight of the target
+    element_bytes = 4 if config.target.precision == "fp32" else 2  # of everything but the target's weights
     by_heads = engine.strategy == "tensor_parallel" and devices > 1
     whole_layers = engine.strategy == "fsdp" and devices > 1
-    weight_bytes = _WEIGHT_BYTES[config.target.precision]
+    weight_bytes = _BYTES_PER_WEIGHT[config.target.precision]
     parameters, largest_layer = _parameters(shape.to_json_string())
-    slots, capacity = engine.max_batch_size, engine.max_seq_len + engine.max_draft_tokens + 1
+    slots, capacity = engine.max_batch_size, _slot_capacity(config)
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     kv_heads = math.ceil(kv_heads / devices) if by_heads else kv_heads
     kept_positions = slots * padded_positions(capacity)
@@ -110,22 +111,25 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
             how=f"2 x {L} layers x {kv_heads} heads x {D} x {kept_positions:,} positions x {element_bytes} bytes",
         ),
         Need(
-            what="one pass (about)",
+            what="one forward pass (about)",
             where="every device",
             num_bytes=_pass_bytes(config, text, devices=devices),
-            how="logits, MLP and attention of the widest round, fp32",
+            how="logits, MLP and attention of the largest round, fp32",
         ),
-        Need(what="process", where="every device", num_bytes=_CONTEXT_BYTES, how="about"),
+        Need(what="process", where="every device", num_bytes=_PROCESS_BYTES, how="about"),
     ]
+    if engine.strategy == "single":
+        loading = Need(what="weights, while loading", where="host", num_bytes=4 * parameters, how="read as fp32")
+        lines.append(loading)
     if whole_layers:
         gathered = Need(
-            what="layers gathered",
+            what="gathered layers",
             where="every device",
             num_bytes=2 * largest_layer * element_bytes,
-            how=f"2 x {largest_layer:,} parameters x {element_bytes} bytes: one runs, one comes",
+            how=f"2 x {largest_layer:,} parameters x {element_bytes} bytes: one runs while the next is gathered",
         )
         lines.insert(1, gathered)
-    if drafts(config):
+    if uses_draft(config):
         lines += _draft_needs(config, text, element_bytes=element_bytes)
         lines.append(
             Need(
@@ -146,33 +150,41 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
         lines += _learner_needs(config, text, element_bytes=element_bytes)
         lines.append(
             Need(
-                what="learner, its start",
+                what="learner, while starting",
                 where="host",
                 num_bytes=4 * parameters,
-                how="the target, read once for its two ends, fp32",
+                how="the target, read once for its embedding and head, fp32",
+                for_learner=True,
             )
         )
         lines.append(
             Need(
-                what="learner, memory of traffic",
+                what="learner, reservoir",
                 where="host",
                 num_bytes=config.learn.reservoir_mb * _MIB * 9 // 8,
-                how="learn.reservoir_mb, and an eighth of it for what is new",
+                how="learn.reservoir_mb, and an eighth of it for new traces",
+                for_learner=True,
             )
         )
     return lines
 
 
 def total(lines: list[Need], *places: Place) -> int:
-    """Bytes of some places together."""
+    """Bytes in these places together."""
     return sum(need.num_bytes for need in lines if need.where in places)
 
 
-def fewest_devices(config: AuroraConfig, shape: PretrainedConfig, *, card_gb: int) -> tuple[int, int] | None:
-    """The smallest set of cards: for the target (doubling from 1), and for a learner; None where none will do.
+def host_total(config: AuroraConfig, lines: list[Need]) -> int:
+    """Bytes of main memory if everything runs on the CPU, with a learner if learn.enabled."""
+    others = (config.engine.devices - 1) * total(lines, "every device")
+    return others + sum(need.num_bytes for need in lines if config.learn.enabled or not need.for_learner)
 
-    The server's own learner (learn.enabled) shares the first card; one that is attached by hand gets learn.devices.
-    Without a strategy there is one card; tensor_parallel takes at most one a key-value head.
+
+def fewest_devices(config: AuroraConfig, shape: PretrainedConfig, *, card_gb: int) -> tuple[int, int] | None:
+    """The smallest number of GPUs for the target (a power of 2), and for a learner of its own; None if none suffices.
+
+    The server's own learner (learn.enabled) shares the first GPU; one that is attached separately gets learn.devices.
+    Strategy single has one GPU; tensor_parallel has at most one for each key-value head.
     """
     text = shape.get_text_config()
     most = {
@@ -184,18 +196,20 @@ def fewest_devices(config: AuroraConfig, shape: PretrainedConfig, *, card_gb: in
     for devices in (2**i for i in range(most.bit_length())):
         lines = needs(config, shape, devices=devices)
         serving, learning = total(lines, "every device", "first device"), total(lines, "learner's device")
-        apart = not config.learn.enabled and learning > 0
-        if max(serving, learning + _CONTEXT_BYTES) <= room if apart else serving + learning <= room:
-            return devices, config.learn.devices if apart else 0
+        if config.learn.enabled or learning == 0:
+            if serving + learning <= room:
+                return devices, 0
+        elif max(serving, learning + _PROCESS_BYTES) <= room:
+            return devices, config.learn.devices
     return None
 
 
-def draft_shape(config: AuroraConfig, text: PretrainedConfig) -> DraftConfig:
-    """The draft checkpoint's shape, or that of a draft begun from scratch (drafts/initial.py)."""
+def draft_shape(config: AuroraConfig, text: PretrainedConfig) -> Eagle3Config:
+    """The configuration of draft.checkpoint, or of an untrained draft (drafts/initial.py)."""
     folder = draft_folder(config)
     if folder is not None:
         return read_config(folder)
-    return DraftConfig(
+    return Eagle3Config(
         hidden_size=text.hidden_size,
         target_hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
@@ -209,10 +223,20 @@ def draft_shape(config: AuroraConfig, text: PretrainedConfig) -> DraftConfig:
     )
 
 
+def _slot_capacity(config: AuroraConfig) -> int:
+    """Positions of a slot of the KV cache."""
+    return slot_capacity(
+        max_seq_len=config.engine.max_seq_len,
+        max_draft_tokens=config.engine.max_draft_tokens,
+        tree_tokens=config.engine.tree_tokens,
+        lookup_tokens=config.engine.usable_lookup_tokens,
+    )
+
+
 def _draft_needs(config: AuroraConfig, text: PretrainedConfig, *, element_bytes: int) -> list[Need]:
     draft = draft_shape(config, text)
     parameters, _ = _draft_parameters(draft)
-    slots, capacity = config.engine.max_batch_size, config.engine.max_seq_len + config.engine.max_draft_tokens + 1
+    slots, capacity = config.engine.max_batch_size, _slot_capacity(config)
     features, kept_positions = 3 * text.hidden_size, slots * padded_positions(capacity)
     kv_elements = 2 * draft.num_key_value_heads * draft.head_dim
     return [
@@ -220,7 +244,7 @@ def _draft_needs(config: AuroraConfig, text: PretrainedConfig, *, element_bytes:
             what="draft",
             where="first device",
             num_bytes=2 * parameters * element_bytes,
-            how=f"{parameters:,} parameters x {element_bytes} bytes, twice: one serves, one is swapped in",
+            how=f"{parameters:,} parameters x {element_bytes} bytes, twice: the current draft and the next one",
         ),
         Need(
             what="draft, keys and values",
@@ -232,7 +256,7 @@ def _draft_needs(config: AuroraConfig, text: PretrainedConfig, *, element_bytes:
             what="draft, features",
             where="first device",
             num_bytes=slots * capacity * features * element_bytes,
-            how=f"{slots} x {capacity:,} positions x {features} x {element_bytes} bytes; traces are cut from them",
+            how=f"{slots} x {capacity:,} positions x {features} x {element_bytes} bytes; traces use them too",
         ),
     ]
 
@@ -246,10 +270,11 @@ def _learner_needs(config: AuroraConfig, text: PretrainedConfig, *, element_byte
     step = learn.batch_positions * (3 * H + learn.unroll_steps * (8 * H + 3 * draft.intermediate_size)) * 2
     return [
         Need(
-            what="learner, the target's ends",
+            what="learner, the target's embedding and head",
             where="learner's device",
             num_bytes=V * H * (4 + element_bytes) + rows,
-            how=f"embedding fp32 and head, {V:,} x {H}; twice the head's {draft.draft_vocab_size:,} rows",
+            how=f"embedding fp32 and head, {V:,} x {H}; the head's {draft.draft_vocab_size:,} draft rows, twice",
+            for_learner=True,
         ),
         Need(
             what="learner, draft",
@@ -257,26 +282,28 @@ def _learner_needs(config: AuroraConfig, text: PretrainedConfig, *, element_byte
             num_bytes=state,
             how=f"{parameters:,} x (weights, gradient, average, champion 4 bytes each); "
             f"Muon 4 bytes for {matrices:,}, AdamW 8 for the rest",
+            for_learner=True,
         ),
         Need(
-            what="learner, a step (about)",
+            what="learner, one step (about)",
             where="learner's device",
             num_bytes=step,
             how=f"{learn.batch_positions:,} positions x {learn.unroll_steps} steps, bf16",
+            for_learner=True,
         ),
     ]
 
 
 def _pass_bytes(config: AuroraConfig, text: PretrainedConfig, *, devices: int) -> int:
-    """Activations at their widest, where no native kernel runs: an estimate."""
+    """Estimate of the largest activations without native kernels, where rounds propose chains only."""
     engine = config.engine
-    checked = engine.max_batch_size * (engine.max_draft_tokens + 1)
-    rows = checked + engine.prefill_chunk_tokens
-    length = engine.max_seq_len + engine.max_draft_tokens + 1
+    verified = engine.max_batch_size * (engine.max_draft_tokens + 1)
+    positions = verified + engine.prefill_chunk_tokens
+    length = _slot_capacity(config)
     heads = text.num_attention_heads if engine.strategy == "fsdp" else math.ceil(text.num_attention_heads / devices)
-    logits = 2 * checked * text.vocab_size
-    mlp = rows * (4 * text.hidden_size + 3 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size))
-    attention = 2 * heads * length * max(engine.prefill_chunk_tokens, checked)
+    logits = 2 * verified * text.vocab_size
+    mlp = positions * (4 * text.hidden_size + 3 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size))
+    attention = 2 * heads * length * max(engine.prefill_chunk_tokens, verified)
     num_bytes: int = 4 * (logits + mlp + attention)
     return num_bytes
 
@@ -287,7 +314,7 @@ def _head_dim(text: Any) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _parameters(shape_json: str) -> tuple[int, int]:
-    """Parameters of the whole model and of its largest layer, counted on a model without memory."""
+    """Number of parameters of the whole model and of its largest layer, counted on the meta device."""
     fields = json.loads(shape_json)
     shape = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):
@@ -298,10 +325,10 @@ def _parameters(shape_json: str) -> tuple[int, int]:
     return whole, largest
 
 
-def _draft_parameters(config: DraftConfig) -> tuple[int, int]:
-    """Parameters of a draft, and those of its matrices that Muon moves (modules/losses/draft_module.py)."""
+def _draft_parameters(config: Eagle3Config) -> tuple[int, int]:
+    """Number of parameters of a draft, and of those that Muon optimises (modules/losses/draft_module.py)."""
     with torch.device("meta"):
-        draft = Draft(replace(config, max_position_embeddings=1))
+        draft = Eagle3Draft(replace(config, max_position_embeddings=1))
     heads = (draft.lm_head.weight, draft.value_head.weight)
     matrices = [p for p in draft.parameters() if p.ndim > 1 and not any(p is head for head in heads)]
     return sum(p.numel() for p in draft.parameters()), sum(p.numel() for p in matrices)

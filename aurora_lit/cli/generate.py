@@ -1,9 +1,7 @@
-"""`aurora-lit generate`: one answer in this process, its tokens coloured by where they came from.
+"""`aurora-lit generate`: answers one prompt in this process, with accepted and corrected tokens coloured.
 
-Accepted draft tokens and corrected tokens (what the target itself says after the last accepted one) differ in colour.
-Then the numbers: accepted length, tokens a second, and the speed of plain decoding of the same prompt.
-
-Leaves out the server and everything about HTTP.
+A corrected token is the target's own, after the last accepted proposal. Below the answer it prints accepted length,
+tokens per second, and the speed of plain decoding for the same prompt. No server is involved.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError
-from aurora_lit.learn.pretrain.label_text import Prompt, encode_prompt
+from aurora_lit.learn.pretrain.prompts import Prompt, encode_prompt
 from aurora_lit.request import Output, Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.sequences.detokenizer import TextStream
@@ -29,24 +27,24 @@ ACCEPTED, CORRECTED, PLAIN = "green", "yellow", ""
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How fast one answer was."""
+    """Speed of one answer."""
 
     num_tokens: int
     seconds: float
     """From submission to the last token."""
     accepted_length: float
-    """Tokens a round."""
+    """Tokens per round."""
     num_drafted_rounds: int
-    """Rounds with proposals."""
+    """Number of rounds with proposals."""
 
     @property
     def tokens_per_s(self) -> float:
-        """The prompt's reading included."""
+        """Tokens per second, prefill included."""
         return self.num_tokens / self.seconds
 
 
 def generate(config: AuroraConfig, *, prompt: str, max_tokens: int, temperature: float, compare_plain: bool) -> None:
-    """Answer `prompt`, streaming it to the terminal, and print the numbers."""
+    """Answer `prompt`, stream the answer to the terminal, and print its speed."""
     engine, tokenizer = build_engine(config)
     request = Request(
         request_id="answer",
@@ -58,35 +56,35 @@ def generate(config: AuroraConfig, *, prompt: str, max_tokens: int, temperature:
     timing = stream(engine, tokenizer, request, console)
     plain = None
     if compare_plain and timing.num_drafted_rounds:
-        plain = stream(engine, tokenizer, plainly(request), None)
+        plain = stream(engine, tokenizer, without_speculation(request), None)
     console.print(summary(timing, plain))
 
 
-def plainly(request: Request) -> Request:
-    """The same without the draft."""
+def without_speculation(request: Request) -> Request:
+    """The same request, for plain decoding."""
     return replace(request, request_id=f"{request.request_id}-plain", params=replace(request.params, speculate=False))
 
 
 def warm_up(engine: Engine, request: Request) -> None:
-    """Answer a little, with and without the draft, so that what is done once is not timed."""
+    """Generate a few tokens, with and without speculation, so that one-time work is not timed."""
     short = replace(request, request_id="warm-up", params=replace(request.params, max_tokens=8))
-    for each in (short, plainly(short)):
+    for each in (short, without_speculation(short)):
         for _ in rounds(engine, each):
             pass
 
 
 def rounds(engine: Engine, request: Request) -> Iterator[Output]:
-    """Submit a request and run rounds until it has ended."""
+    """Submit a request and run rounds until it ends."""
     engine.submit(request)
     while engine.has_work:
         for output in engine.round():
             if output.error is not None:
-                raise AuroraError(f"the engine gave up: {output.error}")
+                raise AuroraError(f"the engine failed: {output.error}")
             yield output
 
 
 def stream(engine: Engine, tokenizer: PreTrainedTokenizerBase, request: Request, console: Console | None) -> Timing:
-    """Answer one request; with a console, print each round's text as it comes."""
+    """Answer one request; print each round's text to `console`, if there is one."""
     text = TextStream(tokenizer)
     num_tokens = num_rounds = num_drafted = 0
     started = time.perf_counter()
@@ -108,22 +106,22 @@ def stream(engine: Engine, tokenizer: PreTrainedTokenizerBase, request: Request,
 
 
 def coloured(text: TextStream, output: Output) -> Text:
-    """A round's text; a character made of several tokens has the colour of the one that completes it."""
+    """A round's text; a character of several tokens has the colour of the last of them."""
     shown = Text()
-    for place, token_id in enumerate(output.token_ids):
-        colour = PLAIN if not output.num_proposed else ACCEPTED if place < output.num_accepted else CORRECTED
+    for index, token_id in enumerate(output.token_ids):
+        colour = PLAIN if not output.num_proposed else ACCEPTED if index < output.num_accepted else CORRECTED
         shown.append(text.push([token_id]), style=colour)
     return shown
 
 
 def summary(timing: Timing, plain: Timing | None) -> Text:
-    """The numbers below an answer."""
+    """The line below an answer."""
     line = Text(f"\n{timing.num_tokens} tokens, {timing.tokens_per_s:.1f} tokens/s")
     if not timing.num_drafted_rounds:
-        return line.append(", without a draft")
+        return line.append(", plain decoding")
     line.append(f", accepted length {timing.accepted_length:.2f} (")
     line.append("accepted", style=ACCEPTED).append(", ").append("corrected", style=CORRECTED).append(")")
     if plain is not None:
         ratio = timing.tokens_per_s / plain.tokens_per_s
-        line.append(f"\nplain decoding: {plain.tokens_per_s:.1f} tokens/s; the draft makes it ×{ratio:.2f}")
+        line.append(f"\nplain decoding: {plain.tokens_per_s:.1f} tokens/s; speculation is {ratio:.2f}× as fast")
     return line

@@ -1,19 +1,21 @@
 """The command line: `aurora-lit COMMAND [OPTIONS] [key=value ...]`.
 
-Leaves out every command's work: a command reads its configuration, then calls one function of another file. Those
-files are imported inside the commands, so that `--help` and a misspelt key answer at once, before torch is loaded.
+Each command here declares its options, reads the settings and calls one function of another file. Those files are
+imported inside the commands, so that `--help` and a misspelt key are answered before torch is loaded. The commands of
+`aurora-lit bench` are in cli/bench.py.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 import aurora_lit
-from aurora_lit.cli.live import drafts, export, learn, status
-from aurora_lit.cli.options import FILE, FOLDER, AuroraGroup, ManyFilesCommand, configured
-from aurora_lit.cli.replay import replay
-from aurora_lit.config import AuroraConfig
+from aurora_lit.cli.bench import bench
+from aurora_lit.cli.options import FILE, FOLDER, RUN_FOLDER, AuroraGroup, MultiFileCommand, configured
+from aurora_lit.config import AuroraConfig, load_config
+from aurora_lit.ipc.run_folder import live_folders
 
 
 @click.group(cls=AuroraGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -25,8 +27,10 @@ def main() -> None:
     """
 
 
-for _command in (learn, status, drafts, export, replay):
-    main.add_command(_command)
+main.add_command(bench)
+
+
+# -- serving -----------------------------------------------------------------------------------------------------------
 
 
 @main.command()
@@ -39,40 +43,122 @@ def serve(config: AuroraConfig) -> None:
 
 
 @main.command()
-@click.option("-p", "--prompt", required=True, help="What the user says.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
+@click.option(
+    "--url", help="Address of the server, such as http://127.0.0.1:8000. Default: the newest one running here."
+)
+@click.option("--run-folder", type=RUN_FOLDER, metavar="DIR", help="Run folder of a server on this machine.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything that is known, as JSON.")
+@configured
+def status(config: AuroraConfig, url: str | None, run_folder: Path | None, as_json: bool) -> None:
+    """Show what a running server and its learner are doing."""
+    from aurora_lit.cli.status import show
+
+    show(url=url, api_key=config.server.api_key, run_folder=run_folder, as_json=as_json)
+
+
+@main.command()
+@click.option("-p", "--prompt", required=True, help="The user's message.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most new tokens.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0: greedy.")
 @click.option(
     "--compare-plain/--no-compare-plain",
     default=True,
     show_default=True,
-    help="Also decode plainly, and print both speeds.",
+    help="Also answer with plain decoding, and print both speeds.",
 )
 @configured
 def generate(config: AuroraConfig, prompt: str, max_tokens: int, temperature: float, compare_plain: bool) -> None:
-    """Answer one prompt here; accepted and corrected tokens are coloured."""
+    """Answer one prompt in the terminal. Accepted and corrected tokens are coloured."""
     from aurora_lit.cli.generate import generate as run
 
     run(config, prompt=prompt, max_tokens=max_tokens, temperature=temperature, compare_plain=compare_plain)
 
 
-@main.command(cls=ManyFilesCommand)
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@configured
+def doctor(config: AuroraConfig, as_json: bool) -> None:
+    """Check whether this machine can serve. Exits with code 1 if not."""
+    from aurora_lit.cli.doctor import doctor as run
+
+    if not run(config, as_json=as_json):
+        click.get_current_context().exit(1)
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option(
+    "--run-folder",
+    type=RUN_FOLDER,
+    metavar="DIR",
+    is_eager=True,
+    default=lambda: next(iter(live_folders()), None),
+    help="Run folder of the server. Default: that of the newest server running here.",
+)
+@click.option("--parent", type=int, hidden=True, help="Exit when the process with this id does.")
+@configured
+def learn(config: AuroraConfig, run_folder: Path | None, parent: int | None) -> None:
+    """Attach a learner to a running server. It uses the server's settings unless --config is given."""
+    from aurora_lit.cli.status import find_run_folder
+    from aurora_lit.ipc.process_lifetime import die_with_parent
+    from aurora_lit.learn.online.process import is_follower, run_learner
+
+    if is_follower(config):
+        parent = os.getppid()  # the leading learner process; --parent is that one's
+    if parent is not None:
+        die_with_parent(parent)
+    run_learner(config, find_run_folder(run_folder))
+
+
+@main.command()
+@click.option("--traces", type=FOLDER, help="Folder with recorded traces. Default: trace.record.")
+@click.option(
+    "--out", type=FOLDER, default=Path("replay-results"), show_default=True, help="Folder for the report and the draft."
+)
+@click.option(
+    "--steps-per-trace", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Optimiser steps per trace."
+)
+@click.option(
+    "--trial-every", type=click.IntRange(min=1), default=32, show_default=True, help="Traces between two trials."
+)
+@click.option(
+    "--window", type=click.IntRange(min=1), default=64, show_default=True, help="Traces in each window of the report."
+)
+@configured
+def replay(config: AuroraConfig, traces: Path | None, **options: Any) -> None:
+    """Learn from recorded traces. Writes a draft to serve, and its accepted length as JSON."""
+    from aurora_lit.cli.replay import replay as run
+
+    run(config, traces=traces, **options)
+
+
+@main.command(cls=MultiFileCommand)
 @click.option(
     "--prompts",
     type=FILE,
     multiple=True,
     required=True,
     metavar="FILE...",
-    help="JSON lines of prompts: read, then answered by the target.",
+    help="JSON lines of prompts, which the target answers.",
 )
-@click.option("--text", type=FILE, multiple=True, metavar="FILE...", help="Plain text: read only.")
+@click.option("--text", type=FILE, multiple=True, metavar="FILE...", help="Plain text to learn from as it is.")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the new checkpoint.")
-@click.option("--start-from", type=FOLDER, help="Draft checkpoint to go on from; a new draft if left out.")
+@click.option("--start-from", type=FOLDER, help="Draft checkpoint to continue from. Default: an untrained draft.")
 @click.option(
-    "--text-positions", type=click.IntRange(min=0), default=1_000_000, show_default=True, help="Text to read."
+    "--text-positions",
+    type=click.IntRange(min=0),
+    default=1_000_000,
+    show_default=True,
+    help="Token positions taken from text.",
 )
-@click.option("--answers", type=click.IntRange(min=1), help="Prompts to answer, the files in turn; all if left out.")
-@click.option("--max-answer-tokens", type=click.IntRange(min=1), default=160, show_default=True)
+@click.option(
+    "--answers", type=click.IntRange(min=1), help="Number of prompts to answer, from each file in turn. Default: all."
+)
+@click.option(
+    "--max-answer-tokens", type=click.IntRange(min=1), default=160, show_default=True, help="Most tokens of an answer."
+)
 @click.option(
     "--sampled-share",
     type=click.FloatRange(0, 1),
@@ -80,137 +166,89 @@ def generate(config: AuroraConfig, prompt: str, max_tokens: int, temperature: fl
     show_default="1/3",
     help="Share of the answers sampled at temperature 0.7; the others are greedy.",
 )
-@click.option("--positions", type=click.IntRange(min=1), default=3_000_000, show_default=True, help="To learn from.")
-@click.option("--batch-positions", type=click.IntRange(min=64), default=1024, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
-@click.option("--draft-vocab-size", type=click.IntRange(min=16), default=16_384, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--positions",
+    type=click.IntRange(min=1),
+    default=3_000_000,
+    show_default=True,
+    help="Token positions to train on.",
+)
+@click.option(
+    "--batch-positions", type=click.IntRange(min=64), default=1024, show_default=True, help="Positions of a batch."
+)
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1e-3,
+    show_default=True,
+    help="Peak learning rate.",
+)
+@click.option(
+    "--draft-vocab-size",
+    type=click.IntRange(min=16),
+    default=16_384,
+    show_default=True,
+    help="Tokens of the draft's vocabulary.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling and batches.")
 @configured
 def pretrain(config: AuroraConfig, **options: Any) -> None:
-    """Make a first draft from prompts and text; start it again to go on where it was stopped."""
+    """Train a first draft from prompts and text. Run it again to continue where it stopped."""
     from aurora_lit.learn.pretrain.stages import PretrainOptions
     from aurora_lit.learn.pretrain.stages import pretrain as run
 
     run(config, PretrainOptions(**options))
 
 
+# -- draft versions ----------------------------------------------------------------------------------------------------
+
+
+@main.group(invoke_without_command=True)
+@click.pass_context
+def drafts(ctx: click.Context) -> None:
+    """List published draft versions, or choose one. Without a command: list them."""
+    if ctx.invoked_subcommand is None:
+        from aurora_lit.cli.drafts import show
+
+        show(load_config(None, []), as_json=False)
+
+
+@drafts.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+@configured
+def list_drafts(config: AuroraConfig, as_json: bool) -> None:
+    """List all versions with their scores; ▶ marks the current one."""
+    from aurora_lit.cli.drafts import show
+
+    show(config, as_json=as_json)
+
+
+@drafts.command()
+@click.argument("number", type=click.IntRange(min=0))
+@configured
+def rollback(config: AuroraConfig, number: int) -> None:
+    """Return to version NUMBER and retire newer ones. NUMBER 0 is the starting draft."""
+    from aurora_lit.cli.drafts import roll_back
+
+    roll_back(config, number)
+
+
+@drafts.command()
+@click.argument("number", type=click.IntRange(min=1))
+@configured
+def promote(config: AuroraConfig, number: int) -> None:
+    """Make version NUMBER current, whatever its scores."""
+    from aurora_lit.cli.drafts import promote as run
+
+    run(config, number)
+
+
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+@click.option("--out", type=FOLDER, required=True, help="New folder to write.")
+@click.option("--version", type=click.IntRange(min=1), help="Number of a published version. Default: the current one.")
 @configured
-def doctor(config: AuroraConfig, as_json: bool) -> None:
-    """Check whether this machine can serve; exit code 1 if not."""
-    from aurora_lit.cli.doctor import doctor as run
+def export(config: AuroraConfig, out: Path, version: int | None) -> None:
+    """Write a draft in the form that vLLM and SGLang load."""
+    from aurora_lit.drafts.export import export as run
 
-    if not run(config, as_json=as_json):
-        click.get_current_context().exit(1)
-
-
-@main.group()
-def bench() -> None:
-    """Measure speed and acceptance."""
-
-
-@bench.command(cls=ManyFilesCommand)
-@click.option("--prompts", type=FILE, multiple=True, required=True, metavar="FILE...", help="JSON lines of prompts.")
-@click.option("--limit", type=click.IntRange(min=1), help="Most prompts taken from each file.")
-@click.option("--batch", default="1,4,8", show_default=True, help="Batch sizes.")
-@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
-@click.option("--out", type=FOLDER, default=Path("bench-results"), show_default=True)
-@click.option("--against-transformers", is_flag=True, help="Also time transformers' own generate.")
-@configured
-def throughput(config: AuroraConfig, batch: str, **options: Any) -> None:
-    """Tokens a second, plain against the draft, interleaved; writes JSON and a PNG."""
-    batch_sizes = _numbers(batch, "--batch", least=1)
-    from aurora_lit.bench.throughput import run
-
-    run(config, batch_sizes=batch_sizes, **options)
-
-
-@bench.command(cls=ManyFilesCommand)
-@click.option("--prompts", type=FILE, multiple=True, required=True, metavar="FILE...", help="JSON lines of prompts.")
-@click.option("--limit", type=click.IntRange(min=1), help="Most prompts taken from each file.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
-@click.option("--out", type=FOLDER, default=Path("bench-results"), show_default=True)
-@configured
-def acceptance(config: AuroraConfig, **options: Any) -> None:
-    """Accepted length and acceptance by position, one row a prompt file; writes JSON."""
-    from aurora_lit.bench.acceptance import run
-
-    run(config, **options)
-
-
-@bench.command(cls=ManyFilesCommand)
-@click.option("--prompts", type=FILE, multiple=True, required=True, metavar="FILE...", help="JSON lines of prompts.")
-@click.option("--measure", type=FILE, multiple=True, metavar="FILE...", help="Prompts to measure on, never learnt.")
-@click.option("--requests", type=click.IntRange(min=1), default=400, show_default=True, help="Requests of traffic.")
-@click.option("--measure-requests", type=click.IntRange(min=1), default=40, show_default=True)
-@click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Clients at a time.")
-@click.option(
-    "--static-requests", type=click.IntRange(min=1), help="Traffic of the arms that do not learn; all if left out."
-)
-@click.option(
-    "--arms", default="static,learning", show_default=True, help="Of plain, static, learning: servers, in this order."
-)
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--window", type=click.IntRange(min=1), default=40, show_default=True, help="Requests of a reading.")
-@click.option("--out", type=FOLDER, default=Path("bench-results"), show_default=True)
-@configured
-def online(config: AuroraConfig, arms: str, **options: Any) -> None:
-    """A draft that learns from traffic against the same one that does not, and none; writes JSON and a PNG."""
-    from aurora_lit.bench.online import run
-
-    run(config, arms=tuple(arms.split(",")), **options)
-
-
-@bench.command("stream")
-@click.option("--stream", type=FILE, required=True, help="YAML of the phases; see benchmarks/stream.yaml.")
-@click.option("--prompts", type=FOLDER, help="Folder of the prompt files it names. Default: where it lies.")
-@click.option("--out", type=FOLDER, required=True, help="Folder of the recorded traces.")
-@configured
-def record_stream(config: AuroraConfig, **options: Any) -> None:
-    """Record a stream of changing traffic for `bench ablation`; start it again to go on where it was stopped."""
-    from aurora_lit.bench.stream import run
-
-    run(config, **options)
-
-
-@bench.command()
-@click.option("--traces", type=FOLDER, required=True, help="What `bench stream` recorded.")
-@click.option("--arms", default="static,kl,lk,ppo,full", show_default=True, help="Learners to compare.")
-@click.option("--seeds", default="0", show_default=True, help="Such as 0,1,2.")
-@click.option("--steps-per-request", type=click.FloatRange(min=0), default=0.05, show_default=True, help="Of learning.")
-@click.option("--every", type=click.IntRange(min=1), default=4, show_default=True, help="One in so many is offered.")
-@click.option("--block", type=click.IntRange(min=1), default=32, show_default=True, help="Requests between trials.")
-@click.option("--out", type=FOLDER, default=Path("ablation-results"), show_default=True)
-@configured
-def ablation(config: AuroraConfig, arms: str, seeds: str, **options: Any) -> None:
-    """What each part of learning is worth on a recorded stream; start it again to go on where it was stopped."""
-    numbers = _numbers(seeds, "--seeds", least=0)
-    from aurora_lit.bench.ablation.run import run
-
-    run(config, arms=tuple(arms.split(",")), seeds=numbers, **options)
-
-
-@bench.command()
-@click.option("--traces", type=FOLDER, required=True, help="What `bench stream` recorded.")
-@click.option("--shuffles", type=click.IntRange(min=0), default=10, show_default=True, help="Random orders of it.")
-@click.option("--out", type=FOLDER, default=Path("bench-results"), show_default=True)
-@configured
-def shifts(config: AuroraConfig, **options: Any) -> None:
-    """How soon the domain detector notices a stream's phases, and how often it is wrong; writes JSON."""
-    from aurora_lit.bench.shifts import run
-
-    run(config, **options)
-
-
-def _numbers(text: str, option: str, *, least: int) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < least:
-        raise click.BadParameter(f"{text!r} is no list of numbers; write numbers such as 1,4,8", param_hint=option)
-    return numbers
+    run(config, out=out, version=version)

@@ -1,6 +1,6 @@
-"""What all commands share: settings as `--config FILE` and trailing `key=value`, our errors as one line.
+"""What all commands share: `--config FILE` and trailing `key=value` settings, and errors on one line.
 
-Leaves out the commands (cli.py, cli_live.py). Imports nothing heavy: `--help` answers at once.
+Imports nothing heavy, so that `--help` is answered at once.
 """
 
 import functools
@@ -16,10 +16,11 @@ from aurora_lit.ipc.run_folder import CONFIG_NAME
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
+RUN_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 class AuroraGroup(click.Group):
-    """Prints our own errors as one line and ends with exit code 2."""
+    """A group that prints an AuroraError on one line and exits with code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -30,28 +31,28 @@ class AuroraGroup(click.Group):
             ctx.exit(2)
 
 
-class ManyFilesCommand(click.Command):
-    """Lets an option for files take several, as a shell's `*` gives them: `--prompts a.jsonl b.jsonl`."""
+class MultiFileCommand(click.Command):
+    """A command whose file options take several values, as a shell's `*` gives them: `--prompts a.jsonl b.jsonl`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeat the option's name before each of its files; an option or a key=value ends the list."""
-        many = {name for parameter in self.params if parameter.multiple for name in parameter.opts}
-        spread: list[str] = []
+        """Repeat the option's name before each of its files; another option or a key=value ends the list."""
+        multiple = {name for parameter in self.params if parameter.multiple for name in parameter.opts}
+        expanded: list[str] = []
         current = None
         for word in args:
             if word.startswith("-"):
-                current = word if word in many else None
-                spread += [] if current else [word]
+                current = word if word in multiple else None
+                expanded += [] if current else [word]
             elif current and "=" not in word:
-                spread += [current, word]
+                expanded += [current, word]
             else:
                 current = None
-                spread.append(word)
-        return super().parse_args(ctx, spread)
+                expanded.append(word)
+        return super().parse_args(ctx, expanded)
 
 
 def configured(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command `--config FILE`, `--print-config` and trailing overrides; it receives `config`."""
+    """Decorator that adds `--config FILE`, `--print-config` and trailing `key=value`; the command receives `config`."""
 
     @click.option(
         "--config",
@@ -61,7 +62,9 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
         is_eager=True,
         help="YAML file of the deployment. Default: configs/smollm2.yaml.",
     )
-    @click.option("--print-config", is_flag=True, is_eager=True, help="Print the settings that would be used, and end.")
+    @click.option(
+        "--print-config", is_flag=True, is_eager=True, help="Print the settings that would be used, and exit."
+    )
     @click.argument("config", nargs=-1, metavar="[key=value]...", is_eager=True, callback=_read_config)
     @functools.wraps(command)
     def wrapper(config_file: Path | None, print_config: bool, **options: Any) -> None:
@@ -71,9 +74,9 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _read_config(ctx: click.Context, _: click.Parameter, overrides: tuple[str, ...]) -> AuroraConfig:
-    """Runs after the eager options and before all others, so --print-config needs none of a command's own.
+    """Load the settings, after the eager options but before all others: --print-config needs no required option.
 
-    With a run folder and no file, the settings are those of the server that the folder belongs to.
+    With a run folder and no file, the settings are those of the running server.
     """
     path = ctx.params.get("config_file")
     if path is None and ctx.params.get("run_folder") is not None:

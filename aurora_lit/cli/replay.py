@@ -1,6 +1,8 @@
-"""`aurora-lit replay`: the learner over recorded traces, and what it is worth along the stream.
+"""`aurora-lit replay`: learns from recorded traces, and reports the accepted length of static and learning draft.
 
-`fabric run … aurora_lit/replay.py` starts the same command in several processes or on several devices. What is left out: learning and scoring (learn/offline/replay.py). Imports nothing heavy: the command line loads this file.
+`fabric run … aurora_lit/replay.py` runs the same command in several processes or on several devices.
+
+Leaves out learning and scoring (learn/offline/replay.py).
 """
 
 from __future__ import annotations
@@ -10,42 +12,31 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import click
+from lightning.fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aurora_lit.cli.options import FOLDER, configured
 from aurora_lit.config import AuroraConfig
+from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import ConfigError
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-
-    from aurora_lit.learn.data.target_head import TargetHead
-    from aurora_lit.learn.offline.replay import Replay, ScoredTrace
-    from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.offline.replay import Replay, ScoredTrace, blocks, count_traces, read_traces
+from aurora_lit.learn.online.build import load_head_and_draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 DRAFT_NAME, VERSIONS_NAME, REPORT_NAME = "draft", "versions", "replay.json"
-_ARMS = ("static", "learning")
+_DRAFTS = ("static", "learning")
+"""The starting draft, and the one that learns."""
 
 
-@click.command()
-@click.option("--traces", type=FOLDER, help="Folder that a server recorded into. Default: trace.record.")
-@click.option("--out", type=FOLDER, default=Path("replay-results"), show_default=True, help="Report and draft.")
-@click.option("--steps-per-trace", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Of learning.")
-@click.option("--trial-every", type=click.IntRange(min=1), default=32, show_default=True, help="Traces between trials.")
-@click.option("--window", type=click.IntRange(min=1), default=64, show_default=True, help="Traces of a reading.")
-@configured
-def replay(config: AuroraConfig, traces: Path | None, **options: Any) -> None:
-    """Learn from recorded traces offline; writes a draft to serve, and its accepted length as JSON."""
+def replay(config: AuroraConfig, *, traces: Path | None, **options: Any) -> None:
+    """Replay the traces in `traces` (None: trace.record) as `run` does, after loading target head and draft."""
     folder = traces or (Path(config.trace.record) if config.trace.record else None)
     if folder is None:
         raise ConfigError("trace.record=null: there are no traces to replay; use --traces DIR")
-    from aurora_lit.learn.online.build import load_head_and_draft
-
     fabric = _fabric()
     target_head, starting = load_head_and_draft(config)
     run(config, traces=folder, target_head=target_head, starting=starting, fabric=fabric, **options)
@@ -57,16 +48,17 @@ def run(
     traces: Path,
     out: Path,
     target_head: TargetHead,
-    starting: Draft,
+    starting: Eagle3Draft,
     fabric: Fabric,
     steps_per_trace: float,
     trial_every: int,
     window: int,
 ) -> dict[str, Any]:
-    """Replay the traces in `traces`; returns what it writes to `out`, beside the draft that serves at the end."""
-    from aurora_lit.drafts.checkpoint import save_draft
-    from aurora_lit.learn.offline.replay import Replay, blocks, count_traces, read_traces
+    """Replay the traces in `traces`; write a report and the final draft to `out`, and return the report.
 
+    steps_per_trace: optimiser steps for each trace. trial_every: traces between two trials of the gate. window: traces
+    in each window of the report.
+    """
     total = count_traces(traces)
     first = fabric.is_global_zero
     with tempfile.TemporaryDirectory() as scratch, _progress(shown=first) as bar:
@@ -92,14 +84,14 @@ def run(
             console.print(table(result, title))
         console.print(
             f"{result['published']} of {len(result['trials'])} drafts passed the gate"
-            + ("" if result["published"] else ": what serves at the end is the draft it began with")
+            + ("" if result["published"] else ": the final draft is the starting draft")
             + f"; serve it with draft.checkpoint={out / DRAFT_NAME}"
         )
     return result
 
 
 def report(replayed: Replay, *, window: int) -> dict[str, Any]:
-    """What both drafts were worth, by domain and over the stream, and how the learner came along."""
+    """Accepted length of both drafts, overall, by domain and by window, and what the learner did."""
     scored = replayed.scored
     domains = sorted({each.domain for each in scored})
     learner = replayed.learner
@@ -121,13 +113,13 @@ def report(replayed: Replay, *, window: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any], part: str) -> Table:
-    """Accepted length of both drafts: `part` is "domains" or "windows"."""
-    shown = Table(title=f"accepted length by {part.removesuffix('s')}: learned from after it was scored")
-    for name in (part.removesuffix("s"), "traces", "rounds (static)", *_ARMS, "gain"):
+    """Accepted length of both drafts; `part` is "domains" or "windows"."""
+    shown = Table(title=f"accepted length by {part.removesuffix('s')} (each trace is scored, then learned from)")
+    for name in (part.removesuffix("s"), "traces", "rounds (static)", *_DRAFTS, "gain"):
         shown.add_column(name, justify="left" if name == "domain" else "right")
     rows = [(str(row.get("domain", row.get("first"))), row) for row in result[part]]
     for name, row in [*rows, ("all", result["all"])]:
-        lengths = [row[arm]["accepted_length"] for arm in _ARMS]
+        lengths = [row[arm]["accepted_length"] for arm in _DRAFTS]
         shown.add_row(
             name,
             str(row["traces"]),
@@ -140,7 +132,7 @@ def table(result: dict[str, Any], part: str) -> Table:
 
 def _row(scored: Sequence[ScoredTrace]) -> dict[str, Any]:
     found: dict[str, Any] = {"traces": len(scored)}
-    for arm in _ARMS:
+    for arm in _DRAFTS:
         rounds = sum(getattr(each, arm).count for each in scored)
         tokens = sum(getattr(each, arm).tokens for each in scored)
         found[arm] = {
@@ -152,11 +144,9 @@ def _row(scored: Sequence[ScoredTrace]) -> dict[str, Any]:
 
 
 def _fabric() -> Fabric:
-    """The one that `fabric run` describes and has launched, or else one of a single process."""
-    from lightning.fabric import Fabric
-
+    """Under `fabric run`, the Fabric that it configured and launched; else one of a single process."""
     if os.environ.get("LT_CLI_USED") == "1":
-        os.environ.setdefault("LT_PRECISION", "bf16-mixed")  # as live; --precision has been there before
+        os.environ.setdefault("LT_PRECISION", "bf16-mixed")  # as in live learning; --precision overrides it
         return Fabric()
     return Fabric(accelerator="auto", devices=1, precision="bf16-mixed")
 

@@ -1,6 +1,6 @@
-"""`aurora-lit status`: what a running server and its learner say of themselves.
+"""`aurora-lit status`: shows what a running server and its learner are doing.
 
-Leaves out gathering the numbers (ipc/, serve/http/status.py).
+Leaves out where the numbers come from (ipc/, serve/http/status.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Json = dict[str, Any]
 
 
 def show(*, url: str | None, api_key: str | None, run_folder: Path | None, as_json: bool) -> None:
-    """Print the state of a server: at `url`, or of this machine, from its run folder (None: the newest)."""
+    """Print the status of the server at `url`, or of one on this machine by its run folder (None: the newest)."""
     report = ask(url, api_key) if url is not None else read(find_run_folder(run_folder))
     if as_json:
         print(json.dumps(report, indent=2))
@@ -37,7 +37,7 @@ def show(*, url: str | None, api_key: str | None, run_folder: Path | None, as_js
 
 
 def find_run_folder(given: Path | None) -> Path:
-    """The folder of a running server; AuroraError when there is none."""
+    """The run folder of a running server: `given`, or the newest on this machine. AuroraError if there is none."""
     if given is not None:
         if not (given / STATUS_NAME).exists():
             raise AuroraError(f"--run-folder {given} belongs to no running server; leave it out to take the newest one")
@@ -49,7 +49,7 @@ def find_run_folder(given: Path | None) -> Path:
 
 
 def read(run_folder: Path) -> Json:
-    """The report from the pages that the server's processes share."""
+    """The report, from the status pages in the run folder."""
     try:
         status = EngineStatusPage.open(run_folder / STATUS_NAME).read()
         learner = LearnerStatusPage.open(run_folder / LEARNER_STATUS_NAME).read()
@@ -63,7 +63,7 @@ def read(run_folder: Path) -> Json:
 
 
 def ask(url: str, api_key: str | None) -> Json:
-    """The report over HTTP."""
+    """The report, over HTTP."""
     address = f"{url.rstrip('/').removesuffix('/v1')}/v1/aurora/status"
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:

@@ -1,9 +1,13 @@
-"""Draft checkpoints on disk: the EAGLE-3 layout, published versions, export, a first draft.
+"""Draft checkpoints on disk: one checkpoint, the published versions of a deployment, export to other servers.
 
-May import: modules/draft/, models/, kernels/. Start with checkpoint.py. The files, each importing only those above it:
+The learner publishes versions, the server loads the current one, the command line lists them and moves between them.
 
-    checkpoint.py  draft checkpoints in EAGLE-3's layout: written whole, checked when read
-    versions.py    the versions of a deployment: published, current, taken back, pruned; whole after any crash
-    initial.py     a draft's beginning: vocabulary from counts, weights from the target's last layer
-    export.py      a draft as vLLM and SGLang load it
+May import: modules/draft/, models/, kernels/, and the files of the package's top up to distributed.py.
+
+Start with checkpoint.py. The files, each importing only files above it:
+
+    checkpoint.py   one checkpoint in EAGLE-3's layout: written atomically, validated when read
+    versions.py     published versions (DraftStore): publish, current, roll back, promote, prune
+    initial.py      an untrained draft: vocabulary from token counts, weights from the target's last layer
+    export.py       a draft in the form that vLLM and SGLang load
 """

@@ -1,8 +1,10 @@
-"""Draft checkpoints on disk: the EAGLE-3 layout that vLLM and SGLang load, written whole or not at all.
+"""One draft checkpoint on disk, in the EAGLE-3 layout that vLLM and SGLang load; written atomically.
 
-A folder holds `config.json` and `model.safetensors` in that layout, `value_head.safetensors` (ours alone), and
-`manifest.json` with the SHA-256 of each. `load_draft` refuses whatever does not fit the target, with the reason.
-What is left out: training state (learn/pretrain/trainer.py).
+A folder holds `config.json` and `model.safetensors` in that layout, `value_head.safetensors` (used only here), and
+`manifest.json` with the SHA-256 of each. `load_draft` refuses a draft that is damaged or made for another target, and
+gives the reason.
+
+Leaves out training state (learn/) and versions (drafts/versions.py).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from aurora_lit.durable import exchange, sync
 from aurora_lit.errors import CheckpointError
-from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 
 CONFIG_NAME, WEIGHTS_NAME, VALUE_NAME, MANIFEST_NAME = (
     "config.json",
@@ -32,7 +34,7 @@ _VALUE_PREFIX = "value_head."
 
 
 class TargetShape(Protocol):
-    """What of a target a draft must fit."""
+    """The sizes of a target that a draft must match."""
 
     @property
     def vocab_size(self) -> int: ...  # noqa: D102
@@ -42,8 +44,8 @@ class TargetShape(Protocol):
     def aux_layer_ids(self) -> tuple[int, int, int]: ...  # noqa: D102
 
 
-def save_draft(draft: Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a draft beside its destination, then move it into place; an older one there is replaced."""
+def save_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a draft under a temporary name, then move it to `folder`, replacing an older draft there."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -54,8 +56,8 @@ def save_draft(draft: Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat1
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_draft(draft: Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a draft's files into an existing folder, each safe on disk; the manifest comes last."""
+def write_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a draft's files into an existing folder and flush them to disk; the manifest comes last."""
     state = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in draft.state_dict().items()
@@ -73,8 +75,8 @@ def write_draft(draft: Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat
     sync(folder)
 
 
-def load_draft(folder: Path, target: TargetShape) -> Draft:
-    """Read a draft, fp32, and check it against the target. Raises CheckpointError with the reason."""
+def load_draft(folder: Path, target: TargetShape) -> Eagle3Draft:
+    """Load a draft as fp32 and validate it for the target. Raises CheckpointError with the reason."""
     config = read_config(folder)
     expected = {
         "vocab_size": (config.vocab_size, target.vocab_size),
@@ -91,12 +93,12 @@ def load_draft(folder: Path, target: TargetShape) -> Draft:
     state = _read_tensors(folder, WEIGHTS_NAME)
     if (folder / VALUE_NAME).exists():
         state |= _read_tensors(folder, VALUE_NAME)
-    draft = Draft(config)
+    draft = Eagle3Draft(config)
     own = draft.state_dict()
     value_names = {name for name in own if name.startswith(_VALUE_PREFIX)}
-    missing, surplus = set(own) - set(state) - value_names, set(state) - set(own)
-    if missing or surplus:
-        raise _refusal(folder, f"tensors missing: {sorted(missing) or '-'}, unknown: {sorted(surplus) or '-'}")
+    missing, unknown = set(own) - set(state) - value_names, set(state) - set(own)
+    if missing or unknown:
+        raise _refusal(folder, f"tensors missing: {sorted(missing) or '-'}, unknown: {sorted(unknown) or '-'}")
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise _refusal(folder, f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
@@ -107,8 +109,8 @@ def load_draft(folder: Path, target: TargetShape) -> Draft:
     return draft
 
 
-def read_config(folder: Path) -> DraftConfig:
-    """The shape of a stored draft. Raises CheckpointError."""
+def read_config(folder: Path) -> Eagle3Config:
+    """The configuration of a stored draft. Raises CheckpointError."""
     raw = _read_json(folder, CONFIG_NAME)
     if "LlamaForCausalLMEagle3" not in raw.get("architectures", []):
         raise _refusal(folder, f"architectures is {raw.get('architectures')}, expected ['LlamaForCausalLMEagle3']")
@@ -117,7 +119,7 @@ def read_config(folder: Path) -> DraftConfig:
     )
     try:
         low, middle, high = layers
-        return DraftConfig(
+        return Eagle3Config(
             hidden_size=int(raw["hidden_size"]),
             target_hidden_size=int(raw.get("target_hidden_size", raw["hidden_size"])),
             intermediate_size=int(raw["intermediate_size"]),
@@ -132,10 +134,10 @@ def read_config(folder: Path) -> DraftConfig:
             max_position_embeddings=int(raw["max_position_embeddings"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise _refusal(folder, f"{CONFIG_NAME} lacks or garbles a field: {error!r}") from error
+        raise _refusal(folder, f"a field of {CONFIG_NAME} is missing or invalid: {error!r}") from error
 
 
-def _config_json(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _config_json(config: Eagle3Config, dtype: torch.dtype) -> dict[str, Any]:
     layers = list(config.aux_layer_ids)
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -162,7 +164,7 @@ def _config_json(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _check_vocabulary(folder: Path, draft: Draft) -> None:
+def _check_vocabulary(folder: Path, draft: Eagle3Draft) -> None:
     ids = draft.draft_token_ids
     in_range = bool((ids >= 0).all()) and bool((ids < draft.config.vocab_size).all())
     if not in_range or len(set(ids.tolist())) != len(ids):
@@ -201,7 +203,7 @@ def _sha256(path: Path) -> str:
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:
-    """Move a finished folder into place; where names cannot be exchanged, there is none for an instant."""
+    """Move a finished folder into place. If names cannot be exchanged, `folder` does not exist for an instant."""
     if not folder.exists():
         os.replace(temporary, folder)
     elif not exchange(temporary, folder):

@@ -1,11 +1,12 @@
-"""`aurora-lit export`: a draft as vLLM and SGLang load it, in a folder of its own, without what is ours alone.
+"""`aurora-lit export`: writes a draft to a folder of its own, in the form that vLLM and SGLang load.
 
-    FOLDER/config.json           EAGLE-3's, with the layers' numbers as each of the two reads them
+    FOLDER/config.json           EAGLE-3's, with the auxiliary layer ids as each of the two servers reads them
     FOLDER/model.safetensors     as it was published
 
-vLLM reads `eagle_aux_hidden_state_layer_ids` and takes hidden_states[k], what enters layer k, as we do. SGLang reads
-the list inside `eagle_config` and takes what leaves layer k, so the numbers there are lower by one. Leaves out value
-head, training state and scores.
+vLLM reads `eagle_aux_hidden_state_layer_ids` and takes hidden_states[k], the input of layer k, as we do. SGLang reads
+the list inside `eagle_config` and takes the output of layer k, so the ids there are smaller by one.
+
+Leaves out the value head, training state and scores, which these servers do not use.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from aurora_lit.errors import CheckpointError
 
 
 def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
-    """Write a version (None: the current one, else the starting draft) to `out`. Raises CheckpointError."""
+    """Write a version to the new folder `out`. None: the current one, or the starting draft if there is none.
+
+    Raises CheckpointError if there is no such version, it is damaged, or `out` is not empty.
+    """
     source = _source(config, version)
     shape = read_config(source)
-    load_draft(source, shape)  # whole, finite, of the shape it claims
+    load_draft(source, shape)  # validates it
     if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"--out {out} is there already; name a new folder")
+        raise CheckpointError(f"--out {out} exists already; name a new folder")
     fields = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
     fields["eagle_config"] = {
         "use_aux_hidden_state": True,
@@ -47,7 +51,7 @@ def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
         sync(out.absolute().parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{source} as EAGLE-3 draft in {out}")
+    print(f"exported {source} as an EAGLE-3 draft to {out}")
 
 
 def _source(config: AuroraConfig, version: int | None) -> Path:
@@ -63,6 +67,6 @@ def _source(config: AuroraConfig, version: int | None) -> Path:
     starting = draft_folder(config)
     if starting is None:
         raise CheckpointError(
-            f"{store.folder} holds no current version and draft.checkpoint is null; name one with --version"
+            f"{store.folder} has no current version and draft.checkpoint is null; name one with --version"
         )
     return starting

@@ -1,6 +1,8 @@
-"""Where a draft starts: its vocabulary from token counts, its weights from the target's last layer.
+"""Initialises an untrained draft: its vocabulary from token counts, its weights from the target's last layer.
 
-What is left out: training (learn/pretrain/trainer.py).
+Leaves out training (learn/pretrain/trainer.py).
+
+Shapes: V target vocabulary, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from torch import nn
 
 from aurora_lit.kernels.packed_linear import PackedLinear
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 
 DRAFT_VOCABULARY_SIZE = 16_384
-"""Tokens of a new draft's vocabulary, unless told otherwise."""
+"""Default size of a new draft's vocabulary."""
 
 
 def count_tokens(sequences: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
-    """How often each token id occurs [V]."""
+    """Number of occurrences of each token id, [V]."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for ids in sequences:
         counts += torch.bincount(ids.long(), minlength=vocab_size)
@@ -28,7 +30,7 @@ def count_tokens(sequences: Iterable[torch.Tensor], vocab_size: int) -> torch.Te
 
 
 def choose_vocabulary(counts_V: torch.Tensor, size: int, *, always: Iterable[int] = ()) -> torch.Tensor:
-    """The `size` most frequent ids, `always` among them, sorted [Vd]; ties go to the lower id."""
+    """The `size` most frequent ids, always including `always`, sorted, [Vd]. Of equally frequent ids the lower wins."""
     counts_V = counts_V.clone()
     counts_V[list(always)] = counts_V.max() + 1
     return counts_V.argsort(descending=True, stable=True)[:size].sort().values
@@ -41,16 +43,16 @@ def initial_draft(
     num_key_value_heads: int | None = None,
     intermediate_size: int | None = None,
     max_positions: int = 2048,
-) -> Draft:
-    """A draft that starts from the target's last layer, final norm and head where the shapes allow it.
+) -> Eagle3Draft:
+    """A draft initialised from the target's last layer, final norm and head, as far as the shapes match.
 
-    The hidden half of attention takes the last layer's projections, its embedding half small noise; `fc` passes the
-    highest auxiliary state through.
+    The columns of q, k and v that read the hidden state are the last layer's projections, those that read the embedding
+    are small noise. `fc` passes the highest auxiliary state through.
     """
     config = target.model.config.get_text_config()
     size, heads = target.hidden_size, config.num_attention_heads
-    draft = Draft(
-        DraftConfig(
+    draft = Eagle3Draft(
+        Eagle3Config(
             hidden_size=size,
             target_hidden_size=size,
             intermediate_size=intermediate_size or getattr(config, "intermediate_size", None) or 4 * size,
@@ -74,8 +76,8 @@ def initial_draft(
     return draft
 
 
-def _copy_last_layer(target: Target, draft: Draft) -> None:
-    """Copy what fits from the last decoder layer, by the names Llama-like models use."""
+def _copy_last_layer(target: Target, draft: Eagle3Draft) -> None:
+    """Copy weights of matching shape from the last decoder layer, by the names of Llama-like models."""
     base: Any = target.model.base_model
     last = getattr(base, "layers", [None])[-1]
     attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
@@ -99,7 +101,7 @@ def _copy_last_layer(target: Target, draft: Draft) -> None:
         source = _weight(own)
         if source is not None and source.shape == linear.weight.shape:
             linear.weight.copy_(source)
-    after_attention = getattr(last, "post_attention_layernorm", None)  # in Gemma 2 and 3 not the one before the MLP
+    after_attention = getattr(last, "post_attention_layernorm", None)  # in Gemma 2 and 3 not before the MLP
     for module, norm in (
         (layer.hidden_norm, getattr(last, "input_layernorm", None)),
         (layer.post_attention_layernorm, getattr(last, "pre_feedforward_layernorm", after_attention)),
@@ -110,17 +112,17 @@ def _copy_last_layer(target: Target, draft: Draft) -> None:
 
 
 def _weight(linear: Any) -> torch.Tensor | None:
-    """A linear layer's weight [outputs, inputs], fp32, packed or not; None for anything else."""
+    """The weight [out_features, in_features] of a linear layer, packed or not, as fp32; None for other modules."""
     if isinstance(linear, PackedLinear):
         return linear.rows(torch.arange(linear.out_features))
     return linear.weight.detach().float() if isinstance(linear, nn.Linear) else None
 
 
 def _gains(norm: Any) -> torch.Tensor:
-    """What a norm multiplies by: its weight, or that and one more, as Gemma keeps it."""
+    """The factors of a norm: its weight, or its weight + 1 as in Gemma, found by applying the norm."""
     weight: torch.Tensor = norm.weight.detach().float()
     signs = torch.ones_like(weight)
-    signs[1::2] = -1.0  # of mean 0 and mean square 1, so that any norm leaves them as they are
-    found = (norm(signs.to(norm.weight.dtype)) - norm(-signs.to(norm.weight.dtype))).float() / 2 * signs
-    one_more: torch.Tensor = (found - weight).mean().round()
-    return weight + one_more
+    signs[1::2] = -1.0  # mean 0 and mean square 1: normalising leaves them unchanged
+    factors = (norm(signs.to(norm.weight.dtype)) - norm(-signs.to(norm.weight.dtype))).float() / 2 * signs
+    offset: torch.Tensor = (factors - weight).mean().round()
+    return weight + offset

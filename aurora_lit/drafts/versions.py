@@ -1,14 +1,16 @@
-"""The versions of a deployment's draft: published whole, numbered, pointed at, taken back, pruned.
+"""The published versions of a deployment's draft: numbered folders, and a file that names the current one.
 
-    FOLDER/draft-000001/   draft-000002/ …   checkpoints (checkpoints.py), each with record.json: scores, time
-    FOLDER/draft-000002/RETIRED              this version was taken back, and why
-    FOLDER/CURRENT                           name of the version that is to be served; no such file: the starting draft
-    FOLDER/history.jsonl                     what happened, a line an event; nothing is decided by it
-    FOLDER/.lock                             held while any of this changes
+    FOLDER/draft-000001/   draft-000002/ …   checkpoints (drafts/checkpoint.py), each with record.json: scores, time
+    FOLDER/draft-000002/RETIRED              marks a version that was rolled back; contains the reason
+    FOLDER/CURRENT                           name of the version to serve; without it, the starting draft is served
+    FOLDER/history.jsonl                     one line for each event; for people, no code decides by it
+    FOLDER/.lock                             held during every change
 
-Learner, server and command line use one folder at the same time. Whatever is killed at whatever moment, CURRENT names
-a whole version: a version is written to a folder of another name, made safe on disk, and renamed; CURRENT likewise.
-Leaves out loading and judging a draft (checkpoints.py), who wants which version, and why.
+Learner, server and command line use the folder at the same time. At whatever moment a process is killed, CURRENT names
+a complete version: a version is written under another name, flushed to disk and then renamed, and so is CURRENT.
+
+Leaves out loading and validating a draft (drafts/checkpoint.py), and the decisions what to publish
+(learn/online/gate.py) and what to roll back (serve/worker/rollback.py).
 
     store = DraftStore(folder, keep=5)
     store.publish(draft, record={"score": 2.1})             # "draft-000001", now current
@@ -33,7 +35,7 @@ from aurora_lit.durable import sync
 from aurora_lit.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from aurora_lit.modules.draft.eagle3 import Draft
+    from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 CURRENT_NAME, HISTORY_NAME, RECORD_NAME, RETIRED_NAME = "CURRENT", "history.jsonl", "record.json", "RETIRED"
 _LOCK_NAME = ".lock"
@@ -48,13 +50,13 @@ class DraftVersion:
     name: str
     number: int
     record: dict[str, Any]
-    """What was known when it was published: scores, steps, `time` (seconds since 1970)."""
+    """Scores, steps and `time` (seconds since 1970), as of publishing."""
     retired: str | None
-    """Why it was taken back; None: it was not."""
+    """Why it was rolled back; None if it was not."""
 
 
 def version_number(name: str) -> int:
-    """42 for "draft-000042"; 0 for any other name: what a deployment started with."""
+    """42 for "draft-000042"; 0 for any other name, which is the starting draft's."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else 0
 
@@ -65,15 +67,15 @@ def version_name(number: int) -> str:
 
 
 class DraftStore:
-    """The versions in one folder; safe for several processes and threads. The folder is made by the first change."""
+    """The versions in one folder; safe for several processes and threads. The first change creates the folder."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
-        """keep: versions left by pruning, besides the current one and the one to roll back to."""
+        """keep: number of newest versions that pruning spares, as it does the current one and the one before it."""
         self.folder, self._keep = folder, keep
 
-    def publish(self, draft: Draft, *, record: dict[str, Any]) -> str:
-        """Write a draft as the next version and make it current; its name. `record` must be JSON."""
-        from aurora_lit.drafts.checkpoint import write_draft  # with torch, which who only reads versions does without
+    def publish(self, draft: Eagle3Draft, *, record: dict[str, Any]) -> str:
+        """Write a draft as the next version, make it current, and return its name. `record` must be JSON."""
+        from aurora_lit.drafts.checkpoint import write_draft  # imports torch, which readers of versions do not need
 
         with self._locked():
             name = version_name(1 + self._highest_number())
@@ -84,12 +86,12 @@ class DraftStore:
             os.replace(temporary, self.folder / name)
             sync(self.folder)
             self._point_to(name)
-            self.note("published", version=name, **record)
+            self.log_event("published", version=name, **record)
             self._prune()
         return name
 
     def current(self) -> str | None:
-        """The version that is to be served; None: the starting draft. Raises CheckpointError on a garbled CURRENT."""
+        """The version to serve; None: the starting draft. Raises CheckpointError if CURRENT is invalid."""
         try:
             name = (self.folder / CURRENT_NAME).read_text(encoding="utf-8").removesuffix("\n")
         except FileNotFoundError:
@@ -97,7 +99,7 @@ class DraftStore:
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{self.folder / CURRENT_NAME} cannot be read: {error}") from error
         if not _NAME.fullmatch(name):
-            raise CheckpointError(f"{self.folder / CURRENT_NAME} holds {name[:80]!r}, which is no version")
+            raise CheckpointError(f"{self.folder / CURRENT_NAME} holds {name[:80]!r}, which is not a version")
         return name
 
     def versions(self) -> list[DraftVersion]:
@@ -107,7 +109,7 @@ class DraftStore:
             folder = self.folder / name
             try:
                 record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # pruned in between, or copied here by hand
+            except (OSError, ValueError):  # pruned in the meantime, or copied here by hand
                 record = {}
             try:
                 retired = (folder / RETIRED_NAME).read_text(encoding="utf-8").strip()
@@ -116,62 +118,62 @@ class DraftStore:
             found.append(DraftVersion(name=name, number=version_number(name), record=record, retired=retired))
         return found
 
-    def before(self, name: str) -> str | None:
+    def version_before(self, name: str) -> str | None:
         """The newest version older than `name` that is not retired."""
         number = version_number(name)
         older = [version.name for version in self.versions() if version.number < number and version.retired is None]
         return older[-1] if older else None
 
     def roll_back(self, *, bad: str, reason: str) -> str | None:
-        """Retire a version and, where it is current, go back to the newest older one that is not retired.
+        """Retire a version; if it is current, make the newest older one that is not retired current.
 
-        Returns what is current then; None: the starting draft. A newer version published meanwhile stays current.
+        Returns the current version; None: the starting draft. A newer version published in the meantime stays current.
         """
         with self._locked():
             current = self.current()
             if current == bad:
-                current = self.before(bad)
+                current = self.version_before(bad)
                 self._point_to(current)
             self._retire(bad, reason)
-            self.note("rolled_back", version=bad, to=current, reason=reason)
+            self.log_event("rolled_back", version=bad, to=current, reason=reason)
         return current
 
-    def return_to(self, name: str | None, *, reason: str) -> None:
+    def roll_back_to(self, name: str | None, *, reason: str) -> None:
         """Make an older version (None: the starting draft) current and retire all newer ones."""
         with self._locked():
             number = 0 if name is None else self._existing(name).number
             for version in self.versions():
                 if version.number > number and version.retired is None:
                     self._retire(version.name, reason)
-                    self.note("retired", version=version.name, reason=reason)
+                    self.log_event("retired", version=version.name, reason=reason)
             self._reinstate(name)
             self._point_to(name)
-            self.note("promoted", version=name or "", reason=reason)
+            self.log_event("promoted", version=name or "", reason=reason)
 
     def promote(self, name: str) -> None:
-        """Make a version current whatever its scores; it is no longer retired. CheckpointError when it is gone."""
+        """Make a version current, whatever its scores, and no longer retired. CheckpointError if it does not exist."""
         with self._locked():
             self._existing(name)
             self._reinstate(name)
             self._point_to(name)
-            self.note("promoted", version=name)
+            self.log_event("promoted", version=name)
 
     def prune(self) -> None:
-        """Delete the oldest versions beyond `keep`; never the current one, nor the one to roll back to."""
+        """Delete the oldest versions beyond `keep`, but never the current one or the one to roll back to."""
         with self._locked():
             self._prune()
 
-    def note(self, event: str, *, version: str, **details: Any) -> None:
-        """Add a line to the history; a full disk loses the line, not the change."""
+    def log_event(self, event: str, *, version: str, **details: Any) -> None:
+        """Append an event to the history; if the disk is full, the line is lost, but no error raised."""
         line = json.dumps({"time": time.time(), "event": event, "version": version, **details})
         with contextlib.suppress(OSError), (self.folder / HISTORY_NAME).open("ab+") as history:
             end = history.seek(0, os.SEEK_END)
             history.seek(max(0, end - 1))
-            cut_short = history.read() not in (b"", b"\n")  # by a crash: must not spoil this line too
+            cut_short = history.read() not in (b"", b"\n")  # by a crash: end that line first
             history.write(b"\n" * cut_short + line.encode() + b"\n")
 
     def history(self) -> list[dict[str, Any]]:
-        """The events so far, oldest first; a line cut short by a crash is left out."""
+        """The events so far, oldest first, without lines that a crash cut short."""
         events = []
         with contextlib.suppress(OSError):
             for line in (self.folder / HISTORY_NAME).read_text(encoding="utf-8", errors="replace").splitlines():
@@ -187,14 +189,14 @@ class DraftStore:
         descriptor = os.open(self.folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            for left in self.folder.glob(f"{_TEMPORARY}*"):  # by someone who was killed: whoever writes has the lock
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            for leftover in self.folder.glob(f"{_TEMPORARY}*"):  # of a killed process: any other would hold the lock
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield
         finally:
             os.close(descriptor)
 
     def _names(self) -> list[str]:
-        """Folders of versions, by number."""
+        """Names of all versions, by number."""
         try:
             names = [entry.name for entry in os.scandir(self.folder) if _NAME.fullmatch(entry.name)]
         except FileNotFoundError:
@@ -202,18 +204,18 @@ class DraftStore:
         return sorted(names, key=version_number)
 
     def _highest_number(self) -> int:
-        """Of all versions, one that CURRENT names and somebody deleted included: a number is never used again."""
-        named = ""
-        with contextlib.suppress(CheckpointError):  # garbled: about to be written anew
-            named = self.current() or ""
-        return max(map(version_number, [named, *self._names()]))
+        """The highest number used, counting a deleted version that CURRENT still names: numbers are never reused."""
+        current = ""
+        with contextlib.suppress(CheckpointError):  # invalid: it is about to be overwritten
+            current = self.current() or ""
+        return max(map(version_number, [current, *self._names()]))
 
     def _existing(self, name: str) -> DraftVersion:
         for version in self.versions():
             if version.name == name:
                 return version
-        there = ", ".join(self._names()) or "none"
-        raise CheckpointError(f"there is no version {name} in {self.folder}; there are: {there}")
+        existing = ", ".join(self._names()) or "none"
+        raise CheckpointError(f"there is no version {name} in {self.folder}; existing versions: {existing}")
 
     def _point_to(self, name: str | None) -> None:
         if name is None:
@@ -231,7 +233,7 @@ class DraftStore:
             (self.folder / name / RETIRED_NAME).unlink(missing_ok=True)
 
     def _write(self, path: Path, content: str) -> None:
-        """A small file, old or new as a whole, safe on disk."""
+        """Write a small file atomically and flush it to disk."""
         temporary = self.folder / f"{_TEMPORARY}{path.name}"
         temporary.write_text(content, encoding="utf-8")
         sync(temporary)
@@ -240,11 +242,11 @@ class DraftStore:
 
     def _prune(self) -> None:
         current = self.current()
-        spared = {current, self.before(current) if current is not None else None}
+        spared = {current, self.version_before(current) if current is not None else None}
         for name in self._names()[: -self._keep]:
             if name not in spared:
-                # Renamed first: a version that is half deleted must not look like one.
-                gone = self.folder / f"{_TEMPORARY}gone.{name}"
-                os.replace(self.folder / name, gone)
-                shutil.rmtree(gone)
-                self.note("pruned", version=name)
+                # Renamed first, so that a half-deleted version does not look like a complete one.
+                deleted = self.folder / f"{_TEMPORARY}gone.{name}"
+                os.replace(self.folder / name, deleted)
+                shutil.rmtree(deleted)
+                self.log_event("pruned", version=name)

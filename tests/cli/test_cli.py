@@ -1,4 +1,4 @@
-"""Claims about the command line: right exit codes, one clear line for an error, no heavy import before its time."""
+"""The command line: exit codes, errors on one line, options passed on, no early import of torch."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def run(*args: str) -> Result:
 
 
 class Recorder:
-    """Stands where a command's function would, and keeps what it was called with."""
+    """Replaces the function that a command calls, and records its arguments."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str, function: str, **others: Any) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -79,7 +79,7 @@ def test_every_command_has_help(command: list[str]) -> None:
     assert "key=value" in result.output
 
 
-def test_an_error_of_ours_inside_a_command_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_aurora_error_is_printed_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(_: AuroraConfig) -> None:
         raise SourceError("no model\nhere; connect")
 
@@ -90,7 +90,7 @@ def test_an_error_of_ours_inside_a_command_is_one_line(monkeypatch: pytest.Monke
     assert result.stderr == "Error: no model here; connect\n"
 
 
-def test_an_error_not_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_other_exception_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(_: AuroraConfig) -> None:
         raise ZeroDivisionError
 
@@ -156,7 +156,7 @@ def test_learn_attaches_with_the_settings_of_the_server_that_it_finds(
 
 
 def test_learn_and_status_without_a_server_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("aurora_lit.ipc.run_folder._usual_parent", lambda: tmp_path)
+    monkeypatch.setattr("aurora_lit.ipc.run_folder._default_parent", lambda: tmp_path)
     for command in ("learn", "status"):
         result = run(command)
         assert result.exit_code == 2
@@ -167,15 +167,15 @@ def test_learn_and_status_without_a_server_say_so(monkeypatch: pytest.MonkeyPatc
 
 def test_drafts_are_listed_returned_to_and_promoted(tmp_path: Path) -> None:
     from aurora_lit.drafts.versions import DraftStore
-    from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+    from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 
     where = f"checkpoint.dir={tmp_path}"
-    assert "holds no version yet" in run("drafts", "list", where).stdout
+    assert "has no version yet" in run("drafts", "list", where).stdout
     assert run("drafts", "rollback", "1", where).exit_code == 2
-    assert not list(tmp_path.iterdir()), "a mistyped folder is not made"
+    assert not list(tmp_path.iterdir()), "a mistyped folder is not created"
     store = DraftStore(tmp_path / "live", keep=5)
-    draft = Draft(
-        DraftConfig(
+    draft = Eagle3Draft(
+        Eagle3Config(
             hidden_size=8,
             target_hidden_size=8,
             intermediate_size=8,
@@ -243,11 +243,11 @@ def test_wrong_use_ends_with_code_2(args: list[str]) -> None:
     assert run(*args).exit_code == 2
 
 
-@pytest.mark.parametrize("fit", [True, False])
-def test_doctor_ends_with_code_1_when_serving_would_not_start(fit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("can_serve", [True, False])
+def test_doctor_exits_with_code_1_if_serving_would_not_start(can_serve: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     Recorder(monkeypatch, "aurora_lit.cli.doctor", "doctor")
-    monkeypatch.setattr(sys.modules["aurora_lit.cli.doctor"], "doctor", lambda config, as_json: fit)
-    assert run("doctor").exit_code == (0 if fit else 1)
+    monkeypatch.setattr(sys.modules["aurora_lit.cli.doctor"], "doctor", lambda config, as_json: can_serve)
+    assert run("doctor").exit_code == (0 if can_serve else 1)
 
 
 @pytest.mark.parametrize(
@@ -260,9 +260,11 @@ def test_doctor_ends_with_code_1_when_serving_would_not_start(fit: bool, monkeyp
         ["learn", "--help"],
         ["status"],
         ["drafts", "list"],
+        ["replay", "--help"],
+        ["bench", "ablation", "--help"],
     ],
 )
-def test_torch_is_not_loaded_for_what_needs_no_model(args: list[str]) -> None:
+def test_torch_is_not_loaded_by_commands_that_need_no_model(args: list[str]) -> None:
     code = (
         "import sys; from aurora_lit.cli.main import main\n"
         f"try: main({args!r})\n"
@@ -277,7 +279,7 @@ def test_torch_is_not_loaded_for_what_needs_no_model(args: list[str]) -> None:
 def test_neither_torch_nor_drift_detection_is_loaded_by_the_processes_that_only_answer_http() -> None:
     code = "import sys, aurora_lit.serve.server; sys.exit(str({'torch', 'river'} & set(sys.modules) or ''))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr.strip() == "", "every process that is forked from it would carry them"
+    assert done.stderr.strip() == "", "every process forked from it would contain them"
 
 
 def test_the_module_runs_as_the_command() -> None:
@@ -285,7 +287,7 @@ def test_the_module_runs_as_the_command() -> None:
     assert done.stdout.strip() == f"aurora-lit, version {aurora_lit.__version__}"
 
 
-def test_every_public_name_can_be_had() -> None:
+def test_every_public_name_can_be_imported() -> None:
     for name in aurora_lit.__all__:
         assert getattr(aurora_lit, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):

@@ -1,4 +1,4 @@
-"""Claims about doctor.py: what blocks serving fails the report and says what to do; what does not, does not."""
+"""doctor: what prevents serving fails, with a remedy; what only makes it slower warns."""
 
 import json
 import socket
@@ -10,9 +10,10 @@ from safetensors.numpy import save_file
 
 np = pytest.importorskip("numpy")
 
-from aurora_lit.cli import checks as module  # noqa: E402
-from aurora_lit.cli.checks import Check, needed_bytes, run_checks  # noqa: E402
+from aurora_lit.cli import checks as checks_module  # noqa: E402
+from aurora_lit.cli.checks import Check, run_checks  # noqa: E402
 from aurora_lit.cli.doctor import doctor  # noqa: E402
+from aurora_lit.cli.footprint import host_total, model_shape, needs  # noqa: E402
 from aurora_lit.config import AuroraConfig, load_config  # noqa: E402
 
 LLAMA = {
@@ -31,7 +32,7 @@ NUM_PARAMETERS = 1000
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder that looks like a model: doctor reads headers only."""
+    """A folder that looks like a model: doctor reads only its configuration."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA))
@@ -48,8 +49,8 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def fit(model: Path, free_port: int) -> list[str]:
-    """Overrides under which nothing fails."""
+def overrides(model: Path, free_port: int) -> list[str]:
+    """Overrides with which no check fails."""
     return [f"target.source={model}", "draft.checkpoint=null", f"server.port={free_port}"]
 
 
@@ -57,8 +58,8 @@ def states(config: AuroraConfig) -> dict[str, Check]:
     return {check.name: check for check in run_checks(config)}
 
 
-def test_a_fit_machine_passes_and_says_so(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor(load_config(None, fit), as_json=True)
+def test_a_machine_that_can_serve_passes(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(load_config(None, overrides), as_json=True)
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is True
     assert [check["name"] for check in report["checks"]] == [
@@ -76,33 +77,33 @@ def test_a_fit_machine_passes_and_says_so(fit: list[str], capsys: pytest.Capture
     assert all(check["remedy"] for check in report["checks"] if check["state"] != "ok")
 
 
-def test_the_table_shows_every_remedy(fit: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not doctor(load_config(None, [*fit, f"draft.checkpoint={tmp_path / 'no-draft'}"]))
+def test_the_table_shows_every_remedy(overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not doctor(load_config(None, [*overrides, f"draft.checkpoint={tmp_path / 'no-draft'}"]))
     said = "".join(capsys.readouterr().out.split())
     assert "FAIL" in said
-    assert "draft.checkpoint=null" in said.replace("│", "")
+    assert "engine.speculate=false" in said.replace("│", "")
 
 
-def test_a_port_in_use_fails(fit: list[str], free_port: int) -> None:
+def test_a_port_in_use_fails(overrides: list[str], free_port: int) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", free_port))
         holder.listen()
-        check = states(load_config(None, fit))["address"]
+        check = states(load_config(None, overrides))["address"]
     assert check.state == "fail"
     assert f"server.port={free_port}" in check.found
     assert "server.port" in check.remedy
 
 
-def test_an_open_door_without_a_key_warns(fit: list[str]) -> None:
-    assert states(load_config(None, [*fit, "server.host=0.0.0.0"]))["address"].state == "warn"
-    assert states(load_config(None, [*fit, "server.host=0.0.0.0", "server.api_key=k"]))["address"].state == "ok"
+def test_an_open_address_without_a_key_warns(overrides: list[str]) -> None:
+    assert states(load_config(None, [*overrides, "server.host=0.0.0.0"]))["address"].state == "warn"
+    assert states(load_config(None, [*overrides, "server.host=0.0.0.0", "server.api_key=k"]))["address"].state == "ok"
 
 
-def test_a_draft_that_is_not_there_fails(fit: list[str], tmp_path: Path) -> None:
+def test_an_incomplete_draft_fails(overrides: list[str], tmp_path: Path) -> None:
     draft = tmp_path / "draft"
     draft.mkdir()
     (draft / "config.json").write_text("{}")
-    overrides = [*fit, f"draft.checkpoint={draft}"]
+    overrides = [*overrides, f"draft.checkpoint={draft}"]
     check = states(load_config(None, overrides))["draft"]
     assert check.state == "fail"
     assert "model.safetensors" in check.found
@@ -118,81 +119,89 @@ def test_a_draft_that_is_not_there_fails(fit: list[str], tmp_path: Path) -> None
     ("source", "state"),
     [("/no/such/folder", "fail"), ("pypi:x==1", "fail"), ("pypi:x==1#y.gguf", "warn")],
 )
-def test_a_target_that_cannot_be_had_fails_and_a_download_only_warns(
-    source: str, state: str, fit: list[str], tmp_path: Path
+def test_an_unknown_target_fails_and_a_missing_download_warns(
+    source: str, state: str, overrides: list[str], tmp_path: Path
 ) -> None:
-    check = states(load_config(None, [*fit, f"target.source={source}", f"target.cache_dir={tmp_path}"]))["target"]
+    check = states(load_config(None, [*overrides, f"target.source={source}", f"target.cache_dir={tmp_path}"]))["target"]
     assert check.state == state
     assert check.remedy
 
 
-def test_a_target_that_cannot_be_shared_so_fails(fit: list[str]) -> None:
-    check = states(load_config(None, [*fit, "engine.strategy=tensor_parallel", "engine.devices=64"]))["target"]
+def test_a_target_that_cannot_be_split_as_configured_fails(overrides: list[str]) -> None:
+    check = states(load_config(None, [*overrides, "engine.strategy=tensor_parallel", "engine.devices=64"]))["target"]
     assert check.state == "fail"
     assert "engine.devices=64: tensor_parallel gives each device whole key-value heads" in check.found
     assert "engine.strategy=fsdp" in check.remedy
-    assert states(load_config(None, [*fit, "engine.strategy=fsdp", "engine.devices=64"]))["target"].state == "ok"
+    assert states(load_config(None, [*overrides, "engine.strategy=fsdp", "engine.devices=64"]))["target"].state == "ok"
 
 
-def test_memory_need_is_weights_twice_and_the_cache(model: Path) -> None:
+def test_on_a_cpu_memory_need_is_that_of_all_processes(model: Path) -> None:
     def need(*overrides: str) -> int:
-        return needed_bytes(load_config(None, list(overrides)), model) - module._RUNTIME_BYTES
+        config = load_config(None, ["draft.checkpoint=null", "learn.from_scratch=true", *overrides])
+        shape = model_shape(config, folder=model)
+        assert shape is not None
+        lines = needs(config, shape, devices=config.engine.devices)
+        assert host_total(config, lines) >= sum(line.num_bytes for line in lines if not line.for_learner)
+        return host_total(config, lines)
 
-    shape = ("engine.max_batch_size=1", "engine.max_seq_len=300", "engine.max_draft_tokens=0")
-    position_elements = 2 * LLAMA["num_hidden_layers"] * LLAMA["num_key_value_heads"] * LLAMA["head_dim"]  # type: ignore[operator]
-    assert need(*shape, "target.precision=fp32") == 2 * 4 * NUM_PARAMETERS + 300 * position_elements * 4
-    assert need(*shape, "target.precision=bf16") * 2 == need(*shape, "target.precision=fp32")
-    assert need(*shape[1:], "engine.max_batch_size=8") > 7 * (need(*shape) - 4 * NUM_PARAMETERS)
+    assert need("learn.reservoir_mb=2") - need("learn.reservoir_mb=1") == (1 << 20) * 9 // 8
+    assert need("learn.enabled=false", "learn.reservoir_mb=2") == need("learn.enabled=false", "learn.reservoir_mb=1")
+    assert need("learn.enabled=false") < need("learn.enabled=true")
+    tensor_parallel = ("engine.strategy=tensor_parallel", "engine.devices=2")
+    assert need(*tensor_parallel) > need() + (1 << 30), "another process"
 
 
-def test_a_target_that_is_not_there_yet_is_weighed_by_its_shape(
-    fit: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_memory_needs_are_known_before_the_download_from_a_config_file(
+    overrides: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    absent = [*fit, "target.source=pypi:x==1#y.gguf", f"target.cache_dir={tmp_path}"]
+    absent = [*overrides, "target.source=pypi:x==1#y.gguf", f"target.cache_dir={tmp_path}"]
     assert states(load_config(None, absent))["memory"].state == "warn"
     config = load_config(None, [*absent, f"target.config_file={model / 'config.json'}", "learn.from_scratch=true"])
     assert "GiB needed" in states(config)["memory"].found
     doctor(config)
     said = capsys.readouterr().out
     assert "learner, draft" in said
-    assert "Smallest set of GPUs by engine.strategy=single: 24 GB: 1" in " ".join(said.split())
+    assert "Smallest set of GPUs with engine.strategy=single: 24 GB: 1" in " ".join(said.split())
     doctor(config, as_json=True)
     report = json.loads(capsys.readouterr().out)["memory"]
     assert report["totals"]["host"] == sum(each["num_bytes"] for each in report["needs"] if each["where"] == "host")
 
 
-def test_too_little_memory_fails(fit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "available_bytes", lambda: 1 << 30)
-    check = states(load_config(None, fit))["memory"]
+def test_too_little_memory_fails(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks_module, "available_bytes", lambda: 1 << 30)
+    check = states(load_config(None, overrides))["memory"]
     assert check.state == "fail"
     assert "1.0 GiB free" in check.found
     assert "max_batch_size" in check.remedy
 
 
-def test_no_compiler_warns_but_serves(fit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_warns(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    check = states(load_config(None, fit))["compiler"]
+    check = states(load_config(None, overrides))["compiler"]
     assert check.state == "warn"
     assert "g++" in check.remedy
 
 
-def test_more_threads_than_cores_warns(fit: list[str]) -> None:
-    assert states(load_config(None, [*fit, "engine.threads=4096"]))["devices"].state == "warn"
+def test_more_threads_than_cores_warns(overrides: list[str]) -> None:
+    assert states(load_config(None, [*overrides, "engine.threads=4096"]))["devices"].state == "warn"
 
 
-def test_a_check_that_breaks_is_a_failed_line(fit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_raises_is_a_failed_line(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(_: AuroraConfig) -> Check:
         raise RuntimeError("surprise")
 
-    monkeypatch.setattr(module, "check_processor", breaks)
-    broken = [check for check in run_checks(load_config(None, fit)) if "surprise" in check.found]
+    monkeypatch.setattr(checks_module, "check_processor", breaks)
+    broken = [check for check in run_checks(load_config(None, overrides)) if "surprise" in check.found]
     assert [check.state for check in broken] == ["fail"]
 
 
-def test_a_learner_needs_room_for_its_ring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=100 << 20))
-    assert module.check_shared_memory(load_config(None, ["learn.enabled=false"])).state == "ok"
-    found = module.check_shared_memory(load_config(None, ["learn.enabled=true", "trace.capacity_mb=100"]))
+def test_a_learner_needs_space_for_its_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=100 << 20))
+    assert checks_module.check_shared_memory(load_config(None, ["learn.enabled=false"])).state == "ok"
+    found = checks_module.check_shared_memory(load_config(None, ["learn.enabled=true", "trace.capacity_mb=100"]))
     assert (found.state, "lower trace.capacity_mb" in found.remedy) == ("fail", True)
-    assert module.check_shared_memory(load_config(None, ["learn.enabled=true", "trace.capacity_mb=99"])).state == "ok"
+    assert (
+        checks_module.check_shared_memory(load_config(None, ["learn.enabled=true", "trace.capacity_mb=99"])).state
+        == "ok"
+    )

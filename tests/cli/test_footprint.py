@@ -1,4 +1,4 @@
-"""The memory table against hand arithmetic, and what it must agree with elsewhere."""
+"""The memory table: against arithmetic by hand, and against what a tiny model of each family has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aurora_lit.config import DEFAULT_CONFIG, AuroraConfig, load_config
 from aurora_lit.drafts.initial import initial_draft
 from aurora_lit.errors import ConfigError
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 
 def deployment(name: str, *, strategy: str, devices: int, learn: bool = False) -> AuroraConfig:
@@ -42,8 +42,10 @@ def table(config: AuroraConfig) -> dict[str, int]:
     return {need.what: need.num_bytes for need in needs(config, shape, devices=config.engine.devices)}
 
 
-# By hand. A slot holds 8192 + 4 + 1 = 8197 positions; in key-value slots they are rounded up to 8224 and 32 are added.
-KEPT = 16 * (8224 + 32)
+# By hand: after 8192 positions a slot has one for the last committed token and 16 for a tree that the draft expands,
+# four nodes for each of four levels. The KV caches round up to whole blocks of 64 positions.
+CAPACITY = 8192 + 1 + 16
+KEPT = 16 * 129 * 64
 
 
 def test_llama_70b_by_hand() -> None:
@@ -51,7 +53,7 @@ def test_llama_70b_by_hand() -> None:
     attention = 8192 * (64 * 128) * 2 + 8192 * (8 * 128) * 2
     layer = attention + 3 * 8192 * 28672 + 2 * 8192
     parameters = 80 * layer + 2 * 128256 * 8192 + 8192
-    assert parameters == 70_553_706_496  # what the model's page says: 70.6 billion
+    assert parameters == 70_553_706_496  # the model card says 70.6 billion
     assert found["weights"] == parameters * 2 // 4
     assert found["keys and values"] == 2 * 80 * (8 // 4) * 128 * KEPT * 2
     # EAGLE-3's layer: attention from 2H, as wide as the target's 64 heads; fc from 3H; the head of 16,384 rows.
@@ -59,15 +61,15 @@ def test_llama_70b_by_hand() -> None:
     draft = matrices + 16_384 * 8192 + 4 * 8192 + (8192 + 1)  # four norms, value head
     assert found["draft"] == 2 * draft * 2
     assert found["draft, keys and values"] == 2 * 64 * 128 * KEPT * 2
-    assert found["draft, features"] == 16 * 8197 * 3 * 8192 * 2
-    assert found["traces, kept states"] == 16 * 8198 * 8192 * 2
+    assert found["draft, features"] == 16 * CAPACITY * 3 * 8192 * 2
+    assert found["traces, kept states"] == 16 * (CAPACITY + 1) * 8192 * 2
     assert found["traces, ring"] == 4096 << 20
-    assert found["learner, the target's ends"] == 128256 * 8192 * (4 + 2) + 2 * 16_384 * 8192 * 2
+    assert found["learner, the target's embedding and head"] == 128256 * 8192 * (4 + 2) + 2 * 16_384 * 8192 * 2
     assert found["learner, draft"] == 4 * 4 * draft + 4 * matrices + 8 * (draft - matrices)
 
 
 @pytest.mark.parametrize(("name", "card_gb", "devices"), [("llama-3.1-70b", 80, 4), ("mixtral-8x22b", 80, 8)])
-def test_the_shipped_deployments_name_a_set_that_holds_them(
+def test_the_shipped_deployments_use_the_smallest_set_of_gpus(
     name: str, card_gb: int, devices: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = DEFAULT_CONFIG.with_name(f"{name}.yaml")
@@ -81,7 +83,7 @@ def test_the_shipped_deployments_name_a_set_that_holds_them(
     assert f"about {ring_positions // 1000} k positions" in path.read_text()
     doctor(config)
     said = " ".join(capsys.readouterr().out.split())
-    assert f"Memory over {devices} devices by tensor_parallel" in said
+    assert f"Memory over {devices} devices with tensor_parallel" in said
     assert f"80 GB: {devices}" in said
 
 
@@ -92,7 +94,7 @@ def test_mixtral_8x22b_by_hand() -> None:
     parameters = 56 * layer + 2 * 32768 * 6144 + 6144
     assert parameters == 140_630_071_296  # 141 billion
     assert found["weights"] == parameters * 2 // 8
-    assert found["layers gathered"] == 2 * layer * 2
+    assert found["gathered layers"] == 2 * layer * 2
     assert found["keys and values"] == 2 * 56 * 8 * 128 * KEPT * 2, "every rank keeps all heads"
 
 
@@ -105,7 +107,7 @@ def test_mixtral_8x22b_by_hand() -> None:
         ("mixtral-8x22b", "single", True, {141: None}),
     ],
 )
-def test_the_smallest_set_of_cards(
+def test_the_smallest_set_of_gpus(
     name: str, strategy: str, learn: bool, smallest: dict[int, tuple[int, int] | None]
 ) -> None:
     config = deployment(name, strategy=strategy, devices=1, learn=learn)
@@ -122,8 +124,8 @@ def test_the_smallest_set_of_cards(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_counted_is_what_a_model_has(family: str, tmp_path: Path) -> None:
-    """On a tiny model of every family: weights, slots, and a draft from scratch."""
+def test_the_table_equals_what_a_model_has(family: str, tmp_path: Path) -> None:
+    """Weights, KV cache and an untrained draft, on a tiny model of every family."""
     target = Target.load(save_model(family, tmp_path), precision="fp32")
     config = load_config(
         None,
@@ -141,18 +143,18 @@ def test_what_is_counted_is_what_a_model_has(family: str, tmp_path: Path) -> Non
     assert shape is not None
     lines = {need.what: need.num_bytes for need in needs(config, shape, devices=1)}
     assert lines["weights"] == 4 * sum(parameter.numel() for parameter in reference_model(tmp_path).parameters())
-    slots = target.make_kv_cache(num_slots=3, capacity=64 + 4 + 1)
+    slots = target.make_kv_cache(num_slots=3, capacity=64 + 16 + 1)
     kept = sum(tensor.nbytes for tensor in (*slots.keys_SGCDP, *slots.values_SGLD))
     assert lines["keys and values"] == kept
     wanted = initial_draft(target, torch.arange(target.vocab_size), max_positions=64)
     text = tiny_config(family).get_text_config()
-    own = Draft(draft_shape(config, text))
+    own = Eagle3Draft(draft_shape(config, text))
     assert {n: p.shape for n, p in own.named_parameters()} == {n: p.shape for n, p in wanted.named_parameters()}
     assert lines["draft"] == 2 * 4 * sum(parameter.numel() for parameter in own.parameters())
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"hidden_size": 3}', '{"model_type": "no such"}'])
-def test_a_shape_that_is_none_is_named(content: str | None, tmp_path: Path) -> None:
+def test_an_invalid_config_file_is_named(content: str | None, tmp_path: Path) -> None:
     path = tmp_path / "shape.json"
     if content is not None:
         path.write_text(content)
@@ -160,5 +162,5 @@ def test_a_shape_that_is_none_is_named(content: str | None, tmp_path: Path) -> N
         model_shape(load_config(None, [f"target.config_file={path}"]), folder=None)
 
 
-def test_without_model_and_shape_nothing_is_claimed() -> None:
+def test_without_model_and_config_file_there_is_no_table() -> None:
     assert model_shape(load_config(None, []), folder=None) is None

@@ -1,10 +1,10 @@
-"""The colours and numbers of `aurora-lit generate`, on a fake engine."""
+"""`aurora-lit generate` on a fake engine: colours and numbers."""
 
 import pytest
 from rich.console import Console
 from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
 
-from aurora_lit.cli import generate as module
+from aurora_lit.cli import generate as generate_module
 from aurora_lit.cli.generate import ACCEPTED, CORRECTED, coloured, generate
 from aurora_lit.config import AuroraConfig
 from aurora_lit.request import Output
@@ -27,8 +27,8 @@ def test_it_prints_the_answer_and_the_numbers(
     compare_plain: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine = FakeEngine(FakeOptions(tokens_per_round=3))
-    monkeypatch.setattr(module, "build_engine", lambda config: (engine, tiny_tokenizer()))
-    monkeypatch.setattr(module, "Console", lambda **kwargs: Console(width=200, **kwargs))
+    monkeypatch.setattr(generate_module, "build_engine", lambda config: (engine, tiny_tokenizer()))
+    monkeypatch.setattr(generate_module, "Console", lambda **kwargs: Console(width=200, **kwargs))
     generate(AuroraConfig(), prompt="hello world", max_tokens=9, temperature=0.0, compare_plain=compare_plain)
     printed = capsys.readouterr().out
     assert "hello world" in printed

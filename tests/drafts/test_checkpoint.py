@@ -1,4 +1,4 @@
-"""Draft checkpoints: the layout other servers load, whole after a crash, refused with a reason when they do not fit."""
+"""Draft checkpoints: the layout other servers load, complete after a crash, refused with a reason if invalid."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import VOCAB, random_draft, save_model
 
-from aurora_lit.drafts import checkpoint as checkpoints
+from aurora_lit.drafts import checkpoint as checkpoint_module
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.durable import exchange
 from aurora_lit.errors import CheckpointError
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 H, V, VD, HEADS, GROUPS, DIM, WIDE = 64, VOCAB, VOCAB - 3, 2, 1, 32, 80
 SHAPES = {
@@ -103,7 +103,7 @@ def test_a_round_trip_keeps_every_tensor(target: Target, tmp_path: Path) -> None
         assert torch.equal(tensor, draft.state_dict()[name]), name
 
 
-def test_a_draft_of_other_makers_without_value_head_and_manifest_is_taken(target: Target, saved: Path) -> None:
+def test_a_draft_without_value_head_and_manifest_is_accepted(target: Target, saved: Path) -> None:
     (saved / "value_head.safetensors").unlink()
     (saved / "manifest.json").unlink()
     config = json.loads((saved / "config.json").read_text())
@@ -171,9 +171,12 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other hidden size": (edit_config(target_hidden_size=128), "target_hidden_size is 128.*needs 64"),
     "another head count": (edit_config(num_key_value_heads=2), "k_proj.weight has shape"),
     "another architecture": (edit_config(architectures=["LlamaForCausalLM"]), "architectures is"),
-    "no layers": (edit_config(eagle_aux_hidden_state_layer_ids=None, eagle_config={}), "lacks or garbles a field"),
-    "a field missing": (edit_config(head_dim=None), "lacks or garbles a field.*head_dim"),
-    "words for numbers": (edit_config(head_dim="many"), "lacks or garbles a field.*many"),
+    "no layers": (
+        edit_config(eagle_aux_hidden_state_layer_ids=None, eagle_config={}),
+        "a field of config.json is missing or invalid",
+    ),
+    "a field missing": (edit_config(head_dim=None), "a field of config.json is missing or invalid.*head_dim"),
+    "words for numbers": (edit_config(head_dim="many"), "a field of config.json is missing or invalid.*many"),
     "d2t out of range": (edit_tensors(lambda t: t["d2t"].fill_(V)), "d2t does not name distinct tokens"),
     "d2t twice the same": (edit_tensors(lambda t: t["d2t"][1].sub_(1)), "d2t does not name distinct tokens"),
     "t2d of another draft": (edit_tensors(lambda t: t["t2d"].roll(1, 0) is t["t2d"].fill_(True)), "disagree"),
@@ -181,7 +184,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_does_not_fit_is_refused_with_the_reason(name: str, target: Target, saved: Path) -> None:
+def test_an_invalid_draft_is_refused_with_the_reason(name: str, target: Target, saved: Path) -> None:
     spoil, reason = REFUSALS[name]
     load_draft(saved, target)
     spoil(saved)
@@ -190,11 +193,11 @@ def test_what_does_not_fit_is_refused_with_the_reason(name: str, target: Target,
 
 
 @pytest.mark.parametrize("call", range(7))
-def test_a_crash_while_saving_leaves_the_old_draft_whole(
+def test_a_crash_while_saving_leaves_the_old_draft_complete(
     call: int, target: Target, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before either file of tensors (0, 1), any digest (2, 3, 4), the move (5), or its only step (6)."""
-    old: Draft = load_draft(saved, target)
+    """Crash before either tensor file (0, 1), a digest (2, 3, 4), the move (5), or the exchange of names (6)."""
+    old: Eagle3Draft = load_draft(saved, target)
     calls = iter(range(100))
 
     def breaking(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,10 +208,10 @@ def test_a_crash_while_saving_leaves_the_old_draft_whole(
 
         return wrapped
 
-    monkeypatch.setattr(checkpoints, "save_file", breaking(checkpoints.save_file))
-    monkeypatch.setattr(checkpoints, "_sha256", breaking(checkpoints._sha256))
-    monkeypatch.setattr(checkpoints, "_replace_folder", breaking(checkpoints._replace_folder))
-    monkeypatch.setattr(checkpoints, "exchange", breaking(checkpoints.exchange))
+    monkeypatch.setattr(checkpoint_module, "save_file", breaking(checkpoint_module.save_file))
+    monkeypatch.setattr(checkpoint_module, "_sha256", breaking(checkpoint_module._sha256))
+    monkeypatch.setattr(checkpoint_module, "_replace_folder", breaking(checkpoint_module._replace_folder))
+    monkeypatch.setattr(checkpoint_module, "exchange", breaking(checkpoint_module.exchange))
     with pytest.raises(KeyboardInterrupt):
         save_draft(random_draft(target, seed=9), saved)
     monkeypatch.undo()
@@ -217,7 +220,7 @@ def test_a_crash_while_saving_leaves_the_old_draft_whole(
         assert torch.equal(tensor, old.state_dict()[name])
 
 
-def test_names_are_exchanged_in_one_step_or_not_at_all(tmp_path: Path) -> None:
+def test_names_are_exchanged_atomically_or_not_at_all(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir()
     (one / "file").touch()
@@ -234,9 +237,9 @@ def test_a_newer_draft_replaces_the_older(
     exchanging: bool, target: Target, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if exchanging:
-        monkeypatch.setattr(checkpoints.os, "replace", None)  # a step that would leave an instant without
+        monkeypatch.setattr(checkpoint_module.os, "replace", None)  # would leave an instant without a draft
     else:
-        monkeypatch.setattr(checkpoints, "exchange", lambda *_: False)
+        monkeypatch.setattr(checkpoint_module, "exchange", lambda *_: False)
     newer = random_draft(target, seed=9)
     save_draft(newer, saved, dtype=torch.float32)
     monkeypatch.undo()

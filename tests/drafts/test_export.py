@@ -1,4 +1,4 @@
-"""What export writes is EAGLE-3's layout and nothing else, read back here by the layout alone."""
+"""Export writes exactly EAGLE-3's layout; the tests read it without the package's own loader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from aurora_lit.cli.main import main
 from aurora_lit.drafts.checkpoint import load_draft, read_config, save_draft
 from aurora_lit.drafts.versions import DraftStore
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 H, V, N, G, D, M, L = 64, 61, 2, 1, 32, 80, 7
 VD = V - 3
@@ -39,7 +39,7 @@ SHAPES = {
 }
 
 
-def a_draft(seed: int = 0) -> Draft:
+def a_draft(seed: int = 0) -> Eagle3Draft:
     target = SimpleNamespace(hidden_size=H, vocab_size=V, aux_layer_ids=(2, L // 2, L - 3))
     return random_draft(target, seed=seed)  # type: ignore[arg-type]
 
@@ -88,16 +88,14 @@ def test_the_files_are_those_of_the_layout(deployment: list[str], tmp_path: Path
         "torch_dtype": "bfloat16",
     }
     assert {name: config[name] for name in wanted} == wanted
-    # vLLM takes what enters these layers, SGLang what leaves them.
+    # vLLM takes the input of these layers, SGLang the output.
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, L // 2, L - 3]
     assert [layer + 1 for layer in config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]] == [2, L // 2, L - 3]
     assert config["eagle_config"]["use_aux_hidden_state"] is True
 
 
-def test_a_reader_that_knows_only_the_layout_computes_what_the_draft_computes(
-    deployment: list[str], tmp_path: Path
-) -> None:
-    """One position, which attends to itself alone: normed embedding beside normed hidden state, then the MLP."""
+def test_a_forward_pass_from_the_exported_tensors_equals_the_drafts(deployment: list[str], tmp_path: Path) -> None:
+    """One position, which attends only to itself: normed embedding and normed hidden state, then the MLP."""
     w = exported(tmp_path / "out", "draft.checkpoint=null", *deployment[:1])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     w = {name: tensor.float() for name, tensor in w.items()}
@@ -116,9 +114,11 @@ def test_a_reader_that_knows_only_the_layout_computes_what_the_draft_computes(
     logits = w["lm_head.weight"] @ norm(hidden_H, "norm")
 
     draft = load_draft(tmp_path / "out", read_config(tmp_path / "out"))
-    own_hidden = draft.fuse(aux_3H.view(1, 1, -1))
-    _, _, value_BGTD = draft.project(embed_H.view(1, 1, -1), own_hidden, torch.tensor([[0]]))
-    own = draft.logits(draft.finish(value_BGTD.repeat(1, N // G, 1, 1).transpose(1, 2).flatten(2), own_hidden))
+    own_hidden = draft.combine_hidden_states(aux_3H.view(1, 1, -1))
+    _, _, value_BGTD = draft.project_qkv(embed_H.view(1, 1, -1), own_hidden, torch.tensor([[0]]))
+    own = draft.compute_logits(
+        draft.complete_layer(value_BGTD.repeat(1, N // G, 1, 1).transpose(1, 2).flatten(2), own_hidden)
+    )
     torch.testing.assert_close(logits, own[0, 0], atol=1e-4, rtol=0)
 
 
@@ -132,7 +132,7 @@ def test_which_draft_is_exported(deployment: list[str], tmp_path: Path) -> None:
     assert torch.equal(head("beginning", *elsewhere), a_draft(0).lm_head.weight.bfloat16())
 
 
-def test_what_cannot_be_exported_is_said_and_nothing_is_left(deployment: list[str], tmp_path: Path) -> None:
+def test_a_failed_export_explains_itself_and_leaves_nothing(deployment: list[str], tmp_path: Path) -> None:
     def said(*words: str) -> str:
         done = CliRunner().invoke(main, ["export", "--out", str(tmp_path / "out"), *words])
         assert done.exit_code == 2
@@ -145,5 +145,5 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_left(deployment: list[st
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
-    assert "is there already" in said(*deployment)
+    assert "exists already" in said(*deployment)
     assert not list(tmp_path.glob(".out*"))

@@ -1,4 +1,4 @@
-"""Published versions: whole after a crash at any step, numbered once, taken back, returned to, promoted, pruned."""
+"""Published versions: complete after a crash at any step, numbered once, rolled back, promoted, pruned."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from support import TESTS
 from support.tiny_models import random_draft, save_model
 
-from aurora_lit.drafts import checkpoint as checkpoints
-from aurora_lit.drafts import versions as publishing
+from aurora_lit.drafts import checkpoint as checkpoint_module
+from aurora_lit.drafts import versions as versions_module
 from aurora_lit.drafts.checkpoint import load_draft
 from aurora_lit.drafts.versions import DraftStore, version_number
 from aurora_lit.errors import CheckpointError
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 
 @pytest.fixture(scope="module")
-def draft(target: Target) -> Draft:
+def draft(target: Target) -> Eagle3Draft:
     return random_draft(target)
 
 
@@ -46,13 +46,13 @@ def events(store: DraftStore) -> list[tuple[str, str]]:
     return [(event["event"], event["version"]) for event in store.history()]
 
 
-def test_an_empty_store_stands_for_the_starting_draft(store: DraftStore) -> None:
+def test_an_empty_store_means_the_starting_draft(store: DraftStore) -> None:
     assert store.current() is None
     assert store.versions() == store.history() == []
     assert not store.folder.exists(), "looking changes nothing"
 
 
-def test_a_published_draft_is_current_and_whole(store: DraftStore, target: Target, draft: Draft) -> None:
+def test_a_published_draft_is_current_and_complete(store: DraftStore, target: Target, draft: Eagle3Draft) -> None:
     assert store.publish(draft, record={"score": 2.5, "domains": {"code": 1.5}}) == "draft-000001"
     assert store.current() == "draft-000001"
     assert (store.folder / "CURRENT").read_text() == "draft-000001\n"
@@ -65,30 +65,30 @@ def test_a_published_draft_is_current_and_whole(store: DraftStore, target: Targe
     assert sorted(path.name for path in store.folder.iterdir()) == [".lock", "CURRENT", "draft-000001", "history.jsonl"]
 
 
-def test_numbers_of_names() -> None:
+def test_version_numbers_of_names() -> None:
     names = ("draft-000042", "draft-1234567", "smollm2-base", "draft-42", "draft-000042.tmp", "")
     assert [version_number(name) for name in names] == [42, 1234567, 0, 0, 0, 0]
 
 
-def test_all_is_on_disk_before_anything_points_to_it(
-    store: DraftStore, draft: Draft, monkeypatch: pytest.MonkeyPatch
+def test_everything_is_on_disk_before_current_names_it(
+    store: DraftStore, draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[str] = []
+    steps: list[str] = []
 
-    def noting(function: Callable[..., object], word: str) -> Callable[..., object]:
+    def recording(function: Callable[..., object], word: str) -> Callable[..., object]:
         def wrapped(*paths: Path) -> object:
-            done.append(f"{word} {paths[-1].relative_to(store.folder.parent)}")
+            steps.append(f"{word} {paths[-1].relative_to(store.folder.parent)}")
             return function(*paths)
 
         return wrapped
 
-    monkeypatch.setattr(publishing, "sync", noting(publishing.sync, "sync"))
-    monkeypatch.setattr(checkpoints, "sync", noting(checkpoints.sync, "sync"))
-    monkeypatch.setattr(publishing.os, "replace", noting(publishing.os.replace, "name"))
+    monkeypatch.setattr(versions_module, "sync", recording(versions_module.sync, "sync"))
+    monkeypatch.setattr(checkpoint_module, "sync", recording(checkpoint_module.sync, "sync"))
+    monkeypatch.setattr(versions_module.os, "replace", recording(versions_module.os.replace, "name"))
     store.publish(draft, record={})
     new = "live/.new.draft-000001"
     files = ("config.json", "model.safetensors", "value_head.safetensors", "manifest.json")
-    assert done == [
+    assert steps == [
         *(f"sync {new}/{name}" for name in files),
         f"sync {new}",
         "sync live/.new.record.json",
@@ -102,7 +102,9 @@ def test_all_is_on_disk_before_anything_points_to_it(
     ]
 
 
-def test_rolling_back_skips_what_was_retired_and_ends_at_the_starting_draft(store: DraftStore, draft: Draft) -> None:
+def test_rolling_back_skips_what_was_retired_and_ends_at_the_starting_draft(
+    store: DraftStore, draft: Eagle3Draft
+) -> None:
     for _ in range(3):
         store.publish(draft, record={})
     assert store.roll_back(bad="draft-000002", reason="slow") == "draft-000003", "not current: only retired"
@@ -120,25 +122,25 @@ def test_rolling_back_skips_what_was_retired_and_ends_at_the_starting_draft(stor
     ]
 
 
-def test_the_starting_draft_cannot_be_retired(store: DraftStore, draft: Draft) -> None:
+def test_the_starting_draft_cannot_be_retired(store: DraftStore, draft: Eagle3Draft) -> None:
     store.publish(draft, record={})
     for name in ("smollm2-base", "", "..", "draft-000009"):
         assert store.roll_back(bad=name, reason="x") == "draft-000001"
     assert not list(store.folder.parent.rglob("RETIRED"))
 
 
-def test_returning_retires_all_newer_ones(store: DraftStore, draft: Draft) -> None:
+def test_rolling_back_to_a_version_retires_all_newer_ones(store: DraftStore, draft: Eagle3Draft) -> None:
     for _ in range(3):
         store.publish(draft, record={})
-    store.return_to("draft-000001", reason="by hand")
+    store.roll_back_to("draft-000001", reason="by hand")
     assert store.current() == "draft-000001"
     assert [version.retired for version in store.versions()] == [None, "by hand", "by hand"]
-    store.return_to(None, reason="all of them")
+    store.roll_back_to(None, reason="all of them")
     assert store.current() is None
     assert [version.retired for version in store.versions()] == ["all of them", "by hand", "by hand"]
 
 
-def test_promoting_forces_a_retired_version_and_refuses_an_unknown_one(store: DraftStore, draft: Draft) -> None:
+def test_promoting_forces_a_retired_version_and_refuses_an_unknown_one(store: DraftStore, draft: Eagle3Draft) -> None:
     for _ in range(2):
         store.publish(draft, record={})
     store.roll_back(bad="draft-000002", reason="slow")
@@ -146,26 +148,28 @@ def test_promoting_forces_a_retired_version_and_refuses_an_unknown_one(store: Dr
     assert store.current() == "draft-000002"
     assert store.versions()[1].retired is None
     for unknown in ("draft-000007", "..", "CURRENT"):
-        with pytest.raises(CheckpointError, match=r"no version .* there are: draft-000001, draft-000002"):
+        with pytest.raises(CheckpointError, match=r"no version .* existing versions: draft-000001, draft-000002"):
             store.promote(unknown)
     assert store.current() == "draft-000002"
 
 
-def test_old_versions_go_but_neither_the_current_nor_the_one_to_roll_back_to(store: DraftStore, draft: Draft) -> None:
+def test_old_versions_are_pruned_except_the_current_one_and_the_one_to_roll_back_to(
+    store: DraftStore, draft: Eagle3Draft
+) -> None:
     for _ in range(5):
         store.publish(draft, record={})
     assert names(store) == ["draft-000003", "draft-000004", "draft-000005"]
     store.promote("draft-000004")
     DraftStore(store.folder, keep=2).prune()
     assert names(store) == ["draft-000003", "draft-000004", "draft-000005"], "3: to roll back to, 4: current"
-    store.return_to("draft-000003", reason="by hand")
+    store.roll_back_to("draft-000003", reason="by hand")
     store.publish(draft, record={})
     DraftStore(store.folder, keep=2).prune()
     assert names(store) == ["draft-000003", "draft-000005", "draft-000006"], "5 is retired: 3 is to roll back to"
     assert ("pruned", "draft-000004") in events(store)
 
 
-def test_the_version_to_roll_back_to_survives_retired_ones_between(store: DraftStore, draft: Draft) -> None:
+def test_the_version_to_roll_back_to_survives_retired_ones_between(store: DraftStore, draft: Eagle3Draft) -> None:
     for number in range(1, 7):
         store.publish(draft, record={})
         if 1 < number < 6:
@@ -175,16 +179,18 @@ def test_the_version_to_roll_back_to_survives_retired_ones_between(store: DraftS
 
 
 @pytest.mark.parametrize("content", ["", "draft-1\n", "../elsewhere\n", "draft-000001 \n", "draft-000001\nx"])
-def test_a_garbled_current_is_said_and_the_next_version_mends_it(store: DraftStore, draft: Draft, content: str) -> None:
+def test_an_invalid_current_is_an_error_until_the_next_version(
+    store: DraftStore, draft: Eagle3Draft, content: str
+) -> None:
     store.publish(draft, record={})
     (store.folder / "CURRENT").write_text(content)
-    with pytest.raises(CheckpointError, match="CURRENT holds .*, which is no version"):
+    with pytest.raises(CheckpointError, match="CURRENT holds .*, which is not a version"):
         store.current()
     assert store.publish(draft, record={}) == "draft-000002"
     assert store.current() == "draft-000002"
 
 
-def test_a_history_cut_short_loses_one_line(store: DraftStore, draft: Draft) -> None:
+def test_a_history_cut_short_loses_one_line(store: DraftStore, draft: Eagle3Draft) -> None:
     store.publish(draft, record={})
     with (store.folder / "history.jsonl").open("a") as history:
         history.write('{"event": "pub')
@@ -192,7 +198,7 @@ def test_a_history_cut_short_loses_one_line(store: DraftStore, draft: Draft) -> 
     assert events(store) == [("published", "draft-000001"), ("published", "draft-000002")]
 
 
-def test_many_at_once_get_numbers_of_their_own(store: DraftStore, draft: Draft) -> None:
+def test_concurrent_publishers_get_different_numbers(store: DraftStore, draft: Eagle3Draft) -> None:
     published: list[str] = []
 
     def publish() -> None:
@@ -213,18 +219,18 @@ from types import SimpleNamespace
 import torch
 from support.crash_points import kill_at_every_step
 from aurora_lit.drafts.checkpoint import load_draft
-from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft, Eagle3Config
 from aurora_lit.drafts.versions import DraftStore
 
 torch.set_num_threads(1)
 os.fsync = lambda _: None  # a killed process loses nothing that it has written; the disk is slow
-config = DraftConfig(hidden_size=8, target_hidden_size=8, intermediate_size=8, num_attention_heads=1,
+config = Eagle3Config(hidden_size=8, target_hidden_size=8, intermediate_size=8, num_attention_heads=1,
     num_key_value_heads=1, head_dim=8, vocab_size=11, draft_vocab_size=7, aux_layer_ids=(1, 2, 3))
 target = SimpleNamespace(vocab_size=11, hidden_size=8, aux_layer_ids=(1, 2, 3))
 folder, action = Path(sys.argv[1]), sys.argv[2]
 store = DraftStore(folder, keep=2)
 with torch.no_grad():
-    drafts = [Draft(config) for _ in range(9)]
+    drafts = [Eagle3Draft(config) for _ in range(9)]
     for number, draft in enumerate(drafts):
         draft.lm_head.weight.fill_(number)
 for number in (1, 2, 3):
@@ -243,7 +249,7 @@ for step in kill_at_every_step(actions[action], folder=folder):
     for each in store.versions():
         load_draft(folder / each.name, target)
         assert each.record.keys() >= {"n", "time"}, step
-    # and whoever comes next finds a store that works, without what the killed one left
+    # The next process finds a working store, without leftovers of the killed one.
     last = store.publish(drafts[8], record={"n": 8})
     assert store.current() == last and load_draft(folder / last, target).lm_head.weight[6, 7] == 8
     left = sorted(p.name for p in folder.iterdir() if not p.name.startswith("draft-"))
@@ -253,7 +259,7 @@ print(json.dumps({"steps": steps, "seen": sorted(seen)}))
 
 
 @pytest.mark.parametrize(("action", "least_steps"), [("publish", 20), ("roll_back", 7), ("promote", 4)])
-def test_killed_at_any_step_current_names_a_whole_version(action: str, least_steps: int, tmp_path: Path) -> None:
+def test_killed_at_any_step_current_names_a_complete_version(action: str, least_steps: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", CRASHES, str(tmp_path / "live"), action]
     done = subprocess.run(
         command,
