@@ -1,6 +1,6 @@
 """Tiny random models, and drafts and engines on them: everything with weights, on a CPU, in seconds.
 
-folder = save_model("llama", tmp_path)        # what transformers and Target.load both read
+folder = save_model("llama", tmp_path)        # transformers and Target.load both read it
 target = Target.load(folder, precision="fp32")
 engine = make_engine(target, random_draft(target), max_draft_tokens=3)
 outputs = run(engine, [request("a", (1, 2, 3), max_tokens=8)])
@@ -37,11 +37,13 @@ from transformers import (
 )
 
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
-from aurora_lit.modules.losses.batch import DraftBatch
+from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
+from aurora_lit.modules.losses.batch import TraceBatch
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.request import Output, Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.options import EngineOptions
+from aurora_lit.serve.sequences.observer import RoundObserver
 
 VOCAB = 61
 _COMMON: dict[str, Any] = {
@@ -50,7 +52,7 @@ _COMMON: dict[str, Any] = {
     "num_hidden_layers": 7,  # so that the three auxiliary layers differ: 2, 3, 4
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 32,  # what the native attention wants
+    "head_dim": 32,  # the native attention needs it
     "intermediate_size": 96,
     "max_position_embeddings": 256,
     "initializer_range": 0.15,
@@ -113,7 +115,7 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "gpt_neox": (GPTNeoXConfig, {"num_key_value_heads": 2}),
     "gpt2": (GPT2Config, {}),
 }
-"""The configuration of each family, and what of its own a tiny model has. Windows are of 9 positions or of 64."""
+"""Configuration class of each family, and the fields in which its tiny model differs. Windows: 9 or 64 positions."""
 
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
@@ -123,7 +125,7 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
 
 
 def save_model(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """Write a random model; one-dimensional parameters are random too, so that a forgotten norm or bias shows."""
+    """Save a random model. One-dimensional parameters are random too, so that a missing norm or bias is noticed."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
     with torch.no_grad():
@@ -135,15 +137,15 @@ def save_model(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> P
 
 
 def reference_model(folder: Path) -> PreTrainedModel:
-    """The same model as transformers runs it, fp32."""
+    """The same model in transformers, fp32."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     return model.eval()
 
 
-def draft_config(target: Target, **changes: Any) -> DraftConfig:
-    """A tiny draft that fits a target; all ids but three are in its vocabulary."""
+def draft_config(target: Target, **changes: Any) -> Eagle3Config:
+    """Configuration of a tiny draft for a target; its vocabulary lacks three ids."""
     fields: dict[str, Any] = {
         "hidden_size": target.hidden_size,
         "target_hidden_size": target.hidden_size,
@@ -156,15 +158,15 @@ def draft_config(target: Target, **changes: Any) -> DraftConfig:
         "aux_layer_ids": target.aux_layer_ids,
         "max_position_embeddings": 256,
     }
-    return DraftConfig(**{**fields, **changes})
+    return Eagle3Config(**{**fields, **changes})
 
 
-def random_draft(target: Target, *, seed: int = 0, **changes: Any) -> Draft:
-    """A draft that knows nothing; its vocabulary leaves out ids 0, 5 and 6."""
+def random_draft(target: Target, *, seed: int = 0, **changes: Any) -> Eagle3Draft:
+    """An untrained draft; its vocabulary lacks the ids 0, 5 and 6."""
     torch.manual_seed(seed)
     config = draft_config(target, **changes)
     ids = torch.tensor([i for i in range(target.vocab_size) if i not in (0, 5, 6)])[: config.draft_vocab_size]
-    draft = Draft(config, ids)
+    draft = Eagle3Draft(config, ids)
     with torch.no_grad():
         for name, parameter in draft.named_parameters():
             if parameter.ndim == 1:
@@ -175,27 +177,27 @@ def random_draft(target: Target, *, seed: int = 0, **changes: Any) -> Draft:
     return draft
 
 
-def draft_batch(target: Target, ids_BT: torch.Tensor) -> DraftBatch:
-    """What a draft learns from: the target's states over some tokens, fp32."""
+def draft_batch(target: Target, ids_BT: torch.Tensor) -> TraceBatch:
+    """A training batch: the target's states over some tokens, fp32."""
     with torch.no_grad():
-        aux_BT3H, last_BTH = target.read(ids_BT)
+        aux_BT3H, last_BTH = target.forward_uncached(ids_BT)
         lse_BT = target.logits(last_BTH).logsumexp(-1)
     weight_BT = torch.ones(ids_BT.shape)
     domains = ("chat",) * len(ids_BT)
-    return DraftBatch(
+    return TraceBatch(
         token_ids_BT=ids_BT, aux_BT3H=aux_BT3H, last_BTH=last_BTH, lse_BT=lse_BT, weight_BT=weight_BT, domains=domains
     )
 
 
-def draft_module(target: Target, draft: Draft, **changes: Any) -> DraftModule:
-    """The training module of a draft on a target."""
+def draft_module(target: Target, draft: Eagle3Draft, **changes: Any) -> DraftModule:
+    """The training module of a draft for a target."""
     ids = draft.draft_token_ids
-    fields = {"head_VdH": target.head_rows(ids), "finish": target.finish.rows(ids), **changes}
+    fields = {"head_VdH": target.head_rows(ids), "logit_transform": target.logit_transform.select(ids), **changes}
     return DraftModule(draft, embedding_VH=target.embedding_rows(), **fields)
 
 
-def trained_draft(target: Target, ids_BT: torch.Tensor, *, steps: int = 60) -> Draft:
-    """A draft that has learned some token sequences well enough that long runs of it are accepted there."""
+def trained_draft(target: Target, ids_BT: torch.Tensor, *, steps: int = 60) -> Eagle3Draft:
+    """A draft trained on token sequences, so that long runs of its proposals are accepted along them."""
     draft = random_draft(target, seed=1)
     module = draft_module(target, draft, num_steps=3)
     batch = draft_batch(target, ids_BT)
@@ -209,13 +211,20 @@ def trained_draft(target: Target, ids_BT: torch.Tensor, *, steps: int = 60) -> D
 
 
 def request(request_id: str, prompt_ids: Sequence[int], **params: Any) -> Request:
-    """A greedy request unless told otherwise."""
+    """A request with these sampling parameters; greedy by default."""
     fields: dict[str, Any] = {"max_tokens": 16, "temperature": 0.0}
     return Request(request_id=request_id, prompt_ids=tuple(prompt_ids), params=SamplingParams(**{**fields, **params}))
 
 
-def make_engine(target: Target, draft: Draft | None = None, **changes: Any) -> Engine:
-    """A small engine; no token ends an answer unless told so."""
+def make_engine(
+    target: Target,
+    draft: Eagle3Draft | None = None,
+    *,
+    draft_version: str = "",
+    observer: RoundObserver | None = None,
+    **changes: Any,
+) -> Engine:
+    """A small engine with these changes to its options; by default no token ends an output."""
     fields: dict[str, Any] = {
         "eos_token_ids": frozenset(),
         "max_batch_size": 8,
@@ -223,12 +232,13 @@ def make_engine(target: Target, draft: Draft | None = None, **changes: Any) -> E
         "prefill_chunk_tokens": 16,
         "adaptive": False,
     }
-    return Engine(target, draft, **{**fields, **changes})
+    options = EngineOptions(**{**fields, **changes})
+    return Engine(target, draft, options, draft_version=draft_version, observer=observer)
 
 
 @dataclass(kw_only=True)
 class Answer:
-    """All that a request was given."""
+    """All outputs of one request."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -237,7 +247,7 @@ class Answer:
     rounds: list[Output] = field(default_factory=list)
 
     def add(self, output: Output) -> None:
-        """Take in one round."""
+        """Append the output of one round."""
         assert self.finish_reason is None, "an output after the last one"
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs or ()
@@ -250,7 +260,7 @@ class Answer:
 
 
 def run(engine: Engine, requests: Sequence[Request], *, arrivals: Sequence[int] = ()) -> dict[str, Answer]:
-    """Serve all requests to their end; request i arrives before round `arrivals[i]` (0 when left out)."""
+    """Serve all requests to their end. Request i is submitted before round `arrivals[i]`, by default round 0."""
     waiting = [(arrivals[i] if i < len(arrivals) else 0, r) for i, r in enumerate(requests)]
     answers = {r.request_id: Answer() for r in requests}
     number = 0
@@ -261,5 +271,5 @@ def run(engine: Engine, requests: Sequence[Request], *, arrivals: Sequence[int] 
         for output in engine.round():
             answers[output.request_id].add(output)
         number += 1
-        assert number < 3000, "the engine does not come to an end"
+        assert number < 3000, "the engine does not finish"
     return answers

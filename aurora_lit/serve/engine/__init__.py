@@ -1,9 +1,13 @@
-"""The engine: one round after another over a fixed number of slots.
+"""The engine: it runs one round after another over a fixed number of slots.
+
+A round admits waiting requests, computes a chunk of their prompts, proposes tokens, runs the target's forward pass over
+them, verifies and commits. The engine knows token ids only; text and HTTP are elsewhere.
 
 May import: serve/speculation/ and above. Start with engine.py. The files, each importing only those above it:
 
-    trace_recorder.py  rounds become traces: hidden states by slot, notes, segments
-    target_runner.py   target passes over slots, and keeping what they computed
-    prefill.py         reading prompts, a chunk a round; beginnings that are held are copied
+    options.py         EngineOptions: every option of an engine; the capacity of its slots
+    trace_recorder.py  records rounds as traces: hidden states by slot, notes of the rounds, segments
+    target_runner.py   forward passes of the target over the slots, and storing what they computed
+    prefill.py         computes prompts, a chunk per round; prefixes held by another slot are copied
     engine.py          Engine.round, the central step
 """

@@ -1,11 +1,11 @@
-"""Target passes over the engine's slots, and keeping what they computed: for the drafter, for whoever observes.
+"""Forward passes of the target over the engine's slots, and storing what they computed for drafter and observer.
 
-A pass over proposals that branch leaves its columns in the slots in their order; `keep` moves those of the accepted
-path to where their tokens were committed, and tells of these alone. What is left out: which tokens (serve/engine/engine.py)
-and the pass itself (models/target.py).
+A pass over a tree writes keys and values in the order of its columns; `store` moves those of the accepted path to the
+positions of the committed tokens, and passes on only these. Left out: which tokens are computed
+(serve/engine/engine.py), and the pass itself (models/target.py).
 
-Shapes: B rows, T positions or columns, N those that are run, A columns of the longest accepted path with its root, H
-hidden, F auxiliary features.
+Shapes: B sequences, T columns of the widest sequence (its query length), N columns computed in all, A columns of the
+longest accepted path with its root, H hidden, F = 3H auxiliary features, D either of these, M positions moved.
 """
 
 from __future__ import annotations
@@ -15,104 +15,117 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aurora_lit.models.slots import KVSlots
+from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
-from aurora_lit.modules.sampling.verification import Proposals, Verdict
+from aurora_lit.modules.sampling.proposals import Proposals
+from aurora_lit.modules.sampling.verification import VerificationResult
 from aurora_lit.serve.sequences.observer import RoundObserver, notify_forward
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation.drafter import Drafter
 
 
 class ForwardOutput(NamedTuple):
-    """What a pass computed, and where: of column t of row b at place_BT[b, t] of the N."""
+    """What a forward pass computed, as flat columns: column t of sequence b is at index_BT[b, t]."""
 
     slots_B: torch.Tensor
     starts_B: torch.Tensor
+    """Position of each sequence's first column."""
     aux_NF: torch.Tensor
+    """Auxiliary hidden states, the draft's features."""
     last_NH: torch.Tensor
-    place_BT: torch.Tensor
-    """int64; columns beyond a row's width have its last one's place."""
+    """Last hidden states, the input of the target's head."""
+    index_BT: torch.Tensor
+    """int64; beyond a sequence's query length it repeats the last column."""
 
-    def of_columns(self, states_ND: torch.Tensor) -> torch.Tensor:
-        """Such states by row and column [B, T, D]."""
-        if len(states_ND) == self.place_BT.numel():
-            return states_ND.view(*self.place_BT.shape, -1)
-        return states_ND[self.place_BT]
+    def by_column(self, states_ND: torch.Tensor) -> torch.Tensor:
+        """Flat states by sequence and column [B, T, D]."""
+        if len(states_ND) == self.index_BT.numel():
+            return states_ND.view(*self.index_BT.shape, -1)
+        return states_ND[self.index_BT]
 
 
-def widths_of(proposals: Proposals) -> list[int] | None:
-    """Columns of each row, root included; None: all have as many."""
-    widths = [count + 1 for count in proposals.num_B.tolist()]
-    return None if min(widths) == proposals.token_BK.shape[1] + 1 else widths
+def query_lengths_of(proposals: Proposals) -> list[int] | None:
+    """Columns of each sequence, its root included; None: all have equally many."""
+    lengths = [count + 1 for count in proposals.num_proposed_B.tolist()]
+    return None if min(lengths) == proposals.token_BK.shape[1] + 1 else lengths
 
 
 class TargetRunner:
-    """Runs the target for rows; one `run` is followed by one `keep`."""
+    """Runs the target for sequences. Each `forward` is followed by one `store`."""
 
     def __init__(
-        self, target: Target, *, slots: KVSlots, drafter: Drafter | None, observer: RoundObserver | None
+        self, target: Target, *, slots: KVCache, drafter: Drafter | None, observer: RoundObserver | None
     ) -> None:
         self._target, self._slots, self._drafter, self._observer = target, slots, drafter, observer
         self._device = target.model.device
 
-    def run(
+    def forward(
         self,
-        rows: Sequence[RunningSequence],
+        sequences: Sequence[RunningSequence],
         ids_BT: torch.Tensor,
         *,
         start: int | None = None,
         parents_BT: torch.Tensor | None = None,
-        widths: Sequence[int] | None = None,
+        query_lengths: Sequence[int] | None = None,
     ) -> ForwardOutput:
-        """Run tokens behind `start` positions, or behind all but a row's last token; `parents_BT`: they branch.
+        """Compute tokens from position `start` on; None: from each sequence's last committed token on.
 
-        `widths`, for a target that can branch: of each row only so many columns are run.
+        `parents_BT`: the tokens form trees. `query_lengths`: each sequence computes only its own query length; None:
+        all compute T. Both need a target that supports trees.
         """
-        slots_B = torch.tensor([row.slot for row in rows], device=self._device)
-        starts_B = torch.tensor([row.length - 1 if start is None else start for row in rows], device=self._device)
-        where: dict[str, Any] = {"slots": self._slots, "slots_B": slots_B, "starts_B": starts_B}
+        slots_B = torch.tensor([sequence.slot for sequence in sequences], device=self._device)
+        starts_B = torch.tensor(
+            [sequence.length - 1 if start is None else start for sequence in sequences], device=self._device
+        )
+        where: dict[str, Any] = {"kv_cache": self._slots, "slots_B": slots_B, "starts_B": starts_B}
         if parents_BT is not None:
             where["parents_BT"] = parents_BT
-        place_BT = torch.arange(ids_BT.numel(), device=self._device).view(ids_BT.shape)
-        if widths is None:
+        index_BT = torch.arange(ids_BT.numel(), device=self._device).view(ids_BT.shape)
+        if query_lengths is None:
             aux_BT3H, last_BTH = self._target.forward(ids_BT, **where)
-            return ForwardOutput(slots_B, starts_B, aux_BT3H.flatten(0, 1), last_BTH.flatten(0, 1), place_BT)
-        width_B = torch.tensor(widths)
+            return ForwardOutput(slots_B, starts_B, aux_BT3H.flatten(0, 1), last_BTH.flatten(0, 1), index_BT)
+        length_B = torch.tensor(query_lengths)
         column_T = torch.arange(ids_BT.shape[1])
-        ids_N = ids_BT[column_T < width_B[:, None]]
-        aux_NF, last_NH = self._target.forward_ragged(ids_N, widths=widths, **where)
-        place_BT = (width_B.cumsum(0) - width_B)[:, None] + column_T.minimum(width_B[:, None] - 1)
-        return ForwardOutput(slots_B, starts_B, aux_NF, last_NH, place_BT)
+        ids_N = ids_BT[column_T < length_B[:, None]]
+        aux_NF, last_NH = self._target.forward_ragged(ids_N, widths=query_lengths, **where)
+        index_BT = (length_B.cumsum(0) - length_B)[:, None] + column_T.minimum(length_B[:, None] - 1)
+        return ForwardOutput(slots_B, starts_B, aux_NF, last_NH, index_BT)
 
-    def keep(self, rows: Sequence[RunningSequence], computed: ForwardOutput, verdict: Verdict | None = None) -> None:
-        """Keep what was computed; of proposals that branched, or of rows of different widths, what was accepted."""
-        slots_B, starts_B = computed.slots_B, computed.starts_B
-        column_BA = None if verdict is None else verdict.column_BA
-        if verdict is not None and column_BA is None and len(computed.last_NH) < computed.place_BT.numel():
-            longest = int(verdict.accepted_B.max()) + 1
-            column_BA = torch.arange(longest, device=self._device).expand(len(rows), -1)
+    def store(
+        self,
+        sequences: Sequence[RunningSequence],
+        forward: ForwardOutput,
+        result: VerificationResult | None = None,
+    ) -> None:
+        """Store what a pass computed; of trees, or of different query lengths, only the accepted columns (`result`)."""
+        slots_B, starts_B = forward.slots_B, forward.starts_B
+        column_BA = None if result is None else result.accepted_column_BA
+        if result is not None and column_BA is None and len(forward.last_NH) < forward.index_BT.numel():
+            longest = int(result.num_accepted_B.max()) + 1
+            column_BA = torch.arange(longest, device=self._device).expand(len(sequences), -1)
         if column_BA is not None:
             self._move(slots_B, starts_B, column_BA)
-            place_BA = computed.place_BT.gather(1, column_BA)
-            aux_BT3H, last_BTH = computed.aux_NF[place_BA], computed.last_NH[place_BA]
+            index_BA = forward.index_BT.gather(1, column_BA)
+            aux_BT3H, last_BTH = forward.aux_NF[index_BA], forward.last_NH[index_BA]
         else:
-            aux_BT3H, last_BTH = computed.of_columns(computed.aux_NF), computed.of_columns(computed.last_NH)
+            aux_BT3H, last_BTH = forward.by_column(forward.aux_NF), forward.by_column(forward.last_NH)
         if self._drafter:
-            self._drafter.remember(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H)
+            self._drafter.store_features(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H)
         if self._observer:
             notify_forward(
-                self._observer, rows, slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H, last_BTH=last_BTH
+                self._observer, sequences, slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H, last_BTH=last_BTH
             )
 
-    def copy_beginning(self, source: int, slot: int, length: int) -> None:
-        """Let a slot begin with the first positions of another: the bits that computing them would give."""
-        self._target.copy_beginning(slots=self._slots, source=source, slot=slot, length=length)
+    def copy_prefix(self, source: int, slot: int, length: int) -> None:
+        """Copy the first positions of another slot; they have the bits that computing them would give."""
+        self._target.copy_prefix(kv_cache=self._slots, source=source, slot=slot, length=length)
         if self._drafter:
-            self._drafter.copy_beginning(source, slot, length)
+            self._drafter.copy_prefix(source, slot, length)
         if self._observer:
-            self._observer.on_copy(source=source, slot=slot, length=length)
+            self._observer.on_prefix_copy(source=source, slot=slot, length=length)
 
     def _move(self, slots_B: torch.Tensor, starts_B: torch.Tensor, column_BA: torch.Tensor) -> None:
+        """Move keys and values of accepted columns to the positions of their tokens."""
         moves = [
             (slot, start + column, start + place)
             for slot, start, columns in zip(slots_B.tolist(), starts_B.tolist(), column_BA.tolist(), strict=True)
@@ -121,4 +134,4 @@ class TargetRunner:
         ]
         if moves:
             slots_M, from_M, to_M = torch.tensor(moves).t().contiguous()
-            self._target.keep_path(slots=self._slots, slots_M=slots_M, from_M=from_M, to_M=to_M)
+            self._target.commit_tree_path(kv_cache=self._slots, slots_M=slots_M, from_M=from_M, to_M=to_M)

@@ -1,10 +1,14 @@
-"""State of running sequences: tokens, slots, n-gram index, text, and what an observer is told.
+"""State of the sequences that the engine runs: tokens, slots, n-gram index, text, and the records an observer gets.
 
-May import: modules/sampling/, traces/. Start with sequence.py. The files, each importing only those above it:
+A sequence is a request that holds a slot. The files here keep state and answer questions about it; nothing here runs a
+model or decides how many tokens to propose.
 
-    detokenizer.py     token ids → text as they come: whole characters, stop strings
-    ngram_index.py     proposals copied from earlier in the request
-    sequence.py        what the engine keeps of a running request; its counters
-    observer.py        what is told to whoever watches the rounds
-    slot_allocator.py  which slots are free, what each still holds of a prompt
+May import: modules/sampling/, traces/, settings.py, request.py. Start with sequence.py. The files, each importing only
+those above it:
+
+    detokenizer.py     token ids → text as they arrive: whole characters only, cut before stop strings
+    ngram_index.py     where each n-gram of a request occurred, to look up what followed it
+    sequence.py        RunningSequence, the engine's counters, the outcome of verification by sequence
+    observer.py        RoundObserver: what the engine reports about its rounds, for recording traces
+    slot_allocator.py  which slots are free, and which prefix of a prompt each slot already holds
 """

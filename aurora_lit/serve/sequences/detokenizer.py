@@ -1,11 +1,12 @@
-"""From token ids to text, as the tokens come: whole characters only, cut before stop strings.
+"""Token ids to text, while the tokens are generated: whole characters only, cut before stop strings.
 
-Leaves out stop *tokens* and the end of text (the engine's) and the wording of responses (serve/http/responses.py).
+Left out: stop *tokens* and end of text (serve/sequences/sequence.py), and the format of responses
+(serve/http/responses.py).
 
     stream = TextStream(tokenizer, stop=("\\n\\n",))
-    stream.push([1, 2])        # text that is certain by now, perhaps ""
-    stream.stopped             # True once a stop string was completed: nothing follows
-    stream.finish()            # what was held back, when the tokens end
+    stream.push([1, 2])        # the text that later tokens cannot change any more, perhaps ""
+    stream.stopped             # True once a stop string was completed: no text follows
+    stream.finish()            # the text held back for a stop string, after the last token
 """
 
 from __future__ import annotations
@@ -16,27 +17,32 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-_CONTEXT_TOKENS = 5  # decoded again with what follows, since some tokenizers decide about spaces by the left neighbour
-_WINDOW_TOKENS = 32  # shrink by force past this many, for models that emit broken bytes only
+_CONTEXT_TOKENS = 5
+"""Decoded again together with new tokens: in some tokenizers the space before a token depends on its left neighbour."""
+_WINDOW_TOKENS = 32
+"""The window is cut beyond this length even inside a broken character: a model may emit nothing but broken bytes."""
 
 
 class TextStream:
     """The text of one sequence.
 
-    Bytes that can no longer become a character are left out, and so is U+FFFD itself: decoders use it for both.
+    Bytes that can no longer become a character are dropped. So is a generated U+FFFD, because decoders write the same
+    character for broken bytes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop: Sequence[str] = ()) -> None:
-        """Start at the first generated token; special tokens never show."""
+        """Create an empty stream, to be fed from the first generated token on. Special tokens give no text."""
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._window: list[int] = []
-        self._num_done = 0  # characters of the decoded window that were passed on
-        self._held = ""  # could still become a stop string
+        self._num_done = 0
+        """Characters of the decoded window that were returned already."""
+        self._held = ""
+        """Text that may be the start of a stop string."""
         self.stopped = False
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Add tokens; return the text that is certain now and was not returned before."""
+        """Add tokens. Returns the new text that later tokens cannot change."""
         if self.stopped:
             return ""
         self._window.extend(token_ids)
@@ -50,48 +56,48 @@ class TextStream:
         return self._cut(fresh) if self._stop else fresh
 
     def finish(self) -> str:
-        """The tokens have ended: what was held back for a stop string is plain text; a half character is dropped."""
+        """End the stream. Returns the text that was held back for a stop string; an incomplete character is dropped."""
         held, self._held = self._held, ""
         return held
 
     def _cut(self, fresh: str) -> str:
         pending = self._held + fresh
-        # The stop string completed first wins, whatever the pieces; of two that end together, the longer.
+        # The stop string completed first decides, however the text was split; of two that end together, the longer one.
         ends = [(at + len(word), at) for word in self._stop if (at := pending.find(word)) >= 0]
         if ends:
             self.stopped, self._held = True, ""
             return pending[: min(ends)[1]]
-        keep = _longest_beginning(pending, self._stop)
+        keep = _stop_prefix_length(pending, self._stop)
         self._held = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]
 
 
-def _longest_beginning(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of `text` with which a stop string begins."""
+def _stop_prefix_length(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
     longest = min(len(text), max(map(len, stop)) - 1)
     return next((n for n in range(longest, 0, -1) if any(word.startswith(text[-n:]) for word in stop)), 0)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """Text of some tokens, special ones left out."""
+    """Text of the tokens, without special tokens."""
     text = tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
 
 
-class TokenSpeller:
-    """Single tokens as bytes and as text, for log-probabilities, where a token may be a part of a character."""
+class TokenDecoder:
+    """Converts single tokens to bytes and to text, for log-probabilities: a token may be part of a character."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Look once at how this tokenizer writes bytes."""
+        """Find out how the tokenizer represents bytes: byte-level BPE, or byte fallback as SentencePiece has it."""
         self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
         self._byte_of = _byte_alphabet() if "ByteLevel" in json.dumps(decoder) else None
         self._special = frozenset(tokenizer.all_special_ids)
 
-    def spell(self, token_id: int) -> bytes:
-        """The bytes of one token; empty for an id without an entry."""
+    def to_bytes(self, token_id: int) -> bytes:
+        """Bytes of one token; empty for an id that the tokenizer does not have."""
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
         if not isinstance(piece, str):
             return b""
@@ -103,9 +109,9 @@ class TokenSpeller:
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
-    def show(self, token_id: int) -> str:
-        """The token as text; a part of a character as `bytes:\\xe2\\x82`, the way OpenAI writes it."""
-        raw = self.spell(token_id)
+    def to_text(self, token_id: int) -> str:
+        """Text of one token; part of a character is written `bytes:\\xe2\\x82`, as in OpenAI's API."""
+        raw = self.to_bytes(token_id)
         try:
             return raw.decode()
         except UnicodeDecodeError:
@@ -113,7 +119,7 @@ class TokenSpeller:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that byte-level BPE writes for each byte: itself where visible, else one from U+0100 on."""
+    """The byte of each character of byte-level BPE: visible bytes stand for themselves, others from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     alphabet, spare = {}, 0x100
     for byte in range(256):

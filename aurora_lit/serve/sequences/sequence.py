@@ -1,4 +1,10 @@
-"""What the engine keeps of a request that holds a slot, its counters, and a round's verdict on it."""
+"""A running sequence as the engine keeps it, the engine's counters, and the outcome of verification by sequence.
+
+Left out: the slots themselves (models/slots.py), who gets one (serve/sequences/slot_allocator.py), and verification
+(modules/sampling/verification.py).
+
+Shapes: S slots, L capacity of a slot.
+"""
 
 from __future__ import annotations
 
@@ -9,77 +15,81 @@ from typing import NamedTuple
 import torch
 
 from aurora_lit.modules.sampling.distribution import History, LogitOptions
+from aurora_lit.modules.sampling.proposals import Proposals
 from aurora_lit.modules.sampling.tree import depths, first_choices
-from aurora_lit.modules.sampling.verification import Proposals, Verdict
+from aurora_lit.modules.sampling.verification import VerificationResult
 from aurora_lit.request import Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.sequences.ngram_index import NgramIndex
-from aurora_lit.settings import MOST_PROPOSED
+from aurora_lit.settings import MAX_PROPOSAL_LENGTH
 
 
 @dataclass(kw_only=True)
 class EngineStats:
-    """Counters since start."""
+    """Counters since the engine was created."""
 
     rounds: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Those of `prompt_tokens` that were not computed, since a slot held them."""
+    """Those of `prompt_tokens` that were not computed because a slot already held them."""
     generated_tokens: int = 0
     drafts: int = 0
-    """Rounds of a request in which tokens were proposed for it."""
+    """Rounds of single sequences that had proposals, from the draft or from n-gram lookup."""
     proposed: int = 0
+    """Tokens."""
     accepted: int = 0
-    accepted_by_position: list[int] = field(default_factory=lambda: [0] * MOST_PROPOSED)
+    """Tokens."""
+    accepted_by_position: list[int] = field(default_factory=lambda: [0] * MAX_PROPOSAL_LENGTH)
+    """Rounds of single sequences that accepted their first, second, … proposal."""
     opted_out: int = 0
     """Requests of which no trace may be made."""
-    explored: int = 0
-    """Those of `drafts` that proposed by sampling at the exploration's temperature."""
+    explored_drafts: int = 0
+    """Those of `drafts` that were sampled at the exploration temperature."""
 
     def count(self, *, generated: int, proposed: int, accepted: int, explored: bool) -> None:
-        """Take in one round of one request."""
+        """Add one round of one sequence."""
         self.generated_tokens += generated
         self.drafts += proposed > 0
         self.proposed += proposed
         self.accepted += accepted
-        self.explored += explored
+        self.explored_drafts += explored
         for position in range(accepted):
             self.accepted_by_position[position] += 1
 
 
 @dataclass(kw_only=True, eq=False)
 class RunningSequence:
-    """A request that has a slot."""
+    """A request that holds a slot: first prefilling, then decoding."""
 
     request: Request
     slot: int
-    rate: float
-    """Running acceptance rate of the draft."""
+    acceptance_rate: float
+    """Running mean for the draft's proposals."""
     prompt_length: int
     length: int
-    """Committed tokens. While decoding, the target has run all but the last."""
+    """Committed tokens. While decoding, the target has computed all of them but the last."""
     prefilled: int = 0
-    """Prompt tokens the target has run."""
-    looked_for_beginning: bool = False
-    """Whether other slots were searched for the prompt's beginning."""
-    looked_up: bool = False
-    """Whether this round's proposals are copied."""
-    match: int = 0
-    """How many tokens agree in front of the place that would be copied from."""
-    explored: bool = False
-    """Whether this round's proposals are drawn at the exploration's temperature."""
-    versions: dict[str, None] = field(default_factory=dict)
-    """Draft versions that have proposed for it, in the order they came."""
+    """Prompt tokens that the target has computed, or that were copied from another slot."""
+    searched_for_prefix: bool = False
+    """True once the other slots were searched for a prefix of the prompt."""
+    uses_lookup: bool = False
+    """True if this round's proposals come from n-gram lookup."""
+    ngram_match: int = 0
+    """Length of the longest n-gram match in this round, in tokens; 0: none."""
+    is_exploring: bool = False
+    """True if this round's proposals are sampled at the exploration temperature."""
+    draft_versions: dict[str, None] = field(default_factory=dict)
+    """Draft versions that have proposed for it, in order (an ordered set)."""
     ngrams: NgramIndex = field(default_factory=NgramIndex)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
     @property
-    def num_held(self) -> int:
-        """Tokens whose keys, values and states lie in the slot."""
+    def num_cached_tokens(self) -> int:
+        """Tokens whose keys, values and hidden states are in the slot."""
         return self.length - 1 if self.prefilled == self.prompt_length - 1 else self.prefilled
 
     @property
-    def num_left(self) -> int:
-        """Tokens that the request may still get, as it was asked for."""
+    def num_remaining(self) -> int:
+        """Tokens that `max_tokens` still allows."""
         return self.params.max_tokens - self.length + self.prompt_length
 
     @property
@@ -90,7 +100,7 @@ class RunningSequence:
     def cut_at_end(
         self, tokens: list[int], *, eos_token_ids: frozenset[int], max_seq_len: int
     ) -> tuple[list[int], str | None]:
-        """The new tokens up to where the request ends, and the reason, None while it goes on."""
+        """New tokens up to the end of the request, and the finish reason; None: it goes on."""
         room = min(self.params.max_tokens - (self.length - self.prompt_length), max_seq_len - self.length)
         tokens = tokens[: max(0, room)]
         ends = frozenset(self.params.stop_token_ids) | (frozenset() if self.params.ignore_eos else eos_token_ids)
@@ -100,46 +110,48 @@ class RunningSequence:
         return tokens, "length" if len(tokens) == room or room <= 0 else None
 
 
-def history_of(rows: Sequence[RunningSequence], options: LogitOptions, tokens_SL: torch.Tensor) -> History | None:
-    """The rows' tokens, where an option depends on them; `tokens_SL` has them by slot."""
-    if not options.penalty_rows.numel() and options.num_free == options.num_sampled:
+def token_history(
+    sequences: Sequence[RunningSequence], options: LogitOptions, tokens_SL: torch.Tensor
+) -> History | None:
+    """The sequences' tokens, if an option depends on them (penalties, seeds). `tokens_SL`: committed tokens by slot."""
+    if not options.penalty_rows.numel() and options.num_unseeded == options.num_sampled:
         return None
-    longest, device = max(row.length for row in rows), tokens_SL.device
+    longest, device = max(sequence.length for sequence in sequences), tokens_SL.device
     return History(
-        token_BL=tokens_SL[torch.tensor([row.slot for row in rows]), :longest],
-        prompt_length_B=torch.tensor([row.prompt_length for row in rows], device=device),
-        length_B=torch.tensor([row.length for row in rows], device=device),
+        token_BL=tokens_SL[torch.tensor([sequence.slot for sequence in sequences]), :longest],
+        prompt_length_B=torch.tensor([sequence.prompt_length for sequence in sequences], device=device),
+        length_B=torch.tensor([sequence.length for sequence in sequences], device=device),
     )
 
 
 class VerifiedTokens(NamedTuple):
-    """What a round's verdict means for a row."""
+    """The outcome of verification for one sequence."""
 
     tokens: list[int]
-    """The proposals accepted, and the token that the target says behind them."""
+    """The accepted proposals, and the target's own token that follows them."""
     columns: list[int]
-    """Of the target's pass, at which each of these was decided."""
+    """For each of `tokens`, the column of the target's forward pass whose logits decided it."""
     num_proposed: int
     num_levels: int
-    """How far the proposals reached: their number, or the depth of a tree."""
+    """Depth of the proposals: their number, or the depth of a tree."""
     first_choices: list[int]
-    """The chain of the draft's first choices: all proposals, or one path of a tree."""
+    """Tokens of the chain of the draft's first choices: all proposals, or one path of a tree."""
 
 
-def judge(proposals: Proposals, verdict: Verdict) -> list[VerifiedTokens]:
-    """One record a row."""
-    tokens, counts = proposals.token_BK.tolist(), proposals.num_B.tolist()
-    accepted, final = verdict.accepted_B.tolist(), verdict.next_token_B.tolist()
-    if proposals.parent_BK is None or verdict.column_BA is None:
+def verified_tokens(proposals: Proposals, result: VerificationResult) -> list[VerifiedTokens]:
+    """The verification result of a batch as one record per sequence."""
+    proposed, counts = proposals.token_BK.tolist(), proposals.num_proposed_B.tolist()
+    accepted, final = result.num_accepted_B.tolist(), result.next_token_B.tolist()
+    if proposals.parent_BK is None or result.accepted_column_BA is None:
         return [
-            VerifiedTokens([*row[:hits], last], list(range(hits + 1)), count, count, row[:count])
-            for row, count, hits, last in zip(tokens, counts, accepted, final, strict=True)
+            VerifiedTokens([*tokens[:hits], last], list(range(hits + 1)), count, count, tokens[:count])
+            for tokens, count, hits, last in zip(proposed, counts, accepted, final, strict=True)
         ]
-    judged = []
-    for b, (row, count, hits) in enumerate(zip(tokens, counts, accepted, strict=True)):
+    verified = []
+    for b, (tokens, count, hits) in enumerate(zip(proposed, counts, accepted, strict=True)):
         parents = proposals.parent_BK[b, :count].tolist()
-        columns = verdict.column_BA[b, : hits + 1].tolist()
-        chosen = [row[column - 1] for column in first_choices(parents)]
-        taken = [row[column - 1] for column in columns[1:]]
-        judged.append(VerifiedTokens([*taken, final[b]], columns, count, max(depths(parents)), chosen))
-    return judged
+        columns = result.accepted_column_BA[b, : hits + 1].tolist()
+        chain = [tokens[column - 1] for column in first_choices(parents)]
+        path = [tokens[column - 1] for column in columns[1:]]
+        verified.append(VerifiedTokens([*path, final[b]], columns, count, max(depths(parents)), chain))
+    return verified

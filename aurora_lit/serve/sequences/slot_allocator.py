@@ -1,9 +1,9 @@
-"""Which slots are free, and what each slot still holds: so that a prompt's beginning need not be computed twice.
+"""Which slots are free, and which prefix of a new prompt a slot already holds, so that it need not be computed again.
 
-A slot that was given back keeps its keys, values and states until another request takes it. What is left out: copying
-from slot to slot (serve/engine/target_runner.py), and when a prompt looks for its beginning (serve/engine/prefill.py).
+A freed slot keeps its keys, values and hidden states until another request gets it. Left out: copying from slot to slot
+(serve/engine/target_runner.py), and when a prompt searches for its prefix (serve/engine/prefill.py).
 
-Shapes: S slots, L capacity, N tokens of a prompt.
+Shapes: S slots, L capacity of a slot, N tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -13,66 +13,73 @@ import torch
 from aurora_lit.request import Request
 from aurora_lit.serve.sequences.sequence import RunningSequence
 
-_SHORTEST = 16
-"""Tokens below which a shared beginning is not worth a look."""
+_MIN_PREFIX = 16
+"""Shorter shared prefixes are computed again: copying them saves too little."""
 
 
 class SlotAllocator:
-    """Free slots, and the last request of each.
+    """The free slots, and the last sequence of each slot.
 
-    >>> slot, shared = table.take(request)          # the first `shared` tokens need not be computed
-    >>> table.seat(row)
-    >>> source, shared = table.longest(row)    # again when its turn comes: others have been read by then
-    >>> table.give_back(row.slot)
+    >>> slot, num_cached = allocator.allocate(request)              # the first tokens need not be computed
+    >>> allocator.assign(sequence)
+    >>> source, num_cached = allocator.find_longest_prefix(sequence)    # again before its prefill starts
+    >>> allocator.free(sequence.slot)
     """
 
-    def __init__(self, tokens_SL: torch.Tensor, *, share: bool, tracing: bool) -> None:
-        """`share` false: every prompt is computed. `tracing`: states are kept of the requests that may be stored."""
+    def __init__(self, tokens_SL: torch.Tensor, *, prefix_cache: bool, has_observer: bool) -> None:
+        """`prefix_cache` False: every prompt is computed in full.
+
+        `has_observer`: hidden states are recorded, but only of requests that may be stored (`Request.store`).
+        """
         self._tokens_SL = tokens_SL
-        self._share, self._tracing = share, tracing
-        self._free = list(range(len(tokens_SL)))  # the one unused for longest comes first
-        self._rows: list[RunningSequence | None] = [None] * len(tokens_SL)
+        self._prefix_cache, self._has_observer = prefix_cache, has_observer
+        self._free = list(range(len(tokens_SL)))
+        """Least recently used first."""
+        self._sequences: list[RunningSequence | None] = [None] * len(tokens_SL)
 
     @property
     def num_free(self) -> int:
-        """Slots that nobody has."""
+        """Slots without a request."""
         return len(self._free)
 
-    def take(self, request: Request) -> tuple[int, int]:
-        """A free slot and how much of the prompt it holds: the one that holds most, else that unused for longest."""
-        lengths = self._shared(request)
-        slot = max(self._free, key=lengths.__getitem__)  # the first of equal ones
+    def allocate(self, request: Request) -> tuple[int, int]:
+        """A free slot, and how many of the prompt's tokens it holds.
+
+        The slot with the longest prefix of the prompt is taken, of equal ones the least recently used.
+        """
+        lengths = self._prefix_lengths(request)
+        slot = max(self._free, key=lengths.__getitem__)  # max takes the first of equal ones
         self._free.remove(slot)
         return slot, lengths[slot]
 
-    def seat(self, row: RunningSequence) -> None:
-        """The row has its slot, and its prompt is in the table of tokens."""
-        self._rows[row.slot] = row
+    def assign(self, sequence: RunningSequence) -> None:
+        """Note which sequence a slot holds. Its prompt must be in `tokens_SL` already."""
+        self._sequences[sequence.slot] = sequence
 
-    def longest(self, row: RunningSequence) -> tuple[int, int]:
-        """Another slot that holds the longest beginning of a row's prompt, and its length; 0: none does."""
-        lengths = self._shared(row.request)
-        lengths[row.slot] = 0
+    def find_longest_prefix(self, sequence: RunningSequence) -> tuple[int, int]:
+        """Another slot with the longest prefix of the sequence's prompt, and its length in tokens; 0: there is none."""
+        lengths = self._prefix_lengths(sequence.request)
+        lengths[sequence.slot] = 0
         source = max(range(len(lengths)), key=lengths.__getitem__)
         return source, lengths[source]
 
-    def give_back(self, slot: int) -> None:
-        """The slot's request has ended."""
+    def free(self, slot: int) -> None:
+        """Return a slot whose request has ended."""
         self._free.append(slot)
 
-    def _shared(self, request: Request) -> list[int]:
-        """Tokens of each slot that the target need not run again for this request; the last is left to decoding."""
+    def _prefix_lengths(self, request: Request) -> list[int]:
+        """Tokens of the prompt that each slot holds and that can be used; the last token is always left to decoding."""
         wanted = len(request.prompt_ids) - 1
-        # Whoever wants the prompt's log-probabilities needs every position's last state.
-        if not self._share or wanted < _SHORTEST or request.params.prompt_logprobs is not None:
-            return [0] * len(self._rows)
+        # The log-probabilities of a prompt need the last hidden state of every position, which slots do not keep.
+        if not self._prefix_cache or wanted < _MIN_PREFIX or request.params.prompt_logprobs is not None:
+            return [0] * len(self._sequences)
         prompt_N = torch.tensor(request.prompt_ids[:wanted], device=self._tokens_SL.device)
         equal_SN = self._tokens_SL[:, :wanted] == prompt_N
-        alike = equal_SN.long().cumprod(1).sum(1).tolist()
-        with_states = self._tracing and request.store
+        matches = equal_SN.long().cumprod(1).sum(1).tolist()
+        needs_states = self._has_observer and request.store
         lengths = []
-        for row, length in zip(self._rows, alike, strict=True):
-            usable = row is not None and (row.request.store or not with_states)
-            length = min(length, row.num_held) if row is not None and usable else 0
-            lengths.append(length if length >= _SHORTEST else 0)
+        for sequence, match in zip(self._sequences, matches, strict=True):
+            usable = sequence is not None and (sequence.request.store or not needs_states)
+            length = min(match, sequence.num_cached_tokens) if sequence is not None and usable else 0
+            lengths.append(length if length >= _MIN_PREFIX else 0)
         return lengths

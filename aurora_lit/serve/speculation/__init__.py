@@ -1,14 +1,16 @@
-"""What is proposed in a round, and how much: planner, costs, n-gram lookup, draft.
+"""What is proposed in a round, and how many tokens: the draft and n-gram lookup as proposers, and the planners.
 
-May import: serve/sequences/ and above. Start with planner.py. The files, each importing only those above it:
+The proposer asks the planners, which compare measured costs with predicted acceptance, and then runs the draft or looks
+n-grams up. Verification is not here (modules/sampling/verification.py).
 
-    costs.py            what passes cost here, by rows and width
-    tree_acceptance.py  what trees save of a chain's misses
-    planner.py          how many tokens to propose: measured costs against predicted acceptance
-    ngram_planner.py    how many tokens to copy: how often copies were right against costs
-    runtime_draft.py    a draft made ready to run here: packed, tried
-    drafter.py          drafting for a batch: the draft's cache, and the chain of proposals
-    draft_tree.py       drafting a tree
-    calibration.py      what target passes and draft steps cost here
-    proposer.py         who proposes in a round: lookup, the draft, or nobody
+May import: serve/sequences/ and above. Start with proposer.py, then planner.py. The files, each importing only those
+above it:
+
+    costs.py            what forward passes cost here, by batch size and query length
+    planner.py          how many tokens the draft proposes, as a chain or a tree; what trees gain over chains
+    ngram_planner.py    how many tokens n-gram lookup proposes, by how often such tokens were accepted
+    runtime_draft.py    a draft prepared for this machine: weights packed, native calls set up, outputs checked
+    drafter.py          drafting for a batch: the draft's KV cache, chains and trees of proposals
+    calibration.py      measures forward passes and draft steps before the first request
+    proposer.py         makes a round's proposals: n-gram lookup, the draft, or none
 """

@@ -1,7 +1,7 @@
-"""Measures, before the first request, what target passes and draft steps cost here (seconds, least of a few calls).
+"""Measures forward passes of the target and draft steps before the first request (seconds, best of a few calls).
 
-The numbers start the policy in serve/speculation/planner.py; running rounds keep them up (serve/speculation/costs.py). Runs in the
-engine's own slots, which hold nothing yet.
+The measurements initialise the cost tables of the planner (serve/speculation/planner.py); running rounds update them
+(serve/speculation/costs.py). Everything runs in the engine's own slots, which are still empty.
 """
 
 from __future__ import annotations
@@ -12,100 +12,126 @@ from collections.abc import Callable
 
 import torch
 
-from aurora_lit.models.slots import KVSlots
+from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.distribution import LogitOptions
 from aurora_lit.request import SamplingParams
-from aurora_lit.serve.speculation.draft_tree import propose_tree
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
-from aurora_lit.serve.speculation.planner import MOST_COLUMNS, SpeculationPlanner
+from aurora_lit.serve.speculation.planner import MAX_TREE_COLUMNS, SpeculationPlanner
 
-_POSITIONS = 256
-"""That a draft catches up with, to see what one takes."""
-_CALLS, _GAIN = 3, 0.98
-"""The least time is believed when so many calls have not made it shorter by 2 %: weights that fit into a cache come to
-lie there only after a few calls, and there rounds find them."""
+_PREFILL_POSITIONS = 256
+"""Positions of the draft's prefill that is timed, to learn what one takes."""
+_CALLS, _MIN_GAIN = 3, 0.98
+"""The shortest time is accepted after so many calls that did not improve it by 2 %: weights that fit into a CPU cache
+move there only after a few calls, and rounds find them there."""
 
 
 @torch.no_grad()
 def calibrate(
-    policy: SpeculationPlanner, target: Target, drafter: Drafter | None, *, slots: KVSlots, max_rows: int
+    planner: SpeculationPlanner, target: Target, drafter: Drafter | None, *, slots: KVCache, max_batch_size: int
 ) -> None:
-    """Fill the policy's cost tables for 1, 2, 4, … `max_rows` rows and the widths that it chooses from."""
+    """Fill the planner's cost tables for batches of 1, 2, 4, … `max_batch_size`, at the query lengths it may choose."""
     if drafter is not None:
-        behind = DraftInputs(
-            slots_B=torch.zeros(1, dtype=torch.int64, device=target.model.device),
-            lengths=[1 + min(_POSITIONS, slots.capacity // 2)],
+        planner.prefill_position_s = _prefill_position_s(target, drafter, capacity=slots.capacity)
+    batch_size = 1
+    while True:
+        probe = _Probe(target, drafter, slots=slots, batch_size=batch_size)
+        _measure_target(planner, probe)
+        if drafter is not None:
+            _measure_draft(planner, probe)
+        if batch_size >= max_batch_size:
+            return
+        batch_size = min(2 * batch_size, max_batch_size)
+
+
+class _Probe:
+    """Operations of a batch of one size, over the first slots, to be timed."""
+
+    def __init__(self, target: Target, drafter: Drafter | None, *, slots: KVCache, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._target, self._drafter, self._slots = target, drafter, slots
+        self._slots_B = torch.arange(batch_size, device=target.model.device)
+        self._starts_B = torch.zeros_like(self._slots_B)
+        greedy = SamplingParams(max_tokens=1, temperature=0.0)
+        self._options = LogitOptions.from_params([greedy] * batch_size, device=self._slots_B.device)
+
+    def run_target(self, query_length: int) -> None:
+        """One forward pass of the target, and the greedy tokens of its logits."""
+        ids_BT = torch.zeros(self.batch_size, query_length, dtype=torch.int64, device=self._slots_B.device)
+        _, last_BTH = self._target(ids_BT, kv_cache=self._slots, slots_B=self._slots_B, starts_B=self._starts_B)
+        self._target.greedy_tokens(last_BTH)
+
+    def run_chain(self, steps: int) -> None:
+        """Draft chains of `steps` tokens, after a prefill of two positions."""
+        assert self._drafter is not None
+        self._drafter.propose(
+            _uncached(self._drafter, self._inputs()),
+            options=self._options,
+            num_steps=steps,
+            uniform_BK=torch.zeros(self.batch_size, steps, device=self._slots_B.device),
+            should_continue=lambda *_: True,
         )
-        seconds = _least_seconds(lambda: drafter.catch_up(_anew(drafter, behind)))
-        policy.position_cost = seconds / (behind.lengths[0] - 1)
-    rows = [1]
-    while rows[-1] < max_rows:
-        rows.append(min(2 * rows[-1], max_rows))
-    for num_rows in rows:
-        slots_B = torch.arange(num_rows, device=target.model.device)
-        starts_B = torch.zeros_like(slots_B)
 
-        def run_target(width: int, slots_B: torch.Tensor = slots_B, starts_B: torch.Tensor = starts_B) -> None:
-            ids_BT = torch.zeros(len(slots_B), width, dtype=torch.int64, device=slots_B.device)
-            _, last_BTH = target(ids_BT, slots=slots, slots_B=slots_B, starts_B=starts_B)
-            target.likeliest(last_BTH)
+    def run_tree(self, levels: int, nodes: int) -> None:
+        """Draft trees, after a prefill of two positions."""
+        assert self._drafter is not None
+        self._drafter.propose_tree(
+            _uncached(self._drafter, self._inputs()),
+            num_steps=levels,
+            num_nodes=nodes,
+            should_continue=lambda *_: True,
+        )
 
-        widths = {*range(1, policy.max_draft_tokens + 2), 2, policy.max_proposals + 1}
-        widths |= {nodes + 1 for nodes in policy.tree_sizes if num_rows * (nodes + 1) <= MOST_COLUMNS}
-        for width in sorted(widths):
-            policy.target_cost.begin_with(num_rows, width, _least_seconds(functools.partial(run_target, width)))
-
-        if drafter is None:
-            continue
-        greedy = LogitOptions.of([SamplingParams(max_tokens=1, temperature=0.0)] * num_rows, device=slots_B.device)
-
-        def run_draft(
-            steps: int,
-            nodes: int = 0,
-            slots_B: torch.Tensor = slots_B,
-            options: LogitOptions = greedy,
-            drafter: Drafter = drafter,
-        ) -> None:
-            rows = _anew(drafter, DraftInputs(slots_B=slots_B, lengths=[3] * len(slots_B)))
-            if nodes:
-                propose_tree(drafter, rows, num_steps=steps, num_nodes=nodes, go_on=lambda *_: True)
-                return
-            drafter.propose(
-                rows,
-                options=options,
-                num_steps=steps,
-                uniform_BK=torch.zeros(len(slots_B), steps, device=slots_B.device),
-                go_on=lambda *_: True,
-            )
-
-        # As in rounds, where a target pass has taken the draft's weights' place in the caches.
-        before = functools.partial(run_target, 1)
-        one_s = _least_seconds(lambda: run_draft(1), before=before)
-        three_s = _least_seconds(lambda: run_draft(3), before=before)
-        policy.first_step_cost.begin_with(num_rows, 1, one_s)
-        policy.next_step_cost.begin_with(num_rows, 1, max(0.0, (three_s - one_s) / 2))
-        if policy.tree_sizes:
-            three_s = _least_seconds(lambda: run_draft(3, policy.tree_sizes[-1]), before=before)
-            policy.level_cost.begin_with(num_rows, 1, max(0.0, (three_s - one_s) / 2))
+    def _inputs(self) -> DraftInputs:
+        return DraftInputs(slots_B=self._slots_B, lengths=[3] * self.batch_size)
 
 
-def _anew(drafter: Drafter, rows: DraftInputs) -> DraftInputs:
-    """The rows as those of requests that the draft has not seen yet."""
-    for slot in rows.slots_B.tolist():
+def _measure_target(planner: SpeculationPlanner, probe: _Probe) -> None:
+    batch_size = probe.batch_size
+    lengths = {*range(1, planner.max_draft_tokens + 2), 2, planner.max_lookup_tokens + 1}
+    lengths |= {nodes + 1 for nodes in planner.tree_sizes if batch_size * (nodes + 1) <= MAX_TREE_COLUMNS}
+    for length in sorted(lengths):
+        planner.target_cost.set_initial(batch_size, length, _best_seconds(functools.partial(probe.run_target, length)))
+
+
+def _measure_draft(planner: SpeculationPlanner, probe: _Probe) -> None:
+    # As in rounds, where a pass of the target has displaced the draft's weights from the CPU caches.
+    before = functools.partial(probe.run_target, 1)
+    one_s = _best_seconds(functools.partial(probe.run_chain, 1), before=before)
+    three_s = _best_seconds(functools.partial(probe.run_chain, 3), before=before)
+    planner.first_step_cost.set_initial(probe.batch_size, 1, one_s)
+    planner.next_step_cost.set_initial(probe.batch_size, 1, max(0.0, (three_s - one_s) / 2))
+    if planner.tree_sizes:
+        three_s = _best_seconds(functools.partial(probe.run_tree, 3, planner.tree_sizes[-1]), before=before)
+        planner.level_cost.set_initial(probe.batch_size, 1, max(0.0, (three_s - one_s) / 2))
+
+
+def _prefill_position_s(target: Target, drafter: Drafter, *, capacity: int) -> float:
+    """Seconds per position of the prefill of the draft's cache, for one sequence."""
+    inputs = DraftInputs(
+        slots_B=torch.zeros(1, dtype=torch.int64, device=target.model.device),
+        lengths=[1 + min(_PREFILL_POSITIONS, capacity // 2)],
+    )
+    seconds = _best_seconds(lambda: drafter.prefill(_uncached(drafter, inputs)))
+    return seconds / (inputs.lengths[0] - 1)
+
+
+def _uncached(drafter: Drafter, inputs: DraftInputs) -> DraftInputs:
+    """The same inputs, after the draft's cache has dropped their slots."""
+    for slot in inputs.slots_B.tolist():
         drafter.forget(slot)
-    return rows
+    return inputs
 
 
-def _least_seconds(operation: Callable[[], object], *, before: Callable[[], None] | None = None) -> float:
-    """`before` is run each time, and takes no time."""
-    least, calls_since = float("inf"), 0
+def _best_seconds(operation: Callable[[], object], *, before: Callable[[], None] | None = None) -> float:
+    """The shortest time of several calls. `before` runs before each call and is not timed."""
+    best, calls_since = float("inf"), 0
     while calls_since < _CALLS:
         if before:
             before()
         started = time.perf_counter()
         operation()
         seconds = time.perf_counter() - started
-        calls_since = 0 if seconds < _GAIN * least else calls_since + 1
-        least = min(least, seconds)
-    return least
+        calls_since = 0 if seconds < _MIN_GAIN * best else calls_since + 1
+        best = min(best, seconds)
+    return best

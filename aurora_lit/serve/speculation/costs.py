@@ -1,82 +1,89 @@
-"""What operations cost here, by number of rows and width: measured at start, kept up by running rounds.
+"""What operations cost on this machine, by batch size and query length: measured at start, updated by running rounds.
 
-At start everything is measured, at its best: slots are empty, and nothing else is done around it. Rounds then measure
-what is chosen. So what no round has measured yet counts as that much dearer as the rest has turned out since, or a
-policy would leave what it knows for what it only hopes. What is left out: choosing (serve/speculation/planner.py).
+The measurements at start are best cases: empty slots, and no other work on the machine. Rounds then measure only what
+is chosen. So an operation that no round has measured yet is assumed to be slower than at start by the same factor as
+the measured ones; otherwise a planner would always prefer the operations it knows least about.
+
+Left out: choosing (serve/speculation/planner.py) and the measurements at start (serve/speculation/calibration.py).
 """
 
 from __future__ import annotations
 
-_MEMORY = 0.9
-"""Share of an old cost that stays when a round measures another."""
-_DRIFT_MEMORY = 0.95
-_MOST_DRIFT = 4.0
+_DECAY = 0.9
+"""Weight of the old cost when a round measures a new one."""
+_DRIFT_DECAY = 0.95
+_MAX_DRIFT = 4.0
+
+_Key = tuple[int, int]
+"""(batch size, query length)."""
 
 
 class CostTable:
-    """Seconds of an operation by rows and width; between and beyond what was measured by the nearest ones.
+    """Seconds of an operation by batch size and query length; interpolated between measurements.
 
-    >>> table.begin_with(8, 5, 0.020)
+    >>> table.set_initial(8, 5, 0.020)
     >>> table.update(8, 1, 0.012)
     >>> table(8, 5)
     """
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[int, int], float] = {}
-        """What rounds measured."""
-        self._at_start: dict[tuple[int, int], float] = {}
-        self._between: dict[tuple[int, float], tuple[tuple[int, int], tuple[int, int], float]] = {}
-        """For what was not measured: the nearest that were, and how far it lies from the first to the second."""
+        self._measured: dict[_Key, float] = {}
+        """Seconds, by running rounds."""
+        self._initial: dict[_Key, float] = {}
+        """Seconds, by the calibration."""
+        self._interpolations: dict[tuple[int, float], tuple[_Key, _Key, float]] = {}
+        """For what was not measured: two measured neighbours, and the weight of the second."""
         self._drift = 1.0
-        """What rounds measured, by what the same took at start."""
+        """Running mean of measured seconds over initial seconds."""
 
-    def begin_with(self, rows: int, width: int, seconds: float) -> None:
-        """Take in what a calibration has measured."""
-        self._at_start[rows, width] = seconds
-        self._between.clear()
+    def set_initial(self, batch_size: int, query_length: int, seconds: float) -> None:
+        """Store a measurement of the calibration."""
+        self._initial[batch_size, query_length] = seconds
+        self._interpolations.clear()
 
-    def update(self, rows: int, width: float, seconds: float) -> None:
-        """Take in what a round has measured; outliers (a preempted process) move it little.
+    def update(self, batch_size: int, query_length: float, seconds: float) -> None:
+        """Update by a measurement of a round. Outliers (a preempted process) change little.
 
-        What was measured between two widths counts for the nearer one, as much as that is thought to differ.
+        `query_length` is the mean over the batch. A measurement between two whole numbers is scaled to the nearer one.
         """
-        key = rows, max(1, round(width))
-        expected = self(rows, width)
-        if key[1] != width and expected:
+        key = batch_size, max(1, round(query_length))
+        expected = self(batch_size, query_length)
+        if key[1] != query_length and expected:
             seconds *= self(*key) / expected
-        at_start = self._at_start.get(key)
-        old = self._known(key) if key in self._seconds or at_start is not None else seconds
+        initial = self._initial.get(key)
+        old = self._known(key) if key in self._measured or initial is not None else seconds
         seconds = min(seconds, 2 * old)
-        if at_start:
-            self._drift += (1 - _DRIFT_MEMORY) * (min(seconds / at_start, _MOST_DRIFT) - self._drift)
-        if key not in self._seconds:
-            self._between.clear()
-        self._seconds[key] = old + (1 - _MEMORY) * (seconds - old)
+        if initial:
+            self._drift += (1 - _DRIFT_DECAY) * (min(seconds / initial, _MAX_DRIFT) - self._drift)
+        if key not in self._measured:
+            self._interpolations.clear()
+        self._measured[key] = old + (1 - _DECAY) * (seconds - old)
 
-    def __call__(self, rows: int, width: float) -> float:
-        """Expected seconds; 0 before any measurement. `width` may lie between whole ones."""
-        whole = rows, int(width)
-        if whole[1] == width and (whole in self._seconds or whole in self._at_start):
-            return self._known(whole)
-        if (rows, width) not in self._between:
-            if not self._at_start and not self._seconds:
+    def __call__(self, batch_size: int, query_length: float) -> float:
+        """Expected seconds; 0 before any measurement. `query_length` may be a mean, so no whole number."""
+        key = batch_size, int(query_length)
+        if key[1] == query_length and (key in self._measured or key in self._initial):
+            return self._known(key)
+        if (batch_size, query_length) not in self._interpolations:
+            if not self._initial and not self._measured:
                 return 0.0
-            self._between[rows, width] = self._neighbours(rows, width)
-        below, above, share = self._between[rows, width]
-        return self._known(below) + share * (self._known(above) - self._known(below))
+            self._interpolations[batch_size, query_length] = self._neighbours(batch_size, query_length)
+        below, above, weight = self._interpolations[batch_size, query_length]
+        return self._known(below) + weight * (self._known(above) - self._known(below))
 
-    def _neighbours(self, rows: int, width: float) -> tuple[tuple[int, int], tuple[int, int], float]:
-        keys = self._at_start.keys() | self._seconds.keys()
-        low = [key for key in keys if key[0] <= rows and key[1] <= width]
-        high = [key for key in keys if key[0] >= rows and key[1] >= width]
+    def _neighbours(self, batch_size: int, query_length: float) -> tuple[_Key, _Key, float]:
+        """The nearest measured keys below and above, by number of query positions, and the weight of the upper one."""
+        keys = self._initial.keys() | self._measured.keys()
+        low = [key for key in keys if key[0] <= batch_size and key[1] <= query_length]
+        high = [key for key in keys if key[0] >= batch_size and key[1] >= query_length]
         if not low or not high:
-            nearest = min(keys, key=lambda key: abs(key[0] * key[1] - rows * width))
+            nearest = min(keys, key=lambda key: abs(key[0] * key[1] - batch_size * query_length))
             return nearest, nearest, 0.0
         below = max(low, key=lambda key: key[0] * key[1])
         above = min(high, key=lambda key: key[0] * key[1])
         span = above[0] * above[1] - below[0] * below[1]
-        return below, above, (rows * width - below[0] * below[1]) / span if span else 0.0
+        return below, above, (batch_size * query_length - below[0] * below[1]) / span if span else 0.0
 
-    def _known(self, key: tuple[int, int]) -> float:
-        measured = self._seconds.get(key)
-        return self._at_start[key] * self._drift if measured is None else measured
+    def _known(self, key: _Key) -> float:
+        measured = self._measured.get(key)
+        return self._initial[key] * self._drift if measured is None else measured

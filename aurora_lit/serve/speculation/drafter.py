@@ -1,14 +1,19 @@
-"""Drafting for a batch: the draft's own cache, catching up with the target, and the chain of proposals.
+"""Drafting for a batch: the draft's own KV cache, its prefill, and chains or trees of proposals.
 
-Lifecycle of a row here: the engine stores the target's features of every position it runs (`remember`); nothing is
-computed from them until proposals are wanted. Then `propose` first brings the draft's cache up to the last committed
-token, from true features, and chains on from there with the draft's own. What the chain wrote is overwritten by the
-next catching up, so rejection needs no work.
+Lifecycle of a sequence here: the engine stores the target's features of every position that the target computes
+(`store_features`); the draft computes nothing until proposals are wanted. Then `propose` first prefills the draft's
+cache up to the last committed token, from the target's features, and goes on from there with the draft's own. The next
+prefill overwrites what the chain wrote, so a rejection needs no clean-up.
 
-What is left out: trees (serve/speculation/draft_tree.py), how many proposals (serve/speculation/planner.py) and their verification
-(modules/sampling/verification.py).
+Trees (EAGLE-2, arXiv 2406.16858) are drafted level by level: the most probable nodes of a level are expanded in one
+batched pass of the draft. Expanded nodes lie after the committed positions in the draft's cache, and each attends only
+to its ancestors; the next prefill overwrites them too.
 
-Shapes: B rows, T positions, K proposals, H hidden, Vd draft vocabulary, S slots, L capacity.
+Left out: how many proposals, and when a tree pays (serve/speculation/planner.py); how nodes are selected
+(kernels/csrc/drafting.hpp); verification (modules/sampling/verification.py).
+
+Shapes: B sequences, T positions, K proposals, H hidden, S slots, L capacity of a slot, F features of a position,
+D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -20,78 +25,95 @@ import torch
 
 from aurora_lit.kernels.decoder import MAX_DEPTH
 from aurora_lit.kernels.draft_steps import DraftSteps
-from aurora_lit.models.slots import KVSlots, SlotView
+from aurora_lit.models.attention import KVCacheView
+from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.sampling.distribution import LogitOptions
-from aurora_lit.modules.sampling.verification import DraftVocabulary, Proposals, propose
-from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, on_kernels, prepare_draft
+from aurora_lit.modules.sampling.proposals import DraftVocabulary, Proposals, propose
+from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, prepare_draft, uses_kernels
 
-_CATCH_UP_TOKENS = 256
-"""Positions a single forward pass of the draft takes when a row is far behind."""
+MAX_LEVEL_WIDTH = 4
+"""Most nodes of a sequence that a level of a tree expands, and children considered for each."""
+_PREFILL_CHUNK_TOKENS = 256
+"""Most positions of one forward pass of the draft's prefill."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftInputs:
-    """The rows to draft for."""
+    """The sequences to draft for."""
 
     slots_B: torch.Tensor
     """int64."""
     lengths: list[int]
-    """Committed tokens of each row, the last of which the target has not run yet."""
+    """Committed tokens of each sequence; the target has not computed the last of them yet."""
 
 
 class Drafter:
-    """A draft with a cache of its own, over the same slots as the target's.
+    """A draft with a KV cache of its own, over the same slots as the target's.
 
-    `tokens_SL` is the engine's table of committed tokens by slot and position.
+    >>> drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
+    >>> drafter.store_features(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H)  # after a pass of the target
+    >>> proposals = drafter.propose(DraftInputs(slots_B=slots_B, lengths=lengths), ...)
     """
 
-    def __init__(self, draft: Draft, target: Target, *, tokens_SL: torch.Tensor, capacity: int) -> None:
+    def __init__(self, draft: Eagle3Draft, target: Target, *, tokens_SL: torch.Tensor, capacity: int) -> None:
+        """`tokens_SL`: the engine's table of committed tokens by slot and position. Raises CheckpointError."""
         self._target = target
         self._capacity = capacity
         self._tokens_SL = tokens_SL
         self._features_SLF = torch.zeros(
             len(tokens_SL), capacity, 3 * target.hidden_size, dtype=target.kv_dtype, device=tokens_SL.device
         )
-        self._done = [0] * len(tokens_SL)  # draft positions of each slot computed from true features
-        self._fitted = self.fit(draft)
+        self._num_cached = [0] * len(tokens_SL)
+        """Positions of each slot whose keys and values were computed from the target's features."""
+        self._runtime_draft = self.prepare(draft)
         self._cache = self._make_cache()
 
     @property
-    def draft(self) -> Draft:
-        """The one that proposes now."""
-        return self._fitted.draft
+    def draft(self) -> Eagle3Draft:
+        """The draft that proposes now."""
+        return self._runtime_draft.draft
 
     @property
     def vocabulary(self) -> DraftVocabulary:
         """Its vocabulary."""
-        return self._fitted.vocabulary
+        return self._runtime_draft.vocabulary
 
-    def fit(self, draft: Draft) -> RuntimeDraft:
-        """Make a draft ready to be swapped in; from any thread. Raises CheckpointError."""
+    @property
+    def features_SLF(self) -> torch.Tensor:
+        """The target's features, valid for every position that the target has computed and committed."""
+        return self._features_SLF
+
+    @property
+    def supports_trees(self) -> bool:
+        """True if the draft runs in native steps, which trees need."""
+        return self._runtime_draft.steps is not None
+
+    def prepare(self, draft: Eagle3Draft) -> RuntimeDraft:
+        """Prepare a draft for `swap`; from any thread. Raises CheckpointError."""
         return prepare_draft(draft, self._target, capacity=self._capacity)
 
-    def swap(self, draft: Draft | RuntimeDraft, *, recompute: bool = False) -> None:
-        """Propose with another draft from now on; running requests go on. One that is not fitted yet is fitted here.
+    def swap(self, draft: Eagle3Draft | RuntimeDraft, *, recompute: bool = False) -> None:
+        """Propose with another draft from now on; running requests continue. An unprepared draft is prepared first.
 
-        Keys and values that the old weights made stay in use unless `recompute`, which has each running request's next
-        proposals compute them all again from the kept features: a long round, worth it when the old weights were bad.
-        Between neighbouring versions it is worth nothing (SmolLM2-135M, eight steps apart: 1.166 tokens accepted a
-        round against 1.165). Output never depends on it.
+        Keys and values that the old weights computed stay in use unless `recompute`: then the next proposals of each
+        running request prefill the draft's cache again from the stored features. That makes one long round, and helps
+        only after a bad draft: between neighbouring versions it gains nothing (SmolLM2-135M, eight steps apart: 1.166
+        tokens accepted per round against 1.165). The output never depends on it.
         """
-        fitted = self.fit(draft) if isinstance(draft, Draft) else draft
-        assert len(fitted.draft.cos_LD) >= self._capacity, "fitted for shorter sequences"
-        before, after = self.draft.config, fitted.draft.config
-        self._fitted = fitted
+        prepared = self.prepare(draft) if isinstance(draft, Eagle3Draft) else draft
+        assert len(prepared.draft.cos_LD) >= self._capacity, "prepared for shorter sequences"
+        before, after = self.draft.config, prepared.draft.config
+        self._runtime_draft = prepared
         if (before.num_key_value_heads, before.head_dim) != (after.num_key_value_heads, after.head_dim):
             self._cache, recompute = self._make_cache(), True
         if recompute:
-            self._done = [0] * len(self._done)
+            self._num_cached = [0] * len(self._num_cached)
 
-    def _make_cache(self) -> KVSlots:
+    def _make_cache(self) -> KVCache:
         config = self.draft.config
-        return KVSlots(
+        return KVCache(
             num_layers=1,
             num_slots=len(self._tokens_SL),
             num_kv_heads=config.num_key_value_heads,
@@ -101,58 +123,53 @@ class Drafter:
             device=self._tokens_SL.device,
         )
 
-    @property
-    def features_SLF(self) -> torch.Tensor:
-        """The target's features as `remember` keeps them; true for every position the target has run and kept."""
-        return self._features_SLF
+    # -- what the slots hold -------------------------------------------------------------------------------------------
 
-    @property
-    def can_branch(self) -> bool:
-        """Whether `grow` can be had, and with it trees."""
-        return self._fitted.steps is not None
+    def num_uncached(self, slot: int, length: int) -> int:
+        """Positions of a sequence of `length` tokens that the prefill of the draft's cache still has to compute."""
+        return length - 1 - self._num_cached[slot]
 
-    def behind(self, slot: int, length: int) -> int:
-        """Committed positions that are still to be caught up with, of a row of that many tokens."""
-        return length - 1 - self._done[slot]
-
-    def remember(self, *, slots_B: torch.Tensor, starts_B: torch.Tensor, aux_BT3H: torch.Tensor) -> None:
-        """Keep the target's features of positions start, start + 1, … of each row."""
+    def store_features(self, *, slots_B: torch.Tensor, starts_B: torch.Tensor, aux_BT3H: torch.Tensor) -> None:
+        """Store the target's features of positions start, start + 1, … of each sequence."""
         for slot, start, aux_T3H in zip(slots_B.tolist(), starts_B.tolist(), aux_BT3H, strict=True):
             self._features_SLF[slot, start : start + len(aux_T3H)] = aux_T3H
 
     def forget(self, slot: int) -> None:
-        """The slot starts a new request."""
-        self._done[slot] = 0
+        """Drop what the slot holds: it starts a new request."""
+        self._num_cached[slot] = 0
 
-    def keep_beginning(self, slot: int, length: int) -> None:
-        """The slot starts a new request whose first `length` tokens are those it holds."""
-        self._done[slot] = min(self._done[slot], max(0, length - 1))  # a position has seen the token behind it
+    def keep_prefix(self, slot: int, length: int) -> None:
+        """Start a new request in the slot, whose first `length` tokens are those it holds already."""
+        self._num_cached[slot] = min(self._num_cached[slot], max(0, length - 1))  # a position depends on the next token
 
-    def copy_beginning(self, source: int, slot: int, length: int) -> None:
-        """The slot's request begins with the first `length` tokens of another slot's."""
+    def copy_prefix(self, source: int, slot: int, length: int) -> None:
+        """Copy the first `length` positions of another slot: the request begins with the same tokens."""
         self._features_SLF[slot, :length] = self._features_SLF[source, :length]
-        self._done[slot] = min(self._done[source], length - 1)
-        self._cache.copy(source, slot, self._done[slot])
+        self._num_cached[slot] = min(self._num_cached[source], length - 1)
+        self._cache.copy_prefix(source, slot, self._num_cached[slot])
+
+    # -- proposing -----------------------------------------------------------------------------------------------------
 
     def propose(
         self,
-        rows: DraftInputs,
+        inputs: DraftInputs,
         *,
         options: LogitOptions,
         num_steps: int,
         uniform_BK: torch.Tensor,
-        go_on: Callable[[int, torch.Tensor], bool],
+        should_continue: Callable[[int, torch.Tensor], bool],
     ) -> Proposals:
-        """Draft up to `num_steps` tokens a row; before each further step `go_on(steps done, values_B)` may stop.
+        """Draft a chain of up to `num_steps` tokens for each sequence.
 
-        `values_B` is the value head's prediction at the last step: tokens accepted from that proposal on.
+        Before each further step `should_continue(steps done, values_B)` may end it; `values_B` is the value head's
+        prediction at the last step: tokens accepted from that proposal on. `uniform_BK`: uniform numbers for sampling.
         """
-        if self.can_branch and options.is_argmax and num_steps <= MAX_DEPTH:
-            steps, count = self.grow(rows, num_steps=num_steps, width=1, go_on=go_on)
+        if self.supports_trees and options.uses_raw_argmax and num_steps <= MAX_DEPTH:
+            steps, count = self._draft_levels(inputs, num_steps=num_steps, width=1, should_continue=should_continue)
             token_BK, _ = steps.proposals(count)
-            return Proposals(token_BK=token_BK, num_B=torch.full_like(rows.slots_B, count), q_BKD=None)
-        hidden_BH = self.catch_up(rows)
-        starts_B = torch.tensor(rows.lengths, device=rows.slots_B.device) - 1
+            return Proposals(token_BK=token_BK, num_proposed_B=torch.full_like(inputs.slots_B, count), q_BKD=None)
+        hidden_BH = self.prefill(inputs)
+        starts_B = torch.tensor(inputs.lengths, device=inputs.slots_B.device) - 1
         tokens: list[torch.Tensor] = []
         distributions: list[torch.Tensor] = []
         while True:
@@ -163,86 +180,111 @@ class Drafter:
             tokens.append(self.vocabulary.target_id_D[draft_id_B])
             if q_BD is not None:
                 distributions.append(q_BD)
-            if step + 1 == num_steps or not go_on(step + 1, self.draft.value_head(normed_BH).squeeze(-1)):
+            if step + 1 == num_steps or not should_continue(step + 1, self.draft.value_head(normed_BH).squeeze(-1)):
                 break
-            hidden_BH = self.run(tokens[-1][:, None], hidden_BH[:, None], rows.slots_B, starts_B + step)[:, 0]
+            hidden_BH = self.forward(tokens[-1][:, None], hidden_BH[:, None], inputs.slots_B, starts_B + step)[:, 0]
         return Proposals(
             token_BK=torch.stack(tokens, dim=1),
-            num_B=torch.full_like(rows.slots_B, len(tokens)),
+            num_proposed_B=torch.full_like(inputs.slots_B, len(tokens)),
             q_BKD=torch.stack(distributions, dim=1) if distributions else None,
         )
 
-    def grow(
-        self, rows: DraftInputs, *, num_steps: int, width: int, go_on: Callable[[int, torch.Tensor], bool]
-    ) -> tuple[DraftSteps, int]:
-        """Draft up to `num_steps` levels of at most `width` nodes without drawing, where `can_branch`; how many it was.
+    def propose_tree(
+        self,
+        inputs: DraftInputs,
+        *,
+        num_steps: int,
+        num_nodes: int,
+        should_continue: Callable[[int, list[float]], bool],
+    ) -> tuple[Proposals, int]:
+        """Draft a tree for each sequence without sampling: its `num_nodes` most probable nodes; and the levels drafted.
 
-        Before each further level `go_on(levels done, outcome_B)` may stop (`DraftSteps.start` says what that is).
+        Before each further level, up to `num_steps`, `should_continue(levels done, reach_B)` may end it; `reach_B` is
+        the probability, by the draft, that the accepted path passes through the nodes to be expanded. Needs
+        `supports_trees`.
         """
-        steps, levels = self._fitted.steps, 1
+        steps, levels = self._draft_levels(
+            inputs,
+            num_steps=num_steps,
+            width=max(2, min(MAX_LEVEL_WIDTH, num_nodes)),
+            should_continue=lambda done, reach_B: should_continue(done, reach_B.tolist()),
+        )
+        token_BK, parent_BK = steps.proposals(num_nodes)
+        num_proposed_B = torch.full_like(inputs.slots_B, token_BK.shape[1])
+        return Proposals(token_BK=token_BK, num_proposed_B=num_proposed_B, q_BKD=None, parent_BK=parent_BK), levels
+
+    def _draft_levels(
+        self, inputs: DraftInputs, *, num_steps: int, width: int, should_continue: Callable[[int, torch.Tensor], bool]
+    ) -> tuple[DraftSteps, int]:
+        """Draft up to `num_steps` levels of at most `width` nodes in native steps; the steps, and the levels drafted.
+
+        `should_continue` gets the levels done and what `DraftSteps.start` returns: a value, or for trees a probability,
+        per sequence.
+        """
+        steps, levels = self._runtime_draft.steps, 1
         assert steps is not None
-        starts = self._nearly_catch_up(rows)
+        starts = self._prefill_all_but_last_pass(inputs)
         outcome_B = steps.start(
             keys=self._cache.keys_SGCDP,
             values=self._cache.values_SGLD,
             features_SLF=self._features_SLF,
             tokens_SL=self._tokens_SL,
-            slots_B=rows.slots_B,
+            slots_B=inputs.slots_B,
             done=starts,
-            ends=[length - 1 for length in rows.lengths],
+            ends=[length - 1 for length in inputs.lengths],
             width=width,
         )
-        while levels < num_steps and go_on(levels, outcome_B):
+        while levels < num_steps and should_continue(levels, outcome_B):
             outcome_B = steps.step()
             levels += 1
         return steps, levels
 
-    def catch_up(self, rows: DraftInputs) -> torch.Tensor:
-        """Run all committed positions the draft has not seen; returns the hidden state at each row's last [B, H]."""
-        starts = self._nearly_catch_up(rows)
-        counts = [length - 1 - start for length, start in zip(rows.lengths, starts, strict=True)]
-        # A row of one token has no position yet: what it is given here is arbitrary, and computed again next time.
-        hidden_BTH = self._run_committed(rows.slots_B, starts, max(1, *counts))
+    # -- prefill of the draft's cache ----------------------------------------------------------------------------------
+
+    def prefill(self, inputs: DraftInputs) -> torch.Tensor:
+        """Compute all committed positions that the draft's cache lacks. Returns the last hidden states [B, H]."""
+        starts = self._prefill_all_but_last_pass(inputs)
+        counts = [length - 1 - start for length, start in zip(inputs.lengths, starts, strict=True)]
+        # A sequence of one token has no position yet: its result is arbitrary, and is computed again next time.
+        hidden_BTH = self._run_committed(inputs.slots_B, starts, max(1, *counts))
         return hidden_BTH[torch.arange(len(counts)), torch.tensor(counts) - 1]
 
-    def _nearly_catch_up(self, rows: DraftInputs) -> list[int]:
-        """Run what rows lack, but for what one pass of them all together takes: positions run until then.
-
-        The caller runs that pass.
-        """
-        # Without native steps all rows of it are given as many positions, so these must fit behind the longest row.
-        together, starts = min(_CATCH_UP_TOKENS // 8, self._capacity - max(rows.lengths)), []
-        for slot, length in zip(rows.slots_B.tolist(), rows.lengths, strict=True):
-            while length - 1 - self._done[slot] > together:
-                count = min(_CATCH_UP_TOKENS, length - 2 - self._done[slot])
-                self._run_committed(torch.tensor([slot]), [self._done[slot]], count)
-                self._done[slot] += count
-            starts.append(self._done[slot])
-            self._done[slot] = length - 1
+    def _prefill_all_but_last_pass(self, inputs: DraftInputs) -> list[int]:
+        """Prefill up to the last pass, one over all sequences that the caller runs. Returns where that pass starts."""
+        # Without native steps that pass computes equally many positions of every sequence, so they must also fit into
+        # the slot of the longest one.
+        last_pass, starts = min(_PREFILL_CHUNK_TOKENS // 8, self._capacity - max(inputs.lengths)), []
+        for slot, length in zip(inputs.slots_B.tolist(), inputs.lengths, strict=True):
+            while length - 1 - self._num_cached[slot] > last_pass:
+                count = min(_PREFILL_CHUNK_TOKENS, length - 2 - self._num_cached[slot])
+                self._run_committed(torch.tensor([slot]), [self._num_cached[slot]], count)
+                self._num_cached[slot] += count
+            starts.append(self._num_cached[slot])
+            self._num_cached[slot] = length - 1
         return starts
 
     def _run_committed(self, slots_B: torch.Tensor, starts: list[int], count: int) -> torch.Tensor:
-        """Run `count` positions a row from true features; what lies beyond a row's end is overwritten later."""
+        """Run `count` positions of each sequence from the target's features; those past its end are computed again."""
         starts_B = torch.tensor(starts, device=slots_B.device)
         positions_BT = starts_B[:, None] + torch.arange(count, device=slots_B.device)
         features_BTF = self._features_SLF[slots_B[:, None], positions_BT]
-        if on_kernels(slots_B.device):
+        if uses_kernels(slots_B.device):
             features_BTF = features_BTF.float()
         tokens_BT = self._tokens_SL[slots_B[:, None], positions_BT + 1]
-        return self.run(tokens_BT, self.draft.fuse(features_BTF), slots_B, starts_B)
+        return self.forward(tokens_BT, self.draft.combine_hidden_states(features_BTF), slots_B, starts_B)
 
-    def run(
+    def forward(
         self,
         tokens_BT: torch.Tensor,
         hidden_BTH: torch.Tensor,
         slots_B: torch.Tensor,
         starts_B: torch.Tensor,
     ) -> torch.Tensor:
-        """One pass of the draft layer; `tokens_BT` are the tokens after the positions; returns hidden [B, T, H]."""
+        """One pass of the draft's layer. `tokens_BT`: the token after each position. Returns hidden [B, T, H]."""
         B, T = tokens_BT.shape
         embeds_BTH = self._target.embedding(tokens_BT)
-        if self._fitted.decoder is not None:
-            stream_NH, _, _ = self._fitted.decoder(
+        if self._runtime_draft.decoder is not None:
+            stream_NH, _, _ = self._runtime_draft.decoder(
                 hidden_BTH.reshape(B * T, -1).clone(),
                 keys=self._cache.keys_SGCDP,
                 values=self._cache.values_SGLD,
@@ -253,7 +295,7 @@ class Drafter:
             )
             return stream_NH.view(B, T, -1)
         positions_BT = starts_B[:, None] + torch.arange(T, device=starts_B.device)
-        query, key, value = self.draft.project(embeds_BTH, hidden_BTH, positions_BT)
-        view = SlotView(self._cache, slots_B=slots_B, starts_B=starts_B)
+        query, key, value = self.draft.project_qkv(embeds_BTH, hidden_BTH, positions_BT)
+        view = KVCacheView(self._cache, slots_B=slots_B, starts_B=starts_B)
         attended = view.attend(0, query, key, value, scale=self.draft.config.head_dim**-0.5)
-        return self.draft.finish(attended.reshape(B, T, -1), hidden_BTH)
+        return self.draft.complete_layer(attended.reshape(B, T, -1), hidden_BTH)

@@ -1,15 +1,18 @@
-"""Who proposes what in a round: prompt lookup where it promises more, else the draft, else nobody.
+"""Makes a round's proposals: by n-gram lookup where it promises more, else by the draft, else none.
 
-Lookup serves rows that accept what equals the target's own token (greedy and seeded ones); for the others proposals
-must be drawn from a distribution, which only the draft has. No draft pass runs when no row needs one.
+Lookup serves sequences that accept what equals the target's own token (greedy and seeded ones). For others, proposals
+must be sampled from a known distribution, which only the draft has. The draft does not run if no sequence needs it.
 
-Exploration: in a share of a row's drafted rounds the proposals are drawn from the draft at a temperature of its own,
-for greedy and seeded rows too, so that a learner sees what else the draft could have said and with which probability.
-Verification does not change, so output stays exact; such rounds accept less. They propose chains, as do rounds with
-rows that are sampled freely or have a penalty: a tree is for rows that accept what equals the target's own token.
-What is left out: the draft's work (serve/speculation/drafter.py), lengths and costs (serve/speculation/planner.py), verification.
+Exploration: in a share of its drafted rounds a sequence, also a greedy or seeded one, samples its proposals from the
+draft at a separate temperature, so that a learner sees what else the draft could have proposed, and how probable it
+was. Verification does not change, so the output stays exact, but fewer of these proposals are accepted. Such rounds
+propose chains, as do rounds with unseeded sampling or penalties: a tree needs sequences that accept what equals the
+target's own token.
 
-Shapes: B rows, K proposals, D draft vocabulary.
+Left out: the draft's work (serve/speculation/drafter.py), proposal lengths and costs (serve/speculation/planner.py,
+serve/speculation/ngram_planner.py), and verification (modules/sampling/verification.py).
+
+Shapes: B sequences, K proposals, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -22,201 +25,224 @@ from dataclasses import replace
 import torch
 
 from aurora_lit.modules.sampling.distribution import LogitOptions, is_greedy
-from aurora_lit.modules.sampling.verification import Proposals, behaviour_logprobs
+from aurora_lit.modules.sampling.proposals import Proposals, behaviour_logprobs
 from aurora_lit.request import SamplingParams
 from aurora_lit.serve.sequences.sequence import RunningSequence
-from aurora_lit.serve.speculation.draft_tree import propose_tree
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.ngram_planner import NgramPlanner
-from aurora_lit.serve.speculation.planner import MOST_LEFT, SpeculationPlanner
+from aurora_lit.serve.speculation.planner import MAX_REMAINING_TOKENS, SpeculationPlanner
 
-_MOST_SIDE_BY_SIDE = 4
-"""Tokens copied where a round computes as many columns, and logits, for all rows as for the one with most."""
+_MAX_PADDED_LOOKUP_TOKENS = 4
+"""Most tokens of a lookup where all sequences of a round compute the longest query length, and its logits."""
 
 
 class Proposer:
-    """Makes the round's proposals for a batch; `drafter` None: lookup alone, `copying` None: the draft alone."""
+    """Makes the proposals of a batch, and reports their outcome to the planners.
+
+    >>> proposals = proposer.propose(sequences)
+    >>> proposer.observe(sequence, proposed=4, accepted=2, finished=False)    # for each sequence, after the round
+    """
 
     def __init__(
         self,
         drafter: Drafter | None,
-        policy: SpeculationPlanner,
+        planner: SpeculationPlanner,
         *,
-        copying: NgramPlanner | None,
+        ngram_planner: NgramPlanner | None,
         device: torch.device,
         explore_share: float = 0.0,
         explore_temperature: float = 1.0,
         explore_seed: int = 0,
         log_probabilities: bool = False,
     ) -> None:
-        """`log_probabilities`: also say how likely each proposal was (`Proposals.logprob_BK`)."""
+        """`drafter` None: only lookup proposes; `ngram_planner` None: only the draft does.
+
+        `log_probabilities`: also compute the proposals' behaviour log-probabilities (`Proposals.logprob_BK`).
+        """
         self._drafter = drafter
-        self._policy = policy
-        self._copying = copying
+        self._planner = planner
+        self._ngram_planner = ngram_planner
         self._device = device
         self.explore_share, self.explore_temperature = explore_share, explore_temperature
         self._rng = random.Random(explore_seed)
         self._log_probabilities = log_probabilities
-        self._options_rows: list[RunningSequence] = []
-        self._options = LogitOptions.of([])
+        self._options_sequences: list[RunningSequence] = []
+        self._options = LogitOptions.from_params([])
 
-    def propose(self, rows: Sequence[RunningSequence], *, ragged: bool = False) -> Proposals:
-        """Proposals for each row; sets each row's `looked_up` and `explored`, so that the outcome counts for those.
+    def propose(self, sequences: Sequence[RunningSequence], *, ragged: bool = False) -> Proposals:
+        """Proposals for each sequence. Sets `uses_lookup` and `is_exploring` of each, which `observe` relies on.
 
-        `ragged`: rows may have very different numbers of them, since the target runs no more than those.
+        `ragged`: the target computes each sequence's own query length, so numbers of proposals may differ widely.
         """
-        self._policy.ragged = ragged
-        speculating = [i for i, row in enumerate(rows) if row.params.speculate]
-        copied = self._look_up(rows, speculating)
-        for i, row in enumerate(rows):
-            row.looked_up, row.explored = i in copied, False
-        drafting = [i for i in speculating if i not in copied]
-        drafted, drafting = self._draft(rows, drafting)
-        return self._merge(len(rows), copied, drafting, drafted)
+        self._planner.ragged = ragged
+        speculating = [i for i, sequence in enumerate(sequences) if sequence.params.speculate]
+        looked_up = self._look_up(sequences, speculating)
+        for i, sequence in enumerate(sequences):
+            sequence.uses_lookup, sequence.is_exploring = i in looked_up, False
+        drafted, drafting = self._draft(sequences, [i for i in speculating if i not in looked_up])
+        return self._merge(len(sequences), looked_up, drafting, drafted)
 
-    def observe(self, row: RunningSequence, *, proposed: int, accepted: int, cut: bool) -> None:
-        """Take in a round's outcome; `cut`: the request ended there, maybe within what was right."""
-        if not row.looked_up:
-            self._policy.observe(row, proposed=proposed, accepted=accepted)
-        elif self._copying is not None and not cut:
-            self._copying.record.observe(row.match, proposed=proposed, accepted=accepted)
+    def observe(self, sequence: RunningSequence, *, proposed: int, accepted: int, finished: bool) -> None:
+        """Report a round's outcome. `finished`: the request ended in it, maybe before its last correct proposal."""
+        if not sequence.uses_lookup:
+            self._planner.observe(sequence, proposed=proposed, accepted=accepted)
+        elif self._ngram_planner is not None and not finished:
+            self._ngram_planner.acceptance.observe(sequence.ngram_match, proposed=proposed, accepted=accepted)
 
-    def _look_up(self, rows: Sequence[RunningSequence], speculating: list[int]) -> dict[int, list[int]]:
-        """Tokens copied for the rows of which a copy promises more than the draft."""
-        if self._copying is None:
+    # -- n-gram lookup -------------------------------------------------------------------------------------------------
+
+    def _look_up(self, sequences: Sequence[RunningSequence], speculating: list[int]) -> dict[int, list[int]]:
+        """Tokens found by lookup, by index of the sequence, where they promise more than the draft."""
+        planner = self._ngram_planner
+        if planner is None:
             return {}
-        most = self._copying.most if self._policy.ragged else min(self._copying.most, _MOST_SIDE_BY_SIDE)
-        places, survivals = {}, []
+        longest = planner.max_tokens if self._planner.ragged else min(planner.max_tokens, _MAX_PADDED_LOOKUP_TOKENS)
+        positions, survivals = {}, []
         for i in speculating:
-            row = rows[i]
-            count = min(most, row.num_left - 1)
-            if count > 0 and (is_greedy(row.params) or row.params.seed is not None):
-                row.match, place = row.ngrams.longest()
-                if row.match:
-                    places[i] = place
-                    survivals.append(self._copying.record.survival(row.match, count))
-        if not places:
+            sequence = sequences[i]
+            count = min(longest, sequence.num_remaining - 1)
+            if count > 0 and (is_greedy(sequence.params) or sequence.params.seed is not None):
+                sequence.ngram_match, position = sequence.ngrams.find_longest_match()
+                if sequence.ngram_match:
+                    positions[i] = position
+                    survivals.append(planner.acceptance.survival(sequence.ngram_match, count))
+        if not positions:
             return {}
-        rates = [rows[i].rate for i in places]
-        counts = self._copying.choose(survivals, rates, num_others=len(rows) - len(places))
-        chosen = zip(places.items(), counts, strict=True)
-        return {i: rows[i].ngrams.continuation(place, count) for (i, place), count in chosen if count}
+        rates = [sequences[i].acceptance_rate for i in positions]
+        counts = planner.choose(survivals, rates, num_others=len(sequences) - len(positions))
+        chosen = zip(positions.items(), counts, strict=True)
+        return {i: sequences[i].ngrams.continuation(position, count) for (i, position), count in chosen if count}
 
-    def _draft(self, all_rows: Sequence[RunningSequence], places: list[int]) -> tuple[Proposals | None, list[int]]:
-        """What is drafted, and for which of the rows at `places`."""
-        rows = [all_rows[i] for i in places]
-        num_steps = self._policy.choose([row.rate for row in rows], num_plain=len(all_rows) - len(rows))
-        if self._drafter is None or not (num_steps or self._policy.tree_sizes):
+    # -- the draft -----------------------------------------------------------------------------------------------------
+
+    def _draft(
+        self, all_sequences: Sequence[RunningSequence], candidates: list[int]
+    ) -> tuple[Proposals | None, list[int]]:
+        """The draft's proposals, and the indices of their sequences, among those at `candidates`."""
+        sequences = [all_sequences[i] for i in candidates]
+        num_steps = self._planner.choose(
+            [sequence.acceptance_rate for sequence in sequences], num_plain=len(all_sequences) - len(sequences)
+        )
+        if self._drafter is None or not (num_steps or self._planner.tree_sizes):
             return None, []
-        behind = [self._drafter.behind(row.slot, row.length) for row in rows]
-        if self._policy.probing:
-            least = min(range(len(rows)), key=behind.__getitem__)
-            places, rows, behind = [places[least]], [rows[least]], [behind[least]]
-        rates, num_others = [row.rate for row in rows], len(all_rows) - len(rows)
-        options, num_nodes = self._options_for(rows), 0
-        if not (options.num_free or options.penalty_rows.numel() or self._policy.probing):
-            num_steps, num_nodes = self._policy.choose_tree(num_steps, rates, num_plain=num_others)
-        left = sum(min(MOST_LEFT, row.num_left) for row in all_rows)
-        debt = sum(behind)
-        if not num_steps or not self._policy.stands(
-            num_steps, num_nodes, rates, num_plain=num_others, behind=debt, left=left
+        uncached = [self._drafter.num_uncached(sequence.slot, sequence.length) for sequence in sequences]
+        if self._planner.probing:
+            least = min(range(len(sequences)), key=uncached.__getitem__)
+            candidates, sequences, uncached = [candidates[least]], [sequences[least]], [uncached[least]]
+        rates = [sequence.acceptance_rate for sequence in sequences]
+        num_plain, num_uncached = len(all_sequences) - len(sequences), sum(uncached)
+        options, num_nodes = self._options_for(sequences), 0
+        if not (options.num_unseeded or options.penalty_rows.numel() or self._planner.probing):
+            num_steps, num_nodes = self._planner.choose_tree(num_steps, rates, num_plain=num_plain)
+        remaining = sum(min(MAX_REMAINING_TOKENS, sequence.num_remaining) for sequence in all_sequences)
+        if not num_steps or not self._planner.should_draft(
+            num_steps, num_nodes, rates, num_plain=num_plain, uncached=num_uncached, remaining=remaining
         ):
-            for row in rows:
-                row.explored = False
+            for sequence in sequences:
+                sequence.is_exploring = False
             return None, []
         if num_nodes:
-            return self._branch(rows, rates, num_steps, num_nodes, num_others, debt), places
-        return self._chain(rows, options, num_steps, num_others, debt), places
+            return self._draft_trees(sequences, rates, num_steps, num_nodes, num_plain, num_uncached), candidates
+        return self._draft_chains(sequences, options, num_steps, num_plain, num_uncached), candidates
 
-    def _chain(
-        self, rows: list[RunningSequence], options: LogitOptions, num_steps: int, num_others: int, behind: int
+    def _draft_chains(
+        self,
+        sequences: list[RunningSequence],
+        options: LogitOptions,
+        num_steps: int,
+        num_plain: int,
+        num_uncached: int,
     ) -> Proposals:
         assert self._drafter is not None
-        survival = [1.0] * len(rows)
+        survival = [1.0] * len(sequences)
         started = time.perf_counter()
         drafted = self._drafter.propose(
-            self._draft_rows(rows),
+            self._draft_inputs(sequences),
             options=options,
             num_steps=num_steps,
-            uniform_BK=torch.rand(len(rows), num_steps, dtype=torch.float64, device=self._device),
-            go_on=lambda done, values_B: self._policy.worth_another_step(
-                done, values_B.tolist(), survival, num_plain=num_others
+            uniform_BK=torch.rand(len(sequences), num_steps, dtype=torch.float64, device=self._device),
+            should_continue=lambda done, values_B: self._planner.should_extend_chain(
+                done, values_B.tolist(), survival, num_plain=num_plain
             ),
         )
         seconds = time.perf_counter() - started
-        self._policy.observe_draft(len(rows), drafted.token_BK.shape[1], seconds, behind=behind)
+        self._planner.observe_chain(len(sequences), drafted.token_BK.shape[1], seconds, uncached=num_uncached)
         if not self._log_probabilities:
             return drafted
         logprob_BK = behaviour_logprobs(drafted, options=options, vocabulary=self._drafter.vocabulary)
         return replace(drafted, logprob_BK=logprob_BK)
 
-    def _branch(
+    def _draft_trees(
         self,
-        rows: list[RunningSequence],
+        sequences: list[RunningSequence],
         rates: list[float],
         num_steps: int,
         num_nodes: int,
-        num_others: int,
-        behind: int,
+        num_plain: int,
+        num_uncached: int,
     ) -> Proposals:
-        """A tree a row, for rows that accept what equals the target's own token and count none of their past."""
+        """A tree per sequence, for sequences without penalties that accept what equals the target's own token."""
         assert self._drafter is not None
         started = time.perf_counter()
-        drafted, levels = propose_tree(
-            self._drafter,
-            self._draft_rows(rows),
+        drafted, levels = self._drafter.propose_tree(
+            self._draft_inputs(sequences),
             num_steps=num_steps,
             num_nodes=num_nodes,
-            go_on=lambda done, reach_B: self._policy.worth_another_level(
-                reach_B, rates, nodes=num_nodes, num_plain=num_others
+            should_continue=lambda done, reach_B: self._planner.should_extend_tree(
+                reach_B, rates, nodes=num_nodes, num_plain=num_plain
             ),
         )
-        self._policy.observe_levels(len(rows), levels, time.perf_counter() - started, behind=behind)
+        self._planner.observe_levels(len(sequences), levels, time.perf_counter() - started, uncached=num_uncached)
         return drafted
 
-    def _draft_rows(self, rows: Sequence[RunningSequence]) -> DraftInputs:
-        slots_B = torch.tensor([row.slot for row in rows], device=self._device)
-        return DraftInputs(slots_B=slots_B, lengths=[row.length for row in rows])
+    def _draft_inputs(self, sequences: Sequence[RunningSequence]) -> DraftInputs:
+        slots_B = torch.tensor([sequence.slot for sequence in sequences], device=self._device)
+        return DraftInputs(slots_B=slots_B, lengths=[sequence.length for sequence in sequences])
 
-    def _options_for(self, rows: list[RunningSequence]) -> LogitOptions:
-        """How each row's proposals are drawn: by its own options, or by exploring."""
+    def _options_for(self, sequences: list[RunningSequence]) -> LogitOptions:
+        """How each sequence's proposals are sampled: by its own parameters, or to explore."""
         if self.explore_share:
-            for row in rows:
-                row.explored = row.request.store and self._rng.random() < self.explore_share
-            if any(row.explored for row in rows):
-                # As if it were a request that is sampled freely; the target's pass keeps to what was asked for.
-                free = SamplingParams(max_tokens=1, temperature=self.explore_temperature)
-                return LogitOptions.of([free if row.explored else row.params for row in rows], device=self._device)
-        if rows != self._options_rows:
-            self._options_rows = rows
-            self._options = LogitOptions.of([row.params for row in rows], device=self._device)
+            for sequence in sequences:
+                sequence.is_exploring = sequence.request.store and self._rng.random() < self.explore_share
+            if any(sequence.is_exploring for sequence in sequences):
+                # The draft samples as for an unseeded request; the target's pass keeps to the request's own parameters.
+                unseeded = SamplingParams(max_tokens=1, temperature=self.explore_temperature)
+                params = [unseeded if sequence.is_exploring else sequence.params for sequence in sequences]
+                return LogitOptions.from_params(params, device=self._device)
+        if sequences != self._options_sequences:
+            self._options_sequences = sequences
+            self._options = LogitOptions.from_params([sequence.params for sequence in sequences], device=self._device)
         return self._options
 
+    # -- the batch -----------------------------------------------------------------------------------------------------
+
     def _merge(
-        self, num_rows: int, copied: dict[int, list[int]], drafting: list[int], drafted: Proposals | None
+        self, batch_size: int, looked_up: dict[int, list[int]], drafting: list[int], drafted: Proposals | None
     ) -> Proposals:
-        """One table for all rows; a row with neither has no proposals."""
-        if drafted is not None and len(drafting) == num_rows:
+        """The proposals of the whole batch; a sequence with neither lookup nor draft has none."""
+        if drafted is not None and len(drafting) == batch_size:
             return drafted
         steps = 0 if drafted is None else drafted.token_BK.shape[1]
-        width = max([steps, *(len(tokens) for tokens in copied.values())])
-        token_BK = torch.zeros(num_rows, width, dtype=torch.int64, device=self._device)
-        num_B = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
+        width = max([steps, *(len(tokens) for tokens in looked_up.values())])
+        token_BK = torch.zeros(batch_size, width, dtype=torch.int64, device=self._device)
+        num_proposed_B = torch.zeros(batch_size, dtype=torch.int64, device=self._device)
         q_BKD = logprob_BK = parent_BK = None
         if drafted is not None:
             index = torch.tensor(drafting, device=self._device)
             token_BK[index, :steps] = drafted.token_BK
-            num_B[index] = drafted.num_B
+            num_proposed_B[index] = drafted.num_proposed_B
             if drafted.parent_BK is not None:
-                parent_BK = torch.arange(width).repeat(num_rows, 1)  # the others' are chains
+                parent_BK = torch.arange(width).repeat(batch_size, 1)  # the others' proposals are chains
                 parent_BK[index, :steps] = drafted.parent_BK
             if drafted.q_BKD is not None:
-                q_BKD = drafted.q_BKD.new_zeros(num_rows, width, drafted.q_BKD.shape[2])
+                q_BKD = drafted.q_BKD.new_zeros(batch_size, width, drafted.q_BKD.shape[2])
                 q_BKD[index, :steps] = drafted.q_BKD
             if drafted.logprob_BK is not None:
-                logprob_BK = drafted.logprob_BK.new_full((num_rows, width), float("nan"))
+                logprob_BK = drafted.logprob_BK.new_full((batch_size, width), float("nan"))
                 logprob_BK[index, :steps] = drafted.logprob_BK
-        for i, tokens in copied.items():
+        for i, tokens in looked_up.items():
             token_BK[i, : len(tokens)] = torch.tensor(tokens, device=self._device)
-            num_B[i] = len(tokens)
-        return Proposals(token_BK=token_BK, num_B=num_B, q_BKD=q_BKD, logprob_BK=logprob_BK, parent_BK=parent_BK)
+            num_proposed_B[i] = len(tokens)
+        return Proposals(
+            token_BK=token_BK, num_proposed_B=num_proposed_B, q_BKD=q_BKD, logprob_BK=logprob_BK, parent_BK=parent_BK
+        )

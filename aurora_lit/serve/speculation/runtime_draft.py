@@ -1,6 +1,8 @@
-"""A draft made ready to run here: its weights packed, its native calls prepared, its numbers tried.
+"""Prepares a draft to run on this machine: packs its weights, sets up its native calls, and checks its outputs.
 
-What is left out: drafting itself (serve/speculation/drafter.py).
+Left out: drafting itself (serve/speculation/drafter.py).
+
+Shapes: T positions, H hidden.
 """
 
 from __future__ import annotations
@@ -14,72 +16,75 @@ from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Decoder
 from aurora_lit.kernels.draft_steps import DraftSteps
 from aurora_lit.kernels.packed_linear import pack_linears
+from aurora_lit.kernels.weight_format import WeightFormat
+from aurora_lit.models.attention import causal_attention
 from aurora_lit.models.fused_layers import draft_steps, fuse_draft
-from aurora_lit.models.slots import read_attention
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft, rope_table
-from aurora_lit.modules.sampling.verification import DraftVocabulary
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft, rotary_table
+from aurora_lit.modules.sampling.proposals import DraftVocabulary
 
-_TRIAL_POSITIONS, _TRIAL_SCALE = 4, 30.0
+_CHECK_POSITIONS, _CHECK_SCALE = 4, 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeDraft:
-    """A draft ready to run here, so that swapping it in is a matter of references."""
+    """A draft that is prepared to run, so that a swap only exchanges references."""
 
-    draft: Draft
+    draft: Eagle3Draft
     decoder: Decoder | None
-    """Its layer as a native call, where there are kernels."""
+    """Its layer as one native call; None without kernels."""
     steps: DraftSteps | None
-    """Whole steps of a proposal as one, where the target's embedding is a plain table too."""
+    """Whole draft steps as native calls; None without kernels, or if the target's embedding is no plain table."""
     vocabulary: DraftVocabulary
 
 
-def prepare_draft(draft: Draft, target: Target, *, capacity: int) -> RuntimeDraft:
-    """Pack a draft's weights in place, for sequences of up to `capacity`; from any thread.
+def prepare_draft(draft: Eagle3Draft, target: Target, *, capacity: int) -> RuntimeDraft:
+    """Prepare a draft, packing its weights in place, for slots of `capacity` positions; from any thread.
 
-    Raises CheckpointError when it computes numbers that are not finite.
+    Raises CheckpointError if it computes values that are not finite.
     """
     config, device = draft.config, target.model.device
     draft.eval().requires_grad_(False)
-    if on_kernels(device):
-        pack_linears(draft, dtype=_draft_dtype(target))
+    if uses_kernels(device):
+        pack_linears(draft, weight_format=_draft_format(target))
     else:
         draft.to(device, target.kv_dtype)
     draft.cos_LD, draft.sin_LD = (
-        table.to(device) for table in rope_table(capacity, config.head_dim, config.rope_theta)
+        table.to(device) for table in rotary_table(capacity, config.head_dim, config.rope_theta)
     )
-    _try(draft, target)
-    vocabulary = DraftVocabulary.of_offsets(draft.d2t.to(device), vocab_size=config.vocab_size)
+    _check_outputs(draft, target)
+    vocabulary = DraftVocabulary.from_offsets(draft.d2t.to(device), vocab_size=config.vocab_size)
     decoder = fuse_draft(draft)
     steps = None if decoder is None else draft_steps(draft, decoder, target.embedding, vocabulary.target_id_D)
     return RuntimeDraft(draft=draft, decoder=decoder, steps=steps, vocabulary=vocabulary)
 
 
-def _draft_dtype(target: Target) -> torch.dtype:
-    """How its weights are stored: a step is the time to read them, and eight bits propose as well as sixteen."""
-    if target.kv_dtype != torch.float32 and native.has_byte_tiles():
-        return native.BYTES
-    return torch.int8 if target.kv_dtype != torch.float32 and native.has_vnni() else target.kv_dtype
+def _draft_format(target: Target) -> WeightFormat:
+    """Format of the draft's weights. A step takes as long as reading them, and proposals need not be exact."""
+    if target.kv_dtype != torch.float32 and native.has_int8_tiles():
+        return WeightFormat.INT8_PER_OUTPUT
+    if target.kv_dtype != torch.float32 and native.has_vnni():
+        return WeightFormat.INT8_GROUPED
+    return WeightFormat.of_dtype(target.kv_dtype)
 
 
-def on_kernels(device: torch.device) -> bool:
-    """Whether drafts run on the native kernels there, which take and give fp32."""
+def uses_kernels(device: torch.device) -> bool:
+    """True if drafts run on the native kernels there; these take and return fp32."""
     return device.type == "cpu" and native.library() is not None
 
 
 @torch.no_grad()
-def _try(draft: Draft, target: Target) -> None:
-    """Run a few positions of strong features: what serving computes must be finite."""
-    positions_1T = torch.arange(_TRIAL_POSITIONS, device=target.model.device)[None]
+def _check_outputs(draft: Eagle3Draft, target: Target) -> None:
+    """Run a few positions with large features, and raise CheckpointError if an output is not finite."""
+    positions_1T = torch.arange(_CHECK_POSITIONS, device=target.model.device)[None]
     embeds_1TH = target.embedding(positions_1T % target.vocab_size)
     generator = torch.Generator().manual_seed(0)
-    size = (1, _TRIAL_POSITIONS, 3 * target.hidden_size)
-    aux_1T3H = _TRIAL_SCALE * torch.randn(size, generator=generator).to(embeds_1TH)
-    fused_1TH = draft.fuse(aux_1T3H)
-    query, key, value = draft.project(embeds_1TH, fused_1TH, positions_1T)
-    attended = read_attention(query, key, value, scale=draft.config.head_dim**-0.5)
-    hidden_1TH = draft.finish(attended.reshape(1, _TRIAL_POSITIONS, -1), fused_1TH)
-    for what, numbers in (("logits", draft.logits(hidden_1TH)), ("values", draft.value(hidden_1TH))):
-        if not bool(numbers.isfinite().all()):
-            raise CheckpointError(f"the draft is refused: it computes {what} that are NaN or infinite")
+    size = (1, _CHECK_POSITIONS, 3 * target.hidden_size)
+    aux_1T3H = _CHECK_SCALE * torch.randn(size, generator=generator).to(embeds_1TH)
+    fused_1TH = draft.combine_hidden_states(aux_1T3H)
+    query, key, value = draft.project_qkv(embeds_1TH, fused_1TH, positions_1T)
+    attended = causal_attention(query, key, value, scale=draft.config.head_dim**-0.5)
+    hidden_1TH = draft.complete_layer(attended.reshape(1, _CHECK_POSITIONS, -1), fused_1TH)
+    for name, outputs in (("logits", draft.compute_logits(hidden_1TH)), ("values", draft.compute_value(hidden_1TH))):
+        if not bool(outputs.isfinite().all()):
+            raise CheckpointError(f"the draft is refused: it computes {name} that are NaN or infinite")

@@ -1,4 +1,4 @@
-"""The engine's promise on tiny models: greedy output is transformers' own, whatever drafts, whoever else is served."""
+"""Engine on tiny models: greedy output is that of transformers, with any draft and beside any other requests."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from support.tiny_models import (
 from aurora_lit.errors import RequestError
 from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.speculation import planner as planner_module
 from aurora_lit.serve.speculation.costs import CostTable
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 
@@ -35,17 +36,17 @@ NEW = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
-    """A target, drafts of two kinds, prompts, and what transformers answers."""
+class TinyModels:
+    """A target, drafts by kind ("none", "random", "trained" on the answers), prompts, and transformers' answers."""
 
     folder: Path
     target: Target
-    drafts: dict[str, Draft | None]
+    drafts: dict[str, Eagle3Draft | None]
     prompts: list[list[int]]
     answers: list[list[int]]
 
-    def draft(self, kind: str) -> Draft | None:
-        """A copy, since an engine packs the draft it is given."""
+    def draft(self, kind: str) -> Eagle3Draft | None:
+        """A copy: an engine packs its draft's weights in place."""
         return copy.deepcopy(self.drafts[kind])
 
     def engine(self, kind: str = "trained", *, k: int = 4, **changes: object) -> Engine:
@@ -66,28 +67,28 @@ def generate(folder: Path, prompts: list[list[int]], new: int) -> list[list[int]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
     gen = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, VOCAB, (length,), generator=gen).tolist() for length in LENGTHS]
     answers = generate(folder, prompts, NEW)
     target = Target.load(folder, precision="fp32")
     width = max(LENGTHS) + NEW
-    learnt = [(p + a + [0] * width)[:width] for p, a in zip(prompts, answers, strict=True)]
-    trained = trained_draft(target, torch.tensor(learnt))
+    texts = [(p + a + [0] * width)[:width] for p, a in zip(prompts, answers, strict=True)]
+    trained = trained_draft(target, torch.tensor(texts))
     drafts = {"none": None, "random": random_draft(target), "trained": trained}
-    return World(folder=folder, target=target, drafts=drafts, prompts=prompts, answers=answers)
+    return TinyModels(folder=folder, target=target, drafts=drafts, prompts=prompts, answers=answers)
 
 
 @pytest.fixture
 def drafted(monkeypatch: pytest.MonkeyPatch) -> list[DraftInputs]:
-    """Every call for proposals, as they come."""
+    """The inputs of every call of `Drafter.propose`, in order."""
     calls: list[DraftInputs] = []
     original = Drafter.propose
 
-    def propose(self: Drafter, rows: DraftInputs, **options: object) -> object:
-        calls.append(rows)
-        return original(self, rows, **options)  # type: ignore[arg-type]
+    def propose(self: Drafter, inputs: DraftInputs, **options: object) -> object:
+        calls.append(inputs)
+        return original(self, inputs, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Drafter, "propose", propose)
     return calls
@@ -111,12 +112,14 @@ def drafted(monkeypatch: pytest.MonkeyPatch) -> list[DraftInputs]:
         ("trained", 4, 1),
     ],
 )
-def test_greedy_output_is_that_of_transformers(world: World, kind: str, k: int, batch: int, adaptive: bool) -> None:
-    engine = world.engine(kind, k=k, adaptive=adaptive, max_batch_size=batch)
+def test_greedy_output_is_that_of_transformers(
+    models: TinyModels, kind: str, k: int, batch: int, adaptive: bool
+) -> None:
+    engine = models.engine(kind, k=k, adaptive=adaptive, max_batch_size=batch)
     some = range(8) if batch > 1 else (0, 3, 6)
-    given = run(engine, [world.request(i) for i in some])
+    given = run(engine, [models.request(i) for i in some])
     for i in some:
-        assert given[str(i)].token_ids == world.answers[i], f"prompt {i}"
+        assert given[str(i)].token_ids == models.answers[i], f"prompt {i}"
         assert given[str(i)].finish_reason == "length"
     stats = engine.stats
     assert stats.generated_tokens == len(some) * NEW
@@ -129,45 +132,45 @@ def test_greedy_output_is_that_of_transformers(world: World, kind: str, k: int, 
     if kind == "none" or k == 0:
         assert stats.drafts == stats.proposed == 0
     elif kind == "trained" and not adaptive:
-        assert stats.accepted > 0.2 * len(some) * NEW, "the test needs a draft that is often right"
+        assert stats.accepted > 0.2 * len(some) * NEW, "the test needs a draft that is often accepted"
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
-def test_requests_come_and_go_at_any_time(world: World, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three slots for eight requests of all lengths, prompts in chunks of 6 (one and a half beside running rows)."""
+def test_requests_come_and_go_at_any_time(models: TinyModels, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three slots, eight requests of all lengths, prompts in chunks of 6 tokens (1 beside decoding sequences)."""
     if kernels == "torch":
         monkeypatch.setattr(native, "library", lambda: None)
-    target = Target.load(world.folder, precision="fp32")
-    engine = make_engine(target, world.draft("trained"), max_batch_size=3, prefill_chunk_tokens=6, max_draft_tokens=3)
+    target = Target.load(models.folder, precision="fp32")
+    engine = make_engine(target, models.draft("trained"), max_batch_size=3, prefill_chunk_tokens=6, max_draft_tokens=3)
     new = [24, 1, 7, 13, 2, 24, 3, 20]
-    requests = [world.request(i, max_tokens=new[i]) for i in range(8)]
+    requests = [models.request(i, max_tokens=new[i]) for i in range(8)]
     given = run(engine, requests, arrivals=[2, 0, 0, 1, 5, 5, 20, 21])
-    assert [given[str(i)].token_ids for i in range(8)] == [world.answers[i][: new[i]] for i in range(8)]
+    assert [given[str(i)].token_ids for i in range(8)] == [models.answers[i][: new[i]] for i in range(8)]
     assert engine.num_running == engine.num_waiting == 0
 
 
-def test_a_long_prompt_does_not_stop_those_who_are_being_answered(world: World) -> None:
-    engine = world.engine("none", prefill_chunk_tokens=8)
-    engine.submit(world.request(0))
+def test_a_long_prompt_does_not_delay_decoding_sequences(models: TinyModels) -> None:
+    engine = models.engine("none", prefill_chunk_tokens=8)
+    engine.submit(models.request(0))
     engine.round()
-    engine.submit(world.request(7))
+    engine.submit(models.request(7))
     for _ in range(10):  # 40 prompt tokens, 2 a round
         assert [output.request_id for output in engine.round()] == ["0"]
 
 
-def test_a_newcomer_beside_a_request_at_its_limit(world: World) -> None:
-    """Their drafts catch up in one pass, of which the longer row needs little and has no room for much."""
-    engine = world.engine("trained", k=2, max_seq_len=48, prefill_chunk_tokens=128)
-    given = run(engine, [world.request(7), world.request(6)], arrivals=[0, 2])
-    assert given["7"].token_ids == world.answers[7][: 48 - 41]
-    assert given["6"].token_ids == world.answers[6][: 48 - 30]
+def test_a_new_request_beside_one_at_max_seq_len(models: TinyModels) -> None:
+    """One pass prefills the draft cache of both, and the longer sequence has room for few positions."""
+    engine = models.engine("trained", k=2, max_seq_len=48, prefill_chunk_tokens=128)
+    given = run(engine, [models.request(7), models.request(6)], arrivals=[0, 2])
+    assert given["7"].token_ids == models.answers[7][: 48 - 41]
+    assert given["6"].token_ids == models.answers[6][: 48 - 30]
 
 
 # -- where an answer ends ------------------------------------------------------------------------------------------
 
 
 def inside_an_accepted_run(given: dict[str, Answer]) -> tuple[int, int]:
-    """A request and a place in its answer: an accepted token, not the round's last, that came here first."""
+    """A request, and the place in its answer of an accepted token, not the last of its round, that is new there."""
     for name, answer in given.items():
         place = 0
         for output in answer.rounds:
@@ -175,36 +178,36 @@ def inside_an_accepted_run(given: dict[str, Answer]) -> tuple[int, int]:
                 if i and output.token_ids[i] not in answer.token_ids[: place + i]:
                     return int(name), place + i
             place += len(output.token_ids)
-    raise AssertionError("no such place; the test needs a draft that is often right")
+    raise AssertionError("no such place: the test needs a draft that is often accepted")
 
 
 @pytest.mark.parametrize("how", ["eos", "stop_token_ids"])
-def test_an_end_token_inside_an_accepted_run_ends_the_answer_there(world: World, how: str) -> None:
-    i, place = inside_an_accepted_run(run(world.engine(k=6), [world.request(i) for i in range(8)]))
-    end = world.answers[i][place]
-    engine = world.engine(k=6, eos_token_ids=frozenset({end} if how == "eos" else ()))
+def test_an_end_token_inside_an_accepted_run_ends_the_answer_there(models: TinyModels, how: str) -> None:
+    i, place = inside_an_accepted_run(run(models.engine(k=6), [models.request(i) for i in range(8)]))
+    end = models.answers[i][place]
+    engine = models.engine(k=6, eos_token_ids=frozenset({end} if how == "eos" else ()))
     stop = () if how == "eos" else (end,)
-    given = run(engine, [world.request(i, stop_token_ids=stop)])[str(i)]
-    assert given.token_ids == world.answers[i][: place + 1]
+    given = run(engine, [models.request(i, stop_token_ids=stop)])[str(i)]
+    assert given.token_ids == models.answers[i][: place + 1]
     assert given.finish_reason == "stop"
     if how == "eos":
-        assert run(engine, [world.request(i, ignore_eos=True)])[str(i)].token_ids == world.answers[i]
+        assert run(engine, [models.request(i, ignore_eos=True)])[str(i)].token_ids == models.answers[i]
 
 
-def test_an_end_token_as_the_last_allowed_token_is_a_stop(world: World) -> None:
-    place = next(p for p in range(2, NEW) if world.answers[3][p] not in world.answers[3][:p])
-    last = world.request(3, max_tokens=place + 1, stop_token_ids=(world.answers[3][place],))
-    assert run(world.engine(), [last])["3"].finish_reason == "stop"
+def test_an_end_token_as_the_last_allowed_token_is_a_stop(models: TinyModels) -> None:
+    place = next(p for p in range(2, NEW) if models.answers[3][p] not in models.answers[3][:p])
+    last = models.request(3, max_tokens=place + 1, stop_token_ids=(models.answers[3][place],))
+    assert run(models.engine(), [last])["3"].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("k", [0, 4])
-def test_max_seq_len_ends_an_answer(world: World, k: int) -> None:
-    given = run(world.engine(k=k, max_seq_len=21), [world.request(i) for i in (4, 5)])
-    assert [given[name].token_ids for name in "45"] == [world.answers[4][:5], world.answers[5][:4]]
+def test_max_seq_len_ends_an_answer(models: TinyModels, k: int) -> None:
+    given = run(models.engine(k=k, max_seq_len=21), [models.request(i) for i in (4, 5)])
+    assert [given[name].token_ids for name in "45"] == [models.answers[4][:5], models.answers[5][:4]]
     assert given["4"].finish_reason == given["5"].finish_reason == "length"
 
 
-def test_a_learned_position_table_may_be_used_to_its_end(tmp_path: Path) -> None:
+def test_all_positions_of_a_learned_position_table_can_be_used(tmp_path: Path) -> None:
     folder = save_model("gpt2", tmp_path, n_positions=24, n_layer=3)
     target = Target.load(folder, precision="fp32")
     engine = make_engine(target, random_draft(target), max_seq_len=24, max_draft_tokens=4)
@@ -212,8 +215,8 @@ def test_a_learned_position_table_may_be_used_to_its_end(tmp_path: Path) -> None
     assert given["a"].token_ids == generate(folder, [[1, 2, 3, 4]], 20)[0]
 
 
-def test_what_cannot_fit_is_refused(world: World) -> None:
-    engine = world.engine(max_seq_len=20)
+def test_requests_that_do_not_fit_are_refused(models: TinyModels) -> None:
+    engine = models.engine(max_seq_len=20)
     with pytest.raises(RequestError, match="20 tokens and engine.max_seq_len is 20") as refused:
         engine.submit(request("a", [1] * 20))
     assert (refused.value.param, refused.value.code) == ("prompt", "context_length_exceeded")
@@ -227,8 +230,8 @@ def test_what_cannot_fit_is_refused(world: World) -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "trained"])
-def test_cancelling_frees_the_slot_and_touches_nobody_else(world: World, kind: str) -> None:
-    engine = world.engine(kind, max_batch_size=3, prefill_chunk_tokens=8, k=3)
+def test_cancelling_frees_the_slot_and_affects_no_other_request(models: TinyModels, kind: str) -> None:
+    engine = models.engine(kind, max_batch_size=3, prefill_chunk_tokens=8, k=3)
     given = {str(i): list[int]() for i in range(8)}
 
     def rounds(count: int) -> None:
@@ -236,74 +239,78 @@ def test_cancelling_frees_the_slot_and_touches_nobody_else(world: World, kind: s
             given[output.request_id] += output.token_ids
 
     for i in (3, 4, 7, 5, 2):
-        engine.submit(world.request(i))
+        engine.submit(models.request(i))
     rounds(3)
     assert (engine.num_running, engine.num_waiting) == (3, 2)
     assert given["3"]
-    assert not given["7"], "still reading its prompt"
+    assert not given["7"], "still prefilling"
     engine.cancel("3")  # decoding
     engine.cancel("7")  # prefilling
     engine.cancel("5")  # waiting
-    engine.cancel("nobody")
+    engine.cancel("unknown")
     assert (engine.num_running, engine.num_waiting) == (1, 1)
     cut = {name: len(given[name]) for name in "357"}
-    engine.submit(world.request(6))
+    engine.submit(models.request(6))
     while engine.has_work:
         rounds(1)
-    assert all(given[str(i)] == world.answers[i] for i in (2, 4, 6))
-    assert cut == {name: len(given[name]) for name in "357"}, "nothing is given after a cancellation"
+    assert all(given[str(i)] == models.answers[i] for i in (2, 4, 6))
+    assert cut == {name: len(given[name]) for name in "357"}, "there is no output after a cancellation"
 
 
-def test_a_request_id_may_come_again_with_other_options(world: World) -> None:
-    engine = world.engine()
-    run(engine, [world.request(2)])
-    biased = run(engine, [world.request(2, logit_bias={7: 100.0})])["2"]
+def test_a_request_id_may_come_again_with_other_options(models: TinyModels) -> None:
+    engine = models.engine()
+    run(engine, [models.request(2)])
+    biased = run(engine, [models.request(2, logit_bias={7: 100.0})])["2"]
     assert biased.token_ids == [7] * NEW
 
 
 # -- without a draft -----------------------------------------------------------------------------------------------
 
 
-def test_no_draft_pass_runs_for_requests_that_do_not_speculate(world: World, drafted: list[DraftInputs]) -> None:
-    engine = world.engine()
-    plain = [world.request(i, speculate=False) for i in range(8)]
+def test_the_draft_does_not_run_for_requests_that_do_not_speculate(
+    models: TinyModels, drafted: list[DraftInputs]
+) -> None:
+    engine = models.engine()
+    plain = [models.request(i, speculate=False) for i in range(8)]
     given = run(engine, plain)
-    assert [given[str(i)].token_ids for i in range(8)] == world.answers
+    assert [given[str(i)].token_ids for i in range(8)] == models.answers
     assert drafted == []
     assert engine.stats.drafts == 0
 
 
-def test_requests_with_and_without_speculation_share_a_batch(world: World, drafted: list[DraftInputs]) -> None:
-    engine = world.engine(prefill_chunk_tokens=256)
-    given = run(engine, [world.request(i, speculate=i % 2 == 0) for i in range(8)])
-    assert [given[str(i)].token_ids for i in range(8)] == world.answers
-    assert max(len(rows.lengths) for rows in drafted) == 4
+def test_requests_with_and_without_speculation_share_a_batch(models: TinyModels, drafted: list[DraftInputs]) -> None:
+    engine = models.engine(prefill_chunk_tokens=256)
+    given = run(engine, [models.request(i, speculate=i % 2 == 0) for i in range(8)])
+    assert [given[str(i)].token_ids for i in range(8)] == models.answers
+    assert max(len(inputs.lengths) for inputs in drafted) == 4
     for i in range(8):
         assert (sum(output.num_proposed for output in given[str(i)].rounds) > 0) == (i % 2 == 0)
 
 
-def test_no_draft_pass_runs_when_it_does_not_pay_but_for_a_probe(world: World, drafted: list[DraftInputs]) -> None:
-    engine = world.engine(adaptive=True, max_seq_len=160)
-    engine.policy.first_step_cost = CostTable()
-    engine.policy.first_step_cost.update(1, 1, 60.0)
-    drafted.clear()  # the calibration's
-    engine.submit(request("a", world.prompts[3], max_tokens=135))
+def test_the_draft_does_not_run_when_it_does_not_pay_except_for_a_probe(
+    models: TinyModels, drafted: list[DraftInputs]
+) -> None:
+    engine = models.engine(adaptive=True, max_seq_len=160)
+    engine.planner.first_step_cost = CostTable()
+    engine.planner.first_step_cost.update(1, 1, 60.0)
+    drafted.clear()  # without the calibration's calls
+    engine.submit(request("a", models.prompts[3], max_tokens=135))
     outputs: list[Output] = []
     while engine.has_work:
         outputs += engine.round()
     assert len(drafted) == 1
-    assert [output.num_proposed for output in outputs].index(1) == 127
-    assert [t for output in outputs for t in output.token_ids][:NEW] == world.answers[3]
+    assert [output.num_proposed for output in outputs].index(1) == planner_module._PROBE_EVERY - 1
+    assert [t for output in outputs for t in output.token_ids][:NEW] == models.answers[3]
 
 
-def test_a_probe_drafts_for_the_row_alone_that_has_least_to_catch_up_with(
-    world: World, drafted: list[DraftInputs]
+def test_a_probe_drafts_only_for_the_sequence_with_the_shortest_prefill(
+    models: TinyModels, drafted: list[DraftInputs]
 ) -> None:
-    engine = world.engine(adaptive=True, max_seq_len=200)
-    engine.policy.first_step_cost = CostTable()
-    engine.policy.first_step_cost.update(4, 1, 60.0)
-    drafted.clear()  # the calibration's
-    prompts = [world.prompts[3] * 3, world.prompts[3], world.prompts[3] * 2]
+    engine = models.engine(adaptive=True, max_seq_len=200)
+    engine.planner.first_step_cost = CostTable()
+    engine.planner.first_step_cost.update(4, 1, 60.0)
+    drafted.clear()  # without the calibration's calls
+    prompts = [models.prompts[3] * 3, models.prompts[3], models.prompts[3] * 2]
     for i, prompt in enumerate(prompts):
         engine.submit(request(str(i), prompt, max_tokens=140))
     while engine.has_work:
@@ -314,26 +321,26 @@ def test_a_probe_drafts_for_the_row_alone_that_has_least_to_catch_up_with(
 
 
 @pytest.mark.parametrize(("max_tokens", "pays"), [(8, False), (NEW, True)])
-def test_a_prompt_is_not_drafted_for_when_little_is_to_come(
-    world: World, drafted: list[DraftInputs], max_tokens: int, pays: bool
+def test_a_short_output_does_not_pay_for_the_prefill_of_the_draft_cache(
+    models: TinyModels, drafted: list[DraftInputs], max_tokens: int, pays: bool
 ) -> None:
-    """Reading the prompt through the draft would take longer than its proposals save."""
-    engine = world.engine(adaptive=True)
-    engine.policy.position_cost, engine.policy.target_cost = 1.0, CostTable()
-    engine.policy.target_cost.begin_with(1, 1, 1.0)
-    engine.policy.times_count = False
-    drafted.clear()  # the calibration's
-    run(engine, [request("a", world.prompts[3][:9], max_tokens=max_tokens)])
+    """The draft's prefill would take longer than its proposals save."""
+    engine = models.engine(adaptive=True)
+    engine.planner.prefill_position_s, engine.planner.target_cost = 1.0, CostTable()
+    engine.planner.target_cost.set_initial(1, 1, 1.0)
+    engine.planner.updates_costs = False
+    drafted.clear()  # without the calibration's calls
+    run(engine, [request("a", models.prompts[3][:9], max_tokens=max_tokens)])
     assert bool(drafted) == pays
 
 
 @pytest.mark.parametrize("draft", [lambda target: random_draft(target), lambda target: None])
 def test_bf16_without_kernels(
-    world: World, draft: Callable[[Target], Draft | None], monkeypatch: pytest.MonkeyPatch
+    models: TinyModels, draft: Callable[[Target], Eagle3Draft | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not exact there, since torch's sums depend on the shape; but it runs."""
+    """Not exact, because torch's sums depend on shapes; but it runs."""
     monkeypatch.setattr(native, "library", lambda: None)
-    target = Target.load(world.folder, precision="bf16")
+    target = Target.load(models.folder, precision="bf16")
     engine = make_engine(target, draft(target), max_draft_tokens=3)
-    given = run(engine, [world.request(3), world.request(6, temperature=1.0)])
+    given = run(engine, [models.request(3), models.request(6, temperature=1.0)])
     assert [len(answer.token_ids) for answer in given.values()] == [NEW, NEW]

@@ -1,4 +1,4 @@
-"""Sampling options, seeds and log-probabilities through the whole engine, with speculation and without."""
+"""Sampling parameters, seeds and log-probabilities in the whole engine, with and without speculation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
 
@@ -47,7 +47,7 @@ def target(folder: Path) -> Target:
 
 
 @pytest.fixture(scope="module")
-def draft(target: Target, model: PreTrainedModel) -> Draft:
+def draft(target: Target, model: PreTrainedModel) -> Eagle3Draft:
     """Trained on samples of the target, so that sampled proposals are accepted too."""
     torch.manual_seed(0)
     prompts = torch.randint(0, VOCAB, (16, 2))
@@ -61,7 +61,7 @@ def requests(**params: object) -> list[Request]:
     return [request(str(i), prompt, max_tokens=20, **params) for i, prompt in enumerate(PROMPTS)]
 
 
-def both(target: Target, draft: Draft) -> Iterator[Engine]:
+def both(target: Target, draft: Eagle3Draft) -> Iterator[Engine]:
     yield make_engine(target)
     yield make_engine(target, copy.deepcopy(draft), max_draft_tokens=4)
 
@@ -83,13 +83,13 @@ def tokens(answers: dict[str, Answer]) -> dict[str, list[int]]:
     ids=lambda params: "+".join(params),
 )
 def test_greedy_with_penalties_and_bias_is_the_same_under_speculation(
-    params: dict[str, object], target: Target, draft: Draft
+    params: dict[str, object], target: Target, draft: Eagle3Draft
 ) -> None:
     plain, speculative = both(target, draft)
     wanted = tokens(run(plain, requests(**params)))
     assert wanted != tokens(run(plain, requests())), "the option changes something"
     assert tokens(run(speculative, requests(**params))) == wanted
-    # And in a batch whose other rows want something else.
+    # And in a batch with a request of other parameters.
     mixed = [*requests(**params), request("x", PROMPTS[1], max_tokens=30, temperature=0.9, presence_penalty=1.0)]
     given = tokens(run(speculative, mixed))
     assert {name: given[name] for name in wanted} == wanted
@@ -108,8 +108,8 @@ def test_greedy_with_penalties_and_bias_is_the_same_under_speculation(
         {"logit_bias": {i: 100.0 if i % 2 else -100.0 for i in range(VOCAB)}},
     ],
 )
-def test_the_ends_of_every_options_range_keep_the_engine_going(
-    sampling: dict[str, object], extreme: dict[str, object], target: Target, draft: Draft
+def test_the_engine_runs_at_both_ends_of_the_range_of_every_parameter(
+    sampling: dict[str, object], extreme: dict[str, object], target: Target, draft: Eagle3Draft
 ) -> None:
     for engine in both(target, draft):
         given = run(engine, requests(**{**sampling, **extreme}, logprobs=2))
@@ -118,7 +118,9 @@ def test_the_ends_of_every_options_range_keep_the_engine_going(
             assert all(0 <= token < VOCAB for token in answer.token_ids)
 
 
-def test_a_repetition_penalty_is_that_of_transformers(model: PreTrainedModel, target: Target, draft: Draft) -> None:
+def test_a_repetition_penalty_is_that_of_transformers(
+    model: PreTrainedModel, target: Target, draft: Eagle3Draft
+) -> None:
     given = tokens(run(make_engine(target, copy.deepcopy(draft)), requests(repetition_penalty=1.4)))
     for i, prompt in enumerate(PROMPTS):
         ids = torch.tensor([prompt])
@@ -129,7 +131,9 @@ def test_a_repetition_penalty_is_that_of_transformers(model: PreTrainedModel, ta
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_a_seed_repeats_alone_in_a_batch_and_with_any_draft(k: int, target: Target, draft: Draft) -> None:
+def test_a_seed_gives_the_same_output_alone_in_a_batch_and_with_any_draft(
+    k: int, target: Target, draft: Eagle3Draft
+) -> None:
     options = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
     seeded = requests(**options)
     alone = {r.request_id: run(make_engine(target), [r])[r.request_id].token_ids for r in seeded}
@@ -146,9 +150,9 @@ def test_a_seed_repeats_alone_in_a_batch_and_with_any_draft(k: int, target: Targ
 
 @pytest.mark.parametrize("speculate", [False, True])
 def test_log_probabilities_are_the_models_own(
-    speculate: bool, model: PreTrainedModel, target: Target, draft: Draft
+    speculate: bool, model: PreTrainedModel, target: Target, draft: Eagle3Draft
 ) -> None:
-    """Raw: temperature, penalties and bias are not in them. The same for greedy, seeded and free requests."""
+    """Raw: without temperature, penalties and bias. For greedy, seeded and unseeded requests alike."""
     engine = make_engine(target, copy.deepcopy(draft) if speculate else None, max_draft_tokens=4)
     asked = [
         request("0", PROMPTS[0], max_tokens=20, logprobs=3, prompt_logprobs=2),
@@ -190,13 +194,13 @@ def test_a_prompt_of_one_token_has_one_empty_prompt_logprob(target: Target) -> N
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "seeded"])
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_speculation_is_plain_decoding_bit_for_bit(
-    precision: str, options: dict[str, object], folder: Path, draft: Draft
+    precision: str, options: dict[str, object], folder: Path, draft: Eagle3Draft
 ) -> None:
     target = Target.load(folder, precision=precision)
     plain = [run(make_engine(target), [r])[r.request_id] for r in requests(logprobs=0, **options)]
-    if precision != "bf16":  # such rounding makes another model of one so small
-        said = [[*p[-2:], *a.token_ids] for p, a in zip(PROMPTS, plain, strict=True)]
-        draft = trained_draft(target, torch.tensor(said), steps=150)
+    if precision != "bf16":  # rounding changes so small a model that the draft must be trained again
+        texts = [[*p[-2:], *a.token_ids] for p, a in zip(PROMPTS, plain, strict=True)]
+        draft = trained_draft(target, torch.tensor(texts), steps=150)
     accepted = 0
     for k in range(1, 7):
         engine = make_engine(target, copy.deepcopy(draft), max_draft_tokens=k, prefill_chunk_tokens=5)
@@ -204,7 +208,7 @@ def test_speculation_is_plain_decoding_bit_for_bit(
         accepted += engine.stats.accepted
         for i, answer in enumerate(plain):
             assert given[str(i)].token_ids == answer.token_ids
-            assert given[str(i)].logprobs == answer.logprobs, "the very same floats"
+            assert given[str(i)].logprobs == answer.logprobs, "the same bits"
     assert accepted > 10
 
 
@@ -214,7 +218,7 @@ def test_speculation_is_plain_decoding_bit_for_bit(
     ids=["plain", "top_k", "top_p+bias"],
 )
 def test_sampled_pairs_have_the_models_probabilities(params: dict[str, object], k: int, tmp_path: Path) -> None:
-    """Chi-square of the first two tokens of 3000 answers against the probabilities the model gives them."""
+    """Chi-square of the first two tokens of 3000 outputs against the model's probabilities."""
     V, count, first = 10, 3000, 4
     folder = save_model("llama", tmp_path, vocab_size=V, num_hidden_layers=1)
     model, target = reference_model(folder), Target.load(folder, precision="fp32")
@@ -234,7 +238,7 @@ def test_sampled_pairs_have_the_models_probabilities(params: dict[str, object], 
     with torch.no_grad():
         p_V = probabilities(model(torch.tensor([[first]])).logits[:, -1])[0]
         pairs = torch.stack([torch.full((V,), first), torch.arange(V)], dim=1)
-        law_VV = p_V[:, None] * probabilities(model(pairs).logits[:, -1])
+        expected_VV = p_V[:, None] * probabilities(model(pairs).logits[:, -1])
 
     torch.manual_seed(11)
     engine = make_engine(target, random_draft(target), max_draft_tokens=k, max_batch_size=300, max_seq_len=8)
@@ -244,9 +248,9 @@ def test_sampled_pairs_have_the_models_probabilities(params: dict[str, object], 
     for answer in given.values():
         seen_VV[answer.token_ids[0], answer.token_ids[1]] += 1
     assert 0.05 < engine.stats.accepted / engine.stats.proposed < 0.95
-    assert seen_VV[law_VV == 0].sum() == 0
+    assert seen_VV[expected_VV == 0].sum() == 0
 
-    expected = law_VV.flatten() * count
+    expected = expected_VV.flatten() * count
     common = expected >= 5
     seen = [*seen_VV.flatten()[common].tolist(), float(seen_VV.flatten()[~common].sum())]
     wanted = [*expected[common].tolist(), float(expected[~common].sum())]

@@ -1,4 +1,4 @@
-"""How much of the prompts a round reads beside rows that decode."""
+"""Prefill: how many prompt tokens a round computes beside decoding sequences."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from aurora_lit.serve.engine.prefill import Prefill
 from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
 
 
-def prefill(readers: int, *, token_s: float = 0.0005, adaptive: bool = True) -> Prefill:
+def make_prefill(num_prefilling: int, *, token_s: float = 0.0005, adaptive: bool = True) -> Prefill:
     nothing: Any = None
-    made = Prefill(
+    prefill = Prefill(
         nothing, nothing, nothing, tokens_SL=torch.zeros(1, 1), chunk_tokens=256, adaptive=adaptive, stats=EngineStats()
     )
-    made._token_s = token_s
+    prefill._token_s = token_s
     asked = Request(request_id="a", prompt_ids=(1,) * 600, params=SamplingParams(max_tokens=1))
-    made.rows.extend(
-        RunningSequence(request=asked, slot=0, rate=0.5, prompt_length=600, length=600) for _ in range(readers)
+    prefill.sequences.extend(
+        RunningSequence(request=asked, slot=0, acceptance_rate=0.5, prompt_length=600, length=600)
+        for _ in range(num_prefilling)
     )
-    return made
+    return prefill
 
 
 @pytest.mark.parametrize(
-    ("readers", "decoding", "changes", "tokens"),
+    ("num_prefilling", "num_decoding", "changes", "tokens"),
     [
-        (1, 0, {}, 256),  # nobody waits
+        (1, 0, {}, 256),  # no sequence decodes
         (4, 4, {}, 80),  # as long as a round: 40 ms at 0.5 ms a token
         (6, 2, {}, 240),  # three times as long
         (7, 1, {}, 256),  # never more than a chunk
@@ -37,7 +38,7 @@ def prefill(readers: int, *, token_s: float = 0.0005, adaptive: bool = True) -> 
         (7, 1, {"token_s": 0.0}, 64),  # nothing measured yet
     ],
 )
-def test_those_who_read_get_their_share_of_time(
-    readers: int, decoding: int, changes: dict[str, Any], tokens: int
+def test_prefilling_sequences_get_their_share_of_time(
+    num_prefilling: int, num_decoding: int, changes: dict[str, Any], tokens: int
 ) -> None:
-    assert prefill(readers, **changes)._budget(decoding, 0.040) == tokens
+    assert make_prefill(num_prefilling, **changes)._chunk_budget(num_decoding, 0.040) == tokens

@@ -1,4 +1,4 @@
-"""Beginnings that a slot still holds are not computed again, and nobody can tell from answers or traces."""
+"""Prefixes that a slot still holds are not computed again; outputs and traces do not change by it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from support.tiny_models import VOCAB, make_engine, random_draft, run, save_mode
 
 from aurora_lit.config import load_config
 from aurora_lit.kernels import native
-from aurora_lit.models.slots import keys_by_position
+from aurora_lit.models.kv_cache import keys_by_position
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
@@ -30,19 +30,19 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 
 @pytest.fixture(scope="module")
-def draft(target: Target) -> Draft:
+def draft(target: Target) -> Eagle3Draft:
     return random_draft(target)
 
 
-def asked(name: str, *own: int, shared: int = len(COMMON), store: bool = True, **params: Any) -> Request:
+def make_request(name: str, *own: int, shared: int = len(COMMON), store: bool = True, **params: Any) -> Request:
     fields: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0, **params}
     return Request(request_id=name, prompt_ids=(*COMMON[:shared], *own), params=SamplingParams(**fields), store=store)
 
 
-class Served:
-    """An engine, what it computed in prompts, and its traces."""
+class RecordedEngine:
+    """An engine, and its traces by request id."""
 
-    def __init__(self, target: Target, draft: Draft | None, **changes: Any) -> None:
+    def __init__(self, target: Target, draft: Eagle3Draft | None, **changes: Any) -> None:
         self.traces: dict[str, Trace] = {}
         recorder = TraceRecorder(self._keep, hidden_size=target.hidden_size)
         fields: dict[str, Any] = {"max_draft_tokens": 3, "tree_tokens": 7, "observer": recorder}
@@ -51,7 +51,7 @@ class Served:
     def _keep(self, trace: Trace) -> None:
         self.traces[trace.request_id] = trace.copy()
 
-    def answer(self, *requests: Request, **how: Any) -> dict[str, list[int]]:
+    def serve(self, *requests: Request, **how: Any) -> dict[str, list[int]]:
         return {name: answer.token_ids for name, answer in run(self.engine, requests, **how).items()}
 
 
@@ -69,25 +69,25 @@ def same_traces(one: dict[str, Trace], other: dict[str, Trace]) -> bool:
 @pytest.mark.parametrize(
     ("slots", "arrivals", "cached"),
     [
-        (1, [0, 0, 0], 40 + 45),  # one slot after another: each takes over what it holds
-        (3, [0, 0, 0], 40 + 45),  # together: the first is read, the others copy
+        (1, [0, 0, 0], 40 + 45),  # one slot: each request keeps the prefix in it
+        (3, [0, 0, 0], 40 + 45),  # together: the first is computed, the others copy
         (3, [0, 4, 40], 40 + 45),  # beside a running one, and after all have ended
         (2, [0, 1, 2], 40 + 45),
     ],
 )
-def test_answers_and_traces_are_the_same_bits(
-    target: Target, draft: Draft, drafts: bool, slots: int, arrivals: list[int], cached: int
+def test_outputs_and_traces_have_the_same_bits(
+    target: Target, draft: Eagle3Draft, drafts: bool, slots: int, arrivals: list[int], cached: int
 ) -> None:
     """The second prompt shares 40 tokens with the first, the third 45 with the second."""
     requests = [
-        asked("a", 1, 2, 3),
-        asked("b", 5, 5, 6, 7, 8, 9, 10),
-        asked("c", 5, 5, 6, 7, 8, 1, 2, temperature=0.9, seed=3),
+        make_request("a", 1, 2, 3),
+        make_request("b", 5, 5, 6, 7, 8, 9, 10),
+        make_request("c", 5, 5, 6, 7, 8, 1, 2, temperature=0.9, seed=3),
     ]
-    plain = Served(target, draft if drafts else None, max_batch_size=slots, prefix_cache=False)
-    cache = Served(target, draft if drafts else None, max_batch_size=slots)
-    wanted = plain.answer(*requests, arrivals=arrivals)
-    assert cache.answer(*requests, arrivals=arrivals) == wanted
+    plain = RecordedEngine(target, draft if drafts else None, max_batch_size=slots, prefix_cache=False)
+    cache = RecordedEngine(target, draft if drafts else None, max_batch_size=slots)
+    wanted = plain.serve(*requests, arrivals=arrivals)
+    assert cache.serve(*requests, arrivals=arrivals) == wanted
     assert (plain.engine.stats.cached_tokens, cache.engine.stats.cached_tokens) == (0, cached)
     assert plain.engine.stats.prompt_tokens == cache.engine.stats.prompt_tokens
     same = {name: trace.last_TH for name, trace in cache.traces.items()}
@@ -98,73 +98,79 @@ def test_answers_and_traces_are_the_same_bits(
     assert same_traces(plain.traces, cache.traces)
 
 
-def test_a_conversation_goes_on_from_its_own_answer(target: Target, draft: Draft) -> None:
-    served = Served(target, draft)
-    first = served.answer(asked("a", 1))["a"]
-    served.answer(asked("other", shared=3, max_tokens=4))  # takes another slot: the longest unused one
-    again = asked("b", 1, *first, 9, 9)
-    answer = served.answer(again)
-    assert served.engine.stats.cached_tokens == 41 + len(first) - 1
-    assert answer == Served(target, draft, prefix_cache=False).answer(again)
+def test_a_conversation_continues_from_its_own_output(target: Target, draft: Eagle3Draft) -> None:
+    recorded = RecordedEngine(target, draft)
+    first = recorded.serve(make_request("a", 1))["a"]
+    recorded.serve(make_request("other", shared=3, max_tokens=4))  # takes another slot: the longest unused one
+    again = make_request("b", 1, *first, 9, 9)
+    answer = recorded.serve(again)
+    assert recorded.engine.stats.cached_tokens == 41 + len(first) - 1
+    assert answer == RecordedEngine(target, draft, prefix_cache=False).serve(again)
 
 
-def test_the_last_token_is_always_computed(target: Target, draft: Draft) -> None:
-    served = Served(target, draft)
-    wanted = served.answer(asked("a", 1))["a"]
-    assert served.answer(asked("b", 1)) == {"b": wanted}
-    assert served.engine.stats.cached_tokens == 40
+def test_the_last_prompt_token_is_always_computed(target: Target, draft: Eagle3Draft) -> None:
+    recorded = RecordedEngine(target, draft)
+    wanted = recorded.serve(make_request("a", 1))["a"]
+    assert recorded.serve(make_request("b", 1)) == {"b": wanted}
+    assert recorded.engine.stats.cached_tokens == 40
 
 
 @pytest.mark.parametrize("store", [True, False])
-def test_what_was_not_to_be_kept_is_no_beginning_of_a_trace(target: Target, draft: Draft, store: bool) -> None:
-    """Its states were never told to the recorder; another such request may use its keys and values."""
-    served = Served(target, draft)
-    served.answer(asked("secret", 1, store=False))
-    served.answer(asked("b", 2, store=store))
-    assert served.engine.stats.cached_tokens == (0 if store else 40)
-    assert served.traces.keys() == ({"b"} if store else set())
+def test_a_prefix_of_a_request_that_may_not_be_stored_is_not_used_for_a_trace(
+    target: Target, draft: Eagle3Draft, store: bool
+) -> None:
+    """Its states were not recorded. Another request that may not be stored can use its keys and values."""
+    recorded = RecordedEngine(target, draft)
+    recorded.serve(make_request("secret", 1, store=False))
+    recorded.serve(make_request("b", 2, store=store))
+    assert recorded.engine.stats.cached_tokens == (0 if store else 40)
+    assert recorded.traces.keys() == ({"b"} if store else set())
 
 
-def test_log_probabilities_of_a_prompt_are_computed(target: Target, draft: Draft) -> None:
-    served = Served(target, draft)
-    first = run(served.engine, [asked("a", 1, prompt_logprobs=1)])["a"]
-    second = run(served.engine, [asked("b", 1, prompt_logprobs=1)])["b"]
+def test_prompts_with_log_probabilities_are_computed_in_full(target: Target, draft: Eagle3Draft) -> None:
+    recorded = RecordedEngine(target, draft)
+    first = run(recorded.engine, [make_request("a", 1, prompt_logprobs=1)])["a"]
+    second = run(recorded.engine, [make_request("b", 1, prompt_logprobs=1)])["b"]
     assert first.prompt_logprobs == second.prompt_logprobs
-    assert served.engine.stats.cached_tokens == 0
+    assert recorded.engine.stats.cached_tokens == 0
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 6])
-def test_what_a_cancelled_request_had_read_is_held_too(target: Target, draft: Draft, rounds: int) -> None:
-    served = Served(target, draft, prefill_chunk_tokens=20, max_batch_size=1)
-    served.engine.submit(asked("a", 1))
+def test_the_prefix_that_a_cancelled_request_computed_is_used(target: Target, draft: Eagle3Draft, rounds: int) -> None:
+    recorded = RecordedEngine(target, draft, prefill_chunk_tokens=20, max_batch_size=1)
+    recorded.engine.submit(make_request("a", 1))
     for _ in range(rounds):
-        served.engine.round()
-    served.engine.cancel("a")
-    assert served.answer(asked("b", 2)) == Served(target, draft, prefix_cache=False).answer(asked("b", 2))
-    assert served.engine.stats.cached_tokens == min(20 * rounds, 40)
+        recorded.engine.round()
+    recorded.engine.cancel("a")
+    assert recorded.serve(make_request("b", 2)) == RecordedEngine(target, draft, prefix_cache=False).serve(
+        make_request("b", 2)
+    )
+    assert recorded.engine.stats.cached_tokens == min(20 * rounds, 40)
 
 
-def test_a_swap_between_two_that_begin_alike(target: Target, draft: Draft) -> None:
-    served = Served(target, draft)
-    served.answer(asked("a", 1))
-    served.engine.swap_draft(random_draft(target, seed=5, num_key_value_heads=2), version="wider")
-    assert served.answer(asked("b", 2)) == Served(target, None, prefix_cache=False).answer(asked("b", 2))
-    assert served.engine.stats.cached_tokens == 40
+def test_the_draft_is_swapped_between_two_requests_with_a_common_prefix(target: Target, draft: Eagle3Draft) -> None:
+    recorded = RecordedEngine(target, draft)
+    recorded.serve(make_request("a", 1))
+    recorded.engine.swap_draft(random_draft(target, seed=5, num_key_value_heads=2), version="wider")
+    assert recorded.serve(make_request("b", 2)) == RecordedEngine(target, None, prefix_cache=False).serve(
+        make_request("b", 2)
+    )
+    assert recorded.engine.stats.cached_tokens == 40
 
 
-def test_short_and_other_beginnings_are_read(target: Target) -> None:
-    served = Served(target, None)
-    served.answer(asked("a", 1), asked("b", *[7] * 30, shared=15))
-    assert served.engine.stats.cached_tokens == 0
+def test_short_common_prefixes_are_computed(target: Target) -> None:
+    recorded = RecordedEngine(target, None)
+    recorded.serve(make_request("a", 1), make_request("b", *[7] * 30, shared=15))
+    assert recorded.engine.stats.cached_tokens == 0
 
 
-def test_the_draft_does_not_catch_up_with_a_copied_beginning(target: Target, draft: Draft) -> None:
-    served = Served(target, draft, max_batch_size=2)
-    served.answer(asked("a", 1), asked("b", 2), arrivals=[0, 5])
-    drafter = served.engine._drafter
+def test_the_draft_cache_of_a_copied_prefix_is_copied(target: Target, draft: Eagle3Draft) -> None:
+    recorded = RecordedEngine(target, draft, max_batch_size=2)
+    recorded.serve(make_request("a", 1), make_request("b", 2), arrivals=[0, 5])
+    drafter = recorded.engine._drafter
     assert drafter is not None
     with torch.no_grad():
-        keys, done = [keys_by_position(k).clone() for k in drafter._cache.keys_SGCDP], list(drafter._done)
+        keys, done = [keys_by_position(k).clone() for k in drafter._cache.keys_SGCDP], list(drafter._num_cached)
     assert min(done) >= 40
     assert torch.equal(keys[0][0, ..., :39], keys[0][1, ..., :39])
 
@@ -174,10 +180,10 @@ def test_the_setting_reaches_the_engine() -> None:
     assert not load_config(None, ["engine.prefix_cache=false"]).engine.prefix_cache
 
 
-def test_a_cache_in_torch_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefixes_are_copied_without_native_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     target = Target.load(save_model("gemma2", tmp_path), precision="fp32")
-    requests = [asked("a", 1, 2, 3), asked("b", 5, 5, 6)]
-    served = Served(target, random_draft(target), tree_tokens=0)
-    assert served.answer(*requests) == Served(target, None, tree_tokens=0, prefix_cache=False).answer(*requests)
-    assert served.engine.stats.cached_tokens == 40
+    requests = [make_request("a", 1, 2, 3), make_request("b", 5, 5, 6)]
+    recorded = RecordedEngine(target, random_draft(target), tree_tokens=0)
+    assert recorded.serve(*requests) == RecordedEngine(target, None, tree_tokens=0, prefix_cache=False).serve(*requests)
+    assert recorded.engine.stats.cached_tokens == 40

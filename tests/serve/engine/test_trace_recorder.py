@@ -1,4 +1,4 @@
-"""What the engine records: states and distributions are those of a plain target pass, rounds those of the outputs."""
+"""TraceRecorder in an engine: states and distributions are those of plain passes, rounds those of the outputs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from support.tiny_models import VOCAB, Answer, make_engine, random_draft, reques
 from support.trace_examples import keep_in
 
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_NOBODY, Trace, check, from_bytes, to_bytes
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_NONE, Trace, check, from_bytes, to_bytes
 
 LENGTHS = (5, 1, 23, 9, 12, 7)
 NEW = 30
@@ -31,12 +31,14 @@ KINDS: dict[str, dict[str, object]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
+class TinyModels:
+    """A target, a draft trained on its greedy outputs, and prompts."""
+
     target: Target
-    draft: Draft
+    draft: Eagle3Draft
     prompts: list[list[int]]
     answers: list[list[int]]
-    """Greedy."""
+    """Greedy outputs."""
 
     def requests(self, kind: str = "greedy", **changes: object) -> list[Request]:
         params = {"max_tokens": NEW, **KINDS[kind]}
@@ -52,7 +54,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
     target = Target.load(folder, precision="fp32")
     gen = torch.Generator().manual_seed(3)
@@ -60,26 +62,26 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     plain = run(make_engine(target), [request(str(i), p, max_tokens=NEW) for i, p in enumerate(prompts)])
     answers = [plain[str(i)].token_ids for i in range(len(prompts))]
     width = max(LENGTHS) + NEW
-    learnt = [(p + a + [0] * width)[:width] for p, a in zip(prompts, answers, strict=True)]
-    draft = trained_draft(target, torch.tensor(learnt), steps=40)
-    return World(target=target, draft=draft, prompts=prompts, answers=answers)
+    texts = [(p + a + [0] * width)[:width] for p, a in zip(prompts, answers, strict=True)]
+    draft = trained_draft(target, torch.tensor(texts), steps=40)
+    return TinyModels(target=target, draft=draft, prompts=prompts, answers=answers)
 
 
-def whole(world: World, answer: Answer, request_id: str) -> list[int]:
-    return [*world.prompts[int(request_id)], *answer.token_ids]
+def all_tokens(models: TinyModels, answer: Answer, request_id: str) -> list[int]:
+    return [*models.prompts[int(request_id)], *answer.token_ids]
 
 
 @torch.no_grad()
-def check_states(world: World, trace: Trace, tokens: Sequence[int]) -> int:
-    """Hold every state of a trace to plain passes; how many rejected ones there were."""
-    target = world.target
+def check_states(models: TinyModels, trace: Trace, tokens: Sequence[int]) -> int:
+    """Compare every state of a trace with plain passes. Returns the number of rejected positions."""
+    target = models.target
     first, end = trace.first_position, trace.first_position + len(trace.token_ids_T)
     assert trace.token_ids_T.tolist() == list(tokens[first:end])
     rounding = {"atol": 1e-4, "rtol": 2**-8}
-    aux_BT3H, last_BTH = target.read(torch.tensor([list(tokens)]))
+    aux_BT3H, last_BTH = target.forward_uncached(torch.tensor([list(tokens)]))
     torch.testing.assert_close(trace.aux_T3H.float(), aux_BT3H[0, first:end], **rounding)
     torch.testing.assert_close(trace.last_TH.float(), last_BTH[0, first:end], **rounding)
-    row = 0
+    start = 0
     for r, (root, count, accepted) in enumerate(
         zip(trace.round_root_R.tolist(), trace.num_proposed_R.tolist(), trace.num_accepted_R.tolist(), strict=True)
     ):
@@ -87,18 +89,18 @@ def check_states(world: World, trace: Trace, tokens: Sequence[int]) -> int:
             continue
         proposed = trace.proposal_RK[r, :count].tolist()
         path = [*tokens[: first + root + 1], *proposed]
-        last_TH = target.read(torch.tensor([path]))[1][0, first + root :]
+        last_TH = target.forward_uncached(torch.tensor([path]))[1][0, first + root :]
         for i in range(count):
-            at = trace.last_TH[root + i] if i <= accepted else trace.rejected_last_NH[row + i - accepted - 1]
+            at = trace.last_TH[root + i] if i <= accepted else trace.rejected_last_NH[start + i - accepted - 1]
             torch.testing.assert_close(at.float(), last_TH[i], **rounding)
             p, wanted = target.logits(at[None].float()).softmax(-1), target.logits(last_TH[i][None]).softmax(-1)
             assert (p - wanted).abs().max() < 0.02
-        row += int(trace.num_rejected_R[r])
-    return row
+        start += int(trace.num_rejected_R[r])
+    return start
 
 
 def check_rounds(traces: Sequence[Trace], answer: Answer) -> None:
-    """Hold the rounds of a request's traces to its outputs."""
+    """Compare the rounds of a request's traces with its outputs."""
     rounds = [
         (trace.first_position + root, n, a, source, explored)
         for trace in traces
@@ -114,22 +116,22 @@ def check_rounds(traces: Sequence[Trace], answer: Answer) -> None:
     position = LENGTHS[int(traces[0].request_id)] - 1
     wanted = []
     for output in answer.rounds:
-        # The end cuts off what nobody judged; of copies what is behind the first refusal is left out.
+        # Left out are proposals that the end of the request cut off, and of lookup those after a rejection.
         count = output.num_proposed if len(output.token_ids) > output.num_accepted else output.num_accepted
-        if output.looked_up:
+        if output.from_lookup:
             count = min(count, output.num_accepted + 1)
         wanted.append((position, count, output.num_accepted, output.explored and count > 0))
         position += len(output.token_ids)
     assert [(root, n, a, explored) for root, n, a, _, explored in rounds] == wanted
-    assert all((source == SOURCE_NOBODY) == (n == 0) for _, n, _, source, _ in rounds)
+    assert all((source == SOURCE_NONE) == (n == 0) for _, n, _, source, _ in rounds)
 
 
 @pytest.mark.parametrize("lookup", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("segment_tokens", [500, 7])
-def test_states_distributions_and_rounds(world: World, kind: str, lookup: bool, segment_tokens: int) -> None:
+def test_states_distributions_and_rounds(models: TinyModels, kind: str, lookup: bool, segment_tokens: int) -> None:
     traces: list[Trace] = []
-    engine = world.engine(
+    engine = models.engine(
         traces,
         segment_tokens=segment_tokens,
         overlap=3,
@@ -137,13 +139,13 @@ def test_states_distributions_and_rounds(world: World, kind: str, lookup: bool, 
         explore_share=0.3,
         explore_temperature=1.5,
     )
-    given = run(engine, world.requests(kind))
+    given = run(engine, models.requests(kind))
     by_request = defaultdict(list)
     num_rejected = 0
     for trace in traces:
         check(trace)
         by_request[trace.request_id].append(from_bytes(to_bytes(trace)))
-        num_rejected += check_states(world, trace, whole(world, given[trace.request_id], trace.request_id))
+        num_rejected += check_states(models, trace, all_tokens(models, given[trace.request_id], trace.request_id))
         assert trace.verify == {"greedy": "greedy", "seeded": "seeded"}.get(kind, "free")
         assert trace.temperature == pytest.approx(KINDS[kind]["temperature"])
         assert trace.domain == f"d{trace.request_id}"
@@ -154,51 +156,51 @@ def test_states_distributions_and_rounds(world: World, kind: str, lookup: bool, 
         assert (len(its) > 1) == (segment_tokens == 7)
     assert sum(int(t.num_accepted_R.sum()) for t in traces) == engine.stats.accepted
     assert engine.stats.accepted > (50 if kind == "greedy" else 5)
-    assert sum(int(t.explored_R.sum()) for t in traces) == pytest.approx(engine.stats.explored, abs=6)
-    assert engine.stats.explored > 5
+    assert sum(int(t.explored_R.sum()) for t in traces) == pytest.approx(engine.stats.explored_drafts, abs=6)
+    assert engine.stats.explored_drafts > 5
     sources = torch.cat([t.source_R for t in traces])
     assert bool((sources == SOURCE_DRAFT).any())
     if kind != "seeded":  # there it depends on luck
         assert bool((sources == SOURCE_LOOKUP).any()) == (lookup and kind == "greedy")
 
 
-def test_segments_teach_each_new_position_once_and_repeat_the_overlap(world: World) -> None:
+def test_each_position_is_new_in_one_segment_and_segments_overlap(models: TinyModels) -> None:
     traces: list[Trace] = []
-    given = run(world.engine(traces, segment_tokens=7, overlap=3), world.requests())
+    given = run(models.engine(traces, segment_tokens=7, overlap=3), models.requests())
     for request_id, answer in given.items():
-        its = [t for t in traces if t.request_id == request_id]
+        segments = [t for t in traces if t.request_id == request_id]
         length = LENGTHS[int(request_id)]
         new: list[int] = []
-        for trace in its:
+        for trace in segments:
             start = trace.first_position + trace.answer_start
             new += range(start, trace.first_position + len(trace.token_ids_T))
-            assert trace.answer_start == (length if trace is its[0] else 3)
-            assert trace is its[-1] or 7 <= len(trace.token_ids_T) - trace.answer_start < 7 + 5
-        assert its[0].first_position == 0
-        assert new == list(range(length, length + NEW - 1)), "all but the last token, which the target has not run"
+            assert trace.answer_start == (length if trace is segments[0] else 3)
+            assert trace is segments[-1] or 7 <= len(trace.token_ids_T) - trace.answer_start < 7 + 5
+        assert segments[0].first_position == 0
+        assert new == list(range(length, length + NEW - 1)), "all but the last token, which the target has not computed"
         assert len(answer.token_ids) == NEW
 
 
 @pytest.mark.parametrize("drafted", [False, True])
-def test_plain_decoding_is_recorded_too(world: World, drafted: bool) -> None:
+def test_plain_decoding_is_recorded_too(models: TinyModels, drafted: bool) -> None:
     traces: list[Trace] = []
     engine = (
-        world.engine(traces)
+        models.engine(traces)
         if drafted
-        else make_engine(world.target, observer=TraceRecorder(keep_in(traces), hidden_size=world.target.hidden_size))
+        else make_engine(models.target, observer=TraceRecorder(keep_in(traces), hidden_size=models.target.hidden_size))
     )
-    given = run(engine, [replace(r, params=replace(r.params, speculate=False)) for r in world.requests()])
+    given = run(engine, [replace(r, params=replace(r.params, speculate=False)) for r in models.requests()])
     for trace in traces:
-        check_states(world, trace, whole(world, given[trace.request_id], trace.request_id))
-        assert set(trace.source_R.tolist()) == {SOURCE_NOBODY}
-        assert trace.proposal_RK.shape == (NEW - 0, 0)
+        check_states(models, trace, all_tokens(models, given[trace.request_id], trace.request_id))
+        assert set(trace.source_R.tolist()) == {SOURCE_NONE}
+        assert trace.proposal_RK.shape == (NEW, 0)
         assert set(trace.round_version_R.tolist()) == {-1}
 
 
-def test_behaviour_log_probabilities_and_temperatures_by_kind(world: World) -> None:
+def test_behaviour_log_probabilities_and_temperatures_by_kind(models: TinyModels) -> None:
     for kind, explore_share in (("greedy", 0.0), ("seeded", 0.0), ("free", 0.0), ("cut", 0.0), ("greedy", 1.0)):
         traces: list[Trace] = []
-        run(world.engine(traces, explore_share=explore_share, explore_temperature=2.5), world.requests(kind))
+        run(models.engine(traces, explore_share=explore_share, explore_temperature=2.5), models.requests(kind))
         inside = torch.cat([(t.proposal_RK >= 0).flatten() for t in traces])
         logprob = torch.cat([t.behaviour_logprob_RK.flatten() for t in traces])
         temperature = torch.cat([t.draft_temperature_R for t in traces]).unique()
@@ -230,117 +232,117 @@ def test_behaviour_log_probabilities_and_temperatures_by_kind(world: World) -> N
     ],
 )
 @pytest.mark.parametrize("explore_share", [0.0, 1.0])
-def test_what_shaped_p_beyond_the_head_is_no_basis_for_a_policy(
-    world: World, kind: str, options: dict[str, object], explore_share: float
+def test_behaviour_log_probabilities_are_nan_where_parameters_change_p(
+    models: TinyModels, kind: str, options: dict[str, object], explore_share: float
 ) -> None:
     traces: list[Trace] = []
-    requests = [replace(r, params=replace(r.params, **options)) for r in world.requests(kind)]  # type: ignore[arg-type]
-    run(world.engine(traces, explore_share=explore_share), requests)
+    requests = [replace(r, params=replace(r.params, **options)) for r in models.requests(kind)]  # type: ignore[arg-type]
+    run(models.engine(traces, explore_share=explore_share), requests)
     drafted = torch.cat([(t.source_R == SOURCE_DRAFT) for t in traces])
     assert int(drafted.sum()) > 10
     assert torch.cat([t.behaviour_logprob_RK.isnan().all().reshape(1) for t in traces]).all()
 
 
-def test_a_request_that_may_not_be_stored_leaves_nothing_and_is_not_explored(world: World) -> None:
+def test_a_request_that_may_not_be_stored_leaves_no_trace_and_does_not_explore(models: TinyModels) -> None:
     traces: list[Trace] = []
-    engine = world.engine(traces, explore_share=1.0, explore_temperature=3.0, segment_tokens=7)
-    requests = [replace(r, store=int(r.request_id) % 2 == 0) for r in world.requests()]
+    engine = models.engine(traces, explore_share=1.0, explore_temperature=3.0, segment_tokens=7)
+    requests = [replace(r, store=int(r.request_id) % 2 == 0) for r in models.requests()]
     given = run(engine, requests)
     assert {t.request_id for t in traces} == {"0", "2", "4"}
     for request_id, answer in given.items():
         assert any(output.explored for output in answer.rounds) == (int(request_id) % 2 == 0)
-        assert answer.token_ids == world.answers[int(request_id)]
+        assert answer.token_ids == models.answers[int(request_id)]
     assert engine.stats.opted_out == 3
     for trace in traces:
-        check_states(world, trace, whole(world, given[trace.request_id], trace.request_id))
+        check_states(models, trace, all_tokens(models, given[trace.request_id], trace.request_id))
 
 
-def test_no_state_is_copied_of_a_request_that_may_not_be_stored(world: World) -> None:
-    recorder = TraceRecorder(lambda _: None, hidden_size=world.target.hidden_size)
-    engine = make_engine(world.target, max_batch_size=2, observer=recorder)
-    run(engine, [replace(r, store=r.request_id == "2") for r in world.requests()[2:4]])
+def test_no_state_is_kept_of_a_request_that_may_not_be_stored(models: TinyModels) -> None:
+    recorder = TraceRecorder(lambda _: None, hidden_size=models.target.hidden_size)
+    engine = make_engine(models.target, max_batch_size=2, observer=recorder)
+    run(engine, [replace(r, store=r.request_id == "2") for r in models.requests()[2:4]])
     used_S = (recorder._last_SLH != 0).any(-1).any(-1).tolist()
     assert used_S == [True, False] or used_S == [False, True]
 
 
-def test_what_an_end_cuts_off_is_not_told_as_rejected(world: World) -> None:
+def test_proposals_that_the_end_cuts_off_are_not_recorded_as_rejected(models: TinyModels) -> None:
     cut = 0
     for place in range(3, 20):
         traces: list[Trace] = []
         stops = [
-            replace(r, params=replace(r.params, stop_token_ids=(world.answers[i][place],)))
-            for i, r in enumerate(world.requests())
+            replace(r, params=replace(r.params, stop_token_ids=(models.answers[i][place],)))
+            for i, r in enumerate(models.requests())
         ]
-        given = run(world.engine(traces), stops)
+        given = run(models.engine(traces), stops)
         for trace in traces:
             check(trace)
             answer = given[trace.request_id]
             check_rounds([trace], answer)
-            check_states(world, trace, whole(world, answer, trace.request_id))
+            check_states(models, trace, all_tokens(models, answer, trace.request_id))
             last = answer.rounds[-1]
             cut += last.num_proposed > last.num_accepted == len(last.token_ids)
     assert cut > 3, "the test needs ends among accepted proposals"
 
 
-def test_an_answer_of_one_token_leaves_no_trace(world: World) -> None:
+def test_an_output_of_one_token_leaves_no_trace(models: TinyModels) -> None:
     traces: list[Trace] = []
-    requests = [replace(r, params=replace(r.params, max_tokens=1)) for r in world.requests()]
-    run(world.engine(traces), requests)
+    requests = [replace(r, params=replace(r.params, max_tokens=1)) for r in models.requests()]
+    run(models.engine(traces), requests)
     assert traces == []
 
 
-def test_a_cancelled_request_leaves_what_it_had_and_its_slot_starts_anew(world: World) -> None:
+def test_a_cancelled_request_leaves_a_trace_and_its_slot_starts_a_new_one(models: TinyModels) -> None:
     traces: list[Trace] = []
-    engine = world.engine(traces, max_batch_size=1)
-    requests = world.requests()
+    engine = models.engine(traces, max_batch_size=1)
+    requests = models.requests()
     engine.submit(requests[2])
     tokens: list[int] = []
     while len(tokens) < 8:
         tokens += [token for output in engine.round() for token in output.token_ids]
     engine.cancel("2")
     assert [t.request_id for t in traces] == ["2"]
-    assert check_states(world, traces[0], [*world.prompts[2], *tokens]) >= 0
+    assert check_states(models, traces[0], [*models.prompts[2], *tokens]) >= 0
     engine.submit(requests[3])
     engine.round()  # prefill of the next in the same slot
     engine.cancel("3")
     given = run(engine, [requests[0]])
     assert {t.request_id for t in traces[1:]} <= {"0", "3"}
-    check_states(world, traces[-1], whole(world, given["0"], "0"))
+    check_states(models, traces[-1], all_tokens(models, given["0"], "0"))
     check_rounds(traces[-1:], given["0"])
 
 
-def test_versions_are_noted_across_a_swap(world: World) -> None:
+def test_versions_are_recorded_across_a_swap(models: TinyModels) -> None:
     traces: list[Trace] = []
-    engine = world.engine(traces, max_batch_size=1, draft_version="start")
-    engine.submit(world.requests()[0])
+    engine = models.engine(traces, max_batch_size=1, draft_version="start")
+    engine.submit(models.requests()[0])
     outputs = []
     while engine.has_work:
         if len(outputs) == 3:
-            engine.swap_draft(random_draft(world.target, seed=9), version="draft-000042")
+            engine.swap_draft(random_draft(models.target, seed=9), version="draft-000042")
         outputs += engine.round()
-    assert [token for output in outputs for token in output.token_ids] == world.answers[0]
+    assert [token for output in outputs for token in output.token_ids] == models.answers[0]
     versions = traces[0].round_version_R.tolist()
     drafted = traces[0].source_R == SOURCE_DRAFT
     assert versions[:3] == [0, 0, 0]
     assert set(traces[0].round_version_R[drafted].tolist()[3:]) == {42}
     assert outputs[-1].draft_versions == ("start", "draft-000042")
     assert outputs[1].draft_versions == ("start",)
-    check_states(world, traces[0], [*world.prompts[0], *world.answers[0]])
+    check_states(models, traces[0], [*models.prompts[0], *models.answers[0]])
     with pytest.raises(ValueError, match="without a draft"):
-        make_engine(world.target).swap_draft(random_draft(world.target), version="x")
+        make_engine(models.target).swap_draft(random_draft(models.target), version="x")
 
 
-def test_a_bf16_target_is_recorded_as_it_computes(world: World, tmp_path: Path) -> None:
+def test_the_states_of_a_bf16_target_are_recorded(models: TinyModels, tmp_path: Path) -> None:
     target = Target.load(save_model("llama", tmp_path, num_hidden_layers=4), precision="bf16")
     traces: list[Trace] = []
     recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size)
-    engine = make_engine(target, copy.deepcopy(world.draft), max_draft_tokens=3, observer=recorder)
-    given = run(engine, world.requests("free"))
+    engine = make_engine(target, copy.deepcopy(models.draft), max_draft_tokens=3, observer=recorder)
+    given = run(engine, models.requests("free"))
     for trace in traces:
-        tokens = torch.tensor([whole(world, given[trace.request_id], trace.request_id)])
+        tokens = torch.tensor([all_tokens(models, given[trace.request_id], trace.request_id)])
         with torch.no_grad():
-            aux_BT3H, last_BTH = target.read(tokens)
+            aux_BT3H, last_BTH = target.forward_uncached(tokens)
         T = len(trace.token_ids_T)
-        # The engine's cache rounds keys and values, a plain pass does not.
+        # The engine's KV cache rounds keys and values, a plain pass does not.
         for got, wanted in ((trace.last_TH, last_BTH), (trace.aux_T3H, aux_BT3H)):
             assert (got.float() - wanted[0, :T].float()).abs().mean() < 0.02 * wanted.abs().mean()

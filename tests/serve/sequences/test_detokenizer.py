@@ -1,11 +1,11 @@
-"""TextStream: whatever the pieces, the same whole characters, cut before the same stop string."""
+"""TextStream: however tokens are split, the same whole characters, cut before the same stop string. TokenDecoder."""
 
 import random
 
 import pytest
 from support.fake_engine import tiny_tokenizer
 
-from aurora_lit.serve.sequences.detokenizer import TextStream, TokenSpeller
+from aurora_lit.serve.sequences.detokenizer import TextStream, TokenDecoder
 
 TEXT = "hello world, ça va? 今日は 🌍🚀 naïve — the end ✓ e\u0301 👩‍👩‍👧 done"
 
@@ -16,7 +16,7 @@ def tokenizer():
 
 
 def in_pieces(stream, ids, rng):
-    """Push the ids in random groups; the pieces of text that came out."""
+    """Push the ids in random groups; returns the pieces of text."""
     pieces, at = [], 0
     while at < len(ids):
         size = rng.randint(1, 5)
@@ -31,7 +31,7 @@ def test_text_is_the_same_however_it_is_split(tokenizer, seed):
     assert "".join(pieces) == TEXT
 
 
-def test_a_character_is_held_back_until_it_is_whole(tokenizer):
+def test_a_character_is_held_back_until_it_is_complete(tokenizer):
     stream = TextStream(tokenizer)
     ids = tokenizer.encode("🌍")
     assert [stream.push([token_id]) for token_id in ids] == ["", "", "", "🌍"]
@@ -43,18 +43,18 @@ def test_random_bytes_never_give_a_broken_character(tokenizer, seed):
     ids = [rng.randrange(256) for _ in range(200)]
     stream = TextStream(tokenizer)
     text = "".join(in_pieces(stream, ids, rng))
-    raw = b"".join(TokenSpeller(tokenizer).spell(token_id) for token_id in ids)
+    raw = b"".join(TokenDecoder(tokenizer).to_bytes(token_id) for token_id in ids)
     assert "\ufffd" not in text
     assert text == raw.decode(errors="ignore")
     assert len(stream._window) <= 40, "the window must not grow with the text"
 
 
-def test_half_a_character_at_the_end_is_dropped(tokenizer):
+def test_an_incomplete_character_at_the_end_is_dropped(tokenizer):
     stream = TextStream(tokenizer)
     assert stream.push(tokenizer.encode("ab€")[:-1]) + stream.finish() == "ab"
 
 
-def test_special_tokens_do_not_show(tokenizer):
+def test_special_tokens_give_no_text(tokenizer):
     stream = TextStream(tokenizer)
     ids = [*tokenizer.encode("a"), tokenizer.eos_token_id, *tokenizer.encode("b")]
     assert stream.push(ids) == "ab"
@@ -76,18 +76,18 @@ def test_special_tokens_do_not_show(tokenizer):
 def test_output_is_cut_before_the_stop_string(tokenizer, seed, stop, expected):
     stream = TextStream(tokenizer, stop=stop)
     rng, ids = random.Random(seed), tokenizer.encode(TEXT)
-    shown = ""
+    text = ""
     for piece in in_pieces(stream, ids, rng):
-        shown += piece
-        assert expected.startswith(shown), "text was shown that had to be held back"
-    assert shown == expected
+        text += piece
+        assert expected.startswith(text), "text was returned that had to be held back"
+    assert text == expected
     assert stream.stopped == (expected != TEXT)
 
 
-def test_tokens_are_spelled_as_their_bytes(tokenizer):
-    speller = TokenSpeller(tokenizer)
+def test_a_token_is_converted_to_its_bytes_and_text(tokenizer):
+    token_decoder = TokenDecoder(tokenizer)
     ids = tokenizer.encode(TEXT)
-    assert b"".join(speller.spell(token_id) for token_id in ids).decode() == TEXT
-    assert speller.show(tokenizer.encode("€")[0]) == "bytes:\\xe2"
-    assert speller.show(tokenizer.encode("hello world")[1]) == " world"
-    assert speller.show(tokenizer.eos_token_id) == "<|end|>"
+    assert b"".join(token_decoder.to_bytes(token_id) for token_id in ids).decode() == TEXT
+    assert token_decoder.to_text(tokenizer.encode("€")[0]) == "bytes:\\xe2"
+    assert token_decoder.to_text(tokenizer.encode("hello world")[1]) == " world"
+    assert token_decoder.to_text(tokenizer.eos_token_id) == "<|end|>"

@@ -1,4 +1,4 @@
-"""Prompt lookup: what is copied, and that it never changes what is said."""
+"""NgramIndex: which tokens it proposes; and n-gram lookup in the engine, which never changes the output."""
 
 from __future__ import annotations
 
@@ -9,55 +9,55 @@ import torch
 from support.tiny_models import VOCAB, make_engine, random_draft, request, run, save_model
 
 from aurora_lit.models.target import Target
-from aurora_lit.serve.sequences.ngram_index import MOST_MATCH, NgramIndex
+from aurora_lit.serve.sequences.ngram_index import MAX_MATCH, NgramIndex
 from aurora_lit.serve.speculation.drafter import Drafter
 
 REFRAIN = (7, 8, 9, 10, 11, 12) * 4
 
 
-def copy_of(index: NgramIndex, count: int) -> tuple[int, list[int]]:
-    """How many tokens agree, and what is copied."""
-    match, place = index.longest()
-    return match, index.continuation(place, count) if match else []
+def look_up(index: NgramIndex, count: int) -> tuple[int, list[int]]:
+    """Length of the longest match, and the tokens that follow it."""
+    match, position = index.find_longest_match()
+    return match, index.continuation(position, count) if match else []
 
 
 @pytest.mark.parametrize(
-    ("tokens", "count", "match", "copied"),
+    ("tokens", "count", "match", "following"),
     [
         ([], 3, 0, []),
         ([1, 2, 3], 3, 0, []),
         ([1, 2, 3, 4, 1, 2, 3], 2, 3, [4, 1]),
-        ([1, 2, 3, 4, 1, 2, 3], 6, 3, [4, 1, 2, 3, 4, 1]),  # goes round
-        ([1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3], 1, 3, [5]),  # of equal ones the latest
-        ([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 1, 3, [4]),  # before a later one fewer tokens agree
+        ([1, 2, 3, 4, 1, 2, 3], 6, 3, [4, 1, 2, 3, 4, 1]),  # repeats
+        ([1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3], 1, 3, [5]),  # of equally long matches the latest
+        ([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 1, 3, [4]),  # the later match is shorter
         ([9, 2, 3, 4, 8, 2, 3], 1, 2, [4]),
-        ([9, 3, 4, 8, 3], 1, 0, []),  # one token that agrees is not enough
+        ([9, 3, 4, 8, 3], 1, 0, []),  # a match of one token is too short
         ([6, 6, 6, 6], 2, 3, [6, 6]),
-        (list(range(20)) * 2, 2, MOST_MATCH, [0, 1]),
+        (list(range(20)) * 2, 2, MAX_MATCH, [0, 1]),
     ],
 )
-def test_what_is_copied(tokens: list[int], count: int, match: int, copied: list[int]) -> None:
-    assert copy_of(NgramIndex(tokens), count) == (match, copied)
+def test_the_tokens_after_the_longest_match(tokens: list[int], count: int, match: int, following: list[int]) -> None:
+    assert look_up(NgramIndex(tokens), count) == (match, following)
     one_by_one = NgramIndex()
     for token in tokens:
         one_by_one.extend([token])
-    assert copy_of(one_by_one, count) == (match, copied)
+    assert look_up(one_by_one, count) == (match, following)
 
 
-def test_the_longest_agreement_is_that_of_looking_everywhere() -> None:
+def test_the_longest_match_is_that_of_an_exhaustive_search() -> None:
     draw = random.Random(0)
     for _ in range(200):
         tokens = [draw.randrange(4) for _ in range(draw.randrange(2, 30))]
-        everywhere = [0]
-        for place in range(1, len(tokens)):
-            agreed = 0
-            while agreed < min(place, MOST_MATCH) and tokens[place - 1 - agreed] == tokens[-1 - agreed]:
-                agreed += 1
-            everywhere.append(agreed)
-        longest = max(everywhere) if max(everywhere) >= 2 else 0
-        match, place = NgramIndex(tokens).longest()
+        matches = [0]
+        for position in range(1, len(tokens)):
+            length = 0
+            while length < min(position, MAX_MATCH) and tokens[position - 1 - length] == tokens[-1 - length]:
+                length += 1
+            matches.append(length)
+        longest = max(matches) if max(matches) >= 2 else 0
+        match, position = NgramIndex(tokens).find_longest_match()
         assert match == longest
-        assert not match or everywhere[place] == match
+        assert not match or matches[position] == match
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +83,20 @@ def test_output_is_that_of_plain_decoding(target: Target, with_draft: bool, adap
     plain = run(make_engine(target), asked)
     draft = random_draft(target) if with_draft else None
     engine = make_engine(target, draft, lookup_tokens=15, adaptive=adaptive, max_batch_size=4)
-    # A row that is sampled freely joins: the draft alone may propose for it.
-    copied = run(engine, [*asked, request("free", REFRAIN, max_tokens=40, temperature=1.0)])
-    assert {i: copied[i].token_ids for i in plain} == {i: plain[i].token_ids for i in plain}
+    # An unseeded sampled request joins: only the draft may propose for it.
+    given = run(engine, [*asked, request("free", REFRAIN, max_tokens=40, temperature=1.0)])
+    assert {i: given[i].token_ids for i in plain} == {i: plain[i].token_ids for i in plain}
     assert engine.stats.accepted > 0
-    assert len(copied["free"].token_ids) == 40
+    assert len(given["free"].token_ids) == 40
 
 
-def test_no_draft_pass_runs_while_all_rows_copy(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny random model soon repeats itself; from then on its refrain is copied."""
+def test_the_draft_does_not_run_while_lookup_proposes_for_all_sequences(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny random model soon repeats itself; from then on lookup finds all proposals."""
     calls: list[int] = []
     original = Drafter.propose
-    monkeypatch.setattr(Drafter, "propose", lambda self, rows, **o: calls.append(1) or original(self, rows, **o))
+    monkeypatch.setattr(Drafter, "propose", lambda self, inputs, **o: calls.append(1) or original(self, inputs, **o))
     asked = [request("a", REFRAIN, max_tokens=120, temperature=0.0)]
     with_lookup = make_engine(target, random_draft(target), lookup_tokens=15, adaptive=False)
     run(with_lookup, asked)

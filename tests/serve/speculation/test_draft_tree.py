@@ -1,4 +1,4 @@
-"""Rounds that propose trees: each node is what a plain pass over its path gives, bit for bit; output and traces too."""
+"""Rounds that propose trees: each node has the bits of a plain pass over its path; so have outputs and traces."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from support.tiny_models import VOCAB, Answer, make_engine, random_draft, request, run, save_model, trained_draft
 
 from aurora_lit.kernels import native
-from aurora_lit.models.slots import KVSlots, keys_by_position
+from aurora_lit.models.kv_cache import KVCache, keys_by_position
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.options import slot_capacity
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
-from aurora_lit.serve.speculation.draft_tree import slot_capacity
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace, check
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
@@ -29,9 +29,11 @@ NEW = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
+class TinyModels:
+    """Targets by precision, drafts by kind ("random", or "trained" on the target's outputs), and prompts."""
+
     targets: dict[str, Target]
-    drafts: dict[str, Draft]
+    drafts: dict[str, Eagle3Draft]
     prompts: list[list[int]]
 
     def engine(self, kind: str = "trained", *, precision: str = "bf16", nodes: int = 15, **changes: Any) -> Engine:
@@ -43,19 +45,19 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
     targets = {precision: Target.load(folder, precision=precision) for precision in PRECISIONS}
     gen = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, VOCAB, (length,), generator=gen).tolist() for length in LENGTHS]
     plain = run(make_engine(targets["fp32"]), [request(str(i), p, max_tokens=NEW) for i, p in enumerate(prompts)])
     width = max(LENGTHS) + NEW
-    learnt = [(p + plain[str(i)].token_ids + [0] * width)[:width] for i, p in enumerate(prompts)]
+    texts = [(p + plain[str(i)].token_ids + [0] * width)[:width] for i, p in enumerate(prompts)]
     drafts = {
         "random": random_draft(targets["fp32"]),
-        "trained": trained_draft(targets["fp32"], torch.tensor(learnt), steps=40),
+        "trained": trained_draft(targets["fp32"], torch.tensor(texts), steps=40),
     }
-    return World(targets=targets, drafts=drafts, prompts=prompts)
+    return TinyModels(targets=targets, drafts=drafts, prompts=prompts)
 
 
 def tokens(given: dict[str, Answer]) -> list[list[int]]:
@@ -74,36 +76,38 @@ def path_of(parents: list[int], column: int) -> list[int]:
 
 @pytest.mark.parametrize("columns", [2, 5, 16, 23])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_node_is_a_plain_pass_over_its_path_bit_for_bit(world: World, precision: str, columns: int) -> None:
-    target, rng = world.targets[precision], random.Random(columns)
+def test_every_node_is_a_plain_pass_over_its_path_bit_for_bit(models: TinyModels, precision: str, columns: int) -> None:
+    target, rng = models.targets[precision], random.Random(columns)
     ids_BL = torch.randint(VOCAB, (2, 80), generator=torch.Generator().manual_seed(columns))
     starts, slots_B = [37, 44], torch.tensor([2, 0])
     parents = [[-1, *(rng.randrange(max(0, c - 6), c) for c in range(1, columns))] for _ in starts]
 
     def prefilled(num_slots: int) -> Any:
-        slots = target.make_slots(num_slots=num_slots, capacity=80)
+        slots = target.make_kv_cache(num_slots=num_slots, capacity=80)
         for slot, (ids_L, start) in zip(slots_B.tolist(), zip(ids_BL, starts, strict=True), strict=True):
-            target.forward(ids_L[None, :start], slots=slots, slots_B=torch.tensor([slot]), starts_B=torch.tensor([0]))
+            target.forward(
+                ids_L[None, :start], kv_cache=slots, slots_B=torch.tensor([slot]), starts_B=torch.tensor([0])
+            )
         return slots
 
     slots, starts_B = prefilled(3), torch.tensor(starts)
     tree_BT = torch.stack([ids_L[start : start + columns] for ids_L, start in zip(ids_BL, starts, strict=True)])
     aux, last = target.forward(
-        tree_BT, slots=slots, slots_B=slots_B, starts_B=starts_B, parents_BT=torch.tensor(parents)
+        tree_BT, kv_cache=slots, slots_B=slots_B, starts_B=starts_B, parents_BT=torch.tensor(parents)
     )
     plain = prefilled(3)
     for b, start in enumerate(starts):
         one = {"slots_B": slots_B[b : b + 1], "starts_B": starts_B[b : b + 1]}
         for column in range(columns):
             path = path_of(parents[b], column)
-            aux_1, last_1 = target.forward(tree_BT[b : b + 1, path], slots=plain, **one)
+            aux_1, last_1 = target.forward(tree_BT[b : b + 1, path], kv_cache=plain, **one)
             assert torch.equal(aux_1[0, -1], aux[b, column])
             assert torch.equal(last_1[0, -1], last[b, column])
-        # The deepest path is kept; what the slot then holds is what the plain pass wrote there.
+        # The deepest path is committed; the slot then holds what the plain pass wrote there.
         path = max((path_of(parents[b], c) for c in range(columns)), key=len)
-        target.forward(tree_BT[b : b + 1, path], slots=plain, **one)
-        target.keep_path(
-            slots=slots,
+        target.forward(tree_BT[b : b + 1, path], kv_cache=plain, **one)
+        target.commit_tree_path(
+            kv_cache=slots,
             slots_M=slots_B[b].repeat(len(path)),
             from_M=start + torch.tensor(path),
             to_M=start + torch.arange(len(path)),
@@ -117,26 +121,26 @@ def test_every_node_is_a_plain_pass_over_its_path_bit_for_bit(world: World, prec
 
 @pytest.mark.parametrize("branching", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_rows_of_different_widths_give_the_bits_of_rows_that_are_all_as_wide(
-    world: World, precision: str, branching: bool
+def test_different_query_lengths_give_the_bits_of_equal_ones(
+    models: TinyModels, precision: str, branching: bool
 ) -> None:
-    target, widths, T = world.targets[precision], [3, 1, 17, 2], 17
+    target, widths, T = models.targets[precision], [3, 1, 17, 2], 17
     gen = torch.Generator().manual_seed(5)
     ids_BT = torch.randint(0, VOCAB, (len(widths), T), generator=gen)
     parents_BT = torch.tensor([[-1, *(random.Random(b).randrange(t) for t in range(1, T))] for b in range(len(widths))])
     branches = {"parents_BT": parents_BT} if branching else {}
     slots_B, starts_B = torch.tensor([2, 0, 3, 1]), torch.tensor([5, 0, 1, 9])
 
-    def prepared() -> KVSlots:
-        slots = target.make_slots(num_slots=4, capacity=40)
+    def prepared() -> KVCache:
+        slots = target.make_kv_cache(num_slots=4, capacity=40)
         read = torch.randint(0, VOCAB, (4, 9), generator=torch.Generator().manual_seed(6))
-        target(read, slots=slots, slots_B=slots_B, starts_B=torch.zeros(4, dtype=torch.int64))
+        target(read, kv_cache=slots, slots_B=slots_B, starts_B=torch.zeros(4, dtype=torch.int64))
         return slots
 
     wide, ragged = prepared(), prepared()
-    wanted = target(ids_BT, slots=wide, slots_B=slots_B, starts_B=starts_B, **branches)
+    wanted = target(ids_BT, kv_cache=wide, slots_B=slots_B, starts_B=starts_B, **branches)
     ids_N = torch.cat([row[:width] for row, width in zip(ids_BT, widths, strict=True)])
-    found = target.forward_ragged(ids_N, widths=widths, slots=ragged, slots_B=slots_B, starts_B=starts_B, **branches)
+    found = target.forward_ragged(ids_N, widths=widths, kv_cache=ragged, slots_B=slots_B, starts_B=starts_B, **branches)
     for of_all, of_some in zip(wanted, found, strict=True):
         assert torch.equal(torch.cat([row[:width] for row, width in zip(of_all, widths, strict=True)]), of_some)
     for keys, other in zip(wide.keys_SGCDP, ragged.keys_SGCDP, strict=True):
@@ -145,14 +149,14 @@ def test_rows_of_different_widths_give_the_bits_of_rows_that_are_all_as_wide(
             assert torch.equal(one, two)
 
 
-def test_other_layers_do_not_branch(world: World) -> None:
-    target = world.targets["fp32"]
+def test_layers_that_are_not_fused_propose_chains(models: TinyModels) -> None:
+    target = models.targets["fp32"]
     decoder, target._decoder = target._decoder, None
     try:
-        assert not target.can_branch
-        engine = world.engine(precision="fp32")
-        assert engine.policy.tree_sizes == ()
-        assert {o.num_proposed for a in run(engine, world.requests()).values() for o in a.rounds} == {4}
+        assert not target.supports_trees
+        engine = models.engine(precision="fp32")
+        assert engine.planner.tree_sizes == ()
+        assert {o.num_proposed for a in run(engine, models.requests()).values() for o in a.rounds} == {4}
     finally:
         target._decoder = decoder
 
@@ -175,13 +179,13 @@ def test_other_layers_do_not_branch(world: World) -> None:
     ],
 )
 def test_output_is_that_of_plain_decoding(
-    world: World, kind: str, k: int, nodes: int, batch: int, adaptive: bool
+    models: TinyModels, kind: str, k: int, nodes: int, batch: int, adaptive: bool
 ) -> None:
-    """bf16: only equal bits give equal tokens there. Greedy and seeded rows, at any batch."""
-    asked = world.requests()
-    asked += [request(f"s{i}", p, max_tokens=NEW, temperature=0.8, seed=i) for i, p in enumerate(world.prompts)]
-    wanted = run(make_engine(world.targets["bf16"]), asked)
-    engine = world.engine(kind, nodes=nodes, max_draft_tokens=k, max_batch_size=batch, adaptive=adaptive)
+    """In bf16, where only equal bits give equal tokens. Greedy and seeded requests, at any batch size."""
+    asked = models.requests()
+    asked += [request(f"s{i}", p, max_tokens=NEW, temperature=0.8, seed=i) for i, p in enumerate(models.prompts)]
+    wanted = run(make_engine(models.targets["bf16"]), asked)
+    engine = models.engine(kind, nodes=nodes, max_draft_tokens=k, max_batch_size=batch, adaptive=adaptive)
     given = run(engine, asked, arrivals=[0, 1, 2, 0, 5, 3, 9, 2, 1, 0])
     assert tokens(given) == tokens(wanted)
     assert engine.stats.accepted == sum(engine.stats.accepted_by_position)
@@ -204,10 +208,10 @@ def test_output_is_that_of_plain_decoding(
         {"temperature": 0.7, "seed": 1, "top_p": 0.8, "logprobs": 1},
     ],
 )
-def test_options_hold_on_every_path(world: World, params: dict[str, Any]) -> None:
-    asked = world.requests(**params)
-    wanted = run(make_engine(world.targets["bf16"]), asked)
-    given = run(world.engine(), asked)
+def test_options_hold_on_every_path(models: TinyModels, params: dict[str, Any]) -> None:
+    asked = models.requests(**params)
+    wanted = run(make_engine(models.targets["bf16"]), asked)
+    given = run(models.engine(), asked)
     assert tokens(given) == tokens(wanted)
     for name in given:
         assert given[name].logprobs == wanted[name].logprobs
@@ -215,80 +219,87 @@ def test_options_hold_on_every_path(world: World, params: dict[str, Any]) -> Non
     assert widest == (4 if any("penalty" in name for name in params) else 15)
 
 
-def test_a_freely_sampled_row_makes_its_round_a_chain(world: World) -> None:
-    greedy, sampled = world.requests()[3:]
+def test_an_unseeded_request_makes_its_round_propose_chains(models: TinyModels) -> None:
+    greedy, sampled = models.requests()[3:]
     free = request("free", sampled.prompt_ids, max_tokens=6, temperature=1.0)
-    given = run(world.engine(prefill_chunk_tokens=128), [greedy, free])
+    given = run(models.engine(prefill_chunk_tokens=128), [greedy, free])
     numbers = [output.num_proposed for output in given[greedy.request_id].rounds]
     together = len(given["free"].rounds)
     assert set(numbers[:together]) == {4}
     assert set(numbers[together:]) == {15}
-    assert given[greedy.request_id].token_ids == tokens(run(make_engine(world.targets["bf16"]), [greedy]))[0]
+    assert given[greedy.request_id].token_ids == tokens(run(make_engine(models.targets["bf16"]), [greedy]))[0]
 
 
-def test_copied_proposals_and_trees_share_a_round(world: World) -> None:
-    prompts = [[7, 8, 9, 10, 11] * 4, world.prompts[3]]
+def test_lookup_and_trees_share_a_round(models: TinyModels) -> None:
+    prompts = [[7, 8, 9, 10, 11] * 4, models.prompts[3]]
     asked = [request(str(i), p, max_tokens=NEW) for i, p in enumerate(prompts)]
-    asked.append(request("plain", world.prompts[2], max_tokens=NEW, speculate=False))
-    given = run(world.engine(lookup_tokens=15, prefill_chunk_tokens=64), asked)
-    assert tokens(given) == tokens(run(make_engine(world.targets["bf16"]), asked))
-    assert any(o.looked_up and o.num_proposed for o in given["0"].rounds)
-    assert {o.num_proposed for o in given["1"].rounds if not o.looked_up} == {15}
+    asked.append(request("plain", models.prompts[2], max_tokens=NEW, speculate=False))
+    given = run(models.engine(lookup_tokens=15, prefill_chunk_tokens=64), asked)
+    assert tokens(given) == tokens(run(make_engine(models.targets["bf16"]), asked))
+    assert any(o.from_lookup and o.num_proposed for o in given["0"].rounds)
+    assert {o.num_proposed for o in given["1"].rounds if not o.from_lookup} == {15}
 
 
 @pytest.mark.parametrize("limits", [{"max_seq_len": 44}, {"max_seq_len": 43, "max_batch_size": 1}])
-def test_ends_inside_a_path(world: World, limits: dict[str, Any]) -> None:
-    wanted = tokens(run(make_engine(world.targets["bf16"], **limits), world.requests()))
-    assert tokens(run(world.engine(**limits), world.requests())) == wanted
+def test_requests_end_inside_a_path(models: TinyModels, limits: dict[str, Any]) -> None:
+    wanted = tokens(run(make_engine(models.targets["bf16"], **limits), models.requests()))
+    assert tokens(run(models.engine(**limits), models.requests())) == wanted
     for new in (1, 2, 3):
-        short = tokens(run(world.engine(), world.requests(max_tokens=new)))
+        short = tokens(run(models.engine(), models.requests(max_tokens=new)))
         assert short == [(w + [-1])[:new] for w in wanted[:4]] + [short[4]]
-    whole = tokens(run(make_engine(world.targets["bf16"]), world.requests()))[2]
+    whole = tokens(run(make_engine(models.targets["bf16"]), models.requests()))[2]
     end = next(t for i, t in enumerate(whole) if i > 2 and t not in whole[:i])
-    cut = run(world.engine(), [world.requests(stop_token_ids=(end,))[2]])["2"]
+    cut = run(models.engine(), [models.requests(stop_token_ids=(end,))[2]])["2"]
     assert (cut.token_ids, cut.finish_reason) == (whole[: whole.index(end) + 1], "stop")
 
 
-def test_a_swap_in_the_middle(world: World) -> None:
-    engine = world.engine("random")
-    given = {r.request_id: Answer() for r in world.requests()}
-    for asked in world.requests():
+def test_the_draft_is_swapped_while_requests_run(models: TinyModels) -> None:
+    engine = models.engine("random")
+    given = {r.request_id: Answer() for r in models.requests()}
+    for asked in models.requests():
         engine.submit(asked)
     number = 0
     while engine.has_work:
         if number in (3, 7, 9):
             kind = "trained" if number != 7 else "random"
-            engine.swap_draft(copy.deepcopy(world.drafts[kind]), version=str(number), recompute=number == 9)
+            engine.swap_draft(copy.deepcopy(models.drafts[kind]), version=str(number), recompute=number == 9)
         for output in engine.round():
             given[output.request_id].add(output)
         number += 1
-    assert tokens(given) == tokens(run(make_engine(world.targets["bf16"]), world.requests()))
+    assert tokens(given) == tokens(run(make_engine(models.targets["bf16"]), models.requests()))
 
 
-def test_room_behind_a_request_for_what_is_drafted() -> None:
-    assert slot_capacity(max_seq_len=100, max_draft_tokens=4, tree_tokens=0) == 105
-    assert slot_capacity(max_seq_len=100, max_draft_tokens=2, tree_tokens=31) == 132
-    assert slot_capacity(max_seq_len=100, max_draft_tokens=8, tree_tokens=3) == 133
+@pytest.mark.parametrize(
+    ("options", "capacity"),
+    [
+        ({"max_draft_tokens": 4, "tree_tokens": 0, "lookup_tokens": 0}, 105),
+        ({"max_draft_tokens": 4, "tree_tokens": 0, "lookup_tokens": 15}, 116),
+        ({"max_draft_tokens": 2, "tree_tokens": 31, "lookup_tokens": 0}, 132),
+        ({"max_draft_tokens": 8, "tree_tokens": 3, "lookup_tokens": 0}, 133),
+    ],
+)
+def test_a_slot_has_room_for_the_proposals_of_a_round(options: dict[str, int], capacity: int) -> None:
+    assert slot_capacity(max_seq_len=100, **options) == capacity
 
 
 # -- traces --------------------------------------------------------------------------------------------------------
 
 
-def test_traces_tell_the_chain_of_first_choices_and_the_states_of_the_path_taken(world: World) -> None:
-    target = world.targets["bf16"]
+def test_traces_record_the_chain_of_first_choices_and_the_states_of_the_accepted_path(models: TinyModels) -> None:
+    target = models.targets["bf16"]
     traces: list[Trace] = []
     recorder = TraceRecorder(lambda trace: traces.append(trace.copy()), hidden_size=target.hidden_size)
-    given = run(world.engine(observer=recorder), world.requests())
+    given = run(models.engine(observer=recorder), models.requests())
     assert len(traces) == len(given)
     further = 0
     for trace in traces:
         check(trace)
         answer = given[trace.request_id]
-        ids = [*world.prompts[int(trace.request_id)], *answer.token_ids][:-1]
+        ids = [*models.prompts[int(trace.request_id)], *answer.token_ids][:-1]
         assert trace.token_ids_T.tolist() == ids
         aux, last = target.forward(
             torch.tensor([ids]),
-            slots=target.make_slots(num_slots=1, capacity=96),
+            kv_cache=target.make_kv_cache(num_slots=1, capacity=96),
             slots_B=torch.tensor([0]),
             starts_B=torch.tensor([0]),
         )
@@ -306,11 +317,11 @@ def test_traces_tell_the_chain_of_first_choices_and_the_states_of_the_path_taken
                 continue
             assert trace.source_R[r] == SOURCE_DRAFT
             path = [*ids[: root + 1], *trace.proposal_RK[r, :proposed].tolist()]
-            _, on_path = target.forward(
+            _, last_of_path = target.forward(
                 torch.tensor([path]),
-                slots=target.make_slots(num_slots=1, capacity=96),
+                kv_cache=target.make_kv_cache(num_slots=1, capacity=96),
                 slots_B=torch.tensor([0]),
                 starts_B=torch.tensor([0]),
             )
-            assert torch.equal(rejected, on_path[0, root + accepted + 1 : root + proposed].bfloat16())
+            assert torch.equal(rejected, last_of_path[0, root + accepted + 1 : root + proposed].bfloat16())
     assert further, "the test needs trees that accept more than their first chain"

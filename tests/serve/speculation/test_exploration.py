@@ -1,10 +1,8 @@
-"""Exploring rounds: proposals are drawn at another temperature, and nobody can tell from the output."""
+"""Rounds that explore: proposals are sampled at another temperature, and the output does not change."""
 
 from __future__ import annotations
 
 import copy
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -12,15 +10,10 @@ import torch
 from scipy.stats import chi2
 from support.tiny_models import VOCAB, make_engine, random_draft, request, run, save_model, trained_draft
 
-from aurora_lit.ipc.learner_status import LearnerBlock
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
-from aurora_lit.modules.sampling.verification import Proposals
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.modules.sampling.proposals import Proposals
 from aurora_lit.serve.speculation.drafter import Drafter
-from aurora_lit.serve.speculation.planner import SpeculationPlanner
-from aurora_lit.serve.speculation.proposer import Proposer
-from aurora_lit.serve.worker.exploration import ExplorationFollower
-from aurora_lit.serve.worker.thread_budget import ThreadBudget
 
 PROMPT = (3, 14, 15, 9, 26)
 
@@ -32,7 +25,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 
 @pytest.fixture(scope="module")
-def draft(target: Target) -> Draft:
+def draft(target: Target) -> Eagle3Draft:
     answer = run(make_engine(target), [request("a", PROMPT, max_tokens=30)])["a"].token_ids
     return trained_draft(target, torch.tensor([[*PROMPT, *answer]]), steps=30)
 
@@ -40,11 +33,11 @@ def draft(target: Target) -> Draft:
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 8.0])
 def test_greedy_and_seeded_output_is_that_of_plain_decoding(
-    target: Target, draft: Draft, temperature: float, adaptive: bool
+    target: Target, draft: Eagle3Draft, temperature: float, adaptive: bool
 ) -> None:
     gen = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, VOCAB, (n,), generator=gen).tolist() for n in (1, 5, 17, 8)]
-    kinds = {"greedy": {}, "seeded": {"temperature": 0.9, "seed": 8}, "free": {"temperature": 1.0}}
+    kinds = {"greedy": {}, "seeded": {"temperature": 0.9, "seed": 8}, "unseeded": {"temperature": 1.0}}
     requests = [request("first", PROMPT)] + [
         request(f"{kind}{i}", prompt, max_tokens=20, **params)
         for i, prompt in enumerate(prompts)
@@ -56,13 +49,13 @@ def test_greedy_and_seeded_output_is_that_of_plain_decoding(
     )
     given = run(engine, requests)
     for request_id, answer in given.items():
-        if not request_id.startswith("free"):
+        if not request_id.startswith("unseeded"):
             assert answer.token_ids == plain[request_id].token_ids, request_id
-    assert engine.stats.explored > 10 or adaptive
+    assert engine.stats.explored_drafts > 10 or adaptive
 
 
-def test_free_output_keeps_its_law_when_every_round_explores(target: Target, draft: Draft) -> None:
-    """The first two tokens of many requests against the target's own distributions."""
+def test_unseeded_output_keeps_its_distribution_when_every_round_explores(target: Target, draft: Eagle3Draft) -> None:
+    """Chi-square of the first two tokens of many requests against the target's own distributions."""
     count, batch = 8_000, 200
     engine = make_engine(
         target,
@@ -78,27 +71,27 @@ def test_free_output_keeps_its_law_when_every_round_explores(target: Target, dra
     given = run(engine, [request(str(i), PROMPT, **params) for i in range(count)])
     with torch.no_grad():
         continued = torch.tensor([[*PROMPT, token] for token in range(VOCAB)])
-        logits = target.logits(target.read(continued)[1][:, -2:]) / 0.8
-    law = logits[0, 0].softmax(-1)[:, None] * logits[:, 1].softmax(-1)
+        logits = target.logits(target.forward_uncached(continued)[1][:, -2:]) / 0.8
+    distribution = logits[0, 0].softmax(-1)[:, None] * logits[:, 1].softmax(-1)
     counts = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
     for answer in given.values():
         counts[tuple(answer.token_ids)] += 1
-    expected = law.double() * count
+    expected = distribution.double() * count
     cells = expected > 5
     rest = torch.tensor([counts[~cells].sum(), expected[~cells].sum()])
     statistic = ((counts - expected)[cells] ** 2 / expected[cells]).sum() + (rest[0] - rest[1]) ** 2 / rest[1]
     assert chi2.sf(statistic.item(), int(cells.sum())) > 1e-4
-    assert engine.stats.explored == engine.stats.drafts > count / 2
+    assert engine.stats.explored_drafts == engine.stats.drafts > count / 2
     assert 0.05 < engine.stats.accepted / engine.stats.proposed < 0.98
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_the_share_of_drafted_rounds_that_explores(target: Target, share: float) -> None:
+def test_the_configured_share_of_drafted_rounds_explores(target: Target, share: float) -> None:
     engine = make_engine(target, random_draft(target), explore_share=share, explore_temperature=1.0, explore_seed=4)
     given = run(engine, [request(str(i), PROMPT, max_tokens=60) for i in range(16)])
     outputs = [output for answer in given.values() for output in answer.rounds]
     explored = sum(output.explored for output in outputs)
-    assert explored == engine.stats.explored
+    assert explored == engine.stats.explored_drafts
     assert explored / engine.stats.drafts == pytest.approx(share, abs=0.05)
     again = make_engine(target, random_draft(target), explore_share=share, explore_temperature=1.0, explore_seed=4)
     rounds = [
@@ -111,10 +104,10 @@ def test_the_share_of_drafted_rounds_that_explores(target: Target, share: float)
 
 
 @pytest.mark.parametrize("kind", [{}, {"temperature": 0.7, "seed": 1}, {"temperature": 0.7}])
-def test_exploring_draws_from_the_draft_at_its_temperature(
+def test_exploring_samples_from_the_draft_at_the_exploration_temperature(
     target: Target, kind: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a high temperature many tokens are proposed for one and the same prompt, at a low one only the argmax."""
+    """At a high temperature many different tokens are proposed for one prompt, at a low one only the argmax."""
     proposed: dict[float, set[int]] = {}
     original = Drafter.propose
     for temperature in (0.05, 10.0):
@@ -133,90 +126,20 @@ def test_exploring_draws_from_the_draft_at_its_temperature(
     assert len(proposed[0.05]) <= 3
 
 
-def test_rounds_that_explore_do_not_change_what_drafting_is_expected_to_gain(target: Target) -> None:
+def test_rounds_that_explore_do_not_change_the_acceptance_rate(target: Target) -> None:
     engine = make_engine(target, random_draft(target), explore_share=1.0)
-    before = engine.policy.mean_rate
+    before = engine.planner.mean_rate
     run(engine, [request("a", PROMPT, max_tokens=20)])
-    assert engine.policy.mean_rate == before
+    assert engine.planner.mean_rate == before
     plain = make_engine(target, random_draft(target))
     run(plain, [request("a", PROMPT, max_tokens=20)])
-    assert plain.policy.mean_rate != before
+    assert plain.planner.mean_rate != before
 
 
-def test_rounds_explore_as_a_living_learner_asks_and_else_as_configured(tmp_path: Path) -> None:
-    page = LearnerBlock.create(tmp_path / "page")
-    proposer = Proposer(
-        None,
-        SpeculationPlanner(max_draft_tokens=0, max_proposals=0, adaptive=False),
-        copying=None,
-        device=torch.device("cpu"),
-        explore_share=0.02,
-        explore_temperature=1.5,
-    )
-    now = [0.0]
-    wish = ExplorationFollower(proposer, page, monotonic_s=lambda: now[0])
-
-    def followed() -> tuple[float, float]:
-        now[0] += 1.0
-        wish.follow()
-        return proposer.explore_share, proposer.explore_temperature
-
-    assert followed() == (0.02, 1.5), "no learner"
-    page.beat()
-    page.write(pid=1)
-    assert followed() == (0.02, 1.5), "it has not said anything yet"
-    page.write(explore_share=0.25, explore_temperature=2.0)
-    assert followed() == (0.25, 2.0)
-    page.write(explore_share=0.5)
-    wish.follow()
-    assert proposer.explore_share == 0.25, "the page is not looked at in every round"
-    assert followed() == (0.5, 2.0)
-    page.write(heartbeat_ns=time.monotonic_ns() - int(20e9))
-    assert followed() == (0.02, 1.5), "it has stalled"
-    page.beat()
-    page.write(pid=0)
-    assert followed() == (0.02, 1.5), "it has left"
-
-
-def test_rounds_leave_the_cores_alone_that_a_living_learner_computes_on(tmp_path: Path) -> None:
-    page, policy, now = (
-        LearnerBlock.create(tmp_path / "page"),
-        SpeculationPlanner(max_draft_tokens=2, adaptive=True),
-        [0.0],
-    )
-    had = torch.get_num_threads()
-    cores = ThreadBudget(policy, page, threads=4, cores=5, monotonic_s=lambda: now[0])
-
-    def followed(busy_threads: int) -> tuple[int, bool]:
-        now[0] += 1.0
-        page.write(busy_threads=busy_threads)
-        cores.follow()
-        policy.observe_target(1, 1, 0.1)
-        return torch.get_num_threads(), policy.times_count
-
-    try:
-        torch.set_num_threads(4)
-        assert followed(3) == (4, True), "no learner"
-        page.beat()
-        page.write(pid=os.getpid())
-        assert followed(1) == (4, True), "there is a core for it"
-        assert policy.target_cost(1, 1) == 0.1
-        assert followed(3) == (2, False)
-        policy.observe_target(1, 1, 9.0)
-        assert policy.target_cost(1, 1) == 0.1, "what rounds on fewer cores take is no cost of rounds"
-        assert followed(9) == (1, False)
-        assert followed(0) == (4, True), "it rests"
-        assert followed(3) == (2, False)
-        page.write(heartbeat_ns=time.monotonic_ns() - int(20e9))
-        assert followed(3) == (4, True), "it was killed at work"
-    finally:
-        torch.set_num_threads(had)
-
-
-def test_the_engine_explores_as_it_is_told_between_rounds(target: Target) -> None:
+def test_exploration_may_change_between_rounds(target: Target) -> None:
     engine = make_engine(target, random_draft(target), explore_seed=4)
     run(engine, [request(f"a{n}", [n + 1, 5, 6], max_tokens=8) for n in range(4)])
-    assert engine.stats.explored == 0
+    assert engine.stats.explored_drafts == 0
     engine.proposer.explore_share = 1.0
     run(engine, [request(f"b{n}", [n + 1, 5, 6], max_tokens=8) for n in range(4)])
-    assert engine.stats.explored > 4
+    assert engine.stats.explored_drafts > 4

@@ -1,0 +1,66 @@
+"""Every option of an engine, and the capacity of a slot that follows from them.
+
+Left out: where they come from (settings.py, serve/worker/build.py), and what is no option: the models, the observer and
+the name of the draft's version (serve/engine/engine.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aurora_lit.serve.speculation.drafter import MAX_LEVEL_WIDTH
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How an engine serves.
+
+    Only `eos_token_ids` and `max_seq_len` affect the output of a request (of unseeded sampling: its distribution); the
+    others affect speed and traces.
+    """
+
+    eos_token_ids: frozenset[int]
+    """Tokens that end the output of every request, except with `ignore_eos`."""
+    max_batch_size: int
+    """Number of slots: requests that run at the same time."""
+    max_seq_len: int
+    """Most tokens of a request, prompt and output together."""
+    max_draft_tokens: int = 4
+    """Longest chain, and most levels of a tree, that the draft proposes in a round; 0: the draft is not used."""
+    tree_tokens: int = 0
+    """Most nodes of a tree; 0: the draft proposes chains only. Needs a draft and a target that support trees."""
+    lookup_tokens: int = 0
+    """Most tokens that n-gram lookup proposes in a round; 0: no lookup."""
+    adaptive: bool = True
+    """True: the number of proposals and of prompt tokens per round follows measured costs, which are calibrated when
+    the engine is created. False: always the most that is allowed."""
+    prefill_chunk_tokens: int = 256
+    """Most prompt tokens computed in a round."""
+    prefix_cache: bool = True
+    """True: a prefix of a prompt that a slot still holds is copied instead of computed."""
+    explore_share: float = 0.0
+    """Share of a sequence's drafted rounds whose proposals are sampled at `explore_temperature`, from 0 to 1."""
+    explore_temperature: float = 1.0
+    explore_seed: int = 0
+    """Decides which rounds explore."""
+
+    @property
+    def slot_capacity(self) -> int:
+        """Positions of a slot."""
+        return slot_capacity(
+            max_seq_len=self.max_seq_len,
+            max_draft_tokens=self.max_draft_tokens,
+            tree_tokens=self.tree_tokens,
+            lookup_tokens=self.lookup_tokens,
+        )
+
+
+def slot_capacity(*, max_seq_len: int, max_draft_tokens: int, tree_tokens: int, lookup_tokens: int) -> int:
+    """Positions that each slot of the KV caches has room for (arguments: as in `EngineOptions`).
+
+    A request of `max_seq_len` tokens is followed by the columns that one round adds to it: the last committed token,
+    and the proposals, whether a chain, a tree or looked-up tokens. While the draft expands a tree, its own cache holds
+    up to `MAX_LEVEL_WIDTH` nodes per level instead. The engine's table of tokens has one position more.
+    """
+    expanded_nodes = MAX_LEVEL_WIDTH * max_draft_tokens if tree_tokens else 0
+    return max_seq_len + max(max_draft_tokens, tree_tokens, lookup_tokens, expanded_nodes) + 1
