@@ -1,4 +1,4 @@
-"""A toy target and draft given by tables, and a plain Python definition of what every option means. For law tests.
+"""A toy target and draft given by tables, and a plain Python definition of every sampling option.
 
 The reference shares no code with the package: one distribution at a time, sorted lists, float64.
 """
@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from aurora_lit.modules.sampling.distribution import History
-from aurora_lit.modules.sampling.verification import DraftVocabulary
+from aurora_lit.modules.sampling.proposals import DraftVocabulary, Proposals
 from aurora_lit.request import SamplingParams
 
 PROMPT = (1, 3, 3)
 
 BASE = SamplingParams(max_tokens=3)
+GREEDY = replace(BASE, temperature=0.0)
 OPTIONS: dict[str, SamplingParams] = {
     "plain": BASE,
     "temperature": replace(BASE, temperature=0.5),
@@ -42,7 +43,7 @@ OPTIONS: dict[str, SamplingParams] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Toy:
-    """Logits after every prefix of up to two tokens; the draft knows only some tokens, in an order of its own."""
+    """Logits after every prefix of up to two tokens. The draft has a reduced vocabulary in an order of its own."""
 
     target: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # [V], [V, V], [V, V, V]
     draft: tuple[torch.Tensor, torch.Tensor]  # [D], [V, D]
@@ -59,7 +60,7 @@ class Toy:
         return Toy(
             target=(table(V), table(V, V), table(V, V, V)),
             draft=(table(D), table(V, D)),
-            vocabulary=DraftVocabulary.of_offsets(target_ids - torch.arange(D), vocab_size=V),
+            vocabulary=DraftVocabulary.from_offsets(target_ids - torch.arange(D), vocab_size=V),
         )
 
     def logits(self, proposals_BK: torch.Tensor) -> torch.Tensor:
@@ -74,8 +75,20 @@ class Toy:
         return torch.stack(rows, 1)
 
 
+def chain_proposals(token_BK: torch.Tensor, num: int | None = None, q_BKD: torch.Tensor | None = None) -> Proposals:
+    """Chains of `num` proposals for every sequence; default: all of token_BK."""
+    rows, k = token_BK.shape
+    num_proposed_B = torch.full((rows,), k if num is None else num)
+    return Proposals(token_BK=token_BK, num_proposed_B=num_proposed_B, q_BKD=q_BKD)
+
+
+def no_proposals(rows: int) -> Proposals:
+    """Plain decoding of `rows` sequences."""
+    return chain_proposals(torch.zeros(rows, 0, dtype=torch.int64))
+
+
 def history(rows: int, *, output: torch.Tensor | None = None) -> History:
-    """The prompt and some output [B, n], with padding behind that must not count."""
+    """The prompt and some output [B, n], followed by padding that must not count."""
     prompt = torch.tensor(PROMPT).expand(rows, -1)
     output = prompt[:, :0] if output is None else output
     padding = torch.zeros(rows, 2, dtype=torch.int64)
@@ -114,7 +127,7 @@ def reference_p(logits_V: torch.Tensor, params: SamplingParams, *, output: tuple
 
 
 def reference_law(toy: Toy, params: SamplingParams) -> torch.Tensor:
-    """[V, V, V]: the probability of every three first tokens of plain decoding."""
+    """[V, V, V]: the probability of every triple of first tokens under plain decoding."""
     V = len(toy.target[0])
     law = torch.zeros(V, V, V, dtype=torch.float64)
     p0 = reference_p(toy.target[0], params, output=())

@@ -1,6 +1,8 @@
-"""What a target's head does to the product of its weight and a hidden state: a bias (Phi), a soft cap (Gemma 2).
+"""How a target's LM head turns products into logits: a bias (Phi), a soft cap (Gemma 2), or nothing (most models).
 
-Left out: the product itself. Shapes: N rows, V tokens, whole vocabulary or part of it.
+A product is the inner product of a row of the head's weight with a hidden state. Leaves out that product itself.
+
+Shapes: N positions, V tokens, the whole vocabulary or a part of it.
 """
 
 from __future__ import annotations
@@ -13,41 +15,41 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class LogitTransform:
-    """From weight · hidden to logits."""
+    """From products to logits: logit = softcap · tanh((product + bias) / softcap)."""
 
     bias_V: Tensor | None = None
-    """fp32. Added to each token's logit."""
+    """fp32. None: no bias."""
     softcap: float | None = None
-    """Logits become softcap · tanh(logit / softcap)."""
+    """None: no cap."""
 
     @property
     def is_identity(self) -> bool:
-        """Whether products are logits already."""
+        """True if products are logits already."""
         return self.bias_V is None and self.softcap is None
 
     def __call__(self, products_NV: Tensor) -> Tensor:
         """Logits of all V tokens."""
         if self.bias_V is not None:
             products_NV = products_NV + self.bias_V.to(products_NV)
-        return self.capped(products_NV)
+        return self.apply_softcap(products_NV)
 
-    def of_tokens(self, products: Tensor, index: Tensor) -> Tensor:
-        """Logits of one token each; `index` says which, in the order of V, in any shape."""
+    def at_tokens(self, products: Tensor, index: Tensor) -> Tensor:
+        """Logits where each product belongs to one token: element i to token `index[i]` of V; both of any shape."""
         if self.bias_V is not None:
             products = products + self.bias_V.to(products)[index]
-        return self.capped(products)
+        return self.apply_softcap(products)
 
-    def capped(self, logits: Tensor) -> Tensor:
-        """The soft cap alone."""
+    def apply_softcap(self, logits: Tensor) -> Tensor:
+        """The soft cap alone; the logits themselves if there is none."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def rows(self, token_ids: Tensor) -> LogitTransform:
-        """The same for some tokens."""
+    def select(self, token_ids: Tensor) -> LogitTransform:
+        """The transform of some tokens, for a part of the vocabulary."""
         bias_V = self.bias_V
         return LogitTransform(
             bias_V=None if bias_V is None else bias_V[token_ids.to(bias_V.device)], softcap=self.softcap
         )
 
 
-LINEAR = LogitTransform()
-"""Most heads: the product is the logit."""
+IDENTITY = LogitTransform()
+"""Products are logits."""

@@ -1,140 +1,163 @@
-"""What the draft learns from: traces padded together, and the rounds that were served along them.
+"""The batches that the draft learns from: padded traces, and for online learning the rounds served along them.
 
-What is left out: where they come from (learn/), and the losses (modules/losses/draft_module.py).
+Leaves out where they come from (learn/data/), and the losses (modules/losses/draft_module.py).
 
-Shapes: B rows, T positions, H target hidden, Q rounds of all rows, K proposals of the widest round.
+Shapes: B traces, T positions, H target hidden size, 3H three hidden states side by side, Q rounds of all traces, K
+proposals of the longest round.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_Batch = TypeVar("_Batch", "DraftBatch", "OnlineBatch")
-
 
 @dataclass(frozen=True, kw_only=True)
-class DraftBatch:
+class TraceBatch:
     """Traces of several sequences, right-padded together."""
 
     token_ids_BT: Tensor
     """int64."""
     aux_BT3H: Tensor
-    """The target's three hidden states."""
+    """The target's three hidden states that the draft reads."""
     last_BTH: Tensor
-    """What the target's head saw."""
+    """The target's last hidden states after the final norm: the input of its LM head."""
     lse_BT: Tensor
-    """Log-sum-exp of the target's logits."""
+    """Log-sum-exp of the target's logits over its whole vocabulary."""
     weight_BT: Tensor
-    """fp32. How much the target distribution at this position counts; 0 on padding."""
+    """fp32. Weight of the target's distribution at this position in the loss; 0 on padding."""
     domains: tuple[str, ...]
-    """A label a row."""
+    """The domain of each trace."""
 
-    def to(self, device: torch.device | str) -> DraftBatch:
-        """The same on another device."""
-        return _to(self, device)
+    def to(self, device: torch.device | str) -> TraceBatch:
+        """The batch with its tensors on another device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in _tensors(self).items()})
+
+    def select(self, row_P: Tensor) -> TraceBatch:
+        """The batch of some of the traces; `row_P`: their indices, int64."""
+        tensors = {name: tensor[row_P] for name, tensor in _tensors(self).items()}
+        return replace(self, **tensors, domains=tuple(self.domains[row] for row in row_P.tolist()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """Rounds in which the draft proposed. Every field has one row for each round; there may be none (Q = 0).
+
+    Proposal 0 of a round is for the token after the root. The target's distribution that verifies proposal i is the one
+    after the root and the proposals 0 … i − 1, whether these were accepted or not.
+
+    Rounds of n-gram lookup are left out, and so are rounds with root 0: there is no token before such a root, so the
+    draft has no position to propose from.
+    """
+
+    row_Q: Tensor
+    """int64. Index of the trace in the batch."""
+    root_Q: Tensor
+    """int64, ≥ 1. Position in that trace of the last token that was committed when the round began."""
+    proposal_QK: Tensor
+    """int64 target ids; −1 after a round's last proposal."""
+    num_proposed_Q: Tensor
+    """int64, 1 … K."""
+    num_accepted_Q: Tensor
+    """int64."""
+    behaviour_logprob_QK: Tensor
+    """fp32. Log-probability of the proposal under the distribution that it was drawn from. NaN for proposals that were
+    not drawn (the draft's argmax), whose rounds have no policy ratio, and after a round's last proposal."""
+    temperature_Q: Tensor
+    """fp32. The request's; 0 is greedy."""
+    draft_temperature_Q: Tensor
+    """fp32. The temperature that proposals were drawn at; 1 where they were not drawn."""
+    verified_by_equality_Q: Tensor
+    """bool. True: a proposal is accepted if it equals the target's own token, its argmax at temperature 0 or its seeded
+    draw. False: it is accepted with probability min(1, p/q)."""
+    path_last_QKH: Tensor
+    """The target's last hidden state whose distribution verifies proposal i; zeros after a round's last proposal."""
+    path_lse_QK: Tensor
+    """fp32. Log-sum-exp, over the target's whole vocabulary, of that distribution's logits divided by the request's
+    temperature (of the logits themselves if it is 0); 0 after a round's last proposal."""
+    path_top_QK: Tensor
+    """int64. Target id of that distribution's largest logit over the whole vocabulary; −1 after a round's last
+    proposal."""
+    fresh_Q: Tensor
+    """bool. True if the draft that proposed is recent enough for a policy gradient."""
+
+    def __len__(self) -> int:
+        """The number of rounds Q."""
+        return len(self.row_Q)
+
+    @property
+    def is_proposal_QK(self) -> Tensor:
+        """bool. False after a round's last proposal."""
+        step_K = torch.arange(self.proposal_QK.shape[1], device=self.proposal_QK.device)
+        return step_K < self.num_proposed_Q[:, None]
+
+    def to(self, device: torch.device | str) -> Rounds:
+        """The rounds with their tensors on another device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in _tensors(self).items()})
+
+    def select(self, index: Tensor) -> Rounds:
+        """Some of the rounds; `index`: their int64 indices, or a mask of all rounds, bool."""
+        return replace(self, **{name: tensor[index] for name, tensor in _tensors(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineBatch:
-    """Traces of live traffic and of remembered traffic, with the rounds in which the draft proposed.
+    """Live and replayed traces, with the rounds of the live ones."""
 
-    Rounds whose proposals were copied by lookup are left out, and so are rounds with root 0: nothing before their root
-    is known, so the draft has no position to propose from. Q may be 0.
-
-    The first proposal of a round stands for the token behind the root, and the target's distribution that judges
-    proposal i is the one after the root and the proposals 0 … i − 1, whether these were accepted or not.
-    """
-
-    traces: DraftBatch
+    traces: TraceBatch
     live_B: Tensor
-    """bool: newest traffic; false: replay."""
-    row_Q: Tensor
-    """int64: the row of `traces` a round belongs to."""
-    root_Q: Tensor
-    """int64, ≥ 1: index in that row of the last token committed when the round began."""
-    proposal_QK: Tensor
-    """int64 target ids; −1 beyond a round's number."""
-    num_proposed_Q: Tensor
-    """int64, 1..K."""
-    num_accepted_Q: Tensor
-    """int64."""
-    behaviour_logprob_QK: Tensor
-    """fp32: log-probability of the proposal under the distribution that it was drawn from. NaN where it was not drawn
-    but chosen (the draft's argmax), and beyond a round's number: such a round has no policy ratio."""
-    temperature_Q: Tensor
-    """fp32: the request's; 0 is greedy."""
-    draft_temperature_Q: Tensor
-    """fp32: what the draft's logits were divided by to draw the proposals; 1 where they were not drawn."""
-    greedy_verify_Q: Tensor
-    """bool: a proposal is accepted if it equals the target's own token, which is its argmax (temperature 0) or its
-    seeded draw; false: accepted with min(1, p/q)."""
-    path_last_QKH: Tensor
-    """What the target's head saw at the distribution that judges proposal i; zeros beyond a round's number."""
-    path_lse_QK: Tensor
-    """fp32: log-sum-exp over the whole target vocabulary of that distribution's logits **divided by the request's
-    temperature** (of the logits as they are where it is 0); 0 beyond a round's number."""
-    path_top_QK: Tensor
-    """int64: target id of that distribution's largest logit over the whole target vocabulary; −1 beyond a round's
-    number."""
-    fresh_Q: Tensor
-    """bool: proposed by a draft recent enough to learn a policy from."""
+    """bool. True: new traffic; False: replay."""
+    rounds: Rounds
 
-    live_part: float = 1.0
-    """Share that the live rows here have of those of a whole batch, by their weights; see `part`."""
-    replay_part: float = 1.0
-    """The same of the remembered rows."""
-    rounds_part: float = 1.0
-    """The same of the rounds with a policy ratio."""
+    live_fraction: float = 1.0
+    """Of the live traces' summed weights in the whole batch, how much is in this shard (see `shard`)."""
+    replay_fraction: float = 1.0
+    """The same for the replayed traces."""
+    rounds_fraction: float = 1.0
+    """Of the rounds with a policy ratio in the whole batch, how many are in this shard."""
 
-    def part(self, number: int, *, of: int) -> OnlineBatch:
-        """What process `number` of so many learns from: every `of`-th row, with its rounds.
+    def shard(self, rank: int, *, world_size: int) -> OnlineBatch:
+        """The part of the batch that one process of a data-parallel step learns from.
 
-        The parts' supervised losses add up to the whole batch's. A part without rows gets one that counts nothing,
-        since all processes must take the step.
+        It has every `world_size`-th trace, with its rounds. The shards' supervised losses add up to the whole batch's.
+        A process with no trace gets one of weight 0, since all processes must take the step.
         """
-        if of == 1:
+        if world_size == 1:
             return self
-        traces, num_rows = self.traces, len(self.live_B)
-        row_P = torch.arange(number, num_rows, of)
-        counts = len(row_P) > 0
-        row_P = row_P if counts else torch.zeros(1, dtype=torch.int64)
-        drawn_Q = self.fresh_Q & self.behaviour_logprob_QK.isfinite().any(-1)
-        kept_Q = torch.isin(self.row_Q, row_P) & counts
-        weight_B = traces.weight_BT.sum(1)
-        of_tensors = {name: value[row_P] for name, value in vars(traces).items() if isinstance(value, Tensor)}
-        of_rounds = {name: value[kept_Q] for name, value in vars(self).items() if name.endswith(("_Q", "_QK", "_QKH"))}
-        of_tensors["weight_BT"] = of_tensors["weight_BT"] * counts
-        of_rounds["row_Q"] = torch.searchsorted(row_P, of_rounds["row_Q"])
-        mine_B = torch.isin(torch.arange(num_rows), row_P) & counts
-        return replace(
-            self,
-            traces=replace(traces, **of_tensors, domains=tuple(traces.domains[row] for row in row_P.tolist())),
+        num_traces = len(self.live_B)
+        row_P = torch.arange(rank, num_traces, world_size)
+        has_traces = len(row_P) > 0
+        row_P = row_P if has_traces else torch.zeros(1, dtype=torch.int64)
+        in_shard_B = torch.isin(torch.arange(num_traces), row_P) & has_traces
+        in_shard_Q = torch.isin(self.rounds.row_Q, row_P) & has_traces
+        traces, rounds = self.traces.select(row_P), self.rounds.select(in_shard_Q)
+        weight_B = self.traces.weight_BT.sum(1)
+        has_ratio_Q = self.rounds.fresh_Q & self.rounds.behaviour_logprob_QK.isfinite().any(-1)
+        return OnlineBatch(
+            traces=replace(traces, weight_BT=traces.weight_BT * has_traces),
             live_B=self.live_B[row_P],
-            live_part=_share(weight_B * self.live_B, mine_B),
-            replay_part=_share(weight_B * ~self.live_B, mine_B),
-            rounds_part=_share(drawn_Q, kept_Q),
-            **of_rounds,
+            rounds=replace(rounds, row_Q=torch.searchsorted(row_P, rounds.row_Q)),
+            live_fraction=_fraction(weight_B * self.live_B, in_shard_B),
+            replay_fraction=_fraction(weight_B * ~self.live_B, in_shard_B),
+            rounds_fraction=_fraction(has_ratio_Q, in_shard_Q),
         )
 
     def to(self, device: torch.device | str) -> OnlineBatch:
-        """The same on another device."""
-        return _to(self, device)
+        """The batch with its tensors on another device."""
+        return replace(
+            self, traces=self.traces.to(device), live_B=self.live_B.to(device), rounds=self.rounds.to(device)
+        )
 
 
-def _share(weight_N: Tensor, mine_N: Tensor) -> float:
-    """Of the summed weights, how much is mine; 0 of nothing."""
+def _tensors(record: TraceBatch | Rounds) -> dict[str, Any]:
+    """The fields that are tensors."""
+    return {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
+
+
+def _fraction(weight_N: Tensor, in_shard_N: Tensor) -> float:
+    """Of the summed weights, the fraction in the shard; 0 if the sum is 0."""
     total = float(weight_N.sum())
-    return float((weight_N * mine_N).sum()) / total if total else 0.0
-
-
-def _to(batch: _Batch, device: torch.device | str) -> _Batch:
-    moved: dict[str, Any] = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, Tensor | DraftBatch):
-            moved[field.name] = value.to(device)
-    return replace(batch, **moved)
+    return float((weight_N * in_shard_N).sum()) / total if total else 0.0

@@ -1,25 +1,27 @@
-"""The policy terms of an online batch: which rounds may be learnt from, and their losses along what was proposed.
+"""The policy terms of an online batch: which rounds can be used, and their losses along the proposals.
 
-The policy is the draft's distribution over its vocabulary at the temperature that the round's proposals were drawn at;
-the behaviour is what was logged then. A policy ratio therefore also differs from 1 where serving saw more context than
-the trace holds. Measured with SmolLM2-135M's draft unchanged, the deviation of log ρ: 0.02 from rounding (bf16-mixed);
-with the context's beginning missing 0.2 where 64 tokens or more are left, and 2 where less than 32 are.
+The policy is the draft's distribution over its vocabulary at the temperature that the round's proposals were drawn at.
+The behaviour policy is the distribution whose log-probabilities were recorded then. A policy ratio therefore also
+differs from 1 where serving had more context than the trace holds. Measured with SmolLM2-135M's draft unchanged, the
+deviation of log ρ is 0.02 from rounding (bf16-mixed), 0.2 where the context's beginning is missing and 64 tokens or
+more are left, and 2 where less than 32 are left.
 
-What is left out: the mathematics (modules/losses/ppo.py) and the total loss (modules/losses/draft_module.py).
+Leaves out the formulas (modules/losses/ppo.py) and the total loss (modules/losses/draft_module.py).
 
-Shapes: Q rounds, K proposals, M proposals that count, L of them under the ratio test, H hidden, V draft vocabulary.
+Shapes: Q rounds, K proposals, M proposals that are tested with a probability above 0, L of them under the ratio test, H
+hidden size, V draft vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.draft.logit_transform import LogitTransform
-from aurora_lit.modules.losses.batch import OnlineBatch
+from aurora_lit.modules.losses.batch import OnlineBatch, Rounds
 from aurora_lit.modules.losses.ppo import (
     acceptance_gae,
     clipped_policy_loss,
@@ -27,8 +29,8 @@ from aurora_lit.modules.losses.ppo import (
     explained_variance,
     policy_ratio,
     ratio_test_advantage,
-    rise_share,
     survival,
+    underweighted_share,
     value_loss,
 )
 from aurora_lit.modules.sampling.distribution import GREEDY_BELOW
@@ -36,29 +38,29 @@ from aurora_lit.modules.sampling.distribution import GREEDY_BELOW
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyTerms:
-    """Losses with gradient, and what they were made of (without). Everything is 0 where no round could be used."""
+    """The losses, with gradient, and statistics of them, without. Everything is 0 if no round could be used."""
 
     policy_loss: Tensor
-    """−Σ S·min(ρÂ, clip(ρ)Â) a round, averaged over rounds: its gradient is that of −J."""
+    """−Σ S·min(ρÂ, clip(ρ)Â) of a round, averaged over rounds: its gradient is that of −J."""
     value_loss: Tensor
-    """Mean square of the value head against λ-returns, weighted by S."""
+    """Mean squared error of the value head against λ-returns, weighted by S."""
     entropy: Tensor
-    """Mean entropy of the policy in nats, over proposals that had a chance to be tested."""
+    """Mean entropy of the policy in nats, over the counted proposals."""
     num_rounds: int
     num_proposals: int
-    """Proposals that had a chance to be tested."""
+    """Counted proposals: those whose probability S of being tested is above 0."""
     accepted_length: Tensor
-    """Mean of Σ_t Π_{i≤t} c_i a round: the sampled J."""
+    """Mean of Σ_t Π_{i≤t} c_i of a round: the sampled J. The bonus token is not included."""
     mean_ratio: Tensor
-    """Mean ρ, weighted by S; about 1 while the draft is the one that served."""
+    """Mean ρ, weighted by S; about 1 while the draft is the one that proposed."""
     clip_fraction: Tensor
-    """Share of proposals whose gradient the clip has stopped."""
+    """Share of proposals whose gradient the clip stops."""
     explained_variance: Tensor
-    """Of the sampled returns by the value head: 1 is perfect, 0 no better than their mean."""
+    """Of the sampled returns by the value head: 1 is exact, 0 no better than their mean."""
 
     @staticmethod
     def none(like: Tensor) -> PolicyTerms:
-        """No round to learn from."""
+        """The terms of no rounds; `like`: a tensor of the wanted device and dtype."""
         zero = like.new_zeros(())
         return PolicyTerms(
             policy_loss=zero,
@@ -73,134 +75,149 @@ class PolicyTerms:
         )
 
 
-def usable_rounds(batch: OnlineBatch, draft: Draft) -> OnlineBatch:
-    """The batch with only those rounds that have a policy ratio: fresh, and every proposal drawn from a draft."""
-    inside_QK = _places(batch) < batch.num_proposed_Q[:, None]
-    drawn_QK = batch.behaviour_logprob_QK.isfinite() & draft.t2d[batch.proposal_QK.clamp_min(0)]
-    kept_Q = batch.fresh_Q & (batch.num_proposed_Q > 0) & (drawn_QK | ~inside_QK).all(-1)
-    names = [name for name in vars(batch) if name.endswith(("_Q", "_QK", "_QKH"))]
-    return replace(batch, **{name: getattr(batch, name)[kept_Q] for name in names})
+def usable_rounds(rounds: Rounds, draft: Eagle3Draft) -> Rounds:
+    """The rounds with a policy ratio: fresh, and every proposal was drawn and is in the draft's vocabulary."""
+    has_ratio_QK = rounds.behaviour_logprob_QK.isfinite() & draft.t2d[rounds.proposal_QK.clamp_min(0)]
+    usable_Q = rounds.fresh_Q & (rounds.num_proposed_Q > 0) & (has_ratio_QK | ~rounds.is_proposal_QK).all(-1)
+    return rounds.select(usable_Q)
 
 
 def accept_probabilities(
-    batch: OnlineBatch, draft: Draft, head_VH: Tensor, finish: LogitTransform
+    rounds: Rounds, draft: Eagle3Draft, head_VH: Tensor, logit_transform: LogitTransform
 ) -> tuple[Tensor, Tensor]:
-    """c and log p(a) of every proposal [Q, K]; c is 0 beyond a round's number. The rounds must be usable."""
-    index_QK = draft_index(batch.proposal_QK, draft)
+    """Acceptance probability c and the target's log p(a) of every proposal [Q, K] of usable rounds.
+
+    c is 0 after a round's last proposal. `head_VH` and `logit_transform` are the target's, for the draft vocabulary.
+    """
+    index_QK = draft_index(rounds.proposal_QK, draft)
     head_QKH = head_VH[index_QK].to(_math_dtype(head_VH))
-    logit_QK = finish.of_tokens((batch.path_last_QKH.to(head_QKH.dtype) * head_QKH).sum(-1), index_QK)
-    logp_QK = logit_QK / _target_temperature(batch)[:, None] - batch.path_lse_QK
-    equal_QK = (batch.proposal_QK == batch.path_top_QK).to(logp_QK.dtype)
-    greedy_Q = batch.temperature_Q < GREEDY_BELOW
-    own_token_QK = torch.where(greedy_Q[:, None], equal_QK, logp_QK.exp())
-    tested_QK = (logp_QK - batch.behaviour_logprob_QK).clamp(max=0).exp()
-    accept_QK = torch.where(batch.greedy_verify_Q[:, None], own_token_QK, tested_QK)
-    return accept_QK.where(_places(batch) < batch.num_proposed_Q[:, None], 0.0).clamp(max=1), logp_QK
+    products_QK = (rounds.path_last_QKH.to(head_QKH.dtype) * head_QKH).sum(-1)
+    logit_QK = logit_transform.at_tokens(products_QK, index_QK)
+    logp_QK = logit_QK / _target_temperature(rounds)[:, None] - rounds.path_lse_QK
+    equal_QK = (rounds.proposal_QK == rounds.path_top_QK).to(logp_QK.dtype)
+    is_greedy_Q = rounds.temperature_Q < GREEDY_BELOW
+    by_equality_QK = torch.where(is_greedy_Q[:, None], equal_QK, logp_QK.exp())
+    by_ratio_test_QK = (logp_QK - rounds.behaviour_logprob_QK).clamp(max=0).exp()
+    accept_QK = torch.where(rounds.verified_by_equality_Q[:, None], by_equality_QK, by_ratio_test_QK)
+    return accept_QK.where(rounds.is_proposal_QK, 0.0).clamp(max=1), logp_QK
 
 
 def policy_terms(
-    batch: OnlineBatch,
-    draft: Draft,
+    rounds: Rounds,
+    draft: Eagle3Draft,
     hidden_QKH: Tensor,
     *,
     head_VH: Tensor,
-    finish: LogitTransform,
+    logit_transform: LogitTransform,
     clip: float,
     gae_lambda: float,
 ) -> PolicyTerms:
-    """Losses of usable rounds; `hidden_QKH` are the draft's states along the proposed paths.
+    """Losses of usable rounds.
 
-    `head_VH` and `finish` are the target's, for the draft vocabulary. The heads run in full precision: a policy ratio
-    forgives no rounding of large logits.
+    The heads run in full precision: a policy ratio is sensitive to the rounding of large logits.
+
+    Args:
+        rounds: usable ones.
+        draft: the draft that learns.
+        hidden_QKH: its hidden states along the proposals (modules/losses/unroll.py).
+        head_VH: the rows of the target's head for the draft vocabulary.
+        logit_transform: the target's, for the draft vocabulary.
+        clip: PPO's ε.
+        gae_lambda: λ.
     """
-    if not len(batch.row_Q):
+    if not len(rounds):
         return PolicyTerms.none(hidden_QKH)
     with torch.autocast(hidden_QKH.device.type, enabled=False):
-        accept_QK, logp_QK = accept_probabilities(batch, draft, head_VH, finish)
-        reached_QK = survival(accept_QK)
-        counts_QK = (reached_QK > 0) & (_places(batch) < batch.num_proposed_Q[:, None])
+        accept_QK, logp_QK = accept_probabilities(rounds, draft, head_VH, logit_transform)
+        survival_QK = survival(accept_QK)
+        counts_QK = (survival_QK > 0) & rounds.is_proposal_QK
         hidden_MH = hidden_QKH[counts_QK].to(draft.lm_head.weight.dtype)
         round_M = counts_QK.nonzero()[:, 0]
-        logits_MV = draft.logits(hidden_MH).to(_math_dtype(hidden_MH))
-        logq_MV = torch.log_softmax(logits_MV / batch.draft_temperature_Q[round_M, None], dim=-1)
-        index_M = draft_index(batch.proposal_QK[counts_QK], draft)
+        logits_MV = draft.compute_logits(hidden_MH).to(_math_dtype(hidden_MH))
+        logq_MV = torch.log_softmax(logits_MV / rounds.draft_temperature_Q[round_M, None], dim=-1)
+        index_M = draft_index(rounds.proposal_QK[counts_QK], draft)
         logq_M = logq_MV.gather(1, index_M[:, None])[:, 0]
-        value_M = draft.value(hidden_MH.detach())
+        value_M = draft.compute_value(hidden_MH.detach())
 
         value_QK1 = accept_QK.new_zeros(accept_QK.shape[0], accept_QK.shape[1] + 1)
         value_QK1[:, :-1][counts_QK] = value_M.detach().to(value_QK1.dtype)
         gae_QK = acceptance_gae(accept_QK, value_QK1, gae_lambda)
-        tested_M = ~batch.greedy_verify_Q[round_M]
-        share_M = _rise_shares(batch, counts_QK, tested_M, logq_MV.detach(), head_VH, finish)
+        by_ratio_test_M = ~rounds.verified_by_equality_Q[round_M]
+        share_M = _underweighted_shares(
+            rounds, counts_QK, by_ratio_test_M, logq_MV.detach(), head_VH=head_VH, logit_transform=logit_transform
+        )
         ratio_test_QK = ratio_test_advantage(
             gae_QK,
             value_QK1,
             gae_lambda,
-            can_rise_K=_lay_out(logq_M.detach() <= logp_QK[counts_QK], counts_QK),
-            rise_share_K=_lay_out(share_M, counts_QK),
+            is_underweighted_K=_scatter_counted(logq_M.detach() <= logp_QK[counts_QK], counts_QK),
+            underweighted_share_K=_scatter_counted(share_M, counts_QK),
         )
-        advantage_QK = torch.where(batch.greedy_verify_Q[:, None], gae_QK, ratio_test_QK)
+        advantage_QK = torch.where(rounds.verified_by_equality_Q[:, None], gae_QK, ratio_test_QK)
 
-        ratio_M = policy_ratio(logq_M, batch.behaviour_logprob_QK[counts_QK])
-        reached_M = reached_QK[counts_QK]
-        loss_M, clipped_M = clipped_policy_loss(ratio_M, advantage_QK[counts_QK], reached_M, clip=clip)
+        ratio_M = policy_ratio(logq_M, rounds.behaviour_logprob_QK[counts_QK])
+        survival_M = survival_QK[counts_QK]
+        loss_M, is_clipped_M = clipped_policy_loss(ratio_M, advantage_QK[counts_QK], survival_M, clip=clip)
         return_M = (gae_QK + value_QK1[:, :-1])[counts_QK]
-        sampled_M = (acceptance_gae(accept_QK, value_QK1, 1.0) + value_QK1[:, :-1])[counts_QK]
+        sampled_return_M = (acceptance_gae(accept_QK, value_QK1, 1.0) + value_QK1[:, :-1])[counts_QK]
         return PolicyTerms(
-            policy_loss=loss_M.sum() / len(batch.row_Q),
-            value_loss=value_loss(value_M, return_M, reached_M),
+            policy_loss=loss_M.sum() / len(rounds),
+            value_loss=value_loss(value_M, return_M, survival_M),
             entropy=entropy(logq_MV).mean(),
-            num_rounds=len(batch.row_Q),
+            num_rounds=len(rounds),
             num_proposals=len(loss_M),
             accepted_length=accept_QK.cumprod(-1).sum(-1).mean(),
-            mean_ratio=(ratio_M.detach() * reached_M).sum() / reached_M.sum(),
-            clip_fraction=clipped_M.float().mean(),
-            explained_variance=explained_variance(value_M.detach(), sampled_M, reached_M),
+            mean_ratio=(ratio_M.detach() * survival_M).sum() / survival_M.sum(),
+            clip_fraction=is_clipped_M.float().mean(),
+            explained_variance=explained_variance(value_M.detach(), sampled_return_M, survival_M),
         )
 
 
-def evidence(batch: OnlineBatch, num_proposals: int, num_targets: Tensor) -> Tensor:
-    """Share of sampled proposals in all that a batch says of acceptance, in [0, 1]; alike in all processes.
+def sampled_share(batch: OnlineBatch, num_proposals: int, num_targets: Tensor) -> Tensor:
+    """M / (M + N), in [0, 1], of the whole batch: M sampled proposals, N targets of the base loss.
 
-    The base loss has the same objective in closed form at every position and draft step (`num_targets` of them). A few
-    sampled proposals beside those are mostly noise: averaged over themselves alone, as if they were as many, they undid
-    what it taught.
+    The base loss has the same objective in closed form at every position and draft step. A few sampled proposals beside
+    that are mostly noise: when their loss had full weight, it undid what the base loss taught. `num_proposals` and
+    `num_targets` are of this process's shard; dividing by the shard's fractions makes all processes agree.
     """
-    part = batch.live_part if batch.live_B.any() else batch.replay_part
-    sampled, exact = num_proposals / max(batch.rounds_part, 1e-9), num_targets / max(part, 1e-9)
+    fraction = batch.live_fraction if batch.live_B.any() else batch.replay_fraction
+    sampled, exact = num_proposals / max(batch.rounds_fraction, 1e-9), num_targets / max(fraction, 1e-9)
     return sampled / (sampled + exact).clamp_min(1.0)
 
 
-def draft_index(token_ids: Tensor, draft: Draft) -> Tensor:
-    """Draft index of target ids; 0 for padding (−1), and arbitrary where the draft has no such token."""
+def draft_index(token_ids: Tensor, draft: Eagle3Draft) -> Tensor:
+    """Draft ids of target ids; 0 for padding (−1), and arbitrary where the draft does not have the token."""
     return (draft.t2d.cumsum(0) - 1)[token_ids.clamp_min(0)].clamp_min(0)
 
 
-def _rise_shares(
-    batch: OnlineBatch, counts_QK: Tensor, tested_M: Tensor, logq_MV: Tensor, head_VH: Tensor, finish: LogitTransform
+def _underweighted_shares(
+    rounds: Rounds,
+    counts_QK: Tensor,
+    by_ratio_test_M: Tensor,
+    logq_MV: Tensor,
+    *,
+    head_VH: Tensor,
+    logit_transform: LogitTransform,
 ) -> Tensor:
-    """`rise_share` of every proposal under the ratio test, 0 elsewhere."""
-    share_M = logq_MV.new_zeros(len(tested_M))
-    if tested_M.any():
-        round_L = counts_QK.nonzero()[tested_M, 0]
-        last_LH = batch.path_last_QKH[counts_QK][tested_M].to(head_VH.dtype)
-        logits_LV = finish((last_LH @ head_VH.T).to(logq_MV.dtype)) / _target_temperature(batch)[round_L, None]
-        p_LV = (logits_LV - batch.path_lse_QK[counts_QK][tested_M, None]).exp()
-        share_M[tested_M] = rise_share(p_LV, logq_MV[tested_M].exp())
+    """`underweighted_share` of every counted proposal under the ratio test, 0 for the others [M]."""
+    share_M = logq_MV.new_zeros(len(by_ratio_test_M))
+    if by_ratio_test_M.any():
+        round_L = counts_QK.nonzero()[by_ratio_test_M, 0]
+        last_LH = rounds.path_last_QKH[counts_QK][by_ratio_test_M].to(head_VH.dtype)
+        logits_LV = logit_transform((last_LH @ head_VH.T).to(logq_MV.dtype))
+        logits_LV = logits_LV / _target_temperature(rounds)[round_L, None]
+        p_LV = (logits_LV - rounds.path_lse_QK[counts_QK][by_ratio_test_M, None]).exp()
+        share_M[by_ratio_test_M] = underweighted_share(p_LV, logq_MV[by_ratio_test_M].exp())
     return share_M
 
 
-def _places(batch: OnlineBatch) -> Tensor:
-    return torch.arange(batch.proposal_QK.shape[1], device=batch.proposal_QK.device)
+def _target_temperature(rounds: Rounds) -> Tensor:
+    """The temperature that the target's logits are divided by [Q], as in `path_lse_QK`: 1 for greedy requests."""
+    return torch.where(rounds.temperature_Q < GREEDY_BELOW, 1.0, rounds.temperature_Q)
 
 
-def _target_temperature(batch: OnlineBatch) -> Tensor:
-    """What the target's logits are divided by; path_lse_QK has that in it."""
-    return torch.where(batch.temperature_Q < GREEDY_BELOW, 1.0, batch.temperature_Q)
-
-
-def _lay_out(x_M: Tensor, counts_QK: Tensor) -> Tensor:
-    """Values of the proposals that count in their places, 0 elsewhere."""
+def _scatter_counted(x_M: Tensor, counts_QK: Tensor) -> Tensor:
+    """[M] → [Q, K]: the values of counted proposals, 0 elsewhere."""
     out_QK = x_M.new_zeros(counts_QK.shape)
     out_QK[counts_QK] = x_M
     return out_QK

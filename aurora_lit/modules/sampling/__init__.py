@@ -1,8 +1,13 @@
-"""From logits to tokens: distributions, proposals, verification, draft trees. The exact law of the output lives here.
+"""From logits to tokens: distributions, proposals, verification, draft trees.
+
+The exactness of speculative decoding is decided in this folder: whatever the draft proposes, a request's output has
+the distribution of plain decoding. Everything here is a pure function on tensors.
 
 May import: request.py. Start with verification.py. The files, each importing only those above it:
 
-    distribution.py  logits → the distribution a request asked for (bias, penalties, temperature, top-p ...)
-    tree.py          draft trees as columns: paths, depths, the path that is accepted
-    verification.py  proposals, verification, draws, log-probabilities
+    distribution.py  logits → the distribution a request asked for (bias, penalties, temperature, top-p …)
+    noise.py         uniform numbers from a seed, and drawing a token with one of them
+    tree.py          draft trees as columns: paths, depths, the accepted path
+    proposals.py     what the draft proposes in a round, and its log-probability
+    verification.py  which proposals are accepted, and which token follows them
 """

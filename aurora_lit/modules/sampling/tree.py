@@ -1,10 +1,12 @@
 """Draft trees: proposals that branch, so that the target's second choice may be among them too.
 
 Source: Li et al., "EAGLE-2: Faster Inference of Language Models with Dynamic Draft Trees", arXiv 2406.16858.
-What is left out: how they grow (kernels/csrc/drafting.hpp) and what a round emits (modules/sampling/verification.py).
 
-A tree is verified in columns: column 0 is the root, the last committed token, and column i + 1 is node i. A node comes
-behind its parent, so that one sweep over the columns follows a path.
+A tree is verified as columns of one forward pass: column 0 is the root, the last committed token, and column i + 1 is
+node i. Every node comes after its parent, so that one sweep over the columns follows a path. `parents` lists the
+parent's column of columns 1, 2, …
+
+Leaves out how trees grow (kernels/csrc/drafting.hpp) and what a round emits (modules/sampling/verification.py).
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from collections.abc import Sequence
 
 
 def first_choices(parents: Sequence[int]) -> list[int]:
-    """The columns, behind the root, of the chain that the draft would have proposed alone, or its beginning.
+    """The columns of the chain of first choices, without the root: what the draft would have proposed as a chain.
 
-    `parents`: the parent's column of column 1, 2, …; of the children of a node the first is the likeliest.
+    Of a node's children the first is the likeliest. The tree may hold only the beginning of that chain.
     """
     path, at = [], 0
     for column, parent in enumerate(parents, start=1):
@@ -26,9 +28,12 @@ def first_choices(parents: Sequence[int]) -> list[int]:
 
 
 def accepted_path(tokens: Sequence[int], parents: Sequence[int], target_tokens: Sequence[int]) -> list[int]:
-    """The columns, behind the root, that a row accepts: each holds the target's own token at the column before.
+    """The accepted columns, without the root: each holds the target's own token at its parent's column.
 
-    `tokens` and `parents` are those of columns 1, 2, …; `target_tokens` starts with the root's column.
+    Args:
+        tokens: of columns 1, 2, …
+        parents: of columns 1, 2, …
+        target_tokens: the target's own token at columns 0, 1, …
     """
     path, at = [], 0
     for column, (token, parent) in enumerate(zip(tokens, parents, strict=True), start=1):
@@ -39,15 +44,15 @@ def accepted_path(tokens: Sequence[int], parents: Sequence[int], target_tokens: 
 
 
 def depths(parents: Sequence[int]) -> list[int]:
-    """How far behind the root each column stands, column 0 (the root) included."""
-    found = [0]
+    """The depth of every column, the root's 0 included."""
+    depth = [0]
     for parent in parents:
-        found.append(found[parent] + 1)
-    return found
+        depth.append(depth[parent] + 1)
+    return depth
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading tokens that two sequences share."""
     length = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

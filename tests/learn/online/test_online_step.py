@@ -29,15 +29,16 @@ def online_batch(target: Target, *, verified: str = "ratio_test") -> OnlineBatch
     proposed = [(2, 9, (8, 9, 10)), (0, 4, (11, 12)), (2, 3, (13,)), (0, 15, (14, 15, 16))]
     batch = rounds(target, ids_BT, proposed, verified=verified, accepted=[1, 2, 0, 3])
     behaviour_QK = present_logprobs(target, batch) + torch.tensor([0.5, 0.05, -0.5])
-    return replace(batch, behaviour_logprob_QK=behaviour_QK, live_B=torch.tensor([True, False, True]))
+    recorded = replace(batch.rounds, behaviour_logprob_QK=behaviour_QK)
+    return replace(batch, rounds=recorded, live_B=torch.tensor([True, False, True]))
 
 
 @torch.no_grad()
 def present_logprobs(target: Target, batch: OnlineBatch) -> Tensor:
     """What the draft as it is would log; NaN beyond a round's number. Its vocabulary lacks the ids 0, 5 and 6."""
-    index_QK = (batch.proposal_QK - 3).clamp_min(0)
+    index_QK = (batch.rounds.proposal_QK - 3).clamp_min(0)
     logq_QK = chain_logprobs(module(target), batch).gather(2, index_QK[..., None])[..., 0]
-    return logq_QK.where(batch.proposal_QK >= 0, float("nan"))
+    return logq_QK.where(batch.rounds.proposal_QK >= 0, float("nan"))
 
 
 def module(target: Target, **changes: Any) -> DraftModule:
@@ -74,7 +75,7 @@ def test_the_total_is_the_sum_of_its_terms(target: Target) -> None:
     total = total + 0.2 * report.value_loss - 0.03 * policy.entropy
     torch.testing.assert_close(report.loss, total)
 
-    valid_KBT = report.weight_KBT * torch.tensor([1.0, 0.0, 1.0])[:, None]
+    valid_KBT = report.mask_KBT * torch.tensor([1.0, 0.0, 1.0])[:, None]
     mean_alpha = (report.stats.alpha_N.view_as(valid_KBT) * valid_KBT).sum() / valid_KBT.sum()
     evidence = policy.num_proposals / (policy.num_proposals + valid_KBT.sum())
     torch.testing.assert_close(report.policy_weight, 0.7 * (1 - torch.exp(-3 * mean_alpha)) * evidence)
@@ -145,19 +146,19 @@ def test_rounds_without_a_ratio_teach_no_policy(why: str, target: Target) -> Non
     batch = online_batch(target)
     match why:
         case "stale":
-            worse = replace(batch, fresh_Q=torch.tensor([False, True, True, True]))
+            worse = replace(batch, rounds=replace(batch.rounds, fresh_Q=torch.tensor([False, True, True, True])))
         case "argmax proposals":
-            behaviour_QK = batch.behaviour_logprob_QK.clone()
+            behaviour_QK = batch.rounds.behaviour_logprob_QK.clone()
             behaviour_QK[0] = float("nan")
-            worse = replace(batch, behaviour_logprob_QK=behaviour_QK)
+            worse = replace(batch, rounds=replace(batch.rounds, behaviour_logprob_QK=behaviour_QK))
         case "one not drawn":
-            behaviour_QK = batch.behaviour_logprob_QK.clone()
+            behaviour_QK = batch.rounds.behaviour_logprob_QK.clone()
             behaviour_QK[0, 2] = float("nan")
-            worse = replace(batch, behaviour_logprob_QK=behaviour_QK)
+            worse = replace(batch, rounds=replace(batch.rounds, behaviour_logprob_QK=behaviour_QK))
         case _:
-            proposal_QK = batch.proposal_QK.clone()
+            proposal_QK = batch.rounds.proposal_QK.clone()
             proposal_QK[0, 1] = 5
-            worse = replace(batch, proposal_QK=proposal_QK)
+            worse = replace(batch, rounds=replace(batch.rounds, proposal_QK=proposal_QK))
     report = step(target, worse)
     assert report.policy.num_rounds == 3
     others = step(target, some_rounds(batch, [1, 2, 3]))
@@ -168,7 +169,7 @@ def test_rounds_without_a_ratio_teach_no_policy(why: str, target: Target) -> Non
 @pytest.mark.parametrize("index", [[], [0]])
 def test_a_batch_without_usable_rounds_is_supervised_only(index: list[int], target: Target) -> None:
     batch = some_rounds(online_batch(target), index)
-    batch = replace(batch, fresh_Q=torch.zeros(len(index), dtype=torch.bool))
+    batch = replace(batch, rounds=replace(batch.rounds, fresh_Q=torch.zeros(len(index), dtype=torch.bool)))
     report = step(target, batch)
     torch.testing.assert_close(report.loss, step(target, batch, OFF).loss)
     report.loss.backward()
@@ -181,8 +182,10 @@ def test_acceptance_by_position_is_what_was_served(target: Target) -> None:
 
 
 def test_the_ratio_is_taken_at_the_temperature_of_the_round(target: Target) -> None:
-    batch = replace(online_batch(target), draft_temperature_Q=torch.full((4,), 0.5))
-    on_policy = step(target, replace(batch, behaviour_logprob_QK=present_logprobs(target, batch))).policy
+    batch = online_batch(target)
+    batch = replace(batch, rounds=replace(batch.rounds, draft_temperature_Q=torch.full((4,), 0.5)))
+    behaviour = replace(batch.rounds, behaviour_logprob_QK=present_logprobs(target, batch))
+    on_policy = step(target, replace(batch, rounds=behaviour)).policy
     assert float(on_policy.mean_ratio) == pytest.approx(1.0, abs=1e-5)
     assert on_policy.clip_fraction == 0
     off_policy = step(target, batch).policy
@@ -202,7 +205,7 @@ def test_it_runs_as_it_is_served_in_bf16(target: Target) -> None:
     exact = step(target, batch)
     half = replace(
         batch,
-        path_last_QKH=batch.path_last_QKH.bfloat16(),
+        rounds=replace(batch.rounds, path_last_QKH=batch.rounds.path_last_QKH.bfloat16()),
         traces=replace(
             batch.traces,
             aux_BT3H=batch.traces.aux_BT3H.bfloat16(),
@@ -223,6 +226,6 @@ def test_it_runs_as_it_is_served_in_bf16(target: Target) -> None:
 
 def test_moving_a_batch_moves_all_of_it(target: Target) -> None:
     moved = online_batch(target).to("meta")
-    for record in (moved, moved.traces):
+    for record in (moved, moved.traces, moved.rounds):
         assert all(v.device.type == "meta" for v in vars(record).values() if isinstance(v, Tensor))
     assert moved.traces.domains == ("chat",) * 3

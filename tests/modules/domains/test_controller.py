@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from support.domain_prompts import Prompts
-from support.live_traces import a_steering
+from support.live_traces import make_controller
 
 from aurora_lit.config import load_config
-from aurora_lit.learn.online.build import steering_of
+from aurora_lit.learn.online.build import controller_for
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.domains.detector import DomainDetector
 
@@ -43,7 +43,7 @@ class Batch:
 
 def test_a_trace_gets_the_detectors_domain_and_a_new_one_heats_the_rate() -> None:
     steering, step = with_rate(
-        a_steering(
+        make_controller(
             detector=DomainDetector(max_domains=8, novelty=0.7), warmup_steps=0, min_lr_factor=0.2, decay_tokens=50.0
         )
     )
@@ -66,7 +66,7 @@ def test_a_trace_gets_the_detectors_domain_and_a_new_one_heats_the_rate() -> Non
 
 
 def test_without_a_detector_labels_are_domains_and_nothing_shifts() -> None:
-    steering, step = with_rate(a_steering(warmup_steps=0, min_lr_factor=0.2, decay_tokens=50.0))
+    steering, step = with_rate(make_controller(warmup_steps=0, min_lr_factor=0.2, decay_tokens=50.0))
     trace = Prompts().trace("code", label="mine")
     assert steering.place(trace) is trace
     for _ in range(10):
@@ -80,7 +80,7 @@ def test_without_a_detector_labels_are_domains_and_nothing_shifts() -> None:
 def test_labels_are_capped_and_those_dropped_are_counted(detect: bool) -> None:
     def a_capped() -> DomainController:
         detector = DomainDetector(max_domains=3, novelty=0.7) if detect else None
-        return with_rate(a_steering(detector=detector, max_labels=3))[0]
+        return with_rate(make_controller(detector=detector, max_labels=3))[0]
 
     steering, prompts = a_capped(), Prompts()
     found = [steering.place(prompts.trace("code", label=f"label {n % 5}")).domain for n in range(50)]
@@ -91,19 +91,19 @@ def test_labels_are_capped_and_those_dropped_are_counted(detect: bool) -> None:
     assert again.place(prompts.trace("code", label="label 2")).domain == "label 2"
     assert again.place(prompts.trace("code", label="another")).domain != "another"
     assert again.num_labels_dropped == 1
-    other = a_steering(detector=None if detect else DomainDetector(max_domains=3, novelty=0.7))
+    other = make_controller(detector=None if detect else DomainDetector(max_domains=3, novelty=0.7))
     other.load_state_dict(steering.state_dict())
     assert other.place(prompts.trace("code", label="mine")).domain == "mine"
 
 
 def test_only_what_is_learned_counts() -> None:
-    steering, step = with_rate(a_steering(warmup_steps=0, min_lr_factor=0.0, decay_tokens=100.0))
+    steering, step = with_rate(make_controller(warmup_steps=0, min_lr_factor=0.0, decay_tokens=100.0))
     steering.learned(Batch(("a", 60, True), ("a", 40, False), ("b", 100, False)))  # type: ignore[arg-type]
     assert step() == pytest.approx(1 / 2.718281828), "live and replayed tokens of the live domain, padding left out"
 
 
 def test_new_optimizers_know_the_domains_of_the_old_ones() -> None:
-    steering, _ = with_rate(a_steering(warmup_steps=0, min_lr_factor=0.0, decay_tokens=100.0))
+    steering, _ = with_rate(make_controller(warmup_steps=0, min_lr_factor=0.0, decay_tokens=100.0))
     steering.learned(Batch(("a", 100, True)))  # type: ignore[arg-type]
     before = steering.heat
     steering, _ = with_rate(steering)
@@ -112,7 +112,7 @@ def test_new_optimizers_know_the_domains_of_the_old_ones() -> None:
 
 def answers(overrides: list[str]) -> dict[str, Any]:
     """What a configuration's steering does, in numbers, in a fixed course of traffic."""
-    steering, step = with_rate(steering_of(load_config(None, overrides)))
+    steering, step = with_rate(controller_for(load_config(None, overrides)))
     cold, hot = (steering._signals.at(heat) for heat in (0.0, 1.0))
     prompts, domains, rates = Prompts(), [], [step()]
     for n in range(120):

@@ -12,7 +12,7 @@ from support.tiny_models import VOCAB, draft_batch, draft_module, random_draft, 
 from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.distribution import LogitOptions
-from aurora_lit.modules.sampling.verification import DraftVocabulary
+from aurora_lit.modules.sampling.proposals import DraftVocabulary
 from aurora_lit.request import SamplingParams
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 
@@ -41,19 +41,19 @@ def test_the_unrolled_training_steps_are_the_drafters_chain(
     draft = random_draft(target)
     module = draft_module(target, copy.deepcopy(draft), num_steps=K)
     ids_BT = torch.randint(0, VOCAB, (3, 80), generator=torch.Generator().manual_seed(0))
-    features_BTF, _ = target.read(ids_BT)
+    features_BTF, _ = target.forward_uncached(ids_BT)
 
     capacity = 80 + K + 1
     tokens_SL = torch.zeros(5, capacity + 1, dtype=torch.int64)
     slots = torch.tensor([4, 1, 2])
     drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
-    sampled = LogitOptions.of([SamplingParams(max_tokens=1, temperature=t) for t in (1.0, 0.7, 1.5)])
+    sampled = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=t) for t in (1.0, 0.7, 1.5)])
     known = [0, 0, 0]
     # Rows far behind and rows hardly behind; one of them at its very end.
     for lengths in ([9, 50, 2], [12, 51, 7], [13, 79, 8]):
         for row, length in enumerate(lengths):
             tokens_SL[slots[row], :length] = ids_BT[row, :length]
-            drafter.remember(
+            drafter.store_features(
                 slots_B=slots[row : row + 1],
                 starts_B=torch.tensor([known[row]]),
                 aux_BT3H=features_BTF[row : row + 1, known[row] : length - 1],
@@ -65,7 +65,7 @@ def test_the_unrolled_training_steps_are_the_drafters_chain(
             options=sampled,
             num_steps=K,
             uniform_BK=torch.rand(3, K, dtype=torch.float64, generator=torch.Generator().manual_seed(lengths[0])),
-            go_on=lambda done, values_B, values=values: values.append(values_B) or True,
+            should_continue=lambda done, values_B, values=values: values.append(values_B) or True,
         )
         assert proposals.q_BKD is not None
         for row, length in enumerate(lengths):
@@ -79,10 +79,10 @@ def test_the_unrolled_training_steps_are_the_drafters_chain(
             for step in range(K):
                 aim = length - 1 + step  # the target position whose distribution the step imitates
                 hidden_H = hidden_KBTH[step, 0, aim]
-                q_D = torch.softmax(module.draft.logits(hidden_H) / temperature, dim=-1)
+                q_D = torch.softmax(module.draft.compute_logits(hidden_H) / temperature, dim=-1)
                 torch.testing.assert_close(proposals.q_BKD[row, step], q_D, **CLOSE)
                 if step < K - 1:
-                    torch.testing.assert_close(values[step][row], module.draft.value(hidden_H), **CLOSE)
+                    torch.testing.assert_close(values[step][row], module.draft.compute_value(hidden_H), **CLOSE)
                 if temperature == 1.0:
                     alpha = torch.minimum(proposals.q_BKD[row, step], p_TD[aim]).sum()
                     torch.testing.assert_close(alpha_KBT[step, 0, aim], alpha, **CLOSE)
@@ -142,6 +142,6 @@ def test_the_two_maps_of_the_vocabulary(target: Target) -> None:
     assert draft.d2t.tolist() == [2, 2, 28, 57]
     assert draft.t2d.nonzero().flatten().tolist() == [2, 3, 30, 60]
     assert draft.draft_token_ids.tolist() == [2, 3, 30, 60]
-    vocabulary = DraftVocabulary.of_offsets(draft.d2t, vocab_size=VOCAB)
+    vocabulary = DraftVocabulary.from_offsets(draft.d2t, vocab_size=VOCAB)
     assert vocabulary.target_id_D.tolist() == [2, 3, 30, 60]
     assert [int(vocabulary.draft_id_V[i]) for i in (2, 3, 30, 60, 0, 59)] == [0, 1, 2, 3, -1, -1]

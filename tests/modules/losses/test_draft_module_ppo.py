@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -39,17 +40,17 @@ def test_unrolling_along_proposals_is_the_drafters_chain_also_where_they_were_re
     draft = random_draft(target)
     module = draft_module(target, copy.deepcopy(draft))
     ids_BT = torch.randint(0, VOCAB, (3, 80), generator=torch.Generator().manual_seed(0))
-    features_BTF, _ = target.read(ids_BT)
+    features_BTF, _ = target.forward_uncached(ids_BT)
     capacity = 80 + K + 1
     tokens_SL = torch.zeros(3, capacity + 1, dtype=torch.int64)
     drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
     slots = torch.arange(3)
-    sampled = LogitOptions.of([SamplingParams(max_tokens=1, temperature=t) for t in temperatures])
+    sampled = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=t) for t in temperatures])
     proposed, q_of, value_of = [], [], []
     for lengths in ([9, 50, 2], [12, 51, 7], [13, 79, 8]):
         for row, length in enumerate(lengths):
             tokens_SL[row, :length] = ids_BT[row, :length]
-            drafter.remember(
+            drafter.store_features(
                 slots_B=slots[row : row + 1],
                 starts_B=torch.tensor([0]),
                 aux_BT3H=features_BTF[row : row + 1, : length - 1],
@@ -60,7 +61,7 @@ def test_unrolling_along_proposals_is_the_drafters_chain_also_where_they_were_re
             options=sampled,
             num_steps=K,
             uniform_BK=torch.rand(3, K, dtype=torch.float64, generator=torch.Generator().manual_seed(lengths[0])),
-            go_on=lambda done, values_B, values=values: values.append(values_B) or True,
+            should_continue=lambda done, values_B, values=values: values.append(values_B) or True,
         )
         assert proposals.q_BKD is not None
         for row, length in enumerate(lengths):
@@ -71,10 +72,10 @@ def test_unrolling_along_proposals_is_the_drafters_chain_also_where_they_were_re
             q_of.append(proposals.q_BKD[row])
             value_of.append(torch.stack([v[row] for v in values]))
     batch = rounds(target, ids_BT, proposed, verified="own_draw")
-    batch = replace(batch, draft_temperature_Q=torch.tensor(temperatures * 3))
+    batch = replace(batch, rounds=replace(batch.rounds, draft_temperature_Q=torch.tensor(temperatures * 3)))
     torch.testing.assert_close(chain_logprobs(module, batch).exp(), torch.stack(q_of), atol=1e-4, rtol=0.0)
 
-    values_QK = module.draft.value(chain_states(module, batch)[:, : K - 1])
+    values_QK = module.draft.compute_value(chain_states(module, batch)[:, : K - 1])
     torch.testing.assert_close(values_QK, torch.stack(value_of), atol=1e-4, rtol=0.0)
 
 
@@ -87,11 +88,19 @@ def greedy_vocabulary(target: Target, ids_1T: Tensor) -> Tensor:
     for root in (5, 8):
         text = ids_1T[:, : root + 1]
         for _ in range(2):
-            best_11 = target.logits(target.read(text)[1])[:, -1:].argmax(-1)
+            best_11 = target.logits(target.forward_uncached(text)[1])[:, -1:].argmax(-1)
             text = torch.cat([text, best_11], 1)
             likely.append(int(best_11))
     others = [token for token in (11, 23, 37, 41) if token not in likely]
     return torch.tensor(sorted([*dict.fromkeys(likely), *others][:D]))
+
+
+def in_double(record: Any) -> Any:
+    """The record with its floating-point tensors in fp64."""
+    return replace(
+        record,
+        **{k: v.double() for k, v in vars(record).items() if isinstance(v, Tensor) and v.is_floating_point()},
+    )
 
 
 class Enumerated:
@@ -106,10 +115,7 @@ class Enumerated:
         self.paths = list(itertools.product(range(D), repeat=2))
         proposed = [(0, root, (ids[a], ids[b])) for root in (5, 8) for a, b in self.paths]
         batch = rounds(target, ids_1T, proposed, verified=verified, draft_temperature=draft_temperature)
-        doubles = {k: v.double() for k, v in vars(batch).items() if isinstance(v, Tensor) and v.is_floating_point()}
-        traces = vars(batch.traces)
-        traces = {k: v.double() for k, v in traces.items() if isinstance(v, Tensor) and v.is_floating_point()}
-        self.batch = replace(batch, traces=replace(batch.traces, **traces), **doubles)
+        self.batch = replace(batch, traces=in_double(batch.traces), rounds=in_double(batch.rounds))
         self.verified, self.temperature = verified, VERIFIED[verified][1]
 
     def logq(self) -> tuple[Tensor, Tensor]:
@@ -120,13 +126,14 @@ class Enumerated:
 
     def expected(self) -> Tensor:
         """J, averaged over the roots: Σ_ab q(a) q(b|a) (c_a + c_a c_b)."""
+        served = self.batch.rounds
         q_QK = self.logq()[0].exp()
-        logits_QKD = self.batch.path_last_QKH @ self.module.head_VdH.T / (self.temperature or 1.0)
-        p_QKD = (logits_QKD - self.batch.path_lse_QK[..., None]).exp()
+        logits_QKD = served.path_last_QKH @ self.module.head_VdH.T / (self.temperature or 1.0)
+        p_QKD = (logits_QKD - served.path_lse_QK[..., None]).exp()
         p_QK = p_QKD.gather(2, torch.tensor(self.paths * 2)[..., None])[..., 0]
         match self.verified:
             case "argmax":
-                c_QK = (self.batch.path_top_QK == self.batch.proposal_QK).double()
+                c_QK = (served.path_top_QK == served.proposal_QK).double()
             case "own_draw":
                 c_QK = p_QK
             case _:
@@ -136,7 +143,8 @@ class Enumerated:
     def drawn(self, index_Q: Tensor) -> OnlineBatch:
         """The batch with these rounds, drawn from the draft as it is."""
         behaviour_QK = self.logq()[0].detach()
-        return some_rounds(replace(self.batch, behaviour_logprob_QK=behaviour_QK), index_Q.tolist())
+        drawn = replace(self.batch.rounds, behaviour_logprob_QK=behaviour_QK)
+        return some_rounds(replace(self.batch, rounds=drawn), index_Q.tolist())
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for name, p in self.module.draft.named_parameters() if "value_head" not in name]
@@ -179,7 +187,7 @@ def test_the_policy_term_has_the_gradient_of_expected_acceptance(
 
 
 @pytest.mark.parametrize("verified", VERIFIED)
-def test_a_draft_that_learns_from_sampled_rounds_alone_is_accepted_more(verified: str, target: Target) -> None:
+def test_a_draft_that_learns_from_sampled_servedalone_is_accepted_more(verified: str, target: Target) -> None:
     case = Enumerated(target, verified)
     before = float(case.expected().detach())
     optimizer = torch.optim.AdamW(case.module.draft.parameters(), lr=3e-3, weight_decay=0.0)

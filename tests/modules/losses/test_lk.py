@@ -167,7 +167,7 @@ def test_the_native_pass_equals_the_torch_passes(with_argmax: bool, monkeypatch:
     row_weight[1, 4:7] = 0.0
     results = []
     for native_pass in (True, False):
-        monkeypatch.setattr(lk_loss_kernel, "can_take", lambda logits, native_pass=native_pass: native_pass)
+        monkeypatch.setattr(lk_loss_kernel, "is_supported", lambda logits, native_pass=native_pass: native_pass)
         h = torch.randn(K, N, H, generator=torch.Generator().manual_seed(5)).requires_grad_()
         weight = torch.randn(D, H, generator=torch.Generator().manual_seed(6)).requires_grad_()
         loss, stats = fused_lk_loss(

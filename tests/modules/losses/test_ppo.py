@@ -21,8 +21,8 @@ from aurora_lit.modules.losses.ppo import (
     explained_variance,
     policy_ratio,
     ratio_test_advantage,
-    rise_share,
     survival,
+    underweighted_share,
     value_loss,
 )
 
@@ -103,7 +103,11 @@ def surrogate(
         advantage_K = gae_K = acceptance_gae(accept_K, value_K1, gae_lambda)
         if (reward or case.mode) == "ratio_test":
             advantage_K = ratio_test_advantage(
-                gae_K, value_K1, gae_lambda, can_rise_K=new_K <= p_K, rise_share_K=rise_share(p_KD, new_KD)
+                gae_K,
+                value_K1,
+                gae_lambda,
+                is_underweighted_K=new_K <= p_K,
+                underweighted_share_K=underweighted_share(p_KD, new_KD),
             )
         ratio_K = policy_ratio(new_K.log(), old_K.log())
         loss_K, _ = clipped_policy_loss(ratio_K, advantage_K, survival(accept_K), clip=clip)
@@ -192,9 +196,9 @@ def test_the_baselines_do_what_they_are_for() -> None:
         accept_D1 = torch.stack([case.accept((), a, q) for a in range(D)])[:, None]
         advantage_D1 = acceptance_gae(accept_D1, value_D2, 1.0)
         if mode == "ratio_test":
-            share_D1 = rise_share(p, q).expand(D, 1)
+            share_D1 = underweighted_share(p, q).expand(D, 1)
             advantage_D1 = ratio_test_advantage(
-                advantage_D1, value_D2, 1.0, can_rise_K=(q <= p)[:, None], rise_share_K=share_D1
+                advantage_D1, value_D2, 1.0, is_underweighted_K=(q <= p)[:, None], underweighted_share_K=share_D1
             )
         assert abs(float((q * advantage_D1[:, 0]).sum())) < 1e-12
         assert advantage_D1.abs().max() > 0.01
@@ -248,9 +252,9 @@ def test_gae_by_hand() -> None:
     torch.testing.assert_close(survival(accept), torch.tensor([1.0, 0.5, 0.4]))
 
 
-def test_rise_share_is_a_share() -> None:
+def test_underweighted_share_is_a_share() -> None:
     p, q = torch.tensor([[0.1, 0.6], [0.5, 0.5], [0.0, 0.0]]), torch.tensor([[0.7, 0.3], [0.5, 0.5], [0.4, 0.6]])
-    torch.testing.assert_close(rise_share(p, q), torch.tensor([0.3 / 0.4, 1.0, 0.0]))
+    torch.testing.assert_close(underweighted_share(p, q), torch.tensor([0.3 / 0.4, 1.0, 0.0]))
 
 
 def test_value_loss_teaches_the_return_where_it_was_reached() -> None:

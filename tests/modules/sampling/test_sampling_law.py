@@ -1,7 +1,7 @@
-"""The law of what a round emits is that of plain decoding: exactly by enumeration, and by chi-square on real draws.
+"""Speculative decoding emits the distribution of plain decoding: exactly by enumeration, and by chi-square on draws.
 
-Enumeration: every pair of proposals, every way of accepting them and every last token is two rows of a real call, whose
-uniform numbers lie at the two ends of the interval that leads there; the interval's length is the rows' probability.
+Enumeration: every pair of proposals, every way of accepting them and every next token is two rows of a real call. Their
+uniform numbers lie at the two ends of the interval that leads there, whose length is that outcome's probability.
 """
 
 import itertools
@@ -9,19 +9,20 @@ import itertools
 import pytest
 import torch
 from scipy.stats import chi2
-from support.toy_sampling import OPTIONS, Toy, history, reference_law, reference_p
+from support.toy_sampling import OPTIONS, Toy, history, no_proposals, reference_law, reference_p
 
 from aurora_lit.modules.sampling.distribution import LogitOptions, probabilities, target_distribution
-from aurora_lit.modules.sampling.verification import Proposals, behaviour_logprobs, propose, verify, verify_sampled
+from aurora_lit.modules.sampling.proposals import Proposals, behaviour_logprobs, propose
+from aurora_lit.modules.sampling.verification import verify, verify_by_ratio_test
 from aurora_lit.request import SamplingParams
 
 V, D = 8, 5
-EDGE = 1e-9  # how close to an interval's end
+EDGE = 1e-9  # distance from an interval's end
 
 
 def _draft_q(toy: Toy, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """q of the first proposal [D] and of the second after each token [V, D], as `propose` makes them."""
-    options = LogitOptions.of([params] * (V + 1))
+    options = LogitOptions.from_params([params] * (V + 1))
     q = probabilities(torch.cat([toy.draft[0][None], toy.draft[1]])[:, None], filters=options.filters)[:, 0]
     return q[0], q[1:]
 
@@ -29,7 +30,7 @@ def _draft_q(toy: Toy, params: SamplingParams) -> tuple[torch.Tensor, torch.Tens
 def _enumerated_law(
     toy: Toy, params: SamplingParams, *, k: int, one_hot: bool, drawn_by: SamplingParams | None = None
 ) -> torch.Tensor:
-    """`drawn_by`: what proposals are drawn by; the request's own options when left out."""
+    """`drawn_by`: the options that proposals are drawn with; default: the request's own."""
     ids = toy.vocabulary.target_id_D
     q0, q1 = _draft_q(toy, drawn_by or params)
     chains = torch.tensor(list(itertools.product(range(D), repeat=k)), dtype=torch.int64).view(D**k, k)
@@ -39,7 +40,7 @@ def _enumerated_law(
         q_BKD[:, 0] = q0
     if k > 1:
         q_BKD[:, 1] = q1[tokens[:, 0]]
-    if one_hot:  # chosen, not drawn: any choice must do, so give every chain the same weight
+    if one_hot:  # argmax proposals: any choice must do, so give every chain the same weight
         chain_weight = torch.full((len(chains),), 1 / len(chains), dtype=torch.float64)
         q_of = torch.ones(len(chains), k, dtype=torch.float64)
     else:
@@ -47,7 +48,7 @@ def _enumerated_law(
         chain_weight = q_of.prod(1)
     p = target_distribution(
         toy.logits(tokens),
-        options=LogitOptions.of([params] * len(tokens)),
+        options=LogitOptions.from_params([params] * len(tokens)),
         history=history(len(tokens)),
         proposals_BK=tokens,
     )
@@ -77,7 +78,7 @@ def _enumerated_law(
                     weights.append(weight * float(rest[token]) / 2)
                     uniforms.append([*uniform[:k], last])
                     expected.append((accepted, token))
-    verdict = verify_sampled(
+    result = verify_by_ratio_test(
         p[rows],
         proposals_BK=tokens[rows],
         num_proposed_B=torch.full((len(rows),), k),
@@ -85,7 +86,7 @@ def _enumerated_law(
         q_BKD=None if one_hot else q_BKD[rows],
         vocabulary=toy.vocabulary,
     )
-    got = list(zip(verdict.accepted_B.tolist(), verdict.next_token_B.tolist(), strict=True))
+    got = list(zip(result.num_accepted_B.tolist(), result.next_token_B.tolist(), strict=True))
     assert got == expected
 
     law = torch.zeros(V, V, V, dtype=torch.float64)
@@ -96,7 +97,7 @@ def _enumerated_law(
 
 
 def _continuation(toy: Toy, params: SamplingParams, emitted: tuple[int, ...]) -> torch.Tensor:
-    """The law of what plain decoding adds, up to three tokens in all."""
+    """The distribution of what plain decoding adds, up to three tokens in all."""
     if len(emitted) == 3:
         return torch.ones((), dtype=torch.float64)
     p = torch.tensor(reference_p(toy.target[len(emitted)][emitted], params, output=emitted), dtype=torch.float64)
@@ -115,13 +116,13 @@ def test_enumerated_law_is_that_of_plain_decoding(name: str, k: int, one_hot: bo
 
 
 @pytest.mark.parametrize("name", ["plain", "top_k", "repetition"])
-def test_enumerated_law_holds_for_a_draft_that_is_the_target_and_for_one_that_is_sure_and_wrong(name: str) -> None:
+def test_enumerated_law_holds_for_a_perfect_draft_and_for_a_confident_wrong_one(name: str) -> None:
     for seed in range(3):
         toy = Toy.random(V=V, D=D, seed=seed)
         ids = toy.vocabulary.target_id_D
         same = Toy(target=toy.target, draft=(toy.target[0][ids], toy.target[1][:, ids]), vocabulary=toy.vocabulary)
-        sure = Toy(target=toy.target, draft=(60 * toy.draft[0], 60 * toy.draft[1]), vocabulary=toy.vocabulary)
-        for case in (same, sure):
+        confident = Toy(target=toy.target, draft=(60 * toy.draft[0], 60 * toy.draft[1]), vocabulary=toy.vocabulary)
+        for case in (same, confident):
             law = _enumerated_law(case, OPTIONS[name], k=2, one_hot=False)
             assert (law - reference_law(case, OPTIONS[name])).abs().max() < 1e-6
 
@@ -141,31 +142,31 @@ def test_the_acceptance_test_switches_at_min_1_p_over_q() -> None:
     for token, threshold in ((0, 0.4), (1, 1.0), (2, 1.0)):
         for uniform, accepted in ((threshold - 1e-12, 1), (threshold + 1e-12, 0)):
             if uniform < 1:
-                verdict = verify_sampled(
+                result = verify_by_ratio_test(
                     p,
                     proposals_BK=torch.tensor([[token]]),
                     num_proposed_B=torch.tensor([1]),
                     uniform_BT=torch.tensor([[uniform, 0.5]], dtype=torch.float64),
                     q_BKD=q,
                 )
-                assert verdict.accepted_B.item() == accepted
+                assert result.num_accepted_B.item() == accepted
 
 
 ROWS, CALLS = 100_000, 20
 EVERY_RUN = [(name, "drawn") for name in OPTIONS] + [("all", "chosen"), ("all", "seeded")]
-NOW_AND_THEN = [(name, kind) for name in OPTIONS for kind in ("chosen", "seeded") if name != "all"]
+SLOW_RUN = [(name, kind) for name in OPTIONS for kind in ("chosen", "seeded") if name != "all"]
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), EVERY_RUN + [pytest.param(*case, marks=pytest.mark.slow) for case in NOW_AND_THEN]
+    ("name", "kind"), EVERY_RUN + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_RUN]
 )
 def test_chi_square_of_two_million_draws(name: str, kind: str) -> None:
-    """Two tokens a draw: a round with one or two proposals (rows differ), then a plain round where one token came."""
+    """Two tokens a draw: a round with one or two proposals in turn, then plain decoding if it emitted one token."""
     seed = sum(map(ord, name + kind))
     V, params = 6, OPTIONS[name]
     toy = Toy.random(V=V, D=4, seed=seed, dtype=torch.float32)
     law = reference_law(toy, params).sum(-1)
-    options = LogitOptions.of([params] * ROWS)
+    options = LogitOptions.from_params([params] * ROWS)
     gen = torch.Generator().manual_seed(seed)
     counts = torch.zeros(V * V, dtype=torch.float64)
     num = torch.arange(ROWS) % 2 + 1
@@ -174,7 +175,7 @@ def test_chi_square_of_two_million_draws(name: str, kind: str) -> None:
             options = _seeded(options, first_seed=call * ROWS)
         uniform = torch.rand(ROWS, 5, generator=gen, dtype=torch.float64)
         proposals = _draft_chain(toy, options, uniform[:, :2] if kind == "drawn" else None, num=num)
-        verdict = verify(
+        result = verify(
             toy.logits(proposals.token_BK),
             options=options,
             proposals=proposals,
@@ -182,17 +183,17 @@ def test_chi_square_of_two_million_draws(name: str, kind: str) -> None:
             history=history(ROWS),
             vocabulary=toy.vocabulary,
         )
-        some = verdict.accepted_B > 0
-        first = torch.where(some, proposals.token_BK[:, 0], verdict.next_token_B)
+        some = result.num_accepted_B > 0
+        first = torch.where(some, proposals.token_BK[:, 0], result.next_token_B)
         plain = verify(
             toy.target[1][first][:, None],
             options=options,
-            proposals=_none(ROWS),
+            proposals=no_proposals(ROWS),
             uniform_BT=torch.rand(ROWS, 1, generator=gen, dtype=torch.float64),
             history=history(ROWS, output=first[:, None]),
             vocabulary=toy.vocabulary,
         ).next_token_B
-        second = torch.where(verdict.accepted_B > 1, proposals.token_BK[:, 1], verdict.next_token_B)
+        second = torch.where(result.num_accepted_B > 1, proposals.token_BK[:, 1], result.next_token_B)
         counts += torch.bincount(first * V + torch.where(some, second, plain), minlength=V * V)
     expected = law.flatten() * ROWS * CALLS
     assert counts.sum() == ROWS * CALLS >= 2e6
@@ -210,13 +211,7 @@ def _draft_chain(toy: Toy, options: LogitOptions, uniform_B2: torch.Tensor | Non
         draft_id, q = propose(logits, options=options, uniform_B=None if uniform_B2 is None else uniform_B2[:, j])
         tokens[:, j] = toy.vocabulary.target_id_D[draft_id]
         qs.append(q)
-    return Proposals(token_BK=tokens, num_B=num, q_BKD=None if uniform_B2 is None else torch.stack(qs, 1))
-
-
-def _none(rows: int) -> Proposals:
-    return Proposals(
-        token_BK=torch.zeros(rows, 0, dtype=torch.int64), num_B=torch.zeros(rows, dtype=torch.int64), q_BKD=None
-    )
+    return Proposals(token_BK=tokens, num_proposed_B=num, q_BKD=None if uniform_B2 is None else torch.stack(qs, 1))
 
 
 def test_behaviour_log_probabilities_are_those_of_the_draws() -> None:
@@ -228,7 +223,7 @@ def test_behaviour_log_probabilities_are_those_of_the_draws() -> None:
         SamplingParams(max_tokens=1, temperature=2.0),
         *(SamplingParams(max_tokens=1, **cut) for cut in ({"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.3})),
     ]
-    options = LogitOptions.of(params)
+    options = LogitOptions.from_params(params)
     uniform = torch.rand(len(params), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     proposals = _draft_chain(toy, options, uniform, num=torch.full((len(params),), 2))
     got = behaviour_logprobs(proposals, options=options, vocabulary=toy.vocabulary)
@@ -244,10 +239,12 @@ def test_behaviour_log_probabilities_are_those_of_the_draws() -> None:
 
 
 def _seeded(options: LogitOptions, *, first_seed: int) -> LogitOptions:
-    """The same options with a seed a row, without going through a hundred thousand records again."""
+    """The same options with a seed for each sequence, without reading a hundred thousand requests again."""
     fields = {name: getattr(options, name) for name in options.__dataclass_fields__}
     rows = len(options.seed_B)
     fields.update(
-        seed_B=torch.arange(first_seed, first_seed + rows), free_B=torch.zeros(rows, dtype=torch.bool), num_free=0
+        seed_B=torch.arange(first_seed, first_seed + rows),
+        unseeded_B=torch.zeros(rows, dtype=torch.bool),
+        num_unseeded=0,
     )
     return LogitOptions(**fields)
