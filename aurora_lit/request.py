@@ -61,7 +61,7 @@ class Request:
     domain: str = ""
     """The client's label for the kind of traffic (`metadata.aurora_domain`); part of the trace."""
     client: str = ""
-    """Pseudonym of the client (serve/http/client_names.py); part of the trace."""
+    """Pseudonym of the client (serve/http/routes.py); part of the trace."""
 
 
 @dataclass(frozen=True, kw_only=True)

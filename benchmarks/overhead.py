@@ -1,9 +1,9 @@
-"""What learning costs a serving round: traces, reload checks and the status page, timed inside real rounds.
+"""What learning adds to a serving round: traces, checks for a new draft and the status page, timed inside real rounds.
 
     python benchmarks/overhead.py --prompts FILE... --limit 16 --max-tokens 128 -- engine.max_batch_size=8
 
-Everything an engine worker does for a learner is wrapped in a clock; a reader empties the ring as a learner would.
-Prints milliseconds a round (mean, p50, p99) and the share of the round's time.
+Everything that an engine worker does for a learner is timed; a reader empties the ring as a learner would. Prints
+milliseconds per round (mean, median, 99th percentile) and the share of the round's time.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from rich.table import Table
 from aurora_lit.bench.prompts import load_prompts, params_for
 from aurora_lit.config import load_config
 from aurora_lit.drafts.versions import DraftStore
-from aurora_lit.ipc.engine_status import StatusBlock
-from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.engine_status import EngineStatusPage
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingReader
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.request import Request
 from aurora_lit.serve.engine import engine as engine_module
-from aurora_lit.serve.engine import target_runner as passes
+from aurora_lit.serve.engine import target_runner
 from aurora_lit.serve.worker.build import build_worker
 from aurora_lit.serve.worker.hot_reload import HotReloader
 from aurora_lit.serve.worker.live_draft import LiveDraft
@@ -40,27 +40,27 @@ from aurora_lit.traces.record import LAYOUT_DIGEST
 PARTS = ("traces", "reload checks", "status page")
 
 
-class Clock:
-    """Adds up the seconds of a round's parts."""
+class PartTimer:
+    """Adds up the seconds that the parts of a round take."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.rounds: list[dict[str, float]] = []
 
-    def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, timed."""
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function; its time counts for `part`."""
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
                 self.seconds[part] += time.perf_counter() - started
 
-        return timed
+        return call
 
     def end_round(self, seconds: float) -> None:
-        """Close a round that took so long in all."""
+        """End a round that took `seconds` in all."""
         self.rounds.append({**self.seconds, "round": seconds})
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
@@ -77,19 +77,19 @@ def main() -> int:
     config = load_config(None, args.overrides)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        LearnerBlock.create(folder / LEARNER_STATUS_NAME)
+        LearnerStatusPage.create(folder / LEARNER_STATUS_NAME)
         parts = build_worker(config, folder)
         engine: Any = parts.engine
-        clock = Clock()
-        for module, name in ((engine_module, "tell"), (passes, "notify_forward")):
-            setattr(module, name, clock.around("traces", getattr(module, name)))
-        engine._observer.on_finish = clock.around("traces", engine._observer.on_finish)
-        assert parts.load_draft is not None, "there is no draft to learn: set draft.checkpoint"
+        timer = PartTimer()
+        for module, name in ((engine_module, "notify_round"), (target_runner, "notify_forward")):
+            setattr(module, name, timer.timed("traces", getattr(module, name)))
+        engine._observer.on_finish = timer.timed("traces", engine._observer.on_finish)
+        assert parts.load_draft is not None, "no draft to train: set draft.checkpoint"
         live = LiveDraft(engine, HotReloader(DraftStore(folder / "drafts", keep=2), parts.load_draft))
-        before = clock.around("reload checks", live.before_round)
-        after = clock.around("reload checks", live.after_round)
-        status = StatusBlock.create(folder / "status")
-        write = clock.around("status page", status.write)
+        before = timer.timed("reload checks", live.before_round)
+        after = timer.timed("reload checks", live.after_round)
+        status = EngineStatusPage.create(folder / "status")
+        write = timer.timed("status page", status.write)
         room = config.engine.max_seq_len - args.max_tokens
         prompts = load_prompts(args.prompts, limit=args.limit, tokenizer=parts.tokenizer, max_prompt_tokens=room)
         with contextlib.closing(RingReader.open(folder / RING_NAME, layout=LAYOUT_DIGEST)) as reader:
@@ -100,7 +100,7 @@ def main() -> int:
                 started = time.perf_counter()
                 before()
                 outputs = engine.round()
-                after(outputs, domain_of=lambda _: "")
+                after(outputs, [""] * len(outputs))
                 stats = engine.stats
                 write(
                     running=engine.num_running,
@@ -110,11 +110,11 @@ def main() -> int:
                     proposed=stats.proposed,
                     accepted=stats.accepted,
                 )
-                clock.end_round(time.perf_counter() - started)
+                timer.end_round(time.perf_counter() - started)
                 while reader.pop() is not None:
                     pass
         parts.close()
-    _report(clock.rounds[8:], batch=config.engine.max_batch_size)
+    _report(timer.rounds[8:], batch=config.engine.max_batch_size)
     return 0
 
 

@@ -1,9 +1,12 @@
-"""Serving: HTTP process, engine worker, and further processes that share the target. Never imports learning.
+"""Serving: the processes of a server, from start to shutdown. Never imports learning.
+
+The sub-packages hold what these processes run: the HTTP process (http/), the engine worker (worker/), and the engine
+itself (engine/, speculation/, sequences/).
 
 May import: its sub-packages and all above. Start with server.py. The files, each importing only those above it:
 
-    ranks.py          the life of those processes, and the watch over all that the engine needs
-    learner_child.py  the server's own learner: started, kept up, ended
-    api.py            our one LitAPI and one LitSpec: all routes, authorisation, the worker's setup
-    server.py         the server's processes, started and ended in order
+    ranks.py          what the further ranks of a sharded target run, and the watch over the engine's processes
+    learner_child.py  the server's own learner: started, restarted after faults, ended
+    api.py            our LitAPI: the worker's setup, and the API key
+    server.py         the server's processes, started, watched and ended in order
 """

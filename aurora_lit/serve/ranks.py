@@ -1,9 +1,9 @@
-"""The processes that hold a part of the target beside the engine worker, and the watch over all of them.
+"""The ranks of a sharded target: what ranks 1, 2, … run, and how the main process watches all of them.
 
-LitServe starts `engine.devices` workers. Worker 0 is rank 0 and runs the engine; each other one runs `run_rank` and
-never serves a request. The main process watches them all: each says several times a second that it lives, from a
-thread of its own, so that a long pass is no silence and a stopped process is. One that ends or falls silent takes the
-whole server with it. What is left out: what ranks do together (distributed.py, models/sharded_target.py), ending the server
+LitServe starts `engine.devices` worker processes. Worker 0 is rank 0 and runs the engine; each other one runs
+`run_rank` and never serves a request. Each writes a heartbeat several times a second from a thread of its own, so that
+a long forward pass does not look like a stopped process. The server ends if one of them ends or its heartbeat stops.
+Leaves out what ranks compute together (distributed.py, models/sharded_target.py) and ending the server
 (serve/server.py).
 """
 
@@ -21,114 +21,115 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from aurora_lit.errors import RankError
-from aurora_lit.ipc.engine_status import StatusBlock, WorkerState
-from aurora_lit.ipc.rank_status import RankBlock, rank_path
+from aurora_lit.ipc.engine_status import EngineStatusPage, RankStatusPage, WorkerState, rank_path
 
 if TYPE_CHECKING:
-    from aurora_lit.distributed import Order  # the main process needs no torch
+    from aurora_lit.distributed import Order  # only for types: the main process does not import torch
 
 STALLED_AFTER_S = 2.0
-"""Silence after which a rank counts as stopped."""
+"""A rank whose last heartbeat is older counts as stopped."""
 HEARTBEAT_S = 0.25
 _log = logging.getLogger(__name__)
 
 
-class Part(Protocol):
-    """A rank's part of the target, as models/sharded_target.py has it."""
+class Shard(Protocol):
+    """One rank's part of the target; models/sharded_target.py has the real one."""
 
-    def follow(self, *, after: Callable[[Order], None]) -> None:
-        """Do what rank 0 orders until it says stop."""
+    def run_worker_loop(self, *, after: Callable[[Order], None]) -> None:
+        """Carry out the orders of rank 0 until it orders to stop. after: runs after each order."""
 
 
-def run_rank(rank: int, run_folder: Path, load: Callable[[], Part]) -> None:
-    """The life of ranks 1, 2, … in their worker process; does not return."""
-    # Rank 0 says when to stop, after it has finished what runs.
+def run_rank(rank: int, run_folder: Path, load: Callable[[], Shard]) -> None:
+    """Run rank 1, 2, … in its worker process; does not return."""
+    # Rank 0 orders the stop, after it has finished the running requests.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    page = RankBlock.open(rank_path(run_folder, rank), writable=True)
+    page = RankStatusPage.open(rank_path(run_folder, rank), writable=True)
     page.write(pid=os.getpid())
     threading.Thread(target=keep_beating, args=(page,), daemon=True).start()
     try:
-        part = load()
-        part.follow(after=_Noting(page, part))
+        shard = load()
+        shard.run_worker_loop(after=_OrderReport(page))
     except Exception as error:
         _log.exception("rank %d failed", rank)
         page.write(error=f"{type(error).__name__}: {error}")
-        os._exit(1)  # leaving in order would wait for the others
+        os._exit(1)  # a regular exit would wait for the other ranks
     os._exit(0)
 
 
-def keep_beating(page: RankBlock) -> None:
-    """Say for ever that this process lives."""
+def keep_beating(page: RankStatusPage) -> None:
+    """Write heartbeats for ever."""
     while True:
         page.beat()
         time.sleep(HEARTBEAT_S)
 
 
-class _Noting:
-    """Notes each order on the page."""
+class _OrderReport:
+    """Writes the number of orders and the announced draft to the rank's page."""
 
-    def __init__(self, page: RankBlock, part: Part) -> None:
-        self._page, self._part, self._orders, self._versions = page, part, 0, 0
+    def __init__(self, page: RankStatusPage) -> None:
+        self._page, self._num_orders, self._num_versions = page, 0, 0
 
     def __call__(self, order: Order) -> None:
-        self._orders += 1
-        if order.num_versions != self._versions:
-            self._versions = order.num_versions
-            self._page.write(orders=self._orders, num_versions=order.num_versions, draft_version=order.version)
+        self._num_orders += 1
+        if order.num_versions != self._num_versions:
+            self._num_versions = order.num_versions
+            self._page.write(orders=self._num_orders, num_versions=order.num_versions, draft_version=order.version)
         else:
-            self._page.write(orders=self._orders)
+            self._page.write(orders=self._num_orders)
 
 
 class RankWatch:
-    """What the main process sees of the engine's processes; one look takes HEARTBEAT_S or less.
+    """The main process's watch over the engine's processes; one `poll` takes HEARTBEAT_S or less.
 
-    >>> while (loss := watch.look()) is None: ...
+    >>> while (loss := watch.poll()) is None: ...
     """
 
-    def __init__(self, processes: Sequence[BaseProcess], status: StatusBlock, run_folder: Path) -> None:
-        """`processes` by rank."""
+    def __init__(self, processes: Sequence[BaseProcess], status: EngineStatusPage, run_folder: Path) -> None:
+        """processes: by rank."""
         self._processes, self._status = processes, status
-        self._pages = [RankBlock.open(rank_path(run_folder, rank)) for rank in range(1, len(processes))]
-        self._beats = [0] * len(processes)
-        self._silent = [0] * len(processes)
-        self.orderly = False
-        """Whether what ended has ended in order, as on SIGTERM."""
+        self._pages = [RankStatusPage.open(rank_path(run_folder, rank)) for rank in range(1, len(processes))]
+        self._heartbeats_ns = [0] * len(processes)
+        self._polls_without_heartbeat = [0] * len(processes)
+        self.ended_cleanly = False
+        """True if all processes that ended have exit code 0, as on SIGTERM."""
 
-    def look(self) -> str | None:
-        """What is wrong; None: all live."""
-        ending = wait([process.sentinel for process in self._processes], timeout=HEARTBEAT_S)
-        if ending:
+    def poll(self) -> str | None:
+        """Why the engine cannot go on; None while all its processes run."""
+        ended_sentinels = wait([process.sentinel for process in self._processes], timeout=HEARTBEAT_S)
+        if ended_sentinels:
             for process in self._processes:
-                if process.sentinel in ending:
-                    process.join()  # it closes its files a moment before it has ended
-            return self._say()
-        now = self._status.read()
-        if len(self._processes) == 1 or now.state is not WorkerState.READY:
-            return None  # clients judge a lone worker's silence (serve/http/worker_client.py); one that loads may be silent
-        beats = [now.heartbeat_ns, *(page.read().heartbeat_ns for page in self._pages)]
-        for rank, beat in enumerate(beats):
-            # In looks, not by the clock: when the whole machine stood still, so did this process.
-            self._silent[rank] = 0 if beat != self._beats[rank] else self._silent[rank] + 1
-            self._beats[rank] = beat
-            if self._silent[rank] * HEARTBEAT_S > STALLED_AFTER_S:
+                if process.sentinel in ended_sentinels:
+                    process.join()  # the sentinel fires a moment before the process has ended
+            return self._describe_loss()
+        status = self._status.read()
+        # A worker without further ranks is watched in serve/http/worker_client.py. While loading, heartbeats may stop.
+        if len(self._processes) == 1 or status.state is not WorkerState.READY:
+            return None
+        heartbeats_ns = [status.heartbeat_ns, *(page.read().heartbeat_ns for page in self._pages)]
+        for rank, heartbeat_ns in enumerate(heartbeats_ns):
+            # Counted in polls, not by the clock: if the whole machine was suspended, so was this process.
+            is_new = heartbeat_ns != self._heartbeats_ns[rank]
+            self._polls_without_heartbeat[rank] = 0 if is_new else self._polls_without_heartbeat[rank] + 1
+            self._heartbeats_ns[rank] = heartbeat_ns
+            if self._polls_without_heartbeat[rank] * HEARTBEAT_S > STALLED_AFTER_S:
                 return f"{self._name(rank)} gave no sign of life for {STALLED_AFTER_S} s"
         return None
 
     def kill(self) -> None:
-        """End them all, also those that are stopped."""
+        """Kill all processes, stopped ones included."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
             process.join()
 
-    def _say(self) -> str:
-        """Name the one that ended first: the others end of its loss, with an error of their own."""
+    def _describe_loss(self) -> str:
+        """Name the process that ended first; the others end because of it, each with an error of its own."""
         if len(self._processes) > 1:
-            time.sleep(0.1)  # a killed one may be seen a moment after one that missed it
+            time.sleep(0.1)  # the end of a killed process may be seen after that of one that lost its connection to it
         ended = [rank for rank, process in enumerate(self._processes) if not process.is_alive()]
         codes = {rank: self._processes[rank].exitcode or 0 for rank in ended}
-        self.orderly = not any(codes.values())
+        self.ended_cleanly = not any(codes.values())
         errors = {rank: self._pages[rank - 1].read().error if rank else self._status.read().error for rank in ended}
         first = min(ended, key=lambda rank: (min(codes[rank], 0), errors[rank].startswith(RankError.__name__), rank))
         if codes[first] < 0:

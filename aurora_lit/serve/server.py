@@ -1,14 +1,15 @@
-"""The server's processes: started in order, ended in order, none left behind.
+"""The server's processes: starts them, watches them, and ends them in order.
 
     main (this file) ── manager of LitServe's queues
-        ├── HTTP: uvicorn, forked          serve/api.py, serve/http/routes.py
+        ├── HTTP: uvicorn, forked          serve/http/spec.py
         ├── engine worker, spawned         serve/worker/loop.py
-        ├── engine.devices - 1 more        serve/ranks.py; hold parts of the target, live and die with the worker
-        └── learner, with learn.enabled    serve/learner_child.py; may die, the others go on
+        ├── engine.devices - 1 more        serve/ranks.py; hold shards of the target and end with the worker
+        └── learner, with learn.enabled    serve/learner_child.py; the others continue without it
 
-SIGTERM or Ctrl-C: no new connections, running requests get server.drain_s seconds, then everything ends. A worker that
-dies turns /health red, its clients get an error, and after WORKER_GRACE_S the whole server ends with an error, at once
-when the HTTP process dies: it is restarted from outside. However the main process ends, its children end with it.
+SIGTERM or Ctrl-C: no new connections; running requests get server.drain_s seconds; then everything ends. If the worker
+dies, /health answers 503, its clients get an error, and after WORKER_GRACE_S the whole server ends with an error. If
+the HTTP process dies, the server ends at once. Restarting it is left to a service manager. However the main process
+ends, its children end with it.
 """
 
 from __future__ import annotations
@@ -32,68 +33,68 @@ from litserve import LitServer
 
 from aurora_lit.config import AuroraConfig, draft_folder, model_name, to_yaml
 from aurora_lit.errors import AuroraError, ConfigError
-from aurora_lit.ipc.channel import SocketTransport
-from aurora_lit.ipc.engine_status import STATUS_NAME, StatusBlock, WorkerState
-from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
-from aurora_lit.ipc.process_lifetime import lead_forked_children
-from aurora_lit.ipc.rank_status import RankBlock, rank_path
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, RankStatusPage, WorkerState, rank_path
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+from aurora_lit.ipc.messages import ResponseTransport
+from aurora_lit.ipc.process_lifetime import tie_forked_children_to_parent
 from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
-from aurora_lit.serve.api import AuroraAPI, AuroraSpec, Backend
+from aurora_lit.serve.api import AuroraAPI, Backend
+from aurora_lit.serve.http.spec import AuroraSpec
 from aurora_lit.serve.learner_child import LearnerChild
 from aurora_lit.serve.ranks import RankWatch
 
 WORKER_GRACE_S = 1.0
-"""How long a server without worker stays to say so on /health."""
-_AFTER_DRAIN_S = 2.0  # for the error events that end what drain_s cut off
-_LONGEST_PATH_OF_A_SOCKET = 103  # bytes, on the meanest system
+"""How long a server without a worker still answers /health and its clients."""
+_AFTER_DRAIN_S = 2.0  # for sending the error events to requests that drain_s has cut off
+_MAX_SOCKET_PATH_BYTES = 103  # the smallest limit of all systems
 MAX_BODY_BYTES = 16 * 2**20
 _log = logging.getLogger(__name__)
 
 
 def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C; AuroraError when it cannot start or the engine worker dies."""
+    """Serve until SIGTERM or Ctrl-C. Raises AuroraError if the server cannot start or the engine worker dies."""
     backend = _real_backend() if backend is None else backend
     check_address(config.server.host, config.server.port)
     check_learning(config)
     backend.prepare(config)
     with run_folder() as folder:
         _keep_sockets_in(folder)
-        status = StatusBlock.create(folder / STATUS_NAME)
-        learner = LearnerChild(backend.learner_command(folder), LearnerBlock.create(folder / LEARNER_STATUS_NAME))
+        status = EngineStatusPage.create(folder / STATUS_NAME)
+        learner = LearnerChild(backend.learner_command(folder), LearnerStatusPage.create(folder / LEARNER_STATUS_NAME))
         for rank in range(1, config.engine.devices):
-            RankBlock.create(rank_path(folder, rank))
+            RankStatusPage.create(rank_path(folder, rank))
         (folder / CONFIG_NAME).write_text(to_yaml(settings_for_learner(config)), encoding="utf-8")
-        lead_forked_children()
+        tie_forked_children_to_parent()
         server = _build(config, backend, folder)
         try:
             _run(server, config, status, folder, learner if config.learn.enabled else None)
         finally:
             learner.end()
-            gc.freeze()  # Python would go through all that is loaded before it ends: seconds on a busy machine
-    now = status.read()
-    if now.state is WorkerState.FAILED:
-        raise AuroraError(f"the server failed: {now.error}")
+            gc.freeze()  # the collection at interpreter exit would take seconds on a busy machine
+    final = status.read()
+    if final.state is WorkerState.FAILED:
+        raise AuroraError(f"the server failed: {final.error}")
 
 
 def _keep_sockets_in(folder: Path) -> None:
-    """LitServe's manager makes a socket among the temporary files; in here it is swept up even after a kill -9."""
-    if len(str(folder)) <= _LONGEST_PATH_OF_A_SOCKET - len("/pymp-12345678/listener-12345678"):
+    """Let LitServe's manager create its socket in the run folder, which is removed even after a kill -9."""
+    if len(str(folder)) <= _MAX_SOCKET_PATH_BYTES - len("/pymp-12345678/listener-12345678"):
         tempfile.tempdir = str(folder)
 
 
 def check_learning(config: AuroraConfig) -> None:
-    """ConfigError when a learner is asked for, and nothing that it learns could ever be served."""
+    """Raise ConfigError if a learner is asked for whose drafts could never be served."""
     remedy = None
-    if not config.engine.speculate or not config.engine.max_draft_tokens:
-        remedy = "set engine.speculate=true and engine.max_draft_tokens=4"
+    if not config.engine.speculate:
+        remedy = "set engine.speculate=true, or learn.enabled=false"
     elif config.draft.checkpoint is None and not config.learn.from_scratch:
-        remedy = "name a draft.checkpoint to begin with, or set learn.from_scratch=true"
+        remedy = "name a draft.checkpoint to begin with, or set learn.from_scratch=true or learn.enabled=false"
     if config.learn.enabled and remedy is not None:
         raise ConfigError(f"learn.enabled=true needs a draft that is used; {remedy}")
 
 
 def settings_for_learner(config: AuroraConfig) -> AuroraConfig:
-    """The same settings, true in whatever folder a learner is started, and without the API key."""
+    """The settings with absolute paths, so that they hold in any folder, and without the API key."""
 
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().resolve())
@@ -114,7 +115,7 @@ def settings_for_learner(config: AuroraConfig) -> AuroraConfig:
 
 
 def check_address(host: str, port: int) -> None:
-    """ConfigError when nobody could listen there."""
+    """Raise ConfigError if this address cannot be listened on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -128,15 +129,15 @@ def check_address(host: str, port: int) -> None:
 
 
 def _real_backend() -> Backend:
-    from aurora_lit.serve.worker.build import build_worker, load_part, load_tokenizer, prepare
+    from aurora_lit.serve.worker.build import build_worker, load_shard, load_tokenizer, prepare
 
-    return Backend(prepare=prepare, build_worker=build_worker, load_part=load_part, load_tokenizer=load_tokenizer)
+    return Backend(prepare=prepare, build_worker=build_worker, load_shard=load_shard, load_tokenizer=load_tokenizer)
 
 
 class _Server(LitServer):  # type: ignore[misc]
-    """LitServe's server, which waits for ever for an HTTP process that was killed: so we watch it.
+    """LitServe's server, with responses over our own socket.
 
-    And answers come by a socket of our own.
+    It also remembers the HTTP processes, for us to watch: LitServe would wait for ever for one that was killed.
     """
 
     http_processes: tuple[Any, ...] = ()
@@ -144,7 +145,7 @@ class _Server(LitServer):  # type: ignore[misc]
     def _init_manager(self, num_api_servers: int) -> Any:
         assert num_api_servers == 1
         manager = super()._init_manager(num_api_servers)
-        self._transport = SocketTransport()
+        self._transport = ResponseTransport()
         return manager
 
     def _start_server(self, *args: Any, **options: Any) -> Any:
@@ -154,28 +155,28 @@ class _Server(LitServer):  # type: ignore[misc]
 
 
 def _build(config: AuroraConfig, backend: Backend, folder: Path) -> _Server:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns about every fork
-    spec = AuroraSpec(config, backend, folder)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise tokenizers warns at every fork
+    spec = AuroraSpec(config, backend.load_tokenizer(config), folder)
     api = AuroraAPI(config, backend, folder, spec)
-    # "cpu" only lets LitServe start as many as we say; each worker chooses its device itself.
+    # "cpu" makes LitServe start exactly workers_per_device workers; each chooses its device itself.
     server = _Server(
         api, accelerator="cpu", workers_per_device=config.engine.devices, timeout=False, max_payload_size=MAX_BODY_BYTES
     )
     server.uvicorn_graceful_timeout = config.server.drain_s + _AFTER_DRAIN_S
-    # LitServe would end the server at once when the worker dies; we first let /health and the clients know.
+    # LitServe would end the server at once when the worker dies; first /health and the clients must report it.
     server._monitor_workers = False
-    spec.adopt(server.app)
+    spec.configure_app(server.app)
     return server
 
 
 def _run(
-    server: _Server, config: AuroraConfig, status: StatusBlock, folder: Path, learner: LearnerChild | None
+    server: _Server, config: AuroraConfig, status: EngineStatusPage, folder: Path, learner: LearnerChild | None
 ) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     threading.Thread(target=_announce_when_ready, args=(config, status, learner), daemon=True).start()
-    watched = (server, config.engine.devices, status, folder)
-    threading.Thread(target=_end_after_children, args=watched, daemon=True).start()
+    watch_args = (server, config.engine.devices, status, folder)
+    threading.Thread(target=_end_when_a_child_ends, args=watch_args, daemon=True).start()
     try:
         server.run(
             host=config.server.host,
@@ -185,11 +186,10 @@ def _run(
             generate_client_file=False,
             access_log=False,
         )
-    except KeyboardInterrupt:  # before LitServe itself catches it: while the model loads
+    except KeyboardInterrupt:  # while the model loads; later LitServe itself catches it
         pass
     except RuntimeError as error:
-        now = status.read()
-        raise AuroraError(f"the engine could not be built: {now.error or error}") from error
+        raise AuroraError(f"the engine could not be built: {status.read().error or error}") from error
     finally:
         for worker in getattr(server, "inference_workers", []):
             if worker.is_alive():
@@ -198,14 +198,14 @@ def _run(
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """LitServe drains on KeyboardInterrupt only; a second signal must not break into that."""
+    """Raise KeyboardInterrupt, on which LitServe drains; further signals are ignored, so they cannot interrupt that."""
     for again in (signal.SIGTERM, signal.SIGINT):
         signal.signal(again, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
-def _announce_when_ready(config: AuroraConfig, status: StatusBlock, learner: LearnerChild | None) -> None:
-    """Print the URL once /ready says so; only then may a learner take processor time."""
+def _announce_when_ready(config: AuroraConfig, status: EngineStatusPage, learner: LearnerChild | None) -> None:
+    """Print the URL once /ready answers 200, then start the learner, which takes processor time."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)
     while status.read().state is WorkerState.STARTING or not _answers_ready(host, config.server.port):
         if status.read().state is WorkerState.FAILED:
@@ -228,24 +228,24 @@ def _answers_ready(host: str, port: int) -> bool:
         connection.close()
 
 
-def _being_ended() -> bool:
+def _is_shutting_down() -> bool:
     return signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
-def _end_after_children(server: _Server, num_workers: int, status: StatusBlock, folder: Path) -> None:
-    """When an engine worker or the HTTP process has ended, or a rank is stopped, end the server as SIGTERM would.
+def _end_when_a_child_ends(server: _Server, num_workers: int, status: EngineStatusPage, folder: Path) -> None:
+    """End the server as SIGTERM would, if an engine worker or the HTTP process ends, or a rank's heartbeat stops.
 
-    A dead worker leaves clients and probes a moment to be told; without HTTP nobody could be told anything.
+    After the loss of a worker, clients and health checks get WORKER_GRACE_S to be answered.
     """
     while len(getattr(server, "inference_workers", ())) < num_workers:
         time.sleep(0.05)
     watch = RankWatch(server.inference_workers, status, folder)
     ready = False
-    while not _being_ended():
-        loss = watch.look()
+    while not _is_shutting_down():
+        loss = watch.poll()
         if status.read().state is WorkerState.FAILED and not ready:
-            return  # it could not be built, as LitServe knows
-        if _being_ended() and (loss is None or watch.orderly):
+            return  # the engine could not be built; LitServe notices that itself
+        if _is_shutting_down() and (loss is None or watch.ended_cleanly):
             return
         http_ended = wait([process.sentinel for process in server.http_processes], timeout=0)
         if loss is not None or http_ended:
@@ -253,7 +253,7 @@ def _end_after_children(server: _Server, num_workers: int, status: StatusBlock, 
         ready = ready or status.read().state is WorkerState.READY
     else:
         return
-    watch.kill()  # what is left of them: a rank alone can do nothing
+    watch.kill()  # the remaining ranks cannot do anything alone
     if loss is None:
         _log.error("the HTTP process ended; the server ends")
         status.write(state=WorkerState.FAILED, error="the HTTP process ended")

@@ -51,7 +51,7 @@ class Trace:
     domain: str = ""
     """The client's label (`metadata.aurora_domain`) or the prompt file's; "" if unknown."""
     client: str = ""
-    """Pseudonym of the client (serve/http/client_names.py); "" if unknown."""
+    """Pseudonym of the client (serve/http/routes.py); "" if unknown."""
     verify: str = "read"
     """One of VERIFY_MODES."""
     temperature: float = 0.0

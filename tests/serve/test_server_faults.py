@@ -234,7 +234,7 @@ def test_sigterm_while_the_model_loads():
 
 
 def test_a_round_that_hangs_stops_the_heartbeat_until_it_ends():
-    with FakeServer(options={"round_s": 3.0, "turn_may_last_s": 0.5}) as server:
+    with FakeServer(options={"round_s": 3.0, "hang_timeout_s": 0.5}) as server:
         time.sleep(1)
         assert server.status()["worker"]["heartbeat_age_s"] < 0.9, "an idle worker lives, however long it waits"
         stream = Stream(server, max_tokens=1)

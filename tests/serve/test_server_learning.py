@@ -16,11 +16,11 @@ from aurora_lit.cli.main import main
 from aurora_lit.config import load_config
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import AuroraError, ConfigError
-from aurora_lit.ipc.engine_status import StatusBlock
-from aurora_lit.ipc.learner_status import LearnerBlock
+from aurora_lit.ipc.engine_status import EngineStatusPage
+from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.run_folder import live_folders
 from aurora_lit.learn.online.process import _open_pages
-from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.serve import learner_child
 from aurora_lit.serve.server import check_learning, settings_for_learner
 
@@ -52,7 +52,7 @@ def publish(folder):
         "draft_vocab_size": 7,
     }
     store = DraftStore(folder / "live", keep=5)
-    store.publish(Draft(DraftConfig(**shape, aux_layer_ids=(1, 2, 3))), record={})
+    store.publish(Eagle3Draft(Eagle3Config(**shape, aux_layer_ids=(1, 2, 3))), record={})
     return store
 
 
@@ -167,7 +167,7 @@ def test_one_that_leaves_in_order_is_let_go_and_one_that_fails_is_started_again_
     code, lives, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
-    page = LearnerBlock.create(tmp_path / "page")
+    page = LearnerStatusPage.create(tmp_path / "page")
     log = tmp_path / "log"
     child = learner_child.LearnerChild(["sh", "-c", f"echo x >> {log}; exit {code}"], page)
     child.start()
@@ -181,7 +181,7 @@ def test_one_that_leaves_in_order_is_let_go_and_one_that_fails_is_started_again_
 def test_a_learner_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(learner_child, "_GRACE_S", 0.2)
     pid = tmp_path / "pid"
-    page = LearnerBlock.create(tmp_path / "page")
+    page = LearnerStatusPage.create(tmp_path / "page")
     looping = f"trap '' TERM; echo $$ > {pid}; for i in $(seq 600); do sleep 0.1; done"
     child = learner_child.LearnerChild(["sh", "-c", looping], page)
     child.start()
@@ -192,7 +192,7 @@ def test_a_learner_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
 
 def test_a_learner_whose_program_is_missing_is_no_reason_not_to_serve(tmp_path, monkeypatch):
     monkeypatch.setattr(learner_child, "RESTART_AFTER_S", ())
-    child = learner_child.LearnerChild(["/no/such/program"], LearnerBlock.create(tmp_path / "page"))
+    child = learner_child.LearnerChild(["/no/such/program"], LearnerStatusPage.create(tmp_path / "page"))
     child.start()
     child._thread.join(20)
     assert not child._thread.is_alive()
@@ -203,7 +203,6 @@ def test_a_learner_needs_a_draft_that_is_used():
     for overrides, remedy in [
         (["draft.checkpoint=null"], "learn.from_scratch=true"),
         (["engine.speculate=false"], "engine.speculate=true"),
-        (["engine.max_draft_tokens=0"], "engine.max_draft_tokens=4"),
     ]:
         check_learning(load_config(None, [*overrides, "learn.enabled=false"]))
         with pytest.raises(ConfigError, match=remedy):
@@ -225,8 +224,8 @@ def test_settings_for_a_learner_hold_in_any_folder(tmp_path, monkeypatch):
 
 
 def test_a_second_learner_is_refused_before_it_writes_anything(tmp_path):
-    StatusBlock.create(tmp_path / "status")
-    page = LearnerBlock.create(tmp_path / "learner.status")
+    EngineStatusPage.create(tmp_path / "status")
+    page = LearnerStatusPage.create(tmp_path / "learner.status")
     assert _open_pages(tmp_path)
     page.write(pid=os.getpid())
     page.beat()

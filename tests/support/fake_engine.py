@@ -1,10 +1,10 @@
-"""A tiny tokenizer and an engine that repeats its prompt: the whole serving side on a CPU in seconds.
+"""A tiny tokenizer and an engine without a model, which repeats its prompt.
 
     engine = FakeEngine(FakeOptions(tokens_per_round=3))
     engine.submit(Request(request_id="a", prompt_ids=(5, 6), params=SamplingParams(max_tokens=5)))
     engine.round()                # 5 6 5; the next round gives 6 5 and finish_reason "length"
 
-Special tokens in a prompt ask for faults: <|crash|> (the engine raises), <|error|> (an Output with an error),
+Special tokens in a prompt cause faults: <|crash|> (the engine raises), <|error|> (an Output with an error),
 <|refuse|> (submit raises ValueError), <|toolong|> (submit raises RequestError). <|end|> is the end of text.
 """
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from aurora_lit.errors import RequestError
 from aurora_lit.request import Output, Request, TokenLogprob
 from aurora_lit.serve.worker import loop
-from aurora_lit.serve.worker.call_tracker import WorkerParts
+from aurora_lit.serve.worker.parts import WorkerParts
 
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|crash|>", "<|error|>", "<|refuse|>", "<|toolong|>")
 _MERGES = ("h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld", "Ġ t", "Ġt he")
@@ -46,7 +46,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True, kw_only=True)
 class FakeOptions:
-    """How the fake behaves; plain data, so that it reaches a spawned process."""
+    """How the fake behaves; plain data, so that it can be sent to a worker process."""
 
     tokens_per_round: int = 3
     round_s: float = 0.0
@@ -54,13 +54,13 @@ class FakeOptions:
     max_batch_size: int = 8
     max_seq_len: int = 512
     build_s: float = 0.0
-    """How long build_engine takes."""
-    turn_may_last_s: float = 120.0
-    """When a worker is taken to hang."""
+    """How long building the worker takes."""
+    hang_timeout_s: float = 120.0
+    """After this time in one iteration of its loop a worker counts as hanging."""
     worker_grace_s: float = 1.0
     """How long the server outlives a dead worker."""
     build_error: str = ""
-    """build_engine raises this."""
+    """Building the worker raises this."""
 
 
 @dataclass(kw_only=True)
@@ -83,7 +83,7 @@ class _Running:
 
 
 class FakeEngine:
-    """Engine's interface; each request's tokens are its prompt, over and over."""
+    """An EngineInterface; the tokens of a request are those of its prompt, repeated."""
 
     def __init__(self, options: FakeOptions | None = None) -> None:
         self._options = options or FakeOptions()
@@ -189,9 +189,9 @@ def load_tiny_tokenizer(config: object) -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
 
 
-def build_fake(config: object, run_folder: object, *, options: FakeOptions) -> WorkerParts:
+def build_fake_worker(config: object, run_folder: object, *, options: FakeOptions) -> WorkerParts:
     """Backend.build_worker, with `options` bound by functools.partial."""
-    loop.TURN_MAY_LAST_S = options.turn_may_last_s
+    loop.HANG_TIMEOUT_S = options.hang_timeout_s
     time.sleep(options.build_s)
     if options.build_error:
         raise RuntimeError(options.build_error)
@@ -199,7 +199,7 @@ def build_fake(config: object, run_folder: object, *, options: FakeOptions) -> W
 
 
 def load_fake_draft(folder: Path | None) -> object:
-    """A draft is its folder; one without a whole checkpoint is refused."""
+    """WorkerParts.load_draft: the draft is its folder; one without a valid config.json is refused."""
     from aurora_lit.drafts.checkpoint import read_config
 
     if folder is not None:

@@ -31,7 +31,7 @@ from aurora_lit.settings import (
     ServerSettings,
 )
 from support import child_environment
-from support.fake_engine import FakeOptions, build_fake, load_tiny_tokenizer, prepare_nothing
+from support.fake_engine import FakeOptions, build_fake_worker, load_tiny_tokenizer, prepare_nothing
 
 MODEL = "tiny"
 
@@ -143,7 +143,7 @@ def main(arguments: dict[str, Any]) -> None:
         config,
         backend=Backend(
             prepare=prepare_nothing,
-            build_worker=functools.partial(build_fake, options=options),
+            build_worker=functools.partial(build_fake_worker, options=options),
             load_tokenizer=load_tiny_tokenizer,
             learner_command=functools.partial(fake_learner, behaviour=arguments["learner"]),
         ),

@@ -34,8 +34,8 @@ from transformers import PreTrainedTokenizerFast
 
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.drafts.versions import DraftStore
-from aurora_lit.ipc.engine_status import STATUS_NAME, Status, EngineStatusPage
-from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage, LearnerStatus
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatus, LearnerStatusPage
 from aurora_lit.ipc.process_lifetime import die_with_parent
 from aurora_lit.models.target import Target
 from support import child_environment
@@ -159,7 +159,7 @@ class TinyServers:
         except (OSError, ValueError):
             return None
 
-    def worker(self) -> Status | None:
+    def worker(self) -> EngineStatus | None:
         """The engine worker's page."""
         try:
             (folder,) = self.run_folders
@@ -282,14 +282,14 @@ def prepare(folder: Path) -> None:
     patched: Any = multiprocessing
     forking = multiprocessing.get_context("fork")
     patched.get_context = lambda method=None: forking
-    run_folder._usual_parent = lambda: folder / "shm"
+    run_folder._default_parent = lambda: folder / "shm"
     learner_child.subprocess = types.SimpleNamespace(  # type: ignore[assignment]
         Popen=ForkedCommand, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
     )
     learner_child.RESTART_AFTER_S = (0.05,) * 100
     server.WORKER_GRACE_S = 0.5
     learner_status.STALLED_AFTER_S = 3.0
-    online._step_behind = lambda *_: None
+    online._lower_priority = lambda *_: None
     loop.from_bytes = noted
 
 

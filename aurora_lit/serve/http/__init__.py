@@ -1,15 +1,17 @@
-"""The HTTP process: routes, request bodies, answers, errors, metrics, status.
+"""The HTTP process: routes, request bodies, responses, errors, metrics and status.
+
+It has no model and no engine: it checks and tokenizes a request, sends it to the engine worker as a call, and turns the
+updates of that call into OpenAI's responses.
 
 May import: serve/sequences/detokenizer.py, ipc/. Start with routes.py. The files, each importing only those above it:
 
-    metrics.py        what GET /metrics shows
-    schema.py         request bodies: every field, its range, nothing silently dropped
-    client_names.py   who a client is, as traces say it: a hash
+    metrics.py        the metrics of GET /metrics
+    schema.py         request bodies: every field and its range; no field is silently ignored
     tokenize.py       checked body → Call: chat template, tokens, limits
-    logprobs.py       log-probabilities in OpenAI's two shapes
-    responses.py      deltas → OpenAI's answers
+    responses.py      deltas → OpenAI's responses, log-probabilities included
     errors.py         every error as OpenAI's error body
-    worker_client.py  a call seen from the HTTP process: send, wait, cancel
+    worker_client.py  a call in the HTTP process: sent, awaited, cancelled
     routes.py         the two POST routes
-    status.py         the shared pages as JSON
+    status.py         the status pages as JSON
+    spec.py           our LitSpec: registers all routes, answers the GET routes
 """

@@ -1,7 +1,7 @@
-"""Every error as OpenAI's body `{"error": {"message", "type", "param", "code"}}`, whoever raised it, and as documented.
+"""Every error as OpenAI's error body `{"error": {"message", "type", "param", "code"}}`, in /openapi.json too.
 
-Leaves out the checks themselves. `install` covers our RequestError, FastAPI's validation, HTTP errors of the framework
-(404, 405, 413) and anything unforeseen (500).
+Leaves out the checks that raise errors. `install_error_handlers` covers our RequestError, FastAPI's validation, the
+framework's HTTP errors (404, 405, 413) and any other exception (500).
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ def error_event(message: str, *, status: int, param: str | None = None, code: st
     return f"data: {json.dumps(error_body(message, status=status, param=param, code=code))}\n\n"
 
 
-def install(app: FastAPI, *, on_error: Callable[[int], None], asks_key: bool) -> None:
-    """Register the handlers; `on_error` is told the status of every error answered, `asks_key` is what /openapi.json
-    says."""
+def install_error_handlers(app: FastAPI, *, on_error: Callable[[int], None], needs_key: bool) -> None:
+    """Register the handlers.
 
-    def answer(
+    on_error: called with the HTTP status of every error response. needs_key: an API key is set, for /openapi.json.
+    """
+
+    def respond(
         message: str,
         status: int,
         param: str | None = None,
@@ -52,16 +54,16 @@ def install(app: FastAPI, *, on_error: Callable[[int], None], asks_key: bool) ->
         body = error_body(message, status=status, param=param, code=code)
         return JSONResponse(body, status_code=status, headers={**more, **(headers or {})})
 
-    async def refused(request: Request, error: Exception) -> JSONResponse:
+    async def on_request_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestError)
         headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-        return answer(error.message, error.status, error.param, error.code, headers)
+        return respond(error.message, error.status, error.param, error.code, headers)
 
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
+    async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return answer(*explain(error.errors(), content_type=request.headers.get("content-type")))
+        return respond(*explain(error.errors(), content_type=request.headers.get("content-type")))
 
-    async def framework(request: Request, error: Exception) -> JSONResponse:
+    async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         text = {
             404: f"{request.method} {request.url.path} does not exist; see /docs",
@@ -69,22 +71,22 @@ def install(app: FastAPI, *, on_error: Callable[[int], None], asks_key: bool) ->
         }.get(error.status_code, str(error.detail))
         code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(error.status_code)
         param = "body" if error.status_code in (400, 413) else None
-        return answer(text, error.status_code, param, code, error.headers)
+        return respond(text, error.status_code, param, code, error.headers)
 
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        return answer("internal error; the server's log has the details", 500, None, "internal_error")
+    async def on_other_error(request: Request, error: Exception) -> JSONResponse:
+        return respond("internal error; the server's log has the details", 500, None, "internal_error")
 
-    app.add_exception_handler(RequestError, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, framework)
-    app.add_exception_handler(Exception, unforeseen)
-    _document(app, asks_key=asks_key)
+    app.add_exception_handler(RequestError, on_request_error)
+    app.add_exception_handler(RequestValidationError, on_invalid_body)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_other_error)
+    _document(app, needs_key=needs_key)
 
 
-def _document(app: FastAPI, *, asks_key: bool) -> None:
-    """Let /openapi.json show our error body for every status that is no success, in place of FastAPI's 422.
+def _document(app: FastAPI, *, needs_key: bool) -> None:
+    """Show our error body in /openapi.json for every error status, in place of FastAPI's 422.
 
-    And what FastAPI cannot know: that no key is asked where none is set, and which answers are not JSON.
+    Also correct what FastAPI cannot know: that no API key is needed if none is set, and which responses are not JSON.
     """
     generate = app.openapi
     nullable = {"anyOf": [{"type": "string"}, {"type": "null"}]}
@@ -99,7 +101,7 @@ def _document(app: FastAPI, *, asks_key: bool) -> None:
         schemas["Error"] = body
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        if not asks_key:
+        if not needs_key:
             schema["components"].pop("securitySchemes", None)
         for path, method, operation in (
             (path, method, operation) for path, each in schema["paths"].items() for method, operation in each.items()
@@ -107,7 +109,7 @@ def _document(app: FastAPI, *, asks_key: bool) -> None:
             operation["responses"].pop("422", None)
             content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
             operation["responses"]["default"] = {"description": "An error", "content": content}
-            if not asks_key:
+            if not needs_key:
                 operation.pop("security", None)
             success = operation["responses"]["200"]
             if path in ("/health", "/ready"):
@@ -122,14 +124,14 @@ def _document(app: FastAPI, *, asks_key: bool) -> None:
 
 
 def explain(errors: list[Any] | Any, *, content_type: str | None) -> tuple[str, int, str | None, str | None]:
-    """Message, status, param and code for pydantic's list of errors; only the most telling one is shown."""
+    """Message, status, param and code for pydantic's list of errors; only the most specific error is reported."""
     media_type = (content_type or "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         shown = shorten(content_type) if content_type else "missing"
         return f"content-type is {shown}; send application/json", 400, "content-type", "invalid_content_type"
-    # Of a union (such as prompt) every branch complains; the one that got furthest into the value tells most.
+    # Each branch of a union (such as prompt) reports an error; the one that got furthest into the value is best.
     error = max(errors, key=lambda entry: (len(entry["loc"]), [part for part in entry["loc"] if isinstance(part, int)]))
-    # Names of union branches ("list[str]") are no fields; an unknown field is only known as the last part.
+    # Names of union branches ("list[str]") are not fields. The name of an unknown field is the last part.
     named = _FIELDS | ({error["loc"][-1]} if error["type"] == "extra_forbidden" else set())
     location = [part for part in error["loc"][1:] if isinstance(part, int) or part in named]
     if error["type"] == "json_invalid":
@@ -142,5 +144,5 @@ def explain(errors: list[Any] | Any, *, content_type: str | None) -> tuple[str, 
         return f"{where} is unknown or not supported; leave it out", 400, where, "unsupported_parameter"
     if error["type"] == "missing":
         return f"{where} is missing", 400, where, "missing_parameter"
-    said = str(error["msg"])
-    return f"{where}={shorten(error.get('input'))}: {said[:1].lower()}{said[1:]}", 400, where, "invalid_value"
+    detail = str(error["msg"])
+    return f"{where}={shorten(error.get('input'))}: {detail[:1].lower()}{detail[1:]}", 400, where, "invalid_value"

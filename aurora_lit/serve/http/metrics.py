@@ -1,9 +1,9 @@
-"""What GET /metrics shows: vLLM's names where vLLM has one, `aurora_` names beside them.
+"""The metrics of GET /metrics, under vLLM's names where vLLM has one and `aurora_` names otherwise.
 
-Counters of engine, ring and learner are read from their pages at scrape time; latencies are observed in the HTTP
-process, of which there is one. Leaves out the JSON status page (serve/http/status.py).
+Counters of engine, ring and learner are read from their pages when scraped; latencies are observed in the HTTP process,
+of which there is one. Leaves out the JSON status page (serve/http/status.py).
 
-    metrics = ServerMetrics(model="SmolLM2", status=block, learner=page, ring=lambda: None)
+    metrics = ServerMetrics(model="SmolLM2", status=page, learner=learner_page, ring=lambda: None)
     metrics.first_token.observe(0.2)
     metrics.render()                   # bytes in Prometheus' text format
 """
@@ -17,89 +17,39 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from aurora_lit.drafts.versions import version_number
-from aurora_lit.ipc.engine_status import StatusBlock, WorkerState
-from aurora_lit.ipc.learner_status import LearnerBlock
+from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
+from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.ring import RingCounters
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 _FIRST_TOKEN_BUCKETS_S = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-    10.0,
-    20.0,
-    40.0,
-    80.0,
-    160.0,
-    640.0,
-)
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
+    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
+)  # fmt: skip
 _BETWEEN_TOKENS_BUCKETS_S = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.015,
-    0.02,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-)
+    0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.05, 0.075, 0.1,
+    0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
 _REQUEST_BUCKETS_S = (
-    0.1,
-    0.3,
-    0.5,
-    0.8,
-    1.0,
-    1.5,
-    2.0,
-    2.5,
-    5.0,
-    10.0,
-    15.0,
-    20.0,
-    30.0,
-    40.0,
-    50.0,
-    60.0,
-    120.0,
-    240.0,
-    480.0,
-    960.0,
-)
+    0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0,
+    15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+)  # fmt: skip
 
 
 class ServerMetrics:
     """All metrics of one server, in a registry of their own."""
 
     def __init__(
-        self, *, model: str, status: StatusBlock, learner: LearnerBlock, ring: Callable[[], RingCounters | None]
+        self,
+        *,
+        model: str,
+        status: EngineStatusPage,
+        learner: LearnerStatusPage,
+        ring: Callable[[], RingCounters | None],
     ) -> None:
-        """Register everything once; `model` becomes the label model_name on every sample."""
+        """Register all metrics. model: becomes the label model_name of every sample."""
         self._registry = CollectorRegistry()
         labels = {"model_name": model, "engine": "0"}
 
@@ -126,35 +76,35 @@ class ServerMetrics:
         self._finished = {reason: finished.labels(**labels, finished_reason=reason) for reason in FINISH_REASONS}
         self._refused = Counter(
             "aurora_requests_refused",
-            "Requests answered with an error, by HTTP status.",
+            "Requests that got an error response, by HTTP status.",
             (*labels, "status"),
             registry=self._registry,
         )
         self._labels = labels
-        self._registry.register(_EngineCounters(status, labels))
-        self._registry.register(_LearningCounters(learner, ring, labels))
+        self._registry.register(_EngineCollector(status, labels))
+        self._registry.register(_LearnerCollector(learner, ring, labels))
 
     def finish(self, reason: str) -> None:
-        """Count one sequence that ended; reason is one of FINISH_REASONS."""
+        """Count one sequence that ended. reason: one of FINISH_REASONS."""
         self._finished[reason].inc()
 
     def refuse(self, http_status: int) -> None:
-        """Count one request answered with an error."""
+        """Count one request that got an error response."""
         self._refused.labels(**self._labels, status=str(http_status)).inc()
 
     def render(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 Numbers = Mapping[str, tuple[str, float | None]]
-"""Name -> what it says, and the number; None: unknown now, so not shown."""
+"""Name → (help text, number). None: unknown now, so left out."""
 
 
-class _EngineCounters(Collector):
-    """Turns one reading of the status page into samples."""
+class _EngineCollector(Collector):
+    """Turns one reading of the engine's status page into samples."""
 
-    def __init__(self, status: StatusBlock, labels: dict[str, str]) -> None:
+    def __init__(self, status: EngineStatusPage, labels: dict[str, str]) -> None:
         self._status, self._labels = status, labels
 
     def describe(self) -> Iterable[Metric]:
@@ -163,19 +113,22 @@ class _EngineCounters(Collector):
     def collect(self) -> Iterable[Metric]:
         now = self._status.read()
         counters = {
-            "vllm:prompt_tokens": ("Prompt tokens read.", now.prompt_tokens),
-            "vllm:prefix_cache_queries": ("Prompt tokens looked for in slots.", now.prompt_tokens),
+            "vllm:prompt_tokens": ("Prompt tokens processed.", now.prompt_tokens),
+            "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", now.prompt_tokens),
             "vllm:prefix_cache_hits": ("Prompt tokens found there, so not computed.", now.cached_tokens),
             "vllm:generation_tokens": ("Tokens generated.", now.generated_tokens),
-            "vllm:spec_decode_num_drafts": ("Rounds of a request that had a draft.", now.drafts),
-            "vllm:spec_decode_num_draft_tokens": ("Draft tokens proposed, all of a tree's.", now.proposed),
+            "vllm:spec_decode_num_drafts": ("Rounds of a sequence with proposals.", now.drafts),
+            "vllm:spec_decode_num_draft_tokens": ("Draft tokens proposed; of a tree, all nodes.", now.proposed),
             "vllm:spec_decode_num_accepted_tokens": ("Draft tokens accepted.", now.accepted),
             "aurora_rounds": ("Engine rounds.", now.rounds),
             "aurora_draft_swaps": ("Drafts swapped in.", now.swaps),
             "aurora_draft_refusals": ("Drafts that could not be served.", now.refusals),
-            "aurora_draft_rollbacks": ("Drafts taken back because they accepted less.", now.rollbacks),
-            "aurora_traces_opted_out": ("Sequences whose client wanted nothing stored.", now.opted_out),
-            "aurora_traces_unrecorded": ("Traces that trace.record could not take.", now.unrecorded),
+            "aurora_draft_rollbacks": (
+                "Drafts rolled back because fewer of their tokens were accepted.",
+                now.rollbacks,
+            ),
+            "aurora_traces_opted_out": ("Sequences with store: false, so without a trace.", now.opted_out),
+            "aurora_traces_unrecorded": ("Traces that could not be written to trace.record.", now.unrecorded),
         }
         yield from _families(CounterMetricFamily, counters, self._labels)
         yield _by_label(
@@ -189,21 +142,26 @@ class _EngineCounters(Collector):
             "vllm:num_requests_running": ("Sequences that hold a slot.", now.running),
             "vllm:num_requests_waiting": ("Sequences that wait for a slot.", now.waiting),
             "aurora_worker_ready": ("1 while the engine worker is ready.", int(now.state is WorkerState.READY)),
-            "aurora_worker_heartbeat_age_seconds": ("Since the worker's last sign of life.", now.heartbeat_age_s),
-            "aurora_mean_accepted_length": ("Tokens a drafted round emits.", now.mean_accepted_length),
+            "aurora_worker_heartbeat_age_seconds": ("Seconds since the worker's last heartbeat.", now.heartbeat_age_s),
+            "aurora_mean_accepted_length": (
+                "Tokens emitted per sequence and round with proposals.",
+                now.mean_accepted_length,
+            ),
             "aurora_acceptance_rate": ("Accepted / proposed draft tokens.", now.acceptance_rate),
             "aurora_draft_version": (
-                "Number of the draft that serves; 0: the starting one.",
+                "Number of the serving draft version; 0: the starting draft.",
                 version_number(now.draft_version),
             ),
         }
         yield from _families(GaugeMetricFamily, gauges, self._labels)
 
 
-class _LearningCounters(Collector):
-    """Turns one reading of ring and learner page into samples."""
+class _LearnerCollector(Collector):
+    """Turns one reading of the ring and of the learner's page into samples."""
 
-    def __init__(self, learner: LearnerBlock, ring: Callable[[], RingCounters | None], labels: dict[str, str]) -> None:
+    def __init__(
+        self, learner: LearnerStatusPage, ring: Callable[[], RingCounters | None], labels: dict[str, str]
+    ) -> None:
         self._learner, self._ring, self._labels = learner, ring, labels
 
     def describe(self) -> Iterable[Metric]:
@@ -211,41 +169,41 @@ class _LearningCounters(Collector):
 
     def collect(self) -> Iterable[Metric]:
         now, ring = self._learner.read(), self._ring()
-        alive = now.state == "running"
+        is_running = now.state == "running"
         yield from _families(
             CounterMetricFamily,
             {
-                "aurora_learner_restarts": ("Learners started again.", now.restarts),
+                "aurora_learner_restarts": ("Restarts of the learner.", now.restarts),
                 "aurora_learner_steps": ("Optimiser steps.", now.steps),
                 "aurora_learner_positions": ("Token positions learned from.", now.positions),
                 "aurora_learner_traces": ("Traces read.", now.records),
                 "aurora_learner_traces_skipped": ("Traces that could not be used.", now.skipped),
                 "aurora_learner_published": ("Drafts published.", now.published),
-                "aurora_learner_gate_refused": ("Drafts that the gate held back.", now.gate_refused),
+                "aurora_learner_gate_refused": ("Drafts that the gate refused to publish.", now.gate_refused),
             },
             self._labels,
         )
         yield from _families(
             GaugeMetricFamily,
             {
-                "aurora_learner_running": ("1 while a learner gives signs of life.", int(alive)),
+                "aurora_learner_running": ("1 while a learner runs.", int(is_running)),
                 "aurora_learner_heartbeat_age_seconds": (
-                    "Since its last one.",
+                    "Seconds since the learner's last heartbeat.",
                     now.heartbeat_age_s if now.pid else None,
                 ),
-                "aurora_learner_compute_share": ("Share of processor time, measured.", now.compute_share),
-                "aurora_learner_loss": ("Running mean of the loss.", now.loss),
+                "aurora_learner_compute_share": ("Measured share of processor time.", now.compute_share),
+                "aurora_learner_loss": ("Running mean of the training loss.", now.loss),
             },
             self._labels,
         )
         if ring is None:
             return
         yield from _families(
-            CounterMetricFamily, {"aurora_traces_pushed": ("Traces put into the ring.", ring.pushed)}, self._labels
+            CounterMetricFamily, {"aurora_traces_pushed": ("Traces written to the ring.", ring.pushed)}, self._labels
         )
         yield _by_label(
             "aurora_traces_dropped",
-            "Traces nobody learned from, by cause.",
+            "Traces lost in the ring, by cause.",
             "cause",
             {cause: getattr(ring, cause) for cause in ("overwritten", "too_large", "torn")},
             self._labels,
@@ -253,8 +211,8 @@ class _LearningCounters(Collector):
         yield from _families(
             GaugeMetricFamily,
             {
-                "aurora_traces_queued": ("Traces in the ring, not read yet.", ring.queued_records),
-                "aurora_traces_queued_bytes": ("Their bytes.", ring.queued_bytes),
+                "aurora_traces_queued": ("Traces in the ring that are not read yet.", ring.queued_records),
+                "aurora_traces_queued_bytes": ("Bytes in the ring that are not read yet.", ring.queued_bytes),
             },
             self._labels,
         )
@@ -263,7 +221,7 @@ class _LearningCounters(Collector):
 def _families(
     kind: type[CounterMetricFamily | GaugeMetricFamily], numbers: Numbers, labels: dict[str, str]
 ) -> Iterable[Metric]:
-    """One family a number."""
+    """One family for each number."""
     for name, (text, number) in numbers.items():
         if number is not None:
             family = kind(name, text, labels=list(labels))

@@ -1,11 +1,13 @@
-"""From deltas to OpenAI's answers: chunks of a stream, whole responses, usage, how speculation went.
+"""Turns deltas into OpenAI's responses: stream chunks, full responses, log-probabilities, usage, speculation metrics.
 
-Pure: no I/O and no clock. Leaves out how a chunk is framed as a server-sent event (serve/http/routes.py).
+Pure: no I/O and no clock. Leaves out how a chunk becomes a server-sent event (serve/http/routes.py). Log-probabilities
+are the model's own, before temperature and penalties (modules/sampling/verification.py).
 
-    answer = Answer(prepared, kind="chat", created=1764000000, model="m", speller=speller, max_draft_tokens=4)
+    response = ResponseBuilder(prepared, kind="chat", created=1764000000, model="m", token_decoder=decoder,
+                               max_draft_tokens=4)
     for deltas in rounds:
-        chunks = answer.chunks(deltas)    # a stream sends these now; a plain request calls answer.take(deltas)
-    answer.whole()                        # what a plain request gets
+        chunks = response.chunks(deltas)    # for a stream; a request without stream calls response.add(deltas)
+    response.full()                         # the response to a request without stream
 """
 
 from __future__ import annotations
@@ -15,17 +17,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aurora_lit.ipc.messages import Delta
-from aurora_lit.serve.http.logprobs import Entry, chat_logprobs, text_logprobs
+from aurora_lit.request import TokenLogprob
 from aurora_lit.serve.http.tokenize import Prepared
-from aurora_lit.serve.sequences.detokenizer import TokenSpeller
+from aurora_lit.serve.sequences.detokenizer import TokenDecoder
 
 Json = dict[str, Any]
+Entry = tuple[int, TokenLogprob | None]
+"""A token and its log-probability; None for the first token of a prompt, which has no condition."""
 _OBJECTS = {"chat": ("chat.completion", "chat.completion.chunk"), "text": ("text_completion", "text_completion")}
 
 
 @dataclass(kw_only=True)
 class _Choice:
-    """What one choice has so far."""
+    """The state of one choice."""
 
     text: str = ""
     num_tokens: int = 0
@@ -34,15 +38,15 @@ class _Choice:
     """Where the next token with log-probabilities begins, in characters."""
     finish_reason: str | None = None
     begun: bool = False
-    """Its first delta has come."""
+    """True after its first delta."""
     histogram: list[int]
     """[j]: rounds in which j draft tokens were accepted."""
     num_proposed: int = 0
     draft_versions: tuple[str, ...] = ()
 
 
-class Answer:
-    """One response being put together; id, created and model are the same in all its parts."""
+class ResponseBuilder:
+    """Builds one response; id, created and model are the same in all its chunks."""
 
     def __init__(
         self,
@@ -51,52 +55,52 @@ class Answer:
         kind: Literal["chat", "text"],
         created: int,
         model: str,
-        speller: TokenSpeller,
+        token_decoder: TokenDecoder,
         max_draft_tokens: int,
         usage_in_every_chunk: bool = False,
     ) -> None:
-        """created: seconds since 1970; max_draft_tokens: most tokens a round can propose."""
+        """created: seconds since 1970. max_draft_tokens: most tokens that a round can accept."""
         requests = prepared.call.requests
-        self._prepared, self._kind, self._speller = prepared, kind, speller
+        self._prepared, self._kind, self._token_decoder = prepared, kind, token_decoder
         self._max_draft_tokens, self._usage_in_every_chunk = max_draft_tokens, usage_in_every_chunk
         self._wants_logprobs = requests[0].params.logprobs is not None
         self._choices = [_Choice(histogram=[0] * (max_draft_tokens + 1)) for _ in requests]
-        self._choices_a_prompt = len(requests) // max(1, len(prepared.prompt_texts))
-        whole, part = _OBJECTS[kind]
+        self._choices_per_prompt = len(requests) // max(1, len(prepared.prompt_texts))
+        full, chunk = _OBJECTS[kind]
         identity = {"id": prepared.call.call_id, "created": created, "model": model}
-        self._whole_head, self._chunk_head = {**identity, "object": whole}, {**identity, "object": part}
+        self._full_head, self._chunk_head = {**identity, "object": full}, {**identity, "object": chunk}
 
     @property
     def finished(self) -> bool:
-        """Every choice has its finish reason."""
+        """True if every choice has a finish reason."""
         return all(choice.finish_reason is not None for choice in self._choices)
 
     @property
     def finish_reasons(self) -> list[str | None]:
-        """One a choice; None for those that still run."""
+        """One for each choice; None for those that still run."""
         return [choice.finish_reason for choice in self._choices]
 
-    def take(self, deltas: Sequence[Delta]) -> None:
-        """Book one round."""
+    def add(self, deltas: Sequence[Delta]) -> None:
+        """Add one round's deltas."""
         for delta in deltas:
-            self._book(delta)
+            self._add(delta)
 
     def chunks(self, deltas: Sequence[Delta]) -> list[Json]:
-        """Book one round; return what a stream sends for it."""
+        """Add one round's deltas and return the stream chunks for them."""
         chunks = []
         for delta in deltas:
             choice = self._choices[delta.index]
             if self._kind == "chat" and not choice.begun:
                 chunks.append(self._chunk(delta.index, {"role": "assistant", "content": ""}))
-            text, entries = self._book(delta)
+            text, entries = self._add(delta)
             if not (text or entries or choice.finish_reason):
-                continue  # tokens that are no whole character yet
+                continue  # the tokens so far do not make up a whole character
             logprobs = self._logprobs(choice, entries) if entries else None
             content: Any = text if self._kind == "text" else {"content": text} if text or entries else {}
             chunks.append(self._chunk(delta.index, content, logprobs, choice.finish_reason))
         return chunks
 
-    def whole(self) -> Json:
+    def full(self) -> Json:
         """The response to a request without stream."""
         choices = []
         for index, choice in enumerate(self._choices):
@@ -109,19 +113,19 @@ class Answer:
                     "finish_reason": choice.finish_reason,
                 }
             )
-        return {**self._whole_head, "choices": choices, "usage": self.usage(), "metrics": self.metrics()}
+        return {**self._full_head, "choices": choices, "usage": self.usage(), "metrics": self.metrics()}
 
-    def last_chunk(self) -> Json:
-        """The chunk with usage and no choices that ends a stream with include_usage."""
+    def usage_chunk(self) -> Json:
+        """The chunk with usage and without choices that ends a stream with include_usage."""
         return {**self._chunk_head, "choices": [], "usage": self.usage(), "metrics": self.metrics()}
 
     def usage(self) -> Json:
-        """Tokens so far."""
+        """Token counts so far."""
         prompt, completion = self._prepared.num_prompt_tokens, sum(choice.num_tokens for choice in self._choices)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def metrics(self) -> Json:
-        """How speculation went, under the names that vLLM uses; over all choices together."""
+        """Speculation metrics over all choices, under vLLM's names."""
         histogram = [sum(counts) for counts in zip(*(choice.histogram for choice in self._choices), strict=True)]
         num_steps = sum(histogram)
         num_accepted = sum(accepted * steps for accepted, steps in enumerate(histogram))
@@ -139,25 +143,25 @@ class Answer:
             }
         }
 
-    def _book(self, delta: Delta) -> tuple[str, list[Entry]]:
+    def _add(self, delta: Delta) -> tuple[str, list[Entry]]:
         """Add a delta to its choice; return the new text and log-probabilities, echoed prompt included."""
-        choice, dropped = self._choices[delta.index], self._prepared.drop_output
+        choice, drop_output = self._choices[delta.index], self._prepared.drop_output
         text, entries = "", list[Entry]()
         if not choice.begun and self._prepared.prompt_texts:
-            text = self._prepared.prompt_texts[delta.index // self._choices_a_prompt]
+            text = self._prepared.prompt_texts[delta.index // self._choices_per_prompt]
         if delta.prompt_logprobs is not None:
             prompt_ids = self._prepared.call.requests[delta.index].prompt_ids
             entries += zip(prompt_ids, delta.prompt_logprobs, strict=True)
-        if not dropped:
+        if not drop_output:
             text += delta.text
             entries += [(known.token_id, known) for known in delta.logprobs or ()]
             choice.num_tokens += len(delta.token_ids)
-        if delta.num_proposed and not dropped:
+        if delta.num_proposed and not drop_output:
             choice.histogram[min(delta.num_accepted, self._max_draft_tokens)] += 1
             choice.num_proposed += delta.num_proposed
         choice.draft_versions = delta.draft_versions
         if delta.finish_reason is not None:
-            choice.finish_reason = "length" if dropped else delta.finish_reason
+            choice.finish_reason = "length" if drop_output else delta.finish_reason
         choice.begun = True
         choice.text += text
         if self._wants_logprobs:
@@ -172,7 +176,53 @@ class Answer:
 
     def _logprobs(self, choice: _Choice, entries: Sequence[Entry]) -> Json:
         if self._kind == "chat":
-            return chat_logprobs(entries, self._speller)
-        # A stream counts on from chunk to chunk; a whole response is written once, from the start.
-        shown, choice.text_offset = text_logprobs(entries, self._speller, offset=choice.text_offset)
-        return shown
+            return _chat_logprobs(entries, self._token_decoder)
+        # In a stream the offset continues from chunk to chunk; a full response is written once, from the start.
+        logprobs, choice.text_offset = _text_logprobs(entries, self._token_decoder, offset=choice.text_offset)
+        return logprobs
+
+
+def _chat_logprobs(entries: Sequence[Entry], token_decoder: TokenDecoder) -> Json:
+    """`choices[].logprobs` of a chat completion: a list of objects."""
+
+    def token_json(token_id: int, logprob: float) -> Json:
+        return {
+            "token": token_decoder.to_text(token_id),
+            "logprob": logprob,
+            "bytes": list(token_decoder.to_bytes(token_id)),
+        }
+
+    return {
+        "content": [
+            {**token_json(token_id, known.logprob), "top_logprobs": [token_json(*top) for top in known.top]}
+            for token_id, known in entries
+            if known is not None
+        ],
+        "refusal": None,
+    }
+
+
+def _text_logprobs(entries: Sequence[Entry], token_decoder: TokenDecoder, *, offset: int) -> tuple[Json, int]:
+    """`choices[].logprobs` of a text completion: parallel lists.
+
+    offset: where the first token begins, in characters. Also returns where the next token begins.
+    """
+    tokens, offsets = [], []
+    for token_id, _ in entries:
+        tokens.append(token_decoder.to_text(token_id))
+        offsets.append(offset)
+        offset += len(tokens[-1])
+    return {
+        "tokens": tokens,
+        "token_logprobs": [None if known is None else known.logprob for _, known in entries],
+        "top_logprobs": [None if known is None else _top_by_text(known, token_decoder) for _, known in entries],
+        "text_offset": offsets,
+    }, offset
+
+
+def _top_by_text(known: TokenLogprob, token_decoder: TokenDecoder) -> dict[str, float]:
+    """The alternatives and the token itself, by text; of two tokens with the same text the likelier one stays."""
+    logprobs: dict[str, float] = {}
+    for token_id, logprob in (*known.top, (known.token_id, known.logprob)):
+        logprobs.setdefault(token_decoder.to_text(token_id), logprob)
+    return logprobs

@@ -1,12 +1,14 @@
-"""The two POST routes: one call from checked body to response, streamed as server-sent events or whole.
+"""The two POST routes: one call from checked body to response, as a stream of server-sent events or in one piece.
 
-Leaves out registration, authorisation and the GET routes (serve/api.py).
+Leaves out the GET routes, registration of routes (serve/http/spec.py) and authorisation (serve/api.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -17,37 +19,63 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.errors import RequestError
-from aurora_lit.ipc.engine_status import StatusBlock
+from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.messages import Delta
-from aurora_lit.serve.http.client_names import ClientNames
 from aurora_lit.serve.http.errors import error_event
 from aurora_lit.serve.http.metrics import ServerMetrics
-from aurora_lit.serve.http.responses import Answer
+from aurora_lit.serve.http.responses import ResponseBuilder
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions, shorten
 from aurora_lit.serve.http.tokenize import Limits, Prepared, longest_token, prepare_chat, prepare_completion
-from aurora_lit.serve.http.worker_client import ClientGone, PendingCall, WorkerClient
-from aurora_lit.serve.sequences.detokenizer import TokenSpeller
+from aurora_lit.serve.http.worker_client import ClientDisconnected, PendingCall, WorkerClient
+from aurora_lit.serve.sequences.detokenizer import TokenDecoder
 
-_CLIENT_CLOSED = 499  # what proxies log for it; nobody receives it
+_CLIENT_CLOSED_REQUEST = 499  # the status that proxies log for it; the client does not receive it
 
 
-class Generation:
-    """Answers generation requests in the HTTP process."""
+class ClientPseudonyms:
+    """Names of clients for traces, which tell clients apart and say nothing else about them.
+
+    A client is the request's `user`, which in OpenAI's API is the end user as named by the front end; without one, the
+    address that the request came from. The API key is the same for all clients. Names are hashed with a random key that
+    lives as long as the server, so recorded traces cannot be traced back to users.
+
+    >>> pseudonyms = ClientPseudonyms()
+    >>> pseudonyms.of(user="ann", address="10.0.0.7") == pseudonyms.of(user="ann", address="10.0.0.8")
+    True
+    """
+
+    def __init__(self) -> None:
+        self._key = secrets.token_bytes(16)
+
+    def of(self, *, user: str | None, address: str | None) -> str:
+        """16 hexadecimal digits; "" if nothing is known about the client."""
+        if user:
+            client = f"user {user}"
+        elif address:
+            client = f"address {address}"
+        else:
+            return ""
+        # A lone surrogate is no character, but JSON can carry it.
+        return hashlib.blake2b(client.encode(errors="surrogatepass"), key=self._key, digest_size=8).hexdigest()
+
+
+class GenerationRoutes:
+    """Responds to generation requests in the HTTP process."""
 
     def __init__(
         self,
         *,
         model: str,
         tokenizer: PreTrainedTokenizerBase,
-        flights: WorkerClient,
+        worker_client: WorkerClient,
         metrics: ServerMetrics,
-        status: StatusBlock,
+        status: EngineStatusPage,
     ) -> None:
-        """`model` is the only name that requests may ask for."""
-        self._model, self._flights, self._metrics, self._status = model, flights, metrics, status
-        self._tokenizer, self._speller = tokenizer, TokenSpeller(tokenizer)
+        """model: the only name that requests may ask for."""
+        self._model, self._worker_client, self._metrics, self._status = model, worker_client, metrics, status
+        self._tokenizer, self._token_decoder = tokenizer, TokenDecoder(tokenizer)
         self._longest_token = longest_token(tokenizer)
-        self._clients = ClientNames()
+        self._pseudonyms = ClientPseudonyms()
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -58,7 +86,7 @@ class Generation:
             call_id=f"chatcmpl-{uuid.uuid4().hex}",
             tokenizer=self._tokenizer,
             limits=self._limits(),
-            client=self._client(body, request),
+            client=self._pseudonym(body, request),
         )
         return await self._respond(body, prepared, request)
 
@@ -71,15 +99,15 @@ class Generation:
             call_id=f"cmpl-{uuid.uuid4().hex}",
             tokenizer=self._tokenizer,
             limits=self._limits(),
-            client=self._client(body, request),
+            client=self._pseudonym(body, request),
         )
         return await self._respond(body, prepared, request)
 
-    def _client(self, body: ChatRequest | CompletionRequest, request: Request) -> str:
-        return self._clients.of(user=body.user, address=request.client.host if request.client else None)
+    def _pseudonym(self, body: ChatRequest | CompletionRequest, request: Request) -> str:
+        return self._pseudonyms.of(user=body.user, address=request.client.host if request.client else None)
 
     def _check_model(self, name: str | None) -> None:
-        """Only the served model can be asked for; whoever names none means it."""
+        """Refuse any model but the served one; a request without a model gets that."""
         if name not in (None, self._model):
             raise RequestError(
                 f"model={shorten(name)} does not exist; this server has {self._model}",
@@ -89,95 +117,102 @@ class Generation:
             )
 
     def _limits(self) -> Limits:
-        now = self._status.read()
-        return Limits(max_seq_len=now.max_seq_len, vocab_size=now.vocab_size, longest_token=self._longest_token)
+        status = self._status.read()
+        return Limits(max_seq_len=status.max_seq_len, vocab_size=status.vocab_size, longest_token=self._longest_token)
 
     async def _respond(self, body: ChatRequest | CompletionRequest, prepared: Prepared, request: Request) -> Response:
         options = body.stream_options or StreamOptions()
-        answer = Answer(
+        response = ResponseBuilder(
             prepared,
             kind="chat" if isinstance(body, ChatRequest) else "text",
             created=int(time.time()),
             model=self._model,
-            speller=self._speller,
+            token_decoder=self._token_decoder,
             max_draft_tokens=self._status.read().max_draft_tokens,
             usage_in_every_chunk=options.continuous_usage_stats,
         )
-        clock = _Clock(self._metrics)
+        latencies = _LatencyRecorder(self._metrics)
 
-        def count(failed: bool) -> None:
-            clock.stop()
-            for reason in answer.finish_reasons:
+        def on_close(failed: bool) -> None:
+            latencies.end()
+            for reason in response.finish_reasons:
                 self._metrics.finish(reason or ("error" if failed else "abort"))
 
-        flight = self._flights.start(prepared.call, request, on_close=count)
-        streaming = False
+        pending = self._worker_client.start(prepared.call, request, on_close=on_close)
+        is_streaming = False
         try:
-            # A call that fails before its first token still gets a proper HTTP status, streamed or not.
-            first = clock.tick(await flight.next())
+            # Wait for the first deltas even for a stream: a call that fails before them gets a proper HTTP status.
+            first = latencies.record(await pending.next())
             if body.stream:
-                streaming = True
-                events = self._events(answer, flight, clock, first, include_usage=options.include_usage)
+                is_streaming = True
+                events = self._events(response, pending, latencies, first, include_usage=options.include_usage)
                 return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-            answer.take(first)
-            while not answer.finished:
-                answer.take(clock.tick(await flight.next()))
-        except ClientGone:
-            return Response(status_code=_CLIENT_CLOSED)
+            response.add(first)
+            while not response.finished:
+                response.add(latencies.record(await pending.next()))
+        except ClientDisconnected:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
         finally:
-            if not streaming:
-                flight.close()
-        return JSONResponse(answer.whole())
+            if not is_streaming:
+                pending.close()
+        return JSONResponse(response.full())
 
     async def _events(
-        self, answer: Answer, flight: PendingCall, clock: _Clock, deltas: tuple[Delta, ...], *, include_usage: bool
+        self,
+        response: ResponseBuilder,
+        pending: PendingCall,
+        latencies: _LatencyRecorder,
+        deltas: tuple[Delta, ...],
+        *,
+        include_usage: bool,
     ) -> AsyncIterator[str]:
-        """The stream: a chunk for each delta with text, perhaps usage, [DONE]; or an error event."""
+        """The stream: a chunk for each delta with text, usage if asked for, [DONE]; or an error event at the end."""
         try:
             while True:
-                for chunk in answer.chunks(deltas):
+                for chunk in response.chunks(deltas):
                     yield _event(chunk)
-                if answer.finished:
+                if response.finished:
                     break
-                deltas = clock.tick(await flight.next())
+                deltas = latencies.record(await pending.next())
             if include_usage:
-                yield _event(answer.last_chunk())
+                yield _event(response.usage_chunk())
             yield "data: [DONE]\n\n"
         except RequestError as error:
             self._metrics.refuse(error.status)
             yield error_event(error.message, status=error.status, param=error.param, code=error.code)
-        except ClientGone:
+        except ClientDisconnected:
             return
         finally:
-            flight.close()
+            pending.close()
 
 
-class _Clock:
-    """Observes the latencies of one call."""
+class _LatencyRecorder:
+    """Records the latencies of one call; its time begins with the recorder."""
 
     def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
         self._started = time.monotonic()
-        self._last: dict[int, float] = {}  # choice -> when its last token came
+        self._last_token_s: dict[int, float] = {}
+        """By choice: when its last token arrived."""
 
-    def tick(self, deltas: tuple[Delta, ...]) -> tuple[Delta, ...]:
-        """A round has come; it is handed on."""
+    def record(self, deltas: tuple[Delta, ...]) -> tuple[Delta, ...]:
+        """Record a round that has arrived now; returns its deltas."""
         now = time.monotonic()
         for delta in deltas:
             num_tokens = len(delta.token_ids)
             if num_tokens == 0:
                 continue
-            before = self._last.get(delta.index)
+            before = self._last_token_s.get(delta.index)
             if before is None:
                 self._metrics.first_token.observe(now - self._started)
             else:
                 for _ in range(num_tokens):
                     self._metrics.between_tokens.observe((now - before) / num_tokens)
-            self._last[delta.index] = now
+            self._last_token_s[delta.index] = now
         return deltas
 
-    def stop(self) -> None:
-        """The call has ended, one way or another."""
+    def end(self) -> None:
+        """Record the whole time of the call."""
         self._metrics.whole_request.observe(time.monotonic() - self._started)
 
 

@@ -1,7 +1,7 @@
-"""The bodies of POST /v1/chat/completions and /v1/completions: every field, its range, and nothing silently dropped.
+"""The bodies of POST /v1/chat/completions and /v1/completions: every field and its range.
 
-A field that we do not support is refused with its name, unless it carries the value that means "not used" (NEUTRAL).
-Leaves out what needs a tokenizer or the model's limits (serve/http/tokenize.py) and the wording of error bodies
+No field is silently ignored: an unsupported one is refused by name, unless its value means "not used" (NEUTRAL).
+Leaves out checks that need a tokenizer or the model's limits (serve/http/tokenize.py) and the wording of error bodies
 (serve/http/errors.py).
 """
 
@@ -21,7 +21,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_DOMAIN_CHARACTERS = 64
 DOMAIN_KEY = "aurora_domain"
-"""The entry of `metadata` that labels a request's domain."""
+"""The key of `metadata` that holds a request's domain label."""
 _INT64 = 2**63
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
-"""Fields of other servers that clients send, with the values that ask for nothing."""
+"""Fields of other servers that clients send, with the values that have no effect."""
 
 NEUTRAL_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "annotations": (None, []),
@@ -62,11 +62,11 @@ NEUTRAL_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "tool_call_id": (None,),
     "tool_calls": (None, []),
 }
-"""The same inside a message: what a client gets when it sends back the answer it was given."""
+"""The same for fields of a message: clients send back messages as they received them."""
 
 Text = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS, min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
-# Emptiness is only told to /openapi.json here: serve/http/tokenize.py refuses it in better words.
+# The minimum length is only for /openapi.json: serve/http/tokenize.py refuses empty prompts with a better message.
 PromptText = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
 Prompts = Annotated[list[T], Field(json_schema_extra={"minItems": 1})]
 
@@ -90,7 +90,7 @@ class Message(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_neutral_fields(cls, body: Any) -> Any:
+    def _drop_neutral_fields(cls, body: Any) -> Any:
         return drop_neutral(body, NEUTRAL_IN_MESSAGE, inside="messages")
 
     @property
@@ -100,7 +100,7 @@ class Message(_Strict):
 
 
 class StreamOptions(_Strict):
-    """What a stream carries besides text."""
+    """Additional contents of a stream."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -132,17 +132,17 @@ class Sampling(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_neutral_fields(cls, body: Any) -> Any:
+    def _drop_neutral_fields(cls, body: Any) -> Any:
         return drop_neutral(body, {name: ok for name, ok in NEUTRAL.items() if name not in cls.model_fields})
 
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> Sampling:
+    def _check_stream_options(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only for stream=true; leave it out", param="stream_options")
         return self
 
     @model_validator(mode="after")
-    def _domain_is_a_short_label(self) -> Sampling:
+    def _check_domain(self) -> Sampling:
         domain = (self.metadata or {}).get(DOMAIN_KEY)
         if domain is not None and not (0 < len(domain) <= MAX_DOMAIN_CHARACTERS and domain.isprintable()):
             raise RequestError(
@@ -154,23 +154,23 @@ class Sampling(_Strict):
 
     @property
     def may_be_stored(self) -> bool:
-        """Whether the draft may learn from the request; only `store: false` says no."""
+        """True if the draft may learn from the request; only `store: false` forbids it."""
         return _or(self.store, True)
 
     @property
     def domain(self) -> str:
-        """The client's label for what the request is about; "" without one."""
+        """The client's domain label; "" without one."""
         return (self.metadata or {}).get(DOMAIN_KEY, "")
 
     @property
     def num_choices(self) -> int:
-        """Choices a prompt gets."""
+        """Number of choices per prompt."""
         return 1 if self.n is None else self.n
 
     def sampling_params(
         self, *, max_tokens: int, vocab_size: int, logprobs: int | None, prompt_logprobs: int | None = None
     ) -> SamplingParams:
-        """The engine's options; null means the default of OpenAI's API."""
+        """The engine's sampling parameters; null means the default of OpenAI's API."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         for token_id in self.stop_token_ids or ():
             if token_id >= vocab_size:
@@ -207,14 +207,14 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
-    def _fields_that_belong_together(self) -> ChatRequest:
+    def _check_logprobs(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs is only for logprobs=true; set it", param="top_logprobs")
         return self
 
     @property
     def num_logprobs(self) -> int | None:
-        """Alternatives a token, None when no log-probabilities are wanted."""
+        """Number of alternatives per token; None: no log-probabilities."""
         return _or(self.top_logprobs, 0) if self.logprobs else None
 
 
@@ -228,7 +228,7 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
 
     @model_validator(mode="after")
-    def _zero_tokens_only_with_echo(self) -> CompletionRequest:
+    def _check_zero_tokens(self) -> CompletionRequest:
         for name in ("max_tokens", "max_completion_tokens"):
             if getattr(self, name) == 0 and not self.echo:
                 raise RequestError(f"{name}=0 is only for echo=true; use 1 or more", param=name)
@@ -236,7 +236,7 @@ class CompletionRequest(Sampling):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """One entry a prompt."""
+        """One entry per prompt."""
         prompt: Any = self.prompt
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
             return [prompt]
@@ -244,7 +244,7 @@ class CompletionRequest(Sampling):
 
 
 def token_limit(body: ChatRequest | CompletionRequest) -> int | None:
-    """max_tokens under either of its names; None when neither is given."""
+    """max_tokens under either of its names; None if neither is given. Raises RequestError if they differ."""
     old, new = body.max_tokens, body.max_completion_tokens
     if old is not None and new is not None and old != new:
         raise RequestError(
@@ -254,12 +254,12 @@ def token_limit(body: ChatRequest | CompletionRequest) -> int | None:
 
 
 def drop_neutral(body: Any, neutral: Mapping[str, tuple[Any, ...]], *, inside: str = "") -> Any:
-    """`body` without the known but unsupported fields; RequestError when one of them asks for something."""
+    """`body` without the fields in `neutral`. Raises RequestError if one of them has a value with an effect."""
     if not isinstance(body, dict):
         return body
     for name in neutral.keys() & body.keys():
         allowed = neutral[name]
-        # Types too: to Python, 1 == True and 0 == False.
+        # Compare types too: in Python, 1 == True and 0 == False.
         if not any(type(body[name]) is type(value) and body[name] == value for value in allowed):
             where = f"{inside}.{name}" if inside else name
             raise RequestError(
@@ -271,7 +271,7 @@ def drop_neutral(body: Any, neutral: Mapping[str, tuple[Any, ...]], *, inside: s
 
 
 def shorten(value: object) -> str:
-    """A value as an error message shows it."""
+    """A value for an error message, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -1,6 +1,6 @@
-"""From a checked body to a `Call`: chat template, tokens, the model's limits, one request a choice.
+"""Turns a checked body into a `Call`: chat template, tokens, the model's limits, one request per choice.
 
-Runs in the HTTP process, in a thread (tokenizing a long prompt takes a while). Leaves out the checks that need no
+Runs in the HTTP process, in a thread, since tokenizing a long prompt takes time. Leaves out the checks that need no
 tokenizer (serve/http/schema.py).
 """
 
@@ -20,42 +20,42 @@ from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Samplin
 from aurora_lit.serve.sequences.detokenizer import decode
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""max_tokens of a text completion that names none, as in OpenAI's API; a chat then has the rest of the context."""
+"""Default max_tokens of a text completion, as in OpenAI's API; the default of a chat is the rest of the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the loaded model can take."""
+    """Limits of the loaded model."""
 
     max_seq_len: int
     vocab_size: int
     longest_token: int
-    """Characters of the vocabulary's longest entry: no text has fewer than len(text) / longest_token tokens, unless the
-    tokenizer folds white space."""
+    """Characters of the vocabulary's longest token. A text has at least len(text) / longest_token tokens, unless the
+    tokenizer merges white space."""
 
 
 def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """For `Limits`; looks through the whole vocabulary."""
+    """Characters of the vocabulary's longest token; goes through the whole vocabulary."""
     return max(map(len, tokenizer.get_vocab()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A call and what its answer needs of the prompts."""
+    """A call, and what its response needs of the prompts."""
 
     call: Call
     prompt_texts: tuple[str, ...]
-    """One a prompt (not a choice); only filled for echo."""
+    """One per prompt (not per choice); filled only for echo."""
     num_prompt_tokens: int
-    """Over all prompts, each counted once."""
+    """Of all prompts together; a prompt with several choices counts once."""
     drop_output: bool = False
-    """max_tokens was 0: the one token that the engine makes is thrown away."""
+    """max_tokens is 0: the one token that the engine generates is dropped."""
 
 
 def prepare_chat(
     body: ChatRequest, *, call_id: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, client: str = ""
 ) -> Prepared:
-    """Apply the chat template; RequestError when the conversation does not fit. `client`: see Request."""
+    """Apply the chat template and tokenize. client: see `Request`. Raises RequestError if the prompt is too long."""
     if tokenizer.chat_template is None:
         raise RequestError("this model has no chat template; use /v1/completions", param="messages")
     turns = [
@@ -65,7 +65,7 @@ def prepare_chat(
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
-    # The template writes the special tokens itself.
+    # The template contains the special tokens.
     prompt_ids = _encode(tokenizer, str(text), limits, param="messages", add_special_tokens=False)
     max_tokens = _check_length(len(prompt_ids), token_limit(body), limits, default=None, param="messages")
     params = body.sampling_params(max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs)
@@ -76,7 +76,10 @@ def prepare_chat(
 def prepare_completion(
     body: CompletionRequest, *, call_id: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, client: str = ""
 ) -> Prepared:
-    """Tokenize or check each prompt; RequestError when one is empty or does not fit. `client`: see Request."""
+    """Tokenize each prompt, or check its ids. client: see `Request`.
+
+    Raises RequestError if a prompt is empty or too long.
+    """
     if not body.prompts:
         raise RequestError("prompt is an empty list; send at least one prompt", param="prompt")
     ids, texts = [], []
@@ -121,7 +124,7 @@ def _encode(
         raise RequestError(
             f"{param}: half of a surrogate pair is no text; send whole characters", param=param
         ) from error
-    # Megabytes would hold up everybody else for seconds: their beginning is enough to see that they are too long.
+    # Tokenizing megabytes takes seconds; for a prompt that is too long, its beginning suffices to find out.
     beginning = text[: limits.max_seq_len * limits.longest_token]
     if len(beginning) < len(text):
         _check_room(len(tokenizer.encode(beginning, add_special_tokens=False)), limits, param=param)
@@ -130,7 +133,7 @@ def _encode(
 
 
 def _check_room(num_prompt: int, limits: Limits, *, param: str) -> int:
-    """Tokens left for the answer; RequestError when there are none."""
+    """Number of tokens left for the answer. Raises RequestError if there are none."""
     room = limits.max_seq_len - num_prompt
     if room < 1:
         raise RequestError(
@@ -143,7 +146,7 @@ def _check_room(num_prompt: int, limits: Limits, *, param: str) -> int:
 
 
 def _check_length(num_prompt: int, wanted: int | None, limits: Limits, *, default: int | None, param: str) -> int:
-    """New tokens at most; RequestError when prompt and answer do not fit into the context."""
+    """Most new tokens. Raises RequestError if prompt and answer together exceed the context."""
     room = _check_room(num_prompt, limits, param=param)
     if wanted is not None and wanted > room:
         raise RequestError(
@@ -160,11 +163,11 @@ def _check_length(num_prompt: int, wanted: int | None, limits: Limits, *, defaul
 def _call(
     call_id: str, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams], body: Sampling, client: str
 ) -> Call:
-    """n requests a prompt; choice i draws with seed + i, so that the choices differ and repeat."""
+    """n requests per prompt. Choice i uses seed + i, so that choices differ but are reproducible."""
     requests: list[Request] = []
     for prompt_ids, options in zip(prompts, params, strict=True):
         for choice in range(body.num_choices):
-            # The sum stays a 63-bit number, as random generators want it.
+            # Random generators take 63-bit seeds.
             seed = None if options.seed is None else (options.seed + choice) % 2**63
             requests.append(
                 Request(

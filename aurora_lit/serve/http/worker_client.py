@@ -1,15 +1,17 @@
-"""The HTTP process's side of a call: send it, wait for its rounds, cancel it, and notice that the worker died.
+"""The HTTP process's side of a call: sends it to the engine worker, waits for its updates, cancels it.
 
-Leaves out what the answer looks like (serve/http/responses.py) and the routes (serve/http/routes.py).
+Also notices when the worker dies: every waiting call then fails.
 
-    flight = flights.start(call, request, ...)    # RequestError 429 when the queue is full, 503 when the worker is dead
+Leaves out how a response looks (serve/http/responses.py) and the routes (serve/http/routes.py).
+
+    pending = worker_client.start(call, request, ...)   # RequestError: 429 if the queue is full, 503 if the worker died
     try:
-        while not answer.finished:
-            answer.take(await flight.next())      # RequestError when the call failed
+        while not response.finished:
+            response.add(await pending.next())          # RequestError if the call failed
     finally:
-        flight.close()                            # frees the slot if the call has not ended; may be called again
+        pending.close()                                 # frees the slots of unfinished choices; may be called again
 
-A client that goes away closes its flight from within: the response may never have been started.
+If a client disconnects, its call closes itself: a response may never have been started.
 """
 
 from __future__ import annotations
@@ -27,222 +29,227 @@ from fastapi import Request
 from litserve.utils import ResponseBufferItem
 
 from aurora_lit.errors import RequestError
-from aurora_lit.ipc.engine_status import StatusBlock, WorkerState
-from aurora_lit.ipc.messages import CANCEL, EVERY_CALL, Call, Content, Delta, Failure
+from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
+from aurora_lit.ipc.messages import CANCEL, RESPONSES_UID, Call, CallUpdate, Delta, Failure
 from aurora_lit.ipc.process_lifetime import call_when_process_ends
 
 HEARTBEAT_STALE_S = 10.0
 _CHECK_HEARTBEAT_S = 1.0
-_DEAD = Failure(message="the engine worker died; the server must be restarted", code="engine_dead", status=503)
-_DRAINED = Failure(message="the server is shutting down", code="shutting_down", status=503)
+_WORKER_DEAD = Failure(message="the engine worker died; the server must be restarted", code="engine_dead", status=503)
+_SHUTTING_DOWN = Failure(message="the server is shutting down", code="shutting_down", status=503)
 
 
-class ClientGone(Exception):
-    """The client closed its connection: nobody is left to answer."""
+class ClientDisconnected(Exception):
+    """The client closed its connection, so there is no one to respond to."""
 
 
 class WorkerClient:
-    """All calls that the HTTP process waits for, and whether the worker lives."""
+    """All calls that wait for the engine worker, and whether the worker can serve."""
 
-    def __init__(self, *, status: StatusBlock, max_queue: int) -> None:
-        """`connect` must follow, once LitServe has made its queues."""
+    def __init__(self, *, status: EngineStatusPage, max_queue: int) -> None:
+        """`connect` must follow before the first call."""
         self._status, self._max_queue = status, max_queue
         self._spec: Any = None
-        self._boxes: dict[str, _Box] = {}  # of the calls in flight
-        self._watchers: set[asyncio.Task[None]] = set()
-        self._process_ended = False
-        self._held_up_until_s = -HEARTBEAT_STALE_S
+        self._pending_calls: dict[str, PendingCall] = {}
+        self._disconnect_watchers: set[asyncio.Task[None]] = set()
+        self._worker_has_ended = False
+        self._suspended_until_s = -HEARTBEAT_STALE_S
         self.num_sequences = 0
-        """Choices in flight, waiting and running; at most server.max_queue."""
+        """Choices of all pending calls, waiting or running; at most server.max_queue."""
 
     def connect(self, spec: Any) -> None:
-        """Use the response buffer and the request queue that LitServe gave to the spec."""
+        """Use the response buffer and the request queue that LitServe sets on the spec when it starts."""
         self._spec = spec
 
     @property
     def num_calls(self) -> int:
-        """Calls that wait for messages."""
-        return len(self._boxes)
+        """Calls that wait for updates."""
+        return len(self._pending_calls)
 
-    def trouble(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         """Why the worker cannot serve; None while it can."""
-        now = self._status.read()
-        if self._process_ended:
+        status = self._status.read()
+        if self._worker_has_ended:
             return "the engine worker has ended"
-        if now.state is not WorkerState.READY:
-            return f"the engine worker is {now.state.name.lower()}: {now.error}".rstrip(": ")
-        # Where we were held up ourselves (a suspended machine), so was the worker: it gets as long again.
-        awake_s = time.monotonic() - self._held_up_until_s
-        if min(now.heartbeat_age_s, awake_s) > HEARTBEAT_STALE_S:
-            return f"the engine worker gave no sign of life for {now.heartbeat_age_s:.0f} s"
+        if status.state is not WorkerState.READY:
+            return f"the engine worker is {status.state.name.lower()}: {status.error}".rstrip(": ")
+        # If this process was suspended (with the whole machine), so was the worker: count from when it resumed.
+        awake_s = time.monotonic() - self._suspended_until_s
+        if min(status.heartbeat_age_s, awake_s) > HEARTBEAT_STALE_S:
+            return f"the engine worker gave no sign of life for {status.heartbeat_age_s:.0f} s"
         return None
 
     @contextlib.asynccontextmanager
     async def watch_worker(self) -> AsyncIterator[None]:
-        """While inside: when the worker ends or falls silent, every waiting call gets an error."""
+        """Inside the context, every pending call fails when the worker ends or its heartbeat stops."""
 
-        def ended() -> None:
-            self._process_ended = True
-            self._fail_all(_DEAD)
+        def on_worker_end() -> None:
+            self._worker_has_ended = True
+            self._fail_all(_WORKER_DEAD)
 
         async def check_heartbeat() -> None:
             while True:
                 before_s = time.monotonic()
                 await asyncio.sleep(_CHECK_HEARTBEAT_S)
                 if time.monotonic() - before_s > _CHECK_HEARTBEAT_S + HEARTBEAT_STALE_S / 2:
-                    self._held_up_until_s = time.monotonic()
-                if self.trouble() is not None:
-                    self._fail_all(_DEAD)
+                    self._suspended_until_s = time.monotonic()
+                if self.unavailable_reason() is not None:
+                    self._fail_all(_WORKER_DEAD)
 
-        stop = call_when_process_ends(self._status.read().worker_pid, ended)
-        checking = asyncio.create_task(check_heartbeat())
+        stop_watching = call_when_process_ends(self._status.read().worker_pid, on_worker_end)
+        heartbeat_check = asyncio.create_task(check_heartbeat())
         try:
             yield
         finally:
-            checking.cancel()
-            stop()
+            heartbeat_check.cancel()
+            stop_watching()
 
     def start(self, call: Call, request: Request, *, on_close: Callable[[bool], None]) -> PendingCall:
-        """Send a call to the worker; `on_close` runs once at its end and is told whether the call failed."""
-        trouble = self.trouble()
-        if trouble is not None:
-            raise RequestError(f"cannot serve: {trouble}", code="engine_dead", status=503)
-        wanted = len(call.requests)
-        if wanted > self._max_queue:
+        """Send a call to the worker. `on_close` runs once at its end, with True if the call failed.
+
+        Raises RequestError if the worker is dead or the call does not fit into the queue.
+        """
+        reason = self.unavailable_reason()
+        if reason is not None:
+            raise RequestError(f"cannot serve: {reason}", code="engine_dead", status=503)
+        num_choices = len(call.requests)
+        if num_choices > self._max_queue:
             raise RequestError(
-                f"n: the request asks for {wanted} choices and server.max_queue is {self._max_queue}; ask for fewer",
+                f"n: the request asks for {num_choices} choices and server.max_queue is {self._max_queue}; "
+                "ask for fewer",
                 param="n",
             )
-        if self.num_sequences + wanted > self._max_queue:
+        if self.num_sequences + num_choices > self._max_queue:
             raise RequestError(
                 f"the queue is full: {self.num_sequences} choices wait or run and server.max_queue is "
                 f"{self._max_queue}; try again later",
                 code="queue_full",
                 status=429,
             )
-        flight = PendingCall(self, self._spec, call, on_close)
-        watcher = asyncio.create_task(flight.close_when_client_leaves(request))
-        self._watchers.add(watcher)
-        watcher.add_done_callback(self._watchers.discard)
-        return flight
+        pending = PendingCall(self, self._spec, call, on_close)
+        watcher = asyncio.create_task(pending.close_when_client_disconnects(request))
+        self._disconnect_watchers.add(watcher)
+        watcher.add_done_callback(self._disconnect_watchers.discard)
+        return pending
 
     @contextlib.contextmanager
     def drain_on_sigterm(self, drain_s: float) -> Iterator[None]:
-        """While inside: drain_s after SIGTERM, calls that still run get an error; uvicorn does the rest.
+        """Inside the context: `drain_s` seconds after SIGTERM, running calls fail. The rest of shutdown is uvicorn's.
 
-        SIGINT is ignored: Ctrl-C reaches the main process too, which sends SIGTERM; uvicorn takes both for impatience.
+        SIGINT is ignored: Ctrl-C also reaches the main process, which sends SIGTERM, and uvicorn would take both
+        together as a request to end at once.
         """
         loop = asyncio.get_running_loop()
         uvicorn_handler = signal.getsignal(signal.SIGTERM)
 
-        def begin(number: int, frame: FrameType | None) -> None:
-            loop.call_soon_threadsafe(loop.call_later, drain_s, self._fail_all, _DRAINED)
+        def begin_draining(number: int, frame: FrameType | None) -> None:
+            loop.call_soon_threadsafe(loop.call_later, drain_s, self._fail_all, _SHUTTING_DOWN)
             if callable(uvicorn_handler):
                 uvicorn_handler(number, frame)
 
-        signal.signal(signal.SIGTERM, begin)
+        signal.signal(signal.SIGTERM, begin_draining)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, uvicorn_handler)
 
-    def open_box(self, call_id: str) -> _Box:
-        """Where a call's messages will lie. LitServe puts all that the worker sends into one entry of its buffer."""
-        if EVERY_CALL not in self._spec.response_buffer:
-            entry = ResponseBufferItem(event=asyncio.Event(), response_queue=_ResponseRouter(self._boxes))
-            self._spec.response_buffer[EVERY_CALL] = entry
-        self._boxes[call_id] = box = _Box()
-        return box
+    def add_pending(self, call_id: str, pending: PendingCall) -> None:
+        """Deliver a call's updates to `pending` from now on."""
+        # LitServe files all messages of the worker under one uid.
+        if RESPONSES_UID not in self._spec.response_buffer:
+            router = _ResponseRouter(self._pending_calls)
+            self._spec.response_buffer[RESPONSES_UID] = ResponseBufferItem(event=asyncio.Event(), response_queue=router)
+        self._pending_calls[call_id] = pending
 
-    def close_box(self, call_id: str) -> None:
-        """Nobody reads it any more."""
-        self._boxes.pop(call_id, None)
+    def remove_pending(self, call_id: str) -> None:
+        """Drop further updates of a call."""
+        self._pending_calls.pop(call_id, None)
 
-    def _fail_all(self, why: Failure) -> None:
-        for box in self._boxes.values():
-            box.put(why, from_worker=False)
-
-
-class _Box:
-    """One call's messages that nobody has read yet."""
-
-    def __init__(self) -> None:
-        self.messages: deque[tuple[Content, bool]] = deque()
-        self.event = asyncio.Event()
-
-    def put(self, content: Content, *, from_worker: bool) -> None:
-        """Wake the reader."""
-        self.messages.append((content, from_worker))
-        self.event.set()
+    def _fail_all(self, failure: Failure) -> None:
+        for pending in self._pending_calls.values():
+            pending.deliver(failure, from_worker=False)
 
 
 class _ResponseRouter(deque[Any]):
-    """Stands where LitServe appends (content, status): hands on to each call what is its own."""
+    """The queue of LitServe's response buffer: delivers each update to its call in place of storing it."""
 
-    def __init__(self, boxes: Mapping[str, _Box]) -> None:
+    def __init__(self, pending_calls: Mapping[str, PendingCall]) -> None:
         super().__init__()
-        self._boxes = boxes
+        self._pending_calls = pending_calls
 
     def append(self, response: Any) -> None:
-        """For calls that have ended there is no box."""
-        for call_id, content in response[0]:
-            if (box := self._boxes.get(call_id)) is not None:
-                box.put(content, from_worker=True)
+        """response: (updates, status); or a `Failure` in place of the updates, which is for every call."""
+        updates, _ = response
+        if isinstance(updates, Failure):
+            for pending in self._pending_calls.values():
+                pending.deliver(updates, from_worker=False)
+            return
+        for call_id, update in updates:
+            pending_call = self._pending_calls.get(call_id)
+            if pending_call is not None:  # None: the call has ended
+                pending_call.deliver(update, from_worker=True)
 
 
 class PendingCall:
-    """One call on its way; see the file's example."""
+    """One call that was sent; see the file's example."""
 
-    def __init__(self, flights: WorkerClient, spec: Any, call: Call, on_close: Callable[[bool], None]) -> None:
+    def __init__(self, worker_client: WorkerClient, spec: Any, call: Call, on_close: Callable[[bool], None]) -> None:
         """Use `WorkerClient.start`."""
-        self._flights, self._spec, self._call, self._on_close = flights, spec, call, on_close
-        self._unfinished = len(call.requests)
-        self._closed = self._client_left = self._failed = False
-        self._box = flights.open_box(call.call_id)
-        flights.num_sequences += self._unfinished
+        self._worker_client, self._spec, self._call, self._on_close = worker_client, spec, call, on_close
+        self._num_unfinished = len(call.requests)
+        self._is_closed = self._client_disconnected = self._has_failed = False
+        self._updates: deque[tuple[CallUpdate, bool]] = deque()
+        self._has_news = asyncio.Event()
+        worker_client.add_pending(call.call_id, self)
+        worker_client.num_sequences += self._num_unfinished
         try:
-            self._put(call)
+            self._send(call)
         except BaseException:
-            self._unfinished, self._failed = 0, True  # nothing to cancel: it never left
+            self._num_unfinished, self._has_failed = 0, True  # never sent, so there is nothing to cancel
             self.close()
             raise
 
+    def deliver(self, update: CallUpdate, *, from_worker: bool) -> None:
+        """Add an update and wake `next`."""
+        self._updates.append((update, from_worker))
+        self._has_news.set()
+
     async def next(self) -> tuple[Delta, ...]:
-        """The next round's deltas; RequestError when the call failed, ClientGone when nobody listens."""
-        while not self._box.messages:
-            if self._client_left:
-                raise ClientGone
-            self._box.event.clear()
-            await self._box.event.wait()
-        content, from_worker = self._box.messages.popleft()
-        if isinstance(content, Failure):
-            self._failed = True
-            if from_worker:  # where it is our own word, the worker may still be at work
-                self._unfinished = 0
-            raise RequestError(content.message, param=content.param, code=content.code, status=content.status)
-        self._unfinished -= sum(delta.finish_reason is not None for delta in content)
-        return content
+        """The next round's deltas. Raises RequestError if the call failed, ClientDisconnected if the client left."""
+        while not self._updates:
+            if self._client_disconnected:
+                raise ClientDisconnected
+            self._has_news.clear()
+            await self._has_news.wait()
+        update, from_worker = self._updates.popleft()
+        if isinstance(update, Failure):
+            self._has_failed = True
+            if from_worker:  # otherwise the worker may still work on the call, so it must be cancelled
+                self._num_unfinished = 0
+            raise RequestError(update.message, param=update.param, code=update.code, status=update.status)
+        self._num_unfinished -= sum(delta.finish_reason is not None for delta in update)
+        return update
 
     def close(self) -> None:
-        """Leave nothing behind: no buffer entry, no place in the queue, no slot in the engine."""
-        if self._closed:
+        """Free everything the call holds: its place in the queue and, if it has not ended, its slots in the engine."""
+        if self._is_closed:
             return
-        self._closed = True
-        self._flights.close_box(self._call.call_id)
-        self._flights.num_sequences -= len(self._call.requests)
-        if self._unfinished:
-            with contextlib.suppress(EOFError, OSError):  # the server is going down: so is the engine
-                self._put(CANCEL)
-        self._on_close(self._failed)
+        self._is_closed = True
+        self._worker_client.remove_pending(self._call.call_id)
+        self._worker_client.num_sequences -= len(self._call.requests)
+        if self._num_unfinished:
+            with contextlib.suppress(EOFError, OSError):  # the server is shutting down, and the engine with it
+                self._send(CANCEL)
+        self._on_close(self._has_failed)
 
-    async def close_when_client_leaves(self, request: Request) -> None:
-        """Wait for the end of the connection or of the response, whichever comes first."""
+    async def close_when_client_disconnects(self, request: Request) -> None:
+        """Wait for the end of the connection or of the response, whichever comes first, and close."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self._client_left = True
-        self._box.event.set()
+        self._client_disconnected = True
+        self._has_news.set()
         self.close()
 
-    def _put(self, content: Any) -> None:
-        self._spec.request_queue.put((self._spec.response_queue_id, self._call.call_id, time.monotonic(), content))
+    def _send(self, message: Call | str) -> None:
+        self._spec.request_queue.put((self._spec.response_queue_id, self._call.call_id, time.monotonic(), message))

@@ -1,15 +1,18 @@
-"""The engine's process: its loop, the calls it answers, the draft it serves and swaps.
+"""The engine worker's process: its loop, the calls it answers, the draft it serves and swaps.
+
+LitServe starts this process and runs `EngineLoop` in it. The loop owns the engine; everything else here serves the
+loop between two rounds, or runs beside it in a thread.
 
 May import: serve/engine/ and above, ipc/, drafts/. Start with loop.py. The files, each importing only those above it:
 
-    trace_sinks.py    where traces go: the ring, and the disk behind a thread
-    exploration.py    how much rounds explore: as the learner asks, or as configured
-    thread_budget.py  how many threads rounds have: not those cores that the learner computes on
-    hot_reload.py     what CURRENT names, loaded and checked beside serving, or refused
-    rollback.py       the trial of a new draft on live traffic: does it accept less than the one before?
-    live_draft.py     which draft serves: swaps between rounds, trials, going back
-    call_tracker.py   which engine request belongs to which client call
-    build.py          configuration → engine, traces, drafts: all that an engine worker needs; wiring only
-    round_times.py    how long rounds took lately, those that swap apart from the others
-    loop.py           the engine worker's loop, a LitLoop
+    parts.py            the engine's interface, and the parts that a worker consists of
+    trace_sinks.py      destinations of traces: the ring, and a recording on disk
+    learner_signals.py  between rounds, follows the learner's page: exploration, number of threads
+    hot_reload.py       loads and checks the version that CURRENT names, or refuses it
+    rollback.py         the trial of a new draft on live traffic
+    live_draft.py       the draft that serves: swaps between rounds, trials, rollbacks
+    call_tracker.py     maps engine requests to client calls, and outputs to deltas
+    build.py            configuration → target, draft, engine and the worker's parts
+    status_report.py    counters, round times and draft events, written to the status page
+    loop.py             the loop itself, a LitLoop
 """

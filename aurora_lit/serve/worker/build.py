@@ -1,4 +1,7 @@
-"""From a configuration to an engine, and to all that an engine worker needs. Only wiring; no behaviour of its own."""
+"""Builds from a configuration: the target, the draft, the engine, and all parts of an engine worker.
+
+Only connects parts; what they do is in their own files.
+"""
 
 from __future__ import annotations
 
@@ -15,41 +18,40 @@ from aurora_lit.config import AuroraConfig, draft_folder
 from aurora_lit.distributed import Ranks
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.errors import ConfigError, RingError
-from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
-from aurora_lit.models.partition import check_shareable
+from aurora_lit.models.partition import check_partition
 from aurora_lit.models.sharded_target import ShardedTarget
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.sequences.observer import RoundObserver
-from aurora_lit.serve.speculation.draft_tree import slot_capacity
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, prepare_draft
-from aurora_lit.serve.worker.call_tracker import WorkerParts
-from aurora_lit.serve.worker.exploration import ExplorationFollower
-from aurora_lit.serve.worker.thread_budget import ThreadBudget
+from aurora_lit.serve.worker.learner_signals import ExplorationFollower, ThreadBudget
+from aurora_lit.serve.worker.parts import WorkerParts
 from aurora_lit.serve.worker.trace_sinks import TraceRecording, TraceSinks
 from aurora_lit.traces.record import LAYOUT_DIGEST, Trace
 
-UNTRAINED = "untrained"
-"""Version of the draft that stands in until a learner that begins from scratch has published its first."""
-_UNTRAINED_VOCABULARY = 4096
+UNTRAINED_VERSION = "untrained"
+"""Version of the randomly initialised draft that serves until a learner with learn.from_scratch publishes its first."""
+_UNTRAINED_VOCABULARY_SIZE = 4096
 _log = logging.getLogger(__name__)
 
 
 def build_engine(
     config: AuroraConfig, *, sink: Callable[[Trace], None] | None = None
 ) -> tuple[Engine, PreTrainedTokenizerBase]:
-    """Load target and draft and start an engine on them. Raises SourceError, CheckpointError or ConfigError.
+    """Load target and draft, and build an engine on them. Raises SourceError, CheckpointError or ConfigError.
 
-    sink: takes the traces of what is answered; None: nothing is recorded.
+    sink: receives a trace of every request; None: no traces are recorded.
     """
     if config.engine.strategy != "single":
         raise ConfigError(
-            f"engine.strategy={config.engine.strategy}: only `aurora-lit serve` spreads a target over processes; "
+            f"engine.strategy={config.engine.strategy}: only `aurora-lit serve` shards a target over processes; "
             "use engine.strategy=single and engine.devices=1 here"
         )
     tokenizer, target = _load(config)
@@ -58,82 +60,76 @@ def build_engine(
 
 
 def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
-    """The same for a server, with traces into the run folder's ring, and drafts that can be swapped."""
-    part = load_part(config, run_folder, 0) if config.engine.strategy != "single" else None
-    tokenizer, target = _load(config) if part is None else (load_tokenizer(config), part)
+    """An engine for a server: its traces go into the run folder's ring, and its draft can be swapped."""
+    shard = load_shard(config, run_folder, 0) if config.engine.strategy != "single" else None
+    tokenizer, target = _load(config) if shard is None else (load_tokenizer(config), shard)
     sinks = _sinks(config, run_folder)
     observer = _recorder(config, target, sinks)
-    wanted = sinks.ring is not None or sinks.recording is not None
-    engine = _engine(config, target, tokenizer, observer=observer if wanted else None)
-    capacity = slot_capacity(
-        max_seq_len=config.engine.max_seq_len,
-        max_draft_tokens=config.engine.max_draft_tokens,
-        tree_tokens=config.engine.tree_tokens,
-        lookup_tokens=config.engine.copied_tokens,
-    )
+    records_traces = sinks.ring is not None or sinks.recording is not None
+    engine = _engine(config, target, tokenizer, observer=observer if records_traces else None)
 
     def load(folder: Path | None) -> RuntimeDraft:
         draft = starting_draft(config, target)[0] if folder is None else load_draft(folder, target)
         assert draft is not None
-        return prepare_draft(draft, target, capacity=capacity)
+        return prepare_draft(draft, target, capacity=engine.slot_capacity)
 
-    page = LearnerBlock.open(run_folder / LEARNER_STATUS_NAME)
-    wish = ExplorationFollower(engine.proposer, page)
-    cores = ThreadBudget(engine.policy, page, threads=torch.get_num_threads())
+    page = LearnerStatusPage.open(run_folder / LEARNER_STATUS_NAME)
+    exploration = ExplorationFollower(engine.proposer, page)
+    thread_budget = ThreadBudget(engine.planner, page, threads=torch.get_num_threads())
 
     def before_round() -> None:
-        wish.follow()
-        if part is None:
-            cores.follow()
+        exploration.follow()
+        if shard is None:
+            thread_budget.follow()
         else:
-            part.ranks.announce(engine.draft_version)
+            shard.ranks.announce(engine.draft_version)
 
     def close() -> None:
         sinks.close()
-        if part is not None:
-            part.ranks.stop()
+        if shard is not None:
+            shard.ranks.stop()
 
     return WorkerParts(
         engine=engine,
         tokenizer=tokenizer,
-        load_draft=load if drafts(config) else None,
+        load_draft=load if uses_draft(config) else None,
         before_round=before_round,
         unrecorded=lambda: 0 if sinks.recording is None else sinks.recording.dropped,
         close=close,
     )
 
 
-def load_part(config: AuroraConfig, run_folder: Path, rank: int) -> ShardedTarget:
-    """One rank's part of a sharded target; all ranks call it at the same time. Raises SourceError or ConfigError."""
+def load_shard(config: AuroraConfig, run_folder: Path, rank: int) -> ShardedTarget:
+    """One rank's shard of the target; all ranks call it at the same time. Raises SourceError or ConfigError."""
     engine = config.engine
     assert engine.strategy != "single"
     torch.set_num_threads(engine.threads or max(1, (os.cpu_count() or 1) // engine.devices))
     ranks = Ranks(rank=rank, size=engine.devices, folder=run_folder, strategy=engine.strategy)
-    target = ShardedTarget.load_part(
+    target = ShardedTarget.load_shard(
         find_target(config), precision=config.target.precision, strategy=engine.strategy, ranks=ranks
     )
     _check_length(config, target)
     return target
 
 
-def drafts(config: AuroraConfig) -> bool:
-    """Whether a draft proposes at all, so that there is one to improve."""
+def uses_draft(config: AuroraConfig) -> bool:
+    """True if the engine has a draft, so that there is one to learn."""
     source = config.draft.checkpoint is not None or config.learn.from_scratch
-    return source and config.engine.speculate and config.engine.max_draft_tokens > 0
+    return source and config.engine.speculate
 
 
-def starting_draft(config: AuroraConfig, target: Target) -> tuple[Draft | None, str]:
-    """The draft that an engine begins with, and its version's name."""
+def starting_draft(config: AuroraConfig, target: Target) -> tuple[Eagle3Draft | None, str]:
+    """The draft that an engine starts with, and the name of its version."""
     folder = draft_folder(config)
-    if not drafts(config):
+    if not uses_draft(config):
         return None, "none"
     if not config.learn.from_scratch:
         assert folder is not None
         return load_draft(folder, target), folder.name
     if folder is not None:
-        return Draft(read_config(folder)), UNTRAINED
+        return Eagle3Draft(read_config(folder)), UNTRAINED_VERSION
     size, heads = target.hidden_size, max(1, target.hidden_size // target.head_dim)
-    shape = DraftConfig(
+    shape = Eagle3Config(
         hidden_size=size,
         target_hidden_size=size,
         intermediate_size=size,
@@ -141,10 +137,10 @@ def starting_draft(config: AuroraConfig, target: Target) -> tuple[Draft | None, 
         num_key_value_heads=heads,
         head_dim=target.head_dim,
         vocab_size=target.vocab_size,
-        draft_vocab_size=min(_UNTRAINED_VOCABULARY, target.vocab_size),
+        draft_vocab_size=min(_UNTRAINED_VOCABULARY_SIZE, target.vocab_size),
         aux_layer_ids=target.aux_layer_ids,
     )
-    return Draft(shape), UNTRAINED
+    return Eagle3Draft(shape), UNTRAINED_VERSION
 
 
 def _load(config: AuroraConfig) -> tuple[PreTrainedTokenizerBase, Target]:
@@ -166,29 +162,29 @@ def _engine(
     config: AuroraConfig, target: Target, tokenizer: PreTrainedTokenizerBase, *, observer: RoundObserver | None
 ) -> Engine:
     draft, version = starting_draft(config, target)
-    return Engine(
-        target,
-        draft,
+    options = EngineOptions(
         eos_token_ids=eos_token_ids(target, tokenizer),
         max_batch_size=config.engine.max_batch_size,
         max_seq_len=config.engine.max_seq_len,
         max_draft_tokens=config.engine.max_draft_tokens,
         tree_tokens=config.engine.tree_tokens,
+        lookup_tokens=config.engine.usable_lookup_tokens,
+        adaptive=config.engine.adaptive,
         prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
         prefix_cache=config.engine.prefix_cache,
-        adaptive=config.engine.adaptive,
-        lookup_tokens=config.engine.copied_tokens,
-        draft_version=version,
-        observer=observer,
         explore_share=config.engine.explore_share,
         explore_temperature=config.engine.explore_temperature,
     )
+    return Engine(target, draft, options, draft_version=version, observer=observer)
 
 
 def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
-    """A ring wherever a learner may come; without room for it, serving goes on when none was asked for."""
+    """The ring, if there is a draft to learn, and the recording, if trace.record is set.
+
+    If there is no room for a ring, serving continues without one, unless learn.enabled asks for it.
+    """
     ring = recording = None
-    if drafts(config):
+    if uses_draft(config):
         try:
             ring = RingWriter.create(run_folder / RING_NAME, config.trace.capacity_mb << 20, layout=LAYOUT_DIGEST)
             threading.Thread(target=ring.map_pages, name="ring-pages", daemon=True).start()
@@ -208,21 +204,21 @@ def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
 
 
 def prepare(config: AuroraConfig) -> None:
-    """What a server does first: have the target there, and see that it can be shared as asked.
+    """Fetch the target and check that it can be partitioned as configured, before any process is started.
 
-    Raises SourceError or ConfigError, before any process is started.
+    Raises SourceError or ConfigError.
     """
-    check_shareable(config, AutoConfig.from_pretrained(find_target(config), local_files_only=True))
+    check_partition(config, AutoConfig.from_pretrained(find_target(config), local_files_only=True))
 
 
 def find_target(config: AuroraConfig) -> Path:
-    """The target's folder; downloads and converts it when it is not there yet. Raises SourceError."""
+    """The target's folder; downloads and converts the target if it is not there yet. Raises SourceError."""
     target = config.target
     return resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
 
 
 def load_target(config: AuroraConfig) -> Target:
-    """The target of a configuration, in its precision. Raises ConfigError when it cannot hold max_seq_len positions."""
+    """The target in its configured precision. Raises ConfigError if it cannot hold max_seq_len positions."""
     target = Target.load(find_target(config), precision=config.target.precision)
     _check_length(config, target)
     if config.engine.compile == "on" or (config.engine.compile == "auto" and target.model.device.type == "cuda"):
@@ -233,8 +229,7 @@ def load_target(config: AuroraConfig) -> Target:
 def _check_length(config: AuroraConfig, target: Target) -> None:
     if config.engine.max_seq_len > target.max_positions:
         raise ConfigError(
-            f"engine.max_seq_len={config.engine.max_seq_len}: the target was made for {target.max_positions} "
-            "positions; lower it"
+            f"engine.max_seq_len={config.engine.max_seq_len}: the target has {target.max_positions} positions; lower it"
         )
 
 
@@ -245,7 +240,7 @@ def load_tokenizer(config: AuroraConfig) -> PreTrainedTokenizerBase:
 
 
 def eos_token_ids(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer: the generation config's and the tokenizer's."""
+    """End-of-text tokens: those of the generation config and of the tokenizer."""
     generation: GenerationConfig | None = getattr(target.model, "generation_config", None)
     ids = getattr(generation, "eos_token_id", None)
     from_model = ids if isinstance(ids, list) else [ids]

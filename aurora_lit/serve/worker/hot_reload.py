@@ -1,11 +1,11 @@
-"""New drafts while serving: CURRENT is watched, what it names is loaded, checked and made ready by a thread of its own.
+"""Loads new drafts while serving: a thread watches CURRENT, and loads, checks and prepares the version that it names.
 
-The engine's thread only asks between rounds whether one is ready, which costs it an attribute. Whatever cannot be
-served is refused with its reason, and what serves goes on serving. Leaves out where versions lie (publishing.py), how a
-draft is checked (checkpoints.py, serve/speculation/drafter.py), what a swap is (serve/engine/engine.py) and when to go back
-(serve/worker/rollback.py).
+The engine's thread only polls between rounds whether a draft is ready, which costs it reading an attribute. A version
+that cannot be served is refused with a reason, and the present draft continues to serve. Leaves out where versions are
+stored (drafts/versions.py), how a draft is checked (drafts/checkpoint.py, serve/speculation/runtime_draft.py), what a
+swap does (serve/engine/engine.py) and when to roll back (serve/worker/rollback.py).
 
-Lifecycle: `first` before serving, then `start`; every round `poll`; `close` at the end.
+Lifecycle: `first` before serving, then `start`; `poll` every round; `close` at the end.
 
     reloader = HotReloader(store, load)
     ready = reloader.first()                           # the version to begin with; None: the starting draft
@@ -29,7 +29,7 @@ from aurora_lit.drafts.versions import CURRENT_NAME, DraftStore
 from aurora_lit.errors import AuroraError
 
 WATCH_S = 0.1
-"""How often the thread looks; a look is one `stat`."""
+"""How often the thread checks CURRENT, which takes one `stat`."""
 _log = logging.getLogger(__name__)
 
 
@@ -38,64 +38,64 @@ class ReadyDraft:
     """A draft that can be swapped in."""
 
     draft: Any
-    """As `load` returned it."""
+    """As returned by `load`."""
     version: str | None
     """None: the starting draft."""
     trusted: bool
-    """It was served before: its acceptance is not held against that of the version that it replaces."""
+    """It was served before, so its acceptance is not compared with that of the version it replaces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """A version that could not be served."""
+    """A version that is not served, and why."""
 
     version: str
     reason: str
 
 
 class HotReloader:
-    """Keeps what is served equal to what CURRENT names. One thread loads; `poll` and `roll_back` are for another."""
+    """Keeps the served version equal to CURRENT. One thread loads; another one calls `poll` and `roll_back`."""
 
     def __init__(self, store: DraftStore, load: Callable[[Path | None], Any]) -> None:
-        """load: reads, checks and fits the draft in a folder (None: the starting draft); any exception refuses it."""
+        """load: loads and prepares the draft of a folder (None: the starting draft); any exception refuses it."""
         self._store, self._load = store, load
         self._current_path = store.folder / CURRENT_NAME
         self._seen: tuple[int, int] | None = None
-        """Inode and time of the CURRENT that was acted on; it is replaced whole, so both change."""
+        """Inode and modification time of the last CURRENT that was read; a new file replaces it, so both change."""
         self._served: str | None = None
         self._was_served: set[str | None] = {None}
-        self._ready: deque[ReadyDraft] = deque(maxlen=1)  # a newer one takes the place of one not yet asked for
+        self._ready: deque[ReadyDraft] = deque(maxlen=1)  # a newer one replaces one that was not polled
         self._on_change: Callable[[], None] = lambda: None
-        self._orders: list[tuple[str, str]] = []
+        self._rollbacks: list[tuple[str, str]] = []
         self._wake = threading.Event()
         self._ending = False
         self._thread = threading.Thread(target=self._watch, name="draft-loader", daemon=True)
         self.refused: Refusal | None = None
-        """The last one."""
+        """The last version refused."""
         self.num_refused = 0
 
     def first(self) -> ReadyDraft | None:
-        """The version to begin with: the current one, or, when that is refused, the newest older one that is not."""
-        self._seen = self._stat()
-        self._serve(self._current(), or_older=True)
+        """The version to begin with: the current one or, if that is refused, the newest older one that is not."""
+        self._seen = self._stat_current()
+        self._prepare(self._current(), or_older=True)
         return self.poll()
 
     def start(self, *, on_change: Callable[[], None]) -> None:
-        """Begin to watch; `on_change` runs in the loader's thread when a draft is ready or has been refused."""
+        """Begin to watch. `on_change` runs in the loader's thread when a draft is ready or has been refused."""
         self._on_change = on_change
         self._thread.start()
 
     def poll(self) -> ReadyDraft | None:
-        """A draft to swap in now, handed out once."""
+        """A draft to swap in now; each is returned once."""
         return self._ready.pop() if self._ready else None
 
     def roll_back(self, *, bad: str, reason: str) -> None:
-        """Have a version retired, and what CURRENT then names made ready; does not wait."""
-        self._orders.append((bad, reason))
+        """Retire a version, then prepare the one that CURRENT names; both happen in the loader's thread."""
+        self._rollbacks.append((bad, reason))
         self._wake.set()
 
     def close(self) -> None:
-        """End the thread, after what it is loading."""
+        """End the thread, after it has finished loading."""
         self._ending = True
         self._wake.set()
         if self._thread.is_alive():
@@ -106,44 +106,46 @@ class HotReloader:
     def _watch(self) -> None:
         while not self._ending:
             try:
-                self._look()
-            except Exception:  # a full or vanished disk: what serves goes on serving, and the next look may succeed
-                _log.exception("looking for a new draft failed")
+                self._check()
+            except (
+                Exception
+            ):  # such as a full disk: the present draft continues to serve, and the next check may succeed
+                _log.exception("checking for a new draft failed")
             self._wake.wait(WATCH_S)
             self._wake.clear()
 
-    def _look(self) -> None:
-        while self._orders:
-            bad, reason = self._orders.pop(0)
+    def _check(self) -> None:
+        while self._rollbacks:
+            bad, reason = self._rollbacks.pop(0)
             try:
                 self._store.roll_back(bad=bad, reason=reason)
-            except OSError as error:  # a disk that cannot be written keeps nobody on a bad draft
-                _log.warning("the rollback of %s cannot be written down: %s", bad, error)
+            except OSError as error:  # roll back in memory even if the disk cannot be written
+                _log.warning("the rollback of %s cannot be recorded: %s", bad, error)
             if self._served == bad:
-                self._seen = self._stat()
+                self._seen = self._stat_current()
                 current = self._current()
-                self._serve(self._store.before(bad) if current == bad else current, or_older=True)
-        seen = self._stat()
+                self._prepare(self._store.version_before(bad) if current == bad else current, or_older=True)
+        seen = self._stat_current()
         if seen != self._seen:
             self._seen = seen
-            self._serve(self._current(), or_older=False)
+            self._prepare(self._current(), or_older=False)
 
-    def _serve(self, name: str | None, *, or_older: bool) -> None:
-        """Make a version ready; when it is refused, stay with what serves, or take the newest older one that fits."""
+    def _prepare(self, name: str | None, *, or_older: bool) -> None:
+        """Prepare a version. If it is refused, keep the present one or, with `or_older`, take the newest older one."""
         while name != self._served:
-            ready = self._make_ready(name)
+            ready = self._load_version(name)
             if ready is not None:
                 self._served = name
                 self._was_served.add(name)
                 self._ready.append(ready)
-                self._store.note("served", version=name or "")
+                self._store.log_event("served", version=name or "")
                 self._on_change()
                 return
             if name is None or not or_older:
                 return
-            name = self._store.before(name)
+            name = self._store.version_before(name)
 
-    def _stat(self) -> tuple[int, int] | None:
+    def _stat_current(self) -> tuple[int, int] | None:
         try:
             status = os.stat(self._current_path)
         except FileNotFoundError:
@@ -159,10 +161,10 @@ class HotReloader:
             self._refuse(CURRENT_NAME, str(error))
             return self._served
 
-    def _make_ready(self, name: str | None) -> ReadyDraft | None:
+    def _load_version(self, name: str | None) -> ReadyDraft | None:
         try:
             draft = self._load(None if name is None else self._store.folder / name)
-        except Exception as error:  # whatever is wrong with a new draft, the old one serves on
+        except Exception as error:  # whatever is wrong with a new draft, the present one continues to serve
             reason = str(error) if isinstance(error, AuroraError) else f"{type(error).__name__}: {error}"
             self._refuse(name or "the starting draft", reason)
             return None
@@ -172,5 +174,5 @@ class HotReloader:
         _log.warning("draft %s is not served: %s", version, reason)
         self.refused = Refusal(version=version, reason=reason)
         self.num_refused += 1
-        self._store.note("refused", version=version, reason=reason)
+        self._store.log_event("refused", version=version, reason=reason)
         self._on_change()

@@ -1,15 +1,16 @@
-"""Notices that a new draft accepts less than the one before it, on live traffic, soon after a swap.
+"""Detects, soon after a swap and on live traffic, that fewer tokens of the new draft are accepted than of the last one.
 
-An observation is one row's round with proposals of the draft (not of lookup, not an exploring one), as the difference
-from what the version before accepted on average of as many proposals in the same domain: the number of proposals
-changes with load and acceptance, and traffic changes its mix of labelled domains; neither is the draft's fault.
-Page–Hinkley (river) watches the differences; once it has called a drop, that drop must also show, beyond noise, in the
-mean over all rounds of the new version. A version has to stand this trial once, in its first rounds; what happens later
-is the traffic's doing. Leaves out going back (publishing.py, serve/worker/hot_reload.py) and the gate before publishing.
+An observation is one sequence's round with proposals of the draft (n-gram lookup and exploring rounds do not count). It
+is compared with the mean accepted length of the previous version for as many proposals in the same domain: the number
+of proposals changes with load and acceptance, and traffic changes its mix of domains, neither of which is due to the
+draft. A Page–Hinkley test (river) watches the differences. When it signals a drop, the mean over all rounds of the new
+version must show the drop as well, beyond noise. A version is on trial once, in its first rounds; later changes are
+due to traffic. Leaves out the rollback itself (serve/worker/hot_reload.py) and the
+gate before publishing (learn/online/gate.py).
 
     watch = RollbackWatch()
     watch.swapped(trusted=False)                                            # the trial of a new version begins
-    verdict = watch.observe(domain="code", proposed=4, accepted=0)          # None, until it is called bad: why
+    verdict = watch.observe(domain="code", proposed=4, accepted=0)          # None, or the reason for a rollback
 """
 
 from __future__ import annotations
@@ -23,26 +24,26 @@ from typing import Any
 from river.drift import PageHinkley
 
 TRIAL_ROUNDS = 2048
-"""Observations in which a new version is on trial."""
+"""Length of a trial, in observations."""
 _REMEMBERED_ROUNDS = 512
-"""Latest observations of a version that the next one is compared with."""
+"""The next version is compared with this many of the latest observations."""
 _FEWEST_EXPECTED = 32
-"""Observations of the version before from which their mean counts."""
+"""Fewest observations of the previous version for a mean to be used."""
 _FEWEST_ROUNDS = 16
-"""Observations before a version is called bad."""
+"""Fewest observations before a version can be rolled back."""
 _QUIET_ROUNDS = 256
-"""Rounds without a difference that Page–Hinkley is told before a trial."""
+"""Observations without a difference that start the Page–Hinkley test."""
 _TOLERATED_DROP_TOKENS = 0.15
-"""Accepted tokens a round that a version may lose without being called bad: the gate judges finer than traffic can."""
+"""Accepted tokens a round that a version may lose: traffic cannot resolve smaller drops, the gate can."""
 _THRESHOLD_TOKENS = 15.0
-"""Page–Hinkley's threshold: accepted tokens lost in all, beyond what is tolerated."""
+"""Threshold of the Page–Hinkley test: accepted tokens lost in total, beyond the tolerated drop."""
 _NOISE = 4.0
-"""Standard errors that the mean drop must be away from what is tolerated."""
+"""The mean drop must exceed the tolerated one by this many standard errors."""
 
 
 @dataclass(kw_only=True)
-class _Sum:
-    """Number, sum and sum of squares."""
+class _Moments:
+    """Number, sum and sum of squares of values."""
 
     number: int = 0
     total: float = 0.0
@@ -64,27 +65,27 @@ class _Sum:
 
 
 class RollbackWatch:
-    """One version's trial after another; see the file's example."""
+    """The trials of one version after another; see the file's example."""
 
     def __init__(self) -> None:
-        """Nothing is on trial before the first swap."""
+        """No trial runs before the first swap."""
         self._latest: deque[tuple[str, int, int]] = deque(maxlen=_REMEMBERED_ROUNDS)
         self._expected: dict[tuple[str, int], float] = {}
         self._on_trial = self._alarmed = False
 
     def swapped(self, *, trusted: bool) -> None:
-        """Another version proposes from now on; a trusted one (served before) is not tried again."""
+        """Another version proposes from now on. trusted: it was served before, so there is no trial."""
         expected = _means(self._latest)
-        # With too few rounds, the version before is no measure; nor is it when it was bad, and this one is back.
+        # Keep the older expectation if the last version had too few rounds, or was bad and is rolled back now.
         if expected and not trusted:
             self._expected = expected
         self._on_trial, self._alarmed = bool(self._expected) and not trusted, False
-        self._differences = _Sum()
+        self._differences = _Moments()
         self._detector = _detector()
         self._latest.clear()
 
     def observe(self, *, domain: str, proposed: int, accepted: int) -> str | None:
-        """Take in one row's round; a sentence when the version on trial is bad, which ends its trial."""
+        """Add one sequence's round. Returns the reason if the version on trial is bad, which ends its trial."""
         self._latest.append((domain, proposed, accepted))
         expected = self._expected.get((domain, proposed))
         if not self._on_trial or expected is None:
@@ -105,7 +106,7 @@ class RollbackWatch:
 
 
 def _detector() -> Any:
-    """Page–Hinkley that has already seen a while of no difference: what a drop would be from."""
+    """A Page–Hinkley test that has seen a series without differences, so that it has a baseline."""
     detector: Any = PageHinkley(
         min_instances=_FEWEST_ROUNDS, delta=_TOLERATED_DROP_TOKENS, threshold=_THRESHOLD_TOKENS, mode="down"
     )
@@ -116,9 +117,9 @@ def _detector() -> Any:
 
 
 def _means(observations: Iterable[tuple[str, int, int]]) -> dict[tuple[str, int], float]:
-    """Mean accepted tokens of the first k proposals, by domain and k, from all rounds with at least k."""
-    sums: dict[tuple[str, int], _Sum] = {}
+    """Mean accepted tokens of the first k proposals, by (domain, k), from all rounds with at least k proposals."""
+    sums: dict[tuple[str, int], _Moments] = {}
     for domain, proposed, accepted in observations:
         for count in range(1, proposed + 1):
-            sums.setdefault((domain, count), _Sum()).add(min(accepted, count))
+            sums.setdefault((domain, count), _Moments()).add(min(accepted, count))
     return {kind: each.mean for kind, each in sums.items() if each.number >= _FEWEST_EXPECTED}

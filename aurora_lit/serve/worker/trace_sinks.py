@@ -1,7 +1,7 @@
-"""Where the engine's traces go: into the ring for a learner, and onto the disk when that is asked for.
+"""Destinations of the engine's traces: the ring for a learner, and a folder on disk if trace.record names one.
 
-Neither may hold up a round. The ring never waits; the disk is a thread's, behind a short queue: what does not fit into
-the queue, or what a full disk refuses, is counted and lost.
+Neither delays a round. The ring never waits. A thread writes to disk from a short queue; a trace that does not fit into
+the queue, or that a full disk refuses, is counted and dropped.
 
     sinks = TraceSinks(ring=RingWriter.open(path, layout=LAYOUT_DIGEST), recording=TraceRecording(folder, max_bytes=n))
     recorder = TraceRecorder(sinks, ...)
@@ -21,32 +21,32 @@ from aurora_lit.traces.record import Trace, to_pieces
 
 _QUEUE_TRACES = 16
 _SHARDS_AT_LEAST = 16
-"""The log's bound is shared by so many shards or more, so that deleting one loses little."""
+"""The log's size limit is divided into at least this many shards, so that deleting the oldest loses little."""
 _SHARD_BYTES = 32 << 20
 _logger = logging.getLogger(__name__)
 
 
 class TraceRecording:
-    """A bounded trace log written by a thread; starts one at once."""
+    """A trace log of limited size, written by a thread that the constructor starts."""
 
     def __init__(self, folder: Path, *, max_bytes: int, flush_s: float = 10.0) -> None:
-        """`flush_s`: what is pending is written at least so often. Raises OSError when the folder cannot be made."""
+        """flush_s: longest time before a pending trace is written. Raises OSError if the folder cannot be made."""
         self.written = 0
-        """Traces that are on the disk."""
+        """Traces written to disk."""
         self.dropped = 0
-        """Traces that the disk had no room or no time for."""
+        """Traces dropped because the disk was full or too slow."""
         self._folder, self._flush_s = folder, flush_s
         self._shard_bytes = min(_SHARD_BYTES, max_bytes // _SHARDS_AT_LEAST)
-        # Shards are closed by their bytes, which differ much between traces of equal length.
+        # Shards are closed by bytes, not by positions: traces of equal length differ much in size.
         self._log = TraceLogWriter(folder, kind="live", shard_positions=1 << 62, max_bytes=max_bytes)
         self._pending = self._pending_bytes = 0
-        self._complained = False
+        self._has_logged_error = False
         self._queue: queue.Queue[Trace | None] = queue.Queue(_QUEUE_TRACES)
         self._thread = threading.Thread(target=self._run, name="trace-recording", daemon=True)
         self._thread.start()
 
     def put(self, trace: Trace) -> None:
-        """Keep a copy of a trace, if the disk keeps up. One caller only."""
+        """Queue a copy of a trace, or drop it if the queue is full. Not thread-safe."""
         if self._queue.full():
             self.dropped += 1
         else:
@@ -80,28 +80,28 @@ class TraceRecording:
             self.written += pending
         except OSError as error:
             self.dropped += pending
-            if not self._complained:
-                _logger.error("traces cannot be recorded in %s (%s); serving goes on without", self._folder, error)
-            self._complained = True
+            if not self._has_logged_error:
+                _logger.error("traces cannot be recorded in %s (%s); serving continues without", self._folder, error)
+            self._has_logged_error = True
 
 
 class TraceSinks:
-    """The recorder's sink: a trace goes wherever it is wanted."""
+    """The recorder's sink: passes each trace to the ring and to the recording."""
 
     def __init__(self, *, ring: RingWriter | None, recording: TraceRecording | None = None) -> None:
-        """None: not wanted there."""
+        """None: that destination is off."""
         self.ring = ring
         self.recording = recording
 
     def __call__(self, trace: Trace) -> None:
-        """Hand a trace on; never waits, and keeps nothing that lies in the trace's own memory."""
+        """Pass a trace on. Never waits, and keeps no reference to the trace's memory."""
         if self.ring is not None:
             self.ring.push(*to_pieces(trace))
         if self.recording is not None:
             self.recording.put(trace)
 
     def close(self) -> None:
-        """Write out what is pending."""
+        """Write what is pending."""
         if self.ring is not None:
             self.ring.close()
         if self.recording is not None:

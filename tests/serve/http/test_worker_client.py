@@ -1,4 +1,4 @@
-"""WorkerClient and PendingCall without a server: a silent worker, a broken queue, nothing left behind."""
+"""WorkerClient and PendingCall without a server: a silent worker, a broken queue, a damaged message, no leftovers."""
 
 import asyncio
 import time
@@ -7,17 +7,17 @@ from types import SimpleNamespace
 import pytest
 
 from aurora_lit.errors import RequestError
-from aurora_lit.ipc.engine_status import StatusBlock, WorkerState
-from aurora_lit.ipc.messages import CANCEL, EVERY_CALL, Call, Delta
+from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
+from aurora_lit.ipc.messages import CANCEL, RESPONSES_UID, Call, Delta, Failure
 from aurora_lit.request import Request, SamplingParams
-from aurora_lit.serve.http import worker_client as in_flight
-from aurora_lit.serve.http.worker_client import ClientGone, WorkerClient
+from aurora_lit.serve.http import worker_client as worker_client_module
+from aurora_lit.serve.http.worker_client import ClientDisconnected, WorkerClient
 
 CALL = Call(call_id="c", requests=(Request(request_id="c-0", prompt_ids=(1,), params=SamplingParams(max_tokens=1)),))
 
 
-class Spec:
-    """What WorkerClient needs of LitServe's spec."""
+class FakeSpec:
+    """The attributes of LitServe's spec that WorkerClient uses."""
 
     response_queue_id = 0
 
@@ -26,130 +26,149 @@ class Spec:
         self.request_queue = SimpleNamespace(put=self.sent.append)
 
 
-class Client:
-    """What PendingCall needs of a request: a connection that ends when told."""
+class FakeClient:
+    """The method of a request that PendingCall uses; the connection ends on `disconnect`."""
 
     def __init__(self):
-        self._gone = asyncio.Event()
+        self._disconnected = asyncio.Event()
 
-    def leave(self):
-        self._gone.set()
+    def disconnect(self):
+        self._disconnected.set()
 
     async def receive(self):
-        await self._gone.wait()
+        await self._disconnected.wait()
         return {"type": "http.disconnect"}
 
 
 @pytest.fixture
-def block(tmp_path):
-    block = StatusBlock.create(tmp_path / "status")
-    block.write(state=WorkerState.READY)
-    block.beat()
-    return block
+def page(tmp_path):
+    page = EngineStatusPage.create(tmp_path / "status")
+    page.write(state=WorkerState.READY)
+    page.beat()
+    return page
 
 
 @pytest.fixture
 def spec():
-    return Spec()
+    return FakeSpec()
 
 
 @pytest.fixture
-def flights(block, spec):
-    flights = WorkerClient(status=block, max_queue=2)
-    flights.connect(spec)
-    return flights
+def worker_client(page, spec):
+    worker_client = WorkerClient(status=page, max_queue=2)
+    worker_client.connect(spec)
+    return worker_client
 
 
-def deliver(spec, *deltas):
-    spec.response_buffer[EVERY_CALL].response_queue.append([(("gone", deltas), ("c", deltas)), "OK"])
+@pytest.fixture
+def short_timeouts(monkeypatch):
+    monkeypatch.setattr(worker_client_module, "_CHECK_HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(worker_client_module, "HEARTBEAT_STALE_S", 0.3)
+    monkeypatch.setattr(worker_client_module, "call_when_process_ends", lambda pid, callback: lambda: None)
 
 
-def test_a_finished_call_leaves_nothing_and_sends_no_cancel(flights, spec):
+def deliver(spec, updates):
+    """As LitServe does with a message of the worker."""
+    spec.response_buffer[RESPONSES_UID].response_queue.append([updates, "OK"])
+
+
+def sent_messages(spec):
+    return [message for _, _, _, message in spec.sent]
+
+
+def test_a_finished_call_leaves_nothing_and_sends_no_cancel(worker_client, spec):
     async def run():
         ends = []
-        flight = flights.start(CALL, Client(), on_close=ends.append)
-        deliver(spec, Delta(index=0, text="x", token_ids=(1,), finish_reason="length"))
-        assert (await flight.next())[0].text == "x"
-        flight.close()
-        flight.close()
+        pending = worker_client.start(CALL, FakeClient(), on_close=ends.append)
+        deltas = (Delta(index=0, text="x", token_ids=(1,), finish_reason="length"),)
+        deliver(spec, (("ended before", deltas), ("c", deltas)))
+        assert (await pending.next())[0].text == "x"
+        pending.close()
+        pending.close()
         assert ends == [False]
 
     asyncio.run(run())
-    assert (flights.num_calls, flights.num_sequences) == (0, 0)
-    assert spec.response_buffer.keys() <= {EVERY_CALL}
-    assert [entry[3] for entry in spec.sent] == [CALL]
+    assert (worker_client.num_calls, worker_client.num_sequences) == (0, 0)
+    assert spec.response_buffer.keys() <= {RESPONSES_UID}
+    assert sent_messages(spec) == [CALL]
 
 
-def test_a_client_that_leaves_before_the_response_starts_is_cleaned_up_too(flights, spec):
+def test_a_damaged_message_fails_every_waiting_call_and_frees_its_slots(worker_client, spec):
     async def run():
-        client = Client()
-        flight = flights.start(CALL, client, on_close=lambda failed: None)
-        client.leave()
-        with pytest.raises(ClientGone):
-            await flight.next()
+        ends = []
+        pending = worker_client.start(CALL, FakeClient(), on_close=ends.append)
+        deliver(spec, Failure(message="damaged", code="engine_error"))
+        with pytest.raises(RequestError, match="damaged"):
+            await pending.next()
+        pending.close()
+        assert ends == [True]
 
     asyncio.run(run())
-    assert (flights.num_calls, flights.num_sequences) == (0, 0)
-    assert spec.response_buffer.keys() <= {EVERY_CALL}
-    assert [entry[3] for entry in spec.sent] == [CALL, CANCEL]
+    assert sent_messages(spec) == [CALL, CANCEL], "the worker still works on the call"
 
 
-def test_a_queue_that_breaks_leaves_nothing(flights, spec):
+def test_a_client_that_leaves_before_the_response_starts_is_cleaned_up_too(worker_client, spec):
+    async def run():
+        client = FakeClient()
+        pending = worker_client.start(CALL, client, on_close=lambda failed: None)
+        client.disconnect()
+        with pytest.raises(ClientDisconnected):
+            await pending.next()
+
+    asyncio.run(run())
+    assert (worker_client.num_calls, worker_client.num_sequences) == (0, 0)
+    assert spec.response_buffer.keys() <= {RESPONSES_UID}
+    assert sent_messages(spec) == [CALL, CANCEL]
+
+
+def test_a_queue_that_breaks_leaves_nothing(worker_client, spec):
     def broken(item):
         raise BrokenPipeError
 
     async def run():
         spec.request_queue.put = broken
         with pytest.raises(BrokenPipeError):
-            flights.start(CALL, Client(), on_close=lambda failed: None)
+            worker_client.start(CALL, FakeClient(), on_close=lambda failed: None)
 
     asyncio.run(run())
-    assert (flights.num_calls, flights.num_sequences) == (0, 0)
-    assert spec.response_buffer.keys() <= {EVERY_CALL}
+    assert (worker_client.num_calls, worker_client.num_sequences) == (0, 0)
+    assert spec.response_buffer.keys() <= {RESPONSES_UID}
 
 
-def test_a_silent_worker_gives_waiting_calls_an_error(flights, block, spec, monkeypatch):
-    monkeypatch.setattr(in_flight, "_CHECK_HEARTBEAT_S", 0.01)
-    monkeypatch.setattr(in_flight, "HEARTBEAT_STALE_S", 0.3)
-    monkeypatch.setattr(in_flight, "call_when_process_ends", lambda pid, callback: lambda: None)
-
+def test_a_silent_worker_gives_waiting_calls_an_error(worker_client, page, spec, short_timeouts):
     async def run():
-        async with flights.watch_worker():
-            block.beat()
-            flight = flights.start(CALL, Client(), on_close=lambda failed: None)
+        async with worker_client.watch_worker():
+            page.beat()
+            pending = worker_client.start(CALL, FakeClient(), on_close=lambda failed: None)
             began = time.monotonic()
             with pytest.raises(RequestError) as caught:
-                await flight.next()
+                await pending.next()
             assert 0.2 < time.monotonic() - began < 5
             assert (caught.value.status, caught.value.code) == (503, "engine_dead")
-            flight.close()
-            assert [entry[3] for entry in spec.sent] == [CALL, CANCEL], "should it come back, it has nothing to do"
-            assert "no sign of life" in flights.trouble()
+            pending.close()
+            assert sent_messages(spec) == [CALL, CANCEL], "if the worker comes back, it has nothing to do"
+            assert "no sign of life" in worker_client.unavailable_reason()
             with pytest.raises(RequestError, match="cannot serve"):
-                flights.start(CALL, Client(), on_close=lambda failed: None)
-            block.beat()
-            assert flights.trouble() is None, "it is back: the server serves again"
+                worker_client.start(CALL, FakeClient(), on_close=lambda failed: None)
+            page.beat()
+            assert worker_client.unavailable_reason() is None, "the worker is back, so the server serves again"
 
     asyncio.run(run())
 
 
-def test_a_server_that_was_suspended_gives_its_worker_time_to_beat_again(flights, block, spec, monkeypatch):
-    monkeypatch.setattr(in_flight, "_CHECK_HEARTBEAT_S", 0.01)
-    monkeypatch.setattr(in_flight, "HEARTBEAT_STALE_S", 0.5)
-    monkeypatch.setattr(in_flight, "call_when_process_ends", lambda pid, callback: lambda: None)
-
+def test_a_server_that_was_suspended_gives_its_worker_time_to_beat_again(worker_client, page, spec, short_timeouts):
     async def run():
-        async with flights.watch_worker():
-            block.beat()
-            flight = flights.start(CALL, Client(), on_close=lambda failed: None)
+        async with worker_client.watch_worker():
+            page.beat()
+            pending = worker_client.start(CALL, FakeClient(), on_close=lambda failed: None)
             await asyncio.sleep(0.02)
-            time.sleep(0.8)  # all of the process stands still, as the worker does
-            assert flights.trouble() is not None
+            time.sleep(0.5)  # this process stands still, as the worker does
+            assert worker_client.unavailable_reason() is not None
             await asyncio.sleep(0.02)
-            assert flights.trouble() is None
+            assert worker_client.unavailable_reason() is None
             with pytest.raises(RequestError) as caught:  # but not for ever
-                await flight.next()
+                await pending.next()
             assert caught.value.code == "engine_dead"
-            flight.close()
+            pending.close()
 
     asyncio.run(run())

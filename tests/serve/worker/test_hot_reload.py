@@ -15,7 +15,7 @@ import torch
 
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import CheckpointError
-from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.serve.worker.hot_reload import HotReloader, ReadyDraft
 
 SHAPE: dict[str, Any] = {
@@ -68,7 +68,7 @@ def reloader(store: DraftStore, loader: Loader) -> Iterator[HotReloader]:
 
 def publish(store: DraftStore, count: int = 1) -> None:
     for _ in range(count):
-        store.publish(Draft(DraftConfig(**SHAPE)), record={})
+        store.publish(Eagle3Draft(Eagle3Config(**SHAPE)), record={})
 
 
 def soon(reading: Callable[[], Any], timeout_s: float = 10) -> Any:
@@ -162,7 +162,7 @@ def test_a_garbled_current_is_refused_and_mended_by_the_next(store, loader, relo
     os.replace(store.folder / "elsewhere", store.folder / "CURRENT")
     refused = soon(lambda: reloader.refused)
     assert refused.version == "CURRENT"
-    assert "no version" in refused.reason
+    assert "not a version" in refused.reason
     publish(store)
     assert soon(reloader.poll).version == "draft-000002"
 

@@ -20,7 +20,7 @@ from aurora_lit.drafts.checkpoint import load_draft, write_draft
 from aurora_lit.drafts.versions import DraftStore, version_name
 from aurora_lit.errors import CheckpointError
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft, DraftConfig
+from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.modules.sampling.distribution import LogitOptions
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
@@ -36,7 +36,7 @@ CAPACITY = 128
 @dataclass(frozen=True, kw_only=True)
 class World:
     target: Target
-    good: Draft
+    good: Eagle3Draft
     """Long runs of it are accepted on `requests`."""
     requests: list[Request]
     plain: dict[str, list[int]]
@@ -74,7 +74,7 @@ class Server:
     def round(self) -> None:
         self.live.before_round()
         outputs = self.engine.round()
-        self.live.after_round(outputs, domain_of=lambda _: "")
+        self.live.after_round(outputs, [""] * len(outputs))
         for output in outputs:
             self.answers.setdefault(output.request_id, []).extend(output.token_ids)
             if output.num_proposed:
@@ -287,10 +287,10 @@ def test_computing_all_again_proposes_as_if_the_new_draft_had_always_served(worl
     proposed = [
         each.propose(
             DraftInputs(slots_B=torch.tensor([row.slot for row in rows]), lengths=[row.length for row in rows]),
-            options=LogitOptions.of([request("", [1]).params] * len(rows)),
+            options=LogitOptions.from_params([request("", [1]).params] * len(rows)),
             num_steps=3,
             uniform_BK=torch.zeros(len(rows), 3),
-            go_on=lambda *_: True,
+            should_continue=lambda *_: True,
         ).token_BK
         for each in (drafter, fresh)
     ]
@@ -300,16 +300,16 @@ def test_computing_all_again_proposes_as_if_the_new_draft_had_always_served(worl
 def test_a_swap_gives_a_new_draft_its_chance_where_the_old_one_was_given_up(world: World) -> None:
     engine = make_engine(world.target, random_draft(world.target), max_batch_size=32, max_draft_tokens=3, adaptive=True)
     for rows in range(1, 33):
-        engine.policy.first_step_cost.update(rows, 1, 1.0)
-    engine.policy.mean_rate = 0.0
+        engine.planner.first_step_cost.update(rows, 1, 1.0)
+    engine.planner.mean_rate = 0.0
     engine.submit(world.requests[0])
     engine.round()
-    engine._decoding[0].rate = 0.0
-    engine.policy._last = 0
-    assert engine.policy.choose([0.0]) == 0
+    engine._decoding[0].acceptance_rate = 0.0
+    engine.planner._last = 0
+    assert engine.planner.choose([0.0]) == 0
     engine.swap_draft(copy.deepcopy(world.good), version="draft-000001")
-    assert (engine.policy.mean_rate, engine._decoding[0].rate) == (0.5, 0.5)
-    assert engine.policy._last == 3
+    assert (engine.planner.mean_rate, engine._decoding[0].acceptance_rate) == (0.5, 0.5)
+    assert engine.planner._last == 3
 
 
 class NotedEngine:
@@ -330,13 +330,13 @@ def judged(store: DraftStore, **of_output: Any) -> LiveDraft:
     live.start(on_change=lambda: None)
     output = Output(request_id="a", token_ids=(1,), num_proposed=3, num_accepted=3)
     for _ in range(100):
-        live.after_round([output], domain_of=lambda _: "")
-    draft = Draft(DraftConfig(**SMALL))
+        live.after_round([output], [""])
+    draft = Eagle3Draft(Eagle3Config(**SMALL))
     store.publish(draft, record={})
     wait(lambda: live._reloader._ready)
     live.before_round()
     for _ in range(100):
-        live.after_round([dataclasses.replace(output, num_accepted=0, **of_output)], domain_of=lambda _: "")
+        live.after_round([dataclasses.replace(output, num_accepted=0, **of_output)], [""])
     if live.num_rollbacks:
         wait(lambda: live._reloader._ready)
         live.before_round()
@@ -360,7 +360,7 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("of_output", "rollbacks"), [({}, 1), ({"looked_up": True}, 0), ({"explored": True}, 0), ({"num_proposed": 0}, 0)]
+    ("of_output", "rollbacks"), [({}, 1), ({"from_lookup": True}, 0), ({"explored": True}, 0), ({"num_proposed": 0}, 0)]
 )
 def test_only_what_the_draft_proposed_for_speed_is_held_against_it(
     of_output: dict[str, Any], rollbacks: int, store: DraftStore

@@ -1,0 +1,156 @@
+"""The HTTP application: registers every route, answers the GET routes, and watches the engine worker.
+
+Leaves out what a generation request does (serve/http/routes.py), who may call a route (serve/api.py) and the processes
+(serve/server.py).
+
+    POST /v1/chat/completions  /v1/completions      GET /v1/models  /v1/models/NAME  /v1/aurora/status  /metrics
+    GET /health  /ready                              open: these two need no API key
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
+from litserve.specs.base import LitSpec
+from transformers import PreTrainedTokenizerBase
+
+from aurora_lit.config import AuroraConfig, model_name
+from aurora_lit.errors import RequestError
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+from aurora_lit.serve.http.errors import install_error_handlers
+from aurora_lit.serve.http.metrics import CONTENT_TYPE, ServerMetrics
+from aurora_lit.serve.http.routes import GenerationRoutes
+from aurora_lit.serve.http.status import engine_json, learner_json, ranks_json, ring_counters
+from aurora_lit.serve.http.worker_client import WorkerClient
+
+
+class AuroraSpec(LitSpec):  # type: ignore[misc]
+    """Our LitSpec: all routes and the objects that they share."""
+
+    def __init__(self, config: AuroraConfig, tokenizer: PreTrainedTokenizerBase, run_folder: Path) -> None:
+        """Create the shared objects and register the routes that need the API key."""
+        super().__init__()
+        self.api_path = "/v1/chat/completions"
+        self._model, self._max_queue = model_name(config), config.server.max_queue
+        self._created, self._drain_s = int(time.time()), config.server.drain_s
+        self._needs_key = config.server.api_key is not None
+        self._status_page = EngineStatusPage.open(run_folder / STATUS_NAME)
+        self._learner_page = LearnerStatusPage.open(run_folder / LEARNER_STATUS_NAME)
+        self._ring_counters = partial(ring_counters, run_folder)
+        self._ranks_json = partial(ranks_json, run_folder)
+        self._metrics = ServerMetrics(
+            model=self._model, status=self._status_page, learner=self._learner_page, ring=self._ring_counters
+        )
+        self._worker_client = WorkerClient(status=self._status_page, max_queue=config.server.max_queue)
+        self._worker_client.connect(self)
+        generation = GenerationRoutes(
+            model=self._model,
+            tokenizer=tokenizer,
+            worker_client=self._worker_client,
+            metrics=self._metrics,
+            status=self._status_page,
+        )
+        self.add_endpoint("/v1/chat/completions", generation.chat, ["POST"])
+        self.add_endpoint("/v1/completions", generation.complete, ["POST"])
+        self.add_endpoint("/v1/models", self.models, ["GET"])
+        self.add_endpoint("/v1/models/{name:path}", self.one_model, ["GET"])
+        self.add_endpoint("/v1/aurora/status", self.status, ["GET"])
+        self.add_endpoint("/metrics", self.prometheus, ["GET"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the engine worker gets of the spec: the path, which names the request queue, and no HTTP objects."""
+        return {"api_path": self.api_path, "_max_batch_size": 1, "_server": None, "_endpoints": []}
+
+    @property
+    def stream(self) -> bool:
+        """True, so that LitServe keeps every message of a call and not only the last one."""
+        return True
+
+    def decode_request(self, request: Any, context_kwargs: Any = None) -> Any:
+        """Required by LitSpec and not called: routes and loop are our own."""
+        return request
+
+    def encode_response(self, output: Any, context_kwargs: Any = None) -> Any:
+        """Required by LitSpec and not called: routes and loop are our own."""
+        return output
+
+    def configure_app(self, app: FastAPI) -> None:
+        """Replace LitServe's open routes and error bodies with ours, and watch the worker while the app runs."""
+        replaced = {"/", "/health", "/info"}
+        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in replaced]
+        app.title, app.version, app.description = "aurora-lit", "1", "Lossless speculative decoding, OpenAI's API."
+        app.add_api_route("/health", self.health, methods=["GET"])
+        app.add_api_route("/ready", self.ready, methods=["GET"])
+        install_error_handlers(app, on_error=self._metrics.refuse, needs_key=self._needs_key)
+        litserve_lifespan = app.router.lifespan_context
+
+        @asynccontextmanager
+        async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+            async with litserve_lifespan(app), self._worker_client.watch_worker():
+                with self._worker_client.drain_on_sigterm(self._drain_s):
+                    yield
+
+        app.router.lifespan_context = lifespan
+
+    async def health(self) -> JSONResponse:
+        """Live: the engine worker runs and writes its heartbeat."""
+        reason = self._worker_client.unavailable_reason()
+        return JSONResponse({"status": reason or "ok"}, status_code=503 if reason else 200)
+
+    async def ready(self) -> JSONResponse:
+        """Ready: the model is loaded and requests are accepted."""
+        reason = self._worker_client.unavailable_reason()
+        return JSONResponse({"status": reason or "ready"}, status_code=503 if reason else 200)
+
+    async def models(self) -> JSONResponse:
+        """The list of models: the one that is served."""
+        return JSONResponse({"object": "list", "data": [self._model_card()]})
+
+    async def one_model(self, name: str) -> JSONResponse:
+        """One model by name."""
+        if name != self._model:
+            raise RequestError(
+                f"model={name!r} does not exist; this server has {self._model}",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+        return JSONResponse(self._model_card())
+
+    async def status(self) -> JSONResponse:
+        """The state of engine, ring, ranks and learner."""
+        report = engine_json(self._status_page.read(), self._ring_counters())
+        report["queue"] |= {
+            "in_flight": self._worker_client.num_sequences,
+            "calls": self._worker_client.num_calls,
+            "max_queue": self._max_queue,
+        }
+        return JSONResponse(
+            {
+                "model": self._model,
+                **report,
+                "ranks": self._ranks_json(),
+                "learner": learner_json(self._learner_page.read()),
+            }
+        )
+
+    async def prometheus(self) -> Response:
+        """Metrics in Prometheus' text format."""
+        return Response(self._metrics.render(), media_type=CONTENT_TYPE)
+
+    def _model_card(self) -> dict[str, Any]:
+        return {
+            "id": self._model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "aurora-lit",
+            "max_model_len": self._status_page.read().max_seq_len,
+        }

@@ -1,0 +1,66 @@
+"""The interface that the engine worker needs of an engine, and the parts that one worker consists of.
+
+serve/worker/build.py makes the real parts; tests bring their own engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from aurora_lit.request import Output, Request
+
+
+class EngineCounters(Protocol):
+    """Counters since the engine was built; serve/sequences/sequence.py has the real ones."""
+
+    rounds: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    drafts: int
+    proposed: int
+    accepted: int
+    accepted_by_position: list[int]
+
+
+class EngineInterface(Protocol):
+    """The methods of serve/engine/engine.py that the worker calls."""
+
+    eos_token_ids: frozenset[int]
+    max_seq_len: int
+    vocab_size: int
+    draft_version: str
+
+    @property
+    def has_work(self) -> bool: ...  # noqa: D102
+    @property
+    def num_running(self) -> int: ...  # noqa: D102
+    @property
+    def num_waiting(self) -> int: ...  # noqa: D102
+    @property
+    def stats(self) -> EngineCounters: ...  # noqa: D102
+    def submit(self, request: Request) -> None: ...  # noqa: D102
+    def cancel(self, request_id: str) -> None: ...  # noqa: D102
+    def round(self) -> list[Output]: ...  # noqa: D102
+    def swap_draft(self, draft: Any, *, version: str, recompute: bool = False) -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerParts:
+    """What an engine worker consists of."""
+
+    engine: EngineInterface
+    tokenizer: PreTrainedTokenizerBase
+    load_draft: Callable[[Path | None], Any] | None = None
+    """Loads a draft for `swap_draft` from a folder, or the starting draft for None; None: this engine has no draft."""
+    unrecorded: Callable[[], int] = lambda: 0
+    """Number of traces so far that could not be written to trace.record."""
+    before_round: Callable[[], None] = lambda: None
+    """Runs before every round: takes over what the learner asks for."""
+    close: Callable[[], None] = lambda: None
+    """Runs when the worker ends: writes what is pending, stops further ranks."""

@@ -1,0 +1,23 @@
+"""Clients are told apart without their names being known."""
+
+from __future__ import annotations
+
+from aurora_lit.serve.http.routes import ClientPseudonyms
+
+
+def test_clients_are_told_apart_by_user_then_by_address_and_their_names_say_nothing() -> None:
+    pseudonyms = ClientPseudonyms()
+    ann = pseudonyms.of(user="ann@example.org", address="10.0.0.7")
+    assert ann == pseudonyms.of(user="ann@example.org", address="10.0.0.8")
+    others = [
+        pseudonyms.of(user="bob", address="10.0.0.7"),
+        pseudonyms.of(user=None, address="10.0.0.7"),
+        pseudonyms.of(user="", address="10.0.0.8"),
+        pseudonyms.of(user="10.0.0.7", address=None),
+    ]
+    assert len({ann, *others}) == 5
+    assert pseudonyms.of(user=None, address=None) == ""
+    assert pseudonyms.of(user="\ud800", address=None)
+    assert ann != ClientPseudonyms().of(user="ann@example.org", address=None), "another server, another key"
+    assert len(ann) == 16
+    assert int(ann, 16) >= 0
