@@ -101,7 +101,7 @@ def test_learning_sees_the_targets_own_distribution(world: World) -> None:
     hidden_TH = module.unroll(batch)[0, 0]
     wanted_T = lk_loss(p_TV[:, draft.draft_token_ids], draft.compute_logits(hidden_TH).softmax(-1))
     report = module.training_step(batch)
-    counted_T = report.weight_KBT[0, 0] > 0
+    counted_T = report.mask_KBT[0, 0] > 0
     torch.testing.assert_close(report.stats.loss_N[0][counted_T], wanted_T[counted_T], atol=1e-4, rtol=0)
     trained = draft_index(p_TV.argmax(-1), draft)
     logit_T = module.logit_transform.at_tokens((batch.last_BTH[0] * module.head_VdH[trained]).sum(-1), trained)

@@ -1,7 +1,7 @@
-// Attention over a slot cache for few queries. Every output is summed in one fixed order, whatever the batch.
+// Attention over the KV cache for few queries. Every output is summed in one fixed order, whatever the batch.
 #pragma once
 
-#include "words.hpp"
+#include "vectors.hpp"
 
 namespace {
 
@@ -13,49 +13,48 @@ inline f16v load16(const float* from) { return *reinterpret_cast<const f16v*>(fr
 inline f16v load16(const uint16_t* from) { return (f16v)(widen16(from) << 16); }
 
 struct AttentionShape {
-  int64_t rows, queries, heads, kv_heads, head_dim;
-  int64_t q_row, q_head, q_token;           // strides of the query, in elements
-  int64_t k_row, k_head, k_token;           // of the new keys
-  int64_t v_row, v_head, v_token;           // of the new values
-  int64_t cache_row_k, cache_head_k;        // of the key slots [slot, head, block, dim, position of the block]
-  int64_t cache_row_v, cache_head_v;        // of the value slots [slot, head, position, dim]
+  int64_t rows, queries, heads, kv_heads, head_dim;  // rows: sequences; queries: the most positions of a sequence
+  int64_t q_row, q_head, q_token;     // strides of the query, in elements
+  int64_t k_row, k_head, k_token;     // of the new keys
+  int64_t v_row, v_head, v_token;     // of the new values
+  int64_t cache_row_k, cache_head_k;  // of the cached keys [slot, head, block, dim, position in the block]
+  int64_t cache_row_v, cache_head_v;  // of the cached values [slot, head, position, dim]
   float scale;
-  const int64_t* begins;  // [rows + 1]: where each row's queries begin, `queries` being the most a row has; or null
+  const int64_t* begins;  // [rows + 1]: index of each row's first query; or null: every row has `queries` queries
 
   int64_t queries_of(int64_t row) const { return begins ? begins[row + 1] - begins[row] : queries; }
   int64_t first_of(int64_t row) const { return begins ? begins[row] : row * queries; }
 };
 
-constexpr int KEY_BLOCK = 64;  // positions whose keys lie together, so that they are read as one stream
+constexpr int KEY_BLOCK = 64;  // positions whose keys are stored together, so that keys are read sequentially
 
-// Where the key of a position lies in its head's slot; its dims are KEY_BLOCK apart.
+// Offset of a position's key in the slot of its head; the key's dims are KEY_BLOCK apart.
 inline int64_t key_place(int64_t position, int D) {
   return position / KEY_BLOCK * KEY_BLOCK * D + position % KEY_BLOCK;
 }
 
-// Proposals that branch. They lie behind a row's start in `columns` columns, of which the pass computes the last
-// `queries`; a column follows its parent, or where that is negative what stands before the start. It attends to the
-// start's positions and its ancestors, in the order in which they would stand there without the others.
+// A tree of proposals. They are stored in `columns` columns after a row's start, and the pass computes the last
+// `queries` of them. A column follows its parent, or the last position before the start if that is negative. It attends
+// to the positions before the start and to its ancestors, in the order that they would have in the sequence.
 struct Tree {
-  const int64_t* parents;  // [rows, columns], each below its column; or null: each column follows the one before
+  const int64_t* parents;  // [rows, columns], each less than its column; or null: each column follows the one before
   int64_t columns;
 };
 
 constexpr int MAX_PATH = 32;
 
-// One query of one head: what it asks, how many positions it sees, where its answer goes, its scores. The last `steps`
-// of its positions are columns of a tree: `path`, counted from where they begin.
+// One query of one head. The last `steps` of its positions are the columns `path` of a tree, counted from the start.
 struct Query {
   const float* q;
-  int64_t length;
+  int64_t length;  // positions that the query attends to
   float* out;
   float* scores;
-  int64_t extent;  // positions to score, so that all of the path are
+  int64_t extent;  // positions to score: all up to the last column of the path
   int steps;
   int path[MAX_PATH];
 };
 
-// Columns from the one that follows the start down to `column`; returns how many.
+// The columns on the path from the start to `column`; returns how many.
 inline int path_to(const int64_t* parents, int64_t column, int* path) {
   int steps = 0;
   for (int64_t at = column; at >= 0 && steps < MAX_PATH; at = parents[at]) path[steps++] = int(at);
@@ -94,7 +93,7 @@ inline void clear(f16v (*sums)[WIDTH]) {
     for (int v = 0; v < WIDTH; ++v) sums[r][v] = f16v{};
 }
 
-// Scores of ROWS queries over the positions of their head from 0 to `positions`, whole blocks; then come the values.
+// Scores of ROWS queries over the first `positions` positions of their head (whole blocks). Values are read next.
 template <class Cache, int ROWS>
 void score_rows(const Query* rows, const Cache* keys, const Cache* values, int64_t positions, int D, float scale) {
   constexpr int WIDTH = KEY_BLOCK / 16;
@@ -118,7 +117,7 @@ void score_rows(const Query* rows, const Cache* keys, const Cache* values, int64
   }
 }
 
-// Values weighed by the scores, WIDTH vectors of a head at a time; the first `shared` positions are those of all rows.
+// Sum of values weighted by the scores, WIDTH vectors of a head at a time; all rows have the first `shared` positions.
 template <class Cache, int ROWS, int WIDTH>
 void weigh_rows(const Query* rows, const float* inverse, const Cache* values, int64_t shared, int D) {
   constexpr int AHEAD = 32;  // positions
@@ -133,9 +132,9 @@ void weigh_rows(const Query* rows, const float* inverse, const Cache* values, in
         for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].scores[p] * value[v];
     }
     for (int r = 0; r < ROWS; ++r) {
-      const int64_t together = rows[r].length - rows[r].steps;
+      const int64_t before_tree = rows[r].length - rows[r].steps;
       for (int64_t p = shared; p < rows[r].length; ++p) {
-        const int64_t at = p < together ? p : together + rows[r].path[p - together];
+        const int64_t at = p < before_tree ? p : before_tree + rows[r].path[p - before_tree];
         for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].scores[p] * load16(values + at * D + d + 16 * v);
       }
       for (int v = 0; v < WIDTH; ++v) {
@@ -146,21 +145,22 @@ void weigh_rows(const Query* rows, const float* inverse, const Cache* values, in
   }
 }
 
-// ROWS queries over the same keys and values, so that these are loaded and widened once. Every row has sums of its own,
-// added up in the order of positions, so that neither ROWS nor how many vectors go together changes a bit of it.
+// ROWS queries over the same keys and values, which are loaded and converted once. Every row has its own sums, added in
+// the order of positions, so neither ROWS nor WIDTH changes any bit.
 template <class Cache, int ROWS>
 void attend_rows(const Query* rows, const Cache* keys, const Cache* values, int D, float scale) {
   int64_t longest = 0, shared = rows[0].length;
   for (int r = 0; r < ROWS; ++r) {
-    const int64_t together = rows[r].length - rows[r].steps;
+    const int64_t before_tree = rows[r].length - rows[r].steps;
     longest = rows[r].extent > longest ? rows[r].extent : longest;
-    shared = together < shared ? together : shared;
+    shared = before_tree < shared ? before_tree : shared;
   }
   score_rows<Cache, ROWS>(rows, keys, values, whole_blocks(longest), D, scale);
   float inverse[ROWS];
   for (int r = 0; r < ROWS; ++r) {
-    float* behind = rows[r].scores + rows[r].length - rows[r].steps;
-    for (int i = 0; i < rows[r].steps; ++i) behind[i] = behind[rows[r].path[i]];  // i <= path[i], both ascend
+    float* tree_scores = rows[r].scores + rows[r].length - rows[r].steps;
+    // In place: i <= path[i], and both ascend.
+    for (int i = 0; i < rows[r].steps; ++i) tree_scores[i] = tree_scores[rows[r].path[i]];
     inverse[r] = 1.0f / exponentiate(rows[r].scores, rows[r].length, whole_blocks(rows[r].length));
   }
   if (D % 64 == 0)
@@ -170,11 +170,12 @@ void attend_rows(const Query* rows, const Cache* keys, const Cache* values, int 
 }
 
 #if defined(__AVX512F__)
-constexpr int MAX_QUERIES = 6;  // that share one reading of keys and values: their sums fill the registers
+constexpr int MAX_QUERIES = 6;  // queries that share one read of keys and values; their sums fill the registers
 #else
 constexpr int MAX_QUERIES = 3;
 #endif
 
+// `count` queries, at most ROWS.
 template <class Cache, int ROWS = MAX_QUERIES>
 void attend_queries(const Query* rows, int count, const Cache* keys, const Cache* values, int D, float scale) {
   if constexpr (ROWS > 1)
@@ -182,12 +183,12 @@ void attend_queries(const Query* rows, int count, const Cache* keys, const Cache
   attend_rows<Cache, ROWS>(rows, keys, values, D, scale);
 }
 
-// Where a row begins in a tensor of these strides; rows with queries of their own number lie one behind the other.
+// Offset of row b in a tensor with these strides; rows with different numbers of queries are concatenated.
 inline int64_t row_at(const AttentionShape& s, int64_t b, int64_t row, int64_t token) {
   return s.begins ? s.begins[b] * token : b * row;
 }
 
-// Write new keys and values of one row and key-value head, those of tokens [from, to), behind the row's start.
+// Write the new keys and values of tokens [from, to) of one row and key-value head after the row's start.
 template <class Cache>
 void write_slot(const AttentionShape& s, int64_t b, int64_t g, const float* k, const float* v, Cache* keys,
                 Cache* values, const int64_t* slots, const int64_t* starts, const Tree& tree, int64_t from,
@@ -205,13 +206,13 @@ void write_slot(const AttentionShape& s, int64_t b, int64_t g, const float* k, c
   }
 }
 
-// Attend causally over what is written: a share of a parallel region, which waits for all shares at the end.
-// Queries that share keys go together: those of a group's heads, for neighbouring tokens.
+// Causal attention over the cache, called by all threads of a parallel region; they synchronise at the end. Queries
+// that share keys are computed together: those of the heads of a group, for neighbouring tokens.
 template <class Cache>
 void attend_share(const AttentionShape& s, const float* q, const Cache* keys, const Cache* values,
                   const int64_t* slots, const int64_t* starts, const Tree& tree, float* out) {
   const int D = int(s.head_dim);
-  const int64_t before = tree.parents ? tree.columns - s.queries : 0;  // columns that earlier passes computed
+  const int64_t before = tree.parents ? tree.columns - s.queries : 0;  // columns computed by earlier passes
   const int64_t group = s.heads / s.kv_heads, most_parts = (group * s.queries + MAX_QUERIES - 1) / MAX_QUERIES;
   static thread_local Buffer<float> scores;
 #pragma omp for schedule(dynamic, 1)
@@ -238,6 +239,7 @@ void attend_share(const AttentionShape& s, const float* q, const Cache* keys, co
   }
 }
 
+// Write new keys and values, then attend, on all threads.
 template <class Cache>
 void attention(const AttentionShape& s, const float* q, const float* k, const float* v, Cache* keys, Cache* values,
                const int64_t* slots, const int64_t* starts, float* out) {
@@ -250,7 +252,7 @@ void attention(const AttentionShape& s, const float* q, const float* k, const fl
   }
 }
 
-// Copy position from[i] of slot slots[i] to position to[i], for all heads, one copy after the other.
+// Copy position from[i] of slot slots[i] to position to[i], for all heads, one copy after another.
 template <class Cache>
 void move_positions(const AttentionShape& s, Cache* keys, Cache* values, const int64_t* slots, const int64_t* from,
                     const int64_t* to, int64_t count) {

@@ -1,11 +1,13 @@
-// Whole decoder layers of the Llama family in one parallel region: norm, projections, rotary positions, attention over
-// slots, gated MLP, residuals. At few rows a model spends more time between kernels than in them; here nothing lies
-// between. The same code runs EAGLE-3's draft layer, whose input is a normed embedding beside a normed hidden state.
-// Every row is computed on its own and in one order, so this is as batch-invariant as the kernels it is made of.
+// Decoder layers of the Llama form in one parallel region: norm, projections, RoPE, attention over the KV cache, gated
+// MLP, residuals. With few rows a model spends more time between kernels than in them; one region avoids that. The same
+// code runs EAGLE-3's draft layer, whose input is a normed embedding concatenated with a normed hidden state. Every row
+// is computed independently and in one order, so this is as batch-invariant as the kernels it consists of.
+//
+// Shapes: N rows (positions of all sequences), H hidden size, D head size, M intermediate size of the MLP.
 #pragma once
 
 #include "attention.hpp"
-#include "tops.hpp"
+#include "top_k.hpp"
 
 namespace {
 
@@ -16,31 +18,31 @@ struct Matrix {
 };
 
 struct DecoderLayer {
-  const float* norm_embeds;  // or null: the input is the normed hidden state alone
+  const float* norm_embeds;  // or null: the input is only the normed hidden state
   const float* norm_attention;
   const float* norm_mlp;
   Matrix query, key, value, output, gate, up, down;
-  void* keys;  // the layer's slots
+  void* keys;  // the layer's KV cache
   void* values;
 };
 
 struct DecoderCall {
-  AttentionShape attention;  // strides of the slots; rows, queries, heads; the rest is filled in here
+  AttentionShape attention;  // set by the caller: cache strides, rows, queries, heads; decode() sets the others
   int64_t hidden, num_layers;
   const DecoderLayer* layers;
   const float* final_norm;
   float eps;
   const float* cosines;  // [positions, D]
   const float* sines;
-  int64_t max_positions;  // later positions are rotated as the last one
+  int64_t max_positions;  // later positions are rotated like the last one
   const int64_t* slots;
   const int64_t* starts;
   Tree tree;
-  const float* embeds;  // [N, H] or null
-  float* stream;        // [N, H]: in: the first layer's hidden state; out: the last layer's
-  float* normed;        // [N, H] out: the stream after the final norm
-  float* aux;           // [N, taps, H] out: the stream in front of the tapped layers, or null
-  int64_t taps[3];
+  const float* embeds;   // [N, H] or null
+  float* hidden_states;  // [N, H] in: the first layer's hidden state; out: the last layer's
+  float* normed;         // [N, H] out: the last hidden state after the final norm
+  float* aux;            // [N, 3, H] out: the hidden states before the layers aux_layer_ids; or null
+  int64_t aux_layer_ids[3];
 };
 
 // Root mean square norm of a row (Zhang & Sennrich 2019, as in Llama).
@@ -57,7 +59,7 @@ inline void rms_norm(const float* x, const float* weight, int size, float eps, f
   for (i = 0; i < size; ++i) out[i] = weight[i] * (x[i] * factor);
 }
 
-// Rotate one head in place (RoFormer, halves as in Llama).
+// Apply RoPE to one head in place (RoFormer; halves as in Llama).
 inline void rotate_head(float* x, const float* cosines, const float* sines, int D) {
   for (int i = 0; i < D / 2; ++i) {
     const float low = x[i], high = x[i + D / 2];
@@ -66,7 +68,7 @@ inline void rotate_head(float* x, const float* cosines, const float* sines, int 
   }
 }
 
-// gate <- silu(gate) * up over `size` floats (a multiple of 16 or the tail is scalar).
+// gate <- silu(gate) * up over `size` floats; those after the last full vector one by one.
 inline void gate_times_up(float* gate, const float* up, int size) {
   int i = 0;
   for (; i + 16 <= size; i += 16) {
@@ -78,26 +80,27 @@ inline void gate_times_up(float* gate, const float* up, int size) {
   for (; i < size; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
 }
 
-// How far behind its row's start query t of a tree stands.
+// Distance of query t of a tree from its row's start, in positions.
 inline int64_t depth(const Tree& tree, int64_t row, int64_t queries, int64_t t) {
   int path[MAX_PATH];
   return path_to(tree.parents + row * tree.columns, tree.columns - queries + t, path) - 1;
 }
 
-constexpr int MANY_ROWS = 12;  // from which threads share the making of a product's inputs, and then meet
-constexpr int64_t TOKENS_AT_ONCE = 32;
+// From this number of rows on, threads share the rounding of a product's inputs, and then have to synchronise.
+constexpr int MANY_ROWS = 12;
+constexpr int64_t TOKENS_AT_ONCE = 32;  // tokens of a row that one job rotates and writes to the cache
 
-template <class Kind, class Cache>
+template <class Format, class Cache>
 void decode(const DecoderCall& call) {
-  typedef Product<Kind> P;
-  typedef typename Kind::Input Input;
+  typedef Product<Format> P;
+  typedef typename Format::Input Input;
   AttentionShape s = call.attention;
   const int H = int(call.hidden), D = int(s.head_dim), rows = int(s.first_of(s.rows));
   const int q_width = int(s.heads) * D, kv_width = int(s.kv_heads) * D;
   s.q_head = s.k_head = s.v_head = D;
   s.q_token = q_width, s.k_token = s.v_token = kv_width;
   s.q_row = s.queries * s.q_token, s.k_row = s.v_row = s.queries * s.k_token;
-  int64_t widest = 0;  // of the MLP
+  int64_t widest = 0;  // output of the MLPs' gate
   for (int64_t l = 0; l < call.num_layers; ++l)
     widest = call.layers[l].gate.outputs > widest ? call.layers[l].gate.outputs : widest;
   static thread_local Buffer<float> query, key, value, attended, gate, up;
@@ -109,12 +112,12 @@ void decode(const DecoderCall& call) {
   float* g = gate.at_least(size_t(rows) * widest);
   float* u = up.at_least(size_t(rows) * widest);
   Input* inner = products.at_least(P::buffer_rows(rows) * P::padded(int(widest)));
-  int64_t wide = q_width > H ? q_width : H;  // of the other products' inputs
+  int64_t wide = q_width > H ? q_width : H;  // widest input of the other products
   for (int64_t l = 0; l < call.num_layers; ++l)
     wide = call.layers[l].query.inputs > wide ? call.layers[l].query.inputs : wide;
   const size_t input_size = P::buffer_rows(rows) * P::padded(int(wide));
-  const bool many = rows >= MANY_ROWS;
-  Input* together = many ? shared.at_least(input_size) : nullptr;
+  const bool has_many_rows = rows >= MANY_ROWS;
+  Input* shared_inputs = has_many_rows ? shared.at_least(input_size) : nullptr;
 
   const int64_t parts = (s.queries + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
 
@@ -123,20 +126,24 @@ void decode(const DecoderCall& call) {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     static thread_local Buffer<float> normed_row;
     static thread_local Buffer<Input> rounded;
-    Input* x = many ? together : rounded.at_least(input_size);
+    Input* x = has_many_rows ? shared_inputs : rounded.at_least(input_size);
     float* row = normed_row.at_least(size_t(wide));
-    // Inputs of few rows each thread makes for itself: cheaper than meeting.
+    // With few rows each thread rounds all inputs itself, which takes less time than synchronising.
     const auto each_row = [&](auto make) {
-      for (int r = many ? rows * thread / threads : 0; r < (many ? rows * (thread + 1) / threads : rows); ++r) make(r);
-      if (many) {
+      for (int r = has_many_rows ? rows * thread / threads : 0;
+           r < (has_many_rows ? rows * (thread + 1) / threads : rows); ++r)
+        make(r);
+      if (has_many_rows) {
 #pragma omp barrier
       }
     };
-    const auto share = [&](int64_t outputs, int which) { return int(num_blocks(int(outputs)) * int64_t(which) / threads); };
+    const auto share = [&](int64_t outputs, int which) {
+      return int(num_blocks(int(outputs)) * int64_t(which) / threads);
+    };
     const auto share_begins = [&](const Matrix& m, int which) {
       return static_cast<const char*>(m.weight) + share(m.outputs, which) * P::block_bytes(P::padded(int(m.inputs)));
     };
-    // This thread's blocks of a product, and on to those of the next.
+    // This thread's blocks of a product; prefetching continues with its blocks of the next product.
     const auto product = [&](const Input* x, const Matrix& m, float* y, bool add, const Matrix& next) {
       const Stream stream{share_begins(m, thread + 1), share_begins(next, thread)};
       P::blocks(x, P::padded(int(m.inputs)), rows, m.weight, int(m.outputs), stream, y, m.bias, add,
@@ -147,16 +154,16 @@ void decode(const DecoderCall& call) {
       const DecoderLayer& layer = call.layers[l];
       Cache* keys = static_cast<Cache*>(layer.keys);
       Cache* values = static_cast<Cache*>(layer.values);
-      for (int tap = 0; call.aux && tap < 3; ++tap)
-        if (call.taps[tap] == l) {
+      for (int aux = 0; call.aux && aux < 3; ++aux)
+        if (call.aux_layer_ids[aux] == l) {
 #pragma omp for schedule(static) nowait
           for (int r = 0; r < rows; ++r)
-            std::memcpy(call.aux + (ptrdiff_t(r) * 3 + tap) * H, call.stream + ptrdiff_t(r) * H, size_t(H) * 4);
+            std::memcpy(call.aux + (ptrdiff_t(r) * 3 + aux) * H, call.hidden_states + ptrdiff_t(r) * H, size_t(H) * 4);
         }
       const int width = int(layer.query.inputs);
       each_row([&](int r) {
         if (layer.norm_embeds) rms_norm(call.embeds + ptrdiff_t(r) * H, layer.norm_embeds, H, call.eps, row);
-        rms_norm(call.stream + ptrdiff_t(r) * H, layer.norm_attention, H, call.eps, row + width - H);
+        rms_norm(call.hidden_states + ptrdiff_t(r) * H, layer.norm_attention, H, call.eps, row + width - H);
         P::round_row(row, width, x, r);
       });
       product(x, layer.query, q, false, layer.key);
@@ -182,32 +189,33 @@ void decode(const DecoderCall& call) {
       each_row([&](int r) {
         P::round_row(attention_out + ptrdiff_t(r) * q_width, q_width, x, r);
       });
-      product(x, layer.output, call.stream, true, layer.gate);
+      product(x, layer.output, call.hidden_states, true, layer.gate);
 #pragma omp barrier
       each_row([&](int r) {
-        rms_norm(call.stream + ptrdiff_t(r) * H, layer.norm_mlp, H, call.eps, row);
+        rms_norm(call.hidden_states + ptrdiff_t(r) * H, layer.norm_mlp, H, call.eps, row);
         P::round_row(row, H, x, r);
       });
       product(x, layer.gate, g, false, layer.up);
       product(x, layer.up, u, false, layer.down);
       const int M = int(layer.gate.outputs);
-      const int from = share(M, thread) * BLOCK, to = share(M, thread + 1) * BLOCK < M ? share(M, thread + 1) * BLOCK : M;
+      const int from = share(M, thread) * BLOCK;
+      const int to = share(M, thread + 1) * BLOCK < M ? share(M, thread + 1) * BLOCK : M;
       for (int r = 0; r < rows; ++r)
         if (to > from) gate_times_up(g + ptrdiff_t(r) * M + from, u + ptrdiff_t(r) * M + from, to - from);
 #pragma omp barrier
 #pragma omp for schedule(static)
       for (int r = 0; r < rows; ++r) P::round_row(g + ptrdiff_t(r) * M, M, inner, r);
-      product(inner, layer.down, call.stream, true, call.layers[l + 1 < call.num_layers ? l + 1 : l].query);
+      product(inner, layer.down, call.hidden_states, true, call.layers[l + 1 < call.num_layers ? l + 1 : l].query);
 #pragma omp barrier
     }
     P::leave();
 #pragma omp for schedule(static)
     for (int r = 0; r < rows; ++r)
-      rms_norm(call.stream + ptrdiff_t(r) * H, call.final_norm, H, call.eps, call.normed + ptrdiff_t(r) * H);
+      rms_norm(call.hidden_states + ptrdiff_t(r) * H, call.final_norm, H, call.eps, call.normed + ptrdiff_t(r) * H);
   }
 }
 
-// Move positions of the call's slots in every layer: what a tree accepted, to where it belongs.
+// Copy positions of the call's slots in every layer: the accepted columns of a tree to their positions.
 template <class Cache>
 void move(const DecoderCall& call, const int64_t* from, const int64_t* to, int64_t count) {
 #pragma omp parallel for schedule(static)

@@ -1,8 +1,12 @@
-// CPU kernels: a linear layer for few or many rows, and attention over a slot cache.
+// The C interface of the CPU kernels: products with packed weights, attention over the KV cache, decoder layers, draft
+// steps and the LK loss. Compiled by kernels/build.py with -march=native, called by the other modules of kernels/.
 //
-// All are batch-invariant: every output is summed in one fixed order that does not depend on how many rows, queries
-// or requests are computed together. Speculative and plain decoding therefore give bit-equal logits, in bf16 weights
-// too. Compiled by kernels/native.py with -march=native.
+// All kernels are batch-invariant: every output is summed in one fixed order that does not depend on how many rows,
+// queries or sequences are computed together. Speculative and plain decoding therefore give bit-equal logits, with
+// quantised weights too.
+//
+// Terms: a *row* is a row of a product's input matrix, or a sequence in attention; a *block* is BLOCK (32) outputs of
+// a weight, stored together; a *format* is a type that describes how weights are stored (kernels/weight_format.py).
 
 #include "drafting.hpp"
 #include "lk_loss.hpp"
@@ -10,9 +14,10 @@
 
 extern "C" {
 
+// Number of outputs of a block.
 int aurora_block() { return BLOCK; }
 
-// weight [outputs, inputs] -> blocks of 32 outputs: [block][input][32]
+// Pack a weight [outputs, inputs] as [block][input][32 outputs].
 void aurora_pack_fp32(const float* weight, int outputs, int inputs, float* packed) {
   const int blocks = (outputs + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static)
@@ -24,6 +29,7 @@ void aurora_pack_fp32(const float* weight, int outputs, int inputs, float* packe
       }
 }
 
+// 1 if the processor and the system allow AMX tiles.
 int aurora_uses_tiles() {
 #if defined(AURORA_TILES)
   return tiles_allowed();
@@ -32,7 +38,8 @@ int aurora_uses_tiles() {
 #endif
 }
 
-// weight [outputs, inputs] -> [block][input pair][32][2]; `padded` is `inputs` rounded up to a multiple of 32
+// Pack a weight [outputs, inputs] as [block][pair of inputs][32 outputs][2]; `padded`: `inputs` rounded up to a
+// multiple of 32.
 void aurora_pack_bf16(const float* weight, int outputs, int inputs, int padded, uint16_t* packed) {
   const int blocks = (outputs + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static)
@@ -45,9 +52,10 @@ void aurora_pack_bf16(const float* weight, int outputs, int inputs, int padded, 
       }
 }
 
+// Number of inputs that share a scale in the grouped formats.
 int aurora_group() { return GROUP; }
 
-// Whether weights in groups are multiplied at full speed.
+// 1 if grouped weights are multiplied at full speed.
 int aurora_has_vnni() {
 #if defined(__AVX512VNNI__)
   return 1;
@@ -56,38 +64,39 @@ int aurora_has_vnni() {
 #endif
 }
 
-// What all kinds of weights have; slots are fp32 beside weights of fp32 and else bf16.
-// linear: y [rows, outputs] = x [rows, inputs] times packed weight, with inputs rounded as the kind has it and sums in
-// fp32. argmax: where each row of that is largest. decode: decoder layers over packed weights and slots. draft_start,
-// draft_step: the steps of a proposal.
-#define AURORA_KIND(name, Kind, Cache)                                                                                 \
+// The functions of each weight format. The KV cache is fp32 with fp32 weights and bf16 with all others.
+//   linear       y [rows, outputs] = x [rows, inputs] times the packed weight, plus bias; the format rounds the inputs
+//   argmax       index of the largest output of each row of that product
+//   decode       decoder layers over packed weights and the KV cache
+//   draft_start, draft_step    drafting (drafting.hpp)
+#define AURORA_FORMAT(name, Format, Cache)                                                                             \
   void aurora_linear_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
                             float* y, const float* bias) {                                                             \
-    multiply<Kind>(x, x_stride, rows, packed, inputs, outputs, y, bias);                                               \
+    multiply<Format>(x, x_stride, rows, packed, inputs, outputs, y, bias);                                             \
   }                                                                                                                    \
   void aurora_argmax_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
-                            int64_t* places) {                                                                         \
-    multiply_argmax<Kind>(x, x_stride, rows, packed, inputs, outputs, places);                                         \
+                            int64_t* indices) {                                                                        \
+    multiply_argmax<Format>(x, x_stride, rows, packed, inputs, outputs, indices);                                      \
   }                                                                                                                    \
-  void aurora_decode_##name(const DecoderCall* call) { decode<Kind, Cache>(*call); }                                   \
-  void aurora_draft_start_##name(const DraftCall* call, Drafting* d) { draft_start<Kind, Cache>(*call, *d); }          \
-  void aurora_draft_step_##name(const DraftCall* call, Drafting* d) { draft_step<Kind, Cache>(*call, *d); }
-AURORA_KIND(fp32, Float, float)
-AURORA_KIND(bf16, BFloat, uint16_t)
-AURORA_KIND(int8, Grouped<8>, uint16_t)
-AURORA_KIND(int4, Grouped<4>, uint16_t)
+  void aurora_decode_##name(const DecoderCall* call) { decode<Format, Cache>(*call); }                                 \
+  void aurora_draft_start_##name(const DraftCall* call, DraftState* d) { draft_start<Format, Cache>(*call, *d); }      \
+  void aurora_draft_step_##name(const DraftCall* call, DraftState* d) { draft_step<Format, Cache>(*call, *d); }
+AURORA_FORMAT(fp32, Fp32, float)
+AURORA_FORMAT(bf16, Bf16, uint16_t)
+AURORA_FORMAT(int8, Grouped<8>, uint16_t)
+AURORA_FORMAT(int4, Grouped<4>, uint16_t)
 
-#if defined(AURORA_BYTE_TILES)
-AURORA_KIND(int8_per_output, Bytes, uint16_t)
+#if defined(AURORA_INT8_TILES)
+AURORA_FORMAT(int8_per_output, Int8PerOutput, uint16_t)
 
-// argmax behind a screen; returns how many blocks of the weight were read
-#define AURORA_SCREENED(name, Kind)                                                                                    \
+// argmax that reads a coarse copy of the weight first (screen.hpp); returns how many blocks of the weight were read.
+#define AURORA_SCREENED(name, Format)                                                                                  \
   int aurora_screened_argmax_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs,        \
-                                    int outputs, int64_t* places, const Screen* screen) {                              \
-    return screened_argmax<Kind>(x, x_stride, rows, packed, *screen, inputs, outputs, places);                         \
+                                    int outputs, int64_t* indices, const Screen* screen) {                             \
+    return screened_argmax<Format>(x, x_stride, rows, packed, *screen, inputs, outputs, indices);                      \
   }
-AURORA_SCREENED(fp32, Float)
-AURORA_SCREENED(bf16, BFloat)
+AURORA_SCREENED(fp32, Fp32)
+AURORA_SCREENED(bf16, Bf16)
 AURORA_SCREENED(int8, Grouped<8>)
 AURORA_SCREENED(int4, Grouped<4>)
 #endif
@@ -102,14 +111,14 @@ void aurora_attention_bf16(const AttentionShape* shape, const float* q, const fl
   attention<uint16_t>(*shape, q, k, v, keys, values, slots, starts, out);
 }
 
-// What lies between the steps of a proposal is made and freed by the caller.
-Drafting* aurora_drafting_new() { return new Drafting; }
-void aurora_drafting_free(Drafting* drafting) { delete drafting; }
-int64_t aurora_draft_finish(const Drafting* drafting, int64_t count, int64_t* tokens, int64_t* parents) {
+// The state between draft steps; created and freed by the caller.
+DraftState* aurora_drafting_new() { return new DraftState; }
+void aurora_drafting_free(DraftState* drafting) { delete drafting; }
+int64_t aurora_draft_finish(const DraftState* drafting, int64_t count, int64_t* tokens, int64_t* parents) {
   return draft_finish(*drafting, count, tokens, parents);
 }
 
-// Keys and values of every layer from positions `from` of the call's slots to `to`.
+// Copy keys and values of every layer from positions `from` of the call's slots to positions `to`.
 void aurora_move_fp32(const DecoderCall* call, const int64_t* from, const int64_t* to, int64_t count) {
   move<float>(*call, from, to, count);
 }
@@ -117,7 +126,7 @@ void aurora_move_bf16(const DecoderCall* call, const int64_t* from, const int64_
   move<uint16_t>(*call, from, to, count);
 }
 
-// The LK loss of rows of logits; the draft's logits become their gradient.
+// The LK loss; the draft's logits are overwritten with their gradient.
 void aurora_lk_rows(const LKRows* rows) { lk_rows(*rows); }
 
 }  // extern "C"

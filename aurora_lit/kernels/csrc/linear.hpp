@@ -1,20 +1,20 @@
-// A linear layer over packed weights: vector instructions, for every processor and every kind of weight.
-// Weights lie as one sequential stream (blocks of 32 outputs, input index inside), because at one row the time of a
-// linear layer is the time to read it.
+// Linear layers over packed weights with vector instructions: for every processor, in the fp32, bf16 and grouped
+// formats. Weights are stored in the order in which they are read (blocks of 32 outputs, the input index inside),
+// because for a single row a linear layer takes as long as reading its weight.
 #pragma once
 
-#include "groups.hpp"
+#include "grouped.hpp"
 
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int MAX_ROWS = 12;  // rows that share one read of a block: their sums fill the registers
+constexpr int MAX_ROWS = 12;  // rows that share one read of a block; their sums fill the registers
 #else
 constexpr int MAX_ROWS = 6;
 #endif
 
-// What kinds of weights have in common that are read a few inputs at a time, for all of a block's outputs.
-template <class Kind>
+// For formats that are read a few inputs at a time, for all outputs of a block.
+template <class Format>
 struct Stepwise {
   static ptrdiff_t block_size(int k) { return ptrdiff_t(k) * BLOCK; }
   template <int ROWS, class Number>
@@ -22,14 +22,14 @@ struct Stepwise {
                    f16v (*total)[2]) {
     const Number* rows[ROWS];
     for (int r = 0; r < ROWS; ++r) rows[r] = x + r * x_stride;
-    for (int k = 0; k < k_padded; k += Kind::STEP) {
-      stream.ask<Kind::STEP * BLOCK * int(sizeof(Number))>(w + ptrdiff_t(k) * BLOCK);
-      Kind::step(w + ptrdiff_t(k) * BLOCK, rows, k, total, ROWS);
+    for (int k = 0; k < k_padded; k += Format::STEP) {
+      stream.ask<Format::STEP * BLOCK * int(sizeof(Number))>(w + ptrdiff_t(k) * BLOCK);
+      Format::step(w + ptrdiff_t(k) * BLOCK, rows, k, total, ROWS);
     }
   }
 };
 
-struct Float : Stepwise<Float> {  // one input index a step
+struct Fp32 : Stepwise<Fp32> {  // one input per step
   typedef float Weight;
   typedef float Input;
   static constexpr int STEP = 1;
@@ -42,7 +42,7 @@ struct Float : Stepwise<Float> {  // one input index a step
   }
 };
 
-struct BFloat : Stepwise<BFloat> {  // two input indices a step, side by side in one 32-bit lane
+struct Bf16 : Stepwise<Bf16> {  // two inputs per step, adjacent in a 32-bit lane
   typedef uint16_t Weight;
   typedef uint16_t Input;
   static constexpr int STEP = 2;
@@ -66,8 +66,8 @@ struct BFloat : Stepwise<BFloat> {  // two input indices a step, side by side in
   }
 };
 
-// One row's sums of a block into the output: set, or added to what is there (a residual stream).
-inline void put_row(const float* sums, float* row, int width, const float* bias, bool add) {
+// Store one row's sums of a block, plus bias; `add`: add them to the output instead (the residual connection).
+inline void store_row(const float* sums, float* row, int width, const float* bias, bool add) {
   const bool whole = width == BLOCK;
   for (int v = 0; whole && v < BLOCK; v += 16) {
     f16v y = *reinterpret_cast<const f16v*>(sums + v);
@@ -81,45 +81,47 @@ inline void put_row(const float* sums, float* row, int width, const float* bias,
   }
 }
 
-template <class Kind, int ROWS>
-void block_rows(const typename Kind::Weight* w, const typename Kind::Input* x, ptrdiff_t x_stride, int k_padded,
+// ROWS rows times one block.
+template <class Format, int ROWS>
+void block_rows(const typename Format::Weight* w, const typename Format::Input* x, ptrdiff_t x_stride, int k_padded,
                 const Stream& stream, float* y, ptrdiff_t y_stride, int width, const float* bias, bool add) {
   f16v acc[ROWS][2];
   for (int r = 0; r < ROWS; ++r) acc[r][0] = acc[r][1] = f16v{};
-  Kind::template sums<ROWS>(w, x, x_stride, k_padded, stream, acc);
+  Format::template sums<ROWS>(w, x, x_stride, k_padded, stream, acc);
   for (int r = 0; r < ROWS; ++r) {
     float out[BLOCK];
     std::memcpy(out, acc[r], sizeof out);
-    put_row(out, y + r * y_stride, width, bias, add);
+    store_row(out, y + r * y_stride, width, bias, add);
   }
 }
 
 inline int num_blocks(int outputs) { return (outputs + BLOCK - 1) / BLOCK; }
 
-// A block's sums for the `rows` rows that share one read of it.
-template <class Kind, int ROWS = MAX_ROWS>
-void block_of(int rows, const typename Kind::Weight* w, const typename Kind::Input* x, ptrdiff_t x_stride, int k_padded,
-              const Stream& stream, float* y, ptrdiff_t y_stride, int width, const float* bias, bool add) {
+// `rows` rows, at most ROWS, times one block, which is read once.
+template <class Format, int ROWS = MAX_ROWS>
+void block_of(int rows, const typename Format::Weight* w, const typename Format::Input* x, ptrdiff_t x_stride,
+              int k_padded, const Stream& stream, float* y, ptrdiff_t y_stride, int width, const float* bias,
+              bool add) {
   if constexpr (ROWS > 1)
     if (rows < ROWS)
-      return block_of<Kind, ROWS - 1>(rows, w, x, x_stride, k_padded, stream, y, y_stride, width, bias, add);
-  block_rows<Kind, ROWS>(w, x, x_stride, k_padded, stream, y, y_stride, width, bias, add);
+      return block_of<Format, ROWS - 1>(rows, w, x, x_stride, k_padded, stream, y, y_stride, width, bias, add);
+  block_rows<Format, ROWS>(w, x, x_stride, k_padded, stream, y, y_stride, width, bias, add);
 }
 
-// Blocks [from, to) of the outputs.
-template <class Kind>
-void linear_blocks(const typename Kind::Input* x, ptrdiff_t x_stride, int rows, const typename Kind::Weight* w,
+// `rows` rows times blocks [from, to).
+template <class Format>
+void linear_blocks(const typename Format::Input* x, ptrdiff_t x_stride, int rows, const typename Format::Weight* w,
                    int k_padded, int outputs, const Stream& stream, float* y, const float* bias, bool add, int from,
                    int to) {
   for (int b = from; b < to; ++b) {
     const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
-    const typename Kind::Weight* wb = w + Kind::block_size(k_padded) * b;
+    const typename Format::Weight* wb = w + Format::block_size(k_padded) * b;
     const float* bb = bias ? bias + first : nullptr;
     int parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int r = 0, n; r < rows; r += n, --parts) {
       n = (rows - r + parts - 1) / parts;
-      block_of<Kind>(n, wb, x + r * x_stride, x_stride, k_padded, stream, y + ptrdiff_t(r) * outputs + first, outputs,
-                     width, bb, add);
+      block_of<Format>(n, wb, x + r * x_stride, x_stride, k_padded, stream, y + ptrdiff_t(r) * outputs + first, outputs,
+                       width, bb, add);
     }
   }
 }

@@ -1,5 +1,7 @@
-// The LK acceptance loss of rows of logits, and its gradient in their place (modules/losses/lk.py has the formulas).
-// One row of a draft vocabulary fits the second-level cache, so that its four passes read memory once.
+// The LK acceptance loss and its gradient, which overwrites the draft's logits (formulas: modules/losses/lk.py). One
+// row of a draft vocabulary fits into the L2 cache, so its four passes read memory once.
+//
+// Shapes: K draft steps, C positions, D draft vocabulary.
 #pragma once
 
 #include <cmath>
@@ -22,7 +24,7 @@ inline float sum16(f16v x) {
   return total;
 }
 
-// Largest of D values and the first place it stands at.
+// The largest of D values, and the index of its first occurrence.
 inline float largest(const uint16_t* x, int D, int64_t* where) {
   f16v tops = f16v{} - 3.0e38f;
   for (int d = 0; d < D; d += 16) {
@@ -40,15 +42,15 @@ inline float largest(const uint16_t* x, int D, int64_t* where) {
 struct LKRows {
   uint16_t* draft;         // [K, C, D] in: logits; out: d loss / d logits
   const uint16_t* target;  // [C, D] logits
-  const float* target_lse; // [C]
-  const float* weight;     // [K, C]
-  const int64_t* top;      // [C] the target's first choice, or null: the largest of its logits
+  const float* target_lse; // [C] log-sum-exp of the target's logits over its whole vocabulary
+  const float* weight;     // [K, C] of each row in the loss
+  const int64_t* top;      // [C] the target's top token; or null: the largest of its logits
   int64_t K, C, D;         // D: a multiple of 16
-  float decay;
-  float* loss;             // [K, C]
-  float* alpha;            // [K, C]
-  float* kl;               // [K, C]
-  uint8_t* match;          // [K, C]
+  float decay;             // of the share of KL: exp(-decay * alpha)
+  float* loss;             // [K, C] out, weighted
+  float* alpha;            // [K, C] out: acceptance probability
+  float* kl;               // [K, C] out: KL divergence
+  uint8_t* match;          // [K, C] out: draft and target have the same top token
 };
 
 inline void lk_rows(const LKRows& s) {

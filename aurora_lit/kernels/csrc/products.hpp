@@ -1,43 +1,49 @@
-// What the kinds of weights have in common for those who multiply: rounding inputs, and a share of a product inside a
-// parallel region. bf16 goes through tiles where the processor has them.
+// Product<Format> is the common interface of all weight formats: rounding inputs, and multiplying some blocks inside a
+// parallel region. Formats use tiles if the processor has them.
 #pragma once
 
-#include "byte_tiles.hpp"
-#include "group_tiles.hpp"
+#include "int8_tiles.hpp"
+#include "grouped_tiles.hpp"
 #include "linear.hpp"
-#include "tiles.hpp"
+#include "bf16_tiles.hpp"
 
 namespace {
 
-// round_row makes row r of the inputs `x` as a kind takes them, seen says which numbers they have become.
-template <class Kind>
+// padded        number of inputs (or groups of inputs) of a stored row
+// buffer_rows   number of rows that the buffer of rounded inputs needs
+// block_bytes   size of a block of the weight
+// round_row     rounds the inputs of row r into the buffer x
+// rounded_row   the values of row r after rounding, as fp32
+// enter, leave  called by each thread of a parallel region before and after its products
+// blocks        multiplies `rows` rows by blocks [from, to)
+template <class Format>
 struct Product;
 
 template <>
-struct Product<Float> {
+struct Product<Fp32> {
   static int padded(int inputs) { return inputs; }
   static size_t buffer_rows(int rows) { return size_t(rows); }
   static ptrdiff_t block_bytes(int k) { return ptrdiff_t(k) * BLOCK * 4; }
   static void round_row(const float* from, int inputs, float* x, int r) {
     std::memcpy(x + ptrdiff_t(r) * inputs, from, size_t(inputs) * 4);
   }
-  static void seen(const float* x, int inputs, int r, float* to) {
+  static void rounded_row(const float* x, int inputs, int r, float* to) {
     std::memcpy(to, x + ptrdiff_t(r) * inputs, size_t(inputs) * 4);
   }
   static void enter(int) {}
   static void leave() {}
   static void blocks(const float* x, int k, int rows, const void* w, int outputs, const Stream& stream, float* y,
                      const float* bias, bool add, int from, int to) {
-    linear_blocks<Float>(x, k, rows, static_cast<const float*>(w), k, outputs, stream, y, bias, add, from, to);
+    linear_blocks<Fp32>(x, k, rows, static_cast<const float*>(w), k, outputs, stream, y, bias, add, from, to);
   }
 };
 
 template <>
-struct Product<BFloat> {
+struct Product<Bf16> {
   static int padded(int inputs) { return (inputs + 31) / 32 * 32; }
   static size_t buffer_rows(int rows) { return size_t((rows + 15) / 16 * 16); }
   static ptrdiff_t block_bytes(int k) { return ptrdiff_t(k) * BLOCK * 2; }
-  // For tiles each tile of inputs lies as one piece, so that the next is fetched ahead.
+  // For tiles, each tile of inputs is contiguous, so that the next one is prefetched.
   static ptrdiff_t place(int k, int r, int i) {
 #if defined(AURORA_TILES)
     if (tiles_allowed()) return tile_place(k, r, i);
@@ -58,13 +64,12 @@ struct Product<BFloat> {
       for (; i < 32; ++i) to[i] = 0;
     }
   }
-  static void seen(const uint16_t* x, int inputs, int r, float* to) {
+  static void rounded_row(const uint16_t* x, int inputs, int r, float* to) {
     for (int k = 0; k < inputs; k += 32) {
       const uint16_t* from = x + place(padded(inputs), r, k);
       for (int i = 0; i < 32 && k + i < inputs; ++i) to[k + i] = from_bf16(from[i]);
     }
   }
-  // Each thread of the region calls these two around its products.
   static void enter(int rows) {
 #if defined(AURORA_TILES)
     if (tiles_allowed()) configure_tiles(rows < TILE_ROWS ? rows : TILE_ROWS);
@@ -82,16 +87,16 @@ struct Product<BFloat> {
 #if defined(AURORA_TILES)
     if (tiles_allowed()) return linear_tiles(x, k, rows, weight, outputs, stream, y, bias, add, from, to);
 #endif
-    linear_blocks<BFloat>(x, k, rows, weight, k, outputs, stream, y, bias, add, from, to);
+    linear_blocks<Bf16>(x, k, rows, weight, k, outputs, stream, y, bias, add, from, to);
   }
 };
 
 template <int BITS>
 struct Product<Grouped<BITS>> {
-  typedef Grouped<BITS> Kind;
+  typedef Grouped<BITS> Format;
   static int padded(int inputs) { return num_groups(inputs); }
   static size_t buffer_rows(int rows) { return size_t(rows > 16 ? (rows + 15) / 16 * 16 : rows); }
-  static ptrdiff_t block_bytes(int groups) { return groups * ptrdiff_t(sizeof(typename Kind::Weight)); }
+  static ptrdiff_t block_bytes(int groups) { return groups * ptrdiff_t(sizeof(typename Format::Weight)); }
   static void round_row(const float* from, int inputs, InputGroup* x, int r) {
     InputGroup* to = x + ptrdiff_t(r) * padded(inputs);
     int k = 0;
@@ -101,63 +106,63 @@ struct Product<Grouped<BITS>> {
     std::memcpy(rest, from + k, size_t(inputs - k) * sizeof(float));
     round_group<BITS>(rest, to);
   }
-  static void seen(const InputGroup* x, int inputs, int r, float* to) {
+  static void rounded_row(const InputGroup* x, int inputs, int r, float* to) {
     const InputGroup* group = x + ptrdiff_t(r) * padded(inputs);
     for (int k = 0; k < inputs; k += GROUP, ++group)
       for (int i = 0; i < GROUP && k + i < inputs; ++i) to[k + i] = float(group->values[i]) * group->scale;
   }
   static bool on_tiles(int rows) {
-#if defined(AURORA_GROUP_TILES)
-    return rows >= GROUP_TILE_MIN_ROWS && tiles_allowed();
+#if defined(AURORA_GROUPED_TILES)
+    return rows >= GROUPED_TILES_MIN_ROWS && tiles_allowed();
 #else
     (void)rows;
     return false;
 #endif
   }
   static void enter(int rows) {
-#if defined(AURORA_GROUP_TILES)
-    if (on_tiles(rows)) configure_group_tiles<BITS>(rows < TILE_ROWS ? rows : TILE_ROWS);
+#if defined(AURORA_GROUPED_TILES)
+    if (on_tiles(rows)) configure_grouped_tiles<BITS>(rows < TILE_ROWS ? rows : TILE_ROWS);
 #endif
     (void)rows;
   }
-  static void leave() { Product<BFloat>::leave(); }
+  static void leave() { Product<Bf16>::leave(); }
   static void blocks(const InputGroup* x, int groups, int rows, const void* w, int outputs, const Stream& stream,
                      float* y, const float* bias, bool add, int from, int to) {
-    const typename Kind::Weight* weight = static_cast<const typename Kind::Weight*>(w);
-#if defined(AURORA_GROUP_TILES)
+    const typename Format::Weight* weight = static_cast<const typename Format::Weight*>(w);
+#if defined(AURORA_GROUPED_TILES)
     if (on_tiles(rows))
-      return linear_group_tiles<BITS>(x, groups, rows, weight, outputs, stream, y, bias, add, from, to);
+      return linear_grouped_tiles<BITS>(x, groups, rows, weight, outputs, stream, y, bias, add, from, to);
 #endif
-    linear_blocks<Kind>(x, groups, rows, weight, groups, outputs, stream, y, bias, add, from, to);
+    linear_blocks<Format>(x, groups, rows, weight, groups, outputs, stream, y, bias, add, from, to);
   }
 };
 
-#if defined(AURORA_BYTE_TILES)
+#if defined(AURORA_INT8_TILES)
 template <>
-struct Product<Bytes> {
-  static int padded(int inputs) { return (inputs + BYTE_GROUP - 1) / BYTE_GROUP; }
-  static size_t buffer_rows(int rows) { return Product<BFloat>::buffer_rows(rows); }
-  static ptrdiff_t block_bytes(int groups) { return byte_block(groups); }
-  static void round_row(const float* from, int inputs, ByteInputs* x, int r) {
-    round_to_bytes(from, inputs, x + ptrdiff_t(r) * padded(inputs));
+struct Product<Int8PerOutput> {
+  static int padded(int inputs) { return (inputs + INT8_GROUP - 1) / INT8_GROUP; }
+  static size_t buffer_rows(int rows) { return Product<Bf16>::buffer_rows(rows); }
+  static ptrdiff_t block_bytes(int groups) { return int8_block_bytes(groups); }
+  static void round_row(const float* from, int inputs, Int8Inputs* x, int r) {
+    round_to_int16(from, inputs, x + ptrdiff_t(r) * padded(inputs));
   }
-  static void enter(int rows) { Product<BFloat>::enter(rows); }
-  static void leave() { Product<BFloat>::leave(); }
-  static void blocks(const ByteInputs* x, int groups, int rows, const void* w, int outputs, const Stream& stream,
+  static void enter(int rows) { Product<Bf16>::enter(rows); }
+  static void leave() { Product<Bf16>::leave(); }
+  static void blocks(const Int8Inputs* x, int groups, int rows, const void* w, int outputs, const Stream& stream,
                      float* y, const float* bias, bool add, int from, int to) {
-    linear_byte_tiles(x, groups, rows, static_cast<const int8_t*>(w), outputs, stream, y, bias, add, from, to);
+    linear_int8_tiles(x, groups, rows, static_cast<const int8_t*>(w), outputs, stream, y, bias, add, from, to);
   }
 };
 #endif
 
-// y [rows, outputs] = x [rows, inputs] times a packed weight, on all threads.
-template <class Kind>
+// y [rows, outputs] = x [rows, inputs] times a packed weight, plus bias, on all threads.
+template <class Format>
 void multiply(const float* x, ptrdiff_t x_stride, int rows, const void* w, int inputs, int outputs, float* y,
               const float* bias) {
-  typedef Product<Kind> P;
+  typedef Product<Format> P;
   const int k = P::padded(inputs), blocks = num_blocks(outputs);
-  static thread_local Buffer<typename Kind::Input> rounded;
-  typename Kind::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
+  static thread_local Buffer<typename Format::Input> rounded;
+  typename Format::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
   for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to, r);
   const char* end = static_cast<const char*>(w) + blocks * P::block_bytes(k);
 #pragma omp parallel

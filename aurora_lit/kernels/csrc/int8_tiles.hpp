@@ -1,37 +1,38 @@
-// Weights of eight bits with a scale an output, on Intel's matrix tiles (AMX): the fewest instructions a weight, for
-// what need not be exact (a draft) or is looked at again (screen.hpp). Inputs have sixteen bits, a scale a row, as two signed
-// bytes; products are summed as integers, exact in any order, and turned into floats once: as batch-invariant as the
-// other kinds. row_scaled.py packs the weights.
-// Source of the instruction: Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 2, TDPBSSD.
+// The int8 format with one scale per output, on Intel's matrix tiles (AMX). It needs the fewest instructions per
+// weight, and is used where results need not be exact (a draft) or an exact computation follows (screen.hpp). Inputs
+// are rounded to 16 bits with a scale per row and split into two signed bytes. Products are summed as integers, which
+// is exact in any order, and converted to float once. So this is as batch-invariant as the other formats.
+// kernels/quantization.py packs the weights. Source of the instruction: Intel 64 and IA-32 Architectures Software
+// Developer's Manual, vol. 2, TDPBSSD.
 #pragma once
 
-#include "tiles.hpp"
+#include "bf16_tiles.hpp"
 
 #include <cmath>
 
 #if defined(__AMX_INT8__) && defined(AURORA_TILES)
-#define AURORA_BYTE_TILES 1
+#define AURORA_INT8_TILES 1
 
 namespace {
 
-constexpr int BYTE_GROUP = 64;  // inputs that one tile instruction takes
+constexpr int INT8_GROUP = 64;  // inputs that one tile instruction takes
 
-struct alignas(64) ByteInputs {  // of one row
-  int8_t high[BYTE_GROUP], low[BYTE_GROUP];  // value = 256 * high + low
+struct alignas(64) Int8Inputs {  // of one row
+  int8_t high[INT8_GROUP], low[INT8_GROUP];  // value = 256 * high + low
   float scale;                               // of the whole row
 };
 
-// A block of outputs: their scales, then group after group of inputs, [half][line][output][4 inputs].
-constexpr ptrdiff_t BYTE_STEP = ptrdiff_t(BLOCK) * BYTE_GROUP;
-inline ptrdiff_t byte_block(int groups) { return BLOCK * ptrdiff_t(sizeof(float)) + groups * BYTE_STEP; }
+// A block of outputs is stored as their scales, then for each group of inputs [half of the outputs][line][output][4].
+constexpr ptrdiff_t INT8_STEP = ptrdiff_t(BLOCK) * INT8_GROUP;
+inline ptrdiff_t int8_block_bytes(int groups) { return BLOCK * ptrdiff_t(sizeof(float)) + groups * INT8_STEP; }
 
-struct Bytes {
+struct Int8PerOutput {
   typedef int8_t Weight;
-  typedef ByteInputs Input;
+  typedef Int8Inputs Input;
 };
 
-// A row's inputs to integers. The scale is NaN where an input is not finite, and so are all sums with it.
-inline void round_to_bytes(const float* x, int inputs, ByteInputs* out) {
+// Round a row's inputs to integers. If an input is not finite, the scale is NaN, and so are all sums.
+inline void round_to_int16(const float* x, int inputs, Int8Inputs* out) {
   constexpr float LIMIT = 127 * 256 + 127;
   f16v tops = f16v{}, poison = f16v{};
   int i = 0;
@@ -47,16 +48,16 @@ inline void round_to_bytes(const float* x, int inputs, ByteInputs* out) {
   }
   const float scale = most / LIMIT + none;
   const float factor = most > 1e-30f && scale == scale ? LIMIT / most : 0.0f;
-  const int groups = (inputs + BYTE_GROUP - 1) / BYTE_GROUP;
+  const int groups = (inputs + INT8_GROUP - 1) / INT8_GROUP;
   for (int g = 0; g < groups; ++g) {
     out[g].scale = scale;
-    for (int part = 0; part < BYTE_GROUP; part += 16) {
-      const int from = g * BYTE_GROUP + part, count = inputs - from < 16 ? inputs - from : 16;
+    for (int part = 0; part < INT8_GROUP; part += 16) {
+      const int from = g * INT8_GROUP + part, count = inputs - from < 16 ? inputs - from : 16;
       f16v v = f16v{};
       if (count == 16) v = *reinterpret_cast<const f16v*>(x + from);
       for (int j = 0; count < 16 && j < count; ++j) v[j] = x[from + j];
       const f16v scaled = factor > 0.0f ? v * factor : f16v{};
-      constexpr float TO_INTEGER = 0x1.8p23f;  // added, it leaves the nearest integer in the low bits
+      constexpr float TO_INTEGER = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
       const i16v q = (i16v)(scaled + TO_INTEGER) - 0x4b400000, high = (q + 128) >> 8, low = q - (high << 8);
       _mm_storeu_si128((__m128i*)(out[g].high + part), _mm512_cvtepi32_epi8((__m512i)high));
       _mm_storeu_si128((__m128i*)(out[g].low + part), _mm512_cvtepi32_epi8((__m512i)low));
@@ -64,31 +65,31 @@ inline void round_to_bytes(const float* x, int inputs, ByteInputs* out) {
   }
 }
 
-// Tiles 0-3: sums of high and of low bytes for both halves of a block. 4, 5: high, low bytes. 6, 7: weights.
-// As wide as bf16's: configure_tiles.
-// Blocks [from, to) of the outputs; x holds whole tiles of rows where there are more than 16.
-inline void linear_byte_tiles(const ByteInputs* x, int groups, int rows, const int8_t* w, int outputs,
+// `rows` rows times blocks [from, to). With more than 16 rows, x is padded to whole tiles of rows. Tiles 0 and 1 hold
+// the sums of high bytes for the two halves of a block, 2 and 3 those of low bytes, 4 and 5 high and low bytes of
+// inputs, 6 and 7 weights; they have the shape that configure_tiles sets.
+inline void linear_int8_tiles(const Int8Inputs* x, int groups, int rows, const int8_t* w, int outputs,
                               const Stream& stream, float* y, const float* bias, bool add, int from, int to) {
-  const ptrdiff_t stride = groups * ptrdiff_t(sizeof(ByteInputs));
+  const ptrdiff_t stride = groups * ptrdiff_t(sizeof(Int8Inputs));
   alignas(64) i16v sums[4][TILE_ROWS];
   for (int b = from; b < to; ++b) {
     const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
-    const int8_t* block = w + b * byte_block(groups);
+    const int8_t* block = w + b * int8_block_bytes(groups);
     const float* scales = reinterpret_cast<const float*>(block);
     const int8_t* weights = block + BLOCK * sizeof(float);
     for (int r = 0; r < rows; r += TILE_ROWS) {
-      const ByteInputs* of_rows = x + ptrdiff_t(r) * groups;
+      const Int8Inputs* of_rows = x + ptrdiff_t(r) * groups;
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
       for (int g = 0; g < groups; ++g) {
-        const int8_t* at = weights + g * BYTE_STEP;
-        if (r == 0) stream.ask<int(BYTE_STEP)>(at);
+        const int8_t* at = weights + g * INT8_STEP;
+        if (r == 0) stream.ask<int(INT8_STEP)>(at);
         _tile_loadd(4, of_rows[g].high, stride);
         _tile_loadd(5, of_rows[g].low, stride);
         _tile_loadd(6, at, 64);
-        _tile_loadd(7, at + BYTE_STEP / 2, 64);
+        _tile_loadd(7, at + INT8_STEP / 2, 64);
         _tile_dpbssd(0, 4, 6);
         _tile_dpbssd(1, 4, 7);
         _tile_dpbssd(2, 5, 6);
@@ -108,7 +109,7 @@ inline void linear_byte_tiles(const ByteInputs* x, int groups, int rows, const i
           const f16v value = (high * 256.0f + low) * (*reinterpret_cast<const f16v*>(scales + 16 * v) * scale);
           std::memcpy(out + 16 * v, &value, sizeof value);
         }
-        put_row(out, y + ptrdiff_t(r + i) * outputs + first, width, bias ? bias + first : nullptr, add);
+        store_row(out, y + ptrdiff_t(r + i) * outputs + first, width, bias ? bias + first : nullptr, add);
       }
     }
   }

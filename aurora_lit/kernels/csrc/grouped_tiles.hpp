@@ -1,28 +1,29 @@
-// Weights of four and eight bits on Intel's matrix tiles (AMX), for more rows than the vector code is quick at. An input
-// is made of two signed bytes (INPUT_STEP), so a product is two of bytes; the sums are the same integers as those of
-// groups.hpp, added up in the same order: a row's bits do not tell which of the two made it.
-// Source of the instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 2, TDPBSUD.
+// The grouped formats on Intel's matrix tiles (AMX), faster than grouped.hpp from GROUPED_TILES_MIN_ROWS rows on. An
+// input consists of two signed bytes (INPUT_STEP), so a product is two products of bytes. The sums are the same
+// integers as in grouped.hpp, added over groups in the same order, so both give the same bits. Source of the
+// instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 2, TDPBSUD.
 #pragma once
 
-#include "groups.hpp"
-#include "tiles.hpp"
+#include "grouped.hpp"
+#include "bf16_tiles.hpp"
 
-#if defined(AURORA_GROUP_TILES)
+#if defined(AURORA_GROUPED_TILES)
 
 namespace {
 
-constexpr int GROUP_TILE_MIN_ROWS = 6;
-constexpr int BYTE_LINES = GROUP / 4;  // rows of a tile of weights: four inputs each
+constexpr int GROUPED_TILES_MIN_ROWS = 6;
+constexpr int WEIGHT_TILE_ROWS = GROUP / 4;  // rows of a tile of weights: four inputs each
 
-// Tiles 0-3: sums. 4, 5: high, low bytes of the inputs. Weights of eight bits: sums of high and of low bytes for both
-// halves of a block, weights in 6 and 7. Of four: sums for both halves, weights in 2 and 3, and times the step in 6 and 7.
+// Tiles 4 and 5 hold high and low bytes of the inputs. With 8 bits, 0 and 1 are sums of high bytes for the two halves
+// of a block, 2 and 3 sums of low bytes, 6 and 7 the weights. With 4 bits, 0 and 1 are the sums for the two halves, 2
+// and 3 the weights, 6 and 7 the weights times the step.
 template <int BITS>
-inline void configure_group_tiles(int rows) {
+inline void configure_grouped_tiles(int rows) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
     const bool inputs = tile == 4 || tile == 5, weights = tile > 5 || (BITS == 4 && (tile == 2 || tile == 3));
     config.row_bytes[tile] = inputs ? GROUP : 64;
-    config.rows[tile] = uint8_t(weights ? BYTE_LINES : rows);
+    config.rows[tile] = uint8_t(weights ? WEIGHT_TILE_ROWS : rows);
   }
   _tile_loadconfig(&config);
 }
@@ -33,9 +34,9 @@ inline void load_weights(const WeightGroup<8>& weights) {
 }
 
 inline void load_weights(const WeightGroup<4>& weights) {
-  alignas(64) u16v once[2][BYTE_LINES], times_step[2][BYTE_LINES];
+  alignas(64) u16v once[2][WEIGHT_TILE_ROWS], times_step[2][WEIGHT_TILE_ROWS];
   for (int v = 0; v < 2; ++v)
-    for (int line = 0; line < BYTE_LINES / 2; ++line) {
+    for (int line = 0; line < WEIGHT_TILE_ROWS / 2; ++line) {
       const u16v both = *reinterpret_cast<const u16v*>(weights.words[v][line]);
       once[v][2 * line] = both & 0x0f0f0f0fu;
       once[v][2 * line + 1] = (both >> 4) & 0x0f0f0f0fu;
@@ -49,7 +50,7 @@ inline void load_weights(const WeightGroup<4>& weights) {
   _tile_loadd(7, times_step[1], 64);
 }
 
-// One group's sums of up to 16 rows and a block, in tiles' rows, and what turns them into numbers.
+// One group's integer sums for up to 16 rows and one block, and the scales that convert them to floats.
 template <int BITS>
 struct GroupSums {
   static constexpr bool HAS_MIN = WeightGroup<BITS>::HAS_MIN;
@@ -98,14 +99,14 @@ struct GroupSums {
   }
 };
 
-// Blocks [from, to) of the outputs; x holds whole tiles of rows where there are more than 16.
+// `rows` rows times blocks [from, to). With more than 16 rows, x is padded to whole tiles of rows.
 template <int BITS>
-void linear_group_tiles(const InputGroup* x, int groups, int rows, const WeightGroup<BITS>* w, int outputs,
+void linear_grouped_tiles(const InputGroup* x, int groups, int rows, const WeightGroup<BITS>* w, int outputs,
                         const Stream& stream, float* y, const float* bias, bool add, int from, int to) {
   const ptrdiff_t stride = ptrdiff_t(groups) * ptrdiff_t(sizeof(InputGroup));
   static thread_local Buffer<float> buffer;
   f16v* const totals = reinterpret_cast<f16v*>(buffer.at_least(size_t(rows) * BLOCK));
-  GroupSums<BITS> both[2];  // while the tiles make one, the other is added up
+  GroupSums<BITS> both[2];  // while the tiles compute one, the other is added to the totals
   int turn = 0;
   for (int b = from; b < to; ++b) {
     const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
@@ -133,7 +134,7 @@ void linear_group_tiles(const InputGroup* x, int groups, int rows, const WeightG
     for (int r = 0; r < rows; ++r) {
       float out[BLOCK];
       std::memcpy(out, totals + r * 2, sizeof out);
-      put_row(out, y + ptrdiff_t(r) * outputs + first, width, bias ? bias + first : nullptr, add);
+      store_row(out, y + ptrdiff_t(r) * outputs + first, width, bias ? bias + first : nullptr, add);
     }
   }
 }

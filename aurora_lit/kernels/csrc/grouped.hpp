@@ -1,24 +1,23 @@
-// The linear layer with weights of four or eight bits that share a scale in groups of 32 along the inputs, as
-// llama.cpp's Q4_1 and Q8_0 do. Inputs are rounded to twelve or sixteen bits, a scale a group, which is finer than bf16
-// for what weighs in a sum. Products are summed as integers inside a group, which is exact in any order, and over groups
-// in fp32 in one order: as batch-invariant as the other kinds, with a third or half of bf16's weights to read.
-// grouped.py packs the weights.
-// Source of the formats: ggml-common.h (block_q4_1, block_q8_0); of the instruction: VPDPWSSD, Intel 64 and IA-32
-// Architectures Software Developer's Manual, vol. 2.
+// The grouped formats: weights of 4 or 8 bits with a scale for every 32 inputs, as llama.cpp's Q4_1 and Q8_0. Inputs
+// are rounded to 12 or 16 bits with a scale per group, which is finer than bf16 for the inputs that contribute most to
+// a sum. Products are summed as integers within a group, which is exact in any order, and over groups in fp32 in a
+// fixed order. So this is as batch-invariant as the other formats, and reads a third or half as many bytes as bf16.
+// kernels/quantization.py packs the weights. Source of the formats: ggml-common.h (block_q4_1, block_q8_0); of the
+// instruction: VPDPWSSD, Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 2.
 #pragma once
 
-#include "words.hpp"
+#include "vectors.hpp"
 
 #include <cmath>
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
-#define AURORA_GROUP_TILES 1  // group_tiles.hpp
+#define AURORA_GROUPED_TILES 1  // grouped_tiles.hpp
 #endif
 
 namespace {
 
 constexpr int GROUP = 32;  // inputs that share a scale
-// A rounded input splits into two signed bytes: STEP times one plus the other. Beside weights of four bits the step is
-// one by which a weight still is a byte.
+// A rounded input is split into two signed bytes: INPUT_STEP * high + low. With weights of 4 bits, a weight times the
+// step still fits into a byte.
 template <int BITS>
 constexpr int INPUT_STEP = BITS == 4 ? 16 : 256;
 template <int BITS>
@@ -26,31 +25,31 @@ constexpr float INPUT_LIMIT = 127 * INPUT_STEP<BITS> + INPUT_STEP<BITS> / 2 - 1;
 
 struct InputGroup {  // of one row
   int16_t values[GROUP];
-#if defined(AURORA_GROUP_TILES)
-  int8_t high[GROUP], low[GROUP];  // value = step * high + low, in the order in which a weight's bytes lie
+#if defined(AURORA_GROUPED_TILES)
+  int8_t high[GROUP], low[GROUP];  // value = step * high + low, in the order of a weight's bytes
 #endif
   float scale;
   int32_t sum;  // of the values
 };
 
-// One group of inputs of a block of outputs. A 32-bit lane belongs to one output and holds two neighbouring inputs in
-// its halves, as often as bits allow: inputs 2n and 2n + 1 of a vector's share in bits BITS * n of either half.
+// One group of inputs of a block of outputs. A 32-bit lane belongs to one output and holds SHARES pairs of neighbouring
+// inputs, one in each half: inputs 2n and 2n + 1 of the lane are at bit BITS * n of the two halves.
 template <int BITS>
 struct WeightGroup {
-  static constexpr bool HAS_MIN = BITS == 4;  // eight bits are symmetric around 128
+  static constexpr bool HAS_MIN = BITS == 4;  // 8-bit weights are symmetric around 128
   uint16_t scales[BLOCK];                     // fp16
   uint16_t mins[HAS_MIN ? BLOCK : 0];
   uint32_t words[BLOCK / 16][GROUP * BITS / 32][16];
 };
 
-// fp16 to fp32; exact, and finite numbers only.
+// fp16 to fp32; exact, for finite numbers only.
 inline f16v from_fp16(const uint16_t* from) {
   const u16v h = widen16(from);
   const f16v size = (f16v)((h & 0x7fffu) << 13) * 0x1p112f;
   return (f16v)((u16v)size | (h & 0x8000u) << 16);
 }
 
-// Two inputs of a row (the halves of `pair`) times those of 16 outputs, added to their sums.
+// Two inputs of a row (the halves of `pair`) times their weights for 16 outputs, added to the outputs' sums.
 inline i16v add_products(i16v sums, u16v weights, int32_t pair) {
 #if defined(__AVX512VNNI__)
   return (i16v)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(pair));
@@ -59,13 +58,13 @@ inline i16v add_products(i16v sums, u16v weights, int32_t pair) {
 #endif
 }
 
-#if defined(AURORA_GROUP_TILES)
-// Which input each byte of a weight group belongs to, once its shares are split into bytes.
+#if defined(AURORA_GROUPED_TILES)
+// The input to which each byte of a weight group belongs, after its pairs are split into bytes.
 template <int BITS>
 struct LaneOrder {
   uint16_t input[GROUP];
   constexpr LaneOrder() : input() {
-    constexpr int SPAN = 32 / BITS;  // inputs of a line
+    constexpr int SPAN = 32 / BITS;  // inputs of a line of lanes
     for (int i = 0; i < GROUP; ++i) {
       const int pair = i % SPAN / 2, half = i % 2;
       const int piece = BITS == 4 ? pair % 2 : 0, byte = BITS == 4 ? pair / 2 : pair;
@@ -77,7 +76,7 @@ template <int BITS>
 constexpr LaneOrder<BITS> LANE_ORDER;
 #endif
 
-// A group of a row's inputs to integers. The scale is NaN where an input is not finite, and so are all sums with it.
+// Round a group of a row's inputs to integers. If an input is not finite, the scale is NaN, and so are all sums.
 template <int BITS>
 inline void round_group(const float* x, InputGroup* out) {
   const f16v v[2] = {*reinterpret_cast<const f16v*>(x), *reinterpret_cast<const f16v*>(x + 16)};
@@ -86,7 +85,7 @@ inline void round_group(const float* x, InputGroup* out) {
   const float most = largest(larger), none = total(poison);
   out->scale = most / INPUT_LIMIT<BITS> + none;
   const float factor = most > 1e-30f && out->scale == out->scale ? INPUT_LIMIT<BITS> / most : 0.0f;
-  constexpr float TO_INTEGER = 0x1.8p23f;  // added, it leaves the nearest integer in the low bits
+  constexpr float TO_INTEGER = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   i16v sums = {};
   for (int i = 0; i < 2; ++i) {
     const f16v scaled = factor > 0.0f ? v[i] * factor : f16v{};
@@ -95,7 +94,7 @@ inline void round_group(const float* x, InputGroup* out) {
     narrow16(q, out->values + 16 * i);
   }
   out->sum = total(sums);
-#if defined(AURORA_GROUP_TILES)
+#if defined(AURORA_GROUPED_TILES)
   const __m512i values = _mm512_loadu_si512(out->values), order = _mm512_loadu_si512(LANE_ORDER<BITS>.input);
   constexpr int STEP = INPUT_STEP<BITS>, SHIFT = BITS == 4 ? 4 : 8;
   const __m512i high = _mm512_srai_epi16(_mm512_add_epi16(values, _mm512_set1_epi16(STEP / 2)), SHIFT);
@@ -105,7 +104,7 @@ inline void round_group(const float* x, InputGroup* out) {
 #endif
 }
 
-// One group's integer sums of 16 outputs, added to what the groups before it gave.
+// Add one group's integer sums of 16 outputs to the total of the groups before it.
 template <bool HAS_MIN>
 inline f16v add_group(f16v total, i16v dots, f16v scales, f16v mins, const InputGroup& inputs) {
   total += __builtin_convertvector(dots, f16v) * (scales * inputs.scale);
@@ -126,7 +125,7 @@ struct Grouped {
   template <int ROWS>
   static void sums(const Weight* w, const InputGroup* x, ptrdiff_t x_stride, int groups, const Stream& stream,
                    f16v (*total)[2]) {
-    constexpr int CHAINS = ROWS < 3 ? 2 : 1;  // a sum waits for itself: with few of them each is made in two parts
+    constexpr int CHAINS = ROWS < 3 ? 2 : 1;  // partial sums per output: with few rows, one would wait for its latency
     for (int group = 0; group < groups; ++group, ++w, ++x) {
       stream.ask<sizeof(Weight)>(w);
       i16v dots[CHAINS][ROWS][2] = {};
@@ -147,7 +146,8 @@ struct Grouped {
         }
       }
       for (int v = 0; v < 2; ++v) {
-        const f16v scales = from_fp16(w->scales + 16 * v), mins = Weight::HAS_MIN ? from_fp16(w->mins + 16 * v) : f16v{};
+        const f16v scales = from_fp16(w->scales + 16 * v);
+        const f16v mins = Weight::HAS_MIN ? from_fp16(w->mins + 16 * v) : f16v{};
         for (int r = 0; r < ROWS; ++r) {
           const InputGroup& inputs = x[r * x_stride];
           for (int chain = 1; chain < CHAINS; ++chain) dots[0][r][v] += dots[chain][r][v];

@@ -1,4 +1,4 @@
-// The largest outputs of a product's rows, found while they are made: nothing else of them is written out.
+// The largest outputs of each row of a product, found while they are computed; the other outputs are not stored.
 #pragma once
 
 #include <cmath>
@@ -17,29 +17,29 @@ namespace {
 
 struct Top {
   float value;
-  int64_t place;
+  int64_t index;
 };
 
-// Of equal outputs the first comes first.
+// Larger outputs first; of equal outputs the one with the smaller index.
 inline bool comes_before(const Top& a, const Top& b) {
-  return a.value > b.value || (a.value == b.value && a.place < b.place);
+  return a.value > b.value || (a.value == b.value && a.index < b.index);
 }
 
-// Take one into the `count` largest, largest first.
-inline void take(Top* tops, int count, const Top& one) {
+// Insert an output into the `count` largest, which are sorted.
+inline void insert_top(Top* tops, int count, const Top& one) {
   if (!comes_before(one, tops[count - 1])) return;
   int at = count - 1;
   for (; at > 0 && comes_before(one, tops[at - 1]); --at) tops[at] = tops[at - 1];
   tops[at] = one;
 }
 
-// The largest of a block's outputs.
+// The largest output of a block.
 inline float largest(const float* block) {
   const f16v low = *reinterpret_cast<const f16v*>(block), high = *reinterpret_cast<const f16v*>(block + 16);
   return largest(low > high ? low : high);
 }
 
-// log(sum(exp(x))) of outputs that come in blocks, by their largest so far.
+// log(sum(exp(x))) over outputs that are added block by block, relative to the largest one so far.
 struct LogSumExp {
   float most = -INFINITY;
   float sum = 0.0f;  // of exp(x - most)
@@ -49,28 +49,28 @@ struct LogSumExp {
     sum *= std::exp(most - more);
     most = more;
   }
-  void take(const float* block, int width) {
+  void add(const float* block, int width) {
     if (width == BLOCK) {
       rescale(largest(block));
       const f16v low = *reinterpret_cast<const f16v*>(block), high = *reinterpret_cast<const f16v*>(block + 16);
       sum += total(exp_vector(low - most) + exp_vector(high - most));
       return;
     }
-    for (int i = 0; i < width; ++i) take(LogSumExp{block[i], 1.0f});
+    for (int i = 0; i < width; ++i) add(LogSumExp{block[i], 1.0f});
   }
-  void take(const LogSumExp& other) {
+  void add(const LogSumExp& other) {
     rescale(other.most);
     if (other.sum > 0.0f) sum += other.sum * std::exp(other.most - most);
   }
   float value() const { return most + std::log(sum); }
 };
 
-// Some blocks of a product's outputs on all threads: `each(thread, block, y, width)` gets a block, y [rows, width].
-// `chosen`: the blocks' numbers, or null for the first `count`. The inputs are rounded.
-template <class Kind, class Each>
-void each_block(const typename Kind::Input* x, int k, int rows, const void* w, int outputs, const int* chosen,
+// Multiplies some blocks on all threads and calls `each(thread, block, y, width)` with the outputs y [rows, width] of
+// each. `chosen`: numbers of `count` blocks, or null for the first `count` blocks. x: inputs that are already rounded.
+template <class Format, class Each>
+void each_block(const typename Format::Input* x, int k, int rows, const void* w, int outputs, const int* chosen,
                 int count, Each each) {
-  typedef Product<Kind> P;
+  typedef Product<Format> P;
   const char* weight = static_cast<const char*>(w);
   const auto place = [&](int i) { return weight + (chosen ? chosen[i] : i) * P::block_bytes(k); };
 #pragma omp parallel
@@ -89,26 +89,26 @@ void each_block(const typename Kind::Input* x, int k, int rows, const void* w, i
   }
 }
 
-// Of each row the `count` largest outputs of some blocks, largest first, and where `lse` is not null the log-sum-exp of
-// all of these.
-template <class Kind>
-void top_of_blocks(const typename Kind::Input* x, int k, int rows, const void* w, int outputs, const int* chosen,
+// The `count` largest outputs of each row over some blocks, sorted; if `lse` is not null, also the log-sum-exp over all
+// outputs of these blocks.
+template <class Format>
+void top_of_blocks(const typename Format::Input* x, int k, int rows, const void* w, int outputs, const int* chosen,
                    int num_chosen, int count, Top* tops, LogSumExp* lse) {
   static thread_local Buffer<Top> all_tops;
   static thread_local Buffer<LogSumExp> all_sums;
-  // A part for each thread, put together in their order.
+  // Each thread has its own part; the parts are merged in the order of threads.
   const int most_parts = omp_get_max_threads();
   Top* parts = all_tops.at_least(size_t(most_parts) * rows * count);
   LogSumExp* sums = all_sums.at_least(size_t(most_parts) * rows);
   for (int i = 0; i < most_parts * rows * count; ++i) parts[i] = Top{-INFINITY, 0};
   for (int i = 0; i < most_parts * rows; ++i) sums[i] = LogSumExp{};
-  each_block<Kind>(x, k, rows, w, outputs, chosen, num_chosen, [=](int thread, int b, const float* y, int width) {
+  each_block<Format>(x, k, rows, w, outputs, chosen, num_chosen, [=](int thread, int b, const float* y, int width) {
     Top* own = parts + ptrdiff_t(thread) * rows * count;
     for (int r = 0; r < rows; ++r) {
       const float* row = y + ptrdiff_t(r) * width;
-      if (lse) sums[ptrdiff_t(thread) * rows + r].take(row, width);
+      if (lse) sums[ptrdiff_t(thread) * rows + r].add(row, width);
       if (width == BLOCK && !(largest(row) > own[(r + 1) * count - 1].value)) continue;
-      for (int i = 0; i < width; ++i) take(own + r * count, count, Top{row[i], b * BLOCK + i});
+      for (int i = 0; i < width; ++i) insert_top(own + r * count, count, Top{row[i], b * BLOCK + i});
     }
   });
   for (int r = 0; r < rows; ++r) {
@@ -117,32 +117,32 @@ void top_of_blocks(const typename Kind::Input* x, int k, int rows, const void* w
     if (lse) lse[r] = LogSumExp{};
     for (int part = 0; part < most_parts; ++part) {
       const Top* own = parts + (ptrdiff_t(part) * rows + r) * count;
-      for (int i = 0; i < count; ++i) take(of_row, count, own[i]);
-      if (lse) lse[r].take(sums[ptrdiff_t(part) * rows + r]);
+      for (int i = 0; i < count; ++i) insert_top(of_row, count, own[i]);
+      if (lse) lse[r].add(sums[ptrdiff_t(part) * rows + r]);
     }
   }
 }
 
-// The same of all outputs: `multiply` for those who want no more of it.
-template <class Kind>
+// The same over all outputs of a product.
+template <class Format>
 void multiply_top(const float* x, ptrdiff_t x_stride, int rows, const void* w, int inputs, int outputs, int count,
                   Top* tops, LogSumExp* lse) {
-  typedef Product<Kind> P;
+  typedef Product<Format> P;
   const int k = P::padded(inputs);
-  static thread_local Buffer<typename Kind::Input> rounded;
-  typename Kind::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
+  static thread_local Buffer<typename Format::Input> rounded;
+  typename Format::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
   for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to, r);
-  top_of_blocks<Kind>(to, k, rows, w, outputs, nullptr, num_blocks(outputs), count, tops, lse);
+  top_of_blocks<Format>(to, k, rows, w, outputs, nullptr, num_blocks(outputs), count, tops, lse);
 }
 
-// Of each row the place of the largest output.
-template <class Kind>
+// Index of each row's largest output.
+template <class Format>
 void multiply_argmax(const float* x, ptrdiff_t x_stride, int rows, const void* w, int inputs, int outputs,
-                     int64_t* places) {
+                     int64_t* indices) {
   static thread_local Buffer<Top> tops;
   Top* top = tops.at_least(size_t(rows));
-  multiply_top<Kind>(x, x_stride, rows, w, inputs, outputs, 1, top, nullptr);
-  for (int r = 0; r < rows; ++r) places[r] = top[r].place;
+  multiply_top<Format>(x, x_stride, rows, w, inputs, outputs, 1, top, nullptr);
+  for (int r = 0; r < rows; ++r) indices[r] = top[r].index;
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// The bf16 linear layer on Intel's matrix tiles (AMX): 16 rows cost what one row costs, so that checking proposals of
-// many requests is nearly free. A tile's rows never mix, and each output is summed over inputs in one order, so this
-// is as batch-invariant as the vector code; the two orders differ, so a process uses one of them throughout.
+// The bf16 format on Intel's matrix tiles (AMX): 16 rows take as long as one, so verifying the proposals of many
+// sequences adds little time. A tile's rows are independent, and each output is summed over the inputs in one order, so
+// this is as batch-invariant as the vector code. Its order differs from the vector code's, so a process uses only one.
 // Source of the instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 2, TDPBF16PS.
 #pragma once
 
@@ -16,7 +16,7 @@ namespace {
 constexpr int TILE_ROWS = 16;    // rows of one tile of inputs
 constexpr int TILE_INPUTS = 32;  // inputs that one tile instruction takes
 
-// Whether the system lets this process use tiles; asked once.
+// True if the system permits this process to use tiles; requested once.
 inline bool tiles_allowed() {
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
   static const bool allowed = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
@@ -29,14 +29,14 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Where input i of row r lies, tile after tile of its row's sixteen.
+// Offset of input i of row r: inputs are stored tile by tile for each 16 rows.
 inline ptrdiff_t tile_place(int k_padded, int r, int i) {
   constexpr int TILE = TILE_ROWS * TILE_INPUTS;
   return (ptrdiff_t(r / TILE_ROWS) * (k_padded / TILE_INPUTS) + i / TILE_INPUTS) * TILE + r % TILE_ROWS * TILE_INPUTS +
          i % TILE_INPUTS;
 }
 
-// Tiles 0-3: sums of two tiles of rows times two halves of a block. 4, 5: inputs. 6, 7: weights.
+// Tiles 0-3 hold sums of two tiles of rows times the two halves of a block, 4 and 5 inputs, 6 and 7 weights.
 inline void configure_tiles(int rows) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
@@ -46,8 +46,8 @@ inline void configure_tiles(int rows) {
   _tile_loadconfig(&config);
 }
 
-// Blocks [from, to) of the outputs; the thread's tiles are configured for min(rows, 16).
-// x: bf16 rows as tile_place has them; what lies in a last tile's further rows does not matter.
+// `rows` rows times blocks [from, to); the thread's tiles are configured for min(rows, 16) rows. x: bf16 inputs at the
+// offsets of tile_place; the unused rows of the last tile may have any contents.
 inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16_t* w, int outputs,
                          const Stream& stream, float* y, const float* bias, bool add, int from, int to) {
   const int x_bytes = TILE_INPUTS * 2, w_bytes = BLOCK * 2 * 2, sum_bytes = BLOCK * 4;
@@ -79,7 +79,7 @@ inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16
           _tile_dpbf16ps(3, 5, 7);
         }
       }
-      // Whole tiles go where they belong at once; the rest by way of `sums`.
+      // Whole tiles are stored directly to the output, the rest through `sums`.
       const int n = rows - r < 2 * TILE_ROWS ? rows - r : 2 * TILE_ROWS;
       const bool plain = width == BLOCK && !add && !bias;
       const int direct = !plain ? 0 : rows <= TILE_ROWS ? n : n / TILE_ROWS * TILE_ROWS;
@@ -99,7 +99,7 @@ inline void linear_tiles(const uint16_t* x, int k_padded, int rows, const uint16
         _tile_stored(2, sums + TILE_ROWS * BLOCK, sum_bytes);
         _tile_stored(3, sums + TILE_ROWS * BLOCK + 16, sum_bytes);
       }
-      for (int i = direct; i < n; ++i) put_row(sums + i * BLOCK, y0 + ptrdiff_t(i) * outputs, width, bb, add);
+      for (int i = direct; i < n; ++i) store_row(sums + i * BLOCK, y0 + ptrdiff_t(i) * outputs, width, bb, add);
     }
   }
 }

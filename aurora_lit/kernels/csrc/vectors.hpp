@@ -1,4 +1,5 @@
-// Vector types and bf16 conversion. Vector types are the compiler's own, so processors without AVX-512 work as well.
+// Vector types, aligned buffers, prefetching and conversion to bf16. The vector types are compiler extensions, so the
+// same code compiles for processors without AVX-512.
 #pragma once
 
 #include <cstddef>
@@ -12,13 +13,13 @@
 
 namespace {
 
-constexpr int BLOCK = 32;  // outputs of one block of packed weights: two vectors
+constexpr int BLOCK = 32;  // outputs of a block of packed weights: two vectors
 
 typedef float f16v __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u16v __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16v __attribute__((vector_size(64), aligned(4)));
 
-// A vector that begins a cache line: a row of a tile that lies across two takes twice as long.
+// Aligns to cache lines: loading a tile row that spans two lines takes twice as long.
 template <class T>
 struct LineAllocator {
   typedef T value_type;
@@ -30,6 +31,7 @@ struct LineAllocator {
   friend bool operator==(const LineAllocator&, const LineAllocator&) { return true; }
   friend bool operator!=(const LineAllocator&, const LineAllocator&) { return false; }
 };
+// Memory that is kept between calls; it grows and never shrinks.
 template <class T>
 struct Buffer : std::vector<T, LineAllocator<T>> {
   T* at_least(size_t size) {
@@ -38,7 +40,7 @@ struct Buffer : std::vector<T, LineAllocator<T>> {
   }
 };
 
-// 16 halves as the low halves of words; compilers make two vectors of it where there is one instruction.
+// Zero-extends 16 values to 32 bits. Compilers would split the generic form into two vectors, so AVX-512 has its own.
 inline u16v widen16(const uint16_t* from) {
 #if defined(__AVX512F__)
   return (u16v)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -48,19 +50,19 @@ inline u16v widen16(const uint16_t* from) {
 #endif
 }
 
-// Have `bytes` on their way into the cache.
+// Prefetch `bytes` into the cache.
 inline void prefetch(const void* from, int bytes) {
   for (int line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(from) + line);
 }
 
-// Weights are asked for before they are needed: their arithmetic leaves a processor no room to run that far ahead.
-// A thread's share of a matrix ends at `end`, and what it reads then lies at `next`.
+// Prefetches weights while they are read sequentially: between arithmetic, out-of-order execution does not reach far
+// enough ahead. A thread's share of a matrix ends at `end`; it continues reading at `next`.
 struct Stream {
   static constexpr int AHEAD = 16384;  // bytes; measured, on AMX and AVX-512
   const char* end;
   const char* next;
 
-  // Ask for what is read AHEAD of `at`, as much as is read there.
+  // Prefetch the BYTES that will be read AHEAD bytes after `at`.
   template <int BYTES>
   void ask(const void* at) const {
     const char* place = static_cast<const char*>(at) + AHEAD;
@@ -69,6 +71,7 @@ struct Stream {
   }
 };
 
+// Truncates 16 values to 16 bits.
 inline void narrow16(i16v from, int16_t* to) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)from));
@@ -77,7 +80,7 @@ inline void narrow16(i16v from, int16_t* to) {
 #endif
 }
 
-// Over the lanes of a vector; of floats in an order of its own.
+// Reductions over the lanes of a vector; the sum of floats has a fixed order, which depends on the processor.
 #if defined(__AVX512F__)
 inline float largest(f16v x) { return _mm512_reduce_max_ps((__m512)x); }
 inline float total(f16v x) { return _mm512_reduce_add_ps((__m512)x); }
@@ -96,11 +99,11 @@ inline auto total(Vector x) {
 }
 #endif
 
-// exp(x) for x <= 0, relative error below 2e-7: 2^n * polynomial (Cephes' expf).
+// exp(x) for x <= 0, relative error below 2e-7: 2^n * polynomial (from Cephes' expf).
 inline f16v exp_vector(f16v x) {
   const f16v lowest = f16v{} - 87.0f;
   x = x < lowest ? lowest : x;
-  const f16v shifter = f16v{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest whole number
+  const f16v shifter = f16v{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
   const f16v n = (x * 1.44269504088896341f + shifter) - shifter;
   const f16v r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   f16v p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -116,7 +119,7 @@ inline f16v exp_vector(f16v x) {
 inline uint16_t to_bf16(float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t((u >> 16) | 64);  // stay NaN
+  if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t((u >> 16) | 64);  // keep NaN
   return uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
