@@ -1,11 +1,11 @@
-"""How near plain decoding comes to the machine's bound: all weights are read once a token.
+"""How close plain decoding comes to the memory's bandwidth: to decode a token, every weight is read once.
 
     python benchmarks/bandwidth.py
 
-Per precision: the bytes that a pass of one token reads, how long reading as many bytes takes when nothing else is done
-(the sum of a buffer of that size, on huge pages like the weights and on all threads), and how long the pass takes, the
-head's logits included. They take turns, each after a few of its own that are not timed, as rounds follow each other in
-serving, so that the machine's caches help both alike; medians and quartiles of the share reached.
+For each precision, two things are timed in turn: a forward pass of one token, all logits included, and reading as many
+bytes without any other work (the sum of a buffer of that size, on huge pages as the weights are, with all threads).
+Each is run a few times untimed before it is timed, so that the caches help both alike. Prints medians, and the
+quartiles of reading time / pass time.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def main() -> None:
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     folder = find_target(config)
-    table = Table(title=f"a pass of one token, {torch.get_num_threads()} threads")
-    for column in ("precision", "weights, MB", "reading alone, GB/s", "the pass, ms", "share of the bound"):
+    table = Table(title=f"a forward pass of one token, {torch.get_num_threads()} threads")
+    for column in ("precision", "weights, MB", "reading alone, GB/s", "the pass, ms", "share of bandwidth"):
         table.add_column(column, justify="right")
     for precision in arguments.precisions:
         target = Target.load(folder, precision=precision)
@@ -63,21 +63,21 @@ def main() -> None:
 
 
 def weight_bytes(target: Target) -> int:
-    """Of all linear layers, the head among them; an embedding's one row is nothing beside them."""
+    """Bytes of all packed linear layers, the head included; the embedding adds one row, which is negligible."""
     packed = [module.packed for module in target.model.modules() if isinstance(module, PackedLinear)]
     return sum(weight.numel() * weight.element_size() for weight in packed)
 
 
 def one_token(target: Target) -> Callable[[], object]:
-    """Decode one token behind a context, always the same."""
-    slots = target.make_slots(num_slots=1, capacity=CONTEXT + 1)
+    """A function that decodes one token after CONTEXT tokens, always the same one."""
+    slots = target.make_kv_cache(num_slots=1, capacity=CONTEXT + 1)
     ids_11, zero = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     start = torch.full((1,), CONTEXT)
-    return lambda: target.logits(target(ids_11, slots=slots, slots_B=zero, starts_B=start)[1])
+    return lambda: target.logits(target(ids_11, kv_cache=slots, slots_B=zero, starts_B=start)[1])
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """How long it takes once it has been done a few times."""
+    """Seconds of one call, after UNTIMED untimed calls."""
     for _ in range(UNTIMED):
         action()
     started = time.perf_counter()

@@ -1,10 +1,11 @@
-"""Is greedy output the target's, token for token? Compares the engine with transformers' `generate` on real prompts.
+"""Whether greedy output equals that of transformers' `generate`, token for token, on real prompts.
 
     python benchmarks/losslessness.py --prompts FILE... --limit 34 --max-tokens 128
 
-The reference is transformers alone, fp32, one prompt at a time; it is kept in `--reference`, since it takes longest.
-Against it run: the configured draft, a random draft and no draft (k = 0), in batches of 1 and of 8. In bf16, where
-transformers rounds differently, the reference is the engine's own plain decoding. Exit code 1 if any output differs.
+The reference is transformers in fp32, one prompt at a time; it is cached in the file that --reference names, because it
+takes longest. Compared with it are the configured draft, a random draft and no draft, in batches of 1 and of 8. In
+other precisions transformers rounds differently, so the reference is the engine's own plain decoding. Exit code 1 if
+any output differs.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from transformers import AutoModelForCausalLM
 
 from aurora_lit.config import AuroraConfig, draft_folder, load_config
 from aurora_lit.drafts.checkpoint import load_draft, read_config
-from aurora_lit.learn.pretrain.label_text import encode_prompt, read_prompts
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.worker.build import eos_token_ids, find_target, load_target, load_tokenizer
 
 Outputs = list[list[int]]
@@ -55,20 +57,19 @@ def main() -> int:
         prompts += [ids for ids, _ in zip(fitting, range(arguments.limit), strict=False)]
 
     target = load_target(config)
-    ends = eos_token_ids(target, tokenizer)
+    eos_ids = eos_token_ids(target, tokenizer)
     console = Console()
 
-    def decode(draft: Draft | None, k: int, batch: int) -> Outputs:
-        engine = Engine(
-            target,
-            draft,
-            eos_token_ids=ends,
+    def decode(draft: Eagle3Draft | None, k: int, batch: int) -> Outputs:
+        options = EngineOptions(
+            eos_token_ids=eos_ids,
             max_batch_size=batch,
             max_seq_len=config.engine.max_seq_len,
             max_draft_tokens=k,
             adaptive=False,
-            lookup_tokens=config.engine.copied_tokens if k else 0,
+            lookup_tokens=config.engine.usable_lookup_tokens if k else 0,
         )
+        engine = Engine(target, draft, options)
         for number, ids in enumerate(prompts):
             params = SamplingParams(max_tokens=arguments.max_tokens, temperature=0.0)
             engine.submit(Request(request_id=str(number), prompt_ids=tuple(ids), params=params))
@@ -82,13 +83,13 @@ def main() -> int:
     if folder is None:
         parser.error("draft.checkpoint is null: name a draft to compare with")
     if config.target.precision == "fp32":
-        reference = _transformers_reference(config, prompts, ends, arguments.max_tokens, arguments.reference)
+        reference = _transformers_reference(config, prompts, eos_ids, arguments.max_tokens, arguments.reference)
     else:
         reference = decode(None, 0, 1)
     failures = 0
-    make_draft: dict[str, Callable[[], Draft | None]] = {
+    make_draft: dict[str, Callable[[], Eagle3Draft | None]] = {
         "trained": lambda: load_draft(folder, target),
-        "random": lambda: Draft(read_config(folder)),
+        "random": lambda: Eagle3Draft(read_config(folder)),
         "none": lambda: None,
     }
     for batch in arguments.batches:
@@ -105,7 +106,7 @@ def main() -> int:
 
 
 def _transformers_reference(
-    config: AuroraConfig, prompts: Outputs, ends: frozenset[int], max_tokens: int, path: Path
+    config: AuroraConfig, prompts: Outputs, eos_ids: frozenset[int], max_tokens: int, path: Path
 ) -> Outputs:
     known = json.loads(path.read_text()) if path.exists() else {}
     folder = find_target(config)
@@ -121,8 +122,8 @@ def _transformers_reference(
                     attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                     max_new_tokens=max_tokens,
                     do_sample=False,
-                    eos_token_id=sorted(ends),
-                    pad_token_id=min(ends),
+                    eos_token_id=sorted(eos_ids),
+                    pad_token_id=min(eos_ids),
                 )
             known[key] = tokens[0, len(ids) :].tolist()
             path.write_text(json.dumps(known))

@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py --prompts FILE... --requests 500 -- engine.max_seq_len=512
 
-Chats and text completions, whole, streamed, left early, refused, with several choices, log-probabilities, penalties
-and seeds, in one fixed mix. Prints each process's anonymous memory after each tenth of the requests. What is mapped
-from files is left out, the trace ring too: its size is fixed, but its pages count from their first use.
+The requests are a fixed mix of chats and text completions: whole, streamed, abandoned, refused, with several choices,
+log-probabilities, penalties and seeds. Prints each process's anonymous memory after each tenth of the requests. Pages
+mapped from files are not counted, nor is the trace ring: its size is fixed, but its pages count from their first use.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from aurora_lit.bench.online import free_port, running_server
+from aurora_lit.bench.server_process import free_port, running_server
 from aurora_lit.config import load_config
-from aurora_lit.learn.pretrain.label_text import read_prompts
+from aurora_lit.learn.pretrain.prompts import read_prompts
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
-def kinds(client: httpx.Client, max_tokens: int) -> list[Callable[[str], None]]:
-    """One function a kind of request, each given the prompt; they raise when the server does what it should not."""
+def request_kinds(client: httpx.Client, max_tokens: int) -> list[Callable[[str], None]]:
+    """A function for each kind of request: it takes the prompt and raises if the answer is not as expected."""
 
     def post(path: str, wanted: int = 200, **fields: Any) -> None:
         response = client.post(path, json={"max_tokens": max_tokens, **fields})
@@ -58,8 +58,8 @@ def kinds(client: httpx.Client, max_tokens: int) -> list[Callable[[str], None]]:
     ]
 
 
-def held_mb(server: psutil.Process) -> dict[str, float]:
-    """Megabytes of anonymous memory of each process of the server, by what it is."""
+def anonymous_memory_mb(server: psutil.Process) -> dict[str, float]:
+    """MiB of anonymous memory of each process of the server, by role and process id."""
     held = {}
     for process in [server, *server.children(recursive=True)]:
         words = " ".join(process.cmdline())
@@ -87,16 +87,18 @@ def main() -> int:
             None, [f"server.port={port}", f"checkpoint.dir={folder}", f"learn.logs={folder}", *args.overrides]
         )
         texts = [prompt.messages[0] for path in args.prompts for prompt in read_prompts(path)]
-        prompts = [text for text in texts if len(text) < config.engine.max_seq_len]  # a token is a letter or more
+        prompts = [
+            text for text in texts if len(text) < config.engine.max_seq_len
+        ]  # a token has at least one character
         readings = []
         with running_server(config, folder / "log") as url, httpx.Client(base_url=url, timeout=600) as client:
             (server,) = [child for child in psutil.Process().children() if "serve" in child.cmdline()]
-            send = kinds(client, args.max_tokens)
+            send = request_kinds(client, args.max_tokens)
             with ThreadPoolExecutor(args.concurrency) as pool:
                 for part in range(10):
                     numbers = range(part * args.requests // 10, (part + 1) * args.requests // 10)
                     list(pool.map(lambda i: send[i % len(send)](prompts[i % len(prompts)]), numbers))
-                    readings.append((numbers.stop, held_mb(server)))
+                    readings.append((numbers.stop, anonymous_memory_mb(server)))
                     held = ", ".join(f"{name}: {mb:.1f} MB" for name, mb in readings[-1][1].items())
                     print(f"{numbers.stop} requests: {held}", file=sys.stderr, flush=True)
     table = Table(title="megabytes of anonymous memory")

@@ -1,11 +1,11 @@
-"""A small Mixtral of this machine's own text, end to end: trained, saved, served, and its draft learned from traffic.
+"""A small Mixtral, end to end: trained on this machine, saved, served, and its draft trained on the traffic.
 
     python benchmarks/moe.py --out moe --train-seconds 200 --requests 240
 
-The text is the source of Python's own library, so that nothing is downloaded and the model is no noise. A byte-pair
-tokenizer and the model are made of 9 in 10 files; prompts are beginnings of lines from the rest. Then two real servers
-answer the same requests, both beginning with an untrained draft: one whose learner trains it, one that leaves it as it
-is (`aurora-lit bench online`). Prints the model's loss before and after, and accepted length over the traffic.
+The text is the source of Python's standard library, so nothing is downloaded and the model learns something real. A
+byte-pair tokenizer and the model are trained on 9 in 10 files; prompts are stretches of text from the rest. Then two
+real servers answer the same requests, both from an untrained draft: one with a learner, one without (`aurora-lit bench
+online`). Prints the model's loss before and after training, and the accepted length over the traffic.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from aurora_lit.config import load_config
 
 VOCABULARY, LENGTH, BATCH = 512, 128, 6
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-"""A model of bare text: what is asked is continued."""
+"""The chat template of a model of bare text: the prompt is continued."""
 
 
 def main(arguments: list[str]) -> None:
@@ -43,12 +43,12 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(0)
     options.out.mkdir(parents=True, exist_ok=True)
     model_folder = options.out / "model"
-    seen, kept = library()
+    training_texts, held_out_texts = standard_library()
     if not (model_folder / "config.json").exists():
-        report = train(seen, kept, model_folder, seconds=options.train_seconds)
+        report = train(training_texts, held_out_texts, model_folder, seconds=options.train_seconds)
         (options.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     print((options.out / "training.json").read_text())
-    lines = prompts(kept)
+    lines = prompts(held_out_texts)
     files = {"traffic": lines[: options.requests], "measure": lines[-options.measure_requests :]}
     for name, texts in files.items():
         rows = [{"domain": "python", "messages": [{"role": "user", "content": text}]} for text in texts]
@@ -89,24 +89,24 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def library() -> tuple[list[str], list[str]]:
-    """Python's own library, 9 in 10 files and the others; always in the same order."""
+def standard_library() -> tuple[list[str], list[str]]:
+    """The files of Python's standard library: 9 in 10 for training, the rest held out; always in the same order."""
     paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     texts = [path.read_text(encoding="utf-8", errors="ignore") for path in paths]
     return [text for i, text in enumerate(texts) if i % 10], texts[::10]
 
 
 def prompts(texts: list[str]) -> list[str]:
-    """Stretches of text that end inside a line, shuffled, none twice."""
+    """Stretches of about 200 characters that end before a space, shuffled, without duplicates."""
     found = {text[start : start + 200].rsplit(" ", 1)[0] for text in texts for start in range(0, len(text) - 200, 400)}
     ordered = sorted(found)
     random.Random(0).shuffle(ordered)
     return ordered
 
 
-def train(seen: list[str], kept: list[str], folder: Path, *, seconds: float) -> dict[str, Any]:
-    """Make tokenizer and model, save both; losses in nats a token on the files that were kept out."""
-    tokenizer = make_tokenizer(seen)
+def train(training_texts: list[str], held_out_texts: list[str], folder: Path, *, seconds: float) -> dict[str, Any]:
+    """Train tokenizer and model and save both; returns sizes, steps and held-out losses (nats per token)."""
+    tokenizer = make_tokenizer(training_texts)
     config = MixtralConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
@@ -125,7 +125,9 @@ def train(seen: list[str], kept: list[str], folder: Path, *, seconds: float) -> 
         pad_token_id=None,
     )
     model = MixtralForCausalLM(config)
-    tokens, held_out = (torch.tensor(tokenizer("\n".join(texts)).input_ids) for texts in (seen, kept))
+    tokens, held_out = (
+        torch.tensor(tokenizer("\n".join(texts)).input_ids) for texts in (training_texts, held_out_texts)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     before, started, steps, share = evaluate(model, held_out), time.monotonic(), 0, 0.0
     while share < 1:
@@ -152,7 +154,7 @@ def train(seen: list[str], kept: list[str], folder: Path, *, seconds: float) -> 
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level byte pairs."""
+    """A byte-level byte-pair tokenizer of VOCABULARY entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -166,7 +168,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def evaluate(model: MixtralForCausalLM, tokens: torch.Tensor) -> float:
-    """Mean loss over the first stretches of a text."""
+    """Mean loss over the first 32 sequences of LENGTH tokens, in nats per token."""
     batch = tokens[: 32 * LENGTH].view(32, LENGTH)
     return float(model(input_ids=batch, labels=batch).loss)
 

@@ -2,9 +2,9 @@
 
     python benchmarks/precision.py --prompts FILE... --limit 20
 
-The model reads the prompts in every precision, and each position's distribution is compared with that of fp32:
-Kullback-Leibler divergence in nats, and how often the likeliest token is the same. Passes are timed in turn, one
-request: of one token, of five (four proposals are checked), and of 128 (a prompt is read), the head's logits included.
+The model reads the prompts in every precision. The distribution at each position is compared with that of fp32: the
+Kullback-Leibler divergence in nats, and how often the likeliest token is the same. Forward passes of one sequence are
+timed in turn: of one token, of five (four proposals are verified) and of 128 (a prompt is read), logits included.
 """
 
 from __future__ import annotations
@@ -67,24 +67,26 @@ def main() -> None:
 
 
 def log_probabilities(target: Target, ids_1T: torch.Tensor) -> torch.Tensor:
-    """What the target says behind each token [T, V]."""
-    slots = target.make_slots(num_slots=1, capacity=ids_1T.shape[1])
+    """The target's log-probabilities after each token [T, V]."""
+    slots = target.make_kv_cache(num_slots=1, capacity=ids_1T.shape[1])
     zero = torch.zeros(1, dtype=torch.int64)
-    _, last_1TH = target(ids_1T, slots=slots, slots_B=zero, starts_B=zero)
+    _, last_1TH = target(ids_1T, kv_cache=slots, slots_B=zero, starts_B=zero)
     return target.logits(last_1TH)[0].log_softmax(-1)
 
 
 def time_passes(targets: dict[str, Target], *, repeats: int) -> dict[str, dict[int, list[float]]]:
-    """Seconds of passes by precision and width, behind a context; precisions take turns."""
+    """Seconds of forward passes after CONTEXT tokens, by precision and query length; the precisions take turns."""
     seconds: dict[str, dict[int, list[float]]] = {name: {width: [] for width in WIDTHS} for name in targets}
-    slots = {name: target.make_slots(num_slots=1, capacity=CONTEXT + max(WIDTHS)) for name, target in targets.items()}
+    slots = {
+        name: target.make_kv_cache(num_slots=1, capacity=CONTEXT + max(WIDTHS)) for name, target in targets.items()
+    }
     zero, start = torch.zeros(1, dtype=torch.int64), torch.full((1,), CONTEXT)
     for width in WIDTHS:
         ids_1T = torch.arange(width)[None]
         for _ in range(repeats):
             for name, target in targets.items():
                 started = time.perf_counter()
-                _, last_1TH = target(ids_1T, slots=slots[name], slots_B=zero, starts_B=start)
+                _, last_1TH = target(ids_1T, kv_cache=slots[name], slots_B=zero, starts_B=start)
                 target.logits(last_1TH[:, -5:])
                 seconds[name][width].append(time.perf_counter() - started)
     return seconds

@@ -1,11 +1,12 @@
-"""Does a sharded target say what a whole one says, how fast is it, and how much does each process hold?
+"""Whether a sharded target gives the unsharded target's answers, how fast it is, and what memory it needs.
 
     python benchmarks/sharding.py --prompts FILE... --limit 20 -- target.precision=fp32
 
-Answers the prompts greedily with the target whole, then with each strategy in `--processes` processes, as a server's
-workers would; every engine runs in processes of its own. Prints equal answers, rounds a second (of those that read no
-prompt; with engine.adaptive=false they are the same rounds for all), and memory a process: weights, all that came with
-loading (slots and the kernels' copies too), and its highest point. Exit code 1 if any answer differs.
+Answers the prompts greedily with the unsharded target, then with each strategy in as many processes as --processes
+says, as a server's workers would; every engine runs in processes of its own. Prints the number of equal answers, rounds
+per second (without rounds that read a prompt; with engine.adaptive=false the rounds are the same for all), and the
+memory of each process: weights, everything that came with loading (slots and the kernels' copies included), and the
+peak. Exit code 1 if any answer differs.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from torch.distributed.tensor import DTensor
 
 from aurora_lit.bench.prompts import params_for
 from aurora_lit.config import AuroraConfig, load_config
-from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.kernels import native
-from aurora_lit.learn.pretrain.label_text import encode_prompt, read_prompts
+from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.models.target import Target
 from aurora_lit.request import Request
-from aurora_lit.serve.worker.build import build_worker, load_part, load_tokenizer
+from aurora_lit.serve.worker.build import build_worker, load_shard, load_tokenizer
 
 _MIB = 1 << 20
 
@@ -45,7 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", nargs="+", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=20, help="prompts in all, the files in turn")
-    parser.add_argument("--max-prompt-tokens", type=int, default=128, help="longer ones are passed over")
+    parser.add_argument("--max-prompt-tokens", type=int, default=128, help="longer prompts are skipped")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--strategies", nargs="+", default=["tensor_parallel", "fsdp"])
@@ -59,39 +60,39 @@ def main() -> int:
     fitting = (ids for ids in encoded if len(ids) <= arguments.max_prompt_tokens)
     prompts = list(itertools.islice(fitting, arguments.limit))
 
-    whole: list[list[int]] = []
-    same = True
+    unsharded: list[list[int]] = []
+    all_equal = True
     for strategy in ["single", *arguments.strategies]:
         processes = 1 if strategy == "single" else arguments.processes
         ranks = measure(config, strategy, processes, prompts, arguments.max_tokens)
-        whole = whole or ranks[0]["answers"]
-        equal = sum(a == b for a, b in zip(ranks[0]["answers"], whole, strict=True))
-        same &= equal == len(prompts)
+        unsharded = unsharded or ranks[0]["answers"]
+        equal = sum(a == b for a, b in zip(ranks[0]["answers"], unsharded, strict=True))
+        all_equal &= equal == len(prompts)
         memory = "; ".join(
             f"{key} " + " + ".join(f"{each[key] / _MIB:.0f}" for each in ranks) + " MiB"
-            for key in ("weights", "loaded", "highest")
+            for key in ("weights", "loaded", "peak")
         )
         print(
             f"{strategy}: {equal}/{len(prompts)} answers equal; {ranks[0]['rounds_per_s']:.2f} rounds/s; "
             f"{ranks[0]['tokens_per_s']:.1f} tokens/s; {memory}",
             flush=True,
         )
-    return 0 if same else 1
+    return 0 if all_equal else 1
 
 
 def measure(
     config: AuroraConfig, strategy: Any, processes: int, prompts: list[list[int]], max_tokens: int
 ) -> list[dict[str, Any]]:
-    """One engine's answers and figures, and the other processes' figures, by rank."""
+    """Figures of each rank; those of rank 0 hold the answers too."""
     config = replace(config, engine=replace(config.engine, strategy=strategy, devices=processes))
     with tempfile.TemporaryDirectory() as folder:
-        LearnerBlock.create(Path(folder) / LEARNER_STATUS_NAME)
+        LearnerStatusPage.create(Path(folder) / LEARNER_STATUS_NAME)
         torch.multiprocessing.spawn(run, (config, Path(folder), prompts, max_tokens), nprocs=processes)
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(processes)]
 
 
 def run(rank: int, config: AuroraConfig, folder: Path, prompts: list[list[int]], max_tokens: int) -> None:
-    """One process: the engine, or a part of the target."""
+    """One process: the engine (rank 0), or a shard of the target."""
     native.library()
     process = psutil.Process()
     before = process.memory_info().rss
@@ -106,7 +107,7 @@ def run(rank: int, config: AuroraConfig, folder: Path, prompts: list[list[int]],
         answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
         seconds, rounds, tokens = [], 0, 0
         while engine.has_work:
-            reads = bool(engine._prefill.rows or (engine.num_waiting and engine._table.num_free))
+            reads = bool(engine._prefill.sequences or (engine.num_waiting and engine._allocator.num_free))
             started = time.perf_counter()
             outputs = engine.round()
             if not reads:
@@ -122,20 +123,20 @@ def run(rank: int, config: AuroraConfig, folder: Path, prompts: list[list[int]],
         }
         parts.close()
     else:
-        target = load_part(config, folder, rank)
+        target = load_shard(config, folder, rank)
         figures |= memory(target, before)
-        target.follow()
-    figures["highest"] = _highest() - before
+        target.run_worker_loop()
+    figures["peak"] = _peak_rss() - before
     (folder / f"{rank}.json").write_text(json.dumps(figures))
 
 
 def memory(target: Target, before: int) -> dict[str, int]:
-    """Bytes of weights here, and all that the process has grown by."""
+    """Bytes of this rank's weights, and by how much the process has grown since `before`."""
     return {"weights": sum(map(_bytes, weights(target))), "loaded": psutil.Process().memory_info().rss - before}
 
 
 def weights(target: nn.Module) -> Iterator[torch.Tensor]:
-    """Every parameter's part here, packed ones included."""
+    """This rank's shard of every parameter, packed weights included."""
     seen = set()
     for module in target.modules():
         packed = getattr(module, "packed", None)
@@ -150,7 +151,7 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _highest() -> int:
+def _peak_rss() -> int:
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) << 10

@@ -1,60 +1,299 @@
-"""What README.md says can be typed can be typed, and what it says is there is there."""
+"""The README and the documents: commands can be typed, names exist, and every metric is described."""
 
+from __future__ import annotations
+
+import ast
+import json
+import os
 import re
+import runpy
 import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import click
 import pytest
+import yaml
 from click.testing import CliRunner
+from support import ROOT, child_environment
 
+import aurora_lit
 from aurora_lit.cli.main import main
 from aurora_lit.config import load_config
+from aurora_lit.settings import AuroraConfig
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-SHELL = "".join(block for kind, block in BLOCKS if kind == "bash")
-COMMANDS = [line for line in SHELL.splitlines() if line.startswith("aurora-lit")]
+if TYPE_CHECKING:
+    from aurora_lit.models.target import Target
+
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+METRICS = ROOT / "docs" / "metrics.md"
+MAX_README_WORDS = 1000
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_line_is_understood(line: str) -> None:
-    _, *words = shlex.split(line, comments=True)
+def blocks(path: Path, kind: str) -> list[str]:
+    """The fenced blocks of a kind."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == kind]
+
+
+def shell_commands(path: Path) -> Iterator[list[str]]:
+    """The words of every command in a document's shell blocks, without variables that are set before it."""
+    for block in blocks(path, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if "{" in line or "'" in line and line.count("'") % 2:  # the JSON body of a request
+                continue
+            for command in line.split("&&"):
+                words = shlex.split(command, comments=True)
+                while words and re.match(r"[A-Z_]+=", words[0]):
+                    words = words[1:]
+                if words:
+                    yield words
+
+
+def inline_code(path: Path) -> list[str]:
+    """What is between backticks outside fenced blocks."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+COMMANDS = [(path, words) for path in DOCUMENTS for words in shell_commands(path)]
+AURORA_COMMANDS = [words[1:] for _, words in COMMANDS if words[0] == "aurora-lit"]
+PYTHON_COMMANDS = [
+    words[1:] for _, words in COMMANDS if words[0] in ("python", "python3") and words[1:3] != ["-m", "venv"]
+]
+
+
+def command_paths(group: click.Group, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from command_paths(command, (*prefix, name))
+        else:
+            yield (*prefix, name)
+
+
+# -- the README ----------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().split()) <= MAX_README_WORDS
+
+
+def test_the_readme_sets_up_with_two_commands() -> None:
+    lines = [line for block in blocks(README, "bash") for line in block.splitlines() if "pip install" in line]
+    assert lines == ["pip install -e . && aurora-lit serve", "pip install -e '.[test]' && pytest"]
+
+
+def test_the_readmes_settings_have_these_defaults() -> None:
+    config = load_config(None, [])
+    rows = re.findall(r"^\| `([a-z]+)\.([a-z_]+)` \| (.*?) \|", README.read_text(), flags=re.MULTILINE)
+    assert len(rows) == 8
+    for section, key, text in rows:
+        actual = getattr(getattr(config, section), key)
+        shown = "null" if actual is None else str(actual).lower() if isinstance(actual, bool) else str(actual)
+        if text.startswith("`"):
+            assert text == f"`{shown}`", f"{section}.{key}"
+
+
+def test_the_readmes_python_example_gets_an_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from support.fake_server import MODEL, FakeServer
+
+    (example,) = blocks(README, "python")
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    with FakeServer() as server:
+        example = example.replace("http://127.0.0.1:8000", server.url).replace("SmolLM2-135M-Instruct", MODEL)
+        exec(compile(example, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out) > 10
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", AURORA_COMMANDS, ids=" ".join)
+def test_every_command_line_is_understood(words: list[str]) -> None:
     result = CliRunner().invoke(main, [*words, "--print-config"])
     assert result.exit_code == 0, result.output
 
 
 def test_every_command_is_shown() -> None:
-    shown = {" ".join(shlex.split(line)[1:3]) for line in COMMANDS}
-    for name, command in main.commands.items():
-        for full in [f"{name} {sub}" for sub in getattr(command, "commands", {})] or [name]:
-            assert any(words.startswith(full) for words in shown), full
+    for path in command_paths(main):
+        assert any(tuple(words[: len(path)]) == path for words in AURORA_COMMANDS), path
 
 
-def test_every_key_in_the_settings_table_exists_with_that_default() -> None:
-    config = load_config(None, [])
-    rows = re.findall(r"^\| (`[a-z_]+\.[a-z_]+`(?:, `[a-z_]+\.[a-z_]+`)*) \| (.*?) \|", README, flags=re.MULTILINE)
-    assert len(rows) > 5
-    for keys, defaults in rows:
-        names = re.findall(r"`(.*?)`", keys)
-        values = re.findall(r"`(.*?)`", defaults)
-        for name, value in zip(names, values or [None] * len(names), strict=True):
-            section, key = name.split(".")
-            actual = getattr(getattr(config, section), key)
-            shown = "null" if actual is None else str(actual).lower() if isinstance(actual, bool) else str(actual)
-            assert value is None or shown == value, name
+def test_commands_named_in_sentences_exist() -> None:
+    known = {path[: end + 1] for path in command_paths(main) for end in range(len(path))}
+    for document in DOCUMENTS:
+        for code in inline_code(document):
+            if code.startswith("aurora-lit "):
+                names = re.match(r"(?:[a-z]+ ?)*", code.removeprefix("aurora-lit ")).group().split()  # type: ignore[union-attr]
+                assert not names or tuple(names) in known, f"{document.name}: {code}"
 
 
-def test_everything_in_the_tree_exists() -> None:
-    tree = next(block for kind, block in BLOCKS if kind == "" and block.startswith("aurora_lit/"))
-    for line in tree.splitlines():
-        indent, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
-        path = ROOT / ("aurora_lit" if indent else "") / name
-        assert path.exists(), name
+@pytest.mark.parametrize("words", PYTHON_COMMANDS, ids=" ".join)
+def test_every_script_explains_itself_and_has_these_options(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, _, overrides = " ".join(words).partition(" -- ")
+    script, *arguments_of_script = arguments.removeprefix("-m ").split()
+    if ">" in arguments_of_script:
+        arguments_of_script = []
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    if script != "scripts/settings_reference.py":  # it has no options, and writes its page at once
+        run = runpy.run_module if words[0] == "-m" else runpy.run_path
+        with pytest.raises(SystemExit) as end:
+            run(script if words[0] == "-m" else str(ROOT / script), run_name="__main__")
+        assert end.value.code in (0, None)
+    shown = capsys.readouterr().out
+    for word in arguments_of_script:
+        if word.startswith("--"):
+            assert word in shown, word
+    load_config(None, overrides.split())
 
 
-def test_python_blocks_are_python() -> None:
-    blocks = [block for kind, block in BLOCKS if kind == "python"]
-    assert blocks
-    for block in blocks:
-        compile(block, "README.md", "exec")
+def test_the_command_line_answers_without_loading_torch() -> None:
+    code = """if True:
+        import sys
+        from aurora_lit.cli.main import main
+        main(["--help"], standalone_mode=False)
+        print("torch" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=child_environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_doctor_reports_as_json(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["doctor", "--json", f"target.cache_dir={tmp_path}"])
+    assert result.exit_code in (0, 1), (
+        result.output
+    )  # 1: this machine cannot serve, for example since the port is taken
+    assert json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("name", ["check", "test"])
+def test_scripts_can_be_started(name: str) -> None:
+    path = ROOT / "scripts" / name
+    assert os.access(path, os.X_OK)
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+# -- the picture ---------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_shows_the_figures_of_its_table(tmp_path: Path) -> None:
+    out = tmp_path / "picture.svg"
+    command = [sys.executable, str(ROOT / "scripts" / "readme_picture.py"), "--out", str(out)]
+    subprocess.run(command, check=True, env=child_environment(), capture_output=True)
+    committed = (ROOT / "docs" / "images" / "speculation.svg").read_text()
+    assert len(committed) < 200_000
+
+    def texts(svg: str) -> list[str]:
+        return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+    assert len(texts(committed)) > 10
+    assert texts(committed) == texts(out.read_text()), "run python scripts/readme_picture.py"
+
+
+# -- links, files, settings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "ARCHITECTURE.md"], ids=lambda path: path.name)
+def test_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if not target.startswith("http"):
+            assert (document.parent / target.partition("#")[0]).exists(), target
+
+
+def test_every_document_is_linked() -> None:
+    linked = {
+        (document.parent / target.partition("#")[0]).resolve()
+        for document in DOCUMENTS
+        for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text())
+    }
+    assert [path for path in DOCUMENTS[1:] if path not in linked] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_named_in_backticks_exist(document: Path) -> None:
+    folders = ("aurora_lit/", "benchmarks/", "configs/", "docs/", "scripts/", "tests/", ".ci/")
+    for code in inline_code(document):
+        for word in code.split():
+            if word.startswith(folders) and re.fullmatch(r"[\w./-]+", word):
+                assert (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_settings_named_in_documents_exist(document: Path) -> None:
+    sections = {field.name: {setting.name for setting in fields(field.type)} for field in fields(AuroraConfig)}  # type: ignore[arg-type]
+    pattern = rf"(?<![\w./-])({'|'.join(sections)})\.([a-z_0-9]+)\b(?!\()"
+    for section, key in re.findall(pattern, document.read_text()):
+        assert key in sections[section] or key in ("py", "jsonl"), f"{section}.{key}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_blocks_are_python(document: Path) -> None:
+    for block in blocks(document, "python"):
+        ast.parse(block)
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == aurora_lit.__version__
+
+
+def test_pre_commit_runs_what_the_check_script_runs() -> None:
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    script = (ROOT / "scripts" / "check").read_text().splitlines()
+    assert [hook["entry"] for hook in repository["hooks"]] == [
+        line for line in script if line.startswith(("ruff", "mypy"))
+    ]
+
+
+# -- metrics -------------------------------------------------------------------------------------------------------
+
+
+def documented_metrics(section: str) -> list[str]:
+    text = METRICS.read_text().split(f"## {section}", 1)[1].split("\n## ")[0]
+    return re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
+
+
+def test_every_exported_metric_has_its_line_and_no_other(tmp_path: Path) -> None:
+    from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+    from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+    from aurora_lit.ipc.ring import RingWriter, ring_counters
+    from aurora_lit.ipc.run_folder import RING_NAME
+    from aurora_lit.serve.http.metrics import ServerMetrics
+
+    engine = EngineStatusPage.create(tmp_path / STATUS_NAME)
+    engine.write(max_draft_tokens=1, drafts=1, proposed=1, accepted=1, accepted_by_position=[1])
+    learner = LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME)
+    learner.write(pid=os.getpid(), steps=1)
+    learner.beat()
+    RingWriter.create(tmp_path / RING_NAME, 4096, layout="12")
+    metrics = ServerMetrics(model="m", status=engine, learner=learner, ring=lambda: ring_counters(tmp_path))
+    metrics.finish("stop")
+    metrics.refuse(429)
+    exported = re.findall(r"^# TYPE (\S+) (\w+)$", metrics.render().decode(), flags=re.MULTILINE)
+    names = [name for name, kind in exported if not name.endswith("_created")]
+    assert sorted(names) == sorted(documented_metrics("Exported at `/metrics`"))
+
+
+def test_every_logged_metric_has_its_line_and_no_other(target: Target, tmp_path: Path) -> None:
+    from support.learner_harness import LearnerHarness
+    from support.live_traces import serve, some_requests
+
+    harness = LearnerHarness(target, tmp_path, publish_every_steps=8, batch_positions=256)
+    logged: set[str] = set()
+    harness.learner.log = logged.update  # type: ignore[method-assign, assignment]
+    requests = some_requests(60)
+    harness.ring.records.extend(serve(target, harness.starting, requests, explore_share=1.0, explore_temperature=1.0))
+    harness.tick_until(lambda: any(name.startswith("gate") for name in logged) and harness.learner.steps >= 8)
+    names = {re.sub(r"_\d+$", "_N", name) for name in logged}
+    assert sorted(names) == sorted(documented_metrics("Logged by the learner"))

@@ -1,13 +1,13 @@
-"""Our server beside transformers, vLLM and llama.cpp: the same model, prompts and HTTP client, interleaved.
+"""Our server against transformers, vLLM and llama.cpp: same model, prompts and HTTP client, one after the other.
 
 python -m benchmarks.peers --prompts chat.jsonl code.jsonl summarize.jsonl --out peers
 
-__main__.py              the arguments and the loop: pairs of servers, measured one after the other
-engines.py               one record an engine: its command and its best documented settings
-environments.py          how an engine comes to this machine, in an environment of its own
-gguf_files.py            our weights as llama.cpp reads them
-transformers_server.py   an HTTP front for transformers' generate
-servers.py               a server that runs while it is measured, and no longer
-client.py                concurrent streamed requests, and what a client sees of them
+environments.py          installs an engine, in an environment of its own
+gguf_files.py            our weights as GGUF files for llama.cpp
+engines.py               one record for each engine: its command and its best documented settings
+servers.py               runs a server while it is measured
+client.py                concurrent streamed requests, and what a client observes
 report.py                ratios with quartiles: a table and JSON
+transformers_server.py   an HTTP server around transformers' generate
+__main__.py              the arguments and the loop: pairs of servers, measured one after the other
 """

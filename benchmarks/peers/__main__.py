@@ -1,13 +1,13 @@
-"""Our server beside other engines, on the same prompts through the same HTTP client; in the repository's root:
+"""Our server against other engines, on the same prompts through the same HTTP client. In the repository's root:
 
     python -m benchmarks.peers --prompts chat.jsonl code.jsonl summarize.jsonl --out peers
     python -m benchmarks.peers --prompts ... --out peers --peers vllm llama.cpp-bf16 --clients 1 -- learn.enabled=true
 
-For every repeat and peer, our server and then the peer's (the other way round in every second repeat) is started,
-warmed up, asked by 1, 4 and 8 clients, and stopped; only one server runs at a time. Every number of clients has prompts
-of its own, so that no server finds an answer's prompt in a cache. Environments are made under --work at first (about
-2 GB and, for llama.cpp, some minutes of compiling). Every pair is appended to OUT/pairs.jsonl; a run that was stopped
-goes on where it was. OUT/peers.json holds ratios and machine; OUT/logs what the servers printed. `python -m
+For every repeat and peer, our server and then the peer's (in every second repeat the other way round) is started,
+warmed up, measured with 1, 4 and 8 clients, and stopped. Only one server runs at a time. Every number of clients has
+its own prompts, so that no server finds a prompt in a cache. Missing environments are made under --work first (about 2
+GB; for llama.cpp some minutes of compiling). Every pair is appended to OUT/pairs.jsonl, and a run that was stopped
+continues from there. OUT/peers.json holds the ratios and the machine, OUT/logs what the servers printed. `python -m
 benchmarks.peers --prepare` makes the environments and measures nothing.
 """
 
@@ -28,27 +28,27 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from aurora_lit.bench.online import free_port
-from aurora_lit.bench.prompts import progress_bar, report_console
+from aurora_lit.bench.server_process import free_port
+from aurora_lit.bench.reporting import progress_bar, report_console
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml
 from aurora_lit.drafts.export import export
 from aurora_lit.errors import AuroraError, ConfigError
-from aurora_lit.learn.pretrain.label_text import encode_prompt, read_prompts
+from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.models.package_index import file_sha256
 from aurora_lit.serve.worker.build import find_target, load_tokenizer
 
 from . import environments, gguf_files
 from .client import ask, run_load, served_model
 from .engines import OURS, PEERS, SLOT_TOKENS, SLOTS, Engine
-from .report import Pair, Visit, summarise, table
+from .report import Pair, ServerRun, summarise, table
 from .servers import running
 
 _OVERRIDES = ("learn.enabled=false", f"engine.max_batch_size={SLOTS}", f"engine.max_seq_len={SLOT_TOKENS}")
-"""Ours, before those of the command line: the peers do not learn either."""
+"""Settings of our server, which the command line may override. The learner is off, since the peers do not learn."""
 
 
 def main() -> int:
-    """Measure what has not been measured yet; 1 if an engine could not be."""
+    """Measure what has not been measured yet; exit code 1 if an engine could not be measured."""
     arguments = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server of ours is ended
     console = Console(stderr=True)
@@ -56,7 +56,7 @@ def main() -> int:
     config = _config(arguments)
     work: Path = arguments.work.expanduser().absolute()
     try:
-        places = {engine.name: _prepare(engine, config, work, console) for engine in (OURS, *peers)}
+        substitutions = {engine.name: _prepare(engine, config, work, console) for engine in (OURS, *peers)}
         if arguments.prepare:
             return 0
         prompts = choose_prompts(
@@ -68,7 +68,7 @@ def main() -> int:
         )
         arguments.out.mkdir(parents=True, exist_ok=True)
         _keep_plan(arguments.out / "plan.json", arguments, config, prompts)
-        failures = _measure_all(peers, places, prompts, arguments, console)
+        failures = _measure_all(peers, substitutions, prompts, arguments, console)
     except AuroraError as error:
         console.print(f"[red]{error}[/]")
         return 1
@@ -126,7 +126,7 @@ def _all_overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def _config(arguments: argparse.Namespace) -> AuroraConfig:
-    """Ours: on loopback, with the draft it ships and none that was learnt since."""
+    """Settings of our server: on loopback, with the shipped draft and none that was trained since."""
     config = load_config(arguments.config, _all_overrides(arguments))
     return dataclasses.replace(
         config,
@@ -136,12 +136,12 @@ def _config(arguments: argparse.Namespace) -> AuroraConfig:
 
 
 def _prepare(engine: Engine, config: AuroraConfig, work: Path, console: Console) -> dict[str, str]:
-    """What the engine's command names."""
+    """Installs the engine; returns the substitutions for its command."""
     cores = sorted(os.sched_getaffinity(0))
     with console.status(f"preparing {engine.name}"):
-        places = environments.prepare(engine.environment, work)
+        substitutions = environments.prepare(engine.environment, work)
         model = find_target(config)
-        places |= {
+        substitutions |= {
             "model": str(model),
             "cache": str(work / "cache"),
             "threads": str(len(cores)),
@@ -149,23 +149,25 @@ def _prepare(engine: Engine, config: AuroraConfig, work: Path, console: Console)
         }
         words = " ".join(engine.command)
         if "{config}" in words:
-            places["config"] = str(work / "ours.yaml")
+            substitutions["config"] = str(work / "ours.yaml")
             work.mkdir(parents=True, exist_ok=True)
             (work / "ours.yaml").write_text(to_yaml(config))
         if "{gguf}" in words:
-            places["gguf"] = str(work / "gguf" / model.name)
-            gguf_files.make_files(model, Path(places["gguf"]), quantize=Path(places["bin"]) / "llama-quantize")
+            substitutions["gguf"] = str(work / "gguf" / model.name)
+            gguf_files.make_files(
+                model, Path(substitutions["gguf"]), quantize=Path(substitutions["bin"]) / "llama-quantize"
+            )
         if "{draft}" in words:
-            places["draft"] = str(work / "draft")
-            shutil.rmtree(places["draft"], ignore_errors=True)
-            export(config, out=Path(places["draft"]), version=None)
-    return places
+            substitutions["draft"] = str(work / "draft")
+            shutil.rmtree(substitutions["draft"], ignore_errors=True)
+            export(config, out=Path(substitutions["draft"]), version=None)
+    return substitutions
 
 
 def choose_prompts(
     files: Sequence[Path], config: AuroraConfig, *, clients: Sequence[int], rounds: int, max_tokens: int
 ) -> dict[int, list[str]]:
-    """Prompts for every number of clients, none of them twice, one of each file in turn; under 0, those to warm up."""
+    """Prompts by number of clients, without duplicates, from the files in turn; key 0: those for warming up."""
     tokenizer = load_tokenizer(config)
     room = SLOT_TOKENS - max_tokens
     read = [[p for p in read_prompts(path) if len(encode_prompt(tokenizer, p)) <= room] for path in files]
@@ -179,7 +181,7 @@ def choose_prompts(
 
 
 def _keep_plan(path: Path, arguments: argparse.Namespace, config: AuroraConfig, prompts: dict[int, list[str]]) -> None:
-    """Refuses to go on with a run that measured something else."""
+    """Write the plan, or raise ConfigError if the folder holds a run with another plan."""
     draft = draft_folder(config)
     plan = {
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
@@ -194,27 +196,32 @@ def _keep_plan(path: Path, arguments: argparse.Namespace, config: AuroraConfig, 
 
 def _measure_all(
     peers: Sequence[Engine],
-    places: Mapping[str, Mapping[str, str]],
+    substitutions: Mapping[str, Mapping[str, str]],
     prompts: dict[int, list[str]],
     arguments: argparse.Namespace,
     console: Console,
 ) -> list[str]:
-    """Append every pair that is missing; returns what went wrong."""
+    """Measure every missing pair and append it to the results; returns error messages."""
     results = arguments.out / "pairs.jsonl"
     done = {(pair.repeat, pair.peer) for pair in read_pairs(results)}
     failures = []
-    visits = [(repeat, peer) for repeat in range(arguments.repeats) for peer in peers]
+    planned = [(repeat, peer) for repeat in range(arguments.repeats) for peer in peers]
     with progress_bar(console) as bar:
-        whole = bar.add_task("pairs", total=len(visits), completed=sum((r, p.name) in done for r, p in visits))
-        for repeat, peer in visits:
+        whole = bar.add_task("pairs", total=len(planned), completed=sum((r, p.name) in done for r, p in planned))
+        for repeat, peer in planned:
             if (repeat, peer.name) in done:
                 continue
             order = (OURS, peer) if repeat % 2 == 0 else (peer, OURS)
             counts = [count for count in sorted(prompts) if 0 < count <= peer.most_clients]
             try:
-                visits_of = {
+                runs = {
                     engine.name: _measure(
-                        engine, {**places[engine.name], "precision": peer.precision}, prompts, counts, arguments, bar
+                        engine,
+                        {**substitutions[engine.name], "precision": peer.precision},
+                        prompts,
+                        counts,
+                        arguments,
+                        bar,
                     )
                     for engine in order
                 }
@@ -223,7 +230,7 @@ def _measure_all(
                 continue
             finally:
                 bar.advance(whole)
-            pair = Pair(repeat=repeat, peer=peer.name, ours=visits_of[OURS.name], theirs=visits_of[peer.name])
+            pair = Pair(repeat=repeat, peer=peer.name, ours=runs[OURS.name], theirs=runs[peer.name])
             with results.open("a") as file:
                 file.write(json.dumps(pair.to_json()) + "\n")
     return failures
@@ -231,15 +238,15 @@ def _measure_all(
 
 def _measure(
     engine: Engine,
-    places: Mapping[str, str],
+    substitutions: Mapping[str, str],
     prompts: dict[int, list[str]],
     counts: Sequence[int],
     arguments: argparse.Namespace,
     bar: Progress,
-) -> Visit:
-    """One server's life: every number of clients, each after a round of prompts that is not measured."""
+) -> ServerRun:
+    """Start a server, measure it with every number of clients, each after an unmeasured warm-up, and stop it."""
     port = free_port()
-    command, environ = engine.filled({**places, "port": str(port)})
+    command, environ = engine.substituted({**substitutions, "port": str(port)})
     loads = {}
     task = bar.add_task(engine.name, total=sum(count + len(prompts[count]) for count in counts))
     advance: Callable[[], object] = lambda: bar.advance(task)  # noqa: E731
@@ -256,13 +263,13 @@ def _measure(
                 how = {"clients": count, "max_tokens": arguments.max_tokens}
                 run_load(port, prompts[0][:count], **how, on_answer=advance)
                 loads[count] = run_load(port, prompts[count], **how, on_answer=advance)
-            return Visit(loads=loads, first_answer_s=first_answer_s, memory_mb=server.memory_mb())
+            return ServerRun(loads=loads, first_answer_s=first_answer_s, memory_mb=server.memory_mb())
     finally:
         bar.remove_task(task)
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """What was measured so far."""
+    """The pairs measured so far."""
     if not path.exists():
         return []
     return [Pair.from_json(json.loads(line)) for line in path.read_text().splitlines()]

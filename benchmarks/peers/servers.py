@@ -1,6 +1,6 @@
-"""A server that runs while it is measured: started in a session of its own, ended with all that it started.
+"""Runs a server while it is measured: in its own session, and stopped together with every process it started.
 
-If we are killed ourselves, the kernel tells the server to end.
+If this process is killed, the kernel signals the server to end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from aurora_lit.bench.online import wait_until_ready
+from aurora_lit.bench.server_process import wait_until_ready
 from aurora_lit.ipc.process_lifetime import die_with_parent
 
 _START_S = 600.0
@@ -24,26 +24,26 @@ _END_S = 30.0
 
 
 class Server:
-    """One that runs."""
+    """A running server."""
 
     def __init__(self, pid: int) -> None:
         self._pid, self._started_s = pid, time.monotonic()
 
     def age_s(self) -> float:
-        """Since its start."""
+        """Seconds since its start."""
         return time.monotonic() - self._started_s
 
     def memory_mb(self) -> float:
-        """Of all its processes; what they share is counted once (PSS)."""
+        """MB of all its processes; shared pages are counted once (PSS)."""
         parent = psutil.Process(self._pid)
         return sum(process.memory_full_info().pss for process in (parent, *parent.children(recursive=True))) / 1e6
 
 
 @contextmanager
 def running(command: Sequence[str], environ: Mapping[str, str], *, ready_url: str, log: Path) -> Iterator[Server]:
-    """The server, ready; `log` gets what it prints."""
+    """Start a server, wait until it is ready, and stop it at the end; its output goes to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    follow = functools.partial(die_with_parent, os.getpid(), by=signal.SIGTERM)  # SIGTERM, so that it tidies up
+    follow = functools.partial(die_with_parent, os.getpid(), by=signal.SIGTERM)  # SIGTERM, so that it can clean up
     with log.open("w") as output:
         server = subprocess.Popen(
             command,
@@ -63,7 +63,7 @@ def running(command: Sequence[str], environ: Mapping[str, str], *, ready_url: st
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """Told to end; then it and every process that it started is made to."""
+    """Terminate the server, then kill it and whatever it started if they have not ended."""
     family = []
     if server.poll() is None:
         family = psutil.Process(server.pid).children(recursive=True)

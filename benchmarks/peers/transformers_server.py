@@ -1,11 +1,11 @@
-"""An HTTP front for transformers' `generate`, which has none that batches on a CPU: OpenAI's chat route, streamed.
+"""An HTTP server around transformers' `generate`, which has none that batches on a CPU: OpenAI's chat route, streamed.
 
     python transformers_server.py --model FOLDER --port 8000 --threads 2
 
-Batches are static: the requests that wait are left-padded, decoded together and ended together, and whoever comes
-meanwhile waits for the next batch. After a batch of several requests it waits 20 ms, so that clients that all got
-their last token at once are in one batch again; a single client is never made to wait. Greedy only. It runs in the
-environment of the peer: torch, transformers and the standard library are all it imports.
+Batches are static: waiting requests are left-padded and decoded together until all have ended; requests that arrive in
+the meantime wait for the next batch. After a batch of several requests it waits 20 ms, so that clients that got their
+last token at the same time are in one batch again; a single client never waits. Greedy only. It runs in the peer's
+environment, so it imports only torch, transformers and the standard library.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from transformers.generation.streamers import BaseStreamer
 _GATHER_S = 0.02
 
 
-class Asked:
-    """One request: its prompt, and its tokens as they come; None ends them."""
+class PendingRequest:
+    """One request: its prompt, and a queue of its tokens; None ends it."""
 
     def __init__(self, messages: list[dict[str, str]], max_tokens: int) -> None:
         self.messages = messages
@@ -35,15 +35,15 @@ class Asked:
         self.tokens: queue.Queue[list[int] | None] = queue.Queue()
 
 
-class Rows(BaseStreamer):
-    """Hands each row of a batch its tokens, up to its end."""
+class BatchStreamer(BaseStreamer):
+    """Puts the tokens of a batch into the queues of its requests, up to each request's end."""
 
-    def __init__(self, batch: list[Asked], ends: set[int]) -> None:
-        self._left = {row: asked.max_tokens for row, asked in enumerate(batch)}
-        self._batch, self._ends, self._prompt = batch, ends, True
+    def __init__(self, batch: list[PendingRequest], eos_ids: set[int]) -> None:
+        self._left = {row: request.max_tokens for row, request in enumerate(batch)}
+        self._batch, self._eos_ids, self._prompt = batch, eos_ids, True
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompts at first, then the tokens of every round: one a row, or several of the only row."""
+        """Called with the prompts, then with each step's tokens: one per request, or several of a single request."""
         if self._prompt:
             self._prompt = False
             return
@@ -53,7 +53,7 @@ class Rows(BaseStreamer):
                 if row in self._left:
                     given.append(token)
                     self._left[row] -= 1
-                    if token in self._ends or not self._left[row]:
+                    if token in self._eos_ids or not self._left[row]:
                         del self._left[row]
             if given:
                 self._batch[row].tokens.put(given)
@@ -61,13 +61,13 @@ class Rows(BaseStreamer):
                     self._batch[row].tokens.put(None)
 
     def end(self) -> None:
-        """Ends the rows that are still open."""
+        """End the requests that have not ended yet."""
         for row in list(self._left):
             self._batch[row].tokens.put(None)
 
 
 def main() -> None:
-    """Serve until told to end."""
+    """Serve until the process is ended."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--port", type=int, required=True)
@@ -79,24 +79,24 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, attn_implementation="sdpa")
-    waiting: queue.Queue[Asked] = queue.Queue()
+    waiting: queue.Queue[PendingRequest] = queue.Queue()
 
     class Handler(BaseHTTPRequestHandler):
-        """Each request in a thread of its own; the model in the main one."""
+        """Each request runs in its own thread; the model runs in the main thread."""
 
         def do_GET(self) -> None:
             self._json({"data": [{"id": "transformers"}]})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked = Asked(body["messages"], body["max_tokens"])
-            waiting.put(asked)
+            request = PendingRequest(body["messages"], body["max_tokens"])
+            waiting.put(request)
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
             ids: list[int] = []
             shown = ""
-            while (given := asked.tokens.get()) is not None:
+            while (given := request.tokens.get()) is not None:
                 ids += given
                 text = str(tokenizer.decode(ids, skip_special_tokens=True))
                 if len(text) > len(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -114,7 +114,7 @@ def main() -> None:
             self.wfile.write(json.dumps(fields).encode())
 
         def log_message(self, format: str, *words: Any) -> None:
-            """Silent."""
+            """Log nothing."""
 
     def listen() -> None:
         os.sched_setaffinity(0, cores)  # OpenMP has bound the main thread, and this one would be bound with it
@@ -130,10 +130,10 @@ def main() -> None:
     )
 
 
-def _decode(model: Any, tokenizer: Any, waiting: queue.Queue[Asked], *, most: int, lookup_tokens: int) -> None:
+def _decode(model: Any, tokenizer: Any, waiting: queue.Queue[PendingRequest], *, most: int, lookup_tokens: int) -> None:
     options = {"prompt_lookup_num_tokens": lookup_tokens} if lookup_tokens else {}
     eos = model.generation_config.eos_token_id
-    ends = set(eos if isinstance(eos, list) else [eos])
+    eos_ids = set(eos if isinstance(eos, list) else [eos])
     together = 1
     while True:
         batch = [waiting.get()]
@@ -151,7 +151,7 @@ def _decode(model: Any, tokenizer: Any, waiting: queue.Queue[Asked], *, most: in
                 **encoded,
                 do_sample=False,
                 max_new_tokens=max(a.max_tokens for a in batch),
-                streamer=Rows(batch, ends),
+                streamer=BatchStreamer(batch, eos_ids),
                 **options,
             )
 

@@ -31,7 +31,7 @@ from benchmarks.peers import environments
 from benchmarks.peers.client import Answer, Load, read_answer, run_load, summarise
 from benchmarks.peers.engines import OURS, PEERS, Engine
 from benchmarks.peers.gguf_files import write_f32
-from benchmarks.peers.report import Pair, Visit
+from benchmarks.peers.report import Pair, ServerRun
 from benchmarks.peers.report import summarise as ratios
 from benchmarks.peers.servers import running
 
@@ -187,7 +187,7 @@ with running([sys.executable, "-c", {server!r}], {{}}, ready_url="http://127.0.0
 def test_a_server_that_ends_at_its_start_is_an_error_that_names_its_log(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('no such model')"]
     with (
-        pytest.raises(AuroraError, match=f"{tmp_path}/log says why"),
+        pytest.raises(AuroraError, match=f"see {tmp_path}/log"),
         running(command, {}, ready_url="http://127.0.0.1:1/", log=tmp_path / "log"),
     ):
         pass
@@ -267,8 +267,8 @@ def load(tokens_per_s: float, *texts: str) -> Load:
     )
 
 
-def visit(loads: dict[int, Load], *, memory_mb: float = 900.0) -> Visit:
-    return Visit(loads=loads, first_answer_s=12.0, memory_mb=memory_mb)
+def server_run(loads: dict[int, Load], *, memory_mb: float = 900.0) -> ServerRun:
+    return ServerRun(loads=loads, first_answer_s=12.0, memory_mb=memory_mb)
 
 
 def test_ratios_are_taken_inside_a_pair_and_spread_over_the_repeats() -> None:
@@ -277,8 +277,8 @@ def test_ratios_are_taken_inside_a_pair_and_spread_over_the_repeats() -> None:
         Pair(
             repeat=i,
             peer="vllm",
-            ours=visit({4: load(ours, "a", "b")}),
-            theirs=visit({4: load(theirs, "a", "x")}, memory_mb=1800.0),
+            ours=server_run({4: load(ours, "a", "b")}),
+            theirs=server_run({4: load(theirs, "a", "x")}, memory_mb=1800.0),
         )
         for i, (ours, theirs) in enumerate(speeds)
     ]
@@ -292,7 +292,7 @@ def test_ratios_are_taken_inside_a_pair_and_spread_over_the_repeats() -> None:
     assert Pair.from_json(json.loads(json.dumps(pairs[0].to_json()))) == pairs[0]
 
 
-PLACES = {
+SUBSTITUTIONS = {
     "python",
     "bin",
     "model",
@@ -312,7 +312,7 @@ PLACES = {
 def test_every_engine_has_a_name_of_its_own_and_names_only_what_is_prepared() -> None:
     assert len({engine.name for engine in (OURS, *PEERS)}) == 1 + len(PEERS)
     for engine in (OURS, *PEERS):
-        command, environ = engine.filled({place: f"/{place}" for place in PLACES})
+        command, environ = engine.substituted({name: f"/{name}" for name in SUBSTITUTIONS})
         assert not any("{" in word for word in [*command, *environ.values()])
         assert "/port" in " ".join(command)
 
@@ -353,11 +353,11 @@ def test_a_run_that_was_stopped_goes_on_and_the_order_alternates(
 ) -> None:
     visited: list[str] = []
 
-    def measure(engine: Engine, places: object, prompts: object, counts: list[int], *_: object) -> Visit:
+    def measure(engine: Engine, substitutions: object, prompts: object, counts: list[int], *_: object) -> ServerRun:
         if len(visited) == 3:
             raise KeyboardInterrupt
         visited.append(engine.name)
-        return visit({count: load(10.0) for count in counts})
+        return server_run({count: load(10.0) for count in counts})
 
     monkeypatch.setattr(driver, "_measure", measure)
     few = Engine(name="few", environment="", command=(), most_clients=1)
@@ -366,8 +366,8 @@ def test_a_run_that_was_stopped_goes_on_and_the_order_alternates(
     peers, ours = [few, many], OURS.name
 
     def go_on() -> list[str]:
-        places = {name: {} for name in (ours, "few", "many")}
-        return driver._measure_all(peers, places, {0: [], 1: ["a"], 4: ["b"]}, arguments, Console(quiet=True))
+        substitutions = {name: {} for name in (ours, "few", "many")}
+        return driver._measure_all(peers, substitutions, {0: [], 1: ["a"], 4: ["b"]}, arguments, Console(quiet=True))
 
     with pytest.raises(KeyboardInterrupt):
         go_on()
@@ -388,15 +388,17 @@ def test_a_run_that_was_stopped_goes_on_and_the_order_alternates(
 def test_an_engine_that_fails_is_named_and_the_others_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(engine: Engine, places: object, prompts: object, counts: list[int], *_: object) -> dict[int, Load]:
+    def measure(
+        engine: Engine, substitutions: object, prompts: object, counts: list[int], *_: object
+    ) -> dict[int, Load]:
         if engine.name == "broken":
             raise AuroraError("it does not start")
-        return visit({count: load(10.0) for count in counts})
+        return server_run({count: load(10.0) for count in counts})
 
     monkeypatch.setattr(driver, "_measure", measure)
     peers = [Engine(name=name, environment="", command=()) for name in ("broken", "whole")]
-    places: dict[str, dict[str, str]] = {name: {} for name in (OURS.name, "broken", "whole")}
+    substitutions: dict[str, dict[str, str]] = {name: {} for name in (OURS.name, "broken", "whole")}
     arguments = argparse.Namespace(out=tmp_path, repeats=1)
-    failures = driver._measure_all(peers, places, {0: [], 1: ["a"]}, arguments, Console(quiet=True))
+    failures = driver._measure_all(peers, substitutions, {0: [], 1: ["a"]}, arguments, Console(quiet=True))
     assert failures == ["repeat 0, broken: it does not start"]
     assert [pair.peer for pair in driver.read_pairs(tmp_path / "pairs.jsonl")] == ["whole"]
