@@ -89,11 +89,11 @@ class Engine:
             options.max_batch_size, self.slot_capacity + 1, dtype=torch.int64, device=self._device
         )
         """Committed tokens."""
-        slots = target.make_kv_cache(num_slots=options.max_batch_size, capacity=self.slot_capacity)
+        kv_cache = target.make_kv_cache(num_slots=options.max_batch_size, capacity=self.slot_capacity)
         self._drafter: Drafter | None = None
         if draft is not None and options.max_draft_tokens:
             self._drafter = Drafter(draft, target, tokens_SL=self._tokens_SL, capacity=self.slot_capacity)
-        self._runner = TargetRunner(target, slots=slots, drafter=self._drafter, observer=observer)
+        self._runner = TargetRunner(target, kv_cache=kv_cache, drafter=self._drafter, observer=observer)
         self._allocator = SlotAllocator(
             self._tokens_SL, prefix_cache=options.prefix_cache, has_observer=observer is not None
         )
@@ -111,7 +111,7 @@ class Engine:
         if observer is not None:
             observer.attach(tokens_SL=self._tokens_SL, aux_SLF=self._drafter.features_SLF if self._drafter else None)
         if options.adaptive and (self._drafter or self._uses_lookup):
-            calibrate(self.planner, target, self._drafter, slots=slots, max_batch_size=options.max_batch_size)
+            calibrate(self.planner, target, self._drafter, kv_cache=kv_cache, max_batch_size=options.max_batch_size)
 
     def _make_planner(self, options: EngineOptions) -> SpeculationPlanner:
         supports_trees = self._drafter is not None and self._drafter.supports_trees and self._target.supports_trees
@@ -201,20 +201,22 @@ class Engine:
         ids_BT = self._input_ids(sequences, proposals)
 
         started = time.perf_counter()
-        forward = self._runner.forward(sequences, ids_BT, parents_BT=proposals.parent_BT, query_lengths=query_lengths)
-        result, logits_BTV = self._verify(sequences, proposals, forward, argmax_only=argmax_only)
-        self._runner.store(sequences, forward, result)
+        forward_output = self._runner.forward(
+            sequences, ids_BT, parents_BT=proposals.parent_BT, query_lengths=query_lengths
+        )
+        result, logits_BTV = self._verify(sequences, proposals, forward_output, argmax_only=argmax_only)
+        self._runner.store(sequences, forward_output, result)
         verified = verified_tokens(proposals, result)
         outputs = [
             self._commit(sequence, tokens, None if logits_BTV is None else logits_BTV[b])
             for b, (sequence, tokens) in enumerate(zip(sequences, verified, strict=True))
         ]
-        self.planner.observe_target(len(sequences), len(forward.last_NH), time.perf_counter() - started)
+        self.planner.observe_target(len(sequences), len(forward_output.last_NH), time.perf_counter() - started)
 
         if proposals.parent_BK is not None:
             self.planner.observe_trees(verified, outputs)
         if self._observer:
-            self._notify(self._observer, sequences, outputs, proposals, forward)
+            self._notify(self._observer, sequences, outputs, proposals, forward_output)
         for sequence, output in zip(sequences, outputs, strict=True):
             if output.finish_reason is not None:
                 self._release(sequence)
@@ -264,13 +266,18 @@ class Engine:
         return torch.cat([last_B1, proposals.token_BK], dim=1)
 
     def _verify(
-        self, sequences: list[RunningSequence], proposals: Proposals, forward: ForwardOutput, *, argmax_only: bool
+        self,
+        sequences: list[RunningSequence],
+        proposals: Proposals,
+        forward_output: ForwardOutput,
+        *,
+        argmax_only: bool,
     ) -> tuple[VerificationResult, torch.Tensor | None]:
         """Which proposals the target accepts; and its logits [B, T, V], unless only their argmax is needed."""
         if argmax_only:
-            token_N = self._target.greedy_tokens(forward.last_NH)
-            return verify_by_equality(token_N[forward.index_BT], proposals=proposals), None
-        logits_BTV = self._target.logits(forward.by_column(forward.last_NH))
+            token_N = self._target.greedy_tokens(forward_output.last_NH)
+            return verify_by_equality(token_N[forward_output.index_BT], proposals=proposals), None
+        logits_BTV = self._target.logits(forward_output.by_column(forward_output.last_NH))
         result = verify(
             logits_BTV,
             options=self._logit_options,
@@ -323,14 +330,14 @@ class Engine:
         sequences: list[RunningSequence],
         outputs: list[Output],
         proposals: Proposals,
-        forward: ForwardOutput,
+        forward_output: ForwardOutput,
     ) -> None:
         notify_round(
             observer,
             sequences,
             outputs,
             proposals=proposals,
-            last_BTH=forward.by_column(forward.last_NH),
+            last_BTH=forward_output.by_column(forward_output.last_NH),
             version=self.draft_version,
             explore_temperature=self.proposer.explore_temperature,
         )

@@ -98,14 +98,14 @@ class Prefill:
     def _compute(self, sequence: RunningSequence, start: int, end: int) -> None:
         """Run the target over prompt positions `start` to `end`, and note the time per token."""
         started = time.perf_counter()
-        forward = self._runner.forward([sequence], self._tokens_SL[sequence.slot, start:end][None], start=start)
-        self._runner.store([sequence], forward)
+        forward_output = self._runner.forward([sequence], self._tokens_SL[sequence.slot, start:end][None], start=start)
+        self._runner.store([sequence], forward_output)
         token_s = (time.perf_counter() - started) / (end - start)
         if end - start >= self._chunk_tokens // _MIN_CHUNK_DIVISOR:  # the time of a small chunk is not per token
             old = self._token_s or token_s
             self._token_s = old + (1 - _DECAY) * (min(token_s, 2 * old) - old)
         if sequence.params.prompt_logprobs is not None:
-            self._add_prompt_logprobs(sequence, forward.last_NH, start)
+            self._add_prompt_logprobs(sequence, forward_output.last_NH, start)
         sequence.prefilled = end
 
     def _add_prompt_logprobs(self, sequence: RunningSequence, last_TH: torch.Tensor, start: int) -> None:

@@ -54,9 +54,9 @@ class TargetRunner:
     """Runs the target for sequences. Each `forward` is followed by one `store`."""
 
     def __init__(
-        self, target: Target, *, slots: KVCache, drafter: Drafter | None, observer: RoundObserver | None
+        self, target: Target, *, kv_cache: KVCache, drafter: Drafter | None, observer: RoundObserver | None
     ) -> None:
-        self._target, self._slots, self._drafter, self._observer = target, slots, drafter, observer
+        self._target, self._kv_cache, self._drafter, self._observer = target, kv_cache, drafter, observer
         self._device = target.model.device
 
     def forward(
@@ -77,7 +77,7 @@ class TargetRunner:
         starts_B = torch.tensor(
             [sequence.length - 1 if start is None else start for sequence in sequences], device=self._device
         )
-        where: dict[str, Any] = {"kv_cache": self._slots, "slots_B": slots_B, "starts_B": starts_B}
+        where: dict[str, Any] = {"kv_cache": self._kv_cache, "slots_B": slots_B, "starts_B": starts_B}
         if parents_BT is not None:
             where["parents_BT"] = parents_BT
         index_BT = torch.arange(ids_BT.numel(), device=self._device).view(ids_BT.shape)
@@ -94,21 +94,24 @@ class TargetRunner:
     def store(
         self,
         sequences: Sequence[RunningSequence],
-        forward: ForwardOutput,
+        forward_output: ForwardOutput,
         result: VerificationResult | None = None,
     ) -> None:
         """Store what a pass computed; of trees, or of different query lengths, only the accepted columns (`result`)."""
-        slots_B, starts_B = forward.slots_B, forward.starts_B
+        slots_B, starts_B = forward_output.slots_B, forward_output.starts_B
         column_BA = None if result is None else result.accepted_column_BA
-        if result is not None and column_BA is None and len(forward.last_NH) < forward.index_BT.numel():
+        if result is not None and column_BA is None and len(forward_output.last_NH) < forward_output.index_BT.numel():
             longest = int(result.num_accepted_B.max()) + 1
             column_BA = torch.arange(longest, device=self._device).expand(len(sequences), -1)
         if column_BA is not None:
             self._move(slots_B, starts_B, column_BA)
-            index_BA = forward.index_BT.gather(1, column_BA)
-            aux_BT3H, last_BTH = forward.aux_NF[index_BA], forward.last_NH[index_BA]
+            index_BA = forward_output.index_BT.gather(1, column_BA)
+            aux_BT3H, last_BTH = forward_output.aux_NF[index_BA], forward_output.last_NH[index_BA]
         else:
-            aux_BT3H, last_BTH = forward.by_column(forward.aux_NF), forward.by_column(forward.last_NH)
+            aux_BT3H, last_BTH = (
+                forward_output.by_column(forward_output.aux_NF),
+                forward_output.by_column(forward_output.last_NH),
+            )
         if self._drafter:
             self._drafter.store_features(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H)
         if self._observer:
@@ -118,7 +121,7 @@ class TargetRunner:
 
     def copy_prefix(self, source: int, slot: int, length: int) -> None:
         """Copy the first positions of another slot; they have the bits that computing them would give."""
-        self._target.copy_prefix(kv_cache=self._slots, source=source, slot=slot, length=length)
+        self._target.copy_prefix(kv_cache=self._kv_cache, source=source, slot=slot, length=length)
         if self._drafter:
             self._drafter.copy_prefix(source, slot, length)
         if self._observer:
@@ -134,4 +137,4 @@ class TargetRunner:
         ]
         if moves:
             slots_M, from_M, to_M = torch.tensor(moves).t().contiguous()
-            self._target.commit_tree_path(kv_cache=self._slots, slots_M=slots_M, from_M=from_M, to_M=to_M)
+            self._target.commit_tree_path(kv_cache=self._kv_cache, slots_M=slots_M, from_M=from_M, to_M=to_M)

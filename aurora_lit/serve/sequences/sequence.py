@@ -1,6 +1,6 @@
 """A running sequence as the engine keeps it, the engine's counters, and the outcome of verification by sequence.
 
-Left out: the slots themselves (models/slots.py), who gets one (serve/sequences/slot_allocator.py), and verification
+Left out: the slots themselves (models/kv_cache.py), who gets one (serve/sequences/slot_allocator.py), and verification
 (modules/sampling/verification.py).
 
 Shapes: S slots, L capacity of a slot.

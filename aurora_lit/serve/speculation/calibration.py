@@ -28,14 +28,14 @@ move there only after a few calls, and rounds find them there."""
 
 @torch.no_grad()
 def calibrate(
-    planner: SpeculationPlanner, target: Target, drafter: Drafter | None, *, slots: KVCache, max_batch_size: int
+    planner: SpeculationPlanner, target: Target, drafter: Drafter | None, *, kv_cache: KVCache, max_batch_size: int
 ) -> None:
     """Fill the planner's cost tables for batches of 1, 2, 4, … `max_batch_size`, at the query lengths it may choose."""
     if drafter is not None:
-        planner.prefill_position_s = _prefill_position_s(target, drafter, capacity=slots.capacity)
+        planner.prefill_position_s = _prefill_position_s(target, drafter, capacity=kv_cache.capacity)
     batch_size = 1
     while True:
-        probe = _Probe(target, drafter, slots=slots, batch_size=batch_size)
+        probe = _Probe(target, drafter, kv_cache=kv_cache, batch_size=batch_size)
         _measure_target(planner, probe)
         if drafter is not None:
             _measure_draft(planner, probe)
@@ -47,9 +47,9 @@ def calibrate(
 class _Probe:
     """Operations of a batch of one size, over the first slots, to be timed."""
 
-    def __init__(self, target: Target, drafter: Drafter | None, *, slots: KVCache, batch_size: int) -> None:
+    def __init__(self, target: Target, drafter: Drafter | None, *, kv_cache: KVCache, batch_size: int) -> None:
         self.batch_size = batch_size
-        self._target, self._drafter, self._slots = target, drafter, slots
+        self._target, self._drafter, self._kv_cache = target, drafter, kv_cache
         self._slots_B = torch.arange(batch_size, device=target.model.device)
         self._starts_B = torch.zeros_like(self._slots_B)
         greedy = SamplingParams(max_tokens=1, temperature=0.0)
@@ -58,7 +58,7 @@ class _Probe:
     def run_target(self, query_length: int) -> None:
         """One forward pass of the target, and the greedy tokens of its logits."""
         ids_BT = torch.zeros(self.batch_size, query_length, dtype=torch.int64, device=self._slots_B.device)
-        _, last_BTH = self._target(ids_BT, kv_cache=self._slots, slots_B=self._slots_B, starts_B=self._starts_B)
+        _, last_BTH = self._target(ids_BT, kv_cache=self._kv_cache, slots_B=self._slots_B, starts_B=self._starts_B)
         self._target.greedy_tokens(last_BTH)
 
     def run_chain(self, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""What a client says about keeping its request reaches the engine: `store: false`, and the label of its domain."""
+"""`store: false` and the label of the domain, as a client sends them, reach every request of a call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TURN = [{"role": "user", "content": "hello"}]
 
 
 def requests(**fields: Any) -> list[Request]:
-    """Of the same fields in both kinds of call."""
+    """Requests of a chat call and of a completion call with these fields."""
     tokenizer = tiny_tokenizer()
     limits = Limits(max_seq_len=64, vocab_size=len(tokenizer), longest_token=longest_token(tokenizer))
     chat = ChatRequest(model="m", messages=TURN, max_tokens=4, **fields)
