@@ -117,17 +117,17 @@ def test_greedy_output_is_that_of_transformers(
 ) -> None:
     engine = models.engine(kind, k=k, adaptive=adaptive, max_batch_size=batch)
     some = range(8) if batch > 1 else (0, 3, 6)
-    given = run(engine, [models.request(i) for i in some])
+    answers = run(engine, [models.request(i) for i in some])
     for i in some:
-        assert given[str(i)].token_ids == models.answers[i], f"prompt {i}"
-        assert given[str(i)].finish_reason == "length"
+        assert answers[str(i)].token_ids == models.answers[i], f"prompt {i}"
+        assert answers[str(i)].finish_reason == "length"
     stats = engine.stats
     assert stats.generated_tokens == len(some) * NEW
     assert stats.prompt_tokens == sum(LENGTHS[i] for i in some)
     assert (
         stats.accepted
         == sum(stats.accepted_by_position)
-        == sum(output.num_accepted for answer in given.values() for output in answer.rounds)
+        == sum(output.num_accepted for answer in answers.values() for output in answer.rounds)
     )
     if kind == "none" or k == 0:
         assert stats.drafts == stats.proposed == 0
@@ -144,8 +144,8 @@ def test_requests_come_and_go_at_any_time(models: TinyModels, kernels: str, monk
     engine = make_engine(target, models.draft("trained"), max_batch_size=3, prefill_chunk_tokens=6, max_draft_tokens=3)
     new = [24, 1, 7, 13, 2, 24, 3, 20]
     requests = [models.request(i, max_tokens=new[i]) for i in range(8)]
-    given = run(engine, requests, arrivals=[2, 0, 0, 1, 5, 5, 20, 21])
-    assert [given[str(i)].token_ids for i in range(8)] == [models.answers[i][: new[i]] for i in range(8)]
+    answers = run(engine, requests, arrivals=[2, 0, 0, 1, 5, 5, 20, 21])
+    assert [answers[str(i)].token_ids for i in range(8)] == [models.answers[i][: new[i]] for i in range(8)]
     assert engine.num_running == engine.num_waiting == 0
 
 
@@ -161,17 +161,17 @@ def test_a_long_prompt_does_not_delay_decoding_sequences(models: TinyModels) -> 
 def test_a_new_request_beside_one_at_max_seq_len(models: TinyModels) -> None:
     """One pass prefills the draft cache of both, and the longer sequence has room for few positions."""
     engine = models.engine("trained", k=2, max_seq_len=48, prefill_chunk_tokens=128)
-    given = run(engine, [models.request(7), models.request(6)], arrivals=[0, 2])
-    assert given["7"].token_ids == models.answers[7][: 48 - 41]
-    assert given["6"].token_ids == models.answers[6][: 48 - 30]
+    answers = run(engine, [models.request(7), models.request(6)], arrivals=[0, 2])
+    assert answers["7"].token_ids == models.answers[7][: 48 - 41]
+    assert answers["6"].token_ids == models.answers[6][: 48 - 30]
 
 
 # -- where an answer ends ------------------------------------------------------------------------------------------
 
 
-def inside_an_accepted_run(given: dict[str, Answer]) -> tuple[int, int]:
+def inside_an_accepted_run(answers: dict[str, Answer]) -> tuple[int, int]:
     """A request, and the place in its answer of an accepted token, not the last of its round, that is new there."""
-    for name, answer in given.items():
+    for name, answer in answers.items():
         place = 0
         for output in answer.rounds:
             for i in range(min(output.num_accepted, len(output.token_ids) - 1)):
@@ -187,9 +187,9 @@ def test_an_end_token_inside_an_accepted_run_ends_the_answer_there(models: TinyM
     end = models.answers[i][place]
     engine = models.engine(k=6, eos_token_ids=frozenset({end} if how == "eos" else ()))
     stop = () if how == "eos" else (end,)
-    given = run(engine, [models.request(i, stop_token_ids=stop)])[str(i)]
-    assert given.token_ids == models.answers[i][: place + 1]
-    assert given.finish_reason == "stop"
+    answer = run(engine, [models.request(i, stop_token_ids=stop)])[str(i)]
+    assert answer.token_ids == models.answers[i][: place + 1]
+    assert answer.finish_reason == "stop"
     if how == "eos":
         assert run(engine, [models.request(i, ignore_eos=True)])[str(i)].token_ids == models.answers[i]
 
@@ -202,17 +202,17 @@ def test_an_end_token_as_the_last_allowed_token_is_a_stop(models: TinyModels) ->
 
 @pytest.mark.parametrize("k", [0, 4])
 def test_max_seq_len_ends_an_answer(models: TinyModels, k: int) -> None:
-    given = run(models.engine(k=k, max_seq_len=21), [models.request(i) for i in (4, 5)])
-    assert [given[name].token_ids for name in "45"] == [models.answers[4][:5], models.answers[5][:4]]
-    assert given["4"].finish_reason == given["5"].finish_reason == "length"
+    answers = run(models.engine(k=k, max_seq_len=21), [models.request(i) for i in (4, 5)])
+    assert [answers[name].token_ids for name in "45"] == [models.answers[4][:5], models.answers[5][:4]]
+    assert answers["4"].finish_reason == answers["5"].finish_reason == "length"
 
 
 def test_all_positions_of_a_learned_position_table_can_be_used(tmp_path: Path) -> None:
     folder = save_model("gpt2", tmp_path, n_positions=24, n_layer=3)
     target = Target.load(folder, precision="fp32")
     engine = make_engine(target, random_draft(target), max_seq_len=24, max_draft_tokens=4)
-    given = run(engine, [request("a", (1, 2, 3, 4), max_tokens=50)])
-    assert given["a"].token_ids == generate(folder, [[1, 2, 3, 4]], 20)[0]
+    answers = run(engine, [request("a", (1, 2, 3, 4), max_tokens=50)])
+    assert answers["a"].token_ids == generate(folder, [[1, 2, 3, 4]], 20)[0]
 
 
 def test_requests_that_do_not_fit_are_refused(models: TinyModels) -> None:
@@ -232,29 +232,29 @@ def test_requests_that_do_not_fit_are_refused(models: TinyModels) -> None:
 @pytest.mark.parametrize("kind", ["none", "trained"])
 def test_cancelling_frees_the_slot_and_affects_no_other_request(models: TinyModels, kind: str) -> None:
     engine = models.engine(kind, max_batch_size=3, prefill_chunk_tokens=8, k=3)
-    given = {str(i): list[int]() for i in range(8)}
+    answers = {str(i): list[int]() for i in range(8)}
 
     def rounds(count: int) -> None:
         for output in [o for _ in range(count) for o in engine.round()]:
-            given[output.request_id] += output.token_ids
+            answers[output.request_id] += output.token_ids
 
     for i in (3, 4, 7, 5, 2):
         engine.submit(models.request(i))
     rounds(3)
     assert (engine.num_running, engine.num_waiting) == (3, 2)
-    assert given["3"]
-    assert not given["7"], "still prefilling"
+    assert answers["3"]
+    assert not answers["7"], "still prefilling"
     engine.cancel("3")  # decoding
     engine.cancel("7")  # prefilling
     engine.cancel("5")  # waiting
     engine.cancel("unknown")
     assert (engine.num_running, engine.num_waiting) == (1, 1)
-    cut = {name: len(given[name]) for name in "357"}
+    cut = {name: len(answers[name]) for name in "357"}
     engine.submit(models.request(6))
     while engine.has_work:
         rounds(1)
-    assert all(given[str(i)] == models.answers[i] for i in (2, 4, 6))
-    assert cut == {name: len(given[name]) for name in "357"}, "there is no output after a cancellation"
+    assert all(answers[str(i)] == models.answers[i] for i in (2, 4, 6))
+    assert cut == {name: len(answers[name]) for name in "357"}, "there is no output after a cancellation"
 
 
 def test_a_request_id_may_come_again_with_other_options(models: TinyModels) -> None:
@@ -272,19 +272,19 @@ def test_the_draft_does_not_run_for_requests_that_do_not_speculate(
 ) -> None:
     engine = models.engine()
     plain = [models.request(i, speculate=False) for i in range(8)]
-    given = run(engine, plain)
-    assert [given[str(i)].token_ids for i in range(8)] == models.answers
+    answers = run(engine, plain)
+    assert [answers[str(i)].token_ids for i in range(8)] == models.answers
     assert drafted == []
     assert engine.stats.drafts == 0
 
 
 def test_requests_with_and_without_speculation_share_a_batch(models: TinyModels, drafted: list[DraftInputs]) -> None:
     engine = models.engine(prefill_chunk_tokens=256)
-    given = run(engine, [models.request(i, speculate=i % 2 == 0) for i in range(8)])
-    assert [given[str(i)].token_ids for i in range(8)] == models.answers
+    answers = run(engine, [models.request(i, speculate=i % 2 == 0) for i in range(8)])
+    assert [answers[str(i)].token_ids for i in range(8)] == models.answers
     assert max(len(inputs.lengths) for inputs in drafted) == 4
     for i in range(8):
-        assert (sum(output.num_proposed for output in given[str(i)].rounds) > 0) == (i % 2 == 0)
+        assert (sum(output.num_proposed for output in answers[str(i)].rounds) > 0) == (i % 2 == 0)
 
 
 def test_the_draft_does_not_run_when_it_does_not_pay_except_for_a_probe(
@@ -342,5 +342,5 @@ def test_bf16_without_kernels(
     monkeypatch.setattr(native, "library", lambda: None)
     target = Target.load(models.folder, precision="bf16")
     engine = make_engine(target, draft(target), max_draft_tokens=3)
-    given = run(engine, [models.request(3), models.request(6, temperature=1.0)])
-    assert [len(answer.token_ids) for answer in given.values()] == [NEW, NEW]
+    answers = run(engine, [models.request(3), models.request(6, temperature=1.0)])
+    assert [len(answer.token_ids) for answer in answers.values()] == [NEW, NEW]

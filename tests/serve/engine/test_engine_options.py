@@ -86,13 +86,13 @@ def test_greedy_with_penalties_and_bias_is_the_same_under_speculation(
     params: dict[str, object], target: Target, draft: Eagle3Draft
 ) -> None:
     plain, speculative = both(target, draft)
-    wanted = tokens(run(plain, requests(**params)))
-    assert wanted != tokens(run(plain, requests())), "the option changes something"
-    assert tokens(run(speculative, requests(**params))) == wanted
+    expected = tokens(run(plain, requests(**params)))
+    assert expected != tokens(run(plain, requests())), "the option changes something"
+    assert tokens(run(speculative, requests(**params))) == expected
     # And in a batch with a request of other parameters.
     mixed = [*requests(**params), request("x", PROMPTS[1], max_tokens=30, temperature=0.9, presence_penalty=1.0)]
-    given = tokens(run(speculative, mixed))
-    assert {name: given[name] for name in wanted} == wanted
+    answers = tokens(run(speculative, mixed))
+    assert {name: answers[name] for name in expected} == expected
     assert speculative.stats.accepted > 10
 
 
@@ -112,8 +112,8 @@ def test_the_engine_runs_at_both_ends_of_the_range_of_every_parameter(
     sampling: dict[str, object], extreme: dict[str, object], target: Target, draft: Eagle3Draft
 ) -> None:
     for engine in both(target, draft):
-        given = run(engine, requests(**{**sampling, **extreme}, logprobs=2))
-        for answer in given.values():
+        answers = run(engine, requests(**{**sampling, **extreme}, logprobs=2))
+        for answer in answers.values():
             assert len(answer.token_ids) == 20
             assert all(0 <= token < VOCAB for token in answer.token_ids)
 
@@ -121,13 +121,13 @@ def test_the_engine_runs_at_both_ends_of_the_range_of_every_parameter(
 def test_a_repetition_penalty_is_that_of_transformers(
     model: PreTrainedModel, target: Target, draft: Eagle3Draft
 ) -> None:
-    given = tokens(run(make_engine(target, copy.deepcopy(draft)), requests(repetition_penalty=1.4)))
+    answers = tokens(run(make_engine(target, copy.deepcopy(draft)), requests(repetition_penalty=1.4)))
     for i, prompt in enumerate(PROMPTS):
         ids = torch.tensor([prompt])
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, repetition_penalty=1.4
         )
-        assert given[str(i)] == out[0, len(prompt) :].tolist()
+        assert answers[str(i)] == out[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -143,8 +143,8 @@ def test_a_seed_gives_the_same_output_alone_in_a_batch_and_with_any_draft(
     for kind in (copy.deepcopy(draft), random_draft(target)):
         engine = make_engine(target, kind, max_draft_tokens=k, max_batch_size=6)
         others = [request(f"x{i}", PROMPTS[i], max_tokens=9 * i + 1, temperature=1.0) for i in range(4)]
-        given = tokens(run(engine, [*others, *seeded], arrivals=[0, 1, 2, 5, 0, 3, 4, 9]))
-        assert {name: given[name] for name in alone} == alone
+        answers = tokens(run(engine, [*others, *seeded], arrivals=[0, 1, 2, 5, 0, 3, 4, 9]))
+        assert {name: answers[name] for name in alone} == alone
     assert tokens(run(make_engine(target, copy.deepcopy(draft)), seeded[:1]))["0"] == alone["0"]
 
 
@@ -154,16 +154,16 @@ def test_log_probabilities_are_the_models_own(
 ) -> None:
     """Raw: without temperature, penalties and bias. For greedy, seeded and unseeded requests alike."""
     engine = make_engine(target, copy.deepcopy(draft) if speculate else None, max_draft_tokens=4)
-    asked = [
+    mixed_requests = [
         request("0", PROMPTS[0], max_tokens=20, logprobs=3, prompt_logprobs=2),
         request("1", PROMPTS[1], max_tokens=20, logprobs=0, prompt_logprobs=0, temperature=0.8, seed=1),
         request("2", PROMPTS[2], max_tokens=20, logprobs=5, temperature=1.2, repetition_penalty=1.3),
         request("3", PROMPTS[3], max_tokens=20, prompt_logprobs=4, logit_bias={3: 2.0}),
     ]
-    given = run(engine, asked)
+    answers = run(engine, mixed_requests)
     assert not speculate or engine.stats.accepted > 5
-    for item in asked:
-        answer, prompt, params = given[item.request_id], list(item.prompt_ids), item.params
+    for item in mixed_requests:
+        answer, prompt, params = answers[item.request_id], list(item.prompt_ids), item.params
         with torch.no_grad():
             logprobs_TV = model(torch.tensor([prompt + answer.token_ids])).logits[0].log_softmax(-1)
         if params.logprobs is None:
@@ -179,15 +179,19 @@ def test_log_probabilities_are_the_models_own(
         placed = [(len(prompt) + i, entry, params.logprobs) for i, entry in enumerate(answer.logprobs)]
         placed += [(i, entry, params.prompt_logprobs) for i, entry in enumerate(answer.prompt_logprobs or ()) if entry]
         for place, entry, num_top in placed:
-            row = logprobs_TV[place - 1]
-            assert entry.logprob == pytest.approx(row[entry.token_id].item(), abs=1e-4)
-            assert [value for _, value in entry.top] == pytest.approx(row.topk(num_top or 0).values.tolist(), abs=1e-4)
-            assert [value for _, value in entry.top] == pytest.approx([row[t].item() for t, _ in entry.top], abs=1e-4)
+            logprob_V = logprobs_TV[place - 1]
+            assert entry.logprob == pytest.approx(logprob_V[entry.token_id].item(), abs=1e-4)
+            assert [value for _, value in entry.top] == pytest.approx(
+                logprob_V.topk(num_top or 0).values.tolist(), abs=1e-4
+            )
+            assert [value for _, value in entry.top] == pytest.approx(
+                [logprob_V[t].item() for t, _ in entry.top], abs=1e-4
+            )
 
 
 def test_a_prompt_of_one_token_has_one_empty_prompt_logprob(target: Target) -> None:
-    given = run(make_engine(target), [request("a", [5], max_tokens=2, prompt_logprobs=1)])
-    assert given["a"].prompt_logprobs == (None,)
+    answers = run(make_engine(target), [request("a", [5], max_tokens=2, prompt_logprobs=1)])
+    assert answers["a"].prompt_logprobs == (None,)
 
 
 @pytest.mark.skipif(native.library() is None, reason="torch's own sums depend on the batch")
@@ -204,11 +208,11 @@ def test_speculation_is_plain_decoding_bit_for_bit(
     accepted = 0
     for k in range(1, 7):
         engine = make_engine(target, copy.deepcopy(draft), max_draft_tokens=k, prefill_chunk_tokens=5)
-        given = run(engine, requests(logprobs=0, **options), arrivals=[0, 2, 3, 1])
+        answers = run(engine, requests(logprobs=0, **options), arrivals=[0, 2, 3, 1])
         accepted += engine.stats.accepted
         for i, answer in enumerate(plain):
-            assert given[str(i)].token_ids == answer.token_ids
-            assert given[str(i)].logprobs == answer.logprobs, "the same bits"
+            assert answers[str(i)].token_ids == answer.token_ids
+            assert answers[str(i)].logprobs == answer.logprobs, "the same bits"
     assert accepted > 10
 
 
@@ -243,9 +247,9 @@ def test_sampled_pairs_have_the_models_probabilities(params: dict[str, object], 
     torch.manual_seed(11)
     engine = make_engine(target, random_draft(target), max_draft_tokens=k, max_batch_size=300, max_seq_len=8)
     options = {"temperature": 1.0, **params}
-    given = run(engine, [request(str(i), [first], max_tokens=2 + i % 2, **options) for i in range(count)])
+    answers = run(engine, [request(str(i), [first], max_tokens=2 + i % 2, **options) for i in range(count)])
     seen_VV = torch.zeros(V, V)
-    for answer in given.values():
+    for answer in answers.values():
         seen_VV[answer.token_ids[0], answer.token_ids[1]] += 1
     assert 0.05 < engine.stats.accepted / engine.stats.proposed < 0.95
     assert seen_VV[expected_VV == 0].sum() == 0
@@ -253,8 +257,11 @@ def test_sampled_pairs_have_the_models_probabilities(params: dict[str, object], 
     expected = expected_VV.flatten() * count
     common = expected >= 5
     seen = [*seen_VV.flatten()[common].tolist(), float(seen_VV.flatten()[~common].sum())]
-    wanted = [*expected[common].tolist(), float(expected[~common].sum())]
-    if wanted[-1] < 5:
-        seen, wanted = [*seen[:-2], seen[-2] + seen[-1]], [*wanted[:-2], wanted[-2] + wanted[-1]]
-    assert len(wanted) > 20
-    assert chisquare(seen, wanted).pvalue > 1e-3
+    expected_counts = [*expected[common].tolist(), float(expected[~common].sum())]
+    if expected_counts[-1] < 5:
+        seen, expected_counts = (
+            [*seen[:-2], seen[-2] + seen[-1]],
+            [*expected_counts[:-2], expected_counts[-2] + expected_counts[-1]],
+        )
+    assert len(expected_counts) > 20
+    assert chisquare(seen, expected_counts).pvalue > 1e-3

@@ -93,8 +93,8 @@ def check_states(models: TinyModels, trace: Trace, tokens: Sequence[int]) -> int
         for i in range(count):
             at = trace.last_TH[root + i] if i <= accepted else trace.rejected_last_NH[start + i - accepted - 1]
             torch.testing.assert_close(at.float(), last_TH[i], **rounding)
-            p, wanted = target.logits(at[None].float()).softmax(-1), target.logits(last_TH[i][None]).softmax(-1)
-            assert (p - wanted).abs().max() < 0.02
+            p, expected = target.logits(at[None].float()).softmax(-1), target.logits(last_TH[i][None]).softmax(-1)
+            assert (p - expected).abs().max() < 0.02
         start += int(trace.num_rejected_R[r])
     return start
 
@@ -114,15 +114,15 @@ def check_rounds(traces: Sequence[Trace], answer: Answer) -> None:
         )
     ]
     position = LENGTHS[int(traces[0].request_id)] - 1
-    wanted = []
+    expected = []
     for output in answer.rounds:
         # Left out are proposals that the end of the request cut off, and of lookup those after a rejection.
         count = output.num_proposed if len(output.token_ids) > output.num_accepted else output.num_accepted
         if output.from_lookup:
             count = min(count, output.num_accepted + 1)
-        wanted.append((position, count, output.num_accepted, output.explored and count > 0))
+        expected.append((position, count, output.num_accepted, output.explored and count > 0))
         position += len(output.token_ids)
-    assert [(root, n, a, explored) for root, n, a, _, explored in rounds] == wanted
+    assert [(root, n, a, explored) for root, n, a, _, explored in rounds] == expected
     assert all((source == SOURCE_NONE) == (n == 0) for _, n, _, source, _ in rounds)
 
 
@@ -139,20 +139,20 @@ def test_states_distributions_and_rounds(models: TinyModels, kind: str, lookup: 
         explore_share=0.3,
         explore_temperature=1.5,
     )
-    given = run(engine, models.requests(kind))
+    answers = run(engine, models.requests(kind))
     by_request = defaultdict(list)
     num_rejected = 0
     for trace in traces:
         check(trace)
         by_request[trace.request_id].append(from_bytes(to_bytes(trace)))
-        num_rejected += check_states(models, trace, all_tokens(models, given[trace.request_id], trace.request_id))
+        num_rejected += check_states(models, trace, all_tokens(models, answers[trace.request_id], trace.request_id))
         assert trace.verify == {"greedy": "greedy", "seeded": "seeded"}.get(kind, "free")
         assert trace.temperature == pytest.approx(KINDS[kind]["temperature"])
         assert trace.domain == f"d{trace.request_id}"
     assert num_rejected > 10, "the test needs rejections"
-    assert by_request.keys() == given.keys()
+    assert by_request.keys() == answers.keys()
     for request_id, its in by_request.items():
-        check_rounds(its, given[request_id])
+        check_rounds(its, answers[request_id])
         assert (len(its) > 1) == (segment_tokens == 7)
     assert sum(int(t.num_accepted_R.sum()) for t in traces) == engine.stats.accepted
     assert engine.stats.accepted > (50 if kind == "greedy" else 5)
@@ -166,8 +166,8 @@ def test_states_distributions_and_rounds(models: TinyModels, kind: str, lookup: 
 
 def test_each_position_is_new_in_one_segment_and_segments_overlap(models: TinyModels) -> None:
     traces: list[Trace] = []
-    given = run(models.engine(traces, segment_tokens=7, overlap=3), models.requests())
-    for request_id, answer in given.items():
+    answers = run(models.engine(traces, segment_tokens=7, overlap=3), models.requests())
+    for request_id, answer in answers.items():
         segments = [t for t in traces if t.request_id == request_id]
         length = LENGTHS[int(request_id)]
         new: list[int] = []
@@ -189,9 +189,9 @@ def test_plain_decoding_is_recorded_too(models: TinyModels, drafted: bool) -> No
         if drafted
         else make_engine(models.target, observer=TraceRecorder(keep_in(traces), hidden_size=models.target.hidden_size))
     )
-    given = run(engine, [replace(r, params=replace(r.params, speculate=False)) for r in models.requests()])
+    answers = run(engine, [replace(r, params=replace(r.params, speculate=False)) for r in models.requests()])
     for trace in traces:
-        check_states(models, trace, all_tokens(models, given[trace.request_id], trace.request_id))
+        check_states(models, trace, all_tokens(models, answers[trace.request_id], trace.request_id))
         assert set(trace.source_R.tolist()) == {SOURCE_NONE}
         assert trace.proposal_RK.shape == (NEW, 0)
         assert set(trace.round_version_R.tolist()) == {-1}
@@ -247,14 +247,14 @@ def test_a_request_that_may_not_be_stored_leaves_no_trace_and_does_not_explore(m
     traces: list[Trace] = []
     engine = models.engine(traces, explore_share=1.0, explore_temperature=3.0, segment_tokens=7)
     requests = [replace(r, store=int(r.request_id) % 2 == 0) for r in models.requests()]
-    given = run(engine, requests)
+    answers = run(engine, requests)
     assert {t.request_id for t in traces} == {"0", "2", "4"}
-    for request_id, answer in given.items():
+    for request_id, answer in answers.items():
         assert any(output.explored for output in answer.rounds) == (int(request_id) % 2 == 0)
         assert answer.token_ids == models.answers[int(request_id)]
     assert engine.stats.opted_out == 3
     for trace in traces:
-        check_states(models, trace, all_tokens(models, given[trace.request_id], trace.request_id))
+        check_states(models, trace, all_tokens(models, answers[trace.request_id], trace.request_id))
 
 
 def test_no_state_is_kept_of_a_request_that_may_not_be_stored(models: TinyModels) -> None:
@@ -273,10 +273,10 @@ def test_proposals_that_the_end_cuts_off_are_not_recorded_as_rejected(models: Ti
             replace(r, params=replace(r.params, stop_token_ids=(models.answers[i][place],)))
             for i, r in enumerate(models.requests())
         ]
-        given = run(models.engine(traces), stops)
+        answers = run(models.engine(traces), stops)
         for trace in traces:
             check(trace)
-            answer = given[trace.request_id]
+            answer = answers[trace.request_id]
             check_rounds([trace], answer)
             check_states(models, trace, all_tokens(models, answer, trace.request_id))
             last = answer.rounds[-1]
@@ -305,10 +305,10 @@ def test_a_cancelled_request_leaves_a_trace_and_its_slot_starts_a_new_one(models
     engine.submit(requests[3])
     engine.round()  # prefill of the next in the same slot
     engine.cancel("3")
-    given = run(engine, [requests[0]])
+    answers = run(engine, [requests[0]])
     assert {t.request_id for t in traces[1:]} <= {"0", "3"}
-    check_states(models, traces[-1], all_tokens(models, given["0"], "0"))
-    check_rounds(traces[-1:], given["0"])
+    check_states(models, traces[-1], all_tokens(models, answers["0"], "0"))
+    check_rounds(traces[-1:], answers["0"])
 
 
 def test_versions_are_recorded_across_a_swap(models: TinyModels) -> None:
@@ -337,12 +337,12 @@ def test_the_states_of_a_bf16_target_are_recorded(models: TinyModels, tmp_path: 
     traces: list[Trace] = []
     recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size)
     engine = make_engine(target, copy.deepcopy(models.draft), max_draft_tokens=3, observer=recorder)
-    given = run(engine, models.requests("free"))
+    answers = run(engine, models.requests("free"))
     for trace in traces:
-        tokens = torch.tensor([all_tokens(models, given[trace.request_id], trace.request_id)])
+        tokens = torch.tensor([all_tokens(models, answers[trace.request_id], trace.request_id)])
         with torch.no_grad():
             aux_BT3H, last_BTH = target.forward_uncached(tokens)
         T = len(trace.token_ids_T)
         # The engine's KV cache rounds keys and values, a plain pass does not.
-        for got, wanted in ((trace.last_TH, last_BTH), (trace.aux_T3H, aux_BT3H)):
-            assert (got.float() - wanted[0, :T].float()).abs().mean() < 0.02 * wanted.abs().mean()
+        for got, expected in ((trace.last_TH, last_BTH), (trace.aux_T3H, aux_BT3H)):
+            assert (got.float() - expected[0, :T].float()).abs().mean() < 0.02 * expected.abs().mean()

@@ -45,9 +45,9 @@ def test_the_tokens_after_the_longest_match(tokens: list[int], count: int, match
 
 
 def test_the_longest_match_is_that_of_an_exhaustive_search() -> None:
-    draw = random.Random(0)
+    rng = random.Random(0)
     for _ in range(200):
-        tokens = [draw.randrange(4) for _ in range(draw.randrange(2, 30))]
+        tokens = [rng.randrange(4) for _ in range(rng.randrange(2, 30))]
         matches = [0]
         for position in range(1, len(tokens)):
             length = 0
@@ -75,19 +75,19 @@ def prompts() -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_output_is_that_of_plain_decoding(target: Target, with_draft: bool, adaptive: bool) -> None:
     kinds = [{"temperature": 0.0}, {"temperature": 0.9, "seed": 5}, {"temperature": 0.0, "repetition_penalty": 1.3}]
-    asked = [
+    requests = [
         request(f"{i}-{j}", prompt, max_tokens=40, **kind)
         for i, prompt in enumerate(prompts())
         for j, kind in enumerate(kinds)
     ]
-    plain = run(make_engine(target), asked)
+    plain = run(make_engine(target), requests)
     draft = random_draft(target) if with_draft else None
     engine = make_engine(target, draft, lookup_tokens=15, adaptive=adaptive, max_batch_size=4)
     # An unseeded sampled request joins: only the draft may propose for it.
-    given = run(engine, [*asked, request("free", REFRAIN, max_tokens=40, temperature=1.0)])
-    assert {i: given[i].token_ids for i in plain} == {i: plain[i].token_ids for i in plain}
+    answers = run(engine, [*requests, request("unseeded", REFRAIN, max_tokens=40, temperature=1.0)])
+    assert {i: answers[i].token_ids for i in plain} == {i: plain[i].token_ids for i in plain}
     assert engine.stats.accepted > 0
-    assert len(given["free"].token_ids) == 40
+    assert len(answers["unseeded"].token_ids) == 40
 
 
 def test_the_draft_does_not_run_while_lookup_proposes_for_all_sequences(
@@ -97,11 +97,11 @@ def test_the_draft_does_not_run_while_lookup_proposes_for_all_sequences(
     calls: list[int] = []
     original = Drafter.propose
     monkeypatch.setattr(Drafter, "propose", lambda self, inputs, **o: calls.append(1) or original(self, inputs, **o))
-    asked = [request("a", REFRAIN, max_tokens=120, temperature=0.0)]
+    requests = [request("a", REFRAIN, max_tokens=120, temperature=0.0)]
     with_lookup = make_engine(target, random_draft(target), lookup_tokens=15, adaptive=False)
-    run(with_lookup, asked)
+    run(with_lookup, requests)
     assert with_lookup.stats.rounds > len(calls)
     calls.clear()
     without = make_engine(target, random_draft(target), adaptive=False)
-    run(without, asked)
+    run(without, requests)
     assert without.stats.rounds == len(calls)

@@ -60,8 +60,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     return TinyModels(targets=targets, drafts=drafts, prompts=prompts)
 
 
-def tokens(given: dict[str, Answer]) -> list[list[int]]:
-    return [given[name].token_ids for name in sorted(given)]
+def tokens(answers: dict[str, Answer]) -> list[list[int]]:
+    return [answers[name].token_ids for name in sorted(answers)]
 
 
 # -- passes --------------------------------------------------------------------------------------------------------
@@ -138,11 +138,11 @@ def test_different_query_lengths_give_the_bits_of_equal_ones(
         return slots
 
     wide, ragged = prepared(), prepared()
-    wanted = target(ids_BT, kv_cache=wide, slots_B=slots_B, starts_B=starts_B, **branches)
+    expected = target(ids_BT, kv_cache=wide, slots_B=slots_B, starts_B=starts_B, **branches)
     ids_N = torch.cat([row[:width] for row, width in zip(ids_BT, widths, strict=True)])
     found = target.forward_ragged(ids_N, widths=widths, kv_cache=ragged, slots_B=slots_B, starts_B=starts_B, **branches)
-    for of_all, of_some in zip(wanted, found, strict=True):
-        assert torch.equal(torch.cat([row[:width] for row, width in zip(of_all, widths, strict=True)]), of_some)
+    for equal, ragged_N in zip(expected, found, strict=True):
+        assert torch.equal(torch.cat([row[:width] for row, width in zip(equal, widths, strict=True)]), ragged_N)
     for keys, other in zip(wide.keys_SGCDP, ragged.keys_SGCDP, strict=True):
         for slot, start, width in zip(slots_B.tolist(), starts_B.tolist(), widths, strict=True):
             one, two = (keys_by_position(k[slot][None])[..., : start + width] for k in (keys, other))
@@ -182,14 +182,14 @@ def test_output_is_that_of_plain_decoding(
     models: TinyModels, kind: str, k: int, nodes: int, batch: int, adaptive: bool
 ) -> None:
     """In bf16, where only equal bits give equal tokens. Greedy and seeded requests, at any batch size."""
-    asked = models.requests()
-    asked += [request(f"s{i}", p, max_tokens=NEW, temperature=0.8, seed=i) for i, p in enumerate(models.prompts)]
-    wanted = run(make_engine(models.targets["bf16"]), asked)
+    requests = models.requests()
+    requests += [request(f"s{i}", p, max_tokens=NEW, temperature=0.8, seed=i) for i, p in enumerate(models.prompts)]
+    expected = run(make_engine(models.targets["bf16"]), requests)
     engine = models.engine(kind, nodes=nodes, max_draft_tokens=k, max_batch_size=batch, adaptive=adaptive)
-    given = run(engine, asked, arrivals=[0, 1, 2, 0, 5, 3, 9, 2, 1, 0])
-    assert tokens(given) == tokens(wanted)
+    answers = run(engine, requests, arrivals=[0, 1, 2, 0, 5, 3, 9, 2, 1, 0])
+    assert tokens(answers) == tokens(expected)
     assert engine.stats.accepted == sum(engine.stats.accepted_by_position)
-    rounds = [output for answer in given.values() for output in answer.rounds]
+    rounds = [output for answer in answers.values() for output in answer.rounds]
     assert all(len(o.token_ids) == o.num_accepted + 1 for o in rounds if o.finish_reason is None)
     if not adaptive:
         assert max(o.num_proposed for o in rounds) == (nodes if k > 1 else k)
@@ -209,44 +209,44 @@ def test_output_is_that_of_plain_decoding(
     ],
 )
 def test_options_hold_on_every_path(models: TinyModels, params: dict[str, Any]) -> None:
-    asked = models.requests(**params)
-    wanted = run(make_engine(models.targets["bf16"]), asked)
-    given = run(models.engine(), asked)
-    assert tokens(given) == tokens(wanted)
-    for name in given:
-        assert given[name].logprobs == wanted[name].logprobs
-    widest = max(o.num_proposed for a in given.values() for o in a.rounds)
+    requests = models.requests(**params)
+    expected = run(make_engine(models.targets["bf16"]), requests)
+    answers = run(models.engine(), requests)
+    assert tokens(answers) == tokens(expected)
+    for name in answers:
+        assert answers[name].logprobs == expected[name].logprobs
+    widest = max(o.num_proposed for a in answers.values() for o in a.rounds)
     assert widest == (4 if any("penalty" in name for name in params) else 15)
 
 
 def test_an_unseeded_request_makes_its_round_propose_chains(models: TinyModels) -> None:
     greedy, sampled = models.requests()[3:]
-    free = request("free", sampled.prompt_ids, max_tokens=6, temperature=1.0)
-    given = run(models.engine(prefill_chunk_tokens=128), [greedy, free])
-    numbers = [output.num_proposed for output in given[greedy.request_id].rounds]
-    together = len(given["free"].rounds)
+    unseeded = request("unseeded", sampled.prompt_ids, max_tokens=6, temperature=1.0)
+    answers = run(models.engine(prefill_chunk_tokens=128), [greedy, unseeded])
+    numbers = [output.num_proposed for output in answers[greedy.request_id].rounds]
+    together = len(answers["unseeded"].rounds)
     assert set(numbers[:together]) == {4}
     assert set(numbers[together:]) == {15}
-    assert given[greedy.request_id].token_ids == tokens(run(make_engine(models.targets["bf16"]), [greedy]))[0]
+    assert answers[greedy.request_id].token_ids == tokens(run(make_engine(models.targets["bf16"]), [greedy]))[0]
 
 
 def test_lookup_and_trees_share_a_round(models: TinyModels) -> None:
     prompts = [[7, 8, 9, 10, 11] * 4, models.prompts[3]]
-    asked = [request(str(i), p, max_tokens=NEW) for i, p in enumerate(prompts)]
-    asked.append(request("plain", models.prompts[2], max_tokens=NEW, speculate=False))
-    given = run(models.engine(lookup_tokens=15, prefill_chunk_tokens=64), asked)
-    assert tokens(given) == tokens(run(make_engine(models.targets["bf16"]), asked))
-    assert any(o.from_lookup and o.num_proposed for o in given["0"].rounds)
-    assert {o.num_proposed for o in given["1"].rounds if not o.from_lookup} == {15}
+    requests = [request(str(i), p, max_tokens=NEW) for i, p in enumerate(prompts)]
+    requests.append(request("plain", models.prompts[2], max_tokens=NEW, speculate=False))
+    answers = run(models.engine(lookup_tokens=15, prefill_chunk_tokens=64), requests)
+    assert tokens(answers) == tokens(run(make_engine(models.targets["bf16"]), requests))
+    assert any(o.from_lookup and o.num_proposed for o in answers["0"].rounds)
+    assert {o.num_proposed for o in answers["1"].rounds if not o.from_lookup} == {15}
 
 
 @pytest.mark.parametrize("limits", [{"max_seq_len": 44}, {"max_seq_len": 43, "max_batch_size": 1}])
 def test_requests_end_inside_a_path(models: TinyModels, limits: dict[str, Any]) -> None:
-    wanted = tokens(run(make_engine(models.targets["bf16"], **limits), models.requests()))
-    assert tokens(run(models.engine(**limits), models.requests())) == wanted
+    expected = tokens(run(make_engine(models.targets["bf16"], **limits), models.requests()))
+    assert tokens(run(models.engine(**limits), models.requests())) == expected
     for new in (1, 2, 3):
         short = tokens(run(models.engine(), models.requests(max_tokens=new)))
-        assert short == [(w + [-1])[:new] for w in wanted[:4]] + [short[4]]
+        assert short == [(w + [-1])[:new] for w in expected[:4]] + [short[4]]
     whole = tokens(run(make_engine(models.targets["bf16"]), models.requests()))[2]
     end = next(t for i, t in enumerate(whole) if i > 2 and t not in whole[:i])
     cut = run(models.engine(), [models.requests(stop_token_ids=(end,))[2]])["2"]
@@ -255,18 +255,18 @@ def test_requests_end_inside_a_path(models: TinyModels, limits: dict[str, Any]) 
 
 def test_the_draft_is_swapped_while_requests_run(models: TinyModels) -> None:
     engine = models.engine("random")
-    given = {r.request_id: Answer() for r in models.requests()}
-    for asked in models.requests():
-        engine.submit(asked)
+    answers = {r.request_id: Answer() for r in models.requests()}
+    for each in models.requests():
+        engine.submit(each)
     number = 0
     while engine.has_work:
         if number in (3, 7, 9):
             kind = "trained" if number != 7 else "random"
             engine.swap_draft(copy.deepcopy(models.drafts[kind]), version=str(number), recompute=number == 9)
         for output in engine.round():
-            given[output.request_id].add(output)
+            answers[output.request_id].add(output)
         number += 1
-    assert tokens(given) == tokens(run(make_engine(models.targets["bf16"]), models.requests()))
+    assert tokens(answers) == tokens(run(make_engine(models.targets["bf16"]), models.requests()))
 
 
 @pytest.mark.parametrize(
@@ -289,12 +289,12 @@ def test_traces_record_the_chain_of_first_choices_and_the_states_of_the_accepted
     target = models.targets["bf16"]
     traces: list[Trace] = []
     recorder = TraceRecorder(lambda trace: traces.append(trace.copy()), hidden_size=target.hidden_size)
-    given = run(models.engine(observer=recorder), models.requests())
-    assert len(traces) == len(given)
+    answers = run(models.engine(observer=recorder), models.requests())
+    assert len(traces) == len(answers)
     further = 0
     for trace in traces:
         check(trace)
-        answer = given[trace.request_id]
+        answer = answers[trace.request_id]
         ids = [*models.prompts[int(trace.request_id)], *answer.token_ids][:-1]
         assert trace.token_ids_T.tolist() == ids
         aux, last = target.forward(

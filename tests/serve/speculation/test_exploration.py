@@ -47,8 +47,8 @@ def test_greedy_and_seeded_output_is_that_of_plain_decoding(
     engine = make_engine(
         target, copy.deepcopy(draft), adaptive=adaptive, explore_share=0.7, explore_temperature=temperature
     )
-    given = run(engine, requests)
-    for request_id, answer in given.items():
+    answers = run(engine, requests)
+    for request_id, answer in answers.items():
         if not request_id.startswith("unseeded"):
             assert answer.token_ids == plain[request_id].token_ids, request_id
     assert engine.stats.explored_drafts > 10 or adaptive
@@ -68,13 +68,13 @@ def test_unseeded_output_keeps_its_distribution_when_every_round_explores(target
     )
     torch.manual_seed(0)
     params = {"temperature": 0.8, "max_tokens": 2}
-    given = run(engine, [request(str(i), PROMPT, **params) for i in range(count)])
+    answers = run(engine, [request(str(i), PROMPT, **params) for i in range(count)])
     with torch.no_grad():
         continued = torch.tensor([[*PROMPT, token] for token in range(VOCAB)])
         logits = target.logits(target.forward_uncached(continued)[1][:, -2:]) / 0.8
     distribution = logits[0, 0].softmax(-1)[:, None] * logits[:, 1].softmax(-1)
     counts = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
-    for answer in given.values():
+    for answer in answers.values():
         counts[tuple(answer.token_ids)] += 1
     expected = distribution.double() * count
     cells = expected > 5
@@ -88,8 +88,8 @@ def test_unseeded_output_keeps_its_distribution_when_every_round_explores(target
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_the_configured_share_of_drafted_rounds_explores(target: Target, share: float) -> None:
     engine = make_engine(target, random_draft(target), explore_share=share, explore_temperature=1.0, explore_seed=4)
-    given = run(engine, [request(str(i), PROMPT, max_tokens=60) for i in range(16)])
-    outputs = [output for answer in given.values() for output in answer.rounds]
+    answers = run(engine, [request(str(i), PROMPT, max_tokens=60) for i in range(16)])
+    outputs = [output for answer in answers.values() for output in answer.rounds]
     explored = sum(output.explored for output in outputs)
     assert explored == engine.stats.explored_drafts
     assert explored / engine.stats.drafts == pytest.approx(share, abs=0.05)
@@ -111,17 +111,17 @@ def test_exploring_samples_from_the_draft_at_the_exploration_temperature(
     proposed: dict[float, set[int]] = {}
     original = Drafter.propose
     for temperature in (0.05, 10.0):
-        made: list[Proposals] = []
+        calls: list[Proposals] = []
 
         def propose(*args: object, **options: object) -> Proposals:
-            made.append(original(*args, **options))  # type: ignore[arg-type]  # noqa: B023
-            return made[-1]  # noqa: B023
+            calls.append(original(*args, **options))  # type: ignore[arg-type]  # noqa: B023
+            return calls[-1]  # noqa: B023
 
         monkeypatch.setattr(Drafter, "propose", propose)
         engine = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=temperature)
         run(engine, [request(str(i), PROMPT, max_tokens=1, **kind) for i in range(64)])
         monkeypatch.undo()
-        proposed[temperature] = {token for p in made for token in p.token_BK[:, 0].tolist()}
+        proposed[temperature] = {token for p in calls for token in p.token_BK[:, 0].tolist()}
     assert len(proposed[10.0]) > 20
     assert len(proposed[0.05]) <= 3
 

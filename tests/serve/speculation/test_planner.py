@@ -20,8 +20,8 @@ PLAIN_S = 0.010
 
 def a_sequence(rate: float) -> RunningSequence:
     """A sequence with this acceptance rate."""
-    asked = Request(request_id="a", prompt_ids=(1,), params=SamplingParams(max_tokens=1))
-    return RunningSequence(request=asked, slot=0, acceptance_rate=rate, prompt_length=1, length=1)
+    request = Request(request_id="a", prompt_ids=(1,), params=SamplingParams(max_tokens=1))
+    return RunningSequence(request=request, slot=0, acceptance_rate=rate, prompt_length=1, length=1)
 
 
 def chain_planner(
