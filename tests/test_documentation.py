@@ -267,9 +267,10 @@ def documented_metrics(section: str) -> list[str]:
 def test_every_exported_metric_has_its_line_and_no_other(tmp_path: Path) -> None:
     from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
     from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
-    from aurora_lit.ipc.ring import RingWriter, ring_counters
+    from aurora_lit.ipc.ring import RingWriter
     from aurora_lit.ipc.run_folder import RING_NAME
     from aurora_lit.serve.http.metrics import ServerMetrics
+    from aurora_lit.serve.http.status import ring_counters
 
     engine = EngineStatusPage.create(tmp_path / STATUS_NAME)
     engine.write(max_draft_tokens=1, drafts=1, proposed=1, accepted=1, accepted_by_position=[1])
