@@ -1,4 +1,4 @@
-"""Made-up traces whose prompts belong to a few kinds, with the statistics of real hidden states."""
+"""Made-up traces whose prompts are of a few kinds, with the statistics of real hidden states."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 
 _WIDTH = 96
 
+KINDS = ("code", "chat", "prose", "sql")
 
-_KINDS = ("code", "chat", "prose", "sql")
 
-
-class Prompts:
-    """Makes traces whose prompts belong to one of a few kinds; the first position is a sink that says nothing."""
+class PromptMaker:
+    """Makes traces whose prompts are of one of a few kinds; the first position is an attention sink."""
 
     def __init__(self, seed: int = 0, *, spread: float = 1.0) -> None:
         self._spread = spread
         self._gen = torch.Generator().manual_seed(seed)
-        directions = torch.randn(len(_KINDS), _WIDTH, generator=torch.Generator().manual_seed(99))
-        self._centre = dict(zip(_KINDS, directions, strict=True))
+        directions = torch.randn(len(KINDS), _WIDTH, generator=torch.Generator().manual_seed(99))
+        self._centre = dict(zip(KINDS, directions, strict=True))
         self._centre["chatty"] = 0.8 * self._centre["chat"] + 0.6 * self._centre["prose"]
         self._scale_E = torch.ones(_WIDTH)
         self._scale_E[:3] = 300.0
@@ -30,15 +29,14 @@ class Prompts:
         return torch.randn(*shape, generator=self._gen)
 
     def trace(self, kind: str, *, label: str = "", accepted: float | None = None, explored: bool = False) -> Trace:
+        """A trace of a prompt of this kind. `accepted`: acceptance rate of ten rounds; None: it has no rounds."""
         self._number += 1
         prompt, length = 8, 24
         noise = 0.8 * self.normal(_WIDTH) + 2.0 * self.normal(length, _WIDTH)
         states = self._centre[kind] + self._spread * noise + 5.0
         states = states * self._scale_E
         states[0] = 1e4 * self.normal(_WIDTH)
-        word = 1000 * (1 + list(self._centre).index(kind))
         tokens = torch.randint(0, 50, (length,), generator=self._gen, dtype=torch.int32)
-        tokens[1:4] = torch.tensor([word, word + 1, word + 2])
         rounds = {} if accepted is None else rounds_with(tokens, prompt, accepted, explored=explored)
         return Trace(
             request_id=f"r{self._number}",
@@ -53,13 +51,13 @@ class Prompts:
 
 
 def rounds_with(tokens: Tensor, prompt: int, accepted: float, *, explored: bool) -> dict[str, Tensor]:
-    """Ten rounds of one proposal, of which a share was accepted."""
-    taken = round(10 * accepted)
+    """Ten rounds of one proposal each, of which the share `accepted` was accepted."""
+    num_accepted = round(10 * accepted)
     return {
         "round_root_R": torch.arange(prompt, prompt + 10, dtype=torch.int32),
         "round_version_R": torch.zeros(10, dtype=torch.int32),
         "num_proposed_R": torch.ones(10, dtype=torch.int32),
-        "num_accepted_R": (torch.arange(10) < taken).int(),
+        "num_accepted_R": (torch.arange(10) < num_accepted).int(),
         "source_R": torch.full((10,), SOURCE_DRAFT, dtype=torch.uint8),
         "explored_R": torch.full((10,), explored),
         "draft_temperature_R": torch.ones(10),

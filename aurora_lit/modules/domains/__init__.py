@@ -1,10 +1,12 @@
-"""Kinds of traffic: clusters of prompts, shifts between them, and the learning rate that follows.
+"""Kinds of traffic: clusters of prompts, shifts between them, and the learning rate that follows them.
+
+A domain is described by its label, which a client gave, or by a number ("auto-3").
 
 May import: traces/, modules/losses/batch.py. Start with detector.py. The files, each importing only those above it:
 
-    clusters.py     online k-means with novelty and a cap
-    shifts.py       Page–Hinkley on the mix of domains and on acceptance in each
+    clusters.py     online k-means over embeddings, with a maximum number of clusters
+    shifts.py       Page–Hinkley tests on the mix of domains and on the acceptance rate of each
     detector.py     which domain a request belongs to, and when traffic shifts
-    lr_schedule.py  the domain-aware learning rate, and what else its heat asks for
-    controller.py   how learning answers to domains: heat, rate, exploration, replay
+    lr_schedule.py  the domain-aware learning rate, and the signals that depend on heat
+    controller.py   how learning responds to domains: heat, learning rate, exploration, replay
 """

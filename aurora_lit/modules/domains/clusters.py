@@ -1,14 +1,16 @@
-"""Online k-means over embeddings of requests, with a cap, and clusters founded where several odd ones lie together.
+"""Online k-means over embeddings of requests, with a maximum number of clusters.
 
-Compared are directions after standardising each dimension by the statistics of all requests. Centroids are kept as
-plain means, so that they stay right while those statistics move. An embedding far from all centroids is odd; enough
-odd ones close together found a cluster. Beyond the cap, the closest two are merged if that costs less than it gains.
-What is left out: what is embedded, and what clusters mean (modules/domains/detector.py).
+Distances are cosine distances after standardising each dimension with the statistics of all requests. Centroids are
+kept as plain means, so that they stay correct while those statistics change. An embedding that is far from all
+centroids is an outlier; enough outliers close together found a cluster. At the maximum, the two closest clusters are
+merged if they are closer to each other than the new cluster is to its nearest.
 
-Requests without a cluster have a mean too: requests of one kind alone stand out from nothing, and are among those
-until other kinds come. A cluster founded near that mean is nothing new.
+Requests without a cluster have a mean too. While all traffic is of one kind, its requests do not differ from the
+overall statistics, and found no cluster until other kinds arrive. A cluster founded near that mean has low novelty.
 
-Shapes: E embedding, D clusters.
+Leaves out what is embedded, and what clusters mean (modules/domains/detector.py).
+
+Shapes: E embedding, D clusters, N outliers.
 """
 
 from __future__ import annotations
@@ -21,159 +23,173 @@ import torch
 from torch import Tensor
 
 WARMUP_REQUESTS = 16
-"""Requests that only the statistics learn from."""
-_FOUNDERS = 4
-"""Odd requests close together that found a cluster."""
-_ODD_KEPT = 32
+"""The first requests only update the statistics."""
+_MIN_FOUNDERS = 4
+"""Outliers close together that found a cluster."""
+_MAX_OUTLIERS = 32
+"""Outliers that are remembered; the oldest are forgotten."""
 _STATISTICS_REQUESTS, _CENTROID_REQUESTS = 1024, 256
-"""Memory of means: exponential forgetting beyond so many requests."""
+"""Memory of the statistics and of a centroid, in requests: a plain mean until then, an exponential one after."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """Where an embedding belongs."""
+class ClusterAssignment:
+    """The cluster of one embedding."""
 
     name: str | None
-    """None: to no cluster."""
+    """None: no cluster."""
     distance: float
-    """1 - cosine to the nearest centroid; 2 when there is none."""
-    founded: float = 0.0
-    """Novelty of the cluster that it founded: distance to all that was seen before, at most 1. 0: it founded none."""
+    """1 − cosine to the nearest centroid; 2 if there are no clusters."""
+    founded_novelty: float = 0.0
+    """Above 0 if it founded its cluster: the new centroid's distance to everything seen before, at most 1."""
     merged: tuple[str, str] | None = None
-    """A cluster that is no more, and the one it is part of now."""
+    """A cluster that was removed, and the one that its members belong to now."""
 
 
-class Clusters:
-    """See the file's docstring.
+class OnlineClusters:
+    """Assigns one embedding after the other, and learns the clusters from them; see the file's docstring.
 
-    >>> clusters = Clusters(most=16, novelty=0.7)
-    >>> clusters.add(x_E, new_name="auto-1").name           # None, until there are clusters
+    >>> clusters = OnlineClusters(max_clusters=16, novelty_threshold=0.7)
+    >>> clusters.assign(x_E, new_name="auto-1").name        # None until there are clusters
     """
 
-    def __init__(self, *, most: int, novelty: float) -> None:
-        """novelty: distance to every centroid beyond which an embedding is odd."""
-        self._most, self._novelty = most, novelty
+    def __init__(self, *, max_clusters: int, novelty_threshold: float) -> None:
+        """novelty_threshold: distance to every centroid beyond which an embedding is an outlier."""
+        self._max_clusters, self._novelty_threshold = max_clusters, novelty_threshold
         self.names: list[str] = []
-        self._fixed: list[bool] = []
-        """Never merged: their names come from outside."""
+        self._is_fixed: list[bool] = []
+        """Clusters whose names come from outside. They are never merged."""
         self._sizes: list[int] = []
-        self._number = self._num_alone = 0
-        self._mean_E = self._variance_E = self._alone_E = torch.zeros(0)
+        self._num_requests = self._num_unassigned = 0
+        self._mean_E = self._variance_E = self._unassigned_mean_E = torch.zeros(0)
         self._centroid_DE = torch.zeros(0, 0)
-        self._odd: deque[Tensor] = deque(maxlen=_ODD_KEPT)
+        self._outliers: deque[Tensor] = deque(maxlen=_MAX_OUTLIERS)
 
-    def add(self, x_E: Tensor, *, new_name: str, fixed_name: str | None = None) -> Found:
-        """Take in an embedding. `new_name`: of a cluster that it may found; `fixed_name`: of the one it belongs to, as
-        long as there is room for it."""
-        self._learn_statistics(x_E)
-        distance_D = 1 - self._directions(self._centroid_DE) @ self._directions(x_E)
+    def assign(self, x_E: Tensor, *, new_name: str, fixed_name: str | None = None) -> ClusterAssignment:
+        """Assign an embedding to a cluster and update that cluster.
+
+        Args:
+            x_E: the embedding.
+            new_name: name for the cluster that it may found.
+            fixed_name: name of the cluster that it belongs to whatever the distance, as long as there is room for it.
+        """
+        self._update_statistics(x_E)
+        distance_D = 1 - self._standardise(self._centroid_DE) @ self._standardise(x_E)
         nearest = int(distance_D.argmin()) if self.names else -1
         distance = float(distance_D[nearest]) if self.names else 2.0
         if fixed_name is not None:
             if fixed_name in self.names:
                 return self._join(self.names.index(fixed_name), x_E, distance)
-            if (room := self._make_room(distance)) is not None:
-                return self._begin(fixed_name, x_E, distance, fixed=True, size=1, merged=room)
-        if self._number <= WARMUP_REQUESTS:
-            return self._stay_alone(x_E, distance)
-        if distance <= self._novelty:
+            if (merged := self._make_room(distance)) is not None:
+                return self._found(fixed_name, x_E, distance, is_fixed=True, size=1, merged=merged)
+        if self._num_requests <= WARMUP_REQUESTS:
+            return self._leave_unassigned(x_E, distance)
+        if distance <= self._novelty_threshold:
             return self._join(nearest, x_E, distance)
-        near = self._odd_ones_near(x_E)
-        if len(near) + 1 < _FOUNDERS or (room := self._make_room(distance)) is None:
-            self._odd.append(x_E)
-            return self._stay_alone(x_E, distance)
-        founders = [x_E, *(self._odd[place] for place in near)]
-        self._odd = deque((x for place, x in enumerate(self._odd) if place not in near), maxlen=_ODD_KEPT)
+        near = self._outliers_near(x_E)
+        if len(near) + 1 < _MIN_FOUNDERS or (merged := self._make_room(distance)) is None:
+            self._outliers.append(x_E)
+            return self._leave_unassigned(x_E, distance)
+        founders = [x_E, *(self._outliers[index] for index in near)]
+        self._outliers = deque((x for index, x in enumerate(self._outliers) if index not in near), maxlen=_MAX_OUTLIERS)
         centre_E = torch.stack(founders).mean(0)
-        return self._begin(new_name, centre_E, distance, fixed=False, size=len(founders), merged=room)
+        return self._found(new_name, centre_E, distance, is_fixed=False, size=len(founders), merged=merged)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, plain numbers and strings."""
         return {
             "names": list(self.names),
-            "fixed": list(self._fixed),
+            "is_fixed": list(self._is_fixed),
             "sizes": list(self._sizes),
-            "number": self._number,
-            "num_alone": self._num_alone,
+            "num_requests": self._num_requests,
+            "num_unassigned": self._num_unassigned,
             "mean": self._mean_E,
             "variance": self._variance_E,
-            "alone": self._alone_E,
+            "unassigned_mean": self._unassigned_mean_E,
             "centroids": self._centroid_DE.clone(),
-            "odd": list(self._odd),
+            "outliers": list(self._outliers),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.names, self._fixed, self._sizes = list(state["names"]), list(state["fixed"]), list(state["sizes"])
-        self._number, self._num_alone = state["number"], state["num_alone"]
-        self._mean_E, self._variance_E, self._alone_E = state["mean"], state["variance"], state["alone"]
+        """Continue from what `state_dict` returned."""
+        self.names, self._is_fixed, self._sizes = list(state["names"]), list(state["is_fixed"]), list(state["sizes"])
+        self._num_requests, self._num_unassigned = state["num_requests"], state["num_unassigned"]
+        self._mean_E, self._variance_E = state["mean"], state["variance"]
+        self._unassigned_mean_E = state["unassigned_mean"]
         self._centroid_DE = state["centroids"].clone()
-        self._odd = deque(state["odd"], maxlen=_ODD_KEPT)
+        self._outliers = deque(state["outliers"], maxlen=_MAX_OUTLIERS)
 
-    def _learn_statistics(self, x_E: Tensor) -> None:
-        if not self._number:
-            self._mean_E, self._variance_E, self._alone_E = (torch.zeros_like(x_E) for _ in range(3))
+    def _update_statistics(self, x_E: Tensor) -> None:
+        if not self._num_requests:
+            self._mean_E, self._variance_E, self._unassigned_mean_E = (torch.zeros_like(x_E) for _ in range(3))
             self._centroid_DE = x_E.new_zeros(0, len(x_E))
-        self._number += 1
-        rate = max(1 / self._number, 1 / _STATISTICS_REQUESTS)
-        away_E = x_E - self._mean_E
-        self._mean_E = self._mean_E + rate * away_E
-        self._variance_E = (1 - rate) * (self._variance_E + rate * away_E.square())
+        self._num_requests += 1
+        rate = max(1 / self._num_requests, 1 / _STATISTICS_REQUESTS)
+        deviation_E = x_E - self._mean_E
+        self._mean_E = self._mean_E + rate * deviation_E
+        self._variance_E = (1 - rate) * (self._variance_E + rate * deviation_E.square())
 
-    def _directions(self, x_E: Tensor) -> Tensor:
-        """Standardised, of length 1; [E] or [., E]."""
+    def _standardise(self, x_E: Tensor) -> Tensor:
+        """Standardised by dimension and of length 1; [E] or [., E]."""
         z_E = (x_E - self._mean_E) * (self._variance_E + 1e-8).rsqrt()
         return torch.nn.functional.normalize(z_E, dim=-1, eps=1e-6)
 
-    def _join(self, index: int, x_E: Tensor, distance: float) -> Found:
+    def _join(self, index: int, x_E: Tensor, distance: float) -> ClusterAssignment:
         self._sizes[index] += 1
         rate = max(1 / self._sizes[index], 1 / _CENTROID_REQUESTS)
         self._centroid_DE[index] += rate * (x_E - self._centroid_DE[index])
-        return Found(name=self.names[index], distance=distance)
+        return ClusterAssignment(name=self.names[index], distance=distance)
 
-    def _stay_alone(self, x_E: Tensor, distance: float) -> Found:
-        self._num_alone += 1
-        rate = max(1 / self._num_alone, 1 / _CENTROID_REQUESTS)
-        self._alone_E = self._alone_E + rate * (x_E - self._alone_E)
-        return Found(name=None, distance=distance)
+    def _leave_unassigned(self, x_E: Tensor, distance: float) -> ClusterAssignment:
+        self._num_unassigned += 1
+        rate = max(1 / self._num_unassigned, 1 / _CENTROID_REQUESTS)
+        self._unassigned_mean_E = self._unassigned_mean_E + rate * (x_E - self._unassigned_mean_E)
+        return ClusterAssignment(name=None, distance=distance)
 
-    def _odd_ones_near(self, x_E: Tensor) -> list[int]:
-        if not self._odd:
+    def _outliers_near(self, x_E: Tensor) -> list[int]:
+        """Indices of the remembered outliers within the threshold of an embedding."""
+        if not self._outliers:
             return []
-        near_N = self._directions(torch.stack(list(self._odd))) @ self._directions(x_E) >= 1 - self._novelty
-        return [int(place) for place in near_N.nonzero()[:, 0]]
+        cosine_N = self._standardise(torch.stack(list(self._outliers))) @ self._standardise(x_E)
+        return [int(index) for index in (cosine_N >= 1 - self._novelty_threshold).nonzero()[:, 0]]
 
-    def _begin(
-        self, name: str, centre_E: Tensor, distance: float, *, fixed: bool, size: int, merged: tuple[str, ...]
-    ) -> Found:
-        seen_DE = torch.cat([self._centroid_DE, self._alone_E[None]]) if self._num_alone else self._centroid_DE
-        apart_D = 1 - self._directions(seen_DE) @ self._directions(centre_E)
-        novelty = min(1.0, float(apart_D.min())) if len(apart_D) else 1.0
+    def _found(
+        self, name: str, centre_E: Tensor, distance: float, *, is_fixed: bool, size: int, merged: tuple[str, ...]
+    ) -> ClusterAssignment:
+        seen_DE = self._centroid_DE
+        if self._num_unassigned:
+            seen_DE = torch.cat([self._centroid_DE, self._unassigned_mean_E[None]])
+        distance_D = 1 - self._standardise(seen_DE) @ self._standardise(centre_E)
+        novelty = min(1.0, float(distance_D.min())) if len(distance_D) else 1.0
         self.names.append(name)
-        self._fixed.append(fixed)
+        self._is_fixed.append(is_fixed)
         self._sizes.append(size)
         self._centroid_DE = torch.cat([self._centroid_DE, centre_E[None]])
         pair = (merged[0], merged[1]) if merged else None
-        return Found(name=name, distance=distance, founded=max(1e-3, novelty), merged=pair)
+        return ClusterAssignment(name=name, distance=distance, founded_novelty=max(1e-3, novelty), merged=pair)
 
     def _make_room(self, distance: float) -> tuple[str, ...] | None:
-        """Room for a cluster that far from all others: () if there is, the names of two that are merged for it, else
-        None: all lie further apart than that."""
-        if len(self.names) < self._most:
+        """Make room for a cluster at this distance from its nearest, by merging if necessary.
+
+        Returns:
+            () if there is room; the names (removed, kept) of two clusters that were merged; None if all clusters are
+            further apart than `distance`, so that there is no room.
+        """
+        if len(self.names) < self._max_clusters:
             return ()
-        directions_DE = self._directions(self._centroid_DE)
-        apart_DD = (1 - directions_DE @ directions_DE.T).fill_diagonal_(float("inf"))
-        fixed_D = torch.tensor(self._fixed)
-        apart_DD[fixed_D] = apart_DD[:, fixed_D] = float("inf")
-        kept, gone = divmod(int(apart_DD.argmin()), len(self.names))
-        if not float(apart_DD[kept, gone]) < distance:
+        directions_DE = self._standardise(self._centroid_DE)
+        distance_DD = (1 - directions_DE @ directions_DE.T).fill_diagonal_(float("inf"))
+        is_fixed_D = torch.tensor(self._is_fixed)
+        distance_DD[is_fixed_D] = distance_DD[:, is_fixed_D] = float("inf")
+        kept, removed = divmod(int(distance_DD.argmin()), len(self.names))
+        if not float(distance_DD[kept, removed]) < distance:
             return None
-        if self._sizes[kept] < self._sizes[gone]:
-            kept, gone = gone, kept
-        names = self.names[gone], self.names[kept]
-        self._sizes[kept] += self._sizes[gone]
-        share = self._sizes[gone] / self._sizes[kept]
-        self._centroid_DE[kept] += share * (self._centroid_DE[gone] - self._centroid_DE[kept])
-        self._centroid_DE = torch.cat([self._centroid_DE[:gone], self._centroid_DE[gone + 1 :]])
-        del self.names[gone], self._fixed[gone], self._sizes[gone]
+        if self._sizes[kept] < self._sizes[removed]:
+            kept, removed = removed, kept
+        names = self.names[removed], self.names[kept]
+        self._sizes[kept] += self._sizes[removed]
+        share = self._sizes[removed] / self._sizes[kept]
+        self._centroid_DE[kept] += share * (self._centroid_DE[removed] - self._centroid_DE[kept])
+        self._centroid_DE = torch.cat([self._centroid_DE[:removed], self._centroid_DE[removed + 1 :]])
+        del self.names[removed], self._is_fixed[removed], self._sizes[removed]
         return names

@@ -12,7 +12,7 @@ import torch
 from aurora_lit.modules.domains.lr_schedule import MAX_DOMAINS, DomainAwareLR, DomainSignal, SignalRange
 
 _DECAY = 100 / math.log(2)
-"""A hundred tokens halve a domain's heat."""
+"""decay_tokens such that a hundred tokens halve a domain's heat."""
 
 
 def a_schedule(*, warmup_steps: int = 0, min_lr_factor: float = 0.2, rate: float = 1.0) -> DomainAwareLR:
@@ -20,15 +20,15 @@ def a_schedule(*, warmup_steps: int = 0, min_lr_factor: float = 0.2, rate: float
     return DomainAwareLR(optimizer, warmup_steps=warmup_steps, min_lr_factor=min_lr_factor, decay_tokens=_DECAY)
 
 
-def step(schedule: DomainAwareLR, tokens: Mapping[str, float], traffic: Mapping[str, float] | None = None) -> float:
-    """One step that learned from so much; the rate of the next."""
-    schedule.learned(tokens, traffic=tokens if traffic is None else traffic)
+def step(schedule: DomainAwareLR, tokens: Mapping[str, float], live: Mapping[str, float] | None = None) -> float:
+    """Take a step that learned from these tokens; returns the rate of the next."""
+    schedule.count_tokens(tokens, live=tokens if live is None else live)
     schedule.optimizer.step()
     schedule.step()
     return round(schedule.optimizer.param_groups[0]["lr"], 4)
 
 
-def test_steady_traffic_warms_up_and_cools_to_the_floor() -> None:
+def test_steady_traffic_warms_up_and_cools_to_the_minimum() -> None:
     schedule = a_schedule(warmup_steps=4)
     assert schedule.get_last_lr() == [0.25]
     # warm-up times 0.2 + 0.8 · (1/2, 1/4, …)
@@ -44,25 +44,25 @@ def test_a_shift_raises_the_rate_by_novelty_from_the_next_step_on() -> None:
     rates = [step(schedule, {"a": 100}) for _ in range(5)]
     assert rates == [0.6, 0.4, 0.3, 0.25, 0.225]
     schedule.raise_heat("b", 0.8)
-    schedule.came("b")
+    schedule.shift_to("b")
     assert schedule.get_last_lr() == pytest.approx([0.225]), "a signal changes state only"
     # 0.2 + 0.8 · 0.8 · (1/2, 1/4, …)
     assert [step(schedule, {"b": 100}) for _ in range(4)] == [0.52, 0.36, 0.28, 0.24]
 
     lesser = a_schedule()
     lesser.raise_heat("b", 0.4)
-    lesser.came("b")
-    assert step(lesser, {"b": 100}) == 0.36, "half as new, half as much above the floor"
+    lesser.shift_to("b")
+    assert step(lesser, {"b": 100}) == 0.36, "half the novelty, half as much above the minimum"
 
 
-def test_a_domain_that_returns_starts_from_what_is_left_to_learn() -> None:
+def test_a_domain_that_returns_has_the_heat_that_it_left_with() -> None:
     schedule = a_schedule()
     rates = [step(schedule, {"a": 100}) for _ in range(2)]
     schedule.raise_heat("b", 1.0)
-    schedule.came("b")
+    schedule.shift_to("b")
     rates += [step(schedule, {"b": 100}) for _ in range(5)]
-    schedule.raise_heat("a", 0.0)  # it is known: nothing of it is new
-    schedule.came("a")
+    schedule.raise_heat("a", 0.0)  # a known domain has novelty 0
+    schedule.shift_to("a")
     rates += [step(schedule, {"a": 100}) for _ in range(2)]
     assert rates == [0.6, 0.4, *[0.6, 0.4, 0.3, 0.25, 0.225], *[0.3, 0.25]]
 
@@ -73,11 +73,11 @@ def test_a_drop_inside_a_domain_heats_it_again() -> None:
         step(schedule, {"a": 100})
     schedule.raise_heat("a", 0.5)
     assert step(schedule, {"a": 100}) == 0.4
-    schedule.raise_heat("a", 0.1)  # it has more left than that
+    schedule.raise_heat("a", 0.1)  # its heat is higher than that
     assert step(schedule, {"a": 100}) == 0.3
 
 
-def test_refused_drafts_halve_the_rate_and_those_that_pass_double_it_again() -> None:
+def test_back_off_halves_the_rate_and_recovery_doubles_it_again() -> None:
     schedule = a_schedule(min_lr_factor=1.0)
     rates = []
     for event in ("back_off", "back_off", "recover", "recover", "recover"):
@@ -86,7 +86,7 @@ def test_refused_drafts_halve_the_rate_and_those_that_pass_double_it_again() -> 
     assert rates == [0.5, 0.25, 0.5, 1.0, 1.0]
     for _ in range(20):
         schedule.back_off()
-    assert step(schedule, {"a": 100}) == round(1 / 64, 4), "it never stands still"
+    assert step(schedule, {"a": 100}) == round(1 / 64, 4), "it has a minimum"
     other = a_schedule()
     other.continue_from(schedule)
     assert other.backoff == schedule.backoff
@@ -106,17 +106,17 @@ def test_two_interleaved_domains_cool_apart() -> None:
     assert schedule.heat_of("new") == pytest.approx(2.0**-3)
 
 
-def test_replay_cools_its_domain_and_leaves_the_rate_to_the_traffic() -> None:
+def test_replay_cools_its_domain_and_does_not_set_the_rate() -> None:
     schedule = a_schedule()
     schedule.raise_heat("a", 1.0)
-    schedule.came("b")
-    assert step(schedule, {"a": 100, "b": 100}, traffic={"b": 100}) == 0.6
+    schedule.shift_to("b")
+    assert step(schedule, {"a": 100, "b": 100}, live={"b": 100}) == 0.6
     assert schedule.heat_of("a") == pytest.approx(0.5)
-    assert step(schedule, {"a": 100}, traffic={}) == 0.6, "only replay: the traffic is what it was"
+    assert step(schedule, {"a": 100}, live={}) == 0.6, "only replay: the live traffic is unchanged"
     assert schedule.heat_of("a") == pytest.approx(0.25)
 
 
-def test_it_is_saved_as_plain_numbers_and_goes_on_as_if_it_had_not_stopped() -> None:
+def test_it_is_saved_as_plain_numbers_and_continues_exactly() -> None:
     first = a_schedule(warmup_steps=8)
     for _ in range(3):
         step(first, {"a": 70, "b": 10})
@@ -128,7 +128,7 @@ def test_it_is_saved_as_plain_numbers_and_goes_on_as_if_it_had_not_stopped() -> 
         assert step(first, tokens) == step(again, tokens)
 
 
-def test_after_a_rollback_it_warms_up_anew_and_still_knows_the_domains() -> None:
+def test_after_a_rollback_it_warms_up_again_and_keeps_the_domains_heat() -> None:
     old = a_schedule(warmup_steps=4)
     for _ in range(8):
         step(old, {"a": 100})
@@ -137,16 +137,16 @@ def test_after_a_rollback_it_warms_up_anew_and_still_knows_the_domains() -> None
     assert step(new, {"a": 0}) == pytest.approx(0.5 * (0.2 + 0.8 / 256), abs=1e-4)
 
 
-def test_domains_are_bounded_and_the_one_unused_for_longest_is_forgotten() -> None:
+def test_domains_are_bounded_and_the_least_recently_learned_is_forgotten() -> None:
     schedule = a_schedule()
     for number in range(MAX_DOMAINS):
         step(schedule, {str(number): 100})
     step(schedule, {"0": 100})
     step(schedule, {"new": 100})
-    assert len(schedule.heat_then) == len(schedule.tokens_since) == MAX_DOMAINS
-    assert "0" in schedule.heat_then
-    assert "1" not in schedule.heat_then
-    assert len(schedule.share) < 64
+    assert len(schedule.raised_heat) == len(schedule.tokens_since) == MAX_DOMAINS
+    assert "0" in schedule.raised_heat
+    assert "1" not in schedule.raised_heat
+    assert len(schedule.live_share) < 64
 
 
 def test_the_signal_goes_from_cold_to_hot_in_proportion() -> None:
