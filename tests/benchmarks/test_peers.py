@@ -1,4 +1,4 @@
-"""What the comparison with other engines counts, runs and writes, on servers and weights that are known."""
+"""The comparison with other engines: what it counts, runs and writes, with fake servers and a tiny model."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_an_answer_is_timed_by_its_pieces_of_text_and_counted_by_its_usage() -> 
         ([event(**delta("a")), event(error={"message": "out of memory"})], "out of memory"),
     ],
 )
-def test_an_answer_that_did_not_come_whole_is_an_error(lines: list[bytes], reason: str) -> None:
+def test_an_incomplete_answer_is_an_error(lines: list[bytes], reason: str) -> None:
     with pytest.raises(AuroraError, match=reason):
         read_answer([(0.0, line) for line in lines], sent_s=0.0, ended_s=1.0)
 
@@ -83,20 +83,20 @@ def test_speed_is_over_all_answers_and_pauses_are_between_pieces() -> None:
     assert load.texts == ["a", "b"]
 
 
-class Stub(ThreadingHTTPServer):
-    """Answers with the prompt's words, and notes how many requests it had at once."""
+class StubServer(ThreadingHTTPServer):
+    """Answers with the prompt's words, and records the largest number of concurrent requests."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), StubHandler)
         self.lock = threading.Lock()
-        self.now = self.most = 0
+        self.num_concurrent = self.max_concurrent = 0
         self.bodies: list[dict[str, Any]] = []
 
 
 class StubHandler(BaseHTTPRequestHandler):
-    server: Stub
+    server: StubServer
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -106,8 +106,8 @@ class StubHandler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
-            self.server.now += 1
-            self.server.most = max(self.server.most, self.server.now)
+            self.server.num_concurrent += 1
+            self.server.max_concurrent = max(self.server.max_concurrent, self.server.num_concurrent)
             self.server.bodies.append(body)
         self.send_response(200)
         self.end_headers()
@@ -116,7 +116,7 @@ class StubHandler(BaseHTTPRequestHandler):
             self.wfile.write(event(**delta(word)))
             time.sleep(0.02)
         with self.server.lock:
-            self.server.now -= 1
+            self.server.num_concurrent -= 1
         self.wfile.write(event(choices=[], usage={"completion_tokens": len(words)}) + b"data: [DONE]\n")
 
     def log_message(self, format: str, *words: Any) -> None:
@@ -124,17 +124,17 @@ class StubHandler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def stub() -> Iterator[Stub]:
-    with Stub() as server:
+def stub() -> Iterator[StubServer]:
+    with StubServer() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
 
 
-def test_so_many_clients_ask_at_once_and_every_prompt_is_answered_in_its_place(stub: Stub) -> None:
+def test_clients_run_concurrently_and_answers_keep_the_prompts_order(stub: StubServer) -> None:
     prompts = [f"a{i} b{i} c{i}" for i in range(9)]
     load = run_load(stub.server_address[1], prompts, clients=3, max_tokens=7)
-    assert stub.most == 3
+    assert stub.max_concurrent == 3
     assert load.tokens == 27
     assert load.texts == [prompt.replace(" ", "") for prompt in prompts]
     assert all(body["model"] == "stub" and body["temperature"] == 0 for body in stub.bodies)
@@ -150,11 +150,11 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRe
 """
 
 
-def test_a_server_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
-    port, noted = free_port(), tmp_path / "child"
-    command = [sys.executable, "-c", SERVER, str(port), str(noted)]
+def test_stopping_a_server_ends_its_child_processes(tmp_path: Path) -> None:
+    port, pid_file = free_port(), tmp_path / "child"
+    command = [sys.executable, "-c", SERVER, str(port), str(pid_file)]
     with running(command, {}, ready_url=f"http://127.0.0.1:{port}/", log=tmp_path / "log") as server:
-        child = psutil.Process(int(noted.read_text()))
+        child = psutil.Process(int(pid_file.read_text()))
         assert child.is_running()
         alone = psutil.Process(child.ppid()).memory_full_info().pss / 1e6
         assert server.memory_mb() > alone + 2, "its child counts too"
@@ -162,9 +162,9 @@ def test_a_server_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_server_ends_with_a_comparison_that_was_killed(tmp_path: Path) -> None:
-    port, noted = free_port(), tmp_path / "server"
-    server = f"import os, pathlib, time; pathlib.Path({str(noted)!r}).write_text(str(os.getpid())); time.sleep(60)"
+def test_a_server_ends_when_the_benchmark_is_killed(tmp_path: Path) -> None:
+    port, pid_file = free_port(), tmp_path / "server"
+    server = f"import os, pathlib, time; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)"
     killed = f"""
 import pathlib, sys
 from benchmarks.peers.servers import running
@@ -174,17 +174,17 @@ with running([sys.executable, "-c", {server!r}], {{}}, ready_url="http://127.0.0
 """
     with subprocess.Popen([sys.executable, "-c", killed], cwd=ROOT) as process:
         end = time.monotonic() + 60
-        while not (noted.exists() and noted.read_text()):
-            assert time.monotonic() < end, "it does not come"
+        while not (pid_file.exists() and pid_file.read_text()):
+            assert time.monotonic() < end, "the server did not start"
             time.sleep(0.02)
         process.kill()
-    server_pid = int(noted.read_text())
+    server_pid = int(pid_file.read_text())
     while psutil.pid_exists(server_pid) and psutil.Process(server_pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end, "it lives on"
+        assert time.monotonic() < end, "the server is still running"
         time.sleep(0.02)
 
 
-def test_a_server_that_ends_at_its_start_is_an_error_that_names_its_log(tmp_path: Path) -> None:
+def test_a_server_that_exits_at_start_is_an_error_that_names_its_log(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('no such model')"]
     with (
         pytest.raises(AuroraError, match=f"see {tmp_path}/log"),
@@ -245,9 +245,7 @@ def test_the_gguf_file_is_the_same_model_with_the_same_tokens(tmp_path: Path) ->
         ("tokenizer.json", "pre_tokenizer", {"type": "Whitespace"}, "pre-tokenizer"),
     ],
 )
-def test_a_model_of_another_form_is_not_written(
-    tmp_path: Path, file: str, key: str, value: object, reason: str
-) -> None:
+def test_an_unsupported_model_is_refused(tmp_path: Path, file: str, key: str, value: object, reason: str) -> None:
     folder = byte_level_model(tmp_path / "model")
     fields = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps(fields | {key: value}))
@@ -271,7 +269,7 @@ def server_run(loads: dict[int, Load], *, memory_mb: float = 900.0) -> ServerRun
     return ServerRun(loads=loads, first_answer_s=12.0, memory_mb=memory_mb)
 
 
-def test_ratios_are_taken_inside_a_pair_and_spread_over_the_repeats() -> None:
+def test_ratios_are_computed_within_a_pair_with_quartiles_over_repeats() -> None:
     speeds = [(100.0, 50.0), (30.0, 10.0), (400.0, 100.0), (90.0, 90.0), (50.0, 10.0)]
     pairs = [
         Pair(
@@ -309,7 +307,7 @@ SUBSTITUTIONS = {
 }
 
 
-def test_every_engine_has_a_name_of_its_own_and_names_only_what_is_prepared() -> None:
+def test_engine_names_are_unique_and_every_substitution_is_prepared() -> None:
     assert len({engine.name for engine in (OURS, *PEERS)}) == 1 + len(PEERS)
     for engine in (OURS, *PEERS):
         command, environ = engine.substituted({name: f"/{name}" for name in SUBSTITUTIONS})
@@ -317,7 +315,7 @@ def test_every_engine_has_a_name_of_its_own_and_names_only_what_is_prepared() ->
         assert "/port" in " ".join(command)
 
 
-def test_an_environment_is_made_once_and_anew_when_its_requirements_change(
+def test_an_environment_is_installed_once_and_again_when_its_requirements_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[list[str]] = []
@@ -333,7 +331,7 @@ def prompt_file(path: Path, count: int) -> Path:
     return path
 
 
-def test_every_number_of_clients_has_prompts_of_its_own_from_all_files(
+def test_each_number_of_clients_has_its_own_prompts_from_all_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "load_tokenizer", lambda config: None)
@@ -348,15 +346,13 @@ def test_every_number_of_clients_has_prompts_of_its_own_from_all_files(
         driver.choose_prompts(files, rounds=10, **choose)
 
 
-def test_a_run_that_was_stopped_goes_on_and_the_order_alternates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    visited: list[str] = []
+def test_a_stopped_run_continues_and_the_order_alternates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
 
     def measure(engine: Engine, substitutions: object, prompts: object, counts: list[int], *_: object) -> ServerRun:
-        if len(visited) == 3:
+        if len(measured) == 3:
             raise KeyboardInterrupt
-        visited.append(engine.name)
+        measured.append(engine.name)
         return server_run({count: load(10.0) for count in counts})
 
     monkeypatch.setattr(driver, "_measure", measure)
@@ -365,17 +361,17 @@ def test_a_run_that_was_stopped_goes_on_and_the_order_alternates(
     arguments = argparse.Namespace(out=tmp_path, repeats=2)
     peers, ours = [few, many], OURS.name
 
-    def go_on() -> list[str]:
+    def continue_run() -> list[str]:
         substitutions = {name: {} for name in (ours, "few", "many")}
         return driver._measure_all(peers, substitutions, {0: [], 1: ["a"], 4: ["b"]}, arguments, Console(quiet=True))
 
     with pytest.raises(KeyboardInterrupt):
-        go_on()
-    assert visited == [ours, "few", ours]
-    visited.clear()
-    visited += [""] * 4  # past the place where it was stopped
-    assert go_on() == []
-    assert visited[4:] == [ours, "many", "few", ours, "many", ours]
+        continue_run()
+    assert measured == [ours, "few", ours]
+    measured.clear()
+    measured += [""] * 4  # past the point where it was interrupted
+    assert continue_run() == []
+    assert measured[4:] == [ours, "many", "few", ours, "many", ours]
     pairs = driver.read_pairs(tmp_path / "pairs.jsonl")
     assert [(pair.repeat, pair.peer, [*pair.theirs.loads]) for pair in pairs] == [
         (0, "few", [1]),
@@ -385,7 +381,7 @@ def test_a_run_that_was_stopped_goes_on_and_the_order_alternates(
     ]
 
 
-def test_an_engine_that_fails_is_named_and_the_others_are_measured(
+def test_a_failing_engine_is_reported_and_the_others_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measure(
