@@ -17,7 +17,6 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
-from aurora_lit.serve.engine.options import slot_capacity
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace, check
 
@@ -267,19 +266,6 @@ def test_the_draft_is_swapped_while_requests_run(models: TinyModels) -> None:
             answers[output.request_id].add(output)
         number += 1
     assert tokens(answers) == tokens(run(make_engine(models.targets["bf16"]), models.requests()))
-
-
-@pytest.mark.parametrize(
-    ("options", "capacity"),
-    [
-        ({"max_draft_tokens": 4, "tree_tokens": 0, "lookup_tokens": 0}, 105),
-        ({"max_draft_tokens": 4, "tree_tokens": 0, "lookup_tokens": 15}, 116),
-        ({"max_draft_tokens": 2, "tree_tokens": 31, "lookup_tokens": 0}, 132),
-        ({"max_draft_tokens": 8, "tree_tokens": 3, "lookup_tokens": 0}, 133),
-    ],
-)
-def test_a_slot_has_room_for_the_proposals_of_a_round(options: dict[str, int], capacity: int) -> None:
-    assert slot_capacity(max_seq_len=100, **options) == capacity
 
 
 # -- traces --------------------------------------------------------------------------------------------------------

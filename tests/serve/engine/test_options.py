@@ -1,0 +1,22 @@
+"""EngineOptions, and the capacity of a slot that follows from them."""
+
+from __future__ import annotations
+
+import pytest
+
+from aurora_lit.serve.engine.options import EngineOptions, slot_capacity
+
+
+@pytest.mark.parametrize(
+    ("options", "capacity"),
+    [
+        ({"max_draft_tokens": 4, "tree_tokens": 0, "lookup_tokens": 0}, 105),
+        ({"max_draft_tokens": 4, "tree_tokens": 0, "lookup_tokens": 15}, 116),
+        ({"max_draft_tokens": 2, "tree_tokens": 31, "lookup_tokens": 0}, 132),
+        ({"max_draft_tokens": 8, "tree_tokens": 3, "lookup_tokens": 0}, 133),
+    ],
+)
+def test_a_slot_has_room_for_the_proposals_of_a_round(options: dict[str, int], capacity: int) -> None:
+    assert slot_capacity(max_seq_len=100, **options) == capacity
+    made = EngineOptions(eos_token_ids=frozenset(), max_batch_size=1, max_seq_len=100, **options)
+    assert made.slot_capacity == capacity
