@@ -1,7 +1,7 @@
-"""Kills a process at every step it takes on disk: before each file-system call, and in the middle of each write.
+"""Kills a process at every step of its work on disk: before each file-system call, and in the middle of each write.
 
 killed = kill_at_every_step(action, folder=folder)     # forks once a step; `action` runs in the child
-for step in killed: ...check what lies in the folder...  (the next step starts from the folder as it was at first)
+for step in killed: ...check the folder...   (each step starts from the folder as it was at first)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncat
 
 
 def kill_at_every_step(action: Callable[[], object], *, folder: Path) -> Iterator[int]:
-    """Yield after each child that was killed at step 0, 1, 2, …; ends with the first that gets through."""
+    """Yield after each child that was killed at step 0, 1, 2, …, until one finishes."""
     first = folder.with_name("as it was")
     shutil.copytree(folder, first)
     for step in itertools.count():

@@ -1,8 +1,8 @@
-"""An online learner with what is around it: in this process (World), or as a process beside a server's pages (Server).
+"""An online learner and its environment: a loop in this process, or a learner's process beside a stand-in for a server.
 
-world = World(target, tmp_path, min_steps=40)
-world.ring.records.extend(traces)                       # what a server would have pushed
-world.tick_until(lambda: world.loop.published >= 1)
+harness = LearnerHarness(target, tmp_path, publish_every_steps=40)
+harness.ring.records.extend(traces)                 # as if a server had pushed them
+harness.tick_until(lambda: harness.loop.published >= 1)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,46 +23,59 @@ import torch
 
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.drafts.versions import DraftStore
-from aurora_lit.ipc.engine_status import STATUS_NAME, StatusBlock
-from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
-from aurora_lit.learn.data.feed import Feed
-from aurora_lit.learn.data.labelled_trace import for_gate
+from aurora_lit.learn.data.labelled_trace import label_for_gate
+from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.vocabulary import VocabularyUse
-from aurora_lit.learn.online.budget import Budget, Load
-from aurora_lit.learn.online.gate import HeldOut
+from aurora_lit.learn.online.budget import Budget, ServerLoad
+from aurora_lit.learn.online.gate import HeldOut, HeldOutRequest
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.controller import DomainController
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.settings import LearnSettings
 from aurora_lit.traces.record import LAYOUT_DIGEST
-from support.live_traces import FakeRing, a_steering, online_module
+from support.live_traces import FakeRing, make_controller, online_module
 from support.tiny_models import random_draft
 
 
-class World:
-    """A loop with everything around it: a ring filled by hand, a real store, a page, and a budget that allows all."""
+class RiggedHeldOut(HeldOut):
+    """Held-out requests for which a test may choose the champion's score: a high one has every challenger refused."""
+
+    champion_score: float | None = None
+    """None: as it is."""
+
+    def __iter__(self) -> Iterator[HeldOutRequest]:
+        for request in super().__iter__():
+            if self.champion_score is not None:
+                request.champion_score = self.champion_score
+            yield request
+
+
+class LearnerHarness:
+    """A loop with a ring that the test fills, a real store and status page, and a budget without limit."""
 
     def __init__(
         self,
         target: Target,
         folder: Path,
         *,
-        draft: Draft | None = None,
-        steering: DomainController | None = None,
+        draft: Eagle3Draft | None = None,
+        controller: DomainController | None = None,
         **settings: Any,
     ) -> None:
         config = LearnSettings(
             **{
                 "batch_positions": 512,
-                "num_steps": 3,
+                "unroll_steps": 3,
                 "publish_every_s": 0.0,
-                "min_steps": 20,
+                "publish_every_steps": 20,
                 "save_every_s": 3600.0,
                 "gate_requests": 12,
                 "max_repeated_share": 1.0,
@@ -73,20 +86,20 @@ class World:
         self.starting = draft or random_draft(target)
         self.store = DraftStore(folder / "live", keep=3)
         self.ring = FakeRing()
-        self.ends = TargetHead(target)
-        self.page = LearnerBlock.create(folder / f"page{time.monotonic_ns()}")
+        self.target_head = TargetHead(target)
+        self.page = LearnerStatusPage.create(folder / f"page{time.monotonic_ns()}")
         module = online_module(target, copy.deepcopy(self.starting))
         self.learner = Learner(
             module,
-            steering or a_steering(),
-            folder / "learner.ckpt",
-            ends=self.ends,
+            controller or make_controller(),
+            folder / "learner.safetensors",
+            target_head=self.target_head,
             version=STARTING_VERSION,
-            vocabulary_use=VocabularyUse(self.ends) if config.adapt_vocabulary else None,
+            vocabulary_use=VocabularyUse(self.target_head) if config.adapt_vocabulary else None,
         )
-        self.load = Load.SPARE
+        self.load = ServerLoad.SPARE
         self.naps: list[float] = []
-        self.outside = LearnerEnvironment(
+        self.environment = LearnerEnvironment(
             traces=self.ring,
             store=self.store,
             page=self.page,
@@ -94,44 +107,46 @@ class World:
             served_draft=self.served_draft,
             sleep=self.naps.append,
         )
+        label = partial(label_for_gate, target_head=self.target_head)
+        self.held_out = RiggedHeldOut(num_newest=config.gate_requests, seed=0, label=label)
         self.loop = OnlineLoop(
-            self.outside,
+            self.environment,
             config=config,
             learner=self.learner,
             champion=online_module(target, copy.deepcopy(self.starting)),
-            ends=self.ends,
-            feed=Feed(
-                self.ends,
+            target_head=self.target_head,
+            batcher=OnlineBatcher(
+                self.target_head,
                 Reservoir(folder / "reservoir", limit_bytes=1 << 24, seed=0),
                 replay_share=0.5,
                 batch_positions=config.batch_positions,
                 live_bytes=1 << 24,
                 vocabulary_use=self.learner.vocabulary_use,
             ),
-            held_out=HeldOut(num_newest=config.gate_requests, seed=0, read=partial(for_gate, ends=self.ends)),
-            budget=Budget(share=1.0, full_load_share=1.0, minimum_duty=1.0, cpu_s=lambda: 0.0),
+            held_out=self.held_out,
+            budget=Budget(share=1.0, full_load_share=1.0, minimum_share=1.0, cpu_s=lambda: 0.0),
         )
 
-    def served_draft(self, version: str | None) -> Draft:
-        return self.starting if version is None else load_draft(self.store.folder / version, self.ends)
+    def served_draft(self, version: str | None) -> Eagle3Draft:
+        return self.starting if version is None else load_draft(self.store.folder / version, self.target_head)
 
     def tick_until(self, done: Callable[[], bool], *, most: int = 400) -> None:
         for _ in range(most):
             if done():
                 return
             self.loop.tick()
-        assert done(), f"not after {most} turns; the gate said {self.loop.verdict}"
+        assert done(), f"not after {most} turns; the gate decided {self.loop.decision}"
 
 
-class Server:
-    """What a learner needs of a server: a run folder with a ring and two pages, and a process that lives."""
+class ServerStandIn:
+    """What a learner's process needs of a server: a run folder with a ring and two status pages, and a live process."""
 
-    def __init__(self, folder: Path, target_folder: Path, draft: Draft) -> None:
+    def __init__(self, folder: Path, target_folder: Path, draft: Eagle3Draft) -> None:
         self.run_folder = folder / "run"
         self.run_folder.mkdir()
         self.ring = RingWriter.create(self.run_folder / RING_NAME, 1 << 24, layout=LAYOUT_DIGEST)
-        self.page = LearnerBlock.create(self.run_folder / LEARNER_STATUS_NAME)
-        StatusBlock.create(self.run_folder / STATUS_NAME).write(worker_pid=os.getpid())
+        self.page = LearnerStatusPage.create(self.run_folder / LEARNER_STATUS_NAME)
+        EngineStatusPage.create(self.run_folder / STATUS_NAME).write(worker_pid=os.getpid())
         save_draft(draft, folder / "start", dtype=torch.float32)
         self.store = DraftStore(folder / "checkpoints" / "live", keep=3)
         self.folder, self.target_folder = folder, target_folder
@@ -141,10 +156,10 @@ class Server:
         learn = {
             "compute_share": 1.0,
             "batch_positions": 256,
-            "num_steps": 3,
+            "unroll_steps": 3,
             "learning_rate": 4e-3,
             "publish_every_s": 0.5,
-            "min_steps": 4,
+            "publish_every_steps": 4,
             "save_every_s": 0.2,
             "gate_requests": 8,
             "reservoir_mb": 16,

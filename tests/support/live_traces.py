@@ -1,6 +1,6 @@
-"""Traces as a tiny engine makes them while it serves, and everything a learner of them needs.
+"""Traces that a tiny engine records while it serves, and what a learner needs to train on them.
 
-served = serve(target, draft, tmp_path, requests)        # list of Trace
+traces = serve(target, draft, some_requests(10))        # list of Trace
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.domains.lr_schedule import DomainSignal, SignalRange
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.draft_module import DraftModule, OnlineWeights
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
@@ -34,31 +34,31 @@ def some_requests(
     return [Request(request_id=r.request_id, prompt_ids=r.prompt_ids, params=r.params, domain=domain) for r in requests]
 
 
-def serve(target: Target, draft: Draft | None, requests: Sequence[Request], **changes: Any) -> list[Trace]:
-    """What an engine's recorder hands over while it answers the requests."""
+def serve(target: Target, draft: Eagle3Draft | None, requests: Sequence[Request], **changes: Any) -> list[Trace]:
+    """The traces that an engine records while it answers the requests."""
     traces: list[Trace] = []
     recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size)
     torch.manual_seed(0)  # free requests draw from the global generator
-    draft = copy.deepcopy(draft)  # an engine packs the weights of the one it is given
+    draft = copy.deepcopy(draft)  # an engine packs the weights of its draft in place
     engine = make_engine(target, draft, observer=recorder, **{"max_draft_tokens": 3, **changes})
     run(engine, requests)
     return traces
 
 
-def online_module(target: Target, draft: Draft, **changes: Any) -> DraftModule:
-    """A module as the learner uses it, with a rate that shows something in a few steps."""
+def online_module(target: Target, draft: Eagle3Draft, **changes: Any) -> DraftModule:
+    """A module as the learner uses it, with a learning rate that has an effect within a few steps."""
     fields: dict[str, Any] = {
         "num_steps": 3,
         "learning_rate": 4e-3,
         "warmup_steps": 2,
-        "final_factor": 1.0,
+        "min_lr_factor": 1.0,
         "online": OnlineWeights(),
     }
     return draft_module(target, draft, **{**fields, **changes})
 
 
-def a_steering(**changes: Any) -> DomainController:
-    """One that warms up like `online_module` and then keeps the rate, so that a test learns as fast as it can."""
+def make_controller(**changes: Any) -> DomainController:
+    """A controller that warms up and then keeps the full learning rate, so that tests learn fast."""
     signal = DomainSignal(explore_share=0.0, explore_temperature=1.0, entropy_weight=0.0, replay_share=0.5)
     fields: dict[str, Any] = {
         "detector": None,
@@ -71,7 +71,7 @@ def a_steering(**changes: Any) -> DomainController:
 
 
 class FakeRing:
-    """A ring's reading end, filled by hand."""
+    """The reading end of a ring, filled by the test."""
 
     def __init__(self, records: Sequence[Trace | bytes] = ()) -> None:
         self.records = deque(records)

@@ -1,7 +1,8 @@
-"""A replay over recorded traces with the settings that tests need: small batches, three draft steps."""
+"""A replay of recorded traces with settings for tests: small batches, three draft steps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.replay import Replay
+from aurora_lit.learn.offline.scoring import RoundTotals
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.traces.record import Trace
 
 K = 3
+"""Proposals of every round."""
 
 
 def replay_config(**learn: Any) -> AuroraConfig:
@@ -28,7 +32,9 @@ def replay_config(**learn: Any) -> AuroraConfig:
     return replace(config, learn=replace(config.learn, **{**fields, **learn}))
 
 
-def make_replay(target: Target, draft: Draft, folder: Path, *, steps_per_trace: float = 1.0, **learn: Any) -> Replay:
+def make_replay(
+    target: Target, draft: Eagle3Draft, folder: Path, *, steps_per_trace: float = 1.0, **learn: Any
+) -> Replay:
     folder.mkdir(exist_ok=True)
     return Replay(
         replay_config(**learn),
@@ -38,3 +44,13 @@ def make_replay(target: Target, draft: Draft, folder: Path, *, steps_per_trace: 
         scratch=folder,
         steps_per_trace=steps_per_trace,
     )
+
+
+def scored_rounds(trace: Trace) -> RoundTotals:
+    """The live engine's rounds that a replay knows too: those with proposals that end before the trace does."""
+    known_R = (trace.num_proposed_R > 0) & (trace.round_root_R <= len(trace.token_ids_T) - 1 - K)
+    return RoundTotals(count=float(known_R.sum()), tokens=float((1 + trace.num_accepted_R[known_R]).sum()))
+
+
+def in_order(traces: Sequence[Trace]) -> list[Trace]:
+    return sorted(traces, key=lambda trace: (trace.request_id, trace.first_position))

@@ -1,12 +1,16 @@
-"""From traces to batches: the target's head, labelled traces, what is admitted, remembered and drawn.
+"""From traces to training batches.
 
-May import: traces/, modules/, models/. Start with feed.py. The files, each importing only those above it:
+The target's embedding and head label a trace, a reservoir remembers past traffic, and batches mix live and remembered
+traces. Which traces are kept out of training, and when to take a step, is decided in learn/online/.
 
-    batches.py         batches from a trace log
-    admission.py       which traces may teach: not those whose answer loops
-    reservoir.py       what is remembered of past traffic, by domain, within bytes; in memory only
+May import: traces/, modules/, models/. Start with online_batcher.py. The files, each importing only those above it:
+
+    collate.py         pad traces together; group sequences of similar length
+    log_batches.py     batches from a trace log, for pretraining
+    reservoir.py       a bounded random sample of past traffic, by domain
     target_head.py     the target without its layers: embedding and head
-    vocabulary.py      the draft's vocabulary follows what traffic uses
-    labelled_trace.py  traces → an online batch: cropped, read by the head, padded, with their rounds
-    feed.py            which traces a batch takes: live ones first, mixed with remembered ones
+    vocabulary.py      the adaptive draft vocabulary
+    labelled_trace.py  a trace with what the target's head computes for it; online batches made of such traces
+    online_batcher.py  chooses the traces of a batch: live traffic mixed with replay
+    training_state.py  the state of a training as safetensors bytes, and as a file
 """

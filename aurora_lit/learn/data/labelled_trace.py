@@ -1,6 +1,6 @@
-"""From traces to what a draft module trains on: cropped, read by the target's head, padded, with their rounds.
+"""What a draft module trains on: traces cropped, labelled by the target's head, and padded together with their rounds.
 
-What is left out: which traces (learn/data/feed.py), the losses (modules/losses/draft_module.py).
+Leaves out which traces a batch takes (learn/data/online_batcher.py) and the losses (modules/losses/draft_module.py).
 
 Shapes: T positions of a trace, B rows, R rounds of a trace, N rejected positions of it, Q drafted rounds of all rows,
 K proposals of the widest round, H target hidden.
@@ -16,30 +16,50 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from aurora_lit.learn.data.batches import collate
+from aurora_lit.learn.data.collate import collate
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.modules.losses.batch import OnlineBatch
+from aurora_lit.modules.losses.batch import OnlineBatch, Rounds
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace
+
+_OTHER_ROUND_FIELDS = (
+    "round_version_R",
+    "num_proposed_R",
+    "num_accepted_R",
+    "source_R",
+    "explored_R",
+    "draft_temperature_R",
+    "proposal_RK",
+    "behaviour_logprob_RK",
+)
+"""The trace's tensors with one entry a round, but `round_root_R`."""
+_PADDING_OF_PROPOSALS = {
+    "proposal_QK": -1,
+    "behaviour_logprob_QK": float("nan"),
+    "path_last_QKH": 0,
+    "path_lse_QK": 0,
+    "path_top_QK": -1,
+}
+"""The batch's tensors with one entry a proposal, and their value beyond a round's number of proposals."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledTrace:
-    """A trace and what the target's head says of it; what teaches nothing is 0."""
+    """A trace and what the target's head computes for it; positions that are not trained on hold 0."""
 
     trace: Trace
-    """With its lse_T."""
+    """Its `lse_T` is set."""
     tempered_lse_T: Tensor
     """fp32. Log-sum-exp of the logits at the request's temperature."""
     top_T: Tensor
-    """int64. The target's first choice; where a greedy answer goes on, what it goes on with."""
+    """int64. The target's first choice; within a greedy answer, the token that follows."""
     rejected_tempered_lse_N: Tensor
     rejected_top_N: Tensor
 
 
-def first_taught(trace: Trace) -> int:
-    """The first position whose distribution teaches: the one behind which the answer begins; T when none does.
+def first_trained_position(trace: Trace) -> int:
+    """The first position whose distribution is trained on: the one before the answer's first token; T if none is.
 
-    Text that was only read teaches everywhere, a prompt without an answer nowhere.
+    All of a text without an answer is trained on, and nothing of a prompt without an answer.
     """
     length = len(trace.token_ids_T)
     if trace.answer_start == length:
@@ -47,27 +67,25 @@ def first_taught(trace: Trace) -> int:
     return max(0, trace.answer_start - 1)
 
 
-def fits(trace: Trace, ends: TargetHead) -> bool:
-    """Whether the trace is of this target: its width, and tokens of its vocabulary."""
+def is_compatible(trace: Trace, target_head: TargetHead) -> bool:
+    """True if the trace can be of this target: the same hidden size, and token ids within its vocabulary."""
     highest = int(trace.token_ids_T.max())
     if trace.proposal_RK.numel():
         highest = max(highest, int(trace.proposal_RK.max()))
-    narrow = trace.aux_T3H.shape[1] == 3 * ends.hidden_size and trace.last_TH.shape[1] == ends.hidden_size
-    return narrow and highest < ends.vocab_size
+    same_width = (
+        trace.aux_T3H.shape[1] == 3 * target_head.hidden_size and trace.last_TH.shape[1] == target_head.hidden_size
+    )
+    return same_width and highest < target_head.vocab_size
 
 
 def crop(trace: Trace, max_length: int) -> Trace:
-    """The last `max_length` positions of a trace: a long prompt loses its beginning, with the rounds rooted there."""
+    """The last `max_length` positions of a trace; rounds whose root lies before them are dropped."""
     start = len(trace.token_ids_T) - max_length
     if start <= 0:
         return trace
     kept_R = trace.round_root_R >= start
     kept_N = torch.repeat_interleave(kept_R, trace.num_rejected_R)
-    per_round = {
-        name: getattr(trace, name)[kept_R]
-        for name in vars(trace)
-        if name.endswith(("_R", "_RK")) and name != "round_root_R"
-    }
+    per_round = {name: getattr(trace, name)[kept_R] for name in _OTHER_ROUND_FIELDS}
     return replace(
         trace,
         first_position=trace.first_position + start,
@@ -82,26 +100,26 @@ def crop(trace: Trace, max_length: int) -> Trace:
     )
 
 
-def read_lse(trace: Trace, ends: TargetHead) -> Trace:
-    """The trace with its log-sum-exp, of the positions that teach; one that has it is returned as it is."""
+def add_lse(trace: Trace, target_head: TargetHead) -> Trace:
+    """The trace with its log-sum-exp at the positions that are trained on; unchanged if it has one already."""
     if trace.lse_T is not None:
         return trace
-    start = first_taught(trace)
+    start = first_trained_position(trace)
     lse_T = torch.zeros(len(trace.token_ids_T))
-    lse_T[start:] = ends.read(trace.last_TH[start:], temperature=0.0).lse_N
+    lse_T[start:] = target_head.evaluate(trace.last_TH[start:], temperature=0.0).lse_N
     return replace(trace, lse_T=lse_T)
 
 
-def read_lesson(trace: Trace, ends: TargetHead) -> LabelledTrace:
-    """Have the head read a trace: the positions that teach, and those behind rejections."""
-    start, length = first_taught(trace), len(trace.token_ids_T)
+def label_trace(trace: Trace, target_head: TargetHead) -> LabelledTrace:
+    """Apply the head to a trace: at the positions that are trained on, and at those after rejected proposals."""
+    start, length = first_trained_position(trace), len(trace.token_ids_T)
     lse_T, tempered_T = torch.zeros(length), torch.zeros(length)
     top_T = torch.zeros(length, dtype=torch.int64)
-    reading = ends.read(trace.last_TH[start:], temperature=trace.temperature)
-    lse_T[start:], tempered_T[start:], top_T[start:] = reading.lse_N, reading.tempered_lse_N, reading.top_N
-    if trace.verify == "greedy":  # penalties and bias included, and no tie is broken otherwise than it was served
+    output = target_head.evaluate(trace.last_TH[start:], temperature=trace.temperature)
+    lse_T[start:], tempered_T[start:], top_T[start:] = output.lse_N, output.tempered_lse_N, output.top_N
+    if trace.verify == "greedy":  # the served token, since penalties, bias or a near tie may make it another
         top_T[start:-1] = trace.token_ids_T[start + 1 :].long()
-    rejected = ends.read(trace.rejected_last_NH, temperature=trace.temperature)
+    rejected = target_head.evaluate(trace.rejected_last_NH, temperature=trace.temperature)
     return LabelledTrace(
         trace=replace(trace, lse_T=lse_T),
         tempered_lse_T=tempered_T,
@@ -111,10 +129,10 @@ def read_lesson(trace: Trace, ends: TargetHead) -> LabelledTrace:
     )
 
 
-def for_gate(trace: Trace, ends: TargetHead) -> LabelledTrace:
-    """As `read_lesson`, where only a draft's acceptance is wanted: that of greedy and seeded answers asks no head."""
+def label_for_gate(trace: Trace, target_head: TargetHead) -> LabelledTrace:
+    """As `label_trace`, for computing acceptance only: that of greedy and seeded answers does not need the head."""
     if trace.verify == "free":
-        return read_lesson(trace, ends)
+        return label_trace(trace, target_head)
     zeros_T, zeros_N = torch.zeros(len(trace.token_ids_T)), torch.zeros(len(trace.rejected_last_NH))
     return LabelledTrace(
         trace=replace(trace, lse_T=zeros_T),
@@ -126,15 +144,15 @@ def for_gate(trace: Trace, ends: TargetHead) -> LabelledTrace:
 
 
 def online_batch(live: Sequence[LabelledTrace], replay: Sequence[Trace], *, oldest_fresh: int) -> OnlineBatch:
-    """Pad live and remembered traces together, with the rounds of the live ones.
+    """Pad live and replayed traces together, with the rounds of the live ones.
 
-    oldest_fresh: number of the oldest version whose proposals may still teach the policy.
+    oldest_fresh: number of the oldest version whose proposals may still be used for the policy gradient.
     """
-    traces = [lesson.trace for lesson in live] + list(replay)
-    parts = [_drafted_rounds(lesson, oldest_fresh=oldest_fresh) for lesson in live]
+    traces = [labelled.trace for labelled in live] + list(replay)
+    parts = [_drafted_rounds(labelled, oldest_fresh=oldest_fresh) for labelled in live]
     width = max([1, *(part["proposal_QK"].shape[1] for part in parts)])
     hidden = traces[0].last_TH.shape[1]
-    parts.append(_no_rounds(hidden))  # so that there is something to join
+    parts.append(_no_rounds(hidden))  # torch.cat needs at least one part
     rounds: dict[str, Any] = {
         name: torch.cat([_widen(name, part[name], width) for part in parts]) for name in parts[-1]
     }
@@ -142,24 +160,24 @@ def online_batch(live: Sequence[LabelledTrace], replay: Sequence[Trace], *, olde
     return OnlineBatch(
         traces=collate(traces, with_prompt=[False] * len(traces)),
         live_B=torch.arange(len(traces)) < len(live),
-        row_Q=torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(counts)),
-        **rounds,
+        rounds=Rounds(row_Q=torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(counts)), **rounds),
     )
 
 
-def _drafted_rounds(lesson: LabelledTrace, *, oldest_fresh: int) -> dict[str, Tensor]:
-    """The fields of an OnlineBatch for the rounds of one trace in which the draft proposed."""
-    trace = lesson.trace
+def _drafted_rounds(labelled: LabelledTrace, *, oldest_fresh: int) -> dict[str, Tensor]:
+    """The fields of `Rounds` but `row_Q`, for those rounds of one trace in which the draft proposed."""
+    trace = labelled.trace
     proposed_R, accepted_R, root_R = trace.num_proposed_R.long(), trace.num_accepted_R.long(), trace.round_root_R.long()
     kept = ((trace.source_R == SOURCE_DRAFT) & (proposed_R > 0) & (root_R > 0)).nonzero()[:, 0]
     T, K, Q = len(trace.token_ids_T), trace.proposal_RK.shape[1], len(kept)
-    place_QK = torch.arange(K).expand(Q, K)
-    inside_QK = place_QK < proposed_R[kept, None]
-    # Proposal i is judged at root + i while all before it were accepted, and behind that among the rejected rows.
+    step_QK = torch.arange(K).expand(Q, K)
+    inside_QK = step_QK < proposed_R[kept, None]
+    # Proposal i is verified at position root + i while all before it were accepted, else at a position after a
+    # rejection, whose states follow those of the committed positions.
     rejected_from_R = trace.num_rejected_R.cumsum(0) - trace.num_rejected_R
-    committed_QK = root_R[kept, None] + place_QK
-    rejected_QK = T + rejected_from_R[kept, None] + place_QK - accepted_R[kept, None] - 1
-    index_QK = torch.where(place_QK <= accepted_R[kept, None], committed_QK, rejected_QK)
+    committed_QK = root_R[kept, None] + step_QK
+    rejected_QK = T + rejected_from_R[kept, None] + step_QK - accepted_R[kept, None] - 1
+    index_QK = torch.where(step_QK <= accepted_R[kept, None], committed_QK, rejected_QK)
     index_QK = torch.where(inside_QK, index_QK, 0)
 
     def along_path(of_T: Tensor, of_N: Tensor, fill: float) -> Tensor:
@@ -177,16 +195,16 @@ def _drafted_rounds(lesson: LabelledTrace, *, oldest_fresh: int) -> dict[str, Te
         "behaviour_logprob_QK": trace.behaviour_logprob_RK[kept].masked_fill(~drawn_Q[:, None], float("nan")),
         "temperature_Q": torch.full((Q,), trace.temperature),
         "draft_temperature_Q": trace.draft_temperature_R[kept],
-        "greedy_verify_Q": torch.full((Q,), trace.verify != "free"),
+        "verified_by_equality_Q": torch.full((Q,), trace.verify != "free"),
         "path_last_QKH": along_path(trace.last_TH, trace.rejected_last_NH, 0.0),
-        "path_lse_QK": along_path(lesson.tempered_lse_T, lesson.rejected_tempered_lse_N, 0.0),
-        "path_top_QK": along_path(lesson.top_T, lesson.rejected_top_N, -1),
+        "path_lse_QK": along_path(labelled.tempered_lse_T, labelled.rejected_tempered_lse_N, 0.0),
+        "path_top_QK": along_path(labelled.top_T, labelled.rejected_top_N, -1),
         "fresh_Q": trace.round_version_R[kept] >= oldest_fresh,
     }
 
 
 def _no_rounds(hidden: int) -> dict[str, Tensor]:
-    """The same fields of no round at all."""
+    """The same fields for no rounds."""
     whole, real, truth = torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, dtype=torch.bool)
     return {
         "root_Q": whole,
@@ -196,7 +214,7 @@ def _no_rounds(hidden: int) -> dict[str, Tensor]:
         "behaviour_logprob_QK": real[:, None],
         "temperature_Q": real,
         "draft_temperature_Q": real,
-        "greedy_verify_Q": truth,
+        "verified_by_equality_Q": truth,
         "path_last_QKH": torch.zeros(0, 1, hidden, dtype=torch.bfloat16),
         "path_lse_QK": real[:, None],
         "path_top_QK": whole[:, None],
@@ -205,9 +223,9 @@ def _no_rounds(hidden: int) -> dict[str, Tensor]:
 
 
 def _widen(name: str, values: Tensor, width: int) -> Tensor:
-    """Pad the proposals' dimension with what stands beyond a round's number."""
-    if not name.endswith(("_QK", "_QKH")):
+    """Pad the proposals' dimension, if the field has one, to `width`."""
+    if name not in _PADDING_OF_PROPOSALS:
         return values
-    fill = {"proposal_QK": -1, "path_top_QK": -1, "behaviour_logprob_QK": float("nan")}.get(name, 0)
     missing = width - values.shape[1]
-    return pad(values, (0, 0, 0, missing) if name == "path_last_QKH" else (0, missing), value=fill)
+    of_last_dim = (0, 0) * (values.dim() - 2)
+    return pad(values, (*of_last_dim, 0, missing), value=_PADDING_OF_PROPOSALS[name])

@@ -1,11 +1,11 @@
-"""What is remembered of past traffic: a weighted random sample of traces by domain, within a number of bytes.
+"""A weighted random sample of past traces by domain, bounded in bytes.
 
-Each trace draws a key u^(1/weight); the highest keys stay (Efraimidis & Spirakis 2006), which keeps a sample of all
-that ever came, whatever the order. When the bytes run out, the domain that holds most of them gives up its lowest key,
-so that a busy domain does not push out a rare one.
+Each trace draws a key u^(1/weight) and the highest keys are kept (Efraimidis & Spirakis 2006), which samples all traces
+that were ever added, whatever their order. When the bytes are used up, the domain with the most bytes drops its lowest
+key, so that a busy domain does not push out a rare one.
 
-Traces lie as files in the server's run folder, which is memory and gone with the server: a learner that was killed
-finds them again, and what clients said is never written to a disk. What is left out: batches (learn/data/feed.py).
+Traces are files in the server's run folder, which is in shared memory and deleted with the server: a restarted learner
+finds them again, and clients' text is never written to a disk. Leaves out batches (learn/data/online_batcher.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from aurora_lit.errors import TraceError
 from aurora_lit.traces.record import Trace, from_bytes, to_bytes
 
 MAX_DOMAINS = 32
-"""Clients name domains freely; those beyond this number share one without a name."""
+"""Clients choose domain names freely; further domains share the unnamed one."""
 _SUFFIX = ".trace"
 
 
@@ -28,7 +28,7 @@ _SUFFIX = ".trace"
 class _Entry:
     key: float
     number: int
-    """Of arrival; keeps names apart."""
+    """Counts the added traces, so that file names are unique."""
     num_bytes: int
 
     @property
@@ -37,7 +37,7 @@ class _Entry:
 
 
 class Reservoir:
-    """The remembered traces; opened on a folder that already holds some, it goes on with them."""
+    """Traces in a folder; one that already holds traces is continued."""
 
     def __init__(self, folder: Path, *, limit_bytes: int, seed: int) -> None:
         self._folder, self._limit_bytes = folder, limit_bytes
@@ -47,8 +47,8 @@ class Reservoir:
         folder.mkdir(mode=0o700, exist_ok=True)
         self._next_number = 0
         for path in sorted(folder.iterdir()):
-            self._find(path)
-        # Keys drawn before a restart are not drawn again.
+            self._load(path)
+        # Another stream of random numbers after each restart.
         self._random = random.Random(f"{seed} {self._next_number}")
 
     @property
@@ -57,16 +57,16 @@ class Reservoir:
         return sum(self._bytes.values())
 
     def __len__(self) -> int:
-        """Traces remembered."""
+        """Number of traces."""
         return sum(map(len, self._heaps.values()))
 
     @property
     def domains(self) -> dict[str, int]:
-        """Traces by domain."""
+        """Number of traces by domain."""
         return {domain: len(heap) for domain, heap in self._heaps.items()}
 
     def add(self, trace: Trace, *, weight: float = 1.0) -> bool:
-        """Offer a trace; whether it is remembered. A heavier one stays likelier, in proportion."""
+        """Add a trace to the sample; False if it was not kept. The chance to be kept grows with its weight."""
         key = self._random.random() ** (1 / weight)
         if self._would_be_dropped(self._domain_of(trace), key, trace.num_bytes):
             return False
@@ -80,7 +80,7 @@ class Reservoir:
             with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                 file.write(payload)
             os.replace(temporary, self._folder / entry.name)
-        except OSError:  # shared memory is full: what is remembered already stays
+        except OSError:  # shared memory is full: the traces already kept stay
             temporary.unlink(missing_ok=True)
             return False
         self._keep(self._domain_of(trace), entry)
@@ -90,20 +90,20 @@ class Reservoir:
         return entry.number not in dropped
 
     def sample(self) -> Trace | None:
-        """One trace at random: every domain is as likely as any other. None when nothing is remembered."""
+        """A random trace: first a domain, all with equal chance, then a trace of it. None when there are none."""
         while self._heaps:
             domain = self._random.choice(sorted(self._heaps))
             entry = self._random.choice(self._heaps[domain])
             try:
                 return from_bytes((self._folder / entry.name).read_bytes())
-            except (OSError, TraceError):  # somebody meddled with the folder
+            except (OSError, TraceError):  # the file was deleted or damaged
                 self._heaps[domain].remove(entry)
                 heapq.heapify(self._heaps[domain])
                 self._forget(domain, entry)
         return None
 
     def _would_be_dropped(self, domain: str, key: float, num_bytes: int) -> bool:
-        """Whether it would itself be what makes room for it: then it need not be written."""
+        """True if a trace with this key would be the next one dropped, so that writing it is useless."""
         of_domain = self._bytes.get(domain, 0) + num_bytes
         full = self.num_bytes + num_bytes > self._limit_bytes and of_domain > max(self._bytes.values(), default=0)
         return full and key < self._heaps[domain][0].key if domain in self._heaps else False
@@ -111,8 +111,8 @@ class Reservoir:
     def _domain_of(self, trace: Trace) -> str:
         return trace.domain if trace.domain in self._heaps or len(self._heaps) < MAX_DOMAINS else ""
 
-    def _find(self, path: Path) -> None:
-        """Take in a file of an earlier learner; what cannot be read is deleted."""
+    def _load(self, path: Path) -> None:
+        """Add a file of an earlier learner; one that cannot be read is deleted."""
         try:
             number, key = path.name.removesuffix(_SUFFIX).split("-", 1)
             payload = path.read_bytes()

@@ -1,4 +1,6 @@
-"""What learning needs of the target: its input embedding, its head, and what a draft must fit. No layers.
+"""The target without its layers: input embedding and output head, which is all that training a draft needs of it.
+
+Leaves out loading the target (models/target.py).
 
 Shapes: N rows, H hidden, V vocabulary.
 """
@@ -16,22 +18,22 @@ from aurora_lit.modules.sampling.distribution import GREEDY_BELOW
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What the head says of some hidden states."""
+class HeadOutput:
+    """What the target's distribution is at some positions, as far as training needs it."""
 
     lse_N: Tensor
     """fp32. Log-sum-exp of the logits."""
     tempered_lse_N: Tensor
-    """fp32. The same of the logits divided by the temperature; of the logits as they are for a greedy one."""
+    """fp32. Log-sum-exp of the logits divided by the temperature; equal to `lse_N` for greedy requests."""
     top_N: Tensor
-    """int64. Token of the largest logit."""
+    """int64. Target id of the largest logit."""
 
 
 class TargetHead(nn.Module):
-    """The two ends of a target whose layers were let go.
+    """Embedding, head and shape of a target whose layers are no longer needed.
 
-    >>> ends = TargetHead(Target.load(folder, precision="bf16"))
-    >>> ends.read(last_NH, temperature=0.7).tempered_lse_N
+    >>> target_head = TargetHead(Target.load(folder, precision="bf16"))
+    >>> target_head.evaluate(last_NH, temperature=0.7).tempered_lse_N
     """
 
     embedding_VH: Tensor
@@ -41,29 +43,33 @@ class TargetHead(nn.Module):
         super().__init__()
         self.vocab_size, self.hidden_size = target.vocab_size, target.hidden_size
         self.aux_layer_ids = target.aux_layer_ids
-        self.finish = target.finish
+        self.logit_transform = target.logit_transform
         self.register_buffer("embedding_VH", target.embedding_rows())
         head_VH = target.head_rows(torch.arange(target.vocab_size))
-        # As serving stores it, but no larger than a training step in bf16 wants it.
+        # In serving's precision, but at most bf16 unless the target is fp32: training steps run in bf16.
         self.register_buffer("head_VH", head_VH if target.kv_dtype == torch.float32 else head_VH.bfloat16())
 
-    def fit_head(self, module: DraftModule) -> None:
-        """Give a module the head's part for the vocabulary that its draft has now."""
+    def install_head(self, module: DraftModule) -> None:
+        """Give a module the head's rows of the vocabulary that its draft has now."""
         ids_D = module.draft.draft_token_ids.to(self.head_VH.device)
         module.head_VdH = self.head_VH[ids_D].to(module.embedding_VH.device)
-        module.finish = self.finish.rows(ids_D)
+        module.logit_transform = self.logit_transform.select(ids_D)
 
     @torch.no_grad()
-    def read(self, last_NH: Tensor, *, temperature: float, chunk: int = 64) -> Reading:
-        """Read hidden states, in chunks of rows so that their logits stay in cache; the result lies on the CPU."""
+    def evaluate(self, last_NH: Tensor, *, temperature: float, chunk: int = 64) -> HeadOutput:
+        """Apply the head to the target's last hidden states; the result is on the CPU.
+
+        chunk: positions computed together, few enough that their logits [chunk, V] stay in the processor's cache.
+        """
         parts = []
-        for rows_CH in torch.split(last_NH, chunk):
-            logits_CV = self.finish((rows_CH.to(self.head_VH.device, self.head_VH.dtype) @ self.head_VH.T).float())
+        for last_CH in torch.split(last_NH, chunk):
+            last_CH = last_CH.to(self.head_VH.device, self.head_VH.dtype)
+            logits_CV = self.logit_transform((last_CH @ self.head_VH.T).float())
             lse_C = logits_CV.logsumexp(-1)
             tempered = lse_C if temperature < GREEDY_BELOW else (logits_CV / temperature).logsumexp(-1)
             parts.append((lse_C, tempered, logits_CV.argmax(-1)))
         if not parts or not len(last_NH):
             none = torch.zeros(0)
-            return Reading(lse_N=none, tempered_lse_N=none, top_N=none.long())
+            return HeadOutput(lse_N=none, tempered_lse_N=none, top_N=none.long())
         lse_N, tempered_N, top_N = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-        return Reading(lse_N=lse_N, tempered_lse_N=tempered_N, top_N=top_N)
+        return HeadOutput(lse_N=lse_N, tempered_lse_N=tempered_N, top_N=top_N)

@@ -1,8 +1,10 @@
-"""Learning from recorded traces, and scoring drafts along them.
+"""Learning from recorded traces, and scoring drafts on them without running the target's layers.
+
+Used by `aurora-lit replay` and by the benchmarks that compare settings of learning.
 
 May import: learn/online/ and above. Start with replay.py. The files, each importing only those above it:
 
-    scoring.py    accepted length of a draft on recorded traces, root to root as rounds go
+    scoring.py    accepted length of a draft on recorded traces
     on_policy.py  the rounds that another draft would have had along a recorded answer
-    replay.py     Replay.take: score a block of traces, learn from it, hold a trial
+    replay.py     Replay.process_block: score a block of traces, learn from it, hold a trial
 """

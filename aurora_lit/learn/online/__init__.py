@@ -1,16 +1,18 @@
-"""The learner beside a server: loop, optimiser step, gate, processor budget, its process.
+"""The online learner: a process beside a server that trains the draft on served traffic and publishes better versions.
+
+It reads traces from the server's ring, takes optimiser steps within a budget of processor time, and publishes a draft
+when the gate finds it better than the served one on requests kept out of training.
 
 May import: learn/data/ and above. Start with loop.py. The files, each importing only those above it:
 
-    budget.py         how much of the processors learning may take: a bucket of seconds
-    gate.py           challenger against champion on requests kept out of training
-    naming.py         domains in words: what is typical of their prompts
-    step_metrics.py   what steps show, averaged for the loggers
-    state_file.py     a learner's state on disk, whole or not at all
-    learner.py        Learner.update, the only optimiser step online; what it goes on from
-    data_parallel.py  several processes that learn together: one leads, the others take its steps
-    domain_drafts.py  the best draft of each domain, kept on disk; learning goes on from it when that is back
-    loop.py           OnlineLoop.tick: drain, follow versions, step, trial, save, report
-    build.py          configuration and run folder → loop; wiring only
-    process.py        a learner's process: priority, heartbeat, signals, the server's end
+    budget.py         how much processor time learning may use: a token bucket of processor seconds
+    gate.py           champion against challenger on held-out requests
+    intake.py         what becomes of a trace: left out, held out for the gate, or trained on
+    step_metrics.py   metrics of optimiser steps, averaged for the loggers
+    learner.py        Learner.update, the only optimiser step of online learning; its state
+    data_parallel.py  several processes that take each step together
+    domain_drafts.py  the best draft of each domain, kept on disk and continued from when the domain returns
+    loop.py           OnlineLoop.tick: read traces, follow versions, step, trial, save, report
+    build.py          builds a loop from a configuration and a run folder
+    process.py        a learner's process: priority, heartbeat, signals, exit with the server
 """

@@ -1,11 +1,11 @@
-"""How much of the machine learning may take: a bucket of processor seconds that fills with time and empties with use.
+"""How much processor time learning may use: a token bucket of processor seconds.
 
-Work may begin while the bucket is not in debt; a step that takes more than is there leaves a debt that is waited off,
-so the share holds on average whatever a step costs. The whole process counts, reading traces included.
-What is left out: the sleeping itself (learn/online/loop.py), and priority (learn/online/process.py), which decides who goes first
-where this decides how much.
+The bucket fills with wall time and empties with the processor time that was used. Work may begin while the balance is
+not negative; a long step makes it negative, and the next one waits until it is not, so the share holds on average
+whatever a step costs. All of the process counts, reading traces included. Leaves out the sleeping itself
+(learn/online/loop.py) and the process's priority (learn/online/process.py).
 
-    budget = Budget(share=0.04, full_load_share=0.02, minimum_duty=0.005)
+    budget = Budget(share=0.04, full_load_share=0.02, minimum_share=0.005)
     while True:
         if wait_s := budget.wait_s(load()):
             time.sleep(wait_s)
@@ -22,57 +22,60 @@ from collections.abc import Callable
 from enum import Enum
 
 _SAVED_S = 10.0
-"""Seconds of unused share that are kept: a learner that waited for traces may begin with a few steps at once."""
+"""Largest balance, in seconds of the share: after waiting for traces a learner may take a few steps at once."""
 _SMALLEST_S = 1e-6
-"""A debt that is not worth waiting for."""
+"""A smaller debt counts as none, in processor seconds."""
 _WINDOW_S = 60.0
-"""Wall seconds that `measured_share` looks back."""
+"""Wall seconds that `measured_share` is measured over."""
 
 
-class Load(Enum):
-    """What serving has to do."""
+class ServerLoad(Enum):
+    """How busy the server is."""
 
     SPARE = 1
     """Slots are free."""
     FULL = 2
-    """Nearly every slot is taken: a second of learning costs about one of serving."""
+    """Nearly every slot is taken: a second of learning costs about a second of serving."""
     QUEUEING = 3
-    """Requests wait for a slot."""
+    """Requests are waiting for a slot."""
 
 
 class Budget:
-    """Holds this process's processor time to a share of the machine's."""
+    """Limits this process's processor time to a share of the machine's."""
 
     def __init__(
         self,
         *,
         share: float,
         full_load_share: float,
-        minimum_duty: float,
+        minimum_share: float,
         cpus: int | None = None,
         wall_s: Callable[[], float] = time.monotonic,
         cpu_s: Callable[[], float] = time.process_time,
     ) -> None:
-        """share: of all processors, and no more by the others: full_load_share while nearly every slot is taken,
-        minimum_duty while requests queue. cpus: None counts the machine's.
+        """Start with an empty bucket.
+
+        share: of all processors' time while slots are free. full_load_share: while nearly every slot is taken.
+        minimum_share: while requests wait for a slot. The last two are never more than the first. cpus: None counts the
+        machine's processors.
         """
         self._cpus = cpus or os.cpu_count() or 1
         self._shares = {
-            Load.SPARE: share,
-            Load.FULL: min(full_load_share, share),
-            Load.QUEUEING: min(minimum_duty, share),
+            ServerLoad.SPARE: share,
+            ServerLoad.FULL: min(full_load_share, share),
+            ServerLoad.QUEUEING: min(minimum_share, share),
         }
         self._wall_s, self._cpu_s = wall_s, cpu_s
         self._balance_s = 0.0
         self._seen = (wall_s(), cpu_s())
         self._samples = deque([self._seen])
 
-    def wait_s(self, load: Load) -> float:
-        """Seconds until work may begin if nothing changes; 0: now. Infinite where there is no share for that load."""
+    def wait_s(self, load: ServerLoad) -> float:
+        """Seconds until work may begin under this load; 0: now. Infinite where the share for that load is 0."""
         wall, cpu = self._wall_s(), self._cpu_s()
         rate = self._shares[load] * self._cpus
         earned, spent = rate * (wall - self._seen[0]), cpu - self._seen[1]
-        self._balance_s = min(self._balance_s + earned - spent, self._shares[Load.SPARE] * self._cpus * _SAVED_S)
+        self._balance_s = min(self._balance_s + earned - spent, self._shares[ServerLoad.SPARE] * self._cpus * _SAVED_S)
         self._seen = (wall, cpu)
         self._samples.append(self._seen)
         while len(self._samples) > 2 and self._samples[1][0] <= wall - _WINDOW_S:
@@ -83,6 +86,6 @@ class Budget:
 
     @property
     def measured_share(self) -> float:
-        """Processor time used in the last minute, as a share of what all processors had; 0 at the very start."""
+        """Processor time used in the last minute, as a share of all processors' time; 0 at the very start."""
         (first_wall, first_cpu), (wall, cpu) = self._samples[0], self._samples[-1]
         return (cpu - first_cpu) / ((wall - first_wall) * self._cpus) if wall > first_wall else 0.0

@@ -1,4 +1,4 @@
-"""From a configuration and a server's run folder to a learner's loop. Only wiring; no behaviour of its own."""
+"""Builds a learner's loop from a configuration and a server's run folder: construction only, no behaviour."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, initial_draft
 from aurora_lit.drafts.versions import DraftStore, version_number
 from aurora_lit.errors import ConfigError
-from aurora_lit.ipc.engine_status import StatusBlock
-from aurora_lit.ipc.learner_status import LearnerBlock
+from aurora_lit.ipc.engine_status import EngineStatusPage
+from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.ring import RingReader
-from aurora_lit.learn.data.feed import Feed
-from aurora_lit.learn.data.labelled_trace import for_gate
+from aurora_lit.learn.data.labelled_trace import label_for_gate
+from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.vocabulary import VocabularyUse
-from aurora_lit.learn.online.budget import Budget, Load
-from aurora_lit.learn.online.data_parallel import Follower, launched, leading
+from aurora_lit.learn.online.budget import Budget, ServerLoad
+from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leader_process
 from aurora_lit.learn.online.domain_drafts import DomainDrafts
 from aurora_lit.learn.online.gate import HeldOut
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
@@ -40,70 +40,59 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.domains.detector import DomainDetector
 from aurora_lit.modules.domains.lr_schedule import DomainSignal, SignalRange
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.draft_module import DraftModule, OnlineWeights
 from aurora_lit.traces.record import LAYOUT_DIGEST
 
-STATE_NAME = "learner.ckpt"
-"""The learner's state, beside the versions it has published."""
+STATE_NAME = "learner.safetensors"
+"""The learner's state, in the folder of the versions it publishes."""
 DOMAINS_NAME = "domains"
-"""Folder of the drafts that were best in one domain, beside the versions too."""
-_MOST_REPLAY = 0.95
+"""Folder of the best draft of each domain, in the folder of the versions too."""
+_MAX_REPLAY_SHARE = 0.95
 _MIB = 1 << 20
-_FULL = 0.75
-"""Share of slots beyond which serving takes all of the machine: between two requests a slot is free for a moment."""
+_FULL_LOAD = 0.75
+"""Share of taken slots from which the server counts as fully loaded: between two requests a slot is briefly free."""
 
 
 @contextlib.contextmanager
 def build_loop(
-    config: AuroraConfig, run_folder: Path, ring_path: Path, page: LearnerBlock, status: StatusBlock
+    config: AuroraConfig, run_folder: Path, ring_path: Path, page: LearnerStatusPage, status: EngineStatusPage
 ) -> Iterator[OnlineLoop]:
-    """A loop attached to a server's ring; the ring is let go at the end. Raises AuroraError."""
+    """A loop attached to a server's ring, which is closed at the end. Raises AuroraError."""
     learn = config.learn
     torch.set_num_threads(learn.threads)
-    with contextlib.ExitStack() as leaving:
-        ring = leaving.enter_context(contextlib.closing(RingReader.open(ring_path, layout=LAYOUT_DIGEST)))
-        ends, starting = ends_and_start(config)
+    with contextlib.ExitStack() as stack:
+        ring = stack.enter_context(contextlib.closing(RingReader.open(ring_path, layout=LAYOUT_DIGEST)))
+        target_head, starting = load_head_and_draft(config)
         store = DraftStore(Path(config.checkpoint.dir) / config.checkpoint.run, keep=config.checkpoint.keep)
-        store.prune()  # and with it what a learner left that was killed while it published
+        store.prune()  # also deletes what a learner left that was killed while it published
         if learn.from_scratch and store.current() is None:
             store.publish(starting, record={"reason": "untrained: learning begins from scratch"})
 
-        def served_draft(version: str | None) -> Draft:
-            return starting if version is None else load_draft(store.folder / version, ends)
+        def served_draft(version: str | None) -> Eagle3Draft:
+            return starting if version is None else load_draft(store.folder / version, target_head)
 
         current = store.current()
-        module = online_module(config, copy.deepcopy(served_draft(current)), ends)
+        module = online_module(config, copy.deepcopy(served_draft(current)), target_head)
         state_path = store.folder / STATE_NAME
-        fabric = launched(learn, loggers=_loggers(config))
-        leader = leaving.enter_context(leading()) if learn.devices > 1 else None
+        fabric = launch_fabric(learn, loggers=_loggers(config))
+        leader = stack.enter_context(leader_process()) if learn.devices > 1 else None
         learner = Learner(
             module,
-            steering_of(config),
+            controller_for(config),
             state_path,
-            ends=ends,
+            target_head=target_head,
             version=current or STARTING_VERSION,
             starting_ids=starting.draft_token_ids,
-            vocabulary_use=VocabularyUse(ends) if learn.adapt_vocabulary else None,
+            vocabulary_use=VocabularyUse(target_head) if learn.adapt_vocabulary else None,
             ema_decay=learn.ema_decay,
             fabric=fabric,
-            before_step=leader.share if leader else None,
+            before_step=leader.broadcast_step if leader else None,
         )
         if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
-            learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # taken back meanwhile
-        ends.to(learner.fabric.device)
-        champion = online_module(config, copy.deepcopy(module.draft), ends).to(learner.fabric.device)
-        feed = Feed(
-            ends,
-            Reservoir(run_folder / "reservoir", limit_bytes=learn.reservoir_mb * _MIB, seed=learn.seed),
-            batch_positions=learn.batch_positions,
-            replay_share=learn.replay_share,
-            live_bytes=learn.reservoir_mb * _MIB // 8,
-            max_client_share=learn.max_client_share,
-            choice=learn.trace_selection,
-            seed=learn.seed,
-            vocabulary_use=learner.vocabulary_use,
-        )
+            learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # rolled back meanwhile
+        target_head.to(learner.fabric.device)
+        champion = online_module(config, copy.deepcopy(module.draft), target_head).to(learner.fabric.device)
         yield OnlineLoop(
             LearnerEnvironment(
                 traces=ring,
@@ -115,61 +104,89 @@ def build_loop(
             config=learn,
             learner=learner,
             champion=champion,
-            ends=ends,
-            feed=feed,
-            held_out=HeldOut(num_newest=learn.gate_requests, seed=learn.seed, read=partial(for_gate, ends=ends)),
+            target_head=target_head,
+            batcher=make_batcher(config, target_head, run_folder, vocabulary_use=learner.vocabulary_use),
+            held_out=make_held_out(config, target_head),
             budget=Budget(
                 share=learn.compute_share,
                 full_load_share=learn.full_load_share,
                 minimum_share=learn.minimum_share,
-                cpu_s=leader.processor_s if leader else time.process_time,
+                cpu_s=leader.cpu_s if leader else time.process_time,
             ),
-            domain_drafts=_domain_drafts(config, store, starting, ends) if learn.domain_drafts else None,
+            domain_drafts=_domain_drafts(config, store, starting, target_head) if learn.domain_drafts else None,
         )
 
 
-def _load(status: StatusBlock, *, num_slots: int) -> Load:
+def make_batcher(
+    config: AuroraConfig, target_head: TargetHead, folder: Path, *, vocabulary_use: VocabularyUse | None
+) -> OnlineBatcher:
+    """Batches as the settings `learn` describe them; remembered traces are files in `folder`/reservoir."""
+    learn = config.learn
+    return OnlineBatcher(
+        target_head,
+        Reservoir(folder / "reservoir", limit_bytes=learn.reservoir_mb * _MIB, seed=learn.seed),
+        batch_positions=learn.batch_positions,
+        replay_share=learn.replay_share,
+        live_bytes=learn.reservoir_mb * _MIB // 8,
+        max_client_share=learn.max_client_share,
+        selection=learn.trace_selection,
+        seed=learn.seed,
+        vocabulary_use=vocabulary_use,
+    )
+
+
+def make_held_out(config: AuroraConfig, target_head: TargetHead) -> HeldOut:
+    """Held-out requests as the settings `learn` describe them; none yet."""
+    label = partial(label_for_gate, target_head=target_head)
+    return HeldOut(num_newest=config.learn.gate_requests, seed=config.learn.seed, label=label)
+
+
+def _load(status: EngineStatusPage, *, num_slots: int) -> ServerLoad:
     now = status.read()
     if now.waiting:
-        return Load.QUEUEING
-    return Load.FULL if now.running > _FULL * num_slots else Load.SPARE
+        return ServerLoad.QUEUEING
+    return ServerLoad.FULL if now.running > _FULL_LOAD * num_slots else ServerLoad.SPARE
 
 
 def run_follower(config: AuroraConfig) -> None:
-    """Learn with the process that this one is a copy of, until it has enough. Raises AuroraError."""
+    """Take the steps of the leader, of which this process is a copy, until it is done. Raises AuroraError."""
     learn = config.learn
     torch.set_num_threads(learn.threads)
-    ends, starting = ends_and_start(config)
-    fabric = launched(learn)
+    target_head, starting = load_head_and_draft(config)
+    fabric = launch_fabric(learn)
     follower = Follower()
-    module = online_module(config, starting, ends)
+    module = online_module(config, starting, target_head)
     learner = Learner(
         module,
-        steering_of(config),
+        controller_for(config),
         Path(os.devnull),
-        ends=ends,
+        target_head=target_head,
         version=STARTING_VERSION,
         ema_decay=learn.ema_decay,
         fabric=fabric,
     )
-    ends.to(fabric.device)
+    target_head.to(fabric.device)
     follower.follow(learner)
 
 
-def _domain_drafts(config: AuroraConfig, store: DraftStore, starting: Draft, ends: TargetHead) -> DomainDrafts:
+def _domain_drafts(
+    config: AuroraConfig, store: DraftStore, starting: Eagle3Draft, target_head: TargetHead
+) -> DomainDrafts:
     return DomainDrafts(
         store.folder / DOMAINS_NAME,
-        ends,
-        scratch=online_module(config, copy.deepcopy(starting), ends).to(ends.head_VH.device),
-        most=config.domain.max_domains,
+        target_head,
+        scratch=online_module(config, copy.deepcopy(starting), target_head).to(target_head.head_VH.device),
+        max_domains=config.domain.max_domains,
         batch_positions=config.learn.batch_positions,
     )
 
 
-def steering_of(config: AuroraConfig) -> DomainController:
-    """What the sections `domain` and `schedule` ask for; cold is what their neighbours say."""
+def controller_for(config: AuroraConfig) -> DomainController:
+    """A controller by the settings `domain` and `schedule`; its cold signal is that of `engine` and `learn`."""
     domain, schedule = config.domain, config.schedule
-    detector = DomainDetector(max_domains=domain.max_domains, novelty=domain.novelty_threshold) if domain.detect else None
+    detector = (
+        DomainDetector(max_domains=domain.max_domains, novelty_threshold=domain.novelty_threshold) if domain.detect else None
+    )
     cold = DomainSignal(
         explore_share=config.engine.explore_share,
         explore_temperature=config.engine.explore_temperature,
@@ -180,7 +197,7 @@ def steering_of(config: AuroraConfig) -> DomainController:
         explore_share=min(1.0, cold.explore_share + schedule.explore_share),
         explore_temperature=cold.explore_temperature * schedule.explore_temperature_factor,
         entropy_weight=cold.entropy_weight + schedule.entropy_weight,
-        replay_share=min(_MOST_REPLAY, cold.replay_share * schedule.replay_factor),
+        replay_share=min(_MAX_REPLAY_SHARE, cold.replay_share * schedule.replay_factor),
     )
     return DomainController(
         detector,
@@ -197,31 +214,34 @@ def _target_folder(config: AuroraConfig) -> Path:
     return resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
 
 
-def ends_and_start(config: AuroraConfig) -> tuple[TargetHead, Draft]:
-    """The target's two ends, and the draft that serving starts with; the target's layers are let go again."""
+def load_head_and_draft(config: AuroraConfig) -> tuple[TargetHead, Eagle3Draft]:
+    """The target's embedding and head, and the draft that serving starts with; the target's layers are freed again.
+
+    Raises ConfigError when there is no draft and `learn.from_scratch` is false.
+    """
     folder = draft_folder(config)
     if folder is None and not config.learn.from_scratch:
         raise ConfigError(
             "draft.checkpoint=null: there is no draft to improve; name a checkpoint, or set learn.from_scratch=true"
         )
     target = Target.load(_target_folder(config), precision=config.target.precision)
-    ends = TargetHead(target)
+    target_head = TargetHead(target)
     if config.learn.from_scratch:
         starting = _untrained(config, target, folder)
     else:
         assert folder is not None
-        starting = load_draft(folder, ends)
+        starting = load_draft(folder, target_head)
     del target
     gc.collect()
-    return ends, starting
+    return target_head, starting
 
 
-def _untrained(config: AuroraConfig, target: Target, folder: Path | None) -> Draft:
-    """A draft that has seen nothing, of the configured checkpoint's shape and vocabulary where there is one."""
+def _untrained(config: AuroraConfig, target: Target, folder: Path | None) -> Eagle3Draft:
+    """An untrained draft, of the shape and vocabulary of the configured checkpoint if there is one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.learn.seed)
         if folder is None:
-            # No checkpoint to take a vocabulary from: the lowest ids, which are the commonest.
+            # Without a checkpoint to take the vocabulary from: the lowest ids, which are the most frequent tokens.
             ids = torch.arange(min(DRAFT_VOCABULARY_SIZE, target.vocab_size))
             return initial_draft(target, ids, max_positions=config.engine.max_seq_len)
         shape = read_config(folder)
@@ -234,14 +254,14 @@ def _untrained(config: AuroraConfig, target: Target, folder: Path | None) -> Dra
         )
 
 
-def online_module(config: AuroraConfig, draft: Draft, ends: TargetHead) -> DraftModule:
-    """The draft as `learn` asks to train it."""
+def online_module(config: AuroraConfig, draft: Eagle3Draft, target_head: TargetHead) -> DraftModule:
+    """The draft in a module that is trained as the settings `learn` say."""
     learn = config.learn
     return DraftModule(
         draft,
-        embedding_VH=ends.embedding_VH,
-        head_VdH=ends.head_VH[draft.draft_token_ids],
-        finish=ends.finish.rows(draft.draft_token_ids),
+        embedding_VH=target_head.embedding_VH,
+        head_VdH=target_head.head_VH[draft.draft_token_ids],
+        logit_transform=target_head.logit_transform.select(draft.draft_token_ids),
         num_steps=learn.unroll_steps,
         value_weight=learn.value_weight,
         online=OnlineWeights(
@@ -255,7 +275,7 @@ def online_module(config: AuroraConfig, draft: Draft, ends: TargetHead) -> Draft
 
 
 def _loggers(config: AuroraConfig) -> list[Logger]:
-    """CSV always, TensorBoard where it is installed."""
+    """A CSV logger, and a TensorBoard logger if TensorBoard is installed."""
     folder, name = config.learn.logs, config.checkpoint.run
     loggers: list[Logger] = [CSVLogger(folder, name=name, flush_logs_every_n_steps=1)]
     with contextlib.suppress(ModuleNotFoundError):

@@ -1,22 +1,21 @@
-"""Several processes that learn together, each from its part of every batch: the first one leads, the others follow.
+"""Data-parallel learning: several processes take each optimiser step together, each with its part of the batch.
 
-Fabric starts the others as copies of the leader's own command. They read no traffic and judge nothing: before a step
-the leader sends them the batch and its schedules, on which the step depends, and the whole state where anything but a
-step has changed it. So weights are the same in all of them, and the leader's are tried, published and saved.
-What is left out: which part of a batch is whose (modules/losses/batch.py), and the step, which adds up their gradients
-(learn/online/learner.py).
+Fabric starts the followers as copies of the leader's own command. They read no traffic and evaluate no drafts: before
+each step the leader broadcasts the batch and the schedules' state, and its whole state when anything but a step has
+changed it. So all processes have the same weights, and those of the leader are evaluated, published and saved. Messages
+are safetensors and JSON (learn/data/training_state.py). Leaves out how a batch is divided (modules/losses/batch.py)
+and the step, which sums the gradients (learn/online/learner.py).
 
-    fabric = launched(config.learn)                         # returns in every process; then they meet:
-    with leading() as leader:                               # in the first process
-        Learner(…, fabric=fabric, before_step=leader.share)
+    fabric = launch_fabric(config.learn)                    # returns in every process
+    with leader_process() as leader:                        # in the first process
+        Learner(…, fabric=fabric, before_step=leader.broadcast_step)
     follower = Follower()                                   # in the others
-    follower.follow(Learner(…, fabric=fabric))              # returns when the leader dismisses them
+    follower.follow(Learner(…, fabric=fabric))              # returns when the leader is done
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,28 +29,31 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
 
 from aurora_lit.errors import AuroraError
+from aurora_lit.learn.data.training_state import from_bytes, to_bytes
 from aurora_lit.learn.online.learner import Learner
-from aurora_lit.modules.losses.batch import OnlineBatch
+from aurora_lit.modules.losses.batch import OnlineBatch, Rounds, TraceBatch
 from aurora_lit.settings import LearnSettings
 
 _IDLE_TIMEOUT = timedelta(days=365)
-"""How long a follower waits for a step: where there is no traffic there is none."""
-_LEAVING_S = 5.0
-"""How long the leader waits for the others to leave."""
+"""How long a follower waits for a step: without traffic there are no steps."""
+_EXIT_TIMEOUT_S = 5.0
+"""How long the leader waits for the followers to exit."""
+_DONE = b""
+"""The leader's last message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """What the leader sends."""
+    """What the leader broadcasts before a step."""
 
     batch: OnlineBatch
     schedules: list[dict[str, Any]]
     state: dict[str, Any] | None
-    """None: the follower has it already."""
+    """The learner's whole state; None if the followers have it already."""
 
 
-def launched(learn: LearnSettings, *, loggers: Sequence[Logger] = ()) -> Fabric:
-    """Start the further processes, if any: on as many GPUs where there are enough, else on the CPU."""
+def launch_fabric(learn: LearnSettings, *, loggers: Sequence[Logger] = ()) -> Fabric:
+    """Start the followers, if `learn.devices` asks for any: on GPUs if there are enough, else on the CPU."""
     alone = learn.devices == 1
     gpus = torch.cuda.is_available() and torch.cuda.device_count() >= learn.devices
     fabric = Fabric(
@@ -70,27 +72,27 @@ class Leader:
     """The first process's side."""
 
     def __init__(self) -> None:
-        """Meet the others; returns when all are there."""
+        """Form a group with the followers; returns when all of them are there."""
         self._group = _control_group()
         self._followers = psutil.Process().children()
-        self._changes_sent = -1
+        self._num_changes_sent = -1
 
-    def share(self, learner: Learner, batch: OnlineBatch) -> None:
-        """Have the others take the step that this process is about to take. Raises AuroraError when one is gone."""
-        new = learner.num_changes != self._changes_sent
+    def broadcast_step(self, learner: Learner, batch: OnlineBatch) -> None:
+        """Have the followers take the step that this process is about to take. Raises AuroraError if one is gone."""
+        changed = learner.num_weight_changes != self._num_changes_sent
         step = _Step(
             batch=batch,
             schedules=[schedule.state_dict() for schedule in learner.schedules],
-            state=learner.state() if new else None,
+            state=learner.state_dict() if changed else None,
         )
         try:
-            self._send(step)
+            _broadcast(_step_to_bytes(step), self._group)
         except RuntimeError as error:
             raise AuroraError(f"the learner's processes cannot go on together: {error}") from error
-        self._changes_sent = learner.num_changes
+        self._num_changes_sent = learner.num_weight_changes
 
-    def processor_s(self) -> float:
-        """Processor seconds of all of them, for the budget."""
+    def cpu_s(self) -> float:
+        """Processor seconds of all processes together, for the budget."""
         total = time.process_time()
         for follower in self._followers:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -98,53 +100,83 @@ class Leader:
                 total += times.user + times.system
         return total
 
-    def dismiss(self) -> None:
-        """Let the others leave, and see them off."""
+    def release_followers(self) -> None:
+        """Let the followers exit, and wait for them a while."""
         with contextlib.suppress(RuntimeError):  # they are gone
-            self._send(None)
-        psutil.wait_procs(self._followers, timeout=_LEAVING_S)
-
-    def _send(self, step: _Step | None) -> None:
-        stream = io.BytesIO()
-        torch.save(step, stream)
-        dist.broadcast_object_list([stream.getvalue()], src=0, group=self._group)
+            _broadcast(_DONE, self._group)
+        psutil.wait_procs(self._followers, timeout=_EXIT_TIMEOUT_S)
 
 
 @contextlib.contextmanager
-def leading() -> Iterator[Leader]:
-    """A leader whose followers leave when this is left, however it is left."""
+def leader_process() -> Iterator[Leader]:
+    """A leader that releases its followers at the end, after an error too."""
     leader = Leader()
     try:
         yield leader
     finally:
-        leader.dismiss()
+        leader.release_followers()
 
 
 class Follower:
-    """The side of each of the others."""
+    """The side of each other process."""
 
     def __init__(self) -> None:
-        """Meet the leader; returns when all are there."""
+        """Form a group with the leader; returns when all processes are there."""
         self._group = _control_group()
 
     def follow(self, learner: Learner) -> None:
-        """Take the leader's steps with it until it has enough. Raises AuroraError when it is gone."""
+        """Take the leader's steps with it until it is done. Raises AuroraError when it is gone."""
         while (step := self._next_step()) is not None:
             if step.state is not None:
-                learner.take(step.state)
+                learner.load_state_dict(step.state)
             for schedule, state in zip(learner.schedules, step.schedules, strict=True):
                 schedule.load_state_dict(state)
             learner.update(step.batch)
 
     def _next_step(self) -> _Step | None:
-        message: list[Any] = [None]
         try:
-            dist.broadcast_object_list(message, src=0, group=self._group)
+            message = _broadcast(None, self._group)
         except RuntimeError as error:
             raise AuroraError(f"the learner that leads this one is gone: {error}") from error
-        step: _Step | None = torch.load(io.BytesIO(message[0]), map_location="cpu", weights_only=False)
-        return step
+        return None if message == _DONE else _step_from_bytes(message)
+
+
+def broadcast_plain(fabric: Fabric, value: Any) -> Any:
+    """The first process's `value`, of plain data and tensors (learn/data/training_state.py), in all of them."""
+    if fabric.world_size == 1:
+        return value
+    message = to_bytes({"value": value}) if fabric.is_global_zero else None
+    return from_bytes(_broadcast(message, None, device=fabric.device))["value"]
 
 
 def _control_group() -> Any:
     return dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
+
+
+def _broadcast(message: bytes | None, group: Any, *, device: torch.device | str = "cpu") -> bytes:
+    """Send the first process's message to all, its length first; None in the others. RuntimeError if one is gone."""
+    length = torch.tensor([0 if message is None else len(message)], dtype=torch.int64, device=device)
+    dist.broadcast(length, src=0, group=group)
+    if message is None:
+        content = torch.empty(int(length), dtype=torch.uint8, device=device)
+    else:
+        content = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(device) if message else torch.empty(0)
+    if len(content):
+        dist.broadcast(content, src=0, group=group)
+    return content.cpu().numpy().tobytes() if message is None else message
+
+
+def _step_to_bytes(step: _Step) -> bytes:
+    batch = {**vars(step.batch), "traces": vars(step.batch.traces), "rounds": vars(step.batch.rounds)}
+    return to_bytes({"batch": batch, "schedules": step.schedules, "state": step.state})
+
+
+def _step_from_bytes(message: bytes) -> _Step:
+    fields = from_bytes(message)
+    batch, traces = fields["batch"], fields["batch"]["traces"]
+    trace_batch = TraceBatch(**{**traces, "domains": tuple(traces["domains"])})
+    return _Step(
+        batch=OnlineBatch(**{**batch, "traces": trace_batch, "rounds": Rounds(**batch["rounds"])}),
+        schedules=fields["schedules"],
+        state=fields["state"],
+    )

@@ -1,12 +1,13 @@
-"""The learner: a draft module, its optimisers and its schedule. `update` is the only optimiser step of online learning.
+"""The learner: a draft module, its optimisers and schedules. `update` is the only optimiser step of online learning.
 
-Its state is written whole and safely, so that it is killed at the cost of what came after the last `save`.
-What is left out: batches (learn/data/feed.py), when to step (learn/online/loop.py), the losses (modules/losses/draft_module.py), the file
-of a state (learn/online/state_file.py), and how several learners keep in step (learn/online/data_parallel.py).
+Its state is saved whole or not at all: a learner that is killed loses only what came after the last `save`.
+Leaves out batches (learn/data/online_batcher.py), when to take a step (learn/online/loop.py), the losses
+(modules/losses/draft_module.py), the state's file (learn/data/training_state.py), and how several processes take the
+same steps (learn/online/data_parallel.py).
 
-    learner = Learner(module, steering, state_path, ends=ends, version="draft-000003")
-    learner.resume()                    # True: it goes on where the last one was
-    learner.update(batch)               # None: the batch was poison and left no trace
+    learner = Learner(module, controller, state_path, target_head=target_head, version="draft-000003")
+    learner.resume()                    # True: it continues from the saved state
+    learner.update(batch)               # None: loss or gradient was not finite, nothing changed
     learner.save()
 """
 
@@ -25,33 +26,33 @@ from lightning.fabric import Fabric
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.data.training_state import read_state, write_state
 from aurora_lit.learn.data.vocabulary import VocabularyUse, change_vocabulary
-from aurora_lit.learn.online.state_file import read_state, write_state
 from aurora_lit.learn.online.step_metrics import StepMetrics
 from aurora_lit.modules.domains.controller import DomainController
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.draft_module import DraftModule, OnlineReport
 
 STARTING_VERSION = "start"
-"""Stands for the draft that serving began with, before any was published."""
+"""Version of the draft that serving started with, before any was published."""
 PATIENCE_TRIALS = 4
-"""Drafts refused one after the other after which learning goes back to the one that serves, at half the rate."""
+"""After so many refusals in a row, learning restarts from the served draft at half the learning rate."""
 _LOG_EVERY_STEPS = 8
-_USE, _AVERAGE = "vocabulary_use", "average"
+_VOCABULARY_USE = "vocabulary_use"
 _log = logging.getLogger(__name__)
 
 
 class Learner:
-    """See the file's docstring for its life."""
+    """See the file's docstring."""
 
     def __init__(
         self,
         module: DraftModule,
-        steering: DomainController,
+        controller: DomainController,
         state_path: Path,
         *,
-        ends: TargetHead,
+        target_head: TargetHead,
         version: str,
         vocabulary_use: VocabularyUse | None = None,
         starting_ids: torch.Tensor | None = None,
@@ -59,29 +60,29 @@ class Learner:
         fabric: Fabric | None = None,
         before_step: Callable[[Learner, OnlineBatch], None] | None = None,
     ) -> None:
-        """`version`: the published draft, or the starting checkpoint, that the module's weights descend from.
+        """`version`: the published draft, or STARTING_VERSION, whose weights the module starts from.
 
-        vocabulary_use: what `adapt_vocabulary` goes by; None: the vocabulary stays. starting_ids: vocabulary of the
-        draft that serving began with, by which a state of another deployment is told; None: the module's.
-        ema_decay: what stays of the averaged weights at each step (see `averaged`).
-        fabric: of several processes that take each step together; each must be given the same batches.
-        before_step: is shown this and the batch before anything is learned from it.
+        vocabulary_use: counts by which `adapt_vocabulary` decides; None: the vocabulary never changes.
+        starting_ids: vocabulary of the draft that serving started with, which identifies the deployment that a saved
+        state is of; None: the module's. ema_decay: decay of the averaged weights at each step (see `averaged`).
+        fabric: for several processes that take each step together; each must be given the same batches.
+        before_step: called with this learner and the batch before each step.
         """
-        self._ends, self.vocabulary_use = ends, vocabulary_use
+        self._target_head, self.vocabulary_use = target_head, vocabulary_use
         ids_D = module.draft.draft_token_ids if starting_ids is None else starting_ids
         self._origin = hashlib.sha256(ids_D.cpu().numpy().tobytes()).hexdigest()
-        self.steering = steering
+        self.controller = controller
         self.state_path = state_path
         self.version = version
         self.steps = 0
-        self.num_changes = 0
-        """Of the weights, by anything but a step."""
+        self.num_weight_changes = 0
+        """Changes of the weights by anything but a step."""
         self.positions = 0
-        """Positions learned from, replay included."""
-        self._refused = 0
-        """Drafts one after the other."""
-        self.poisoned = 0
-        """Batches since this object was made whose loss or gradient was not finite; they taught nothing."""
+        """Positions trained on, replay included."""
+        self._num_refused = 0
+        """Refusals by the gate in a row."""
+        self.num_nonfinite = 0
+        """Batches since this object was made that were skipped because loss or gradient was not finite."""
         self._before_step = before_step
         self.fabric = fabric or Fabric(accelerator="auto", devices=1, precision="bf16-mixed")
         self.module: Any = self.fabric.setup_module(module)
@@ -91,114 +92,116 @@ class Learner:
         self._new_optimizers()
 
     @property
-    def draft(self) -> Draft:
-        """The draft as it is now."""
+    def draft(self) -> Eagle3Draft:
+        """The draft with the weights of the last step."""
         draft = self.module.draft
-        assert isinstance(draft, Draft)
+        assert isinstance(draft, Eagle3Draft)
         return draft
 
     @property
-    def _averaged_draft(self) -> Draft:
+    def _averaged_draft(self) -> Eagle3Draft:
         draft = self._average.module
-        assert isinstance(draft, Draft)
+        assert isinstance(draft, Eagle3Draft)
         return draft
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[DraftModule]:
-        """The module with the running average of its weights, which is what is tried, published and kept.
+        """While inside, the module has the running average of its weights, which is what is evaluated and published.
 
-        Averaging takes out the noise of a high learning rate without lowering it (Polyak and Juditsky 1992).
+        Averaging removes the noise of a high learning rate without lowering the rate (Polyak and Juditsky 1992).
         """
         module: DraftModule = self.module.module
-        learning = module.draft
+        current = module.draft
         module.draft = self._averaged_draft
         try:
             yield module
         finally:
-            module.draft = learning
+            module.draft = current
 
     def update(self, batch: OnlineBatch) -> OnlineReport | None:
-        """Learn from a batch: loss, gradient, one step of each optimiser and of the schedule."""
+        """Take one optimiser step on a batch. None if its loss or gradient is not finite: nothing is changed then."""
         if self._before_step is not None:
             self._before_step(self, batch)
-        part = batch.part(self.fabric.global_rank, of=self.fabric.world_size).to(self.fabric.device)
-        self._follow_signal()
+        part = batch.shard(self.fabric.global_rank, world_size=self.fabric.world_size).to(self.fabric.device)
+        self._apply_signal()
         module: DraftModule = self.module.module
         with self.fabric.autocast():
             report = module.training_step(part)
         self.module.zero_grad()
         self.fabric.backward(report.loss)
-        loss = self._join_parts(report.loss.detach())
+        loss = self._sum_over_processes(report.loss.detach())
         norm = self._clip_gradients()
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            self.poisoned += 1
+            self.num_nonfinite += 1
             return None
-        self.steering.learned(batch)
+        self.controller.record_batch(batch)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
         self._average.update_parameters(self.draft)
         self.steps += 1
         self.positions += int((batch.traces.weight_BT > 0).sum())
-        self._metrics.note(report, norm)
+        self._metrics.update(report, norm)
         if self.steps % _LOG_EVERY_STEPS == 0:
             rate = float(self.schedules[0].get_last_lr()[0])
-            heat = self.steering.heat
-            self.log({**self._metrics.take(), "learning_rate": rate, "heat": heat, "positions": self.positions})
+            heat = self.controller.heat
+            self.log(
+                {**self._metrics.compute_and_reset(), "learning_rate": rate, "heat": heat, "positions": self.positions}
+            )
         return report
 
-    def judged(self, *, passed: bool, champion: Draft, version: str) -> None:
-        """Take in a verdict on the averaged draft; `champion`, of `version`: the draft that serves unless it passed."""
-        self._refused = 0 if passed else self._refused + 1
+    def apply_gate_decision(self, *, passed: bool, champion: Eagle3Draft, version: str) -> None:
+        """React to the gate's decision on the averaged draft; `champion`, of `version`: the draft served before it."""
+        self._num_refused = 0 if passed else self._num_refused + 1
         for schedule in self.schedules if passed else []:
             schedule.recover()
-        if self._refused == PATIENCE_TRIALS:
-            self._refused = 0
+        if self._num_refused == PATIENCE_TRIALS:
+            self._num_refused = 0
             for schedule in self.schedules:
                 schedule.back_off()
             self.restart_from(champion, version=version)
 
-    def restart_from(self, draft: Draft, *, version: str) -> None:
-        """Go on from other weights: those learned since were taken back. The optimisers forget what led there."""
+    def restart_from(self, draft: Eagle3Draft, *, version: str) -> None:
+        """Continue from another draft's weights, with new optimiser states and a new average."""
         self.draft.load_state_dict(draft.state_dict())
-        self._ends.fit_head(self.module.module)
+        self._target_head.install_head(self.module.module)
         self.version = version
-        self.num_changes += 1
+        self.num_weight_changes += 1
         self._average = self._new_average()
         self._new_optimizers()
 
     def adapt_vocabulary(self) -> int:
-        """Let the tokens that traffic uses into the draft's vocabulary; how many entered."""
+        """Replace unused tokens of the draft's vocabulary by tokens that traffic uses; returns how many entered."""
         weight, use = self.draft.lm_head.weight, self.vocabulary_use
         ids_D = use.better_ids(self.draft.draft_token_ids) if use is not None else None
         if ids_D is None:
             return 0
         states = [optimizer.optimizer.state.get(weight, {}) for optimizer in self.optimizers]
         moments = [value for state in states for value in state.values() if value.shape == weight.shape]
-        entered = change_vocabulary(self.draft, ids_D, self._ends.head_VH, per_row=moments)
-        change_vocabulary(self._averaged_draft, ids_D, self._ends.head_VH, per_row=[])
-        self._ends.fit_head(self.module.module)
-        self.num_changes += 1
+        entered = change_vocabulary(self.draft, ids_D, self._target_head.head_VH, per_row=moments)
+        change_vocabulary(self._averaged_draft, ids_D, self._target_head.head_VH, per_row=[])
+        self._target_head.install_head(self.module.module)
+        self.num_weight_changes += 1
         return entered
 
     def save(self) -> None:
-        """Write the whole state, safe on disk, over the last one."""
+        """Save the whole state durably. Raises OSError."""
         if self.fabric.is_global_zero:
-            write_state(self.state_path, self.state())
+            write_state(self.state_path, self.state_dict())
 
     def resume(self) -> bool:
-        """Take over the last learner's state; False, and nothing taken, when there is none that fits this draft."""
-        rest = read_state(self.state_path)
-        if rest is None:
+        """Load the saved state; False, and nothing changes, if there is none or it is not of this draft."""
+        state = read_state(self.state_path)
+        if state is None:
             return False
-        if reason := self._why_not(rest):
+        if reason := self._mismatch(state):
             _log.warning("the learner's state in %s is not used: %s", self.state_path, reason)
             return False
-        self.take(rest)
+        self.load_state_dict(state)
         return True
 
-    def state(self) -> dict[str, Any]:
-        """All that learning goes on from."""
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, of plain data and tensors."""
         return {
             **{name: part.state_dict() for name, part in self._stateful().items()},
             "schedules": [schedule.state_dict() for schedule in self.schedules],
@@ -208,61 +211,55 @@ class Learner:
             "origin": self._origin,
         }
 
-    def take(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned, of a learner of the same shape."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the state of a learner of the same shape, which may have been without a `vocabulary_use`."""
         for name, part in self._stateful().items():
-            if name in state or name not in (_USE, _AVERAGE):  # states of before there were any have none
+            if name != _VOCABULARY_USE or name in state:
                 part.load_state_dict(state[name])
-        if _AVERAGE not in state:
-            self._average = self._new_average()
-        self._ends.fit_head(self.module.module)
+        self._target_head.install_head(self.module.module)
         for schedule, of_schedule in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(of_schedule)
         self.version, self.steps, self.positions = state["version"], state["steps"], state["positions"]
-        self.num_changes += 1
+        self.num_weight_changes += 1
 
-    def _why_not(self, rest: dict[str, Any]) -> str:
-        """Why a state does not fit this draft; "" when it does."""
+    def _mismatch(self, state: dict[str, Any]) -> str:
+        """Why a state is not of this draft; "" if it is."""
         shapes = {name: tensor.shape for name, tensor in self.module.state_dict().items()}
-        found = {name: tensor.shape for name, tensor in rest["module"].items()}
+        found = {name: tensor.shape for name, tensor in state["module"].items()}
         if shapes != found:
             return "it is of a draft of another shape"
-        if "origin" in rest:
-            same = rest["origin"] == self._origin
-        else:  # written before vocabularies adapted: its own is that of the draft that serving began with
-            same = torch.equal(rest["vocabulary"], self.draft.d2t.cpu())
-        return "" if same else "serving began with a draft of another vocabulary"
+        return "" if state["origin"] == self._origin else "serving began with a draft of another vocabulary"
 
     def mean(self, name: str) -> float:
-        """Running mean of a metric since it was last logged; 0 before the first step."""
+        """Mean of a metric since it was last logged; 0 before the first step."""
         return self._metrics.mean(name)
 
     def log(self, values: dict[str, float]) -> None:
-        """Give numbers of this step to the loggers."""
+        """Pass metrics of this step to the loggers."""
         self.fabric.log_dict(values, step=self.steps)
 
     def _new_average(self) -> AveragedModel:
         average = AveragedModel(self.draft, multi_avg_fn=get_ema_multi_avg_fn(self._ema_decay))  # type: ignore[no-untyped-call]
-        average.n_averaged += 1  # the weights as they are count
+        average.n_averaged += 1  # start from the current weights
         return average
 
     def _new_optimizers(self) -> None:
         module: DraftModule = self.module.module
         optimizers = module.make_optimizers()
-        self.schedules = self.steering.schedules_for(optimizers)
+        self.schedules = self.controller.schedules_for(optimizers)
         self.optimizers: list[Any] = [self.fabric.setup_optimizers(optimizer) for optimizer in optimizers]
 
-    def _follow_signal(self) -> None:
-        """Weigh the loss's terms as what is left to learn asks for."""
+    def _apply_signal(self) -> None:
+        """Set the weights of the loss's terms by the domain controller's signal."""
         module: DraftModule = self.module.module
-        signal = self.steering.signal
+        signal = self.controller.signal
         replay_weight = signal.replay_share / (1 - signal.replay_share)
         module.online = replace(module.online, entropy_weight=signal.entropy_weight, replay_weight=replay_weight)
 
-    def _join_parts(self, loss: torch.Tensor) -> torch.Tensor:
-        """Add up the gradients of all processes, and their losses.
+    def _sum_over_processes(self, loss: torch.Tensor) -> torch.Tensor:
+        """Sum the gradients of all processes in place, and return the sum of their losses.
 
-        Here, not in the strategy's wrapper: that one averages, and takes no frozen records.
+        Not left to the strategy's wrapper, which averages and does not accept frozen dataclasses.
         """
         if self.fabric.world_size == 1:
             return loss
@@ -270,22 +267,22 @@ class Learner:
         flat = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)])
         flat = torch.as_tensor(self.fabric.all_reduce(flat, reduce_op="sum"))
         sizes = [gradient.numel() for gradient in gradients]
-        for gradient, joined in zip(gradients, torch.split(flat[1:], sizes), strict=True):
-            gradient.copy_(joined.view_as(gradient))
+        for gradient, summed in zip(gradients, torch.split(flat[1:], sizes), strict=True):
+            gradient.copy_(summed.view_as(gradient))
         return flat[0]
 
     def _clip_gradients(self) -> torch.Tensor:
-        """Clip the gradient of the whole module, whichever optimiser has which part; its norm before."""
+        """Clip the gradient of the whole module, over both optimisers; returns its norm before."""
         norm = self.fabric.clip_gradients(self.module, self.optimizers[0], max_norm=1.0, error_if_nonfinite=False)
-        assert norm is not None  # it is for strategies that clip out of sight
+        assert norm is not None  # only for strategies that clip internally
         return norm
 
     def _stateful(self) -> dict[str, Any]:
-        use = {} if self.vocabulary_use is None else {_USE: self.vocabulary_use}
+        use = {} if self.vocabulary_use is None else {_VOCABULARY_USE: self.vocabulary_use}
         return {
             "module": self.module,
-            "domains": self.steering,
-            _AVERAGE: self._average,
+            "domains": self.controller,
+            "average": self._average,
             **use,
             **{f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)},
         }

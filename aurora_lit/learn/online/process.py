@@ -1,7 +1,7 @@
-"""A learner's process: attach to a running server, build what learning needs, run the loop, leave in order.
+"""A learner's process: attach to a running server, build the learner, run its loop, exit cleanly.
 
-torch is imported only after the process has stepped behind all others, since threads inherit their priority from the
-one that starts them. What is left out: the loop (learn/online/loop.py).
+The process lowers its priority before it imports torch, since threads inherit the priority of the thread that starts
+them. Leaves out the loop (learn/online/loop.py).
 
     run_learner(config, run_folder)         # returns when the server is gone, or after SIGTERM
 """
@@ -22,8 +22,8 @@ import psutil
 
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError
-from aurora_lit.ipc.engine_status import STATUS_NAME, StatusBlock
-from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.run_folder import RING_NAME
 
 if TYPE_CHECKING:
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 _AUTOGROUP = Path("/proc/self/autogroup")
 _BEAT_EVERY_S = 0.5
-_LONGEST_TURN_S, _LONGEST_LOADING_S = 60.0, 600.0
-"""A turn of the loop, or the loading before it, that takes longer has got stuck: the heartbeat stops."""
+_MAX_TURN_S, _MAX_LOADING_S = 60.0, 600.0
+"""A turn of the loop, or loading, that takes longer counts as stuck: the heartbeat stops."""
 
 
 def run_learner(config: AuroraConfig, run_folder: Path) -> None:
-    """Learn from the server that owns `run_folder` until it ends. Raises AuroraError when that cannot be begun."""
+    """Learn from the server that owns `run_folder` until it ends. Raises AuroraError if learning cannot start."""
     learn = config.learn
-    if follows(config):
+    if is_follower(config):
         _follow(config)
         return
     threads = learn.threads * learn.devices
-    _step_behind(learn.threads, niceness(share=learn.compute_share, threads=threads, cpus=os.cpu_count() or 1))
+    _lower_priority(learn.threads, niceness(share=learn.compute_share, threads=threads, cpus=os.cpu_count() or 1))
     page, status = _open_pages(run_folder)
     page.write(pid=os.getpid(), started_ns=time.monotonic_ns(), activity="loading", error="", busy_threads=threads)
     page.beat()
@@ -54,83 +54,83 @@ def run_learner(config: AuroraConfig, run_folder: Path) -> None:
     page.write(pid=0, activity="left")
 
 
-def follows(config: AuroraConfig) -> bool:
-    """Whether this is one of several processes that learn together, and not the first: Fabric has numbered it then."""
+def is_follower(config: AuroraConfig) -> bool:
+    """True in a follower of data-parallel learning: Fabric has numbered the process then."""
     return config.learn.devices > 1 and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _follow(config: AuroraConfig) -> None:
-    """Learn with the first process, whose copy this is, until that says to end; priority is inherited from it."""
+    """Take the leader's steps until it is done; the priority is inherited from the leader."""
     from aurora_lit.learn.online.build import run_follower
 
-    for number in (signal.SIGTERM, signal.SIGINT):  # sent to all of a terminal or a service
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # they are sent to the leader too, which ends this process
     run_follower(config)
 
 
-def _learn(config: AuroraConfig, run_folder: Path, page: LearnerBlock, status: StatusBlock) -> None:
+def _learn(config: AuroraConfig, run_folder: Path, page: LearnerStatusPage, status: EngineStatusPage) -> None:
     from aurora_lit.learn.online.build import build_loop
 
     loops: list[OnlineLoop] = []
-    with _beating(page, loops), build_loop(config, run_folder, run_folder / RING_NAME, page, status) as loop:
+    with _heartbeat(page, loops), build_loop(config, run_folder, run_folder / RING_NAME, page, status) as loop:
         loops.append(loop)
-        with _stopped_by_signals(loop), _stopped_with_server(loop, run_folder, status):
+        with _stop_on_signals(loop), _stop_with_server(loop, run_folder, status):
             loop.run()
 
 
 def niceness(*, share: float, threads: int, cpus: int) -> int:
-    """The nice value that gives `threads` about `share` of the processors while all of them are busy otherwise.
+    """The nice value that gives `threads` about `share` of the processors when other processes keep them all busy.
 
-    Linux weighs a nice value by 1.25 to its power (sched(7)), and a processor's time is shared by weight.
+    Linux shares a processor by weights, which fall by a factor of 1.25 a nice level (sched(7)).
     """
     of_one = min(0.5, share * cpus / threads)
     return min(19, max(1, round(math.log((1 - of_one) / of_one, 1.25))))
 
 
-def _step_behind(threads: int, nice: int) -> None:
-    """Run on few threads, and behind all others: but not SCHED_IDLE, which gets nothing while engines spin.
+def _lower_priority(threads: int, nice: int) -> None:
+    """Use few threads, at low priority. Not SCHED_IDLE, which gets no time while the engine's idle threads spin.
 
-    Linux shares processors among sessions first (autogroups, sched(7)), and nice values count within a session only:
-    two busy sessions get half each. So a session of our own steps back as a whole.
+    Linux shares processors among sessions first (autogroups, sched(7)), and nice values count only within a session:
+    two busy sessions get half each. So if this process leads its session, the session is niced as a whole.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if hasattr(os, "SCHED_BATCH"):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.nice(nice)
-    if os.getsid(0) == os.getpid():  # not that of a terminal
-        with contextlib.suppress(OSError):  # not Linux, or built without
+    if os.getsid(0) == os.getpid():  # not a terminal's session
+        with contextlib.suppress(OSError):  # not Linux, or a kernel without autogroups
             _AUTOGROUP.write_text(str(nice))
 
 
-def _open_pages(run_folder: Path) -> tuple[LearnerBlock, StatusBlock]:
-    """Our own page, and the engine worker's to read."""
+def _open_pages(run_folder: Path) -> tuple[LearnerStatusPage, EngineStatusPage]:
+    """The learner's status page to write, and the engine worker's to read."""
     try:
-        page = LearnerBlock.open(run_folder / LEARNER_STATUS_NAME, writable=True)
-        status = StatusBlock.open(run_folder / STATUS_NAME)
+        page = LearnerStatusPage.open(run_folder / LEARNER_STATUS_NAME, writable=True)
+        status = EngineStatusPage.open(run_folder / STATUS_NAME)
     except (OSError, ValueError) as error:
         raise AuroraError(f"{run_folder} is not the run folder of a server of this version: {error}") from error
     other = page.read()
-    if other.state == "running":  # its page is not ours to write on
+    if other.state == "running":  # that learner writes the page
         raise AuroraError(f"a learner is attached to this server already (pid {other.pid}); end it first")
     return page, status
 
 
 @contextlib.contextmanager
-def _beating(page: LearnerBlock, loops: list[OnlineLoop]) -> Iterator[None]:
-    """Beat from a thread of its own, since a step may take long on a loaded machine; not for a loop that got stuck."""
-    silent_from_s = time.monotonic() + _LONGEST_LOADING_S
+def _heartbeat(page: LearnerStatusPage, loops: list[OnlineLoop]) -> Iterator[None]:
+    """Write heartbeats from a thread, since a step may take long on a loaded machine, unless the loop is stuck."""
+    loading_deadline_s = time.monotonic() + _MAX_LOADING_S
 
     def beat() -> None:
-        if time.monotonic() < (loops[0].last_turn_s + _LONGEST_TURN_S if loops else silent_from_s):
+        if time.monotonic() < (loops[0].last_turn_s + _MAX_TURN_S if loops else loading_deadline_s):
             page.beat()
 
-    with _repeated(beat, every_s=_BEAT_EVERY_S, name="heartbeat"):
+    with _repeat(beat, every_s=_BEAT_EVERY_S, name="heartbeat"):
         yield
 
 
 @contextlib.contextmanager
-def _stopped_by_signals(loop: OnlineLoop) -> Iterator[None]:
-    """SIGTERM and SIGINT end the loop in order."""
+def _stop_on_signals(loop: OnlineLoop) -> Iterator[None]:
+    """SIGTERM and SIGINT stop the loop after its current turn."""
     before = {number: signal.signal(number, lambda *_: loop.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -140,21 +140,21 @@ def _stopped_by_signals(loop: OnlineLoop) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stopped_with_server(loop: OnlineLoop, run_folder: Path, status: StatusBlock) -> Iterator[None]:
-    """The loop ends when the run folder is gone, or the engine worker is."""
+def _stop_with_server(loop: OnlineLoop, run_folder: Path, status: EngineStatusPage) -> Iterator[None]:
+    """Stop the loop when the run folder is deleted or the engine worker has ended."""
 
     def watch() -> None:
         worker = status.read().worker_pid
         if not run_folder.is_dir() or (worker and not psutil.pid_exists(worker)):
             loop.stop()
 
-    with _repeated(watch, every_s=1.0, name="server watch"):
+    with _repeat(watch, every_s=1.0, name="server watch"):
         yield
 
 
 @contextlib.contextmanager
-def _repeated(action: Callable[[], None], *, every_s: float, name: str) -> Iterator[None]:
-    """Do something again and again in a thread of its own, which has ended when this is left."""
+def _repeat(action: Callable[[], None], *, every_s: float, name: str) -> Iterator[None]:
+    """Call `action` repeatedly in a thread, which ends with this context."""
     ended = threading.Event()
 
     def run() -> None:

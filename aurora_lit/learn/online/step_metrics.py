@@ -1,9 +1,9 @@
-"""What optimiser steps show, averaged until it goes to the loggers. What is left out: the loggers (learn/online/learner.py).
+"""Metrics of optimiser steps, averaged until they are logged. Leaves out the loggers (learn/online/learner.py).
 
-metrics = StepMetrics()
-metrics.note(report, norm)
-metrics.mean("loss")
-metrics.take()                          # all means; averaging begins again
+>>> metrics = StepMetrics()
+>>> metrics.update(report, norm)
+>>> metrics.mean("loss")
+>>> metrics.compute_and_reset()
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ class StepMetrics:
     def __init__(self) -> None:
         self._metrics: dict[str, MeanMetric] = {}
 
-    def note(self, report: OnlineReport, norm: torch.Tensor) -> None:
-        """Take in a step; `norm`: of its gradient, before clipping."""
+    def update(self, report: OnlineReport, norm: torch.Tensor) -> None:
+        """Add a step; `norm`: of its gradient, before clipping."""
         for name, value, weight in _numbers(report, norm):
-            # Processes see different terms, so what is logged is the first one's part.
+            # Not synchronised: the processes have different terms, and the first one's are logged.
             metric = MeanMetric(nan_strategy="ignore", sync_on_compute=False)
             self._metrics.setdefault(name, metric).update(value, weight)
 
     def mean(self, name: str) -> float:
-        """Since the last `take`; 0 before the first step."""
+        """Mean since the last `compute_and_reset`; 0 before the first step."""
         metric = self._metrics.get(name)
         return float(metric.compute()) if metric is not None and metric.update_called else 0.0
 
-    def take(self) -> dict[str, float]:
-        """The means of all that was shown."""
+    def compute_and_reset(self) -> dict[str, float]:
+        """The means of all metrics that were updated; averaging starts again."""
         means = {name: float(metric.compute()) for name, metric in self._metrics.items() if metric.update_called}
         for metric in self._metrics.values():
             metric.reset()
@@ -41,7 +41,7 @@ class StepMetrics:
 
 
 def _numbers(report: OnlineReport, norm: torch.Tensor) -> list[tuple[str, float, float]]:
-    """Name, value and weight of what a step showed; what it did not show has weight 0."""
+    """Name, value and weight of each metric that a step has."""
     policy = report.policy
     numbers = [
         ("loss", float(report.loss.detach()), 1.0),
@@ -60,7 +60,7 @@ def _numbers(report: OnlineReport, norm: torch.Tensor) -> list[tuple[str, float,
     for place, (tested, accepted) in enumerate(zip(report.tested_K, report.accepted_K, strict=True)):
         rate = float(accepted) / max(1.0, float(tested))
         numbers.append((f"served_acceptance_{place}", rate, float(tested)))
-    alpha_KN, weight_KN = report.stats.alpha_N, report.weight_KBT.flatten(1)
+    alpha_KN, weight_KN = report.stats.alpha_N, report.mask_KBT.flatten(1)
     for step, (alpha_N, weight_N) in enumerate(zip(alpha_KN, weight_KN, strict=True)):
         total = float(weight_N.sum())
         numbers.append((f"alpha_{step}", float((alpha_N * weight_N).sum()) / max(1.0, total), total))

@@ -1,9 +1,12 @@
-"""A first draft from prompts and text. Answers prompts with the serving engine.
+"""`aurora-lit pretrain`: a first draft from prompts and text.
 
-May import: learn/data/, serve/engine/. Start with stages.py. The files, each importing only those above it:
+The target labels text and answers prompts on the serving engine; a draft is trained on the recorded traces.
 
-    label_text.py        stage one: the target reads text and labels every position
-    generate_answers.py  stage two: the target answers prompts on our own engine
+May import: learn/data/, serve/worker/ and above. Start with stages.py. The files, each importing only those above it:
+
+    prompts.py           prompt files, also for benchmarks
+    label_text.py        stage one: the target labels every position of text
+    generate_answers.py  stage two: the target answers prompts
     trainer.py           the training loop, resumable
-    stages.py            a first draft from prompts and text: the stages, in order
+    stages.py            the stages in order
 """

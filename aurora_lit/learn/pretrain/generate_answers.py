@@ -1,6 +1,6 @@
-"""Stage two of pretraining: the target answers prompts, batched on our own engine, and every position is kept.
+"""Stage two of pretraining: the target answers prompts, batched on the serving engine, and every position is recorded.
 
-What is left out: reading text (learn/pretrain/label_text.py) and learning (learn/pretrain/trainer.py).
+Leaves out labelling text (learn/pretrain/label_text.py) and training (learn/pretrain/trainer.py).
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from aurora_lit.models.target import Target
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import Trace
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """A prompt to be answered."""
+class PromptToAnswer:
+    """A tokenized prompt, and how it is answered."""
 
     domain: str
     prompt_ids: tuple[int, ...]
@@ -25,18 +26,18 @@ class Question:
     """0 for the greedy answer."""
 
 
-def answer(
+def generate_answers(
     target: Target,
-    questions: Sequence[Question],
+    prompts: Sequence[PromptToAnswer],
     *,
     eos_token_ids: frozenset[int],
     max_answer_tokens: int,
     max_batch_size: int = 32,
     max_seq_len: int = 1024,
 ) -> Iterator[Trace]:
-    """Answer all questions, in order of admission as slots get free; yields a trace when an answer ends.
+    """Answer all prompts; yields a trace, with its log-sum-exp, whenever an answer is complete.
 
-    Prompts that leave no room for an answer within `max_seq_len` are left out.
+    Prompts that leave no room for `max_answer_tokens` within `max_seq_len` are skipped.
     """
     finished: list[Trace] = []
 
@@ -45,21 +46,19 @@ def answer(
         finished.append(replace(trace.copy(), lse_T=target.logsumexp(last_TH).cpu()))
 
     recorder = TraceRecorder(keep, hidden_size=target.hidden_size, segment_tokens=max_seq_len)
-    engine = Engine(
-        target,
-        None,
+    options = EngineOptions(
         eos_token_ids=eos_token_ids,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
-        prefill_chunk_tokens=4 * max_seq_len,  # nobody waits for a token here: fill free slots at once
-        observer=recorder,
+        prefill_chunk_tokens=4 * max_seq_len,  # latency does not matter here, so free slots are filled at once
     )
-    for number, question in enumerate(questions):
-        if len(question.prompt_ids) + max_answer_tokens > max_seq_len:
+    engine = Engine(target, None, options, observer=recorder)
+    for number, prompt in enumerate(prompts):
+        if len(prompt.prompt_ids) + max_answer_tokens > max_seq_len:
             continue
-        params = SamplingParams(max_tokens=max_answer_tokens, temperature=question.temperature)
+        params = SamplingParams(max_tokens=max_answer_tokens, temperature=prompt.temperature)
         engine.submit(
-            Request(request_id=str(number), prompt_ids=question.prompt_ids, params=params, domain=question.domain)
+            Request(request_id=str(number), prompt_ids=prompt.prompt_ids, params=params, domain=prompt.domain)
         )
     while engine.has_work:
         engine.round()

@@ -1,9 +1,9 @@
 """`aurora-lit pretrain`: a first draft from prompts and text, in stages that resume where they were stopped.
 
-    read text -> answer prompts -> choose the draft vocabulary -> learn from text, then from answers -> checkpoint
+    label text -> answer prompts -> choose the draft vocabulary -> train on text, then on answers -> checkpoint
 
-Reading gives positions several times faster than answering; answers are what the draft will meet. The traces are kept
-beside the checkpoint. What is left out: each stage's own work (learn/).
+Labelling text gives positions several times faster than generating answers; answers are what the draft will propose in
+serving. The traces are kept beside the checkpoint. Leaves out the work of each stage (the other files of this folder).
 """
 
 from __future__ import annotations
@@ -25,43 +25,44 @@ from aurora_lit.config import AuroraConfig
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, count_tokens, initial_draft
 from aurora_lit.errors import ConfigError
-from aurora_lit.learn.pretrain.generate_answers import Question, answer
-from aurora_lit.learn.pretrain.label_text import encode_prompt, read_batch, read_prompts, text_pieces
-from aurora_lit.learn.pretrain.trainer import FitOptions, Fitter
+from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
+from aurora_lit.learn.pretrain.label_text import label_batch, text_pieces
+from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
+from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.serve.worker.build import eos_token_ids, load_target, load_tokenizer
 from aurora_lit.traces.log import ShardInfo, TraceLogWriter, read_index, read_shard
 
-_READ_TOGETHER = 12
+_LABEL_BATCH_SIZE = 12
 _PIECE_TOKENS = 384
-_LONGEST_SEQUENCE = 1024
+_MAX_SEQUENCE_TOKENS = 1024
 VOCABULARY_NAME = "vocabulary.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions:
-    """What `aurora-lit pretrain` was asked for."""
+    """The options of `aurora-lit pretrain`."""
 
     prompts: tuple[Path, ...]
-    """Prompt files, one domain each; answered by the target."""
+    """Prompt files; the target answers their prompts."""
     text: tuple[Path, ...]
-    """Text files; read by the target."""
+    """Text files; the target labels their text."""
     out: Path
     """The checkpoint's folder."""
     start_from: Path | None = None
-    """A draft checkpoint of this target to go on from, vocabulary included; None: start from the target itself."""
+    """A draft checkpoint of this target to continue from, vocabulary included; None: start from the target's layers."""
     text_positions: int = 1_000_000
-    """Positions of text to read."""
+    """Positions of text to label."""
     answers: int | None = None
     """Prompts to answer, taken from the files in turn; None: all."""
     max_answer_tokens: int = 160
     sampled_share: float = 1 / 3
     """Share of the answers that are sampled at temperature 0.7 instead of greedy."""
     positions: int = 3_000_000
-    """Positions to learn from in all, repetitions included."""
+    """Positions to train on in all, repetitions included."""
     text_share: float = 0.15
-    """Share of those that is learnt from text alone, before answers."""
+    """Share of `positions` that is text, trained on before the answers."""
     batch_positions: int = 1024
     learning_rate: float = 1e-3
     draft_vocab_size: int = DRAFT_VOCABULARY_SIZE
@@ -69,15 +70,20 @@ class PretrainOptions:
 
 
 def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
-    """Run all stages; returns, prints and stores the held-out acceptance by domain."""
+    """Run all stages; returns, prints and stores the held-out acceptance by domain.
+
+    Raises ConfigError when there is nothing to train on, CheckpointError when `start_from` cannot be used.
+    """
     console = Console()
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     traces = options.out.with_name(f"{options.out.name}.traces")
     tokenizer, target = load_tokenizer(config), load_target(config)
-    draft = load_draft(options.start_from, target) if options.start_from else None  # refused before hours of work
-    _read(target, tokenizer, options, traces)
-    _answer(target, tokenizer, options, traces)
+    draft = (
+        load_draft(options.start_from, target) if options.start_from else None
+    )  # an unusable one is refused before hours of work
+    _label_text(target, tokenizer, options, traces)
+    _answer_prompts(target, tokenizer, options, traces)
     shards = read_index(traces)
     if not shards:
         raise ConfigError("--prompts and --text gave nothing to learn from; name files with more text")
@@ -88,12 +94,12 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         draft,
         embedding_VH=target.embedding_rows(),
         head_VdH=target.head_rows(draft.draft_token_ids).bfloat16(),
-        finish=target.finish.rows(draft.draft_token_ids),
+        logit_transform=target.logit_transform.select(draft.draft_token_ids),
     )
-    fitter = Fitter(
+    trainer = DraftTrainer(
         module,
         traces,
-        FitOptions(
+        TrainerOptions(
             total_positions=options.positions,
             batch_positions=options.batch_positions,
             learning_rate=options.learning_rate,
@@ -104,10 +110,10 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     answers = [shard for shard in shards if shard.kind == "answer"]
     if texts:
         share = options.text_share if answers else 1.0
-        fitter.fit(traces, texts, until_positions=int(options.positions * share))
+        trainer.fit(traces, texts, until_positions=int(options.positions * share))
     if answers:
-        fitter.fit(traces, answers, until_positions=options.positions)
-    report = fitter.validate(traces, shards)
+        trainer.fit(traces, answers, until_positions=options.positions)
+    report = trainer.validate(traces, shards)
     save_draft(module.draft, options.out)
     (options.out / "training.json").write_text(json.dumps(_record(options, shards, report), indent=2) + "\n")
     console.print_json(data=report)
@@ -115,74 +121,74 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     return report
 
 
-def _read(target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path) -> None:
-    """Stage one; skips the pieces that an earlier run has stored."""
+def _label_text(target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path) -> None:
+    """Stage one: label text; pieces that an earlier run has stored are skipped."""
     writer = TraceLogWriter(traces, kind="text")
     if not options.text or writer.num_positions >= options.text_positions:
         return
     done = sum(shard.num_sequences for shard in read_index(traces) if shard.kind == "text")
     pieces = itertools.islice(_text_in_turn(tokenizer, options.text), done, None)
     with Progress() as bar:
-        task = bar.add_task("reading", total=options.text_positions, completed=writer.num_positions)
+        task = bar.add_task("labelling text", total=options.text_positions, completed=writer.num_positions)
         while writer.num_positions < options.text_positions:
-            batch = list(itertools.islice(pieces, _READ_TOGETHER))
+            batch = list(itertools.islice(pieces, _LABEL_BATCH_SIZE))
             if not batch:
                 break
-            for trace in read_batch(target, batch, domain="text"):
+            for trace in label_batch(target, batch, domain="text"):
                 writer.append(trace)
             bar.update(task, completed=writer.num_positions)
     writer.flush()
 
 
 def _text_in_turn(tokenizer: PreTrainedTokenizerBase, paths: tuple[Path, ...]) -> Iterator[list[int]]:
-    """Pieces of all files, a piece of each in turn, so that a short run sees all of them."""
+    """Pieces of all files, one of each in turn, so that a short run uses all files."""
     streams = [text_pieces(path, tokenizer, piece_tokens=_PIECE_TOKENS) for path in paths]
     for pieces in itertools.zip_longest(*streams):
         yield from (piece for piece in pieces if piece is not None)
 
 
-def _answer(target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path) -> None:
-    """Stage two; prompts that an earlier run has answered are not asked again."""
-    asked = _questions(tokenizer, options)
+def _answer_prompts(target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path) -> None:
+    """Stage two: answer prompts; those that an earlier run has answered are skipped."""
+    prompts = _prompts_to_answer(tokenizer, options)
     answered = {
         tuple(trace.token_ids_T[: trace.answer_start].tolist())
         for shard in read_index(traces)
         if shard.kind == "answer"
         for trace in read_shard(traces / shard.name)
     }
-    questions = [question for question in asked if question.prompt_ids not in answered]
-    if not questions:
+    remaining = [prompt for prompt in prompts if prompt.prompt_ids not in answered]
+    if not remaining:
         return
     writer = TraceLogWriter(traces, kind="answer")
     with Progress() as bar:
-        task = bar.add_task("answering", total=len(asked), completed=len(asked) - len(questions))
-        for trace in answer(
+        task = bar.add_task("answering", total=len(prompts), completed=len(prompts) - len(remaining))
+        for trace in generate_answers(
             target,
-            questions,
+            remaining,
             eos_token_ids=eos_token_ids(target, tokenizer),
             max_answer_tokens=options.max_answer_tokens,
-            max_seq_len=min(_LONGEST_SEQUENCE, target.max_positions),
+            max_seq_len=min(_MAX_SEQUENCE_TOKENS, target.max_positions),
         ):
             writer.append(trace)
             bar.advance(task)
     writer.flush()
 
 
-def _questions(tokenizer: PreTrainedTokenizerBase, options: PretrainOptions) -> list[Question]:
-    """The prompts to answer: the files in turn, each shuffled by the seed."""
+def _prompts_to_answer(tokenizer: PreTrainedTokenizerBase, options: PretrainOptions) -> list[PromptToAnswer]:
+    """The prompts to answer: from all files in turn, each file shuffled by the seed."""
     rng = random.Random(options.seed)
     files = [read_prompts(path) for path in options.prompts]
     for prompts in files:
         rng.shuffle(prompts)
-    in_turn = [prompt for row in itertools.zip_longest(*files) for prompt in row if prompt is not None]
-    longest = _LONGEST_SEQUENCE - options.max_answer_tokens
-    questions = []
+    in_turn = [prompt for group in itertools.zip_longest(*files) for prompt in group if prompt is not None]
+    longest = _MAX_SEQUENCE_TOKENS - options.max_answer_tokens
+    chosen = []
     for prompt in in_turn:
         ids = encode_prompt(tokenizer, prompt)
         if len(ids) <= longest:
             temperature = 0.7 if rng.random() < options.sampled_share else 0.0
-            questions.append(Question(domain=prompt.domain, prompt_ids=tuple(ids), temperature=temperature))
-    return questions[: options.answers]
+            chosen.append(PromptToAnswer(domain=prompt.domain, prompt_ids=tuple(ids), temperature=temperature))
+    return chosen[: options.answers]
 
 
 def _vocabulary(
@@ -192,7 +198,10 @@ def _vocabulary(
     traces: Path,
     shards: list[ShardInfo],
 ) -> torch.Tensor:
-    """Target ids of the draft vocabulary, most frequent in all traces; answers count tenfold. Chosen once a run."""
+    """Target ids of the draft vocabulary: the most frequent tokens of all traces, those of answers counted ten times.
+
+    Chosen once and stored beside the traces, so that a resumed run has the same.
+    """
     path = traces / VOCABULARY_NAME
     if path.exists():
         return torch.tensor(json.loads(path.read_text()))
@@ -208,7 +217,7 @@ def _vocabulary(
 
 
 def _record(options: PretrainOptions, shards: list[ShardInfo], report: dict[str, Any]) -> dict[str, Any]:
-    """How the draft was made, kept beside it."""
+    """How the draft was trained, stored beside it."""
     by_kind = {kind: sum(s.num_positions for s in shards if s.kind == kind) for kind in ("text", "answer")}
     return {
         "positions_learnt_from": options.positions,

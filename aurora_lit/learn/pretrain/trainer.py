@@ -1,11 +1,11 @@
-"""The training loop of pretraining: one Fabric loop over a trace log, resumable, killed at the cost of a minute.
+"""The training loop of pretraining: one Fabric loop over a trace log that saves its state every minute and resumes.
 
-What is left out: the loss (modules/losses/draft_module.py), the data (learn/data/batches.py), the stages (pretrain.py).
+Leaves out the loss (modules/losses/draft_module.py), the data (learn/data/log_batches.py), and the stages
+(learn/pretrain/stages.py).
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,22 +19,23 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from aurora_lit.errors import AuroraError
-from aurora_lit.learn.data.batches import held_out_batches, training_batches
-from aurora_lit.modules.losses.batch import DraftBatch
+from aurora_lit.learn.data.log_batches import held_out_batches, training_batches
+from aurora_lit.learn.data.training_state import read_state, write_state
+from aurora_lit.modules.losses.batch import TraceBatch
 from aurora_lit.modules.losses.draft_module import DraftModule, StepReport
 from aurora_lit.modules.losses.lk import expected_accepted_length
 from aurora_lit.traces.log import ShardInfo
 
-STATE_NAME = "training.ckpt"
+STATE_NAME = "training.safetensors"
 SAVE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitOptions:
-    """How the loop runs."""
+class TrainerOptions:
+    """Sizes and learning rate of the training."""
 
     total_positions: int
-    """Positions of the whole training, all stages: what the learning-rate schedule spans."""
+    """Positions of the whole training, all stages together; the learning-rate schedule spans them."""
     batch_positions: int = 1024
     max_length: int = 512
     prompt_share: float = 0.3
@@ -42,15 +43,15 @@ class FitOptions:
     seed: int = 0
 
 
-class Fitter:
-    """Trains a module up to given numbers of positions; construct it again on the same folder to resume.
+class DraftTrainer:
+    """Trains a module up to given numbers of positions; one made on the same folder again resumes.
 
-    >>> fitter = Fitter(module, folder, options)
-    >>> fitter.fit(traces, shards, until_positions=1_000_000)
-    >>> fitter.validate(traces, shards)
+    >>> trainer = DraftTrainer(module, folder, options)
+    >>> trainer.fit(traces, shards, until_positions=1_000_000)
+    >>> trainer.validate(traces, shards)
     """
 
-    def __init__(self, module: DraftModule, folder: Path, options: FitOptions) -> None:
+    def __init__(self, module: DraftModule, folder: Path, options: TrainerOptions) -> None:
         self.options = options
         self.state_path = folder / STATE_NAME
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,15 +60,18 @@ class Fitter:
         module.total_steps = max(1, options.total_positions // options.batch_positions)
         self.positions_seen = 0
         optimizers, _ = module.configure_optimizers()
-        # By positions, not steps: how many of a batch's positions count is not known beforehand.
-        self.schedules = [LambdaLR(each, lambda _: module.rate_factor(self._progress())) for each in optimizers]
+        # By positions, not steps: the number of trained positions of a batch is not known in advance.
+        self.schedules = [LambdaLR(each, lambda _: module.lr_factor(self._progress())) for each in optimizers]
         self.module, *self.optimizers = self.fabric.setup(module, *optimizers)
         self.epoch = 0
         if self.state_path.exists():
             self._resume()
 
     def fit(self, traces: Path, shards: Sequence[ShardInfo], *, until_positions: int) -> None:
-        """Take optimiser steps over the shards, epoch after epoch, until so many positions have been seen in all."""
+        """Take optimiser steps over the shards, epoch after epoch, until `until_positions` were trained on in all.
+
+        Raises AuroraError when the shards hold no sequence to train on.
+        """
         last_save = time.monotonic()
         with _progress() as bar:
             task = bar.add_task("learning", total=until_positions, completed=self.positions_seen, note="")
@@ -83,12 +87,12 @@ class Fitter:
                         break
                 self.epoch += 1
                 if self.positions_seen == before:
-                    raise AuroraError(f"{traces} holds no sequence to learn from; read or answer more text first")
+                    raise AuroraError(f"{traces} holds no sequence to learn from; label text or generate answers first")
         self.save()
 
     @torch.no_grad()
     def validate(self, traces: Path, shards: Sequence[ShardInfo]) -> dict[str, dict[str, Any]]:
-        """Acceptance on the held-out sequences: by domain, the rate at each position and the accepted length."""
+        """By domain, on the held-out sequences: acceptance rate at each draft step, and expected accepted length."""
         alphas: dict[str, list[MeanMetric]] = {}
         matches: dict[str, list[MeanMetric]] = {}
         steps = self.module.num_steps
@@ -98,7 +102,7 @@ class Fitter:
             with self.fabric.autocast():
                 report = self.module.training_step(self._to_device(batch))
             domain = batch.domains[0]
-            weight_KN = report.weight_KBT.flatten(1)
+            weight_KN = report.mask_KBT.flatten(1)
             for table, values_KN in ((alphas, report.stats.alpha_N), (matches, report.stats.top1_match_N)):
                 meters = table.setdefault(domain, [MeanMetric() for _ in range(steps)])
                 for step, meter in enumerate(meters):
@@ -114,33 +118,32 @@ class Fitter:
         return report_by_domain
 
     def _progress(self) -> int:
-        """How far the training is, in steps of whole batches."""
+        """Progress in whole batches of positions."""
         return self.positions_seen // self.options.batch_positions
 
     def save(self) -> None:
-        """Write the whole training state, durably, over the last one."""
-        temporary = self.state_path.with_suffix(".tmp")
-        self.fabric.save(
-            temporary,
+        """Save the whole training state durably, in place of the last one. Raises OSError."""
+        write_state(
+            self.state_path,
             {
-                "module": self.module,
-                **self._named_optimizers(),
+                **{name: part.state_dict() for name, part in self._stateful().items()},
                 "schedules": [schedule.state_dict() for schedule in self.schedules],
                 "positions_seen": self.positions_seen,
                 "epoch": self.epoch,
             },
         )
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, self.state_path)
 
     def _resume(self) -> None:
-        rest = self.fabric.load(self.state_path, {"module": self.module, **self._named_optimizers()})
-        for schedule, state in zip(self.schedules, rest["schedules"], strict=True):
-            schedule.load_state_dict(state)
-        self.positions_seen, self.epoch = rest["positions_seen"], rest["epoch"]
+        state = read_state(self.state_path)
+        if state is None:
+            raise AuroraError(f"{self.state_path} is damaged; delete it to train from the beginning")
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+        for schedule, of_schedule in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(of_schedule)
+        self.positions_seen, self.epoch = state["positions_seen"], state["epoch"]
 
-    def _batches(self, traces: Path, shards: Sequence[ShardInfo]) -> Iterator[DraftBatch]:
+    def _batches(self, traces: Path, shards: Sequence[ShardInfo]) -> Iterator[TraceBatch]:
         options = self.options
         for batch in training_batches(
             traces,
@@ -152,10 +155,10 @@ class Fitter:
         ):
             yield self._to_device(batch)
 
-    def _to_device(self, batch: DraftBatch) -> DraftBatch:
+    def _to_device(self, batch: TraceBatch) -> TraceBatch:
         return replace(batch, **{name: self.fabric.to_device(getattr(batch, name)) for name in _TENSORS})
 
-    def _step(self, batch: DraftBatch) -> StepReport:
+    def _step(self, batch: TraceBatch) -> StepReport:
         with self.fabric.autocast():
             report: StepReport = self.module.training_step(batch)
         self.module.zero_grad()
@@ -167,15 +170,16 @@ class Fitter:
             schedule.step()
         return report
 
-    def _named_optimizers(self) -> dict[str, Any]:
-        return {f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)}
+    def _stateful(self) -> dict[str, Any]:
+        optimizers = {f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)}
+        return {"module": self.module, **optimizers}
 
 
 _TENSORS = ("token_ids_BT", "aux_BT3H", "last_BTH", "lse_BT", "weight_BT")
 
 
 def _note(report: StepReport) -> str:
-    weight_N = report.weight_KBT[0].flatten()
+    weight_N = report.mask_KBT[0].flatten()
     alpha = float((report.stats.alpha_N[0] * weight_N).sum() / weight_N.sum().clamp_min(1))
     return f"loss {float(report.loss.detach()):.3f}  first-proposal acceptance {alpha:.3f}"
 

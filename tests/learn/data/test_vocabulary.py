@@ -12,20 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from support.learner_harness import World
-from support.live_traces import a_steering, online_module, serve, some_requests
-from support.replay_harness import a_replay
+from support.learner_harness import LearnerHarness
+from support.live_traces import make_controller, online_module, serve, some_requests
+from support.replay_harness import make_replay
 from support.tiny_models import VOCAB, draft_config, make_engine, random_draft, request, run, save_model
 from support.trace_examples import keep_in
 
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
-from aurora_lit.learn.data.labelled_trace import online_batch, read_lesson
+from aurora_lit.learn.data.labelled_trace import label_trace, online_batch
 from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.data.training_state import from_bytes, to_bytes
 from aurora_lit.learn.data.vocabulary import FEWEST_USES, USES_A_TRACE, VocabularyUse, change_vocabulary
 from aurora_lit.learn.online.gate import HeldOut, score_requests
 from aurora_lit.learn.online.learner import Learner
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.policy import accept_probabilities, draft_index, usable_rounds
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
@@ -36,22 +37,12 @@ SMALL = 32
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    return Target.load(save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4), precision="fp32")
-
-
-@pytest.fixture(scope="module")
-def ends(target: Target) -> TargetHead:
-    return TargetHead(target)
-
-
-@pytest.fixture(scope="module")
 def traffic(target: Target) -> list[Trace]:
     asked = [replace(r, request_id=f"{n}-{r.request_id}") for n in range(6) for r in some_requests(10)]
     return serve(target, random_draft(target), asked, explore_share=0.5, explore_temperature=1.0, explore_seed=1)
 
 
-def small_draft(target: Target) -> Draft:
+def small_draft(target: Target) -> Eagle3Draft:
     return random_draft(target, draft_vocab_size=SMALL)
 
 
@@ -70,8 +61,8 @@ def said(tokens: Sequence[int], *, domain: str = "", number: int = 0) -> Trace:
     )
 
 
-def after(ends: TargetHead, *answers: Sequence[int], times: int = 1, domain: str = "") -> VocabularyUse:
-    use = VocabularyUse(ends)
+def after(target_head: TargetHead, *answers: Sequence[int], times: int = 1, domain: str = "") -> VocabularyUse:
+    use = VocabularyUse(target_head)
     for _ in range(times):
         for answer in answers:
             use.add(said(answer, domain=domain))
@@ -91,22 +82,24 @@ def entered(use: VocabularyUse, ids: Sequence[int]) -> tuple[set[int], set[int]]
 # -- who enters ----------------------------------------------------------------------------------------------------
 
 
-def test_a_token_that_several_answers_use_enters_for_an_unused_one_of_high_id(ends: TargetHead) -> None:
+def test_a_token_that_several_answers_use_enters_for_an_unused_one_of_high_id(target_head: TargetHead) -> None:
     ids = list(range(2, 34))
     enough = -(-FEWEST_USES // USES_A_TRACE)
-    assert entered(after(ends, [40] * 30, times=enough - 1), ids) == (set(), set()), "however often in one answer"
-    come, gone = entered(after(ends, [40] * 30, times=enough), ids)
+    assert entered(after(target_head, [40] * 30, times=enough - 1), ids) == (set(), set()), (
+        "however often in one answer"
+    )
+    come, gone = entered(after(target_head, [40] * 30, times=enough), ids)
     assert come >= {40}
     assert gone <= set(range(30, 34))
     # Only so many at once, the most used first.
-    come, _ = entered(after(ends, [50] * 30, [50, 51], [50, 51], [50, 51, 52, 53], times=enough), ids)
+    come, _ = entered(after(target_head, [50] * 30, [50, 51], [50, 51], [50, 51, 52, 53], times=enough), ids)
     assert len(come) == SMALL // 16
     assert 50 in come
 
 
-def test_tokens_of_like_use_do_not_take_turns(ends: TargetHead) -> None:
+def test_tokens_of_similar_use_do_not_alternate(target_head: TargetHead) -> None:
     ids = list(range(0, 32))
-    use = after(ends, [*range(0, 32), *range(40, 44)], times=20)
+    use = after(target_head, [*range(0, 32), *range(40, 44)], times=20)
     assert entered(use, ids) == (set(), set()), "all are used alike"
     for _ in range(25):
         use.add(said(range(40, 44)))
@@ -118,12 +111,12 @@ def test_tokens_of_like_use_do_not_take_turns(ends: TargetHead) -> None:
     assert set(range(40, 44)) <= set(now)
 
 
-def test_what_ends_answers_counts_as_used(ends: TargetHead) -> None:
+def test_the_tokens_that_end_answers_are_counted(target_head: TargetHead) -> None:
     trace = said([7, 8, 9])
-    last_H = ends.head_VH[60].to(torch.bfloat16)
+    last_H = target_head.head_VH[60].to(torch.bfloat16)
     trace.last_TH[-1] = 50 * last_H
-    behind = int(ends.read(trace.last_TH[-1:], temperature=0.0).top_N)
-    use = VocabularyUse(ends)
+    behind = int(target_head.evaluate(trace.last_TH[-1:], temperature=0.0).top_N)
+    use = VocabularyUse(target_head)
     use.add(trace)
     assert float(use.uses_V[behind]) == 1
     assert float(use.uses_V.sum()) == 4
@@ -131,9 +124,9 @@ def test_what_ends_answers_counts_as_used(ends: TargetHead) -> None:
     assert float(use.uses_V.sum()) == 4, "a prompt without an answer"
 
 
-def test_a_domain_that_is_away_keeps_its_tokens(ends: TargetHead, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_domain_without_traffic_keeps_its_tokens(target_head: TargetHead, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aurora_lit.learn.data.vocabulary._MEMORY_USES", 200)
-    use = after(ends, [20, 21, 22], times=20, domain="code")
+    use = after(target_head, [20, 21, 22], times=20, domain="code")
     for n in range(300):
         use.add(said([40 + n % 20, 2, 3], domain="chat"))
     ids = list(range(2, 34))
@@ -142,28 +135,17 @@ def test_a_domain_that_is_away_keeps_its_tokens(ends: TargetHead, monkeypatch: p
     _, gone = entered(use, ids)
     assert gone
     assert not gone & {20, 21, 22}
-    again = VocabularyUse(ends)
-    again.load_state_dict(json_free(use.state_dict()))
+    again = VocabularyUse(target_head)
+    again.load_state_dict(from_bytes(to_bytes(use.state_dict())))
     assert torch.equal(again.uses_V, use.uses_V)
     assert again.coverage(torch.tensor(ids)) == use.coverage(torch.tensor(ids)) < 1
-    assert VocabularyUse(ends).coverage(torch.tensor(ids)) == 1
-
-
-def json_free(state: dict[str, Any]) -> dict[str, Any]:
-    """Through a weights-only file, as a learner saves it."""
-    import io
-
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
+    assert VocabularyUse(target_head).coverage(torch.tensor(ids)) == 1
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
 
 
-def swapped_ids(draft: Draft) -> torch.Tensor:
+def swapped_ids(draft: Eagle3Draft) -> torch.Tensor:
     """Three others: 0 and 5 in front, 60 behind; gone are the second, one in the middle and the last."""
     ids = draft.draft_token_ids
     kept = ids[[i for i in range(len(ids)) if i not in (1, 17, len(ids) - 1)]]
@@ -171,7 +153,7 @@ def swapped_ids(draft: Draft) -> torch.Tensor:
 
 
 def test_rows_move_with_their_tokens_and_new_ones_are_mapped_from_the_targets(
-    target: Target, ends: TargetHead, tmp_path: Path
+    target: Target, target_head: TargetHead, tmp_path: Path
 ) -> None:
     # With more rows than columns and an exact map, what is new can be told exactly.
     generator = torch.Generator().manual_seed(1)
@@ -194,25 +176,31 @@ def test_rows_move_with_their_tokens_and_new_ones_are_mapped_from_the_targets(
             assert not any(m[place].any() for m in moments)
     assert torch.equal(draft.draft_token_ids, ids)
     save_draft(draft, tmp_path / "draft", dtype=torch.float32)
-    stored = load_draft(tmp_path / "draft", ends).state_dict()
+    stored = load_draft(tmp_path / "draft", target_head).state_dict()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in draft.state_dict().items())
 
 
-def batch_of(traffic: Sequence[Trace], ends: TargetHead) -> OnlineBatch:
-    return online_batch([read_lesson(trace, ends) for trace in traffic[:8]], [], oldest_fresh=0)
+def batch_of(traffic: Sequence[Trace], target_head: TargetHead) -> OnlineBatch:
+    return online_batch([label_trace(trace, target_head) for trace in traffic[:8]], [], oldest_fresh=0)
 
 
-def a_learner(target: Target, ends: TargetHead, folder: Path, **changes: Any) -> Learner:
-    fields = {"version": "start", "vocabulary_use": VocabularyUse(ends), **changes}
-    return Learner(online_module(target, small_draft(target)), a_steering(), folder / "state", ends=ends, **fields)
+def a_learner(target: Target, target_head: TargetHead, folder: Path, **changes: Any) -> Learner:
+    fields = {"version": "start", "vocabulary_use": VocabularyUse(target_head), **changes}
+    return Learner(
+        online_module(target, small_draft(target)),
+        make_controller(),
+        folder / "state",
+        target_head=target_head,
+        **fields,
+    )
 
 
 def test_a_learner_adapts_with_its_optimisers_and_the_frozen_head(
-    target: Target, ends: TargetHead, traffic: list[Trace], tmp_path: Path
+    target: Target, target_head: TargetHead, traffic: list[Trace], tmp_path: Path
 ) -> None:
-    learner = a_learner(target, ends, tmp_path)
+    learner = a_learner(target, target_head, tmp_path)
     assert learner.adapt_vocabulary() == 0, "nothing is known of traffic"
-    batch = batch_of(traffic, ends)
+    batch = batch_of(traffic, target_head)
     learner.update(batch)
     assert learner.vocabulary_use is not None
     for trace in traffic:
@@ -227,29 +215,33 @@ def test_a_learner_adapts_with_its_optimisers_and_the_frozen_head(
     assert len(new) == SMALL // 16
     for place, token in enumerate(ids.tolist()):
         assert torch.equal(moment[place], rows[token] if token not in new else torch.zeros_like(moment[0]))
-    assert torch.equal(learner.module.module.head_VdH, ends.head_VH[ids])
+    assert torch.equal(learner.module.module.head_VdH, target_head.head_VH[ids])
     with learner.averaged() as module:
         assert torch.equal(module.draft.draft_token_ids, ids), "what is tried has the same vocabulary"
     before = weight.detach().clone()
     assert learner.update(batch) is not None
     moved_D = (weight.detach() - before).abs().sum(-1)
     assert all(float(moved_D[ids.tolist().index(token)]) > 0 for token in new)
-    fixed = a_learner(target, ends, tmp_path, vocabulary_use=None)
+    fixed = a_learner(target, target_head, tmp_path, vocabulary_use=None)
     assert fixed.adapt_vocabulary() == 0
 
 
 def test_the_loss_after_a_change_is_that_of_a_learner_made_with_that_draft(
-    target: Target, ends: TargetHead, traffic: list[Trace], tmp_path: Path
+    target: Target, target_head: TargetHead, traffic: list[Trace], tmp_path: Path
 ) -> None:
-    learner = a_learner(target, ends, tmp_path)
+    learner = a_learner(target, target_head, tmp_path)
     assert learner.vocabulary_use is not None
     for trace in traffic:
         learner.vocabulary_use.add(trace)
     assert learner.adapt_vocabulary()
     made = Learner(
-        online_module(target, copy.deepcopy(learner.draft)), a_steering(), tmp_path / "x", ends=ends, version="start"
+        online_module(target, copy.deepcopy(learner.draft)),
+        make_controller(),
+        tmp_path / "x",
+        target_head=target_head,
+        version="start",
     )
-    batch = batch_of(traffic, ends)
+    batch = batch_of(traffic, target_head)
     one, other = learner.update(batch), made.update(batch)
     assert one is not None
     assert other is not None
@@ -259,26 +251,26 @@ def test_the_loss_after_a_change_is_that_of_a_learner_made_with_that_draft(
 # -- what was proposed before --------------------------------------------------------------------------------------
 
 
-def test_rounds_of_an_older_vocabulary_teach_by_token_and_not_at_all_where_one_left(
-    target: Target, ends: TargetHead, traffic: list[Trace]
+def test_rounds_of_an_older_vocabulary_are_used_unless_a_proposal_left_it(
+    target: Target, target_head: TargetHead, traffic: list[Trace]
 ) -> None:
     draft = random_draft(target)
-    batch = batch_of(traffic, ends)
-    usable = usable_rounds(batch, draft)
+    batch = batch_of(traffic, target_head)
+    usable = usable_rounds(batch.rounds, draft)
     assert len(usable.row_Q) > 20
     proposed = set(usable.proposal_QK[usable.proposal_QK >= 0].tolist())
     ids = draft.draft_token_ids
     gone = sorted(proposed)[len(proposed) // 2]
     changed = copy.deepcopy(draft)
     new_ids = torch.cat([torch.tensor([0]), ids[ids != gone]])
-    change_vocabulary(changed, new_ids, ends.head_VH, per_row=[])
-    now = usable_rounds(batch, changed)
+    change_vocabulary(changed, new_ids, target_head.head_VH, per_row=[])
+    now = usable_rounds(batch.rounds, changed)
     without_Q = ~(usable.proposal_QK == gone).any(-1)
     assert 0 < len(now.row_Q) == int(without_Q.sum()) < len(usable.row_Q)
     assert torch.equal(now.root_Q, usable.root_Q[without_Q])
     assert torch.equal(now.behaviour_logprob_QK.nan_to_num(1), usable.behaviour_logprob_QK[without_Q].nan_to_num(1))
-    before, _ = accept_probabilities(usable, draft, ends.head_VH[ids], ends.finish)
-    again, _ = accept_probabilities(now, changed, ends.head_VH[new_ids], ends.finish)
+    before, _ = accept_probabilities(usable, draft, target_head.head_VH[ids], target_head.logit_transform)
+    again, _ = accept_probabilities(now, changed, target_head.head_VH[new_ids], target_head.logit_transform)
     torch.testing.assert_close(again, before[without_Q])
     inside = now.proposal_QK >= 0
     assert torch.equal(new_ids[draft_index(now.proposal_QK, changed)][inside], now.proposal_QK[inside])
@@ -289,41 +281,43 @@ def test_rounds_of_an_older_vocabulary_teach_by_token_and_not_at_all_where_one_l
 
 def test_a_heads_bias_follows_the_vocabulary(tmp_path: Path) -> None:
     phi = Target.load(save_model("phi", tmp_path, num_hidden_layers=4), precision="fp32")
-    ends, draft = TargetHead(phi), small_draft(phi)
+    target_head, draft = TargetHead(phi), small_draft(phi)
     module = online_module(phi, draft)
-    change_vocabulary(draft, swapped_ids(draft), ends.head_VH, per_row=[])
-    ends.fit_head(module)
-    assert ends.finish.bias_V is not None
-    assert module.finish.bias_V is not None
-    assert torch.equal(module.finish.bias_V, ends.finish.bias_V[draft.draft_token_ids])
+    change_vocabulary(draft, swapped_ids(draft), target_head.head_VH, per_row=[])
+    target_head.install_head(module)
+    assert target_head.logit_transform.bias_V is not None
+    assert module.logit_transform.bias_V is not None
+    assert torch.equal(module.logit_transform.bias_V, target_head.logit_transform.bias_V[draft.draft_token_ids])
 
 
 @pytest.mark.parametrize("count", [3, 32, 70])
-def test_uses_are_those_of_answers_and_of_what_ends_them(ends: TargetHead, traffic: list[Trace], count: int) -> None:
-    use, expected = VocabularyUse(ends), torch.zeros(VOCAB)
+def test_uses_are_counted_in_answers_and_of_the_tokens_that_end_them(
+    target_head: TargetHead, traffic: list[Trace], count: int
+) -> None:
+    use, expected = VocabularyUse(target_head), torch.zeros(VOCAB)
     for trace in (traffic * 40)[:count]:
         use.add(trace)
         for token, times in Counter(trace.token_ids_T[trace.answer_start :].tolist()).items():
             expected[token] += min(times, USES_A_TRACE)
-        expected[int(ends.read(trace.last_TH[-1:], temperature=0.0).top_N)] += 1
+        expected[int(target_head.evaluate(trace.last_TH[-1:], temperature=0.0).top_N)] += 1
     assert torch.equal(use.uses_V, expected)
-    again = VocabularyUse(ends)
+    again = VocabularyUse(target_head)
     again.load_state_dict(use.state_dict())
     assert torch.equal(again.uses_V, expected)
 
 
-def test_a_state_with_another_vocabulary_is_taken_over_and_one_of_another_beginning_is_not(
-    target: Target, ends: TargetHead, traffic: list[Trace], tmp_path: Path
+def test_a_state_with_a_changed_vocabulary_is_resumed_and_one_of_another_deployment_is_not(
+    target: Target, target_head: TargetHead, traffic: list[Trace], tmp_path: Path
 ) -> None:
-    learner = a_learner(target, ends, tmp_path)
-    batch = batch_of(traffic, ends)
+    learner = a_learner(target, target_head, tmp_path)
+    batch = batch_of(traffic, target_head)
     learner.update(batch)
     assert learner.vocabulary_use is not None
     for trace in traffic:
         learner.vocabulary_use.add(trace)
     assert learner.adapt_vocabulary()
     learner.save()
-    again = a_learner(target, ends, tmp_path)
+    again = a_learner(target, target_head, tmp_path)
     assert again.resume()
     assert torch.equal(again.draft.draft_token_ids, learner.draft.draft_token_ids)
     assert torch.equal(again.module.module.head_VdH, learner.module.module.head_VdH)
@@ -336,57 +330,42 @@ def test_a_state_with_another_vocabulary_is_taken_over_and_one_of_another_beginn
     published = online_module(target, copy.deepcopy(learner.draft))
     later = Learner(
         published,
-        a_steering(),
+        make_controller(),
         tmp_path / "state",
-        ends=ends,
+        target_head=target_head,
         version="draft-000001",
         starting_ids=small_draft(target).draft_token_ids,
     )
     assert later.resume(), "with adapting off, too"
-    other = Learner(published, a_steering(), tmp_path / "state", ends=ends, version="start")
+    other = Learner(published, make_controller(), tmp_path / "state", target_head=target_head, version="start")
     assert not other.resume()
-
-
-def test_a_state_from_before_vocabularies_adapted_is_taken_over_if_its_own_is_the_drafts(
-    target: Target, ends: TargetHead, tmp_path: Path
-) -> None:
-    learner = a_learner(target, ends, tmp_path)
-    learner.steps = 3
-    learner.save()
-    state = torch.load(tmp_path / "state", weights_only=True)
-    del state["origin"], state["vocabulary_use"]
-    state["vocabulary"] = learner.draft.d2t
-    torch.save(state, tmp_path / "state")
-    again = a_learner(target, ends, tmp_path)
-    assert again.resume()
-    assert again.steps == 3
-    torch.save(state | {"vocabulary": learner.draft.d2t + 1}, tmp_path / "state")
-    assert not a_learner(target, ends, tmp_path).resume()
 
 
 # -- all together --------------------------------------------------------------------------------------------------
 
 
-def test_the_loop_publishes_drafts_that_can_say_what_traffic_says(
-    target: Target, ends: TargetHead, traffic: list[Trace], tmp_path: Path
+def test_the_loop_publishes_drafts_that_propose_the_tokens_of_traffic(
+    target: Target, target_head: TargetHead, traffic: list[Trace], tmp_path: Path
 ) -> None:
     found = {}
     for adapts in (True, False):
-        world = World(target, tmp_path / str(adapts), draft=small_draft(target), adapt_vocabulary=adapts, min_steps=5)
-        world.ring.records.extend(traffic * 8)
+        harness = LearnerHarness(
+            target, tmp_path / str(adapts), draft=small_draft(target), adapt_vocabulary=adapts, publish_every_steps=5
+        )
+        harness.ring.records.extend(traffic * 8)
         enough = 45 if adapts else 10
-        world.tick_until(lambda world=world, enough=enough: world.learner.steps >= enough)  # type: ignore[misc]
-        page = world.page.read()
+        harness.tick_until(lambda harness=harness, enough=enough: harness.learner.steps >= enough)  # type: ignore[misc]
+        page = harness.page.read()
         assert page.published >= 1
-        served = world.served_draft(world.store.current())
+        served = harness.served_draft(harness.store.current())
         found[adapts] = served
         assert len(served.draft_token_ids) == SMALL
-        assert torch.equal(world.loop._champion.head_VdH, ends.head_VH[served.draft_token_ids])
+        assert torch.equal(harness.loop._champion.head_VdH, target_head.head_VH[served.draft_token_ids])
         assert bool(page.tokens_entered) == adapts
         assert page.tokens_entered == 0 or 0.5 < page.vocabulary_coverage < 1
         # The champion that the gate scores is the draft that serves, vocabulary and all.
-        requests = [r for r in world.loop.held_out if r.champion_score is not None]
-        with world.learner.fabric.autocast():
+        requests = [r for r in harness.loop.held_out if r.champion_score is not None]
+        with harness.learner.fabric.autocast():
             scores = list(score_requests(online_module(target, served), requests, batch_positions=512))
         assert [score for _, score in scores] == [r.champion_score for r in requests]
     had = small_draft(target).t2d
@@ -406,32 +385,32 @@ def test_the_loop_publishes_drafts_that_can_say_what_traffic_says(
         assert fewest or not news
 
     # After a rollback the learner goes on with the vocabulary that it goes back to.
-    learner = world.learner
+    learner = harness.learner
     learner.restart_from(found[True], version="draft-000001")
     ids = found[True].draft_token_ids
     assert torch.equal(learner.draft.draft_token_ids, ids)
-    assert torch.equal(learner.module.module.head_VdH, ends.head_VH[ids])
+    assert torch.equal(learner.module.module.head_VdH, target_head.head_VH[ids])
 
 
 def test_a_replay_serves_and_scores_with_the_published_vocabulary(
-    target: Target, ends: TargetHead, traffic: list[Trace], tmp_path: Path
+    target: Target, target_head: TargetHead, traffic: list[Trace], tmp_path: Path
 ) -> None:
-    replay = a_replay(target, small_draft(target), tmp_path, min_steps=5)
+    replay = make_replay(target, small_draft(target), tmp_path, publish_every_steps=5)
     for start in range(0, len(traffic), 20):
-        replay.take(traffic[start : start + 20])
+        replay.process_block(traffic[start : start + 20])
     assert replay.version != "start"
     ids = replay.served.draft_token_ids
     assert not torch.equal(ids, small_draft(target).draft_token_ids)
     for module in (replay._champion, replay._scorers[1].module):
-        assert torch.equal(module.head_VdH, ends.head_VH[ids])
+        assert torch.equal(module.head_VdH, target_head.head_VH[ids])
 
 
 def test_serving_swaps_to_another_vocabulary_between_rounds_and_output_stays_exact(
-    target: Target, ends: TargetHead
+    target: Target, target_head: TargetHead
 ) -> None:
     draft = small_draft(target)
     changed = copy.deepcopy(draft)
-    change_vocabulary(changed, swapped_ids(draft), ends.head_VH, per_row=[])
+    change_vocabulary(changed, swapped_ids(draft), target_head.head_VH, per_row=[])
     prompts = [(3, 14, 15), (9, 26, 5, 35)]
     plain = run(make_engine(target), [request(str(i), p, max_tokens=40) for i, p in enumerate(prompts)])
     traces: list[Trace] = []
@@ -466,7 +445,7 @@ def test_serving_swaps_to_another_vocabulary_between_rounds_and_output_stays_exa
     assert seen[1] & {0, 5, 60}, "it proposes what is new"
     # Each proposal's logged probability is that under the vocabulary it was drawn from: a learner with that draft
     # finds a ratio of about 1, whichever of the two vocabularies it was.
-    batch = online_batch([read_lesson(trace, ends) for trace in traces], [], oldest_fresh=1)
+    batch = online_batch([label_trace(trace, target_head) for trace in traces], [], oldest_fresh=1)
     module = online_module(target, changed)
     report = module.training_step(batch)
     assert report.policy.num_rounds > 5
@@ -474,13 +453,13 @@ def test_serving_swaps_to_another_vocabulary_between_rounds_and_output_stays_exa
 
 
 def test_held_out_requests_do_not_count_as_use(target: Target, traffic: list[Trace], tmp_path: Path) -> None:
-    world = World(target, tmp_path)
-    held = [trace for trace in traffic if HeldOut.takes(trace.request_id)]
+    harness = LearnerHarness(target, tmp_path)
+    held = [trace for trace in traffic if HeldOut.is_held_out(trace.request_id)]
     assert held
-    world.ring.records.extend(held)
-    world.loop.tick()
-    use = world.learner.vocabulary_use
+    harness.ring.records.extend(held)
+    harness.loop.tick()
+    use = harness.learner.vocabulary_use
     assert use is not None
     assert float(use.uses_V.sum()) == 0
     assert draft_config(target).draft_vocab_size == VOCAB - 3
-    assert json.dumps(world.page.read().tokens_entered) == "0"
+    assert json.dumps(harness.page.read().tokens_entered) == "0"

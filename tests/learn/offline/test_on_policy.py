@@ -8,34 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 from support.live_traces import online_module, serve, some_requests
-from support.tiny_models import make_engine, random_draft, run, save_model, trained_draft
+from support.replay_harness import K, in_order
+from support.tiny_models import make_engine, random_draft, run
 from support.trace_examples import keep_in
 
-from aurora_lit.learn.data.labelled_trace import online_batch, read_lesson
+from aurora_lit.learn.data.labelled_trace import label_trace, online_batch
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.offline.on_policy import Reproposer
+from aurora_lit.learn.offline.on_policy import RoundSimulator
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import Trace, check
 
 # Traces keep states in bf16, so a near tie may fall another way than it did live. The draft that two threads train has
 # none along these answers.
 pytestmark = pytest.mark.usefixtures("two_threads")
-K = 3
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-    return Target.load(folder, precision="fp32")
-
-
-@pytest.fixture(scope="module")
-def good_draft(target: Target) -> Draft:
-    """One that has seen the answers to the prompts of `some_requests`."""
-    answers = serve(target, None, some_requests(10, max_tokens=40))
-    return trained_draft(target, torch.stack([trace.token_ids_T.long() for trace in answers]))
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +31,11 @@ def recorded(target: Target) -> list[Trace]:
     return in_order(serve(target, random_draft(target), some_requests(10, max_tokens=40)))
 
 
-def in_order(traces: list[Trace]) -> list[Trace]:
-    return sorted(traces, key=lambda trace: (trace.request_id, trace.first_position))
-
-
-def a_reproposer(target: Target, draft: Draft, *, explore_share: float = 0.0, **changes: float) -> Reproposer:
+def make_simulator(
+    target: Target, draft: Eagle3Draft, *, explore_share: float = 0.0, **changes: float
+) -> RoundSimulator:
     module = online_module(target, draft, num_steps=K)
-    return Reproposer(module=module, explore_share=explore_share, batch_positions=256, **changes)  # type: ignore[arg-type]
+    return RoundSimulator(module=module, explore_share=explore_share, batch_positions=256, **changes)  # type: ignore[arg-type]
 
 
 def whole_rounds(trace: Trace) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -63,11 +48,11 @@ def whole_rounds(trace: Trace) -> list[tuple[int, int, tuple[int, ...]]]:
     ]
 
 
-def test_a_greedy_drafts_rounds_are_those_of_a_live_engine(
-    target: Target, good_draft: Draft, recorded: list[Trace]
+def test_simulated_rounds_are_those_of_a_live_engine(
+    target: Target, good_draft: Eagle3Draft, recorded: list[Trace]
 ) -> None:
     live = in_order(serve(target, good_draft, some_requests(10, max_tokens=40)))
-    found = a_reproposer(target, good_draft).repropose(recorded, version=7)
+    found = make_simulator(target, good_draft).simulate_rounds(recorded, version=7)
     assert [whole_rounds(trace) for trace in found] == [whole_rounds(trace) for trace in live]
     assert sum(int(trace.num_accepted_R.sum()) for trace in found) > 20
     for trace in found:
@@ -76,8 +61,8 @@ def test_a_greedy_drafts_rounds_are_those_of_a_live_engine(
         assert not trace.explored_R.any()
 
 
-def test_segments_of_a_request_give_the_rounds_of_the_whole(
-    target: Target, good_draft: Draft, recorded: list[Trace]
+def test_segments_of_a_request_have_the_rounds_of_the_whole(
+    target: Target, good_draft: Eagle3Draft, recorded: list[Trace]
 ) -> None:
     traces: list[Trace] = []
     recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size, segment_tokens=7, overlap_tokens=90)
@@ -85,21 +70,23 @@ def test_segments_of_a_request_give_the_rounds_of_the_whole(
     run(make_engine(target, draft, max_draft_tokens=K, observer=recorder), some_requests(10, max_tokens=40))
     pieces = in_order(traces)
     assert len(pieces) > 3 * len(recorded)
-    reproposer = a_reproposer(target, good_draft)
+    simulator = make_simulator(target, good_draft)
     found: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
     for piece in pieces:
-        twice = [reproposer.repropose([piece], version=0)[0] for _ in range(2)]  # asking again changes nothing
+        twice = [simulator.simulate_rounds([piece], version=0)[0] for _ in range(2)]  # asking again changes nothing
         assert whole_rounds(twice[0]) == whole_rounds(twice[1])
         check(twice[0])
         found.setdefault(piece.request_id, []).extend(whole_rounds(twice[0]))
-    whole = a_reproposer(target, good_draft).repropose(recorded, version=0)
+    whole = make_simulator(target, good_draft).simulate_rounds(recorded, version=0)
     assert found == {trace.request_id: whole_rounds(trace) for trace in whole}
 
 
-def test_exploring_rounds_accept_as_a_live_engines_do(target: Target, good_draft: Draft, recorded: list[Trace]) -> None:
+def test_exploring_rounds_accept_as_a_live_engines_do(
+    target: Target, good_draft: Eagle3Draft, recorded: list[Trace]
+) -> None:
     many = [replace(r, request_id=f"{n}-{r.request_id}") for n in range(12) for r in some_requests(10, max_tokens=40)]
     live = serve(target, good_draft, many, explore_share=0.5, explore_temperature=1.5, explore_seed=3)
-    told = a_reproposer(target, good_draft, explore_share=0.5, explore_temperature=1.5).repropose(
+    told = make_simulator(target, good_draft, explore_share=0.5, explore_temperature=1.5).simulate_rounds(
         [replace(trace, request_id=f"{n}-{trace.request_id}") for n in range(12) for trace in recorded], version=0
     )
 
@@ -113,33 +100,35 @@ def test_exploring_rounds_accept_as_a_live_engines_do(target: Target, good_draft
     assert share == pytest.approx(0.5, abs=0.03)
     assert live_share == pytest.approx(0.5, abs=0.03)
     assert length == pytest.approx(live_length, abs=0.12)  # about 900 rounds each
-    plain = a_reproposer(target, good_draft).repropose(recorded, version=0)
+    plain = make_simulator(target, good_draft).simulate_rounds(recorded, version=0)
     assert length < float(torch.cat([t.num_accepted_R for t in plain]).float().mean()) - 0.2
 
 
-def test_the_policy_sees_its_own_rounds(target: Target, good_draft: Draft, recorded: list[Trace]) -> None:
-    found = a_reproposer(target, good_draft, explore_share=0.6, explore_temperature=1.3).repropose(recorded, version=0)
-    ends = TargetHead(target)
+def test_the_policy_sees_its_own_rounds(target: Target, good_draft: Eagle3Draft, recorded: list[Trace]) -> None:
+    found = make_simulator(target, good_draft, explore_share=0.6, explore_temperature=1.3).simulate_rounds(
+        recorded, version=0
+    )
+    target_head = TargetHead(target)
     module = online_module(target, good_draft, num_steps=K)
 
     def policy(traces: list[Trace]) -> tuple[int, float]:
-        batch = online_batch([read_lesson(trace, ends) for trace in traces], [], oldest_fresh=0)
+        batch = online_batch([label_trace(trace, target_head) for trace in traces], [], oldest_fresh=0)
         terms = module.training_step(batch).policy
         return terms.num_rounds, float(terms.mean_ratio)
 
     rounds, ratio = policy(found)
     assert rounds == sum(int(trace.explored_R.sum()) for trace in found) > 40
     assert ratio == pytest.approx(1, abs=1e-4)
-    colder = a_reproposer(target, good_draft, explore_share=0.6, explore_temperature=0.3)
+    colder = make_simulator(target, good_draft, explore_share=0.6, explore_temperature=0.3)
     mislabelled = [
         replace(trace, draft_temperature_R=torch.where(trace.explored_R, 1.3, 1.0))
-        for trace in colder.repropose(recorded, version=0)
+        for trace in colder.simulate_rounds(recorded, version=0)
     ]
     assert abs(policy(mislabelled)[1] - 1) > 0.02, "the ratio is a test of the log-probabilities"
 
 
-def test_requests_that_are_not_greedy_keep_their_rounds(target: Target, good_draft: Draft) -> None:
+def test_requests_that_are_not_greedy_keep_their_rounds(target: Target, good_draft: Eagle3Draft) -> None:
     for params in ({"temperature": 0.7, "seed": 5}, {"temperature": 0.7}):
         traces = serve(target, random_draft(target), some_requests(3, **params))
-        found = a_reproposer(target, good_draft, explore_share=1.0).repropose(traces, version=9)
+        found = make_simulator(target, good_draft, explore_share=1.0).simulate_rounds(traces, version=9)
         assert all(a is b for a, b in zip(found, traces, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
@@ -17,38 +16,27 @@ import torch
 from click.testing import CliRunner
 from support import ROOT
 from support.live_traces import online_module, serve, some_requests
-from support.replay_harness import K, a_config, a_replay
-from support.tiny_models import make_engine, random_draft, run, trained_draft
-from support.trace_examples import keep_in
+from support.replay_harness import make_replay, replay_config, scored_rounds
+from support.tiny_models import random_draft
 
 from aurora_lit.cli.main import main
 from aurora_lit.config import load_config, to_yaml
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
-from aurora_lit.learn.data.labelled_trace import online_batch, read_lesson
+from aurora_lit.learn.data.labelled_trace import label_trace, online_batch
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.replay import Replay, blocks
-from aurora_lit.learn.offline.scoring import Rounds, RoundScorer
+from aurora_lit.learn.offline.scoring import RoundTotals
 from aurora_lit.models.target import Target
-from aurora_lit.modules.draft.eagle3 import Draft
 from aurora_lit.modules.losses.draft_module import OnlineWeights
 from aurora_lit.request import Request
-from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.log import TraceLogWriter
 from aurora_lit.traces.record import Trace
 
 # Traces keep states in bf16, so a near tie may fall another way than it did live. The draft that two threads train has
 # none along these answers.
 pytestmark = pytest.mark.usefixtures("two_threads")
-"""Proposals of every round."""
 TIMES = 8
 """The stream's prompts are asked so often."""
-
-
-@pytest.fixture(scope="module")
-def good_draft(target: Target) -> Draft:
-    """One that has seen the answers to the prompts of `some_requests`."""
-    answers = serve(target, None, some_requests(10, max_tokens=40))
-    return trained_draft(target, torch.stack([trace.token_ids_T.long() for trace in answers]))
 
 
 @pytest.fixture(scope="module")
@@ -59,89 +47,16 @@ def stream(target: Target) -> list[Trace]:
     )
 
 
-def a_scorer(target: Target, draft: Draft) -> RoundScorer:
-    return RoundScorer(online_module(target, draft, num_steps=K), TargetHead(target), batch_positions=256)
-
-
-def scored_rounds(trace: Trace) -> Rounds:
-    """What the live engine had of the rounds that a replay can tell: proposed in, and known to their last proposal."""
-    known_R = (trace.num_proposed_R > 0) & (trace.round_root_R <= len(trace.token_ids_T) - 1 - K)
-    return Rounds(count=float(known_R.sum()), tokens=float((1 + trace.num_accepted_R[known_R]).sum()))
-
-
-def in_order(traces: Sequence[Trace]) -> list[Trace]:
-    return sorted(traces, key=lambda trace: (trace.request_id, trace.first_position))
-
-
-@pytest.mark.parametrize("seeded", [False, True])
-def test_another_drafts_rounds_are_told_exactly_as_a_live_engine_has_them(
-    target: Target, good_draft: Draft, seeded: bool
-) -> None:
-    requests = some_requests(10, max_tokens=40)
-    if seeded:
-        requests = [replace(r, params=replace(r.params, temperature=0.7, seed=5)) for r in requests]
-    recorded = in_order(serve(target, random_draft(target), requests))
-    live = in_order(serve(target, good_draft, requests))
-    assert all(torch.equal(a.token_ids_T, b.token_ids_T) for a, b in zip(recorded, live, strict=True))
-    found = a_scorer(target, good_draft).score(recorded)
-    assert found == [scored_rounds(trace) for trace in live]
-    if not seeded:
-        total = sum(found, Rounds())
-        assert total.accepted_length > 1.8, "else there is little to tell"
-        assert sum(map(scored_rounds, recorded), Rounds()).accepted_length < 1.5
-
-
-def test_a_walk_goes_on_in_a_requests_next_segment(target: Target, good_draft: Draft) -> None:
-    requests = some_requests(6, max_tokens=60)
-
-    def segments(draft: Draft, **sizes: int) -> list[Trace]:
-        traces: list[Trace] = []
-        recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size, **sizes)
-        run(make_engine(target, copy.deepcopy(draft), max_draft_tokens=K, observer=recorder), requests)
-        return traces
-
-    whole = in_order(segments(good_draft))
-    pieces = in_order(segments(random_draft(target), segment_tokens=7, overlap_tokens=90))
-    assert len(pieces) > 5 * len(whole)
-    found: dict[str, Rounds] = {}
-    scorer = a_scorer(target, good_draft)
-    for piece in pieces:
-        found[piece.request_id] = found.get(piece.request_id, Rounds()) + scorer.score([piece])[0]
-    assert found == {trace.request_id: scored_rounds(trace) for trace in whole}
-    together = a_scorer(target, good_draft).score(pieces)
-    assert sum(together, Rounds()) == sum(found.values(), Rounds())
-
-
-def test_under_the_ratio_test_scores_are_right_on_average(target: Target, good_draft: Draft) -> None:
-    requests = [
-        replace(r, request_id=f"{n}-{r.request_id}")
-        for n in range(20)
-        for r in some_requests(10, max_tokens=40, temperature=0.8)
-    ]
-    live = in_order(serve(target, good_draft, requests))
-    assert {trace.verify for trace in live} == {"free"}
-    found = a_scorer(target, good_draft).score(live)
-    assert any(rounds.count != int(rounds.count) for rounds in found)
-    had = [scored_rounds(trace) for trace in live]
-    # Paired by request, the rounds had and the rounds told differ only by chance.
-    for name in ("count", "tokens"):
-        difference = torch.tensor([getattr(a, name) - getattr(b, name) for a, b in zip(found, had, strict=True)])
-        errors = difference.mean() / (difference.std() / len(difference) ** 0.5)
-        assert abs(errors) < 4, (name, errors)
-    told, true = sum(found, Rounds()).accepted_length, sum(had, Rounds()).accepted_length
-    assert told == pytest.approx(true, abs=0.05)
-
-
-def test_each_trace_is_scored_before_it_teaches_and_learning_shows(
+def test_each_trace_is_scored_before_it_is_learned_from_and_scores_rise(
     target: Target, stream: list[Trace], tmp_path: Path
 ) -> None:
-    replay = a_replay(target, random_draft(target), tmp_path)
+    replay = make_replay(target, random_draft(target), tmp_path)
     *earlier, last = blocks(iter(stream), 24)
     for block in earlier:
-        replay.take(block)
+        replay.process_block(block)
     version = replay.version
     assert version != "start", replay.trials
-    replay.take(last)
+    replay.process_block(last)
     assert len(stream) / 2 < replay.learner.steps <= len(stream)
     scored = replay.scored
     assert [s.domain for s in scored] == [t.domain for t in stream]
@@ -150,45 +65,45 @@ def test_each_trace_is_scored_before_it_teaches_and_learning_shows(
     assert all(s.static == s.learning for s in before), "what serves is what it began with"
     tail = scored[-24:]
     assert {s.version for s in tail} == {version}
-    static = sum((s.static for s in tail), Rounds()).accepted_length
-    assert sum((s.learning for s in tail), Rounds()).accepted_length > static + 0.3
+    static = sum((s.static for s in tail), RoundTotals()).accepted_length
+    assert sum((s.learning for s in tail), RoundTotals()).accepted_length > static + 0.3
     # The published draft gets on a live engine, whose trajectories are the same, what the replay says of it.
     published = load_draft(tmp_path / "versions" / version, TargetHead(target))
     live = {trace.request_id: scored_rounds(trace) for trace in serve(target, published, _asked(TIMES))}
     served = [live[trace.request_id] for trace in last]
     # Traces keep states in bf16, so that a near tie between two tokens may fall the other way.
     assert sum(s.learning != rounds for s, rounds in zip(tail, served, strict=True)) <= 2
-    told = sum((s.learning for s in tail), Rounds()).accepted_length
-    assert told == pytest.approx(sum(served, Rounds()).accepted_length, rel=0.01)
+    told = sum((s.learning for s in tail), RoundTotals()).accepted_length
+    assert told == pytest.approx(sum(served, RoundTotals()).accepted_length, rel=0.01)
 
 
 def test_the_policy_learns_from_the_replays_own_rounds(target: Target, tmp_path: Path) -> None:
     """Nobody proposed when these answers were recorded; a server with this draft would have, exploring."""
     plain = serve(target, None, _asked(2))
     assert not any(trace.num_proposed_R.any() for trace in plain)
-    config = a_config()
+    config = replay_config()
     config = replace(config, engine=replace(config.engine, explore_share=0.5))
     replay = Replay(
         config,
-        ends=TargetHead(target),
+        target_head=TargetHead(target),
         starting=random_draft(target),
         folder=tmp_path / "versions",
         scratch=tmp_path,
         steps_per_trace=0.5,
     )
     short = serve(target, None, some_requests(2, seed=3, max_tokens=3))  # no round of theirs is known wholly
-    replay.take([*short, *plain])
+    replay.process_block([*short, *plain])
     assert replay.learner.steps >= 10
     assert replay.learner.mean("policy_weight") > 0
     assert replay.learner.mean("mean_ratio") == pytest.approx(1, abs=0.3), "the rounds are on-policy but for the steps"
 
 
-def test_without_gate_or_store_every_draft_serves_and_none_is_written(
+def test_without_gate_or_store_every_draft_is_served_and_none_is_written(
     target: Target, stream: list[Trace], tmp_path: Path
 ) -> None:
     replay = Replay(
-        a_config(min_steps=1),
-        ends=TargetHead(target),
+        replay_config(publish_every_steps=1),
+        target_head=TargetHead(target),
         starting=random_draft(target),
         folder=tmp_path / "versions",
         scratch=tmp_path,
@@ -197,7 +112,7 @@ def test_without_gate_or_store_every_draft_serves_and_none_is_written(
         keep_versions=False,
     )
     for block in blocks(iter(stream[:48]), 12):
-        replay.take(block)
+        replay.process_block(block)
     assert (replay.version, replay.published, replay.trials) == ("draft-000004", 4, [])
     assert not (tmp_path / "versions").exists()
     served = replay.served.state_dict()
@@ -209,7 +124,7 @@ def test_without_gate_or_store_every_draft_serves_and_none_is_written(
 
 
 def test_other_targets_and_damaged_traces_are_skipped(target: Target, stream: list[Trace], tmp_path: Path) -> None:
-    replay = a_replay(target, random_draft(target), tmp_path)
+    replay = make_replay(target, random_draft(target), tmp_path)
     trace = stream[0]
     foreign = replace(
         trace,
@@ -218,16 +133,16 @@ def test_other_targets_and_damaged_traces_are_skipped(target: Target, stream: li
         rejected_last_NH=torch.cat([trace.rejected_last_NH] * 2, -1),
     )
     broken = replace(trace, last_TH=torch.full_like(trace.last_TH, float("nan")))
-    replay.take([foreign, broken, *stream[:3]])
+    replay.process_block([foreign, broken, *stream[:3]])
     assert (replay.skipped, len(replay.scored)) == (2, 3)
 
 
 @pytest.mark.parametrize("of", [2, 3, 7])
-def test_the_parts_of_a_batch_add_up_to_its_gradient(target: Target, stream: list[Trace], of: int) -> None:
-    ends = TargetHead(target)
-    lessons = [read_lesson(trace, ends) for trace in stream[:6]]
-    batch = online_batch(lessons[:4], [lesson.trace for lesson in lessons[4:]], oldest_fresh=0)
-    assert batch.behaviour_logprob_QK.isfinite().any()
+def test_the_shards_of_a_batch_sum_to_its_gradient(target: Target, stream: list[Trace], of: int) -> None:
+    target_head = TargetHead(target)
+    labelled_traces = [label_trace(trace, target_head) for trace in stream[:6]]
+    batch = online_batch(labelled_traces[:4], [labelled.trace for labelled in labelled_traces[4:]], oldest_fresh=0)
+    assert batch.rounds.behaviour_logprob_QK.isfinite().any()
     draft = random_draft(target)
     module = online_module(target, draft, online=OnlineWeights(ppo_weight=0.0, replay_weight=0.5))
 
@@ -237,8 +152,8 @@ def test_the_parts_of_a_batch_add_up_to_its_gradient(target: Target, stream: lis
             module.training_step(each).loss.backward()
         return torch.cat([p.grad.flatten() for p in draft.parameters() if p.grad is not None])
 
-    parts = [batch.part(number, of=of) for number in range(of)]
-    assert sum(len(part.row_Q) for part in parts) == len(batch.row_Q)
+    parts = [batch.shard(number, world_size=of) for number in range(of)]
+    assert sum(len(part.rounds.row_Q) for part in parts) == len(batch.rounds.row_Q)
     torch.testing.assert_close(gradient(parts), gradient([batch]), rtol=1e-3, atol=1e-6)
     module.online = OnlineWeights(replay_weight=0.5)
     whole, summed = gradient([batch]), gradient(parts)
@@ -254,7 +169,7 @@ def recorded(target: Target, folder: Path, stream: list[Trace], tmp_path: Path) 
         log.append(trace)
     log.flush()
     save_draft(random_draft(target), tmp_path / "start", dtype=torch.float32)
-    config = a_config()
+    config = replay_config()
     config = replace(
         config,
         target=replace(config.target, source=str(folder), sha256=None, precision="fp32"),
@@ -265,7 +180,7 @@ def recorded(target: Target, folder: Path, stream: list[Trace], tmp_path: Path) 
     return ["--config", str(tmp_path / "replay.yaml"), "--steps-per-trace", "0.5", "--trial-every", "20"]
 
 
-def test_the_command_writes_a_draft_that_serves_and_a_report(
+def test_the_command_writes_a_draft_and_a_report(
     target: Target, stream: list[Trace], recorded: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -279,12 +194,12 @@ def test_the_command_writes_a_draft_that_serves_and_a_report(
     for part in ("domains", "windows"):
         assert sum(row["traces"] for row in report[part]) == len(stream)
         assert sum(row["static"]["rounds"] for row in report[part]) == report["all"]["static"]["rounds"]
-    static = sum(map(scored_rounds, serve(target, random_draft(target), _asked(TIMES))), Rounds())
+    static = sum(map(scored_rounds, serve(target, random_draft(target), _asked(TIMES))), RoundTotals())
     assert report["all"]["static"]["accepted_length"] == pytest.approx(static.accepted_length, abs=1e-4)
     assert report["published"] >= 1
     assert report["windows"][-1]["learning"]["accepted_length"] > static.accepted_length + 0.2
     draft = load_draft(out / "draft", TargetHead(target))
-    live = sum(map(scored_rounds, serve(target, draft, _asked(1))), Rounds())
+    live = sum(map(scored_rounds, serve(target, draft, _asked(1))), RoundTotals())
     assert live.accepted_length > static.accepted_length + 0.2
     assert "chat" in done.output
     assert str(out / "draft") in done.output.replace("\n", "")
@@ -295,7 +210,7 @@ def _asked(times: int) -> list[Request]:
     return [replace(r, request_id=f"{n}-{r.request_id}") for n in range(times) for r in asked]
 
 
-def test_a_folder_without_traces_is_said(tmp_path: Path, recorded: list[str]) -> None:
+def test_a_folder_without_traces_is_an_error(tmp_path: Path, recorded: list[str]) -> None:
     result = CliRunner().invoke(main, ["replay", *recorded, "--traces", str(tmp_path / "none")])
     assert result.exit_code == 2
     assert "holds no traces" in result.output

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from support.learner_harness import Server
-from support.learning_ranks import STEPS, learn_by
+from support.learner_harness import ServerStandIn
+from support.learning_ranks import STEPS, learn_with
 from support.live_traces import serve, some_requests
 from support.tiny_models import random_draft
 
@@ -24,12 +24,14 @@ from aurora_lit.traces.record import to_bytes
 
 
 @pytest.fixture
-def server(folder: Path, target: Target, tmp_path: Path) -> Server:
-    return Server(tmp_path, folder, random_draft(target))
+def server(folder: Path, target: Target, tmp_path: Path) -> ServerStandIn:
+    return ServerStandIn(tmp_path, folder, random_draft(target))
 
 
-def test_two_processes_learn_what_one_learns_through_all_that_changes_a_draft(folder: Path, tmp_path: Path) -> None:
-    (alone,), (first, second) = (learn_by(tmp_path, folder, processes=n) for n in (1, 2))
+def test_two_processes_learn_what_one_learns_through_restarts_and_new_vocabularies(
+    folder: Path, tmp_path: Path
+) -> None:
+    (alone,), (first, second) = (learn_with(tmp_path, folder, processes=n) for n in (1, 2))
     assert alone["steps"] == first["steps"] == second["steps"] == STEPS
     for part in ("draft", "average"):
         for name, tensor in first[part].items():
@@ -45,7 +47,7 @@ def test_two_processes_learn_what_one_learns_through_all_that_changes_a_draft(fo
     assert (flat(alone["draft"]) - flat(first["draft"])).norm() < 0.1 * moved
 
 
-def start_learner(server: Server) -> subprocess.Popen[str]:
+def start_learner(server: ServerStandIn) -> subprocess.Popen[str]:
     """As a server starts its own."""
     config = load_config(None, [*server.overrides, "learn.devices=2"])
     (server.run_folder / CONFIG_NAME).write_text(to_yaml(config))
@@ -59,7 +61,7 @@ def start_learner(server: Server) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_the_command_learns_with_its_follower_and_both_leave_in_order(server: Server, target: Target) -> None:
+def test_the_command_learns_with_its_follower_and_both_exit_on_sigterm(server: ServerStandIn, target: Target) -> None:
     for trace in serve(target, random_draft(target), some_requests(10)) * 4:
         assert server.ring.push(to_bytes(trace))
     learner = start_learner(server)
@@ -75,7 +77,7 @@ def test_the_command_learns_with_its_follower_and_both_leave_in_order(server: Se
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", ["leader", "follower"])
-def test_when_one_is_killed_none_stays_behind(server: Server, target: Target, killed: str) -> None:
+def test_when_one_process_is_killed_the_other_exits(server: ServerStandIn, target: Target, killed: str) -> None:
     learner = start_learner(server)
     server.wait(learner, lambda: server.page.read().activity == "waiting for traces")
     (follower,) = psutil.Process(learner.pid).children()

@@ -46,16 +46,16 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import torch
-from support.live_traces import a_steering, online_module
+from support.live_traces import make_controller, online_module
 from support.tiny_models import VOCAB, make_engine, random_draft, request, run
 from support.tiny_server import MODEL, TinyServers, text_of
 
 from aurora_lit.drafts.checkpoint import load_draft
-from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import read_counters
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.data.training_state import from_bytes
 from aurora_lit.learn.online.build import STATE_NAME
 from aurora_lit.learn.online.learner import Learner
 
@@ -180,7 +180,7 @@ def check_current(servers: TinyServers) -> None:
 
 def saved_steps(servers: TinyServers) -> int:
     path = servers.store.folder / STATE_NAME
-    return int(torch.load(path, weights_only=False)["steps"]) if path.exists() else 0
+    return int(from_bytes(path.read_bytes())["steps"]) if path.exists() else 0
 
 
 def check_left(servers: TinyServers, *, older_than: float) -> None:
@@ -269,7 +269,7 @@ def processes(servers: TinyServers, server: int) -> dict[str, int]:
     return {"main": server, "manager": manager, "worker": worker, "http": http}
 
 
-def test_killed_at_random_points_nothing_is_lost_but_what_was_killed(
+def test_after_kills_at_random_moments_only_unsaved_work_is_lost(
     servers: TinyServers, answers: list[list[int]]
 ) -> None:
     storm(servers, answers, kills=10, seed=0)
@@ -277,11 +277,13 @@ def test_killed_at_random_points_nothing_is_lost_but_what_was_killed(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_killed_at_many_more_random_points(servers: TinyServers, answers: list[list[int]]) -> None:
+def test_after_many_more_kills_only_unsaved_work_is_lost(servers: TinyServers, answers: list[list[int]]) -> None:
     storm(servers, answers, kills=50, seed=1)
 
 
-def test_a_stopped_learner_and_a_damaged_ring_hold_up_nobody(servers: TinyServers, answers: list[list[int]]) -> None:
+def test_a_stopped_learner_and_a_damaged_ring_do_not_delay_requests(
+    servers: TinyServers, answers: list[list[int]]
+) -> None:
     server = servers.start()
     servers.wait_ready()
     ring = servers.run_folders[0] / RING_NAME
@@ -309,12 +311,12 @@ def test_a_stopped_learner_and_a_damaged_ring_hold_up_nobody(servers: TinyServer
     check_used(servers, answers)
 
 
-def test_an_attached_learner_saves_and_leaves_when_its_server_is_killed(
+def test_an_attached_learner_saves_and_exits_when_its_server_is_killed(
     servers: TinyServers, answers: list[list[int]]
 ) -> None:
     server = servers.start("learn.enabled=false")
     servers.wait_ready()
-    page = LearnerBlock.open(servers.run_folders[0] / LEARNER_STATUS_NAME)
+    page = LearnerStatusPage.open(servers.run_folders[0] / LEARNER_STATUS_NAME)
     half_published, half_saved = servers.store.folder / ".new.draft-000099", servers.store.folder / "learner.tmp"
     half_published.mkdir(parents=True)
     half_saved.write_bytes(b"half")
@@ -337,13 +339,13 @@ def test_an_attached_learner_saves_and_leaves_when_its_server_is_killed(
     end(servers, server)
 
 
-def test_a_learner_saves_without_files_elsewhere(
+def test_a_learner_saves_without_temporary_files_elsewhere(
     servers: TinyServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while it saves, it leaves nothing that the next one does not find."""
     module = online_module(servers.target, random_draft(servers.target))
-    ends = TargetHead(servers.target)
-    learner = Learner(module, a_steering(), tmp_path / STATE_NAME, ends=ends, version="draft-000001")
+    target_head = TargetHead(servers.target)
+    learner = Learner(module, make_controller(), tmp_path / STATE_NAME, target_head=target_head, version="draft-000001")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     learner.save()
     assert [path.name for path in tmp_path.iterdir()] == [STATE_NAME]

@@ -42,7 +42,7 @@ def options(tmp_path: Path) -> PretrainOptions:
     )
 
 
-def test_a_draft_goes_on_from_another(config: AuroraConfig, options: PretrainOptions, tmp_path: Path) -> None:
+def test_a_draft_is_trained_from_another(config: AuroraConfig, options: PretrainOptions, tmp_path: Path) -> None:
     assert pretrain(config, options)["words"]["expected_accepted_length"] >= 1
     target = Target.load(tmp_path / "target", precision="fp32")
     first = load_draft(options.out, target)
@@ -58,7 +58,7 @@ def test_a_draft_goes_on_from_another(config: AuroraConfig, options: PretrainOpt
     assert json.loads((slow.out / "training.json").read_text())["started_from"] == "first"
 
 
-def test_what_cannot_be_started_from_is_refused_before_any_work(
+def test_an_unusable_starting_draft_is_refused_before_any_work(
     config: AuroraConfig, options: PretrainOptions, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="missing"):

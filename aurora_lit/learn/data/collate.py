@@ -1,0 +1,61 @@
+"""Pad traces together, and group sequences of similar length so that little of a batch is padding.
+
+Leaves out which traces a batch takes (learn/data/online_batcher.py, learn/data/log_batches.py) and the loss
+(modules/losses/draft_module.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from aurora_lit.modules.losses.batch import TraceBatch
+from aurora_lit.traces.record import Trace
+
+
+def group_by_length(lengths: Sequence[int], batch_positions: int) -> Iterator[list[int]]:
+    """Yield groups of indices of sequences of similar length, the shortest first.
+
+    A group's padded batch holds at most `batch_positions` positions; a longer sequence is a group of its own. Sequences
+    of equal length keep their order.
+    """
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and lengths[index] * (len(group) + 1) > batch_positions:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def collate(traces: Sequence[Trace], *, with_prompt: Sequence[bool]) -> TraceBatch:
+    """Right-pad traces together.
+
+    `with_prompt`: per trace, true if its prompt's positions have weight 1 too. The answer's positions always have, and
+    so have all positions of text that was only labelled. Raises ValueError when a trace has no `lse_T`.
+    """
+    weights = []
+    for trace, whole in zip(traces, with_prompt, strict=True):
+        weight_T = torch.ones(len(trace.token_ids_T))
+        if trace.answer_start != len(weight_T) and not whole:
+            # The distribution of an answer's first token belongs to the position before it.
+            weight_T[: max(0, trace.answer_start - 1)] = 0.0
+        weights.append(weight_T)
+    return TraceBatch(
+        token_ids_BT=pad_sequence([t.token_ids_T.long() for t in traces], batch_first=True),
+        aux_BT3H=pad_sequence([t.aux_T3H for t in traces], batch_first=True),
+        last_BTH=pad_sequence([t.last_TH for t in traces], batch_first=True),
+        lse_BT=pad_sequence([lse_of(t) for t in traces], batch_first=True),
+        weight_BT=pad_sequence(weights, batch_first=True),
+        domains=tuple(t.domain for t in traces),
+    )
+
+
+def lse_of(trace: Trace) -> torch.Tensor:
+    """The trace's log-sum-exp [T]. Raises ValueError when it was not computed yet."""
+    if trace.lse_T is None:
+        raise ValueError("trace.lse_T is None; compute it with the target's head first")
+    return trace.lse_T

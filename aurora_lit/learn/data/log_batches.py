@@ -1,0 +1,92 @@
+"""Batches from a trace log, for pretraining: shards in random order, sequences grouped by length and padded together.
+
+Leaves out the log itself (traces/log.py) and the loss (modules/losses/draft_module.py).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from aurora_lit.learn.data.collate import collate, group_by_length, lse_of
+from aurora_lit.modules.losses.batch import TraceBatch
+from aurora_lit.traces.log import ShardInfo, read_shard
+from aurora_lit.traces.record import Trace
+
+HELD_OUT_EVERY = 40
+"""Every 40th sequence of a shard is kept for validation."""
+_SHORTEST_PIECE = 8
+"""Shorter remainders of a cut sequence are dropped, in positions."""
+
+
+def training_batches(
+    folder: Path,
+    shards: Sequence[ShardInfo],
+    *,
+    batch_positions: int,
+    max_length: int,
+    prompt_share: float,
+    seed: int,
+) -> Iterator[TraceBatch]:
+    """Yield one epoch over the shards, without the held-out sequences.
+
+    batch_positions: positions of a batch, padding included. max_length: longer sequences are cut, in positions.
+    prompt_share: share of the answers whose prompt is trained on too; prompts are longer than answers, so all of them
+    would outweigh the answers.
+    """
+    rng = random.Random(seed)
+    order = list(shards)
+    rng.shuffle(order)
+    for shard in order:
+        traces = [t for i, t in enumerate(read_shard(folder / shard.name)) if i % HELD_OUT_EVERY]
+        batches = _batches(_cut(traces, max_length), batch_positions)
+        rng.shuffle(batches)
+        for batch in batches:
+            yield collate(batch, with_prompt=[rng.random() < prompt_share for _ in batch])
+
+
+def held_out_batches(
+    folder: Path, shards: Sequence[ShardInfo], *, batch_positions: int, max_length: int
+) -> Iterator[TraceBatch]:
+    """Yield the held-out sequences, one domain a batch; where there is an answer, only its positions have weight."""
+    by_domain: dict[str, list[Trace]] = {}
+    for shard in shards:
+        for i, trace in enumerate(read_shard(folder / shard.name)):
+            if i % HELD_OUT_EVERY == 0:
+                by_domain.setdefault(trace.domain, []).append(trace)
+    for _, traces in sorted(by_domain.items()):
+        for batch in _batches(_cut(traces, max_length), batch_positions):
+            yield collate(batch, with_prompt=[False] * len(batch))
+
+
+def _batches(traces: Sequence[Trace], batch_positions: int) -> list[list[Trace]]:
+    lengths = [len(trace.token_ids_T) for trace in traces]
+    return [[traces[i] for i in group] for group in group_by_length(lengths, batch_positions)]
+
+
+def _cut(traces: Sequence[Trace], max_length: int) -> list[Trace]:
+    """Split longer sequences into pieces of at most `max_length` positions."""
+    pieces = []
+    for trace in traces:
+        length = len(trace.token_ids_T)
+        for start in range(0, length, max_length):
+            end = min(start + max_length, length)
+            if end - start < _SHORTEST_PIECE:
+                continue
+            answer_start = trace.answer_start - start
+            if trace.answer_start == length:  # labelled text without an answer
+                answer_start = end - start
+            elif answer_start >= end - start:  # a prompt, cut off before its answer
+                answer_start = end - start + 1
+            pieces.append(
+                Trace(
+                    token_ids_T=trace.token_ids_T[start:end],
+                    aux_T3H=trace.aux_T3H[start:end],
+                    last_TH=trace.last_TH[start:end],
+                    lse_T=lse_of(trace)[start:end],
+                    domain=trace.domain,
+                    answer_start=answer_start,
+                )
+            )
+    return pieces

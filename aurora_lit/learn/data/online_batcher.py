@@ -1,0 +1,218 @@
+"""Chooses the traces of each batch: live traffic as it arrives, mixed with replay.
+
+A live trace waits until a batch takes it; then it goes to the reservoir, from where it may be drawn again as replay.
+When more arrives than can be trained on, the most informative traces are taken, and the oldest ones go to the reservoir
+without having been in a batch. No client gets more than its share of a batch, live and replayed traces together, unless
+it is the only client. Leaves out padding (learn/data/labelled_trace.py) and requests kept out of training
+(learn/online/gate.py), which never come here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Sequence
+
+from aurora_lit.learn.data.labelled_trace import (
+    LabelledTrace,
+    add_lse,
+    crop,
+    first_trained_position,
+    label_trace,
+    online_batch,
+)
+from aurora_lit.learn.data.reservoir import Reservoir
+from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.data.vocabulary import VocabularyUse
+from aurora_lit.modules.losses.batch import OnlineBatch
+from aurora_lit.traces.record import SOURCE_DRAFT, Trace
+
+MAX_PASSES = 4
+"""How often a position is trained on, on average, before the learner waits for new traces."""
+_MIN_POSITIONS = 8
+"""Shorter traces are dropped: each would be a row of its own in a batch."""
+_CONTEXT = 128
+"""Positions kept before the first one that is trained on: they cost as much to compute and contribute no loss."""
+_REPLAY_DRAWS = 16
+"""Draws from the reservoir to fill a batch; drawn traces that are too long for it are skipped."""
+_RECENT_CLIENTS = 256
+"""Latest traces by which it is decided whether there is more than one client."""
+
+
+class OnlineBatcher:
+    """Makes batches of live and replayed traces.
+
+    >>> batcher.add(trace)
+    >>> batch = batcher.next_batch(oldest_fresh=3)         # None: nothing to train on now
+    """
+
+    def __init__(
+        self,
+        target_head: TargetHead,
+        reservoir: Reservoir,
+        *,
+        batch_positions: int,
+        replay_share: float,
+        live_bytes: int,
+        max_client_share: float = 1.0,
+        selection: str = "informative",
+        seed: int = 0,
+        vocabulary_use: VocabularyUse | None = None,
+    ) -> None:
+        """Start without live traces.
+
+        batch_positions: positions of a batch, padding included. replay_share: share of them that is replayed.
+        live_bytes: memory for waiting traces. max_client_share: largest share of a batch's positions for one client.
+        selection: "informative" takes the traces with the most rejections first, "uniform" random ones, by `seed`.
+        vocabulary_use: counts the tokens of every added trace.
+        """
+        self._target_head, self.reservoir = target_head, reservoir
+        self._batch_positions = batch_positions
+        self.replay_share = replay_share
+        """Share of a batch's positions; may be changed between batches."""
+        self._live_bytes, self._vocabulary_use = live_bytes, vocabulary_use
+        self._client_positions = int(max_client_share * batch_positions)
+        self._clients: deque[str] = deque(maxlen=_RECENT_CLIENTS)
+        self._waiting: deque[Trace] = deque()
+        self._waiting_bytes = 0
+        self._uniform = random.Random(seed) if selection == "uniform" else None
+        self.positions_in = 0
+        """Added positions that can be trained on."""
+        self.positions_out = 0
+        """Positions of all batches, replay included."""
+        self.num_stale = 0
+        """Live traces in batches with proposals of a draft version too old for the policy gradient."""
+        self.num_over_share = 0
+        """How often a client's live traces had to wait for the next batch because its share was used up."""
+
+    def add(self, trace: Trace) -> None:
+        """Add a live trace; one without positions to train on is dropped."""
+        if self._vocabulary_use is not None:
+            self._vocabulary_use.add(trace)
+        num_trained = len(trace.token_ids_T) - first_trained_position(trace)
+        # At most half a batch, so that every batch mixes traces.
+        trace = crop(trace, min(num_trained + _CONTEXT, max(_MIN_POSITIONS, self._batch_positions // 2)))
+        if len(trace.token_ids_T) < _MIN_POSITIONS or not num_trained:
+            return
+        self.positions_in += len(trace.token_ids_T) - first_trained_position(trace)
+        self._waiting.append(trace)
+        self._clients.append(trace.client)
+        self._waiting_bytes += trace.num_bytes
+        while self._waiting_bytes > self._live_bytes:
+            oldest = self._waiting.popleft()
+            self._waiting_bytes -= oldest.num_bytes
+            self._remember(oldest)
+
+    def next_batch(self, *, oldest_fresh: int) -> OnlineBatch | None:
+        """The next batch; None when no live trace waits and MAX_PASSES is reached.
+
+        oldest_fresh: number of the oldest draft version whose proposals may be used for the policy gradient.
+        """
+        if not self._waiting and self.positions_out >= MAX_PASSES * self.positions_in:
+            return None
+        quota = _ClientQuota(self._client_positions if len(set(self._clients)) > 1 else self._batch_positions)
+        live = [label_trace(trace, self._target_head) for trace in self._take_live(quota)]
+        replay = self._take_replay([labelled.trace for labelled in live], quota)
+        if not live and not replay:
+            return None
+        for labelled in live:
+            self._remember(labelled.trace)
+        self.num_stale += sum(_is_stale(labelled, oldest_fresh) for labelled in live)
+        batch = online_batch(live, replay, oldest_fresh=oldest_fresh)
+        self.positions_out += int((batch.traces.weight_BT > 0).sum())
+        return batch
+
+    @property
+    def _live_positions(self) -> int:
+        return max(_MIN_POSITIONS, int(self._batch_positions * (1 - self.replay_share)))
+
+    def _take_live(self, quota: _ClientQuota) -> list[Trace]:
+        """The most informative of the waiting traces, as many as the batch's live share holds; at least one."""
+        taken: list[Trace] = []
+        uniform = self._uniform
+        if uniform is not None:
+            order = uniform.sample(list(self._waiting), len(self._waiting))
+        else:
+            order = sorted(self._waiting, key=informativeness, reverse=True)
+        chosen, held_back = set(), set()
+        for trace in order:
+            part = quota.allowed_part(trace)
+            if taken and _padded([*taken, part or trace]) > self._live_positions:
+                continue
+            if part is None:
+                held_back.add(trace.client)
+                continue
+            quota.reserve(part)
+            taken.append(part)
+            chosen.add(id(trace))
+        self.num_over_share += len(held_back)
+        self._waiting = deque(trace for trace in self._waiting if id(trace) not in chosen)
+        self._waiting_bytes = sum(trace.num_bytes for trace in self._waiting)
+        return taken
+
+    def _take_replay(self, live: list[Trace], quota: _ClientQuota) -> list[Trace]:
+        """Traces drawn at random from the reservoir until the batch is full."""
+        taken: list[Trace] = []
+        if self._live_positions >= self._batch_positions:
+            return taken
+        seen = set()
+        for _ in range(_REPLAY_DRAWS):
+            trace = self.reservoir.sample()
+            if trace is None:
+                break
+            segment = (trace.request_id, trace.first_position)
+            part = quota.allowed_part(trace)
+            if part is None or segment in seen:
+                continue
+            if not (live or taken) or _padded([*live, *taken, part]) <= self._batch_positions:
+                seen.add(segment)
+                quota.reserve(part)
+                taken.append(add_lse(part, self._target_head))
+        return taken
+
+    def _remember(self, trace: Trace) -> None:
+        self.reservoir.add(trace, weight=0.1 + informativeness(trace))
+
+
+class _ClientQuota:
+    """Limits each client's positions in one batch."""
+
+    def __init__(self, max_positions: int) -> None:
+        """max_positions: of one client in the batch; traces of unknown clients are not limited."""
+        self._max_positions = max_positions
+        self._taken: Counter[str] = Counter()
+
+    def allowed_part(self, trace: Trace) -> Trace | None:
+        """The trace, or its last positions if it is the client's first and too long alone; None if no room is left."""
+        room = self._max_positions - self._taken[trace.client] if trace.client else len(trace.token_ids_T)
+        if len(trace.token_ids_T) <= room:
+            return trace
+        first = not self._taken[trace.client]
+        return crop(trace, room) if first and room >= _MIN_POSITIONS else None
+
+    def reserve(self, trace: Trace) -> None:
+        """Count a trace that is now in the batch."""
+        self._taken[trace.client] += len(trace.token_ids_T)
+
+
+def informativeness(trace: Trace) -> float:
+    """The draft's rejection rate, rejected / verified proposals; 0.5 for a trace without rounds of the draft.
+
+    Proposals after a round's first rejection are not verified and do not count.
+    """
+    drafted_R = (trace.source_R == SOURCE_DRAFT) & (trace.num_proposed_R > 0)
+    if not drafted_R.any():
+        return 0.5
+    accepted_R, proposed_R = trace.num_accepted_R[drafted_R].long(), trace.num_proposed_R[drafted_R].long()
+    rejected_R = accepted_R < proposed_R
+    return float(rejected_R.sum()) / float((accepted_R + rejected_R).sum())
+
+
+def _is_stale(labelled: LabelledTrace, oldest_fresh: int) -> bool:
+    trace = labelled.trace
+    return bool(((trace.source_R == SOURCE_DRAFT) & (trace.round_version_R < oldest_fresh)).any())
+
+
+def _padded(traces: Sequence[Trace]) -> int:
+    """Positions of a batch of these traces, padding included."""
+    return len(traces) * max(len(trace.token_ids_T) for trace in traces)

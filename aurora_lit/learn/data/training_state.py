@@ -1,0 +1,120 @@
+"""The state of a training as bytes, and as a file that is written whole or not at all.
+
+A state is nested dicts, lists and tuples of tensors and plain values (numbers, strings, booleans, None), as state_dict
+methods return them. Tensors are stored as safetensors, the rest as JSON in the header, so nothing is ever unpickled.
+Tuples are read back as lists. Leaves out what a state holds (learn/online/learner.py, learn/pretrain/trainer.py).
+
+    write_state(path, {"module": module.state_dict(), "steps": 12})
+    state = read_state(path)                    # None: there is no state that can be read
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+_STRUCTURE = "structure"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def to_bytes(state: dict[str, Any]) -> bytes:
+    """The state as safetensors, with its structure and plain values as JSON in the metadata."""
+    return b"".join(_pieces(state))
+
+
+def from_bytes(data: bytes | memoryview) -> dict[str, Any]:
+    """The state that `to_bytes` wrote, on the CPU. Raises ValueError for other bytes."""
+    try:
+        header = json.loads(bytes(data[8 : 8 + int.from_bytes(data[:8], "little")]))
+        structure = json.loads(header["__metadata__"][_STRUCTURE])
+        state: dict[str, Any] = _with_tensors(structure, safetensors.torch.load(bytes(data)))
+    except Exception as error:  # noqa: BLE001  (malformed bytes make safetensors and json fail in many ways)
+        raise ValueError(f"not the state of a training: {error!r}") from error
+    return state
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a state; it is durable on disk when this returns. Raises OSError; the state before it is intact then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _unfinished(path).open("wb") as file:
+        file.writelines(_pieces(state))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(_unfinished(path), path)
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """The state last written, on the CPU; None if there is none that can be read."""
+    _unfinished(path).unlink(missing_ok=True)  # left by a process that was killed while it wrote
+    try:
+        return from_bytes(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_suffix(".tmp")
+
+
+def _pieces(state: dict[str, Any]) -> Iterator[bytes | memoryview]:
+    """Safetensors in pieces: the header, then each tensor's own memory, without a copy of them all."""
+    tensors: list[Tensor] = []
+    structure = json.dumps(_without_tensors(state, tensors))
+    header: dict[str, Any] = {"__metadata__": {_STRUCTURE: structure}}
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].itemsize)  # wide numbers first: all are aligned
+    end = 0
+    for i in order:
+        start, end = end, end + tensors[i].nbytes
+        header[str(i)] = {
+            "dtype": _DTYPES[tensors[i].dtype],
+            "shape": list(tensors[i].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for i in order:
+        array: Any = tensors[i].detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        yield memoryview(array)
+
+
+def _without_tensors(value: Any, tensors: list[Tensor]) -> Any:
+    """The value as JSON can hold it: a tensor becomes {"tensor": its number}, a dict {"items": its pairs}.
+
+    Pairs, since the keys of JSON objects are strings, and optimisers number their parameters.
+    """
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return {"tensor": str(len(tensors) - 1)}
+    if isinstance(value, dict):
+        return {"items": [[key, _without_tensors(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(item, tensors) for item in value]
+    return value
+
+
+def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `_without_tensors`."""
+    if isinstance(value, list):
+        return [_with_tensors(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    return {key: _with_tensors(item, tensors) for key, item in value["items"]}

@@ -1,0 +1,74 @@
+"""What becomes of a served request's trace: left out, held out for the gate, or trained on.
+
+Answers that repeat themselves are left out of training and of the gate: they are easy to predict, so they would teach
+the draft to loop, and would make every draft look good at the gate. Leaves out where traces come from
+(learn/online/loop.py, learn/offline/replay.py), which of them a batch takes (learn/data/online_batcher.py), and what a
+domain is (modules/domains/controller.py).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from aurora_lit.learn.data.labelled_trace import crop, first_trained_position
+from aurora_lit.learn.data.online_batcher import OnlineBatcher
+from aurora_lit.learn.online.gate import HeldOut
+from aurora_lit.modules.domains.controller import DomainController
+from aurora_lit.traces.record import Trace
+
+GRAM_TOKENS = 4
+"""Length of the n-grams by which repetition is measured."""
+_MIN_GRAMS = 16
+"""With fewer n-grams an answer is too short to count as looping."""
+
+
+class TraceIntake:
+    """Sends each trace to the held-out requests or to the training batches, with its domain.
+
+    >>> intake = TraceIntake(controller, batcher, held_out, max_repeated_share=0.7, max_held_out_positions=1024)
+    >>> intake.add(trace).domain                # None: its answer loops, it was left out
+    """
+
+    def __init__(
+        self,
+        controller: DomainController,
+        batcher: OnlineBatcher,
+        held_out: HeldOut,
+        *,
+        max_repeated_share: float,
+        max_held_out_positions: int,
+    ) -> None:
+        """max_repeated_share: larger shares of repeated n-grams are looping; 1 leaves nothing out.
+        max_held_out_positions: longer held-out traces are cropped.
+        """
+        self._controller, self._batcher, self._held_out = controller, batcher, held_out
+        self._max_repeated_share = max_repeated_share
+        self._max_held_out_positions = max_held_out_positions
+        self.num_looping = 0
+        """Traces left out because their answer loops."""
+
+    def add(self, trace: Trace) -> Trace | None:
+        """The trace with its domain, after it was added to the held-out requests or the batches; None if left out."""
+        if is_looping(trace, max_repeated_share=self._max_repeated_share):
+            self.num_looping += 1
+            return None
+        trace = self._controller.assign_domain(trace)
+        if not self._held_out.is_held_out(trace.request_id):
+            self._batcher.add(trace)
+        elif first_trained_position(trace) < len(trace.token_ids_T):
+            self._held_out.add(crop(trace, self._max_held_out_positions))
+        return trace
+
+
+def is_looping(trace: Trace, *, max_repeated_share: float) -> bool:
+    """True if a larger share than this of the answer's n-grams occurred in it before; the prompt does not count."""
+    return repeated_share(trace.token_ids_T[trace.answer_start :]) > max_repeated_share
+
+
+def repeated_share(token_ids_T: torch.Tensor) -> float:
+    """Share of n-grams that occurred earlier in the sequence; 0 for one with fewer than `_MIN_GRAMS` n-grams."""
+    num_grams = len(token_ids_T) - GRAM_TOKENS + 1
+    if num_grams < _MIN_GRAMS:
+        return 0.0
+    grams_NG = token_ids_T.unfold(0, GRAM_TOKENS, 1)
+    return 1 - len(torch.unique(grams_NG, dim=0)) / num_grams

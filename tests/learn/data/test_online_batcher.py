@@ -1,0 +1,165 @@
+"""Which traces a batch takes: live and replayed ones, the most informative first, a bounded share a client."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.live_traces import serve, some_requests
+from support.tiny_models import random_draft
+
+from aurora_lit.learn.data.online_batcher import MAX_PASSES, OnlineBatcher, informativeness
+from aurora_lit.learn.data.reservoir import Reservoir
+from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.models.target import Target
+from aurora_lit.modules.losses.batch import OnlineBatch
+from aurora_lit.traces.record import Trace
+
+
+def make_batcher(target_head: TargetHead, folder: Path, **changes: float) -> OnlineBatcher:
+    fields = {"batch_positions": 128, "replay_share": 0.5, "live_bytes": 1 << 24, **changes}
+    return OnlineBatcher(target_head, Reservoir(folder / "r", limit_bytes=1 << 24, seed=0), **fields)  # type: ignore[arg-type]
+
+
+def test_batches_mix_live_and_remembered_and_stay_within_their_size(
+    target_head: TargetHead, served: list[Trace], tmp_path: Path
+) -> None:
+    batcher = make_batcher(target_head, tmp_path)
+    assert batcher.next_batch(oldest_fresh=0) is None
+    for trace in served:
+        batcher.add(trace)
+    batches = []
+    while batch := batcher.next_batch(oldest_fresh=0):
+        batches.append(batch)
+    assert all(batch.traces.token_ids_BT.numel() <= 128 for batch in batches)
+    assert sum(int(batch.live_B.sum()) for batch in batches) == len(served), "each is live once"
+    assert any(batch.live_B.any() and not batch.live_B.all() for batch in batches)
+    assert batcher.positions_out == pytest.approx(MAX_PASSES * batcher.positions_in, abs=128)
+    assert (batcher.num_stale, len(batcher.reservoir)) == (0, len(served))
+
+
+def test_uniform_selection_ignores_rejections(target_head: TargetHead, served: list[Trace], tmp_path: Path) -> None:
+    worth = {trace.request_id: informativeness(trace) for trace in served}
+    order = []
+    for seed, choice in ((0, "informative"), (0, "uniform"), (1, "uniform")):
+        batcher = OnlineBatcher(
+            target_head,
+            Reservoir(tmp_path / f"{choice}-{seed}", limit_bytes=1 << 24, seed=0),
+            batch_positions=40,
+            replay_share=0.0,
+            live_bytes=1 << 24,
+            selection=choice,
+            seed=seed,
+        )
+        for trace in served:
+            batcher.add(replace(trace, domain=trace.request_id))
+        taken: list[str] = []
+        while len(taken) < len(served):
+            batch = batcher.next_batch(oldest_fresh=0)
+            assert batch is not None
+            taken += batch.traces.domains
+        order.append(taken)
+    assert len({tuple(taken) for taken in order}) == 3
+    assert all(sorted(taken) == sorted(worth) for taken in order)
+    by_worth = [[worth[name] for name in taken] for taken in order]
+    assert sum(by_worth[0][:8]) > sum(by_worth[1][:8])
+
+
+def test_the_most_informative_come_first_and_the_oldest_make_room(
+    target_head: TargetHead, served: list[Trace], tmp_path: Path
+) -> None:
+    batcher = make_batcher(target_head, tmp_path, replay_share=0.0, batch_positions=60)
+    for trace in served:
+        batcher.add(trace)
+    batch = batcher.next_batch(oldest_fresh=9)
+    assert batch is not None
+    best = max(map(informativeness, served))
+    ids_T = batch.traces.token_ids_BT[0]
+    first = next(t for t in served if torch.equal(t.token_ids_T.long(), ids_T[: len(t.token_ids_T)]))
+    assert informativeness(first) == best
+    assert batcher.num_stale == len(batch.live_B)
+    small = make_batcher(target_head, tmp_path / "..", live_bytes=served[-1].num_bytes + 10)
+    small.reservoir.add(served[0])
+    for trace in served:
+        small.add(trace)
+    assert len(small.reservoir) == len(served), "all but the newest were let go to the reservoir"
+
+
+@pytest.fixture(scope="module")
+def traffic(target: Target) -> list[Trace]:
+    return serve(target, random_draft(target), some_requests(24, max_tokens=40, temperature=1.0))
+
+
+def limited_batcher(target_head: TargetHead, folder: Path, **changes: float) -> OnlineBatcher:
+    """No replay, and at most half of a batch for one client."""
+    folder.mkdir(exist_ok=True)
+    fields = {"batch_positions": 256, "replay_share": 0.0, "max_client_share": 0.5, **changes}
+    return make_batcher(target_head, folder, **fields)
+
+
+def positions_of(batch: OnlineBatch, who: dict[tuple[int, ...], str]) -> Counter[str]:
+    """Positions of the batch by client; a row is known by its tokens."""
+    found: Counter[str] = Counter()
+    for ids_T in batch.traces.token_ids_BT.tolist():
+        name, length = next((name, len(ids)) for ids, name in who.items() if tuple(ids_T[: len(ids)]) == ids)
+        found[name] += length
+    return found
+
+
+@pytest.mark.parametrize("replay_share", [0.0, 0.5])
+def test_one_client_cannot_fill_more_than_its_share_of_a_batch(
+    target_head: TargetHead, traffic: list[Trace], tmp_path: Path, replay_share: float
+) -> None:
+    names = ["flood"] * 20 + ["ann", "bob", "", ""]
+    traces = [replace(trace, client=name) for trace, name in zip(traffic, names, strict=True)]
+    who = {tuple(trace.token_ids_T.tolist()): trace.client for trace in traces}
+    batcher = limited_batcher(target_head, tmp_path, replay_share=replay_share)
+    for trace in traces:
+        batcher.add(trace)
+    shares: list[Counter[str]] = []
+    while batch := batcher.next_batch(oldest_fresh=0):
+        shares.append(positions_of(batch, who))
+    assert max(share["flood"] for share in shares) > 64, "it has its share"
+    assert max(share["flood"] for share in shares) <= 128
+    assert {name for share in shares for name in share} == {"flood", "ann", "bob", ""}, "all came to teach"
+    assert (batcher.num_over_share > 0) == (not replay_share), "half of a batch is replay, so none has to wait"
+    free = limited_batcher(target_head, tmp_path / "free", replay_share=replay_share, max_client_share=1.0)
+    for trace in traces:
+        free.add(trace)
+    batch = free.next_batch(oldest_fresh=0)
+    assert batch is not None
+    assert free.num_over_share == 0
+    if not replay_share:
+        assert positions_of(batch, who)["flood"] > 128, "what the setting prevents"
+
+
+def test_a_single_client_and_unknown_clients_are_not_limited(
+    target_head: TargetHead, traffic: list[Trace], tmp_path: Path
+) -> None:
+    for name in ("ann", ""):
+        batcher = limited_batcher(target_head, tmp_path / name, batch_positions=256)
+        for trace in traffic[:12]:
+            batcher.add(replace(trace, client=name))
+        if not name:
+            batcher.add(replace(traffic[12], client="ann"))
+        batch = batcher.next_batch(oldest_fresh=0)
+        assert batch is not None
+        assert int((batch.traces.weight_BT > 0).sum()) > 150
+
+
+def test_a_trace_longer_than_its_clients_share_is_cropped_to_its_end(
+    target_head: TargetHead, traffic: list[Trace], tmp_path: Path
+) -> None:
+    batcher = limited_batcher(target_head, tmp_path, batch_positions=100, max_client_share=0.2)
+    for n, trace in enumerate(traffic[:2]):
+        batcher.add(replace(trace, client=str(n)))
+    batch = batcher.next_batch(oldest_fresh=0)
+    assert batch is not None
+    lengths = [len(trace.token_ids_T) for trace in traffic[:2]]
+    assert batch.traces.token_ids_BT.shape == (2, 20)
+    assert min(lengths) > 20
+    for trace in traffic[:2]:
+        assert trace.token_ids_T[-20:].tolist() in batch.traces.token_ids_BT.tolist()

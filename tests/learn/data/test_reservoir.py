@@ -1,0 +1,67 @@
+"""The reservoir is a fair, bounded sample of past traces that survives a restart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from aurora_lit.learn.data.reservoir import Reservoir
+from aurora_lit.traces.record import Trace
+
+
+def a_trace(*, domain: str = "a", length: int = 20, request_id: str = "r", mark: int = 0) -> Trace:
+    """A greedy trace without rounds; `mark` can be found again in its tokens."""
+    return Trace(
+        request_id=request_id,
+        domain=domain,
+        verify="greedy",
+        answer_start=4,
+        token_ids_T=torch.full((length,), mark, dtype=torch.int32),
+        aux_T3H=torch.zeros(length, 12, dtype=torch.bfloat16),
+        last_TH=torch.zeros(length, 4, dtype=torch.bfloat16),
+    )
+
+
+def test_the_reservoir_keeps_a_fair_sample_within_its_bytes_and_spares_rare_domains(tmp_path: Path) -> None:
+    size = a_trace().num_bytes
+    reservoir = Reservoir(tmp_path / "r", limit_bytes=40 * (size + 1500), seed=0)
+    for mark in range(5):
+        reservoir.add(a_trace(domain="rare", mark=mark))
+    for mark in range(1000):
+        reservoir.add(a_trace(domain="busy", mark=mark))
+        assert sum(path.stat().st_size for path in (tmp_path / "r").iterdir()) <= 40 * (size + 1500)
+    assert reservoir.domains["rare"] == 5
+    assert 25 <= reservoir.domains["busy"] <= 50
+    found = [reservoir.sample() for _ in range(400)]
+    domains = Counter(trace.domain for trace in found if trace)
+    assert 140 < domains["rare"] < 260, "each domain is as likely"
+    marks = {int(trace.token_ids_T[0]) for trace in found if trace and trace.domain == "busy"}
+    assert 300 < sum(marks) / len(marks) < 700, "old and new alike"
+
+
+def test_heavier_traces_are_more_likely_to_stay(tmp_path: Path) -> None:
+    reservoir = Reservoir(tmp_path / "r", limit_bytes=60_000, seed=1)
+    for mark in range(600):
+        reservoir.add(a_trace(mark=mark % 2), weight=1.0 if mark % 2 else 0.1)
+    marks = Counter(int(t.token_ids_T[0]) for _ in range(300) if (t := reservoir.sample()))
+    assert marks[1] > 5 * marks[0]
+
+
+def test_a_reservoir_is_reopened_without_its_damaged_traces(tmp_path: Path) -> None:
+    first = Reservoir(tmp_path / "r", limit_bytes=1 << 20, seed=0)
+    for mark in range(6):
+        first.add(a_trace(domain=f"d{mark % 2}", mark=mark))
+    files = sorted((tmp_path / "r").iterdir())
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    files[0].write_bytes(b"damaged")
+    (tmp_path / "r" / "0000000009-0x1p-1.trace.tmp").write_bytes(b"half written")
+    again = Reservoir(tmp_path / "r", limit_bytes=1 << 20, seed=0)
+    assert (len(again), again.domains) == (5, {"d1": 3, "d0": 2})
+    assert again.num_bytes == sum(path.stat().st_size for path in (tmp_path / "r").iterdir())
+    assert again.add(a_trace(mark=7))
+    assert len(again) == 6
+    for path in (tmp_path / "r").iterdir():
+        path.write_bytes(b"damaged later")
+    assert again.sample() is None

@@ -1,0 +1,21 @@
+"""Traffic that the tests of the online learner share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support.live_traces import serve, some_requests
+from support.tiny_models import random_draft
+
+from aurora_lit.models.target import Target
+from aurora_lit.traces.record import Trace
+
+
+@pytest.fixture(scope="session")
+def traffic(target: Target) -> list[Trace]:
+    """Few prompts asked often: what a draft of a random target can learn. Some rounds explore, some requests draw."""
+    asked = [*some_requests(10), *some_requests(4, seed=1, temperature=0.5)]
+    requests = [replace(r, request_id=f"{n}-{r.request_id}") for n in range(4) for r in asked]
+    draft = random_draft(target)
+    return serve(target, draft, requests, explore_share=0.5, explore_temperature=1.0, explore_seed=1)

@@ -1,0 +1,78 @@
+"""The budget holds learning to a share of the processors' time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from aurora_lit.learn.online.budget import Budget, ServerLoad
+
+
+class FakeMachine:
+    """Wall and processor time, moved by hand."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 100.0
+
+    def work(self, cpu_s: float, *, slowdown: float = 1.0) -> None:
+        self.cpu += cpu_s
+        self.wall += cpu_s * slowdown
+
+    def sleep(self, seconds: float) -> None:
+        self.wall += seconds
+
+
+def a_budget(machine: FakeMachine, **changes: Any) -> Budget:
+    fields = {"full_load_share": 0.0, "minimum_share": 0.0, "cpus": 2, **changes}
+    return Budget(**fields, wall_s=lambda: machine.wall, cpu_s=lambda: machine.cpu)
+
+
+@pytest.mark.parametrize(("share", "step_s", "slowdown"), [(0.04, 2.0, 1.0), (0.04, 0.05, 3.0), (0.3, 0.5, 1.5)])
+@pytest.mark.parametrize(
+    ("load", "most"), [(ServerLoad.SPARE, 1.0), (ServerLoad.FULL, 0.03), (ServerLoad.QUEUEING, 0.01)]
+)
+def test_the_budget_holds_its_share_within_a_fifth(
+    share: float, step_s: float, slowdown: float, load: ServerLoad, most: float
+) -> None:
+    machine = FakeMachine()
+    budget = a_budget(machine, share=share, full_load_share=0.03, minimum_share=0.01)
+    machine.sleep(30)  # nothing to do at first: only a little of that is kept
+    began_wall, began_cpu = machine.wall, machine.cpu
+    while machine.wall < began_wall + 3600:
+        if wait_s := budget.wait_s(load):
+            machine.sleep(min(wait_s, 0.2))
+        else:
+            machine.work(step_s, slowdown=slowdown)
+    used = (machine.cpu - began_cpu) / (2 * (machine.wall - began_wall))
+    assert used == pytest.approx(min(share, most), rel=0.2)
+
+
+def test_a_long_idle_time_is_not_caught_up_with() -> None:
+    machine = FakeMachine()
+    budget = a_budget(machine, share=0.04)
+    machine.sleep(3600)
+    began = machine.cpu
+    while budget.wait_s(ServerLoad.SPARE) == 0:
+        machine.work(0.05)
+    assert machine.cpu - began < 1.0
+
+
+def test_the_measured_share_is_that_of_the_last_minute() -> None:
+    machine = FakeMachine()
+    budget = a_budget(machine, share=0.5)
+    machine.work(60)
+    assert budget.wait_s(ServerLoad.SPARE) == 0
+    assert budget.measured_share == pytest.approx(0.5)
+    for _ in range(100):
+        machine.sleep(1)
+        budget.wait_s(ServerLoad.SPARE)
+    assert budget.measured_share == pytest.approx(0)
+
+
+def test_with_a_minimum_share_of_0_nothing_is_learned_while_requests_queue() -> None:
+    machine = FakeMachine()
+    budget = a_budget(machine, share=0.5, cpus=1)
+    machine.work(1)
+    assert budget.wait_s(ServerLoad.QUEUEING) == float("inf")
+    assert budget.wait_s(ServerLoad.SPARE) == pytest.approx(2.0), "what was worked while requests queued earned nothing"

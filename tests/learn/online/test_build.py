@@ -1,0 +1,99 @@
+"""Building a loop: an untrained draft, what is missing, and where metrics are logged."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers import tensorboard
+from support.learner_harness import ServerStandIn
+from support.tiny_models import random_draft
+
+from aurora_lit.config import AuroraConfig, load_config
+from aurora_lit.drafts.checkpoint import load_draft
+from aurora_lit.errors import AuroraError
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.learn.online.build import _loggers
+from aurora_lit.models.target import Target
+
+
+@pytest.fixture
+def server(folder: Path, target: Target, tmp_path: Path) -> ServerStandIn:
+    return ServerStandIn(tmp_path, folder, random_draft(target))
+
+
+def test_learning_from_scratch_publishes_an_untrained_draft_of_the_same_shape(
+    server: ServerStandIn, target: Target
+) -> None:
+    from aurora_lit.learn.online.build import build_loop
+
+    config = load_config(None, [*server.overrides, "learn.from_scratch=true"])
+    status = EngineStatusPage.open(server.run_folder / STATUS_NAME)
+    with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
+        assert server.store.current() == loop.learner.version == "draft-000001"
+        draft = load_draft(server.store.folder / "draft-000001", target)
+    configured = load_draft(server.folder / "start", target)
+    shapes = {name: tensor.shape for name, tensor in configured.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in draft.state_dict().items()} == shapes
+    assert torch.equal(draft.draft_token_ids, configured.draft_token_ids)
+    assert not torch.allclose(draft.lm_head.weight, configured.lm_head.weight, atol=0.01)
+
+
+def test_errors_without_a_draft_or_a_server_name_the_remedy(server: ServerStandIn, tmp_path: Path) -> None:
+    from aurora_lit.learn.online.build import build_loop
+
+    config = load_config(None, [*server.overrides, "draft.checkpoint=null"])
+    status = EngineStatusPage.open(server.run_folder / STATUS_NAME)
+    with (
+        pytest.raises(AuroraError, match="learn.from_scratch=true"),
+        build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status),
+    ):
+        pass
+    with (
+        pytest.raises(AuroraError, match="is the server running"),
+        build_loop(config, tmp_path, tmp_path / RING_NAME, server.page, status),
+    ):
+        pass
+
+
+WRITERS = ("tensorboard", "tensorboardX")
+
+
+needs_a_writer = pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, WRITERS)), reason="neither tensorboard nor tensorboardX is installed"
+)
+
+
+def log_one(folder: Path) -> Fabric:
+    config = AuroraConfig()
+    loggers = _loggers(replace(config, learn=replace(config.learn, logs=str(folder))))
+    fabric = Fabric(accelerator="cpu", devices=1, loggers=loggers)
+    fabric.log_dict({"loss": 0.5}, step=3)
+    for logger in loggers:
+        logger.finalize("success")
+    return fabric
+
+
+def csv_lines(folder: Path) -> list[str]:
+    (path,) = folder.rglob("metrics.csv")
+    return path.read_text().split()
+
+
+def test_without_tensorboard_metrics_are_in_the_csv_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorboard, "_TENSORBOARD_AVAILABLE", False)
+    monkeypatch.setattr(tensorboard, "_TENSORBOARDX_AVAILABLE", False)
+    assert len(log_one(tmp_path).loggers) == 1
+    assert csv_lines(tmp_path) == ["loss,step", "0.5,3"]
+
+
+@needs_a_writer
+def test_with_tensorboard_metrics_are_in_both(tmp_path: Path) -> None:
+    assert len(log_one(tmp_path).loggers) == 2
+    assert csv_lines(tmp_path) == ["loss,step", "0.5,3"]
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    assert b"loss" in events.read_bytes()

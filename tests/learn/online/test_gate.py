@@ -1,0 +1,169 @@
+"""The gate: scores equal what an engine accepts, and only a better draft passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from support.live_traces import online_module, serve, some_requests
+from support.tiny_models import random_draft
+
+from aurora_lit.learn.data.labelled_trace import (
+    label_for_gate,
+)
+from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.online.gate import HeldOut, HeldOutRequest, decide, score_requests
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.traces.record import Trace
+
+
+def held(trace: Trace, target_head: TargetHead) -> HeldOutRequest:
+    label = partial(label_for_gate, target_head=target_head)
+    return HeldOutRequest(request_id=trace.request_id, domain=trace.domain, label=label, traces=[trace])
+
+
+def test_the_score_of_a_greedy_request_is_what_the_engine_accepts(
+    target: Target, target_head: TargetHead, taught_draft: Eagle3Draft
+) -> None:
+    """Two neighbouring roots at a time, the engine's own acceptance from each, cut off where the piece ends."""
+    requests = [*some_requests(4), *some_requests(2, seed=8)]  # known ones and new ones
+    module = online_module(target, taught_draft)
+    same = kinds = 0
+    for trace in serve(target, taught_draft, requests):
+        tokens = trace.token_ids_T.tolist()
+        accepted = {}
+        for root in range(2, len(tokens) - 1):
+            again = replace(some_requests(1)[0], request_id="x", prompt_ids=tuple(tokens[: root + 1]))
+            served = serve(target, taught_draft, [replace(again, params=replace(again.params, max_tokens=5))])[0]
+            accepted[root] = int(served.num_accepted_R[0])
+        kinds += len(set(accepted.values()))
+        for root in range(2, len(tokens) - 3):
+            cut = root + 4
+            piece = replace(
+                trace,
+                answer_start=root + 1,
+                token_ids_T=trace.token_ids_T[:cut],
+                aux_T3H=trace.aux_T3H[:cut],
+                last_TH=trace.last_TH[:cut],
+                lse_T=None,
+            )
+            ((_, score),) = score_requests(module, [held(piece, target_head)], batch_positions=64)
+            wanted = [min(accepted[r], cut - 1 - r) for r in (root, root + 1, root + 2)]
+            same += score == pytest.approx(1 + sum(wanted) / 3)
+    # A trace is bf16: two nearly equal first choices may change places.
+    assert same >= 0.95 * 6 * 21, same
+    assert kinds > 12, "or hardly anything is accepted here"
+
+
+def test_the_score_of_a_free_request_is_the_overlap_of_the_two_distributions(
+    target: Target, target_head: TargetHead, taught_draft: Eagle3Draft
+) -> None:
+    traces = serve(target, taught_draft, some_requests(2, seed=9, temperature=0.6))
+    module = online_module(target, taught_draft, num_steps=1)
+    for trace in traces:
+        ((_, score),) = score_requests(module, [held(trace, target_head)], batch_positions=64)
+        ids_BT = trace.token_ids_T.long()[None]
+        with torch.no_grad():
+            aux, last = target.forward_uncached(ids_BT)
+            embeds = torch.nn.functional.embedding(ids_BT, module.embedding_VH)
+            places = torch.arange(ids_BT.shape[1] - 1)[None]
+            chain = taught_draft.project_qkv(embeds[:, 1:], taught_draft.combine_hidden_states(aux)[:, :-1], places)
+            query, key, value = (x[0] for x in chain)
+            key, value = (x.repeat_interleave(query.shape[0] // x.shape[0], dim=0) for x in (key, value))
+            attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            hidden = taught_draft.complete_layer(
+                attended.transpose(0, 1).flatten(1)[None], taught_draft.combine_hidden_states(aux)[:, :-1]
+            )
+            q_TD = (taught_draft.compute_logits(hidden)[0] / 0.6).softmax(-1)
+            p_TV = (target.logits(last)[0] / 0.6).softmax(-1)
+        alpha_T = torch.minimum(p_TV[1:, taught_draft.draft_token_ids], q_TD).sum(-1)
+        assert score == pytest.approx(1 + float(alpha_T[1:-1].mean()), abs=0.02)
+
+
+def test_a_segmented_request_counts_once(target_head: TargetHead, target: Target, served: list[Trace]) -> None:
+    held_out = HeldOut(num_newest=3, seed=0, label=partial(label_for_gate, target_head=target_head))
+    for trace in [*served[:5], served[4]]:
+        held_out.add(trace)
+    assert [len(request.labelled_traces) for request in held_out.newest] == [1, 1, 2]
+    assert len(list(held_out)) == 5, "the oldest two are remembered by domain"
+
+
+def test_older_requests_are_kept_by_domain_within_bounds(target_head: TargetHead, served: list[Trace]) -> None:
+    held_out = HeldOut(num_newest=2, seed=0, label=partial(label_for_gate, target_head=target_head))
+    for i in range(300):
+        held_out.add(replace(served[0], request_id=str(i), domain="rare" if i < 3 else f"busy{i % 3}"))
+    assert len(held_out.old["rare"]) == 3
+    assert sum(map(len, held_out.old.values())) <= 64
+    assert {len(held_out.old[f"busy{i}"]) for i in range(3)} == {16}
+
+
+def test_a_share_of_requests_is_held_out_with_all_its_segments() -> None:
+    taken = [HeldOut.is_held_out(f"cmpl-{i}") for i in range(3000)]
+    assert 0.12 < sum(taken) / 3000 < 0.22
+    assert taken == [HeldOut.is_held_out(f"cmpl-{i}") for i in range(3000)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "passed"),
+    [
+        ([0.1, 0.2, 0.0, 0.3, 0.1, 0.1], True),
+        ([-0.1, -0.2, 0.0, -0.3, -0.1, -0.1], False),
+        ([0.0] * 6, False),  # the same draft again
+    ],
+)
+def test_the_gate_lets_only_a_better_draft_pass(changes: list[float], passed: bool) -> None:
+    pairs = [(2.0, 2.0 + change) for change in changes]
+    assert decide(pairs, {"chat": pairs}).passed is passed
+
+
+def test_the_gate_refuses_a_draft_that_is_worse_in_one_domain() -> None:
+    better, worse = [(2.0, 2.4 + i / 50) for i in range(12)], [(2.0, 1.8 + i / 50) for i in range(8)]
+    noisy = [(2.0, 1.0), (2.0, 2.9), (2.0, 1.5), (2.0, 2.4)]
+    assert decide(better, {"new": better, "noisy": noisy}).passed
+    decision = decide(better, {"new": better, "old": worse})
+    assert not decision.passed
+    assert "'old'" in decision.reason
+
+
+def test_equal_drafts_are_rarely_refused_for_a_domain_however_many_domains_there_are() -> None:
+    chance = torch.Generator().manual_seed(0)
+    better = [(2.0, 2.4 + i / 50) for i in range(12)]
+
+    def refused(shift: float, requests: int) -> float:
+        changes = shift + torch.randn(1000, 8, requests, generator=chance)
+        verdicts = [
+            decide(better, {str(i): [(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)})
+            for table in changes.tolist()
+        ]
+        return sum(not decision.passed for decision in verdicts) / 1000
+
+    assert 0.02 < refused(0.0, requests=3) < 0.08
+    assert 0.02 < refused(0.0, requests=12) < 0.08
+    assert refused(-1.0, requests=12) > 0.95
+
+
+def test_equal_drafts_pass_one_time_in_four_and_better_ones_nearly_always() -> None:
+    chance = torch.Generator().manual_seed(0)
+
+    def passed(shift: float, requests: int) -> float:
+        changes = shift + torch.randn(2000, requests, generator=chance)
+        return sum(decide([(2.0, 2.0 + c) for c in row], {}).passed for row in changes.tolist()) / 2000
+
+    assert 0.22 < passed(0.0, requests=6) < 0.28
+    assert 0.22 < passed(0.0, requests=32) < 0.28
+    assert passed(0.5, requests=32) > 0.95
+
+
+def test_a_worse_draft_scores_worse(target: Target, target_head: TargetHead, taught_draft: Eagle3Draft) -> None:
+    scored = [held(trace, target_head) for trace in serve(target, taught_draft, some_requests(6))]
+    good, bad = (
+        dict(score_requests(online_module(target, draft), scored, batch_positions=64))
+        for draft in (taught_draft, random_draft(target, seed=3))
+    )
+    pairs = [(good[request], bad[request]) for request in scored]
+    decision = decide(pairs, {"chat": pairs})
+    assert not decision.passed
+    assert decision.champion > decision.challenger + 0.2

@@ -1,0 +1,67 @@
+"""Traces with looping answers reach neither the batches nor the gate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.learner_harness import LearnerHarness
+from support.live_traces import serve, some_requests
+from support.tiny_models import random_draft
+
+from aurora_lit.learn.online.gate import HeldOut
+from aurora_lit.learn.online.intake import is_looping, repeated_share
+from aurora_lit.models.target import Target
+from aurora_lit.traces.record import Trace
+
+
+@pytest.fixture(scope="module")
+def traffic(target: Target) -> list[Trace]:
+    return serve(target, random_draft(target), some_requests(24, max_tokens=40, temperature=1.0))
+
+
+def test_the_share_of_repeated_grams() -> None:
+    assert repeated_share(torch.arange(40)) == 0.0
+    assert repeated_share(torch.arange(4).repeat(10)) == pytest.approx(1 - 4 / 37)
+    assert repeated_share(torch.cat([torch.arange(23), torch.arange(20)])) == pytest.approx(17 / 40)
+    assert repeated_share(torch.zeros(18)) == 0.0, "too short to tell"
+
+
+def with_answer(trace: Trace, answer: torch.Tensor) -> Trace:
+    """A trace without rounds whose answer is this."""
+    start, length = trace.answer_start, trace.answer_start + len(answer)
+    tokens = torch.cat([trace.token_ids_T[:start], answer.int()])
+    none = replace(Trace(answer_start=0, token_ids_T=tokens, aux_T3H=trace.aux_T3H, last_TH=trace.last_TH))
+    rounds = {name: getattr(none, name) for name in vars(none) if name.endswith(("_R", "_RK", "_NH"))}
+    return replace(trace, token_ids_T=tokens, aux_T3H=trace.aux_T3H[:length], last_TH=trace.last_TH[:length], **rounds)
+
+
+def test_only_repetition_in_the_answer_counts_and_the_setting_sets_how_much(traffic: list[Trace]) -> None:
+    trace = traffic[0]
+    loop = with_answer(trace, torch.arange(5).repeat(6))
+    assert is_looping(loop, max_repeated_share=0.7)
+    assert not is_looping(loop, max_repeated_share=1.0)
+    in_prompt = replace(loop, answer_start=len(loop.token_ids_T) - 12)
+    assert not is_looping(in_prompt, max_repeated_share=0.7), "the loop is in the prompt"
+
+
+def test_loops_reach_neither_batches_nor_the_gate_and_are_counted(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    harness = LearnerHarness(target, tmp_path, max_repeated_share=0.7)
+    loops = [
+        replace(with_answer(trace, torch.arange(5).repeat(7)), request_id=f"loop {n}")
+        for n, trace in enumerate(traffic)
+    ]
+    assert any(HeldOut.is_held_out(loop.request_id) for loop in loops)
+    harness.ring.records.extend([*loops, *traffic])
+    harness.tick_until(lambda: not harness.ring.records)
+    harness.loop.tick()
+    page = harness.page.read()
+    assert (page.looping, page.records) == (len(loops), len(loops) + len(traffic))
+    assert len(harness.loop.held_out.newest) == sum(HeldOut.is_held_out(trace.request_id) for trace in traffic)
+    names = {trace.request_id for _ in range(50) if (trace := harness.loop.batcher.reservoir.sample())}
+    assert names
+    assert not any(name.startswith("loop") for name in names)

@@ -1,0 +1,109 @@
+"""The learner: steps on bad batches, averaged weights, saving and resuming."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from support.live_traces import make_controller, online_module
+from support.tiny_models import random_draft
+
+from aurora_lit.learn.data.labelled_trace import label_trace, online_batch
+from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.online.learner import Learner
+from aurora_lit.models.target import Target
+from aurora_lit.modules.domains.detector import DomainDetector
+from aurora_lit.traces.record import Trace
+
+
+def test_a_batch_with_a_loss_that_is_not_finite_changes_nothing(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    target_head, module = TargetHead(target), online_module(target, random_draft(target))
+    learner = Learner(module, make_controller(), tmp_path / "s", target_head=target_head, version="start")
+    labelled = label_trace(traffic[0], target_head)
+    aux_T3H = labelled.trace.aux_T3H.clone()
+    aux_T3H[4, 0] = float("nan")
+    before = copy.deepcopy(learner.draft.state_dict())
+    poison = replace(labelled, trace=replace(labelled.trace, aux_T3H=aux_T3H))
+    assert learner.update(online_batch([poison], [], oldest_fresh=0)) is None
+    assert (learner.num_nonfinite, learner.steps) == (1, 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in learner.draft.state_dict().items())
+    assert learner.update(online_batch([labelled], [], oldest_fresh=0)) is not None
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in learner.draft.state_dict().items())
+
+
+def test_the_averaged_draft_has_the_running_average_of_the_weights(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    target_head, start = TargetHead(target), random_draft(target)
+    batch = online_batch([label_trace(trace, target_head) for trace in traffic[:6]], [], oldest_fresh=0)
+    learner = Learner(
+        online_module(target, copy.deepcopy(start)),
+        make_controller(),
+        tmp_path / "s",
+        target_head=target_head,
+        version="start",
+        ema_decay=0.8,
+    )
+
+    def averaged() -> dict[str, torch.Tensor]:
+        with learner.averaged() as module:
+            assert module.draft is learner.draft
+            return copy.deepcopy(module.draft.state_dict())
+
+    expected = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    for _ in range(4):
+        learner.update(batch)
+        for name, tensor in learner.draft.state_dict().items():
+            if tensor.is_floating_point():
+                expected[name].mul_(0.8).add_(tensor, alpha=0.2)
+    for name, tensor in averaged().items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
+    with learner.averaged():
+        pass
+    assert not torch.equal(learner.draft.lm_head.weight, expected["lm_head.weight"]), "learning has its own weights"
+    learner.restart_from(start, version="start")
+    assert all(torch.equal(tensor, start.state_dict()[name]) for name, tensor in averaged().items())
+
+
+def test_a_resumed_learner_continues_as_if_it_had_not_stopped(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    target_head = TargetHead(target)
+    batch = online_batch([label_trace(trace, target_head) for trace in traffic[:6]], [], oldest_fresh=0)
+
+    def a_learner(seed: int) -> Learner:
+        controller = make_controller(detector=DomainDetector(max_domains=4, novelty_threshold=0.7), min_lr_factor=0.1)
+        module = online_module(target, random_draft(target, seed=seed))
+        return Learner(module, controller, tmp_path / "state", target_head=target_head, version="start", ema_decay=0.9)
+
+    first = a_learner(0)
+    assert not first.resume(), "there is nothing yet"
+    for trace in traffic[:6]:
+        first.controller.assign_domain(trace)
+    for _ in range(3):
+        first.update(batch)
+    first.version = "draft-000004"
+    first.save()
+    again = a_learner(5)
+    assert again.resume()
+    assert (again.version, again.steps, again.positions) == ("draft-000004", 3, first.positions)
+    assert again.controller.describe() == first.controller.describe()
+    assert 0 < again.controller.heat == first.controller.heat < 0.9
+    for learner in (first, again):
+        learner.update(batch)
+    with first.averaged(), again.averaged():
+        averages = [copy.deepcopy(learner.draft.state_dict()) for learner in (first, again)]
+    for mine, its in [(first.draft.state_dict(), again.draft.state_dict()), averages]:
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, its[name], msg=name)
+
+    whole = (tmp_path / "state").read_bytes()
+    (tmp_path / "state").write_bytes(whole[: len(whole) // 2])
+    assert not a_learner(5).resume(), "a file cut short is no state"
+    (tmp_path / "state").write_bytes(whole)
+    other = online_module(target, random_draft(target, intermediate_size=96))
+    assert not Learner(other, make_controller(), tmp_path / "state", target_head=target_head, version="start").resume()

@@ -1,0 +1,255 @@
+"""The loop: it improves a draft on traffic, publishes through the gate, follows rollbacks, keeps to its budget."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.learner_harness import LearnerHarness
+from support.live_traces import make_controller, serve, some_requests
+
+from aurora_lit.learn.online.budget import Budget, ServerLoad
+from aurora_lit.learn.online.gate import HeldOut
+from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION
+from aurora_lit.models.target import Target
+from aurora_lit.modules.domains.detector import DomainDetector
+from aurora_lit.modules.domains.lr_schedule import DomainSignal, SignalRange
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.traces.record import Trace, to_bytes
+
+
+def accepted_length(target: Target, draft: Eagle3Draft) -> float:
+    """Tokens a round that the engine gets with a draft on greedy prompts of the traffic."""
+    traces = serve(target, draft, some_requests(10))
+    accepted = torch.cat([trace.num_accepted_R for trace in traces])
+    return 1 + float(accepted.float().mean())
+
+
+@pytest.fixture(scope="module")
+def learned(
+    target: Target, traffic: list[Trace], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LearnerHarness, Eagle3Draft]:
+    """A learner that has published twice, and the second draft."""
+    harness = LearnerHarness(target, tmp_path_factory.mktemp("learned"), publish_every_steps=40)
+    harness.ring.records.extend(traffic * 12)  # as if the same prompts were asked again and again
+    harness.tick_until(lambda: harness.loop.published >= 2)
+    return harness, harness.served_draft("draft-000002")
+
+
+def test_a_draft_gets_better_on_traffic_and_is_published_through_the_gate(
+    target: Target, traffic: list[Trace], learned: tuple[LearnerHarness, Eagle3Draft]
+) -> None:
+    harness, draft = learned
+    name = "draft-000002"
+    before, after = accepted_length(target, harness.starting), accepted_length(target, draft)
+    assert after > before + 0.3, (before, after)
+    record = harness.store.versions()[1].record
+    assert record["score"] > record["champion_score"]
+    page = harness.page.read()
+    assert (page.records, page.skipped, page.published) == (12 * len(traffic) - len(harness.ring.records), 0, 2)
+    assert page.version == name
+    assert page.steps == harness.learner.steps >= 80
+    assert harness.loop.records > 0
+    remembered = {trace.request_id for _ in range(300) if (trace := harness.loop.batcher.reservoir.sample())}
+    held_out = {request.request_id for request in harness.loop.held_out}
+    assert len(remembered) > 20
+    assert not remembered & held_out
+
+
+def test_the_gate_holds_back_a_draft_that_got_worse(
+    target: Target, traffic: list[Trace], learned: tuple[LearnerHarness, Eagle3Draft], tmp_path: Path
+) -> None:
+    harness = LearnerHarness(target, tmp_path, draft=learned[1])
+    harness.ring.records.extend(traffic * 8)
+    with torch.no_grad():
+        harness.learner.draft.lm_head.weight.zero_()  # and it does not learn
+    for group in (g for optimizer in harness.learner.optimizers for g in optimizer.param_groups):
+        group["lr"] = group["initial_lr"] = 0.0
+    for schedule in harness.learner.schedules:
+        schedule.base_lrs = [0.0]
+    harness.tick_until(lambda: harness.loop.refused_by_gate >= 1)
+    assert harness.store.current() is None
+    assert harness.loop.published == 0
+    assert harness.page.read().gate_refused == 1
+
+
+def test_after_a_rollback_the_learner_continues_from_the_served_draft(
+    learned: tuple[LearnerHarness, Eagle3Draft],
+) -> None:
+    harness, _ = learned
+    first, second = (version.name for version in harness.store.versions())
+    harness.loop._follow_versions()
+    assert harness.learner.version == second
+    harness.store.roll_back(bad=second, reason="test")
+    harness.loop._follow_versions()
+    assert harness.learner.version == first
+    served = harness.served_draft(first).state_dict()
+    assert all(torch.equal(tensor, served[name]) for name, tensor in harness.learner.draft.state_dict().items())
+    assert not any(optimizer.state for optimizer in harness.learner.optimizers)
+
+    # A newer draft of another publisher is the champion, but the learner does not continue from it.
+    forced = harness.served_draft(first)
+    with torch.no_grad():
+        forced.lm_head.weight.zero_()
+    harness.store.publish(forced, record={})
+    mine = copy.deepcopy(harness.learner.draft.state_dict())
+    harness.loop._follow_versions()
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in harness.learner.draft.state_dict().items())
+    assert not harness.loop._champion.draft.lm_head.weight.any()
+
+
+def test_damaged_traces_and_those_without_finite_loss_are_counted_and_change_no_weight(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    harness = LearnerHarness(target, tmp_path)
+    huge = replace(traffic[0], request_id="a", aux_T3H=torch.full_like(traffic[0].aux_T3H, 3e38))
+    other = traffic[1]
+    foreign = replace(
+        other,
+        aux_T3H=torch.cat([other.aux_T3H] * 2, -1),
+        last_TH=torch.cat([other.last_TH] * 2, -1),
+        rejected_last_NH=torch.cat([other.rejected_last_NH] * 2, -1),
+    )
+    bad = [b"", b"no trace", to_bytes(traffic[0])[:-7], to_bytes(traffic[0]).replace(b"aux", b"axu", 1)]
+    harness.ring.records.extend([*bad, foreign, huge])
+    before = copy.deepcopy(harness.learner.draft.state_dict())
+    for _ in range(12):
+        harness.loop.tick()
+    assert harness.loop.skipped + harness.learner.num_nonfinite >= len(bad) + 2
+    assert harness.page.read().skipped >= len(bad) + 2
+    assert harness.learner.steps == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in harness.learner.draft.state_dict().items())
+    harness.ring.records.extend(t for t in traffic if not HeldOut.is_held_out(t.request_id))
+    harness.tick_until(lambda: harness.learner.steps >= 3)
+
+
+@pytest.mark.parametrize(
+    ("load", "activity", "records"),
+    [
+        (ServerLoad.SPARE, "resting: its share is used up", 5),
+        (ServerLoad.FULL, "yielding to requests", 0),
+        (ServerLoad.QUEUEING, "yielding to requests", 0),
+    ],
+)
+def test_without_budget_the_loop_sleeps_and_reads_traces_only_while_slots_are_free(
+    target: Target, traffic: list[Trace], tmp_path: Path, load: ServerLoad, activity: str, records: int
+) -> None:
+    harness = LearnerHarness(target, tmp_path)
+    spent = 0.0
+    harness.loop._budget = Budget(share=0.001, full_load_share=0.001, minimum_share=0.0, cpu_s=lambda: spent)
+    spent, harness.load = 100.0, load
+    harness.ring.records.extend(traffic[:5])
+    for _ in range(3):
+        harness.loop.tick()
+    assert (harness.learner.steps, harness.loop.records, len(harness.naps)) == (0, records, 3)
+    assert harness.page.read().activity == activity
+    assert max(harness.naps) <= 0.2
+
+
+def test_after_repeated_refusals_the_learner_restarts_from_the_served_draft_at_half_the_rate(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    harness = LearnerHarness(target, tmp_path, publish_every_steps=2)
+    harness.held_out.champion_score = 100.0
+    start = copy.deepcopy(harness.learner.draft.state_dict())
+    harness.ring.records.extend(traffic * 4)
+
+    def is_unchanged() -> bool:
+        return all(torch.equal(tensor, start[name]) for name, tensor in harness.learner.draft.state_dict().items())
+
+    harness.tick_until(lambda: harness.loop.refused_by_gate == PATIENCE_TRIALS - 1)
+    assert not is_unchanged()
+    assert harness.learner.schedules[0].backoff == 1
+    harness.tick_until(lambda: harness.loop.refused_by_gate == PATIENCE_TRIALS)
+    assert is_unchanged()
+    assert [schedule.backoff for schedule in harness.learner.schedules] == [0.5, 0.5]
+    harness.held_out.champion_score = 0.0
+    harness.tick_until(lambda: harness.loop.published == 1)
+    assert [schedule.backoff for schedule in harness.learner.schedules] == [1, 1]
+    assert not is_unchanged(), "learning continues from a draft that passed"
+
+
+def test_the_status_page_shows_the_busy_threads_only_while_learning_computes(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    harness = LearnerHarness(target, tmp_path, threads=3)
+    seen: list[int] = []
+    harness.environment.sleep = lambda _: seen.append(harness.page.peek("busy_threads"))
+    harness.loop.tick()  # nothing to do
+    learn = harness.learner.update
+
+    def update(batch: Any) -> Any:
+        seen.append(harness.page.peek("busy_threads"))
+        return learn(batch)
+
+    harness.learner.update = update  # type: ignore[method-assign]
+    harness.ring.records.extend(traffic[:10])
+    harness.loop.tick()
+    assert seen == [0, 3]
+    assert harness.page.peek("busy_threads") == 0
+
+
+def test_a_full_disk_is_reported_and_learning_continues(
+    target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = LearnerHarness(target, tmp_path, publish_every_steps=2, save_every_s=0.1)
+    (tmp_path / "learner.tmp").mkdir()  # nothing can be written there
+
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(harness.store, "publish", full)
+    harness.held_out.champion_score = 0.0
+    harness.ring.records.extend(traffic * 4)
+    for failure in ("draft could not be published", "state could not be saved"):
+        harness.tick_until(lambda: failure in harness.page.read().error)  # noqa: B023
+    steps = harness.learner.steps
+    harness.tick_until(lambda: harness.learner.steps > steps)
+    assert (harness.loop.published, harness.learner.version) == (0, STARTING_VERSION)
+
+
+def test_domains_set_learning_rate_replay_share_and_loss_weights_and_are_reported(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    signals = SignalRange(
+        cold=DomainSignal(explore_share=0.0, explore_temperature=1.0, entropy_weight=0.0, replay_share=0.5),
+        hot=DomainSignal(explore_share=0.2, explore_temperature=2.0, entropy_weight=0.1, replay_share=0.25),
+    )
+    detector = DomainDetector(max_domains=4, novelty_threshold=0.7)
+    controller = make_controller(
+        detector=detector, signals=signals, warmup_steps=0, min_lr_factor=0.5, decay_tokens=600.0
+    )
+    harness = LearnerHarness(target, tmp_path, controller=controller, publish_every_s=3600.0)
+    module = harness.learner.module.module
+
+    def learn(traces: Sequence[Trace]) -> tuple[float, float, float, float]:
+        """The learning rate after a step, and the settings of its batch and loss."""
+        harness.ring.records.extend(traces)
+        steps = harness.learner.steps
+        harness.tick_until(lambda: harness.learner.steps == steps + 1)
+        (rate,) = {group["lr"] for optimizer in harness.learner.optimizers for group in optimizer.param_groups}
+        return rate, harness.loop.batcher.replay_share, module.online.entropy_weight, module.online.replay_weight
+
+    chat = [trace for trace in traffic if trace.domain == "chat"]
+    first = learn(chat[:8])
+    assert first[1:] == pytest.approx((0.25, 0.1, 1 / 3)), "all is new"
+    for n in range(1, 6):
+        last = learn(chat[8 * n : 8 * n + 8])
+    assert last == pytest.approx((0.5 * 4e-3, 0.5, 0.0, 1.0), abs=0.08)
+    page = harness.page.read()
+    assert page.domains.startswith("chat 100% (heat 0.0")
+    assert page.rate_factor == pytest.approx(0.5, abs=0.03)
+    assert page.explore_share == pytest.approx(0.0, abs=0.01)
+
+    code = [replace(trace, domain="code", request_id=f"code{n}") for n, trace in enumerate(chat[:12])]
+    rates = [learn(code[4 * n : 4 * n + 4])[0] for n in range(3)]
+    assert max(rates) > 1.1 * last[0], "the new domain is learned faster"
+    page = harness.page.read()
+    assert "code" in page.domains
+    assert page.explore_share > 0.01
+    assert set(harness.loop.batcher.reservoir.domains) == {"chat", "code"}

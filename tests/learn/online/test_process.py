@@ -1,0 +1,80 @@
+"""A learner's process: its priority, being killed and resuming, leaving with its server or when asked."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from support.learner_harness import ServerStandIn
+from support.tiny_models import random_draft
+
+from aurora_lit.learn.data.training_state import from_bytes
+from aurora_lit.learn.online.build import STATE_NAME
+from aurora_lit.learn.online.process import niceness
+from aurora_lit.models.target import Target
+from aurora_lit.traces.record import Trace, to_bytes
+
+
+def test_the_nice_value_gives_the_share_beside_busy_processors() -> None:
+    for share, threads, cpus in ((0.04, 1, 2), (0.04, 1, 8), (0.01, 1, 2), (0.1, 2, 4)):
+        weight = 1.25 ** -niceness(share=share, threads=threads, cpus=cpus)
+        assert threads / cpus * weight / (1 + weight) == pytest.approx(share, rel=0.12), "steps are 25 %"
+    assert niceness(share=0.9, threads=1, cpus=64) == 1, "always behind serving"
+    assert niceness(share=0.001, threads=1, cpus=1) == 19
+
+
+@pytest.fixture
+def server(folder: Path, target: Target, tmp_path: Path) -> ServerStandIn:
+    return ServerStandIn(tmp_path, folder, random_draft(target))
+
+
+def test_a_killed_learner_resumes_and_publishes_and_exits_with_its_server(
+    server: ServerStandIn, traffic: list[Trace]
+) -> None:
+    for trace in traffic:
+        assert server.ring.push(to_bytes(trace))
+    learner = server.start_learner()
+    server.wait(learner, lambda: server.page.read().steps >= 6 and (server.store.folder / STATE_NAME).exists())
+    assert server.page.read().state == "running"
+    assert os.sched_getscheduler(learner.pid) == os.SCHED_BATCH
+    assert os.getpriority(os.PRIO_PROCESS, learner.pid) == 1
+    autogroup = Path(f"/proc/{learner.pid}/autogroup")
+    assert not autogroup.exists() or autogroup.read_text().endswith("nice 1\n"), "its session too"
+    learner.kill()
+    learner.communicate()
+    killed = server.page.read()
+    assert killed.state == "dead"
+    saved = from_bytes((server.store.folder / STATE_NAME).read_bytes())["steps"]
+    assert 1 <= saved <= killed.steps
+
+    learner = server.start_learner()
+    server.wait(learner, lambda: server.page.read().pid == learner.pid and server.page.read().activity != "loading")
+    assert server.page.read().steps >= saved, "what was saved is not learned again"
+    assert (server.run_folder / "reservoir").is_dir()
+    assert server.page.read().records == killed.records, "what was read is not read again"
+    for trace in traffic * 2:
+        assert server.ring.push(to_bytes(trace))
+    server.wait(learner, lambda: server.page.read().published > killed.published)
+    assert (server.store.current() or "").startswith("draft-")
+    assert server.page.read().state == "running"
+    assert list((server.folder / "logs").rglob("metrics.csv"))
+    for left in server.run_folder.iterdir():
+        if left.is_file():
+            left.unlink()
+    (server.run_folder / "reservoir").rename(server.folder / "gone")
+    server.run_folder.rmdir()
+    output, _ = learner.communicate(timeout=60)
+    assert learner.returncode == 0, output[-3000:]
+    assert server.page.read().state == "absent"
+
+
+def test_a_learner_saves_and_exits_on_sigterm(server: ServerStandIn) -> None:
+    learner = server.start_learner()
+    server.wait(learner, lambda: server.page.read().activity == "waiting for traces")
+    learner.send_signal(signal.SIGTERM)
+    output, _ = learner.communicate(timeout=60)
+    assert learner.returncode == 0, output[-3000:]
+    assert server.page.read().state == "absent"
+    assert (server.store.folder / STATE_NAME).exists()

@@ -1,0 +1,48 @@
+"""Answers are recorded with what the target computed."""
+
+from __future__ import annotations
+
+import torch
+from support.tiny_models import (
+    VOCAB,
+    make_engine,
+    request,
+    run,
+)
+
+from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
+from aurora_lit.models.target import Target
+from aurora_lit.traces.record import Trace
+
+
+def check_trace(target: Target, trace: Trace) -> None:
+    with torch.no_grad():
+        aux, last = target.forward_uncached(trace.token_ids_T.long()[None])
+        logits = target.logits(last[0])
+    rounding = {"atol": 1e-4, "rtol": 2**-8}  # traces are bf16
+    torch.testing.assert_close(trace.aux_T3H.float(), aux[0], **rounding)
+    torch.testing.assert_close(trace.last_TH.float(), last[0], **rounding)
+    torch.testing.assert_close(trace.lse_T, logits.logsumexp(-1), atol=0.05, rtol=0)
+
+
+def test_answers_are_recorded_with_the_targets_states(target: Target) -> None:
+    gen = torch.Generator().manual_seed(0)
+    prompts = [tuple(torch.randint(0, VOCAB, (n,), generator=gen).tolist()) for n in (3, 17, 1, 30, 58, 9)]
+    questions = [
+        PromptToAnswer(domain=f"d{i}", prompt_ids=prompt, temperature=0.8 if i == 1 else 0.0)
+        for i, prompt in enumerate(prompts)
+    ]
+    options = {"eos_token_ids": frozenset({7}), "max_answer_tokens": 12, "max_batch_size": 3, "max_seq_len": 64}
+    traces = {trace.domain: trace for trace in generate_answers(target, questions, **options)}
+    assert traces.keys() == {"d0", "d1", "d2", "d3", "d5"}, "d4 leaves no room for an answer"
+    engine = make_engine(target, eos_token_ids=frozenset({7}))
+    for i, prompt in enumerate(prompts):
+        if i == 4:
+            continue
+        trace = traces[f"d{i}"]
+        assert trace.answer_start == len(prompt)
+        assert tuple(trace.token_ids_T[: len(prompt)].tolist()) == prompt
+        check_trace(target, trace)
+        if i != 1:
+            greedy = run(engine, [request("a", prompt, max_tokens=12)])["a"].token_ids
+            assert trace.token_ids_T[len(prompt) :].tolist() == greedy[:-1]

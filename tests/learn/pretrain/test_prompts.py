@@ -1,0 +1,44 @@
+"""Prompt files and text files are read; a malformed line is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.fake_engine import tiny_tokenizer
+
+from aurora_lit.errors import AuroraError
+from aurora_lit.learn.pretrain.label_text import text_pieces
+from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
+
+
+def test_prompts_and_text_are_read(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    lines = tmp_path / "chat.jsonl"
+    lines.write_text(
+        '{"domain": "code", "messages": [{"role": "user", "content": "hello"}, {"role": "user", "content": "b"}]}\n'
+        '\n{"messages": [{"role": "user", "content": "c"}]}\n'
+    )
+    plain = tmp_path / "plain.txt"
+    plain.write_text("one\n\ntwo\n")
+    assert [(p.domain, p.messages) for path in (lines, plain) for p in read_prompts(path)] == [
+        ("code", ("hello", "b")),
+        ("chat", ("c",)),
+        ("plain", ("one",)),
+        ("plain", ("two",)),
+    ]
+    assert tokenizer.decode(encode_prompt(tokenizer, read_prompts(lines)[0])) == "<|user|>hello<|assistant|>"
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"the world " * 30 + b"\xff")
+    pieces = list(text_pieces(text, tokenizer, piece_tokens=20))
+    assert {len(piece) for piece in pieces[:-1]} == {20}
+    assert 16 <= len(pieces[-1]) <= 20
+    assert tokenizer.decode([i for piece in pieces for i in piece]).startswith("the world the world ")
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"messages": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}'])
+def test_a_malformed_line_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "c"}]}\n' + line + "\n")
+    with pytest.raises(AuroraError, match=r"p.jsonl:2: "):
+        read_prompts(path)

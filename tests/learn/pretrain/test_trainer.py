@@ -1,0 +1,86 @@
+"""The training loop learns, resumes, and follows its schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_models import (
+    VOCAB,
+    draft_module,
+    random_draft,
+)
+
+from aurora_lit.errors import AuroraError
+from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
+from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions
+from aurora_lit.models.target import Target
+from aurora_lit.traces.log import TraceLogWriter, read_index
+
+
+@pytest.fixture
+def log(target: Target, tmp_path: Path) -> Path:
+    """Greedy answers of the target, which a draft can learn."""
+    gen = torch.Generator().manual_seed(1)
+    prompts = [tuple(torch.randint(0, VOCAB, (3,), generator=gen).tolist()) for _ in range(60)]
+    questions = [PromptToAnswer(domain="chat", prompt_ids=prompt, temperature=0.0) for prompt in prompts]
+    writer = TraceLogWriter(tmp_path / "traces", kind="answer")
+    for trace in generate_answers(target, questions, eos_token_ids=frozenset(), max_answer_tokens=20):
+        writer.append(trace)
+    writer.flush()
+    return tmp_path / "traces"
+
+
+def trainer(target: Target, folder: Path) -> DraftTrainer:
+    options = TrainerOptions(total_positions=40_000, batch_positions=512, max_length=64, learning_rate=4e-3)
+    module = draft_module(target, random_draft(target), num_steps=2)
+    module.warmup_steps = 5
+    return DraftTrainer(module, folder, options)
+
+
+def accepted_length(report: dict[str, dict[str, object]]) -> float:
+    return float(report["chat"]["expected_accepted_length"])  # type: ignore[arg-type]
+
+
+def test_the_learning_rate_falls_with_positions_not_steps(target: Target, log: Path, tmp_path: Path) -> None:
+    shards = read_index(log)
+    learning = trainer(target, tmp_path / "fit")
+    peak, module = learning.options.learning_rate, learning.module
+    learning.fit(log, shards, until_positions=4_000)
+    seen = learning.positions_seen / learning.options.batch_positions
+    assert learning.schedules[0].get_last_lr()[0] == pytest.approx(peak * module.lr_factor(int(seen)), rel=1e-6)
+    assert learning.schedules[0].last_epoch > 1.2 * seen, "prompts are not learnt from, so steps run ahead"
+
+
+def test_a_few_steps_learn_and_a_rebuilt_trainer_continues_where_the_last_one_stopped(
+    target: Target, log: Path, tmp_path: Path
+) -> None:
+    shards = read_index(log)
+    first = trainer(target, tmp_path / "fit")
+    untrained = first.validate(log, shards)
+    first.fit(log, shards, until_positions=6_000)
+    trained = first.validate(log, shards)
+    assert accepted_length(trained) > accepted_length(untrained) + 0.1
+    assert 6_000 <= first.positions_seen < 6_600
+
+    again = trainer(target, tmp_path / "fit")
+    assert (again.positions_seen, again.epoch) == (first.positions_seen, first.epoch)
+    for name, tensor in first.module.state_dict().items():
+        assert torch.equal(tensor, again.module.state_dict()[name]), name
+    assert again.validate(log, shards) == trained
+
+    # Not stopped, or stopped and rebuilt: the same draft in the end.
+    first.fit(log, shards, until_positions=8_000)
+    (tmp_path / "fit" / "training.safetensors").unlink()
+    again.fit(log, shards, until_positions=8_000)
+    assert again.positions_seen == first.positions_seen
+    for name, tensor in first.module.state_dict().items():
+        torch.testing.assert_close(tensor, again.module.state_dict()[name])
+    again.fit(log, shards, until_positions=8_000)
+    assert again.positions_seen == first.positions_seen, "nothing is left to do"
+
+
+def test_training_on_nothing_is_an_error(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(AuroraError, match="holds no sequence to learn from"):
+        trainer(target, tmp_path).fit(tmp_path, [], until_positions=10)
