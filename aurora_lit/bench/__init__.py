@@ -1,15 +1,18 @@
-"""What `aurora-lit bench` runs on prompts of your own.
+"""What `aurora-lit bench` measures on prompts of your own: speed, acceptance, learning.
 
-May import: everything above. Start with throughput.py. The files, each importing only those above it:
+May import: everything above.
 
-    prompts.py          runs prompts through an engine and notes every round
-    plot_throughput.py  the picture of a throughput benchmark
-    reference.py        transformers' own generate, to compare with
-    throughput.py       tokens a second: plain against the draft, interleaved
-    acceptance.py       accepted length and acceptance by position and domain
-    plot_online.py      the picture of an online benchmark
-    stream_plan.py      a stream of changing traffic: read, checked, planned
-    stream.py           a stream answered once by the target, kept as traces
-    shifts.py           how soon the detector notices a stream's phases, and how often it is wrong
-    online.py           real servers: a draft that learns against one that does not
+Start with throughput.py. The files, each importing only files above it:
+
+    reporting.py        what reports have in common: medians with quartiles, console, progress bar, JSON
+    plots.py            the plots
+    prompts.py          answers prompts with an engine in this process, and records every round
+    reference.py        transformers' generate(), to compare with
+    throughput.py       tokens per second with and without a draft
+    acceptance.py       accepted length and acceptance rate by position and domain
+    server_process.py   a server in a process of its own
+    online.py           compares servers: a draft that learns, one that does not, and none
+    stream_plan.py      a stream of changing traffic: read from YAML and planned
+    stream.py           records a stream: answers its prompts once and keeps the traces
+    shifts.py           delay and false alarms of the domain detector on a recorded stream
 """

@@ -1,9 +1,9 @@
-"""`aurora-lit bench acceptance`: accepted length and acceptance by position, for every domain, greedy and sampled.
+"""`aurora-lit bench acceptance`: accepted length and acceptance rate by position, for each domain, greedy and sampled.
 
-The draft proposes engine.max_draft_tokens in every round here, greedy ones a tree of engine.tree_tokens (0: a chain),
-so that numbers of different drafts compare (engine.adaptive is off). Accepted length is tokens emitted a round, the
-corrected or bonus token included. A request's last round is left out, since the end of the answer cuts it short; so is
-a round without proposals.
+So that different drafts can be compared, each round proposes as many tokens as it may: engine.max_draft_tokens, or a
+tree of engine.tree_tokens for greedy requests (engine.adaptive and engine.lookup are off). Accepted length is the
+number of tokens emitted per round, the corrected or bonus token included. A request's last round is not counted, since
+the end of the answer cuts it short, and neither are rounds without proposals.
 
 Leaves out speed (bench/throughput.py).
 """
@@ -21,14 +21,12 @@ from aurora_lit.bench.prompts import (
     REPEATED_GRAM_TOKENS,
     Answer,
     BenchPrompt,
-    drive,
+    answer_prompts,
     load_prompts,
     params_for,
-    progress_bar,
     repeated_share,
-    report_console,
-    write_report,
 )
+from aurora_lit.bench.reporting import progress_bar, report_console, write_report
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
 from aurora_lit.serve.engine.engine import Engine
@@ -37,21 +35,21 @@ from aurora_lit.serve.worker.build import build_engine
 
 @dataclass(frozen=True, kw_only=True)
 class Acceptance:
-    """How well the draft did on some answers."""
+    """Acceptance on the answers of one domain."""
 
     temperature: float
     domain: str
-    """"all" for all together."""
+    """"all": all domains together."""
     prompts: int
     rounds: int
     accepted_length: float
-    """Tokens emitted a round."""
+    """Tokens emitted per round."""
     rate_by_position: list[float]
-    """Of the rounds that proposed that far: the share that accepted the proposal and all before it."""
+    """Of the rounds with a proposal at this position: the share that accepted it and all before it."""
     conditional_rate_by_position: list[float]
-    """Of the rounds that accepted all before it: the share that accepted the proposal too."""
+    """Of the rounds that accepted all proposals before this position: the share that accepted it too."""
     repeated_share: float
-    """Of the answers' n-grams."""
+    """Share of the answers' n-grams that are repeats."""
 
 
 def run(
@@ -63,8 +61,8 @@ def run(
     temperature: float = 0.0,
     out: Path = Path("bench-results"),
 ) -> list[Acceptance]:
-    """Measure greedy, and at `temperature` too if that is not 0; print a table and write `out`/acceptance.json."""
-    engine, tokenizer = build_engine(fixed_length(config))
+    """Measure at temperature 0 and at `temperature`; print a table and write acceptance.json to `out`."""
+    engine, tokenizer = build_engine(with_full_proposals(config))
     loaded = load_prompts(
         prompts, limit=limit, tokenizer=tokenizer, max_prompt_tokens=config.engine.max_seq_len - max_tokens
     )
@@ -93,8 +91,8 @@ def run(
     return results
 
 
-def fixed_length(config: AuroraConfig) -> AuroraConfig:
-    """The same with as many proposals in every round."""
+def with_full_proposals(config: AuroraConfig) -> AuroraConfig:
+    """The settings with which the draft proposes as much as it may in every round."""
     if config.draft.checkpoint is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to measure; name a checkpoint folder")
     return replace(config, engine=replace(config.engine, speculate=True, adaptive=False, lookup=False))
@@ -108,17 +106,19 @@ def measure(
     max_tokens: int,
     on_answer: Callable[[], None] = lambda: None,
 ) -> list[Acceptance]:
-    """One record a domain, in the order they first appear, and one for all together."""
-    answers = drive(engine, prompts, params_for(temperature, max_tokens=max_tokens), on_answer=on_answer).answers
+    """One record for each domain, in order of appearance, and one for all together."""
+    answers = answer_prompts(
+        engine, prompts, params_for(temperature, max_tokens=max_tokens), on_answer=on_answer
+    ).answers
     domains = list(dict.fromkeys(answer.domain for answer in answers))
     groups = [(domain, [a for a in answers if a.domain == domain]) for domain in domains]
     return [summarise(group, domain=name, temperature=temperature) for name, group in [*groups, ("all", answers)]]
 
 
 def summarise(answers: Sequence[Answer], *, domain: str, temperature: float) -> Acceptance:
-    """Count the rounds of some answers."""
+    """Acceptance over the rounds of these answers."""
     rounds = [r for answer in answers for r in answer.rounds if r.num_proposed and r.finish_reason is None]
-    longest = max((max(r.chain_proposed, r.num_accepted) for r in rounds), default=0)  # as deep as trees go
+    longest = max((max(r.chain_proposed, r.num_accepted) for r in rounds), default=0)  # the depth of a tree
     rates, conditional = [], []
     for position in range(1, longest + 1):
         tried = [r for r in rounds if r.num_proposed >= position]
@@ -139,7 +139,7 @@ def summarise(answers: Sequence[Answer], *, domain: str, temperature: float) -> 
 
 
 def table(results: Sequence[Acceptance]) -> Table:
-    """One row a record."""
+    """One row for each record."""
     shown = Table(title="Acceptance (share of rounds that accepted position 1, 2, …)")
     longest = max(len(result.rate_by_position) for result in results)
     for name in ("temperature", "domain"):

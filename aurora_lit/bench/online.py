@@ -1,10 +1,13 @@
-"""Real servers on real prompts over HTTP, in one order: a draft that learns, the same one that does not, and none.
+"""`aurora-lit bench online`: compares servers over HTTP: a learning draft, the same draft without learning, and none.
 
-    measure -> traffic, a window at a time -> measure again
+Each of these *arms* is one server, and goes through the same steps, one arm after the other:
 
-The measured prompts are sent with `store: false`, so they teach nothing; their answers must be the same in every arm,
-before and after. Arms that do not learn change nothing with time, so a part of the traffic tells all of them.
-What is left out: the picture (bench/plot_online.py), the server itself.
+    measure -> traffic, one window at a time -> measure again
+
+Measured prompts are sent with `store: false`, so they are not learned from; their answers must be equal in all arms,
+before and after the traffic. Arms that do not learn do not change with time, so a part of the traffic suffices there.
+
+Leaves out starting servers (bench/server_process.py) and the plot (bench/plots.py).
 """
 
 from __future__ import annotations
@@ -13,47 +16,41 @@ import dataclasses
 import functools
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from aurora_lit.bench.plot_online import save_plot
-from aurora_lit.config import AuroraConfig, model_name, to_yaml
-from aurora_lit.errors import AuroraError, ConfigError
-from aurora_lit.ipc.process_lifetime import die_with_parent
-from aurora_lit.learn.pretrain.label_text import Prompt, read_prompts
+from aurora_lit.bench.plots import save_online_plot
+from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.config import AuroraConfig, model_name
+from aurora_lit.errors import ConfigError
+from aurora_lit.learn.pretrain.prompts import Prompt, read_prompts
 
 ARMS = ("plain", "static", "learning")
-_START_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answered:
-    """One request as the client saw it."""
+class ClientAnswer:
+    """One request, as the client saw it."""
 
     number: int
     started_s: float
-    """Since the arm began."""
+    """Seconds since the arm began."""
     seconds: float
     tokens: int
     rounds: int
-    """In which something was proposed for it."""
+    """Rounds with proposals."""
     accepted: int
+    """Accepted proposals."""
     draft_versions: tuple[str, ...]
     text: str
     error: str = ""
@@ -61,13 +58,13 @@ class Answered:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Neighbouring requests together."""
+    """Consecutive requests together."""
 
     requests: int
     ended_s: float
-    """Since the arm began."""
+    """Seconds since the arm began."""
     accepted_length: float
-    """Tokens emitted by a round in which something was proposed, the bonus token included."""
+    """Tokens emitted per round with proposals, the corrected or bonus token included."""
     tokens_per_s: float
     failed: int
 
@@ -86,32 +83,33 @@ def run(
     out: Path,
     static_requests: int | None = None,
 ) -> dict[str, Any]:
-    """Run the arms one after the other; returns what it writes to `out`/online.json, anew after every arm.
+    """Run the arms one after the other; returns the report, which is written to `out`/online.json after each arm.
 
-    static_requests: traffic of the arms that do not learn; None: all of it.
+    prompts: files of the traffic. measure: files of the measured prompts. window: requests in each window.
+    static_requests: number of traffic requests for arms that do not learn; None: all.
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise ConfigError(f"--arms {','.join(unknown)}: there is no such arm; use some of {','.join(ARMS)}")
-    traffic = _in_turn(prompts, requests)
-    measured = _in_turn(measure, measure_requests)
+    traffic = _interleave(prompts, requests)
+    measured = _interleave(measure, measure_requests)
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
     texts: dict[str, list[str]] = {}
     report: dict[str, Any] = {}
     with Progress(console=Console(stderr=True)) as bar:
         for arm in arms:
-            asked = traffic if arm == "learning" else traffic[:static_requests]
-            task = bar.add_task(arm, total=len(asked) + 2 * len(measured))
+            arm_traffic = traffic if arm == "learning" else traffic[:static_requests]
+            task = bar.add_task(arm, total=len(arm_traffic) + 2 * len(measured))
             results[arm], texts[arm] = _run_arm(
                 _arm_config(config, arm),
-                asked,
-                measured,
-                concurrency,
-                max_tokens,
-                window,
-                out / f"{arm}.log",
-                lambda task=task: bar.advance(task),
+                traffic=arm_traffic,
+                measured=measured,
+                concurrency=concurrency,
+                max_tokens=max_tokens,
+                window=window,
+                log=out / f"{arm}.log",
+                on_answer=functools.partial(bar.advance, task),
             )
             report = {
                 "prompts": [p.name for p in prompts],
@@ -122,7 +120,7 @@ def run(
                 "outputs_equal": _outputs_equal(texts),
             }
             (out / "online.json").write_text(json.dumps(report, indent=2) + "\n")
-    save_plot(results, out / "online.png")
+    save_online_plot(results, out / "online.png")
     Console().print(_table(results, report["outputs_equal"]))
     return report
 
@@ -137,15 +135,8 @@ def _arm_config(config: AuroraConfig, arm: str) -> AuroraConfig:
     )
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _in_turn(paths: Sequence[Path], count: int) -> list[Prompt]:
-    """The first `count` prompts, one of each file in turn."""
+def _interleave(paths: Sequence[Path], count: int) -> list[Prompt]:
+    """The first `count` prompts, one from each file in turn."""
     files = [read_prompts(path) for path in paths]
     longest = max((len(file) for file in files), default=0)
     return [file[i] for i in range(longest) for file in files if i < len(file)][:count]
@@ -153,25 +144,26 @@ def _in_turn(paths: Sequence[Path], count: int) -> list[Prompt]:
 
 def _run_arm(
     config: AuroraConfig,
+    *,
     traffic: list[Prompt],
     measured: list[Prompt],
     concurrency: int,
     max_tokens: int,
     window: int,
     log: Path,
-    advance: Any,
+    on_answer: Callable[[], None],
 ) -> tuple[dict[str, Any], list[str]]:
-    """What is reported of an arm, and the texts that were measured before and after."""
+    """The report of one arm, and the measured answers: first those before, then those after the traffic."""
     with running_server(config, log) as url, ThreadPoolExecutor(concurrency) as pool:
         from openai import OpenAI
 
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
         begun, model = time.monotonic(), model_name(config)
 
-        def send(numbered: tuple[int, Prompt], *, store: bool) -> Answered:
-            answered = _ask(client, model, numbered[0], numbered[1], max_tokens=max_tokens, store=store, begun=begun)
-            advance()
-            return answered
+        def send(numbered: tuple[int, Prompt], *, store: bool) -> ClientAnswer:
+            answer = _ask(client, model, numbered[0], numbered[1], max_tokens=max_tokens, store=store, begun=begun)
+            on_answer()
+            return answer
 
         before = list(pool.map(lambda item: send(item, store=False), enumerate(measured)))
         traffic_began = time.monotonic() - begun
@@ -197,7 +189,7 @@ def _run_arm(
 
 def _ask(
     client: Any, model: str, number: int, prompt: Prompt, *, max_tokens: int, store: bool, begun: float
-) -> Answered:
+) -> ClientAnswer:
     started = time.monotonic()
     fields: dict[str, Any] = {"number": number, "started_s": started - begun}
     try:
@@ -208,8 +200,8 @@ def _ask(
             temperature=0.0,
             store=store,
         )
-    except Exception as error:  # whatever goes wrong is a finding of the benchmark
-        return Answered(
+    except Exception as error:  # the report counts every kind of failure
+        return ClientAnswer(
             **fields,
             seconds=time.monotonic() - started,
             tokens=0,
@@ -220,7 +212,7 @@ def _ask(
             error=f"{type(error).__name__}: {error}",
         )
     speculation = response.model_extra["metrics"]["speculative_decoding"]
-    return Answered(
+    return ClientAnswer(
         **fields,
         seconds=time.monotonic() - started,
         tokens=response.usage.completion_tokens,
@@ -231,7 +223,7 @@ def _ask(
     )
 
 
-def _window(answers: Sequence[Answered]) -> Window:
+def _window(answers: Sequence[ClientAnswer]) -> Window:
     rounds = sum(answer.rounds for answer in answers)
     began = min(answer.started_s for answer in answers)
     ended = max(answer.started_s + answer.seconds for answer in answers)
@@ -244,48 +236,6 @@ def _window(answers: Sequence[Answered]) -> Window:
     )
 
 
-@contextmanager
-def running_server(config: AuroraConfig, log: Path) -> Iterator[str]:
-    """A server in a process of its own, ended as a service manager would."""
-    url = f"http://127.0.0.1:{config.server.port}"
-    with tempfile.TemporaryDirectory() as scratch, log.open("w") as output:
-        path = Path(scratch) / "arm.yaml"
-        path.write_text(to_yaml(config))
-        server = _start([sys.executable, "-m", "aurora_lit", "serve", "--config", str(path)], output)
-        try:
-            wait_until_ready(f"{url}/ready", server, log, within_s=_START_S)
-            yield url
-        finally:
-            server.send_signal(signal.SIGTERM)
-            try:
-                server.wait(60)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-
-
-def _start(command: Sequence[str], output: IO[str]) -> subprocess.Popen[bytes]:
-    """A process that is told to end when we do, however we do."""
-    me = os.getpid()
-    follow = functools.partial(die_with_parent, me, by=signal.SIGTERM)  # SIGTERM, so that it tidies up
-    return subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=follow)
-
-
-def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path, *, within_s: float) -> None:
-    """Return when the URL answers 200. Raises AuroraError when the server ends before, or takes too long."""
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise AuroraError(f"the server ended at its start; {log} says why")
-        try:
-            with urllib.request.urlopen(url, timeout=5) as response:
-                if response.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise AuroraError(f"the server was not ready after {within_s:.0f} s; {log} says why")
-
-
 def _status(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(f"{url}/v1/aurora/status", timeout=30) as response:
         status: dict[str, Any] = json.load(response)
@@ -293,7 +243,7 @@ def _status(url: str) -> dict[str, Any]:
 
 
 def _outputs_equal(texts: dict[str, list[str]]) -> bool:
-    """Whether every measured prompt was answered the same in all arms, before and after learning."""
+    """True if each measured prompt got the same answer in all arms, before and after the traffic."""
     halves = []
     for both in texts.values():
         halves += [both[: len(both) // 2], both[len(both) // 2 :]]

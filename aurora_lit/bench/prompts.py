@@ -1,38 +1,30 @@
-"""Runs prompts through an engine and notes what every round gave; the ground of both benchmarks.
+"""Answers prompts with an engine in this process, and records every round.
 
-Leaves out what is reported (bench/acceptance.py, bench/throughput.py).
+Leaves out what is measured with it (bench/acceptance.py, bench/throughput.py).
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError
-from aurora_lit.learn.pretrain.label_text import encode_prompt, read_prompts
+from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.request import Output, Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 
 REPEATED_GRAM_TOKENS = 4
+"""Length of the n-grams that `repeated_share` counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPrompt:
-    """One prompt, ready to be answered."""
+    """A prompt as token ids."""
 
     domain: str
     token_ids: tuple[int, ...]
@@ -40,7 +32,7 @@ class BenchPrompt:
 
 @dataclass(kw_only=True)
 class Answer:
-    """What one prompt got."""
+    """The answer to one prompt."""
 
     domain: str
     token_ids: list[int]
@@ -48,28 +40,28 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """Prompts answered together."""
+class PromptRun:
+    """Prompts that were answered together."""
 
     answers: list[Answer]
-    """In the prompts' order."""
+    """In the order of the prompts."""
     seconds: float
-    """From the first submission to the last token, prompts read included."""
+    """From the first submission to the last token, prefill included."""
     decode_tokens: int
-    """Tokens that came after every prompt had its first one."""
+    """Tokens generated after every answer had its first one."""
     decode_seconds: float
-    """The time those took: 0 when one answer had ended before another began."""
+    """The time for these; 0 if an answer ended before another began."""
 
     @property
     def num_tokens(self) -> int:
-        """Over all answers."""
+        """Tokens of all answers."""
         return sum(len(answer.token_ids) for answer in self.answers)
 
 
 def load_prompts(
     paths: Sequence[Path], *, limit: int | None, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
 ) -> list[BenchPrompt]:
-    """The first `limit` prompts of each file that have room to be answered, one of every file in turn."""
+    """The first `limit` prompts of each file with at most `max_prompt_tokens`, one from each file in turn."""
     files = []
     for path in paths:
         encoded = (
@@ -80,22 +72,22 @@ def load_prompts(
     mixed = [p for group in itertools.zip_longest(*files) for p in group if p is not None]
     if not mixed:
         raise AuroraError(
-            f"no prompt of {', '.join(map(str, paths))} fits: none has at most {max_prompt_tokens} tokens; lower "
-            "--max-tokens or raise engine.max_seq_len"
+            f"no prompt of {', '.join(map(str, paths))} has at most {max_prompt_tokens} tokens; lower --max-tokens or "
+            "raise engine.max_seq_len"
         )
     return mixed
 
 
-def drive(
+def answer_prompts(
     engine: Engine,
     prompts: Sequence[BenchPrompt],
     params: SamplingParams,
     *,
     on_answer: Callable[[], None] = lambda: None,
-) -> Run:
-    """Submit all prompts at once and run rounds until each is answered; `on_answer` is called at the end of each."""
+) -> PromptRun:
+    """Submit all prompts at once and run rounds until all are answered; `on_answer` is called after each answer."""
     answers = {str(i): Answer(domain=p.domain, token_ids=[], rounds=[]) for i, p in enumerate(prompts)}
-    all_began, tokens_then, num_begun = 0.0, 0, 0
+    all_begun_at, tokens_by_then, num_begun = 0.0, 0, 0
     started = time.perf_counter()
     for name, prompt in zip(answers, prompts, strict=True):
         engine.submit(Request(request_id=name, prompt_ids=prompt.token_ids, params=params))
@@ -103,89 +95,34 @@ def drive(
         for output in engine.round():
             answer = answers[output.request_id]
             if output.error is not None:
-                raise AuroraError(f"the engine gave up on a {answer.domain} prompt: {output.error}")
+                raise AuroraError(f"the engine failed on a prompt of domain {answer.domain}: {output.error}")
             num_begun += not answer.token_ids
             answer.token_ids += output.token_ids
             answer.rounds.append(output)
             if output.finish_reason is not None:
                 on_answer()
-        if num_begun == len(answers) and not all_began:
-            all_began = time.perf_counter()
-            tokens_then = sum(len(answer.token_ids) for answer in answers.values())
+        if num_begun == len(answers) and not all_begun_at:
+            all_begun_at = time.perf_counter()
+            tokens_by_then = sum(len(answer.token_ids) for answer in answers.values())
     ended = time.perf_counter()
-    done = list(answers.values())
-    return Run(
-        answers=done,
+    return PromptRun(
+        answers=list(answers.values()),
         seconds=ended - started,
-        decode_tokens=sum(len(answer.token_ids) for answer in done) - tokens_then,
-        decode_seconds=ended - all_began,
+        decode_tokens=sum(len(answer.token_ids) for answer in answers.values()) - tokens_by_then,
+        decode_seconds=ended - all_begun_at,
     )
 
 
 def params_for(temperature: float, *, max_tokens: int, speculate: bool = True) -> SamplingParams:
-    """How benchmark prompts are decoded: nothing but a temperature."""
+    """Sampling parameters of a benchmark: a temperature and no other option."""
     return SamplingParams(max_tokens=max_tokens, temperature=temperature, logit_bias={}, speculate=speculate)
 
 
 def repeated_share(answers: Sequence[Sequence[int]], *, gram_tokens: int = REPEATED_GRAM_TOKENS) -> float:
-    """The share of n-grams that their own answer already contained: looping answers are easy to draft."""
+    """The share of n-grams that occurred before in the same answer; repetitive answers are easy to draft."""
     total = distinct = 0
     for token_ids in answers:
         grams = [tuple(token_ids[i : i + gram_tokens]) for i in range(len(token_ids) - gram_tokens + 1)]
         total += len(grams)
         distinct += len(set(grams))
     return 1 - distinct / total if total else 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Some measurements: their median and how far they scatter."""
-
-    median: float
-    low: float
-    """Lower quartile; the lowest of fewer than four."""
-    high: float
-    """Upper quartile; the highest of fewer than four."""
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Spread:
-        """At least one value."""
-        quartiles = (min(values), statistics.median(values), max(values))
-        if len(values) >= 4:
-            low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-            quartiles = (low, middle, high)
-        return Spread(median=quartiles[1], low=quartiles[0], high=quartiles[2])
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
-
-
-def report_console() -> Console:
-    """A console wide enough for the tables, also where there is no terminal to tell its width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar that counts answers."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
-
-
-def write_report(path: Path, *, config: AuroraConfig, draft_version: str, results: dict[str, Any]) -> None:
-    """Results as JSON, with what they were measured on."""
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    report = {"machine": machine, "draft_version": draft_version, "config": _public(config), **results}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def _public(config: AuroraConfig) -> dict[str, Any]:
-    """The settings without the server's, which hold the key."""
-    return {name: section for name, section in asdict(config).items() if name != "server"}

@@ -1,7 +1,4 @@
-"""transformers' own `generate` as an arm of the throughput benchmark: same weights, precision and prompts.
-
-Leaves out our engine and what is reported (bench/throughput.py).
-"""
+"""transformers' `generate` as an arm of the throughput benchmark, with the same weights, precision and prompts."""
 
 from __future__ import annotations
 
@@ -12,17 +9,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from aurora_lit.bench.prompts import Answer, BenchPrompt, Run
+from aurora_lit.bench.prompts import Answer, BenchPrompt, PromptRun
 from aurora_lit.config import AuroraConfig
 from aurora_lit.serve.worker.build import find_target
 
 
 def load_reference(
     config: AuroraConfig, eos_token_ids: frozenset[int], *, max_tokens: int, temperature: float
-) -> Callable[[Sequence[BenchPrompt]], Run]:
-    """Load the target once more, as transformers does, and answer with it."""
+) -> Callable[[Sequence[BenchPrompt]], PromptRun]:
+    """Load the target with transformers; returns a function that answers prompts with it."""
     folder = find_target(config)
-    dtype = torch.float32 if config.target.precision == "fp32" else torch.bfloat16  # it has no kernels for the others
+    dtype = torch.float32 if config.target.precision == "fp32" else torch.bfloat16  # no int8 or int4 here
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.eval()
     return lambda prompts: generate(
@@ -32,8 +29,8 @@ def load_reference(
 
 def generate(
     model: Any, prompts: Sequence[BenchPrompt], *, eos_token_ids: frozenset[int], max_tokens: int, temperature: float
-) -> Run:
-    """Answer prompts in one left-padded batch. An answer ends with its first end-of-text token, which counts."""
+) -> PromptRun:
+    """Answer prompts as one left-padded batch. An answer includes its first end-of-text token and ends there."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
     ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask_BT = torch.zeros_like(ids_BT)
@@ -67,7 +64,7 @@ def generate(
     for prompt, row in zip(prompts, out_BL[:, longest:].tolist(), strict=True):
         end = next((i + 1 for i, token in enumerate(row) if token in eos_token_ids), len(row))
         answers.append(Answer(domain=prompt.domain, token_ids=row[:end], rounds=[]))
-    return Run(
+    return PromptRun(
         answers=answers,
         seconds=ended - started,
         decode_tokens=sum(len(answer.token_ids) - 1 for answer in answers),
@@ -76,7 +73,7 @@ def generate(
 
 
 class _FirstToken:
-    """A stopping criterion that never stops; it notes when the first token came."""
+    """A stopping criterion that never stops; it records the time of the first token."""
 
     def __init__(self) -> None:
         self.at: float | None = None

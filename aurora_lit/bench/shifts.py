@@ -1,8 +1,10 @@
-"""`aurora-lit bench shifts`: how soon the detector notices a recorded stream's phases, and how often it is wrong.
+"""`aurora-lit bench shifts`: how soon the domain detector notices a recorded stream's phases, and its false alarms.
 
-Delay: requests of a new phase until a shift is called. False alarms: shifts called in random orders of the same
-requests, where there is nothing to notice, and those called in the stream itself after a phase's own was. The detector
-sees prompts alone here, no labels and no acceptance. What is left out: the detector (modules/domains/detector.py).
+The delay is the number of requests of a new phase until a shift is detected. False alarms are shifts detected in random
+orders of the same requests, which have no phases, and further shifts in a phase of the stream after its first. The
+detector gets only prompts here, no labels and no acceptance.
+
+Leaves out the detector (modules/domains/detector.py).
 """
 
 from __future__ import annotations
@@ -19,42 +21,45 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from aurora_lit.bench.prompts import progress_bar, report_console
-from aurora_lit.bench.stream import TRAFFIC, about
+from aurora_lit.bench.reporting import progress_bar, report_console
+from aurora_lit.bench.stream import TRAFFIC, read_stream_info
 from aurora_lit.bench.stream_plan import phase_of
 from aurora_lit.config import AuroraConfig
 from aurora_lit.learn.offline.replay import read_traces
-from aurora_lit.modules.domains.detector import DomainDetector, embed
+from aurora_lit.modules.domains.detector import DomainDetector, prompt_embedding
 from aurora_lit.traces.record import Trace
 
 REPORT_NAME = "shifts.json"
 
 
 def run(config: AuroraConfig, *, traces: Path, shuffles: int, out: Path) -> dict[str, Any]:
-    """Run the detector over the stream in `traces` and over `shuffles` random orders of it; returns what it writes."""
-    names = [phase["name"] for phase in about(traces)["stream"]["phases"]]
+    """Run the detector over the stream in `traces` and over `shuffles` random orders of it; return the report.
+
+    The report is also written to `out`/shifts.json.
+    """
+    names = [phase["name"] for phase in read_stream_info(traces)["stream"]["phases"]]
     console = Console(stderr=True)
     with progress_bar(console) as bar:
         reading = bar.add_task("reading", total=None)
         requests = []
         for trace in read_traces(traces / TRAFFIC):
             if not trace.first_position:
-                requests.append(prompt_alone(trace))
+                requests.append(prompt_only(trace))
                 bar.advance(reading)
         bar.update(reading, total=len(requests))
         started = time.process_time()
-        found = called(config, requests)
+        detected = detected_shifts(config, requests)
         seconds = time.process_time() - started
         task = bar.add_task("random orders", total=shuffles)
         alarms = []
         for seed in range(shuffles):
             order = list(requests)
             random.Random(seed).shuffle(order)
-            alarms.append(len(called(config, order)))
+            alarms.append(len(detected_shifts(config, order)))
             bar.advance(task)
     report = {
         "requests": len(requests),
-        "phases": delays(found, [phase_of(trace.request_id) for trace in requests], names),
+        "phases": delays(detected, [phase_of(trace.request_id) for trace in requests], names),
         "false_alarms_by_order": alarms,
         "false_alarms_per_1000_requests": round(1000 * sum(alarms) / max(1, shuffles * len(requests)), 3),
         "detector_ms_per_request": round(1000 * seconds / max(1, len(requests)), 3),
@@ -65,9 +70,9 @@ def run(config: AuroraConfig, *, traces: Path, shuffles: int, out: Path) -> dict
     return report
 
 
-def prompt_alone(trace: Trace) -> Trace:
-    """All that the detector looks at of a prompt, in the place of the trace: small, so that many can be kept."""
-    mean_E = embed(trace)
+def prompt_only(trace: Trace) -> Trace:
+    """A small trace with the same prompt embedding, no label and no rounds, so that many fit into memory."""
+    mean_E = prompt_embedding(trace)
     if mean_E is None:
         return replace(trace, domain="")
     return replace(
@@ -86,26 +91,26 @@ def prompt_alone(trace: Trace) -> Trace:
     )
 
 
-def called(config: AuroraConfig, requests: Sequence[Trace]) -> list[int]:
-    """After which requests a new detector calls a shift."""
-    detector = DomainDetector(max_domains=config.domain.max_domains, novelty=config.domain.novelty_threshold)
-    return [at for at, trace in enumerate(requests) if detector.place(trace).shift is not None]
+def detected_shifts(config: AuroraConfig, requests: Sequence[Trace]) -> list[int]:
+    """Indices of the requests at which a new detector detects a shift."""
+    detector = DomainDetector(max_domains=config.domain.max_domains, novelty_threshold=config.domain.novelty_threshold)
+    return [index for index, trace in enumerate(requests) if detector.assign(trace).shift is not None]
 
 
-def delays(found: Sequence[int], phases: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]]:
-    """By phase: requests until the first shift in it is called (None: never), and how many more are called after it.
+def delays(detected: Sequence[int], phases: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]]:
+    """For each phase: requests until its first detected shift (None: none), and the number of further shifts.
 
-    Of the first phase, which there was nothing before, all are too many.
+    In the first phase, which is no change, every shift counts as a further one.
     """
     rows = []
     for number, name in enumerate(names):
-        places = [at for at, phase in enumerate(phases) if phase == number]
-        inside = [at for at in found if places and places[0] <= at <= places[-1]]
+        indices = [index for index, phase in enumerate(phases) if phase == number]
+        inside = [index for index in detected if indices and indices[0] <= index <= indices[-1]]
         first = number == 0
         rows.append(
             {
                 "phase": name,
-                "delay_requests": None if first or not inside else inside[0] - places[0],
+                "delay_requests": None if first or not inside else inside[0] - indices[0],
                 "more_shifts": len(inside) if first else max(0, len(inside) - 1),
             }
         )
@@ -113,9 +118,9 @@ def delays(found: Sequence[int], phases: Sequence[int], names: Sequence[str]) ->
 
 
 def table(report: dict[str, Any]) -> Table:
-    """A row a phase."""
+    """One row for each phase."""
     shown = Table(
-        title=f"shifts: {report['false_alarms_per_1000_requests']} false alarms a thousand requests in random orders"
+        title=f"shifts: {report['false_alarms_per_1000_requests']} false alarms per 1,000 requests in random orders"
     )
     for name in ("phase", "delay (requests)", "more shifts"):
         shown.add_column(name, justify="left" if name == "phase" else "right")

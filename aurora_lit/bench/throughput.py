@@ -1,11 +1,11 @@
-"""`aurora-lit bench throughput`: tokens a second, plain decoding against the draft, on the same prompts, interleaved.
+"""`aurora-lit bench throughput`: tokens per second with and without a draft, on the same prompts.
 
-Each *arm* (transformers' generate if asked for, our plain decoding, our decoding with the draft) is an engine of its
-own in this process. Groups of as many prompts as the batch size are answered by one arm after the other, in an order
-that turns round with every group, so that what else happens on the machine hits all arms alike. One repeat over all
-groups gives one ratio; reported are the median and the quartiles of the ratios.
+The *arms* that are compared are plain decoding, decoding with the draft and, on request, transformers' generate; each
+has an engine of its own in this process. Every group of as many prompts as the batch size is answered by one arm after
+the other, in an order that rotates from group to group, so that other work on the machine affects all arms alike. One
+repeat over all groups gives one ratio of speeds; the report has the median and the quartiles of these ratios.
 
-Leaves out acceptance by position (bench/acceptance.py) and the picture (bench/plot_throughput.py).
+Leaves out acceptance by position (bench/acceptance.py) and the plot (bench/plots.py).
 """
 
 from __future__ import annotations
@@ -19,74 +19,71 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from aurora_lit.bench.plot_throughput import save_plot
+from aurora_lit.bench.plots import save_throughput_plot
 from aurora_lit.bench.prompts import (
     REPEATED_GRAM_TOKENS,
     Answer,
     BenchPrompt,
-    Run,
-    Spread,
-    drive,
+    PromptRun,
+    answer_prompts,
     load_prompts,
     params_for,
-    progress_bar,
     repeated_share,
-    report_console,
-    write_report,
 )
 from aurora_lit.bench.reference import load_reference
+from aurora_lit.bench.reporting import Spread, progress_bar, report_console, write_report
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.build import build_engine
 
-Arm = Callable[[Sequence[BenchPrompt]], Run]
-"""Answers prompts together."""
+Arm = Callable[[Sequence[BenchPrompt]], PromptRun]
+"""Answers prompts together, as one batch."""
 
 TRANSFORMERS, PLAIN, DRAFT = "transformers", "plain", "draft"
 RATIOS = ((PLAIN, TRANSFORMERS), (DRAFT, PLAIN), (DRAFT, TRANSFORMERS))
-PROMPTS_A_FILE = 8
-"""When --limit does not say."""
+DEFAULT_LIMIT = 8
+"""Prompts from each file, without --limit."""
 
 
 @dataclass(kw_only=True)
 class ArmTotals:
-    """What one arm did in each repeat; lists have an entry a repeat."""
+    """What one arm did; each list has one entry for each repeat."""
 
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     decode_seconds: list[float] = field(default_factory=list)
     decode_tokens: list[int] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
-    """Of the last repeat."""
+    """The answers of the last repeat."""
 
     @property
     def speeds(self) -> list[float]:
-        """Tokens a second, prompts read included."""
+        """Tokens per second, prefill included."""
         return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
 
     @property
     def decode_speeds(self) -> list[float]:
-        """Tokens a second once all prompts of a group were read."""
+        """Tokens per second after the prefill of all prompts of a group."""
         return [n / max(s, 1e-9) for n, s in zip(self.decode_tokens, self.decode_seconds, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchResult:
-    """All arms at one batch size."""
+    """The results of all arms at one batch size."""
 
     batch_size: int
     tokens_per_s: dict[str, Spread]
     decode_tokens_per_s: dict[str, Spread]
     ratios: dict[str, Spread]
-    """"draft / plain" and the like, by tokens a second, prompts read included."""
+    """Ratios of tokens per second, prefill included, by names such as "draft / plain"."""
     decode_ratios: dict[str, Spread]
     repeated_share: dict[str, float]
     accepted_length: float
-    """Tokens a request and round of the draft arm, rounds without proposals included."""
+    """Tokens per request and round of the draft arm, including rounds without proposals."""
     same_as_plain: float
-    """The share of prompts whose answer with the draft is plain decoding's, token for token; means something only when
-    greedy, and is 1 in fp32."""
+    """The share of prompts whose answer with the draft equals that of plain decoding. Only meaningful for greedy
+    decoding; 1 in fp32."""
 
 
 def run(
@@ -101,20 +98,20 @@ def run(
     out: Path = Path("bench-results"),
     against_transformers: bool = False,
 ) -> list[BatchResult]:
-    """Measure every batch size; print a table, write `out`/throughput.json and `out`/throughput.png."""
+    """Measure each batch size; print a table, and write throughput.json and throughput.png to `out`."""
     if config.draft.checkpoint is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to compare with; name a checkpoint folder")
     if max(batch_sizes) > config.engine.max_batch_size:
         raise ConfigError(
             f"engine.max_batch_size={config.engine.max_batch_size} is below --batch {max(batch_sizes)}; raise it"
         )
-    # Every repeat asks the same prompts: held from the last one, they would be read for nothing.
+    # Repeats use the same prompts: with the prefix cache, only the first one would have a prefill.
     engine = replace(config.engine, prefix_cache=False)
     drafting, tokenizer = build_engine(replace(config, engine=replace(engine, speculate=True)))
     plain, _ = build_engine(replace(config, engine=replace(engine, speculate=False)))
     loaded = load_prompts(
         prompts,
-        limit=limit or PROMPTS_A_FILE,
+        limit=limit or DEFAULT_LIMIT,
         tokenizer=tokenizer,
         max_prompt_tokens=config.engine.max_seq_len - max_tokens,
     )
@@ -150,23 +147,23 @@ def run(
     )
     written = [out / "throughput.json"]
     speeds = {result.batch_size: result.tokens_per_s for result in results}
-    against_plain = {result.batch_size: _against(result, PLAIN) for result in results}
-    if save_plot(speeds, against_plain, out / "throughput.png"):
+    against_plain = {result.batch_size: _ratios_to(result, PLAIN) for result in results}
+    if save_throughput_plot(speeds, against_plain, out / "throughput.png"):
         written.append(out / "throughput.png")
     else:
-        console.print("no picture: matplotlib is missing (pip install 'aurora-lit\\[bench]')")
+        console.print("no plot: matplotlib is not installed (pip install 'aurora-lit\\[bench]')")
     console.print(f"written to {', '.join(map(str, written))}")
     return results
 
 
 def engine_arm(engine: Engine, *, max_tokens: int, temperature: float) -> Arm:
-    """An engine as an arm."""
+    """An arm that answers with `engine`."""
     params = params_for(temperature, max_tokens=max_tokens)
-    return lambda prompts: drive(engine, prompts, params)
+    return lambda prompts: answer_prompts(engine, prompts, params)
 
 
 def group(prompts: Sequence[BenchPrompt], batch_size: int) -> list[Sequence[BenchPrompt]]:
-    """Groups of exactly the batch size; what is left over makes one more only if there is no other."""
+    """Groups of exactly `batch_size` prompts, without the remainder; all prompts if there are fewer."""
     whole = len(prompts) - len(prompts) % batch_size
     return [prompts[i : i + batch_size] for i in range(0, whole, batch_size)] or [prompts]
 
@@ -179,33 +176,33 @@ def interleave(
     repeats: int,
     on_group: Callable[[], None] = lambda: None,
 ) -> dict[str, ArmTotals]:
-    """Every arm answers every group `repeats` times, one arm after the other; one group before that does not count."""
+    """Let each arm answer each group `repeats` times, alternating between arms; one group before is for warm-up."""
     for arm in arms.values():
         arm(groups[0])
     totals = {name: ArmTotals() for name in arms}
     names = list(arms)
     for repeat in range(repeats):
-        for of_arm in totals.values():
-            of_arm.answers = []
-            of_arm.seconds.append(0.0)
-            of_arm.decode_seconds.append(0.0)
-            of_arm.tokens.append(0)
-            of_arm.decode_tokens.append(0)
+        for total in totals.values():
+            total.answers = []
+            total.seconds.append(0.0)
+            total.decode_seconds.append(0.0)
+            total.tokens.append(0)
+            total.decode_tokens.append(0)
         for number, prompts in enumerate(groups):
-            turn = (repeat + number) % len(names)
-            for name in names[turn:] + names[:turn]:
-                done, of_arm = arms[name](prompts), totals[name]
-                of_arm.seconds[-1] += done.seconds
-                of_arm.tokens[-1] += done.num_tokens
-                of_arm.decode_seconds[-1] += done.decode_seconds
-                of_arm.decode_tokens[-1] += done.decode_tokens
-                of_arm.answers += done.answers
+            first = (repeat + number) % len(names)
+            for name in names[first:] + names[:first]:
+                run, total = arms[name](prompts), totals[name]
+                total.seconds[-1] += run.seconds
+                total.tokens[-1] += run.num_tokens
+                total.decode_seconds[-1] += run.decode_seconds
+                total.decode_tokens[-1] += run.decode_tokens
+                total.answers += run.answers
                 on_group()
     return totals
 
 
 def summarise(totals: Mapping[str, ArmTotals], *, batch_size: int) -> BatchResult:
-    """Medians and spreads."""
+    """Medians and quartiles over the repeats."""
 
     def ratios(speeds: Mapping[str, list[float]]) -> dict[str, Spread]:
         return {
@@ -214,8 +211,8 @@ def summarise(totals: Mapping[str, ArmTotals], *, batch_size: int) -> BatchResul
             if a in speeds and b in speeds
         }
 
-    speeds = {name: of_arm.speeds for name, of_arm in totals.items()}
-    decode = {name: of_arm.decode_speeds for name, of_arm in totals.items()}
+    speeds = {name: total.speeds for name, total in totals.items()}
+    decode = {name: total.decode_speeds for name, total in totals.items()}
     drafted, plain = totals[DRAFT].answers, totals[PLAIN].answers
     rounds = [r for answer in drafted for r in answer.rounds]
     return BatchResult(
@@ -231,37 +228,37 @@ def summarise(totals: Mapping[str, ArmTotals], *, batch_size: int) -> BatchResul
 
 
 def table(results: Sequence[BatchResult]) -> Table:
-    """One row an arm and batch size."""
-    shown = Table(title="Throughput: median (quartiles) over repeats; in brackets once prompts are read")
+    """One row for each batch size and arm."""
+    shown = Table(title="Throughput: median (quartiles) over repeats; in brackets without prefill")
     shown.add_column("batch", justify="right")
     shown.add_column("arm")
     for name in (
         "tokens/s",
-        "against plain",
-        "against transformers",
+        "vs. plain",
+        "vs. transformers",
         f"repeated {REPEATED_GRAM_TOKENS}-grams",
         "accepted length",
-        "as plain",
+        "same as plain",
     ):
         shown.add_column(name, justify="right")
     for result in results:
         for name, speed in result.tokens_per_s.items():
-            last = name == DRAFT
+            is_draft = name == DRAFT
             shown.add_row(
                 str(result.batch_size),
                 name,
                 f"{speed.median:.1f} \\[{result.decode_tokens_per_s[name].median:.1f}]",
                 *(_ratio(result, f"{name} / {other}") for other in (PLAIN, TRANSFORMERS)),
                 f"{result.repeated_share[name]:.1%}",
-                f"{result.accepted_length:.2f}" if last else "",
-                f"{result.same_as_plain:.0%}" if last else "",
-                end_section=last,
+                f"{result.accepted_length:.2f}" if is_draft else "",
+                f"{result.same_as_plain:.0%}" if is_draft else "",
+                end_section=is_draft,
             )
     return shown
 
 
-def _against(result: BatchResult, other: str) -> dict[str, Spread]:
-    """The ratios to one arm, by arm."""
+def _ratios_to(result: BatchResult, other: str) -> dict[str, Spread]:
+    """Each arm's ratio to the arm `other`."""
     return {name.removesuffix(f" / {other}"): r for name, r in result.ratios.items() if name.endswith(f" / {other}")}
 
 

@@ -1,4 +1,4 @@
-"""Arms of an ablation differ as they say, are resumed, and are summed up by statistics that are right."""
+"""bench ablation: arms differ as their names say, runs are resumed, and the statistics are right."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from support.live_traces import serve, some_requests
 from support.tiny_models import random_draft, save_model
 
 from aurora_lit.bench.ablation import run as ablation
-from aurora_lit.bench.ablation.arms import ARMS, arms_of
-from aurora_lit.bench.ablation.tallies import (
+from aurora_lit.bench.ablation.arms import ARMS, arms_named
+from aurora_lit.bench.ablation.statistics import (
+    acceptance_by_position,
     acceptance_rate,
+    accepted_histogram,
     accepted_length,
     interval,
     length_ratio,
     rate_when_tested,
-    reached,
     speed_up,
-    tally,
     tokens_to_adapt,
 )
 from aurora_lit.config import AuroraConfig, load_config
@@ -38,7 +38,7 @@ COSTS = {"target_s": [1.0, 1.1, 1.2, 1.3], "first_step_s": 0.2, "next_step_s": 0
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stream of two phases that repeat their prompts, as `bench stream` leaves it, and a draft to begin with."""
+    """A stream of two phases that repeat their prompts, as `bench stream` records it, and a starting draft."""
     folder = tmp_path_factory.mktemp("ablation")
     target = Target.load(save_model("llama", folder / "target", num_hidden_layers=4), precision="fp32")
     save_draft(random_draft(target), folder / "start", dtype=torch.float32)
@@ -83,7 +83,7 @@ def a_config(folder: Path, **learn: Any) -> AuroraConfig:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """With costs that are known, so that no engine is built to measure them."""
+    """A folder with known costs, so that none are measured."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "costs.json").write_text(json.dumps(COSTS))
     return tmp_path / "out"
@@ -99,7 +99,7 @@ def test_arms_learn_differently_and_the_report_says_how(folder: Path, out: Path)
     arms = report["arms"]
     assert list(arms) == ["static", "kl", "lk", "ppo", "full"]
     after = {name: found["measured"]["all_after"]["accepted_length"] for name, found in arms.items()}
-    assert len(set(after.values())) == 5, "no two arms do the same"
+    assert len(set(after.values())) == 5, "no two arms learn the same"
     assert arms["static"]["measured"]["all_before"]["accepted_length"] == after["static"]
     for name in ("kl", "lk", "full"):
         assert after[name] > after["static"] + 0.2
@@ -123,34 +123,36 @@ def test_arms_learn_differently_and_the_report_says_how(folder: Path, out: Path)
     assert json.loads((out / "report.json").read_text())["arms"]["kl"]["traffic"] == arms["kl"]["traffic"]
 
 
-def test_only_what_is_not_done_is_run(folder: Path, out: Path) -> None:
+def test_only_missing_results_are_computed(folder: Path, out: Path) -> None:
     first = run(folder, out, "static,lk", seeds=(0, 1), every=2)
     files = {path.name: path.read_bytes() for path in (out / "arms").iterdir()}
     assert sorted(files) == ["lk-0.json", "lk-1.json", "static-0.json", "static-1.json"]
     scored = [set(json.loads(files[f"lk-{seed}.json"])["requests"]) for seed in (0, 1)]
     assert [len(each) for each in scored] == [36, 36]
-    assert not scored[0] & scored[1], "other requests with each seed"
+    assert not scored[0] & scored[1], "each seed has other requests"
     assert first["arms"]["lk"]["traffic"]["requests"] == 72
     assert json.loads(files["lk-0.json"])["measured"] != json.loads(files["lk-1.json"])["measured"]
-    assert list(run(folder, out, "static", seeds=(0, 1), every=2)["arms"]) == ["static", "lk"], "all that is done"
+    assert list(run(folder, out, "static", seeds=(0, 1), every=2)["arms"]) == ["static", "lk"], (
+        "all results in the folder"
+    )
     (out / "arms" / "lk-1.json").unlink()  # killed in the middle: there is no file
     written = {path.name: path.stat().st_mtime_ns for path in (out / "arms").iterdir()}
     again = run(folder, out, "static,lk", seeds=(0, 1), every=2)
     assert {name: (out / "arms" / name).stat().st_mtime_ns for name in written} == written
     lengths = [report["arms"]["lk"]["traffic"]["by_seed"] for report in (first, again)]
-    assert lengths[0] == lengths[1], "the same arm and seed come to the same"
+    assert lengths[0] == lengths[1], "an arm and seed are reproducible"
     with pytest.raises(ConfigError, match="other settings"):
         run(folder, out, "static", a_config(folder, learning_rate=1e-3), seeds=(0, 1), every=2)
     with pytest.raises(ConfigError, match="use some of static,kl"):
         run(folder, out, "static,best")
-    with pytest.raises(AuroraError, match="holds no whole stream"):
+    with pytest.raises(AuroraError, match="has no complete stream"):
         ablation.run(a_config(folder), traces=out, arms=["static"], seeds=(0,), out=out)
 
 
-def test_each_arm_leaves_out_what_its_name_says(folder: Path) -> None:
+def test_each_arm_changes_what_its_name_says(folder: Path) -> None:
     config = a_config(folder)
     config = replace(config, domain=replace(config.domain, detect=True))
-    made = {arm.name: arm.settings(config, seed=3) for arm in arms_of(list(ARMS))}
+    made = {arm.name: arm.settings(config, seed=3) for arm in arms_named(list(ARMS))}
     assert {each.learn.seed for each in made.values()} == {3}
     full = replace(config, learn=replace(config.learn, seed=3))
     assert made["full"] == full
@@ -168,24 +170,24 @@ def test_each_arm_leaves_out_what_its_name_says(folder: Path) -> None:
     assert {name for name, arm in ARMS.items() if not arm.gated} == {"kl", "lk", "ppo", "full-without-gate"}
 
 
-def test_counts_of_rounds_say_length_and_acceptance() -> None:
-    tallies = np.array([[4.0, 2, 0, 2], [1, 0, 0, 1]])  # rounds that accepted 0, 1, 2, 3
-    assert accepted_length(tallies) == pytest.approx(1 + (2 * 1 + 3 * 3) / 10)
-    assert reached(tallies) == pytest.approx([0.5, 0.3, 0.3])
-    assert acceptance_rate(tallies) == pytest.approx(11 / 30)
-    assert rate_when_tested(tallies) == pytest.approx(11 / (11 + 7))
+def test_accepted_length_and_rates_follow_from_histograms() -> None:
+    histograms = np.array([[4.0, 2, 0, 2], [1, 0, 0, 1]])  # rounds that accepted 0, 1, 2, 3
+    assert accepted_length(histograms) == pytest.approx(1 + (2 * 1 + 3 * 3) / 10)
+    assert acceptance_by_position(histograms) == pytest.approx([0.5, 0.3, 0.3])
+    assert acceptance_rate(histograms) == pytest.approx(11 / 30)
+    assert rate_when_tested(histograms) == pytest.approx(11 / (11 + 7))
     assert accepted_length(np.zeros((0, 4))) == 1
 
 
-def test_a_traces_rounds_are_counted(folder: Path) -> None:
+def test_the_histogram_of_a_trace_counts_its_rounds(folder: Path) -> None:
     target = Target.load(folder / "target", precision="fp32")
     trace = serve(target, random_draft(target), some_requests(1))[0]
-    counts = tally(trace, num_proposed=3)
+    counts = accepted_histogram(trace, num_proposed=3)
     assert sum(counts) == len(trace.num_accepted_R)
     assert sum(n * count for n, count in enumerate(counts)) == int(trace.num_accepted_R.sum())
 
 
-def test_the_modelled_speed_takes_the_best_number_of_proposals() -> None:
+def test_the_modelled_speed_up_uses_the_best_number_of_proposals() -> None:
     always = np.array([[0.0, 0, 0, 5]])
     assert speed_up(always, COSTS) == pytest.approx(4 / (1.3 + 0.2 + 2 * 0.1))
     never = np.array([[5.0, 0, 0, 0]])
@@ -194,30 +196,30 @@ def test_the_modelled_speed_takes_the_best_number_of_proposals() -> None:
     assert speed_up(once, COSTS) == pytest.approx(1.8 / (1.1 + 0.2))
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+def test_intervals_have_their_nominal_coverage() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for trial in range(150):
-        tallies = rng.multinomial(12, [0.5, 0.3, 0.1, 0.1], size=60).astype(float)
-        low, high = interval(accepted_length, tallies, seed=trial)
+        histograms = rng.multinomial(12, [0.5, 0.3, 0.1, 0.1], size=60).astype(float)
+        low, high = interval(accepted_length, histograms, seed=trial)
         covered += low <= 1.8 <= high
     assert 0.87 <= covered / 150 <= 0.995
-    low, high = interval(length_ratio, tallies, tallies)
-    assert low == high == 1, "the same requests are drawn for both"
+    low, high = interval(length_ratio, histograms, histograms)
+    assert low == high == 1, "both are resampled with the same requests"
 
 
-def test_adaptation_is_counted_from_a_phases_beginning_to_its_final_level() -> None:
+def test_adaptation_is_counted_until_the_gain_nears_its_final_value() -> None:
     base = np.tile([6.0, 4, 0, 0], (100, 1))
-    gain = np.minimum(1.0, np.arange(100) / 50)  # comes to its level at request 50
+    gain = np.minimum(1.0, np.arange(100) / 50)  # reaches its final value at request 50
     own = base + gain[:, None] * np.array([-4.0, 0, 0, 4])
     tokens = tokens_to_adapt(own, base, [10] * 100, window=5)
     assert tokens is not None
     assert 450 <= tokens <= 530
     assert tokens_to_adapt(base, base, [10] * 100, window=5) is None, "nothing is gained"
-    assert tokens_to_adapt(own[:9], base[:9], [10] * 9, window=5) is None, "too few to tell"
+    assert tokens_to_adapt(own[:9], base[:9], [10] * 9, window=5) is None, "too few requests"
 
 
-def test_costs_are_measured_once_and_wider_passes_cost_no_less(folder: Path, tmp_path: Path) -> None:
+def test_costs_are_measured_once_and_longer_passes_cost_no_less(folder: Path, tmp_path: Path) -> None:
     config = a_config(folder)
     config = replace(config, engine=replace(config.engine, max_seq_len=128, prefill_chunk_tokens=64))
     costs = ablation.measure_costs(config, tmp_path / "costs.json")

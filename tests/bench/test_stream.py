@@ -1,4 +1,4 @@
-"""A stream is planned as its file says, recorded once, and gone on with where it was stopped."""
+"""bench stream: a stream is planned as its file says, recorded once, and resumed where it stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support import ROOT
 from support.fake_engine import tiny_tokenizer
 from support.tiny_models import random_draft, save_model
 
-from aurora_lit.bench.stream import about, recorded_ids
+from aurora_lit.bench.stream import read_stream_info, recorded_ids
 from aurora_lit.bench.stream_plan import phase_of, plan, read_stream
 from aurora_lit.cli.main import main
 from aurora_lit.drafts.checkpoint import save_draft
@@ -67,20 +67,20 @@ def stream(tmp_path: Path) -> Path:
     return write_stream(tmp_path / "prompts" / "stream.yaml")
 
 
-def test_the_plan_mixes_files_asks_each_prompt_once_and_repeats_itself(stream: Path) -> None:
+def test_the_plan_mixes_files_uses_each_prompt_once_and_is_reproducible(stream: Path) -> None:
     phases, measured = plan(read_stream(stream), prompts=stream.parent, tokenizer=tiny_tokenizer(), max_seq_len=64)
     assert [len(phase) for phase in phases] == [5, 8, 6]
-    requests = [asked.request for phase in [*phases, measured] for asked in phase]
-    assert len({request.prompt_ids for request in requests}) == len(requests), "a file goes on where it was"
+    requests = [planned.request for phase in [*phases, measured] for planned in phase]
+    assert len({request.prompt_ids for request in requests}) == len(requests), "a file continues with its next prompt"
     assert len({request.request_id for request in requests}) == len(requests)
-    domains = [asked.request.domain for asked in phases[1]]
+    domains = [planned.request.domain for planned in phases[1]]
     assert domains.count("code") > domains.count("chat") > 0
-    params = [asked.request.params for asked in phases[1]]
+    params = [planned.request.params for planned in phases[1]]
     assert {p.temperature for p in params} == {0.0, 0.6}
     assert all((p.seed is None) == (p.temperature == 0) for p in params), "sampled answers must not depend on a draft"
-    assert [asked.arrives_s for asked in phases[2]] == pytest.approx([i / 25 for i in range(6)])
-    assert {asked.arrives_s for asked in phases[1]} == {0.0}
-    assert [phase_of(asked.request.request_id) for asked in phases[2]] == [2] * 6
+    assert [planned.arrives_s for planned in phases[2]] == pytest.approx([i / 25 for i in range(6)])
+    assert {planned.arrives_s for planned in phases[1]} == {0.0}
+    assert [phase_of(planned.request.request_id) for planned in phases[2]] == [2] * 6
     again, _ = plan(read_stream(stream), prompts=stream.parent, tokenizer=tiny_tokenizer(), max_seq_len=64)
     assert again == phases
     write_stream(stream, seed=1)
@@ -102,13 +102,13 @@ _PHASE = {"name": "a", "prompts": ["chat.jsonl"], "requests": 2}
         ({"phases": [{**_PHASE, "max_tokens": 1}]}, "max_tokens=1.*2 or more"),
         ({"phases": [{**_PHASE, "name": "a/b"}]}, "name='a/b'"),
         ({"phases": [{**_PHASE, "request": 2}]}, "request=2: there is no such key; use one of .*requests"),
-        ({"phases": [{**_PHASE, "requests": "two"}]}, "requests='two' is no int"),
+        ({"phases": [{**_PHASE, "requests": "two"}]}, "requests='two' is not of type int"),
         ({"phases": [{"name": "a", "prompts": ["chat.jsonl"]}]}, "requests is missing"),
-        ({"phases": 3}, "phases=3 is no list"),
-        ({"measure": None}, "None is no mapping"),
-        ({"phases": [{**_PHASE, "requests": 13}]}, "chat.jsonl has no prompt left"),
+        ({"phases": 3}, "phases=3 is not a list"),
+        ({"measure": None}, "None is not a mapping"),
+        ({"phases": [{**_PHASE, "requests": 13}]}, "chat.jsonl has no suitable prompt left"),
         ({"phases": [{**_PHASE, "prompts": ["poems.jsonl"]}]}, "poems.jsonl: there is no such prompt file"),
-        ({"phases": [{**_PHASE, "requests": 7, "arrivals": "times.csv"}]}, "holds 6 arrivals and the phase 7"),
+        ({"phases": [{**_PHASE, "requests": 7, "arrivals": "times.csv"}]}, "has 6 arrivals, but the phase 7"),
         ({"phases": [{**_PHASE, "arrivals": "chat.jsonl"}]}, "column timestamp_s"),
     ],
 )
@@ -118,12 +118,12 @@ def test_a_wrong_stream_is_refused_with_its_remedy(stream: Path, changes: dict[s
         plan(read_stream(stream), prompts=stream.parent, tokenizer=tiny_tokenizer(), max_seq_len=64)
 
 
-def test_the_shipped_stream_is_one() -> None:
+def test_the_shipped_stream_is_valid() -> None:
     shipped = read_stream(ROOT / "benchmarks" / "stream.yaml")
     assert [phase.name for phase in shipped.phases] == ["chat", "code", "summarize", "sql", "chat-again", "translate"]
 
 
-def test_a_stream_is_recorded_and_gone_on_with(stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_is_recorded_and_resumed(stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aurora_lit.bench.stream._SHARD_POSITIONS", 150)
     folder = save_model("llama", tmp_path / "target", num_hidden_layers=4, vocab_size=len(tiny_tokenizer()))
     tiny_tokenizer().save_pretrained(folder)
@@ -154,25 +154,25 @@ def test_a_stream_is_recorded_and_gone_on_with(stream: Path, tmp_path: Path, mon
         )
         return f"{done.output}{done.exception or ''}"
 
-    with pytest.raises(AuroraError, match="holds no whole stream"):
-        about(out)
+    with pytest.raises(AuroraError, match="has no complete stream"):
+        read_stream_info(out)
     record()
-    found = about(out)
+    found = read_stream_info(out)
     traffic = list(read_traces(out / "traffic"))
     assert [phase_of(t.request_id) for t in traffic] == sorted(phase_of(t.request_id) for t in traffic)
     assert len(traffic) == 19
     assert {t.verify for t in traffic} == {"greedy", "seeded"}
-    assert any(t.explored_R.any() for t in traffic), "as a live server records"
-    for trace in traffic:  # slots have been used again since, yet each has its own states
+    assert any(t.explored_R.any() for t in traffic), "as on a live server"
+    for trace in traffic:  # slots were reused since, yet each trace has its own states
         with torch.no_grad():
             aux_1T3H, last_1TH = target.forward_uncached(trace.token_ids_T.long()[None])
         torch.testing.assert_close(trace.aux_T3H.float(), aux_1T3H[0], atol=0.05, rtol=0.02)
         torch.testing.assert_close(trace.last_TH.float(), last_1TH[0], atol=0.05, rtol=0.02)
     tokens = sum(len(t.token_ids_T) - t.answer_start for t in traffic if t.domain == "sql")
     assert (found["traffic"]["sql"]["segments"], found["traffic"]["sql"]["tokens"]) == (6, tokens)
-    assert found["runs"]["2-sql"]["seconds"] >= 0.2, "requests come when they are due"
+    assert found["runs"]["2-sql"]["seconds"] >= 0.2, "requests are submitted when they are due"
     assert len(list(read_traces(out / "measure"))) == 2
-    # What is lost with a shard is asked again, nothing else is.
+    # What is lost with a shard is planned again, nothing else is.
     whole = {t.request_id: t.token_ids_T.tolist() for t in traffic}
     *_, last = read_index(out / "traffic")
     (out / "traffic" / last.name).unlink()

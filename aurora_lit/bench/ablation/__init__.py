@@ -1,11 +1,12 @@
-"""Several learners on one recorded stream: what each part of learning is worth.
+"""The benchmark that compares learners on one recorded stream, to measure what each part of learning contributes.
 
-May import: bench/ and above. Start with run.py. The files, each importing only those above it:
+May import: everything above.
 
-    arms.py     the learners of an ablation, and what each leaves out
-    tallies.py  accepted length, acceptance, speed-up and their intervals, from counts of rounds
-    plot.py     the picture of an ablation
-    result.py   what one arm was worth with one seed: record and file
-    report.py   what the arms come to: JSON, tables
-    run.py      several learners on one recorded stream
+Start with run.py. The files, each importing only files above it:
+
+    arms.py         the learners that can be compared, and the settings that each changes
+    statistics.py   accepted length, acceptance rates, modelled speed-up and intervals, from histograms
+    result.py       the result of one arm with one seed, and its file
+    report.py       all results together: JSON, tables, plot
+    run.py          runs the arms
 """

@@ -1,16 +1,16 @@
-"""The arms of an ablation: what each leaves out of the learner that the settings describe.
+"""The arms of an ablation: the learners that are compared, each a change of the settings.
 
-static        the starting draft
-kl            KL on live tokens and nothing else, as in online distillation (Liu et al., arXiv 2310.07177): no domains,
-              no replay, no gate, no averaging, a constant rate: 0.3 of learn.learning_rate, which averaging allows
+static        the starting draft, without learning
+kl            KL on live tokens only, as in online distillation (Liu et al., arXiv 2310.07177): no domains, no replay,
+              no gate, no averaging, and a constant rate of 0.3 learn.learning_rate (the full rate needs averaging)
 lk            the same with the acceptance loss
-ppo           the same with the policy loss alone
-full          what the settings say
+ppo           the same with the policy loss only
+full          the settings unchanged
 full-without-detector, full-without-replay, full-without-ppo, full-without-gate, full-without-averaging,
-full-without-vocabulary
-full-uniform  traces of a batch are drawn at random, not by what they can teach
+full-without-vocabulary: the settings without that part
+full-uniform  batches take a random choice of traces instead of the most informative ones
 
-What is left out: running them (bench/ablation/run.py).
+Leaves out running them (bench/ablation/run.py).
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
 
 _Changes = dict[str, dict[str, Any]]
-"""To the settings, by section."""
+"""Changed settings by section and key."""
 
 STATIC = "static"
 _NO_PPO: _Changes = {"learn": {"ppo_weight": 0.0}, "engine": {"explore_share": 0.0}, "schedule": {"explore_share": 0.0}}
 _NO_DETECTOR: _Changes = {"domain": {"detect": False}}
 _NO_REPLAY: _Changes = {"learn": {"replay_share": 0.0}}
 _NO_AVERAGING: _Changes = {"learn": {"ema_decay": 0.0}}
-_BARE: list[_Changes] = [_NO_DETECTOR, _NO_REPLAY, _NO_AVERAGING, {"schedule": {"min_lr_factor": 1.0}}]
-_BARE_RATE = 0.3
+_ONLINE_ONLY: list[_Changes] = [_NO_DETECTOR, _NO_REPLAY, _NO_AVERAGING, {"schedule": {"min_lr_factor": 1.0}}]
+_ONLINE_ONLY_RATE = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One learner."""
+    """One learner, as changes of the settings."""
 
     name: str
     changes: Sequence[_Changes] = ()
     rate_factor: float = 1.0
-    """Of learn.learning_rate."""
+    """Factor of learn.learning_rate."""
     gated: bool = True
-    """A draft serves only if the gate lets it pass."""
+    """True if a draft is published only if it passes the gate."""
 
     def settings(self, config: AuroraConfig, *, seed: int) -> AuroraConfig:
-        """Of this arm."""
+        """The settings of this arm."""
         learn = {"seed": seed, "learning_rate": config.learn.learning_rate * self.rate_factor}
         for change in [*self.changes, {"learn": learn}]:
             config = replace(
@@ -59,9 +59,19 @@ ARMS = {
     arm.name: arm
     for arm in (
         Arm(name=STATIC, changes=[_NO_PPO]),
-        Arm(name="kl", changes=[*_BARE, _NO_PPO, {"learn": {"base_loss": "kl"}}], rate_factor=_BARE_RATE, gated=False),
-        Arm(name="lk", changes=[*_BARE, _NO_PPO], rate_factor=_BARE_RATE, gated=False),
-        Arm(name="ppo", changes=[*_BARE, {"learn": {"base_loss": "none"}}], rate_factor=_BARE_RATE, gated=False),
+        Arm(
+            name="kl",
+            changes=[*_ONLINE_ONLY, _NO_PPO, {"learn": {"base_loss": "kl"}}],
+            rate_factor=_ONLINE_ONLY_RATE,
+            gated=False,
+        ),
+        Arm(name="lk", changes=[*_ONLINE_ONLY, _NO_PPO], rate_factor=_ONLINE_ONLY_RATE, gated=False),
+        Arm(
+            name="ppo",
+            changes=[*_ONLINE_ONLY, {"learn": {"base_loss": "none"}}],
+            rate_factor=_ONLINE_ONLY_RATE,
+            gated=False,
+        ),
         Arm(name="full"),
         Arm(name="full-without-detector", changes=[_NO_DETECTOR]),
         Arm(name="full-without-replay", changes=[_NO_REPLAY]),
@@ -74,8 +84,8 @@ ARMS = {
 }
 
 
-def arms_of(names: Sequence[str]) -> list[Arm]:
-    """Raises ConfigError for a name that is none."""
+def arms_named(names: Sequence[str]) -> list[Arm]:
+    """The arms with these names, each once. Raises ConfigError for an unknown name."""
     for name in names:
         if name not in ARMS:
             raise ConfigError(f"--arms {name}: there is no such arm; use some of {','.join(ARMS)}")

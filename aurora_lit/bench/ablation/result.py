@@ -1,6 +1,6 @@
-"""What one arm of an ablation was worth with one seed: the record, and its file.
+"""The result of one arm of an ablation with one seed, and its file.
 
-What is left out: how it comes about (bench/ablation/run.py), what is made of it (bench/ablation/report.py).
+Leaves out how it is computed (bench/ablation/run.py) and the report of all results (bench/ablation/report.py).
 """
 
 from __future__ import annotations
@@ -13,39 +13,39 @@ from pathlib import Path
 
 @dataclass(kw_only=True)
 class Result:
-    """What one arm was worth with one seed; a list a request, in the stream's order."""
+    """One arm with one seed; lists have an entry for each scored request, in the order of the stream."""
 
     arm: str
     seed: int
     requests: list[str] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
     phases: list[int] = field(default_factory=list)
-    tallies: list[list[int]] = field(default_factory=list)
-    """Rounds by proposals accepted, 0 to K."""
+    histograms: list[list[int]] = field(default_factory=list)
+    """How many rounds accepted 0, 1, … K proposals."""
     answer_tokens: list[int] = field(default_factory=list)
-    """Of all requests since the one before, this one included."""
+    """Answer tokens of the stream since the previous scored request, this one's included."""
     measured: list[dict[str, list[list[int]]]] = field(default_factory=list)
-    """Before the stream and after each phase: by domain, a tally a measured request."""
+    """Before the stream and after each phase: by domain, a histogram for each measured request."""
     shifts: list[tuple[int, str, str]] = field(default_factory=list)
-    """Requests of all traffic before it, cause, the detector's domain."""
+    """Detected shifts: number of requests before, cause, the detector's domain."""
     steps: int = 0
     positions: int = 0
     learner_s: float = 0.0
-    """Processor time of steps, trials, and placing requests in domains."""
-    propose_s: float = 0.0
-    """Of making rounds, which a live server does anyway."""
+    """Processor time of learning: steps, trials, domain detection."""
+    simulation_s: float = 0.0
+    """Processor time of simulating rounds, which a live server spends on serving."""
     published: int = 0
     trials: int = 0
     explored_rounds: int = 0
 
 
 def result_path(out: Path, arm: str, seed: int) -> Path:
-    """Of one arm and seed."""
+    """The file of one arm and seed."""
     return out / "arms" / f"{arm}-{seed}.json"
 
 
 def store(out: Path, result: Result) -> None:
-    """Whole or not at all."""
+    """Write a result atomically."""
     path = result_path(out, result.arm, result.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -54,7 +54,7 @@ def store(out: Path, result: Result) -> None:
 
 
 def stored(out: Path, arm: str) -> Iterator[Result]:
-    """All seeds of an arm that are done."""
+    """The results of an arm, for all seeds that are done."""
     for path in sorted((out / "arms").glob(f"{arm}-*.json")):
         result = Result(**json.loads(path.read_text(encoding="utf-8")))
         if result.arm == arm:

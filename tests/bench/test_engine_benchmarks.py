@@ -1,10 +1,9 @@
-"""What the benchmarks count, on a fake engine whose answers are known."""
+"""bench throughput and bench acceptance: what they count, on fake engines whose answers are known."""
+
+from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +14,15 @@ from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aurora_lit.bench import acceptance, throughput
-from aurora_lit.bench.prompts import Answer, BenchPrompt, Run, Spread, drive, load_prompts, params_for, repeated_share
+from aurora_lit.bench.prompts import (
+    Answer,
+    BenchPrompt,
+    PromptRun,
+)
 from aurora_lit.bench.reference import generate as reference_generate
+from aurora_lit.bench.reporting import Spread
 from aurora_lit.config import AuroraConfig
-from aurora_lit.errors import AuroraError, ConfigError
+from aurora_lit.errors import ConfigError
 from aurora_lit.request import Output
 from aurora_lit.settings import DraftSettings, EngineSettings
 
@@ -35,38 +39,6 @@ def _files(folder: Path) -> list[Path]:
     chat.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain.write_text("the world\n\nthe old world\n")
     return [chat, plain]
-
-
-def test_prompts_of_all_files_are_mixed_limited_and_fit(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    prompts = load_prompts(_files(tmp_path), limit=3, tokenizer=tokenizer, max_prompt_tokens=100)
-    assert [p.domain for p in prompts] == ["chat", "poems", "chat", "poems", "chat"]
-    assert tokenizer.decode(prompts[0].token_ids) == "<|user|>hello 0<|assistant|>"
-    with pytest.raises(AuroraError, match="max-tokens"):
-        load_prompts(_files(tmp_path), limit=None, tokenizer=tokenizer, max_prompt_tokens=1)
-
-
-def test_drive_answers_every_prompt_and_counts_what_came_after_all_had_begun() -> None:
-    engine = FakeEngine(FakeOptions(tokens_per_round=3, max_batch_size=2, round_s=0.01))
-    ended: list[None] = []
-    run = drive(
-        engine,
-        [_prompt(7, 8), _prompt(9), _prompt(5, 6)],
-        params_for(0, max_tokens=7),
-        on_answer=lambda: ended.append(None),
-    )
-    assert [a.token_ids for a in run.answers] == [[7, 8, 7, 8, 7, 8, 7], [9] * 7, [5, 6, 5, 6, 5, 6, 5]]
-    assert run.num_tokens == 21
-    assert run.decode_tokens == 4  # the third prompt began last, when the others had ended
-    assert run.seconds >= 0.06 > run.decode_seconds >= 0.02
-    assert len(ended) == 3
-
-
-def test_an_engine_error_ends_the_benchmark() -> None:
-    engine = FakeEngine()
-    error = tiny_tokenizer().convert_tokens_to_ids("<|error|>")
-    with pytest.raises(AuroraError, match="as asked"):
-        drive(engine, [_prompt(error)], params_for(0, max_tokens=4))
 
 
 def _round(proposed: int, accepted: int, reason: str | None = None) -> Output:
@@ -88,25 +60,19 @@ def test_acceptance_leaves_out_last_rounds_and_rounds_without_proposals() -> Non
     assert result.conditional_rate_by_position == [3 / 4, 1 / 2, 1.0]
 
 
-def test_repeated_share_sees_loops_within_an_answer_only() -> None:
-    assert repeated_share([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]) == 0
-    assert repeated_share([[1] * 13]) == 0.9
-    assert repeated_share([[1, 2]]) == 0
-
-
 def test_spread_is_median_and_quartiles() -> None:
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(median=2, low=1, high=3)
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(median=3, low=2, high=4)
 
 
-def test_arms_take_turns_in_turning_order_and_a_first_group_does_not_count() -> None:
+def test_arms_alternate_in_rotating_order_after_a_warm_up() -> None:
     calls: list[str] = []
 
     def arm(name: str, seconds: float) -> throughput.Arm:
-        def answer(prompts: Sequence[BenchPrompt]) -> Run:
+        def answer(prompts: Sequence[BenchPrompt]) -> PromptRun:
             calls.append(name)
             answers = [Answer(domain="chat", token_ids=[1, 2], rounds=[_round(1, 1)]) for _ in prompts]
-            return Run(answers=answers, seconds=seconds, decode_tokens=1, decode_seconds=seconds / 2)
+            return PromptRun(answers=answers, seconds=seconds, decode_tokens=1, decode_seconds=seconds / 2)
 
         return answer
 
@@ -129,7 +95,7 @@ def test_fewer_prompts_than_the_batch_make_one_group() -> None:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[AuroraConfig]:
-    """Both benchmarks get fake engines; returns the configs they asked for."""
+    """Gives both benchmarks fake engines; the settings that these were built with."""
     configs: list[AuroraConfig] = []
 
     def build(config: AuroraConfig) -> tuple[FakeEngine, object]:
@@ -141,7 +107,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[AuroraConfig]:
     return configs
 
 
-def test_throughput_writes_numbers_and_a_picture(tmp_path: Path, built: list[AuroraConfig]) -> None:
+def test_throughput_writes_numbers_and_a_plot(tmp_path: Path, built: list[AuroraConfig]) -> None:
     pytest.importorskip("matplotlib")
     results = throughput.run(
         CONFIG, batch_sizes=(1, 2), prompts=_files(tmp_path), limit=2, repeats=2, max_tokens=6, out=tmp_path / "out"
@@ -177,9 +143,7 @@ def test_acceptance_measures_greedy_and_the_temperature_by_domain(tmp_path: Path
     assert report["acceptance"][0]["domain"] == "chat"
 
 
-def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
-    tmp_path: Path, built: list[AuroraConfig]
-) -> None:
+def test_unusable_settings_are_refused_before_anything_is_loaded(tmp_path: Path, built: list[AuroraConfig]) -> None:
     files = _files(tmp_path)
     with pytest.raises(ConfigError, match=r"draft\.checkpoint=null"):
         throughput.run(AuroraConfig(draft=DraftSettings(checkpoint=None)), batch_sizes=(1,), prompts=files)
@@ -190,7 +154,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
     assert built == []
 
 
-def test_the_reference_answers_as_transformers_does_alone_and_ends_at_end_of_text() -> None:
+def test_the_reference_batch_answers_as_transformers_does_prompt_by_prompt() -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **shape)).eval()
@@ -206,32 +170,3 @@ def test_the_reference_answers_as_transformers_does_alone_and_ends_at_end_of_tex
     cut = reference_generate(model, prompts[:1], eos_token_ids=frozenset({eos}), max_tokens=5, temperature=0)
     assert cut.answers[0].token_ids[-1] == eos
     assert cut.answers[0].token_ids.count(eos) == 1
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "it does not come"
-        time.sleep(0.02)
-
-
-def test_a_server_that_a_benchmark_started_is_told_to_end_when_the_benchmark_is_killed(tmp_path: Path) -> None:
-    server = """
-import pathlib, signal, sys, time
-def end(*_):
-    pathlib.Path("told").touch()
-    sys.exit()
-signal.signal(signal.SIGTERM, end)
-pathlib.Path("up").touch()
-time.sleep(60)
-"""
-    bench = f"""
-import sys, time
-from aurora_lit.bench.online import _start
-_start([sys.executable, "-c", {server!r}], sys.stderr)
-time.sleep(60)
-"""
-    with subprocess.Popen([sys.executable, "-c", bench], cwd=tmp_path) as process:
-        until((tmp_path / "up").exists)
-        process.kill()
-    until((tmp_path / "told").exists)

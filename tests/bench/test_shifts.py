@@ -1,4 +1,4 @@
-"""How soon shifts are noticed, and how often wrongly, is counted right."""
+"""bench shifts: delays and false alarms are counted correctly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from aurora_lit.bench import shifts
 from aurora_lit.config import load_config
-from aurora_lit.modules.domains.detector import embed
+from aurora_lit.modules.domains.detector import prompt_embedding
 from aurora_lit.traces.log import TraceLogWriter
 from aurora_lit.traces.record import Trace
 
@@ -20,7 +20,7 @@ H = 8
 
 
 def a_trace(request_id: str, direction: int) -> Trace:
-    """A prompt of one of three kinds that belong to a direction, with noise."""
+    """A noisy prompt of one of the three kinds of a direction."""
     number = zlib.crc32(request_id.encode())
     gen = torch.Generator().manual_seed(number)
     aux_T3H = 0.05 * torch.randn(9, 3 * H, generator=gen)
@@ -38,7 +38,7 @@ def a_trace(request_id: str, direction: int) -> Trace:
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
-    """Two phases of a domain each, and a return to the first."""
+    """Two phases of one domain each, and a return to the first domain."""
     log = TraceLogWriter(tmp_path / "traffic", kind="traffic", shard_positions=900)
     for number, direction in enumerate((0, 5, 0)):
         for at in range(150):
@@ -60,15 +60,15 @@ def test_phases_are_noticed_and_random_orders_are_quiet(recorded: Path, tmp_path
     assert json.loads((tmp_path / "out" / "shifts.json").read_text()) == report
 
 
-def test_a_prompt_alone_is_all_the_detector_sees(recorded: Path) -> None:
+def test_a_prompt_only_is_all_the_detector_sees(recorded: Path) -> None:
     config = load_config(None, [])
     whole = [a_trace(f"{n}", 5 * (n > 60)) for n in range(140)]
-    alone = [shifts.prompt_alone(trace) for trace in whole]
+    alone = [shifts.prompt_only(trace) for trace in whole]
     for trace, small in zip(whole, alone, strict=True):
-        torch.testing.assert_close(embed(small), embed(trace))
+        torch.testing.assert_close(prompt_embedding(small), prompt_embedding(trace))
         assert small.domain == ""
     unlabelled = [Trace(**{**vars(trace), "domain": ""}) for trace in whole]
-    assert shifts.called(config, alone) == shifts.called(config, unlabelled) != []
+    assert shifts.detected_shifts(config, alone) == shifts.detected_shifts(config, unlabelled) != []
 
 
 def test_delays_are_counted_from_each_phases_first_request() -> None:
