@@ -32,9 +32,6 @@ from aurora_lit.request import Request
 from aurora_lit.traces.log import TraceLogWriter
 from aurora_lit.traces.record import Trace
 
-# Traces keep states in bf16, so a near tie may fall another way than it did live. The draft that two threads train has
-# none along these answers.
-pytestmark = pytest.mark.usefixtures("two_threads")
 TIMES = 8
 """The stream's prompts are asked so often."""
 

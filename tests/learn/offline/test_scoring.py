@@ -19,10 +19,6 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import Trace
 
-# Traces keep states in bf16, so a near tie may fall another way than it did live. The draft that two threads train has
-# none along these answers.
-pytestmark = pytest.mark.usefixtures("two_threads")
-
 
 def a_scorer(target: Target, draft: Eagle3Draft) -> RoundScorer:
     return RoundScorer(online_module(target, draft, num_steps=K), TargetHead(target), batch_positions=256)
