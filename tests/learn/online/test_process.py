@@ -1,9 +1,11 @@
-"""A learner's process: its priority, being killed and resuming, leaving with its server or when asked."""
+"""A learner's process: its priority, being killed and resuming, and exiting with its server.
+
+That it exits on SIGTERM is in test_loop_faults.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -68,13 +70,3 @@ def test_a_killed_learner_resumes_and_publishes_and_exits_with_its_server(
     output, _ = learner.communicate(timeout=60)
     assert learner.returncode == 0, output[-3000:]
     assert server.page.read().state == "absent"
-
-
-def test_a_learner_saves_and_exits_on_sigterm(server: ServerStandIn) -> None:
-    learner = server.start_learner()
-    server.wait(learner, lambda: server.page.read().activity == "waiting for traces")
-    learner.send_signal(signal.SIGTERM)
-    output, _ = learner.communicate(timeout=60)
-    assert learner.returncode == 0, output[-3000:]
-    assert server.page.read().state == "absent"
-    assert (server.store.folder / STATE_NAME).exists()
