@@ -259,8 +259,14 @@ def check_memory(config: AuroraConfig) -> Check:
 
 
 def check_draft(config: AuroraConfig) -> Check:
-    """The draft checkpoint exists and its config.json is valid; the rest is validated when it is loaded."""
+    """The draft checkpoint exists, its config.json is valid, and a learner has a draft that is used.
+
+    The rest of the checkpoint is validated when it is loaded.
+    """
     from aurora_lit.drafts.checkpoint import read_config
+    from aurora_lit.serve import server
+
+    server.check_learning(config)
 
     folder = draft_folder(config)
     if folder is None or not config.engine.speculate:

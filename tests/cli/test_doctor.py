@@ -51,7 +51,7 @@ def free_port() -> int:
 @pytest.fixture
 def overrides(model: Path, free_port: int) -> list[str]:
     """Overrides with which no check fails."""
-    return [f"target.source={model}", "draft.checkpoint=null", f"server.port={free_port}"]
+    return [f"target.source={model}", "draft.checkpoint=null", "learn.enabled=false", f"server.port={free_port}"]
 
 
 def states(config: AuroraConfig) -> dict[str, Check]:
@@ -113,6 +113,16 @@ def test_an_incomplete_draft_fails(overrides: list[str], tmp_path: Path) -> None
     assert check.state == "fail", "a config.json that describes no draft"
     assert "refused" in check.found
     assert states(load_config(None, [*overrides, "engine.speculate=false"]))["draft"].state == "ok"
+
+
+def test_a_learner_without_a_draft_fails_as_it_would_when_serving(overrides: list[str]) -> None:
+    check = states(load_config(None, [*overrides, "learn.enabled=true"]))["draft"]
+    assert check.state == "fail"
+    assert "learn.enabled=true needs a draft" in check.found
+    assert "learn.from_scratch=true" in check.remedy
+    assert (
+        states(load_config(None, [*overrides, "learn.enabled=true", "learn.from_scratch=true"]))["draft"].state == "ok"
+    )
 
 
 @pytest.mark.parametrize(
