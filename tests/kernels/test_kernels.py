@@ -33,8 +33,8 @@ def random_linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias)
 
 
-def reference(linear: nn.Linear, x: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
-    """What the packed layer claims: inputs and weight rounded, exact sums, bias unrounded."""
+def expected_output(linear: nn.Linear, x: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
+    """Rounded inputs times the rounded weight with exact sums, plus the bias: what a packed layer computes, float64."""
     out = rounded_inputs(x, weight_format) @ stored_weight(linear.weight.detach(), weight_format).t()
     return out if linear.bias is None else out + linear.bias.detach().double()
 
@@ -45,17 +45,15 @@ def reference(linear: nn.Linear, x: torch.Tensor, weight_format: WeightFormat) -
 @pytest.mark.parametrize(
     ("inputs", "outputs"), [(1, 1), (3, 5), (16, 32), (17, 31), (33, 33), (64, 96), (97, 65), (130, 257), (576, 64)]
 )
-def test_a_packed_layer_multiplies_as_torch_does(
-    inputs: int, outputs: int, bias: bool, weight_format: WeightFormat
-) -> None:
+def test_a_packed_layer_agrees_with_torch(inputs: int, outputs: int, bias: bool, weight_format: WeightFormat) -> None:
     linear = random_linear(inputs, outputs, bias=bias)
     x = torch.randn(2, 7, inputs)
     y = PackedLinear(linear, weight_format)(x)
     assert y.shape == (2, 7, outputs)
     assert y.dtype == torch.float32
-    # Beside weights of four bits an input in the middle of two integers may be taken for either: a step of 1/2039.
+    # With 4-bit weights, an input halfway between two integers may be rounded to either: a step of 1/2039.
     tolerance = 2e-4 if weight_format is WeightFormat.INT4_GROUPED else 2e-5
-    assert (y - reference(linear, x, weight_format)).abs().max() < tolerance
+    assert (y - expected_output(linear, x, weight_format)).abs().max() < tolerance
 
 
 @needs_kernels
@@ -74,10 +72,10 @@ def test_rows_do_not_depend_on_the_batch(inputs: int, outputs: int, bias: bool, 
 @needs_kernels
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (97, 65), (33, 31), (16, 1)])
-def test_the_largest_output_is_found_without_the_others(inputs: int, outputs: int, weight_format: WeightFormat) -> None:
+def test_argmax_finds_the_first_largest_output(inputs: int, outputs: int, weight_format: WeightFormat) -> None:
     linear = random_linear(inputs, outputs, bias=False)
     with torch.no_grad():
-        linear.weight[outputs // 2 :] = linear.weight[: outputs - outputs // 2].clone()  # every output twice, or nearly
+        linear.weight[outputs // 2 :] = linear.weight[: outputs - outputs // 2].clone()  # nearly every output twice
     layer, x = PackedLinear(linear, weight_format), torch.randn(5, 8, inputs)
     for rows in (1, 2, 5):
         y = layer(x[:rows])
@@ -86,7 +84,7 @@ def test_the_largest_output_is_found_without_the_others(inputs: int, outputs: in
     assert torch.equal(layer.argmax(-torch.zeros(3, inputs)), torch.zeros(3, dtype=torch.int64))
 
 
-def screened_and_not(linear: nn.Linear, weight_format: WeightFormat) -> tuple[PackedLinear, PackedLinear]:
+def screened_and_unscreened(linear: nn.Linear, weight_format: WeightFormat) -> tuple[PackedLinear, PackedLinear]:
     return PackedLinear(linear, weight_format, screened=True), PackedLinear(linear, weight_format)
 
 
@@ -97,23 +95,25 @@ needs_int8_tiles = pytest.mark.skipif(not PER_OUTPUT, reason="no matrix tiles he
 @needs_int8_tiles
 @pytest.mark.parametrize("weight_format", [*UNQUANTIZED, *GROUPED])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 2048), (97, 1000), (576, 3001), (33, 31), (16, 1)])
-def test_a_screen_finds_the_very_output_that_all_outputs_give(
+def test_a_screened_argmax_equals_the_unscreened_one(
     inputs: int, outputs: int, weight_format: WeightFormat, gen: torch.Generator
 ) -> None:
-    """Outputs that differ by less than the screen's errors, or not at all; rows of any size, and some that are none."""
+    """With outputs that differ by less than the screen's errors or not at all, inputs of any size, and NaN."""
     linear = random_linear(inputs, outputs, bias=False)
     with torch.no_grad():
         linear.weight *= torch.rand(outputs, 1, generator=gen) * 3  # norms that differ
         twins = torch.randint(0, outputs, (2, outputs // 3), generator=gen)
         noise = 1 + 1e-3 * torch.randn(outputs // 3, inputs, generator=gen).where(torch.rand(outputs // 3, 1) < 0.5, 0)
         linear.weight[twins[0]] = linear.weight[twins[1]] * noise
-    screened, whole = screened_and_not(linear, weight_format)
+    screened, whole = screened_and_unscreened(linear, weight_format)
     assert screened._screen is not None
     assert whole._screen is None
     x = torch.randn(40, inputs, generator=gen) * 10.0 ** torch.randint(-6, 7, (40, 1), generator=gen)
     x[3], x[4, 0], x[5, 0], x[6] = 0.0, float("nan"), float("inf"), 1e-39
-    x[7:20] = linear.weight.detach()[torch.randint(0, outputs, (13,), generator=gen)]  # a clear winner, or its twin
-    x[20:24, 1 % inputs] *= 1e4  # one input outweighs all others
+    x[7:20] = linear.weight.detach()[
+        torch.randint(0, outputs, (13,), generator=gen)
+    ]  # one output or its twin is clearly the largest
+    x[20:24, 1 % inputs] *= 1e4  # one input dominates
     for rows in (1, 2, 7, 16, 17, 40):
         for start in range(0, 41 - rows, 3):
             part = x[start : start + rows]
@@ -122,28 +122,30 @@ def test_a_screen_finds_the_very_output_that_all_outputs_give(
 
 @needs_kernels
 @needs_int8_tiles
-@pytest.mark.parametrize("looks", ["smaller", "larger"])
-def test_a_screens_bounds_hold_where_weights_are_as_far_off_as_can_be(looks: str) -> None:
-    """Inputs along what quantising takes from an output, whose copy so looks smaller, or larger, than it is."""
+@pytest.mark.parametrize("copy_seems", ["smaller", "larger"])
+def test_a_screens_bounds_hold_for_the_largest_possible_error_of_weights(copy_seems: str) -> None:
+    """Inputs parallel to an output's quantisation error, so that its copy seems smaller, or larger, than the output."""
     weight = random_linear(576, 1, bias=False).weight.detach().double()[0]
     q, scale = quantize_per_output(weight[None].float())
     copy = q[0].double() * scale.double()
-    off = (weight - copy) * (1 if looks == "smaller" else -1)
-    seems, other = (2, 2.6) if looks == "smaller" else (3, 2.4)  # by the size of what is off; it is 3, or 2
-    x = off + (seems * off @ off - copy @ off) / (copy @ copy) * copy
+    error = (weight - copy) * (1 if copy_seems == "smaller" else -1)
+    seems, other = (
+        (2, 2.6) if copy_seems == "smaller" else (3, 2.4)
+    )  # in units of the error's square; the output is 3, or 2
+    x = error + (seems * error @ error - copy @ error) / (copy @ copy) * copy
     linear = nn.Linear(576, 96, bias=False)
     with torch.no_grad():
         linear.weight.zero_()
         linear.weight[3], linear.weight[70] = weight.float(), other / seems * copy.float()
-    screened, whole = screened_and_not(linear, WeightFormat.FP32)
+    screened, whole = screened_and_unscreened(linear, WeightFormat.FP32)
     x_1I = x.float()[None]
-    assert whole.argmax(x_1I).tolist() == screened.argmax(x_1I).tolist() == [3 if looks == "smaller" else 70]
+    assert whole.argmax(x_1I).tolist() == screened.argmax(x_1I).tolist() == [3 if copy_seems == "smaller" else 70]
 
 
 @needs_kernels
 @needs_int8_tiles
-def test_a_screens_bounds_hold_where_inputs_are_as_far_off_as_can_be() -> None:
-    """Weights are their own copies; but for two inputs all are rounded to nothing, and together they decide."""
+def test_a_screens_bounds_hold_for_the_largest_possible_error_of_inputs() -> None:
+    """The copies are exact. All inputs but two are rounded to zero, and their sum decides."""
     linear, x = nn.Linear(64, 96, bias=False), torch.empty(1, 64)
     x[:, 0] = 512.0
     step = 512.0 / (127 * 256 + 127)
@@ -152,14 +154,14 @@ def test_a_screens_bounds_hold_where_inputs_are_as_far_off_as_can_be() -> None:
         linear.weight.zero_()
         linear.weight[:, 0] = 127
         linear.weight[3, 1:63], linear.weight[70, 63] = 126, 126
-    screened, whole = screened_and_not(linear, WeightFormat.FP32)
+    screened, whole = screened_and_unscreened(linear, WeightFormat.FP32)
     assert whole.argmax(x).tolist() == screened.argmax(x).tolist() == [3]
 
 
 @needs_kernels
 @needs_int8_tiles
-def test_a_screen_leaves_most_of_the_weight_alone() -> None:
-    """Weights outside of the blocks where the largest may be are not read: they are other ones now."""
+def test_a_screened_argmax_does_not_read_most_of_the_weight() -> None:
+    """Blocks that cannot contain the largest output are not read: overwriting them changes nothing."""
     linear = random_linear(576, 8192, bias=False)
     layer = PackedLinear(linear, WeightFormat.BF16, screened=True)
     x = linear.weight.detach()[[1000]] + 0.5 * torch.randn(1, 576) * linear.weight.detach().std()
@@ -173,7 +175,7 @@ def test_a_screen_leaves_most_of_the_weight_alone() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_strided_inputs_are_read_right(weight_format: WeightFormat) -> None:
+def test_strided_inputs_give_the_same_outputs(weight_format: WeightFormat) -> None:
     layer = PackedLinear(random_linear(24, 40, bias=False), weight_format)
     x = torch.randn(6, 48)
     for view in (x[:, :24], x[:, ::2], x[::2, 24:], x[:, :24].t().contiguous().t()):
@@ -182,29 +184,29 @@ def test_strided_inputs_are_read_right(weight_format: WeightFormat) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_rows_of_a_packed_weight_come_back(weight_format: WeightFormat) -> None:
+def test_rows_of_a_packed_weight_can_be_read_back(weight_format: WeightFormat) -> None:
     linear = random_linear(33, 50, bias=True)
     ids = torch.tensor([49, 0, 31, 32])
-    wanted = stored_weight(linear.weight.detach()[ids], weight_format).float()
+    expected = stored_weight(linear.weight.detach()[ids], weight_format).float()
     tolerance = 0 if weight_format in UNQUANTIZED else 1e-7
-    torch.testing.assert_close(PackedLinear(linear, weight_format).rows(ids), wanted, rtol=0, atol=tolerance)
+    torch.testing.assert_close(PackedLinear(linear, weight_format).rows(ids), expected, rtol=0, atol=tolerance)
 
 
 @needs_kernels
 @pytest.mark.parametrize("weight_format", [*GROUPED, *PER_OUTPUT])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_so_and_keeps_to_its_row(weight_format: WeightFormat, value: float) -> None:
+def test_inputs_that_are_not_finite_affect_only_their_row(weight_format: WeightFormat, value: float) -> None:
     layer = PackedLinear(random_linear(64, 40, bias=True), weight_format)
     x = torch.randn(3, 64)
-    wanted = layer(x)
+    expected = layer(x)
     x[1, 37] = value
     assert layer(x)[1].isfinite().sum() == 0
-    assert torch.equal(layer(x)[::2], wanted[::2])
+    assert torch.equal(layer(x)[::2], expected[::2])
 
 
 @needs_kernels
 @pytest.mark.parametrize("weight_format", [*GROUPED, *PER_OUTPUT])
-def test_weights_of_one_number_and_of_none_come_out_right(weight_format: WeightFormat) -> None:
+def test_constant_and_zero_weights_are_stored_exactly_enough(weight_format: WeightFormat) -> None:
     linear = nn.Linear(64, 3, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([0.0, 0.5, -2.0])[:, None].expand(3, 64))
@@ -215,8 +217,8 @@ def test_weights_of_one_number_and_of_none_come_out_right(weight_format: WeightF
 
 @needs_kernels
 @pytest.mark.parametrize("weight_format", GROUPED)
-def test_what_was_quantised_before_is_not_changed_by_it_again(weight_format: WeightFormat) -> None:
-    """So a model that comes from a file of these formats is served as it is."""
+def test_quantising_a_weight_again_does_not_change_it(weight_format: WeightFormat) -> None:
+    """So a model from a file in one of these formats is served unchanged."""
     weight = stored_weight(random_linear(256, 64, bias=False).weight.detach(), weight_format).float()
     linear = nn.Linear(256, 64, bias=False)
     with torch.no_grad():
@@ -225,7 +227,7 @@ def test_what_was_quantised_before_is_not_changed_by_it_again(weight_format: Wei
 
 
 @needs_kernels
-def test_all_linear_layers_of_a_model_are_packed_and_nothing_else() -> None:
+def test_all_linear_layers_of_a_model_are_packed_and_no_others() -> None:
     model = nn.Sequential(nn.Embedding(5, 8), nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8)), nn.Linear(8, 3))
     ids = torch.tensor([[1, 4]])
     before = model(ids)
@@ -237,14 +239,14 @@ def test_all_linear_layers_of_a_model_are_packed_and_nothing_else() -> None:
 def attention_case(
     *, rows: int, T: int, N: int, G: int, D: int, dtype: torch.dtype, starts: list[int], gen: torch.Generator
 ) -> tuple[list[torch.Tensor], KVCache, torch.Tensor, torch.Tensor]:
-    """New queries, keys and values for scattered slots that hold noise, also behind what counts."""
-    slots = KVCache(num_layers=1, num_slots=rows + 3, num_kv_heads=G, head_dim=D, capacity=90, dtype=dtype)
-    slots.keys_SGCDP[0].normal_(generator=gen)
-    slots.values_SGLD[0].normal_(generator=gen)
+    """New queries, keys and values for scattered slots, which contain noise at all positions."""
+    kv_cache = KVCache(num_layers=1, num_slots=rows + 3, num_kv_heads=G, head_dim=D, capacity=90, dtype=dtype)
+    kv_cache.keys_SGCDP[0].normal_(generator=gen)
+    kv_cache.values_SGLD[0].normal_(generator=gen)
     slots_B = torch.randperm(rows + 3, generator=gen)[:rows]
-    # As a model gives them: heads and positions swapped, so not contiguous.
+    # As models pass them: heads and positions transposed, so not contiguous.
     new = [torch.randn(rows, T, heads, D, generator=gen).transpose(1, 2) for heads in (N, G, G)]
-    return new, slots, slots_B, torch.tensor(starts)
+    return new, kv_cache, slots_B, torch.tensor(starts)
 
 
 @needs_kernels
@@ -256,46 +258,46 @@ def attention_case(
 def test_attention_equals_torch_attention(
     T: int, starts: list[int], N: int, G: int, D: int, dtype: torch.dtype, gen: torch.Generator
 ) -> None:
-    new, slots, slots_B, starts_B = attention_case(rows=4, T=T, N=N, G=G, D=D, dtype=dtype, starts=starts, gen=gen)
-    keys, values = slots.keys_SGCDP[0].clone(), slots.values_SGLD[0].clone()
+    new, kv_cache, slots_B, starts_B = attention_case(rows=4, T=T, N=N, G=G, D=D, dtype=dtype, starts=starts, gen=gen)
+    keys, values = kv_cache.keys_SGCDP[0].clone(), kv_cache.values_SGLD[0].clone()
     assert native.can_attend(new[0], window=None, softcap=None)
-    out = KVCacheView(slots, slots_B=slots_B, starts_B=starts_B).attend(0, *new, scale=0.3)
-    wanted = cached_attention(*new, keys, values, slots_B, starts_B, scale=0.3)
-    torch.testing.assert_close(out, wanted, atol=2e-5, rtol=0)
-    assert torch.equal(slots.keys_SGCDP[0], keys), "the same keys are written, and no others"
-    assert torch.equal(slots.values_SGLD[0], values)
+    out = KVCacheView(kv_cache, slots_B=slots_B, starts_B=starts_B).attend(0, *new, scale=0.3)
+    expected = cached_attention(*new, keys, values, slots_B, starts_B, scale=0.3)
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=0)
+    assert torch.equal(kv_cache.keys_SGCDP[0], keys), "the same keys are written and no others"
+    assert torch.equal(kv_cache.values_SGLD[0], values)
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_does_not_depend_on_batch_or_chunks(dtype: torch.dtype, gen: torch.Generator) -> None:
-    new, slots, slots_B, starts_B = attention_case(
+    new, kv_cache, slots_B, starts_B = attention_case(
         rows=5, T=24, N=4, G=2, D=32, dtype=dtype, starts=[0, 9, 31, 40, 64], gen=gen
     )
-    whole = KVCacheView(slots, slots_B=slots_B, starts_B=starts_B).attend(0, *new, scale=0.2)
+    whole = KVCacheView(kv_cache, slots_B=slots_B, starts_B=starts_B).attend(0, *new, scale=0.2)
     for sizes in ([1] * 24, [17, 1, 5, 1], [20, 4]):
         for row in range(5):
             at = 0
             for size in sizes:
                 part = [x[row : row + 1, :, at : at + size] for x in new]
-                view = KVCacheView(slots, slots_B=slots_B[row : row + 1], starts_B=starts_B[row : row + 1] + at)
+                view = KVCacheView(kv_cache, slots_B=slots_B[row : row + 1], starts_B=starts_B[row : row + 1] + at)
                 out = view.attend(0, *part, scale=0.2)
                 assert torch.equal(out[0], whole[row, at : at + size]), f"row {row}, position {at}"
                 at += size
 
 
-def test_torch_attention_hides_the_future_other_slots_and_what_a_window_leaves_behind() -> None:
+def test_torch_attention_masks_the_future_other_slots_and_positions_outside_a_window() -> None:
     """Values are one-hot by position, so the output shows which positions were seen."""
-    slots = KVCache(num_layers=1, num_slots=2, num_kv_heads=1, head_dim=32, capacity=32)
-    slots.values_SGLD[0].fill_(float("nan"))  # whoever looks at the other slot or ahead shows it
-    slots.values_SGLD[0][1, 0, :8] = torch.eye(32)[:8]
-    slots.keys_SGCDP[0][1, ..., 8:] = 50.0
+    kv_cache = KVCache(num_layers=1, num_slots=2, num_kv_heads=1, head_dim=32, capacity=32)
+    kv_cache.values_SGLD[0].fill_(float("nan"))  # attending to another slot or to the future would give NaN
+    kv_cache.values_SGLD[0][1, 0, :8] = torch.eye(32)[:8]
+    kv_cache.keys_SGCDP[0][1, ..., 8:] = 50.0
     query, key = torch.ones(1, 1, 3, 32), torch.zeros(1, 1, 3, 32)
     value = torch.eye(32)[8:11].view(1, 1, 3, 32)
-    held = (slots.keys_SGCDP[0], slots.values_SGLD[0], torch.tensor([1]), torch.tensor([8]))
-    seen = cached_attention(query, key, value, *held, scale=1.0)[0, :, 0] > 1e-6
+    cached = (kv_cache.keys_SGCDP[0], kv_cache.values_SGLD[0], torch.tensor([1]), torch.tensor([8]))
+    seen = cached_attention(query, key, value, *cached, scale=1.0)[0, :, 0] > 1e-6
     assert seen.sum(-1).tolist() == [9, 10, 11]
-    seen = cached_attention(query, key, value, *held, scale=1.0, window=4)[0, :, 0] > 1e-6
+    seen = cached_attention(query, key, value, *cached, scale=1.0, window=4)[0, :, 0] > 1e-6
     assert [row.nonzero().flatten().tolist() for row in seen] == [[5, 6, 7, 8], [6, 7, 8, 9], [7, 8, 9, 10]]
 
 
@@ -308,23 +310,23 @@ def test_torch_attention_hides_the_future_other_slots_and_what_a_window_leaves_b
         (torch.zeros(1, 1, 1, 32), {"softcap": 30.0}),
     ],
 )
-def test_the_kernel_leaves_other_cases_to_torch(query: torch.Tensor, options: dict[str, int]) -> None:
+def test_cases_that_the_kernel_does_not_support(query: torch.Tensor, options: dict[str, int]) -> None:
     assert not native.can_attend(query, window=options.get("window"), softcap=options.get("softcap"))
 
 
 @needs_kernels
-def test_without_the_library_attention_goes_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_kernel_cannot_attend(monkeypatch: pytest.MonkeyPatch) -> None:
     query = torch.zeros(1, 1, 1, 32)
     assert native.can_attend(query, window=None, softcap=None)
     monkeypatch.setattr(native, "library", lambda: None)
     assert not native.can_attend(query, window=None, softcap=None)
 
 
-def test_the_environment_switches_the_kernels_off() -> None:
+def test_the_environment_can_disable_the_kernels() -> None:
     code = "from aurora_lit.kernels import native; print(native.library())"
     environment = {**os.environ, "AURORA_LIT_NATIVE": "0"}
-    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "None"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "None"
 
 
 @pytest.mark.parametrize("name", ["no compiler", "a compiler that fails"])
@@ -339,8 +341,8 @@ def test_a_machine_without_a_working_compiler_falls_back(
 
 
 @needs_kernels
-def test_small_weights_share_huge_pages_and_never_bytes() -> None:
-    """Packed ones, of sizes that end anywhere, keep what was packed into them; large ones have an area of their own."""
+def test_small_weights_share_huge_pages_without_overlapping() -> None:
+    """Weights of any size keep their values; large ones have a mapping of their own."""
     gen = torch.Generator().manual_seed(0)
     weights = [torch.randn(33 + 7 * i, 20 + i, generator=gen) for i in range(40)]
     packed = [native.pack_weight(weight, WeightFormat.FP32) for weight in weights]
@@ -354,7 +356,7 @@ def test_small_weights_share_huge_pages_and_never_bytes() -> None:
             atol=1e-4,
         )
     storages = {each.untyped_storage().data_ptr() for each in packed}
-    assert len(storages) <= 2, "forty of a few kilobytes lie side by side"
+    assert len(storages) <= 2, "forty weights of a few kilobytes share a mapping"
     assert all(each.data_ptr() % 64 == 0 for each in packed)
     large = native.pack_weight(torch.randn(3000, 800, generator=gen), WeightFormat.FP32)
     assert large.untyped_storage().data_ptr() not in storages

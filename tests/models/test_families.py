@@ -1,6 +1,6 @@
-"""Every family of models: greedy output with a draft is transformers' own, drafts learn, and what cannot run is said.
+"""Every model family: greedy output with a draft equals transformers', drafts learn, unsupported models are refused.
 
-What their logits are is tests/test_target.py's.
+Their logits are tested in test_target.py.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ LENGTHS, NEW = (3, 17, 30), 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
-    """A tiny model of a family, prompts, and what transformers answers greedily."""
+class FamilyCase:
+    """A tiny model of a family, prompts, and transformers' greedy answers."""
 
     target: Target
     prompts: list[list[int]]
     answers: list[list[int]]
 
-    def answered(self, draft: Eagle3Draft | None, *, batch: int) -> tuple[list[list[int]], float]:
-        """What the engine answers, and how many tokens a round that made proposals emitted."""
+    def answer(self, draft: Eagle3Draft | None, *, batch: int) -> tuple[list[list[int]], float]:
+        """The engine's answers, and the mean accepted length of rounds with proposals."""
         engine = make_engine(self.target, copy.deepcopy(draft), max_draft_tokens=3, max_batch_size=batch)
         given = run(engine, [request(str(i), prompt, max_tokens=NEW) for i, prompt in enumerate(self.prompts)])
         rounds = [output for answer in given.values() for output in answer.rounds if output.num_proposed]
@@ -54,7 +54,7 @@ class World:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FamilyCase:
     folder = save_model(request.param, tmp_path_factory.mktemp(request.param), num_hidden_layers=4)
     gen = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, VOCAB, (length,), generator=gen).tolist() for length in LENGTHS]
@@ -64,18 +64,18 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         ids = torch.tensor([prompt])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
         answers.append(out[0, len(prompt) :].tolist())
-    return World(target=Target.load(folder, precision="fp32"), prompts=prompts, answers=answers)
+    return FamilyCase(target=Target.load(folder, precision="fp32"), prompts=prompts, answers=answers)
 
 
-def test_greedy_output_is_that_of_transformers_and_a_draft_learns_to_foretell_it(world: World) -> None:
-    draft = random_draft(world.target)
+def test_greedy_output_equals_transformers_and_a_draft_learns_to_predict_it(case: FamilyCase) -> None:
+    draft = random_draft(case.target)
     for batch in (3, 1):
-        answers, length_before = world.answered(draft, batch=batch)
-        assert answers == world.answers
+        answers, length_before = case.answer(draft, batch=batch)
+        assert answers == case.answers
 
     width = max(LENGTHS) + NEW
-    texts = [(p + a + [0] * width)[:width] for p, a in zip(world.prompts, world.answers, strict=True)]
-    module, batch = draft_module(world.target, draft, num_steps=2), draft_batch(world.target, torch.tensor(texts))
+    texts = [(p + a + [0] * width)[:width] for p, a in zip(case.prompts, case.answers, strict=True)]
+    module, batch = draft_module(case.target, draft, num_steps=2), draft_batch(case.target, torch.tensor(texts))
     optimizer, losses = torch.optim.AdamW(draft.parameters(), lr=8e-3), []
     for _ in range(30):
         loss = module.training_step(batch).loss
@@ -83,69 +83,71 @@ def test_greedy_output_is_that_of_transformers_and_a_draft_learns_to_foretell_it
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    answers, length = world.answered(draft, batch=3)
-    assert answers == world.answers
+    answers, length = case.answer(draft, batch=3)
+    assert answers == case.answers
     assert losses[-1] < 0.4 * losses[0]
     assert length > length_before + 0.4
 
 
 @torch.no_grad()
-def test_learning_sees_the_targets_own_distribution(world: World) -> None:
-    """With whatever the head does beside its weight; the learner has no model, only the head."""
-    target, draft = world.target, random_draft(world.target)
-    batch = draft_batch(target, torch.tensor([world.prompts[2]]))
+def test_learning_uses_the_targets_own_distribution(case: FamilyCase) -> None:
+    """Including bias and soft cap of the head; the learner has no model, only the head."""
+    target, draft = case.target, random_draft(case.target)
+    batch = draft_batch(target, torch.tensor([case.prompts[2]]))
     module = draft_module(target, draft, num_steps=1)
     p_TV = target.logits(batch.last_BTH[0]).softmax(-1)
     read = TargetHead(target).evaluate(batch.last_BTH[0], temperature=0.0)
     torch.testing.assert_close(read.lse_N, target.logits(batch.last_BTH[0]).logsumexp(-1), atol=1e-5, rtol=0)
     hidden_TH = module.unroll(batch)[0, 0]
-    wanted_T = lk_loss(p_TV[:, draft.draft_token_ids], draft.compute_logits(hidden_TH).softmax(-1))
+    expected_T = lk_loss(p_TV[:, draft.draft_token_ids], draft.compute_logits(hidden_TH).softmax(-1))
     report = module.training_step(batch)
     counted_T = report.mask_KBT[0, 0] > 0
-    torch.testing.assert_close(report.stats.loss_N[0][counted_T], wanted_T[counted_T], atol=1e-4, rtol=0)
+    torch.testing.assert_close(report.stats.loss_N[0][counted_T], expected_T[counted_T], atol=1e-4, rtol=0)
     trained = draft_index(p_TV.argmax(-1), draft)
     logit_T = module.logit_transform.at_tokens((batch.last_BTH[0] * module.head_VdH[trained]).sum(-1), trained)
     inside_T = draft.t2d[p_TV.argmax(-1)]
     torch.testing.assert_close((logit_T - read.lse_N).exp()[inside_T], p_TV.amax(-1)[inside_T], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("family", "more"), [("llama", 0.0), ("gemma", 1.0), ("gemma3", 1.0), ("phi", None)])
-def test_a_drafts_norms_begin_as_those_that_the_target_applies(family: str, more: float | None, tmp_path: Path) -> None:
-    """Gemma multiplies by one more than the weight, and its norm before the MLP has another name."""
+@pytest.mark.parametrize(("family", "offset"), [("llama", 0.0), ("gemma", 1.0), ("gemma3", 1.0), ("phi", None)])
+def test_a_new_drafts_norms_equal_those_that_the_target_applies(
+    family: str, offset: float | None, tmp_path: Path
+) -> None:
+    """Gemma multiplies by one plus the weight, and its norm before the MLP has another name."""
     target = Target.load(save_model(family, tmp_path), precision="fp32")
     draft, base = initial_draft(target, torch.arange(40)), target.model.base_model
     layer = base.layers[-1]
-    assert torch.equal(draft.midlayer.hidden_norm.weight, layer.input_layernorm.weight + (more or 0.0))
-    if more is None:  # one norm for attention and MLP, and a last one of another name
+    assert torch.equal(draft.midlayer.hidden_norm.weight, layer.input_layernorm.weight + (offset or 0.0))
+    if offset is None:  # one norm for attention and MLP, and a final one of another name
         assert torch.equal(draft.norm.weight, torch.ones(target.hidden_size))
         return
     before_mlp = layer.pre_feedforward_layernorm if family == "gemma3" else layer.post_attention_layernorm
-    assert torch.equal(draft.midlayer.post_attention_layernorm.weight, before_mlp.weight + more)
-    assert torch.equal(draft.norm.weight, base.norm.weight + more)
+    assert torch.equal(draft.midlayer.post_attention_layernorm.weight, before_mlp.weight + offset)
+    assert torch.equal(draft.norm.weight, base.norm.weight + offset)
 
 
 @pytest.mark.parametrize("family", ["bloom", "stablelm"])
-def test_a_model_whose_layers_do_not_attend_over_slots_is_refused(family: str, tmp_path: Path) -> None:
+def test_a_model_whose_layers_bypass_the_attention_interface_is_refused(family: str, tmp_path: Path) -> None:
     shape = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).save_pretrained(tmp_path)
     with pytest.raises(SourceError, match="in . of . layers .* does not attend .*choose a model"):
         Target.load(tmp_path, precision="fp32")
 
 
-def test_a_model_that_makes_its_logits_otherwise_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_computes_its_logits_in_another_way_is_refused(tmp_path: Path) -> None:
     target = Target.load(save_model("llama", tmp_path), precision="fp32")
     target.model.register_forward_hook(lambda module, args, out: out.__setitem__("logits", out.logits.square()) or out)
     with pytest.raises(SourceError, match="LlamaForCausalLM computes its logits"):
         target.check()
 
 
-def test_keys_of_another_shape_than_the_configuration_says_are_refused_before_they_are_written(tmp_path: Path) -> None:
+def test_keys_whose_shape_contradicts_the_configuration_are_refused_before_they_are_written(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="keys of 2 heads of size 32, but its configuration says 1 heads of size 32"):
         Target.load(save_model("gpt_neox", tmp_path, num_key_value_heads=1), precision="fp32")
 
 
-def test_long_rotary_positions_are_served_up_to_where_they_would_change(tmp_path: Path) -> None:
-    """Phi-3's long models rotate every row of a batch otherwise once one row is longer than this."""
+def test_longrope_models_are_served_up_to_their_original_length(tmp_path: Path) -> None:
+    """Once one sequence is longer, Phi-3's long models rotate every sequence of the batch differently."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
     folder = save_model("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=128)
     assert Target.load(folder, precision="fp32").max_positions == 128

@@ -1,4 +1,4 @@
-"""Fused decoder layers: only for models of that form, checked against the model, the same bits whatever the batch."""
+"""Fused decoder layers: only for plain Llama forms, equal to the model's own, and independent of the batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = [
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
-def test_models_of_the_plain_form_run_fused_and_as_they_are(
+def test_models_of_the_plain_form_are_fused_with_the_same_outputs(
     family: str, changes: dict[str, Any], fused: bool, precision: str, tmp_path: Path
 ) -> None:
     target = Target.load(save_model(family, tmp_path, **changes), precision=precision)
@@ -43,14 +43,14 @@ def test_models_of_the_plain_form_run_fused_and_as_they_are(
     if not fused:
         return
     ids_BT = torch.arange(22).remainder(VOCAB).view(2, 11)
-    found = run(target, ids_BT, starts=[0, 0])
+    fused_outputs = run(target, ids_BT, starts=[0, 0])
     target._decoder = None
-    wanted = run(target, ids_BT, starts=[0, 0])
-    for a, b in zip(found, wanted, strict=True):
+    expected = run(target, ids_BT, starts=[0, 0])
+    for a, b in zip(fused_outputs, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=float(b.abs().max()) * (1e-5 if precision == "fp32" else 3e-2))
 
 
-def test_a_model_that_does_something_else_inside_is_not_fused(tmp_path: Path) -> None:
+def test_a_model_whose_layers_compute_something_else_is_not_fused(tmp_path: Path) -> None:
     target = Target.load(save_model("llama", tmp_path), precision="fp32")
     target._decoder = None
     mlp = target.model.base_model.layers[1].mlp
@@ -59,18 +59,18 @@ def test_a_model_that_does_something_else_inside_is_not_fused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
-def test_no_bit_depends_on_batch_or_chunks(precision: str, tmp_path: Path) -> None:
+def test_no_bit_depends_on_the_batch_or_the_chunks(precision: str, tmp_path: Path) -> None:
     target = Target.load(save_model("llama", tmp_path), precision=precision)
     assert target._decoder is not None
     ids_BT = torch.randint(VOCAB, (5, 37), generator=torch.Generator().manual_seed(0))
     aux, last = run(target, ids_BT, starts=[0] * 5)
-    slots = target.make_kv_cache(num_slots=5, capacity=64)
+    kv_cache = target.make_kv_cache(num_slots=5, capacity=64)
     at = 0
     for size in (1, 5, 17, 1, 13):
         for row in (3, 0):
             part = target.forward(
                 ids_BT[row : row + 1, at : at + size],
-                kv_cache=slots,
+                kv_cache=kv_cache,
                 slots_B=torch.tensor([row]),
                 starts_B=torch.tensor([at]),
             )
@@ -79,15 +79,15 @@ def test_no_bit_depends_on_batch_or_chunks(precision: str, tmp_path: Path) -> No
         at += size
 
 
-def test_another_cache_at_the_same_address_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
+def test_a_new_cache_at_the_address_of_an_old_one_is_recognised(tmp_path: Path) -> None:
     target = Target.load(save_model("llama", tmp_path), precision="fp32")
     ids_BT = torch.tensor([[1, 2, 3, 4]])
-    wanted = run(target, ids_BT, starts=[0])
+    expected = run(target, ids_BT, starts=[0])
     for _ in range(20):
-        torch.testing.assert_close(run(target, ids_BT, starts=[0]), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(run(target, ids_BT, starts=[0]), expected, rtol=0, atol=0)
 
 
 def run(target: Target, ids_BT: torch.Tensor, *, starts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A pass in a new cache."""
-    slots = target.make_kv_cache(num_slots=len(starts), capacity=64)
-    return target.forward(ids_BT, kv_cache=slots, slots_B=torch.arange(len(starts)), starts_B=torch.tensor(starts))
+    """A forward pass over a new cache."""
+    kv_cache = target.make_kv_cache(num_slots=len(starts), capacity=64)
+    return target.forward(ids_BT, kv_cache=kv_cache, slots_B=torch.arange(len(starts)), starts_B=torch.tensor(starts))

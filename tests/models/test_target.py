@@ -1,4 +1,4 @@
-"""The target says what transformers says: logits and the three auxiliary states, read whole and through slots."""
+"""The target gives the logits and auxiliary hidden states of transformers, without a cache and over the KV cache."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
-    """What transformers says of some tokens."""
+class Reference:
+    """Outputs of transformers for some tokens."""
 
     folder: Path
     ids_BT: torch.Tensor
@@ -37,8 +37,9 @@ class Said:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Said]:
-    return {family: ask(save_model(family, tmp_path_factory.mktemp(family)), tokens(3, 40)) for family in FAMILIES}
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    folders = {family: save_model(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+    return {family: reference(folder, tokens(3, 40)) for family, folder in folders.items()}
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -55,40 +56,40 @@ def tokens(rows: int, length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def ask(folder: Path, ids_BT: torch.Tensor) -> Said:
+def reference(folder: Path, ids_BT: torch.Tensor) -> Reference:
     out = reference_model(folder)(ids_BT, output_hidden_states=True)
-    return Said(folder=folder, ids_BT=ids_BT, logits_BTV=out.logits, hidden_LBTH=torch.stack(out.hidden_states))
+    return Reference(folder=folder, ids_BT=ids_BT, logits_BTV=out.logits, hidden_LBTH=torch.stack(out.hidden_states))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_read_whole_and_in_uneven_chunks_through_scattered_slots(
-    family: str, said: dict[str, Said], kernels: str
+def test_outputs_equal_transformers_without_a_cache_and_in_uneven_chunks_over_scattered_slots(
+    family: str, references: dict[str, Reference], kernels: str
 ) -> None:
-    wanted = said[family]
-    target = Target.load(wanted.folder, precision="fp32")
+    expected = references[family]
+    target = Target.load(expected.folder, precision="fp32")
     assert target.aux_layer_ids == (2, 3, 4)
-    wanted_aux = wanted.auxiliary((2, 3, 4))
+    expected_aux = expected.auxiliary((2, 3, 4))
 
-    aux_BT3H, last_BTH = target.forward_uncached(wanted.ids_BT)
-    torch.testing.assert_close(aux_BT3H, wanted_aux, **TOLERANCE)
-    torch.testing.assert_close(target.logits(last_BTH), wanted.logits_BTV, **TOLERANCE)
+    aux_BT3H, last_BTH = target.forward_uncached(expected.ids_BT)
+    torch.testing.assert_close(aux_BT3H, expected_aux, **TOLERANCE)
+    torch.testing.assert_close(target.logits(last_BTH), expected.logits_BTV, **TOLERANCE)
     lse = target.logsumexp(last_BTH.flatten(0, 1), chunk=7)
-    torch.testing.assert_close(lse, wanted.logits_BTV.logsumexp(-1).flatten(), **TOLERANCE)
+    torch.testing.assert_close(lse, expected.logits_BTV.logsumexp(-1).flatten(), **TOLERANCE)
 
-    slots = target.make_kv_cache(num_slots=5, capacity=48)
-    for cached in (*slots.keys_SGCDP, *slots.values_SGLD):
-        cached.normal_()  # what an earlier request may have left
+    kv_cache = target.make_kv_cache(num_slots=5, capacity=48)
+    for cached in (*kv_cache.keys_SGCDP, *kv_cache.values_SGLD):
+        cached.normal_()  # an earlier sequence may have left any values
     slots_B, starts = torch.tensor([4, 0, 2]), [0, 0, 0]
 
     def run(rows: list[int], size: int) -> None:
         at = [starts[row] for row in rows]
-        chunk = torch.stack([wanted.ids_BT[row, a : a + size] for row, a in zip(rows, at, strict=True)])
-        aux, last = target(chunk, kv_cache=slots, slots_B=slots_B[rows], starts_B=torch.tensor(at))
+        chunk = torch.stack([expected.ids_BT[row, a : a + size] for row, a in zip(rows, at, strict=True)])
+        aux, last = target(chunk, kv_cache=kv_cache, slots_B=slots_B[rows], starts_B=torch.tensor(at))
         for i, row in enumerate(rows):
             here = slice(at[i], at[i] + size)
-            torch.testing.assert_close(aux[i], wanted_aux[row, here], **TOLERANCE)
-            torch.testing.assert_close(target.logits(last[i]), wanted.logits_BTV[row, here], **TOLERANCE)
+            torch.testing.assert_close(aux[i], expected_aux[row, here], **TOLERANCE)
+            torch.testing.assert_close(target.logits(last[i]), expected.logits_BTV[row, here], **TOLERANCE)
             starts[row] += size
 
     run([0], 17)
@@ -97,25 +98,27 @@ def test_read_whole_and_in_uneven_chunks_through_scattered_slots(
     run([0, 1, 2], 5)
     run([0, 2], 5)
     run([1, 0, 2], 4)
-    # Rejection: what was written behind a row's length is overwritten.
-    target(tokens(3, 6).flip(1), kv_cache=slots, slots_B=slots_B, starts_B=torch.tensor(starts))
+    # Rejection: keys and values beyond a sequence's length are overwritten.
+    target(tokens(3, 6).flip(1), kv_cache=kv_cache, slots_B=slots_B, starts_B=torch.tensor(starts))
     run([0, 1, 2], 5)
 
 
-def test_weights_are_packed_where_there_are_kernels(said: dict[str, Said], kernels: str) -> None:
-    target = Target.load(said["llama"].folder, precision="fp32")
+def test_weights_are_packed_if_there_are_kernels(references: dict[str, Reference], kernels: str) -> None:
+    target = Target.load(references["llama"].folder, precision="fp32")
     packed = sum(isinstance(module, PackedLinear) for module in target.modules())
     assert packed == (7 * 7 + 1 if kernels == "native" else 0)
 
 
 @torch.no_grad()
-def test_bf16_is_close_and_keeps_a_bf16_cache(said: dict[str, Said], kernels: str) -> None:
-    wanted = said["llama"]
-    target = Target.load(wanted.folder, precision="bf16")
-    slots = target.make_kv_cache(num_slots=3, capacity=40)
-    assert slots.keys_SGCDP[0].dtype == torch.bfloat16
-    _, last = target(wanted.ids_BT, kv_cache=slots, slots_B=torch.tensor([1, 0, 2]), starts_B=torch.tensor([0, 0, 0]))
-    difference = (target.logits(last) - wanted.logits_BTV).abs()
+def test_bf16_is_close_and_keeps_a_bf16_cache(references: dict[str, Reference], kernels: str) -> None:
+    expected = references["llama"]
+    target = Target.load(expected.folder, precision="bf16")
+    kv_cache = target.make_kv_cache(num_slots=3, capacity=40)
+    assert kv_cache.keys_SGCDP[0].dtype == torch.bfloat16
+    _, last = target(
+        expected.ids_BT, kv_cache=kv_cache, slots_B=torch.tensor([1, 0, 2]), starts_B=torch.tensor([0, 0, 0])
+    )
+    difference = (target.logits(last) - expected.logits_BTV).abs()
     assert target.logits(last).dtype == torch.float32
     assert 1e-4 < difference.max() < 0.5
 
@@ -123,28 +126,30 @@ def test_bf16_is_close_and_keeps_a_bf16_cache(said: dict[str, Said], kernels: st
 @torch.no_grad()
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_in_groups_are_the_model_with_rounded_weights(precision: str, family: str, tmp_path: Path) -> None:
-    """Its linear layers' weights rounded, a head's to eight bits, and nothing else once the cache is not bf16."""
+def test_grouped_formats_give_the_outputs_of_the_model_with_rounded_weights(
+    precision: str, family: str, tmp_path: Path
+) -> None:
+    """Weights of linear layers are rounded, the head's to 8 bits; with an fp32 cache nothing else differs."""
     if native.library() is None:
         pytest.skip("no native kernels here")
     folder = save_model(family, tmp_path)
     model = reference_model(folder)
     head = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.clone())  # its own, where the embedding was tied to it
+    head.weight = torch.nn.Parameter(head.weight.clone())  # a copy, because the embedding may be tied to it
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             weight_format = WeightFormat.INT8_GROUPED if module is head else WeightFormat(precision)
             module.weight.copy_(stored_weight(module.weight, weight_format))
     target, ids_BT = Target.load(folder, precision=precision), tokens(3, 40)
-    wanted_BTV = model(ids_BT).logits
+    expected_BTV = model(ids_BT).logits
     assert isinstance(target.head, PackedLinear)
     assert (target.kv_dtype, target.head.weight_format) == (torch.bfloat16, WeightFormat.INT8_GROUPED)
     target.kv_dtype, target._decoder = torch.float32, None
-    slots = target.make_kv_cache(num_slots=3, capacity=40)
-    _, last = target(ids_BT, kv_cache=slots, slots_B=torch.tensor([1, 0, 2]), starts_B=torch.tensor([0, 0, 0]))
-    # Inputs are rounded too, to sixteen or twelve bits; and at a near tie a router may send a token to another expert.
+    kv_cache = target.make_kv_cache(num_slots=3, capacity=40)
+    _, last = target(ids_BT, kv_cache=kv_cache, slots_B=torch.tensor([1, 0, 2]), starts_B=torch.tensor([0, 0, 0]))
+    # Inputs are rounded too, to 16 or 12 bits; and at a near tie a router may choose another expert.
     tolerance = {"int8": 1e-3, "int4": 1e-2}[precision]
-    assert (target.logits(last) - wanted_BTV).abs().mean() < tolerance * wanted_BTV.std()
+    assert (target.logits(last) - expected_BTV).abs().mean() < tolerance * expected_BTV.std()
 
 
 @torch.no_grad()
@@ -155,10 +160,10 @@ def test_weights_in_groups_are_the_model_with_rounded_weights(precision: str, fa
         ("int8", True, "int8"),
         ("bf16", True, "bf16"),
         ("int4", False, "bf16"),
-        ("one layer else", True, "bf16"),
+        ("one other layer", True, "bf16"),
     ],
 )
-def test_auto_takes_the_fewest_bits_that_lose_nothing(
+def test_auto_chooses_the_fewest_bits_that_change_no_weight(
     file: str, vnni: bool, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if native.library() is None:
@@ -167,7 +172,11 @@ def test_auto_takes_the_fewest_bits_that_lose_nothing(
     model = reference_model(save_model("llama", tmp_path))
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        if type(module) is torch.nn.Linear and file != "bf16" and not (file == "one layer else" and "3.mlp.up" in name):
+        if (
+            type(module) is torch.nn.Linear
+            and file != "bf16"
+            and not (file == "one other layer" and "3.mlp.up" in name)
+        ):
             has_8_bits = module is head or file == "int8"
             weight_format = WeightFormat.INT8_GROUPED if has_8_bits else WeightFormat.INT4_GROUPED
             module.weight.copy_(stored_weight(module.weight, weight_format))
@@ -179,18 +188,18 @@ def test_auto_takes_the_fewest_bits_that_lose_nothing(
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_weights_in_groups_need_the_kernels(
-    precision: str, said: dict[str, Said], monkeypatch: pytest.MonkeyPatch
+def test_grouped_formats_need_the_kernels(
+    precision: str, references: dict[str, Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     with pytest.raises(SourceError, match=rf"target\.precision: {precision} needs the native kernels.*install a C\+\+"):
-        Target.load(said["llama"].folder, precision=precision)
+        Target.load(references["llama"].folder, precision=precision)
 
 
 @torch.no_grad()
-def test_head_and_embedding_rows(said: dict[str, Said], kernels: str) -> None:
-    model = reference_model(said["llama"].folder)
-    target = Target.load(said["llama"].folder, precision="fp32")
+def test_head_and_embedding_rows(references: dict[str, Reference], kernels: str) -> None:
+    model = reference_model(references["llama"].folder)
+    target = Target.load(references["llama"].folder, precision="fp32")
     ids = torch.tensor([60, 3, 7])
     assert torch.equal(target.head_rows(ids), model.get_output_embeddings().weight[ids])
     assert torch.equal(target.embedding_rows(), model.get_input_embeddings().weight)
@@ -198,10 +207,10 @@ def test_head_and_embedding_rows(said: dict[str, Said], kernels: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("setting", "compiled"), [("on", True), ("off", False), ("auto", False)])
-def test_the_compiled_forward_pass_runs_where_it_was_asked_for(
+def test_the_forward_pass_is_compiled_only_if_the_setting_is_on(
     setting: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passes = []
+    compiled_passes = []
 
     class Compiled(torch.nn.Module):
         def __init__(self, module: torch.nn.Module, **_: object) -> None:
@@ -209,7 +218,7 @@ def test_the_compiled_forward_pass_runs_where_it_was_asked_for(
             self.module = module
 
         def forward(self, **inputs: object) -> object:
-            passes.append(1)
+            compiled_passes.append(1)
             return self.module(**inputs)
 
     monkeypatch.setattr(torch, "compile", Compiled)  # the real one takes minutes
@@ -222,30 +231,30 @@ def test_the_compiled_forward_pass_runs_where_it_was_asked_for(
         f"engine.compile={setting}",
     ]
     target, plain = load_target(load_config(None, settings)), Target.load(folder, precision="fp32")
-    where = {"slots_B": torch.tensor([0]), "starts_B": torch.tensor([0])}
+    batch = {"slots_B": torch.tensor([0]), "starts_B": torch.tensor([0])}
     ids_BT = torch.tensor([[1, 2, 3]])
-    _, last_BTH = target(ids_BT, kv_cache=target.make_kv_cache(num_slots=1, capacity=8), **where)
-    _, wanted_BTH = plain(ids_BT, kv_cache=plain.make_kv_cache(num_slots=1, capacity=8), **where)
-    assert (len(passes) == 1) == compiled
-    torch.testing.assert_close(last_BTH, wanted_BTH, atol=1e-4, rtol=1e-4)
+    _, last_BTH = target(ids_BT, kv_cache=target.make_kv_cache(num_slots=1, capacity=8), **batch)
+    _, expected_BTH = plain(ids_BT, kv_cache=plain.make_kv_cache(num_slots=1, capacity=8), **batch)
+    assert (len(compiled_passes) == 1) == compiled
+    torch.testing.assert_close(last_BTH, expected_BTH, atol=1e-4, rtol=1e-4)
 
 
-def test_positions_past_a_learned_table_do_not_fail(tmp_path: Path) -> None:
-    """Proposals of a request near its limit reach past it; they are never committed, but they are run."""
+def test_positions_beyond_a_learned_table_do_not_fail(tmp_path: Path) -> None:
+    """Proposals of a sequence near its limit extend beyond it; they are computed, but never committed."""
     target = Target.load(save_model("gpt2", tmp_path, n_positions=16), precision="fp32")
-    slots = target.make_kv_cache(num_slots=1, capacity=24)
-    target(tokens(1, 5), kv_cache=slots, slots_B=torch.tensor([0]), starts_B=torch.tensor([14]))
+    kv_cache = target.make_kv_cache(num_slots=1, capacity=24)
+    target(tokens(1, 5), kv_cache=kv_cache, slots_B=torch.tensor([0]), starts_B=torch.tensor([14]))
 
 
 @pytest.mark.parametrize(
     ("layers", "ids"), [(30, (2, 15, 27)), (32, (2, 16, 29)), (7, (2, 3, 4)), (2, (1, 1, 0)), (1, (0, 0, 0))]
 )
-def test_the_three_layers(layers: int, ids: tuple[int, int, int]) -> None:
+def test_aux_layer_ids(layers: int, ids: tuple[int, int, int]) -> None:
     assert aux_layer_ids(layers) == ids
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"model_type": "bert"}', '{"model_type": "no such"}'])
-def test_a_folder_that_is_no_model_is_refused(content: str | None, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_model_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(SourceError, match=f"target.source: .*{tmp_path.name}"):
@@ -274,21 +283,21 @@ def test_the_real_model(kernels: str) -> None:
     config = load_config(None, [])
     folder = resolve(config.target.source, cache_dir=cache_root(config.target.cache_dir), sha256=config.target.sha256)
     ids_BT = torch.randint(0, 49_000, (2, 60), generator=torch.Generator().manual_seed(0))
-    wanted = ask(folder, ids_BT)
+    expected = reference(folder, ids_BT)
     target = Target.load(folder, precision="fp32")
     assert target.aux_layer_ids == (2, 15, 27)
     aux, last = target.forward_uncached(ids_BT)
-    torch.testing.assert_close(aux, wanted.auxiliary(target.aux_layer_ids), atol=2e-2, rtol=1e-3)
-    torch.testing.assert_close(target.logits(last), wanted.logits_BTV, atol=2e-3, rtol=0)
-    slots = target.make_kv_cache(num_slots=3, capacity=64)
+    torch.testing.assert_close(aux, expected.auxiliary(target.aux_layer_ids), atol=2e-2, rtol=1e-3)
+    torch.testing.assert_close(target.logits(last), expected.logits_BTV, atol=2e-3, rtol=0)
+    kv_cache = target.make_kv_cache(num_slots=3, capacity=64)
     start = 0
     for size in (40, 1, 5, 14):
         _, last = target(
             ids_BT[:, start : start + size],
-            kv_cache=slots,
+            kv_cache=kv_cache,
             slots_B=torch.tensor([2, 0]),
             starts_B=torch.tensor([start, start]),
         )
-        wanted_here = wanted.logits_BTV[:, start : start + size]
-        torch.testing.assert_close(target.logits(last), wanted_here, atol=2e-3, rtol=0)
+        expected_here = expected.logits_BTV[:, start : start + size]
+        torch.testing.assert_close(target.logits(last), expected_here, atol=2e-3, rtol=0)
         start += size

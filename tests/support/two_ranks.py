@@ -1,9 +1,9 @@
-"""Two processes that hold one tiny target together, without a server; started once, forked for each case.
+"""Two ranks that share one tiny sharded target, without a server. One process is started, and forks both for each case.
 
     results = run_cases(folder, [Case(name="tp", model=folder / "llama", strategy="tensor_parallel")])
-    results["tp"][1]["versions"]        # what rank 1 noted
+    results["tp"][1]["versions"]        # from the report of rank 1
 
-A case runs an engine with a draft on rank 0 and swaps the draft on its way.
+A case runs an engine with a draft on rank 0 and swaps the draft between two rounds.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ PROMPTS = (
 MAX_TOKENS = 12
 SWAP_AT_ROUND = 4
 SHAPE: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
-"""Three key-value heads, which two ranks cannot share evenly, as in SmolLM2."""
+"""Three key-value heads, which two ranks cannot divide evenly, as in SmolLM2."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What two ranks are to do."""
+    """What the two ranks do."""
 
     name: str
     model: str
     strategy: str
     precision: str = "fp32"
     native: bool = True
-    """Whether the CPU kernels may be used."""
+    """False: without the CPU kernels."""
     fault: str = ""
-    """"dies": rank 1 ends in the midst of it; "miscounts": it has heard of another number of drafts."""
+    """"dies": rank 1 exits between two orders; "miscounts": rank 1 counts one draft version too many."""
 
 
 def run_cases(folder: Path, cases: list[Case]) -> dict[str, list[dict[str, Any]]]:
-    """What each rank noted, by case."""
-    words = json.dumps([asdict(case) for case in cases])
-    subprocess.run([sys.executable, __file__, str(folder), words], check=True, env=child_environment(), timeout=200)
+    """The two ranks' reports, by name of the case."""
+    arguments = json.dumps([asdict(case) for case in cases])
+    subprocess.run([sys.executable, __file__, str(folder), arguments], check=True, env=child_environment(), timeout=200)
     return {
         case.name: [json.loads((folder / f"{case.name}-{rank}.json").read_text()) for rank in range(2)]
         for case in cases
@@ -56,6 +56,7 @@ def run_cases(folder: Path, cases: list[Case]) -> dict[str, list[dict[str, Any]]
 
 
 def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
+    """Run one rank of a case; returns its report."""
     import torch
 
     from aurora_lit.distributed import Op, Order, Ranks
@@ -79,34 +80,34 @@ def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
         )
     except AuroraError as error:
         return {"refused": f"{type(error).__name__}: {error}"}
-    noted: dict[str, Any] = {"versions": [], "kv_heads": target.num_kv_heads, "weights": num_weights(target)}
+    report: dict[str, Any] = {"versions": [], "kv_heads": target.num_kv_heads, "weights": num_weights(target)}
     if rank:
 
-        def note(order: Order) -> None:
-            noted["versions"].append(f"{order.op.name} {order.version}")
-            if len(noted["versions"]) == 8 and case.fault:
+        def record(order: Order) -> None:
+            report["versions"].append(f"{order.op.name} {order.version}")
+            if len(report["versions"]) == 8 and case.fault:
                 if case.fault == "dies":
                     os._exit(9)
                 ranks.num_versions += 1
 
         try:
-            target.run_worker_loop(after=note)
+            target.run_worker_loop(after=record)
         except RankError as error:
-            noted["error"] = str(error)
-        return noted
+            report["error"] = str(error)
+        return report
 
-    give = ranks._send
+    send_order = ranks._send
 
     def send(op: Op, tensors: tuple[Any, ...]) -> None:
-        give(op, tensors)
+        send_order(op, tensors)
         version = "".join(map(chr, tensors[0].tolist())) if op is Op.VERSION else ranks.version
-        noted["versions"].append(f"{op.name} {version}")
+        report["versions"].append(f"{op.name} {version}")
 
     ranks._send = send  # type: ignore[method-assign]
     try:
         with torch.no_grad():
             embeds = target.embedding(torch.arange(1500).view(30, 50) % target.vocab_size)
-            noted |= {"embeds": embeds.tolist(), "embeds_type": str(embeds.dtype)}
+            report |= {"embeds": embeds.tolist(), "embeds_type": str(embeds.dtype)}
         engine = make_engine(target, random_draft(target), max_draft_tokens=3)
         for i, prompt in enumerate(PROMPTS):
             engine.submit(request(str(i), prompt, max_tokens=MAX_TOKENS))
@@ -120,15 +121,15 @@ def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
                 tokens[output.request_id] += output.token_ids
                 proposed += output.num_proposed
             rounds += 1
-        noted |= {"tokens": list(tokens.values()), "proposed": proposed, "cached": engine.stats.cached_tokens}
+        report |= {"tokens": list(tokens.values()), "proposed": proposed, "cached": engine.stats.cached_tokens}
         ranks.stop()
     except RankError as error:
-        noted["error"] = str(error)
-    return noted
+        report["error"] = str(error)
+    return report
 
 
 def num_weights(target: Any) -> int:
-    """Numbers in this rank's weights: parameters' parts, packed linears included."""
+    """Number of weights on this rank: its parts of parameters, including packed linear layers."""
     from torch.distributed.tensor import DTensor
 
     from aurora_lit.kernels.packed_linear import PackedLinear
@@ -146,15 +147,15 @@ def main(folder: Path, cases: list[Case]) -> None:
 
     for case in cases:
         children = []
-        me = os.getpid()
+        parent = os.getpid()
         for rank in range(2):
             child = os.fork()
             if child == 0:
-                die_with_parent(me)
+                die_with_parent(parent)
                 code = 1
                 try:
-                    noted = run_rank(rank, case, folder)
-                    (folder / f"{case.name}-{rank}.json").write_text(json.dumps(noted))
+                    report = run_rank(rank, case, folder)
+                    (folder / f"{case.name}-{rank}.json").write_text(json.dumps(report))
                     code = 0
                 except BaseException:
                     import traceback
