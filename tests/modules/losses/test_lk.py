@@ -56,7 +56,7 @@ def test_fused_loss_and_gradients_equal_autograd_of_the_definition(steps: int | 
     assert not stats.alpha_N.requires_grad
 
 
-def test_gradients_equal_finite_differences_with_the_mixing_weight_held_fixed() -> None:
+def test_gradients_equal_finite_differences_with_a_constant_kl_share() -> None:
     case = _case()
     p, row_weight = _target_p(case), case["row_weight_N"]
     _, stats = fused_lk_loss(**case)
@@ -105,7 +105,7 @@ def test_zero_probabilities_of_a_truncated_target_are_allowed() -> None:
     torch.testing.assert_close(loss, expected)
 
 
-def test_both_or_no_target_is_refused() -> None:
+def test_a_target_given_in_both_ways_or_none_is_refused() -> None:
     case = _case()
     with pytest.raises(ValueError, match="p_ND"):
         fused_lk_loss(**case, p_ND=_target_p(case))
@@ -143,7 +143,7 @@ def test_frozen_head_gets_no_gradient() -> None:
     assert case["h_NH"].grad is not None
 
 
-def test_a_perfect_draft_is_always_accepted_and_loses_nothing() -> None:
+def test_a_perfect_draft_is_always_accepted_and_has_no_loss() -> None:
     p = torch.rand(4, D, dtype=torch.float64).softmax(-1)
     torch.testing.assert_close(acceptance_rate(p, p), torch.ones(4, dtype=torch.float64))
     torch.testing.assert_close(lk_loss(p, p), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
@@ -151,13 +151,18 @@ def test_a_perfect_draft_is_always_accepted_and_loses_nothing() -> None:
 
 def test_expected_length_counts_every_prefix_once() -> None:
     alpha = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
-    stops = [0.1 * 1, 0.9 * 0.5 * 2, 0.9 * 0.5 * 0.8 * 3, 0.9 * 0.5 * 0.2 * 4]  # chance of a stop × tokens emitted
+    stops = [
+        0.1 * 1,
+        0.9 * 0.5 * 2,
+        0.9 * 0.5 * 0.8 * 3,
+        0.9 * 0.5 * 0.2 * 4,
+    ]  # probability of stopping there × tokens emitted
     assert expected_accepted_length(alpha).item() == pytest.approx(sum(stops))
 
 
 @pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
 @pytest.mark.parametrize("with_argmax", [False, True])
-def test_the_native_pass_equals_the_torch_passes(with_argmax: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_native_kernel_equals_torch(with_argmax: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     K, N, D, H, G = 3, 21, 48, 24, 16
     gen = torch.Generator().manual_seed(3)
     target_h, target_weight = torch.randn(N, G, generator=gen), torch.randn(D, G, generator=gen)
@@ -166,8 +171,8 @@ def test_the_native_pass_equals_the_torch_passes(with_argmax: bool, monkeypatch:
     row_weight = torch.rand(K, N, generator=gen)
     row_weight[1, 4:7] = 0.0
     results = []
-    for native_pass in (True, False):
-        monkeypatch.setattr(lk_loss_kernel, "is_supported", lambda logits, native_pass=native_pass: native_pass)
+    for uses_kernel in (True, False):
+        monkeypatch.setattr(lk_loss_kernel, "is_supported", lambda logits, uses_kernel=uses_kernel: uses_kernel)
         h = torch.randn(K, N, H, generator=torch.Generator().manual_seed(5)).requires_grad_()
         weight = torch.randn(D, H, generator=torch.Generator().manual_seed(6)).requires_grad_()
         loss, stats = fused_lk_loss(
@@ -183,7 +188,7 @@ def test_the_native_pass_equals_the_torch_passes(with_argmax: bool, monkeypatch:
         )
         loss.backward()
         results.append((loss, stats.alpha_N, stats.kl_N, stats.top1_match_N, h.grad, weight.grad))
-    for ours, wanted in zip(*(result[:4] for result in results), strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
-    for ours, wanted in zip(*(result[4:] for result in results), strict=True):  # bf16 sums, cut into other chunks
-        assert float((ours - wanted).norm()) < 1e-2 * float(wanted.norm())
+    for ours, expected in zip(*(result[:4] for result in results), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    for ours, expected in zip(*(result[4:] for result in results), strict=True):  # bf16 sums of other chunks
+        assert float((ours - expected).norm()) < 1e-2 * float(expected.norm())

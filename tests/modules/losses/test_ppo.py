@@ -33,7 +33,7 @@ State = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Toy:
-    """`mode` is how proposals are verified."""
+    """A round's distributions by state; `mode`: how proposals are verified."""
 
     mode: str
     p_by_state: dict[State, Tensor]
@@ -65,7 +65,7 @@ class Toy:
 
 
 def toy(mode: str, *, num_proposals: int = 3, seed: int = 0, temperature: float = 1.0) -> tuple[Toy, Tensor]:
-    """A random toy, and the draft's parameters."""
+    """A random toy, and parameters of its draft."""
     gen = torch.Generator().manual_seed(seed)
     states = [s for length in range(num_proposals) for s in itertools.product(range(D), repeat=length)]
     made = Toy(
@@ -88,7 +88,7 @@ def surrogate(
     clip: float = 0.2,
     reward: str | None = None,
 ) -> Tensor:
-    """The loss in expectation over all rounds that the behaviour may propose; `reward` overrides the verification's."""
+    """The expected loss over all rounds of the behaviour policy; `reward`: as of another kind of verification."""
     total = theta_FD.new_zeros(())
     K = case.num_proposals
     for actions in itertools.product(range(D), repeat=K):
@@ -126,7 +126,7 @@ def finite_differences(case: Toy, theta_FD: Tensor, step: float = 1e-6) -> Tenso
 
 
 def gradient_of_loss(case: Toy, theta_FD: Tensor, value_of: dict[State, Tensor], **options: object) -> Tensor:
-    """On policy: ρ is 1."""
+    """The expected gradient on policy, where ρ is 1."""
     moving = theta_FD.clone().requires_grad_()
     loss = surrogate(case, moving, theta_FD, value_of, **options)  # type: ignore[arg-type]
     return torch.autograd.grad(loss, moving)[0]
@@ -187,8 +187,8 @@ def test_the_indicator_is_a_biased_reward_where_verification_ignores_q() -> None
     assert differs(got, -finite_differences(case, theta))
 
 
-def test_the_baselines_do_what_they_are_for() -> None:
-    """With exact values the own step's advantage has mean 0, in every state and under either verification."""
+def test_advantages_have_mean_0_with_exact_values() -> None:
+    """In every state and for either kind of verification."""
     for mode in ("own_draw", "ratio_test"):
         case, theta = toy(mode, num_proposals=1)
         q, p, value = case.q(theta, ()), case.p_by_state[()][:D], case.expected(theta)
@@ -208,7 +208,7 @@ def test_the_baselines_do_what_they_are_for() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_logged_behaviour_corrects_for_who_proposed(mode: str) -> None:
+def test_the_policy_ratio_corrects_for_an_older_draft(mode: str) -> None:
     """A single proposal drawn from an older draft still gives the gradient of J at the present one."""
     case, theta = toy(mode, num_proposals=1, seed=7)
     behaviour = theta + 0.7 * torch.randn(F, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -218,7 +218,7 @@ def test_the_logged_behaviour_corrects_for_who_proposed(mode: str) -> None:
     torch.testing.assert_close(got, -finite_differences(case, theta), rtol=1e-6, atol=1e-9)
 
 
-def test_the_clip_stops_what_has_moved_far_enough_and_nothing_else() -> None:
+def test_the_clip_stops_the_gradient_of_ratios_that_have_moved_far_enough() -> None:
     ratio = torch.tensor([0.5, 0.5, 1.5, 1.5, 1.1, 0.9], requires_grad=True)
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
     reached = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5, 0.25])
@@ -232,7 +232,7 @@ def test_the_clip_stops_what_has_moved_far_enough_and_nothing_else() -> None:
     assert not torch.equal(wide, loss)
 
 
-def test_a_ratio_stays_a_number() -> None:
+def test_a_policy_ratio_stays_finite() -> None:
     logprob = torch.tensor([-1.0, -1000.0, -0.5], requires_grad=True)
     ratio = policy_ratio(logprob, torch.tensor([-1000.0, -1.0, -0.5]))
     assert ratio.isfinite().all()
@@ -244,7 +244,7 @@ def test_a_ratio_stays_a_number() -> None:
 
 def test_gae_by_hand() -> None:
     accept, value = torch.tensor([0.5, 0.8, 0.0]), torch.tensor([1.0, 0.5, 0.0, 0.0])
-    # δ = [0.5·1.5 − 1, 0.8·1 − 0.5, 0]; the third place is beyond the round's number.
+    # δ = [0.5·1.5 − 1, 0.8·1 − 0.5, 0]; the round has two proposals.
     torch.testing.assert_close(acceptance_gae(accept, value, 0.0), torch.tensor([-0.25, 0.3, 0.0]))
     torch.testing.assert_close(acceptance_gae(accept, value, 0.5), torch.tensor([-0.25 + 0.5 * 0.5 * 0.3, 0.3, 0.0]))
     returns = acceptance_gae(accept, value, 1.0) + value[:-1]
@@ -252,12 +252,12 @@ def test_gae_by_hand() -> None:
     torch.testing.assert_close(survival(accept), torch.tensor([1.0, 0.5, 0.4]))
 
 
-def test_underweighted_share_is_a_share() -> None:
+def test_underweighted_share_is_in_0_to_1() -> None:
     p, q = torch.tensor([[0.1, 0.6], [0.5, 0.5], [0.0, 0.0]]), torch.tensor([[0.7, 0.3], [0.5, 0.5], [0.4, 0.6]])
     torch.testing.assert_close(underweighted_share(p, q), torch.tensor([0.3 / 0.4, 1.0, 0.0]))
 
 
-def test_value_loss_teaches_the_return_where_it_was_reached() -> None:
+def test_value_loss_weights_proposals_by_survival() -> None:
     value = torch.tensor([0.5, 2.0], requires_grad=True)
     loss = value_loss(value, torch.tensor([1.5, 0.0]), torch.tensor([1.0, 0.25]))
     torch.testing.assert_close(loss, torch.tensor((1.0 + 0.25 * 4) / 1.25))
@@ -266,7 +266,7 @@ def test_value_loss_teaches_the_return_where_it_was_reached() -> None:
     torch.testing.assert_close(value.grad, torch.tensor([-2.0, 0.25 * 4.0]) / 1.25)
 
 
-def test_explained_variance_of_perfect_constant_and_inverted_values() -> None:
+def test_explained_variance_of_exact_constant_and_inverted_values() -> None:
     returns, weight = torch.tensor([0.0, 1.0, 2.0, 50.0]), torch.tensor([1.0, 2.0, 1.0, 0.0])
     for value, expected in ((returns, 1.0), (torch.full((4,), 7.0), 0.0), (2 - returns, -3.0)):
         assert explained_variance(value, returns, weight) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""The online loss: what it is the sum of, that each weight changes it, and which rounds may teach a policy."""
+"""The losses of DraftModule: weights of positions, the online terms and their sum, and which rounds can be used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import VOCAB, draft_module, random_draft, save_model
+from support.tiny_models import VOCAB, draft_batch, draft_module, random_draft, save_model
 from support.toy_rounds import chain_logprobs, rounds, some_rounds
 from torch import Tensor
 
@@ -24,7 +24,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 
 def online_batch(target: Target, *, verified: str = "ratio_test") -> OnlineBatch:
-    """Three texts and four rounds of different length; the behaviour was a little off the present draft."""
+    """Three texts and four rounds of different lengths; the behaviour policy differs a little from the draft."""
     ids_BT = torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(1))
     proposed = [(2, 9, (8, 9, 10)), (0, 4, (11, 12)), (2, 3, (13,)), (0, 15, (14, 15, 16))]
     batch = rounds(target, ids_BT, proposed, verified=verified, accepted=[1, 2, 0, 3])
@@ -35,7 +35,7 @@ def online_batch(target: Target, *, verified: str = "ratio_test") -> OnlineBatch
 
 @torch.no_grad()
 def present_logprobs(target: Target, batch: OnlineBatch) -> Tensor:
-    """What the draft as it is would log; NaN beyond a round's number. Its vocabulary lacks the ids 0, 5 and 6."""
+    """The present draft's log-probabilities; NaN after a round's last proposal. It does not have the ids 0, 5 and 6."""
     index_QK = (batch.rounds.proposal_QK - 3).clamp_min(0)
     logq_QK = chain_logprobs(module(target), batch).gather(2, index_QK[..., None])[..., 0]
     return logq_QK.where(batch.rounds.proposal_QK >= 0, float("nan"))
@@ -49,10 +49,26 @@ def step(target: Target, batch: OnlineBatch, weights: OnlineWeights | None = Non
     return module(target, online=weights or OnlineWeights(), **changes).training_step(batch)
 
 
-# -- the total -----------------------------------------------------------------------------------------------------
+# -- the supervised loss ------------------------------------------------------------------------------------------
 
 
-def test_with_everything_off_it_is_the_supervised_step(target: Target) -> None:
+def test_positions_without_weight_do_not_count(target: Target) -> None:
+    """A batch where one text has weight 0 gives the loss of the other text alone."""
+    module = draft_module(target, random_draft(target), num_steps=2)
+    batch = draft_batch(target, torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(2)))
+    alone = draft_batch(target, batch.token_ids_BT[:1])
+    batch.weight_BT[1] = 0.0
+    torch.testing.assert_close(module.training_step(batch).loss, module.training_step(alone).loss)
+    batch.weight_BT[0] = 0.0
+    nothing = module.training_step(batch).loss
+    nothing.backward()
+    assert nothing.item() == 0.0
+
+
+# -- the online loss -----------------------------------------------------------------------------------------------
+
+
+def test_without_online_terms_it_is_the_supervised_step(target: Target) -> None:
     batch = replace(online_batch(target), live_B=torch.ones(3, dtype=torch.bool))
     made = module(target, online=OFF)
     plain, online = made.training_step(batch.traces), made.training_step(batch)
@@ -81,7 +97,7 @@ def test_the_total_is_the_sum_of_its_terms(target: Target) -> None:
     torch.testing.assert_close(report.policy_weight, 0.7 * (1 - torch.exp(-3 * mean_alpha)) * evidence)
 
 
-def test_fewer_sampled_proposals_weigh_less_beside_the_closed_form_and_all_without_it(target: Target) -> None:
+def test_the_policy_weight_grows_with_the_sampled_proposals_unless_it_is_the_only_loss(target: Target) -> None:
     batch = online_batch(target)
     many, few = step(target, batch), step(target, some_rounds(batch, [0]))
     assert 0 < few.policy_weight < 0.5 * many.policy_weight
@@ -91,7 +107,7 @@ def test_fewer_sampled_proposals_weigh_less_beside_the_closed_form_and_all_witho
     )
 
 
-def test_live_and_replayed_traces_are_averaged_each_by_itself(target: Target) -> None:
+def test_live_and_replayed_traces_are_averaged_separately(target: Target) -> None:
     batch = online_batch(target)
     report = step(target, batch, OFF)
     for name, rows in (("lk_live", [0, 2]), ("lk_replay", [1])):
@@ -130,7 +146,7 @@ def test_entropy_weight_makes_the_draft_less_certain(target: Target) -> None:
 # -- the rounds ----------------------------------------------------------------------------------------------------
 
 
-def test_rounds_of_different_length_do_not_touch_each_other(target: Target) -> None:
+def test_rounds_of_different_lengths_do_not_influence_each_other(target: Target) -> None:
     batch = online_batch(target)
     together = step(target, batch).policy
     alone = [step(target, some_rounds(batch, [q])).policy for q in range(4)]
@@ -142,7 +158,7 @@ def test_rounds_of_different_length_do_not_touch_each_other(target: Target) -> N
 
 
 @pytest.mark.parametrize("why", ["stale", "argmax proposals", "one not drawn", "not in the draft's vocabulary"])
-def test_rounds_without_a_ratio_teach_no_policy(why: str, target: Target) -> None:
+def test_rounds_without_a_policy_ratio_are_left_out(why: str, target: Target) -> None:
     batch = online_batch(target)
     match why:
         case "stale":
@@ -163,7 +179,7 @@ def test_rounds_without_a_ratio_teach_no_policy(why: str, target: Target) -> Non
     assert report.policy.num_rounds == 3
     others = step(target, some_rounds(batch, [1, 2, 3]))
     torch.testing.assert_close(report.policy.policy_loss, others.policy.policy_loss)
-    assert report.tested_K[0] == 4, "what was served counts all the same"
+    assert report.tested_K[0] == 4, "statistics of serving count all rounds"
 
 
 @pytest.mark.parametrize("index", [[], [0]])
@@ -193,14 +209,14 @@ def test_the_ratio_is_taken_at_the_temperature_of_the_round(target: Target) -> N
     assert off_policy.clip_fraction > 0
 
 
-def test_the_value_head_does_not_bend_the_draft(target: Target) -> None:
+def test_the_value_loss_does_not_train_the_draft(target: Target) -> None:
     made = module(target)
     made.training_step(online_batch(target)).policy.value_loss.backward()
-    taught = {name for name, parameter in made.draft.named_parameters() if parameter.grad is not None}
-    assert taught == {"value_head.weight", "value_head.bias", "norm.weight"}
+    trained = {name for name, parameter in made.draft.named_parameters() if parameter.grad is not None}
+    assert trained == {"value_head.weight", "value_head.bias", "norm.weight"}
 
 
-def test_it_runs_as_it_is_served_in_bf16(target: Target) -> None:
+def test_it_runs_in_bf16(target: Target) -> None:
     batch = online_batch(target)
     exact = step(target, batch)
     half = replace(
@@ -224,7 +240,7 @@ def test_it_runs_as_it_is_served_in_bf16(target: Target) -> None:
         assert parameter.grad.isfinite().all(), name
 
 
-def test_moving_a_batch_moves_all_of_it(target: Target) -> None:
+def test_moving_a_batch_moves_all_tensors(target: Target) -> None:
     moved = online_batch(target).to("meta")
     for record in (moved, moved.traces, moved.rounds):
         assert all(v.device.type == "meta" for v in vars(record).values() if isinstance(v, Tensor))

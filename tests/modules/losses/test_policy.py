@@ -1,11 +1,12 @@
-"""Online training of the draft: its chains along what was proposed, the policy term's gradient, the total loss.
+"""The policy loss of sampled rounds has the gradient of the expected number of accepted proposals, and training on it
+raises acceptance.
 
-The toys are tiny models whose draft knows four tokens, so that every round of two proposals can be enumerated.
+The toys are tiny models whose draft has a vocabulary of four tokens, so that all rounds of two proposals can be
+enumerated.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -13,15 +14,12 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_models import VOCAB, draft_module, random_draft, save_model
-from support.toy_rounds import VERIFIED, chain_logprobs, chain_states, rounds, some_rounds
+from support.toy_rounds import VERIFIED, chain_logprobs, rounds, some_rounds
 from torch import Tensor
 
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.draft_module import OnlineWeights
-from aurora_lit.modules.sampling.distribution import LogitOptions
-from aurora_lit.request import SamplingParams
-from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 
 D = 4
 
@@ -31,59 +29,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     return Target.load(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
 
 
-# -- the chain -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_unrolling_along_proposals_is_the_drafters_chain_also_where_they_were_refused(target: Target) -> None:
-    K, temperatures = 4, (1.0, 0.7, 1.5)
-    draft = random_draft(target)
-    module = draft_module(target, copy.deepcopy(draft))
-    ids_BT = torch.randint(0, VOCAB, (3, 80), generator=torch.Generator().manual_seed(0))
-    features_BTF, _ = target.forward_uncached(ids_BT)
-    capacity = 80 + K + 1
-    tokens_SL = torch.zeros(3, capacity + 1, dtype=torch.int64)
-    drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
-    slots = torch.arange(3)
-    sampled = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=t) for t in temperatures])
-    proposed, q_of, value_of = [], [], []
-    for lengths in ([9, 50, 2], [12, 51, 7], [13, 79, 8]):
-        for row, length in enumerate(lengths):
-            tokens_SL[row, :length] = ids_BT[row, :length]
-            drafter.store_features(
-                slots_B=slots[row : row + 1],
-                starts_B=torch.tensor([0]),
-                aux_BT3H=features_BTF[row : row + 1, : length - 1],
-            )
-        values: list[Tensor] = []
-        proposals = drafter.propose(
-            DraftInputs(slots_B=slots, lengths=list(lengths)),
-            options=sampled,
-            num_steps=K,
-            uniform_BK=torch.rand(3, K, dtype=torch.float64, generator=torch.Generator().manual_seed(lengths[0])),
-            should_continue=lambda done, values_B, values=values: values.append(values_B) or True,
-        )
-        assert proposals.q_BKD is not None
-        for row, length in enumerate(lengths):
-            path = proposals.token_BK[row].tolist()
-            if length < 77:
-                assert path != ids_BT[row, length : length + K].tolist(), "the test wants refused proposals"
-            proposed.append((row, length - 1, path))
-            q_of.append(proposals.q_BKD[row])
-            value_of.append(torch.stack([v[row] for v in values]))
-    batch = rounds(target, ids_BT, proposed, verified="own_draw")
-    batch = replace(batch, rounds=replace(batch.rounds, draft_temperature_Q=torch.tensor(temperatures * 3)))
-    torch.testing.assert_close(chain_logprobs(module, batch).exp(), torch.stack(q_of), atol=1e-4, rtol=0.0)
-
-    values_QK = module.draft.compute_value(chain_states(module, batch)[:, : K - 1])
-    torch.testing.assert_close(values_QK, torch.stack(value_of), atol=1e-4, rtol=0.0)
-
-
-# -- the gradient of J ---------------------------------------------------------------------------------------------
-
-
 def greedy_vocabulary(target: Target, ids_1T: Tensor) -> Tensor:
-    """D tokens, among them the two that the target would say at either root."""
+    """D tokens, among them the two that the target generates greedily at either root."""
     likely: list[int] = []
     for root in (5, 8):
         text = ids_1T[:, : root + 1]
@@ -103,8 +50,8 @@ def in_double(record: Any) -> Any:
     )
 
 
-class Enumerated:
-    """Every round of two proposals at some roots of a text; J by its definition, not by the code under test."""
+class EnumeratedRounds:
+    """All rounds of two proposals at two roots of a text; J by its definition, not by the code under test."""
 
     def __init__(self, target: Target, verified: str, *, draft_temperature: float = 1.0, **weights: float) -> None:
         draft = random_draft(target, draft_vocab_size=D)
@@ -141,7 +88,7 @@ class Enumerated:
         return (q_QK.prod(1) * c_QK.cumprod(1).sum(1)).sum() / 2
 
     def drawn(self, index_Q: Tensor) -> OnlineBatch:
-        """The batch with these rounds, drawn from the draft as it is."""
+        """The batch with these rounds, as drawn from the present draft."""
         behaviour_QK = self.logq()[0].detach()
         drawn = replace(self.batch.rounds, behaviour_logprob_QK=behaviour_QK)
         return some_rounds(replace(self.batch, rounds=drawn), index_Q.tolist())
@@ -155,46 +102,46 @@ class Enumerated:
 def test_the_policy_term_has_the_gradient_of_expected_acceptance(
     verified: str, draft_temperature: float, target: Target
 ) -> None:
-    """Weighted by how likely each round is; the values are a random head's, so λ is 1."""
-    case = Enumerated(target, verified, draft_temperature=draft_temperature, gae_lambda=1.0)
+    """Each round weighted by its probability. λ is 1, since the value head is random."""
+    case = EnumeratedRounds(target, verified, draft_temperature=draft_temperature, gae_lambda=1.0)
     parameters = case.parameters()
-    chance_Q = case.logq()[0].detach().exp().prod(1)
+    probability_Q = case.logq()[0].detach().exp().prod(1)
     got = [torch.zeros_like(p) for p in parameters]
-    for index in range(len(chance_Q)):
+    for index in range(len(probability_Q)):
         report = case.module.training_step(case.drawn(torch.tensor([index])))
         assert report.policy.num_rounds == 1
         torch.testing.assert_close(report.policy.mean_ratio, torch.ones_like(report.policy.mean_ratio))
         gradient = torch.autograd.grad(report.policy.policy_loss, parameters, allow_unused=True)
         for total, part in zip(got, gradient, strict=True):
-            total += chance_Q[index] / 2 * (0.0 if part is None else part)
+            total += probability_Q[index] / 2 * (0.0 if part is None else part)
     want = torch.autograd.grad(case.expected(), parameters)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, -b, rtol=1e-5, atol=1e-8)
 
-    # Finite differences of J, halfway between the gradient's direction and a random one; attention is single precision.
+    # Finite differences of J along the gradient plus a random direction; attention is in single precision.
     gen = torch.Generator().manual_seed(0)
     steepest = torch.cat([g.flatten() for g in got])
     noise = torch.randn(steepest.shape, generator=gen, dtype=torch.float64)
     direction = steepest / steepest.norm() + noise / noise.norm()
-    ends = []
+    values = []
     start = torch.nn.utils.parameters_to_vector(parameters).detach()
     for sign in (1, -1):
         torch.nn.utils.vector_to_parameters(start + sign * 1e-3 * direction, parameters)
         with torch.no_grad():
-            ends.append(float(case.expected()))
-    assert (ends[1] - ends[0]) / 2e-3 == pytest.approx(float(steepest @ direction), rel=2e-3)
+            values.append(float(case.expected()))
+    assert (values[1] - values[0]) / 2e-3 == pytest.approx(float(steepest @ direction), rel=2e-3)
     assert steepest.norm() > 0.1
 
 
 @pytest.mark.parametrize("verified", VERIFIED)
 def test_a_draft_that_learns_from_sampled_servedalone_is_accepted_more(verified: str, target: Target) -> None:
-    case = Enumerated(target, verified)
+    case = EnumeratedRounds(target, verified)
     before = float(case.expected().detach())
     optimizer = torch.optim.AdamW(case.module.draft.parameters(), lr=3e-3, weight_decay=0.0)
     gen = torch.Generator().manual_seed(0)
     for _ in range(40):
-        chance_Q = case.logq()[0].detach().exp().prod(1)
-        batch = case.drawn(torch.multinomial(chance_Q, 32, replacement=True, generator=gen))
+        probability_Q = case.logq()[0].detach().exp().prod(1)
+        batch = case.drawn(torch.multinomial(probability_Q, 32, replacement=True, generator=gen))
         report = case.module.training_step(batch)
         optimizer.zero_grad()
         (report.policy.policy_loss + report.policy.value_loss).backward()
