@@ -142,6 +142,11 @@ class _Server(LitServer):  # type: ignore[misc]
 
     http_processes: tuple[Any, ...] = ()
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.has_stopped = threading.Event()
+        """Set before the workers that still run are killed, which is then no loss of a worker."""
+
     def _init_manager(self, num_api_servers: int) -> Any:
         assert num_api_servers == 1
         manager = super()._init_manager(num_api_servers)
@@ -191,6 +196,7 @@ def _run(
     except RuntimeError as error:
         raise AuroraError(f"the engine could not be built: {status.read().error or error}") from error
     finally:
+        server.has_stopped.set()
         for worker in getattr(server, "inference_workers", []):
             if worker.is_alive():
                 worker.kill()
@@ -243,6 +249,8 @@ def _end_when_a_child_ends(server: _Server, num_workers: int, status: EngineStat
     ready = False
     while not _is_shutting_down():
         loss = watch.poll()
+        if server.has_stopped.is_set():
+            return
         if status.read().state is WorkerState.FAILED and not ready:
             return  # the engine could not be built; LitServe notices that itself
         if _is_shutting_down() and (loss is None or watch.ended_cleanly):

@@ -1,4 +1,4 @@
-"""The ring: whatever is killed, damaged or too slow, no wrong record is read, and what is lost is counted."""
+"""The ring: whatever is killed, damaged or too slow, no wrong record is read, and lost records are counted."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_records_that_were_read_are_not_counted_as_lost(ring: tuple[RingWriter, 
     assert writer.counters.popped == 500
 
 
-def test_the_next_reader_goes_on_behind_the_last_and_the_next_writer_too(path: Path) -> None:
+def test_the_next_reader_and_the_next_writer_continue_where_the_last_stopped(path: Path) -> None:
     RingWriter.create(path, 1 << 12, layout=LAYOUT).close()
     read = []
     for _ in range(50):
@@ -197,7 +197,7 @@ def damage(path: Path, place: int, data: bytes) -> None:
         (16, b"\x01\x02\x03\x04", [1, 2]),  # its checksum
         (0, bytes([6]), [1, 2]),  # its lock word says another number
         (0, bytes([1]), []),  # its lock word says "being written": nothing of it can be believed
-        (8, b"\xff\xff", []),  # its length reaches behind the head
+        (8, b"\xff\xff", []),  # its length reaches beyond the head
         (8, b"\xff" * 8, []),
         (0, bytes(24), []),
     ],
@@ -396,7 +396,7 @@ def test_writers_killed_at_random_times_never_leave_a_wrong_record(path: Path) -
     assert abs(counters.pushed - counters.popped - counters.overwritten) <= max(20, counters.pushed // 50)
 
 
-def test_readers_killed_at_random_times_never_read_a_wrong_record_nor_hold_up_the_writer(path: Path) -> None:
+def test_readers_killed_at_random_times_never_read_a_wrong_record_nor_delay_the_writer(path: Path) -> None:
     rng = random.Random(3)
     writer = RingWriter.create(path, 1 << 12, layout=LAYOUT)
     for _ in range(4):
@@ -418,7 +418,9 @@ def test_readers_killed_at_random_times_never_read_a_wrong_record_nor_hold_up_th
 # -- no room -------------------------------------------------------------------------------------------------------
 
 
-def test_no_room_in_shared_memory_is_said_and_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_in_shared_memory_is_a_clear_error_and_leaves_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

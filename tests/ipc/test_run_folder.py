@@ -1,4 +1,4 @@
-"""The run folder: private, removed at the end, and swept up by the next server when its own was killed."""
+"""The run folder: private, removed at the end, or by the next server if its own was killed."""
 
 import signal
 import stat
@@ -21,7 +21,7 @@ def test_it_is_private_and_goes_at_the_end(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_the_folders_of_dead_servers_are_swept_up(tmp_path):
+def test_only_the_folders_of_dead_servers_are_removed(tmp_path):
     (tmp_path / "something else").mkdir()
     with run_folder(tmp_path) as mine:
         other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)

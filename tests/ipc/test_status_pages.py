@@ -1,4 +1,4 @@
-"""The status block and the metrics that show it."""
+"""The status pages, and the metrics and JSON that show them."""
 
 import dataclasses
 import json
@@ -70,31 +70,31 @@ def test_a_page_of_another_record_is_refused_whatever_its_size(path):
 
 
 def test_every_field_comes_back_as_it_was_written(path):
-    block = LearnerStatusPage.create(path)
+    page = LearnerStatusPage.create(path)
     written = {
         field.name: index * 0.25 if field.type == "float" else f"word {index}" if field.type == "str" else index
         for index, field in enumerate(dataclasses.fields(LearnerStatus), 1)
     }
-    block.write(**written)
+    page.write(**written)
     assert dataclasses.asdict(LearnerStatusPage.open(path).read()) == written
 
 
-def test_who_lives_is_told_by_process_and_heartbeat(path):
-    block = LearnerStatusPage.create(path)
-    assert block.read().state == "absent"
+def test_a_learners_state_follows_from_its_process_and_heartbeat(path):
+    page = LearnerStatusPage.create(path)
+    assert page.read().state == "absent"
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        block.write(pid=process.pid)
-        block.beat()
-        assert block.read().state == "running"
-        block.write(heartbeat_ns=time.monotonic_ns() - int(11e9))
-        assert block.read().state == "stalled"
+        page.write(pid=process.pid)
+        page.beat()
+        assert page.read().state == "running"
+        page.write(heartbeat_ns=time.monotonic_ns() - int(11e9))
+        assert page.read().state == "stalled"
         process.kill()
         while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
-        assert block.read().state == "dead", "nobody has waited for it yet"
-    assert block.read().state == "dead"
-    block.write(pid=0)
-    assert block.read().state == "absent"
+        assert page.read().state == "dead", "a zombie: its parent has not waited for it yet"
+    assert page.read().state == "dead"
+    page.write(pid=0)
+    assert page.read().state == "absent"
 
 
 def test_readings_are_never_torn(path):
@@ -119,8 +119,8 @@ def test_readings_are_never_torn(path):
 
 
 def test_metrics_have_the_names_that_vllm_uses(path):
-    block = EngineStatusPage.create(path)
-    block.write(
+    page = EngineStatusPage.create(path)
+    page.write(
         max_draft_tokens=2,
         drafts=4,
         proposed=8,
@@ -141,7 +141,7 @@ def test_metrics_have_the_names_that_vllm_uses(path):
     ring.push(b"x" * 3000)
     ring.push(b"y" * 3000)
     ring.push(b"z" * 5000)
-    metrics = ServerMetrics(model="m", status=block, learner=learner, ring=lambda: ring_counters(path.parent))
+    metrics = ServerMetrics(model="m", status=page, learner=learner, ring=lambda: ring_counters(path.parent))
     metrics.finish("stop")
     metrics.refuse(429)
     for histogram in (metrics.first_token, metrics.between_tokens, metrics.whole_request):
@@ -177,18 +177,18 @@ def test_metrics_have_the_names_that_vllm_uses(path):
     assert f'aurora_requests_refused_total{{{label},model_name="m",status="429"}} 1.0' in lines
 
 
-def test_json_tells_what_happened_to_drafts_and_learner(path):
-    block, page = EngineStatusPage.create(path), LearnerStatusPage.create(path.with_name("learner"))
-    report = engine_json(block.read(), ring_counters(path.parent))
+def test_json_reports_drafts_and_learner(path):
+    page, learner_page = EngineStatusPage.create(path), LearnerStatusPage.create(path.with_name("learner"))
+    report = engine_json(page.read(), ring_counters(path.parent))
     assert (report["draft"]["refused"], report["draft"]["rolled_back"]) == (None, None)
     assert report["traces"]["ring"] is None
-    learner = learner_json(page.read())
+    learner = learner_json(learner_page.read())
     assert (learner["state"], learner["heartbeat_age_s"], learner["uptime_s"]) == ("absent", None, None)
-    block.write(refused_version="draft-000003", refused_reason="NaN", refusals=1, swaps=2, draft_version="draft-000002")
-    page.write(pid=os.getpid(), challenger_score=float("nan"), champion_score=2.5)
-    page.beat()
+    page.write(refused_version="draft-000003", refused_reason="NaN", refusals=1, swaps=2, draft_version="draft-000002")
+    learner_page.write(pid=os.getpid(), challenger_score=float("nan"), champion_score=2.5)
+    learner_page.beat()
     RingWriter.create(path.with_name(RING_NAME), 4096, layout="12").push(b"x" * 100)
-    report = engine_json(block.read(), ring_counters(path.parent))
+    report = engine_json(page.read(), ring_counters(path.parent))
     assert report["draft"] == {
         "version": "draft-000002",
         "swaps": 2,
@@ -198,7 +198,7 @@ def test_json_tells_what_happened_to_drafts_and_learner(path):
         "rolled_back": None,
     }
     assert (report["traces"]["ring"]["queued"], report["traces"]["ring"]["dropped"]["torn"]) == (1, 0)
-    learner = learner_json(page.read())
+    learner = learner_json(learner_page.read())
     assert learner["state"] == "running"
     assert learner["gate"] == {"published": 0, "refused": 0, "champion": 2.5, "challenger": None}
     json.dumps([report, learner], allow_nan=False)

@@ -1,4 +1,4 @@
-"""The names of LitServe that we use beyond its documentation: they exist and behave as FACTS saw them in 0.2.19."""
+"""LitServe's undocumented names that the package uses exist, and behave as it needs (pinned version 0.2.19)."""
 
 import asyncio
 import inspect
@@ -15,7 +15,7 @@ from litserve.utils import LitAPIStatus, LoopResponseType, ResponseBufferItem
 
 
 class StreamingSpec(LitSpec):
-    """As little as a spec can be."""
+    """The smallest possible spec."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ def test_the_pinned_version_is_installed():
     assert litserve.__version__ == "0.2.19"
 
 
-def test_a_spec_has_the_places_we_fill_and_read():
+def test_a_spec_has_the_attributes_that_the_http_process_reads():
     spec = StreamingSpec()
     for name in ("response_buffer", "request_queue", "response_queue_id"):
         assert getattr(spec, name) is None
@@ -87,9 +87,11 @@ def test_a_streamed_message_lands_in_the_response_buffer(server):
     assert [list(entry) for entry in asyncio.run(deliver())] == [[("content",), "OK"]]
 
 
-def test_the_server_has_the_handles_we_turn(server):
+def test_the_server_has_the_attributes_that_we_set(server):
     assert server.uvicorn_graceful_timeout == 30
     assert server._monitor_workers is True
+    assert callable(server._init_manager)
+    assert callable(server._start_server)
     assert server.response_buffer == {}
     assert {"/", "/health", "/info"} <= {getattr(route, "path", None) for route in server.app.router.routes}
     assert callable(server.app.router.lifespan_context)

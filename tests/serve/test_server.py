@@ -1,4 +1,4 @@
-"""A real server with FakeEngine: what the openai client gets, streamed and whole."""
+"""A real server on an engine without a model: what the openai client gets, streamed and in one piece."""
 
 import json
 import threading
@@ -17,8 +17,9 @@ TEXT = "hello 今日は 🌍, ça va? "
 
 @pytest.fixture(scope="module")
 def server():
-    with FakeServer() as running:
+    with FakeServer(spawn=True) as running:
         yield running
+        assert running.end()[0] == 0
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ def test_speculation_is_reported(server, client):
 
 
 @pytest.mark.parametrize("model", [{}, {"model": None}])
-def test_whoever_names_no_model_gets_the_served_one(server, model):
+def test_a_request_without_a_model_gets_the_served_one(server, model):
     chat = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": hello(), "max_tokens": 4, **model}).json()
     text = httpx.post(f"{server.url}/v1/completions", json={"prompt": "abc", "max_tokens": 4, **model}).json()
     assert (chat["model"], text["model"]) == (MODEL, MODEL)

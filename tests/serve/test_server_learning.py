@@ -1,4 +1,4 @@
-"""A real server beside a learner that lives, stalls, dies or never comes, and drafts published under it."""
+"""A real server beside a learner that runs, stalls, dies or never starts, and drafts published while it serves."""
 
 import os
 import signal
@@ -65,7 +65,7 @@ def test_without_learning_no_learner_is_started_and_opting_out_is_counted():
         server.wait_until(lambda now: now["traces"]["opted_out"] == 1, 5)
 
 
-def test_a_killed_learner_comes_back_nobody_notices_and_another_shell_sees_it():
+def test_a_killed_learner_is_restarted_while_serving_continues_and_commands_see_it():
     with FakeServer(server={"api_key": "secret"}, learner="lives", options={"round_s": 0.002}) as server:
         report = until(lambda: ask(server), learner_is("running"))
         os.kill(report["learner"]["pid"], signal.SIGKILL)
@@ -96,7 +96,7 @@ def test_a_killed_learner_comes_back_nobody_notices_and_another_shell_sees_it():
     assert folder not in live_folders()
 
 
-def test_a_stalled_learner_is_told_and_ends_with_a_server_that_is_killed():
+def test_a_stalled_learner_is_reported_and_ends_with_a_server_that_is_killed():
     with FakeServer(learner="stalls") as server:
         server.wait_until(learner_is("stalled"), 20)
         assert answer(server)["choices"][0]["text"] == "abc" * 4
@@ -108,7 +108,7 @@ def test_a_stalled_learner_is_told_and_ends_with_a_server_that_is_killed():
 @pytest.mark.parametrize(
     ("behaviour", "state", "cause"), [("dies", "dead", "exit code 3"), ("absent", "absent", "exit code 1")]
 )
-def test_a_learner_that_cannot_go_on_is_told_and_serving_goes_on(behaviour, state, cause):
+def test_a_learner_that_fails_is_reported_and_serving_continues(behaviour, state, cause):
     with FakeServer(learner=behaviour) as server:
         server.wait_until(lambda now: now["learner"]["restarts"] >= 1 and now["learner"]["error"] == cause, 20)
         server.wait_until(learner_is(state), 10)
@@ -116,7 +116,7 @@ def test_a_learner_that_cannot_go_on_is_told_and_serving_goes_on(behaviour, stat
         assert httpx.get(f"{server.url}/ready").status_code == 200
 
 
-def test_published_drafts_are_served_told_and_rolled_back_by_the_command_line(tmp_path):
+def test_published_drafts_are_served_reported_and_rolled_back_by_the_command_line(tmp_path):
     store = publish(tmp_path)
     with FakeServer(checkpoints=tmp_path) as server:
         assert server.status()["draft"] == {
@@ -162,9 +162,9 @@ def until(reading, condition, timeout_s=20):
     return value
 
 
-@pytest.mark.parametrize(("code", "lives"), [(0, 1), (7, 3)])
-def test_one_that_leaves_in_order_is_let_go_and_one_that_fails_is_started_again_so_often(
-    code, lives, tmp_path, monkeypatch
+@pytest.mark.parametrize(("code", "num_runs"), [(0, 1), (7, 3)])
+def test_a_learner_that_exits_cleanly_is_not_restarted_and_one_that_fails_is_restarted_a_few_times(
+    code, num_runs, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
     page = LearnerStatusPage.create(tmp_path / "page")
@@ -172,8 +172,8 @@ def test_one_that_leaves_in_order_is_let_go_and_one_that_fails_is_started_again_
     child = learner_child.LearnerChild(["sh", "-c", f"echo x >> {log}; exit {code}"], page)
     child.start()
     child._thread.join(20)
-    assert log.read_text() == "x\n" * lives
-    assert page.read().restarts == lives - 1
+    assert log.read_text() == "x\n" * num_runs
+    assert page.read().restarts == num_runs - 1
     assert page.read().error == (f"exit code {code}" if code else "")
     child.end()
 
@@ -190,7 +190,7 @@ def test_a_learner_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     assert not psutil.pid_exists(int(pid.read_text()))
 
 
-def test_a_learner_whose_program_is_missing_is_no_reason_not_to_serve(tmp_path, monkeypatch):
+def test_a_learner_whose_program_is_missing_does_not_stop_serving(tmp_path, monkeypatch):
     monkeypatch.setattr(learner_child, "RESTART_AFTER_S", ())
     child = learner_child.LearnerChild(["/no/such/program"], LearnerStatusPage.create(tmp_path / "page"))
     child.start()

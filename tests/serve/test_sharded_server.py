@@ -1,4 +1,4 @@
-"""A real server whose target two processes hold: it answers as a whole one, learns, and ends when it loses a rank."""
+"""A real server whose target is sharded over two processes: answers, swaps, learning, and the loss of a process."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def ask(servers: TinyServers, prompt: list[int], **options: Any) -> httpx.Respon
 
 
 def versions(servers: TinyServers) -> tuple[str, str]:
-    """The draft that each rank knows of, read together."""
+    """The draft version that each rank reports, in one reading."""
     status = servers.status()
     (rank,) = status["ranks"]
     return status["draft"]["version"], rank["draft_version"]
 
 
-def gone(servers: TinyServers, family: list[int], began: float) -> float:
+def wait_until_gone(servers: TinyServers, family: list[int], began: float) -> float:
     """Seconds until no process of the server was left; nor is its folder in shared memory, nor its port."""
     servers.wait(lambda: not any(map(servers.alive, family)), timeout_s=20)
     took = time.monotonic() - began
@@ -54,30 +54,30 @@ def gone(servers: TinyServers, family: list[int], began: float) -> float:
     return took
 
 
-class Asking:
-    """A client that asks until it is refused; what it was told then, and when."""
+class RepeatingClient:
+    """A client that sends requests until one fails; keeps the error and when it came."""
 
     def __init__(self, servers: TinyServers) -> None:
         self._servers = servers
-        self.told: tuple[float, str] = (0.0, "")
-        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self.error: tuple[float, str] = (0.0, "")
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def _ask(self) -> None:
+    def _run(self) -> None:
         for number in range(10**6):
             try:
-                said = ask(self._servers, PROMPTS[number % len(PROMPTS)], stream=number % 2 == 0)
+                response = ask(self._servers, PROMPTS[number % len(PROMPTS)], stream=number % 2 == 0)
             except httpx.HTTPError as error:
-                self.told = (time.monotonic(), type(error).__name__)
+                self.error = (time.monotonic(), type(error).__name__)
                 return
-            if said.status_code != 200 or '"error"' in said.text:
-                self.told = (time.monotonic(), said.text)
+            if response.status_code != 200 or '"error"' in response.text:
+                self.error = (time.monotonic(), response.text)
                 return
 
     def end(self) -> tuple[float, str]:
         self._thread.join(20)
         assert not self._thread.is_alive(), "a client hangs"
-        return self.told
+        return self.error
 
 
 def check_answers(servers: TinyServers, prompts: list[list[int]]) -> None:
@@ -99,7 +99,7 @@ def check_answers(servers: TinyServers, prompts: list[list[int]]) -> None:
     assert found == {number: text_of(plain[str(number)].token_ids) for number in range(len(prompts))}
 
 
-def test_it_answers_as_one_swaps_on_both_ranks_and_ends_when_one_is_stopped(servers):
+def test_answers_are_those_of_a_whole_target_swaps_reach_both_ranks_and_a_stopped_rank_ends_the_server(servers):
     server = start(servers, "tensor_parallel", "learn.enabled=false")
     (rank,) = servers.status()["ranks"]
     assert rank["pid"] not in (0, servers.status()["worker"]["pid"])
@@ -112,10 +112,10 @@ def test_it_answers_as_one_swaps_on_both_ranks_and_ends_when_one_is_stopped(serv
     family = servers.family(server)
     began = time.monotonic()
     os.kill(rank["pid"], signal.SIGSTOP)
-    told = ask(servers, PROMPTS[0], stream=True)  # waits for a round that never ends
-    assert '"engine_dead"' in told.text
+    response = ask(servers, PROMPTS[0], stream=True)  # waits for a round that never ends
+    assert '"engine_dead"' in response.text
     assert time.monotonic() - began < GONE_WITHIN_S
-    assert gone(servers, family, began) < GONE_WITHIN_S + 2  # a busy machine takes its time to end a process
+    assert wait_until_gone(servers, family, began) < GONE_WITHIN_S + 2  # a busy machine takes its time to end a process
     reason = "rank 1 of the engine's 2 processes gave no sign of life for 2.0 s"
     assert f"Error: the server failed: {reason}" in servers.log
     assert f"process {server} ended with exit code 2" in servers.log
@@ -138,30 +138,30 @@ def test_it_learns_while_it_serves(strategy, servers):
     servers.wait(lambda: len({*versions(servers)}) == 1, timeout_s=10)
     family = servers.family(server)
     os.kill(server, signal.SIGTERM)
-    gone(servers, family, time.monotonic())
+    wait_until_gone(servers, family, time.monotonic())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "tensor_parallel"])
-@pytest.mark.parametrize(("who", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP)])
+@pytest.mark.parametrize(("lost_rank", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP)])
 @pytest.mark.parametrize("busy", [True, False])
-def test_a_lost_rank_ends_the_server(strategy, who, number, busy, servers):
+def test_a_lost_rank_ends_the_server(strategy, lost_rank, number, busy, servers):
     server = start(servers, strategy, "learn.enabled=false")
     status = servers.status()
-    pid = [status["worker"]["pid"], status["ranks"][0]["pid"]][who]
+    pid = [status["worker"]["pid"], status["ranks"][0]["pid"]][lost_rank]
     family = servers.family(server)
-    client = Asking(servers) if busy else None
+    client = RepeatingClient(servers) if busy else None
     time.sleep(0.5)
     began = time.monotonic()
     os.kill(pid, number)
-    took = gone(servers, family, began)
+    took = wait_until_gone(servers, family, began)
     assert took < GONE_WITHIN_S
     if client is not None:
         when, what = client.end()
         assert when - began < GONE_WITHIN_S
         assert "engine_dead" in what
     how = "was killed (signal 9)" if number == signal.SIGKILL else "gave no sign of life"
-    assert f"Error: the server failed: rank {who} of the engine's 2 processes {how}" in servers.log
+    assert f"Error: the server failed: rank {lost_rank} of the engine's 2 processes {how}" in servers.log
     assert f"process {server} ended with exit code 2" in servers.log
 
 
@@ -179,7 +179,7 @@ def test_sigterm_lets_running_requests_finish_on_all_ranks(strategy, servers):
     servers.wait(lambda: servers.status()["queue"]["in_flight"] == len(PROMPTS))
     for pid in family:  # as a service manager does
         os.kill(pid, signal.SIGTERM)
-    gone(servers, family, time.monotonic())
+    wait_until_gone(servers, family, time.monotonic())
     for client in clients:
         client.join()
     assert all('"finish_reason"' in text for text in texts)

@@ -1,7 +1,7 @@
 """A learner's process without learning: python fake_learner.py RUN_FOLDER PARENT_PID BEHAVIOUR.
 
-Behaviours: "lives" (beats until SIGTERM, then leaves in order), "stalls" (attaches and falls silent), "dies" (attaches
-and ends with exit code 3), "absent" (cannot even start), "leaves" (attaches and leaves in order).
+Behaviours: "lives" (writes heartbeats until SIGTERM, then leaves regularly), "stalls" (attaches, and its heartbeat
+stops), "dies" (attaches and ends with exit code 3), "absent" (ends with exit code 1 before it attaches).
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerBlock
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.process_lifetime import die_with_parent
 
 
@@ -18,7 +18,7 @@ def main(run_folder: str, parent: str, behaviour: str) -> None:
     die_with_parent(int(parent))
     if behaviour == "absent":
         sys.exit(1)
-    page = LearnerBlock.open(Path(run_folder) / LEARNER_STATUS_NAME, writable=True)
+    page = LearnerStatusPage.open(Path(run_folder) / LEARNER_STATUS_NAME, writable=True)
     page.write(pid=os.getpid(), started_ns=time.monotonic_ns(), activity="pretending", error="")
     page.beat()
     if behaviour == "dies":
@@ -28,14 +28,13 @@ def main(run_folder: str, parent: str, behaviour: str) -> None:
         page.write(heartbeat_ns=time.monotonic_ns() - int(60e9))
         signal.pause()
     signal.signal(signal.SIGTERM, lambda *_: leave(page))
-    while behaviour == "lives":
+    while True:
         page.write(steps=page.read().steps + 1)
         page.beat()
         time.sleep(0.05)
-    leave(page)
 
 
-def leave(page: LearnerBlock) -> None:
+def leave(page: LearnerStatusPage) -> None:
     page.write(pid=0)
     sys.exit(0)
 

@@ -1,16 +1,17 @@
 """Real servers with real learners on a tiny model, started in a fraction of a second.
 
-Nothing is faked but the waiting: a process that has imported all forks each server by its command line, and servers
-fork their worker and their learner likewise, where they would start a new interpreter. Learners keep their priority,
-since on a busy machine one that steps behind all others would not come to learn within a test.
+Nothing is faked but the waiting: servers are forked from a process that has imported everything (fork_host.py), and
+they fork their worker and their learner likewise, where real ones would start a new interpreter. `_patch` lists what is
+patched for that, and which waits are shorter. Learners keep their priority, since on a busy machine a learner of low
+priority would not learn within a test.
 
     with TinyServers(folder) as servers:
         server = servers.start()                 # `aurora-lit serve learn.enabled=true ...`; not yet ready
         servers.wait_ready()
         os.kill(server, signal.SIGKILL)
 
-Lies in `folder`: shm/ (in place of /dev/shm), tmp/ (of temporary files), checkpoints/, log, used (what was learned
-from, a line of JSON a trace).
+In `folder`: shm/ (in place of /dev/shm), tmp/ (temporary files), checkpoints/, log, used (what was learned from, a line
+of JSON per trace).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +38,9 @@ from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatus, LearnerStatusPage
-from aurora_lit.ipc.process_lifetime import die_with_parent
 from aurora_lit.models.target import Target
-from support import child_environment
 from support.fake_server import free_port
+from support.fork_host import ForkedProcess, fork, fork_engine_workers
 from support.tiny_models import VOCAB, random_draft, save_model
 
 MODEL = "tiny"
@@ -67,6 +68,7 @@ class TinyServers:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "target")
         save_draft(random_draft(self.target), folder / "start", dtype=torch.float32)
         self.store = DraftStore(folder / "checkpoints" / "live", keep=3)
+        self._processes: list[ForkedProcess] = []
 
     @property
     def _command(self) -> list[str]:
@@ -108,24 +110,12 @@ class TinyServers:
         ]
 
     def __enter__(self) -> TinyServers:
-        self._host = subprocess.Popen(
-            [sys.executable, __file__, str(self.folder), str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=child_environment(TMPDIR=str(self.folder / "tmp")),
-        )
-        assert self._answer() == "ready", self.log
         return self
 
     def __exit__(self, *error: object) -> None:
-        """All forked processes die with the one that forked them."""
-        self._host.kill()
-        self._host.communicate()
-
-    def _answer(self) -> str:
-        assert self._host.stdout is not None
-        return self._host.stdout.readline().strip()
+        """Kill all processes: those of a server die with its main process."""
+        for process in self._processes:
+            process.kill()
 
     def start(self, *overrides: str) -> int:
         """Start a server; its process id."""
@@ -133,10 +123,16 @@ class TinyServers:
 
     def run(self, *command: str) -> int:
         """Start any `aurora-lit` command; its process id."""
-        assert self._host.stdin is not None
-        self._host.stdin.write(json.dumps(command) + "\n")
-        self._host.stdin.flush()
-        return int(self._answer())
+        process = fork(
+            "support.tiny_server",
+            "run_forked",
+            [str(self.folder), list(command)],
+            stdout=self.folder / "log",
+            stderr=self.folder / "log",
+            environment={"TMPDIR": str(self.folder / "tmp")},
+        )
+        self._processes.append(process)
+        return process.pid
 
     def status(self) -> dict[str, Any]:
         """What the server says of itself."""
@@ -199,7 +195,7 @@ class TinyServers:
             return []
 
 
-# -- the process that forks ----------------------------------------------------------------------------------------
+# -- in the forked processes ---------------------------------------------------------------------------------------
 
 
 class ForkedCommand:
@@ -209,7 +205,7 @@ class ForkedCommand:
         self._code: int | None = None
         self._pid = os.fork()
         if self._pid == 0:
-            run_command(command[3:])
+            _run_command(command[3:])
 
     def poll(self) -> int | None:
         return self._reap(os.WNOHANG)
@@ -237,8 +233,14 @@ class ForkedCommand:
         os.kill(self._pid, signal.SIGKILL)
 
 
-def run_command(arguments: list[str]) -> None:
-    """Never returns."""
+def run_forked(folder: str, arguments: list[str]) -> None:
+    """Run an `aurora-lit` command of the deployment in `folder`; does not return."""
+    _patch(Path(folder))
+    _run_command(arguments)
+
+
+def _run_command(arguments: list[str]) -> None:
+    """Does not return; prints the exit code to the log."""
     from aurora_lit.cli.main import main
 
     code = 1
@@ -248,8 +250,6 @@ def run_command(arguments: list[str]) -> None:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -257,21 +257,14 @@ def run_command(arguments: list[str]) -> None:
         os._exit(code)
 
 
-def prepare(folder: Path) -> None:
-    """Import all, and let servers lie in `folder`, fork instead of spawn, and wait less."""
-    import multiprocessing
-
-    import aurora_lit.learn.online.build
-    import aurora_lit.learn.online.loop
-    import aurora_lit.serve.worker.build
-    import aurora_lit.serve.worker.live_draft  # noqa: F401
+def _patch(folder: Path) -> None:
+    """Let this process and its children keep their files in `folder`, fork instead of spawn, and wait less."""
     from aurora_lit.ipc import learner_status, run_folder
-    from aurora_lit.learn.online import loop
-    from aurora_lit.learn.online import process as online
+    from aurora_lit.learn.online import loop, process
     from aurora_lit.serve import learner_child, server
     from aurora_lit.traces.record import Trace, from_bytes
 
-    def noted(payload: bytes) -> Trace:
+    def from_bytes_noted(payload: bytes) -> Trace:
         trace = from_bytes(payload)
         used = {"id": trace.request_id, "first": trace.first_position, "ids": trace.token_ids_T.tolist()}
         descriptor = os.open(folder / "used", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -279,9 +272,7 @@ def prepare(folder: Path) -> None:
         os.close(descriptor)
         return trace
 
-    patched: Any = multiprocessing
-    forking = multiprocessing.get_context("fork")
-    patched.get_context = lambda method=None: forking
+    fork_engine_workers()
     run_folder._default_parent = lambda: folder / "shm"
     learner_child.subprocess = types.SimpleNamespace(  # type: ignore[assignment]
         Popen=ForkedCommand, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
@@ -289,28 +280,5 @@ def prepare(folder: Path) -> None:
     learner_child.RESTART_AFTER_S = (0.05,) * 100
     server.WORKER_GRACE_S = 0.5
     learner_status.STALLED_AFTER_S = 3.0
-    online._lower_priority = lambda *_: None
-    loop.from_bytes = noted
-
-
-def host(folder: Path, parent: int) -> None:
-    die_with_parent(parent)
-    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 2)
-    prepare(folder)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for what was forked here
-    me = os.getpid()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            die_with_parent(me)
-            os.dup2(log, 1)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            run_command(json.loads(line))
-        print(pid, flush=True)
-
-
-if __name__ == "__main__":
-    host(Path(sys.argv[1]), int(sys.argv[2]))
+    process._lower_priority = lambda *_: None
+    loop.from_bytes = from_bytes_noted

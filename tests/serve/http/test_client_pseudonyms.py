@@ -1,11 +1,11 @@
-"""Clients are told apart without their names being known."""
+"""Pseudonyms distinguish clients without revealing their names."""
 
 from __future__ import annotations
 
 from aurora_lit.serve.http.routes import ClientPseudonyms
 
 
-def test_clients_are_told_apart_by_user_then_by_address_and_their_names_say_nothing() -> None:
+def test_pseudonyms_distinguish_clients_by_user_then_by_address_and_reveal_nothing() -> None:
     pseudonyms = ClientPseudonyms()
     ann = pseudonyms.of(user="ann@example.org", address="10.0.0.7")
     assert ann == pseudonyms.of(user="ann@example.org", address="10.0.0.8")

@@ -1,4 +1,4 @@
-"""Loading beside serving: what CURRENT names becomes ready, what cannot be served is refused, a rollback goes back."""
+"""The version that CURRENT names is loaded while serving, a bad one is refused, a rollback returns to an older one."""
 
 from __future__ import annotations
 
@@ -111,10 +111,10 @@ def test_serving_begins_with_the_newest_that_can_be_served(store, loader, reload
     assert (reloader.num_refused, reloader.refused.version) == (2, "draft-000003")
     loader.bad.add("draft-000001")
     assert HotReloader(store, loader).first() is None
-    assert store.current() == "draft-000004", "to refuse is to say no more than that it does not fit this server"
+    assert store.current() == "draft-000004", "a refused version stays current: another server may be able to serve it"
 
 
-def test_while_one_loads_only_the_last_of_many_follows(store, loader, reloader):
+def test_of_many_versions_published_while_one_loads_only_the_last_is_loaded(store, loader, reloader):
     loader.held.clear()
     reloader.start(on_change=lambda: None)
     publish(store)
@@ -128,7 +128,7 @@ def test_while_one_loads_only_the_last_of_many_follows(store, loader, reloader):
     assert soon(reloader.poll).version == "draft-000005", "one that was never asked for is passed over"
 
 
-def test_a_refused_version_leaves_what_serves_and_is_told_with_its_reason(store, loader, reloader):
+def test_a_refused_version_leaves_the_serving_one_and_is_reported_with_its_reason(store, loader, reloader):
     publish(store)
     reloader.first()
     loader.bad = {"draft-000002"}
@@ -154,7 +154,7 @@ def test_any_exception_while_loading_is_a_refusal(store, reloader, loader, monke
     assert soon(reloader.poll).version == "draft-000002"
 
 
-def test_a_garbled_current_is_refused_and_mended_by_the_next(store, loader, reloader):
+def test_a_garbled_current_is_refused_and_the_next_version_is_served(store, loader, reloader):
     publish(store)
     reloader.first()
     reloader.start(on_change=lambda: None)
@@ -211,7 +211,7 @@ def test_a_rollback_and_a_newer_version_at_once_serve_the_newer_one(store, loade
     assert loader.loaded == ["draft-000002", "draft-000003"]
 
 
-def test_when_the_version_before_is_broken_too_the_one_before_that_serves(store, loader, reloader):
+def test_a_rollback_skips_an_older_version_that_is_broken(store, loader, reloader):
     publish(store, 3)
     reloader.first()
     loader.bad = {"draft-000002"}
@@ -221,7 +221,7 @@ def test_when_the_version_before_is_broken_too_the_one_before_that_serves(store,
     assert reloader.refused.version == "draft-000002"
 
 
-def test_a_disk_that_cannot_be_written_keeps_nobody_on_a_bad_draft(store, loader, reloader, monkeypatch):
+def test_a_disk_that_cannot_be_written_does_not_stop_a_rollback(store, loader, reloader, monkeypatch):
     publish(store, 2)
     reloader.first()
 
@@ -236,7 +236,7 @@ def test_a_disk_that_cannot_be_written_keeps_nobody_on_a_bad_draft(store, loader
     assert reloader.poll() is None, "CURRENT still names the bad one, which is known"
 
 
-def test_the_thread_outlives_a_folder_that_goes_and_comes(store, loader, reloader, tmp_path):
+def test_the_thread_survives_a_folder_that_disappears_and_returns(store, loader, reloader, tmp_path):
     publish(store)
     reloader.first()
     reloader.start(on_change=lambda: None)

@@ -1,4 +1,4 @@
-"""Swapping drafts under running requests on tiny models: no request notices, bad drafts are taken back or refused."""
+"""Swapping drafts under running requests on tiny models: answers stay, bad drafts are rolled back or refused."""
 
 from __future__ import annotations
 
@@ -34,17 +34,19 @@ CAPACITY = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
+class ServingCase:
+    """A target, a draft trained for it, and requests with their plain answers."""
+
     target: Target
     good: Eagle3Draft
-    """Long runs of it are accepted on `requests`."""
+    """Trained on the answers to `requests`, so that many of its proposals are accepted."""
     requests: list[Request]
     plain: dict[str, list[int]]
-    """What plain decoding answers."""
+    """The answers of plain decoding, by request id."""
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def case(tmp_path_factory: pytest.TempPathFactory) -> ServingCase:
     target = Target.load(save_model("llama", tmp_path_factory.mktemp("llama"), seed=3), precision="fp32")
     torch.manual_seed(0)
     requests = []
@@ -56,13 +58,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     texts = [[*each.prompt_ids, *plain[each.request_id].token_ids] for each in requests]
     width = max(map(len, texts))
     good = trained_draft(target, torch.tensor([(text + [0] * width)[:width] for text in texts]), steps=120)
-    return World(
+    return ServingCase(
         target=target, good=good, requests=requests, plain={key: answer.token_ids for key, answer in plain.items()}
     )
 
 
 @dataclass(kw_only=True)
-class Server:
+class ServingLoop:
     """The loop of serve/worker/loop.py without its process."""
 
     engine: Engine
@@ -99,17 +101,17 @@ def store(tmp_path: Path) -> DraftStore:
 
 
 @pytest.fixture
-def server(world: World, store: DraftStore) -> Iterator[Server]:
+def server(case: ServingCase, store: DraftStore) -> Iterator[ServingLoop]:
     def load(folder: Path | None) -> Any:
-        draft = copy.deepcopy(world.good) if folder is None else load_draft(folder, world.target)
-        return prepare_draft(draft, world.target, capacity=CAPACITY)
+        draft = copy.deepcopy(case.good) if folder is None else load_draft(folder, case.target)
+        return prepare_draft(draft, case.target, capacity=CAPACITY)
 
     engine = make_engine(
-        world.target, copy.deepcopy(world.good), max_batch_size=32, max_draft_tokens=3, draft_version="good"
+        case.target, copy.deepcopy(case.good), max_batch_size=32, max_draft_tokens=3, draft_version="good"
     )
     live = LiveDraft(engine, HotReloader(store, load))
     live.start(on_change=lambda: None)
-    yield Server(engine=engine, live=live)
+    yield ServingLoop(engine=engine, live=live)
     live.close()
 
 
@@ -121,10 +123,10 @@ def wait(condition: Callable[[], object]) -> None:
 
 
 def test_requests_in_flight_across_ten_swaps_are_answered_as_by_plain_decoding(
-    world: World, store: DraftStore, server: Server
+    case: ServingCase, store: DraftStore, server: ServingLoop
 ) -> None:
     """Of drafts that differ in weights, vocabulary, width and the shape of their cache."""
-    for each in world.requests:
+    for each in case.requests:
         server.engine.submit(each)
     shapes: list[dict[str, Any]] = [
         {},
@@ -135,7 +137,7 @@ def test_requests_in_flight_across_ten_swaps_are_answered_as_by_plain_decoding(
     server.round()
     seen = []
     for number in range(10):
-        name = store.publish(random_draft(world.target, seed=number, **shapes[number % 4]), record={})
+        name = store.publish(random_draft(case.target, seed=number, **shapes[number % 4]), record={})
         wait(lambda: server.live._reloader._ready)
         server.round()
         seen.append(server.engine.draft_version)
@@ -145,16 +147,16 @@ def test_requests_in_flight_across_ten_swaps_are_answered_as_by_plain_decoding(
         assert drafter._cache.keys_SGCDP[0].shape[1] == drafter.draft.config.num_key_value_heads
         assert server.engine.num_running == 32, "all are still in flight"
     server.serve([])
-    assert server.answers == world.plain
+    assert server.answers == case.plain
     assert server.live.num_swaps == 10
     assert set(server.accepted) == {"good", *seen}, "every version proposed"
 
 
-def test_responses_tell_which_versions_proposed(world: World, store: DraftStore, server: Server) -> None:
-    server.engine.submit(world.requests[0])
+def test_responses_tell_which_versions_proposed(case: ServingCase, store: DraftStore, server: ServingLoop) -> None:
+    server.engine.submit(case.requests[0])
     server.round()
     server.round()
-    store.publish(copy.deepcopy(world.good), record={})
+    store.publish(copy.deepcopy(case.good), record={})
     wait(lambda: server.live._reloader._ready)
     versions: tuple[str, ...] = ()
     while server.engine.has_work:
@@ -164,21 +166,21 @@ def test_responses_tell_which_versions_proposed(world: World, store: DraftStore,
     assert versions == ("good", "draft-000001")
 
 
-def test_a_zeroed_head_published_by_force_is_taken_back_and_nobody_is_answered_otherwise(
-    world: World, store: DraftStore, server: Server
+def test_a_zeroed_head_published_by_force_is_rolled_back_and_no_answer_changes(
+    case: ServingCase, store: DraftStore, server: ServingLoop
 ) -> None:
-    greedy = [each for each in world.requests if each.params.temperature == 0]
+    greedy = [each for each in case.requests if each.params.temperature == 0]
 
     def traffic(name: str) -> list[Request]:
         return [dataclasses.replace(each, request_id=f"{each.request_id} {name}") for each in greedy]
 
-    first = store.publish(copy.deepcopy(world.good), record={})
+    first = store.publish(copy.deepcopy(case.good), record={})
     wait(lambda: server.live._reloader._ready)
     server.serve(traffic("before"))
     before = server.length(first, last=10_000)
     assert before > 1.8
 
-    broken = copy.deepcopy(world.good)
+    broken = copy.deepcopy(case.good)
     with torch.no_grad():
         broken.lm_head.weight.zero_()
     bad = store.publish(broken, record={"by": "force"})
@@ -198,7 +200,7 @@ def test_a_zeroed_head_published_by_force_is_taken_back_and_nobody_is_answered_o
     after = server.length(first, last=len(server.accepted[first]) - rounds_before)
     assert abs(after - before) < 0.1
     for name, tokens in server.answers.items():
-        assert tokens == world.plain[name.split()[0]], name
+        assert tokens == case.plain[name.split()[0]], name
     assert server.live.num_swaps == 3
 
 
@@ -241,16 +243,16 @@ POISONS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", POISONS)
-def test_a_poisoned_draft_is_refused_and_the_last_good_one_serves_on(
-    name: str, world: World, store: DraftStore, server: Server
+def test_a_poisoned_draft_is_refused_and_the_last_good_one_continues_to_serve(
+    name: str, case: ServingCase, store: DraftStore, server: ServingLoop
 ) -> None:
-    good = store.publish(copy.deepcopy(world.good), record={})
+    good = store.publish(copy.deepcopy(case.good), record={})
     wait(lambda: server.live._reloader._ready)
-    server.serve(world.requests[:8], until=lambda: server.engine.num_waiting == 0)
+    server.serve(case.requests[:8], until=lambda: server.engine.num_waiting == 0)
     spoil, reason = POISONS[name]
     folder = store.folder / version_name(2)
     folder.mkdir()
-    write_draft(world.good, folder)
+    write_draft(case.good, folder)
     spoil(folder)
     store.promote(folder.name)
     wait(lambda: server.live.num_refused)
@@ -260,29 +262,29 @@ def test_a_poisoned_draft_is_refused_and_the_last_good_one_serves_on(
     assert reason.replace(".1", "(1").replace("3.", "3)") in server.live.refused.reason
     events = [(event["event"], event.get("reason")) for event in store.history()]
     assert events.count(("refused", server.live.refused.reason)) == 1
-    assert server.answers == {each.request_id: world.plain[each.request_id] for each in world.requests[:8]}
+    assert server.answers == {each.request_id: case.plain[each.request_id] for each in case.requests[:8]}
 
 
-def test_a_draft_that_computes_no_numbers_cannot_even_be_fitted(world: World) -> None:
-    draft = copy.deepcopy(world.good)
+def test_a_draft_that_computes_nan_cannot_be_prepared(case: ServingCase) -> None:
+    draft = copy.deepcopy(case.good)
     with torch.no_grad():
         draft.value_head.weight.fill_(3e38)
     with pytest.raises(CheckpointError, match="computes values that are NaN or infinite"):
-        prepare_draft(draft, world.target, capacity=CAPACITY)
+        prepare_draft(draft, case.target, capacity=CAPACITY)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_computing_all_again_proposes_as_if_the_new_draft_had_always_served(world: World, recompute: bool) -> None:
-    engine = make_engine(world.target, random_draft(world.target), max_batch_size=32, max_draft_tokens=3)
-    for each in world.requests:
+def test_with_recompute_the_new_draft_proposes_as_if_it_had_always_served(case: ServingCase, recompute: bool) -> None:
+    engine = make_engine(case.target, random_draft(case.target), max_batch_size=32, max_draft_tokens=3)
+    for each in case.requests:
         engine.submit(each)
     for _ in range(6):
         engine.round()
     drafter = engine._drafter
     assert drafter is not None
-    fresh = Drafter(copy.deepcopy(world.good), world.target, tokens_SL=engine._tokens_SL, capacity=drafter._capacity)
+    fresh = Drafter(copy.deepcopy(case.good), case.target, tokens_SL=engine._tokens_SL, capacity=drafter._capacity)
     fresh.features_SLF.copy_(drafter.features_SLF)
-    drafter.swap(copy.deepcopy(world.good), recompute=recompute)
+    drafter.swap(copy.deepcopy(case.good), recompute=recompute)
     rows = engine._decoding
     proposed = [
         each.propose(
@@ -297,22 +299,22 @@ def test_computing_all_again_proposes_as_if_the_new_draft_had_always_served(worl
     assert torch.equal(*proposed) == recompute
 
 
-def test_a_swap_gives_a_new_draft_its_chance_where_the_old_one_was_given_up(world: World) -> None:
-    engine = make_engine(world.target, random_draft(world.target), max_batch_size=32, max_draft_tokens=3, adaptive=True)
+def test_a_swap_resets_the_estimates_by_which_the_old_draft_was_given_up(case: ServingCase) -> None:
+    engine = make_engine(case.target, random_draft(case.target), max_batch_size=32, max_draft_tokens=3, adaptive=True)
     for rows in range(1, 33):
         engine.planner.first_step_cost.update(rows, 1, 1.0)
     engine.planner.mean_rate = 0.0
-    engine.submit(world.requests[0])
+    engine.submit(case.requests[0])
     engine.round()
     engine._decoding[0].acceptance_rate = 0.0
     engine.planner._last = 0
     assert engine.planner.choose([0.0]) == 0
-    engine.swap_draft(copy.deepcopy(world.good), version="draft-000001")
+    engine.swap_draft(copy.deepcopy(case.good), version="draft-000001")
     assert (engine.planner.mean_rate, engine._decoding[0].acceptance_rate) == (0.5, 0.5)
     assert engine.planner._last == 3
 
 
-class NotedEngine:
+class RecordingEngine:
     draft_version = "good"
 
     def __init__(self) -> None:
@@ -325,7 +327,7 @@ class NotedEngine:
 
 def judged(store: DraftStore, **of_output: Any) -> LiveDraft:
     """After a hundred rounds that accepted 3 tokens, a new draft, and a hundred that accepted none."""
-    engine = NotedEngine()
+    engine = RecordingEngine()
     live = LiveDraft(engine, HotReloader(store, lambda folder: folder and folder.name))
     live.start(on_change=lambda: None)
     output = Output(request_id="a", token_ids=(1,), num_proposed=3, num_accepted=3)
@@ -362,7 +364,7 @@ SMALL: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("of_output", "rollbacks"), [({}, 1), ({"from_lookup": True}, 0), ({"explored": True}, 0), ({"num_proposed": 0}, 0)]
 )
-def test_only_what_the_draft_proposed_for_speed_is_held_against_it(
+def test_only_proposals_of_the_draft_in_rounds_without_exploration_count_in_a_trial(
     of_output: dict[str, Any], rollbacks: int, store: DraftStore
 ) -> None:
     assert judged(store, **of_output).num_rollbacks == rollbacks

@@ -1,4 +1,4 @@
-"""What is left to learn steers a live server: exploration there, entropy and replay in the learner, by domain."""
+"""How much is left to learn of a domain controls exploration in the server, entropy and replay in the learner."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
         os.kill(server, signal.SIGTERM)
     servers.wait(lambda: not servers.alive(server))
 
-    # One signal, linear in heat: whoever reads the page can tell the heat from each of its parts.
+    # All four are linear in the heat, so each of them gives the heat.
     for now in (hot, cold, again):
         heat = now["explore_share"] / 0.8
         assert now["explore_temperature"] == pytest.approx(1 + 2 * heat, abs=0.01)

@@ -1,4 +1,4 @@
-"""The watch over a new draft's first rounds: a bad one is called soon, an equal one never, traffic is not blamed."""
+"""The trial of a new draft: a bad one is rolled back soon, an equal one never, and a change of traffic is no reason."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def observe(watch: RollbackWatch, draw: Draw, number: int) -> tuple[int, str] | 
     return None
 
 
-def test_a_draft_that_accepts_nothing_is_called_within_a_few_dozen_rounds() -> None:
+def test_a_draft_that_accepts_nothing_is_rolled_back_within_a_few_dozen_rounds() -> None:
     rng = random.Random(0)
     for proposed in ((4,), (1,), (1, 2, 3, 4)):
         found = observe(watched(rounds(rng, 0.6, proposed=proposed)), rounds(rng, 0.0, proposed=proposed), 400)
@@ -47,13 +47,13 @@ def test_a_draft_that_accepts_nothing_is_called_within_a_few_dozen_rounds() -> N
         assert "tokens a round less than the version before" in found[1]
 
 
-def test_a_clearly_worse_draft_is_called_within_a_few_hundred_rounds() -> None:
+def test_a_clearly_worse_draft_is_rolled_back_within_a_few_hundred_rounds() -> None:
     rng = random.Random(1)
     took = [observe(watched(rounds(rng, 0.7)), rounds(rng, 0.5), 1000) for _ in range(20)]
     assert all(found is not None and found[0] < 600 for found in took), took
 
 
-def test_an_equal_or_better_draft_is_never_called() -> None:
+def test_an_equal_or_better_draft_is_never_rolled_back() -> None:
     rng = random.Random(2)
     for rate_before, rate in [(0.6, 0.6), (0.3, 0.3), (0.8, 0.8), (0.5, 0.7)] * 20:
         assert observe(watched(rounds(rng, rate_before)), rounds(rng, rate), TRIAL_ROUNDS + 10) is None
@@ -67,7 +67,7 @@ def test_proposing_fewer_tokens_is_not_taken_for_accepting_fewer() -> None:
         assert observe(watched(before), after, 1500) is None
 
 
-def test_a_bad_draft_is_called_even_when_it_is_asked_for_fewer_tokens_than_any_before() -> None:
+def test_a_bad_draft_is_rolled_back_even_if_it_proposes_fewer_tokens_than_any_before() -> None:
     rng = random.Random(4)
     found = observe(watched(rounds(rng, 0.6, proposed=(4,))), rounds(rng, 0.0, proposed=(1,)), 400)
     assert found is not None
@@ -86,14 +86,14 @@ def test_another_mix_of_labelled_domains_is_not_blamed_on_the_draft() -> None:
     assert found is not None, "and still a bad draft is called"
 
 
-def test_what_happens_after_the_trial_is_the_traffic() -> None:
+def test_a_drop_after_the_trial_is_ignored() -> None:
     rng = random.Random(6)
     watch = watched(rounds(rng, 0.7))
     assert observe(watch, rounds(rng, 0.7), TRIAL_ROUNDS) is None
     assert observe(watch, rounds(rng, 0.1), 2000) is None
 
 
-def test_a_version_that_is_back_is_not_tried_and_the_next_is_compared_with_it() -> None:
+def test_a_version_restored_by_a_rollback_has_no_trial_and_the_next_is_compared_with_it() -> None:
     rng = random.Random(8)
     watch = watched(rounds(rng, 0.7))
     assert observe(watch, rounds(rng, 0.0), 400) is not None
@@ -109,7 +109,7 @@ def test_a_version_that_is_back_is_not_tried_and_the_next_is_compared_with_it() 
     assert observe(watch, rounds(rng, 0.5), 2000) is not None, "not measured against the bad one"
 
 
-def test_without_anything_to_compare_with_nothing_is_called() -> None:
+def test_without_observations_to_compare_with_nothing_is_rolled_back() -> None:
     rng = random.Random(8)
     watch = RollbackWatch()
     assert observe(watch, rounds(rng, 0.0), 500) is None

@@ -1,4 +1,4 @@
-"""Traces reach ring and disk, and neither a slow disk nor a full one is felt by who hands them over."""
+"""Traces reach ring and disk, and neither a slow nor a full disk delays the caller."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_trace_goes_into_the_ring_and_onto_the_disk(tmp_path: Path) -> None:
     TraceSinks(ring=None)(a_trace())
 
 
-def test_what_waits_for_the_disk_outlives_the_memory_it_came_in(tmp_path: Path) -> None:
+def test_a_queued_trace_does_not_depend_on_the_memory_of_the_original(tmp_path: Path) -> None:
     sinks, trace = TraceSinks(ring=None, recording=TraceRecording(tmp_path, max_bytes=1 << 20)), a_trace()
     sinks(trace)
     trace.aux_T3H.fill_(-1)  # the slot's next request
@@ -79,7 +79,7 @@ def test_what_is_pending_is_written_after_a_while_and_by_size(tmp_path: Path) ->
     assert sum(p.stat().st_size for p in (tmp_path / "busy").glob("*.safetensors")) <= 1 << 15
 
 
-def test_a_disk_that_hangs_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_hangs_does_not_delay_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hanging = threading.Event()
     save = trace_log.save_file
 
@@ -99,7 +99,7 @@ def test_a_disk_that_hangs_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.M
     assert recording.written + recording.dropped == 300
 
 
-def test_a_full_disk_is_counted_said_once_and_recording_goes_on_when_there_is_room(
+def test_a_full_disk_is_counted_and_logged_once_and_recording_continues_when_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: object, **__: object) -> None:

@@ -1,0 +1,203 @@
+"""Starts test processes in milliseconds: forks them from one process that has already imported everything.
+
+    process = fork("support.tiny_server", "run_command", [...], stdout=folder / "out", stderr=folder / "err")
+    process.wait(10)                       # its exit code, negative for a signal
+
+The forking process (the host) starts with the first call and ends with the pytest process; the forked processes end
+with the host. A server that is forked should also fork its engine worker, which LitServe would spawn, a new interpreter
+that imports everything again: see `fork_engine_workers`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aurora_lit.ipc.process_lifetime import die_with_parent
+from support import child_environment
+
+PRELOADED = (
+    "aurora_lit.cli.main",
+    "aurora_lit.learn.online.build",
+    "aurora_lit.learn.online.loop",
+    "aurora_lit.learn.online.process",
+    "aurora_lit.serve.server",
+    "aurora_lit.serve.worker.build",
+    "aurora_lit.serve.worker.live_draft",
+    "support.fake_engine",
+)
+
+
+class ForkedProcess:
+    """A process of the host; as much of subprocess.Popen as tests need."""
+
+    def __init__(self, host: _Host, pid: int) -> None:
+        self._host, self.pid = host, pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            self.returncode = self._host.request({"poll": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Wait for the end; the exit code. Raises subprocess.TimeoutExpired."""
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class _Host:
+    """The pytest process's side of the host: one JSON line for a request, one for the answer."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=child_environment(),
+        )
+        atexit.register(self._end)
+        assert self._answer() == "ready", "the host cannot import the package; its error is on stderr"
+
+    def request(self, message: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline() or "null")
+
+
+_host: _Host | None = None
+
+
+def fork(
+    module: str,
+    function: str,
+    arguments: Sequence[Any],
+    *,
+    stdout: Path,
+    stderr: Path,
+    environment: Mapping[str, str] | None = None,
+) -> ForkedProcess:
+    """Run `module.function(*arguments)` (plain data) in a new process; output is appended to the two files."""
+    global _host
+    _host = _host or _Host()
+    pid = _host.request(
+        {
+            "module": module,
+            "function": function,
+            "arguments": list(arguments),
+            "files": [os.devnull, str(stdout), str(stderr)],
+            "environment": dict(environment or {}),
+        }
+    )
+    return ForkedProcess(_host, pid)
+
+
+def fork_engine_workers() -> None:
+    """Let LitServe, in this process, fork its workers, although it asks for a spawning context by name."""
+    import litserve.server
+
+    class ForkingMultiprocessing:
+        """The multiprocessing module, but every context forks."""
+
+        def get_context(self, method: str | None = None) -> Any:
+            return multiprocessing.get_context("fork")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(multiprocessing, name)
+
+    litserve.server.mp = ForkingMultiprocessing()
+
+
+# -- the host ------------------------------------------------------------------------------------------------------
+
+
+def _serve_requests(parent_pid: int) -> None:
+    die_with_parent(parent_pid)
+    for name in PRELOADED:
+        importlib.import_module(name)
+    exit_codes: dict[int, int] = {}
+
+    def reap(*_: object) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            exit_codes[pid] = os.waitstatus_to_exitcode(status)
+
+    signal.signal(signal.SIGCHLD, reap)
+    host_pid = os.getpid()
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "poll" in message:
+            print(json.dumps(exit_codes.get(message["poll"])), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            _run(message, host_pid)
+        print(json.dumps(pid), flush=True)
+
+
+def _run(message: dict[str, Any], host_pid: int) -> None:
+    """In the forked process; does not return."""
+    code = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        die_with_parent(host_pid)
+        for number, path in enumerate(message["files"]):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        os.environ.update(message["environment"])
+        tempfile.tempdir = None  # it may be in the environment
+        getattr(importlib.import_module(message["module"]), message["function"])(*message["arguments"])
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve_requests(int(sys.argv[1]))
