@@ -5,7 +5,8 @@ Learning uses this folder; serving imports none of it.
 May import: kernels/, modules/sampling/, modules/draft/. Start with draft_module.py. The files, each importing only
 those above it:
 
-    lk.py            acceptance in closed form, and the LK loss
+    lk.py            acceptance in closed form, and the LK loss: definitions
+    fused_lk.py      the LK loss and its gradients from hidden states, in chunks
     ppo.py           PPO with acceptance as discount: advantages, clipped policy loss, value loss
     batch.py         the batches: padded traces, and the rounds served along them
     unroll.py        the draft's chains in training: along traces, and along what rounds proposed

@@ -22,7 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
 from aurora_lit.modules.losses.batch import OnlineBatch, TraceBatch
-from aurora_lit.modules.losses.lk import KL_DECAY, LKStats, fused_lk_loss
+from aurora_lit.modules.losses.fused_lk import fused_lk_loss
+from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
 from aurora_lit.modules.losses.policy import PolicyTerms, policy_terms, sampled_share, usable_rounds
 from aurora_lit.modules.losses.unroll import UnrolledChains, shift_positions, unroll, unroll_rounds
 
@@ -163,7 +164,7 @@ class DraftModule(LightningModule):
         loss = lk_loss + self.value_weight * value_loss + batch.rounds_fraction * rounds_loss
         row_loss_KBT = stats.loss_N.view_as(mask_KBT)
         step_K = torch.arange(rounds.proposal_QK.shape[1], device=rounds.row_Q.device)
-        num_accepted_Q1 = rounds.num_accepted_Q[:, None]
+        is_proposal_QK, num_accepted_Q1 = rounds.is_proposal_QK, rounds.num_accepted_Q[:, None]
         return OnlineReport(
             loss=loss,
             stats=stats,
@@ -173,8 +174,8 @@ class DraftModule(LightningModule):
             value_loss=value_loss.detach(),
             policy=policy,
             policy_weight=policy_weight,
-            tested_K=(rounds.is_proposal_QK & (step_K <= num_accepted_Q1)).sum(0),
-            accepted_K=(rounds.is_proposal_QK & (step_K < num_accepted_Q1)).sum(0),
+            tested_K=(is_proposal_QK & (step_K <= num_accepted_Q1)).sum(0),
+            accepted_K=(is_proposal_QK & (step_K < num_accepted_Q1)).sum(0),
         )
 
     def unroll(self, batch: TraceBatch, needed_BT: torch.Tensor | None = None) -> torch.Tensor:

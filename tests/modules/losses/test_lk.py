@@ -5,7 +5,8 @@ import torch
 
 from aurora_lit.kernels import lk_loss as lk_loss_kernel
 from aurora_lit.kernels import native
-from aurora_lit.modules.losses.lk import acceptance_rate, expected_accepted_length, fused_lk_loss, lk_loss
+from aurora_lit.modules.losses.fused_lk import fused_lk_loss
+from aurora_lit.modules.losses.lk import acceptance_rate, expected_accepted_length, lk_loss
 
 N, H, G, D, V, K = 13, 5, 7, 11, 16, 3
 
@@ -151,12 +152,8 @@ def test_a_perfect_draft_is_always_accepted_and_has_no_loss() -> None:
 
 def test_expected_length_counts_every_prefix_once() -> None:
     alpha = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
-    stops = [
-        0.1 * 1,
-        0.9 * 0.5 * 2,
-        0.9 * 0.5 * 0.8 * 3,
-        0.9 * 0.5 * 0.2 * 4,
-    ]  # probability of stopping there × tokens emitted
+    # Probability of stopping there × tokens emitted.
+    stops = [0.1 * 1, 0.9 * 0.5 * 2, 0.9 * 0.5 * 0.8 * 3, 0.9 * 0.5 * 0.2 * 4]
     assert expected_accepted_length(alpha).item() == pytest.approx(sum(stops))
 
 

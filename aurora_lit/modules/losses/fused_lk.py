@@ -1,0 +1,300 @@
+"""The LK loss from hidden states, with hand-written gradients, so that no [N, D] tensor of logits outlives a chunk.
+
+`fused_lk_loss` equals `lk_loss` (modules/losses/lk.py) of the softmax of the logits, summed over rows.
+
+Shapes: N rows (positions), K unrolled draft steps, D reduced draft vocabulary, H draft hidden size, G target hidden
+size, C rows of one chunk, M = K·C.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aurora_lit.kernels import lk_loss as lk_kernel
+from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
+from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
+
+_KERNEL_CHUNK_FACTOR = 8
+"""The native kernel takes larger chunks: it has no fp32 buffers to keep in cache, and every chunk adds a pass over the
+weight's gradient."""
+
+
+def fused_lk_loss(
+    *,
+    h_NH: Tensor,
+    weight_DH: Tensor,
+    row_weight_N: Tensor,
+    target_h_NG: Tensor | None = None,
+    target_weight_DG: Tensor | None = None,
+    target_logit_transform: LogitTransform = IDENTITY,
+    target_lse_N: Tensor | None = None,
+    target_argmax_N: Tensor | None = None,
+    p_ND: Tensor | None = None,
+    matmul_dtype: torch.dtype | None = None,
+    chunk: int = 512,
+    kl_decay: float = KL_DECAY,
+) -> tuple[Tensor, LKStats]:
+    """Σ_n w_n · lk_loss(p_n, softmax(h_n·Wᵀ)), differentiable by h_NH and weight_DH; the caller divides.
+
+    The target is given either by its last hidden states, its head's rows for the draft vocabulary and its log-sum-exp
+    over the whole vocabulary (p = exp(transform(target_h · target_weightᵀ) − lse)), or as p_ND. It gets no gradient.
+
+    Args:
+        h_NH: the draft's normed hidden states [N, H], or [K, N, H] for K draft steps whose row n has the same target
+            row n. With steps, p is computed once for all: a quarter of the target's matrix products at K = 4.
+        weight_DH: the draft's head.
+        row_weight_N: w of every row [N], or [K, N]; 0 where a step has no target. Rows of weight 0 must be finite.
+        target_h_NG: the target's last hidden states.
+        target_weight_DG: the rows of the target's head for the draft vocabulary.
+        target_logit_transform: the target's, for the draft vocabulary.
+        target_lse_N: log-sum-exp of the target's logits over its whole vocabulary.
+        target_argmax_N: draft id of the target's argmax over its whole vocabulary, −1 if the draft does not have it.
+            Used for `top1_match_N` only. Default: the argmax within the draft vocabulary.
+        p_ND: the target's probabilities of the draft vocabulary.
+        matmul_dtype: of the matrix products; softmax and loss are at least fp32. Default: autocast's dtype if it is
+            on, else that of h.
+        chunk: rows of logits (K·C) that exist at a time, so that they stay in the CPU's cache.
+        kl_decay: of λ; 0 is KL alone.
+
+    Returns:
+        The weighted sum, and statistics of every row.
+
+    Raises:
+        ValueError: the target is given in both ways or in none.
+    """
+    by_hidden = target_h_NG is not None and target_weight_DG is not None and target_lse_N is not None
+    if by_hidden == (p_ND is not None):
+        raise ValueError("give the target either as target_h_NG, target_weight_DG and target_lse_N, or as p_ND")
+    device_type = h_NH.device.type
+    if matmul_dtype is None:
+        autocast = torch.is_autocast_enabled(device_type)
+        matmul_dtype = torch.get_autocast_dtype(device_type) if autocast else h_NH.dtype
+    steps_shape = h_NH.shape[:-1]
+    h_KNH = h_NH.reshape(-1, *h_NH.shape[-2:])
+    weight_KN = row_weight_N.reshape(h_KNH.shape[:-1])
+    target = _Target(
+        h_NG=target_h_NG,
+        weight_DG=None if target_weight_DG is None else target_weight_DG.detach().to(matmul_dtype),
+        logit_transform=target_logit_transform,
+        lse_N=target_lse_N,
+        argmax_N=target_argmax_N,
+        p_ND=p_ND,
+    )
+    with torch.autocast(device_type, enabled=False):
+        loss, alpha, kl, match = _FusedLK.apply(  # type: ignore[no-untyped-call]
+            h_KNH, weight_DH, weight_KN, target, matmul_dtype, chunk, kl_decay
+        )
+    stats = LKStats(
+        alpha_N=alpha.reshape(steps_shape),
+        kl_N=kl.reshape(steps_shape),
+        top1_match_N=match.reshape(steps_shape),
+        kl_decay=kl_decay,
+    )
+    return loss, stats
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """The target of every row, by hidden states (h, weight in the matmul dtype, lse) or as p; see `fused_lk_loss`."""
+
+    h_NG: Tensor | None
+    weight_DG: Tensor | None
+    logit_transform: LogitTransform
+    lse_N: Tensor | None
+    argmax_N: Tensor | None
+    p_ND: Tensor | None
+
+    def multiply(self, rows: slice, *, out_CD: Tensor) -> Tensor:
+        """Products of the head's rows with some hidden states, before the logit transform; returns their lse [C]."""
+        assert self.h_NG is not None  # checked in fused_lk_loss
+        assert self.weight_DG is not None
+        assert self.lse_N is not None
+        torch.mm(self.h_NG[rows].to(out_CD.dtype), self.weight_DG.t(), out=out_CD)
+        return self.lse_N[rows]
+
+
+class _FusedLK(torch.autograd.Function):
+    """Forward computes loss and gradients chunk by chunk; backward only scales the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_KNH: Tensor,
+        weight_DH: Tensor,
+        row_weight_KN: Tensor,
+        target: _Target,
+        matmul_dtype: torch.dtype,
+        chunk: int,
+        kl_decay: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        chunked = _ChunkedPass(
+            h_KNH,
+            weight_DH,
+            row_weight_KN,
+            target,
+            needs_dh=ctx.needs_input_grad[0],
+            needs_dweight=ctx.needs_input_grad[1],
+            matmul_dtype=matmul_dtype,
+            chunk=chunk,
+            kl_decay=kl_decay,
+        )
+        chunked.run()
+        dweight_DH = chunked.dweight_DH
+        ctx.save_for_backward(chunked.dh_KNH, None if dweight_DH is None else dweight_DH.to(weight_DH.dtype))
+        ctx.mark_non_differentiable(chunked.alpha_KN, chunked.kl_KN, chunked.match_KN)
+        return chunked.loss, chunked.alpha_KN, chunked.kl_KN, chunked.match_KN
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dh_KNH, dweight_DH = ctx.saved_tensors
+        scale = grads[0]
+        dh = None if dh_KNH is None else dh_KNH * scale.to(dh_KNH.dtype)
+        dweight = None if dweight_DH is None else dweight_DH * scale.to(dweight_DH.dtype)
+        return dh, dweight, None, None, None, None, None
+
+
+class _ChunkedPass:
+    """One pass over all rows in chunks, by the native kernel or by torch. `run` fills the public tensors.
+
+    The buffers of a chunk are reused by all chunks, so that their pages stay in cache.
+    """
+
+    def __init__(
+        self,
+        h_KNH: Tensor,
+        weight_DH: Tensor,
+        row_weight_KN: Tensor,
+        target: _Target,
+        *,
+        needs_dh: bool,
+        needs_dweight: bool,
+        matmul_dtype: torch.dtype,
+        chunk: int,
+        kl_decay: float,
+    ) -> None:
+        K, N, H = h_KNH.shape
+        D, device = weight_DH.shape[0], h_KNH.device
+        math_dtype = torch.promote_types(matmul_dtype, torch.float32)
+        self._target, self._kl_decay, self._math_dtype = target, kl_decay, math_dtype
+        self._h_KNH = h_KNH.detach().to(matmul_dtype)
+        self._weight_DH = weight_DH.detach().to(matmul_dtype)
+        self._row_weight_KN = row_weight_KN.detach().to(math_dtype)
+
+        self.loss = torch.zeros((), dtype=math_dtype, device=device)
+        self.alpha_KN = torch.empty(K, N, dtype=math_dtype, device=device)
+        self.kl_KN = torch.empty_like(self.alpha_KN)
+        self.match_KN = torch.empty(K, N, dtype=torch.bool, device=device)
+        self.dh_KNH = torch.zeros_like(h_KNH) if needs_dh else None
+        self.dweight_DH = torch.zeros(D, H, dtype=math_dtype, device=device) if needs_dweight else None
+        self._dweight_of_chunk_DH = torch.empty(D, H, dtype=matmul_dtype, device=device) if needs_dweight else None
+
+        self._uses_kernel = target.p_ND is None and lk_kernel.is_supported(
+            torch.empty(0, D, dtype=matmul_dtype, device=device)
+        )
+        rows = _KERNEL_CHUNK_FACTOR * chunk if self._uses_kernel else chunk
+        self._max_rows = size = min(max(1, rows // K), N)
+        self._draft_KCD = torch.empty(K, size, D, dtype=matmul_dtype, device=device)
+        self._target_CD = torch.empty(size, D, dtype=matmul_dtype, device=device)
+        if not self._uses_kernel:
+            self._z_KCD = torch.empty(K, size, D, dtype=math_dtype, device=device)
+            self._q_KCD, self._dz_KCD = torch.empty_like(self._z_KCD), torch.empty_like(self._z_KCD)
+            self._p_CD = torch.empty(size, D, dtype=math_dtype, device=device)
+            self._log_p_CD = torch.empty_like(self._p_CD)
+
+    def run(self) -> None:
+        """All rows."""
+        num_rows = self._h_KNH.shape[1]
+        for start in range(0, num_rows, self._max_rows):
+            rows = slice(start, min(start + self._max_rows, num_rows))
+            if self._uses_kernel:
+                self._run_kernel(rows)
+            else:
+                self._run_torch(rows)
+
+    def _run_kernel(self, rows: slice) -> None:
+        C = rows.stop - rows.start
+        target_CD = self._target_CD[:C]
+        lse_C = self._target.multiply(rows, out_CD=target_CD)
+        if not self._target.logit_transform.is_identity:
+            target_CD.copy_(self._target.logit_transform(target_CD.to(self._math_dtype)))
+        h_MH, draft_KCD = self._multiply_draft(rows)
+        argmax_N = self._target.argmax_N
+        loss_KC, self.alpha_KN[:, rows], self.kl_KN[:, rows], self.match_KN[:, rows] = lk_kernel.lk_loss_and_gradient(
+            draft_KCD,
+            target_CD,
+            target_lse_C=lse_C,
+            weight_KC=self._row_weight_KN[:, rows],
+            top_C=None if argmax_N is None else argmax_N[rows],
+            decay=self._kl_decay,
+        )
+        self.loss += loss_KC.sum()
+        self._add_gradients(rows, h_MH, draft_KCD)  # which the kernel has made the logits' gradient
+
+    def _run_torch(self, rows: slice) -> None:
+        p_CD, p_log_p_C = self._target_distribution(rows)
+        p_sum_C = p_CD.sum(-1)
+        top_p_C = p_CD.argmax(-1) if self._target.argmax_N is None else self._target.argmax_N[rows]
+
+        # q = softmax(z). The log-sum-exp of z follows from q at its largest entry, which saves a pass.
+        h_MH, draft_KCD = self._multiply_draft(rows)
+        z_KCD, q_KCD = self._of_chunk(self._z_KCD, rows), self._of_chunk(self._q_KCD, rows)
+        dz_KCD = self._of_chunk(self._dz_KCD, rows)
+        z_KCD.copy_(draft_KCD)
+        torch.softmax(z_KCD, -1, out=q_KCD)
+        top_KC1 = z_KCD.argmax(-1, keepdim=True)
+        lse_q_KC = (z_KCD.gather(-1, top_KC1) - q_KCD.gather(-1, top_KC1).log()).squeeze(-1)
+        kl_KC = p_log_p_C - torch.linalg.vecdot(p_CD, z_KCD) + p_sum_C * lse_q_KC
+        alpha_KC = torch.minimum(q_KCD, p_CD, out=z_KCD).sum(-1)  # z is a free buffer from here on
+        m_KCD = torch.lt(q_KCD, p_CD, out=dz_KCD)  # m = 1[q < p] as floats
+        q_below_KC = torch.mul(q_KCD, m_KCD, out=z_KCD).sum(-1)  # Σ m·q
+
+        kl_share_KC = torch.exp(-self._kl_decay * alpha_KC)
+        weight_KC = self._row_weight_KN[:, rows]
+        self.loss += (weight_KC * (kl_share_KC * kl_KC + (1 - kl_share_KC) * (1 - alpha_KC))).sum()
+        self.alpha_KN[:, rows], self.kl_KN[:, rows] = alpha_KC, kl_KC
+        self.match_KN[:, rows] = top_KC1.squeeze(-1) == top_p_C
+        if self.dh_KNH is None and self.dweight_DH is None:
+            return
+
+        # dz = λ(s·q − p) − (1 − λ)·q·(m − Σ m·q) = q·[λs + (1 − λ)(Σ m·q − m)] − λp, times the row's weight.
+        alpha_part_KC = weight_KC * (1 - kl_share_KC)
+        kl_part_KC = weight_KC * kl_share_KC
+        dz_KCD.mul_(-alpha_part_KC[..., None])
+        dz_KCD.add_((kl_part_KC * p_sum_C + alpha_part_KC * q_below_KC)[..., None]).mul_(q_KCD)
+        dz_KCD.addcmul_(kl_part_KC[..., None], p_CD.expand_as(dz_KCD), value=-1)
+        self._add_gradients(rows, h_MH, draft_KCD.copy_(dz_KCD))
+
+    def _target_distribution(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """p [C, D] and Σ p·log p [C]."""
+        C = rows.stop - rows.start
+        p_CD, log_p_CD, target_CD = self._p_CD[:C], self._log_p_CD[:C], self._target_CD[:C]
+        if self._target.p_ND is not None:
+            p_CD.copy_(self._target.p_ND[rows])
+            return p_CD, torch.xlogy(p_CD, p_CD).sum(-1)
+        lse_C = self._target.multiply(rows, out_CD=target_CD)
+        log_p_CD.copy_(self._target.logit_transform(target_CD.to(self._math_dtype)))
+        log_p_CD.sub_(lse_C[:, None])
+        torch.exp(log_p_CD, out=p_CD)
+        return p_CD, torch.linalg.vecdot(p_CD, log_p_CD)
+
+    def _multiply_draft(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The chunk's hidden states [K·C, H], and its logits [K, C, D] in the buffer."""
+        draft_KCD = self._of_chunk(self._draft_KCD, rows)
+        h_MH = self._h_KNH[:, rows].reshape(-1, self._h_KNH.shape[2])
+        torch.mm(h_MH, self._weight_DH.t(), out=draft_KCD.view(len(h_MH), -1))
+        return h_MH, draft_KCD
+
+    def _add_gradients(self, rows: slice, h_MH: Tensor, dz_KCD: Tensor) -> None:
+        dz_MD = dz_KCD.view(len(h_MH), -1)
+        if self.dh_KNH is not None:
+            self.dh_KNH[:, rows] = torch.mm(dz_MD, self._weight_DH).view(*dz_KCD.shape[:2], -1)
+        if self.dweight_DH is not None and self._dweight_of_chunk_DH is not None:
+            self.dweight_DH.add_(torch.mm(dz_MD.t(), h_MH, out=self._dweight_of_chunk_DH))
+
+    def _of_chunk(self, buffer_KCD: Tensor, rows: slice) -> Tensor:
+        """The buffer for a chunk of these rows: of the last chunk, which may be smaller, its contiguous beginning."""
+        K, size, D = buffer_KCD.shape
+        C = rows.stop - rows.start
+        return buffer_KCD if size == C else buffer_KCD.view(-1)[: K * C * D].view(K, C, D)
