@@ -1,1 +1,1 @@
-"""Nothing is here but sub-packages."""
+"""Mathematics and networks, free of files, processes and clocks: sampling/, draft/, losses/, domains/."""
