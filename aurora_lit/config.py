@@ -24,7 +24,7 @@ from aurora_lit.settings import RENAMED_SETTINGS
 from aurora_lit.settings import AuroraConfig as AuroraConfig
 
 _PACKAGE = Path(__file__).resolve().parent
-# In a checkout configs/ and checkpoints/ lie beside the package; in a wheel, inside it.
+# In a checkout configs/ and checkpoints/ are beside the package; in a wheel, inside it.
 PROJECT_FOLDER = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 DEFAULT_CONFIG = PROJECT_FOLDER / "configs" / "smollm2.yaml"
 

@@ -15,7 +15,7 @@ class SamplingParams:
     """How one request is decoded. Values are validated before (serve/http/schema.py)."""
 
     max_tokens: int
-    """Most new tokens."""
+    """Maximum number of new tokens."""
     temperature: float = 1.0
     """0: greedy decoding."""
     top_k: int = 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 MAX_PROPOSAL_LENGTH = 31
-"""Most consecutive tokens that a round may propose for a sequence, whatever the settings say."""
+"""Maximum number of consecutive tokens that a round can propose for a sequence, whatever the settings."""
 
 RENAMED_SETTINGS = {
     "domain.novelty": "domain.novelty_threshold",
@@ -70,10 +70,10 @@ class EngineSettings:
     """false: plain decoding; the draft never runs. This is the switch to use (a request can also turn speculation off
     for itself)."""
     max_draft_tokens: int = _within(4, 1, 8)
-    """Most tokens in sequence that the draft proposes in a round."""
+    """Maximum number of consecutive tokens that the draft proposes in a round."""
     tree_tokens: int = _within(15, 0, 31)
-    """Most tokens of a draft tree, which is at most max_draft_tokens deep. 0: only chains. Trees are used for greedy
-    and seeded requests without penalties, on the fused CPU layers; other requests get chains."""
+    """Maximum number of tokens in a draft tree, which is at most max_draft_tokens deep. 0: only chains. Trees are used
+    for greedy and seeded requests without penalties, on the fused CPU layers; other requests get chains."""
     adaptive: bool = True
     """true: each round chooses the draft length, and a chain or a tree, from measured costs. false: always
     max_draft_tokens and tree_tokens."""
@@ -86,15 +86,17 @@ class EngineSettings:
     """n-gram lookup: also propose the tokens that followed the latest n-gram earlier in the same request, if more of
     them are expected to be accepted. Runs no draft. For greedy and seeded requests."""
     lookup_tokens: int = _within(15, 1, MAX_PROPOSAL_LENGTH)
-    """Most tokens that n-gram lookup proposes for a sequence in a round; at most 4 if the batch holds requests that are
-    not greedy or that ask for penalties, biases or log-probabilities, and on targets without fused layers."""
+    """Maximum number of tokens that n-gram lookup proposes for a sequence in a round. The limit is 4 while the batch
+    has requests that are not greedy or use penalties, biases or log-probabilities, and on targets without fused
+    layers."""
     max_batch_size: int = _within(8, 1, 1024)
-    """Most sequences that decode together; each has one slot of the KV cache."""
+    """Maximum number of sequences that run together; each has one slot of the KV cache."""
     max_seq_len: int = _within(2048, 16, 1 << 20)
-    """Most tokens of a sequence, prompt and answer together; a slot of the KV cache has this size."""
+    """Maximum length of a sequence in tokens, prompt and answer together; each slot of the KV cache has room for it."""
     prefill_chunk_tokens: int = _within(256, 1, 1 << 16)
-    """Most prompt tokens computed in one round. While other sequences decode, at least a quarter of it; with
-    engine.adaptive, as many as prefill's share of the time allows. Smaller values delay decoding sequences less."""
+    """Maximum number of prompt tokens computed in one round. While other sequences decode, a round computes at least a
+    quarter of it, and with engine.adaptive as much as prefill's share of the time allows. Smaller values delay
+    decoding sequences less."""
     prefix_cache: bool = True
     """Copy the KV cache of a common prefix from any slot that still holds it, instead of computing it again. Answers
     are the same, but response time reveals whether a similar prompt was sent before."""
@@ -110,12 +112,12 @@ class EngineSettings:
 
     @property
     def usable_lookup_tokens(self) -> int:
-        """Most tokens that n-gram lookup proposes for a sequence in a round; 0 if it is off."""
+        """Maximum number of tokens that n-gram lookup proposes for a sequence in a round; 0 if it is off."""
         return self.lookup_tokens if self.speculate and self.lookup else 0
 
     @property
     def max_proposal_length(self) -> int:
-        """Most consecutive tokens that a round proposes for a sequence, from whichever source."""
+        """Maximum number of consecutive tokens that a round proposes for a sequence, from any source."""
         return max(self.max_draft_tokens, self.usable_lookup_tokens)
 
 
@@ -131,7 +133,7 @@ class ServerSettings:
     """Clients must send `Authorization: Bearer KEY`. null: no key is needed. `${oc.env:NAME}` reads an environment
     variable."""
     max_queue: int = _within(64, 1, 1 << 20)
-    """Most unfinished requests; beyond it the server answers 429 with Retry-After."""
+    """Maximum number of unfinished requests; beyond it the server answers 429 with Retry-After."""
     model_name: str | None = None
     """Name of the model in /v1/models and in answers. null: the last part of target.source."""
     drain_s: float = _within(10.0, 0.0, 3600.0)
@@ -147,7 +149,7 @@ class TraceSettings:
     record: str | None = None
     """Folder in which traces are also kept for replay. null: nothing is written to disk."""
     record_mb: int = _within(1024, 1, 1 << 24)
-    """Most MiB in that folder; beyond it the oldest shards are deleted."""
+    """Maximum size of that folder, in MiB; beyond it the oldest shards are deleted."""
     segment_tokens: int = _within(512, 32, 1 << 20)
     """New tokens after which a running request hands over a trace instead of waiting for its end."""
     overlap_tokens: int = _within(64, 0, 1 << 16)
@@ -156,14 +158,18 @@ class TraceSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnSettings:
-    """The learner: trains the draft on live traffic."""
+    """The learner: trains the draft on live traffic.
+
+    From time to time a trial compares its newest draft (the challenger) with the served one (the champion) on held-out
+    requests; a challenger that is not worse is published and served.
+    """
 
     enabled: bool = True
     """Start a learner with the server. false: the draft stays as it is (`aurora-lit learn` can attach a learner)."""
     compute_share: float = _within(0.04, 0.0001, 1.0)
     """Measured share of the machine's processor time that the learner may use."""
     full_load_share: float = _within(0.02, 0.0, 1.0)
-    """The same while nearly every slot is in use; a second of learning then costs about a second of serving."""
+    """The same while nearly every slot is in use, when a second of learning costs about a second of serving."""
     minimum_share: float = _within(0.005, 0.0, 1.0)
     """The same while requests queue, so that learning never stops entirely."""
     threads: int = _within(1, 1, 4096)
@@ -217,13 +223,13 @@ class LearnSettings:
     entropy_weight: float = _within(0.0, 0.0, 100.0)
     """Weight of the bonus for the draft's entropy, which keeps it exploring."""
     gate_requests: int = _within(32, 2, 1 << 20)
-    """Newest requests that are kept out of training; on them a challenger must not be worse than the champion."""
+    """Number of newest requests that are held out of training, for trials."""
     publish_every_s: float = _within(30.0, 0.0, 86400.0)
-    """Least seconds between two trials of a challenger."""
+    """Minimum time between two trials, in seconds."""
     publish_every_steps: int = _within(8, 1, 1 << 20)
-    """Least optimiser steps between two trials of a challenger."""
+    """Minimum number of optimiser steps between two trials."""
     save_every_s: float = _within(30.0, 0.1, 86400.0)
-    """Seconds between two saves of the learner's whole state."""
+    """Time between two saves of the learner's state, in seconds."""
     logs: str = "logs"
     """Folder for metrics (CSV, and TensorBoard if it is installed), relative to the working directory."""
     seed: int = _within(0, 0, 1 << 31)
@@ -238,7 +244,7 @@ class DomainSettings:
     """Find domains and shifts from prompts. false: only the labels that clients send are domains, and no shift is
     detected."""
     max_domains: int = _within(16, 2, 31)
-    """Most domains, labels included; beyond it the closest two are merged."""
+    """Maximum number of domains, labels included; beyond it the closest two are merged."""
     novelty_threshold: float = _within(0.7, 0.05, 1.95)
     """Cosine distance (1 - cosine) from all known domains beyond which a request is an outlier; a few outliers that
     are alike found a new domain. Smaller values give finer domains."""

@@ -44,7 +44,7 @@ class Phase:
     weights: list[float] = field(default_factory=list)
     """Relative frequency of each file; empty: equal."""
     max_tokens: int = 64
-    """Most tokens of an answer."""
+    """Maximum length of an answer."""
     sampled_share: float = 0.0
     """Share of requests at `temperature`, seeded so that answers do not depend on the draft; others are greedy."""
     temperature: float = 0.7

@@ -11,9 +11,9 @@ from aurora_lit.config import AuroraConfig
 _PROMPTS = click.option(
     "--prompts", type=FILE, multiple=True, required=True, metavar="FILE...", help="JSON lines of prompts."
 )
-_LIMIT = click.option("--limit", type=click.IntRange(min=1), help="Most prompts from each file.")
+_LIMIT = click.option("--limit", type=click.IntRange(min=1), help="Maximum number of prompts from each file.")
 _MAX_TOKENS = click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most new tokens of an answer."
+    "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Maximum number of new tokens."
 )
 _TEMPERATURE = click.option(
     "--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0: greedy."

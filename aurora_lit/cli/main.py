@@ -58,7 +58,9 @@ def status(config: AuroraConfig, url: str | None, run_folder: Path | None, as_js
 
 @main.command()
 @click.option("-p", "--prompt", required=True, help="The user's message.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most new tokens.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Maximum number of new tokens."
+)
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0: greedy.")
 @click.option(
     "--compare-plain/--no-compare-plain",
@@ -157,7 +159,11 @@ def replay(config: AuroraConfig, traces: Path | None, **options: Any) -> None:
     "--answers", type=click.IntRange(min=1), help="Number of prompts to answer, from each file in turn. Default: all."
 )
 @click.option(
-    "--max-answer-tokens", type=click.IntRange(min=1), default=160, show_default=True, help="Most tokens of an answer."
+    "--max-answer-tokens",
+    type=click.IntRange(min=1),
+    default=160,
+    show_default=True,
+    help="Maximum length of an answer.",
 )
 @click.option(
     "--sampled-share",
