@@ -31,7 +31,8 @@ def learn_with(folder: Path, model: Path, *, processes: int) -> list[dict[str, A
 
 
 def main(folder: Path, model: Path, processes: int) -> None:
-    from aurora_lit.learn.data.labelled_trace import label_trace, online_batch
+    from aurora_lit.learn.data.labelled_trace import label_trace
+    from aurora_lit.learn.data.online_batch import collate_online
     from aurora_lit.learn.data.target_head import TargetHead
     from aurora_lit.learn.data.training_state import write_state
     from aurora_lit.learn.data.vocabulary import VocabularyUse
@@ -70,7 +71,7 @@ def main(folder: Path, model: Path, processes: int) -> None:
             if step == 2 * STEPS // 3:
                 assert learner.adapt_vocabulary() > 0
             # Batches that divide evenly between two processes, and not.
-            batch = online_batch(
+            batch = collate_online(
                 labelled_traces[: 3 + step % 2], [labelled.trace for labelled in labelled_traces[10:]], oldest_fresh=0
             )
             learner.controller.assign_domain(traffic[0])

@@ -13,14 +13,8 @@ import random
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from aurora_lit.learn.data.labelled_trace import (
-    LabelledTrace,
-    add_lse,
-    crop,
-    first_trained_position,
-    label_trace,
-    online_batch,
-)
+from aurora_lit.learn.data.labelled_trace import LabelledTrace, add_lse, crop, first_trained_position, label_trace
+from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.vocabulary import VocabularyUse
@@ -118,7 +112,7 @@ class OnlineBatcher:
         for labelled in live:
             self._remember(labelled.trace)
         self.num_stale += sum(_is_stale(labelled, oldest_fresh) for labelled in live)
-        batch = online_batch(live, replay, oldest_fresh=oldest_fresh)
+        batch = collate_online(live, replay, oldest_fresh=oldest_fresh)
         self.positions_out += int((batch.traces.weight_BT > 0).sum())
         return batch
 

@@ -36,9 +36,13 @@ class _Chains:
     """For every root of some traces: the accepted proposals, and the rejected one after them."""
 
     accepted_BT: Tensor
+    """int64. Accepted proposals of the round with this root."""
     explored_BT: Tensor
+    """bool. True if that round draws its proposals."""
     proposal_KBT: Tensor
+    """int64 target ids; -1 after the first rejected proposal."""
     logprob_KBT: Tensor
+    """fp32. Log-probability of each proposal when it was drawn, 0 for an argmax; NaN after the first rejection."""
 
 
 @dataclass(kw_only=True)
@@ -55,7 +59,7 @@ class RoundSimulator:
     explore_temperature: float = 1.0
     seed: int = 0
     batch_positions: int = 4096
-    """Of one forward pass, padding included; a longer trace is a pass of its own."""
+    """Positions of one forward pass, padding included; a longer trace is a pass of its own."""
     _next_root: OrderedDict[tuple[str, int], int] = field(default_factory=OrderedDict)
     """By request and first new position of a segment: the position in the request of that segment's first root."""
 
@@ -84,8 +88,8 @@ class RoundSimulator:
         """Propose from every position at once, since the roots of rounds are known only afterwards."""
         module, K = self.module, self.module.num_steps
         draft, device = module.draft, module.embedding_VH.device
-        unread = [replace(trace, lse_T=torch.zeros(len(trace.token_ids_T))) for trace in traces]  # not used here
-        batch = collate(unread, with_prompt=[False] * len(traces)).to(device)
+        unlabelled = [replace(trace, lse_T=torch.zeros(len(trace.token_ids_T))) for trace in traces]  # lse is not used
+        batch = collate(unlabelled, with_prompt=[False] * len(traces)).to(device)
         tokens_BT = batch.token_ids_BT
         B, T = tokens_BT.shape
         root_BT = torch.zeros(B, T, dtype=torch.bool)

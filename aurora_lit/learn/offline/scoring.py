@@ -65,17 +65,17 @@ class RoundScorer:
     @torch.no_grad()
     def score(self, traces: Sequence[Trace]) -> list[RoundTotals]:
         """The rounds of each segment. Segments of one request must come in their order."""
-        chances: dict[int, Tensor] = {}
+        probabilities: dict[int, Tensor] = {}
         lengths = [len(trace.token_ids_T) for trace in traces]
         for group in group_by_length(lengths, self._batch_positions):
-            chances |= zip(group, self._accept_chances([traces[i] for i in group]), strict=True)
-        return [self._walk(trace, chances[i]) for i, trace in enumerate(traces)]
+            probabilities |= zip(group, self._accept_probabilities([traces[i] for i in group]), strict=True)
+        return [self._walk(trace, probabilities[i]) for i, trace in enumerate(traces)]
 
-    def _accept_chances(self, traces: Sequence[Trace]) -> Iterator[Tensor]:
+    def _accept_probabilities(self, traces: Sequence[Trace]) -> Iterator[Tensor]:
         """For each trace, by root: the probability that proposal i is accepted if all before it are [K, T]."""
         module, device = self.module, self._target_head.head_VH.device
-        unread = [replace(trace, lse_T=torch.zeros(len(trace.token_ids_T))) for trace in traces]  # not used here
-        batch = collate(unread, with_prompt=[False] * len(traces)).to(device)
+        unlabelled = [replace(trace, lse_T=torch.zeros(len(trace.token_ids_T))) for trace in traces]  # lse is not used
+        batch = collate(unlabelled, with_prompt=[False] * len(traces)).to(device)
         # Roots left by the segment before may lie up to K before the first one; the last token's successor is unknown.
         scored_B = [slice(max(0, first_trained_position(t) - module.num_steps), len(t.token_ids_T) - 1) for t in traces]
         wanted_BT = torch.zeros(batch.token_ids_BT.shape, dtype=torch.bool)
@@ -111,29 +111,30 @@ class RoundScorer:
         next_start, left = self._open.get(trace.request_id, (-1, {}))
         if next_start != trace.first_position + trace.answer_start:  # the first segment, or one was lost
             left = {}
-        inside = {place - trace.first_position: chance for place, chance in left.items()}
-        # The draft needs a token before the root.
-        return {max(1, root): chance for root, chance in inside.items()} or {max(1, first_trained_position(trace)): 1.0}
+        if not left:
+            left = {trace.first_position + first_trained_position(trace): 1.0}
+        # The draft needs a token before the root, so a root is at least 1.
+        return {max(1, position - trace.first_position): probability for position, probability in left.items()}
 
     def _walk(self, trace: Trace, accept_KT: Tensor) -> RoundTotals:
         """Go from root to root; roots too near the end are left for the next segment."""
-        waiting = self._roots_of(trace)
+        pending = self._roots_of(trace)
         last = len(trace.token_ids_T) - 1 - len(accept_KT)
         count = tokens = 0.0
         for root, accept_K in enumerate(accept_KT.T.tolist()):
             if root > last:
                 break
-            chance = waiting.pop(root, 0.0)
-            if not chance:
+            probability = pending.pop(root, 0.0)
+            if not probability:
                 continue
-            count += chance
-            reached = chance
-            for place, accept in enumerate([*accept_K, 0.0]):
+            count += probability
+            reached = probability
+            for step, accept in enumerate([*accept_K, 0.0]):
                 tokens += reached
                 ended = reached * (1 - accept)
-                waiting[root + 1 + place] = waiting.get(root + 1 + place, 0.0) + ended
+                pending[root + 1 + step] = pending.get(root + 1 + step, 0.0) + ended
                 reached -= ended
         first = trace.first_position
-        still = {first + root: chance for root, chance in waiting.items() if chance}
-        self._open[trace.request_id] = (first + len(trace.token_ids_T), still)
+        left = {first + root: probability for root, probability in pending.items() if probability}
+        self._open[trace.request_id] = (first + len(trace.token_ids_T), left)
         return RoundTotals(count=count, tokens=tokens)

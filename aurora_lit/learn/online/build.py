@@ -185,7 +185,9 @@ def controller_for(config: AuroraConfig) -> DomainController:
     """A controller by the settings `domain` and `schedule`; its cold signal is that of `engine` and `learn`."""
     domain, schedule = config.domain, config.schedule
     detector = (
-        DomainDetector(max_domains=domain.max_domains, novelty_threshold=domain.novelty_threshold) if domain.detect else None
+        DomainDetector(max_domains=domain.max_domains, novelty_threshold=domain.novelty_threshold)
+        if domain.detect
+        else None
     )
     cold = DomainSignal(
         explore_share=config.engine.explore_share,

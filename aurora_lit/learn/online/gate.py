@@ -108,8 +108,8 @@ class HeldOut:
             del requests[size:]
         if len(kept) < size:
             kept.append(request)
-        elif (place := self._random.randrange(self._num_seen[domain])) < size:
-            kept[place] = request
+        elif (index := self._random.randrange(self._num_seen[domain])) < size:
+            kept[index] = request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,9 +215,8 @@ def score_requests(
 def _accepted(module: DraftModule, labelled_traces: Sequence[LabelledTrace]) -> list[tuple[float, int]]:
     """For each trace: expected number of accepted proposals, summed over all roots, and the number of roots."""
     device = module.embedding_VH.device
-    batch = collate([labelled.trace for labelled in labelled_traces], with_prompt=[False] * len(labelled_traces)).to(
-        device
-    )
+    traces = [labelled.trace for labelled in labelled_traces]
+    batch = collate(traces, with_prompt=[False] * len(traces)).to(device)
     hidden_KBTH = module.unroll(batch)
     K, B, T, _ = hidden_KBTH.shape
     accept_KBT = torch.zeros(K, B, T)
@@ -231,8 +230,8 @@ def _accepted(module: DraftModule, labelled_traces: Sequence[LabelledTrace]) -> 
         chain_BT = chain_BT * shift_positions(accept_KBT[step], -step)
         total_BT = total_BT + chain_BT
     found = []
-    for row, labelled in enumerate(labelled_traces):
-        first, end = max(1, first_trained_position(labelled.trace)), len(labelled.trace.token_ids_T) - 1
+    for row, trace in enumerate(traces):
+        first, end = max(1, first_trained_position(trace)), len(trace.token_ids_T) - 1
         found.append((float(total_BT[row, first:end].sum()), max(0, end - first)))
     return found
 

@@ -19,7 +19,8 @@ from support.tiny_models import VOCAB, draft_config, make_engine, random_draft, 
 from support.trace_examples import keep_in
 
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
-from aurora_lit.learn.data.labelled_trace import label_trace, online_batch
+from aurora_lit.learn.data.labelled_trace import label_trace
+from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.training_state import from_bytes, to_bytes
 from aurora_lit.learn.data.vocabulary import FEWEST_USES, USES_A_TRACE, VocabularyUse, change_vocabulary
@@ -181,7 +182,7 @@ def test_rows_move_with_their_tokens_and_new_ones_are_mapped_from_the_targets(
 
 
 def batch_of(traffic: Sequence[Trace], target_head: TargetHead) -> OnlineBatch:
-    return online_batch([label_trace(trace, target_head) for trace in traffic[:8]], [], oldest_fresh=0)
+    return collate_online([label_trace(trace, target_head) for trace in traffic[:8]], [], oldest_fresh=0)
 
 
 def a_learner(target: Target, target_head: TargetHead, folder: Path, **changes: Any) -> Learner:
@@ -445,7 +446,7 @@ def test_serving_swaps_to_another_vocabulary_between_rounds_and_output_stays_exa
     assert seen[1] & {0, 5, 60}, "it proposes what is new"
     # Each proposal's logged probability is that under the vocabulary it was drawn from: a learner with that draft
     # finds a ratio of about 1, whichever of the two vocabularies it was.
-    batch = online_batch([label_trace(trace, target_head) for trace in traces], [], oldest_fresh=1)
+    batch = collate_online([label_trace(trace, target_head) for trace in traces], [], oldest_fresh=1)
     module = online_module(target, changed)
     report = module.training_step(batch)
     assert report.policy.num_rounds > 5

@@ -10,7 +10,8 @@ import torch
 from support.live_traces import make_controller, online_module
 from support.tiny_models import random_draft
 
-from aurora_lit.learn.data.labelled_trace import label_trace, online_batch
+from aurora_lit.learn.data.labelled_trace import label_trace
+from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.learner import Learner
 from aurora_lit.models.target import Target
@@ -28,10 +29,10 @@ def test_a_batch_with_a_loss_that_is_not_finite_changes_nothing(
     aux_T3H[4, 0] = float("nan")
     before = copy.deepcopy(learner.draft.state_dict())
     poison = replace(labelled, trace=replace(labelled.trace, aux_T3H=aux_T3H))
-    assert learner.update(online_batch([poison], [], oldest_fresh=0)) is None
+    assert learner.update(collate_online([poison], [], oldest_fresh=0)) is None
     assert (learner.num_nonfinite, learner.steps) == (1, 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.draft.state_dict().items())
-    assert learner.update(online_batch([labelled], [], oldest_fresh=0)) is not None
+    assert learner.update(collate_online([labelled], [], oldest_fresh=0)) is not None
     assert any(not torch.equal(tensor, before[name]) for name, tensor in learner.draft.state_dict().items())
 
 
@@ -39,7 +40,7 @@ def test_the_averaged_draft_has_the_running_average_of_the_weights(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
     target_head, start = TargetHead(target), random_draft(target)
-    batch = online_batch([label_trace(trace, target_head) for trace in traffic[:6]], [], oldest_fresh=0)
+    batch = collate_online([label_trace(trace, target_head) for trace in traffic[:6]], [], oldest_fresh=0)
     learner = Learner(
         online_module(target, copy.deepcopy(start)),
         make_controller(),
@@ -73,7 +74,7 @@ def test_a_resumed_learner_continues_as_if_it_had_not_stopped(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
     target_head = TargetHead(target)
-    batch = online_batch([label_trace(trace, target_head) for trace in traffic[:6]], [], oldest_fresh=0)
+    batch = collate_online([label_trace(trace, target_head) for trace in traffic[:6]], [], oldest_fresh=0)
 
     def a_learner(seed: int) -> Learner:
         controller = make_controller(detector=DomainDetector(max_domains=4, novelty_threshold=0.7), min_lr_factor=0.1)
