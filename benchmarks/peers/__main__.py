@@ -28,8 +28,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from aurora_lit.bench.server_process import free_port
 from aurora_lit.bench.reporting import progress_bar, report_console
+from aurora_lit.bench.server_process import free_port
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml
 from aurora_lit.drafts.export import export
 from aurora_lit.errors import AuroraError, ConfigError
