@@ -21,7 +21,7 @@ from support.tiny_server import MODEL, TinyServers
 from aurora_lit.traces.log import read_index, read_shard
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 
-FOLLOWED_S = 2.0  # the worker looks at the learner's page twice a second, the learner writes it as often
+FOLLOWED_S = 2.0  # the learner writes its page twice a second, the worker reads it as often
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,7 @@ def ask(servers: TinyServers, number: int, *, domain: str) -> None:
     assert httpx.post(f"{servers.url}/v1/completions", json=body, timeout=40).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
     servers: TinyServers, tmp_path: Path
 ) -> None:
