@@ -111,46 +111,49 @@ class _EngineCollector(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        now = self._status.read()
+        status = self._status.read()
         counters = {
-            "vllm:prompt_tokens": ("Prompt tokens processed.", now.prompt_tokens),
-            "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", now.prompt_tokens),
-            "vllm:prefix_cache_hits": ("Prompt tokens found there, so not computed.", now.cached_tokens),
-            "vllm:generation_tokens": ("Tokens generated.", now.generated_tokens),
-            "vllm:spec_decode_num_drafts": ("Rounds of a sequence with proposals.", now.drafts),
-            "vllm:spec_decode_num_draft_tokens": ("Draft tokens proposed; of a tree, all nodes.", now.proposed),
-            "vllm:spec_decode_num_accepted_tokens": ("Draft tokens accepted.", now.accepted),
-            "aurora_rounds": ("Engine rounds.", now.rounds),
-            "aurora_draft_swaps": ("Drafts swapped in.", now.swaps),
-            "aurora_draft_refusals": ("Drafts that could not be served.", now.refusals),
+            "vllm:prompt_tokens": ("Prompt tokens processed.", status.prompt_tokens),
+            "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", status.prompt_tokens),
+            "vllm:prefix_cache_hits": ("Prompt tokens found there, so not computed.", status.cached_tokens),
+            "vllm:generation_tokens": ("Tokens generated.", status.generated_tokens),
+            "vllm:spec_decode_num_drafts": ("Rounds of a sequence with proposals.", status.drafts),
+            "vllm:spec_decode_num_draft_tokens": ("Draft tokens proposed; of a tree, all nodes.", status.proposed),
+            "vllm:spec_decode_num_accepted_tokens": ("Draft tokens accepted.", status.accepted),
+            "aurora_rounds": ("Engine rounds.", status.rounds),
+            "aurora_draft_swaps": ("Drafts swapped in.", status.swaps),
+            "aurora_draft_refusals": ("Drafts that could not be served.", status.refusals),
             "aurora_draft_rollbacks": (
                 "Drafts rolled back because fewer of their tokens were accepted.",
-                now.rollbacks,
+                status.rollbacks,
             ),
-            "aurora_traces_opted_out": ("Sequences with store: false, so without a trace.", now.opted_out),
-            "aurora_traces_unrecorded": ("Traces that could not be written to trace.record.", now.unrecorded),
+            "aurora_traces_opted_out": ("Sequences with store: false, so without a trace.", status.opted_out),
+            "aurora_traces_unrecorded": ("Traces that could not be written to trace.record.", status.unrecorded),
         }
         yield from _families(CounterMetricFamily, counters, self._labels)
         yield _by_label(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
             "Accepted draft tokens by position.",
             "position",
-            {str(position): count for position, count in enumerate(now.accepted_by_position)},
+            {str(position): count for position, count in enumerate(status.accepted_by_position)},
             self._labels,
         )
         gauges = {
-            "vllm:num_requests_running": ("Sequences that hold a slot.", now.running),
-            "vllm:num_requests_waiting": ("Sequences that wait for a slot.", now.waiting),
-            "aurora_worker_ready": ("1 while the engine worker is ready.", int(now.state is WorkerState.READY)),
-            "aurora_worker_heartbeat_age_seconds": ("Seconds since the worker's last heartbeat.", now.heartbeat_age_s),
+            "vllm:num_requests_running": ("Sequences that hold a slot.", status.running),
+            "vllm:num_requests_waiting": ("Sequences that wait for a slot.", status.waiting),
+            "aurora_worker_ready": ("1 while the engine worker is ready.", int(status.state is WorkerState.READY)),
+            "aurora_worker_heartbeat_age_seconds": (
+                "Seconds since the worker's last heartbeat.",
+                status.heartbeat_age_s,
+            ),
             "aurora_mean_accepted_length": (
                 "Tokens emitted per sequence and round with proposals.",
-                now.mean_accepted_length,
+                status.mean_accepted_length,
             ),
-            "aurora_acceptance_rate": ("Accepted / proposed draft tokens.", now.acceptance_rate),
+            "aurora_acceptance_rate": ("Accepted / proposed draft tokens.", status.acceptance_rate),
             "aurora_draft_version": (
                 "Number of the serving draft version; 0: the starting draft.",
-                version_number(now.draft_version),
+                version_number(status.draft_version),
             ),
         }
         yield from _families(GaugeMetricFamily, gauges, self._labels)
@@ -168,18 +171,18 @@ class _LearnerCollector(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        now, ring = self._learner.read(), self._ring()
-        is_running = now.state == "running"
+        learner, ring = self._learner.read(), self._ring()
+        is_running = learner.state == "running"
         yield from _families(
             CounterMetricFamily,
             {
-                "aurora_learner_restarts": ("Restarts of the learner.", now.restarts),
-                "aurora_learner_steps": ("Optimiser steps.", now.steps),
-                "aurora_learner_positions": ("Token positions learned from.", now.positions),
-                "aurora_learner_traces": ("Traces read.", now.records),
-                "aurora_learner_traces_skipped": ("Traces that could not be used.", now.skipped),
-                "aurora_learner_published": ("Drafts published.", now.published),
-                "aurora_learner_gate_refused": ("Drafts that the gate refused to publish.", now.gate_refused),
+                "aurora_learner_restarts": ("Restarts of the learner.", learner.restarts),
+                "aurora_learner_steps": ("Optimiser steps.", learner.steps),
+                "aurora_learner_positions": ("Token positions learned from.", learner.positions),
+                "aurora_learner_traces": ("Traces read.", learner.records),
+                "aurora_learner_traces_skipped": ("Traces that could not be used.", learner.skipped),
+                "aurora_learner_published": ("Drafts published.", learner.published),
+                "aurora_learner_gate_refused": ("Drafts that the gate refused to publish.", learner.gate_refused),
             },
             self._labels,
         )
@@ -189,10 +192,10 @@ class _LearnerCollector(Collector):
                 "aurora_learner_running": ("1 while a learner runs.", int(is_running)),
                 "aurora_learner_heartbeat_age_seconds": (
                     "Seconds since the learner's last heartbeat.",
-                    now.heartbeat_age_s if now.pid else None,
+                    learner.heartbeat_age_s if learner.pid else None,
                 ),
-                "aurora_learner_compute_share": ("Measured share of processor time.", now.compute_share),
-                "aurora_learner_loss": ("Running mean of the training loss.", now.loss),
+                "aurora_learner_compute_share": ("Measured share of processor time.", learner.compute_share),
+                "aurora_learner_loss": ("Running mean of the training loss.", learner.loss),
             },
             self._labels,
         )

@@ -107,9 +107,7 @@ class HotReloader:
         while not self._ending:
             try:
                 self._check()
-            except (
-                Exception
-            ):  # such as a full disk: the present draft continues to serve, and the next check may succeed
+            except Exception:  # such as a full disk; the next check may succeed
                 _log.exception("checking for a new draft failed")
             self._wake.wait(WATCH_S)
             self._wake.clear()
