@@ -66,8 +66,13 @@ def main() -> int:
             max_batch_size=batch,
             max_seq_len=config.engine.max_seq_len,
             max_draft_tokens=k,
-            adaptive=False,
+            tree_tokens=0,
             lookup_tokens=config.engine.usable_lookup_tokens if k else 0,
+            adaptive=False,
+            prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
+            prefix_cache=config.engine.prefix_cache,
+            explore_share=0.0,
+            explore_temperature=1.0,
         )
         engine = Engine(target, draft, options)
         for number, ids in enumerate(prompts):

@@ -229,8 +229,14 @@ def make_engine(
         "eos_token_ids": frozenset(),
         "max_batch_size": 8,
         "max_seq_len": 96,
-        "prefill_chunk_tokens": 16,
+        "max_draft_tokens": 4,
+        "tree_tokens": 0,
+        "lookup_tokens": 0,
         "adaptive": False,
+        "prefill_chunk_tokens": 16,
+        "prefix_cache": True,
+        "explore_share": 0.0,
+        "explore_temperature": 1.0,
     }
     options = EngineOptions(**{**fields, **changes})
     return Engine(target, draft, options, draft_version=draft_version, observer=observer)

@@ -50,7 +50,14 @@ def generate_answers(
         eos_token_ids=eos_token_ids,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
+        max_draft_tokens=0,
+        tree_tokens=0,
+        lookup_tokens=0,
+        adaptive=True,
         prefill_chunk_tokens=4 * max_seq_len,  # latency does not matter here, so free slots are filled at once
+        prefix_cache=True,
+        explore_share=0.0,
+        explore_temperature=1.0,
     )
     engine = Engine(target, None, options, observer=recorder)
     for number, prompt in enumerate(prompts):

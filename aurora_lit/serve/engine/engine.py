@@ -52,7 +52,7 @@ from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
 class Engine:
     """Serves requests over a fixed number of slots.
 
-    >>> engine = Engine(target, draft, EngineOptions(eos_token_ids=ids, max_batch_size=8, max_seq_len=2048))
+    >>> engine = Engine(target, draft, EngineOptions(eos_token_ids=ids, max_batch_size=8, …))
     >>> engine.submit(Request(request_id="a", prompt_ids=ids, params=SamplingParams(max_tokens=16, temperature=0.0)))
     >>> while engine.has_work:
     ...     for output in engine.round(): ...

@@ -16,7 +16,7 @@ class EngineOptions:
     """How an engine serves.
 
     Only `eos_token_ids` and `max_seq_len` affect the output of a request (of unseeded sampling: its distribution); the
-    others affect speed and traces.
+    others affect speed and traces. There are no defaults here: those of a deployment are in settings.py.
     """
 
     eos_token_ids: frozenset[int]
@@ -25,22 +25,22 @@ class EngineOptions:
     """Number of slots: requests that run at the same time."""
     max_seq_len: int
     """Most tokens of a request, prompt and output together."""
-    max_draft_tokens: int = 4
+    max_draft_tokens: int
     """Longest chain, and most levels of a tree, that the draft proposes in a round; 0: the draft is not used."""
-    tree_tokens: int = 0
+    tree_tokens: int
     """Most nodes of a tree; 0: the draft proposes chains only. Needs a draft and a target that support trees."""
-    lookup_tokens: int = 0
+    lookup_tokens: int
     """Most tokens that n-gram lookup proposes in a round; 0: no lookup."""
-    adaptive: bool = True
+    adaptive: bool
     """True: the number of proposals and of prompt tokens per round follows measured costs, which are calibrated when
     the engine is created. False: always the most that is allowed."""
-    prefill_chunk_tokens: int = 256
+    prefill_chunk_tokens: int
     """Most prompt tokens computed in a round."""
-    prefix_cache: bool = True
+    prefix_cache: bool
     """True: a prefix of a prompt that a slot still holds is copied instead of computed."""
-    explore_share: float = 0.0
+    explore_share: float
     """Share of a sequence's drafted rounds whose proposals are sampled at `explore_temperature`, from 0 to 1."""
-    explore_temperature: float = 1.0
+    explore_temperature: float
     explore_seed: int = 0
     """Decides which rounds explore."""
 

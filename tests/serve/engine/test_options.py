@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from support.tiny_models import make_engine, random_draft
 
-from aurora_lit.serve.engine.options import EngineOptions, slot_capacity
+from aurora_lit.models.target import Target
+from aurora_lit.serve.engine.options import slot_capacity
 
 
 @pytest.mark.parametrize(
@@ -18,5 +20,8 @@ from aurora_lit.serve.engine.options import EngineOptions, slot_capacity
 )
 def test_a_slot_has_room_for_the_proposals_of_a_round(options: dict[str, int], capacity: int) -> None:
     assert slot_capacity(max_seq_len=100, **options) == capacity
-    made = EngineOptions(eos_token_ids=frozenset(), max_batch_size=1, max_seq_len=100, **options)
-    assert made.slot_capacity == capacity
+
+
+def test_an_engines_slots_have_that_capacity(target: Target) -> None:
+    engine = make_engine(target, random_draft(target), max_seq_len=60, tree_tokens=7, lookup_tokens=15)
+    assert engine.slot_capacity == slot_capacity(max_seq_len=60, max_draft_tokens=4, tree_tokens=7, lookup_tokens=15)
