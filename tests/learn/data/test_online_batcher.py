@@ -42,7 +42,7 @@ def test_batches_mix_live_and_remembered_and_stay_within_their_size(
 
 
 def test_uniform_selection_ignores_rejections(target_head: TargetHead, served: list[Trace], tmp_path: Path) -> None:
-    worth = {trace.request_id: informativeness(trace) for trace in served}
+    scores = {trace.request_id: informativeness(trace) for trace in served}
     order = []
     for seed, choice in ((0, "informative"), (0, "uniform"), (1, "uniform")):
         batcher = OnlineBatcher(
@@ -63,9 +63,9 @@ def test_uniform_selection_ignores_rejections(target_head: TargetHead, served: l
             taken += batch.traces.domains
         order.append(taken)
     assert len({tuple(taken) for taken in order}) == 3
-    assert all(sorted(taken) == sorted(worth) for taken in order)
-    by_worth = [[worth[name] for name in taken] for taken in order]
-    assert sum(by_worth[0][:8]) > sum(by_worth[1][:8])
+    assert all(sorted(taken) == sorted(scores) for taken in order)
+    in_order = [[scores[name] for name in taken] for taken in order]
+    assert sum(in_order[0][:8]) > sum(in_order[1][:8])
 
 
 def test_the_most_informative_come_first_and_the_oldest_make_room(
@@ -85,7 +85,7 @@ def test_the_most_informative_come_first_and_the_oldest_make_room(
     small.reservoir.add(served[0])
     for trace in served:
         small.add(trace)
-    assert len(small.reservoir) == len(served), "all but the newest were let go to the reservoir"
+    assert len(small.reservoir) == len(served), "all but the newest went to the reservoir"
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_one_client_cannot_fill_more_than_its_share_of_a_batch(
         shares.append(positions_of(batch, who))
     assert max(share["flood"] for share in shares) > 64, "it has its share"
     assert max(share["flood"] for share in shares) <= 128
-    assert {name for share in shares for name in share} == {"flood", "ann", "bob", ""}, "all came to teach"
+    assert {name for share in shares for name in share} == {"flood", "ann", "bob", ""}, "all clients are in batches"
     assert (batcher.num_over_share > 0) == (not replay_share), "half of a batch is replay, so none has to wait"
     free = limited_batcher(target_head, tmp_path / "free", replay_share=replay_share, max_client_share=1.0)
     for trace in traces:

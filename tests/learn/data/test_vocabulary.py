@@ -1,4 +1,4 @@
-"""The adaptive draft vocabulary: who enters and leaves, what becomes of rows, moments, states, traces and serving."""
+"""The adaptive draft vocabulary: which tokens enter and leave; rows, optimiser moments, states, traces and serving."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def small_draft(target: Target) -> Eagle3Draft:
     return random_draft(target, draft_vocab_size=SMALL)
 
 
-def said(tokens: Sequence[int], *, domain: str = "", number: int = 0) -> Trace:
+def answered(tokens: Sequence[int], *, domain: str = "", number: int = 0) -> Trace:
     """A trace whose answer is these tokens."""
     ids = torch.tensor([1, *tokens], dtype=torch.int32)
     none = torch.zeros(len(ids), 64, dtype=torch.bfloat16)
@@ -66,7 +66,7 @@ def after(target_head: TargetHead, *answers: Sequence[int], times: int = 1, doma
     use = VocabularyUse(target_head)
     for _ in range(times):
         for answer in answers:
-            use.add(said(answer, domain=domain))
+            use.add(answered(answer, domain=domain))
     return use
 
 
@@ -103,7 +103,7 @@ def test_tokens_of_similar_use_do_not_alternate(target_head: TargetHead) -> None
     use = after(target_head, [*range(0, 32), *range(40, 44)], times=20)
     assert entered(use, ids) == (set(), set()), "all are used alike"
     for _ in range(25):
-        use.add(said(range(40, 44)))
+        use.add(answered(range(40, 44)))
     now = ids
     turns = 0
     while (found := use.better_ids(torch.tensor(now))) is not None:
@@ -113,13 +113,13 @@ def test_tokens_of_similar_use_do_not_alternate(target_head: TargetHead) -> None
 
 
 def test_the_tokens_that_end_answers_are_counted(target_head: TargetHead) -> None:
-    trace = said([7, 8, 9])
+    trace = answered([7, 8, 9])
     last_H = target_head.head_VH[60].to(torch.bfloat16)
     trace.last_TH[-1] = 50 * last_H
-    behind = int(target_head.evaluate(trace.last_TH[-1:], temperature=0.0).top_N)
+    following = int(target_head.evaluate(trace.last_TH[-1:], temperature=0.0).top_N)
     use = VocabularyUse(target_head)
     use.add(trace)
-    assert float(use.uses_V[behind]) == 1
+    assert float(use.uses_V[following]) == 1
     assert float(use.uses_V.sum()) == 4
     use.add(replace(trace, answer_start=4))
     assert float(use.uses_V.sum()) == 4, "a prompt without an answer"
@@ -129,9 +129,9 @@ def test_a_domain_without_traffic_keeps_its_tokens(target_head: TargetHead, monk
     monkeypatch.setattr("aurora_lit.learn.data.vocabulary._MEMORY_USES", 200)
     use = after(target_head, [20, 21, 22], times=20, domain="code")
     for n in range(300):
-        use.add(said([40 + n % 20, 2, 3], domain="chat"))
+        use.add(answered([40 + n % 20, 2, 3], domain="chat"))
     ids = list(range(2, 34))
-    assert use.uses_V[20] == 20, "nobody else's traffic makes it forgotten"
+    assert use.uses_V[20] == 20, "traffic of other domains does not discount it"
     assert use.uses_V[2] < 150, "its own does"
     _, gone = entered(use, ids)
     assert gone
@@ -147,7 +147,7 @@ def test_a_domain_without_traffic_keeps_its_tokens(target_head: TargetHead, monk
 
 
 def swapped_ids(draft: Eagle3Draft) -> torch.Tensor:
-    """Three others: 0 and 5 in front, 60 behind; gone are the second, one in the middle and the last."""
+    """Three new ids, 0, 5 and 60, in place of the second id, one in the middle and the last."""
     ids = draft.draft_token_ids
     kept = ids[[i for i in range(len(ids)) if i not in (1, 17, len(ids) - 1)]]
     return torch.cat([torch.tensor([0, 5, 60]), kept]).sort().values
@@ -156,7 +156,7 @@ def swapped_ids(draft: Eagle3Draft) -> torch.Tensor:
 def test_rows_move_with_their_tokens_and_new_ones_are_mapped_from_the_targets(
     target: Target, target_head: TargetHead, tmp_path: Path
 ) -> None:
-    # With more rows than columns and an exact map, what is new can be told exactly.
+    # With more rows than columns and an exact linear map, the new rows are predicted exactly.
     generator = torch.Generator().manual_seed(1)
     wide_VH = torch.randn(VOCAB, 16, generator=generator)
     map_HH = torch.randn(16, target.hidden_size, generator=generator)
@@ -323,7 +323,7 @@ def test_a_state_with_a_changed_vocabulary_is_resumed_and_one_of_another_deploym
     assert torch.equal(again.draft.draft_token_ids, learner.draft.draft_token_ids)
     assert torch.equal(again.module.module.head_VdH, learner.module.module.head_VdH)
     for each in (learner, again):
-        assert each.adapt_vocabulary() > 0, "uses go on"
+        assert each.adapt_vocabulary() > 0, "uses are counted further"
         each.update(batch)
     for name, tensor in learner.draft.state_dict().items():
         torch.testing.assert_close(tensor, again.draft.state_dict()[name], msg=name)
@@ -371,7 +371,7 @@ def test_the_loop_publishes_drafts_that_propose_the_tokens_of_traffic(
         assert [score for _, score in scores] == [r.champion_score for r in requests]
     had = small_draft(target).t2d
     assert torch.equal(found[False].t2d, had)
-    # Tokens that the first vocabulary lacks are proposed now, and accepted; they are half of what is said.
+    # Tokens that the first vocabulary lacks are proposed now, and accepted; they are half of the answers' tokens.
     for draft, fewest in ((found[True], 15), (found[False], 0)):
         traces = serve(target, draft, some_requests(10))
         accepted = torch.cat(
@@ -385,7 +385,7 @@ def test_the_loop_publishes_drafts_that_propose_the_tokens_of_traffic(
         assert news >= fewest, (news, len(accepted))
         assert fewest or not news
 
-    # After a rollback the learner goes on with the vocabulary that it goes back to.
+    # After a rollback the learner has the vocabulary of the version it continues from.
     learner = harness.learner
     learner.restart_from(found[True], version="draft-000001")
     ids = found[True].draft_token_ids
@@ -427,15 +427,15 @@ def test_serving_swaps_to_another_vocabulary_between_rounds_and_output_stays_exa
     )
     for i, prompt in enumerate(prompts):
         engine.submit(request(str(i), prompt, max_tokens=40))
-    said: dict[str, list[int]] = {"0": [], "1": []}
+    answers: dict[str, list[int]] = {"0": [], "1": []}
     rounds = 0
     while engine.has_work:
         if rounds == 8:
             engine.swap_draft(copy.deepcopy(changed), version="draft-000001")
         for output in engine.round():
-            said[output.request_id] += output.token_ids
+            answers[output.request_id] += output.token_ids
         rounds += 1
-    assert {name: tuple(ids) for name, ids in said.items()} == {n: tuple(o.token_ids) for n, o in plain.items()}
+    assert {name: tuple(ids) for name, ids in answers.items()} == {n: tuple(o.token_ids) for n, o in plain.items()}
     seen: dict[int, set[int]] = {0: set(), 1: set()}
     for trace in traces:
         for version, row in zip(trace.round_version_R.tolist(), trace.proposal_RK.tolist(), strict=True):

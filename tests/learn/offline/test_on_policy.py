@@ -36,7 +36,7 @@ def make_simulator(
 
 
 def whole_rounds(trace: Trace) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Root, accepted, and proposals up to the first rejection, of the rounds that a trace tells wholly."""
+    """Root, accepted, and proposals up to the first rejection, of the rounds that end within the trace."""
     accepted, proposals = trace.num_accepted_R.tolist(), trace.proposal_RK.tolist()
     return [
         (trace.first_position + root, n, tuple(row[: min(n + 1, K)]))
@@ -83,7 +83,7 @@ def test_exploring_rounds_accept_as_a_live_engines_do(
 ) -> None:
     many = [replace(r, request_id=f"{n}-{r.request_id}") for n in range(12) for r in some_requests(10, max_tokens=40)]
     live = serve(target, good_draft, many, explore_share=0.5, explore_temperature=1.5, explore_seed=3)
-    told = make_simulator(target, good_draft, explore_share=0.5, explore_temperature=1.5).simulate_rounds(
+    simulated = make_simulator(target, good_draft, explore_share=0.5, explore_temperature=1.5).simulate_rounds(
         [replace(trace, request_id=f"{n}-{trace.request_id}") for n in range(12) for trace in recorded], version=0
     )
 
@@ -93,7 +93,7 @@ def test_exploring_rounds_accept_as_a_live_engines_do(
         accepted = torch.cat([t.num_accepted_R[r] for t, r in zip(traces, inside, strict=True)])
         return float(drawn.float().mean()), float(accepted[drawn].float().mean())
 
-    (live_share, live_length), (share, length) = explored(live), explored(told)
+    (live_share, live_length), (share, length) = explored(live), explored(simulated)
     assert share == pytest.approx(0.5, abs=0.03)
     assert live_share == pytest.approx(0.5, abs=0.03)
     assert length == pytest.approx(live_length, abs=0.12)  # about 900 rounds each

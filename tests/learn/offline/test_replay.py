@@ -60,23 +60,23 @@ def test_each_trace_is_scored_before_it_is_learned_from_and_scores_rise(
     assert [s.domain for s in scored] == [t.domain for t in stream]
     before = [s for s in scored if s.version == "start"]
     assert len(before) >= 24
-    assert all(s.static == s.learning for s in before), "what serves is what it began with"
+    assert all(s.static == s.learning for s in before), "the starting draft is served at first"
     tail = scored[-24:]
     assert {s.version for s in tail} == {version}
     static = sum((s.static for s in tail), RoundTotals()).accepted_length
     assert sum((s.learning for s in tail), RoundTotals()).accepted_length > static + 0.3
-    # The published draft gets on a live engine, whose trajectories are the same, what the replay says of it.
+    # A live engine with the published draft, whose answers are the same, has the accepted length that was scored.
     published = load_draft(tmp_path / "versions" / version, TargetHead(target))
     live = {trace.request_id: scored_rounds(trace) for trace in serve(target, published, _asked(TIMES))}
     served = [live[trace.request_id] for trace in last]
     # Traces keep states in bf16, so that a near tie between two tokens may fall the other way.
     assert sum(s.learning != rounds for s, rounds in zip(tail, served, strict=True)) <= 2
-    told = sum((s.learning for s in tail), RoundTotals()).accepted_length
-    assert told == pytest.approx(sum(served, RoundTotals()).accepted_length, rel=0.01)
+    scored_length = sum((s.learning for s in tail), RoundTotals()).accepted_length
+    assert scored_length == pytest.approx(sum(served, RoundTotals()).accepted_length, rel=0.01)
 
 
 def test_the_policy_learns_from_the_replays_own_rounds(target: Target, tmp_path: Path) -> None:
-    """Nobody proposed when these answers were recorded; a server with this draft would have, exploring."""
+    """These answers were recorded without a draft; the rounds are those of a server with this one, exploring."""
     plain = serve(target, None, _asked(2))
     assert not any(trace.num_proposed_R.any() for trace in plain)
     config = replay_config()

@@ -38,7 +38,7 @@ def test_scored_rounds_of_another_draft_are_those_of_a_live_engine(
     assert found == [scored_rounds(trace) for trace in live]
     if not seeded:
         total = sum(found, RoundTotals())
-        assert total.accepted_length > 1.8, "else there is little to tell"
+        assert total.accepted_length > 1.8, "or hardly anything is accepted here"
         assert sum(map(scored_rounds, recorded), RoundTotals()).accepted_length < 1.5
 
 
@@ -74,10 +74,10 @@ def test_under_the_ratio_test_scores_are_exact_in_expectation(target: Target, go
     found = a_scorer(target, good_draft).score(live)
     assert any(rounds.count != int(rounds.count) for rounds in found)
     had = [scored_rounds(trace) for trace in live]
-    # Paired by request, the rounds had and the rounds told differ only by chance.
+    # Paired by request, scored and actual rounds differ only by chance.
     for name in ("count", "tokens"):
         difference = torch.tensor([getattr(a, name) - getattr(b, name) for a, b in zip(found, had, strict=True)])
         errors = difference.mean() / (difference.std() / len(difference) ** 0.5)
         assert abs(errors) < 4, (name, errors)
-    told, true = sum(found, RoundTotals()).accepted_length, sum(had, RoundTotals()).accepted_length
-    assert told == pytest.approx(true, abs=0.05)
+    scored, actual = sum(found, RoundTotals()).accepted_length, sum(had, RoundTotals()).accepted_length
+    assert scored == pytest.approx(actual, abs=0.05)

@@ -1,4 +1,4 @@
-"""Several processes learn together: as one would, all with the same weights, and none stays behind alone."""
+"""Several processes learn together: as one would, with equal weights, and none keeps running alone."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_when_one_process_is_killed_the_other_exits(server: ServerStandIn, targe
     learner.communicate(timeout=30)
     assert learner.returncode
     deadline = time.monotonic() + 10
-    while follower.is_running() and follower.status() != psutil.STATUS_ZOMBIE:  # one that nobody waits for any more
+    while follower.is_running() and follower.status() != psutil.STATUS_ZOMBIE:  # a zombie has ended
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert server.page.read().state == "dead"

@@ -1,4 +1,4 @@
-"""Drafts kept by domain: the best one, bounded, whole after any crash; learning goes on from it on a return."""
+"""Drafts kept by domain: the best one, bounded, complete after any crash; learning continues from it on a return."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ for step in kill_at_every_step(lambda: opened()._keep("chat", drafts[2], {}), fo
     seen.add(number_of(kept, "chat"))
     assert number_of(kept, "code") == 0
     assert len(list(folder.iterdir())) == 2, "nothing half is left"
-    kept._keep("chat", drafts[3], {})  # and it goes on
+    kept._keep("chat", drafts[3], {})  # and the next one is kept
     assert number_of(opened(), "chat") == 3
 print(json.dumps({"steps": steps, "seen": sorted(seen)}))
 """
@@ -183,7 +183,7 @@ def harness(
     good_at: dict[str, Eagle3Draft],
     tmp_path: Path,
 ) -> LearnerHarness:
-    """A learner that serves and has what is good at code, long after it kept what is good at chat."""
+    """A learner whose draft is good at code, as the served one, and which has kept one that is good at chat."""
     harness = LearnerHarness(target, tmp_path, draft=good_at["code"], publish_every_steps=1000, adapt_vocabulary=False)
     kept = kept_in(tmp_path / "domains", target, target_head)
     kept._keep("chat", good_at["chat"], {})
@@ -260,10 +260,10 @@ def test_drafts_are_kept_only_with_the_setting(folder: Path, target: Target, tmp
 
     server = ServerStandIn(tmp_path, folder, random_draft(target))
     status = EngineStatusPage.open(server.run_folder / STATUS_NAME)
-    for wanted in (True, False):
-        config = load_config(None, [*server.overrides, f"learn.domain_drafts={wanted}"])
+    for enabled in (True, False):
+        config = load_config(None, [*server.overrides, f"learn.domain_drafts={enabled}"])
         with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
-            assert (loop._domain_drafts is not None) == wanted
+            assert (loop._domain_drafts is not None) == enabled
             assert (server.store.folder / "domains").is_dir(), "beside the versions"
     assert server.store.versions() == []
     assert server.store.current() is None

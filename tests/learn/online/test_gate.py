@@ -51,8 +51,8 @@ def test_the_score_of_a_greedy_request_is_what_the_engine_accepts(
                 lse_T=None,
             )
             ((_, score),) = score_requests(module, [held(piece, target_head)], batch_positions=64)
-            wanted = [min(accepted[r], cut - 1 - r) for r in (root, root + 1, root + 2)]
-            same += score == pytest.approx(1 + sum(wanted) / 3)
+            expected = [min(accepted[r], cut - 1 - r) for r in (root, root + 1, root + 2)]
+            same += score == pytest.approx(1 + sum(expected) / 3)
     # A trace is bf16: two nearly equal first choices may change places.
     assert same >= 0.95 * 6 * 21, same
     assert kinds > 12, "or hardly anything is accepted here"
@@ -134,11 +134,11 @@ def test_equal_drafts_are_rarely_refused_for_a_domain_however_many_domains_there
 
     def refused(shift: float, requests: int) -> float:
         changes = shift + torch.randn(1000, 8, requests, generator=chance)
-        verdicts = [
+        decisions = [
             decide(better, {str(i): [(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)})
             for table in changes.tolist()
         ]
-        return sum(not decision.passed for decision in verdicts) / 1000
+        return sum(not decision.passed for decision in decisions) / 1000
 
     assert 0.02 < refused(0.0, requests=3) < 0.08
     assert 0.02 < refused(0.0, requests=12) < 0.08

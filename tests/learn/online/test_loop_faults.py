@@ -15,7 +15,7 @@ Which test injects which fault:
 | torn or damaged record | here: stopped learner and damaged ring; test_ring: damage, death at any line; test_record |
 | wrong layout, other version | test_ring: another layout; test_status: a page of another record |
 | checkpoint truncated, NaN, wrong shapes, layers, target | test_live_draft: poisoned draft; test_checkpoint |
-| draft whose head is zeroed, published by force | test_live_draft: taken back; test_rollback: the verdict |
+| draft whose head is zeroed, published by force | test_live_draft: taken back; test_rollback: when a version is bad |
 | damaged traces, loss not finite | test_loop, test_learner: counted, no weight changes |
 | crash while publishing, at any byte | test_versions: killed at every step |
 | damaged CURRENT, truncated history, deleted folder | test_versions, test_hot_reload |
@@ -160,12 +160,12 @@ def check_answers(traffic: Traffic, answers: list[list[int]], outages: list[tupl
 
 def check_used(servers: TinyServers, answers: list[list[int]]) -> int:
     """Every trace that was used is of an answer that was given, and none was used twice; returns their number."""
-    said = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    given = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, answers, strict=True)]
     path = servers.folder / "used"
     used = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for trace in used:
         first, ids = trace["first"], trace["ids"]
-        assert any(ids == each[first : first + len(ids)] for each in said), f"a wrong record was used: {trace}"
+        assert any(ids == each[first : first + len(ids)] for each in given), f"a wrong record was used: {trace}"
     places = [(trace["id"], trace["first"]) for trace in used]
     assert len(set(places)) == len(places), "a record was used twice"
     return len(used)

@@ -23,7 +23,7 @@ def test_the_nice_value_gives_the_share_beside_busy_processors() -> None:
     for share, threads, cpus in ((0.04, 1, 2), (0.04, 1, 8), (0.01, 1, 2), (0.1, 2, 4)):
         weight = 1.25 ** -niceness(share=share, threads=threads, cpus=cpus)
         assert threads / cpus * weight / (1 + weight) == pytest.approx(share, rel=0.12), "steps are 25 %"
-    assert niceness(share=0.9, threads=1, cpus=64) == 1, "always behind serving"
+    assert niceness(share=0.9, threads=1, cpus=64) == 1, "always a lower priority than serving"
     assert niceness(share=0.001, threads=1, cpus=1) == 19
 
 

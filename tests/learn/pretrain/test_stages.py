@@ -1,4 +1,4 @@
-"""`aurora-lit pretrain` as a whole, on a tiny model: a new draft, and one that goes on from it."""
+"""`aurora-lit pretrain` as a whole, on a tiny model: a new draft, and one trained from it."""
 
 from __future__ import annotations
 

@@ -50,7 +50,9 @@ def test_the_learning_rate_falls_with_positions_not_steps(target: Target, log: P
     learning.fit(log, shards, until_positions=4_000)
     seen = learning.positions_seen / learning.options.batch_positions
     assert learning.schedules[0].get_last_lr()[0] == pytest.approx(peak * module.lr_factor(int(seen)), rel=1e-6)
-    assert learning.schedules[0].last_epoch > 1.2 * seen, "prompts are not learnt from, so steps run ahead"
+    assert learning.schedules[0].last_epoch > 1.2 * seen, (
+        "prompts are not trained on, so there are more steps than batches of positions"
+    )
 
 
 def test_a_few_steps_learn_and_a_rebuilt_trainer_continues_where_the_last_one_stopped(
