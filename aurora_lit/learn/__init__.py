@@ -1,1 +1,5 @@
-"""Nothing is here but sub-packages."""
+"""How the draft is trained.
+
+data/ makes batches of traces, online/ learns beside a server, offline/ from recorded traces, pretrain/ makes a first
+draft. Each sub-folder lists its files.
+"""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ class DraftTrainer:
             traces, shards, batch_positions=self.options.batch_positions, max_length=self.options.max_length
         ):
             with self.fabric.autocast():
-                report = self.module.training_step(self._to_device(batch))
+                report = self.module.training_step(batch.to(self.fabric.device))
             domain = batch.domains[0]
             weight_KN = report.mask_KBT.flatten(1)
             for table, values_KN in ((alphas, report.stats.alpha_N), (matches, report.stats.top1_match_N)):
@@ -153,10 +153,7 @@ class DraftTrainer:
             prompt_share=options.prompt_share,
             seed=options.seed * 1_000_003 + self.epoch,
         ):
-            yield self._to_device(batch)
-
-    def _to_device(self, batch: TraceBatch) -> TraceBatch:
-        return replace(batch, **{name: self.fabric.to_device(getattr(batch, name)) for name in _TENSORS})
+            yield batch.to(self.fabric.device)
 
     def _step(self, batch: TraceBatch) -> StepReport:
         with self.fabric.autocast():
@@ -173,9 +170,6 @@ class DraftTrainer:
     def _stateful(self) -> dict[str, Any]:
         optimizers = {f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)}
         return {"module": self.module, **optimizers}
-
-
-_TENSORS = ("token_ids_BT", "aux_BT3H", "last_BTH", "lse_BT", "weight_BT")
 
 
 def _note(report: StepReport) -> str:

@@ -83,6 +83,14 @@ def test_a_few_steps_learn_and_a_rebuilt_trainer_continues_where_the_last_one_st
     assert again.positions_seen == first.positions_seen, "nothing is left to do"
 
 
+def test_a_damaged_state_is_an_error(target: Target, tmp_path: Path) -> None:
+    trainer(target, tmp_path).save()
+    path = tmp_path / "training.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(AuroraError, match="is damaged; delete it"):
+        trainer(target, tmp_path)
+
+
 def test_training_on_nothing_is_an_error(target: Target, tmp_path: Path) -> None:
     with pytest.raises(AuroraError, match="holds no sequence to learn from"):
         trainer(target, tmp_path).fit(tmp_path, [], until_positions=10)
