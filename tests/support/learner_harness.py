@@ -49,7 +49,7 @@ class RiggedHeldOut(HeldOut):
     """Held-out requests for which a test may choose the champion's score: a high one has every challenger refused."""
 
     champion_score: float | None = None
-    """None: as it is."""
+    """None: the champion is scored as usual."""
 
     def __iter__(self) -> Iterator[HeldOutRequest]:
         for request in super().__iter__():
@@ -98,14 +98,14 @@ class LearnerHarness:
             vocabulary_use=VocabularyUse(self.target_head) if config.adapt_vocabulary else None,
         )
         self.load = ServerLoad.SPARE
-        self.naps: list[float] = []
+        self.sleeps_s: list[float] = []
         self.environment = LearnerEnvironment(
             traces=self.ring,
             store=self.store,
             page=self.page,
             load=lambda: self.load,
             served_draft=self.served_draft,
-            sleep=self.naps.append,
+            sleep=self.sleeps_s.append,
         )
         label = partial(label_for_gate, target_head=self.target_head)
         self.held_out = RiggedHeldOut(num_newest=config.gate_requests, seed=0, label=label)
@@ -130,12 +130,12 @@ class LearnerHarness:
     def served_draft(self, version: str | None) -> Eagle3Draft:
         return self.starting if version is None else load_draft(self.store.folder / version, self.target_head)
 
-    def tick_until(self, done: Callable[[], bool], *, most: int = 400) -> None:
-        for _ in range(most):
+    def tick_until(self, done: Callable[[], bool], *, max_ticks: int = 400) -> None:
+        for _ in range(max_ticks):
             if done():
                 return
             self.loop.tick()
-        assert done(), f"not after {most} turns; the gate decided {self.loop.decision}"
+        assert done(), f"not after {max_ticks} ticks; the gate decided {self.loop.decision}"
 
 
 class ServerStandIn:

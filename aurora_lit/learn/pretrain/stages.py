@@ -79,9 +79,8 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         torch.set_num_threads(config.engine.threads)
     traces = options.out.with_name(f"{options.out.name}.traces")
     tokenizer, target = load_tokenizer(config), load_target(config)
-    draft = (
-        load_draft(options.start_from, target) if options.start_from else None
-    )  # an unusable one is refused before hours of work
+    # Loaded first, so that an unusable draft is refused before hours of work.
+    draft = load_draft(options.start_from, target) if options.start_from else None
     _label_text(target, tokenizer, options, traces)
     _answer_prompts(target, tokenizer, options, traces)
     shards = read_index(traces)

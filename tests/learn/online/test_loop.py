@@ -146,9 +146,9 @@ def test_without_budget_the_loop_sleeps_and_reads_traces_only_while_slots_are_fr
     harness.ring.records.extend(traffic[:5])
     for _ in range(3):
         harness.loop.tick()
-    assert (harness.learner.steps, harness.loop.records, len(harness.naps)) == (0, records, 3)
+    assert (harness.learner.steps, harness.loop.records, len(harness.sleeps_s)) == (0, records, 3)
     assert harness.page.read().activity == activity
-    assert max(harness.naps) <= 0.2
+    assert max(harness.sleeps_s) <= 0.2
 
 
 def test_after_repeated_refusals_the_learner_restarts_from_the_served_draft_at_half_the_rate(
