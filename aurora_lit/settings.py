@@ -145,7 +145,8 @@ class TraceSettings:
     """Traces: what the engine hands to the learner."""
 
     capacity_mb: int = _within(256, 1, 1 << 20)
-    """Size of the trace ring in shared memory, in MiB; traces that do not fit are dropped and counted."""
+    """Size of the trace ring in shared memory, in MiB. When it is full, a new trace overwrites the oldest ones, and
+    those that were not read are counted. Only a trace larger than the whole ring is dropped, and counted too."""
     record: str | None = None
     """Folder in which traces are also kept for replay. null: nothing is written to disk."""
     record_mb: int = _within(1024, 1, 1 << 24)
@@ -161,7 +162,8 @@ class LearnSettings:
     """The learner: trains the draft on live traffic.
 
     From time to time a trial compares its newest draft (the challenger) with the served one (the champion) on held-out
-    requests; a challenger that is not worse is published and served.
+    requests. A challenger that is significantly better on the newest of them, and in no domain significantly worse, is
+    published and served.
     """
 
     enabled: bool = True

@@ -2,7 +2,8 @@
 
 A folder holds `config.json` and `model.safetensors` in that layout, `value_head.safetensors` (used only here), and
 `manifest.json` with the SHA-256 of each. `load_draft` refuses a draft that is damaged or made for another target, and
-gives the reason.
+gives the reason. A folder without `manifest.json` (a draft of other origin) is loaded without the check of digests; all
+other checks are made.
 
 Leaves out training state (learn/) and versions (drafts/versions.py).
 """
@@ -76,7 +77,10 @@ def write_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.
 
 
 def load_draft(folder: Path, target: TargetShape) -> Eagle3Draft:
-    """Load a draft as fp32 and validate it for the target. Raises CheckpointError with the reason."""
+    """Load a draft as fp32 and validate it for the target. Raises CheckpointError with the reason.
+
+    Digests are compared only if there is a manifest.
+    """
     config = read_config(folder)
     expected = {
         "vocab_size": (config.vocab_size, target.vocab_size),

@@ -1,6 +1,9 @@
 """How processes meet: the trace ring, status pages, messages between the HTTP process and the engine worker.
 
-Everything here crosses a process boundary as plain bytes with a fixed layout; nothing is unpickled. Nothing computes.
+The ring and the status pages are memory-mapped files that store a digest of their record's layout, so that another
+version's are refused. When the ring is full, a new trace overwrites the oldest ones; only a trace larger than the ring
+is dropped. Updates for the HTTP process are msgpack, decoded by type. Nothing is unpickled, with one exception:
+LitServe's own request queue pickles the `Call` that it carries to the engine worker. Nothing here computes.
 
 May import: errors.py, request.py, settings.py. Start with ring.py. The files, each importing only those above it:
 

@@ -1,5 +1,8 @@
 """Native code for the CPU (C++ in csrc/) and the modules that call it; without a compiler, callers use torch instead.
 
+The shared library is compiled on first use and kept in `$AURORA_LIT_CACHE/kernels` (default
+`~/.cache/aurora-lit/kernels`).
+
 May import: nothing of the package. Start with native.py. The files, each importing only those above it:
 
     weight_format.py   the formats in which a packed linear layer stores its weight

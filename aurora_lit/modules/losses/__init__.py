@@ -1,5 +1,8 @@
 """What the draft is trained on: acceptance and PPO losses, unrolled draft steps, and the LightningModule.
 
+The LK loss (Samarin et al. 2026, "LK Losses: Direct Acceptance Rate Optimization for Speculative Decoding", arXiv
+2602.23881) trains the acceptance rate α itself; here it is λ · KL(p ‖ q) + (1 − λ) · (1 − α), with λ = exp(−3 α).
+
 Learning uses this folder; serving imports none of it.
 
 May import: kernels/, modules/sampling/, modules/draft/. Start with draft_module.py. The files, each importing only

@@ -1,7 +1,8 @@
 """From logits to tokens: distributions, proposals, verification, draft trees.
 
 The exactness of speculative decoding is decided in this folder: whatever the draft proposes, a request's output has
-the distribution of plain decoding. Everything here is a pure function on tensors.
+the distribution of plain decoding. For unseeded requests the ratio test (vLLM: rejection sampling) ensures it.
+Everything here is a pure function on tensors.
 
 May import: request.py. Start with verification.py. The files, each importing only those above it:
 

@@ -1,22 +1,22 @@
 """Verification: which proposals of a round are accepted, and which token follows them.
 
-Everything here is exact: whatever the draft proposes, a request's output has the distribution of plain decoding from
-p, the target's distribution after the request's options (modules/sampling/distribution.py). A batch may mix three
-kinds of sequences:
+The counterpart of vLLM's rejection sampling. Everything here is exact: whatever the draft proposes, a request's output
+has the distribution of plain decoding from p, the target's distribution after the request's options
+(modules/sampling/distribution.py). A batch may mix three kinds of sequences:
 
 - Greedy: the target's token is its argmax. Proposals are accepted while they equal it.
 - Seeded: the target's token is drawn with a uniform number that depends on the seed and the token's output index
   (modules/sampling/noise.py). Proposals, the draft's argmax, are accepted while they equal it. The same seed therefore
-  gives the same output whatever the draft, the number of proposals and the rest of the batch, up to the last bits of
-  the logits, which may depend on the batch.
-- Unseeded: proposals are drawn from q and accepted with probability min(1, p/q); after a rejection the token is drawn
-  from the residual max(p − q, 0) (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318). More
-  proposals are accepted than by equality.
+  gives the same output whatever the draft, the number of proposals and the rest of the batch. Where the kernels do not
+  apply, this holds up to the last bits of the logits, which may depend on the batch there.
+- Unseeded: proposals are drawn from q and accepted with probability min(1, p/q), the ratio test; after a rejection the
+  token is drawn from the residual max(p − q, 0) (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv
+  2302.01318). More proposals are accepted than by equality.
 
 A round uses 2K + 1 uniform numbers for each sequence: K for the proposals, K for the tests, one for the last token.
 
-Leaves out the networks, the number of proposals (serve/speculation/planner.py), and stop conditions
-(serve/engine/engine.py).
+Leaves out the networks, the number of proposals (serve/speculation/planner.py, serve/speculation/ngram_planner.py), and
+where a request ends (`cut_at_end` in serve/sequences/sequence.py).
 
 Shapes: B sequences, K proposals, T = K + 1 columns, V target vocabulary, D draft vocabulary, R sampled sequences of
 the batch, A columns of the longest accepted path.

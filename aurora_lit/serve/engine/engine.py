@@ -4,8 +4,8 @@
 
 Whatever the draft proposes, what is committed has exactly the distribution of plain decoding
 (modules/sampling/verification.py); the draft decides only how fast. Left out: text and stop strings
-(serve/sequences/detokenizer.py), HTTP, how many tokens are proposed (serve/speculation/planner.py), and the draft's own
-work (serve/speculation/drafter.py).
+(serve/sequences/detokenizer.py), HTTP, how many tokens are proposed (serve/speculation/planner.py,
+serve/speculation/ngram_planner.py), and the draft's own work (serve/speculation/drafter.py).
 
 A request's life: submit → waiting → prefilling (a chunk per round) → decoding → finished, or cancelled at any point.
 

@@ -1,7 +1,8 @@
 """Turns deltas into OpenAI's responses: stream chunks, full responses, log-probabilities, usage, speculation metrics.
 
 Pure: no I/O and no clock. Leaves out how a chunk becomes a server-sent event (serve/http/routes.py). Log-probabilities
-are the model's own, before temperature and penalties (modules/sampling/verification.py).
+are the model's own, before temperature and penalties; the engine computes them with `token_logprobs`
+(modules/sampling/distribution.py).
 
     response = ResponseBuilder(prepared, kind="chat", created=1764000000, model="m", token_decoder=decoder,
                                max_draft_tokens=4)

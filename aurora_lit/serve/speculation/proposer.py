@@ -1,7 +1,9 @@
 """Makes a round's proposals: by n-gram lookup where it promises more, else by the draft, else none.
 
-Lookup serves sequences that accept what equals the target's own token (greedy and seeded ones). For others, proposals
-must be sampled from a known distribution, which only the draft has. The draft does not run if no sequence needs it.
+Lookup serves sequences that accept what equals the target's own token (greedy and seeded ones). For an unseeded one,
+the ratio test accepts a proposal that was drawn from the draft's q with probability min(1, p/q), but a looked-up token
+(q one-hot) only with its probability p(token); these sequences are left to the draft. The draft does not run if no
+sequence needs it.
 
 Exploration: in a share of its drafted rounds a sequence, also a greedy or seeded one, samples its proposals from the
 draft at a separate temperature, so that a learner sees what else the draft could have proposed, and how probable it

@@ -15,7 +15,7 @@ Which test injects which fault:
 | torn or damaged record | here: stopped learner and damaged ring; test_ring: damage, death at any line; test_record |
 | wrong layout, other version | test_ring: another layout; test_status: a page of another record |
 | checkpoint truncated, NaN, wrong shapes, layers, target | test_live_draft: poisoned draft; test_checkpoint |
-| draft whose head is zeroed, published by force | test_live_draft: taken back; test_rollback: when a version is bad |
+| draft whose head is zeroed, published by force | test_live_draft: rolled back; test_rollback: when a version is bad |
 | damaged traces, loss not finite | test_loop, test_learner: counted, no weight changes |
 | crash while publishing, at any byte | test_versions: killed at every step |
 | damaged CURRENT, truncated history, deleted folder | test_versions, test_hot_reload |
