@@ -169,7 +169,7 @@ class LearnSettings:
     enabled: bool = True
     """Start a learner with the server. false: the draft stays as it is (`aurora-lit learn` can attach a learner)."""
     compute_share: float = _within(0.04, 0.0001, 1.0)
-    """Measured share of the machine's processor time that the learner may use."""
+    """Share of the machine's processor time that the learner may use; its use is measured."""
     full_load_share: float = _within(0.02, 0.0, 1.0)
     """The same while nearly every slot is in use, when a second of learning costs about a second of serving."""
     minimum_share: float = _within(0.005, 0.0, 1.0)

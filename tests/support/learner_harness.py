@@ -103,7 +103,7 @@ class LearnerHarness:
             traces=self.ring,
             store=self.store,
             page=self.page,
-            load=lambda: self.load,
+            server_load=lambda: self.load,
             served_draft=self.served_draft,
             sleep=self.sleeps_s.append,
         )

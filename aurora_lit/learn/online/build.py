@@ -98,7 +98,7 @@ def build_loop(
                 traces=ring,
                 store=store,
                 page=page,
-                load=lambda: _load(status, num_slots=config.engine.max_batch_size),
+                server_load=lambda: _server_load(status, num_slots=config.engine.max_batch_size),
                 served_draft=served_draft,
             ),
             config=learn,
@@ -141,7 +141,7 @@ def make_held_out(config: AuroraConfig, target_head: TargetHead) -> HeldOut:
     return HeldOut(num_newest=config.learn.gate_requests, seed=config.learn.seed, label=label)
 
 
-def _load(status: EngineStatusPage, *, num_slots: int) -> ServerLoad:
+def _server_load(status: EngineStatusPage, *, num_slots: int) -> ServerLoad:
     now = status.read()
     if now.waiting:
         return ServerLoad.QUEUEING

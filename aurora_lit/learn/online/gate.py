@@ -142,14 +142,14 @@ def decide(newest: Sequence[tuple[float, float]], by_domain: dict[str, list[tupl
     The challenger passes if it is significantly better on the newest requests and in no domain significantly worse:
     one-sided paired t-tests, at level _FALSE_PASS_RATE, and at levels that share _FALSE_REFUSAL_RATE (Bonferroni).
     """
-    champion, challenger, errors = _compare(newest)
+    champion, challenger, t_statistic = _compare(newest)
     reason = f"{challenger:.3f} against {champion:.3f} tokens a round on the {len(newest)} newest requests"
-    passed = len(newest) > 1 and bool(errors > stdtrit(len(newest) - 1, 1 - _FALSE_PASS_RATE))
+    passed = len(newest) > 1 and bool(t_statistic > stdtrit(len(newest) - 1, 1 - _FALSE_PASS_RATE))
     table = {}
     for domain, pairs in sorted(by_domain.items()):
-        before, after, errors = _compare(pairs)
+        before, after, t_statistic = _compare(pairs)
         table[domain] = {"champion": round(before, 4), "challenger": round(after, 4), "requests": float(len(pairs))}
-        if len(pairs) > 1 and errors < stdtrit(len(pairs) - 1, _FALSE_REFUSAL_RATE / len(by_domain)):
+        if len(pairs) > 1 and t_statistic < stdtrit(len(pairs) - 1, _FALSE_REFUSAL_RATE / len(by_domain)):
             passed = False
             reason += f"; worse in domain {domain!r}: {after:.3f} against {before:.3f} on {len(pairs)} requests"
     return GateDecision(

@@ -59,7 +59,7 @@ class LearnerEnvironment:
     traces: TraceSource
     store: DraftStore
     page: LearnerStatusPage
-    load: Callable[[], ServerLoad]
+    server_load: Callable[[], ServerLoad]
     """How busy the server is."""
     served_draft: Callable[[str | None], Eagle3Draft]
     """A version's draft; for None, the draft that serving started with. Raises CheckpointError."""
@@ -107,7 +107,7 @@ class OnlineLoop:
         self.last_turn_s = environment.monotonic_s()
         """When the last turn began; the heartbeat stops when it was too long ago."""
         self._stopped = False
-        self._served: str | None = None
+        self._current_version: str | None = None
         self._activity = "starting"
         self._last_trial_s = self._last_save_s = environment.monotonic_s()
         self._last_trial_steps = self._last_saved_steps = learner.steps
@@ -126,7 +126,7 @@ class OnlineLoop:
     def tick(self) -> None:
         """One turn, of at most one optimiser step or one trial."""
         self.last_turn_s = self._environment.monotonic_s()
-        load = self._environment.load()
+        load = self._environment.server_load()
         wait_s = self._budget.wait_s(load)
         if load is ServerLoad.SPARE or not wait_s:  # else traces stay in the ring, which overwrites the oldest
             with self._environment.page.computing(self._threads):
@@ -148,7 +148,7 @@ class OnlineLoop:
 
     def _step(self) -> bool:
         """Take one optimiser step; False if there is nothing to train on."""
-        batch = self.batcher.next_batch(oldest_fresh=self._served_number - self._config.max_staleness)
+        batch = self.batcher.next_batch(oldest_fresh=self._current_number - self._config.max_staleness)
         self._activity = "waiting for traces" if batch is None else "learning"
         if batch is not None:
             self.learner.update(batch)
@@ -184,26 +184,26 @@ class OnlineLoop:
     # -- versions --------------------------------------------------------------------------------------------------
 
     @property
-    def _served_number(self) -> int:
-        return version_number(self._served or "")
+    def _current_number(self) -> int:
+        return version_number(self._current_version or "")
 
     def _follow_versions(self) -> None:
         """Load the served version if it changed; after a rollback of the learner's version, continue from it."""
         try:
             current = self._environment.store.current()
-            if current == self._served:
+            if current == self._current_version:
                 return
             self._load_champion(current)
         except CheckpointError:  # deleted or replaced in this moment; the next turn tries again
             return
-        if version_number(self.learner.version) > self._served_number:
+        if version_number(self.learner.version) > self._current_number:
             self.learner.restart_from(self._champion.draft, version=current or STARTING_VERSION)
             self._last_trial_steps = self.learner.steps
 
     def _load_champion(self, version: str | None) -> None:
         self._champion.draft.load_state_dict(self._environment.served_draft(version).state_dict())
         self._target_head.install_head(self._champion)
-        self._served = version
+        self._current_version = version
         self.held_out.clear_champion_scores()
 
     # -- trial -----------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class OnlineLoop:
         else:
             self.refused_by_gate += 1
         self.learner.apply_gate_decision(
-            passed=decision.passed, champion=self._champion.draft, version=self._served or STARTING_VERSION
+            passed=decision.passed, champion=self._champion.draft, version=self._current_version or STARTING_VERSION
         )
         self.learner.log(
             {

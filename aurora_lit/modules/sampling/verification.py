@@ -72,13 +72,17 @@ def verify(
     Raises:
         ValueError: `history` is None but a sequence has a penalty or a seed.
     """
-    shifted = apply_bias_and_penalties(logits_BTV, options=options, history=history, proposals_BK=proposals.token_BK)
-    rows = options.sampled_rows
+    adjusted_logits_BTV = apply_bias_and_penalties(
+        logits_BTV, options=options, history=history, proposals_BK=proposals.token_BK
+    )
+    sampled = options.sampled_rows
     if not options.num_sampled:
-        return verify_by_equality(shifted.argmax(-1), proposals=proposals)
+        return verify_by_equality(adjusted_logits_BTV.argmax(-1), proposals=proposals)
 
     all_sampled = not options.greedy_rows.numel()
-    p_RTV = probabilities(shifted if all_sampled else shifted[rows], filters=options.sampled_filters)
+    p_RTV = probabilities(
+        adjusted_logits_BTV if all_sampled else adjusted_logits_BTV[sampled], filters=options.sampled_filters
+    )
     token_RT = torch.zeros(p_RTV.shape[:2], dtype=torch.int64, device=p_RTV.device)
     if options.num_unseeded < options.num_sampled:
         token_RT = _seeded_tokens(p_RTV, options=options, proposals=proposals, history=history)
@@ -86,26 +90,26 @@ def verify(
     token_BT = token_RT
     if not all_sampled:
         token_BT = logits_BTV.new_zeros(logits_BTV.shape[:2], dtype=torch.int64)
-        token_BT[rows] = token_RT
-        token_BT[options.greedy_rows] = shifted[options.greedy_rows].argmax(-1)
+        token_BT[sampled] = token_RT
+        token_BT[options.greedy_rows] = adjusted_logits_BTV[options.greedy_rows].argmax(-1)
     by_equality = verify_by_equality(token_BT, proposals=proposals)
     if not options.num_unseeded:
         return by_equality
 
     by_ratio_test = verify_by_ratio_test(
         p_RTV,
-        proposals_BK=proposals.token_BK[rows],
-        num_proposed_B=proposals.num_proposed_B[rows],
-        uniform_BT=uniform_BT[rows],
-        q_BKD=None if proposals.q_BKD is None else proposals.q_BKD[rows],
+        proposals_BK=proposals.token_BK[sampled],
+        num_proposed_B=proposals.num_proposed_B[sampled],
+        uniform_BT=uniform_BT[sampled],
+        q_BKD=None if proposals.q_BKD is None else proposals.q_BKD[sampled],
         vocabulary=vocabulary,
     )
-    unseeded_R = options.unseeded_B[rows]
-    num_accepted_R = torch.where(unseeded_R, by_ratio_test.num_accepted_B, by_equality.num_accepted_B[rows])
-    next_token_R = torch.where(unseeded_R, by_ratio_test.next_token_B, by_equality.next_token_B[rows])
+    unseeded_R = options.unseeded_B[sampled]
+    num_accepted_R = torch.where(unseeded_R, by_ratio_test.num_accepted_B, by_equality.num_accepted_B[sampled])
+    next_token_R = torch.where(unseeded_R, by_ratio_test.next_token_B, by_equality.next_token_B[sampled])
     return VerificationResult(
-        num_accepted_B=by_equality.num_accepted_B.scatter(0, rows, num_accepted_R),
-        next_token_B=by_equality.next_token_B.scatter(0, rows, next_token_R),
+        num_accepted_B=by_equality.num_accepted_B.scatter(0, sampled, num_accepted_R),
+        next_token_B=by_equality.next_token_B.scatter(0, sampled, next_token_R),
         accepted_column_BA=by_equality.accepted_column_BA,
     )
 
@@ -114,11 +118,11 @@ def _seeded_tokens(p_RTV: Tensor, *, options: LogitOptions, proposals: Proposals
     """The target's own token at every column of the sampled sequences [R, T]; meaningful where there is a seed."""
     if history is None:
         raise ValueError("history is None but a sequence has a seed: pass the sequences' tokens")
-    rows = options.sampled_rows
-    output_index_R = (history.length_B - history.prompt_length_B)[rows]
-    uniform_RT = seeded_uniforms(options.seed_B[rows], output_index_B=output_index_R, count=p_RTV.shape[1])
+    sampled = options.sampled_rows
+    output_index_R = (history.length_B - history.prompt_length_B)[sampled]
+    uniform_RT = seeded_uniforms(options.seed_B[sampled], output_index_B=output_index_R, count=p_RTV.shape[1])
     if proposals.parent_BK is not None:
-        depth_RT = torch.tensor([depths(parents) for parents in proposals.parent_BK[rows].tolist()])
+        depth_RT = torch.tensor([depths(parents) for parents in proposals.parent_BK[sampled].tolist()])
         uniform_RT = uniform_RT.gather(1, depth_RT.to(uniform_RT.device))
     return draw(p_RTV, uniform_RT)
 

@@ -132,7 +132,7 @@ class Engine:
             explore_share=options.explore_share,
             explore_temperature=options.explore_temperature,
             explore_seed=options.explore_seed,
-            log_probabilities=self._observer is not None,
+            record_logprobs=self._observer is not None,
         )
 
     @property

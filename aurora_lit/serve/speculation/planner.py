@@ -125,14 +125,14 @@ class SpeculationPlanner:
         self._resting = False
         """True if drafting is not even considered in this round."""
 
-    def choose(self, rates: Sequence[float], *, num_plain: int = 0) -> int:
-        """Draft length for sequences of these acceptance rates, beside `num_plain` that do not draft; 0: no draft."""
+    def choose(self, rates: Sequence[float], *, num_not_drafting: int = 0) -> int:
+        """Draft length for sequences of these acceptance rates; 0: none. `num_not_drafting`: others in the batch."""
         self.probing = False
         if not rates or not self.max_draft_tokens:
             return 0
         if not self.adaptive:
             return self.max_draft_tokens
-        batch_size = len(rates) + num_plain
+        batch_size = len(rates) + num_not_drafting
         self._resting = not self._last_tree and self._last == 0 and (self._rounds_without + 1) % _RECONSIDER_EVERY != 0
         if self._resting:
             self._rounds_without += 1
@@ -150,13 +150,13 @@ class SpeculationPlanner:
             return 1
         return self._last
 
-    def choose_tree(self, steps: int, rates: Sequence[float], *, num_plain: int = 0) -> tuple[int, int]:
+    def choose_tree(self, steps: int, rates: Sequence[float], *, num_not_drafting: int = 0) -> tuple[int, int]:
         """Levels and nodes of the tree that is faster than a chain of `steps`; 0 nodes: a chain is."""
         if not rates or not self.tree_sizes or self._resting:
             return steps, 0
         if not self.adaptive:
             return self.max_draft_tokens, self.tree_sizes[-1]
-        batch_size = len(rates) + num_plain
+        batch_size = len(rates) + num_not_drafting
         shapes = [
             (levels, nodes)
             for nodes in self.tree_sizes
@@ -175,7 +175,7 @@ class SpeculationPlanner:
         nodes: int,
         rates: Sequence[float],
         *,
-        num_plain: int = 0,
+        num_not_drafting: int = 0,
         uncached: int = 0,
         remaining: int = 0,
     ) -> bool:
@@ -187,7 +187,7 @@ class SpeculationPlanner:
         """
         if not self.adaptive or self.probing:
             return True
-        batch_size = len(rates) + num_plain
+        batch_size = len(rates) + num_not_drafting
         plain = self._speed(0, rates, batch_size)
         chosen = self._tree_speed(steps, nodes, rates, batch_size) if nodes else self._speed(steps, rates, batch_size)
         gain_s = remaining * (1 / plain - 1 / chosen) if plain else 0.0
@@ -198,7 +198,7 @@ class SpeculationPlanner:
         return self._since_plain > 0 or chosen > _NEAR * plain
 
     def should_extend_chain(
-        self, steps_done: int, values: Sequence[float], survival: list[float], *, num_plain: int = 0
+        self, steps_done: int, values: Sequence[float], survival: list[float], *, num_not_drafting: int = 0
     ) -> bool:
         """True if draft step `steps_done` + 1 promises to save more time than it takes.
 
@@ -207,7 +207,7 @@ class SpeculationPlanner:
         """
         if not self.adaptive:
             return True
-        batch_size = len(values) + num_plain
+        batch_size = len(values) + num_not_drafting
         gain_tokens = 0.0
         for b, value in enumerate(values):
             rate = max(0.0, min(0.98, value / (1.0 + max(0.0, value))))
@@ -221,7 +221,7 @@ class SpeculationPlanner:
         return gain_tokens * plain_s / batch_size * _EXTRA_TOKEN_SAVING > cost_s
 
     def should_extend_tree(
-        self, reach: Sequence[float], rates: Sequence[float], *, nodes: int, num_plain: int = 0
+        self, reach: Sequence[float], rates: Sequence[float], *, nodes: int, num_not_drafting: int = 0
     ) -> bool:
         """True if one more level promises to save more time than it takes.
 
@@ -230,7 +230,7 @@ class SpeculationPlanner:
         """
         if not self.adaptive:
             return True
-        batch_size = len(rates) + num_plain
+        batch_size = len(rates) + num_not_drafting
         gain_tokens = sum(r * self._tree_rate(nodes, rate) for r, rate in zip(reach, rates, strict=True))
         plain_s = self.target_cost(batch_size, 1)
         return gain_tokens * plain_s / batch_size * _EXTRA_TOKEN_SAVING > self.level_cost(len(rates), 1)

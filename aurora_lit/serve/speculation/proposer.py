@@ -55,11 +55,11 @@ class Proposer:
         explore_share: float = 0.0,
         explore_temperature: float = 1.0,
         explore_seed: int = 0,
-        log_probabilities: bool = False,
+        record_logprobs: bool = False,
     ) -> None:
         """`drafter` None: only lookup proposes; `ngram_planner` None: only the draft does.
 
-        `log_probabilities`: also compute the proposals' behaviour log-probabilities (`Proposals.logprob_BK`).
+        `record_logprobs`: also compute the proposals' behaviour log-probabilities (`Proposals.logprob_BK`).
         """
         self._drafter = drafter
         self._planner = planner
@@ -67,7 +67,7 @@ class Proposer:
         self._device = device
         self.explore_share, self.explore_temperature = explore_share, explore_temperature
         self._rng = random.Random(explore_seed)
-        self._log_probabilities = log_probabilities
+        self._record_logprobs = record_logprobs
         self._options_sequences: list[RunningSequence] = []
         self._options = LogitOptions.from_params([])
 
@@ -81,8 +81,8 @@ class Proposer:
         looked_up = self._look_up(sequences, speculating)
         for i, sequence in enumerate(sequences):
             sequence.uses_lookup, sequence.is_exploring = i in looked_up, False
-        drafted, drafting = self._draft(sequences, [i for i in speculating if i not in looked_up])
-        return self._merge(len(sequences), looked_up, drafting, drafted)
+        draft_proposals, drafting_indices = self._draft(sequences, [i for i in speculating if i not in looked_up])
+        return self._merge(len(sequences), looked_up, drafting_indices, draft_proposals)
 
     def observe(self, sequence: RunningSequence, *, proposed: int, accepted: int, finished: bool) -> None:
         """Report a round's outcome. `finished`: the request ended in it, maybe before its last correct proposal."""
@@ -123,7 +123,7 @@ class Proposer:
         """The draft's proposals, and the indices of their sequences, among those at `candidates`."""
         sequences = [all_sequences[i] for i in candidates]
         num_steps = self._planner.choose(
-            [sequence.acceptance_rate for sequence in sequences], num_plain=len(all_sequences) - len(sequences)
+            [sequence.acceptance_rate for sequence in sequences], num_not_drafting=len(all_sequences) - len(sequences)
         )
         if self._drafter is None or not (num_steps or self._planner.tree_sizes):
             return None, []
@@ -132,27 +132,27 @@ class Proposer:
             least = min(range(len(sequences)), key=uncached.__getitem__)
             candidates, sequences, uncached = [candidates[least]], [sequences[least]], [uncached[least]]
         rates = [sequence.acceptance_rate for sequence in sequences]
-        num_plain, num_uncached = len(all_sequences) - len(sequences), sum(uncached)
+        num_not_drafting, num_uncached = len(all_sequences) - len(sequences), sum(uncached)
         options, num_nodes = self._options_for(sequences), 0
         if not (options.num_unseeded or options.penalty_rows.numel() or self._planner.probing):
-            num_steps, num_nodes = self._planner.choose_tree(num_steps, rates, num_plain=num_plain)
+            num_steps, num_nodes = self._planner.choose_tree(num_steps, rates, num_not_drafting=num_not_drafting)
         remaining = sum(min(MAX_REMAINING_TOKENS, sequence.num_remaining) for sequence in all_sequences)
         if not num_steps or not self._planner.should_draft(
-            num_steps, num_nodes, rates, num_plain=num_plain, uncached=num_uncached, remaining=remaining
+            num_steps, num_nodes, rates, num_not_drafting=num_not_drafting, uncached=num_uncached, remaining=remaining
         ):
             for sequence in sequences:
                 sequence.is_exploring = False
             return None, []
         if num_nodes:
-            return self._draft_trees(sequences, rates, num_steps, num_nodes, num_plain, num_uncached), candidates
-        return self._draft_chains(sequences, options, num_steps, num_plain, num_uncached), candidates
+            return self._draft_trees(sequences, rates, num_steps, num_nodes, num_not_drafting, num_uncached), candidates
+        return self._draft_chains(sequences, options, num_steps, num_not_drafting, num_uncached), candidates
 
     def _draft_chains(
         self,
         sequences: list[RunningSequence],
         options: LogitOptions,
         num_steps: int,
-        num_plain: int,
+        num_not_drafting: int,
         num_uncached: int,
     ) -> Proposals:
         assert self._drafter is not None
@@ -164,12 +164,12 @@ class Proposer:
             num_steps=num_steps,
             uniform_BK=torch.rand(len(sequences), num_steps, dtype=torch.float64, device=self._device),
             should_continue=lambda done, values_B: self._planner.should_extend_chain(
-                done, values_B.tolist(), survival, num_plain=num_plain
+                done, values_B.tolist(), survival, num_not_drafting=num_not_drafting
             ),
         )
         seconds = time.perf_counter() - started
         self._planner.observe_chain(len(sequences), drafted.token_BK.shape[1], seconds, uncached=num_uncached)
-        if not self._log_probabilities:
+        if not self._record_logprobs:
             return drafted
         logprob_BK = behaviour_logprobs(drafted, options=options, vocabulary=self._drafter.vocabulary)
         return replace(drafted, logprob_BK=logprob_BK)
@@ -180,7 +180,7 @@ class Proposer:
         rates: list[float],
         num_steps: int,
         num_nodes: int,
-        num_plain: int,
+        num_not_drafting: int,
         num_uncached: int,
     ) -> Proposals:
         """A tree per sequence, for sequences without penalties that accept what equals the target's own token."""
@@ -191,7 +191,7 @@ class Proposer:
             num_steps=num_steps,
             num_nodes=num_nodes,
             should_continue=lambda done, reach_B: self._planner.should_extend_tree(
-                reach_B, rates, nodes=num_nodes, num_plain=num_plain
+                reach_B, rates, nodes=num_nodes, num_not_drafting=num_not_drafting
             ),
         )
         self._planner.observe_levels(len(sequences), levels, time.perf_counter() - started, uncached=num_uncached)
@@ -219,29 +219,33 @@ class Proposer:
     # -- the batch -----------------------------------------------------------------------------------------------------
 
     def _merge(
-        self, batch_size: int, looked_up: dict[int, list[int]], drafting: list[int], drafted: Proposals | None
+        self,
+        batch_size: int,
+        looked_up: dict[int, list[int]],
+        drafting_indices: list[int],
+        draft_proposals: Proposals | None,
     ) -> Proposals:
         """The proposals of the whole batch; a sequence with neither lookup nor draft has none."""
-        if drafted is not None and len(drafting) == batch_size:
-            return drafted
-        steps = 0 if drafted is None else drafted.token_BK.shape[1]
+        if draft_proposals is not None and len(drafting_indices) == batch_size:
+            return draft_proposals
+        steps = 0 if draft_proposals is None else draft_proposals.token_BK.shape[1]
         width = max([steps, *(len(tokens) for tokens in looked_up.values())])
         token_BK = torch.zeros(batch_size, width, dtype=torch.int64, device=self._device)
         num_proposed_B = torch.zeros(batch_size, dtype=torch.int64, device=self._device)
         q_BKD = logprob_BK = parent_BK = None
-        if drafted is not None:
-            index = torch.tensor(drafting, device=self._device)
-            token_BK[index, :steps] = drafted.token_BK
-            num_proposed_B[index] = drafted.num_proposed_B
-            if drafted.parent_BK is not None:
+        if draft_proposals is not None:
+            index = torch.tensor(drafting_indices, device=self._device)
+            token_BK[index, :steps] = draft_proposals.token_BK
+            num_proposed_B[index] = draft_proposals.num_proposed_B
+            if draft_proposals.parent_BK is not None:
                 parent_BK = torch.arange(width).repeat(batch_size, 1)  # the others' proposals are chains
-                parent_BK[index, :steps] = drafted.parent_BK
-            if drafted.q_BKD is not None:
-                q_BKD = drafted.q_BKD.new_zeros(batch_size, width, drafted.q_BKD.shape[2])
-                q_BKD[index, :steps] = drafted.q_BKD
-            if drafted.logprob_BK is not None:
-                logprob_BK = drafted.logprob_BK.new_full((batch_size, width), float("nan"))
-                logprob_BK[index, :steps] = drafted.logprob_BK
+                parent_BK[index, :steps] = draft_proposals.parent_BK
+            if draft_proposals.q_BKD is not None:
+                q_BKD = draft_proposals.q_BKD.new_zeros(batch_size, width, draft_proposals.q_BKD.shape[2])
+                q_BKD[index, :steps] = draft_proposals.q_BKD
+            if draft_proposals.logprob_BK is not None:
+                logprob_BK = draft_proposals.logprob_BK.new_full((batch_size, width), float("nan"))
+                logprob_BK[index, :steps] = draft_proposals.logprob_BK
         for i, tokens in looked_up.items():
             token_BK[i, : len(tokens)] = torch.tensor(tokens, device=self._device)
             num_proposed_B[i] = len(tokens)

@@ -77,8 +77,8 @@ def test_drafts_are_shorter_beside_sequences_that_do_not_speculate() -> None:
             planner.target_cost.update(size, query_length, 0.002 + 0.003 * size * query_length)
     alone = planner.choose([0.9])
     assert alone > 0
-    assert planner.choose([0.9], num_plain=3) < alone
-    assert planner.choose([], num_plain=4) == 0
+    assert planner.choose([0.9], num_not_drafting=3) < alone
+    assert planner.choose([], num_not_drafting=4) == 0
 
 
 def test_without_adaptation_the_draft_length_is_fixed() -> None:
@@ -180,7 +180,7 @@ def test_a_step_pays_for_a_full_batch_of_predictable_sequences_but_not_for_one()
     planner = chain_planner(next_s=0.0015)
     assert planner.should_extend_chain(1, [3.0] * 4, [1.0] * 4)
     assert not planner.should_extend_chain(1, [3.0, 0.0, 0.0, 0.0], [1.0] * 4)
-    assert not planner.should_extend_chain(1, [3.0], [1.0], num_plain=3)
+    assert not planner.should_extend_chain(1, [3.0], [1.0], num_not_drafting=3)
 
 
 def test_acceptance_rates_follow_proposals_up_to_the_first_rejected_one() -> None:
@@ -207,8 +207,8 @@ def test_acceptance_rates_follow_proposals_up_to_the_first_rejected_one() -> Non
 
 def test_in_ragged_rounds_sequences_that_do_not_draft_have_short_queries() -> None:
     costs = {"first_s": 0.0005, "next_s": 0.0005, "wider_s": 0.002}
-    assert chain_planner(**costs).choose([0.9], num_plain=7) == 0
-    assert chain_planner(**costs, ragged=True).choose([0.9], num_plain=7) > 0
+    assert chain_planner(**costs).choose([0.9], num_not_drafting=7) == 0
+    assert chain_planner(**costs, ragged=True).choose([0.9], num_not_drafting=7) > 0
     assert chain_planner(**costs).choose([0.9] * 8) == chain_planner(**costs, ragged=True).choose([0.9] * 8) > 0
 
 
@@ -343,7 +343,7 @@ def test_prefill_of_the_draft_cache_does_not_count_as_time_of_a_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("costs", "rates", "num_plain", "nodes"),
+    ("costs", "rates", "num_not_drafting", "nodes"),
     [
         ({}, [0.6], 0, 15),  # query positions of the target are nearly free
         ({"wider_s": 0.0006}, [0.6], 0, 3),
@@ -355,11 +355,11 @@ def test_prefill_of_the_draft_cache_does_not_count_as_time_of_a_step() -> None:
     ],
 )
 def test_the_tree_with_the_most_tokens_per_second_is_chosen(
-    costs: dict[str, float], rates: list[float], num_plain: int, nodes: int
+    costs: dict[str, float], rates: list[float], num_not_drafting: int, nodes: int
 ) -> None:
     planner = tree_planner(**costs)  # type: ignore[arg-type]
-    steps = planner.choose(rates, num_plain=num_plain)
-    levels, found = planner.choose_tree(steps, rates, num_plain=num_plain)
+    steps = planner.choose(rates, num_not_drafting=num_not_drafting)
+    levels, found = planner.choose_tree(steps, rates, num_not_drafting=num_not_drafting)
     assert found == nodes
     assert levels == steps if not nodes else 2 <= levels <= 4
 
