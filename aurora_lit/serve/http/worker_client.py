@@ -69,7 +69,7 @@ class WorkerClient:
     def unavailable_reason(self) -> str | None:
         """Why the worker cannot serve; None while it can."""
         status = self._status.read()
-        if self._worker_has_ended:
+        if self._worker_has_ended and status.state is not WorkerState.FAILED:  # a failed one left its reason
             return "the engine worker has ended"
         if status.state is not WorkerState.READY:
             return f"the engine worker is {status.state.name.lower()}: {status.error}".rstrip(": ")
