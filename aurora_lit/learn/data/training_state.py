@@ -12,30 +12,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 _STRUCTURE = "structure"
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def to_bytes(state: dict[str, Any]) -> bytes:
     """The state as safetensors, with its structure and plain values as JSON in the metadata."""
-    return b"".join(_pieces(state))
+    tensors, metadata = _split(state)
+    return safetensors.torch.save(tensors, metadata)
 
 
 def from_bytes(data: bytes | memoryview) -> dict[str, Any]:
@@ -53,7 +42,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write a state; it is durable on disk when this returns. Raises OSError; the state before it is intact then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _unfinished(path).open("wb") as file:
-        file.writelines(_pieces(state))
+        file.write(to_bytes(state))
         file.flush()
         os.fsync(file.fileno())
     os.replace(_unfinished(path), path)
@@ -72,26 +61,11 @@ def _unfinished(path: Path) -> Path:
     return path.with_suffix(".tmp")
 
 
-def _pieces(state: dict[str, Any]) -> Iterator[bytes | memoryview]:
-    """Safetensors in pieces: the header, then each tensor's own memory, without a copy of them all."""
+def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A state's tensors by number, and the metadata with everything else."""
     tensors: list[Tensor] = []
     structure = json.dumps(_without_tensors(state, tensors))
-    header: dict[str, Any] = {"__metadata__": {_STRUCTURE: structure}}
-    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].itemsize)  # wide numbers first: all are aligned
-    end = 0
-    for i in order:
-        start, end = end, end + tensors[i].nbytes
-        header[str(i)] = {
-            "dtype": _DTYPES[tensors[i].dtype],
-            "shape": list(tensors[i].shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for i in order:
-        array: Any = tensors[i].detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        yield memoryview(array)
+    return {str(i): tensor for i, tensor in enumerate(tensors)}, {_STRUCTURE: structure}
 
 
 def _without_tensors(value: Any, tensors: list[Tensor]) -> Any:
@@ -100,7 +74,7 @@ def _without_tensors(value: Any, tensors: list[Tensor]) -> Any:
     Pairs, since the keys of JSON objects are strings, and optimisers number their parameters.
     """
     if isinstance(value, Tensor):
-        tensors.append(value)
+        tensors.append(value.detach().cpu().contiguous())
         return {"tensor": str(len(tensors) - 1)}
     if isinstance(value, dict):
         return {"items": [[key, _without_tensors(item, tensors)] for key, item in value.items()]}
