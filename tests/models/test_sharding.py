@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,9 +137,28 @@ def test_other_families(precision, tmp_path):
     reports = run_cases(tmp_path, cases)
     expected = {family: unsharded_answers(folder, precision) for family, folder in models.items()}
     for case in cases:
-        if precision == "fp32" or (case.strategy == "tensor_parallel" and native.library() is not None):
-            assert reports[case.name][0]["tokens"] == expected[case.name.split("-")[0]], case.name
-        assert all(len(tokens) == MAX_TOKENS for tokens in reports[case.name][0]["tokens"])
+        family, answers = case.name.split("-")[0], reports[case.name][0]["tokens"]
+        if precision == "fp32":
+            assert answers == expected[family], case.name
+        elif case.strategy == "tensor_parallel" and native.library() is not None:
+            for prompt, whole, sharded in zip(PROMPTS, expected[family], answers, strict=True):
+                assert differ_only_by_rounding(models[family], prompt, whole, sharded), case.name
+        assert all(len(tokens) == MAX_TOKENS for tokens in answers)
+
+
+def differ_only_by_rounding(folder: Path, prompt: Sequence[int], whole: list[int], sharded: list[int]) -> bool:
+    """True if two bf16 answers are equal, or first differ where the unsharded target's two logits round to one another.
+
+    Ranks add up their partial sums in another order, and keys and values are then rounded to eight bits of mantissa.
+    """
+    first = next((i for i, (a, b) in enumerate(zip(whole, sharded, strict=True)) if a != b), None)
+    if first is None:
+        return True
+    target = Target.load(folder, precision="bf16")
+    with torch.no_grad():
+        logits_V = target.logits(target.forward_uncached(torch.tensor([[*prompt, *whole[:first]]]))[1])[0, -1]
+    gap = logits_V[whole[first]] - logits_V[sharded[first]]
+    return bool(gap.abs() <= 2**-7 * logits_V.abs().max())
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
