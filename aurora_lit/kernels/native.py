@@ -39,6 +39,7 @@ class AttentionShape(ctypes.Structure):
         *((f"cache_{dim}_{tensor}", ctypes.c_int64) for tensor in "kv" for dim in ("row", "head")),
         ("scale", ctypes.c_float),
         ("begins", ctypes.c_void_p),
+        ("num_prompts", ctypes.c_int64),
     )
 
 
