@@ -20,6 +20,8 @@ from aurora_lit.kernels import native
 from aurora_lit.kernels.packed_linear import PackedLinear
 from aurora_lit.kernels.weight_format import WeightFormat
 
+PASS_PARTS = ("products", "attention", "rest")
+"""Parts of a pass that `Decoder.nanoseconds` tells apart; PassPart in decoder.hpp."""
 _NUM_AUX_LAYERS = 3
 MAX_DEPTH = 32
 """Largest number of columns on a path of a tree; MAX_PATH in attention.hpp."""
@@ -75,6 +77,7 @@ class DecoderCall(ctypes.Structure):
         ("columns", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("embeds", "hidden_states", "normed", "aux")),
         ("aux_layer_ids", ctypes.c_int64 * _NUM_AUX_LAYERS),
+        ("nanoseconds", ctypes.c_void_p),
     )
 
 
@@ -127,6 +130,8 @@ class Decoder:
         self._run = getattr(library, f"aurora_decode_{weight_format.suffix}")
         self._kv_dtype = weight_format.kv_dtype
         self._move = getattr(library, f"aurora_move_{WeightFormat.of_dtype(self._kv_dtype).suffix}")
+        self.nanoseconds: torch.Tensor | None = None
+        """For benchmarks: int64 [len(PASS_PARTS)], to which each pass adds its first thread's time in each part."""
         self._records: tuple[Sequence[torch.Tensor], ctypes.Array[_Layer]] | None = None
         """Of the cache that was used last: its list of keys, kept alive, and its layers for the kernels."""
 
@@ -183,6 +188,8 @@ class Decoder:
             setattr(call, name, None if tensor is None else tensor.data_ptr())
         if self._aux_layer_ids is not None:
             call.aux_layer_ids = (ctypes.c_int64 * _NUM_AUX_LAYERS)(*self._aux_layer_ids)
+        if self.nanoseconds is not None:
+            call.nanoseconds = self.nanoseconds.data_ptr()
         self._run(ctypes.byref(call))
         return hidden_NH, normed_NH, aux_N3H
 

@@ -228,6 +228,11 @@ class Target(nn.Module):
         """
         return self._decoder is not None
 
+    @property
+    def decoder(self) -> Decoder | None:
+        """The fused decoder layers, or None if the model's own forward pass runs."""
+        return self._decoder
+
     def commit_tree_path(
         self, *, kv_cache: KVCache, slots_M: torch.Tensor, from_M: torch.Tensor, to_M: torch.Tensor
     ) -> None:

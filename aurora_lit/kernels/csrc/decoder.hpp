@@ -6,10 +6,34 @@
 // Shapes: N rows (positions of all sequences), H hidden size, D head size, M intermediate size of the MLP.
 #pragma once
 
+#include <chrono>
+
 #include "attention.hpp"
 #include "top_k.hpp"
 
 namespace {
+
+// Parts of a pass whose time a benchmark asks for. Attention includes the rotation and the writing of the cache.
+enum PassPart { PRODUCTS, ATTENTION, REST, NUM_PARTS };
+
+// Adds up the nanoseconds of each part; does nothing if `totals` is null.
+class PassClock {
+ public:
+  explicit PassClock(int64_t* totals) : totals_(totals) {
+    if (totals_) last_ = std::chrono::steady_clock::now();
+  }
+  // The time since the last call belonged to `part`.
+  void end_of(PassPart part) {
+    if (!totals_) return;
+    const auto now = std::chrono::steady_clock::now();
+    totals_[part] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  int64_t* totals_;
+  std::chrono::steady_clock::time_point last_;
+};
 
 struct Matrix {
   const void* weight;  // packed
@@ -43,6 +67,7 @@ struct DecoderCall {
   float* normed;         // [N, H] out: the last hidden state after the final norm
   float* aux;            // [N, 3, H] out: the hidden states before the layers aux_layer_ids; or null
   int64_t aux_layer_ids[3];
+  int64_t* nanoseconds;  // [NUM_PARTS] in and out: the first thread's time in each part is added; or null
 };
 
 // Root mean square norm of a row (Zhang & Sennrich 2019, as in Llama).
@@ -149,6 +174,7 @@ void decode(const DecoderCall& call) {
       P::blocks(x, P::padded(int(m.inputs)), rows, m.weight, int(m.outputs), stream, y, m.bias, add,
                 share(m.outputs, thread), share(m.outputs, thread + 1));
     };
+    PassClock clock(thread == 0 ? call.nanoseconds : nullptr);
     P::enter(rows);
     for (int64_t l = 0; l < call.num_layers; ++l) {
       const DecoderLayer& layer = call.layers[l];
@@ -166,10 +192,13 @@ void decode(const DecoderCall& call) {
         rms_norm(call.hidden_states + ptrdiff_t(r) * H, layer.norm_attention, H, call.eps, row + width - H);
         P::round_row(row, width, x, r);
       });
+      clock.end_of(REST);
       product(x, layer.query, q, false, layer.key);
       product(x, layer.key, k, false, layer.value);
       product(x, layer.value, v, false, layer.output);
+      clock.end_of(PRODUCTS);
 #pragma omp barrier
+      clock.end_of(REST);
 #pragma omp for schedule(static)
       for (int64_t job = 0; job < s.rows * s.kv_heads * parts; ++job) {
         const int64_t b = job / parts / s.kv_heads, kv = job / parts % s.kv_heads, group = s.heads / s.kv_heads;
@@ -186,17 +215,22 @@ void decode(const DecoderCall& call) {
         write_slot(s, b, kv, k, v, keys, values, call.slots, call.starts, call.tree, from, to);
       }
       attend_share(s, q, keys, values, call.slots, call.starts, call.tree, attention_out);
+      clock.end_of(ATTENTION);
       each_row([&](int r) {
         P::round_row(attention_out + ptrdiff_t(r) * q_width, q_width, x, r);
       });
+      clock.end_of(REST);
       product(x, layer.output, call.hidden_states, true, layer.gate);
+      clock.end_of(PRODUCTS);
 #pragma omp barrier
       each_row([&](int r) {
         rms_norm(call.hidden_states + ptrdiff_t(r) * H, layer.norm_mlp, H, call.eps, row);
         P::round_row(row, H, x, r);
       });
+      clock.end_of(REST);
       product(x, layer.gate, g, false, layer.up);
       product(x, layer.up, u, false, layer.down);
+      clock.end_of(PRODUCTS);
       const int M = int(layer.gate.outputs);
       const int from = share(M, thread) * BLOCK;
       const int to = share(M, thread + 1) * BLOCK < M ? share(M, thread + 1) * BLOCK : M;
@@ -205,9 +239,12 @@ void decode(const DecoderCall& call) {
 #pragma omp barrier
 #pragma omp for schedule(static)
       for (int r = 0; r < rows; ++r) P::round_row(g + ptrdiff_t(r) * M, M, inner, r);
+      clock.end_of(REST);
       product(inner, layer.down, call.hidden_states, true, call.layers[l + 1 < call.num_layers ? l + 1 : l].query);
+      clock.end_of(PRODUCTS);
 #pragma omp barrier
     }
+    clock.end_of(REST);
     P::leave();
 #pragma omp for schedule(static)
     for (int r = 0; r < rows; ++r)
