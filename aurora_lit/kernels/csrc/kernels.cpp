@@ -68,6 +68,7 @@ int aurora_has_vnni() {
 //   linear       y [rows, outputs] = x [rows, inputs] times the packed weight, plus bias; the format rounds the inputs
 //   argmax       index of the largest output of each row of that product
 //   decode       decoder layers over packed weights and the KV cache
+//   has_prompt_arithmetic    1 if decode() rounds rows of prompts differently
 //   draft_start, draft_step    drafting (drafting.hpp)
 #define AURORA_FORMAT(name, Format, Cache)                                                                             \
   void aurora_linear_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
@@ -79,6 +80,7 @@ int aurora_has_vnni() {
     multiply_argmax<Format>(x, x_stride, rows, packed, inputs, outputs, indices);                                      \
   }                                                                                                                    \
   void aurora_decode_##name(const DecoderCall* call) { decode<Format, Cache>(*call); }                                 \
+  int aurora_has_prompt_arithmetic_##name() { return PromptProduct<Format>::available(); }                             \
   void aurora_draft_start_##name(const DraftCall* call, DraftState* d) { draft_start<Format, Cache>(*call, *d); }      \
   void aurora_draft_step_##name(const DraftCall* call, DraftState* d) { draft_step<Format, Cache>(*call, *d); }
 AURORA_FORMAT(fp32, Fp32, float)
