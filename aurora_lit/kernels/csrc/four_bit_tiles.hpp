@@ -5,6 +5,8 @@
 // Developer's Manual, vol. 2, TDPBSUD.
 #pragma once
 
+#include <utility>
+
 #include "grouped.hpp"
 #include "bf16_tiles.hpp"
 
@@ -31,9 +33,9 @@ struct alignas(64) TileWeights {
   u16v lines[TILE_ROWS];
 };
 
-// A tile is loaded this many steps after its weights were stored, and its sums are read this many steps after they were:
-// a processor cannot forward either from its store buffer.
-constexpr int UNPACKED_AHEAD = 3, SUMS_BEHIND = 2;
+// The weights of this many groups are unpacked ahead, and sums are added this many groups behind: a processor cannot
+// forward from its store buffer to a tile load, nor from a tile store.
+constexpr int UNPACKED_AHEAD = 3, ADDED_BEHIND = 3, RING = 4;
 
 inline __attribute__((always_inline)) void unpack_half(const WeightGroup<4>& weights, int half, TileWeights& to) {
   for (int line = 0; line < BLOCK / 8; ++line) {
@@ -45,37 +47,59 @@ inline __attribute__((always_inline)) void unpack_half(const WeightGroup<4>& wei
   }
 }
 
-// Two sets of registers in turn, so that one product need not wait for the other. GCC does not know that a tile load
-// reads memory.
-inline __attribute__((always_inline)) void multiply_tile(int step, const TileWeights& weights, const TileInputs& inputs,
-                                                         i16v* sums) {
+// Products of group number `step` for both halves of a block. Two sets of registers take turns, so that a product need
+// not wait for the one before. GCC does not know that a tile load reads memory.
+inline __attribute__((always_inline)) void multiply_group(int step, const TileWeights* weights, const TileInputs& inputs) {
   __asm__ volatile("" ::: "memory");
   if (step & 1) {
-    _tile_zero(1);
-    _tile_loadd(7, weights.lines, 64);
+    _tile_zero(2);
+    _tile_zero(3);
     _tile_loadd(5, inputs.bytes, 64);
-    _tile_dpbsud(1, 5, 7);
-    _tile_stored(1, sums, 64);
+    _tile_loadd(6, weights[0].lines, 64);
+    _tile_dpbsud(2, 5, 6);
+    _tile_loadd(7, weights[1].lines, 64);
+    _tile_dpbsud(3, 5, 7);
   } else {
     _tile_zero(0);
-    _tile_loadd(6, weights.lines, 64);
+    _tile_zero(1);
     _tile_loadd(4, inputs.bytes, 64);
+    _tile_loadd(6, weights[0].lines, 64);
     _tile_dpbsud(0, 4, 6);
-    _tile_stored(0, sums, 64);
+    _tile_loadd(7, weights[1].lines, 64);
+    _tile_dpbsud(1, 4, 7);
   }
 }
 
-// As add_group, for the rows of a tile.
-template <int ROWS>
-inline __attribute__((always_inline)) void add_sums(f16v* totals, const WeightGroup<4>& weights, int half, const i16v* sums,
-                                                    const TileInputs& inputs) {
-  const f16v scales = from_fp16(weights.scales + HALF * half), mins = from_fp16(weights.mins + HALF * half);
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) {
-    totals[r] += __builtin_convertvector(sums[r], f16v) * (scales * inputs.scale[r]);
-    totals[r] += mins * inputs.scaled_sum[r];
+inline __attribute__((always_inline)) void store_group(int step, i16v (*sums)[TILE_ROWS]) {
+  if (step & 1) {
+    _tile_stored(2, sums[0], 64);
+    _tile_stored(3, sums[1], 64);
+  } else {
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
   }
 }
+
+// The totals of a tile of rows. Their indices are template parameters: GCC would leave an indexed array in memory.
+template <class Rows>
+struct Totals;
+template <size_t... R>
+struct Totals<std::index_sequence<R...>> {
+  f16v of[sizeof...(R)];
+
+  inline __attribute__((always_inline)) void clear() { ((of[R] = f16v{}), ...); }
+  // As add_group.
+  inline __attribute__((always_inline)) void add(const WeightGroup<4>& weights, int half, const i16v* sums,
+                                                 const TileInputs& inputs) {
+    const f16v scales = from_fp16(weights.scales + HALF * half), mins = from_fp16(weights.mins + HALF * half);
+    ((of[R] += __builtin_convertvector(sums[R], f16v) * (scales * inputs.scale[R])), ...);
+    ((of[R] += mins * inputs.scaled_sum[R]), ...);
+  }
+  template <class Each>
+  inline __attribute__((always_inline)) void each(Each use) const {
+    (use(int(R), of[R]), ...);
+  }
+};
 
 // What a half block's totals become.
 struct HalfOutput {
@@ -84,7 +108,7 @@ struct HalfOutput {
   const float* bias;
   bool add;
 
-  inline __attribute__((always_inline)) void put(const f16v& total, int row) const {
+  inline __attribute__((always_inline)) void put(f16v total, int row) const {
     float* to = y + ptrdiff_t(row) * outputs;
     if (width == HALF) {
       f16v out = total;
@@ -109,109 +133,72 @@ struct FourBitProduct {
   const float* bias;
   bool add;
 
-  HalfOutput half_output(int block, int half, int first_row) const {
+  HalfOutput half_output(int block, int half) const {
     const int first = block * BLOCK + half * HALF, left = outputs - first;
-    return {y + ptrdiff_t(first_row) * outputs + first, outputs, left < 0 ? 0 : left < HALF ? left : HALF,
+    return {y + first, outputs, left < 0 ? 0 : left < HALF ? left : HALF,
             bias ? bias + first : nullptr, add};
   }
 };
 
-// Up to 16 rows: weights are unpacked into a short ring while the tiles multiply and the totals lie in registers.
+// At most ROWS rows, of one tile. In each step the tiles multiply one group, while the vector units unpack a later one
+// and add the sums of an earlier one to the totals, which stay in registers.
 template <int ROWS>
-__attribute__((noinline)) void few_rows(const FourBitProduct& p, const Stream& stream, int from, int to) {
-  static thread_local TileWeights ring[8];
-  alignas(64) i16v sums[4][TILE_ROWS];
-  const int groups = p.groups, steps = (to - from) * 2 * groups;
-  struct Place {  // block, half, group of a step
-    const WeightGroup<4>* block;
-    int half = 0, group = 0;
-    inline __attribute__((always_inline)) bool advance(int groups) {  // true where a half ended
-      if (++group < groups) return false;
-      group = 0;
-      if (half) block += groups;
-      half ^= 1;
-      return true;
-    }
+__attribute__((noinline)) void multiply_tile_rows(const FourBitProduct& p, const Stream& stream, int from, int to) {
+  static thread_local TileWeights ring[RING][2];
+  alignas(64) i16v sums[RING][2][TILE_ROWS];
+  const int groups = p.groups, steps = (to - from) * groups;
+  const WeightGroup<4>* const w = p.w + ptrdiff_t(from) * groups;
+  const auto unpack = [&](int i) {
+    unpack_half(w[i], 0, ring[i % RING][0]);
+    unpack_half(w[i], 1, ring[i % RING][1]);
   };
-  const WeightGroup<4>* const begin = p.w + ptrdiff_t(from) * groups;
-  Place unpacked{begin}, multiplied{begin}, added{begin};
-  int block = from;
-  f16v totals[ROWS];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) totals[r] = f16v{};
-  for (int i = 0; i < UNPACKED_AHEAD && i < steps; ++i) {
-    unpack_half(unpacked.block[unpacked.group], unpacked.half, ring[i]);
-    unpacked.advance(groups);
-  }
-  for (int i = 0; i < steps + SUMS_BEHIND; ++i) {
-    if (i < steps) {
-      multiply_tile(i, ring[i & 7], p.x[multiplied.group], sums[i & 3]);
-      multiplied.advance(groups);
-    }
+  Totals<std::make_index_sequence<ROWS>> totals[2];
+  totals[0].clear(), totals[1].clear();
+  int multiplied = 0, added = 0, block = from;  // the inputs' groups of these two steps, and the block of the latter
+  for (int i = 0; i < UNPACKED_AHEAD && i < steps; ++i) unpack(i);
+  for (int i = 0; i < steps + ADDED_BEHIND; ++i) {
     if (i + UNPACKED_AHEAD < steps) {
-      const WeightGroup<4>& weights = unpacked.block[unpacked.group];
-      if (!unpacked.half) stream.ask<sizeof(WeightGroup<4>)>(&weights);
-      unpack_half(weights, unpacked.half, ring[(i + UNPACKED_AHEAD) & 7]);
-      unpacked.advance(groups);
+      stream.ask<sizeof(WeightGroup<4>)>(&w[i + UNPACKED_AHEAD]);
+      unpack(i + UNPACKED_AHEAD);
     }
-    if (i < SUMS_BEHIND) continue;
-    const int half = added.half;
-    add_sums<ROWS>(totals, added.block[added.group], half, sums[(i - SUMS_BEHIND) & 3], p.x[added.group]);
-    if (!added.advance(groups)) continue;
-    const HalfOutput output = p.half_output(block, half, 0);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-      if (r < p.rows) output.put(totals[r], r);
-      totals[r] = f16v{};
+    if (i < steps) {
+      multiply_group(i, ring[i % RING], p.x[multiplied]);
+      if (++multiplied == groups) multiplied = 0;
     }
-    block += half;
+    if (i && i <= steps) store_group(i - 1, sums[(i - 1) % RING]);
+    const int done = i - ADDED_BEHIND;
+    if (done < 0) continue;
+    totals[0].add(w[done], 0, sums[done % RING][0], p.x[added]);
+    totals[1].add(w[done], 1, sums[done % RING][1], p.x[added]);
+    if (++added < groups) continue;
+    added = 0;
+    for (int half = 0; half < 2; ++half) {
+      const HalfOutput output = p.half_output(block, half);
+      totals[half].each([&](int r, f16v total) {
+        if (r < p.rows) output.put(total, r);
+      });
+      totals[half].clear();
+    }
+    ++block;
   }
 }
 
-// More rows: a half block is unpacked once for all tiles of rows.
-__attribute__((noinline)) inline void many_rows(const FourBitProduct& p, const Stream& stream, int from, int to) {
-  static thread_local Buffer<TileWeights> buffer;
-  TileWeights* const panel = buffer.at_least(size_t(p.groups));
-  alignas(64) i16v sums[4][TILE_ROWS];
-  for (int b = from; b < to; ++b)
-    for (int half = 0; half < 2; ++half) {
-      const WeightGroup<4>* weights = p.w + ptrdiff_t(b) * p.groups;
-      for (int g = 0; g < p.groups; ++g) {
-        if (!half) stream.ask<sizeof(WeightGroup<4>)>(weights + g);
-        unpack_half(weights[g], half, panel[g]);
-      }
-      for (int first = 0; first < p.rows; first += TILE_ROWS) {
-        const TileInputs* x = p.x + ptrdiff_t(first / TILE_ROWS) * p.groups;
-        f16v totals[TILE_ROWS] = {};
-        for (int i = 0; i < p.groups + SUMS_BEHIND; ++i) {
-          if (i < p.groups) multiply_tile(i, panel[i], x[i], sums[i & 3]);
-          const int g = i - SUMS_BEHIND;
-          if (g >= 0) add_sums<TILE_ROWS>(totals, weights[g], half, sums[g & 3], x[g]);
-        }
-        const HalfOutput output = p.half_output(b, half, first);
-        const int rows = p.rows - first < TILE_ROWS ? p.rows - first : TILE_ROWS;
-        for (int r = 0; r < rows; ++r) output.put(totals[r], r);
-      }
-    }
-}
-
-// With the fewest rows that hold all: their own number would be a function each, and minutes of compiling.
+// With the smallest ROWS that holds all: a function for every number of rows would take minutes to compile.
 template <int ROWS, int... MORE>
-void few_rows_of(const FourBitProduct& p, const Stream& stream, int from, int to) {
+void multiply_fitting(const FourBitProduct& p, const Stream& stream, int from, int to) {
   if constexpr (sizeof...(MORE) > 0)
-    if (p.rows > ROWS) return few_rows_of<MORE...>(p, stream, from, to);
-  few_rows<ROWS>(p, stream, from, to);
+    if (p.rows > ROWS) return multiply_fitting<MORE...>(p, stream, from, to);
+  multiply_tile_rows<ROWS>(p, stream, from, to);
 }
 
 // `rows` rows times blocks [from, to); the thread's tiles are configured for min(rows, 16) rows by configure_tiles.
 // x: [tiles of rows][groups].
 inline void linear_four_bit_tiles(const TileInputs* x, int groups, int rows, const WeightGroup<4>* w, int outputs,
                                   const Stream& stream, float* y, const float* bias, bool add, int from, int to) {
-  const FourBitProduct product{x, groups, rows, w, outputs, y, bias, add};
-  if (rows <= TILE_ROWS)
-    few_rows_of<4, 5, 6, 8, 12, 16>(product, stream, from, to);
-  else
-    many_rows(product, stream, from, to);
+  for (int r = 0; r < rows; r += TILE_ROWS, x += groups, y += ptrdiff_t(TILE_ROWS) * outputs) {
+    const int count = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
+    multiply_fitting<4, 5, 6, 8, 12, 16>(FourBitProduct{x, groups, count, w, outputs, y, bias, add}, stream, from, to);
+  }
 }
 
 }  // namespace

@@ -45,9 +45,13 @@ struct WeightGroup {
 
 // fp16 to fp32; exact, for finite numbers only.
 inline f16v from_fp16(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return (f16v)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
   const u16v h = widen16(from);
   const f16v size = (f16v)((h & 0x7fffu) << 13) * 0x1p112f;
   return (f16v)((u16v)size | (h & 0x8000u) << 16);
+#endif
 }
 
 // Two inputs of a row (the halves of `pair`) times their weights for 16 outputs, added to the outputs' sums.
