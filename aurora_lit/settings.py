@@ -108,7 +108,7 @@ class EngineSettings:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the target. auto: only on a GPU. on: on a CPU it replaces the fused layers."""
     threads: int = _within(0, 0, 4096)
-    """CPU threads of each engine process. 0: all cores, divided among the processes."""
+    """CPU threads of each engine process. 0: all cores that affinity and cgroup allow, divided among the processes."""
 
     @property
     def usable_lookup_tokens(self) -> int:
@@ -169,7 +169,8 @@ class LearnSettings:
     enabled: bool = True
     """Start a learner with the server. false: the draft stays as it is (`aurora-lit learn` can attach a learner)."""
     compute_share: float = _within(0.04, 0.0001, 1.0)
-    """Share of the machine's processor time that the learner may use; its use is measured."""
+    """Share of the processor time that the learner may use, of the cores that its affinity and cgroup allow; its use is
+    measured."""
     full_load_share: float = _within(0.02, 0.0, 1.0)
     """The same while nearly every slot is in use, when a second of learning costs about a second of serving."""
     minimum_share: float = _within(0.005, 0.0, 1.0)

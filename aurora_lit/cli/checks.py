@@ -19,6 +19,7 @@ from typing import Literal
 import psutil
 
 from aurora_lit.config import AuroraConfig, draft_folder
+from aurora_lit.cores import available_cores
 from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
 from aurora_lit.models.source import cache_root, cached
 
@@ -101,14 +102,15 @@ def check_devices(config: AuroraConfig) -> Check:
     """GPUs, and whether there are as many cores as engine.threads."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores, in_machine = available_cores(), os.cpu_count() or 1
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    found = f"{cores} CPU cores, {', '.join(gpus) if gpus else 'no GPU'}"
+    limited = f" of {in_machine} (by affinity or cgroup limit)" if cores < in_machine else ""
+    found = f"{cores} CPU cores{limited}, {', '.join(gpus) if gpus else 'no GPU'}"
     if config.engine.threads > cores:
         return _warn(
             "devices",
             found,
-            f"engine.threads={config.engine.threads} is more than the number of cores; use 0 or at most {cores}",
+            f"engine.threads={config.engine.threads} is more than may be used; use 0 or at most {cores}",
         )
     return _ok("devices", found)
 

@@ -6,7 +6,6 @@ Only connects parts; what they do is in their own files.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from aurora_lit.config import AuroraConfig, draft_folder
+from aurora_lit.cores import use_threads
 from aurora_lit.distributed import Ranks
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.errors import ConfigError, RingError
@@ -103,7 +103,7 @@ def load_shard(config: AuroraConfig, run_folder: Path, rank: int) -> ShardedTarg
     """One rank's shard of the target; all ranks call it at the same time. Raises SourceError or ConfigError."""
     engine = config.engine
     assert engine.strategy != "single"
-    torch.set_num_threads(engine.threads or max(1, (os.cpu_count() or 1) // engine.devices))
+    use_threads(engine.threads, processes=engine.devices)
     ranks = Ranks(rank=rank, size=engine.devices, folder=run_folder, strategy=engine.strategy)
     target = ShardedTarget.load_shard(
         find_target(config), precision=config.target.precision, strategy=engine.strategy, ranks=ranks
@@ -144,8 +144,7 @@ def starting_draft(config: AuroraConfig, target: Target) -> tuple[Eagle3Draft | 
 
 
 def _load(config: AuroraConfig) -> tuple[PreTrainedTokenizerBase, Target]:
-    if config.engine.threads:
-        torch.set_num_threads(config.engine.threads)
+    use_threads(config.engine.threads)
     return load_tokenizer(config), load_target(config)
 
 
