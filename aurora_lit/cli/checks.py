@@ -130,25 +130,17 @@ def check_processor(_: AuroraConfig) -> Check:
     return _ok("processor", found)
 
 
-def check_compiler(_: AuroraConfig) -> Check:
-    """A C++ compiler, tested by building the native kernels."""
+def check_compiler(config: AuroraConfig) -> Check:
+    """The native kernels, which are built here if they have not been built before."""
     from aurora_lit.kernels import build, native
 
-    command = build.compiler()
-    if command is None:
-        return _warn(
-            "compiler",
-            "neither $CXX nor g++ nor clang++",
-            "works, but decoding on CPU is slower: install g++",
-        )
-    if native.library() is None:
-        return _warn(
-            "compiler",
-            f"{command}, but the native kernels are not in use",
-            "works, but slower: check that AURORA_LIT_NATIVE is not 0, that the compiler supports "
-            "-march=native and OpenMP, and that the cache folder is writable",
-        )
-    return _ok("compiler", f"{command}, native kernels built")
+    absent = native.absence()
+    if absent is None:
+        return _ok("compiler", f"{build.compiler()}, native kernels built")
+    found = f"the native kernels are not in use: {absent.reason}"
+    if config.target.precision in ("int8", "int4"):
+        return _fail("compiler", found, f"target.precision={config.target.precision} needs them: {absent.remedy}")
+    return _warn("compiler", found, f"{native.COST} To change that: {absent.remedy}")
 
 
 def check_shared_memory(config: AuroraConfig) -> Check:

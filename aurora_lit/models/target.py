@@ -95,8 +95,8 @@ class Target(nn.Module):
         packing = native.library() is not None
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         if not packing and precision in ("int8", "int4"):
-            remedy = "install a C++ compiler (apt-get install g++), or use bf16"
-            raise SourceError(f"target.precision: {precision} needs the native kernels; {remedy}")
+            reason, remedy, _ = native.absence() or native.Absence("they are not in use", "see `aurora-lit doctor`")
+            raise SourceError(f"target.precision={precision} needs the native kernels: {reason}; {remedy}, or use bf16")
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32 if packing else dtype, local_files_only=True, output_loading_info=True

@@ -21,6 +21,7 @@ from aurora_lit.errors import ConfigError, RingError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.kernels import native
 from aurora_lit.models.partition import check_partition
 from aurora_lit.models.sharded_target import ShardedTarget
 from aurora_lit.models.source import cache_root, resolve
@@ -160,6 +161,7 @@ def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None
 def _engine(
     config: AuroraConfig, target: Target, tokenizer: PreTrainedTokenizerBase, *, observer: RoundObserver | None
 ) -> Engine:
+    native.warn_if_absent()
     draft, version = starting_draft(config, target)
     options = EngineOptions(
         eos_token_ids=eos_token_ids(target, tokenizer),
