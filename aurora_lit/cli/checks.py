@@ -22,6 +22,7 @@ from aurora_lit.config import AuroraConfig, draft_folder
 from aurora_lit.cores import available_cores
 from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
 from aurora_lit.models.source import cache_root, cached
+from aurora_lit.placement import describe, uses_gpus
 
 _GIB = 1 << 30
 _DOWNLOAD_BYTES = 2 * _GIB
@@ -99,19 +100,22 @@ def check_torch(_: AuroraConfig) -> Check:
 
 
 def check_devices(config: AuroraConfig) -> Check:
-    """GPUs, and whether there are as many cores as engine.threads."""
+    """GPUs, where target and draft compute, and whether there are as many cores as engine.threads."""
     import torch
 
     cores, in_machine = available_cores(), os.cpu_count() or 1
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     limited = f" of {in_machine} (by affinity or cgroup limit)" if cores < in_machine else ""
-    found = f"{cores} CPU cores{limited}, {', '.join(gpus) if gpus else 'no GPU'}"
+    found = f"{cores} CPU cores{limited}, {', '.join(gpus) if gpus else 'no GPU'}: {describe(config)}"
     if config.engine.threads > cores:
         return _warn(
             "devices",
             found,
             f"engine.threads={config.engine.threads} is more than may be used; use 0 or at most {cores}",
         )
+    if uses_gpus(config):
+        remedy = "engine.device=cpu computes on the CPU; `CUDA_VISIBLE_DEVICES= aurora-lit serve` the learner too"
+        return _warn("devices", found, f"{remedy}. For many clients `aurora-lit export` writes the draft for vLLM")
     return _ok("devices", found)
 
 
@@ -214,7 +218,7 @@ def check_target(config: AuroraConfig) -> Check:
 
 
 def check_memory(config: AuroraConfig) -> Check:
-    """Enough free memory for the deployment: on the GPUs, or in main memory if there are none."""
+    """Enough free memory for the deployment: on the GPUs, or in main memory if it computes on the CPU."""
     import torch
 
     from aurora_lit.cli.footprint import host_total, model_shape, needs, total
@@ -235,7 +239,7 @@ def check_memory(config: AuroraConfig) -> Check:
     fullest = total(lines, "every device", "first device")
     if config.learn.enabled:
         fullest += total(lines, "learner's device")
-    if gpus:
+    if uses_gpus(config):
         found = f"{len(gpus)} GPUs of {min(gpus) / _GIB:.0f} GiB, {engine.devices} of {fullest / _GIB:.1f} GiB needed"
         enough = len(gpus) >= engine.devices and min(gpus) >= fullest
     else:

@@ -25,8 +25,9 @@ from aurora_lit.kernels import native
 from aurora_lit.models.partition import check_partition
 from aurora_lit.models.sharded_target import ShardedTarget
 from aurora_lit.models.source import cache_root, resolve
-from aurora_lit.models.target import Target
+from aurora_lit.models.target import CPU, Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
+from aurora_lit.placement import describe, uses_gpus
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
@@ -105,7 +106,9 @@ def load_shard(config: AuroraConfig, run_folder: Path, rank: int) -> ShardedTarg
     engine = config.engine
     assert engine.strategy != "single"
     use_threads(engine.threads, processes=engine.devices)
-    ranks = Ranks(rank=rank, size=engine.devices, folder=run_folder, strategy=engine.strategy)
+    ranks = Ranks(
+        rank=rank, size=engine.devices, folder=run_folder, strategy=engine.strategy, on_gpus=uses_gpus(config)
+    )
     target = ShardedTarget.load_shard(
         find_target(config), precision=config.target.precision, strategy=engine.strategy, ranks=ranks
     )
@@ -146,7 +149,11 @@ def starting_draft(config: AuroraConfig, target: Target) -> tuple[Eagle3Draft | 
 
 def _load(config: AuroraConfig) -> tuple[PreTrainedTokenizerBase, Target]:
     use_threads(config.engine.threads)
-    return load_tokenizer(config), load_target(config)
+    return load_tokenizer(config), load_target(config, device=_device(config))
+
+
+def _device(config: AuroraConfig) -> torch.device:
+    return torch.device("cuda") if uses_gpus(config) else CPU
 
 
 def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None]) -> TraceRecorder:
@@ -161,7 +168,10 @@ def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None
 def _engine(
     config: AuroraConfig, target: Target, tokenizer: PreTrainedTokenizerBase, *, observer: RoundObserver | None
 ) -> Engine:
-    native.warn_if_absent()
+    if target.model.device.type == "cpu":
+        native.warn_if_absent()
+    else:
+        _log.warning("%s; engine.device=cpu computes on the CPU", describe(config))
     draft, version = starting_draft(config, target)
     options = EngineOptions(
         eos_token_ids=eos_token_ids(target, tokenizer),
@@ -205,10 +215,11 @@ def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
 
 
 def prepare(config: AuroraConfig) -> None:
-    """Fetch the target and check that it can be partitioned as configured, before any process is started.
+    """Fetch the target and check that it can be placed and partitioned as configured, before any process is started.
 
     Raises SourceError or ConfigError.
     """
+    uses_gpus(config)
     check_partition(config, AutoConfig.from_pretrained(find_target(config), local_files_only=True))
 
 
@@ -218,11 +229,11 @@ def find_target(config: AuroraConfig) -> Path:
     return resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
 
 
-def load_target(config: AuroraConfig) -> Target:
+def load_target(config: AuroraConfig, *, device: torch.device = CPU) -> Target:
     """The target in its configured precision. Raises ConfigError if it cannot hold max_seq_len positions."""
-    target = Target.load(find_target(config), precision=config.target.precision)
+    target = Target.load(find_target(config), precision=config.target.precision, device=device)
     _check_length(config, target)
-    if config.engine.compile == "on" or (config.engine.compile == "auto" and target.model.device.type == "cuda"):
+    if config.engine.compile == "on":
         target.compile_forward()
     return target
 
