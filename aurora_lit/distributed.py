@@ -80,12 +80,12 @@ class Order:
 class Ranks:
     """This process's membership in the group of ranks, all on one machine."""
 
-    def __init__(self, *, rank: int, size: int, folder: Path, strategy: Strategy) -> None:
+    def __init__(self, *, rank: int, size: int, folder: Path, strategy: Strategy, on_gpus: bool = False) -> None:
         """Join the group; returns when all ranks have joined.
 
         `folder` must be private to the ranks and not have been used for another group: they rendezvous through a file
-        in it, so no port is needed and no other process can join. The device is this rank's GPU if the machine has at
-        least `size` GPUs, else the CPU.
+        in it, so no port is needed and no other process can join. `on_gpus`: the device is the GPU with this rank's
+        number, else the CPU.
         """
         self.rank, self.size = rank, size
         self.version = ""
@@ -95,19 +95,18 @@ class Ranks:
         self._lock = threading.RLock()
         self._broken = False
         self._parallelize: Parallelize | None = None
-        gpus = torch.cuda.is_available() and torch.cuda.device_count() >= size
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # loopback: not reachable from the network
-        if gpus:
+        if on_gpus:
             torch.cuda.set_device(rank)
         store = dist.FileStore(str(folder / _FILE_NAME), size)  # type: ignore[attr-defined]
         dist.init_process_group(
-            "nccl" if gpus else "gloo", store=store, rank=rank, world_size=size, timeout=_COLLECTIVE_TIMEOUT
+            "nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=size, timeout=_COLLECTIVE_TIMEOUT
         )
         self._control: Any = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
         self.fabric = Fabric(
-            accelerator="cuda" if gpus else "cpu",
+            accelerator="cuda" if on_gpus else "cpu",
             devices=size,
             strategy=ModelParallelStrategy(
                 lambda model, mesh: self._parallelize(model, mesh),  # type: ignore[misc]

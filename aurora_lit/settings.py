@@ -105,10 +105,15 @@ class EngineSettings:
     layer (faster). fsdp: each has a part of every weight and gathers a layer to run it (works for any model)."""
     devices: int = _within(1, 1, 1024)
     """Number of processes that share the target: one for each GPU, or all on the CPU. 1 with strategy single."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where target and draft compute. auto: each process on a GPU of its own if there are enough and the precision is
+    neither int8 nor int4, else on the CPU. cuda: refused where that cannot be. On a GPU everything is computed in
+    eager torch, which was never tested on a real one: use cpu if it fails."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the target. auto: only on a GPU. on: on a CPU it replaces the fused layers."""
+    """torch.compile of the target, with strategy single. on: on a CPU it replaces the fused layers. auto: not compiled,
+    since the fused layers are faster there, and on a GPU nobody has measured it."""
     threads: int = _within(0, 0, 4096)
-    """CPU threads of each engine process. 0: all cores, divided among the processes."""
+    """CPU threads of each engine process. 0: all cores that affinity and cgroup allow, divided among the processes."""
 
     @property
     def usable_lookup_tokens(self) -> int:
@@ -169,7 +174,8 @@ class LearnSettings:
     enabled: bool = True
     """Start a learner with the server. false: the draft stays as it is (`aurora-lit learn` can attach a learner)."""
     compute_share: float = _within(0.04, 0.0001, 1.0)
-    """Share of the machine's processor time that the learner may use; its use is measured."""
+    """Share of the processor time that the learner may use, of the cores that its affinity and cgroup allow; its use is
+    measured."""
     full_load_share: float = _within(0.02, 0.0, 1.0)
     """The same while nearly every slot is in use, when a second of learning costs about a second of serving."""
     minimum_share: float = _within(0.005, 0.0, 1.0)

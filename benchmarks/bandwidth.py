@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aurora_lit.config import load_config
+from aurora_lit.cores import use_threads
 from aurora_lit.kernels import huge_pages
 from aurora_lit.kernels.packed_linear import PackedLinear
 from aurora_lit.models.target import Target
@@ -38,8 +39,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings, key=value, after --")
     arguments = parser.parse_args()
     config = load_config(None, arguments.overrides)
-    if config.engine.threads:
-        torch.set_num_threads(config.engine.threads)
+    use_threads(config.engine.threads)
     folder = find_target(config)
     table = Table(title=f"a forward pass of one token, {torch.get_num_threads()} threads")
     for column in ("precision", "weights, MB", "reading alone, GB/s", "the pass, ms", "share of bandwidth"):

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from aurora_lit.bench.prompts import load_prompts
 from aurora_lit.config import load_config
+from aurora_lit.cores import use_threads
 from aurora_lit.models.target import Target
 from aurora_lit.serve.worker.build import find_target, load_tokenizer
 
@@ -38,8 +39,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings, key=value, after --")
     arguments = parser.parse_args()
     config = load_config(None, arguments.overrides)
-    if config.engine.threads:
-        torch.set_num_threads(config.engine.threads)
+    use_threads(config.engine.threads)
     folder = find_target(config)
     prompts = load_prompts(
         arguments.prompts, limit=arguments.limit, tokenizer=load_tokenizer(config), max_prompt_tokens=512

@@ -88,6 +88,7 @@ DEFAULTS = {
         "prefix_cache": True,
         "strategy": "single",
         "devices": 1,
+        "device": "auto",
         "compile": "auto",
         "threads": 0,
     },

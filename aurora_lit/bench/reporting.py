@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aurora_lit.config import AuroraConfig
+from aurora_lit.cores import available_cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def write_report(path: Path, *, config: AuroraConfig, draft_version: str, result
     """Write results as JSON, together with machine, draft version and settings."""
     machine = {
         "processor": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -19,8 +19,10 @@ from typing import Literal
 import psutil
 
 from aurora_lit.config import AuroraConfig, draft_folder
+from aurora_lit.cores import available_cores
 from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
 from aurora_lit.models.source import cache_root, cached
+from aurora_lit.placement import describe, uses_gpus
 
 _GIB = 1 << 30
 _DOWNLOAD_BYTES = 2 * _GIB
@@ -98,18 +100,22 @@ def check_torch(_: AuroraConfig) -> Check:
 
 
 def check_devices(config: AuroraConfig) -> Check:
-    """GPUs, and whether there are as many cores as engine.threads."""
+    """GPUs, where target and draft compute, and whether there are as many cores as engine.threads."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores, in_machine = available_cores(), os.cpu_count() or 1
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    found = f"{cores} CPU cores, {', '.join(gpus) if gpus else 'no GPU'}"
+    limited = f" of {in_machine} (by affinity or cgroup limit)" if cores < in_machine else ""
+    found = f"{cores} CPU cores{limited}, {', '.join(gpus) if gpus else 'no GPU'}: {describe(config)}"
     if config.engine.threads > cores:
         return _warn(
             "devices",
             found,
-            f"engine.threads={config.engine.threads} is more than the number of cores; use 0 or at most {cores}",
+            f"engine.threads={config.engine.threads} is more than may be used; use 0 or at most {cores}",
         )
+    if uses_gpus(config):
+        remedy = "engine.device=cpu computes on the CPU; `CUDA_VISIBLE_DEVICES= aurora-lit serve` the learner too"
+        return _warn("devices", found, f"{remedy}. For many clients `aurora-lit export` writes the draft for vLLM")
     return _ok("devices", found)
 
 
@@ -128,25 +134,17 @@ def check_processor(_: AuroraConfig) -> Check:
     return _ok("processor", found)
 
 
-def check_compiler(_: AuroraConfig) -> Check:
-    """A C++ compiler, tested by building the native kernels."""
+def check_compiler(config: AuroraConfig) -> Check:
+    """The native kernels, which are built here if they have not been built before."""
     from aurora_lit.kernels import build, native
 
-    command = build.compiler()
-    if command is None:
-        return _warn(
-            "compiler",
-            "neither $CXX nor g++ nor clang++",
-            "works, but decoding on CPU is slower: install g++",
-        )
-    if native.library() is None:
-        return _warn(
-            "compiler",
-            f"{command}, but the native kernels are not in use",
-            "works, but slower: check that AURORA_LIT_NATIVE is not 0, that the compiler supports "
-            "-march=native and OpenMP, and that the cache folder is writable",
-        )
-    return _ok("compiler", f"{command}, native kernels built")
+    absent = native.absence()
+    if absent is None:
+        return _ok("compiler", f"{build.compiler()}, native kernels built")
+    found = f"the native kernels are not in use: {absent.reason}"
+    if config.target.precision in ("int8", "int4"):
+        return _fail("compiler", found, f"target.precision={config.target.precision} needs them: {absent.remedy}")
+    return _warn("compiler", found, f"{native.COST} To change that: {absent.remedy}")
 
 
 def check_shared_memory(config: AuroraConfig) -> Check:
@@ -220,7 +218,7 @@ def check_target(config: AuroraConfig) -> Check:
 
 
 def check_memory(config: AuroraConfig) -> Check:
-    """Enough free memory for the deployment: on the GPUs, or in main memory if there are none."""
+    """Enough free memory for the deployment: on the GPUs, or in main memory if it computes on the CPU."""
     import torch
 
     from aurora_lit.cli.footprint import host_total, model_shape, needs, total
@@ -241,7 +239,7 @@ def check_memory(config: AuroraConfig) -> Check:
     fullest = total(lines, "every device", "first device")
     if config.learn.enabled:
         fullest += total(lines, "learner's device")
-    if gpus:
+    if uses_gpus(config):
         found = f"{len(gpus)} GPUs of {min(gpus) / _GIB:.0f} GiB, {engine.devices} of {fullest / _GIB:.1f} GiB needed"
         enough = len(gpus) >= engine.devices and min(gpus) >= fullest
     else:

@@ -23,6 +23,7 @@ import torch
 
 _MAIN_SOURCE = Path(__file__).parent / "csrc" / "kernels.cpp"
 _SOURCES = (_MAIN_SOURCE, *sorted(_MAIN_SOURCE.parent.glob("*.hpp")))
+_MAX_ERRORS, _MAX_ERROR_LENGTH = 2, 500
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
 
 
@@ -59,12 +60,24 @@ def built_library(command: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         obj, lib = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
-        subprocess.run([command, *_FLAGS, "-c", str(_MAIN_SOURCE), "-o", str(obj)], check=True, capture_output=True)
+        _run([command, *_FLAGS, "-c", str(_MAIN_SOURCE), "-o", str(obj)])
         # Not linked against OpenMP if torch has loaded its own runtime: two runtimes would compete for the cores.
-        link = [command, "-shared", str(obj), "-o", str(lib), *(["-fopenmp"] if openmp is None else [])]
-        subprocess.run(link, check=True, capture_output=True)
+        _run([command, "-shared", str(obj), "-o", str(lib), *(["-fopenmp"] if openmp is None else [])])
         os.replace(lib, path)
     return path
+
+
+def first_errors(error: subprocess.CalledProcessError) -> str:
+    """What the compiler said first, in a line: up to two messages with "error" in them, else its first lines."""
+    said = (error.stderr or b"") + (error.stdout or b"")
+    lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in lines if "error" in line.lower()] or lines
+    return " | ".join(lines[:_MAX_ERRORS])[:_MAX_ERROR_LENGTH] or f"exit code {error.returncode}, without a message"
+
+
+def _run(command: list[str]) -> None:
+    # In English, so that errors are found in what it says.
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "LC_ALL": "C"})
 
 
 def _torch_openmp() -> str | None:

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import subprocess
+from typing import NamedTuple
 
 import torch
 
 from aurora_lit.kernels import huge_pages, quantization
-from aurora_lit.kernels.build import built_library, compiler
+from aurora_lit.kernels.build import built_library, compiler, first_errors
 from aurora_lit.kernels.weight_format import WeightFormat
 
 KEY_BLOCK = 64
@@ -28,6 +30,10 @@ _NORM_MARGIN = 1.001
 """Factor that makes a norm computed in fp32 no smaller than the exact one."""
 _SCREEN_CHUNK = 4096
 """Outputs that are quantised at a time, whole blocks: a large head at once would take gigabytes."""
+
+
+COST = "Without them everything is computed in torch: slower, and target.precision int8 and int4 are refused."
+_log = logging.getLogger(__name__)
 
 
 class AttentionShape(ctypes.Structure):
@@ -43,18 +49,55 @@ class AttentionShape(ctypes.Structure):
     )
 
 
-@functools.cache
+class Absence(NamedTuple):
+    """Why there are no kernels."""
+
+    reason: str
+    remedy: str
+    is_choice: bool = False
+    """True if the environment turned them off."""
+
+
 def library() -> ctypes.CDLL | None:
     """The loaded kernels, compiled on first use; None if they cannot be built or `AURORA_LIT_NATIVE=0` is set."""
+    loaded = _load()
+    return loaded if isinstance(loaded, ctypes.CDLL) else None
+
+
+def absence() -> Absence | None:
+    """Why `library` is None; None if there is a library."""
+    loaded = _load()
+    return loaded if isinstance(loaded, Absence) else None
+
+
+@functools.cache
+def warn_if_absent() -> None:
+    """Log that there are no kernels, what that costs, and what to do; once, and not if that was chosen."""
+    if (absent := absence()) is not None and not absent.is_choice:
+        _log.warning(
+            "The native kernels are not in use: %s. %s To change that: %s.", absent.reason, COST, absent.remedy
+        )
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | Absence:
     if os.environ.get("AURORA_LIT_NATIVE") == "0":
-        return None
+        return Absence("AURORA_LIT_NATIVE=0", "unset AURORA_LIT_NATIVE", is_choice=True)
     command = compiler()
     if command is None:
-        return None
+        return Absence("no C++ compiler was found ($CXX, g++, clang++)", "install one (apt-get install g++)")
+    another = "name another compiler in CXX"
     try:
-        return ctypes.CDLL(str(built_library(command)))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        path = built_library(command)
+    except subprocess.CalledProcessError as error:
+        needs = "it must support -march=native, OpenMP and C++17"
+        return Absence(f"{command} failed: {first_errors(error)}", f"repair the compiler ({needs}), or {another}")
+    except OSError as error:
+        return Absence(f"they cannot be built ({error})", f"set AURORA_LIT_CACHE to a writable folder, or {another}")
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        return Absence(f"they cannot be loaded ({error})", f"delete {path} and start again, or {another}")
 
 
 def has_vnni() -> bool:

@@ -30,6 +30,8 @@ from aurora_lit.models.fused_layers import fuse_target
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.modules.draft.logit_transform import LogitTransform
 
+CPU = torch.device("cpu")
+
 
 def aux_layer_ids(num_layers: int) -> tuple[int, int, int]:
     """EAGLE-3's three layers (low, middle, high): indices into transformers' `hidden_states`."""
@@ -86,17 +88,19 @@ class Target(nn.Module):
             layers[layer_id].register_forward_pre_hook(self._make_aux_hook(layer_id), with_kwargs=True)
 
     @classmethod
-    def load(cls, folder: Path, *, precision: str) -> Target:
+    def load(cls, folder: Path, *, precision: str, device: torch.device = CPU) -> Target:
         """Load a model folder. `precision`: one of fp32, bf16, int8, int4, auto (see `pack_model`).
 
         With native kernels, linear layers are packed for them and only their weights have that precision. Without,
-        the whole model is fp32 or bf16. Raises SourceError.
+        and on other devices than the CPU, the whole model is fp32 or bf16. Raises SourceError.
         """
-        packing = native.library() is not None
+        packing = device.type == "cpu" and native.library() is not None
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        if precision in ("int8", "int4") and device.type != "cpu":
+            raise SourceError(f"target.precision={precision} runs on the CPU only; set engine.device=cpu, or use bf16")
         if not packing and precision in ("int8", "int4"):
-            remedy = "install a C++ compiler (apt-get install g++), or use bf16"
-            raise SourceError(f"target.precision: {precision} needs the native kernels; {remedy}")
+            reason, remedy, _ = native.absence() or native.Absence("they are not in use", "see `aurora-lit doctor`")
+            raise SourceError(f"target.precision={precision} needs the native kernels: {reason}; {remedy}, or use bf16")
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32 if packing else dtype, local_files_only=True, output_loading_info=True
@@ -108,7 +112,7 @@ class Target(nn.Module):
             raise SourceError(f"target.source: {folder} lacks weights ({', '.join(missing[:3])} …); copy it again")
         if packing:
             pack_model(model, precision=precision, head=model.get_output_embeddings())
-        target = cls(model, kv_dtype=dtype)
+        target = cls(model.to(device), kv_dtype=dtype)
         target.check()
         if packing:
             target.fuse_layers()

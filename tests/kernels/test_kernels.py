@@ -329,17 +329,6 @@ def test_the_environment_can_disable_the_kernels() -> None:
     assert result.stdout.strip() == "None"
 
 
-@pytest.mark.parametrize("name", ["no compiler", "a compiler that fails"])
-def test_a_machine_without_a_working_compiler_falls_back(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("AURORA_LIT_CACHE", str(folder))
-    monkeypatch.delenv("AURORA_LIT_NATIVE", raising=False)
-    monkeypatch.setattr(native, "compiler", lambda: None if name == "no compiler" else "false")
-    assert native.library.__wrapped__() is None
-
-
 @needs_kernels
 def test_small_weights_share_huge_pages_without_overlapping() -> None:
     """Weights of any size keep their values; large ones have a mapping of their own."""

@@ -40,6 +40,7 @@ from aurora_lit.bench.reporting import progress_bar
 from aurora_lit.bench.stream import MEASURED, TRAFFIC, read_stream_info
 from aurora_lit.bench.stream_plan import phase_of
 from aurora_lit.config import AuroraConfig
+from aurora_lit.cores import use_threads
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.on_policy import RoundSimulator
@@ -85,8 +86,7 @@ def run(
     wanted, stream = arms_named(arms), read_stream_info(traces)
     options = RunOptions(steps_per_request=steps_per_request, every=every, block=block)
     _start_or_resume(out, config, options, stream)
-    if config.engine.threads:
-        torch.set_num_threads(config.engine.threads)
+    use_threads(config.engine.threads)
     costs = measure_costs(config, out / COSTS_NAME)
     todo = [(arm, seed) for seed in seeds for arm in wanted if not result_path(out, arm.name, seed).exists()]
     if todo:

@@ -15,11 +15,12 @@ whatever a step costs. All of the process counts, reading traces included. Leave
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
+
+from aurora_lit.cores import available_cores
 
 _SAVED_S = 10.0
 """Largest balance, in seconds of the share: after waiting for traces a learner may take a few steps at once."""
@@ -41,7 +42,7 @@ class ServerLoad(Enum):
 
 
 class Budget:
-    """Limits this process's processor time to a share of the machine's."""
+    """Limits this process's processor time to a share of what it may use."""
 
     def __init__(
         self,
@@ -56,10 +57,10 @@ class Budget:
         """Start with an empty bucket.
 
         share: of all processors' time while slots are free. full_load_share: while nearly every slot is taken.
-        minimum_share: while requests wait for a slot. The last two are never more than the first. cpus: None counts the
-        machine's processors.
+        minimum_share: while requests wait for a slot. The last two are never more than the first. cpus: how many
+        processors that are; None: as many as this process may use.
         """
-        self._cpus = cpus or os.cpu_count() or 1
+        self._cpus = cpus or available_cores()
         self._shares = {
             ServerLoad.SPARE: share,
             ServerLoad.FULL: min(full_load_share, share),

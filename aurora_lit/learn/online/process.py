@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from aurora_lit.config import AuroraConfig
+from aurora_lit.cores import available_cores
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -42,7 +43,7 @@ def run_learner(config: AuroraConfig, run_folder: Path) -> None:
         _follow(config)
         return
     threads = learn.threads * learn.devices
-    _lower_priority(learn.threads, niceness(share=learn.compute_share, threads=threads, cpus=os.cpu_count() or 1))
+    _lower_priority(learn.threads, niceness(share=learn.compute_share, threads=threads, cpus=available_cores()))
     page, status = _open_pages(run_folder)
     page.write(pid=os.getpid(), started_ns=time.monotonic_ns(), activity="loading", error="", busy_threads=threads)
     page.beat()
@@ -79,7 +80,7 @@ def _learn(config: AuroraConfig, run_folder: Path, page: LearnerStatusPage, stat
 
 
 def niceness(*, share: float, threads: int, cpus: int) -> int:
-    """The nice value that gives `threads` about `share` of the processors when other processes keep them all busy.
+    """The nice value that gives `threads` about `share` of `cpus` processors when other processes keep them all busy.
 
     Linux shares a processor by weights, which fall by a factor of 1.25 a nice level (sched(7)).
     """

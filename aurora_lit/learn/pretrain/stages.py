@@ -22,6 +22,7 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.config import AuroraConfig
+from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, count_tokens, initial_draft
 from aurora_lit.errors import ConfigError
@@ -75,8 +76,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     Raises ConfigError when there is nothing to train on, CheckpointError when `start_from` cannot be used.
     """
     console = Console()
-    if config.engine.threads:
-        torch.set_num_threads(config.engine.threads)
+    use_threads(config.engine.threads)
     traces = options.out.with_name(f"{options.out.name}.traces")
     tokenizer, target = load_tokenizer(config), load_target(config)
     # Loaded first, so that an unusable draft is refused before hours of work.

@@ -118,7 +118,7 @@ def token_history(
         return None
     longest, device = max(sequence.length for sequence in sequences), tokens_SL.device
     return History(
-        token_BL=tokens_SL[torch.tensor([sequence.slot for sequence in sequences]), :longest],
+        token_BL=tokens_SL[torch.tensor([sequence.slot for sequence in sequences], device=device), :longest],
         prompt_length_B=torch.tensor([sequence.prompt_length for sequence in sequences], device=device),
         length_B=torch.tensor([sequence.length for sequence in sequences], device=device),
     )

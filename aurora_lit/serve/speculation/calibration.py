@@ -59,7 +59,7 @@ class _Probe:
         """One forward pass of the target, and the greedy tokens of its logits."""
         ids_BT = torch.zeros(self.batch_size, query_length, dtype=torch.int64, device=self._slots_B.device)
         _, last_BTH = self._target(ids_BT, kv_cache=self._kv_cache, slots_B=self._slots_B, starts_B=self._starts_B)
-        self._target.greedy_tokens(last_BTH)
+        self._target.greedy_tokens(last_BTH).cpu()  # waits for a GPU, as below
 
     def run_chain(self, steps: int) -> None:
         """Draft chains of `steps` tokens, after a prefill of two positions."""
@@ -70,7 +70,7 @@ class _Probe:
             num_steps=steps,
             uniform_BK=torch.zeros(self.batch_size, steps, device=self._slots_B.device),
             should_continue=lambda *_: True,
-        )
+        ).token_BK.cpu()
 
     def run_tree(self, levels: int, nodes: int) -> None:
         """Draft trees, after a prefill of two positions."""
@@ -112,7 +112,7 @@ def _prefill_position_s(target: Target, drafter: Drafter, *, capacity: int) -> f
         slots_B=torch.zeros(1, dtype=torch.int64, device=target.model.device),
         lengths=[1 + min(_PREFILL_POSITIONS, capacity // 2)],
     )
-    seconds = _best_seconds(lambda: drafter.prefill(_uncached(drafter, inputs)))
+    seconds = _best_seconds(lambda: drafter.prefill(_uncached(drafter, inputs)).cpu())
     return seconds / (inputs.lengths[0] - 1)
 
 

@@ -247,7 +247,8 @@ class Drafter:
         counts = [length - 1 - start for length, start in zip(inputs.lengths, starts, strict=True)]
         # A sequence of one token has no position yet: its result is arbitrary, and is computed again next time.
         hidden_BTH = self._run_committed(inputs.slots_B, starts, max(1, *counts))
-        return hidden_BTH[torch.arange(len(counts)), torch.tensor(counts) - 1]
+        device = hidden_BTH.device
+        return hidden_BTH[torch.arange(len(counts), device=device), torch.tensor(counts, device=device) - 1]
 
     def _prefill_all_but_last_pass(self, inputs: DraftInputs) -> list[int]:
         """Prefill up to the last pass, one over all sequences that the caller runs. Returns where that pass starts."""
@@ -257,7 +258,8 @@ class Drafter:
         for slot, length in zip(inputs.slots_B.tolist(), inputs.lengths, strict=True):
             while length - 1 - self._num_cached[slot] > last_pass:
                 count = min(_PREFILL_CHUNK_TOKENS, length - 2 - self._num_cached[slot])
-                self._run_committed(torch.tensor([slot]), [self._num_cached[slot]], count)
+                slot_1 = torch.tensor([slot], device=inputs.slots_B.device)
+                self._run_committed(slot_1, [self._num_cached[slot]], count)
                 self._num_cached[slot] += count
             starts.append(self._num_cached[slot])
             self._num_cached[slot] = length - 1

@@ -238,7 +238,8 @@ class Proposer:
             token_BK[index, :steps] = draft_proposals.token_BK
             num_proposed_B[index] = draft_proposals.num_proposed_B
             if draft_proposals.parent_BK is not None:
-                parent_BK = torch.arange(width).repeat(batch_size, 1)  # the others' proposals are chains
+                # The others' proposals are chains.
+                parent_BK = torch.arange(width, device=self._device).repeat(batch_size, 1)
                 parent_BK[index, :steps] = draft_proposals.parent_BK
             if draft_proposals.q_BKD is not None:
                 q_BKD = draft_proposals.q_BKD.new_zeros(batch_size, width, draft_proposals.q_BKD.shape[2])

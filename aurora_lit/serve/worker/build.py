@@ -6,7 +6,6 @@ Only connects parts; what they do is in their own files.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +14,20 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from aurora_lit.config import AuroraConfig, draft_folder
+from aurora_lit.cores import use_threads
 from aurora_lit.distributed import Ranks
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.errors import ConfigError, RingError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.kernels import native
 from aurora_lit.models.partition import check_partition
 from aurora_lit.models.sharded_target import ShardedTarget
 from aurora_lit.models.source import cache_root, resolve
-from aurora_lit.models.target import Target
+from aurora_lit.models.target import CPU, Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
+from aurora_lit.placement import describe, uses_gpus
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
@@ -103,8 +105,10 @@ def load_shard(config: AuroraConfig, run_folder: Path, rank: int) -> ShardedTarg
     """One rank's shard of the target; all ranks call it at the same time. Raises SourceError or ConfigError."""
     engine = config.engine
     assert engine.strategy != "single"
-    torch.set_num_threads(engine.threads or max(1, (os.cpu_count() or 1) // engine.devices))
-    ranks = Ranks(rank=rank, size=engine.devices, folder=run_folder, strategy=engine.strategy)
+    use_threads(engine.threads, processes=engine.devices)
+    ranks = Ranks(
+        rank=rank, size=engine.devices, folder=run_folder, strategy=engine.strategy, on_gpus=uses_gpus(config)
+    )
     target = ShardedTarget.load_shard(
         find_target(config), precision=config.target.precision, strategy=engine.strategy, ranks=ranks
     )
@@ -144,9 +148,12 @@ def starting_draft(config: AuroraConfig, target: Target) -> tuple[Eagle3Draft | 
 
 
 def _load(config: AuroraConfig) -> tuple[PreTrainedTokenizerBase, Target]:
-    if config.engine.threads:
-        torch.set_num_threads(config.engine.threads)
-    return load_tokenizer(config), load_target(config)
+    use_threads(config.engine.threads)
+    return load_tokenizer(config), load_target(config, device=_device(config))
+
+
+def _device(config: AuroraConfig) -> torch.device:
+    return torch.device("cuda") if uses_gpus(config) else CPU
 
 
 def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None]) -> TraceRecorder:
@@ -161,6 +168,10 @@ def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None
 def _engine(
     config: AuroraConfig, target: Target, tokenizer: PreTrainedTokenizerBase, *, observer: RoundObserver | None
 ) -> Engine:
+    if target.model.device.type == "cpu":
+        native.warn_if_absent()
+    else:
+        _log.warning("%s; engine.device=cpu computes on the CPU", describe(config))
     draft, version = starting_draft(config, target)
     options = EngineOptions(
         eos_token_ids=eos_token_ids(target, tokenizer),
@@ -204,10 +215,11 @@ def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
 
 
 def prepare(config: AuroraConfig) -> None:
-    """Fetch the target and check that it can be partitioned as configured, before any process is started.
+    """Fetch the target and check that it can be placed and partitioned as configured, before any process is started.
 
     Raises SourceError or ConfigError.
     """
+    uses_gpus(config)
     check_partition(config, AutoConfig.from_pretrained(find_target(config), local_files_only=True))
 
 
@@ -217,11 +229,11 @@ def find_target(config: AuroraConfig) -> Path:
     return resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
 
 
-def load_target(config: AuroraConfig) -> Target:
+def load_target(config: AuroraConfig, *, device: torch.device = CPU) -> Target:
     """The target in its configured precision. Raises ConfigError if it cannot hold max_seq_len positions."""
-    target = Target.load(find_target(config), precision=config.target.precision)
+    target = Target.load(find_target(config), precision=config.target.precision, device=device)
     _check_length(config, target)
-    if config.engine.compile == "on" or (config.engine.compile == "auto" and target.model.device.type == "cuda"):
+    if config.engine.compile == "on":
         target.compile_forward()
     return target
 

@@ -11,12 +11,12 @@ Leaves out exploring itself (serve/speculation/proposer.py) and how the learner 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 
 import torch
 
+from aurora_lit.cores import available_cores
 from aurora_lit.ipc.learner_status import STALLED_AFTER_S, LearnerStatusPage
 from aurora_lit.serve.speculation.planner import SpeculationPlanner
 from aurora_lit.serve.speculation.proposer import Proposer
@@ -66,9 +66,9 @@ class ThreadBudget:
         cores: int | None = None,
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """threads: number for rounds without a learner. cores: None means all cores of the machine."""
+        """threads: number for rounds without a learner. cores: None means all that may be used."""
         self._planner, self._page, self._monotonic_s = planner, page, monotonic_s
-        self._configured_threads, self._cores = threads, cores or os.cpu_count() or 1
+        self._configured_threads, self._cores = threads, cores or available_cores()
         self._threads = threads
         self._next_check_s = 0.0
         self._is_learner_running = False

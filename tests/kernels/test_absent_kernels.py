@@ -1,0 +1,146 @@
+"""Kernels that cannot be built or loaded: said once with the compiler's own words, what it costs, and what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import child_environment
+from support.fake_engine import tiny_tokenizer
+from support.tiny_models import save_model
+
+from aurora_lit.kernels.native import COST
+
+VERSION = '#!/bin/sh\n[ "$1" = --version ] && echo "fake 1.0" && exit 0\n'
+FAILS = f'{VERSION}exec g++ -include no-such-header.h "$@"\n'
+"""The real compiler, with a header that is not there."""
+MAKES_GARBAGE = f"""{VERSION}while [ $# -gt 0 ]; do [ "$1" = -o ] && echo garbage > "$2"; shift; done\n"""
+IS_SILENT = f"{VERSION}exit 3\n"
+Environment = dict[str, str]
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> Callable[[str], Environment]:
+    """The environment in which a script is the compiler, with an empty cache."""
+
+    def make(script: str) -> Environment:
+        path = tmp_path / "compiler"
+        path.write_text(script)
+        path.chmod(0o755)
+        return {"CXX": str(path), "AURORA_LIT_CACHE": str(tmp_path / "cache"), "AURORA_LIT_NATIVE": "1"}
+
+    return make
+
+
+@pytest.fixture
+def no_compiler(tmp_path: Path) -> Environment:
+    empty = {"PATH": str(tmp_path), "CXX": "", "AURORA_LIT_CACHE": str(tmp_path / "cache"), "AURORA_LIT_NATIVE": "1"}
+    return child_environment(**empty)
+
+
+def run(code: str, environment: Environment) -> subprocess.CompletedProcess[str]:
+    child = child_environment(**environment)
+    return subprocess.run([sys.executable, "-c", code], env=child, capture_output=True, text=True, check=False)
+
+
+def check_of_doctor(environment: Environment, *overrides: str) -> dict[str, str]:
+    code = f"""
+import json
+from dataclasses import asdict
+from aurora_lit.cli.checks import check_compiler
+from aurora_lit.config import load_config
+print(json.dumps(asdict(check_compiler(load_config(None, {list(overrides)})))))
+"""
+    check: dict[str, str] = json.loads(run(code, environment).stdout)
+    return check
+
+
+def engine_twice(folder: Path) -> str:
+    """Code that builds an engine, as `generate` and the engine worker do, and then another one."""
+    return f"""
+from aurora_lit.config import load_config
+from aurora_lit.serve.worker.build import build_engine
+overrides = ["target.source={folder}", "draft.checkpoint=null", "learn.enabled=false", "engine.max_seq_len=256"]
+for _ in range(2):
+    engine, _ = build_engine(load_config(None, overrides))
+print(engine._target.supports_trees)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_model("llama", tmp_path_factory.mktemp("model"))
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@needs_compiler
+def test_a_build_that_fails_is_said_once_with_the_compilers_error(
+    model: Path, compiler: Callable[[str], Environment]
+) -> None:
+    result = run(engine_twice(model), compiler(FAILS))
+    assert result.stdout == "False\n", f"it works without kernels\n{result.stderr}"
+    assert result.stderr.count("native kernels are not in use") == 1
+    assert "fatal error: no-such-header.h: No such file or directory" in result.stderr
+    assert COST in result.stderr
+    assert "CXX" in result.stderr
+
+
+def test_a_library_that_cannot_be_loaded_is_said_with_its_path(
+    model: Path, compiler: Callable[[str], Environment], tmp_path: Path
+) -> None:
+    result = run(engine_twice(model), compiler(MAKES_GARBAGE))
+    assert result.stdout == "False\n", result.stderr
+    (library,) = (tmp_path / "cache/kernels").glob("kernels-*.so")
+    assert result.stderr.count("native kernels are not in use: they cannot be loaded") == 1
+    assert f"delete {library}" in result.stderr
+
+
+def test_no_compiler_is_said(model: Path, no_compiler: Environment) -> None:
+    result = run(engine_twice(model), no_compiler)
+    assert result.stdout == "False\n", result.stderr
+    assert result.stderr.count("no C++ compiler was found") == 1
+    assert "apt-get install g++" in result.stderr
+
+
+def test_kernels_that_are_turned_off_are_mentioned_by_doctor_only(model: Path) -> None:
+    result = run(engine_twice(model), {"AURORA_LIT_NATIVE": "0"})
+    assert (result.stdout, "kernels" in result.stderr) == ("False\n", False)
+    check = check_of_doctor({"AURORA_LIT_NATIVE": "0"})
+    assert check["state"] == "warn"
+    assert "AURORA_LIT_NATIVE=0" in check["found"]
+    assert "unset AURORA_LIT_NATIVE" in check["remedy"]
+
+
+@needs_compiler
+def test_doctor_says_the_same(compiler: Callable[[str], Environment], no_compiler: Environment) -> None:
+    check = check_of_doctor(compiler(FAILS))
+    assert check["state"] == "warn"
+    assert "no-such-header.h: No such file" in check["found"]
+    assert COST in check["remedy"]
+    assert "without a message" in check_of_doctor(compiler(IS_SILENT))["found"]
+    assert "cannot be loaded" in check_of_doctor(compiler(MAKES_GARBAGE))["found"]
+    assert "no C++ compiler" in check_of_doctor(no_compiler)["found"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_precision_that_needs_them_is_refused_with_the_reason(
+    precision: str, model: Path, compiler: Callable[[str], Environment]
+) -> None:
+    environment = compiler(MAKES_GARBAGE)
+    code = f"""
+from pathlib import Path
+from aurora_lit.models.target import Target
+Target.load(Path("{model}"), precision="{precision}")
+"""
+    last_line = run(code, environment).stderr.strip().splitlines()[-1]
+    assert f"target.precision={precision} needs the native kernels: they cannot be loaded" in last_line
+    assert "or use bf16" in last_line
+    assert check_of_doctor(environment, f"target.precision={precision}")["state"] == "fail", "serving would not start"

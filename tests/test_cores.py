@@ -1,0 +1,146 @@
+"""The cores that may be used: by affinity, and by the limits of this process's cgroups."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import child_environment
+
+from aurora_lit.cores import available_cores
+
+CORES = sorted(os.sched_getaffinity(0))
+V2 = "31 23 0:28 {root} {folder} rw,relatime - cgroup2 cgroup2 rw"
+V1 = "32 23 0:29 {root} {folder} rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct"
+V1_MEMORY = "33 23 0:30 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
+
+
+def run(code: str, cores: list[int], **environment: str) -> str:
+    """What a process prints that may use only these cores."""
+    code = f"import os\nos.sched_setaffinity(0, {cores})\n{code}"
+    child = {**child_environment(), **environment}
+    for name in [name for name, value in child.items() if not value]:
+        del child[name]
+    return subprocess.run([sys.executable, "-c", code], env=child, capture_output=True, text=True, check=True).stdout
+
+
+class FakeMachine:
+    """/proc/self and cgroup folders under `root`."""
+
+    def __init__(self, root: Path, *, groups: str, mounts: list[str]) -> None:
+        self.root = root
+        self.write("proc/self/cgroup", groups)
+        self.write("proc/self/mountinfo", "\n".join(["24 1 8:1 / / rw - ext4 /dev/sda rw", *mounts]))
+
+    def write(self, path: str, text: str) -> None:
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+
+
+def cores_of(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, *, affinity: int = 16) -> int:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
+    return available_cores(root=machine.root)
+
+
+def test_affinity_limits_the_cores_of_a_real_process() -> None:
+    code = "from aurora_lit.cores import available_cores\nprint(available_cores())"
+    for count in range(1, len(CORES) + 1):
+        assert int(run(code, CORES[:count])) <= count
+    assert run(code, CORES[:1]) == "1\n"
+
+
+def test_threads_budgets_and_niceness_follow_affinity_in_a_real_process() -> None:
+    code = """
+from aurora_lit.cores import use_threads
+use_threads(0)
+import torch
+from aurora_lit.learn.online.budget import Budget
+from aurora_lit.serve.worker.learner_signals import ThreadBudget
+budget = Budget(share=0.5, full_load_share=0.5, minimum_share=0.5)
+print(torch.get_num_threads(), budget._cpus, ThreadBudget(None, None, threads=1)._cores)
+"""
+    assert run(code, CORES[:1], OMP_NUM_THREADS="") == "1 1 1\n"
+
+
+def test_threads_are_divided_among_processes_and_never_more_than_torch_would_use() -> None:
+    code = """
+from aurora_lit import cores
+cores.available_cores = lambda: 6
+import torch
+for threads, processes in ((0, 1), (0, 2), (0, 16), (5, 2)):
+    torch.set_num_threads({default})
+    cores.use_threads(threads, processes=processes)
+    print(torch.get_num_threads(), end=" ")
+"""
+    assert run(code.format(default=8), CORES) == "6 3 1 5 "
+    assert run(code.format(default=2), CORES) == "2 2 1 5 ", "OMP_NUM_THREADS=2, or two physical cores"
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [("max 100000", 16), ("250000 100000", 2), ("50000 100000", 1), ("400000 50000", 8), ("9900000 100000", 16)],
+)
+def test_the_limit_of_a_cgroup_of_version_2(
+    limit: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = [V2.format(root="/", folder="/sys/fs/cgroup")]
+    machine = FakeMachine(tmp_path, groups="0::/app.slice/server", mounts=mounts)
+    machine.write("sys/fs/cgroup/app.slice/server/cpu.max", limit)
+    assert cores_of(machine, monkeypatch) == cores
+
+
+def test_a_parents_limit_holds_too_and_another_groups_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = [V2.format(root="/", folder="/sys/fs/cgroup")]
+    machine = FakeMachine(tmp_path, groups="0::/app.slice/server", mounts=mounts)
+    machine.write("sys/fs/cgroup/app.slice/server/cpu.max", "800000 100000")
+    machine.write("sys/fs/cgroup/other/cpu.max", "100000 100000")
+    assert cores_of(machine, monkeypatch) == 8
+    machine.write("sys/fs/cgroup/app.slice/cpu.max", "300000 100000")
+    assert cores_of(machine, monkeypatch) == 3
+    assert cores_of(machine, monkeypatch, affinity=2) == 2
+
+
+def test_inside_a_container_the_group_is_the_root_of_what_is_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = [V2.format(root="/", folder="/sys/fs/cgroup")]
+    machine = FakeMachine(tmp_path, groups="0::/", mounts=mounts)
+    machine.write("sys/fs/cgroup/cpu.max", "200000 100000")
+    assert cores_of(machine, monkeypatch) == 2
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("-1", 16), ("350000", 3), ("1000", 1)])
+@pytest.mark.parametrize("root", ["/", "/docker/abc"])
+def test_the_limit_of_a_cgroup_of_version_1(
+    root: str, quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = [V1_MEMORY, V1.format(root=root, folder="/sys/fs/cgroup/cpu,cpuacct")]
+    machine = FakeMachine(tmp_path, groups="9:memory:/x\n4:cpu,cpuacct:/docker/abc/server\n0::/", mounts=mounts)
+    folder = "sys/fs/cgroup/cpu,cpuacct" + ("/docker/abc/server" if root == "/" else "/server")
+    machine.write(f"{folder}/cpu.cfs_quota_us", quota)
+    machine.write(f"{folder}/cpu.cfs_period_us", "100000")
+    assert cores_of(machine, monkeypatch) == cores
+
+
+def test_a_group_that_is_not_visible_in_a_container_falls_back_to_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = [V1.format(root="/docker/xyz", folder="/sys/fs/cgroup/cpu")]
+    machine = FakeMachine(tmp_path, groups="4:cpu,cpuacct:/docker/abc", mounts=mounts)
+    machine.write("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "200000")
+    machine.write("sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000")
+    assert cores_of(machine, monkeypatch) == 2
+
+
+def test_without_cgroups_or_with_unreadable_files_affinity_alone_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = FakeMachine(tmp_path, groups="0::/a", mounts=[V2.format(root="/", folder="/sys/fs/cgroup")])
+    assert cores_of(machine, monkeypatch) == 16
+    machine.write("sys/fs/cgroup/a/cpu.max", "nonsense")
+    assert cores_of(machine, monkeypatch) == 16
+    assert available_cores(root=tmp_path / "nowhere") == 16
