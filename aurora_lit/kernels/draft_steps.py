@@ -20,6 +20,7 @@ import torch
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Decoder, DecoderCall, Matrix
 from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.kernels.weight_format import WeightFormat
 
 
 class _Call(ctypes.Structure):
@@ -27,7 +28,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         ("decoder", DecoderCall),
-        *((name, Matrix) for name in ("fuse", "head", "value")),
+        *((name, Matrix) for name in ("fuse", "head", "value", "coarse")),
         ("features", ctypes.c_void_p),
         ("features_slot", ctypes.c_int64),
         ("committed", ctypes.c_void_p),
@@ -70,15 +71,17 @@ class DraftSteps:
         fuse: PackedLinear,
         head: PackedLinear,
         value: PackedLinear,
+        coarse_head: PackedLinear | None = None,
         target_id_D: torch.Tensor,
         embedding_VH: torch.Tensor,
     ) -> None:
-        """`embedding_VH` fp32 and contiguous."""
+        """`embedding_VH` fp32 and contiguous. `coarse_head`: a copy in INT4_GROUPED, read first where that is faster."""
         library = native.library()
         assert library is not None
         assert embedding_VH.dtype == torch.float32
         assert embedding_VH.is_contiguous()
-        self._kept_alive = (decoder, fuse, head, value, target_id_D, embedding_VH)
+        assert coarse_head is None or coarse_head.weight_format is WeightFormat.INT4_GROUPED
+        self._kept_alive = (decoder, fuse, head, value, coarse_head, target_id_D, embedding_VH)
         self._decoder = decoder
         self._draft = getattr(library, f"aurora_draft_{head.weight_format.suffix}")
         library.aurora_drafting_new.restype = ctypes.c_void_p
@@ -88,6 +91,7 @@ class DraftSteps:
             fuse=Matrix.of(fuse),
             head=Matrix.of(head),
             value=Matrix.of(value),
+            coarse=Matrix() if coarse_head is None else Matrix.of(coarse_head),
             embedding=embedding_VH.data_ptr(),
             target_ids=target_id_D.data_ptr(),
         )
