@@ -70,7 +70,7 @@ def log_probabilities(target: Target, ids_1T: torch.Tensor) -> torch.Tensor:
     """The target's log-probabilities after each token [T, V]."""
     slots = target.make_kv_cache(num_slots=1, capacity=ids_1T.shape[1])
     zero = torch.zeros(1, dtype=torch.int64)
-    _, last_1TH = target(ids_1T, kv_cache=slots, slots_B=zero, starts_B=zero)
+    _, last_1TH = target(ids_1T, kv_cache=slots, slots_B=zero, starts_B=zero, num_prompts=int(as_prompt))
     return target.logits(last_1TH)[0].log_softmax(-1)
 
 

@@ -20,6 +20,8 @@ from aurora_lit.kernels import native
 from aurora_lit.kernels.packed_linear import PackedLinear
 from aurora_lit.kernels.weight_format import WeightFormat
 
+PASS_PARTS = ("products", "attention", "rest")
+"""Parts of a pass that `Decoder.nanoseconds` tells apart; PassPart in decoder.hpp."""
 _NUM_AUX_LAYERS = 3
 MAX_DEPTH = 32
 """Largest number of columns on a path of a tree; MAX_PATH in attention.hpp."""
@@ -75,6 +77,7 @@ class DecoderCall(ctypes.Structure):
         ("columns", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("embeds", "hidden_states", "normed", "aux")),
         ("aux_layer_ids", ctypes.c_int64 * _NUM_AUX_LAYERS),
+        ("nanoseconds", ctypes.c_void_p),
     )
 
 
@@ -126,7 +129,11 @@ class Decoder:
         weight_format = layers[0].query.weight_format
         self._run = getattr(library, f"aurora_decode_{weight_format.suffix}")
         self._kv_dtype = weight_format.kv_dtype
+        self.has_prompt_arithmetic = bool(getattr(library, f"aurora_has_prompt_arithmetic_{weight_format.suffix}")())
+        """True if positions of prompts are computed faster than decoding ones, and rounded differently."""
         self._move = getattr(library, f"aurora_move_{WeightFormat.of_dtype(self._kv_dtype).suffix}")
+        self.nanoseconds: torch.Tensor | None = None
+        """For benchmarks: int64 [len(PASS_PARTS)], to which each pass adds its first thread's time in each part."""
         self._records: tuple[Sequence[torch.Tensor], ctypes.Array[_Layer]] | None = None
         """Of the cache that was used last: its list of keys, kept alive, and its layers for the kernels."""
 
@@ -142,6 +149,7 @@ class Decoder:
         embeds_NH: torch.Tensor | None = None,
         parents_BC: torch.Tensor | None = None,
         begins_R: torch.Tensor | None = None,
+        num_prompts: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Run `queries` positions of each sequence, which follow its first `starts_B` positions.
 
@@ -157,6 +165,9 @@ class Decoder:
         tree, its ancestors and itself. In the cache columns are stored in their own order until `move` takes the
         accepted ones to their positions.
 
+        `num_prompts`: the last so many sequences read their prompts, the others decode. Where `has_prompt_arithmetic`,
+        the two differ in rounding. The bits of a position depend on its kind, but on no other position of the pass.
+
         Returns the last layer's hidden state (the same tensor), the final norm of it, and the auxiliary hidden states
         [N, 3, H].
         """
@@ -165,6 +176,7 @@ class Decoder:
         aux_N3H = None if self._aux_layer_ids is None else torch.empty(N, _NUM_AUX_LAYERS, H)
         call = self.call(keys, values)
         call.attention.rows, call.attention.queries = len(slots_B), queries
+        call.attention.num_prompts = num_prompts
         if begins_R is not None:
             call.attention.begins = begins_R.data_ptr()
         if parents_BC is not None:
@@ -183,6 +195,8 @@ class Decoder:
             setattr(call, name, None if tensor is None else tensor.data_ptr())
         if self._aux_layer_ids is not None:
             call.aux_layer_ids = (ctypes.c_int64 * _NUM_AUX_LAYERS)(*self._aux_layer_ids)
+        if self.nanoseconds is not None:
+            call.nanoseconds = self.nanoseconds.data_ptr()
         self._run(ctypes.byref(call))
         return hidden_NH, normed_NH, aux_N3H
 

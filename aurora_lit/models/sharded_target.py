@@ -103,8 +103,9 @@ class ShardedTarget(Target):
         slots_B: torch.Tensor,
         starts_B: torch.Tensor,
         parents_BT: torch.Tensor | None = None,
+        num_prompts: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Target.forward`, on every rank; trees are not supported."""
+        """As `Target.forward`, on every rank; trees are not supported, and prompts are computed as all else."""
         assert parents_BT is None
         with self.ranks.order(Op.FORWARD, torch.tensor([self._index_of(kv_cache)]), ids_BT, slots_B, starts_B):
             return super().forward(ids_BT, kv_cache=kv_cache, slots_B=slots_B, starts_B=starts_B)

@@ -185,14 +185,17 @@ class Target(nn.Module):
         slots_B: torch.Tensor,
         starts_B: torch.Tensor,
         parents_BT: torch.Tensor | None = None,
+        num_prompts: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run T new tokens of each sequence, which follow the `starts_B` positions already in its slot.
 
         `parents_BT`, if `supports_trees`: the tokens form a tree (see `Decoder`); `commit_tree_path` then keeps one
-        path. Returns the auxiliary hidden states [B, T, 3H] and the last hidden state [B, T, H] after the final norm.
+        path. `num_prompts`: the last so many sequences read their prompts, the others decode; see
+        `has_prompt_arithmetic`. Returns the auxiliary hidden states [B, T, 3H] and the last hidden state [B, T, H] after the final norm.
         """
         if self._decoder is not None:
             batch = {"queries": ids_BT.shape[1], "slots_B": slots_B, "starts_B": starts_B, "parents_BC": parents_BT}
+            batch["num_prompts"] = num_prompts
             aux_NF, last_NH = self._run_fused(ids_BT.flatten(), kv_cache, **batch)
             return aux_NF.view(*ids_BT.shape, -1), last_NH.view(*ids_BT.shape, -1)
         assert parents_BT is None, "only fused layers support trees"
@@ -210,6 +213,7 @@ class Target(nn.Module):
         slots_B: torch.Tensor,
         starts_B: torch.Tensor,
         parents_BT: torch.Tensor | None = None,
+        num_prompts: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `forward`, for sequences with query lengths `widths`, whose tokens are concatenated in `ids_N`.
 
@@ -218,7 +222,15 @@ class Target(nn.Module):
         """
         begins_R = torch.tensor([0, *itertools.accumulate(widths)])
         batch = {"queries": max(widths), "slots_B": slots_B, "starts_B": starts_B, "parents_BC": parents_BT}
-        return self._run_fused(ids_N, kv_cache, begins_R=begins_R, **batch)
+        return self._run_fused(ids_N, kv_cache, begins_R=begins_R, num_prompts=num_prompts, **batch)
+
+    @property
+    def has_prompt_arithmetic(self) -> bool:
+        """True if positions of prompts are computed faster than decoding ones, and rounded differently.
+
+        Keys and values of generated tokens then cannot stand in for those that a prompt with the same tokens would get.
+        """
+        return self._decoder is not None and self._decoder.has_prompt_arithmetic
 
     @property
     def supports_trees(self) -> bool:
@@ -227,6 +239,11 @@ class Target(nn.Module):
         Only fused layers do: other layers would need an attention mask for each model family.
         """
         return self._decoder is not None
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """The fused decoder layers, or None if the model's own forward pass runs."""
+        return self._decoder
 
     def commit_tree_path(
         self, *, kv_cache: KVCache, slots_M: torch.Tensor, from_M: torch.Tensor, to_M: torch.Tensor

@@ -6,10 +6,35 @@
 // Shapes: N rows (positions of all sequences), H hidden size, D head size, M intermediate size of the MLP.
 #pragma once
 
+#include <chrono>
+#include <initializer_list>
+
 #include "attention.hpp"
 #include "top_k.hpp"
 
 namespace {
+
+// Parts of a pass whose time a benchmark asks for. Attention includes the rotation and the writing of the cache.
+enum PassPart { PRODUCTS, ATTENTION, REST, NUM_PARTS };
+
+// Adds up the nanoseconds of each part; does nothing if `totals` is null.
+class PassClock {
+ public:
+  explicit PassClock(int64_t* totals) : totals_(totals) {
+    if (totals_) last_ = std::chrono::steady_clock::now();
+  }
+  // The time since the last call belonged to `part`.
+  void end_of(PassPart part) {
+    if (!totals_) return;
+    const auto now = std::chrono::steady_clock::now();
+    totals_[part] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  int64_t* totals_;
+  std::chrono::steady_clock::time_point last_;
+};
 
 struct Matrix {
   const void* weight;  // packed
@@ -43,6 +68,7 @@ struct DecoderCall {
   float* normed;         // [N, H] out: the last hidden state after the final norm
   float* aux;            // [N, 3, H] out: the hidden states before the layers aux_layer_ids; or null
   int64_t aux_layer_ids[3];
+  int64_t* nanoseconds;  // [NUM_PARTS] in and out: the first thread's time in each part is added; or null
 };
 
 // Root mean square norm of a row (Zhang & Sennrich 2019, as in Llama).
@@ -86,16 +112,44 @@ inline int64_t depth(const Tree& tree, int64_t row, int64_t queries, int64_t t) 
   return path_to(tree.parents + row * tree.columns, tree.columns - queries + t, path) - 1;
 }
 
-// From this number of rows on, threads share the rounding of a product's inputs, and then have to synchronise.
+// From this number of decoding rows on, threads share the rounding of a product's inputs, and then have to synchronise.
 constexpr int MANY_ROWS = 12;
 constexpr int64_t TOKENS_AT_ONCE = 32;  // tokens of a row that one job rotates and writes to the cache
+
+// The rows of a pass: first those of sequences that decode, then those of prompts, which have another arithmetic
+// (PromptProduct). Each kind has its own buffer of rounded inputs.
+template <class Format>
+struct PassRows {
+  typedef Product<Format> Decoding;
+  typedef PromptProduct<Format> Prompt;
+  typedef typename Format::Input Input;
+  int decoding, prompts;
+
+  PassRows(int rows, int of_prompts)
+      : decoding(Prompt::available() ? rows - of_prompts : rows), prompts(rows - decoding) {}
+  int all() const { return decoding + prompts; }
+  size_t decoding_size(int64_t inputs) const {
+    return decoding ? Decoding::buffer_rows(decoding) * size_t(Decoding::padded(int(inputs))) : 0;
+  }
+  size_t prompt_size(int64_t inputs) const {
+    return prompts ? Product<Bf16>::buffer_rows(prompts) * size_t(Product<Bf16>::padded(int(inputs))) : 0;
+  }
+  void round_row(const float* from, int inputs, Input* x, uint16_t* prompt_x, int r) const {
+    if (r < decoding)
+      Decoding::round_row(from, inputs, x, r, decoding);
+    else
+      Product<Bf16>::round_row(from, inputs, prompt_x, r - decoding, prompts);
+  }
+};
 
 template <class Format, class Cache>
 void decode(const DecoderCall& call) {
   typedef Product<Format> P;
+  typedef PromptProduct<Format> Q;
   typedef typename Format::Input Input;
   AttentionShape s = call.attention;
   const int H = int(call.hidden), D = int(s.head_dim), rows = int(s.first_of(s.rows));
+  const PassRows<Format> kinds(rows, rows - int(s.first_of(s.rows - s.num_prompts)));
   const int q_width = int(s.heads) * D, kv_width = int(s.kv_heads) * D;
   s.q_head = s.k_head = s.v_head = D;
   s.q_token = q_width, s.k_token = s.v_token = kv_width;
@@ -105,35 +159,40 @@ void decode(const DecoderCall& call) {
     widest = call.layers[l].gate.outputs > widest ? call.layers[l].gate.outputs : widest;
   static thread_local Buffer<float> query, key, value, attended, gate, up;
   static thread_local Buffer<Input> products, shared;
+  static thread_local Buffer<uint16_t> prompt_products, prompt_inputs;
   float* q = query.at_least(size_t(rows) * q_width);
   float* k = key.at_least(size_t(rows) * kv_width);
   float* v = value.at_least(size_t(rows) * kv_width);
   float* attention_out = attended.at_least(size_t(rows) * q_width);
-  float* g = gate.at_least(size_t(rows) * widest);
-  float* u = up.at_least(size_t(rows) * widest);
-  Input* inner = products.at_least(P::buffer_rows(rows) * P::padded(int(widest)));
+  float* g = gate.at_least(size_t(kinds.decoding) * widest);
+  float* u = up.at_least(size_t(kinds.decoding) * widest);
+  Input* inner = products.at_least(kinds.decoding_size(widest));
+  uint16_t* prompt_inner = prompt_products.at_least(kinds.prompt_size(widest));
   int64_t wide = q_width > H ? q_width : H;  // widest input of the other products
   for (int64_t l = 0; l < call.num_layers; ++l)
     wide = call.layers[l].query.inputs > wide ? call.layers[l].query.inputs : wide;
-  const size_t input_size = P::buffer_rows(rows) * P::padded(int(wide));
-  const bool has_many_rows = rows >= MANY_ROWS;
+  const size_t input_size = kinds.decoding_size(wide);
+  const bool has_many_rows = kinds.decoding >= MANY_ROWS;
   Input* shared_inputs = has_many_rows ? shared.at_least(input_size) : nullptr;
+  uint16_t* prompt_x = prompt_inputs.at_least(kinds.prompt_size(wide));
 
   const int64_t parts = (s.queries + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
 
 #pragma omp parallel
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    static thread_local Buffer<float> normed_row;
+    static thread_local Buffer<float> normed_row, prompt_gate;
     static thread_local Buffer<Input> rounded;
     Input* x = has_many_rows ? shared_inputs : rounded.at_least(input_size);
     float* row = normed_row.at_least(size_t(wide));
     // With few rows each thread rounds all inputs itself, which takes less time than synchronising.
     const auto each_row = [&](auto make) {
-      for (int r = has_many_rows ? rows * thread / threads : 0;
-           r < (has_many_rows ? rows * (thread + 1) / threads : rows); ++r)
+      const int decoding = kinds.decoding, prompts = kinds.prompts;
+      for (int r = has_many_rows ? decoding * thread / threads : 0;
+           r < (has_many_rows ? decoding * (thread + 1) / threads : decoding); ++r)
         make(r);
-      if (has_many_rows) {
+      for (int r = prompts * thread / threads; r < prompts * (thread + 1) / threads; ++r) make(decoding + r);
+      if (has_many_rows || prompts) {
 #pragma omp barrier
       }
     };
@@ -143,13 +202,45 @@ void decode(const DecoderCall& call) {
     const auto share_begins = [&](const Matrix& m, int which) {
       return static_cast<const char*>(m.weight) + share(m.outputs, which) * P::block_bytes(P::padded(int(m.inputs)));
     };
-    // This thread's blocks of a product; prefetching continues with its blocks of the next product.
-    const auto product = [&](const Input* x, const Matrix& m, float* y, bool add, const Matrix& next) {
+    // This thread's blocks of a product for the decoding rows; prefetching continues with its blocks of the next product.
+    const auto decoding_product = [&](const Input* x, const Matrix& m, float* y, bool add, const Matrix& next) {
       const Stream stream{share_begins(m, thread + 1), share_begins(next, thread)};
-      P::blocks(x, P::padded(int(m.inputs)), rows, m.weight, int(m.outputs), stream, y, m.bias, add,
+      P::blocks(x, P::padded(int(m.inputs)), kinds.decoding, m.weight, int(m.outputs), stream, y, m.bias, add,
                 share(m.outputs, thread), share(m.outputs, thread + 1));
     };
-    P::enter(rows);
+    // The same blocks for the rows of prompts; y: of the first row of all.
+    const auto prompt_product = [&](const uint16_t* x, const Matrix& m, float* y, bool add) {
+      const int outputs = int(m.outputs);
+      for (int b = share(outputs, thread); b < share(outputs, thread + 1); ++b) {
+        const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
+        Q::block(x, Product<Bf16>::padded(int(m.inputs)), kinds.prompts, m.weight, b,
+                 [&](int r, int count, const float* sums) {
+                   for (int i = 0; i < count; ++i)
+                     store_row(sums + i * BLOCK, y + ptrdiff_t(kinds.decoding + r + i) * outputs + first, width,
+                               m.bias ? m.bias + first : nullptr, add);
+                 });
+      }
+    };
+    struct Part {
+      const Matrix& matrix;
+      float* y;
+    };
+    const auto product = [&](std::initializer_list<Part> matrices, bool add, const Matrix& next) {
+      if (kinds.decoding) {
+        if (kinds.prompts) P::enter(kinds.decoding);
+        for (const Part* part = matrices.begin(); part != matrices.end(); ++part)
+          decoding_product(x, part->matrix, part->y, add, part + 1 == matrices.end() ? next : part[1].matrix);
+      }
+      if (kinds.prompts) {
+        if (kinds.decoding) Q::enter();
+        for (const Part& part : matrices) prompt_product(prompt_x, part.matrix, part.y, add);
+      }
+    };
+    PassClock clock(thread == 0 ? call.nanoseconds : nullptr);
+    if (kinds.decoding)
+      P::enter(kinds.decoding);
+    else
+      Q::enter();
     for (int64_t l = 0; l < call.num_layers; ++l) {
       const DecoderLayer& layer = call.layers[l];
       Cache* keys = static_cast<Cache*>(layer.keys);
@@ -164,12 +255,13 @@ void decode(const DecoderCall& call) {
       each_row([&](int r) {
         if (layer.norm_embeds) rms_norm(call.embeds + ptrdiff_t(r) * H, layer.norm_embeds, H, call.eps, row);
         rms_norm(call.hidden_states + ptrdiff_t(r) * H, layer.norm_attention, H, call.eps, row + width - H);
-        P::round_row(row, width, x, r);
+        kinds.round_row(row, width, x, prompt_x, r);
       });
-      product(x, layer.query, q, false, layer.key);
-      product(x, layer.key, k, false, layer.value);
-      product(x, layer.value, v, false, layer.output);
+      clock.end_of(REST);
+      product({{layer.query, q}, {layer.key, k}, {layer.value, v}}, false, layer.output);
+      clock.end_of(PRODUCTS);
 #pragma omp barrier
+      clock.end_of(REST);
 #pragma omp for schedule(static)
       for (int64_t job = 0; job < s.rows * s.kv_heads * parts; ++job) {
         const int64_t b = job / parts / s.kv_heads, kv = job / parts % s.kv_heads, group = s.heads / s.kv_heads;
@@ -186,28 +278,77 @@ void decode(const DecoderCall& call) {
         write_slot(s, b, kv, k, v, keys, values, call.slots, call.starts, call.tree, from, to);
       }
       attend_share(s, q, keys, values, call.slots, call.starts, call.tree, attention_out);
-      each_row([&](int r) {
-        P::round_row(attention_out + ptrdiff_t(r) * q_width, q_width, x, r);
-      });
-      product(x, layer.output, call.hidden_states, true, layer.gate);
+      clock.end_of(ATTENTION);
+      each_row([&](int r) { kinds.round_row(attention_out + ptrdiff_t(r) * q_width, q_width, x, prompt_x, r); });
+      clock.end_of(REST);
+      product({{layer.output, call.hidden_states}}, true, layer.gate);
+      clock.end_of(PRODUCTS);
 #pragma omp barrier
       each_row([&](int r) {
         rms_norm(call.hidden_states + ptrdiff_t(r) * H, layer.norm_mlp, H, call.eps, row);
-        P::round_row(row, H, x, r);
+        kinds.round_row(row, H, x, prompt_x, r);
       });
-      product(x, layer.gate, g, false, layer.up);
-      product(x, layer.up, u, false, layer.down);
-      const int M = int(layer.gate.outputs);
-      const int from = share(M, thread) * BLOCK;
-      const int to = share(M, thread + 1) * BLOCK < M ? share(M, thread + 1) * BLOCK : M;
-      for (int r = 0; r < rows; ++r)
-        if (to > from) gate_times_up(g + ptrdiff_t(r) * M + from, u + ptrdiff_t(r) * M + from, to - from);
+      clock.end_of(REST);
+      // A thread's blocks of the gate and of the up projection have the same outputs.
+      const int M = int(layer.gate.outputs), inner_k = P::padded(M);
+      const int from = share(M, thread), to = share(M, thread + 1);
+      if (kinds.decoding) {
+        if (kinds.prompts) P::enter(kinds.decoding);
+        decoding_product(x, layer.gate, g, false, layer.up);
+        decoding_product(x, layer.up, u, false, layer.down);
+        clock.end_of(PRODUCTS);
+        const int count = (to * BLOCK < M ? to * BLOCK : M) - from * BLOCK;
+        for (int r = 0; r < kinds.decoding && count > 0; ++r) {
+          float* of_row = g + ptrdiff_t(r) * M + from * BLOCK;
+          gate_times_up(of_row, u + ptrdiff_t(r) * M + from * BLOCK, count);
+          if constexpr (P::ROUNDS_GROUPS)
+            for (int i = 0; i < count; i += GROUP)
+              P::round_inputs(of_row + i, count - i < GROUP ? count - i : GROUP, from + i / GROUP, inner_k, inner, r,
+                              kinds.decoding);
+        }
+        clock.end_of(REST);
+      }
+      if (kinds.prompts) {
+        if (kinds.decoding) Q::enter();
+        float* gates = prompt_gate.at_least(size_t(kinds.prompts) * BLOCK);
+        const int k_padded = Product<Bf16>::padded(H), padded_M = Product<Bf16>::padded(M);
+        for (int b = from; b < to; ++b) {
+          const int first = b * BLOCK, count = M - first < BLOCK ? M - first : BLOCK;
+          const float* gate_bias = layer.gate.bias ? layer.gate.bias + first : nullptr;
+          const float* up_bias = layer.up.bias ? layer.up.bias + first : nullptr;
+          Q::block(prompt_x, k_padded, kinds.prompts, layer.gate.weight, b, [&](int r, int n, const float* sums) {
+            for (int i = 0; i < n; ++i) store_row(sums + i * BLOCK, gates + (r + i) * BLOCK, count, gate_bias, false);
+          });
+          Q::block(prompt_x, k_padded, kinds.prompts, layer.up.weight, b, [&](int r, int n, const float* sums) {
+            for (int i = 0; i < n; ++i) {
+              alignas(64) float ups[BLOCK];
+              store_row(sums + i * BLOCK, ups, count, up_bias, false);
+              gate_times_up(gates + (r + i) * BLOCK, ups, count);
+              Product<Bf16>::round_inputs(gates + (r + i) * BLOCK, count, b, padded_M, prompt_inner, r + i, kinds.prompts);
+            }
+          });
+        }
+        clock.end_of(PRODUCTS);
+      }
 #pragma omp barrier
+      if constexpr (!P::ROUNDS_GROUPS) {
 #pragma omp for schedule(static)
-      for (int r = 0; r < rows; ++r) P::round_row(g + ptrdiff_t(r) * M, M, inner, r);
-      product(inner, layer.down, call.hidden_states, true, call.layers[l + 1 < call.num_layers ? l + 1 : l].query);
+        for (int r = 0; r < kinds.decoding; ++r) P::round_row(g + ptrdiff_t(r) * M, M, inner, r, kinds.decoding);
+      }
+      clock.end_of(REST);
+      if (kinds.decoding) {
+        if (kinds.prompts) P::enter(kinds.decoding);
+        decoding_product(inner, layer.down, call.hidden_states, true,
+                         call.layers[l + 1 < call.num_layers ? l + 1 : l].query);
+      }
+      if (kinds.prompts) {
+        if (kinds.decoding) Q::enter();
+        prompt_product(prompt_inner, layer.down, call.hidden_states, true);
+      }
+      clock.end_of(PRODUCTS);
 #pragma omp barrier
     }
+    clock.end_of(REST);
     P::leave();
 #pragma omp for schedule(static)
     for (int r = 0; r < rows; ++r)

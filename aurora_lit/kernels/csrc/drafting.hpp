@@ -160,7 +160,7 @@ void coarse_argmax(const DraftCall& call, const float* normed, const typename Fo
   const int H = int(call.decoder.hidden), outputs = int(call.head.outputs), copy_k = Copy::padded(H);
   static thread_local Buffer<InputGroup> rounded;
   InputGroup* copy_x = rounded.at_least(Copy::buffer_rows(rows) * size_t(copy_k));
-  for (int r = 0; r < rows; ++r) Copy::round_row(normed + ptrdiff_t(r) * H, H, copy_x, r);
+  for (int r = 0; r < rows; ++r) Copy::round_row(normed + ptrdiff_t(r) * H, H, copy_x, r, rows);
   Top candidates[MAX_COARSE_ROWS * CANDIDATES];
   top_of_blocks<Grouped<4>>(copy_x, copy_k, rows, call.coarse.weight, outputs, nullptr, num_blocks(outputs), CANDIDATES,
                             candidates, nullptr);
@@ -180,7 +180,7 @@ void choose_level(const DraftCall& call, DraftState& d, int64_t level) {
   const int rows = int(d.rows.size() * width);
   static thread_local Buffer<typename Format::Input> rounded;
   typename Format::Input* x = rounded.at_least(P::buffer_rows(rows) * size_t(k));
-  for (int r = 0; r < rows; ++r) P::round_row(d.normed.data() + ptrdiff_t(r) * H, H, x, r);
+  for (int r = 0; r < rows; ++r) P::round_row(d.normed.data() + ptrdiff_t(r) * H, H, x, r, rows);
   Top* tops = d.tops.at_least(size_t(rows * children));
   LogSumExp* sums = d.sums.at_least(size_t(rows));
   float* outcomes = call.outcomes + level * int64_t(d.rows.size());

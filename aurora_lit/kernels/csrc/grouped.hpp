@@ -26,10 +26,11 @@ constexpr float INPUT_LIMIT = 127 * INPUT_STEP<BITS> + INPUT_STEP<BITS> / 2 - 1;
 struct InputGroup {  // of one row
   int16_t values[GROUP];
 #if defined(AURORA_GROUPED_TILES)
-  int8_t high[GROUP], low[GROUP];  // value = step * high + low, in the order of a weight's bytes
+  int8_t high[GROUP], low[GROUP];  // value = step * high + low, in the order of a weight's bytes; with 8 bits only
 #endif
   float scale;
-  int32_t sum;  // of the values
+  int32_t sum;       // of the values
+  float scaled_sum;  // scale * sum
 };
 
 // One group of inputs of a block of outputs. A 32-bit lane belongs to one output and holds SHARES pairs of neighbouring
@@ -94,21 +95,27 @@ inline void round_group(const float* x, InputGroup* out) {
     narrow16(q, out->values + 16 * i);
   }
   out->sum = total(sums);
+  out->scaled_sum = out->scale * float(out->sum);
+}
+
 #if defined(AURORA_GROUPED_TILES)
-  const __m512i values = _mm512_loadu_si512(out->values), order = _mm512_loadu_si512(LANE_ORDER<BITS>.input);
+// Split a group's values into signed bytes, in the order of a weight's bytes.
+template <int BITS>
+inline void split_bytes(const InputGroup& group, int8_t* high_bytes, int8_t* low_bytes) {
+  const __m512i values = _mm512_loadu_si512(group.values), order = _mm512_loadu_si512(LANE_ORDER<BITS>.input);
   constexpr int STEP = INPUT_STEP<BITS>, SHIFT = BITS == 4 ? 4 : 8;
   const __m512i high = _mm512_srai_epi16(_mm512_add_epi16(values, _mm512_set1_epi16(STEP / 2)), SHIFT);
   const __m512i low = _mm512_sub_epi16(values, _mm512_slli_epi16(high, SHIFT));
-  _mm256_storeu_si256((__m256i*)out->high, _mm512_cvtepi16_epi8(_mm512_permutexvar_epi16(order, high)));
-  _mm256_storeu_si256((__m256i*)out->low, _mm512_cvtepi16_epi8(_mm512_permutexvar_epi16(order, low)));
-#endif
+  _mm256_storeu_si256((__m256i*)high_bytes, _mm512_cvtepi16_epi8(_mm512_permutexvar_epi16(order, high)));
+  _mm256_storeu_si256((__m256i*)low_bytes, _mm512_cvtepi16_epi8(_mm512_permutexvar_epi16(order, low)));
 }
+#endif
 
 // Add one group's integer sums of 16 outputs to the total of the groups before it.
 template <bool HAS_MIN>
 inline f16v add_group(f16v total, i16v dots, f16v scales, f16v mins, const InputGroup& inputs) {
   total += __builtin_convertvector(dots, f16v) * (scales * inputs.scale);
-  if (HAS_MIN) total += mins * (inputs.scale * float(inputs.sum));
+  if (HAS_MIN) total += mins * inputs.scaled_sum;
   return total;
 }
 

@@ -69,6 +69,7 @@ int aurora_has_vnni() {
 //   argmax       index of the largest output of each row of that product
 //   decode       decoder layers over packed weights and the KV cache
 //   draft        proposals of a draft (drafting.hpp)
+//   has_prompt_arithmetic    1 if decode() rounds rows of prompts differently
 #define AURORA_FORMAT(name, Format, Cache)                                                                             \
   void aurora_linear_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
                             float* y, const float* bias) {                                                             \
@@ -79,6 +80,7 @@ int aurora_has_vnni() {
     multiply_argmax<Format>(x, x_stride, rows, packed, inputs, outputs, indices);                                      \
   }                                                                                                                    \
   void aurora_decode_##name(const DecoderCall* call) { decode<Format, Cache>(*call); }                                 \
+  int aurora_has_prompt_arithmetic_##name() { return PromptProduct<Format>::available(); }                             \
   void aurora_draft_##name(DraftCall* call, DraftState* d) { draft<Format, Cache>(*call, *d); }
 AURORA_FORMAT(fp32, Fp32, float)
 AURORA_FORMAT(bf16, Bf16, uint16_t)

@@ -2,18 +2,23 @@
 // parallel region. Formats use tiles if the processor has them.
 #pragma once
 
+#include <omp.h>
+
 #include "int8_tiles.hpp"
-#include "grouped_tiles.hpp"
+#include "four_bit_tiles.hpp"
+#include "eight_bit_tiles.hpp"
 #include "linear.hpp"
 #include "bf16_tiles.hpp"
+#include "prompt_tiles.hpp"
 
 namespace {
 
 // padded        number of inputs (or groups of inputs) of a stored row
 // buffer_rows   number of rows that the buffer of rounded inputs needs
 // block_bytes   size of a block of the weight
-// round_row     rounds the inputs of row r into the buffer x
-// rounded_row   the values of row r after rounding, as fp32
+// round_row     rounds the inputs of row r of `rows` into the buffer x
+// round_inputs  the same for `count` inputs from GROUP * g on, at most GROUP; k: padded(); if ROUNDS_GROUPS
+// rounded_row   a row's values after rounding, as fp32
 // enter, leave  called by each thread of a parallel region before and after its products
 // blocks        multiplies `rows` rows by blocks [from, to)
 template <class Format>
@@ -24,12 +29,14 @@ struct Product<Fp32> {
   static int padded(int inputs) { return inputs; }
   static size_t buffer_rows(int rows) { return size_t(rows); }
   static ptrdiff_t block_bytes(int k) { return ptrdiff_t(k) * BLOCK * 4; }
-  static void round_row(const float* from, int inputs, float* x, int r) {
+  static constexpr bool ROUNDS_GROUPS = true;
+  static void round_inputs(const float* from, int count, int g, int k, float* x, int r, int) {
+    std::memcpy(x + ptrdiff_t(r) * k + g * GROUP, from, size_t(count) * 4);
+  }
+  static void round_row(const float* from, int inputs, float* x, int r, int) {
     std::memcpy(x + ptrdiff_t(r) * inputs, from, size_t(inputs) * 4);
   }
-  static void rounded_row(const float* x, int inputs, int r, float* to) {
-    std::memcpy(to, x + ptrdiff_t(r) * inputs, size_t(inputs) * 4);
-  }
+  static void rounded_row(const float* from, int inputs, float* to) { std::memcpy(to, from, size_t(inputs) * 4); }
   static void enter(int) {}
   static void leave() {}
   static void blocks(const float* x, int k, int rows, const void* w, int outputs, const Stream& stream, float* y,
@@ -50,24 +57,30 @@ struct Product<Bf16> {
 #endif
     return ptrdiff_t(r) * k + i;
   }
-  static void round_row(const float* from, int inputs, uint16_t* x, int r) {
-    const int k_padded = padded(inputs);
-    for (int k = 0; k < k_padded; k += 32) {
-      uint16_t* to = x + place(k_padded, r, k);
-      int i = 0;
+  static constexpr bool ROUNDS_GROUPS = true;
+  static void round(const float* from, int count, uint16_t* to) {
+    int i = 0;
 #if defined(__AVX512BF16__)
-      for (; i < 32 && k + i + 16 <= inputs; i += 16)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
-                            (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + k + i)));
+    for (; i + 16 <= count; i += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
 #endif
-      for (; i < 32 && k + i < inputs; ++i) to[i] = to_bf16(from[k + i]);
-      for (; i < 32; ++i) to[i] = 0;
-    }
+    for (; i < count; ++i) to[i] = to_bf16(from[i]);
   }
-  static void rounded_row(const uint16_t* x, int inputs, int r, float* to) {
-    for (int k = 0; k < inputs; k += 32) {
-      const uint16_t* from = x + place(padded(inputs), r, k);
-      for (int i = 0; i < 32 && k + i < inputs; ++i) to[k + i] = from_bf16(from[i]);
+  static void round_inputs(const float* from, int count, int g, int k, uint16_t* x, int r, int) {
+    uint16_t* to = x + place(k, r, g * GROUP);
+    round(from, count, to);
+    for (int i = count; i < GROUP; ++i) to[i] = 0;
+  }
+  static void round_row(const float* from, int inputs, uint16_t* x, int r, int rows) {
+    for (int i = 0; i < inputs; i += GROUP)
+      round_inputs(from + i, inputs - i < GROUP ? inputs - i : GROUP, i / GROUP, padded(inputs), x, r, rows);
+  }
+  static void rounded_row(const float* from, int inputs, float* to) {
+    for (int k = 0; k < inputs; k += GROUP) {
+      uint16_t rounded[GROUP];
+      const int count = inputs - k < GROUP ? inputs - k : GROUP;
+      round(from + k, count, rounded);
+      for (int i = 0; i < count; ++i) to[k + i] = from_bf16(rounded[i]);
     }
   }
   static void enter(int rows) {
@@ -94,26 +107,46 @@ struct Product<Bf16> {
 template <int BITS>
 struct Product<Grouped<BITS>> {
   typedef Grouped<BITS> Format;
+  static constexpr bool ROUNDS_GROUPS = true;
   static int padded(int inputs) { return num_groups(inputs); }
-  static size_t buffer_rows(int rows) { return size_t(rows > 16 ? (rows + 15) / 16 * 16 : rows); }
+  static size_t buffer_rows(int rows) { return size_t((rows + 15) / 16 * 16); }
   static ptrdiff_t block_bytes(int groups) { return groups * ptrdiff_t(sizeof(typename Format::Weight)); }
-  static void round_row(const float* from, int inputs, InputGroup* x, int r) {
-    InputGroup* to = x + ptrdiff_t(r) * padded(inputs);
-    int k = 0;
-    for (; k + GROUP <= inputs; k += GROUP) round_group<BITS>(from + k, to++);
-    if (k == inputs) return;
-    float rest[GROUP] = {};
-    std::memcpy(rest, from + k, size_t(inputs - k) * sizeof(float));
-    round_group<BITS>(rest, to);
+  // The rounded inputs are InputGroup[rows][groups]; for tiles of 4 bits TileInputs[tiles of rows][groups].
+  static void round_inputs(const float* from, int count, int g, int groups, InputGroup* x, int r, int rows) {
+    float whole[GROUP] = {};
+    if (count < GROUP) std::memcpy(whole, from, size_t(count) * sizeof(float)), from = whole;
+    if (BITS == 4 && on_tiles(rows)) {
+#if defined(AURORA_GROUPED_TILES)
+      InputGroup group;
+      round_group<BITS>(from, &group);
+      tile_of(x, groups, r)[g].set(r % TILE_ROWS, group);
+#endif
+      return;
+    }
+    InputGroup& group = x[ptrdiff_t(r) * groups + g];
+    round_group<BITS>(from, &group);
+#if defined(AURORA_GROUPED_TILES)
+    if (BITS == 8 && on_tiles(rows)) split_bytes<BITS>(group, group.high, group.low);
+#endif
   }
-  static void rounded_row(const InputGroup* x, int inputs, int r, float* to) {
-    const InputGroup* group = x + ptrdiff_t(r) * padded(inputs);
-    for (int k = 0; k < inputs; k += GROUP, ++group)
-      for (int i = 0; i < GROUP && k + i < inputs; ++i) to[k + i] = float(group->values[i]) * group->scale;
+  static void round_row(const float* from, int inputs, InputGroup* x, int r, int rows) {
+    const int groups = padded(inputs);
+    for (int g = 0; g < groups; ++g)
+      round_inputs(from + g * GROUP, inputs - g * GROUP < GROUP ? inputs - g * GROUP : GROUP, g, groups, x, r, rows);
+  }
+  static void rounded_row(const float* from, int inputs, float* to) {
+    for (int k = 0; k < inputs; k += GROUP) {
+      float whole[GROUP] = {};
+      const int count = inputs - k < GROUP ? inputs - k : GROUP;
+      std::memcpy(whole, from + k, size_t(count) * sizeof(float));
+      InputGroup group;
+      round_group<BITS>(whole, &group);
+      for (int i = 0; i < count; ++i) to[k + i] = float(group.values[i]) * group.scale;
+    }
   }
   static bool on_tiles(int rows) {
 #if defined(AURORA_GROUPED_TILES)
-    return rows >= GROUPED_TILES_MIN_ROWS && tiles_allowed();
+    return rows >= (BITS == 4 ? FOUR_BIT_TILES_MIN_ROWS : EIGHT_BIT_TILES_MIN_ROWS) && tiles_allowed();
 #else
     (void)rows;
     return false;
@@ -121,7 +154,8 @@ struct Product<Grouped<BITS>> {
   }
   static void enter(int rows) {
 #if defined(AURORA_GROUPED_TILES)
-    if (on_tiles(rows)) configure_grouped_tiles<BITS>(rows < TILE_ROWS ? rows : TILE_ROWS);
+    if (on_tiles(rows) && BITS == 4) configure_tiles(rows < TILE_ROWS ? rows : TILE_ROWS);
+    if (on_tiles(rows) && BITS == 8) configure_eight_bit_tiles(rows < TILE_ROWS ? rows : TILE_ROWS);
 #endif
     (void)rows;
   }
@@ -130,11 +164,24 @@ struct Product<Grouped<BITS>> {
                      float* y, const float* bias, bool add, int from, int to) {
     const typename Format::Weight* weight = static_cast<const typename Format::Weight*>(w);
 #if defined(AURORA_GROUPED_TILES)
-    if (on_tiles(rows))
-      return linear_grouped_tiles<BITS>(x, groups, rows, weight, outputs, stream, y, bias, add, from, to);
+    if (on_tiles(rows)) {
+      if constexpr (BITS == 4)
+        return linear_four_bit_tiles(tile_of(x, groups, 0), groups, rows, weight, outputs, stream, y, bias, add, from,
+                                     to);
+      else
+        return linear_eight_bit_tiles(x, groups, rows, weight, outputs, stream, y, bias, add, from, to);
+    }
 #endif
     linear_blocks<Format>(x, groups, rows, weight, groups, outputs, stream, y, bias, add, from, to);
   }
+
+ private:
+#if defined(AURORA_GROUPED_TILES)
+  static_assert(sizeof(TileInputs) <= TILE_ROWS * sizeof(InputGroup), "the buffer holds either");
+  static TileInputs* tile_of(const InputGroup* x, int groups, int r) {
+    return reinterpret_cast<TileInputs*>(const_cast<InputGroup*>(x)) + ptrdiff_t(r / TILE_ROWS) * groups;
+  }
+#endif
 };
 
 #if defined(AURORA_INT8_TILES)
@@ -143,7 +190,8 @@ struct Product<Int8PerOutput> {
   static int padded(int inputs) { return (inputs + INT8_GROUP - 1) / INT8_GROUP; }
   static size_t buffer_rows(int rows) { return Product<Bf16>::buffer_rows(rows); }
   static ptrdiff_t block_bytes(int groups) { return int8_block_bytes(groups); }
-  static void round_row(const float* from, int inputs, Int8Inputs* x, int r) {
+  static constexpr bool ROUNDS_GROUPS = false;
+  static void round_row(const float* from, int inputs, Int8Inputs* x, int r, int) {
     round_to_int16(from, inputs, x + ptrdiff_t(r) * padded(inputs));
   }
   static void enter(int rows) { Product<Bf16>::enter(rows); }
@@ -151,6 +199,43 @@ struct Product<Int8PerOutput> {
   static void blocks(const Int8Inputs* x, int groups, int rows, const void* w, int outputs, const Stream& stream,
                      float* y, const float* bias, bool add, int from, int to) {
     linear_int8_tiles(x, groups, rows, static_cast<const int8_t*>(w), outputs, stream, y, bias, add, from, to);
+  }
+};
+#endif
+
+// Products for rows of prompts, in formats that have an arithmetic of their own for them (prompt_tiles.hpp). Inputs are
+// rounded by Product<Bf16>.
+//   available   false: rows of prompts are computed as decoding rows
+//   enter       called by each thread before these products, and after others
+//   block       calls `each(r, count, sums [count, BLOCK])` for rows [r, r + count) times block b
+template <class Format>
+struct PromptProduct {
+  static bool available() { return false; }
+  static void enter() {}
+  template <class Each>
+  static void block(const uint16_t*, int, int, const void*, int, Each) {}
+};
+
+#if defined(AURORA_TILES)
+template <>
+struct PromptProduct<Bf16> {
+  static bool available() { return tiles_allowed(); }
+  static void enter() { configure_tiles(TILE_ROWS); }
+  template <class Each>
+  static void block(const uint16_t* x, int k, int rows, const void* w, int b, Each each) {
+    multiply_rows(x, k, rows, static_cast<const uint16_t*>(w) + ptrdiff_t(b) * BLOCK * k, each);
+  }
+};
+
+template <int BITS>
+struct PromptProduct<Grouped<BITS>> : PromptProduct<Bf16> {
+  template <class Each>
+  static void block(const uint16_t* x, int k, int rows, const void* w, int b, Each each) {
+    static thread_local Buffer<uint16_t> unpacked;
+    uint16_t* weights = unpacked.at_least(size_t(k) * BLOCK);
+    const int groups = k / GROUP;
+    unpack_to_bf16<BITS>(static_cast<const WeightGroup<BITS>*>(w) + ptrdiff_t(b) * groups, groups, weights);
+    multiply_rows(x, k, rows, weights, each);
   }
 };
 #endif
@@ -163,13 +248,14 @@ void multiply(const float* x, ptrdiff_t x_stride, int rows, const void* w, int i
   const int k = P::padded(inputs), blocks = num_blocks(outputs);
   static thread_local Buffer<typename Format::Input> rounded;
   typename Format::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
-  for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to, r);
+  for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to, r, rows);
   const char* end = static_cast<const char*>(w) + blocks * P::block_bytes(k);
 #pragma omp parallel
   {
     P::enter(rows);
-#pragma omp for schedule(static)
-    for (int b = 0; b < blocks; ++b) P::blocks(to, k, rows, w, outputs, Stream{end, end}, y, bias, false, b, b + 1);
+    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    P::blocks(to, k, rows, w, outputs, Stream{end, end}, y, bias, false, blocks * thread / threads,
+              blocks * (thread + 1) / threads);
     P::leave();
   }
 }

@@ -73,9 +73,9 @@ int screened_argmax(const float* x, ptrdiff_t x_stride, int rows, const void* w,
   float* values = rounded_values.at_least(size_t(inputs));
   ErrorFactors* factors = all_factors.at_least(size_t(rows));
   for (int r = 0; r < rows; ++r) {
-    P::round_row(x + r * x_stride, inputs, to, r);
-    P::rounded_row(to, inputs, r, values);
-    Copy::round_row(values, inputs, copy_x, r);
+    P::round_row(x + r * x_stride, inputs, to, r, rows);
+    P::rounded_row(x + r * x_stride, inputs, values);
+    Copy::round_row(values, inputs, copy_x, r, rows);
     factors[r] = error_factors(values, inputs, copy_x[ptrdiff_t(r) * coarse_k].scale);
   }
   float* uppers = all_uppers.at_least(size_t(blocks) * rows);

@@ -131,7 +131,7 @@ void multiply_top(const float* x, ptrdiff_t x_stride, int rows, const void* w, i
   const int k = P::padded(inputs);
   static thread_local Buffer<typename Format::Input> rounded;
   typename Format::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
-  for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to, r);
+  for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to, r, rows);
   top_of_blocks<Format>(to, k, rows, w, outputs, nullptr, num_blocks(outputs), count, tops, lse);
 }
 

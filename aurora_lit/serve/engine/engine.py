@@ -95,7 +95,10 @@ class Engine:
             self._drafter = Drafter(draft, target, tokens_SL=self._tokens_SL, capacity=self.slot_capacity)
         self._runner = TargetRunner(target, kv_cache=kv_cache, drafter=self._drafter, observer=observer)
         self._allocator = SlotAllocator(
-            self._tokens_SL, prefix_cache=options.prefix_cache, has_observer=observer is not None
+            self._tokens_SL,
+            prefix_cache=options.prefix_cache,
+            has_observer=observer is not None,
+            has_prompt_arithmetic=target.has_prompt_arithmetic,
         )
         self._prefill = Prefill(
             target,

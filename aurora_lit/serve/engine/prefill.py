@@ -98,7 +98,8 @@ class Prefill:
     def _compute(self, sequence: RunningSequence, start: int, end: int) -> None:
         """Run the target over prompt positions `start` to `end`, and note the time per token."""
         started = time.perf_counter()
-        forward_output = self._runner.forward([sequence], self._tokens_SL[sequence.slot, start:end][None], start=start)
+        ids_1T = self._tokens_SL[sequence.slot, start:end][None]
+        forward_output = self._runner.forward([sequence], ids_1T, start=start, num_prompts=1)
         self._runner.store([sequence], forward_output)
         token_s = (time.perf_counter() - started) / (end - start)
         if end - start >= self._chunk_tokens // _MIN_CHUNK_DIVISOR:  # the time of a small chunk is not per token

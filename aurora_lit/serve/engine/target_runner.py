@@ -67,17 +67,20 @@ class TargetRunner:
         start: int | None = None,
         parents_BT: torch.Tensor | None = None,
         query_lengths: Sequence[int] | None = None,
+        num_prompts: int = 0,
     ) -> ForwardOutput:
         """Compute tokens from position `start` on; None: from each sequence's last committed token on.
 
         `parents_BT`: the tokens form trees. `query_lengths`: each sequence computes only its own query length; None:
-        all compute T. Both need a target that supports trees.
+        all compute T. Both need a target that supports trees. `num_prompts`: the last so many sequences read their
+        prompts, the others decode.
         """
         slots_B = torch.tensor([sequence.slot for sequence in sequences], device=self._device)
         starts_B = torch.tensor(
             [sequence.length - 1 if start is None else start for sequence in sequences], device=self._device
         )
         where: dict[str, Any] = {"kv_cache": self._kv_cache, "slots_B": slots_B, "starts_B": starts_B}
+        where["num_prompts"] = num_prompts
         if parents_BT is not None:
             where["parents_BT"] = parents_BT
         index_BT = torch.arange(ids_BT.numel(), device=self._device).view(ids_BT.shape)

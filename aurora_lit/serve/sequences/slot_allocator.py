@@ -26,13 +26,20 @@ class SlotAllocator:
     >>> allocator.free(sequence.slot)
     """
 
-    def __init__(self, tokens_SL: torch.Tensor, *, prefix_cache: bool, has_observer: bool) -> None:
+    def __init__(
+        self, tokens_SL: torch.Tensor, *, prefix_cache: bool, has_observer: bool, has_prompt_arithmetic: bool
+    ) -> None:
         """`prefix_cache` False: every prompt is computed in full.
+
+        `has_prompt_arithmetic`: only positions that were computed as a prompt's are used for other prompts, since those
+        of generated tokens are rounded differently (`Target.has_prompt_arithmetic`). A conversation's answers are
+        therefore computed again when they come back in the next prompt.
 
         `has_observer`: hidden states are recorded, but only of requests that may be stored (`Request.store`).
         """
         self._tokens_SL = tokens_SL
         self._prefix_cache, self._has_observer = prefix_cache, has_observer
+        self._has_prompt_arithmetic = has_prompt_arithmetic
         self._free = list(range(len(tokens_SL)))
         """Least recently used first."""
         self._sequences: list[RunningSequence | None] = [None] * len(tokens_SL)
@@ -80,6 +87,10 @@ class SlotAllocator:
         lengths = []
         for sequence, match in zip(self._sequences, matches, strict=True):
             usable = sequence is not None and (sequence.request.store or not needs_states)
-            length = min(match, sequence.num_cached_tokens) if sequence is not None and usable else 0
+            length = min(match, self._num_usable(sequence)) if sequence is not None and usable else 0
             lengths.append(length if length >= _MIN_PREFIX else 0)
         return lengths
+
+    def _num_usable(self, sequence: RunningSequence) -> int:
+        """Tokens of a slot that a prompt with the same tokens can use."""
+        return sequence.prefilled if self._has_prompt_arithmetic else sequence.num_cached_tokens

@@ -1,0 +1,91 @@
+// Products for the rows of prompts on Intel's matrix tiles (AMX), for bf16 and grouped weights. A prompt has many rows,
+// so that a block of weights is unpacked once to bf16 and multiplied by all of them. Inputs are rounded to bf16 too,
+// which is coarser than what grouped.hpp does for decoding rows: which of the two computes a row depends on its kind
+// alone, never on the number of rows. Each output is summed over the inputs in one order, so a row's bits depend
+// neither on the chunks in which its prompt is read nor on other rows. With bf16 weights they equal those of
+// bf16_tiles.hpp.
+#pragma once
+
+#include "bf16_tiles.hpp"
+#include "grouped.hpp"
+
+#if defined(AURORA_TILES)
+
+namespace {
+
+// Inputs whose weights stay in the first-level cache while all rows are multiplied.
+constexpr int PANEL_INPUTS = 512;
+
+// A block of grouped weights as bf16, in the layout of packed bf16 weights.
+template <int BITS>
+inline void unpack_to_bf16(const WeightGroup<BITS>* weights, int groups, uint16_t* to) {
+  constexpr int PAIRS = 16 / BITS;  // in a lane, see WeightGroup
+  constexpr uint32_t MASK = (1u << BITS) - 1;
+  for (int g = 0; g < groups; ++g, ++weights, to += GROUP * BLOCK)
+    for (int v = 0; v < 2; ++v) {
+      const f16v scales = from_fp16(weights->scales + 16 * v);
+      const f16v offsets = WeightGroup<BITS>::HAS_MIN ? from_fp16(weights->mins + 16 * v) : -128.0f * scales;
+      for (int line = 0; line < GROUP * BITS / 32; ++line) {
+        const u16v words = *reinterpret_cast<const u16v*>(weights->words[v][line]);
+        for (int n = 0; n < PAIRS; ++n) {
+          const i16v low = (i16v)((words >> (BITS * n)) & MASK), high = (i16v)((words >> (BITS * n + 16)) & MASK);
+          const u16v even = (u16v)(__builtin_convertvector(low, f16v) * scales + offsets) + 0x8000u;
+          const u16v odd = (u16v)(__builtin_convertvector(high, f16v) * scales + offsets) + 0x8000u;
+          const u16v pair = (even >> 16) | (odd & 0xffff0000u);
+          std::memcpy(to + (line * PAIRS + n) * 2 * BLOCK + 32 * v, &pair, sizeof pair);
+        }
+      }
+    }
+}
+
+// `rows` rows times one block: calls `each(r, count, sums)` with the sums [count, BLOCK] of rows [r, r + count). The
+// thread's tiles are configured for 16 rows. x: bf16 inputs at the offsets of tile_place, whole tiles of rows. w: bf16
+// weights of the block.
+template <class Each>
+inline void multiply_rows(const uint16_t* x, int k_padded, int rows, const uint16_t* w, Each each) {
+  constexpr int TILE = TILE_ROWS * TILE_INPUTS, X_BYTES = TILE_INPUTS * 2, W_BYTES = BLOCK * 2 * 2, SUM_BYTES = BLOCK * 4;
+  static thread_local Buffer<float> buffer;
+  float* const all_sums = buffer.at_least(size_t(rows + 2 * TILE_ROWS) * BLOCK);
+  const int panels = (k_padded + PANEL_INPUTS - 1) / PANEL_INPUTS, tiles = k_padded / TILE_INPUTS;
+  for (int panel = 0; panel < panels; ++panel) {
+    const int from = tiles * panel / panels, to = tiles * (panel + 1) / panels;
+    for (int r = 0; r < rows; r += 2 * TILE_ROWS) {
+      float* const sums = all_sums + ptrdiff_t(panels > 1 ? r : 0) * BLOCK;
+      float* const sums1 = sums + TILE_ROWS * BLOCK;
+      const uint16_t* x0 = x + ptrdiff_t(r) * k_padded + from * TILE;
+      const bool both = rows - r > TILE_ROWS;
+      const uint16_t* x1 = both ? x0 + TILE_ROWS * k_padded : x0;
+      if (panel) {
+        _tile_loadd(0, sums, SUM_BYTES);
+        _tile_loadd(1, sums + 16, SUM_BYTES);
+        _tile_loadd(2, sums1, SUM_BYTES);
+        _tile_loadd(3, sums1 + 16, SUM_BYTES);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int t = from; t < to; ++t, x0 += TILE, x1 += TILE) {
+        const uint16_t* at = w + ptrdiff_t(t) * TILE_INPUTS * BLOCK;
+        _tile_loadd(6, at, W_BYTES);
+        _tile_loadd(7, at + BLOCK, W_BYTES);
+        _tile_loadd(4, x0, X_BYTES);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (!both) continue;
+        _tile_loadd(5, x1, X_BYTES);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, sums, SUM_BYTES);
+      _tile_stored(1, sums + 16, SUM_BYTES);
+      _tile_stored(2, sums1, SUM_BYTES);
+      _tile_stored(3, sums1 + 16, SUM_BYTES);
+      if (panel + 1 == panels) each(r, rows - r < 2 * TILE_ROWS ? rows - r : 2 * TILE_ROWS, sums);
+    }
+  }
+}
+
+}  // namespace
+#endif
