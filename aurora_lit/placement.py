@@ -1,7 +1,8 @@
 """Where target and draft compute: on GPUs, one for each of `engine.devices` processes, or on the CPU.
 
 On a GPU everything is computed in eager torch. It was tested on a fake device only (tests/support/fake_device.py): what
-a real GPU's rounding, memory and speed make of it is not known. A learner chooses its device itself.
+a real GPU's rounding, memory and speed make of it is not known. `engine.device: auto` therefore uses GPUs for the
+sharded strategies alone, which are made for them. A learner chooses its device itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def uses_gpus(config: AuroraConfig) -> bool:
             f"engine.device=cuda: {engine.devices} GPUs are needed and torch sees {gpus}; use engine.device=cpu, or "
             "install a driver and a CUDA build of torch"
         )
-    return gpus >= engine.devices and not on_cpu_only
+    return is_demanded or (engine.strategy != "single" and gpus >= engine.devices and not on_cpu_only)
 
 
 def num_gpus() -> int:
@@ -38,7 +39,7 @@ def num_gpus() -> int:
 
 def describe(config: AuroraConfig) -> str:
     """Where target and draft compute, and why, in a line. Raises ConfigError as `uses_gpus`."""
-    engine, gpus = config.engine, num_gpus()
+    engine, precision, gpus = config.engine, config.target.precision, num_gpus()
     if uses_gpus(config):
         where = "the GPU" if engine.devices == 1 else f"{engine.devices} GPUs"
         return f"target and draft compute on {where}, in eager torch, which was never tested on a real GPU"
@@ -46,8 +47,10 @@ def describe(config: AuroraConfig) -> str:
         why = "there is no GPU"
     elif engine.device == "cpu":
         why = "engine.device=cpu"
+    elif engine.strategy == "single" and precision not in ("int8", "int4"):
+        why = "engine.strategy=single; engine.device=cuda would use a GPU in eager torch, never tested on a real one"
     elif gpus < engine.devices:
         why = f"engine.devices={engine.devices} is more than the {gpus} GPUs"
     else:
-        why = f"target.precision={config.target.precision} needs it"
+        why = f"target.precision={precision} needs it"
     return f"target and draft compute on the CPU ({why})"

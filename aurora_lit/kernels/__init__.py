@@ -12,6 +12,6 @@ May import: nothing of the package. Start with native.py. The files, each import
     native.py          loads and calls the kernels: attention, products with packed weights
     packed_linear.py   linear layers with packed weights, which replace a model's own
     decoder.py         all decoder layers of a forward pass in one native call
-    draft_steps.py     a draft's proposals, chains and trees, one native call for each level
+    draft_steps.py     a draft's proposals, chains and trees, in one native call
     lk_loss.py         the LK loss and its gradient in one pass; for learning only
 """

@@ -1,11 +1,11 @@
-"""A draft's proposals by native calls (csrc/drafting.hpp): first the newly committed positions, then level by level.
+"""A draft's proposals, a chain or a tree for each sequence, in one native call (csrc/drafting.hpp).
 
 `DraftSteps` holds pointers into tensors that it keeps alive.
 
-Leaves out: whether another level is profitable, which the caller decides between levels (serve/speculation/).
+Leaves out: what another level must promise to be drafted, which the caller says in numbers (serve/speculation/).
 
-Shapes: B sequences, K proposals, S slots, L positions, F features of a position (the target's auxiliary hidden states),
-V vocabulary, D draft vocabulary, H hidden size.
+Shapes: B sequences, K proposals, J levels, S slots, L positions, F features of a position (the target's auxiliary
+hidden states), V vocabulary, D draft vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Decoder, DecoderCall, Matrix
 from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.kernels.weight_format import WeightFormat
 
 
 class _Call(ctypes.Structure):
@@ -26,23 +28,40 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         ("decoder", DecoderCall),
-        *((name, Matrix) for name in ("fuse", "head", "value")),
+        *((name, Matrix) for name in ("fuse", "head", "value", "coarse")),
         ("features", ctypes.c_void_p),
         ("features_slot", ctypes.c_int64),
         ("committed", ctypes.c_void_p),
         ("committed_slot", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("embedding", "target_ids", "done", "ends")),
-        *((name, ctypes.c_int64) for name in ("children", "level_width")),
-        *((name, ctypes.c_void_p) for name in ("reach", "values")),
+        *((name, ctypes.c_int64) for name in ("children", "level_width", "max_levels", "max_nodes")),
+        *((name, ctypes.c_void_p) for name in ("min_gains", "level_rates", "temperatures", "uniforms")),
+        *((name, ctypes.c_void_p) for name in ("distributions", "outcomes", "tokens", "parents")),
+        *((name, ctypes.c_int64) for name in ("levels", "nodes")),
     )
 
 
-class DraftSteps:
-    """Proposals for a batch of sequences: call `start`, then `step` any number of times, then `proposals`.
+@dataclass(frozen=True, kw_only=True)
+class DraftedLevels:
+    """What one call has drafted."""
 
-    >>> values_B = steps.start(slots_B=slots_B, done=[4, 0], ends=[6, 9], width=1, ...)
-    >>> values_B = steps.step()
-    >>> token_BK, _ = steps.proposals(2)
+    token_BK: torch.Tensor
+    """int64 target ids."""
+    parent_BK: torch.Tensor
+    """int64 columns, where column 0 is the root."""
+    outcome_JB: torch.Tensor
+    """fp32. Of chains, the value head's prediction of how many tokens are accepted from a level on. Of trees, the
+    draft's probability that the accepted path passes one of the nodes that are expanded after a level."""
+    q_BKD: torch.Tensor | None
+    """fp32. The distributions that a chain's tokens were drawn from; arbitrary for sequences that take the argmax. None
+    if all do."""
+
+
+class DraftSteps:
+    """Drafts for a batch of sequences.
+
+    >>> drafted = steps(slots_B=slots_B, done=[4, 0], ends=[6, 9], num_levels=4, num_nodes=4, width=1, ...)
+    >>> drafted.token_BK
     """
 
     def __init__(
@@ -52,21 +71,19 @@ class DraftSteps:
         fuse: PackedLinear,
         head: PackedLinear,
         value: PackedLinear,
+        coarse_head: PackedLinear | None = None,
         target_id_D: torch.Tensor,
         embedding_VH: torch.Tensor,
     ) -> None:
-        """`embedding_VH` fp32 and contiguous."""
+        """`embedding_VH` fp32 and contiguous. `coarse_head`: a copy in INT4_GROUPED, read first where that is faster."""
         library = native.library()
         assert library is not None
         assert embedding_VH.dtype == torch.float32
         assert embedding_VH.is_contiguous()
-        self._kept_alive = (decoder, fuse, head, value, target_id_D, embedding_VH)
+        assert coarse_head is None or coarse_head.weight_format is WeightFormat.INT4_GROUPED
+        self._kept_alive = (decoder, fuse, head, value, coarse_head, target_id_D, embedding_VH)
         self._decoder = decoder
-        suffix = head.weight_format.suffix
-        self._start = getattr(library, f"aurora_draft_start_{suffix}")
-        self._step = getattr(library, f"aurora_draft_step_{suffix}")
-        self._finish = library.aurora_draft_finish
-        self._finish.restype = ctypes.c_int64
+        self._draft = getattr(library, f"aurora_draft_{head.weight_format.suffix}")
         library.aurora_drafting_new.restype = ctypes.c_void_p
         self._state = ctypes.c_void_p(library.aurora_drafting_new())
         weakref.finalize(self, library.aurora_drafting_free, self._state)
@@ -74,13 +91,15 @@ class DraftSteps:
             fuse=Matrix.of(fuse),
             head=Matrix.of(head),
             value=Matrix.of(value),
+            coarse=Matrix() if coarse_head is None else Matrix.of(coarse_head),
             embedding=embedding_VH.data_ptr(),
             target_ids=target_id_D.data_ptr(),
         )
         self._num_outputs = head.out_features
-        self._batch: tuple[torch.Tensor, ...] = ()  # tensors that the call points to
+        self._keys: Sequence[torch.Tensor] | None = None
+        """Of the cache that the call points to."""
 
-    def start(
+    def __call__(
         self,
         *,
         keys: Sequence[torch.Tensor],
@@ -90,40 +109,67 @@ class DraftSteps:
         slots_B: torch.Tensor,
         done: Sequence[int],
         ends: Sequence[int],
+        num_levels: int,
+        num_nodes: int,
         width: int,
-    ) -> torch.Tensor:
-        """Run the draft over positions `done` to `ends` of each sequence, then choose the first level.
+        min_gains: Sequence[float] | None = None,
+        level_rates: Sequence[float] = (),
+        temperature_B: torch.Tensor | None = None,
+        uniform_BJ: torch.Tensor | None = None,
+    ) -> DraftedLevels:
+        """Run the draft over positions `done` to `ends` of each sequence, then draft from there.
 
         These positions use the target's features, `features_SLF`, which have the type of the draft's KV cache.
-        `width`: largest number of nodes of a level that are expanded, and number of children considered for each.
 
-        Returns for chains (width 1) the value head's prediction [B] at the last position, and for trees the draft's
-        probability [B] that the target's continuation passes through one of the nodes to be expanded. The next call of
-        either method overwrites it.
+        Args:
+            num_levels: most levels.
+            num_nodes: most proposals for each sequence: the most probable nodes of the levels.
+            width: most nodes of a level that are expanded, and children considered for each; 1: chains.
+            min_gains: accepted tokens, of all sequences together, that each level after the first must promise to be
+                drafted. None: all levels are drafted.
+            level_rates: of trees, if `min_gains` is set: acceptance rate of a level, for each sequence.
+            temperature_B: of chains, fp32: tokens are drawn where it is positive, and the argmax where it is 0. None:
+                the argmax everywhere.
+            uniform_BJ: fp64 numbers in [0, 1) to draw with.
         """
         call, B = self._call, len(slots_B)
-        done_B, ends_B, outcome_B = torch.tensor(done), torch.tensor(ends), torch.empty(B)
-        self._batch = (slots_B, done_B, ends_B, outcome_B, features_SLF, tokens_SL)
-        call.decoder = self._decoder.call(keys, values)
+        done_B, ends_B = (ctypes.c_int64 * B)(*done), (ctypes.c_int64 * B)(*ends)
+        if keys is not self._keys:
+            call.decoder, self._keys = self._decoder.call(keys, values), keys
         call.decoder.attention.rows = B
-        call.decoder.slots, call.decoder.starts = slots_B.data_ptr(), ends_B.data_ptr()
+        call.decoder.slots, call.decoder.starts = slots_B.data_ptr(), ctypes.addressof(ends_B)
         call.features, call.features_slot = features_SLF.data_ptr(), features_SLF.stride(0)
         call.committed, call.committed_slot = tokens_SL.data_ptr(), tokens_SL.stride(0)
-        call.done, call.ends = done_B.data_ptr(), ends_B.data_ptr()
+        call.done, call.ends = ctypes.addressof(done_B), ctypes.addressof(ends_B)
         call.children, call.level_width = min(width, self._num_outputs), width
-        call.values, call.reach = (outcome_B.data_ptr(), None) if width == 1 else (None, outcome_B.data_ptr())
-        self._start(ctypes.byref(call), self._state)
-        return outcome_B
+        call.max_levels, call.max_nodes = num_levels, num_nodes
+        gains_J, rates_B = _doubles(min_gains), _doubles(level_rates)
+        call.min_gains = None if gains_J is None else ctypes.addressof(gains_J)
+        call.level_rates = None if rates_B is None else ctypes.addressof(rates_B)
+        outcome_JB = torch.empty(num_levels, B)
+        found = torch.empty(2, B * num_nodes, dtype=torch.int64)
+        call.outcomes, call.tokens = outcome_JB.data_ptr(), found.data_ptr()
+        call.parents = call.tokens + found.element_size() * found.shape[1]
+        q_JBD = None
+        call.temperatures = call.uniforms = call.distributions = None
+        if temperature_B is not None:
+            assert uniform_BJ is not None
+            assert width == 1
+            q_JBD = torch.empty(num_levels, B, self._num_outputs)
+            temperature_B, uniform_BJ = temperature_B.float().contiguous(), uniform_BJ.double().contiguous()
+            assert uniform_BJ.shape == (B, num_levels)
+            call.temperatures, call.uniforms = temperature_B.data_ptr(), uniform_BJ.data_ptr()
+            call.distributions = q_JBD.data_ptr()
+        self._draft(ctypes.byref(call), self._state)
+        levels, nodes = call.levels, call.nodes
+        token_BK, parent_BK = found[:, : B * nodes].view(2, B, nodes)
+        return DraftedLevels(
+            token_BK=token_BK,
+            parent_BK=parent_BK,
+            outcome_JB=outcome_JB[:levels],
+            q_BKD=None if q_JBD is None else q_JBD[:levels].transpose(0, 1),
+        )
 
-    def step(self) -> torch.Tensor:
-        """Expand the nodes of the current level and choose the next level; returns as `start` does."""
-        self._step(ctypes.byref(self._call), self._state)
-        return self._batch[3]
 
-    def proposals(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `count` most probable nodes, or all if there are fewer: target ids and parents' columns, int64 [B, K]."""
-        found = torch.empty(2, len(self._batch[0]) * count, dtype=torch.int64)
-        tokens, parents = (ctypes.c_void_p(part.data_ptr()) for part in found)
-        nodes = self._finish(self._state, ctypes.c_int64(count), tokens, parents)
-        token_BK, parent_BK = found[:, : len(self._batch[0]) * nodes].view(2, -1, nodes)
-        return token_BK, parent_BK
+def _doubles(numbers: Sequence[float] | None) -> ctypes.Array[ctypes.c_double] | None:
+    return None if numbers is None else (ctypes.c_double * len(numbers))(*numbers)

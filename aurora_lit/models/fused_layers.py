@@ -75,9 +75,13 @@ def fuse_draft(draft: Eagle3Draft) -> Decoder | None:
 
 
 def draft_steps(
-    draft: Eagle3Draft, decoder: Decoder, embedding: nn.Module, target_id_D: torch.Tensor
+    draft: Eagle3Draft,
+    decoder: Decoder,
+    embedding: nn.Module,
+    target_id_D: torch.Tensor,
+    coarse_head: PackedLinear | None = None,
 ) -> DraftSteps | None:
-    """Steps of the draft, each as one native call; None if `embedding` is not a plain fp32 table."""
+    """Drafting as one native call; None if `embedding` is not a plain fp32 table. `coarse_head`: see `DraftSteps`."""
     if type(embedding) is not nn.Embedding or embedding.weight.dtype != torch.float32:
         return None
     linears: list[Any] = [draft.fc, draft.lm_head, draft.value_head]
@@ -87,6 +91,7 @@ def draft_steps(
         fuse=fuse,
         head=head,
         value=value,
+        coarse_head=coarse_head,
         target_id_D=target_id_D,
         embedding_VH=embedding.weight.detach(),
     )

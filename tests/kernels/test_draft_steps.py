@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import random
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -12,8 +14,10 @@ from support.tiny_models import VOCAB, random_draft, save_model
 from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.distribution import LogitOptions
+from aurora_lit.modules.sampling.noise import draw
 from aurora_lit.request import SamplingParams
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
+from aurora_lit.serve.speculation.planner import extends_chain
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
 
@@ -68,27 +72,104 @@ def test_a_native_chain_equals_the_modules_chain(target: Target, stop_after: int
     assert not module_drafter.supports_trees
     options = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=0.0)] * 3)
     for lengths in ROUNDS:
-        inputs, values, proposals = sequences.grow(lengths), [], []
-        for drafter in sequences.drafters:
-            seen: list[torch.Tensor] = []
-
-            def should_continue(done: int, values_B: torch.Tensor, seen: list[torch.Tensor] = seen) -> bool:
-                seen.append(values_B.clone())
-                return done < stop_after
-
-            uniform_BK = torch.zeros(3, 5, dtype=torch.float64)
-            proposals.append(
-                drafter.propose(
-                    inputs, options=options, num_steps=5, uniform_BK=uniform_BK, should_continue=should_continue
-                )
-            )
-            values.append(torch.stack(seen))
+        inputs = sequences.grow(lengths)
+        drafted = [
+            drafter.propose(inputs, options=options, num_steps=5, min_gains=stop_after_levels(stop_after, 5))
+            for drafter in sequences.drafters
+        ]
+        (proposals, value_KB), (expected, expected_value_KB) = drafted
         compared = slice(0, num_comparable(lengths))
-        assert torch.equal(proposals[0].token_BK[compared], proposals[1].token_BK[compared])
-        assert proposals[0].token_BK.shape == (3, min(5, stop_after))
-        assert proposals[0].q_BKD is None
-        assert proposals[0].num_proposed_B.tolist() == [min(5, stop_after)] * 3
-        torch.testing.assert_close(values[0][:, compared], values[1][:, compared], atol=1e-4, rtol=1e-4)
+        assert torch.equal(proposals.token_BK[compared], expected.token_BK[compared])
+        assert proposals.token_BK.shape == (3, min(5, stop_after))
+        assert proposals.q_BKD is None
+        assert proposals.num_proposed_B.tolist() == [min(5, stop_after)] * 3
+        torch.testing.assert_close(value_KB[:, compared], expected_value_KB[:, compared], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_native_sampled_chain_equals_the_modules_chain(target: Target) -> None:
+    """Sequences at two temperatures and a greedy one, with the same uniform numbers."""
+    sequences = GrowingSequences(target, num_drafters=2)
+    sequences.drafters[1]._runtime_draft = replace(sequences.drafters[1]._runtime_draft, steps=None)
+    params = [SamplingParams(max_tokens=1, temperature=t) for t in (1.0, 0.0, 0.4)]
+    options, rng = LogitOptions.from_params(params), torch.Generator().manual_seed(5)
+    for lengths in (*ROUNDS, [14, 123, 10], [15, 124, 11]):
+        inputs = sequences.grow(lengths)
+        uniform_BK = torch.rand(3, 5, dtype=torch.float64, generator=rng)
+        (proposals, value_KB), (expected, expected_value_KB) = (
+            drafter.propose(inputs, options=options, num_steps=5, uniform_BK=uniform_BK)
+            for drafter in sequences.drafters
+        )
+        compared = slice(0, num_comparable(lengths))
+        assert torch.equal(proposals.token_BK[compared], expected.token_BK[compared])
+        torch.testing.assert_close(value_KB[:, compared], expected_value_KB[:, compared], atol=1e-4, rtol=1e-4)
+        assert proposals.q_BKD is not None
+        assert expected.q_BKD is not None
+        for b in range(0, num_comparable(lengths), 2):  # the second is greedy
+            torch.testing.assert_close(proposals.q_BKD[b], expected.q_BKD[b], atol=1e-6, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("draft_vocab_size", [1, 31, 32, 50, 58])
+def test_a_native_draw_follows_the_distribution_that_is_returned(target: Target, draft_vocab_size: int) -> None:
+    """At uniform numbers from 0 to just below 1, the token is where the cumulative distribution passes the number."""
+    count = 64
+    tokens_SL = torch.randint(0, VOCAB, (count, 9), generator=torch.Generator().manual_seed(2))
+    drafter = Drafter(random_draft(target, draft_vocab_size=draft_vocab_size), target, tokens_SL=tokens_SL, capacity=8)
+    drafter.features_SLF.normal_()
+    options = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=2.0)] * count)
+    uniform_B1 = torch.linspace(0, 1 - 2**-53, count, dtype=torch.float64)[:, None]
+    proposals, _ = drafter.propose(
+        DraftInputs(slots_B=torch.arange(count), lengths=[5] * count),
+        options=options,
+        num_steps=1,
+        uniform_BK=uniform_B1,
+    )
+    assert proposals.q_BKD is not None
+    drawn_B = drafter.vocabulary.draft_id_V[proposals.token_BK[:, 0]]
+    assert torch.equal(drawn_B, draw(proposals.q_BKD[:, 0], uniform_B1[:, 0]))
+    assert len(set(drawn_B.tolist())) > draft_vocab_size // 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [1, 4])
+def test_native_drafting_ends_where_the_rule_says(target: Target, width: int) -> None:
+    """With random tables: after the first level whose successor promises too few tokens by the recorded outcomes."""
+    rng, ends = random.Random(width), set()
+    sequences, draft = GrowingSequences(target, num_drafters=0), random_draft(target)
+    draft.value_head.bias.fill_(4.0)  # expects long chains, so that all levels may be reached
+    drafter = Drafter(draft, target, tokens_SL=sequences.tokens_SL, capacity=CAPACITY)
+    sequences.drafters.append(drafter)
+    inputs = sequences.grow(ROUNDS[0])
+    options = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=0.0)] * 3)
+
+    def outcomes(min_gains: list[float] | None, level_rates: list[float]) -> torch.Tensor:
+        drafter._num_cached = [0] * len(drafter._num_cached)
+        if width == 1:
+            return drafter.propose(inputs, options=options, num_steps=6, min_gains=min_gains)[1]
+        levels = {"num_steps": 6, "num_nodes": 15, "min_gains": min_gains, "level_rates": level_rates}
+        return drafter.propose_tree(inputs, **levels)[1]  # type: ignore[arg-type]
+
+    everything_JB = outcomes(None, [])
+    assert len(everything_JB) == 6
+    for _ in range(200):
+        min_gains, level_rates = [1.5 * rng.random() ** 8 for _ in range(5)], [rng.random() for _ in range(3)]
+        survival, levels = [1.0] * 3, 1
+        for outcome_B, min_gain in zip(everything_JB.tolist(), min_gains, strict=False):
+            promised = sum(outcome * rate for outcome, rate in zip(outcome_B, level_rates, strict=True))
+            if not (extends_chain(outcome_B, survival, min_gain) if width == 1 else promised > min_gain):
+                break
+            levels += 1
+        ended_JB = outcomes(min_gains, level_rates)
+        assert len(ended_JB) == levels
+        assert torch.equal(ended_JB, everything_JB[:levels])
+        ends.add(levels)
+    assert len(ends) > 3, "the tables must end drafting at different levels"
+
+
+def stop_after_levels(levels: int, most: int) -> list[float]:
+    """What levels must promise so that exactly these are drafted."""
+    return [-math.inf if done < levels else math.inf for done in range(1, most)]
 
 
 @dataclass(kw_only=True)
@@ -133,16 +214,15 @@ def test_a_native_tree_equals_the_reference_tree(target: Target, levels: int, no
     native_drafter, reference_drafter = sequences.drafters
     width = min(4, nodes)
     for lengths in ROUNDS:
-        inputs, reaches = sequences.grow(lengths), []
-
-        def should_continue(done: int, reach_B: list[float], reaches: list[list[float]] = reaches) -> bool:
-            reaches.append(reach_B)
-            return done < levels
-
-        proposals, done = native_drafter.propose_tree(
-            inputs, num_steps=8, num_nodes=nodes, should_continue=should_continue
+        inputs = sequences.grow(lengths)
+        proposals, reach_JB = native_drafter.propose_tree(
+            inputs,
+            num_steps=8,
+            num_nodes=nodes,
+            min_gains=stop_after_levels(levels, 8),
+            level_rates=[1.0] * 3,
         )
-        assert done == levels == len(reaches)
+        assert len(reach_JB) == levels
         assert proposals.parent_BK is not None
         roots_BH = reference_drafter.prefill(inputs)
         for b in range(num_comparable(lengths)):
@@ -153,7 +233,7 @@ def test_a_native_tree_equals_the_reference_tree(target: Target, levels: int, no
             assert proposals.parent_BK[b].tolist() == [
                 kept.index(tree.parents[i]) + 1 if tree.parents[i] >= 0 else 0 for i in kept
             ]
-            assert [reach_B[b] for reach_B in reaches] == pytest.approx(expected_reach, rel=1e-4)
+            assert reach_JB[:, b].tolist() == pytest.approx(expected_reach, rel=1e-4)
 
 
 @torch.no_grad()
@@ -164,11 +244,9 @@ def test_proposals_do_not_depend_on_an_earlier_tree_in_the_cache(target: Target)
         proposals = []
         for drafter, has_earlier_tree in zip(sequences.drafters, (True, False), strict=True):
             if has_earlier_tree:
-                drafter.propose_tree(inputs, num_steps=4, num_nodes=31, should_continue=lambda *_: True)
+                drafter.propose_tree(inputs, num_steps=4, num_nodes=31)
                 drafter._num_cached = [max(0, num_cached - 1) for num_cached in drafter._num_cached]
-            proposals.append(
-                drafter.propose_tree(inputs, num_steps=3, num_nodes=15, should_continue=lambda *_: True)[0]
-            )
+            proposals.append(drafter.propose_tree(inputs, num_steps=3, num_nodes=15)[0])
         compared = slice(0, num_comparable(lengths))
         assert torch.equal(proposals[0].token_BK[compared], proposals[1].token_BK[compared])
 

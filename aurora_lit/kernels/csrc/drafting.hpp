@@ -1,9 +1,10 @@
-// Drafting: draft_start runs the draft over the positions that the target has committed since the last round, and each
-// draft_step runs it over the nodes of the current level and chooses their most probable children. A chain is a tree
-// with one node per level. The caller may stop between steps. The trees are those of modules/sampling/tree.py; source:
-// EAGLE-2, arXiv 2406.16858.
+// Drafting: a chain or a tree of proposals for each sequence in one call. The first pass runs the draft over the
+// positions that the target has committed since the last round, and each further pass over the nodes of the current
+// level, whose most probable children are chosen. A chain is a tree with one node per level; only chains are sampled.
+// Drafting ends after `max_levels` levels, or before a level that promises too little. The trees are those of
+// modules/sampling/tree.py; source: EAGLE-2, arXiv 2406.16858.
 //
-// Shapes: B sequences, H hidden size, V vocabulary.
+// Shapes: B sequences, H hidden size, V vocabulary, D draft vocabulary.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +16,7 @@ namespace {
 struct DraftCall {
   DecoderCall decoder;  // the draft's layer and KV cache; `slots` and `starts` of the sequences
   Matrix fuse, head, value;
+  Matrix coarse;         // a copy of the head in four bits (Grouped<4>); or without weight: there is none
   const void* features;  // [slots, positions, 3H], of the cache's type: the target's auxiliary hidden states
   int64_t features_slot;
   const int64_t* committed;  // [slots, positions]: committed tokens
@@ -23,9 +25,21 @@ struct DraftCall {
   const int64_t* target_ids;   // the target's token id of each draft id
   const int64_t *done, *ends;  // [B]: first position to run; end of the positions to run
   int64_t children;            // considered for each node
-  int64_t level_width;         // largest number of nodes of a level that are expanded
-  float* reach;                // [B] out: probability that the accepted path passes a node to be expanded; or null
-  float* values;               // [B] out, for chains: the value head at the last position; or null
+  int64_t level_width;         // largest number of nodes of a level that are expanded; 1: chains
+  int64_t max_levels, max_nodes;
+  // [max_levels - 1]: level l + 1 is drafted if it promises more than min_gains[l] accepted tokens, of all sequences
+  // together (promises_more); null: all levels are drafted.
+  const double* min_gains;
+  const double* level_rates;  // [B], for trees: acceptance rate of a level
+  const float* temperatures;  // [B]: 0 takes the most probable token, else one is drawn; or null: 0 for all
+  const double* uniforms;     // [B, max_levels]: in [0, 1), to draw with
+  float* distributions;       // [max_levels, B, D] out, of sequences whose tokens are drawn
+  float* outcomes;            // [max_levels, B] out; for chains the value head's prediction: tokens accepted from this
+                              // level on; for trees the probability that the accepted path passes an expanded node
+  int64_t *tokens, *parents;  // [B, nodes] out: target ids, and parents' columns, where column 0 is the root
+  int64_t levels, nodes;      // out
+
+  bool is_tree() const { return level_width > 1; }
 };
 
 // The tree of one sequence. Nodes are numbered in the order of their creation; -1 is the root.
@@ -54,28 +68,135 @@ struct GrowingTree {
   }
 };
 
-// State between the steps of one proposal.
+// State between the levels of one proposal, and buffers.
 struct DraftState {
   std::vector<GrowingTree> rows;
+  std::vector<double> survival;  // [rows]: probability that all proposals of a chain so far are accepted
   std::vector<int64_t> columns;  // [rows, columns]: parents' columns of the nodes in the cache
   int64_t num_columns = 0;
-  std::vector<int64_t> begins;  // [rows + 1]: index of each row's first position in draft_start's pass
+  std::vector<int64_t> begins;  // [rows + 1]: index of each row's first position in the first pass
   Buffer<float> hidden, normed, next, embeds;  // of the nodes expanded last; `next`, `embeds`: inputs of the next ones
   Buffer<Top> tops;
   Buffer<LogSumExp> sums;
 };
 
+// The softmax of a row of logits at a temperature, in place, and the first index whose cumulative probability exceeds
+// `uniform` of the total. Cumulative sums are fp64, so indices are drawn with the probabilities that are stored.
+inline int64_t draw(float* row, int size, float temperature, double uniform) {
+  typedef float f8v __attribute__((vector_size(32), aligned(4)));
+  typedef double d8v __attribute__((vector_size(64)));
+  const auto total_of = [&](int from) {  // of up to BLOCK values
+    d8v sums = d8v{};
+    double rest = 0.0;
+    int i = from;
+    for (; i + 8 <= size && i < from + BLOCK; i += 8)
+      sums += __builtin_convertvector(*reinterpret_cast<const f8v*>(row + i), d8v);
+    for (; i < size && i < from + BLOCK; ++i) rest += row[i];
+    for (int lane = 0; lane < 8; ++lane) rest += sums[lane];
+    return rest;
+  };
+  const float most = *std::max_element(row, row + size), factor = 1.0f / temperature;
+  const int whole = size / 16 * 16;
+  for (int i = 0; i < whole; i += 16) {
+    const f16v e = exp_vector((load16(row + i) - most) * factor);
+    std::memcpy(row + i, &e, sizeof e);
+  }
+  for (int i = whole; i < size; ++i) row[i] = std::exp((row[i] - most) * factor);
+  double sum = 0.0;
+  for (int at = 0; at < size; at += BLOCK) sum += total_of(at);
+  const float inverse = float(1.0 / sum);
+  for (int i = 0; i < size; ++i) row[i] *= inverse;
+  static thread_local std::vector<double> of_blocks;
+  of_blocks.clear();
+  double all = 0.0, before = 0.0;
+  for (int at = 0; at < size; at += BLOCK) of_blocks.push_back(total_of(at)), all += of_blocks.back();
+  const double bound = uniform * all;
+  size_t block = 0;
+  while (block + 1 < of_blocks.size() && !(before + of_blocks[block] > bound)) before += of_blocks[block++];
+  int last = 0;  // with positive probability; rounding may leave the bound above every sum
+  for (int i = int(block) * BLOCK; i < size; ++i) {
+    before += row[i];
+    if (row[i] > 0.0f) last = i;
+    if (before > bound) return i;
+  }
+  return last;
+}
+
+// One draft id for each row of `x`, rounded inputs: drawn where the temperature is positive, else the most probable.
+template <class Format>
+void sample_chain(const DraftCall& call, const typename Format::Input* x, int k, int rows, int64_t level, Top* tops) {
+  typedef Product<Format> P;
+  const int outputs = int(call.head.outputs), blocks = num_blocks(outputs);
+  const char* weight = static_cast<const char*>(call.head.weight);
+  float* logits = call.distributions + level * rows * int64_t(outputs);
+#pragma omp parallel
+  {
+    const int from = blocks * omp_get_thread_num() / omp_get_num_threads();
+    const int to = blocks * (omp_get_thread_num() + 1) / omp_get_num_threads();
+    const char* end = weight + to * P::block_bytes(k);
+    P::enter(rows);
+    P::blocks(x, k, rows, weight, outputs, Stream{end, end}, logits, nullptr, false, from, to);
+    P::leave();
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int r = 0; r < rows; ++r) {
+      float* row = logits + ptrdiff_t(r) * outputs;
+      const float temperature = call.temperatures[r];
+      tops[r].index = temperature > 0.0f ? draw(row, outputs, temperature, call.uniforms[r * call.max_levels + level])
+                                         : std::max_element(row, row + outputs) - row;
+    }
+  }
+}
+
+// A chain of few sequences reads the head's copy in four bits, and then only the blocks of the head that hold the most
+// probable CANDIDATES of each row by the copy. Among four candidates is the head's own choice in 99 of 100 cases.
+constexpr int CANDIDATES = 4;
+constexpr int MAX_COARSE_ROWS = 3;  // with more rows the copy takes longer than the head
+
+template <class Format>
+void coarse_argmax(const DraftCall& call, const float* normed, const typename Format::Input* x, int k, int rows,
+                   Top* tops) {
+  typedef Product<Grouped<4>> Copy;
+  const int H = int(call.decoder.hidden), outputs = int(call.head.outputs), copy_k = Copy::padded(H);
+  static thread_local Buffer<InputGroup> rounded;
+  InputGroup* copy_x = rounded.at_least(Copy::buffer_rows(rows) * size_t(copy_k));
+  for (int r = 0; r < rows; ++r) Copy::round_row(normed + ptrdiff_t(r) * H, H, copy_x, r, rows);
+  Top candidates[MAX_COARSE_ROWS * CANDIDATES];
+  top_of_blocks<Grouped<4>>(copy_x, copy_k, rows, call.coarse.weight, outputs, nullptr, num_blocks(outputs), CANDIDATES,
+                            candidates, nullptr);
+  int blocks[MAX_COARSE_ROWS * CANDIDATES];
+  for (int i = 0; i < rows * CANDIDATES; ++i) blocks[i] = int(candidates[i].index) / BLOCK;
+  std::sort(blocks, blocks + rows * CANDIDATES);
+  const int count = int(std::unique(blocks, blocks + rows * CANDIDATES) - blocks);
+  top_of_blocks<Format>(x, k, rows, call.head.weight, outputs, blocks, count, 1, tops, nullptr);
+}
+
 // Add children of the nodes whose hidden states are in `normed`, and choose the nodes to expand next.
 template <class Format>
-void choose_level(const DraftCall& call, DraftState& d) {
-  const int H = int(call.decoder.hidden), children = int(call.children);
+void choose_level(const DraftCall& call, DraftState& d, int64_t level) {
+  typedef Product<Format> P;
+  const int H = int(call.decoder.hidden), children = int(call.children), k = P::padded(H);
   const size_t width = d.rows[0].level.size();
   const int rows = int(d.rows.size() * width);
+  static thread_local Buffer<typename Format::Input> rounded;
+  typename Format::Input* x = rounded.at_least(P::buffer_rows(rows) * size_t(k));
+  for (int r = 0; r < rows; ++r) P::round_row(d.normed.data() + ptrdiff_t(r) * H, H, x, r, rows);
   Top* tops = d.tops.at_least(size_t(rows * children));
   LogSumExp* sums = d.sums.at_least(size_t(rows));
-  multiply_top<Format>(d.normed.data(), H, rows, call.head.weight, H, int(call.head.outputs), children, tops,
-                       call.reach ? sums : nullptr);
-  if (call.values) multiply<Format>(d.normed.data(), H, rows, call.value.weight, H, 1, call.values, call.value.bias);
+  float* outcomes = call.outcomes + level * int64_t(d.rows.size());
+  if (call.temperatures)
+    sample_chain<Format>(call, x, k, rows, level, tops);
+  else if (call.coarse.weight && !call.is_tree() && rows <= MAX_COARSE_ROWS)
+    coarse_argmax<Format>(call, d.normed.data(), x, k, rows, tops);
+  else
+    top_of_blocks<Format>(x, k, rows, call.head.weight, int(call.head.outputs), nullptr,
+                          num_blocks(int(call.head.outputs)), children, tops, call.is_tree() ? sums : nullptr);
+  if (!call.is_tree()) {
+    const char* end = static_cast<const char*>(call.value.weight) + P::block_bytes(k);
+    P::enter(rows);
+    P::blocks(x, k, rows, call.value.weight, 1, Stream{end, end}, outcomes, call.value.bias, false, 0, 1);
+    P::leave();
+  }
   for (size_t b = 0; b < d.rows.size(); ++b) {
     GrowingTree& row = d.rows[b];
     const size_t grown = row.tokens.size();
@@ -83,22 +204,42 @@ void choose_level(const DraftCall& call, DraftState& d) {
       const size_t at = b * width + i;
       for (int c = 0; c < children; ++c) {
         const Top& top = tops[at * size_t(children) + size_t(c)];
-        row.add(row.level[i], call.target_ids[top.index], call.reach ? double(top.value - sums[at].value()) : 0.0);
+        row.add(row.level[i], call.target_ids[top.index], call.is_tree() ? double(top.value - sums[at].value()) : 0.0);
       }
     }
     row.before.swap(row.level);
     row.level = row.best(size_t(call.level_width), grown);
-    if (!call.reach) continue;
+    if (!call.is_tree()) continue;
     double reach = 0.0;
     for (const int64_t node : row.level) reach += std::exp(row.logprobs[size_t(node)]);
-    call.reach[b] = float(reach);
+    outcomes[b] = float(reach);
   }
+}
+
+// True if another level after `levels` levels promises more accepted tokens than it must. A chain's value head predicts
+// v = a(1 + v') tokens from a level on, and a is the acceptance rate there if v' = v; serve/speculation/planner.py has
+// the same rule for chains that are not drafted here (extends_chain).
+inline bool promises_more(const DraftCall& call, DraftState& d, int64_t levels) {
+  if (!call.min_gains) return true;
+  const float* outcomes = call.outcomes + (levels - 1) * int64_t(d.rows.size());
+  double gain = 0.0;
+  for (size_t b = 0; b < d.rows.size(); ++b) {
+    const double outcome = outcomes[b];
+    if (call.is_tree()) {
+      gain += outcome * call.level_rates[b];
+    } else {
+      const double rate = std::max(0.0, std::min(0.98, outcome / (1.0 + std::max(0.0, outcome))));
+      d.survival[b] *= rate;
+      gain += d.survival[b] * rate;
+    }
+  }
+  return gain > call.min_gains[levels - 1];
 }
 
 // Run the draft over newly committed positions, then choose the first level. A row without new positions runs one
 // anyway: the result is arbitrary and is computed again once there is one.
 template <class Format, class Cache>
-void draft_start(const DraftCall& call, DraftState& d) {
+void first_level(const DraftCall& call, DraftState& d) {
   const size_t B = size_t(call.decoder.attention.rows), H = size_t(call.decoder.hidden), F = size_t(call.fuse.inputs);
   int64_t most = 1;
   d.begins.assign(1, 0);
@@ -130,7 +271,7 @@ void draft_start(const DraftCall& call, DraftState& d) {
   pass.embeds = embeds, pass.hidden_states = stream.at_least(N * H), pass.normed = normed.at_least(N * H);
   multiply<Format>(x, ptrdiff_t(F), int(N), call.fuse.weight, int(F), int(H), pass.hidden_states, call.fuse.bias);
   decode<Format, Cache>(pass);
-  d.rows.resize(B);
+  d.rows.resize(B), d.survival.assign(B, 1.0);
   d.columns.clear(), d.num_columns = 0;
   float* hidden = d.hidden.at_least(B * H);
   float* last = d.normed.at_least(B * H);
@@ -140,12 +281,12 @@ void draft_start(const DraftCall& call, DraftState& d) {
     std::memcpy(hidden + b * H, pass.hidden_states + at * H, H * sizeof(float));
     std::memcpy(last + b * H, pass.normed + at * H, H * sizeof(float));
   }
-  choose_level<Format>(call, d);
+  choose_level<Format>(call, d, 0);
 }
 
 // Expand the current level, then choose the next.
 template <class Format, class Cache>
-void draft_step(const DraftCall& call, DraftState& d) {
+void next_level(const DraftCall& call, DraftState& d, int64_t level) {
   const size_t B = d.rows.size(), H = size_t(call.decoder.hidden), width = d.rows[0].level.size();
   const size_t before = d.rows[0].before.size(), old_columns = size_t(d.num_columns);
   std::vector<int64_t> columns;
@@ -173,13 +314,12 @@ void draft_step(const DraftCall& call, DraftState& d) {
   pass.embeds = embeds, pass.hidden_states = next, pass.normed = d.normed.at_least(B * width * H);
   decode<Format, Cache>(pass);
   d.hidden.swap(d.next);
-  choose_level<Format>(call, d);
+  choose_level<Format>(call, d, level);
 }
 
-// The `count` most probable nodes of each row, or all if there are fewer: tokens and parents' columns [rows, nodes],
-// where column 0 is the root; returns the number of nodes.
-inline int64_t draft_finish(const DraftState& d, int64_t count, int64_t* tokens, int64_t* parents) {
-  const size_t nodes = std::min(size_t(count), d.rows[0].tokens.size());
+// Write the `max_nodes` most probable nodes of each row, or all if there are fewer.
+inline void write_proposals(DraftCall& call, const DraftState& d) {
+  const size_t nodes = std::min(size_t(call.max_nodes), d.rows[0].tokens.size());
   std::vector<int64_t> column_of;
   for (size_t b = 0; b < d.rows.size(); ++b) {
     const GrowingTree& row = d.rows[b];
@@ -190,11 +330,19 @@ inline int64_t draft_finish(const DraftState& d, int64_t count, int64_t* tokens,
     for (size_t i = 0; i < nodes; ++i) {
       const size_t node = size_t(kept[i]);
       column_of[node] = int64_t(i) + 1;
-      tokens[b * nodes + i] = row.tokens[node];
-      parents[b * nodes + i] = row.parents[node] < 0 ? 0 : column_of[size_t(row.parents[node])];
+      call.tokens[b * nodes + i] = row.tokens[node];
+      call.parents[b * nodes + i] = row.parents[node] < 0 ? 0 : column_of[size_t(row.parents[node])];
     }
   }
-  return int64_t(nodes);
+  call.nodes = int64_t(nodes);
+}
+
+template <class Format, class Cache>
+void draft(DraftCall& call, DraftState& d) {
+  first_level<Format, Cache>(call, d);
+  for (call.levels = 1; call.levels < call.max_levels && promises_more(call, d, call.levels); ++call.levels)
+    next_level<Format, Cache>(call, d, call.levels);
+  write_proposals(call, d);
 }
 
 }  // namespace

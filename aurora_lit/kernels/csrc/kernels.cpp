@@ -1,5 +1,5 @@
-// The C interface of the CPU kernels: products with packed weights, attention over the KV cache, decoder layers, draft
-// steps and the LK loss. Compiled by kernels/build.py with -march=native, called by the other modules of kernels/.
+// The C interface of the CPU kernels: products with packed weights, attention over the KV cache, decoder layers,
+// drafting and the LK loss. Compiled by kernels/build.py with -march=native, called by the other modules of kernels/.
 //
 // All kernels are batch-invariant: every output is summed in one fixed order that does not depend on how many rows,
 // queries or sequences are computed together. Speculative and plain decoding therefore give bit-equal logits, with
@@ -68,8 +68,8 @@ int aurora_has_vnni() {
 //   linear       y [rows, outputs] = x [rows, inputs] times the packed weight, plus bias; the format rounds the inputs
 //   argmax       index of the largest output of each row of that product
 //   decode       decoder layers over packed weights and the KV cache
+//   draft        proposals of a draft (drafting.hpp)
 //   has_prompt_arithmetic    1 if decode() rounds rows of prompts differently
-//   draft_start, draft_step    drafting (drafting.hpp)
 #define AURORA_FORMAT(name, Format, Cache)                                                                             \
   void aurora_linear_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
                             float* y, const float* bias) {                                                             \
@@ -81,8 +81,7 @@ int aurora_has_vnni() {
   }                                                                                                                    \
   void aurora_decode_##name(const DecoderCall* call) { decode<Format, Cache>(*call); }                                 \
   int aurora_has_prompt_arithmetic_##name() { return PromptProduct<Format>::available(); }                             \
-  void aurora_draft_start_##name(const DraftCall* call, DraftState* d) { draft_start<Format, Cache>(*call, *d); }      \
-  void aurora_draft_step_##name(const DraftCall* call, DraftState* d) { draft_step<Format, Cache>(*call, *d); }
+  void aurora_draft_##name(DraftCall* call, DraftState* d) { draft<Format, Cache>(*call, *d); }
 AURORA_FORMAT(fp32, Fp32, float)
 AURORA_FORMAT(bf16, Bf16, uint16_t)
 AURORA_FORMAT(int8, Grouped<8>, uint16_t)
@@ -113,12 +112,9 @@ void aurora_attention_bf16(const AttentionShape* shape, const float* q, const fl
   attention<uint16_t>(*shape, q, k, v, keys, values, slots, starts, out);
 }
 
-// The state between draft steps; created and freed by the caller.
+// Buffers of drafting; created and freed by the caller.
 DraftState* aurora_drafting_new() { return new DraftState; }
 void aurora_drafting_free(DraftState* drafting) { delete drafting; }
-int64_t aurora_draft_finish(const DraftState* drafting, int64_t count, int64_t* tokens, int64_t* parents) {
-  return draft_finish(*drafting, count, tokens, parents);
-}
 
 // Copy keys and values of every layer from positions `from` of the call's slots to positions `to`.
 void aurora_move_fp32(const DecoderCall* call, const int64_t* from, const int64_t* to, int64_t count) {

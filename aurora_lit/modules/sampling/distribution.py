@@ -65,6 +65,11 @@ class Filters:
     """True if any sequence sets min-p."""
     uses_top_p: bool
 
+    @property
+    def truncates(self) -> bool:
+        """True if any sequence sets min-p, top-k or top-p."""
+        return self.uses_min_p or self.max_top_k > 0 or self.uses_top_p
+
     @staticmethod
     def from_params(params: Sequence[SamplingParams], *, device: torch.device | str = "cpu") -> Filters:
         """One row for each request."""
@@ -233,7 +238,7 @@ def probabilities(logits_RTV: Tensor, *, filters: Filters) -> Tensor:
     dtype = torch.promote_types(logits_RTV.dtype, torch.float32)
     p = logits_RTV / filters.temperature_R.to(dtype)[:, None, None]
     torch.softmax(p, -1, out=p)  # in place: a new buffer of this size costs more than the arithmetic
-    if not (filters.uses_min_p or filters.max_top_k or filters.uses_top_p):
+    if not filters.truncates:
         return p
     threshold_RT1 = filters.min_p_R.to(dtype)[:, None, None] * p.amax(-1, keepdim=True)
     if filters.max_top_k:

@@ -68,8 +68,6 @@ class _Probe:
             _uncached(self._drafter, self._inputs()),
             options=self._options,
             num_steps=steps,
-            uniform_BK=torch.zeros(self.batch_size, steps, device=self._slots_B.device),
-            should_continue=lambda *_: True,
         ).token_BK.cpu()
 
     def run_tree(self, levels: int, nodes: int) -> None:
@@ -79,7 +77,6 @@ class _Probe:
             _uncached(self._drafter, self._inputs()),
             num_steps=levels,
             num_nodes=nodes,
-            should_continue=lambda *_: True,
         )
 
     def _inputs(self) -> DraftInputs:

@@ -18,19 +18,21 @@ D draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from aurora_lit.kernels.decoder import MAX_DEPTH
-from aurora_lit.kernels.draft_steps import DraftSteps
+from aurora_lit.kernels.draft_steps import DraftedLevels
 from aurora_lit.models.attention import KVCacheView
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.sampling.distribution import LogitOptions
 from aurora_lit.modules.sampling.proposals import DraftVocabulary, Proposals, propose
+from aurora_lit.serve.speculation.planner import extends_chain
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, prepare_draft, uses_kernels
 
 MAX_LEVEL_WIDTH = 4
@@ -54,7 +56,7 @@ class Drafter:
 
     >>> drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
     >>> drafter.store_features(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H)  # after a pass of the target
-    >>> proposals = drafter.propose(DraftInputs(slots_B=slots_B, lengths=lengths), ...)
+    >>> proposals, _ = drafter.propose(DraftInputs(slots_B=slots_B, lengths=lengths), ...)
     """
 
     def __init__(self, draft: Eagle3Draft, target: Target, *, tokens_SL: torch.Tensor, capacity: int) -> None:
@@ -156,38 +158,50 @@ class Drafter:
         *,
         options: LogitOptions,
         num_steps: int,
-        uniform_BK: torch.Tensor,
-        should_continue: Callable[[int, torch.Tensor], bool],
-    ) -> Proposals:
-        """Draft a chain of up to `num_steps` tokens for each sequence.
+        uniform_BK: torch.Tensor | None = None,
+        min_gains: Sequence[float] | None = None,
+    ) -> tuple[Proposals, torch.Tensor]:
+        """Draft a chain of up to `num_steps` tokens for each sequence; and the value head's predictions [K, B].
 
-        Before each further step `should_continue(steps done, values_B)` may end it; `values_B` is the value head's
-        prediction at the last step: tokens accepted from that proposal on. `uniform_BK`: uniform numbers for sampling.
+        A prediction is how many tokens are accepted from that proposal on. `min_gains`: what each further step must
+        promise to be run (`SpeculationPlanner.min_gains_of_chain`). `uniform_BK`: uniform numbers for sampling; None:
+        the argmax for every sequence.
         """
-        if self.supports_trees and options.uses_raw_argmax and num_steps <= MAX_DEPTH:
-            steps, count = self._draft_levels(inputs, num_steps=num_steps, width=1, should_continue=should_continue)
-            token_BK, _ = steps.proposals(count)
-            return Proposals(token_BK=token_BK, num_proposed_B=torch.full_like(inputs.slots_B, count), q_BKD=None)
+        is_drawn = uniform_BK is not None and options.num_unseeded > 0
+        if self.supports_trees and num_steps <= MAX_DEPTH and not (is_drawn and options.filters.truncates):
+            drafted = self._draft_levels(
+                inputs,
+                num_levels=num_steps,
+                num_nodes=num_steps,
+                width=1,
+                min_gains=min_gains,
+                temperature_B=options.filters.temperature_R * options.unseeded_B if is_drawn else None,
+                uniform_BJ=uniform_BK,
+            )
+            return _chains(drafted.token_BK, drafted.q_BKD), drafted.outcome_JB
         hidden_BH = self.prefill(inputs)
         starts_B = torch.tensor(inputs.lengths, device=inputs.slots_B.device) - 1
         tokens: list[torch.Tensor] = []
         distributions: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        survival = [1.0] * len(inputs.lengths)
         while True:
             step = len(tokens)
             normed_BH = self.draft.norm(hidden_BH)  # once for both heads
             logits_BD = self.draft.lm_head(normed_BH)
-            draft_id_B, q_BD = propose(logits_BD, options=options, uniform_B=uniform_BK[:, step])
+            uniform_B = None if uniform_BK is None else uniform_BK[:, step]
+            draft_id_B, q_BD = propose(logits_BD, options=options, uniform_B=uniform_B)
             tokens.append(self.vocabulary.target_id_D[draft_id_B])
             if q_BD is not None:
                 distributions.append(q_BD)
-            if step + 1 == num_steps or not should_continue(step + 1, self.draft.value_head(normed_BH).squeeze(-1)):
+            values.append(self.draft.value_head(normed_BH).squeeze(-1))
+            if step + 1 == num_steps:
+                break
+            if min_gains is not None and not extends_chain(values[-1].tolist(), survival, min_gains[step]):
                 break
             hidden_BH = self.forward(tokens[-1][:, None], hidden_BH[:, None], inputs.slots_B, starts_B + step)[:, 0]
-        return Proposals(
-            token_BK=torch.stack(tokens, dim=1),
-            num_proposed_B=torch.full_like(inputs.slots_B, len(tokens)),
-            q_BKD=torch.stack(distributions, dim=1) if distributions else None,
-        )
+        q_BKD = torch.stack(distributions, dim=1) if distributions else None
+        return _chains(torch.stack(tokens, dim=1), q_BKD), torch.stack(values)
 
     def propose_tree(
         self,
@@ -195,36 +209,33 @@ class Drafter:
         *,
         num_steps: int,
         num_nodes: int,
-        should_continue: Callable[[int, list[float]], bool],
-    ) -> tuple[Proposals, int]:
-        """Draft a tree for each sequence without sampling: its `num_nodes` most probable nodes; and the levels drafted.
+        min_gains: Sequence[float] | None = None,
+        level_rates: Sequence[float] = (),
+    ) -> tuple[Proposals, torch.Tensor]:
+        """Draft a tree for each sequence without sampling: its `num_nodes` most probable nodes; and reach [J, B].
 
-        Before each further level, up to `num_steps`, `should_continue(levels done, reach_B)` may end it; `reach_B` is
-        the probability, by the draft, that the accepted path passes through the nodes to be expanded. Needs
+        Reach is the probability, by the draft, that the accepted path passes through the nodes to be expanded after a
+        level. `min_gains`: what each further level, up to `num_steps`, must promise to be run
+        (`SpeculationPlanner.min_gains_of_tree`); `level_rates`: its acceptance rate, for each sequence. Needs
         `supports_trees`.
         """
-        steps, levels = self._draft_levels(
+        drafted = self._draft_levels(
             inputs,
-            num_steps=num_steps,
+            num_levels=num_steps,
+            num_nodes=num_nodes,
             width=max(2, min(MAX_LEVEL_WIDTH, num_nodes)),
-            should_continue=lambda done, reach_B: should_continue(done, reach_B.tolist()),
+            min_gains=min_gains,
+            level_rates=level_rates,
         )
-        token_BK, parent_BK = steps.proposals(num_nodes)
-        num_proposed_B = torch.full_like(inputs.slots_B, token_BK.shape[1])
-        return Proposals(token_BK=token_BK, num_proposed_B=num_proposed_B, q_BKD=None, parent_BK=parent_BK), levels
+        proposals = replace(_chains(drafted.token_BK, None), parent_BK=drafted.parent_BK)
+        return proposals, drafted.outcome_JB
 
-    def _draft_levels(
-        self, inputs: DraftInputs, *, num_steps: int, width: int, should_continue: Callable[[int, torch.Tensor], bool]
-    ) -> tuple[DraftSteps, int]:
-        """Draft up to `num_steps` levels of at most `width` nodes in native steps; the steps, and the levels drafted.
-
-        `should_continue` gets the levels done and what `DraftSteps.start` returns: a value, or for trees a probability,
-        per sequence.
-        """
-        steps, levels = self._runtime_draft.steps, 1
+    def _draft_levels(self, inputs: DraftInputs, **levels: Any) -> DraftedLevels:
+        """Draft levels in one native call; see `DraftSteps`."""
+        steps = self._runtime_draft.steps
         assert steps is not None
         starts = self._prefill_all_but_last_pass(inputs)
-        outcome_B = steps.start(
+        return steps(
             keys=self._cache.keys_SGCDP,
             values=self._cache.values_SGLD,
             features_SLF=self._features_SLF,
@@ -232,12 +243,8 @@ class Drafter:
             slots_B=inputs.slots_B,
             done=starts,
             ends=[length - 1 for length in inputs.lengths],
-            width=width,
+            **levels,
         )
-        while levels < num_steps and should_continue(levels, outcome_B):
-            outcome_B = steps.step()
-            levels += 1
-        return steps, levels
 
     # -- prefill of the draft's cache ----------------------------------------------------------------------------------
 
@@ -301,3 +308,9 @@ class Drafter:
         view = KVCacheView(self._cache, slots_B=slots_B, starts_B=starts_B)
         attended = view.attend(0, query, key, value, scale=self.draft.config.head_dim**-0.5)
         return self.draft.complete_layer(attended.reshape(B, T, -1), hidden_BTH)
+
+
+def _chains(token_BK: torch.Tensor, q_BKD: torch.Tensor | None) -> Proposals:
+    """Equally many proposals for every sequence."""
+    num_proposed_B = torch.full((len(token_BK),), token_BK.shape[1], dtype=torch.int64, device=token_BK.device)
+    return Proposals(token_BK=token_BK, num_proposed_B=num_proposed_B, q_BKD=q_BKD)

@@ -79,7 +79,7 @@ def _update_rejections(share: float, accepted: int, reached: int) -> float:
 
 
 class SpeculationPlanner:
-    """Chooses the draft length of each round and, within a round, whether one more draft step is run.
+    """Chooses the draft length of each round, and what each further draft step must promise to be run.
 
     >>> k = planner.choose([0.7, 0.6])                        # acceptance rates of the sequences
     >>> planner.should_draft(k, 0, [0.7, 0.6])                # False: a plain round this time
@@ -197,43 +197,35 @@ class SpeculationPlanner:
         self._since_plain = (self._since_plain + 1) % _PLAIN_EVERY
         return self._since_plain > 0 or chosen > _NEAR * plain
 
-    def should_extend_chain(
-        self, steps_done: int, values: Sequence[float], survival: list[float], *, num_not_drafting: int = 0
-    ) -> bool:
-        """True if draft step `steps_done` + 1 promises to save more time than it takes.
+    def min_gains_of_chain(self, steps: int, num_drafting: int, *, num_not_drafting: int = 0) -> list[float] | None:
+        """What each step of a chain after the first must promise to be drafted, up to `steps`; None: all are drafted.
 
-        `values[b]`: the value head's prediction at the last step, v = a(1 + v'), of tokens accepted from there on.
-        `survival[b]`: probability that sequence b accepts everything before that step; updated in place.
+        In accepted tokens of all sequences together: as many as save more time than the step takes.
         """
         if not self.adaptive:
-            return True
-        batch_size = len(values) + num_not_drafting
-        gain_tokens = 0.0
-        for b, value in enumerate(values):
-            rate = max(0.0, min(0.98, value / (1.0 + max(0.0, value))))
-            survival[b] *= rate
-            gain_tokens += survival[b] * rate
-        shorter, longer = (self._query_length(k, len(values), batch_size) for k in (steps_done, steps_done + 1))
-        cost_s = self.next_step_cost(len(values), 1) + max(
-            0.0, self.target_cost(batch_size, longer) - self.target_cost(batch_size, shorter)
-        )
-        plain_s = self.target_cost(batch_size, 1)
-        return gain_tokens * plain_s / batch_size * _EXTRA_TOKEN_SAVING > cost_s
+            return None
+        batch_size = num_drafting + num_not_drafting
+        widths = [self._query_length(k, num_drafting, batch_size) for k in range(1, steps + 1)]
+        target_s = [self.target_cost(batch_size, width) for width in widths]
+        step_s = self.next_step_cost(num_drafting, 1)
+        return [
+            self._tokens_that_save(step_s + max(0.0, longer - shorter), batch_size)
+            for shorter, longer in zip(target_s, target_s[1:], strict=False)
+        ]
 
-    def should_extend_tree(
-        self, reach: Sequence[float], rates: Sequence[float], *, nodes: int, num_not_drafting: int = 0
-    ) -> bool:
-        """True if one more level promises to save more time than it takes.
+    def min_gains_of_tree(self, levels: int, num_drafting: int, *, num_not_drafting: int = 0) -> list[float] | None:
+        """As `min_gains_of_chain`, for the levels of a tree.
 
-        `reach[b]`: probability, by the draft, that the accepted path reaches that level. The target's pass takes the
-        same time either way: nodes of the new level replace less probable ones.
+        The target's pass takes the same time either way: nodes of the new level replace less probable ones.
         """
         if not self.adaptive:
-            return True
-        batch_size = len(rates) + num_not_drafting
-        gain_tokens = sum(r * self._tree_rate(nodes, rate) for r, rate in zip(reach, rates, strict=True))
-        plain_s = self.target_cost(batch_size, 1)
-        return gain_tokens * plain_s / batch_size * _EXTRA_TOKEN_SAVING > self.level_cost(len(rates), 1)
+            return None
+        level_s = self.level_cost(num_drafting, 1)
+        return [self._tokens_that_save(level_s, num_drafting + num_not_drafting)] * (levels - 1)
+
+    def tree_rate(self, nodes: int, rate: float) -> float:
+        """Acceptance rate of a tree's levels, given that of a chain."""
+        return rate + (1.0 - rate) * self._tree_acceptance[nodes].avoided(rate)
 
     def expected_draft_gain(self, rate: float, *, batch_size: int, speed: float, column_tokens: float) -> float:
         """Tokens that the draft gains for one sequence, net of the tokens that its time would have given otherwise.
@@ -246,7 +238,7 @@ class SpeculationPlanner:
         if not levels:
             return 0.0
         drafting_s = self.first_step_cost(batch_size, 1) + (levels - 1) * later_cost(batch_size, 1)
-        level_rate = self._tree_rate(nodes, rate) if nodes else rate
+        level_rate = self.tree_rate(nodes, rate) if nodes else rate
         return _gain(levels, [level_rate]) - (nodes or levels) * column_tokens - drafting_s / batch_size * speed
 
     def observe(self, sequence: RunningSequence, *, proposed: int, accepted: int) -> None:
@@ -317,15 +309,31 @@ class SpeculationPlanner:
 
     def _tree_speed(self, levels: int, nodes: int, rates: Sequence[float], batch_size: int) -> float:
         """Tokens per second with trees."""
-        tokens = batch_size + _gain(levels, [self._tree_rate(nodes, rate) for rate in rates])
+        tokens = batch_size + _gain(levels, [self.tree_rate(nodes, rate) for rate in rates])
         query_length = self._query_length(nodes, len(rates), batch_size)
         seconds = self.target_cost(batch_size, query_length) + self.first_step_cost(len(rates), 1)
         seconds += (levels - 1) * self.level_cost(len(rates), 1)
         return tokens / seconds if seconds else 0.0
 
-    def _tree_rate(self, nodes: int, rate: float) -> float:
-        """Acceptance rate of a tree's levels, given that of a chain."""
-        return rate + (1.0 - rate) * self._tree_acceptance[nodes].avoided(rate)
+    def _tokens_that_save(self, seconds: float, batch_size: int) -> float:
+        """How many more tokens a round must give to save this time."""
+        saving_s = self.target_cost(batch_size, 1) / batch_size * _EXTRA_TOKEN_SAVING
+        return seconds / saving_s if saving_s else math.inf
+
+
+def extends_chain(values: Sequence[float], survival: list[float], min_gain: float) -> bool:
+    """True if one more step of a chain promises more accepted tokens than `min_gain`.
+
+    `values[b]`: the value head's prediction at the last step, v = a(1 + v'), of tokens accepted from there on.
+    `survival[b]`: probability that sequence b accepts everything before that step; updated in place. Native calls have
+    the same rule (promises_more in kernels/csrc/drafting.hpp).
+    """
+    gain = 0.0
+    for b, value in enumerate(values):
+        rate = max(0.0, min(0.98, value / (1.0 + max(0.0, value))))
+        survival[b] *= rate
+        gain += survival[b] * rate
+    return gain > min_gain
 
 
 def tree_sizes(largest: int) -> tuple[int, ...]:

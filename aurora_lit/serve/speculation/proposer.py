@@ -156,19 +156,19 @@ class Proposer:
         num_uncached: int,
     ) -> Proposals:
         assert self._drafter is not None
-        survival = [1.0] * len(sequences)
+        B, uniform_BK = len(sequences), None
         started = time.perf_counter()
-        drafted = self._drafter.propose(
+        if options.num_unseeded:
+            uniform_BK = torch.rand(B, num_steps, dtype=torch.float64, device=self._device)
+        drafted, _ = self._drafter.propose(
             self._draft_inputs(sequences),
             options=options,
             num_steps=num_steps,
-            uniform_BK=torch.rand(len(sequences), num_steps, dtype=torch.float64, device=self._device),
-            should_continue=lambda done, values_B: self._planner.should_extend_chain(
-                done, values_B.tolist(), survival, num_not_drafting=num_not_drafting
-            ),
+            uniform_BK=uniform_BK,
+            min_gains=self._planner.min_gains_of_chain(num_steps, B, num_not_drafting=num_not_drafting),
         )
         seconds = time.perf_counter() - started
-        self._planner.observe_chain(len(sequences), drafted.token_BK.shape[1], seconds, uncached=num_uncached)
+        self._planner.observe_chain(B, drafted.token_BK.shape[1], seconds, uncached=num_uncached)
         if not self._record_logprobs:
             return drafted
         logprob_BK = behaviour_logprobs(drafted, options=options, vocabulary=self._drafter.vocabulary)
@@ -185,16 +185,15 @@ class Proposer:
     ) -> Proposals:
         """A tree per sequence, for sequences without penalties that accept what equals the target's own token."""
         assert self._drafter is not None
-        started = time.perf_counter()
-        drafted, levels = self._drafter.propose_tree(
+        B, started = len(sequences), time.perf_counter()
+        drafted, reach_JB = self._drafter.propose_tree(
             self._draft_inputs(sequences),
             num_steps=num_steps,
             num_nodes=num_nodes,
-            should_continue=lambda done, reach_B: self._planner.should_extend_tree(
-                reach_B, rates, nodes=num_nodes, num_not_drafting=num_not_drafting
-            ),
+            min_gains=self._planner.min_gains_of_tree(num_steps, B, num_not_drafting=num_not_drafting),
+            level_rates=[self._planner.tree_rate(num_nodes, rate) for rate in rates],
         )
-        self._planner.observe_levels(len(sequences), levels, time.perf_counter() - started, uncached=num_uncached)
+        self._planner.observe_levels(B, len(reach_JB), time.perf_counter() - started, uncached=num_uncached)
         return drafted
 
     def _draft_inputs(self, sequences: Sequence[RunningSequence]) -> DraftInputs:

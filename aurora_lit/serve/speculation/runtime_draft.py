@@ -15,7 +15,7 @@ from aurora_lit.errors import CheckpointError
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Decoder
 from aurora_lit.kernels.draft_steps import DraftSteps
-from aurora_lit.kernels.packed_linear import pack_linears
+from aurora_lit.kernels.packed_linear import PackedLinear, pack_linears
 from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.models.attention import causal_attention
 from aurora_lit.models.fused_layers import draft_steps, fuse_draft
@@ -45,8 +45,12 @@ def prepare_draft(draft: Eagle3Draft, target: Target, *, capacity: int) -> Runti
     """
     config, device = draft.config, target.model.device
     draft.eval().requires_grad_(False)
+    coarse_head = None
     if uses_kernels(device):
-        pack_linears(draft, weight_format=_draft_format(target))
+        weight_format = _draft_format(target)
+        if weight_format is WeightFormat.INT8_PER_OUTPUT:
+            coarse_head = PackedLinear(draft.lm_head, WeightFormat.INT4_GROUPED)
+        pack_linears(draft, weight_format=weight_format)
     else:
         draft.to(device, target.kv_dtype)
     draft.cos_LD, draft.sin_LD = (
@@ -55,7 +59,9 @@ def prepare_draft(draft: Eagle3Draft, target: Target, *, capacity: int) -> Runti
     _check_outputs(draft, target)
     vocabulary = DraftVocabulary.from_offsets(draft.d2t.to(device), vocab_size=config.vocab_size)
     decoder = fuse_draft(draft)
-    steps = None if decoder is None else draft_steps(draft, decoder, target.embedding, vocabulary.target_id_D)
+    steps = None
+    if decoder is not None:
+        steps = draft_steps(draft, decoder, target.embedding, vocabulary.target_id_D, coarse_head)
     return RuntimeDraft(draft=draft, decoder=decoder, steps=steps, vocabulary=vocabulary)
 
 

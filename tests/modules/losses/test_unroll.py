@@ -10,7 +10,6 @@ import pytest
 import torch
 from support.tiny_models import VOCAB, draft_batch, draft_module, random_draft, save_model
 from support.toy_rounds import chain_logprobs, chain_states, rounds
-from torch import Tensor
 
 from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
@@ -60,13 +59,11 @@ def test_the_unrolled_steps_are_the_drafters_chain(kernels: str, folder: Path, m
                 aux_BT3H=features_BTF[row : row + 1, known[row] : length - 1],
             )
             known[row] = length - 1
-        values: list[torch.Tensor] = []
-        proposals = drafter.propose(
+        proposals, values = drafter.propose(
             DraftInputs(slots_B=slots, lengths=list(lengths)),
             options=sampled,
             num_steps=K,
             uniform_BK=torch.rand(3, K, dtype=torch.float64, generator=torch.Generator().manual_seed(lengths[0])),
-            should_continue=lambda done, values_B, values=values: values.append(values_B) or True,
         )
         assert proposals.q_BKD is not None
         for row, length in enumerate(lengths):
@@ -109,13 +106,11 @@ def test_unrolling_along_proposals_is_the_drafters_chain_also_after_a_rejection(
                 starts_B=torch.tensor([0]),
                 aux_BT3H=features_BTF[row : row + 1, : length - 1],
             )
-        values: list[Tensor] = []
-        proposals = drafter.propose(
+        proposals, values = drafter.propose(
             DraftInputs(slots_B=slots, lengths=list(lengths)),
             options=sampled,
             num_steps=K,
             uniform_BK=torch.rand(3, K, dtype=torch.float64, generator=torch.Generator().manual_seed(lengths[0])),
-            should_continue=lambda done, values_B, values=values: values.append(values_B) or True,
         )
         assert proposals.q_BKD is not None
         for row, length in enumerate(lengths):
@@ -124,7 +119,7 @@ def test_unrolling_along_proposals_is_the_drafters_chain_also_after_a_rejection(
                 assert path != ids_BT[row, length : length + K].tolist(), "the test needs rejected proposals"
             proposed.append((row, length - 1, path))
             q_of.append(proposals.q_BKD[row])
-            value_of.append(torch.stack([v[row] for v in values]))
+            value_of.append(values[: K - 1, row])
     batch = rounds(target, ids_BT, proposed, verified="own_draw")
     batch = replace(batch, rounds=replace(batch.rounds, draft_temperature_Q=torch.tensor(TEMPERATURES * 3)))
     torch.testing.assert_close(chain_logprobs(module, batch).exp(), torch.stack(q_of), atol=1e-4, rtol=0.0)

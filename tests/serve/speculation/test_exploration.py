@@ -113,9 +113,10 @@ def test_exploring_samples_from_the_draft_at_the_exploration_temperature(
     for temperature in (0.05, 10.0):
         calls: list[Proposals] = []
 
-        def propose(*args: object, **options: object) -> Proposals:
-            calls.append(original(*args, **options))  # type: ignore[arg-type]  # noqa: B023
-            return calls[-1]  # noqa: B023
+        def propose(*args: object, **options: object) -> tuple[Proposals, torch.Tensor]:
+            proposals, values = original(*args, **options)  # type: ignore[arg-type]
+            calls.append(proposals)  # noqa: B023
+            return proposals, values
 
         monkeypatch.setattr(Drafter, "propose", propose)
         engine = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=temperature)

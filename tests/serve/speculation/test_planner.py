@@ -5,6 +5,7 @@ Costs are in seconds; a plain forward pass of the target takes 10 ms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -13,7 +14,7 @@ from aurora_lit.request import Output, Request, SamplingParams
 from aurora_lit.serve.sequences.sequence import RunningSequence, VerifiedTokens
 from aurora_lit.serve.speculation import planner as planner_module
 from aurora_lit.serve.speculation.costs import CostTable
-from aurora_lit.serve.speculation.planner import SpeculationPlanner
+from aurora_lit.serve.speculation.planner import SpeculationPlanner, extends_chain
 
 PLAIN_S = 0.010
 
@@ -84,7 +85,7 @@ def test_drafts_are_shorter_beside_sequences_that_do_not_speculate() -> None:
 def test_without_adaptation_the_draft_length_is_fixed() -> None:
     planner = chain_planner(adaptive=False, first_s=1.0)
     assert planner.choose([0.01]) == 4
-    assert planner.should_extend_chain(1, [0.0], [1.0])
+    assert planner.min_gains_of_chain(4, 1) is None
     assert planner.choose([]) == 0
 
 
@@ -164,23 +165,38 @@ def test_accepted_probes_bring_speculation_back() -> None:
 def test_another_draft_step_must_save_more_time_than_it_takes(
     costs: dict[str, float], value: float, survival: float, extends: bool
 ) -> None:
-    assert chain_planner(**costs).should_extend_chain(1, [value], [survival]) == extends  # type: ignore[arg-type]
+    min_gains = chain_planner(**costs).min_gains_of_chain(4, 1)  # type: ignore[arg-type]
+    assert min_gains is not None
+    assert len(min_gains) == 3
+    assert extends_chain([value], [survival], min_gains[0]) == extends
 
 
 def test_survival_is_multiplied_by_the_predicted_rate() -> None:
     """v = a(1 + v') with v' = v gives a = v / (1 + v)."""
     survival = [1.0, 0.5]
-    chain_planner().should_extend_chain(1, [1.0, 3.0], survival)
+    extends_chain([1.0, 3.0], survival, 0.0)
     assert survival == pytest.approx([0.5, 0.375])
-    chain_planner().should_extend_chain(2, [1.0, -1.0], survival)
+    extends_chain([1.0, -1.0], survival, 0.0)
     assert survival == pytest.approx([0.25, 0.0])
 
 
 def test_a_step_pays_for_a_full_batch_of_predictable_sequences_but_not_for_one() -> None:
     planner = chain_planner(next_s=0.0015)
-    assert planner.should_extend_chain(1, [3.0] * 4, [1.0] * 4)
-    assert not planner.should_extend_chain(1, [3.0, 0.0, 0.0, 0.0], [1.0] * 4)
-    assert not planner.should_extend_chain(1, [3.0], [1.0], num_not_drafting=3)
+
+    def extends(values: list[float], num_not_drafting: int = 0) -> bool:
+        min_gains = planner.min_gains_of_chain(2, len(values), num_not_drafting=num_not_drafting)
+        assert min_gains is not None
+        return extends_chain(values, [1.0] * len(values), min_gains[0])
+
+    assert extends([3.0] * 4)
+    assert not extends([3.0, 0.0, 0.0, 0.0])
+    assert not extends([3.0], num_not_drafting=3)
+
+
+def test_before_any_measurement_no_further_step_is_promised_to_pay() -> None:
+    planner = SpeculationPlanner(max_draft_tokens=4, adaptive=True)
+    assert planner.min_gains_of_chain(3, 1) == [math.inf] * 2
+    assert planner.min_gains_of_chain(1, 1) == []
 
 
 def test_acceptance_rates_follow_proposals_up_to_the_first_rejected_one() -> None:
@@ -367,29 +383,33 @@ def test_the_tree_with_the_most_tokens_per_second_is_chosen(
 def test_without_adaptation_the_tree_is_fixed() -> None:
     planner = tree_planner(adaptive=False, level_s=1.0)
     assert planner.choose_tree(4, [0.01]) == (4, 15)
-    assert planner.should_extend_tree([0.0], [0.01], nodes=15)
+    assert planner.min_gains_of_tree(4, 1) is None
 
 
 @pytest.mark.parametrize(
     ("reach", "level_s", "extends"), [(0.8, 0.001, True), (0.1, 0.001, False), (0.8, 0.006, False)]
 )
 def test_another_level_must_be_probable_to_be_reached(reach: float, level_s: float, extends: bool) -> None:
-    assert tree_planner(level_s=level_s).should_extend_tree([reach], [0.6], nodes=15) == extends
+    planner = tree_planner(level_s=level_s)
+    min_gains = planner.min_gains_of_tree(4, 1)
+    assert min_gains is not None
+    assert len(min_gains) == 3
+    assert (reach * planner.tree_rate(15, 0.6) > min_gains[0]) == extends
 
 
 def test_the_planner_learns_how_much_more_than_their_chains_trees_accept() -> None:
     planner = tree_planner()
-    before = planner._tree_rate(15, 0.5)
+    before = planner.tree_rate(15, 0.5)
     hit = VerifiedTokens([1, 2, 3], [0, 2, 5], 15, 4, [9, 9, 9])
     output = Output(request_id="a", token_ids=(1, 2, 3), num_proposed=15, num_accepted=2, chain_in_tree=(3, 0))
     for _ in range(200):
         planner.observe_trees([hit], [output])
-    assert planner._tree_rate(15, 0.5) > before + 0.1
-    assert planner._tree_rate(7, 0.5) < before
+    assert planner.tree_rate(15, 0.5) > before + 0.1
+    assert planner.tree_rate(7, 0.5) < before
     for _ in range(400):
         nothing = Output(request_id="a", token_ids=(1,), num_proposed=15, chain_in_tree=(3, 0))
         planner.observe_trees([hit._replace(tokens=[1])], [nothing])
-    assert planner._tree_rate(15, 0.5) == pytest.approx(0.5, abs=0.02), "no better than a chain"
+    assert planner.tree_rate(15, 0.5) == pytest.approx(0.5, abs=0.02), "no better than a chain"
 
 
 def test_a_slow_tree_raises_the_costs_of_its_first_step_and_its_levels_by_the_same_factor() -> None:

@@ -291,9 +291,7 @@ def test_with_recompute_the_new_draft_proposes_as_if_it_had_always_served(case: 
             DraftInputs(slots_B=torch.tensor([row.slot for row in rows]), lengths=[row.length for row in rows]),
             options=LogitOptions.from_params([request("", [1]).params] * len(rows)),
             num_steps=3,
-            uniform_BK=torch.zeros(len(rows), 3),
-            should_continue=lambda *_: True,
-        ).token_BK
+        )[0].token_BK
         for each in (drafter, fresh)
     ]
     assert torch.equal(*proposed) == recompute
