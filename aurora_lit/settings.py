@@ -106,9 +106,9 @@ class EngineSettings:
     devices: int = _within(1, 1, 1024)
     """Number of processes that share the target: one for each GPU, or all on the CPU. 1 with strategy single."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where target and draft compute. auto: each process on a GPU of its own if there are enough and the precision is
-    neither int8 nor int4, else on the CPU. cuda: refused where that cannot be. On a GPU everything is computed in
-    eager torch, which was never tested on a real one: use cpu if it fails."""
+    """Where target and draft compute. auto: on the CPU with strategy single; with the others each process on a GPU of
+    its own if there are enough and the precision is neither int8 nor int4, else on the CPU. cuda: on GPUs, refused
+    where that cannot be. On a GPU everything is computed in eager torch, which was never tested on a real one."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the target, with strategy single. on: on a CPU it replaces the fused layers. auto: not compiled,
     since the fused layers are faster there, and on a GPU nobody has measured it."""
