@@ -18,7 +18,7 @@ import torch
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Decoder, DecoderCall, Matrix
-from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear
 
 
 class _Call(ctypes.Structure):
@@ -31,7 +31,8 @@ class _Call(ctypes.Structure):
         ("features_slot", ctypes.c_int64),
         ("committed", ctypes.c_void_p),
         ("committed_slot", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("embedding", "target_ids", "done", "ends")),
+        ("embedding", native.RowTable),
+        *((name, ctypes.c_void_p) for name in ("target_ids", "done", "ends")),
         *((name, ctypes.c_int64) for name in ("children", "level_width")),
         *((name, ctypes.c_void_p) for name in ("reach", "values")),
     )
@@ -53,14 +54,18 @@ class DraftSteps:
         head: PackedLinear,
         value: PackedLinear,
         target_id_D: torch.Tensor,
-        embedding_VH: torch.Tensor,
+        embedding: torch.Tensor | PackedEmbedding,
     ) -> None:
-        """`embedding_VH` fp32 and contiguous."""
+        """`embedding`: the target's; a tensor is fp32 [V, H] and contiguous."""
         library = native.library()
         assert library is not None
-        assert embedding_VH.dtype == torch.float32
-        assert embedding_VH.is_contiguous()
-        self._kept_alive = (decoder, fuse, head, value, target_id_D, embedding_VH)
+        if isinstance(embedding, PackedEmbedding):
+            table = native.RowTable.of(embedding.table.packed, embedding.table.weight_format)
+        else:
+            assert embedding.dtype == torch.float32
+            assert embedding.is_contiguous()
+            table = native.RowTable.of(embedding, None)
+        self._kept_alive = (decoder, fuse, head, value, target_id_D, embedding)
         self._decoder = decoder
         suffix = head.weight_format.suffix
         self._start = getattr(library, f"aurora_draft_start_{suffix}")
@@ -74,7 +79,7 @@ class DraftSteps:
             fuse=Matrix.of(fuse),
             head=Matrix.of(head),
             value=Matrix.of(value),
-            embedding=embedding_VH.data_ptr(),
+            embedding=table,
             target_ids=target_id_D.data_ptr(),
         )
         self._num_outputs = head.out_features

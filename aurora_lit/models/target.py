@@ -14,21 +14,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Decoder
 from aurora_lit.kernels.packed_linear import PackedLinear, pack_model
-from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView
+from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView, register_attention
 from aurora_lit.models.fused_layers import fuse_target
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.modules.draft.logit_transform import LogitTransform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def aux_layer_ids(num_layers: int) -> tuple[int, int, int]:
@@ -59,6 +61,7 @@ class Target(nn.Module):
         """`kv_dtype`: type of keys and values in the cache; by default the model's own."""
         super().__init__()
         self.kv_dtype = kv_dtype or model.dtype
+        register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
         self.model: PreTrainedModel = model.requires_grad_(False)
         model.train(False)
@@ -78,6 +81,7 @@ class Target(nn.Module):
         bias: torch.Tensor | None = getattr(self.head, "bias", None)
         self.logit_transform = LogitTransform(bias_V=None if bias is None else bias.detach().float(), softcap=softcap)
         self.aux_layer_ids = aux_layer_ids(self.num_layers)
+        self.end_of_text_ids = _end_of_text_ids(model)
         self._forward: Any = model.base_model
         self._decoder: Decoder | None = None
         self._aux_hidden: dict[int, torch.Tensor] = {}  # by layer, in the current forward pass
@@ -92,6 +96,8 @@ class Target(nn.Module):
         With native kernels, linear layers are packed for them and only their weights have that precision. Without,
         the whole model is fp32 or bf16. Raises SourceError.
         """
+        from transformers import AutoModelForCausalLM  # takes seconds, and a packed target needs none of it
+
         packing = native.library() is not None
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         if not packing and precision in ("int8", "int4"):
@@ -174,7 +180,7 @@ class Target(nn.Module):
             head_dim=self.head_dim,
             capacity=capacity,
             dtype=self.kv_dtype,
-            device=self.model.device,
+            device=self.device,
         )
 
     def forward(
@@ -273,8 +279,13 @@ class Target(nn.Module):
 
     def embedding_rows(self) -> torch.Tensor:
         """The input embedding as one table, fp32 [V, H]; includes the scaling of families that scale it (Gemma)."""
-        rows: torch.Tensor = self.embedding(torch.arange(self.vocab_size, device=self.model.device))
+        rows: torch.Tensor = self.embedding(torch.arange(self.vocab_size, device=self.device))
         return rows.detach().float()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the target runs."""
+        return self.model.device
 
     @property
     def head(self) -> nn.Module:
@@ -307,7 +318,7 @@ class Target(nn.Module):
 
     def _probe_inputs(self) -> dict[str, torch.Tensor]:
         """Two sequences of four tokens, for a cache of two slots."""
-        device = self.model.device
+        device = self.device
         return {
             "ids_BT": torch.arange(1, 9, device=device).remainder(self.vocab_size).view(2, 4),
             "slots_B": torch.tensor([1, 0], device=device),
@@ -319,6 +330,12 @@ class Target(nn.Module):
             self._aux_hidden[layer_id] = args[0] if args else kwargs["hidden_states"]
 
         return record_input
+
+
+def _end_of_text_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a text by the model's generation config."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return frozenset(int(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:
