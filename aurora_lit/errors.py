@@ -3,6 +3,7 @@
 AuroraError
 ├── ConfigError        a setting or command-line option cannot be used
 ├── SourceError        the target model cannot be loaded from its source
+├── CacheError         a file of the cache cannot be used, and is made again
 ├── CheckpointError    a draft checkpoint is refused
 ├── TraceError         bytes are not a valid trace
 ├── RingError          a trace ring cannot be created or opened
@@ -21,6 +22,10 @@ class ConfigError(AuroraError):
 
 class SourceError(AuroraError):
     """The target model was not found, could not be downloaded, or has the wrong hash; the message names a remedy."""
+
+
+class CacheError(AuroraError):
+    """A file of the cache that is damaged, or was made from something else; the message gives the reason."""
 
 
 class CheckpointError(AuroraError):

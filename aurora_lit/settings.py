@@ -150,8 +150,9 @@ class TraceSettings:
     """Traces: what the engine hands to the learner."""
 
     capacity_mb: int = _within(256, 1, 1 << 20)
-    """Size of the trace ring in shared memory, in MiB. When it is full, a new trace overwrites the oldest ones, and
-    those that were not read are counted. Only a trace larger than the whole ring is dropped, and counted too."""
+    """Size of the trace ring in shared memory, in MiB; without learn.enabled it takes memory, and traces, only from
+    when a learner is attached. When it is full, a new trace overwrites the oldest ones, and those that were not read
+    are counted. Only a trace larger than the whole ring is dropped, and counted too."""
     record: str | None = None
     """Folder in which traces are also kept for replay. null: nothing is written to disk."""
     record_mb: int = _within(1024, 1, 1 << 24)

@@ -1,10 +1,10 @@
-"""Whether a real server's memory stays flat: what each of its processes holds while it answers mixed requests.
+"""What memory a real server takes, and whether it stays flat, while it answers mixed requests.
 
     python benchmarks/memory.py --prompts FILE... --requests 500 -- engine.max_seq_len=512
 
 The requests are a fixed mix of chats and text completions: whole, streamed, abandoned, refused, with several choices,
-log-probabilities, penalties and seeds. Prints each process's anonymous memory after each tenth of the requests. Pages
-mapped from files are not counted, nor is the trace ring: its size is fixed, but its pages count from their first use.
+log-probabilities, penalties and seeds. Prints, after each tenth of the requests, each process's proportional share (Pss
+in /proc: a page that n processes share counts as 1/n in each), and at the end what the shares consist of.
 """
 
 from __future__ import annotations
@@ -58,17 +58,36 @@ def request_kinds(client: httpx.Client, max_tokens: int) -> list[Callable[[str],
     ]
 
 
-def anonymous_memory_mb(server: psutil.Process) -> dict[str, float]:
-    """MiB of anonymous memory of each process of the server, by role and process id."""
-    held = {}
+KINDS = ("on huge pages", "heap", "other anonymous", "shared memory", "libraries and files")
+
+
+def shares_mb(server: psutil.Process) -> dict[str, dict[str, float]]:
+    """MiB of each process of the server, by role and process id, and by kind (`KINDS`)."""
+    shares = {}
     for process in [server, *server.children(recursive=True)]:
         words = " ".join(process.cmdline())
         if "resource_tracker" in words:
             continue
         name = "learner" if " learn " in words else "engine worker" if "spawn_main" in words else "main, manager, HTTP"
-        memory = process.memory_info()
-        held[f"{name} {process.pid}"] = (memory.rss - memory.shared) / 2**20
-    return held
+        shares[f"{name} {process.pid}"] = _share_mb(process.pid)
+    return shares
+
+
+def _share_mb(pid: int) -> dict[str, float]:
+    share, name = dict.fromkeys(KINDS, 0.0), ""
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split(maxsplit=5)
+        if "-" in words[0]:  # a mapping: addresses, permissions, offset, device, inode, name
+            name = words[5] if len(words) > 5 else ""
+            continue
+        field, mb = words[0], int(words[1]) / 1024 if words[1].isdigit() else 0.0
+        if field == "Pss:":
+            kind = "heap" if name == "[heap]" else "other anonymous" if not name or name.startswith("[") else ""
+            share[kind or ("shared memory" if name.startswith("/dev/shm") else "libraries and files")] += mb
+        elif field == "AnonHugePages:":
+            share["on huge pages"] += mb
+            share["other anonymous"] -= mb
+    return share
 
 
 def main() -> int:
@@ -98,16 +117,20 @@ def main() -> int:
                 for part in range(10):
                     numbers = range(part * args.requests // 10, (part + 1) * args.requests // 10)
                     list(pool.map(lambda i: send[i % len(send)](prompts[i % len(prompts)]), numbers))
-                    readings.append((numbers.stop, anonymous_memory_mb(server)))
-                    held = ", ".join(f"{name}: {mb:.1f} MB" for name, mb in readings[-1][1].items())
-                    print(f"{numbers.stop} requests: {held}", file=sys.stderr, flush=True)
-    table = Table(title="megabytes of anonymous memory")
-    table.add_column("process")
-    for after, _ in readings:
-        table.add_column(f"after {after}", justify="right")
-    for name in readings[0][1]:
-        table.add_row(name, *(f"{held[name]:.1f}" if name in held else "-" for _, held in readings))
-    Console(width=140).print(table)
+                    readings.append((numbers.stop, shares_mb(server)))
+                    held = ", ".join(f"{name}: {sum(share.values()):.1f}" for name, share in readings[-1][1].items())
+                    print(f"{numbers.stop} requests, MB: {held}", file=sys.stderr, flush=True)
+    table, kinds = Table(title="megabytes, proportional share"), Table(title="at the end")
+    for each, columns in ((table, [f"after {after}" for after, _ in readings]), (kinds, KINDS)):
+        each.add_column("process")
+        for column in columns:
+            each.add_column(column, justify="right")
+    for name in readings[-1][1]:
+        table.add_row(name, *(f"{sum(held[name].values()):.1f}" if name in held else "-" for _, held in readings))
+        kinds.add_row(name, *(f"{readings[-1][1][name][kind]:.1f}" for kind in KINDS))
+    table.add_row("all", *(f"{sum(sum(share.values()) for share in held.values()):.1f}" for _, held in readings))
+    for each in (table, kinds):
+        Console(width=140).print(each)
     return 0
 
 

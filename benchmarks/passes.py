@@ -66,7 +66,10 @@ class Passes:
             ids_BT.split(shape.chunk, dim=1), range(shape.start, shape.start + shape.width, shape.chunk), strict=True
         ):
             _, last_BTH = self._target(
-                ids_BC, kv_cache=self._kv_cache, slots_B=slots_B, starts_B=torch.full((shape.rows,), at),
+                ids_BC,
+                kv_cache=self._kv_cache,
+                slots_B=slots_B,
+                starts_B=torch.full((shape.rows,), at),
                 num_prompts=shape.rows if shape.is_prompt else 0,
             )
         forwarded = time.perf_counter()

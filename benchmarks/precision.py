@@ -5,6 +5,7 @@
 The model reads the prompts in every precision. The distribution at each position is compared with that of fp32: the
 Kullback-Leibler divergence in nats, and how often the likeliest token is the same. Forward passes of one sequence are
 timed in turn: of one token, of five (four proposals are verified) and of 128 (a prompt is read), logits included.
+Positions of prompts have an arithmetic of their own, so that all are computed once as such and once as decoding ones.
 """
 
 from __future__ import annotations
@@ -46,28 +47,31 @@ def main() -> None:
     )
     targets = {name: Target.load(folder, precision=name) for name in ["fp32", *arguments.precisions]}
     exact = targets["fp32"]
-    divergence = {name: 0.0 for name in targets}
-    same, positions = dict.fromkeys(targets, 0), 0
+    kinds = [(name, as_prompt) for name in targets for as_prompt in (False, True)]
+    divergence, same, positions = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0), 0
     for prompt in prompts:
         ids_1T = torch.tensor([prompt.token_ids])
-        logp_TV = log_probabilities(exact, ids_1T)
+        logp_TV = log_probabilities(exact, ids_1T, as_prompt=False)
         positions += len(logp_TV)
-        for name, target in targets.items():
-            found_TV = log_probabilities(target, ids_1T)
-            divergence[name] += float((logp_TV.exp() * (logp_TV - found_TV)).sum())
-            same[name] += int((logp_TV.argmax(-1) == found_TV.argmax(-1)).sum())
+        for name, as_prompt in kinds:
+            found_TV = log_probabilities(targets[name], ids_1T, as_prompt=as_prompt)
+            divergence[name, as_prompt] += float((logp_TV.exp() * (logp_TV - found_TV)).sum())
+            same[name, as_prompt] += int((logp_TV.argmax(-1) == found_TV.argmax(-1)).sum())
     times = time_passes(targets, repeats=arguments.repeats)
     table = Table(title=f"against fp32, over {positions:,} positions; passes: median of {arguments.repeats}")
-    for column in ("precision", "divergence, nats", "same token", *(f"pass of {width}, ms" for width in WIDTHS)):
+    errors = [f"{what} {kind}" for kind in ("decoding", "of a prompt") for what in ("divergence, nats,", "same token,")]
+    for column in ("precision", *errors, *(f"pass of {width}, ms" for width in WIDTHS)):
         table.add_column(column, justify="right")
     for name in arguments.precisions:
-        row = [f"{divergence[name] / positions:.6f}", f"{same[name] / positions:.2%}"]
+        row = []
+        for kind in ((name, False), (name, True)):
+            row += [f"{divergence[kind] / positions:.6f}", f"{same[kind] / positions:.2%}"]
         table.add_row(name, *row, *(f"{statistics.median(times[name][width]) * 1e3:.2f}" for width in WIDTHS))
     Console(width=120).print(table)
 
 
-def log_probabilities(target: Target, ids_1T: torch.Tensor) -> torch.Tensor:
-    """The target's log-probabilities after each token [T, V]."""
+def log_probabilities(target: Target, ids_1T: torch.Tensor, *, as_prompt: bool) -> torch.Tensor:
+    """The target's log-probabilities after each token [T, V], computed as positions of a prompt or as decoding ones."""
     slots = target.make_kv_cache(num_slots=1, capacity=ids_1T.shape[1])
     zero = torch.zeros(1, dtype=torch.int64)
     _, last_1TH = target(ids_1T, kv_cache=slots, slots_B=zero, starts_B=zero, num_prompts=int(as_prompt))
@@ -86,7 +90,10 @@ def time_passes(targets: dict[str, Target], *, repeats: int) -> dict[str, dict[i
         for _ in range(repeats):
             for name, target in targets.items():
                 started = time.perf_counter()
-                _, last_1TH = target(ids_1T, kv_cache=slots[name], slots_B=zero, starts_B=start)
+                is_prompt = width == max(WIDTHS)
+                _, last_1TH = target(
+                    ids_1T, kv_cache=slots[name], slots_B=zero, starts_B=start, num_prompts=int(is_prompt)
+                )
                 target.logits(last_1TH[:, -5:])
                 seconds[name][width].append(time.perf_counter() - started)
     return seconds

@@ -108,7 +108,8 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
             what="keys and values",
             where="every device",
             num_bytes=2 * L * kv_heads * D * kept_positions * element_bytes,
-            how=f"2 x {L} layers x {kv_heads} heads x {D} x {kept_positions:,} positions x {element_bytes} bytes",
+            how=f"2 x {L} layers x {kv_heads} heads x {D} x {kept_positions:,} positions x {element_bytes} bytes; "
+            "on CPUs as they are written",
         ),
         Need(
             what="one forward pass (about)",
@@ -119,7 +120,9 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
         Need(what="process", where="every device", num_bytes=_PROCESS_BYTES, how="about"),
     ]
     if engine.strategy == "single":
-        loading = Need(what="weights, while loading", where="host", num_bytes=4 * parameters, how="read as fp32")
+        loading = Need(
+            what="weights, while loading", where="host", num_bytes=4 * parameters, how="read as fp32, the first time"
+        )
         lines.append(loading)
     if whole_layers:
         gathered = Need(
@@ -144,7 +147,8 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
                 what="traces, ring",
                 where="host",
                 num_bytes=config.trace.capacity_mb * _MIB,
-                how="trace.capacity_mb, in shared memory",
+                how="trace.capacity_mb, in shared memory, from when a learner is attached",
+                for_learner=True,
             )
         )
         lines += _learner_needs(config, text, element_bytes=element_bytes)
@@ -256,7 +260,8 @@ def _draft_needs(config: AuroraConfig, text: PretrainedConfig, *, element_bytes:
             what="draft, features",
             where="first device",
             num_bytes=slots * capacity * features * element_bytes,
-            how=f"{slots} x {capacity:,} positions x {features} x {element_bytes} bytes; traces use them too",
+            how=f"{slots} x {capacity:,} positions x {features} x {element_bytes} bytes, on CPUs as they are written; "
+            "traces use them too",
         ),
     ]
 

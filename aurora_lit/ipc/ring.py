@@ -10,6 +10,8 @@ file, so the next reader continues where the last one stopped. Leaves out what t
     reader.pop()                                                    # the oldest payload, None when there is none
     read_counters(folder / "traces-0.ring").overwritten             # in any process
 
+A ring made with `reserve=False` takes no memory until a reader opens it; until then `push` writes nothing.
+
 Offsets count bytes since the ring was made and only grow; offset o is byte o % capacity of the data. Records fill
 [oldest, head) without gaps. The writer moves `oldest` before it overwrites a record and `head` after it has written
 one, so a record whose writing was interrupted is outside. A record is a lock word (2n + 1 while record n is being
@@ -30,7 +32,7 @@ from pathlib import Path
 
 from aurora_lit.errors import RingError
 
-_MAGIC = 0x31474E49_52524C41
+_MAGIC = 0x32474E49_52524C41
 _HEADER_BYTES = 4096
 _RECORD_BYTES = 24
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
@@ -48,6 +50,8 @@ class _Word(IntEnum):
     """Records written, which is also the number of the next record."""
     OVERWRITTEN = auto()
     TOO_LARGE = auto()
+    RESERVED = auto()
+    """1 as soon as the data has its memory; the writer then begins to write."""
     # The words that the reader writes have a cache line of their own.
     CURSOR = 16
     POPPED = auto()
@@ -122,6 +126,20 @@ class _Ring:
             capacity_bytes=self._capacity,
         )
 
+    @property
+    def is_reserved(self) -> bool:
+        """True if the data has its memory, so that records are written: a reader has opened the ring, or may."""
+        return bool(self._words[_Word.RESERVED])
+
+    def reserve(self) -> None:
+        """Give the data its memory, so that no access raises SIGBUS. Raises RingError if there is no room."""
+        if not self.is_reserved:
+            try:
+                _reserve(self._descriptor, len(self._memory))
+            except OSError as error:
+                raise _no_room(self.path, self._capacity, error) from error
+            self._words[_Word.RESERVED] = 1
+
     def close(self) -> None:
         """Unmap the file and release the lock, if held; the file stays."""
         for name in ("_words", "_data_words", "_data"):
@@ -149,8 +167,8 @@ class RingWriter(_Ring):
     """The one writer of a ring. Not thread-safe."""
 
     @classmethod
-    def create(cls, path: Path, capacity_bytes: int, *, layout: str) -> RingWriter:
-        """Make a ring that only this user can read; its memory is reserved at once, so no write raises SIGBUS.
+    def create(cls, path: Path, capacity_bytes: int, *, layout: str, reserve: bool = True) -> RingWriter:
+        """Make a ring that only this user can read. `reserve`: with all its memory; otherwise the first reader does it.
 
         Raises RingError if there is no room for it, or a file of that name exists.
         """
@@ -161,11 +179,13 @@ class RingWriter(_Ring):
         try:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
-                _reserve(descriptor, _HEADER_BYTES + capacity)
+                _reserve(descriptor, _HEADER_BYTES + (capacity if reserve else 0))
+                os.ftruncate(descriptor, _HEADER_BYTES + capacity)
                 for word, value in (
                     (_Word.MAGIC, _MAGIC),
                     (_Word.LAYOUT, _layout_word(layout)),
                     (_Word.CAPACITY, capacity),
+                    (_Word.RESERVED, int(reserve)),
                 ):
                     os.pwrite(descriptor, value.to_bytes(8, sys.byteorder), 8 * word)
                 os.link(temporary, path)  # the name appears only when the header is complete
@@ -173,10 +193,7 @@ class RingWriter(_Ring):
                 os.close(descriptor)
                 os.unlink(temporary)
         except OSError as error:
-            raise RingError(
-                f"{path}: no ring of {capacity} bytes can be made here: {error.strerror}; "
-                "make room or lower trace.capacity_mb"
-            ) from error
+            raise _no_room(path, capacity, error) from error
         return cls.open(path, layout=layout)
 
     @classmethod
@@ -197,10 +214,14 @@ class RingWriter(_Ring):
                 self._memory.madvise(_MADV_POPULATE_WRITE, start, min(1 << 20, len(self._memory) - start))
 
     def push(self, *pieces: bytes | bytearray | memoryview) -> bool:
-        """Write `pieces`, joined, as one record. Never waits. Returns False if it is larger than the whole ring.
+        """Write `pieces`, joined, as one record. Never waits.
+
+        Returns False if it is larger than the whole ring, which is counted, or if the ring has no memory yet.
 
         Takes pieces so that data from several places is copied only once, into the ring.
         """
+        if not self.is_reserved:
+            return False
         words, length = self._words, sum(map(len, pieces))
         size = _record_size(length)
         if size > self._capacity:
@@ -241,13 +262,21 @@ class RingReader(_Ring):
 
     @classmethod
     def open(cls, path: Path, *, layout: str) -> RingReader:
-        """Continue where the last reader stopped. Raises RingError if another reader is open, or for another layout."""
+        """Continue where the last reader stopped; the first one gives the ring its memory.
+
+        Raises RingError if another reader is open, for another layout, or if there is no room.
+        """
         reader = cls(path, layout=layout)
         try:
             fcntl.flock(reader._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             reader.close()
             raise RingError(f"{path} is read by another learner; one ring has one reader") from error
+        try:
+            reader.reserve()
+        except RingError:
+            reader.close()
+            raise
         return reader
 
     def pop(self) -> bytes | None:
@@ -297,6 +326,11 @@ def _record_size(length: int) -> int:
 
 def _layout_word(layout: str) -> int:
     return int(layout, 16) & 0xFFFFFFFF_FFFFFFFF
+
+
+def _no_room(path: Path, capacity: int, error: OSError) -> RingError:
+    remedy = "make room or lower trace.capacity_mb"
+    return RingError(f"{path}: no ring of {capacity} bytes can be made here: {error.strerror}; {remedy}")
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Decoder, DecoderCall, Matrix
-from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear
 from aurora_lit.kernels.weight_format import WeightFormat
 
 
@@ -33,7 +33,8 @@ class _Call(ctypes.Structure):
         ("features_slot", ctypes.c_int64),
         ("committed", ctypes.c_void_p),
         ("committed_slot", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("embedding", "target_ids", "done", "ends")),
+        ("embedding", native.RowTable),
+        *((name, ctypes.c_void_p) for name in ("target_ids", "done", "ends")),
         *((name, ctypes.c_int64) for name in ("children", "level_width", "max_levels", "max_nodes")),
         *((name, ctypes.c_void_p) for name in ("min_gains", "level_rates", "temperatures", "uniforms")),
         *((name, ctypes.c_void_p) for name in ("distributions", "outcomes", "tokens", "parents")),
@@ -73,15 +74,22 @@ class DraftSteps:
         value: PackedLinear,
         coarse_head: PackedLinear | None = None,
         target_id_D: torch.Tensor,
-        embedding_VH: torch.Tensor,
+        embedding: torch.Tensor | PackedEmbedding,
     ) -> None:
-        """`embedding_VH` fp32 and contiguous. `coarse_head`: a copy in INT4_GROUPED, read first where that is faster."""
+        """`embedding`: the target's; a tensor is fp32 [V, H] and contiguous.
+
+        `coarse_head`: a copy in INT4_GROUPED, which is read first where that is faster.
+        """
         library = native.library()
         assert library is not None
-        assert embedding_VH.dtype == torch.float32
-        assert embedding_VH.is_contiguous()
         assert coarse_head is None or coarse_head.weight_format is WeightFormat.INT4_GROUPED
-        self._kept_alive = (decoder, fuse, head, value, coarse_head, target_id_D, embedding_VH)
+        if isinstance(embedding, PackedEmbedding):
+            table = native.RowTable.of(embedding.table.packed, embedding.table.weight_format)
+        else:
+            assert embedding.dtype == torch.float32
+            assert embedding.is_contiguous()
+            table = native.RowTable.of(embedding, None)
+        self._kept_alive = (decoder, fuse, head, value, coarse_head, target_id_D, embedding)
         self._decoder = decoder
         self._draft = getattr(library, f"aurora_draft_{head.weight_format.suffix}")
         library.aurora_drafting_new.restype = ctypes.c_void_p
@@ -92,7 +100,7 @@ class DraftSteps:
             head=Matrix.of(head),
             value=Matrix.of(value),
             coarse=Matrix() if coarse_head is None else Matrix.of(coarse_head),
-            embedding=embedding_VH.data_ptr(),
+            embedding=table,
             target_ids=target_id_D.data_ptr(),
         )
         self._num_outputs = head.out_features

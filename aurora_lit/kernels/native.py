@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import subprocess
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,12 @@ def _load() -> ctypes.CDLL | Absence:
         return ctypes.CDLL(str(path))
     except OSError as error:
         return Absence(f"they cannot be loaded ({error})", f"delete {path} and start again, or {another}")
+
+
+def build_digest() -> str:
+    """Names what the loaded kernels were built from: sources, compiler, processor (build.py); empty without kernels."""
+    kernels = library()
+    return "" if kernels is None else Path(kernels._name).stem
 
 
 def has_vnni() -> bool:
@@ -237,7 +244,7 @@ class Screen(ctypes.Structure):
         """For a weight that is packed in this format; needs `has_int8_tiles`."""
         kernels = library()
         assert kernels is not None
-        screen, parts = Screen(), []
+        parts = []
         for part_OI in torch.split(weight_OI, _SCREEN_CHUNK):
             values_OI = packed_values(part_OI, weight_format)
             quantized = quantization.quantize_per_output(values_OI)
@@ -245,9 +252,45 @@ class Screen(ctypes.Structure):
             parts.append((quantization.pack_per_output(*quantized, block=kernels.aurora_block()), *norms))
         copies, errors, norms_O = zip(*parts, strict=True)
         copy = torch.cat(copies, out=huge_pages.empty(sum(map(len, copies)), torch.uint8))
-        screen.tensors = (copy, torch.cat(errors), torch.cat(norms_O))  # kept alive while the kernels read them
+        return Screen.from_tensors(copy, torch.cat(errors), torch.cat(norms_O))
+
+    @staticmethod
+    def from_tensors(copy: torch.Tensor, errors: torch.Tensor, norms: torch.Tensor) -> Screen:
+        """The screen whose `tensors` these are."""
+        screen = Screen()
+        screen.tensors = (copy, errors, norms)  # kept alive while the kernels read them
         screen.copy, screen.errors, screen.norms = (tensor.data_ptr() for tensor in screen.tensors)
         return screen
+
+
+class RowTable(ctypes.Structure):
+    """A table that the kernels read row by row: its address, and a function that reads a row; RowTable in rows.hpp."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("read", ctypes.c_void_p))
+
+    @staticmethod
+    def of(table: torch.Tensor, weight_format: WeightFormat | None) -> RowTable:
+        """`weight_format`: of a packed weight; None for rows of fp32. The caller keeps the tensor alive."""
+        reader = getattr(library(), f"aurora_row_{'plain' if weight_format is None else weight_format.suffix}")
+        return RowTable(table.data_ptr(), ctypes.cast(reader, ctypes.c_void_p))
+
+
+def read_rows(
+    packed: torch.Tensor, weight_format: WeightFormat, indices: torch.Tensor, *, outputs: int, inputs: int
+) -> torch.Tensor:
+    """Rows of a packed weight, with exactly the values that `linear` multiplies by: [*indices.shape, inputs] fp32.
+
+    Raises IndexError for an index outside 0 … `outputs` - 1.
+    """
+    kernels = library()
+    assert kernels is not None
+    indices = indices.long().contiguous()
+    rows = torch.empty(*indices.shape, inputs)
+    shape, count = (ctypes.c_int64(outputs), ctypes.c_int64(inputs)), ctypes.c_int64(indices.numel())
+    call = getattr(kernels, f"aurora_rows_{weight_format.suffix}")
+    if not call(_address(packed), *shape, _address(indices), count, _address(rows)):
+        raise IndexError(f"an index of {indices.tolist()} is no row of a weight of {outputs} rows")
+    return rows
 
 
 # -- products ------------------------------------------------------------------------------------------------------

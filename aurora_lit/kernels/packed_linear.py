@@ -6,8 +6,9 @@ since the kernels are batch-invariant, speculative decoding is exact in every fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Self
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from aurora_lit.kernels import native
 from aurora_lit.kernels.weight_format import WeightFormat
 
 _SAMPLED_ROWS = 8
+_SCREEN = ("screen.copy", "screen.errors", "screen.norms")
+TENSOR_NAMES = ("weight", "bias", *_SCREEN)
+"""Of `PackedLinear.tensors`; all but the first may be absent."""
 
 
 class PackedLinear(nn.Module):
@@ -27,9 +31,33 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         self.weight_format = weight_format
         self.packed = native.pack_weight(linear.weight, weight_format)
-        self.bias = None if linear.bias is None else linear.bias.detach().float().contiguous()
+        self.bias: torch.Tensor | None = None if linear.bias is None else linear.bias.detach().float().contiguous()
         screened = screened and native.has_int8_tiles()
         self._screen = native.Screen.of(linear.weight.detach(), weight_format) if screened else None
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, torch.Tensor], weight_format: WeightFormat, shape: Sequence[int]
+    ) -> Self:
+        """The layer whose `tensors()` these are; `shape`: its outputs and inputs."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = shape
+        layer.weight_format = weight_format
+        layer.packed = tensors["weight"]
+        layer.bias = tensors.get("bias")
+        screen = [tensors[name] for name in _SCREEN if name in tensors]
+        layer._screen = native.Screen.from_tensors(*screen) if screen else None
+        return layer
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the layer consists of, besides its format and its shape."""
+        tensors = {"weight": self.packed}
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        if self._screen is not None:
+            tensors |= dict(zip(_SCREEN, self._screen.tensors, strict=True))
+        return tensors
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply inputs of any leading shape."""
@@ -47,8 +75,23 @@ class PackedLinear(nn.Module):
     @torch.no_grad()
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the weight [len(indices), inputs], fp32, with the values that the kernel multiplies by."""
-        identity = torch.eye(self.in_features)
-        return native.linear(identity, self.packed, self.weight_format, self.out_features, None).t()[indices]
+        shape = {"outputs": self.out_features, "inputs": self.in_features}
+        return native.read_rows(self.packed, self.weight_format, indices, **shape)
+
+
+class PackedEmbedding(nn.Module):
+    """The rows of a packed weight as an embedding: token ids of any shape -> [..., H] fp32.
+
+    A target whose head and embedding are one tensor needs it only once in memory.
+    """
+
+    def __init__(self, table: PackedLinear) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Look tokens up. Raises IndexError for an id that is not in the vocabulary."""
+        return self.table.rows(ids)
 
 
 def pack_model(model: nn.Module, *, precision: str, head: nn.Module) -> None:

@@ -10,6 +10,8 @@ those above it:
     attention.py       causal attention over the cache or over whole sequences, as transformers' attention interface
     fused_layers.py    a model's decoder layers as one native call, if they have the plain Llama form
     target.py          any causal language model, with the hidden states that a draft reads
+    packed_file.py     named tensors in one file of the cache, checked and read into huge pages
+    packed_target.py   a target from the file of its packed weights: no fp32, no transformers
     shard_reader.py    reads one rank's shard of each weight from safetensors files
     partition.py       partitions a model for one rank: tensor parallelism by heads and columns, or FSDP2
     sharded_target.py  a target in several processes behind the interface of one

@@ -11,12 +11,12 @@ C blocks of P positions.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
@@ -158,7 +158,12 @@ def attention_interface(
     return kv_cache_view.attend(layer, *new, **options), None
 
 
-AttentionInterface.register(ATTENTION_NAME, attention_interface)
+@functools.cache
+def register_attention() -> None:
+    """Make `attention_interface` known to transformers, which is only imported where a model of its own is used."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, attention_interface)
 
 
 def _softmax(scores_BNTL: torch.Tensor, sinks_N: torch.Tensor | None) -> torch.Tensor:

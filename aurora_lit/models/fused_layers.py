@@ -8,16 +8,18 @@ Leaves out: the layers' arithmetic (kernels/csrc/decoder.hpp) and the KV cache (
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from aurora_lit.kernels.decoder import Decoder, LayerWeights
 from aurora_lit.kernels.draft_steps import DraftSteps
-from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PLAIN_LLAMA_TYPES = ("llama", "mistral", "qwen2")
 """Model types whose layers are: norm, attention with RoPE on halves, residual, norm, SiLU-gated MLP, residual."""
@@ -25,6 +27,12 @@ _PLAIN_LLAMA_TYPES = ("llama", "mistral", "qwen2")
 
 def fuse_target(model: PreTrainedModel, aux_layer_ids: tuple[int, int, int]) -> Decoder | None:
     """A `Decoder` over the model's packed layers; None if its layers do not have the plain Llama form."""
+    parts = decoder_parts(model)
+    return None if parts is None else Decoder(**parts, aux_layer_ids=aux_layer_ids)
+
+
+def decoder_parts(model: PreTrainedModel) -> dict[str, Any] | None:
+    """What a `Decoder` over the model's packed layers consists of, by the names of its parameters; None as above."""
     config = model.config.get_text_config()
     base: Any = model.base_model
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
@@ -45,16 +53,15 @@ def fuse_target(model: PreTrainedModel, aux_layer_ids: tuple[int, int, int]) -> 
         return None
     positions = torch.arange(config.max_position_embeddings)[None]
     cosines, sines = base.rotary_emb(torch.zeros(1), positions)
-    return Decoder(
-        [layer for layer in layers if layer is not None],
-        final_norm=base.norm.weight.detach(),
-        cosines_PD=cosines[0],
-        sines_PD=sines[0],
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        eps=float(config.rms_norm_eps),
-        aux_layer_ids=aux_layer_ids,
-    )
+    return {
+        "layers": layers,
+        "final_norm": base.norm.weight.detach(),
+        "cosines_PD": cosines[0],
+        "sines_PD": sines[0],
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "eps": float(config.rms_norm_eps),
+    }
 
 
 def fuse_draft(draft: Eagle3Draft) -> Decoder | None:
@@ -81,8 +88,16 @@ def draft_steps(
     target_id_D: torch.Tensor,
     coarse_head: PackedLinear | None = None,
 ) -> DraftSteps | None:
-    """Drafting as one native call; None if `embedding` is not a plain fp32 table. `coarse_head`: see `DraftSteps`."""
-    if type(embedding) is not nn.Embedding or embedding.weight.dtype != torch.float32:
+    """Drafting as one native call; None if `embedding` is neither packed nor a plain fp32 table.
+
+    `coarse_head`: see `DraftSteps`.
+    """
+    table: torch.Tensor | PackedEmbedding
+    if isinstance(embedding, PackedEmbedding):
+        table = embedding
+    elif type(embedding) is nn.Embedding and embedding.weight.dtype == torch.float32:
+        table = embedding.weight.detach()
+    else:
         return None
     linears: list[Any] = [draft.fc, draft.lm_head, draft.value_head]
     fuse, head, value = linears
@@ -93,7 +108,7 @@ def draft_steps(
         value=value,
         coarse_head=coarse_head,
         target_id_D=target_id_D,
-        embedding_VH=embedding.weight.detach(),
+        embedding=table,
     )
 
 

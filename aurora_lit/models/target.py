@@ -14,21 +14,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Decoder
 from aurora_lit.kernels.packed_linear import PackedLinear, pack_model
-from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView
+from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView, register_attention
 from aurora_lit.models.fused_layers import fuse_target
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.modules.draft.logit_transform import LogitTransform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
 
@@ -61,6 +63,7 @@ class Target(nn.Module):
         """`kv_dtype`: type of keys and values in the cache; by default the model's own."""
         super().__init__()
         self.kv_dtype = kv_dtype or model.dtype
+        register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
         self.model: PreTrainedModel = model.requires_grad_(False)
         model.train(False)
@@ -80,6 +83,7 @@ class Target(nn.Module):
         bias: torch.Tensor | None = getattr(self.head, "bias", None)
         self.logit_transform = LogitTransform(bias_V=None if bias is None else bias.detach().float(), softcap=softcap)
         self.aux_layer_ids = aux_layer_ids(self.num_layers)
+        self.end_of_text_ids = _end_of_text_ids(model)
         self._forward: Any = model.base_model
         self._decoder: Decoder | None = None
         self._aux_hidden: dict[int, torch.Tensor] = {}  # by layer, in the current forward pass
@@ -94,6 +98,8 @@ class Target(nn.Module):
         With native kernels, linear layers are packed for them and only their weights have that precision. Without,
         and on other devices than the CPU, the whole model is fp32 or bf16. Raises SourceError.
         """
+        from transformers import AutoModelForCausalLM  # takes seconds, and a packed target needs none of it
+
         packing = device.type == "cpu" and native.library() is not None
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         if precision in ("int8", "int4") and device.type != "cpu":
@@ -159,15 +165,15 @@ class Target(nn.Module):
         decoder = fuse_target(self.model, self.aux_layer_ids)
         if decoder is None:
             return False
-        probe = self._probe_inputs()
-        expected = self.forward(**probe, kv_cache=self.make_kv_cache(num_slots=2, capacity=4))
+        expected = self._probe(num_prompts=0)
         self._decoder = decoder
-        fused = self.forward(**probe, kv_cache=self.make_kv_cache(num_slots=2, capacity=4))
         tolerance = 1e-4 if self.kv_dtype == torch.float32 else 5e-2  # relative to the largest value; rounding only
-        for ours, own in zip(fused, expected, strict=True):
-            if float((ours - own).abs().max()) > tolerance * float(own.abs().max()):
-                self._decoder = None
-        return self._decoder is not None
+        for num_prompts in (0, 2):
+            for ours, own in zip(self._probe(num_prompts=num_prompts), expected, strict=True):
+                if float((ours - own).abs().max()) > tolerance * float(own.abs().max()):
+                    self._decoder = None
+                    return False
+        return True
 
     def make_kv_cache(self, *, num_slots: int, capacity: int) -> KVCache:
         """Allocate a KV cache with this model's layers, heads and type; `capacity` in positions."""
@@ -178,7 +184,7 @@ class Target(nn.Module):
             head_dim=self.head_dim,
             capacity=capacity,
             dtype=self.kv_dtype,
-            device=self.model.device,
+            device=self.device,
         )
 
     def forward(
@@ -194,8 +200,9 @@ class Target(nn.Module):
         """Run T new tokens of each sequence, which follow the `starts_B` positions already in its slot.
 
         `parents_BT`, if `supports_trees`: the tokens form a tree (see `Decoder`); `commit_tree_path` then keeps one
-        path. `num_prompts`: the last so many sequences read their prompts, the others decode; see
-        `has_prompt_arithmetic`. Returns the auxiliary hidden states [B, T, 3H] and the last hidden state [B, T, H] after the final norm.
+        path. `num_prompts`: the last so many sequences read their prompts, the others decode (`has_prompt_arithmetic`).
+
+        Returns the auxiliary hidden states [B, T, 3H] and the last hidden state [B, T, H] after the final norm.
         """
         if self._decoder is not None:
             batch = {"queries": ids_BT.shape[1], "slots_B": slots_B, "starts_B": starts_B, "parents_BC": parents_BT}
@@ -294,8 +301,13 @@ class Target(nn.Module):
 
     def embedding_rows(self) -> torch.Tensor:
         """The input embedding as one table, fp32 [V, H]; includes the scaling of families that scale it (Gemma)."""
-        rows: torch.Tensor = self.embedding(torch.arange(self.vocab_size, device=self.model.device))
+        rows: torch.Tensor = self.embedding(torch.arange(self.vocab_size, device=self.device))
         return rows.detach().float()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the target runs."""
+        return self.model.device
 
     @property
     def head(self) -> nn.Module:
@@ -326,9 +338,15 @@ class Target(nn.Module):
         self._aux_hidden.clear()
         return aux_BT3H, last_BTH
 
+    def _probe(self, *, num_prompts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` on `_probe_inputs`."""
+        probe, kv_cache = self._probe_inputs(), self.make_kv_cache(num_slots=2, capacity=4)
+        where = {"slots_B": probe["slots_B"], "starts_B": probe["starts_B"]}
+        return self.forward(probe["ids_BT"], kv_cache=kv_cache, num_prompts=num_prompts, **where)
+
     def _probe_inputs(self) -> dict[str, torch.Tensor]:
         """Two sequences of four tokens, for a cache of two slots."""
-        device = self.model.device
+        device = self.device
         return {
             "ids_BT": torch.arange(1, 9, device=device).remainder(self.vocab_size).view(2, 4),
             "slots_B": torch.tensor([1, 0], device=device),
@@ -340,6 +358,12 @@ class Target(nn.Module):
             self._aux_hidden[layer_id] = args[0] if args else kwargs["hidden_states"]
 
         return record_input
+
+
+def _end_of_text_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a text by the model's generation config."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return frozenset(int(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:

@@ -430,6 +430,42 @@ def test_no_room_in_shared_memory_is_a_clear_error_and_leaves_nothing(
     assert list(path.parent.iterdir()) == []
 
 
+def test_a_ring_that_nobody_reads_takes_no_memory_and_nothing_is_written(path: Path) -> None:
+    writer = RingWriter.create(path, 1 << 20, layout=LAYOUT, reserve=False)
+    assert not writer.push(b"nobody reads this")
+    assert read_counters(path).pushed == 0
+    assert path.stat().st_blocks * 512 < 1 << 16
+    assert read_counters(path).capacity_bytes == 1 << 20
+
+
+def test_the_first_reader_gives_the_ring_its_memory_and_later_ones_continue(path: Path) -> None:
+    writer = RingWriter.create(path, 1 << 20, layout=LAYOUT, reserve=False)
+    with contextlib.closing(RingReader.open(path, layout=LAYOUT)) as reader:
+        assert path.stat().st_blocks * 512 >= 1 << 20
+        assert writer.push(b"one")
+        assert reader.pop() == b"one"
+    assert writer.push(b"two"), "the learner may come back"
+    with contextlib.closing(RingReader.open(path, layout=LAYOUT)) as reader:
+        assert reader.pop() == b"two"
+
+
+def test_no_room_for_a_reader_that_comes_late_is_its_error_and_the_writer_goes_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = RingWriter.create(path, 1 << 20, layout=LAYOUT, reserve=False)
+    with monkeypatch.context() as no_room:
+        no_room.setattr(os, "posix_fallocate", full)
+        with pytest.raises(RingError, match=r"No space left.*trace.capacity_mb"):
+            RingReader.open(path, layout=LAYOUT)
+    assert not writer.push(b"still nobody")
+    with contextlib.closing(RingReader.open(path, layout=LAYOUT)) as reader:  # the lock was released
+        assert writer.push(b"now")
+        assert reader.pop() == b"now"
+
+
 def test_a_file_system_that_takes_less_than_the_ring_refuses_it_at_once(path: Path) -> None:
     code = (
         "from pathlib import Path; from aurora_lit.ipc.ring import RingWriter\n"

@@ -12,7 +12,7 @@ from support.kernel_formats import GROUPED, PER_OUTPUT, UNQUANTIZED, rounded_inp
 from torch import nn
 
 from aurora_lit.kernels import native
-from aurora_lit.kernels.packed_linear import PackedLinear, pack_linears
+from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear, pack_linears
 from aurora_lit.kernels.quantization import quantize_per_output
 from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.models.attention import KVCacheView, cached_attention
@@ -184,12 +184,15 @@ def test_strided_inputs_give_the_same_outputs(weight_format: WeightFormat) -> No
 
 @needs_kernels
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_rows_of_a_packed_weight_can_be_read_back(weight_format: WeightFormat) -> None:
-    linear = random_linear(33, 50, bias=True)
-    ids = torch.tensor([49, 0, 31, 32])
-    expected = stored_weight(linear.weight.detach()[ids], weight_format).float()
-    tolerance = 0 if weight_format in UNQUANTIZED else 1e-7
-    torch.testing.assert_close(PackedLinear(linear, weight_format).rows(ids), expected, rtol=0, atol=tolerance)
+def test_rows_of_a_packed_weight_are_what_the_product_multiplies_by(weight_format: WeightFormat) -> None:
+    linear = random_linear(133, 50, bias=True)
+    layer, ids = PackedLinear(linear, weight_format), torch.tensor([[49, 0, 31], [32, 16, 49]])
+    expected = stored_weight(linear.weight.detach(), weight_format).float()
+    assert torch.equal(layer.rows(ids), expected[ids])
+    assert torch.equal(PackedEmbedding(layer)(torch.arange(50)), expected)
+    for wrong in (-1, 50):  # the packed weight is padded to 64 rows
+        with pytest.raises(IndexError, match=f"{wrong}.*50 rows"):
+            layer.rows(torch.tensor([0, wrong]))
 
 
 @needs_kernels

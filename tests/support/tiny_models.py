@@ -44,6 +44,7 @@ from aurora_lit.request import Output, Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.sequences.observer import RoundObserver
+from aurora_lit.serve.speculation.kept_costs import KeptCosts
 
 VOCAB = 61
 _COMMON: dict[str, Any] = {
@@ -222,6 +223,7 @@ def make_engine(
     *,
     draft_version: str = "",
     observer: RoundObserver | None = None,
+    kept_costs: KeptCosts | None = None,
     **changes: Any,
 ) -> Engine:
     """A small engine with these changes to its options; by default no token ends an output."""
@@ -239,7 +241,7 @@ def make_engine(
         "explore_temperature": 1.0,
     }
     options = EngineOptions(**{**fields, **changes})
-    return Engine(target, draft, options, draft_version=draft_version, observer=observer)
+    return Engine(target, draft, options, draft_version=draft_version, observer=observer, kept_costs=kept_costs)
 
 
 @dataclass(kw_only=True)

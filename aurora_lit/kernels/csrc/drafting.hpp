@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "decoder.hpp"
+#include "rows.hpp"
 
 namespace {
 
@@ -21,7 +22,7 @@ struct DraftCall {
   int64_t features_slot;
   const int64_t* committed;  // [slots, positions]: committed tokens
   int64_t committed_slot;
-  const float* embedding;      // [V, H]
+  RowTable embedding;          // [V, H]: the target's
   const int64_t* target_ids;   // the target's token id of each draft id
   const int64_t *done, *ends;  // [B]: first position to run; end of the positions to run
   int64_t children;            // considered for each node
@@ -264,7 +265,7 @@ void first_level(const DraftCall& call, DraftState& d) {
       }
       for (; i < F; ++i) to[i] = load(from + i);
       const int64_t token = call.committed[slot * call.committed_slot + position + 1];
-      std::memcpy(embeds + size_t(at) * H, call.embedding + token * int64_t(H), H * sizeof(float));
+      call.embedding.row(int64_t(H), token, embeds + size_t(at) * H);
     }
   DecoderCall pass = call.decoder;
   pass.attention.queries = most, pass.attention.begins = d.begins.data(), pass.starts = call.done;
@@ -303,7 +304,7 @@ void next_level(const DraftCall& call, DraftState& d, int64_t level) {
       row.column[node] = int64_t(old_columns + i);
       columns.push_back(parent < 0 ? -1 : row.column[size_t(parent)]);
       std::memcpy(next + (b * width + i) * H, d.hidden.data() + (b * before + parent_index) * H, H * sizeof(float));
-      std::memcpy(embeds + (b * width + i) * H, call.embedding + row.tokens[node] * int64_t(H), H * sizeof(float));
+      call.embedding.row(int64_t(H), row.tokens[node], embeds + (b * width + i) * H);
     }
   }
   d.columns.swap(columns);

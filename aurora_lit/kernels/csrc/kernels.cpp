@@ -68,6 +68,7 @@ int aurora_has_vnni() {
 //   linear       y [rows, outputs] = x [rows, inputs] times the packed weight, plus bias; the format rounds the inputs
 //   argmax       index of the largest output of each row of that product
 //   decode       decoder layers over packed weights and the KV cache
+//   row, rows    one row, or some rows, of a packed weight (rows.hpp)
 //   draft        proposals of a draft (drafting.hpp)
 //   has_prompt_arithmetic    1 if decode() rounds rows of prompts differently
 #define AURORA_FORMAT(name, Format, Cache)                                                                             \
@@ -78,6 +79,13 @@ int aurora_has_vnni() {
   void aurora_argmax_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
                             int64_t* indices) {                                                                        \
     multiply_argmax<Format>(x, x_stride, rows, packed, inputs, outputs, indices);                                      \
+  }                                                                                                                    \
+  void aurora_row_##name(const void* packed, int64_t width, int64_t index, float* to) {                                \
+    Rows<Format>::read(packed, width, index, to);                                                                      \
+  }                                                                                                                    \
+  int aurora_rows_##name(const void* packed, int64_t rows, int64_t width, const int64_t* indices, int64_t count,       \
+                         float* to) {                                                                                  \
+    return read_rows<Format>(packed, rows, width, indices, count, to);                                                 \
   }                                                                                                                    \
   void aurora_decode_##name(const DecoderCall* call) { decode<Format, Cache>(*call); }                                 \
   int aurora_has_prompt_arithmetic_##name() { return PromptProduct<Format>::available(); }                             \
@@ -101,6 +109,10 @@ AURORA_SCREENED(bf16, Bf16)
 AURORA_SCREENED(int8, Grouped<8>)
 AURORA_SCREENED(int4, Grouped<4>)
 #endif
+
+void aurora_row_plain(const void* table, int64_t width, int64_t index, float* to) {
+  read_plain_row(table, width, index, to);
+}
 
 void aurora_attention_fp32(const AttentionShape* shape, const float* q, const float* k, const float* v, float* keys,
                            float* values, const int64_t* slots, const int64_t* starts, float* out) {

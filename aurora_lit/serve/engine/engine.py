@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 
@@ -41,12 +42,15 @@ from aurora_lit.serve.sequences.sequence import (
     verified_tokens,
 )
 from aurora_lit.serve.sequences.slot_allocator import SlotAllocator
-from aurora_lit.serve.speculation.calibration import calibrate
+from aurora_lit.serve.speculation.calibration import calibration_steps
 from aurora_lit.serve.speculation.drafter import Drafter
+from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.ngram_planner import NgramPlanner
 from aurora_lit.serve.speculation.planner import SpeculationPlanner
 from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
+
+_DONE = object()
 
 
 class Engine:
@@ -66,8 +70,11 @@ class Engine:
         *,
         draft_version: str = "",
         observer: RoundObserver | None = None,
+        kept_costs: KeptCosts | None = None,
     ) -> None:
         """Allocate the slots, prepare the draft and calibrate. Without draft and lookup: plain decoding.
+
+        `kept_costs`: used instead of calibrating if they exist, otherwise made; see `refine_costs`.
 
         `draft_version`: name of the draft's version, for outputs and traces. `observer`: records rounds. Raises
         CheckpointError if the draft computes values that are not finite.
@@ -77,7 +84,7 @@ class Engine:
         self.slot_capacity = options.slot_capacity
         self.draft_version = draft_version
         self.stats = EngineStats()
-        self._target, self._observer, self._device = target, observer, target.model.device
+        self._target, self._observer, self._device = target, observer, target.device
         self._uses_lookup = options.lookup_tokens > 0
         self._waiting: deque[Request] = deque()
         self._decoding: list[RunningSequence] = []
@@ -109,12 +116,23 @@ class Engine:
             adaptive=options.adaptive,
             stats=self.stats,
         )
+        self._kept_costs = kept_costs
+        self._refinement: Iterator[None] = iter(())
+        """Steps of a calibration that checks the kept costs."""
         self.planner = self._make_planner(options)
         self.proposer = self._make_proposer(options)
         if observer is not None:
             observer.attach(tokens_SL=self._tokens_SL, aux_SLF=self._drafter.features_SLF if self._drafter else None)
         if options.adaptive and (self._drafter or self._uses_lookup):
-            calibrate(self.planner, target, self._drafter, kv_cache=kv_cache, max_batch_size=options.max_batch_size)
+            steps = calibration_steps(
+                self.planner, target, self._drafter, kv_cache=kv_cache, max_batch_size=options.max_batch_size
+            )
+            if kept_costs is not None and kept_costs.load_into(self.planner):
+                self._refinement = steps
+            else:
+                deque(steps, maxlen=0)  # all of them
+                if kept_costs is not None:
+                    kept_costs.save(self.planner)
 
     def _make_planner(self, options: EngineOptions) -> SpeculationPlanner:
         supports_trees = self._drafter is not None and self._drafter.supports_trees and self._target.supports_trees
@@ -165,6 +183,20 @@ class Engine:
                 code="context_length_exceeded",
             )
         self._waiting.append(request)
+
+    def refine_costs(self) -> bool:
+        """Time one operation of the kept costs again, while the slots are still empty; False if there is none left.
+
+        For idle moments after the start. The first request ends it; from then on rounds keep the costs up to date.
+        """
+        if self.has_work or self.stats.prompt_tokens:
+            self._refinement = iter(())
+        elif next(self._refinement, _DONE) is not _DONE:
+            return True
+        elif self._kept_costs is not None:
+            self._kept_costs.save(self.planner)
+            self._kept_costs = None
+        return False
 
     def cancel(self, request_id: str) -> None:
         """End a request in any state and free its slot. An unknown id is ignored."""

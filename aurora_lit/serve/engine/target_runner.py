@@ -57,7 +57,7 @@ class TargetRunner:
         self, target: Target, *, kv_cache: KVCache, drafter: Drafter | None, observer: RoundObserver | None
     ) -> None:
         self._target, self._kv_cache, self._drafter, self._observer = target, kv_cache, drafter, observer
-        self._device = target.model.device
+        self._device = target.device
 
     def forward(
         self,

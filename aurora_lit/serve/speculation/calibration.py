@@ -1,14 +1,15 @@
 """Measures forward passes of the target and draft steps before the first request (seconds, best of a few calls).
 
 The measurements initialise the cost tables of the planner (serve/speculation/planner.py); running rounds update them
-(serve/speculation/costs.py). Everything runs in the engine's own slots, which are still empty.
+(serve/speculation/costs.py). Everything runs in the engine's own slots, which are still empty. A start that has tables
+of an earlier one (serve/speculation/kept_costs.py) measures them again only while it waits for its first request.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 
@@ -26,19 +27,27 @@ _CALLS, _MIN_GAIN = 3, 0.98
 move there only after a few calls, and rounds find them there."""
 
 
-@torch.no_grad()
 def calibrate(
     planner: SpeculationPlanner, target: Target, drafter: Drafter | None, *, kv_cache: KVCache, max_batch_size: int
 ) -> None:
     """Fill the planner's cost tables for batches of 1, 2, 4, … `max_batch_size`, at the query lengths it may choose."""
+    for _ in calibration_steps(planner, target, drafter, kv_cache=kv_cache, max_batch_size=max_batch_size):
+        pass
+
+
+@torch.no_grad()
+def calibration_steps(
+    planner: SpeculationPlanner, target: Target, drafter: Drafter | None, *, kv_cache: KVCache, max_batch_size: int
+) -> Iterator[None]:
+    """As `calibrate`, but each step makes one timed call: at most about a tenth of a second."""
     if drafter is not None:
-        planner.prefill_position_s = _prefill_position_s(target, drafter, capacity=kv_cache.capacity)
+        planner.prefill_position_s = yield from _prefill_position_s(target, drafter, capacity=kv_cache.capacity)
     batch_size = 1
     while True:
         probe = _Probe(target, drafter, kv_cache=kv_cache, batch_size=batch_size)
-        _measure_target(planner, probe)
+        yield from _measure_target(planner, probe)
         if drafter is not None:
-            _measure_draft(planner, probe)
+            yield from _measure_draft(planner, probe)
         if batch_size >= max_batch_size:
             return
         batch_size = min(2 * batch_size, max_batch_size)
@@ -50,7 +59,7 @@ class _Probe:
     def __init__(self, target: Target, drafter: Drafter | None, *, kv_cache: KVCache, batch_size: int) -> None:
         self.batch_size = batch_size
         self._target, self._drafter, self._kv_cache = target, drafter, kv_cache
-        self._slots_B = torch.arange(batch_size, device=target.model.device)
+        self._slots_B = torch.arange(batch_size, device=target.device)
         self._starts_B = torch.zeros_like(self._slots_B)
         greedy = SamplingParams(max_tokens=1, temperature=0.0)
         self._options = LogitOptions.from_params([greedy] * batch_size, device=self._slots_B.device)
@@ -68,7 +77,7 @@ class _Probe:
             _uncached(self._drafter, self._inputs()),
             options=self._options,
             num_steps=steps,
-        ).token_BK.cpu()
+        )[0].token_BK.cpu()
 
     def run_tree(self, levels: int, nodes: int) -> None:
         """Draft trees, after a prefill of two positions."""
@@ -83,33 +92,34 @@ class _Probe:
         return DraftInputs(slots_B=self._slots_B, lengths=[3] * self.batch_size)
 
 
-def _measure_target(planner: SpeculationPlanner, probe: _Probe) -> None:
+def _measure_target(planner: SpeculationPlanner, probe: _Probe) -> Iterator[None]:
     batch_size = probe.batch_size
     lengths = {*range(1, planner.max_draft_tokens + 2), 2, planner.max_lookup_tokens + 1}
     lengths |= {nodes + 1 for nodes in planner.tree_sizes if batch_size * (nodes + 1) <= MAX_TREE_COLUMNS}
     for length in sorted(lengths):
-        planner.target_cost.set_initial(batch_size, length, _best_seconds(functools.partial(probe.run_target, length)))
+        seconds = yield from _best_seconds(functools.partial(probe.run_target, length))
+        planner.target_cost.set_initial(batch_size, length, seconds)
 
 
-def _measure_draft(planner: SpeculationPlanner, probe: _Probe) -> None:
+def _measure_draft(planner: SpeculationPlanner, probe: _Probe) -> Iterator[None]:
     # As in rounds, where a pass of the target has displaced the draft's weights from the CPU caches.
     before = functools.partial(probe.run_target, 1)
-    one_s = _best_seconds(functools.partial(probe.run_chain, 1), before=before)
-    three_s = _best_seconds(functools.partial(probe.run_chain, 3), before=before)
+    one_s = yield from _best_seconds(functools.partial(probe.run_chain, 1), before=before)
+    three_s = yield from _best_seconds(functools.partial(probe.run_chain, 3), before=before)
     planner.first_step_cost.set_initial(probe.batch_size, 1, one_s)
     planner.next_step_cost.set_initial(probe.batch_size, 1, max(0.0, (three_s - one_s) / 2))
     if planner.tree_sizes:
-        three_s = _best_seconds(functools.partial(probe.run_tree, 3, planner.tree_sizes[-1]), before=before)
+        three_s = yield from _best_seconds(functools.partial(probe.run_tree, 3, planner.tree_sizes[-1]), before=before)
         planner.level_cost.set_initial(probe.batch_size, 1, max(0.0, (three_s - one_s) / 2))
 
 
-def _prefill_position_s(target: Target, drafter: Drafter, *, capacity: int) -> float:
+def _prefill_position_s(target: Target, drafter: Drafter, *, capacity: int) -> Generator[None, None, float]:
     """Seconds per position of the prefill of the draft's cache, for one sequence."""
     inputs = DraftInputs(
-        slots_B=torch.zeros(1, dtype=torch.int64, device=target.model.device),
+        slots_B=torch.zeros(1, dtype=torch.int64, device=target.device),
         lengths=[1 + min(_PREFILL_POSITIONS, capacity // 2)],
     )
-    seconds = _best_seconds(lambda: drafter.prefill(_uncached(drafter, inputs)).cpu())
+    seconds = yield from _best_seconds(lambda: drafter.prefill(_uncached(drafter, inputs)).cpu())
     return seconds / (inputs.lengths[0] - 1)
 
 
@@ -120,8 +130,10 @@ def _uncached(drafter: Drafter, inputs: DraftInputs) -> DraftInputs:
     return inputs
 
 
-def _best_seconds(operation: Callable[[], object], *, before: Callable[[], None] | None = None) -> float:
-    """The shortest time of several calls. `before` runs before each call and is not timed."""
+def _best_seconds(
+    operation: Callable[[], object], *, before: Callable[[], None] | None = None
+) -> Generator[None, None, float]:
+    """The shortest time of several calls. `before` runs before each call and is not timed. Yields after each call."""
     best, calls_since = float("inf"), 0
     while calls_since < _CALLS:
         if before:
@@ -131,4 +143,5 @@ def _best_seconds(operation: Callable[[], object], *, before: Callable[[], None]
         seconds = time.perf_counter() - started
         calls_since = 0 if seconds < _MIN_GAIN * best else calls_since + 1
         best = min(best, seconds)
+        yield
     return best

@@ -41,6 +41,11 @@ class CostTable:
         self._initial[batch_size, query_length] = seconds
         self._interpolations.clear()
 
+    @property
+    def initial(self) -> list[tuple[int, int, float]]:
+        """The calibration's measurements: batch size, query length, seconds."""
+        return [(*key, seconds) for key, seconds in self._initial.items()]
+
     def update(self, batch_size: int, query_length: float, seconds: float) -> None:
         """Update by a measurement of a round. Outliers (a preempted process) change little.
 

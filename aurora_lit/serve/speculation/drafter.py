@@ -27,7 +27,7 @@ import torch
 from aurora_lit.kernels.decoder import MAX_DEPTH
 from aurora_lit.kernels.draft_steps import DraftedLevels
 from aurora_lit.models.attention import KVCacheView
-from aurora_lit.models.kv_cache import KVCache
+from aurora_lit.models.kv_cache import KVCache, zeros
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.sampling.distribution import LogitOptions
@@ -64,9 +64,8 @@ class Drafter:
         self._target = target
         self._capacity = capacity
         self._tokens_SL = tokens_SL
-        self._features_SLF = torch.zeros(
-            len(tokens_SL), capacity, 3 * target.hidden_size, dtype=target.kv_dtype, device=tokens_SL.device
-        )
+        shape_SLF = (len(tokens_SL), capacity, 3 * target.hidden_size)
+        self._features_SLF = zeros(shape_SLF, target.kv_dtype, tokens_SL.device)
         self._num_cached = [0] * len(tokens_SL)
         """Positions of each slot whose keys and values were computed from the target's features."""
         self._runtime_draft = self.prepare(draft)

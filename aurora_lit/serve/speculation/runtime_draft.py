@@ -43,7 +43,7 @@ def prepare_draft(draft: Eagle3Draft, target: Target, *, capacity: int) -> Runti
 
     Raises CheckpointError if it computes values that are not finite.
     """
-    config, device = draft.config, target.model.device
+    config, device = draft.config, target.device
     draft.eval().requires_grad_(False)
     coarse_head = None
     if uses_kernels(device):
@@ -82,7 +82,7 @@ def uses_kernels(device: torch.device) -> bool:
 @torch.no_grad()
 def _check_outputs(draft: Eagle3Draft, target: Target) -> None:
     """Run a few positions with large features, and raise CheckpointError if an output is not finite."""
-    positions_1T = torch.arange(_CHECK_POSITIONS, device=target.model.device)[None]
+    positions_1T = torch.arange(_CHECK_POSITIONS, device=target.device)[None]
     embeds_1TH = target.embedding(positions_1T % target.vocab_size)
     generator = torch.Generator().manual_seed(0)
     size = (1, _CHECK_POSITIONS, 3 * target.hidden_size)

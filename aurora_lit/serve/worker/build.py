@@ -5,25 +5,25 @@ Only connects parts; what they do is in their own files.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
-import threading
+import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from aurora_lit.config import AuroraConfig, draft_folder
-from aurora_lit.cores import use_threads
-from aurora_lit.distributed import Ranks
+from aurora_lit.cores import available_cores, use_threads
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.errors import ConfigError, RingError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
-from aurora_lit.models.partition import check_partition
-from aurora_lit.models.sharded_target import ShardedTarget
+from aurora_lit.models import packed_target
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import CPU, Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
@@ -32,15 +32,23 @@ from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.sequences.observer import RoundObserver
+from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, prepare_draft
 from aurora_lit.serve.worker.learner_signals import ExplorationFollower, ThreadBudget
 from aurora_lit.serve.worker.parts import WorkerParts
 from aurora_lit.serve.worker.trace_sinks import TraceRecording, TraceSinks
 from aurora_lit.traces.record import LAYOUT_DIGEST, Trace
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from aurora_lit.models.sharded_target import ShardedTarget
+
 UNTRAINED_VERSION = "untrained"
 """Version of the randomly initialised draft that serves until a learner with learn.from_scratch publishes its first."""
 _UNTRAINED_VOCABULARY_SIZE = 4096
+_TIMED_CODE = ("kernels", "models", "modules/sampling", "serve/engine", "serve/speculation")
+"""Folders whose code determines what passes and draft steps cost."""
 _log = logging.getLogger(__name__)
 
 
@@ -68,7 +76,8 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
     sinks = _sinks(config, run_folder)
     observer = _recorder(config, target, sinks)
     records_traces = sinks.ring is not None or sinks.recording is not None
-    engine = _engine(config, target, tokenizer, observer=observer if records_traces else None)
+    kept_costs = None if shard is not None else _kept_costs(config, target)
+    engine = _engine(config, target, tokenizer, observer=observer if records_traces else None, kept_costs=kept_costs)
 
     def load(folder: Path | None) -> RuntimeDraft:
         draft = starting_draft(config, target)[0] if folder is None else load_draft(folder, target)
@@ -96,6 +105,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         tokenizer=tokenizer,
         load_draft=load if uses_draft(config) else None,
         before_round=before_round,
+        idle_work=engine.refine_costs,
         unrecorded=lambda: 0 if sinks.recording is None else sinks.recording.dropped,
         close=close,
     )
@@ -103,6 +113,9 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
 
 def load_shard(config: AuroraConfig, run_folder: Path, rank: int) -> ShardedTarget:
     """One rank's shard of the target; all ranks call it at the same time. Raises SourceError or ConfigError."""
+    from aurora_lit.distributed import Ranks  # imports lightning, which takes a second
+    from aurora_lit.models.sharded_target import ShardedTarget
+
     engine = config.engine
     assert engine.strategy != "single"
     use_threads(engine.threads, processes=engine.devices)
@@ -149,7 +162,7 @@ def starting_draft(config: AuroraConfig, target: Target) -> tuple[Eagle3Draft | 
 
 def _load(config: AuroraConfig) -> tuple[PreTrainedTokenizerBase, Target]:
     use_threads(config.engine.threads)
-    return load_tokenizer(config), load_target(config, device=_device(config))
+    return load_tokenizer(config), load_serving_target(config)
 
 
 def _device(config: AuroraConfig) -> torch.device:
@@ -166,9 +179,14 @@ def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None
 
 
 def _engine(
-    config: AuroraConfig, target: Target, tokenizer: PreTrainedTokenizerBase, *, observer: RoundObserver | None
+    config: AuroraConfig,
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    observer: RoundObserver | None,
+    kept_costs: KeptCosts | None = None,
 ) -> Engine:
-    if target.model.device.type == "cpu":
+    if target.device.type == "cpu":
         native.warn_if_absent()
     else:
         _log.warning("%s; engine.device=cpu computes on the CPU", describe(config))
@@ -186,19 +204,37 @@ def _engine(
         explore_share=config.engine.explore_share,
         explore_temperature=config.engine.explore_temperature,
     )
-    return Engine(target, draft, options, draft_version=version, observer=observer)
+    return Engine(target, draft, options, draft_version=version, observer=observer, kept_costs=kept_costs)
+
+
+def _kept_costs(config: AuroraConfig, target: Target) -> KeptCosts:
+    """Where the costs of this deployment are kept on this machine."""
+    folder = draft_folder(config)
+    code = hashlib.sha256()
+    for path in sorted(path for part in _TIMED_CODE for path in (Path(__file__).parents[2] / part).glob("*.py")):
+        code.update(path.read_bytes())
+    key = {
+        "machine": f"{platform.node()}, {native.build_digest()}",  # the kernels' name holds the processor's features
+        "threads": f"{torch.get_num_threads()} on {available_cores()}",
+        "code": code.hexdigest(),
+        "target": f"{find_target(config)} {config.target.precision} {type(target).__name__}",
+        "draft": str(read_config(folder)) if folder is not None and uses_draft(config) else str(uses_draft(config)),
+        "engine": str(dataclasses.asdict(config.engine)),
+    }
+    return KeptCosts(cache_root(config.target.cache_dir) / "costs", key=key)
 
 
 def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
     """The ring, if there is a draft to learn, and the recording, if trace.record is set.
 
-    If there is no room for a ring, serving continues without one, unless learn.enabled asks for it.
+    Without learn.enabled the ring takes no memory until a learner is attached. If no file can be made for it, serving
+    continues without.
     """
     ring = recording = None
     if uses_draft(config):
         try:
-            ring = RingWriter.create(run_folder / RING_NAME, config.trace.capacity_mb << 20, layout=LAYOUT_DIGEST)
-            threading.Thread(target=ring.map_pages, name="ring-pages", daemon=True).start()
+            path, capacity = run_folder / RING_NAME, config.trace.capacity_mb << 20
+            ring = RingWriter.create(path, capacity, layout=LAYOUT_DIGEST, reserve=config.learn.enabled)
         except RingError as error:
             if config.learn.enabled:
                 raise
@@ -219,6 +255,10 @@ def prepare(config: AuroraConfig) -> None:
 
     Raises SourceError or ConfigError.
     """
+    from transformers import AutoConfig
+
+    from aurora_lit.models.partition import check_partition
+
     uses_gpus(config)
     check_partition(config, AutoConfig.from_pretrained(find_target(config), local_files_only=True))
 
@@ -229,8 +269,22 @@ def find_target(config: AuroraConfig) -> Path:
     return resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
 
 
+def load_serving_target(config: AuroraConfig) -> Target:
+    """The target in its configured precision, for an engine: from its packed file where that is possible.
+
+    Raises SourceError, and ConfigError if it cannot hold max_seq_len positions.
+    """
+    device = _device(config)
+    if config.engine.compile == "on" or device != CPU:
+        return load_target(config, device=device)
+    cache_dir = cache_root(config.target.cache_dir)
+    target = packed_target.load_target(find_target(config), precision=config.target.precision, cache_dir=cache_dir)
+    _check_length(config, target)
+    return target
+
+
 def load_target(config: AuroraConfig, *, device: torch.device = CPU) -> Target:
-    """The target in its configured precision. Raises ConfigError if it cannot hold max_seq_len positions."""
+    """As `load_serving_target`, but with transformers' model, whose layers can be read, and run without a cache."""
     target = Target.load(find_target(config), precision=config.target.precision, device=device)
     _check_length(config, target)
     if config.engine.compile == "on":
@@ -247,13 +301,13 @@ def _check_length(config: AuroraConfig, target: Target) -> None:
 
 def load_tokenizer(config: AuroraConfig) -> PreTrainedTokenizerBase:
     """The target's tokenizer, without its weights."""
+    from transformers import AutoTokenizer
+
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(find_target(config), local_files_only=True)
     return tokenizer
 
 
 def eos_token_ids(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """End-of-text tokens: those of the generation config and of the tokenizer."""
-    generation: GenerationConfig | None = getattr(target.model, "generation_config", None)
-    ids = getattr(generation, "eos_token_id", None)
-    from_model = ids if isinstance(ids, list) else [ids]
-    return frozenset(int(i) for i in [*from_model, tokenizer.eos_token_id] if i is not None)
+    of_tokenizer = frozenset() if tokenizer.eos_token_id is None else frozenset([int(tokenizer.eos_token_id)])
+    return target.end_of_text_ids | of_tokenizer

@@ -80,6 +80,8 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
         try:
             while not self._is_ending or engine.has_work:
                 heartbeat.set_idle()
+                while inbox.empty() and not engine.has_work and parts.idle_work():
+                    pass
                 self._process_inbox(inbox, calls, transport, wait=not engine.has_work)
                 heartbeat.set_busy()
                 started, swaps = time.perf_counter(), 0 if live is None else live.num_swaps

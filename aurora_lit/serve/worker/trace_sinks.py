@@ -86,16 +86,20 @@ class TraceRecording:
 
 
 class TraceSinks:
-    """The recorder's sink: passes each trace to the ring and to the recording."""
+    """The recorder's sink: passes each trace to the ring, as soon as a learner has opened it, and to the recording."""
 
     def __init__(self, *, ring: RingWriter | None, recording: TraceRecording | None = None) -> None:
         """None: that destination is off."""
         self.ring = ring
         self.recording = recording
+        self._has_mapped_ring = False
 
     def __call__(self, trace: Trace) -> None:
         """Pass a trace on. Never waits, and keeps no reference to the trace's memory."""
-        if self.ring is not None:
+        if self.ring is not None and self.ring.is_reserved:
+            if not self._has_mapped_ring:
+                self._has_mapped_ring = True
+                threading.Thread(target=self.ring.map_pages, name="ring-pages", daemon=True).start()
             self.ring.push(*to_pieces(trace))
         if self.recording is not None:
             self.recording.put(trace)

@@ -54,6 +54,19 @@ def test_a_trace_goes_into_the_ring_and_onto_the_disk(tmp_path: Path) -> None:
     TraceSinks(ring=None)(a_trace())
 
 
+def test_traces_go_into_the_ring_from_when_a_learner_is_attached(tmp_path: Path) -> None:
+    path = tmp_path / "ring"
+    sinks = TraceSinks(ring=RingWriter.create(path, 1 << 16, layout=LAYOUT_DIGEST, reserve=False))
+    sinks(a_trace(0))
+    reader = RingReader.open(path, layout=LAYOUT_DIGEST)
+    for number in (1, 2):
+        sinks(a_trace(number))
+    popped = [from_bytes(payload).first_position for payload in iter(reader.pop, None)]
+    reader.close()
+    sinks.close()
+    assert popped == [1, 2]
+
+
 def test_a_queued_trace_does_not_depend_on_the_memory_of_the_original(tmp_path: Path) -> None:
     sinks, trace = TraceSinks(ring=None, recording=TraceRecording(tmp_path, max_bytes=1 << 20)), a_trace()
     sinks(trace)

@@ -1,0 +1,227 @@
+"""A target from its packed file computes what the freshly packed one does, and only the right file is ever used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import VOCAB, make_engine, random_draft, save_model
+
+from aurora_lit.errors import CacheError
+from aurora_lit.kernels import native
+from aurora_lit.kernels.packed_linear import PackedEmbedding
+from aurora_lit.models import packed_file, packed_target
+from aurora_lit.models.packed_target import PackedTarget, load_target, packed_key, packed_path, write_packed
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.request import Request, SamplingParams
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_target, "_SMALLEST_BYTES", 0)
+
+
+def packed_and_fresh(folder: Path, cache_dir: Path, precision: str) -> tuple[PackedTarget, Target]:
+    fresh = Target.load(folder, precision=precision)
+    key = packed_key(folder, precision=precision)
+    path = packed_path(folder, key=key, cache_dir=cache_dir)
+    write_packed(fresh, path, key=key)
+    return PackedTarget.read(path, key=key), fresh
+
+
+def outputs(target: Target) -> list[torch.Tensor]:
+    kv_cache, slots_B = target.make_kv_cache(num_slots=2, capacity=64), torch.tensor([1, 0])
+    ids_BT = torch.arange(34).remainder(VOCAB).view(2, 17)
+    first = target(ids_BT, kv_cache=kv_cache, slots_B=slots_B, starts_B=torch.tensor([0, 0]))
+    more = target(ids_BT[:, :1], kv_cache=kv_cache, slots_B=slots_B, starts_B=torch.tensor([17, 17]))
+    last_BTH = first[1]
+    return [*first, *more, target.logits(last_BTH), target.greedy_tokens(last_BTH)]
+
+
+def answer(target: Target, draft: Eagle3Draft) -> tuple[list[int], int]:
+    """A greedy answer with drafted trees, and how many proposals were accepted."""
+    engine = make_engine(target, draft, tree_tokens=7)
+    params = SamplingParams(max_tokens=24, temperature=0.0)
+    engine.submit(Request(request_id="a", prompt_ids=list(range(5, 20)), params=params))
+    found: list[int] = []
+    while engine.has_work:
+        for output in engine.round():
+            found += output.token_ids
+    return found, engine.stats.accepted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4", "auto"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "num_key_value_heads": 2, "hidden_size": 72, "head_dim": 32}),
+        ("qwen2", {}),
+    ],
+)
+def test_outputs_are_those_of_the_freshly_packed_target(
+    family: str, changes: dict[str, Any], precision: str, tmp_path: Path
+) -> None:
+    packed, fresh = packed_and_fresh(save_model(family, tmp_path / "model", **changes), tmp_path, precision)
+    assert packed.supports_trees
+    for ours, expected in zip(outputs(packed), outputs(fresh), strict=True):
+        assert torch.equal(ours, expected)
+    assert torch.equal(packed.embedding_rows(), fresh.embedding_rows())
+    ids = torch.arange(0, VOCAB, 7)
+    assert torch.equal(packed.head_rows(ids), fresh.head_rows(ids))
+    for name in ("vocab_size", "max_positions", "end_of_text_ids", "aux_layer_ids", "kv_dtype", "rope", "num_kv_heads"):
+        assert getattr(packed, name) == getattr(fresh, name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_draft_proposes_the_same_on_it(precision: str, tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path / "model", num_hidden_layers=4, tie_word_embeddings=True)
+    packed, fresh = packed_and_fresh(folder, tmp_path, precision)
+    assert answer(packed, random_draft(packed)) == answer(fresh, random_draft(fresh))
+
+
+@pytest.mark.parametrize(("precision", "shared"), [("fp32", True), ("int8", True), ("bf16", False)])
+def test_a_tied_embedding_is_read_from_the_head_where_that_is_exact(
+    precision: str, shared: bool, tmp_path: Path
+) -> None:
+    folder = save_model("llama", tmp_path / "model", tie_word_embeddings=True)
+    model = Target.load(folder, precision="int8").head_rows(torch.arange(VOCAB))  # values that 8 bits hold
+    weights = packed_weights(folder)
+    weights["model.embed_tokens.weight"] = model
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    packed, fresh = packed_and_fresh(folder, tmp_path, precision)
+    embedding = packed.embedding
+    assert isinstance(embedding, PackedEmbedding)
+    assert (embedding.table is packed.head) == shared
+    assert torch.equal(packed.embedding_rows(), fresh.embedding_rows())
+
+
+def packed_weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_model("llama", tmp_path / "model")
+
+
+def files(cache_dir: Path) -> list[Path]:
+    return sorted((cache_dir / "packed").iterdir())
+
+
+def test_the_second_load_reads_the_file_and_no_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_target(folder, precision="bf16", cache_dir=tmp_path)
+    monkeypatch.setattr(Target, "load", None)
+    second = load_target(folder, precision="bf16", cache_dir=tmp_path)
+    assert isinstance(first, PackedTarget)
+    assert isinstance(second, PackedTarget)
+    assert len(files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "flipped", "longer", "other facts", "no header"])
+def test_a_damaged_file_is_refused_and_made_again(
+    damage: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = outputs(load_target(folder, precision="int4", cache_dir=tmp_path))
+    (path,) = files(tmp_path)
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    path.write_bytes(
+        {
+            "half": content[: len(content) // 2],
+            "empty": b"",
+            "flipped": bytes(flipped),
+            "longer": content + b"\0" * 64,
+            "other facts": content.replace(b'logit_factor\\": 1.0', b'logit_factor\\": 2.0'),
+            "no header": b"\xff" * len(content),
+        }[damage]
+    )
+    assert path.read_bytes() != content
+    with caplog.at_level(logging.WARNING):
+        again = load_target(folder, precision="int4", cache_dir=tmp_path)
+    assert [str(path) in record.message for record in caplog.records] == [True]
+    assert path.read_bytes() == content
+    for ours, wanted in zip(outputs(again), expected, strict=True):
+        assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("changed", ["precision", "source", "code", "kernels", "libraries"])
+def test_a_file_made_from_something_else_is_refused(changed: str, folder: Path, tmp_path: Path) -> None:
+    load_target(folder, precision="bf16", cache_dir=tmp_path)
+    (path,) = files(tmp_path)
+    key = packed_key(folder, precision="bf16")
+    with pytest.raises(CacheError, match=changed):
+        PackedTarget.read(path, key={**key, changed: "other"})
+    assert packed_path(folder, key={**key, changed: "other"}, cache_dir=tmp_path) != path
+
+
+def test_a_source_that_was_written_again_is_packed_again(folder: Path, tmp_path: Path) -> None:
+    before = outputs(load_target(folder, precision="fp32", cache_dir=tmp_path))
+    weights = packed_weights(folder)
+    weights["model.norm.weight"] *= 2
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    os.utime(folder / "model.safetensors", ns=(1, 1))  # as far apart as any two files
+    after = outputs(load_target(folder, precision="fp32", cache_dir=tmp_path))
+    assert torch.equal(after[1], before[1] * 2)
+
+
+def test_the_cache_keeps_two_versions_of_a_source(folder: Path, tmp_path: Path) -> None:
+    for version in range(4):
+        os.utime(folder / "model.safetensors", ns=(version, version))
+        load_target(folder, precision="bf16", cache_dir=tmp_path)
+    load_target(folder, precision="fp32", cache_dir=tmp_path)
+    assert len(files(tmp_path)) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_serving_goes_on(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "packed").write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING):
+        target = load_target(folder, precision="bf16", cache_dir=tmp_path)
+    assert "every start packs them" in caplog.text
+    assert target.supports_trees
+
+
+@pytest.mark.parametrize(("family", "smallest"), [("gpt2", 0), ("llama", 1 << 30)])
+def test_models_that_are_small_or_not_fused_have_no_file(
+    family: str, smallest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_target, "_SMALLEST_BYTES", smallest)
+    target = load_target(save_model(family, tmp_path / "model"), precision="bf16", cache_dir=tmp_path)
+    assert not isinstance(target, PackedTarget)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_the_file_is_valid_safetensors_with_aligned_tensors(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = {"a": torch.arange(7, dtype=torch.uint8), "b": torch.randn(3, 5), "c": torch.randn(4).bfloat16()}
+    packed_file.write(tmp_path / "file", tensors, facts={"x": [1, 2.5]}, key={"k": "v"})
+    facts, found = packed_file.read(tmp_path / "file", key={"k": "v"})
+    assert facts == {"x": [1, 2.5]}
+    plain = load_file(tmp_path / "file")
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor)
+        assert torch.equal(plain[name], tensor)
+        assert found[name].data_ptr() % 64 == 0
+    raw = (tmp_path / "file").read_bytes()
+    assert json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["b"]["dtype"] == "F32"

@@ -1,0 +1,120 @@
+"""Kept cost tables: used by the same machine, code and configuration only, and never delay or change an answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from support.tiny_models import make_engine, random_draft
+
+from aurora_lit.models.target import Target
+from aurora_lit.request import Request, SamplingParams
+from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.speculation.kept_costs import KeptCosts
+from aurora_lit.serve.speculation.planner import SpeculationPlanner
+
+KEY = {"machine": "this one", "code": "1"}
+
+
+def engine_with(target: Target, folder: Path, **key: str) -> Engine:
+    return make_engine(
+        target,
+        random_draft(target),
+        adaptive=True,
+        max_batch_size=2,
+        tree_tokens=3,
+        kept_costs=KeptCosts(folder, key={**KEY, **key}),
+    )
+
+
+def tables(planner: SpeculationPlanner) -> dict[str, object]:
+    names = ("target_cost", "first_step_cost", "next_step_cost", "level_cost")
+    return {"prefill": planner.prefill_position_s, **{name: getattr(planner, name).initial for name in names}}
+
+
+def test_the_next_start_has_the_same_costs_without_measuring(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = engine_with(target, tmp_path)
+    assert all(tables(first.planner).values())
+    monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("measures"))
+    assert tables(engine_with(target, tmp_path).planner) == tables(first.planner)
+
+
+@pytest.mark.parametrize("changed", ["machine", "code"])
+def test_costs_of_something_else_are_measured_anew(changed: str, target: Target, tmp_path: Path) -> None:
+    engine_with(target, tmp_path)
+    engine_with(target, tmp_path, **{changed: "another"})
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "no number", "negative", "another key", "no target"])
+def test_a_damaged_file_counts_as_none(
+    damage: str, target: Target, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine_with(target, tmp_path)
+    costs = KeptCosts(tmp_path, key=KEY)
+    text = costs.path.read_text()
+    content = json.loads(text)
+    content |= {
+        "no number": {"level_cost": [[1, 1, "fast"]]},
+        "negative": {"prefill_position_s": -1.0},
+        "another key": {"key": {"machine": "another"}},
+        "no target": {"target_cost": []},
+    }.get(damage, {})
+    costs.path.write_text({"half": text[: len(text) // 2], "empty": ""}.get(damage, json.dumps(content)))
+    planner = make_engine(target, adaptive=False).planner
+    with caplog.at_level(logging.WARNING):
+        assert not costs.load_into(planner)
+    assert str(costs.path) in caplog.text
+    assert not any(tables(planner).values()), "nothing was taken over"
+    assert all(tables(engine_with(target, tmp_path).planner).values())
+    assert costs.load_into(planner), "it was written again"
+
+
+def test_idle_moments_measure_again_until_all_is_measured(target: Target, tmp_path: Path) -> None:
+    assert not engine_with(target, tmp_path).refine_costs(), "it has just been measured"
+    path = KeptCosts(tmp_path, key=KEY).path
+    content = json.loads(path.read_text())
+    for name in ("target_cost", "first_step_cost"):
+        content[name] = [[b, q, 1000.0] for b, q, _ in content[name]]
+    path.write_text(json.dumps(content))
+    engine = engine_with(target, tmp_path)
+    assert engine.planner.target_cost(1, 1) == 1000.0
+    steps = 0
+    while engine.refine_costs():
+        steps += 1
+    assert steps > 20
+    assert engine.planner.target_cost(1, 1) < 10.0
+    assert tables(engine_with(target, tmp_path).planner) == tables(engine.planner), "and kept"
+
+
+def test_a_request_ends_the_measurements_and_is_answered_as_ever(target: Target, tmp_path: Path) -> None:
+    engine_with(target, tmp_path)
+    engine, plain = engine_with(target, tmp_path), make_engine(target)
+    for _ in range(5):
+        assert engine.refine_costs()
+    answers = []
+    for each in (engine, plain):
+        params = SamplingParams(max_tokens=12, temperature=0.0)
+        each.submit(Request(request_id="a", prompt_ids=[3, 4, 5], params=params))
+        assert not each.refine_costs()
+        found: list[int] = []
+        while each.has_work:
+            for output in each.round():
+                found += output.token_ids
+        answers.append(found)
+    assert answers[0] == answers[1]
+    assert not engine.refine_costs(), "slots hold what later prompts may begin with"
+
+
+def test_a_cache_that_cannot_be_written_is_said(
+    target: Target, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        engine = engine_with(target, tmp_path / "file")
+    assert "every start measures them" in caplog.text
+    assert all(tables(engine.planner).values())
