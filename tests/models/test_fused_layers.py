@@ -79,6 +79,45 @@ def test_no_bit_depends_on_the_batch_or_the_chunks(precision: str, tmp_path: Pat
         at += size
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+def test_no_bit_of_a_prompt_or_a_decoding_row_depends_on_the_other(
+    precision: str, num_threads: int, tmp_path: Path
+) -> None:
+    target = Target.load(save_model("llama", tmp_path), precision=precision)
+    gen = torch.Generator().manual_seed(0)
+    prompt_1T, decoding_BT = torch.randint(VOCAB, (1, 61), generator=gen), torch.randint(VOCAB, (2, 5), generator=gen)
+    decoding_B, zero_B = torch.tensor([0, 1]), torch.tensor([0, 0])
+    zero_1 = torch.tensor([0])
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        kv_cache = target.make_kv_cache(num_slots=3, capacity=64)
+        decoded = target.forward(decoding_BT, kv_cache=kv_cache, slots_B=decoding_B, starts_B=zero_B)
+        kv_cache = target.make_kv_cache(num_slots=1, capacity=64)
+        where = {"slots_B": zero_1, "starts_B": zero_1}
+        whole = target.forward(prompt_1T, kv_cache=kv_cache, num_prompts=1, **where)
+        for sizes in ([17, 44], [1, 5, 16, 39], [33, 28]):
+            kv_cache = target.make_kv_cache(num_slots=3, capacity=64)
+            at = 0
+            for size in sizes:
+                chunk = prompt_1T[0, at : at + size]
+                aux, last = target.forward_ragged(
+                    torch.cat([decoding_BT.flatten(), chunk]),
+                    widths=[5, 5, size],
+                    kv_cache=kv_cache,
+                    slots_B=torch.tensor([0, 1, 2]),
+                    starts_B=torch.tensor([0, 0, at]),
+                    num_prompts=1,
+                )
+                for ours, alone, of_prompt in zip((aux, last), decoded, whole, strict=True):
+                    assert torch.equal(ours[:10], alone.flatten(0, 1)), "a decoding row beside a prompt"
+                    assert torch.equal(ours[10:], of_prompt[0, at : at + size]), "a prompt in chunks, beside others"
+                at += size
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_new_cache_at_the_address_of_an_old_one_is_recognised(tmp_path: Path) -> None:
     target = Target.load(save_model("llama", tmp_path), precision="fp32")
     ids_BT = torch.tensor([[1, 2, 3, 4]])
