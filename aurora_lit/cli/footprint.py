@@ -108,8 +108,7 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
             what="keys and values",
             where="every device",
             num_bytes=2 * L * kv_heads * D * kept_positions * element_bytes,
-            how=f"2 x {L} layers x {kv_heads} heads x {D} x {kept_positions:,} positions x {element_bytes} bytes; "
-            "on CPUs as they are written",
+            how=f"2 x {L} layers x {kv_heads} heads x {D} x {kept_positions:,} positions x {element_bytes} bytes",
         ),
         Need(
             what="one forward pass (about)",

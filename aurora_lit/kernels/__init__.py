@@ -7,7 +7,7 @@ May import: nothing of the package. Start with native.py. The files, each import
 
     weight_format.py   the formats in which a packed linear layer stores its weight
     quantization.py    weights of 8 and 4 bits: quantised and laid out as the kernels read them
-    huge_pages.py      weights on huge pages; keys and values, whose memory grows as they are written
+    huge_pages.py      tensors on huge pages: weights, keys and values
     build.py           compiles the kernels and caches the shared library
     native.py          loads and calls the kernels: attention, products with packed weights
     packed_linear.py   linear layers with packed weights, which replace a model's own

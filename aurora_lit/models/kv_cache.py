@@ -43,8 +43,8 @@ class KVCache:
         key_shape = (num_slots, num_kv_heads, padded // block, head_dim, block)
         value_shape = (num_slots, num_kv_heads, padded, head_dim)
         self.capacity = capacity
-        self.keys_SGCDP = [zeros(key_shape, dtype, device) for _ in range(num_layers)]
-        self.values_SGLD = [zeros(value_shape, dtype, device) for _ in range(num_layers)]
+        self.keys_SGCDP = [_zeros(key_shape, dtype, device) for _ in range(num_layers)]
+        self.values_SGLD = [_zeros(value_shape, dtype, device) for _ in range(num_layers)]
 
     def copy_prefix(self, source: int, slot: int, length: int) -> None:
         """Copy the first `length` positions of slot `source` to `slot`, in every layer."""
@@ -61,8 +61,7 @@ def keys_by_position(keys_BGCDP: torch.Tensor) -> torch.Tensor:
     return keys_BGCDP.transpose(2, 3).flatten(3)
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """A tensor for all positions of all slots; on the CPU its memory grows with the positions that are written."""
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type == "cpu":
         return huge_pages.zeros(shape, dtype)
     return torch.zeros(shape, dtype=dtype, device=device)

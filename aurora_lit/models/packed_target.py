@@ -166,7 +166,10 @@ class PackedTarget(Target):
         self.aux_layer_ids = tuple(facts["aux_layer_ids"])
         self.end_of_text_ids = frozenset(facts["end_of_text_ids"])
         self.kv_dtype = WeightFormat(facts["kv_dtype"]).storage_dtype
-        self.logit_transform = LogitTransform(bias_V=tensors.get("logit_bias"), softcap=facts["softcap"])
+        bias_V = tensors.get("logit_bias")
+        if bias_V is not None:
+            bias_V = bias_V.clone()  # learners keep it, and a view would keep all weights
+        self.logit_transform = LogitTransform(bias_V=bias_V, softcap=facts["softcap"])
         linears = {}
         for name, (weight_format, *shape) in facts["linears"].items():
             parts = {part: tensors[f"{name}.{part}"] for part in TENSOR_NAMES if f"{name}.{part}" in tensors}

@@ -35,6 +35,7 @@ from aurora_lit.learn.online.domain_drafts import DomainDrafts
 from aurora_lit.learn.online.gate import HeldOut
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
+from aurora_lit.models.packed_target import load_target
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.controller import DomainController
@@ -226,7 +227,11 @@ def load_head_and_draft(config: AuroraConfig) -> tuple[TargetHead, Eagle3Draft]:
         raise ConfigError(
             "draft.checkpoint=null: there is no draft to improve; name a checkpoint, or set learn.from_scratch=true"
         )
-    target = Target.load(_target_folder(config), precision=config.target.precision)
+    source, precision = _target_folder(config), config.target.precision
+    if config.learn.from_scratch:  # the new draft begins with copies of the target's layers
+        target = Target.load(source, precision=precision)
+    else:
+        target = load_target(source, precision=precision, cache_dir=cache_root(config.target.cache_dir))
     target_head = TargetHead(target)
     if config.learn.from_scratch:
         starting = _untrained(config, target, folder)

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
+from aurora_lit.kernels import huge_pages
 from aurora_lit.kernels.decoder import MAX_DEPTH
 from aurora_lit.kernels.draft_steps import DraftedLevels
 from aurora_lit.models.attention import KVCacheView
-from aurora_lit.models.kv_cache import KVCache, zeros
+from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.sampling.distribution import LogitOptions
@@ -65,7 +66,10 @@ class Drafter:
         self._capacity = capacity
         self._tokens_SL = tokens_SL
         shape_SLF = (len(tokens_SL), capacity, 3 * target.hidden_size)
-        self._features_SLF = zeros(shape_SLF, target.kv_dtype, tokens_SL.device)
+        if tokens_SL.device.type == "cpu":
+            self._features_SLF = huge_pages.growing(shape_SLF, target.kv_dtype)
+        else:
+            self._features_SLF = torch.zeros(shape_SLF, dtype=target.kv_dtype, device=tokens_SL.device)
         self._num_cached = [0] * len(tokens_SL)
         """Positions of each slot whose keys and values were computed from the target's features."""
         self._runtime_draft = self.prepare(draft)

@@ -18,7 +18,9 @@ from aurora_lit.drafts.checkpoint import load_draft
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.run_folder import RING_NAME
-from aurora_lit.learn.online.build import _loggers
+from aurora_lit.kernels import native
+from aurora_lit.learn.online.build import _loggers, load_head_and_draft
+from aurora_lit.models import packed_target
 from aurora_lit.models.target import Target
 
 
@@ -59,6 +61,22 @@ def test_errors_without_a_draft_or_a_server_name_the_remedy(server: ServerStandI
         build_loop(config, tmp_path, tmp_path / RING_NAME, server.page, status),
     ):
         pass
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_learner_reads_the_same_head_from_the_packed_file(
+    precision: str, server: ServerStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*server.overrides, f"target.precision={precision}", f"target.cache_dir={tmp_path / 'cache'}"]
+    config = load_config(None, overrides)
+    expected, _ = load_head_and_draft(config)
+    monkeypatch.setattr(packed_target, "_SMALLEST_BYTES", 0)
+    load_head_and_draft(config)  # writes the file
+    monkeypatch.setattr(Target, "load", None)
+    found, _ = load_head_and_draft(config)
+    assert torch.equal(found.embedding_VH, expected.embedding_VH)
+    assert torch.equal(found.head_VH, expected.head_VH)
 
 
 WRITERS = ("tensorboard", "tensorboardX")
