@@ -24,7 +24,7 @@ PASS_PARTS = ("products", "attention", "rest")
 """Parts of a pass that `Decoder.nanoseconds` tells apart; PassPart in decoder.hpp."""
 _NUM_AUX_LAYERS = 3
 MAX_DEPTH = 32
-"""Largest number of columns on a path of a tree; MAX_PATH in attention.hpp."""
+"""Largest number of columns on a path of a tree; MAX_PATH in attention_shape.hpp."""
 
 
 class Matrix(ctypes.Structure):
@@ -102,7 +102,7 @@ class Decoder:
     """Decoder layers ready to run.
 
     >>> decoder = Decoder(layers, final_norm=…, cosines_PD=…, sines_PD=…, num_heads=9, num_kv_heads=3, eps=1e-5)
-    >>> hidden_NH, normed_NH, _ = decoder(embeds_NH, keys=kv_cache.keys_SGCDP, values=kv_cache.values_SGLD,
+    >>> hidden_NH, normed_NH, _ = decoder(embeds_NH, keys=kv_cache.keys_SGCQPE, values=kv_cache.values_SGMDE,
     ...                                   slots_B=slots_B, starts_B=starts_B, queries=T)
     """
 
@@ -226,6 +226,7 @@ class Decoder:
         shape.head_dim, shape.scale = head_dim, head_dim**-0.5
         shape.cache_row_k, shape.cache_head_k = keys[0].stride()[:2]
         shape.cache_row_v, shape.cache_head_v = values[0].stride()[:2]
+        shape.pair = keys[0].shape[-1]
         return DecoderCall(
             attention=shape,
             hidden=len(self._final_norm),

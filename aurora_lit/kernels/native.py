@@ -6,7 +6,7 @@ operations instead.
 Leaves out: compiling the library (build.py), and whole decoder layers (decoder.py).
 
 Shapes: S slots, B sequences, T positions, N query heads (of a batch of inputs: rows), G key-value heads, D head size,
-L slot capacity, C blocks of P = KEY_BLOCK positions, O outputs, I inputs.
+C blocks of P = KEY_BLOCK positions, E values stored together, Q = D / E, M = slot capacity / E, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from aurora_lit.kernels.build import built_library, compiler, first_errors
 from aurora_lit.kernels.weight_format import WeightFormat
 
 KEY_BLOCK = 64
-"""Positions whose keys are stored together in a slot; KEY_BLOCK in attention.hpp."""
+"""Positions whose keys are stored together in a slot; KEY_BLOCK in attention_shape.hpp."""
 _NORM_MARGIN = 1.001
 """Factor that makes a norm computed in fp32 no smaller than the exact one."""
 _SCREEN_CHUNK = 4096
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class AttentionShape(ctypes.Structure):
-    """Sizes and strides; AttentionShape in attention.hpp."""
+    """Sizes and strides; AttentionShape in attention_shape.hpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "queries", "heads", "kv_heads", "head_dim")),
@@ -47,6 +47,7 @@ class AttentionShape(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("begins", ctypes.c_void_p),
         ("num_prompts", ctypes.c_int64),
+        ("pair", ctypes.c_int64),
     )
 
 
@@ -124,6 +125,13 @@ def has_int8_tiles() -> bool:
 # -- attention -----------------------------------------------------------------------------------------------------
 
 
+def cache_pair(dtype: torch.dtype, head_dim: int) -> int:
+    """Values that the KV cache stores together, so that `attend` can use matrix tiles if there are any: 2, or 1."""
+    kernels = library()
+    fits = dtype == torch.bfloat16 and head_dim % 32 == 0
+    return 2 if fits and kernels is not None and kernels.aurora_uses_tiles() else 1
+
+
 def can_attend(query_BNTD: torch.Tensor, *, window: int | None, softcap: float | None) -> bool:
     """True if `attend` supports these queries and options."""
     return (
@@ -140,8 +148,8 @@ def attend(
     query_BNTD: torch.Tensor,
     key_BGTD: torch.Tensor,
     value_BGTD: torch.Tensor,
-    keys_SGCDP: torch.Tensor,
-    values_SGLD: torch.Tensor,
+    keys_SGCQPE: torch.Tensor,
+    values_SGMDE: torch.Tensor,
     slots_B: torch.Tensor,
     starts_B: torch.Tensor,
     *,
@@ -167,18 +175,19 @@ def attend(
         *query_BNTD.stride()[:3],
         *key_BGTD.stride()[:3],
         *value_BGTD.stride()[:3],
-        *keys_SGCDP.stride()[:2],
-        *values_SGLD.stride()[:2],
+        *keys_SGCQPE.stride()[:2],
+        *values_SGMDE.stride()[:2],
         scale,
     )
-    call = kernels.aurora_attention_fp32 if keys_SGCDP.dtype == torch.float32 else kernels.aurora_attention_bf16
+    shape.pair = keys_SGCQPE.shape[-1]
+    call = kernels.aurora_attention_fp32 if keys_SGCQPE.dtype == torch.float32 else kernels.aurora_attention_bf16
     call(
         ctypes.byref(shape),
         _address(query_BNTD),
         _address(key_BGTD),
         _address(value_BGTD),
-        _address(keys_SGCDP),
-        _address(values_SGLD),
+        _address(keys_SGCQPE),
+        _address(values_SGMDE),
         _address(slots_B),
         _address(starts_B),
         _address(out_BTND),

@@ -6,7 +6,7 @@ when the forward pass was given a `kv_cache_view`, otherwise without one.
 Leaves out: the native kernel (kernels/native.py) and running the model (target.py).
 
 Shapes: B sequences, T new positions, N query heads, G key-value heads, D head size, L cached positions, S slots,
-C blocks of P positions.
+C blocks of P positions, E values stored together (kv_cache.py), Q = D / E, M pairs of positions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
-from aurora_lit.models.kv_cache import KVCache, keys_by_position
+from aurora_lit.models.kv_cache import KVCache, keys_by_position, values_by_position
 
 ATTENTION_NAME = "aurora_kv_cache"
 
@@ -55,8 +55,8 @@ class KVCacheView:
         if keys or values do not have the cache's number of heads or head size.
         """
         new = (query_BNTD, key_BGTD, value_BGTD)
-        cached = (self.kv_cache.keys_SGCDP[layer], self.kv_cache.values_SGLD[layer], self.slots_B, self.starts_B)
-        G, _, D, _ = cached[0].shape[1:]
+        cached = (self.kv_cache.keys_SGCQPE[layer], self.kv_cache.values_SGMDE[layer], self.slots_B, self.starts_B)
+        G, D = cached[1].shape[1], cached[1].shape[3]
         for name, heads_BGTD in (("keys", key_BGTD), ("values", value_BGTD)):
             if (heads_BGTD.shape[1], heads_BGTD.shape[3]) != (G, D):
                 raise SourceError(
@@ -73,8 +73,8 @@ def cached_attention(
     query_BNTD: torch.Tensor,
     key_BGTD: torch.Tensor,
     value_BGTD: torch.Tensor,
-    keys_SGCDP: torch.Tensor,
-    values_SGLD: torch.Tensor,
+    keys_SGCQPE: torch.Tensor,
+    values_SGMDE: torch.Tensor,
     slots_B: torch.Tensor,
     starts_B: torch.Tensor,
     *,
@@ -87,14 +87,15 @@ def cached_attention(
     B, N, T, D = query_BNTD.shape
     G = key_BGTD.shape[1]
     positions_BT = starts_B[:, None] + torch.arange(T, device=starts_B.device)
-    P = keys_SGCDP.shape[-1]
-    place = (slots_B[:, None], slice(None), positions_BT // P, slice(None), positions_BT % P)
-    keys_SGCDP[place] = key_BGTD.permute(0, 2, 1, 3).to(keys_SGCDP.dtype)
-    values_SGLD[slots_B[:, None], :, positions_BT] = value_BGTD.permute(0, 2, 1, 3).to(values_SGLD.dtype)
+    P, E = keys_SGCQPE.shape[-2:]
+    row_B1, new_BTGD = slots_B[:, None], key_BGTD.permute(0, 2, 1, 3).to(keys_SGCQPE.dtype)
+    keys_SGCQPE[row_B1, :, positions_BT // P, :, positions_BT % P] = new_BTGD.reshape(B, T, G, D // E, E)
+    new_BTGD = value_BGTD.permute(0, 2, 1, 3).to(values_SGMDE.dtype)
+    values_SGMDE[row_B1, :, positions_BT // E, :, positions_BT % E] = new_BTGD
 
     L = int(starts_B.max()) + T
-    keys_BGDL = keys_by_position(keys_SGCDP[slots_B, :, : -(-L // P)])[..., :L].float()
-    values_BGLD = values_SGLD[slots_B, :, :L].float()
+    keys_BGDL = keys_by_position(keys_SGCQPE[slots_B, :, : -(-L // P)])[..., :L].float()
+    values_BGLD = values_by_position(values_SGMDE[slots_B, :, : -(-L // E)])[:, :, :L].float()
     scores_BNTL = (query_BNTD.reshape(B, G, N // G * T, D).float() @ keys_BGDL * scale).view(B, N, T, L)
     if softcap is not None:
         scores_BNTL = softcap * torch.tanh(scores_BNTL / softcap)

@@ -4,12 +4,16 @@ Keys are stored transposed, head dimension before positions, so that the scores 
 in memory. On the CPU they are stored in blocks of `KEY_BLOCK` positions, which the kernels read sequentially; on other
 devices all positions form one block.
 
+Where the kernels use matrix tiles, which multiply pairs of bf16 values, E = 2 neighbouring dimensions of a key and E
+neighbouring positions of a value are stored together; elsewhere E = 1.
+
 A round writes its new keys and values after the committed length of each sequence. A rejection only lowers that
 length: every position beyond it is overwritten before any query attends to it.
 
 Leaves out: attention over the cache (attention.py).
 
-Shapes: S slots, G key-value heads, D head size, L positions, C blocks of P positions, B sequences.
+Shapes: S slots, G key-value heads, D head size (Q = D / E), L positions (M = L / E), C blocks of P positions,
+B sequences.
 """
 
 from __future__ import annotations
@@ -38,27 +42,36 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        padded = padded_positions(capacity)
-        block = native.KEY_BLOCK if torch.device(device).type == "cpu" else padded
-        key_shape = (num_slots, num_kv_heads, padded // block, head_dim, block)
-        value_shape = (num_slots, num_kv_heads, padded, head_dim)
+        padded, on_cpu = padded_positions(capacity), torch.device(device).type == "cpu"
+        block = native.KEY_BLOCK if on_cpu else padded
+        pair = native.cache_pair(dtype, head_dim) if on_cpu else 1
+        key_shape = (num_slots, num_kv_heads, padded // block, head_dim // pair, block, pair)
+        value_shape = (num_slots, num_kv_heads, padded // pair, head_dim, pair)
         self.capacity = capacity
-        self.keys_SGCDP = [_zeros(key_shape, dtype, device) for _ in range(num_layers)]
-        self.values_SGLD = [_zeros(value_shape, dtype, device) for _ in range(num_layers)]
+        self.keys_SGCQPE = [_zeros(key_shape, dtype, device) for _ in range(num_layers)]
+        self.values_SGMDE = [_zeros(value_shape, dtype, device) for _ in range(num_layers)]
 
     def copy_prefix(self, source: int, slot: int, length: int) -> None:
         """Copy the first `length` positions of slot `source` to `slot`, in every layer."""
-        for keys_SGCDP, values_SGLD in zip(self.keys_SGCDP, self.values_SGLD, strict=True):
-            blocks, rest = divmod(length, keys_SGCDP.shape[-1])
-            keys_SGCDP[slot, :, :blocks] = keys_SGCDP[source, :, :blocks]
+        for keys_SGCQPE, values_SGMDE in zip(self.keys_SGCQPE, self.values_SGMDE, strict=True):
+            blocks, rest = divmod(length, keys_SGCQPE.shape[-2])
+            keys_SGCQPE[slot, :, :blocks] = keys_SGCQPE[source, :, :blocks]
             if rest:
-                keys_SGCDP[slot, :, blocks, :, :rest] = keys_SGCDP[source, :, blocks, :, :rest]
-            values_SGLD[slot, :, :length] = values_SGLD[source, :, :length]
+                keys_SGCQPE[slot, :, blocks, :, :rest] = keys_SGCQPE[source, :, blocks, :, :rest]
+            pairs, rest = divmod(length, values_SGMDE.shape[-1])
+            values_SGMDE[slot, :, :pairs] = values_SGMDE[source, :, :pairs]
+            if rest:
+                values_SGMDE[slot, :, pairs, :, :rest] = values_SGMDE[source, :, pairs, :, :rest]
 
 
-def keys_by_position(keys_BGCDP: torch.Tensor) -> torch.Tensor:
+def keys_by_position(keys_BGCQPE: torch.Tensor) -> torch.Tensor:
     """Join the blocks of keys: [B, G, D, C·P]."""
-    return keys_BGCDP.transpose(2, 3).flatten(3)
+    return keys_BGCQPE.permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(2, 3)
+
+
+def values_by_position(values_BGMDE: torch.Tensor) -> torch.Tensor:
+    """Values [B, G, L, D]."""
+    return values_BGMDE.transpose(-1, -2).flatten(2, 3)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:

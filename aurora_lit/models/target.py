@@ -261,7 +261,7 @@ class Target(nn.Module):
     ) -> None:
         """Move keys and values from the tree's columns to the positions of the committed tokens, one by one."""
         assert self._decoder is not None
-        cached = {"keys": kv_cache.keys_SGCDP, "values": kv_cache.values_SGLD}
+        cached = {"keys": kv_cache.keys_SGCQPE, "values": kv_cache.values_SGMDE}
         self._decoder.move(**cached, slots_M=slots_M, from_M=from_M, to_M=to_M)
 
     def copy_prefix(self, *, kv_cache: KVCache, source: int, slot: int, length: int) -> None:
@@ -325,7 +325,7 @@ class Target(nn.Module):
 
     def _run_fused(self, ids_N: torch.Tensor, kv_cache: KVCache, **batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._decoder is not None
-        batch = {"keys": kv_cache.keys_SGCDP, "values": kv_cache.values_SGLD, **batch}
+        batch = {"keys": kv_cache.keys_SGCQPE, "values": kv_cache.values_SGMDE, **batch}
         _, last_NH, aux_N3H = self._decoder(self.embedding(ids_N).float(), **batch)
         assert aux_N3H is not None
         return aux_N3H.flatten(1), last_NH

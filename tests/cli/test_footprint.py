@@ -144,7 +144,7 @@ def test_the_table_equals_what_a_model_has(family: str, tmp_path: Path) -> None:
     lines = {need.what: need.num_bytes for need in needs(config, shape, devices=1)}
     assert lines["weights"] == 4 * sum(parameter.numel() for parameter in reference_model(tmp_path).parameters())
     slots = target.make_kv_cache(num_slots=3, capacity=64 + 16 + 1)
-    kept = sum(tensor.nbytes for tensor in (*slots.keys_SGCDP, *slots.values_SGLD))
+    kept = sum(tensor.nbytes for tensor in (*slots.keys_SGCQPE, *slots.values_SGMDE))
     assert lines["keys and values"] == kept
     wanted = initial_draft(target, torch.arange(target.vocab_size), max_positions=64)
     text = tiny_config(family).get_text_config()

@@ -244,8 +244,8 @@ def attention_case(
 ) -> tuple[list[torch.Tensor], KVCache, torch.Tensor, torch.Tensor]:
     """New queries, keys and values for scattered slots, which contain noise at all positions."""
     kv_cache = KVCache(num_layers=1, num_slots=rows + 3, num_kv_heads=G, head_dim=D, capacity=90, dtype=dtype)
-    kv_cache.keys_SGCDP[0].normal_(generator=gen)
-    kv_cache.values_SGLD[0].normal_(generator=gen)
+    kv_cache.keys_SGCQPE[0].normal_(generator=gen)
+    kv_cache.values_SGMDE[0].normal_(generator=gen)
     slots_B = torch.randperm(rows + 3, generator=gen)[:rows]
     # As models pass them: heads and positions transposed, so not contiguous.
     new = [torch.randn(rows, T, heads, D, generator=gen).transpose(1, 2) for heads in (N, G, G)]
@@ -262,13 +262,13 @@ def test_attention_equals_torch_attention(
     T: int, starts: list[int], N: int, G: int, D: int, dtype: torch.dtype, gen: torch.Generator
 ) -> None:
     new, kv_cache, slots_B, starts_B = attention_case(rows=4, T=T, N=N, G=G, D=D, dtype=dtype, starts=starts, gen=gen)
-    keys, values = kv_cache.keys_SGCDP[0].clone(), kv_cache.values_SGLD[0].clone()
+    keys, values = kv_cache.keys_SGCQPE[0].clone(), kv_cache.values_SGMDE[0].clone()
     assert native.can_attend(new[0], window=None, softcap=None)
     out = KVCacheView(kv_cache, slots_B=slots_B, starts_B=starts_B).attend(0, *new, scale=0.3)
     expected = cached_attention(*new, keys, values, slots_B, starts_B, scale=0.3)
-    torch.testing.assert_close(out, expected, atol=2e-5, rtol=0)
-    assert torch.equal(kv_cache.keys_SGCDP[0], keys), "the same keys are written and no others"
-    assert torch.equal(kv_cache.values_SGLD[0], values)
+    torch.testing.assert_close(out, expected, atol=2e-5 if dtype == torch.float32 else 1e-4, rtol=0)
+    assert torch.equal(kv_cache.keys_SGCQPE[0], keys), "the same keys are written and no others"
+    assert torch.equal(kv_cache.values_SGMDE[0], values)
 
 
 @needs_kernels
@@ -292,12 +292,12 @@ def test_attention_does_not_depend_on_batch_or_chunks(dtype: torch.dtype, gen: t
 def test_torch_attention_masks_the_future_other_slots_and_positions_outside_a_window() -> None:
     """Values are one-hot by position, so the output shows which positions were seen."""
     kv_cache = KVCache(num_layers=1, num_slots=2, num_kv_heads=1, head_dim=32, capacity=32)
-    kv_cache.values_SGLD[0].fill_(float("nan"))  # attending to another slot or to the future would give NaN
-    kv_cache.values_SGLD[0][1, 0, :8] = torch.eye(32)[:8]
-    kv_cache.keys_SGCDP[0][1, ..., 8:] = 50.0
+    kv_cache.values_SGMDE[0].fill_(float("nan"))  # attending to another slot or to the future would give NaN
+    kv_cache.values_SGMDE[0][1, 0, :8, :, 0] = torch.eye(32)[:8]
+    kv_cache.keys_SGCQPE[0][1, ..., 8:] = 50.0
     query, key = torch.ones(1, 1, 3, 32), torch.zeros(1, 1, 3, 32)
     value = torch.eye(32)[8:11].view(1, 1, 3, 32)
-    cached = (kv_cache.keys_SGCDP[0], kv_cache.values_SGLD[0], torch.tensor([1]), torch.tensor([8]))
+    cached = (kv_cache.keys_SGCQPE[0], kv_cache.values_SGMDE[0], torch.tensor([1]), torch.tensor([8]))
     seen = cached_attention(query, key, value, *cached, scale=1.0)[0, :, 0] > 1e-6
     assert seen.sum(-1).tolist() == [9, 10, 11]
     seen = cached_attention(query, key, value, *cached, scale=1.0, window=4)[0, :, 0] > 1e-6

@@ -86,5 +86,5 @@ def test_orders_are_carried_out_on_the_device_of_each_rank(tmp_path: Path, monke
         stop = Order(op=Op.STOP, tensors=(), version="", num_versions=0)
         follower.orders = [*leader.orders, stop]
         other.run_worker_loop()
-        for ours, theirs in zip(target._kv_caches[0].values_SGLD, other._kv_caches[0].values_SGLD, strict=True):
+        for ours, theirs in zip(target._kv_caches[0].values_SGMDE, other._kv_caches[0].values_SGMDE, strict=True):
             assert torch.equal(ours.cpu(), theirs.cpu())

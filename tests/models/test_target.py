@@ -78,7 +78,7 @@ def test_outputs_equal_transformers_without_a_cache_and_in_uneven_chunks_over_sc
     torch.testing.assert_close(lse, expected.logits_BTV.logsumexp(-1).flatten(), **TOLERANCE)
 
     kv_cache = target.make_kv_cache(num_slots=5, capacity=48)
-    for cached in (*kv_cache.keys_SGCDP, *kv_cache.values_SGLD):
+    for cached in (*kv_cache.keys_SGCQPE, *kv_cache.values_SGMDE):
         cached.normal_()  # an earlier sequence may have left any values
     slots_B, starts = torch.tensor([4, 0, 2]), [0, 0, 0]
 
@@ -114,7 +114,7 @@ def test_bf16_is_close_and_keeps_a_bf16_cache(references: dict[str, Reference], 
     expected = references["llama"]
     target = Target.load(expected.folder, precision="bf16")
     kv_cache = target.make_kv_cache(num_slots=3, capacity=40)
-    assert kv_cache.keys_SGCDP[0].dtype == torch.bfloat16
+    assert kv_cache.keys_SGCQPE[0].dtype == torch.bfloat16
     _, last = target(
         expected.ids_BT, kv_cache=kv_cache, slots_B=torch.tensor([1, 0, 2]), starts_B=torch.tensor([0, 0, 0])
     )

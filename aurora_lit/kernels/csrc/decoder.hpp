@@ -177,6 +177,7 @@ void decode(const DecoderCall& call) {
   uint16_t* prompt_x = prompt_inputs.at_least(kinds.prompt_size(wide));
 
   const int64_t parts = (s.queries + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
+  const SharedTiles shared_attention = shared_tiles(s, call.starts, call.tree);
 
 #pragma omp parallel
   {
@@ -277,7 +278,7 @@ void decode(const DecoderCall& call) {
         }
         write_slot(s, b, kv, k, v, keys, values, call.slots, call.starts, call.tree, from, to);
       }
-      attend_share(s, q, keys, values, call.slots, call.starts, call.tree, attention_out);
+      attend_share(s, q, keys, values, call.slots, call.starts, call.tree, shared_attention, attention_out);
       clock.end_of(ATTENTION);
       each_row([&](int r) { kinds.round_row(attention_out + ptrdiff_t(r) * q_width, q_width, x, prompt_x, r); });
       clock.end_of(REST);

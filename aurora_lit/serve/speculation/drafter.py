@@ -239,8 +239,8 @@ class Drafter:
         assert steps is not None
         starts = self._prefill_all_but_last_pass(inputs)
         return steps(
-            keys=self._cache.keys_SGCDP,
-            values=self._cache.values_SGLD,
+            keys=self._cache.keys_SGCQPE,
+            values=self._cache.values_SGMDE,
             features_SLF=self._features_SLF,
             tokens_SL=self._tokens_SL,
             slots_B=inputs.slots_B,
@@ -298,8 +298,8 @@ class Drafter:
         if self._runtime_draft.decoder is not None:
             stream_NH, _, _ = self._runtime_draft.decoder(
                 hidden_BTH.reshape(B * T, -1).clone(),
-                keys=self._cache.keys_SGCDP,
-                values=self._cache.values_SGLD,
+                keys=self._cache.keys_SGCQPE,
+                values=self._cache.values_SGMDE,
                 slots_B=slots_B,
                 starts_B=starts_B,
                 queries=T,

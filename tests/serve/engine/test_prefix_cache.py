@@ -171,7 +171,7 @@ def test_the_draft_cache_of_a_copied_prefix_is_copied(target: Target, draft: Eag
     drafter = recorded.engine._drafter
     assert drafter is not None
     with torch.no_grad():
-        keys, done = [keys_by_position(k).clone() for k in drafter._cache.keys_SGCDP], list(drafter._num_cached)
+        keys, done = [keys_by_position(k).clone() for k in drafter._cache.keys_SGCQPE], list(drafter._num_cached)
     assert min(done) >= 40
     assert torch.equal(keys[0][0, ..., :39], keys[0][1, ..., :39])
 

@@ -12,7 +12,7 @@ import torch
 from support.tiny_models import VOCAB, Answer, make_engine, random_draft, request, run, save_model, trained_draft
 
 from aurora_lit.kernels import native
-from aurora_lit.models.kv_cache import KVCache, keys_by_position
+from aurora_lit.models.kv_cache import KVCache, keys_by_position, values_by_position
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
@@ -77,12 +77,12 @@ def path_of(parents: list[int], column: int) -> list[int]:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_node_is_a_plain_pass_over_its_path_bit_for_bit(models: TinyModels, precision: str, columns: int) -> None:
     target, rng = models.targets[precision], random.Random(columns)
-    ids_BL = torch.randint(VOCAB, (2, 80), generator=torch.Generator().manual_seed(columns))
-    starts, slots_B = [37, 44], torch.tensor([2, 0])
+    ids_BL = torch.randint(VOCAB, (2, 90), generator=torch.Generator().manual_seed(columns))
+    starts, slots_B = [37, 61], torch.tensor([2, 0])
     parents = [[-1, *(rng.randrange(max(0, c - 6), c) for c in range(1, columns))] for _ in starts]
 
     def prefilled(num_slots: int) -> Any:
-        slots = target.make_kv_cache(num_slots=num_slots, capacity=80)
+        slots = target.make_kv_cache(num_slots=num_slots, capacity=90)
         for slot, (ids_L, start) in zip(slots_B.tolist(), zip(ids_BL, starts, strict=True), strict=True):
             target.forward(
                 ids_L[None, :start], kv_cache=slots, slots_B=torch.tensor([slot]), starts_B=torch.tensor([0])
@@ -112,10 +112,10 @@ def test_every_node_is_a_plain_pass_over_its_path_bit_for_bit(models: TinyModels
             to_M=start + torch.arange(len(path)),
         )
         end, slot = start + len(path), int(slots_B[b])
-        for mine, other in zip(slots.keys_SGCDP, plain.keys_SGCDP, strict=True):
+        for mine, other in zip(slots.keys_SGCQPE, plain.keys_SGCQPE, strict=True):
             assert torch.equal(*(keys_by_position(keys)[slot, ..., :end] for keys in (mine, other)))
-        for mine, other in zip(slots.values_SGLD, plain.values_SGLD, strict=True):
-            assert torch.equal(mine[slot, :, :end], other[slot, :, :end])
+        for mine, other in zip(slots.values_SGMDE, plain.values_SGMDE, strict=True):
+            assert torch.equal(*(values_by_position(values)[slot, :, :end] for values in (mine, other)))
 
 
 @pytest.mark.parametrize("branching", [False, True])
@@ -142,7 +142,7 @@ def test_different_query_lengths_give_the_bits_of_equal_ones(
     found = target.forward_ragged(ids_N, widths=widths, kv_cache=ragged, slots_B=slots_B, starts_B=starts_B, **branches)
     for equal, ragged_N in zip(expected, found, strict=True):
         assert torch.equal(torch.cat([row[:width] for row, width in zip(equal, widths, strict=True)]), ragged_N)
-    for keys, other in zip(wide.keys_SGCDP, ragged.keys_SGCDP, strict=True):
+    for keys, other in zip(wide.keys_SGCQPE, ragged.keys_SGCQPE, strict=True):
         for slot, start, width in zip(slots_B.tolist(), starts_B.tolist(), widths, strict=True):
             one, two = (keys_by_position(k[slot][None])[..., : start + width] for k in (keys, other))
             assert torch.equal(one, two)

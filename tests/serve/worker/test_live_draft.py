@@ -144,7 +144,7 @@ def test_requests_in_flight_across_ten_swaps_are_answered_as_by_plain_decoding(
         assert seen[-1] == name
         drafter = server.engine._drafter
         assert drafter is not None
-        assert drafter._cache.keys_SGCDP[0].shape[1] == drafter.draft.config.num_key_value_heads
+        assert drafter._cache.keys_SGCQPE[0].shape[1] == drafter.draft.config.num_key_value_heads
         assert server.engine.num_running == 32, "all are still in flight"
     server.serve([])
     assert server.answers == case.plain
