@@ -10,21 +10,20 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from aurora_lit.config import AuroraConfig, draft_folder
-from aurora_lit.distributed import Ranks
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.errors import ConfigError, RingError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
-from aurora_lit.models.partition import check_partition
-from aurora_lit.models.sharded_target import ShardedTarget
-from aurora_lit.models.source import cache_root, resolve
+from aurora_lit.models.source import cache_root, find_target
 from aurora_lit.models.target import Target
+from aurora_lit.models.tokenizer import Tokenizer, keep_tokenizer
+from aurora_lit.models.tokenizer import load_tokenizer as load_kept_tokenizer
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.options import EngineOptions
@@ -35,6 +34,11 @@ from aurora_lit.serve.worker.learner_signals import ExplorationFollower, ThreadB
 from aurora_lit.serve.worker.parts import WorkerParts
 from aurora_lit.serve.worker.trace_sinks import TraceRecording, TraceSinks
 from aurora_lit.traces.record import LAYOUT_DIGEST, Trace
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+    from aurora_lit.models.sharded_target import ShardedTarget
 
 UNTRAINED_VERSION = "untrained"
 """Version of the randomly initialised draft that serves until a learner with learn.from_scratch publishes its first."""
@@ -54,7 +58,9 @@ def build_engine(
             f"engine.strategy={config.engine.strategy}: only `aurora-lit serve` shards a target over processes; "
             "use engine.strategy=single and engine.devices=1 here"
         )
-    tokenizer, target = _load(config)
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    tokenizer, target = load_tokenizer(config), load_target(config)
     observer = None if sink is None else _recorder(config, target, sink)
     return _engine(config, target, tokenizer, observer=observer), tokenizer
 
@@ -62,7 +68,10 @@ def build_engine(
 def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
     """An engine for a server: its traces go into the run folder's ring, and its draft can be swapped."""
     shard = load_shard(config, run_folder, 0) if config.engine.strategy != "single" else None
-    tokenizer, target = _load(config) if shard is None else (load_tokenizer(config), shard)
+    if shard is None and config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    target = load_target(config) if shard is None else shard
+    tokenizer = load_kept_tokenizer(find_target(config), cache_dir=cache_root(config.target.cache_dir))
     sinks = _sinks(config, run_folder)
     observer = _recorder(config, target, sinks)
     records_traces = sinks.ring is not None or sinks.recording is not None
@@ -101,6 +110,10 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
 
 def load_shard(config: AuroraConfig, run_folder: Path, rank: int) -> ShardedTarget:
     """One rank's shard of the target; all ranks call it at the same time. Raises SourceError or ConfigError."""
+    # Imported here: lightning.fabric takes two seconds, and a target in one process does not need it.
+    from aurora_lit.distributed import Ranks
+    from aurora_lit.models.sharded_target import ShardedTarget
+
     engine = config.engine
     assert engine.strategy != "single"
     torch.set_num_threads(engine.threads or max(1, (os.cpu_count() or 1) // engine.devices))
@@ -143,12 +156,6 @@ def starting_draft(config: AuroraConfig, target: Target) -> tuple[Eagle3Draft | 
     return Eagle3Draft(shape), UNTRAINED_VERSION
 
 
-def _load(config: AuroraConfig) -> tuple[PreTrainedTokenizerBase, Target]:
-    if config.engine.threads:
-        torch.set_num_threads(config.engine.threads)
-    return load_tokenizer(config), load_target(config)
-
-
 def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None]) -> TraceRecorder:
     return TraceRecorder(
         sink,
@@ -159,7 +166,11 @@ def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None
 
 
 def _engine(
-    config: AuroraConfig, target: Target, tokenizer: PreTrainedTokenizerBase, *, observer: RoundObserver | None
+    config: AuroraConfig,
+    target: Target,
+    tokenizer: Tokenizer | PreTrainedTokenizerBase,
+    *,
+    observer: RoundObserver | None,
 ) -> Engine:
     draft, version = starting_draft(config, target)
     options = EngineOptions(
@@ -204,17 +215,21 @@ def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
 
 
 def prepare(config: AuroraConfig) -> None:
-    """Fetch the target and check that it can be partitioned as configured, before any process is started.
+    """Fetch the target, keep its tokenizer, and check that it can be partitioned as configured.
 
-    Raises SourceError or ConfigError.
+    Runs before any process of the engine is started. Raises SourceError or ConfigError.
     """
-    check_partition(config, AutoConfig.from_pretrained(find_target(config), local_files_only=True))
+    folder = find_target(config)
+    try:
+        keep_tokenizer(folder, cache_dir=cache_root(config.target.cache_dir))
+    except OSError as error:
+        _log.warning("the tokenizer cannot be kept (%s); every start will load it with transformers", error)
+    if config.engine.strategy != "single":
+        from transformers import AutoConfig
 
+        from aurora_lit.models.partition import check_partition
 
-def find_target(config: AuroraConfig) -> Path:
-    """The target's folder; downloads and converts the target if it is not there yet. Raises SourceError."""
-    target = config.target
-    return resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
+        check_partition(config, AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def load_target(config: AuroraConfig) -> Target:
@@ -234,12 +249,14 @@ def _check_length(config: AuroraConfig, target: Target) -> None:
 
 
 def load_tokenizer(config: AuroraConfig) -> PreTrainedTokenizerBase:
-    """The target's tokenizer, without its weights."""
+    """The target's tokenizer as transformers has it, without its weights."""
+    from transformers import AutoTokenizer
+
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(find_target(config), local_files_only=True)
     return tokenizer
 
 
-def eos_token_ids(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def eos_token_ids(target: Target, tokenizer: Tokenizer | PreTrainedTokenizerBase) -> frozenset[int]:
     """End-of-text tokens: those of the generation config and of the tokenizer."""
     generation: GenerationConfig | None = getattr(target.model, "generation_config", None)
     ids = getattr(generation, "eos_token_id", None)
