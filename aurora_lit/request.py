@@ -1,7 +1,7 @@
 """The records that HTTP process, engine worker and engine exchange.
 
 `Request` and `SamplingParams` say what a client asked for; `Output` and `TokenLogprob` hold what one engine round
-produced for a request. They are plain data without torch, because LitServe's queue pickles them between processes.
+produced for a request. They are plain data without torch, which msgpack carries between processes.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from aurora_lit.config import load_config
 from aurora_lit.cores import use_threads
 from aurora_lit.kernels import huge_pages
 from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.models.source import find_target
 from aurora_lit.models.target import Target
-from aurora_lit.serve.worker.build import find_target
 
 CONTEXT = 100
 UNTIMED = 8

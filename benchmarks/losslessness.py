@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM
 from aurora_lit.config import AuroraConfig, draft_folder, load_config
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
+from aurora_lit.models.source import find_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.options import EngineOptions
-from aurora_lit.serve.worker.build import eos_token_ids, find_target, load_target, load_tokenizer
+from aurora_lit.serve.worker.build import eos_token_ids, load_target, load_tokenizer
 
 Outputs = list[list[int]]
 

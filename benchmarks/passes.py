@@ -24,8 +24,8 @@ from rich.table import Table
 from aurora_lit.config import load_config
 from aurora_lit.kernels.decoder import PASS_PARTS
 from aurora_lit.models.kv_cache import KVCache
+from aurora_lit.models.source import find_target
 from aurora_lit.models.target import Target
-from aurora_lit.serve.worker.build import find_target
 
 ROUNDS = 3  # the shapes take turns
 SHOWN_PARTS = (*PASS_PARTS[:2], "head")

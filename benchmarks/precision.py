@@ -22,8 +22,9 @@ from rich.table import Table
 from aurora_lit.bench.prompts import load_prompts
 from aurora_lit.config import load_config
 from aurora_lit.cores import use_threads
+from aurora_lit.models.source import find_target
 from aurora_lit.models.target import Target
-from aurora_lit.serve.worker.build import find_target, load_tokenizer
+from aurora_lit.serve.worker.build import load_tokenizer
 
 WIDTHS = (1, 5, 128)
 CONTEXT = 150

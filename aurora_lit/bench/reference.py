@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from aurora_lit.bench.prompts import Answer, BenchPrompt, PromptRun
 from aurora_lit.config import AuroraConfig
-from aurora_lit.serve.worker.build import find_target
+from aurora_lit.models.source import find_target
 
 
 def load_reference(

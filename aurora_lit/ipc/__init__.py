@@ -2,8 +2,7 @@
 
 The ring and the status pages are memory-mapped files that store a digest of their record's layout, so that another
 version's are refused. When the ring is full, a new trace overwrites the oldest ones; only a trace larger than the ring
-is dropped. Updates for the HTTP process are msgpack, decoded by type. Nothing is unpickled, with one exception:
-LitServe's own request queue pickles the `Call` that it carries to the engine worker. Nothing here computes.
+is dropped. Calls and their updates are msgpack, decoded by type. Nothing is unpickled, and nothing here computes.
 
 May import: errors.py, request.py, settings.py. Start with ring.py. The files, each importing only those above it:
 
@@ -13,5 +12,5 @@ May import: errors.py, request.py, settings.py. Start with ring.py. The files, e
     learner_status.py    the learner's page, and whether it runs
     run_folder.py        the private folder of one running server
     ring.py              traces from the engine to the learner in shared memory; the writer never waits
-    messages.py          calls, their updates, and the socket that carries updates to the HTTP process
+    messages.py          calls, their updates, and the engine worker's end of the socket that carries them
 """

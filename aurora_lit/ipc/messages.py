@@ -1,32 +1,26 @@
-"""The messages between the HTTP process and the engine worker, and the socket that carries responses.
+"""The messages between the HTTP process and the engine worker, and the pair of sockets that carries them.
 
-HTTP process → worker: a `Call`, or `CANCEL` with a call's id, over LitServe's request queue. That queue is LitServe's
-own and pickles what it carries; both of its ends belong to this server.
+HTTP process → worker: a `Call`, or `CANCEL`, with the call's id. Worker → HTTP process: one message a round, with a
+`CallUpdate` for each call that the round concerns. Both are msgpack, decoded by type, and go through a pair of
+connected sockets in place of LitServe's queues. Those live in a process of their own: each message would wake it twice
+and wait twice for its reply, on the cores that rounds run on.
 
-Worker → HTTP process: one message a round, with a `CallUpdate` for each call that the round concerns. It is encoded as
-msgpack, decoded by type, and goes through a socket (`ResponseTransport`) in place of LitServe's response queue. That
-queue lives in a process of its own: each message would wake it twice and wait twice for its reply, on the cores that
-rounds run on.
+The worker's end (`WorkerChannel`) blocks; the HTTP process's end belongs to its event loop (serve/http/channel.py).
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import socket
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import msgspec
-from litserve.transport.base import MessageTransport
-from litserve.utils import LitAPIStatus, LoopResponseType
 
 from aurora_lit.request import Request, TokenLogprob
 
-CANCEL = "cancel"
+CANCEL: Literal["cancel"] = "cancel"
 """What the HTTP process sends in place of a `Call` when its client has gone."""
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,77 +66,67 @@ CallUpdate = tuple[Delta, ...] | Failure
 """What one round brings one call."""
 RoundUpdates = tuple[tuple[str, CallUpdate], ...]
 """One message of the worker: (call id, update) of every call that it concerns."""
-RESPONSES_UID = "every call"
-"""LitServe files a response under the uid of its request. All our messages have this one; the HTTP process distributes
-their updates by call id."""
+CallMessage = tuple[str, Call | Literal["cancel"]]
+"""One message of the HTTP process: the call's id, and what is asked for."""
 
-_LENGTH = struct.Struct("<Q")
+LENGTH = struct.Struct("<Q")
+"""Precedes each message: its length in bytes."""
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(RoundUpdates)
-_DAMAGED = Failure(message="a message of the engine worker was damaged", code="engine_error")
+_updates_decoder = msgspec.msgpack.Decoder(RoundUpdates)
+_call_decoder = msgspec.msgpack.Decoder(CallMessage)
 
 
-def encode_updates(updates: RoundUpdates) -> bytes:
-    """One message as msgpack. Raises TypeError for values that are no messages."""
-    return _encoder.encode(updates)
+def encode(message: RoundUpdates | CallMessage) -> bytes:
+    """One message as msgpack, after its length. Raises TypeError for values that are no messages."""
+    payload = _encoder.encode(message)
+    return LENGTH.pack(len(payload)) + payload
 
 
 def decode_updates(payload: bytes) -> RoundUpdates:
-    """Inverse of `encode_updates`. Raises ValueError, which names the wrong field, for anything else than a message."""
+    """What `encode` made of a worker's message. Raises ValueError, which names the wrong field, for anything else."""
     try:
-        return _decoder.decode(payload)
+        return _updates_decoder.decode(payload)
     except (msgspec.MsgspecError, ValueError) as error:
         raise ValueError(f"{len(payload)} bytes are no message of the engine worker: {error}") from error
 
 
-class ResponseTransport(MessageTransport):  # type: ignore[misc]
-    """LitServe's transport from one sender, the first engine worker, to one receiver, the HTTP process.
+def decode_call(payload: bytes) -> CallMessage:
+    """What `encode` made of a call or its end. Raises ValueError, which names the wrong field, for anything else."""
+    try:
+        call: CallMessage = _call_decoder.decode(payload)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise ValueError(f"{len(payload)} bytes are no message of the HTTP process: {error}") from error
+    return call
 
-    Create it before either process starts. A sender whose messages are not read blocks once the socket's buffer is
-    full, which is after some hundred rounds.
+
+class WorkerChannel:
+    """The engine worker's end. One thread may send while another receives.
+
+    If the HTTP process does not read, `send` blocks once the socket's buffer is full, after some hundred rounds.
     """
 
-    def __init__(self) -> None:
-        """Open the socket pair. Raises OSError."""
-        self._receiving, self._sending = socket.socketpair()
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None  # kept: without a reference to it the stream closes
+    def __init__(self, connection: socket.socket) -> None:
+        """connection: one of a pair; can be sent to a process that is being started."""
+        self._connection = connection
 
-    def send(self, item: Any, consumer_id: int) -> None:
-        """Send what `LitLoop.put_response` hands over: (uid, (updates, status, response type, worker id)).
+    def send(self, updates: RoundUpdates) -> None:
+        """Send one round's updates. Raises OSError if the other end is closed."""
+        self._connection.sendall(encode(updates))
 
-        consumer_id: LitServe's number of the HTTP process; there is one. Only the updates travel: the rest is constant.
-        """
-        uid, (updates, status, _, _) = item
-        if uid != RESPONSES_UID or status != LitAPIStatus.OK:
-            raise ValueError(f"a response with uid={uid!r} and status={status!r} is not one of EngineLoop")
-        payload = encode_updates(updates)
-        self._sending.sendall(_LENGTH.pack(len(payload)) + payload)
+    def receive(self) -> CallMessage:
+        """Wait for the next message. Raises EOFError if the other end is closed, ValueError if it is no message."""
+        (length,) = LENGTH.unpack(self._read(LENGTH.size))
+        return decode_call(self._read(length))
 
-    async def areceive(self, consumer_id: int | None = None, timeout: int | None = None, block: bool = True) -> Any:
-        """The next message, in the shape that LitServe unpacks.
+    def close(self) -> None:
+        """Close this process's end."""
+        self._connection.close()
 
-        A message that cannot be decoded is logged and becomes a `Failure` in place of the updates; the next one is read
-        as usual. Raises CancelledError, as LitServe expects, when the worker's end is closed.
-        """
-        if self._reader is None:
-            self._reader, self._writer = await asyncio.open_connection(sock=self._receiving)
-        try:
-            (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
-            payload = await self._reader.readexactly(length)
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise asyncio.CancelledError("the engine worker's end is closed") from error
-        updates: RoundUpdates | Failure
-        try:
-            updates = decode_updates(payload)
-        except ValueError as error:  # raised from here, it would make LitServe stop to deliver responses at all
-            _log.error("%s; all running requests fail", error)
-            updates = _DAMAGED
-        return RESPONSES_UID, (updates, LitAPIStatus.OK, LoopResponseType.STREAMING, 0)
-
-    def close(self, **_: Any) -> None:
-        """Close this process's ends."""
-        if self._writer is not None:
-            self._writer.close()
-        self._receiving.close()
-        self._sending.close()
+    def _read(self, length: int) -> bytes:
+        content = bytearray()
+        while len(content) < length:
+            piece = self._connection.recv(min(length - len(content), 1 << 20))
+            if not piece:
+                raise EOFError("the HTTP process's end is closed")
+            content += piece
+        return bytes(content)

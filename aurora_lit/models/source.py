@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import SourceError
 from aurora_lit.models.wheel import is_complete, parse_wheel_source, resolve_wheel
 
@@ -20,6 +21,12 @@ def cache_root(cache_dir: str | None) -> Path:
     """The cache folder: the setting target.cache_dir, else $AURORA_LIT_CACHE, else ~/.cache/aurora-lit."""
     chosen = cache_dir or os.environ.get("AURORA_LIT_CACHE") or "~/.cache/aurora-lit"
     return Path(chosen).expanduser().absolute()
+
+
+def find_target(config: AuroraConfig) -> Path:
+    """The target's folder; downloads and converts the target if it is not there yet. Raises SourceError."""
+    target = config.target
+    return resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
 
 
 def resolve(source: str, *, cache_dir: Path, sha256: str | None = None) -> Path:

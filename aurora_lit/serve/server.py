@@ -1,10 +1,12 @@
 """The server's processes: starts them, watches them, and ends them in order.
 
-    main (this file) ── manager of LitServe's queues
-        ├── HTTP: uvicorn, forked          serve/http/spec.py
-        ├── engine worker, spawned         serve/worker/loop.py
+    main (this file)
+        ├── engine worker, spawned first   serve/engine_process.py, serve/worker/loop.py
         ├── engine.devices - 1 more        serve/ranks.py; hold shards of the target and end with the worker
-        └── learner, with learn.enabled    serve/learner_child.py; the others continue without it
+        ├── HTTP: uvicorn, forked          serve/api.py, serve/http/spec.py; once the engine is ready
+        └── learner, with learn.enabled    serve/learner_child.py; once /ready answers; the others continue without it
+
+While the engine loads, this process imports what the HTTP process will need, and neither torch nor transformers.
 
 SIGTERM or Ctrl-C: no new connections; running requests get server.drain_s seconds; then everything ends. If the worker
 dies, /health answers 503, its clients get an error, and after WORKER_GRACE_S the whole server ends with an error. If
@@ -21,65 +23,68 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 import threading
 import time
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any
-
-from litserve import LitServer
+from typing import TYPE_CHECKING
 
 from aurora_lit.config import AuroraConfig, draft_folder, model_name, to_yaml
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, RankStatusPage, WorkerState, rank_path
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
-from aurora_lit.ipc.messages import ResponseTransport
+from aurora_lit.ipc.messages import WorkerChannel
 from aurora_lit.ipc.process_lifetime import tie_forked_children_to_parent
 from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
-from aurora_lit.serve.api import AuroraAPI, Backend
-from aurora_lit.serve.http.spec import AuroraSpec
+from aurora_lit.serve.backend import Backend, real_backend
+from aurora_lit.serve.engine_process import start_engine_processes
 from aurora_lit.serve.learner_child import LearnerChild
 from aurora_lit.serve.ranks import RankWatch
 
+if TYPE_CHECKING:
+    from aurora_lit.serve.api import AuroraServer  # imports LitServe, which waits until the worker is started
+
 WORKER_GRACE_S = 1.0
 """How long a server without a worker still answers /health and its clients."""
-_AFTER_DRAIN_S = 2.0  # for sending the error events to requests that drain_s has cut off
-_MAX_SOCKET_PATH_BYTES = 103  # the smallest limit of all systems
-MAX_BODY_BYTES = 16 * 2**20
 _log = logging.getLogger(__name__)
 
 
 def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises AuroraError if the server cannot start or the engine worker dies."""
-    backend = _real_backend() if backend is None else backend
+    backend = real_backend() if backend is None else backend
     check_address(config.server.host, config.server.port)
     check_learning(config)
     backend.prepare(config)
     with run_folder() as folder:
-        _keep_sockets_in(folder)
         status = EngineStatusPage.create(folder / STATUS_NAME)
         learner = LearnerChild(backend.learner_command(folder), LearnerStatusPage.create(folder / LEARNER_STATUS_NAME))
         for rank in range(1, config.engine.devices):
             RankStatusPage.create(rank_path(folder, rank))
         (folder / CONFIG_NAME).write_text(to_yaml(settings_for_learner(config)), encoding="utf-8")
-        tie_forked_children_to_parent()
-        server = _build(config, backend, folder)
+        workers: list[BaseProcess] = []
         try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, _interrupt)
+            http_end, worker_end = socket.socketpair()
+            workers += start_engine_processes(config, backend, folder, WorkerChannel(worker_end))
+            worker_end.close()  # so that the HTTP process sees the end of the worker
+            tie_forked_children_to_parent()
+            server = _build(config, backend, folder, workers, http_end, status)
             _run(server, config, status, folder, learner if config.learn.enabled else None)
+        except KeyboardInterrupt:  # while the model loads; later LitServe itself catches it
+            pass
         finally:
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()
+                    worker.join()
             learner.end()
             gc.freeze()  # the collection at interpreter exit would take seconds on a busy machine
     final = status.read()
     if final.state is WorkerState.FAILED:
         raise AuroraError(f"the server failed: {final.error}")
-
-
-def _keep_sockets_in(folder: Path) -> None:
-    """Let LitServe's manager create its socket in the run folder, which is removed even after a kill -9."""
-    if len(str(folder)) <= _MAX_SOCKET_PATH_BYTES - len("/pymp-12345678/listener-12345678"):
-        tempfile.tempdir = str(folder)
 
 
 def check_learning(config: AuroraConfig) -> None:
@@ -128,59 +133,34 @@ def check_address(host: str, port: int) -> None:
             ) from error
 
 
-def _real_backend() -> Backend:
-    from aurora_lit.serve.worker.build import build_worker, load_shard, load_tokenizer, prepare
-
-    return Backend(prepare=prepare, build_worker=build_worker, load_shard=load_shard, load_tokenizer=load_tokenizer)
-
-
-class _Server(LitServer):  # type: ignore[misc]
-    """LitServe's server, with responses over our own socket.
-
-    It also remembers the HTTP processes, for us to watch: LitServe would wait for ever for one that was killed.
-    """
-
-    http_processes: tuple[Any, ...] = ()
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.has_stopped = threading.Event()
-        """Set before the workers that still run are killed, which is then no loss of a worker."""
-
-    def _init_manager(self, num_api_servers: int) -> Any:
-        assert num_api_servers == 1
-        manager = super()._init_manager(num_api_servers)
-        self._transport = ResponseTransport()
-        return manager
-
-    def _start_server(self, *args: Any, **options: Any) -> Any:
-        workers = super()._start_server(*args, **options)
-        self.http_processes = tuple(workers.values())
-        return workers
-
-
-def _build(config: AuroraConfig, backend: Backend, folder: Path) -> _Server:
+def _build(
+    config: AuroraConfig,
+    backend: Backend,
+    folder: Path,
+    workers: list[BaseProcess],
+    http_end: socket.socket,
+    status: EngineStatusPage,
+) -> AuroraServer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise tokenizers warns at every fork
-    spec = AuroraSpec(config, backend.load_tokenizer(config), folder)
-    api = AuroraAPI(config, backend, folder, spec)
-    # "cpu" makes LitServe start exactly workers_per_device workers; each chooses its device itself.
-    server = _Server(
-        api, accelerator="cpu", workers_per_device=config.engine.devices, timeout=False, max_payload_size=MAX_BODY_BYTES
+    from aurora_lit.serve.api import AuroraServer
+    from aurora_lit.serve.http.channel import HTTPChannel
+
+    return AuroraServer(
+        config,
+        backend.load_tokenizer(config),
+        folder,
+        workers=workers,
+        channel=HTTPChannel(http_end),
+        status=status,
     )
-    server.uvicorn_graceful_timeout = config.server.drain_s + _AFTER_DRAIN_S
-    # LitServe would end the server at once when the worker dies; first /health and the clients must report it.
-    server._monitor_workers = False
-    spec.configure_app(server.app)
-    return server
 
 
 def _run(
-    server: _Server, config: AuroraConfig, status: EngineStatusPage, folder: Path, learner: LearnerChild | None
+    server: AuroraServer, config: AuroraConfig, status: EngineStatusPage, folder: Path, learner: LearnerChild | None
 ) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
+    has_stopped = threading.Event()  # set before the workers that still run are killed, which is then no loss of one
     threading.Thread(target=_announce_when_ready, args=(config, status, learner), daemon=True).start()
-    watch_args = (server, config.engine.devices, status, folder)
+    watch_args = (server, status, folder, has_stopped)
     threading.Thread(target=_end_when_a_child_ends, args=watch_args, daemon=True).start()
     try:
         server.run(
@@ -191,16 +171,10 @@ def _run(
             generate_client_file=False,
             access_log=False,
         )
-    except KeyboardInterrupt:  # while the model loads; later LitServe itself catches it
-        pass
     except RuntimeError as error:
         raise AuroraError(f"the engine could not be built: {status.read().error or error}") from error
     finally:
-        server.has_stopped.set()
-        for worker in getattr(server, "inference_workers", []):
-            if worker.is_alive():
-                worker.kill()
-                worker.join()
+        has_stopped.set()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -238,21 +212,21 @@ def _is_shutting_down() -> bool:
     return signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
-def _end_when_a_child_ends(server: _Server, num_workers: int, status: EngineStatusPage, folder: Path) -> None:
+def _end_when_a_child_ends(
+    server: AuroraServer, status: EngineStatusPage, folder: Path, has_stopped: threading.Event
+) -> None:
     """End the server as SIGTERM would, if an engine worker or the HTTP process ends, or a rank's heartbeat stops.
 
     After the loss of a worker, clients and health checks get WORKER_GRACE_S to be answered.
     """
-    while len(getattr(server, "inference_workers", ())) < num_workers:
-        time.sleep(0.05)
     watch = RankWatch(server.inference_workers, status, folder)
     ready = False
     while not _is_shutting_down():
         loss = watch.poll()
-        if server.has_stopped.is_set():
+        if has_stopped.is_set():
             return
         if status.read().state is WorkerState.FAILED and not ready:
-            return  # the engine could not be built; LitServe notices that itself
+            return  # the engine could not be built, which the main thread notices
         if _is_shutting_down() and (loss is None or watch.ended_cleanly):
             return
         http_ended = wait([process.sentinel for process in server.http_processes], timeout=0)

@@ -1,34 +1,32 @@
-"""Messages of the engine worker: encoded without pickle, checked when decoded, and carried by a socket in order."""
+"""Messages between engine worker and HTTP process: encoded without pickle, checked when decoded, read whole."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import math
 import multiprocessing
 import random
 import socket
 import threading
-from collections import deque
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
-from litserve.loops import LitLoop
-from litserve.server import response_queue_to_buffer
-from litserve.utils import LitAPIStatus, LoopResponseType, ResponseBufferItem
 
 from aurora_lit.ipc.messages import (
-    RESPONSES_UID,
+    CANCEL,
+    LENGTH,
+    Call,
+    CallMessage,
     Delta,
     Failure,
-    ResponseTransport,
     RoundUpdates,
+    WorkerChannel,
+    decode_call,
     decode_updates,
-    encode_updates,
+    encode,
 )
-from aurora_lit.request import TokenLogprob
+from aurora_lit.request import Request, SamplingParams, TokenLogprob
 
 FULL_DELTA = Delta(
     index=3,
@@ -46,32 +44,61 @@ UPDATES: RoundUpdates = (
     ("b", Failure(message="broken", param="prompt", code="engine_error", status=503)),
     ("c", ()),
 )
-LARGE: RoundUpdates = (("large", (Delta(index=0, text="ü" * (4 << 20), token_ids=tuple(range(1000))),)),)
+FULL_PARAMS = SamplingParams(
+    max_tokens=2**40,
+    temperature=0.7,
+    top_k=5,
+    top_p=0.9,
+    min_p=0.1,
+    repetition_penalty=1.1,
+    presence_penalty=-1.0,
+    frequency_penalty=0.5,
+    logit_bias={7: -100.0, 9: 1.5},
+    seed=-(2**63),
+    stop=("ende", "\n\n🌍"),
+    stop_token_ids=(3, 4),
+    ignore_eos=True,
+    logprobs=2,
+    prompt_logprobs=0,
+    speculate=False,
+)
+FULL_REQUEST = Request(
+    request_id="r-0", prompt_ids=(1, 2, 49151), params=FULL_PARAMS, store=False, domain="code", client="00ff"
+)
+CALL: CallMessage = ("c", Call(call_id="c", requests=(FULL_REQUEST, FULL_REQUEST)))
+LONG_CALL: CallMessage = (
+    "l",
+    Call(
+        call_id="l",
+        requests=(Request(request_id="l", prompt_ids=tuple(range(1 << 20)), params=SamplingParams(max_tokens=1)),),
+    ),
+)
 """More bytes than a socket's buffer holds."""
 
 
-def send_all(transport: ResponseTransport, messages: list[RoundUpdates]) -> None:
-    for message in messages:
-        LitLoop().put_response(transport, 0, RESPONSES_UID, message, LitAPIStatus.OK, LoopResponseType.STREAMING)
+def payload_of(message: RoundUpdates | CallMessage) -> bytes:
+    content = encode(message)
+    assert LENGTH.unpack(content[: LENGTH.size]) == (len(content) - LENGTH.size,)
+    return content[LENGTH.size :]
 
 
-async def receive(transport: ResponseTransport, count: int) -> list[RoundUpdates | Failure]:
-    """The updates of `count` messages, as LitServe unpacks them."""
-    updates = []
-    try:
-        for _ in range(count):
-            uid, (*response, response_type, worker_id) = await asyncio.wait_for(transport.areceive(0), 60)
-            assert (uid, response[1], response_type) == (RESPONSES_UID, LitAPIStatus.OK, LoopResponseType.STREAMING)
-            updates.append(response[0])
-    finally:
-        transport.close()
-    return updates
+def set_fields(record: Any, default: Any) -> set[str]:
+    """Names of the fields that differ from a record's defaults."""
+    return {f.name for f in dataclasses.fields(record) if getattr(record, f.name) != getattr(default, f.name)}
 
 
 def test_what_is_decoded_equals_what_was_encoded_in_every_field() -> None:
-    assert decode_updates(encode_updates(UPDATES)) == UPDATES
-    set_fields = {field.name for field in dataclasses.fields(Delta) if getattr(FULL_DELTA, field.name)}
-    assert set_fields == {field.name for field in dataclasses.fields(Delta)}, "FULL_DELTA sets every field"
+    assert decode_updates(payload_of(UPDATES)) == UPDATES
+    fields = {field.name for field in dataclasses.fields(Delta)}
+    assert {name for name in fields if getattr(FULL_DELTA, name)} == fields, "FULL_DELTA sets every field"
+
+
+def test_a_call_arrives_as_it_was_sent_in_every_field() -> None:
+    assert decode_call(payload_of(CALL)) == CALL
+    assert decode_call(payload_of(("c", CANCEL))) == ("c", CANCEL)
+    bare = Request(request_id="", prompt_ids=(), params=SamplingParams(max_tokens=1))
+    assert set_fields(FULL_REQUEST, bare) == {field.name for field in dataclasses.fields(Request)}
+    assert set_fields(FULL_PARAMS, bare.params) == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 @pytest.mark.parametrize(
@@ -94,8 +121,27 @@ def test_an_unknown_message_is_refused_and_the_wrong_field_is_named(content: obj
         decode_updates(msgspec.msgpack.encode(content))
 
 
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (["a", "stop"], "Invalid enum value 'stop'"),
+        (["a", {"call_id": "a"}], "missing required field `requests`"),
+        (["a"], "Expected `array` of length 2"),
+        (b"\x80\x04", "Expected `array`, got `bytes`"),
+    ],
+)
+def test_what_is_no_call_is_refused(content: object, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        decode_call(msgspec.msgpack.encode(content))
+
+
+def test_what_is_no_message_is_not_sent() -> None:
+    with pytest.raises(TypeError):
+        encode((("a", object()),))  # type: ignore[arg-type]
+
+
 def test_a_damaged_message_is_refused_or_is_a_whole_message() -> None:
-    payload, rng, num_refused = encode_updates(UPDATES), random.Random(0), 0
+    payload, rng, num_refused = payload_of(UPDATES), random.Random(0), 0
     for _ in range(3000):
         damaged = bytearray(payload)
         for _ in range(rng.randrange(1, 4)):
@@ -110,80 +156,43 @@ def test_a_damaged_message_is_refused_or_is_a_whole_message() -> None:
     assert num_refused > 2000
 
 
-def test_messages_of_any_size_arrive_whole_and_in_order() -> None:
-    transport = ResponseTransport()
-    messages: list[RoundUpdates] = [UPDATES, LARGE, (), *[((str(number), ()),) for number in range(500)]]
-    sender = threading.Thread(target=send_all, args=(transport, messages))
+def test_calls_of_any_size_arrive_whole_and_in_order() -> None:
+    ours, theirs = socket.socketpair()
+    messages: list[CallMessage] = [CALL, LONG_CALL, *[(str(number), CANCEL) for number in range(500)]]
+    sender = threading.Thread(target=lambda: [theirs.sendall(encode(message)) for message in messages])
     sender.start()
-    assert asyncio.run(receive(transport, len(messages))) == messages
+    channel = WorkerChannel(ours)
+    assert [channel.receive() for _ in messages] == messages
     sender.join()
-
-
-def test_a_spawned_process_can_send() -> None:
-    transport = ResponseTransport()
-    process = multiprocessing.get_context("spawn").Process(target=send_all, args=(transport, [UPDATES, LARGE]))
-    process.start()
-    assert asyncio.run(receive(transport, 2)) == [UPDATES, LARGE]
-    process.join()
-    assert process.exitcode == 0
-
-
-def test_litserve_delivers_our_messages_and_goes_on_after_a_damaged_one() -> None:
-    """LitServe stops delivering for ever when its transport raises."""
-    transport = ResponseTransport()
-    sending: socket.socket = transport._sending
-
-    async def deliver() -> list[Any]:
-        item = ResponseBufferItem(event=asyncio.Event(), response_queue=deque())
-        one_streaming_api = SimpleNamespace(lit_apis=[None], any_stream=lambda: True)
-        delivering = asyncio.create_task(
-            response_queue_to_buffer(transport, {RESPONSES_UID: item}, 0, one_streaming_api)  # type: ignore[arg-type]
-        )
-        send_all(transport, [UPDATES])
-        sending.sendall((5).to_bytes(8, "little") + b"junk!")
-        send_all(transport, [UPDATES])
-        while len(item.response_queue) < 3:
-            await asyncio.sleep(0.01)
-        delivering.cancel()
-        await asyncio.gather(delivering, return_exceptions=True)
-        transport.close()
-        return list(item.response_queue)
-
-    first, damaged, last = asyncio.run(asyncio.wait_for(deliver(), 20))
-    assert first == last == [UPDATES, "OK"]
-    assert damaged == [Failure(message="a message of the engine worker was damaged", code="engine_error"), "OK"]
-
-
-@pytest.mark.parametrize(
-    ("uid", "status", "updates", "error"),
-    [
-        ("request 7", LitAPIStatus.OK, UPDATES, ValueError),
-        (RESPONSES_UID, LitAPIStatus.ERROR, b"LitServe pickles errors here", ValueError),
-        (RESPONSES_UID, LitAPIStatus.OK, ((0, object()),), TypeError),
-    ],
-)
-def test_what_is_no_message_of_ours_is_not_sent(uid: str, status: str, updates: Any, error: type[Exception]) -> None:
-    transport = ResponseTransport()
-    with pytest.raises(error):
-        LitLoop().put_response(transport, 0, uid, updates, status, LoopResponseType.STREAMING)
-    transport.close()
+    channel.close()
+    theirs.close()
 
 
 @pytest.mark.parametrize("cut", [0, 3, 12])
-def test_a_sender_that_is_gone_ends_receiving_and_half_a_message_is_none(cut: int) -> None:
-    transport = ResponseTransport()
-    send_all(transport, [UPDATES])
-    transport._sending.sendall(((100).to_bytes(8, "little") + b"half")[:cut])
-    transport._sending.close()
-    seen: list[Any] = []
+def test_an_http_process_that_is_gone_ends_receiving_and_half_a_message_is_none(cut: int) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(encode(CALL) + encode(CALL)[:cut])
+    theirs.close()
+    channel = WorkerChannel(ours)
+    assert channel.receive() == CALL
+    with pytest.raises(EOFError):
+        channel.receive()
+    channel.close()
 
-    async def read() -> None:
-        try:
-            while True:
-                seen.append(await transport.areceive(0))
-        finally:
-            transport.close()
 
-    with pytest.raises(asyncio.CancelledError):
-        asyncio.run(read())
-    assert len(seen) == 1
+def send_updates(channel: WorkerChannel) -> None:
+    channel.send(UPDATES)
+
+
+def test_a_spawned_process_can_send() -> None:
+    ours, theirs = socket.socketpair()
+    process = multiprocessing.get_context("spawn").Process(target=send_updates, args=(WorkerChannel(ours),))
+    process.start()
+    ours.close()
+    content = b""
+    while piece := theirs.recv(4096):  # ends when no process holds the other end any more
+        content += piece
+    process.join()
+    theirs.close()
+    assert content == encode(UPDATES)
+    assert process.exitcode == 0

@@ -1,7 +1,6 @@
 """Nothing in the package unpickles: what crosses a process or a disk is safetensors, msgpack or plain bytes.
 
-Tested on the syntax tree, so that comments and docstrings may name what is forbidden. LitServe's request queue, which
-is not our code, pickles calls between two processes of one server.
+Tested on the syntax tree, so that comments and docstrings may name what is forbidden.
 """
 
 from __future__ import annotations

@@ -1,17 +1,10 @@
 """LitServe's undocumented names that the package uses exist, and behave as it needs (pinned version 0.2.19)."""
 
-import asyncio
 import inspect
-import queue
-from collections import deque
 
 import litserve
 import pytest
-from litserve.loops import LitLoop
-from litserve.server import response_queue_to_buffer
 from litserve.specs.base import LitSpec
-from litserve.transport.process_transport import MPQueueTransport
-from litserve.utils import LitAPIStatus, LoopResponseType, ResponseBufferItem
 
 
 class StreamingSpec(LitSpec):
@@ -54,44 +47,15 @@ def test_a_spec_has_the_attributes_that_the_http_process_reads():
     assert inspect.signature(litserve.LitAPI.decode_request).parameters["request"]
 
 
-def test_the_loop_runs_synchronously_with_these_arguments():
-    assert not asyncio.iscoroutinefunction(LitLoop.run)
-    assert list(inspect.signature(LitLoop.run).parameters) == [
-        "self",
-        "lit_api",
-        "device",
-        "worker_id",
-        "request_queue",
-        "transport",
-        "workers_setup_status",
-        "callback_runner",
-    ]
-    assert LitLoop().get_request(queue.Queue(), block=False) is None
-
-
-def test_a_streamed_message_lands_in_the_response_buffer(server):
-    """put_response -> transport -> (content, status) in the item's deque, and its event is set."""
-
-    async def deliver():
-        channel = queue.Queue()
-        transport = MPQueueTransport(None, [channel])
-        LitLoop().put_response(transport, 0, "uid", ("content",), LitAPIStatus.OK, LoopResponseType.STREAMING)
-        item = ResponseBufferItem(event=asyncio.Event(), response_queue=deque())
-        moving = asyncio.create_task(response_queue_to_buffer(transport, {"uid": item}, 0, server.litapi_connector))
-        await asyncio.wait_for(item.event.wait(), timeout=5)
-        transport.close(send_sentinel=True)
-        moving.cancel()
-        await asyncio.gather(moving, return_exceptions=True)
-        return item.response_queue
-
-    assert [list(entry) for entry in asyncio.run(deliver())] == [[("content",), "OK"]]
-
-
 def test_the_server_has_the_attributes_that_we_set(server):
     assert server.uvicorn_graceful_timeout == 30
     assert server._monitor_workers is True
     assert callable(server._init_manager)
     assert callable(server._start_server)
+    assert list(inspect.signature(server.launch_inference_worker).parameters) == ["lit_api"]
+    assert not inspect.signature(server.verify_worker_status).parameters
+    assert server.litapi_request_queues == {}
+    assert [api.api_path for api in server.litapi_connector] == ["/x"]
     assert server.response_buffer == {}
     assert {"/", "/health", "/info"} <= {getattr(route, "path", None) for route in server.app.router.routes}
     assert callable(server.app.router.lifespan_context)

@@ -221,13 +221,24 @@ def test_a_server_without_worker_ends_by_itself():
         assert server.wait(WORKER_GRACE_S + 10) == 2
 
 
-def test_sigterm_while_the_model_loads():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_loads(number):
     server = FakeServer(options={"build_s": 30})
-    while len(psutil.Process(server.process.pid).children()) < 2:  # LitServe's manager, and the worker
+    while not (children := psutil.Process(server.process.pid).children(recursive=True)):  # the engine worker
         time.sleep(0.05)
     time.sleep(0.5)
-    code, stderr = server.end(signal.SIGTERM)
-    assert code == 0, stderr
+    code, stderr = server.end(number)
+    assert (code, stderr) == (0, "")
+    assert psutil.wait_procs(children, timeout=5)[1] == [], "nothing is left behind"
+
+
+def test_a_worker_that_is_killed_while_the_model_loads_ends_the_start():
+    server = FakeServer(options={"build_s": 30})
+    while not (children := psutil.Process(server.process.pid).children()):
+        time.sleep(0.05)
+    children[0].kill()
+    assert server.wait(10) == 2
+    assert "the engine worker was killed (signal 9)" in server.stderr
 
 
 def test_a_round_that_hangs_stops_the_heartbeat_until_it_ends():

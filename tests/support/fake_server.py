@@ -166,7 +166,7 @@ def serve_forked(arguments: dict[str, Any]) -> None:
 
 def serve_fake(arguments: dict[str, Any]) -> None:
     from aurora_lit.serve import server
-    from aurora_lit.serve.api import Backend
+    from aurora_lit.serve.backend import Backend
 
     options = FakeOptions(**arguments["options"])
     server.WORKER_GRACE_S = options.worker_grace_s

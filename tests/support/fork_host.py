@@ -4,8 +4,8 @@
     process.wait(10)                       # its exit code, negative for a signal
 
 The forking process (the host) starts with the first call and ends with the pytest process; the forked processes end
-with the host. A server that is forked should also fork its engine worker, which LitServe would spawn, a new interpreter
-that imports everything again: see `fork_engine_workers`.
+with the host. A server that is forked should also fork its engine worker, which would otherwise be spawned, a new
+interpreter that imports everything again: see `fork_engine_workers`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import importlib
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -30,12 +29,17 @@ from support import child_environment
 
 PRELOADED = (
     "aurora_lit.cli.main",
+    "aurora_lit.distributed",
     "aurora_lit.learn.online.build",
     "aurora_lit.learn.online.loop",
     "aurora_lit.learn.online.process",
+    "aurora_lit.models.partition",
+    "aurora_lit.models.sharded_target",
+    "aurora_lit.serve.api",
     "aurora_lit.serve.server",
     "aurora_lit.serve.worker.build",
     "aurora_lit.serve.worker.live_draft",
+    "aurora_lit.serve.worker.loop",
     "support.fake_engine",
 )
 
@@ -127,19 +131,10 @@ def fork(
 
 
 def fork_engine_workers() -> None:
-    """Let LitServe, in this process, fork its workers, although it asks for a spawning context by name."""
-    import litserve.server
+    """Let the server in this process fork its engine's processes, which it would spawn."""
+    from aurora_lit.serve import backend
 
-    class ForkingMultiprocessing:
-        """The multiprocessing module, but every context forks."""
-
-        def get_context(self, method: str | None = None) -> Any:
-            return multiprocessing.get_context("fork")
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(multiprocessing, name)
-
-    litserve.server.mp = ForkingMultiprocessing()
+    backend.START_METHOD = "fork"
 
 
 # -- the host ------------------------------------------------------------------------------------------------------

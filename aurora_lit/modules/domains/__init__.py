@@ -4,9 +4,10 @@ A domain is described by its label, which a client gave, or by a number ("auto-3
 
 May import: traces/, modules/losses/batch.py. Start with detector.py. The files, each importing only those above it:
 
-    clusters.py     online k-means over embeddings, with a maximum number of clusters
-    shifts.py       Page–Hinkley tests on the mix of domains and on the acceptance rate of each
-    detector.py     which domain a request belongs to, and when traffic shifts
-    lr_schedule.py  the domain-aware learning rate, and the signals that depend on heat
-    controller.py   how learning responds to domains: heat, learning rate, exploration, replay
+    page_hinkley.py  the Page–Hinkley test for a change of a mean
+    clusters.py      online k-means over embeddings, with a maximum number of clusters
+    shifts.py        Page–Hinkley tests on the mix of domains and on the acceptance rate of each
+    detector.py      which domain a request belongs to, and when traffic shifts
+    lr_schedule.py   the domain-aware learning rate, and the signals that depend on heat
+    controller.py    how learning responds to domains: heat, learning rate, exploration, replay
 """

@@ -1,11 +1,11 @@
 """Detects shifts of the traffic: in its mix of domains, and in how well a domain's proposals are accepted.
 
-Both use the Page–Hinkley test (of river). The mix is tested by a likelihood ratio: how much better the mix of the last
+Both use the Page–Hinkley test. The mix is tested by a likelihood ratio: how much better the mix of the last
 dozen requests predicts the next request's domain than the mix since the last shift does. Its logarithm is negative on
 average while nothing changes, whatever the order of domains. The distance to the nearest centroid would not do as a
 signal: it stays small when traffic returns to a known domain, and rises for single outliers.
 
-State is plain numbers and strings. A river detector cannot be saved; it is rebuilt from the values that it has seen.
+State is plain numbers and strings: a test is rebuilt from the values that it has seen.
 
 Leaves out which domain a request has (modules/domains/detector.py).
 """
@@ -13,9 +13,9 @@ Leaves out which domain a request has (modules/domains/detector.py).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
-from river.drift import PageHinkley
+from aurora_lit.modules.domains.page_hinkley import PageHinkley
 
 _MIN_VALUES = 16
 """Values before a change can be detected."""
@@ -30,7 +30,7 @@ class PageHinkleyTest:
     >>> test.update(0.1)                # True when the mean has risen; the test then starts anew
     """
 
-    def __init__(self, *, mode: str, tolerance: float, threshold: float) -> None:
+    def __init__(self, *, mode: Literal["up", "down"], tolerance: float, threshold: float) -> None:
         """mode: "up" or "down", the direction of changes to detect. tolerance: change of the mean that is ignored.
         threshold: sum of the deviations beyond it at which a change is detected."""
         self._settings: Any = {"mode": mode, "delta": tolerance, "threshold": threshold}
@@ -39,9 +39,7 @@ class PageHinkleyTest:
     def update(self, value: float) -> bool:
         """Add a value; True if a change is detected with it."""
         self._values.append(value)
-        river_update: Any = self._detector.update
-        river_update(value)
-        changed = bool(self._detector.drift_detected)
+        changed = self._detector.update(value)
         if changed:
             self.restore([])
         elif len(self._values) >= _MAX_VALUES:
@@ -51,10 +49,9 @@ class PageHinkleyTest:
     def restore(self, values: list[float]) -> None:
         """Set the state to that after these values."""
         self._values = list(values)
-        self._detector: Any = PageHinkley(min_instances=_MIN_VALUES, alpha=1.0, **self._settings)
-        river_update: Any = self._detector.update
+        self._detector = PageHinkley(min_instances=_MIN_VALUES, alpha=1.0, **self._settings)
         for value in self._values:
-            river_update(value)
+            self._detector.update(value)
 
     @property
     def values(self) -> list[float]:

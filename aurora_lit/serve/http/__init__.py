@@ -3,13 +3,15 @@
 It has no model and no engine: it checks and tokenizes a request, sends it to the engine worker as a call, and turns the
 updates of that call into OpenAI's responses.
 
-May import: serve/sequences/detokenizer.py, ipc/. Start with routes.py. The files, each importing only those above it:
+May import: serve/sequences/detokenizer.py, models/tokenizer.py, ipc/. Start with routes.py. The files,
+each importing only those above it:
 
     metrics.py        the metrics of GET /metrics
     schema.py         request bodies: every field and its range; no field is silently ignored
     tokenize.py       checked body → Call: chat template, tokens, limits
     responses.py      deltas → OpenAI's responses, log-probabilities included
     errors.py         every error as OpenAI's error body
+    channel.py        the sockets to the engine worker, as LitServe's transport and request queue
     worker_client.py  a call in the HTTP process: sent, awaited, cancelled
     routes.py         the two POST routes
     status.py         the status pages as JSON

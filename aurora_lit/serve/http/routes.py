@@ -16,11 +16,11 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.messages import Delta
+from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.serve.http.errors import error_event
 from aurora_lit.serve.http.metrics import ServerMetrics
 from aurora_lit.serve.http.responses import ResponseBuilder
@@ -66,7 +66,7 @@ class GenerationRoutes:
         self,
         *,
         model: str,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         worker_client: WorkerClient,
         metrics: ServerMetrics,
         status: EngineStatusPage,

@@ -19,12 +19,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from litserve.specs.base import LitSpec
-from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.config import AuroraConfig, model_name
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.serve.http.errors import install_error_handlers
 from aurora_lit.serve.http.metrics import CONTENT_TYPE, ServerMetrics
 from aurora_lit.serve.http.routes import GenerationRoutes
@@ -35,7 +35,7 @@ from aurora_lit.serve.http.worker_client import WorkerClient
 class AuroraSpec(LitSpec):  # type: ignore[misc]
     """Our LitSpec: all routes and the objects that they share."""
 
-    def __init__(self, config: AuroraConfig, tokenizer: PreTrainedTokenizerBase, run_folder: Path) -> None:
+    def __init__(self, config: AuroraConfig, tokenizer: Tokenizer, run_folder: Path) -> None:
         """Create the shared objects and register the routes that need the API key."""
         super().__init__()
         self.api_path = "/v1/chat/completions"
@@ -64,10 +64,6 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         self.add_endpoint("/v1/models/{name:path}", self.one_model, ["GET"])
         self.add_endpoint("/v1/aurora/status", self.status, ["GET"])
         self.add_endpoint("/metrics", self.prometheus, ["GET"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What the engine worker gets of the spec: the path, which names the request queue, and no HTTP objects."""
-        return {"api_path": self.api_path, "_max_batch_size": 1, "_server": None, "_endpoints": []}
 
     @property
     def stream(self) -> bool:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.messages import Call
+from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling, shorten, token_limit
 from aurora_lit.serve.sequences.detokenizer import decode
@@ -34,7 +33,7 @@ class Limits:
     tokenizer merges white space."""
 
 
-def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def longest_token(tokenizer: Tokenizer) -> int:
     """Characters of the vocabulary's longest token; goes through the whole vocabulary."""
     return max(map(len, tokenizer.get_vocab()))
 
@@ -53,7 +52,7 @@ class Prepared:
 
 
 def prepare_chat(
-    body: ChatRequest, *, call_id: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, client: str = ""
+    body: ChatRequest, *, call_id: str, tokenizer: Tokenizer, limits: Limits, client: str = ""
 ) -> Prepared:
     """Apply the chat template and tokenize. client: see `Request`. Raises RequestError if the prompt is too long."""
     if tokenizer.chat_template is None:
@@ -66,7 +65,7 @@ def prepare_chat(
     except TemplateError as error:
         raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
     # The template contains the special tokens.
-    prompt_ids = _encode(tokenizer, str(text), limits, param="messages", add_special_tokens=False)
+    prompt_ids = _encode(tokenizer, text, limits, param="messages", add_special_tokens=False)
     max_tokens = _check_length(len(prompt_ids), token_limit(body), limits, default=None, param="messages")
     params = body.sampling_params(max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs)
     call = _call(call_id, [prompt_ids], [params], body, client)
@@ -74,7 +73,7 @@ def prepare_chat(
 
 
 def prepare_completion(
-    body: CompletionRequest, *, call_id: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, client: str = ""
+    body: CompletionRequest, *, call_id: str, tokenizer: Tokenizer, limits: Limits, client: str = ""
 ) -> Prepared:
     """Tokenize each prompt, or check its ids. client: see `Request`.
 
@@ -116,7 +115,7 @@ def prepare_completion(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, limits: Limits, *, param: str, add_special_tokens: bool
+    tokenizer: Tokenizer, text: str, limits: Limits, *, param: str, add_special_tokens: bool
 ) -> tuple[int, ...]:
     try:
         text.encode()
@@ -128,8 +127,7 @@ def _encode(
     beginning = text[: limits.max_seq_len * limits.longest_token]
     if len(beginning) < len(text):
         _check_room(len(tokenizer.encode(beginning, add_special_tokens=False)), limits, param=param)
-    ids: Any = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return tuple(ids)
+    return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
 def _check_room(num_prompt: int, limits: Limits, *, param: str) -> int:

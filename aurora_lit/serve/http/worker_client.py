@@ -23,15 +23,16 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Request
 from litserve.utils import ResponseBufferItem
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
-from aurora_lit.ipc.messages import CANCEL, RESPONSES_UID, Call, CallUpdate, Delta, Failure
+from aurora_lit.ipc.messages import CANCEL, Call, CallUpdate, Delta, Failure
 from aurora_lit.ipc.process_lifetime import call_when_process_ends
+from aurora_lit.serve.http.channel import RESPONSES_UID
 
 HEARTBEAT_STALE_S = 10.0
 _CHECK_HEARTBEAT_S = 1.0
@@ -58,7 +59,7 @@ class WorkerClient:
         """Choices of all pending calls, waiting or running; at most server.max_queue."""
 
     def connect(self, spec: Any) -> None:
-        """Use the response buffer and the request queue that LitServe sets on the spec when it starts."""
+        """Use the response buffer and the request queue (an HTTPChannel) that the spec has once LitServe starts."""
         self._spec = spec
 
     @property
@@ -239,7 +240,7 @@ class PendingCall:
         self._worker_client.remove_pending(self._call.call_id)
         self._worker_client.num_sequences -= len(self._call.requests)
         if self._num_unfinished:
-            with contextlib.suppress(EOFError, OSError):  # the server is shutting down, and the engine with it
+            with contextlib.suppress(OSError, RuntimeError):  # the server is shutting down, and the engine with it
                 self._send(CANCEL)
         self._on_close(self._has_failed)
 
@@ -251,5 +252,5 @@ class PendingCall:
         self._has_news.set()
         self.close()
 
-    def _send(self, message: Call | str) -> None:
-        self._spec.request_queue.put((self._spec.response_queue_id, self._call.call_id, time.monotonic(), message))
+    def _send(self, message: Call | Literal["cancel"]) -> None:
+        self._spec.request_queue.put((self._call.call_id, message))

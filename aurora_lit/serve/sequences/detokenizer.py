@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
+from aurora_lit.models.tokenizer import Tokenizer
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 5
@@ -30,7 +30,7 @@ class TextStream:
     character for broken bytes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = ()) -> None:
         """Create an empty stream, to be fed from the first generated token on. Special tokens give no text."""
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
@@ -78,7 +78,7 @@ def _stop_prefix_length(text: str, stop: Sequence[str]) -> int:
     return next((n for n in range(longest, 0, -1) if any(word.startswith(text[-n:]) for word in stop)), 0)
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """Text of the tokens, without special tokens."""
     text = tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
@@ -88,7 +88,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
 class TokenDecoder:
     """Converts single tokens to bytes and to text, for log-probabilities: a token may be part of a character."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         """Find out how the tokenizer represents bytes: byte-level BPE, or byte fallback as SentencePiece has it."""
         self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)

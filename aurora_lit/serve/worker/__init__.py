@@ -1,9 +1,10 @@
 """The engine worker's process: its loop, the calls it answers, the draft it serves and swaps.
 
-LitServe starts this process and runs `EngineLoop` in it. The loop owns the engine; everything else here serves the
-loop between two rounds, or runs beside it in a thread.
+serve/engine_process.py starts this process and runs `EngineLoop` in it. The loop owns the engine; everything else here
+serves the loop between two rounds, or runs beside it in a thread.
 
-May import: serve/engine/ and above, ipc/, drafts/. Start with loop.py. The files, each importing only those above it:
+May import: serve/engine/ and above, ipc/, drafts/, modules/domains/page_hinkley.py. Start with loop.py. The
+files, each importing only those above it:
 
     parts.py            the engine's interface, and the parts that a worker consists of
     trace_sinks.py      destinations of traces: the ring, and a recording on disk
@@ -14,5 +15,5 @@ May import: serve/engine/ and above, ipc/, drafts/. Start with loop.py. The file
     call_tracker.py     maps engine requests to client calls, and outputs to deltas
     build.py            configuration → target, draft, engine and the worker's parts
     status_report.py    counters, round times and draft events, written to the status page
-    loop.py             the loop itself, a LitLoop
+    loop.py             the loop itself
 """

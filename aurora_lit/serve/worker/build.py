@@ -24,8 +24,10 @@ from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
 from aurora_lit.models import packed_target
-from aurora_lit.models.source import cache_root, resolve
+from aurora_lit.models.source import cache_root, find_target
 from aurora_lit.models.target import CPU, Target
+from aurora_lit.models.tokenizer import Tokenizer, keep_tokenizer
+from aurora_lit.models.tokenizer import load_tokenizer as load_kept_tokenizer
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.placement import describe, uses_gpus
 from aurora_lit.serve.engine.engine import Engine
@@ -64,7 +66,8 @@ def build_engine(
             f"engine.strategy={config.engine.strategy}: only `aurora-lit serve` shards a target over processes; "
             "use engine.strategy=single and engine.devices=1 here"
         )
-    tokenizer, target = _load(config)
+    use_threads(config.engine.threads)
+    tokenizer, target = load_tokenizer(config), load_serving_target(config)
     observer = None if sink is None else _recorder(config, target, sink)
     return _engine(config, target, tokenizer, observer=observer), tokenizer
 
@@ -72,7 +75,10 @@ def build_engine(
 def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
     """An engine for a server: its traces go into the run folder's ring, and its draft can be swapped."""
     shard = load_shard(config, run_folder, 0) if config.engine.strategy != "single" else None
-    tokenizer, target = _load(config) if shard is None else (load_tokenizer(config), shard)
+    if shard is None:
+        use_threads(config.engine.threads)
+    target = load_serving_target(config) if shard is None else shard
+    tokenizer = load_kept_tokenizer(find_target(config), cache_dir=cache_root(config.target.cache_dir))
     sinks = _sinks(config, run_folder)
     observer = _recorder(config, target, sinks)
     records_traces = sinks.ring is not None or sinks.recording is not None
@@ -113,7 +119,8 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
 
 def load_shard(config: AuroraConfig, run_folder: Path, rank: int) -> ShardedTarget:
     """One rank's shard of the target; all ranks call it at the same time. Raises SourceError or ConfigError."""
-    from aurora_lit.distributed import Ranks  # imports lightning, which takes a second
+    # Imported here: lightning.fabric takes two seconds, and a target in one process does not need it.
+    from aurora_lit.distributed import Ranks
     from aurora_lit.models.sharded_target import ShardedTarget
 
     engine = config.engine
@@ -160,11 +167,6 @@ def starting_draft(config: AuroraConfig, target: Target) -> tuple[Eagle3Draft | 
     return Eagle3Draft(shape), UNTRAINED_VERSION
 
 
-def _load(config: AuroraConfig) -> tuple[PreTrainedTokenizerBase, Target]:
-    use_threads(config.engine.threads)
-    return load_tokenizer(config), load_serving_target(config)
-
-
 def _device(config: AuroraConfig) -> torch.device:
     return torch.device("cuda") if uses_gpus(config) else CPU
 
@@ -181,7 +183,7 @@ def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None
 def _engine(
     config: AuroraConfig,
     target: Target,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer | PreTrainedTokenizerBase,
     *,
     observer: RoundObserver | None,
     kept_costs: KeptCosts | None = None,
@@ -251,22 +253,23 @@ def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
 
 
 def prepare(config: AuroraConfig) -> None:
-    """Fetch the target and check that it can be placed and partitioned as configured, before any process is started.
+    """Fetch the target, keep its tokenizer, and check that it can be placed and partitioned as configured.
 
-    Raises SourceError or ConfigError.
+
+    Runs before any process of the engine is started. Raises SourceError or ConfigError.
     """
-    from transformers import AutoConfig
-
-    from aurora_lit.models.partition import check_partition
-
     uses_gpus(config)
-    check_partition(config, AutoConfig.from_pretrained(find_target(config), local_files_only=True))
+    folder = find_target(config)
+    try:
+        keep_tokenizer(folder, cache_dir=cache_root(config.target.cache_dir))
+    except OSError as error:
+        _log.warning("the tokenizer cannot be kept (%s); every start will load it with transformers", error)
+    if config.engine.strategy != "single":
+        from transformers import AutoConfig
 
+        from aurora_lit.models.partition import check_partition
 
-def find_target(config: AuroraConfig) -> Path:
-    """The target's folder; downloads and converts the target if it is not there yet. Raises SourceError."""
-    target = config.target
-    return resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
+        check_partition(config, AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def load_serving_target(config: AuroraConfig) -> Target:
@@ -300,14 +303,14 @@ def _check_length(config: AuroraConfig, target: Target) -> None:
 
 
 def load_tokenizer(config: AuroraConfig) -> PreTrainedTokenizerBase:
-    """The target's tokenizer, without its weights."""
+    """The target's tokenizer as transformers has it, without its weights."""
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(find_target(config), local_files_only=True)
     return tokenizer
 
 
-def eos_token_ids(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def eos_token_ids(target: Target, tokenizer: Tokenizer | PreTrainedTokenizerBase) -> frozenset[int]:
     """End-of-text tokens: those of the generation config and of the tokenizer."""
     of_tokenizer = frozenset() if tokenizer.eos_token_id is None else frozenset([int(tokenizer.eos_token_id)])
     return target.end_of_text_ids | of_tokenizer

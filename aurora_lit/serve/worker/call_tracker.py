@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from aurora_lit.ipc.messages import Call, CallUpdate, Delta, Failure
+from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.sequences.detokenizer import TextStream
 from aurora_lit.serve.worker.parts import EngineInterface
@@ -32,10 +31,9 @@ class _TrackedRequest:
 
 @dataclass(kw_only=True)
 class _ActiveCall:
-    """A call, and the HTTP process that waits for it."""
+    """A call that the HTTP process waits for."""
 
     call_id: str
-    response_queue_id: int
     unfinished: set[str] = field(default_factory=set)
     """Ids of its requests that have not ended."""
 
@@ -43,8 +41,8 @@ class _ActiveCall:
 class Progress(NamedTuple):
     """What a round's outputs mean for calls."""
 
-    updates: list[tuple[str, int, CallUpdate]]
-    """(call id, response queue id, update), one for each call that the round concerns."""
+    updates: list[tuple[str, CallUpdate]]
+    """(call id, update), one for each call that the round concerns."""
     domains: list[str]
     """The domain label of each output's request; "" without one."""
 
@@ -55,7 +53,7 @@ class CallTracker:
     A call is added, its outputs arrive round by round, and it is removed when its last request ends, or by `cancel`.
     """
 
-    def __init__(self, engine: EngineInterface, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, engine: EngineInterface, tokenizer: Tokenizer) -> None:
         """Start without calls."""
         self._engine, self._tokenizer = engine, tokenizer
         self._calls: dict[str, _ActiveCall] = {}
@@ -63,9 +61,9 @@ class CallTracker:
         self.num_opted_out = 0
         """Requests with `store: false` since the start."""
 
-    def add(self, call: Call, response_queue_id: int) -> None:
+    def add(self, call: Call) -> None:
         """Submit every request of a call. If the engine refuses one, the caller must `cancel` the call."""
-        active = _ActiveCall(call_id=call.call_id, response_queue_id=response_queue_id)
+        active = _ActiveCall(call_id=call.call_id)
         self._calls[call.call_id] = active
         for index, request in enumerate(call.requests):
             text = TextStream(self._tokenizer, stop=request.params.stop)
@@ -82,9 +80,9 @@ class CallTracker:
             self._engine.cancel(request_id)
             del self._requests[request_id]
 
-    def active_calls(self) -> list[tuple[str, int]]:
-        """(call id, response queue id) of every running call."""
-        return [(active.call_id, active.response_queue_id) for active in self._calls.values()]
+    def active_calls(self) -> list[str]:
+        """The id of every running call."""
+        return list(self._calls)
 
     def advance(self, outputs: Sequence[Output]) -> Progress:
         """Turn a round's outputs into one update per call; requests and calls that ended are removed."""
@@ -92,7 +90,6 @@ class CallTracker:
         failures: dict[str, Failure] = {}
         # Before anything is removed: the request of an output may end with it.
         domains = [self._domain_of(output.request_id) for output in outputs]
-        queue_ids = {active.call_id: active.response_queue_id for active in self._calls.values()}
         for output in outputs:
             tracked = self._requests.get(output.request_id)
             if tracked is None:
@@ -107,7 +104,7 @@ class CallTracker:
                 failures[call_id] = Failure(message=f"the request failed: {error}", code="engine_error")
                 self.cancel(call_id)
         updates: dict[str, CallUpdate] = {**{call_id: tuple(parts) for call_id, parts in deltas.items()}, **failures}
-        return Progress([(call_id, queue_ids[call_id], update) for call_id, update in updates.items()], domains)
+        return Progress(list(updates.items()), domains)
 
     def _domain_of(self, request_id: str) -> str:
         tracked = self._requests.get(request_id)

@@ -1,4 +1,4 @@
-"""The engine worker's loop: takes calls from LitServe's request queue, runs engine rounds, sends back text.
+"""The engine worker's loop: takes calls from the HTTP process, runs engine rounds, sends back text.
 
 One thread owns the engine. A second one waits for requests, a third one writes the heartbeat, and a fourth one loads
 new drafts (serve/worker/hot_reload.py). Leaves out the HTTP side (serve/http/worker_client.py), tracking calls
@@ -20,17 +20,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
-from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
-
-from litserve.loops import LitLoop
-from litserve.utils import LitAPIStatus, LoopResponseType
+from typing import TYPE_CHECKING
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
-from aurora_lit.ipc.messages import CANCEL, RESPONSES_UID, CallUpdate, Failure
+from aurora_lit.ipc.messages import CANCEL, CallMessage, Failure, WorkerChannel
 from aurora_lit.serve.worker.call_tracker import CallTracker
 from aurora_lit.serve.worker.parts import EngineInterface, WorkerParts
 from aurora_lit.serve.worker.status_report import StatusReport
@@ -44,32 +39,22 @@ HANG_TIMEOUT_S = 120.0
 _log = logging.getLogger(__name__)
 
 
-class EngineLoop(LitLoop):  # type: ignore[misc]
-    """LitServe runs this in the worker process; `run` never returns."""
+class EngineLoop:
+    """Runs in the worker process (serve/engine_process.py)."""
 
-    def __init__(self, status_path: Path) -> None:
-        """status_path: the engine worker's status page, which must exist."""
-        super().__init__()
-        self._status_path, self._is_ending = status_path, False
+    def __init__(self, channel: WorkerChannel, page: EngineStatusPage) -> None:
+        """page: the engine worker's status page, writable."""
+        self._channel, self._page, self._is_ending = channel, page, False
 
-    def run(
-        self,
-        lit_api: Any,
-        device: str,
-        worker_id: int,
-        request_queue: Any,
-        transport: Any,
-        workers_setup_status: Any,
-        callback_runner: Any,
-    ) -> None:
-        """Serve until SIGTERM has come and no request runs, or until the engine fails (exception, exit code 1)."""
-        parts: WorkerParts = lit_api.parts
-        live: LiveDraft | None = lit_api.live_draft
-        engine = parts.engine
-        page = EngineStatusPage.open(self._status_path, writable=True)
+    def run(self, parts: WorkerParts, live: LiveDraft | None) -> None:
+        """Serve until SIGTERM has come and no request runs, or until the engine fails (exception, exit code 1).
+
+        live: the draft that is swapped; None: the engine has no draft.
+        """
+        engine, page = parts.engine, self._page
         calls = CallTracker(engine, parts.tokenizer)
-        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._read_requests, args=(request_queue, inbox), daemon=True).start()
+        inbox: queue.SimpleQueue[CallMessage | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read_calls, args=(inbox,), daemon=True).start()
         heartbeat = _Heartbeat(page)
         threading.Thread(target=heartbeat.run, daemon=True).start()
         if live is not None:
@@ -82,7 +67,7 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
                 heartbeat.set_idle()
                 while inbox.empty() and not engine.has_work and parts.idle_work():
                     pass
-                self._process_inbox(inbox, calls, transport, wait=not engine.has_work)
+                self._process_inbox(inbox, calls, wait=not engine.has_work)
                 heartbeat.set_busy()
                 started, swaps = time.perf_counter(), 0 if live is None else live.num_swaps
                 if live is not None:
@@ -94,13 +79,15 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
                 updates, domains = calls.advance(outputs)
                 if live is not None:
                     live.after_round(outputs, domains)
-                self._send(transport, updates)
+                # A message costs both processes more than its content, so there is one a round, not one a call.
+                if updates:
+                    self._channel.send(tuple(updates))
                 report.write()
         except Exception as error:
             _log.exception("the engine failed")
             page.write(state=WorkerState.FAILED, error=f"{type(error).__name__}: {error}")
             failure = Failure(message="the engine failed; the server must be restarted", code="engine_dead")
-            self._send(transport, [(call_id, queue_id, failure) for call_id, queue_id in calls.active_calls()])
+            self._channel.send(tuple((call_id, failure) for call_id in calls.active_calls()))
             raise
         finally:
             if live is not None:
@@ -111,7 +98,8 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
     def _end_on_sigterm(self, engine: EngineInterface) -> None:
         """On SIGTERM finish the running requests, then end.
 
-        LitServe signals the worker last, after the HTTP process has drained; a service manager signals all at once.
+        LitServe's shutdown signals the worker last, after the HTTP process has drained; a service manager signals all
+        at once.
         """
 
         def end(number: int, frame: FrameType | None) -> None:
@@ -121,14 +109,14 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
 
         signal.signal(signal.SIGTERM, end)
 
-    def _read_requests(self, request_queue: Any, inbox: queue.SimpleQueue[Any]) -> None:
+    def _read_calls(self, inbox: queue.SimpleQueue[CallMessage | None]) -> None:
         while True:
             try:
-                inbox.put(self.get_request(request_queue, block=True))
-            except (EOFError, OSError):  # LitServe's queue manager has ended, so the server has too
+                inbox.put(self._channel.receive())
+            except (EOFError, OSError):  # the HTTP process has ended, so the server has too
                 os._exit(1)
 
-    def _process_inbox(self, inbox: queue.SimpleQueue[Any], calls: CallTracker, transport: Any, *, wait: bool) -> None:
+    def _process_inbox(self, inbox: queue.SimpleQueue[CallMessage | None], calls: CallTracker, *, wait: bool) -> None:
         """Add and cancel calls until the inbox is empty. wait: block until the first message arrives."""
         while True:
             try:
@@ -138,34 +126,21 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
             wait = False
             if item is None:  # wakes the loop for a new draft
                 continue
-            response_queue_id, call_id, _, message = item
+            call_id, message = item
             if message == CANCEL:
                 calls.cancel(call_id)
                 continue
             try:
-                calls.add(message, response_queue_id)
+                calls.add(message)
             except RequestError as error:
                 calls.cancel(call_id)
                 failure = Failure(message=error.message, param=error.param, code=error.code, status=error.status)
-                self._send(transport, [(call_id, response_queue_id, failure)])
+                self._channel.send(((call_id, failure),))
             except Exception as error:
                 _log.exception("call %s was not accepted", call_id)
                 calls.cancel(call_id)
                 failure = Failure(message=f"the request failed: {error}", code="engine_error")
-                self._send(transport, [(call_id, response_queue_id, failure)])
-
-    def _send(self, transport: Any, updates: Iterable[tuple[str, int, CallUpdate]]) -> None:
-        """Send (call id, response queue id, update) in one message per HTTP process.
-
-        A message costs both processes more than its content, so there is one a round, not one a call.
-        """
-        by_process: dict[int, list[tuple[str, CallUpdate]]] = {}
-        for call_id, response_queue_id, update in updates:
-            by_process.setdefault(response_queue_id, []).append((call_id, update))
-        for response_queue_id, message in by_process.items():
-            self.put_response(
-                transport, response_queue_id, RESPONSES_UID, tuple(message), LitAPIStatus.OK, LoopResponseType.STREAMING
-            )
+                self._channel.send(((call_id, failure),))
 
 
 class _Heartbeat:

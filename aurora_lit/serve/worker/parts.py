@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PreTrainedTokenizerBase
-
+from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.request import Output, Request
 
 
@@ -55,7 +54,7 @@ class WorkerParts:
     """What an engine worker consists of."""
 
     engine: EngineInterface
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     load_draft: Callable[[Path | None], Any] | None = None
     """Loads a draft for `swap_draft` from a folder, or the starting draft for None; None: this engine has no draft."""
     unrecorded: Callable[[], int] = lambda: 0

@@ -3,7 +3,7 @@
 An observation is one sequence's round with proposals of the draft (n-gram lookup and exploring rounds do not count). It
 is compared with the mean accepted length of the previous version for as many proposals in the same domain: the number
 of proposals changes with load and acceptance, and traffic changes its mix of domains, neither of which is due to the
-draft. A Page–Hinkley test (river) watches the differences. When it signals a drop, the mean over all rounds of the new
+draft. A Page–Hinkley test watches the differences. When it signals a drop, the mean over all rounds of the new
 version must show the drop as well, beyond noise. A version is on trial once, in its first rounds; later changes are
 due to traffic. Leaves out the rollback itself (serve/worker/hot_reload.py) and the
 gate before publishing (learn/online/gate.py).
@@ -19,9 +19,8 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from river.drift import PageHinkley
+from aurora_lit.modules.domains.page_hinkley import PageHinkley
 
 TRIAL_ROUNDS = 2048
 """Length of a trial, in observations."""
@@ -91,8 +90,7 @@ class RollbackWatch:
         if not self._on_trial or expected is None:
             return None
         self._differences.add(accepted - expected)
-        self._detector.update(accepted - expected)
-        self._alarmed |= self._detector.drift_detected
+        self._alarmed |= self._detector.update(accepted - expected)
         number, mean = self._differences.number, self._differences.mean
         bad = (
             self._alarmed
@@ -105,14 +103,13 @@ class RollbackWatch:
         return f"it accepted {-mean:.2f} tokens a round less than the version before, over {number} rounds"
 
 
-def _detector() -> Any:
+def _detector() -> PageHinkley:
     """A Page–Hinkley test that has seen a series without differences, so that it has a baseline."""
-    detector: Any = PageHinkley(
+    detector = PageHinkley(
         min_instances=_FEWEST_ROUNDS, delta=_TOLERATED_DROP_TOKENS, threshold=_THRESHOLD_TOKENS, mode="down"
     )
-    update: Any = detector.update
     for _ in range(_QUIET_ROUNDS):
-        update(0.0)
+        detector.update(0.0)
     return detector
 
 

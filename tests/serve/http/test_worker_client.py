@@ -8,9 +8,10 @@ import pytest
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
-from aurora_lit.ipc.messages import CANCEL, RESPONSES_UID, Call, Delta, Failure
+from aurora_lit.ipc.messages import CANCEL, Call, Delta, Failure
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.http import worker_client as worker_client_module
+from aurora_lit.serve.http.channel import RESPONSES_UID
 from aurora_lit.serve.http.worker_client import ClientDisconnected, WorkerClient
 
 CALL = Call(call_id="c", requests=(Request(request_id="c-0", prompt_ids=(1,), params=SamplingParams(max_tokens=1)),))
@@ -18,8 +19,6 @@ CALL = Call(call_id="c", requests=(Request(request_id="c-0", prompt_ids=(1,), pa
 
 class FakeSpec:
     """The attributes of LitServe's spec that WorkerClient uses."""
-
-    response_queue_id = 0
 
     def __init__(self):
         self.response_buffer, self.sent = {}, []
@@ -73,7 +72,7 @@ def deliver(spec, updates):
 
 
 def sent_messages(spec):
-    return [message for _, _, _, message in spec.sent]
+    return [message for _, message in spec.sent]
 
 
 def test_a_finished_call_leaves_nothing_and_sends_no_cancel(worker_client, spec):

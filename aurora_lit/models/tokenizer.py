@@ -1,0 +1,188 @@
+"""The target's tokenizer as serving uses it: text to ids and back, the chat template; without transformers or torch.
+
+transformers builds a tokenizer from a dozen kinds of files, by rules that differ between model families. We let it do
+so once, and keep what it has built: the state of the `tokenizers` object behind it, its chat template and special
+tokens. Later starts load that with `tokenizers` alone, in a fifth of a second instead of three. What is kept is named
+after a digest of the model's files and the libraries' versions, so it is never stale.
+
+    keep_tokenizer(folder, cache_dir=...)               # with transformers; nothing is kept if that cannot be done
+    tokenizer = load_tokenizer(folder, cache_dir=...)   # what was kept, or transformers' own
+
+Tokenizers of families that have Python code of their own (or no `tokenizers` object) are not kept; they are always
+loaded by transformers. Leaves out the rendering of templates (chat_template.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from tokenizers import Tokenizer as BackendTokenizer
+
+from aurora_lit.models.chat_template import ChatTemplate
+
+_FORMAT = 1
+"""Part of the name: increase it when something else is kept of the same files."""
+_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken"})
+_OWN_CODE = (
+    "__call__",
+    "_convert_id_to_token",
+    "_decode",
+    "_encode_plus",
+    "apply_chat_template",
+    "convert_ids_to_tokens",
+    "decode",
+    "encode",
+    "get_chat_template",
+    "get_vocab",
+)
+"""Methods that a family must not override for its tokenizer to be kept."""
+
+
+class Tokenizer(Protocol):
+    """What serving needs of a tokenizer; transformers' tokenizers have it too (their results have wider types)."""
+
+    chat_template: Any
+    """None if the model has no chat template."""
+
+    @property
+    def eos_token_id(self) -> Any: ...  # noqa: D102
+    @property
+    def all_special_ids(self) -> list[int]: ...  # noqa: D102
+    def get_vocab(self) -> dict[str, int]: ...  # noqa: D102
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...  # noqa: D102
+    def decode(  # noqa: D102
+        self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> Any: ...
+    def convert_ids_to_tokens(self, ids: int) -> Any: ...  # noqa: D102
+    def apply_chat_template(  # noqa: D102
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
+
+
+class KeptTokenizer:
+    """A `Tokenizer` made of what was kept; gives the ids and texts of the one it was made from."""
+
+    def __init__(self, backend: BackendTokenizer, kept: Mapping[str, Any]) -> None:
+        """kept: the record that `keep_tokenizer` has written."""
+        self.backend_tokenizer = backend
+        backend.encode_special_tokens = kept["split_special_tokens"]
+        self.chat_template: str | None = kept["chat_template"]
+        self.eos_token_id: int | None = kept["eos_token_id"]
+        self.all_special_ids: list[int] = kept["all_special_ids"]
+        self._special_tokens: dict[str, Any] = kept["special_tokens"]
+        self._template: ChatTemplate | None = None
+
+    def get_vocab(self) -> dict[str, int]:
+        """The id of each token, added tokens included."""
+        return self.backend_tokenizer.get_vocab(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The ids of a text; add_special_tokens: with those that the model puts around every text."""
+        return list(self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(
+        self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        """The text of some ids, as it is."""
+        assert not clean_up_tokenization_spaces, "text is served as the model wrote it"
+        return self.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        """The token with this id; None if there is none."""
+        return self.backend_tokenizer.id_to_token(ids)
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        """The conversation as the model's prompt. Raises jinja2.TemplateError if the template refuses it."""
+        assert not tokenize, "a rendered prompt is checked before it is tokenized"
+        assert self.chat_template is not None, "there is nothing to render"
+        if self._template is None:
+            self._template = ChatTemplate(self.chat_template, self._special_tokens)
+        return self._template.render(conversation, add_generation_prompt=add_generation_prompt)
+
+
+def load_tokenizer(folder: Path, *, cache_dir: Path) -> Tokenizer:
+    """The tokenizer of a model folder: the kept one if there is one, else transformers' own."""
+    state_path, record_path = _paths(folder, cache_dir)
+    with contextlib.suppress(Exception):  # not kept, or damaged, for which `tokenizers` raises plain exceptions
+        kept = json.loads(record_path.read_text(encoding="utf-8"))
+        if kept is not None:
+            return KeptTokenizer(BackendTokenizer.from_str(state_path.read_text(encoding="utf-8")), kept)
+    return cast(Tokenizer, _from_transformers(folder))
+
+
+def is_kept(folder: Path, *, cache_dir: Path) -> bool:
+    """True if `keep_tokenizer` has nothing to do: kept already, cannot be kept, or the cache cannot be written to."""
+    path = _paths(folder, cache_dir)[1]
+    existing = next(parent for parent in path.parents if parent.exists())
+    return path.is_file() or not os.access(existing, os.W_OK)
+
+
+def keep_tokenizer(folder: Path, *, cache_dir: Path) -> None:
+    """Load the tokenizer with transformers and keep it, if that is possible. Raises OSError."""
+    from transformers import TokenizersBackend
+
+    state_path, record_path = _paths(folder, cache_dir)
+    tokenizer = _from_transformers(folder)
+    kind: Any = type(tokenizer)
+    state, record = "", None
+    if isinstance(tokenizer, TokenizersBackend) and all(
+        getattr(kind, name) is getattr(TokenizersBackend, name) for name in _OWN_CODE
+    ):
+        backend = BackendTokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        try:
+            template = None if tokenizer.chat_template is None else tokenizer.get_chat_template()
+        except ValueError:  # several templates, none of them the default
+            template = None
+        state, record = (
+            backend.to_str(),
+            {
+                "chat_template": template,
+                "special_tokens": tokenizer.special_tokens_map,
+                "all_special_ids": tokenizer.all_special_ids,
+                "eos_token_id": tokenizer.eos_token_id,
+                "split_special_tokens": bool(tokenizer.split_special_tokens),
+            },
+        )
+    record_path.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in ((state_path, state), (record_path, json.dumps(record))):  # the record last: it makes it valid
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _from_transformers(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _paths(folder: Path, cache_dir: Path) -> tuple[Path, Path]:
+    """Where the state of the `tokenizers` object and the record of everything else are kept."""
+    name = _digest(folder)
+    return cache_dir / "tokenizers" / f"{name}.tokenizer.json", cache_dir / "tokenizers" / f"{name}.json"
+
+
+def _digest(folder: Path) -> str:
+    versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
+    digest = hashlib.blake2b(json.dumps([_FORMAT, *versions]).encode(), digest_size=16)
+    for path in _tokenizer_files(folder):
+        digest.update(json.dumps([path.relative_to(folder).as_posix(), path.stat().st_size]).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _tokenizer_files(folder: Path) -> Iterator[Path]:
+    """All files that may decide how a tokenizer is built; not the weights."""
+    candidates: Sequence[Path] = sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")])
+    yield from (path for path in candidates if path.suffix in _SUFFIXES and path.is_file())

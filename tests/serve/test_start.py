@@ -1,0 +1,182 @@
+"""How a server starts: the engine first, each process with what it needs, the learner once requests are answered."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import child_environment
+from support.fake_server import free_port
+
+from aurora_lit.config import load_config
+from aurora_lit.errors import AuroraError, SourceError
+from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
+from aurora_lit.models.tokenizer import is_kept
+from aurora_lit.serve import backend, server
+
+HEAVY = ("torch", "transformers", "lightning", "river", "scipy", "numpy")
+
+
+def run(code: str, *arguments: str) -> str:
+    """What a new interpreter prints; it must end with exit code 0."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, env=child_environment()
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Path:
+    """A tiny target with a tokenizer."""
+    from support.fake_engine import tiny_tokenizer
+
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_the_engine_is_started_before_anything_heavy_is_imported() -> None:
+    code = f"""
+import json, sys
+from aurora_lit.cli.main import main
+import aurora_lit.serve.server as server
+from aurora_lit.serve.backend import Backend
+
+def start(*_):
+    print(json.dumps(sorted({{"litserve", "fastapi", "uvicorn", *{HEAVY!r}}} & set(sys.modules))))
+    raise SystemExit(0)
+
+server.start_engine_processes = start
+server.real_backend = lambda: Backend(prepare=lambda config: None, build_worker=None, load_tokenizer=None)
+main(["serve", "server.port={free_port()}"])
+"""
+    assert json.loads(run(code)) == []
+
+
+def test_the_main_and_http_processes_contain_no_torch(model: Path, tmp_path: Path) -> None:
+    """One is a fork of the other. Imports and builds all of both, and prepares a request as the HTTP process does."""
+    overrides = [f"target.source={model}", f"target.cache_dir={tmp_path / 'cache'}"]
+    backend.prepare(load_config(None, overrides))
+    code = f"""
+import json, pathlib, socket, sys
+from aurora_lit.cli.main import main
+from aurora_lit.config import load_config
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+from aurora_lit.serve import backend, server
+from aurora_lit.serve.http.schema import ChatRequest
+from aurora_lit.serve.http.tokenize import Limits, prepare_chat
+
+folder = pathlib.Path(sys.argv[1])
+config = load_config(None, sys.argv[2:])
+real = backend.real_backend()
+real.prepare(config)
+status = EngineStatusPage.create(folder / STATUS_NAME)
+LearnerStatusPage.create(folder / LEARNER_STATUS_NAME)
+litserver = server._build(config, real, folder, [], socket.socketpair()[0], status)
+litserver.app.openapi()
+body = ChatRequest.model_validate({{"messages": [{{"role": "user", "content": "hello"}}]}})
+limits = Limits(max_seq_len=512, vocab_size=300, longest_token=16)
+call = prepare_chat(body, call_id="c", tokenizer=real.load_tokenizer(config), limits=limits).call
+assert call.requests[0].prompt_ids
+print(json.dumps(sorted(set({HEAVY!r}) & set(sys.modules))))
+"""
+    assert json.loads(run(code, str(tmp_path), *overrides)) == []
+
+
+def test_the_engine_worker_contains_no_web_framework_and_nothing_of_sharding() -> None:
+    code = """
+import json, sys
+import aurora_lit.serve.engine_process, aurora_lit.serve.worker.build, aurora_lit.serve.worker.loop
+import aurora_lit.serve.worker.live_draft
+unused = {"litserve", "fastapi", "uvicorn", "lightning", "river", "aurora_lit.distributed"}
+print(json.dumps(sorted(unused & set(sys.modules))))
+"""
+    assert json.loads(run(code)) == []
+
+
+def test_what_is_missing_is_fetched_in_a_process_of_its_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "START_METHOD", "fork")
+    overrides = [f"target.source={model}", f"target.cache_dir={tmp_path}"]
+    assert not is_kept(model, cache_dir=tmp_path)
+    backend.prepare(load_config(None, overrides))
+    assert is_kept(model, cache_dir=tmp_path)
+    with pytest.raises(SourceError, match="no such folder"):
+        backend.prepare(load_config(None, [f"target.source={tmp_path / 'nothing'}"]))
+
+    def die(*_: object) -> None:
+        raise SystemExit(7)
+
+    monkeypatch.setattr(backend, "_prepare_in_child", die)
+    with pytest.raises(AuroraError, match="exit code 7"):
+        backend.prepare(load_config(None, [f"target.source={tmp_path / 'nothing'}"]))
+
+
+class Learner:
+    """Records when it is started."""
+
+    def __init__(self) -> None:
+        self.started = threading.Event()
+
+    def start(self) -> None:
+        self.started.set()
+
+
+@pytest.fixture
+def ready_route() -> Iterator[Any]:
+    """A server whose /ready answers with the status in `.code`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(httpd.code)  # type: ignore[attr-defined]
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.code = 503  # type: ignore[attr-defined]
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+    thread.start()
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+    thread.join()
+
+
+def test_the_learner_is_started_once_the_server_answers_and_not_before(
+    ready_route: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, learner = EngineStatusPage.create(tmp_path / "status"), Learner()
+    config = load_config(None, [f"server.port={ready_route.server_address[1]}"])
+    arguments: Any = (config, page, learner)
+    thread = threading.Thread(target=server._announce_when_ready, args=arguments)
+    thread.start()
+    time.sleep(0.2)
+    assert not learner.started.is_set(), "the engine still loads"
+    page.write(state=WorkerState.READY)
+    time.sleep(0.2)
+    assert not learner.started.is_set(), "the engine is ready, but nobody answers requests yet"
+    assert capsys.readouterr().out == ""
+    ready_route.code = 200
+    thread.join(5)
+    assert learner.started.is_set()
+    assert "aurora-lit serves" in capsys.readouterr().out
+
+
+def test_no_learner_is_started_if_the_engine_cannot_be_built(tmp_path: Path) -> None:
+    page, learner = EngineStatusPage.create(tmp_path / "status"), Learner()
+    page.write(state=WorkerState.FAILED)
+    arguments: Any = (load_config(None, [f"server.port={free_port()}"]), page, learner)
+    server._announce_when_ready(*arguments)
+    assert not learner.started.is_set()
