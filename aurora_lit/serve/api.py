@@ -97,7 +97,6 @@ class AuroraServer(LitServer):  # type: ignore[misc]
 
     def verify_worker_status(self) -> None:
         """Wait until the engine is ready. Raises RuntimeError if it cannot be built."""
-        gc.collect()
         gc.freeze()  # so that collections in the HTTP process do not copy the pages that it shares with this one
         while (state := self._status.read().state) is not WorkerState.READY:
             if state is WorkerState.FAILED:
