@@ -167,6 +167,38 @@ def test_native_drafting_ends_where_the_rule_says(target: Target, width: int) ->
     assert len(ends) > 3, "the tables must end drafting at different levels"
 
 
+@torch.no_grad()
+@pytest.mark.skipif(not native.has_int8_tiles(), reason="drafts of other formats have no copy in four bits")
+def test_a_chain_that_reads_the_heads_copy_first_proposes_what_the_head_does(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """One sequence reads the copy, eight do not. Where they differ, the head has hardly a preference."""
+    vocab, count = 4000, 8
+    folder = save_model("llama", tmp_path_factory.mktemp("wide"), vocab_size=vocab)
+    target = Target.load(folder, precision="bf16")
+    tokens_SL = torch.randint(0, vocab, (count, 9), generator=torch.Generator().manual_seed(2))
+    drafter = Drafter(random_draft(target, draft_vocab_size=vocab - 3), target, tokens_SL=tokens_SL, capacity=8)
+    options = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=0.0)] * count)
+    one = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=0.0)])
+    same = 0
+    for _ in range(25):
+        drafter.features_SLF.normal_()
+        drafter._num_cached = [0] * count
+        together = DraftInputs(slots_B=torch.arange(count), lengths=[5] * count)
+        token_BK = drafter.propose(together, options=options, num_steps=1)[0].token_BK
+        drafter._num_cached = [0] * count
+        normed_BH = drafter.draft.norm(drafter.prefill(together))
+        logits_BD = drafter.draft.lm_head(normed_BH)
+        for b in range(count):
+            drafter._num_cached = [0] * count
+            alone = DraftInputs(slots_B=torch.tensor([b]), lengths=[5])
+            token = drafter.propose(alone, options=one, num_steps=1)[0].token_BK[0, 0]
+            same += int(token == token_BK[b, 0])
+            logit = logits_BD[b, drafter.vocabulary.draft_id_V[token]]
+            assert logit > logits_BD[b].max() - logits_BD[b].std()
+    assert same > 0.9 * 25 * count
+
+
 def stop_after_levels(levels: int, most: int) -> list[float]:
     """What levels must promise so that exactly these are drafted."""
     return [-math.inf if done < levels else math.inf for done in range(1, most)]

