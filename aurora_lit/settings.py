@@ -99,8 +99,8 @@ class EngineSettings:
     decoding sequences less."""
     prefix_cache: bool = True
     """Copy the KV cache of a common prefix from any slot that still holds it, instead of computing it again. Answers
-    are the same, so in int8 and int4 on matrix tiles only the prompts of earlier requests are copied: their answers are
-    rounded differently. Response time reveals whether a similar prompt was sent before."""
+    are the same, so on matrix tiles (but not in fp32) only the prompts of earlier requests are copied: their answers
+    are rounded differently. Response time reveals whether a similar prompt was sent before."""
     strategy: Literal["single", "fsdp", "tensor_parallel"] = "single"
     """How the target is split over engine.devices processes. tensor_parallel: each has some heads and columns of every
     layer (faster). fsdp: each has a part of every weight and gathers a layer to run it (works for any model)."""

@@ -1,6 +1,7 @@
 // Attention over the KV cache: writing new keys and values, attending, moving the accepted columns of a tree.
 #pragma once
 
+#include "attention_prompt.hpp"
 #include "attention_tiles.hpp"
 #include "attention_vectors.hpp"
 
@@ -40,7 +41,8 @@ void attend_share(const AttentionShape& s, const float* q, const Cache* keys, co
 #if defined(AURORA_TILES)
   if constexpr (sizeof(Cache) == 2)
     if (s.pair == 2) {
-      attend_tiles(s, q, keys, values, slots, starts, tree, shared, out);
+      if (s.num_prompts < s.rows) attend_tiles(s, q, keys, values, slots, starts, tree, shared, out);
+      if (s.num_prompts) attend_prompts(s, q, keys, values, slots, starts, out);
 #pragma omp barrier
       return;
     }

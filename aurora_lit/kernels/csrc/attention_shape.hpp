@@ -18,10 +18,10 @@ struct AttentionShape {
   int64_t cache_row_v, cache_head_v;  // of the cached values
   float scale;
   const int64_t* begins;  // [rows + 1]: index of each row's first query; or null: every row has `queries` queries
-  int64_t num_prompts;    // the last `num_prompts` rows read a prompt, the others decode
+  int64_t num_prompts;    // the last `num_prompts` rows read a prompt, the others decode (attention_prompt.hpp)
   int64_t pair;           // values that the cache stores together
 
-  bool is_prompt(int64_t row) const { return row >= rows - num_prompts; }
+  int64_t decoding() const { return rows - num_prompts; }
   int64_t queries_of(int64_t row) const { return begins ? begins[row + 1] - begins[row] : queries; }
   int64_t first_of(int64_t row) const { return begins ? begins[row] : row * queries; }
 };

@@ -177,7 +177,7 @@ inline SharedTiles shared_tiles(const AttentionShape& s, const int64_t* starts, 
   SharedTiles shared;
   if (s.pair != 2) return shared;
   const size_t threads = size_t(omp_get_max_threads());
-  for (int64_t b = 0; b < s.rows; ++b) {
+  for (int64_t b = 0; b < s.decoding(); ++b) {
     const int64_t blocks = whole_blocks(starts[b] + (tree.parents ? tree.columns : s.queries_of(b))) / KEY_BLOCK;
     shared.blocks = blocks > shared.blocks ? blocks : shared.blocks;
   }
@@ -201,7 +201,7 @@ inline void attend_tiles(const AttentionShape& s, const float* q, const uint16_t
     return blocks;
   };
   int64_t total = 0;
-  for (int64_t b = 0; b < s.rows; ++b) total += s.kv_heads * blocks_of(b);
+  for (int64_t b = 0; b < s.decoding(); ++b) total += s.kv_heads * blocks_of(b);
   const int64_t from = total * thread / threads, to = total * (thread + 1) / threads;
   if (from == to) return;
 
@@ -217,7 +217,7 @@ inline void attend_tiles(const AttentionShape& s, const float* q, const uint16_t
   _tile_storeconfig(&products);
   room.configured = 0;
   int64_t at = 0;
-  for (int64_t b = 0; b < s.rows && at < to; ++b) {
+  for (int64_t b = 0; b < s.decoding() && at < to; ++b) {
     const int64_t head_blocks = blocks_of(b);
     for (int64_t g = 0; g < s.kv_heads && at < to; ++g) {
       if (at + head_blocks <= from) {

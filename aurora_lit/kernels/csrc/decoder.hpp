@@ -149,7 +149,7 @@ void decode(const DecoderCall& call) {
   typedef typename Format::Input Input;
   AttentionShape s = call.attention;
   const int H = int(call.hidden), D = int(s.head_dim), rows = int(s.first_of(s.rows));
-  const PassRows<Format> kinds(rows, rows - int(s.first_of(s.rows - s.num_prompts)));
+  const PassRows<Format> kinds(rows, rows - int(s.first_of(s.decoding())));
   const int q_width = int(s.heads) * D, kv_width = int(s.kv_heads) * D;
   s.q_head = s.k_head = s.v_head = D;
   s.q_token = q_width, s.k_token = s.v_token = kv_width;

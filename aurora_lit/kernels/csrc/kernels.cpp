@@ -88,7 +88,7 @@ int aurora_has_vnni() {
     return read_rows<Format>(packed, rows, width, indices, count, to);                                                 \
   }                                                                                                                    \
   void aurora_decode_##name(const DecoderCall* call) { decode<Format, Cache>(*call); }                                 \
-  int aurora_has_prompt_arithmetic_##name() { return PromptProduct<Format>::differs(); }                               \
+  int aurora_has_prompt_arithmetic_##name() { return PromptProduct<Format>::available(); }                             \
   void aurora_draft_##name(DraftCall* call, DraftState* d) { draft<Format, Cache>(*call, *d); }
 AURORA_FORMAT(fp32, Fp32, float)
 AURORA_FORMAT(bf16, Bf16, uint16_t)

@@ -206,13 +206,11 @@ struct Product<Int8PerOutput> {
 // Products for rows of prompts, in formats that have an arithmetic of their own for them (prompt_tiles.hpp). Inputs are
 // rounded by Product<Bf16>.
 //   available   false: rows of prompts are computed as decoding rows
-//   differs     true: they get other bits than decoding rows
 //   enter       called by each thread before these products, and after others
 //   block       calls `each(r, count, sums [count, BLOCK])` for rows [r, r + count) times block b
 template <class Format>
 struct PromptProduct {
   static bool available() { return false; }
-  static bool differs() { return false; }
   static void enter() {}
   template <class Each>
   static void block(const uint16_t*, int, int, const void*, int, Each) {}
@@ -222,7 +220,6 @@ struct PromptProduct {
 template <>
 struct PromptProduct<Bf16> {
   static bool available() { return tiles_allowed(); }
-  static bool differs() { return false; }
   static void enter() { configure_tiles(TILE_ROWS); }
   template <class Each>
   static void block(const uint16_t* x, int k, int rows, const void* w, int b, Each each) {
@@ -232,7 +229,6 @@ struct PromptProduct<Bf16> {
 
 template <int BITS>
 struct PromptProduct<Grouped<BITS>> : PromptProduct<Bf16> {
-  static bool differs() { return tiles_allowed(); }
   template <class Each>
   static void block(const uint16_t* x, int k, int rows, const void* w, int b, Each each) {
     static thread_local Buffer<uint16_t> unpacked;

@@ -9,7 +9,7 @@ Which test injects which fault:
 | learner never started, or cannot start | test_server_learning: absent, dies, its program is missing |
 | learner killed while it saves or publishes | here: at random moments; test_versions: at every step |
 | server's main process killed | here: killed at random moments, attached learner; test_server_faults: leaves nothing |
-| HTTP process or queue manager killed | here: killed at random moments; test_server_faults: ends the server |
+| HTTP process killed | here: killed at random moments; test_server_faults: ends the server |
 | ring full, not read | here: stopped learner and damaged ring; test_ring: overwrites and counts |
 | no room for a ring in shared memory | test_ring: no room, a file system that takes less |
 | torn or damaged record | here: stopped learner and damaged ring; test_ring: damage, death at any line; test_record |
@@ -220,7 +220,7 @@ def learning(servers: TinyServers, *, not_pid: int = 0) -> bool:
 def storm(servers: TinyServers, answers: list[list[int]], *, kills: int, seed: int) -> None:
     """Kill one process after the other at random moments, under traffic, and check everything after each."""
     rng = random.Random(seed)
-    victims = ["learner", "main", "worker", "http", "manager", "learner", "learner", "learner"]
+    victims = ["learner", "main", "worker", "http", "learner", "learner", "learner"]
     outages: list[tuple[float, float]] = []
     server, began = servers.start(), time.time()
     servers.wait_ready()
@@ -264,9 +264,9 @@ def storm(servers: TinyServers, answers: list[list[int]], *, kills: int, seed: i
 def processes(servers: TinyServers, server: int) -> dict[str, int]:
     """The processes that a server needs, identified by the order in which they are started."""
     children = sorted(psutil.Process(server).children(), key=lambda child: child.create_time())
-    manager, worker, http = [child.pid for child in children][:3]
+    worker, http = [child.pid for child in children][:2]
     assert worker == servers.worker().worker_pid
-    return {"main": server, "manager": manager, "worker": worker, "http": http}
+    return {"main": server, "worker": worker, "http": http}
 
 
 def test_after_kills_at_random_moments_only_unsaved_work_is_lost(
