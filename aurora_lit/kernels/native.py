@@ -154,8 +154,12 @@ def attend(
     starts_B: torch.Tensor,
     *,
     scale: float,
+    num_prompts: int = 0,
 ) -> torch.Tensor:
-    """Write new keys and values to `slots_B` after `starts_B` positions, attend causally; [B, T, N, D] fp32."""
+    """Write new keys and values to `slots_B` after `starts_B` positions, attend causally; [B, T, N, D] fp32.
+
+    `num_prompts`: the last so many sequences read prompts, which may be added up in another order.
+    """
     kernels = library()
     assert kernels is not None
     B, N, T, D = query_BNTD.shape
@@ -179,7 +183,7 @@ def attend(
         *values_SGMDE.stride()[:2],
         scale,
     )
-    shape.pair = keys_SGCQPE.shape[-1]
+    shape.pair, shape.num_prompts = keys_SGCQPE.shape[-1], num_prompts
     call = kernels.aurora_attention_fp32 if keys_SGCQPE.dtype == torch.float32 else kernels.aurora_attention_bf16
     call(
         ctypes.byref(shape),

@@ -210,17 +210,15 @@ void decode(const DecoderCall& call) {
                 share(m.outputs, thread), share(m.outputs, thread + 1));
     };
     // The same blocks for the rows of prompts; y: of the first row of all.
+    const auto prompt_block = [&](const uint16_t* x, const Matrix& m, int b, float* y, ptrdiff_t stride, bool add) {
+      const int first = b * BLOCK, left = int(m.outputs) - first;
+      Q::block(x, Product<Bf16>::padded(int(m.inputs)), kinds.prompts, m.weight, b, y, stride,
+               left < BLOCK ? left : BLOCK, m.bias ? m.bias + first : nullptr, add);
+    };
     const auto prompt_product = [&](const uint16_t* x, const Matrix& m, float* y, bool add) {
-      const int outputs = int(m.outputs);
-      for (int b = share(outputs, thread); b < share(outputs, thread + 1); ++b) {
-        const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
-        Q::block(x, Product<Bf16>::padded(int(m.inputs)), kinds.prompts, m.weight, b,
-                 [&](int r, int count, const float* sums) {
-                   for (int i = 0; i < count; ++i)
-                     store_row(sums + i * BLOCK, y + ptrdiff_t(kinds.decoding + r + i) * outputs + first, width,
-                               m.bias ? m.bias + first : nullptr, add);
-                 });
-      }
+      float* of_prompts = y + ptrdiff_t(kinds.decoding) * m.outputs;
+      for (int b = share(m.outputs, thread); b < share(m.outputs, thread + 1); ++b)
+        prompt_block(x, m, b, of_prompts + b * BLOCK, m.outputs, add);
     };
     struct Part {
       const Matrix& matrix;
@@ -311,23 +309,17 @@ void decode(const DecoderCall& call) {
       }
       if (kinds.prompts) {
         if (kinds.decoding) Q::enter();
-        float* gates = prompt_gate.at_least(size_t(kinds.prompts) * BLOCK);
-        const int k_padded = Product<Bf16>::padded(H), padded_M = Product<Bf16>::padded(M);
+        float* gates = prompt_gate.at_least(size_t(kinds.prompts) * 2 * BLOCK);
+        float* ups = gates + ptrdiff_t(kinds.prompts) * BLOCK;
         for (int b = from; b < to; ++b) {
-          const int first = b * BLOCK, count = M - first < BLOCK ? M - first : BLOCK;
-          const float* gate_bias = layer.gate.bias ? layer.gate.bias + first : nullptr;
-          const float* up_bias = layer.up.bias ? layer.up.bias + first : nullptr;
-          Q::block(prompt_x, k_padded, kinds.prompts, layer.gate.weight, b, [&](int r, int n, const float* sums) {
-            for (int i = 0; i < n; ++i) store_row(sums + i * BLOCK, gates + (r + i) * BLOCK, count, gate_bias, false);
-          });
-          Q::block(prompt_x, k_padded, kinds.prompts, layer.up.weight, b, [&](int r, int n, const float* sums) {
-            for (int i = 0; i < n; ++i) {
-              alignas(64) float ups[BLOCK];
-              store_row(sums + i * BLOCK, ups, count, up_bias, false);
-              gate_times_up(gates + (r + i) * BLOCK, ups, count);
-              Product<Bf16>::round_inputs(gates + (r + i) * BLOCK, count, b, padded_M, prompt_inner, r + i, kinds.prompts);
-            }
-          });
+          const int count = M - b * BLOCK < BLOCK ? M - b * BLOCK : BLOCK;
+          prompt_block(prompt_x, layer.gate, b, gates, BLOCK, false);
+          prompt_block(prompt_x, layer.up, b, ups, BLOCK, false);
+          for (int r = 0; r < kinds.prompts; ++r) {
+            gate_times_up(gates + r * BLOCK, ups + r * BLOCK, count);
+            Product<Bf16>::round_inputs(gates + r * BLOCK, count, b, Product<Bf16>::padded(M), prompt_inner, r,
+                                        kinds.prompts);
+          }
         }
         clock.end_of(PRODUCTS);
       }

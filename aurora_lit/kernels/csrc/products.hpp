@@ -207,13 +207,12 @@ struct Product<Int8PerOutput> {
 // rounded by Product<Bf16>.
 //   available   false: rows of prompts are computed as decoding rows
 //   enter       called by each thread before these products, and after others
-//   block       calls `each(r, count, sums [count, BLOCK])` for rows [r, r + count) times block b
+//   block       y [rows, width] = `rows` rows times block b of a weight, plus bias; `add`: plus y
 template <class Format>
 struct PromptProduct {
   static bool available() { return false; }
   static void enter() {}
-  template <class Each>
-  static void block(const uint16_t*, int, int, const void*, int, Each) {}
+  static void block(const uint16_t*, int, int, const void*, int, float*, ptrdiff_t, int, const float*, bool) {}
 };
 
 #if defined(AURORA_TILES)
@@ -221,21 +220,22 @@ template <>
 struct PromptProduct<Bf16> {
   static bool available() { return tiles_allowed(); }
   static void enter() { configure_tiles(TILE_ROWS); }
-  template <class Each>
-  static void block(const uint16_t* x, int k, int rows, const void* w, int b, Each each) {
-    multiply_rows(x, k, rows, static_cast<const uint16_t*>(w) + ptrdiff_t(b) * BLOCK * k, each);
+  static void block(const uint16_t* x, int k, int rows, const void* w, int b, float* y, ptrdiff_t stride, int width,
+                    const float* bias, bool add) {
+    const uint16_t* weights = static_cast<const uint16_t*>(w) + ptrdiff_t(b) * BLOCK * k;
+    multiply_rows(x, k, rows, weights, y, stride, width, bias, add);
   }
 };
 
 template <int BITS>
 struct PromptProduct<Grouped<BITS>> : PromptProduct<Bf16> {
-  template <class Each>
-  static void block(const uint16_t* x, int k, int rows, const void* w, int b, Each each) {
+  static void block(const uint16_t* x, int k, int rows, const void* w, int b, float* y, ptrdiff_t stride, int width,
+                    const float* bias, bool add) {
     static thread_local Buffer<uint16_t> unpacked;
     uint16_t* weights = unpacked.at_least(size_t(k) * BLOCK);
     const int groups = k / GROUP;
     unpack_to_bf16<BITS>(static_cast<const WeightGroup<BITS>*>(w) + ptrdiff_t(b) * groups, groups, weights);
-    multiply_rows(x, k, rows, weights, each);
+    multiply_rows(x, k, rows, weights, y, stride, width, bias, add);
   }
 };
 #endif
