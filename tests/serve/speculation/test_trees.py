@@ -271,6 +271,19 @@ def test_the_draft_is_swapped_while_requests_run(models: TinyModels) -> None:
 # -- traces --------------------------------------------------------------------------------------------------------
 
 
+def plain_pass(target: Target, ids: list[int], *, prompt_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [T, 3H] and [T, H], computed as in the engine: a prompt's last token is decoded."""
+    kv_cache, at, states = target.make_kv_cache(num_slots=1, capacity=96), 0, []
+    for end, num_prompts in ((prompt_length - 1, 1), (len(ids), 0)):
+        if end == at:
+            continue
+        where = {"slots_B": torch.tensor([0]), "starts_B": torch.tensor([at])}
+        states.append(target.forward(torch.tensor([ids[at:end]]), kv_cache=kv_cache, num_prompts=num_prompts, **where))
+        at = end
+    aux, last = (torch.cat(parts, dim=1)[0] for parts in zip(*states, strict=True))
+    return aux, last
+
+
 def test_traces_record_the_chain_of_first_choices_and_the_states_of_the_accepted_path(models: TinyModels) -> None:
     target = models.targets["bf16"]
     traces: list[Trace] = []
@@ -281,16 +294,12 @@ def test_traces_record_the_chain_of_first_choices_and_the_states_of_the_accepted
     for trace in traces:
         check(trace)
         answer = answers[trace.request_id]
+        prompt_length = len(models.prompts[int(trace.request_id)])
         ids = [*models.prompts[int(trace.request_id)], *answer.token_ids][:-1]
         assert trace.token_ids_T.tolist() == ids
-        aux, last = target.forward(
-            torch.tensor([ids]),
-            kv_cache=target.make_kv_cache(num_slots=1, capacity=96),
-            slots_B=torch.tensor([0]),
-            starts_B=torch.tensor([0]),
-        )
-        assert torch.equal(trace.aux_T3H, aux[0].bfloat16())
-        assert torch.equal(trace.last_TH, last[0].bfloat16())
+        aux_T3H, last_TH = plain_pass(target, ids, prompt_length=prompt_length)
+        assert torch.equal(trace.aux_T3H, aux_T3H.bfloat16())
+        assert torch.equal(trace.last_TH, last_TH.bfloat16())
         start = 0
         for r, output in enumerate(answer.rounds):
             root, accepted = int(trace.round_root_R[r]), int(trace.num_accepted_R[r])
@@ -303,11 +312,6 @@ def test_traces_record_the_chain_of_first_choices_and_the_states_of_the_accepted
                 continue
             assert trace.source_R[r] == SOURCE_DRAFT
             path = [*ids[: root + 1], *trace.proposal_RK[r, :proposed].tolist()]
-            _, last_of_path = target.forward(
-                torch.tensor([path]),
-                kv_cache=target.make_kv_cache(num_slots=1, capacity=96),
-                slots_B=torch.tensor([0]),
-                starts_B=torch.tensor([0]),
-            )
-            assert torch.equal(rejected, last_of_path[0, root + accepted + 1 : root + proposed].bfloat16())
+            _, last_of_path = plain_pass(target, path, prompt_length=prompt_length)
+            assert torch.equal(rejected, last_of_path[root + accepted + 1 : root + proposed].bfloat16())
     assert further, "the test needs trees that accept more than their first chain"
