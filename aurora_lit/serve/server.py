@@ -16,6 +16,7 @@ ends, its children end with it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import http.client
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 WORKER_GRACE_S = 1.0
 """How long a server without a worker still answers /health and its clients."""
+_WRITE_S = 5.0
+"""How long an engine process may take to end after the HTTP process has ended."""
 _log = logging.getLogger(__name__)
 
 
@@ -64,10 +67,11 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
             RankStatusPage.create(rank_path(folder, rank))
         (folder / CONFIG_NAME).write_text(to_yaml(settings_for_learner(config)), encoding="utf-8")
         workers: list[BaseProcess] = []
+        http_end, worker_end = socket.socketpair()
+        ours = http_end.dup()  # stays open when LitServe closes the other
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, _interrupt)
-            http_end, worker_end = socket.socketpair()
             workers += start_engine_processes(config, backend, folder, WorkerChannel(worker_end))
             worker_end.close()  # so that the HTTP process sees the end of the worker
             tie_forked_children_to_parent()
@@ -76,7 +80,13 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
         except KeyboardInterrupt:  # while the model loads; later LitServe itself catches it
             pass
         finally:
+            # Then the engine worker ends by itself, and first writes what it records.
+            with contextlib.suppress(OSError):  # the worker has ended
+                ours.shutdown(socket.SHUT_RDWR)
+            ours.close()
+            ends = time.monotonic() + (_WRITE_S if status.read().state is WorkerState.READY else 0.0)
             for worker in workers:
+                worker.join(max(0.0, ends - time.monotonic()))
                 if worker.is_alive():
                     worker.kill()
                     worker.join()

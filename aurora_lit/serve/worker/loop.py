@@ -14,18 +14,17 @@ get an error, until the iteration ends.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import signal
 import sys
 import threading
 import time
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
-from aurora_lit.ipc.messages import CANCEL, CallMessage, Failure, WorkerChannel
+from aurora_lit.ipc.messages import CANCEL, CallMessage, Failure, RoundUpdates, WorkerChannel
 from aurora_lit.serve.worker.call_tracker import CallTracker
 from aurora_lit.serve.worker.parts import EngineInterface, WorkerParts
 from aurora_lit.serve.worker.status_report import StatusReport
@@ -33,10 +32,16 @@ from aurora_lit.serve.worker.status_report import StatusReport
 if TYPE_CHECKING:
     from aurora_lit.serve.worker.live_draft import LiveDraft
 
+    Inbox = queue.SimpleQueue[CallMessage | str | None]
+
 HEARTBEAT_S = 0.25
 HANG_TIMEOUT_S = 120.0
 """An iteration of the loop that takes longer counts as hanging. Compiling a shape (engine.compile) takes a minute."""
 _log = logging.getLogger(__name__)
+
+
+_END: Final = "the HTTP process has ended, so the server has too"
+"""In the inbox: nobody is left to be answered, so only what is pending is written."""
 
 
 class EngineLoop:
@@ -53,7 +58,7 @@ class EngineLoop:
         """
         engine, page = parts.engine, self._page
         calls = CallTracker(engine, parts.tokenizer)
-        inbox: queue.SimpleQueue[CallMessage | None] = queue.SimpleQueue()
+        inbox: Inbox = queue.SimpleQueue()
         threading.Thread(target=self._read_calls, args=(inbox,), daemon=True).start()
         heartbeat = _Heartbeat(page)
         threading.Thread(target=heartbeat.run, daemon=True).start()
@@ -81,7 +86,7 @@ class EngineLoop:
                     live.after_round(outputs, domains)
                 # A message costs both processes more than its content, so there is one a round, not one a call.
                 if updates:
-                    self._channel.send(tuple(updates))
+                    self._send(tuple(updates))
                 report.write()
         except Exception as error:
             _log.exception("the engine failed")
@@ -94,6 +99,12 @@ class EngineLoop:
                 live.close()
             parts.close()
         sys.exit(0)
+
+    def _send(self, updates: RoundUpdates) -> None:
+        try:
+            self._channel.send(updates)
+        except OSError:  # the HTTP process has ended
+            sys.exit(0)
 
     def _end_on_sigterm(self, engine: EngineInterface) -> None:
         """On SIGTERM finish the running requests, then end.
@@ -109,14 +120,17 @@ class EngineLoop:
 
         signal.signal(signal.SIGTERM, end)
 
-    def _read_calls(self, inbox: queue.SimpleQueue[CallMessage | None]) -> None:
+    def _read_calls(self, inbox: Inbox) -> None:
         while True:
             try:
                 inbox.put(self._channel.receive())
-            except (EOFError, OSError):  # the HTTP process has ended, so the server has too
-                os._exit(1)
+            except (EOFError, OSError):
+                inbox.put(_END)
+                return
 
-    def _process_inbox(self, inbox: queue.SimpleQueue[CallMessage | None], calls: CallTracker, *, wait: bool) -> None:
+    def _process_inbox(
+        self, inbox: queue.SimpleQueue[CallMessage | str | None], calls: CallTracker, *, wait: bool
+    ) -> None:
         """Add and cancel calls until the inbox is empty. wait: block until the first message arrives."""
         while True:
             try:
@@ -126,6 +140,9 @@ class EngineLoop:
             wait = False
             if item is None:  # wakes the loop for a new draft
                 continue
+            if item is _END:
+                sys.exit(0)
+            assert not isinstance(item, str)
             call_id, message = item
             if message == CANCEL:
                 calls.cancel(call_id)
@@ -135,12 +152,12 @@ class EngineLoop:
             except RequestError as error:
                 calls.cancel(call_id)
                 failure = Failure(message=error.message, param=error.param, code=error.code, status=error.status)
-                self._channel.send(((call_id, failure),))
+                self._send(((call_id, failure),))
             except Exception as error:
                 _log.exception("call %s was not accepted", call_id)
                 calls.cancel(call_id)
                 failure = Failure(message=f"the request failed: {error}", code="engine_error")
-                self._channel.send(((call_id, failure),))
+                self._send(((call_id, failure),))
 
 
 class _Heartbeat:
