@@ -105,7 +105,8 @@ inline void exponentiate_prompt(PromptBuffers& room, const float* scores, int fi
     for (int v = 1; v < N; ++v) of_rows[i] = _mm512_max_ps(of_rows[i], score(i, v));
   }
   const __m256 old_tops = _mm256_loadu_ps(room.tops + first);
-  const __m256 tops = _mm256_max_ps(old_tops, reduce_rows(of_rows, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); }));
+  const __m256 block_tops = reduce_rows(of_rows, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
+  const __m256 tops = _mm256_max_ps(old_tops, block_tops);
   const __m256 factors = _mm512_castps512_ps256(exp2_vector(_mm512_castps256_ps512(_mm256_sub_ps(old_tops, tops))));
   _mm256_storeu_ps(room.tops + first, tops);
   for (int i = 0; i < ROW_GROUP; ++i) {

@@ -127,7 +127,6 @@ struct PassRows {
 
   PassRows(int rows, int of_prompts)
       : decoding(Prompt::available() ? rows - of_prompts : rows), prompts(rows - decoding) {}
-  int all() const { return decoding + prompts; }
   size_t decoding_size(int64_t inputs) const {
     return decoding ? Decoding::buffer_rows(decoding) * size_t(Decoding::padded(int(inputs))) : 0;
   }
@@ -220,20 +219,29 @@ void decode(const DecoderCall& call) {
       for (int b = share(m.outputs, thread); b < share(m.outputs, thread + 1); ++b)
         prompt_block(x, m, b, of_prompts + b * BLOCK, m.outputs, add);
     };
+    // Does the products of each kind of rows that there is; if there are both, tiles are configured in between.
+    const auto each_kind = [&](auto of_decoding, auto of_prompts) {
+      if (kinds.decoding) {
+        if (kinds.prompts) P::enter(kinds.decoding);
+        of_decoding();
+      }
+      if (kinds.prompts) {
+        if (kinds.decoding) Q::enter();
+        of_prompts();
+      }
+    };
     struct Part {
       const Matrix& matrix;
       float* y;
     };
     const auto product = [&](std::initializer_list<Part> matrices, bool add, const Matrix& next) {
-      if (kinds.decoding) {
-        if (kinds.prompts) P::enter(kinds.decoding);
+      const auto of_decoding = [&] {
         for (const Part* part = matrices.begin(); part != matrices.end(); ++part)
           decoding_product(x, part->matrix, part->y, add, part + 1 == matrices.end() ? next : part[1].matrix);
-      }
-      if (kinds.prompts) {
-        if (kinds.decoding) Q::enter();
+      };
+      each_kind(of_decoding, [&] {
         for (const Part& part : matrices) prompt_product(prompt_x, part.matrix, part.y, add);
-      }
+      });
     };
     PassClock clock(thread == 0 ? call.nanoseconds : nullptr);
     if (kinds.decoding)
@@ -291,8 +299,7 @@ void decode(const DecoderCall& call) {
       // A thread's blocks of the gate and of the up projection have the same outputs.
       const int M = int(layer.gate.outputs), inner_k = P::padded(M);
       const int from = share(M, thread), to = share(M, thread + 1);
-      if (kinds.decoding) {
-        if (kinds.prompts) P::enter(kinds.decoding);
+      const auto gate_decoding = [&] {
         decoding_product(x, layer.gate, g, false, layer.up);
         decoding_product(x, layer.up, u, false, layer.down);
         clock.end_of(PRODUCTS);
@@ -306,9 +313,8 @@ void decode(const DecoderCall& call) {
                               kinds.decoding);
         }
         clock.end_of(REST);
-      }
-      if (kinds.prompts) {
-        if (kinds.decoding) Q::enter();
+      };
+      const auto gate_prompts = [&] {
         float* gates = prompt_gate.at_least(size_t(kinds.prompts) * 2 * BLOCK);
         float* ups = gates + ptrdiff_t(kinds.prompts) * BLOCK;
         for (int b = from; b < to; ++b) {
@@ -322,22 +328,17 @@ void decode(const DecoderCall& call) {
           }
         }
         clock.end_of(PRODUCTS);
-      }
+      };
+      each_kind(gate_decoding, gate_prompts);
 #pragma omp barrier
       if constexpr (!P::ROUNDS_GROUPS) {
 #pragma omp for schedule(static)
         for (int r = 0; r < kinds.decoding; ++r) P::round_row(g + ptrdiff_t(r) * M, M, inner, r, kinds.decoding);
       }
       clock.end_of(REST);
-      if (kinds.decoding) {
-        if (kinds.prompts) P::enter(kinds.decoding);
-        decoding_product(inner, layer.down, call.hidden_states, true,
-                         call.layers[l + 1 < call.num_layers ? l + 1 : l].query);
-      }
-      if (kinds.prompts) {
-        if (kinds.decoding) Q::enter();
-        prompt_product(prompt_inner, layer.down, call.hidden_states, true);
-      }
+      const Matrix& next = call.layers[l + 1 < call.num_layers ? l + 1 : l].query;
+      each_kind([&] { decoding_product(inner, layer.down, call.hidden_states, true, next); },
+                [&] { prompt_product(prompt_inner, layer.down, call.hidden_states, true); });
       clock.end_of(PRODUCTS);
 #pragma omp barrier
     }
