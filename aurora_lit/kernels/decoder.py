@@ -165,7 +165,8 @@ class Decoder:
         tree, its ancestors and itself. In the cache columns are stored in their own order until `move` takes the
         accepted ones to their positions.
 
-        `num_prompts`: the last so many sequences read their prompts, the others decode. Where `has_prompt_arithmetic`,
+        `num_prompts`: the last so many sequences read their prompts, the others decode; `parents_BC` has rows for the
+        others only, and beside it prompts need `begins_R`. Where `has_prompt_arithmetic`,
         the two differ in rounding. The bits of a position depend on its kind, but on no other position of the pass.
 
         Returns the last layer's hidden state (the same tensor), the final norm of it, and the auxiliary hidden states
@@ -182,7 +183,8 @@ class Decoder:
         if parents_BC is not None:
             parents_BC = parents_BC.contiguous()
             call.columns = parents_BC.shape[1]
-            assert queries <= call.columns if begins_R is None else queries == call.columns
+            assert begins_R is not None or (queries <= call.columns and not num_prompts)
+            assert len(parents_BC) == len(slots_B) - num_prompts
         for name, tensor in (
             ("slots", slots_B),
             ("starts", starts_B),

@@ -13,7 +13,7 @@ void write_slot(const AttentionShape& s, int64_t b, int64_t g, const float* k, c
                 Cache* values, const int64_t* slots, const int64_t* starts, const Tree& tree, int64_t from,
                 int64_t to) {
   const int D = int(s.head_dim);
-  const int64_t first = tree.parents ? tree.columns - s.queries : 0;
+  const int64_t first = tree.before(s);
   Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k;
   Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v;
   for (int64_t t = from; t < to; ++t) {

@@ -192,7 +192,7 @@ inline void attend_tiles(const AttentionShape& s, const float* q, const uint16_t
                          const int64_t* slots, const int64_t* starts, const Tree& tree, const SharedTiles& shared,
                          float* out) {
   const int D = int(s.head_dim);
-  const int64_t before = tree.parents ? tree.columns - s.queries : 0;  // columns computed by earlier passes
+  const int64_t before = tree.before(s);
   const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
   const auto tiles_of = [&](int64_t b) { return (queries_of_head(s, b) + TILE_QUERIES - 1) / TILE_QUERIES; };
   const auto blocks_of = [&](int64_t b) {  // of one key-value head

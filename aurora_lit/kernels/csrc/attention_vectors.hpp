@@ -145,7 +145,7 @@ template <class Cache>
 void attend_vectors(const AttentionShape& s, const float* q, const Cache* keys, const Cache* values,
                     const int64_t* slots, const int64_t* starts, const Tree& tree, float* out) {
   const int D = int(s.head_dim);
-  const int64_t before = tree.parents ? tree.columns - s.queries : 0;  // columns computed by earlier passes
+  const int64_t before = tree.before(s);
   const int64_t group = s.heads / s.kv_heads, most_parts = (group * s.queries + MAX_QUERIES - 1) / MAX_QUERIES;
   static thread_local Buffer<float> scores;
 #pragma omp for schedule(dynamic, 1)
@@ -156,6 +156,7 @@ void attend_vectors(const AttentionShape& s, const float* q, const Cache* keys, 
     const Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k;
     const Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v;
     const int64_t first = part * queries / parts, count = (part + 1) * queries / parts - first;
+    const int64_t* parents = tree.parents_of(s, b);
     const int64_t room = whole_blocks(starts[b] + before + s.queries);
     float* of_rows = scores.at_least(size_t(room * MAX_QUERIES));
     Query rows[MAX_QUERIES];
@@ -165,8 +166,8 @@ void attend_vectors(const AttentionShape& s, const float* q, const Cache* keys, 
       rows[r].out = out + ((s.first_of(b) + t) * s.heads + h) * D;
       rows[r].scores = of_rows + room * r;
       rows[r].extent = starts[b] + before + t + 1;
-      rows[r].steps = tree.parents ? path_to(tree.parents + b * tree.columns, before + t, rows[r].path) : 0;
-      rows[r].length = tree.parents ? starts[b] + rows[r].steps : rows[r].extent;
+      rows[r].steps = parents ? path_to(parents, before + t, rows[r].path) : 0;
+      rows[r].length = parents ? starts[b] + rows[r].steps : rows[r].extent;
     }
     attend_queries(rows, int(count), kc, vc, D, s.scale);
   }

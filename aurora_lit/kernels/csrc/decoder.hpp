@@ -106,10 +106,11 @@ inline void gate_times_up(float* gate, const float* up, int size) {
   for (; i < size; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
 }
 
-// Distance of query t of a tree from its row's start, in positions.
-inline int64_t depth(const Tree& tree, int64_t row, int64_t queries, int64_t t) {
+// Distance of query t of a row from its start, in positions.
+inline int64_t depth(const AttentionShape& s, const Tree& tree, int64_t row, int64_t t) {
+  const int64_t* parents = tree.parents_of(s, row);
   int path[MAX_PATH];
-  return path_to(tree.parents + row * tree.columns, tree.columns - queries + t, path) - 1;
+  return parents ? path_to(parents, tree.before(s) + t, path) - 1 : t;
 }
 
 // From this number of decoding rows on, threads share the rounding of a product's inputs, and then have to synchronise.
@@ -275,7 +276,7 @@ void decode(const DecoderCall& call) {
         const int64_t queries = s.queries_of(b), first = s.first_of(b);
         const int64_t from = job % parts * queries / parts, to = (job % parts + 1) * queries / parts;
         for (int64_t t = from; t < to; ++t) {
-          const int64_t position = call.starts[b] + (call.tree.parents ? depth(call.tree, b, s.queries, t) : t);
+          const int64_t position = call.starts[b] + depth(s, call.tree, b, t);
           const int64_t place = (position < call.max_positions ? position : call.max_positions - 1) * D;
           float* token_q = q + (first + t) * q_width;
           for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
