@@ -6,6 +6,7 @@ produced for a request. They are plain data without torch, which msgpack carries
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -62,6 +63,8 @@ class Request:
     """The client's label for the kind of traffic (`metadata.aurora_domain`); part of the trace."""
     client: str = ""
     """Pseudonym of the client (serve/http/routes.py); part of the trace."""
+    noise_key: int = field(default_factory=lambda: secrets.randbits(63))
+    """A secret that stands in for the seed where a request has none: it decides which tokens are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)

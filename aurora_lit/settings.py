@@ -72,8 +72,8 @@ class EngineSettings:
     max_draft_tokens: int = _within(4, 1, 8)
     """Maximum number of consecutive tokens that the draft proposes in a round."""
     tree_tokens: int = _within(15, 0, 31)
-    """Maximum number of tokens in a draft tree, which is at most max_draft_tokens deep. 0: only chains. Trees are used
-    for greedy and seeded requests without penalties, on the fused CPU layers; other requests get chains."""
+    """Maximum number of tokens in a draft tree, which is at most max_draft_tokens deep. 0: only chains. Trees need
+    the fused CPU layers; elsewhere the draft proposes chains."""
     adaptive: bool = True
     """true: each round chooses the draft length, and a chain or a tree, from measured costs. false: always
     max_draft_tokens and tree_tokens."""
@@ -84,19 +84,21 @@ class EngineSettings:
     """Draft temperature of exploring rounds."""
     lookup: bool = True
     """n-gram lookup: also propose the tokens that followed the latest n-gram earlier in the same request, if more of
-    them are expected to be accepted. Runs no draft. For greedy and seeded requests."""
+    them are expected to be accepted. Runs no draft."""
     lookup_tokens: int = _within(15, 1, MAX_PROPOSAL_LENGTH)
-    """Maximum number of tokens that n-gram lookup proposes for a sequence in a round. The limit is 4 while the batch
-    has requests that are not greedy or use penalties, biases or log-probabilities, and on targets without fused
-    layers."""
+    """Maximum number of tokens that n-gram lookup proposes for a sequence in a round. The limit is 4 on targets
+    without fused layers."""
     max_batch_size: int = _within(8, 1, 1024)
     """Maximum number of sequences that run together; each has one slot of the KV cache."""
     max_seq_len: int = _within(2048, 16, 1 << 20)
     """Maximum length of a sequence in tokens, prompt and answer together; each slot of the KV cache has room for it."""
     prefill_chunk_tokens: int = _within(256, 1, 1 << 16)
-    """Maximum number of prompt tokens computed in one round. While other sequences decode, a round computes at least a
-    quarter of it, and with engine.adaptive as much as prefill's share of the time allows. Smaller values delay
-    decoding sequences less."""
+    """Maximum number of prompt tokens computed in one round. While other sequences decode, engine.max_round_ms limits
+    them too."""
+    max_round_ms: float = _within(50.0, 1.0, 60_000.0)
+    """Beside sequences that decode, a round computes as many prompt tokens as keep it below this time, but at least 16;
+    the draft catches up with a new prompt by as much. Smaller values make pauses of running answers shorter, and new
+    requests wait longer for their first token."""
     prefix_cache: bool = True
     """Copy the KV cache of a common prefix from any slot that still holds it, instead of computing it again. Answers
     are the same, so on matrix tiles (but not in fp32) only the prompts of earlier requests are copied: their answers

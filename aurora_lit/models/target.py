@@ -229,8 +229,8 @@ class Target(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `forward`, for sequences with query lengths `widths`, whose tokens are concatenated in `ids_N`.
 
-        Needs `supports_trees`. T is the largest width. Gives the same bits as `forward` with that many columns for
-        every sequence; returns [N, 3H] and [N, H].
+        Needs `supports_trees`. Gives the same bits as `forward` with the largest width for every sequence; returns
+        [N, 3H] and [N, H]. `parents_BT`: of the sequences that decode.
         """
         begins_R = torch.tensor([0, *itertools.accumulate(widths)])
         batch = {"queries": max(widths), "slots_B": slots_B, "starts_B": starts_B, "parents_BC": parents_BT}

@@ -236,6 +236,7 @@ def make_engine(
         "lookup_tokens": 0,
         "adaptive": False,
         "prefill_chunk_tokens": 16,
+        "max_round_s": 0.05,
         "prefix_cache": True,
         "explore_share": 0.0,
         "explore_temperature": 1.0,

@@ -6,7 +6,7 @@ A tree is verified as columns of one forward pass: column 0 is the root, the las
 node i. Every node comes after its parent, so that one sweep over the columns follows a path. `parents` lists the
 parent's column of columns 1, 2, …
 
-Leaves out how trees grow (kernels/csrc/drafting.hpp) and what a round emits (modules/sampling/verification.py).
+Leaves out how trees grow (kernels/csrc/drafting.hpp) and what a round emits (serve/sequences/round_plan.py).
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ def first_choices(parents: Sequence[int]) -> list[int]:
     return path
 
 
-def accepted_path(tokens: Sequence[int], parents: Sequence[int], target_tokens: Sequence[int]) -> list[int]:
+def accepted_path(tokens: Sequence[int], parents: Sequence[int] | None, target_tokens: Sequence[int]) -> list[int]:
     """The accepted columns, without the root: each holds the target's own token at its parent's column.
 
     Args:
         tokens: of columns 1, 2, …
-        parents: of columns 1, 2, …
+        parents: of columns 1, 2, …; None: a chain, where each column follows the one before.
         target_tokens: the target's own token at columns 0, 1, …
     """
     path, at = [], 0
-    for column, (token, parent) in enumerate(zip(tokens, parents, strict=True), start=1):
-        if parent == at and token == target_tokens[at]:
+    for column, token in enumerate(tokens, start=1):
+        if (column - 1 if parents is None else parents[column - 1]) == at and token == target_tokens[at]:
             path.append(column)
             at = column
+        elif parents is None:
+            break
     return path
 
 

@@ -1,16 +1,21 @@
 """The speculative engine: continuous batching over slots, one `round` at a time.
 
-    round = admit → prefill a chunk → propose k tokens per sequence → forward over k + 1 → verify → commit
+    round = admit → plan → run → judge → commit
 
-Whatever the draft proposes, what is committed has exactly the distribution of plain decoding
-(modules/sampling/verification.py); the draft decides only how fast. Left out: text and stop strings
-(serve/sequences/detokenizer.py), HTTP, how many tokens are proposed (serve/speculation/planner.py,
-serve/speculation/ngram_planner.py), and the draft's own work (serve/speculation/drafter.py).
+- plan: each decoding sequence's row, its last token and what is proposed after it; and prompt chunks beside them
+- run: one pass of the target over all rows
+- judge: the target's own token at every column; proposals are accepted while they equal it
+- commit: what was accepted, and the target's token after it
+
+Every token of an output is one that the target has chosen itself, by its argmax or by a draw whose noise depends on the
+request and the token's place alone (modules/sampling/). So whatever is proposed, outputs have exactly the distribution
+of plain decoding; proposals decide only how fast. Left out: text and stop strings (serve/http/), what is proposed
+(serve/speculation/proposer.py), and whether speculation pays (serve/speculation/floor.py).
 
 A request's life: submit → waiting → prefilling (a chunk per round) → decoding → finished, or cancelled at any point.
 
-Shapes: B sequences of a batch, K proposals of the sequence with most, T = K + 1 columns, N columns computed in all,
-V vocabulary, S slots, L capacity of a slot.
+Shapes: N columns of the decoding rows, D of those columns whose logits are needed, S slots, L capacity of a slot, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -18,37 +23,34 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from aurora_lit.errors import RequestError
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.modules.sampling.distribution import LogitOptions, token_logprobs
-from aurora_lit.modules.sampling.proposals import Proposals
-from aurora_lit.modules.sampling.tree import common_prefix_length
-from aurora_lit.modules.sampling.verification import VerificationResult, verify, verify_by_equality
+from aurora_lit.modules.sampling.choice import choose_dense
+from aurora_lit.modules.sampling.distribution import is_greedy, token_logprobs
+from aurora_lit.modules.sampling.tree import common_prefix_length, depths
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.prefill import Prefill
-from aurora_lit.serve.engine.target_runner import ForwardOutput, TargetRunner, query_lengths_of
+from aurora_lit.serve.engine.target_runner import TargetRunner
 from aurora_lit.serve.sequences.ngram_index import NgramIndex
 from aurora_lit.serve.sequences.observer import RoundObserver, notify_round
-from aurora_lit.serve.sequences.sequence import (
-    EngineStats,
-    RunningSequence,
-    VerifiedTokens,
-    token_history,
-    verified_tokens,
-)
+from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, DecodingRow, RoundPlan, Verdict, judge
+from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
 from aurora_lit.serve.sequences.slot_allocator import SlotAllocator
 from aurora_lit.serve.speculation.calibration import calibration_steps
+from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.drafter import Drafter
+from aurora_lit.serve.speculation.floor import RoundKind, SpeculationFloor
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
-from aurora_lit.serve.speculation.ngram_planner import NgramPlanner
-from aurora_lit.serve.speculation.planner import SpeculationPlanner
+from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner, tree_sizes
 from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP
 
 _DONE = object()
 
@@ -88,10 +90,6 @@ class Engine:
         self._uses_lookup = options.lookup_tokens > 0
         self._waiting: deque[Request] = deque()
         self._decoding: list[RunningSequence] = []
-        self._logit_sequences: list[RunningSequence] = []
-        """Those that `_logit_options` were made for."""
-        self._logit_options = LogitOptions.from_params([])
-
         self._tokens_SL = torch.zeros(
             options.max_batch_size, self.slot_capacity + 1, dtype=torch.int64, device=self._device
         )
@@ -113,47 +111,46 @@ class Engine:
             self._allocator,
             tokens_SL=self._tokens_SL,
             chunk_tokens=options.prefill_chunk_tokens,
-            adaptive=options.adaptive,
+            max_round_s=options.max_round_s,
             stats=self.stats,
         )
         self._kept_costs = kept_costs
         self._refinement: Iterator[None] = iter(())
         """Steps of a calibration that checks the kept costs."""
-        self.planner = self._make_planner(options)
-        self.proposer = self._make_proposer(options)
+        self.costs = Costs(ragged=target.supports_trees)
+        limits = self._limits(options)
+        self.planner = SpeculationPlanner(limits, self.costs)
+        self.proposer = Proposer(
+            self._drafter,
+            self.planner,
+            device=self._device,
+            max_catch_up_s=options.max_round_s,
+            explore_share=options.explore_share,
+            explore_temperature=options.explore_temperature,
+            explore_seed=options.explore_seed,
+        )
+        speculates = self._drafter is not None or self._uses_lookup
+        self.floor = SpeculationFloor() if options.adaptive and speculates else None
         if observer is not None:
             observer.attach(tokens_SL=self._tokens_SL, aux_SLF=self._drafter.features_SLF if self._drafter else None)
-        if options.adaptive and (self._drafter or self._uses_lookup):
-            steps = calibration_steps(
-                self.planner, target, self._drafter, kv_cache=kv_cache, max_batch_size=options.max_batch_size
-            )
-            if kept_costs is not None and kept_costs.load_into(self.planner):
+        if options.adaptive and speculates:
+            slots = {"kv_cache": kv_cache, "max_batch_size": options.max_batch_size}
+            steps = calibration_steps(self.costs, limits, target, self._drafter, **slots)
+            if kept_costs is not None and kept_costs.load_into(self.costs):
                 self._refinement = steps
             else:
                 deque(steps, maxlen=0)  # all of them
                 if kept_costs is not None:
-                    kept_costs.save(self.planner)
+                    kept_costs.save(self.costs)
 
-    def _make_planner(self, options: EngineOptions) -> SpeculationPlanner:
+    def _limits(self, options: EngineOptions) -> SpeculationLimits:
         supports_trees = self._drafter is not None and self._drafter.supports_trees and self._target.supports_trees
-        return SpeculationPlanner(
-            max_draft_tokens=options.max_draft_tokens if self._drafter else 0,
-            max_lookup_tokens=options.lookup_tokens,
+        draft_tokens = options.max_draft_tokens if self._drafter else 0
+        return SpeculationLimits(
+            draft_tokens=draft_tokens,
+            lookup_tokens=options.lookup_tokens,
+            tree_sizes=tree_sizes(options.tree_tokens if supports_trees and draft_tokens > 1 else 0),
             adaptive=options.adaptive,
-            tree_tokens=options.tree_tokens if supports_trees else 0,
-        )
-
-    def _make_proposer(self, options: EngineOptions) -> Proposer:
-        ngram_planner = NgramPlanner(self.planner, max_tokens=options.lookup_tokens) if self._uses_lookup else None
-        return Proposer(
-            self._drafter,
-            self.planner,
-            ngram_planner=ngram_planner,
-            device=self._device,
-            explore_share=options.explore_share,
-            explore_temperature=options.explore_temperature,
-            explore_seed=options.explore_seed,
-            record_logprobs=self._observer is not None,
         )
 
     @property
@@ -194,7 +191,7 @@ class Engine:
         elif next(self._refinement, _DONE) is not _DONE:
             return True
         elif self._kept_costs is not None:
-            self._kept_costs.save(self.planner)
+            self._kept_costs.save(self.costs)
             self._kept_costs = None
         return False
 
@@ -215,46 +212,35 @@ class Engine:
             raise ValueError("this engine was created without a draft, so there is none to swap")
         self._drafter.swap(draft, recompute=recompute)
         self.planner.reset_for_new_draft([*self._prefill.sequences, *self._decoding])
+        if self.floor is not None:
+            self.floor.forgive()
         self.draft_version = version
 
     @torch.no_grad()
     def round(self) -> list[Output]:
         """Run one round for everything that is submitted. Returns what each decoding request received."""
-        self._admit()
-        num_decoding = len(self._decoding)
-        round_s = self.planner.target_cost(num_decoding, 1)
-        self._decoding += self._prefill.run(num_decoding=num_decoding, round_s=round_s)
-        sequences = list(self._decoding)
-        if not sequences:
-            return []
-        self.stats.rounds += 1
-        argmax_only = self._update_logit_options(sequences)
-        ragged = argmax_only and self._target.supports_trees
-
-        proposals = self.proposer.propose(sequences, ragged=ragged)
-        query_lengths = query_lengths_of(proposals) if ragged else None
-        ids_BT = self._input_ids(sequences, proposals)
-
         started = time.perf_counter()
-        forward_output = self._runner.forward(
-            sequences, ids_BT, parents_BT=proposals.parent_BT, query_lengths=query_lengths
-        )
-        result, logits_BTV = self._verify(sequences, proposals, forward_output, argmax_only=argmax_only)
-        self._runner.store(sequences, forward_output, result)
-        verified = verified_tokens(proposals, result)
-        outputs = [
-            self._commit(sequence, tokens, None if logits_BTV is None else logits_BTV[b])
-            for b, (sequence, tokens) in enumerate(zip(sequences, verified, strict=True))
-        ]
-        self.planner.observe_target(len(sequences), len(forward_output.last_NH), time.perf_counter() - started)
-
-        if proposals.parent_BK is not None:
-            self.planner.observe_trees(verified, outputs)
-        if self._observer:
-            self._notify(self._observer, sequences, outputs, proposals, forward_output)
-        for sequence, output in zip(sequences, outputs, strict=True):
+        self._admit()
+        plan = self._plan()
+        if not (plan.decoding or plan.prompts):
+            self._decoding += self._prefill.take_ready()  # their prompts were copied whole
+            return []
+        columns = self._runner.run(plan)
+        verdicts, logits_DV = self._judge(plan, columns.last_NH)
+        outputs = []
+        for index, (row, verdict) in enumerate(zip(plan.decoding, verdicts, strict=True)):
+            self._runner.store_decoding(row, columns, index, verdict.columns)
+            output = self._commit(row, verdict, logits_DV.get(index))
+            outputs.append(output)
+            if self._observer and row.sequence.request.store:
+                last_TH = columns.last(index)
+                notify_round(self._observer, row, output, last_TH=last_TH, version=self.draft_version)
+        self._prefill.complete(plan.prompts, columns, first=len(plan.decoding))
+        for row, output in zip(plan.decoding, outputs, strict=True):
             if output.finish_reason is not None:
-                self._release(sequence)
+                self._release(row.sequence)
+        self._decoding += self._prefill.take_ready()
+        self._account(plan, outputs, time.perf_counter() - started)
         return outputs
 
     # -- the steps of a round, in order --------------------------------------------------------------------------------
@@ -271,10 +257,12 @@ class Engine:
             sequence = RunningSequence(
                 request=request,
                 slot=slot,
-                acceptance_rate=self.planner.mean_rate,
+                acceptance_rate=self.planner.mean_rate(sampled=not is_greedy(request.params)),
                 prompt_length=length,
                 length=length,
                 prefilled=num_cached,
+                end_tokens=frozenset(request.params.stop_token_ids)
+                | (frozenset() if request.params.ignore_eos else self.eos_token_ids),
             )
             self._allocator.assign(sequence)
             if self._uses_lookup:
@@ -286,96 +274,145 @@ class Engine:
             self.stats.cached_tokens += num_cached
             self.stats.opted_out += not request.store
 
-    def _update_logit_options(self, sequences: list[RunningSequence]) -> bool:
-        """Rebuild the batch's options if the batch changed. True if only the argmax of the logits is needed."""
-        if sequences != self._logit_sequences:
-            self._logit_sequences = sequences
-            self._logit_options = LogitOptions.from_params(
-                [sequence.params for sequence in sequences], device=self._device
+    def _plan(self) -> RoundPlan:
+        """The rows of this round."""
+        sequences = self._decoding
+        proposals = [NO_PROPOSAL] * len(sequences)
+        self.proposer.draft_seconds = 0.0
+        if sequences and (self.floor is None or self.floor.allows(_kind(sequences))):
+            proposals = self.proposer.propose(sequences)
+        decoding = [
+            DecodingRow(sequence, int(self._tokens_SL[sequence.slot, sequence.length - 1]), proposal)
+            for sequence, proposal in zip(sequences, proposals, strict=True)
+        ]
+        round_s = self.costs.round_s(len(decoding), [len(proposal.tokens) for proposal in proposals])
+        prompts = self._prefill.plan(num_decoding=len(decoding), round_s=round_s + self.proposer.draft_seconds)
+        return RoundPlan(decoding, prompts)
+
+    def _judge(self, plan: RoundPlan, last_NH: torch.Tensor) -> tuple[list[Verdict], dict[int, torch.Tensor]]:
+        """What each decoding row has come to; and the target's logits [T, V] of rows that ask for log-probabilities."""
+        rows = plan.decoding
+        if not rows:
+            return [], {}
+        last_NH = last_NH[: plan.num_decoding_columns]
+        own_tokens, logits = self._choose(rows, last_NH)
+        verdicts, begin = [], 0
+        for row in rows:
+            end = begin + 1 + len(row.proposal.tokens)
+            verdicts.append(judge(row.proposal, own_tokens[begin:end]))
+            begin = end
+        return verdicts, logits
+
+    def _choose(
+        self, rows: list[DecodingRow], last_NH: torch.Tensor
+    ) -> tuple[list[int], dict[int, torch.Tensor]]:
+        """The target's own token at every column; and the logits of rows that ask for log-probabilities.
+
+        Only rows with penalties and the like compute logits; the others' tokens are chosen inside the head's product.
+        """
+        if all(row.sequence.temperature == 0 and not row.sequence.needs_logits for row in rows):
+            return self._target.greedy_tokens(last_NH).tolist(), {}
+        columns = [_Column(row, column, depth) for row in rows for column, depth in enumerate(_depths(row))]
+        where = {"device": last_NH.device}
+        temperature_N = torch.tensor([column.row.sequence.temperature for column in columns], **where)
+        key_N = torch.tensor([column.row.sequence.noise_key for column in columns], **where)
+        position_N = torch.tensor([column.position for column in columns], **where)
+        dense = [n for n, column in enumerate(columns) if column.row.sequence.needs_logits]
+        dense_N = torch.full((len(columns),), -1, dtype=torch.int64, device=last_NH.device)
+        dense_N[dense] = torch.arange(len(dense), device=last_NH.device)
+        token_N, logits_DV = self._target.choose(
+            last_NH, temperature_N=temperature_N, key_N=key_N, position_N=position_N, dense_N=dense_N
+        )
+        tokens, logits = token_N.tolist(), {}
+        if dense:
+            at = 0
+            for index, row in enumerate(rows):
+                if row.sequence.needs_logits:
+                    end = at + 1 + len(row.proposal.tokens)
+                    if row.sequence.params.logprobs is not None:
+                        logits[index] = logits_DV[at:end].clone()  # before options change them
+                    at = end
+            token_D = choose_dense(
+                logits_DV,
+                params=[columns[n].row.sequence.params for n in dense],
+                contexts=[self._context(columns[n]) for n in dense],
+                prompt_lengths=[columns[n].row.sequence.prompt_length for n in dense],
+                temperature_D=temperature_N[dense],
+                key_D=key_N[dense],
+                position_D=position_N[dense],
             )
-        return self._logit_options.uses_raw_argmax and all(sequence.params.logprobs is None for sequence in sequences)
+            for n, token in zip(dense, token_D.tolist(), strict=True):
+                tokens[n] = token
+        return tokens, logits
 
-    def _input_ids(self, sequences: list[RunningSequence], proposals: Proposals) -> torch.Tensor:
-        """The target's input [B, T]: each sequence's last committed token, then its proposals."""
-        last_B1 = torch.stack([self._tokens_SL[sequence.slot, sequence.length - 1] for sequence in sequences])[:, None]
-        return torch.cat([last_B1, proposals.token_BK], dim=1)
+    def _context(self, column: _Column) -> torch.Tensor:
+        """The tokens that penalties count at a column: those committed, and the proposals on the path to it."""
+        sequence, proposal = column.row.sequence, column.row.proposal
+        committed_L = self._tokens_SL[sequence.slot, : sequence.length]
+        if not column.column:
+            return committed_L
+        path, at = [], column.column
+        while at > 0:
+            path.append(proposal.tokens[at - 1])
+            at = at - 1 if proposal.parents is None else proposal.parents[at - 1]
+        return torch.cat([committed_L, torch.tensor(path[::-1], device=committed_L.device)])
 
-    def _verify(
-        self,
-        sequences: list[RunningSequence],
-        proposals: Proposals,
-        forward_output: ForwardOutput,
-        *,
-        argmax_only: bool,
-    ) -> tuple[VerificationResult, torch.Tensor | None]:
-        """Which proposals the target accepts; and its logits [B, T, V], unless only their argmax is needed."""
-        if argmax_only:
-            token_N = self._target.greedy_tokens(forward_output.last_NH)
-            return verify_by_equality(token_N[forward_output.index_BT], proposals=proposals), None
-        logits_BTV = self._target.logits(forward_output.by_column(forward_output.last_NH))
-        result = verify(
-            logits_BTV,
-            options=self._logit_options,
-            proposals=proposals,
-            uniform_BT=torch.rand(logits_BTV.shape[:2], dtype=torch.float64, device=self._device),
-            history=token_history(sequences, self._logit_options, self._tokens_SL),
-            vocabulary=self._drafter.vocabulary if self._drafter else None,
-        )
-        return result, logits_BTV
-
-    def _commit(self, sequence: RunningSequence, verified: VerifiedTokens, logits_TV: torch.Tensor | None) -> Output:
+    def _commit(self, row: DecodingRow, verdict: Verdict, logits_TV: torch.Tensor | None) -> Output:
         """Append a sequence's new tokens, up to where the request ends."""
-        tokens, reason = sequence.cut_at_end(
-            verified.tokens, eos_token_ids=self.eos_token_ids, max_seq_len=self.max_seq_len
-        )
+        sequence, proposal = row.sequence, row.proposal
+        tokens, reason = sequence.cut_at_end(verdict.tokens, max_seq_len=self.max_seq_len)
         logprobs = None
-        if sequence.params.logprobs is not None:
-            assert logits_TV is not None
-            logprobs = token_logprobs(logits_TV[verified.columns], token_ids=tokens, num_top=sequence.params.logprobs)
-        proposed, accepted = verified.num_proposed, min(len(verified.tokens) - 1, len(tokens))
-        chain_proposed = len(verified.first_choices)
-        chain_accepted = min(accepted, common_prefix_length(verified.first_choices, tokens))
+        if logits_TV is not None:
+            num_top = sequence.params.logprobs or 0
+            logprobs = token_logprobs(logits_TV[verdict.columns], token_ids=tokens, num_top=num_top)
+        proposed, accepted = len(proposal.tokens), min(len(verdict.tokens) - 1, len(tokens))
+        first_choices = [proposal.tokens[column - 1] for column in proposal.first_choices]
+        chain_accepted = min(accepted, common_prefix_length(first_choices, tokens))
         end = sequence.length + len(tokens)
         self._tokens_SL[sequence.slot, sequence.length : end] = torch.tensor(tokens, dtype=torch.int64)
-        first = sequence.length == sequence.prompt_length
+        is_first = sequence.length == sequence.prompt_length
         sequence.length = end
-        self.proposer.observe(sequence, proposed=chain_proposed, accepted=chain_accepted, finished=reason is not None)
+        self.proposer.observe(
+            sequence, proposal, accepted=accepted, chain_accepted=chain_accepted, finished=reason is not None
+        )
         if self._uses_lookup:
             sequence.ngrams.extend(tokens)
-        self.stats.count(generated=len(tokens), proposed=proposed, accepted=accepted, explored=sequence.is_exploring)
-        if proposed and not sequence.uses_lookup:
+        explored = proposal.explored_at is not None
+        self.stats.count(generated=len(tokens), proposed=proposed, accepted=accepted, explored=explored)
+        if proposal.source == SOURCE_DRAFT:
             sequence.draft_versions[self.draft_version] = None
         return Output(
             request_id=sequence.request.request_id,
             token_ids=tuple(tokens),
             logprobs=logprobs,
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and sequence.prompt_logprobs else None,
             num_proposed=proposed,
             num_accepted=accepted,
-            chain_in_tree=None if proposed == chain_proposed else (chain_proposed, chain_accepted),
+            chain_in_tree=None if proposal.parents is None else (len(first_choices), chain_accepted),
             finish_reason=reason,
-            explored=sequence.is_exploring,
-            from_lookup=sequence.uses_lookup,
+            explored=explored,
+            from_lookup=proposal.source == SOURCE_LOOKUP,
             draft_versions=tuple(sequence.draft_versions),
         )
 
-    def _notify(
-        self,
-        observer: RoundObserver,
-        sequences: list[RunningSequence],
-        outputs: list[Output],
-        proposals: Proposals,
-        forward_output: ForwardOutput,
-    ) -> None:
-        notify_round(
-            observer,
-            sequences,
-            outputs,
-            proposals=proposals,
-            last_BTH=forward_output.by_column(forward_output.last_NH),
-            version=self.draft_version,
-            explore_temperature=self.proposer.explore_temperature,
-        )
+    def _account(self, plan: RoundPlan, outputs: list[Output], seconds: float) -> None:
+        """Learn from what the round took."""
+        num_prompt_tokens, draft_s = plan.num_prompt_tokens, self.proposer.draft_seconds
+        rows = plan.decoding
+        expected_s = self.costs.round_s(len(rows), [len(row.proposal.tokens) for row in rows]) if rows else 0.0
+        speculated = draft_s > 0 or any(row.proposal.tokens for row in rows)
+        if rows:
+            self.stats.count_round(speculated=speculated)
+        if num_prompt_tokens:
+            self._prefill.observe(num_prompt_tokens, seconds - draft_s - expected_s)
+            return
+        self.stats.round_s += seconds
+        self.stats.predicted_round_s += expected_s + draft_s
+        self.planner.observe_round(len(rows), plan.num_decoding_columns, seconds - draft_s)
+        if self.floor is not None and self.planner.updates_costs:
+            tokens = sum(len(output.token_ids) for output in outputs)
+            kind = _kind([row.sequence for row in rows])
+            self.floor.observe(kind, seconds=seconds, tokens=tokens, speculated=speculated)
 
     def _release(self, sequence: RunningSequence) -> None:
         """Free the slot of a request that finished or was cancelled."""
@@ -384,3 +421,26 @@ class Engine:
         self._allocator.free(sequence.slot)
         if self._observer and decoding and sequence.request.store:
             self._observer.on_finish(sequence)
+
+
+class _Column(NamedTuple):
+    """A query position of a decoding row."""
+
+    row: DecodingRow
+    column: int
+    depth: int
+
+    @property
+    def position(self) -> int:
+        """Index in the output of the token that follows the column."""
+        return self.row.sequence.length - self.row.sequence.prompt_length + self.depth
+
+
+def _depths(row: DecodingRow) -> list[int]:
+    """The depth of every column."""
+    proposal = row.proposal
+    return list(range(1 + len(proposal.tokens))) if proposal.parents is None else depths(proposal.parents)
+
+
+def _kind(sequences: list[RunningSequence]) -> RoundKind:
+    return RoundKind(len(sequences), any(sequence.temperature > 0 for sequence in sequences))

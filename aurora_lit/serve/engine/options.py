@@ -32,10 +32,12 @@ class EngineOptions:
     lookup_tokens: int
     """Most tokens that n-gram lookup proposes in a round; 0: no lookup."""
     adaptive: bool
-    """True: the number of proposals and of prompt tokens per round follows measured costs, which are calibrated when
-    the engine is created. False: always the most that is allowed."""
+    """True: the number of proposals per round follows measured costs, which are calibrated when the engine is created.
+    False: always the most that is allowed."""
     prefill_chunk_tokens: int
     """Most prompt tokens computed in a round."""
+    max_round_s: float
+    """Seconds that a round takes at most beside sequences that decode: so many prompt tokens are computed in it."""
     prefix_cache: bool
     """True: a prefix of a prompt that a slot still holds is copied instead of computed."""
     explore_share: float

@@ -1,6 +1,10 @@
-"""Prefill of the target: a chunk of prompt tokens per round, oldest request first; held prefixes are copied instead.
+"""Which prompt tokens a round computes beside the sequences that decode: oldest request first, within a set time.
 
-The last token of a prompt is left to the first decoding pass, so that no second code path samples a token. Left out:
+While nobody decodes, a round computes as many prompt tokens as fit into engine.prefill_chunk_tokens. Beside sequences
+that decode, prompt tokens share their pass, as many as keep the round below engine.max_round_ms: these sequences wait
+no longer than that for their next token. A prefix that another slot holds is copied instead.
+
+The last token of a prompt is left to the first decoding pass, so that no second code path chooses a token. Left out:
 which slot holds what (serve/sequences/slot_allocator.py), and forward passes (serve/engine/target_runner.py).
 
 Shapes: T positions of a chunk, H hidden, S slots, L capacity of a slot, V vocabulary.
@@ -8,27 +12,35 @@ Shapes: T positions of a chunk, H hidden, S slots, L capacity of a slot, V vocab
 
 from __future__ import annotations
 
-import time
 from collections import deque
 
 import torch
 
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.distribution import token_logprobs
-from aurora_lit.serve.engine.target_runner import TargetRunner
+from aurora_lit.modules.sampling.tree import common_prefix_length
+from aurora_lit.serve.engine.target_runner import Columns, TargetRunner
+from aurora_lit.serve.sequences.round_plan import PromptRow
 from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
 from aurora_lit.serve.sequences.slot_allocator import SlotAllocator
 
-_DECAY = 0.9
+_DECAY = 0.8
 """Weight of the old time per token when a chunk measures a new one."""
-_MIN_CHUNK_DIVISOR = 4
-"""Beside decoding sequences, a chunk is at least this fraction of a whole one."""
+_LEAST_TOKENS = 16
+"""Prompt tokens of a round at least, however long it takes without them; they fill a matrix tile."""
+_WORTH_WAITING = 32
+"""Prompt tokens that can be copied a round later, for which a sequence lets others go first."""
 _LOGPROB_CHUNK = 32
 """Positions whose logits are held at the same time."""
 
 
 class Prefill:
-    """The sequences whose prompts are being computed."""
+    """The sequences whose prompts are being computed.
+
+    >>> rows = prefill.plan(num_decoding=3, round_s=0.012)      # before a round
+    >>> prefill.observe(rows, seconds=0.004)                    # what they added to it
+    >>> decoding += prefill.complete(rows, columns, first=3)    # those whose prompts are computed
+    """
 
     def __init__(
         self,
@@ -38,54 +50,73 @@ class Prefill:
         *,
         tokens_SL: torch.Tensor,
         chunk_tokens: int,
-        adaptive: bool,
+        max_round_s: float,
         stats: EngineStats,
     ) -> None:
-        """`chunk_tokens`: most tokens per round. `adaptive` False: a quarter of it while other sequences decode."""
+        """`chunk_tokens`: most tokens of a round; `max_round_s`: longest round while other sequences decode."""
         self.sequences: deque[RunningSequence] = deque()
         self._target, self._runner, self._allocator, self._stats = target, runner, allocator, stats
         self._tokens_SL = tokens_SL
-        self._chunk_tokens, self._adaptive = chunk_tokens, adaptive
+        self._chunk_tokens, self._max_round_s = chunk_tokens, max_round_s
         self._token_s = 0.0
         """Running mean of the time per prompt token; 0 before the first chunk."""
 
-    def run(self, *, num_decoding: int, round_s: float) -> list[RunningSequence]:
-        """Compute the next chunk. Returns the sequences that decode from now on.
-
-        `round_s`: seconds that a round of the `num_decoding` decoding sequences takes.
-        """
-        budget, done = self._chunk_budget(num_decoding, round_s), []
-        while self.sequences and budget > 0:
-            sequence = self.sequences[0]
+    def plan(self, *, num_decoding: int, round_s: float) -> list[PromptRow]:
+        """The prompt chunks of the next round. `round_s`: what it takes for the `num_decoding` other sequences."""
+        budget, rows = self._budget(num_decoding, round_s), []
+        for sequence in self.sequences:
+            if budget <= 0 or self._shares_with(sequence, rows):
+                break
             self._copy_prefix(sequence)
             start, end = sequence.prefilled, min(sequence.prefilled + budget, sequence.prompt_length - 1)
             if end > start:
-                self._compute(sequence, start, end)
-                budget -= end - start
-            if sequence.prefilled == sequence.prompt_length - 1:
-                done.append(self.sequences.popleft())
-        return done
+                tokens = list(sequence.request.prompt_ids[start:end])
+                rows.append(PromptRow(sequence, start, tokens))
+                budget -= len(tokens)
+        return rows
 
-    def _chunk_budget(self, num_decoding: int, round_s: float) -> int:
-        """Tokens of this round's chunk.
+    def take_ready(self) -> list[RunningSequence]:
+        """The sequences whose prompts are computed but for the last token; they decode from now on."""
+        ready = [sequence for sequence in self.sequences if sequence.prefilled == sequence.prompt_length - 1]
+        for sequence in ready:
+            self.sequences.remove(sequence)
+        return ready
 
-        A whole chunk if no sequence decodes. Else as many as take the prefilling sequences' share of time, where a
-        prefilling and a decoding sequence count the same. A fixed short chunk would leave slots empty where outputs are
-        short and prompts are long.
-        """
+    def complete(self, rows: list[PromptRow], columns: Columns, *, first: int) -> None:
+        """Store what the rows computed; `first`: index of the first of them in the pass."""
+        for index, row in enumerate(rows, start=first):
+            self._runner.store_prompt(row, columns, index)
+            if row.sequence.params.prompt_logprobs is not None:
+                self._add_prompt_logprobs(row.sequence, columns.last(index), row.start)
+            row.sequence.prefilled = row.start + len(row.tokens)
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """Update by the time that some prompt tokens added to a round."""
+        if num_tokens < _LEAST_TOKENS:  # such a chunk's time is not per token
+            return
+        token_s = max(0.0, seconds) / num_tokens
+        old = self._token_s or token_s
+        self._token_s = old + (1 - _DECAY) * (min(token_s, 2 * old) - old)
+
+    def _budget(self, num_decoding: int, round_s: float) -> int:
+        """Prompt tokens of this round."""
         if not num_decoding:
             return self._chunk_tokens
-        least = max(1, self._chunk_tokens // _MIN_CHUNK_DIVISOR)
-        if not self._adaptive or not self._token_s:
-            return least
-        share_s = round_s * len(self.sequences) / num_decoding
-        return int(min(max(share_s / self._token_s, least), self._chunk_tokens))
+        if not self._token_s:
+            return min(_LEAST_TOKENS, self._chunk_tokens)
+        fitting = int((self._max_round_s - round_s) / self._token_s)
+        return min(max(fitting, _LEAST_TOKENS), self._chunk_tokens)
+
+    def _shares_with(self, sequence: RunningSequence, rows: list[PromptRow]) -> bool:
+        """True if this round computes much of the sequence's prompt for others: the next round can copy it."""
+        if sequence.searched_for_prefix or not rows or not self._allocator.can_share(sequence):
+            return False
+        prompt = sequence.request.prompt_ids
+        shared = max(common_prefix_length(prompt, row.sequence.request.prompt_ids) for row in rows)
+        return shared >= self._allocator.find_longest_prefix(sequence)[1] + _WORTH_WAITING
 
     def _copy_prefix(self, sequence: RunningSequence) -> None:
-        """Copy the longest prefix of the prompt that another slot holds; only once, when the sequence is first in line.
-
-        By then, the requests just before it have computed the prefix that they share with it.
-        """
+        """Copy the longest prefix of the prompt that another slot holds; only once, before its first chunk."""
         if sequence.searched_for_prefix:
             return
         sequence.searched_for_prefix = True
@@ -94,20 +125,6 @@ class Prefill:
             self._runner.copy_prefix(source, sequence.slot, length)
             self._stats.cached_tokens += length - sequence.prefilled
             sequence.prefilled = length
-
-    def _compute(self, sequence: RunningSequence, start: int, end: int) -> None:
-        """Run the target over prompt positions `start` to `end`, and note the time per token."""
-        started = time.perf_counter()
-        ids_1T = self._tokens_SL[sequence.slot, start:end][None]
-        forward_output = self._runner.forward([sequence], ids_1T, start=start, num_prompts=1)
-        self._runner.store([sequence], forward_output)
-        token_s = (time.perf_counter() - started) / (end - start)
-        if end - start >= self._chunk_tokens // _MIN_CHUNK_DIVISOR:  # the time of a small chunk is not per token
-            old = self._token_s or token_s
-            self._token_s = old + (1 - _DECAY) * (min(token_s, 2 * old) - old)
-        if sequence.params.prompt_logprobs is not None:
-            self._add_prompt_logprobs(sequence, forward_output.last_NH, start)
-        sequence.prefilled = end
 
     def _add_prompt_logprobs(self, sequence: RunningSequence, last_TH: torch.Tensor, start: int) -> None:
         """Append the log-probabilities of the tokens that follow positions start, start + 1, …"""

@@ -1,57 +1,51 @@
-"""Forward passes of the target over the engine's slots, and storing what they computed for drafter and observer.
+"""Forward passes of the target over the rows of a round, and storing what they computed for drafter and observer.
+
+A target with fused layers computes all rows in one pass, each with its own number of columns, chains, trees and prompts
+side by side. Other targets take one pass for the decoding rows, padded to the longest, and one for each prompt row.
 
 A pass over a tree writes keys and values in the order of its columns; `store` moves those of the accepted path to the
-positions of the committed tokens, and passes on only these. Left out: which tokens are computed
-(serve/engine/engine.py), and the pass itself (models/target.py).
+positions of the committed tokens. Left out: which rows there are (serve/engine/engine.py), and the pass itself
+(models/target.py).
 
-Shapes: B sequences, T columns of the widest sequence (its query length), N columns computed in all, A columns of the
-longest accepted path with its root, H hidden, F = 3H auxiliary features, D either of these, M positions moved.
+Shapes: B rows, T columns of the longest decoding row, N columns computed in all, H hidden, F = 3H auxiliary features.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
-from aurora_lit.modules.sampling.proposals import Proposals
-from aurora_lit.modules.sampling.verification import VerificationResult
-from aurora_lit.serve.sequences.observer import RoundObserver, notify_forward
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.sequences.observer import RoundObserver
+from aurora_lit.serve.sequences.round_plan import DecodingRow, PromptRow, RoundPlan
 from aurora_lit.serve.speculation.drafter import Drafter
 
 
-class ForwardOutput(NamedTuple):
-    """What a forward pass computed, as flat columns: column t of sequence b is at index_BT[b, t]."""
+class Columns(NamedTuple):
+    """What a pass computed, by column."""
 
-    slots_B: torch.Tensor
-    starts_B: torch.Tensor
-    """Position of each sequence's first column."""
     aux_NF: torch.Tensor
     """Auxiliary hidden states, the draft's features."""
     last_NH: torch.Tensor
     """Last hidden states, the input of the target's head."""
-    index_BT: torch.Tensor
-    """int64; beyond a sequence's query length it repeats the last column."""
+    begins: list[int]
+    """First column of each row, and the end of the last one."""
 
-    def by_column(self, states_ND: torch.Tensor) -> torch.Tensor:
-        """Flat states by sequence and column [B, T, D]."""
-        if len(states_ND) == self.index_BT.numel():
-            return states_ND.view(*self.index_BT.shape, -1)
-        return states_ND[self.index_BT]
+    def aux(self, row: int) -> torch.Tensor:
+        """Auxiliary states of a row [T, F]."""
+        return self.aux_NF[self.begins[row] : self.begins[row + 1]]
 
-
-def query_lengths_of(proposals: Proposals) -> list[int] | None:
-    """Columns of each sequence, its root included; None: all have equally many."""
-    lengths = [count + 1 for count in proposals.num_proposed_B.tolist()]
-    return None if min(lengths) == proposals.token_BK.shape[1] + 1 else lengths
+    def last(self, row: int) -> torch.Tensor:
+        """Last hidden states of a row [T, H]."""
+        return self.last_NH[self.begins[row] : self.begins[row + 1]]
 
 
 class TargetRunner:
-    """Runs the target for sequences. Each `forward` is followed by one `store`."""
+    """Runs the target for the rows of a round. Each row's columns are to be stored after `run`."""
 
     def __init__(
         self, target: Target, *, kv_cache: KVCache, drafter: Drafter | None, observer: RoundObserver | None
@@ -59,68 +53,40 @@ class TargetRunner:
         self._target, self._kv_cache, self._drafter, self._observer = target, kv_cache, drafter, observer
         self._device = target.device
 
-    def forward(
-        self,
-        sequences: Sequence[RunningSequence],
-        ids_BT: torch.Tensor,
-        *,
-        start: int | None = None,
-        parents_BT: torch.Tensor | None = None,
-        query_lengths: Sequence[int] | None = None,
-        num_prompts: int = 0,
-    ) -> ForwardOutput:
-        """Compute tokens from position `start` on; None: from each sequence's last committed token on.
-
-        `parents_BT`: the tokens form trees. `query_lengths`: each sequence computes only its own query length; None:
-        all compute T. Both need a target that supports trees. `num_prompts`: the last so many sequences read their
-        prompts, the others decode.
-        """
-        slots_B = torch.tensor([sequence.slot for sequence in sequences], device=self._device)
-        starts_B = torch.tensor(
-            [sequence.length - 1 if start is None else start for sequence in sequences], device=self._device
+    def run(self, plan: RoundPlan) -> Columns:
+        """Compute all rows; those of `plan.decoding` come first."""
+        if self._target.supports_trees:
+            return self._run_ragged(plan)
+        parts = [self._run_padded(plan.decoding)] if plan.decoding else []
+        parts += [self._run_padded([row]) for row in plan.prompts]
+        begins = [0]
+        for part in parts:
+            begins += [begins[-1] + count for count in part.begins[1:]]
+        return Columns(
+            torch.cat([part.aux_NF for part in parts]), torch.cat([part.last_NH for part in parts]), begins=begins
         )
-        where: dict[str, Any] = {"kv_cache": self._kv_cache, "slots_B": slots_B, "starts_B": starts_B}
-        where["num_prompts"] = num_prompts
-        if parents_BT is not None:
-            where["parents_BT"] = parents_BT
-        index_BT = torch.arange(ids_BT.numel(), device=self._device).view(ids_BT.shape)
-        if query_lengths is None:
-            aux_BT3H, last_BTH = self._target.forward(ids_BT, **where)
-            return ForwardOutput(slots_B, starts_B, aux_BT3H.flatten(0, 1), last_BTH.flatten(0, 1), index_BT)
-        length_B = torch.tensor(query_lengths)
-        column_T = torch.arange(ids_BT.shape[1])
-        ids_N = ids_BT[column_T < length_B[:, None]]
-        aux_NF, last_NH = self._target.forward_ragged(ids_N, widths=query_lengths, **where)
-        index_BT = (length_B.cumsum(0) - length_B)[:, None] + column_T.minimum(length_B[:, None] - 1)
-        return ForwardOutput(slots_B, starts_B, aux_NF, last_NH, index_BT)
 
-    def store(
-        self,
-        sequences: Sequence[RunningSequence],
-        forward_output: ForwardOutput,
-        result: VerificationResult | None = None,
-    ) -> None:
-        """Store what a pass computed; of trees, or of different query lengths, only the accepted columns (`result`)."""
-        slots_B, starts_B = forward_output.slots_B, forward_output.starts_B
-        column_BA = None if result is None else result.accepted_column_BA
-        if result is not None and column_BA is None and len(forward_output.last_NH) < forward_output.index_BT.numel():
-            longest = int(result.num_accepted_B.max()) + 1
-            column_BA = torch.arange(longest, device=self._device).expand(len(sequences), -1)
-        if column_BA is not None:
-            self._move(slots_B, starts_B, column_BA)
-            index_BA = forward_output.index_BT.gather(1, column_BA)
-            aux_BT3H, last_BTH = forward_output.aux_NF[index_BA], forward_output.last_NH[index_BA]
-        else:
-            aux_BT3H, last_BTH = (
-                forward_output.by_column(forward_output.aux_NF),
-                forward_output.by_column(forward_output.last_NH),
-            )
+    def store_decoding(self, row: DecodingRow, columns: Columns, index: int, accepted: Sequence[int]) -> None:
+        """Store the `accepted` columns of row `index`, from the root's column 0 on."""
+        in_order = accepted[-1] == len(accepted) - 1
+        if not in_order:
+            moves = [(column, place) for place, column in enumerate(accepted) if column > place]
+            from_M, to_M = (torch.tensor(each) + row.start for each in zip(*moves, strict=True))
+            slots_M = torch.full((len(moves),), row.sequence.slot, dtype=torch.int64)
+            self._target.commit_tree_path(kv_cache=self._kv_cache, slots_M=slots_M, from_M=from_M, to_M=to_M)
+        which = slice(len(accepted)) if in_order else list(accepted)
+        self._store(row, columns.aux(index)[which], columns.last(index)[which])
+
+    def store_prompt(self, row: PromptRow, columns: Columns, index: int) -> None:
+        """Store all columns of row `index`."""
+        self._store(row, columns.aux(index), columns.last(index))
+
+    def _store(self, row: DecodingRow | PromptRow, aux_TF: torch.Tensor, last_TH: torch.Tensor) -> None:
+        slot, start = row.sequence.slot, row.start
         if self._drafter:
-            self._drafter.store_features(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H)
-        if self._observer:
-            notify_forward(
-                self._observer, sequences, slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H, last_BTH=last_BTH
-            )
+            self._drafter.store_features(slot=slot, start=start, aux_TF=aux_TF)
+        if self._observer and row.sequence.request.store:
+            self._observer.on_forward(slot=slot, start=start, aux_TF=aux_TF, last_TH=last_TH)
 
     def copy_prefix(self, source: int, slot: int, length: int) -> None:
         """Copy the first positions of another slot; they have the bits that computing them would give."""
@@ -130,14 +96,45 @@ class TargetRunner:
         if self._observer:
             self._observer.on_prefix_copy(source=source, slot=slot, length=length)
 
-    def _move(self, slots_B: torch.Tensor, starts_B: torch.Tensor, column_BA: torch.Tensor) -> None:
-        """Move keys and values of accepted columns to the positions of their tokens."""
-        moves = [
-            (slot, start + column, start + place)
-            for slot, start, columns in zip(slots_B.tolist(), starts_B.tolist(), column_BA.tolist(), strict=True)
-            for place, column in enumerate(columns)
-            if column > place
-        ]
-        if moves:
-            slots_M, from_M, to_M = torch.tensor(moves).t().contiguous()
-            self._target.commit_tree_path(kv_cache=self._kv_cache, slots_M=slots_M, from_M=from_M, to_M=to_M)
+    def _run_ragged(self, plan: RoundPlan) -> Columns:
+        rows = [*plan.decoding, *plan.prompts]
+        tokens = [row.tokens for row in rows]
+        widths = [len(each) for each in tokens]
+        aux_NF, last_NH = self._target.forward_ragged(
+            torch.tensor(list(itertools.chain.from_iterable(tokens))),
+            widths=widths,
+            kv_cache=self._kv_cache,
+            slots_B=torch.tensor([row.sequence.slot for row in rows]),
+            starts_B=torch.tensor([row.start for row in rows]),
+            parents_BT=_parents(plan.decoding),
+            num_prompts=len(plan.prompts),
+        )
+        return Columns(aux_NF, last_NH, [0, *itertools.accumulate(widths)])
+
+    def _run_padded(self, rows: Sequence[DecodingRow] | Sequence[PromptRow]) -> Columns:
+        """One pass with equally many columns a row. `begins` holds the number of each row's own columns."""
+        tokens = [row.tokens for row in rows]
+        longest = max(map(len, tokens))
+        aux_BTF, last_BTH = self._target.forward(
+            torch.tensor([each + [0] * (longest - len(each)) for each in tokens], device=self._device),
+            kv_cache=self._kv_cache,
+            slots_B=torch.tensor([row.sequence.slot for row in rows], device=self._device),
+            starts_B=torch.tensor([row.start for row in rows], device=self._device),
+            num_prompts=sum(isinstance(row, PromptRow) for row in rows),
+        )
+        own = torch.tensor([t < len(each) for each in tokens for t in range(longest)], device=self._device)
+        return Columns(aux_BTF.flatten(0, 1)[own], last_BTH.flatten(0, 1)[own], [0, *map(len, tokens)])
+
+
+def _parents(rows: Sequence[DecodingRow]) -> torch.Tensor | None:
+    """The parents of every column [B, T], the root's −1 included; None if no row is a tree."""
+    if all(row.proposal.parents is None for row in rows):
+        return None
+    width = 1 + max(len(row.proposal.tokens) for row in rows)
+    chain = list(range(-1, width - 1))
+    of_rows = []
+    for row in rows:
+        parents = row.proposal.parents
+        own = chain if parents is None else [-1, *parents]
+        of_rows.append(own + [0] * (width - len(own)))
+    return torch.tensor(of_rows)

@@ -10,8 +10,8 @@ Lifecycle: created, passed to an Engine (which attaches it), and called by that 
     recorder = TraceRecorder(sink, hidden_size=target.hidden_size)
     engine = Engine(target, draft, options, observer=recorder)
 
-Shapes: S slots, L capacity of a slot, F = 3H auxiliary features, B sequences, T positions, H hidden, R rounds, K
-proposals, N rejected positions.
+Shapes: S slots, L capacity of a slot, F = 3H auxiliary features, T positions, H hidden, R rounds, K proposals, N
+rejected positions.
 """
 
 from __future__ import annotations
@@ -72,14 +72,12 @@ class TraceRecorder:
         self._last_SLH = self._allocate(num_slots, capacity, 1, tokens_SL.device)
         self._segments = [_Segment() for _ in range(num_slots)]
 
-    def on_forward(
-        self, *, slots_B: torch.Tensor, starts_B: torch.Tensor, aux_BT3H: torch.Tensor, last_BTH: torch.Tensor
-    ) -> None:
-        """Keep the states that the target computed; those of rejected positions are overwritten later."""
-        index = (slots_B[:, None], starts_B[:, None] + torch.arange(last_BTH.shape[1], device=starts_B.device))
-        self._last_SLH[index] = last_BTH.to(torch.bfloat16)
+    def on_forward(self, *, slot: int, start: int, aux_TF: torch.Tensor, last_TH: torch.Tensor) -> None:
+        """Keep the states that the target computed."""
+        end = start + len(last_TH)
+        self._last_SLH[slot, start:end] = last_TH
         if self._owns_aux:
-            self._aux_SLF[index] = aux_BT3H.to(torch.bfloat16)
+            self._aux_SLF[slot, start:end] = aux_TF
 
     def on_prefix_copy(self, *, source: int, slot: int, length: int) -> None:
         """Copy the states too. If the source's were not kept, the slot's are not needed either (SlotAllocator)."""

@@ -8,7 +8,8 @@ those above it:
 
     detokenizer.py     token ids → text as they arrive: whole characters only, cut before stop strings
     ngram_index.py     where each n-gram of a request occurred, to look up what followed it
-    sequence.py        RunningSequence, the engine's counters, the outcome of verification by sequence
+    sequence.py        RunningSequence, the engine's counters
+    round_plan.py      RoundPlan: the rows of a round, what is proposed, and which proposals are accepted
     observer.py        RoundObserver: what the engine reports about its rounds, for recording traces
     slot_allocator.py  which slots are free, and which prefix of a prompt each slot already holds
 """

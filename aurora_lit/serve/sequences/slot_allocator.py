@@ -70,6 +70,10 @@ class SlotAllocator:
         source = max(range(len(lengths)), key=lengths.__getitem__)
         return source, lengths[source]
 
+    def can_share(self, sequence: RunningSequence) -> bool:
+        """True if a prefix of the sequence's prompt may be copied from another slot."""
+        return self._prefix_cache and sequence.params.prompt_logprobs is None
+
     def free(self, slot: int) -> None:
         """Return a slot whose request has ended."""
         self._free.append(slot)

@@ -1,7 +1,6 @@
 """Measures forward passes of the target and draft steps before the first request (seconds, best of a few calls).
 
-The measurements initialise the cost tables of the planner (serve/speculation/planner.py); running rounds update them
-(serve/speculation/costs.py). Everything runs in the engine's own slots, which are still empty. A start that has tables
+The measurements initialise the cost tables (serve/speculation/costs.py); running rounds update them. Everything runs in the engine's own slots, which are still empty. A start that has tables
 of an earlier one (serve/speculation/kept_costs.py) measures them again only while it waits for its first request.
 """
 
@@ -15,10 +14,9 @@ import torch
 
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
-from aurora_lit.modules.sampling.distribution import LogitOptions
-from aurora_lit.request import SamplingParams
+from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
-from aurora_lit.serve.speculation.planner import MAX_TREE_COLUMNS, SpeculationPlanner
+from aurora_lit.serve.speculation.planner import MAX_TREE_COLUMNS, SpeculationLimits
 
 _PREFILL_POSITIONS = 256
 """Positions of the draft's prefill that is timed, to learn what one takes."""
@@ -27,27 +25,28 @@ _CALLS, _MIN_GAIN = 3, 0.98
 move there only after a few calls, and rounds find them there."""
 
 
-def calibrate(
-    planner: SpeculationPlanner, target: Target, drafter: Drafter | None, *, kv_cache: KVCache, max_batch_size: int
-) -> None:
-    """Fill the planner's cost tables for batches of 1, 2, 4, … `max_batch_size`, at the query lengths it may choose."""
-    for _ in calibration_steps(planner, target, drafter, kv_cache=kv_cache, max_batch_size=max_batch_size):
-        pass
-
-
 @torch.no_grad()
 def calibration_steps(
-    planner: SpeculationPlanner, target: Target, drafter: Drafter | None, *, kv_cache: KVCache, max_batch_size: int
+    costs: Costs,
+    limits: SpeculationLimits,
+    target: Target,
+    drafter: Drafter | None,
+    *,
+    kv_cache: KVCache,
+    max_batch_size: int,
 ) -> Iterator[None]:
-    """As `calibrate`, but each step makes one timed call: at most about a tenth of a second."""
+    """Fill the tables for batches of 1, 2, 4, … `max_batch_size`, at the query lengths that the limits allow.
+
+    Each step makes one timed call: at most about a tenth of a second.
+    """
     if drafter is not None:
-        planner.prefill_position_s = yield from _prefill_position_s(target, drafter, capacity=kv_cache.capacity)
+        costs.prefill_position_s = yield from _prefill_position_s(target, drafter, capacity=kv_cache.capacity)
     batch_size = 1
     while True:
         probe = _Probe(target, drafter, kv_cache=kv_cache, batch_size=batch_size)
-        yield from _measure_target(planner, probe)
+        yield from _measure_target(costs, limits, probe)
         if drafter is not None:
-            yield from _measure_draft(planner, probe)
+            yield from _measure_draft(costs, limits, probe)
         if batch_size >= max_batch_size:
             return
         batch_size = min(2 * batch_size, max_batch_size)
@@ -61,8 +60,6 @@ class _Probe:
         self._target, self._drafter, self._kv_cache = target, drafter, kv_cache
         self._slots_B = torch.arange(batch_size, device=target.device)
         self._starts_B = torch.zeros_like(self._slots_B)
-        greedy = SamplingParams(max_tokens=1, temperature=0.0)
-        self._options = LogitOptions.from_params([greedy] * batch_size, device=self._slots_B.device)
 
     def run_target(self, query_length: int) -> None:
         """One forward pass of the target, and the greedy tokens of its logits."""
@@ -73,11 +70,7 @@ class _Probe:
     def run_chain(self, steps: int) -> None:
         """Draft chains of `steps` tokens, after a prefill of two positions."""
         assert self._drafter is not None
-        self._drafter.propose(
-            _uncached(self._drafter, self._inputs()),
-            options=self._options,
-            num_steps=steps,
-        )[0].token_BK.cpu()
+        self._drafter.propose(_uncached(self._drafter, self._inputs()), num_steps=steps).token_BK.cpu()
 
     def run_tree(self, levels: int, nodes: int) -> None:
         """Draft trees, after a prefill of two positions."""
@@ -92,25 +85,25 @@ class _Probe:
         return DraftInputs(slots_B=self._slots_B, lengths=[3] * self.batch_size)
 
 
-def _measure_target(planner: SpeculationPlanner, probe: _Probe) -> Iterator[None]:
+def _measure_target(costs: Costs, limits: SpeculationLimits, probe: _Probe) -> Iterator[None]:
     batch_size = probe.batch_size
-    lengths = {*range(1, planner.max_draft_tokens + 2), 2, planner.max_lookup_tokens + 1}
-    lengths |= {nodes + 1 for nodes in planner.tree_sizes if batch_size * (nodes + 1) <= MAX_TREE_COLUMNS}
+    lengths = {*range(1, limits.draft_tokens + 2), 2, limits.lookup_tokens + 1}
+    lengths |= {nodes + 1 for nodes in limits.tree_sizes if batch_size * (nodes + 1) <= MAX_TREE_COLUMNS}
     for length in sorted(lengths):
         seconds = yield from _best_seconds(functools.partial(probe.run_target, length))
-        planner.target_cost.set_initial(batch_size, length, seconds)
+        costs.target.set_initial(batch_size, length, seconds)
 
 
-def _measure_draft(planner: SpeculationPlanner, probe: _Probe) -> Iterator[None]:
+def _measure_draft(costs: Costs, limits: SpeculationLimits, probe: _Probe) -> Iterator[None]:
     # As in rounds, where a pass of the target has displaced the draft's weights from the CPU caches.
     before = functools.partial(probe.run_target, 1)
     one_s = yield from _best_seconds(functools.partial(probe.run_chain, 1), before=before)
     three_s = yield from _best_seconds(functools.partial(probe.run_chain, 3), before=before)
-    planner.first_step_cost.set_initial(probe.batch_size, 1, one_s)
-    planner.next_step_cost.set_initial(probe.batch_size, 1, max(0.0, (three_s - one_s) / 2))
-    if planner.tree_sizes:
-        three_s = yield from _best_seconds(functools.partial(probe.run_tree, 3, planner.tree_sizes[-1]), before=before)
-        planner.level_cost.set_initial(probe.batch_size, 1, max(0.0, (three_s - one_s) / 2))
+    costs.first_step.set_initial(probe.batch_size, 1, one_s)
+    costs.next_step.set_initial(probe.batch_size, 1, max(0.0, (three_s - one_s) / 2))
+    if limits.tree_sizes:
+        three_s = yield from _best_seconds(functools.partial(probe.run_tree, 3, limits.tree_sizes[-1]), before=before)
+        costs.level.set_initial(probe.batch_size, 1, max(0.0, (three_s - one_s) / 2))
 
 
 def _prefill_position_s(target: Target, drafter: Drafter, *, capacity: int) -> Generator[None, None, float]:

@@ -9,6 +9,9 @@ Left out: choosing (serve/speculation/planner.py) and the measurements at start 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 _DECAY = 0.9
 """Weight of the old cost when a round measures a new one."""
 _DRIFT_DECAY = 0.95
@@ -92,3 +95,59 @@ class CostTable:
     def _known(self, key: _Key) -> float:
         measured = self._measured.get(key)
         return self._initial[key] * self._drift if measured is None else measured
+
+
+class DraftShape(NamedTuple):
+    """What the draft proposes for each sequence that it drafts for."""
+
+    levels: int = 0
+    """Length of a chain, or depth of a tree; 0: nothing is drafted."""
+    nodes: int = 0
+    """Tokens of a tree; 0: a chain."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Proposals of a sequence."""
+        return self.nodes or self.levels
+
+
+class Costs:
+    """The costs of a round's parts, in seconds.
+
+    >>> costs.round_s(8, [4, 0, 0, 0, 0, 0, 0, 2])    # the target's pass, verification and commit
+    >>> costs.draft_s(2, DraftShape(levels=3, nodes=7))
+    """
+
+    def __init__(self, *, ragged: bool) -> None:
+        """`ragged`: each sequence computes its own columns; else all compute as many as the one with most."""
+        self.ragged = ragged
+        self.target = CostTable()
+        """Of a round but for drafting, by batch size and mean query length."""
+        self.first_step = CostTable()
+        """Of the first proposal, the prefill of the draft's cache included, by batch size (query length 1)."""
+        self.next_step = CostTable()
+        """Of each further proposal of a chain, by batch size (query length 1)."""
+        self.level = CostTable()
+        """Of each level of a tree after the first, by batch size (query length 1)."""
+        self.prefill_position_s = 0.0
+        """Of one position of the prefill of the draft's cache."""
+
+    def round_s(self, batch_size: int, counts: Sequence[int]) -> float:
+        """Of a round but for drafting; `counts`: proposals of those sequences that have some."""
+        return self.target(batch_size, 1 + (sum(counts) / batch_size if self.ragged else max(counts, default=0)))
+
+    def draft_s(self, num_drafting: int, shape: DraftShape) -> float:
+        """Of drafting for some sequences."""
+        if not shape.levels:
+            return 0.0
+        later = self.level if shape.nodes else self.next_step
+        return self.first_step(num_drafting, 1) + (shape.levels - 1) * later(num_drafting, 1)
+
+    def observe_draft(self, num_drafting: int, shape: DraftShape, seconds: float, *, uncached: int) -> None:
+        """Update by the time that drafting took, with the prefill of `uncached` positions."""
+        seconds = max(0.0, seconds - uncached * self.prefill_position_s)
+        expected = self.draft_s(num_drafting, shape)
+        if not expected or (shape.nodes and shape.levels < 2):
+            return
+        for table in (self.first_step, self.level if shape.nodes else self.next_step):
+            table.update(num_drafting, 1, table(num_drafting, 1) * seconds / expected)

@@ -5,12 +5,16 @@ Lifecycle of a sequence here: the engine stores the target's features of every p
 cache up to the last committed token, from the target's features, and goes on from there with the draft's own. The next
 prefill overwrites what the chain wrote, so a rejection needs no clean-up.
 
+For sampled requests the target's own token is the argmax of its log-probabilities plus noise
+(modules/sampling/noise.py). The draft adds the same noise to its own (`DraftNoise`), so that both tend to choose the
+same token even where many are about as probable.
+
 Trees (EAGLE-2, arXiv 2406.16858) are drafted level by level: the most probable nodes of a level are expanded in one
 batched pass of the draft. Expanded nodes lie after the committed positions in the draft's cache, and each attends only
 to its ancestors; the next prefill overwrites them too.
 
 Left out: how many proposals, and when a tree pays (serve/speculation/planner.py); how nodes are selected
-(kernels/csrc/drafting.hpp); verification (modules/sampling/verification.py).
+(kernels/csrc/drafting.hpp); verification (serve/sequences/round_plan.py).
 
 Shapes: B sequences, T positions, K proposals, H hidden, S slots, L capacity of a slot, F features of a position,
 D draft vocabulary.
@@ -19,8 +23,8 @@ D draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,8 +35,7 @@ from aurora_lit.models.attention import KVCacheView
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.modules.sampling.distribution import LogitOptions
-from aurora_lit.modules.sampling.proposals import DraftVocabulary, Proposals, propose
+from aurora_lit.modules.sampling.noise import gumbel
 from aurora_lit.serve.speculation.planner import extends_chain
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, prepare_draft, uses_kernels
 
@@ -52,12 +55,38 @@ class DraftInputs:
     """Committed tokens of each sequence; the target has not computed the last of them yet."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DraftNoise:
+    """The noise that a batch of sequences draws its tokens with; see modules/sampling/noise.py."""
+
+    temperature_B: torch.Tensor
+    """fp32. 0: the sequence proposes its most probable tokens, without noise."""
+    key_B: torch.Tensor
+    """int64."""
+    position_B: torch.Tensor
+    """int64. Index in the output of the first proposed token."""
+
+
+class Drafted(NamedTuple):
+    """A chain or a tree for each sequence."""
+
+    token_BK: torch.Tensor
+    """int64 target ids."""
+    parent_BK: torch.Tensor | None
+    """int64. Of trees: the column that each token follows, where column 0 is the last committed token."""
+    outcome_JB: torch.Tensor
+    """fp32, by level. Of chains: the value head's prediction of how many tokens are accepted from there on. Of trees: the
+    probability, by the draft, that the accepted path passes through the nodes to be expanded after that level."""
+    logprob_BK: torch.Tensor | None = None
+    """fp32. Of chains, if asked for: log-probability of each token under the draft at the noise's temperature."""
+
+
 class Drafter:
     """A draft with a KV cache of its own, over the same slots as the target's.
 
     >>> drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
-    >>> drafter.store_features(slots_B=slots_B, starts_B=starts_B, aux_BT3H=aux_BT3H)  # after a pass of the target
-    >>> proposals, _ = drafter.propose(DraftInputs(slots_B=slots_B, lengths=lengths), ...)
+    >>> drafter.store_features(slot=0, start=0, aux_TF=aux_TF)  # after a pass of the target
+    >>> drafted = drafter.propose(DraftInputs(slots_B=slots_B, lengths=lengths), num_steps=4)
     """
 
     def __init__(self, draft: Eagle3Draft, target: Target, *, tokens_SL: torch.Tensor, capacity: int) -> None:
@@ -79,11 +108,6 @@ class Drafter:
     def draft(self) -> Eagle3Draft:
         """The draft that proposes now."""
         return self._runtime_draft.draft
-
-    @property
-    def vocabulary(self) -> DraftVocabulary:
-        """Its vocabulary."""
-        return self._runtime_draft.vocabulary
 
     @property
     def features_SLF(self) -> torch.Tensor:
@@ -134,10 +158,9 @@ class Drafter:
         """Positions of a sequence of `length` tokens that the prefill of the draft's cache still has to compute."""
         return length - 1 - self._num_cached[slot]
 
-    def store_features(self, *, slots_B: torch.Tensor, starts_B: torch.Tensor, aux_BT3H: torch.Tensor) -> None:
-        """Store the target's features of positions start, start + 1, … of each sequence."""
-        for slot, start, aux_T3H in zip(slots_B.tolist(), starts_B.tolist(), aux_BT3H, strict=True):
-            self._features_SLF[slot, start : start + len(aux_T3H)] = aux_T3H
+    def store_features(self, *, slot: int, start: int, aux_TF: torch.Tensor) -> None:
+        """Store the target's features of positions start, start + 1, … of a sequence."""
+        self._features_SLF[slot, start : start + len(aux_TF)] = aux_TF
 
     def forget(self, slot: int) -> None:
         """Drop what the slot holds: it starts a new request."""
@@ -159,52 +182,53 @@ class Drafter:
         self,
         inputs: DraftInputs,
         *,
-        options: LogitOptions,
         num_steps: int,
-        uniform_BK: torch.Tensor | None = None,
+        noise: DraftNoise | None = None,
         min_gains: Sequence[float] | None = None,
-    ) -> tuple[Proposals, torch.Tensor]:
-        """Draft a chain of up to `num_steps` tokens for each sequence; and the value head's predictions [K, B].
+        with_logprobs: bool = False,
+    ) -> Drafted:
+        """Draft a chain of up to `num_steps` tokens for each sequence.
 
-        A prediction is how many tokens are accepted from that proposal on. `min_gains`: what each further step must
-        promise to be run (`SpeculationPlanner.min_gains_of_chain`). `uniform_BK`: uniform numbers for sampling; None:
-        the argmax for every sequence.
+        `min_gains`: what each further step must promise to be run (`min_gains_of_chain` of the planner).
+        `with_logprobs`: also return the tokens' log-probabilities; without native steps, so it takes longer.
         """
-        is_drawn = uniform_BK is not None and options.num_unseeded > 0
-        if self.supports_trees and num_steps <= MAX_DEPTH and not (is_drawn and options.filters.truncates):
-            drafted = self._draft_levels(
-                inputs,
-                num_levels=num_steps,
-                num_nodes=num_steps,
-                width=1,
-                min_gains=min_gains,
-                temperature_B=options.filters.temperature_R * options.unseeded_B if is_drawn else None,
-                uniform_BJ=uniform_BK,
+        if self.supports_trees and num_steps <= MAX_DEPTH and not with_logprobs:
+            levels = self._draft_levels(
+                inputs, noise=noise, num_levels=num_steps, num_nodes=num_steps, width=1, min_gains=min_gains
             )
-            return _chains(drafted.token_BK, drafted.q_BKD), drafted.outcome_JB
+            return Drafted(levels.token_BK, None, levels.outcome_JB)
         hidden_BH = self.prefill(inputs)
         starts_B = torch.tensor(inputs.lengths, device=inputs.slots_B.device) - 1
         tokens: list[torch.Tensor] = []
-        distributions: list[torch.Tensor] = []
+        logprobs: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         survival = [1.0] * len(inputs.lengths)
         while True:
             step = len(tokens)
             normed_BH = self.draft.norm(hidden_BH)  # once for both heads
-            logits_BD = self.draft.lm_head(normed_BH)
-            uniform_B = None if uniform_BK is None else uniform_BK[:, step]
-            draft_id_B, q_BD = propose(logits_BD, options=options, uniform_B=uniform_B)
-            tokens.append(self.vocabulary.target_id_D[draft_id_B])
-            if q_BD is not None:
-                distributions.append(q_BD)
+            token_B, logprob_B = self._choose(self.draft.lm_head(normed_BH).float(), noise, step)
+            tokens.append(token_B)
+            logprobs.append(logprob_B)
             values.append(self.draft.value_head(normed_BH).squeeze(-1))
             if step + 1 == num_steps:
                 break
             if min_gains is not None and not extends_chain(values[-1].tolist(), survival, min_gains[step]):
                 break
             hidden_BH = self.forward(tokens[-1][:, None], hidden_BH[:, None], inputs.slots_B, starts_B + step)[:, 0]
-        q_BKD = torch.stack(distributions, dim=1) if distributions else None
-        return _chains(torch.stack(tokens, dim=1), q_BKD), torch.stack(values)
+        return Drafted(torch.stack(tokens, dim=1), None, torch.stack(values), torch.stack(logprobs, dim=1))
+
+    def _choose(
+        self, logits_BD: torch.Tensor, noise: DraftNoise | None, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token of one step of a chain, and its log-probability at the noise's temperature (else at 1)."""
+        ids_D = self._runtime_draft.target_id_D
+        score_BD = logits_BD
+        if noise is not None:
+            is_drawn_B1 = noise.temperature_B[:, None] > 0
+            logits_BD = logits_BD / torch.where(is_drawn_B1, noise.temperature_B[:, None], 1.0)
+            score_BD = logits_BD + gumbel(noise.key_B, noise.position_B + step, ids_D) * is_drawn_B1
+        index_B1 = score_BD.argmax(-1, keepdim=True)
+        return ids_D[index_B1[:, 0]], logits_BD.log_softmax(-1).gather(1, index_B1)[:, 0]
 
     def propose_tree(
         self,
@@ -212,32 +236,33 @@ class Drafter:
         *,
         num_steps: int,
         num_nodes: int,
+        noise: DraftNoise | None = None,
         min_gains: Sequence[float] | None = None,
         level_rates: Sequence[float] = (),
-    ) -> tuple[Proposals, torch.Tensor]:
-        """Draft a tree for each sequence without sampling: its `num_nodes` most probable nodes; and reach [J, B].
+    ) -> Drafted:
+        """Draft a tree for each sequence: its `num_nodes` most probable nodes.
 
-        Reach is the probability, by the draft, that the accepted path passes through the nodes to be expanded after a
-        level. `min_gains`: what each further level, up to `num_steps`, must promise to be run
-        (`SpeculationPlanner.min_gains_of_tree`); `level_rates`: its acceptance rate, for each sequence. Needs
-        `supports_trees`.
+        `min_gains`: what each further level, up to `num_steps`, must promise to be run (`min_gains_of_tree` of the
+        planner); `level_rates`: its acceptance rate, for each sequence. Needs `supports_trees`.
         """
-        drafted = self._draft_levels(
+        levels = self._draft_levels(
             inputs,
+            noise=noise,
             num_levels=num_steps,
             num_nodes=num_nodes,
             width=max(2, min(MAX_LEVEL_WIDTH, num_nodes)),
             min_gains=min_gains,
             level_rates=level_rates,
         )
-        proposals = replace(_chains(drafted.token_BK, None), parent_BK=drafted.parent_BK)
-        return proposals, drafted.outcome_JB
+        return Drafted(levels.token_BK, levels.parent_BK, levels.outcome_JB)
 
-    def _draft_levels(self, inputs: DraftInputs, **levels: Any) -> DraftedLevels:
+    def _draft_levels(self, inputs: DraftInputs, *, noise: DraftNoise | None, **levels: Any) -> DraftedLevels:
         """Draft levels in one native call; see `DraftSteps`."""
         steps = self._runtime_draft.steps
         assert steps is not None
         starts = self._prefill_all_but_last_pass(inputs)
+        if noise is not None:
+            levels |= {"temperature_B": noise.temperature_B, "key_B": noise.key_B, "position_B": noise.position_B}
         return steps(
             keys=self._cache.keys_SGCQPE,
             values=self._cache.values_SGMDE,
@@ -259,6 +284,15 @@ class Drafter:
         hidden_BTH = self._run_committed(inputs.slots_B, starts, max(1, *counts))
         device = hidden_BTH.device
         return hidden_BTH[torch.arange(len(counts), device=device), torch.tensor(counts, device=device) - 1]
+
+    def catch_up(self, slot: int, length: int, *, most: int) -> int:
+        """Prefill at most `most` positions of a sequence of `length` tokens; returns how many."""
+        count = min(most, self.num_uncached(slot, length) - 1)
+        for start in range(self._num_cached[slot], self._num_cached[slot] + count, _PREFILL_CHUNK_TOKENS):
+            end = min(start + _PREFILL_CHUNK_TOKENS, self._num_cached[slot] + count)
+            self._run_committed(torch.tensor([slot], device=self._tokens_SL.device), [start], end - start)
+        self._num_cached[slot] += max(0, count)
+        return max(0, count)
 
     def _prefill_all_but_last_pass(self, inputs: DraftInputs) -> list[int]:
         """Prefill up to the last pass, one over all sequences that the caller runs. Returns where that pass starts."""
@@ -311,9 +345,3 @@ class Drafter:
         view = KVCacheView(self._cache, slots_B=slots_B, starts_B=starts_B)
         attended = view.attend(0, query, key, value, scale=self.draft.config.head_dim**-0.5)
         return self.draft.complete_layer(attended.reshape(B, T, -1), hidden_BTH)
-
-
-def _chains(token_BK: torch.Tensor, q_BKD: torch.Tensor | None) -> Proposals:
-    """Equally many proposals for every sequence."""
-    num_proposed_B = torch.full((len(token_BK),), token_BK.shape[1], dtype=torch.int64, device=token_BK.device)
-    return Proposals(token_BK=token_BK, num_proposed_B=num_proposed_B, q_BKD=q_BKD)

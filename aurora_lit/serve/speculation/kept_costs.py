@@ -1,9 +1,9 @@
 """Keeps the calibration's cost tables in the cache, so that a start need not wait for it.
 
-    costs = KeptCosts(folder, key={"machine": …, "code": …, "options": …})
-    if not costs.load_into(planner):
-        calibrate(planner, …)
-        costs.save(planner)
+    kept = KeptCosts(folder, key={"machine": …, "code": …, "options": …})
+    if not kept.load_into(costs):
+        calibrate(costs, …)
+        kept.save(costs)
 
 One small JSON file for each key. Tables of another machine, version or configuration have another key; a damaged file
 counts as none.
@@ -22,9 +22,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from aurora_lit.durable import sync
-from aurora_lit.serve.speculation.planner import SpeculationPlanner
+from aurora_lit.serve.speculation.costs import Costs
 
-_TABLES = ("target_cost", "first_step_cost", "next_step_cost", "level_cost")
+_TABLES = ("target", "first_step", "next_step", "level")
 _log = logging.getLogger(__name__)
 
 
@@ -37,31 +37,31 @@ class KeptCosts:
         digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()
         self.path = folder / f"{digest[:24]}.json"
 
-    def load_into(self, planner: SpeculationPlanner) -> bool:
-        """Fill the planner's tables; False, and nothing is changed, if there is no file or a damaged one."""
+    def load_into(self, costs: Costs) -> bool:
+        """Fill the tables; False, and nothing is changed, if there is no file or a damaged one."""
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["key"] != self._key:
                 raise ValueError("it has another key")
             prefill_position_s = _seconds(content["prefill_position_s"])
             tables = {name: [(int(b), int(q), _seconds(s)) for b, q, s in content[name]] for name in _TABLES}
-            if not tables["target_cost"]:
+            if not tables["target"]:
                 raise ValueError("it has no costs of the target")
         except FileNotFoundError:
             return False
         except (OSError, ValueError, KeyError, TypeError) as error:
             _log.warning("the kept costs %s are not used (%r); they are measured again", self.path, error)
             return False
-        planner.prefill_position_s = prefill_position_s
+        costs.prefill_position_s = prefill_position_s
         for name, measurements in tables.items():
             for batch_size, query_length, seconds in measurements:
-                getattr(planner, name).set_initial(batch_size, query_length, seconds)
+                getattr(costs, name).set_initial(batch_size, query_length, seconds)
         return True
 
-    def save(self, planner: SpeculationPlanner) -> None:
+    def save(self, costs: Costs) -> None:
         """Write what the calibration has measured; a cache that cannot be written is logged."""
-        content = {"key": self._key, "prefill_position_s": planner.prefill_position_s}
-        content |= {name: getattr(planner, name).initial for name in _TABLES}
+        content = {"key": self._key, "prefill_position_s": costs.prefill_position_s}
+        content |= {name: getattr(costs, name).initial for name in _TABLES}
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

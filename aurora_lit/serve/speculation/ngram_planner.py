@@ -60,32 +60,33 @@ class NgramAcceptance:
 class NgramPlanner:
     """Chooses how many looked-up tokens each sequence proposes, beside a draft that follows `planner`."""
 
-    def __init__(self, planner: SpeculationPlanner, *, max_tokens: int) -> None:
-        """`max_tokens`: most proposals of a sequence."""
-        self.acceptance = NgramAcceptance()
-        self.max_tokens = max_tokens
+    def __init__(self, planner: SpeculationPlanner) -> None:
+        self.acceptance = {sampled: NgramAcceptance() for sampled in (False, True)}
+        """Of greedy and of sampled sequences."""
         self._planner = planner
 
-    def choose(self, survivals: Sequence[Sequence[float]], rates: Sequence[float], *, num_others: int) -> list[int]:
+    def choose(
+        self, survivals: Sequence[Sequence[float]], rates: Sequence[float], *, batch_size: int, sampled: bool = False
+    ) -> list[int]:
         """Numbers of looked-up tokens to propose, for each sequence with a match; 0 where the draft promises more.
 
         `survivals[b][j]`: probability that the first j + 1 looked-up tokens are accepted; `rates`: the draft's
-        acceptance rates; `num_others`: sequences of the batch without a match.
+        acceptance rates; `batch_size`: all sequences; `sampled`: most of them are.
         """
-        if not self._planner.adaptive:
+        planner, costs = self._planner, self._planner.costs
+        if not planner.limits.adaptive:
             return [len(survival) for survival in survivals]
-        batch_size = len(survivals) + num_others
 
         def gains(counts: Sequence[int]) -> list[float]:
             return [sum(survival[:count]) for survival, count in zip(survivals, counts, strict=True)]
 
-        plain_s = self._planner.expected_round_s(batch_size, [])
+        plain_s = costs.round_s(batch_size, [])
         counts, fastest = [0] * len(survivals), batch_size / plain_s if plain_s else 0.0
         for threshold in _THRESHOLDS:
             longer = [sum(reached >= threshold for reached in survival) for survival in survivals]
             if longer == counts:
                 continue
-            round_s = self._planner.expected_round_s(batch_size, longer)
+            round_s = costs.round_s(batch_size, longer)
             speed = (batch_size + sum(gains(longer))) / round_s if round_s else float(sum(longer))
             if speed > fastest:
                 counts, fastest = longer, speed
@@ -94,13 +95,14 @@ class NgramPlanner:
         columns = sum(counts)
         if not columns:
             return counts
-        column_tokens = fastest * (self._planner.expected_round_s(batch_size, counts) - plain_s) / columns
-        return [
-            count
-            if tokens - count * column_tokens
-            >= self._planner.expected_draft_gain(
-                rate, batch_size=batch_size, speed=fastest, column_tokens=column_tokens
+        column_tokens = fastest * (costs.round_s(batch_size, counts) - plain_s) / columns
+
+        def draft_gain(rate: float) -> float:
+            return planner.expected_draft_gain(
+                rate, batch_size=batch_size, sampled=sampled, speed=fastest, column_tokens=column_tokens
             )
-            else 0
+
+        return [
+            count if count and tokens - count * column_tokens >= draft_gain(rate) else 0
             for count, tokens, rate in zip(counts, gains(counts), rates, strict=True)
         ]

@@ -1,16 +1,17 @@
 """How many tokens the draft proposes in a round: measured costs against predicted acceptance.
 
 A round over B sequences with k proposals each takes draft(B, k) + target(B, k + 1) seconds and yields
-1 + a + a² + … + a^k tokens per sequence of acceptance rate a. The planner takes the k with the most tokens per second.
-A change of k must promise a few per cent, so that noise does not make it alternate; drafting is stopped as soon as it
-costs time.
+1 + a + a² + … + a^k tokens per sequence of acceptance rate a. `choose_shape` takes the shape with the most tokens per
+second. A change must promise a few per cent, so that noise does not make it alternate; drafting is stopped as soon as
+it costs time.
 
 A tree of n nodes (`Drafter.propose_tree`) takes its levels' wider draft passes and target(B, n + 1). A level of a tree
 has a higher acceptance rate than one of a chain: h = a + (1 − a)s, where s is the share of a chain's rejections that a
 tree of that size avoids. `TreeAcceptance` learns s from verified trees; it is scaled down where a is lower than there.
+Greedy and sampled sequences are accepted at different rates, so both are learned apart.
 
-Left out: drafting itself (serve/speculation/drafter.py), the cost tables (serve/speculation/costs.py), and n-gram
-lookup (serve/speculation/ngram_planner.py).
+Left out: drafting itself (serve/speculation/drafter.py), the cost tables (serve/speculation/costs.py), n-gram lookup
+(serve/speculation/ngram_planner.py), and whether speculation has paid at all (serve/speculation/floor.py).
 
 All times are in seconds; speeds are in tokens per second.
 """
@@ -18,11 +19,13 @@ All times are in seconds; speeds are in tokens per second.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from aurora_lit.request import Output
-from aurora_lit.serve.sequences.sequence import RunningSequence, VerifiedTokens
-from aurora_lit.serve.speculation.costs import CostTable
+from aurora_lit.serve.sequences.round_plan import Proposal
+from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.speculation.costs import Costs, DraftShape
 
 _RATE_DECAY = 0.9
 """Weight of the old acceptance rate of a sequence, per proposal."""
@@ -31,15 +34,13 @@ _MEAN_RATE_DECAY = 0.98
 _INITIAL_RATE = 0.5
 """Acceptance rate of a draft before anything was verified."""
 _MIN_GAIN = 1.03
-"""A change of draft length must promise this factor in speed."""
+"""A change of what is drafted must promise this factor in speed."""
 _EXTRA_TOKEN_SAVING = 0.5
 """One more token from a round saves this share of a plain round, because the rounds it saves would speculate too."""
 _RECONSIDER_EVERY = 8
 """Rounds without a draft after which drafting is considered again; that takes a few per cent of a small round."""
 _PROBE_EVERY = 128
 """Rounds without a draft after which one token is drafted, to measure whether the traffic has become predictable."""
-_PLAIN_EVERY, _NEAR = 16, 1.3
-"""Rounds with proposals after which a plain one is run, if it is expected to be less than 1.3 times as slow."""
 MAX_REMAINING_TOKENS = 128
 """Most tokens that a sequence is assumed to generate from here on, whatever its `max_tokens`."""
 MAX_TREE_COLUMNS = 64
@@ -49,6 +50,21 @@ _INITIAL_AVOIDED = 0.1
 SmolLM2-135M."""
 _TREE_DECAY = 0.99
 """Weight of the old share of rejections, per level."""
+NO_DRAFT = DraftShape()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationLimits:
+    """The most that may be proposed for a sequence in a round."""
+
+    draft_tokens: int
+    """Longest chain, and most levels of a tree; 0: there is no draft."""
+    lookup_tokens: int
+    """Of n-gram lookup; 0: there is none."""
+    tree_sizes: tuple[int, ...] = ()
+    """Numbers of nodes of the trees to choose from, ascending."""
+    adaptive: bool = True
+    """False: always the most."""
 
 
 class TreeAcceptance:
@@ -60,10 +76,10 @@ class TreeAcceptance:
         self.tree = self.chain * (1 - _INITIAL_AVOIDED * (math.log2(nodes + 1) - 1))
         """Share of levels of which every node was rejected."""
 
-    def observe(self, verified: VerifiedTokens, output: Output) -> None:
-        """Update by one verified tree."""
-        self.tree = _update_rejections(self.tree, output.num_accepted, verified.num_levels)
-        self.chain = _update_rejections(self.chain, output.chain_accepted, output.chain_proposed)
+    def observe(self, *, levels: int, accepted: int, chain_proposed: int, chain_accepted: int) -> None:
+        """Update by one verified tree of `levels` levels; `chain_…`: of the chain of first choices in it."""
+        self.tree = _update_rejections(self.tree, accepted, levels)
+        self.chain = _update_rejections(self.chain, chain_accepted, chain_proposed)
 
     def avoided(self, rate: float) -> float:
         """The share of a chain's rejections that the tree avoids, for a chain of acceptance rate `rate`."""
@@ -78,246 +94,214 @@ def _update_rejections(share: float, accepted: int, reached: int) -> float:
     return share
 
 
-class SpeculationPlanner:
-    """Chooses the draft length of each round, and what each further draft step must promise to be run.
+def level_rate(shape: DraftShape, rate: float, trees: Mapping[int, TreeAcceptance]) -> float:
+    """Acceptance rate of a level of the shape, given that of a chain."""
+    return rate + (1.0 - rate) * trees[shape.nodes].avoided(rate) if shape.nodes else rate
 
-    >>> k = planner.choose([0.7, 0.6])                        # acceptance rates of the sequences
-    >>> planner.should_draft(k, 0, [0.7, 0.6])                # False: a plain round this time
-    >>> planner.observe(sequence, proposed=k, accepted=2)     # after the round
+
+def speed_of(
+    shape: DraftShape,
+    rates: Sequence[float],
+    *,
+    batch_size: int,
+    costs: Costs,
+    trees: Mapping[int, TreeAcceptance],
+) -> float:
+    """Expected tokens per second of a round in which sequences of these acceptance rates draft; 0 without costs.
+
+    `batch_size`: all sequences of the round.
+    """
+    tokens = batch_size + sum(_gain(shape.levels, level_rate(shape, rate, trees)) for rate in rates)
+    counts = [shape.num_tokens] * len(rates)
+    seconds = costs.round_s(batch_size, counts) + costs.draft_s(len(rates), shape)
+    return tokens / seconds if seconds else 0.0
+
+
+def choose_shape(
+    rates: Sequence[float],
+    *,
+    batch_size: int,
+    costs: Costs,
+    limits: SpeculationLimits,
+    trees: Mapping[int, TreeAcceptance],
+    last: DraftShape = NO_DRAFT,
+) -> DraftShape:
+    """What to draft for sequences of these acceptance rates: the fastest shape, or `last` if that is nearly as fast.
+
+    A pure function. `last`: what was drafted in the round before.
+    """
+    if not rates or not limits.draft_tokens:
+        return NO_DRAFT
+    if not limits.adaptive:
+        return DraftShape(limits.draft_tokens, limits.tree_sizes[-1] if limits.tree_sizes else 0)
+
+    def speed(shape: DraftShape) -> float:
+        return speed_of(shape, rates, batch_size=batch_size, costs=costs, trees=trees)
+
+    shapes = [DraftShape(levels) for levels in range(1, limits.draft_tokens + 1)]
+    columns = len(rates) if costs.ragged else batch_size
+    shapes += [
+        DraftShape(levels, nodes)
+        for nodes in limits.tree_sizes
+        if batch_size + columns * nodes <= MAX_TREE_COLUMNS
+        for levels in range(2, min(limits.draft_tokens, nodes) + 1)
+    ]
+    speeds = {NO_DRAFT: speed(NO_DRAFT)} | {shape: speed(shape) for shape in shapes}
+    best = max(speeds, key=speeds.__getitem__)
+    now = speeds.get(last, 0.0)
+    if speeds[best] > now * _MIN_GAIN:
+        return best
+    return last if now >= speeds[NO_DRAFT] else NO_DRAFT
+
+
+class DraftDecision(NamedTuple):
+    """What a round drafts."""
+
+    shape: DraftShape = NO_DRAFT
+    is_probe: bool = False
+    """True: one sequence suffices, to measure how predictable the traffic is."""
+
+
+class SpeculationPlanner:
+    """Chooses what each round drafts, and what each further level must promise to be run.
+
+    >>> decision = planner.decide([0.7, 0.6], batch_size=2)      # acceptance rates of the sequences
+    >>> planner.observe(sequence, proposal, accepted=2, chain_accepted=2)    # after the round
     """
 
-    def __init__(
-        self, *, max_draft_tokens: int, adaptive: bool, max_lookup_tokens: int | None = None, tree_tokens: int = 0
-    ) -> None:
-        """`adaptive` False: always `max_draft_tokens`. `tree_tokens`: most nodes of a tree; 0: chains only.
-
-        `max_lookup_tokens`: most tokens that n-gram lookup proposes; None: as many as the draft.
-        """
-        self.max_lookup_tokens = max_draft_tokens if max_lookup_tokens is None else max_lookup_tokens
-        self.max_draft_tokens = max_draft_tokens
-        self.adaptive = adaptive
-        self.ragged = False
-        """True if each sequence of this round computes its own query length; else all have the longest one."""
-        self.target_cost = CostTable()
-        """Of a round from the target's forward pass on, with verification and commit."""
-        self.first_step_cost = CostTable()
-        """Of the first proposal, the prefill of the draft's cache included, by batch size (query length 1)."""
-        self.next_step_cost = CostTable()
-        """Of each further proposal, by batch size (query length 1)."""
-        self.level_cost = CostTable()
-        """Of each level of a tree after the first, by batch size (query length 1)."""
-        self.prefill_position_s = 0.0
-        """Of one position of the prefill of the draft's cache."""
-        self.probing = False
-        """True if the last choice is a probe of how predictable the traffic is: one sequence suffices for it."""
-        self.mean_rate = _INITIAL_RATE
-        """Running acceptance rate over all sequences: a new sequence starts with it."""
+    def __init__(self, limits: SpeculationLimits, costs: Costs) -> None:
+        self.limits, self.costs = limits, costs
         self.updates_costs = True
         """False: rounds do not have the machine to themselves now, so their times are not measurements of costs."""
-        self.tree_sizes = tree_sizes(tree_tokens if max_draft_tokens > 1 else 0)
-        """Numbers of nodes of the trees to choose from, ascending."""
-        self._tree_acceptance = {n: TreeAcceptance(n) for n in self.tree_sizes}
-        self._last = max_draft_tokens
-        """Draft length in use."""
-        self._last_levels = self._last_tree = 0
-        """Levels and nodes of the tree in use; 0 nodes: a chain."""
-        self._rounds_without = self._since_plain = 0
-        self._resting = False
-        """True if drafting is not even considered in this round."""
+        self._mean_rates = {False: _INITIAL_RATE, True: _INITIAL_RATE}
+        """Running acceptance rates over all sequences, greedy and sampled."""
+        self._trees = {sampled: {n: TreeAcceptance(n) for n in limits.tree_sizes} for sampled in (False, True)}
+        self._last = DraftShape(limits.draft_tokens)
+        self._rounds_without = 0
 
-    def choose(self, rates: Sequence[float], *, num_not_drafting: int = 0) -> int:
-        """Draft length for sequences of these acceptance rates; 0: none. `num_not_drafting`: others in the batch."""
-        self.probing = False
-        if not rates or not self.max_draft_tokens:
-            return 0
-        if not self.adaptive:
-            return self.max_draft_tokens
-        batch_size = len(rates) + num_not_drafting
-        self._resting = not self._last_tree and self._last == 0 and (self._rounds_without + 1) % _RECONSIDER_EVERY != 0
-        if self._resting:
-            self._rounds_without += 1
-            return 0
-        speeds = [self._speed(k, rates, batch_size) for k in range(self.max_draft_tokens + 1)]
-        best = max(range(len(speeds)), key=speeds.__getitem__)
-        if speeds[best] > speeds[self._last] * _MIN_GAIN:
-            self._last = best
-        elif speeds[self._last] < speeds[0]:
-            self._last = 0
-        self._rounds_without = self._rounds_without + 1 if self._last == 0 else 0
+    def mean_rate(self, *, sampled: bool) -> float:
+        """The acceptance rate that a new sequence starts with."""
+        return self._mean_rates[sampled]
+
+    def decide(self, rates: Sequence[float], *, batch_size: int, sampled: bool = False) -> DraftDecision:
+        """What to draft for sequences of these acceptance rates, in a round of `batch_size` sequences.
+
+        `sampled`: most of them are.
+        """
+        if not rates or not self.limits.draft_tokens:
+            return DraftDecision()
+        is_resting = self._last == NO_DRAFT and (self._rounds_without + 1) % _RECONSIDER_EVERY != 0
+        if not is_resting:
+            self._last = choose_shape(
+                rates,
+                batch_size=batch_size,
+                costs=self.costs,
+                limits=self.limits,
+                trees=self._trees[sampled],
+                last=self._last,
+            )
+        self._rounds_without = self._rounds_without + 1 if self._last == NO_DRAFT else 0
         if self._rounds_without >= _PROBE_EVERY:
             self._rounds_without = 0
-            self.probing = True
-            return 1
-        return self._last
+            return DraftDecision(DraftShape(1), is_probe=True)
+        return DraftDecision(self._last)
 
-    def choose_tree(self, steps: int, rates: Sequence[float], *, num_not_drafting: int = 0) -> tuple[int, int]:
-        """Levels and nodes of the tree that is faster than a chain of `steps`; 0 nodes: a chain is."""
-        if not rates or not self.tree_sizes or self._resting:
-            return steps, 0
-        if not self.adaptive:
-            return self.max_draft_tokens, self.tree_sizes[-1]
-        batch_size = len(rates) + num_not_drafting
-        shapes = [
-            (levels, nodes)
-            for nodes in self.tree_sizes
-            if batch_size * self._query_length(nodes, len(rates), batch_size) <= MAX_TREE_COLUMNS
-            for levels in range(2, min(self.max_draft_tokens, nodes) + 1)
-        ]
-        speeds = {shape: self._tree_speed(*shape, rates, batch_size) for shape in shapes}
-        best = max(speeds, key=speeds.__getitem__, default=(steps, 0))
-        bar = self._speed(steps, rates, batch_size) * (1.0 if self._last_tree else _MIN_GAIN)
-        self._last_levels, self._last_tree = best if speeds.get(best, 0.0) > bar else (steps, 0)
-        return self._last_levels, self._last_tree
-
-    def should_draft(
-        self,
-        steps: int,
-        nodes: int,
-        rates: Sequence[float],
-        *,
-        num_not_drafting: int = 0,
-        uncached: int = 0,
-        remaining: int = 0,
+    def pays_for_catching_up(
+        self, shape: DraftShape, rates: Sequence[float], *, batch_size: int, sampled: bool, uncached: int, remaining: int
     ) -> bool:
-        """True if this round drafts as chosen; False: it is a plain one.
+        """True if drafting saves, over the `remaining` tokens, the time to prefill the draft with `uncached` positions.
 
-        Drafting must save, over the `remaining` tokens, the time to prefill the draft's cache with the `uncached`
-        positions. And where plain rounds are nearly as fast, one is run now and then: otherwise their cost would only
-        be estimated, and a wrong estimate would last.
+        Otherwise drafting is over until it is considered again.
         """
-        if not self.adaptive or self.probing:
+        if not self.limits.adaptive:
             return True
-        batch_size = len(rates) + num_not_drafting
-        plain = self._speed(0, rates, batch_size)
-        chosen = self._tree_speed(steps, nodes, rates, batch_size) if nodes else self._speed(steps, rates, batch_size)
-        gain_s = remaining * (1 / plain - 1 / chosen) if plain else 0.0
-        if gain_s < uncached * self.prefill_position_s:
-            self._last = self._last_tree = 0
-            return False
-        self._since_plain = (self._since_plain + 1) % _PLAIN_EVERY
-        return self._since_plain > 0 or chosen > _NEAR * plain
+        how = {"batch_size": batch_size, "costs": self.costs, "trees": self._trees[sampled]}
+        plain, chosen = speed_of(NO_DRAFT, rates, **how), speed_of(shape, rates, **how)  # type: ignore[arg-type]
+        gain_s = remaining * (1 / plain - 1 / chosen) if plain and chosen else 0.0
+        if gain_s >= uncached * self.costs.prefill_position_s:
+            return True
+        self._last = NO_DRAFT
+        return False
 
-    def min_gains_of_chain(self, steps: int, num_drafting: int, *, num_not_drafting: int = 0) -> list[float] | None:
-        """What each step of a chain after the first must promise to be drafted, up to `steps`; None: all are drafted.
+    def min_gains(self, shape: DraftShape, num_drafting: int, *, batch_size: int) -> list[float] | None:
+        """What each level after the first must promise to be drafted; None: all are drafted.
 
-        In accepted tokens of all sequences together: as many as save more time than the step takes.
+        In accepted tokens of all sequences together: as many as save more time than the level takes. A further step of
+        a chain also makes the target's pass longer. With a tree that takes the same time either way, since nodes of the
+        new level replace less probable ones.
         """
-        if not self.adaptive:
+        if not self.limits.adaptive:
             return None
-        batch_size = num_drafting + num_not_drafting
-        widths = [self._query_length(k, num_drafting, batch_size) for k in range(1, steps + 1)]
-        target_s = [self.target_cost(batch_size, width) for width in widths]
-        step_s = self.next_step_cost(num_drafting, 1)
+        if shape.nodes:
+            level_s = self.costs.level(num_drafting, 1)
+            return [self._tokens_that_save(level_s, batch_size)] * (shape.levels - 1)
+        target_s = [self.costs.round_s(batch_size, [k] * num_drafting) for k in range(1, shape.levels + 1)]
+        step_s = self.costs.next_step(num_drafting, 1)
         return [
             self._tokens_that_save(step_s + max(0.0, longer - shorter), batch_size)
             for shorter, longer in zip(target_s, target_s[1:], strict=False)
         ]
 
-    def min_gains_of_tree(self, levels: int, num_drafting: int, *, num_not_drafting: int = 0) -> list[float] | None:
-        """As `min_gains_of_chain`, for the levels of a tree.
+    def level_rates(self, shape: DraftShape, rates: Sequence[float], *, sampled: bool) -> list[float]:
+        """Acceptance rates of the shape's levels, for sequences whose chains have these."""
+        return [level_rate(shape, rate, self._trees[sampled]) for rate in rates]
 
-        The target's pass takes the same time either way: nodes of the new level replace less probable ones.
-        """
-        if not self.adaptive:
-            return None
-        level_s = self.level_cost(num_drafting, 1)
-        return [self._tokens_that_save(level_s, num_drafting + num_not_drafting)] * (levels - 1)
-
-    def tree_rate(self, nodes: int, rate: float) -> float:
-        """Acceptance rate of a tree's levels, given that of a chain."""
-        return rate + (1.0 - rate) * self._tree_acceptance[nodes].avoided(rate)
-
-    def expected_draft_gain(self, rate: float, *, batch_size: int, speed: float, column_tokens: float) -> float:
+    def expected_draft_gain(
+        self, rate: float, *, batch_size: int, sampled: bool, speed: float, column_tokens: float
+    ) -> float:
         """Tokens that the draft gains for one sequence, net of the tokens that its time would have given otherwise.
 
         Drafting is assumed to go as in the last round that drafted. `speed`: tokens per second without it;
         `column_tokens`: tokens in the time of one more query position of the target.
         """
-        nodes = self._last_tree
-        levels, later_cost = (self._last_levels, self.level_cost) if nodes else (self._last, self.next_step_cost)
-        if not levels:
+        shape = self._last
+        if not shape.levels:
             return 0.0
-        drafting_s = self.first_step_cost(batch_size, 1) + (levels - 1) * later_cost(batch_size, 1)
-        level_rate = self.tree_rate(nodes, rate) if nodes else rate
-        return _gain(levels, [level_rate]) - (nodes or levels) * column_tokens - drafting_s / batch_size * speed
+        tokens = _gain(shape.levels, level_rate(shape, rate, self._trees[sampled]))
+        drafting_s = self.costs.draft_s(batch_size, shape) / batch_size
+        return tokens - shape.num_tokens * column_tokens - drafting_s * speed
 
-    def observe(self, sequence: RunningSequence, *, proposed: int, accepted: int) -> None:
-        """Update the acceptance rates of the sequence and of all sequences by a round's outcome.
+    def observe(
+        self, sequence: RunningSequence, proposal: Proposal, *, accepted: int, chain_accepted: int, finished: bool
+    ) -> None:
+        """Update the acceptance rates by the outcome of what the draft proposed for a sequence.
 
         Rounds that explore are left out: they say nothing about the other rounds.
         """
-        if sequence.is_exploring:
+        if proposal.explored_at is not None:
             return
-        for i in range(min(accepted + 1, proposed)):
-            hit = 1.0 if i < accepted else 0.0
+        sampled = sequence.temperature > 0
+        proposed = len(proposal.first_choices)
+        for i in range(min(chain_accepted + 1, proposed)):
+            hit = 1.0 if i < chain_accepted else 0.0
             sequence.acceptance_rate += (1 - _RATE_DECAY) * (hit - sequence.acceptance_rate)
-            self.mean_rate += (1 - _MEAN_RATE_DECAY) * (hit - self.mean_rate)
+            self._mean_rates[sampled] += (1 - _MEAN_RATE_DECAY) * (hit - self._mean_rates[sampled])
+        tree = self._trees[sampled].get(len(proposal.tokens)) if proposal.parents is not None else None
+        if tree is not None and not finished:
+            tree.observe(
+                levels=proposal.num_levels, accepted=accepted, chain_proposed=proposed, chain_accepted=chain_accepted
+            )
 
-    def observe_trees(self, verified: Sequence[VerifiedTokens], outputs: Sequence[Output]) -> None:
-        """Update by how much more than their chains the trees of a round accepted."""
-        for tokens, output in zip(verified, outputs, strict=True):
-            acceptance = self._tree_acceptance.get(tokens.num_proposed)
-            if acceptance is not None and not output.from_lookup and output.finish_reason is None:
-                acceptance.observe(tokens, output)
-
-    def observe_target(self, batch_size: int, columns: int, seconds: float) -> None:
-        """Update by a round's time from the target's pass on; `columns`: query positions of the whole batch."""
+    def observe_round(self, batch_size: int, columns: int, seconds: float) -> None:
+        """Update by a round's time but for drafting; `columns`: query positions of the whole batch."""
         if self.updates_costs:
-            self.target_cost.update(batch_size, columns / batch_size, seconds)
+            self.costs.target.update(batch_size, columns / batch_size, seconds)
 
-    def observe_chain(self, batch_size: int, steps: int, seconds: float, *, uncached: int = 0) -> None:
-        """Update by the time to draft chains, the prefill of `uncached` positions included."""
-        seconds = max(0.0, seconds - uncached * self.prefill_position_s)
-        expected = self._draft_seconds(batch_size, steps)
-        if self.updates_costs and expected:
-            for table in (self.first_step_cost, self.next_step_cost):
-                table.update(batch_size, 1, table(batch_size, 1) * seconds / expected)
-
-    def observe_levels(self, batch_size: int, levels: int, seconds: float, *, uncached: int = 0) -> None:
-        """Update by the time to draft trees, the prefill of `uncached` positions included."""
-        seconds = max(0.0, seconds - uncached * self.prefill_position_s)
-        expected = self.first_step_cost(batch_size, 1) + (levels - 1) * self.level_cost(batch_size, 1)
-        if self.updates_costs and expected and levels > 1:
-            for table in (self.first_step_cost, self.level_cost):
-                table.update(batch_size, 1, table(batch_size, 1) * seconds / expected)
+    def observe_draft(self, num_drafting: int, shape: DraftShape, seconds: float, *, uncached: int = 0) -> None:
+        """Update by the time that drafting took, the prefill of `uncached` positions included."""
+        if self.updates_costs:
+            self.costs.observe_draft(num_drafting, shape, seconds, uncached=uncached)
 
     def reset_for_new_draft(self, sequences: Sequence[RunningSequence]) -> None:
         """Another draft proposes from now on: low acceptance of the last one must not keep it from being tried."""
-        self.mean_rate = max(self.mean_rate, _INITIAL_RATE)
+        self._mean_rates = {sampled: max(rate, _INITIAL_RATE) for sampled, rate in self._mean_rates.items()}
         for sequence in sequences:
             sequence.acceptance_rate = max(sequence.acceptance_rate, _INITIAL_RATE)
-        self._last, self._rounds_without = self.max_draft_tokens, 0
-
-    def expected_round_s(self, batch_size: int, counts: Sequence[int]) -> float:
-        """Seconds of a round from the target's pass on; `counts`: proposals of those sequences that have some."""
-        return self.target_cost(batch_size, 1 + (sum(counts) / batch_size if self.ragged else max(counts, default=0)))
-
-    def _draft_seconds(self, batch_size: int, steps: int) -> float:
-        return self.first_step_cost(batch_size, 1) + (steps - 1) * self.next_step_cost(batch_size, 1)
-
-    def _query_length(self, proposed: int, drafting: int, batch_size: int) -> float:
-        """Mean query length where `drafting` of the sequences have `proposed` proposals."""
-        return 1 + proposed * (drafting / batch_size if self.ragged else 1)
-
-    def _speed(self, k: int, rates: Sequence[float], batch_size: int) -> float:
-        """Tokens per second with chains of k proposals."""
-        tokens = batch_size + _gain(k, rates)
-        seconds = self.target_cost(batch_size, self._query_length(k, len(rates), batch_size))
-        if k:
-            seconds += self._draft_seconds(len(rates), k)
-        return tokens / seconds if seconds else float(k)
-
-    def _tree_speed(self, levels: int, nodes: int, rates: Sequence[float], batch_size: int) -> float:
-        """Tokens per second with trees."""
-        tokens = batch_size + _gain(levels, [self.tree_rate(nodes, rate) for rate in rates])
-        query_length = self._query_length(nodes, len(rates), batch_size)
-        seconds = self.target_cost(batch_size, query_length) + self.first_step_cost(len(rates), 1)
-        seconds += (levels - 1) * self.level_cost(len(rates), 1)
-        return tokens / seconds if seconds else 0.0
+        self._last, self._rounds_without = DraftShape(self.limits.draft_tokens), 0
 
     def _tokens_that_save(self, seconds: float, batch_size: int) -> float:
         """How many more tokens a round must give to save this time."""
-        saving_s = self.target_cost(batch_size, 1) / batch_size * _EXTRA_TOKEN_SAVING
+        saving_s = self.costs.target(batch_size, 1) / batch_size * _EXTRA_TOKEN_SAVING
         return seconds / saving_s if saving_s else math.inf
 
 
@@ -341,6 +325,6 @@ def tree_sizes(largest: int) -> tuple[int, ...]:
     return tuple(sorted({n for n in (3, 7, 15) if n < largest} | ({largest} if largest else set())))
 
 
-def _gain(count: int, rates: Sequence[float]) -> float:
-    """Expected number of accepted tokens, with `count` proposals per sequence."""
-    return sum(rate**j for rate in rates for j in range(1, count + 1))
+def _gain(count: int, rate: float) -> float:
+    """Expected number of accepted tokens of `count` proposals in a row."""
+    return sum(rate**j for j in range(1, count + 1))

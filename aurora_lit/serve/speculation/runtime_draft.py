@@ -21,7 +21,6 @@ from aurora_lit.models.attention import causal_attention
 from aurora_lit.models.fused_layers import draft_steps, fuse_draft
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft, rotary_table
-from aurora_lit.modules.sampling.proposals import DraftVocabulary
 
 _CHECK_POSITIONS, _CHECK_SCALE = 4, 30.0
 
@@ -35,7 +34,8 @@ class RuntimeDraft:
     """Its layer as one native call; None without kernels."""
     steps: DraftSteps | None
     """Whole draft steps as native calls; None without kernels, or if the target's embedding is no plain table."""
-    vocabulary: DraftVocabulary
+    target_id_D: torch.Tensor
+    """int64. The target's id of each token of its vocabulary."""
 
 
 def prepare_draft(draft: Eagle3Draft, target: Target, *, capacity: int) -> RuntimeDraft:
@@ -57,12 +57,12 @@ def prepare_draft(draft: Eagle3Draft, target: Target, *, capacity: int) -> Runti
         table.to(device) for table in rotary_table(capacity, config.head_dim, config.rope_theta)
     )
     _check_outputs(draft, target)
-    vocabulary = DraftVocabulary.from_offsets(draft.d2t.to(device), vocab_size=config.vocab_size)
+    target_id_D = draft.draft_token_ids.to(device)
     decoder = fuse_draft(draft)
     steps = None
     if decoder is not None:
-        steps = draft_steps(draft, decoder, target.embedding, vocabulary.target_id_D, coarse_head)
-    return RuntimeDraft(draft=draft, decoder=decoder, steps=steps, vocabulary=vocabulary)
+        steps = draft_steps(draft, decoder, target.embedding, target_id_D, coarse_head)
+    return RuntimeDraft(draft=draft, decoder=decoder, steps=steps, target_id_D=target_id_D)
 
 
 def _draft_format(target: Target) -> WeightFormat:

@@ -202,6 +202,7 @@ def _engine(
         lookup_tokens=config.engine.usable_lookup_tokens,
         adaptive=config.engine.adaptive,
         prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
+        max_round_s=config.engine.max_round_ms / 1000,
         prefix_cache=config.engine.prefix_cache,
         explore_share=config.engine.explore_share,
         explore_temperature=config.engine.explore_temperature,

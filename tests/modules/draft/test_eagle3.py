@@ -5,19 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from support.tiny_models import VOCAB, random_draft, save_model
+from support.tiny_models import random_draft, save_model
 
 from aurora_lit.models.target import Target
-from aurora_lit.modules.sampling.proposals import DraftVocabulary
 
 
-def test_the_two_maps_of_the_vocabulary(tmp_path: Path) -> None:
+def test_the_vocabulary_in_a_checkpoints_terms(tmp_path: Path) -> None:
     target = Target.load(save_model("llama", tmp_path), precision="fp32")
     draft = random_draft(target, draft_vocab_size=4)
     draft.set_vocabulary(torch.tensor([2, 3, 30, 60]))
     assert draft.d2t.tolist() == [2, 2, 28, 57]
     assert draft.t2d.nonzero().flatten().tolist() == [2, 3, 30, 60]
     assert draft.draft_token_ids.tolist() == [2, 3, 30, 60]
-    vocabulary = DraftVocabulary.from_offsets(draft.d2t, vocab_size=VOCAB)
-    assert vocabulary.target_id_D.tolist() == [2, 3, 30, 60]
-    assert [int(vocabulary.draft_id_V[i]) for i in (2, 3, 30, 60, 0, 59)] == [0, 1, 2, 3, -1, -1]

@@ -1,0 +1,120 @@
+"""What a round computes, and what came of it: rows of query positions, decided before the target's pass.
+
+    plan = RoundPlan(decoding=[DecodingRow(...)], prompts=[PromptRow(...)])    # serve/engine/engine.py: plan
+    columns = runner.run(plan)                                                # run
+    verdict = judge(row, own_tokens)                                          # judge, then commit
+
+A *row* is one sequence's part of a pass. A decoding row has the last committed token in column 0 and its proposals, a
+chain or a tree, in the columns after it. A prompt row is a chunk of a prompt. Rows of both kinds share one pass.
+
+Left out: who proposes (serve/speculation/proposer.py), and which token the target chooses at a column
+(modules/sampling/choice.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from aurora_lit.modules.sampling.tree import accepted_path, depths, first_choices
+from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.traces.record import SOURCE_NONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """The tokens that are proposed for one sequence in a round."""
+
+    tokens: list[int]
+    parents: list[int] | None = None
+    """Of a tree: the column that each token follows (modules/sampling/tree.py). None: a chain."""
+    source: int = SOURCE_NONE
+    """Where they come from: one of traces.record.SOURCE_…"""
+    ngram_match: int = 0
+    """Of n-gram lookup: length of the match, in tokens."""
+    explored_at: float | None = None
+    """The temperature at which they were drawn to explore; None: this round does not explore."""
+    logprobs: list[float] | None = None
+    """Of tokens that were drawn to explore: their log-probabilities under the draft at that temperature."""
+
+    @property
+    def num_levels(self) -> int:
+        """Depth: the number of tokens of a chain."""
+        return len(self.tokens) if self.parents is None else max(depths(self.parents))
+
+    @property
+    def first_choices(self) -> list[int]:
+        """Columns of the chain of the draft's first choices: all of a chain, one path of a tree."""
+        return list(range(1, len(self.tokens) + 1)) if self.parents is None else first_choices(self.parents)
+
+
+NO_PROPOSAL = Proposal(tokens=[])
+"""A sequence decodes one token in this round."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingRow:
+    """A sequence that decodes: its last committed token and what is proposed after it."""
+
+    sequence: RunningSequence
+    root: int
+    """The last committed token."""
+    proposal: Proposal
+
+    @property
+    def start(self) -> int:
+        """Position of column 0."""
+        return self.sequence.length - 1
+
+    @property
+    def tokens(self) -> list[int]:
+        """The token of every column."""
+        return [self.root, *self.proposal.tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """A chunk of a sequence's prompt."""
+
+    sequence: RunningSequence
+    start: int
+    """Position of its first token."""
+    tokens: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPlan:
+    """All rows of a round, in the order of the target's pass: those that decode, then prompts."""
+
+    decoding: list[DecodingRow]
+    prompts: list[PromptRow]
+
+    @property
+    def num_decoding_columns(self) -> int:
+        """Columns of the decoding rows."""
+        return sum(1 + len(row.proposal.tokens) for row in self.decoding)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Columns of the prompt rows."""
+        return sum(len(row.tokens) for row in self.prompts)
+
+
+class Verdict(NamedTuple):
+    """What a decoding row has come to."""
+
+    tokens: list[int]
+    """The accepted proposals, and the target's own token that follows them."""
+    columns: list[int]
+    """For each of `tokens`, the column whose logits decided it: column 0, then the accepted columns."""
+
+
+def judge(proposal: Proposal, own_tokens: list[int]) -> Verdict:
+    """Accept the proposals that equal the target's own token at the column that they follow.
+
+    `own_tokens`: the token that the target chooses at every column. Whatever is proposed, the sequence therefore goes
+    on as plain decoding would have: with the target's own choices, and no others.
+    """
+    accepted = accepted_path(proposal.tokens, proposal.parents, own_tokens)
+    columns = [0, *accepted]
+    return Verdict([*(proposal.tokens[column - 1] for column in accepted), own_tokens[columns[-1]]], columns)

@@ -1,0 +1,122 @@
+"""Never slower than plain decoding: speculation is judged by what it took, and turned off where it lost.
+
+The planner predicts; this file keeps accounts. For each kind of round (number of sequences; greedy or sampled) it
+knows what a plain round takes, because one is run now and then, and adds up over a window of speculating rounds what
+they took and what plain rounds would have taken for the same tokens. A window that lost turns speculation off for a
+while. Each further loss doubles that while, and a window that clearly won resets it. What a wrong prediction can cost
+is therefore one window, again and again, but ever more rarely.
+
+Times are those of whole rounds, with planning, drafting, verification, recording and messages.
+
+Left out: what is proposed (serve/speculation/proposer.py) and what it is predicted to gain
+(serve/speculation/planner.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+WINDOW_ROUNDS = 24
+"""Speculating rounds after which they are judged."""
+FIRST_PATIENCE, MOST_PATIENCE = 64, 1024
+"""Plain rounds after a lost window; and after many of them."""
+_PLAIN_EVERY, _PLAIN_EVERY_WINNING = 32, 128
+"""Speculating rounds after which a plain one is run to time it; the second where speculation clearly wins."""
+_CLEARLY = 0.9
+"""A window that took less than this share of plain decoding's time has clearly won."""
+_DECAY = 0.7
+"""Weight of the old time of a plain round when one is timed; those of the first are averaged."""
+
+
+class RoundKind(NamedTuple):
+    """What the time of a plain round depends on."""
+
+    batch_size: int
+    sampled: bool
+    """True if any sequence is."""
+
+
+@dataclass(kw_only=True)
+class _Account:
+    """Of one kind of rounds."""
+
+    plain_s: float = 0.0
+    """What a plain round takes; 0: none was timed yet."""
+    num_plain: int = 0
+    since_plain: int = 0
+    """Speculating rounds since a plain one was timed."""
+    spent_s: float = 0.0
+    """What the window's rounds took."""
+    worth_s: float = 0.0
+    """What plain rounds would have taken for their tokens."""
+    num_rounds: int = 0
+    rest: int = 0
+    """Plain rounds still to come before speculation is tried again."""
+    patience: int = FIRST_PATIENCE
+    won: bool = False
+    """True if the last window clearly won."""
+
+
+class SpeculationFloor:
+    """Decides before each round whether it may speculate, and learns from its time.
+
+    >>> kind = RoundKind(8, sampled=False)
+    >>> if floor.allows(kind): ...
+    >>> floor.observe(kind, seconds=0.012, tokens=11, speculated=True)
+    """
+
+    def __init__(self) -> None:
+        self._accounts: dict[RoundKind, _Account] = {}
+        self.windows_won = self.windows_lost = 0
+
+    def allows(self, kind: RoundKind) -> bool:
+        """False: this round is to be a plain one, because speculation lost lately or a plain round is to be timed."""
+        account = self._accounts.setdefault(kind, _Account())
+        if account.rest:
+            return False
+        if not account.plain_s:
+            return account.since_plain < 2  # the first rounds of a kind speculate, then a plain one is timed
+        return account.since_plain < (_PLAIN_EVERY_WINNING if account.won else _PLAIN_EVERY)
+
+    def observe(self, kind: RoundKind, *, seconds: float, tokens: int, speculated: bool) -> None:
+        """Add a round that had the machine to itself. `tokens`: that all its sequences got."""
+        account = self._accounts.setdefault(kind, _Account())
+        if not speculated:
+            self._time_plain(account, seconds)
+            account.rest = max(0, account.rest - 1)
+            return
+        account.since_plain += 1
+        if not account.plain_s:
+            return
+        account.spent_s += min(seconds, 4 * account.plain_s)  # a preempted process is no loss of speculation
+        account.worth_s += account.plain_s * tokens / kind.batch_size
+        account.num_rounds += 1
+        if account.num_rounds >= WINDOW_ROUNDS:
+            self._judge(account)
+
+    def forgive(self) -> None:
+        """Another draft proposes from now on: try speculation again everywhere."""
+        for account in self._accounts.values():
+            account.rest, account.patience = 0, FIRST_PATIENCE
+
+    def _time_plain(self, account: _Account, seconds: float) -> None:
+        if account.plain_s:
+            seconds = min(seconds, 2 * account.plain_s)
+        weight = max(1 - _DECAY, 1 / (account.num_plain + 1))
+        account.plain_s += weight * (seconds - account.plain_s)
+        account.num_plain += 1
+        account.since_plain = 0
+
+    def _judge(self, account: _Account) -> None:
+        share = account.spent_s / account.worth_s
+        account.won = share < _CLEARLY
+        if share > 1.0:
+            self.windows_lost += 1
+            account.rest, account.patience = account.patience, min(2 * account.patience, MOST_PATIENCE)
+        else:
+            self.windows_won += 1
+            if account.won:
+                account.patience = FIRST_PATIENCE
+        account.spent_s = account.worth_s = 0.0
+        account.num_rounds = 0
