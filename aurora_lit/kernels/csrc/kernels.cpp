@@ -10,6 +10,7 @@
 
 #include "drafting.hpp"
 #include "lk_loss.hpp"
+#include "noise.hpp"
 #include "screen.hpp"
 
 extern "C" {
@@ -134,6 +135,19 @@ void aurora_move_fp32(const DecoderCall* call, const int64_t* from, const int64_
 }
 void aurora_move_bf16(const DecoderCall* call, const int64_t* from, const int64_t* to, int64_t count) {
   move<uint16_t>(*call, from, to, count);
+}
+
+// Bits and values of the noise that tokens are drawn with (noise.hpp).
+void aurora_noise(int64_t key, int64_t position, const int64_t* tokens, int64_t count, int64_t* bits, float* noise) {
+  noise_of_tokens(key, position, tokens, count, bits, noise);
+}
+
+// log_vector of `count` numbers, a multiple of 16.
+void aurora_log(const float* x, int64_t count, float* y) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const f16v logs = log_vector(load16(x + i));
+    std::memcpy(y + i, &logs, sizeof logs);
+  }
 }
 
 // The LK loss; the draft's logits are overwritten with their gradient.
