@@ -10,6 +10,7 @@ May import: nothing of the package. Start with native.py. The files, each import
     huge_pages.py      tensors on huge pages: weights, keys and values
     build.py           compiles the kernels and caches the shared library
     native.py          loads and calls the kernels: attention, products with packed weights
+    sampler.py         sampling: Gumbel noise
     packed_linear.py   linear layers with packed weights, which replace a model's own
     decoder.py         all decoder layers of a forward pass in one native call
     draft_steps.py     a draft's proposals, chains and trees, in one native call

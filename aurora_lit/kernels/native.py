@@ -363,5 +363,42 @@ def argmax_linear(
     return index_N
 
 
+class _Draws(ctypes.Structure):
+    """Draws in choose.hpp."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in ("temperatures", "keys", "positions", "dense", "dense_logits", "tokens")
+    )
+
+
+def choose_linear(
+    x_NI: torch.Tensor,
+    packed: torch.Tensor,
+    weight_format: WeightFormat,
+    outputs: int,
+    *,
+    temperature_N: torch.Tensor,
+    key_N: torch.Tensor,
+    position_N: torch.Tensor,
+    dense_N: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output of `linear` without a bias for each row; the arguments and results of `PackedLinear.choose`."""
+    kernels = library()
+    assert kernels is not None
+    if x_NI.stride(1) != 1:
+        x_NI = x_NI.contiguous()
+    rows, inputs = x_NI.shape
+    assert len(temperature_N) == len(key_N) == len(position_N) == len(dense_N) == rows
+    index_N = torch.empty(rows, dtype=torch.int64)
+    dense_logits_DO = torch.empty(int(dense_N.max()) + 1 if rows else 0, outputs)
+    given = (temperature_N.float(), key_N.long(), position_N.long(), dense_N.long())
+    tensors = [*(tensor.contiguous() for tensor in given), dense_logits_DO, index_N]  # kept alive during the call
+    draws = _Draws(*(tensor.data_ptr() for tensor in tensors))
+    call = getattr(kernels, f"aurora_choose_{weight_format.suffix}")
+    stride = ctypes.c_int64(x_NI.stride(0))
+    call(_address(x_NI), stride, rows, _address(packed), inputs, outputs, ctypes.byref(draws))
+    return index_N, dense_logits_DO
+
+
 def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())

@@ -72,6 +72,39 @@ class PackedLinear(nn.Module):
         index_N = native.argmax_linear(x_NI, self.packed, self.weight_format, self.out_features, screen=self._screen)
         return index_N.view(x.shape[:-1])
 
+    def choose(
+        self,
+        x_NI: torch.Tensor,
+        *,
+        temperature_N: torch.Tensor,
+        key_N: torch.Tensor,
+        position_N: torch.Tensor,
+        dense_N: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose one output of each row while they are computed; for a layer without a bias. Batch-invariant.
+
+        A row's output is the largest at temperature 0, otherwise the argmax of output / temperature + noise, which is
+        distributed as the softmax at that temperature (`gumbel` in modules/sampling/noise.py); the first of equal ones.
+
+        Args:
+            x_NI: inputs, fp32.
+            temperature_N: fp32, at least 0.
+            key_N: int64, keys of the noise.
+            position_N: int64, index in its request's output of the token that is chosen.
+            dense_N: int64. A row with an index gets all its outputs there instead of a choice; -1: none. Indices are
+                0 … D - 1, each used once.
+
+        Returns:
+            Index of the chosen output, int64 [N], arbitrary for rows with an index in `dense_N`; and these rows'
+            outputs, fp32 [D, outputs].
+        """
+        assert self.bias is None
+        is_dense_N = dense_N >= 0
+        if not bool((is_dense_N | (temperature_N > 0)).any()):
+            return self.argmax(x_NI), torch.empty(0, self.out_features)  # this may be screened
+        draws = {"temperature_N": temperature_N, "key_N": key_N, "position_N": position_N, "dense_N": dense_N}
+        return native.choose_linear(x_NI, self.packed, self.weight_format, self.out_features, **draws)
+
     @torch.no_grad()
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the weight [len(indices), inputs], fp32, with the values that the kernel multiplies by."""

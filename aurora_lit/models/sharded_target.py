@@ -129,6 +129,19 @@ class ShardedTarget(Target):
         """As `Target.greedy_tokens`; computes all logits, because every rank holds a part of the head."""
         return self.logits(last_BTH).argmax(-1)
 
+    def choose(
+        self,
+        last_NH: torch.Tensor,
+        *,
+        temperature_N: torch.Tensor,
+        key_N: torch.Tensor,
+        position_N: torch.Tensor,
+        dense_N: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Target.choose`; computes all logits, as `greedy_tokens`."""
+        draws = {"temperature_N": temperature_N, "key_N": key_N, "position_N": position_N}
+        return self._choose_from_logits(last_NH, **draws, dense_N=dense_N)
+
     @property
     def embedding(self) -> nn.Module:
         """Looks embeddings up on all ranks, for the draft. On CPUs they are fp32, which the draft's kernels need."""

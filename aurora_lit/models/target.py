@@ -28,6 +28,7 @@ from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView, register_at
 from aurora_lit.models.fused_layers import fuse_target
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.modules.draft.logit_transform import LogitTransform
+from aurora_lit.modules.sampling.choice import choose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -287,6 +288,34 @@ class Target(nn.Module):
         if isinstance(self.head, PackedLinear) and self.logit_transform.is_identity:
             return self.head.argmax(last_BTH)
         return self.logits(last_BTH).argmax(-1)
+
+    def choose(
+        self,
+        last_NH: torch.Tensor,
+        *,
+        temperature_N: torch.Tensor,
+        key_N: torch.Tensor,
+        position_N: torch.Tensor,
+        dense_N: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target's own token at each position, greedy or drawn; the kernels do not store the logits it needs.
+
+        Arguments and results are those of `PackedLinear.choose`, for logits: tokens int64 [N], and logits fp32 [D, V]
+        of the positions that `dense_N` numbers, whose tokens are arbitrary.
+        """
+        draws = {"temperature_N": temperature_N, "key_N": key_N, "position_N": position_N}
+        if isinstance(self.head, PackedLinear) and self.logit_transform.is_identity:
+            return self.head.choose(last_NH, **draws, dense_N=dense_N)
+        return self._choose_from_logits(last_NH, **draws, dense_N=dense_N)
+
+    def _choose_from_logits(
+        self, last_NH: torch.Tensor, *, dense_N: torch.Tensor, **draws: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits_NV = self.logits(last_NH)
+        dense_rows = (dense_N >= 0).nonzero()[:, 0]
+        dense_DV = logits_NV.new_empty(len(dense_rows), logits_NV.shape[1])
+        dense_DV[dense_N[dense_rows]] = logits_NV[dense_rows]
+        return choose(logits_NV, **draws), dense_DV
 
     def logsumexp(self, last_NH: torch.Tensor, *, chunk: int = 64) -> torch.Tensor:
         """Log-sum-exp of the logits at each position, fp32 [N]; holds the logits of `chunk` positions at a time."""

@@ -18,6 +18,7 @@ from aurora_lit.kernels.packed_linear import PackedLinear
 from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target, aux_layer_ids
+from aurora_lit.modules.sampling.choice import choose
 from aurora_lit.serve.worker.build import load_target
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
@@ -301,3 +302,18 @@ def test_the_real_model(kernels: str) -> None:
         expected_here = expected.logits_BTV[:, start : start + size]
         torch.testing.assert_close(target.logits(last), expected_here, atol=2e-3, rtol=0)
         start += size
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
+def test_the_targets_own_token_is_chosen_from_its_logits(family: str, kernels: str, references) -> None:
+    """With a plain head, one with a bias and one with a soft cap; greedy, drawn, and positions with dense logits."""
+    target = Target.load(references[family].folder, precision="fp32")
+    last_NH = target.forward_uncached(references[family].ids_BT)[1].flatten(0, 1)
+    N = len(last_NH)
+    draws = {"temperature_N": torch.arange(N) % 3 * 0.5, "key_N": torch.arange(N), "position_N": torch.arange(N) % 9}
+    dense_N = torch.full((N,), -1)
+    dense_N[[7, 2, 11]] = torch.tensor([0, 2, 1])
+    token_N, dense_DV = target.choose(last_NH, **draws, dense_N=dense_N)
+    logits_NV = target.logits(last_NH)
+    assert torch.equal(token_N[dense_N < 0], choose(logits_NV, **draws)[dense_N < 0])
+    assert torch.equal(dense_DV, logits_NV[[7, 11, 2]])

@@ -8,6 +8,7 @@
 // Terms: a *row* is a row of a product's input matrix, or a sequence in attention; a *block* is BLOCK (32) outputs of
 // a weight, stored together; a *format* is a type that describes how weights are stored (kernels/weight_format.py).
 
+#include "choose.hpp"
 #include "drafting.hpp"
 #include "lk_loss.hpp"
 #include "screen.hpp"
@@ -67,6 +68,7 @@ int aurora_has_vnni() {
 // The functions of each weight format. The KV cache is fp32 with fp32 weights and bf16 with all others.
 //   linear       y [rows, outputs] = x [rows, inputs] times the packed weight, plus bias; the format rounds the inputs
 //   argmax       index of the largest output of each row of that product
+//   choose       a token for each row of that product, the largest output or one that is drawn (choose.hpp)
 //   decode       decoder layers over packed weights and the KV cache
 //   row, rows    one row, or some rows, of a packed weight (rows.hpp)
 //   draft        proposals of a draft (drafting.hpp)
@@ -79,6 +81,10 @@ int aurora_has_vnni() {
   void aurora_argmax_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
                             int64_t* indices) {                                                                        \
     multiply_argmax<Format>(x, x_stride, rows, packed, inputs, outputs, indices);                                      \
+  }                                                                                                                    \
+  void aurora_choose_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
+                            const Draws* draws) {                                                                      \
+    multiply_choose<Format>(x, x_stride, rows, packed, inputs, outputs, *draws);                                       \
   }                                                                                                                    \
   void aurora_row_##name(const void* packed, int64_t width, int64_t index, float* to) {                                \
     Rows<Format>::read(packed, width, index, to);                                                                      \
@@ -134,6 +140,19 @@ void aurora_move_fp32(const DecoderCall* call, const int64_t* from, const int64_
 }
 void aurora_move_bf16(const DecoderCall* call, const int64_t* from, const int64_t* to, int64_t count) {
   move<uint16_t>(*call, from, to, count);
+}
+
+// Bits and values of the noise that tokens are drawn with (noise.hpp).
+void aurora_noise(int64_t key, int64_t position, const int64_t* tokens, int64_t count, int64_t* bits, float* noise) {
+  noise_of_tokens(key, position, tokens, count, bits, noise);
+}
+
+// log_vector of `count` numbers, a multiple of 16.
+void aurora_log(const float* x, int64_t count, float* y) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const f16v logs = log_vector(load16(x + i));
+    std::memcpy(y + i, &logs, sizeof logs);
+  }
 }
 
 // The LK loss; the draft's logits are overwritten with their gradient.

@@ -116,6 +116,37 @@ inline f16v exp_vector(f16v x) {
   return p * (f16v)scale;
 }
 
+// log(x) for normal x > 0, relative error below 3e-7: x = 2^n m with sqrt(1/2) <= m < sqrt(2), and a polynomial in m - 1
+// (from Cephes' logf).
+inline f16v log_vector(f16v x) {
+  constexpr int32_t SQRT_HALF = 0x3f3504f3;  // bits of sqrt(1/2)
+  const i16v above = (i16v)x - SQRT_HALF;
+  const f16v n = __builtin_convertvector(above >> 23, f16v);
+  const f16v r = (f16v)((above & 0x007fffff) + SQRT_HALF) - 1.0f;
+  f16v p = r * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const f16v squared = r * r;
+  const f16v rest = p * r * squared + n * -2.12194440e-4f - squared * 0.5f;
+  return (r + rest) + n * 0.693359375f;
+}
+
+// True if any lane of a is less than that of b.
+inline bool any_less(f16v a, f16v b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ) != 0;
+#else
+  bool found = false;
+  for (int i = 0; i < 16; ++i) found |= a[i] < b[i];
+  return found;
+#endif
+}
+
 inline uint16_t to_bf16(float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);
