@@ -399,7 +399,7 @@ class Engine:
         """Learn from what the round took."""
         num_prompt_tokens, draft_s = plan.num_prompt_tokens, self.proposer.draft_seconds
         rows = plan.decoding
-        expected_s = self.costs.round_s(len(rows), [len(row.proposal.tokens) for row in rows]) if rows else 0.0
+        expected_s = self.costs.round_s(len(rows), [len(row.proposal.tokens) for row in rows])
         speculated = draft_s > 0 or any(row.proposal.tokens for row in rows)
         if rows:
             self.stats.count_round(speculated=speculated)

@@ -134,6 +134,8 @@ class Costs:
 
     def round_s(self, batch_size: int, counts: Sequence[int]) -> float:
         """Of a round but for drafting; `counts`: proposals of those sequences that have some."""
+        if not batch_size:
+            return 0.0
         return self.target(batch_size, 1 + (sum(counts) / batch_size if self.ragged else max(counts, default=0)))
 
     def draft_s(self, num_drafting: int, shape: DraftShape) -> float:
