@@ -36,7 +36,7 @@ class SamplingParams:
     seed: int | None = None
     """Makes sampled output reproducible."""
     stop: tuple[str, ...] = ()
-    """Stop strings; serve/sequences/detokenizer.py handles them, not the engine."""
+    """Stop strings; serve/http/answer_stream.py handles them, not the engine."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the output besides the end-of-text tokens."""
     ignore_eos: bool = False

@@ -32,7 +32,7 @@ from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.request import Request
 from aurora_lit.serve.engine import engine as engine_module
 from aurora_lit.serve.engine import target_runner
-from aurora_lit.serve.worker.build import build_worker
+from aurora_lit.serve.worker.build import build_worker, load_tokenizer
 from aurora_lit.serve.worker.hot_reload import HotReloader
 from aurora_lit.serve.worker.live_draft import LiveDraft
 from aurora_lit.traces.record import LAYOUT_DIGEST
@@ -91,7 +91,8 @@ def main() -> int:
         status = EngineStatusPage.create(folder / "status")
         write = timer.timed("status page", status.write)
         room = config.engine.max_seq_len - args.max_tokens
-        prompts = load_prompts(args.prompts, limit=args.limit, tokenizer=parts.tokenizer, max_prompt_tokens=room)
+        tokenizer = load_tokenizer(config)
+        prompts = load_prompts(args.prompts, limit=args.limit, tokenizer=tokenizer, max_prompt_tokens=room)
         with contextlib.closing(RingReader.open(folder / RING_NAME, layout=LAYOUT_DIGEST)) as reader:
             for number, prompt in enumerate(prompts):
                 params = params_for(0.0, max_tokens=args.max_tokens)

@@ -19,7 +19,7 @@ from aurora_lit.errors import AuroraError
 from aurora_lit.learn.pretrain.prompts import Prompt, encode_prompt
 from aurora_lit.request import Output, Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
-from aurora_lit.serve.sequences.detokenizer import TextStream
+from aurora_lit.serve.http.detokenizer import TextStream
 from aurora_lit.serve.worker.build import build_engine
 
 ACCEPTED, CORRECTED, PLAIN = "green", "yellow", ""

@@ -1,11 +1,13 @@
 """The messages between the HTTP process and the engine worker, and the pair of sockets that carries them.
 
-HTTP process → worker: a `Call`, or `CANCEL`, with the call's id. Worker → HTTP process: one message a round, with a
-`CallUpdate` for each call that the round concerns. Both are msgpack, decoded by type, and go through a pair of
-connected sockets in place of LitServe's queues. Those live in a process of their own: each message would wake it twice
-and wait twice for its reply, on the cores that rounds run on.
+HTTP process → worker: a `Call`, a `CancelRequest` or `CANCEL`, with the call's id. Worker → HTTP process: one message a
+round, with a `CallUpdate` for each call that the round concerns. It holds token ids; text is made in the HTTP process
+(serve/http/answer_stream.py). Both are msgpack, decoded by type, and go through a pair of connected sockets in place of
+LitServe's queues. Those live in a process of their own: each message would wake it twice and wait twice for its reply,
+on the cores that rounds run on.
 
-The worker's end (`WorkerChannel`) blocks; the HTTP process's end belongs to its event loop (serve/http/channel.py).
+Here is the worker's end, `WorkerChannel`, which serve/worker/outbox.py sends by; the HTTP process's end belongs to its
+event loop (serve/http/channel.py).
 """
 
 from __future__ import annotations
@@ -13,14 +15,21 @@ from __future__ import annotations
 import socket
 import struct
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from aurora_lit.request import Request, TokenLogprob
 
 CANCEL: Literal["cancel"] = "cancel"
-"""What the HTTP process sends in place of a `Call` when its client has gone."""
+"""What the HTTP process sends in place of a `Call` when its client has gone: no request of the call goes on."""
+
+
+class CancelRequest(NamedTuple):
+    """What the HTTP process sends when one request of a call has reached a stop string; the call's others go on."""
+
+    request_index: int
+    """Position in Call.requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +43,20 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What one round added to one choice."""
+    """What one round added to one choice, as the engine produced it: stop strings are not looked for yet."""
 
     index: int
     """Position in Call.requests."""
-    text: str
-    """Whole characters that later tokens cannot change; may be empty although there are new tokens."""
     token_ids: tuple[int, ...]
-    """Tokens that count as output: up to the one that completed a stop string."""
+    """New tokens, including the end-of-text token if it ended the choice."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     num_proposed: int = 0
     num_accepted: int = 0
     finish_reason: str | None = None
-    """"stop" or "length" with the choice's last delta."""
+    """"stop" (end of text or stop token), "length" or "error" with the choice's last delta."""
+    error: str | None = None
+    """The reason if finish_reason is "error"."""
     draft_versions: tuple[str, ...] = ()
     """Draft versions that have proposed for the choice so far."""
 
@@ -66,7 +75,7 @@ CallUpdate = tuple[Delta, ...] | Failure
 """What one round brings one call."""
 RoundUpdates = tuple[tuple[str, CallUpdate], ...]
 """One message of the worker: (call id, update) of every call that it concerns."""
-CallMessage = tuple[str, Call | Literal["cancel"]]
+CallMessage = tuple[str, Call | CancelRequest | Literal["cancel"]]
 """One message of the HTTP process: the call's id, and what is asked for."""
 
 LENGTH = struct.Struct("<Q")
@@ -102,16 +111,22 @@ def decode_call(payload: bytes) -> CallMessage:
 class WorkerChannel:
     """The engine worker's end. One thread may send while another receives.
 
-    If the HTTP process does not read, `send` blocks once the socket's buffer is full, after some hundred rounds.
+    If the HTTP process does not read, the socket's buffer is full after some hundred rounds.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         """connection: one of a pair; can be sent to a process that is being started."""
         self._connection = connection
 
-    def send(self, updates: RoundUpdates) -> None:
-        """Send one round's updates. Raises OSError if the other end is closed."""
-        self._connection.sendall(encode(updates))
+    def send(self, content: bytes, *, wait: bool) -> int:
+        """Send the beginning of encoded messages; returns how many bytes of it the socket has taken.
+
+        wait: until it takes some. Otherwise 0 if its buffer is full. Raises OSError if the other end is closed.
+        """
+        try:
+            return self._connection.send(content, 0 if wait else socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
 
     def receive(self) -> CallMessage:
         """Wait for the next message. Raises EOFError if the other end is closed, ValueError if it is no message."""

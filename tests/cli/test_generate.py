@@ -8,7 +8,7 @@ from aurora_lit.cli import generate as generate_module
 from aurora_lit.cli.generate import ACCEPTED, CORRECTED, coloured, generate
 from aurora_lit.config import AuroraConfig
 from aurora_lit.request import Output
-from aurora_lit.serve.sequences.detokenizer import TextStream
+from aurora_lit.serve.http.detokenizer import TextStream
 
 
 def test_accepted_and_corrected_tokens_have_their_colours() -> None:

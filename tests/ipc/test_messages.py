@@ -18,6 +18,7 @@ from aurora_lit.ipc.messages import (
     LENGTH,
     Call,
     CallMessage,
+    CancelRequest,
     Delta,
     Failure,
     RoundUpdates,
@@ -30,17 +31,17 @@ from aurora_lit.request import Request, SamplingParams, TokenLogprob
 
 FULL_DELTA = Delta(
     index=3,
-    text="héllo 🌍",
     token_ids=(1, 2**31),
     logprobs=(TokenLogprob(token_id=1, logprob=-0.5, top=((1, -0.5), (7, -math.inf))),),
     prompt_logprobs=(None, TokenLogprob(token_id=4, logprob=-2.25, top=())),
     num_proposed=4,
     num_accepted=2,
-    finish_reason="stop",
+    finish_reason="error",
+    error="häßlich 🌍",
     draft_versions=("start", "draft-000001"),
 )
 UPDATES: RoundUpdates = (
-    ("a", (FULL_DELTA, Delta(index=0, text="", token_ids=()))),
+    ("a", (FULL_DELTA, Delta(index=0, token_ids=()))),
     ("b", Failure(message="broken", param="prompt", code="engine_error", status=503)),
     ("c", ()),
 )
@@ -96,6 +97,9 @@ def test_what_is_decoded_equals_what_was_encoded_in_every_field() -> None:
 def test_a_call_arrives_as_it_was_sent_in_every_field() -> None:
     assert decode_call(payload_of(CALL)) == CALL
     assert decode_call(payload_of(("c", CANCEL))) == ("c", CANCEL)
+    cancelled = decode_call(payload_of(("c", CancelRequest(3))))
+    assert cancelled == ("c", CancelRequest(3))
+    assert isinstance(cancelled[1], CancelRequest)
     bare = Request(request_id="", prompt_ids=(), params=SamplingParams(max_tokens=1))
     assert set_fields(FULL_REQUEST, bare) == {field.name for field in dataclasses.fields(Request)}
     assert set_fields(FULL_PARAMS, bare.params) == {field.name for field in dataclasses.fields(SamplingParams)}
@@ -105,10 +109,10 @@ def test_a_call_arrives_as_it_was_sent_in_every_field() -> None:
     ("content", "complaint"),
     [
         (
-            [["a", [{"index": 0, "text": 5, "token_ids": []}]]],
-            r"Expected `str`, got `int` - at `\$\[0\]\[1\]\[0\].text`",
+            [["a", [{"index": "0", "token_ids": []}]]],
+            r"Expected `int`, got `str` - at `\$\[0\]\[1\]\[0\].index`",
         ),
-        ([["a", [{"index": 0, "text": "x"}]]], "missing required field `token_ids`"),
+        ([["a", [{"index": 0}]]], "missing required field `token_ids`"),
         ([["a", {"text": "x"}]], "missing required field `message`"),
         ([["a", "cancel"]], "Expected `object | array`, got `str`"),
         ({"a": []}, "Expected `array`, got `object`"),
@@ -126,6 +130,7 @@ def test_an_unknown_message_is_refused_and_the_wrong_field_is_named(content: obj
     [
         (["a", "stop"], "Invalid enum value 'stop'"),
         (["a", {"call_id": "a"}], "missing required field `requests`"),
+        (["a", ["0"]], "Expected `int`, got `str`"),
         (["a"], "Expected `array` of length 2"),
         (b"\x80\x04", "Expected `array`, got `bytes`"),
     ],
@@ -180,8 +185,19 @@ def test_an_http_process_that_is_gone_ends_receiving_and_half_a_message_is_none(
     channel.close()
 
 
+def test_sending_without_waiting_takes_what_there_is_room_for() -> None:
+    ours, theirs = socket.socketpair()
+    channel, content = WorkerChannel(ours), bytes(8 << 20)
+    taken = channel.send(content, wait=False)
+    assert 0 < taken < len(content)
+    assert channel.send(content, wait=False) == 0
+    channel.close()
+    assert sum(len(piece) for piece in iter(lambda: theirs.recv(1 << 20), b"")) == taken
+    theirs.close()
+
+
 def send_updates(channel: WorkerChannel) -> None:
-    channel.send(UPDATES)
+    assert channel.send(encode(UPDATES), wait=True) == len(encode(UPDATES))
 
 
 def test_a_spawned_process_can_send() -> None:

@@ -85,6 +85,25 @@ def test_streamed_and_whole_are_the_same_text(client):
     assert parts[-1].choices[0].finish_reason == whole.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_its_choice_alone_and_only_tokens_up_to_it_count(client, stream):
+    options = {"max_tokens": 40, "stop": ["X"], "logprobs": 0}
+    prompts = ["abcdX", "hello"]
+    if stream:
+        parts = list(complete(client, prompts, stream=True, stream_options={"include_usage": True}, **options))
+        usage, choices = parts[-1].usage, [part.choices[0] for part in parts[:-1]]
+    else:
+        answer = complete(client, prompts, **options)
+        usage, choices = answer.usage, answer.choices
+    by_index = [[choice for choice in choices if choice.index == index] for index in range(2)]
+    texts = ["".join(choice.text for choice in each) for each in by_index]
+    tokens = [[token for choice in each for token in choice.logprobs.tokens] for each in by_index]
+    assert texts == ["abcd", "hello" * 40]
+    assert tokens == [list("abcdX"), ["hello"] * 40]
+    assert [each[-1].finish_reason for each in by_index] == ["stop", "length"]
+    assert usage.completion_tokens == 45
+
+
 def test_finish_reason_stop_at_the_end_of_text(client):
     answer = complete(client, "abc<|end|>", max_tokens=50)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("abc", "stop")

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import psutil
@@ -13,6 +14,7 @@ import pytest
 from support.fake_server import MODEL, FakeServer
 
 from aurora_lit.errors import ConfigError
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.serve.server import WORKER_GRACE_S, check_address
 
 
@@ -103,6 +105,15 @@ def test_a_client_that_leaves_while_waiting_gives_up_its_place(slow_server):
     assert all("[DONE]" in stream.whole() for stream in streams)
 
 
+def test_a_stop_string_ends_the_request_in_the_engine_too(slow_server):
+    generated = slow_server.status()["tokens"]["generated"]
+    with httpx.Client(base_url=slow_server.url, timeout=20) as client:
+        answer = client.post("/v1/completions", json=body("abcdX", stop="X", n=2)).json()
+    assert answer["usage"]["completion_tokens"] == 10
+    assert slow_server.wait_until(idle, 3) < 1, "400 tokens would take 4 s"
+    assert slow_server.status()["tokens"]["generated"] - generated <= 10 + 2 * 3 * 4, "a few rounds more at most"
+
+
 def error_of(text):
     """The error event that ends a stream: a whole event, so a client sees it."""
     events = text.strip().split("\n\n")
@@ -178,6 +189,32 @@ def test_a_signal_to_the_whole_group_still_drains(number):
             os.kill(pid, number)
         assert server.end(number)[0] == 0
         assert "[DONE]" in stream.whole()
+
+
+def test_an_http_process_that_stalls_does_not_stop_the_rounds_and_then_delivers_all_of_them():
+    """Stalls it while the worker sends more than the socket's buffer holds."""
+    options = {"round_s": 0.001, "tokens_per_round": 1, "max_seq_len": 8192}
+    with FakeServer(options=options) as server:
+        mapped = {mapping.path for mapping in psutil.Process(server.process.pid).memory_maps()}
+        (folder,) = {os.path.dirname(path) for path in mapped if "aurora-lit-run-" in path}
+        page = EngineStatusPage.open(Path(folder) / STATUS_NAME)
+        stream = Stream(server, max_tokens=3000).begun()
+        (http,) = {pid for pid in server.family[1:] if pid != page.read().worker_pid}
+        os.kill(http, signal.SIGSTOP)
+        stopped, until = page.read().rounds, time.monotonic() + 20
+        assert stopped < 1000, "the answer must be longer than what was sent before"
+        try:
+            while page.read().running:
+                assert time.monotonic() < until, f"rounds wait for the HTTP process: {page.read().rounds} of 3000"
+                time.sleep(0.01)
+        finally:
+            os.kill(http, signal.SIGCONT)
+        text = stream.whole()
+        assert text.endswith("data: [DONE]\n\n")
+        chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "abc" * 1000
+        again = httpx.post(f"{server.url}/v1/completions", json=body(max_tokens=3), timeout=20)
+        assert again.json()["choices"][0]["text"] == "abc"
 
 
 def test_kill_9_of_the_main_process_leaves_nothing():

@@ -195,7 +195,7 @@ def build_fake_worker(config: object, run_folder: object, *, options: FakeOption
     time.sleep(options.build_s)
     if options.build_error:
         raise RuntimeError(options.build_error)
-    return WorkerParts(engine=FakeEngine(options), tokenizer=tiny_tokenizer(), load_draft=load_fake_draft)
+    return WorkerParts(engine=FakeEngine(options), load_draft=load_fake_draft)
 
 
 def load_fake_draft(folder: Path | None) -> object:

@@ -1,15 +1,16 @@
 """The HTTP process: routes, request bodies, responses, errors, metrics and status.
 
-It has no model and no engine: it checks and tokenizes a request, sends it to the engine worker as a call, and turns the
-updates of that call into OpenAI's responses.
+It has no model and no engine: it checks and tokenizes a request, sends it to the engine worker as a call, makes text of
+the updates of that call, and OpenAI's responses of the text.
 
-May import: serve/sequences/detokenizer.py, models/tokenizer.py, ipc/. Start with routes.py. The files,
-each importing only those above it:
+May import: models/tokenizer.py, ipc/. Start with routes.py. The files, each importing only those above it:
 
+    detokenizer.py    token ids → text as they arrive: whole characters only, cut before stop strings
+    answer_stream.py  a call's deltas → text, each choice cut where a stop string is completed
     metrics.py        the metrics of GET /metrics
     schema.py         request bodies: every field and its range; no field is silently ignored
     tokenize.py       checked body → Call: chat template, tokens, limits
-    responses.py      deltas → OpenAI's responses, log-probabilities included
+    responses.py      deltas with text → OpenAI's responses, log-probabilities included
     errors.py         every error as OpenAI's error body
     channel.py        the sockets to the engine worker, as LitServe's transport and request queue
     worker_client.py  a call in the HTTP process: sent, awaited, cancelled

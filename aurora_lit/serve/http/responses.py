@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from aurora_lit.ipc.messages import Delta
 from aurora_lit.request import TokenLogprob
+from aurora_lit.serve.http.answer_stream import TextDelta
+from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.tokenize import Prepared
-from aurora_lit.serve.sequences.detokenizer import TokenDecoder
 
 Json = dict[str, Any]
 Entry = tuple[int, TokenLogprob | None]
@@ -81,12 +81,12 @@ class ResponseBuilder:
         """One for each choice; None for those that still run."""
         return [choice.finish_reason for choice in self._choices]
 
-    def add(self, deltas: Sequence[Delta]) -> None:
+    def add(self, deltas: Sequence[TextDelta]) -> None:
         """Add one round's deltas."""
         for delta in deltas:
             self._add(delta)
 
-    def chunks(self, deltas: Sequence[Delta]) -> list[Json]:
+    def chunks(self, deltas: Sequence[TextDelta]) -> list[Json]:
         """Add one round's deltas and return the stream chunks for them."""
         chunks = []
         for delta in deltas:
@@ -144,7 +144,7 @@ class ResponseBuilder:
             }
         }
 
-    def _add(self, delta: Delta) -> tuple[str, list[Entry]]:
+    def _add(self, delta: TextDelta) -> tuple[str, list[Entry]]:
         """Add a delta to its choice; return the new text and log-probabilities, echoed prompt included."""
         choice, drop_output = self._choices[delta.index], self._prepared.drop_output
         text, entries = "", list[Entry]()

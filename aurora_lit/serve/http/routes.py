@@ -19,15 +19,15 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage
-from aurora_lit.ipc.messages import Delta
 from aurora_lit.models.tokenizer import Tokenizer
+from aurora_lit.serve.http.answer_stream import TextDelta
+from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.errors import error_event
 from aurora_lit.serve.http.metrics import ServerMetrics
 from aurora_lit.serve.http.responses import ResponseBuilder
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions, shorten
 from aurora_lit.serve.http.tokenize import Limits, Prepared, longest_token, prepare_chat, prepare_completion
 from aurora_lit.serve.http.worker_client import ClientDisconnected, PendingCall, WorkerClient
-from aurora_lit.serve.sequences.detokenizer import TokenDecoder
 
 _CLIENT_CLOSED_REQUEST = 499  # the status that proxies log for it; the client does not receive it
 
@@ -162,7 +162,7 @@ class GenerationRoutes:
         response: ResponseBuilder,
         pending: PendingCall,
         latencies: _LatencyRecorder,
-        deltas: tuple[Delta, ...],
+        deltas: tuple[TextDelta, ...],
         *,
         include_usage: bool,
     ) -> AsyncIterator[str]:
@@ -195,7 +195,7 @@ class _LatencyRecorder:
         self._last_token_s: dict[int, float] = {}
         """By choice: when its last token arrived."""
 
-    def record(self, deltas: tuple[Delta, ...]) -> tuple[Delta, ...]:
+    def record(self, deltas: tuple[TextDelta, ...]) -> tuple[TextDelta, ...]:
         """Record a round that has arrived now; returns its deltas."""
         now = time.monotonic()
         for delta in deltas:

@@ -49,7 +49,9 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         self._metrics = ServerMetrics(
             model=self._model, status=self._status_page, learner=self._learner_page, ring=self._ring_counters
         )
-        self._worker_client = WorkerClient(status=self._status_page, max_queue=config.server.max_queue)
+        self._worker_client = WorkerClient(
+            status=self._status_page, max_queue=config.server.max_queue, tokenizer=tokenizer
+        )
         self._worker_client.connect(self)
         generation = GenerationRoutes(
             model=self._model,

@@ -15,8 +15,8 @@ from aurora_lit.errors import RequestError
 from aurora_lit.ipc.messages import Call
 from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.request import Request, SamplingParams
+from aurora_lit.serve.http.detokenizer import decode
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling, shorten, token_limit
-from aurora_lit.serve.sequences.detokenizer import decode
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Default max_tokens of a text completion, as in OpenAI's API; the default of a chat is the rest of the context."""

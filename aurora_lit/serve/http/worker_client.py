@@ -1,8 +1,10 @@
-"""The HTTP process's side of a call: sends it to the engine worker, waits for its updates, cancels it.
+"""The HTTP process's side of a call: sends it to the engine worker, waits for its text, cancels it.
 
-Also notices when the worker dies: every waiting call then fails.
+Updates become text when they arrive, not when the response wants them: a client that reads slowly must not delay the
+end of a choice that has reached a stop string. Also notices when the worker dies: every waiting call then fails.
 
-Leaves out how a response looks (serve/http/responses.py) and the routes (serve/http/routes.py).
+Leaves out how text is made (serve/http/answer_stream.py), how a response looks (serve/http/responses.py) and the routes
+(serve/http/routes.py).
 
     pending = worker_client.start(call, request, ...)   # RequestError: 429 if the queue is full, 503 if the worker died
     try:
@@ -18,26 +20,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import Request
 from litserve.utils import ResponseBufferItem
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
-from aurora_lit.ipc.messages import CANCEL, Call, CallUpdate, Delta, Failure
+from aurora_lit.ipc.messages import CANCEL, Call, CallMessage, CallUpdate, CancelRequest, Failure
 from aurora_lit.ipc.process_lifetime import call_when_process_ends
+from aurora_lit.models.tokenizer import Tokenizer
+from aurora_lit.serve.http.answer_stream import AnswerStream, TextDelta
 from aurora_lit.serve.http.channel import RESPONSES_UID
 
 HEARTBEAT_STALE_S = 10.0
 _CHECK_HEARTBEAT_S = 1.0
 _WORKER_DEAD = Failure(message="the engine worker died; the server must be restarted", code="engine_dead", status=503)
 _SHUTTING_DOWN = Failure(message="the server is shutting down", code="shutting_down", status=503)
+_log = logging.getLogger(__name__)
 
 
 class ClientDisconnected(Exception):
@@ -47,9 +53,9 @@ class ClientDisconnected(Exception):
 class WorkerClient:
     """All calls that wait for the engine worker, and whether the worker can serve."""
 
-    def __init__(self, *, status: EngineStatusPage, max_queue: int) -> None:
+    def __init__(self, *, status: EngineStatusPage, max_queue: int, tokenizer: Tokenizer) -> None:
         """`connect` must follow before the first call."""
-        self._status, self._max_queue = status, max_queue
+        self._status, self._max_queue, self._tokenizer = status, max_queue, tokenizer
         self._spec: Any = None
         self._pending_calls: dict[str, PendingCall] = {}
         self._disconnect_watchers: set[asyncio.Task[None]] = set()
@@ -127,7 +133,8 @@ class WorkerClient:
                 code="queue_full",
                 status=429,
             )
-        pending = PendingCall(self, self._spec, call, on_close)
+        answer = AnswerStream(self._tokenizer, call.requests)
+        pending = PendingCall(self, self._spec, call, answer, on_close)
         watcher = asyncio.create_task(pending.close_when_client_disconnects(request))
         self._disconnect_watchers.add(watcher)
         watcher.add_done_callback(self._disconnect_watchers.discard)
@@ -195,41 +202,65 @@ class _ResponseRouter(deque[Any]):
 class PendingCall:
     """One call that was sent; see the file's example."""
 
-    def __init__(self, worker_client: WorkerClient, spec: Any, call: Call, on_close: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        worker_client: WorkerClient,
+        spec: Any,
+        call: Call,
+        answer: AnswerStream,
+        on_close: Callable[[bool], None],
+    ) -> None:
         """Use `WorkerClient.start`."""
         self._worker_client, self._spec, self._call, self._on_close = worker_client, spec, call, on_close
+        self._answer = answer
         self._num_unfinished = len(call.requests)
+        """Requests that the worker still works on, as far as is known."""
         self._is_closed = self._client_disconnected = self._has_failed = False
-        self._updates: deque[tuple[CallUpdate, bool]] = deque()
+        self._updates: deque[tuple[TextDelta, ...] | Failure] = deque()
         self._has_news = asyncio.Event()
         worker_client.add_pending(call.call_id, self)
         worker_client.num_sequences += self._num_unfinished
         try:
-            self._send(call)
+            self._spec.request_queue.put((call.call_id, call))
         except BaseException:
             self._num_unfinished, self._has_failed = 0, True  # never sent, so there is nothing to cancel
             self.close()
             raise
 
     def deliver(self, update: CallUpdate, *, from_worker: bool) -> None:
-        """Add an update and wake `next`."""
-        self._updates.append((update, from_worker))
+        """Make text of an update and wake `next`; tell the worker of choices that have reached a stop string."""
+        if isinstance(update, Failure):
+            if from_worker:  # otherwise the worker may still work on the call, so it must be cancelled
+                self._num_unfinished = 0
+            self._add(update)
+            return
+        try:
+            deltas, stopped = self._answer.add(update)
+        except Exception as error:  # raised from here, it would make LitServe stop to deliver responses at all
+            _log.exception("call %s failed", self._call.call_id)
+            self._add(Failure(message=f"the request failed: {error}", code="engine_error"))
+            return
+        for index in stopped:
+            self._cancel((self._call.call_id, CancelRequest(index)))
+        self._num_unfinished -= sum(delta.finish_reason is not None for delta in deltas)
+        if deltas:
+            self._add(deltas)
+
+    def _add(self, update: tuple[TextDelta, ...] | Failure) -> None:
+        self._updates.append(update)
         self._has_news.set()
 
-    async def next(self) -> tuple[Delta, ...]:
+    async def next(self) -> tuple[TextDelta, ...]:
         """The next round's deltas. Raises RequestError if the call failed, ClientDisconnected if the client left."""
         while not self._updates:
             if self._client_disconnected:
                 raise ClientDisconnected
             self._has_news.clear()
             await self._has_news.wait()
-        update, from_worker = self._updates.popleft()
+        update = self._updates.popleft()
         if isinstance(update, Failure):
             self._has_failed = True
-            if from_worker:  # otherwise the worker may still work on the call, so it must be cancelled
-                self._num_unfinished = 0
             raise RequestError(update.message, param=update.param, code=update.code, status=update.status)
-        self._num_unfinished -= sum(delta.finish_reason is not None for delta in update)
         return update
 
     def close(self) -> None:
@@ -240,8 +271,7 @@ class PendingCall:
         self._worker_client.remove_pending(self._call.call_id)
         self._worker_client.num_sequences -= len(self._call.requests)
         if self._num_unfinished:
-            with contextlib.suppress(OSError, RuntimeError):  # the server is shutting down, and the engine with it
-                self._send(CANCEL)
+            self._cancel((self._call.call_id, CANCEL))
         self._on_close(self._has_failed)
 
     async def close_when_client_disconnects(self, request: Request) -> None:
@@ -252,5 +282,6 @@ class PendingCall:
         self._has_news.set()
         self.close()
 
-    def _send(self, message: Call | Literal["cancel"]) -> None:
-        self._spec.request_queue.put((self._call.call_id, message))
+    def _cancel(self, message: CallMessage) -> None:
+        with contextlib.suppress(OSError, RuntimeError):  # the server is shutting down, and the engine with it
+            self._spec.request_queue.put(message)

@@ -1,4 +1,4 @@
-"""State of the sequences that the engine runs: tokens, slots, n-gram index, text, and the records an observer gets.
+"""State of the sequences that the engine runs: tokens, slots, n-gram index, and the records an observer gets.
 
 A sequence is a request that holds a slot. The files here keep state and answer questions about it; nothing here runs a
 model or decides how many tokens to propose.
@@ -6,7 +6,6 @@ model or decides how many tokens to propose.
 May import: modules/sampling/, traces/, settings.py, request.py. Start with sequence.py. The files, each importing only
 those above it:
 
-    detokenizer.py     token ids → text as they arrive: whole characters only, cut before stop strings
     ngram_index.py     where each n-gram of a request occurred, to look up what followed it
     sequence.py        RunningSequence, the engine's counters
     round_plan.py      RoundPlan: the rows of a round, what is proposed, and which proposals are accepted

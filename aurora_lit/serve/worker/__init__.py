@@ -13,6 +13,7 @@ files, each importing only those above it:
     rollback.py         the trial of a new draft on live traffic
     live_draft.py       the draft that serves: swaps between rounds, trials, rollbacks
     call_tracker.py     maps engine requests to client calls, and outputs to deltas
+    outbox.py           messages to the HTTP process; a round never waits for it to read them
     build.py            configuration → target, draft, engine and the worker's parts
     status_report.py    counters, round times and draft events, written to the status page
     loop.py             the loop itself

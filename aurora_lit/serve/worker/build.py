@@ -108,7 +108,6 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
 
     return WorkerParts(
         engine=engine,
-        tokenizer=tokenizer,
         load_draft=load if uses_draft(config) else None,
         before_round=before_round,
         idle_work=engine.refine_costs,

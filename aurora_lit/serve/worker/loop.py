@@ -1,18 +1,20 @@
-"""The engine worker's loop: takes calls from the HTTP process, runs engine rounds, sends back text.
+"""The engine worker's loop: takes calls from the HTTP process, runs engine rounds, sends back tokens.
 
-One thread owns the engine. A second one waits for requests, a third one writes the heartbeat, and a fourth one loads
-new drafts (serve/worker/hot_reload.py). Leaves out the HTTP side (serve/http/worker_client.py), tracking calls
+One thread owns the engine and waits for nothing but calls. Others wait for it: one for requests, one for an HTTP
+process that does not read (serve/worker/outbox.py), one writes the heartbeat, and one loads new drafts
+(serve/worker/hot_reload.py). Leaves out the HTTP side (serve/http/worker_client.py), tracking calls
 (serve/worker/call_tracker.py), a round (serve/engine/engine.py) and which draft serves (serve/worker/live_draft.py).
 
     each iteration:  inbox → add, cancel   swap draft   engine.round()   one message to HTTP   counters → status page
 
 If one request fails, its call ends with an error. If the engine fails, all calls end with an error, the status page
 says so, and the process ends. If an iteration hangs, the heartbeat stops: the server's health check fails and clients
-get an error, until the iteration ends.
+get an error, until the iteration ends. If the HTTP process hangs, rounds go on; see the outbox.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import signal
@@ -24,9 +26,10 @@ from typing import TYPE_CHECKING, Final
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
-from aurora_lit.ipc.messages import CANCEL, CallMessage, Failure, RoundUpdates, WorkerChannel
+from aurora_lit.ipc.messages import CANCEL, CallMessage, CancelRequest, Failure, RoundUpdates, WorkerChannel
 from aurora_lit.serve.worker.call_tracker import CallTracker
-from aurora_lit.serve.worker.parts import EngineInterface, WorkerParts
+from aurora_lit.serve.worker.outbox import Outbox
+from aurora_lit.serve.worker.parts import WorkerParts
 from aurora_lit.serve.worker.status_report import StatusReport
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ class EngineLoop:
         live: the draft that is swapped; None: the engine has no draft.
         """
         engine, page = parts.engine, self._page
-        calls = CallTracker(engine, parts.tokenizer)
+        calls, outbox = CallTracker(engine), Outbox(self._channel)
         inbox: Inbox = queue.SimpleQueue()
         threading.Thread(target=self._read_calls, args=(inbox,), daemon=True).start()
         heartbeat = _Heartbeat(page)
@@ -66,13 +69,13 @@ class EngineLoop:
             live.start(on_change=lambda: inbox.put(None))
         report = StatusReport(parts, calls, live, page)
         report.write(state=WorkerState.READY, started_ns=time.monotonic_ns())
-        self._end_on_sigterm(engine)
+        self._end_on_sigterm(inbox)
         try:
             while not self._is_ending or engine.has_work:
                 heartbeat.set_idle()
                 while inbox.empty() and not engine.has_work and parts.idle_work():
                     pass
-                self._process_inbox(inbox, calls, wait=not engine.has_work)
+                self._process_inbox(inbox, calls, outbox, wait=not engine.has_work)
                 heartbeat.set_busy()
                 started, swaps = time.perf_counter(), 0 if live is None else live.num_swaps
                 if live is not None:
@@ -86,27 +89,32 @@ class EngineLoop:
                     live.after_round(outputs, domains)
                 # A message costs both processes more than its content, so there is one a round, not one a call.
                 if updates:
-                    self._send(tuple(updates))
+                    self._send(updates, calls, outbox)
                 report.write()
         except Exception as error:
             _log.exception("the engine failed")
             page.write(state=WorkerState.FAILED, error=f"{type(error).__name__}: {error}")
             failure = Failure(message="the engine failed; the server must be restarted", code="engine_dead")
-            self._channel.send(tuple((call_id, failure) for call_id in calls.active_calls()))
+            with contextlib.suppress(OSError):  # the HTTP process has ended
+                outbox.put(tuple((call_id, failure) for call_id in calls.active_calls()))
             raise
         finally:
             if live is not None:
                 live.close()
             parts.close()
+            outbox.close()
         sys.exit(0)
 
-    def _send(self, updates: RoundUpdates) -> None:
+    def _send(self, updates: RoundUpdates, calls: CallTracker, outbox: Outbox) -> None:
+        """Send updates; calls whose updates the outbox refuses are removed."""
         try:
-            self._channel.send(updates)
+            refused = outbox.put(updates)
         except OSError:  # the HTTP process has ended
             sys.exit(0)
+        for call_id in refused:
+            calls.cancel(call_id)
 
-    def _end_on_sigterm(self, engine: EngineInterface) -> None:
+    def _end_on_sigterm(self, inbox: Inbox) -> None:
         """On SIGTERM finish the running requests, then end.
 
         LitServe's shutdown signals the worker last, after the HTTP process has drained; a service manager signals all
@@ -115,8 +123,7 @@ class EngineLoop:
 
         def end(number: int, frame: FrameType | None) -> None:
             self._is_ending = True
-            if not engine.has_work:
-                sys.exit(0)
+            inbox.put(None)  # wakes the loop, which may be about to send the last update: it must not be cut off
 
         signal.signal(signal.SIGTERM, end)
 
@@ -128,9 +135,7 @@ class EngineLoop:
                 inbox.put(_END)
                 return
 
-    def _process_inbox(
-        self, inbox: queue.SimpleQueue[CallMessage | str | None], calls: CallTracker, *, wait: bool
-    ) -> None:
+    def _process_inbox(self, inbox: Inbox, calls: CallTracker, outbox: Outbox, *, wait: bool) -> None:
         """Add and cancel calls until the inbox is empty. wait: block until the first message arrives."""
         while True:
             try:
@@ -138,7 +143,7 @@ class EngineLoop:
             except queue.Empty:
                 return
             wait = False
-            if item is None:  # wakes the loop for a new draft
+            if item is None:  # wakes the loop for a new draft or its end
                 continue
             if item is _END:
                 sys.exit(0)
@@ -147,17 +152,20 @@ class EngineLoop:
             if message == CANCEL:
                 calls.cancel(call_id)
                 continue
+            if isinstance(message, CancelRequest):
+                calls.cancel_request(call_id, message.request_index)
+                continue
             try:
                 calls.add(message)
             except RequestError as error:
                 calls.cancel(call_id)
                 failure = Failure(message=error.message, param=error.param, code=error.code, status=error.status)
-                self._send(((call_id, failure),))
+                self._send(((call_id, failure),), calls, outbox)
             except Exception as error:
                 _log.exception("call %s was not accepted", call_id)
                 calls.cancel(call_id)
                 failure = Failure(message=f"the request failed: {error}", code="engine_error")
-                self._send(((call_id, failure),))
+                self._send(((call_id, failure),), calls, outbox)
 
 
 class _Heartbeat:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.request import Output, Request
 
 
@@ -54,7 +53,6 @@ class WorkerParts:
     """What an engine worker consists of."""
 
     engine: EngineInterface
-    tokenizer: Tokenizer
     load_draft: Callable[[Path | None], Any] | None = None
     """Loads a draft for `swap_draft` from a folder, or the starting draft for None; None: this engine has no draft."""
     unrecorded: Callable[[], int] = lambda: 0

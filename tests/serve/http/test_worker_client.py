@@ -5,15 +5,17 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from support.fake_engine import tiny_tokenizer
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
-from aurora_lit.ipc.messages import CANCEL, Call, Delta, Failure
+from aurora_lit.ipc.messages import CANCEL, Call, CancelRequest, Delta, Failure
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.http import worker_client as worker_client_module
 from aurora_lit.serve.http.channel import RESPONSES_UID
 from aurora_lit.serve.http.worker_client import ClientDisconnected, WorkerClient
 
+TOKENIZER = tiny_tokenizer()
 CALL = Call(call_id="c", requests=(Request(request_id="c-0", prompt_ids=(1,), params=SamplingParams(max_tokens=1)),))
 
 
@@ -54,7 +56,7 @@ def spec():
 
 @pytest.fixture
 def worker_client(page, spec):
-    worker_client = WorkerClient(status=page, max_queue=2)
+    worker_client = WorkerClient(status=page, max_queue=2, tokenizer=TOKENIZER)
     worker_client.connect(spec)
     return worker_client
 
@@ -71,6 +73,10 @@ def deliver(spec, updates):
     spec.response_buffer[RESPONSES_UID].response_queue.append([updates, "OK"])
 
 
+def ids(text):
+    return tuple(TOKENIZER.encode(text))
+
+
 def sent_messages(spec):
     return [message for _, message in spec.sent]
 
@@ -79,7 +85,7 @@ def test_a_finished_call_leaves_nothing_and_sends_no_cancel(worker_client, spec)
     async def run():
         ends = []
         pending = worker_client.start(CALL, FakeClient(), on_close=ends.append)
-        deltas = (Delta(index=0, text="x", token_ids=(1,), finish_reason="length"),)
+        deltas = (Delta(index=0, token_ids=ids("x"), finish_reason="length"),)
         deliver(spec, (("ended before", deltas), ("c", deltas)))
         assert (await pending.next())[0].text == "x"
         pending.close()
@@ -104,6 +110,63 @@ def test_a_damaged_message_fails_every_waiting_call_and_frees_its_slots(worker_c
 
     asyncio.run(run())
     assert sent_messages(spec) == [CALL, CANCEL], "the worker still works on the call"
+
+
+def call_with_stop(*stop, num_choices):
+    params = SamplingParams(max_tokens=9, stop=stop)
+    requests = tuple(Request(request_id=f"c-{i}", prompt_ids=(1,), params=params) for i in range(num_choices))
+    return Call(call_id="c", requests=requests)
+
+
+def test_a_stop_string_cancels_that_request_at_once_and_what_is_still_on_its_way_is_dropped(worker_client, spec):
+    call = call_with_stop("c", num_choices=2)
+
+    async def run():
+        pending = worker_client.start(call, FakeClient(), on_close=lambda failed: None)
+        deliver(spec, (("c", (Delta(index=0, token_ids=ids("abcd")), Delta(index=1, token_ids=ids("xy")))),))
+        assert spec.sent[1:] == [("c", CancelRequest(0))], "although nobody has read the text yet"
+        deliver(spec, (("c", (Delta(index=0, token_ids=ids("efgh")),)),))
+        deliver(spec, (("c", (Delta(index=1, token_ids=ids("zc"), finish_reason="length"),)),))
+        first, second = await pending.next(), await pending.next()
+        assert [(delta.text, delta.token_ids, delta.finish_reason) for delta in first] == [
+            ("ab", ids("abc"), "stop"),
+            ("xy", ids("xy"), None),
+        ]
+        assert [(delta.index, delta.text, delta.finish_reason) for delta in second] == [(1, "z", "stop")]
+        pending.close()
+
+    asyncio.run(run())
+    assert sent_messages(spec) == [call, CancelRequest(0)], "the worker has ended both, so nothing is left to cancel"
+
+
+def test_a_call_that_is_closed_after_one_choice_has_stopped_is_cancelled_whole(worker_client, spec):
+    async def run():
+        pending = worker_client.start(call_with_stop("c", num_choices=2), FakeClient(), on_close=lambda failed: None)
+        deliver(spec, (("c", (Delta(index=0, token_ids=ids("c")),)),))
+        pending.close()
+
+    asyncio.run(run())
+    assert sent_messages(spec)[1:] == [CancelRequest(0), CANCEL]
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        (Delta(index=1, token_ids=(), finish_reason="error", error="as asked"),),
+        (Delta(index=0, token_ids=(-1,)),),  # the tokenizer raises OverflowError
+    ],
+)
+def test_a_choice_that_fails_fails_its_call_alone_and_the_others_are_cancelled(worker_client, spec, update):
+    async def run():
+        pending = worker_client.start(call_with_stop(num_choices=2), FakeClient(), on_close=lambda failed: None)
+        deliver(spec, (("c", update),))
+        with pytest.raises(RequestError) as caught:
+            await pending.next()
+        assert (caught.value.status, caught.value.code) == (500, "engine_error")
+        pending.close()
+
+    asyncio.run(run())
+    assert sent_messages(spec)[1:] == [CANCEL]
 
 
 def test_a_client_that_leaves_before_the_response_starts_is_cleaned_up_too(worker_client, spec):

@@ -1,9 +1,9 @@
-"""CallTracker: outputs of the engine become deltas of calls; faults stay with the call they belong to."""
+"""CallTracker: outputs of the engine become deltas of calls; what ends or is cancelled leaves nothing."""
 
 import pytest
 from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
 
-from aurora_lit.ipc.messages import Call, Failure
+from aurora_lit.ipc.messages import Call
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.worker.call_tracker import CallTracker
 
@@ -24,12 +24,17 @@ def call(call_id, *prompts, domain="", **options):
 
 
 def run(tracker, engine):
-    """All rounds until idle: {call id: [update, ...]}."""
+    """All rounds until idle: {(call id, index): [delta, ...]}."""
     seen = {}
     while engine.has_work:
-        for call_id, update in tracker.advance(engine.round()).updates:
-            seen.setdefault(call_id, []).append(update)
+        for call_id, deltas in tracker.advance(engine.round()).updates:
+            for delta in deltas:
+                seen.setdefault((call_id, delta.index), []).append(delta)
     return seen
+
+
+def tokens(deltas):
+    return [token_id for delta in deltas for token_id in delta.token_ids]
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def engine():
 
 @pytest.fixture
 def tracker(engine):
-    return CallTracker(engine, TOKENIZER)
+    return CallTracker(engine)
 
 
 def test_one_message_a_call_a_round(tracker, engine):
@@ -47,43 +52,44 @@ def test_one_message_a_call_a_round(tracker, engine):
     assert [len(update) for _, update in tracker.advance(engine.round()).updates] == [2]
 
 
-def test_stop_string_over_rounds_ends_the_request_in_the_engine(tracker, engine):
-    tracker.add(call("a", "abcdefgh", stop=("def",)))
-    updates = run(tracker, engine)["a"]
-    deltas = [delta for update in updates for delta in update]
-    assert "".join(delta.text for delta in deltas) == "abc"
-    assert [token for delta in deltas for token in delta.token_ids] == TOKENIZER.encode("abcdef")
-    assert deltas[-1].finish_reason == "stop"
-    assert engine.num_running == 0
+def test_tokens_go_on_as_the_engine_made_them_whatever_the_stop_strings(tracker, engine):
+    tracker.add(call("a", "abcd", max_tokens=8, stop=("b",)))
+    deltas = run(tracker, engine)["a", 0]
+    assert tokens(deltas) == TOKENIZER.encode("abcdabcd")
+    assert [delta.finish_reason for delta in deltas] == [None, None, "length"]
     assert tracker.active_calls() == []
 
 
-def test_a_stop_string_of_the_last_token_wins_over_length(tracker, engine):
-    tracker.add(call("a", "abc", stop=("c",), max_tokens=3))
-    (update,) = run(tracker, engine)["a"]
-    assert (update[0].text, update[0].finish_reason) == ("ab", "stop")
+def test_cancelling_one_request_frees_its_slot_and_the_others_of_its_call_go_on(tracker, engine):
+    tracker.add(call("a", "abc", "def", max_tokens=9))
+    tracker.advance(engine.round())
+    tracker.cancel_request("a", 0)
+    assert engine.num_running == 1
+    tracker.cancel_request("a", 0)
+    tracker.cancel_request("a", 7)
+    tracker.cancel_request("unknown", 0)
+    seen = run(tracker, engine)
+    assert seen.keys() == {("a", 1)}
+    assert tokens(seen["a", 1]) == TOKENIZER.encode("defdef")
+    assert tracker.active_calls() == []
 
 
-def test_held_text_comes_out_at_the_end(tracker, engine):
-    tracker.add(call("a", "abc", stop=("cX",), max_tokens=3))
-    (update,) = run(tracker, engine)["a"]
-    assert (update[0].text, update[0].finish_reason) == ("abc", "length")
+def test_a_call_ends_when_its_last_request_is_cancelled(tracker, engine):
+    tracker.add(call("a", "abc", "def", max_tokens=2))
+    tracker.cancel_request("a", 1)
+    tracker.cancel_request("a", 0)
+    assert not engine.has_work
+    assert tracker.active_calls() == []
 
 
-def test_a_stop_token_counts_but_does_not_show(tracker, engine):
-    (stop_id,) = TOKENIZER.encode("c")
-    tracker.add(call("a", "abcd", stop_token_ids=(stop_id,)))
-    (update,) = run(tracker, engine)["a"]
-    assert (update[0].text, len(update[0].token_ids), update[0].finish_reason) == ("ab", 3, "stop")
-
-
-def test_an_error_of_one_request_ends_its_call_alone(tracker, engine):
-    tracker.add(call("bad", "abc", "<|error|>"))
+def test_an_error_of_one_request_ends_that_request_alone(tracker, engine):
+    tracker.add(call("bad", "abc", "<|error|>", max_tokens=4))
     tracker.add(call("good", "xyz", max_tokens=4))
     seen = run(tracker, engine)
-    assert isinstance(seen["bad"][-1], Failure)
-    assert "as asked" in seen["bad"][-1].message
-    assert "".join(delta.text for update in seen["good"] for delta in update) == "xyzx"
+    (failed,) = seen["bad", 1]
+    assert (failed.finish_reason, failed.error) == ("error", "as asked")
+    assert tokens(seen["bad", 0]) == TOKENIZER.encode("abca")
+    assert tokens(seen["good", 0]) == TOKENIZER.encode("xyzx")
     assert tracker.active_calls() == []
 
 
@@ -101,13 +107,18 @@ def test_a_refused_request_can_be_cancelled_whole(tracker, engine):
         tracker.add(call("a", "abc", "<|refuse|>"))
     tracker.cancel("a")
     assert not engine.has_work
+    assert tracker.active_calls() == []
 
 
 def test_outputs_have_their_domain_in_the_round_that_ends_their_request_too(tracker, engine):
     tracker.add(call("a", "abc", max_tokens=3, domain="code"))
-    tracker.add(call("b", "abc", max_tokens=3, stop=("b",), domain="chat"))
+    tracker.add(call("b", "abc", "<|error|>", max_tokens=3, domain="chat"))
     tracker.add(call("c", "abc", max_tokens=3))
     progress = tracker.advance(engine.round())
-    assert progress.domains == ["code", "chat", ""]
-    assert [update[0].finish_reason for _, update in progress.updates] == ["length", "stop", "length"]
+    assert progress.domains == ["code", "chat", "chat", ""]
+    assert [[delta.finish_reason for delta in update] for _, update in progress.updates] == [
+        ["length"],
+        ["length", "error"],
+        ["length"],
+    ]
     assert tracker.active_calls() == []

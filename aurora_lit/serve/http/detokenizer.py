@@ -1,7 +1,7 @@
 """Token ids to text, while the tokens are generated: whole characters only, cut before stop strings.
 
-Left out: stop *tokens* and end of text (serve/sequences/sequence.py), and the format of responses
-(serve/http/responses.py).
+Left out: stop *tokens* and end of text (serve/sequences/sequence.py), several choices and their ends
+(serve/http/answer_stream.py), and the format of responses (serve/http/responses.py).
 
     stream = TextStream(tokenizer, stop=("\\n\\n",))
     stream.push([1, 2])        # the text that later tokens cannot change any more, perhaps ""

@@ -5,7 +5,7 @@ import random
 import pytest
 from support.fake_engine import tiny_tokenizer
 
-from aurora_lit.serve.sequences.detokenizer import TextStream, TokenDecoder
+from aurora_lit.serve.http.detokenizer import TextStream, TokenDecoder
 
 TEXT = "hello world, ça va? 今日は 🌍🚀 naïve — the end ✓ e\u0301 👩‍👩‍👧 done"
 

@@ -1,0 +1,93 @@
+"""The engine worker's deltas to text: one call's choices, each cut where a stop string is completed.
+
+The worker does not look for stop strings, so it goes on with a choice until it is told that one was completed. What it
+sends in the meantime is dropped here: the client gets what it would get if the worker had stopped at once. Leaves out
+how tokens become text (serve/http/detokenizer.py), and the message to the worker (serve/http/worker_client.py).
+
+    answer = AnswerStream(tokenizer, call.requests)
+    deltas, stopped = answer.add(deltas_of_a_round)
+    # deltas: the same with text; stopped: choices that a stop string has ended, for the worker to cancel
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from aurora_lit.ipc.messages import Delta
+from aurora_lit.models.tokenizer import Tokenizer
+from aurora_lit.request import Request
+from aurora_lit.serve.http.detokenizer import TextStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDelta(Delta):
+    """A delta with its text. Tokens and log-probabilities go up to the token that completed a stop string."""
+
+    text: str
+    """Whole characters that later tokens cannot change; may be empty although there are new tokens."""
+
+
+class Addition(NamedTuple):
+    """What one round's deltas add to an answer."""
+
+    deltas: tuple[TextDelta, ...]
+    """Of the choices that have not ended before."""
+    stopped: tuple[int, ...]
+    """Indices of the choices that a stop string has ended, and that the worker still works on."""
+
+
+class AnswerStream:
+    """The choices of one call, from their first delta to their last; see the file's example."""
+
+    def __init__(self, tokenizer: Tokenizer, requests: Sequence[Request]) -> None:
+        """requests: those of the call, in its order."""
+        self._texts = [TextStream(tokenizer, stop=request.params.stop) for request in requests]
+        self._has_stop = [bool(request.params.stop) for request in requests]
+        self._unfinished = set(range(len(requests)))
+
+    def add(self, deltas: Sequence[Delta]) -> Addition:
+        """Add one round's deltas. Raises RuntimeError, with the engine's reason, if a choice failed."""
+        added, stopped = [], []
+        for delta in deltas:
+            if delta.index not in self._unfinished:  # a stop string has ended it, and the worker did not know yet
+                continue
+            if delta.finish_reason == "error":
+                raise RuntimeError(delta.error or "the engine gave no reason")
+            text, num_tokens, finish_reason = self._decode(delta)
+            if finish_reason is not None:
+                self._unfinished.remove(delta.index)
+                if delta.finish_reason is None:
+                    stopped.append(delta.index)
+            added.append(
+                TextDelta(
+                    index=delta.index,
+                    text=text,
+                    token_ids=delta.token_ids[:num_tokens],
+                    logprobs=None if delta.logprobs is None else delta.logprobs[:num_tokens],
+                    prompt_logprobs=delta.prompt_logprobs,
+                    num_proposed=delta.num_proposed,
+                    num_accepted=delta.num_accepted,
+                    finish_reason=finish_reason,
+                    draft_versions=delta.draft_versions,
+                )
+            )
+        return Addition(tuple(added), tuple(stopped))
+
+    def _decode(self, delta: Delta) -> tuple[str, int, str | None]:
+        """New text, number of tokens that count, and finish reason: the engine's, or "stop" at a stop string."""
+        stream, token_ids = self._texts[delta.index], delta.token_ids
+        # The token that ended the answer counts as a token, but is not part of the text.
+        visible = token_ids[:-1] if delta.finish_reason == "stop" else token_ids
+        if not self._has_stop[delta.index]:
+            text = stream.push(visible)
+        else:
+            text = ""
+            for position, token_id in enumerate(visible):  # one at a time, to find the one that completes a stop string
+                text += stream.push((token_id,))
+                if stream.stopped:
+                    return text, position + 1, "stop"
+        if delta.finish_reason is not None:
+            text += stream.finish()
+        return text, len(token_ids), delta.finish_reason

@@ -1,0 +1,129 @@
+"""AnswerStream: the same text and the same tokens, however late the worker learns of a stop string."""
+
+import random
+
+import pytest
+from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
+
+from aurora_lit.ipc.messages import Call, Delta
+from aurora_lit.request import Request, SamplingParams
+from aurora_lit.serve.http.answer_stream import AnswerStream
+from aurora_lit.serve.worker.call_tracker import CallTracker
+
+TOKENIZER = tiny_tokenizer()
+
+
+def requests_of(*prompts, **options):
+    params = SamplingParams(**{"max_tokens": 20, **options})
+    return tuple(
+        Request(request_id=str(i), prompt_ids=tuple(TOKENIZER.encode(prompt)), params=params)
+        for i, prompt in enumerate(prompts)
+    )
+
+
+def answer(requests, *, delay_rounds=0, tokens_per_round=3):
+    """Every choice's deltas with text. The worker learns of stop strings so many rounds after its next one."""
+    engine = FakeEngine(FakeOptions(tokens_per_round=tokens_per_round))
+    tracker, stream = CallTracker(engine), AnswerStream(TOKENIZER, requests)
+    tracker.add(Call(call_id="a", requests=requests))
+    seen, cancels, num_rounds = [[] for _ in requests], [], 0
+    while engine.has_work:
+        for _, update in tracker.advance(engine.round()).updates:
+            deltas, stopped = stream.add(update)
+            cancels += [(num_rounds + 1 + delay_rounds, index) for index in stopped]
+            for delta in deltas:
+                seen[delta.index].append(delta)
+        num_rounds += 1
+        for due, index in cancels:
+            if due == num_rounds:
+                tracker.cancel_request("a", index)
+    assert tracker.active_calls() == []
+    return seen
+
+
+def text(deltas):
+    return "".join(delta.text for delta in deltas)
+
+
+def tokens(deltas):
+    return [token_id for delta in deltas for token_id in delta.token_ids]
+
+
+@pytest.mark.parametrize("delay_rounds", [0, 1, 3])
+def test_a_stop_string_over_rounds_ends_a_choice_at_the_token_that_completed_it(delay_rounds):
+    (deltas,) = answer(requests_of("abcdefgh", stop=("def",), logprobs=0), delay_rounds=delay_rounds)
+    assert text(deltas) == "abc"
+    assert tokens(deltas) == TOKENIZER.encode("abcdef")
+    assert [known.token_id for delta in deltas for known in delta.logprobs] == TOKENIZER.encode("abcdef")
+    assert [delta.finish_reason for delta in deltas] == [None, "stop"]
+
+
+@pytest.mark.parametrize("delay_rounds", [0, 2, 9])
+def test_the_other_choices_go_on(delay_rounds):
+    first, second = answer(requests_of("abXcd", "efghi", stop=("X",)), delay_rounds=delay_rounds)
+    assert (text(first), len(tokens(first)), first[-1].finish_reason) == ("ab", 3, "stop")
+    assert (text(second), len(tokens(second)), second[-1].finish_reason) == ("efghi" * 4, 20, "length")
+
+
+def test_the_worker_is_told_once_and_only_if_it_does_not_know():
+    stream = AnswerStream(TOKENIZER, requests_of("", "", stop=("c",)))
+    ids = tuple(TOKENIZER.encode("abc"))
+    added = stream.add(
+        [Delta(index=0, token_ids=ids), Delta(index=1, token_ids=ids, finish_reason="length")],
+    )
+    assert [(delta.text, delta.finish_reason) for delta in added.deltas] == [("ab", "stop")] * 2
+    assert added.stopped == (0,)
+    assert stream.add([Delta(index=0, token_ids=ids, finish_reason="length")]) == ((), ())
+
+
+def test_a_stop_string_of_the_last_token_wins_over_length():
+    ((delta,),) = answer(requests_of("abc", stop=("c",), max_tokens=3))
+    assert (delta.text, delta.finish_reason) == ("ab", "stop")
+
+
+def test_held_text_comes_out_at_the_end():
+    ((delta,),) = answer(requests_of("abc", stop=("cX",), max_tokens=3))
+    assert (delta.text, delta.finish_reason) == ("abc", "length")
+
+
+def test_a_stop_token_counts_but_does_not_show():
+    (stop_id,) = TOKENIZER.encode("c")
+    ((delta,),) = answer(requests_of("abcd", stop_token_ids=(stop_id,)))
+    assert (delta.text, len(delta.token_ids), delta.finish_reason) == ("ab", 3, "stop")
+
+
+def test_the_speculation_of_the_round_that_completes_a_stop_string_counts_and_later_rounds_do_not():
+    (deltas,) = answer(requests_of("abcdefgh", stop=("d",)), delay_rounds=5)
+    assert [(delta.num_proposed, delta.num_accepted) for delta in deltas] == [(2, 2), (2, 2)]
+    assert deltas[-1].draft_versions == ("fake-000001",)
+
+
+def test_an_error_of_the_engine_is_raised_unless_the_choice_has_ended_before():
+    failed = Delta(index=0, token_ids=(), finish_reason="error", error="as asked")
+    with pytest.raises(RuntimeError, match="as asked"):
+        AnswerStream(TOKENIZER, requests_of("")).add([failed])
+    stream = AnswerStream(TOKENIZER, requests_of("", stop=("a",)))
+    assert stream.add([Delta(index=0, token_ids=tuple(TOKENIZER.encode("a")))]).stopped == (0,)
+    assert stream.add([failed]) == ((), ())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_a_client_gets_depends_neither_on_rounds_nor_on_when_the_worker_learns_of_a_stop(seed):
+    rng = random.Random(seed)
+    alphabet = ["a", "b", "hello", " world", "é", "今", "🌍"]
+    prompts = ["".join(rng.choices(alphabet, k=rng.randrange(1, 9))) for _ in range(3)]
+    stop = tuple("".join(rng.choices(alphabet, k=rng.randrange(1, 4))) for _ in range(2))
+    requests = requests_of(*prompts, stop=stop, max_tokens=30)
+    outcomes = {
+        tuple((text(deltas), tuple(tokens(deltas)), deltas[-1].finish_reason) for deltas in seen)
+        for seen in (
+            answer(requests, delay_rounds=delay_rounds, tokens_per_round=tokens_per_round)
+            for delay_rounds in (0, 4)
+            for tokens_per_round in (1, 3, 5)
+        )
+    }
+    assert len(outcomes) == 1
+    for (shown, ids, finish_reason), prompt in zip(outcomes.pop(), prompts, strict=True):
+        assert not any(word in shown for word in stop)
+        assert (prompt * 30).startswith(shown)
+        assert len(ids) == 30 or finish_reason == "stop"

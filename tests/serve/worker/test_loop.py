@@ -1,0 +1,225 @@
+"""EngineLoop over a real pair of sockets, with an HTTP process that stalls, cancels, or is told to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
+
+from aurora_lit.ipc.engine_status import EngineStatusPage
+from aurora_lit.ipc.messages import (
+    CANCEL,
+    LENGTH,
+    Call,
+    CallMessage,
+    CancelRequest,
+    Delta,
+    Failure,
+    WorkerChannel,
+    decode_updates,
+    encode,
+)
+from aurora_lit.request import Request, SamplingParams
+from aurora_lit.serve.worker import outbox as outbox_module
+from aurora_lit.serve.worker.loop import EngineLoop
+from aurora_lit.serve.worker.parts import WorkerParts
+
+TOKENIZER = tiny_tokenizer()
+BACKLOG_BYTES = 300_000
+ENDLESS = 10**6
+"""Tokens that no test waits for."""
+
+
+class HTTPProcess:
+    """The other end of the loop's socket; reads only in `read` and `read_until`."""
+
+    def __init__(self, connection: socket.socket, page: EngineStatusPage, loop_has_ended: threading.Event) -> None:
+        self._connection, self.page, self.loop_has_ended = connection, page, loop_has_ended
+        connection.settimeout(20)
+        self.deltas: dict[tuple[str, int], list[Delta]] = {}
+        """By call and choice, all that were read."""
+        self.failures: dict[str, Failure] = {}
+        self.num_bytes = 0
+
+    def call(self, call_id: str, *prompts: str, max_tokens: int) -> None:
+        params = SamplingParams(max_tokens=max_tokens)
+        requests = tuple(
+            Request(request_id=f"{call_id}-{i}", prompt_ids=tuple(TOKENIZER.encode(prompt)), params=params)
+            for i, prompt in enumerate(prompts)
+        )
+        self.send((call_id, Call(call_id=call_id, requests=requests)))
+
+    def send(self, message: CallMessage) -> None:
+        self._connection.sendall(encode(message))
+
+    def read(self) -> None:
+        """Read one message. Nothing may follow the error that ended a call."""
+        (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
+        for call_id, update in decode_updates(self._exactly(length)):
+            assert call_id not in self.failures
+            if isinstance(update, Failure):
+                self.failures[call_id] = update
+                continue
+            for delta in update:
+                self.deltas.setdefault((call_id, delta.index), []).append(delta)
+
+    def read_until(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            self.read()
+
+    def tokens(self, call_id: str, index: int = 0) -> list[int]:
+        return [token_id for delta in self.deltas.get((call_id, index), ()) for token_id in delta.token_ids]
+
+    def ended(self, call_id: str, index: int = 0) -> bool:
+        return bool(self.deltas.get((call_id, index))) and self.deltas[call_id, index][-1].finish_reason is not None
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        until = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < until
+            time.sleep(0.001)
+
+    def _exactly(self, length: int) -> bytes:
+        content = b""
+        while len(content) < length:
+            piece = self._connection.recv(length - len(content))
+            if not piece:
+                raise EOFError
+            content += piece
+        self.num_bytes += length
+        return content
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeEngine]]:
+    """Runs a loop in this thread, for its signal handler, until `http_process` returns in another one."""
+    monkeypatch.setattr(outbox_module, "BACKLOG_BYTES", BACKLOG_BYTES)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def serve(http_process: Callable[[HTTPProcess], None], **options: float) -> FakeEngine:
+        http_end, worker_end = socket.socketpair()
+        page = EngineStatusPage.create(tmp_path / "status")
+        engine = FakeEngine(FakeOptions(**{"tokens_per_round": 2, **options}))  # type: ignore[arg-type]
+        errors, loop_has_ended = list[BaseException](), threading.Event()
+
+        def run() -> None:
+            try:
+                http_process(HTTPProcess(http_end, EngineStatusPage.open(tmp_path / "status"), loop_has_ended))
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                http_end.close()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        with pytest.raises(SystemExit) as ended:
+            EngineLoop(WorkerChannel(worker_end), page).run(WorkerParts(engine=engine), None)
+        loop_has_ended.set()
+        thread.join()
+        worker_end.close()
+        assert not errors, errors[0]
+        assert ended.value.code == 0
+        return engine
+
+    yield serve
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_while_the_http_process_stalls_rounds_go_on_until_the_backlog_is_full_and_later_calls_are_fine(
+    serve: Callable[..., FakeEngine],
+) -> None:
+    def http_process(http: HTTPProcess) -> None:
+        http.call("a", "abcd", "xyz", max_tokens=ENDLESS)
+        http.call("b", "hello", max_tokens=ENDLESS)
+        # It does not read, so only its bounded backlog ends the rounds; then the engine has nothing to do.
+        http.wait_until(lambda: http.page.read().running == 3)
+        http.wait_until(lambda: http.page.read().running == 0)
+        assert http.page.read().rounds > 500
+        http.read_until(lambda: http.failures.keys() == {"a", "b"})
+        assert {(failure.code, failure.status) for failure in http.failures.values()} == {("slow_reader", 503)}
+        assert http.num_bytes < BACKLOG_BYTES + (1 << 20), "memory is bounded"
+        for key, prompt in ((("a", 0), "abcd"), (("a", 1), "xyz"), (("b", 0), "hello")):
+            ids = TOKENIZER.encode(prompt)
+            got = http.tokens(*key)
+            assert len(got) > 500
+            assert got == (ids * len(got))[: len(got)], "none is missing before the error"
+        http.call("later", "abc", max_tokens=5)
+        http.read_until(lambda: http.ended("later"))
+        assert http.tokens("later") == TOKENIZER.encode("abcab")
+
+    engine = serve(http_process)
+    assert not engine.has_work
+
+
+def test_a_stall_within_the_bound_costs_nothing(serve: Callable[..., FakeEngine]) -> None:
+    def http_process(http: HTTPProcess) -> None:
+        http.call("a", "abcd", max_tokens=3000)
+        http.wait_until(lambda: http.page.read().rounds >= 1500)
+        assert http.page.read().running == 0
+        http.read_until(lambda: http.ended("a"))
+        assert http.tokens("a") == TOKENIZER.encode("abcd" * 750)
+
+    serve(http_process)
+
+
+def test_one_request_of_a_call_is_cancelled_and_the_other_goes_on(serve: Callable[..., FakeEngine]) -> None:
+    def http_process(http: HTTPProcess) -> None:
+        http.call("a", "abcd", "xyz", max_tokens=ENDLESS)
+        http.read_until(lambda: http.tokens("a", 1))
+        http.send(("a", CancelRequest(0)))
+        http.wait_until(lambda: http.page.read().running == 1)
+        http.send(("a", CANCEL))
+        http.wait_until(lambda: http.page.read().running == 0)
+        http.call("later", "abc", max_tokens=5)
+        http.read_until(lambda: http.ended("later"))
+        assert len(http.tokens("a", 0)) < len(http.tokens("a", 1))
+
+    serve(http_process, round_s=0.001)
+
+
+def test_a_refused_call_is_told_so_and_the_others_go_on(serve: Callable[..., FakeEngine]) -> None:
+    def http_process(http: HTTPProcess) -> None:
+        http.call("good", "abc", max_tokens=5)
+        http.call("long", "<|toolong|>", max_tokens=5)
+        http.call("bad", "abc", "<|refuse|>", max_tokens=5)
+        http.read_until(lambda: http.ended("good") and len(http.failures) == 2)
+        assert http.failures["long"].code == "context_length_exceeded"
+        assert http.failures["bad"].code == "engine_error"
+        assert http.tokens("bad") == []
+
+    serve(http_process)
+
+
+@pytest.mark.parametrize("stalled", [False, True])
+def test_sigterm_lets_the_running_request_finish_and_its_last_update_is_sent(
+    serve: Callable[..., FakeEngine], stalled: bool
+) -> None:
+    def http_process(http: HTTPProcess) -> None:
+        http.call("a", "abcd", max_tokens=3000)
+        http.wait_until(lambda: http.page.read().rounds > 10)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if stalled:
+            http.wait_until(lambda: http.page.read().rounds == 1500)
+            assert not http.loop_has_ended.wait(0.3), "what it has not sent would be lost with its process"
+        http.read_until(lambda: http.ended("a"))
+        assert len(http.tokens("a")) == 3000
+
+    serve(http_process)
+
+
+def test_sigterm_ends_an_idle_worker(serve: Callable[..., FakeEngine]) -> None:
+    def http_process(http: HTTPProcess) -> None:
+        http.call("a", "abcd", max_tokens=2)
+        http.read_until(lambda: http.ended("a"))
+        time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert http.loop_has_ended.wait(20)
+
+    serve(http_process)
