@@ -3,14 +3,14 @@
 The shared library is compiled on first use and kept in `$AURORA_LIT_CACHE/kernels` (default
 `~/.cache/aurora-lit/kernels`).
 
-May import: nothing of the package. Start with native.py. The files, each importing only those above it:
+May import: request.py. Start with native.py. The files, each importing only those above it:
 
     weight_format.py   the formats in which a packed linear layer stores its weight
     quantization.py    weights of 8 and 4 bits: quantised and laid out as the kernels read them
     huge_pages.py      tensors on huge pages: weights, keys and values
     build.py           compiles the kernels and caches the shared library
     native.py          loads and calls the kernels: attention, products with packed weights
-    sampler.py         sampling: Gumbel noise
+    sampler.py         sampling: tokens from stored logits, Gumbel noise
     packed_linear.py   linear layers with packed weights, which replace a model's own
     decoder.py         all decoder layers of a forward pass in one native call
     draft_steps.py     a draft's proposals, chains and trees, in one native call

@@ -36,8 +36,9 @@ class _Call(ctypes.Structure):
         ("embedding", native.RowTable),
         *((name, ctypes.c_void_p) for name in ("target_ids", "done", "ends")),
         *((name, ctypes.c_int64) for name in ("children", "level_width", "max_levels", "max_nodes")),
-        *((name, ctypes.c_void_p) for name in ("min_gains", "level_rates", "temperatures", "uniforms")),
-        *((name, ctypes.c_void_p) for name in ("distributions", "outcomes", "tokens", "parents")),
+        *((name, ctypes.c_void_p) for name in ("min_gains", "level_rates")),
+        *((name, ctypes.c_void_p) for name in ("temperatures", "keys", "positions")),
+        *((name, ctypes.c_void_p) for name in ("outcomes", "tokens", "parents")),
         *((name, ctypes.c_int64) for name in ("levels", "nodes")),
     )
 
@@ -52,10 +53,8 @@ class DraftedLevels:
     """int64 columns, where column 0 is the root."""
     outcome_JB: torch.Tensor
     """fp32. Of chains, the value head's prediction of how many tokens are accepted from a level on. Of trees, the
-    draft's probability that the accepted path passes one of the nodes that are expanded after a level."""
-    q_BKD: torch.Tensor | None
-    """fp32. The distributions that a chain's tokens were drawn from; arbitrary for sequences that take the argmax. None
-    if all do."""
+    draft's probability that the accepted path passes one of the nodes that are expanded after a level; for sequences
+    with a temperature that of the perturbed logits."""
 
 
 class DraftSteps:
@@ -123,7 +122,8 @@ class DraftSteps:
         min_gains: Sequence[float] | None = None,
         level_rates: Sequence[float] = (),
         temperature_B: torch.Tensor | None = None,
-        uniform_BJ: torch.Tensor | None = None,
+        key_B: torch.Tensor | None = None,
+        position_B: torch.Tensor | None = None,
     ) -> DraftedLevels:
         """Run the draft over positions `done` to `ends` of each sequence, then draft from there.
 
@@ -136,9 +136,11 @@ class DraftSteps:
             min_gains: accepted tokens, of all sequences together, that each level after the first must promise to be
                 drafted. None: all levels are drafted.
             level_rates: of trees, if `min_gains` is set: acceptance rate of a level, for each sequence.
-            temperature_B: of chains, fp32: tokens are drawn where it is positive, and the argmax where it is 0. None:
-                the argmax everywhere.
-            uniform_BJ: fp64 numbers in [0, 1) to draw with.
+            temperature_B: fp32. Where it is positive, children are ranked by logit / temperature + noise, namely the
+                noise that the target's own token is drawn with (`gumbel` in modules/sampling/noise.py); where it is 0,
+                by their logits. None: 0 for all.
+            key_B: int64, keys of the noise; needed with `temperature_B`, as the next.
+            position_B: int64, index in the output of the first proposed token.
         """
         call, B = self._call, len(slots_B)
         done_B, ends_B = (ctypes.c_int64 * B)(*done), (ctypes.c_int64 * B)(*ends)
@@ -158,25 +160,19 @@ class DraftSteps:
         found = torch.empty(2, B * num_nodes, dtype=torch.int64)
         call.outcomes, call.tokens = outcome_JB.data_ptr(), found.data_ptr()
         call.parents = call.tokens + found.element_size() * found.shape[1]
-        q_JBD = None
-        call.temperatures = call.uniforms = call.distributions = None
+        call.temperatures = call.keys = call.positions = None
         if temperature_B is not None:
-            assert uniform_BJ is not None
-            assert width == 1
-            q_JBD = torch.empty(num_levels, B, self._num_outputs)
-            temperature_B, uniform_BJ = temperature_B.float().contiguous(), uniform_BJ.double().contiguous()
-            assert uniform_BJ.shape == (B, num_levels)
-            call.temperatures, call.uniforms = temperature_B.data_ptr(), uniform_BJ.data_ptr()
-            call.distributions = q_JBD.data_ptr()
+            assert key_B is not None
+            assert position_B is not None
+            assert len(temperature_B) == len(key_B) == len(position_B) == B
+            temperature_B = temperature_B.float().contiguous()
+            key_B, position_B = key_B.long().contiguous(), position_B.long().contiguous()
+            call.temperatures, call.keys = temperature_B.data_ptr(), key_B.data_ptr()
+            call.positions = position_B.data_ptr()
         self._draft(ctypes.byref(call), self._state)
         levels, nodes = call.levels, call.nodes
         token_BK, parent_BK = found[:, : B * nodes].view(2, B, nodes)
-        return DraftedLevels(
-            token_BK=token_BK,
-            parent_BK=parent_BK,
-            outcome_JB=outcome_JB[:levels],
-            q_BKD=None if q_JBD is None else q_JBD[:levels].transpose(0, 1),
-        )
+        return DraftedLevels(token_BK=token_BK, parent_BK=parent_BK, outcome_JB=outcome_JB[:levels])
 
 
 def _doubles(numbers: Sequence[float] | None) -> ctypes.Array[ctypes.c_double] | None:

@@ -1,16 +1,75 @@
-"""Sampling in native code: the noise that tokens are drawn with (csrc/noise.hpp).
+"""Sampling in native code: tokens from stored logits (csrc/sampler.hpp), and the noise they are drawn with.
 
-Shapes: V tokens.
+Leaves out: rows whose logits need not be stored (`PackedLinear.choose`), and the definition of each option
+(modules/sampling/distribution.py).
+
+Shapes: D rows of logits, V vocabulary.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from aurora_lit.kernels import native
+from aurora_lit.request import SamplingParams
+
+
+class _Row(ctypes.Structure):
+    """DenseRow in sampler.hpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("bias_tokens", "bias_values")),
+        ("num_bias", ctypes.c_int64),
+        ("context", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("context_length", "prompt_length", "top_k", "key", "position")),
+        *((name, ctypes.c_float) for name in ("temperature", "repetition", "presence", "frequency", "min_p", "top_p")),
+    )
+
+
+def choose_dense(
+    logits_DV: Tensor,
+    *,
+    params: Sequence[SamplingParams],
+    contexts: Sequence[Tensor],
+    prompt_lengths: Sequence[int],
+    temperature_D: Tensor,
+    key_D: Tensor,
+    position_D: Tensor,
+) -> Tensor:
+    """As `choose_dense` in modules/sampling/choice.py, for contiguous fp32 logits on the CPU.
+
+    Raises IndexError for a token that is not in the vocabulary.
+    """
+    kernels = native.library()
+    assert kernels is not None
+    assert logits_DV.dtype == torch.float32
+    assert logits_DV.is_contiguous()
+    D, vocab_size = logits_DV.shape
+    contexts = [context.long().contiguous() for context in contexts]
+    rows, kept_alive = (_Row * D)(), []
+    numbers = (prompt_lengths, temperature_D.tolist(), key_D.tolist(), position_D.tolist())
+    for row, p, context, prompt_length, temperature, key, position in zip(
+        rows, params, contexts, *numbers, strict=True
+    ):
+        if p.logit_bias:
+            tokens = (ctypes.c_int64 * len(p.logit_bias))(*p.logit_bias.keys())
+            values = (ctypes.c_float * len(p.logit_bias))(*p.logit_bias.values())
+            row.bias_tokens, row.bias_values = ctypes.addressof(tokens), ctypes.addressof(values)
+            row.num_bias = len(p.logit_bias)
+            kept_alive += [tokens, values]
+        row.context, row.context_length, row.prompt_length = context.data_ptr(), len(context), prompt_length
+        row.temperature, row.key, row.position = temperature, key, position
+        row.repetition, row.presence, row.frequency = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
+        row.min_p, row.top_k, row.top_p = p.min_p, p.top_k, p.top_p
+    token_D = torch.zeros(D, dtype=torch.int64)
+    logits, tokens_out = ctypes.c_void_p(logits_DV.data_ptr()), ctypes.c_void_p(token_D.data_ptr())
+    if not kernels.aurora_choose_dense(logits, ctypes.c_int64(vocab_size), rows, ctypes.c_int64(D), tokens_out):
+        raise IndexError(f"a logit bias or a context names a token that is not in the vocabulary of {vocab_size}")
+    return token_D
 
 
 def noise(key: int, position: int, token_id_V: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""The native draft steps agree with the draft's own modules: chains, trees and prefill, in both weight formats."""
+"""The native draft steps agree with the draft's own modules: chains, trees and prefill, in both weight formats.
+
+With temperatures, children are ranked by logits with the noise of modules/sampling/noise.py.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,17 @@ import copy
 import math
 import random
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
 from support.tiny_models import VOCAB, random_draft, save_model
 
 from aurora_lit.kernels import native
+from aurora_lit.kernels.draft_steps import DraftedLevels
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.distribution import LogitOptions
-from aurora_lit.modules.sampling.noise import draw
+from aurora_lit.modules.sampling.noise import gumbel
 from aurora_lit.request import SamplingParams
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.planner import extends_chain
@@ -62,6 +67,15 @@ def num_comparable(lengths: list[int]) -> int:
     return 3 if lengths[2] > 1 else 2
 
 
+def native_levels(drafter: Drafter, inputs: DraftInputs, **levels: Any) -> DraftedLevels:
+    """One native call; its arguments are those of `DraftSteps`."""
+    return drafter._draft_levels(inputs, **levels)
+
+
+def native_chain(drafter: Drafter, inputs: DraftInputs, *, num_levels: int, **levels: Any) -> DraftedLevels:
+    return native_levels(drafter, inputs, num_levels=num_levels, num_nodes=num_levels, width=1, **levels)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("stop_after", [1, 3, 9])
 def test_a_native_chain_equals_the_modules_chain(target: Target, stop_after: int) -> None:
@@ -73,62 +87,15 @@ def test_a_native_chain_equals_the_modules_chain(target: Target, stop_after: int
     options = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=0.0)] * 3)
     for lengths in ROUNDS:
         inputs = sequences.grow(lengths)
-        drafted = [
-            drafter.propose(inputs, options=options, num_steps=5, min_gains=stop_after_levels(stop_after, 5))
-            for drafter in sequences.drafters
-        ]
-        (proposals, value_KB), (expected, expected_value_KB) = drafted
+        min_gains = stop_after_levels(stop_after, 5)
+        drafted = native_chain(native_drafter, inputs, num_levels=5, min_gains=min_gains)
+        expected, expected_value_KB = module_drafter.propose(inputs, options=options, num_steps=5, min_gains=min_gains)
         compared = slice(0, num_comparable(lengths))
-        assert torch.equal(proposals.token_BK[compared], expected.token_BK[compared])
-        assert proposals.token_BK.shape == (3, min(5, stop_after))
-        assert proposals.q_BKD is None
-        assert proposals.num_proposed_B.tolist() == [min(5, stop_after)] * 3
-        torch.testing.assert_close(value_KB[:, compared], expected_value_KB[:, compared], atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_a_native_sampled_chain_equals_the_modules_chain(target: Target) -> None:
-    """Sequences at two temperatures and a greedy one, with the same uniform numbers."""
-    sequences = GrowingSequences(target, num_drafters=2)
-    sequences.drafters[1]._runtime_draft = replace(sequences.drafters[1]._runtime_draft, steps=None)
-    params = [SamplingParams(max_tokens=1, temperature=t) for t in (1.0, 0.0, 0.4)]
-    options, rng = LogitOptions.from_params(params), torch.Generator().manual_seed(5)
-    for lengths in (*ROUNDS, [14, 123, 10], [15, 124, 11]):
-        inputs = sequences.grow(lengths)
-        uniform_BK = torch.rand(3, 5, dtype=torch.float64, generator=rng)
-        (proposals, value_KB), (expected, expected_value_KB) = (
-            drafter.propose(inputs, options=options, num_steps=5, uniform_BK=uniform_BK)
-            for drafter in sequences.drafters
+        assert torch.equal(drafted.token_BK[compared], expected.token_BK[compared])
+        assert drafted.token_BK.shape == (3, min(5, stop_after))
+        torch.testing.assert_close(
+            drafted.outcome_JB[:, compared], expected_value_KB[:, compared], atol=1e-4, rtol=1e-4
         )
-        compared = slice(0, num_comparable(lengths))
-        assert torch.equal(proposals.token_BK[compared], expected.token_BK[compared])
-        torch.testing.assert_close(value_KB[:, compared], expected_value_KB[:, compared], atol=1e-4, rtol=1e-4)
-        assert proposals.q_BKD is not None
-        assert expected.q_BKD is not None
-        for b in range(0, num_comparable(lengths), 2):  # the second is greedy
-            torch.testing.assert_close(proposals.q_BKD[b], expected.q_BKD[b], atol=1e-6, rtol=1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("draft_vocab_size", [1, 31, 32, 50, 58])
-def test_a_native_draw_follows_the_distribution_that_is_returned(target: Target, draft_vocab_size: int) -> None:
-    """At uniform numbers from 0 to just below 1, the token is where the cumulative distribution passes the number."""
-    count = 64
-    tokens_SL = torch.randint(0, VOCAB, (count, 9), generator=torch.Generator().manual_seed(2))
-    drafter = Drafter(random_draft(target, draft_vocab_size=draft_vocab_size), target, tokens_SL=tokens_SL, capacity=8)
-    drafter.features_SLF.normal_()
-    options = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=2.0)] * count)
-    uniform_B1 = torch.linspace(0, 1 - 2**-53, count, dtype=torch.float64)[:, None]
-    proposals, _ = drafter.propose(
-        DraftInputs(slots_B=torch.arange(count), lengths=[5] * count),
-        options=options,
-        num_steps=1,
-        uniform_BK=uniform_B1,
-    )
-    assert proposals.q_BKD is not None
-    drawn_B = drafter.vocabulary.draft_id_V[proposals.token_BK[:, 0]]
-    assert torch.equal(drawn_B, draw(proposals.q_BKD[:, 0], uniform_B1[:, 0]))
-    assert len(set(drawn_B.tolist())) > draft_vocab_size // 3
 
 
 @torch.no_grad()
@@ -141,12 +108,11 @@ def test_native_drafting_ends_where_the_rule_says(target: Target, width: int) ->
     drafter = Drafter(draft, target, tokens_SL=sequences.tokens_SL, capacity=CAPACITY)
     sequences.drafters.append(drafter)
     inputs = sequences.grow(ROUNDS[0])
-    options = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=0.0)] * 3)
 
     def outcomes(min_gains: list[float] | None, level_rates: list[float]) -> torch.Tensor:
         drafter._num_cached = [0] * len(drafter._num_cached)
         if width == 1:
-            return drafter.propose(inputs, options=options, num_steps=6, min_gains=min_gains)[1]
+            return native_chain(drafter, inputs, num_levels=6, min_gains=min_gains).outcome_JB
         levels = {"num_steps": 6, "num_nodes": 15, "min_gains": min_gains, "level_rates": level_rates}
         return drafter.propose_tree(inputs, **levels)[1]  # type: ignore[arg-type]
 
@@ -178,21 +144,19 @@ def test_a_chain_that_reads_the_heads_copy_first_proposes_what_the_head_does(
     target = Target.load(folder, precision="bf16")
     tokens_SL = torch.randint(0, vocab, (count, 9), generator=torch.Generator().manual_seed(2))
     drafter = Drafter(random_draft(target, draft_vocab_size=vocab - 3), target, tokens_SL=tokens_SL, capacity=8)
-    options = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=0.0)] * count)
-    one = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=0.0)])
     same = 0
     for _ in range(25):
         drafter.features_SLF.normal_()
         drafter._num_cached = [0] * count
         together = DraftInputs(slots_B=torch.arange(count), lengths=[5] * count)
-        token_BK = drafter.propose(together, options=options, num_steps=1)[0].token_BK
+        token_BK = native_chain(drafter, together, num_levels=1).token_BK
         drafter._num_cached = [0] * count
         normed_BH = drafter.draft.norm(drafter.prefill(together))
         logits_BD = drafter.draft.lm_head(normed_BH)
         for b in range(count):
             drafter._num_cached = [0] * count
             alone = DraftInputs(slots_B=torch.tensor([b]), lengths=[5])
-            token = drafter.propose(alone, options=one, num_steps=1)[0].token_BK[0, 0]
+            token = native_chain(drafter, alone, num_levels=1).token_BK[0, 0]
             same += int(token == token_BK[b, 0])
             logit = logits_BD[b, drafter.vocabulary.draft_id_V[token]]
             assert logit > logits_BD[b].max() - logits_BD[b].std()
@@ -219,18 +183,59 @@ class ReferenceTree:
         return sorted(range(start, len(self.tokens)), key=lambda i: -self.logprobs[i])[:count]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Of one sequence."""
+
+    temperature: float
+    key: int
+    position: int
+
+    def perturbed(self, logits_D: torch.Tensor, target_id_D: torch.Tensor, *, level: int) -> torch.Tensor:
+        """The logits of a level's children; themselves at temperature 0."""
+        if not self.temperature:
+            return logits_D
+        noise_1D = gumbel(torch.tensor([self.key]), torch.tensor([self.position + level]), target_id_D)
+        return logits_D / self.temperature + noise_1D[0]
+
+
+GREEDY = Noise(temperature=0.0, key=0, position=0)
+NOISES = [
+    Noise(temperature=1.0, key=1234, position=0),
+    GREEDY,
+    Noise(temperature=0.4, key=-(2**62) - 5, position=77),
+]
+
+
+def draws_of(noises: list[Noise]) -> dict[str, torch.Tensor]:
+    return {
+        "temperature_B": torch.tensor([noise.temperature for noise in noises]),
+        "key_B": torch.tensor([noise.key for noise in noises]),
+        "position_B": torch.tensor([noise.position for noise in noises]),
+    }
+
+
 def reference_tree(
-    drafter: Drafter, root_1H: torch.Tensor, slots_B: torch.Tensor, start_B: torch.Tensor, *, levels: int, width: int
+    drafter: Drafter,
+    root_1H: torch.Tensor,
+    slots_B: torch.Tensor,
+    start_B: torch.Tensor,
+    *,
+    levels: int,
+    width: int,
+    noise: Noise = GREEDY,
 ) -> tuple[ReferenceTree, list[float]]:
     """The tree with each node's state computed by its own chain from the root; and each level's reach probability."""
     tree, level, reaches = ReferenceTree(), [-1], []
-    for _ in range(levels):
+    for depth in range(levels):
         grown = len(tree.tokens)
         for node in level:
             hidden_1H = root_1H
             for step, token in enumerate(tree.path(node)):
                 hidden_1H = drafter.forward(torch.tensor([[token]]), hidden_1H[None], slots_B, start_B + step)[:, 0]
-            top = drafter.draft.compute_logits(hidden_1H)[0].log_softmax(-1).topk(width)
+            logits_D = drafter.draft.compute_logits(hidden_1H)[0]
+            perturbed_D = noise.perturbed(logits_D, drafter.vocabulary.target_id_D, level=depth)
+            top = perturbed_D.log_softmax(-1).topk(width)
             tree.tokens += drafter.vocabulary.target_id_D[top.indices].tolist()
             tree.parents += [node] * width
             tree.logprobs += [(tree.logprobs[node] if node >= 0 else 0.0) + x for x in top.values.tolist()]
@@ -266,6 +271,64 @@ def test_a_native_tree_equals_the_reference_tree(target: Target, levels: int, no
                 kept.index(tree.parents[i]) + 1 if tree.parents[i] >= 0 else 0 for i in kept
             ]
             assert reach_JB[:, b].tolist() == pytest.approx(expected_reach, rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("levels", "nodes", "width"), [(1, 3, 3), (4, 15, 4), (5, 31, 4), (5, 5, 1)])
+def test_with_temperatures_native_trees_and_chains_equal_the_reference(
+    target: Target, levels: int, nodes: int, width: int
+) -> None:
+    """Two sequences at a temperature with their own keys and positions, and a greedy one between them."""
+    sequences = GrowingSequences(target, num_drafters=2)
+    native_drafter, reference_drafter = sequences.drafters
+    for lengths in (*ROUNDS, [14, 123, 10]):
+        inputs = sequences.grow(lengths)
+        drafted = native_levels(
+            native_drafter, inputs, num_levels=levels, num_nodes=nodes, width=width, **draws_of(NOISES)
+        )
+        roots_BH = reference_drafter.prefill(inputs)
+        for b in range(num_comparable(lengths)):
+            sequence = (roots_BH[b : b + 1], SLOTS[b : b + 1], torch.tensor([lengths[b] - 1]))
+            tree, reach = reference_tree(reference_drafter, *sequence, levels=levels, width=width, noise=NOISES[b])
+            kept = sorted(tree.best(nodes))
+            assert drafted.token_BK[b].tolist() == [tree.tokens[i] for i in kept]
+            assert drafted.parent_BK[b].tolist() == [
+                kept.index(tree.parents[i]) + 1 if tree.parents[i] >= 0 else 0 for i in kept
+            ]
+            if width > 1:
+                assert drafted.outcome_JB[:, b].tolist() == pytest.approx(reach, rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_sequences_proposals_with_noise_do_not_depend_on_the_sequences_beside_it(target: Target, width: int) -> None:
+    sequences = GrowingSequences(target, num_drafters=2)
+    inputs = sequences.grow(ROUNDS[1])
+    levels = {"num_levels": 4, "num_nodes": 4 if width == 1 else 15, "width": width}
+    together = native_levels(sequences.drafters[0], inputs, **levels, **draws_of(NOISES))
+    for b in range(3):
+        alone = DraftInputs(slots_B=inputs.slots_B[b : b + 1], lengths=inputs.lengths[b : b + 1])
+        drafted = native_levels(sequences.drafters[1], alone, **levels, **draws_of(NOISES[b : b + 1]))
+        assert torch.equal(drafted.token_BK[0], together.token_BK[b])
+        assert torch.equal(drafted.outcome_JB[:, 0], together.outcome_JB[:, b])
+
+
+@torch.no_grad()
+def test_first_proposals_with_noise_have_the_law_of_the_drafts_softmax(target: Target) -> None:
+    """Four thousand sequences with one context and a key each."""
+    count, temperature = 4000, 2.0
+    tokens_SL = torch.randint(0, VOCAB, (1, 9), generator=torch.Generator().manual_seed(2)).repeat(count, 1)
+    drafter = Drafter(random_draft(target, draft_vocab_size=50), target, tokens_SL=tokens_SL, capacity=8)
+    drafter.features_SLF.copy_(torch.randn(drafter.features_SLF.shape[1:]).to(drafter.features_SLF.dtype))
+    inputs = DraftInputs(slots_B=torch.arange(count), lengths=[5] * count)
+    draws = {"temperature_B": torch.full((count,), temperature), "key_B": torch.arange(count)}
+    drafted = native_chain(drafter, inputs, num_levels=1, **draws, position_B=torch.zeros(count, dtype=torch.int64))
+    drawn_B = drafter.vocabulary.draft_id_V[drafted.token_BK[:, 0]]
+    drafter._num_cached = [0] * count
+    logits_D = drafter.draft.compute_logits(drafter.prefill(inputs))[0]
+    expected_D = (logits_D / temperature).softmax(-1) * count
+    statistic = ((torch.bincount(drawn_B, minlength=50) - expected_D) ** 2 / expected_D).sum()
+    assert (statistic - 49) / (2 * 49) ** 0.5 < 5
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 // Drafting: a chain or a tree of proposals for each sequence in one call. The first pass runs the draft over the
 // positions that the target has committed since the last round, and each further pass over the nodes of the current
-// level, whose most probable children are chosen. A chain is a tree with one node per level; only chains are sampled.
+// level, whose most probable children are chosen. A chain is a tree with one node per level. For a sequence with a
+// temperature, logits are divided by it and get the noise that the target's own token will be drawn with (noise.hpp),
+// which makes the proposals likelier to be that token; the most probable children are then those with the largest sums.
 // Drafting ends after `max_levels` levels, or before a level that promises too little. The trees are those of
 // modules/sampling/tree.py; source: EAGLE-2, arXiv 2406.16858.
 //
@@ -10,6 +12,7 @@
 #include <algorithm>
 
 #include "decoder.hpp"
+#include "noise.hpp"
 #include "rows.hpp"
 
 namespace {
@@ -32,9 +35,9 @@ struct DraftCall {
   // together (promises_more); null: all levels are drafted.
   const double* min_gains;
   const double* level_rates;  // [B], for trees: acceptance rate of a level
-  const float* temperatures;  // [B]: 0 takes the most probable token, else one is drawn; or null: 0 for all
-  const double* uniforms;     // [B, max_levels]: in [0, 1), to draw with
-  float* distributions;       // [max_levels, B, D] out, of sequences whose tokens are drawn
+  const float* temperatures;  // [B]: 0 is without noise; or null: 0 for all
+  const int64_t* keys;        // [B], if there are temperatures: of the noise
+  const int64_t* positions;   // [B], if there are temperatures: index in the output of the first proposed token
   float* outcomes;            // [max_levels, B] out; for chains the value head's prediction: tokens accepted from this
                               // level on; for trees the probability that the accepted path passes an expanded node
   int64_t *tokens, *parents;  // [B, nodes] out: target ids, and parents' columns, where column 0 is the root
@@ -79,74 +82,36 @@ struct DraftState {
   Buffer<float> hidden, normed, next, embeds;  // of the nodes expanded last; `next`, `embeds`: inputs of the next ones
   Buffer<Top> tops;
   Buffer<LogSumExp> sums;
+  Buffer<float> noise;  // [rows, D], of a level
+  Buffer<Perturbation> perturbations;
 };
 
-// The softmax of a row of logits at a temperature, in place, and the first index whose cumulative probability exceeds
-// `uniform` of the total. Cumulative sums are fp64, so indices are drawn with the probabilities that are stored.
-inline int64_t draw(float* row, int size, float temperature, double uniform) {
-  typedef float f8v __attribute__((vector_size(32), aligned(4)));
-  typedef double d8v __attribute__((vector_size(64)));
-  const auto total_of = [&](int from) {  // of up to BLOCK values
-    d8v sums = d8v{};
-    double rest = 0.0;
-    int i = from;
-    for (; i + 8 <= size && i < from + BLOCK; i += 8)
-      sums += __builtin_convertvector(*reinterpret_cast<const f8v*>(row + i), d8v);
-    for (; i < size && i < from + BLOCK; ++i) rest += row[i];
-    for (int lane = 0; lane < 8; ++lane) rest += sums[lane];
-    return rest;
-  };
-  const float most = *std::max_element(row, row + size), factor = 1.0f / temperature;
-  const int whole = size / 16 * 16;
-  for (int i = 0; i < whole; i += 16) {
-    const f16v e = exp_vector((load16(row + i) - most) * factor);
-    std::memcpy(row + i, &e, sizeof e);
-  }
-  for (int i = whole; i < size; ++i) row[i] = std::exp((row[i] - most) * factor);
-  double sum = 0.0;
-  for (int at = 0; at < size; at += BLOCK) sum += total_of(at);
-  const float inverse = float(1.0 / sum);
-  for (int i = 0; i < size; ++i) row[i] *= inverse;
-  static thread_local std::vector<double> of_blocks;
-  of_blocks.clear();
-  double all = 0.0, before = 0.0;
-  for (int at = 0; at < size; at += BLOCK) of_blocks.push_back(total_of(at)), all += of_blocks.back();
-  const double bound = uniform * all;
-  size_t block = 0;
-  while (block + 1 < of_blocks.size() && !(before + of_blocks[block] > bound)) before += of_blocks[block++];
-  int last = 0;  // with positive probability; rounding may leave the bound above every sum
-  for (int i = int(block) * BLOCK; i < size; ++i) {
-    before += row[i];
-    if (row[i] > 0.0f) last = i;
-    if (before > bound) return i;
-  }
-  return last;
-}
+inline bool is_perturbed(const DraftCall& call, int64_t b) { return call.temperatures && call.temperatures[b] > 0.0f; }
 
-// One draft id for each row of `x`, rounded inputs: drawn where the temperature is positive, else the most probable.
-template <class Format>
-void sample_chain(const DraftCall& call, const typename Format::Input* x, int k, int rows, int64_t level, Top* tops) {
-  typedef Product<Format> P;
-  const int outputs = int(call.head.outputs), blocks = num_blocks(outputs);
-  const char* weight = static_cast<const char*>(call.head.weight);
-  float* logits = call.distributions + level * rows * int64_t(outputs);
-#pragma omp parallel
-  {
-    const int from = blocks * omp_get_thread_num() / omp_get_num_threads();
-    const int to = blocks * (omp_get_thread_num() + 1) / omp_get_num_threads();
-    const char* end = weight + to * P::block_bytes(k);
-    P::enter(rows);
-    P::blocks(x, k, rows, weight, outputs, Stream{end, end}, logits, nullptr, false, from, to);
-    P::leave();
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (int r = 0; r < rows; ++r) {
-      float* row = logits + ptrdiff_t(r) * outputs;
-      const float temperature = call.temperatures[r];
-      tops[r].index = temperature > 0.0f ? draw(row, outputs, temperature, call.uniforms[r * call.max_levels + level])
-                                         : std::max_element(row, row + outputs) - row;
+// How a level changes the logits of each of its nodes, `width` of each sequence; null if no sequence has a temperature.
+inline const Perturbation* perturbations_of(const DraftCall& call, DraftState& d, int64_t level, size_t width) {
+  const int64_t B = int64_t(d.rows.size()), D = call.head.outputs;
+  bool any = false;
+  for (int64_t b = 0; b < B; ++b) any |= is_perturbed(call, b);
+  if (!any) return nullptr;
+  float* noise = d.noise.at_least(size_t(B * D));
+  Perturbation* found = d.perturbations.at_least(size_t(B) * width);
+  for (int64_t b = 0; b < B; ++b)
+    for (size_t i = 0; i < width; ++i)
+      found[size_t(b) * width + i] =
+          is_perturbed(call, b) ? Perturbation{1.0f / call.temperatures[b], noise + b * D} : Perturbation{1.0f, nullptr};
+#pragma omp parallel for schedule(static)
+  for (int64_t first = 0; first < D; first += 16) {
+    const int lanes = int(std::min<int64_t>(16, D - first));
+    u16v tokens = u16v{};
+    for (int i = 0; i < lanes; ++i) tokens[i] = uint32_t(call.target_ids[first + i]);
+    for (int64_t b = 0; b < B; ++b) {
+      if (!is_perturbed(call, b)) continue;
+      const f16v of_16 = gumbel(noise_key(call.keys[b], call.positions[b] + level), tokens);
+      std::memcpy(noise + b * D + first, &of_16, size_t(lanes) * sizeof(float));
     }
   }
+  return found;
 }
 
 // A chain of few sequences reads the head's copy in four bits, and then only the blocks of the head that hold the most
@@ -186,13 +151,13 @@ void choose_level(const DraftCall& call, DraftState& d, int64_t level) {
   Top* tops = d.tops.at_least(size_t(rows * children));
   LogSumExp* sums = d.sums.at_least(size_t(rows));
   float* outcomes = call.outcomes + level * int64_t(d.rows.size());
-  if (call.temperatures)
-    sample_chain<Format>(call, x, k, rows, level, tops);
-  else if (call.coarse.weight && !call.is_tree() && rows <= MAX_COARSE_ROWS)
+  const Perturbation* perturbations = perturbations_of(call, d, level, width);
+  if (call.coarse.weight && !call.is_tree() && !perturbations && rows <= MAX_COARSE_ROWS)
     coarse_argmax<Format>(call, d.normed.data(), x, k, rows, tops);
   else
     top_of_blocks<Format>(x, k, rows, call.head.weight, int(call.head.outputs), nullptr,
-                          num_blocks(int(call.head.outputs)), children, tops, call.is_tree() ? sums : nullptr);
+                          num_blocks(int(call.head.outputs)), children, tops, call.is_tree() ? sums : nullptr,
+                          perturbations);
   if (!call.is_tree()) {
     const char* end = static_cast<const char*>(call.value.weight) + P::block_bytes(k);
     P::enter(rows);

@@ -8,9 +8,9 @@
 // Terms: a *row* is a row of a product's input matrix, or a sequence in attention; a *block* is BLOCK (32) outputs of
 // a weight, stored together; a *format* is a type that describes how weights are stored (kernels/weight_format.py).
 
-#include "choose.hpp"
 #include "drafting.hpp"
 #include "lk_loss.hpp"
+#include "sampler.hpp"
 #include "screen.hpp"
 
 extern "C" {
@@ -145,6 +145,11 @@ void aurora_move_bf16(const DecoderCall* call, const int64_t* from, const int64_
 // Bits and values of the noise that tokens are drawn with (noise.hpp).
 void aurora_noise(int64_t key, int64_t position, const int64_t* tokens, int64_t count, int64_t* bits, float* noise) {
   noise_of_tokens(key, position, tokens, count, bits, noise);
+}
+
+// A token for each row of stored logits (sampler.hpp); 0, and none is chosen, if a row names a token that is none.
+int aurora_choose_dense(float* logits, int64_t vocab, const DenseRow* rows, int64_t count, int64_t* tokens) {
+  return choose_dense(logits, vocab, rows, count, tokens);
 }
 
 // log_vector of `count` numbers, a multiple of 16.

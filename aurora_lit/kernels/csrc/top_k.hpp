@@ -89,11 +89,22 @@ void each_block(const typename Format::Input* x, int k, int rows, const void* w,
   }
 }
 
+// A row's outputs are replaced by output * inverse + noise, so that the largest is drawn (noise.hpp).
+struct Perturbation {
+  float inverse;       // of the temperature
+  const float* noise;  // [outputs]; null: the row is not changed
+
+  void apply(float* y, int b, int width) const {
+    const float* of_block = noise + ptrdiff_t(b) * BLOCK;
+    for (int i = 0; i < width; ++i) y[i] = y[i] * inverse + of_block[i];
+  }
+};
+
 // The `count` largest outputs of each row over some blocks, sorted; if `lse` is not null, also the log-sum-exp over all
-// outputs of these blocks.
+// outputs of these blocks. `perturbations`: of each row, or null: none.
 template <class Format>
 void top_of_blocks(const typename Format::Input* x, int k, int rows, const void* w, int outputs, const int* chosen,
-                   int num_chosen, int count, Top* tops, LogSumExp* lse) {
+                   int num_chosen, int count, Top* tops, LogSumExp* lse, const Perturbation* perturbations = nullptr) {
   static thread_local Buffer<Top> all_tops;
   static thread_local Buffer<LogSumExp> all_sums;
   // Each thread has its own part; the parts are merged in the order of threads.
@@ -102,10 +113,11 @@ void top_of_blocks(const typename Format::Input* x, int k, int rows, const void*
   LogSumExp* sums = all_sums.at_least(size_t(most_parts) * rows);
   for (int i = 0; i < most_parts * rows * count; ++i) parts[i] = Top{-INFINITY, 0};
   for (int i = 0; i < most_parts * rows; ++i) sums[i] = LogSumExp{};
-  each_block<Format>(x, k, rows, w, outputs, chosen, num_chosen, [=](int thread, int b, const float* y, int width) {
+  each_block<Format>(x, k, rows, w, outputs, chosen, num_chosen, [=](int thread, int b, float* y, int width) {
     Top* own = parts + ptrdiff_t(thread) * rows * count;
     for (int r = 0; r < rows; ++r) {
-      const float* row = y + ptrdiff_t(r) * width;
+      float* row = y + ptrdiff_t(r) * width;
+      if (perturbations && perturbations[r].noise) perturbations[r].apply(row, b, width);
       if (lse) sums[ptrdiff_t(thread) * rows + r].add(row, width);
       if (width == BLOCK && !(largest(row) > own[(r + 1) * count - 1].value)) continue;
       for (int i = 0; i < width; ++i) insert_top(own + r * count, count, Top{row[i], b * BLOCK + i});

@@ -4,7 +4,7 @@ The exactness of speculative decoding is decided in this folder: whatever the dr
 the distribution of plain decoding. For unseeded requests the ratio test (vLLM: rejection sampling) ensures it.
 Everything here is a pure function on tensors.
 
-May import: request.py. Start with verification.py. The files, each importing only those above it:
+May import: request.py, kernels/. Start with verification.py. The files, each importing only those above it:
 
     distribution.py  logits → the distribution a request asked for (bias, penalties, temperature, top-p …)
     noise.py         random numbers without state: Gumbel noise, seeded uniform numbers

@@ -1,14 +1,30 @@
-"""The target's own token for rows of logits: the argmax, or drawn with Gumbel noise.
+"""The target's own token for rows of logits: the argmax, or drawn with Gumbel noise; with a request's options.
 
-Shapes: N rows, V vocabulary.
+Verification accepts a proposal where it equals this token. Leaves out the options' definitions (distribution.py) and
+the noise (noise.py).
+
+Shapes: N rows, D rows with options, V vocabulary, L longest context.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from aurora_lit.kernels import native, sampler
+from aurora_lit.modules.sampling.distribution import (
+    Filters,
+    History,
+    LogitOptions,
+    apply_bias_and_penalties,
+    probabilities,
+)
 from aurora_lit.modules.sampling.noise import gumbel
+from aurora_lit.request import SamplingParams
 
 
 def choose(logits_NV: Tensor, *, temperature_N: Tensor, key_N: Tensor, position_N: Tensor) -> Tensor:
@@ -24,3 +40,77 @@ def choose(logits_NV: Tensor, *, temperature_N: Tensor, key_N: Tensor, position_
         perturbed += gumbel(key_N[drawn], position_N[drawn], torch.arange(logits_NV.shape[1], device=perturbed.device))
         token_N[drawn] = perturbed.argmax(-1)
     return token_N
+
+
+def choose_dense(
+    logits_DV: Tensor,
+    params: Sequence[SamplingParams],
+    contexts: Sequence[Tensor],
+    prompt_lengths: Sequence[int],
+    temperature_D: Tensor,
+    key_D: Tensor,
+    position_D: Tensor,
+) -> Tensor:
+    """A token for each row with its request's options: as `choose`, among the tokens that they keep.
+
+    Bias and penalties change the logits, at temperature 0 too; min-p, top-k and top-p remove tokens. Native where
+    there are kernels and the logits are fp32 on the CPU; `choose_dense_in_torch` is the reference.
+
+    Args:
+        logits_DV: the target's logits; overwritten.
+        params: of each row's request, without their temperature and seed.
+        contexts: int64 on the CPU, the tokens before each row: prompt, output and the proposals that the row follows.
+            Only rows with a penalty read them.
+        prompt_lengths: tokens of each context that belong to the prompt.
+        temperature_D: fp32; 0: greedy.
+        key_D: int64, keys of the noise.
+        position_D: int64, index in the output of each row's token.
+
+    Returns:
+        Tokens, int64 [D].
+
+    Raises:
+        IndexError: a bias or a context names a token that is not in the vocabulary.
+    """
+    is_native = logits_DV.device.type == "cpu" and logits_DV.dtype == torch.float32 and logits_DV.is_contiguous()
+    implementation = sampler.choose_dense if is_native and native.library() is not None else choose_dense_in_torch
+    return implementation(
+        logits_DV,
+        params=params,
+        contexts=contexts,
+        prompt_lengths=prompt_lengths,
+        temperature_D=temperature_D,
+        key_D=key_D,
+        position_D=position_D,
+    )
+
+
+def choose_dense_in_torch(
+    logits_DV: Tensor,
+    *,
+    params: Sequence[SamplingParams],
+    contexts: Sequence[Tensor],
+    prompt_lengths: Sequence[int],
+    temperature_D: Tensor,
+    key_D: Tensor,
+    position_D: Tensor,
+) -> Tensor:
+    """`choose_dense` by the functions of distribution.py."""
+    device = logits_DV.device
+    history = History(
+        token_BL=pad_sequence([context.long() for context in contexts], batch_first=True).to(device),
+        prompt_length_B=torch.tensor(prompt_lengths, device=device),
+        length_B=torch.tensor([len(context) for context in contexts], device=device),
+    )
+    options = LogitOptions.from_params(params, device=device)
+    no_proposals = torch.zeros(len(params), 0, dtype=torch.int64, device=device)
+    shifted_D1V = apply_bias_and_penalties(
+        logits_DV[:, None], options=options, history=history, proposals_BK=no_proposals
+    )
+    is_drawn_D = temperature_D > 0
+    drawn_params = [replace(p, temperature=1.0) for p in params]  # else Filters would drop a greedy request's filters
+    filters = Filters.from_params(drawn_params, device=device)
+    filters = replace(filters, temperature_R=torch.where(is_drawn_D, temperature_D, 1.0))
+    is_kept_DV = (probabilities(shifted_D1V, filters=filters)[:, 0] > 0) | ~is_drawn_D[:, None]
+    kept_DV = shifted_D1V[:, 0].masked_fill(~is_kept_DV, float("-inf"))
+    return choose(kept_DV, temperature_N=temperature_D, key_N=key_D, position_N=position_D)
