@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 MAX_PROPOSAL_LENGTH = 31
 """Maximum number of consecutive tokens that a round can propose for a sequence, whatever the settings."""
+PLANS = ("plain", "lookup", "chain", "tree")
+"""What a round proposes: nothing, tokens from n-gram lookup, and chains or trees of the draft; counted apart."""
 
 RENAMED_SETTINGS = {
     "domain.novelty": "domain.novelty_threshold",

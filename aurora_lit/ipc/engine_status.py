@@ -18,7 +18,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from aurora_lit.ipc.page import Page, counts, heartbeat_age_s, text
-from aurora_lit.settings import MAX_PROPOSAL_LENGTH
+from aurora_lit.settings import MAX_PROPOSAL_LENGTH, PLANS
 
 STATUS_NAME = "status"
 """The engine worker's page in the run folder."""
@@ -52,6 +52,13 @@ class EngineStatus:
     running: int
     waiting: int
     rounds: int
+    """In which a sequence decoded."""
+    rounds_by_plan: tuple[int, ...] = counts(len(PLANS))
+    """These by what was proposed, in the order of settings.PLANS."""
+    round_us: int
+    """What those without prompt tokens took, in microseconds."""
+    predicted_round_us: int
+    """What these were expected to take when they were planned."""
     round_p50_us: int
     """Median of the last rounds that swapped no draft, in microseconds; 0 before the first."""
     round_p99_us: int

@@ -402,12 +402,12 @@ class Engine:
         expected_s = self.costs.round_s(len(rows), [len(row.proposal.tokens) for row in rows])
         speculated = draft_s > 0 or any(row.proposal.tokens for row in rows)
         if rows:
-            self.stats.count_round(speculated=speculated)
+            self.stats.count_round(_name_of(plan))
         if num_prompt_tokens:
             self._prefill.observe(num_prompt_tokens, seconds - draft_s - expected_s)
             return
-        self.stats.round_s += seconds
-        self.stats.predicted_round_s += expected_s + draft_s
+        self.stats.round_us += int(seconds * 1e6)
+        self.stats.predicted_round_us += int((expected_s + draft_s) * 1e6)
         self.planner.observe_round(len(rows), plan.num_decoding_columns, seconds - draft_s)
         if self.floor is not None and self.planner.updates_costs:
             tokens = sum(len(output.token_ids) for output in outputs)
@@ -440,6 +440,16 @@ def _depths(row: DecodingRow) -> list[int]:
     """The depth of every column."""
     proposal = row.proposal
     return list(range(1 + len(proposal.tokens))) if proposal.parents is None else depths(proposal.parents)
+
+
+def _name_of(plan: RoundPlan) -> str:
+    """Which of settings.PLANS a round counts as."""
+    proposals = [row.proposal for row in plan.decoding if row.proposal.tokens]
+    if any(proposal.parents is not None for proposal in proposals):
+        return "tree"
+    if any(proposal.source == SOURCE_DRAFT for proposal in proposals):
+        return "chain"
+    return "lookup" if proposals else "plain"
 
 
 def _kind(sequences: list[RunningSequence]) -> RoundKind:

@@ -20,6 +20,7 @@ from aurora_lit.drafts.versions import version_number
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.ring import RingCounters
+from aurora_lit.settings import PLANS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -120,7 +121,11 @@ class _EngineCollector(Collector):
             "vllm:spec_decode_num_drafts": ("Rounds of a sequence with proposals.", status.drafts),
             "vllm:spec_decode_num_draft_tokens": ("Draft tokens proposed; of a tree, all nodes.", status.proposed),
             "vllm:spec_decode_num_accepted_tokens": ("Draft tokens accepted.", status.accepted),
-            "aurora_rounds": ("Engine rounds.", status.rounds),
+            "aurora_round_seconds": ("Time of rounds without prompt tokens.", status.round_us / 1e6),
+            "aurora_predicted_round_seconds": (
+                "What these rounds were expected to take when they were planned.",
+                status.predicted_round_us / 1e6,
+            ),
             "aurora_draft_swaps": ("Drafts swapped in.", status.swaps),
             "aurora_draft_refusals": ("Drafts that could not be served.", status.refusals),
             "aurora_draft_rollbacks": (
@@ -136,6 +141,13 @@ class _EngineCollector(Collector):
             "Accepted draft tokens by position.",
             "position",
             {str(position): count for position, count in enumerate(status.accepted_by_position)},
+            self._labels,
+        )
+        yield _by_label(
+            "aurora_rounds",
+            "Rounds in which a sequence decoded, by what was proposed.",
+            "plan",
+            dict(zip(PLANS, status.rounds_by_plan, strict=True)),
             self._labels,
         )
         gauges = {

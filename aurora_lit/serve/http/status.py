@@ -16,6 +16,7 @@ from aurora_lit.ipc.learner_status import LearnerStatus
 from aurora_lit.ipc.page import heartbeat_age_s
 from aurora_lit.ipc.ring import RingCounters, read_counters
 from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.settings import PLANS
 
 Json = dict[str, Any]
 
@@ -54,6 +55,8 @@ def engine_json(status: EngineStatus, ring: RingCounters | None) -> Json:
             "draft_version": status.draft_version or None,
             "max_draft_tokens": status.max_draft_tokens,
             "rounds": status.rounds,
+            "rounds_by_plan": dict(zip(PLANS, status.rounds_by_plan, strict=True)),
+            "predicted_over_real_time": status.predicted_round_us / status.round_us if status.round_us else None,
             "drafts": status.drafts,
             "proposed": status.proposed,
             "accepted": status.accepted,

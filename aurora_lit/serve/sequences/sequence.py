@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from aurora_lit.modules.sampling.distribution import is_greedy, uses_temperature_only
 from aurora_lit.request import Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.sequences.ngram_index import NgramIndex
-from aurora_lit.settings import MAX_PROPOSAL_LENGTH
+from aurora_lit.settings import MAX_PROPOSAL_LENGTH, PLANS
 
 
 @dataclass(kw_only=True)
@@ -20,11 +20,11 @@ class EngineStats:
 
     rounds: int = 0
     """In which a sequence decoded."""
-    speculating_rounds: int = 0
-    """Those of them in which something was drafted or proposed."""
-    round_s: float = 0.0
-    """What those without prompt tokens took."""
-    predicted_round_s: float = 0.0
+    rounds_by_plan: list[int] = field(default_factory=lambda: [0] * len(PLANS))
+    """These by what was proposed, in the order of PLANS."""
+    round_us: int = 0
+    """What those without prompt tokens took, in microseconds."""
+    predicted_round_us: int = 0
     """What these were expected to take when they were planned."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -43,10 +43,10 @@ class EngineStats:
     explored_drafts: int = 0
     """Those of `drafts` that were sampled at the exploration temperature."""
 
-    def count_round(self, *, speculated: bool) -> None:
-        """Add a round in which a sequence decoded."""
+    def count_round(self, plan: str) -> None:
+        """Add a round in which a sequence decoded; `plan`: one of PLANS."""
         self.rounds += 1
-        self.speculating_rounds += speculated
+        self.rounds_by_plan[PLANS.index(plan)] += 1
 
     def count(self, *, generated: int, proposed: int, accepted: int, explored: bool) -> None:
         """Add one round of one sequence."""

@@ -17,6 +17,9 @@ class EngineCounters(Protocol):
     """Counters since the engine was built; serve/sequences/sequence.py has the real ones."""
 
     rounds: int
+    rounds_by_plan: list[int]
+    round_us: int
+    predicted_round_us: int
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
