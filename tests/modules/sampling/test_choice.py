@@ -100,12 +100,35 @@ def test_native_choices_do_not_depend_on_rows_beside_them_or_on_threads() -> Non
 @pytest.mark.parametrize("option", [{"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.7}])
 def test_exactly_the_tokens_that_the_options_keep_are_drawn(option: dict[str, float], temperature: float) -> None:
     """Of forty tokens, some equal, so that ties are kept; the support and the law are those of the definition."""
-    params = replace(BASE, temperature=temperature, **option)
     logits_V = (torch.randn(40, generator=torch.Generator().manual_seed(4)) * 2).round(decimals=0)
-    draws, count = 60_000, torch.zeros(40)
+    assert_support_and_law(logits_V, replace(BASE, temperature=temperature, **option))
+
+
+@needs_kernels
+@pytest.mark.parametrize("option", [{"top_p": p} for p in (0.2, 0.5, 0.9)] + [{"top_k": k} for k in (1, 2, 21, 22, 40)])
+@pytest.mark.parametrize("min_p", [0.0, 0.5148])
+def test_thresholds_are_exact_among_nearly_equal_probabilities(min_p: float, option: dict[str, float]) -> None:
+    """Fifty-nine of sixty tokens have weights in one bin of csrc/sampler.hpp, and min-p lies between them."""
+    weights = torch.cat([torch.tensor([1.0]), 0.515 + 0.0006 * torch.arange(20), 0.5 + 0.0003 * torch.arange(39)])
+    params = replace(BASE, min_p=min_p, **option)
+    assert_support_and_law(weights.log()[torch.randperm(60, generator=torch.Generator().manual_seed(1))], params)
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_kept", [1, 2, 5, 9])
+@pytest.mark.parametrize("factor", [0.995, 1.005])
+def test_top_p_ends_where_it_must_between_bins(num_kept: int, factor: float) -> None:
+    """Each token has a bin of csrc/sampler.hpp of its own, and top-p is hardly less or more than some of them hold."""
+    weights = 0.75 ** torch.arange(11.0)
+    top_p = factor * float(weights[:num_kept].sum() / weights.sum())
+    assert_support_and_law(weights.log(), replace(BASE, top_p=top_p))
+
+
+def assert_support_and_law(logits_V: torch.Tensor, params: SamplingParams) -> None:
+    draws, V = 60_000, len(logits_V)
     of_rows = {"params": [params] * draws, "contexts": [torch.empty(0)] * draws, "prompt_lengths": [0] * draws}
     count = torch.bincount(
-        sampler.choose_dense(logits_V.repeat(draws, 1), **of_rows, **draws_of([params] * draws)), minlength=40
+        sampler.choose_dense(logits_V.repeat(draws, 1), **of_rows, **draws_of([params] * draws)), minlength=V
     )
     p_V = with_ties(logits_V, params)
     assert torch.equal(count > 0, p_V * draws > 12), "with so many draws every likely token occurs"
