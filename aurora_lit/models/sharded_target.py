@@ -129,10 +129,6 @@ class ShardedTarget(Target):
         """As `Target.greedy_tokens`; computes all logits, because every rank holds a part of the head."""
         return self.logits(last_BTH).argmax(-1)
 
-    def choose(self, last_NH: torch.Tensor, **draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Target.choose`; computes all logits, as `greedy_tokens` does."""
-        return self._choose_from_logits(last_NH, **draws)
-
     def choose(
         self,
         last_NH: torch.Tensor,

@@ -23,6 +23,7 @@ from aurora_lit.errors import RequestError
 from aurora_lit.request import Output, Request, TokenLogprob
 from aurora_lit.serve.worker import loop
 from aurora_lit.serve.worker.parts import WorkerParts
+from aurora_lit.settings import PLANS
 
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|crash|>", "<|error|>", "<|refuse|>", "<|toolong|>")
 _MERGES = ("h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld", "Ġ t", "Ġt he")
@@ -66,6 +67,9 @@ class FakeOptions:
 @dataclass(kw_only=True)
 class FakeStats:
     rounds: int = 0
+    rounds_by_plan: list[int] = field(default_factory=lambda: [0] * len(PLANS))
+    round_us: int = 0
+    predicted_round_us: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
