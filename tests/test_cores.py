@@ -59,7 +59,7 @@ from aurora_lit.cores import use_threads
 use_threads(0)
 import torch
 from aurora_lit.learn.online.budget import Budget
-from aurora_lit.serve.worker.learner_signals import ThreadBudget
+from aurora_lit.serve.worker.thread_budget import ThreadBudget
 budget = Budget(share=0.5, full_load_share=0.5, minimum_share=0.5)
 print(torch.get_num_threads(), budget._cpus, ThreadBudget(None, None, threads=1)._cores)
 """

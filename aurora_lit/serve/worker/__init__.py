@@ -8,7 +8,8 @@ files, each importing only those above it:
 
     parts.py            the engine's interface, and the parts that a worker consists of
     trace_sinks.py      destinations of traces: the ring, and a recording on disk
-    learner_signals.py  between rounds, follows the learner's page: exploration, number of threads
+    learner_signals.py  between rounds, follows what the learner's page asks for: exploration
+    thread_budget.py    how many threads rounds use, while the learner or other processes compute
     hot_reload.py       loads and checks the version that CURRENT names, or refuses it
     rollback.py         the trial of a new draft on live traffic
     live_draft.py       the draft that serves: swaps between rounds, trials, rollbacks

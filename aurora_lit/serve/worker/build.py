@@ -36,8 +36,9 @@ from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.sequences.observer import RoundObserver
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, prepare_draft
-from aurora_lit.serve.worker.learner_signals import ExplorationFollower, ThreadBudget
+from aurora_lit.serve.worker.learner_signals import ExplorationFollower
 from aurora_lit.serve.worker.parts import WorkerParts
+from aurora_lit.serve.worker.thread_budget import ThreadBudget
 from aurora_lit.serve.worker.trace_sinks import TraceRecording, TraceSinks
 from aurora_lit.traces.record import LAYOUT_DIGEST, Trace
 
@@ -92,12 +93,13 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
 
     page = LearnerStatusPage.open(run_folder / LEARNER_STATUS_NAME)
     exploration = ExplorationFollower(engine.proposer, page)
-    thread_budget = ThreadBudget(engine.planner, page, threads=torch.get_num_threads())
+    thread_budget = ThreadBudget(engine.planner, page, threads=torch.get_num_threads()) if shard is None else None
 
     def before_round() -> None:
         exploration.follow()
         if shard is None:
-            thread_budget.follow()
+            assert thread_budget is not None
+            thread_budget.before_round()
         else:
             shard.ranks.announce(engine.draft_version)
 
@@ -110,6 +112,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         engine=engine,
         load_draft=load if uses_draft(config) else None,
         before_round=before_round,
+        after_round=(lambda: None) if thread_budget is None else thread_budget.after_round,
         idle_work=engine.refine_costs,
         unrecorded=lambda: 0 if sinks.recording is None else sinks.recording.dropped,
         close=close,

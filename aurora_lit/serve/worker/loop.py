@@ -82,6 +82,7 @@ class EngineLoop:
                     live.before_round()
                 parts.before_round()
                 outputs = engine.round()
+                parts.after_round()
                 swapped = live is not None and live.num_swaps > swaps
                 report.round_times.add(time.perf_counter() - started, swapped=swapped)
                 updates, domains = calls.advance(outputs)

@@ -62,6 +62,8 @@ class WorkerParts:
     """Number of traces so far that could not be written to trace.record."""
     before_round: Callable[[], None] = lambda: None
     """Runs before every round: takes over what the learner asks for."""
+    after_round: Callable[[], None] = lambda: None
+    """Runs after every round."""
     idle_work: Callable[[], bool] = lambda: False
     """A short piece of work for when no request is there; False if there is none left."""
     close: Callable[[], None] = lambda: None
