@@ -18,28 +18,29 @@ struct Draws {
   int64_t* tokens;            // [N] out; 0 where none is chosen
 };
 
-// Raise `best` to the best of 16 outputs by output * inverse + noise.
+// Raise `best` to the best of a block of `width` outputs by output * inverse + noise.
 //
 // Logarithms are taken only where a token may win. With E = -log1p(-v) the noise is -log(E), so a token wins only if
-// E < exp(z - best), and E >= v. The margin covers rounding, so the result never depends on what `best` was before.
-inline void choose_of_16(f16v outputs, float inverse, const NoiseKey& key, int64_t first, Top* best) {
-  const f16v z = outputs * inverse, none = f16v{}, above = z - best->value;
-  const f16v bound = exp_vector(above < none ? above : none) * 1.0001f;
-  const f16v v = uniform_of(noise_bits(key, tokens_from(uint32_t(first))));
-  if (!any_less(v, bound)) return;
-  const f16v perturbed = z + gumbel_of(v);
-  for (int i = 0; i < 16; ++i) insert_top(best, 1, Top{perturbed[i], first + i});
-}
-
-// The same for a block of `width` outputs.
+// E < exp(z - best), and E >= v. The margin covers rounding, so the result never depends on what `best` was before. The
+// two halves are computed side by side, because each is a long chain of dependent instructions.
 inline void choose_of_block(const float* y, int width, float inverse, const NoiseKey& key, int64_t first, Top* best) {
   float padded[BLOCK];
   if (width < BLOCK) {
     for (int i = 0; i < BLOCK; ++i) padded[i] = i < width ? y[i] : -INFINITY;
     y = padded;
   }
-  for (int i = 0; i < BLOCK; i += 16)
-    choose_of_16(*reinterpret_cast<const f16v*>(y + i), inverse, key, first + i, best);
+  f16v z[2], v[2], bound[2];
+  for (int half = 0; half < 2; ++half) {
+    z[half] = load16(y + 16 * half) * inverse;
+    const f16v none = f16v{}, above = z[half] - best->value;
+    bound[half] = exp_vector(above < none ? above : none) * 1.0001f;
+    v[half] = uniform_of(noise_bits(key, tokens_from(uint32_t(first) + 16u * half)));
+  }
+  for (int half = 0; half < 2; ++half) {
+    if (!any_less(v[half], bound[half])) continue;
+    const f16v perturbed = z[half] + gumbel_of(v[half]);
+    for (int i = 0; i < 16; ++i) insert_top(best, 1, Top{perturbed[i], first + 16 * half + i});
+  }
 }
 
 // Choose a token for each row of x times a packed weight.
