@@ -1,0 +1,183 @@
+"""Speculation on against off, over HTTP, in pairs inside one server.
+
+    python benchmarks/paired.py --prompts chat.jsonl code.jsonl sql.jsonl summarize.jsonl --pairs 60
+    python benchmarks/paired.py --prompts ... --temperatures 0 1 --clients 1 8 --out paired -- target.precision=bf16
+
+A pair is the same requests sent twice, once with the request's field `speculate` true and once with false, in changing
+order; with several clients each sends one of them at the same time. Requests are seeded, so both answers of a pair are
+equal, which is checked. A pair's ratio is that of tokens a second, from the first request to the last answer, the
+reading of prompts included. The table gives the geometric mean of the ratios with its 95 % interval (Student's t on
+their logarithms), and how many rounds proposed anything while speculation was on. The prefix cache is off, since the
+second answer of a pair would find the first one's prompt there, and so is the learner.
+
+`--against off-greedy` compares something else: temperature T without speculation against temperature 0 without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import http.client
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from scipy.stats import t as student_t
+
+from aurora_lit.bench.reporting import report_console
+from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.config import load_config
+from aurora_lit.errors import AuroraError
+from aurora_lit.learn.pretrain.prompts import read_prompts
+
+_OVERRIDES = ("learn.enabled=false", "engine.prefix_cache=false")
+_TIMEOUT_S = 600.0
+
+
+class Arm(NamedTuple):
+    """How the requests of one half of a pair are sent."""
+
+    speculate: bool
+    temperature: float
+
+
+class Outcome(NamedTuple):
+    """One half of a pair."""
+
+    tokens_per_s: float
+    texts: list[str]
+    rounds: int
+    speculating_rounds: int
+
+
+def ask(port: int, prompt: str, arm: Arm, *, max_tokens: int, seed: int) -> tuple[str, int]:
+    """The text of an answer and its number of tokens."""
+    body = {
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": max_tokens,
+        "temperature": arm.temperature,
+        "seed": seed,
+        "speculate": arm.speculate,
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        content = json.load(response)
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise AuroraError(f"the server answered {response.status}: {content}")
+    return content["choices"][0]["message"]["content"], content["usage"]["completion_tokens"]
+
+
+def rounds_by_plan(port: int) -> dict[str, int]:
+    """The server's counters of rounds."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/aurora/status", timeout=_TIMEOUT_S) as response:
+        plans: dict[str, int] = json.load(response)["speculation"]["rounds_by_plan"]
+    return plans
+
+
+def run(port: int, prompts: Sequence[str], arm: Arm, *, max_tokens: int, seed: int) -> Outcome:
+    """Send every prompt at the same time."""
+    before = rounds_by_plan(port)
+    started = time.monotonic()
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda prompt: ask(port, prompt, arm, max_tokens=max_tokens, seed=seed), prompts))
+    seconds = time.monotonic() - started
+    plans = {name: count - before[name] for name, count in rounds_by_plan(port).items()}
+    rounds = sum(plans.values())
+    tokens = sum(count for _, count in answers)
+    return Outcome(tokens / seconds, [text for text, _ in answers], rounds, rounds - plans["plain"])
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Geometric mean and its 95 % interval."""
+    logs = [math.log(ratio) for ratio in ratios]
+    mean = statistics.mean(logs)
+    half = float(student_t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
+def measure(port: int, turns: Iterator[str], arms: tuple[Arm, Arm], clients: int, options: Any) -> dict[str, Any]:
+    """All pairs of one setting; the ratio is that of the first arm over the second."""
+    ratios, first, second, rounds, speculating, unequal = [], [], [], 0, 0, 0
+    for pair in range(options.pairs):
+        prompts = list(itertools.islice(turns, clients))
+        order = arms if pair % 2 == 0 else arms[::-1]
+        halves = {arm: run(port, prompts, arm, max_tokens=options.max_tokens, seed=pair) for arm in order}
+        one, other = halves[arms[0]], halves[arms[1]]
+        ratios.append(one.tokens_per_s / other.tokens_per_s)
+        first.append(one.tokens_per_s)
+        second.append(other.tokens_per_s)
+        rounds, speculating = rounds + one.rounds, speculating + one.speculating_rounds
+        unequal += one.texts != other.texts if arms[0].temperature == arms[1].temperature else 0
+    mean, low, high = interval(ratios)
+    return {
+        "ratio": mean,
+        "low": low,
+        "high": high,
+        "tokens_per_s": [statistics.median(first), statistics.median(second)],
+        "speculating": speculating / rounds,
+        "unequal_pairs": unequal,
+        "pairs": len(ratios),
+    }
+
+
+def main() -> int:
+    """Measure and print; exit code 1 if the two answers of a pair differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", nargs="+", type=Path, required=True, help="JSONL files, taken in turn")
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7, 1.0])
+    parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8])
+    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--warm-up", type=int, default=4, help="pairs before each setting that are not counted")
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--max-prompt-characters", type=int, default=3000)
+    parser.add_argument("--against", choices=["off", "off-greedy"], default="off")
+    parser.add_argument("--out", type=Path, help="also write the table as JSON")
+    parser.add_argument("overrides", nargs="*", help="key=value for the server, after `--`")
+    options = parser.parse_args()
+    config = load_config(None, [*_OVERRIDES, *options.overrides])
+    config = dataclasses.replace(config, server=dataclasses.replace(config.server, port=free_port()))
+    texts = [
+        [text for prompt in read_prompts(path) if len(text := prompt.messages[0]) <= options.max_prompt_characters]
+        for path in options.prompts
+    ]
+    turns = itertools.cycle(text for group in zip(*texts, strict=False) for text in group)
+    table = Table("temperature", "clients", "ratio", "95 % interval", "tokens/s", "speculating", "unequal", "pairs")
+    rows = []
+    with running_server(config, Path(options.out or "paired").with_suffix(".log")) as _:
+        port = config.server.port
+        for temperature, clients in itertools.product(options.temperatures, options.clients):
+            arms = Arm(True, temperature), Arm(False, temperature)
+            if options.against == "off-greedy":
+                arms = Arm(False, temperature), Arm(False, 0.0)
+            for _ in range(options.warm_up):
+                prompts = list(itertools.islice(turns, clients))
+                for arm in arms:
+                    run(port, prompts, arm, max_tokens=options.max_tokens, seed=0)
+            found = measure(port, turns, arms, clients, options)
+            rows.append({"temperature": temperature, "clients": clients, **found})
+            one, other = found["tokens_per_s"]
+            cells = [temperature, clients, f"{found['ratio']:.3f}", f"{found['low']:.3f}–{found['high']:.3f}"]
+            cells += [f"{one:.0f} / {other:.0f}", f"{found['speculating']:.0%}", found["unequal_pairs"], found["pairs"]]
+            table.add_row(*map(str, cells))
+            print(*cells, sep="  ", flush=True)
+    report_console().print(table)
+    if options.out:
+        options.out.write_text(json.dumps({"overrides": options.overrides, "rows": rows}, indent=2) + "\n")
+    return int(any(row["unequal_pairs"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
