@@ -134,8 +134,9 @@ class Engine:
         if observer is not None:
             observer.attach(tokens_SL=self._tokens_SL, aux_SLF=self._drafter.features_SLF if self._drafter else None)
         if options.adaptive and speculates:
-            slots = {"kv_cache": kv_cache, "max_batch_size": options.max_batch_size}
-            steps = calibration_steps(self.costs, limits, target, self._drafter, **slots)
+            steps = calibration_steps(
+                self.costs, limits, target, self._drafter, kv_cache=kv_cache, max_batch_size=options.max_batch_size
+            )
             if kept_costs is not None and kept_costs.load_into(self.costs):
                 self._refinement = steps
             else:
@@ -303,9 +304,7 @@ class Engine:
             begin = end
         return verdicts, logits
 
-    def _choose(
-        self, rows: list[DecodingRow], last_NH: torch.Tensor
-    ) -> tuple[list[int], dict[int, torch.Tensor]]:
+    def _choose(self, rows: list[DecodingRow], last_NH: torch.Tensor) -> tuple[list[int], dict[int, torch.Tensor]]:
         """The target's own token at every column; and the logits of rows that ask for log-probabilities.
 
         Only rows with penalties and the like compute logits; the others' tokens are chosen inside the head's product.
@@ -313,13 +312,13 @@ class Engine:
         if all(row.sequence.temperature == 0 and not row.sequence.needs_logits for row in rows):
             return self._target.greedy_tokens(last_NH).tolist(), {}
         columns = [_Column(row, column, depth) for row in rows for column, depth in enumerate(_depths(row))]
-        where = {"device": last_NH.device}
-        temperature_N = torch.tensor([column.row.sequence.temperature for column in columns], **where)
-        key_N = torch.tensor([column.row.sequence.noise_key for column in columns], **where)
-        position_N = torch.tensor([column.position for column in columns], **where)
+        device = last_NH.device
+        temperature_N = torch.tensor([column.row.sequence.temperature for column in columns], device=device)
+        key_N = torch.tensor([column.row.sequence.noise_key for column in columns], device=device)
+        position_N = torch.tensor([column.position for column in columns], device=device)
         dense = [n for n, column in enumerate(columns) if column.row.sequence.needs_logits]
-        dense_N = torch.full((len(columns),), -1, dtype=torch.int64, device=last_NH.device)
-        dense_N[dense] = torch.arange(len(dense), device=last_NH.device)
+        dense_N = torch.full((len(columns),), -1, dtype=torch.int64, device=device)
+        dense_N[dense] = torch.arange(len(dense), device=device)
         token_N, logits_DV = self._target.choose(
             last_NH, temperature_N=temperature_N, key_N=key_N, position_N=position_N, dense_N=dense_N
         )

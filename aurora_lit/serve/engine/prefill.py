@@ -63,7 +63,8 @@ class Prefill:
 
     def plan(self, *, num_decoding: int, round_s: float) -> list[PromptRow]:
         """The prompt chunks of the next round. `round_s`: what it takes for the `num_decoding` other sequences."""
-        budget, rows = self._budget(num_decoding, round_s), []
+        budget = self._budget(num_decoding, round_s)
+        rows: list[PromptRow] = []
         for sequence in self.sequences:
             if budget <= 0 or self._shares_with(sequence, rows):
                 break

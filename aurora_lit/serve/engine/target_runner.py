@@ -97,7 +97,7 @@ class TargetRunner:
             self._observer.on_prefix_copy(source=source, slot=slot, length=length)
 
     def _run_ragged(self, plan: RoundPlan) -> Columns:
-        rows = [*plan.decoding, *plan.prompts]
+        rows: list[DecodingRow | PromptRow] = [*plan.decoding, *plan.prompts]
         tokens = [row.tokens for row in rows]
         widths = [len(each) for each in tokens]
         aux_NF, last_NH = self._target.forward_ragged(

@@ -142,8 +142,9 @@ class Proposer:
         else:
             remaining = sum(min(MAX_REMAINING_TOKENS, sequence.num_remaining) for sequence in all_sequences)
             missing = sum(uncached[i] for i in candidates)
-            how = {"batch_size": batch_size, "sampled": sampled, "uncached": missing, "remaining": remaining}
-            if not self._planner.pays_for_catching_up(shape, rates, **how):
+            if not self._planner.pays_for_catching_up(
+                shape, rates, batch_size=batch_size, sampled=sampled, uncached=missing, remaining=remaining
+            ):
                 return []
         started = time.perf_counter()
         candidates = self._caught_up(all_sequences, candidates, uncached)
@@ -181,7 +182,13 @@ class Proposer:
         return sorted(ready)
 
     def _run(
-        self, sequences: list[RunningSequence], shape: DraftShape, explores: list[bool], *, batch_size: int, sampled: bool
+        self,
+        sequences: list[RunningSequence],
+        shape: DraftShape,
+        explores: list[bool],
+        *,
+        batch_size: int,
+        sampled: bool,
     ) -> Drafted:
         """Draft a shape for some sequences; chains if any of them explores."""
         assert self._drafter is not None
