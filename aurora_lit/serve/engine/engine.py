@@ -303,9 +303,7 @@ class Engine:
             begin = end
         return verdicts, logits
 
-    def _choose(
-        self, rows: list[DecodingRow], last_NH: torch.Tensor
-    ) -> tuple[list[int], dict[int, torch.Tensor]]:
+    def _choose(self, rows: list[DecodingRow], last_NH: torch.Tensor) -> tuple[list[int], dict[int, torch.Tensor]]:
         """The target's own token at every column; and the logits of rows that ask for log-probabilities.
 
         Only rows with penalties and the like compute logits; the others' tokens are chosen inside the head's product.

@@ -207,7 +207,14 @@ class SpeculationPlanner:
         return DraftDecision(self._last)
 
     def pays_for_catching_up(
-        self, shape: DraftShape, rates: Sequence[float], *, batch_size: int, sampled: bool, uncached: int, remaining: int
+        self,
+        shape: DraftShape,
+        rates: Sequence[float],
+        *,
+        batch_size: int,
+        sampled: bool,
+        uncached: int,
+        remaining: int,
     ) -> bool:
         """True if drafting saves, over the `remaining` tokens, the time to prefill the draft with `uncached` positions.
 

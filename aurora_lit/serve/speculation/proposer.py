@@ -181,7 +181,13 @@ class Proposer:
         return sorted(ready)
 
     def _run(
-        self, sequences: list[RunningSequence], shape: DraftShape, explores: list[bool], *, batch_size: int, sampled: bool
+        self,
+        sequences: list[RunningSequence],
+        shape: DraftShape,
+        explores: list[bool],
+        *,
+        batch_size: int,
+        sampled: bool,
     ) -> Drafted:
         """Draft a shape for some sequences; chains if any of them explores."""
         assert self._drafter is not None
