@@ -1,4 +1,4 @@
-"""A toy target and draft given by tables, and a plain Python definition of every sampling option.
+"""A toy target given by tables, and a plain Python definition of every sampling option.
 
 The reference shares no code with the package: one distribution at a time, sorted lists, float64.
 """
@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from aurora_lit.modules.sampling.distribution import History
-from aurora_lit.modules.sampling.proposals import DraftVocabulary, Proposals
 from aurora_lit.request import SamplingParams
 
 PROMPT = (1, 3, 3)
@@ -43,61 +41,22 @@ OPTIONS: dict[str, SamplingParams] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Toy:
-    """Logits after every prefix of up to two tokens. The draft has a reduced vocabulary in an order of its own."""
+    """Logits after every prefix of up to two tokens."""
 
     target: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # [V], [V, V], [V, V, V]
-    draft: tuple[torch.Tensor, torch.Tensor]  # [D], [V, D]
-    vocabulary: DraftVocabulary
 
     @staticmethod
-    def random(*, V: int, D: int, seed: int, dtype: torch.dtype = torch.float64) -> "Toy":
+    def random(*, V: int, seed: int, dtype: torch.dtype = torch.float64) -> "Toy":
         gen = torch.Generator().manual_seed(seed)
 
         def table(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype)
 
-        target_ids = torch.randperm(V, generator=gen)[:D]
-        return Toy(
-            target=(table(V), table(V, V), table(V, V, V)),
-            draft=(table(D), table(V, D)),
-            vocabulary=DraftVocabulary.from_offsets(target_ids - torch.arange(D), vocab_size=V),
-        )
+        return Toy(target=(table(V), table(V, V), table(V, V, V)))
 
-    def logits(self, proposals_BK: torch.Tensor) -> torch.Tensor:
-        """[B, K + 1, V]: the target's logits of a round with these proposals."""
-        z0, z1, z2 = self.target
-        a = proposals_BK.T
-        rows = [z0.expand(len(proposals_BK), -1)]
-        if len(a) > 0:
-            rows.append(z1[a[0]])
-        if len(a) > 1:
-            rows.append(z2[a[0], a[1]])
-        return torch.stack(rows, 1)
-
-
-def chain_proposals(token_BK: torch.Tensor, num: int | None = None, q_BKD: torch.Tensor | None = None) -> Proposals:
-    """Chains of `num` proposals for every sequence; default: all of token_BK."""
-    rows, k = token_BK.shape
-    num_proposed_B = torch.full((rows,), k if num is None else num)
-    return Proposals(token_BK=token_BK, num_proposed_B=num_proposed_B, q_BKD=q_BKD)
-
-
-def no_proposals(rows: int) -> Proposals:
-    """Plain decoding of `rows` sequences."""
-    return chain_proposals(torch.zeros(rows, 0, dtype=torch.int64))
-
-
-def history(rows: int, *, output: torch.Tensor | None = None) -> History:
-    """The prompt and some output [B, n], followed by padding that must not count."""
-    prompt = torch.tensor(PROMPT).expand(rows, -1)
-    output = prompt[:, :0] if output is None else output
-    padding = torch.zeros(rows, 2, dtype=torch.int64)
-    length = torch.full((rows,), len(PROMPT) + output.shape[1])
-    return History(
-        token_BL=torch.cat([prompt, output, padding], 1),
-        prompt_length_B=torch.full((rows,), len(PROMPT)),
-        length_B=length,
-    )
+    def logits(self, prefix: tuple[int, ...]) -> torch.Tensor:
+        """[V]: the target's logits after up to two tokens."""
+        return self.target[len(prefix)][prefix]
 
 
 def reference_p(logits_V: torch.Tensor, params: SamplingParams, *, output: tuple[int, ...]) -> list[float]:

@@ -1,15 +1,14 @@
-"""From logits to tokens: distributions, proposals, verification, draft trees.
+"""From logits to tokens: distributions, the target's own choice, draft trees.
 
-The exactness of speculative decoding is decided in this folder: whatever the draft proposes, a request's output has
-the distribution of plain decoding. For unseeded requests the ratio test (vLLM: rejection sampling) ensures it.
-Everything here is a pure function on tensors.
+The exactness of speculative decoding rests on this folder. Every token of an output is the target's own choice at its
+place: the argmax, or the argmax of its log-probabilities plus noise that depends on the request's key, the place and
+the token alone. A proposal is accepted if it equals that choice (serve/sequences/round_plan.py), so whatever the draft
+proposes, the output is that of plain decoding. Everything here is a pure function.
 
-May import: request.py, kernels/. Start with verification.py. The files, each importing only those above it:
+May import: request.py, kernels/. Start with choice.py. The files, each importing only those above it:
 
     distribution.py  logits → the distribution a request asked for (bias, penalties, temperature, top-p …)
-    noise.py         random numbers without state: Gumbel noise, seeded uniform numbers
+    noise.py         random numbers without state: the Gumbel noise of a key, an output index and a token
     choice.py        the target's own token, greedy or drawn
     tree.py          draft trees as columns: paths, depths, the accepted path
-    proposals.py     what the draft proposes in a round, and its log-probability
-    verification.py  which proposals are accepted, and which token follows them
 """

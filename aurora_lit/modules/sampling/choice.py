@@ -9,20 +9,12 @@ Shapes: N rows, D rows with options, V vocabulary, L longest context.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from aurora_lit.kernels import native, sampler
-from aurora_lit.modules.sampling.distribution import (
-    Filters,
-    History,
-    LogitOptions,
-    apply_bias_and_penalties,
-    probabilities,
-)
+from aurora_lit.modules.sampling.distribution import apply_bias_and_penalties, probabilities
 from aurora_lit.modules.sampling.noise import gumbel
 from aurora_lit.request import SamplingParams
 
@@ -96,21 +88,14 @@ def choose_dense_in_torch(
     position_D: Tensor,
 ) -> Tensor:
     """`choose_dense` by the functions of distribution.py."""
-    device = logits_DV.device
-    history = History(
-        token_BL=pad_sequence([context.long() for context in contexts], batch_first=True).to(device),
-        prompt_length_B=torch.tensor(prompt_lengths, device=device),
-        length_B=torch.tensor([len(context) for context in contexts], device=device),
-    )
-    options = LogitOptions.from_params(params, device=device)
-    no_proposals = torch.zeros(len(params), 0, dtype=torch.int64, device=device)
-    shifted_D1V = apply_bias_and_penalties(
-        logits_DV[:, None], options=options, history=history, proposals_BK=no_proposals
-    )
-    is_drawn_D = temperature_D > 0
-    drawn_params = [replace(p, temperature=1.0) for p in params]  # else Filters would drop a greedy request's filters
-    filters = Filters.from_params(drawn_params, device=device)
-    filters = replace(filters, temperature_R=torch.where(is_drawn_D, temperature_D, 1.0))
-    is_kept_DV = (probabilities(shifted_D1V, filters=filters)[:, 0] > 0) | ~is_drawn_D[:, None]
-    kept_DV = shifted_D1V[:, 0].masked_fill(~is_kept_DV, float("-inf"))
+    kept_DV = torch.empty_like(logits_DV, dtype=torch.promote_types(logits_DV.dtype, torch.float32))
+    temperatures = temperature_D.tolist()
+    rows = zip(logits_DV, params, contexts, prompt_lengths, temperatures, kept_DV, strict=True)
+    for logits_V, p, context, prompt_length, temperature, kept_V in rows:
+        context_L = context.to(logits_V.device, torch.int64)
+        shifted_V = apply_bias_and_penalties(logits_V, p, context_L=context_L, prompt_length=prompt_length)
+        if temperature > 0:
+            is_kept_V = probabilities(shifted_V, p, temperature=temperature) > 0
+            shifted_V.masked_fill_(~is_kept_V, float("-inf"))
+        kept_V.copy_(shifted_V)
     return choose(kept_DV, temperature_N=temperature_D, key_N=key_D, position_N=position_D)

@@ -1,16 +1,13 @@
-"""Random numbers without state: Gumbel noise of a key, an output index and a token; and uniform numbers of a seed.
+"""Random numbers without state: Gumbel noise of a key, an output index and a token.
 
 With Gumbel noise a sampled request is decoded like a greedy one: its token is the argmax of logit / temperature plus
 noise (the Gumbel-max trick). The noise is a hash of the request's key, the token's index in the output and the token
 id, so it is the same whatever is proposed, and nothing has to be restored when proposals are rejected. csrc/noise.hpp
 computes the same noise natively.
 
-`draw` inverts the cumulative distribution in float64. It therefore uses exactly one uniform number, and a token of
-probability 0 is never drawn.
+Leaves out who draws with it: the target (modules/sampling/choice.py) and the draft (serve/speculation/drafter.py).
 
-Leaves out who draws what (modules/sampling/proposals.py, modules/sampling/verification.py).
-
-Shapes: N draws, B sequences, V tokens.
+Shapes: N draws, V tokens.
 """
 
 from __future__ import annotations
@@ -58,42 +55,6 @@ def _fmix32(h: Tensor) -> Tensor:
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _LOW
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _LOW
     return h ^ (h >> 16)
-
-
-def draw(weight_V: Tensor, uniform: Tensor) -> Tensor:
-    """The first token whose cumulative weight exceeds uniform · total.
-
-    Args:
-        weight_V: weights ≥ 0 [..., V]; they need not sum to 1.
-        uniform: numbers in [0, 1) [...].
-
-    Returns:
-        Token indices [...], int64.
-    """
-    cumulative = weight_V.cumsum(-1, dtype=torch.float64)
-    total = cumulative[..., -1:].contiguous()
-    token = torch.searchsorted(cumulative, uniform.double()[..., None] * total, right=True)
-    # uniform · total may round up to total; the bound is the last token of positive weight.
-    last = torch.searchsorted(cumulative, total)
-    return torch.minimum(token, last)[..., 0]
-
-
-def seeded_uniforms(seed_B: Tensor, *, output_index_B: Tensor, count: int) -> Tensor:
-    """Uniform numbers in [0, 1) for `count` consecutive output tokens of each sequence.
-
-    SplitMix64 (Steele, Lea, Flood 2014), started at the mixed seed and advanced to the token's output index.
-
-    Args:
-        seed_B: int64 seeds.
-        output_index_B: int64, index in the output of the first token to draw.
-        count: tokens for which numbers are wanted.
-
-    Returns:
-        Numbers [B, count], float64.
-    """
-    index_BT = output_index_B[:, None] + torch.arange(1, count + 1, device=output_index_B.device)
-    bits_BT = _mix64(_mix64(seed_B)[:, None] + index_BT * _GOLDEN)
-    return ((bits_BT >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
 def _mix64(x: Tensor) -> Tensor:

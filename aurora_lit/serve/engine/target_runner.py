@@ -61,7 +61,8 @@ class TargetRunner:
         parts += [self._run_padded([row]) for row in plan.prompts]
         begins = [0]
         for part in parts:
-            begins += [begins[-1] + count for count in part.begins[1:]]
+            first = begins[-1]
+            begins += [first + end for end in part.begins[1:]]
         return Columns(
             torch.cat([part.aux_NF for part in parts]), torch.cat([part.last_NH for part in parts]), begins=begins
         )
@@ -112,7 +113,7 @@ class TargetRunner:
         return Columns(aux_NF, last_NH, [0, *itertools.accumulate(widths)])
 
     def _run_padded(self, rows: Sequence[DecodingRow] | Sequence[PromptRow]) -> Columns:
-        """One pass with equally many columns a row. `begins` holds the number of each row's own columns."""
+        """One pass with equally many columns a row; only each row's own are returned."""
         tokens = [row.tokens for row in rows]
         longest = max(map(len, tokens))
         aux_BTF, last_BTH = self._target.forward(
@@ -123,7 +124,9 @@ class TargetRunner:
             num_prompts=sum(isinstance(row, PromptRow) for row in rows),
         )
         own = torch.tensor([t < len(each) for each in tokens for t in range(longest)], device=self._device)
-        return Columns(aux_BTF.flatten(0, 1)[own], last_BTH.flatten(0, 1)[own], [0, *map(len, tokens)])
+        return Columns(
+            aux_BTF.flatten(0, 1)[own], last_BTH.flatten(0, 1)[own], [0, *itertools.accumulate(map(len, tokens))]
+        )
 
 
 def _parents(rows: Sequence[DecodingRow]) -> torch.Tensor | None:

@@ -161,7 +161,7 @@ def in_law(count: torch.Tensor, p: torch.Tensor) -> bool:
 def test_every_option_has_its_law(name: str, implementation: Implementation) -> None:
     """Against a definition that is written down option by option, after a prompt and output with repetitions."""
     params = OPTIONS[name]
-    toy = Toy.random(V=6, D=6, seed=1, dtype=torch.float32)
+    toy = Toy.random(V=6, seed=1, dtype=torch.float32)
     logits_V, output, draws = toy.target[0], (1, 4, 1), 40_000
     of_rows = {
         "params": [params] * draws,

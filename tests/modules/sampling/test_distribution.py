@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.toy_sampling import BASE, OPTIONS, Toy, history, no_proposals, reference_p
+from support.toy_sampling import BASE, GREEDY, OPTIONS, PROMPT, Toy, reference_p
 from transformers.generation.logits_process import (
     LogitsProcessor,
     MinPLogitsWarper,
@@ -16,13 +16,22 @@ from transformers.generation.logits_process import (
 )
 
 from aurora_lit.modules.sampling.distribution import (
-    History,
-    LogitOptions,
+    apply_bias_and_penalties,
     is_greedy,
-    target_distribution,
+    probabilities,
     token_logprobs,
+    uses_temperature_only,
 )
 from aurora_lit.request import SamplingParams
+
+
+def distribution(
+    logits_V: torch.Tensor, params: SamplingParams, context: list[int], *, prompt_length: int = 0
+) -> torch.Tensor:
+    shifted_V = apply_bias_and_penalties(
+        logits_V, params, context_L=torch.tensor(context, dtype=torch.int64), prompt_length=prompt_length
+    )
+    return probabilities(shifted_V, params, temperature=params.temperature)
 
 
 @pytest.mark.parametrize(
@@ -38,20 +47,15 @@ from aurora_lit.request import SamplingParams
         (replace(BASE, logit_bias={5: 3.5}), SequenceBiasLogitsProcessor({(5,): 3.5})),
     ],
 )
-@pytest.mark.parametrize("scale", [0.3, 3.0])  # flat (top-p needs the whole vocabulary) and peaked
+@pytest.mark.parametrize("scale", [0.3, 3.0])  # flat and peaked
 def test_each_option_equals_the_processor_of_transformers(
     params: SamplingParams, processor: LogitsProcessor, scale: float
 ) -> None:
     gen = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 5000, generator=gen) * scale
     tokens = torch.randint(5000, (4, 30), generator=gen)
-    seen = History(token_BL=tokens, prompt_length_B=torch.full((4,), 20), length_B=torch.full((4,), 30))
-    p = target_distribution(
-        logits[:, None],
-        options=LogitOptions.from_params([params] * 4),
-        history=seen,
-        proposals_BK=no_proposals(4).token_BK,
-    )[:, 0]
+    rows = zip(logits, tokens.tolist(), strict=True)
+    p = torch.stack([distribution(row_V, params, context, prompt_length=20) for row_V, context in rows])
     expected = processor(tokens, logits.clone()).softmax(-1)
     assert torch.equal(p > 0, expected > 0)
     torch.testing.assert_close(p, expected, rtol=1e-4, atol=1e-9)
@@ -60,42 +64,46 @@ def test_each_option_equals_the_processor_of_transformers(
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "plain"])
-def test_each_option_changes_the_distribution_and_equals_its_definition(name: str) -> None:
-    toy = Toy.random(V=8, D=5, seed=3)
-    tokens = torch.tensor([[3, 6]])
-    p = target_distribution(
-        toy.logits(tokens), options=LogitOptions.from_params([OPTIONS[name]]), history=history(1), proposals_BK=tokens
-    )[0]
-    plain = toy.logits(tokens)[0].softmax(-1)
-    assert (p - plain).abs().max() > 1e-3
-    for t, output in enumerate(((), (3,), (3, 6))):
-        expected = reference_p(toy.logits(tokens)[0, t], OPTIONS[name], output=output)
-        torch.testing.assert_close(p[t], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6)
-
-
-def test_padding_of_the_history_does_not_count() -> None:
-    logits = torch.randn(1, 1, 8)
-    params = replace(BASE, repetition_penalty=2.0, frequency_penalty=1.0, presence_penalty=1.0)
-
-    def p(padding: list[int]) -> torch.Tensor:
-        seen = History(
-            token_BL=torch.tensor([[1, 2, 2, *padding]]), prompt_length_B=torch.tensor([1]), length_B=torch.tensor([3])
-        )
-        options = LogitOptions.from_params([params])
-        return target_distribution(logits, options=options, history=seen, proposals_BK=no_proposals(1).token_BK)
-
-    assert torch.equal(p([]), p([5, 5, 5]))
+@pytest.mark.parametrize("output", [(), (3,), (3, 6), (3, 6, 6)])
+def test_each_option_changes_the_distribution_and_equals_its_definition(name: str, output: tuple[int, ...]) -> None:
+    """After outputs with and without repetitions."""
+    logits_V, before = Toy.random(V=8, seed=3).target[0], Toy.random(V=8, seed=3).target[0]
+    p = distribution(logits_V, OPTIONS[name], [*PROMPT, *output], prompt_length=len(PROMPT))
+    assert torch.equal(logits_V, before), "the logits themselves do not change"
+    of_output_alone = name in ("presence", "frequency")
+    assert ((p - logits_V.softmax(-1)).abs().max() > 1e-3) == (bool(output) or not of_output_alone)
+    expected = torch.tensor(reference_p(logits_V, OPTIONS[name], output=output), dtype=torch.float64)
+    torch.testing.assert_close(p, expected, rtol=0, atol=1e-6)
 
 
 def test_ties_with_the_last_token_kept_by_top_p_are_kept() -> None:
-    logits = torch.tensor([[[2.0, 1.0, 1.0, 0.0]]])
-    p = target_distribution(
-        logits,
-        options=LogitOptions.from_params([replace(BASE, top_p=0.7)]),
-        history=None,
-        proposals_BK=no_proposals(1).token_BK,
-    )
-    assert (p[0, 0] > 0).tolist() == [True, True, True, False]
+    p = distribution(torch.tensor([2.0, 1.0, 1.0, 0.0]), replace(BASE, top_p=0.7), [])
+    assert (p > 0).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("params", [replace(BASE, logit_bias={8: 1.0}), replace(BASE, presence_penalty=1.0)])
+def test_a_token_outside_the_vocabulary_is_refused(params: SamplingParams) -> None:
+    with pytest.raises(IndexError):
+        distribution(torch.zeros(8), params, [8])
+
+
+@pytest.mark.parametrize(
+    ("params", "temperature_only"),
+    [
+        (GREEDY, True),
+        (BASE, True),
+        (replace(GREEDY, top_p=0.5, top_k=3, min_p=0.1), True),  # none of them removes the argmax
+        (replace(BASE, top_p=0.5), False),
+        (replace(BASE, top_k=3), False),
+        (replace(BASE, min_p=0.1), False),
+        (replace(GREEDY, repetition_penalty=1.1), False),
+        (replace(GREEDY, presence_penalty=0.1), False),
+        (replace(GREEDY, frequency_penalty=0.1), False),
+        (replace(GREEDY, logit_bias={1: 1.0}), False),
+    ],
+)
+def test_which_requests_need_nothing_but_temperature(params: SamplingParams, temperature_only: bool) -> None:
+    assert uses_temperature_only(params) == temperature_only
 
 
 def test_temperatures_too_small_to_divide_by_are_greedy() -> None:

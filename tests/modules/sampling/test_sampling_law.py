@@ -1,252 +1,115 @@
-"""Speculative decoding emits the distribution of plain decoding: exactly by enumeration, and by chi-square on draws.
+"""Outputs over many keys have the law of plain decoding, whatever is proposed: two million by chi-square.
 
-Enumeration: every pair of proposals, every way of accepting them and every next token is two rows of a real call. Their
-uniform numbers lie at the two ends of the interval that leads there, whose length is that outcome's probability.
+The target is a head over toy tables, so that the next token depends on the one before. Each key decodes two tokens with
+a proposal for the first, in one of several ways; `judge` accepts what equals the target's own token.
 """
 
-import itertools
+from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy.stats import chi2
-from support.toy_sampling import OPTIONS, Toy, history, no_proposals, reference_law, reference_p
+from support.toy_sampling import OPTIONS, PROMPT, Toy, reference_law
 
-from aurora_lit.modules.sampling.distribution import LogitOptions, probabilities, target_distribution
-from aurora_lit.modules.sampling.proposals import Proposals, behaviour_logprobs, propose
-from aurora_lit.modules.sampling.verification import verify, verify_by_ratio_test
+from aurora_lit.kernels import native
+from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.kernels.weight_format import WeightFormat
+from aurora_lit.modules.sampling.choice import choose, choose_dense
+from aurora_lit.modules.sampling.noise import gumbel
 from aurora_lit.request import SamplingParams
 
-V, D = 8, 5
-EDGE = 1e-9  # distance from an interval's end
+V = 6
+ROWS, CALLS = 200_000, 10
+PROPOSED_BY = ("nothing", "the draft's argmax", "the draft with the target's noise", "other noise")
 
 
-def _draft_q(toy: Toy, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """q of the first proposal [D] and of the second after each token [V, D], as `propose` makes them."""
-    options = LogitOptions.from_params([params] * (V + 1))
-    q = probabilities(torch.cat([toy.draft[0][None], toy.draft[1]])[:, None], filters=options.filters)[:, 0]
-    return q[0], q[1:]
-
-
-def _enumerated_law(
-    toy: Toy, params: SamplingParams, *, k: int, one_hot: bool, drawn_by: SamplingParams | None = None
-) -> torch.Tensor:
-    """`drawn_by`: the options that proposals are drawn with; default: the request's own."""
-    ids = toy.vocabulary.target_id_D
-    q0, q1 = _draft_q(toy, drawn_by or params)
-    chains = torch.tensor(list(itertools.product(range(D), repeat=k)), dtype=torch.int64).view(D**k, k)
-    tokens = ids[chains]
-    q_BKD = torch.zeros(len(chains), k, D, dtype=torch.float64)
-    if k > 0:
-        q_BKD[:, 0] = q0
-    if k > 1:
-        q_BKD[:, 1] = q1[tokens[:, 0]]
-    if one_hot:  # argmax proposals: any choice must do, so give every chain the same weight
-        chain_weight = torch.full((len(chains),), 1 / len(chains), dtype=torch.float64)
-        q_of = torch.ones(len(chains), k, dtype=torch.float64)
-    else:
-        q_of = q_BKD.gather(2, chains[..., None])[..., 0]
-        chain_weight = q_of.prod(1)
-    p = target_distribution(
-        toy.logits(tokens),
-        options=LogitOptions.from_params([params] * len(tokens)),
-        history=history(len(tokens)),
-        proposals_BK=tokens,
-    )
-
-    rows, weights, uniforms, expected = [], [], [], []
-    for b, chain in enumerate(tokens.tolist()):
-        accept = [min(1.0, float(p[b, j, a] / q_of[b, j])) if q_of[b, j] > 0 else 0.0 for j, a in enumerate(chain)]
-        for accepted in range(k + 1):
-            weight = float(chain_weight[b])
-            uniform = [0.5] * (k + 1)
-            for j in range(min(accepted + 1, k)):
-                uniform[j] = accept[j] - EDGE if j < accepted else accept[j] + EDGE
-                weight *= accept[j] if j < accepted else 1 - accept[j]
-            rest = p[b, accepted].clone()
-            if accepted < k and one_hot:
-                rest[chain[accepted]] = 0
-            elif accepted < k:
-                rest[ids] -= q_BKD[b, accepted]
-                rest.clamp_min_(0)
-            if weight < 4 * EDGE or rest.sum() == 0:
-                continue
-            rest /= rest.sum()
-            ends = rest.cumsum(0)
-            for token in (rest > 4 * EDGE).nonzero()[:, 0].tolist():
-                for last in (float(ends[token] - rest[token]) + EDGE, float(ends[token]) - EDGE):
-                    rows.append(b)
-                    weights.append(weight * float(rest[token]) / 2)
-                    uniforms.append([*uniform[:k], last])
-                    expected.append((accepted, token))
-    result = verify_by_ratio_test(
-        p[rows],
-        proposals_BK=tokens[rows],
-        num_proposed_B=torch.full((len(rows),), k),
-        uniform_BT=torch.tensor(uniforms, dtype=torch.float64),
-        q_BKD=None if one_hot else q_BKD[rows],
-        vocabulary=toy.vocabulary,
-    )
-    got = list(zip(result.num_accepted_B.tolist(), result.next_token_B.tolist(), strict=True))
-    assert got == expected
-
-    law = torch.zeros(V, V, V, dtype=torch.float64)
-    for b, weight, (accepted, token) in zip(rows, weights, got, strict=True):
-        emitted = (*tokens[b, :accepted].tolist(), token)
-        law[emitted] += weight * _continuation(toy, params, emitted)
-    return law
-
-
-def _continuation(toy: Toy, params: SamplingParams, emitted: tuple[int, ...]) -> torch.Tensor:
-    """The distribution of what plain decoding adds, up to three tokens in all."""
-    if len(emitted) == 3:
-        return torch.ones((), dtype=torch.float64)
-    p = torch.tensor(reference_p(toy.target[len(emitted)][emitted], params, output=emitted), dtype=torch.float64)
-    if len(emitted) == 2:
-        return p
-    return torch.stack([p[y] * _continuation(toy, params, (*emitted, y)) for y in range(V)])
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize(("k", "one_hot"), [(0, False), (1, False), (2, False), (1, True), (2, True)])
-def test_enumerated_law_is_that_of_plain_decoding(name: str, k: int, one_hot: bool) -> None:
-    toy = Toy.random(V=V, D=D, seed=len(name) + k)
-    law = _enumerated_law(toy, OPTIONS[name], k=k, one_hot=one_hot)
-    assert law.sum().item() == pytest.approx(1, abs=1e-7)
-    assert (law - reference_law(toy, OPTIONS[name])).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("name", ["plain", "top_k", "repetition"])
-def test_enumerated_law_holds_for_a_perfect_draft_and_for_a_confident_wrong_one(name: str) -> None:
-    for seed in range(3):
-        toy = Toy.random(V=V, D=D, seed=seed)
-        ids = toy.vocabulary.target_id_D
-        same = Toy(target=toy.target, draft=(toy.target[0][ids], toy.target[1][:, ids]), vocabulary=toy.vocabulary)
-        confident = Toy(target=toy.target, draft=(60 * toy.draft[0], 60 * toy.draft[1]), vocabulary=toy.vocabulary)
-        for case in (same, confident):
-            law = _enumerated_law(case, OPTIONS[name], k=2, one_hot=False)
-            assert (law - reference_law(case, OPTIONS[name])).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("temperature", [0.05, 1.0, 5.0])
-def test_the_law_does_not_change_when_proposals_are_drawn_by_exploring(name: str, temperature: float) -> None:
-    toy = Toy.random(V=V, D=D, seed=len(name))
-    exploring = SamplingParams(max_tokens=1, temperature=temperature)
-    law = _enumerated_law(toy, OPTIONS[name], k=2, one_hot=False, drawn_by=exploring)
-    assert (law - reference_law(toy, OPTIONS[name])).abs().max() < 1e-6
-
-
-def test_the_acceptance_test_switches_at_min_1_p_over_q() -> None:
-    p = torch.tensor([[[0.2, 0.5, 0.3]] * 2], dtype=torch.float64)
-    q = torch.tensor([[[0.5, 0.25, 0.25]]], dtype=torch.float64)
-    for token, threshold in ((0, 0.4), (1, 1.0), (2, 1.0)):
-        for uniform, accepted in ((threshold - 1e-12, 1), (threshold + 1e-12, 0)):
-            if uniform < 1:
-                result = verify_by_ratio_test(
-                    p,
-                    proposals_BK=torch.tensor([[token]]),
-                    num_proposed_B=torch.tensor([1]),
-                    uniform_BT=torch.tensor([[uniform, 0.5]], dtype=torch.float64),
-                    q_BKD=q,
-                )
-                assert result.num_accepted_B.item() == accepted
-
-
-ROWS, CALLS = 100_000, 20
-KINDS = ("drawn", "chosen", "seeded")
-EVERY_RUN = [("all", kind) for kind in KINDS] + [("plain", "drawn"), ("top_p", "drawn")]
-SLOW_RUN = [(name, kind) for name in OPTIONS for kind in KINDS if (name, kind) not in EVERY_RUN]
-"""Each option alone: the exact law above has them all in every run."""
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), EVERY_RUN + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_RUN]
-)
-def test_chi_square_of_two_million_draws(name: str, kind: str) -> None:
-    """Two tokens a draw: a round with one or two proposals in turn, then plain decoding if it emitted one token."""
-    seed = sum(map(ord, name + kind))
-    V, params = 6, OPTIONS[name]
-    toy = Toy.random(V=V, D=4, seed=seed, dtype=torch.float32)
-    law = reference_law(toy, params).sum(-1)
-    options = LogitOptions.from_params([params] * ROWS)
-    gen = torch.Generator().manual_seed(seed)
-    counts = torch.zeros(V * V, dtype=torch.float64)
-    num = torch.arange(ROWS) % 2 + 1
-    for call in range(CALLS):
-        if kind == "seeded":
-            options = _seeded(options, first_seed=call * ROWS)
-        uniform = torch.rand(ROWS, 5, generator=gen, dtype=torch.float64)
-        proposals = _draft_chain(toy, options, uniform[:, :2] if kind == "drawn" else None, num=num)
-        result = verify(
-            toy.logits(proposals.token_BK),
-            options=options,
-            proposals=proposals,
-            uniform_BT=uniform[:, 2:],
-            history=history(ROWS),
-            vocabulary=toy.vocabulary,
-        )
-        some = result.num_accepted_B > 0
-        first = torch.where(some, proposals.token_BK[:, 0], result.next_token_B)
-        plain = verify(
-            toy.target[1][first][:, None],
-            options=options,
-            proposals=no_proposals(ROWS),
-            uniform_BT=torch.rand(ROWS, 1, generator=gen, dtype=torch.float64),
-            history=history(ROWS, output=first[:, None]),
-            vocabulary=toy.vocabulary,
-        ).next_token_B
-        second = torch.where(result.num_accepted_B > 1, proposals.token_BK[:, 1], result.next_token_B)
-        counts += torch.bincount(first * V + torch.where(some, second, plain), minlength=V * V)
-    expected = law.flatten() * ROWS * CALLS
-    assert counts.sum() == ROWS * CALLS >= 2e6
-    assert (counts[expected == 0] == 0).all()
+def in_law(count_VV: torch.Tensor, law_VV: torch.Tensor) -> bool:
+    expected, count = law_VV.flatten() * count_VV.sum(), count_VV.flatten()
+    assert (count[expected == 0] == 0).all(), "a token that the options remove was drawn"
     cells = expected > 5
-    statistic = ((counts - expected)[cells] ** 2 / expected[cells]).sum().item()
-    assert chi2.sf(statistic, int(cells.sum()) - 1) > 1e-4
+    statistic = ((count - expected)[cells] ** 2 / expected[cells]).sum().item()
+    return bool(chi2.sf(statistic, int(cells.sum()) - 1) > 1e-4)
 
 
-def _draft_chain(toy: Toy, options: LogitOptions, uniform_B2: torch.Tensor | None, *, num: torch.Tensor) -> Proposals:
-    rows = len(num)
-    tokens, qs = torch.zeros(rows, 2, dtype=torch.int64), []
-    for j in range(2):
-        logits = toy.draft[0].expand(rows, -1) if j == 0 else toy.draft[1][tokens[:, 0]]
-        draft_id, q = propose(logits, options=options, uniform_B=None if uniform_B2 is None else uniform_B2[:, j])
-        tokens[:, j] = toy.vocabulary.target_id_D[draft_id]
-        qs.append(q)
-    return Proposals(token_BK=tokens, num_proposed_B=num, q_BKD=None if uniform_B2 is None else torch.stack(qs, 1))
+def proposed(by: str, logits_V: torch.Tensor, key_N: torch.Tensor) -> torch.Tensor:
+    """A first token for each key, by a draft with these logits."""
+    if by == "the draft with the target's noise":
+        return (logits_V + gumbel(key_N, torch.zeros_like(key_N), torch.arange(V))).argmax(-1)
+    if by == "other noise":
+        return (logits_V + gumbel(key_N + 10**9, torch.zeros_like(key_N), torch.arange(V))).argmax(-1)
+    return torch.full_like(key_N, int(logits_V.argmax()))
 
 
-def test_behaviour_log_probabilities_are_those_of_the_draws() -> None:
-    toy = Toy.random(V=V, D=D, seed=4)
-    params = [
-        SamplingParams(max_tokens=1, temperature=0.0),
-        SamplingParams(max_tokens=1, temperature=0.7, seed=3),
-        SamplingParams(max_tokens=1, temperature=0.7),
-        SamplingParams(max_tokens=1, temperature=2.0),
-        *(SamplingParams(max_tokens=1, **cut) for cut in ({"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.3})),
-    ]
-    options = LogitOptions.from_params(params)
-    uniform = torch.rand(len(params), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    proposals = _draft_chain(toy, options, uniform, num=torch.full((len(params),), 2))
-    got = behaviour_logprobs(proposals, options=options, vocabulary=toy.vocabulary)
-    assert got[:2].tolist() == [[0.0, 0.0]] * 2
-    assert got[4:].isnan().all()
-    for row, temperature in ((2, 0.7), (3, 2.0)):
-        first, second = proposals.token_BK[row].tolist()
-        for place, (logits, token) in enumerate(((toy.draft[0], first), (toy.draft[1][first], second))):
-            q = (logits / temperature).softmax(-1)
-            assert got[row, place].item() == pytest.approx(q[toy.vocabulary.draft_id_V[token]].log().item(), abs=1e-6)
-    argmax = _draft_chain(toy, options, None, num=torch.full((len(params),), 2))
-    assert behaviour_logprobs(argmax, options=options, vocabulary=toy.vocabulary).tolist() == [[0.0, 0.0]] * 7
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+@pytest.mark.parametrize("by", PROPOSED_BY)
+def test_two_million_pairs_of_tokens_have_the_law_of_the_targets_softmax(by: str, temperature: float) -> None:
+    """The second token is decided in the first pass where the proposal is accepted, else in a later one."""
+    params = SamplingParams(max_tokens=2, temperature=temperature)
+    toy = Toy.random(V=V, seed=5, dtype=torch.float32)
+    draft_V = toy.target[0] + torch.randn(V, generator=torch.Generator().manual_seed(1))
+    head = torch.nn.Linear(V + 1, V, bias=False)  # its inputs are one-hot: no token yet, or the token before
+    with torch.no_grad():
+        head.weight.copy_(torch.cat([toy.target[0][None], toy.target[1]]).T)
+    packed = PackedLinear(head, WeightFormat.FP32) if native.library() is not None else None
+
+    def chosen(before_N: torch.Tensor, key_N: torch.Tensor, position: int) -> torch.Tensor:
+        x_NI = torch.nn.functional.one_hot(before_N, V + 1).float()
+        draws = {
+            "temperature_N": torch.full((len(key_N),), temperature),
+            "key_N": key_N,
+            "position_N": torch.full_like(key_N, position),
+        }
+        if packed is None:
+            return choose(x_NI @ head.weight.detach().T, **draws)
+        return packed.choose(x_NI, **draws, dense_N=torch.full_like(key_N, -1))[0]
+
+    count, accepted = torch.zeros(V * V, dtype=torch.float64), 0
+    for call in range(CALLS):
+        key_N = torch.arange(call * ROWS, (call + 1) * ROWS) * 6_364_136_223_846_793_005
+        first_N = chosen(torch.zeros_like(key_N), key_N, 0)
+        second_N = torch.full_like(first_N, -1)
+        if by != "nothing":
+            proposal_N = proposed(by, draft_V / temperature, key_N)
+            in_first_pass_N = chosen(proposal_N + 1, key_N, 1)
+            is_accepted_N = proposal_N == first_N
+            second_N = torch.where(is_accepted_N, in_first_pass_N, second_N)
+            accepted += int(is_accepted_N.sum())
+        rest = (second_N < 0).nonzero()[:, 0]
+        if len(rest):
+            second_N[rest] = chosen(first_N[rest] + 1, key_N[rest], 1)
+        count += torch.bincount(first_N * V + second_N, minlength=V * V)
+    assert count.sum() == ROWS * CALLS >= 2e6
+    assert in_law(count.view(V, V), reference_law(toy, params).sum(-1))
+    assert by == "nothing" or 0.1 < accepted / (ROWS * CALLS) < 0.95
 
 
-def _seeded(options: LogitOptions, *, first_seed: int) -> LogitOptions:
-    """The same options with a seed for each sequence, without reading a hundred thousand requests again."""
-    fields = {name: getattr(options, name) for name in options.__dataclass_fields__}
-    rows = len(options.seed_B)
-    fields.update(
-        seed_B=torch.arange(first_seed, first_seed + rows),
-        unseeded_B=torch.zeros(rows, dtype=torch.bool),
-        num_unseeded=0,
-    )
-    return LogitOptions(**fields)
+@pytest.mark.skipif(native.library() is None, reason="torch takes a row at a time; test_choice.py compares both")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_pairs_with_options_have_the_law_of_their_definition(name: str) -> None:
+    """Also with penalties that count the first token at the second, whether it was a proposal or not."""
+    params, count = OPTIONS[name], torch.zeros(V * V)
+    toy, rows = Toy.random(V=V, seed=len(name), dtype=torch.float32), 40_000
+    plain = replace(params, temperature=1.0)
+
+    def chosen(
+        logits_NV: torch.Tensor, contexts: list[torch.Tensor], position: int, key_N: torch.Tensor
+    ) -> torch.Tensor:
+        return choose_dense(
+            logits_NV.contiguous(),
+            [plain] * rows,
+            contexts,
+            [len(PROMPT)] * rows,
+            torch.full((rows,), params.temperature),
+            key_N,
+            torch.full((rows,), position),
+        )
+
+    contexts = [torch.tensor([*PROMPT, token]) for token in range(V)]
+    for call in range(3):
+        key_N = torch.arange(call * rows, (call + 1) * rows)
+        first_N = chosen(toy.target[0].repeat(rows, 1), [contexts[0][:-1]] * rows, 0, key_N)
+        second_N = chosen(toy.target[1][first_N], [contexts[token] for token in first_N.tolist()], 1, key_N)
+        count += torch.bincount(first_N * V + second_N, minlength=V * V)
+    assert in_law(count.double().view(V, V), reference_law(toy, params).sum(-1))

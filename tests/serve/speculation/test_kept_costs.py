@@ -12,8 +12,8 @@ from support.tiny_models import make_engine, random_draft
 from aurora_lit.models.target import Target
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
-from aurora_lit.serve.speculation.planner import SpeculationPlanner
 
 KEY = {"machine": "this one", "code": "1"}
 
@@ -29,18 +29,18 @@ def engine_with(target: Target, folder: Path, **key: str) -> Engine:
     )
 
 
-def tables(planner: SpeculationPlanner) -> dict[str, object]:
-    names = ("target_cost", "first_step_cost", "next_step_cost", "level_cost")
-    return {"prefill": planner.prefill_position_s, **{name: getattr(planner, name).initial for name in names}}
+def tables(costs: Costs) -> dict[str, object]:
+    names = ("target", "first_step", "next_step", "level")
+    return {"prefill": costs.prefill_position_s, **{name: getattr(costs, name).initial for name in names}}
 
 
 def test_the_next_start_has_the_same_costs_without_measuring(
     target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = engine_with(target, tmp_path)
-    assert all(tables(first.planner).values())
+    assert all(tables(first.costs).values())
     monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("measures"))
-    assert tables(engine_with(target, tmp_path).planner) == tables(first.planner)
+    assert tables(engine_with(target, tmp_path).costs) == tables(first.costs)
 
 
 @pytest.mark.parametrize("changed", ["machine", "code"])
@@ -59,36 +59,36 @@ def test_a_damaged_file_counts_as_none(
     text = costs.path.read_text()
     content = json.loads(text)
     content |= {
-        "no number": {"level_cost": [[1, 1, "fast"]]},
+        "no number": {"level": [[1, 1, "fast"]]},
         "negative": {"prefill_position_s": -1.0},
         "another key": {"key": {"machine": "another"}},
-        "no target": {"target_cost": []},
+        "no target": {"target": []},
     }.get(damage, {})
     costs.path.write_text({"half": text[: len(text) // 2], "empty": ""}.get(damage, json.dumps(content)))
-    planner = make_engine(target, adaptive=False).planner
+    empty = make_engine(target, adaptive=False).costs
     with caplog.at_level(logging.WARNING):
-        assert not costs.load_into(planner)
+        assert not costs.load_into(empty)
     assert str(costs.path) in caplog.text
-    assert not any(tables(planner).values()), "nothing was taken over"
-    assert all(tables(engine_with(target, tmp_path).planner).values())
-    assert costs.load_into(planner), "it was written again"
+    assert not any(tables(empty).values()), "nothing was taken over"
+    assert all(tables(engine_with(target, tmp_path).costs).values())
+    assert costs.load_into(empty), "it was written again"
 
 
 def test_idle_moments_measure_again_until_all_is_measured(target: Target, tmp_path: Path) -> None:
     assert not engine_with(target, tmp_path).refine_costs(), "it has just been measured"
     path = KeptCosts(tmp_path, key=KEY).path
     content = json.loads(path.read_text())
-    for name in ("target_cost", "first_step_cost"):
+    for name in ("target", "first_step"):
         content[name] = [[b, q, 1000.0] for b, q, _ in content[name]]
     path.write_text(json.dumps(content))
     engine = engine_with(target, tmp_path)
-    assert engine.planner.target_cost(1, 1) == 1000.0
+    assert engine.costs.target(1, 1) == 1000.0
     steps = 0
     while engine.refine_costs():
         steps += 1
     assert steps > 20
-    assert engine.planner.target_cost(1, 1) < 10.0
-    assert tables(engine_with(target, tmp_path).planner) == tables(engine.planner), "and kept"
+    assert engine.costs.target(1, 1) < 10.0
+    assert tables(engine_with(target, tmp_path).costs) == tables(engine.costs), "and kept"
 
 
 def test_a_request_ends_the_measurements_and_is_answered_as_ever(target: Target, tmp_path: Path) -> None:
@@ -117,4 +117,4 @@ def test_a_cache_that_cannot_be_written_is_said(
     with caplog.at_level(logging.WARNING):
         engine = engine_with(target, tmp_path / "file")
     assert "every start measures them" in caplog.text
-    assert all(tables(engine.planner).values())
+    assert all(tables(engine.costs).values())

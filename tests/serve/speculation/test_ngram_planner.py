@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import pytest
 
+from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.ngram_planner import NgramAcceptance, NgramPlanner
-from aurora_lit.serve.speculation.planner import SpeculationPlanner
+from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner
 
 PLAIN_S = 0.010
 
 
 def ngram_planner(*, column_s: float, ragged: bool = True, drafts: bool = True, adaptive: bool = True) -> NgramPlanner:
     """`column_s`: seconds of each further query position in a round."""
-    planner = SpeculationPlanner(max_draft_tokens=4 * drafts, max_lookup_tokens=15, adaptive=adaptive)
+    costs = Costs(ragged=ragged)
     for size in (1, 2, 4):
         for query_length in (1, 2, 4, 8, 16):
-            planner.target_cost.set_initial(size, query_length, PLAIN_S + size * (query_length - 1) * column_s)
-        planner.first_step_cost.set_initial(size, 1, 0.001)
-        planner.next_step_cost.set_initial(size, 1, 0.0002)
-    planner.ragged = ragged
-    return NgramPlanner(planner, max_tokens=15)
+            costs.target.set_initial(size, query_length, PLAIN_S + size * (query_length - 1) * column_s)
+        costs.first_step.set_initial(size, 1, 0.001)
+        costs.next_step.set_initial(size, 1, 0.0002)
+    limits = SpeculationLimits(draft_tokens=4 * drafts, lookup_tokens=15, adaptive=adaptive)
+    return NgramPlanner(SpeculationPlanner(limits, costs))
 
 
 def geometric(rate: float, count: int = 15) -> list[float]:
@@ -40,31 +41,31 @@ def geometric(rate: float, count: int = 15) -> list[float]:
     ],
 )
 def test_proposals_end_where_the_next_token_does_not_pay(rate: float, column_s: float, counts: range) -> None:
-    (count,) = ngram_planner(column_s=column_s, drafts=False).choose([geometric(rate)], [0.0], num_others=0)
+    (count,) = ngram_planner(column_s=column_s, drafts=False).choose([geometric(rate)], [0.0], batch_size=1)
     assert count in counts
 
 
 def test_each_sequence_proposes_as_many_tokens_as_pay_for_it() -> None:
     survivals = [geometric(0.95), geometric(0.5), geometric(0.05)]
-    probable, uncertain, improbable = ngram_planner(column_s=0.0005).choose(survivals, [0.1] * 3, num_others=1)
+    probable, uncertain, improbable = ngram_planner(column_s=0.0005).choose(survivals, [0.1] * 3, batch_size=4)
     assert probable > uncertain > improbable == 0
 
 
 def test_where_all_sequences_compute_the_longest_query_proposals_are_shorter() -> None:
     survivals = [geometric(0.8)]
-    (ragged,) = ngram_planner(column_s=0.0002).choose(survivals, [0.1], num_others=3)
-    (padded,) = ngram_planner(column_s=0.0002, ragged=False).choose(survivals, [0.1], num_others=3)
+    (ragged,) = ngram_planner(column_s=0.0002).choose(survivals, [0.1], batch_size=4)
+    (padded,) = ngram_planner(column_s=0.0002, ragged=False).choose(survivals, [0.1], batch_size=4)
     assert 0 < padded < ragged
 
 
 def test_a_sequence_is_left_to_the_draft_where_that_promises_more() -> None:
     survivals = [geometric(0.5)] * 2
-    assert ngram_planner(column_s=0.0).choose(survivals, [0.95, 0.2], num_others=0) == [0, 4]
-    assert ngram_planner(column_s=0.0, drafts=False).choose(survivals, [0.95, 0.2], num_others=0) == [4, 4]
+    assert ngram_planner(column_s=0.0).choose(survivals, [0.95, 0.2], batch_size=2) == [0, 4]
+    assert ngram_planner(column_s=0.0, drafts=False).choose(survivals, [0.95, 0.2], batch_size=2) == [4, 4]
 
 
 def test_without_adaptation_all_tokens_are_proposed() -> None:
-    assert ngram_planner(column_s=0.02, adaptive=False).choose([geometric(0.1, 7)], [0.9], num_others=3) == [7]
+    assert ngram_planner(column_s=0.02, adaptive=False).choose([geometric(0.1, 7)], [0.9], batch_size=4) == [7]
 
 
 def test_acceptance_is_counted_by_length_of_the_match() -> None:

@@ -1,0 +1,158 @@
+"""SpeculationFloor in simulated environments: what it loses where speculation loses, and what it keeps where it wins.
+
+A plain round takes 10 ms and gives each sequence a token. A speculating round gives as many as are drawn, and takes the
+time that makes speculation a given factor faster on average. All times vary by a few per cent.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from aurora_lit.serve.speculation.floor import MOST_PATIENCE, WINDOW_ROUNDS, RoundKind, SpeculationFloor
+
+PLAIN_S = 0.010
+GREEDY = RoundKind(8, sampled=False)
+
+
+@dataclass(kw_only=True)
+class Environment:
+    """Rounds of one kind, in which the planner would always speculate."""
+
+    speedup: float
+    kind: RoundKind = GREEDY
+    noise: float = 0.03
+    """Standard deviation of a round's time."""
+    rate: float = 0.5
+    """At which each of two proposals is accepted."""
+    rng: random.Random = field(default_factory=lambda: random.Random(3))
+
+    def play(self, floor: SpeculationFloor, rounds: int) -> list[tuple[bool, float, int]]:
+        """Whether each round speculated, its seconds, and its tokens."""
+        return [self._round(floor) for _ in range(rounds)]
+
+    def _round(self, floor: SpeculationFloor) -> tuple[bool, float, int]:
+        speculated = floor.allows(self.kind)
+        tokens, seconds = self.kind.batch_size, PLAIN_S
+        if speculated:
+            for _ in range(self.kind.batch_size):
+                first = self.rng.random() < self.rate
+                tokens += first + (first and self.rng.random() < self.rate)
+            seconds *= (1 + self.rate + self.rate**2) / self.speedup
+        seconds *= max(0.5, self.rng.gauss(1, self.noise))
+        floor.observe(self.kind, seconds=seconds, tokens=tokens, speculated=speculated)
+        return speculated, seconds, tokens
+
+
+def relative_speed(rounds: list[tuple[bool, float, int]], kind: RoundKind = GREEDY) -> float:
+    """Tokens per second, divided by those of plain decoding."""
+    return sum(tokens for _, _, tokens in rounds) / sum(s for _, s, _ in rounds) * PLAIN_S / kind.batch_size
+
+
+@pytest.mark.parametrize("kind", [GREEDY, RoundKind(1, sampled=False), RoundKind(1, sampled=True)])
+def test_speculation_that_costs_a_tenth_costs_at_most_two_per_cent_of_all_time(kind: RoundKind) -> None:
+    rounds = Environment(speedup=1 / 1.1, kind=kind).play(SpeculationFloor(), 5000)
+    assert relative_speed(rounds, kind) > 1 / 1.02
+    assert 0 < sum(speculated for speculated, _, _ in rounds) < 500
+
+
+def test_speculation_that_takes_five_times_as_long_is_given_up_just_as_well() -> None:
+    rounds = Environment(speedup=0.2).play(SpeculationFloor(), 5000)
+    assert sum(s for _, s, _ in rounds) < 1.6 * 5000 * PLAIN_S
+    assert sum(speculated for speculated, _, _ in rounds) < 12 * WINDOW_ROUNDS
+
+
+def test_where_speculation_gains_a_fifth_it_keeps_nearly_all_of_it() -> None:
+    floor = SpeculationFloor()
+    rounds = Environment(speedup=1.2).play(floor, 5000)
+    assert relative_speed(rounds) > 1.17
+    assert floor.windows_won > 150
+    assert floor.windows_lost == 0
+
+
+def test_a_single_sequence_whose_luck_varies_keeps_most_of_it() -> None:
+    """Windows of so few tokens are lost by chance now and then, and each costs a rest."""
+    kind = RoundKind(1, sampled=True)
+    rounds = Environment(speedup=1.2, kind=kind).play(SpeculationFloor(), 20_000)
+    assert relative_speed(rounds, kind) > 1.12
+
+
+@pytest.mark.parametrize("lost_rounds", [10, 300, 2900, 3000, 5111])
+def test_a_change_from_losing_to_winning_is_found_after_the_longest_rest(lost_rounds: int) -> None:
+    """At any place in a window or in a rest; a window that was begun before the change may still be lost."""
+    floor, before, after = SpeculationFloor(), Environment(speedup=0.8), Environment(speedup=1.5)
+    before.play(floor, lost_rounds)
+    rounds = after.play(floor, MOST_PATIENCE + 2 * WINDOW_ROUNDS)
+    won = floor.windows_won
+    assert won > 0
+    assert relative_speed(after.play(floor, 1000)) > 1.4
+    assert len(rounds) == MOST_PATIENCE + 2 * WINDOW_ROUNDS
+
+
+def test_a_change_from_winning_to_losing_is_found_in_two_windows() -> None:
+    floor = SpeculationFloor()
+    Environment(speedup=1.3).play(floor, 1000)
+    rounds = Environment(speedup=0.8).play(floor, 2 * WINDOW_ROUNDS + 3)
+    assert floor.windows_lost > 0
+    assert not rounds[-1][0]
+
+
+def test_kinds_do_not_mix() -> None:
+    """Greedy speculation wins and sampled speculation of the same batch size loses; each is treated by its own."""
+    floor = SpeculationFloor()
+    environments = [
+        Environment(speedup=1.3, kind=RoundKind(4, sampled=False)),
+        Environment(speedup=0.8, kind=RoundKind(4, sampled=True)),
+        Environment(speedup=1.3, kind=RoundKind(5, sampled=True)),
+    ]
+    rounds: list[list[tuple[bool, float, int]]] = [[], [], []]
+    for _ in range(300):
+        for of_kind, environment in zip(rounds, environments, strict=True):
+            of_kind += environment.play(floor, 10)
+    shares = [sum(speculated for speculated, _, _ in of_kind) / len(of_kind) for of_kind in rounds]
+    assert shares[0] > 0.98
+    assert shares[1] < 0.1
+    assert shares[2] > 0.98
+    alone = SpeculationFloor()
+    again = Environment(speedup=1.3, kind=RoundKind(4, sampled=False)).play(alone, 3000)
+    assert [each[0] for each in again] == [each[0] for each in rounds[0]], "what the other kinds do changes nothing"
+
+
+@pytest.mark.parametrize("preempted", ["speculating", "plain", "first plain"])
+def test_a_preempted_round_does_not_turn_a_winning_floor_off(preempted: str) -> None:
+    """One of a hundred times the time, then again every three hundred rounds."""
+    floor, environment, speculated = SpeculationFloor(), Environment(speedup=1.3), []
+    due = preempted == "first plain"
+    for number in range(6000):
+        due = due or (number > 100 and number % 300 == 0)
+        allowed = floor.allows(GREEDY)
+        if due and allowed == (preempted == "speculating"):
+            due, tokens = False, 8 * (1 + allowed)
+            floor.observe(GREEDY, seconds=100 * PLAIN_S, tokens=tokens, speculated=allowed)
+        else:
+            allowed, _, _ = environment.play(floor, 1)[0]
+        speculated.append(allowed)
+    assert sum(speculated) / len(speculated) > 0.95
+    assert floor.windows_lost <= 1
+
+
+def test_plain_rounds_are_timed_without_asking_for_them_where_nothing_is_proposed() -> None:
+    """Rounds in which the planner itself proposes nothing are plain ones, and make no others necessary."""
+    floor = SpeculationFloor()
+    for _ in range(3):
+        assert floor.allows(GREEDY)
+        floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
+    assert all(speculated for speculated, _, _ in Environment(speedup=1.3).play(floor, WINDOW_ROUNDS))
+
+
+def test_another_draft_is_tried_at_once() -> None:
+    floor = SpeculationFloor()
+    Environment(speedup=0.5).play(floor, 3000)
+    while floor.allows(GREEDY):
+        Environment(speedup=0.5).play(floor, 1)
+    floor.forgive()
+    assert floor.allows(GREEDY)
+    rounds = Environment(speedup=1.3).play(floor, 1000)
+    assert sum(speculated for speculated, _, _ in rounds) > 900
