@@ -46,7 +46,8 @@ class Phase:
     max_tokens: int = 64
     """Maximum length of an answer."""
     sampled_share: float = 0.0
-    """Share of requests at `temperature`, seeded so that answers do not depend on the draft; others are greedy."""
+    """Share of requests at `temperature`, each with a seed, so that another recording has the same answers; others are
+    greedy."""
     temperature: float = 0.7
     arrivals: str = ""
     """CSV file with a column `timestamp_s`: arrival times of the requests. "": all arrive at once."""

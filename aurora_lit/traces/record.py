@@ -87,8 +87,8 @@ class Trace:
     """int32. Proposed tokens, as target ids; -1 beyond num_proposed."""
     behaviour_logprob_RK: Tensor = _empty(torch.float32, 0, 0)
     """fp32. Log-probability of each proposal under the distribution that it was drawn from to explore. NaN beyond
-    num_proposed, in rounds that do not explore, and if the request's options (top-k, top-p, min-p, penalties, bias) made
-    the target's distribution differ from the head's softmax at the temperature: the policy loss skips such rounds."""
+    num_proposed, in rounds that do not explore, and if the request's options (top-k, top-p, min-p, penalties, bias)
+    made the target's distribution differ from the head's softmax at the temperature. The policy loss needs it."""
     rejected_last_NH: Tensor = _empty(torch.bfloat16, 0, 0)
     """bf16. Last hidden states after the first rejection of each round, rounds in order. A round with n proposals, a of
     them accepted, has those after its proposals a, a + 1, …, n - 2: n - 1 - a rows, if positive."""

@@ -4,10 +4,10 @@ An answer does not depend on the draft. So its tokens are known, and from every 
 accepted as far as they equal those tokens. Going from root to root as rounds do gives the rounds of a server that
 proposes a chain of `num_steps` tokens in every round (engine.adaptive, engine.lookup and engine.tree_tokens off, and no
 round explores). Of greedy answers they are exact, but traces store states in bf16, so a near tie between two tokens may
-be broken differently. Of sampled answers the noise that drew the tokens is not recorded. Given that the target has drawn
-a token, the draft with the same noise proposes it with a known probability (`acceptance_given_token`): rounds then have
-probabilities instead of outcomes, and their totals are exact in expectation, where p is the softmax of the target's
-logits at the temperature.
+be broken differently. Of sampled answers the noise that drew the tokens is not recorded. But given that the target has
+drawn a token, the draft with the same noise proposes it with a known probability (`acceptance_given_token`). Rounds
+then have probabilities instead of outcomes, and their totals are exact in expectation, if p is the softmax of the
+target's logits at the temperature (no top-k, top-p, min-p, penalties or bias).
 
 Two limits: a later segment of a request knows only the overlap before it, and a round that reaches beyond a request's
 recorded end does not count, as in `bench acceptance`. Leaves out learning (learn/offline/replay.py).

@@ -240,7 +240,7 @@ def _accepted(module: DraftModule, labelled_traces: Sequence[LabelledTrace]) -> 
 
 
 def _acceptance(module: DraftModule, labelled: LabelledTrace, hidden_KNH: Tensor, scored: slice) -> Tensor:
-    """Probability that the draft's proposal is accepted, by step and position [K, N], on the CPU; see this file's top."""
+    """Probability that the draft's proposal is accepted (of sampled requests its surrogate) [K, N], on the CPU."""
     trace, draft = labelled.trace, module.draft
     logits_KND = draft.compute_logits(hidden_KNH)
     if trace.verify != "sampled":

@@ -64,8 +64,8 @@ class Rounds:
     num_accepted_Q: Tensor
     """int64."""
     behaviour_logprob_QK: Tensor
-    """fp32. Log-probability of the proposal under the distribution that it was drawn from to explore. NaN in rounds that
-    do not explore, which have no policy ratio, and after a round's last proposal."""
+    """fp32. Log-probability of the proposal under the distribution that it was drawn from to explore. NaN after a
+    round's last proposal, and in rounds that do not explore: these have no policy ratio."""
     temperature_Q: Tensor
     """fp32. The request's; 0 is greedy."""
     draft_temperature_Q: Tensor

@@ -1,7 +1,7 @@
 """How well a draft distribution q is accepted by a target distribution p: closed forms, and the LK loss made of them.
 
-The verifier is serving's: the target chooses its own token, argmax_i of log p_i + g_i with Gumbel noise g, and accepts a
-proposal that equals it. The draft proposes argmax_i of log q_i + g_i with the same noise g ("shared noise"; Daliri,
+The verifier is serving's: the target chooses its own token, argmax_i of log p_i + g_i with Gumbel noise g, and accepts
+a proposal that equals it. The draft proposes argmax_i of log q_i + g_i with the same noise g ("shared noise"; Daliri,
 Musco, Suresh 2025, "Coupling without Communication and Drafter-Invariant Speculative Decoding", arXiv 2408.07978). Both
 choose i if E_j ≥ E_i · max(p_j/p_i, q_j/q_i) for all j, where E = exp(−g) are independent exponential variables, so the
 probability of acceptance is

@@ -1,9 +1,9 @@
 """The policy terms of an online batch: which rounds can be used, and their losses along the proposals.
 
 Only rounds that explore have a policy: the draft's distribution over its vocabulary at the temperature that their
-proposals were drawn at. The behaviour policy is the one whose log-probabilities were recorded then. A ratio therefore also
-differs from 1 where serving had more context than the trace holds. Measured with SmolLM2-135M's draft unchanged, the
-deviation of log ρ is 0.02 from rounding (bf16-mixed), 0.2 where the context's beginning is missing and 64 tokens or
+proposals were drawn at. The behaviour policy is the one whose log-probabilities were recorded then. A ratio therefore
+also differs from 1 where serving had more context than the trace holds. Measured with SmolLM2-135M's draft unchanged,
+the deviation of log ρ is 0.02 from rounding (bf16-mixed), 0.2 where the context's beginning is missing and 64 tokens or
 more are left, and 2 where less than 32 are left.
 
 Leaves out the formulas (modules/losses/ppo.py) and the total loss (modules/losses/draft_module.py).
@@ -74,7 +74,7 @@ class PolicyTerms:
 
 
 def usable_rounds(rounds: Rounds, draft: Eagle3Draft) -> Rounds:
-    """The rounds with a policy ratio: fresh, and every proposal was drawn to explore and is in the draft's vocabulary."""
+    """The rounds with a policy ratio: fresh, drawn to explore, and every proposal is in the draft's vocabulary."""
     has_ratio_QK = rounds.behaviour_logprob_QK.isfinite() & draft.t2d[rounds.proposal_QK.clamp_min(0)]
     usable_Q = rounds.fresh_Q & (rounds.num_proposed_Q > 0) & (has_ratio_QK | ~rounds.is_proposal_QK).all(-1)
     return rounds.select(usable_Q)

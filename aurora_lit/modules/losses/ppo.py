@@ -12,8 +12,8 @@ requests. For sampled ones c(a) = p(a): these proposals are drawn to explore, wi
 draw is independent of them. By the policy gradient theorem (Sutton et al. 1999),
 ∇J = E Σ_t S_t ∇log q(a_t)·[c_t (1 + J(s_{t+1})) − b(s_t)] for any baseline b.
 
-This J is the acceptance of rounds that explore. Other rounds of sampled requests share the target's noise, which c knows
-nothing of; their acceptance is what the LK loss trains (modules/losses/lk.py).
+This J is the acceptance of rounds that explore. In other rounds of sampled requests draft and target share their noise,
+and the LK loss trains that acceptance (modules/losses/lk.py).
 
 PPO: Schulman et al., arXiv 1707.06347. Generalised advantage estimation: Schulman et al., arXiv 1506.02438. Advantages
 are not normalised.

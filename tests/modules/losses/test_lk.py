@@ -152,7 +152,7 @@ def test_a_perfect_draft_is_always_accepted_and_has_no_loss() -> None:
 
 
 def both_choose(p_V: torch.Tensor, q_V: torch.Tensor) -> float:
-    """The probability that target and draft choose the same token with shared noise: Σ_i 1 / Σ_j max(p_j/p_i, q_j/q_i)."""
+    """Σ_i 1 / Σ_j max(p_j/p_i, q_j/q_i): how probably target and draft choose the same token with shared noise."""
     inside = (p_V > 0) & (q_V > 0)
     ratio_VV = torch.maximum(p_V / p_V[inside, None], q_V / q_V[inside, None])
     return float((1 / ratio_VV.sum(-1)).sum())
