@@ -143,7 +143,8 @@ def plan(
                 seed=rng.randrange(1 << 31) if sampled else None,
             )
             request_id = f"{number}-{phase.name}/{number_in_phase:05d}"
-            request = Request(request_id=request_id, prompt_ids=ids, params=params, domain=domain)
+            # The seed decides which tokens are drawn, so that the key is of no use, and no plan differs in it.
+            request = Request(request_id=request_id, prompt_ids=ids, params=params, domain=domain, noise_key=0)
             planned.append(PlannedRequest(request=request, arrives_s=arrives_s))
         phases.append(planned)
     measured = []
@@ -151,7 +152,8 @@ def plan(
         for number in range(stream.measure.requests):
             domain, ids = next_prompt(name, max_tokens=stream.measure.max_tokens, place="measure")
             params = SamplingParams(max_tokens=stream.measure.max_tokens, temperature=0.0)
-            request = Request(request_id=f"{MEASURE}-{name}/{number:05d}", prompt_ids=ids, params=params, domain=domain)
+            request_id = f"{MEASURE}-{name}/{number:05d}"
+            request = Request(request_id=request_id, prompt_ids=ids, params=params, domain=domain, noise_key=0)
             measured.append(PlannedRequest(request=request))
     return phases, measured
 
