@@ -1,9 +1,9 @@
 """`aurora-lit bench acceptance`: accepted length and acceptance rate by position, for each domain, greedy and sampled.
 
 So that different drafts can be compared, each round proposes as many tokens as it may: engine.max_draft_tokens, or a
-tree of engine.tree_tokens for greedy requests (engine.adaptive and engine.lookup are off). Accepted length is the
-number of tokens emitted per round, the corrected or bonus token included. A request's last round is not counted, since
-the end of the answer cuts it short, and neither are rounds without proposals.
+tree of engine.tree_tokens (engine.adaptive and engine.lookup are off). Accepted length is the number of tokens emitted
+per round, the target's own token included. A request's last round is not counted, since the end of the answer cuts it
+short, and neither are rounds without proposals.
 
 Leaves out speed (bench/throughput.py).
 """

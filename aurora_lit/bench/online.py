@@ -64,7 +64,7 @@ class Window:
     ended_s: float
     """Seconds since the arm began."""
     accepted_length: float
-    """Tokens emitted per round with proposals, the corrected or bonus token included."""
+    """Tokens emitted per round with proposals, the target's own token included."""
     tokens_per_s: float
     failed: int
 

@@ -4,8 +4,8 @@
     out/measure/       trace log of the measured prompts
     out/stream.json    the stream, and how much was recorded
 
-With a draft (draft.checkpoint), traces contain its rounds: proposals, exploration, behaviour log-probabilities. Greedy
-and seeded answers do not depend on the draft, so engine.speculate=false records the same text; from it,
+With a draft (draft.checkpoint), traces contain its rounds: proposals, exploration, behaviour log-probabilities. Answers
+do not depend on the draft, so engine.speculate=false records the same text; along greedy ones,
 learn/offline/on_policy.py simulates the rounds of any draft. A run that was killed continues where it stopped and has
 lost at most one shard.
 

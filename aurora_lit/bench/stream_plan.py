@@ -46,7 +46,8 @@ class Phase:
     max_tokens: int = 64
     """Maximum length of an answer."""
     sampled_share: float = 0.0
-    """Share of requests at `temperature`, seeded so that answers do not depend on the draft; others are greedy."""
+    """Share of requests at `temperature`, each with a seed, so that another recording has the same answers; others are
+    greedy."""
     temperature: float = 0.7
     arrivals: str = ""
     """CSV file with a column `timestamp_s`: arrival times of the requests. "": all arrive at once."""
@@ -142,7 +143,8 @@ def plan(
                 seed=rng.randrange(1 << 31) if sampled else None,
             )
             request_id = f"{number}-{phase.name}/{number_in_phase:05d}"
-            request = Request(request_id=request_id, prompt_ids=ids, params=params, domain=domain)
+            # The seed decides which tokens are drawn, so that the key is of no use, and no plan differs in it.
+            request = Request(request_id=request_id, prompt_ids=ids, params=params, domain=domain, noise_key=0)
             planned.append(PlannedRequest(request=request, arrives_s=arrives_s))
         phases.append(planned)
     measured = []
@@ -150,7 +152,8 @@ def plan(
         for number in range(stream.measure.requests):
             domain, ids = next_prompt(name, max_tokens=stream.measure.max_tokens, place="measure")
             params = SamplingParams(max_tokens=stream.measure.max_tokens, temperature=0.0)
-            request = Request(request_id=f"{MEASURE}-{name}/{number:05d}", prompt_ids=ids, params=params, domain=domain)
+            request_id = f"{MEASURE}-{name}/{number:05d}"
+            request = Request(request_id=request_id, prompt_ids=ids, params=params, domain=domain, noise_key=0)
             measured.append(PlannedRequest(request=request))
     return phases, measured
 

@@ -7,7 +7,7 @@ Start with main.py. The files, each importing only files above it:
     options.py     what all commands share: settings, file options, errors on one line
     status.py      `status`: what a running server and its learner are doing
     drafts.py      `drafts`: published versions with their scores; rolling back and promoting
-    generate.py    `generate`: one answer in the terminal, with accepted and corrected tokens coloured
+    generate.py    `generate`: one answer in the terminal, with accepted tokens and the target's own coloured
     footprint.py   how much memory a deployment needs, computed from its model's sizes; the smallest set of GPUs
     checks.py      the checks of `doctor`, one function for each line of the report
     doctor.py      `doctor`: whether this machine can serve, what to do if not, and the memory table

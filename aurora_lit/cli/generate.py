@@ -1,6 +1,6 @@
-"""`aurora-lit generate`: answers one prompt in this process, with accepted and corrected tokens coloured.
+"""`aurora-lit generate`: answers one prompt in this process, with accepted tokens and the target's own coloured.
 
-A corrected token is the target's own, after the last accepted proposal. Below the answer it prints accepted length,
+The target's own token of a round follows the last accepted proposal. Below the answer it prints accepted length,
 tokens per second, and the speed of plain decoding for the same prompt. No server is involved.
 """
 
@@ -22,7 +22,7 @@ from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.http.detokenizer import TextStream
 from aurora_lit.serve.worker.build import build_engine
 
-ACCEPTED, CORRECTED, PLAIN = "green", "yellow", ""
+ACCEPTED, OWN, PLAIN = "green", "yellow", ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def coloured(text: TextStream, output: Output) -> Text:
     """A round's text; a character of several tokens has the colour of the last of them."""
     shown = Text()
     for index, token_id in enumerate(output.token_ids):
-        colour = PLAIN if not output.num_proposed else ACCEPTED if index < output.num_accepted else CORRECTED
+        colour = PLAIN if not output.num_proposed else ACCEPTED if index < output.num_accepted else OWN
         shown.append(text.push([token_id]), style=colour)
     return shown
 
@@ -120,7 +120,7 @@ def summary(timing: Timing, plain: Timing | None) -> Text:
     if not timing.num_drafted_rounds:
         return line.append(", plain decoding")
     line.append(f", accepted length {timing.accepted_length:.2f} (")
-    line.append("accepted", style=ACCEPTED).append(", ").append("corrected", style=CORRECTED).append(")")
+    line.append("accepted", style=ACCEPTED).append(", ").append("the target's own", style=OWN).append(")")
     if plain is not None:
         ratio = timing.tokens_per_s / plain.tokens_per_s
         line.append(f"\nplain decoding: {plain.tokens_per_s:.1f} tokens/s; speculation is {ratio:.2f}× as fast")

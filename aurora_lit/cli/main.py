@@ -70,7 +70,7 @@ def status(config: AuroraConfig, url: str | None, run_folder: Path | None, as_js
 )
 @configured
 def generate(config: AuroraConfig, prompt: str, max_tokens: int, temperature: float, compare_plain: bool) -> None:
-    """Answer one prompt in the terminal. Accepted and corrected tokens are coloured."""
+    """Answer one prompt in the terminal. Accepted tokens and the target's own are coloured."""
     from aurora_lit.cli.generate import generate as run
 
     run(config, prompt=prompt, max_tokens=max_tokens, temperature=temperature, compare_plain=compare_plain)

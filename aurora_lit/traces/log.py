@@ -44,6 +44,8 @@ _ROUND_FIELDS = (
 _PADDING = {"proposal_RK": -1, "behaviour_logprob_RK": _UNKNOWN}
 """Round fields with a column for each proposal, and the value that pads them to the longest round of the shard."""
 _PLAIN_FIELDS = ("request_id", "client", "verify", "temperature", "first_position")
+_OLD_VERIFY_MODES = {"seeded": "sampled", "free": "sampled"}
+"""Names in older logs. Nothing is lost: learning computes acceptance anew, by today's rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +157,9 @@ def read_shard(path: Path) -> Iterator[Trace]:
         metadata = shard.metadata()
     domains = json.loads(metadata["domains"])
     plain = json.loads(metadata.get("plain", "null")) or [{}] * len(domains)
+    for fields in plain:
+        if fields.get("verify") in _OLD_VERIFY_MODES:
+            fields["verify"] = _OLD_VERIFY_MODES[fields["verify"]]
     parts: dict[str, Any] = {
         name: tensors[key].split(tensors["lengths"].tolist()) for key, name in _POSITION_FIELDS.items()
     }

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from aurora_lit.errors import TraceError
 
-VERIFY_MODES = ("greedy", "seeded", "free", "read")
-"""How the tokens were verified: as argmax, as a draw fixed by the seed, by the ratio test min(1, p/q), or not at all
-because they are given text."""
+VERIFY_MODES = ("greedy", "sampled", "read")
+"""How the target chose the tokens, to which proposals had to be equal: by argmax, by argmax of logit / temperature plus
+noise (modules/sampling/choice.py), or not at all because they are given text."""
 
 SOURCE_NONE, SOURCE_DRAFT, SOURCE_LOOKUP = 0, 1, 2
 """Where a round's proposals came from: there were none, the draft, or n-gram lookup."""
@@ -41,8 +41,9 @@ class Trace:
 
     The target's distribution at proposal i of a round is softmax(head(last)), where last is `last_TH[root + i]` for
     i <= accepted, else row i - accepted - 1 of the round's part of `rejected_last_NH`. This is exact, so no top-k
-    log-probabilities are stored. The corrected or bonus token is `token_ids_T[root + 1 + accepted]` if the segment
-    contains that index; a request's last token is not in any segment, since the target never ran it.
+    log-probabilities are stored. The target's own token after the accepted proposals is
+    `token_ids_T[root + 1 + accepted]` if the segment contains that index; a request's last token is not in any segment,
+    since the target never ran it.
 
     >>> from_bytes(to_bytes(trace)).domain == trace.domain
     """
@@ -75,19 +76,19 @@ class Trace:
     num_proposed_R: Tensor = _empty(torch.int32, 0)
     """int32. Number of proposals, without those beyond the request's end."""
     num_accepted_R: Tensor = _empty(torch.int32, 0)
-    """int32. Number of proposals accepted and committed, without the bonus or corrected token."""
+    """int32. Number of proposals accepted and committed, without the target's own token after them."""
     source_R: Tensor = _empty(torch.uint8, 0)
     """uint8. Where the proposals came from: SOURCE_NONE, SOURCE_DRAFT or SOURCE_LOOKUP."""
     explored_R: Tensor = _empty(torch.bool, 0)
-    """bool. True if the round sampled its proposals for exploration."""
+    """bool. True if the round drew its proposals to explore, with noise that the target does not draw with."""
     draft_temperature_R: Tensor = _empty(torch.float32, 0)
-    """fp32. What the draft's logits were divided by before proposals were sampled; 1 if they are the argmax."""
+    """fp32. What the draft's logits were divided by before proposals were drawn to explore; 1 in other rounds."""
     proposal_RK: Tensor = _empty(torch.int32, 0, 0)
     """int32. Proposed tokens, as target ids; -1 beyond num_proposed."""
     behaviour_logprob_RK: Tensor = _empty(torch.float32, 0, 0)
-    """fp32. Log-probability of each proposal under the distribution it was sampled from; 0 for an argmax. NaN beyond
-    num_proposed, for n-gram lookup, and if the request's options (top-k, top-p, min-p, penalties, bias) made the
-    target's distribution differ from the head's softmax at the temperature: the policy loss skips such rounds."""
+    """fp32. Log-probability of each proposal under the distribution that it was drawn from to explore. NaN beyond
+    num_proposed, in rounds that do not explore, and if the request's options (top-k, top-p, min-p, penalties, bias)
+    made the target's distribution differ from the head's softmax at the temperature. The policy loss needs it."""
     rejected_last_NH: Tensor = _empty(torch.bfloat16, 0, 0)
     """bf16. Last hidden states after the first rejection of each round, rounds in order. A round with n proposals, a of
     them accepted, has those after its proposals a, a + 1, …, n - 2: n - 1 - a rows, if positive."""
@@ -142,9 +143,10 @@ LAYOUT_DIGEST = hashlib.sha256(
     repr(
         [(name, str(dtype)) for name, (dtype, _) in _TENSOR_FIELDS.items()]
         + [(name, str(kind)) for name, kind in _PLAIN_FIELDS.items()]
+        + [VERIFY_MODES]
     ).encode()
 ).hexdigest()[:16]
-"""Changes with any field's name or type; a ring of another layout is not read."""
+"""Changes with any field's name or type, and with VERIFY_MODES; a ring of another layout is not read."""
 
 _SAFETENSORS_DTYPES = {
     torch.float32: "F32",

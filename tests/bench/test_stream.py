@@ -161,7 +161,7 @@ def test_a_stream_is_recorded_and_resumed(stream: Path, tmp_path: Path, monkeypa
     traffic = list(read_traces(out / "traffic"))
     assert [phase_of(t.request_id) for t in traffic] == sorted(phase_of(t.request_id) for t in traffic)
     assert len(traffic) == 19
-    assert {t.verify for t in traffic} == {"greedy", "seeded"}
+    assert {t.verify for t in traffic} == {"greedy", "sampled"}
     assert any(t.explored_R.any() for t in traffic), "as on a live server"
     for trace in traffic:  # slots were reused since, yet each trace has its own states
         with torch.no_grad():

@@ -5,19 +5,19 @@ from rich.console import Console
 from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
 
 from aurora_lit.cli import generate as generate_module
-from aurora_lit.cli.generate import ACCEPTED, CORRECTED, coloured, generate
+from aurora_lit.cli.generate import ACCEPTED, OWN, coloured, generate
 from aurora_lit.config import AuroraConfig
 from aurora_lit.request import Output
 from aurora_lit.serve.http.detokenizer import TextStream
 
 
-def test_accepted_and_corrected_tokens_have_their_colours() -> None:
+def test_accepted_tokens_and_the_targets_own_have_their_colours() -> None:
     tokenizer = tiny_tokenizer()
     tokens = tuple(tokenizer.encode("abc"))
     output = Output(request_id="a", token_ids=tokens, num_proposed=4, num_accepted=2)
     shown = coloured(TextStream(tokenizer), output)
     assert shown.plain == "abc"
-    assert [str(span.style) for span in shown.spans] == [ACCEPTED, ACCEPTED, CORRECTED]
+    assert [str(span.style) for span in shown.spans] == [ACCEPTED, ACCEPTED, OWN]
     plain = coloured(TextStream(tokenizer), Output(request_id="a", token_ids=tokens))
     assert not any(str(span.style) for span in plain.spans)
 

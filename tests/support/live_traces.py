@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,18 +28,17 @@ from support.trace_examples import keep_in
 def some_requests(
     count: int, *, seed: int = 0, max_tokens: int = 24, domain: str = "chat", **params: Any
 ) -> list[Request]:
-    """Requests with random short prompts."""
+    """Requests with random short prompts, and noise of their own if they are sampled."""
     gen = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, VOCAB, (3,), generator=gen).tolist() for _ in range(count)]
     requests = [request(f"{domain}-{seed}-{i}", p, max_tokens=max_tokens, **params) for i, p in enumerate(prompts)]
-    return [Request(request_id=r.request_id, prompt_ids=r.prompt_ids, params=r.params, domain=domain) for r in requests]
+    return [replace(r, domain=domain, noise_key=1000 * seed + i) for i, r in enumerate(requests)]
 
 
 def serve(target: Target, draft: Eagle3Draft | None, requests: Sequence[Request], **changes: Any) -> list[Trace]:
     """The traces that an engine records while it answers the requests."""
     traces: list[Trace] = []
     recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size)
-    torch.manual_seed(0)  # free requests draw from the global generator
     draft = copy.deepcopy(draft)  # an engine packs the weights of its draft in place
     engine = make_engine(target, draft, observer=recorder, **{"max_draft_tokens": 3, **changes})
     run(engine, requests)

@@ -1,6 +1,6 @@
 """Rounds over texts of a tiny model, as a learner would collate them, and a draft's distributions along them.
 
-batch = rounds(target, ids_BT, [(row, root, proposals), …], verified="ratio_test")
+batch = rounds(target, ids_BT, [(row, root, proposals), …], verified="own_draw")
 logq_QKD = chain_logprobs(module, batch)
 """
 
@@ -18,8 +18,8 @@ from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.unroll import unroll, unroll_rounds
 from support.tiny_models import draft_batch
 
-VERIFIED = {"argmax": (True, 0.0), "own_draw": (True, 0.4), "ratio_test": (False, 0.4)}
-"""(verified by equality, temperature) of greedy, seeded and unseeded requests."""
+VERIFIED = {"argmax": 0.0, "own_draw": 0.4}
+"""How the target chooses its own token, and the temperature of such requests."""
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def rounds(
     accepted: Sequence[int] | None = None,
 ) -> OnlineBatch:
     """A batch of rounds (row, root, proposals) over some texts; `behaviour`: log-probabilities, default 0."""
-    by_equality, temperature = VERIFIED[verified]
+    temperature = VERIFIED[verified]
     traces = draft_batch(target, ids_BT)
     Q, K = len(proposed), max((len(path) for _, _, path in proposed), default=1)
     proposal_QK = torch.full((Q, K), -1)
@@ -62,7 +62,6 @@ def rounds(
             behaviour_logprob_QK=behaviour_QK,
             temperature_Q=torch.full((Q,), temperature),
             draft_temperature_Q=torch.full((Q,), draft_temperature),
-            verified_by_equality_Q=torch.full((Q,), by_equality),
             path_last_QKH=last_QKH,
             path_lse_QK=lse_QK,
             path_top_QK=top_QK,

@@ -18,7 +18,7 @@ def trace_with_rounds(rounds: Sequence[tuple[int, int, int]], *, length: int = 1
     """A trace with the rounds (root, num_proposed, num_accepted).
 
     Accepted proposals are the tokens that follow the root, others are larger by 50. Rounds with one proposal come from
-    n-gram lookup, those with more from the draft.
+    n-gram lookup, those with more from the draft; with more than two they explore.
     """
     widest = max([proposed for _, proposed, _ in rounds], default=0)
     token_ids_T = torch.arange(100, 100 + length, dtype=torch.int32)
@@ -27,14 +27,14 @@ def trace_with_rounds(rounds: Sequence[tuple[int, int, int]], *, length: int = 1
     for r, (root, proposed, accepted) in enumerate(rounds):
         for i in range(proposed):
             proposal_RK[r, i] = 100 + root + 1 + i + (0 if i < accepted else 50)
-            if proposed > 1:
+            if proposed > 2:
                 logprob_RK[r, i] = -0.5 * i
     sources = [SOURCE_NONE if n == 0 else SOURCE_LOOKUP if n == 1 else SOURCE_DRAFT for _, n, _ in rounds]
     num_rejected = sum(max(0, proposed - 1 - accepted) for _, proposed, accepted in rounds)
     fields: dict[str, Any] = {
         "request_id": "r-1",
         "domain": "code",
-        "verify": "free",
+        "verify": "sampled",
         "temperature": 0.7,
         "first_position": 3,
         "answer_start": 2,

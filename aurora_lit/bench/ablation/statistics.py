@@ -28,7 +28,7 @@ def accepted_histogram(trace: Trace, *, num_proposed: int) -> list[int]:
 
 
 def accepted_length(hist_NA: Histograms) -> float:
-    """Tokens per round, the corrected or bonus token included; 1 without rounds."""
+    """Tokens per round, the target's own token included; 1 without rounds."""
     counts_A = hist_NA.sum(0)
     return 1 + float(counts_A @ np.arange(len(counts_A))) / max(1.0, float(counts_A.sum())) if len(counts_A) else 1.0
 

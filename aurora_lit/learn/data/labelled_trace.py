@@ -118,8 +118,8 @@ def label_trace(trace: Trace, target_head: TargetHead) -> LabelledTrace:
 
 
 def label_for_gate(trace: Trace, target_head: TargetHead) -> LabelledTrace:
-    """As `label_trace`, for computing acceptance only: that of greedy and seeded answers does not need the head."""
-    if trace.verify == "free":
+    """As `label_trace`, for computing acceptance only: that of greedy answers does not need the head."""
+    if trace.verify == "sampled":
         return label_trace(trace, target_head)
     zeros_T, zeros_N = torch.zeros(len(trace.token_ids_T)), torch.zeros(len(trace.rejected_last_NH))
     return LabelledTrace(

@@ -72,17 +72,15 @@ def _drafted_rounds(labelled: LabelledTrace, *, oldest_fresh: int) -> dict[str, 
         inside = inside_QK.view(*inside_QK.shape, *[1] * (joined.dim() - 1))
         return joined[index_QK].masked_fill(~inside, fill)
 
-    explored_Q = trace.explored_R[kept]
-    drawn_Q = explored_Q | (trace.verify == "free")
     return {
         "root_Q": root_R[kept],
         "proposal_QK": trace.proposal_RK[kept].long(),
         "num_proposed_Q": proposed_R[kept],
         "num_accepted_Q": accepted_R[kept],
-        "behaviour_logprob_QK": trace.behaviour_logprob_RK[kept].masked_fill(~drawn_Q[:, None], float("nan")),
+        # NaN already, except in older logs.
+        "behaviour_logprob_QK": trace.behaviour_logprob_RK[kept].where(trace.explored_R[kept, None], float("nan")),
         "temperature_Q": torch.full((Q,), trace.temperature),
         "draft_temperature_Q": trace.draft_temperature_R[kept],
-        "verified_by_equality_Q": torch.full((Q,), trace.verify != "free"),
         "path_last_QKH": along_path(trace.last_TH, trace.rejected_last_NH, 0.0),
         "path_lse_QK": along_path(labelled.tempered_lse_T, labelled.rejected_tempered_lse_N, 0.0),
         "path_top_QK": along_path(labelled.top_T, labelled.rejected_top_N, -1),
@@ -101,7 +99,6 @@ def _no_rounds(hidden: int) -> dict[str, Tensor]:
         "behaviour_logprob_QK": floats[:, None],
         "temperature_Q": floats,
         "draft_temperature_Q": floats,
-        "verified_by_equality_Q": bools,
         "path_last_QKH": torch.zeros(0, 1, hidden, dtype=torch.bfloat16),
         "path_lse_QK": floats[:, None],
         "path_top_QK": ints[:, None],

@@ -7,8 +7,10 @@ known from the trace, since all proposals before it were accepted.
 
 Two limits. Proposals after a round's first rejection are left out: they were not verified, the target's states after
 them are not in the trace, and the policy gradient there is 0 (their S_t is 0, modules/losses/ppo.py). And a round that
-could reach beyond the recorded end is left out, as in learn/offline/scoring.py. Requests that are not greedy keep their
-recorded rounds, whose proposals after a rejection have states too.
+could reach beyond the recorded end is left out, as in learn/offline/scoring.py.
+
+Sampled requests keep their recorded rounds: a trace does not hold the key of their noise, which other proposals would
+need, and their proposals after a rejection have states too.
 
 Shapes: K draft steps, B rows, T positions, H hidden, N chains without a rejection so far, D draft vocabulary.
 """
@@ -42,7 +44,8 @@ class _Chains:
     proposal_KBT: Tensor
     """int64 target ids; -1 after the first rejected proposal."""
     logprob_KBT: Tensor
-    """fp32. Log-probability of each proposal when it was drawn, 0 for an argmax; NaN after the first rejection."""
+    """fp32. Log-probability of each proposal when it was drawn to explore; NaN in other rounds and after the first
+    rejection."""
 
 
 @dataclass(kw_only=True)
@@ -111,7 +114,7 @@ class RoundSimulator:
             # While all proposals were accepted, the chain consists of the recorded tokens, on which `unroll` ran.
             logits_ND = draft.compute_logits(hidden_KBTH[step, row_N, root_N + step])
             choice_N = _first_choice(logits_ND)
-            logprob_N = torch.zeros(len(choice_N))
+            logprob_N = torch.full((len(choice_N),), float("nan"))
             explored_N = chains.explored_BT[row_N.cpu(), root_N.cpu()]
             if explored_N.any():
                 logq_ED = (logits_ND[explored_N.to(device)].float() / self.explore_temperature).log_softmax(-1).cpu()

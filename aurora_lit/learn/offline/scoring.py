@@ -1,11 +1,13 @@
 """The accepted length that a live server would have had with another draft, computed from recorded traces alone.
 
-A greedy or seeded answer does not depend on the draft. So its tokens are known, and from every root in it the draft's
-proposals are accepted as far as they equal those tokens. Going from root to root as rounds do gives exactly the rounds
-of a server that proposes `num_steps` tokens in every round (engine.adaptive and engine.lookup off). Traces store states
-in bf16, so a near tie between two tokens may be broken differently. Under the ratio test, a committed token came from
-an accepted proposal with probability min(1, q/p): rounds then have probabilities instead of outcomes, and their totals
-are exact in expectation.
+An answer does not depend on the draft. So its tokens are known, and from every root in it the draft's proposals are
+accepted as far as they equal those tokens. Going from root to root as rounds do gives the rounds of a server that
+proposes a chain of `num_steps` tokens in every round (engine.adaptive, engine.lookup and engine.tree_tokens off, and no
+round explores). Of greedy answers they are exact, but traces store states in bf16, so a near tie between two tokens may
+be broken differently. Of sampled answers the noise that drew the tokens is not recorded. But given that the target has
+drawn a token, the draft with the same noise proposes it with a known probability (`acceptance_given_token`). Rounds
+then have probabilities instead of outcomes, and their totals are exact in expectation, if p is the softmax of the
+target's logits at the temperature (no top-k, top-p, min-p, penalties or bias).
 
 Two limits: a later segment of a request knows only the overlap before it, and a round that reaches beyond a request's
 recorded end does not count, as in `bench acceptance`. Leaves out learning (learn/offline/replay.py).
@@ -25,6 +27,7 @@ from aurora_lit.learn.data.collate import collate, group_by_length
 from aurora_lit.learn.data.labelled_trace import first_trained_position
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.modules.losses.draft_module import DraftModule
+from aurora_lit.modules.losses.lk import acceptance_given_token
 from aurora_lit.modules.losses.policy import draft_index
 from aurora_lit.modules.losses.unroll import shift_positions
 from aurora_lit.traces.record import Trace
@@ -32,11 +35,11 @@ from aurora_lit.traces.record import Trace
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTotals:
-    """Rounds of a draft on a segment and the tokens they emit; expected values under the ratio test."""
+    """Rounds of a draft on a segment and the tokens they emit; expected values for sampled requests."""
 
     count: float = 0.0
     tokens: float = 0.0
-    """Tokens emitted by these rounds, the corrected or bonus token included."""
+    """Tokens emitted by these rounds, the target's own token of each included."""
 
     def __add__(self, other: RoundTotals) -> RoundTotals:
         return RoundTotals(count=self.count + other.count, tokens=self.tokens + other.tokens)
@@ -93,18 +96,20 @@ class RoundScorer:
         draft = self.module.draft
         logits_KND = draft.compute_logits(hidden_KNH)
         token_N = trace.token_ids_T[scored.start + 1 : scored.stop + 1].long()
-        if trace.verify != "free":
+        if trace.verify != "sampled":
             return (draft.draft_token_ids[logits_KND.argmax(-1)].cpu() == token_N).float()
-        token_N = token_N.to(logits_KND.device)
+        device = logits_KND.device
+        last_NH = trace.last_TH[scored]
+        lse_N = self._target_head.evaluate(last_NH, temperature=trace.temperature).tempered_lse_N
+        head_VdH = self.module.head_VdH
+        logits_ND = self.module.logit_transform((last_NH.to(head_VdH) @ head_VdH.T).float()) / trace.temperature
+        p_ND = (logits_ND - lse_N[:, None].to(device)).exp()
+        token_N = token_N.to(device)
         index_N = draft_index(token_N, draft)
-        logq_KND = (logits_KND.float() / trace.temperature).log_softmax(-1)
-        logq_KN = logq_KND.gather(-1, index_N.expand(len(logq_KND), -1)[..., None])[..., 0]
-        last_NH = trace.last_TH[scored].to(self._target_head.head_VH.device)
-        lse_N = self._target_head.evaluate(last_NH, temperature=trace.temperature).tempered_lse_N.to(last_NH.device)
-        head_NH = self.module.head_VdH[index_N].float()
-        logit_N = self.module.logit_transform.at_tokens((last_NH.float() * head_NH).sum(-1), index_N)
-        logp_N = logit_N / trace.temperature - lse_N
-        return ((logq_KN - logp_N).clamp(max=0).exp() * draft.t2d[token_N]).cpu()
+        accept_KN = torch.stack(
+            [acceptance_given_token(p_ND, (x.float() / trace.temperature).softmax(-1), index_N) for x in logits_KND]
+        )
+        return (accept_KN * draft.t2d[token_N]).cpu()
 
     def _roots_of(self, trace: Trace) -> dict[int, float]:
         """Where in the segment rounds begin, with probabilities: at roots left for it, else before the answer."""

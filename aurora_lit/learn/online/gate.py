@@ -2,8 +2,10 @@
 
 The score is the expected accepted length, computed from traces alone: from every position of an answer, the draft
 continues the committed tokens, and proposal i counts with the probability that all proposals up to it are accepted. For
-greedy and seeded requests this probability is 0 or 1, exactly as in serving; for free ones it is Π Σ min(p, q) at the
-request's temperature. Leaves out writing checkpoints of drafts that pass (drafts/versions.py).
+greedy requests this probability is 0 or 1, exactly as in serving. For sampled ones it is Π Σ min(p, q) at the request's
+temperature: a surrogate, the upper bound of the acceptance rate with shared noise (modules/losses/lk.py). It has less
+variance than what was accepted, and overrates both drafts. Leaves out writing checkpoints of drafts that pass
+(drafts/versions.py).
 
 Shapes: K draft steps, B rows, T positions, N scored positions, D draft vocabulary.
 """
@@ -26,6 +28,7 @@ from aurora_lit.learn.data.collate import collate, group_by_length
 from aurora_lit.learn.data.labelled_trace import LabelledTrace, first_trained_position
 from aurora_lit.learn.data.reservoir import MAX_DOMAINS
 from aurora_lit.modules.losses.draft_module import DraftModule
+from aurora_lit.modules.losses.lk import overlap
 from aurora_lit.modules.losses.unroll import shift_positions
 from aurora_lit.traces.record import Trace
 
@@ -237,14 +240,14 @@ def _accepted(module: DraftModule, labelled_traces: Sequence[LabelledTrace]) -> 
 
 
 def _acceptance(module: DraftModule, labelled: LabelledTrace, hidden_KNH: Tensor, scored: slice) -> Tensor:
-    """Probability that the draft's proposal is accepted, by step and position [K, N], on the CPU."""
+    """Probability that the draft's proposal is accepted (of sampled requests its surrogate) [K, N], on the CPU."""
     trace, draft = labelled.trace, module.draft
     logits_KND = draft.compute_logits(hidden_KNH)
-    if trace.verify != "free":
+    if trace.verify != "sampled":
         proposal_KN = draft.draft_token_ids[logits_KND.argmax(-1)].cpu()
         return (proposal_KN == trace.token_ids_T[scored.start + 1 : scored.stop + 1]).float()
     q_KND = (logits_KND.float() / trace.temperature).softmax(-1)
     last_NH = trace.last_TH[scored].to(module.head_VdH.device, module.head_VdH.dtype)
     logits_ND = module.logit_transform((last_NH @ module.head_VdH.T).float()) / trace.temperature
     p_ND = (logits_ND - labelled.tempered_lse_T[scored, None].to(logits_ND.device)).exp()
-    return torch.minimum(p_ND, q_KND).sum(-1).cpu()
+    return overlap(p_ND, q_KND).cpu()

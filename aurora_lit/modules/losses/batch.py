@@ -64,15 +64,12 @@ class Rounds:
     num_accepted_Q: Tensor
     """int64."""
     behaviour_logprob_QK: Tensor
-    """fp32. Log-probability of the proposal under the distribution that it was drawn from. NaN for proposals that were
-    not drawn (the draft's argmax), whose rounds have no policy ratio, and after a round's last proposal."""
+    """fp32. Log-probability of the proposal under the distribution that it was drawn from to explore. NaN after a
+    round's last proposal, and in rounds that do not explore: these have no policy ratio."""
     temperature_Q: Tensor
     """fp32. The request's; 0 is greedy."""
     draft_temperature_Q: Tensor
-    """fp32. The temperature that proposals were drawn at; 1 where they were not drawn."""
-    verified_by_equality_Q: Tensor
-    """bool. True: a proposal is accepted if it equals the target's own token, its argmax at temperature 0 or its seeded
-    draw. False: it is accepted with probability min(1, p/q)."""
+    """fp32. The temperature that proposals were drawn at to explore; 1 in other rounds."""
     path_last_QKH: Tensor
     """The target's last hidden state whose distribution verifies proposal i; zeros after a round's last proposal."""
     path_lse_QK: Tensor

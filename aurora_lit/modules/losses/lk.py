@@ -1,7 +1,19 @@
 """How well a draft distribution q is accepted by a target distribution p: closed forms, and the LK loss made of them.
 
+The verifier is serving's: the target chooses its own token, argmax_i of log p_i + g_i with Gumbel noise g, and accepts
+a proposal that equals it. The draft proposes argmax_i of log q_i + g_i with the same noise g ("shared noise"; Daliri,
+Musco, Suresh 2025, "Coupling without Communication and Drafter-Invariant Speculative Decoding", arXiv 2408.07978). Both
+choose i if E_j ≥ E_i · max(p_j/p_i, q_j/q_i) for all j, where E = exp(−g) are independent exponential variables, so the
+probability of acceptance is
+
+    Σ_i 1 / Σ_j max(p_j/p_i, q_j/q_i).
+
+It lies between α/(2 − α) and α for α = Σ min(p, q) = 1 − TV(p, q), with TV the total variation distance: draws from p
+and q, however coupled, are equal with a probability of at most α, and the lower bound is the paper's (1 − TV)/(1 + TV).
+The LK loss trains α, the smooth upper bound, with which the lower bound grows; both are 1 only for q = p.
+
 These are the readable definitions. Leaves out the loss as training computes it (modules/losses/fused_lk.py),
-verification (modules/sampling/verification.py), and the weights of unrolled draft steps (the caller's).
+verification (serve/sequences/round_plan.py), and the weights of unrolled draft steps (the caller's).
 
 Shapes: N rows (positions), K unrolled draft steps, D reduced draft vocabulary.
 """
@@ -20,7 +32,7 @@ class LKStats:
     """Statistics of each row, without gradient. Shape [N], or [K, N] if the hidden states had draft steps."""
 
     alpha_N: Tensor
-    """Acceptance rate Σ min(p, q)."""
+    """α = Σ min(p, q), see `overlap`."""
     kl_N: Tensor
     """KL over the draft vocabulary, see `lk_loss`."""
     top1_match_N: Tensor
@@ -34,16 +46,33 @@ class LKStats:
         return kl_share * self.kl_N + (1 - kl_share) * (1 - self.alpha_N)
 
 
-def acceptance_rate(p: Tensor, q: Tensor) -> Tensor:
-    """α = Σ min(p, q) over the last dim: the probability that a proposal drawn from q passes the test min(1, p/q).
+def overlap(p: Tensor, q: Tensor) -> Tensor:
+    """α = Σ min(p, q) over the last dim: an upper bound of the acceptance rate with shared noise, and its surrogate.
 
     p may leave out the tokens outside the draft vocabulary, since q is 0 there.
     """
     return torch.minimum(p, q).sum(-1)
 
 
+def acceptance_given_token(p_D: Tensor, q_D: Tensor, token: Tensor) -> Tensor:
+    """The probability that shared noise proposes token i if the target has drawn it: 1 / Σ_j max(p_j, p_i q_j/q_i).
+
+    The sum is over the target's whole vocabulary: outside the draft's, where q is 0, it is 1 − Σ p_D. Weighted by p_i
+    and summed over i, this is the acceptance rate that the top of this file gives.
+
+    Args:
+        p_D: the target's probabilities of the draft vocabulary [..., D]; may sum to less than 1.
+        q_D: the draft's [..., D].
+        token: int64, i as an index of D [...]. q_i may be 0: then the result is 0.
+    """
+    p_1, q_1 = (x.gather(-1, token[..., None]) for x in (p_D, q_D))
+    outside = (1 - p_D.sum(-1)).clamp_min(0)
+    inverse = torch.maximum(p_D, p_1 * q_D / q_1).sum(-1) + outside
+    return torch.where(q_1[..., 0] > 0, 1 / inverse, 0.0)
+
+
 def expected_accepted_length(alpha_K: Tensor) -> Tensor:
-    """1 + Σ_t Π_{i≤t} α_i over the last dim: the expected tokens of a round, the corrected or bonus token included."""
+    """1 + Σ_t Π_{i≤t} α_i over the last dim: the expected tokens of a round, the target's own token included."""
     return 1 + alpha_K.cumprod(-1).sum(-1)
 
 
@@ -55,7 +84,7 @@ def lk_loss(p_D: Tensor, q_D: Tensor) -> Tensor:
     differs from the KL of the renormalised p only by the factor s and the constant s·log s, so it may be negative. Its
     gradient by the draft's logits is s·q − p, so rows whose mass is mostly outside have small gradients.
     """
-    alpha = acceptance_rate(p_D, q_D)
+    alpha = overlap(p_D, q_D)
     kl = (torch.xlogy(p_D, p_D) - p_D * q_D.clamp_min(torch.finfo(q_D.dtype).tiny).log()).sum(-1)
     kl_share = torch.exp(-KL_DECAY * alpha.detach())
     return kl_share * kl + (1 - kl_share) * (1 - alpha)

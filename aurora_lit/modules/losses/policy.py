@@ -1,15 +1,15 @@
 """The policy terms of an online batch: which rounds can be used, and their losses along the proposals.
 
-The policy is the draft's distribution over its vocabulary at the temperature that the round's proposals were drawn at.
-The behaviour policy is the distribution whose log-probabilities were recorded then. A policy ratio therefore also
-differs from 1 where serving had more context than the trace holds. Measured with SmolLM2-135M's draft unchanged, the
-deviation of log ρ is 0.02 from rounding (bf16-mixed), 0.2 where the context's beginning is missing and 64 tokens or
+Only rounds that explore have a policy: the draft's distribution over its vocabulary at the temperature that their
+proposals were drawn at. The behaviour policy is the one whose log-probabilities were recorded then. A ratio therefore
+also differs from 1 where serving had more context than the trace holds. Measured with SmolLM2-135M's draft unchanged,
+the deviation of log ρ is 0.02 from rounding (bf16-mixed), 0.2 where the context's beginning is missing and 64 tokens or
 more are left, and 2 where less than 32 are left.
 
 Leaves out the formulas (modules/losses/ppo.py) and the total loss (modules/losses/draft_module.py).
 
-Shapes: Q rounds, K proposals, M proposals that are tested with a probability above 0, L of them under the ratio test, H
-hidden size, V draft vocabulary.
+Shapes: Q rounds, K proposals, M proposals that are tested with a probability above 0, H hidden size, V draft
+vocabulary.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ from aurora_lit.modules.losses.ppo import (
     entropy,
     explained_variance,
     policy_ratio,
-    ratio_test_advantage,
     survival,
-    underweighted_share,
     value_loss,
 )
 from aurora_lit.modules.sampling.distribution import GREEDY_BELOW
@@ -76,7 +74,7 @@ class PolicyTerms:
 
 
 def usable_rounds(rounds: Rounds, draft: Eagle3Draft) -> Rounds:
-    """The rounds with a policy ratio: fresh, and every proposal was drawn and is in the draft's vocabulary."""
+    """The rounds with a policy ratio: fresh, drawn to explore, and every proposal is in the draft's vocabulary."""
     has_ratio_QK = rounds.behaviour_logprob_QK.isfinite() & draft.t2d[rounds.proposal_QK.clamp_min(0)]
     usable_Q = rounds.fresh_Q & (rounds.num_proposed_Q > 0) & (has_ratio_QK | ~rounds.is_proposal_QK).all(-1)
     return rounds.select(usable_Q)
@@ -84,22 +82,22 @@ def usable_rounds(rounds: Rounds, draft: Eagle3Draft) -> Rounds:
 
 def accept_probabilities(
     rounds: Rounds, draft: Eagle3Draft, head_VH: Tensor, logit_transform: LogitTransform
-) -> tuple[Tensor, Tensor]:
-    """Acceptance probability c and the target's log p(a) of every proposal [Q, K] of usable rounds.
+) -> Tensor:
+    """Acceptance probability c of every proposal [Q, K] of usable rounds; 0 after a round's last proposal.
 
-    c is 0 after a round's last proposal. `head_VH` and `logit_transform` are the target's, for the draft vocabulary.
+    A proposal is accepted if it equals the target's own token: of a greedy request its argmax, so c is 1 or 0; of a
+    sampled one a draw from p, so c is p(a). `head_VH` and `logit_transform` are the target's, for the draft vocabulary.
     """
     index_QK = draft_index(rounds.proposal_QK, draft)
     head_QKH = head_VH[index_QK].to(_math_dtype(head_VH))
     products_QK = (rounds.path_last_QKH.to(head_QKH.dtype) * head_QKH).sum(-1)
     logit_QK = logit_transform.at_tokens(products_QK, index_QK)
-    logp_QK = logit_QK / _target_temperature(rounds)[:, None] - rounds.path_lse_QK
-    equal_QK = (rounds.proposal_QK == rounds.path_top_QK).to(logp_QK.dtype)
     is_greedy_Q = rounds.temperature_Q < GREEDY_BELOW
-    by_equality_QK = torch.where(is_greedy_Q[:, None], equal_QK, logp_QK.exp())
-    by_ratio_test_QK = (logp_QK - rounds.behaviour_logprob_QK).clamp(max=0).exp()
-    accept_QK = torch.where(rounds.verified_by_equality_Q[:, None], by_equality_QK, by_ratio_test_QK)
-    return accept_QK.where(rounds.is_proposal_QK, 0.0).clamp(max=1), logp_QK
+    temperature_Q = torch.where(is_greedy_Q, 1.0, rounds.temperature_Q)  # greedy requests do not use it
+    logp_QK = logit_QK / temperature_Q[:, None] - rounds.path_lse_QK
+    equal_QK = (rounds.proposal_QK == rounds.path_top_QK).to(logp_QK.dtype)
+    accept_QK = torch.where(is_greedy_Q[:, None], equal_QK, logp_QK.exp())
+    return accept_QK.where(rounds.is_proposal_QK, 0.0).clamp(max=1)
 
 
 def policy_terms(
@@ -128,7 +126,7 @@ def policy_terms(
     if not len(rounds):
         return PolicyTerms.none(hidden_QKH)
     with torch.autocast(hidden_QKH.device.type, enabled=False):
-        accept_QK, logp_QK = accept_probabilities(rounds, draft, head_VH, logit_transform)
+        accept_QK = accept_probabilities(rounds, draft, head_VH, logit_transform)
         survival_QK = survival(accept_QK)
         counts_QK = (survival_QK > 0) & rounds.is_proposal_QK
         hidden_MH = hidden_QKH[counts_QK].to(draft.lm_head.weight.dtype)
@@ -141,24 +139,11 @@ def policy_terms(
 
         value_QK1 = accept_QK.new_zeros(accept_QK.shape[0], accept_QK.shape[1] + 1)
         value_QK1[:, :-1][counts_QK] = value_M.detach().to(value_QK1.dtype)
-        gae_QK = acceptance_gae(accept_QK, value_QK1, gae_lambda)
-        by_ratio_test_M = ~rounds.verified_by_equality_Q[round_M]
-        share_M = _underweighted_shares(
-            rounds, counts_QK, by_ratio_test_M, logq_MV.detach(), head_VH=head_VH, logit_transform=logit_transform
-        )
-        ratio_test_QK = ratio_test_advantage(
-            gae_QK,
-            value_QK1,
-            gae_lambda,
-            is_underweighted_K=_scatter_counted(logq_M.detach() <= logp_QK[counts_QK], counts_QK),
-            underweighted_share_K=_scatter_counted(share_M, counts_QK),
-        )
-        advantage_QK = torch.where(rounds.verified_by_equality_Q[:, None], gae_QK, ratio_test_QK)
-
+        advantage_QK = acceptance_gae(accept_QK, value_QK1, gae_lambda)
         ratio_M = policy_ratio(logq_M, rounds.behaviour_logprob_QK[counts_QK])
         survival_M = survival_QK[counts_QK]
         loss_M, is_clipped_M = clipped_policy_loss(ratio_M, advantage_QK[counts_QK], survival_M, clip=clip)
-        return_M = (gae_QK + value_QK1[:, :-1])[counts_QK]
+        return_M = (advantage_QK + value_QK1[:, :-1])[counts_QK]
         sampled_return_M = (acceptance_gae(accept_QK, value_QK1, 1.0) + value_QK1[:, :-1])[counts_QK]
         return PolicyTerms(
             policy_loss=loss_M.sum() / len(rounds),
@@ -188,39 +173,6 @@ def sampled_share(batch: OnlineBatch, num_proposals: int, num_targets: Tensor) -
 def draft_index(token_ids: Tensor, draft: Eagle3Draft) -> Tensor:
     """Draft ids of target ids; 0 for padding (−1), and arbitrary where the draft does not have the token."""
     return (draft.t2d.cumsum(0) - 1)[token_ids.clamp_min(0)].clamp_min(0)
-
-
-def _underweighted_shares(
-    rounds: Rounds,
-    counts_QK: Tensor,
-    by_ratio_test_M: Tensor,
-    logq_MV: Tensor,
-    *,
-    head_VH: Tensor,
-    logit_transform: LogitTransform,
-) -> Tensor:
-    """`underweighted_share` of every counted proposal under the ratio test, 0 for the others [M]."""
-    share_M = logq_MV.new_zeros(len(by_ratio_test_M))
-    if by_ratio_test_M.any():
-        round_L = counts_QK.nonzero()[by_ratio_test_M, 0]
-        last_LH = rounds.path_last_QKH[counts_QK][by_ratio_test_M].to(head_VH.dtype)
-        logits_LV = logit_transform((last_LH @ head_VH.T).to(logq_MV.dtype))
-        logits_LV = logits_LV / _target_temperature(rounds)[round_L, None]
-        p_LV = (logits_LV - rounds.path_lse_QK[counts_QK][by_ratio_test_M, None]).exp()
-        share_M[by_ratio_test_M] = underweighted_share(p_LV, logq_MV[by_ratio_test_M].exp())
-    return share_M
-
-
-def _target_temperature(rounds: Rounds) -> Tensor:
-    """The temperature that the target's logits are divided by [Q], as in `path_lse_QK`: 1 for greedy requests."""
-    return torch.where(rounds.temperature_Q < GREEDY_BELOW, 1.0, rounds.temperature_Q)
-
-
-def _scatter_counted(x_M: Tensor, counts_QK: Tensor) -> Tensor:
-    """[M] → [Q, K]: the values of counted proposals, 0 elsewhere."""
-    out_QK = x_M.new_zeros(counts_QK.shape)
-    out_QK[counts_QK] = x_M
-    return out_QK
 
 
 def _math_dtype(x: Tensor) -> torch.dtype:

@@ -7,14 +7,13 @@ J(s_t) = E_a[c_t (1 + J(s_{t+1}))], and J is 0 after a round's last proposal. Pr
 S_t = Π_{i<t} c_i. All proposals of a round are drawn before any is tested, so c_t is known for every t and replaces the
 accept bit: the same expectation with less variance.
 
-Two kinds of verification give two gradients (policy gradient theorem, Sutton et al. 1999, for this objective):
+c does not depend on q: a proposal is accepted if it equals the target's own token. c(a) = 1[a = argmax p] for greedy
+requests. For sampled ones c(a) = p(a): these proposals are drawn to explore, with noise of their own, so the target's
+draw is independent of them. By the policy gradient theorem (Sutton et al. 1999),
+∇J = E Σ_t S_t ∇log q(a_t)·[c_t (1 + J(s_{t+1})) − b(s_t)] for any baseline b.
 
-- c does not depend on q: a proposal is accepted if it equals the target's own token. c(a) = 1[a = argmax p] at
-  temperature 0, and c(a) = p(a) where that token is drawn (seeded requests). Then
-  ∇J = E Σ_t S_t ∇log q(a_t)·[c_t (1 + J(s_{t+1})) − b(s_t)] for any baseline b.
-- c = min(1, p/q), the ratio test (Leviathan et al., arXiv 2211.17192). J(s) = Σ_a min(q, p)(1 + J(s')), and min(q, p)
-  grows with q only where q ≤ p, so
-  ∇J = E Σ_t S_t ∇log q(a_t)·[1[q ≤ p](1 + J(s_{t+1})) − b(s_t)]. The accept bit itself would be a biased reward.
+This J is the acceptance of rounds that explore. In other rounds of sampled requests draft and target share their noise,
+and the LK loss trains that acceptance (modules/losses/lk.py).
 
 PPO: Schulman et al., arXiv 1707.06347. Generalised advantage estimation: Schulman et al., arXiv 1506.02438. Advantages
 are not normalised.
@@ -55,39 +54,6 @@ def acceptance_gae(accept_prob_K: Tensor, value_K1: Tensor, gae_lambda: float) -
         next_advantage = delta + gae_lambda * accept * next_advantage
         advantage_K[..., t] = next_advantage
     return advantage_K
-
-
-def ratio_test_advantage(
-    gae_K: Tensor,
-    value_K1: Tensor,
-    gae_lambda: float,
-    *,
-    is_underweighted_K: Tensor,
-    underweighted_share_K: Tensor,
-) -> Tensor:
-    """The policy's advantages under the ratio test min(1, p/q): 1[q(a_t) ≤ p(a_t)]·(1 + V_{t+1} + λ Â_{t+1}) − b_t.
-
-    A proposal is rewarded only where the draft gives it too little probability, since only there more q means more
-    acceptance. Later proposals count through `acceptance_gae`, whose c is min(1, p/q). The baseline is the reward's
-    expectation Σ_a q·1[q ≤ p]·(1 + V̄), with the mean next value V̄ from V_t = α (1 + V̄): b_t = V_t · the underweighted
-    share. V̄ must not be the value of the state that a_t itself led to: that would bias the gradient.
-
-    Args:
-        gae_K: advantages Â of `acceptance_gae`.
-        value_K1: V.
-        gae_lambda: λ.
-        is_underweighted_K: bool, 1[q(a_t) ≤ p(a_t)].
-        underweighted_share_K: `underweighted_share` of each state.
-    """
-    next_gae_K = torch.cat([gae_K[..., 1:], torch.zeros_like(gae_K[..., :1])], -1)
-    follows_K = 1 + value_K1[..., 1:] + gae_lambda * next_gae_K
-    return is_underweighted_K * follows_K - value_K1[..., :-1] * underweighted_share_K
-
-
-def underweighted_share(p_D: Tensor, q_D: Tensor) -> Tensor:
-    """Σ q·1[q ≤ p] / Σ min(p, q) over the last dim, in [0, 1]: the share of the acceptance that more q would raise."""
-    least_D = torch.minimum(p_D, q_D)
-    return (q_D * (q_D <= p_D)).sum(-1) / least_D.sum(-1).clamp_min(torch.finfo(q_D.dtype).tiny)
 
 
 def policy_ratio(logprob: Tensor, behaviour_logprob: Tensor) -> Tensor:

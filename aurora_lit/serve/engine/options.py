@@ -15,8 +15,8 @@ from aurora_lit.serve.speculation.drafter import MAX_LEVEL_WIDTH
 class EngineOptions:
     """How an engine serves.
 
-    Only `eos_token_ids` and `max_seq_len` affect the output of a request (of unseeded sampling: its distribution); the
-    others affect speed and traces. There are no defaults here: those of a deployment are in settings.py.
+    Only `eos_token_ids` and `max_seq_len` affect the output of a request; the others affect speed and traces. There are
+    no defaults here: those of a deployment are in settings.py.
     """
 
     eos_token_ids: frozenset[int]
@@ -41,7 +41,7 @@ class EngineOptions:
     prefix_cache: bool
     """True: a prefix of a prompt that a slot still holds is copied instead of computed."""
     explore_share: float
-    """Share of a sequence's drafted rounds whose proposals are sampled at `explore_temperature`, from 0 to 1."""
+    """Share of drafted rounds whose proposals are drawn at `explore_temperature` to explore, from 0 to 1."""
     explore_temperature: float
     explore_seed: int = 0
     """Decides which rounds explore."""

@@ -139,9 +139,7 @@ class TraceRecorder:
 
 def verify_mode(params: SamplingParams) -> str:
     """How a request's proposals are verified, as a trace records it (traces.record.VERIFY_MODES)."""
-    if is_greedy(params):
-        return "greedy"
-    return "free" if params.seed is None else "seeded"
+    return "greedy" if is_greedy(params) else "sampled"
 
 
 def _round_tensors(notes: Sequence[RoundNote], *, first: int) -> dict[str, torch.Tensor]:

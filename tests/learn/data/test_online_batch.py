@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from aurora_lit.learn.data.labelled_trace import label_trace
@@ -26,10 +28,10 @@ def test_each_proposal_is_verified_by_the_targets_distribution_after_the_proposa
         with torch.no_grad():
             last_TH = target.forward_uncached(ids[None])[1][0, root:]
             logits = target.logits(last_TH)
-        free = float(batch.rounds.temperature_Q[q]) or 1.0
+        temperature = float(batch.rounds.temperature_Q[q]) or 1.0
         torch.testing.assert_close(batch.rounds.path_last_QKH[q, :count].float(), last_TH, atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(
-            batch.rounds.path_lse_QK[q, :count], (logits / free).logsumexp(-1), atol=0.05, rtol=0
+            batch.rounds.path_lse_QK[q, :count], (logits / temperature).logsumexp(-1), atol=0.05, rtol=0
         )
         clear = logits.topk(2).values.diff().abs()[:, 0] > 0.1
         assert torch.equal(batch.rounds.path_top_QK[q, :count][clear], logits.argmax(-1)[clear])
@@ -43,13 +45,13 @@ def test_only_drawn_proposals_have_log_probabilities_and_only_recent_ones_are_fr
     target_head: TargetHead, served: list[Trace]
 ) -> None:
     batch = collate_online([label_trace(trace, target_head) for trace in served], [], oldest_fresh=0)
-    modes = [served[int(row)].verify for row in batch.rounds.row_Q]
+    assert {served[int(row)].verify for row in batch.rounds.row_Q} == {"greedy", "sampled"}
     explored = torch.cat([t.explored_R[(t.num_proposed_R > 0) & (t.round_root_R > 0)] for t in served])
     assert 0 < int(explored.sum()) < len(explored)
-    for q, mode in enumerate(modes):
-        drawn = bool(explored[q]) or mode == "free"
-        assert bool(batch.rounds.behaviour_logprob_QK[q, 0].isfinite()) == drawn
-        assert bool(batch.rounds.verified_by_equality_Q[q]) == (mode != "free")
+    assert torch.equal(batch.rounds.behaviour_logprob_QK[:, 0].isfinite(), explored)
+    older = replace(served[0], behaviour_logprob_RK=torch.zeros_like(served[0].behaviour_logprob_RK))
+    known = collate_online([label_trace(older, target_head)], [], oldest_fresh=0).rounds.behaviour_logprob_QK
+    assert torch.equal(known[:, 0].isfinite(), explored[: len(known)]), "older logs have 0 for an argmax"
     assert batch.rounds.fresh_Q.all()
     assert not collate_online([label_trace(served[0], target_head)], [], oldest_fresh=1).rounds.fresh_Q.any()
 

@@ -270,8 +270,8 @@ def test_rounds_of_an_older_vocabulary_are_used_unless_a_proposal_left_it(
     assert 0 < len(now.row_Q) == int(without_Q.sum()) < len(usable.row_Q)
     assert torch.equal(now.root_Q, usable.root_Q[without_Q])
     assert torch.equal(now.behaviour_logprob_QK.nan_to_num(1), usable.behaviour_logprob_QK[without_Q].nan_to_num(1))
-    before, _ = accept_probabilities(usable, draft, target_head.head_VH[ids], target_head.logit_transform)
-    again, _ = accept_probabilities(now, changed, target_head.head_VH[new_ids], target_head.logit_transform)
+    before = accept_probabilities(usable, draft, target_head.head_VH[ids], target_head.logit_transform)
+    again = accept_probabilities(now, changed, target_head.head_VH[new_ids], target_head.logit_transform)
     torch.testing.assert_close(again, before[without_Q])
     inside = now.proposal_QK >= 0
     assert torch.equal(new_ids[draft_index(now.proposal_QK, changed)][inside], now.proposal_QK[inside])

@@ -19,4 +19,4 @@ def good_draft(target: Target) -> Eagle3Draft:
     this draft has none along these answers.
     """
     answers = serve(target, None, some_requests(10, max_tokens=40))
-    return trained_draft(target, torch.stack([trace.token_ids_T.long() for trace in answers]))
+    return trained_draft(target, torch.stack([trace.token_ids_T.long() for trace in answers]), steps=80)

@@ -95,7 +95,7 @@ def test_exploring_rounds_accept_as_a_live_engines_do(
 
     (live_share, live_length), (share, length) = explored(live), explored(simulated)
     assert share == pytest.approx(0.5, abs=0.03)
-    assert live_share == pytest.approx(0.5, abs=0.03)
+    assert live_share == pytest.approx(0.5, abs=0.08)  # the sequences of a round explore together
     assert length == pytest.approx(live_length, abs=0.12)  # about 900 rounds each
     plain = make_simulator(target, good_draft).simulate_rounds(recorded, version=0)
     assert length < float(torch.cat([t.num_accepted_R for t in plain]).float().mean()) - 0.2

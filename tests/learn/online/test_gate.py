@@ -58,7 +58,7 @@ def test_the_score_of_a_greedy_request_is_what_the_engine_accepts(
     assert kinds > 12, "or hardly anything is accepted here"
 
 
-def test_the_score_of_a_free_request_is_the_overlap_of_the_two_distributions(
+def test_the_score_of_a_sampled_request_is_the_overlap_of_the_two_distributions(
     target: Target, target_head: TargetHead, taught_draft: Eagle3Draft
 ) -> None:
     traces = serve(target, taught_draft, some_requests(2, seed=9, temperature=0.6))

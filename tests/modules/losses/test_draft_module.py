@@ -23,7 +23,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     return Target.load(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
 
 
-def online_batch(target: Target, *, verified: str = "ratio_test") -> OnlineBatch:
+def online_batch(target: Target, *, verified: str = "own_draw") -> OnlineBatch:
     """Three texts and four rounds of different lengths; the behaviour policy differs a little from the draft."""
     ids_BT = torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(1))
     proposed = [(2, 9, (8, 9, 10)), (0, 4, (11, 12)), (2, 3, (13,)), (0, 15, (14, 15, 16))]

@@ -63,7 +63,7 @@ class EnumeratedRounds:
         proposed = [(0, root, (ids[a], ids[b])) for root in (5, 8) for a, b in self.paths]
         batch = rounds(target, ids_1T, proposed, verified=verified, draft_temperature=draft_temperature)
         self.batch = replace(batch, traces=in_double(batch.traces), rounds=in_double(batch.rounds))
-        self.verified, self.temperature = verified, VERIFIED[verified][1]
+        self.verified, self.temperature = verified, VERIFIED[verified]
 
     def logq(self) -> tuple[Tensor, Tensor]:
         """log q of both proposals of every round [Q, 2], and over the vocabulary [Q, 2, D]."""
@@ -78,13 +78,8 @@ class EnumeratedRounds:
         logits_QKD = served.path_last_QKH @ self.module.head_VdH.T / (self.temperature or 1.0)
         p_QKD = (logits_QKD - served.path_lse_QK[..., None]).exp()
         p_QK = p_QKD.gather(2, torch.tensor(self.paths * 2)[..., None])[..., 0]
-        match self.verified:
-            case "argmax":
-                c_QK = (served.path_top_QK == served.proposal_QK).double()
-            case "own_draw":
-                c_QK = p_QK
-            case _:
-                c_QK = (p_QK / q_QK).clamp(max=1)
+        equal_QK = served.path_top_QK == served.proposal_QK
+        c_QK = equal_QK.double() if self.verified == "argmax" else p_QK
         return (q_QK.prod(1) * c_QK.cumprod(1).sum(1)).sum() / 2
 
     def drawn(self, index_Q: Tensor) -> OnlineBatch:
@@ -134,7 +129,7 @@ def test_the_policy_term_has_the_gradient_of_expected_acceptance(
 
 
 @pytest.mark.parametrize("verified", VERIFIED)
-def test_a_draft_that_learns_from_sampled_servedalone_is_accepted_more(verified: str, target: Target) -> None:
+def test_a_draft_that_learns_from_sampled_rounds_alone_is_accepted_more(verified: str, target: Target) -> None:
     case = EnumeratedRounds(target, verified)
     before = float(case.expected().detach())
     optimizer = torch.optim.AdamW(case.module.draft.parameters(), lr=3e-3, weight_decay=0.0)

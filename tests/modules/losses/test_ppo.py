@@ -20,14 +20,12 @@ from aurora_lit.modules.losses.ppo import (
     entropy,
     explained_variance,
     policy_ratio,
-    ratio_test_advantage,
     survival,
-    underweighted_share,
     value_loss,
 )
 
 D, V, F = 3, 4, 2
-MODES = ("argmax", "own_draw", "ratio_test")
+MODES = ("argmax", "own_draw")
 State = tuple[int, ...]
 
 
@@ -44,15 +42,10 @@ class Toy:
     def q(self, theta_FD: Tensor, state: State) -> Tensor:
         return torch.softmax(self.features_by_state[state] @ theta_FD / self.temperature, -1)
 
-    def accept(self, state: State, action: int, q_D: Tensor) -> Tensor:
-        """c(a), differentiable where it depends on q."""
+    def accept(self, state: State, action: int) -> Tensor:
+        """c(a)."""
         p_V = self.p_by_state[state]
-        match self.mode:
-            case "argmax":
-                return (p_V.argmax() == action).double()
-            case "own_draw":
-                return p_V[action]
-        return (p_V[action] / q_D[action]).clamp(max=1)
+        return (p_V.argmax() == action).double() if self.mode == "argmax" else p_V[action]
 
     def expected(self, theta_FD: Tensor, state: State = ()) -> Tensor:
         """J(s): proposals accepted from here on, by its definition."""
@@ -60,7 +53,7 @@ class Toy:
             return theta_FD.new_zeros(())
         q_D = self.q(theta_FD, state)
         ahead_D = torch.stack([1 + self.expected(theta_FD, (*state, a)) for a in range(D)])
-        accept_D = torch.stack([self.accept(state, a, q_D) for a in range(D)])
+        accept_D = torch.stack([self.accept(state, a) for a in range(D)])
         return (q_D * accept_D * ahead_D).sum()
 
 
@@ -86,29 +79,19 @@ def surrogate(
     *,
     gae_lambda: float,
     clip: float = 0.2,
-    reward: str | None = None,
 ) -> Tensor:
-    """The expected loss over all rounds of the behaviour policy; `reward`: as of another kind of verification."""
+    """The expected loss over all rounds of the behaviour policy."""
     total = theta_FD.new_zeros(())
     K = case.num_proposals
     for actions in itertools.product(range(D), repeat=K):
         states = [actions[:t] for t in range(K)]
         old_KD = torch.stack([case.q(behaviour_FD, s) for s in states])
         new_KD = torch.stack([case.q(theta_FD, s) for s in states])
-        p_KD = torch.stack([case.p_by_state[s][:D] for s in states])
         index_K1 = torch.tensor(actions)[:, None]
-        old_K, new_K, p_K = (x.gather(1, index_K1)[:, 0] for x in (old_KD, new_KD, p_KD))
-        accept_K = torch.stack([case.accept(s, a, q) for s, a, q in zip(states, actions, old_KD, strict=True)])
+        old_K, new_K = (x.gather(1, index_K1)[:, 0] for x in (old_KD, new_KD))
+        accept_K = torch.stack([case.accept(s, a) for s, a in zip(states, actions, strict=True)])
         value_K1 = torch.stack([*(value_of[s] for s in states), torch.zeros((), dtype=torch.float64)])
-        advantage_K = gae_K = acceptance_gae(accept_K, value_K1, gae_lambda)
-        if (reward or case.mode) == "ratio_test":
-            advantage_K = ratio_test_advantage(
-                gae_K,
-                value_K1,
-                gae_lambda,
-                is_underweighted_K=new_K <= p_K,
-                underweighted_share_K=underweighted_share(p_KD, new_KD),
-            )
+        advantage_K = acceptance_gae(accept_K, value_K1, gae_lambda)
         ratio_K = policy_ratio(new_K.log(), old_K.log())
         loss_K, _ = clipped_policy_loss(ratio_K, advantage_K, survival(accept_K), clip=clip)
         total = total + old_K.prod() * loss_K.sum()
@@ -175,33 +158,15 @@ def test_with_wrong_values_a_smaller_lambda_is_biased(mode: str) -> None:
     assert differs(got, -finite_differences(case, theta))
 
 
-def test_the_accept_bit_is_a_biased_reward_under_the_ratio_test() -> None:
-    case, theta = toy("ratio_test")
-    got = gradient_of_loss(case, theta, exact_values(case, theta), gae_lambda=1.0, reward="own_draw")
-    assert differs(got, -finite_differences(case, theta))
-
-
-def test_the_indicator_is_a_biased_reward_where_verification_ignores_q() -> None:
-    case, theta = toy("own_draw")
-    got = gradient_of_loss(case, theta, exact_values(case, theta), gae_lambda=1.0, reward="ratio_test")
-    assert differs(got, -finite_differences(case, theta))
-
-
-def test_advantages_have_mean_0_with_exact_values() -> None:
-    """In every state and for either kind of verification."""
-    for mode in ("own_draw", "ratio_test"):
-        case, theta = toy(mode, num_proposals=1)
-        q, p, value = case.q(theta, ()), case.p_by_state[()][:D], case.expected(theta)
-        value_D2 = torch.stack([value, torch.zeros_like(value)]).expand(D, 2)
-        accept_D1 = torch.stack([case.accept((), a, q) for a in range(D)])[:, None]
-        advantage_D1 = acceptance_gae(accept_D1, value_D2, 1.0)
-        if mode == "ratio_test":
-            share_D1 = underweighted_share(p, q).expand(D, 1)
-            advantage_D1 = ratio_test_advantage(
-                advantage_D1, value_D2, 1.0, is_underweighted_K=(q <= p)[:, None], underweighted_share_K=share_D1
-            )
-        assert abs(float((q * advantage_D1[:, 0]).sum())) < 1e-12
-        assert advantage_D1.abs().max() > 0.01
+@pytest.mark.parametrize("mode", MODES)
+def test_advantages_have_mean_0_with_exact_values(mode: str) -> None:
+    case, theta = toy(mode, num_proposals=1)
+    q, value = case.q(theta, ()), case.expected(theta)
+    value_D2 = torch.stack([value, torch.zeros_like(value)]).expand(D, 2)
+    accept_D1 = torch.stack([case.accept((), a) for a in range(D)])[:, None]
+    advantage_D1 = acceptance_gae(accept_D1, value_D2, 1.0)
+    assert abs(float((q * advantage_D1[:, 0]).sum())) < 1e-12
+    assert advantage_D1.abs().max() > 0.01
 
 
 # -- off policy ----------------------------------------------------------------------------------------------------
@@ -250,11 +215,6 @@ def test_gae_by_hand() -> None:
     returns = acceptance_gae(accept, value, 1.0) + value[:-1]
     torch.testing.assert_close(returns, torch.tensor([0.5 + 0.5 * 0.8, 0.8, 0.0]))
     torch.testing.assert_close(survival(accept), torch.tensor([1.0, 0.5, 0.4]))
-
-
-def test_underweighted_share_is_in_0_to_1() -> None:
-    p, q = torch.tensor([[0.1, 0.6], [0.5, 0.5], [0.0, 0.0]]), torch.tensor([[0.7, 0.3], [0.5, 0.5], [0.4, 0.6]])
-    torch.testing.assert_close(underweighted_share(p, q), torch.tensor([0.3 / 0.4, 1.0, 0.0]))
 
 
 def test_value_loss_weights_proposals_by_survival() -> None:

@@ -13,9 +13,10 @@ from support.toy_rounds import chain_logprobs, chain_states, rounds
 
 from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
-from aurora_lit.modules.sampling.distribution import LogitOptions
-from aurora_lit.request import SamplingParams
-from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.modules.losses.lk import overlap
+from aurora_lit.modules.losses.policy import draft_index
+from aurora_lit.serve.speculation.drafter import Drafted, Drafter, DraftInputs, DraftNoise
 
 K = 4
 TEMPERATURES = (1.0, 0.7, 1.5)
@@ -32,6 +33,42 @@ def target(folder: Path) -> Target:
     return Target.load(folder, precision="fp32")
 
 
+class Drafting:
+    """A draft that proposes for three texts, with noise at three temperatures."""
+
+    def __init__(self, target: Target, draft: Eagle3Draft) -> None:
+        self.ids_BT = torch.randint(0, VOCAB, (3, 80), generator=torch.Generator().manual_seed(0))
+        self.slots_B = torch.tensor([4, 1, 2])
+        capacity = 80 + K + 1
+        self.tokens_SL = torch.zeros(5, capacity + 1, dtype=torch.int64)
+        self.drafter = Drafter(draft, target, tokens_SL=self.tokens_SL, capacity=capacity)
+        self.features_BTF, _ = target.forward_uncached(self.ids_BT)
+        self.known = [0, 0, 0]
+
+    def propose(self, lengths: list[int]) -> Drafted:
+        """Chains after the first `lengths` tokens of the texts, with log-probabilities; native ones are the same."""
+        for row, (slot, length) in enumerate(zip(self.slots_B.tolist(), lengths, strict=True)):
+            self.tokens_SL[slot, :length] = self.ids_BT[row, :length]
+            new_TF = self.features_BTF[row, self.known[row] : length - 1]
+            self.drafter.store_features(slot=slot, start=self.known[row], aux_TF=new_TF)
+            self.known[row] = length - 1
+        inputs = DraftInputs(slots_B=self.slots_B, lengths=lengths)
+        noise = DraftNoise(
+            temperature_B=torch.tensor(TEMPERATURES), key_B=torch.tensor(lengths), position_B=torch.tensor([0, 1, 2])
+        )
+        drafted = self.drafter.propose(inputs, num_steps=K, noise=noise, with_logprobs=True)
+        for slot, length in zip(self.slots_B.tolist(), lengths, strict=True):
+            self.drafter.keep_prefix(slot, length - 1)  # a chain starts from a position that was computed for it
+        without = self.drafter.propose(inputs, num_steps=K, noise=noise)
+        assert torch.equal(drafted.token_BK, without.token_BK)
+        torch.testing.assert_close(drafted.outcome_JB[: K - 1], without.outcome_JB[: K - 1], **CLOSE)
+        return drafted
+
+
+ALL_LENGTHS = ([9, 50, 2], [12, 51, 7], [13, 79, 8])
+"""Sequences with many new tokens and with few; one of them at the end of its capacity."""
+
+
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 @torch.no_grad()
 def test_the_unrolled_steps_are_the_drafters_chain(kernels: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,92 +77,56 @@ def test_the_unrolled_steps_are_the_drafters_chain(kernels: str, folder: Path, m
     target = Target.load(folder, precision="fp32")
     draft = random_draft(target)
     module = draft_module(target, copy.deepcopy(draft), num_steps=K)
-    ids_BT = torch.randint(0, VOCAB, (3, 80), generator=torch.Generator().manual_seed(0))
-    features_BTF, _ = target.forward_uncached(ids_BT)
-
-    capacity = 80 + K + 1
-    tokens_SL = torch.zeros(5, capacity + 1, dtype=torch.int64)
-    slots = torch.tensor([4, 1, 2])
-    drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
-    sampled = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=t) for t in TEMPERATURES])
-    known = [0, 0, 0]
-    # Sequences with many new tokens and with few; one of them at the end of its capacity.
-    for lengths in ([9, 50, 2], [12, 51, 7], [13, 79, 8]):
-        for row, length in enumerate(lengths):
-            tokens_SL[slots[row], :length] = ids_BT[row, :length]
-            drafter.store_features(
-                slots_B=slots[row : row + 1],
-                starts_B=torch.tensor([known[row]]),
-                aux_BT3H=features_BTF[row : row + 1, known[row] : length - 1],
-            )
-            known[row] = length - 1
-        proposals, values = drafter.propose(
-            DraftInputs(slots_B=slots, lengths=list(lengths)),
-            options=sampled,
-            num_steps=K,
-            uniform_BK=torch.rand(3, K, dtype=torch.float64, generator=torch.Generator().manual_seed(lengths[0])),
-        )
-        assert proposals.q_BKD is not None
+    drafting = Drafting(target, draft)
+    for lengths in ALL_LENGTHS:
+        drafted = drafting.propose(lengths)
+        assert drafted.logprob_BK is not None
         for row, length in enumerate(lengths):
             # The tokens that the chain has read, as a trace to train on.
-            sequence = torch.cat([ids_BT[row, :length], proposals.token_BK[row]])[None]
+            sequence = torch.cat([drafting.ids_BT[row, :length], drafted.token_BK[row]])[None]
             batch = draft_batch(target, sequence)
             hidden_KBTH = module.unroll(batch)
             alpha_KBT = module.training_step(batch).stats.alpha_N.view(K, 1, -1)
             p_TD = torch.exp(target.logits(batch.last_BTH[0]) - batch.lse_BT[0, :, None])[:, draft.draft_token_ids]
-            temperature = TEMPERATURES[row]
+            index_K = draft_index(drafted.token_BK[row], draft)
             for step in range(K):
                 position = length - 1 + step  # the step's target position
                 hidden_H = hidden_KBTH[step, 0, position]
-                q_D = torch.softmax(module.draft.compute_logits(hidden_H) / temperature, dim=-1)
-                torch.testing.assert_close(proposals.q_BKD[row, step], q_D, **CLOSE)
+                logits_D = module.draft.compute_logits(hidden_H)
+                logq_D = torch.log_softmax(logits_D / TEMPERATURES[row], dim=-1)
+                torch.testing.assert_close(drafted.logprob_BK[row, step], logq_D[index_K[step]], **CLOSE)
                 if step < K - 1:
-                    torch.testing.assert_close(values[step][row], module.draft.compute_value(hidden_H), **CLOSE)
-                if temperature == 1.0:
-                    alpha = torch.minimum(proposals.q_BKD[row, step], p_TD[position]).sum()
-                    torch.testing.assert_close(alpha_KBT[step, 0, position], alpha, **CLOSE)
+                    torch.testing.assert_close(
+                        drafted.outcome_JB[step][row], module.draft.compute_value(hidden_H), **CLOSE
+                    )
+                alpha = overlap(logits_D.softmax(-1), p_TD[position])
+                torch.testing.assert_close(alpha_KBT[step, 0, position], alpha, **CLOSE)
 
 
 @torch.no_grad()
 def test_unrolling_along_proposals_is_the_drafters_chain_also_after_a_rejection(target: Target) -> None:
     draft = random_draft(target)
     module = draft_module(target, copy.deepcopy(draft))
-    ids_BT = torch.randint(0, VOCAB, (3, 80), generator=torch.Generator().manual_seed(0))
-    features_BTF, _ = target.forward_uncached(ids_BT)
-    capacity = 80 + K + 1
-    tokens_SL = torch.zeros(3, capacity + 1, dtype=torch.int64)
-    drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
-    slots = torch.arange(3)
-    sampled = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=t) for t in TEMPERATURES])
-    proposed, q_of, value_of = [], [], []
-    for lengths in ([9, 50, 2], [12, 51, 7], [13, 79, 8]):
+    drafting = Drafting(target, draft)
+    proposed, logprob_of, value_of = [], [], []
+    for lengths in ALL_LENGTHS:
+        drafted = drafting.propose(lengths)
+        assert drafted.logprob_BK is not None
         for row, length in enumerate(lengths):
-            tokens_SL[row, :length] = ids_BT[row, :length]
-            drafter.store_features(
-                slots_B=slots[row : row + 1],
-                starts_B=torch.tensor([0]),
-                aux_BT3H=features_BTF[row : row + 1, : length - 1],
-            )
-        proposals, values = drafter.propose(
-            DraftInputs(slots_B=slots, lengths=list(lengths)),
-            options=sampled,
-            num_steps=K,
-            uniform_BK=torch.rand(3, K, dtype=torch.float64, generator=torch.Generator().manual_seed(lengths[0])),
-        )
-        assert proposals.q_BKD is not None
-        for row, length in enumerate(lengths):
-            path = proposals.token_BK[row].tolist()
+            path = drafted.token_BK[row].tolist()
             if length < 77:
-                assert path != ids_BT[row, length : length + K].tolist(), "the test needs rejected proposals"
+                assert path != drafting.ids_BT[row, length : length + K].tolist(), "the test needs rejected proposals"
             proposed.append((row, length - 1, path))
-            q_of.append(proposals.q_BKD[row])
-            value_of.append(values[: K - 1, row])
-    batch = rounds(target, ids_BT, proposed, verified="own_draw")
+            logprob_of.append(drafted.logprob_BK[row])
+            value_of.append(drafted.outcome_JB[: K - 1, row])
+    batch = rounds(target, drafting.ids_BT, proposed, verified="own_draw")
     batch = replace(batch, rounds=replace(batch.rounds, draft_temperature_Q=torch.tensor(TEMPERATURES * 3)))
-    torch.testing.assert_close(chain_logprobs(module, batch).exp(), torch.stack(q_of), atol=1e-4, rtol=0.0)
+    index_QK = draft_index(batch.rounds.proposal_QK, draft)
+    logq_QK = chain_logprobs(module, batch).gather(2, index_QK[..., None])[..., 0]
+    torch.testing.assert_close(logq_QK, torch.stack(logprob_of), **CLOSE)
 
     values_QK = module.draft.compute_value(chain_states(module, batch)[:, : K - 1])
-    torch.testing.assert_close(values_QK, torch.stack(value_of), atol=1e-4, rtol=0.0)
+    torch.testing.assert_close(values_QK, torch.stack(value_of), **CLOSE)
 
 
 def test_a_chain_reads_no_later_token_and_no_padding(target: Target) -> None:
