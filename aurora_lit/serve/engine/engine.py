@@ -8,8 +8,8 @@
 - commit: what was accepted, and the target's token after it
 
 Every token of an output is one that the target has chosen itself, by its argmax or by a draw whose noise depends on the
-request and the token's place alone (modules/sampling/). So whatever is proposed, outputs have exactly the distribution
-of plain decoding; proposals decide only how fast. Left out: text and stop strings (serve/http/answer_stream.py), what is proposed
+request and the token's place alone (modules/sampling/). So whatever is proposed, outputs are those of plain decoding;
+proposals decide only how fast. Left out: text and stop strings (serve/http/answer_stream.py), what is proposed
 (serve/speculation/proposer.py), and whether speculation pays (serve/speculation/floor.py).
 
 A request's life: submit → waiting → prefilling (a chunk per round) → decoding → finished, or cancelled at any point.

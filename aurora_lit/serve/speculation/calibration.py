@@ -1,7 +1,8 @@
 """Measures forward passes of the target and draft steps before the first request (seconds, best of a few calls).
 
-The measurements initialise the cost tables (serve/speculation/costs.py); running rounds update them. Everything runs in the engine's own slots, which are still empty. A start that has tables
-of an earlier one (serve/speculation/kept_costs.py) measures them again only while it waits for its first request.
+The measurements initialise the cost tables (serve/speculation/costs.py); running rounds update them. Everything runs in
+the engine's own slots, which are still empty. A start that has tables of an earlier one
+(serve/speculation/kept_costs.py) measures them again only while it waits for its first request.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ class Drafted(NamedTuple):
     parent_BK: torch.Tensor | None
     """int64. Of trees: the column that each token follows, where column 0 is the last committed token."""
     outcome_JB: torch.Tensor
-    """fp32, by level. Of chains: the value head's prediction of how many tokens are accepted from there on. Of trees: the
-    probability, by the draft, that the accepted path passes through the nodes to be expanded after that level."""
+    """fp32, by level. Of chains: the value head's prediction of how many tokens are accepted from there on. Of trees:
+    the probability, by the draft, that the accepted path passes through the nodes to be expanded after that level."""
     logprob_BK: torch.Tensor | None = None
     """fp32. Of chains, if asked for: log-probability of each token under the draft at the noise's temperature."""
 

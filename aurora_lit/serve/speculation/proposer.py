@@ -211,7 +211,7 @@ class Proposer:
         )
 
     def _noise(self, sequences: list[RunningSequence], explores: list[bool]) -> DraftNoise | None:
-        """The noise that the target draws with; where a sequence explores, other noise at the exploration temperature."""
+        """The noise that the target draws with; where a sequence explores, noise of its own."""
         if not any(explores) and all(sequence.temperature == 0 for sequence in sequences):
             return None
         temperatures, keys = [], []
