@@ -35,8 +35,8 @@ class RoundNote(NamedTuple):
     """Without those that the end of the request cut off. Of n-gram lookup, only up to the first rejected one."""
     logprobs: list[float] | None
     """Behaviour log-probabilities of proposals that were drawn to explore. None in other rounds, and where p differs
-    from the softmax of the target's logits at the request's temperature: a learner computes p from these alone, so that it
-    would take wrong rewards from such a round."""
+    from the softmax of the target's logits at the request's temperature: a learner computes p from these alone, so that
+    it would take wrong rewards from such a round."""
     accepted: int
 
 
