@@ -87,6 +87,9 @@ def _lines(report: Json) -> list[tuple[str, str]]:
         ("accepted length", f"{_number(speculation['mean_accepted_length'])} over {speculation['drafts']} rounds"),
         ("draft", f"{draft['version']}, {draft['swaps']} swaps, {draft['rollbacks']} rollbacks"),
     ]
+    if rounds := speculation["rounds"]:
+        shares = [f"{100 * count / rounds:.0f} % {plan}" for plan, count in speculation["rounds_by_plan"].items()]
+        lines.insert(3, ("rounds", ", ".join(shares)))
     lines += [
         (name.replace("_", " "), f"{draft[name]['version']}: {draft[name]['reason']}")
         for name in ("refused", "rolled_back")
