@@ -45,9 +45,9 @@ MAX_REMAINING_TOKENS = 128
 """Most tokens that a sequence is assumed to generate from here on, whatever its `max_tokens`."""
 MAX_TREE_COLUMNS = 64
 """Query positions of a batch beyond which no tree is considered: the target's time grows with them long before."""
-_INITIAL_AVOIDED = 0.1
-"""Times log2(nodes + 1) − 1: the share of rejections that a tree avoids before any was verified; measured on
-SmolLM2-135M."""
+_INITIAL_AVOIDED = {False: 0.1, True: 0.13}
+"""Times log2(nodes + 1) − 1: the share of rejections that a tree avoids before any was verified, for greedy and sampled
+sequences; measured on SmolLM2-135M."""
 _TREE_DECAY = 0.99
 """Weight of the old share of rejections, per level."""
 NO_DRAFT = DraftShape()
@@ -70,10 +70,10 @@ class SpeculationLimits:
 class TreeAcceptance:
     """How much trees of one size gain: shares of levels that were rejected, in the trees and along chains in them."""
 
-    def __init__(self, nodes: int) -> None:
+    def __init__(self, nodes: int, *, sampled: bool = False) -> None:
         self.chain = 0.5
         """Share of rejected first choices."""
-        self.tree = self.chain * (1 - _INITIAL_AVOIDED * (math.log2(nodes + 1) - 1))
+        self.tree = self.chain * (1 - _INITIAL_AVOIDED[sampled] * (math.log2(nodes + 1) - 1))
         """Share of levels of which every node was rejected."""
 
     def observe(self, *, levels: int, accepted: int, chain_proposed: int, chain_accepted: int) -> None:
@@ -175,7 +175,9 @@ class SpeculationPlanner:
         """False: rounds do not have the machine to themselves now, so their times are not measurements of costs."""
         self._mean_rates = {False: _INITIAL_RATE, True: _INITIAL_RATE}
         """Running acceptance rates over all sequences, greedy and sampled."""
-        self._trees = {sampled: {n: TreeAcceptance(n) for n in limits.tree_sizes} for sampled in (False, True)}
+        self._trees = {
+            sampled: {n: TreeAcceptance(n, sampled=sampled) for n in limits.tree_sizes} for sampled in (False, True)
+        }
         self._last = DraftShape(limits.draft_tokens)
         self._rounds_without = 0
 
