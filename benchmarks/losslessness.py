@@ -71,6 +71,7 @@ def main() -> int:
             lookup_tokens=config.engine.usable_lookup_tokens if k else 0,
             adaptive=False,
             prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
+            max_round_s=config.engine.max_round_ms / 1000,
             prefix_cache=config.engine.prefix_cache,
             explore_share=0.0,
             explore_temperature=1.0,
