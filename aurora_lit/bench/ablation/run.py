@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -48,7 +49,7 @@ from aurora_lit.learn.offline.replay import Replay, blocks, read_traces
 from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.serve.speculation.calibration import calibration_steps
-from aurora_lit.serve.speculation.costs import Costs
+from aurora_lit.serve.speculation.costs import Costs, DraftShape
 from aurora_lit.serve.speculation.drafter import Drafter
 from aurora_lit.serve.speculation.planner import SpeculationLimits
 from aurora_lit.serve.worker.build import load_target, starting_draft
@@ -212,20 +213,19 @@ def measure_costs(config: AuroraConfig, path: Path) -> dict[str, Any]:
         tokens_SL = torch.zeros(1, capacity + 1, dtype=torch.int64, device=target.model.device)
         drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
         kv_cache = target.make_kv_cache(num_slots=1, capacity=capacity)
-        limits = SpeculationLimits(draft_tokens=proposals, lookup_tokens=proposals)
-        measured = [Costs(ragged=target.supports_trees) for _ in range(_CALIBRATIONS)]
-        for each in measured:
-            for _ in calibration_steps(each, limits, target, drafter, kv_cache=kv_cache, max_batch_size=1):
-                pass
-        minimum_s = [min(each.target(1, length) for each in measured) for length in range(1, proposals + 2)]
+        limits = SpeculationLimits(draft_tokens=proposals, lookup_tokens=0)
+        measured_costs = [Costs(ragged=target.supports_trees) for _ in range(_CALIBRATIONS)]
+        for found in measured_costs:
+            deque(calibration_steps(found, limits, target, drafter, kv_cache=kv_cache, max_batch_size=1), maxlen=0)
+        minimum_s = [min(c.round_s(1, [count]) for c in measured_costs) for count in range(proposals + 1)]
         costs = {
             "target_s": [min(minimum_s[i:]) for i in range(len(minimum_s))],
-            "first_step_s": min(each.first_step(1, 1) for each in measured),
-            "next_step_s": min(each.next_step(1, 1) for each in measured),
+            "first_step_s": min(c.draft_s(1, DraftShape(1, 0)) for c in measured_costs),
+            "next_step_s": min(c.next_step(1, 1) for c in measured_costs),
         }
         path.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
-    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return kept
+    measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return measured
 
 
 def _start_or_resume(out: Path, config: AuroraConfig, options: RunOptions, stream: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ draw is independent of them. By the policy gradient theorem (Sutton et al. 1999)
 ∇J = E Σ_t S_t ∇log q(a_t)·[c_t (1 + J(s_{t+1})) − b(s_t)] for any baseline b.
 
 This J is the acceptance of rounds that explore. In other rounds of sampled requests draft and target share their noise,
-and the LK loss trains that acceptance (modules/losses/lk.py).
+and the LK loss trains that acceptance (modules/losses/lk.py). There the two disagree: J is largest for a draft that
+always proposes the target's likeliest token, acceptance with shared noise for q = p.
 
 PPO: Schulman et al., arXiv 1707.06347. Generalised advantage estimation: Schulman et al., arXiv 1506.02438. Advantages
 are not normalised.
