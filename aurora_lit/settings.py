@@ -80,8 +80,8 @@ class EngineSettings:
     """true: each round chooses the draft length, and a chain or a tree, from measured costs. false: always
     max_draft_tokens and tree_tokens."""
     explore_share: float = _within(0.02, 0.0, 1.0)
-    """Share of drafted rounds that sample their proposals, for greedy requests too, so that the learner sees
-    alternatives. The output stays exact; exploring rounds accept fewer tokens."""
+    """Share of drafted rounds in which greedy requests sample their proposals, so that the learner sees alternatives.
+    The output stays exact; exploring rounds accept fewer tokens."""
     explore_temperature: float = _within(1.0, 0.05, 10.0)
     """Draft temperature of exploring rounds."""
     lookup: bool = True

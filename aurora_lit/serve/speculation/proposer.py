@@ -4,10 +4,11 @@ Every sequence accepts what equals the target's own token (serve/sequences/round
 and trees serve greedy and sampled sequences alike. The draft does not run if no sequence needs it, nor for a sequence
 whose prompt it has not caught up with: it reads `max_catch_up_s` worth of positions a round until it has.
 
-Exploration: in a share of the rounds that draft, all sequences that may be stored draw their proposals from the draft
-at a separate temperature, with noise of their own, so that a learner sees what else the draft could have proposed, and
-how probable it was. Verification does not change, so the output stays exact, but fewer of these proposals are accepted.
-Such rounds propose chains.
+Exploration: in a share of the rounds that draft, all greedy sequences that may be stored draw their proposals from the
+draft at a separate temperature, so that a learner sees what else the draft could have proposed, and how probable it
+was. Verification does not change, so the output stays exact, but fewer of these proposals are accepted. Such rounds
+propose chains. Sampled sequences do not explore: what is accepted of them depends on the noise that target and draft
+share, and a policy rewarded by p(a) alone would learn to propose the likeliest token, which that noise accepts less.
 
 Left out: the draft's work (serve/speculation/drafter.py), proposal lengths and costs (serve/speculation/planner.py,
 serve/speculation/ngram_planner.py), and which proposals are accepted (serve/sequences/round_plan.py).
@@ -152,7 +153,7 @@ class Proposer:
             sequences = [all_sequences[i] for i in candidates]
             explores = [False] * len(sequences)
             if self.explore_share and not is_probe and self._rng.random() < self.explore_share:
-                explores = [sequence.request.store for sequence in sequences]
+                explores = [sequence.request.store and sequence.temperature == 0 for sequence in sequences]
             drafted = self._run(sequences, shape, explores, batch_size=batch_size, sampled=sampled)
         self.draft_seconds = time.perf_counter() - started
         if not candidates:
