@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,6 @@ from aurora_lit.serve.worker.build import eos_token_ids, load_serving_target, lo
 
 WIDTHS = (1, 2, 3, 4)
 NODES = (7, 15)
-TAUS = (0.5, 0.7, 1.0, 1.5, 2.0)
 LEVELS = 5
 BINS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
 SCORED_NOISES = 8  # of a position, for the predictions
@@ -81,6 +81,7 @@ class Models:
     vocabulary: DraftVocabulary
     eos: frozenset[int]
     temperature: float
+    taus: Sequence[float]
 
     def sample(self, prompt: BenchPrompt, *, max_tokens: int) -> Sample:
         """Sample the target's answer by plain decoding, and run the draft along it."""
@@ -188,7 +189,7 @@ def predictions(models: Models, sample: Sample) -> tuple[Tensor, Tensor]:
         value_AD = logq_AD - posterior_noise(sample).log()
         best = value_AD.topk(max(WIDTHS))
         accepted.append(best.indices == sample.label_A[:, None])
-        logp = [best.values / tau - (value_AD / tau).logsumexp(-1, keepdim=True) for tau in TAUS]
+        logp = [best.values / tau - (value_AD / tau).logsumexp(-1, keepdim=True) for tau in models.taus]
         predicted.append(torch.stack(logp).exp())
     return torch.cat(predicted, 1), torch.cat(accepted)
 
@@ -218,7 +219,7 @@ def walk_rules(models: Models, sample: Sample, *, noises: int, best_tau: float) 
     drawn = [posterior_noise(sample) for _ in range(noises)]
     runs: list[tuple[str, int, Tensor | None, float]] = [("M", width, None, 1.0) for width in WIDTHS]
     runs += [("S", width, e_AD, best_tau) for width in WIDTHS for e_AD in drawn]
-    runs += [("S", max(WIDTHS), drawn[0], tau) for tau in TAUS if tau != best_tau]
+    runs += [("S", max(WIDTHS), drawn[0], tau) for tau in models.taus if tau != best_tau]
     for rule, width, e_AD, tau in runs:
         accepted_NR = models.count_accepted(sample, width=width, e_AD=e_AD, tau=tau)
         for nodes in range(1, LEVELS + 1) if width == 1 else NODES:
@@ -245,7 +246,7 @@ def ratios(title: str, domains: list[str], found: list[dict[str, tuple[float, fl
     return table
 
 
-def prediction_tables(predicted_UNW: Tensor, accepted_NW: Tensor) -> tuple[float, list[Table]]:
+def prediction_tables(taus: Sequence[float], predicted_UNW: Tensor, accepted_NW: Tensor) -> tuple[float, list[Table]]:
     """The tau with the smallest log loss; a table of all, and a table of bins for that one."""
     groups, hit_NW = {"child 1": slice(0, 1), "children 2–4": slice(1, None)}, accepted_NW.float()
     p_UNW = predicted_UNW.clamp(1e-6, 1 - 1e-6)
@@ -253,8 +254,8 @@ def prediction_tables(predicted_UNW: Tensor, accepted_NW: Tensor) -> tuple[float
     best = int(loss_UNW.mean((1, 2)).argmin())
     columns = [f"{group}: {what}" for group in groups for what in ("{}", "predicted", "observed")]
     by_tau = Table("tau", *(c.format("log loss") for c in columns), title="S: predicted acceptance of the first level")
-    by_bin = Table("predicted", *(c.format("number") for c in columns), title=f"S: the same with tau {TAUS[best]:g}")
-    for tau, p_NW, loss_NW in zip(TAUS, p_UNW, loss_UNW, strict=True):
+    by_bin = Table("predicted", *(c.format("number") for c in columns), title=f"S: the same with tau {taus[best]:g}")
+    for tau, p_NW, loss_NW in zip(taus, p_UNW, loss_UNW, strict=True):
         means = [x_NW[:, group].mean() for group in groups.values() for x_NW in (loss_NW, p_NW, hit_NW)]
         by_tau.add_row(f"{tau:g}", *(f"{mean:.3f}" for mean in means))
     for low, high in itertools.pairwise(BINS):
@@ -264,7 +265,7 @@ def prediction_tables(predicted_UNW: Tensor, accepted_NW: Tensor) -> tuple[float
             inside = (p >= low) & (p < high)
             row += [f"{int(inside.sum()):,}", f"{p[inside].mean():.3f}", f"{hit[inside].mean():.3f}"]
         by_bin.add_row(*row)
-    return TAUS[best], [by_tau, by_bin]
+    return taus[best], [by_tau, by_bin]
 
 
 @torch.inference_mode()
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=12, help="prompts taken from each file")
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.7, 1.0])
+    parser.add_argument("--taus", nargs="+", type=float, default=[0.5, 0.7, 1.0, 1.5, 2.0])
     parser.add_argument("--noises", type=int, default=64, help="of each position, for the first level")
     parser.add_argument("--round-noises", type=int, default=2, help="of each answer, for whole rounds")
     parser.add_argument("overrides", nargs="*", help="settings, key=value, after --")
@@ -297,6 +299,7 @@ def main() -> None:
             vocabulary=DraftVocabulary.from_offsets(draft.d2t, vocab_size=target.vocab_size),
             eos=eos_token_ids(target, tokenizer),
             temperature=temperature,
+            taus=arguments.taus,
         )
         samples = [models.sample(prompt, max_tokens=arguments.max_tokens) for prompt in prompts]
         samples = [sample for sample in samples if len(sample.label_A) >= LEVELS]
@@ -304,7 +307,7 @@ def main() -> None:
         rates = [first_level(models, sample, noises=arguments.noises) for sample in samples]
         console.print(ratios(f"temperature {temperature:g}: acceptance of the first level", domains, rates))
         predicted, accepted = zip(*(predictions(models, sample) for sample in samples), strict=True)
-        best_tau, tables = prediction_tables(torch.cat(predicted, 1), torch.cat(accepted))
+        best_tau, tables = prediction_tables(models.taus, torch.cat(predicted, 1), torch.cat(accepted))
         console.print(*tables, sep="\n")
         walks = [walk_rules(models, s, noises=arguments.round_noises, best_tau=best_tau) for s in samples]
         title = f"temperature {temperature:g}: accepted length; tau {best_tau:g} where none is named"
