@@ -13,9 +13,7 @@ from support.toy_rounds import chain_logprobs, chain_states, rounds
 
 from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
-from aurora_lit.modules.sampling.distribution import LogitOptions
-from aurora_lit.request import SamplingParams
-from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
+from aurora_lit.serve.speculation.drafter import Drafted, Drafter, DraftInputs, DraftNoise
 
 K = 4
 TEMPERATURES = (1.0, 0.7, 1.5)
@@ -30,6 +28,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def target(folder: Path) -> Target:
     return Target.load(folder, precision="fp32")
+
+
+def drawn_chain(drafter: Drafter, inputs: DraftInputs) -> Drafted:
+    """Chains of K tokens, drawn at each sequence's temperature, with their log-probabilities."""
+    noise = DraftNoise(
+        temperature_B=torch.tensor(TEMPERATURES),
+        key_B=torch.arange(3) + sum(inputs.lengths),
+        position_B=torch.tensor(inputs.lengths),
+    )
+    return drafter.propose(inputs, num_steps=K, noise=noise, with_logprobs=True)
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
@@ -47,28 +55,19 @@ def test_the_unrolled_steps_are_the_drafters_chain(kernels: str, folder: Path, m
     tokens_SL = torch.zeros(5, capacity + 1, dtype=torch.int64)
     slots = torch.tensor([4, 1, 2])
     drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
-    sampled = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=t) for t in TEMPERATURES])
     known = [0, 0, 0]
     # Sequences with many new tokens and with few; one of them at the end of its capacity.
     for lengths in ([9, 50, 2], [12, 51, 7], [13, 79, 8]):
         for row, length in enumerate(lengths):
             tokens_SL[slots[row], :length] = ids_BT[row, :length]
-            drafter.store_features(
-                slots_B=slots[row : row + 1],
-                starts_B=torch.tensor([known[row]]),
-                aux_BT3H=features_BTF[row : row + 1, known[row] : length - 1],
-            )
+            aux_TF = features_BTF[row, known[row] : length - 1]
+            drafter.store_features(slot=int(slots[row]), start=known[row], aux_TF=aux_TF)
             known[row] = length - 1
-        proposals, values = drafter.propose(
-            DraftInputs(slots_B=slots, lengths=list(lengths)),
-            options=sampled,
-            num_steps=K,
-            uniform_BK=torch.rand(3, K, dtype=torch.float64, generator=torch.Generator().manual_seed(lengths[0])),
-        )
-        assert proposals.q_BKD is not None
+        drafted = drawn_chain(drafter, DraftInputs(slots_B=slots, lengths=list(lengths)))
+        assert drafted.logprob_BK is not None
         for row, length in enumerate(lengths):
             # The tokens that the chain has read, as a trace to train on.
-            sequence = torch.cat([ids_BT[row, :length], proposals.token_BK[row]])[None]
+            sequence = torch.cat([ids_BT[row, :length], drafted.token_BK[row]])[None]
             batch = draft_batch(target, sequence)
             hidden_KBTH = module.unroll(batch)
             alpha_KBT = module.training_step(batch).stats.alpha_N.view(K, 1, -1)
@@ -78,11 +77,14 @@ def test_the_unrolled_steps_are_the_drafters_chain(kernels: str, folder: Path, m
                 position = length - 1 + step  # the step's target position
                 hidden_H = hidden_KBTH[step, 0, position]
                 q_D = torch.softmax(module.draft.compute_logits(hidden_H) / temperature, dim=-1)
-                torch.testing.assert_close(proposals.q_BKD[row, step], q_D, **CLOSE)
+                index = int((draft.draft_token_ids == drafted.token_BK[row, step]).nonzero())
+                torch.testing.assert_close(drafted.logprob_BK[row, step], q_D[index].log(), **CLOSE)
                 if step < K - 1:
-                    torch.testing.assert_close(values[step][row], module.draft.compute_value(hidden_H), **CLOSE)
+                    torch.testing.assert_close(
+                        drafted.outcome_JB[step][row], module.draft.compute_value(hidden_H), **CLOSE
+                    )
                 if temperature == 1.0:
-                    alpha = torch.minimum(proposals.q_BKD[row, step], p_TD[position]).sum()
+                    alpha = torch.minimum(q_D, p_TD[position]).sum()
                     torch.testing.assert_close(alpha_KBT[step, 0, position], alpha, **CLOSE)
 
 
@@ -96,33 +98,27 @@ def test_unrolling_along_proposals_is_the_drafters_chain_also_after_a_rejection(
     tokens_SL = torch.zeros(3, capacity + 1, dtype=torch.int64)
     drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
     slots = torch.arange(3)
-    sampled = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=t) for t in TEMPERATURES])
-    proposed, q_of, value_of = [], [], []
+    proposed, logprob_of, value_of = [], [], []
     for lengths in ([9, 50, 2], [12, 51, 7], [13, 79, 8]):
         for row, length in enumerate(lengths):
             tokens_SL[row, :length] = ids_BT[row, :length]
-            drafter.store_features(
-                slots_B=slots[row : row + 1],
-                starts_B=torch.tensor([0]),
-                aux_BT3H=features_BTF[row : row + 1, : length - 1],
-            )
-        proposals, values = drafter.propose(
-            DraftInputs(slots_B=slots, lengths=list(lengths)),
-            options=sampled,
-            num_steps=K,
-            uniform_BK=torch.rand(3, K, dtype=torch.float64, generator=torch.Generator().manual_seed(lengths[0])),
-        )
-        assert proposals.q_BKD is not None
+            drafter.store_features(slot=row, start=0, aux_TF=features_BTF[row, : length - 1])
+        drafted = drawn_chain(drafter, DraftInputs(slots_B=slots, lengths=list(lengths)))
+        assert drafted.logprob_BK is not None
         for row, length in enumerate(lengths):
-            path = proposals.token_BK[row].tolist()
+            path = drafted.token_BK[row].tolist()
             if length < 77:
                 assert path != ids_BT[row, length : length + K].tolist(), "the test needs rejected proposals"
             proposed.append((row, length - 1, path))
-            q_of.append(proposals.q_BKD[row])
-            value_of.append(values[: K - 1, row])
+            logprob_of.append(drafted.logprob_BK[row])
+            value_of.append(drafted.outcome_JB[: K - 1, row])
     batch = rounds(target, ids_BT, proposed, verified="own_draw")
     batch = replace(batch, rounds=replace(batch.rounds, draft_temperature_Q=torch.tensor(TEMPERATURES * 3)))
-    torch.testing.assert_close(chain_logprobs(module, batch).exp(), torch.stack(q_of), atol=1e-4, rtol=0.0)
+    index_QK = torch.tensor(
+        [[draft.draft_token_ids.tolist().index(token) for token in path] for _, _, path in proposed]
+    )
+    logprob_QK = chain_logprobs(module, batch).gather(2, index_QK[..., None])[..., 0]
+    torch.testing.assert_close(logprob_QK, torch.stack(logprob_of), atol=1e-4, rtol=0.0)
 
     values_QK = module.draft.compute_value(chain_states(module, batch)[:, : K - 1])
     torch.testing.assert_close(values_QK, torch.stack(value_of), atol=1e-4, rtol=0.0)
