@@ -4,7 +4,7 @@ No model code is copied. Attention goes through transformers' attention interfac
 decoder layers record the auxiliary hidden states.
 
 Leaves out: where a model comes from (source.py), the cache (kv_cache.py), and what is done with the logits
-(modules/sampling/verification.py).
+(modules/sampling/choice.py).
 
 Shapes: B sequences, T positions, N positions of a flat batch, H hidden size, V vocabulary, M moves.
 """

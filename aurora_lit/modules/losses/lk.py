@@ -1,7 +1,7 @@
 """How well a draft distribution q is accepted by a target distribution p: closed forms, and the LK loss made of them.
 
 These are the readable definitions. Leaves out the loss as training computes it (modules/losses/fused_lk.py),
-verification (modules/sampling/verification.py), and the weights of unrolled draft steps (the caller's).
+how proposals are judged (serve/sequences/round_plan.py), and the weights of unrolled draft steps (the caller's).
 
 Shapes: N rows (positions), K unrolled draft steps, D reduced draft vocabulary.
 """

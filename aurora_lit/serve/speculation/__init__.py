@@ -1,7 +1,7 @@
 """What is proposed in a round, and how many tokens: the draft and n-gram lookup as proposers, and the planners.
 
 The proposer asks the planners, which compare measured costs with predicted acceptance, and then runs the draft or looks
-n-grams up. Verification is not here (modules/sampling/verification.py).
+n-grams up. Which proposals are accepted is not decided here (serve/sequences/round_plan.py).
 
 May import: serve/sequences/ and above. Start with proposer.py, then planner.py. The files, each importing only those
 above it:
