@@ -18,10 +18,8 @@ from support.tiny_models import VOCAB, random_draft, save_model
 from aurora_lit.kernels import native
 from aurora_lit.kernels.draft_steps import DraftedLevels
 from aurora_lit.models.target import Target
-from aurora_lit.modules.sampling.distribution import LogitOptions
 from aurora_lit.modules.sampling.noise import gumbel
-from aurora_lit.request import SamplingParams
-from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
+from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs, DraftNoise
 from aurora_lit.serve.speculation.planner import extends_chain
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
@@ -53,11 +51,11 @@ class GrowingSequences:
 
     def grow(self, lengths: list[int]) -> DraftInputs:
         for sequence, length in enumerate(lengths):
-            start, slots_B = self.num_features[sequence], SLOTS[sequence : sequence + 1]
-            self.tokens_SL[slots_B[0], :length] = self.ids_BT[sequence, :length]
-            new = self.features_BTF[sequence : sequence + 1, start : length - 1]
+            start, slot = self.num_features[sequence], int(SLOTS[sequence])
+            self.tokens_SL[slot, :length] = self.ids_BT[sequence, :length]
             for drafter in self.drafters:
-                drafter.store_features(slots_B=slots_B, starts_B=torch.tensor([start]), aux_BT3H=new)
+                aux_TF = self.features_BTF[sequence, start : length - 1]
+                drafter.store_features(slot=slot, start=start, aux_TF=aux_TF)
             self.num_features[sequence] = length - 1
         return DraftInputs(slots_B=SLOTS, lengths=list(lengths))
 
@@ -67,9 +65,11 @@ def num_comparable(lengths: list[int]) -> int:
     return 3 if lengths[2] > 1 else 2
 
 
-def native_levels(drafter: Drafter, inputs: DraftInputs, **levels: Any) -> DraftedLevels:
-    """One native call; its arguments are those of `DraftSteps`."""
-    return drafter._draft_levels(inputs, **levels)
+def native_levels(
+    drafter: Drafter, inputs: DraftInputs, *, noise: DraftNoise | None = None, **levels: Any
+) -> DraftedLevels:
+    """One native call; its other arguments are those of `DraftSteps`."""
+    return drafter._draft_levels(inputs, noise=noise, **levels)
 
 
 def native_chain(drafter: Drafter, inputs: DraftInputs, *, num_levels: int, **levels: Any) -> DraftedLevels:
@@ -84,17 +84,16 @@ def test_a_native_chain_equals_the_modules_chain(target: Target, stop_after: int
     module_drafter._runtime_draft = replace(module_drafter._runtime_draft, steps=None)
     assert native_drafter.supports_trees
     assert not module_drafter.supports_trees
-    options = LogitOptions.from_params([SamplingParams(max_tokens=1, temperature=0.0)] * 3)
     for lengths in ROUNDS:
         inputs = sequences.grow(lengths)
         min_gains = stop_after_levels(stop_after, 5)
         drafted = native_chain(native_drafter, inputs, num_levels=5, min_gains=min_gains)
-        expected, expected_value_KB = module_drafter.propose(inputs, options=options, num_steps=5, min_gains=min_gains)
+        expected = module_drafter.propose(inputs, num_steps=5, min_gains=min_gains)
         compared = slice(0, num_comparable(lengths))
         assert torch.equal(drafted.token_BK[compared], expected.token_BK[compared])
         assert drafted.token_BK.shape == (3, min(5, stop_after))
         torch.testing.assert_close(
-            drafted.outcome_JB[:, compared], expected_value_KB[:, compared], atol=1e-4, rtol=1e-4
+            drafted.outcome_JB[:, compared], expected.outcome_JB[:, compared], atol=1e-4, rtol=1e-4
         )
 
 
@@ -114,7 +113,7 @@ def test_native_drafting_ends_where_the_rule_says(target: Target, width: int) ->
         if width == 1:
             return native_chain(drafter, inputs, num_levels=6, min_gains=min_gains).outcome_JB
         levels = {"num_steps": 6, "num_nodes": 15, "min_gains": min_gains, "level_rates": level_rates}
-        return drafter.propose_tree(inputs, **levels)[1]  # type: ignore[arg-type]
+        return drafter.propose_tree(inputs, **levels).outcome_JB  # type: ignore[arg-type]
 
     everything_JB = outcomes(None, [])
     assert len(everything_JB) == 6
@@ -158,7 +157,7 @@ def test_a_chain_that_reads_the_heads_copy_first_proposes_what_the_head_does(
             alone = DraftInputs(slots_B=torch.tensor([b]), lengths=[5])
             token = native_chain(drafter, alone, num_levels=1).token_BK[0, 0]
             same += int(token == token_BK[b, 0])
-            logit = logits_BD[b, drafter.vocabulary.draft_id_V[token]]
+            logit = logits_BD[b, torch.searchsorted(drafter.draft.draft_token_ids, token)]
             assert logit > logits_BD[b].max() - logits_BD[b].std()
     assert same > 0.9 * 25 * count
 
@@ -207,12 +206,12 @@ NOISES = [
 ]
 
 
-def draws_of(noises: list[Noise]) -> dict[str, torch.Tensor]:
-    return {
-        "temperature_B": torch.tensor([noise.temperature for noise in noises]),
-        "key_B": torch.tensor([noise.key for noise in noises]),
-        "position_B": torch.tensor([noise.position for noise in noises]),
-    }
+def draws_of(noises: list[Noise]) -> DraftNoise:
+    return DraftNoise(
+        temperature_B=torch.tensor([noise.temperature for noise in noises]),
+        key_B=torch.tensor([noise.key for noise in noises]),
+        position_B=torch.tensor([noise.position for noise in noises]),
+    )
 
 
 def reference_tree(
@@ -234,9 +233,9 @@ def reference_tree(
             for step, token in enumerate(tree.path(node)):
                 hidden_1H = drafter.forward(torch.tensor([[token]]), hidden_1H[None], slots_B, start_B + step)[:, 0]
             logits_D = drafter.draft.compute_logits(hidden_1H)[0]
-            perturbed_D = noise.perturbed(logits_D, drafter.vocabulary.target_id_D, level=depth)
+            perturbed_D = noise.perturbed(logits_D, drafter.draft.draft_token_ids, level=depth)
             top = perturbed_D.log_softmax(-1).topk(width)
-            tree.tokens += drafter.vocabulary.target_id_D[top.indices].tolist()
+            tree.tokens += drafter.draft.draft_token_ids[top.indices].tolist()
             tree.parents += [node] * width
             tree.logprobs += [(tree.logprobs[node] if node >= 0 else 0.0) + x for x in top.values.tolist()]
         level = tree.best(width, start=grown)
@@ -252,25 +251,25 @@ def test_a_native_tree_equals_the_reference_tree(target: Target, levels: int, no
     width = min(4, nodes)
     for lengths in ROUNDS:
         inputs = sequences.grow(lengths)
-        proposals, reach_JB = native_drafter.propose_tree(
+        drafted = native_drafter.propose_tree(
             inputs,
             num_steps=8,
             num_nodes=nodes,
             min_gains=stop_after_levels(levels, 8),
             level_rates=[1.0] * 3,
         )
-        assert len(reach_JB) == levels
-        assert proposals.parent_BK is not None
+        assert len(drafted.outcome_JB) == levels
+        assert drafted.parent_BK is not None
         roots_BH = reference_drafter.prefill(inputs)
         for b in range(num_comparable(lengths)):
             sequence = (roots_BH[b : b + 1], SLOTS[b : b + 1], torch.tensor([lengths[b] - 1]))
             tree, expected_reach = reference_tree(reference_drafter, *sequence, levels=levels, width=width)
             kept = sorted(tree.best(nodes))
-            assert proposals.token_BK[b].tolist() == [tree.tokens[i] for i in kept]
-            assert proposals.parent_BK[b].tolist() == [
+            assert drafted.token_BK[b].tolist() == [tree.tokens[i] for i in kept]
+            assert drafted.parent_BK[b].tolist() == [
                 kept.index(tree.parents[i]) + 1 if tree.parents[i] >= 0 else 0 for i in kept
             ]
-            assert reach_JB[:, b].tolist() == pytest.approx(expected_reach, rel=1e-4)
+            assert drafted.outcome_JB[:, b].tolist() == pytest.approx(expected_reach, rel=1e-4)
 
 
 @torch.no_grad()
@@ -284,7 +283,7 @@ def test_with_temperatures_native_trees_and_chains_equal_the_reference(
     for lengths in (*ROUNDS, [14, 123, 10]):
         inputs = sequences.grow(lengths)
         drafted = native_levels(
-            native_drafter, inputs, num_levels=levels, num_nodes=nodes, width=width, **draws_of(NOISES)
+            native_drafter, inputs, num_levels=levels, num_nodes=nodes, width=width, noise=draws_of(NOISES)
         )
         roots_BH = reference_drafter.prefill(inputs)
         for b in range(num_comparable(lengths)):
@@ -305,10 +304,10 @@ def test_a_sequences_proposals_with_noise_do_not_depend_on_the_sequences_beside_
     sequences = GrowingSequences(target, num_drafters=2)
     inputs = sequences.grow(ROUNDS[1])
     levels = {"num_levels": 4, "num_nodes": 4 if width == 1 else 15, "width": width}
-    together = native_levels(sequences.drafters[0], inputs, **levels, **draws_of(NOISES))
+    together = native_levels(sequences.drafters[0], inputs, **levels, noise=draws_of(NOISES))
     for b in range(3):
         alone = DraftInputs(slots_B=inputs.slots_B[b : b + 1], lengths=inputs.lengths[b : b + 1])
-        drafted = native_levels(sequences.drafters[1], alone, **levels, **draws_of(NOISES[b : b + 1]))
+        drafted = native_levels(sequences.drafters[1], alone, **levels, noise=draws_of(NOISES[b : b + 1]))
         assert torch.equal(drafted.token_BK[0], together.token_BK[b])
         assert torch.equal(drafted.outcome_JB[:, 0], together.outcome_JB[:, b])
 
@@ -321,9 +320,13 @@ def test_first_proposals_with_noise_have_the_law_of_the_drafts_softmax(target: T
     drafter = Drafter(random_draft(target, draft_vocab_size=50), target, tokens_SL=tokens_SL, capacity=8)
     drafter.features_SLF.copy_(torch.randn(drafter.features_SLF.shape[1:]).to(drafter.features_SLF.dtype))
     inputs = DraftInputs(slots_B=torch.arange(count), lengths=[5] * count)
-    draws = {"temperature_B": torch.full((count,), temperature), "key_B": torch.arange(count)}
-    drafted = native_chain(drafter, inputs, num_levels=1, **draws, position_B=torch.zeros(count, dtype=torch.int64))
-    drawn_B = drafter.vocabulary.draft_id_V[drafted.token_BK[:, 0]]
+    noise = DraftNoise(
+        temperature_B=torch.full((count,), temperature),
+        key_B=torch.arange(count),
+        position_B=torch.zeros(count, dtype=torch.int64),
+    )
+    drafted = native_chain(drafter, inputs, num_levels=1, noise=noise)
+    drawn_B = torch.searchsorted(drafter.draft.draft_token_ids, drafted.token_BK[:, 0])
     drafter._num_cached = [0] * count
     logits_D = drafter.draft.compute_logits(drafter.prefill(inputs))[0]
     expected_D = (logits_D / temperature).softmax(-1) * count
@@ -341,7 +344,7 @@ def test_proposals_do_not_depend_on_an_earlier_tree_in_the_cache(target: Target)
             if has_earlier_tree:
                 drafter.propose_tree(inputs, num_steps=4, num_nodes=31)
                 drafter._num_cached = [max(0, num_cached - 1) for num_cached in drafter._num_cached]
-            proposals.append(drafter.propose_tree(inputs, num_steps=3, num_nodes=15)[0])
+            proposals.append(drafter.propose_tree(inputs, num_steps=3, num_nodes=15))
         compared = slice(0, num_comparable(lengths))
         assert torch.equal(proposals[0].token_BK[compared], proposals[1].token_BK[compared])
 

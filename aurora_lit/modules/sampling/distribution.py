@@ -55,11 +55,11 @@ def apply_bias_and_penalties(
         biased = torch.tensor(list(params.logit_bias), device=z_V.device)
         z_V[biased] += torch.tensor(list(params.logit_bias.values()), dtype=z_V.dtype, device=z_V.device)
     if params.repetition_penalty != 1:
-        seen_U = context_L.unique()
+        seen_U = context_L.unique()  # type: ignore[no-untyped-call]
         z_U = z_V[seen_U]
         z_V[seen_U] = torch.where(z_U < 0, z_U * params.repetition_penalty, z_U / params.repetition_penalty)
     if params.frequency_penalty or params.presence_penalty:
-        seen_U, count_U = context_L[prompt_length:].unique(return_counts=True)
+        seen_U, count_U = context_L[prompt_length:].unique(return_counts=True)  # type: ignore[no-untyped-call]
         z_V[seen_U] = z_V[seen_U] - params.frequency_penalty * count_U - params.presence_penalty
     return z_V
 

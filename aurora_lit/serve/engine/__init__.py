@@ -1,8 +1,8 @@
 """The engine: it runs one round after another over a fixed number of slots.
 
-A round admits waiting requests, computes a chunk of their prompts (at most engine.prefill_chunk_tokens), proposes
-tokens, runs the target's forward pass over them, verifies and commits. The engine knows token ids only; text and HTTP
-are elsewhere.
+A round admits waiting requests, plans what is proposed and which prompt chunks are computed beside it, runs one pass of
+the target over all of that, judges the proposals and commits. The engine knows token ids only; text and HTTP are
+elsewhere.
 
 May import: serve/speculation/ and above. Start with engine.py. The files, each importing only those above it:
 

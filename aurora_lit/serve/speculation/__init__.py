@@ -8,6 +8,7 @@ above it:
 
     costs.py            what forward passes cost here, by batch size and query length
     planner.py          how many tokens the draft proposes, as a chain or a tree; what trees gain over chains
+    floor.py            turns speculation off for a while where it took longer than plain decoding
     kept_costs.py       keeps measured costs in the cache, by machine, code and configuration
     ngram_planner.py    how many tokens n-gram lookup proposes, by how often such tokens were accepted
     runtime_draft.py    a draft prepared for this machine: weights packed, native calls set up, outputs checked

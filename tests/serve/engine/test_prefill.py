@@ -1,44 +1,268 @@
-"""Prefill: how many prompt tokens a round computes beside decoding sequences."""
+"""Prefill: how many prompt tokens a round computes, beside what, and for whom; copied prefixes are waited for."""
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.tiny_models import VOCAB, make_engine, request, run, save_model, trained_draft
 
-from aurora_lit.request import Request, SamplingParams
+from aurora_lit.kernels import native
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.request import Request
+from aurora_lit.serve.engine import prefill as prefill_module
+from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.prefill import Prefill
+from aurora_lit.serve.engine.target_runner import Columns, TargetRunner
+from aurora_lit.serve.sequences.round_plan import RoundPlan
 from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
+from aurora_lit.serve.sequences.slot_allocator import SlotAllocator
+
+LONG = torch.randint(VOCAB, (150,), generator=torch.Generator().manual_seed(9)).tolist()
+CHUNK = 64
 
 
-def make_prefill(num_prefilling: int, *, token_s: float = 0.0005, adaptive: bool = True) -> Prefill:
+def make_prefill(num_prefilling: int, *, max_round_s: float = 0.050) -> Prefill:
+    """Prompts of 600 different tokens, none of which is in any slot."""
     nothing: Any = None
+    tokens_SL = torch.zeros(num_prefilling, 601, dtype=torch.int64)
+    allocator = SlotAllocator(tokens_SL, prefix_cache=False, has_observer=False, has_prompt_arithmetic=False)
     prefill = Prefill(
-        nothing, nothing, nothing, tokens_SL=torch.zeros(1, 1), chunk_tokens=256, adaptive=adaptive, stats=EngineStats()
+        nothing,
+        nothing,
+        allocator,
+        tokens_SL=tokens_SL,
+        chunk_tokens=256,
+        max_round_s=max_round_s,
+        stats=EngineStats(),
     )
-    prefill._token_s = token_s
-    asked = Request(request_id="a", prompt_ids=(1,) * 600, params=SamplingParams(max_tokens=1))
     prefill.sequences.extend(
-        RunningSequence(request=asked, slot=0, acceptance_rate=0.5, prompt_length=600, length=600)
-        for _ in range(num_prefilling)
+        RunningSequence(
+            request=request(str(slot), [slot] * 600), slot=slot, acceptance_rate=0.5, prompt_length=600, length=600
+        )
+        for slot in range(num_prefilling)
     )
     return prefill
 
 
 @pytest.mark.parametrize(
-    ("num_prefilling", "num_decoding", "changes", "tokens"),
+    ("num_decoding", "round_s", "token_s", "max_round_s", "tokens"),
     [
-        (1, 0, {}, 256),  # no sequence decodes
-        (4, 4, {}, 80),  # as long as a round: 40 ms at 0.5 ms a token
-        (6, 2, {}, 240),  # three times as long
-        (7, 1, {}, 256),  # never more than a chunk
-        (1, 7, {}, 64),  # never less than a quarter
-        (7, 1, {"adaptive": False}, 64),
-        (7, 1, {"token_s": 0.0}, 64),  # nothing measured yet
+        (0, 0.0, 0.0005, 0.050, 256),  # nobody decodes: a whole chunk
+        (0, 0.0, 0.0, 0.050, 256),
+        (4, 0.010, 0.0005, 0.050, 80),  # 40 ms are left
+        (4, 0.010, 0.0005, 0.030, 40),  # as engine.max_round_ms says
+        (4, 0.010, 0.001, 0.050, 40),
+        (4, 0.025, 0.0005, 0.050, 50),
+        (4, 0.049, 0.0005, 0.050, 16),  # never fewer, else prompts would wait for ever
+        (4, 0.200, 0.0005, 0.050, 16),
+        (4, 0.001, 0.0001, 0.050, 256),  # never more than a chunk
+        (4, 0.010, 0.0, 0.050, 16),  # nothing was measured yet
     ],
 )
-def test_prefilling_sequences_get_their_share_of_time(
-    num_prefilling: int, num_decoding: int, changes: dict[str, Any], tokens: int
+def test_the_tokens_of_a_round_are_those_that_keep_it_short(
+    num_decoding: int, round_s: float, token_s: float, max_round_s: float, tokens: int
 ) -> None:
-    assert make_prefill(num_prefilling, **changes)._chunk_budget(num_decoding, 0.040) == tokens
+    prefill = make_prefill(1, max_round_s=max_round_s)
+    if token_s:
+        prefill.observe(100, 100 * token_s)
+    (row,) = prefill.plan(num_decoding=num_decoding, round_s=round_s)
+    assert row.start == 0
+    assert len(row.tokens) == pytest.approx(tokens, abs=1), "but for rounding"
+
+
+def test_the_oldest_prompts_come_first_and_the_last_token_is_left_to_decoding() -> None:
+    prefill = make_prefill(3)
+    prefill.sequences[0].prefilled = 500
+    rows = prefill.plan(num_decoding=0, round_s=0.0)
+    assert [(row.sequence.slot, row.start, len(row.tokens)) for row in rows] == [(0, 500, 99), (1, 0, 157)]
+
+
+def test_the_time_of_a_prompt_token_is_learned_slowly_and_from_chunks_that_fill_a_tile() -> None:
+    prefill = make_prefill(1)
+
+    def budget() -> int:
+        return len(prefill.plan(num_decoding=1, round_s=0.0)[0].tokens)
+
+    prefill.observe(15, 9.0)
+    assert budget() == 16, "a short chunk's time is not per token"
+    prefill.observe(100, 0.05)
+    assert budget() == 100
+    prefill.observe(100, 5.0)
+    assert 70 < budget() < 100, "an outlier changes it little"
+    for _ in range(50):
+        prefill.observe(100, 0.1)
+    assert budget() == pytest.approx(50, abs=1)
+
+
+# -- prompts inside the pass of other sequences --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    folder: Path = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
+    return Target.load(folder, precision="bf16" if native.library() is not None else "fp32")
+
+
+@pytest.fixture(scope="module")
+def draft(target: Target) -> Eagle3Draft:
+    ids_BT = torch.randint(0, VOCAB, (8, 40), generator=torch.Generator().manual_seed(5))
+    return trained_draft(target, ids_BT, steps=20)
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[RoundPlan, Columns]]]:
+    """Every plan that was run, and what it computed."""
+    found: list[tuple[RoundPlan, Columns]] = []
+    original = TargetRunner.run
+
+    def run_and_keep(self: TargetRunner, plan: RoundPlan) -> Columns:
+        columns = original(self, plan)
+        found.append((plan, columns))
+        return columns
+
+    monkeypatch.setattr(TargetRunner, "run", run_and_keep)
+    yield found
+
+
+def decoding_requests() -> list[Request]:
+    prompts = [LONG[:5], LONG[20:22], LONG[40:49]]
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": 7}, {"temperature": 1.1}]
+    kinds.append({"temperature": 0.7, "presence_penalty": 0.5, "top_p": 0.9, "logprobs": 2})
+    return [request(f"d{i}", prompts[i % 3], max_tokens=60, **kind) for i, kind in enumerate(kinds)]
+
+
+def make(target: Target, draft: Eagle3Draft | None, **changes: Any) -> Engine:
+    fields: dict[str, Any] = {"max_seq_len": 220, "prefill_chunk_tokens": CHUNK, "prefix_cache": False}
+    return make_engine(target, copy.deepcopy(draft), **{**fields, **changes})
+
+
+PROPOSALS = [{"tree_tokens": 0}, {"tree_tokens": 15}, {"tree_tokens": 15, "lookup_tokens": 7}]
+
+
+@pytest.mark.skipif(native.library() is None, reason="torch's sums depend on what is computed together")
+@pytest.mark.parametrize("max_round_s", [0.001, 0.02, 1.0])
+@pytest.mark.parametrize("proposals", PROPOSALS, ids=["chains", "trees", "trees and lookup"])
+def test_outputs_beside_prompts_are_those_alone(
+    proposals: dict[str, int],
+    max_round_s: float,
+    target: Target,
+    draft: Eagle3Draft,
+    plans: list[tuple[RoundPlan, Columns]],
+) -> None:
+    """Greedy and sampled rows decode while long prompts come; and these prompts' own outputs."""
+    requests = decoding_requests()
+    requests += [request("p0", LONG, max_tokens=8), request("p1", LONG[3:120], max_tokens=8, temperature=0.8, seed=2)]
+    requests += [request("p2", LONG[10:], max_tokens=4, prompt_logprobs=1)]
+    alone = {r.request_id: run(make(target, None), [r])[r.request_id] for r in requests}
+    plans.clear()
+    engine = make(target, draft, max_round_s=max_round_s, **proposals)
+    answers = run(engine, requests, arrivals=[0, 0, 0, 1, 4, 6, 9])
+    for name, answer in answers.items():
+        assert answer.token_ids == alone[name].token_ids, name
+        assert answer.logprobs == alone[name].logprobs, name
+        assert answer.prompt_logprobs == alone[name].prompt_logprobs, name
+    mixed = [plan for plan, _ in plans if plan.decoding and plan.prompts]
+    assert len(mixed) > 5
+    assert any(row.proposal.tokens for plan in mixed for row in plan.decoding), "speculation goes on beside prompts"
+    if proposals["tree_tokens"]:
+        assert any(row.proposal.parents for plan in mixed for row in plan.decoding)
+    assert all(plan.num_prompt_tokens <= CHUNK for plan, _ in plans)
+    if max_round_s == 0.001:
+        assert {plan.num_prompt_tokens for plan in mixed} <= set(range(17)), "rounds that are too long in any case"
+
+
+def test_longer_rounds_take_more_prompt_tokens(
+    target: Target, draft: Eagle3Draft, plans: list[tuple[RoundPlan, Columns]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt token takes ten milliseconds here; the sequence that decodes takes a few of them."""
+    monkeypatch.setattr(Prefill, "observe", lambda self, num_tokens, seconds: setattr(self, "_token_s", 0.01))
+    most = {}
+    for max_round_s in (0.001, 0.30, 0.45, 10.0):
+        plans.clear()
+        engine = make(target, draft, max_round_s=max_round_s)
+        run(engine, [request("d", LONG[:4], max_tokens=60), request("p", LONG, max_tokens=2)], arrivals=[0, 3])
+        most[max_round_s] = max(plan.num_prompt_tokens for plan, _ in plans if plan.decoding)
+    assert (most[0.001], most[10.0]) == (16, CHUNK)
+    assert 24 <= most[0.30] <= 30
+    assert 39 <= most[0.45] <= 45
+
+
+@pytest.mark.skipif(native.library() is None, reason="torch's sums depend on what is computed together")
+@pytest.mark.parametrize("tree", [0, 7], ids=["chain", "tree"])
+def test_a_rows_bits_do_not_depend_on_the_prompt_tokens_beside_it(
+    target: Target,
+    draft: Eagle3Draft,
+    tree: int,
+    plans: list[tuple[RoundPlan, Columns]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside 0, 17 and 40 prompt tokens."""
+    states: dict[int, dict[tuple[int, int], torch.Tensor]] = {}
+    for beside in (0, 17, 40):
+        monkeypatch.setattr(prefill_module, "_LEAST_TOKENS", max(1, beside))
+        plans.clear()
+        engine = make(target, draft, max_round_s=1e-6, tree_tokens=tree)
+        requests = [request("d", LONG[:4], max_tokens=24), request("p", LONG, max_tokens=1)]
+        run(engine, requests[: 1 + (beside > 0)], arrivals=[0, 3])
+        states[beside] = defaultdict(torch.Tensor)
+        numbers = set()
+        for plan, columns in plans:
+            for index, row in enumerate(plan.decoding):
+                if row.sequence.request.request_id == "d":
+                    bits = torch.cat([columns.aux(index), columns.last(index).to(columns.aux_NF.dtype)], dim=1)
+                    states[beside][row.start, len(row.tokens)] = bits.clone()
+                    numbers.add(plan.num_prompt_tokens)
+        assert beside in numbers
+    assert states[0].keys() == states[17].keys() == states[40].keys()
+    for beside in (17, 40):
+        assert all(torch.equal(bits, states[beside][place]) for place, bits in states[0].items())
+
+
+def prompt_rows(plans: Sequence[tuple[RoundPlan, Columns]]) -> dict[str, list[tuple[int, int]]]:
+    """Start and number of tokens of every chunk, by request."""
+    rows = defaultdict(list)
+    for plan, _ in plans:
+        for row in plan.prompts:
+            rows[row.sequence.request.request_id].append((row.start, len(row.tokens)))
+    return dict(rows)
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_of_two_prompts_with_a_long_common_prefix_the_second_waits_and_copies_it(
+    decoding: bool, target: Target, plans: list[tuple[RoundPlan, Columns]]
+) -> None:
+    """Submitted together; alone or beside a sequence that decodes."""
+    engine = make(target, None, prefix_cache=True, prefill_chunk_tokens=200)
+    if decoding:
+        engine.submit(request("d", LONG[120:123], max_tokens=60))
+        engine.round()
+        engine.round()
+    plans.clear()
+    prompts = {"a": [*LONG[:100], 1, 2], "b": [*LONG[:100], 3, 4, 5]}
+    for name, prompt in prompts.items():
+        engine.submit(request(name, prompt, max_tokens=2))
+    answers: dict[str, list[int]] = defaultdict(list)
+    while engine.has_work:
+        for output in engine.round():
+            answers[output.request_id] += output.token_ids
+    rows = prompt_rows(plans)
+    assert sum(count for _, count in rows["a"]) == 101
+    assert rows["b"] == [(100, 2)]
+    assert engine.stats.cached_tokens == 100
+    if native.library() is not None:
+        for name, prompt in prompts.items():
+            alone = make(target, None)
+            assert answers[name] == run(alone, [request(name, prompt, max_tokens=2)])[name].token_ids
+
+
+def test_a_short_common_prefix_is_not_waited_for(target: Target, plans: list[tuple[RoundPlan, Columns]]) -> None:
+    engine = make(target, None, prefix_cache=True, prefill_chunk_tokens=200)
+    run(engine, [request("a", [*LONG[:20], 1, 2], max_tokens=2), request("b", [*LONG[:20], 3, 4], max_tokens=2)])
+    assert prompt_rows(plans[:1]) == {"a": [(0, 21)], "b": [(0, 21)]}

@@ -70,7 +70,7 @@ def same_traces(one: dict[str, Trace], other: dict[str, Trace]) -> bool:
     ("slots", "arrivals", "cached"),
     [
         (1, [0, 0, 0], 40 + 45),  # one slot: each request keeps the prefix in it
-        (3, [0, 0, 0], 40 + 45),  # together: the first is computed, the others copy
+        (3, [0, 0, 0], 40 + 40),  # together: the first is computed, the others copy; the last does not wait for 5 more
         (3, [0, 4, 40], 40 + 45),  # beside a running one, and after all have ended
         (2, [0, 1, 2], 40 + 45),
     ],
@@ -84,8 +84,9 @@ def test_outputs_and_traces_have_the_same_bits(
         make_request("b", 5, 5, 6, 7, 8, 9, 10),
         make_request("c", 5, 5, 6, 7, 8, 1, 2, temperature=0.9, seed=3),
     ]
-    plain = RecordedEngine(target, draft if drafts else None, max_batch_size=slots, prefix_cache=False)
-    cache = RecordedEngine(target, draft if drafts else None, max_batch_size=slots)
+    how = {"max_batch_size": slots, "prefill_chunk_tokens": 64}
+    plain = RecordedEngine(target, draft if drafts else None, **how, prefix_cache=False)
+    cache = RecordedEngine(target, draft if drafts else None, **how)
     wanted = plain.serve(*requests, arrivals=arrivals)
     assert cache.serve(*requests, arrivals=arrivals) == wanted
     assert (plain.engine.stats.cached_tokens, cache.engine.stats.cached_tokens) == (0, cached)
@@ -185,6 +186,6 @@ def test_prefixes_are_copied_without_native_kernels(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(native, "library", lambda: None)
     target = Target.load(save_model("gemma2", tmp_path), precision="fp32")
     requests = [make_request("a", 1, 2, 3), make_request("b", 5, 5, 6)]
-    recorded = RecordedEngine(target, random_draft(target), tree_tokens=0)
+    recorded = RecordedEngine(target, random_draft(target), tree_tokens=0, prefill_chunk_tokens=64)
     assert recorded.serve(*requests) == RecordedEngine(target, None, tree_tokens=0, prefix_cache=False).serve(*requests)
     assert recorded.engine.stats.cached_tokens == 40

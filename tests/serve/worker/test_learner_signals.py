@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from aurora_lit.ipc.learner_status import LearnerStatusPage
-from aurora_lit.serve.speculation.planner import SpeculationPlanner
+from aurora_lit.serve.speculation.costs import Costs
+from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner
 from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.worker.learner_signals import ExplorationFollower, ThreadBudget
 
@@ -18,8 +19,7 @@ def test_rounds_explore_as_a_running_learner_asks_and_else_as_configured(tmp_pat
     page = LearnerStatusPage.create(tmp_path / "page")
     proposer = Proposer(
         None,
-        SpeculationPlanner(max_draft_tokens=0, max_lookup_tokens=0, adaptive=False),
-        ngram_planner=None,
+        SpeculationPlanner(SpeculationLimits(draft_tokens=0, lookup_tokens=0, adaptive=False), Costs(ragged=True)),
         device=torch.device("cpu"),
         explore_share=0.02,
         explore_temperature=1.5,
@@ -51,7 +51,7 @@ def test_rounds_explore_as_a_running_learner_asks_and_else_as_configured(tmp_pat
 
 def test_rounds_leave_the_cores_to_a_running_learner_that_computes_on_them(tmp_path: Path) -> None:
     page, now = LearnerStatusPage.create(tmp_path / "page"), [0.0]
-    planner = SpeculationPlanner(max_draft_tokens=2, adaptive=True)
+    planner = SpeculationPlanner(SpeculationLimits(draft_tokens=2, lookup_tokens=0), Costs(ragged=True))
     num_threads = torch.get_num_threads()
     budget = ThreadBudget(planner, page, threads=4, cores=5, monotonic_s=lambda: now[0])
 
@@ -59,7 +59,7 @@ def test_rounds_leave_the_cores_to_a_running_learner_that_computes_on_them(tmp_p
         now[0] += 1.0
         page.write(busy_threads=busy_threads)
         budget.follow()
-        planner.observe_target(1, 1, 0.1)
+        planner.observe_round(1, 1, 0.1)
         return torch.get_num_threads(), planner.updates_costs
 
     try:
@@ -68,10 +68,10 @@ def test_rounds_leave_the_cores_to_a_running_learner_that_computes_on_them(tmp_p
         page.beat()
         page.write(pid=os.getpid())
         assert followed(1) == (4, True), "there is a core for it"
-        assert planner.target_cost(1, 1) == 0.1
+        assert planner.costs.target(1, 1) == 0.1
         assert followed(3) == (2, False)
-        planner.observe_target(1, 1, 9.0)
-        assert planner.target_cost(1, 1) == 0.1, "times on fewer cores do not update the costs of rounds"
+        planner.observe_round(1, 1, 9.0)
+        assert planner.costs.target(1, 1) == 0.1, "times on fewer cores do not update the costs of rounds"
         assert followed(9) == (1, False)
         assert followed(0) == (4, True), "it rests"
         assert followed(3) == (2, False)

@@ -21,10 +21,11 @@ from aurora_lit.drafts.versions import DraftStore, version_name
 from aurora_lit.errors import CheckpointError
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
-from aurora_lit.modules.sampling.distribution import LogitOptions
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.speculation.costs import DraftShape
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
+from aurora_lit.serve.speculation.planner import NO_DRAFT
 from aurora_lit.serve.speculation.runtime_draft import prepare_draft
 from aurora_lit.serve.worker.hot_reload import HotReloader
 from aurora_lit.serve.worker.live_draft import LiveDraft
@@ -134,7 +135,8 @@ def test_requests_in_flight_across_ten_swaps_are_answered_as_by_plain_decoding(
         {"intermediate_size": 48},
         {"num_attention_heads": 4, "num_key_value_heads": 2},
     ]
-    server.round()
+    while "good" not in server.accepted:
+        server.round()
     seen = []
     for number in range(10):
         name = store.publish(random_draft(case.target, seed=number, **shapes[number % 4]), record={})
@@ -289,9 +291,8 @@ def test_with_recompute_the_new_draft_proposes_as_if_it_had_always_served(case: 
     proposed = [
         each.propose(
             DraftInputs(slots_B=torch.tensor([row.slot for row in rows]), lengths=[row.length for row in rows]),
-            options=LogitOptions.from_params([request("", [1]).params] * len(rows)),
             num_steps=3,
-        )[0].token_BK
+        ).token_BK
         for each in (drafter, fresh)
     ]
     assert torch.equal(*proposed) == recompute
@@ -300,16 +301,16 @@ def test_with_recompute_the_new_draft_proposes_as_if_it_had_always_served(case: 
 def test_a_swap_resets_the_estimates_by_which_the_old_draft_was_given_up(case: ServingCase) -> None:
     engine = make_engine(case.target, random_draft(case.target), max_batch_size=32, max_draft_tokens=3, adaptive=True)
     for rows in range(1, 33):
-        engine.planner.first_step_cost.update(rows, 1, 1.0)
-    engine.planner.mean_rate = 0.0
+        engine.costs.first_step.update(rows, 1, 1.0)
+    engine.planner._mean_rates = {False: 0.0, True: 0.0}
     engine.submit(case.requests[0])
     engine.round()
     engine._decoding[0].acceptance_rate = 0.0
-    engine.planner._last = 0
-    assert engine.planner.choose([0.0]) == 0
+    engine.planner._last = NO_DRAFT
+    assert engine.planner.decide([0.0], batch_size=1).shape == NO_DRAFT
     engine.swap_draft(copy.deepcopy(case.good), version="draft-000001")
-    assert (engine.planner.mean_rate, engine._decoding[0].acceptance_rate) == (0.5, 0.5)
-    assert engine.planner._last == 3
+    assert (engine.planner.mean_rate(sampled=False), engine._decoding[0].acceptance_rate) == (0.5, 0.5)
+    assert engine.planner._last == DraftShape(3)
 
 
 class RecordingEngine:
