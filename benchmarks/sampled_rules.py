@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from aurora_lit.modules.sampling.proposals import DraftVocabulary
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -45,7 +46,6 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.unroll import UnrolledChains, unroll, unroll_rounds
 from aurora_lit.modules.sampling.noise import draw
-from aurora_lit.modules.sampling.proposals import DraftVocabulary
 from aurora_lit.serve.speculation.runtime_draft import prepare_draft
 from aurora_lit.serve.worker.build import eos_token_ids, load_serving_target, load_tokenizer, starting_draft
 
