@@ -47,9 +47,10 @@ from aurora_lit.learn.offline.on_policy import RoundSimulator
 from aurora_lit.learn.offline.replay import Replay, blocks, read_traces
 from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.serve.speculation.calibration import calibrate
+from aurora_lit.serve.speculation.calibration import calibration_steps
+from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.drafter import Drafter
-from aurora_lit.serve.speculation.planner import SpeculationPlanner
+from aurora_lit.serve.speculation.planner import SpeculationLimits
 from aurora_lit.serve.worker.build import load_target, starting_draft
 from aurora_lit.traces.record import Trace
 
@@ -211,14 +212,16 @@ def measure_costs(config: AuroraConfig, path: Path) -> dict[str, Any]:
         tokens_SL = torch.zeros(1, capacity + 1, dtype=torch.int64, device=target.model.device)
         drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
         kv_cache = target.make_kv_cache(num_slots=1, capacity=capacity)
-        planners = [SpeculationPlanner(max_draft_tokens=proposals, adaptive=True) for _ in range(_CALIBRATIONS)]
-        for planner in planners:
-            calibrate(planner, target, drafter, kv_cache=kv_cache, max_batch_size=1)
-        minimum_s = [min(p.target_cost(1, length) for p in planners) for length in range(1, proposals + 2)]
+        limits = SpeculationLimits(draft_tokens=proposals, lookup_tokens=0)
+        tables = [Costs(ragged=target.supports_trees) for _ in range(_CALIBRATIONS)]
+        for table in tables:
+            for _ in calibration_steps(table, limits, target, drafter, kv_cache=kv_cache, max_batch_size=1):
+                pass
+        minimum_s = [min(table.target(1, length) for table in tables) for length in range(1, proposals + 2)]
         costs = {
             "target_s": [min(minimum_s[i:]) for i in range(len(minimum_s))],
-            "first_step_s": min(p.first_step_cost(1, 1) for p in planners),
-            "next_step_s": min(p.next_step_cost(1, 1) for p in planners),
+            "first_step_s": min(table.first_step(1, 1) for table in tables),
+            "next_step_s": min(table.next_step(1, 1) for table in tables),
         }
         path.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
     measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

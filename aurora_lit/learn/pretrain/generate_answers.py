@@ -55,6 +55,7 @@ def generate_answers(
         lookup_tokens=0,
         adaptive=True,
         prefill_chunk_tokens=4 * max_seq_len,  # latency does not matter here, so free slots are filled at once
+        max_round_s=60.0,
         prefix_cache=True,
         explore_share=0.0,
         explore_temperature=1.0,
