@@ -26,7 +26,9 @@ _PLAIN_EVERY, _PLAIN_EVERY_WINNING = 32, 128
 _CLEARLY = 0.9
 """A window that took less than this share of plain decoding's time has clearly won."""
 _DECAY = 0.7
-"""Weight of the old time of a plain round when one is timed; those of the first are averaged."""
+"""Weight of the old time of a plain round when one is timed."""
+_FIRST_TIMED = 3
+"""Of the first plain rounds the shortest counts: one that was preempted would make speculation look good for long."""
 
 
 class RoundKind(NamedTuple):
@@ -75,8 +77,8 @@ class SpeculationFloor:
         account = self._accounts.setdefault(kind, _Account())
         if account.rest:
             return False
-        if not account.plain_s:
-            return account.since_plain < 2  # the first rounds of a kind speculate, then a plain one is timed
+        if account.num_plain < _FIRST_TIMED:  # the first rounds of a kind speculate, then plain ones are timed
+            return account.since_plain < 2
         return account.since_plain < (_PLAIN_EVERY_WINNING if account.won else _PLAIN_EVERY)
 
     def observe(self, kind: RoundKind, *, seconds: float, tokens: int, speculated: bool) -> None:
@@ -101,12 +103,12 @@ class SpeculationFloor:
             account.rest, account.patience = 0, FIRST_PATIENCE
 
     def _time_plain(self, account: _Account, seconds: float) -> None:
-        if account.plain_s:
-            seconds = min(seconds, 2 * account.plain_s)
-        weight = max(1 - _DECAY, 1 / (account.num_plain + 1))
-        account.plain_s += weight * (seconds - account.plain_s)
         account.num_plain += 1
         account.since_plain = 0
+        if account.num_plain <= _FIRST_TIMED:
+            account.plain_s = min(account.plain_s or seconds, seconds)
+        else:
+            account.plain_s += (1 - _DECAY) * (min(seconds, 2 * account.plain_s) - account.plain_s)
 
     def _judge(self, account: _Account) -> None:
         share = account.spent_s / account.worth_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def draft(target: Target) -> Eagle3Draft:
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[RoundPlan, Columns]]]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RoundPlan, Columns]]:
     """Every plan that was run, and what it computed."""
     found: list[tuple[RoundPlan, Columns]] = []
     original = TargetRunner.run
@@ -128,7 +128,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[RoundPlan, Col
         return columns
 
     monkeypatch.setattr(TargetRunner, "run", run_and_keep)
-    yield found
+    return found
 
 
 def decoding_requests() -> list[Request]:

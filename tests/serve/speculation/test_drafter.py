@@ -1,0 +1,121 @@
+"""Drafter: the draft catches up with a prompt in parts, and then proposes what it does after reading it at once."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import VOCAB, Answer, make_engine, random_draft, request, save_model
+
+from aurora_lit.kernels import native
+from aurora_lit.models.target import Target
+from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs, DraftNoise
+from aurora_lit.serve.speculation.proposer import _LEAST_CATCH_UP
+
+LENGTH = 700
+PRECISIONS = ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(native.library() is None, reason="no kernels"))]
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Target:
+    folder: Path = save_model(
+        "llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4, max_position_embeddings=1024
+    )
+    return Target.load(folder, precision=request.param)
+
+
+def drafters(target: Target, count: int) -> list[Drafter]:
+    """With copies of one draft, and two slots that hold the same 700 tokens."""
+    capacity = LENGTH + 40
+    tokens_SL = torch.randint(0, VOCAB, (1, capacity + 1), generator=torch.Generator().manual_seed(2)).repeat(2, 1)
+    with torch.no_grad():
+        features_BTF, _ = target.forward_uncached(tokens_SL[:1, :LENGTH])
+    draft, made = random_draft(target, max_position_embeddings=1024), []
+    for _ in range(count):
+        drafter = Drafter(copy.deepcopy(draft), target, tokens_SL=tokens_SL, capacity=capacity)
+        for slot in range(2):
+            drafter.store_features(slot=slot, start=0, aux_TF=features_BTF[0, : LENGTH - 1])
+        made.append(drafter)
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("most", [1, 37, 256, 300, 10_000])
+@pytest.mark.parametrize("length", [2, 40, 300, LENGTH])
+def test_catching_up_in_parts_gives_the_proposals_of_reading_at_once(
+    target: Target, length: int, most: int, noise: bool
+) -> None:
+    if most == 1 and length > 40:
+        pytest.skip("takes long, and shows nothing that 40 positions do not")
+    at_once, in_parts = drafters(target, 2)
+    parts = []
+    while (count := in_parts.catch_up(1, length, most=most)) > 0:
+        parts.append(count)
+        assert count <= most
+    assert sum(parts) == length - 2, "all but the last position, which the next proposal computes"
+    assert in_parts.num_uncached(1, length) == 1
+    assert in_parts.num_uncached(0, length) == length - 1, "another slot has read nothing"
+    inputs = DraftInputs(slots_B=torch.tensor([1]), lengths=[length])
+    draws = DraftNoise(temperature_B=torch.tensor([0.8]), key_B=torch.tensor([3]), position_B=torch.tensor([2]))
+    for kind in ("chain", "tree"):
+        if kind == "tree" and not at_once.supports_trees:
+            continue
+        drafted = []
+        for drafter in (at_once, in_parts):
+            how: dict[str, Any] = {"num_steps": 4, "noise": draws if noise else None}
+            propose = drafter.propose if kind == "chain" else drafter.propose_tree
+            drafted.append(propose(inputs, **how, **({} if kind == "chain" else {"num_nodes": 15})))
+        assert torch.equal(drafted[0].token_BK, drafted[1].token_BK)
+        torch.testing.assert_close(drafted[0].outcome_JB, drafted[1].outcome_JB, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("max_round_s", "room"), [(0.001, _LEAST_CATCH_UP), (0.050, 50), (0.120, 120), (60.0, 10_000)])
+def test_beside_others_a_long_prompt_is_caught_up_over_several_rounds(
+    target: Target, max_round_s: float, room: int
+) -> None:
+    """A position of the draft's prefill takes a millisecond here. The others go on speculating meanwhile."""
+    prompt = torch.randint(0, VOCAB, (300,), generator=torch.Generator().manual_seed(4)).tolist()
+    requests = {
+        "short": request("short", prompt[:6], max_tokens=60),
+        "sampled": request("sampled", prompt[3:8], max_tokens=60, temperature=0.9, seed=1),
+        "long": request("long", prompt, max_tokens=30),
+    }
+    how: dict[str, Any] = {"max_seq_len": 400, "prefill_chunk_tokens": 400, "max_round_s": max_round_s}
+
+    def serve(draft: Any) -> tuple[dict[str, Answer], list[int], list[dict[str, int]]]:
+        engine = make_engine(target, draft, **how)
+        engine.costs.prefill_position_s = 0.001
+        engine._prefill._max_round_s = 60.0  # prompts of the target are not what is limited here
+        answers = {name: Answer() for name in requests}
+        engine.submit(requests["short"])
+        engine.submit(requests["sampled"])
+        uncached, proposed = [], []
+        while engine.has_work:
+            if len(proposed) == 3:
+                engine.submit(requests["long"])
+            outputs = engine.round()
+            for output in outputs:
+                answers[output.request_id].add(output)
+            proposed.append({output.request_id: output.num_proposed for output in outputs})
+            if engine._drafter is not None:
+                for sequence in engine._decoding:
+                    if sequence.request.request_id == "long" and answers["long"].rounds:
+                        uncached.append(engine._drafter.num_uncached(sequence.slot, sequence.length))
+        return answers, uncached, proposed
+
+    plain, _, _ = serve(None)
+    answers, uncached, proposed = serve(random_draft(target))
+    assert {name: each.token_ids for name, each in answers.items()} == {
+        name: each.token_ids for name, each in plain.items()
+    }
+    waiting = [each for each in proposed if each.get("long") == 0 and len(each) == 3]
+    # Each round reads at most `room` positions, those of the other sequences included.
+    assert len(waiting) == pytest.approx(300 / room, abs=300 / room * 0.25 + 1)
+    assert all(each["short"] > 0 and each["sampled"] > 0 for each in waiting)
+    read = [before - after for before, after in zip([300, *uncached], uncached, strict=False)]
+    assert all(count <= room for count in read[: len(waiting)])
+    assert any(each.get("long", 0) > 0 for each in proposed)
