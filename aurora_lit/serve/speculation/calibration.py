@@ -93,6 +93,7 @@ def _measure_target(costs: Costs, limits: SpeculationLimits, probe: _Probe) -> I
     for length in sorted(lengths):
         seconds = yield from _best_seconds(functools.partial(probe.run_target, length))
         costs.target.set_initial(batch_size, length, seconds)
+    costs.target.make_monotonic(batch_size)
 
 
 def _measure_draft(costs: Costs, limits: SpeculationLimits, probe: _Probe) -> Iterator[None]:

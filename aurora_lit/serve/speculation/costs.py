@@ -44,6 +44,14 @@ class CostTable:
         self._initial[batch_size, query_length] = seconds
         self._interpolations.clear()
 
+    def make_monotonic(self, batch_size: int) -> None:
+        """Let no shorter query of this batch size cost more than a longer one: other work on the machine only adds."""
+        least = float("inf")
+        for key in sorted((key for key in self._initial if key[0] == batch_size), reverse=True):
+            least = min(least, self._initial[key])
+            self._initial[key] = least
+        self._interpolations.clear()
+
     @property
     def initial(self) -> list[tuple[int, int, float]]:
         """The calibration's measurements: batch size, query length, seconds."""

@@ -93,3 +93,12 @@ def test_prefill_of_the_drafts_cache_does_not_count_as_time_of_a_step(costs: Cos
     costs.observe_draft(2, DraftShape(2), 0.0015 + 300 * 1e-5, uncached=300)
     assert costs.first_step(2, 1) == pytest.approx(0.001)
     assert costs.next_step(2, 1) == pytest.approx(0.0005)
+
+
+def test_a_disturbed_measurement_of_a_shorter_query_does_not_last() -> None:
+    table = CostTable()
+    for batch_size, length, seconds in ((1, 1, 3.0), (1, 4, 9.0), (1, 5, 5.0), (1, 8, 7.0), (2, 4, 6.0)):
+        table.set_initial(batch_size, length, seconds)
+    table.make_monotonic(1)
+    assert [table(1, length) for length in (1, 4, 5, 8)] == [3.0, 5.0, 5.0, 7.0]
+    assert table(2, 4) == 6.0
