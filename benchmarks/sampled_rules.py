@@ -34,7 +34,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from aurora_lit.modules.sampling.proposals import DraftVocabulary
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -45,7 +44,6 @@ from aurora_lit.cores import use_threads
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.unroll import UnrolledChains, unroll, unroll_rounds
-from aurora_lit.modules.sampling.noise import draw
 from aurora_lit.serve.speculation.runtime_draft import prepare_draft
 from aurora_lit.serve.worker.build import eos_token_ids, load_serving_target, load_tokenizer, starting_draft
 
@@ -78,7 +76,10 @@ class Models:
     target: Target
     draft: Eagle3Draft
     embedding_VH: Tensor
-    vocabulary: DraftVocabulary
+    target_id_D: Tensor
+    """The target's id of each token of the draft."""
+    draft_id_V: Tensor
+    """The draft's id of each token of the target, or −1."""
     eos: frozenset[int]
     temperature: float
     taus: Sequence[float]
@@ -94,8 +95,8 @@ class Models:
             start_1 = torch.tensor([len(ids) - 1])
             aux_11F, last_11H = target(torch.tensor([ids[-1:]]), kv_cache=cache, slots_B=slot_1, starts_B=start_1)
             p_V = (target.logits(last_11H)[0, 0] / self.temperature).softmax(-1)
-            rows.append(torch.cat([p_V[self.vocabulary.target_id_D], p_V[self.vocabulary.draft_id_V < 0].sum()[None]]))
-            ids.append(int(draw(p_V, torch.rand(()))))
+            rows.append(torch.cat([p_V[self.target_id_D], p_V[self.draft_id_V < 0].sum()[None]]))
+            ids.append(int(torch.multinomial(p_V, 1)))
             aux.append(aux_11F)
         aux.append(torch.zeros_like(aux[-1]))  # of the last token, which nothing follows
         first, ids_1T = len(prompt.token_ids), torch.tensor([ids])
@@ -106,8 +107,8 @@ class Models:
             embedding_VH=self.embedding_VH,
             num_steps=LEVELS,
         )
-        label_A = self.vocabulary.draft_id_V[ids_1T[0, first:]]
-        label_A = torch.where(label_A < 0, len(self.vocabulary.target_id_D), label_A)
+        label_A = self.draft_id_V[ids_1T[0, first:]]
+        label_A = torch.where(label_A < 0, len(self.target_id_D), label_A)
         return Sample(domain=prompt.domain, first=first, p_AD=torch.stack(rows), label_A=label_A, chains=chains)
 
     def logq(self, hidden: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class Models:
             hit_RWC = best.indices == sample.label_A[level : level + R, None, None]
             scores.append((score_RW1 + logp_RWC).flatten(1))
             passed.append((passed_RW1 & hit_RWC).flatten(1))
-            token_RWC = self.vocabulary.target_id_D[best.indices]
+            token_RWC = self.target_id_D[best.indices]
             longer_RWCL = torch.cat([path_RWL[:, :, None].expand(-1, -1, width, -1), token_RWC[..., None]], -1)
             kept_RW = scores[-1].topk(width).indices
             path_RWL = longer_RWCL.flatten(1, 2).gather(1, kept_RW[..., None].expand(-1, -1, level + 1))
@@ -268,6 +269,12 @@ def prediction_tables(taus: Sequence[float], predicted_UNW: Tensor, accepted_NW:
     return taus[best], [by_tau, by_bin]
 
 
+def draft_ids(target_id_D: Tensor, *, vocab_size: int) -> Tensor:
+    """The draft's id of each of the target's tokens [V], −1 where it has none."""
+    none_V = torch.full((vocab_size,), -1, dtype=torch.int64)
+    return none_V.scatter(0, target_id_D, torch.arange(len(target_id_D)))
+
+
 @torch.inference_mode()
 def main() -> None:
     """Run the comparison."""
@@ -296,7 +303,8 @@ def main() -> None:
             target=target,
             draft=draft,
             embedding_VH=target.embedding_rows(),
-            vocabulary=DraftVocabulary.from_offsets(draft.d2t, vocab_size=target.vocab_size),
+            target_id_D=draft.draft_token_ids,
+            draft_id_V=draft_ids(draft.draft_token_ids, vocab_size=target.vocab_size),
             eos=eos_token_ids(target, tokenizer),
             temperature=temperature,
             taus=arguments.taus,

@@ -21,6 +21,8 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.speculation.drafter import DraftNoise
+from aurora_lit.serve.speculation.proposer import Proposer
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="torch's own sums depend on the batch")
 PRECISIONS = ["fp32", *(pytest.param(p, marks=needs_kernels) for p in ("bf16", "int8", "int4"))]
@@ -100,8 +102,8 @@ def test_outputs_are_those_of_plain_decoding_without_other_requests(
         if native.library() is not None:
             assert answer.logprobs == plain[name].logprobs, "the same bits"
     assert engine.stats.accepted > (40 if way != "all" else 0), "the test needs proposals that are accepted"
-    if way == "exploring":
-        assert engine.stats.explored_drafts > 20
+    if way == "exploring":  # only greedy requests do
+        assert 3 < engine.stats.explored_drafts < 2 * NEW
     if way == "lookup":
         assert any(output.from_lookup for answer in answers.values() for output in answer.rounds)
 
@@ -136,20 +138,29 @@ def test_a_rows_output_does_not_depend_on_options_of_the_rows_beside_it(case: Ca
             assert both[other.request_id].token_ids == plain[other.request_id].token_ids
 
 
-def test_the_draft_predicts_sampled_tokens_better_with_the_targets_noise(case: Case) -> None:
+def test_the_draft_predicts_sampled_tokens_better_with_the_targets_noise(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of one that is as good at temperature 1 as the target itself, nearly all would be accepted."""
     keyed = [
         replace(request(str(key), PROMPTS[key % 4], max_tokens=NEW, temperature=1.0), noise_key=key)
         for key in range(24)
     ]
 
-    def acceptance(**changes: Any) -> float:
-        engine = case.engine(max_draft_tokens=1, **changes)
+    def acceptance() -> float:
+        engine = case.engine(max_draft_tokens=1)
         run(engine, keyed)
         return engine.stats.accepted / engine.stats.proposed
 
-    with_noise, with_other_noise = acceptance(), acceptance(explore_share=1.0, explore_temperature=1.0)
-    assert with_noise > 1.3 * with_other_noise
+    with_noise = acceptance()
+    shared = Proposer._noise
+
+    def other_noise(self: Proposer, *args: Any) -> DraftNoise | None:
+        noise = shared(self, *args)
+        return None if noise is None else replace(noise, key_B=noise.key_B + 1000)
+
+    monkeypatch.setattr(Proposer, "_noise", other_noise)
+    assert with_noise > 1.3 * acceptance()
 
 
 @pytest.mark.parametrize("way", ["chains", "trees"])

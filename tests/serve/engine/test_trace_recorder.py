@@ -147,7 +147,7 @@ def test_states_distributions_and_rounds(models: TinyModels, kind: str, lookup: 
         check(trace)
         by_request[trace.request_id].append(from_bytes(to_bytes(trace)))
         num_rejected += check_states(models, trace, all_tokens(models, answers[trace.request_id], trace.request_id))
-        assert trace.verify == {"greedy": "greedy", "seeded": "seeded"}.get(kind, "free")
+        assert trace.verify == ("greedy" if kind == "greedy" else "sampled")
         assert trace.temperature == pytest.approx(KINDS[kind]["temperature"])
         assert trace.domain == f"d{trace.request_id}"
     assert num_rejected > 10, "the test needs rejections"
@@ -158,7 +158,7 @@ def test_states_distributions_and_rounds(models: TinyModels, kind: str, lookup: 
     assert sum(int(t.num_accepted_R.sum()) for t in traces) == engine.stats.accepted
     assert engine.stats.accepted > (50 if kind == "greedy" else 5)
     assert sum(int(t.explored_R.sum()) for t in traces) == pytest.approx(engine.stats.explored_drafts, abs=6)
-    assert engine.stats.explored_drafts > 5
+    assert engine.stats.explored_drafts > 5 if kind == "greedy" else engine.stats.explored_drafts == 0
     sources = torch.cat([t.source_R for t in traces])
     assert bool((sources == SOURCE_DRAFT).any())
     if kind == "greedy" or not lookup:  # elsewhere repetitions depend on luck
@@ -203,16 +203,17 @@ def test_plain_decoding_is_recorded_too(models: TinyModels, drafted: bool) -> No
 def test_behaviour_log_probabilities_and_temperatures_by_kind(
     models: TinyModels, kind: str, explore_share: float
 ) -> None:
-    """Only proposals that were drawn to explore have some, unless p is more than a softmax at a temperature."""
+    """Only proposals that were drawn to explore have some, and only greedy requests explore."""
     traces: list[Trace] = []
     run(models.engine(traces, explore_share=explore_share, explore_temperature=2.5), models.requests(kind))
     inside = torch.cat([(t.proposal_RK >= 0).flatten() for t in traces])
     logprob = torch.cat([t.behaviour_logprob_RK.flatten() for t in traces])
     temperature = torch.cat([t.draft_temperature_R for t in traces]).unique()
     assert logprob[~inside].isnan().all()
-    assert (2.5 in temperature.tolist()) == bool(explore_share)
+    explores = explore_share > 0 and kind == "greedy"
+    assert (2.5 in temperature.tolist()) == explores
     assert set(temperature.tolist()) <= {1.0, 2.5}
-    if explore_share and kind != "cut":
+    if explores:
         assert (logprob[inside] < 0).all()
     else:
         assert logprob[inside].isnan().all()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from scipy.stats import chi2
 from support.tiny_models import VOCAB, make_engine, random_draft, request, run, save_model, trained_draft
 
 from aurora_lit.models.target import Target
@@ -53,34 +51,15 @@ def test_output_is_that_of_plain_decoding(
     assert engine.stats.explored_drafts > 10 or adaptive
 
 
-def test_unseeded_output_keeps_its_distribution_when_every_round_explores(target: Target, draft: Eagle3Draft) -> None:
-    """Chi-square of the first two tokens of many requests against the target's own distributions."""
-    count, batch = 8_000, 200
-    engine = make_engine(
-        target,
-        copy.deepcopy(draft),
-        max_batch_size=batch,
-        max_draft_tokens=2,
-        explore_share=1.0,
-        explore_temperature=0.4,
-        prefill_chunk_tokens=1 << 14,
-    )
-    params = {"temperature": 0.8, "max_tokens": 2}
-    answers = run(engine, [replace(request(str(i), PROMPT, **params), noise_key=i) for i in range(count)])
-    with torch.no_grad():
-        continued = torch.tensor([[*PROMPT, token] for token in range(VOCAB)])
-        logits = target.logits(target.forward_uncached(continued)[1][:, -2:]) / 0.8
-    distribution = logits[0, 0].softmax(-1)[:, None] * logits[:, 1].softmax(-1)
-    counts = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
-    for answer in answers.values():
-        counts[tuple(answer.token_ids)] += 1
-    expected = distribution.double() * count
-    cells = expected > 5
-    rest = torch.tensor([counts[~cells].sum(), expected[~cells].sum()])
-    statistic = ((counts - expected)[cells] ** 2 / expected[cells]).sum() + (rest[0] - rest[1]) ** 2 / rest[1]
-    assert chi2.sf(statistic.item(), int(cells.sum())) > 1e-4
-    assert engine.stats.explored_drafts == engine.stats.drafts > count / 2
-    assert 0.05 < engine.stats.accepted / engine.stats.proposed < 0.98
+@pytest.mark.parametrize("kind", [{"temperature": 0.7, "seed": 1}, {"temperature": 0.7}])
+def test_sampled_requests_do_not_explore(target: Target, kind: dict[str, float]) -> None:
+    engine = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=1.0)
+    run(engine, [request("greedy", PROMPT), request("sampled", PROMPT, **kind)])
+    assert 0 < engine.stats.explored_drafts < engine.stats.drafts
+    alone = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=1.0)
+    run(alone, [request("sampled", PROMPT, **kind)])
+    assert alone.stats.explored_drafts == 0
+    assert alone.stats.drafts > 0
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
@@ -101,9 +80,8 @@ def test_the_configured_share_of_drafted_rounds_explores(target: Target, share: 
         assert [o.explored for o in outputs][:16] == [o.explored for o in rounds][:16], "the seed decides"
 
 
-@pytest.mark.parametrize("kind", [{}, {"temperature": 0.7, "seed": 1}, {"temperature": 0.7}])
 def test_exploring_samples_from_the_draft_at_the_exploration_temperature(
-    target: Target, kind: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a high temperature many different tokens are proposed for one prompt, at a low one only the argmax."""
     proposed: dict[float, set[int]] = {}
@@ -118,7 +96,7 @@ def test_exploring_samples_from_the_draft_at_the_exploration_temperature(
 
         monkeypatch.setattr(Drafter, "propose", propose)
         engine = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=temperature)
-        run(engine, [request(str(i), PROMPT, max_tokens=2, **kind) for i in range(64)])
+        run(engine, [request(str(i), PROMPT, max_tokens=2) for i in range(64)])
         monkeypatch.undo()
         proposed[temperature] = {token for drafted in calls for token in drafted.token_BK[:, 0].tolist()}
     assert len(proposed[10.0]) > 20

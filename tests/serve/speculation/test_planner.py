@@ -400,12 +400,12 @@ def test_the_planner_learns_how_much_more_than_their_chains_trees_accept() -> No
     def rate(nodes: int, *, sampled: bool = False) -> float:
         return planner.level_rates(DraftShape(3, nodes), [0.5], sampled=sampled)[0]
 
-    before = rate(15)
+    before, before_sampled = rate(15), rate(15, sampled=True)
     for _ in range(200):
         planner.observe(sequence, tree, accepted=2, chain_accepted=0, finished=False)
     assert rate(15) > before + 0.1
     assert rate(7) < before
-    assert rate(15, sampled=True) == before, "trees of sampled sequences are counted apart"
+    assert rate(15, sampled=True) == before_sampled, "trees of sampled sequences are counted apart"
     for _ in range(400):
         planner.observe(sequence, tree, accepted=0, chain_accepted=0, finished=False)
     assert rate(15) == pytest.approx(0.5, abs=0.02), "no better than a chain"
