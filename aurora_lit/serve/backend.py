@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 START_METHOD = "spawn"
 """How processes that compute are started: in a new interpreter, so that they inherit nothing."""
+_CHILD_END_S = 5.0
+"""Longest wait for the end of a process whose work is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +75,10 @@ def prepare(config: AuroraConfig) -> None:
     except EOFError:
         process.join()
         outcome = f"AuroraError: the target could not be prepared: its process ended with exit code {process.exitcode}"
+    else:
+        process.join(_CHILD_END_S)  # killed at once, it would leave a semaphore behind, which Python complains about
     finally:
-        process.kill()  # it has nothing more to do; or this process was interrupted
+        process.kill()  # also if this process was interrupted
         process.join()
     if outcome:
         kind, _, message = outcome.partition(": ")
