@@ -148,7 +148,7 @@ class Proposer:
             ):
                 return []
         started = time.perf_counter()
-        candidates = self._caught_up(all_sequences, candidates, uncached)
+        candidates, num_read = self._caught_up(all_sequences, candidates, uncached)
         if candidates:
             sequences = [all_sequences[i] for i in candidates]
             explores = [False] * len(sequences)
@@ -162,25 +162,29 @@ class Proposer:
         if not any(explores):
             levels = len(drafted.outcome_JB)
             nodes = drafted.token_BK.shape[1] if drafted.parent_BK is not None else 0
-            missing = sum(uncached[i] for i in candidates)
+            missing = num_read + sum(uncached[i] for i in candidates)
             self._planner.observe_draft(len(found), DraftShape(levels, nodes), self.draft_seconds, uncached=missing)
         return list(zip(candidates, found, strict=True))
 
     def _caught_up(
         self, sequences: Sequence[RunningSequence], candidates: list[int], uncached: dict[int, int]
-    ) -> list[int]:
-        """Those whose prompt the draft has read. For others it reads on, as far as this round's time allows."""
+    ) -> tuple[list[int], int]:
+        """Those whose prompt the draft has read. For others it reads on, as far as this round's time allows.
+
+        Also returns how many positions it has read for others.
+        """
         drafter, position_s = self._drafter, self._planner.costs.prefill_position_s
         assert drafter is not None
         room = max(_LEAST_CATCH_UP, int(self._max_catch_up_s / position_s)) if position_s else 1 << 30
-        ready = []
+        ready, num_read = [], 0
         for i in sorted(candidates, key=uncached.__getitem__):
             if uncached[i] <= room:
                 room -= uncached[i]
                 ready.append(i)
             elif room > 0:
-                room -= drafter.catch_up(sequences[i].slot, sequences[i].length, most=room)
-        return sorted(ready)
+                count = drafter.catch_up(sequences[i].slot, sequences[i].length, most=room)
+                room, num_read = room - count, num_read + count
+        return sorted(ready), num_read
 
     def _run(
         self,

@@ -1,0 +1,134 @@
+"""How long running answers pause while long prompts arrive: with this checkout and, in turn, with another one.
+
+    python -m benchmarks.pauses --prompts chat.jsonl summarize.jsonl --against ../before -- learn.enabled=false
+
+--clients clients stream long greedy answers without end. Meanwhile another client sends --long-prompts prompts of about
+--characters characters each, one after the other, made by joining the file's prompts. Every pause between two pieces of
+a running answer that overlaps one of these requests, up to its first token, is counted. The table has the percentiles
+of these pauses, the time to the first token of the long prompts, and the running answers' tokens a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aurora_lit.bench.server_process import free_port
+from aurora_lit.learn.pretrain.prompts import read_prompts
+from benchmarks.peers.client import Answer, ask, served_model
+
+ROOT = Path(__file__).resolve().parents[1]
+_PATIENCE_S = 300.0
+
+
+def wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
+    """Wait for the server; raises SystemExit if it ends before."""
+    began = time.monotonic()
+    while time.monotonic() - began < _PATIENCE_S and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit("the server did not start")
+
+
+def measure(port: int, short: Iterator[str], long: list[str], *, clients: int, max_tokens: int) -> dict[str, Any]:
+    """The running answers' pauses beside every long prompt."""
+    model, running, over = served_model(port), [], threading.Event()
+    turn = threading.Lock()
+
+    def stream() -> None:
+        while not over.is_set():
+            with turn:
+                prompt = next(short)
+            answer = ask(port, model, prompt, max_tokens=max_tokens)
+            running.append(answer)
+
+    threads = [threading.Thread(target=stream) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    time.sleep(3.0)
+    arrivals: list[Answer] = []
+    for prompt in long:
+        arrivals.append(ask(port, model, prompt, max_tokens=4))
+        time.sleep(0.5)
+    over.set()
+    for thread in threads:
+        thread.join()
+    pauses = [
+        after - before
+        for answer in running
+        for before, after in itertools.pairwise(answer.pieces_s)
+        if any(before < arrival.pieces_s[0] and after > arrival.sent_s for arrival in arrivals)
+    ]
+    began, ended = min(answer.sent_s for answer in running), max(answer.ended_s for answer in running)
+    return {
+        "pauses": pauses,
+        "first": [arrival.pieces_s[0] - arrival.sent_s for arrival in arrivals],
+        "speed": sum(answer.tokens for answer in running) / (ended - began),
+    }
+
+
+def run(checkout: Path, settings: list[str], short: Iterator[str], long: list[str], options: Any) -> dict[str, Any]:
+    """Measure one server."""
+    port, environment = free_port(), {**os.environ, "PYTHONPATH": str(checkout)}
+    with tempfile.TemporaryDirectory() as scratch, open(Path(scratch) / "log", "w+") as log:
+        command = [sys.executable, "-m", "aurora_lit", "serve", f"server.port={port}", f"checkpoint.dir={scratch}"]
+        server = subprocess.Popen([*command, *settings], cwd=scratch, env=environment, stdout=log, stderr=log)
+        try:
+            wait_until_ready(port, server)
+            ask(port, served_model(port), next(short), max_tokens=32)
+            return measure(port, short, long, clients=options.clients, max_tokens=options.max_tokens)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", nargs="+", type=Path, required=True)
+    parser.add_argument("--against", type=Path, help="another checkout, measured in turn with this one")
+    parser.add_argument("--clients", type=int, default=7)
+    parser.add_argument("--long-prompts", type=int, default=8)
+    parser.add_argument("--characters", type=int, default=4200)
+    parser.add_argument("--max-tokens", type=int, default=256, help="of a running answer")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("settings", nargs="*", help="key=value")
+    options = parser.parse_args()
+    texts = [prompt.messages[0] for path in options.prompts for prompt in read_prompts(path)]
+    short = itertools.cycle(text for text in texts if len(text) < 300)
+    joined = " ".join(texts)
+    long = [joined[i * options.characters : (i + 1) * options.characters] for i in range(options.long_prompts)]
+    checkouts = [ROOT] if options.against is None else [options.against.resolve(), ROOT]
+    found: dict[Path, list[dict[str, Any]]] = {checkout: [] for checkout in checkouts}
+    for _, checkout in itertools.product(range(options.repeats), checkouts):
+        found[checkout].append(run(checkout, options.settings, short, long, options))
+    for checkout in checkouts:
+        pauses = np.array([pause for each in found[checkout] for pause in each["pauses"]]) * 1e3
+        first = statistics.median(seconds for each in found[checkout] for seconds in each["first"])
+        speed = statistics.mean(each["speed"] for each in found[checkout])
+        p50, p90, p99 = np.percentile(pauses, (50, 90, 99))
+        print(
+            f"{checkout.name}: pauses p50 {p50:.0f}, p90 {p90:.0f}, p99 {p99:.0f}, most {pauses.max():.0f} ms", end=""
+        )
+        print(f" ({len(pauses)} pauses); first token of a long prompt {first:.2f} s; {speed:.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()
