@@ -15,7 +15,7 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parents[1]
 TABLE = _ROOT / "docs" / "results" / "user-experience.md"
 PICTURE = _ROOT / "docs" / "images" / "speculation.svg"
-_HEADER = "| precision | temperature | clients | ratio | lowest | highest |"
+_HEADER = "| precision | temperature | clients | ratio | from | to |"
 _GAIN_COLOUR, _LOSS_COLOUR = "#2a7f62", "#b5543c"
 
 
@@ -64,7 +64,7 @@ def draw(measurements: list[Measurement], out: Path) -> None:
     axes.set_yticks(positions, [row.label for row in measurements])
     axes.invert_yaxis()
     axes.set_xlim(min(row.lowest for row in measurements) - 0.05, max(row.highest for row in measurements) + 0.15)
-    axes.set_xlabel("tokens a second, with / without speculation (line: lowest to highest run)")
+    axes.set_xlabel("tokens a second, with / without speculation (line: 95 % interval)")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
