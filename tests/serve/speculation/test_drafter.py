@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,8 +12,11 @@ from support.tiny_models import VOCAB, Answer, make_engine, random_draft, reques
 
 from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
+from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs, DraftNoise
-from aurora_lit.serve.speculation.proposer import _LEAST_CATCH_UP
+from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner
+from aurora_lit.serve.speculation.proposer import _LEAST_CATCH_UP, Proposer
 
 LENGTH = 700
 PRECISIONS = ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(native.library() is None, reason="no kernels"))]
@@ -118,3 +121,23 @@ def test_beside_others_a_long_prompt_is_caught_up_over_several_rounds(
     read = [before - after for before, after in zip([300, *uncached], uncached, strict=False)]
     assert all(count <= room for count in read[: len(waiting)])
     assert any(each.get("long", 0) > 0 for each in proposed)
+
+
+def test_what_a_round_may_catch_up_with_is_shared_by_its_sequences() -> None:
+    """A hundred positions: 20 and 60 fit, and 20 of 70 are read for a later round."""
+    read: dict[int, int] = {}
+
+    class Reader:
+        def catch_up(self, slot: int, length: int, *, most: int) -> int:
+            read[slot] = most
+            return most
+
+    planner = SpeculationPlanner(SpeculationLimits(draft_tokens=4, lookup_tokens=0), Costs(ragged=True))
+    planner.costs.prefill_position_s = 0.001
+    proposer = Proposer(cast(Any, Reader()), planner, device=torch.device("cpu"), max_catch_up_s=0.1)
+    sequences = [
+        RunningSequence(request=request(str(i), [1]), slot=i, acceptance_rate=0.5, prompt_length=1, length=99)
+        for i in range(3)
+    ]
+    assert proposer._caught_up(sequences, [0, 1, 2], {0: 70, 1: 60, 2: 20}) == ([1, 2], 20)
+    assert read == {0: 20}
