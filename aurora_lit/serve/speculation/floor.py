@@ -1,8 +1,9 @@
 """Never slower than plain decoding: speculation is judged by what it took, and turned off where it lost.
 
 The planner predicts; this file keeps accounts. For each kind of round (number of sequences; greedy or sampled) it
-knows what a plain round takes, because one is run now and then, and adds up over a window of speculating rounds what
-they took and what plain rounds would have taken for the same tokens. A window that lost turns speculation off for a
+knows what a plain round takes, because one is run now and then. Over a window of speculating rounds it adds up what
+they took and what plain rounds would have taken for the same tokens; kinds with about as many sequences (1, 2, 3 to 4,
+5 to 8, …) share a window, since few rounds are of exactly the same kind while requests come and go. A window that lost turns speculation off for a
 while. Each further loss doubles that while, and a window that clearly won resets it. What a wrong prediction can cost
 is therefore one window, again and again, but ever more rarely.
 
@@ -14,6 +15,7 @@ Left out: what is proposed (serve/speculation/proposer.py) and what it is predic
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,16 +40,36 @@ class RoundKind(NamedTuple):
     sampled: bool
     """True if any sequence is."""
 
+    @property
+    def group(self) -> tuple[int, bool]:
+        """The same for kinds with about as many sequences."""
+        return (self.batch_size - 1).bit_length(), self.sampled
+
+
+@dataclass(kw_only=True)
+class _PlainRounds:
+    """Of one kind."""
+
+    seconds: float = 0.0
+    """What one takes; 0: none was timed yet."""
+    count: int = 0
+    since: int = 0
+    """Speculating rounds since one was timed."""
+
+    def add(self, seconds: float) -> None:
+        """Time one more."""
+        self.count += 1
+        self.since = 0
+        if self.count <= _FIRST_TIMED:
+            self.seconds = min(self.seconds or seconds, seconds)
+        else:
+            self.seconds += (1 - _DECAY) * (min(seconds, 2 * self.seconds) - self.seconds)
+
 
 @dataclass(kw_only=True)
 class _Account:
-    """Of one kind of rounds."""
+    """Of one group of kinds."""
 
-    plain_s: float = 0.0
-    """What a plain round takes; 0: none was timed yet."""
-    num_plain: int = 0
-    since_plain: int = 0
-    """Speculating rounds since a plain one was timed."""
     spent_s: float = 0.0
     """What the window's rounds took."""
     worth_s: float = 0.0
@@ -69,30 +91,31 @@ class SpeculationFloor:
     """
 
     def __init__(self) -> None:
-        self._accounts: dict[RoundKind, _Account] = {}
+        self._plain: defaultdict[RoundKind, _PlainRounds] = defaultdict(_PlainRounds)
+        self._accounts: defaultdict[tuple[int, bool], _Account] = defaultdict(_Account)
         self.windows_won = self.windows_lost = 0
 
     def allows(self, kind: RoundKind) -> bool:
         """False: this round is to be a plain one, because speculation lost lately or a plain round is to be timed."""
-        account = self._accounts.setdefault(kind, _Account())
+        account, plain = self._accounts[kind.group], self._plain[kind]
         if account.rest:
             return False
-        if account.num_plain < _FIRST_TIMED:  # the first rounds of a kind speculate, then plain ones are timed
-            return account.since_plain < 2
-        return account.since_plain < (_PLAIN_EVERY_WINNING if account.won else _PLAIN_EVERY)
+        if plain.count < _FIRST_TIMED:  # the first rounds of a kind speculate, then plain ones are timed
+            return plain.since < 2
+        return plain.since < (_PLAIN_EVERY_WINNING if account.won else _PLAIN_EVERY)
 
     def observe(self, kind: RoundKind, *, seconds: float, tokens: int, speculated: bool) -> None:
         """Add a round that had the machine to itself. `tokens`: that all its sequences got."""
-        account = self._accounts.setdefault(kind, _Account())
+        account, plain = self._accounts[kind.group], self._plain[kind]
         if not speculated:
-            self._time_plain(account, seconds)
+            plain.add(seconds)
             account.rest = max(0, account.rest - 1)
             return
-        account.since_plain += 1
-        if not account.plain_s:
+        plain.since += 1
+        if not plain.seconds:
             return
-        account.spent_s += min(seconds, 4 * account.plain_s)  # a preempted process is no loss of speculation
-        account.worth_s += account.plain_s * tokens / kind.batch_size
+        account.spent_s += min(seconds, 4 * plain.seconds)  # a preempted process is no loss of speculation
+        account.worth_s += plain.seconds * tokens / kind.batch_size
         account.num_rounds += 1
         if account.num_rounds >= WINDOW_ROUNDS:
             self._judge(account)
@@ -101,14 +124,6 @@ class SpeculationFloor:
         """Another draft proposes from now on: try speculation again everywhere."""
         for account in self._accounts.values():
             account.rest, account.patience = 0, FIRST_PATIENCE
-
-    def _time_plain(self, account: _Account, seconds: float) -> None:
-        account.num_plain += 1
-        account.since_plain = 0
-        if account.num_plain <= _FIRST_TIMED:
-            account.plain_s = min(account.plain_s or seconds, seconds)
-        else:
-            account.plain_s += (1 - _DECAY) * (min(seconds, 2 * account.plain_s) - account.plain_s)
 
     def _judge(self, account: _Account) -> None:
         share = account.spent_s / account.worth_s

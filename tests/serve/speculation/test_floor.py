@@ -156,3 +156,18 @@ def test_another_draft_is_tried_at_once() -> None:
     assert floor.allows(GREEDY)
     rounds = Environment(speedup=1.3).play(floor, 1000)
     assert sum(speculated for speculated, _, _ in rounds) > 900
+
+
+def test_kinds_with_about_as_many_sequences_are_judged_together() -> None:
+    """While requests come and go, few rounds are of exactly the same kind; each kind's plain rounds have their time."""
+    floor, sizes = SpeculationFloor(), (5, 6, 7, 8)
+    for size in sizes:
+        for _ in range(3):
+            floor.observe(RoundKind(size, sampled=False), seconds=0.001 * size, tokens=size, speculated=False)
+    for number in range(WINDOW_ROUNDS):
+        size = sizes[number % 4]
+        assert floor.allows(RoundKind(size, sampled=False))
+        floor.observe(RoundKind(size, sampled=False), seconds=0.0011 * size, tokens=size, speculated=True)
+    assert not any(floor.allows(RoundKind(size, sampled=False)) for size in sizes)
+    assert floor.allows(RoundKind(4, sampled=False))
+    assert floor.allows(RoundKind(8, sampled=True))
