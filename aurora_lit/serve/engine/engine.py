@@ -280,7 +280,7 @@ class Engine:
         sequences = self._decoding
         proposals = [NO_PROPOSAL] * len(sequences)
         self.proposer.draft_seconds = 0.0
-        if sequences and (self.floor is None or self.floor.allows(_kind(sequences))):
+        if sequences and self._may_speculate(sequences):
             proposals = self.proposer.propose(sequences)
         decoding = [
             DecodingRow(sequence, int(self._tokens_SL[sequence.slot, sequence.length - 1]), proposal)
@@ -289,6 +289,12 @@ class Engine:
         round_s = self.costs.round_s(len(decoding), [len(proposal.tokens) for proposal in proposals])
         prompts = self._prefill.plan(num_decoding=len(decoding), round_s=round_s + self.proposer.draft_seconds)
         return RoundPlan(decoding, prompts)
+
+    def _may_speculate(self, sequences: list[RunningSequence]) -> bool:
+        """False while prompts wait, whose time proposals would take, and where speculation has not paid lately."""
+        if self.floor is None:
+            return True
+        return not self._prefill.sequences and self.floor.allows(_kind(sequences))
 
     def _judge(self, plan: RoundPlan, last_NH: torch.Tensor) -> tuple[list[Verdict], dict[int, torch.Tensor]]:
         """What each decoding row has come to; and the target's logits [T, V] of rows that ask for log-probabilities."""

@@ -3,9 +3,9 @@
 The planner predicts; this file keeps accounts. For each kind of round (number of sequences; greedy or sampled) it
 knows what a plain round takes, because one is run now and then. Over a window of speculating rounds it adds up what
 they took and what plain rounds would have taken for the same tokens; kinds with about as many sequences (1, 2, 3 to 4,
-5 to 8, …) share a window, since few rounds are of exactly the same kind while requests come and go. A window that lost turns speculation off for a
-while. Each further loss doubles that while, and a window that clearly won resets it. What a wrong prediction can cost
-is therefore one window, again and again, but ever more rarely.
+5 to 8, …) share a window, since few rounds are of exactly the same kind while requests come and go. A window that lost
+turns speculation off for a while. Each further loss doubles that while, and a window that clearly won resets it. What a
+wrong prediction can cost is therefore one window, again and again, but ever more rarely.
 
 Times are those of whole rounds, with planning, drafting, verification, recording and messages.
 
