@@ -14,8 +14,8 @@ proposals decide only how fast. Left out: text and stop strings (serve/http/answ
 
 A request's life: submit → waiting → prefilling (a chunk per round) → decoding → finished, or cancelled at any point.
 
-Shapes: N columns of the decoding rows, D of those columns whose logits are needed, S slots, L capacity of a slot, V
-vocabulary.
+Shapes: N columns of the decoding rows, T of one row, D of a row or rows whose logits are kept, S slots, L capacity of a
+slot, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
 from aurora_lit.errors import RequestError
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.modules.sampling.choice import choose_dense
 from aurora_lit.modules.sampling.distribution import is_greedy, token_logprobs
-from aurora_lit.modules.sampling.tree import common_prefix_length, depths
+from aurora_lit.modules.sampling.tree import common_prefix_length
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.prefill import Prefill
 from aurora_lit.serve.engine.target_runner import TargetRunner
+from aurora_lit.serve.engine.token_choice import choose_tokens
 from aurora_lit.serve.sequences.ngram_index import NgramIndex
 from aurora_lit.serve.sequences.observer import RoundObserver, notify_round
 from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, DecodingRow, RoundPlan, Verdict, judge
@@ -302,65 +301,13 @@ class Engine:
         if not rows:
             return [], {}
         last_NH = last_NH[: plan.num_decoding_columns]
-        own_tokens, logits = self._choose(rows, last_NH)
+        own_tokens, logits = choose_tokens(self._target, rows, last_NH, tokens_SL=self._tokens_SL)
         verdicts, begin = [], 0
         for row in rows:
             end = begin + 1 + len(row.proposal.tokens)
             verdicts.append(judge(row.proposal, own_tokens[begin:end]))
             begin = end
         return verdicts, logits
-
-    def _choose(self, rows: list[DecodingRow], last_NH: torch.Tensor) -> tuple[list[int], dict[int, torch.Tensor]]:
-        """The target's own token at every column; and the logits of rows that ask for log-probabilities.
-
-        Only rows with penalties and the like compute logits; the others' tokens are chosen inside the head's product.
-        """
-        if all(row.sequence.temperature == 0 and not row.sequence.needs_logits for row in rows):
-            return self._target.greedy_tokens(last_NH).tolist(), {}
-        columns = [_Column(row, column, depth) for row in rows for column, depth in enumerate(_depths(row))]
-        device = last_NH.device
-        temperature_N = torch.tensor([column.row.sequence.temperature for column in columns], device=device)
-        key_N = torch.tensor([column.row.sequence.noise_key for column in columns], device=device)
-        position_N = torch.tensor([column.position for column in columns], device=device)
-        dense = [n for n, column in enumerate(columns) if column.row.sequence.needs_logits]
-        dense_N = torch.full((len(columns),), -1, dtype=torch.int64, device=device)
-        dense_N[dense] = torch.arange(len(dense), device=device)
-        token_N, logits_DV = self._target.choose(
-            last_NH, temperature_N=temperature_N, key_N=key_N, position_N=position_N, dense_N=dense_N
-        )
-        tokens, logits = token_N.tolist(), {}
-        if dense:
-            at = 0
-            for index, row in enumerate(rows):
-                if row.sequence.needs_logits:
-                    end = at + 1 + len(row.proposal.tokens)
-                    if row.sequence.params.logprobs is not None:
-                        logits[index] = logits_DV[at:end].clone()  # before options change them
-                    at = end
-            token_D = choose_dense(
-                logits_DV,
-                params=[columns[n].row.sequence.params for n in dense],
-                contexts=[self._context(columns[n]) for n in dense],
-                prompt_lengths=[columns[n].row.sequence.prompt_length for n in dense],
-                temperature_D=temperature_N[dense],
-                key_D=key_N[dense],
-                position_D=position_N[dense],
-            )
-            for n, token in zip(dense, token_D.tolist(), strict=True):
-                tokens[n] = token
-        return tokens, logits
-
-    def _context(self, column: _Column) -> torch.Tensor:
-        """The tokens that penalties count at a column: those committed, and the proposals on the path to it."""
-        sequence, proposal = column.row.sequence, column.row.proposal
-        committed_L = self._tokens_SL[sequence.slot, : sequence.length]
-        if not column.column:
-            return committed_L
-        path, at = [], column.column
-        while at > 0:
-            path.append(proposal.tokens[at - 1])
-            at = at - 1 if proposal.parents is None else proposal.parents[at - 1]
-        return torch.cat([committed_L, torch.tensor(path[::-1], device=committed_L.device)])
 
     def _commit(self, row: DecodingRow, verdict: Verdict, logits_TV: torch.Tensor | None) -> Output:
         """Append a sequence's new tokens, up to where the request ends."""
@@ -426,25 +373,6 @@ class Engine:
         self._allocator.free(sequence.slot)
         if self._observer and decoding and sequence.request.store:
             self._observer.on_finish(sequence)
-
-
-class _Column(NamedTuple):
-    """A query position of a decoding row."""
-
-    row: DecodingRow
-    column: int
-    depth: int
-
-    @property
-    def position(self) -> int:
-        """Index in the output of the token that follows the column."""
-        return self.row.sequence.length - self.row.sequence.prompt_length + self.depth
-
-
-def _depths(row: DecodingRow) -> list[int]:
-    """The depth of every column."""
-    proposal = row.proposal
-    return list(range(1 + len(proposal.tokens))) if proposal.parents is None else depths(proposal.parents)
 
 
 def _name_of(plan: RoundPlan) -> str:

@@ -7,7 +7,7 @@ they took and what plain rounds would have taken for the same tokens; kinds with
 turns speculation off for a while. Each further loss doubles that while, and a window that clearly won resets it. What a
 wrong prediction can cost is therefore one window, again and again, but ever more rarely.
 
-Times are those of whole rounds, with planning, drafting, verification, recording and messages.
+Times are those of whole rounds, with planning, drafting, verification and recording.
 
 Left out: what is proposed (serve/speculation/proposer.py) and what it is predicted to gain
 (serve/speculation/planner.py).

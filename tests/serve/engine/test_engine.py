@@ -28,8 +28,9 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.speculation import planner as planner_module
-from aurora_lit.serve.speculation.costs import CostTable
+from aurora_lit.serve.speculation.costs import CostTable, DraftShape
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
+from aurora_lit.serve.speculation.planner import DraftDecision
 
 LENGTHS = (1, 2, 5, 9, 16, 17, 30, 41)
 NEW = 24
@@ -345,3 +346,21 @@ def test_bf16_without_kernels(
     engine = make_engine(target, draft(target), max_draft_tokens=3)
     answers = run(engine, [models.request(3), models.request(6, temperature=1.0)])
     assert [len(answer.token_ids) for answer in answers.values()] == [NEW, NEW]
+
+
+def test_rounds_that_carry_prompts_do_not_speculate(models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = models.engine(adaptive=True, prefill_chunk_tokens=4)
+    assert engine.floor is not None
+    monkeypatch.setattr(engine.floor, "allows", lambda kind: True)
+    monkeypatch.setattr(engine.planner, "decide", lambda *_, **__: DraftDecision(DraftShape(2)))
+    monkeypatch.setattr(engine.planner, "pays_for_catching_up", lambda *_, **__: True)
+    engine.submit(models.request(0, max_tokens=24))
+    proposed: dict[bool, list[int]] = {False: [], True: []}
+    for number in range(12):
+        if number == 5:
+            engine.submit(models.request(7, max_tokens=4))
+        waits = number == 5 or bool(engine._prefill.sequences)
+        proposed[waits] += [output.num_proposed for output in engine.round()]
+    assert len(proposed[True]) >= 3
+    assert set(proposed[True]) == {0}
+    assert max(proposed[False]) == 2

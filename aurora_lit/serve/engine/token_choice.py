@@ -1,0 +1,98 @@
+"""The target's own token at every column of a round's decoding rows, each by its request's options.
+
+Rows with penalties, a bias, top-k, top-p, min-p or log-probabilities get logits; the tokens of all others are chosen
+inside the head's product. Both come from one pass over the head.
+
+Left out: the choice itself (modules/sampling/choice.py), and which proposals it accepts
+(serve/sequences/round_plan.py).
+
+Shapes: N columns of the decoding rows, D of those columns whose logits are needed, S slots, L capacity of a slot, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from aurora_lit.models.target import Target
+from aurora_lit.modules.sampling.choice import choose_dense
+from aurora_lit.modules.sampling.tree import depths
+from aurora_lit.serve.sequences.round_plan import DecodingRow
+
+
+class _Column(NamedTuple):
+    """A query position of a decoding row."""
+
+    row: DecodingRow
+    column: int
+    depth: int
+
+    @property
+    def position(self) -> int:
+        """Index in the output of the token that follows the column."""
+        return self.row.sequence.length - self.row.sequence.prompt_length + self.depth
+
+
+def choose_tokens(
+    target: Target, rows: list[DecodingRow], last_NH: torch.Tensor, *, tokens_SL: torch.Tensor
+) -> tuple[list[int], dict[int, torch.Tensor]]:
+    """The target's own token at every column, row after row; and the logits of rows that ask for log-probabilities.
+
+    `last_NH`: the last hidden states of these columns; `tokens_SL`: committed tokens by slot. The logits, by index of
+    the row, are as the model computed them, one line for each of its columns.
+    """
+    if all(row.sequence.temperature == 0 and not row.sequence.needs_logits for row in rows):
+        return target.greedy_tokens(last_NH).tolist(), {}
+    columns = [_Column(row, column, depth) for row in rows for column, depth in enumerate(_depths(row))]
+    device = last_NH.device
+    temperature_N = torch.tensor([column.row.sequence.temperature for column in columns], device=device)
+    key_N = torch.tensor([column.row.sequence.noise_key for column in columns], device=device)
+    position_N = torch.tensor([column.position for column in columns], device=device)
+    dense = [n for n, column in enumerate(columns) if column.row.sequence.needs_logits]
+    dense_N = torch.full((len(columns),), -1, dtype=torch.int64, device=device)
+    dense_N[dense] = torch.arange(len(dense), device=device)
+    token_N, logits_DV = target.choose(
+        last_NH, temperature_N=temperature_N, key_N=key_N, position_N=position_N, dense_N=dense_N
+    )
+    tokens, logits = token_N.tolist(), {}
+    if dense:
+        at = 0
+        for index, row in enumerate(rows):
+            if row.sequence.needs_logits:
+                end = at + 1 + len(row.proposal.tokens)
+                if row.sequence.params.logprobs is not None:
+                    logits[index] = logits_DV[at:end].clone()  # before options change them
+                at = end
+        token_D = choose_dense(
+            logits_DV,
+            params=[columns[n].row.sequence.params for n in dense],
+            contexts=[_context(columns[n], tokens_SL) for n in dense],
+            prompt_lengths=[columns[n].row.sequence.prompt_length for n in dense],
+            temperature_D=temperature_N[dense],
+            key_D=key_N[dense],
+            position_D=position_N[dense],
+        )
+        for n, token in zip(dense, token_D.tolist(), strict=True):
+            tokens[n] = token
+    return tokens, logits
+
+
+def _context(column: _Column, tokens_SL: torch.Tensor) -> torch.Tensor:
+    """The tokens that penalties count at a column: those committed, and the proposals on the path to it."""
+    sequence, proposal = column.row.sequence, column.row.proposal
+    committed_L = tokens_SL[sequence.slot, : sequence.length]
+    if not column.column:
+        return committed_L
+    path, at = [], column.column
+    while at > 0:
+        path.append(proposal.tokens[at - 1])
+        at = at - 1 if proposal.parents is None else proposal.parents[at - 1]
+    return torch.cat([committed_L, torch.tensor(path[::-1], device=committed_L.device)])
+
+
+def _depths(row: DecodingRow) -> list[int]:
+    """The depth of every column."""
+    proposal = row.proposal
+    return list(range(1 + len(proposal.tokens))) if proposal.parents is None else depths(proposal.parents)
