@@ -63,6 +63,9 @@ class Request:
     """The client's label for the kind of traffic (`metadata.aurora_domain`); part of the trace."""
     client: str = ""
     """Pseudonym of the client (serve/http/routes.py); part of the trace."""
+    cache_salt: str = ""
+    """The client's secret that confines what is reused for this request to requests with the same salt: prefixes of
+    prompts and remembered answers. "": shared with all requests without a salt. No part of the trace."""
     noise_key: int = field(default_factory=lambda: secrets.randbits(63))
     """A secret that stands in for the seed where a request has none: it decides which tokens are drawn."""
 
@@ -101,8 +104,10 @@ class Output:
     """The reason if finish_reason is "error"."""
     explored: bool = False
     """True if this round's proposals were sampled for exploration."""
-    from_lookup: bool = False
-    """True if this round's proposals came from n-gram lookup."""
+    only_copied: bool = False
+    """True if this round's proposals were all copied, from earlier in the request or from the traffic memory."""
+    num_accepted_from_memory: int = 0
+    """Those of `num_accepted` that the traffic memory alone proposed."""
     draft_versions: tuple[str, ...] = ()
     """Draft versions that have proposed for the request so far, in order of first use."""
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 MAX_PROPOSAL_LENGTH = 31
 """Maximum number of consecutive tokens that a round can propose for a sequence, whatever the settings."""
-PLANS = ("plain", "lookup", "chain", "tree")
-"""What a round proposes: nothing, tokens from n-gram lookup, and chains or trees of the draft; counted apart."""
+PLANS = ("plain", "lookup", "memory", "chain", "tree")
+"""What a round proposes, counted apart: nothing; copies from earlier in the requests, or also from the traffic memory;
+or chains or trees of the draft, copies beside them or not."""
 
 RENAMED_SETTINGS = {
     "domain.novelty": "domain.novelty_threshold",
@@ -85,11 +86,11 @@ class EngineSettings:
     explore_temperature: float = _within(1.0, 0.05, 10.0)
     """Draft temperature of exploring rounds."""
     lookup: bool = True
-    """n-gram lookup: also propose the tokens that followed the latest n-gram earlier in the same request, if more of
-    them are expected to be accepted. Runs no draft."""
+    """n-gram lookup: also propose tokens that followed the last ones earlier in the same request, where enough of them
+    are expected to be accepted."""
     lookup_tokens: int = _within(15, 1, MAX_PROPOSAL_LENGTH)
-    """Maximum number of tokens that n-gram lookup proposes for a sequence in a round. The limit is 4 on targets
-    without fused layers."""
+    """Maximum number of tokens that a round copies for a sequence, by n-gram lookup or from the traffic memory
+    (memory.capacity_mb). The limit is 4 on targets without fused layers."""
     max_batch_size: int = _within(8, 1, 1024)
     """Maximum number of sequences that run together; each has one slot of the KV cache."""
     max_seq_len: int = _within(2048, 16, 1 << 20)
@@ -121,14 +122,25 @@ class EngineSettings:
     """CPU threads of each engine process. 0: all cores that affinity and cgroup allow, divided among the processes."""
 
     @property
-    def usable_lookup_tokens(self) -> int:
-        """Maximum number of tokens that n-gram lookup proposes for a sequence in a round; 0 if it is off."""
-        return self.lookup_tokens if self.speculate and self.lookup else 0
-
-    @property
     def max_proposal_length(self) -> int:
         """Maximum number of consecutive tokens that a round proposes for a sequence, from any source."""
-        return max(self.max_draft_tokens, self.usable_lookup_tokens)
+        return max(self.max_draft_tokens, self.lookup_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings:
+    """The traffic memory: an index of earlier answers' tokens, which proposes how an answer goes on.
+
+    It is kept in memory only. A proposal that is accepted makes an answer faster, so a shared memory lets one client
+    find out by time what others were told (docs/privacy.md).
+    """
+
+    capacity_mb: int = _within(64, 0, 1 << 16)
+    """Size of the memory, in MiB; beyond it the oldest answers are forgotten. 0: no memory."""
+    scope: Literal["auto", "domain", "client", "off"] = "auto"
+    """Which requests share what is remembered, if their `cache_salt` is the same. domain: all of a kind of traffic.
+    client: those of one client, which is the request's `user`, else its network address. auto: domain while
+    server.host is loopback, client where others can connect. off: no memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +322,8 @@ class AuroraConfig:
     """The model that proposes tokens."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     """Batching, KV cache and speculation."""
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    """What is remembered of earlier answers, and who shares it."""
     server: ServerSettings = field(default_factory=ServerSettings)
     """HTTP."""
     trace: TraceSettings = field(default_factory=TraceSettings)

@@ -93,6 +93,7 @@ DEFAULTS = {
         "compile": "auto",
         "threads": 0,
     },
+    "memory": {"capacity_mb": 64, "scope": "auto"},
     "server": {
         "host": "127.0.0.1",
         "port": 8000,

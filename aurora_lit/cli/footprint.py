@@ -232,7 +232,7 @@ def _slot_capacity(config: AuroraConfig) -> int:
         max_seq_len=config.engine.max_seq_len,
         max_draft_tokens=config.engine.max_draft_tokens,
         tree_tokens=config.engine.tree_tokens,
-        lookup_tokens=config.engine.usable_lookup_tokens,
+        copied_tokens=config.engine.lookup_tokens,
     )
 
 

@@ -90,6 +90,10 @@ def _lines(report: Json) -> list[tuple[str, str]]:
     if rounds := speculation["rounds"]:
         shares = [f"{100 * count / rounds:.0f} % {plan}" for plan, count in speculation["rounds_by_plan"].items()]
         lines.insert(3, ("rounds", ", ".join(shares)))
+    memory = report["memory"]
+    if memory["capacity_tokens"]:
+        filled = f"{memory['answers']} answers, {100 * memory['tokens'] / memory['capacity_tokens']:.0f} % full"
+        lines.append(("memory", f"{filled}, {memory['accepted']} of {memory['proposed']} proposed tokens accepted"))
     lines += [
         (name.replace("_", " "), f"{draft[name]['version']}: {draft[name]['reason']}")
         for name in ("refused", "rolled_back")

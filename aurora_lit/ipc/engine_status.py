@@ -48,7 +48,7 @@ class EngineStatus:
     max_seq_len: int
     vocab_size: int
     max_draft_tokens: int
-    """Most tokens that a round can accept for a sequence, from the draft or from n-gram lookup."""
+    """Most tokens that a round can accept for a sequence, from any source."""
     running: int
     waiting: int
     rounds: int
@@ -74,6 +74,21 @@ class EngineStatus:
     accepted: int
     accepted_by_position: tuple[int, ...] = counts(MAX_PROPOSAL_LENGTH)
     """How often the token proposed at each position was accepted; max_draft_tokens entries."""
+    memory_capacity: int
+    """Tokens that the traffic memory can hold; 0: there is none."""
+    memory_tokens: int
+    """Tokens that it holds."""
+    memory_evicted: int
+    """Tokens that it has forgotten to make room."""
+    memory_answers: int
+    """Answers that it has remembered."""
+    memory_look_ups: int
+    """How often a sequence's last tokens were searched for in it."""
+    memory_hits: int
+    """How often it held something likely enough to be proposed."""
+    memory_proposed: int
+    """Tokens that it alone proposed."""
+    memory_accepted: int
     swaps: int
     """Drafts swapped in since the start."""
     refusals: int

@@ -53,6 +53,7 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     num_proposed: int = 0
     num_accepted: int = 0
+    num_accepted_from_memory: int = 0
     finish_reason: str | None = None
     """"stop" (end of text or stop token), "length" or "error" with the choice's last delta."""
     error: str | None = None

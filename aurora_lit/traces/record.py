@@ -27,8 +27,9 @@ VERIFY_MODES = ("greedy", "sampled", "read")
 """How the target chose the tokens, to which proposals had to be equal: by argmax, by argmax of logit / temperature plus
 noise (modules/sampling/choice.py), or not at all because they are given text."""
 
-SOURCE_NONE, SOURCE_DRAFT, SOURCE_LOOKUP = 0, 1, 2
-"""Where a round's proposals came from: there were none, the draft, or n-gram lookup."""
+SOURCE_NONE, SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY = 0, 1, 2, 3
+"""Where a round's proposals came from: there were none; the draft, maybe with copies beside it; only earlier in the
+request; or also the traffic memory."""
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> Any:
@@ -78,7 +79,7 @@ class Trace:
     num_accepted_R: Tensor = _empty(torch.int32, 0)
     """int32. Number of proposals accepted and committed, without the target's own token after them."""
     source_R: Tensor = _empty(torch.uint8, 0)
-    """uint8. Where the proposals came from: SOURCE_NONE, SOURCE_DRAFT or SOURCE_LOOKUP."""
+    """uint8. Where the proposals came from: one of SOURCE_…."""
     explored_R: Tensor = _empty(torch.bool, 0)
     """bool. True if the round drew its proposals to explore, with noise that the target does not draw with."""
     draft_temperature_R: Tensor = _empty(torch.float32, 0)
@@ -252,7 +253,7 @@ def _check_rounds(trace: Trace, *, T: int, K: int) -> None:
     _require(bool((root_R[1:] > root_R[:-1]).all()), "round_root does not ascend")
     last_R = root_R + torch.minimum(accepted_R, (proposed_R - 1).clamp_min(0))
     _require(bool((root_R >= 0).all() and (last_R < T).all()), "round_root is out of range")
-    _require(bool((trace.source_R <= SOURCE_LOOKUP).all()), "source is unknown")
+    _require(bool((trace.source_R <= SOURCE_MEMORY).all()), "source is unknown")
     _require(bool((trace.draft_temperature_R > 0).all()), "draft_temperature is not positive")
     place_K = torch.arange(K)
     inside_RK = place_K < proposed_R[:, None]

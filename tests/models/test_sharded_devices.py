@@ -72,11 +72,11 @@ def test_orders_are_carried_out_on_the_device_of_each_rank(tmp_path: Path, monke
         request("logprobs", (1, 2, 3, 4), logprobs=2, prompt_logprobs=1),
     ]
     draft = random_draft(whole)
-    expected = run(make_engine(whole, random_draft(whole), max_batch_size=2, lookup_tokens=6), requests)
+    expected = run(make_engine(whole, random_draft(whole), max_batch_size=2, copied_tokens=6), requests)
     with fake_device() as device:
         leader, follower = OneRank(device), OneRank(device)
         target = sharded(folder, leader)
-        answers = run(make_engine(target, draft, max_batch_size=2, lookup_tokens=6), requests)
+        answers = run(make_engine(target, draft, max_batch_size=2, copied_tokens=6), requests)
         assert {name: answer.token_ids for name, answer in answers.items()} == {
             name: answer.token_ids for name, answer in expected.items()
         }

@@ -97,6 +97,7 @@ class FakeEngine:
         self.vocab_size = len(tokenizer)
         self.max_seq_len = self._options.max_seq_len
         self.stats = FakeStats()
+        self.memory = None
         self.draft_version = "fake-000001"
         self._running: dict[str, _Running] = {}
         self._waiting: dict[str, Request] = {}

@@ -213,7 +213,7 @@ def measure_costs(config: AuroraConfig, path: Path) -> dict[str, Any]:
         tokens_SL = torch.zeros(1, capacity + 1, dtype=torch.int64, device=target.model.device)
         drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
         kv_cache = target.make_kv_cache(num_slots=1, capacity=capacity)
-        limits = SpeculationLimits(draft_tokens=proposals, lookup_tokens=0)
+        limits = SpeculationLimits(draft_tokens=proposals, copied_tokens=0)
         measured_costs = [Costs(ragged=target.supports_trees) for _ in range(_CALIBRATIONS)]
         for found in measured_costs:
             deque(calibration_steps(found, limits, target, drafter, kv_cache=kv_cache, max_batch_size=1), maxlen=0)

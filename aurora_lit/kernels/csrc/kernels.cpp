@@ -12,6 +12,7 @@
 #include "lk_loss.hpp"
 #include "sampler.hpp"
 #include "screen.hpp"
+#include "suffix_index.hpp"
 
 extern "C" {
 
@@ -151,6 +152,15 @@ void aurora_noise(int64_t key, int64_t position, const int64_t* tokens, int64_t 
 int aurora_choose_dense(float* logits, int64_t vocab, const DenseRow* rows, int64_t count, int64_t* tokens) {
   return choose_dense(logits, vocab, rows, count, tokens);
 }
+
+// A memory of sequences, the tokens that it holds and has forgotten, and trees of copies (suffix_index.hpp).
+SuffixMemory* aurora_memory_new(int64_t capacity, int64_t heads) { return new SuffixMemory(capacity, heads); }
+void aurora_memory_free(SuffixMemory* memory) { delete memory; }
+void aurora_memory_insert(SuffixMemory* memory, const int32_t* tokens, int64_t count, int64_t context, int64_t part) {
+  memory->insert(tokens, count, context, uint32_t(part));
+}
+void aurora_memory_counts(SuffixMemory* memory, int64_t* held, int64_t* forgotten) { memory->counts(held, forgotten); }
+void aurora_look_up_copies(CopyCall* call, SuffixMemory* memory) { look_up_copies(*call, memory); }
 
 // log_vector of `count` numbers, a multiple of 16.
 void aurora_log(const float* x, int64_t count, float* y) {

@@ -27,6 +27,7 @@ from collections.abc import Iterator
 import torch
 
 from aurora_lit.errors import RequestError
+from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.sampling.distribution import is_greedy, token_logprobs
@@ -36,7 +37,6 @@ from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.prefill import Prefill
 from aurora_lit.serve.engine.target_runner import TargetRunner
 from aurora_lit.serve.engine.token_choice import choose_tokens
-from aurora_lit.serve.sequences.ngram_index import NgramIndex
 from aurora_lit.serve.sequences.observer import RoundObserver, notify_round
 from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, DecodingRow, RoundPlan, Verdict, judge
 from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
@@ -49,7 +49,8 @@ from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner, tree_sizes
 from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP
+from aurora_lit.serve.speculation.traffic_memory import TrafficMemory
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_MEMORY
 
 _DONE = object()
 
@@ -86,7 +87,6 @@ class Engine:
         self.draft_version = draft_version
         self.stats = EngineStats()
         self._target, self._observer, self._device = target, observer, target.device
-        self._uses_lookup = options.lookup_tokens > 0
         self._waiting: deque[Request] = deque()
         self._decoding: list[RunningSequence] = []
         self._tokens_SL = torch.zeros(
@@ -119,16 +119,20 @@ class Engine:
         self.costs = Costs(ragged=target.supports_trees)
         limits = self._limits(options)
         self.planner = SpeculationPlanner(limits, self.costs)
+        self.memory = _memory(options) if target.device.type == "cpu" else None
+        """None: there is no traffic memory."""
         self.proposer = Proposer(
             self._drafter,
             self.planner,
-            device=self._device,
+            tokens_SL=self._tokens_SL,
+            memory=self.memory,
+            looks_up=options.lookup,
             max_catch_up_s=options.max_round_s,
             explore_share=options.explore_share,
             explore_temperature=options.explore_temperature,
             explore_seed=options.explore_seed,
         )
-        speculates = self._drafter is not None or self._uses_lookup
+        speculates = self._drafter is not None or limits.copied_tokens > 0
         self.floor = SpeculationFloor() if options.adaptive and speculates else None
         if observer is not None:
             observer.attach(tokens_SL=self._tokens_SL, aux_SLF=self._drafter.features_SLF if self._drafter else None)
@@ -148,7 +152,7 @@ class Engine:
         draft_tokens = options.max_draft_tokens if self._drafter else 0
         return SpeculationLimits(
             draft_tokens=draft_tokens,
-            lookup_tokens=options.lookup_tokens,
+            copied_tokens=options.copied_tokens if options.lookup or options.memory_bytes else 0,
             tree_sizes=tree_sizes(options.tree_tokens if supports_trees and draft_tokens > 1 else 0),
             adaptive=options.adaptive,
         )
@@ -223,7 +227,7 @@ class Engine:
         self._admit()
         plan = self._plan()
         if not (plan.decoding or plan.prompts):
-            self._decoding += self._prefill.take_ready()  # their prompts were copied whole
+            self._start_decoding()  # their prompts were copied whole
             return []
         columns = self._runner.run(plan)
         verdicts, logits_DV = self._judge(plan, columns.last_NH)
@@ -239,9 +243,17 @@ class Engine:
         for row, output in zip(plan.decoding, outputs, strict=True):
             if output.finish_reason is not None:
                 self._release(row.sequence)
-        self._decoding += self._prefill.take_ready()
+        self._start_decoding()
         self._account(plan, outputs, time.perf_counter() - started)
         return outputs
+
+    def _start_decoding(self) -> None:
+        """Let sequences whose prompts have been read decode from the next round on."""
+        ready = self._prefill.take_ready()
+        if self.memory is not None:
+            for sequence in ready:
+                self.memory.open(sequence)
+        self._decoding += ready
 
     # -- the steps of a round, in order --------------------------------------------------------------------------------
 
@@ -265,8 +277,6 @@ class Engine:
                 | (frozenset() if request.params.ignore_eos else self.eos_token_ids),
             )
             self._allocator.assign(sequence)
-            if self._uses_lookup:
-                sequence.ngrams = NgramIndex(request.prompt_ids)
             if request.params.prompt_logprobs is not None:
                 sequence.prompt_logprobs.append(None)
             self._prefill.sequences.append(sequence)
@@ -318,17 +328,19 @@ class Engine:
             num_top = sequence.params.logprobs or 0
             logprobs = token_logprobs(logits_TV[verdict.columns], token_ids=tokens, num_top=num_top)
         proposed, accepted = len(proposal.tokens), min(len(verdict.tokens) - 1, len(tokens))
-        first_choices = [proposal.tokens[column - 1] for column in proposal.first_choices]
-        chain_accepted = min(accepted, common_prefix_length(first_choices, tokens))
+        path = verdict.columns[: accepted + 1]
+        first_choices = proposal.first_choices
+        chain_accepted = common_prefix_length(first_choices, path[1:])
         end = sequence.length + len(tokens)
         self._tokens_SL[sequence.slot, sequence.length : end] = torch.tensor(tokens, dtype=torch.int64)
         is_first = sequence.length == sequence.prompt_length
         sequence.length = end
-        self.proposer.observe(
-            sequence, proposal, accepted=accepted, chain_accepted=chain_accepted, finished=reason is not None
-        )
-        if self._uses_lookup:
-            sequence.ngrams.extend(tokens)
+        self.proposer.observe(sequence, proposal, path=path, finished=reason is not None)
+        remembered = proposal.remembered
+        num_remembered = sum(column in path for column in remembered)
+        if self.memory is not None:
+            self.memory.stats.proposed += len(remembered)
+            self.memory.stats.accepted += num_remembered
         explored = proposal.explored_at is not None
         self.stats.count(generated=len(tokens), proposed=proposed, accepted=accepted, explored=explored)
         if proposal.source == SOURCE_DRAFT:
@@ -343,7 +355,8 @@ class Engine:
             chain_in_tree=None if proposal.parents is None else (len(first_choices), chain_accepted),
             finish_reason=reason,
             explored=explored,
-            from_lookup=proposal.source == SOURCE_LOOKUP,
+            only_copied=proposed > 0 and not proposal.num_drafted,
+            num_accepted_from_memory=num_remembered,
             draft_versions=tuple(sequence.draft_versions),
         )
 
@@ -369,6 +382,8 @@ class Engine:
     def _release(self, sequence: RunningSequence) -> None:
         """Free the slot of a request that finished or was cancelled."""
         decoding = sequence in self._decoding
+        if decoding and self.memory is not None:
+            self.memory.remember(sequence, self._tokens_SL[sequence.slot, : sequence.length].tolist())
         (self._decoding if decoding else self._prefill.sequences).remove(sequence)
         self._allocator.free(sequence.slot)
         if self._observer and decoding and sequence.request.store:
@@ -378,11 +393,18 @@ class Engine:
 def _name_of(plan: RoundPlan) -> str:
     """Which of settings.PLANS a round counts as."""
     proposals = [row.proposal for row in plan.decoding if row.proposal.tokens]
-    if any(proposal.parents is not None for proposal in proposals):
-        return "tree"
-    if any(proposal.source == SOURCE_DRAFT for proposal in proposals):
-        return "chain"
+    drafted = [proposal for proposal in proposals if proposal.source == SOURCE_DRAFT]
+    if drafted:
+        return "tree" if any(proposal.parents is not None for proposal in drafted) else "chain"
+    if any(proposal.source == SOURCE_MEMORY for proposal in proposals):
+        return "memory"
     return "lookup" if proposals else "plain"
+
+
+def _memory(options: EngineOptions) -> TrafficMemory | None:
+    if not options.memory_bytes or not options.copied_tokens or native.library() is None:
+        return None
+    return TrafficMemory(options.memory_bytes, scope=options.memory_scope)
 
 
 def _kind(sequences: list[RunningSequence]) -> RoundKind:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from aurora_lit.serve.sequences.memory_scope import MemoryScope
 from aurora_lit.serve.speculation.drafter import MAX_LEVEL_WIDTH
 
 
@@ -29,8 +30,8 @@ class EngineOptions:
     """Longest chain, and most levels of a tree, that the draft proposes in a round; 0: the draft is not used."""
     tree_tokens: int
     """Most nodes of a tree; 0: the draft proposes chains only. Needs a draft and a target that support trees."""
-    lookup_tokens: int
-    """Most tokens that n-gram lookup proposes in a round; 0: no lookup."""
+    copied_tokens: int
+    """Most tokens that a round copies for a sequence, from within the request or from the traffic memory; 0: none."""
     adaptive: bool
     """True: the number of proposals per round follows measured costs, which are calibrated when the engine is created.
     False: always the most that is allowed."""
@@ -43,6 +44,12 @@ class EngineOptions:
     explore_share: float
     """Share of drafted rounds whose proposals are drawn at `explore_temperature` to explore, from 0 to 1."""
     explore_temperature: float
+    lookup: bool = True
+    """False: nothing is copied from within requests."""
+    memory_bytes: int = 0
+    """Of the traffic memory, from which requests copy too; 0: there is none."""
+    memory_scope: MemoryScope = "off"
+    """Who shares it."""
     explore_seed: int = 0
     """Decides which rounds explore."""
 
@@ -53,11 +60,11 @@ class EngineOptions:
             max_seq_len=self.max_seq_len,
             max_draft_tokens=self.max_draft_tokens,
             tree_tokens=self.tree_tokens,
-            lookup_tokens=self.lookup_tokens,
+            copied_tokens=self.copied_tokens,
         )
 
 
-def slot_capacity(*, max_seq_len: int, max_draft_tokens: int, tree_tokens: int, lookup_tokens: int) -> int:
+def slot_capacity(*, max_seq_len: int, max_draft_tokens: int, tree_tokens: int, copied_tokens: int) -> int:
     """Positions that each slot of the KV caches has room for (arguments: as in `EngineOptions`).
 
     A request of `max_seq_len` tokens is followed by the columns that one round adds to it: the last committed token,
@@ -65,4 +72,4 @@ def slot_capacity(*, max_seq_len: int, max_draft_tokens: int, tree_tokens: int, 
     up to `MAX_LEVEL_WIDTH` nodes per level instead. The engine's table of tokens has one position more.
     """
     expanded_nodes = MAX_LEVEL_WIDTH * max_draft_tokens if tree_tokens else 0
-    return max_seq_len + max(max_draft_tokens, tree_tokens, lookup_tokens, expanded_nodes) + 1
+    return max_seq_len + max(max_draft_tokens, tree_tokens, copied_tokens, expanded_nodes) + 1

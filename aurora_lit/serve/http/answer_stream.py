@@ -69,6 +69,7 @@ class AnswerStream:
                     prompt_logprobs=delta.prompt_logprobs,
                     num_proposed=delta.num_proposed,
                     num_accepted=delta.num_accepted,
+                    num_accepted_from_memory=delta.num_accepted_from_memory,
                     finish_reason=finish_reason,
                     draft_versions=delta.draft_versions,
                 )

@@ -126,6 +126,12 @@ class _EngineCollector(Collector):
                 "What these rounds were expected to take when they were planned.",
                 status.predicted_round_us / 1e6,
             ),
+            "aurora_memory_answers": ("Answers that the traffic memory has remembered.", status.memory_answers),
+            "aurora_memory_look_ups": ("Searches of it for a sequence's last tokens.", status.memory_look_ups),
+            "aurora_memory_hits": ("Those that found something likely enough.", status.memory_hits),
+            "aurora_memory_proposed_tokens": ("Tokens that it alone proposed.", status.memory_proposed),
+            "aurora_memory_accepted_tokens": ("Those that were accepted.", status.memory_accepted),
+            "aurora_memory_evicted_tokens": ("Tokens forgotten to make room.", status.memory_evicted),
             "aurora_draft_swaps": ("Drafts swapped in.", status.swaps),
             "aurora_draft_refusals": ("Drafts that could not be served.", status.refusals),
             "aurora_draft_rollbacks": (
@@ -163,6 +169,8 @@ class _EngineCollector(Collector):
                 status.mean_accepted_length,
             ),
             "aurora_acceptance_rate": ("Accepted / proposed draft tokens.", status.acceptance_rate),
+            "aurora_memory_tokens": ("Tokens that the traffic memory holds.", status.memory_tokens),
+            "aurora_memory_capacity_tokens": ("Tokens that it can hold.", status.memory_capacity),
             "aurora_draft_version": (
                 "Number of the serving draft version; 0: the starting draft.",
                 version_number(status.draft_version),

@@ -43,6 +43,8 @@ class _Choice:
     histogram: list[int]
     """[j]: rounds in which j draft tokens were accepted."""
     num_proposed: int = 0
+    num_from_memory: int = 0
+    """Accepted tokens that the traffic memory alone proposed."""
     draft_versions: tuple[str, ...] = ()
 
 
@@ -136,6 +138,7 @@ class ResponseBuilder:
                 "num_spec_steps": num_steps,
                 "num_draft_tokens": num_proposed,
                 "num_accepted_draft_tokens": num_accepted,
+                "num_accepted_memory_tokens": sum(choice.num_from_memory for choice in self._choices),
                 "draft_acceptance_rate": num_accepted / num_proposed if num_proposed else 0.0,
                 "mean_acceptance_length": 1 + num_accepted / num_steps if num_steps else 1.0,
                 "acceptance_histogram": histogram,
@@ -160,6 +163,7 @@ class ResponseBuilder:
         if delta.num_proposed and not drop_output:
             choice.histogram[min(delta.num_accepted, self._max_draft_tokens)] += 1
             choice.num_proposed += delta.num_proposed
+            choice.num_from_memory += delta.num_accepted_from_memory
         choice.draft_versions = delta.draft_versions
         if delta.finish_reason is not None:
             choice.finish_reason = "length" if drop_output else delta.finish_reason

@@ -64,6 +64,16 @@ def engine_json(status: EngineStatus, ring: RingCounters | None) -> Json:
             "acceptance_rate": status.acceptance_rate,
             "mean_accepted_length": status.mean_accepted_length,
         },
+        "memory": {
+            "tokens": status.memory_tokens,
+            "capacity_tokens": status.memory_capacity,
+            "evicted_tokens": status.memory_evicted,
+            "answers": status.memory_answers,
+            "look_ups": status.memory_look_ups,
+            "hits": status.memory_hits,
+            "proposed": status.memory_proposed,
+            "accepted": status.memory_accepted,
+        },
         "draft": {
             "version": status.draft_version or None,
             "swaps": status.swaps,

@@ -15,7 +15,7 @@ from aurora_lit.modules.sampling.distribution import uses_temperature_only
 from aurora_lit.request import Output
 from aurora_lit.serve.sequences.round_plan import DecodingRow
 from aurora_lit.serve.sequences.sequence import RunningSequence
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_NONE
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE
 
 
 class RoundNote(NamedTuple):
@@ -32,7 +32,7 @@ class RoundNote(NamedTuple):
     draft_temperature: float
     """By which the draft's logits were divided before proposals were drawn to explore; 1 in other rounds."""
     proposals: list[int]
-    """Without those that the end of the request cut off. Of n-gram lookup, only up to the first rejected one."""
+    """Without those that the end of the request cut off. Of copies, only up to the first rejected one."""
     logprobs: list[float] | None
     """Behaviour log-probabilities of proposals that were drawn to explore. None in other rounds, and where p differs
     from the softmax of the target's logits at the request's temperature: a learner computes p from these alone, so that
@@ -83,8 +83,8 @@ def notify_round(
     source = proposal.source if count else SOURCE_NONE
     drafted = source == SOURCE_DRAFT
     explored = drafted and proposal.explored_at is not None
-    if source == SOURCE_LOOKUP:
-        count = min(count, accepted + 1)  # nothing is learned from looked-up tokens after a rejected one
+    if source in (SOURCE_LOOKUP, SOURCE_MEMORY):
+        count = min(count, accepted + 1)  # nothing is learned from copied tokens after a rejected one
     has_logprobs = explored and proposal.logprobs is not None and uses_temperature_only(sequence.params)
     note = RoundNote(
         root=sequence.length - committed - 1,

@@ -16,9 +16,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from aurora_lit.kernels.suffix_index import is_remembered
 from aurora_lit.modules.sampling.tree import accepted_path, depths, first_choices
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.traces.record import SOURCE_NONE
+
+
+class CopiedNode(NamedTuple):
+    """A proposed token that has occurred after the same tokens before."""
+
+    column: int
+    parent: int
+    """The column that it follows."""
+    table: int
+    cell: int
+    """What is known about it; see CopyReliability in serve/speculation/copy_planner.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,22 +42,30 @@ class Proposal:
     """Of a tree: the column that each token follows (modules/sampling/tree.py). None: a chain."""
     source: int = SOURCE_NONE
     """Where they come from: one of traces.record.SOURCE_…"""
-    ngram_match: int = 0
-    """Of n-gram lookup: length of the match, in tokens."""
+    num_drafted: int = 0
+    """The first so many tokens are the draft's; the others were copied."""
+    copies: tuple[CopiedNode, ...] = ()
+    """What is known about the copied tokens, and about those of the draft's that could have been copied too."""
     explored_at: float | None = None
     """The temperature at which they were drawn to explore; None: this round does not explore."""
     logprobs: list[float] | None = None
     """Of tokens that were drawn to explore: their log-probabilities under the draft at that temperature."""
 
     @property
-    def num_levels(self) -> int:
-        """Depth: the number of tokens of a chain."""
-        return len(self.tokens) if self.parents is None else max(depths(self.parents))
+    def remembered(self) -> list[int]:
+        """Columns of the tokens that the traffic memory alone proposed."""
+        return [n.column for n in self.copies if n.column > self.num_drafted and is_remembered(n.cell)]
+
+    @property
+    def num_drafted_levels(self) -> int:
+        """Depth of the draft's part."""
+        return self.num_drafted if self.parents is None else max(depths(self.parents[: self.num_drafted]))
 
     @property
     def first_choices(self) -> list[int]:
-        """Columns of the chain of the draft's first choices: all of a chain, one path of a tree."""
-        return list(range(1, len(self.tokens) + 1)) if self.parents is None else first_choices(self.parents)
+        """Columns of the chain of first choices: all of a chain, one path of a tree. Of the draft's, if it drafted."""
+        count = self.num_drafted or len(self.tokens)
+        return list(range(1, count + 1)) if self.parents is None else first_choices(self.parents[:count])
 
 
 NO_PROPOSAL = Proposal(tokens=[])

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from aurora_lit.modules.sampling.distribution import is_greedy, uses_temperature_only
 from aurora_lit.request import Request, SamplingParams, TokenLogprob
-from aurora_lit.serve.sequences.ngram_index import NgramIndex
 from aurora_lit.settings import MAX_PROPOSAL_LENGTH, PLANS
 
 
@@ -78,7 +77,11 @@ class RunningSequence:
     """True once the other slots were searched for a prefix of the prompt."""
     draft_versions: dict[str, None] = field(default_factory=dict)
     """Draft versions that have proposed for it, in order (an ordered set)."""
-    ngrams: NgramIndex = field(default_factory=NgramIndex)
+    domain: str = ""
+    """Its kind of traffic: the client's label, else the one that it was assigned; "" if unknown."""
+    memory_part: int = 0
+    """What it may read of the traffic memory, and writes to when it ends (serve/speculation/traffic_memory.py); 0:
+    nothing."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     temperature: float = field(init=False)
     """The request's sampling temperature; 0: greedy."""

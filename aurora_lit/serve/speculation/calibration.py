@@ -88,7 +88,7 @@ class _Probe:
 
 def _measure_target(costs: Costs, limits: SpeculationLimits, probe: _Probe) -> Iterator[None]:
     batch_size = probe.batch_size
-    lengths = {*range(1, limits.draft_tokens + 2), 2, limits.lookup_tokens + 1}
+    lengths = {*range(1, limits.draft_tokens + 2), 2, limits.copied_tokens + 1}
     lengths |= {nodes + 1 for nodes in limits.tree_sizes if batch_size * (nodes + 1) <= MAX_TREE_COLUMNS}
     for length in sorted(lengths):
         seconds = yield from _best_seconds(functools.partial(probe.run_target, length))

@@ -4,8 +4,8 @@ The planner predicts; this file keeps accounts. For each kind of round (number o
 knows what a plain round takes, because one is run now and then. Over a window of speculating rounds it adds up what
 they took and what plain rounds would have taken for the same tokens; kinds with about as many sequences (1, 2, 3 to 4,
 5 to 8, …) share a window, since few rounds are of exactly the same kind while requests come and go. A window that lost
-turns speculation off for a while. Each further loss doubles that while, and a window that clearly won resets it. What a
-wrong prediction can cost is therefore one window, again and again, but ever more rarely.
+turns speculation off for a while. Each further loss doubles that while, and a window that clearly won shortens it. What
+a wrong prediction can cost is therefore one window, again and again, but ever more rarely.
 
 Times are those of whole rounds, with planning, drafting, verification and recording.
 
@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 WINDOW_ROUNDS = 24
 """Speculating rounds after which they are judged."""
+_EARLY_ROUNDS, _EARLY_SHARE = 8, 1.15
+"""After so many a window that took more than this share of plain decoding's time is lost already."""
 FIRST_PATIENCE, MOST_PATIENCE = 64, 1024
 """Plain rounds after a lost window; and after many of them."""
 _PLAIN_EVERY, _PLAIN_EVERY_WINNING = 32, 128
@@ -117,7 +119,8 @@ class SpeculationFloor:
         account.spent_s += min(seconds, 4 * plain.seconds)  # a preempted process is no loss of speculation
         account.worth_s += plain.seconds * tokens / kind.batch_size
         account.num_rounds += 1
-        if account.num_rounds >= WINDOW_ROUNDS:
+        is_lost = account.num_rounds >= _EARLY_ROUNDS and account.spent_s > _EARLY_SHARE * account.worth_s
+        if is_lost or account.num_rounds >= WINDOW_ROUNDS:
             self._judge(account)
 
     def forgive(self) -> None:
@@ -133,7 +136,7 @@ class SpeculationFloor:
             account.rest, account.patience = account.patience, min(2 * account.patience, MOST_PATIENCE)
         else:
             self.windows_won += 1
-            if account.won:
-                account.patience = FIRST_PATIENCE
+            if account.won:  # by chance, maybe: so patience shrinks step by step
+                account.patience = max(FIRST_PATIENCE, account.patience // 4)
         account.spent_s = account.worth_s = 0.0
         account.num_rounds = 0

@@ -10,8 +10,8 @@ has a higher acceptance rate than one of a chain: h = a + (1 − a)s, where s is
 tree of that size avoids. `TreeAcceptance` learns s from verified trees; it is scaled down where a is lower than there.
 Greedy and sampled sequences are accepted at different rates, so both are learned apart.
 
-Left out: drafting itself (serve/speculation/drafter.py), the cost tables (serve/speculation/costs.py), n-gram lookup
-(serve/speculation/ngram_planner.py), and whether speculation has paid at all (serve/speculation/floor.py).
+Left out: drafting itself (serve/speculation/drafter.py), the cost tables (serve/speculation/costs.py), copies
+(serve/speculation/copy_planner.py), and whether speculation has paid at all (serve/speculation/floor.py).
 
 All times are in seconds; speeds are in tokens per second.
 """
@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from aurora_lit.modules.sampling.tree import common_prefix_length
 from aurora_lit.serve.sequences.round_plan import Proposal
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation.costs import Costs, DraftShape
@@ -59,8 +60,8 @@ class SpeculationLimits:
 
     draft_tokens: int
     """Longest chain, and most levels of a tree; 0: there is no draft."""
-    lookup_tokens: int
-    """Of n-gram lookup; 0: there is none."""
+    copied_tokens: int
+    """0: nothing is copied."""
     tree_sizes: tuple[int, ...] = ()
     """Numbers of nodes of the trees to choose from, ascending."""
     adaptive: bool = True
@@ -166,7 +167,7 @@ class SpeculationPlanner:
     """Chooses what each round drafts, and what each further level must promise to be run.
 
     >>> decision = planner.decide([0.7, 0.6], batch_size=2)      # acceptance rates of the sequences
-    >>> planner.observe(sequence, proposal, accepted=2, chain_accepted=2)    # after the round
+    >>> planner.observe(sequence, proposal, path=[0, 1, 2], finished=False)    # after the round
     """
 
     def __init__(self, limits: SpeculationLimits, costs: Costs) -> None:
@@ -270,26 +271,25 @@ class SpeculationPlanner:
         drafting_s = self.costs.draft_s(batch_size, shape) / batch_size
         return tokens - shape.num_tokens * column_tokens - drafting_s * speed
 
-    def observe(
-        self, sequence: RunningSequence, proposal: Proposal, *, accepted: int, chain_accepted: int, finished: bool
-    ) -> None:
+    def observe(self, sequence: RunningSequence, proposal: Proposal, *, path: Sequence[int], finished: bool) -> None:
         """Update the acceptance rates by the outcome of what the draft proposed for a sequence.
 
-        Rounds that explore are left out: they say nothing about the other rounds.
+        `path`: the accepted columns, column 0 first. Rounds that explore are left out: they say nothing about others.
         """
         if proposal.explored_at is not None:
             return
         sampled = sequence.temperature > 0
-        proposed = len(proposal.first_choices)
+        chain = proposal.first_choices
+        proposed, chain_accepted = len(chain), common_prefix_length(chain, path[1:])
+        accepted = sum(0 < column <= proposal.num_drafted for column in path)
         for i in range(min(chain_accepted + 1, proposed)):
             hit = 1.0 if i < chain_accepted else 0.0
             sequence.acceptance_rate += (1 - _RATE_DECAY) * (hit - sequence.acceptance_rate)
             self._mean_rates[sampled] += (1 - _MEAN_RATE_DECAY) * (hit - self._mean_rates[sampled])
-        tree = self._trees[sampled].get(len(proposal.tokens)) if proposal.parents is not None else None
+        tree = self._trees[sampled].get(proposal.num_drafted) if proposal.parents is not None else None
         if tree is not None and not finished:
-            tree.observe(
-                levels=proposal.num_levels, accepted=accepted, chain_proposed=proposed, chain_accepted=chain_accepted
-            )
+            levels = proposal.num_drafted_levels
+            tree.observe(levels=levels, accepted=accepted, chain_proposed=proposed, chain_accepted=chain_accepted)
 
     def observe_round(self, batch_size: int, columns: int, seconds: float) -> None:
         """Update by a round's time but for drafting; `columns`: query positions of the whole batch."""

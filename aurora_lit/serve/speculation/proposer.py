@@ -1,8 +1,10 @@
-"""Makes a round's proposals: by n-gram lookup where it promises more, else by the draft, else none.
+"""Makes a round's proposals: for each sequence one tree of what is copied and what the draft proposes, or none.
 
-Every sequence accepts what equals the target's own token (serve/sequences/round_plan.py), so that both sources, chains
-and trees serve greedy and sampled sequences alike. The draft does not run if no sequence needs it, nor for a sequence
-whose prompt it has not caught up with: it reads `max_catch_up_s` worth of positions a round until it has.
+Copies cost no pass of the draft. Where they promise as much as the draft would, they are proposed alone; the draft runs
+for the other sequences, and copies that are worth their columns are merged into its proposals. Every sequence accepts
+what equals the target's own token (serve/sequences/round_plan.py), so that all sources, chains and trees serve greedy
+and sampled sequences alike. The draft does not run if no sequence needs it, nor for a sequence whose prompt it has not
+caught up with: it reads `max_catch_up_s` worth of positions a round until it has.
 
 Exploration: in a share of the rounds that draft, all greedy sequences that may be stored draw their proposals from the
 draft at a separate temperature, so that a learner sees what else the draft could have proposed, and how probable it
@@ -10,8 +12,9 @@ was. Verification does not change, so the output stays exact, but fewer of these
 propose chains. Sampled sequences do not explore: what is accepted of them depends on the noise that target and draft
 share, and a policy rewarded by p(a) alone would learn to propose the likeliest token, which that noise accepts less.
 
-Left out: the draft's work (serve/speculation/drafter.py), proposal lengths and costs (serve/speculation/planner.py,
-serve/speculation/ngram_planner.py), and which proposals are accepted (serve/sequences/round_plan.py).
+Left out: the draft's work (serve/speculation/drafter.py), what copies there are (serve/speculation/traffic_memory.py),
+how much is proposed (serve/speculation/planner.py, serve/speculation/copy_planner.py), and which proposals are accepted
+(serve/sequences/round_plan.py).
 
 Shapes: B sequences that draft.
 """
@@ -24,16 +27,19 @@ from collections.abc import Sequence
 
 import torch
 
+from aurora_lit.kernels.suffix_index import Copies
 from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal
 from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_copies
+from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlanner, CopyReliability
 from aurora_lit.serve.speculation.costs import DraftShape
 from aurora_lit.serve.speculation.drafter import Drafted, Drafter, DraftInputs, DraftNoise
-from aurora_lit.serve.speculation.ngram_planner import NgramPlanner
 from aurora_lit.serve.speculation.planner import MAX_REMAINING_TOKENS, SpeculationPlanner
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP
+from aurora_lit.serve.speculation.traffic_memory import TrafficMemory, look_up_copies
+from aurora_lit.traces.record import SOURCE_DRAFT
 
-_MAX_PADDED_LOOKUP_TOKENS = 4
-"""Most tokens of a lookup where all sequences of a round compute the longest query length."""
+_MAX_PADDED_COPIES = 4
+"""Most copied tokens where all sequences of a round compute the longest query length."""
 _LEAST_CATCH_UP = 32
 """Positions of the draft's prefill that a round computes at least, if any are missing."""
 
@@ -50,17 +56,25 @@ class Proposer:
         drafter: Drafter | None,
         planner: SpeculationPlanner,
         *,
-        device: torch.device,
+        tokens_SL: torch.Tensor,
+        memory: TrafficMemory | None = None,
+        looks_up: bool = True,
         max_catch_up_s: float = 1.0,
         explore_share: float = 0.0,
         explore_temperature: float = 1.0,
         explore_seed: int = 0,
     ) -> None:
-        """`drafter` None: only lookup proposes; without lookup tokens in the planner's limits only the draft does."""
+        """`drafter` None: only copies are proposed; without copied tokens in the planner's limits only drafts are.
+
+        `tokens_SL`: the engine's table of committed tokens. `memory` None: copies come from within requests alone.
+        `looks_up` False: none come from there.
+        """
         self._drafter = drafter
         self._planner = planner
-        self._ngram_planner = NgramPlanner(planner) if planner.limits.lookup_tokens else None
-        self._device = device
+        self._copy_planner = CopyPlanner(planner)
+        self.reliability = CopyReliability()
+        self._tokens_SL, self._memory, self._looks_up = tokens_SL, memory, looks_up
+        self._device = tokens_SL.device
         self._max_catch_up_s = max_catch_up_s
         self.explore_share, self.explore_temperature = explore_share, explore_temperature
         self._rng = random.Random(explore_seed)
@@ -75,54 +89,104 @@ class Proposer:
         if not speculating:
             return proposals
         sampled = 2 * sum(sequences[i].temperature > 0 for i in speculating) > len(speculating)
-        for i, proposal in self._look_up(sequences, speculating, sampled=sampled):
-            proposals[i] = proposal
+        copies = self._look_up(sequences, speculating)
+        speed = self._copy(sequences, copies, proposals, sampled=sampled)
         rest = [i for i in speculating if proposals[i] is NO_PROPOSAL and sequences[i].num_remaining > 1]
-        for i, proposal in self._draft(sequences, rest, sampled=sampled):
+        drafted = self._draft(sequences, rest, sampled=sampled)
+        if copies and drafted and not any(proposal.explored_at is not None for _, proposal in drafted):
+            drafted = self._merge(sequences, drafted, copies, proposals, speed=speed, sampled=sampled)
+        for i, proposal in drafted:
             proposals[i] = proposal
         return proposals
 
-    def observe(
-        self, sequence: RunningSequence, proposal: Proposal, *, accepted: int, chain_accepted: int, finished: bool
-    ) -> None:
-        """Report a round's outcome. `finished`: the request ended in it, maybe before its last correct proposal."""
+    def observe(self, sequence: RunningSequence, proposal: Proposal, *, path: Sequence[int], finished: bool) -> None:
+        """Report a round's outcome.
+
+        `path`: the columns that were accepted, column 0 first. `finished`: the request ended in this round, maybe
+        before its last correct proposal.
+        """
+        if not finished:
+            accepted = set(path)
+            for node in proposal.copies:
+                if node.parent in accepted:
+                    self.reliability.observe(node.table, node.cell, accepted=node.column in accepted)
         if proposal.source == SOURCE_DRAFT:
-            self._planner.observe(
-                sequence, proposal, accepted=accepted, chain_accepted=chain_accepted, finished=finished
-            )
-        elif proposal.source == SOURCE_LOOKUP and self._ngram_planner is not None and not finished:
-            acceptance = self._ngram_planner.acceptance[sequence.temperature > 0]
-            acceptance.observe(proposal.ngram_match, proposed=len(proposal.tokens), accepted=accepted)
+            self._planner.observe(sequence, proposal, path=path, finished=finished)
 
-    # -- n-gram lookup -------------------------------------------------------------------------------------------------
+    # -- copies --------------------------------------------------------------------------------------------------------
 
-    def _look_up(
-        self, sequences: Sequence[RunningSequence], candidates: Sequence[int], *, sampled: bool
+    def _look_up(self, sequences: Sequence[RunningSequence], candidates: Sequence[int]) -> dict[int, Copies]:
+        """The likeliest copies, by index of the sequence, where there are any."""
+        longest = self._planner.limits.copied_tokens
+        if not longest:
+            return {}
+        is_ragged = self._planner.costs.ragged
+        if not is_ragged:
+            longest = min(longest, _MAX_PADDED_COPIES)
+        candidates = [i for i in candidates if sequences[i].num_remaining > 1]
+        if not candidates:
+            return {}
+        found = look_up_copies(
+            [sequences[i] for i in candidates],
+            [longest] * len(candidates),
+            tokens_SL=self._tokens_SL,
+            memory=self._memory,
+            tables=[self.reliability.table(sampled=sequences[i].temperature > 0) for i in candidates],
+            rate_RC=self.reliability.rate_RC,
+            least=LEAST_SURVIVAL,
+            own=self._looks_up,
+        )
+        if not is_ragged:
+            found = [chain_of(copies) for copies in found]
+        return {i: copies for i, copies in zip(candidates, found, strict=True) if copies.tokens}
+
+    def _copy(
+        self,
+        sequences: Sequence[RunningSequence],
+        copies: dict[int, Copies],
+        proposals: list[Proposal],
+        *,
+        sampled: bool,
+    ) -> float:
+        """Propose copies where they promise more than the draft. Returns the tokens per second that this promises."""
+        if not copies:
+            return 0.0
+        survivals = [each.survivals for each in copies.values()]
+        rates = [sequences[i].acceptance_rate for i in copies]
+        counts, speed = self._copy_planner.choose(survivals, rates, batch_size=len(sequences), sampled=sampled)
+        for (i, each), count in zip(copies.items(), counts, strict=True):
+            table = self.reliability.table(sampled=sequences[i].temperature > 0)
+            proposals[i] = copied(each, count, table=table)
+        return speed
+
+    def _merge(
+        self,
+        sequences: Sequence[RunningSequence],
+        drafted: list[tuple[int, Proposal]],
+        copies: dict[int, Copies],
+        proposals: list[Proposal],
+        *,
+        speed: float,
+        sampled: bool,
     ) -> list[tuple[int, Proposal]]:
-        """What lookup proposes where it promises more than the draft, with the indices of the sequences."""
-        planner, limits = self._ngram_planner, self._planner.limits
-        if planner is None:
-            return []
-        longest = limits.lookup_tokens
-        if not self._planner.costs.ragged:
-            longest = min(longest, _MAX_PADDED_LOOKUP_TOKENS)
-        found, survivals, rates = [], [], []
-        for i in candidates:
-            sequence = sequences[i]
-            count = min(longest, sequence.num_remaining - 1)
-            match, position = sequence.ngrams.find_longest_match() if count > 0 else (0, 0)
-            if match:
-                found.append((i, match, position))
-                survivals.append(planner.acceptance[sequence.temperature > 0].survival(match, count))
-                rates.append(sequence.acceptance_rate)
-        if not found:
-            return []
-        counts = planner.choose(survivals, rates, batch_size=len(sequences), sampled=sampled)
-        return [
-            (i, Proposal(tokens=sequences[i].ngrams.continuation(at, count), source=SOURCE_LOOKUP, ngram_match=match))
-            for (i, match, at), count in zip(found, counts, strict=True)
-            if count
-        ]
+        """Add to the draft's proposals the copies that are worth a column."""
+        if not self._planner.costs.ragged or not self._planner.limits.adaptive:
+            return drafted
+        counts = [len(proposal.tokens) for proposal in proposals] + [len(proposal.tokens) for _, proposal in drafted]
+        price = speed * self._planner.costs.column_s(len(sequences), sum(counts))
+        merged = []
+        for i, proposal in drafted:
+            if i in copies:
+                proposal = with_copies(
+                    proposal,
+                    copies[i],
+                    reliability=self.reliability,
+                    sampled=sequences[i].temperature > 0,
+                    least=price,
+                    most=self._planner.limits.copied_tokens,
+                )
+            merged.append((i, proposal))
+        return merged
 
     # -- the draft -----------------------------------------------------------------------------------------------------
 
@@ -239,6 +303,7 @@ class Proposer:
                 tokens=tokens[b],
                 parents=parents[b],
                 source=SOURCE_DRAFT,
+                num_drafted=len(tokens[b]),
                 explored_at=self.explore_temperature if explore else None,
                 logprobs=logprobs[b] if logprobs is not None and explore else None,
             )

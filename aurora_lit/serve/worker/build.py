@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aurora_lit.config import AuroraConfig, draft_folder
+from aurora_lit.config import AuroraConfig, draft_folder, resolved_memory_scope
 from aurora_lit.cores import available_cores, use_threads
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.errors import ConfigError, RingError
@@ -201,13 +201,16 @@ def _engine(
         max_seq_len=config.engine.max_seq_len,
         max_draft_tokens=config.engine.max_draft_tokens,
         tree_tokens=config.engine.tree_tokens,
-        lookup_tokens=config.engine.usable_lookup_tokens,
+        copied_tokens=config.engine.lookup_tokens if config.engine.speculate else 0,
+        lookup=config.engine.lookup,
         adaptive=config.engine.adaptive,
         prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
         max_round_s=config.engine.max_round_ms / 1000,
         prefix_cache=config.engine.prefix_cache,
         explore_share=config.engine.explore_share,
         explore_temperature=config.engine.explore_temperature,
+        memory_bytes=config.memory.capacity_mb << 20 if resolved_memory_scope(config) != "off" else 0,
+        memory_scope=resolved_memory_scope(config),
     )
     return Engine(target, draft, options, draft_version=version, observer=observer, kept_costs=kept_costs)
 

@@ -67,7 +67,7 @@ class LiveDraft:
     def after_round(self, outputs: Sequence[Output], domains: Sequence[str]) -> None:
         """Judge the draft by its accepted proposals. domains: the label of each output's request, "" without one."""
         for output, domain in zip(outputs, domains, strict=True):
-            if not output.num_proposed or output.from_lookup or output.explored:
+            if not output.num_proposed or output.only_copied or output.explored:
                 continue
             verdict = self._watch.observe(domain=domain, proposed=output.chain_proposed, accepted=output.chain_accepted)
             if verdict is not None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aurora_lit.request import Output, Request
+
+if TYPE_CHECKING:
+    from aurora_lit.serve.speculation.traffic_memory import TrafficMemory
 
 
 class EngineCounters(Protocol):
@@ -36,6 +39,8 @@ class EngineInterface(Protocol):
     max_seq_len: int
     vocab_size: int
     draft_version: str
+    memory: TrafficMemory | None
+    """None: there is none."""
 
     @property
     def has_work(self) -> bool: ...  # noqa: D102

@@ -21,6 +21,7 @@ from aurora_lit.serve.worker.hot_reload import Refusal
 from aurora_lit.serve.worker.parts import WorkerParts
 
 if TYPE_CHECKING:
+    from aurora_lit.serve.speculation.traffic_memory import TrafficMemory
     from aurora_lit.serve.worker.live_draft import LiveDraft
 
 _WINDOW_ROUNDS = 2048
@@ -81,6 +82,7 @@ class StatusReport:
             proposed=stats.proposed,
             accepted=stats.accepted,
             accepted_by_position=stats.accepted_by_position,
+            **_memory_fields(engine.memory),
             opted_out=self._calls.num_opted_out,
             unrecorded=self._parts.unrecorded(),
             **self.round_times.changed_fields(),
@@ -102,3 +104,20 @@ class StatusReport:
             if rolled_back is not None:
                 fields.update(rolled_back_version=rolled_back.version, rolled_back_reason=rolled_back.reason)
         return fields
+
+
+def _memory_fields(memory: TrafficMemory | None) -> dict[str, int]:
+    if memory is None:
+        return {}
+    held, forgotten = memory.index.counts
+    stats = memory.stats
+    return {
+        "memory_capacity": memory.index.capacity,
+        "memory_tokens": held,
+        "memory_evicted": forgotten,
+        "memory_answers": stats.answers,
+        "memory_look_ups": stats.look_ups,
+        "memory_hits": stats.hits,
+        "memory_proposed": stats.proposed,
+        "memory_accepted": stats.accepted,
+    }

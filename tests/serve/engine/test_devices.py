@@ -77,9 +77,9 @@ def answers(folder: Path, requests: list[Request], device: torch.device, **optio
 @pytest.mark.parametrize("kind", KINDS)
 def test_requests_are_answered_as_on_the_cpu(kind: str, folder: Path) -> None:
     requests = [*KINDS[kind], LONG]
-    there = answers(folder, requests, CPU, lookup_tokens=6)
+    there = answers(folder, requests, CPU, copied_tokens=6)
     with fake_device() as device:
-        here = answers(folder, requests, device, lookup_tokens=6)
+        here = answers(folder, requests, device, copied_tokens=6)
     assert {name: answer.token_ids for name, answer in here.items()} == {
         name: answer.token_ids for name, answer in there.items()
     }
@@ -90,7 +90,7 @@ def test_costs_are_measured_on_the_device(folder: Path) -> None:
     requests = KINDS["greedy"][:2]
     there = answers(folder, requests, CPU, max_draft_tokens=0)
     with fake_device() as device:
-        here = answers(folder, requests, device, adaptive=True, max_draft_tokens=1, lookup_tokens=2)
+        here = answers(folder, requests, device, adaptive=True, max_draft_tokens=1, copied_tokens=2)
     assert [here[name].token_ids for name in here] == [there[name].token_ids for name in there]
 
 

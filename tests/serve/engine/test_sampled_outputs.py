@@ -29,9 +29,9 @@ PRECISIONS = ["fp32", *(pytest.param(p, marks=needs_kernels) for p in ("bf16", "
 WAYS: dict[str, dict[str, Any]] = {
     "chains": {"tree_tokens": 0},
     "trees": {"tree_tokens": 15},
-    "lookup": {"lookup_tokens": 15},
+    "lookup": {"copied_tokens": 15},
     "exploring": {"explore_share": 0.5, "explore_temperature": 1.5},
-    "all": {"tree_tokens": 15, "lookup_tokens": 15, "explore_share": 0.3, "adaptive": True},
+    "all": {"tree_tokens": 15, "copied_tokens": 15, "explore_share": 0.3, "adaptive": True},
 }
 PROMPTS = [torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (4, 11, 2, 23)]
 PROMPTS[1] = PROMPTS[1][:4] * 4  # repeats itself, so that there is something to look up
@@ -105,7 +105,7 @@ def test_outputs_are_those_of_plain_decoding_without_other_requests(
     if way == "exploring":  # only greedy requests do
         assert 3 < engine.stats.explored_drafts < 2 * NEW
     if way == "lookup":
-        assert any(output.from_lookup for answer in answers.values() for output in answer.rounds)
+        assert any(output.only_copied for answer in answers.values() for output in answer.rounds)
 
 
 def test_a_request_without_a_seed_has_another_output_for_another_key(case: Case) -> None:

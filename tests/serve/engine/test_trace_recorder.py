@@ -117,11 +117,12 @@ def check_rounds(traces: Sequence[Trace], answer: Answer) -> None:
     position = LENGTHS[int(traces[0].request_id)] - 1
     expected = []
     for output in answer.rounds:
-        # Left out are proposals that the end of the request cut off, and of lookup those after a rejection.
-        count = output.num_proposed if len(output.token_ids) > output.num_accepted else output.num_accepted
-        if output.from_lookup:
-            count = min(count, output.num_accepted + 1)
-        expected.append((position, count, output.num_accepted, output.explored and count > 0))
+        # Left out are proposals that the end of the request cut off, and of copies those after a rejection.
+        accepted = output.chain_accepted
+        count = output.chain_proposed if len(output.token_ids) > accepted else accepted
+        if output.only_copied:
+            count = min(count, accepted + 1)
+        expected.append((position, count, accepted, output.explored and count > 0))
         position += len(output.token_ids)
     assert [(root, n, a, explored) for root, n, a, _, explored in rounds] == expected
     assert all((source == SOURCE_NONE) == (n == 0) for _, n, _, source, _ in rounds)
@@ -136,7 +137,7 @@ def test_states_distributions_and_rounds(models: TinyModels, kind: str, lookup: 
         traces,
         segment_tokens=segment_tokens,
         overlap=3,
-        lookup_tokens=15 * lookup,
+        copied_tokens=15 * lookup,
         explore_share=0.3,
         explore_temperature=1.5,
     )
@@ -155,7 +156,9 @@ def test_states_distributions_and_rounds(models: TinyModels, kind: str, lookup: 
     for request_id, its in by_request.items():
         check_rounds(its, answers[request_id])
         assert (len(its) > 1) == (segment_tokens == 7)
-    assert sum(int(t.num_accepted_R.sum()) for t in traces) == engine.stats.accepted
+    assert sum(int(t.num_accepted_R.sum()) for t in traces) == sum(
+        output.chain_accepted for answer in answers.values() for output in answer.rounds
+    )
     assert engine.stats.accepted > (50 if kind == "greedy" else 5)
     assert sum(int(t.explored_R.sum()) for t in traces) == pytest.approx(engine.stats.explored_drafts, abs=6)
     assert engine.stats.explored_drafts > 5 if kind == "greedy" else engine.stats.explored_drafts == 0

@@ -58,7 +58,7 @@ def chain_costs(
 
 def chain_planner(*, draft_tokens: int = 4, adaptive: bool = True, **costs: float) -> SpeculationPlanner:
     """A planner without trees."""
-    limits = SpeculationLimits(draft_tokens=draft_tokens, lookup_tokens=0, adaptive=adaptive)
+    limits = SpeculationLimits(draft_tokens=draft_tokens, copied_tokens=0, adaptive=adaptive)
     return SpeculationPlanner(limits, chain_costs(**costs))  # type: ignore[arg-type]
 
 
@@ -92,7 +92,7 @@ def test_the_length_with_the_most_tokens_per_second_is_chosen(
 def test_the_choice_is_a_pure_function_of_its_arguments() -> None:
     """The same arguments give the same shape, in any order of calls, and change nothing."""
     costs = tree_planner().costs
-    limits = SpeculationLimits(draft_tokens=4, lookup_tokens=0, tree_sizes=(3, 7, 15))
+    limits = SpeculationLimits(draft_tokens=4, copied_tokens=0, tree_sizes=(3, 7, 15))
     trees = {nodes: TreeAcceptance(nodes) for nodes in limits.tree_sizes}
     before = copy.deepcopy((vars(costs.target), {nodes: vars(tree) for nodes, tree in trees.items()}))
     before[0]["_interpolations"].clear()
@@ -116,7 +116,7 @@ def test_the_choice_is_a_pure_function_of_its_arguments() -> None:
 
 def test_drafts_are_shorter_beside_sequences_that_do_not_speculate() -> None:
     """Costs grow with the batch: the fourth sequence's longer query makes the pass slower for the three plain ones."""
-    planner = SpeculationPlanner(SpeculationLimits(draft_tokens=4, lookup_tokens=0), Costs(ragged=False))
+    planner = SpeculationPlanner(SpeculationLimits(draft_tokens=4, copied_tokens=0), Costs(ragged=False))
     for size in (1, 2, 4):
         planner.costs.first_step.update(size, 1, 0.001)
         planner.costs.next_step.update(size, 1, 0.001)
@@ -245,7 +245,7 @@ def test_a_step_pays_for_a_full_batch_of_predictable_sequences_but_not_for_one()
 
 
 def test_before_any_measurement_no_further_step_is_promised_to_pay() -> None:
-    planner = SpeculationPlanner(SpeculationLimits(draft_tokens=4, lookup_tokens=0), Costs(ragged=True))
+    planner = SpeculationPlanner(SpeculationLimits(draft_tokens=4, copied_tokens=0), Costs(ragged=True))
     assert planner.min_gains(DraftShape(3), 1, batch_size=1) == [math.inf] * 2
     assert planner.min_gains(DraftShape(1), 1, batch_size=1) == []
 
@@ -254,8 +254,9 @@ def observe(
     planner: SpeculationPlanner, sequence: RunningSequence, *, proposed: int, accepted: int, explored: bool = False
 ) -> None:
     """Report a chain of which some tokens were accepted."""
-    proposal = Proposal(tokens=[1] * proposed, source=SOURCE_DRAFT, explored_at=1.0 if explored else None)
-    planner.observe(sequence, proposal, accepted=accepted, chain_accepted=accepted, finished=False)
+    explored_at = 1.0 if explored else None
+    proposal = Proposal(tokens=[1] * proposed, source=SOURCE_DRAFT, num_drafted=proposed, explored_at=explored_at)
+    planner.observe(sequence, proposal, path=range(accepted + 1), finished=False)
 
 
 def test_acceptance_rates_follow_proposals_up_to_the_first_rejected_one() -> None:
@@ -338,7 +339,7 @@ def test_drafting_must_save_the_time_to_prefill_the_draft_cache(uncached: int, r
 
 def tree_planner(*, wider_s: float = 0.0001, level_s: float = 0.001, adaptive: bool = True) -> SpeculationPlanner:
     """The costs of `chain_costs`, and of trees; the target's time grows as slowly as on matrix tiles."""
-    limits = SpeculationLimits(draft_tokens=4, lookup_tokens=0, tree_sizes=tree_sizes(15), adaptive=adaptive)
+    limits = SpeculationLimits(draft_tokens=4, copied_tokens=0, tree_sizes=tree_sizes(15), adaptive=adaptive)
     planner = SpeculationPlanner(limits, Costs(ragged=False))
     for size in (1, 2, 4, 8):
         for query_length in (1, 2, 3, 4, 5, 8, 16):
@@ -394,23 +395,23 @@ def test_another_level_must_be_probable_to_be_reached(reach: float, level_s: flo
 def test_the_planner_learns_how_much_more_than_their_chains_trees_accept() -> None:
     planner, sequence = tree_planner(), a_sequence(0.5, temperature=0.0)
     # Fifteen nodes: a chain of three first choices, and one more path below the root.
-    tree = Proposal(tokens=list(range(15)), parents=[0, 0, 1, 2, 3, 4, *[0] * 9], source=SOURCE_DRAFT)
-    assert (tree.num_levels, len(tree.first_choices)) == (3, 3)
+    tree = Proposal(tokens=list(range(15)), parents=[0, 0, 1, 2, 3, 4, *[0] * 9], source=SOURCE_DRAFT, num_drafted=15)
+    assert (tree.num_drafted_levels, len(tree.first_choices)) == (3, 3)
 
     def rate(nodes: int, *, sampled: bool = False) -> float:
         return planner.level_rates(DraftShape(3, nodes), [0.5], sampled=sampled)[0]
 
     before, before_sampled = rate(15), rate(15, sampled=True)
     for _ in range(200):
-        planner.observe(sequence, tree, accepted=2, chain_accepted=0, finished=False)
+        planner.observe(sequence, tree, path=[0, 2, 4], finished=False)
     assert rate(15) > before + 0.1
     assert rate(7) < before
     assert rate(15, sampled=True) == before_sampled, "trees of sampled sequences are counted apart"
     for _ in range(400):
-        planner.observe(sequence, tree, accepted=0, chain_accepted=0, finished=False)
+        planner.observe(sequence, tree, path=[0], finished=False)
     assert rate(15) == pytest.approx(0.5, abs=0.02), "no better than a chain"
     for _ in range(400):
-        planner.observe(sequence, tree, accepted=2, chain_accepted=0, finished=True)
+        planner.observe(sequence, tree, path=[0, 2, 4], finished=True)
     assert rate(15) == pytest.approx(0.5, abs=0.02), "the end of a request may cut a path off"
 
 

@@ -231,10 +231,10 @@ def test_lookup_and_trees_share_a_round(models: TinyModels) -> None:
     prompts = [[7, 8, 9, 10, 11] * 4, models.prompts[3]]
     requests = [request(str(i), p, max_tokens=NEW) for i, p in enumerate(prompts)]
     requests.append(request("plain", models.prompts[2], max_tokens=NEW, speculate=False))
-    answers = run(models.engine(lookup_tokens=15, prefill_chunk_tokens=64), requests)
+    answers = run(models.engine(copied_tokens=15, prefill_chunk_tokens=64), requests)
     assert tokens(answers) == tokens(run(make_engine(models.targets["bf16"]), requests))
-    assert any(o.from_lookup and o.num_proposed for o in answers["0"].rounds)
-    assert {o.num_proposed for o in answers["1"].rounds if not o.from_lookup} == {15}
+    assert any(o.only_copied and o.num_proposed for o in answers["0"].rounds)
+    assert {o.num_proposed for o in answers["1"].rounds if not o.only_copied} == {15}
 
 
 @pytest.mark.parametrize("limits", [{"max_seq_len": 44}, {"max_seq_len": 43, "max_batch_size": 1}])

@@ -18,8 +18,8 @@ def test_rounds_explore_as_a_running_learner_asks_and_else_as_configured(tmp_pat
     page = LearnerStatusPage.create(tmp_path / "page")
     proposer = Proposer(
         None,
-        SpeculationPlanner(SpeculationLimits(draft_tokens=0, lookup_tokens=0, adaptive=False), Costs(ragged=True)),
-        device=torch.device("cpu"),
+        SpeculationPlanner(SpeculationLimits(draft_tokens=0, copied_tokens=0, adaptive=False), Costs(ragged=True)),
+        tokens_SL=torch.zeros(1, 1),
         explore_share=0.02,
         explore_temperature=1.5,
     )

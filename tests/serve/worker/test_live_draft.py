@@ -361,7 +361,7 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("of_output", "rollbacks"), [({}, 1), ({"from_lookup": True}, 0), ({"explored": True}, 0), ({"num_proposed": 0}, 0)]
+    ("of_output", "rollbacks"), [({}, 1), ({"only_copied": True}, 0), ({"explored": True}, 0), ({"num_proposed": 0}, 0)]
 )
 def test_only_proposals_of_the_draft_in_rounds_without_exploration_count_in_a_trial(
     of_output: dict[str, Any], rollbacks: int, store: DraftStore

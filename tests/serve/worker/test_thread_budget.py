@@ -18,7 +18,7 @@ from aurora_lit.serve.worker.thread_budget import Contention, ThreadBudget
 
 def test_rounds_leave_the_cores_to_a_running_learner_that_computes_on_them(tmp_path: Path) -> None:
     page, now = LearnerStatusPage.create(tmp_path / "page"), [0.0]
-    planner = SpeculationPlanner(SpeculationLimits(draft_tokens=2, lookup_tokens=0), Costs(ragged=True))
+    planner = SpeculationPlanner(SpeculationLimits(draft_tokens=2, copied_tokens=0), Costs(ragged=True))
     num_threads = torch.get_num_threads()
     budget = ThreadBudget(planner, page, threads=4, cores=5, monotonic_s=lambda: now[0])
 
@@ -88,7 +88,7 @@ def test_rounds_beside_a_busy_process_run_on_one_thread(tmp_path: Path, monkeypa
     """Processor time is that of the process: one thread that sleeps instead of computing is a core that others have."""
     page, planner = (
         LearnerStatusPage.create(tmp_path / "page"),
-        SpeculationPlanner(SpeculationLimits(draft_tokens=2, lookup_tokens=0), Costs(ragged=True)),
+        SpeculationPlanner(SpeculationLimits(draft_tokens=2, copied_tokens=0), Costs(ragged=True)),
     )
     clocks = {"perf_counter": 0.0, "process_time": 0.0}
     for name in clocks:

@@ -1,0 +1,312 @@
+// Copied proposals: what followed the last tokens of a sequence before, earlier in the same sequence and in a bounded
+// memory of other sequences, as a tree of the likeliest nodes. kernels/suffix_index.py documents the results.
+//
+// Suffix decoding (Oliaro et al., arXiv 2411.04975) keeps a suffix tree. Here the memory is a ring of tokens, and for
+// each length in ORDERS a hash table of chains: all positions that follow the same ORDERS[o] tokens, latest first. A
+// look-up walks the chains of the longest agreeing n-gram and compares tokens backwards from there. Inserting a token is
+// three writes, forgetting the oldest ones is overwriting them, and nothing is allocated after the start. The sequence's
+// own tokens are scanned, which takes about a nanosecond a token.
+//
+// Whether a token is remembered for a *part* (serve/speculation/traffic_memory.py) is compared exactly, not by its hash.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <vector>
+
+namespace {
+
+// Sizes that kernels/suffix_index.py knows too.
+constexpr int MIN_MATCH = 2, MAX_MATCH = 16;
+constexpr int NUM_KINDS = 3, NUM_LENGTHS = 7, NUM_SHARES = 5, NUM_COUNTS = 4;
+
+constexpr int ORDERS[] = {8, 4, 2}, NUM_ORDERS = 3;
+constexpr int MAX_OWN = 16, MAX_REMEMBERED = 32, MAX_WALKED = 96;
+constexpr int32_t SEPARATOR = -1;  // before every inserted sequence
+
+// An earlier occurrence of the last `length` tokens.
+struct Occurrence {
+  uint64_t next;  // position of the token that followed
+  int32_t length;
+  bool own;  // in the sequence itself
+};
+
+inline uint64_t mix(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+class SuffixMemory {
+ public:
+  // `capacity`: tokens, separators included. `heads`: of each table of chains, a power of two.
+  SuffixMemory(int64_t capacity, int64_t heads) : capacity_(capacity), mask_(heads - 1) {
+    tokens_ = allocate<int32_t>(capacity);
+    parts_ = allocate<uint32_t>(capacity);
+    for (int o = 0; o < NUM_ORDERS; ++o) {
+      links_[o] = allocate<uint32_t>(capacity);
+      heads_[o] = allocate<uint32_t>(heads);
+    }
+  }
+  ~SuffixMemory() {
+    std::free(tokens_);
+    std::free(parts_);
+    for (int o = 0; o < NUM_ORDERS; ++o) {
+      std::free(links_[o]);
+      std::free(heads_[o]);
+    }
+  }
+  SuffixMemory(const SuffixMemory&) = delete;
+  SuffixMemory& operator=(const SuffixMemory&) = delete;
+
+  // Remember a sequence for a part. Its first `context` tokens help to recognise what follows, and are not proposed.
+  void insert(const int32_t* tokens, int64_t count, int64_t context, uint32_t part) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    append(SEPARATOR, part);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint64_t at = append(tokens[i], part);
+      if (i < context) continue;
+      for (int o = 0; o < NUM_ORDERS; ++o) {
+        if (i < ORDERS[o]) continue;
+        uint32_t& head = heads_[o][hash(tokens + i, ORDERS[o], part)];
+        links_[o][at % capacity_] = head;
+        head = uint32_t(at);
+      }
+    }
+  }
+
+  // Number of tokens held, and of tokens forgotten, separators included.
+  void counts(int64_t* held, int64_t* forgotten) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    *held = int64_t(std::min<uint64_t>(end_ - 1, capacity_));
+    *forgotten = int64_t(end_ - 1) - *held;
+  }
+
+  // Add occurrences of the tokens before `end` in the part's sequences: the longest n-grams first, of equal ones the
+  // latest.
+  void find(const int64_t* end, int64_t length, uint32_t part, std::vector<Occurrence>& found) const {
+    const size_t first = found.size();
+    int walked = 0;
+    for (int o = 0; o < NUM_ORDERS; ++o) {
+      if (length < ORDERS[o]) continue;
+      uint64_t before = end_;
+      uint32_t link = heads_[o][hash(end, ORDERS[o], part)];
+      while (link && walked < MAX_WALKED && found.size() - first < MAX_REMEMBERED) {
+        const uint64_t at = end_ - uint32_t(uint32_t(end_) - link);
+        if (at >= before || !holds(at)) break;
+        before = at;
+        ++walked;
+        link = links_[o][at % capacity_];
+        if (parts_[at % capacity_] != part) continue;
+        const int agreeing = agreement(end, length, at);
+        if (agreeing < ORDERS[o]) continue;  // another n-gram with the same hash
+        if (o && agreeing >= ORDERS[o - 1]) continue;  // found by the longer n-gram
+        found.push_back({at, agreeing, false});
+      }
+    }
+  }
+
+  // The token at a position, or SEPARATOR.
+  int32_t token(uint64_t at) const { return at < end_ ? tokens_[at % capacity_] : SEPARATOR; }
+
+  std::mutex& mutex() { return mutex_; }
+
+ private:
+  template <typename T>
+  static T* allocate(int64_t count) {
+    return static_cast<T*>(std::calloc(size_t(count), sizeof(T)));
+  }
+
+  uint64_t append(int32_t token, uint32_t part) {
+    tokens_[end_ % capacity_] = token;
+    parts_[end_ % capacity_] = part;
+    return end_++;
+  }
+
+  bool holds(uint64_t at) const { return at + capacity_ >= end_ && at < end_ && at > 0; }
+
+  // Of the `order` tokens before `end`.
+  template <typename Token>
+  uint64_t hash(const Token* end, int order, uint32_t part) const {
+    uint64_t h = part;
+    for (int i = 1; i <= order; ++i) h = mix(h * 0x9e3779b97f4a7c15ull + uint64_t(uint32_t(end[-i])) + 1);
+    return h & mask_;
+  }
+
+  // How many tokens before `end` equal those before the position `at`.
+  int agreement(const int64_t* end, int64_t length, uint64_t at) const {
+    const int most = int(std::min<int64_t>(MAX_MATCH, length));
+    int n = 0;
+    while (n < most && holds(at - n - 1) && tokens_[(at - n - 1) % capacity_] == end[-n - 1]) ++n;
+    return n;
+  }
+
+  uint64_t capacity_, mask_;
+  uint64_t end_ = 1;  // position of the next token; 0 is none
+  int32_t* tokens_;
+  uint32_t* parts_;
+  uint32_t* links_[NUM_ORDERS];  // the previous position that follows the same n-gram
+  uint32_t* heads_[NUM_ORDERS];  // the last one, by hash
+  std::mutex mutex_;
+};
+
+// Positions in a sequence that follow the same tokens as its end, latest first.
+inline void find_own(const int64_t* tokens, int64_t length, std::vector<Occurrence>& found) {
+  if (length <= MIN_MATCH) return;
+  const int64_t last = tokens[length - 1], second = tokens[length - 2];
+  int count = 0;
+  for (int64_t at = length - 1; at >= MIN_MATCH && count < MAX_OWN; --at) {
+    if (tokens[at - 1] != last || tokens[at - 2] != second) continue;
+    const int64_t most = std::min<int64_t>(MAX_MATCH, at);
+    int64_t n = MIN_MATCH;
+    while (n < most && tokens[at - 1 - n] == tokens[length - 1 - n]) ++n;
+    found.push_back({uint64_t(at), int32_t(n), true});
+    ++count;
+  }
+}
+
+// -- trees of copies ---------------------------------------------------------------------------------------------------
+
+// A look-up for some sequences; _Call in kernels/suffix_index.py.
+struct CopyCall {
+  int64_t rows, most_nodes;
+  int64_t own;  // 0: copies come from the memory alone
+  const int64_t* committed;  // by slot
+  int64_t committed_slot;
+  const int64_t *slots, *lengths, *most;  // `most`: nodes of a row
+  const int64_t* parts;                   // of the memory; 0: it is not asked
+  const int64_t* tables;                  // which table of rates
+  const float* rates;                     // [tables][cells]
+  float least;                            // smallest survival
+  int64_t* num_nodes;
+  int64_t *tokens, *parents;  // [rows][most_nodes]
+  float* survivals;
+  int64_t* cells;
+};
+
+inline int length_class(int length) {
+  return length < 5 ? length - MIN_MATCH : length < 7 ? 3 : length < 10 ? 4 : length < MAX_MATCH ? 5 : 6;
+}
+inline int share_class(int count, int of) {
+  return count == of ? 4 : 4 * count >= 3 * of ? 3 : 2 * count >= of ? 2 : 4 * count >= of ? 1 : 0;
+}
+inline int count_class(int of) { return of < 2 ? 0 : of < 4 ? 1 : of < 8 ? 2 : 3; }
+
+// Grows the tree of one sequence: of all nodes that may be added, always the one most likely to be accepted.
+class CopyTree {
+ public:
+  CopyTree(const CopyCall& call, const SuffixMemory* memory) : call_(call), memory_(memory) {}
+
+  void grow(int64_t row) {
+    tokens_ = call_.committed + call_.slots[row] * call_.committed_slot;
+    length_ = call_.lengths[row];
+    rates_ = call_.rates + call_.tables[row] * (NUM_KINDS * NUM_LENGTHS * NUM_SHARES * NUM_COUNTS);
+    occurrences_.clear();
+    if (call_.own) find_own(tokens_, length_, occurrences_);
+    if (memory_ && call_.parts[row] && length_ >= MIN_MATCH)
+      memory_->find(tokens_ + length_, length_, uint32_t(call_.parts[row]), occurrences_);
+    int longest = 0;
+    for (const Occurrence& each : occurrences_) longest = std::max(longest, int(each.length));
+    members_.clear();
+    for (size_t i = 0; i < occurrences_.size(); ++i)
+      if (2 * occurrences_[i].length >= longest) members_.push_back(int(i));
+    nodes_.clear();
+    heap_.clear();
+    expand(0, 0, 1.0f, 0, members_.size());
+    const int64_t offset = row * call_.most_nodes, most = call_.most[row];
+    int64_t count = 0;
+    while (count < most && !heap_.empty()) {
+      std::pop_heap(heap_.begin(), heap_.end(), Later{nodes_});
+      const Node node = nodes_[heap_.back()];
+      heap_.pop_back();
+      call_.tokens[offset + count] = node.token;
+      call_.parents[offset + count] = node.parent;
+      call_.survivals[offset + count] = node.survival;
+      call_.cells[offset + count] = node.cell;
+      ++count;
+      expand(int(count), node.depth, node.survival, node.begin, node.end);
+    }
+    call_.num_nodes[row] = count;
+  }
+
+ private:
+  struct Node {
+    int parent, depth, cell;  // parent: column, 0 is the sequence's last token
+    int64_t token;
+    float survival;
+    size_t begin, end;  // its occurrences, in members_
+  };
+  struct Later {
+    const std::vector<Node>& nodes;
+    bool operator()(int a, int b) const {
+      return nodes[a].survival != nodes[b].survival ? nodes[a].survival < nodes[b].survival : a > b;
+    }
+  };
+
+  // The token `depth` places after an occurrence. In the sequence itself, tokens that do not exist yet repeat the
+  // period from the occurrence to the end.
+  int64_t token_after(const Occurrence& each, int depth) const {
+    if (!each.own) return memory_->token(each.next + depth);
+    return tokens_[each.next + depth % (length_ - int64_t(each.next))];
+  }
+
+  // Offer the children of a node, whose occurrences are members_[begin, end).
+  void expand(int column, int depth, float survival, size_t begin, size_t end) {
+    followers_.clear();
+    for (size_t i = begin; i < end; ++i) {
+      const int64_t token = token_after(occurrences_[members_[i]], depth);
+      if (token != SEPARATOR) followers_.push_back({token, members_[i]});
+    }
+    const int total = int(followers_.size());
+    std::stable_sort(followers_.begin(), followers_.end(),
+                     [](const Follower& a, const Follower& b) { return a.token < b.token; });
+    for (size_t i = 0; i < followers_.size();) {
+      const size_t first = members_.size();
+      const int64_t token = followers_[i].token;
+      int longest = 0, kinds = 0;
+      for (; i < followers_.size() && followers_[i].token == token; ++i) {
+        const Occurrence& each = occurrences_[followers_[i].occurrence];
+        longest = std::max(longest, int(each.length));
+        kinds |= each.own ? 1 : 2;
+        members_.push_back(followers_[i].occurrence);
+      }
+      const int count = int(members_.size() - first);
+      int cell = (kinds - 1) * NUM_LENGTHS + length_class(std::min(MAX_MATCH, longest + depth));
+      cell = (cell * NUM_SHARES + share_class(count, total)) * NUM_COUNTS + count_class(total);
+      const float reached = survival * rates_[cell];
+      if (reached < call_.least) {
+        members_.resize(first);
+        continue;
+      }
+      nodes_.push_back({column, depth + 1, cell, token, reached, first, members_.size()});
+      heap_.push_back(int(nodes_.size()) - 1);
+      std::push_heap(heap_.begin(), heap_.end(), Later{nodes_});
+    }
+  }
+
+  struct Follower {
+    int64_t token;
+    int occurrence;
+  };
+
+  const CopyCall& call_;
+  const SuffixMemory* memory_;
+  const int64_t* tokens_ = nullptr;
+  const float* rates_ = nullptr;
+  int64_t length_ = 0;
+  std::vector<Occurrence> occurrences_;
+  std::vector<int> members_, heap_;
+  std::vector<Node> nodes_;
+  std::vector<Follower> followers_;
+};
+
+inline void look_up_copies(CopyCall& call, SuffixMemory* memory) {
+  std::unique_lock<std::mutex> lock;
+  if (memory) lock = std::unique_lock<std::mutex>(memory->mutex());
+  CopyTree tree(call, memory);
+  for (int64_t row = 0; row < call.rows; ++row) tree.grow(row);
+}
+
+}  // namespace

@@ -1,0 +1,168 @@
+"""Copied proposals in native code (csrc/suffix_index.hpp): what followed a sequence's last tokens before.
+
+Leaves out: who may read what (serve/speculation/traffic_memory.py), and how many of the nodes are proposed
+(serve/speculation/copy_planner.py).
+
+Shapes: B sequences, S slots, L capacity of a slot, R tables of rates, C cells of a table.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from aurora_lit.kernels import native
+
+MIN_MATCH, MAX_MATCH = 2, 16
+"""Least number of agreeing tokens, and the number beyond which they are not compared."""
+KINDS = ("lookup", "memory", "both")
+"""Where a node's occurrences are: earlier in the sequence, in the memory, or in both."""
+LENGTH_CLASSES = (2, 3, 4, 5, 7, 10, 16)
+"""Numbers of agreeing tokens from which on acceptance is counted separately."""
+SHARE_CLASSES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the occurrences that go on with the node's token, likewise."""
+COUNT_CLASSES = (1, 2, 4, 8)
+"""Numbers of occurrences, likewise."""
+NUM_CELLS = len(KINDS) * len(LENGTH_CLASSES) * len(SHARE_CLASSES) * len(COUNT_CLASSES)
+"""A cell is a combination of kind and classes: what is known about a node before it is verified."""
+_CELLS_OF_KIND = NUM_CELLS // len(KINDS)
+_BYTES_OF_TOKEN, _BYTES_OF_HEAD = 20, 12
+_MIN_TOKENS = 64
+
+
+class Copies(NamedTuple):
+    """The nodes of one sequence's tree, most probable first; a node comes after its parent."""
+
+    tokens: list[int]
+    parents: list[int]
+    """The column that each node follows, where column 0 is the last committed token."""
+    survivals: list[float]
+    """Probability that the node and all before it on its path are accepted."""
+    cells: list[int]
+    """What each node's rate is known by."""
+
+
+NO_COPIES = Copies([], [], [], [])
+
+
+def is_remembered(cell: int) -> bool:
+    """True if nodes of the cell come from the memory alone."""
+    return cell // _CELLS_OF_KIND == KINDS.index("memory")
+
+
+class SuffixMemory:
+    """Tokens of sequences that have ended, the oldest overwritten first. Look-ups and insertions may be of two threads.
+
+    >>> memory = SuffixMemory(64 << 20)
+    >>> memory.insert([5, 6, 7, 8], context=2, part=1)
+    """
+
+    def __init__(self, capacity_bytes: int) -> None:
+        library = native.library()
+        assert library is not None
+        # At most half a head a token: few n-grams of real text occur once.
+        heads = 1 << max(6, (capacity_bytes // (2 * _BYTES_OF_TOKEN + _BYTES_OF_HEAD)).bit_length() - 1)
+        self.capacity = max(_MIN_TOKENS, (capacity_bytes - heads * _BYTES_OF_HEAD) // _BYTES_OF_TOKEN)
+        """Tokens that it holds."""
+        self._library = library
+        library.aurora_memory_new.restype = ctypes.c_void_p
+        self.pointer = ctypes.c_void_p(library.aurora_memory_new(ctypes.c_int64(self.capacity), ctypes.c_int64(heads)))
+        weakref.finalize(self, library.aurora_memory_free, self.pointer)
+
+    def insert(self, tokens: Sequence[int], *, context: int, part: int) -> None:
+        """Remember a sequence for a part; of a longer one than half the capacity its end.
+
+        `context`: so many tokens at its beginning help to recognise what follows, and are never proposed.
+        """
+        dropped = max(0, len(tokens) - self.capacity // 2)
+        tokens, context = tokens[dropped:], max(0, context - dropped)
+        array = (ctypes.c_int32 * len(tokens))(*tokens)
+        numbers = (ctypes.c_int64(len(tokens)), ctypes.c_int64(context), ctypes.c_int64(part))
+        self._library.aurora_memory_insert(self.pointer, array, *numbers)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Tokens that it holds, and that it has overwritten."""
+        held, forgotten = ctypes.c_int64(), ctypes.c_int64()
+        self._library.aurora_memory_counts(self.pointer, ctypes.byref(held), ctypes.byref(forgotten))
+        return held.value, forgotten.value
+
+
+class _Call(ctypes.Structure):
+    """CopyCall in suffix_index.hpp."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("most_nodes", ctypes.c_int64),
+        ("own", ctypes.c_int64),
+        ("committed", ctypes.c_void_p),
+        ("committed_slot", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("slots", "lengths", "most", "parts", "tables", "rates")),
+        ("least", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("num_nodes", "tokens", "parents", "survivals", "cells")),
+    )
+
+
+def look_up(
+    tokens_SL: torch.Tensor,
+    *,
+    slots: Sequence[int],
+    lengths: Sequence[int],
+    most: Sequence[int],
+    parts: Sequence[int],
+    tables: Sequence[int],
+    rate_RC: torch.Tensor,
+    least: float,
+    memory: SuffixMemory | None,
+    own: bool = True,
+) -> list[Copies]:
+    """The likeliest copies for each sequence; `look_up` in serve/speculation/copies_in_python.py is the reference.
+
+    Args:
+        tokens_SL: committed tokens, int64 on the CPU.
+        slots: of the sequences.
+        lengths: their numbers of committed tokens.
+        most: their numbers of nodes, at most.
+        parts: what of the memory each may read; 0: nothing.
+        tables: which line of `rate_RC` holds for each.
+        rate_RC: fp32, contiguous. How often nodes of a cell were accepted if their parents were.
+        least: smallest survival of a node.
+        own: False: nothing is copied from within the sequences.
+    """
+    library = native.library()
+    assert library is not None
+    B, widest = len(slots), max(most)
+    numbers = (ctypes.c_int64 * (5 * B))(*slots, *lengths, *most, *parts, *tables)
+    base, row = ctypes.addressof(numbers), 8 * B
+    counts = (ctypes.c_int64 * B)()
+    found = (ctypes.c_int64 * (3 * B * widest))()
+    survivals = (ctypes.c_float * (B * widest))()
+    out, column = ctypes.addressof(found), 8 * B * widest
+    call = _Call(
+        B,
+        widest,
+        own,
+        tokens_SL.data_ptr(),
+        tokens_SL.stride(0),
+        *(base + index * row for index in range(5)),
+        rate_RC.data_ptr(),
+        least,
+        ctypes.addressof(counts),
+        out,
+        out + column,
+        ctypes.addressof(survivals),
+        out + 2 * column,
+    )
+    library.aurora_look_up_copies(ctypes.byref(call), None if memory is None else memory.pointer)
+    size = B * widest
+    copies = []
+    for b, count in enumerate(counts):
+        begin = b * widest
+        ranges = (slice(begin + part * size, begin + part * size + count) for part in range(3))
+        tokens, parents, cells = (found[each] for each in ranges)
+        copies.append(Copies(tokens, parents, survivals[begin : begin + count], cells) if count else NO_COPIES)
+    return copies

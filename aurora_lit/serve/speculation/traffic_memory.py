@@ -1,0 +1,141 @@
+"""The traffic memory: what earlier requests were answered, so that later ones may copy from it.
+
+Learning by remembering: it needs no training and no pass of the draft, and works from the first repeated phrase. Held
+in memory only, bounded, the oldest forgotten first. What a request may read and write is decided by its key
+(serve/sequences/memory_scope.py): sequences of different keys never meet, since the index compares keys exactly.
+
+Left out: the index (kernels/suffix_index.py), and how much of what it finds is proposed
+(serve/speculation/copy_planner.py).
+
+Shapes: S slots, L capacity of a slot, R tables of rates, C cells of a table.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from aurora_lit.kernels import native, suffix_index
+from aurora_lit.kernels.suffix_index import Copies, SuffixMemory
+from aurora_lit.serve.sequences.memory_scope import MemoryScope, memory_partition_key
+from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.speculation import copies_in_python
+
+CONTEXT_TOKENS = 16
+"""Of a prompt's end, remembered before the answer so that its first tokens are recognised too."""
+_MIN_ANSWER = 4
+"""Shorter answers are not remembered: proposals save little there."""
+_MAX_KEYS = 16_384
+"""Keys that are known; what was remembered for the least recently used one can then no longer be read."""
+
+
+@dataclass(kw_only=True)
+class MemoryStats:
+    """Counters since the memory was created."""
+
+    answers: int = 0
+    """Remembered."""
+    inserted_tokens: int = 0
+    insert_us: float = 0.0
+    """Time that this took, in microseconds."""
+    look_ups: int = 0
+    """Rounds of single sequences that could read the memory."""
+    hits: int = 0
+    """Those in which it held something likely enough."""
+    look_up_us: float = 0.0
+    """Time that looking up copies took, those from within requests included, in microseconds."""
+    proposed: int = 0
+    """Tokens proposed from the memory alone."""
+    accepted: int = 0
+    """Those of them that were accepted."""
+
+
+class TrafficMemory:
+    """What ended requests were answered, by key.
+
+    >>> memory = TrafficMemory(64 << 20, scope="domain")
+    >>> memory.open(sequence)         # when its prompt has been read
+    >>> memory.remember(sequence, tokens)    # when it has ended
+    """
+
+    def __init__(self, capacity_bytes: int, *, scope: MemoryScope) -> None:
+        """Needs kernels. `capacity_bytes`: of the index; pages are taken as it fills."""
+        self.stats = MemoryStats()
+        self.capacity_bytes = capacity_bytes
+        self._scope = scope
+        self.index = SuffixMemory(capacity_bytes)
+        self._parts: OrderedDict[Hashable, int] = OrderedDict()
+        self._next_part = 1
+
+    def open(self, sequence: RunningSequence) -> None:
+        """Let a sequence read what its key allows. Its domain must be known."""
+        key = memory_partition_key(sequence.request, scope=self._scope, domain=sequence.domain)
+        sequence.memory_part = 0 if key is None else self._part(key)
+
+    def remember(self, sequence: RunningSequence, tokens: Sequence[int]) -> None:
+        """Remember the answer of a sequence that has ended; `tokens`: of prompt and answer."""
+        if not sequence.memory_part or not sequence.request.store:
+            return
+        answer = sequence.length - sequence.prompt_length
+        if answer < _MIN_ANSWER:
+            return
+        started = time.perf_counter()
+        context = min(CONTEXT_TOKENS, sequence.prompt_length)
+        self.index.insert(tokens[-answer - context :], context=context, part=sequence.memory_part)
+        self.stats.answers += 1
+        self.stats.inserted_tokens += answer
+        self.stats.insert_us += (time.perf_counter() - started) * 1e6
+
+    def _part(self, key: Hashable) -> int:
+        part = self._parts.get(key)
+        if part is None:
+            part = self._parts[key] = self._next_part
+            self._next_part += 1
+            if len(self._parts) > _MAX_KEYS:
+                self._parts.popitem(last=False)
+        else:
+            self._parts.move_to_end(key)
+        return part
+
+
+def look_up_copies(
+    sequences: Sequence[RunningSequence],
+    most: Sequence[int],
+    *,
+    tokens_SL: torch.Tensor,
+    memory: TrafficMemory | None,
+    tables: Sequence[int],
+    rate_RC: torch.Tensor,
+    least: float,
+    own: bool,
+) -> list[Copies]:
+    """For each sequence the likeliest copies from itself and, if it may read it, from the memory.
+
+    `most`, `tables`, `rate_RC`, `least`, `own`: as for `look_up` in kernels/suffix_index.py.
+    """
+    started = time.perf_counter()
+    arguments = {
+        "slots": [sequence.slot for sequence in sequences],
+        "lengths": [sequence.length for sequence in sequences],
+        "most": most,
+        "parts": [sequence.memory_part for sequence in sequences],
+        "tables": tables,
+        "rate_RC": rate_RC,
+        "least": least,
+        "own": own,
+    }
+    if native.library() is None or tokens_SL.device.type != "cpu":
+        return copies_in_python.look_up(tokens_SL, **arguments)  # type: ignore[arg-type]
+    index = None if memory is None else memory.index
+    copies = suffix_index.look_up(tokens_SL, memory=index, **arguments)  # type: ignore[arg-type]
+    if memory is not None:
+        stats = memory.stats
+        readers = [found for sequence, found in zip(sequences, copies, strict=True) if sequence.memory_part]
+        stats.look_ups += len(readers)
+        stats.hits += sum(any(suffix_index.is_remembered(cell) for cell in found.cells) for found in readers)
+        stats.look_up_us += (time.perf_counter() - started) * 1e6
+    return copies

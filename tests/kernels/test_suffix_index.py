@@ -1,0 +1,166 @@
+"""Copies in native code against the reference in Python, and the bounds of the memory."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.suffix_memory import SuffixMemoryInPython
+
+from aurora_lit.kernels import native, suffix_index
+from aurora_lit.kernels.suffix_index import MAX_MATCH, NUM_CELLS, Copies, SuffixMemory
+from aurora_lit.serve.speculation import copies_in_python
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="needs kernels")
+
+TOKENS = st.lists(st.integers(0, 3), max_size=40)
+
+
+def rates(seed: int) -> torch.Tensor:
+    """Two tables of distinct rates, so that no two nodes are equally probable."""
+    return torch.rand(2, NUM_CELLS, generator=torch.Generator().manual_seed(seed)) * 0.9 + 0.05
+
+
+def table_of(rows: list[list[int]]) -> torch.Tensor:
+    tokens_SL = torch.full((len(rows), 64), -7)
+    for row, tokens in zip(tokens_SL, rows, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    return tokens_SL
+
+
+def look_up(rows: list[list[int]], memory: SuffixMemory | None = None, **changes: Any) -> list[Copies]:
+    """Every row reads part 1, by the first table, at most 15 nodes."""
+    count = len(rows)
+    arguments: dict[str, Any] = {
+        "slots": list(range(count)),
+        "lengths": [len(tokens) for tokens in rows],
+        "most": [15] * count,
+        "parts": [1] * count,
+        "tables": [0] * count,
+        "rate_RC": torch.full((2, NUM_CELLS), 0.9),
+        "least": 1e-3,
+    } | changes
+    return suffix_index.look_up(table_of(rows), memory=memory, **arguments)
+
+
+@given(
+    texts=st.lists(st.tuples(TOKENS, st.integers(0, 20), st.integers(1, 2)), max_size=8),
+    rows=st.lists(TOKENS, min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_native_trees_are_those_of_the_reference(texts: list[Any], rows: list[list[int]], data: st.DataObject) -> None:
+    memory, reference = SuffixMemory(1 << 16), SuffixMemoryInPython(1 << 16)
+    for tokens, context, part in texts:
+        memory.insert(tokens, context=context, part=part)
+        reference.insert(tokens, context=context, part=part)
+    arguments = {
+        "slots": list(range(len(rows)))[::-1],
+        "lengths": [len(tokens) for tokens in rows[::-1]],
+        "most": [data.draw(st.integers(1, 20)) for _ in rows],
+        "parts": [data.draw(st.integers(0, 2)) for _ in rows],
+        "tables": [data.draw(st.integers(0, 1)) for _ in rows],
+        "rate_RC": rates(data.draw(st.integers(0, 9))),
+        "least": 0.01,
+        "own": data.draw(st.booleans()),
+    }
+    found = suffix_index.look_up(table_of(rows), memory=memory, **arguments)
+    expected = copies_in_python.look_up(table_of(rows), memory=reference, **arguments)
+    for native_copies, copies in zip(found, expected, strict=True):
+        assert native_copies.survivals == pytest.approx(copies.survivals, rel=1e-4)
+        if len(set(copies.survivals)) == len(copies.survivals):  # else equal ones may be ordered otherwise
+            assert (native_copies.tokens, native_copies.parents) == (copies.tokens, copies.parents)
+            assert native_copies.cells == copies.cells
+
+
+@pytest.mark.parametrize(
+    ("tokens", "following"),
+    [
+        ([], []),
+        ([1, 2, 3], []),
+        ([1, 2, 3, 4, 1, 2, 3], [4, 1, 2, 3, 4]),  # repeats
+        ([9, 2, 3, 4, 8, 2, 3], [4, 8, 2, 3, 4]),
+        ([9, 3, 4, 8, 3], []),  # one agreeing token is too few
+        ([6, 6, 6, 6], [6, 6, 6, 6, 6]),
+    ],
+)
+def test_copies_from_within_a_sequence(tokens: list[int], following: list[int]) -> None:
+    (copies,) = look_up([tokens], most=[5])
+    assert copies.tokens == following
+    assert copies.parents == list(range(len(following)))
+
+
+def test_occurrences_that_go_on_differently_fork() -> None:
+    memory = SuffixMemory(1 << 16)
+    for last in (20, 20, 30):
+        memory.insert([1, 2, 3, last, last + 1], context=2, part=1)
+    shares = torch.full((2, len(suffix_index.KINDS), 7, 5, 4), 0.9)
+    shares[..., :4, :] = 0.3  # less where not all occurrences agree
+    shares[..., 2, :] = 0.6  # but half of them or more do
+    (copies,) = look_up([[9, 1, 2, 3]], memory, rate_RC=shares.flatten(1).contiguous())
+    assert (copies.tokens, copies.parents) == ([20, 21, 30, 31], [0, 1, 0, 3])
+    assert copies.survivals == pytest.approx([0.6, 0.54, 0.3, 0.27])
+
+
+def test_what_a_part_may_not_read_is_not_proposed() -> None:
+    memory = SuffixMemory(1 << 16)
+    memory.insert([1, 2, 3, 4], context=0, part=1)
+    assert look_up([[1, 2]], memory, parts=[2])[0].tokens == []
+    assert look_up([[1, 2]], memory, parts=[0])[0].tokens == []
+    assert look_up([[1, 2]], memory, parts=[1])[0].tokens == [3, 4]
+
+
+def test_the_context_is_recognised_but_never_proposed() -> None:
+    memory = SuffixMemory(1 << 16)
+    memory.insert([1, 2, 3, 4, 5], context=3, part=1)
+    assert look_up([[1, 2]], memory)[0].tokens == []
+    assert look_up([[2, 3]], memory)[0].tokens == [4, 5]
+
+
+def test_the_oldest_are_forgotten_and_memory_stays_bounded() -> None:
+    memory = SuffixMemory(1 << 14)
+    for first in range(0, 20_000, 10):
+        memory.insert(list(range(first, first + 10)), context=0, part=1)
+    held, forgotten = memory.counts
+    assert held == memory.capacity
+    assert held + forgotten == 2000 * 11
+    assert look_up([[19_990, 19_991]], memory)[0].tokens[:2] == [19_992, 19_993]
+    assert look_up([[0, 1]], memory)[0].tokens == []
+    oldest_whole = 20_000 - 10 * (held // 11)
+    assert look_up([[oldest_whole, oldest_whole + 1]], memory)[0].tokens[:1] == [oldest_whole + 2]
+    assert look_up([[oldest_whole - 20, oldest_whole - 19]], memory)[0].tokens == []
+
+
+def test_an_answer_longer_than_the_memory_leaves_its_end() -> None:
+    memory = SuffixMemory(1 << 13)
+    memory.insert(list(range(5000)), context=0, part=1)
+    assert look_up([[4990, 4991]], memory)[0].tokens == list(range(4992, 5000))
+
+
+def test_agreement_beyond_the_most_is_not_told_apart() -> None:
+    tokens = list(range(MAX_MATCH + 8))
+    (long,) = look_up([[*tokens, 50, *tokens]])
+    (longer,) = look_up([[99, *tokens, 50, 99, *tokens]])
+    assert long.cells[0] == longer.cells[0]
+
+
+def test_looking_up_while_another_thread_inserts() -> None:
+    memory = SuffixMemory(1 << 14)
+    stop = threading.Event()
+
+    def insert() -> None:
+        while not stop.is_set():
+            memory.insert([1, 2, *range(100, 160)], context=2, part=1)
+
+    thread = threading.Thread(target=insert)
+    thread.start()
+    try:
+        for _ in range(2000):
+            (copies,) = look_up([[1, 2]], memory)
+            assert copies.tokens in ([], list(range(100, 115)))
+    finally:
+        stop.set()
+        thread.join()

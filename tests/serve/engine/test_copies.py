@@ -1,0 +1,133 @@
+"""Copies in the engine, from within requests and from the traffic memory: they never change an output."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import VOCAB, make_engine, random_draft, request, run, save_model
+
+from aurora_lit.kernels import native
+from aurora_lit.kernels.suffix_index import Copies
+from aurora_lit.models.target import Target
+from aurora_lit.request import Request
+from aurora_lit.serve.sequences.round_plan import Proposal
+from aurora_lit.serve.speculation import proposer
+from aurora_lit.serve.speculation.candidate_tree import with_copies
+from aurora_lit.serve.speculation.copy_planner import CopyPlan, CopyPlanner
+from aurora_lit.serve.speculation.drafter import Drafter
+
+REFRAIN = (7, 8, 9, 10, 11, 12) * 4
+MEMORY = {"memory_bytes": 1 << 20, "memory_scope": "domain"}
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="there is no memory without kernels")
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
+    return Target.load(folder, precision="fp32")
+
+
+def prompts() -> list[tuple[int, ...]]:
+    gen = torch.Generator().manual_seed(1)
+    return [REFRAIN, *(tuple(torch.randint(0, VOCAB, (n,), generator=gen).tolist()) for n in (3, 12, 30))]
+
+
+def all_requests() -> list[Request]:
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.9, "seed": 5},
+        {"temperature": 0.0, "repetition_penalty": 1.3},
+    ]
+    return [
+        request(f"{i}-{j}", prompt, max_tokens=40, **kind)
+        for (i, prompt), (j, kind) in itertools.product(enumerate(prompts()), enumerate(kinds))
+    ]
+
+
+@pytest.mark.parametrize("memory", [{}, pytest.param(MEMORY, marks=needs_kernels)])
+@pytest.mark.parametrize("with_draft", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_output_is_that_of_plain_decoding(
+    target: Target, with_draft: bool, adaptive: bool, memory: dict[str, Any]
+) -> None:
+    requests = all_requests()
+    plain = run(make_engine(target), requests)
+    draft = random_draft(target) if with_draft else None
+    engine = make_engine(target, draft, copied_tokens=15, tree_tokens=7, adaptive=adaptive, max_batch_size=4, **memory)
+    for _ in range(2):  # the second time the memory holds all answers
+        answers = run(engine, requests)
+        assert {i: answers[i].token_ids for i in plain} == {i: plain[i].token_ids for i in plain}
+    assert engine.stats.accepted > 0
+
+
+@needs_kernels
+def test_what_was_answered_once_is_proposed_to_the_next(target: Target) -> None:
+    engine = make_engine(target, copied_tokens=15, lookup=False, **MEMORY)
+    first = run(engine, [request("a", prompts()[2], max_tokens=30, temperature=0.0)])["a"]
+    rounds = engine.stats.rounds
+    assert engine.stats.proposed == 0
+    second = run(engine, [request("b", prompts()[2], max_tokens=30, temperature=0.0)])["b"]
+    assert second.token_ids == first.token_ids
+    assert engine.stats.rounds - rounds <= 4  # 15 copies and a token of the target's own in each
+    assert engine.memory is not None
+    assert engine.memory.stats.accepted >= 26
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", [{"temperature": 0.0}, {"temperature": 0.8, "seed": 3}])
+def test_copies_beside_what_the_draft_proposes(
+    target: Target, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]
+) -> None:
+    """Where columns cost nothing, every copy joins the draft's proposals."""
+    added: list[int] = []
+
+    def merge(drafted: Proposal, copies: Copies, **options: Any) -> Proposal:
+        proposal = with_copies(drafted, copies, **options)
+        added.append(len(proposal.tokens) - len(drafted.tokens))
+        return proposal
+
+    monkeypatch.setattr(proposer, "with_copies", merge)
+    monkeypatch.setattr(CopyPlanner, "choose", lambda self, survivals, rates, **_: CopyPlan([0] * len(rates), 100.0))
+    engine = make_engine(target, random_draft(target), copied_tokens=15, tree_tokens=7, adaptive=True, **MEMORY)
+    engine.floor, engine.planner.updates_costs = None, False
+    for size, width in itertools.product(range(1, 5), range(1, 33)):
+        engine.costs.target.set_initial(size, width, 0.01)
+    requests = [request(str(i), prompt, max_tokens=30, **kind) for i, prompt in enumerate(prompts())]
+    plain = run(make_engine(target), requests)
+    for _ in range(2):
+        answers = run(engine, requests)
+        assert {i: answers[i].token_ids for i in plain} == {i: plain[i].token_ids for i in plain}
+    assert sum(added) > 0
+    assert engine.stats.accepted > 0
+
+
+@needs_kernels
+def test_of_a_request_that_may_not_be_stored_nothing_is_remembered(target: Target) -> None:
+    engine = make_engine(target, copied_tokens=15, lookup=False, **MEMORY)
+    asked = request("a", prompts()[2], max_tokens=30, temperature=0.0)
+    run(engine, [replace(asked, store=False)])
+    assert engine.memory is not None
+    assert engine.memory.stats.answers == 0
+    run(engine, [asked])
+    assert engine.stats.proposed == 0
+
+
+def test_the_draft_does_not_run_while_copies_are_proposed_for_all_sequences(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny random model soon repeats itself; from then on all proposals are found in the request."""
+    calls: list[int] = []
+    original = Drafter.propose
+    monkeypatch.setattr(Drafter, "propose", lambda self, inputs, **o: calls.append(1) or original(self, inputs, **o))
+    requests = [request("a", REFRAIN, max_tokens=120, temperature=0.0)]
+    with_copies = make_engine(target, random_draft(target), copied_tokens=15, adaptive=False)
+    run(with_copies, requests)
+    assert with_copies.stats.rounds > len(calls)
+    calls.clear()
+    without = make_engine(target, random_draft(target), adaptive=False)
+    run(without, requests)
+    assert without.stats.rounds == len(calls)
