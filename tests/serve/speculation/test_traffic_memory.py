@@ -1,0 +1,153 @@
+"""The traffic memory: nothing that a request may not see is ever proposed to it; counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny_models import request
+
+from aurora_lit.kernels import native
+from aurora_lit.kernels.suffix_index import NUM_CELLS, Copies
+from aurora_lit.serve.sequences.memory_scope import MemoryScope
+from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.speculation import traffic_memory
+from aurora_lit.serve.speculation.traffic_memory import TrafficMemory, look_up_copies
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="needs kernels")
+
+NAMES = st.sampled_from(["", "a", "b"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A request with its answer."""
+
+    client: str
+    salt: str
+    domain: str
+    store: bool
+    prompt: list[int]
+    answer: list[int]
+
+    def sequence(self) -> RunningSequence:
+        """The request when its answer has ended."""
+        asked = replace(
+            request("r", self.prompt, max_tokens=64), client=self.client, cache_salt=self.salt, store=self.store
+        )
+        length = len(self.prompt) + len(self.answer)
+        sequence = RunningSequence(
+            request=asked, slot=0, acceptance_rate=0.5, prompt_length=len(self.prompt), length=length
+        )
+        sequence.domain = self.domain
+        return sequence
+
+    def may_read(self, other: Asked, scope: MemoryScope) -> bool:
+        """True if the rules allow it, said again in other words than the code's."""
+        if scope == "off" or not other.store or self.salt != other.salt or self.domain != other.domain:
+            return False
+        return scope == "domain" or (self.client != "" and self.client == other.client)
+
+
+REQUESTS = st.builds(
+    Asked,
+    client=NAMES,
+    salt=NAMES,
+    domain=NAMES,
+    store=st.booleans(),
+    prompt=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    answer=st.lists(st.integers(0, 2), min_size=4, max_size=12),
+)
+
+
+def copies_for(memory: TrafficMemory, sequence: RunningSequence, tokens: list[int]) -> Copies:
+    tokens_SL = torch.tensor([tokens])
+    rate_RC = torch.full((1, NUM_CELLS), 0.9)
+    (copies,) = look_up_copies(
+        [sequence], [31], tokens_SL=tokens_SL, memory=memory, tables=[0], rate_RC=rate_RC, least=1e-6, own=False
+    )
+    return copies
+
+
+def contains(text: list[int], part: list[int]) -> bool:
+    return any(text[i : i + len(part)] == part for i in range(len(text) - len(part) + 1))
+
+
+@given(st.lists(REQUESTS, min_size=1, max_size=12), st.sampled_from(["domain", "client", "off"]))
+def test_no_proposal_holds_what_its_request_may_not_see(asked: list[Asked], scope: MemoryScope) -> None:
+    """Every proposed path, with the two tokens before it, stands in an answer that the request may read."""
+    memory = TrafficMemory(1 << 16, scope=scope)
+    for number, each in enumerate(asked):
+        sequence = each.sequence()
+        tokens = each.prompt + each.answer
+        memory.open(sequence)
+        readable = [other.prompt + other.answer for other in asked[:number] if each.may_read(other, scope)]
+        copies = copies_for(memory, sequence, tokens)
+        for column in range(1, len(copies.tokens) + 1):
+            path, at = [], column
+            while at:
+                path.append(copies.tokens[at - 1])
+                at = copies.parents[at - 1]
+            assert any(contains(text, tokens[-2:] + path[::-1]) for text in readable)
+        memory.remember(sequence, tokens)
+
+
+@given(st.lists(REQUESTS, min_size=1, max_size=12), st.sampled_from(["domain", "client"]))
+def test_what_a_request_may_see_is_found(asked: list[Asked], scope: MemoryScope) -> None:
+    """After the same prompt and two tokens of the same answer its next token is proposed."""
+    memory = TrafficMemory(1 << 16, scope=scope)
+    for each in asked:
+        sequence = each.sequence()
+        memory.open(sequence)
+        memory.remember(sequence, each.prompt + each.answer)
+        sequence.length = len(each.prompt) + 2
+        found = copies_for(memory, sequence, (each.prompt + each.answer)[: sequence.length])
+        assert (each.answer[2] in found.tokens) or not each.may_read(each, scope)
+
+
+def test_keys_are_bounded_and_a_forgotten_one_starts_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traffic_memory, "_MAX_KEYS", 2)
+    memory = TrafficMemory(1 << 16, scope="client")
+
+    def ask(client: str) -> list[int]:
+        asked = Asked(client=client, salt="", domain="", store=True, prompt=[1, 2], answer=[3, 4, 5, 6])
+        sequence = asked.sequence()
+        memory.open(sequence)
+        sequence.length = 2
+        found = copies_for(memory, sequence, [1, 2]).tokens
+        sequence.length = 6
+        memory.remember(sequence, [1, 2, 3, 4, 5, 6])
+        return found
+
+    assert ask("a") == []
+    assert ask("a") == [3, 4, 5, 6]
+    ask("b")
+    ask("c")  # the third
+    assert ask("b") == [3, 4, 5, 6]
+    assert ask("a") == [], "the least recently used was forgotten"
+
+
+def test_counters() -> None:
+    memory = TrafficMemory(1 << 16, scope="domain")
+    asked = Asked(client="", salt="", domain="", store=True, prompt=[1, 2], answer=[3, 4, 5, 6])
+    sequence = asked.sequence()
+    memory.open(sequence)
+    memory.remember(sequence, asked.prompt + asked.answer)
+    assert (memory.stats.answers, memory.stats.inserted_tokens) == (1, 4)
+    assert memory.index.counts == (7, 0)  # one separates answers
+    sequence.length = 2
+    copies_for(memory, sequence, [1, 2])
+    copies_for(memory, sequence, [7, 8])
+    assert (memory.stats.look_ups, memory.stats.hits) == (2, 1)
+
+
+def test_short_answers_are_not_remembered() -> None:
+    memory = TrafficMemory(1 << 16, scope="domain")
+    asked = Asked(client="", salt="", domain="", store=True, prompt=[1, 2], answer=[3, 4, 5])
+    sequence = asked.sequence()
+    memory.open(sequence)
+    memory.remember(sequence, asked.prompt + asked.answer)
+    assert memory.stats.answers == 0
