@@ -66,8 +66,11 @@ def without_speculation(request: Request) -> Request:
 
 
 def warm_up(engine: Engine, request: Request) -> None:
-    """Generate a few tokens, with and without speculation, so that one-time work is not timed."""
-    short = replace(request, request_id="warm-up", params=replace(request.params, max_tokens=8))
+    """Generate a few tokens, with and without speculation, so that one-time work is not timed.
+
+    They are not remembered, or the answer that is timed would copy them.
+    """
+    short = replace(request, request_id="warm-up", store=False, params=replace(request.params, max_tokens=8))
     for each in (short, without_speculation(short)):
         for _ in rounds(engine, each):
             pass

@@ -43,20 +43,12 @@ class SuffixMemory {
  public:
   // `capacity`: tokens, separators included. `heads`: of each table of chains, a power of two.
   SuffixMemory(int64_t capacity, int64_t heads) : capacity_(capacity), mask_(heads - 1) {
-    tokens_ = allocate<int32_t>(capacity);
-    parts_ = allocate<uint32_t>(capacity);
-    for (int o = 0; o < NUM_ORDERS; ++o) {
-      links_[o] = allocate<uint32_t>(capacity);
-      heads_[o] = allocate<uint32_t>(heads);
-    }
+    places_ = static_cast<Place*>(std::calloc(size_t(capacity), sizeof(Place)));
+    for (uint32_t*& each : heads_) each = static_cast<uint32_t*>(std::calloc(size_t(heads), sizeof(uint32_t)));
   }
   ~SuffixMemory() {
-    std::free(tokens_);
-    std::free(parts_);
-    for (int o = 0; o < NUM_ORDERS; ++o) {
-      std::free(links_[o]);
-      std::free(heads_[o]);
-    }
+    std::free(places_);
+    for (uint32_t* each : heads_) std::free(each);
   }
   SuffixMemory(const SuffixMemory&) = delete;
   SuffixMemory& operator=(const SuffixMemory&) = delete;
@@ -71,7 +63,7 @@ class SuffixMemory {
       for (int o = 0; o < NUM_ORDERS; ++o) {
         if (i < ORDERS[o]) continue;
         uint32_t& head = heads_[o][hash(tokens + i, ORDERS[o], part)];
-        links_[o][at % capacity_] = head;
+        place(at).links[o] = head;
         head = uint32_t(at);
       }
     }
@@ -98,8 +90,8 @@ class SuffixMemory {
         if (at >= before || !holds(at)) break;
         before = at;
         ++walked;
-        link = links_[o][at % capacity_];
-        if (parts_[at % capacity_] != part) continue;
+        link = place(at).links[o];
+        if (place(at).part != part) continue;
         const int agreeing = agreement(end, length, at);
         if (agreeing < ORDERS[o]) continue;  // another n-gram with the same hash
         if (o && agreeing >= ORDERS[o - 1]) continue;  // found by the longer n-gram
@@ -109,19 +101,22 @@ class SuffixMemory {
   }
 
   // The token at a position, or SEPARATOR.
-  int32_t token(uint64_t at) const { return at < end_ ? tokens_[at % capacity_] : SEPARATOR; }
+  int32_t token(uint64_t at) const { return at < end_ ? place(at).token : SEPARATOR; }
 
   std::mutex& mutex() { return mutex_; }
 
  private:
-  template <typename T>
-  static T* allocate(int64_t count) {
-    return static_cast<T*>(std::calloc(size_t(count), sizeof(T)));
-  }
+  struct Place {
+    int32_t token;
+    uint32_t part;
+    uint32_t links[NUM_ORDERS];  // the previous position that follows the same n-gram
+  };
+
+  Place& place(uint64_t at) const { return places_[at % capacity_]; }
 
   uint64_t append(int32_t token, uint32_t part) {
-    tokens_[end_ % capacity_] = token;
-    parts_[end_ % capacity_] = part;
+    place(end_).token = token;
+    place(end_).part = part;
     return end_++;
   }
 
@@ -139,16 +134,14 @@ class SuffixMemory {
   int agreement(const int64_t* end, int64_t length, uint64_t at) const {
     const int most = int(std::min<int64_t>(MAX_MATCH, length));
     int n = 0;
-    while (n < most && holds(at - n - 1) && tokens_[(at - n - 1) % capacity_] == end[-n - 1]) ++n;
+    while (n < most && holds(at - n - 1) && place(at - n - 1).token == end[-n - 1]) ++n;
     return n;
   }
 
   uint64_t capacity_, mask_;
   uint64_t end_ = 1;  // position of the next token; 0 is none
-  int32_t* tokens_;
-  uint32_t* parts_;
-  uint32_t* links_[NUM_ORDERS];  // the previous position that follows the same n-gram
-  uint32_t* heads_[NUM_ORDERS];  // the last one, by hash
+  Place* places_;
+  uint32_t* heads_[NUM_ORDERS];  // the last position that follows an n-gram, by its hash
   std::mutex mutex_;
 };
 
@@ -260,8 +253,7 @@ class CopyTree {
       if (token != SEPARATOR) followers_.push_back({token, members_[i]});
     }
     const int total = int(followers_.size());
-    std::stable_sort(followers_.begin(), followers_.end(),
-                     [](const Follower& a, const Follower& b) { return a.token < b.token; });
+    if (total > 1) std::sort(followers_.begin(), followers_.end());
     for (size_t i = 0; i < followers_.size();) {
       const size_t first = members_.size();
       const int64_t token = followers_[i].token;
@@ -289,6 +281,9 @@ class CopyTree {
   struct Follower {
     int64_t token;
     int occurrence;
+    bool operator<(const Follower& other) const {
+      return token != other.token ? token < other.token : occurrence < other.occurrence;
+    }
   };
 
   const CopyCall& call_;
