@@ -63,6 +63,9 @@ class Request:
     """The client's label for the kind of traffic (`metadata.aurora_domain`); part of the trace."""
     client: str = ""
     """Pseudonym of the client (serve/http/routes.py); part of the trace."""
+    cache_salt: str = ""
+    """The client's secret that confines what is reused for this request to requests with the same salt: prefixes of
+    prompts and remembered answers. "": shared with all requests without a salt. No part of the trace."""
     noise_key: int = field(default_factory=lambda: secrets.randbits(63))
     """A secret that stands in for the seed where a request has none: it decides which tokens are drawn."""
 
