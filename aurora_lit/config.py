@@ -124,6 +124,15 @@ def model_name(config: AuroraConfig) -> str:
     return re.sub(r"(\.(I?Q\d\w*|BF16|F16|F32))?\.gguf$", "", last, flags=re.IGNORECASE)
 
 
+def resolved_memory_scope(config: AuroraConfig) -> Literal["domain", "client", "off"]:
+    """Which requests share a memory: memory.scope, and for auto what server.host allows; off without capacity."""
+    if config.memory.capacity_mb == 0:
+        return "off"
+    if config.memory.scope != "auto":
+        return config.memory.scope
+    return "domain" if config.server.host == "127.0.0.1" else "client"
+
+
 def draft_folder(config: AuroraConfig) -> Path | None:
     """The folder that draft.checkpoint names: in the working directory, else beside configs/; None if it is null."""
     if config.draft.checkpoint is None:
@@ -185,8 +194,8 @@ def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, A
                 hint = f"did you mean {prefix}{close[0]}?" if close else f"use one of {', '.join(known)}"
             shown = "" if isinstance(value, Mapping) else f"={value}"
             raise ConfigError(f"{full}{shown}: there is no such setting; {hint}")
-        if isinstance(value, bool) and "on" in typing.get_args(known[key]):
-            value = "on" if value else "off"  # YAML 1.1 reads an unquoted on/off as true/false
+        if isinstance(value, bool) and (word := "on" if value else "off") in typing.get_args(known[key]):
+            value = word  # YAML 1.1 reads an unquoted on/off as true/false
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, Mapping):
                 first = next(iter(typing.get_type_hints(known[key])))

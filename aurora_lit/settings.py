@@ -104,7 +104,8 @@ class EngineSettings:
     prefix_cache: bool = True
     """Copy the KV cache of a common prefix from any slot that still holds it, instead of computing it again. Answers
     are the same, so on matrix tiles (but not in fp32) only the prompts of earlier requests are copied: their answers
-    are rounded differently. Response time reveals whether a similar prompt was sent before."""
+    are rounded differently. Response time reveals whether a similar prompt was sent before, with the same
+    `cache_salt`."""
     strategy: Literal["single", "fsdp", "tensor_parallel"] = "single"
     """How the target is split over engine.devices processes. tensor_parallel: each has some heads and columns of every
     layer (faster). fsdp: each has a part of every weight and gathers a layer to run it (works for any model)."""
@@ -129,6 +130,22 @@ class EngineSettings:
     def max_proposal_length(self) -> int:
         """Maximum number of consecutive tokens that a round proposes for a sequence, from any source."""
         return max(self.max_draft_tokens, self.usable_lookup_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings:
+    """The traffic memory: an index of earlier answers' tokens, which proposes how an answer goes on.
+
+    It is kept in memory only. A proposal that is accepted makes an answer faster, so a shared memory lets one client
+    find out by time what others were told (docs/privacy.md).
+    """
+
+    capacity_mb: int = _within(64, 0, 1 << 16)
+    """Size of the memory, in MiB; beyond it the oldest answers are forgotten. 0: no memory."""
+    scope: Literal["auto", "domain", "client", "off"] = "auto"
+    """Which requests share what is remembered, if their `cache_salt` is the same. domain: all of a kind of traffic.
+    client: those of one client, which is the request's `user`, else its network address. auto: domain while
+    server.host is loopback, client where others can connect. off: no memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +327,8 @@ class AuroraConfig:
     """The model that proposes tokens."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     """Batching, KV cache and speculation."""
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    """What is remembered of earlier answers, and who shares it."""
     server: ServerSettings = field(default_factory=ServerSettings)
     """HTTP."""
     trace: TraceSettings = field(default_factory=TraceSettings)
