@@ -6,6 +6,7 @@ model or decides how many tokens to propose.
 May import: modules/sampling/, traces/, settings.py, request.py. Start with sequence.py. The files, each importing only
 those above it:
 
+    memory_scope.py    which part of the traffic memory a request may read and write
     ngram_index.py     where each n-gram of a request occurred, to look up what followed it
     sequence.py        RunningSequence, the engine's counters
     round_plan.py      RoundPlan: the rows of a round, what is proposed, and which proposals are accepted
