@@ -102,6 +102,8 @@ DEFAULTS = {
         "max_queue": 64,
         "model_name": None,
         "drain_s": 10.0,
+        "stream_interval_ms": 0.0,
+        "stream_padding": 0,
     },
     "trace": {"capacity_mb": 256, "record": None, "record_mb": 1024, "segment_tokens": 512, "overlap_tokens": 64},
     "learn": {
@@ -255,6 +257,8 @@ def test_an_override_arrives(override: str, key: str, value: object) -> None:
         ("server.port=65536", "server.port=65536 is out of range; use 1024 to 65535"),
         ("server.max_queue=0", "server.max_queue=0 is out of range"),
         ("server.drain_s=nan", "server.drain_s=nan is out of range"),
+        ("server.stream_interval_ms=-1", "server.stream_interval_ms=-1.0 is out of range; use 0.0 to 10000.0"),
+        ("server.stream_padding=-1", "server.stream_padding=-1 is out of range"),
         ("memory.capacity_mb=-1", "memory.capacity_mb=-1 is out of range; use 0 to 65536"),
         ("memory.scope=on", "memory.scope: Invalid value 'on'"),
         # impossible

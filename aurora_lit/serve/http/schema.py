@@ -105,6 +105,7 @@ class StreamOptions(_Strict):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: bool | None = None
 
 
 class Sampling(_Strict):

@@ -87,6 +87,7 @@ BAD = [
     (CHAT, chat(cache_salt=7), 400, "cache_salt"),
     (CHAT, chat(cache_salt="\ud800"), 400, "cache_salt"),  # half of a surrogate pair
     (TEXT, text(cache_salt=""), 400, "cache_salt"),
+    (CHAT, chat(stream=True, stream_options={"include_obfuscation": 1}), 400, "stream_options.include_obfuscation"),
     (CHAT, chat(frobnicate=1), 400, "frobnicate"),
     (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
     (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
