@@ -105,7 +105,8 @@ class EngineSettings:
     prefix_cache: bool = True
     """Copy the KV cache of a common prefix from any slot that still holds it, instead of computing it again. Answers
     are the same, so on matrix tiles (but not in fp32) only the prompts of earlier requests are copied: their answers
-    are rounded differently. Response time reveals whether a similar prompt was sent before."""
+    are rounded differently. Response time reveals whether a similar prompt was sent before, with the same
+    `cache_salt`."""
     strategy: Literal["single", "fsdp", "tensor_parallel"] = "single"
     """How the target is split over engine.devices processes. tensor_parallel: each has some heads and columns of every
     layer (faster). fsdp: each has a part of every weight and gathers a layer to run it (works for any model)."""
@@ -160,6 +161,13 @@ class ServerSettings:
     """Name of the model in /v1/models and in answers. null: the last part of target.source."""
     drain_s: float = _within(10.0, 0.0, 3600.0)
     """Seconds that running requests have to finish after SIGTERM."""
+    stream_interval_ms: float = _within(0.0, 0.0, 10_000.0)
+    """Send streams on a clock: what is ready is sent together, once per interval, so that the size of a chunk does not
+    show how many tokens a round accepted. Choose several rounds' time, such as 100. 0: every round is sent at once."""
+    stream_padding: int = _within(0, 0, 1 << 16)
+    """Fill the JSON of each streamed chunk up to a multiple of this many bytes, by the field `obfuscation`, so that
+    sizes do not show the length of the text; 512 leaves room for about 270 characters. A request can turn it off, and
+    on (then with 512, if this is 0), by `stream_options.include_obfuscation`. 0: chunks are not filled."""
 
 
 @dataclass(frozen=True, kw_only=True)

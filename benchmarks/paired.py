@@ -10,17 +10,23 @@ reading of prompts included. The table gives the geometric mean of the ratios wi
 their logarithms), and how many rounds proposed anything while speculation was on. The prefix cache is off, since the
 second answer of a pair would find the first one's prompt there, and so is the learner.
 
-`--against off-greedy` compares something else: temperature T without speculation against temperature 0 without it.
+The traffic memory is empty when a setting begins, and fills with the answers of its speculating halves; others have a
+`cache_salt` of their own, or the second half of a pair would copy the first.
+
+Other comparisons: `--against memory-off` speculates in both halves, but without the memory in the second;
+`--against off-greedy` has temperature T without speculation against temperature 0 without it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import http.client
 import itertools
 import json
 import math
+import secrets
 import statistics
 import sys
 import time
@@ -48,6 +54,8 @@ class Arm(NamedTuple):
 
     speculate: bool
     temperature: float
+    remembers: bool
+    """True: it may copy from the answers of earlier pairs, if it speculates."""
 
 
 class Outcome(NamedTuple):
@@ -59,7 +67,7 @@ class Outcome(NamedTuple):
     speculating_rounds: int
 
 
-def ask(port: int, prompt: str, arm: Arm, *, max_tokens: int, seed: int) -> tuple[str, int]:
+def ask(port: int, prompt: str, arm: Arm, *, max_tokens: int, seed: int, salt: str) -> tuple[str, int]:
     """The text of an answer and its number of tokens."""
     body = {
         "messages": [{"role": "user", "content": prompt}],
@@ -67,6 +75,7 @@ def ask(port: int, prompt: str, arm: Arm, *, max_tokens: int, seed: int) -> tupl
         "temperature": arm.temperature,
         "seed": seed,
         "speculate": arm.speculate,
+        "cache_salt": salt,
     }
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
     try:
@@ -87,12 +96,14 @@ def rounds_by_plan(port: int) -> dict[str, int]:
     return plans
 
 
-def run(port: int, prompts: Sequence[str], arm: Arm, *, max_tokens: int, seed: int) -> Outcome:
-    """Send every prompt at the same time."""
+def run(port: int, prompts: Sequence[str], arm: Arm, *, max_tokens: int, seed: int, setting: str) -> Outcome:
+    """Send every prompt at the same time. `setting`: names what shares a memory."""
+    salt = setting if arm.remembers else secrets.token_hex(8)
     before = rounds_by_plan(port)
     started = time.monotonic()
     with ThreadPoolExecutor(len(prompts)) as pool:
-        answers = list(pool.map(lambda prompt: ask(port, prompt, arm, max_tokens=max_tokens, seed=seed), prompts))
+        asked = functools.partial(ask, port, arm=arm, max_tokens=max_tokens, seed=seed, salt=salt)
+        answers = list(pool.map(lambda prompt: asked(prompt=prompt), prompts))
     seconds = time.monotonic() - started
     plans = {name: count - before[name] for name, count in rounds_by_plan(port).items()}
     rounds = sum(plans.values())
@@ -109,12 +120,18 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 def measure(port: int, turns: Iterator[str], arms: tuple[Arm, Arm], clients: int, options: Any) -> dict[str, Any]:
-    """All pairs of one setting; the ratio is that of the first arm over the second."""
+    """All pairs of one setting, after some that are not counted; the ratio is that of the first arm over the second."""
     ratios, first, second, rounds, speculating, unequal = [], [], [], 0, 0, 0
-    for pair in range(options.pairs):
+    setting = secrets.token_hex(8)
+    for pair in range(-options.warm_up, options.pairs):
         prompts = list(itertools.islice(turns, clients))
         order = arms if pair % 2 == 0 else arms[::-1]
-        halves = {arm: run(port, prompts, arm, max_tokens=options.max_tokens, seed=pair) for arm in order}
+        seed = pair + options.warm_up
+        halves = {
+            arm: run(port, prompts, arm, max_tokens=options.max_tokens, seed=seed, setting=setting) for arm in order
+        }
+        if pair < 0:
+            continue
         one, other = halves[arms[0]], halves[arms[1]]
         ratios.append(one.tokens_per_s / other.tokens_per_s)
         first.append(one.tokens_per_s)
@@ -143,7 +160,7 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=4, help="pairs before each setting that are not counted")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--max-prompt-characters", type=int, default=3000)
-    parser.add_argument("--against", choices=["off", "off-greedy"], default="off")
+    parser.add_argument("--against", choices=["off", "off-greedy", "memory-off"], default="off")
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     parser.add_argument("overrides", nargs="*", help="key=value for the server, after `--`")
     options = parser.parse_args()
@@ -159,13 +176,9 @@ def main() -> int:
     with running_server(config, Path(options.out or "paired").with_suffix(".log")) as _:
         port = config.server.port
         for temperature, clients in itertools.product(options.temperatures, options.clients):
-            arms = Arm(True, temperature), Arm(False, temperature)
+            arms = Arm(True, temperature, True), Arm(options.against == "memory-off", temperature, False)
             if options.against == "off-greedy":
-                arms = Arm(False, temperature), Arm(False, 0.0)
-            for _ in range(options.warm_up):
-                prompts = list(itertools.islice(turns, clients))
-                for arm in arms:
-                    run(port, prompts, arm, max_tokens=options.max_tokens, seed=0)
+                arms = Arm(False, temperature, False), Arm(False, 0.0, False)
             found = measure(port, turns, arms, clients, options)
             rows.append({"temperature": temperature, "clients": clients, **found})
             one, other = found["tokens_per_s"]

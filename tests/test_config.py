@@ -19,6 +19,7 @@ from aurora_lit.config import (
     draft_folder,
     load_config,
     model_name,
+    resolved_memory_scope,
     to_yaml,
 )
 from aurora_lit.errors import ConfigError
@@ -101,6 +102,8 @@ DEFAULTS = {
         "max_queue": 64,
         "model_name": None,
         "drain_s": 10.0,
+        "stream_interval_ms": 0.0,
+        "stream_padding": 0,
     },
     "trace": {"capacity_mb": 256, "record": None, "record_mb": 1024, "segment_tokens": 512, "overlap_tokens": 64},
     "learn": {
@@ -212,6 +215,7 @@ def test_every_number_has_a_range() -> None:
         ("server.api_key=sk-: {x}", "api_key", "sk-: {x}"),
         ("server.drain_s=3", "drain_s", 3.0),
         ("server.host=::", "host", "::"),
+        ("memory.scope=off", "scope", "off"),
     ],
 )
 def test_an_override_arrives(override: str, key: str, value: object) -> None:
@@ -253,6 +257,10 @@ def test_an_override_arrives(override: str, key: str, value: object) -> None:
         ("server.port=65536", "server.port=65536 is out of range; use 1024 to 65535"),
         ("server.max_queue=0", "server.max_queue=0 is out of range"),
         ("server.drain_s=nan", "server.drain_s=nan is out of range"),
+        ("server.stream_interval_ms=-1", "server.stream_interval_ms=-1.0 is out of range; use 0.0 to 10000.0"),
+        ("server.stream_padding=-1", "server.stream_padding=-1 is out of range"),
+        ("memory.capacity_mb=-1", "memory.capacity_mb=-1 is out of range; use 0 to 65536"),
+        ("memory.scope=on", "memory.scope: Invalid value 'on'"),
         # impossible
         ("engine.strategy=fsdp", "engine.strategy=fsdp needs several devices; use engine.devices=2 or more"),
         ("engine.strategy=tensor_parallel", "engine.strategy=tensor_parallel needs several devices"),
@@ -287,6 +295,7 @@ def test_weights_in_groups_are_not_shared_among_processes(precision: str) -> Non
         ("engine: {max_batch: 3}", "engine.max_batch=3: there is no such setting; did you mean engine.max_batch_size?"),
         ("engine:", "engine=None is a section"),
         ("server: {api_key: 1234}", "server.api_key=1234 must be text, not int; put it in quotes"),
+        ("memory: {scope: on}", "memory.scope=True must be text, not bool; use one of auto, domain, client, off"),
         ("draft: {checkpoint: false}", "draft.checkpoint=False must be text, not bool; put it in quotes"),
         ("- a\n- b", "--config"),
         ("a: [", "--config"),
@@ -344,3 +353,26 @@ def test_a_relative_draft_is_looked_up_here_first(tmp_path: Path, monkeypatch: p
     assert folder is not None
     assert folder.resolve() == tmp_path / "checkpoints" / "some"
     assert draft_folder(load_config(None, ["draft.checkpoint=null"])) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "scope"),
+    [
+        ([], "domain"),
+        (["server.host=0.0.0.0"], "client"),
+        (["server.host=::"], "client"),
+        (["server.host=0.0.0.0", "memory.scope=domain"], "domain"),
+        (["memory.scope=client"], "client"),
+        (["memory.scope=off"], "off"),
+        (["memory.capacity_mb=0"], "off"),
+        (["memory.capacity_mb=0", "memory.scope=domain"], "off"),
+    ],
+)
+def test_clients_share_a_memory_only_on_loopback_or_if_it_is_asked_for(overrides: list[str], scope: str) -> None:
+    assert resolved_memory_scope(load_config(None, overrides)) == scope
+
+
+def test_off_is_a_word_in_a_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("memory: {scope: off}")
+    assert load_config(path, []).memory.scope == "off"

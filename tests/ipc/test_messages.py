@@ -64,7 +64,13 @@ FULL_PARAMS = SamplingParams(
     speculate=False,
 )
 FULL_REQUEST = Request(
-    request_id="r-0", prompt_ids=(1, 2, 49151), params=FULL_PARAMS, store=False, domain="code", client="00ff"
+    request_id="r-0",
+    prompt_ids=(1, 2, 49151),
+    params=FULL_PARAMS,
+    store=False,
+    domain="code",
+    client="00ff",
+    cache_salt="söt",
 )
 CALL: CallMessage = ("c", Call(call_id="c", requests=(FULL_REQUEST, FULL_REQUEST)))
 LONG_CALL: CallMessage = (

@@ -112,8 +112,9 @@ class Prefill:
         """True if this round computes much of the sequence's prompt for others: the next round can copy it."""
         if sequence.searched_for_prefix or not rows or not self._allocator.can_share(sequence):
             return False
-        prompt = sequence.request.prompt_ids
-        shared = max(common_prefix_length(prompt, row.sequence.request.prompt_ids) for row in rows)
+        request = sequence.request
+        others = [row.sequence.request for row in rows if self._allocator.may_copy(request, row.sequence.request)]
+        shared = max((common_prefix_length(request.prompt_ids, other.prompt_ids) for other in others), default=0)
         return shared >= self._allocator.find_longest_prefix(sequence)[1] + _WORTH_WAITING
 
     def _copy_prefix(self, sequence: RunningSequence) -> None:

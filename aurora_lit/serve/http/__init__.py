@@ -10,6 +10,7 @@ May import: models/tokenizer.py, ipc/. Start with routes.py. The files, each imp
     metrics.py        the metrics of GET /metrics
     schema.py         request bodies: every field and its range; no field is silently ignored
     tokenize.py       checked body → Call: chat template, tokens, limits
+    stream_events.py  chunks → server-sent events, filled up to a fixed size; the clock that sends them
     responses.py      deltas with text → OpenAI's responses, log-probabilities included
     errors.py         every error as OpenAI's error body
     channel.py        the sockets to the engine worker, as LitServe's transport and request queue

@@ -1,7 +1,7 @@
 """Turns deltas into OpenAI's responses: stream chunks, full responses, log-probabilities, usage, speculation metrics.
 
-Pure: no I/O and no clock. Leaves out how a chunk becomes a server-sent event (serve/http/routes.py). Log-probabilities
-are the model's own, before temperature and penalties; the engine computes them with `token_logprobs`
+Pure: no I/O and no clock. Leaves out how a chunk becomes a server-sent event (serve/http/stream_events.py).
+Log-probabilities are the model's own, before temperature and penalties; the engine computes them with `token_logprobs`
 (modules/sampling/distribution.py).
 
     response = ResponseBuilder(prepared, kind="chat", created=1764000000, model="m", token_decoder=decoder,
@@ -89,18 +89,22 @@ class ResponseBuilder:
             self._add(delta)
 
     def chunks(self, deltas: Sequence[TextDelta]) -> list[Json]:
-        """Add one round's deltas and return the stream chunks for them."""
+        """Add the deltas of a round, or of several, and return the stream chunks for them: one for each choice."""
         chunks = []
-        for delta in deltas:
-            choice = self._choices[delta.index]
+        for index in dict.fromkeys(delta.index for delta in deltas):  # each once, in order
+            choice = self._choices[index]
             if self._kind == "chat" and not choice.begun:
-                chunks.append(self._chunk(delta.index, {"role": "assistant", "content": ""}))
-            text, entries = self._add(delta)
+                chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
+            text, entries = "", list[Entry]()
+            for delta in deltas:
+                if delta.index == index:
+                    more_text, more_entries = self._add(delta)
+                    text, entries = text + more_text, entries + more_entries
             if not (text or entries or choice.finish_reason):
                 continue  # the tokens so far do not make up a whole character
             logprobs = self._logprobs(choice, entries) if entries else None
             content: Any = text if self._kind == "text" else {"content": text} if text or entries else {}
-            chunks.append(self._chunk(delta.index, content, logprobs, choice.finish_reason))
+            chunks.append(self._chunk(index, content, logprobs, choice.finish_reason))
         return chunks
 
     def full(self) -> Json:

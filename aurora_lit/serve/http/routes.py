@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import secrets
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -26,6 +25,7 @@ from aurora_lit.serve.http.errors import error_event
 from aurora_lit.serve.http.metrics import ServerMetrics
 from aurora_lit.serve.http.responses import ResponseBuilder
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions, shorten
+from aurora_lit.serve.http.stream_events import DONE, SendClock, StreamShape, event
 from aurora_lit.serve.http.tokenize import Limits, Prepared, longest_token, prepare_chat, prepare_completion
 from aurora_lit.serve.http.worker_client import ClientDisconnected, PendingCall, WorkerClient
 
@@ -70,10 +70,12 @@ class GenerationRoutes:
         worker_client: WorkerClient,
         metrics: ServerMetrics,
         status: EngineStatusPage,
+        stream_shape: StreamShape,
     ) -> None:
         """model: the only name that requests may ask for."""
         self._model, self._worker_client, self._metrics, self._status = model, worker_client, metrics, status
         self._tokenizer, self._token_decoder = tokenizer, TokenDecoder(tokenizer)
+        self._stream_shape = stream_shape
         self._longest_token = longest_token(tokenizer)
         self._pseudonyms = ClientPseudonyms()
 
@@ -132,6 +134,7 @@ class GenerationRoutes:
             usage_in_every_chunk=options.continuous_usage_stats,
         )
         latencies = _LatencyRecorder(self._metrics)
+        clock = SendClock(self._stream_shape.interval_s if body.stream else 0.0)
 
         def on_close(failed: bool) -> None:
             latencies.end()
@@ -142,14 +145,14 @@ class GenerationRoutes:
         is_streaming = False
         try:
             # Wait for the first deltas even for a stream: a call that fails before them gets a proper HTTP status.
-            first = latencies.record(await pending.next())
+            first = await _next_deltas(pending, clock, latencies)
             if body.stream:
                 is_streaming = True
-                events = self._events(response, pending, latencies, first, include_usage=options.include_usage)
+                events = self._events(response, pending, latencies, clock, first, options)
                 return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
             response.add(first)
             while not response.finished:
-                response.add(latencies.record(await pending.next()))
+                response.add(await _next_deltas(pending, clock, latencies))
         except ClientDisconnected:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
         finally:
@@ -162,21 +165,27 @@ class GenerationRoutes:
         response: ResponseBuilder,
         pending: PendingCall,
         latencies: _LatencyRecorder,
+        clock: SendClock,
         deltas: tuple[TextDelta, ...],
-        *,
-        include_usage: bool,
+        options: StreamOptions,
     ) -> AsyncIterator[str]:
-        """The stream: a chunk for each delta with text, usage if asked for, [DONE]; or an error event at the end."""
+        """The stream, a message at a time: chunks; with the last ones usage, if asked for, and [DONE].
+
+        A call that fails gets an error event in place of those.
+        """
+        padding_bytes = self._stream_shape.padding_for(options)
         try:
             while True:
-                for chunk in response.chunks(deltas):
-                    yield _event(chunk)
+                chunks = response.chunks(deltas)
+                if response.finished and options.include_usage:
+                    chunks.append(response.usage_chunk())
+                message = "".join(event(chunk, padding_bytes=padding_bytes) for chunk in chunks)
                 if response.finished:
-                    break
-                deltas = latencies.record(await pending.next())
-            if include_usage:
-                yield _event(response.usage_chunk())
-            yield "data: [DONE]\n\n"
+                    yield message + DONE
+                    return
+                if message:
+                    yield message
+                deltas = await _next_deltas(pending, clock, latencies)
         except RequestError as error:
             self._metrics.refuse(error.status)
             yield error_event(error.message, status=error.status, param=error.param, code=error.code)
@@ -184,6 +193,15 @@ class GenerationRoutes:
             return
         finally:
             pending.close()
+
+
+async def _next_deltas(pending: PendingCall, clock: SendClock, latencies: _LatencyRecorder) -> tuple[TextDelta, ...]:
+    """The next round's deltas; on a clock those of all rounds until it lets send. Raises as `PendingCall.next`."""
+    deltas = await pending.next()
+    if clock.is_on:
+        await pending.wait(clock.wait_s())
+        deltas += pending.take_ready()
+    return latencies.record(deltas)
 
 
 class _LatencyRecorder:
@@ -196,25 +214,23 @@ class _LatencyRecorder:
         """By choice: when its last token arrived."""
 
     def record(self, deltas: tuple[TextDelta, ...]) -> tuple[TextDelta, ...]:
-        """Record a round that has arrived now; returns its deltas."""
+        """Record what is sent now: the deltas of a round, or of several. Returns them."""
         now = time.monotonic()
+        num_tokens_of = Counter[int]()
         for delta in deltas:
-            num_tokens = len(delta.token_ids)
+            num_tokens_of[delta.index] += len(delta.token_ids)
+        for index, num_tokens in num_tokens_of.items():
             if num_tokens == 0:
                 continue
-            before = self._last_token_s.get(delta.index)
+            before = self._last_token_s.get(index)
             if before is None:
                 self._metrics.first_token.observe(now - self._started)
             else:
                 for _ in range(num_tokens):
                     self._metrics.between_tokens.observe((now - before) / num_tokens)
-            self._last_token_s[delta.index] = now
+            self._last_token_s[index] = now
         return deltas
 
     def end(self) -> None:
         """Record the whole time of the call."""
         self._metrics.whole_request.observe(time.monotonic() - self._started)
-
-
-def _event(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -20,6 +20,7 @@ MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_DOMAIN_CHARACTERS = 64
+MAX_SALT_CHARACTERS = 256
 DOMAIN_KEY = "aurora_domain"
 """The key of `metadata` that holds a request's domain label."""
 _INT64 = 2**63
@@ -104,6 +105,7 @@ class StreamOptions(_Strict):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: bool | None = None
 
 
 class Sampling(_Strict):
@@ -129,6 +131,7 @@ class Sampling(_Strict):
     metadata: dict[str, str] | None = None
     store: bool | None = None
     speculate: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
 
     @model_validator(mode="before")
     @classmethod

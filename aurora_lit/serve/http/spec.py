@@ -29,6 +29,7 @@ from aurora_lit.serve.http.errors import install_error_handlers
 from aurora_lit.serve.http.metrics import CONTENT_TYPE, ServerMetrics
 from aurora_lit.serve.http.routes import GenerationRoutes
 from aurora_lit.serve.http.status import engine_json, learner_json, ranks_json, ring_counters
+from aurora_lit.serve.http.stream_events import StreamShape
 from aurora_lit.serve.http.worker_client import WorkerClient
 
 
@@ -59,6 +60,9 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
             worker_client=self._worker_client,
             metrics=self._metrics,
             status=self._status_page,
+            stream_shape=StreamShape(
+                interval_s=config.server.stream_interval_ms / 1000, padding_bytes=config.server.stream_padding
+            ),
         )
         self.add_endpoint("/v1/chat/completions", generation.chat, ["POST"])
         self.add_endpoint("/v1/completions", generation.complete, ["POST"])

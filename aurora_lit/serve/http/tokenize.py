@@ -175,6 +175,7 @@ def _call(
                     store=body.may_be_stored,
                     domain=body.domain,
                     client=client,
+                    cache_salt=body.cache_salt or "",
                 )
             )
     return Call(call_id=call_id, requests=tuple(requests))

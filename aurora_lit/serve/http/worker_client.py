@@ -215,9 +215,9 @@ class PendingCall:
         self._answer = answer
         self._num_unfinished = len(call.requests)
         """Requests that the worker still works on, as far as is known."""
-        self._is_closed = self._client_disconnected = self._has_failed = False
+        self._client_disconnected = self._has_failed = False
         self._updates: deque[tuple[TextDelta, ...] | Failure] = deque()
-        self._has_news = asyncio.Event()
+        self._has_news, self._closed = asyncio.Event(), asyncio.Event()
         worker_client.add_pending(call.call_id, self)
         worker_client.num_sequences += self._num_unfinished
         try:
@@ -263,11 +263,24 @@ class PendingCall:
             raise RequestError(update.message, param=update.param, code=update.code, status=update.status)
         return update
 
+    async def wait(self, seconds: float) -> None:
+        """Let updates arrive for some time; it ends at once if the client disconnects."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._closed.wait(), seconds)
+
+    def take_ready(self) -> tuple[TextDelta, ...]:
+        """The deltas of all rounds that have arrived and were not taken; a failure after them is left to `next`."""
+        ready: tuple[TextDelta, ...] = ()
+        while self._updates and not isinstance(deltas := self._updates[0], Failure):
+            ready += deltas
+            self._updates.popleft()
+        return ready
+
     def close(self) -> None:
         """Free everything the call holds: its place in the queue and, if it has not ended, its slots in the engine."""
-        if self._is_closed:
+        if self._closed.is_set():
             return
-        self._is_closed = True
+        self._closed.set()
         self._worker_client.remove_pending(self._call.call_id)
         self._worker_client.num_sequences -= len(self._call.requests)
         if self._num_unfinished:

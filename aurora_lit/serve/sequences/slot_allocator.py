@@ -36,6 +36,8 @@ class SlotAllocator:
         therefore computed again when they come back in the next prompt.
 
         `has_observer`: hidden states are recorded, but only of requests that may be stored (`Request.store`).
+
+        Prefixes are copied only between requests with the same `Request.cache_salt`.
         """
         self._tokens_SL = tokens_SL
         self._prefix_cache, self._has_observer = prefix_cache, has_observer
@@ -74,6 +76,15 @@ class SlotAllocator:
         """True if a prefix of the sequence's prompt may be copied from another slot."""
         return self._prefix_cache and sequence.params.prompt_logprobs is None
 
+    def may_copy(self, request: Request, holder: Request) -> bool:
+        """True if `request` may use what was computed for the prompt of `holder`.
+
+        Their salts must be equal: otherwise the time to the first token would tell a client what others sent. And if
+        hidden states are recorded of `request`, those of `holder` must have been.
+        """
+        needs_states = self._has_observer and request.store
+        return holder.cache_salt == request.cache_salt and (holder.store or not needs_states)
+
     def free(self, slot: int) -> None:
         """Return a slot whose request has ended."""
         self._free.append(slot)
@@ -87,11 +98,11 @@ class SlotAllocator:
         prompt_N = torch.tensor(request.prompt_ids[:wanted], device=self._tokens_SL.device)
         equal_SN = self._tokens_SL[:, :wanted] == prompt_N
         matches = equal_SN.long().cumprod(1).sum(1).tolist()
-        needs_states = self._has_observer and request.store
         lengths = []
         for sequence, match in zip(self._sequences, matches, strict=True):
-            usable = sequence is not None and (sequence.request.store or not needs_states)
-            length = min(match, self._num_usable(sequence)) if sequence is not None and usable else 0
+            length = 0
+            if sequence is not None and self.may_copy(request, sequence.request):
+                length = min(match, self._num_usable(sequence))
             lengths.append(length if length >= _MIN_PREFIX else 0)
         return lengths
 

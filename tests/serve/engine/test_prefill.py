@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,3 +270,14 @@ def test_a_short_common_prefix_is_not_waited_for(target: Target, plans: list[tup
     engine = make(target, None, prefix_cache=True, prefill_chunk_tokens=200)
     run(engine, [request("a", [*LONG[:20], 1, 2], max_tokens=2), request("b", [*LONG[:20], 3, 4], max_tokens=2)])
     assert prompt_rows(plans[:1]) == {"a": [(0, 21)], "b": [(0, 21)]}
+
+
+def test_a_common_prefix_is_not_waited_for_if_it_may_not_be_copied(
+    target: Target, plans: list[tuple[RoundPlan, Columns]]
+) -> None:
+    """Waiting would tell a client with another salt what is being read."""
+    engine = make(target, None, prefix_cache=True, prefill_chunk_tokens=210)
+    prompts = {"a": [*LONG[:100], 1, 2], "b": [*LONG[:100], 3, 4]}
+    run(engine, [replace(request(name, prompt, max_tokens=2), cache_salt=name) for name, prompt in prompts.items()])
+    assert prompt_rows(plans[:1]) == {"a": [(0, 101)], "b": [(0, 101)]}
+    assert engine.stats.cached_tokens == 0

@@ -18,7 +18,7 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
-from aurora_lit.traces.record import Trace
+from aurora_lit.traces.record import Trace, to_bytes
 
 COMMON = torch.randint(VOCAB, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -34,9 +34,17 @@ def draft(target: Target) -> Eagle3Draft:
     return random_draft(target)
 
 
-def make_request(name: str, *own: int, shared: int = len(COMMON), store: bool = True, **params: Any) -> Request:
+def make_request(
+    name: str, *own: int, shared: int = len(COMMON), store: bool = True, salt: str = "", **params: Any
+) -> Request:
     fields: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0, **params}
-    return Request(request_id=name, prompt_ids=(*COMMON[:shared], *own), params=SamplingParams(**fields), store=store)
+    return Request(
+        request_id=name,
+        prompt_ids=(*COMMON[:shared], *own),
+        params=SamplingParams(**fields),
+        store=store,
+        cache_salt=salt,
+    )
 
 
 class RecordedEngine:
@@ -127,6 +135,36 @@ def test_a_prefix_of_a_request_that_may_not_be_stored_is_not_used_for_a_trace(
     recorded.serve(make_request("b", 2, store=store))
     assert recorded.engine.stats.cached_tokens == (0 if store else 40)
     assert recorded.traces.keys() == ({"b"} if store else set())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "cached"), [("", "", 40), ("s", "s", 40), ("s", "t", 0), ("s", "", 0), ("", "s", 0)]
+)
+@pytest.mark.parametrize(
+    ("slots", "arrivals"),
+    [(1, [0, 0]), (2, [0, 4]), (2, [0, 40]), (2, [0, 0])],  # the same slot; beside it; after it; together
+)
+def test_a_prefix_is_copied_only_between_requests_with_the_same_salt(
+    target: Target, draft: Eagle3Draft, slots: int, arrivals: list[int], first: str, second: str, cached: int
+) -> None:
+    requests = [make_request("a", 1, salt=first), make_request("b", 2, 3, salt=second)]
+    recorded = RecordedEngine(target, draft, max_batch_size=slots, prefill_chunk_tokens=64)
+    answers = recorded.serve(*requests, arrivals=arrivals)
+    assert recorded.engine.stats.cached_tokens == cached
+    assert answers == RecordedEngine(target, draft, prefix_cache=False).serve(*requests)
+
+
+def test_a_salt_is_no_part_of_a_trace(target: Target, draft: Eagle3Draft) -> None:
+    recorded = RecordedEngine(target, draft)
+    recorded.serve(make_request("a", 1, salt="pepper"))
+    assert b"pepper" not in to_bytes(recorded.traces["a"])
+
+
+def test_a_salted_prompt_is_found_behind_a_longer_one_with_another_salt(target: Target, draft: Eagle3Draft) -> None:
+    recorded = RecordedEngine(target, draft)
+    recorded.serve(make_request("mine", 1, shared=30, salt="s"), make_request("other", 1, salt="t"))
+    recorded.serve(make_request("again", 2, salt="s"))
+    assert recorded.engine.stats.cached_tokens == 30
 
 
 def test_prompts_with_log_probabilities_are_computed_in_full(target: Target, draft: Eagle3Draft) -> None:

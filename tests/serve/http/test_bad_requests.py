@@ -82,6 +82,12 @@ BAD = [
     (CHAT, chat(logprobs=1), 400, "logprobs"),
     (CHAT, chat(metadata={"a": 1}), 400, "metadata"),
     (CHAT, chat(speculate="no"), 400, "speculate"),
+    (CHAT, chat(cache_salt=""), 400, "cache_salt"),
+    (CHAT, chat(cache_salt="x" * 257), 400, "cache_salt"),
+    (CHAT, chat(cache_salt=7), 400, "cache_salt"),
+    (CHAT, chat(cache_salt="\ud800"), 400, "cache_salt"),  # half of a surrogate pair
+    (TEXT, text(cache_salt=""), 400, "cache_salt"),
+    (CHAT, chat(stream=True, stream_options={"include_obfuscation": 1}), 400, "stream_options.include_obfuscation"),
     (CHAT, chat(frobnicate=1), 400, "frobnicate"),
     (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
     (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
@@ -255,6 +261,7 @@ NEUTRAL = {
     "stream_options": None,
     "top_logprobs": None,
     "logprobs": False,
+    "cache_salt": None,
 }
 
 

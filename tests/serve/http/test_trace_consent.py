@@ -1,4 +1,4 @@
-"""`store: false` and the label of the domain, as a client sends them, reach every request of a call."""
+"""`store: false`, the label of the domain and the salt, as a client sends them, reach every request of a call."""
 
 from __future__ import annotations
 
@@ -49,3 +49,12 @@ def test_a_domain_that_is_no_label_is_refused_by_name(domain: str) -> None:
     with pytest.raises(RequestError, match=r"metadata\.aurora_domain") as caught:
         ChatRequest(model="m", messages=TURN, metadata={"aurora_domain": domain})
     assert caught.value.param == "metadata.aurora_domain"
+
+
+@pytest.mark.parametrize(
+    ("sent", "arrives"), [({}, ""), ({"cache_salt": None}, ""), ({"cache_salt": "ü" * 256}, "ü" * 256)]
+)
+def test_the_salt_reaches_every_choice(sent: dict[str, Any], arrives: str) -> None:
+    made = requests(n=2, **sent)
+    assert len(made) == 6
+    assert {request.cache_salt for request in made} == {arrives}

@@ -98,6 +98,22 @@ def test_a_finished_call_leaves_nothing_and_sends_no_cancel(worker_client, spec)
     assert sent_messages(spec) == [CALL]
 
 
+def test_what_is_ready_is_taken_at_once_and_a_failure_after_it_is_left_to_next(worker_client, spec):
+    async def run():
+        pending = worker_client.start(CALL, FakeClient(), on_close=lambda failed: None)
+        assert pending.take_ready() == ()
+        for text in ("a", "b"):
+            deliver(spec, (("c", (Delta(index=0, token_ids=ids(text)),)),))
+        deliver(spec, (("c", Failure(message="as asked")),))
+        assert [delta.text for delta in pending.take_ready()] == ["a", "b"]
+        assert pending.take_ready() == ()
+        with pytest.raises(RequestError, match="as asked"):
+            await pending.next()
+        pending.close()
+
+    asyncio.run(run())
+
+
 def test_a_damaged_message_fails_every_waiting_call_and_frees_its_slots(worker_client, spec):
     async def run():
         ends = []

@@ -1,0 +1,87 @@
+"""How a stream's chunks are sent: as server-sent events, filled up to a fixed size, on a clock.
+
+Someone who sees an encrypted connection sees the size and the time of each message. A message for each round shows how
+many of the round's proposals were accepted, and that pattern tells answers apart (arXiv 2411.01076). A clock hides the
+rounds, and filling hides the lengths of texts. Both are off by default; docs/privacy.md says what stays visible.
+
+Leaves out what a chunk holds (serve/http/responses.py).
+
+    clock = SendClock(interval_s=0.1)
+    await asyncio.sleep(clock.wait_s())          # then send everything that is ready
+    event(chunk, padding_bytes=512)              # the event whose JSON has 512, 1024, … bytes
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from aurora_lit.serve.http.schema import StreamOptions
+
+OBFUSCATION_BYTES = 512
+"""Chunks are filled to multiples of this if a request asks for it and the server has no size of its own."""
+DONE = "data: [DONE]\n\n"
+"""The event that ends a stream."""
+_END = '"}'
+"""What follows the characters of `obfuscation` in a chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamShape:
+    """What a deployment does to hide its streams' rounds."""
+
+    interval_s: float = 0.0
+    """Time between two messages of a stream; 0: a message for each round."""
+    padding_bytes: int = 0
+    """The JSON of a chunk has a multiple of this many bytes; 0: its own length."""
+
+    def padding_for(self, options: StreamOptions) -> int:
+        """Padding of one stream: a request may ask for it, or do without."""
+        if options.include_obfuscation is None:
+            return self.padding_bytes
+        return (self.padding_bytes or OBFUSCATION_BYTES) if options.include_obfuscation else 0
+
+
+class SendClock:
+    """Says when a stream may send: at the ends of intervals that begin when the clock is made."""
+
+    def __init__(self, interval_s: float) -> None:
+        """interval_s: 0 for a clock that lets everything be sent at once."""
+        self._interval_s, self._started_s = interval_s, time.monotonic()
+        self._num_intervals = 0
+        """Intervals up to the last end that was taken."""
+
+    @property
+    def is_on(self) -> bool:
+        """True if sending waits."""
+        return self._interval_s > 0
+
+    def wait_s(self) -> float:
+        """Seconds until the next end of an interval, which is then taken: a second call means the one after it."""
+        if not self.is_on:
+            return 0.0
+        elapsed_s = time.monotonic() - self._started_s
+        self._num_intervals = max(self._num_intervals, math.floor(elapsed_s / self._interval_s)) + 1
+        return self._num_intervals * self._interval_s - elapsed_s
+
+
+def event(chunk: dict[str, Any], *, padding_bytes: int = 0) -> str:
+    """One chunk as a server-sent event.
+
+    With padding, its JSON ends with the field `obfuscation`, as in OpenAI's API: random characters that fill it up to
+    the next multiple of `padding_bytes` in UTF-8. They are random so that no compression on the way undoes the filling.
+    """
+    if not padding_bytes:
+        return f"data: {_to_json(chunk)}\n\n"
+    text = _to_json({**chunk, "obfuscation": ""})
+    num_missing = -len(text.encode()) % padding_bytes
+    filling = secrets.token_urlsafe(num_missing)[:num_missing]
+    return f"data: {text.removesuffix(_END)}{filling}{_END}\n\n"
+
+
+def _to_json(chunk: dict[str, Any]) -> str:
+    return json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))

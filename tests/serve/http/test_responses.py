@@ -1,0 +1,90 @@
+"""Stream chunks: rounds that are sent together say the same as rounds that are sent one by one."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+from support.fake_engine import tiny_tokenizer
+
+from aurora_lit.request import TokenLogprob
+from aurora_lit.serve.http.answer_stream import TextDelta
+from aurora_lit.serve.http.detokenizer import TokenDecoder
+from aurora_lit.serve.http.responses import ResponseBuilder
+from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest
+from aurora_lit.serve.http.tokenize import Limits, longest_token, prepare_chat, prepare_completion
+
+TOKENIZER = tiny_tokenizer()
+
+
+def builder(kind: Literal["chat", "text"]) -> ResponseBuilder:
+    """For two choices with log-probabilities; the prompt of a text completion is echoed."""
+    limits = Limits(max_seq_len=64, vocab_size=len(TOKENIZER), longest_token=longest_token(TOKENIZER))
+    if kind == "chat":
+        turns: Any = [{"role": "user", "content": "hello"}]
+        chat = ChatRequest(messages=turns, n=2, logprobs=True)
+        prepared = prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=limits)
+    else:
+        text = CompletionRequest(prompt="hello", n=2, logprobs=0, echo=True)
+        prepared = prepare_completion(text, call_id="c", tokenizer=TOKENIZER, limits=limits)
+    decoder = TokenDecoder(TOKENIZER)
+    return ResponseBuilder(prepared, kind=kind, created=0, model="m", token_decoder=decoder, max_draft_tokens=2)
+
+
+def delta(index: int, text: str, *, accepted: int, finish_reason: str | None = None) -> TextDelta:
+    ids = tuple(TOKENIZER.encode(text))
+    logprobs = tuple(TokenLogprob(token_id=i, logprob=-0.5, top=()) for i in ids)
+    return TextDelta(
+        index=index,
+        text=text,
+        token_ids=ids,
+        logprobs=logprobs,
+        num_proposed=2,
+        num_accepted=accepted,
+        finish_reason=finish_reason,
+    )
+
+
+ROUNDS = [
+    (delta(0, "ab", accepted=1), delta(1, "c", accepted=0)),
+    (delta(1, "def", accepted=2),),
+    (delta(0, "", accepted=0), delta(1, "g", accepted=0, finish_reason="stop")),
+    (delta(0, "hij", accepted=2, finish_reason="length"),),
+]
+
+
+def said(chunks: list[dict[str, Any]], index: int) -> tuple[str, list[Any], list[Any]]:
+    """Text, log-probabilities and finish reasons of a choice."""
+    text, logprobs, reasons = "", list[Any](), list[Any]()
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        if choice["index"] == index:
+            text += choice["text"] if "text" in choice else choice["delta"].get("content", "")
+            for values in (choice["logprobs"] or {}).values():
+                logprobs += values or []
+            reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
+    return text, logprobs, reasons
+
+
+@pytest.mark.parametrize("kind", ["chat", "text"])
+@pytest.mark.parametrize("together", [2, 4])
+def test_rounds_sent_together_say_the_same_in_one_chunk_for_each_choice(
+    kind: Literal["chat", "text"], together: int
+) -> None:
+    alone, merged = builder(kind), builder(kind)
+    wanted = [chunk for deltas in ROUNDS for chunk in alone.chunks(deltas)]
+    groups = [ROUNDS[at : at + together] for at in range(0, len(ROUNDS), together)]
+    messages = [merged.chunks([delta for deltas in group for delta in deltas]) for group in groups]
+    got = [chunk for message in messages for chunk in message]
+    for index in range(2):
+        text, logprobs, reasons = said(got, index)
+        wanted_text, wanted_logprobs, wanted_reasons = said(wanted, index)
+        assert (text, reasons) == (wanted_text, wanted_reasons)
+        # Lists side by side (tokens, offsets, …) follow each other otherwise, by chunk.
+        assert sorted(map(repr, logprobs)) == sorted(map(repr, wanted_logprobs))
+    assert (merged.usage(), merged.metrics()) == (alone.usage(), alone.metrics())
+    for message in messages:
+        contents = [chunk for chunk in message if chunk["choices"][0].get("delta", {}).get("role") is None]
+        indices = [chunk["choices"][0]["index"] for chunk in contents]
+        assert len(set(indices)) == len(indices)
+    assert len(got) < len(wanted)
