@@ -139,8 +139,8 @@ class MemorySettings:
     capacity_mb: int = _within(64, 0, 1 << 16)
     """Size of the memory, in MiB; beyond it the oldest answers are forgotten. 0: no memory."""
     scope: Literal["auto", "domain", "client", "off"] = "auto"
-    """Which requests share what is remembered, if their `cache_salt` is the same. domain: all of a kind of traffic.
-    client: those of one client, which is the request's `user`, else its network address. auto: domain while
+    """Which requests share what is remembered, if their `cache_salt` is the same. domain: all, and what was answered to
+    the same kind of traffic comes first. client: those of one client, which is the request's `user`, else its network address. auto: domain while
     server.host is loopback, client where others can connect. off: no memory."""
 
 

@@ -17,6 +17,8 @@ import torch
 
 from aurora_lit.kernels import native
 
+DOMAIN_BITS = 12
+"""The last bits of a part number the domain; the others say who may read it."""
 MIN_MATCH, MAX_MATCH = 2, 16
 """Least number of agreeing tokens, and the number beyond which they are not compared."""
 KINDS = ("lookup", "memory", "both")
@@ -30,7 +32,7 @@ COUNT_CLASSES = (1, 2, 4, 8)
 NUM_CELLS = len(KINDS) * len(LENGTH_CLASSES) * len(SHARE_CLASSES) * len(COUNT_CLASSES)
 """A cell is a combination of kind and classes: what is known about a node before it is verified."""
 _CELLS_OF_KIND = NUM_CELLS // len(KINDS)
-_BYTES_OF_TOKEN, _BYTES_OF_HEAD = 20, 12
+_BYTES_OF_TOKEN, _BYTES_OF_HEAD = 24, 12
 _MIN_TOKENS = 64
 
 
@@ -58,7 +60,7 @@ class SuffixMemory:
     """Tokens of sequences that have ended, the oldest overwritten first. Look-ups and insertions may be of two threads.
 
     >>> memory = SuffixMemory(64 << 20)
-    >>> memory.insert([5, 6, 7, 8], context=2, part=1)
+    >>> memory.insert([5, 6, 7, 8], context=2, part=1 << DOMAIN_BITS)
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -74,7 +76,7 @@ class SuffixMemory:
         weakref.finalize(self, library.aurora_memory_free, self.pointer)
 
     def insert(self, tokens: Sequence[int], *, context: int, part: int) -> None:
-        """Remember a sequence for a part; of a longer one than half the capacity its end.
+        """Remember a sequence for a part; of one longer than half the capacity its end.
 
         `context`: so many tokens at its beginning help to recognise what follows, and are never proposed.
         """
@@ -127,7 +129,7 @@ def look_up(
         slots: of the sequences.
         lengths: their numbers of committed tokens.
         most: their numbers of nodes, at most.
-        parts: what of the memory each may read; 0: nothing.
+        parts: what of the memory each may read, and its domain, of which answers are preferred; 0: nothing.
         tables: which line of `rate_RC` holds for each.
         rate_RC: fp32, contiguous. How often nodes of a cell were accepted if their parents were.
         least: smallest survival of a node.

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from support.suffix_memory import SuffixMemoryInPython
 
 from aurora_lit.kernels import native, suffix_index
-from aurora_lit.kernels.suffix_index import MAX_MATCH, NUM_CELLS, Copies, SuffixMemory
+from aurora_lit.kernels.suffix_index import DOMAIN_BITS, MAX_MATCH, NUM_CELLS, Copies, SuffixMemory
 from aurora_lit.serve.speculation import copies_in_python
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs kernels")
 
+ONE = 1 << DOMAIN_BITS
+PARTS = [ONE, ONE + 1, ONE + 2, 2 << DOMAIN_BITS]
 TOKENS = st.lists(st.integers(0, 3), max_size=40)
 
 
@@ -33,13 +35,13 @@ def table_of(rows: list[list[int]]) -> torch.Tensor:
 
 
 def look_up(rows: list[list[int]], memory: SuffixMemory | None = None, **changes: Any) -> list[Copies]:
-    """Every row reads part 1, by the first table, at most 15 nodes."""
+    """Every row reads part ONE, by the first table, at most 15 nodes."""
     count = len(rows)
     arguments: dict[str, Any] = {
         "slots": list(range(count)),
         "lengths": [len(tokens) for tokens in rows],
         "most": [15] * count,
-        "parts": [1] * count,
+        "parts": [ONE] * count,
         "tables": [0] * count,
         "rate_RC": torch.full((2, NUM_CELLS), 0.9),
         "least": 1e-3,
@@ -48,7 +50,7 @@ def look_up(rows: list[list[int]], memory: SuffixMemory | None = None, **changes
 
 
 @given(
-    texts=st.lists(st.tuples(TOKENS, st.integers(0, 20), st.integers(1, 2)), max_size=8),
+    texts=st.lists(st.tuples(TOKENS, st.integers(0, 20), st.sampled_from(PARTS)), max_size=8),
     rows=st.lists(TOKENS, min_size=1, max_size=4),
     data=st.data(),
 )
@@ -61,7 +63,7 @@ def test_native_trees_are_those_of_the_reference(texts: list[Any], rows: list[li
         "slots": list(range(len(rows)))[::-1],
         "lengths": [len(tokens) for tokens in rows[::-1]],
         "most": [data.draw(st.integers(1, 20)) for _ in rows],
-        "parts": [data.draw(st.integers(0, 2)) for _ in rows],
+        "parts": [data.draw(st.sampled_from([0, *PARTS])) for _ in rows],
         "tables": [data.draw(st.integers(0, 1)) for _ in rows],
         "rate_RC": rates(data.draw(st.integers(0, 9))),
         "least": 0.01,
@@ -96,7 +98,7 @@ def test_copies_from_within_a_sequence(tokens: list[int], following: list[int]) 
 def test_occurrences_that_go_on_differently_fork() -> None:
     memory = SuffixMemory(1 << 16)
     for last in (20, 20, 30):
-        memory.insert([1, 2, 3, last, last + 1], context=2, part=1)
+        memory.insert([1, 2, 3, last, last + 1], context=2, part=ONE)
     shares = torch.full((2, len(suffix_index.KINDS), 7, 5, 4), 0.9)
     shares[..., :4, :] = 0.3  # less where not all occurrences agree
     shares[..., 2, :] = 0.6  # but half of them or more do
@@ -107,15 +109,25 @@ def test_occurrences_that_go_on_differently_fork() -> None:
 
 def test_what_a_part_may_not_read_is_not_proposed() -> None:
     memory = SuffixMemory(1 << 16)
-    memory.insert([1, 2, 3, 4], context=0, part=1)
-    assert look_up([[1, 2]], memory, parts=[2])[0].tokens == []
+    memory.insert([1, 2, 3, 4], context=0, part=ONE)
+    assert look_up([[1, 2]], memory, parts=[2 << DOMAIN_BITS])[0].tokens == []
     assert look_up([[1, 2]], memory, parts=[0])[0].tokens == []
-    assert look_up([[1, 2]], memory, parts=[1])[0].tokens == [3, 4]
+    assert look_up([[1, 2]], memory, parts=[ONE])[0].tokens == [3, 4]
+
+
+def test_what_was_remembered_for_the_same_domain_is_preferred() -> None:
+    memory = SuffixMemory(1 << 16)
+    memory.insert([7, 1, 2, 3], context=0, part=ONE)
+    memory.insert([8, 1, 2, 4], context=0, part=ONE + 1)
+    memory.insert([1, 2, 5], context=0, part=ONE + 2)
+    assert look_up([[1, 2]], memory, parts=[ONE + 1])[0].tokens == [4]
+    assert look_up([[1, 2]], memory, parts=[ONE + 2])[0].tokens == [5]
+    assert look_up([[7, 1, 2]], memory, parts=[ONE + 1])[0].tokens == [3], "unless more tokens agree elsewhere"
 
 
 def test_the_context_is_recognised_but_never_proposed() -> None:
     memory = SuffixMemory(1 << 16)
-    memory.insert([1, 2, 3, 4, 5], context=3, part=1)
+    memory.insert([1, 2, 3, 4, 5], context=3, part=ONE)
     assert look_up([[1, 2]], memory)[0].tokens == []
     assert look_up([[2, 3]], memory)[0].tokens == [4, 5]
 
@@ -123,7 +135,7 @@ def test_the_context_is_recognised_but_never_proposed() -> None:
 def test_the_oldest_are_forgotten_and_memory_stays_bounded() -> None:
     memory = SuffixMemory(1 << 14)
     for first in range(0, 20_000, 10):
-        memory.insert(list(range(first, first + 10)), context=0, part=1)
+        memory.insert(list(range(first, first + 10)), context=0, part=ONE)
     held, forgotten = memory.counts
     assert held == memory.capacity
     assert held + forgotten == 2000 * 11
@@ -136,7 +148,7 @@ def test_the_oldest_are_forgotten_and_memory_stays_bounded() -> None:
 
 def test_an_answer_longer_than_the_memory_leaves_its_end() -> None:
     memory = SuffixMemory(1 << 13)
-    memory.insert(list(range(5000)), context=0, part=1)
+    memory.insert(list(range(5000)), context=0, part=ONE)
     assert look_up([[4990, 4991]], memory)[0].tokens == list(range(4992, 5000))
 
 
@@ -153,7 +165,7 @@ def test_looking_up_while_another_thread_inserts() -> None:
 
     def insert() -> None:
         while not stop.is_set():
-            memory.insert([1, 2, *range(100, 160)], context=2, part=1)
+            memory.insert([1, 2, *range(100, 160)], context=2, part=ONE)
 
     thread = threading.Thread(target=insert)
     thread.start()

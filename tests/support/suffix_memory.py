@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from aurora_lit.kernels.suffix_index import MIN_MATCH
+from aurora_lit.kernels.suffix_index import DOMAIN_BITS, MIN_MATCH
 from aurora_lit.serve.speculation.copies_in_python import Occurrence, agreement
 
 _ORDERS = (8, 4, 2)
@@ -49,9 +49,9 @@ class SuffixMemoryInPython:
 
     def _all(self, end: Sequence[int], part: int) -> Iterator[Occurrence]:
         for of_part, text, context in reversed(self._texts):
-            if of_part != part:
+            if of_part >> DOMAIN_BITS != part >> DOMAIN_BITS:
                 continue
             for at in range(len(text) - 1, max(context, MIN_MATCH) - 1, -1):
                 length = agreement(text, at, end)
                 if length >= MIN_MATCH:
-                    yield Occurrence(text, at, length, own=False)
+                    yield Occurrence(text, at, length, own=False, near=of_part == part)

@@ -157,7 +157,7 @@ int aurora_choose_dense(float* logits, int64_t vocab, const DenseRow* rows, int6
 SuffixMemory* aurora_memory_new(int64_t capacity, int64_t heads) { return new SuffixMemory(capacity, heads); }
 void aurora_memory_free(SuffixMemory* memory) { delete memory; }
 void aurora_memory_insert(SuffixMemory* memory, const int32_t* tokens, int64_t count, int64_t context, int64_t part) {
-  memory->insert(tokens, count, context, uint32_t(part));
+  memory->insert(tokens, count, context, uint64_t(part));
 }
 void aurora_memory_counts(SuffixMemory* memory, int64_t* held, int64_t* forgotten) { memory->counts(held, forgotten); }
 void aurora_look_up_copies(CopyCall* call, SuffixMemory* memory) { look_up_copies(*call, memory); }

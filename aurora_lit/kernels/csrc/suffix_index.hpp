@@ -7,7 +7,9 @@
 // three writes, forgetting the oldest ones is overwriting them, and nothing is allocated after the start. The sequence's
 // own tokens are scanned, which takes about a nanosecond a token.
 //
-// Whether a token is remembered for a *part* (serve/speculation/traffic_memory.py) is compared exactly, not by its hash.
+// A sequence is remembered for a *part*, which says who may read it and, in its last DOMAIN_BITS bits, of which domain it
+// is (serve/speculation/traffic_memory.py). Who may read is compared exactly, not by a hash. What a sequence's own domain
+// has remembered is preferred: other occurrences count only if more tokens agree.
 #pragma once
 
 #include <algorithm>
@@ -24,13 +26,15 @@ constexpr int NUM_KINDS = 3, NUM_LENGTHS = 7, NUM_SHARES = 5, NUM_COUNTS = 4;
 
 constexpr int ORDERS[] = {8, 4, 2}, NUM_ORDERS = 3;
 constexpr int MAX_OWN = 16, MAX_REMEMBERED = 32, MAX_WALKED = 96;
+constexpr int DOMAIN_BITS = 12;  // of a part; the others say who may read it
 constexpr int32_t SEPARATOR = -1;  // before every inserted sequence
 
 // An earlier occurrence of the last `length` tokens.
 struct Occurrence {
   uint64_t next;  // position of the token that followed
   int32_t length;
-  bool own;  // in the sequence itself
+  bool own;   // in the sequence itself
+  bool near;  // in the sequence itself, or in one of the same domain
 };
 
 inline uint64_t mix(uint64_t x) {
@@ -54,7 +58,7 @@ class SuffixMemory {
   SuffixMemory& operator=(const SuffixMemory&) = delete;
 
   // Remember a sequence for a part. Its first `context` tokens help to recognise what follows, and are not proposed.
-  void insert(const int32_t* tokens, int64_t count, int64_t context, uint32_t part) {
+  void insert(const int32_t* tokens, int64_t count, int64_t context, uint64_t part) {
     std::lock_guard<std::mutex> lock(mutex_);
     append(SEPARATOR, part);
     for (int64_t i = 0; i < count; ++i) {
@@ -78,7 +82,7 @@ class SuffixMemory {
 
   // Add occurrences of the tokens before `end` in the part's sequences: the longest n-grams first, of equal ones the
   // latest.
-  void find(const int64_t* end, int64_t length, uint32_t part, std::vector<Occurrence>& found) const {
+  void find(const int64_t* end, int64_t length, uint64_t part, std::vector<Occurrence>& found) const {
     const size_t first = found.size();
     int walked = 0;
     for (int o = 0; o < NUM_ORDERS; ++o) {
@@ -91,11 +95,12 @@ class SuffixMemory {
         before = at;
         ++walked;
         link = place(at).links[o];
-        if (place(at).part != part) continue;
+        const uint64_t of = place(at).part;
+        if (of >> DOMAIN_BITS != part >> DOMAIN_BITS) continue;
         const int agreeing = agreement(end, length, at);
         if (agreeing < ORDERS[o]) continue;  // another n-gram with the same hash
         if (o && agreeing >= ORDERS[o - 1]) continue;  // found by the longer n-gram
-        found.push_back({at, agreeing, false});
+        found.push_back({at, agreeing, false, of == part});
       }
     }
   }
@@ -108,13 +113,13 @@ class SuffixMemory {
  private:
   struct Place {
     int32_t token;
-    uint32_t part;
+    uint64_t part;
     uint32_t links[NUM_ORDERS];  // the previous position that follows the same n-gram
   };
 
   Place& place(uint64_t at) const { return places_[at % capacity_]; }
 
-  uint64_t append(int32_t token, uint32_t part) {
+  uint64_t append(int32_t token, uint64_t part) {
     place(end_).token = token;
     place(end_).part = part;
     return end_++;
@@ -124,8 +129,8 @@ class SuffixMemory {
 
   // Of the `order` tokens before `end`.
   template <typename Token>
-  uint64_t hash(const Token* end, int order, uint32_t part) const {
-    uint64_t h = part;
+  uint64_t hash(const Token* end, int order, uint64_t part) const {
+    uint64_t h = part >> DOMAIN_BITS;
     for (int i = 1; i <= order; ++i) h = mix(h * 0x9e3779b97f4a7c15ull + uint64_t(uint32_t(end[-i])) + 1);
     return h & mask_;
   }
@@ -155,7 +160,7 @@ inline void find_own(const int64_t* tokens, int64_t length, std::vector<Occurren
     const int64_t most = std::min<int64_t>(MAX_MATCH, at);
     int64_t n = MIN_MATCH;
     while (n < most && tokens[at - 1 - n] == tokens[length - 1 - n]) ++n;
-    found.push_back({uint64_t(at), int32_t(n), true});
+    found.push_back({uint64_t(at), int32_t(n), true, true});
     ++count;
   }
 }
@@ -199,12 +204,17 @@ class CopyTree {
     occurrences_.clear();
     if (call_.own) find_own(tokens_, length_, occurrences_);
     if (memory_ && call_.parts[row] && length_ >= MIN_MATCH)
-      memory_->find(tokens_ + length_, length_, uint32_t(call_.parts[row]), occurrences_);
-    int longest = 0;
-    for (const Occurrence& each : occurrences_) longest = std::max(longest, int(each.length));
+      memory_->find(tokens_ + length_, length_, uint64_t(call_.parts[row]), occurrences_);
+    int longest = 0, nearest = 0;
+    for (const Occurrence& each : occurrences_) {
+      longest = std::max(longest, int(each.length));
+      if (each.near && !each.own) nearest = std::max(nearest, int(each.length));
+    }
     members_.clear();
-    for (size_t i = 0; i < occurrences_.size(); ++i)
-      if (2 * occurrences_[i].length >= longest) members_.push_back(int(i));
+    for (size_t i = 0; i < occurrences_.size(); ++i) {
+      const Occurrence& each = occurrences_[i];
+      if (4 * each.length >= 3 * longest && (each.near || each.length > nearest)) members_.push_back(int(i));
+    }
     nodes_.clear();
     heap_.clear();
     expand(0, 0, 1.0f, 0, members_.size());

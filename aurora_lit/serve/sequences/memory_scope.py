@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 from aurora_lit.request import Request
 
 MemoryScope = Literal["domain", "client", "off"]
-"""Who shares a part of the memory: all requests of a domain, or those of one client; off: there is no memory."""
+"""Who shares a part of the memory: all clients (a domain's own answers come first), or requests of one client; off:
+there is no memory."""
 
 
 class MemoryPartition(NamedTuple):
@@ -21,19 +22,15 @@ class MemoryPartition(NamedTuple):
     """Pseudonym of the only client of this part; "": all clients share it."""
     salt: str
     """The `cache_salt` that all its requests have; "": they have none."""
-    domain: str
-    """The kind of traffic."""
 
 
-def memory_partition_key(request: Request, *, scope: MemoryScope, domain: str) -> MemoryPartition | None:
+def memory_partition_key(request: Request, *, scope: MemoryScope) -> MemoryPartition | None:
     """The part of the memory that `request` may read and write; None: it has no memory.
 
     A request with `store` False may read its part but must write nothing, for which its writer checks `Request.store`.
     With scope client, a request of an unknown client has no memory: what one such client wrote, another would read.
-
-    domain: the kind of traffic, as the memory's owner tells kinds apart; "" if it does not.
     """
     if scope == "off" or (scope == "client" and not request.client):
         return None
     client = request.client if scope == "client" else ""
-    return MemoryPartition(client=client, salt=request.cache_salt, domain=domain)
+    return MemoryPartition(client=client, salt=request.cache_salt)

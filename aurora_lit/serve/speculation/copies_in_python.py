@@ -40,6 +40,8 @@ class Occurrence(NamedTuple):
     length: int
     own: bool
     """True if the text is the sequence itself."""
+    near: bool
+    """True if it is the sequence itself, or of the same domain."""
 
     def token_after(self, depth: int) -> int | None:
         """The token `depth` places later; an own text repeats its period."""
@@ -92,7 +94,7 @@ def _own_occurrences(tokens: list[int]) -> Iterator[Occurrence]:
     for at in range(len(tokens) - 1, MIN_MATCH - 1, -1):
         length = agreement(tokens, at, tokens)
         if length >= MIN_MATCH:
-            yield Occurrence(tokens, at, length, own=True)
+            yield Occurrence(tokens, at, length, own=True, near=True)
 
 
 def _tree(occurrences: list[Occurrence], rates: list[float], *, most: int, least: float) -> Copies:
@@ -100,6 +102,10 @@ def _tree(occurrences: list[Occurrence], rates: list[float], *, most: int, least
     if not occurrences:
         return NO_COPIES
     longest = max(occurrence.length for occurrence in occurrences)
+    nearest = max(
+        (occurrence.length for occurrence in occurrences if occurrence.near and not occurrence.own), default=0
+    )
+    counting = [each for each in occurrences if 4 * each.length >= 3 * longest and (each.near or each.length > nearest)]
     waiting: list[tuple[float, int, int, int, int, int, list[Occurrence]]] = []
     order = 0
 
@@ -118,7 +124,7 @@ def _tree(occurrences: list[Occurrence], rates: list[float], *, most: int, least
                 heapq.heappush(waiting, (-reached, order, column, depth + 1, token, cell, those))
                 order += 1
 
-    offer(0, 0, 1.0, [occurrence for occurrence in occurrences if 2 * occurrence.length >= longest])
+    offer(0, 0, 1.0, counting)
     nodes: list[tuple[int, int, float, int]] = []
     while waiting and len(nodes) < most:
         negative, _, column, depth, token, cell, those = heapq.heappop(waiting)

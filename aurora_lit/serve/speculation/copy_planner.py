@@ -22,11 +22,15 @@ from aurora_lit.serve.speculation.planner import SpeculationPlanner
 
 RELATIONS = ("alone", "agrees", "against")
 """What the draft says to a copied node: nothing, since it proposed nothing there; the same token; another one."""
-_INITIAL_RATES = (0.48, 0.66, 0.72, 0.78, 0.84, 0.9, 0.96)
-"""For each class of lengths, how often a node was accepted to which all occurrences lead, before any was verified.
-Measured on SmolLM2-135M (greedy; chat, code and summaries)."""
-_INITIAL_SHARES = (0.12, 0.35, 0.6, 0.8, 1.0)
-"""By which that is multiplied for each class of shares."""
+_INITIAL_RATES = (
+    (0.60, 0.70, 0.73, 0.80, 0.85, 0.90, 0.94),
+    (0.45, 0.70, 0.78, 0.84, 0.88, 0.91, 0.92),
+    (0.84, 0.87, 0.90, 0.92, 0.94, 0.95, 0.96),
+)
+"""For each kind and class of lengths, how often a node was accepted to which all occurrences lead, before any was
+verified. Measured on SmolLM2-135M, greedy (docs/results/traffic-memory.md)."""
+_INITIAL_SHARES = (0.12, 0.28, 0.48, 0.85, 1.0)
+"""By which that is multiplied for each class of shares; measured likewise."""
 _INITIAL_SAMPLED = 0.7
 """The same for sampled sequences."""
 _INITIAL_AGAINST = 0.4
@@ -47,15 +51,15 @@ class CopyReliability:
     """
 
     def __init__(self) -> None:
-        shape = (len(LENGTH_CLASSES), len(SHARE_CLASSES), len(COUNT_CLASSES))
-        initial = torch.tensor(_INITIAL_RATES)[:, None, None] * torch.tensor(_INITIAL_SHARES)[None, :, None]
-        of_kind_C = initial.expand(shape).flatten().repeat(len(KINDS))
+        shape = (len(KINDS), len(LENGTH_CLASSES), len(SHARE_CLASSES), len(COUNT_CLASSES))
+        initial = torch.tensor(_INITIAL_RATES)[..., None, None] * torch.tensor(_INITIAL_SHARES)[:, None]
+        initial_C = initial.expand(shape).flatten()
         factors = [
             (_INITIAL_SAMPLED if sampled else 1.0) * (_INITIAL_AGAINST if relation == "against" else 1.0)
             for sampled in (False, True)
             for relation in RELATIONS
         ]
-        self.rate_RC = torch.stack([factor * of_kind_C for factor in factors])
+        self.rate_RC = torch.stack([factor * initial_C for factor in factors])
         """fp32."""
         self.trials_RC = torch.zeros(len(factors), NUM_CELLS, dtype=torch.int64)
         """Nodes that were verified."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from aurora_lit.kernels import native, suffix_index
-from aurora_lit.kernels.suffix_index import Copies, SuffixMemory
+from aurora_lit.kernels.suffix_index import DOMAIN_BITS, Copies, SuffixMemory
 from aurora_lit.serve.sequences.memory_scope import MemoryScope, memory_partition_key
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation import copies_in_python
@@ -70,11 +70,12 @@ class TrafficMemory:
         self.index = SuffixMemory(capacity_bytes)
         self._parts: OrderedDict[Hashable, int] = OrderedDict()
         self._next_part = 1
+        self._domains: dict[str, int] = {}
 
     def open(self, sequence: RunningSequence) -> None:
-        """Let a sequence read what its key allows. Its domain must be known."""
-        key = memory_partition_key(sequence.request, scope=self._scope, domain=sequence.domain)
-        sequence.memory_part = 0 if key is None else self._part(key)
+        """Let a sequence read what its key allows, of its domain first. Its domain must be known, if it ever will be."""
+        key = memory_partition_key(sequence.request, scope=self._scope)
+        sequence.memory_part = 0 if key is None else (self._part(key) << DOMAIN_BITS) + self._domain(sequence.domain)
 
     def remember(self, sequence: RunningSequence, tokens: Sequence[int]) -> None:
         """Remember the answer of a sequence that has ended; `tokens`: of prompt and answer."""
@@ -89,6 +90,12 @@ class TrafficMemory:
         self.stats.answers += 1
         self.stats.inserted_tokens += answer
         self.stats.insert_us += (time.perf_counter() - started) * 1e6
+
+    def _domain(self, name: str) -> int:
+        """0 if it is unknown, or if there are too many."""
+        if name and name not in self._domains and len(self._domains) + 1 < 1 << DOMAIN_BITS:
+            self._domains[name] = len(self._domains) + 1
+        return self._domains.get(name, 0)
 
     def _part(self, key: Hashable) -> int:
         part = self._parts.get(key)

@@ -1,4 +1,4 @@
-"""Two requests share a part of the memory only if scope, salt, client and domain allow it, whatever they are."""
+"""Two requests share a part of the memory only if scope, salt and client allow it, whatever they are."""
 
 from __future__ import annotations
 
@@ -28,44 +28,38 @@ REQUESTS = st.builds(request, NAMES, NAMES, label=NAMES, store=st.booleans())
 
 
 @settings(deadline=None, max_examples=2000)
-@given(one=REQUESTS, other=REQUESTS, scopes=st.tuples(SCOPES, SCOPES), domains=st.tuples(NAMES, NAMES))
-@example(one=request("a", "b"), other=request("b", "a"), scopes=("client", "client"), domains=("", ""))
-@example(one=request("", "a"), other=request("a", ""), scopes=("client", "domain"), domains=("", ""))
-@example(one=request("ab", "c"), other=request("a", "bc"), scopes=("client", "client"), domains=("", ""))
-def test_a_shared_key_means_equal_scope_salt_client_and_domain(
-    one: Request, other: Request, scopes: tuple[Scope, Scope], domains: tuple[str, str]
+@given(one=REQUESTS, other=REQUESTS, scopes=st.tuples(SCOPES, SCOPES))
+@example(one=request("a", "b"), other=request("b", "a"), scopes=("client", "client"))
+@example(one=request("", "a"), other=request("a", ""), scopes=("client", "domain"))
+@example(one=request("ab", "c"), other=request("a", "bc"), scopes=("client", "client"))
+def test_a_shared_key_means_equal_scope_salt_and_client(
+    one: Request, other: Request, scopes: tuple[Scope, Scope]
 ) -> None:
     first, second = (
-        memory_partition_key(request, scope=scope, domain=domain)
-        for request, scope, domain in zip((one, other), scopes, domains, strict=True)
+        memory_partition_key(request, scope=scope) for request, scope in zip((one, other), scopes, strict=True)
     )
     allowed = (
         scopes[0] == scopes[1] != "off"
         and one.cache_salt == other.cache_salt
-        and domains[0] == domains[1]
         and (scopes[0] == "domain" or one.client == other.client != "")
     )
     assert (first is not None and first == second) == allowed
 
 
-@given(one=REQUESTS, scope=SCOPES, domain=NAMES)
-def test_neither_opting_out_nor_the_clients_label_changes_what_may_be_read(
-    one: Request, scope: Scope, domain: str
-) -> None:
-    """`store` is the writer's to check; the domain is what the server found, not what the client says."""
+@given(one=REQUESTS, scope=SCOPES)
+def test_neither_opting_out_nor_the_clients_label_changes_what_may_be_read(one: Request, scope: Scope) -> None:
+    """`store` is the writer's to check, and a domain only decides what comes first."""
     plain = request(one.cache_salt, one.client)
-    assert memory_partition_key(one, scope=scope, domain=domain) == memory_partition_key(
-        plain, scope=scope, domain=domain
-    )
+    assert memory_partition_key(one, scope=scope) == memory_partition_key(plain, scope=scope)
 
 
 def test_the_keys_of_each_scope() -> None:
     salted = request("salt", "client")
-    assert memory_partition_key(salted, scope="off", domain="code") is None
-    assert memory_partition_key(salted, scope="domain", domain="code") == MemoryPartition("", "salt", "code")
-    assert memory_partition_key(salted, scope="client", domain="code") == ("client", "salt", "code")
+    assert memory_partition_key(salted, scope="off") is None
+    assert memory_partition_key(salted, scope="domain") == MemoryPartition("", "salt")
+    assert memory_partition_key(salted, scope="client") == ("client", "salt")
 
 
 def test_an_unknown_client_has_no_memory_of_its_own() -> None:
-    assert memory_partition_key(request("salt", ""), scope="client", domain="") is None
-    assert memory_partition_key(request("salt", ""), scope="domain", domain="") is not None
+    assert memory_partition_key(request("salt", ""), scope="client") is None
+    assert memory_partition_key(request("salt", ""), scope="domain") is not None

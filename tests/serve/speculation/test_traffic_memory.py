@@ -47,7 +47,7 @@ class Asked:
 
     def may_read(self, other: Asked, scope: MemoryScope) -> bool:
         """True if the rules allow it, said again in other words than the code's."""
-        if scope == "off" or not other.store or self.salt != other.salt or self.domain != other.domain:
+        if scope == "off" or not other.store or self.salt != other.salt:
             return False
         return scope == "domain" or (self.client != "" and self.client == other.client)
 
