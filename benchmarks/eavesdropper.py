@@ -42,8 +42,6 @@ from aurora_lit.learn.pretrain.prompts import read_prompts
 
 _OVERRIDES = ("learn.enabled=false", "engine.prefix_cache=false")
 _TIMEOUT_S = 600.0
-_LENGTH = 64
-"""Messages of a stream that are compared one by one."""
 _NEIGHBOURS = 3
 VIEWS = ("sizes", "times", "both")
 
@@ -101,24 +99,27 @@ def listen(port: int, prompt: str, *, padded: bool, max_tokens: int, temperature
     return seen
 
 
-def distances(seen: Sequence[Seen], view: str) -> np.ndarray:
-    """How far each of N streams is from each other one, [N, N]. view: one of VIEWS."""
+def distances(seen: Sequence[Seen], view: str, *, first: int) -> np.ndarray:
+    """How far each of N streams is from each other one, [N, N].
+
+    view: one of VIEWS. first: number of messages, from the start, that are compared one by one.
+    """
     if view == "both":
-        return distances(seen, "sizes") + distances(seen, "times")
+        return distances(seen, "sizes", first=first) + distances(seen, "times", first=first)
     rows = []
     for stream in seen:
         values = list(map(float, stream.sizes_bytes if view == "sizes" else stream.gaps_s))
-        rows.append([*values[:_LENGTH], *[0.0] * (_LENGTH - len(values)), float(len(values)), sum(values)])
+        rows.append([*values[:first], *[0.0] * (first - len(values)), float(len(values)), sum(values)])
     features_NC = np.array(rows)
     deviation_C = features_NC.std(0)
     scaled_NC = (features_NC - features_NC.mean(0)) / np.where(deviation_C > 0, deviation_C, 1.0)
     return np.stack([np.abs(scaled_NC - row_C).sum(1) for row_C in scaled_NC])
 
 
-def share_recognised(seen: Sequence[Seen], prompts: Sequence[int], view: str) -> float:
+def share_recognised(seen: Sequence[Seen], prompts: Sequence[int], view: str, *, first: int = 64) -> float:
     """Share of the streams whose prompt is found from the other streams; `prompts`: that of each stream."""
     found = 0
-    distances_NN = distances(seen, view)
+    distances_NN = distances(seen, view, first=first)
     np.fill_diagonal(distances_NN, np.inf)
     for own, distances_N in zip(prompts, distances_NN, strict=True):
         # Counter keeps the order of insertion, so of prompts with equally many votes the nearest one is taken.
@@ -153,6 +154,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.3)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--max-prompt-characters", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=64, help="messages of a stream that are compared one by one")
     parser.add_argument("--interval-ms", type=float, default=100.0, help="server.stream_interval_ms of two arms")
     parser.add_argument("--padding", type=int, default=512, help="server.stream_padding of two arms")
     parser.add_argument("--out", type=Path, help="also write the table, and all that was seen, as JSON")
@@ -180,7 +182,7 @@ def main() -> int:
             "bytes": statistics.mean(sum(stream.sizes_bytes) for stream in seen),
             "first_ms": 1000 * statistics.mean(stream.gaps_s[0] for stream in seen),
             "whole_ms": 1000 * statistics.mean(sum(stream.gaps_s) for stream in seen),
-            **{view: share_recognised(seen, numbers, view) for view in VIEWS},
+            **{view: share_recognised(seen, numbers, view, first=options.first) for view in VIEWS},
         }
         rows.append({"streams": arm.name, **row})
         cells = [f"{row[key]:.0f}" for key in ("messages", "bytes", "first_ms", "whole_ms")]
