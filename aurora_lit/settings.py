@@ -140,8 +140,8 @@ class MemorySettings:
     """Size of the memory, in MiB; beyond it the oldest answers are forgotten. 0: no memory."""
     scope: Literal["auto", "domain", "client", "off"] = "auto"
     """Which requests share what is remembered, if their `cache_salt` is the same. domain: all, and what was answered to
-    the same kind of traffic comes first. client: those of one client, which is the request's `user`, else its network address. auto: domain while
-    server.host is loopback, client where others can connect. off: no memory."""
+    the same kind of traffic comes first. client: those of one client, which is the request's `user`, else its network
+    address. auto: domain while server.host is loopback, client where others can connect. off: no memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

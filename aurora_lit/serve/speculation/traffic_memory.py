@@ -73,7 +73,7 @@ class TrafficMemory:
         self._domains: dict[str, int] = {}
 
     def open(self, sequence: RunningSequence) -> None:
-        """Let a sequence read what its key allows, of its domain first. Its domain must be known, if it ever will be."""
+        """Let a sequence read what its key allows, of its domain first, if that is known by now."""
         key = memory_partition_key(sequence.request, scope=self._scope)
         sequence.memory_part = 0 if key is None else (self._part(key) << DOMAIN_BITS) + self._domain(sequence.domain)
 
