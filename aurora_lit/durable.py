@@ -1,4 +1,4 @@
-"""Makes files survive a crash of the machine: flushing to disk, and exchanging two names at once."""
+"""Makes files survive a crash of the machine: flushing to disk, replacing a file, exchanging two names at once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file under another name, flush it, and move it to `path`: at any moment, the old or the new one is there.
+
+    One process may do this with a path at a time. Raises OSError; the old file is intact then.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def exchange(one: Path, other: Path) -> bool:
