@@ -71,6 +71,7 @@ class AnswerStream:
                     num_accepted=delta.num_accepted,
                     finish_reason=finish_reason,
                     draft_versions=delta.draft_versions,
+                    domain=delta.domain,
                 )
             )
         return Addition(tuple(added), tuple(stopped))

@@ -44,6 +44,7 @@ class _Choice:
     """[j]: rounds in which j draft tokens were accepted."""
     num_proposed: int = 0
     draft_versions: tuple[str, ...] = ()
+    domain: str = ""
 
 
 class ResponseBuilder:
@@ -126,7 +127,7 @@ class ResponseBuilder:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def metrics(self) -> Json:
-        """Speculation metrics over all choices, under vLLM's names."""
+        """Speculation metrics over all choices, under vLLM's names; the last two are our own."""
         histogram = [sum(counts) for counts in zip(*(choice.histogram for choice in self._choices), strict=True)]
         num_steps = sum(histogram)
         num_accepted = sum(accepted * steps for accepted, steps in enumerate(histogram))
@@ -141,6 +142,7 @@ class ResponseBuilder:
                 "acceptance_histogram": histogram,
                 "num_spec_tokens": self._max_draft_tokens,
                 "draft_versions": sorted({version for choice in self._choices for version in choice.draft_versions}),
+                "domains": sorted({choice.domain for choice in self._choices if choice.domain}),
             }
         }
 
@@ -160,7 +162,7 @@ class ResponseBuilder:
         if delta.num_proposed and not drop_output:
             choice.histogram[min(delta.num_accepted, self._max_draft_tokens)] += 1
             choice.num_proposed += delta.num_proposed
-        choice.draft_versions = delta.draft_versions
+        choice.draft_versions, choice.domain = delta.draft_versions, delta.domain
         if delta.finish_reason is not None:
             choice.finish_reason = "length" if drop_output else delta.finish_reason
         choice.begun = True

@@ -80,6 +80,8 @@ class RunningSequence:
     """Draft versions that have proposed for it, in order (an ordered set)."""
     ngrams: NgramIndex = field(default_factory=NgramIndex)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    domain: str = ""
+    """The client's label, else what the prompt was assigned; "" before it has been read, and for outliers."""
     temperature: float = field(init=False)
     """The request's sampling temperature; 0: greedy."""
     noise_key: int = field(init=False)

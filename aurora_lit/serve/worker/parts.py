@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aurora_lit.request import Output, Request
+
+if TYPE_CHECKING:
+    from aurora_lit.modules.domains.centroids import DomainAssigner
 
 
 class EngineCounters(Protocol):
@@ -36,6 +39,7 @@ class EngineInterface(Protocol):
     max_seq_len: int
     vocab_size: int
     draft_version: str
+    assigner: DomainAssigner | None
 
     @property
     def has_work(self) -> bool: ...  # noqa: D102
@@ -58,6 +62,8 @@ class WorkerParts:
     engine: EngineInterface
     load_draft: Callable[[Path | None], Any] | None = None
     """Loads a draft for `swap_draft` from a folder, or the starting draft for None; None: this engine has no draft."""
+    load_domains: Callable[[Path], DomainAssigner] | None = None
+    """Loads the domains that the learner has published from their file; None: this engine assigns none."""
     unrecorded: Callable[[], int] = lambda: 0
     """Number of traces so far that could not be written to trace.record."""
     before_round: Callable[[], None] = lambda: None
