@@ -23,7 +23,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
     One process may do this with a path at a time. Raises OSError; the old file is intact then.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _unfinished(path)
     try:
         temporary.write_bytes(content)
         sync(temporary)
@@ -32,6 +32,15 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def discard_unfinished(path: Path) -> None:
+    """Delete what a process left that was killed while it replaced a file."""
+    _unfinished(path).unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def exchange(one: Path, other: Path) -> bool:

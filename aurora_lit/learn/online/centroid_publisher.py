@@ -15,6 +15,7 @@ from pathlib import Path
 
 from aurora_lit.drafts.centroid_file import published_version, write_centroids
 from aurora_lit.drafts.checkpoint import TargetShape
+from aurora_lit.durable import discard_unfinished
 from aurora_lit.modules.domains.detector import DomainDetector
 
 FOUNDED_EVERY_S = 1.0
@@ -29,6 +30,7 @@ class CentroidPublisher:
     def __init__(self, path: Path, target: TargetShape, *, monotonic_s: Callable[[], float] = time.monotonic) -> None:
         """Continue the numbers of the file that exists, if it can be read."""
         self._path, self._target, self._monotonic_s = path, target, monotonic_s
+        discard_unfinished(path)
         self.version = published_version(path)
         self._last_s = -float("inf")
         self._founded = -1

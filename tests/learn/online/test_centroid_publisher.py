@@ -85,10 +85,13 @@ def test_drift_is_published_after_enough_requests_and_time(publishing: Publishin
 def test_a_new_learner_publishes_at_once_and_continues_the_numbers(publishing: Publishing) -> None:
     publishing.request(*["code", "chat"] * 40, after_s=2.0)
     version = publishing.published[1]
+    unfinished = publishing.path.with_name(f".{publishing.path.name}.tmp")
+    unfinished.write_bytes(b"of a learner that was killed")
     again = CentroidPublisher(publishing.path, TARGET, monotonic_s=lambda: 0.0)
     resumed = DomainDetector(max_domains=8, novelty_threshold=0.7)
     resumed.load_state_dict(publishing.detector.state_dict())
     assert again.publish_when_due(resumed)
+    assert not unfinished.exists()
     assert publishing.published == (tuple(publishing.detector.domains), version + 1)
 
 

@@ -17,12 +17,12 @@ def positions_read(prompt_length: int) -> list[int]:
     return read
 
 
-@pytest.mark.parametrize("prompt_length", [3, 4, 17, 66])
+@pytest.mark.parametrize("prompt_length", [3, 4, 17, 258])
 def test_of_short_prompts_all_positions_but_the_first_and_the_last_are_read(prompt_length: int) -> None:
     assert positions_read(prompt_length) == list(range(1, prompt_length - 1))
 
 
-@pytest.mark.parametrize("prompt_length", [67, 130, 131, 500, 4095])
+@pytest.mark.parametrize("prompt_length", [259, 514, 515, 2000, 4095])
 def test_of_long_prompts_a_bounded_number_of_evenly_spaced_positions_is_read(prompt_length: int) -> None:
     read = positions_read(prompt_length)
     (stride,) = {after - before for before, after in zip(read, read[1:], strict=False)}
@@ -42,9 +42,13 @@ def test_prompts_without_a_position_in_between_have_no_mean() -> None:
     assert [pool_prompt(torch.ones(5, 6), length) for length in (0, 1, 2)] == [None] * 3
 
 
-def test_the_mean_is_taken_in_fp32() -> None:
-    states = torch.randn(200, 6).bfloat16()
-    mean = pool_prompt(states, 60)
+def test_the_mean_is_taken_in_fp32_and_rounded_once() -> None:
+    states = (torch.randn(300, 96) + 5).bfloat16()
+    mean = pool_prompt(states, 250)
     assert mean is not None
     assert mean.dtype == torch.float32
-    torch.testing.assert_close(mean, states[1:59].double().mean(0).float(), atol=1e-6, rtol=1e-6)
+    exact = states[1:249].double().mean(0)
+    torch.testing.assert_close(mean.double(), exact, atol=0, rtol=2**-8)
+    whole = pool_prompt(states.float(), 250)
+    assert whole is not None
+    torch.testing.assert_close(whole.double(), exact, atol=1e-5, rtol=1e-5)

@@ -43,7 +43,9 @@ class RecordingAssigner(DomainAssigner):
 
 @pytest.fixture(scope="module")
 def small_target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    return Target.load(save_model("llama", tmp_path_factory.mktemp("llama"), seed=3), precision="fp32")
+    return Target.load(
+        save_model("llama", tmp_path_factory.mktemp("llama"), seed=3, max_position_embeddings=512), precision="fp32"
+    )
 
 
 def some_requests(lengths: Sequence[int], *, domain: str = "") -> list[Request]:
@@ -54,7 +56,8 @@ def some_requests(lengths: Sequence[int], *, domain: str = "") -> list[Request]:
 
 def engine_of(target: Target, *, with_draft: bool = True, traces: list[Trace] | None = None) -> Engine:
     recorder = None if traces is None else TraceRecorder(keep_in(traces), hidden_size=target.hidden_size)
-    return make_engine(target, random_draft(target) if with_draft else None, observer=recorder, max_seq_len=192)
+    draft = random_draft(target, max_position_embeddings=512) if with_draft else None
+    return make_engine(target, draft, observer=recorder, max_seq_len=320)
 
 
 def domains_of(answer: Answer) -> set[str]:
@@ -65,7 +68,7 @@ def test_a_prompt_is_assigned_once_by_the_states_that_the_learner_reads_in_its_t
     traces: list[Trace] = []
     engine = engine_of(small_target, traces=traces)
     engine.assigner = assigner = RecordingAssigner(3 * small_target.hidden_size)
-    requests = some_requests([3, 20, 70, 140])
+    requests = some_requests([3, 20, 70, 300])
     answers = run(engine, requests, arrivals=[0, 0, 1, 4])
     assert len(assigner.given) == len(requests), "once each"
     assert len(traces) == len(requests)
