@@ -25,7 +25,7 @@ def pool_prompt(aux_TE: Tensor, prompt_length: int) -> Tensor | None:
     - The last one is left out too. Serving needs the domain before the first decoding round, and it is this round that
       computes the prompt's last token.
     - At most MAX_POOLED_POSITIONS are read, of longer prompts every second one, every third and so on, so that the
-      longest prompt costs the engine no more than some 30 µs. Fewer make the mean noisy: with 64 positions, 22 % of
+      longest prompt costs the engine some 50 µs. Fewer make the mean noisy: with 64 positions, 22 % of
       real prompts were far from all centroids, instead of 8 % with all (docs/results/domains.md).
 
     `aux_TE`: states of the prompt's positions, bf16 or fp32; more positions may follow.
