@@ -26,7 +26,7 @@ def pool_prompt(aux_TE: Tensor, prompt_length: int) -> Tensor | None:
       computes the prompt's last token.
     - At most MAX_POOLED_POSITIONS are read, of longer prompts every second one, every third and so on, so that the
       longest prompt costs the engine some 50 µs. Fewer make the mean noisy: with 64 positions, 22 % of
-      real prompts were far from all centroids, instead of 8 % with all (docs/results/domains.md).
+      real prompts were far from all centroids, instead of 10 % with all (docs/results/domains.md).
 
     `aux_TE`: states of the prompt's positions, bf16 or fp32; more positions may follow.
     """
