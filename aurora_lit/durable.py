@@ -1,4 +1,4 @@
-"""Makes files survive a crash of the machine: flushing to disk, and exchanging two names at once."""
+"""Makes files survive a crash of the machine: flushing to disk, replacing a file, exchanging two names at once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,31 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file under another name, flush it, and move it to `path`: at any moment, the old or the new one is there.
+
+    One process may do this with a path at a time. Raises OSError; the old file is intact then.
+    """
+    temporary = _unfinished(path)
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def discard_unfinished(path: Path) -> None:
+    """Delete what a process left that was killed while it replaced a file."""
+    _unfinished(path).unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def exchange(one: Path, other: Path) -> bool:

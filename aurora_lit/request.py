@@ -10,6 +10,9 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+MAX_DOMAIN_CHARACTERS = 64
+"""Longest label of a domain. Labels are printable."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -110,6 +113,8 @@ class Output:
     """Those of `num_accepted` that the traffic memory alone proposed."""
     draft_versions: tuple[str, ...] = ()
     """Draft versions that have proposed for the request so far, in order of first use."""
+    domain: str = ""
+    """The domain that the request is served as: its label, else what its prompt was assigned; "" without one."""
 
     @property
     def chain_proposed(self) -> int:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 MAX_PROPOSAL_LENGTH = 31
 """Maximum number of consecutive tokens that a round can propose for a sequence, whatever the settings."""
+MAX_DOMAINS = 31
+"""Maximum of domain.max_domains."""
 PLANS = ("plain", "lookup", "memory", "chain", "tree")
 """What a round proposes, counted apart: nothing; copies from earlier in the requests, or also from the traffic memory;
 or chains or trees of the draft, copies beside them or not."""
@@ -277,7 +279,7 @@ class DomainSettings:
     detect: bool = True
     """Find domains and shifts from prompts. false: only the labels that clients send are domains, and no shift is
     detected."""
-    max_domains: int = _within(16, 2, 31)
+    max_domains: int = _within(16, 2, MAX_DOMAINS)
     """Maximum number of domains, labels included; beyond it the closest two are merged."""
     novelty_threshold: float = _within(0.7, 0.05, 1.95)
     """Cosine distance (1 - cosine) from all known domains beyond which a request is an outlier; a few outliers that

@@ -78,9 +78,9 @@ def prompt_only(trace: Trace) -> Trace:
     return replace(
         trace,
         domain="",
-        answer_start=2,
-        token_ids_T=trace.token_ids_T[:2],
-        aux_T3H=torch.stack([mean_E, mean_E]),
+        answer_start=3,
+        token_ids_T=trace.token_ids_T[:3],
+        aux_T3H=torch.stack([mean_E] * 3),
         last_TH=trace.last_TH[:0],
         lse_T=None,
         round_root_R=trace.round_root_R[:0],

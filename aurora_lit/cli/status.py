@@ -99,6 +99,10 @@ def _lines(report: Json) -> list[tuple[str, str]]:
         for name in ("refused", "rolled_back")
         if draft[name]
     ]
+    if served := report["domains"]["served"]:
+        lines.append(("served domains", _served_domains(served)))
+    if report["domains"]["refused"]:
+        lines.append(("refused domains", report["domains"]["refused"]))
     if ring is not None:
         dropped = sum(ring["dropped"].values())
         lines.append(("traces", f"{ring['pushed']} recorded, {ring['queued']} waiting, {dropped} dropped"))
@@ -128,6 +132,17 @@ def _lines(report: Json) -> list[tuple[str, str]]:
             ),
         ]
     return lines
+
+
+def _served_domains(served: Json) -> str:
+    """Each domain's share of the generated tokens and its mean accepted length, the largest share first."""
+    total = max(1, sum(domain["generated_tokens"] for domain in served.values()))
+    by_share = sorted(served.items(), key=lambda item: -int(item[1]["generated_tokens"]))
+    return ", ".join(
+        f"{name} {100 * domain['generated_tokens'] / total:.0f} % (accepted length "
+        f"{_number(domain['mean_accepted_length'])})"
+        for name, domain in by_share
+    )
 
 
 def _number(value: float | None) -> str:

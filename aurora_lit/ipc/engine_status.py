@@ -16,13 +16,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from aurora_lit.ipc.page import Page, counts, heartbeat_age_s, text
-from aurora_lit.settings import MAX_PROPOSAL_LENGTH, PLANS
+from aurora_lit.request import MAX_DOMAIN_CHARACTERS
+from aurora_lit.settings import MAX_DOMAINS, MAX_PROPOSAL_LENGTH, PLANS
 
 STATUS_NAME = "status"
 """The engine worker's page in the run folder."""
 _RANK_PREFIX = "rank-"
+UNKNOWN_DOMAIN, OTHER_DOMAINS = "unknown", "other"
+"""Names under which requests without a domain are counted, and those whose domain has no row of its own."""
+MAX_LABELS = 16
+"""Labels of clients that are counted apart."""
+_MAX_DOMAIN_ROWS = MAX_LABELS + MAX_DOMAINS + 2
+_MAX_NAME_BYTES = 4 * MAX_DOMAIN_CHARACTERS + 1  # UTF-8, and a line break after it
 
 
 class WorkerState(IntEnum):
@@ -32,6 +40,28 @@ class WorkerState(IntEnum):
     READY = 1
     FAILED = 2
     """It ended with an error; `error` holds the reason."""
+
+
+class DomainTotals(NamedTuple):
+    """What requests of one domain came to since the start."""
+
+    requests: int
+    """That ended by themselves."""
+    generated_tokens: int
+    drafts: int
+    """Rounds of a sequence with proposals."""
+    proposed: int
+    accepted: int
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted / proposed tokens; None before the first proposal."""
+        return self.accepted / self.proposed if self.proposed else None
+
+    @property
+    def mean_accepted_length(self) -> float | None:
+        """Tokens emitted per sequence and round with proposals, bonus token included; None before the first."""
+        return 1 + self.accepted / self.drafts if self.drafts else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +129,14 @@ class EngineStatus:
     """Requests with `store: false`, of which no trace is made."""
     unrecorded: int
     """Traces that could not be written to the folder trace.record. The ring has its own counters (ipc/ring.py)."""
+    domains_version: int
+    """Number of the publication that requests are assigned domains by; 0: there is none."""
+    domain_numbers: tuple[int, ...] = counts(_MAX_DOMAIN_ROWS * len(DomainTotals._fields))
+    """The fields of DomainTotals for each of `domain_names`, one row after the other."""
+    domain_names: str = text(_MAX_DOMAIN_ROWS * _MAX_NAME_BYTES // 8 * 8)
+    """Domains that requests were served as, one a line."""
+    domains_refused: str = text(1024)
+    """Why the newest publication of domains is not used; empty: it is, or there is none."""
     draft_version: str = text(256)
     refused_version: str = text(256)
     """The last draft that was refused; empty: none."""
@@ -122,6 +160,13 @@ class EngineStatus:
     def mean_accepted_length(self) -> float | None:
         """Tokens emitted per sequence and round with proposals, bonus token included; None before the first."""
         return 1 + self.accepted / self.drafts if self.drafts else None
+
+    @property
+    def domains(self) -> dict[str, DomainTotals]:
+        """What was served, by domain."""
+        names, width = self.domain_names.splitlines(), len(DomainTotals._fields)
+        rows = (self.domain_numbers[width * index : width * (index + 1)] for index in range(len(names)))
+        return {name: DomainTotals(*row) for name, row in zip(names, rows, strict=True)}
 
 
 class EngineStatusPage(Page[EngineStatus]):

@@ -60,6 +60,8 @@ class Delta:
     """The reason if finish_reason is "error"."""
     draft_versions: tuple[str, ...] = ()
     """Draft versions that have proposed for the choice so far."""
+    domain: str = ""
+    """The domain that the choice is served as; "" without one."""
 
 
 @dataclass(frozen=True, kw_only=True)

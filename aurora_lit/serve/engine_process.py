@@ -85,12 +85,17 @@ def run_engine_process(
 
 
 def _live_draft(config: AuroraConfig, parts: WorkerParts) -> LiveDraft | None:
-    """The engine's draft, beginning with the deployment's current version if there is one."""
+    """The engine's draft and domains, beginning with what the deployment has published."""
     if parts.load_draft is None:
         return None
+    from aurora_lit.drafts.centroid_file import CENTROIDS_NAME
     from aurora_lit.drafts.versions import DraftStore
+    from aurora_lit.serve.worker.domain_watch import DomainWatch
     from aurora_lit.serve.worker.hot_reload import HotReloader
     from aurora_lit.serve.worker.live_draft import LiveDraft
 
     store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
-    return LiveDraft(parts.engine, HotReloader(store, parts.load_draft))
+    if parts.load_domains is None:
+        return LiveDraft(parts.engine, HotReloader(store, parts.load_draft))
+    watch = DomainWatch(store.folder / CENTROIDS_NAME, parts.load_domains)
+    return LiveDraft(parts.engine, HotReloader(store, parts.load_draft, also_check=watch.check), watch)

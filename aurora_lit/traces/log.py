@@ -43,7 +43,7 @@ _ROUND_FIELDS = (
 """Tensors with a row for each round."""
 _PADDING = {"proposal_RK": -1, "behaviour_logprob_RK": _UNKNOWN}
 """Round fields with a column for each proposal, and the value that pads them to the longest round of the shard."""
-_PLAIN_FIELDS = ("request_id", "client", "verify", "temperature", "first_position")
+_PLAIN_FIELDS = ("request_id", "served_domain", "client", "verify", "temperature", "first_position")
 _OLD_VERIFY_MODES = {"seeded": "sampled", "free": "sampled"}
 """Names in older logs. Nothing is lost: learning computes acceptance anew, by today's rule."""
 

@@ -52,6 +52,9 @@ class Trace:
     request_id: str = ""
     domain: str = ""
     """The client's label (`metadata.aurora_domain`) or the prompt file's; "" if unknown."""
+    served_domain: str = ""
+    """The domain that the engine served it as: the label, else what it assigned the prompt by published centroids. The
+    learner, whose clusters are newer, decides by `domain` and the prompt."""
     client: str = ""
     """Pseudonym of the client (serve/http/routes.py); "" if unknown."""
     verify: str = "read"
@@ -130,6 +133,7 @@ _TENSOR_FIELDS: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {
 _PLAIN_FIELDS = {
     "request_id": str,
     "domain": str,
+    "served_domain": str,
     "client": str,
     "verify": str,
     "temperature": float,

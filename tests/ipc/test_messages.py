@@ -39,6 +39,7 @@ FULL_DELTA = Delta(
     finish_reason="error",
     error="häßlich 🌍",
     draft_versions=("start", "draft-000001"),
+    domain="auto-3",
 )
 UPDATES: RoundUpdates = (
     ("a", (FULL_DELTA, Delta(index=0, token_ids=()))),

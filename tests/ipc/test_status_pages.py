@@ -133,6 +133,9 @@ def test_metrics_have_the_names_that_vllm_uses(path):
         generated_tokens=20,
         swaps=5,
         draft_version="draft-000042",
+        domains_version=12,
+        domain_names="code\nunknown",
+        domain_numbers=[1, 14, 2, 6, 5, 0, 6, 0, 0, 0],
     )
     learner = LearnerStatusPage.create(path.with_name("learner"))
     learner.write(pid=os.getpid(), steps=7, compute_share=0.25)
@@ -164,6 +167,7 @@ def test_metrics_have_the_names_that_vllm_uses(path):
         "aurora_mean_accepted_length": 2.5,
         "aurora_draft_version": 42,
         "aurora_draft_swaps_total": 5,
+        "aurora_domains_version": 12,
         "aurora_learner_running": 1,
         "aurora_learner_steps_total": 7,
         "aurora_learner_compute_share": 0.25,
@@ -172,6 +176,11 @@ def test_metrics_have_the_names_that_vllm_uses(path):
         assert f'{name}{{{label},model_name="m"}} {float(value)}' in lines, name
     assert f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{label},model_name="m",position="1"}} 2.0' in lines
     assert f'vllm:request_success_total{{{label},finished_reason="stop",model_name="m"}} 1.0' in lines
+    for domain, values in {"code": (1, 14, 2, 6, 5), "unknown": (0, 6, 0, 0, 0)}.items():
+        for name, value in zip(("requests", "generated_tokens", "drafts", "proposed", "accepted"), values, strict=True):
+            assert f'aurora_domain_{name}_total{{domain="{domain}",{label},model_name="m"}} {float(value)}' in lines
+    of_domains = [line for line in lines if line.startswith("aurora_domain_mean_accepted_length{")]
+    assert of_domains == [f'aurora_domain_mean_accepted_length{{domain="code",{label},model_name="m"}} 3.5']
     for cause in ("overwritten", "too_large"):
         assert f'aurora_traces_dropped_total{{cause="{cause}",{label},model_name="m"}} 1.0' in lines
     assert f'aurora_requests_refused_total{{{label},model_name="m",status="429"}} 1.0' in lines
@@ -182,9 +191,11 @@ def test_json_reports_drafts_and_learner(path):
     report = engine_json(page.read(), ring_counters(path.parent))
     assert (report["draft"]["refused"], report["draft"]["rolled_back"]) == (None, None)
     assert report["traces"]["ring"] is None
+    assert report["domains"] == {"version": None, "refused": None, "served": {}}
     learner = learner_json(learner_page.read())
     assert (learner["state"], learner["heartbeat_age_s"], learner["uptime_s"]) == ("absent", None, None)
     page.write(refused_version="draft-000003", refused_reason="NaN", refusals=1, swaps=2, draft_version="draft-000002")
+    page.write(domains_version=3, domains_refused="NaN", domain_names="code", domain_numbers=[1, 14, 2, 6, 5])
     learner_page.write(pid=os.getpid(), challenger_score=float("nan"), champion_score=2.5)
     learner_page.beat()
     RingWriter.create(path.with_name(RING_NAME), 4096, layout="12").push(b"x" * 100)
@@ -196,6 +207,21 @@ def test_json_reports_drafts_and_learner(path):
         "refused": {"version": "draft-000003", "reason": "NaN"},
         "rollbacks": 0,
         "rolled_back": None,
+    }
+    assert report["domains"] == {
+        "version": 3,
+        "refused": "NaN",
+        "served": {
+            "code": {
+                "requests": 1,
+                "generated_tokens": 14,
+                "drafts": 2,
+                "proposed": 6,
+                "accepted": 5,
+                "acceptance_rate": 5 / 6,
+                "mean_accepted_length": 3.5,
+            }
+        },
     }
     assert (report["traces"]["ring"]["queued"], report["traces"]["ring"]["dropped"]["torn"]) == (1, 0)
     learner = learner_json(learner_page.read())

@@ -204,6 +204,7 @@ def test_speculation_is_reported(server, client):
         "mean_acceptance_length": pytest.approx(1 + 4 / 3),
         "num_spec_tokens": 2,
         "draft_versions": ["fake-000001"],
+        "domains": [],
     }
     server.wait_until(lambda now: now["speculation"]["proposed"] == before["proposed"] + 6, 2)
     plain = complete(client, "abc", max_tokens=7, extra_body={"speculate": False})

@@ -8,18 +8,22 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 from click.testing import CliRunner
+from support.fake_engine import FAKE_SHAPE
 from support.fake_server import MODEL, FakeServer
 
 from aurora_lit.cli import status as live_status
 from aurora_lit.cli.main import main
 from aurora_lit.config import load_config
+from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, write_centroids
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.run_folder import live_folders
 from aurora_lit.learn.online.process import _open_pages
+from aurora_lit.modules.domains.centroids import Centroids
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.serve import learner_child
 from aurora_lit.serve.server import check_learning, settings_for_learner
@@ -145,6 +149,47 @@ def test_published_drafts_are_served_reported_and_rolled_back_by_the_command_lin
         metrics = httpx.get(f"{server.url}/metrics").text
         assert 'aurora_draft_version{engine="0",model_name="tiny"} 0.0' in metrics
         assert 'aurora_draft_swaps_total{engine="0",model_name="tiny"} 2.0' in metrics
+
+
+def publish_domains(folder, version, *, name):
+    centroids = Centroids(
+        names=(name,),
+        centroid_DE=torch.ones(1, 24),
+        mean_E=torch.zeros(24),
+        variance_E=torch.ones(24),
+        novelty_threshold=0.7,
+    )
+    write_centroids(folder / "live" / CENTROIDS_NAME, centroids, version=version, target=FAKE_SHAPE)
+
+
+def test_published_domains_are_served_counted_and_shown(tmp_path):
+    publish_domains(tmp_path, 1, name="auto-1")
+    with FakeServer(checkpoints=tmp_path) as server:
+        assert server.status()["domains"] == {"version": 1, "refused": None, "served": {}}
+
+        def domains(**options):
+            return answer(server, **options)["metrics"]["speculative_decoding"]["domains"]
+
+        assert domains() == ["auto-1"]
+        assert domains(metadata={"aurora_domain": "code"}) == ["code"]
+        publish_domains(tmp_path, 2, name="auto-2")
+        server.wait_until(lambda now: now["domains"]["version"] == 2, 10)
+        assert domains() == ["auto-2"]
+        (tmp_path / "live" / CENTROIDS_NAME).write_bytes(b"torn")
+        server.wait_until(lambda now: now["domains"]["refused"] is not None, 10)
+        assert domains() == ["auto-2"]
+        server.wait_until(lambda now: sum(each["requests"] for each in now["domains"]["served"].values()) == 4, 5)
+        served = server.status()["domains"]["served"]
+        assert {name: each["generated_tokens"] for name, each in served.items()} == {
+            "auto-1": 12,
+            "code": 12,
+            "auto-2": 24,
+        }
+        assert served["code"]["mean_accepted_length"] == 3.0
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert 'aurora_domain_generated_tokens_total{domain="auto-2",engine="0",model_name="tiny"} 24.0' in metrics
+        shown = " ".join(CliRunner().invoke(main, ["status", "--url", server.url]).stdout.split())
+        assert "auto-2 50 % (accepted length 3.00)" in shown
 
 
 KEY = {"Authorization": "Bearer secret"}

@@ -15,11 +15,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from aurora_lit.drafts.centroid_file import read_centroids
 from aurora_lit.errors import RequestError
+from aurora_lit.modules.domains.centroids import DomainAssigner
 from aurora_lit.request import Output, Request, TokenLogprob
 from aurora_lit.serve.worker import loop
 from aurora_lit.serve.worker.parts import WorkerParts
@@ -43,6 +46,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIALS))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=_TEMPLATE)
+
+
+FAKE_SHAPE = SimpleNamespace(vocab_size=11, hidden_size=8, aux_layer_ids=(1, 2, 3))
+"""Shape of the target that published domains must be of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +94,7 @@ class _Running:
 
 
 class FakeEngine:
-    """An EngineInterface; the tokens of a request are those of its prompt, repeated."""
+    """An EngineInterface; the tokens of a request are those of its prompt, repeated, its domain the first one."""
 
     def __init__(self, options: FakeOptions | None = None) -> None:
         self._options = options or FakeOptions()
@@ -99,6 +106,7 @@ class FakeEngine:
         self.stats = FakeStats()
         self.memory = None
         self.draft_version = "fake-000001"
+        self.assigner: DomainAssigner | None = None
         self._running: dict[str, _Running] = {}
         self._waiting: dict[str, Request] = {}
 
@@ -178,6 +186,7 @@ class FakeEngine:
             prompt_logprobs=prompt_logprobs,
             num_proposed=proposed,
             num_accepted=accepted,
+            domain=request.domain or ("" if self.assigner is None else self.assigner.names[0]),
         )
 
     def _logprob(self, token_id: int, num_top: int) -> TokenLogprob:
@@ -200,7 +209,7 @@ def build_fake_worker(config: object, run_folder: object, *, options: FakeOption
     time.sleep(options.build_s)
     if options.build_error:
         raise RuntimeError(options.build_error)
-    return WorkerParts(engine=FakeEngine(options), load_draft=load_fake_draft)
+    return WorkerParts(engine=FakeEngine(options), load_draft=load_fake_draft, load_domains=load_fake_domains)
 
 
 def load_fake_draft(folder: Path | None) -> object:
@@ -210,3 +219,9 @@ def load_fake_draft(folder: Path | None) -> object:
     if folder is not None:
         read_config(folder)
     return folder
+
+
+def load_fake_domains(path: Path) -> DomainAssigner:
+    """WorkerParts.load_domains."""
+    centroids, version = read_centroids(path, FAKE_SHAPE)
+    return DomainAssigner(centroids, version=version)

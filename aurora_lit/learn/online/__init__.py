@@ -5,14 +5,15 @@ when the gate finds it better than the served one on requests kept out of traini
 
 May import: learn/data/ and above. Start with loop.py. The files, each importing only those above it:
 
-    budget.py         how much processor time learning may use: a token bucket of processor seconds
-    gate.py           champion against challenger on held-out requests
-    intake.py         what becomes of a trace: left out, held out for the gate, or trained on
-    step_metrics.py   metrics of optimiser steps, averaged for the loggers
-    learner.py        Learner.update, the only optimiser step of online learning; its state
-    data_parallel.py  several processes that take each step together
-    domain_drafts.py  the best draft of each domain, kept on disk and continued from when the domain returns
-    loop.py           OnlineLoop.tick: read traces, follow versions, step, trial, save, report
-    build.py          builds a loop from a configuration and a run folder
-    process.py        a learner's process: priority, heartbeat, signals, exit with the server
+    budget.py              how much processor time learning may use: a token bucket of processor seconds
+    gate.py                champion against challenger on held-out requests
+    intake.py              what becomes of a trace: left out, held out for the gate, or trained on
+    step_metrics.py        metrics of optimiser steps, averaged for the loggers
+    learner.py             Learner.update, the only optimiser step of online learning; its state
+    data_parallel.py       several processes that take each step together
+    domain_drafts.py       the best draft of each domain, kept on disk and continued from when the domain returns
+    centroid_publisher.py  publishes the domains by which the engine assigns requests
+    loop.py                OnlineLoop.tick: read traces, follow versions, step, trial, save, report
+    build.py               builds a loop from a configuration and a run folder
+    process.py             a learner's process: priority, heartbeat, signals, exit with the server
 """

@@ -1,10 +1,11 @@
 """The online learner's loop: read traces, take optimiser steps within the budget, publish better drafts.
 
-    tick:  read traces → follow the served version → within the budget: trial or step → save → report
+    tick:  read traces → publish domains → follow the served version → within the budget: trial or step → save → report
 
 A trial compares the learner's draft with the served one and publishes it if the gate passes it. Leaves out the
 optimiser step (learn/online/learner.py), batches (learn/data/online_batcher.py), the gate's decision
-(learn/online/gate.py), and the process that runs the loop (learn/online/process.py).
+(learn/online/gate.py), when domains are published (learn/online/centroid_publisher.py), and the process that runs the
+loop (learn/online/process.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from aurora_lit.drafts.centroid_file import CENTROIDS_NAME
 from aurora_lit.drafts.versions import DraftStore, version_number
 from aurora_lit.errors import CheckpointError, TraceError
 from aurora_lit.ipc.learner_status import LearnerStatusPage
@@ -22,6 +24,7 @@ from aurora_lit.learn.data.labelled_trace import is_compatible
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import Budget, ServerLoad
+from aurora_lit.learn.online.centroid_publisher import CentroidPublisher
 from aurora_lit.learn.online.domain_drafts import DomainDrafts
 from aurora_lit.learn.online.gate import MIN_REQUESTS, GateDecision, HeldOut, compare_drafts
 from aurora_lit.learn.online.intake import TraceIntake
@@ -88,6 +91,9 @@ class OnlineLoop:
         self.learner, self._champion, self._target_head = learner, champion, target_head
         self.batcher, self.held_out, self._budget = batcher, held_out, budget
         self._domain_drafts = domain_drafts
+        self._centroid_publisher = CentroidPublisher(
+            environment.store.folder / CENTROIDS_NAME, target_head, monotonic_s=environment.monotonic_s
+        )
         # The status page outlives a learner: counters continue where the server's last learner stopped.
         before = environment.page.read()
         self.records, self.skipped, self.batcher.num_stale = before.records, before.skipped, before.stale
@@ -131,6 +137,7 @@ class OnlineLoop:
         if load is ServerLoad.SPARE or not wait_s:  # else traces stay in the ring, which overwrites the oldest
             with self._environment.page.computing(self._threads):
                 self._read_traces()
+                self._publish_domains()
                 self._follow_versions()
         if wait_s:
             self._sleep(wait_s, load)
@@ -172,6 +179,15 @@ class OnlineLoop:
                 self.skipped += 1
                 continue
             self._intake.add(trace)
+
+    def _publish_domains(self) -> None:
+        """Publish the domains when it is time; without a detector there are only clients' labels."""
+        if (detector := self.learner.controller.detector) is None:
+            return
+        try:
+            self._centroid_publisher.publish_when_due(detector)
+        except OSError as error:  # a full disk: learning continues, and requests are assigned by the file before
+            self._environment.page.write(error=f"the domains could not be published: {error}")
 
     # -- budget ----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ merged if they are closer to each other than the new cluster is to its nearest.
 Requests without a cluster have a mean too. While all traffic is of one kind, its requests do not differ from the
 overall statistics, and found no cluster until other kinds arrive. A cluster founded near that mean has low novelty.
 
-Leaves out what is embedded, and what clusters mean (modules/domains/detector.py).
+Leaves out the distance, and assigning without learning (modules/domains/centroids.py), what is embedded, and what
+clusters mean (modules/domains/detector.py).
 
 Shapes: E embedding, D clusters, N outliers.
 """
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from aurora_lit.modules.domains.centroids import Centroids, standardise
 
 WARMUP_REQUESTS = 16
 """The first requests only update the statistics."""
@@ -64,6 +67,8 @@ class OnlineClusters:
         self._mean_E = self._variance_E = self._unassigned_mean_E = torch.zeros(0)
         self._centroid_DE = torch.zeros(0, 0)
         self._outliers: deque[Tensor] = deque(maxlen=_MAX_OUTLIERS)
+        self.num_founded = 0
+        """Clusters founded since this object was made; merging makes room for one, so it is counted too."""
 
     def assign(self, x_E: Tensor, *, new_name: str, fixed_name: str | None = None) -> ClusterAssignment:
         """Assign an embedding to a cluster and update that cluster.
@@ -94,6 +99,18 @@ class OnlineClusters:
         self._outliers = deque((x for index, x in enumerate(self._outliers) if index not in near), maxlen=_MAX_OUTLIERS)
         centre_E = torch.stack(founders).mean(0)
         return self._found(new_name, centre_E, distance, is_fixed=False, size=len(founders), merged=merged)
+
+    def centroids(self) -> Centroids | None:
+        """The clusters as they are now, copied; None while no embedding would be assigned to one."""
+        if not self.names or self._num_requests < WARMUP_REQUESTS:
+            return None
+        return Centroids(
+            names=tuple(self.names),
+            centroid_DE=self._centroid_DE.clone(),
+            mean_E=self._mean_E.clone(),
+            variance_E=self._variance_E.clone(),
+            novelty_threshold=self._novelty_threshold,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, plain numbers and strings."""
@@ -131,8 +148,7 @@ class OnlineClusters:
 
     def _standardise(self, x_E: Tensor) -> Tensor:
         """Standardised by dimension and of length 1; [E] or [., E]."""
-        z_E = (x_E - self._mean_E) * (self._variance_E + 1e-8).rsqrt()
-        return torch.nn.functional.normalize(z_E, dim=-1, eps=1e-6)
+        return standardise(x_E, mean_E=self._mean_E, variance_E=self._variance_E)
 
     def _join(self, index: int, x_E: Tensor, distance: float) -> ClusterAssignment:
         self._sizes[index] += 1
@@ -161,6 +177,7 @@ class OnlineClusters:
             seen_DE = torch.cat([self._centroid_DE, self._unassigned_mean_E[None]])
         distance_D = 1 - self._standardise(seen_DE) @ self._standardise(centre_E)
         novelty = min(1.0, float(distance_D.min())) if len(distance_D) else 1.0
+        self.num_founded += 1
         self.names.append(name)
         self._is_fixed.append(is_fixed)
         self._sizes.append(size)

@@ -1,8 +1,8 @@
 """Assigns each request to a domain, learned online from the target's hidden states, and detects shifts of the traffic.
 
-A request's embedding is the mean of the target's auxiliary hidden states over its prompt, without the first position:
-models use it as an attention sink, and its large values would dominate the mean. A cluster of embeddings is a domain.
-Requests outside all clusters have the domain UNKNOWN. A label that the client gave takes precedence.
+A request's embedding is a mean of the target's auxiliary hidden states over its prompt
+(modules/domains/embedding.py). A cluster of embeddings is a domain. Requests outside all clusters have the domain
+UNKNOWN. A label that the client gave takes precedence.
 
 Leaves out the clustering (modules/domains/clusters.py), the statistical tests (modules/domains/shifts.py), and how
 learning responds (modules/domains/lr_schedule.py).
@@ -21,14 +21,12 @@ from typing import Any
 
 from torch import Tensor
 
+from aurora_lit.modules.domains.centroids import AUTO_PREFIX, UNKNOWN, Centroids, client_label
 from aurora_lit.modules.domains.clusters import ClusterAssignment, OnlineClusters
+from aurora_lit.modules.domains.embedding import pool_prompt
 from aurora_lit.modules.domains.shifts import AcceptanceDropDetector, MixShiftDetector
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 
-UNKNOWN = ""
-"""The domain of outliers, and of all requests while there are no domains."""
-_AUTO_PREFIX = "auto-"
-"""Begins the names of domains without a label. A client's label with this prefix is ignored."""
 _NEW_FOR_REQUESTS = 64
 """A shift to a domain that was founded within so many requests is a shift to something new."""
 _REMEMBERED_REQUESTS = 1024
@@ -96,6 +94,20 @@ class DomainDetector:
         """Share of the latest requests without a domain."""
         return self._mix.shares.get(UNKNOWN, 0.0)
 
+    @property
+    def num_requests(self) -> int:
+        """Requests with a prompt so far, those before a restart included."""
+        return self._num_requests
+
+    @property
+    def num_founded(self) -> int:
+        """Domains founded since this object was made."""
+        return self._clusters.num_founded
+
+    def centroids(self) -> Centroids | None:
+        """The domains as they are now, for assigning requests elsewhere; None while there are none."""
+        return self._clusters.centroids()
+
     def assign(self, trace: Trace) -> DomainAssignment:
         """The domain of a trace. The detector learns from a request's first segment; later ones have its domain."""
         x_E = prompt_embedding(trace)
@@ -114,9 +126,8 @@ class DomainDetector:
         )
 
     def _assign_cluster(self, trace: Trace, x_E: Tensor) -> ClusterAssignment:
-        has_label = trace.domain != UNKNOWN and not trace.domain.startswith(_AUTO_PREFIX)
-        new_name = f"{_AUTO_PREFIX}{self._next_id}"
-        cluster = self._clusters.assign(x_E, new_name=new_name, fixed_name=trace.domain if has_label else None)
+        new_name = f"{AUTO_PREFIX}{self._next_id}"
+        cluster = self._clusters.assign(x_E, new_name=new_name, fixed_name=client_label(trace.domain) or None)
         if cluster.merged is not None:
             removed, kept = cluster.merged
             del self._domains[removed]
@@ -172,11 +183,8 @@ class DomainDetector:
 
 
 def prompt_embedding(trace: Trace) -> Tensor | None:
-    """Mean auxiliary hidden state of the prompt without its first position [E], fp32; None if nothing is left."""
-    end = trace.answer_start
-    if trace.first_position or end < 2:
-        return None
-    return trace.aux_T3H[1:end].float().mean(0)
+    """The embedding of a trace's prompt [E], fp32 (`pool_prompt`); None if that has none, or in later segments."""
+    return None if trace.first_position else pool_prompt(trace.aux_T3H, trace.answer_start)
 
 
 def acceptance_rate(trace: Trace) -> float | None:

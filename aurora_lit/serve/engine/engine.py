@@ -29,6 +29,8 @@ import torch
 from aurora_lit.errors import RequestError
 from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
+from aurora_lit.modules.domains.centroids import DomainAssigner, client_label
+from aurora_lit.modules.domains.embedding import pool_prompt
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.sampling.distribution import is_greedy, token_logprobs
 from aurora_lit.modules.sampling.tree import common_prefix_length
@@ -85,6 +87,8 @@ class Engine:
         self.vocab_size = target.vocab_size
         self.slot_capacity = options.slot_capacity
         self.draft_version = draft_version
+        self.assigner: DomainAssigner | None = None
+        """Assigns domains to requests without a label; may be replaced between two rounds."""
         self.stats = EngineStats()
         self._target, self._observer, self._device = target, observer, target.device
         self._waiting: deque[Request] = deque()
@@ -227,7 +231,7 @@ class Engine:
         self._admit()
         plan = self._plan()
         if not (plan.decoding or plan.prompts):
-            self._start_decoding()  # their prompts were copied whole
+            self._begin_decoding()  # their prompts were copied whole
             return []
         columns = self._runner.run(plan)
         verdicts, logits_DV = self._judge(plan, columns.last_NH)
@@ -243,17 +247,9 @@ class Engine:
         for row, output in zip(plan.decoding, outputs, strict=True):
             if output.finish_reason is not None:
                 self._release(row.sequence)
-        self._start_decoding()
         self._account(plan, outputs, time.perf_counter() - started)
+        self._begin_decoding()
         return outputs
-
-    def _start_decoding(self) -> None:
-        """Let sequences whose prompts have been read decode from the next round on."""
-        ready = self._prefill.take_ready()
-        if self.memory is not None:
-            for sequence in ready:
-                self.memory.open(sequence)
-        self._decoding += ready
 
     # -- the steps of a round, in order --------------------------------------------------------------------------------
 
@@ -358,6 +354,7 @@ class Engine:
             only_copied=proposed > 0 and not proposal.num_drafted,
             num_accepted_from_memory=num_remembered,
             draft_versions=tuple(sequence.draft_versions),
+            domain=sequence.domain,
         )
 
     def _account(self, plan: RoundPlan, outputs: list[Output], seconds: float) -> None:
@@ -378,6 +375,21 @@ class Engine:
             tokens = sum(len(output.token_ids) for output in outputs)
             kind = _kind([row.sequence for row in rows])
             self.floor.observe(kind, seconds=seconds, tokens=tokens, speculated=speculated)
+
+    def _begin_decoding(self) -> None:
+        """Let sequences decode whose prompts have been read. Their domain is known now."""
+        for sequence in self._prefill.take_ready():
+            sequence.domain = client_label(sequence.request.domain) or self._assign_domain(sequence)
+            if self.memory is not None:
+                self.memory.open(sequence)
+            self._decoding.append(sequence)
+
+    def _assign_domain(self, sequence: RunningSequence) -> str:
+        """What the prompt is assigned; "" without published domains, or without a drafter to keep hidden states."""
+        if self.assigner is None or self._drafter is None:
+            return ""
+        x_E = pool_prompt(self._drafter.features_SLF[sequence.slot], sequence.prompt_length)
+        return "" if x_E is None else self.assigner.assign(x_E.cpu())
 
     def _release(self, sequence: RunningSequence) -> None:
         """Free the slot of a request that finished or was cancelled."""

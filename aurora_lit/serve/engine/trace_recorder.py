@@ -112,6 +112,7 @@ class TraceRecorder:
             Trace(
                 request_id=sequence.request.request_id,
                 domain=sequence.request.domain,
+                served_domain=sequence.domain,
                 client=sequence.request.client,
                 verify=verify_mode(sequence.params),
                 temperature=sequence.params.temperature,

@@ -72,6 +72,7 @@ class AnswerStream:
                     num_accepted_from_memory=delta.num_accepted_from_memory,
                     finish_reason=finish_reason,
                     draft_versions=delta.draft_versions,
+                    domain=delta.domain,
                 )
             )
         return Addition(tuple(added), tuple(stopped))

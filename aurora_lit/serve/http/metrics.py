@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from aurora_lit.drafts.versions import version_number
-from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
+from aurora_lit.ipc.engine_status import DomainTotals, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.ring import RingCounters
 from aurora_lit.settings import PLANS
@@ -175,8 +175,13 @@ class _EngineCollector(Collector):
                 "Number of the serving draft version; 0: the starting draft.",
                 version_number(status.draft_version),
             ),
+            "aurora_domains_version": (
+                "Number of the publication that requests are assigned domains by; 0: there is none.",
+                status.domains_version,
+            ),
         }
         yield from _families(GaugeMetricFamily, gauges, self._labels)
+        yield from _by_domain(status.domains, self._labels)
 
 
 class _LearnerCollector(Collector):
@@ -250,6 +255,28 @@ def _families(
             family = kind(name, text, labels=list(labels))
             family.add_metric(list(labels.values()), number)
             yield family
+
+
+def _by_domain(domains: Mapping[str, DomainTotals], labels: dict[str, str]) -> Iterable[Metric]:
+    """One counter for each field of DomainTotals, with a sample for each domain; and the mean accepted lengths."""
+    for field, text in {
+        "requests": "Sequences that ended, by domain.",
+        "generated_tokens": "Tokens generated, by domain.",
+        "drafts": "Rounds of a sequence with proposals, by domain.",
+        "proposed": "Tokens proposed, by domain; of a tree, all nodes.",
+        "accepted": "Proposed tokens that were accepted, by domain.",
+    }.items():
+        counts = {name: getattr(totals, field) for name, totals in domains.items()}
+        yield _by_label(f"aurora_domain_{field}", text, "domain", counts, labels)
+    lengths = GaugeMetricFamily(
+        "aurora_domain_mean_accepted_length",
+        "Tokens emitted per sequence and round with proposals, by domain.",
+        labels=[*labels, "domain"],
+    )
+    for name, totals in domains.items():
+        if totals.mean_accepted_length is not None:
+            lengths.add_metric([*labels.values(), name], totals.mean_accepted_length)
+    yield lengths
 
 
 def _by_label(name: str, text: str, label: str, counts: Mapping[str, int], labels: dict[str, str]) -> Metric:

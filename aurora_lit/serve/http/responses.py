@@ -46,6 +46,7 @@ class _Choice:
     num_from_memory: int = 0
     """Accepted tokens that the traffic memory alone proposed."""
     draft_versions: tuple[str, ...] = ()
+    domain: str = ""
 
 
 class ResponseBuilder:
@@ -132,7 +133,7 @@ class ResponseBuilder:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def metrics(self) -> Json:
-        """Speculation metrics over all choices, under vLLM's names."""
+        """Speculation metrics over all choices, under vLLM's names; the last two are our own."""
         histogram = [sum(counts) for counts in zip(*(choice.histogram for choice in self._choices), strict=True)]
         num_steps = sum(histogram)
         num_accepted = sum(accepted * steps for accepted, steps in enumerate(histogram))
@@ -148,6 +149,7 @@ class ResponseBuilder:
                 "acceptance_histogram": histogram,
                 "num_spec_tokens": self._max_draft_tokens,
                 "draft_versions": sorted({version for choice in self._choices for version in choice.draft_versions}),
+                "domains": sorted({choice.domain for choice in self._choices if choice.domain}),
             }
         }
 
@@ -168,7 +170,7 @@ class ResponseBuilder:
             choice.histogram[min(delta.num_accepted, self._max_draft_tokens)] += 1
             choice.num_proposed += delta.num_proposed
             choice.num_from_memory += delta.num_accepted_from_memory
-        choice.draft_versions = delta.draft_versions
+        choice.draft_versions, choice.domain = delta.draft_versions, delta.domain
         if delta.finish_reason is not None:
             choice.finish_reason = "length" if drop_output else delta.finish_reason
         choice.begun = True

@@ -13,13 +13,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from aurora_lit.errors import RequestError
-from aurora_lit.request import SamplingParams
+from aurora_lit.request import MAX_DOMAIN_CHARACTERS, SamplingParams
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
-MAX_DOMAIN_CHARACTERS = 64
 MAX_SALT_CHARACTERS = 256
 DOMAIN_KEY = "aurora_domain"
 """The key of `metadata` that holds a request's domain label."""

@@ -30,7 +30,7 @@ def ring_counters(run_folder: Path) -> RingCounters | None:
 
 
 def engine_json(status: EngineStatus, ring: RingCounters | None) -> Json:
-    """The engine worker: state, work, draft and traces."""
+    """The engine worker: state, work, draft, domains and traces."""
     return {
         "worker": {
             "state": status.state.name.lower(),
@@ -81,6 +81,18 @@ def engine_json(status: EngineStatus, ring: RingCounters | None) -> Json:
             "refused": _version_event(status.refused_version, status.refused_reason),
             "rollbacks": status.rollbacks,
             "rolled_back": _version_event(status.rolled_back_version, status.rolled_back_reason),
+        },
+        "domains": {
+            "version": status.domains_version or None,
+            "refused": status.domains_refused or None,
+            "served": {
+                name: {
+                    **totals._asdict(),
+                    "acceptance_rate": totals.acceptance_rate,
+                    "mean_accepted_length": totals.mean_accepted_length,
+                }
+                for name, totals in status.domains.items()
+            },
         },
         "traces": {
             "opted_out": status.opted_out,

@@ -77,12 +77,12 @@ class RunningSequence:
     """True once the other slots were searched for a prefix of the prompt."""
     draft_versions: dict[str, None] = field(default_factory=dict)
     """Draft versions that have proposed for it, in order (an ordered set)."""
-    domain: str = ""
-    """Its kind of traffic: the client's label, else the one that it was assigned; "" if unknown."""
     memory_part: int = 0
     """What it may read of the traffic memory, and writes to when it ends (serve/speculation/traffic_memory.py); 0:
     nothing."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    domain: str = ""
+    """The client's label, else what the prompt was assigned; "" before it has been read, and for outliers."""
     temperature: float = field(init=False)
     """The request's sampling temperature; 0: greedy."""
     noise_key: int = field(init=False)

@@ -17,6 +17,7 @@ import torch
 
 from aurora_lit.config import AuroraConfig, draft_folder, resolved_memory_scope
 from aurora_lit.cores import available_cores, use_threads
+from aurora_lit.drafts.centroid_file import read_centroids
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.errors import ConfigError, RingError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -28,6 +29,7 @@ from aurora_lit.models.source import cache_root, find_target
 from aurora_lit.models.target import CPU, Target
 from aurora_lit.models.tokenizer import Tokenizer, keep_tokenizer
 from aurora_lit.models.tokenizer import load_tokenizer as load_kept_tokenizer
+from aurora_lit.modules.domains.centroids import DomainAssigner
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.placement import describe, uses_gpus
 from aurora_lit.serve.engine.engine import Engine
@@ -91,6 +93,10 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         assert draft is not None
         return prepare_draft(draft, target, capacity=engine.slot_capacity)
 
+    def load_domains(path: Path) -> DomainAssigner:
+        centroids, version = read_centroids(path, target)
+        return DomainAssigner(centroids, version=version)
+
     page = LearnerStatusPage.open(run_folder / LEARNER_STATUS_NAME)
     exploration = ExplorationFollower(engine.proposer, page)
     thread_budget = ThreadBudget(engine.planner, page, threads=torch.get_num_threads()) if shard is None else None
@@ -111,6 +117,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
     return WorkerParts(
         engine=engine,
         load_draft=load if uses_draft(config) else None,
+        load_domains=load_domains if uses_draft(config) and config.domain.detect else None,
         before_round=before_round,
         after_round=(lambda: None) if thread_budget is None else thread_budget.after_round,
         idle_work=engine.refine_costs,

@@ -124,4 +124,5 @@ def _delta(index: int, output: Output) -> Delta:
         finish_reason=output.finish_reason,
         error=output.error,
         draft_versions=output.draft_versions,
+        domain=output.domain,
     )

@@ -1,7 +1,8 @@
 """Loads new drafts while serving: a thread watches CURRENT, and loads, checks and prepares the version that it names.
 
 The engine's thread only polls between rounds whether a draft is ready, which costs it reading an attribute. A version
-that cannot be served is refused with a reason, and the present draft continues to serve. Leaves out where versions are
+that cannot be served is refused with a reason, and the present draft continues to serve. The thread also looks for new
+domains (serve/worker/domain_watch.py). Leaves out where versions are
 stored (drafts/versions.py), how a draft is checked (drafts/checkpoint.py, serve/speculation/runtime_draft.py), what a
 swap does (serve/engine/engine.py) and when to roll back (serve/worker/rollback.py).
 
@@ -56,9 +57,14 @@ class Refusal:
 class HotReloader:
     """Keeps the served version equal to CURRENT. One thread loads; another one calls `poll` and `roll_back`."""
 
-    def __init__(self, store: DraftStore, load: Callable[[Path | None], Any]) -> None:
-        """load: loads and prepares the draft of a folder (None: the starting draft); any exception refuses it."""
-        self._store, self._load = store, load
+    def __init__(
+        self, store: DraftStore, load: Callable[[Path | None], Any], *, also_check: Callable[[], bool] = lambda: False
+    ) -> None:
+        """load: loads and prepares the draft of a folder (None: the starting draft); any exception refuses it.
+
+        also_check: looks for something else that is published; True if it has found something to report.
+        """
+        self._store, self._load, self._also_check = store, load, also_check
         self._current_path = store.folder / CURRENT_NAME
         self._seen: tuple[int, int] | None = None
         """Inode and modification time of the last CURRENT that was read; a new file replaces it, so both change."""
@@ -81,7 +87,7 @@ class HotReloader:
         return self.poll()
 
     def start(self, *, on_change: Callable[[], None]) -> None:
-        """Begin to watch. `on_change` runs in the loader's thread when a draft is ready or has been refused."""
+        """Begin to watch. `on_change` runs in the loader's thread when something is ready or has been refused."""
         self._on_change = on_change
         self._thread.start()
 
@@ -107,6 +113,8 @@ class HotReloader:
         while not self._ending:
             try:
                 self._check()
+                if self._also_check():
+                    self._on_change()
             except Exception:  # such as a full disk; the next check may succeed
                 _log.exception("checking for a new draft failed")
             self._wake.wait(WATCH_S)

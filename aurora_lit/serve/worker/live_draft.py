@@ -1,7 +1,8 @@
 """The draft that serves: swaps a new one in between rounds, tries it on live traffic, and rolls a bad one back.
 
-Connects loading (serve/worker/hot_reload.py), the trial (serve/worker/rollback.py) and the engine, and leaves out all
-three. Used by the thread that runs rounds.
+Domains that the learner has published are swapped in here too. Connects loading (serve/worker/hot_reload.py,
+serve/worker/domain_watch.py), the trial (serve/worker/rollback.py) and the engine, and leaves out all of these. Used by
+the thread that runs rounds.
 
     live_draft = LiveDraft(engine, reloader)       # swaps in the version that CURRENT names
     live_draft.before_round()
@@ -15,6 +16,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from aurora_lit.request import Output
+from aurora_lit.serve.worker.domain_watch import DomainWatch
 from aurora_lit.serve.worker.hot_reload import HotReloader, ReadyDraft, Refusal
 from aurora_lit.serve.worker.parts import EngineInterface
 from aurora_lit.serve.worker.rollback import RollbackWatch
@@ -25,9 +27,12 @@ _log = logging.getLogger(__name__)
 class LiveDraft:
     """The draft of one engine; see the file's example."""
 
-    def __init__(self, engine: EngineInterface, reloader: HotReloader) -> None:
-        """Swap in the version to begin with; until then the engine has the starting draft."""
-        self._engine, self._reloader = engine, reloader
+    def __init__(self, engine: EngineInterface, reloader: HotReloader, domain_watch: DomainWatch | None = None) -> None:
+        """Swap in the version to begin with; until then the engine has the starting draft.
+
+        domain_watch: the domains that are published, which the reloader's thread checks; None: there are none.
+        """
+        self._engine, self._reloader, self.domain_watch = engine, reloader, domain_watch
         self._starting_version = engine.draft_version
         self._watch = RollbackWatch()
         self.num_swaps = 0
@@ -38,9 +43,12 @@ class LiveDraft:
         first = reloader.first()
         if first is not None:
             self._swap(first)
+        if domain_watch is not None:
+            domain_watch.check()
+            self._swap_domains()
 
     def start(self, *, on_change: Callable[[], None]) -> None:
-        """Begin to watch for new versions. `on_change` runs in another thread when one is ready or refused."""
+        """Begin to watch for what is published. `on_change` runs in another thread when some is ready or refused."""
         self._reloader.start(on_change=on_change)
 
     def close(self) -> None:
@@ -58,11 +66,12 @@ class LiveDraft:
         return self._reloader.refused
 
     def before_round(self) -> None:
-        """Swap in a draft that is ready."""
+        """Swap in a draft and domains that are ready."""
         ready = self._reloader.poll()
         if ready is not None:
             self._swap(ready)
             self.num_swaps += 1
+        self._swap_domains()
 
     def after_round(self, outputs: Sequence[Output], domains: Sequence[str]) -> None:
         """Judge the draft by its accepted proposals. domains: the label of each output's request, "" without one."""
@@ -77,6 +86,11 @@ class LiveDraft:
                 self.rolled_back = Refusal(version=version, reason=verdict)
                 self._reloader.roll_back(bad=version, reason=verdict)
                 return
+
+    def _swap_domains(self) -> None:
+        """For requests whose prompts are read from now on; the others keep the domain they have."""
+        if self.domain_watch is not None and (assigner := self.domain_watch.poll()) is not None:
+            self._engine.assigner = assigner
 
     def _swap(self, ready: ReadyDraft) -> None:
         version = ready.version or self._starting_version

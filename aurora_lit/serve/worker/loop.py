@@ -85,6 +85,7 @@ class EngineLoop:
                 parts.after_round()
                 swapped = live is not None and live.num_swaps > swaps
                 report.round_times.add(time.perf_counter() - started, swapped=swapped)
+                report.domains.add(outputs)
                 updates, domains = calls.advance(outputs)
                 if live is not None:
                     live.after_round(outputs, domains)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aurora_lit.request import Output, Request
 
 if TYPE_CHECKING:
+    from aurora_lit.modules.domains.centroids import DomainAssigner
     from aurora_lit.serve.speculation.traffic_memory import TrafficMemory
 
 
@@ -41,6 +42,7 @@ class EngineInterface(Protocol):
     draft_version: str
     memory: TrafficMemory | None
     """None: there is none."""
+    assigner: DomainAssigner | None
 
     @property
     def has_work(self) -> bool: ...  # noqa: D102
@@ -63,6 +65,8 @@ class WorkerParts:
     engine: EngineInterface
     load_draft: Callable[[Path | None], Any] | None = None
     """Loads a draft for `swap_draft` from a folder, or the starting draft for None; None: this engine has no draft."""
+    load_domains: Callable[[Path], DomainAssigner] | None = None
+    """Loads the domains that the learner has published from their file; None: this engine assigns none."""
     unrecorded: Callable[[], int] = lambda: 0
     """Number of traces so far that could not be written to trace.record."""
     before_round: Callable[[], None] = lambda: None

@@ -17,6 +17,7 @@ import numpy as np
 
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.serve.worker.call_tracker import CallTracker
+from aurora_lit.serve.worker.domain_counts import DomainCounts
 from aurora_lit.serve.worker.hot_reload import Refusal
 from aurora_lit.serve.worker.parts import WorkerParts
 
@@ -63,7 +64,9 @@ class StatusReport:
     ) -> None:
         self._parts, self._calls, self._live_draft, self._page = parts, calls, live_draft, page
         self._written_texts: tuple[Refusal | None, Refusal | None, str] | None = None
+        self._written_domains: tuple[list[str], str] = [], ""
         self.round_times = RoundTimes()
+        self.domains = DomainCounts()
 
     def write(self, **more: int) -> None:
         """Write all counters, and the fields `more`, in one update."""
@@ -87,8 +90,21 @@ class StatusReport:
             unrecorded=self._parts.unrecorded(),
             **self.round_times.changed_fields(),
             **self._draft_fields(),
+            **self._domain_fields(),
             **more,
         )
+
+    def _domain_fields(self) -> dict[str, int | str | list[int]]:
+        watch = None if self._live_draft is None else self._live_draft.domain_watch
+        names, refused = self.domains.names, "" if watch is None else watch.refused
+        fields: dict[str, int | str | list[int]] = {
+            "domain_numbers": self.domains.numbers,
+            "domains_version": 0 if watch is None else watch.version,
+        }
+        if (names, refused) != self._written_domains:
+            self._written_domains = names, refused
+            fields.update(domain_names="\n".join(names), domains_refused=refused)
+        return fields
 
     def _draft_fields(self) -> dict[str, int | str]:
         version, live = self._parts.engine.draft_version, self._live_draft

@@ -13,6 +13,7 @@ import torch
 from support.learner_harness import LearnerHarness
 from support.live_traces import make_controller, serve, some_requests
 
+from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, read_centroids
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.gate import HeldOut
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION
@@ -253,3 +254,23 @@ def test_domains_set_learning_rate_replay_share_and_loss_weights_and_are_reporte
     assert "code" in page.domains
     assert page.explore_share > 0.01
     assert set(harness.loop.batcher.reservoir.domains) == {"chat", "code"}
+
+
+def test_domains_are_published_beside_the_drafts_and_a_full_disk_is_reported(
+    target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = DomainDetector(max_domains=4, novelty_threshold=0.7)
+    harness = LearnerHarness(target, tmp_path, controller=make_controller(detector=detector), publish_every_s=3600.0)
+    path = harness.store.folder / CENTROIDS_NAME
+    harness.ring.records.extend(traffic)
+    with monkeypatch.context() as patched:
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        patched.setattr("aurora_lit.learn.online.centroid_publisher.write_centroids", full)
+        harness.tick_until(lambda: "domains could not be published" in harness.page.read().error)
+    harness.loop._centroid_publisher._last_s = -float("inf")  # the pause after a failure is over
+    harness.tick_until(path.exists)
+    centroids, version = read_centroids(path, harness.target_head)
+    assert (centroids.names, version) == (("chat",), 1), "the traffic's label"

@@ -1,0 +1,86 @@
+"""The clusters of prompts at one moment, and which of them an embedding belongs to. Nothing is learned here.
+
+The learner has clusters that change with every request (modules/domains/clusters.py) and publishes them from time to
+time (drafts/centroid_file.py); the engine assigns requests by what was published. Both use the distance defined here.
+
+    assigner = DomainAssigner(centroids, version=12)
+    assigner.assign(x_E)                # "auto-3"; "" for an outlier
+
+Shapes: E embedding, D clusters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+UNKNOWN = ""
+"""The domain of outliers, and of all requests while there are no domains."""
+AUTO_PREFIX = "auto-"
+"""Begins the names of domains without a label. A client's label with this prefix is ignored."""
+_LEAST_LENGTH = 1e-6
+"""Shorter vectors are not made to have length 1."""
+
+
+def client_label(label: str) -> str:
+    """A client's label, if it may name a domain; UNKNOWN for none and for one with the reserved prefix."""
+    return UNKNOWN if label.startswith(AUTO_PREFIX) else label
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Centroids:
+    """The clusters at one moment."""
+
+    names: tuple[str, ...]
+    """At least one."""
+    centroid_DE: Tensor
+    """fp32. Mean embedding of each cluster."""
+    mean_E: Tensor
+    """fp32. Mean embedding of all requests."""
+    variance_E: Tensor
+    """fp32. Variance of all requests' embeddings, by dimension."""
+    novelty_threshold: float
+    """Distance (1 − cosine) to every centroid beyond which a request is an outlier."""
+
+
+def standardise(x_E: Tensor, *, mean_E: Tensor, variance_E: Tensor) -> Tensor:
+    """Standardised by dimension and of length 1; [E] or [., E]. The distance is 1 − the product of two of them."""
+    z_E = (x_E - mean_E) * inverse_deviation(variance_E)
+    return torch.nn.functional.normalize(z_E, dim=-1, eps=_LEAST_LENGTH)
+
+
+def inverse_deviation(variance_E: Tensor) -> Tensor:
+    """1 / standard deviation, by dimension; finite where nothing varies."""
+    return (variance_E + 1e-8).rsqrt()
+
+
+class DomainAssigner:
+    """Assigns embeddings to fixed clusters; never changes, so that threads may share it.
+
+    It gives the name that the learner's clusters would give at the moment they were published.
+    """
+
+    def __init__(self, centroids: Centroids, *, version: int) -> None:
+        """version: number of the publication, for reports."""
+        self.version = version
+        self._names, self._threshold = centroids.names, centroids.novelty_threshold
+        # z = x · scale − shift, computed in one operation.
+        self._scale_E = inverse_deviation(centroids.variance_E)
+        self._negative_shift_E = -centroids.mean_E * self._scale_E
+        self._direction_DE = standardise(
+            centroids.centroid_DE, mean_E=centroids.mean_E, variance_E=centroids.variance_E
+        ).contiguous()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The domains that a request can be assigned."""
+        return self._names
+
+    def assign(self, x_E: Tensor) -> str:
+        """The domain of an embedding (fp32, on the CPU); UNKNOWN if it is an outlier."""
+        z_E = torch.addcmul(self._negative_shift_E, x_E, self._scale_E)
+        product, nearest = torch.mv(self._direction_DE, z_E).max(0)
+        length = max(float(torch.dot(z_E, z_E)) ** 0.5, _LEAST_LENGTH)
+        return self._names[int(nearest)] if 1 - float(product) / length <= self._threshold else UNKNOWN
