@@ -20,7 +20,7 @@ from aurora_lit.errors import AuroraError
 
 from .answers import SETTINGS, make_answers
 from .environment import ARCTIC, prepare
-from .proposers import ARMS
+from .proposers import ARMS, SHARED_ARMS
 from .replay import Recorded, Replayed, read_answers, replay_all
 from .report import cost_table, curve_table, token_table
 
@@ -62,7 +62,7 @@ def _compare(arguments: argparse.Namespace, console: Console) -> None:
     if not paths:
         raise AuroraError(f"no answers in {arguments.answers}; `python -m benchmarks.memory_replay answers` makes them")
     files = [read_answers(path) for path in paths]
-    replays = list(replay_all(ARMS, files, shared=arguments.shared))
+    replays = list(replay_all(SHARED_ARMS if arguments.shared else ARMS, files, shared=arguments.shared))
     if arguments.arctic is not None:
         replays += _replay_arctic(arguments.arctic, paths, shared=arguments.shared)
     for temperature in sorted({replayed.temperature for replayed in replays}):

@@ -55,9 +55,9 @@ class Arctic:
         self._tokens = np.zeros(0, np.int32)
         self._length = 0
 
-    def begin(self, prompt: list[int], domain: str) -> None:
+    def begin(self, prompt: list[int], *, domain: str, sampled: bool) -> None:
         """Build the request's tree from its prompt."""
-        del domain  # one tree for all
+        del domain, sampled  # one tree for all
         self._request += 1
         self._tokens = np.zeros(len(prompt) + 4096, np.int32)
         self._tokens[: len(prompt)] = prompt

@@ -1,54 +1,103 @@
-"""What this project proposes without a draft, as proposers of a replay.
+"""What this project proposes without a draft, as proposers of a replay: copies, as the engine looks them up.
 
-The engine decides by measured costs up to which probability of being accepted (survival) a proposal pays. Here costs
-are left out: all arms stop at the same survival and the same number of proposals.
+The engine decides by measured costs up to which probability of being accepted (survival) a copy is worth its column.
+Here costs are left out: an arm proposes all copies above a fixed survival, at most `MAX_NODES`.
+
+Shapes: S slots (one), L its capacity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from aurora_lit.serve.sequences.ngram_index import NgramIndex
-from aurora_lit.serve.speculation.ngram_planner import NgramAcceptance
+import torch
 
-from .replay import ROOT, Proposer
+from aurora_lit.kernels import suffix_index
+from aurora_lit.kernels.suffix_index import NO_COPIES, SuffixMemory
+from aurora_lit.serve.speculation.copy_planner import CopyReliability
+from aurora_lit.serve.speculation.traffic_memory import CONTEXT_TOKENS
+
+from .replay import Proposer
 
 MAX_NODES = 15
 """Most proposals of a round."""
-LEAST_SURVIVAL = 0.25
-"""Proposals that are less likely to be accepted are not made."""
+CAPACITY_BYTES = 64 << 20
+"""Of the memory: the default of memory.capacity_mb."""
 
 
-class Lookup:
-    """n-gram lookup inside the request: the chain that followed the longest earlier match."""
+class Copying:
+    """Copies from within the request, from earlier answers, or from both."""
 
-    def __init__(self) -> None:
-        self._acceptance = NgramAcceptance()
-        self._index = NgramIndex()
-        self._match, self._proposed = 0, 0
+    def __init__(
+        self, *, own: bool, remembers: bool, least: float = 0.25, apart: bool = False, capacity: int = CAPACITY_BYTES
+    ) -> None:
+        """`own`: copy from within the request. `least`: smallest survival. `apart`: domains have parts of their own."""
+        self._own, self._least, self._apart = own, least, apart
+        self._memory = SuffixMemory(capacity) if remembers else None
+        self._parts: dict[str, int] = {}
+        self._reliability = CopyReliability()
+        self._tokens_SL = torch.zeros(1, 1, dtype=torch.int64)
+        self._prompt_length = self._length = 0
+        self._part = self._table = 0
+        self._found = NO_COPIES
 
-    def begin(self, prompt: list[int], domain: str) -> None:
-        """Index the prompt."""
-        del domain
-        self._index = NgramIndex(prompt)
-        self._proposed = 0
+    def begin(self, prompt: list[int], *, domain: str, sampled: bool) -> None:
+        """Store the prompt as the engine does."""
+        self._tokens_SL = torch.zeros(1, len(prompt) + 4096, dtype=torch.int64)
+        self._tokens_SL[0, : len(prompt)] = torch.tensor(prompt)
+        self._prompt_length = self._length = len(prompt)
+        self._part = self._parts.setdefault(domain if self._apart else "", len(self._parts) + 1)
+        self._table = self._reliability.table(sampled=sampled)
+        self._found = NO_COPIES
 
     def propose(self) -> tuple[list[int], list[int]]:
-        """A chain, as long as its survival suffices."""
-        self._match, at = self._index.find_longest_match()
-        survival = self._acceptance.survival(self._match, MAX_NODES) if self._match else []
-        self._proposed = sum(reached >= LEAST_SURVIVAL for reached in survival)
-        return self._index.continuation(at, self._proposed), list(range(ROOT, self._proposed - 1))
+        """The likeliest copies."""
+        (self._found,) = suffix_index.look_up(
+            self._tokens_SL,
+            slots=[0],
+            lengths=[self._length],
+            most=[MAX_NODES],
+            parts=[self._part if self._memory is not None else 0],
+            tables=[self._table],
+            rate_RC=self._reliability.rate_RC,
+            least=self._least,
+            memory=self._memory,
+            own=self._own,
+        )
+        return self._found.tokens, [column - 1 for column in self._found.parents]
 
     def accept(self, tokens: list[int], accepted: int, *, ended: bool) -> None:
-        """Index committed tokens, and learn how many were accepted."""
-        if self._proposed and not ended:
-            self._acceptance.observe(self._match, proposed=self._proposed, accepted=accepted)
-        self._index.extend(tokens)
+        """Store committed tokens, and count which copies were accepted."""
+        found = self._found
+        if found.tokens and not ended:
+            path = [0]
+            for token in tokens[:accepted]:
+                nodes = enumerate(zip(found.parents, found.tokens, strict=True), start=1)
+                path.append(next(column for column, node in nodes if node == (path[-1], token)))
+            for column, (parent, cell) in enumerate(zip(found.parents, found.cells, strict=True), start=1):
+                if parent in path:
+                    self._reliability.observe(self._table, cell, accepted=column in path)
+        end = self._length + len(tokens)
+        self._tokens_SL[0, self._length : end] = torch.tensor(tokens)
+        self._length = end
 
     def finish(self) -> None:
-        """Nothing is kept."""
+        """Remember the answer."""
+        if self._memory is not None:
+            context = min(CONTEXT_TOKENS, self._prompt_length)
+            tokens = self._tokens_SL[0, self._prompt_length - context : self._length].tolist()
+            self._memory.insert(tokens, context=context, part=self._part)
 
 
-ARMS: dict[str, Callable[[], Proposer]] = {"lookup": Lookup}
+ARMS: dict[str, Callable[[], Proposer]] = {
+    "lookup": lambda: Copying(own=True, remembers=False),
+    "memory": lambda: Copying(own=False, remembers=True),
+    "both": lambda: Copying(own=True, remembers=True),
+    "both, from 0.1": lambda: Copying(own=True, remembers=True, least=0.1),
+}
 """What is compared, by name."""
+SHARED_ARMS: dict[str, Callable[[], Proposer]] = {
+    **ARMS,
+    "both, domains apart": lambda: Copying(own=True, remembers=True, apart=True),
+}
+"""The same where all domains take turns."""

@@ -39,7 +39,7 @@ class Proposer(Protocol):
     Calls for each request: `begin`, then `accept` of the first token, then `propose` and `accept` in turn, `finish`.
     """
 
-    def begin(self, prompt: list[int], domain: str) -> None:
+    def begin(self, prompt: list[int], *, domain: str, sampled: bool) -> None:
         """A request arrives."""
 
     def propose(self) -> tuple[Sequence[int], Sequence[int]]:
@@ -91,15 +91,17 @@ class Replayed:
     tallies: list[Tally]
     look_up: Quantiles
     """A call of `propose`."""
-    update: Quantiles
-    """All of an answer's calls of `accept` and `finish`, divided by its tokens."""
+    accept: Quantiles
+    """All of an answer's calls of `accept`, divided by its tokens."""
+    finish: Quantiles
+    """`finish`, divided by the answer's tokens."""
     begin: Quantiles
     """`begin`, divided by the prompt's tokens."""
 
     @staticmethod
     def from_json(fields: dict[str, object]) -> Replayed:
         """The inverse of `dataclasses.asdict`."""
-        times = {name: Quantiles(**fields.pop(name)) for name in ("look_up", "update", "begin")}  # type: ignore[arg-type]
+        times = {name: Quantiles(**fields.pop(name)) for name in ("look_up", "accept", "finish", "begin")}  # type: ignore[arg-type]
         tallies = [Tally(**tally) for tally in fields.pop("tallies")]  # type: ignore[attr-defined]
         return Replayed(**fields, tallies=tallies, **times)  # type: ignore[arg-type]
 
@@ -123,7 +125,8 @@ def accepted_count(tokens: Sequence[int], parents: Sequence[int], expected: Sequ
 @dataclass(kw_only=True)
 class _Times:
     look_up_us: list[float] = field(default_factory=list)
-    update_us: list[float] = field(default_factory=list)
+    accept_us: list[float] = field(default_factory=list)
+    finish_us: list[float] = field(default_factory=list)
     begin_us: list[float] = field(default_factory=list)
 
 
@@ -131,11 +134,11 @@ def replay_request(proposer: Proposer, recorded: Recorded, times: _Times) -> Tal
     """Replay one request; its times are appended to `times`."""
     answer, clock = recorded.answer, time.perf_counter_ns
     started = clock()
-    proposer.begin(recorded.prompt, recorded.domain)
+    proposer.begin(recorded.prompt, domain=recorded.domain, sampled=recorded.temperature > 0)
     times.begin_us.append((clock() - started) / 1e3 / len(recorded.prompt))
     started = clock()
     proposer.accept(answer[:1], 0, ended=len(answer) == 1)
-    update_ns = clock() - started
+    accept_ns = clock() - started
     done, rounds, proposed, accepted = 1, 0, 0, 0
     while done < len(answer):
         started = clock()
@@ -147,11 +150,11 @@ def replay_request(proposer: Proposer, recorded: Recorded, times: _Times) -> Tal
         rounds, proposed, accepted = rounds + 1, proposed + len(tokens), accepted + count
         started = clock()
         proposer.accept(committed, count, ended=done == len(answer))
-        update_ns += clock() - started
+        accept_ns += clock() - started
     started = clock()
     proposer.finish()
-    update_ns += clock() - started
-    times.update_us.append(update_ns / 1e3 / len(answer))
+    times.finish_us.append((clock() - started) / 1e3 / len(answer))
+    times.accept_us.append(accept_ns / 1e3 / len(answer))
     return Tally(domain=recorded.domain, tokens=len(answer) - 1, rounds=rounds, proposed=proposed, accepted=accepted)
 
 
@@ -165,7 +168,8 @@ def replay(arm: str, proposer: Proposer, requests: Sequence[Recorded], *, shared
         shared=shared,
         tallies=tallies,
         look_up=Quantiles.of(times.look_up_us),
-        update=Quantiles.of(times.update_us),
+        accept=Quantiles.of(times.accept_us),
+        finish=Quantiles.of(times.finish_us),
         begin=Quantiles.of(times.begin_us),
     )
 

@@ -66,14 +66,21 @@ def curve_table(replays: Sequence[Replayed], parts: int = 6) -> Table:
 def cost_table(replays: Sequence[Replayed]) -> Table:
     """What proposals cost: how many there are, and times, the worst of the replays."""
     table = Table(title=f"costs, temperature {replays[0].temperature:g}; times: median, 99th percentile in µs")
-    columns = ("proposals a round", "accepted", "look-up", "update, a token", "begin, a prompt token")
+    columns = (
+        "proposals a round",
+        "accepted",
+        "look-up",
+        "accept, a token",
+        "finish, a token",
+        "begin, a prompt token",
+    )
     for name in ("", *columns):
         table.add_column(name, justify="right" if name else "left")
     for arm in dict.fromkeys(replayed.arm for replayed in replays):
         own = [replayed for replayed in replays if replayed.arm == arm]
         tallies = [tally for replayed in own for tally in replayed.tallies]
         proposed, accepted = sum(t.proposed for t in tallies), sum(t.accepted for t in tallies)
-        times = [[getattr(replayed, name) for replayed in own] for name in ("look_up", "update", "begin")]
+        times = [[getattr(replayed, name) for replayed in own] for name in ("look_up", "accept", "finish", "begin")]
         table.add_row(
             arm,
             f"{proposed / sum(tally.rounds for tally in tallies):.2f}",

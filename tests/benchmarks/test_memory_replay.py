@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.memory_replay.proposers import LEAST_SURVIVAL, MAX_NODES, Lookup
+from aurora_lit.kernels import native
+from benchmarks.memory_replay.proposers import MAX_NODES, Copying
 from benchmarks.memory_replay.replay import (
     Proposer,
     Recorded,
@@ -35,7 +36,7 @@ class Oracle:
         self.answer, self.right, self.done = list(answer), right, 0
         self.log: list[tuple[str, list[int], int, bool]] = []
 
-    def begin(self, prompt: list[int], domain: str) -> None:
+    def begin(self, prompt: list[int], *, domain: str, sampled: bool) -> None:
         self.done = 0
         self.log.append((f"begin {domain}", list(prompt), 0, False))
 
@@ -97,26 +98,56 @@ def test_without_proposals_every_round_gives_one_token() -> None:
     assert [tokens_a_round([tally]) for tally in replayed.tallies] == [1.0] * 3
 
 
-def test_lookup_proposes_what_followed_an_earlier_match_and_only_while_it_is_probable() -> None:
-    lookup, rng = Lookup(), random.Random(0)
-    known = [rng.randrange(1000) for _ in range(40)]
-    lookup.begin(known, "")
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler")
+
+
+def some_tokens(count: int, *, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(40_000) for _ in range(count)]
+
+
+@needs_kernels
+def test_copies_are_proposed_only_while_they_are_probable() -> None:
+    lookup, known = Copying(own=True, remembers=False), some_tokens(40, seed=0)
+    lookup.begin(known, domain="", sampled=False)
     lookup.accept(known[:12], 0, ended=False)
     tokens, parents = lookup.propose()
-    assert tokens == known[12 : 12 + MAX_NODES]
-    assert parents == list(range(-1, MAX_NODES - 1))
-    for _ in range(300):  # such proposals are always wrong, so they are given up
+    assert tokens == known[12 : 12 + len(tokens)]
+    assert 4 < len(tokens) <= MAX_NODES
+    assert parents == list(range(-1, len(tokens) - 1))
+    for _ in range(300):  # such copies are always wrong, so they are given up
         tokens, _ = lookup.propose()
         lookup.accept([], 0, ended=False)
     assert tokens == []
-    assert LEAST_SURVIVAL > 0.2  # else the loop above is too short
 
 
-def test_lookup_replays_a_copy_of_the_prompt_in_few_rounds() -> None:
-    rng = random.Random(1)
-    passage = [rng.randrange(1000) for _ in range(100)]
-    replayed = replay("lookup", Lookup(), [recorded(passage, passage)] * 2, shared=False)
-    assert tokens_a_round(replayed.tallies) > 8
+@needs_kernels
+def test_what_is_copied_from_is_what_the_arm_says() -> None:
+    passage, other = some_tokens(100, seed=1), some_tokens(100, seed=2)
+    requests = [
+        recorded(passage, passage),
+        recorded(some_tokens(100, seed=3), other),
+        recorded(some_tokens(100, seed=4), other),
+    ]
+
+    def lengths(proposer: Proposer) -> list[float]:
+        replayed = replay("", proposer, requests, shared=False)
+        return [tokens_a_round([tally]) for tally in replayed.tallies]
+
+    copied, plain = pytest.approx(12, abs=4), 1.0
+    assert lengths(Copying(own=True, remembers=False)) == [copied, plain, plain]
+    assert lengths(Copying(own=False, remembers=True)) == [plain, plain, copied]
+    assert lengths(Copying(own=True, remembers=True)) == [copied, plain, copied]
+
+
+@needs_kernels
+def test_domains_that_are_apart_do_not_copy_from_each_other() -> None:
+    answer = some_tokens(100, seed=5)
+    requests = [recorded(some_tokens(50, seed=6 + i), answer, domain=domain) for i, domain in enumerate("aba")]
+    replayed = replay("", Copying(own=False, remembers=True, apart=True), requests, shared=True)
+    first, second, third = (tokens_a_round([tally]) for tally in replayed.tallies)
+    assert first == second == 1.0
+    assert third > 8
 
 
 def test_files_have_proposers_of_their_own_unless_they_share_one() -> None:
@@ -145,7 +176,7 @@ def test_answers_and_replays_survive_their_files(tmp_path: Path) -> None:
     answers = [recorded([1, 2], [3, 4, 5]), recorded([6], [7, 8])]
     write_answers(tmp_path / "new" / "d-0.jsonl", answers)
     assert read_answers(tmp_path / "new" / "d-0.jsonl") == answers
-    replayed = replay("lookup", Lookup(), answers, shared=True)
+    replayed = replay("none", Oracle([], 0), answers, shared=True)
     assert Replayed.from_json(json.loads(json.dumps(asdict(replayed)))) == replayed
 
 
