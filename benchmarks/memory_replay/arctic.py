@@ -39,10 +39,15 @@ ARMS = {
     "arctic, as in vLLM": Settings(max_tree_depth=24, max_cached_requests=10_000, max_spec_tokens=24),
     "arctic, 15": Settings(max_spec_tokens=15),
     "arctic, tree of 15": Settings(max_spec_tokens=15, use_tree_spec=True),
-    "arctic, tree of 15, factor 4": Settings(max_spec_tokens=15, use_tree_spec=True, max_spec_factor=4.0),
+    **{
+        f"arctic, tree of 15, factor 4, from {least:g}": Settings(
+            max_spec_tokens=15, use_tree_spec=True, max_spec_factor=4.0, min_token_prob=least
+        )
+        for least in (0.5, 0.25, 0.1)
+    },
 }
-"""What is compared: the cache's defaults, vLLM's, and at most as many proposals as ours; the last drops the limit of
-one proposal for each matched token."""
+"""What is compared: the cache's defaults, vLLM's, at most as many proposals as ours, and the latter with a higher limit
+of proposals for each matched token and several smallest probabilities, to compare at equal costs."""
 
 
 class Arctic:

@@ -14,7 +14,7 @@ import torch
 
 from aurora_lit.kernels import suffix_index
 from aurora_lit.kernels.suffix_index import NO_COPIES, SuffixMemory
-from aurora_lit.serve.speculation.copy_planner import CopyReliability
+from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyReliability
 from aurora_lit.serve.speculation.traffic_memory import CONTEXT_TOKENS
 
 from .replay import Proposer
@@ -37,6 +37,7 @@ class Copying:
         self._parts: dict[str, int] = {}
         self._reliability = CopyReliability()
         self._tokens_SL = torch.zeros(1, 1, dtype=torch.int64)
+        self._tokens_L = self._tokens_SL[0].numpy()  # the same memory; single tokens are written faster
         self._prompt_length = self._length = 0
         self._part = self._table = 0
         self._found = NO_COPIES
@@ -44,7 +45,8 @@ class Copying:
     def begin(self, prompt: list[int], *, domain: str, sampled: bool) -> None:
         """Store the prompt as the engine does."""
         self._tokens_SL = torch.zeros(1, len(prompt) + 4096, dtype=torch.int64)
-        self._tokens_SL[0, : len(prompt)] = torch.tensor(prompt)
+        self._tokens_L = self._tokens_SL[0].numpy()
+        self._tokens_L[: len(prompt)] = prompt
         self._prompt_length = self._length = len(prompt)
         self._part = self._parts.setdefault(domain if self._apart else "", len(self._parts) + 1)
         self._table = self._reliability.table(sampled=sampled)
@@ -78,14 +80,14 @@ class Copying:
                 if parent in path:
                     self._reliability.observe(self._table, cell, accepted=column in path)
         end = self._length + len(tokens)
-        self._tokens_SL[0, self._length : end] = torch.tensor(tokens)
+        self._tokens_L[self._length : end] = tokens
         self._length = end
 
     def finish(self) -> None:
         """Remember the answer."""
         if self._memory is not None:
             context = min(CONTEXT_TOKENS, self._prompt_length)
-            tokens = self._tokens_SL[0, self._prompt_length - context : self._length].tolist()
+            tokens = self._tokens_L[self._prompt_length - context : self._length].tolist()
             self._memory.insert(tokens, context=context, part=self._part)
 
 
@@ -94,6 +96,7 @@ ARMS: dict[str, Callable[[], Proposer]] = {
     "memory": lambda: Copying(own=False, remembers=True),
     "both": lambda: Copying(own=True, remembers=True),
     "both, from 0.1": lambda: Copying(own=True, remembers=True, least=0.1),
+    "both, from 0.05": lambda: Copying(own=True, remembers=True, least=LEAST_SURVIVAL),
 }
 """What is compared, by name."""
 SHARED_ARMS: dict[str, Callable[[], Proposer]] = {
