@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from aurora_lit.kernels import suffix_index
-from aurora_lit.kernels.suffix_index import NO_COPIES, SuffixMemory
+from aurora_lit.kernels.suffix_index import DOMAIN_BITS, NO_COPIES, SuffixMemory
 from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyReliability
 from aurora_lit.serve.speculation.traffic_memory import CONTEXT_TOKENS
 
@@ -28,13 +28,12 @@ CAPACITY_BYTES = 64 << 20
 class Copying:
     """Copies from within the request, from earlier answers, or from both."""
 
-    def __init__(
-        self, *, own: bool, remembers: bool, least: float = 0.25, apart: bool = False, capacity: int = CAPACITY_BYTES
-    ) -> None:
-        """`own`: copy from within the request. `least`: smallest survival. `apart`: domains have parts of their own."""
-        self._own, self._least, self._apart = own, least, apart
-        self._memory = SuffixMemory(capacity) if remembers else None
-        self._parts: dict[str, int] = {}
+    def __init__(self, *, own: bool, remembers: bool, least: float = 0.25, knows_domains: bool = False) -> None:
+        """`own`: copy from within the request. `least`: smallest survival. `knows_domains`: the memory prefers a
+        domain's own answers."""
+        self._own, self._least, self._knows_domains = own, least, knows_domains
+        self._memory = SuffixMemory(CAPACITY_BYTES) if remembers else None
+        self._domains: dict[str, int] = {}
         self._reliability = CopyReliability()
         self._tokens_SL = torch.zeros(1, 1, dtype=torch.int64)
         self._tokens_L = self._tokens_SL[0].numpy()  # the same memory; single tokens are written faster
@@ -48,7 +47,8 @@ class Copying:
         self._tokens_L = self._tokens_SL[0].numpy()
         self._tokens_L[: len(prompt)] = prompt
         self._prompt_length = self._length = len(prompt)
-        self._part = self._parts.setdefault(domain if self._apart else "", len(self._parts) + 1)
+        number = self._domains.setdefault(domain, len(self._domains) + 1)
+        self._part = (1 << DOMAIN_BITS) + (number if self._knows_domains else 0)
         self._table = self._reliability.table(sampled=sampled)
         self._found = NO_COPIES
 
@@ -101,6 +101,6 @@ ARMS: dict[str, Callable[[], Proposer]] = {
 """What is compared, by name."""
 SHARED_ARMS: dict[str, Callable[[], Proposer]] = {
     **ARMS,
-    "both, domains apart": lambda: Copying(own=True, remembers=True, apart=True),
+    "both, domains known": lambda: Copying(own=True, remembers=True, knows_domains=True),
 }
 """The same where all domains take turns."""

@@ -141,13 +141,20 @@ def test_what_is_copied_from_is_what_the_arm_says() -> None:
 
 
 @needs_kernels
-def test_domains_that_are_apart_do_not_copy_from_each_other() -> None:
-    answer = some_tokens(100, seed=5)
-    requests = [recorded(some_tokens(50, seed=6 + i), answer, domain=domain) for i, domain in enumerate("aba")]
-    replayed = replay("", Copying(own=False, remembers=True, apart=True), requests, shared=True)
-    first, second, third = (tokens_a_round([tally]) for tally in replayed.tallies)
-    assert first == second == 1.0
-    assert third > 8
+def test_the_memory_prefers_the_own_domain_only_where_domains_are_known() -> None:
+    begin, one, other = some_tokens(4, seed=5), some_tokens(60, seed=6), some_tokens(60, seed=7)
+    turns = [("a", begin + one), ("b", begin + other), ("b", begin + other)]
+    requests = [recorded(some_tokens(50, seed=8 + i), answer, domain=d) for i, (d, answer) in enumerate(turns)]
+
+    def first_proposal_is_right(*, knows_domains: bool) -> bool:
+        copying = Copying(own=False, remembers=True, knows_domains=knows_domains)
+        replay("", copying, requests, shared=True)
+        copying.begin(some_tokens(50, seed=20), domain="a", sampled=False)
+        copying.accept(begin, 0, ended=False)
+        return copying.propose()[0][0] == one[0]
+
+    assert first_proposal_is_right(knows_domains=True)
+    assert not first_proposal_is_right(knows_domains=False)  # the other answer was given twice
 
 
 def test_files_have_proposers_of_their_own_unless_they_share_one() -> None:
