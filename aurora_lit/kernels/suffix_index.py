@@ -19,11 +19,11 @@ from aurora_lit.kernels import native
 
 DOMAIN_BITS = 12
 """The last bits of a part number the domain; the others say who may read it."""
-MIN_MATCH, MAX_MATCH = 2, 16
-"""Least number of agreeing tokens, and the number beyond which they are not compared."""
+MAX_MATCH = 16
+"""Number of agreeing tokens beyond which they are not compared."""
 KINDS = ("lookup", "memory", "both")
 """Where a node's occurrences are: earlier in the sequence, in the memory, or in both."""
-LENGTH_CLASSES = (2, 3, 4, 5, 7, 10, 16)
+LENGTH_CLASSES = (1, 2, 3, 4, 5, 7, 10, 16)
 """Numbers of agreeing tokens from which on acceptance is counted separately."""
 SHARE_CLASSES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the occurrences that go on with the node's token, likewise."""
@@ -32,7 +32,7 @@ COUNT_CLASSES = (1, 2, 4, 8)
 NUM_CELLS = len(KINDS) * len(LENGTH_CLASSES) * len(SHARE_CLASSES) * len(COUNT_CLASSES)
 """A cell is a combination of kind and classes: what is known about a node before it is verified."""
 _CELLS_OF_KIND = NUM_CELLS // len(KINDS)
-_BYTES_OF_TOKEN, _BYTES_OF_HEAD = 24, 12
+_BYTES_OF_TOKEN, _BYTES_OF_HEAD = 32, 16
 _MIN_TOKENS = 64
 
 

@@ -85,7 +85,8 @@ def test_native_trees_are_those_of_the_reference(texts: list[Any], rows: list[li
         ([1, 2, 3], []),
         ([1, 2, 3, 4, 1, 2, 3], [4, 1, 2, 3, 4]),  # repeats
         ([9, 2, 3, 4, 8, 2, 3], [4, 8, 2, 3, 4]),
-        ([9, 3, 4, 8, 3], []),  # one agreeing token is too few
+        ([9, 3, 4, 8, 3], [4, 8, 3, 4, 8]),  # one agreeing token
+        ([3, 5, 1, 3, 6, 1, 3], [6, 1, 3, 6, 1]),  # does not count where two agree
         ([6, 6, 6, 6], [6, 6, 6, 6, 6]),
     ],
 )
@@ -99,7 +100,7 @@ def test_occurrences_that_go_on_differently_fork() -> None:
     memory = SuffixMemory(1 << 16)
     for last in (20, 20, 30):
         memory.insert([1, 2, 3, last, last + 1], context=2, part=ONE)
-    shares = torch.full((2, len(suffix_index.KINDS), 7, 5, 4), 0.9)
+    shares = torch.full((2, len(suffix_index.KINDS), 8, 5, 4), 0.9)
     shares[..., :4, :] = 0.3  # less where not all occurrences agree
     shares[..., 2, :] = 0.6  # but half of them or more do
     (copies,) = look_up([[9, 1, 2, 3]], memory, rate_RC=shares.flatten(1).contiguous())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
-from aurora_lit.kernels.suffix_index import DOMAIN_BITS, MIN_MATCH
+from aurora_lit.kernels.suffix_index import DOMAIN_BITS
 from aurora_lit.serve.speculation.copies_in_python import Occurrence, agreement
 
-_ORDERS = (8, 4, 2)
+_ORDERS = (8, 4, 2, 1)
 _MAX_REMEMBERED = 32
 """Occurrences that are considered."""
 
@@ -39,19 +38,23 @@ class SuffixMemoryInPython:
         return self._held, self._forgotten
 
     def find(self, end: Sequence[int], part: int) -> list[Occurrence]:
-        """Occurrences of the last tokens of `end`, by the longest n-gram that finds them, then latest first."""
+        """Occurrences of the last tokens of `end`, by the longest n-gram that finds them, then latest first.
+
+        Those of one token only if there are no others.
+        """
         found = []
         for occurrence in self._all(end, part):
             order = next(order for order in _ORDERS if occurrence.length >= order)
             found.append((-order, occurrence))
         found.sort(key=lambda pair: pair[0])
-        return [occurrence for _, occurrence in islice(found, _MAX_REMEMBERED)]
+        several = [occurrence for _, occurrence in found if occurrence.length > 1]
+        return (several or [occurrence for _, occurrence in found])[:_MAX_REMEMBERED]
 
     def _all(self, end: Sequence[int], part: int) -> Iterator[Occurrence]:
         for of_part, text, context in reversed(self._texts):
             if of_part >> DOMAIN_BITS != part >> DOMAIN_BITS:
                 continue
-            for at in range(len(text) - 1, max(context, MIN_MATCH) - 1, -1):
+            for at in range(len(text) - 1, max(context, 1) - 1, -1):
                 length = agreement(text, at, end)
-                if length >= MIN_MATCH:
+                if length:
                     yield Occurrence(text, at, length, own=False, near=of_part == part)

@@ -4,7 +4,7 @@
 // Suffix decoding (Oliaro et al., arXiv 2411.04975) keeps a suffix tree. Here the memory is a ring of tokens, and for
 // each length in ORDERS a hash table of chains: all positions that follow the same ORDERS[o] tokens, latest first. A
 // look-up walks the chains of the longest agreeing n-gram and compares tokens backwards from there. Inserting a token is
-// three writes, forgetting the oldest ones is overwriting them, and nothing is allocated after the start. The sequence's
+// a few writes, forgetting the oldest ones is overwriting them, and nothing is allocated after the start. The sequence's
 // own tokens are scanned, which takes about a nanosecond a token.
 //
 // A sequence is remembered for a *part*, which says who may read it and, in its last DOMAIN_BITS bits, of which domain it
@@ -21,10 +21,10 @@
 namespace {
 
 // Sizes that kernels/suffix_index.py knows too.
-constexpr int MIN_MATCH = 2, MAX_MATCH = 16;
-constexpr int NUM_KINDS = 3, NUM_LENGTHS = 7, NUM_SHARES = 5, NUM_COUNTS = 4;
+constexpr int MAX_MATCH = 16;
+constexpr int NUM_KINDS = 3, NUM_LENGTHS = 8, NUM_SHARES = 5, NUM_COUNTS = 4;
 
-constexpr int ORDERS[] = {8, 4, 2}, NUM_ORDERS = 3;
+constexpr int ORDERS[] = {8, 4, 2, 1}, NUM_ORDERS = 4;
 constexpr int MAX_OWN = 16, MAX_REMEMBERED = 32, MAX_WALKED = 96;
 constexpr int DOMAIN_BITS = 12;  // of a part; the others say who may read it
 constexpr int32_t SEPARATOR = -1;  // before every inserted sequence
@@ -81,12 +81,12 @@ class SuffixMemory {
   }
 
   // Add occurrences of the tokens before `end` in the part's sequences: the longest n-grams first, of equal ones the
-  // latest.
+  // latest. Those of one token are added only if there are no others in `found`.
   void find(const int64_t* end, int64_t length, uint64_t part, std::vector<Occurrence>& found) const {
     const size_t first = found.size();
     int walked = 0;
     for (int o = 0; o < NUM_ORDERS; ++o) {
-      if (length < ORDERS[o]) continue;
+      if (length < ORDERS[o] || (ORDERS[o] == 1 && !found.empty())) continue;
       uint64_t before = end_;
       uint32_t link = heads_[o][hash(end, ORDERS[o], part)];
       while (link && walked < MAX_WALKED && found.size() - first < MAX_REMEMBERED) {
@@ -150,15 +150,21 @@ class SuffixMemory {
   std::mutex mutex_;
 };
 
-// Positions in a sequence that follow the same tokens as its end, latest first.
-inline void find_own(const int64_t* tokens, int64_t length, std::vector<Occurrence>& found) {
-  if (length <= MIN_MATCH) return;
+// Positions in a sequence that follow the same tokens as its end, latest first. Those after one equal token only go to
+// `single`.
+inline void find_own(const int64_t* tokens, int64_t length, std::vector<Occurrence>& found,
+                     std::vector<Occurrence>& single) {
+  if (length < 2) return;
   const int64_t last = tokens[length - 1], second = tokens[length - 2];
-  int count = 0;
-  for (int64_t at = length - 1; at >= MIN_MATCH && count < MAX_OWN; --at) {
-    if (tokens[at - 1] != last || tokens[at - 2] != second) continue;
+  size_t count = 0;
+  for (int64_t at = length - 1; at >= 1 && count < MAX_OWN; --at) {
+    if (tokens[at - 1] != last) continue;
+    if (at < 2 || tokens[at - 2] != second) {
+      if (single.size() < MAX_OWN) single.push_back({uint64_t(at), 1, true, true});
+      continue;
+    }
     const int64_t most = std::min<int64_t>(MAX_MATCH, at);
-    int64_t n = MIN_MATCH;
+    int64_t n = 2;
     while (n < most && tokens[at - 1 - n] == tokens[length - 1 - n]) ++n;
     found.push_back({uint64_t(at), int32_t(n), true, true});
     ++count;
@@ -185,7 +191,7 @@ struct CopyCall {
 };
 
 inline int length_class(int length) {
-  return length < 5 ? length - MIN_MATCH : length < 7 ? 3 : length < 10 ? 4 : length < MAX_MATCH ? 5 : 6;
+  return length < 5 ? length - 1 : length < 7 ? 4 : length < 10 ? 5 : length < MAX_MATCH ? 6 : 7;
 }
 inline int share_class(int count, int of) {
   return count == of ? 4 : 4 * count >= 3 * of ? 3 : 2 * count >= of ? 2 : 4 * count >= of ? 1 : 0;
@@ -202,9 +208,11 @@ class CopyTree {
     length_ = call_.lengths[row];
     rates_ = call_.rates + call_.tables[row] * (NUM_KINDS * NUM_LENGTHS * NUM_SHARES * NUM_COUNTS);
     occurrences_.clear();
-    if (call_.own) find_own(tokens_, length_, occurrences_);
-    if (memory_ && call_.parts[row] && length_ >= MIN_MATCH)
-      memory_->find(tokens_ + length_, length_, uint64_t(call_.parts[row]), occurrences_);
+    single_.clear();
+    if (call_.own) find_own(tokens_, length_, occurrences_, single_);
+    if (memory_ && call_.parts[row]) memory_->find(tokens_ + length_, length_, uint64_t(call_.parts[row]), occurrences_);
+    if (occurrences_.empty() || occurrences_[0].length == 1)
+      occurrences_.insert(occurrences_.end(), single_.begin(), single_.end());
     int longest = 0, nearest = 0;
     for (const Occurrence& each : occurrences_) {
       longest = std::max(longest, int(each.length));
@@ -301,7 +309,7 @@ class CopyTree {
   const int64_t* tokens_ = nullptr;
   const float* rates_ = nullptr;
   int64_t length_ = 0;
-  std::vector<Occurrence> occurrences_;
+  std::vector<Occurrence> occurrences_, single_;
   std::vector<int> members_, heap_;
   std::vector<Node> nodes_;
   std::vector<Follower> followers_;

@@ -285,8 +285,9 @@ class Engine:
         sequences = self._decoding
         proposals = [NO_PROPOSAL] * len(sequences)
         self.proposer.draft_seconds = 0.0
-        if sequences and self._may_speculate(sequences):
-            proposals = self.proposer.propose(sequences)
+        copies, drafts = self._may_speculate(sequences)
+        if copies or drafts:
+            proposals = self.proposer.propose(sequences, copies=copies, drafts=drafts)
         decoding = [
             DecodingRow(sequence, int(self._tokens_SL[sequence.slot, sequence.length - 1]), proposal)
             for sequence, proposal in zip(sequences, proposals, strict=True)
@@ -295,11 +296,16 @@ class Engine:
         prompts = self._prefill.plan(num_decoding=len(decoding), round_s=round_s + self.proposer.draft_seconds)
         return RoundPlan(decoding, prompts)
 
-    def _may_speculate(self, sequences: list[RunningSequence]) -> bool:
-        """False while prompts wait, whose time proposals would take, and where speculation has not paid lately."""
-        if self.floor is None:
-            return True
-        return not self._prefill.sequences and self.floor.allows(_kind(sequences))
+    def _may_speculate(self, sequences: list[RunningSequence]) -> tuple[bool, bool]:
+        """Whether to copy, and whether to draft: not where that has not paid lately, and neither while prompts wait,
+        whose time proposals would take.
+        """
+        if not sequences or self.floor is None:
+            return bool(sequences), bool(sequences)
+        if self._prefill.sequences:
+            return False, False
+        kind = _kind(sequences)
+        return self.floor.allows(kind), self.floor.allows(kind, drafts=True)
 
     def _judge(self, plan: RoundPlan, last_NH: torch.Tensor) -> tuple[list[Verdict], dict[int, torch.Tensor]]:
         """What each decoding row has come to; and the target's logits [T, V] of rows that ask for log-probabilities."""
@@ -374,7 +380,7 @@ class Engine:
         if self.floor is not None and self.planner.updates_costs:
             tokens = sum(len(output.token_ids) for output in outputs)
             kind = _kind([row.sequence for row in rows])
-            self.floor.observe(kind, seconds=seconds, tokens=tokens, speculated=speculated)
+            self.floor.observe(kind, seconds=seconds, tokens=tokens, speculated=speculated, drafted=draft_s > 0)
 
     def _begin_decoding(self) -> None:
         """Let sequences decode whose prompts have been read. Their domain is known now."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,7 +20,6 @@ from aurora_lit.kernels.suffix_index import (
     KINDS,
     LENGTH_CLASSES,
     MAX_MATCH,
-    MIN_MATCH,
     NO_COPIES,
     SHARE_CLASSES,
     Copies,
@@ -75,9 +73,9 @@ def look_up(
     copies = []
     for slot, length, count, part, table in zip(slots, lengths, most, parts, tables, strict=True):
         tokens = tokens_SL[slot, :length].tolist()
-        occurrences = list(islice(_own_occurrences(tokens), _MAX_OWN)) if own else []
-        if memory is not None and part:
-            occurrences += memory.find(tokens, part)
+        found, single = _own_occurrences(tokens) if own else ([], [])
+        remembered = memory.find(tokens, part) if memory is not None and part else []
+        occurrences = [each for each in found + remembered if each.length > 1] or single + remembered
         copies.append(_tree(occurrences, rate_RC[table].tolist(), most=count, least=least))
     return copies
 
@@ -90,11 +88,15 @@ def agreement(text: Sequence[int], at: int, end: Sequence[int]) -> int:
     return length
 
 
-def _own_occurrences(tokens: list[int]) -> Iterator[Occurrence]:
-    for at in range(len(tokens) - 1, MIN_MATCH - 1, -1):
-        length = agreement(tokens, at, tokens)
-        if length >= MIN_MATCH:
-            yield Occurrence(tokens, at, length, own=True, near=True)
+def _own_occurrences(tokens: list[int]) -> tuple[list[Occurrence], list[Occurrence]]:
+    """The latest of more than one equal token, and the latest of one."""
+    found: list[Occurrence] = []
+    single: list[Occurrence] = []
+    for at in range(len(tokens) - 1, 0, -1):
+        if tokens[at - 1] == tokens[-1] and len(found) < _MAX_OWN:
+            length = agreement(tokens, at, tokens)
+            (found if length > 1 else single).append(Occurrence(tokens, at, length, own=True, near=True))
+    return found, single[:_MAX_OWN]
 
 
 def _tree(occurrences: list[Occurrence], rates: list[float], *, most: int, least: float) -> Copies:

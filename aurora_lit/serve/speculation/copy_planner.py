@@ -23,9 +23,9 @@ from aurora_lit.serve.speculation.planner import SpeculationPlanner
 RELATIONS = ("alone", "agrees", "against")
 """What the draft says to a copied node: nothing, since it proposed nothing there; the same token; another one."""
 _INITIAL_RATES = (
-    (0.60, 0.70, 0.73, 0.80, 0.85, 0.90, 0.94),
-    (0.45, 0.70, 0.78, 0.84, 0.88, 0.91, 0.92),
-    (0.84, 0.87, 0.90, 0.92, 0.94, 0.95, 0.96),
+    (0.30, 0.60, 0.70, 0.73, 0.80, 0.85, 0.90, 0.94),
+    (0.25, 0.45, 0.70, 0.78, 0.84, 0.88, 0.91, 0.92),
+    (0.50, 0.84, 0.87, 0.90, 0.92, 0.94, 0.95, 0.96),
 )
 """For each kind and class of lengths, how often a node was accepted to which all occurrences lead, before any was
 verified. Measured on SmolLM2-135M, greedy (docs/results/traffic-memory.md)."""

@@ -3,7 +3,8 @@
 The planner predicts; this file keeps accounts. For each kind of round (number of sequences; greedy or sampled) it
 knows what a plain round takes, because one is run now and then. Over a window of speculating rounds it adds up what
 they took and what plain rounds would have taken for the same tokens; kinds with about as many sequences (1, 2, 3 to 4,
-5 to 8, …) share a window, since few rounds are of exactly the same kind while requests come and go. A window that lost
+5 to 8, …) share a window, since few rounds are of exactly the same kind while requests come and go. Rounds that only
+copy have windows of their own, or a draft that does not pay would end copies too, which cost little. A window that lost
 turns speculation off for a while. Each further loss doubles that while, and a window that clearly won shortens it. What
 a wrong prediction can cost is therefore one window, again and again, but ever more rarely.
 
@@ -24,7 +25,7 @@ WINDOW_ROUNDS = 24
 _EARLY_ROUNDS, _EARLY_SHARE = 8, 1.15
 """After so many a window that took more than this share of plain decoding's time is lost already."""
 FIRST_PATIENCE, MOST_PATIENCE = 64, 1024
-"""Plain rounds after a lost window; and after many of them."""
+"""Other rounds after a lost window; and after many of them."""
 _PLAIN_EVERY, _PLAIN_EVERY_WINNING = 32, 128
 """Speculating rounds after which a plain one is run to time it; the second where speculation clearly wins."""
 _CLEARLY = 0.9
@@ -42,10 +43,9 @@ class RoundKind(NamedTuple):
     sampled: bool
     """True if any sequence is."""
 
-    @property
-    def group(self) -> tuple[int, bool]:
+    def group(self, *, drafted: bool) -> tuple[int, bool, bool]:
         """The same for kinds with about as many sequences."""
-        return (self.batch_size - 1).bit_length(), self.sampled
+        return (self.batch_size - 1).bit_length(), self.sampled, drafted
 
 
 @dataclass(kw_only=True)
@@ -78,7 +78,7 @@ class _Account:
     """What plain rounds would have taken for their tokens."""
     num_rounds: int = 0
     rest: int = 0
-    """Plain rounds still to come before speculation is tried again."""
+    """Other rounds still to come before speculation is tried again."""
     patience: int = FIRST_PATIENCE
     won: bool = False
     """True if the last window clearly won."""
@@ -88,31 +88,42 @@ class SpeculationFloor:
     """Decides before each round whether it may speculate, and learns from its time.
 
     >>> kind = RoundKind(8, sampled=False)
-    >>> if floor.allows(kind): ...
+    >>> if floor.allows(kind): ...                      # copies
+    >>> if floor.allows(kind, drafts=True): ...         # proposals of the draft
     >>> floor.observe(kind, seconds=0.012, tokens=11, speculated=True)
     """
 
     def __init__(self) -> None:
         self._plain: defaultdict[RoundKind, _PlainRounds] = defaultdict(_PlainRounds)
-        self._accounts: defaultdict[tuple[int, bool], _Account] = defaultdict(_Account)
+        self._accounts: defaultdict[tuple[int, bool, bool], _Account] = defaultdict(_Account)
         self.windows_won = self.windows_lost = 0
 
-    def allows(self, kind: RoundKind) -> bool:
-        """False: this round is to be a plain one, because speculation lost lately or a plain round is to be timed."""
-        account, plain = self._accounts[kind.group], self._plain[kind]
+    def allows(self, kind: RoundKind, *, drafts: bool = False) -> bool:
+        """False: this round is not to speculate, because that lost lately or a plain round is to be timed.
+
+        `drafts`: by the draft; else by copies alone.
+        """
+        account, plain = self._accounts[kind.group(drafted=drafts)], self._plain[kind]
         if account.rest:
             return False
         if plain.count < _FIRST_TIMED:  # the first rounds of a kind speculate, then plain ones are timed
             return plain.since < 2
         return plain.since < (_PLAIN_EVERY_WINNING if account.won else _PLAIN_EVERY)
 
-    def observe(self, kind: RoundKind, *, seconds: float, tokens: int, speculated: bool) -> None:
-        """Add a round that had the machine to itself. `tokens`: that all its sequences got."""
-        account, plain = self._accounts[kind.group], self._plain[kind]
+    def observe(self, kind: RoundKind, *, seconds: float, tokens: int, speculated: bool, drafted: bool = False) -> None:
+        """Add a round that had the machine to itself.
+
+        `tokens`: that all its sequences got. `speculated`: anything was proposed or drafted; `drafted`: the draft ran.
+        """
+        plain = self._plain[kind]
+        for own in (False, True):
+            account = self._accounts[kind.group(drafted=own)]
+            if not (speculated and own == drafted):
+                account.rest = max(0, account.rest - 1)
         if not speculated:
             plain.add(seconds)
-            account.rest = max(0, account.rest - 1)
             return
+        account = self._accounts[kind.group(drafted=drafted)]
         plain.since += 1
         if not plain.seconds:
             return

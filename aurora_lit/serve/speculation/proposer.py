@@ -81,20 +81,24 @@ class Proposer:
         self.draft_seconds = 0.0
         """Time that drafting took in the last round."""
 
-    def propose(self, sequences: Sequence[RunningSequence]) -> list[Proposal]:
-        """A proposal for each sequence."""
+    def propose(
+        self, sequences: Sequence[RunningSequence], *, copies: bool = True, drafts: bool = True
+    ) -> list[Proposal]:
+        """A proposal for each sequence, of what is allowed."""
         self.draft_seconds = 0.0
         proposals = [NO_PROPOSAL] * len(sequences)
         speculating = [i for i, sequence in enumerate(sequences) if sequence.params.speculate]
         if not speculating:
             return proposals
         sampled = 2 * sum(sequences[i].temperature > 0 for i in speculating) > len(speculating)
-        copies = self._look_up(sequences, speculating)
-        speed = self._copy(sequences, copies, proposals, sampled=sampled)
+        found = self._look_up(sequences, speculating) if copies else {}
+        speed = self._copy(sequences, found, proposals, sampled=sampled, drafts=drafts)
+        if not drafts:
+            return proposals
         rest = [i for i in speculating if proposals[i] is NO_PROPOSAL and sequences[i].num_remaining > 1]
         drafted = self._draft(sequences, rest, sampled=sampled)
-        if copies and drafted and not any(proposal.explored_at is not None for _, proposal in drafted):
-            drafted = self._merge(sequences, drafted, copies, proposals, speed=speed, sampled=sampled)
+        if found and drafted and not any(proposal.explored_at is not None for _, proposal in drafted):
+            drafted = self._merge(sequences, drafted, found, proposals, speed=speed)
         for i, proposal in drafted:
             proposals[i] = proposal
         return proposals
@@ -147,12 +151,13 @@ class Proposer:
         proposals: list[Proposal],
         *,
         sampled: bool,
+        drafts: bool,
     ) -> float:
-        """Propose copies where they promise more than the draft. Returns the tokens per second that this promises."""
+        """Propose copies where they promise more than the draft, if that may run. Returns the tokens per second."""
         if not copies:
             return 0.0
         survivals = [each.survivals for each in copies.values()]
-        rates = [sequences[i].acceptance_rate for i in copies]
+        rates = [sequences[i].acceptance_rate if drafts else 0.0 for i in copies]
         counts, speed = self._copy_planner.choose(survivals, rates, batch_size=len(sequences), sampled=sampled)
         for (i, each), count in zip(copies.items(), counts, strict=True):
             table = self.reliability.table(sampled=sequences[i].temperature > 0)
@@ -167,7 +172,6 @@ class Proposer:
         proposals: list[Proposal],
         *,
         speed: float,
-        sampled: bool,
     ) -> list[tuple[int, Proposal]]:
         """Add to the draft's proposals the copies that are worth a column."""
         if not self._planner.costs.ragged or not self._planner.limits.adaptive:

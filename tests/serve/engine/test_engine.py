@@ -351,7 +351,7 @@ def test_bf16_without_kernels(
 def test_rounds_that_carry_prompts_do_not_speculate(models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = models.engine(adaptive=True, prefill_chunk_tokens=4)
     assert engine.floor is not None
-    monkeypatch.setattr(engine.floor, "allows", lambda kind: True)
+    monkeypatch.setattr(engine.floor, "allows", lambda kind, drafts=False: True)
     monkeypatch.setattr(engine.planner, "decide", lambda *_, **__: DraftDecision(DraftShape(2)))
     monkeypatch.setattr(engine.planner, "pays_for_catching_up", lambda *_, **__: True)
     engine.submit(models.request(0, max_tokens=24))

@@ -171,3 +171,20 @@ def test_kinds_with_about_as_many_sequences_are_judged_together() -> None:
     assert not any(floor.allows(RoundKind(size, sampled=False)) for size in sizes)
     assert floor.allows(RoundKind(4, sampled=False))
     assert floor.allows(RoundKind(8, sampled=True))
+
+
+def test_a_draft_that_loses_does_not_end_copies() -> None:
+    floor = SpeculationFloor()
+    for _ in range(2):
+        floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
+    copied = 0
+    for _ in range(3000):
+        if floor.allows(GREEDY, drafts=True):
+            floor.observe(GREEDY, seconds=2 * PLAIN_S, tokens=9, speculated=True, drafted=True)
+        elif floor.allows(GREEDY):
+            copied += 1
+            floor.observe(GREEDY, seconds=1.1 * PLAIN_S, tokens=16, speculated=True)
+        else:
+            floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
+    assert copied > 2700
+    assert floor.windows_lost < 12

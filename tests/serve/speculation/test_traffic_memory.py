@@ -78,7 +78,7 @@ def contains(text: list[int], part: list[int]) -> bool:
 
 @given(st.lists(REQUESTS, min_size=1, max_size=12), st.sampled_from(["domain", "client", "off"]))
 def test_no_proposal_holds_what_its_request_may_not_see(asked: list[Asked], scope: MemoryScope) -> None:
-    """Every proposed path, with the two tokens before it, stands in an answer that the request may read."""
+    """Every proposed path, with the token before it, stands in an answer that the request may read."""
     memory = TrafficMemory(1 << 16, scope=scope)
     for number, each in enumerate(asked):
         sequence = each.sequence()
@@ -91,7 +91,7 @@ def test_no_proposal_holds_what_its_request_may_not_see(asked: list[Asked], scop
             while at:
                 path.append(copies.tokens[at - 1])
                 at = copies.parents[at - 1]
-            assert any(contains(text, tokens[-2:] + path[::-1]) for text in readable)
+            assert any(contains(text, tokens[-1:] + path[::-1]) for text in readable)
         memory.remember(sequence, tokens)
 
 
