@@ -51,9 +51,14 @@ class Copies(NamedTuple):
 NO_COPIES = Copies([], [], [], [])
 
 
+def kind_of(cell: int) -> str:
+    """One of KINDS."""
+    return KINDS[cell // _CELLS_OF_KIND]
+
+
 def is_remembered(cell: int) -> bool:
     """True if nodes of the cell come from the memory alone."""
-    return cell // _CELLS_OF_KIND == KINDS.index("memory")
+    return kind_of(cell) == "memory"
 
 
 class SuffixMemory:

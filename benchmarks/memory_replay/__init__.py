@@ -13,6 +13,7 @@ arctic.py         arctic-inference's suffix cache; runs in its own environment
 proposers.py      what this project proposes
 environment.py    makes arctic-inference's environment
 answers.py        makes the answers
+reliability.py    whether copies are accepted as often as they promise
 report.py         tables
 __main__.py       the commands
 """

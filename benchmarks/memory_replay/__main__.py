@@ -21,6 +21,7 @@ from aurora_lit.errors import AuroraError
 from .answers import SETTINGS, make_answers
 from .environment import ARCTIC, prepare
 from .proposers import ARMS, SHARED_ARMS
+from .reliability import reliability_table
 from .replay import Recorded, Replayed, read_answers, replay_all
 from .report import cost_table, curve_table, token_table
 
@@ -69,6 +70,10 @@ def _compare(arguments: argparse.Namespace, console: Console) -> None:
         own = [replayed for replayed in replays if replayed.temperature == temperature]
         repeated = {f[0].domain: _repeated(f) for f in files if f[0].temperature == temperature}
         console.print(token_table(own, repeated), curve_table(own), cost_table(own), sep="\n")
+    if arguments.reliability:
+        for temperature in sorted({requests[0].temperature for requests in files}):
+            console.print(f"temperature {temperature:g}")
+            console.print(reliability_table([f for f in files if f[0].temperature == temperature]))
     if arguments.out is not None:
         report = {"arctic": ARCTIC, "replays": [asdict(replayed) for replayed in replays]}
         arguments.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
@@ -109,6 +114,7 @@ def _arguments() -> argparse.Namespace:
     compare.add_argument("--domains", nargs="+", default=[], help="only these")
     compare.add_argument("--arctic", type=Path, help="interpreter with arctic-inference; left out: without it")
     compare.add_argument("--shared", action="store_true", help="one memory for all domains, whose requests take turns")
+    compare.add_argument("--reliability", action="store_true", help="also print how reliable copies are")
     compare.add_argument("--out", type=Path, help="file for all counts, JSON")
     return parser.parse_args()
 

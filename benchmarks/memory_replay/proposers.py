@@ -39,7 +39,8 @@ class Copying:
         self._tokens_L = self._tokens_SL[0].numpy()  # the same memory; single tokens are written faster
         self._prompt_length = self._length = 0
         self._part = self._table = 0
-        self._found = NO_COPIES
+        self.found = NO_COPIES
+        """The last proposal."""
 
     def begin(self, prompt: list[int], *, domain: str, sampled: bool) -> None:
         """Store the prompt as the engine does."""
@@ -50,11 +51,11 @@ class Copying:
         number = self._domains.setdefault(domain, len(self._domains) + 1)
         self._part = (1 << DOMAIN_BITS) + (number if self._knows_domains else 0)
         self._table = self._reliability.table(sampled=sampled)
-        self._found = NO_COPIES
+        self.found = NO_COPIES
 
     def propose(self) -> tuple[list[int], list[int]]:
         """The likeliest copies."""
-        (self._found,) = suffix_index.look_up(
+        (self.found,) = suffix_index.look_up(
             self._tokens_SL,
             slots=[0],
             lengths=[self._length],
@@ -66,22 +67,27 @@ class Copying:
             memory=self._memory,
             own=self._own,
         )
-        return self._found.tokens, [column - 1 for column in self._found.parents]
+        return self.found.tokens, [column - 1 for column in self.found.parents]
 
     def accept(self, tokens: list[int], accepted: int, *, ended: bool) -> None:
         """Store committed tokens, and count which copies were accepted."""
-        found = self._found
+        found = self.found
         if found.tokens and not ended:
-            path = [0]
-            for token in tokens[:accepted]:
-                nodes = enumerate(zip(found.parents, found.tokens, strict=True), start=1)
-                path.append(next(column for column, node in nodes if node == (path[-1], token)))
+            path = self.path_of(tokens[:accepted])
             for column, (parent, cell) in enumerate(zip(found.parents, found.cells, strict=True), start=1):
                 if parent in path:
                     self._reliability.observe(self._table, cell, accepted=column in path)
         end = self._length + len(tokens)
         self._tokens_L[self._length : end] = tokens
         self._length = end
+
+    def path_of(self, tokens: list[int]) -> list[int]:
+        """The columns of a path of the last proposal that these tokens are on, column 0 first."""
+        path = [0]
+        for token in tokens:
+            nodes = enumerate(zip(self.found.parents, self.found.tokens, strict=True), start=1)
+            path.append(next(column for column, node in nodes if node == (path[-1], token)))
+        return path
 
     def finish(self) -> None:
         """Remember the answer."""
