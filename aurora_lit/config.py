@@ -133,6 +133,18 @@ def resolved_memory_scope(config: AuroraConfig) -> Literal["domain", "client", "
     return "domain" if config.server.host == "127.0.0.1" else "client"
 
 
+def copied_tokens(config: AuroraConfig) -> int:
+    """Most tokens that a round copies for a sequence, by n-gram lookup or from the traffic memory; 0: nothing is."""
+    engine = config.engine
+    copies = engine.speculate and (engine.lookup or resolved_memory_scope(config) != "off")
+    return engine.lookup_tokens if copies else 0
+
+
+def max_proposal_length(config: AuroraConfig) -> int:
+    """Most consecutive tokens that a round proposes for a sequence, from any source."""
+    return max(config.engine.max_draft_tokens, copied_tokens(config))
+
+
 def draft_folder(config: AuroraConfig) -> Path | None:
     """The folder that draft.checkpoint names: in the working directory, else beside configs/; None if it is null."""
     if config.draft.checkpoint is None:

@@ -124,11 +124,6 @@ class EngineSettings:
     threads: int = _within(0, 0, 4096)
     """CPU threads of each engine process. 0: all cores that affinity and cgroup allow, divided among the processes."""
 
-    @property
-    def max_proposal_length(self) -> int:
-        """Maximum number of consecutive tokens that a round proposes for a sequence, from any source."""
-        return max(self.max_draft_tokens, self.lookup_tokens)
-
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySettings:

@@ -7,11 +7,11 @@ A pair is the same requests sent twice, once with the request's field `speculate
 order; with several clients each sends one of them at the same time. Requests are seeded, so both answers of a pair are
 equal, which is checked. A pair's ratio is that of tokens a second, from the first request to the last answer, the
 reading of prompts included. The table gives the geometric mean of the ratios with its 95 % interval (Student's t on
-their logarithms), and how many rounds proposed anything while speculation was on. The prefix cache is off, since the
-second answer of a pair would find the first one's prompt there, and so is the learner.
+their logarithms), and how many rounds proposed anything while speculation was on. The learner is off.
 
-The traffic memory is empty when a setting begins, and fills with the answers of its speculating halves; others have a
-`cache_salt` of their own, or the second half of a pair would copy the first.
+Each half has a `cache_salt` of its own, or the second half of a pair would find the first one's prompt in the prefix
+cache, and its answer in the traffic memory. That is empty when a setting begins, and fills with the answers of the
+speculating halves; those of the others are not stored.
 
 Other comparisons: `--against memory-off` speculates in both halves, but without the memory in the second;
 `--against off-greedy` has temperature T without speculation against temperature 0 without it.
@@ -45,7 +45,7 @@ from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.pretrain.prompts import read_prompts
 
-_OVERRIDES = ("learn.enabled=false", "engine.prefix_cache=false")
+_OVERRIDES = ("learn.enabled=false",)
 _TIMEOUT_S = 600.0
 
 
@@ -76,6 +76,7 @@ def ask(port: int, prompt: str, arm: Arm, *, max_tokens: int, seed: int, salt: s
         "seed": seed,
         "speculate": arm.speculate,
         "cache_salt": salt,
+        "store": arm.remembers,
     }
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
     try:
@@ -98,7 +99,7 @@ def rounds_by_plan(port: int) -> dict[str, int]:
 
 def run(port: int, prompts: Sequence[str], arm: Arm, *, max_tokens: int, seed: int, setting: str) -> Outcome:
     """Send every prompt at the same time. `setting`: names what shares a memory."""
-    salt = setting if arm.remembers else secrets.token_hex(8)
+    salt = f"{setting}-{arm}"
     before = rounds_by_plan(port)
     started = time.monotonic()
     with ThreadPoolExecutor(len(prompts)) as pool:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, draft_folder
+from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, copied_tokens, draft_folder, resolved_memory_scope
 from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE
 from aurora_lit.errors import ConfigError
@@ -131,6 +131,15 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
             how=f"2 x {largest_layer:,} parameters x {element_bytes} bytes: one runs while the next is gathered",
         )
         lines.insert(1, gathered)
+    if engine.speculate and resolved_memory_scope(config) != "off":
+        lines.append(
+            Need(
+                what="traffic memory",
+                where="host",
+                num_bytes=config.memory.capacity_mb * _MIB,
+                how="memory.capacity_mb, as it fills",
+            )
+        )
     if uses_draft(config):
         lines += _draft_needs(config, text, element_bytes=element_bytes)
         lines.append(
@@ -232,7 +241,7 @@ def _slot_capacity(config: AuroraConfig) -> int:
         max_seq_len=config.engine.max_seq_len,
         max_draft_tokens=config.engine.max_draft_tokens,
         tree_tokens=config.engine.tree_tokens,
-        copied_tokens=config.engine.lookup_tokens,
+        copied_tokens=copied_tokens(config),
     )
 
 

@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aurora_lit.config import AuroraConfig, versions_folder
+from aurora_lit.config import AuroraConfig, max_proposal_length, versions_folder
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.messages import WorkerChannel
 from aurora_lit.ipc.process_lifetime import die_with_parent
@@ -77,7 +77,7 @@ def run_engine_process(
     page.write(
         max_seq_len=engine.max_seq_len,
         vocab_size=engine.vocab_size,
-        max_draft_tokens=config.engine.max_proposal_length,
+        max_draft_tokens=max_proposal_length(config),
     )
     from aurora_lit.serve.worker.loop import EngineLoop
 

@@ -199,6 +199,7 @@ def test_speculation_is_reported(server, client):
         "num_spec_steps": 3,
         "num_draft_tokens": 6,
         "num_accepted_draft_tokens": 4,
+        "num_accepted_memory_tokens": 0,
         "acceptance_histogram": [1, 0, 2],
         "draft_acceptance_rate": pytest.approx(4 / 6),
         "mean_acceptance_length": pytest.approx(1 + 4 / 3),

@@ -35,6 +35,7 @@ from aurora_lit.settings import (
     DraftSettings,
     EngineSettings,
     LearnSettings,
+    MemorySettings,
     ServerSettings,
 )
 from support import child_environment
@@ -173,6 +174,7 @@ def serve_fake(arguments: dict[str, Any]) -> None:
     config = AuroraConfig(
         server=ServerSettings(**arguments["server"]),
         engine=EngineSettings(max_draft_tokens=2, lookup=False),
+        memory=MemorySettings(capacity_mb=0),
         draft=DraftSettings(checkpoint="anything"),
         checkpoint=CheckpointSettings(dir=arguments["checkpoints"]),
         learn=LearnSettings(enabled=arguments["learner"] is not None),

@@ -116,7 +116,7 @@ def changed(name: str, index: Any, value: float) -> Trace:
         ),
         (changed("num_accepted_R", 1, 4), "num_accepted"),
         (changed("num_accepted_R", 2, -1), "num_accepted"),
-        (changed("source_R", 0, 3), "source"),
+        (changed("source_R", 0, 4), "source"),
         (changed("draft_temperature_R", 0, 0.0), "draft_temperature"),
         (changed("proposal_RK", (1, 0), -1), "proposal"),
         (changed("proposal_RK", (3, 3), 4), "proposal"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aurora_lit.config import AuroraConfig, draft_folder, resolved_memory_scope
+from aurora_lit.config import AuroraConfig, copied_tokens, draft_folder, resolved_memory_scope
 from aurora_lit.cores import available_cores, use_threads
 from aurora_lit.drafts.centroid_file import read_centroids
 from aurora_lit.drafts.checkpoint import load_draft, read_config
@@ -208,7 +208,7 @@ def _engine(
         max_seq_len=config.engine.max_seq_len,
         max_draft_tokens=config.engine.max_draft_tokens,
         tree_tokens=config.engine.tree_tokens,
-        copied_tokens=config.engine.lookup_tokens if config.engine.speculate else 0,
+        copied_tokens=copied_tokens(config),
         lookup=config.engine.lookup,
         adaptive=config.engine.adaptive,
         prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
