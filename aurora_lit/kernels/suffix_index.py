@@ -19,6 +19,10 @@ from aurora_lit.kernels import native
 
 DOMAIN_BITS = 12
 """The last bits of a part number the domain; the others say who may read it."""
+CONTEXT_TOKENS = 16
+"""Of a prompt's end, remembered before the answer so that its first tokens are recognised too."""
+MIN_ANSWER_TOKENS = 4
+"""Shorter answers are not remembered: proposals save little there."""
 MIN_MATCH, MAX_MATCH = 2, 16
 """Least number of agreeing tokens, and the number beyond which they are not compared."""
 KINDS = ("lookup", "memory", "both")
