@@ -1,5 +1,8 @@
 """`aurora-lit replay`: learns from recorded traces, and reports the accepted length of static and learning draft.
 
+Both are scored alone and with copies beside them: *static*, *memory* (the starting draft with copies), *learning*,
+*both* (the draft that learns, with copies).
+
 `fabric run … aurora_lit/replay.py` runs the same command in several processes or on several devices.
 
 Leaves out learning and scoring (learn/offline/replay.py).
@@ -23,13 +26,11 @@ from aurora_lit.config import AuroraConfig
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.offline.replay import Replay, ScoredTrace, blocks, count_traces, read_traces
+from aurora_lit.learn.offline.replay import ARMS, Replay, ScoredTrace, blocks, count_traces, read_traces
 from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 DRAFT_NAME, VERSIONS_NAME, REPORT_NAME = "draft", "versions", "replay.json"
-_DRAFTS = ("static", "learning")
-"""The starting draft, and the one that learns."""
 
 
 def replay(config: AuroraConfig, *, traces: Path | None, **options: Any) -> None:
@@ -91,7 +92,7 @@ def run(
 
 
 def report(replayed: Replay, *, window: int) -> dict[str, Any]:
-    """Accepted length of both drafts, overall, by domain and by window, and what the learner did."""
+    """Accepted length of each arm, overall, by domain and by window, and what the learner did."""
     scored = replayed.scored
     domains = sorted({each.domain for each in scored})
     learner = replayed.learner
@@ -100,6 +101,7 @@ def report(replayed: Replay, *, window: int) -> dict[str, Any]:
         "skipped": replayed.skipped,
         "steps": learner.steps,
         "positions": learner.positions,
+        "copies": replayed.copies is not None,
         "poisoned": learner.num_nonfinite,
         "published": sum(trial.passed for trial in replayed.trials),
         "all": _row(scored),
@@ -113,26 +115,26 @@ def report(replayed: Replay, *, window: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any], part: str) -> Table:
-    """Accepted length of both drafts; `part` is "domains" or "windows"."""
+    """Accepted length of each arm, and the gain of all together; `part` is "domains" or "windows"."""
     shown = Table(title=f"accepted length by {part.removesuffix('s')} (each trace is scored, then learned from)")
-    for name in (part.removesuffix("s"), "traces", "rounds (static)", *_DRAFTS, "gain"):
+    for name in (part.removesuffix("s"), "traces", "rounds (static)", *ARMS, "gain"):
         shown.add_column(name, justify="left" if name == "domain" else "right")
     rows = [(str(row.get("domain", row.get("first"))), row) for row in result[part]]
     for name, row in [*rows, ("all", result["all"])]:
-        lengths = [row[arm]["accepted_length"] for arm in _DRAFTS]
+        lengths = [row[arm]["accepted_length"] for arm in ARMS]
         shown.add_row(
             name,
             str(row["traces"]),
             f"{row['static']['rounds']:.0f}",
             *(f"{length:.3f}" for length in lengths),
-            f"{lengths[1] / lengths[0]:.3f}×",
+            f"{lengths[-1] / lengths[0]:.3f}×",
         )
     return shown
 
 
 def _row(scored: Sequence[ScoredTrace]) -> dict[str, Any]:
     found: dict[str, Any] = {"traces": len(scored)}
-    for arm in _DRAFTS:
+    for arm in ARMS:
         rounds = sum(getattr(each, arm).count for each in scored)
         tokens = sum(getattr(each, arm).tokens for each in scored)
         found[arm] = {

@@ -12,6 +12,7 @@ May import: request.py. Start with native.py. The files, each importing only tho
     native.py          loads and calls the kernels: attention, products with packed weights
     sampler.py         sampling: tokens from stored logits, Gumbel noise
     suffix_index.py    copies: what followed a sequence's last tokens before, in itself or in a memory of others
+    copy_rates.py      how often copies were accepted, by what is known about them
     packed_linear.py   linear layers with packed weights, which replace a model's own
     decoder.py         all decoder layers of a forward pass in one native call
     draft_steps.py     a draft's proposals, chains and trees, in one native call

@@ -19,6 +19,10 @@ from aurora_lit.kernels import native
 
 DOMAIN_BITS = 12
 """The last bits of a part number the domain; the others say who may read it."""
+CONTEXT_TOKENS = 16
+"""Of a prompt's end, remembered before the answer so that its first tokens are recognised too."""
+MIN_ANSWER_TOKENS = 4
+"""Shorter answers are not remembered: proposals save little there."""
 MAX_MATCH = 16
 """Number of agreeing tokens beyond which they are not compared."""
 KINDS = ("lookup", "memory", "both")

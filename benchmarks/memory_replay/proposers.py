@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 
 from aurora_lit.kernels import suffix_index
-from aurora_lit.kernels.suffix_index import DOMAIN_BITS, NO_COPIES, SuffixMemory
-from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyReliability
-from aurora_lit.serve.speculation.traffic_memory import CONTEXT_TOKENS
+from aurora_lit.kernels.copy_rates import CopyReliability
+from aurora_lit.kernels.suffix_index import CONTEXT_TOKENS, DOMAIN_BITS, NO_COPIES, SuffixMemory
+from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL
 
 from .replay import Proposer
 

@@ -17,10 +17,12 @@ from aurora_lit.traces.record import Trace
 
 K = 3
 """Proposals of every round."""
+_SETTINGS = ("engine.max_draft_tokens=3", "domain.detect=false", "engine.lookup=false", "memory.capacity_mb=0")
 
 
-def replay_config(**learn: Any) -> AuroraConfig:
-    config = load_config(None, ["engine.max_draft_tokens=3", "domain.detect=false"])
+def replay_config(*changes: str, **learn: Any) -> AuroraConfig:
+    """Nothing is copied without `changes`, which are settings as on the command line."""
+    config = load_config(None, [*_SETTINGS, *changes])
     fields = {
         "batch_positions": 512,
         "unroll_steps": K,
@@ -33,11 +35,11 @@ def replay_config(**learn: Any) -> AuroraConfig:
 
 
 def make_replay(
-    target: Target, draft: Eagle3Draft, folder: Path, *, steps_per_trace: float = 1.0, **learn: Any
+    target: Target, draft: Eagle3Draft, folder: Path, *changes: str, steps_per_trace: float = 1.0, **learn: Any
 ) -> Replay:
     folder.mkdir(exist_ok=True)
     return Replay(
-        replay_config(**learn),
+        replay_config(*changes, **learn),
         target_head=TargetHead(target),
         starting=draft,
         folder=folder / "versions",

@@ -3,7 +3,9 @@
     a block of traces:  score the served draft → replace the recorded rounds by the served draft's own
                         → learn from each trace → trial: is the learner's draft better?
 
-Each trace is scored before it is learned from (test-then-train), with the starting draft too. The policy gradient uses
+Each trace is scored before it is learned from (test-then-train), with the starting draft too, and with both also as if
+copies were proposed beside the draft: from earlier in the request and from the answers of earlier traces, which are
+remembered after their score (learn/offline/copies.py). The policy gradient uses
 the rounds that the draft served in the replay would have had (learn/offline/on_policy.py), not those of the recorded
 draft. Steps, gate and published versions are those of online learning; time is counted in traces, so a replay is
 repeatable. Several processes may replay together: all read the same traces, and take each step together, each with its
@@ -34,8 +36,9 @@ from aurora_lit.errors import AuroraError, TraceError
 from aurora_lit.learn.data.labelled_trace import is_compatible
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.vocabulary import VocabularyUse
+from aurora_lit.learn.offline.copies import LEAST_SURVIVAL, copy_paths_of
 from aurora_lit.learn.offline.on_policy import RoundSimulator
-from aurora_lit.learn.offline.scoring import RoundScorer, RoundTotals
+from aurora_lit.learn.offline.scoring import RoundScorer, RoundTotals, RoundWalk
 from aurora_lit.learn.online.build import STATE_NAME, controller_for, make_batcher, make_held_out, online_module
 from aurora_lit.learn.online.data_parallel import broadcast_plain
 from aurora_lit.learn.online.gate import GateDecision, compare_drafts
@@ -60,8 +63,16 @@ class ScoredTrace:
     """The served version."""
     static: RoundTotals
     """Rounds of the starting draft."""
+    memory: RoundTotals
+    """The same with copies beside it."""
     learning: RoundTotals
     """Rounds of the served draft."""
+    both: RoundTotals
+    """The same with copies beside it."""
+
+
+ARMS = ("static", "memory", "learning", "both")
+"""What is scored; the first two have the starting draft, the others the served one."""
 
 
 class Replay:
@@ -85,12 +96,14 @@ class Replay:
         fabric: Fabric | None = None,
         gated: bool = True,
         keep_versions: bool = True,
+        least_survival: float = LEAST_SURVIVAL,
     ) -> None:
         """Start with the `starting` draft as the served one.
 
         folder: for published versions. scratch: for remembered traces, one folder a process. gated: false serves the
         learner's draft without a trial after each learn.publish_every_steps steps. keep_versions: false writes no
-        version to disk. Raises ConfigError when engine.max_draft_tokens is 0.
+        version to disk. least_survival: copied nodes that are less likely to be accepted are not proposed. Raises
+        ConfigError when engine.max_draft_tokens is 0.
         """
         learn = config.learn
         module = online_module(config, copy.deepcopy(starting), target_head)
@@ -109,7 +122,12 @@ class Replay:
         self._target_head = target_head.to(device)
         self.served = copy.deepcopy(starting).to(device)
         self._champion = online_module(config, self.served, target_head).to(device)
-        self._scorers = [self._scorer(config, draft) for draft in (copy.deepcopy(starting), self.served)]
+        self.copies = copy_paths_of(config, least=least_survival)
+        """What is copied; None: nothing, and arms with copies score as those without."""
+        proposed = config.engine.max_draft_tokens
+        reach = proposed if self.copies is None else max(proposed, self.copies.most)
+        self._scorers = [self._scorer(config, draft, reach) for draft in (copy.deepcopy(starting), self.served)]
+        self._walks = {arm: RoundWalk(reach=reach) for arm in ARMS}
         self._batcher = make_batcher(config, target_head, scratch, vocabulary_use=self.learner.vocabulary_use)
         self._held_out = make_held_out(config, target_head)
         self._intake = TraceIntake(
@@ -140,10 +158,9 @@ class Replay:
         valid = [trace for trace in block if self._is_valid(trace)]
         self.skipped += len(block) - len(valid)
         proposed = self.simulate_rounds(valid)
-        for trace, own, (static, learning) in zip(valid, proposed, self._score(valid), strict=True):
+        for trace, own, rounds in zip(valid, proposed, self._score(valid), strict=True):
             placed = self.learn_from(own)
-            label = trace.domain or placed.domain
-            self.scored.append(ScoredTrace(domain=label, version=self.version, static=static, learning=learning))
+            self.scored.append(ScoredTrace(domain=trace.domain or placed.domain, version=self.version, **rounds))
         self.hold_trial()
 
     def simulate_rounds(self, traces: Sequence[Trace]) -> list[Trace]:
@@ -160,21 +177,32 @@ class Replay:
             return False
         return is_compatible(trace, self._target_head)
 
-    def _scorer(self, config: AuroraConfig, draft: Eagle3Draft) -> RoundScorer:
+    def _scorer(self, config: AuroraConfig, draft: Eagle3Draft, reach: int) -> RoundScorer:
         module: DraftModule = online_module(config, draft, self._target_head).to(self.fabric.device)
         module.num_steps = config.engine.max_draft_tokens
-        return RoundScorer(module, self._target_head, batch_positions=_SCORING_POSITIONS)
+        return RoundScorer(module, self._target_head, batch_positions=_SCORING_POSITIONS, reach=reach)
 
-    def _score(self, traces: Sequence[Trace]) -> list[list[RoundTotals]]:
-        """For each trace, the rounds of the starting and of the served draft; the processes divide the requests."""
+    def _score(self, traces: Sequence[Trace]) -> list[dict[str, RoundTotals]]:
+        """For each trace, the rounds of each arm; the processes divide the requests, but each remembers all answers."""
         processes, mine = self.fabric.world_size, self.fabric.global_rank
         indices = [i for i, t in enumerate(traces) if zlib.crc32(t.request_id.encode()) % processes == mine]
-        found = torch.zeros(len(traces), 2, 2, dtype=torch.float64)
-        for arm, scorer in enumerate(self._scorers):
-            for index, rounds in zip(indices, scorer.score([traces[i] for i in indices]), strict=True):
-                found[index, arm] = torch.tensor([rounds.count, rounds.tokens])
+        own = [traces[i] for i in indices]
+        static, served = (dict(zip(indices, each.accept_probabilities(own), strict=True)) for each in self._scorers)
+        found = torch.zeros(len(traces), len(ARMS), 2, dtype=torch.float64)
+        for index, trace in enumerate(traces):
+            copied_T = None if self.copies is None else self.copies.accepted(trace)
+            if index in static:
+                rows = ((static, None), (static, copied_T), (served, None), (served, copied_T))  # as ARMS
+                for arm, (walk, (accept_KT, copied)) in enumerate(zip(self._walks.values(), rows, strict=True)):
+                    rounds = walk.walk(trace, accept_KT[index], copied)
+                    found[index, arm] = torch.tensor([rounds.count, rounds.tokens])
+            if self.copies is not None:
+                self.copies.remember(trace)
         table = torch.as_tensor(self.fabric.all_reduce(found, reduce_op="sum")).tolist()
-        return [[RoundTotals(count=count, tokens=tokens) for count, tokens in row] for row in table]
+        return [
+            {arm: RoundTotals(count=count, tokens=tokens) for arm, (count, tokens) in zip(ARMS, row, strict=True)}
+            for row in table
+        ]
 
     def learn_from(self, trace: Trace) -> Trace:
         """Take in a trace as the online learner does, and the steps that are due. Returns the trace with its domain.

@@ -9,8 +9,12 @@ drawn a token, the draft with the same noise proposes it with a known probabilit
 then have probabilities instead of outcomes, and their totals are exact in expectation, if p is the softmax of the
 target's logits at the temperature (no top-k, top-p, min-p, penalties or bias).
 
-Two limits: a later segment of a request knows only the overlap before it, and a round that reaches beyond a request's
-recorded end does not count, as in `bench acceptance`. Leaves out learning (learn/offline/replay.py).
+Rounds may also hold copies (learn/offline/copies.py), in one tree with the draft's chain. Such a tree accepts as many
+tokens as the better of both: if the recorded tokens follow L copies, and step i of the draft is accepted with
+probability a_i after all before it, P(accepted >= j) is 1 for j <= L, else a_1 ⋯ a_j.
+
+Two limits: a later segment of a request knows only the overlap before it, and a round that could reach beyond a
+request's recorded end does not count, as in `bench acceptance`. Leaves out learning (learn/offline/replay.py).
 
 Shapes: K draft steps, T positions, H hidden, N scored positions, D draft vocabulary.
 """
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -57,30 +62,38 @@ class RoundScorer:
     >>> scorer.score(traces)[0].accepted_length
     """
 
-    def __init__(self, module: DraftModule, target_head: TargetHead, *, batch_positions: int) -> None:
-        """batch_positions: of one forward pass, padding included; a longer segment is a pass of its own."""
+    def __init__(
+        self, module: DraftModule, target_head: TargetHead, *, batch_positions: int, reach: int | None = None
+    ) -> None:
+        """batch_positions: of one forward pass, padding included; a longer segment is a pass of its own.
+
+        reach: most tokens that a round can accept, if copies are proposed too; None: the draft's steps.
+        """
         self.module, self._target_head = module, target_head
         self._batch_positions = batch_positions
-        self._open: dict[str, tuple[int, dict[int, float]]] = {}
-        """By request: where its next segment's answer begins, and the roots left for that segment, each with the
-        probability that a round begins there. All are positions in the request."""
+        self._reach = max(module.num_steps, reach or 0)
+        self._walk = RoundWalk(reach=self._reach)
+
+    def score(self, traces: Sequence[Trace]) -> list[RoundTotals]:
+        """The rounds of each segment, without copies. Segments of one request must come in their order."""
+        probabilities = self.accept_probabilities(traces)
+        return [self._walk.walk(trace, each) for trace, each in zip(traces, probabilities, strict=True)]
 
     @torch.no_grad()
-    def score(self, traces: Sequence[Trace]) -> list[RoundTotals]:
-        """The rounds of each segment. Segments of one request must come in their order."""
+    def accept_probabilities(self, traces: Sequence[Trace]) -> list[Tensor]:
+        """For each trace, by root: the probability that proposal i is accepted if all before it are [K, T]."""
         probabilities: dict[int, Tensor] = {}
         lengths = [len(trace.token_ids_T) for trace in traces]
         for group in group_by_length(lengths, self._batch_positions):
             probabilities |= zip(group, self._accept_probabilities([traces[i] for i in group]), strict=True)
-        return [self._walk(trace, probabilities[i]) for i, trace in enumerate(traces)]
+        return [probabilities[i] for i in range(len(traces))]
 
     def _accept_probabilities(self, traces: Sequence[Trace]) -> Iterator[Tensor]:
-        """For each trace, by root: the probability that proposal i is accepted if all before it are [K, T]."""
         module, device = self.module, self._target_head.head_VH.device
         unlabelled = [replace(trace, lse_T=torch.zeros(len(trace.token_ids_T))) for trace in traces]  # lse is not used
         batch = collate(unlabelled, with_prompt=[False] * len(traces)).to(device)
-        # Roots left by the segment before may lie up to K before the first one; the last token's successor is unknown.
-        scored_B = [slice(max(0, first_trained_position(t) - module.num_steps), len(t.token_ids_T) - 1) for t in traces]
+        # Roots left by the segment before may lie so far before the first one; the last token's successor is unknown.
+        scored_B = [slice(max(0, first_trained_position(t) - self._reach), len(t.token_ids_T) - 1) for t in traces]
         wanted_BT = torch.zeros(batch.token_ids_BT.shape, dtype=torch.bool)
         for row, scored in enumerate(scored_B):
             wanted_BT[row, scored] = True
@@ -111,6 +124,49 @@ class RoundScorer:
         )
         return (accept_KN * draft.t2d[token_N]).cpu()
 
+
+class RoundWalk:
+    """Goes from root to root through segments, in their order.
+
+    >>> walk = RoundWalk(reach=3)
+    >>> walk.walk(trace, accept_KT).accepted_length
+    """
+
+    def __init__(self, *, reach: int) -> None:
+        """reach: most tokens that a round can accept; roots nearer to the end are left for the next segment."""
+        self._reach = reach
+        self._open: dict[str, tuple[int, dict[int, float]]] = {}
+        """By request: where its next segment's answer begins, and the roots left for that segment, each with the
+        probability that a round begins there. All are positions in the request."""
+
+    def walk(self, trace: Trace, accept_KT: Tensor, copied_T: Sequence[int] | None = None) -> RoundTotals:
+        """The rounds of a segment.
+
+        accept_KT: by root, the probability that the draft's proposal i is accepted if all before it are. copied_T: by
+        root, how many copied tokens are accepted; None: none are proposed.
+        """
+        pending = self._roots_of(trace)
+        last = len(trace.token_ids_T) - 1 - self._reach
+        count = tokens = 0.0
+        for root, accept_K in enumerate(accept_KT.T.tolist()):
+            if root > last:
+                break
+            probability = pending.pop(root, 0.0)
+            if not probability:
+                continue
+            count += probability
+            reached = probability
+            steps = accept_K if copied_T is None else with_copied(accept_K, copied_T[root])
+            for step, accept in enumerate([*steps, 0.0]):
+                tokens += reached
+                ended = reached * (1 - accept)
+                pending[root + 1 + step] = pending.get(root + 1 + step, 0.0) + ended
+                reached -= ended
+        first = trace.first_position
+        left = {first + root: probability for root, probability in pending.items() if probability}
+        self._open[trace.request_id] = (first + len(trace.token_ids_T), left)
+        return RoundTotals(count=count, tokens=tokens)
+
     def _roots_of(self, trace: Trace) -> dict[int, float]:
         """Where in the segment rounds begin, with probabilities: at roots left for it, else before the answer."""
         next_start, left = self._open.get(trace.request_id, (-1, {}))
@@ -121,25 +177,13 @@ class RoundScorer:
         # The draft needs a token before the root, so a root is at least 1.
         return {max(1, position - trace.first_position): probability for position, probability in left.items()}
 
-    def _walk(self, trace: Trace, accept_KT: Tensor) -> RoundTotals:
-        """Go from root to root; roots too near the end are left for the next segment."""
-        pending = self._roots_of(trace)
-        last = len(trace.token_ids_T) - 1 - len(accept_KT)
-        count = tokens = 0.0
-        for root, accept_K in enumerate(accept_KT.T.tolist()):
-            if root > last:
-                break
-            probability = pending.pop(root, 0.0)
-            if not probability:
-                continue
-            count += probability
-            reached = probability
-            for step, accept in enumerate([*accept_K, 0.0]):
-                tokens += reached
-                ended = reached * (1 - accept)
-                pending[root + 1 + step] = pending.get(root + 1 + step, 0.0) + ended
-                reached -= ended
-        first = trace.first_position
-        left = {first + root: probability for root, probability in pending.items() if probability}
-        self._open[trace.request_id] = (first + len(trace.token_ids_T), left)
-        return RoundTotals(count=count, tokens=tokens)
+
+def with_copied(accept_K: Sequence[float], copied: int) -> list[float]:
+    """Probability that each place is accepted if all before it are, where the first `copied` ones are for certain.
+
+    The draft reaches the place after them only if all its steps up to there are accepted.
+    """
+    if not copied:
+        return list(accept_K)
+    after = [prod(accept_K[: copied + 1]), *accept_K[copied + 1 :]] if copied < len(accept_K) else []
+    return [1.0] * copied + after

@@ -30,7 +30,7 @@ class CopiedNode(NamedTuple):
     """The column that it follows."""
     table: int
     cell: int
-    """What is known about it; see CopyReliability in serve/speculation/copy_planner.py."""
+    """What is known about it; see CopyReliability in kernels/copy_rates.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,9 @@ Left out: which copies there are (kernels/suffix_index.py), how many are worth t
 
 from __future__ import annotations
 
+from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import Copies, is_remembered
 from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, CopiedNode, Proposal
-from aurora_lit.serve.speculation.copy_planner import CopyReliability
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY
 
 

@@ -27,11 +27,12 @@ from collections.abc import Sequence
 
 import torch
 
+from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import Copies
 from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_copies
-from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlanner, CopyReliability
+from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlanner
 from aurora_lit.serve.speculation.costs import DraftShape
 from aurora_lit.serve.speculation.drafter import Drafted, Drafter, DraftInputs, DraftNoise
 from aurora_lit.serve.speculation.planner import MAX_REMAINING_TOKENS, SpeculationPlanner

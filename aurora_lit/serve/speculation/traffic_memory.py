@@ -20,15 +20,11 @@ from dataclasses import dataclass
 import torch
 
 from aurora_lit.kernels import native, suffix_index
-from aurora_lit.kernels.suffix_index import DOMAIN_BITS, Copies, SuffixMemory
+from aurora_lit.kernels.suffix_index import CONTEXT_TOKENS, DOMAIN_BITS, MIN_ANSWER_TOKENS, Copies, SuffixMemory
 from aurora_lit.serve.sequences.memory_scope import MemoryScope, memory_partition_key
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation import copies_in_python
 
-CONTEXT_TOKENS = 16
-"""Of a prompt's end, remembered before the answer so that its first tokens are recognised too."""
-_MIN_ANSWER = 4
-"""Shorter answers are not remembered: proposals save little there."""
 _MAX_KEYS = 16_384
 """Keys that are known; what was remembered for the least recently used one can then no longer be read."""
 
@@ -82,7 +78,7 @@ class TrafficMemory:
         if not sequence.memory_part or not sequence.request.store:
             return
         answer = sequence.length - sequence.prompt_length
-        if answer < _MIN_ANSWER:
+        if answer < MIN_ANSWER_TOKENS:
             return
         started = time.perf_counter()
         context = min(CONTEXT_TOKENS, sequence.prompt_length)

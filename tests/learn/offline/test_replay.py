@@ -22,10 +22,11 @@ from support.tiny_models import random_draft
 from aurora_lit.cli.main import main
 from aurora_lit.config import load_config, to_yaml
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
+from aurora_lit.kernels import native
 from aurora_lit.learn.data.labelled_trace import label_trace
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.offline.replay import Replay, blocks
+from aurora_lit.learn.offline.replay import ARMS, Replay, blocks
 from aurora_lit.learn.offline.scoring import RoundTotals
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.draft_module import OnlineWeights
@@ -194,12 +195,15 @@ def test_the_command_writes_a_draft_and_a_report(
         assert sum(row["static"]["rounds"] for row in report[part]) == report["all"]["static"]["rounds"]
     static = sum(map(scored_rounds, serve(target, random_draft(target), _asked(TIMES))), RoundTotals())
     assert report["all"]["static"]["accepted_length"] == pytest.approx(static.accepted_length, abs=1e-4)
+    assert report["copies"] is False, "the settings say so"
+    assert (report["all"]["memory"], report["all"]["both"]) == (report["all"]["static"], report["all"]["learning"])
     assert report["published"] >= 1
     assert report["windows"][-1]["learning"]["accepted_length"] > static.accepted_length + 0.2
     draft = load_draft(out / "draft", TargetHead(target))
     live = sum(map(scored_rounds, serve(target, draft, _asked(1))), RoundTotals())
     assert live.accepted_length > static.accepted_length + 0.2
-    assert "chat" in done.output
+    for word in ("chat", *ARMS):
+        assert word in done.output
     assert str(out / "draft") in done.output.replace("\n", "")
 
 
@@ -281,3 +285,27 @@ def test_two_processes_learn_what_one_learns(machines: int, recorded: list[str],
 
 def _source(tmp_path: Path) -> Path:
     return Path(load_config(tmp_path / "replay.yaml", []).target.source)
+
+
+@pytest.mark.skipif(native.library() is None, reason="nothing is copied without kernels")
+def test_copies_are_scored_beside_both_drafts_and_only_from_earlier_answers(
+    target: Target, stream: list[Trace], tmp_path: Path
+) -> None:
+    settings = ("memory.capacity_mb=1", "engine.lookup_tokens=5")
+    replay = make_replay(target, random_draft(target), tmp_path / "memory", *settings, steps_per_trace=0.0)
+    for block in blocks(iter(stream[:36]), 30):  # a block holds repeated prompts too
+        replay.process_block(block)
+    first, later = replay.scored[:12], replay.scored[12:]
+    assert [s.both for s in replay.scored] == [s.memory for s in replay.scored], "the starting draft is served"
+    for scored in (first, later):
+        static = sum((s.static for s in scored), RoundTotals()).accepted_length
+        memory = sum((s.memory for s in scored), RoundTotals()).accepted_length
+        assert memory - static < 0.3 if scored is first else memory > static + 1
+    without = make_replay(target, random_draft(target), tmp_path / "none", steps_per_trace=0.0)
+    assert without.copies is None
+    without.process_block(stream[:12])
+    assert all(s.memory == s.static and s.both == s.learning for s in without.scored)
+    singly = make_replay(target, random_draft(target), tmp_path / "singly", *settings, steps_per_trace=0.0)
+    for trace in stream[:36]:
+        singly.process_block([trace])
+    assert [s.memory for s in singly.scored] == [s.memory for s in replay.scored]

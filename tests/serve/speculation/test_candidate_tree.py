@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import NUM_CELLS, Copies
 from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal
 from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_copies
-from aurora_lit.serve.speculation.copy_planner import CopyReliability
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY
 
 ALONE, AGREES, AGAINST = 0.5, 0.9, 0.2
