@@ -41,6 +41,8 @@ from aurora_lit.traces.record import SOURCE_DRAFT
 
 _MAX_PADDED_COPIES = 4
 """Most copied tokens where all sequences of a round compute the longest query length."""
+_WORTH_LOOKING_UP = 0.5
+"""Share of a column's price in tokens that a copy must promise to be looked up."""
 _LEAST_CATCH_UP = 32
 """Positions of the draft's prefill that a round computes at least, if any are missing."""
 
@@ -138,12 +140,21 @@ class Proposer:
             memory=self._memory,
             tables=[self.reliability.table(sampled=sequences[i].temperature > 0) for i in candidates],
             rate_RC=self.reliability.rate_RC,
-            least=LEAST_SURVIVAL,
+            least=self._least_survival(len(sequences)),
             own=self._looks_up,
         )
         if not is_ragged:
             found = [chain_of(copies) for copies in found]
         return {i: copies for i, copies in zip(candidates, found, strict=True) if copies.tokens}
+
+    def _least_survival(self, batch_size: int) -> float:
+        """Copies that are less probable than this are not looked up: they would not repay much of their columns."""
+        if not self._planner.limits.adaptive:
+            return LEAST_SURVIVAL
+        costs = self._planner.costs
+        plain_s = costs.round_s(batch_size, [])
+        column_tokens = batch_size * costs.column_s(batch_size, 0) / plain_s if plain_s else 0.0
+        return max(LEAST_SURVIVAL, _WORTH_LOOKING_UP * column_tokens)
 
     def _copy(
         self,
