@@ -278,7 +278,7 @@ class DraftModule(LightningModule):
         rate = self.learning_rate
         return [
             torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         ]
 
     def lr_factor(self, step: int) -> float:
