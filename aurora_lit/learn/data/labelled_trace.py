@@ -40,6 +40,7 @@ class LabelledTrace:
     top_T: Tensor
     """int64. The target's first choice; within a greedy answer, the token that follows."""
     rejected_tempered_lse_N: Tensor
+    """The same two after rejected proposals; 0 in rounds that do not explore, which the policy loss does not use."""
     rejected_top_N: Tensor
 
 
@@ -98,22 +99,29 @@ def add_lse(trace: Trace, target_head: TargetHead) -> Trace:
 
 
 def label_trace(trace: Trace, target_head: TargetHead) -> LabelledTrace:
-    """Apply the head to a trace: at the positions that are trained on, and at those after rejected proposals."""
+    """Apply the head to a trace: at the positions that are trained on, and after rejected proposals that explored."""
     start, length = first_trained_position(trace), len(trace.token_ids_T)
+    is_drawn_N = torch.repeat_interleave(trace.explored_R, trace.num_rejected_R)
+    num_trained = length - start
+    # In one call, so that the head is read once.
+    states_NH = torch.cat([trace.last_TH[start:], trace.rejected_last_NH[is_drawn_N].view(-1, trace.last_TH.shape[1])])
+    output = target_head.evaluate(states_NH, temperature=trace.temperature)
     lse_T, tempered_T = torch.zeros(length), torch.zeros(length)
     top_T = torch.zeros(length, dtype=torch.int64)
-    output = target_head.evaluate(trace.last_TH[start:], temperature=trace.temperature)
-    lse_T[start:], tempered_T[start:], top_T[start:] = output.lse_N, output.tempered_lse_N, output.top_N
+    lse_T[start:], tempered_T[start:] = output.lse_N[:num_trained], output.tempered_lse_N[:num_trained]
+    top_T[start:] = output.top_N[:num_trained]
     if trace.verify == "greedy":
         # The served tokens: penalties, a bias or a near tie may make them differ from the head's first choice.
         top_T[start:-1] = trace.token_ids_T[start + 1 :].long()
-    rejected = target_head.evaluate(trace.rejected_last_NH, temperature=trace.temperature)
+    rejected_tempered_N, rejected_top_N = torch.zeros(len(is_drawn_N)), torch.zeros(len(is_drawn_N), dtype=torch.int64)
+    rejected_tempered_N[is_drawn_N] = output.tempered_lse_N[num_trained:]
+    rejected_top_N[is_drawn_N] = output.top_N[num_trained:]
     return LabelledTrace(
         trace=replace(trace, lse_T=lse_T),
         tempered_lse_T=tempered_T,
         top_T=top_T,
-        rejected_tempered_lse_N=rejected.tempered_lse_N,
-        rejected_top_N=rejected.top_N,
+        rejected_tempered_lse_N=rejected_tempered_N,
+        rejected_top_N=rejected_top_N,
     )
 
 

@@ -56,10 +56,10 @@ class TargetHead(nn.Module):
         module.logit_transform = self.logit_transform.select(ids_D)
 
     @torch.no_grad()
-    def evaluate(self, last_NH: Tensor, *, temperature: float, chunk: int = 64) -> HeadOutput:
+    def evaluate(self, last_NH: Tensor, *, temperature: float, chunk: int = 256) -> HeadOutput:
         """Apply the head to the target's last hidden states; the result is on the CPU.
 
-        chunk: positions computed together, few enough that their logits [chunk, V] stay in the processor's cache.
+        chunk: positions computed together: the head is read once for them.
         """
         parts = []
         for last_CH in torch.split(last_NH, chunk):
