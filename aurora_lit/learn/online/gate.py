@@ -178,22 +178,37 @@ def _compare(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]
 def compare_drafts(
     held_out: HeldOut, *, champion: DraftModule, challenger: DraftModule, batch_positions: int
 ) -> GateDecision | None:
-    """Score both drafts on all held-out requests and decide; None when fewer than MIN_REQUESTS can be scored."""
+    """Score both drafts on held-out requests and decide; None when fewer than MIN_REQUESTS can be scored.
+
+    Older requests are scored only if the challenger passes on the newest ones: they can refuse it, not let it pass.
+    """
     requests = list(held_out)
-    unscored = [request for request in requests if request.champion_score is None]
-    for request, score in score_requests(champion, unscored, batch_positions=batch_positions):
-        request.champion_score = score
-    scores = dict(score_requests(challenger, requests, batch_positions=batch_positions))
-    newest: list[tuple[float, float]] = []
-    by_domain: dict[str, list[tuple[float, float]]] = {}
-    for request in requests:
-        if request.champion_score is None or request not in scores:  # too short to be scored
-            continue
-        pair = (request.champion_score, scores[request])
-        by_domain.setdefault(request.domain, []).append(pair)
-        if request in held_out.newest:
-            newest.append(pair)
-    return decide(newest, by_domain) if len(newest) >= MIN_REQUESTS else None
+    newest_ids = {id(request) for request in held_out.newest}
+
+    def score(part: Sequence[HeldOutRequest]) -> list[tuple[HeldOutRequest, tuple[float, float]]]:
+        """(champion, challenger) scores of those that are long enough."""
+        unscored = [request for request in part if request.champion_score is None]
+        for request, of_champion in score_requests(champion, unscored, batch_positions=batch_positions):
+            request.champion_score = of_champion
+        scores = dict(score_requests(challenger, part, batch_positions=batch_positions))
+        return [(r, (r.champion_score, scores[r])) for r in part if r.champion_score is not None and r in scores]
+
+    scored = score([request for request in requests if id(request) in newest_ids])
+    newest = [pair for _, pair in scored]
+    if len(newest) < MIN_REQUESTS:
+        return None
+    if decide(newest, {}).passed:
+        scored += score([request for request in requests if id(request) not in newest_ids])
+    return decide(newest, _by_domain(scored))
+
+
+def _by_domain(
+    scored: Sequence[tuple[HeldOutRequest, tuple[float, float]]],
+) -> dict[str, list[tuple[float, float]]]:
+    table: dict[str, list[tuple[float, float]]] = {}
+    for request, pair in scored:
+        table.setdefault(request.domain, []).append(pair)
+    return table
 
 
 @torch.no_grad()
