@@ -29,7 +29,7 @@ from aurora_lit.learn.data.labelled_trace import LabelledTrace, first_trained_po
 from aurora_lit.learn.data.reservoir import MAX_DOMAINS
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.lk import overlap
-from aurora_lit.modules.losses.unroll import shift_positions
+from aurora_lit.modules.losses.unroll import StepwiseChains
 from aurora_lit.traces.record import Trace
 
 HELD_OUT_EVERY = 6
@@ -40,6 +40,8 @@ _FALSE_PASS_RATE = 0.25
 """Probability that a draft exactly as good as the champion passes."""
 _FALSE_REFUSAL_RATE = 0.05
 """Probability that a draft exactly as good as the champion in every domain is refused because of one of them."""
+_LEAST_PROBABILITY = 0.01
+"""Proposals that are reached with a smaller probability are not counted."""
 _MAX_OLD_REQUESTS = 64
 """Older held-out requests that are kept, all domains together."""
 
@@ -235,34 +237,62 @@ def _accepted(module: DraftModule, labelled_traces: Sequence[LabelledTrace]) -> 
     device = module.embedding_VH.device
     traces = [labelled.trace for labelled in labelled_traces]
     batch = collate(traces, with_prompt=[False] * len(traces)).to(device)
-    hidden_KBTH = module.unroll(batch)
-    K, B, T, _ = hidden_KBTH.shape
-    accept_KBT = torch.zeros(K, B, T)
-    for row, labelled in enumerate(labelled_traces):
-        # The last token of a segment has no successor to compare with.
-        scored = slice(first_trained_position(labelled.trace), len(labelled.trace.token_ids_T) - 1)
-        accept_KBT[:, row, scored] = _acceptance(module, labelled, hidden_KBTH[:, row, scored], scored)
-    # Step j of the chain from root t predicts position t + 1 + j; chains from before the text do not exist.
-    chain_BT, total_BT = torch.ones(B, T), torch.zeros(B, T)
-    for step in range(K):
-        chain_BT = chain_BT * shift_positions(accept_KBT[step], -step)
-        total_BT = total_BT + chain_BT
-    found = []
-    for row, trace in enumerate(traces):
-        first, end = max(1, first_trained_position(trace)), len(trace.token_ids_T) - 1
-        found.append((float(total_BT[row, first:end].sum()), max(0, end - first)))
-    return found
+    # There is no chain from before the text, and the last token of a segment has no successor to compare with.
+    roots_B = [slice(max(1, first_trained_position(trace)), len(trace.token_ids_T) - 1) for trace in traces]
+    needed_BT = torch.zeros(batch.token_ids_BT.shape, dtype=torch.bool)
+    for row, roots in enumerate(roots_B):
+        needed_BT[row, roots] = True
+    counts = [max(0, roots.stop - roots.start) for roots in roots_B]
+    if not sum(counts):
+        return [(0.0, 0) for _ in traces]
+    chains = StepwiseChains(
+        module.draft,
+        token_ids_BT=batch.token_ids_BT,
+        aux_BT3H=batch.aux_BT3H.to(module.draft.fc.weight.dtype),  # autocast, if it is on, casts them again
+        embedding_VH=module.embedding_VH,
+        needed_BT=needed_BT.to(device),
+    )
+    total_B = torch.zeros(len(traces))
+    reached_M = torch.ones(sum(counts))
+    end_B = torch.tensor([roots.stop for roots in roots_B])
+    for step in range(module.num_steps):
+        row_M, target_M = chains.row_M.cpu(), chains.target_M.cpu()
+        accept = [
+            _acceptance(module, labelled, chains.hidden_MH[(row_M == row).to(device)], target_M[row_M == row])
+            for row, labelled in enumerate(labelled_traces)
+        ]
+        reached_M = reached_M * torch.cat(accept)
+        total_B.index_add_(0, row_M, reached_M)
+        kept_M = ((reached_M > _LEAST_PROBABILITY) & (target_M + 1 < end_B[row_M])).nonzero()[:, 0]
+        if step + 1 == module.num_steps or not len(kept_M):
+            break
+        chains.advance(kept_M.to(device))
+        reached_M = reached_M[kept_M]
+    return list(zip(total_B.tolist(), counts, strict=True))
 
 
-def _acceptance(module: DraftModule, labelled: LabelledTrace, hidden_KNH: Tensor, scored: slice) -> Tensor:
-    """Probability that the draft's proposal is accepted (of sampled requests its surrogate) [K, N], on the CPU."""
+def _acceptance(module: DraftModule, labelled: LabelledTrace, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
+    """Probability that the proposal for the token after each position `target_N` is accepted [N], on the CPU.
+
+    Of sampled requests it is the surrogate.
+    """
     trace, draft = labelled.trace, module.draft
-    logits_KND = draft.compute_logits(hidden_KNH)
+    logits_ND = draft.compute_logits(hidden_NH)
     if trace.verify != "sampled":
-        proposal_KN = draft.draft_token_ids[logits_KND.argmax(-1)].cpu()
-        return (proposal_KN == trace.token_ids_T[scored.start + 1 : scored.stop + 1]).float()
-    q_KND = (logits_KND.float() / trace.temperature).softmax(-1)
-    last_NH = trace.last_TH[scored].to(module.head_VdH.device, module.head_VdH.dtype)
-    logits_ND = module.logit_transform((last_NH @ module.head_VdH.T).float()) / trace.temperature
-    p_ND = (logits_ND - labelled.tempered_lse_T[scored, None].to(logits_ND.device)).exp()
-    return overlap(p_ND, q_KND).cpu()
+        proposal_N = draft.draft_token_ids[first_choice(logits_ND)].cpu()
+        return (proposal_N == trace.token_ids_T[target_N + 1]).float()
+    q_ND = (logits_ND.float() / trace.temperature).softmax(-1)
+    last_NH = trace.last_TH[target_N].to(module.head_VdH.device, module.head_VdH.dtype)
+    target_logits_ND = module.logit_transform((last_NH @ module.head_VdH.T).float()) / trace.temperature
+    p_ND = (target_logits_ND - labelled.tempered_lse_T[target_N, None].to(q_ND.device)).exp()
+    return overlap(p_ND, q_ND).cpu()
+
+
+def first_choice(logits_ND: Tensor) -> Tensor:
+    """argmax over D [N], in two passes of which torch vectorises the longer; a plain argmax takes three times as long."""
+    N, D = logits_ND.shape
+    if D % 64 or not N:
+        return logits_ND.argmax(-1)
+    parts_NP = logits_ND.view(N, -1, 64)
+    part_N = parts_NP.amax(-1).argmax(-1)
+    return part_N * 64 + parts_NP[torch.arange(N, device=part_N.device), part_N].argmax(-1)

@@ -90,6 +90,97 @@ def unroll(
     )
 
 
+class StepwiseChains:
+    """The same chains, step by step, so that the caller can end some of them between two steps.
+
+    One chain for each needed position. The chains of all traces are one flat list, without padding.
+
+    >>> chains = StepwiseChains(draft, token_ids_BT=tokens, aux_BT3H=aux, embedding_VH=embedding, needed_BT=needed)
+    >>> chains.hidden_MH                        # of step 0
+    >>> chains.advance(kept_M)                  # now of step 1, of those chains that are kept
+    """
+
+    def __init__(
+        self,
+        draft: Eagle3Draft,
+        *,
+        token_ids_BT: torch.Tensor,
+        aux_BT3H: torch.Tensor,
+        embedding_VH: torch.Tensor,
+        needed_BT: torch.Tensor,
+    ) -> None:
+        """Run step 0. `needed_BT`: bool, the target positions of step 0; position 0 has no chain. Others as `unroll`'s."""
+        self._draft = draft
+        B, T = token_ids_BT.shape
+        device = token_ids_BT.device
+        self._embeds_BTH = nn.functional.embedding(token_ids_BT, embedding_VH)
+        features_BTH = draft.combine_hidden_states(aux_BT3H)
+        positions_BT = torch.arange(T, device=device).expand(B, T)
+        query, self.root_key_BGTD, self.root_value_BGTD = draft.project_qkv(
+            shift_positions(self._embeds_BTH, -1), features_BTH, positions_BT
+        )
+        self.row_M, self._root_M = shift_positions(needed_BT, -1).nonzero(as_tuple=True)
+        self._chain: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Keys and values of steps 1, 2, … [M, G, D]."""
+        self.step = 0
+        query_MND = query[self.row_M, :, self._root_M]
+        before_MH = features_BTH[self.row_M, self._root_M]
+        self.hidden_MH = draft.complete_layer(self._attend(query_MND), before_MH)
+        """Of the present step."""
+
+    @property
+    def target_M(self) -> torch.Tensor:
+        """int64. The position whose next token the present step proposes."""
+        return self._root_M + 1 + self.step
+
+    def advance(self, kept_M: torch.Tensor) -> None:
+        """Run the next step of the chains that are kept, and end the others; `kept_M`: int64 indices, ascending."""
+        draft = self._draft
+        self.row_M, self._root_M = self.row_M[kept_M], self._root_M[kept_M]
+        hidden_MH = self.hidden_MH[kept_M]
+        self._chain = [(key[kept_M], value[kept_M]) for key, value in self._chain]
+        self.step += 1
+        token_MH = self._embeds_BTH[self.row_M, self._root_M + 1 + self.step]
+        position_1M = (self._root_M + self.step)[None]
+        query, key, value = draft.project_qkv(token_MH[None], hidden_MH[None], position_1M)
+        self._chain.append((key[0].transpose(0, 1), value[0].transpose(0, 1)))
+        self.hidden_MH = draft.complete_layer(self._attend(query[0].transpose(0, 1)), hidden_MH)
+
+    def step_0_by_root(self) -> UnrolledChains:
+        """What `unroll_rounds` needs, of the present step, which must be 0; no hidden states by target position."""
+        assert self.step == 0
+        B, T, H = self._embeds_BTH.shape
+        root_hidden_NH = self.hidden_MH.new_zeros(B * T, H).index_copy(0, self.row_M * T + self._root_M, self.hidden_MH)
+        return UnrolledChains(
+            hidden_KBTH=self.hidden_MH.new_zeros(0, B, T, H),
+            root_hidden_BTH=root_hidden_NH.view(B, T, H),
+            root_key_BGTD=self.root_key_BGTD,
+            root_value_BGTD=self.root_value_BGTD,
+        )
+
+    def _attend(self, query_MND: torch.Tensor) -> torch.Tensor:
+        """Attention of the present step [M, N·D]; only here the chains of a trace lie side by side."""
+        B, _, T, _ = self.root_key_BGTD.shape
+        M, N, D = query_MND.shape
+        count_B = torch.bincount(self.row_M, minlength=B)
+        rank_M = torch.arange(M, device=count_B.device) - (count_B.cumsum(0) - count_B)[self.row_M]
+        R = int(count_B.max())
+        place_M = self.row_M * R + rank_M
+
+        def by_trace(x_M: torch.Tensor) -> torch.Tensor:
+            """[M, X, D] → [B, X, R, D]."""
+            padded = x_M.new_zeros(B * R, *x_M.shape[1:]).index_copy(0, place_M, x_M)
+            return padded.view(B, R, *x_M.shape[1:]).transpose(1, 2)
+
+        root_BR = self._root_M.new_zeros(B * R).index_copy(0, place_M, self._root_M).view(B, R)
+        is_later_BRT = torch.arange(T, device=root_BR.device) > root_BR[..., None]
+        mask_B1RT = torch.zeros(B, R, T, device=root_BR.device).masked_fill(is_later_BRT, float("-inf"))[:, None]
+        chain = [(self.root_key_BGTD, self.root_value_BGTD)]
+        chain += [(by_trace(key), by_trace(value)) for key, value in self._chain]
+        attended_BRC = _chain_attention(by_trace(query_MND), chain, mask_B1RT)
+        return attended_BRC.flatten(0, 1)[place_M]
+
+
 def _chain_roots(needed_BT: torch.Tensor, num_steps: int) -> torch.Tensor:
     """Roots of the chains that reach needed target positions [B, R], ascending; traces with fewer are given others."""
     is_root_BT = torch.stack([shift_positions(needed_BT, -(1 + step)) for step in range(num_steps)]).any(0)
