@@ -9,6 +9,7 @@ May import: kernels/, modules/sampling/, modules/draft/. Start with draft_module
 those above it:
 
     lk.py            acceptance in closed form, and the LK loss: definitions
+    token_sample.py  a sample of the draft vocabulary for a batch's loss
     fused_lk.py      the LK loss and its gradients from hidden states, in chunks
     ppo.py           PPO with acceptance as discount: advantages, clipped policy loss, value loss
     batch.py         the batches: padded traces, and the rounds served along them

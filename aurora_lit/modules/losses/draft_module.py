@@ -17,15 +17,17 @@ from typing import Any, Literal, overload
 
 import torch
 from lightning import LightningModule
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
-from aurora_lit.modules.losses.batch import OnlineBatch, TraceBatch
+from aurora_lit.modules.losses.batch import OnlineBatch, Rounds, TraceBatch
 from aurora_lit.modules.losses.fused_lk import fused_lk_loss
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
-from aurora_lit.modules.losses.policy import PolicyTerms, policy_terms, sampled_share, usable_rounds
-from aurora_lit.modules.losses.unroll import UnrolledChains, shift_positions, unroll, unroll_rounds
+from aurora_lit.modules.losses.policy import PolicyTerms, draft_index, policy_terms, sampled_share, usable_rounds
+from aurora_lit.modules.losses.token_sample import TokenSample, sample_tokens
+from aurora_lit.modules.losses.unroll import StepwiseChains, UnrolledChains, shift_positions, unroll, unroll_rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,10 @@ class OnlineWeights:
     """β_H."""
     replay_weight: float = 1.0
     """β."""
+    survival_floor: float = 0.05
+    """A chain ends where it is accepted so far with a smaller probability; 0: none ends early."""
+    sampled_tokens: int = 2048
+    """Tokens of the draft vocabulary over which a batch's loss is computed, about. As many as it has: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,22 @@ class OnlineReport(StepReport):
     """Rounds of the batch, usable or not, in which proposal i was tested: those before it were accepted."""
     accepted_K: torch.Tensor
     """Rounds in which it was accepted: with `tested_K`, acceptance by position as it was served."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ChainLosses:
+    """Losses of the chains of a batch."""
+
+    lk_sum: torch.Tensor
+    """Weighted sum, with gradient."""
+    value_sum: torch.Tensor
+    """The same of the value head's squared errors."""
+    stats: LKStats
+    """[K, N]; 0 where a chain has no step."""
+    mask_KBT: torch.Tensor
+    """1 where a chain has a step with that target."""
+    survival_KBT: torch.Tensor
+    """Probability that its proposals were accepted so far; 0 where there is no step."""
 
 
 class DraftModule(LightningModule):
@@ -114,6 +136,7 @@ class DraftModule(LightningModule):
         self.step_decay = step_decay
         self.value_weight = value_weight
         self.online = online or OnlineWeights()
+        self._num_samples = 0
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
@@ -136,46 +159,157 @@ class DraftModule(LightningModule):
         return StepReport(loss=loss, stats=stats, mask_KBT=mask_KBT)
 
     def _online_step(self, batch: OnlineBatch) -> OnlineReport:
-        """Each term is an average over its own rows: live positions, replayed positions, or rounds."""
+        """Each term is an average over its own rows: live positions, replayed positions, or rounds.
+
+        A position's loss is Σ_j S_j · LK_j over the steps j of its chain, where S_j = Π_{i<j} α_i is the probability
+        that the chain is still accepted there, without gradient. A chain ends where S falls below `survival_floor`.
+        """
         traces, rounds, online = batch.traces, batch.rounds, self.online
-        needed_BT = traces.weight_BT > 0
-        needed_BT[rounds.row_Q, rounds.root_Q] = True  # the rounds' chains start there
-        chains = self._unroll(traces, needed_BT)
-        mask_KBT, weight_KBT = self._mask_and_weights(traces)
+        weight_BT = traces.weight_BT.clone()
+        weight_BT[:, 0] = 0.0  # there is no token before the first, so no chain begins there
+        has_policy = online.ppo_weight > 0 or online.entropy_weight > 0
+        usable = usable_rounds(rounds, self.draft) if has_policy else rounds.select(rounds.row_Q[:0])
+        needed_BT = weight_BT > 0
+        needed_BT[usable.row_Q, usable.root_Q] = True  # the rounds' chains start there
+        needed_BT[0, 1] |= ~needed_BT.any()  # a batch of prompts only: one row, of weight 0
+        chains = StepwiseChains(
+            self.draft,
+            token_ids_BT=traces.token_ids_BT,
+            aux_BT3H=traces.aux_BT3H.to(self.draft.fc.weight.dtype),  # autocast, if it is on, casts them again
+            embedding_VH=self.embedding_VH,
+            needed_BT=needed_BT,
+        )
+        policy = self._policy_terms(usable, chains.step_0_by_root())
         live_B1 = batch.live_B[:, None]
-        live_KBT, replay_KBT = weight_KBT * live_B1, weight_KBT * ~live_B1
+        live_BT, replay_BT = weight_BT * live_B1, weight_BT * ~live_B1
         replay_weight = online.replay_weight * batch.replay_fraction
-        share_KBT = batch.live_fraction * live_KBT / live_KBT.sum().clamp_min(1.0)
-        share_KBT = share_KBT + replay_weight * replay_KBT / replay_KBT.sum().clamp_min(1.0)
+        share_BT = batch.live_fraction * live_BT / live_BT.sum().clamp_min(1.0)
+        share_BT = share_BT + replay_weight * replay_BT / replay_BT.sum().clamp_min(1.0)
         kl_decay = 0.0 if online.base_loss == "kl" else KL_DECAY
-        lk_loss, value_loss, stats = self._supervised_losses(traces, chains, mask_KBT, share_KBT, kl_decay=kl_decay)
-        if online.base_loss == "none":
-            lk_loss = lk_loss.new_zeros(())
-        policy, policy_weight = PolicyTerms.none(lk_loss), lk_loss.new_zeros(())
-        if online.ppo_weight > 0 or online.entropy_weight > 0:
-            policy = self._policy_terms(batch, chains)
+        losses = self._chain_losses(batch, chains, share_BT, kl_decay=kl_decay)
+        mask_KBT, stats, value_loss = losses.mask_KBT, losses.stats, losses.value_sum
+        lk_loss = losses.lk_sum if online.base_loss != "none" else losses.lk_sum.new_zeros(())
+        policy_weight = lk_loss.new_zeros(())
+        if has_policy:
             counted_KBT = mask_KBT * live_B1 if batch.live_B.any() else mask_KBT
             mean_alpha = (stats.alpha_N.view_as(mask_KBT) * counted_KBT).sum() / counted_KBT.sum().clamp_min(1.0)
             policy_weight = online.ppo_weight * (1 - torch.exp(-KL_DECAY * mean_alpha))
             if online.base_loss != "none":
                 policy_weight = policy_weight * sampled_share(batch, policy.num_proposals, counted_KBT.sum())
+            if not len(usable):
+                policy_weight = policy_weight * 0.0
             value_loss = value_loss + batch.rounds_fraction * policy.value_loss
         rounds_loss = policy_weight * policy.policy_loss - online.entropy_weight * policy.entropy
         loss = lk_loss + self.value_weight * value_loss + batch.rounds_fraction * rounds_loss
-        row_loss_KBT = stats.loss_N.view_as(mask_KBT)
+        row_loss_KBT = stats.loss_N.view_as(mask_KBT) * losses.survival_KBT
         step_K = torch.arange(rounds.proposal_QK.shape[1], device=rounds.row_Q.device)
         is_proposal_QK, num_accepted_Q1 = rounds.is_proposal_QK, rounds.num_accepted_Q[:, None]
         return OnlineReport(
             loss=loss,
             stats=stats,
             mask_KBT=mask_KBT,
-            lk_live=(live_KBT * row_loss_KBT).sum() / live_KBT.sum().clamp_min(1.0),
-            lk_replay=(replay_KBT * row_loss_KBT).sum() / replay_KBT.sum().clamp_min(1.0),
+            lk_live=(live_BT * row_loss_KBT).sum() / live_BT.sum().clamp_min(1.0),
+            lk_replay=(replay_BT * row_loss_KBT).sum() / replay_BT.sum().clamp_min(1.0),
             value_loss=value_loss.detach(),
             policy=policy,
             policy_weight=policy_weight,
             tested_K=(is_proposal_QK & (step_K <= num_accepted_Q1)).sum(0),
             accepted_K=(is_proposal_QK & (step_K < num_accepted_Q1)).sum(0),
+        )
+
+    def _chain_losses(
+        self, batch: OnlineBatch, chains: StepwiseChains, share_BT: torch.Tensor, *, kl_decay: float
+    ) -> _ChainLosses:
+        """The LK and value losses of chains; `share_BT`: weight of each position in the sums, 0: it does not count."""
+        traces, draft, K = batch.traces, self.draft, self.num_steps
+        B, T = share_BT.shape
+        share_N, last_NH, lse_N = share_BT.flatten(), traces.last_BTH.flatten(0, 1), traces.lse_BT.flatten()
+        sample = self._sample_tokens(batch, share_BT)
+        if sample is None:
+            weight_SH, head_SH, transform = draft.lm_head.weight, self.head_VdH, self.logit_transform
+        else:
+            ids_S, certain = sample.index_S, sample.num_certain
+            # Rows of drawn tokens get no gradient: one that comes seldom is mostly noise to AdamW.
+            weight_SH = torch.cat(
+                [
+                    nn.functional.embedding(ids_S[:certain], draft.lm_head.weight),
+                    draft.lm_head.weight.detach()[ids_S[certain:]],
+                ]
+            )
+            head_SH, transform = self.head_VdH[ids_S], self.logit_transform.select(ids_S)
+        table_KN = {
+            name: torch.zeros(K, B * T, device=share_N.device) for name in ("alpha", "kl", "match", "mask", "survival")
+        }
+        place_by_step, survival_by_step, value_by_step = [], [], []
+        lk_sum = share_N.new_zeros(())
+        counted_M = (share_N[chains.row_M * T + chains.target_M] > 0).nonzero()[:, 0]
+        hidden_MH, place_M = chains.hidden_MH[counted_M], (chains.row_M * T + chains.target_M)[counted_M]
+        survival_M = torch.ones(len(place_M), device=share_N.device)
+        for step in range(K):
+            if not len(place_M):
+                break
+            step_sum, stats = fused_lk_loss(
+                h_NH=draft.norm(hidden_MH),
+                weight_DH=weight_SH,
+                row_weight_N=share_N[place_M] * survival_M,
+                target_h_NG=last_NH[place_M],
+                target_weight_DG=head_SH,
+                target_logit_transform=transform,
+                target_lse_N=lse_N[place_M],
+                kl_decay=kl_decay,
+                sample=sample,
+            )
+            lk_sum = lk_sum + step_sum
+            value_by_step.append(draft.compute_value(hidden_MH.detach()))
+            place_by_step.append(place_M)
+            survival_by_step.append(survival_M)
+            found = {"alpha": stats.alpha_N, "kl": stats.kl_N, "match": stats.top1_match_N, "survival": survival_M}
+            for name, found_M in {**found, "mask": torch.ones_like(survival_M)}.items():
+                table_KN[name][step, place_M] = found_M.to(table_KN[name].dtype)
+            if step == K - 1:
+                break
+            survival_M = survival_M * stats.alpha_N
+            is_last_M = (place_M + 1) % T == 0
+            goes_on_M = (share_N[(place_M + 1) % (B * T)] > 0) & ~is_last_M
+            kept_M = (goes_on_M & (survival_M >= self.online.survival_floor)).nonzero()[:, 0]
+            if not len(kept_M):
+                break
+            chains.advance(kept_M if step else counted_M[kept_M])
+            hidden_MH, place_M, survival_M = chains.hidden_MH, place_M[kept_M] + 1, survival_M[kept_M]
+        return_KN = _expected_accepted_proposals(table_KN["alpha"].view(K, B, T)).view(K, B * T)
+        value_sum = sum(
+            (
+                (share_N[place] * survival * (value - return_KN[step, place]).square()).sum()
+                for step, (place, survival, value) in enumerate(
+                    zip(place_by_step, survival_by_step, value_by_step, strict=True)
+                )
+            ),
+            share_N.new_zeros(()),
+        )
+        return _ChainLosses(
+            lk_sum=lk_sum,
+            value_sum=value_sum,
+            stats=LKStats(
+                alpha_N=table_KN["alpha"],
+                kl_N=table_KN["kl"],
+                top1_match_N=table_KN["match"] > 0,
+                kl_decay=kl_decay,
+            ),
+            mask_KBT=table_KN["mask"].view(K, B, T),
+            survival_KBT=table_KN["survival"].view(K, B, T),
+        )
+
+    def _sample_tokens(self, batch: OnlineBatch, share_BT: torch.Tensor) -> TokenSample | None:
+        """The batch's tokens, and what its rounds proposed; None: the whole vocabulary."""
+        token_ids = torch.cat([batch.traces.token_ids_BT.flatten(), batch.rounds.proposal_QK.flatten()])
+        token_ids = token_ids[token_ids >= 0]
+        token_ids = token_ids[self.draft.t2d[token_ids]]
+        self._num_samples += 1
+        return sample_tokens(
+            draft_index(token_ids, self.draft),
+            vocabulary=len(self.draft.d2t),
+            size=self.online.sampled_tokens,
+            turn=self._num_samples,
         )
 
     def unroll(self, batch: TraceBatch, needed_BT: torch.Tensor | None = None) -> torch.Tensor:
@@ -238,11 +372,10 @@ class DraftModule(LightningModule):
         return_KBT = _expected_accepted_proposals(stats.alpha_N.view(K, B, T) * (mask_KBT > 0))
         return loss_sum, ((value_KBT - return_KBT).square() * weight_KBT).sum(), stats
 
-    def _policy_terms(self, batch: OnlineBatch, chains: UnrolledChains) -> PolicyTerms:
-        """Policy and value loss of the rounds with a policy ratio."""
-        rounds = usable_rounds(batch.rounds, self.draft)
+    def _policy_terms(self, rounds: Rounds, chains: UnrolledChains) -> PolicyTerms:
+        """Policy and value loss of rounds with a policy ratio."""
         if not len(rounds):
-            return PolicyTerms.none(chains.hidden_KBTH)
+            return PolicyTerms.none(chains.root_hidden_BTH)
         hidden_QKH = unroll_rounds(
             self.draft,
             chains,
