@@ -40,6 +40,8 @@ _FALSE_PASS_RATE = 0.25
 """Probability that a draft exactly as good as the champion passes."""
 _FALSE_REFUSAL_RATE = 0.05
 """Probability that a draft exactly as good as the champion in every domain is refused because of one of them."""
+_MAX_ROOTS = 64
+"""Positions of a segment from which the draft continues; of a longer one only every second, third, … does."""
 _LEAST_PROBABILITY = 0.01
 """Proposals that are reached with a smaller probability are not counted."""
 _MAX_OLD_REQUESTS = 64
@@ -241,8 +243,9 @@ def _accepted(module: DraftModule, labelled_traces: Sequence[LabelledTrace]) -> 
     roots_B = [slice(max(1, first_trained_position(trace)), len(trace.token_ids_T) - 1) for trace in traces]
     needed_BT = torch.zeros(batch.token_ids_BT.shape, dtype=torch.bool)
     for row, roots in enumerate(roots_B):
-        needed_BT[row, roots] = True
-    counts = [max(0, roots.stop - roots.start) for roots in roots_B]
+        stride = -(-(roots.stop - roots.start) // _MAX_ROOTS)
+        needed_BT[row, roots.start : roots.stop : max(1, stride)] = True
+    counts = needed_BT.sum(1).tolist()
     if not sum(counts):
         return [(0.0, 0) for _ in traces]
     chains = StepwiseChains(
