@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft, apply_rotary_pos_emb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,19 +111,13 @@ class StepwiseChains:
     ) -> None:
         """Run step 0. `needed_BT`: bool, the target positions of step 0; position 0 has no chain. Others as `unroll`'s."""
         self._draft = draft
-        B, T = token_ids_BT.shape
-        device = token_ids_BT.device
         self._embeds_BTH = nn.functional.embedding(token_ids_BT, embedding_VH)
         features_BTH = draft.combine_hidden_states(aux_BT3H)
-        positions_BT = torch.arange(T, device=device).expand(B, T)
-        query, self.root_key_BGTD, self.root_value_BGTD = draft.project_qkv(
-            shift_positions(self._embeds_BTH, -1), features_BTH, positions_BT
-        )
         self.row_M, self._root_M = shift_positions(needed_BT, -1).nonzero(as_tuple=True)
+        query_MND, self.root_key_BGTD, self.root_value_BGTD = self._project_step_0(features_BTH)
         self._chain: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Keys and values of steps 1, 2, … [M, G, D]."""
         self.step = 0
-        query_MND = query[self.row_M, :, self._root_M]
         before_MH = features_BTH[self.row_M, self._root_M]
         self.hidden_MH = draft.complete_layer(self._attend(query_MND), before_MH)
         """Of the present step."""
@@ -157,6 +151,24 @@ class StepwiseChains:
             root_key_BGTD=self.root_key_BGTD,
             root_value_BGTD=self.root_value_BGTD,
         )
+
+    def _project_step_0(self, features_BTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `Eagle3Draft.project_qkv`, but queries of the chains' roots only."""
+        layer, draft = self._draft.midlayer, self._draft
+        B, T, _ = features_BTH.shape
+        joined_BT2H = torch.cat(
+            [layer.input_layernorm(shift_positions(self._embeds_BTH, -1)), layer.hidden_norm(features_BTH)], dim=-1
+        )
+        D = layer.self_attn.head_dim
+        query_1MND = layer.self_attn.q_proj(joined_BT2H[self.row_M, self._root_M]).view(1, len(self.row_M), -1, D)
+        key, value = (
+            projection(joined_BT2H).view(B, T, -1, D).transpose(1, 2)
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+        )
+        cos_LD, sin_LD, root_1M = draft.cos_LD, draft.sin_LD, self._root_M[None]
+        query_1NMD = apply_rotary_pos_emb(query_1MND.transpose(1, 2), cos_LD[root_1M], sin_LD[root_1M])
+        key_BGTD = apply_rotary_pos_emb(key, cos_LD[None, :T], sin_LD[None, :T])
+        return query_1NMD[0].transpose(0, 1), key_BGTD, value
 
     def _attend(self, query_MND: torch.Tensor) -> torch.Tensor:
         """Attention of the present step [M, N·D]; only here the chains of a trace lie side by side."""
