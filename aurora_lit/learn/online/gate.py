@@ -36,6 +36,8 @@ HELD_OUT_EVERY = 6
 """Every sixth request is kept out of training."""
 MIN_REQUESTS = 6
 """Newest held-out requests that a decision needs at least."""
+_PILOT_EVERY = 3
+"""A trial begins with every third of the newest requests."""
 _FALSE_PASS_RATE = 0.25
 """Probability that a draft exactly as good as the champion passes."""
 _FALSE_REFUSAL_RATE = 0.05
@@ -184,7 +186,9 @@ def compare_drafts(
 ) -> GateDecision | None:
     """Score both drafts on held-out requests and decide; None when fewer than MIN_REQUESTS can be scored.
 
-    Older requests are scored only if the challenger passes on the newest ones: they can refuse it, not let it pass.
+    The trial ends early where it can only refuse: if the challenger is not ahead on a third of the newest requests, and
+    before older requests are scored if it has not passed on the newest. Looking early can only refuse, so equal drafts
+    pass no more often than `decide` says.
     """
     requests = list(held_out)
     newest_ids = {id(request) for request in held_out.newest}
@@ -197,7 +201,11 @@ def compare_drafts(
         scores = dict(score_requests(challenger, part, batch_positions=batch_positions))
         return [(r, (r.champion_score, scores[r])) for r in part if r.champion_score is not None and r in scores]
 
-    scored = score([request for request in requests if id(request) in newest_ids])
+    of_newest = [request for request in requests if id(request) in newest_ids]
+    scored = score(of_newest[::_PILOT_EVERY])
+    is_behind = len(scored) >= MIN_REQUESTS and _compare([pair for _, pair in scored])[2] <= 0
+    if not is_behind:
+        scored += score([request for i, request in enumerate(of_newest) if i % _PILOT_EVERY])
     newest = [pair for _, pair in scored]
     if len(newest) < MIN_REQUESTS:
         return None

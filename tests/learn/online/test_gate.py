@@ -215,3 +215,19 @@ def test_a_long_segment_is_scored_at_some_of_its_positions(
     chosen = by_root[::stride]
     assert 4 < len(chosen) <= 8 < num_roots
     assert score == pytest.approx(1 + sum(chosen) / len(chosen))
+
+
+def test_a_trial_ends_early_if_the_challenger_is_not_ahead(
+    target: Target, target_head: TargetHead, taught_draft: Eagle3Draft
+) -> None:
+    held_out = HeldOut(num_newest=18, seed=0, label=partial(label_for_gate, target_head=target_head))
+    for trace in serve(target, taught_draft, some_requests(18)):
+        held_out.add(trace)
+    good, bad = (online_module(target, draft) for draft in (taught_draft, random_draft(target, seed=3)))
+    decision = compare_drafts(held_out, champion=good, challenger=bad, batch_positions=64)
+    assert decision is not None
+    assert (decision.passed, decision.num_requests) == (False, 6)
+    held_out.clear_champion_scores()
+    decision = compare_drafts(held_out, champion=bad, challenger=good, batch_positions=64)
+    assert decision is not None
+    assert (decision.passed, decision.num_requests) == (True, 18)
