@@ -124,9 +124,14 @@ class DraftModule(LightningModule):
         warmup_steps: int = 100,
         total_steps: int = 10_000,
         min_lr_factor: float = 0.05,
+        sparse_head: bool = False,
     ) -> None:
-        """num_steps: K. step_decay: step j has the weight step_decay^j. value_weight: c_v. The last three are for
-        `configure_optimizers`: optimiser steps of warm-up and in all, and the learning rate's last factor."""
+        """num_steps: K. step_decay: step j has the weight step_decay^j. value_weight: c_v. The next three are for
+        `configure_optimizers`: optimiser steps of warm-up and in all, and the learning rate's last factor.
+
+        sparse_head: for online batches only. The gradient of the draft's head is sparse, with rows of sampled tokens
+        alone, and its optimizer touches no others; the policy loss does not train it.
+        """
         super().__init__()
         self.draft = draft
         self.register_buffer("embedding_VH", embedding_VH, persistent=False)
@@ -141,6 +146,7 @@ class DraftModule(LightningModule):
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         self.min_lr_factor = min_lr_factor
+        self.sparse_head = sparse_head
 
     @overload  # type: ignore[override]
     def training_step(self, batch: TraceBatch, batch_idx: int = 0) -> StepReport: ...
@@ -225,18 +231,14 @@ class DraftModule(LightningModule):
         B, T = share_BT.shape
         share_N, last_NH, lse_N = share_BT.flatten(), traces.last_BTH.flatten(0, 1), traces.lse_BT.flatten()
         sample = self._sample_tokens(batch, share_BT)
-        if sample is None:
-            weight_SH, head_SH, transform = draft.lm_head.weight, self.head_VdH, self.logit_transform
-        else:
+        weight_SH, head_SH, transform = draft.lm_head.weight, self.head_VdH, self.logit_transform
+        if sample is not None:
             ids_S, certain = sample.index_S, sample.num_certain
             # Rows of drawn tokens get no gradient: one that comes seldom is mostly noise to AdamW.
-            weight_SH = torch.cat(
-                [
-                    nn.functional.embedding(ids_S[:certain], draft.lm_head.weight),
-                    draft.lm_head.weight.detach()[ids_S[certain:]],
-                ]
-            )
+            weight_SH = torch.cat([self._head_rows(ids_S[:certain]), draft.lm_head.weight.detach()[ids_S[certain:]]])
             head_SH, transform = self.head_VdH[ids_S], self.logit_transform.select(ids_S)
+        elif self.sparse_head:
+            weight_SH = self._head_rows(torch.arange(len(weight_SH), device=weight_SH.device))
         table_KN = {
             name: torch.zeros(K, B * T, device=share_N.device) for name in ("alpha", "kl", "match", "mask", "survival")
         }
@@ -298,6 +300,10 @@ class DraftModule(LightningModule):
             mask_KBT=table_KN["mask"].view(K, B, T),
             survival_KBT=table_KN["survival"].view(K, B, T),
         )
+
+    def _head_rows(self, index_X: torch.Tensor) -> torch.Tensor:
+        """Rows of the draft's head."""
+        return nn.functional.embedding(index_X, self.draft.lm_head.weight, sparse=self.sparse_head)
 
     def _sample_tokens(self, batch: OnlineBatch, share_BT: torch.Tensor) -> TokenSample | None:
         """The batch's tokens, and what its rounds proposed; None: the whole vocabulary."""
@@ -392,6 +398,7 @@ class DraftModule(LightningModule):
             logit_transform=self.logit_transform,
             clip=self.online.clip,
             gae_lambda=self.online.gae_lambda,
+            trains_head=not self.sparse_head,
         )
 
     def configure_optimizers(self) -> Any:
@@ -400,18 +407,23 @@ class DraftModule(LightningModule):
         return optimizers, [LambdaLR(optimizer, self.lr_factor) for optimizer in optimizers]
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the layer's matrices, AdamW for heads and norms; without schedules.
+        """Muon for the layer's matrices, AdamW for heads and norms (SparseAdam for a sparse head); without schedules.
 
         Muon (Jordan et al. 2024; its rate scaled to AdamW's as in Liu et al., arXiv 2502.16982) learns more from the
         same number of positions, of which training has few.
         """
-        heads = {id(self.draft.lm_head.weight), id(self.draft.value_head.weight)}
+        head = self.draft.lm_head.weight
+        heads = {id(head), id(self.draft.value_head.weight)}
         matrices = [p for p in self.draft.parameters() if p.ndim > 1 and id(p) not in heads]
         others = [p for p in self.draft.parameters() if p.ndim <= 1 or id(p) in heads]
-        rate = self.learning_rate
+        rate, sparse = self.learning_rate, []
+        if self.sparse_head:
+            others = [p for p in others if p is not head]
+            sparse = [torch.optim.SparseAdam([head], lr=rate, betas=(0.9, 0.95))]
         return [
             torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+            *sparse,
         ]
 
     def lr_factor(self, step: int) -> float:
