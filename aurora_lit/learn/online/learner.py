@@ -177,7 +177,8 @@ class Learner:
         if ids_D is None:
             return 0
         states = [optimizer.optimizer.state.get(weight, {}) for optimizer in self.optimizers]
-        moments = [value for state in states for value in state.values() if value.shape == weight.shape]
+        values = [value for state in states for value in state.values()]
+        moments = [value for value in values if isinstance(value, torch.Tensor) and value.shape == weight.shape]
         entered = change_vocabulary(self.draft, ids_D, self._target_head.head_VH, per_row=moments)
         change_vocabulary(self._averaged_draft, ids_D, self._target_head.head_VH, per_row=[])
         self._target_head.install_head(self.module.module)

@@ -31,8 +31,8 @@ from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.settings import LearnSettings
 from aurora_lit.traces.record import from_bytes
 
-_LONGEST_PAUSE_S = 0.2
-"""Longest sleep between two turns: so often the ring is read and the status page written."""
+_PAUSE_S = 0.2
+"""Sleep between two turns without work: so often the ring is read and the status page written."""
 _MAX_TRACES_PER_TURN = 32
 """Traces that are read between two steps at most."""
 
@@ -133,7 +133,7 @@ class OnlineLoop:
                 self._read_traces()
                 self._follow_versions()
         if wait_s:
-            self._sleep(wait_s, load)
+            self._sleep(load)
             return
         self._warm_start()
         self.batcher.replay_share = self.learner.controller.signal.replay_share
@@ -144,7 +144,7 @@ class OnlineLoop:
             self._save_when_due()
         self._report()
         if not found_work:
-            self._environment.sleep(_LONGEST_PAUSE_S)
+            self._environment.sleep(_PAUSE_S)
 
     def _step(self) -> bool:
         """Take one optimiser step; False if there is nothing to train on."""
@@ -175,11 +175,11 @@ class OnlineLoop:
 
     # -- budget ----------------------------------------------------------------------------------------------------
 
-    def _sleep(self, wait_s: float, load: ServerLoad) -> None:
-        """Sleep until the budget allows work, but at most _LONGEST_PAUSE_S."""
+    def _sleep(self, load: ServerLoad) -> None:
+        """Sleep for a pause, however small the debt is: paying off only what a turn costs would never end."""
         self._activity = "resting: its share is used up" if load is ServerLoad.SPARE else "yielding to requests"
         self._report()
-        self._environment.sleep(min(wait_s, _LONGEST_PAUSE_S))
+        self._environment.sleep(_PAUSE_S)
 
     # -- versions --------------------------------------------------------------------------------------------------
 
