@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_BLOCK_ROWS = 96
+_BLOCK_ROWS = 64
 """Rows of a block at most; a divisor of the matrix's rows."""
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
