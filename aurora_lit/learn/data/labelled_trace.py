@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -94,6 +96,8 @@ def add_lse(trace: Trace, target_head: TargetHead) -> Trace:
         return trace
     start = first_trained_position(trace)
     lse_T = torch.zeros(len(trace.token_ids_T))
+    if os.environ.get("LSE", "full") != "full":
+        return replace(trace, lse_T=lse_T)
     lse_T[start:] = target_head.evaluate(trace.last_TH[start:], temperature=0.0).lse_N
     return replace(trace, lse_T=lse_T)
 
@@ -105,7 +109,20 @@ def label_trace(trace: Trace, target_head: TargetHead) -> LabelledTrace:
     num_trained = length - start
     # In one call, so that the head is read once.
     states_NH = torch.cat([trace.last_TH[start:], trace.rejected_last_NH[is_drawn_N].view(-1, trace.last_TH.shape[1])])
+    if os.environ.get("LSE", "full") != "full" and trace.verify == "greedy":
+        num_trained = 0
+        states_NH = states_NH[length - start :]
     output = target_head.evaluate(states_NH, temperature=trace.temperature)
+    if os.environ.get("LSE", "full") != "full" and trace.verify == "greedy":
+        from aurora_lit.learn.data.target_head import HeadOutput
+
+        z = torch.zeros(length - start)
+        num_trained = length - start
+        output = HeadOutput(
+            lse_N=torch.cat([z, output.lse_N]),
+            tempered_lse_N=torch.cat([z, output.tempered_lse_N]),
+            top_N=torch.cat([z.long(), output.top_N]),
+        )
     lse_T, tempered_T = torch.zeros(length), torch.zeros(length)
     top_T = torch.zeros(length, dtype=torch.int64)
     lse_T[start:], tempered_T[start:] = output.lse_N[:num_trained], output.tempered_lse_N[:num_trained]

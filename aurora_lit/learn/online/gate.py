@@ -264,39 +264,45 @@ def _accepted(module: DraftModule, labelled_traces: Sequence[LabelledTrace]) -> 
         needed_BT=needed_BT.to(device),
     )
     total_B = torch.zeros(len(traces))
-    reached_M = torch.ones(sum(counts))
+    reached_N = torch.ones(sum(counts))
     end_B = torch.tensor([roots.stop for roots in roots_B])
     for step in range(module.num_steps):
-        row_M, target_M = chains.row_M.cpu(), chains.target_M.cpu()
-        accept = [
-            _acceptance(module, labelled, chains.hidden_MH[(row_M == row).to(device)], target_M[row_M == row])
-            for row, labelled in enumerate(labelled_traces)
-        ]
-        reached_M = reached_M * torch.cat(accept)
-        total_B.index_add_(0, row_M, reached_M)
-        kept_M = ((reached_M > _LEAST_PROBABILITY) & (target_M + 1 < end_B[row_M])).nonzero()[:, 0]
-        if step + 1 == module.num_steps or not len(kept_M):
+        row_N, target_N = (index_M[: chains.count].cpu() for index_M in (chains.row_M, chains.target_M))
+        reached_N = reached_N * _acceptance(module, labelled_traces, chains.hidden_MH, row_N, target_N)
+        total_B.index_add_(0, row_N, reached_N)
+        kept_N = ((reached_N > _LEAST_PROBABILITY) & (target_N + 1 < end_B[row_N])).nonzero()[:, 0]
+        if step + 1 == module.num_steps or not len(kept_N):
             break
-        chains.advance(kept_M.to(device))
-        reached_M = reached_M[kept_M]
+        chains.advance(kept_N.to(device))
+        reached_N = reached_N[kept_N]
     return list(zip(total_B.tolist(), counts, strict=True))
 
 
-def _acceptance(module: DraftModule, labelled: LabelledTrace, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
-    """Probability that the proposal for the token after each position `target_N` is accepted [N], on the CPU.
+def _acceptance(
+    module: DraftModule, labelled_traces: Sequence[LabelledTrace], hidden_MH: Tensor, row_N: Tensor, target_N: Tensor
+) -> Tensor:
+    """Probability that the proposal for the token after each position is accepted [N], on the CPU.
 
-    Of sampled requests it is the surrogate.
+    Of sampled requests it is the surrogate. `row_N`: the position's trace, ascending. `hidden_MH`: may have more rows.
     """
-    trace, draft = labelled.trace, module.draft
-    logits_ND = draft.compute_logits(hidden_NH)
-    if trace.verify != "sampled":
-        proposal_N = draft.draft_token_ids[first_choice(logits_ND)].cpu()
-        return (proposal_N == trace.token_ids_T[target_N + 1]).float()
-    q_ND = (logits_ND.float() / trace.temperature).softmax(-1)
-    last_NH = trace.last_TH[target_N].to(module.head_VdH.device, module.head_VdH.dtype)
-    target_logits_ND = module.logit_transform((last_NH @ module.head_VdH.T).float()) / trace.temperature
-    p_ND = (target_logits_ND - labelled.tempered_lse_T[target_N, None].to(q_ND.device)).exp()
-    return overlap(p_ND, q_ND).cpu()
+    draft = module.draft
+    logits_MD = draft.compute_logits(hidden_MH)
+    proposal_M = draft.draft_token_ids[first_choice(logits_MD)].cpu()
+    accept_N = torch.empty(len(row_N))
+    start = 0
+    for labelled, count in zip(labelled_traces, torch.bincount(row_N, minlength=len(labelled_traces)), strict=True):
+        rows, trace = slice(start, start + int(count)), labelled.trace
+        start = rows.stop
+        target_C = target_N[rows]
+        if trace.verify != "sampled":
+            accept_N[rows] = (proposal_M[rows] == trace.token_ids_T[target_C + 1]).float()
+        elif count:
+            q_CD = (logits_MD[rows].float() / trace.temperature).softmax(-1)
+            last_CH = trace.last_TH[target_C].to(module.head_VdH.device, module.head_VdH.dtype)
+            target_logits_CD = module.logit_transform((last_CH @ module.head_VdH.T).float()) / trace.temperature
+            p_CD = (target_logits_CD - labelled.tempered_lse_T[target_C, None].to(q_CD.device)).exp()
+            accept_N[rows] = overlap(p_CD, q_CD).cpu()
+    return accept_N
 
 
 def first_choice(logits_ND: Tensor) -> Tensor:

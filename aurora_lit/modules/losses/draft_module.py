@@ -31,6 +31,11 @@ from aurora_lit.modules.losses.token_sample import TokenSample, sample_tokens
 from aurora_lit.modules.losses.unroll import StepwiseChains, UnrolledChains, shift_positions, unroll, unroll_rounds
 
 
+import os
+
+LSE = os.environ.get("LSE", "full")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OnlineWeights:
     """The online loss: LK(live) + w·PPO + β·LK(replay) + c_v·value − β_H·entropy."""
@@ -231,7 +236,22 @@ class DraftModule(LightningModule):
         traces, draft, K = batch.traces, self.draft, self.num_steps
         B, T = share_BT.shape
         share_N, last_NH, lse_N = share_BT.flatten(), traces.last_BTH.flatten(0, 1), traces.lse_BT.flatten()
-        sample = self._sample_tokens(batch, share_BT)
+        candidates = None
+        if LSE in ("draft", "drafttop", "sampled"):
+            next_N = torch.cat([traces.token_ids_BT[:, 1:], traces.token_ids_BT[:, -1:]], 1).flatten()
+            share_N = share_N * draft.t2d[next_N]
+            share_BT = share_N.view(B, T)
+        if LSE in ("draft", "drafttop"):
+            where_R = (share_N > 0).nonzero()[:, 0]
+            lse_N = torch.zeros_like(share_N)
+            top = []
+            for where_C in where_R.split(64):
+                logits_CD = self.logit_transform((last_NH[where_C].to(self.head_VdH.dtype) @ self.head_VdH.T).float())
+                lse_N[where_C] = logits_CD.logsumexp(-1)
+                if LSE == "drafttop":
+                    top.append(logits_CD.topk(4).indices.flatten())
+            candidates = torch.cat(top) if top else None
+        sample = self._sample_tokens(batch, share_BT, candidates)
         weight_SH, head_SH, transform = draft.lm_head.weight, self.head_VdH, self.logit_transform
         if sample is not None:
             ids_S, certain = sample.index_S, sample.num_certain
@@ -240,21 +260,21 @@ class DraftModule(LightningModule):
             head_SH, transform = self.head_VdH[ids_S], self.logit_transform.select(ids_S)
         elif self.sparse_head:
             weight_SH = self._head_rows(torch.arange(len(weight_SH), device=weight_SH.device))
+        next_share_N = shift_positions(share_BT, -1).flatten()
         table_KN = {
             name: torch.zeros(K, B * T, device=share_N.device) for name in ("alpha", "kl", "match", "mask", "survival")
         }
-        place_by_step, survival_by_step, value_by_step = [], [], []
+        place_by_step, weight_by_step, value_by_step = [], [], []
         lk_sum = share_N.new_zeros(())
-        counted_M = (share_N[chains.row_M * T + chains.target_M] > 0).nonzero()[:, 0]
-        hidden_MH, place_M = chains.hidden_MH[counted_M], (chains.row_M * T + chains.target_M)[counted_M]
-        survival_M = torch.ones(len(place_M), device=share_N.device)
+        survival_M = torch.ones(len(chains.row_M), device=share_N.device)
         for step in range(K):
-            if not len(place_M):
-                break
+            place_M = chains.row_M * T + chains.target_M
+            share_M = share_N[place_M]
+            share_M[chains.count :] = 0.0
             step_sum, stats = fused_lk_loss(
-                h_NH=draft.norm(hidden_MH),
+                h_NH=draft.norm(chains.hidden_MH),
                 weight_DH=weight_SH,
-                row_weight_N=share_N[place_M] * survival_M,
+                row_weight_N=share_M * survival_M,
                 target_h_NG=last_NH[place_M],
                 target_weight_DG=head_SH,
                 target_logit_transform=transform,
@@ -263,28 +283,28 @@ class DraftModule(LightningModule):
                 sample=sample,
             )
             lk_sum = lk_sum + step_sum
-            value_by_step.append(draft.compute_value(hidden_MH.detach()))
-            place_by_step.append(place_M)
-            survival_by_step.append(survival_M)
-            found = {"alpha": stats.alpha_N, "kl": stats.kl_N, "match": stats.top1_match_N, "survival": survival_M}
-            for name, found_M in {**found, "mask": torch.ones_like(survival_M)}.items():
-                table_KN[name][step, place_M] = found_M.to(table_KN[name].dtype)
-            if step == K - 1:
+            counted_C = (share_M > 0).nonzero()[:, 0]
+            place_C, survival_C = place_M[counted_C], survival_M[counted_C]
+            value_by_step.append(draft.compute_value(chains.hidden_MH.detach())[counted_C])
+            place_by_step.append(place_C)
+            weight_by_step.append((share_M * survival_M)[counted_C])
+            found = {"alpha": stats.alpha_N, "kl": stats.kl_N, "match": stats.top1_match_N}
+            for name, found_M in found.items():
+                table_KN[name][step, place_C] = found_M[counted_C].to(table_KN[name].dtype)
+            table_KN["mask"][step, place_C], table_KN["survival"][step, place_C] = 1.0, survival_C.float()
+            survival_C = survival_C * stats.alpha_N[counted_C]
+            goes_on_C = (next_share_N[place_C] > 0) & (survival_C >= self.online.survival_floor)
+            if step == K - 1 or not goes_on_C.any():
                 break
-            survival_M = survival_M * stats.alpha_N
-            is_last_M = (place_M + 1) % T == 0
-            goes_on_M = (share_N[(place_M + 1) % (B * T)] > 0) & ~is_last_M
-            kept_M = (goes_on_M & (survival_M >= self.online.survival_floor)).nonzero()[:, 0]
-            if not len(kept_M):
-                break
-            chains.advance(kept_M if step else counted_M[kept_M])
-            hidden_MH, place_M, survival_M = chains.hidden_MH, place_M[kept_M] + 1, survival_M[kept_M]
+            chains.advance(counted_C[goes_on_C])
+            survival_M = torch.ones(len(chains.row_M), device=share_N.device)
+            survival_M[: chains.count] = survival_C[goes_on_C]
         return_KN = _expected_accepted_proposals(table_KN["alpha"].view(K, B, T)).view(K, B * T)
         value_sum = sum(
             (
-                (share_N[place] * survival * (value - return_KN[step, place]).square()).sum()
-                for step, (place, survival, value) in enumerate(
-                    zip(place_by_step, survival_by_step, value_by_step, strict=True)
+                (weight * (value - return_KN[step, place]).square()).sum()
+                for step, (place, weight, value) in enumerate(
+                    zip(place_by_step, weight_by_step, value_by_step, strict=True)
                 )
             ),
             share_N.new_zeros(()),
@@ -306,14 +326,17 @@ class DraftModule(LightningModule):
         """Rows of the draft's head."""
         return nn.functional.embedding(index_X, self.draft.lm_head.weight, sparse=self.sparse_head)
 
-    def _sample_tokens(self, batch: OnlineBatch, share_BT: torch.Tensor) -> TokenSample | None:
+    def _sample_tokens(
+        self, batch: OnlineBatch, share_BT: torch.Tensor, candidates: torch.Tensor | None = None
+    ) -> TokenSample | None:
         """The batch's tokens, and what its rounds proposed; None: the whole vocabulary."""
         token_ids = torch.cat([batch.traces.token_ids_BT.flatten(), batch.rounds.proposal_QK.flatten()])
         token_ids = token_ids[token_ids >= 0]
         token_ids = token_ids[self.draft.t2d[token_ids]]
         self._num_samples += 1
+        index = draft_index(token_ids, self.draft)
         return sample_tokens(
-            draft_index(token_ids, self.draft),
+            index if candidates is None else torch.cat([index, candidates]),
             vocabulary=len(self.draft.d2t),
             size=self.online.sampled_tokens,
             turn=self._num_samples,

@@ -93,12 +93,21 @@ def unroll(
 class StepwiseChains:
     """The same chains, step by step, so that the caller can end some of them between two steps.
 
-    One chain for each needed position. The chains of all traces are one flat list, without padding.
+    One chain for each needed position, in one flat list over all traces, ordered by trace and position. The list is
+    padded to one of few lengths (`_rounded`) with copies of the last chain: matrix products of a new shape cost a
+    millisecond and half a megabyte for the code that oneDNN generates.
 
     >>> chains = StepwiseChains(draft, token_ids_BT=tokens, aux_BT3H=aux, embedding_VH=embedding, needed_BT=needed)
-    >>> chains.hidden_MH                        # of step 0
-    >>> chains.advance(kept_M)                  # now of step 1, of those chains that are kept
+    >>> chains.hidden_MH[: chains.count]        # of step 0
+    >>> chains.advance(kept_N)                  # now of step 1, of those chains that are kept
     """
+
+    count: int
+    """Chains before the padding."""
+    row_M: torch.Tensor
+    """int64. Index of each chain's trace."""
+    hidden_MH: torch.Tensor
+    """Hidden states of the present step."""
 
     def __init__(
         self,
@@ -113,23 +122,30 @@ class StepwiseChains:
         self._draft = draft
         self._embeds_BTH = nn.functional.embedding(token_ids_BT, embedding_VH)
         features_BTH = draft.combine_hidden_states(aux_BT3H)
-        self.row_M, self._root_M = shift_positions(needed_BT, -1).nonzero(as_tuple=True)
+        row_N, root_N = shift_positions(needed_BT, -1).nonzero(as_tuple=True)
+        self.count = len(row_N)
+        padded_M = self._padded(torch.arange(self.count, device=row_N.device))
+        self.row_M, self._root_M = row_N[padded_M], root_N[padded_M]
         query_MND, self.root_key_BGTD, self.root_value_BGTD = self._project_step_0(features_BTH)
         self._chain: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Keys and values of steps 1, 2, … [M, G, D]."""
         self.step = 0
         before_MH = features_BTH[self.row_M, self._root_M]
         self.hidden_MH = draft.complete_layer(self._attend(query_MND), before_MH)
-        """Of the present step."""
 
     @property
     def target_M(self) -> torch.Tensor:
         """int64. The position whose next token the present step proposes."""
         return self._root_M + 1 + self.step
 
-    def advance(self, kept_M: torch.Tensor) -> None:
-        """Run the next step of the chains that are kept, and end the others; `kept_M`: int64 indices, ascending."""
+    def advance(self, kept_N: torch.Tensor) -> None:
+        """Run the next step of the chains that are kept, and end the others.
+
+        `kept_N`: int64 indices below `count`, ascending, at least one.
+        """
         draft = self._draft
+        self.count = len(kept_N)
+        kept_M = self._padded(kept_N)
         self.row_M, self._root_M = self.row_M[kept_M], self._root_M[kept_M]
         hidden_MH = self.hidden_MH[kept_M]
         self._chain = [(key[kept_M], value[kept_M]) for key, value in self._chain]
@@ -144,7 +160,8 @@ class StepwiseChains:
         """What `unroll_rounds` needs, of the present step, which must be 0; no hidden states by target position."""
         assert self.step == 0
         B, T, H = self._embeds_BTH.shape
-        root_hidden_NH = self.hidden_MH.new_zeros(B * T, H).index_copy(0, self.row_M * T + self._root_M, self.hidden_MH)
+        place_N = (self.row_M * T + self._root_M)[: self.count]
+        root_hidden_NH = self.hidden_MH.new_zeros(B * T, H).index_copy(0, place_N, self.hidden_MH[: self.count])
         return UnrolledChains(
             hidden_KBTH=self.hidden_MH.new_zeros(0, B, T, H),
             root_hidden_BTH=root_hidden_NH.view(B, T, H),
@@ -171,26 +188,45 @@ class StepwiseChains:
         return query_1NMD[0].transpose(0, 1), key_BGTD, value
 
     def _attend(self, query_MND: torch.Tensor) -> torch.Tensor:
-        """Attention of the present step [M, N·D]; only here the chains of a trace lie side by side."""
+        """Attention of the present step [M, N·D], in fp32 at least; only here the chains of a trace lie side by side."""
         B, _, T, _ = self.root_key_BGTD.shape
-        M, N, D = query_MND.shape
-        count_B = torch.bincount(self.row_M, minlength=B)
-        rank_M = torch.arange(M, device=count_B.device) - (count_B.cumsum(0) - count_B)[self.row_M]
+        dtype = torch.promote_types(query_MND.dtype, torch.float32)
+        row_N, root_N = self.row_M[: self.count], self._root_M[: self.count]
+        count_B = torch.bincount(row_N, minlength=B)
+        rank_N = torch.arange(self.count, device=count_B.device) - (count_B.cumsum(0) - count_B)[row_N]
         R = int(count_B.max())
-        place_M = self.row_M * R + rank_M
+        place_N = row_N * R + rank_N
 
         def by_trace(x_M: torch.Tensor) -> torch.Tensor:
             """[M, X, D] → [B, X, R, D]."""
-            padded = x_M.new_zeros(B * R, *x_M.shape[1:]).index_copy(0, place_M, x_M)
-            return padded.view(B, R, *x_M.shape[1:]).transpose(1, 2)
+            x_N = x_M[: self.count].to(dtype)
+            padded = x_N.new_zeros(B * R, *x_N.shape[1:]).index_copy(0, place_N, x_N)
+            return padded.view(B, R, *x_N.shape[1:]).transpose(1, 2)
 
-        root_BR = self._root_M.new_zeros(B * R).index_copy(0, place_M, self._root_M).view(B, R)
+        root_BR = root_N.new_zeros(B * R).index_copy(0, place_N, root_N).view(B, R)
         is_later_BRT = torch.arange(T, device=root_BR.device) > root_BR[..., None]
         mask_B1RT = torch.zeros(B, R, T, device=root_BR.device).masked_fill(is_later_BRT, float("-inf"))[:, None]
-        chain = [(self.root_key_BGTD, self.root_value_BGTD)]
-        chain += [(by_trace(key), by_trace(value)) for key, value in self._chain]
-        attended_BRC = _chain_attention(by_trace(query_MND), chain, mask_B1RT)
-        return attended_BRC.flatten(0, 1)[place_M]
+        # Not in bf16: these shapes differ from batch to batch.
+        with torch.autocast(root_BR.device.type, enabled=False):
+            chain = [(self.root_key_BGTD.to(dtype), self.root_value_BGTD.to(dtype))]
+            chain += [(by_trace(key), by_trace(value)) for key, value in self._chain]
+            attended_BRC = _chain_attention(by_trace(query_MND), chain, mask_B1RT)
+        return attended_BRC.flatten(0, 1)[self._padded(place_N)].to(query_MND.dtype)
+
+    @staticmethod
+    def _padded(index_N: torch.Tensor) -> torch.Tensor:
+        """Indices with copies of the last one, as many as `_rounded` asks for."""
+        return torch.cat([index_N, index_N[-1:].expand(_rounded(len(index_N)) - len(index_N))])
+
+
+def _rounded(count: int) -> int:
+    """The next of few numbers: 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, …; at most half more."""
+    size = 16
+    while size < count:
+        if size * 3 // 2 >= count:
+            return size * 3 // 2
+        size *= 2
+    return size
 
 
 def _chain_roots(needed_BT: torch.Tensor, num_steps: int) -> torch.Tensor:

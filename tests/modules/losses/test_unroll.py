@@ -176,11 +176,13 @@ def test_stepwise_chains_are_the_unrolled_ones_whichever_of_them_end(target: Tar
         embedding_VH=module.embedding_VH,
         needed_BT=needed_BT,
     )
-    assert len(chains.row_M) == int(needed_BT[:, 1:].sum())
+    assert chains.count == int(needed_BT[:, 1:].sum())
     for step in range(K):
+        assert chains.count <= len(chains.row_M) in (16, 24, 32, 48)
         expected_MH = whole_KBTH[step, chains.row_M, chains.target_M]
         torch.testing.assert_close(chains.hidden_MH, expected_MH, **CLOSE)
         if step + 1 < K:
-            goes_on_M = (chains.target_M + 1 < 24) & (torch.arange(len(chains.row_M)) % 3 != step % 3)
-            assert 0 < int(goes_on_M.sum()) < len(goes_on_M)
-            chains.advance(goes_on_M.nonzero()[:, 0])
+            goes_on_N = (chains.target_M + 1 < 24) & (torch.arange(len(chains.row_M)) % 3 != step % 3)
+            goes_on_N = goes_on_N[: chains.count]
+            assert 0 < int(goes_on_N.sum()) < chains.count
+            chains.advance(goes_on_N.nonzero()[:, 0])
