@@ -99,7 +99,8 @@ def build_loop(
         if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # rolled back meanwhile
         target_head.to(learner.fabric.device)
-        champion = online_module(config, copy.deepcopy(module.draft), target_head).to(learner.fabric.device)
+        served = in_half_precision(copy.deepcopy(module.draft))
+        champion = online_module(config, served, target_head).to(learner.fabric.device)
         yield OnlineLoop(
             LearnerEnvironment(
                 traces=ring,
@@ -174,6 +175,14 @@ def run_follower(config: AuroraConfig) -> None:
     )
     target_head.to(fabric.device)
     follower.follow(learner)
+
+
+def in_half_precision(draft: Eagle3Draft) -> Eagle3Draft:
+    """The draft with its matrices in bf16, in which it is scored anyway and published; it is not for training."""
+    draft.requires_grad_(False)
+    for matrix in (parameter for parameter in draft.parameters() if parameter.ndim > 1):
+        matrix.data = matrix.data.bfloat16()
+    return draft
 
 
 def _domain_drafts(

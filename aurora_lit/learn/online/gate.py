@@ -60,6 +60,8 @@ class HeldOutRequest:
     traces: list[Trace] = field(default_factory=list)
     champion_score: float | None = None
     """Cached until the champion changes or another segment arrives."""
+    challenger_score: float | None = None
+    """Of the last trial that scored the request, unless another segment has arrived."""
     _labelled_traces: list[LabelledTrace] = field(default_factory=list)
 
     @property
@@ -92,7 +94,7 @@ class HeldOut:
             request = HeldOutRequest(request_id=trace.request_id, domain=trace.domain, label=self._label)
             self.newest.append(request)
         request.traces.append(trace)
-        request.champion_score = None
+        request.champion_score = request.challenger_score = None
         if len(self.newest) > self._num_newest:
             self._remember(self.newest.popleft())
 
@@ -100,6 +102,11 @@ class HeldOut:
         """Forget the champion's cached scores: another draft is the champion now."""
         for request in self:
             request.champion_score = None
+
+    def crown_challenger(self) -> None:
+        """The last trial's challenger is the champion now: its scores are the champion's."""
+        for request in self:
+            request.champion_score = request.challenger_score
 
     def __iter__(self) -> Iterator[HeldOutRequest]:
         """All requests: the newest ones, then the older ones."""
@@ -191,6 +198,8 @@ def compare_drafts(
     pass no more often than `decide` says.
     """
     requests = list(held_out)
+    for request in requests:
+        request.challenger_score = None
     newest_ids = {id(request) for request in held_out.newest}
 
     def score(part: Sequence[HeldOutRequest]) -> list[tuple[HeldOutRequest, tuple[float, float]]]:
@@ -198,8 +207,10 @@ def compare_drafts(
         unscored = [request for request in part if request.champion_score is None]
         for request, of_champion in score_requests(champion, unscored, batch_positions=batch_positions):
             request.champion_score = of_champion
-        scores = dict(score_requests(challenger, part, batch_positions=batch_positions))
-        return [(r, (r.champion_score, scores[r])) for r in part if r.champion_score is not None and r in scores]
+        for request, of_challenger in score_requests(challenger, part, batch_positions=batch_positions):
+            request.challenger_score = of_challenger
+        pairs = [(request, (request.champion_score, request.challenger_score)) for request in part]
+        return [(r, (before, after)) for r, (before, after) in pairs if before is not None and after is not None]
 
     of_newest = [request for request in requests if id(request) in newest_ids]
     scored = score(of_newest[::_PILOT_EVERY])

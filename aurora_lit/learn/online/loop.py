@@ -108,6 +108,8 @@ class OnlineLoop:
         """When the last turn began; the heartbeat stops when it was too long ago."""
         self._stopped = False
         self._current_version: str | None = None
+        self._passed_version: str | None = None
+        """The version of the last trial's challenger, if it was published and no trial was held since."""
         self._activity = "starting"
         self._last_trial_s = self._last_save_s = environment.monotonic_s()
         self._last_trial_steps = self._last_saved_steps = learner.steps
@@ -204,7 +206,10 @@ class OnlineLoop:
         self._champion.draft.load_state_dict(self._environment.served_draft(version).state_dict())
         self._target_head.install_head(self._champion)
         self._current_version = version
-        self.held_out.clear_champion_scores()
+        if version is not None and version == self._passed_version:
+            self.held_out.crown_challenger()
+        else:
+            self.held_out.clear_champion_scores()
 
     # -- trial -----------------------------------------------------------------------------------------------------
 
@@ -217,7 +222,7 @@ class OnlineLoop:
 
     def _try_to_publish(self) -> None:
         """Hold a trial: compare the learner's draft with the served one, and publish it if it passes."""
-        self._activity = "comparing drafts"
+        self._activity, self._passed_version = "comparing drafts", None
         self._last_trial_s, self._last_trial_steps = self._environment.monotonic_s(), self.learner.steps
         self.tokens_entered += self.learner.adapt_vocabulary()
         if (use := self.learner.vocabulary_use) is not None:
@@ -241,7 +246,7 @@ class OnlineLoop:
                     self.learner.version = self._environment.store.publish(
                         module.draft, record=record | decision.record
                     )
-                self.published += 1
+                self.published, self._passed_version = self.published + 1, self.learner.version
             except OSError as error:  # a full disk: learning continues, and the next trial tries again
                 self._environment.page.write(error=f"a draft could not be published: {error}")
         else:
