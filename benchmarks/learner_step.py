@@ -1,4 +1,4 @@
-"""What learning costs: processor time of each part of an optimiser step and of a trial, and of a learner beside traffic.
+"""What learning costs in processor time: each part of an optimiser step, a trial, and a learner beside traffic.
 
     python benchmarks/learner_step.py --prompts sql.jsonl --limit 64
 
@@ -39,7 +39,6 @@ from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.learn.data import labelled_trace, online_batcher
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
-from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.vocabulary import VocabularyUse
 from aurora_lit.learn.offline.replay import read_traces
 from aurora_lit.learn.online.budget import Budget, ServerLoad
@@ -101,7 +100,9 @@ class Parts:
         self._since = now
 
 
-def record(config: AuroraConfig, folder: Path, prompts: list[Path], limit: int, max_tokens: int, temps: list[float]) -> None:
+def record(
+    config: AuroraConfig, folder: Path, prompts: list[Path], limit: int, max_tokens: int, temps: list[float]
+) -> None:
     """Answer the prompts, the temperatures in turn, and keep their traces in a log."""
     traces: list[Trace] = []
     engine, tokenizer = build_engine(config, sink=lambda trace: traces.append(trace.copy()))
@@ -168,7 +169,9 @@ def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tu
                 positions += int((batch.traces.weight_BT > 0).sum())
                 live += int((batch.traces.weight_BT > 0)[batch.live_B].sum())
     total = sum(parts.seconds.values())
-    table = Table(title=f"processor time of {steps} steps: {positions / steps:.0f} positions each, {live / steps:.0f} live")
+    table = Table(
+        title=f"processor time of {steps} steps: {positions / steps:.0f} positions each, {live / steps:.0f} live"
+    )
     for column in ("part", "ms a step", "ms a position", "share"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for name, seconds in [*parts.seconds.most_common(), ("all", total)]:

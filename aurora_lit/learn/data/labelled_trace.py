@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -96,9 +94,7 @@ def add_lse(trace: Trace, target_head: TargetHead) -> Trace:
         return trace
     start = first_trained_position(trace)
     lse_T = torch.zeros(len(trace.token_ids_T))
-    if os.environ.get("LSE", "full") != "full":
-        return replace(trace, lse_T=lse_T)
-    lse_T[start:] = target_head.evaluate(trace.last_TH[start:], temperature=0.0).lse_N
+    lse_T[start:] = target_head.evaluate(trace.last_TH[start:], temperature=0.0, with_top=False).lse_N
     return replace(trace, lse_T=lse_T)
 
 
@@ -106,33 +102,20 @@ def label_trace(trace: Trace, target_head: TargetHead) -> LabelledTrace:
     """Apply the head to a trace: at the positions that are trained on, and after rejected proposals that explored."""
     start, length = first_trained_position(trace), len(trace.token_ids_T)
     is_drawn_N = torch.repeat_interleave(trace.explored_R, trace.num_rejected_R)
-    num_trained = length - start
-    # In one call, so that the head is read once.
-    states_NH = torch.cat([trace.last_TH[start:], trace.rejected_last_NH[is_drawn_N].view(-1, trace.last_TH.shape[1])])
-    if os.environ.get("LSE", "full") != "full" and trace.verify == "greedy":
-        num_trained = 0
-        states_NH = states_NH[length - start :]
-    output = target_head.evaluate(states_NH, temperature=trace.temperature)
-    if os.environ.get("LSE", "full") != "full" and trace.verify == "greedy":
-        from aurora_lit.learn.data.target_head import HeadOutput
-
-        z = torch.zeros(length - start)
-        num_trained = length - start
-        output = HeadOutput(
-            lse_N=torch.cat([z, output.lse_N]),
-            tempered_lse_N=torch.cat([z, output.tempered_lse_N]),
-            top_N=torch.cat([z.long(), output.top_N]),
-        )
     lse_T, tempered_T = torch.zeros(length), torch.zeros(length)
     top_T = torch.zeros(length, dtype=torch.int64)
-    lse_T[start:], tempered_T[start:] = output.lse_N[:num_trained], output.tempered_lse_N[:num_trained]
-    top_T[start:] = output.top_N[:num_trained]
-    if trace.verify == "greedy":
-        # The served tokens: penalties, a bias or a near tie may make them differ from the head's first choice.
-        top_T[start:-1] = trace.token_ids_T[start + 1 :].long()
+    # Greedy answers are their first choices: penalties, a bias or a near tie may make these differ from the head's.
+    is_greedy = trace.verify == "greedy"
+    output = target_head.evaluate(trace.last_TH[start:], temperature=trace.temperature, with_top=not is_greedy)
+    lse_T[start:], tempered_T[start:], top_T[start:] = output.lse_N, output.tempered_lse_N, output.top_N
+    # With the last position, so that the head is read once for both.
+    drawn_NH = torch.cat([trace.last_TH[-1:], trace.rejected_last_NH[is_drawn_N].view(-1, trace.last_TH.shape[1])])
+    drawn = target_head.evaluate(drawn_NH, temperature=trace.temperature)
+    if is_greedy:
+        top_T[start:-1], top_T[-1] = trace.token_ids_T[start + 1 :].long(), drawn.top_N[0]
     rejected_tempered_N, rejected_top_N = torch.zeros(len(is_drawn_N)), torch.zeros(len(is_drawn_N), dtype=torch.int64)
-    rejected_tempered_N[is_drawn_N] = output.tempered_lse_N[num_trained:]
-    rejected_top_N[is_drawn_N] = output.top_N[num_trained:]
+    rejected_tempered_N[is_drawn_N] = drawn.tempered_lse_N[1:]
+    rejected_top_N[is_drawn_N] = drawn.top_N[1:]
     return LabelledTrace(
         trace=replace(trace, lse_T=lse_T),
         tempered_lse_T=tempered_T,

@@ -55,7 +55,9 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write a state; it is durable on disk when this returns. Raises OSError; the state before it is intact then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _unfinished(path).open("wb") as file:
-        for piece in _pieces(state):  # from the tensors' own memory: a state is as large as all else that learning holds
+        for piece in _pieces(
+            state
+        ):  # from the tensors' own memory: a state is as large as all else that learning holds
             file.write(piece)
         file.flush()
         os.fsync(file.fileno())

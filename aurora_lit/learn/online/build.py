@@ -248,10 +248,7 @@ def load_head_and_draft(config: AuroraConfig) -> tuple[TargetHead, Eagle3Draft]:
     else:
         target = load_target(source, precision=precision, cache_dir=cache_root(config.target.cache_dir))
     target_head = TargetHead(target)
-    if config.learn.from_scratch:
-        starting = _untrained(config, target, folder)
-    else:
-        starting = starting_draft(config, target_head)
+    starting = _untrained(config, target, folder) if config.learn.from_scratch else starting_draft(config, target_head)
     del target
     gc.collect()
     return target_head, starting

@@ -317,7 +317,7 @@ def _acceptance(
 
 
 def first_choice(logits_ND: Tensor) -> Tensor:
-    """argmax over D [N], in two passes of which torch vectorises the longer; a plain argmax takes three times as long."""
+    """argmax over D [N], in two passes of which torch vectorises the longer; a plain argmax takes thrice as long."""
     N, D = logits_ND.shape
     if D % 64 or not N:
         return logits_ND.argmax(-1)

@@ -31,11 +31,6 @@ from aurora_lit.modules.losses.token_sample import TokenSample, sample_tokens
 from aurora_lit.modules.losses.unroll import StepwiseChains, UnrolledChains, shift_positions, unroll, unroll_rounds
 
 
-import os
-
-LSE = os.environ.get("LSE", "full")
-
-
 @dataclass(frozen=True, kw_only=True)
 class OnlineWeights:
     """The online loss: LK(live) + w·PPO + β·LK(replay) + c_v·value − β_H·entropy."""
@@ -236,22 +231,7 @@ class DraftModule(LightningModule):
         traces, draft, K = batch.traces, self.draft, self.num_steps
         B, T = share_BT.shape
         share_N, last_NH, lse_N = share_BT.flatten(), traces.last_BTH.flatten(0, 1), traces.lse_BT.flatten()
-        candidates = None
-        if LSE in ("draft", "drafttop", "sampled"):
-            next_N = torch.cat([traces.token_ids_BT[:, 1:], traces.token_ids_BT[:, -1:]], 1).flatten()
-            share_N = share_N * draft.t2d[next_N]
-            share_BT = share_N.view(B, T)
-        if LSE in ("draft", "drafttop"):
-            where_R = (share_N > 0).nonzero()[:, 0]
-            lse_N = torch.zeros_like(share_N)
-            top = []
-            for where_C in where_R.split(64):
-                logits_CD = self.logit_transform((last_NH[where_C].to(self.head_VdH.dtype) @ self.head_VdH.T).float())
-                lse_N[where_C] = logits_CD.logsumexp(-1)
-                if LSE == "drafttop":
-                    top.append(logits_CD.topk(4).indices.flatten())
-            candidates = torch.cat(top) if top else None
-        sample = self._sample_tokens(batch, share_BT, candidates)
+        sample = self._sample_tokens(batch)
         weight_SH, head_SH, transform = draft.lm_head.weight, self.head_VdH, self.logit_transform
         if sample is not None:
             ids_S, certain = sample.index_S, sample.num_certain
@@ -326,17 +306,14 @@ class DraftModule(LightningModule):
         """Rows of the draft's head."""
         return nn.functional.embedding(index_X, self.draft.lm_head.weight, sparse=self.sparse_head)
 
-    def _sample_tokens(
-        self, batch: OnlineBatch, share_BT: torch.Tensor, candidates: torch.Tensor | None = None
-    ) -> TokenSample | None:
+    def _sample_tokens(self, batch: OnlineBatch) -> TokenSample | None:
         """The batch's tokens, and what its rounds proposed; None: the whole vocabulary."""
         token_ids = torch.cat([batch.traces.token_ids_BT.flatten(), batch.rounds.proposal_QK.flatten()])
         token_ids = token_ids[token_ids >= 0]
         token_ids = token_ids[self.draft.t2d[token_ids]]
         self._num_samples += 1
-        index = draft_index(token_ids, self.draft)
         return sample_tokens(
-            index if candidates is None else torch.cat([index, candidates]),
+            draft_index(token_ids, self.draft),
             vocabulary=len(self.draft.d2t),
             size=self.online.sampled_tokens,
             turn=self._num_samples,

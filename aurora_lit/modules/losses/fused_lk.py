@@ -226,8 +226,6 @@ class _ChunkedPass:
             target_CD.copy_(self._target.logit_transform(target_CD.to(self._math_dtype)))
         if self._target.sample is not None:
             self._target.sample.raise_logits(target_CD)
-        if len(lse_C) and bool(lse_C[0].isnan()):
-            lse_C = target_CD.float().logsumexp(-1)
         h_MH, draft_KCD = self._multiply_draft(rows)
         argmax_N = self._target.argmax_N
         loss_KC, self.alpha_KN[:, rows], self.kl_KN[:, rows], self.match_KN[:, rows] = lk_kernel.lk_loss_and_gradient(

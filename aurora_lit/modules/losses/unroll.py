@@ -118,7 +118,7 @@ class StepwiseChains:
         embedding_VH: torch.Tensor,
         needed_BT: torch.Tensor,
     ) -> None:
-        """Run step 0. `needed_BT`: bool, the target positions of step 0; position 0 has no chain. Others as `unroll`'s."""
+        """Run step 0. `needed_BT`: bool, its target positions; position 0 has no chain. Others as `unroll`'s."""
         self._draft = draft
         self._embeds_BTH = nn.functional.embedding(token_ids_BT, embedding_VH)
         features_BTH = draft.combine_hidden_states(aux_BT3H)
@@ -188,7 +188,7 @@ class StepwiseChains:
         return query_1NMD[0].transpose(0, 1), key_BGTD, value
 
     def _attend(self, query_MND: torch.Tensor) -> torch.Tensor:
-        """Attention of the present step [M, N·D], in fp32 at least; only here the chains of a trace lie side by side."""
+        """Attention of the present step [M, N·D], in fp32 at least; here the chains of a trace lie side by side."""
         B, _, T, _ = self.root_key_BGTD.shape
         dtype = torch.promote_types(query_MND.dtype, torch.float32)
         row_N, root_N = self.row_M[: self.count], self._root_M[: self.count]

@@ -120,7 +120,7 @@ def target_distribution(target: Target, made: DraftModule, batch: OnlineBatch) -
 
 
 def test_a_loss_over_sampled_tokens_has_the_gradient_of_the_whole_vocabulary(target: Target) -> None:
-    """Averaged over many samples, for the hidden states and for the rows of the tokens that are always in the sample."""
+    """Averaged over many samples, for the hidden states and for the rows of the tokens that are in all of them."""
     batch = online_batch(target)
     short = replace(batch.traces, token_ids_BT=batch.traces.token_ids_BT % 8 + 8)
     batch = replace(batch, traces=short, rounds=batch.rounds.select(batch.rounds.row_Q[:0]))
