@@ -33,6 +33,8 @@ from aurora_lit.traces.record import from_bytes
 
 _PAUSE_S = 0.2
 """Sleep between two turns without work: so often the ring is read and the status page written."""
+_SAVING_SHARE = 0.03
+"""Largest share of the process's own processor time that saving its state may take."""
 _MAX_TRACES_PER_TURN = 32
 """Traces that are read between two steps at most."""
 
@@ -113,6 +115,7 @@ class OnlineLoop:
         self._activity = "starting"
         self._last_trial_s = self._last_save_s = environment.monotonic_s()
         self._last_trial_steps = self._last_saved_steps = learner.steps
+        self._last_save_cpu_s, self._save_cost_s = time.process_time(), 0.0
         self._load_champion(environment.store.current())
 
     def stop(self) -> None:
@@ -275,15 +278,19 @@ class OnlineLoop:
 
     def _save_when_due(self) -> None:
         due = self._environment.monotonic_s() - self._last_save_s >= self._config.save_every_s
+        due = due and time.process_time() - self._last_save_cpu_s >= self._save_cost_s / _SAVING_SHARE
         if due and self.learner.steps != self._last_saved_steps:
             self._save()
 
     def _save(self) -> None:
         self._last_save_s, self._last_saved_steps = self._environment.monotonic_s(), self.learner.steps
+        began_s = time.process_time()
         try:
             self.learner.save()
         except OSError as error:
             self._environment.page.write(error=f"the learner's state could not be saved: {error}")
+        self._last_save_cpu_s = time.process_time()
+        self._save_cost_s = self._last_save_cpu_s - began_s
 
     def _report(self) -> None:
         learner, decision, controller = self.learner, self.decision, self.learner.controller
