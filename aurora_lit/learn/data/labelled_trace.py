@@ -40,6 +40,7 @@ class LabelledTrace:
     top_T: Tensor
     """int64. The target's first choice; within a greedy answer, the token that follows."""
     rejected_tempered_lse_N: Tensor
+    """The same two after rejected proposals; 0 in rounds that do not explore, which the policy loss does not use."""
     rejected_top_N: Tensor
 
 
@@ -93,27 +94,34 @@ def add_lse(trace: Trace, target_head: TargetHead) -> Trace:
         return trace
     start = first_trained_position(trace)
     lse_T = torch.zeros(len(trace.token_ids_T))
-    lse_T[start:] = target_head.evaluate(trace.last_TH[start:], temperature=0.0).lse_N
+    lse_T[start:] = target_head.evaluate(trace.last_TH[start:], temperature=0.0, with_top=False).lse_N
     return replace(trace, lse_T=lse_T)
 
 
 def label_trace(trace: Trace, target_head: TargetHead) -> LabelledTrace:
-    """Apply the head to a trace: at the positions that are trained on, and at those after rejected proposals."""
+    """Apply the head to a trace: at the positions that are trained on, and after rejected proposals that explored."""
     start, length = first_trained_position(trace), len(trace.token_ids_T)
+    is_drawn_N = torch.repeat_interleave(trace.explored_R, trace.num_rejected_R)
     lse_T, tempered_T = torch.zeros(length), torch.zeros(length)
     top_T = torch.zeros(length, dtype=torch.int64)
-    output = target_head.evaluate(trace.last_TH[start:], temperature=trace.temperature)
+    # Greedy answers are their first choices: penalties, a bias or a near tie may make these differ from the head's.
+    is_greedy = trace.verify == "greedy"
+    output = target_head.evaluate(trace.last_TH[start:], temperature=trace.temperature, with_top=not is_greedy)
     lse_T[start:], tempered_T[start:], top_T[start:] = output.lse_N, output.tempered_lse_N, output.top_N
-    if trace.verify == "greedy":
-        # The served tokens: penalties, a bias or a near tie may make them differ from the head's first choice.
-        top_T[start:-1] = trace.token_ids_T[start + 1 :].long()
-    rejected = target_head.evaluate(trace.rejected_last_NH, temperature=trace.temperature)
+    # With the last position, so that the head is read once for both.
+    drawn_NH = torch.cat([trace.last_TH[-1:], trace.rejected_last_NH[is_drawn_N].view(-1, trace.last_TH.shape[1])])
+    drawn = target_head.evaluate(drawn_NH, temperature=trace.temperature)
+    if is_greedy:
+        top_T[start:-1], top_T[-1] = trace.token_ids_T[start + 1 :].long(), drawn.top_N[0]
+    rejected_tempered_N, rejected_top_N = torch.zeros(len(is_drawn_N)), torch.zeros(len(is_drawn_N), dtype=torch.int64)
+    rejected_tempered_N[is_drawn_N] = drawn.tempered_lse_N[1:]
+    rejected_top_N[is_drawn_N] = drawn.top_N[1:]
     return LabelledTrace(
         trace=replace(trace, lse_T=lse_T),
         tempered_lse_T=tempered_T,
         top_T=top_T,
-        rejected_tempered_lse_N=rejected.tempered_lse_N,
-        rejected_top_N=rejected.top_N,
+        rejected_tempered_lse_N=rejected_tempered_N,
+        rejected_top_N=rejected_top_N,
     )
 
 

@@ -16,15 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 _STRUCTURE = "structure"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of dtypes in safetensors."""
 
 
 def to_bytes(state: dict[str, Any]) -> bytes:
     """The state as safetensors, with its structure and plain values as JSON in the metadata."""
-    tensors, metadata = _split(state)
-    return safetensors.torch.save(tensors, metadata)
+    return b"".join(_pieces(state))
 
 
 def from_bytes(data: bytes | memoryview) -> dict[str, Any]:
@@ -42,7 +55,10 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write a state; it is durable on disk when this returns. Raises OSError; the state before it is intact then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _unfinished(path).open("wb") as file:
-        file.write(to_bytes(state))
+        for piece in _pieces(
+            state
+        ):  # from the tensors' own memory: a state is as large as all else that learning holds
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
     os.replace(_unfinished(path), path)
@@ -61,11 +77,31 @@ def _unfinished(path: Path) -> Path:
     return path.with_suffix(".tmp")
 
 
-def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A state's tensors by number, and the metadata with everything else."""
+def _pieces(state: dict[str, Any]) -> list[bytes | memoryview]:
+    """The bytes of safetensors in pieces: a header, with everything else as metadata, and the memory of each tensor.
+
+    Tensors with larger elements come first, so that each is aligned.
+    """
     tensors: list[Tensor] = []
     structure = json.dumps(_without_tensors(state, tensors))
-    return {str(i): tensor for i, tensor in enumerate(tensors)}, {_STRUCTURE: structure}
+    header: dict[str, Any] = {"__metadata__": {_STRUCTURE: structure}}
+    pieces: list[bytes | memoryview] = []
+    end = 0
+    for number, tensor in sorted(enumerate(tensors), key=lambda item: -item[1].itemsize):
+        # numpy has no bf16.
+        array: Any = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        piece = memoryview(array.reshape(-1)).cast("B") if tensor.numel() else memoryview(b"")
+        offsets = [end, end + len(piece)]
+        header[str(number)] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+        pieces.append(piece)
+        end += len(piece)
+    header_json = json.dumps(header).encode()
+    header_json += b" " * (-len(header_json) % 8)
+    return [len(header_json).to_bytes(8, "little") + header_json, *pieces]
 
 
 def _without_tensors(value: Any, tensors: list[Tensor]) -> Any:

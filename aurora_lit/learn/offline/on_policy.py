@@ -26,6 +26,7 @@ from torch import Tensor
 
 from aurora_lit.learn.data.collate import collate, group_by_length
 from aurora_lit.learn.data.labelled_trace import first_trained_position
+from aurora_lit.learn.online.gate import first_choice
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 
@@ -113,7 +114,7 @@ class RoundSimulator:
         for step in range(K):
             # While all proposals were accepted, the chain consists of the recorded tokens, on which `unroll` ran.
             logits_ND = draft.compute_logits(hidden_KBTH[step, row_N, root_N + step])
-            choice_N = _first_choice(logits_ND)
+            choice_N = first_choice(logits_ND)
             logprob_N = torch.full((len(choice_N),), float("nan"))
             explored_N = chains.explored_BT[row_N.cpu(), root_N.cpu()]
             if explored_N.any():
@@ -165,13 +166,3 @@ class RoundSimulator:
             behaviour_logprob_RK=chains.logprob_KBT[:widest, row, root_R].T,
             rejected_last_NH=trace.last_TH[:0],
         )
-
-
-def _first_choice(logits_ND: Tensor) -> Tensor:
-    """argmax over D, in two passes of which torch vectorises the longer; a plain argmax took a fifth of all time."""
-    N, D = logits_ND.shape
-    if D % 64:
-        return logits_ND.argmax(-1)
-    parts_NP = logits_ND.view(N, -1, 64)
-    part_N = parts_NP.amax(-1).argmax(-1)
-    return part_N * 64 + parts_NP[torch.arange(N, device=part_N.device), part_N].argmax(-1)

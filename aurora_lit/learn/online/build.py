@@ -70,11 +70,17 @@ def build_loop(
         if learn.from_scratch and store.current() is None:
             store.publish(starting, record={"reason": "untrained: learning begins from scratch"})
 
+        starting_ids, untrained = starting.draft_token_ids, starting if learn.from_scratch else None
+
         def served_draft(version: str | None) -> Eagle3Draft:
-            return starting if version is None else load_draft(store.folder / version, target_head)
+            if version is not None:
+                return load_draft(store.folder / version, target_head)
+            return starting_draft(config, target_head) if untrained is None else untrained
 
         current = store.current()
-        module = online_module(config, copy.deepcopy(served_draft(current)), target_head)
+        # The learner's own: no other copy of the draft that serving starts with stays in memory.
+        module = online_module(config, starting if current is None else served_draft(current), target_head)
+        del starting
         state_path = store.folder / STATE_NAME
         fabric = launch_fabric(learn, loggers=_loggers(config))
         leader = stack.enter_context(leader_process()) if learn.devices > 1 else None
@@ -84,7 +90,7 @@ def build_loop(
             state_path,
             target_head=target_head,
             version=current or STARTING_VERSION,
-            starting_ids=starting.draft_token_ids,
+            starting_ids=starting_ids,
             vocabulary_use=VocabularyUse(target_head) if learn.adapt_vocabulary else None,
             ema_decay=learn.ema_decay,
             fabric=fabric,
@@ -93,7 +99,8 @@ def build_loop(
         if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # rolled back meanwhile
         target_head.to(learner.fabric.device)
-        champion = online_module(config, copy.deepcopy(module.draft), target_head).to(learner.fabric.device)
+        served = in_half_precision(copy.deepcopy(module.draft))
+        champion = online_module(config, served, target_head).to(learner.fabric.device)
         yield OnlineLoop(
             LearnerEnvironment(
                 traces=ring,
@@ -114,7 +121,7 @@ def build_loop(
                 minimum_share=learn.minimum_share,
                 cpu_s=leader.cpu_s if leader else time.process_time,
             ),
-            domain_drafts=_domain_drafts(config, store, starting, target_head) if learn.domain_drafts else None,
+            domain_drafts=_domain_drafts(config, store, module.draft, target_head) if learn.domain_drafts else None,
         )
 
 
@@ -170,13 +177,21 @@ def run_follower(config: AuroraConfig) -> None:
     follower.follow(learner)
 
 
+def in_half_precision(draft: Eagle3Draft) -> Eagle3Draft:
+    """The draft with its matrices in bf16, in which it is scored anyway and published; it is not for training."""
+    draft.requires_grad_(False)
+    for matrix in (parameter for parameter in draft.parameters() if parameter.ndim > 1):
+        matrix.data = matrix.data.bfloat16()
+    return draft
+
+
 def _domain_drafts(
-    config: AuroraConfig, store: DraftStore, starting: Eagle3Draft, target_head: TargetHead
+    config: AuroraConfig, store: DraftStore, draft: Eagle3Draft, target_head: TargetHead
 ) -> DomainDrafts:
     return DomainDrafts(
         store.folder / DOMAINS_NAME,
         target_head,
-        scratch=online_module(config, copy.deepcopy(starting), target_head).to(target_head.head_VH.device),
+        scratch=online_module(config, copy.deepcopy(draft), target_head).to(target_head.head_VH.device),
         max_domains=config.domain.max_domains,
         batch_positions=config.learn.batch_positions,
     )
@@ -233,14 +248,17 @@ def load_head_and_draft(config: AuroraConfig) -> tuple[TargetHead, Eagle3Draft]:
     else:
         target = load_target(source, precision=precision, cache_dir=cache_root(config.target.cache_dir))
     target_head = TargetHead(target)
-    if config.learn.from_scratch:
-        starting = _untrained(config, target, folder)
-    else:
-        assert folder is not None
-        starting = load_draft(folder, target_head)
+    starting = _untrained(config, target, folder) if config.learn.from_scratch else starting_draft(config, target_head)
     del target
     gc.collect()
     return target_head, starting
+
+
+def starting_draft(config: AuroraConfig, target_head: TargetHead) -> Eagle3Draft:
+    """The checkpoint that serving starts with. Raises CheckpointError."""
+    folder = draft_folder(config)
+    assert folder is not None
+    return load_draft(folder, target_head)
 
 
 def _untrained(config: AuroraConfig, target: Target, folder: Path | None) -> Eagle3Draft:
@@ -278,6 +296,7 @@ def online_module(config: AuroraConfig, draft: Eagle3Draft, target_head: TargetH
             gae_lambda=learn.gae_lambda,
         ),
         learning_rate=learn.learning_rate,
+        sparse_head=True,
     )
 
 

@@ -29,17 +29,23 @@ from aurora_lit.learn.data.labelled_trace import LabelledTrace, first_trained_po
 from aurora_lit.learn.data.reservoir import MAX_DOMAINS
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.lk import overlap
-from aurora_lit.modules.losses.unroll import shift_positions
+from aurora_lit.modules.losses.unroll import StepwiseChains
 from aurora_lit.traces.record import Trace
 
 HELD_OUT_EVERY = 6
 """Every sixth request is kept out of training."""
 MIN_REQUESTS = 6
 """Newest held-out requests that a decision needs at least."""
+_PILOT_EVERY = 3
+"""A trial begins with every third of the newest requests."""
 _FALSE_PASS_RATE = 0.25
 """Probability that a draft exactly as good as the champion passes."""
 _FALSE_REFUSAL_RATE = 0.05
 """Probability that a draft exactly as good as the champion in every domain is refused because of one of them."""
+_MAX_ROOTS = 64
+"""Positions of a segment from which the draft continues; of a longer one only every second, third, … does."""
+_LEAST_PROBABILITY = 0.01
+"""Proposals that are reached with a smaller probability are not counted."""
 _MAX_OLD_REQUESTS = 64
 """Older held-out requests that are kept, all domains together."""
 
@@ -54,6 +60,8 @@ class HeldOutRequest:
     traces: list[Trace] = field(default_factory=list)
     champion_score: float | None = None
     """Cached until the champion changes or another segment arrives."""
+    challenger_score: float | None = None
+    """Of the last trial that scored the request, unless another segment has arrived."""
     _labelled_traces: list[LabelledTrace] = field(default_factory=list)
 
     @property
@@ -86,7 +94,7 @@ class HeldOut:
             request = HeldOutRequest(request_id=trace.request_id, domain=trace.domain, label=self._label)
             self.newest.append(request)
         request.traces.append(trace)
-        request.champion_score = None
+        request.champion_score = request.challenger_score = None
         if len(self.newest) > self._num_newest:
             self._remember(self.newest.popleft())
 
@@ -94,6 +102,11 @@ class HeldOut:
         """Forget the champion's cached scores: another draft is the champion now."""
         for request in self:
             request.champion_score = None
+
+    def crown_challenger(self) -> None:
+        """The last trial's challenger is the champion now: its scores are the champion's."""
+        for request in self:
+            request.champion_score = request.challenger_score
 
     def __iter__(self) -> Iterator[HeldOutRequest]:
         """All requests: the newest ones, then the older ones."""
@@ -178,22 +191,47 @@ def _compare(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]
 def compare_drafts(
     held_out: HeldOut, *, champion: DraftModule, challenger: DraftModule, batch_positions: int
 ) -> GateDecision | None:
-    """Score both drafts on all held-out requests and decide; None when fewer than MIN_REQUESTS can be scored."""
+    """Score both drafts on held-out requests and decide; None when fewer than MIN_REQUESTS can be scored.
+
+    The trial ends early where it can only refuse: if the challenger is not ahead on a third of the newest requests, and
+    before older requests are scored if it has not passed on the newest. Looking early can only refuse, so equal drafts
+    pass no more often than `decide` says.
+    """
     requests = list(held_out)
-    unscored = [request for request in requests if request.champion_score is None]
-    for request, score in score_requests(champion, unscored, batch_positions=batch_positions):
-        request.champion_score = score
-    scores = dict(score_requests(challenger, requests, batch_positions=batch_positions))
-    newest: list[tuple[float, float]] = []
-    by_domain: dict[str, list[tuple[float, float]]] = {}
     for request in requests:
-        if request.champion_score is None or request not in scores:  # too short to be scored
-            continue
-        pair = (request.champion_score, scores[request])
-        by_domain.setdefault(request.domain, []).append(pair)
-        if request in held_out.newest:
-            newest.append(pair)
-    return decide(newest, by_domain) if len(newest) >= MIN_REQUESTS else None
+        request.challenger_score = None
+    newest_ids = {id(request) for request in held_out.newest}
+
+    def score(part: Sequence[HeldOutRequest]) -> list[tuple[HeldOutRequest, tuple[float, float]]]:
+        """(champion, challenger) scores of those that are long enough."""
+        unscored = [request for request in part if request.champion_score is None]
+        for request, of_champion in score_requests(champion, unscored, batch_positions=batch_positions):
+            request.champion_score = of_champion
+        for request, of_challenger in score_requests(challenger, part, batch_positions=batch_positions):
+            request.challenger_score = of_challenger
+        pairs = [(request, (request.champion_score, request.challenger_score)) for request in part]
+        return [(r, (before, after)) for r, (before, after) in pairs if before is not None and after is not None]
+
+    of_newest = [request for request in requests if id(request) in newest_ids]
+    scored = score(of_newest[::_PILOT_EVERY])
+    is_behind = len(scored) >= MIN_REQUESTS and _compare([pair for _, pair in scored])[2] <= 0
+    if not is_behind:
+        scored += score([request for i, request in enumerate(of_newest) if i % _PILOT_EVERY])
+    newest = [pair for _, pair in scored]
+    if len(newest) < MIN_REQUESTS:
+        return None
+    if decide(newest, {}).passed:
+        scored += score([request for request in requests if id(request) not in newest_ids])
+    return decide(newest, _by_domain(scored))
+
+
+def _by_domain(
+    scored: Sequence[tuple[HeldOutRequest, tuple[float, float]]],
+) -> dict[str, list[tuple[float, float]]]:
+    table: dict[str, list[tuple[float, float]]] = {}
+    for request, pair in scored:
+        table.setdefault(request.domain, []).append(pair)
+    return table
 
 
 @torch.no_grad()
@@ -220,34 +258,69 @@ def _accepted(module: DraftModule, labelled_traces: Sequence[LabelledTrace]) -> 
     device = module.embedding_VH.device
     traces = [labelled.trace for labelled in labelled_traces]
     batch = collate(traces, with_prompt=[False] * len(traces)).to(device)
-    hidden_KBTH = module.unroll(batch)
-    K, B, T, _ = hidden_KBTH.shape
-    accept_KBT = torch.zeros(K, B, T)
-    for row, labelled in enumerate(labelled_traces):
-        # The last token of a segment has no successor to compare with.
-        scored = slice(first_trained_position(labelled.trace), len(labelled.trace.token_ids_T) - 1)
-        accept_KBT[:, row, scored] = _acceptance(module, labelled, hidden_KBTH[:, row, scored], scored)
-    # Step j of the chain from root t predicts position t + 1 + j; chains from before the text do not exist.
-    chain_BT, total_BT = torch.ones(B, T), torch.zeros(B, T)
-    for step in range(K):
-        chain_BT = chain_BT * shift_positions(accept_KBT[step], -step)
-        total_BT = total_BT + chain_BT
-    found = []
-    for row, trace in enumerate(traces):
-        first, end = max(1, first_trained_position(trace)), len(trace.token_ids_T) - 1
-        found.append((float(total_BT[row, first:end].sum()), max(0, end - first)))
-    return found
+    # There is no chain from before the text, and the last token of a segment has no successor to compare with.
+    roots_B = [slice(max(1, first_trained_position(trace)), len(trace.token_ids_T) - 1) for trace in traces]
+    needed_BT = torch.zeros(batch.token_ids_BT.shape, dtype=torch.bool)
+    for row, roots in enumerate(roots_B):
+        stride = -(-(roots.stop - roots.start) // _MAX_ROOTS)
+        needed_BT[row, roots.start : roots.stop : max(1, stride)] = True
+    counts = needed_BT.sum(1).tolist()
+    if not sum(counts):
+        return [(0.0, 0) for _ in traces]
+    chains = StepwiseChains(
+        module.draft,
+        token_ids_BT=batch.token_ids_BT,
+        aux_BT3H=batch.aux_BT3H.to(module.draft.fc.weight.dtype),  # autocast, if it is on, casts them again
+        embedding_VH=module.embedding_VH,
+        needed_BT=needed_BT.to(device),
+    )
+    total_B = torch.zeros(len(traces))
+    reached_N = torch.ones(sum(counts))
+    end_B = torch.tensor([roots.stop for roots in roots_B])
+    for step in range(module.num_steps):
+        row_N, target_N = (index_M[: chains.count].cpu() for index_M in (chains.row_M, chains.target_M))
+        reached_N = reached_N * _acceptance(module, labelled_traces, chains.hidden_MH, row_N, target_N)
+        total_B.index_add_(0, row_N, reached_N)
+        kept_N = ((reached_N > _LEAST_PROBABILITY) & (target_N + 1 < end_B[row_N])).nonzero()[:, 0]
+        if step + 1 == module.num_steps or not len(kept_N):
+            break
+        chains.advance(kept_N.to(device))
+        reached_N = reached_N[kept_N]
+    return list(zip(total_B.tolist(), counts, strict=True))
 
 
-def _acceptance(module: DraftModule, labelled: LabelledTrace, hidden_KNH: Tensor, scored: slice) -> Tensor:
-    """Probability that the draft's proposal is accepted (of sampled requests its surrogate) [K, N], on the CPU."""
-    trace, draft = labelled.trace, module.draft
-    logits_KND = draft.compute_logits(hidden_KNH)
-    if trace.verify != "sampled":
-        proposal_KN = draft.draft_token_ids[logits_KND.argmax(-1)].cpu()
-        return (proposal_KN == trace.token_ids_T[scored.start + 1 : scored.stop + 1]).float()
-    q_KND = (logits_KND.float() / trace.temperature).softmax(-1)
-    last_NH = trace.last_TH[scored].to(module.head_VdH.device, module.head_VdH.dtype)
-    logits_ND = module.logit_transform((last_NH @ module.head_VdH.T).float()) / trace.temperature
-    p_ND = (logits_ND - labelled.tempered_lse_T[scored, None].to(logits_ND.device)).exp()
-    return overlap(p_ND, q_KND).cpu()
+def _acceptance(
+    module: DraftModule, labelled_traces: Sequence[LabelledTrace], hidden_MH: Tensor, row_N: Tensor, target_N: Tensor
+) -> Tensor:
+    """Probability that the proposal for the token after each position is accepted [N], on the CPU.
+
+    Of sampled requests it is the surrogate. `row_N`: the position's trace, ascending. `hidden_MH`: may have more rows.
+    """
+    draft = module.draft
+    logits_MD = draft.compute_logits(hidden_MH)
+    proposal_M = draft.draft_token_ids[first_choice(logits_MD)].cpu()
+    accept_N = torch.empty(len(row_N))
+    start = 0
+    for labelled, count in zip(labelled_traces, torch.bincount(row_N, minlength=len(labelled_traces)), strict=True):
+        rows, trace = slice(start, start + int(count)), labelled.trace
+        start = rows.stop
+        target_C = target_N[rows]
+        if trace.verify != "sampled":
+            accept_N[rows] = (proposal_M[rows] == trace.token_ids_T[target_C + 1]).float()
+        elif count:
+            q_CD = (logits_MD[rows].float() / trace.temperature).softmax(-1)
+            last_CH = trace.last_TH[target_C].to(module.head_VdH.device, module.head_VdH.dtype)
+            target_logits_CD = module.logit_transform((last_CH @ module.head_VdH.T).float()) / trace.temperature
+            p_CD = (target_logits_CD - labelled.tempered_lse_T[target_C, None].to(q_CD.device)).exp()
+            accept_N[rows] = overlap(p_CD, q_CD).cpu()
+    return accept_N
+
+
+def first_choice(logits_ND: Tensor) -> Tensor:
+    """argmax over D [N], in two passes of which torch vectorises the longer; a plain argmax takes thrice as long."""
+    N, D = logits_ND.shape
+    if D % 64 or not N:
+        return logits_ND.argmax(-1)
+    parts_NP = logits_ND.view(N, -1, 64)
+    part_N = parts_NP.amax(-1).argmax(-1)
+    return part_N * 64 + parts_NP[torch.arange(N, device=part_N.device), part_N].argmax(-1)

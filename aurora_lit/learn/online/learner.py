@@ -177,7 +177,8 @@ class Learner:
         if ids_D is None:
             return 0
         states = [optimizer.optimizer.state.get(weight, {}) for optimizer in self.optimizers]
-        moments = [value for state in states for value in state.values() if value.shape == weight.shape]
+        values = [value for state in states for value in state.values()]
+        moments = [value for value in values if isinstance(value, torch.Tensor) and value.shape == weight.shape]
         entered = change_vocabulary(self.draft, ids_D, self._target_head.head_VH, per_row=moments)
         change_vocabulary(self._averaged_draft, ids_D, self._target_head.head_VH, per_row=[])
         self._target_head.install_head(self.module.module)
@@ -228,6 +229,8 @@ class Learner:
         found = {name: tensor.shape for name, tensor in state["module"].items()}
         if shapes != found:
             return "it is of a draft of another shape"
+        if any(name not in state for name in self._stateful() if name != _VOCABULARY_USE):
+            return "it is of a learner with other optimizers"
         return "" if state["origin"] == self._origin else "serving began with a draft of another vocabulary"
 
     def mean(self, name: str) -> float:
@@ -263,18 +266,27 @@ class Learner:
         """
         if self.fabric.world_size == 1:
             return loss
-        gradients = [p.grad for p in self.draft.parameters() if p.grad is not None]
+        parameters = [p for p in self.draft.parameters() if p.grad is not None]
+        gradients: list[torch.Tensor] = [p.grad.to_dense() for p in parameters]
         flat = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)])
         flat = torch.as_tensor(self.fabric.all_reduce(flat, reduce_op="sum"))
         sizes = [gradient.numel() for gradient in gradients]
-        for gradient, summed in zip(gradients, torch.split(flat[1:], sizes), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        for parameter, summed in zip(parameters, torch.split(flat[1:], sizes), strict=True):
+            gradient = summed.view_as(parameter)
+            parameter.grad = gradient.to_sparse(1) if parameter.grad.is_sparse else gradient
         return flat[0]
 
     def _clip_gradients(self) -> torch.Tensor:
-        """Clip the gradient of the whole module, over both optimisers; returns its norm before."""
-        norm = self.fabric.clip_gradients(self.module, self.optimizers[0], max_norm=1.0, error_if_nonfinite=False)
-        assert norm is not None  # only for strategies that clip internally
+        """Clip the gradient of the whole module, over all optimisers, to norm 1; returns its norm before."""
+        values = []
+        for parameter in self.draft.parameters():
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()
+                values.append(parameter.grad.values())
+            elif parameter.grad is not None:
+                values.append(parameter.grad)
+        norm = torch.nn.utils.get_total_norm(values)
+        torch._foreach_mul_(values, (1.0 / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def _stateful(self) -> dict[str, Any]:

@@ -34,8 +34,10 @@ from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.settings import LearnSettings
 from aurora_lit.traces.record import from_bytes
 
-_LONGEST_PAUSE_S = 0.2
-"""Longest sleep between two turns: so often the ring is read and the status page written."""
+_PAUSE_S = 0.2
+"""Sleep between two turns without work: so often the ring is read and the status page written."""
+_SAVING_SHARE = 0.03
+"""Largest share of the process's own processor time that saving its state may take."""
 _MAX_TRACES_PER_TURN = 32
 """Traces that are read between two steps at most."""
 
@@ -114,9 +116,12 @@ class OnlineLoop:
         """When the last turn began; the heartbeat stops when it was too long ago."""
         self._stopped = False
         self._current_version: str | None = None
+        self._passed_version: str | None = None
+        """The version of the last trial's challenger, if it was published and no trial was held since."""
         self._activity = "starting"
         self._last_trial_s = self._last_save_s = environment.monotonic_s()
         self._last_trial_steps = self._last_saved_steps = learner.steps
+        self._last_save_cpu_s, self._save_cost_s = time.process_time(), 0.0
         self._load_champion(environment.store.current())
 
     def stop(self) -> None:
@@ -140,7 +145,7 @@ class OnlineLoop:
                 self._publish_domains()
                 self._follow_versions()
         if wait_s:
-            self._sleep(wait_s, load)
+            self._sleep(load)
             return
         self._warm_start()
         self.batcher.replay_share = self.learner.controller.signal.replay_share
@@ -151,7 +156,7 @@ class OnlineLoop:
             self._save_when_due()
         self._report()
         if not found_work:
-            self._environment.sleep(_LONGEST_PAUSE_S)
+            self._environment.sleep(_PAUSE_S)
 
     def _step(self) -> bool:
         """Take one optimiser step; False if there is nothing to train on."""
@@ -191,11 +196,11 @@ class OnlineLoop:
 
     # -- budget ----------------------------------------------------------------------------------------------------
 
-    def _sleep(self, wait_s: float, load: ServerLoad) -> None:
-        """Sleep until the budget allows work, but at most _LONGEST_PAUSE_S."""
+    def _sleep(self, load: ServerLoad) -> None:
+        """Sleep for a pause, however small the debt is: paying off only what a turn costs would never end."""
         self._activity = "resting: its share is used up" if load is ServerLoad.SPARE else "yielding to requests"
         self._report()
-        self._environment.sleep(min(wait_s, _LONGEST_PAUSE_S))
+        self._environment.sleep(_PAUSE_S)
 
     # -- versions --------------------------------------------------------------------------------------------------
 
@@ -220,7 +225,10 @@ class OnlineLoop:
         self._champion.draft.load_state_dict(self._environment.served_draft(version).state_dict())
         self._target_head.install_head(self._champion)
         self._current_version = version
-        self.held_out.clear_champion_scores()
+        if version is not None and version == self._passed_version:
+            self.held_out.crown_challenger()
+        else:
+            self.held_out.clear_champion_scores()
 
     # -- trial -----------------------------------------------------------------------------------------------------
 
@@ -233,7 +241,7 @@ class OnlineLoop:
 
     def _try_to_publish(self) -> None:
         """Hold a trial: compare the learner's draft with the served one, and publish it if it passes."""
-        self._activity = "comparing drafts"
+        self._activity, self._passed_version = "comparing drafts", None
         self._last_trial_s, self._last_trial_steps = self._environment.monotonic_s(), self.learner.steps
         self.tokens_entered += self.learner.adapt_vocabulary()
         if (use := self.learner.vocabulary_use) is not None:
@@ -257,7 +265,7 @@ class OnlineLoop:
                     self.learner.version = self._environment.store.publish(
                         module.draft, record=record | decision.record
                     )
-                self.published += 1
+                self.published, self._passed_version = self.published + 1, self.learner.version
             except OSError as error:  # a full disk: learning continues, and the next trial tries again
                 self._environment.page.write(error=f"a draft could not be published: {error}")
         else:
@@ -286,15 +294,19 @@ class OnlineLoop:
 
     def _save_when_due(self) -> None:
         due = self._environment.monotonic_s() - self._last_save_s >= self._config.save_every_s
+        due = due and time.process_time() - self._last_save_cpu_s >= self._save_cost_s / _SAVING_SHARE
         if due and self.learner.steps != self._last_saved_steps:
             self._save()
 
     def _save(self) -> None:
         self._last_save_s, self._last_saved_steps = self._environment.monotonic_s(), self.learner.steps
+        began_s = time.process_time()
         try:
             self.learner.save()
         except OSError as error:
             self._environment.page.write(error=f"the learner's state could not be saved: {error}")
+        self._last_save_cpu_s = time.process_time()
+        self._save_cost_s = self._last_save_cpu_s - began_s
 
     def _report(self) -> None:
         learner, decision, controller = self.learner, self.decision, self.learner.controller

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from aurora_lit.learn.online.loop import OnlineLoop
 
 _AUTOGROUP = Path("/proc/self/autogroup")
+_KEPT_PRODUCTS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+"""Shapes of matrix products whose generated code oneDNN keeps, half a megabyte each; by default a thousand."""
 _BEAT_EVERY_S = 0.5
 _MAX_TURN_S, _MAX_LOADING_S = 60.0, 600.0
 """A turn of the loop, or loading, that takes longer counts as stuck: the heartbeat stops."""
@@ -95,6 +97,7 @@ def _lower_priority(threads: int, nice: int) -> None:
     two busy sessions get half each. So if this process leads its session, the session is niced as a whole.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault(*_KEPT_PRODUCTS)
     if hasattr(os, "SCHED_BATCH"):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.nice(nice)

@@ -9,10 +9,12 @@ May import: kernels/, modules/sampling/, modules/draft/. Start with draft_module
 those above it:
 
     lk.py            acceptance in closed form, and the LK loss: definitions
+    token_sample.py  a sample of the draft vocabulary for a batch's loss
     fused_lk.py      the LK loss and its gradients from hidden states, in chunks
     ppo.py           PPO with acceptance as discount: advantages, clipped policy loss, value loss
     batch.py         the batches: padded traces, and the rounds served along them
     unroll.py        the draft's chains in training: along traces, and along what rounds proposed
     policy.py        the policy terms: which rounds can be used, and their losses
+    muon.py          Muon by blocks of rows, the optimizer of the draft's matrices
     draft_module.py  the draft as a LightningModule: LK and value loss; online, the policy terms too
 """

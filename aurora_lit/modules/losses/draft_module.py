@@ -17,15 +17,18 @@ from typing import Any, Literal, overload
 
 import torch
 from lightning import LightningModule
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
-from aurora_lit.modules.losses.batch import OnlineBatch, TraceBatch
+from aurora_lit.modules.losses.batch import OnlineBatch, Rounds, TraceBatch
 from aurora_lit.modules.losses.fused_lk import fused_lk_loss
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
-from aurora_lit.modules.losses.policy import PolicyTerms, policy_terms, sampled_share, usable_rounds
-from aurora_lit.modules.losses.unroll import UnrolledChains, shift_positions, unroll, unroll_rounds
+from aurora_lit.modules.losses.muon import BlockMuon
+from aurora_lit.modules.losses.policy import PolicyTerms, draft_index, policy_terms, sampled_share, usable_rounds
+from aurora_lit.modules.losses.token_sample import TokenSample, sample_tokens
+from aurora_lit.modules.losses.unroll import StepwiseChains, UnrolledChains, shift_positions, unroll, unroll_rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,10 @@ class OnlineWeights:
     """β_H."""
     replay_weight: float = 1.0
     """β."""
+    survival_floor: float = 0.05
+    """A chain ends where it is accepted so far with a smaller probability; 0: none ends early."""
+    sampled_tokens: int = 2048
+    """Tokens of the draft vocabulary over which a batch's loss is computed, about. As many as it has: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +84,22 @@ class OnlineReport(StepReport):
     """Rounds in which it was accepted: with `tested_K`, acceptance by position as it was served."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ChainLosses:
+    """Losses of the chains of a batch."""
+
+    lk_sum: torch.Tensor
+    """Weighted sum, with gradient."""
+    value_sum: torch.Tensor
+    """The same of the value head's squared errors."""
+    stats: LKStats
+    """[K, N]; 0 where a chain has no step."""
+    mask_KBT: torch.Tensor
+    """1 where a chain has a step with that target."""
+    survival_KBT: torch.Tensor
+    """Probability that its proposals were accepted so far; 0 where there is no step."""
+
+
 class DraftModule(LightningModule):
     """Trains a draft against recorded targets.
 
@@ -102,9 +125,14 @@ class DraftModule(LightningModule):
         warmup_steps: int = 100,
         total_steps: int = 10_000,
         min_lr_factor: float = 0.05,
+        sparse_head: bool = False,
     ) -> None:
-        """num_steps: K. step_decay: step j has the weight step_decay^j. value_weight: c_v. The last three are for
-        `configure_optimizers`: optimiser steps of warm-up and in all, and the learning rate's last factor."""
+        """num_steps: K. step_decay: step j has the weight step_decay^j. value_weight: c_v. The next three are for
+        `configure_optimizers`: optimiser steps of warm-up and in all, and the learning rate's last factor.
+
+        sparse_head: for online batches only. The gradient of the draft's head is sparse, with rows of sampled tokens
+        alone, and its optimizer touches no others; the policy loss does not train it.
+        """
         super().__init__()
         self.draft = draft
         self.register_buffer("embedding_VH", embedding_VH, persistent=False)
@@ -114,10 +142,12 @@ class DraftModule(LightningModule):
         self.step_decay = step_decay
         self.value_weight = value_weight
         self.online = online or OnlineWeights()
+        self._num_samples = 0
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         self.min_lr_factor = min_lr_factor
+        self.sparse_head = sparse_head
 
     @overload  # type: ignore[override]
     def training_step(self, batch: TraceBatch, batch_idx: int = 0) -> StepReport: ...
@@ -136,46 +166,157 @@ class DraftModule(LightningModule):
         return StepReport(loss=loss, stats=stats, mask_KBT=mask_KBT)
 
     def _online_step(self, batch: OnlineBatch) -> OnlineReport:
-        """Each term is an average over its own rows: live positions, replayed positions, or rounds."""
+        """Each term is an average over its own rows: live positions, replayed positions, or rounds.
+
+        A position's loss is Σ_j S_j · LK_j over the steps j of its chain, where S_j = Π_{i<j} α_i is the probability
+        that the chain is still accepted there, without gradient. A chain ends where S falls below `survival_floor`.
+        """
         traces, rounds, online = batch.traces, batch.rounds, self.online
-        needed_BT = traces.weight_BT > 0
-        needed_BT[rounds.row_Q, rounds.root_Q] = True  # the rounds' chains start there
-        chains = self._unroll(traces, needed_BT)
-        mask_KBT, weight_KBT = self._mask_and_weights(traces)
+        weight_BT = traces.weight_BT.clone()
+        weight_BT[:, 0] = 0.0  # there is no token before the first, so no chain begins there
+        has_policy = online.ppo_weight > 0 or online.entropy_weight > 0
+        usable = usable_rounds(rounds, self.draft) if has_policy else rounds.select(rounds.row_Q[:0])
+        needed_BT = weight_BT > 0
+        needed_BT[usable.row_Q, usable.root_Q] = True  # the rounds' chains start there
+        needed_BT[0, 1] |= ~needed_BT.any()  # a batch of prompts only: one row, of weight 0
+        chains = StepwiseChains(
+            self.draft,
+            token_ids_BT=traces.token_ids_BT,
+            aux_BT3H=traces.aux_BT3H.to(self.draft.fc.weight.dtype),  # autocast, if it is on, casts them again
+            embedding_VH=self.embedding_VH,
+            needed_BT=needed_BT,
+        )
+        policy = self._policy_terms(usable, chains.step_0_by_root())
         live_B1 = batch.live_B[:, None]
-        live_KBT, replay_KBT = weight_KBT * live_B1, weight_KBT * ~live_B1
+        live_BT, replay_BT = weight_BT * live_B1, weight_BT * ~live_B1
         replay_weight = online.replay_weight * batch.replay_fraction
-        share_KBT = batch.live_fraction * live_KBT / live_KBT.sum().clamp_min(1.0)
-        share_KBT = share_KBT + replay_weight * replay_KBT / replay_KBT.sum().clamp_min(1.0)
+        share_BT = batch.live_fraction * live_BT / live_BT.sum().clamp_min(1.0)
+        share_BT = share_BT + replay_weight * replay_BT / replay_BT.sum().clamp_min(1.0)
         kl_decay = 0.0 if online.base_loss == "kl" else KL_DECAY
-        lk_loss, value_loss, stats = self._supervised_losses(traces, chains, mask_KBT, share_KBT, kl_decay=kl_decay)
-        if online.base_loss == "none":
-            lk_loss = lk_loss.new_zeros(())
-        policy, policy_weight = PolicyTerms.none(lk_loss), lk_loss.new_zeros(())
-        if online.ppo_weight > 0 or online.entropy_weight > 0:
-            policy = self._policy_terms(batch, chains)
+        losses = self._chain_losses(batch, chains, share_BT, kl_decay=kl_decay)
+        mask_KBT, stats, value_loss = losses.mask_KBT, losses.stats, losses.value_sum
+        lk_loss = losses.lk_sum if online.base_loss != "none" else losses.lk_sum.new_zeros(())
+        policy_weight = lk_loss.new_zeros(())
+        if has_policy:
             counted_KBT = mask_KBT * live_B1 if batch.live_B.any() else mask_KBT
             mean_alpha = (stats.alpha_N.view_as(mask_KBT) * counted_KBT).sum() / counted_KBT.sum().clamp_min(1.0)
             policy_weight = online.ppo_weight * (1 - torch.exp(-KL_DECAY * mean_alpha))
             if online.base_loss != "none":
                 policy_weight = policy_weight * sampled_share(batch, policy.num_proposals, counted_KBT.sum())
+            if not len(usable):
+                policy_weight = policy_weight * 0.0
             value_loss = value_loss + batch.rounds_fraction * policy.value_loss
         rounds_loss = policy_weight * policy.policy_loss - online.entropy_weight * policy.entropy
         loss = lk_loss + self.value_weight * value_loss + batch.rounds_fraction * rounds_loss
-        row_loss_KBT = stats.loss_N.view_as(mask_KBT)
+        row_loss_KBT = stats.loss_N.view_as(mask_KBT) * losses.survival_KBT
         step_K = torch.arange(rounds.proposal_QK.shape[1], device=rounds.row_Q.device)
         is_proposal_QK, num_accepted_Q1 = rounds.is_proposal_QK, rounds.num_accepted_Q[:, None]
         return OnlineReport(
             loss=loss,
             stats=stats,
             mask_KBT=mask_KBT,
-            lk_live=(live_KBT * row_loss_KBT).sum() / live_KBT.sum().clamp_min(1.0),
-            lk_replay=(replay_KBT * row_loss_KBT).sum() / replay_KBT.sum().clamp_min(1.0),
+            lk_live=(live_BT * row_loss_KBT).sum() / live_BT.sum().clamp_min(1.0),
+            lk_replay=(replay_BT * row_loss_KBT).sum() / replay_BT.sum().clamp_min(1.0),
             value_loss=value_loss.detach(),
             policy=policy,
             policy_weight=policy_weight,
             tested_K=(is_proposal_QK & (step_K <= num_accepted_Q1)).sum(0),
             accepted_K=(is_proposal_QK & (step_K < num_accepted_Q1)).sum(0),
+        )
+
+    def _chain_losses(
+        self, batch: OnlineBatch, chains: StepwiseChains, share_BT: torch.Tensor, *, kl_decay: float
+    ) -> _ChainLosses:
+        """The LK and value losses of chains; `share_BT`: weight of each position in the sums, 0: it does not count."""
+        traces, draft, K = batch.traces, self.draft, self.num_steps
+        B, T = share_BT.shape
+        share_N, last_NH, lse_N = share_BT.flatten(), traces.last_BTH.flatten(0, 1), traces.lse_BT.flatten()
+        sample = self._sample_tokens(batch)
+        weight_SH, head_SH, transform = draft.lm_head.weight, self.head_VdH, self.logit_transform
+        if sample is not None:
+            ids_S, certain = sample.index_S, sample.num_certain
+            # Rows of drawn tokens get no gradient: one that comes seldom is mostly noise to AdamW.
+            weight_SH = torch.cat([self._head_rows(ids_S[:certain]), draft.lm_head.weight.detach()[ids_S[certain:]]])
+            head_SH, transform = self.head_VdH[ids_S], self.logit_transform.select(ids_S)
+        elif self.sparse_head:
+            weight_SH = self._head_rows(torch.arange(len(weight_SH), device=weight_SH.device))
+        next_share_N = shift_positions(share_BT, -1).flatten()
+        table_KN = {
+            name: torch.zeros(K, B * T, device=share_N.device) for name in ("alpha", "kl", "match", "mask", "survival")
+        }
+        place_by_step, weight_by_step, value_by_step = [], [], []
+        lk_sum = share_N.new_zeros(())
+        survival_M = torch.ones(len(chains.row_M), device=share_N.device)
+        for step in range(K):
+            place_M = chains.row_M * T + chains.target_M
+            share_M = share_N[place_M]
+            share_M[chains.count :] = 0.0
+            step_sum, stats = fused_lk_loss(
+                h_NH=draft.norm(chains.hidden_MH),
+                weight_DH=weight_SH,
+                row_weight_N=share_M * survival_M,
+                target_h_NG=last_NH[place_M],
+                target_weight_DG=head_SH,
+                target_logit_transform=transform,
+                target_lse_N=lse_N[place_M],
+                kl_decay=kl_decay,
+                sample=sample,
+            )
+            lk_sum = lk_sum + step_sum
+            counted_C = (share_M > 0).nonzero()[:, 0]
+            place_C, survival_C = place_M[counted_C], survival_M[counted_C]
+            value_by_step.append(draft.compute_value(chains.hidden_MH.detach())[counted_C])
+            place_by_step.append(place_C)
+            weight_by_step.append((share_M * survival_M)[counted_C])
+            found = {"alpha": stats.alpha_N, "kl": stats.kl_N, "match": stats.top1_match_N}
+            for name, found_M in found.items():
+                table_KN[name][step, place_C] = found_M[counted_C].to(table_KN[name].dtype)
+            table_KN["mask"][step, place_C], table_KN["survival"][step, place_C] = 1.0, survival_C.float()
+            survival_C = survival_C * stats.alpha_N[counted_C]
+            goes_on_C = (next_share_N[place_C] > 0) & (survival_C >= self.online.survival_floor)
+            if step == K - 1 or not goes_on_C.any():
+                break
+            chains.advance(counted_C[goes_on_C])
+            survival_M = torch.ones(len(chains.row_M), device=share_N.device)
+            survival_M[: chains.count] = survival_C[goes_on_C]
+        return_KN = _expected_accepted_proposals(table_KN["alpha"].view(K, B, T)).view(K, B * T)
+        value_sum = sum(
+            (
+                (weight * (value - return_KN[step, place]).square()).sum()
+                for step, (place, weight, value) in enumerate(
+                    zip(place_by_step, weight_by_step, value_by_step, strict=True)
+                )
+            ),
+            share_N.new_zeros(()),
+        )
+        return _ChainLosses(
+            lk_sum=lk_sum,
+            value_sum=value_sum,
+            stats=LKStats(
+                alpha_N=table_KN["alpha"],
+                kl_N=table_KN["kl"],
+                top1_match_N=table_KN["match"] > 0,
+                kl_decay=kl_decay,
+            ),
+            mask_KBT=table_KN["mask"].view(K, B, T),
+            survival_KBT=table_KN["survival"].view(K, B, T),
+        )
+
+    def _head_rows(self, index_X: torch.Tensor) -> torch.Tensor:
+        """Rows of the draft's head."""
+        return nn.functional.embedding(index_X, self.draft.lm_head.weight, sparse=self.sparse_head)
+
+    def _sample_tokens(self, batch: OnlineBatch) -> TokenSample | None:
+        """The batch's tokens, and what its rounds proposed; None: the whole vocabulary."""
+        token_ids = torch.cat([batch.traces.token_ids_BT.flatten(), batch.rounds.proposal_QK.flatten()])
+        token_ids = token_ids[token_ids >= 0]
+        token_ids = token_ids[self.draft.t2d[token_ids]]
+        self._num_samples += 1
+        return sample_tokens(
+            draft_index(token_ids, self.draft),
+            vocabulary=len(self.draft.d2t),
+            size=self.online.sampled_tokens,
+            turn=self._num_samples,
         )
 
     def unroll(self, batch: TraceBatch, needed_BT: torch.Tensor | None = None) -> torch.Tensor:
@@ -238,11 +379,10 @@ class DraftModule(LightningModule):
         return_KBT = _expected_accepted_proposals(stats.alpha_N.view(K, B, T) * (mask_KBT > 0))
         return loss_sum, ((value_KBT - return_KBT).square() * weight_KBT).sum(), stats
 
-    def _policy_terms(self, batch: OnlineBatch, chains: UnrolledChains) -> PolicyTerms:
-        """Policy and value loss of the rounds with a policy ratio."""
-        rounds = usable_rounds(batch.rounds, self.draft)
+    def _policy_terms(self, rounds: Rounds, chains: UnrolledChains) -> PolicyTerms:
+        """Policy and value loss of rounds with a policy ratio."""
         if not len(rounds):
-            return PolicyTerms.none(chains.hidden_KBTH)
+            return PolicyTerms.none(chains.root_hidden_BTH)
         hidden_QKH = unroll_rounds(
             self.draft,
             chains,
@@ -259,6 +399,7 @@ class DraftModule(LightningModule):
             logit_transform=self.logit_transform,
             clip=self.online.clip,
             gae_lambda=self.online.gae_lambda,
+            trains_head=not self.sparse_head,
         )
 
     def configure_optimizers(self) -> Any:
@@ -267,18 +408,22 @@ class DraftModule(LightningModule):
         return optimizers, [LambdaLR(optimizer, self.lr_factor) for optimizer in optimizers]
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the layer's matrices, AdamW for heads and norms; without schedules.
+        """Muon for the layer's matrices, AdamW for heads and norms (SparseAdam for a sparse head); without schedules.
 
-        Muon (Jordan et al. 2024; its rate scaled to AdamW's as in Liu et al., arXiv 2502.16982) learns more from the
-        same number of positions, of which training has few.
+        Muon learns more from the same number of positions, of which training has few.
         """
-        heads = {id(self.draft.lm_head.weight), id(self.draft.value_head.weight)}
+        head = self.draft.lm_head.weight
+        heads = {id(head), id(self.draft.value_head.weight)}
         matrices = [p for p in self.draft.parameters() if p.ndim > 1 and id(p) not in heads]
         others = [p for p in self.draft.parameters() if p.ndim <= 1 or id(p) in heads]
-        rate = self.learning_rate
+        rate, sparse = self.learning_rate, []
+        if self.sparse_head:
+            others = [p for p in others if p is not head]
+            sparse = [torch.optim.SparseAdam([head], lr=rate, betas=(0.9, 0.95))]
         return [
-            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
+            BlockMuon(matrices, lr=rate, weight_decay=0.01),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+            *sparse,
         ]
 
     def lr_factor(self, step: int) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from aurora_lit.kernels import lk_loss as lk_kernel
 from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
+from aurora_lit.modules.losses.token_sample import TokenSample
 
 _KERNEL_CHUNK_FACTOR = 8
 """The native kernel takes larger chunks: it has no fp32 buffers to keep in cache, and every chunk adds a pass over the
@@ -35,6 +36,7 @@ def fused_lk_loss(
     matmul_dtype: torch.dtype | None = None,
     chunk: int = 512,
     kl_decay: float = KL_DECAY,
+    sample: TokenSample | None = None,
 ) -> tuple[Tensor, LKStats]:
     """Σ_n w_n · lk_loss(p_n, softmax(h_n·Wᵀ)), differentiable by h_NH and weight_DH; the caller divides.
 
@@ -57,6 +59,7 @@ def fused_lk_loss(
             on, else that of h.
         chunk: rows of logits (K·C) that exist at a time, so that they stay in the CPU's cache.
         kl_decay: of λ; 0 is KL alone.
+        sample: if the heads' rows are of a sample of the draft vocabulary, what it is of. D is the sample then.
 
     Returns:
         The weighted sum, and statistics of every row.
@@ -81,6 +84,7 @@ def fused_lk_loss(
         lse_N=target_lse_N,
         argmax_N=target_argmax_N,
         p_ND=p_ND,
+        sample=sample,
     )
     with torch.autocast(device_type, enabled=False):
         loss, alpha, kl, match = _FusedLK.apply(  # type: ignore[no-untyped-call]
@@ -105,6 +109,7 @@ class _Target:
     lse_N: Tensor | None
     argmax_N: Tensor | None
     p_ND: Tensor | None
+    sample: TokenSample | None
 
     def multiply(self, rows: slice, *, out_CD: Tensor) -> Tensor:
         """Products of the head's rows with some hidden states, before the logit transform; returns their lse [C]."""
@@ -219,6 +224,8 @@ class _ChunkedPass:
         lse_C = self._target.multiply(rows, out_CD=target_CD)
         if not self._target.logit_transform.is_identity:
             target_CD.copy_(self._target.logit_transform(target_CD.to(self._math_dtype)))
+        if self._target.sample is not None:
+            self._target.sample.raise_logits(target_CD)
         h_MH, draft_KCD = self._multiply_draft(rows)
         argmax_N = self._target.argmax_N
         loss_KC, self.alpha_KN[:, rows], self.kl_KN[:, rows], self.match_KN[:, rows] = lk_kernel.lk_loss_and_gradient(
@@ -275,6 +282,8 @@ class _ChunkedPass:
             return p_CD, torch.xlogy(p_CD, p_CD).sum(-1)
         lse_C = self._target.multiply(rows, out_CD=target_CD)
         log_p_CD.copy_(self._target.logit_transform(target_CD.to(self._math_dtype)))
+        if self._target.sample is not None:
+            self._target.sample.raise_logits(log_p_CD)
         log_p_CD.sub_(lse_C[:, None])
         torch.exp(log_p_CD, out=p_CD)
         return p_CD, torch.linalg.vecdot(p_CD, log_p_CD)
@@ -284,6 +293,8 @@ class _ChunkedPass:
         draft_KCD = self._of_chunk(self._draft_KCD, rows)
         h_MH = self._h_KNH[:, rows].reshape(-1, self._h_KNH.shape[2])
         torch.mm(h_MH, self._weight_DH.t(), out=draft_KCD.view(len(h_MH), -1))
+        if self._target.sample is not None:
+            self._target.sample.raise_logits(draft_KCD)
         return h_MH, draft_KCD
 
     def _add_gradients(self, rows: slice, h_MH: Tensor, dz_KCD: Tensor) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.draft.logit_transform import LogitTransform
@@ -109,6 +109,7 @@ def policy_terms(
     logit_transform: LogitTransform,
     clip: float,
     gae_lambda: float,
+    trains_head: bool = True,
 ) -> PolicyTerms:
     """Losses of usable rounds.
 
@@ -122,6 +123,7 @@ def policy_terms(
         logit_transform: the target's, for the draft vocabulary.
         clip: PPO's ε.
         gae_lambda: λ.
+        trains_head: false: the draft's head gets no gradient.
     """
     if not len(rounds):
         return PolicyTerms.none(hidden_QKH)
@@ -131,7 +133,8 @@ def policy_terms(
         counts_QK = (survival_QK > 0) & rounds.is_proposal_QK
         hidden_MH = hidden_QKH[counts_QK].to(draft.lm_head.weight.dtype)
         round_M = counts_QK.nonzero()[:, 0]
-        logits_MV = draft.compute_logits(hidden_MH).to(_math_dtype(hidden_MH))
+        own_head_VH = draft.lm_head.weight if trains_head else draft.lm_head.weight.detach()
+        logits_MV = nn.functional.linear(draft.norm(hidden_MH), own_head_VH).to(_math_dtype(hidden_MH))
         logq_MV = torch.log_softmax(logits_MV / rounds.draft_temperature_Q[round_M, None], dim=-1)
         index_M = draft_index(rounds.proposal_QK[counts_QK], draft)
         logq_M = logq_MV.gather(1, index_M[:, None])[:, 0]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft, apply_rotary_pos_emb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,145 @@ def unroll(
         root_key_BGTD=chain[0][0],
         root_value_BGTD=chain[0][1],
     )
+
+
+class StepwiseChains:
+    """The same chains, step by step, so that the caller can end some of them between two steps.
+
+    One chain for each needed position, in one flat list over all traces, ordered by trace and position. The list is
+    padded to one of few lengths (`_rounded`) with copies of the last chain: matrix products of a new shape cost a
+    millisecond and half a megabyte for the code that oneDNN generates.
+
+    >>> chains = StepwiseChains(draft, token_ids_BT=tokens, aux_BT3H=aux, embedding_VH=embedding, needed_BT=needed)
+    >>> chains.hidden_MH[: chains.count]        # of step 0
+    >>> chains.advance(kept_N)                  # now of step 1, of those chains that are kept
+    """
+
+    count: int
+    """Chains before the padding."""
+    row_M: torch.Tensor
+    """int64. Index of each chain's trace."""
+    hidden_MH: torch.Tensor
+    """Hidden states of the present step."""
+
+    def __init__(
+        self,
+        draft: Eagle3Draft,
+        *,
+        token_ids_BT: torch.Tensor,
+        aux_BT3H: torch.Tensor,
+        embedding_VH: torch.Tensor,
+        needed_BT: torch.Tensor,
+    ) -> None:
+        """Run step 0. `needed_BT`: bool, its target positions; position 0 has no chain. Others as `unroll`'s."""
+        self._draft = draft
+        self._embeds_BTH = nn.functional.embedding(token_ids_BT, embedding_VH)
+        features_BTH = draft.combine_hidden_states(aux_BT3H)
+        row_N, root_N = shift_positions(needed_BT, -1).nonzero(as_tuple=True)
+        self.count = len(row_N)
+        padded_M = self._padded(torch.arange(self.count, device=row_N.device))
+        self.row_M, self._root_M = row_N[padded_M], root_N[padded_M]
+        query_MND, self.root_key_BGTD, self.root_value_BGTD = self._project_step_0(features_BTH)
+        self._chain: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Keys and values of steps 1, 2, … [M, G, D]."""
+        self.step = 0
+        before_MH = features_BTH[self.row_M, self._root_M]
+        self.hidden_MH = draft.complete_layer(self._attend(query_MND), before_MH)
+
+    @property
+    def target_M(self) -> torch.Tensor:
+        """int64. The position whose next token the present step proposes."""
+        return self._root_M + 1 + self.step
+
+    def advance(self, kept_N: torch.Tensor) -> None:
+        """Run the next step of the chains that are kept, and end the others.
+
+        `kept_N`: int64 indices below `count`, ascending, at least one.
+        """
+        draft = self._draft
+        self.count = len(kept_N)
+        kept_M = self._padded(kept_N)
+        self.row_M, self._root_M = self.row_M[kept_M], self._root_M[kept_M]
+        hidden_MH = self.hidden_MH[kept_M]
+        self._chain = [(key[kept_M], value[kept_M]) for key, value in self._chain]
+        self.step += 1
+        token_MH = self._embeds_BTH[self.row_M, self._root_M + 1 + self.step]
+        position_1M = (self._root_M + self.step)[None]
+        query, key, value = draft.project_qkv(token_MH[None], hidden_MH[None], position_1M)
+        self._chain.append((key[0].transpose(0, 1), value[0].transpose(0, 1)))
+        self.hidden_MH = draft.complete_layer(self._attend(query[0].transpose(0, 1)), hidden_MH)
+
+    def step_0_by_root(self) -> UnrolledChains:
+        """What `unroll_rounds` needs, of the present step, which must be 0; no hidden states by target position."""
+        assert self.step == 0
+        B, T, H = self._embeds_BTH.shape
+        place_N = (self.row_M * T + self._root_M)[: self.count]
+        root_hidden_NH = self.hidden_MH.new_zeros(B * T, H).index_copy(0, place_N, self.hidden_MH[: self.count])
+        return UnrolledChains(
+            hidden_KBTH=self.hidden_MH.new_zeros(0, B, T, H),
+            root_hidden_BTH=root_hidden_NH.view(B, T, H),
+            root_key_BGTD=self.root_key_BGTD,
+            root_value_BGTD=self.root_value_BGTD,
+        )
+
+    def _project_step_0(self, features_BTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `Eagle3Draft.project_qkv`, but queries of the chains' roots only."""
+        layer, draft = self._draft.midlayer, self._draft
+        B, T, _ = features_BTH.shape
+        joined_BT2H = torch.cat(
+            [layer.input_layernorm(shift_positions(self._embeds_BTH, -1)), layer.hidden_norm(features_BTH)], dim=-1
+        )
+        D = layer.self_attn.head_dim
+        query_1MND = layer.self_attn.q_proj(joined_BT2H[self.row_M, self._root_M]).view(1, len(self.row_M), -1, D)
+        key, value = (
+            projection(joined_BT2H).view(B, T, -1, D).transpose(1, 2)
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+        )
+        cos_LD, sin_LD, root_1M = draft.cos_LD, draft.sin_LD, self._root_M[None]
+        query_1NMD = apply_rotary_pos_emb(query_1MND.transpose(1, 2), cos_LD[root_1M], sin_LD[root_1M])
+        key_BGTD = apply_rotary_pos_emb(key, cos_LD[None, :T], sin_LD[None, :T])
+        return query_1NMD[0].transpose(0, 1), key_BGTD, value
+
+    def _attend(self, query_MND: torch.Tensor) -> torch.Tensor:
+        """Attention of the present step [M, N·D], in fp32 at least; here the chains of a trace lie side by side."""
+        B, _, T, _ = self.root_key_BGTD.shape
+        dtype = torch.promote_types(query_MND.dtype, torch.float32)
+        row_N, root_N = self.row_M[: self.count], self._root_M[: self.count]
+        count_B = torch.bincount(row_N, minlength=B)
+        rank_N = torch.arange(self.count, device=count_B.device) - (count_B.cumsum(0) - count_B)[row_N]
+        R = int(count_B.max())
+        place_N = row_N * R + rank_N
+
+        def by_trace(x_M: torch.Tensor) -> torch.Tensor:
+            """[M, X, D] → [B, X, R, D]."""
+            x_N = x_M[: self.count].to(dtype)
+            padded = x_N.new_zeros(B * R, *x_N.shape[1:]).index_copy(0, place_N, x_N)
+            return padded.view(B, R, *x_N.shape[1:]).transpose(1, 2)
+
+        root_BR = root_N.new_zeros(B * R).index_copy(0, place_N, root_N).view(B, R)
+        is_later_BRT = torch.arange(T, device=root_BR.device) > root_BR[..., None]
+        mask_B1RT = torch.zeros(B, R, T, device=root_BR.device).masked_fill(is_later_BRT, float("-inf"))[:, None]
+        # Not in bf16: these shapes differ from batch to batch.
+        with torch.autocast(root_BR.device.type, enabled=False):
+            chain = [(self.root_key_BGTD.to(dtype), self.root_value_BGTD.to(dtype))]
+            chain += [(by_trace(key), by_trace(value)) for key, value in self._chain]
+            attended_BRC = _chain_attention(by_trace(query_MND), chain, mask_B1RT)
+        return attended_BRC.flatten(0, 1)[self._padded(place_N)].to(query_MND.dtype)
+
+    @staticmethod
+    def _padded(index_N: torch.Tensor) -> torch.Tensor:
+        """Indices with copies of the last one, as many as `_rounded` asks for."""
+        return torch.cat([index_N, index_N[-1:].expand(_rounded(len(index_N)) - len(index_N))])
+
+
+def _rounded(count: int) -> int:
+    """The next of few numbers: 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, …; at most half more."""
+    size = 16
+    while size < count:
+        if size * 3 // 2 >= count:
+            return size * 3 // 2
+        size *= 2
+    return size
 
 
 def _chain_roots(needed_BT: torch.Tensor, num_steps: int) -> torch.Tensor:

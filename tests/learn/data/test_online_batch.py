@@ -30,14 +30,21 @@ def test_each_proposal_is_verified_by_the_targets_distribution_after_the_proposa
             logits = target.logits(last_TH)
         temperature = float(batch.rounds.temperature_Q[q]) or 1.0
         torch.testing.assert_close(batch.rounds.path_last_QKH[q, :count].float(), last_TH, atol=2e-2, rtol=2e-2)
+        # Beyond the first rejection the head is applied only in rounds with a policy ratio.
+        explored = bool(batch.rounds.behaviour_logprob_QK[q, 0].isfinite())
+        labelled = count if explored else min(count, 1 + int(batch.rounds.num_accepted_Q[q]))
         torch.testing.assert_close(
-            batch.rounds.path_lse_QK[q, :count], (logits / temperature).logsumexp(-1), atol=0.05, rtol=0
+            batch.rounds.path_lse_QK[q, :labelled],
+            (logits[:labelled] / temperature).logsumexp(-1),
+            atol=0.05,
+            rtol=0,
         )
-        clear = logits.topk(2).values.diff().abs()[:, 0] > 0.1
-        assert torch.equal(batch.rounds.path_top_QK[q, :count][clear], logits.argmax(-1)[clear])
+        clear = logits[:labelled].topk(2).values.diff().abs()[:, 0] > 0.1
+        assert torch.equal(batch.rounds.path_top_QK[q, :labelled][clear], logits[:labelled].argmax(-1)[clear])
+        assert (batch.rounds.path_lse_QK[q, labelled:count] == 0).all()
         assert (batch.rounds.path_top_QK[q, count:] == -1).all()
         assert (proposals[count:] == -1).all()
-        rejected += count - 1 - int(batch.rounds.num_accepted_Q[q]) > 0
+        rejected += explored and count - 1 - int(batch.rounds.num_accepted_Q[q]) > 0
     assert rejected > 5, "or the rejected paths were not looked at"
 
 

@@ -10,11 +10,11 @@ import torch
 from support.live_traces import online_module, serve, some_requests
 from support.tiny_models import random_draft
 
-from aurora_lit.learn.data.labelled_trace import (
-    label_for_gate,
-)
+from aurora_lit.learn.data.collate import collate
+from aurora_lit.learn.data.labelled_trace import label_for_gate
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.online.gate import HeldOut, HeldOutRequest, decide, score_requests
+from aurora_lit.learn.online import gate
+from aurora_lit.learn.online.gate import HeldOut, HeldOutRequest, compare_drafts, decide, score_requests
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.traces.record import Trace
@@ -167,3 +167,69 @@ def test_a_worse_draft_scores_worse(target: Target, target_head: TargetHead, tau
     decision = decide(pairs, {"chat": pairs})
     assert not decision.passed
     assert decision.champion > decision.challenger + 0.2
+
+
+def test_older_requests_are_scored_only_if_the_challenger_passes_on_the_newest(
+    target: Target, target_head: TargetHead, taught_draft: Eagle3Draft
+) -> None:
+    held_out = HeldOut(num_newest=6, seed=0, label=partial(label_for_gate, target_head=target_head))
+    for trace in serve(target, taught_draft, some_requests(12)):
+        held_out.add(trace)
+    assert sum(map(len, held_out.old.values())) == 6
+    good, bad = (online_module(target, draft) for draft in (taught_draft, random_draft(target, seed=3)))
+    refused = compare_drafts(held_out, champion=good, challenger=bad, batch_positions=64)
+    assert refused is not None
+    assert not refused.passed
+    assert refused.by_domain["chat"]["requests"] == 6
+    held_out.clear_champion_scores()
+    passed = compare_drafts(held_out, champion=bad, challenger=good, batch_positions=64)
+    assert passed is not None
+    assert passed.passed
+    assert passed.by_domain["chat"]["requests"] == 12
+
+
+def test_a_long_segment_is_scored_at_some_of_its_positions(
+    target: Target, target_head: TargetHead, taught_draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = serve(target, taught_draft, some_requests(1))[0]
+    module = online_module(target, taught_draft)
+    num_roots = len(trace.token_ids_T) - 1 - (trace.answer_start - 1)
+    by_root = []
+    for root in range(num_roots):
+        start = trace.answer_start - 1 + root
+        accept = 0
+        with torch.no_grad():
+            hidden_KBTH = module.unroll(
+                collate([replace(trace, lse_T=torch.zeros(len(trace.token_ids_T)))], with_prompt=[True])
+            )
+        for step in range(3):
+            place = start + step
+            if place + 1 >= len(trace.token_ids_T):
+                break
+            choice = module.draft.compute_logits(hidden_KBTH[step, 0, place]).argmax()
+            if int(module.draft.draft_token_ids[choice]) != int(trace.token_ids_T[place + 1]):
+                break
+            accept += 1
+        by_root.append(accept)
+    monkeypatch.setattr(gate, "_MAX_ROOTS", 8)
+    ((_, score),) = score_requests(module, [held(trace, target_head)], batch_positions=64)
+    stride = -(-num_roots // 8)
+    chosen = by_root[::stride]
+    assert 4 < len(chosen) <= 8 < num_roots
+    assert score == pytest.approx(1 + sum(chosen) / len(chosen))
+
+
+def test_a_trial_ends_early_if_the_challenger_is_not_ahead(
+    target: Target, target_head: TargetHead, taught_draft: Eagle3Draft
+) -> None:
+    held_out = HeldOut(num_newest=18, seed=0, label=partial(label_for_gate, target_head=target_head))
+    for trace in serve(target, taught_draft, some_requests(18)):
+        held_out.add(trace)
+    good, bad = (online_module(target, draft) for draft in (taught_draft, random_draft(target, seed=3)))
+    decision = compare_drafts(held_out, champion=good, challenger=bad, batch_positions=64)
+    assert decision is not None
+    assert (decision.passed, decision.num_requests) == (False, 6)
+    held_out.clear_champion_scores()
+    decision = compare_drafts(held_out, champion=bad, challenger=good, batch_positions=64)
+    assert decision is not None
+    assert (decision.passed, decision.num_requests) == (True, 18)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from support.learner_harness import LearnerHarness
 from support.live_traces import make_controller, serve, some_requests
 
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, read_centroids
+from aurora_lit.learn.online import loop
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.gate import HeldOut
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION
@@ -150,6 +152,59 @@ def test_without_budget_the_loop_sleeps_and_reads_traces_only_while_slots_are_fr
     assert (harness.learner.steps, harness.loop.records, len(harness.sleeps_s)) == (0, records, 3)
     assert harness.page.read().activity == activity
     assert max(harness.sleeps_s) <= 0.2
+
+
+class Clocks:
+    """Wall and processor time that only the test advances."""
+
+    def __init__(self) -> None:
+        self.wall_s = self.cpu_s = 0.0
+
+    def compute(self, duration_s: float) -> None:
+        self.wall_s += duration_s
+        self.cpu_s += duration_s
+
+    def sleep(self, duration_s: float) -> None:
+        self.wall_s += duration_s
+
+
+def test_turns_without_work_leave_the_share_to_steps(target: Target, traffic: list[Trace], tmp_path: Path) -> None:
+    """Each turn costs a millisecond, and the timer is never late."""
+    harness, clocks = LearnerHarness(target, tmp_path), Clocks()
+    harness.environment.sleep = clocks.sleep
+    harness.ring.records.extend(traffic)
+    harness.loop._budget = Budget(
+        share=0.04,
+        full_load_share=0.02,
+        minimum_share=0.005,
+        cpus=2,
+        wall_s=lambda: clocks.wall_s,
+        cpu_s=lambda: clocks.cpu_s,
+    )
+    for _ in range(30):
+        clocks.compute(0.001)
+        harness.loop.tick()
+    assert harness.learner.steps >= 10
+
+
+def test_saving_takes_a_small_share_of_the_time_that_learning_takes(
+    target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness, clocks = LearnerHarness(target, tmp_path, save_every_s=0.0), Clocks()
+    monkeypatch.setattr(loop.time, "process_time", lambda: clocks.cpu_s)
+    harness.ring.records.extend(traffic * 12)
+    saved_at_s: list[float] = []
+
+    def save() -> None:
+        saved_at_s.append(clocks.cpu_s)
+        clocks.compute(0.3)
+
+    monkeypatch.setattr(harness.learner, "save", save)
+    for _ in range(80):
+        clocks.compute(0.5)
+        harness.loop.tick()
+    assert len(saved_at_s) >= 2
+    assert all(later - earlier >= 0.3 / 0.03 for earlier, later in itertools.pairwise(saved_at_s))
 
 
 def test_after_repeated_refusals_the_learner_restarts_from_the_served_draft_at_half_the_rate(

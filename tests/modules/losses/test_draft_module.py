@@ -14,6 +14,7 @@ from torch import Tensor
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.draft_module import DraftModule, OnlineReport, OnlineWeights
+from aurora_lit.modules.losses.lk import lk_loss, overlap
 
 OFF = OnlineWeights(ppo_weight=0.0)
 
@@ -68,17 +69,79 @@ def test_positions_without_weight_do_not_count(target: Target) -> None:
 # -- the online loss -----------------------------------------------------------------------------------------------
 
 
-def test_without_online_terms_it_is_the_supervised_step(target: Target) -> None:
+def test_without_online_terms_and_later_steps_it_is_the_supervised_step(target: Target) -> None:
     batch = replace(online_batch(target), live_B=torch.ones(3, dtype=torch.bool))
-    made = module(target, online=OFF)
+    made = draft_module(target, random_draft(target), num_steps=1, online=OFF)
     plain, online = made.training_step(batch.traces), made.training_step(batch)
     torch.testing.assert_close(online.loss, plain.loss)
-    assert torch.equal(online.stats.alpha_N, plain.stats.alpha_N)
+    torch.testing.assert_close(online.stats.alpha_N, plain.stats.alpha_N)
     gradients = [torch.autograd.grad(r.loss, list(made.draft.parameters())) for r in (plain, online)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
     assert online.policy.num_rounds == 0
     assert online.policy_weight == 0
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.25])
+def test_each_step_of_a_chain_counts_by_the_probability_that_it_is_reached(floor: float, target: Target) -> None:
+    batch = replace(online_batch(target), live_B=torch.ones(3, dtype=torch.bool))
+    batch = replace(batch, rounds=batch.rounds.select(batch.rounds.row_Q[:0]))
+    made = module(target, online=replace(OFF, survival_floor=floor), value_weight=0.0)
+    report = made.training_step(batch)
+    p_BTD = target_distribution(target, made, batch)
+    hidden_KBTH = made.unroll(batch.traces)
+    B, T = batch.traces.token_ids_BT.shape
+    expected = torch.zeros(())
+    num_ended = 0
+    for row in range(B):
+        for first in range(1, T):
+            reached = torch.tensor(1.0)
+            for step in range(min(3, T - first)):
+                if reached < floor:
+                    num_ended += 1
+                    assert report.mask_KBT[step, row, first + step] == 0
+                    break
+                q_D = made.draft.compute_logits(hidden_KBTH[step, row, first + step]).softmax(-1)
+                p_D = p_BTD[row, first + step]
+                expected = expected + reached * lk_loss(p_D, q_D)
+                reached = reached * overlap(p_D, q_D).detach()
+    assert (num_ended > 10) == (floor > 0)
+    torch.testing.assert_close(report.loss, expected / (B * (T - 1)))
+    parameters = [p for n, p in made.draft.named_parameters() if "value" not in n]
+    gradients = [torch.autograd.grad(loss, parameters) for loss in (report.loss, expected / (B * (T - 1)))]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def target_distribution(target: Target, made: DraftModule, batch: OnlineBatch) -> Tensor:
+    """The target's probabilities of the draft vocabulary [B, T, D]."""
+    logits_BTD = batch.traces.last_BTH @ made.head_VdH.T
+    return (logits_BTD - batch.traces.lse_BT[..., None]).exp()
+
+
+def test_a_loss_over_sampled_tokens_has_the_gradient_of_the_whole_vocabulary(target: Target) -> None:
+    """Averaged over many samples, for the hidden states and for the rows of the tokens that are in all of them."""
+    batch = online_batch(target)
+    short = replace(batch.traces, token_ids_BT=batch.traces.token_ids_BT % 8 + 8)
+    batch = replace(batch, traces=short, rounds=batch.rounds.select(batch.rounds.row_Q[:0]))
+    made = module(target, online=replace(OFF, survival_floor=0.0), value_weight=0.0)
+
+    def gradients(sampled_tokens: int) -> tuple[Tensor, Tensor]:
+        made.online = replace(made.online, sampled_tokens=sampled_tokens)
+        weights = [made.draft.midlayer.mlp.down_proj.weight, made.draft.lm_head.weight]
+        down, head = torch.autograd.grad(made.training_step(batch).loss, weights)
+        return down, head
+
+    exact_down, exact_head = gradients(10**6)
+    found = [gradients(32) for _ in range(64)]
+    assert not torch.equal(found[0][0], found[1][0])
+    down, head = (torch.stack(each).mean(0) for each in zip(*found, strict=True))
+    certain = torch.stack([each[1] for each in found]).abs().amin(0).sum(-1) > 0
+    assert 16 <= int(certain.sum()) < 32
+    for mean, exact in ((down, exact_down), (head[certain], exact_head[certain])):
+        assert torch.nn.functional.cosine_similarity(mean.flatten(), exact.flatten(), dim=0) > 0.97
+        assert float(mean.norm() / exact.norm()) == pytest.approx(1.0, abs=0.15)
+    assert (head[~certain] == 0).all(), "rows that are only drawn do not move"
 
 
 def test_the_total_is_the_sum_of_its_terms(target: Target) -> None:
@@ -111,9 +174,12 @@ def test_live_and_replayed_traces_are_averaged_separately(target: Target) -> Non
     batch = online_batch(target)
     report = step(target, batch, OFF)
     for name, rows in (("lk_live", [0, 2]), ("lk_replay", [1])):
-        traces = replace(batch.traces, **{k: v[rows] for k, v in vars(batch.traces).items() if isinstance(v, Tensor)})
-        alone = module(target, value_weight=0.0).training_step(traces)
-        torch.testing.assert_close(getattr(report, name), alone.loss.detach())
+        alone = OnlineBatch(
+            traces=batch.traces.select(torch.tensor(rows)),
+            live_B=torch.ones(len(rows), dtype=torch.bool),
+            rounds=batch.rounds.select(batch.rounds.row_Q[:0]),
+        )
+        torch.testing.assert_close(getattr(report, name), step(target, alone, OFF, value_weight=0.0).loss.detach())
 
 
 @pytest.mark.parametrize(

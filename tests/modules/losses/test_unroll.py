@@ -16,6 +16,7 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.lk import overlap
 from aurora_lit.modules.losses.policy import draft_index
+from aurora_lit.modules.losses.unroll import StepwiseChains
 from aurora_lit.serve.speculation.drafter import Drafted, Drafter, DraftInputs, DraftNoise
 
 K = 4
@@ -159,3 +160,29 @@ def test_leaving_out_unneeded_chains_does_not_change_the_others(target: Target) 
     for full, part in zip(*gradients, strict=True):
         torch.testing.assert_close(part, full, rtol=1e-4, atol=1e-4)
     assert gradients[0][0][:, 0, 9:15].abs().sum() > 0
+
+
+def test_stepwise_chains_are_the_unrolled_ones_whichever_of_them_end(target: Target) -> None:
+    draft = random_draft(target)
+    module = draft_module(target, draft, num_steps=K)
+    batch = draft_batch(target, torch.randint(0, VOCAB, (3, 24), generator=torch.Generator().manual_seed(4)))
+    whole_KBTH = module.unroll(batch)
+    needed_BT = torch.rand(3, 24, generator=torch.Generator().manual_seed(5)) < 0.6
+    needed_BT[:, 0] = True  # no chain: there is no token before it
+    chains = StepwiseChains(
+        draft,
+        token_ids_BT=batch.token_ids_BT,
+        aux_BT3H=batch.aux_BT3H,
+        embedding_VH=module.embedding_VH,
+        needed_BT=needed_BT,
+    )
+    assert chains.count == int(needed_BT[:, 1:].sum())
+    for step in range(K):
+        assert chains.count <= len(chains.row_M) in (16, 24, 32, 48)
+        expected_MH = whole_KBTH[step, chains.row_M, chains.target_M]
+        torch.testing.assert_close(chains.hidden_MH, expected_MH, **CLOSE)
+        if step + 1 < K:
+            goes_on_N = (chains.target_M + 1 < 24) & (torch.arange(len(chains.row_M)) % 3 != step % 3)
+            goes_on_N = goes_on_N[: chains.count]
+            assert 0 < int(goes_on_N.sum()) < chains.count
+            chains.advance(goes_on_N.nonzero()[:, 0])

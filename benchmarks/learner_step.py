@@ -1,0 +1,405 @@
+"""What learning costs in processor time: each part of an optimiser step, a trial, and a learner beside traffic.
+
+    python benchmarks/learner_step.py --prompts sql.jsonl --limit 64
+
+Prompts are answered by the configured engine in a process of its own, which records their traces; with `--traces` they
+are kept in that folder, and taken from there if it holds some. The learner is the one that the settings describe.
+
+First table: steps on batches of these traces, the parts timed exclusively, and one trial. Second table: the learner's
+loop beside `--rate` such requests a second for `--live` seconds of a clock that advances by what the loop computes and
+sleeps, so that budget, idle turns, trials and traces that no step takes all count; what the ring itself costs does not.
+All times are processor time of the learner's process (`time.process_time`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from aurora_lit.bench.prompts import answer_prompts, load_prompts, params_for
+from aurora_lit.config import AuroraConfig, load_config
+from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.ipc.learner_status import LearnerStatusPage
+from aurora_lit.learn.data import labelled_trace, online_batcher
+from aurora_lit.learn.data.online_batcher import OnlineBatcher
+from aurora_lit.learn.data.vocabulary import VocabularyUse
+from aurora_lit.learn.offline.replay import read_traces
+from aurora_lit.learn.online.budget import Budget, ServerLoad
+from aurora_lit.learn.online.build import (
+    controller_for,
+    load_head_and_draft,
+    make_batcher,
+    make_held_out,
+    online_module,
+)
+from aurora_lit.learn.online.gate import HeldOut, compare_drafts
+from aurora_lit.learn.online.intake import TraceIntake
+from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
+from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.modules.losses import draft_module
+from aurora_lit.serve.worker.build import build_engine
+from aurora_lit.traces.log import TraceLogWriter
+from aurora_lit.traces.record import Trace, to_bytes
+
+_MIB = 1 << 20
+_WARM_UP_STEPS = 2
+
+
+class Parts:
+    """Processor seconds by part. A part inside another one counts only for itself."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._open: list[str] = []
+        self._since = time.process_time()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what happens inside as this part."""
+        self._charge()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def timed(self, owner: Any, attribute: str, name: str) -> Any:
+        """A patch with which a function or method counts as this part."""
+        original = getattr(owner, attribute)
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return original(*args, **kwargs)
+
+        return mock.patch.object(owner, attribute, call)
+
+    def _charge(self) -> None:
+        now = time.process_time()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+def record(
+    config: AuroraConfig, folder: Path, prompts: list[Path], limit: int, max_tokens: int, temps: list[float]
+) -> None:
+    """Answer the prompts, the temperatures in turn, and keep their traces in a log."""
+    traces: list[Trace] = []
+    engine, tokenizer = build_engine(config, sink=lambda trace: traces.append(trace.copy()))
+    loaded = load_prompts(
+        prompts, limit=limit, tokenizer=tokenizer, max_prompt_tokens=config.engine.max_seq_len - max_tokens
+    )
+    log = TraceLogWriter(folder, kind="traffic", shard_positions=1 << 14)
+    for number, temperature in enumerate(temps):
+        part = loaded[number :: len(temps)]
+        answer_prompts(engine, part, params_for(temperature, max_tokens=max_tokens))
+        for trace in traces:
+            log.append(dataclasses.replace(trace, request_id=f"{number}-{trace.request_id}"))
+        traces.clear()
+    log.flush()
+
+
+class Deployment:
+    """The parts of a learner, as `learn/online/build.py` makes them, without a server."""
+
+    def __init__(self, config: AuroraConfig, folder: Path) -> None:
+        torch.set_num_threads(config.learn.threads)
+        self.config, self.folder = config, folder
+        self.target_head, self.starting = load_head_and_draft(config)
+
+    def learner(self) -> Learner:
+        """A new learner that starts from the served draft."""
+        learn = self.config.learn
+        return Learner(
+            online_module(self.config, copy.deepcopy(self.starting), self.target_head),
+            controller_for(self.config),
+            self.folder / "learner.safetensors",
+            target_head=self.target_head,
+            version=STARTING_VERSION,
+            vocabulary_use=VocabularyUse(self.target_head) if learn.adapt_vocabulary else None,
+            ema_decay=learn.ema_decay,
+        )
+
+    def champion(self) -> draft_module.DraftModule:
+        """The served draft in a module of its own."""
+        return online_module(self.config, copy.deepcopy(self.starting), self.target_head)
+
+    def served_draft(self, version: str | None) -> Eagle3Draft:
+        """Every version is the starting draft: drafts that pass the gate are not served here."""
+        return self.starting
+
+
+def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tuple[Table, Table]:
+    """Tables of the parts of a step, and of a trial."""
+    config, learner = deployment.config, deployment.learner()
+    batcher, held_out = _filled(deployment, learner, traces)
+    parts, positions, live = Parts(), 0, 0
+    with contextlib.ExitStack() as patches:
+        for owner, attribute, name in _parts_of_a_step(learner):
+            if hasattr(owner, attribute):
+                patches.enter_context(parts.timed(owner, attribute, name))
+        for step in range(_WARM_UP_STEPS + steps):
+            if step == _WARM_UP_STEPS:
+                parts.seconds.clear()
+            with parts.part("rest"):
+                batch = batcher.next_batch(oldest_fresh=0)
+                assert batch is not None, "too few traces for so many steps: give more prompts"
+                learner.update(batch)
+            if step >= _WARM_UP_STEPS:
+                positions += int((batch.traces.weight_BT > 0).sum())
+                live += int((batch.traces.weight_BT > 0)[batch.live_B].sum())
+    total = sum(parts.seconds.values())
+    table = Table(
+        title=f"processor time of {steps} steps: {positions / steps:.0f} positions each, {live / steps:.0f} live"
+    )
+    for column in ("part", "ms a step", "ms a position", "share"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for name, seconds in [*parts.seconds.most_common(), ("all", total)]:
+        table.add_row(
+            name, f"{seconds / steps * 1e3:.1f}", f"{seconds / positions * 1e3:.3f}", f"{seconds / total:.0%}"
+        )
+    trial = Table(title="processor time of a trial")
+    for column in ("trial", "requests", "positions", "ms", "champion", "challenger"):
+        trial.add_column(column, justify="left" if column == "trial" else "right")
+    champion = deployment.champion()
+    requests = list(held_out)
+    scored = sum(len(t.token_ids_T) - labelled_trace.first_trained_position(t) for r in requests for t in r.traces)
+    for name in ("first", "next"):
+        started = time.process_time()
+        with learner.averaged() as challenger, learner.fabric.autocast():
+            decision = compare_drafts(
+                held_out, champion=champion, challenger=challenger, batch_positions=config.learn.batch_positions
+            )
+        spent_s = time.process_time() - started
+        scores = ("-", "-") if decision is None else (f"{decision.champion:.3f}", f"{decision.challenger:.3f}")
+        trial.add_row(name, str(len(requests)), str(scored), f"{spent_s * 1e3:.0f}", *scores)
+    return table, trial
+
+
+def _parts_of_a_step(learner: Learner) -> Iterator[tuple[Any, str, str]]:
+    """Owner and name of the functions that are timed, and their part; those that do not exist are left out."""
+    yield online_batcher, "label_trace", "labelling: the target's head"
+    yield online_batcher, "add_lse", "labelling: the target's head"
+    yield online_batcher, "collate_online", "padding the batch"
+    yield OnlineBatcher, "next_batch", "choosing the batch"
+    yield draft_module, "unroll", "unroll"
+    yield draft_module, "fused_lk_loss", "LK head"
+    yield draft_module, "unroll_rounds", "policy"
+    yield draft_module, "policy_terms", "policy"
+    yield learner.fabric, "backward", "backward"
+    yield learner, "_clip_gradients", "clipping"
+    yield learner.module, "zero_grad", "zeroing gradients"
+    for optimizer in learner.optimizers:
+        yield optimizer, "step", type(optimizer.optimizer).__name__
+    yield learner._average, "update_parameters", "averaging"
+    yield learner._metrics, "update", "metrics"
+
+
+def _filled(deployment: Deployment, learner: Learner, traces: list[Trace]) -> tuple[OnlineBatcher, HeldOut]:
+    """A batcher and held-out requests that have taken the traces in; the reservoir holds them too."""
+    config = deployment.config
+    folder = Path(tempfile.mkdtemp(dir=deployment.folder))
+    batcher = make_batcher(config, deployment.target_head, folder, vocabulary_use=learner.vocabulary_use)
+    held_out = make_held_out(config, deployment.target_head)
+    intake = _intake(config, learner, batcher, held_out)
+    for trace in traces:
+        intake.add(trace)
+    for trace in list(batcher._waiting):
+        batcher.reservoir.add(labelled_trace.add_lse(trace, deployment.target_head))
+    return batcher, held_out
+
+
+def _intake(config: AuroraConfig, learner: Learner, batcher: OnlineBatcher, held_out: HeldOut) -> TraceIntake:
+    return TraceIntake(
+        learner.controller,
+        batcher,
+        held_out,
+        max_repeated_share=config.learn.max_repeated_share,
+        max_held_out_positions=config.learn.batch_positions,
+    )
+
+
+class Traffic:
+    """A ring that gets `rate` requests a second of a clock, the given traces in turn; it keeps the newest."""
+
+    def __init__(self, traces: list[Trace], *, rate: float, capacity_bytes: int, now: Callable[[], float]) -> None:
+        self._traces, self._rate, self._capacity_bytes, self._now = traces, rate, capacity_bytes, now
+        self._waiting: deque[bytes] = deque()
+        self.num_made = self.num_lost = self.lag_bytes = 0
+        self.spent_s = 0.0
+        """Processor time for making the records, which is not the learner's."""
+
+    def pop(self) -> bytes | None:
+        """The next record."""
+        started = time.process_time()
+        while self.num_made < self._now() * self._rate:
+            trace = self._traces[self.num_made % len(self._traces)]
+            self._waiting.append(to_bytes(dataclasses.replace(trace, request_id=f"{self.num_made}-{trace.request_id}")))
+            self.lag_bytes += len(self._waiting[-1])
+            self.num_made += 1
+            while self.lag_bytes > self._capacity_bytes:
+                self.lag_bytes -= len(self._waiting.popleft())
+                self.num_lost += 1
+        self.spent_s += time.process_time() - started
+        if not self._waiting:
+            return None
+        self.lag_bytes -= len(self._waiting[0])
+        return self._waiting.popleft()
+
+    @property
+    def lag_records(self) -> int:
+        """Records that wait."""
+        return len(self._waiting)
+
+
+def time_live(deployment: Deployment, traces: list[Trace], *, seconds: float, rate: float) -> Table:
+    """Table of what the learner's loop does with its share of the processors beside traffic."""
+    config, learner = deployment.config, deployment.learner()
+    slept_s, started = [0.0], time.process_time()
+
+    def cpu_s() -> float:
+        return time.process_time() - started - traffic.spent_s
+
+    def now_s() -> float:
+        return cpu_s() + slept_s[0]
+
+    def sleep(duration_s: float) -> None:
+        slept_s[0] += duration_s
+
+    traffic = Traffic(traces, rate=rate, capacity_bytes=config.trace.capacity_mb * _MIB, now=lambda: now_s())
+    held_out = make_held_out(config, deployment.target_head)
+    folder = Path(tempfile.mkdtemp(dir=deployment.folder))
+    loop = OnlineLoop(
+        LearnerEnvironment(
+            traces=traffic,
+            store=DraftStore(folder / "live", keep=2),
+            page=LearnerStatusPage.create(folder / "page"),
+            server_load=lambda: ServerLoad.SPARE,
+            served_draft=deployment.served_draft,
+            monotonic_s=now_s,
+            sleep=sleep,
+        ),
+        config=config.learn,
+        learner=learner,
+        champion=deployment.champion(),
+        target_head=deployment.target_head,
+        batcher=make_batcher(config, deployment.target_head, folder, vocabulary_use=learner.vocabulary_use),
+        held_out=held_out,
+        budget=Budget(
+            share=config.learn.compute_share,
+            full_load_share=config.learn.full_load_share,
+            minimum_share=config.learn.minimum_share,
+            wall_s=now_s,
+            cpu_s=cpu_s,
+        ),
+    )
+    parts, live = Parts(), [0]
+    update = learner.update
+
+    def counted(batch: Any) -> Any:
+        live[0] += int((batch.traces.weight_BT > 0)[batch.live_B].sum())
+        return update(batch)
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(learner, "update", counted))
+        patches.enter_context(parts.timed(traffic, "pop", "making traffic (not counted)"))
+        for attribute, name in (
+            ("_read_traces", "reading traces"),
+            ("_step", "steps"),
+            ("_try_to_publish", "trials"),
+            ("_save", "saving"),
+            ("_report", "status page"),
+        ):
+            patches.enter_context(parts.timed(loop, attribute, name))
+        begun_s = cpu_s()
+        while now_s() < seconds:
+            with parts.part("idle turns"):
+                loop.tick()
+        spent_s = cpu_s() - begun_s
+    learned = max(1, learner.positions)
+    table = Table(
+        title=f"{seconds:.0f} s beside {rate:g} requests a second: {traffic.num_made} traces, {loop.records} read, "
+        f"{learner.steps} steps, {learner.positions} positions, {live[0]} live; "
+        f"{loop.published} published, {loop.refused_by_gate} refused; share {spent_s / seconds / os.cpu_count():.1%}"
+    )
+    for column in ("part", "ms in all", "ms a position", "ms a live position", "share"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    del parts.seconds["making traffic (not counted)"]
+    for name, part_s in [*parts.seconds.most_common(), ("all", spent_s)]:
+        table.add_row(
+            name,
+            f"{part_s * 1e3:.0f}",
+            f"{part_s / learned * 1e3:.3f}",
+            f"{part_s / max(1, live[0]) * 1e3:.3f}",
+            f"{part_s / spent_s:.0%}",
+        )
+    return table
+
+
+def memory_mb() -> tuple[float, float]:
+    """This process's resident memory and its proportional share now, in MiB."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    return tuple(int(fields[name].split()[0]) / 1024 for name in ("Rss", "Pss"))  # type: ignore[return-value]
+
+
+def main() -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", nargs="+", type=Path, default=[])
+    parser.add_argument("--limit", type=int, default=64, help="prompts of each file")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0], help="prompts take them in turn")
+    parser.add_argument("--traces", type=Path, help="folder that keeps the traces")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps; 0: none")
+    parser.add_argument("--live", type=float, default=300.0, help="seconds beside traffic; 0: none")
+    parser.add_argument("--rate", type=float, default=2.0, help="requests a second")
+    parser.add_argument("overrides", nargs="*", help="settings, key=value, after --")
+    args = parser.parse_args()
+    config = load_config(None, args.overrides)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.traces or Path(scratch) / "traces"
+        if not folder.is_dir():
+            # In another process, so that the memory of this one is the learner's.
+            arguments = (config, folder, args.prompts, args.limit, args.max_tokens, args.temperatures)
+            recorder = multiprocessing.get_context("spawn").Process(target=record, args=arguments)
+            recorder.start()
+            recorder.join()
+        traces = list(read_traces(folder))
+        deployment = Deployment(config, Path(scratch))
+        console = Console(width=120)
+        held = [("with target and draft loaded", memory_mb())]
+        if args.steps:
+            for table in time_steps(deployment, traces, steps=args.steps):
+                console.print(table)
+            held.append(("after the steps", memory_mb()))
+        if args.live:
+            console.print(time_live(deployment, traces, seconds=args.live, rate=args.rate))
+            held.append(("beside traffic", memory_mb()))
+        traces_mb = sum(trace.num_bytes for trace in traces) / _MIB
+        for when, (resident, share) in held:
+            print(f"{when}: {resident:.0f} MiB resident, {share:.0f} proportional, {traces_mb:.0f} of them the traces")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
