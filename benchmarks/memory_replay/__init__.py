@@ -3,7 +3,7 @@
     python -m benchmarks.templated_prompts --out templated
     python -m benchmarks.memory_replay answers --prompts chat.jsonl templated/mails.jsonl --requests 220 --out answers
     python -m benchmarks.memory_replay prepare --work environments
-    python -m benchmarks.memory_replay compare --answers answers --arctic environments/arctic/bin/python
+    python -m benchmarks.memory_replay compare --answers answers --arctic environments/arctic/bin/python --reliability
 
 Accepted tokens depend only on the answers and on what is proposed, so they are counted exactly, without a model and
 without noise. Only the times of look-ups and updates depend on the machine.
