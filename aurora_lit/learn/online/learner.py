@@ -267,13 +267,14 @@ class Learner:
         if self.fabric.world_size == 1:
             return loss
         parameters = [p for p in self.draft.parameters() if p.grad is not None]
-        gradients: list[torch.Tensor] = [p.grad.to_dense() for p in parameters]
+        before = [p.grad for p in parameters if p.grad is not None]
+        gradients: list[torch.Tensor] = [gradient.to_dense() for gradient in before]
         flat = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)])
         flat = torch.as_tensor(self.fabric.all_reduce(flat, reduce_op="sum"))
         sizes = [gradient.numel() for gradient in gradients]
-        for parameter, summed in zip(parameters, torch.split(flat[1:], sizes), strict=True):
+        for parameter, own, summed in zip(parameters, before, torch.split(flat[1:], sizes), strict=True):
             gradient = summed.view_as(parameter)
-            parameter.grad = gradient.to_sparse(1) if parameter.grad.is_sparse else gradient
+            parameter.grad = gradient.to_sparse(1) if own.is_sparse else gradient
         return flat[0]
 
     def _clip_gradients(self) -> torch.Tensor:

@@ -25,7 +25,6 @@ from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
 from aurora_lit.modules.losses.batch import OnlineBatch, Rounds, TraceBatch
 from aurora_lit.modules.losses.fused_lk import fused_lk_loss
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
-from aurora_lit.modules.losses.muon import BlockMuon
 from aurora_lit.modules.losses.policy import PolicyTerms, draft_index, policy_terms, sampled_share, usable_rounds
 from aurora_lit.modules.losses.token_sample import TokenSample, sample_tokens
 from aurora_lit.modules.losses.unroll import StepwiseChains, UnrolledChains, shift_positions, unroll, unroll_rounds
@@ -410,7 +409,8 @@ class DraftModule(LightningModule):
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon for the layer's matrices, AdamW for heads and norms (SparseAdam for a sparse head); without schedules.
 
-        Muon learns more from the same number of positions, of which training has few.
+        Muon (Jordan et al. 2024; its rate scaled to AdamW's as in Liu et al., arXiv 2502.16982) learns more from the
+        same number of positions, of which training has few.
         """
         head = self.draft.lm_head.weight
         heads = {id(head), id(self.draft.value_head.weight)}
@@ -421,7 +421,7 @@ class DraftModule(LightningModule):
             others = [p for p in others if p is not head]
             sparse = [torch.optim.SparseAdam([head], lr=rate, betas=(0.9, 0.95))]
         return [
-            BlockMuon(matrices, lr=rate, weight_decay=0.01),
+            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
             *sparse,
         ]
