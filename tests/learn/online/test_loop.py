@@ -190,8 +190,9 @@ def test_turns_without_work_leave_the_share_to_steps(target: Target, traffic: li
 def test_saving_takes_a_small_share_of_the_time_that_learning_takes(
     target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harness, clocks = LearnerHarness(target, tmp_path, save_every_s=0.0), Clocks()
+    clocks = Clocks()
     monkeypatch.setattr(loop.time, "process_time", lambda: clocks.cpu_s)
+    harness = LearnerHarness(target, tmp_path, save_every_s=0.0)
     harness.ring.records.extend(traffic * 12)
     saved_at_s: list[float] = []
 
