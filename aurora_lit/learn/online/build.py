@@ -296,7 +296,7 @@ def online_module(config: AuroraConfig, draft: Eagle3Draft, target_head: TargetH
             gae_lambda=learn.gae_lambda,
         ),
         learning_rate=learn.learning_rate,
-        sparse_head=True,
+        online_optimizers=True,
     )
 
 

@@ -25,6 +25,7 @@ from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
 from aurora_lit.modules.losses.batch import OnlineBatch, Rounds, TraceBatch
 from aurora_lit.modules.losses.fused_lk import fused_lk_loss
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
+from aurora_lit.modules.losses.muon import BlockMuon
 from aurora_lit.modules.losses.policy import PolicyTerms, draft_index, policy_terms, sampled_share, usable_rounds
 from aurora_lit.modules.losses.token_sample import TokenSample, sample_tokens
 from aurora_lit.modules.losses.unroll import StepwiseChains, UnrolledChains, shift_positions, unroll, unroll_rounds
@@ -124,13 +125,14 @@ class DraftModule(LightningModule):
         warmup_steps: int = 100,
         total_steps: int = 10_000,
         min_lr_factor: float = 0.05,
-        sparse_head: bool = False,
+        online_optimizers: bool = False,
     ) -> None:
         """num_steps: K. step_decay: step j has the weight step_decay^j. value_weight: c_v. The next three are for
         `configure_optimizers`: optimiser steps of warm-up and in all, and the learning rate's last factor.
 
-        sparse_head: for online batches only. The gradient of the draft's head is sparse, with rows of sampled tokens
-        alone, and its optimizer touches no others; the policy loss does not train it.
+        online_optimizers: for online batches only. Optimizers that cost less a step: Muon works by blocks, and the
+        head's gradient is sparse, with rows of sampled tokens alone; SparseAdam touches no others. The policy loss does
+        not train the head then.
         """
         super().__init__()
         self.draft = draft
@@ -146,7 +148,7 @@ class DraftModule(LightningModule):
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         self.min_lr_factor = min_lr_factor
-        self.sparse_head = sparse_head
+        self.online_optimizers = online_optimizers
 
     @overload  # type: ignore[override]
     def training_step(self, batch: TraceBatch, batch_idx: int = 0) -> StepReport: ...
@@ -237,7 +239,7 @@ class DraftModule(LightningModule):
             # Rows of drawn tokens get no gradient: one that comes seldom is mostly noise to AdamW.
             weight_SH = torch.cat([self._head_rows(ids_S[:certain]), draft.lm_head.weight.detach()[ids_S[certain:]]])
             head_SH, transform = self.head_VdH[ids_S], self.logit_transform.select(ids_S)
-        elif self.sparse_head:
+        elif self.online_optimizers:
             weight_SH = self._head_rows(torch.arange(len(weight_SH), device=weight_SH.device))
         next_share_N = shift_positions(share_BT, -1).flatten()
         table_KN = {
@@ -303,7 +305,7 @@ class DraftModule(LightningModule):
 
     def _head_rows(self, index_X: torch.Tensor) -> torch.Tensor:
         """Rows of the draft's head."""
-        return nn.functional.embedding(index_X, self.draft.lm_head.weight, sparse=self.sparse_head)
+        return nn.functional.embedding(index_X, self.draft.lm_head.weight, sparse=self.online_optimizers)
 
     def _sample_tokens(self, batch: OnlineBatch) -> TokenSample | None:
         """The batch's tokens, and what its rounds proposed; None: the whole vocabulary."""
@@ -398,7 +400,7 @@ class DraftModule(LightningModule):
             logit_transform=self.logit_transform,
             clip=self.online.clip,
             gae_lambda=self.online.gae_lambda,
-            trains_head=not self.sparse_head,
+            trains_head=not self.online_optimizers,
         )
 
     def configure_optimizers(self) -> Any:
@@ -407,23 +409,27 @@ class DraftModule(LightningModule):
         return optimizers, [LambdaLR(optimizer, self.lr_factor) for optimizer in optimizers]
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the layer's matrices, AdamW for heads and norms (SparseAdam for a sparse head); without schedules.
+        """Muon for the layer's matrices, AdamW for heads and norms; without schedules.
 
         Muon (Jordan et al. 2024; its rate scaled to AdamW's as in Liu et al., arXiv 2502.16982) learns more from the
-        same number of positions, of which training has few.
+        same number of positions, of which training has few. With `online_optimizers` it works by blocks
+        (modules/losses/muon.py), and SparseAdam replaces AdamW for the draft's head.
         """
         head = self.draft.lm_head.weight
         heads = {id(head), id(self.draft.value_head.weight)}
         matrices = [p for p in self.draft.parameters() if p.ndim > 1 and id(p) not in heads]
         others = [p for p in self.draft.parameters() if p.ndim <= 1 or id(p) in heads]
-        rate, sparse = self.learning_rate, []
-        if self.sparse_head:
+        rate = self.learning_rate
+        if self.online_optimizers:
             others = [p for p in others if p is not head]
-            sparse = [torch.optim.SparseAdam([head], lr=rate, betas=(0.9, 0.95))]
+            return [
+                BlockMuon(matrices, lr=rate, weight_decay=0.01),
+                torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+                torch.optim.SparseAdam([head], lr=rate, betas=(0.9, 0.95)),
+            ]
         return [
             torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-            *sparse,
         ]
 
     def lr_factor(self, step: int) -> float:

@@ -1,0 +1,79 @@
+"""Muon by blocks of rows: momentum whose blocks are orthogonalised, for a layer's matrices.
+
+Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest matrix with orthonormal rows, or columns, which it
+approximates by Newton-Schulz iterations. These cost as much here as 300 positions of a batch. Orthogonalising
+blocks of rows instead costs a share of that as small as the block's share of the matrix (the idea of MuonBP, Khaled et
+al. 2025, arXiv 2510.16981, which does it to save communication).
+
+Leaves out which parameters it is for (modules/losses/draft_module.py).
+
+Shapes: R rows and C columns of a matrix, N blocks of B rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BLOCK_ROWS = 64
+"""Rows of a block at most; a divisor of the matrix's rows."""
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+_UPDATE_RMS = 0.1
+"""Root mean square of an update at rate 1. Half of AdamW's usual one, which suits whole matrices: blocks together have
+a larger spectral norm, and drafts came out worse with 0.2 (docs/log.md)."""
+
+
+class BlockMuon(torch.optim.Optimizer):
+    """See the file's docstring. Every parameter must be a matrix."""
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        """With Nesterov's momentum; `weight_decay` is decoupled, as in AdamW."""
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step; `closure`: computes the loss, as for any optimizer."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight_RC in group["params"]:
+                if weight_RC.grad is None:
+                    continue
+                state = self.state[weight_RC]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight_RC)
+                mean_RC = state["momentum_buffer"].lerp_(weight_RC.grad, 1 - group["momentum"])
+                update_RC = orthogonalise_blocks(weight_RC.grad.lerp(mean_RC, group["momentum"]))
+                weight_RC.mul_(1 - group["lr"] * group["weight_decay"])
+                weight_RC.add_(update_RC, alpha=-group["lr"])
+        return loss
+
+
+def orthogonalise_blocks(matrix_RC: Tensor, *, block_rows: int | None = None) -> Tensor:
+    """Each block of rows with its singular values near 1, all scaled to `_UPDATE_RMS`; bf16 [R, C].
+
+    The iterations map singular values to between 0.7 and 1.2, not to 1, which is as good for training (Jordan et al.).
+    """
+    R, C = matrix_RC.shape
+    block_rows = block_rows or _BLOCK_ROWS
+    rows = next(size for size in range(min(R, block_rows), 0, -1) if R % size == 0)
+    x_NBC = matrix_RC.view(R // rows, rows, C).bfloat16()
+    if rows > C:
+        x_NBC = x_NBC.mT
+    x_NBC = x_NBC / x_NBC.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
+    a, b, c = _COEFFICIENTS
+    for _ in range(_ITERATIONS):
+        gram_NBB = x_NBC @ x_NBC.mT
+        x_NBC = torch.baddbmm(x_NBC, torch.baddbmm(gram_NBB, gram_NBB, gram_NBB, beta=b, alpha=c), x_NBC, beta=a)
+    if rows > C:
+        x_NBC = x_NBC.mT
+    return x_NBC.reshape(R, C) * (_UPDATE_RMS * math.sqrt(max(rows, C)))
