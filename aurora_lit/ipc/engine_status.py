@@ -56,12 +56,12 @@ class DomainTotals(NamedTuple):
     @property
     def acceptance_rate(self) -> float | None:
         """Accepted / proposed tokens; None before the first proposal."""
-        return self.accepted / self.proposed if self.proposed else None
+        return _ratio(self.accepted, self.proposed)
 
     @property
     def mean_accepted_length(self) -> float | None:
         """Tokens emitted per sequence and round with proposals, bonus token included; None before the first."""
-        return 1 + self.accepted / self.drafts if self.drafts else None
+        return _ratio(self.drafts + self.accepted, self.drafts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,12 +154,12 @@ class EngineStatus:
     @property
     def acceptance_rate(self) -> float | None:
         """Accepted / proposed draft tokens; None before the first proposal."""
-        return self.accepted / self.proposed if self.proposed else None
+        return _ratio(self.accepted, self.proposed)
 
     @property
     def mean_accepted_length(self) -> float | None:
         """Tokens emitted per sequence and round with proposals, bonus token included; None before the first."""
-        return 1 + self.accepted / self.drafts if self.drafts else None
+        return _ratio(self.drafts + self.accepted, self.drafts)
 
     @property
     def domains(self) -> dict[str, DomainTotals]:
@@ -202,6 +202,10 @@ class RankStatusPage(Page[RankStatus]):
     """The page of one rank; written by that rank."""
 
     record_class = RankStatus
+
+
+def _ratio(number: int, of: int) -> float | None:
+    return number / of if of else None
 
 
 def rank_path(run_folder: Path, rank: int) -> Path:

@@ -9,9 +9,11 @@ Shapes: R tables of rates, C cells of a table.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
-from aurora_lit.kernels.suffix_index import COUNT_CLASSES, KINDS, LENGTH_CLASSES, NUM_CELLS, SHARE_CLASSES
+from aurora_lit.kernels.suffix_index import COUNT_CLASSES, KINDS, LENGTH_CLASSES, NUM_CELLS, SHARE_CLASSES, Copies
 
 RELATIONS = ("alone", "agrees", "against")
 """What the draft says to a copied node: nothing, since it proposed nothing there; the same token; another one."""
@@ -62,6 +64,12 @@ class CopyReliability:
     def rate(self, table: int, cell: int) -> float:
         """Probability that a node is accepted if its parent is."""
         return float(self._rates[table, cell])
+
+    def observe_tree(self, table: int, copies: Copies, path: Collection[int]) -> None:
+        """Add a proposed tree of copies; `path`: the accepted columns, column 0 included."""
+        for column, (parent, cell) in enumerate(zip(copies.parents, copies.cells, strict=True), start=1):
+            if parent in path:
+                self.observe(table, cell, accepted=column in path)
 
     def observe(self, table: int, cell: int, *, accepted: bool) -> None:
         """Add a node whose parent was accepted."""

@@ -35,7 +35,7 @@ COUNT_CLASSES = (1, 2, 4, 8)
 """Numbers of occurrences, likewise."""
 NUM_CELLS = len(KINDS) * len(LENGTH_CLASSES) * len(SHARE_CLASSES) * len(COUNT_CLASSES)
 """A cell is a combination of kind and classes: what is known about a node before it is verified."""
-_CELLS_OF_KIND = NUM_CELLS // len(KINDS)
+_CELLS_OF_KIND, _MEMORY = NUM_CELLS // len(KINDS), KINDS.index("memory")
 _BYTES_OF_TOKEN, _BYTES_OF_HEAD = 32, 16
 _MIN_TOKENS = 64
 
@@ -55,6 +55,27 @@ class Copies(NamedTuple):
 NO_COPIES = Copies([], [], [], [])
 
 
+class LookUp(NamedTuple):
+    """What is looked up for some sequences."""
+
+    slots: Sequence[int]
+    """Of the sequences."""
+    lengths: Sequence[int]
+    """Their numbers of committed tokens."""
+    most: Sequence[int]
+    """Their numbers of nodes, at most."""
+    parts: Sequence[int]
+    """What of the memory each may read, and its domain, of which answers are preferred; 0: nothing."""
+    tables: Sequence[int]
+    """Which line of `rate_RC` holds for each."""
+    rate_RC: torch.Tensor
+    """fp32, contiguous. How often nodes of a cell were accepted if their parents were."""
+    least: float
+    """Smallest survival of a node."""
+    own: bool = True
+    """False: nothing is copied from within the sequences."""
+
+
 def kind_of(cell: int) -> str:
     """One of KINDS."""
     return KINDS[cell // _CELLS_OF_KIND]
@@ -62,7 +83,7 @@ def kind_of(cell: int) -> str:
 
 def is_remembered(cell: int) -> bool:
     """True if nodes of the cell come from the memory alone."""
-    return kind_of(cell) == "memory"
+    return cell // _CELLS_OF_KIND == _MEMORY
 
 
 class SuffixMemory:
@@ -95,6 +116,14 @@ class SuffixMemory:
         numbers = (ctypes.c_int64(len(tokens)), ctypes.c_int64(context), ctypes.c_int64(part))
         self._library.aurora_memory_insert(self.pointer, array, *numbers)
 
+    def insert_answer(self, tokens: Sequence[int], *, answer: int, part: int) -> bool:
+        """Remember the last `answer` of a request's tokens, after the end of its prompt; False: they are too few."""
+        if answer < MIN_ANSWER_TOKENS:
+            return False
+        context = min(CONTEXT_TOKENS, len(tokens) - answer)
+        self.insert(tokens[len(tokens) - answer - context :], context=context, part=part)
+        return True
+
     @property
     def counts(self) -> tuple[int, int]:
         """Tokens that it holds, and that it has overwritten."""
@@ -118,36 +147,15 @@ class _Call(ctypes.Structure):
     )
 
 
-def look_up(
-    tokens_SL: torch.Tensor,
-    *,
-    slots: Sequence[int],
-    lengths: Sequence[int],
-    most: Sequence[int],
-    parts: Sequence[int],
-    tables: Sequence[int],
-    rate_RC: torch.Tensor,
-    least: float,
-    memory: SuffixMemory | None,
-    own: bool = True,
-) -> list[Copies]:
+def look_up(tokens_SL: torch.Tensor, rows: LookUp, *, memory: SuffixMemory | None) -> list[Copies]:
     """The likeliest copies for each sequence; `look_up` in serve/speculation/copies_in_python.py is the reference.
 
-    Args:
-        tokens_SL: committed tokens, int64 on the CPU.
-        slots: of the sequences.
-        lengths: their numbers of committed tokens.
-        most: their numbers of nodes, at most.
-        parts: what of the memory each may read, and its domain, of which answers are preferred; 0: nothing.
-        tables: which line of `rate_RC` holds for each.
-        rate_RC: fp32, contiguous. How often nodes of a cell were accepted if their parents were.
-        least: smallest survival of a node.
-        own: False: nothing is copied from within the sequences.
+    `tokens_SL`: committed tokens, int64 on the CPU.
     """
     library = native.library()
     assert library is not None
-    B, widest = len(slots), max(most)
-    numbers = (ctypes.c_int64 * (5 * B))(*slots, *lengths, *most, *parts, *tables)
+    B, widest = len(rows.slots), max(rows.most)
+    numbers = (ctypes.c_int64 * (5 * B))(*rows.slots, *rows.lengths, *rows.most, *rows.parts, *rows.tables)
     base, row = ctypes.addressof(numbers), 8 * B
     counts = (ctypes.c_int64 * B)()
     found = (ctypes.c_int64 * (3 * B * widest))()
@@ -156,12 +164,12 @@ def look_up(
     call = _Call(
         B,
         widest,
-        own,
+        rows.own,
         tokens_SL.data_ptr(),
         tokens_SL.stride(0),
         *(base + index * row for index in range(5)),
-        rate_RC.data_ptr(),
-        least,
+        rows.rate_RC.data_ptr(),
+        rows.least,
         ctypes.addressof(counts),
         out,
         out + column,

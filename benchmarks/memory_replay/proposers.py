@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from aurora_lit.kernels import suffix_index
 from aurora_lit.kernels.copy_rates import CopyReliability
-from aurora_lit.kernels.suffix_index import CONTEXT_TOKENS, DOMAIN_BITS, NO_COPIES, SuffixMemory
+from aurora_lit.kernels.suffix_index import CONTEXT_TOKENS, DOMAIN_BITS, NO_COPIES, LookUp, SuffixMemory, look_up
 from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL
 
 from .replay import Proposer
@@ -55,8 +54,7 @@ class Copying:
 
     def propose(self) -> tuple[list[int], list[int]]:
         """The likeliest copies."""
-        (self.found,) = suffix_index.look_up(
-            self._tokens_SL,
+        rows = LookUp(
             slots=[0],
             lengths=[self._length],
             most=[MAX_NODES],
@@ -64,19 +62,16 @@ class Copying:
             tables=[self._table],
             rate_RC=self._reliability.rate_RC,
             least=self._least,
-            memory=self._memory,
             own=self._own,
         )
+        (self.found,) = look_up(self._tokens_SL, rows, memory=self._memory)
         return self.found.tokens, [column - 1 for column in self.found.parents]
 
     def accept(self, tokens: list[int], accepted: int, *, ended: bool) -> None:
         """Store committed tokens, and count which copies were accepted."""
         found = self.found
         if found.tokens and not ended:
-            path = self.path_of(tokens[:accepted])
-            for column, (parent, cell) in enumerate(zip(found.parents, found.cells, strict=True), start=1):
-                if parent in path:
-                    self._reliability.observe(self._table, cell, accepted=column in path)
+            self._reliability.observe_tree(self._table, found, self.path_of(tokens[:accepted]))
         end = self._length + len(tokens)
         self._tokens_L[self._length : end] = tokens
         self._length = end
@@ -92,9 +87,9 @@ class Copying:
     def finish(self) -> None:
         """Remember the answer."""
         if self._memory is not None:
-            context = min(CONTEXT_TOKENS, self._prompt_length)
-            tokens = self._tokens_L[self._prompt_length - context : self._length].tolist()
-            self._memory.insert(tokens, context=context, part=self._part)
+            answer = self._length - self._prompt_length
+            tokens = self._tokens_L[max(0, self._prompt_length - CONTEXT_TOKENS) : self._length].tolist()
+            self._memory.insert_answer(tokens, answer=answer, part=self._part)
 
 
 ARMS: dict[str, Callable[[], Proposer]] = {

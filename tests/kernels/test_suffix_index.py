@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.suffix_memory import SuffixMemoryInPython
 
 from aurora_lit.kernels import native, suffix_index
-from aurora_lit.kernels.suffix_index import DOMAIN_BITS, MAX_MATCH, NUM_CELLS, Copies, SuffixMemory
+from aurora_lit.kernels.suffix_index import DOMAIN_BITS, MAX_MATCH, NUM_CELLS, Copies, LookUp, SuffixMemory
 from aurora_lit.serve.speculation import copies_in_python
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs kernels")
@@ -46,7 +46,7 @@ def look_up(rows: list[list[int]], memory: SuffixMemory | None = None, **changes
         "rate_RC": torch.full((2, NUM_CELLS), 0.9),
         "least": 1e-3,
     } | changes
-    return suffix_index.look_up(table_of(rows), memory=memory, **arguments)
+    return suffix_index.look_up(table_of(rows), LookUp(**arguments), memory=memory)
 
 
 @given(
@@ -69,8 +69,8 @@ def test_native_trees_are_those_of_the_reference(texts: list[Any], rows: list[li
         "least": 0.01,
         "own": data.draw(st.booleans()),
     }
-    found = suffix_index.look_up(table_of(rows), memory=memory, **arguments)
-    expected = copies_in_python.look_up(table_of(rows), memory=reference, **arguments)
+    found = suffix_index.look_up(table_of(rows), LookUp(**arguments), memory=memory)
+    expected = copies_in_python.look_up(table_of(rows), LookUp(**arguments), memory=reference)
     for native_copies, copies in zip(found, expected, strict=True):
         assert native_copies.survivals == pytest.approx(copies.survivals, rel=1e-4)
         if len(set(copies.survivals)) == len(copies.survivals):  # else equal ones may be ordered otherwise

@@ -17,7 +17,8 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.domains.lr_schedule import DomainSignal, SignalRange
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.modules.losses.draft_module import DraftModule, OnlineWeights
+from aurora_lit.modules.losses.draft_module import DraftModule
+from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import Trace, to_bytes

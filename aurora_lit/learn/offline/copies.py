@@ -23,17 +23,10 @@ from dataclasses import dataclass
 
 import torch
 
-from aurora_lit.config import AuroraConfig, resolved_memory_scope
+from aurora_lit.config import AuroraConfig, copied_tokens, resolved_memory_scope
 from aurora_lit.kernels import native
 from aurora_lit.kernels.copy_rates import CopyReliability
-from aurora_lit.kernels.suffix_index import (
-    CONTEXT_TOKENS,
-    DOMAIN_BITS,
-    MIN_ANSWER_TOKENS,
-    Copies,
-    SuffixMemory,
-    look_up,
-)
+from aurora_lit.kernels.suffix_index import DOMAIN_BITS, Copies, LookUp, SuffixMemory, look_up
 from aurora_lit.learn.data.labelled_trace import first_trained_position
 from aurora_lit.traces.record import Trace
 
@@ -141,8 +134,7 @@ class CopyPaths:
         if not len(roots):
             return []
         rows = len(roots)
-        return look_up(
-            torch.tensor([request.tokens], dtype=torch.int64),
+        wanted = LookUp(
             slots=[0] * rows,
             lengths=[root + 1 for root in roots],
             most=[self.most] * rows,
@@ -150,9 +142,9 @@ class CopyPaths:
             tables=[self.reliability.table(sampled=trace.verify == "sampled")] * rows,
             rate_RC=self.reliability.rate_RC,
             least=self._least,
-            memory=self._memory,
             own=self._own,
         )
+        return look_up(torch.tensor([request.tokens], dtype=torch.int64), wanted, memory=self._memory)
 
     def _learn_rates(
         self, request: _OpenRequest, trace: Trace, copies: dict[int, Copies], paths: dict[int, list[int]]
@@ -163,32 +155,27 @@ class CopyPaths:
         root = max(root, min(copies, default=root))
         while root <= last:
             path = {0, *paths[root]}
-            for column, (parent, cell) in enumerate(zip(copies[root].parents, copies[root].cells, strict=True), 1):
-                if parent in path:
-                    self.reliability.observe(table, cell, accepted=column in path)
+            self.reliability.observe_tree(table, copies[root], path)
             root += len(path)
         request.root = trace.first_position + root
 
     def _end(self, request_id: str) -> None:
         request = self._open.pop(request_id)
         answer = request.first + len(request.tokens) - request.answer
-        if self._memory is None or not request.part or answer < MIN_ANSWER_TOKENS:
-            return
-        context = min(CONTEXT_TOKENS, len(request.tokens) - answer)
-        self._memory.insert(request.tokens[-answer - context :], context=context, part=request.part)
+        if self._memory is not None and request.part:
+            self._memory.insert_answer(request.tokens, answer=answer, part=request.part)
 
 
 def copy_paths_of(config: AuroraConfig, *, least: float = LEAST_SURVIVAL) -> CopyPaths | None:
     """Copies as a server with these settings may propose; None if it proposes none, or without kernels."""
-    scope = resolved_memory_scope(config)
-    engine = config.engine
-    if not engine.speculate or not (engine.lookup or scope != "off") or native.library() is None:
+    most, scope = copied_tokens(config), resolved_memory_scope(config)
+    if not most or native.library() is None:
         return None
     return CopyPaths(
-        most=engine.lookup_tokens,
+        most=most,
         segment_tokens=config.trace.segment_tokens,
         least=least,
-        own=engine.lookup,
+        own=config.engine.lookup,
         memory=None if scope == "off" else SuffixMemory(config.memory.capacity_mb << 20),
         by_client=scope == "client",
     )

@@ -42,7 +42,8 @@ from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.domains.detector import DomainDetector
 from aurora_lit.modules.domains.lr_schedule import DomainSignal, SignalRange
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.modules.losses.draft_module import DraftModule, OnlineWeights
+from aurora_lit.modules.losses.draft_module import DraftModule
+from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.traces.record import LAYOUT_DIGEST
 
 STATE_NAME = "learner.safetensors"

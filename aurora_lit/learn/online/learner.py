@@ -32,7 +32,8 @@ from aurora_lit.learn.online.step_metrics import StepMetrics
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.batch import OnlineBatch
-from aurora_lit.modules.losses.draft_module import DraftModule, OnlineReport
+from aurora_lit.modules.losses.draft_module import DraftModule
+from aurora_lit.modules.losses.objective import OnlineReport
 
 STARTING_VERSION = "start"
 """Version of the draft that serving started with, before any was published."""

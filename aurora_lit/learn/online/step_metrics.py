@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torchmetrics import MeanMetric
 
-from aurora_lit.modules.losses.draft_module import OnlineReport
+from aurora_lit.modules.losses.objective import OnlineReport
 
 
 class StepMetrics:

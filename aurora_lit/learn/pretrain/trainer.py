@@ -22,8 +22,9 @@ from aurora_lit.errors import AuroraError
 from aurora_lit.learn.data.log_batches import held_out_batches, training_batches
 from aurora_lit.learn.data.training_state import read_state, write_state
 from aurora_lit.modules.losses.batch import TraceBatch
-from aurora_lit.modules.losses.draft_module import DraftModule, StepReport
+from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.lk import expected_accepted_length
+from aurora_lit.modules.losses.objective import StepReport
 from aurora_lit.traces.log import ShardInfo
 
 STATE_NAME = "training.safetensors"

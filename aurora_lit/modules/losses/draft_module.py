@@ -12,8 +12,7 @@ V target vocabulary, Vd draft vocabulary, N = B·T rows, R rows that have a weig
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from lightning import LightningModule
@@ -26,78 +25,10 @@ from aurora_lit.modules.losses.batch import OnlineBatch, Rounds, TraceBatch
 from aurora_lit.modules.losses.fused_lk import fused_lk_loss
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
 from aurora_lit.modules.losses.muon import BlockMuon
+from aurora_lit.modules.losses.objective import ChainLosses, OnlineReport, OnlineWeights, StepReport
 from aurora_lit.modules.losses.policy import PolicyTerms, draft_index, policy_terms, sampled_share, usable_rounds
 from aurora_lit.modules.losses.token_sample import TokenSample, sample_tokens
 from aurora_lit.modules.losses.unroll import StepwiseChains, UnrolledChains, shift_positions, unroll, unroll_rounds
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnlineWeights:
-    """The online loss: LK(live) + w·PPO + β·LK(replay) + c_v·value − β_H·entropy."""
-
-    base_loss: Literal["lk", "kl", "none"] = "lk"
-    """"lk": the LK loss. "kl": KL alone in its place. "none": the policy loss alone."""
-    ppo_weight: float = 1.0
-    """w = ppo_weight · (1 − exp(−3ᾱ)) · M / (M + N), with M sampled proposals and N targets of the base loss: the
-    policy loss gains weight as the draft's acceptance rate ᾱ grows, and with the number of samples. 0: no policy
-    loss."""
-    clip: float = 0.2
-    """PPO's ε."""
-    gae_lambda: float = 0.95
-    """λ of generalised advantage estimation."""
-    entropy_weight: float = 0.0
-    """β_H."""
-    replay_weight: float = 1.0
-    """β."""
-    survival_floor: float = 0.05
-    """A chain ends where it is accepted so far with a smaller probability; 0: none ends early."""
-    sampled_tokens: int = 2048
-    """Tokens of the draft vocabulary over which a batch's loss is computed, about. As many as it has: all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """Loss and statistics of one batch; rows are target positions of each draft step."""
-
-    loss: torch.Tensor
-    """Scalar, with gradient."""
-    stats: LKStats
-    """Shapes [K, N]; 0 for rows without weight."""
-    mask_KBT: torch.Tensor
-    """1 where the step has a target that counts, else 0."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnlineReport(StepReport):
-    """The same for an online batch, and each term of its loss. Scalars; those of `policy` have a gradient."""
-
-    lk_live: torch.Tensor
-    lk_replay: torch.Tensor
-    value_loss: torch.Tensor
-    """Of all positions and, if there are policy terms, of the rounds too."""
-    policy: PolicyTerms
-    policy_weight: torch.Tensor
-    """w; 0 without policy terms."""
-    tested_K: torch.Tensor
-    """Rounds of the batch, usable or not, in which proposal i was tested: those before it were accepted."""
-    accepted_K: torch.Tensor
-    """Rounds in which it was accepted: with `tested_K`, acceptance by position as it was served."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ChainLosses:
-    """Losses of the chains of a batch."""
-
-    lk_sum: torch.Tensor
-    """Weighted sum, with gradient."""
-    value_sum: torch.Tensor
-    """The same of the value head's squared errors."""
-    stats: LKStats
-    """[K, N]; 0 where a chain has no step."""
-    mask_KBT: torch.Tensor
-    """1 where a chain has a step with that target."""
-    survival_KBT: torch.Tensor
-    """Probability that its proposals were accepted so far; 0 where there is no step."""
 
 
 class DraftModule(LightningModule):
@@ -227,7 +158,7 @@ class DraftModule(LightningModule):
 
     def _chain_losses(
         self, batch: OnlineBatch, chains: StepwiseChains, share_BT: torch.Tensor, *, kl_decay: float
-    ) -> _ChainLosses:
+    ) -> ChainLosses:
         """The LK and value losses of chains; `share_BT`: weight of each position in the sums, 0: it does not count."""
         traces, draft, K = batch.traces, self.draft, self.num_steps
         B, T = share_BT.shape
@@ -290,7 +221,7 @@ class DraftModule(LightningModule):
             ),
             share_N.new_zeros(()),
         )
-        return _ChainLosses(
+        return ChainLosses(
             lk_sum=lk_sum,
             value_sum=value_sum,
             stats=LKStats(

@@ -27,7 +27,6 @@ from collections.abc import Iterator
 import torch
 
 from aurora_lit.errors import RequestError
-from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.centroids import DomainAssigner, client_label
 from aurora_lit.modules.domains.embedding import pool_prompt
@@ -51,8 +50,8 @@ from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner, tree_sizes
 from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
-from aurora_lit.serve.speculation.traffic_memory import TrafficMemory
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_MEMORY
+from aurora_lit.serve.speculation.traffic_memory import make_memory
+from aurora_lit.traces.record import SOURCE_DRAFT
 
 _DONE = object()
 
@@ -123,7 +122,9 @@ class Engine:
         self.costs = Costs(ragged=target.supports_trees)
         limits = self._limits(options)
         self.planner = SpeculationPlanner(limits, self.costs)
-        self.memory = _memory(options) if target.device.type == "cpu" else None
+        self.memory = make_memory(
+            options.memory_bytes if options.copied_tokens else 0, scope=options.memory_scope, device=target.device
+        )
         """None: there is no traffic memory."""
         self.proposer = Proposer(
             self._drafter,
@@ -156,7 +157,7 @@ class Engine:
         draft_tokens = options.max_draft_tokens if self._drafter else 0
         return SpeculationLimits(
             draft_tokens=draft_tokens,
-            copied_tokens=options.copied_tokens if options.lookup or options.memory_bytes else 0,
+            copied_tokens=options.copied_tokens,
             tree_sizes=tree_sizes(options.tree_tokens if supports_trees and draft_tokens > 1 else 0),
             adaptive=options.adaptive,
         )
@@ -304,7 +305,7 @@ class Engine:
             return bool(sequences), bool(sequences)
         if self._prefill.sequences:
             return False, False
-        kind = _kind(sequences)
+        kind = RoundKind.of(sequences)
         return self.floor.allows(kind), self.floor.allows(kind, drafts=True)
 
     def _judge(self, plan: RoundPlan, last_NH: torch.Tensor) -> tuple[list[Verdict], dict[int, torch.Tensor]]:
@@ -370,7 +371,7 @@ class Engine:
         expected_s = self.costs.round_s(len(rows), [len(row.proposal.tokens) for row in rows])
         speculated = draft_s > 0 or any(row.proposal.tokens for row in rows)
         if rows:
-            self.stats.count_round(_name_of(plan))
+            self.stats.count_round(plan.name)
         if num_prompt_tokens:
             self._prefill.observe(num_prompt_tokens, seconds - draft_s - expected_s)
             return
@@ -379,7 +380,7 @@ class Engine:
         self.planner.observe_round(len(rows), plan.num_decoding_columns, seconds - draft_s)
         if self.floor is not None and self.planner.updates_costs:
             tokens = sum(len(output.token_ids) for output in outputs)
-            kind = _kind([row.sequence for row in rows])
+            kind = RoundKind.of([row.sequence for row in rows])
             self.floor.observe(kind, seconds=seconds, tokens=tokens, speculated=speculated, drafted=draft_s > 0)
 
     def _begin_decoding(self) -> None:
@@ -401,29 +402,8 @@ class Engine:
         """Free the slot of a request that finished or was cancelled."""
         decoding = sequence in self._decoding
         if decoding and self.memory is not None:
-            self.memory.remember(sequence, self._tokens_SL[sequence.slot, : sequence.length].tolist())
+            self.memory.remember(sequence, self._tokens_SL[sequence.slot])
         (self._decoding if decoding else self._prefill.sequences).remove(sequence)
         self._allocator.free(sequence.slot)
         if self._observer and decoding and sequence.request.store:
             self._observer.on_finish(sequence)
-
-
-def _name_of(plan: RoundPlan) -> str:
-    """Which of settings.PLANS a round counts as."""
-    proposals = [row.proposal for row in plan.decoding if row.proposal.tokens]
-    drafted = [proposal for proposal in proposals if proposal.source == SOURCE_DRAFT]
-    if drafted:
-        return "tree" if any(proposal.parents is not None for proposal in drafted) else "chain"
-    if any(proposal.source == SOURCE_MEMORY for proposal in proposals):
-        return "memory"
-    return "lookup" if proposals else "plain"
-
-
-def _memory(options: EngineOptions) -> TrafficMemory | None:
-    if not options.memory_bytes or not options.copied_tokens or native.library() is None:
-        return None
-    return TrafficMemory(options.memory_bytes, scope=options.memory_scope)
-
-
-def _kind(sequences: list[RunningSequence]) -> RoundKind:
-    return RoundKind(len(sequences), any(sequence.temperature > 0 for sequence in sequences))

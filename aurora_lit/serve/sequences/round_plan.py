@@ -14,12 +14,13 @@ Left out: who proposes (serve/speculation/proposer.py), and which token the targ
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from aurora_lit.kernels.suffix_index import is_remembered
 from aurora_lit.modules.sampling.tree import accepted_path, depths, first_choices
 from aurora_lit.serve.sequences.sequence import RunningSequence
-from aurora_lit.traces.record import SOURCE_NONE
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_MEMORY, SOURCE_NONE
 
 
 class CopiedNode(NamedTuple):
@@ -33,7 +34,7 @@ class CopiedNode(NamedTuple):
     """What is known about it; see CopyReliability in kernels/copy_rates.py."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Proposal:
     """The tokens that are proposed for one sequence in a round."""
 
@@ -61,7 +62,7 @@ class Proposal:
         """Depth of the draft's part."""
         return self.num_drafted if self.parents is None else max(depths(self.parents[: self.num_drafted]))
 
-    @property
+    @cached_property
     def first_choices(self) -> list[int]:
         """Columns of the chain of first choices: all of a chain, one path of a tree. Of the draft's, if it drafted."""
         count = self.num_drafted or len(self.tokens)
@@ -113,6 +114,17 @@ class RoundPlan:
     def num_decoding_columns(self) -> int:
         """Columns of the decoding rows."""
         return sum(1 + len(row.proposal.tokens) for row in self.decoding)
+
+    @property
+    def name(self) -> str:
+        """Which of settings.PLANS it counts as."""
+        proposals = [row.proposal for row in self.decoding if row.proposal.tokens]
+        drafted = [proposal for proposal in proposals if proposal.source == SOURCE_DRAFT]
+        if drafted:
+            return "tree" if any(proposal.parents is not None for proposal in drafted) else "chain"
+        if any(proposal.source == SOURCE_MEMORY for proposal in proposals):
+            return "memory"
+        return "lookup" if proposals else "plain"
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -23,6 +23,7 @@ from aurora_lit.kernels.suffix_index import (
     NO_COPIES,
     SHARE_CLASSES,
     Copies,
+    LookUp,
 )
 
 _MAX_OWN = 16
@@ -56,27 +57,17 @@ class FindsOccurrences(Protocol):
         """Occurrences of the last tokens of `end` that the part may read."""
 
 
-def look_up(
-    tokens_SL: torch.Tensor,
-    *,
-    slots: Sequence[int],
-    lengths: Sequence[int],
-    most: Sequence[int],
-    parts: Sequence[int],
-    tables: Sequence[int],
-    rate_RC: torch.Tensor,
-    least: float,
-    memory: FindsOccurrences | None = None,
-    own: bool = True,
-) -> list[Copies]:
+def look_up(tokens_SL: torch.Tensor, rows: LookUp, *, memory: FindsOccurrences | None = None) -> list[Copies]:
     """As `look_up` in kernels/suffix_index.py."""
     copies = []
-    for slot, length, count, part, table in zip(slots, lengths, most, parts, tables, strict=True):
+    for slot, length, count, part, table in zip(
+        rows.slots, rows.lengths, rows.most, rows.parts, rows.tables, strict=True
+    ):
         tokens = tokens_SL[slot, :length].tolist()
-        found, single = _own_occurrences(tokens) if own else ([], [])
+        found, single = _own_occurrences(tokens) if rows.own else ([], [])
         remembered = memory.find(tokens, part) if memory is not None and part else []
         occurrences = [each for each in found + remembered if each.length > 1] or single + remembered
-        copies.append(_tree(occurrences, rate_RC[table].tolist(), most=count, least=least))
+        copies.append(_tree(occurrences, rows.rate_RC[table].tolist(), most=count, least=rows.least))
     return copies
 
 

@@ -147,9 +147,8 @@ class Costs:
         return self.target(batch_size, 1 + (sum(counts) / batch_size if self.ragged else max(counts, default=0)))
 
     def column_s(self, batch_size: int, num_proposals: int) -> float:
-        """What one more proposal adds to a round with so many of them."""
-        below, above = (self.target(batch_size, 1 + (num_proposals + n) / batch_size) for n in (0, 1))
-        return max(0.0, above - below)
+        """What one more proposal adds to a round in which one sequence has so many."""
+        return max(0.0, self.round_s(batch_size, [num_proposals + 1]) - self.round_s(batch_size, [num_proposals]))
 
     def draft_s(self, num_drafting: int, shape: DraftShape) -> float:
         """Of drafting for some sequences."""

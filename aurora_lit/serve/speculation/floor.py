@@ -17,8 +17,11 @@ Left out: what is proposed (serve/speculation/proposer.py) and what it is predic
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from aurora_lit.serve.sequences.sequence import RunningSequence
 
 WINDOW_ROUNDS = 24
 """Speculating rounds after which they are judged."""
@@ -42,6 +45,11 @@ class RoundKind(NamedTuple):
     batch_size: int
     sampled: bool
     """True if any sequence is."""
+
+    @classmethod
+    def of(cls, sequences: Sequence[RunningSequence]) -> RoundKind:
+        """That of a round in which these sequences decode."""
+        return cls(len(sequences), any(sequence.temperature > 0 for sequence in sequences))
 
     def group(self, *, drafted: bool) -> tuple[int, bool, bool]:
         """The same for kinds with about as many sequences."""

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import torch
 
 from aurora_lit.kernels.copy_rates import CopyReliability
-from aurora_lit.kernels.suffix_index import Copies
+from aurora_lit.kernels.suffix_index import Copies, LookUp
 from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_copies
@@ -133,16 +133,18 @@ class Proposer:
         candidates = [i for i in candidates if sequences[i].num_remaining > 1]
         if not candidates:
             return {}
-        found = look_up_copies(
-            [sequences[i] for i in candidates],
-            [longest] * len(candidates),
-            tokens_SL=self._tokens_SL,
-            memory=self._memory,
-            tables=[self.reliability.table(sampled=sequences[i].temperature > 0) for i in candidates],
+        asking = [sequences[i] for i in candidates]
+        rows = LookUp(
+            slots=[sequence.slot for sequence in asking],
+            lengths=[sequence.length for sequence in asking],
+            most=[min(longest, sequence.num_remaining - 1) for sequence in asking],
+            parts=[sequence.memory_part for sequence in asking],
+            tables=[self.reliability.table(sampled=sequence.temperature > 0) for sequence in asking],
             rate_RC=self.reliability.rate_RC,
             least=self._least_survival(len(sequences)),
             own=self._looks_up,
         )
+        found = look_up_copies(self._tokens_SL, rows, memory=self._memory)
         if not is_ragged:
             found = [chain_of(copies) for copies in found]
         return {i: copies for i, copies in zip(candidates, found, strict=True) if copies.tokens}

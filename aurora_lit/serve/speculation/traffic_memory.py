@@ -12,15 +12,14 @@ Shapes: S slots, L capacity of a slot, R tables of rates, C cells of a table.
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 
 from aurora_lit.kernels import native, suffix_index
-from aurora_lit.kernels.suffix_index import CONTEXT_TOKENS, DOMAIN_BITS, MIN_ANSWER_TOKENS, Copies, SuffixMemory
+from aurora_lit.kernels.suffix_index import CONTEXT_TOKENS, DOMAIN_BITS, Copies, LookUp, SuffixMemory, is_remembered
 from aurora_lit.serve.sequences.memory_scope import MemoryScope, memory_partition_key
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation import copies_in_python
@@ -35,15 +34,10 @@ class MemoryStats:
 
     answers: int = 0
     """Remembered."""
-    inserted_tokens: int = 0
-    insert_us: float = 0.0
-    """Time that this took, in microseconds."""
     look_ups: int = 0
     """Rounds of single sequences that could read the memory."""
     hits: int = 0
     """Those in which it held something likely enough."""
-    look_up_us: float = 0.0
-    """Time that looking up copies took, those from within requests included, in microseconds."""
     proposed: int = 0
     """Tokens proposed from the memory alone."""
     accepted: int = 0
@@ -61,7 +55,6 @@ class TrafficMemory:
     def __init__(self, capacity_bytes: int, *, scope: MemoryScope) -> None:
         """Needs kernels. `capacity_bytes`: of the index; pages are taken as it fills."""
         self.stats = MemoryStats()
-        self.capacity_bytes = capacity_bytes
         self._scope = scope
         self.index = SuffixMemory(capacity_bytes)
         self._parts: OrderedDict[Hashable, int] = OrderedDict()
@@ -73,19 +66,14 @@ class TrafficMemory:
         key = memory_partition_key(sequence.request, scope=self._scope)
         sequence.memory_part = 0 if key is None else (self._part(key) << DOMAIN_BITS) + self._domain(sequence.domain)
 
-    def remember(self, sequence: RunningSequence, tokens: Sequence[int]) -> None:
-        """Remember the answer of a sequence that has ended; `tokens`: of prompt and answer."""
+    def remember(self, sequence: RunningSequence, tokens_L: torch.Tensor) -> None:
+        """Remember the answer of a sequence that has ended; `tokens_L`: of its slot."""
         if not sequence.memory_part or not sequence.request.store:
             return
+        # Of a long prompt only the end is needed.
         answer = sequence.length - sequence.prompt_length
-        if answer < MIN_ANSWER_TOKENS:
-            return
-        started = time.perf_counter()
-        context = min(CONTEXT_TOKENS, sequence.prompt_length)
-        self.index.insert(tokens[-answer - context :], context=context, part=sequence.memory_part)
-        self.stats.answers += 1
-        self.stats.inserted_tokens += answer
-        self.stats.insert_us += (time.perf_counter() - started) * 1e6
+        tokens = tokens_L[max(0, sequence.prompt_length - CONTEXT_TOKENS) : sequence.length].tolist()
+        self.stats.answers += self.index.insert_answer(tokens, answer=answer, part=sequence.memory_part)
 
     def _domain(self, name: str) -> int:
         """0 if it is unknown, or if there are too many."""
@@ -105,40 +93,21 @@ class TrafficMemory:
         return part
 
 
-def look_up_copies(
-    sequences: Sequence[RunningSequence],
-    most: Sequence[int],
-    *,
-    tokens_SL: torch.Tensor,
-    memory: TrafficMemory | None,
-    tables: Sequence[int],
-    rate_RC: torch.Tensor,
-    least: float,
-    own: bool,
-) -> list[Copies]:
-    """For each sequence the likeliest copies from itself and, if it may read it, from the memory.
+def make_memory(capacity_bytes: int, *, scope: MemoryScope, device: torch.device) -> TrafficMemory | None:
+    """A memory; None if it would have no capacity, or if it cannot be searched: that needs kernels and a CPU."""
+    can_search = native.library() is not None and device.type == "cpu"
+    return TrafficMemory(capacity_bytes, scope=scope) if capacity_bytes and can_search else None
 
-    `most`, `tables`, `rate_RC`, `least`, `own`: as for `look_up` in kernels/suffix_index.py.
-    """
-    started = time.perf_counter()
-    arguments = {
-        "slots": [sequence.slot for sequence in sequences],
-        "lengths": [sequence.length for sequence in sequences],
-        "most": most,
-        "parts": [sequence.memory_part for sequence in sequences],
-        "tables": tables,
-        "rate_RC": rate_RC,
-        "least": least,
-        "own": own,
-    }
+
+def look_up_copies(tokens_SL: torch.Tensor, rows: LookUp, *, memory: TrafficMemory | None) -> list[Copies]:
+    """For each sequence the likeliest copies from itself and, if it may read it, from the memory."""
     if native.library() is None or tokens_SL.device.type != "cpu":
-        return copies_in_python.look_up(tokens_SL, **arguments)  # type: ignore[arg-type]
-    index = None if memory is None else memory.index
-    copies = suffix_index.look_up(tokens_SL, memory=index, **arguments)  # type: ignore[arg-type]
-    if memory is not None:
-        stats = memory.stats
-        readers = [found for sequence, found in zip(sequences, copies, strict=True) if sequence.memory_part]
-        stats.look_ups += len(readers)
-        stats.hits += sum(any(suffix_index.is_remembered(cell) for cell in found.cells) for found in readers)
-        stats.look_up_us += (time.perf_counter() - started) * 1e6
+        return copies_in_python.look_up(tokens_SL, rows)
+    if memory is None:
+        return suffix_index.look_up(tokens_SL, rows, memory=None)
+    copies = suffix_index.look_up(tokens_SL, rows, memory=memory.index)
+    for part, found in zip(rows.parts, copies, strict=True):
+        if part:
+            memory.stats.look_ups += 1
+            memory.stats.hits += any(map(is_remembered, found.cells))
     return copies

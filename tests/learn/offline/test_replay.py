@@ -29,7 +29,7 @@ from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.replay import ARMS, Replay, blocks
 from aurora_lit.learn.offline.scoring import RoundTotals
 from aurora_lit.models.target import Target
-from aurora_lit.modules.losses.draft_module import OnlineWeights
+from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.request import Request
 from aurora_lit.traces.log import TraceLogWriter
 from aurora_lit.traces.record import Trace

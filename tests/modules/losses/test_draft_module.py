@@ -13,8 +13,9 @@ from torch import Tensor
 
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
-from aurora_lit.modules.losses.draft_module import DraftModule, OnlineReport, OnlineWeights
+from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.lk import lk_loss, overlap
+from aurora_lit.modules.losses.objective import OnlineReport, OnlineWeights
 
 OFF = OnlineWeights(ppo_weight=0.0)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
-from aurora_lit.modules.losses.draft_module import OnlineWeights
+from aurora_lit.modules.losses.objective import OnlineWeights
 
 D = 4
 

@@ -78,6 +78,19 @@ def test_what_was_answered_once_is_proposed_to_the_next(target: Target) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("max_tokens", [1, 2, 5, 30])
+def test_nothing_is_copied_beyond_the_requests_end(target: Target, max_tokens: int) -> None:
+    engine = make_engine(target, copied_tokens=15, **MEMORY)
+    run(engine, [request("a", REFRAIN, max_tokens=40, temperature=0.0)])
+    answer = run(engine, [request("b", REFRAIN, max_tokens=max_tokens, temperature=0.0)])["b"]
+    left = max_tokens
+    for output in answer.rounds:
+        assert output.num_proposed <= left - 1, "the target's own token comes after them"
+        left -= len(output.token_ids)
+    assert left == 0
+
+
+@needs_kernels
 @pytest.mark.parametrize("kind", [{"temperature": 0.0}, {"temperature": 0.8, "seed": 3}])
 def test_copies_beside_what_the_draft_proposes(
     target: Target, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.tiny_models import request
 
 from aurora_lit.kernels import native
-from aurora_lit.kernels.suffix_index import NUM_CELLS, Copies
+from aurora_lit.kernels.suffix_index import NUM_CELLS, Copies, LookUp
 from aurora_lit.serve.sequences.memory_scope import MemoryScope
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation import traffic_memory
@@ -66,9 +66,17 @@ REQUESTS = st.builds(
 def copies_for(memory: TrafficMemory, sequence: RunningSequence, tokens: list[int]) -> Copies:
     tokens_SL = torch.tensor([tokens])
     rate_RC = torch.full((1, NUM_CELLS), 0.9)
-    (copies,) = look_up_copies(
-        [sequence], [31], tokens_SL=tokens_SL, memory=memory, tables=[0], rate_RC=rate_RC, least=1e-6, own=False
+    rows = LookUp(
+        slots=[0],
+        lengths=[sequence.length],
+        most=[31],
+        parts=[sequence.memory_part],
+        tables=[0],
+        rate_RC=rate_RC,
+        least=1e-6,
+        own=False,
     )
+    (copies,) = look_up_copies(tokens_SL, rows, memory=memory)
     return copies
 
 
@@ -92,7 +100,7 @@ def test_no_proposal_holds_what_its_request_may_not_see(asked: list[Asked], scop
                 path.append(copies.tokens[at - 1])
                 at = copies.parents[at - 1]
             assert any(contains(text, tokens[-1:] + path[::-1]) for text in readable)
-        memory.remember(sequence, tokens)
+        memory.remember(sequence, torch.tensor(tokens))
 
 
 @given(st.lists(REQUESTS, min_size=1, max_size=12), st.sampled_from(["domain", "client"]))
@@ -102,7 +110,7 @@ def test_what_a_request_may_see_is_found(asked: list[Asked], scope: MemoryScope)
     for each in asked:
         sequence = each.sequence()
         memory.open(sequence)
-        memory.remember(sequence, each.prompt + each.answer)
+        memory.remember(sequence, torch.tensor(each.prompt + each.answer))
         sequence.length = len(each.prompt) + 2
         found = copies_for(memory, sequence, (each.prompt + each.answer)[: sequence.length])
         assert (each.answer[2] in found.tokens) or not each.may_read(each, scope)
@@ -119,7 +127,7 @@ def test_keys_are_bounded_and_a_forgotten_one_starts_empty(monkeypatch: pytest.M
         sequence.length = 2
         found = copies_for(memory, sequence, [1, 2]).tokens
         sequence.length = 6
-        memory.remember(sequence, [1, 2, 3, 4, 5, 6])
+        memory.remember(sequence, torch.tensor([1, 2, 3, 4, 5, 6]))
         return found
 
     assert ask("a") == []
@@ -135,8 +143,8 @@ def test_counters() -> None:
     asked = Asked(client="", salt="", domain="", store=True, prompt=[1, 2], answer=[3, 4, 5, 6])
     sequence = asked.sequence()
     memory.open(sequence)
-    memory.remember(sequence, asked.prompt + asked.answer)
-    assert (memory.stats.answers, memory.stats.inserted_tokens) == (1, 4)
+    memory.remember(sequence, torch.tensor(asked.prompt + asked.answer))
+    assert memory.stats.answers == 1
     assert memory.index.counts == (7, 0)  # one separates answers
     sequence.length = 2
     copies_for(memory, sequence, [1, 2])
@@ -149,5 +157,5 @@ def test_short_answers_are_not_remembered() -> None:
     asked = Asked(client="", salt="", domain="", store=True, prompt=[1, 2], answer=[3, 4, 5])
     sequence = asked.sequence()
     memory.open(sequence)
-    memory.remember(sequence, asked.prompt + asked.answer)
+    memory.remember(sequence, torch.tensor(asked.prompt + asked.answer))
     assert memory.stats.answers == 0
