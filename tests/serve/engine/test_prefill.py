@@ -243,7 +243,7 @@ def test_of_two_prompts_with_a_long_common_prefix_the_second_waits_and_copies_it
     decoding: bool, target: Target, plans: list[tuple[RoundPlan, Columns]]
 ) -> None:
     """Submitted together; alone or beside a sequence that decodes."""
-    engine = make(target, None, prefix_cache=True, prefill_chunk_tokens=200)
+    engine = make(target, None, prefix_cache=True, prefill_chunk_tokens=200, max_round_s=1000.0)
     if decoding:
         engine.submit(request("d", LONG[120:123], max_tokens=60))
         engine.round()
