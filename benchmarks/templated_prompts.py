@@ -1,12 +1,13 @@
-"""Two kinds of templated API traffic, as prompt files: the same instructions every time, around varied contents.
+"""Kinds of templated API traffic, as prompt files: the same instructions every time, around varied contents.
 
     python -m benchmarks.templated_prompts --out FOLDER --requests 400
 
-Writes mails.jsonl (a customer's mail, to be turned into JSON with given keys) and alerts.jsonl (an alert and its log,
-to be explained, with next steps). Both ask for what the default target, a small one, can do. A program that calls a
-model sends such requests by the thousand, and the answers share their form, not their contents: what a memory of
-earlier answers can use. Names, products, amounts, dates and problems are drawn by a generator with a seed; a seed
-always gives the same files. The contents come from a few dozen sentence patterns, so they repeat more than real mails.
+Writes mails.jsonl (a customer's mail, to be turned into JSON with given keys), alerts.jsonl (an alert and its log, to
+be explained, with next steps), and a customer-service bot's two kinds of chats, billing.jsonl and support.jsonl. All
+ask for what the default target, a small one, can do. A program that calls a model sends such requests by the thousand,
+and the answers share their form, not their contents: what a memory of earlier answers can use. Names, products,
+amounts, dates and problems are drawn by a generator with a seed; a seed always gives the same files. The contents come
+from a few dozen sentence patterns, so they repeat more than real mails.
 
 Leaves out the answers (benchmarks/memory_replay) and real prompts.
 """
@@ -18,6 +19,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from datetime import date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 # -- support mails -----------------------------------------------------------------------------------------------------
@@ -282,9 +284,88 @@ def _alert(rng: random.Random) -> str:
     return _ALERT_INSTRUCTIONS.format(alert="\n".join(shown))
 
 
+# -- a customer-service bot --------------------------------------------------------------------------------------------
+
+_BOT_INSTRUCTIONS = """\
+You are the assistant of Halden Net, which sells internet, phone and TV. Greet the customer by name, answer the \
+question in three numbered steps, and end with "Is there anything else I can do for you?". Refer to the plan by its \
+name, and to bills by their month.
+
+Customer: {name}, plan {plan}, customer number {number}
+Question: {question}"""
+
+_PLANS = "Fibre 100,Fibre 500,Fibre Gigabit,Cable Basic,Cable Plus,Mobile 10,Mobile Unlimited,Home Bundle,TV Family"
+_DEVICES = "router,modem,TV box,mesh repeater,phone,tablet,laptop,smart TV,game console,fibre terminal"
+_LIGHTS = "red,orange,blinking red,blinking green,off,solid white,blinking blue"
+_MONTHS = "January,February,March,April,May,June,July,August,September,October,November,December"
+_BILLING = (
+    "My bill for {month} is {amount}, but the one for {month2} was {amount2}. Why is it higher?",
+    "I was charged {amount} twice in {month}. How do I get one of the payments back?",
+    "Can I pay my bill for {month} in {few} parts? {amount} is too much at once.",
+    "There is a fee of {amount2} for {service} on my bill that I never ordered. Please remove it.",
+    "I moved from {city} to {city2} in {month} and still pay for the old address. What should I do?",
+    "Please explain the item '{service}' on the bill for {month}.",
+    "I cancelled {service} in {month}, and {month2} still shows {amount2} for it.",
+    "My bank sent back your debit of {amount} on {weekday}. Will my line be blocked, and how can I pay now?",
+    "What does it cost to change from my plan to {plan2} before {month2} ends?",
+    "I need a copy of the bills from {month} to {month2} for my tax return. Where do I find them?",
+    "A discount of {amount2} was promised when I signed in {city}. It is missing from the bill for {month}.",
+    "How do I change the bank account for my bills? {person} will pay from {month2} on.",
+    "You owe me {amount2} for the outage in {month}. When will it be on a bill?",
+    "I got a reminder for {amount}, though I paid on {weekday}. Which of us is wrong?",
+)
+_SUPPORT = (
+    "The light on my {device} is {light} since {weekday}. What does it mean?",
+    "My {device} loses its connection every {few} minutes, mostly in the evening.",
+    "I get only {speed} Mbit/s on my {device}, although my plan should be faster.",
+    "The {device} does not find the wireless network any more, but the {device2} does.",
+    "After the update on {weekday} the {device} starts again and again.",
+    "How do I set up the new {device}? The old one was a {device2}.",
+    "I have forgotten the password of my {device}. How do I reset it without losing my settings?",
+    "There is no signal in my house in {city} since {weekday}. Is there an outage?",
+    "Video calls on my {device} freeze as soon as {person} uses the {device2}.",
+    "My {device} says error {code} when I want to watch TV.",
+    "How do I open port {port} on my {device} for the {device2}?",
+    "The {device} gets very hot and the light is {light}. Is that dangerous?",
+    "Can I put the {device} in the cellar, {few} rooms away from the {device2}?",
+    "Pages load slowly on the {device}, but the speed test says {speed} Mbit/s.",
+)
+_SERVICES_SOLD = "device protection,the sports channels,the second phone number,cloud storage,the security package"
+
+
+def _chat(rng: random.Random, questions: Sequence[str]) -> str:
+    fields = {
+        "few": rng.choice(("two", "three", "four", "five")),
+        "amount": f"${rng.randrange(40, 180)}.{rng.choice((0, 49, 90, 99)):02}",
+        "amount2": f"${rng.randrange(4, 40)}.{rng.choice((0, 49, 90, 99)):02}",
+        "service": rng.choice(_SERVICES_SOLD.split(",")),
+        "light": rng.choice(_LIGHTS.split(",")),
+        "speed": str(rng.randrange(2, 95)),
+        "code": f"{rng.choice('EFHT')}{rng.randrange(10, 999):03}",
+        "port": str(rng.randrange(1024, 60_000)),
+        **_distinct(rng, "city", _CITIES.split()),
+        **_distinct(rng, "device", _DEVICES.split(",")),
+        **_distinct(rng, "month", _MONTHS.split(",")),
+        **_distinct(rng, "person", _PEOPLE),
+        **_distinct(rng, "plan", _PLANS.split(",")),
+        **_distinct(rng, "weekday", _WEEKDAYS),
+    }
+    return _BOT_INSTRUCTIONS.format(
+        name=f"{rng.choice(_FIRST_NAMES.split())} {rng.choice(_LAST_NAMES.split())}",
+        plan=fields["plan"],
+        number=rng.randrange(1_000_000, 9_999_999),
+        question=rng.choice(questions).format(**fields),
+    )
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
-KINDS: dict[str, Callable[[random.Random], str]] = {"mails": _mail, "alerts": _alert}
+KINDS: dict[str, Callable[[random.Random], str]] = {
+    "mails": _mail,
+    "alerts": _alert,
+    "billing": partial(_chat, questions=_BILLING),
+    "support": partial(_chat, questions=_SUPPORT),
+}
 """What makes one prompt, by kind of traffic."""
 
 

@@ -16,7 +16,9 @@ def test_a_seed_repeats_and_another_differs(kind: str) -> None:
     assert not set(make_prompts(kind, 20, seed=3)) & set(make_prompts(kind, 20, seed=4))
 
 
-@pytest.mark.parametrize(("kind", "shared_before", "shared_after"), [("mails", 1, 0), ("alerts", 1, 1)])
+@pytest.mark.parametrize(
+    ("kind", "shared_before", "shared_after"), [("mails", 1, 0), ("alerts", 1, 1), ("billing", 1, 0), ("support", 1, 0)]
+)
 def test_prompts_have_the_same_instructions_and_different_contents(
     kind: str, shared_before: int, shared_after: int
 ) -> None:
