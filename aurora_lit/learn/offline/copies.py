@@ -18,8 +18,11 @@ Shapes: T positions.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +37,15 @@ LEAST_SURVIVAL = 0.25
 """Of a copied node that is proposed, if nothing else is said."""
 _MAX_OPEN_REQUESTS = 256
 """Requests whose next segment is waited for; then the one that waits longest counts as ended."""
+
+
+class CopiedTokens(NamedTuple):
+    """What is copied along a segment, by root."""
+
+    accepted_T: list[int]
+    """How many copied tokens would be accepted."""
+    proposed_T: list[int]
+    """How many would be proposed, all branches together."""
 
 
 @dataclass(kw_only=True)
@@ -58,6 +70,8 @@ class CopyPaths:
     >>> paths = CopyPaths(most=15, segment_tokens=512)
     >>> accepted_T = paths.accepted(trace)      # before the memory knows the trace
     >>> paths.remember(trace)                   # after it was scored
+    >>> paths.along(traces)                     # both, for each trace in turn
+    >>> paths.peek(traces)                      # the same without learning anything from these traces
     """
 
     def __init__(
@@ -83,8 +97,26 @@ class CopyPaths:
         self._clients: dict[str, int] = {}
         self._domains: dict[str, int] = {}
 
+    def along(self, traces: Sequence[Trace]) -> list[CopiedTokens]:
+        """What is copied along each trace; each is remembered before the next one."""
+        found = []
+        for trace in traces:
+            found.append(self.copied(trace))
+            self.remember(trace)
+        return found
+
+    def peek(self, traces: Sequence[Trace]) -> list[CopiedTokens]:
+        """What is copied along traces that leave nothing behind: their answers are not remembered."""
+        other = copy.copy(self)
+        other.reliability, other._open = copy.deepcopy(self.reliability), OrderedDict()
+        return [other.copied(trace) for trace in traces]
+
     def accepted(self, trace: Trace) -> list[int]:
-        """By root: how many copied tokens would be accepted [T].
+        """By root: how many copied tokens would be accepted [T], as `copied` says."""
+        return self.copied(trace).accepted_T
+
+    def copied(self, trace: Trace) -> CopiedTokens:
+        """What is copied along a trace.
 
         0 before the first root, which may lie up to `most` positions in the segment before, and too small where the
         path may go on in the next segment: at the last `most` positions. Segments of one request must come in order.
@@ -98,10 +130,13 @@ class CopyPaths:
         )
         paths = {root: _path(each, request.tokens, offset + root) for root, each in copies.items()}
         self._learn_rates(request, trace, copies, paths)
-        return [len(paths.get(root, ())) for root in range(T)]
+        return CopiedTokens(
+            accepted_T=[len(paths.get(root, ())) for root in range(T)],
+            proposed_T=[len(copies[root].tokens) if root in copies else 0 for root in range(T)],
+        )
 
     def remember(self, trace: Trace) -> None:
-        """Remember the answer if the trace is its last segment; it must be the one `accepted` was called with last."""
+        """Remember the answer if the trace is its last segment; it must be the one `copied` was called with last."""
         if len(trace.token_ids_T) - trace.answer_start < self._segment_tokens:
             self._end(trace.request_id)
         elif len(self._open) > _MAX_OPEN_REQUESTS:

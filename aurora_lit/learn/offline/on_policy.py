@@ -5,6 +5,10 @@ are accepted as far as they equal the recorded tokens. These rounds are on-polic
 which this draft drew, and explore in a share of the rounds. The target's distribution at every verified proposal is
 known from the trace, since all proposals before it were accepted.
 
+Copies may be proposed beside the draft's (learn/offline/copies.py). A round then accepts as many tokens as the better
+of both, and the next one begins after them; what the trace holds are still the draft's proposals at these roots and
+what would have been accepted of them alone. As on a server, a round that explores has no copies beside its chain.
+
 Two limits. Proposals after a round's first rejection are left out: they were not verified, the target's states after
 them are not in the trace, and the policy gradient there is 0 (their S_t is 0, modules/losses/ppo.py). And a round that
 could reach beyond the recorded end is left out, as in learn/offline/scoring.py.
@@ -58,6 +62,8 @@ class RoundSimulator:
     """
 
     module: DraftModule
+    reach: int = 0
+    """Most tokens that a round can accept, if those are more than the module's steps: copies may be longer."""
     explore_share: float = 0.0
     """Share of rounds that draw their proposals; the others take the draft's argmax."""
     explore_temperature: float = 1.0
@@ -72,9 +78,12 @@ class RoundSimulator:
         self._generator = torch.Generator().manual_seed(self.seed)
 
     @torch.no_grad()
-    def simulate_rounds(self, traces: Sequence[Trace], *, version: int) -> list[Trace]:
+    def simulate_rounds(
+        self, traces: Sequence[Trace], *, version: int, copied: Sequence[Sequence[int]] | None = None
+    ) -> list[Trace]:
         """The traces with this draft's rounds, labelled with `version`; traces that are not greedy stay as they are.
 
+        copied: for each trace, by root, how many copied tokens are accepted, at most `reach`; None: nothing is copied.
         Segments of one request must come in their order.
         """
         found = list(traces)
@@ -85,7 +94,8 @@ class RoundSimulator:
             proposed = self._propose([traces[i] for i in indices])
             chains |= {index: (proposed, row) for row, index in enumerate(indices)}
         for index in greedy:  # in the given order, since a request's segments depend on each other
-            found[index] = self._walk(traces[index], *chains[index], version=version)
+            copied_T = None if copied is None else copied[index]
+            found[index] = self._walk(traces[index], *chains[index], version=version, copied_T=copied_T)
         return found
 
     def _propose(self, traces: Sequence[Trace]) -> _Chains:
@@ -97,8 +107,9 @@ class RoundSimulator:
         tokens_BT = batch.token_ids_BT
         B, T = tokens_BT.shape
         root_BT = torch.zeros(B, T, dtype=torch.bool)
+        reach = max(K, self.reach)
         for row, trace in enumerate(traces):
-            root_BT[row, max(1, first_trained_position(trace) - K) : max(1, len(trace.token_ids_T) - K)] = True
+            root_BT[row, max(1, first_trained_position(trace) - reach) : max(1, len(trace.token_ids_T) - reach)] = True
         wanted_BT = root_BT.clone()
         for step in range(1, K):
             wanted_BT[:, step:] |= root_BT[:, : T - step]
@@ -133,18 +144,19 @@ class RoundSimulator:
                 break
         return chains
 
-    def _walk(self, trace: Trace, chains: _Chains, row: int, *, version: int) -> Trace:
+    def _walk(self, trace: Trace, chains: _Chains, row: int, *, version: int, copied_T: Sequence[int] | None) -> Trace:
         """Go from root to root; a root too near the end is left for the request's next segment."""
         K = len(chains.proposal_KBT)
         first = trace.first_position
         # Without an earlier segment, the first root is the prompt's last token.
         segment = (trace.request_id, first + trace.answer_start)
         root = max(1, self._next_root.get(segment, first + first_trained_position(trace)) - first)
-        accepted_T = chains.accepted_BT[row].tolist()
+        accepted_T, explored_T = chains.accepted_BT[row].tolist(), chains.explored_BT[row].tolist()
         roots = []
-        while root < len(trace.token_ids_T) - K:
+        while root < len(trace.token_ids_T) - max(K, self.reach):
             roots.append(root)
-            root += 1 + accepted_T[root]
+            copied = 0 if copied_T is None or explored_T[root] else copied_T[root]
+            root += 1 + max(accepted_T[root], copied)
         self._next_root[trace.request_id, first + len(trace.token_ids_T)] = first + root
         if len(self._next_root) > _MAX_OPEN_SEGMENTS:
             self._next_root.popitem(last=False)

@@ -163,12 +163,15 @@ class Replay:
             self.scored.append(ScoredTrace(domain=trace.domain or placed.domain, version=self.version, **rounds))
         self.hold_trial()
 
-    def simulate_rounds(self, traces: Sequence[Trace]) -> list[Trace]:
-        """The traces with the rounds of the served draft, which explores as the learner asks for now."""
+    def simulate_rounds(self, traces: Sequence[Trace], copied: Sequence[Sequence[int]] | None = None) -> list[Trace]:
+        """The traces with the rounds of the served draft, which explores as the learner asks for now.
+
+        copied: as `RoundSimulator.simulate_rounds` takes it.
+        """
         signal = self.learner.controller.signal
         self.simulator.explore_share = signal.explore_share
         self.simulator.explore_temperature = signal.explore_temperature
-        return self.simulator.simulate_rounds(traces, version=version_number(self.version))
+        return self.simulator.simulate_rounds(traces, version=version_number(self.version), copied=copied)
 
     def _is_valid(self, trace: Trace) -> bool:
         try:
@@ -189,15 +192,13 @@ class Replay:
         own = [traces[i] for i in indices]
         static, served = (dict(zip(indices, each.accept_probabilities(own), strict=True)) for each in self._scorers)
         found = torch.zeros(len(traces), len(ARMS), 2, dtype=torch.float64)
-        for index, trace in enumerate(traces):
-            copied_T = None if self.copies is None else self.copies.accepted(trace)
-            if index in static:
-                rows = ((static, None), (static, copied_T), (served, None), (served, copied_T))  # as ARMS
-                for arm, (walk, (accept_KT, copied)) in enumerate(zip(self._walks.values(), rows, strict=True)):
-                    rounds = walk.walk(trace, accept_KT[index], copied)
-                    found[index, arm] = torch.tensor([rounds.count, rounds.tokens])
-            if self.copies is not None:
-                self.copies.remember(trace)
+        along = [None] * len(traces) if self.copies is None else [c.accepted_T for c in self.copies.along(traces)]
+        for index in indices:
+            copied_T = along[index]
+            rows = ((static, None), (static, copied_T), (served, None), (served, copied_T))  # as ARMS
+            for arm, (walk, (accept_KT, copied)) in enumerate(zip(self._walks.values(), rows, strict=True)):
+                rounds = walk.walk(traces[index], accept_KT[index], copied)
+                found[index, arm] = torch.tensor([rounds.count, rounds.tokens])
         table = torch.as_tensor(self.fabric.all_reduce(found, reduce_op="sum")).tolist()
         return [
             {arm: RoundTotals(count=count, tokens=tokens) for arm, (count, tokens) in zip(ARMS, row, strict=True)}

@@ -162,6 +162,8 @@ class DraftModule(LightningModule):
         """The LK and value losses of chains; `share_BT`: weight of each position in the sums, 0: it does not count."""
         traces, draft, K = batch.traces, self.draft, self.num_steps
         B, T = share_BT.shape
+        # With the policy loss alone, only the statistics of these chains are wanted.
+        is_trained = self.online.base_loss != "none" and torch.is_grad_enabled()
         share_N, last_NH, lse_N = share_BT.flatten(), traces.last_BTH.flatten(0, 1), traces.lse_BT.flatten()
         sample = self._sample_tokens(batch)
         weight_SH, head_SH, transform = draft.lm_head.weight, self.head_VdH, self.logit_transform
@@ -183,17 +185,18 @@ class DraftModule(LightningModule):
             place_M = chains.row_M * T + chains.target_M
             share_M = share_N[place_M]
             share_M[chains.count :] = 0.0
-            step_sum, stats = fused_lk_loss(
-                h_NH=draft.norm(chains.hidden_MH),
-                weight_DH=weight_SH,
-                row_weight_N=share_M * survival_M,
-                target_h_NG=last_NH[place_M],
-                target_weight_DG=head_SH,
-                target_logit_transform=transform,
-                target_lse_N=lse_N[place_M],
-                kl_decay=kl_decay,
-                sample=sample,
-            )
+            with torch.set_grad_enabled(is_trained):
+                step_sum, stats = fused_lk_loss(
+                    h_NH=draft.norm(chains.hidden_MH),
+                    weight_DH=weight_SH,
+                    row_weight_N=share_M * survival_M,
+                    target_h_NG=last_NH[place_M],
+                    target_weight_DG=head_SH,
+                    target_logit_transform=transform,
+                    target_lse_N=lse_N[place_M],
+                    kl_decay=kl_decay,
+                    sample=sample,
+                )
             lk_sum = lk_sum + step_sum
             counted_C = (share_M > 0).nonzero()[:, 0]
             place_C, survival_C = place_M[counted_C], survival_M[counted_C]
@@ -208,7 +211,8 @@ class DraftModule(LightningModule):
             goes_on_C = (next_share_N[place_C] > 0) & (survival_C >= self.online.survival_floor)
             if step == K - 1 or not goes_on_C.any():
                 break
-            chains.advance(counted_C[goes_on_C])
+            with torch.set_grad_enabled(is_trained):
+                chains.advance(counted_C[goes_on_C])
             survival_M = torch.ones(len(chains.row_M), device=share_N.device)
             survival_M[: chains.count] = survival_C[goes_on_C]
         return_KN = _expected_accepted_proposals(table_KN["alpha"].view(K, B, T)).view(K, B * T)

@@ -134,6 +134,20 @@ def test_an_answer_never_helps_itself_and_helps_the_next_once_it_was_scored() ->
     assert not any(copied_T[:9])
 
 
+def test_a_peek_sees_what_is_remembered_and_leaves_nothing_behind() -> None:
+    paths = copy_paths(own=False)
+    first, second = (replace(numbered_trace(60, answer_start=10), request_id=name) for name in "ab")
+    assert not any(paths.peek([first, second])[1].accepted_T), "nothing is remembered"
+    assert not any(paths.along([first])[0].accepted_T)
+    rates_RC = paths.reliability.rate_RC.clone()
+    before = paths.peek([second])
+    assert max(before[0].accepted_T) == max(before[0].proposed_T) == MOST
+    assert all(n <= m for n, m in zip(before[0].accepted_T, before[0].proposed_T, strict=True))
+    assert paths.peek([second]) == before
+    assert torch.equal(paths.reliability.rate_RC, rates_RC)
+    assert paths.along([second]) == before, "a peek shows what would be copied now"
+
+
 def test_clients_share_nothing_if_the_scope_says_so() -> None:
     paths = copy_paths(own=False, by_client=True)
     for name, client, sees in (("1", "x", False), ("2", "y", False), ("3", "x", True), ("4", "", False)):

@@ -16,10 +16,14 @@ from aurora_lit.learn.data.labelled_trace import label_trace
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.on_policy import RoundSimulator
+from aurora_lit.learn.offline.scoring import RoundScorer, RoundWalk
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import Trace, check
+
+REACH = 6
+"""Most tokens that a round accepts with copies."""
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +62,48 @@ def test_simulated_rounds_are_those_of_a_live_engine(
         assert not trace.explored_R.any()
 
 
-def test_segments_of_a_request_have_the_rounds_of_the_whole(
+def some_copies(trace: Trace) -> list[int]:
+    """Numbers of accepted copies, up to REACH, that depend on the position in the request alone."""
+    return [(trace.first_position + root) * 7 % 11 % (REACH + 1) for root in range(len(trace.token_ids_T))]
+
+
+def test_with_copies_the_rounds_are_those_that_a_replay_scores(
     target: Target, good_draft: Eagle3Draft, recorded: list[Trace]
+) -> None:
+    copied = [some_copies(trace) for trace in recorded]
+    simulator = make_simulator(target, good_draft, reach=REACH)
+    found = simulator.simulate_rounds(recorded, version=0, copied=copied)
+    scorer = RoundScorer(simulator.module, TargetHead(target), batch_positions=256, reach=REACH)
+    accept = scorer.accept_probabilities(recorded)
+    walk = RoundWalk(reach=REACH)
+    for trace, own, copied_T, accept_KT in zip(recorded, found, copied, accept, strict=True):
+        served_R = torch.maximum(own.num_accepted_R, torch.tensor(copied_T)[own.round_root_R])
+        totals = walk.walk(trace, accept_KT, copied_T)
+        assert (totals.count, totals.tokens) == (len(served_R), float((1 + served_R).sum()))
+        check(own)
+    alone = {
+        root: n
+        for trace in make_simulator(target, good_draft).simulate_rounds(recorded, version=0)[:1]
+        for root, n in zip(trace.round_root_R.tolist(), trace.num_accepted_R.tolist(), strict=True)
+    }
+    beside = dict(zip(found[0].round_root_R.tolist(), found[0].num_accepted_R.tolist(), strict=True))
+    assert all(alone[root] == beside[root] for root in alone.keys() & beside.keys()), "the draft's own, without copies"
+
+
+def test_a_round_that_explores_has_no_copies(target: Target, good_draft: Eagle3Draft, recorded: list[Trace]) -> None:
+    copied = [some_copies(trace) for trace in recorded]
+    with_copies, without = (
+        make_simulator(target, good_draft, explore_share=1.0, reach=REACH).simulate_rounds(
+            recorded, version=0, copied=each
+        )
+        for each in (copied, None)
+    )
+    assert [whole_rounds(trace) for trace in with_copies] == [whole_rounds(trace) for trace in without]
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_segments_of_a_request_have_the_rounds_of_the_whole(
+    target: Target, good_draft: Eagle3Draft, recorded: list[Trace], copies: bool
 ) -> None:
     traces: list[Trace] = []
     recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size, segment_tokens=7, overlap_tokens=90)
@@ -67,14 +111,18 @@ def test_segments_of_a_request_have_the_rounds_of_the_whole(
     run(make_engine(target, draft, max_draft_tokens=K, observer=recorder), some_requests(10, max_tokens=40))
     pieces = in_order(traces)
     assert len(pieces) > 3 * len(recorded)
-    simulator = make_simulator(target, good_draft)
+    simulator = make_simulator(target, good_draft, reach=REACH * copies)
     found: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
     for piece in pieces:
-        twice = [simulator.simulate_rounds([piece], version=0)[0] for _ in range(2)]  # asking again changes nothing
+        copied = [some_copies(piece)] if copies else None
+        # Asking again changes nothing.
+        twice = [simulator.simulate_rounds([piece], version=0, copied=copied)[0] for _ in range(2)]
         assert whole_rounds(twice[0]) == whole_rounds(twice[1])
         check(twice[0])
         found.setdefault(piece.request_id, []).extend(whole_rounds(twice[0]))
-    whole = make_simulator(target, good_draft).simulate_rounds(recorded, version=0)
+    whole = make_simulator(target, good_draft, reach=REACH * copies).simulate_rounds(
+        recorded, version=0, copied=[some_copies(trace) for trace in recorded] if copies else None
+    )
     assert found == {trace.request_id: whole_rounds(trace) for trace in whole}
 
 

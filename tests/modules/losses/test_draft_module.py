@@ -14,7 +14,8 @@ from torch import Tensor
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.draft_module import DraftModule
-from aurora_lit.modules.losses.lk import lk_loss, overlap
+from aurora_lit.modules.losses.fused_lk import fused_lk_loss
+from aurora_lit.modules.losses.lk import LKStats, lk_loss, overlap
 from aurora_lit.modules.losses.objective import OnlineReport, OnlineWeights
 
 OFF = OnlineWeights(ppo_weight=0.0)
@@ -169,6 +170,24 @@ def test_the_policy_weight_grows_with_the_sampled_proposals_unless_it_is_the_onl
     torch.testing.assert_close(
         step(target, batch, bare).policy_weight, step(target, some_rounds(batch, [0]), bare).policy_weight
     )
+
+
+def test_the_policy_alone_computes_no_gradients_of_the_supervised_loss(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, sums = online_batch(target), []
+
+    def recorded(**inputs: Any) -> tuple[Tensor, LKStats]:
+        sums.append(fused_lk_loss(**inputs))
+        return sums[-1]
+
+    monkeypatch.setattr("aurora_lit.modules.losses.draft_module.fused_lk_loss", recorded)
+    full, bare = (step(target, batch, weights) for weights in (OnlineWeights(), OnlineWeights(base_loss="none")))
+    needed = [loss.requires_grad for loss, _ in sums]
+    assert needed == [True] * (len(sums) // 2) + [False] * (len(sums) // 2)
+    torch.testing.assert_close(bare.stats.alpha_N, full.stats.alpha_N)
+    torch.testing.assert_close(bare.value_loss, full.value_loss)
+    assert bare.loss.requires_grad, "policy and value head are trained"
 
 
 def test_live_and_replayed_traces_are_averaged_separately(target: Target) -> None:
