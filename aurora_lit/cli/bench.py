@@ -111,7 +111,7 @@ def record_stream(config: AuroraConfig, **options: Any) -> None:
 
 @bench.command()
 @_RECORDED_STREAM
-@click.option("--arms", default="static,kl,lk,ppo,full", show_default=True, help="Learners to compare.")
+@click.option("--arms", default="static,memory,full,both", show_default=True, help="What to compare.")
 @click.option("--seeds", default="0", show_default=True, help="Seeds, such as 0,1,2.")
 @click.option(
     "--steps-per-request",
@@ -128,10 +128,11 @@ def record_stream(config: AuroraConfig, **options: Any) -> None:
     help="Score and learn from one of this many requests.",
 )
 @click.option("--block", type=click.IntRange(min=1), default=32, show_default=True, help="Requests between two trials.")
+@click.option("--shuffle-phases", is_flag=True, help="Each seed but 0 has its own order of phases.")
 @click.option("--out", type=FOLDER, default=Path("ablation-results"), show_default=True, help="Folder for the results.")
 @configured
 def ablation(config: AuroraConfig, arms: str, seeds: str, **options: Any) -> None:
-    """Compare learners on a recorded stream. Run it again to continue where it stopped."""
+    """Compare learners and the memory on a recorded stream. Run it again to continue where it stopped."""
     seed_numbers = _integers(seeds, "--seeds", minimum=0)
     from aurora_lit.bench.ablation.run import run
 

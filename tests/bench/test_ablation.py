@@ -1,4 +1,4 @@
-"""bench ablation: arms differ as their names say, runs are resumed, and the statistics are right."""
+"""bench ablation: arms differ as their names say, and runs are resumed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support.live_traces import serve, some_requests
@@ -15,25 +14,19 @@ from support.tiny_models import random_draft, save_model
 
 from aurora_lit.bench.ablation import run as ablation
 from aurora_lit.bench.ablation.arms import ARMS, arms_named
-from aurora_lit.bench.ablation.statistics import (
-    acceptance_by_position,
-    acceptance_rate,
-    accepted_histogram,
-    accepted_length,
-    interval,
-    length_ratio,
-    rate_when_tested,
-    speed_up,
-    tokens_to_adapt,
-)
+from aurora_lit.bench.ablation.phases import order_of_phases
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import AuroraError, ConfigError
+from aurora_lit.kernels import native
+from aurora_lit.learn.offline import copies
 from aurora_lit.models.target import Target
 from aurora_lit.traces.log import TraceLogWriter
 
 K = 3
-COSTS = {"target_s": [1.0, 1.1, 1.2, 1.3], "first_step_s": 0.2, "next_step_s": 0.1}
+LOOKUP_TOKENS = 5
+COSTS = {"draft_tokens": K, "target_s": [1 + 0.1 * n for n in range(9)], "first_step_s": 0.2, "next_step_s": 0.1}
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="there is no memory without kernels")
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +50,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for trace in serve(target, None, some_requests(6, seed=seed, domain=domain, max_tokens=30)):
             measured.append(trace)
     measured.flush()
-    stream = {"phases": [{"name": "chat"}, {"name": "code"}]}
+    stream = {"phases": [{"name": "chat", "requests": 36}, {"name": "code", "requests": 38}]}
     traffic_of = {"chat": {"segments": 36}, "code": {"segments": 36}}
     about = {"complete": True, "stream": stream, "traffic": traffic_of}
     (folder / "traces" / "stream.json").write_text(json.dumps(about))
     return folder
 
 
-def a_config(folder: Path, **learn: Any) -> AuroraConfig:
-    config = load_config(None, [f"engine.max_draft_tokens={K}", "engine.explore_share=0.1", "domain.detect=false"])
+def a_config(folder: Path, *, lookup: bool = False, memory_mb: int = 0, **learn: Any) -> AuroraConfig:
+    settings = ("engine.explore_share=0.1", "domain.detect=false", f"engine.max_draft_tokens={K}")
+    copied = (f"engine.lookup={lookup}", f"engine.lookup_tokens={LOOKUP_TOKENS}", f"memory.capacity_mb={memory_mb}")
+    config = load_config(None, [*settings, *copied])
     fields = {
         "batch_positions": 512,
         "unroll_steps": K,
@@ -113,7 +108,7 @@ def test_arms_learn_differently_and_the_report_says_how(folder: Path, out: Path)
         by_phase = found["traffic"]["by_phase"]
         assert sum(each["requests"] for each in by_phase.values()) == found["traffic"]["requests"] == 72
         assert sum(each["rounds"] for each in by_phase.values()) == found["traffic"]["rounds"]
-        assert list(found["forgetting"]) == ["0-chat … code"]
+        assert list(found["forgetting"]) == ["0-chat"]
         assert len(found["measured"]["length_after_phase"]) == 3
     for part in (lambda arm: arms[arm]["traffic"], lambda arm: arms[arm]["measured"]["all_after"]):
         ratio = part("full")["accepted_length"] / part("kl")["accepted_length"]
@@ -123,12 +118,69 @@ def test_arms_learn_differently_and_the_report_says_how(folder: Path, out: Path)
     assert json.loads((out / "report.json").read_text())["arms"]["kl"]["traffic"] == arms["kl"]["traffic"]
 
 
+@needs_kernels
+def test_memory_and_learner_are_told_apart(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Recorded(copies.SuffixMemory):
+        def __init__(self, capacity_bytes: int) -> None:
+            made.append(capacity_bytes)
+            super().__init__(capacity_bytes)
+
+    monkeypatch.setattr(copies, "SuffixMemory", Recorded)
+    config = a_config(folder, memory_mb=1, lookup=True, learning_rate=1e-2)
+    arms = run(folder, out, "static,memory,full,both", config)["arms"]
+    assert made == [1 << 20] * 2, "arms without memory make none"
+    traffic = {name: found["traffic"] for name, found in arms.items()}
+    measured = {name: found["measured"]["all_after"] for name, found in arms.items()}
+    for part in (traffic, measured):
+        assert part["memory"]["over_static"]["interval"][0] > 1, "answers come again"
+        assert part["full"]["over_static"]["interval"][0] > 1
+        assert part["both"]["over_full"]["interval"][0] > 1
+        for name, other in (("both", "full"), ("both", "memory"), ("memory", "static")):
+            lengths = [part[arm]["accepted_length"] for arm in (name, other)]
+            over = part[name][f"over_{other}"]
+            assert over["ratio"] == pytest.approx(lengths[0] / lengths[1], abs=1e-3)
+            assert over["difference"] == pytest.approx(lengths[0] - lengths[1], abs=1e-3)
+            low, high = over["difference_interval"]
+            assert low <= over["difference"] <= high
+    assert traffic["static"]["proposed_copies"] > 0, "all arms copy from earlier in the request"
+    assert traffic["memory"]["proposed_copies"] > traffic["static"]["proposed_copies"] + 1
+    assert [each["cost"]["steps"] > 0 for each in arms.values()] == [False, False, True, True]
+    before = arms["memory"]["measured"]["all_before"]["accepted_length"]
+    assert before == arms["static"]["measured"]["all_before"]["accepted_length"], "nothing is remembered yet"
+    (result,) = (json.loads(path.read_text()) for path in (out / "arms").glob("memory-0.json"))
+    assert {len(counts) for counts in result["counts"]} == {3}
+    assert {len(row) for counts in result["counts"] for row in counts} == {LOOKUP_TOKENS + 1}
+
+
+def test_an_arm_that_remembers_needs_a_memory(folder: Path, out: Path) -> None:
+    for arm in ("memory", "both"):
+        with pytest.raises(ConfigError, match=r"memory\.capacity_mb"):
+            run(folder, out, arm)
+
+
+def test_seeds_may_have_their_own_orders_of_phases(folder: Path, out: Path) -> None:
+    seed = next(seed for seed in range(1, 20) if order_of_phases(2, seed=seed, shuffled=True) == [1, 0])
+    options = {"seeds": (0, seed), "every": 2, "shuffle_phases": True}
+    static = run(folder, out, "static,lk", **options)["arms"]["lk"]
+    results = [json.loads((out / "arms" / f"lk-{each}.json").read_text()) for each in (0, seed)]
+    assert [result["order"] for result in results] == [[0, 1], [1, 0]]
+    assert [sorted(set(result["phases"])) for result in results] == [[0, 1], [0, 1]]
+    assert [result["phases"][0] for result in results] == [0, 1]
+    assert static["orders"] == 2
+    assert {phase: lost["seeds"] for phase, lost in static["forgetting"].items()} == {"0-chat": 1, "1-code": 1}
+    with pytest.raises(ConfigError, match="other settings"):
+        run(folder, out, "static,lk", seeds=(0,), every=2)
+
+
 def test_only_missing_results_are_computed(folder: Path, out: Path) -> None:
     first = run(folder, out, "static,lk", seeds=(0, 1), every=2)
     files = {path.name: path.read_bytes() for path in (out / "arms").iterdir()}
     assert sorted(files) == ["lk-0.json", "lk-1.json", "static-0.json", "static-1.json"]
     scored = [set(json.loads(files[f"lk-{seed}.json"])["requests"]) for seed in (0, 1)]
-    assert [len(each) for each in scored] == [36, 36]
+    assert len(scored[0] | scored[1]) == 72
+    assert min(len(each) for each in scored) > 24
     assert not scored[0] & scored[1], "each seed has other requests"
     assert first["arms"]["lk"]["traffic"]["requests"] == 72
     assert json.loads(files["lk-0.json"])["measured"] != json.loads(files["lk-1.json"])["measured"]
@@ -143,7 +195,7 @@ def test_only_missing_results_are_computed(folder: Path, out: Path) -> None:
     assert lengths[0] == lengths[1], "an arm and seed are reproducible"
     with pytest.raises(ConfigError, match="other settings"):
         run(folder, out, "static", a_config(folder, learning_rate=1e-3), seeds=(0, 1), every=2)
-    with pytest.raises(ConfigError, match="use some of static,kl"):
+    with pytest.raises(ConfigError, match="use some of static,memory,kl"):
         run(folder, out, "static,best")
     with pytest.raises(AuroraError, match="has no complete stream"):
         ablation.run(a_config(folder), traces=out, arms=["static"], seeds=(0,), out=out)
@@ -152,15 +204,19 @@ def test_only_missing_results_are_computed(folder: Path, out: Path) -> None:
 def test_each_arm_changes_what_its_name_says(folder: Path) -> None:
     config = a_config(folder)
     config = replace(config, domain=replace(config.domain, detect=True))
+    config = replace(config, memory=replace(config.memory, capacity_mb=8))
     made = {arm.name: arm.settings(config, seed=3) for arm in arms_named(list(ARMS))}
     assert {each.learn.seed for each in made.values()} == {3}
-    full = replace(config, learn=replace(config.learn, seed=3))
-    assert made["full"] == full
+    assert made["both"] == replace(config, learn=replace(config.learn, seed=3))
+    assert made["full"] == replace(made["both"], memory=replace(config.memory, capacity_mb=0))
+    assert {name for name, each in made.items() if each.memory.capacity_mb} == {"memory", "both"}
+    assert made["static"] == replace(made["memory"], memory=made["full"].memory)
+    assert {name for name, arm in ARMS.items() if not arm.learns} == {"static", "memory"}
     assert {name: each.learn.base_loss for name, each in made.items() if each.learn.base_loss != "lk"} == {
         "kl": "kl",
         "ppo": "none",
     }
-    for name in ("static", "kl", "lk", "full-without-ppo"):
+    for name in ("static", "memory", "kl", "lk", "full-without-ppo"):
         assert (made[name].learn.ppo_weight, made[name].engine.explore_share) == (0, 0)
     for name in ("kl", "lk", "ppo", "full-without-detector"):
         assert not made[name].domain.detect
@@ -170,60 +226,12 @@ def test_each_arm_changes_what_its_name_says(folder: Path) -> None:
     assert {name for name, arm in ARMS.items() if not arm.gated} == {"kl", "lk", "ppo", "full-without-gate"}
 
 
-def test_accepted_length_and_rates_follow_from_histograms() -> None:
-    histograms = np.array([[4.0, 2, 0, 2], [1, 0, 0, 1]])  # rounds that accepted 0, 1, 2, 3
-    assert accepted_length(histograms) == pytest.approx(1 + (2 * 1 + 3 * 3) / 10)
-    assert acceptance_by_position(histograms) == pytest.approx([0.5, 0.3, 0.3])
-    assert acceptance_rate(histograms) == pytest.approx(11 / 30)
-    assert rate_when_tested(histograms) == pytest.approx(11 / (11 + 7))
-    assert accepted_length(np.zeros((0, 4))) == 1
-
-
-def test_the_histogram_of_a_trace_counts_its_rounds(folder: Path) -> None:
-    target = Target.load(folder / "target", precision="fp32")
-    trace = serve(target, random_draft(target), some_requests(1))[0]
-    counts = accepted_histogram(trace, num_proposed=3)
-    assert sum(counts) == len(trace.num_accepted_R)
-    assert sum(n * count for n, count in enumerate(counts)) == int(trace.num_accepted_R.sum())
-
-
-def test_the_modelled_speed_up_uses_the_best_number_of_proposals() -> None:
-    always = np.array([[0.0, 0, 0, 5]])
-    assert speed_up(always, COSTS) == pytest.approx(4 / (1.3 + 0.2 + 2 * 0.1))
-    never = np.array([[5.0, 0, 0, 0]])
-    assert speed_up(never, COSTS) == 1, "plain decoding is a choice too"
-    once = np.array([[2.0, 8, 0, 0]])
-    assert speed_up(once, COSTS) == pytest.approx(1.8 / (1.1 + 0.2))
-
-
-def test_intervals_have_their_nominal_coverage() -> None:
-    rng = np.random.default_rng(0)
-    covered = 0
-    for trial in range(150):
-        histograms = rng.multinomial(12, [0.5, 0.3, 0.1, 0.1], size=60).astype(float)
-        low, high = interval(accepted_length, histograms, seed=trial)
-        covered += low <= 1.8 <= high
-    assert 0.87 <= covered / 150 <= 0.995
-    low, high = interval(length_ratio, histograms, histograms)
-    assert low == high == 1, "both are resampled with the same requests"
-
-
-def test_adaptation_is_counted_until_the_gain_nears_its_final_value() -> None:
-    base = np.tile([6.0, 4, 0, 0], (100, 1))
-    gain = np.minimum(1.0, np.arange(100) / 50)  # reaches its final value at request 50
-    own = base + gain[:, None] * np.array([-4.0, 0, 0, 4])
-    tokens = tokens_to_adapt(own, base, [10] * 100, window=5)
-    assert tokens is not None
-    assert 450 <= tokens <= 530
-    assert tokens_to_adapt(base, base, [10] * 100, window=5) is None, "nothing is gained"
-    assert tokens_to_adapt(own[:9], base[:9], [10] * 9, window=5) is None, "too few requests"
-
-
 def test_costs_are_measured_once_and_longer_passes_cost_no_less(folder: Path, tmp_path: Path) -> None:
-    config = a_config(folder)
+    config = a_config(folder, lookup=True)
     config = replace(config, engine=replace(config.engine, max_seq_len=128, prefill_chunk_tokens=64))
     costs = ablation.measure_costs(config, tmp_path / "costs.json")
-    assert len(costs["target_s"]) == K + 1
+    assert len(costs["target_s"]) == 1 + K + LOOKUP_TOKENS
+    assert costs["draft_tokens"] == K
     assert costs["target_s"] == sorted(costs["target_s"])
     assert min(costs["target_s"]) > 0
     assert costs["first_step_s"] > 0

@@ -224,6 +224,9 @@ def test_bench_ablation_passes_arms_and_seeds(monkeypatch: pytest.MonkeyPatch, t
     assert run(*line, "--seeds", "0,2").exit_code == 0
     options = recorder.calls[0][1]
     assert (options["arms"], options["seeds"], options["every"]) == (("static", "full"), (0, 2), 8)
+    assert not options["shuffle_phases"]
+    assert run(*line, "--shuffle-phases").exit_code == 0
+    assert recorder.calls[1][1]["shuffle_phases"]
     refused = run(*line, "--seeds", "-1")
     assert (refused.exit_code, "write numbers such as" in refused.stderr) == (2, True)
 

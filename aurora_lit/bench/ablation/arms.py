@@ -1,14 +1,20 @@
-"""The arms of an ablation: the learners that are compared, each a change of the settings.
+"""The arms of an ablation: what is compared, each a change of the settings.
 
-static        the starting draft, without learning
+static        the starting draft, without learning and memory
+memory        the same with the traffic memory
+full          the learner with the settings unchanged, without memory
+both          the settings unchanged: learner and memory
 kl            KL on live tokens only, as in online distillation (Liu et al., arXiv 2310.07177): no domains, no replay,
               no gate, no averaging, and a constant rate of 0.3 learn.learning_rate (the full rate needs averaging)
 lk            the same with the acceptance loss
 ppo           the same with the policy loss only
-full          the settings unchanged
 full-without-detector, full-without-replay, full-without-ppo, full-without-gate, full-without-averaging,
-full-without-vocabulary: the settings without that part
+full-without-vocabulary: the learner without that part
 full-uniform  batches take a random choice of traces instead of the most informative ones
+
+All arms copy from earlier in a request where engine.lookup says so, as a server does; only memory and both copy from
+earlier requests. So memory against static, and both against full, tell what the memory is worth, and full against
+static, and both against memory, what the learner is.
 
 Leaves out running them (bench/ablation/run.py).
 """
@@ -30,13 +36,14 @@ _NO_PPO: _Changes = {"learn": {"ppo_weight": 0.0}, "engine": {"explore_share": 0
 _NO_DETECTOR: _Changes = {"domain": {"detect": False}}
 _NO_REPLAY: _Changes = {"learn": {"replay_share": 0.0}}
 _NO_AVERAGING: _Changes = {"learn": {"ema_decay": 0.0}}
+_NO_MEMORY: _Changes = {"memory": {"capacity_mb": 0}}
 _ONLINE_ONLY: list[_Changes] = [_NO_DETECTOR, _NO_REPLAY, _NO_AVERAGING, {"schedule": {"min_lr_factor": 1.0}}]
 _ONLINE_ONLY_RATE = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One learner, as changes of the settings."""
+    """One of what is compared, as changes of the settings."""
 
     name: str
     changes: Sequence[_Changes] = ()
@@ -44,11 +51,15 @@ class Arm:
     """Factor of learn.learning_rate."""
     gated: bool = True
     """True if a draft is published only if it passes the gate."""
+    learns: bool = True
+    """False: the starting draft is served throughout."""
+    remembers: bool = False
+    """True if earlier answers are copied from."""
 
     def settings(self, config: AuroraConfig, *, seed: int) -> AuroraConfig:
         """The settings of this arm."""
         learn = {"seed": seed, "learning_rate": config.learn.learning_rate * self.rate_factor}
-        for change in [*self.changes, {"learn": learn}]:
+        for change in [*self.changes, {"learn": learn}, *([] if self.remembers else [_NO_MEMORY])]:
             config = replace(
                 config, **{name: replace(getattr(config, name), **fields) for name, fields in change.items()}
             )
@@ -58,7 +69,8 @@ class Arm:
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm(name=STATIC, changes=[_NO_PPO]),
+        Arm(name=STATIC, changes=[_NO_PPO], learns=False),
+        Arm(name="memory", changes=[_NO_PPO], learns=False, remembers=True),
         Arm(
             name="kl",
             changes=[*_ONLINE_ONLY, _NO_PPO, {"learn": {"base_loss": "kl"}}],
@@ -73,6 +85,7 @@ ARMS = {
             gated=False,
         ),
         Arm(name="full"),
+        Arm(name="both", remembers=True),
         Arm(name="full-without-detector", changes=[_NO_DETECTOR]),
         Arm(name="full-without-replay", changes=[_NO_REPLAY]),
         Arm(name="full-without-ppo", changes=[_NO_PPO]),

@@ -20,12 +20,14 @@ class Result:
     requests: list[str] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
     phases: list[int] = field(default_factory=list)
-    histograms: list[list[int]] = field(default_factory=list)
-    """How many rounds accepted 0, 1, … K proposals."""
+    order: list[int] = field(default_factory=list)
+    """The phases in the order in which they came."""
+    counts: list[list[list[int]]] = field(default_factory=list)
+    """What `round_counts` (bench/ablation/statistics.py) says of each."""
     answer_tokens: list[int] = field(default_factory=list)
     """Answer tokens of the stream since the previous scored request, this one's included."""
-    measured: list[dict[str, list[list[int]]]] = field(default_factory=list)
-    """Before the stream and after each phase: by domain, a histogram for each measured request."""
+    measured: list[dict[str, list[list[list[int]]]]] = field(default_factory=list)
+    """Before the stream and after each phase: by domain, the same of each measured request."""
     shifts: list[tuple[int, str, str]] = field(default_factory=list)
     """Detected shifts: number of requests before, cause, the detector's domain."""
     steps: int = 0

@@ -5,11 +5,14 @@
 
 All arms see the same requests in the same order and take the same number of steps with batches of the same size. An arm
 without replay fills its batches only while enough traffic waits, so compare positions too, and choose a small `every`.
-Rounds are those that a live server would have run with the arm's draft, with exploration (learn/offline/on_policy.py);
-measured prompts are decoded without exploration. Of the traffic, one of `every` requests is scored and offered to
-learning, different ones with each seed; the others only inform the domain detector, since a learner with a small budget
-could not learn from them anyway. Labels are hidden from the learners. Sampled requests are learned from but not scored.
+Rounds are those that a live server would have run with the arm's draft, with exploration and with copies beside the
+draft's chain (learn/offline/on_policy.py and copies.py); measured prompts are decoded without exploration, with what is
+remembered by then. Of the traffic, one of `every` requests is scored and offered to learning, different ones with each
+seed; the others only inform the domain detector, since a learner with a small budget could not learn from them anyway,
+and the memory, which remembers all. Labels are hidden from learners and memory. Sampled requests are learned from but
+not scored. Policy and gate see the draft's own rounds, without copies.
 
+With `shuffle_phases` every seed but 0 has its own order of phases, so that intervals include what the order does.
 An arm and seed that is done is not run again; one that was killed starts anew.
 
 Leaves out the arms (bench/ablation/arms.py), statistics (bench/ablation/statistics.py) and the report
@@ -25,7 +28,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +35,18 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from aurora_lit.bench.ablation.arms import STATIC, Arm, arms_named
+from aurora_lit.bench.ablation.arms import Arm, arms_named
+from aurora_lit.bench.ablation.phases import order_of_phases, phases_in_order, short_phases, takes
 from aurora_lit.bench.ablation.report import save_report
 from aurora_lit.bench.ablation.result import Result, result_path, store
-from aurora_lit.bench.ablation.statistics import accepted_histogram
+from aurora_lit.bench.ablation.statistics import round_counts
 from aurora_lit.bench.reporting import progress_bar
 from aurora_lit.bench.stream import MEASURED, TRAFFIC, read_stream_info
 from aurora_lit.bench.stream_plan import phase_of
-from aurora_lit.config import AuroraConfig
+from aurora_lit.config import AuroraConfig, copied_tokens, max_proposal_length, resolved_memory_scope
 from aurora_lit.cores import use_threads
 from aurora_lit.errors import ConfigError
+from aurora_lit.kernels import native
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.on_policy import RoundSimulator
 from aurora_lit.learn.offline.replay import Replay, blocks, read_traces
@@ -69,6 +73,8 @@ class RunOptions:
     """One of this many requests is scored and offered to learning."""
     block: int
     """Requests of traffic between two trials."""
+    shuffle_phases: bool = False
+    """True if each seed but 0 has its own order of phases."""
 
 
 def run(
@@ -81,12 +87,17 @@ def run(
     steps_per_request: float = 0.05,
     every: int = 4,
     block: int = 32,
+    shuffle_phases: bool = False,
 ) -> dict[str, Any]:
     """Run the arms that are not done yet on the stream in `traces`; returns the report of all results in `out`."""
     if config.draft.checkpoint is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to learn from; name a checkpoint folder")
     wanted, stream = arms_named(arms), read_stream_info(traces)
-    options = RunOptions(steps_per_request=steps_per_request, every=every, block=block)
+    options = RunOptions(steps_per_request=steps_per_request, every=every, block=block, shuffle_phases=shuffle_phases)
+    for arm in wanted:
+        _check_memory(arm, config)
+    phases = stream["stream"]["phases"]
+    short = short_phases(config, phases, steps_per_request=steps_per_request, every=every)
     _start_or_resume(out, config, options, stream)
     use_threads(config.engine.threads)
     costs = measure_costs(config, out / COSTS_NAME)
@@ -98,34 +109,52 @@ def run(
         with progress_bar(Console(stderr=True)) as bar:
             for arm, seed in todo:
                 task = bar.add_task(f"{arm.name}, seed {seed}", total=total)
-                runner = ArmRunner(arm.settings(config, seed=seed), options, target_head=target_head, starting=starting)
-                result = runner.run(
-                    arm, seed, traces=traces / TRAFFIC, measured=measured, on_block=partial(bar.advance, task)
+                runner = ArmRunner(
+                    arm.settings(config, seed=seed),
+                    options,
+                    target_head=target_head,
+                    starting=starting,
+                    reach=max_proposal_length(config),
                 )
+                result = Result(
+                    arm=arm.name,
+                    seed=seed,
+                    order=order_of_phases(len(phases), seed=seed, shuffled=shuffle_phases),
+                )
+                runner.run(arm, result, traces=traces / TRAFFIC, measured=measured, on_block=partial(bar.advance, task))
                 store(out, result)
-    return save_report(out, stream=stream, costs=costs)
+    return save_report(out, stream=stream, costs=costs, short_phases=short)
 
 
 class ArmRunner:
     """Runs one arm along the stream.
 
     >>> runner = ArmRunner(arm.settings(config, seed=0), options, target_head=target_head, starting=draft)
-    >>> result = runner.run(arm, 0, traces=folder, measured=traces)
+    >>> runner.run(arm, result, traces=folder, measured=traces, on_block=print)
     """
 
     def __init__(
-        self, config: AuroraConfig, options: RunOptions, *, target_head: TargetHead, starting: Eagle3Draft
+        self,
+        config: AuroraConfig,
+        options: RunOptions,
+        *,
+        target_head: TargetHead,
+        starting: Eagle3Draft,
+        reach: int,
     ) -> None:
-        """`config`: the settings of the arm."""
+        """`config`: the settings of the arm. reach: most tokens that a round of any arm can accept."""
         self._config, self._options, self._target_head, self._starting = config, options, target_head, starting
+        self._reach = reach
         self._fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed")
 
     def run(
-        self, arm: Arm, seed: int, *, traces: Path, measured: Sequence[Trace], on_block: Callable[[int], None]
-    ) -> Result:
-        """Run the whole stream in the log `traces`; `on_block` is called with the number of requests of each block."""
-        result = Result(arm=arm.name, seed=seed)
-        torch.manual_seed(seed)
+        self, arm: Arm, result: Result, *, traces: Path, measured: Sequence[Trace], on_block: Callable[[int], None]
+    ) -> None:
+        """Fill the result of the whole stream in the log `traces`, with the phases in its order.
+
+        `on_block` is called with the number of requests of each block.
+        """
+        torch.manual_seed(result.seed)
         with tempfile.TemporaryDirectory() as scratch:
             replay = Replay(
                 self._config,
@@ -138,39 +167,41 @@ class ArmRunner:
                 gated=arm.gated,
                 keep_versions=False,
             )
+            replay.simulator.reach = self._reach
             result.measured.append(self._measure(replay, measured))
-            version, number = replay.version, 0
-            for _, phase in groupby(read_traces(traces), key=lambda trace: phase_of(trace.request_id)):
+            number = 0
+            for _, phase in phases_in_order(traces, result.order):
                 for block in blocks(phase, self._options.block):
-                    self._run_block(replay, block, number, result, learns=arm.name != STATIC)
+                    self._run_block(replay, block, number, result, learns=arm.learns)
                     number += len(block)
                     on_block(len(block))
-                unchanged = replay.version == version
-                result.measured.append(result.measured[-1] if unchanged else self._measure(replay, measured))
-                version = replay.version
+                result.measured.append(self._measure(replay, measured))
             result.steps, result.positions = replay.learner.steps, replay.learner.positions
             result.published, result.trials = replay.published, len(replay.trials)
-        return result
 
     def _run_block(self, replay: Replay, block: Sequence[Trace], number: int, result: Result, *, learns: bool) -> None:
         """Score a block of traffic and learn from it; `number` requests came before it."""
         every = self._options.every
-        offered = [trace for i, trace in enumerate(block, number) if i % every == result.seed % every]
+        taken = [i for i, trace in enumerate(block) if takes(trace.request_id, seed=result.seed, every=every)]
         started = time.process_time()
+        copied = None if replay.copies is None else replay.copies.along(_without_labels(block))
         with self._fabric.autocast():
-            simulated = {id(trace): own for trace, own in zip(offered, replay.simulate_rounds(offered), strict=True)}
+            rounds = replay.simulate_rounds(
+                [block[i] for i in taken], None if copied is None else [copied[i].accepted_T for i in taken]
+            )
+        simulated = dict(zip(taken, rounds, strict=True))
         result.simulation_s += time.process_time() - started
         tokens = 0
         controller = replay.learner.controller
         started = time.process_time()
-        for i, trace in enumerate(block, number):
+        for i, trace in enumerate(block):
             tokens += len(trace.token_ids_T) - trace.answer_start
-            own = simulated.get(id(trace))
+            own = simulated.get(i)
             if own is not None and own.verify == "greedy":  # rounds of sampled requests are not simulated
                 result.requests.append(trace.request_id)
                 result.domains.append(trace.domain)
                 result.phases.append(phase_of(trace.request_id))
-                result.histograms.append(accepted_histogram(own, num_proposed=self._config.engine.max_draft_tokens))
+                result.counts.append(round_counts(own, None if copied is None else copied[i], reach=self._reach))
                 result.answer_tokens.append(tokens)
                 result.explored_rounds += int(own.explored_R.sum())
                 tokens = 0
@@ -183,42 +214,64 @@ class ArmRunner:
             else:
                 replay.learn_from(unlabelled)
             if controller.num_shifts > before and controller.last_shift is not None:
-                result.shifts.append((i, controller.last_shift.cause, controller.last_shift.domain))
+                result.shifts.append((number + i, controller.last_shift.cause, controller.last_shift.domain))
         if learns:
             replay.hold_trial()
         result.learner_s += time.process_time() - started
 
-    def _measure(self, replay: Replay, measured: Sequence[Trace]) -> dict[str, list[list[int]]]:
-        """Histograms of the served draft on the measured prompts, by domain."""
-        histograms: dict[str, list[list[int]]] = {}
+    def _measure(self, replay: Replay, measured: Sequence[Trace]) -> dict[str, list[list[list[int]]]]:
+        """The rounds of the served draft on the measured prompts, by domain, with copies of what is remembered now."""
+        counts: dict[str, list[list[list[int]]]] = {}
+        copied = None if replay.copies is None else replay.copies.peek(_without_labels(measured))
         with self._fabric.autocast():
-            own = RoundSimulator(module=replay.simulator.module).simulate_rounds(measured, version=0)
-        for trace in own:
-            histogram = accepted_histogram(trace, num_proposed=self._config.engine.max_draft_tokens)
-            histograms.setdefault(trace.domain, []).append(histogram)
-        return histograms
+            own = RoundSimulator(module=replay.simulator.module, reach=self._reach).simulate_rounds(
+                measured, version=0, copied=None if copied is None else [each.accepted_T for each in copied]
+            )
+        for i, trace in enumerate(own):
+            of_trace = round_counts(trace, None if copied is None else copied[i], reach=self._reach)
+            counts.setdefault(trace.domain, []).append(of_trace)
+        return counts
+
+
+def _without_labels(traces: Sequence[Trace]) -> list[Trace]:
+    return [replace(trace, domain="") for trace in traces]
+
+
+def _check_memory(arm: Arm, config: AuroraConfig) -> None:
+    """Raise ConfigError if the arm remembers and there is nothing to remember with."""
+    if not arm.remembers:
+        return
+    if native.library() is None:
+        raise ConfigError(f"--arms {arm.name}: the traffic memory needs the kernels; aurora-lit doctor says more")
+    if not copied_tokens(config) or resolved_memory_scope(config) == "off":
+        raise ConfigError(
+            f"--arms {arm.name}: the settings have no traffic memory; it needs engine.speculate=true, "
+            "memory.capacity_mb and a memory.scope that is not off"
+        )
 
 
 def measure_costs(config: AuroraConfig, path: Path) -> dict[str, Any]:
-    """Seconds of target passes by query length 1 to K + 1, and of draft steps, for one request.
+    """Seconds of target passes by query length, as wide as drafts and copies together, and of draft steps; one request.
 
     They are measured once and then read from `path`. Each is the minimum of several measurements, since other work on
     the machine only adds to it, and no pass costs more than a longer one.
     """
     if not path.exists():
         target, proposals = load_target(config), config.engine.max_draft_tokens
+        widest = proposals + copied_tokens(config)
         draft, _ = starting_draft(config, target)
         assert draft is not None
         capacity = config.engine.prefill_chunk_tokens
         tokens_SL = torch.zeros(1, capacity + 1, dtype=torch.int64, device=target.model.device)
         drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
         kv_cache = target.make_kv_cache(num_slots=1, capacity=capacity)
-        limits = SpeculationLimits(draft_tokens=proposals, copied_tokens=0)
+        limits = SpeculationLimits(draft_tokens=proposals, copied_tokens=widest)
         measured_costs = [Costs(ragged=target.supports_trees) for _ in range(_CALIBRATIONS)]
         for found in measured_costs:
             deque(calibration_steps(found, limits, target, drafter, kv_cache=kv_cache, max_batch_size=1), maxlen=0)
-        minimum_s = [min(c.round_s(1, [count]) for c in measured_costs) for count in range(proposals + 1)]
+        minimum_s = [min(c.round_s(1, [count]) for c in measured_costs) for count in range(widest + 1)]
         costs = {
+            "draft_tokens": proposals,
             "target_s": [min(minimum_s[i:]) for i in range(len(minimum_s))],
             "first_step_s": min(c.draft_s(1, DraftShape(1, 0)) for c in measured_costs),
             "next_step_s": min(c.next_step(1, 1) for c in measured_costs),
@@ -231,9 +284,10 @@ def measure_costs(config: AuroraConfig, path: Path) -> dict[str, Any]:
 def _start_or_resume(out: Path, config: AuroraConfig, options: RunOptions, stream: dict[str, Any]) -> None:
     """Create `out`, or check that its results have the same settings and stream, since only these are comparable."""
     out.mkdir(parents=True, exist_ok=True)
-    names = ("target", "draft", "engine", "learn", "domain", "schedule")
+    names = ("target", "draft", "engine", "memory", "learn", "domain", "schedule")
     sections = {name: asdict(getattr(config, name)) for name in names}
     sections["engine"].pop("threads")
+    sections["memory"]["scope"] = resolved_memory_scope(config)
     info = json.loads(json.dumps({"options": asdict(options), "settings": sections, "stream": stream["stream"]}))
     path = out / INFO_NAME
     if not path.exists():

@@ -7,7 +7,8 @@ known from the trace, since all proposals before it were accepted.
 
 Copies may be proposed beside the draft's (learn/offline/copies.py). A round then accepts as many tokens as the better
 of both, and the next one begins after them; what the trace holds are still the draft's proposals at these roots and
-what would have been accepted of them alone. As on a server, a round that explores has no copies beside its chain.
+what would have been accepted of them alone. A round that explores keeps its copies. On a server it does not: there a
+sequence has copies alone, or explores, or has both the copies and the draft's choice.
 
 Two limits. Proposals after a round's first rejection are left out: they were not verified, the target's states after
 them are not in the trace, and the policy gradient there is 0 (their S_t is 0, modules/losses/ppo.py). And a round that
@@ -151,12 +152,11 @@ class RoundSimulator:
         # Without an earlier segment, the first root is the prompt's last token.
         segment = (trace.request_id, first + trace.answer_start)
         root = max(1, self._next_root.get(segment, first + first_trained_position(trace)) - first)
-        accepted_T, explored_T = chains.accepted_BT[row].tolist(), chains.explored_BT[row].tolist()
+        accepted_T = chains.accepted_BT[row].tolist()
         roots = []
         while root < len(trace.token_ids_T) - max(K, self.reach):
             roots.append(root)
-            copied = 0 if copied_T is None or explored_T[root] else copied_T[root]
-            root += 1 + max(accepted_T[root], copied)
+            root += 1 + max(accepted_T[root], 0 if copied_T is None else copied_T[root])
         self._next_root[trace.request_id, first + len(trace.token_ids_T)] = first + root
         if len(self._next_root) > _MAX_OPEN_SEGMENTS:
             self._next_root.popitem(last=False)

@@ -90,17 +90,6 @@ def test_with_copies_the_rounds_are_those_that_a_replay_scores(
     assert all(alone[root] == beside[root] for root in alone.keys() & beside.keys()), "the draft's own, without copies"
 
 
-def test_a_round_that_explores_has_no_copies(target: Target, good_draft: Eagle3Draft, recorded: list[Trace]) -> None:
-    copied = [some_copies(trace) for trace in recorded]
-    with_copies, without = (
-        make_simulator(target, good_draft, explore_share=1.0, reach=REACH).simulate_rounds(
-            recorded, version=0, copied=each
-        )
-        for each in (copied, None)
-    )
-    assert [whole_rounds(trace) for trace in with_copies] == [whole_rounds(trace) for trace in without]
-
-
 @pytest.mark.parametrize("copies", [False, True])
 def test_segments_of_a_request_have_the_rounds_of_the_whole(
     target: Target, good_draft: Eagle3Draft, recorded: list[Trace], copies: bool
