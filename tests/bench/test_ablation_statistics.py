@@ -98,11 +98,11 @@ def test_intervals_have_their_nominal_coverage() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_intervals_know_that_training_varies_with_the_seed(shared: bool) -> None:
     """Differences between two arms, where each seed trained a draft that is better or worse by its own amount."""
-    rng, seeds, requests = np.random.default_rng(1), 10, 40
+    rng, seeds, requests = np.random.default_rng(1), 10, 25
     covered, narrow = 0, 0
     names = [f"{'' if shared else s} {n}" for s in range(seeds) for n in range(requests)]
     seed_N = [s for s in range(seeds) for _ in range(requests)]
-    for trial in range(60):
+    for trial in range(40):
         luck_S = rng.normal(0, 0.05, size=seeds)
         own, base = (
             np.concatenate([rng.multinomial(20, [0.5 - x, 0.5 + x], size=requests) for x in luck]).astype(float)
@@ -115,8 +115,8 @@ def test_intervals_know_that_training_varies_with_the_seed(shared: bool) -> None
                 covered += low <= 0 <= high
             else:
                 narrow += low <= 0 <= high
-    assert covered / 60 >= 0.85
-    assert narrow < covered - 6, "requests alone vary less"
+    assert covered / 40 >= 0.85
+    assert narrow < covered - 5, "requests alone vary less"
 
 
 def test_requests_that_seeds_have_in_common_are_drawn_for_all_of_them() -> None:

@@ -3,20 +3,22 @@
     for each seed and arm:   a block of traffic → rounds simulated with the served draft → learn → trial → …
                              after each phase: the served draft on the measured prompts
 
-All arms see the same requests in the same order and take the same number of steps with batches of the same size. An arm
-without replay fills its batches only while enough traffic waits, so compare positions too, and choose a small `every`.
+All arms of a seed see the same requests in the same order and take the same number of steps with batches of the same
+size. An arm without replay fills its batches only while enough traffic waits, so compare positions too, and choose a
+small `every`.
 Rounds are those that a live server would have run with the arm's draft, with exploration and with copies beside the
 draft's chain (learn/offline/on_policy.py and copies.py); measured prompts are decoded without exploration, with what is
 remembered by then. Of the traffic, one of `every` requests is scored and offered to learning, different ones with each
 seed; the others only inform the domain detector, since a learner with a small budget could not learn from them anyway,
 and the memory, which remembers all. Labels are hidden from learners and memory. Sampled requests are learned from but
-not scored. Policy and gate see the draft's own rounds, without copies.
+not scored. Policy and gate see what is accepted of the draft alone. In all arms, rounds that could reach beyond an
+answer's recorded end with the longest copies (engine.lookup_tokens) are left out.
 
 With `shuffle_phases` every seed but 0 has its own order of phases, so that intervals include what the order does.
 An arm and seed that is done is not run again; one that was killed starts anew.
 
-Leaves out the arms (bench/ablation/arms.py), statistics (bench/ablation/statistics.py) and the report
-(bench/ablation/report.py).
+Leaves out the arms (bench/ablation/arms.py), what a seed takes of the stream (bench/ablation/phases.py), statistics
+(bench/ablation/statistics.py) and the report (bench/ablation/report.py).
 """
 
 from __future__ import annotations
