@@ -155,9 +155,12 @@ def test_memory_and_learner_are_told_apart(folder: Path, out: Path, monkeypatch:
 
 
 def test_an_arm_that_remembers_needs_a_memory(folder: Path, out: Path) -> None:
+    config = a_config(folder, memory_mb=1)
+    alone = replace(config, memory=replace(config.memory, scope="client"))
     for arm in ("memory", "both"):
-        with pytest.raises(ConfigError, match=r"memory\.capacity_mb"):
-            run(folder, out, arm)
+        for each in (a_config(folder), alone):
+            with pytest.raises(ConfigError, match=r"memory\.scope=domain"):
+                run(folder, out, arm, each)
 
 
 def test_seeds_may_have_their_own_orders_of_phases(folder: Path, out: Path) -> None:

@@ -245,10 +245,10 @@ def _check_memory(arm: Arm, config: AuroraConfig) -> None:
         return
     if native.library() is None:
         raise ConfigError(f"--arms {arm.name}: the traffic memory needs the kernels; aurora-lit doctor says more")
-    if not copied_tokens(config) or resolved_memory_scope(config) == "off":
+    if not copied_tokens(config) or resolved_memory_scope(config) != "domain":
         raise ConfigError(
-            f"--arms {arm.name}: the settings have no traffic memory; it needs engine.speculate=true, "
-            "memory.capacity_mb and a memory.scope that is not off"
+            f"--arms {arm.name}: the settings have no memory that a stream without clients could fill; it needs "
+            "engine.speculate=true, memory.capacity_mb and memory.scope=domain"
         )
 
 
