@@ -44,6 +44,7 @@ from aurora_lit.learn.offline.replay import read_traces
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.build import (
     controller_for,
+    in_half_precision,
     load_head_and_draft,
     make_batcher,
     make_held_out,
@@ -141,8 +142,8 @@ class Deployment:
         )
 
     def champion(self) -> draft_module.DraftModule:
-        """The served draft in a module of its own."""
-        return online_module(self.config, copy.deepcopy(self.starting), self.target_head)
+        """The served draft in a module of its own, with the precision that the learner gives it."""
+        return online_module(self.config, in_half_precision(copy.deepcopy(self.starting)), self.target_head)
 
     def served_draft(self, version: str | None) -> Eagle3Draft:
         """Every version is the starting draft: drafts that pass the gate are not served here."""
@@ -178,21 +179,26 @@ def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tu
         table.add_row(
             name, f"{seconds / steps * 1e3:.1f}", f"{seconds / positions * 1e3:.3f}", f"{seconds / total:.0%}"
         )
-    trial = Table(title="processor time of a trial")
-    for column in ("trial", "requests", "positions", "ms", "champion", "challenger"):
+    trial = Table(title="processor time of a trial on new requests, and of the next one on the same requests")
+    for column in ("trial", "requests", "positions", "ms", "ms a request", "champion", "challenger"):
         trial.add_column(column, justify="left" if column == "trial" else "right")
     champion = deployment.champion()
-    requests = list(held_out)
-    scored = sum(len(t.token_ids_T) - labelled_trace.first_trained_position(t) for r in requests for t in r.traces)
-    for name in ("first", "next"):
+    for name in ("first", "again"):  # the second one generates no code for new shapes, and labels no traces
+        held_out.clear_champion_scores()
+        for request in held_out:
+            request.was_tried = False
         started = time.process_time()
         with learner.averaged() as challenger, learner.fabric.autocast():
             decision = compare_drafts(
                 held_out, champion=champion, challenger=challenger, batch_positions=config.learn.batch_positions
             )
         spent_s = time.process_time() - started
-        scores = ("-", "-") if decision is None else (f"{decision.champion:.3f}", f"{decision.challenger:.3f}")
-        trial.add_row(name, str(len(requests)), str(scored), f"{spent_s * 1e3:.0f}", *scores)
+        assert decision is not None, "too few requests are held out: give more prompts"
+        tried = [trace for request in held_out if request.was_tried for trace in request.traces]
+        positions = sum(len(trace.token_ids_T) - labelled_trace.first_trained_position(trace) for trace in tried)
+        figures = [f"{spent_s * 1e3:.0f}", f"{spent_s / decision.num_requests * 1e3:.0f}"]
+        scores = [f"{decision.champion:.3f}", f"{decision.challenger:.3f}"]
+        trial.add_row(name, str(decision.num_requests), str(positions), *figures, *scores)
     return table, trial
 
 
@@ -313,15 +319,20 @@ def time_live(deployment: Deployment, traces: list[Trace], *, seconds: float, ra
             cpu_s=cpu_s,
         ),
     )
-    parts, live = Parts(), [0]
-    update = learner.update
+    parts, live, held = Parts(), [0], [0]
+    update, hold = learner.update, loop._try_to_publish
 
     def counted(batch: Any) -> Any:
         live[0] += int((batch.traces.weight_BT > 0)[batch.live_B].sum())
         return update(batch)
 
+    def trial() -> None:
+        held[0] += 1
+        hold()
+
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(learner, "update", counted))
+        patches.enter_context(mock.patch.object(loop, "_try_to_publish", trial))
         patches.enter_context(parts.timed(traffic, "pop", "making traffic (not counted)"))
         for attribute, name in (
             ("_read_traces", "reading traces"),
@@ -340,7 +351,8 @@ def time_live(deployment: Deployment, traces: list[Trace], *, seconds: float, ra
     table = Table(
         title=f"{seconds:.0f} s beside {rate:g} requests a second: {traffic.num_made} traces, {loop.records} read, "
         f"{learner.steps} steps, {learner.positions} positions, {live[0]} live; "
-        f"{loop.published} published, {loop.refused_by_gate} refused; share {spent_s / seconds / os.cpu_count():.1%}"
+        f"{held[0]} trials, {loop.published} published, {loop.refused_by_gate} refused; "
+        f"share {spent_s / seconds / os.cpu_count():.1%}"
     )
     for column in ("part", "ms in all", "ms a position", "ms a live position", "share"):
         table.add_column(column, justify="left" if column == "part" else "right")

@@ -32,7 +32,7 @@ from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.vocabulary import VocabularyUse
-from aurora_lit.learn.online.budget import Budget, ServerLoad
+from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
 from aurora_lit.learn.online.gate import HeldOut, HeldOutRequest
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
@@ -59,7 +59,10 @@ class RiggedHeldOut(HeldOut):
 
 
 class LearnerHarness:
-    """A loop with a ring that the test fills, a real store and status page, and a budget without limit."""
+    """A loop with a ring that the test fills, a real store and status page, and a budget without limit.
+
+    Trials have no limit either, unless `limits_trials`.
+    """
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class LearnerHarness:
         *,
         draft: Eagle3Draft | None = None,
         controller: DomainController | None = None,
+        limits_trials: bool = False,
         **settings: Any,
     ) -> None:
         config = LearnSettings(
@@ -126,6 +130,8 @@ class LearnerHarness:
             held_out=self.held_out,
             budget=Budget(share=1.0, full_load_share=1.0, minimum_share=1.0, cpu_s=lambda: 0.0),
         )
+        if not limits_trials:
+            self.loop._trial_limit = ShareLimit(1.0)
 
     def served_draft(self, version: str | None) -> Eagle3Draft:
         return self.starting if version is None else load_draft(self.store.folder / version, self.target_head)

@@ -46,6 +46,11 @@ def serve(target: Target, draft: Eagle3Draft | None, requests: Sequence[Request]
     return traces
 
 
+def asked_again(traces: Sequence[Trace], times: int) -> list[Trace]:
+    """The traces as if the same prompts were asked so often, each time in a new request."""
+    return [replace(trace, request_id=f"{n}-{trace.request_id}") for n in range(times) for trace in traces]
+
+
 def online_module(target: Target, draft: Eagle3Draft, **changes: Any) -> DraftModule:
     """A module as the learner uses it, with a learning rate that has an effect within a few steps."""
     fields: dict[str, Any] = {

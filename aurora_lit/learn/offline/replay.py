@@ -246,7 +246,10 @@ class Replay:
             self.trials.append(decision)
             if decision.passed:
                 self._serve({"reason": decision.reason} | decision.record)
-        self.learner.apply_gate_decision(passed=decision.passed, champion=self.served, version=self.version)
+        if (decision.passed or decision.refused) and self.learner.apply_gate_decision(
+            passed=decision.passed, champion=self.served, version=self.version
+        ):
+            self._held_out.evidence.clear()
 
     def _first_process_decision(self, decision: GateDecision | None) -> GateDecision | None:
         """The first process's decision: rounding differs between processes, and all must do the same."""

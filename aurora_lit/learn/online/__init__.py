@@ -6,6 +6,7 @@ when the gate finds it better than the served one on requests kept out of traini
 May import: learn/data/ and above. Start with loop.py. The files, each importing only those above it:
 
     budget.py              how much processor time learning may use: a token bucket of processor seconds
+    evidence.py            how much speaks for a challenger, over all of its trials
     gate.py                champion against challenger on held-out requests
     intake.py              what becomes of a trace: left out, held out for the gate, or trained on
     step_metrics.py        metrics of optimiser steps, averaged for the loggers

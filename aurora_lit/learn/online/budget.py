@@ -2,8 +2,9 @@
 
 The bucket fills with wall time and empties with the processor time that was used. Work may begin while the balance is
 not negative; a long step makes it negative, and the next one waits until it is not, so the share holds on average
-whatever a step costs. All of the process counts, reading traces included. Leaves out the sleeping itself
-(learn/online/loop.py) and the process's priority (learn/online/process.py).
+whatever a step costs. All of the process counts, reading traces included. A `ShareLimit` keeps one kind of work, such
+as trials, to a share of what is used. Leaves out the sleeping itself (learn/online/loop.py) and the process's priority
+(learn/online/process.py).
 
     budget = Budget(share=0.04, full_load_share=0.02, minimum_share=0.005)
     while True:
@@ -15,9 +16,10 @@ whatever a step costs. All of the process counts, reading traces included. Leave
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 
 from aurora_lit.cores import available_cores
@@ -90,3 +92,40 @@ class Budget:
         """Processor time used in the last minute, as a share of all processors' time; 0 at the very start."""
         (first_wall, first_cpu), (wall, cpu) = self._samples[0], self._samples[-1]
         return (cpu - first_cpu) / ((wall - first_wall) * self._cpus) if wall > first_wall else 0.0
+
+
+class ShareLimit:
+    """Keeps one kind of work to a share of this process's own processor time.
+
+    Each time costs what it costs; the next one is due when the process has computed so much else that the share holds.
+
+    >>> saving = ShareLimit(0.03)
+    >>> if saving.is_due:
+    ...     with saving.measured():
+    ...         save()
+    """
+
+    def __init__(self, share: float) -> None:
+        """Due at once: the first time is not known to cost anything."""
+        self._share = share
+        self._ended_s, self._cost_s = time.process_time(), 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """True if the share allows the work again."""
+        others_s = time.process_time() - self._ended_s
+        return others_s * self._share >= self._cost_s * (1 - self._share)
+
+    def forgive(self) -> None:
+        """Make it due now, whatever the last time has cost."""
+        self._cost_s = 0.0
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """What happens inside is the work."""
+        began_s = time.process_time()
+        try:
+            yield
+        finally:
+            self._ended_s = time.process_time()
+            self._cost_s = self._ended_s - began_s

@@ -4,8 +4,12 @@ The score is the expected accepted length, computed from traces alone: from ever
 continues the committed tokens, and proposal i counts with the probability that all proposals up to it are accepted. For
 greedy requests this probability is 0 or 1, exactly as in serving. For sampled ones it is Π Σ min(p, q) at the request's
 temperature: a surrogate, the upper bound of the acceptance rate with shared noise (modules/losses/lk.py). It has less
-variance than what was accepted, and overrates both drafts. Leaves out writing checkpoints of drafts that pass
-(drafts/versions.py).
+variance than what was accepted, and overrates both drafts.
+
+A trial scores both drafts on requests that no challenger was tried on, the newest first, until the evidence suffices or
+does not promise to. Evidence adds up within a lineage of challengers, which ends when the champion changes or learning
+restarts. Leaves out how evidence is weighed (learn/online/evidence.py), when a trial is held
+(learn/online/loop.py), and writing checkpoints of drafts that pass (drafts/versions.py).
 
 Shapes: K draft steps, B rows, T positions, N scored positions, D draft vocabulary.
 """
@@ -27,6 +31,7 @@ from torch import Tensor
 from aurora_lit.learn.data.collate import collate, group_by_length
 from aurora_lit.learn.data.labelled_trace import LabelledTrace, first_trained_position
 from aurora_lit.learn.data.reservoir import MAX_DOMAINS
+from aurora_lit.learn.online.evidence import Evidence
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.lk import overlap
 from aurora_lit.modules.losses.unroll import StepwiseChains
@@ -35,14 +40,16 @@ from aurora_lit.traces.record import Trace
 HELD_OUT_EVERY = 6
 """Every sixth request is kept out of training."""
 MIN_REQUESTS = 6
-"""Newest held-out requests that a decision needs at least."""
-_PILOT_EVERY = 3
-"""A trial begins with every third of the newest requests."""
+"""Untried requests that a trial needs at least; it looks at the evidence after each so many."""
+_PATIENCE_REQUESTS = 12
+"""After so many requests a trial ends unless the evidence is half of what a pass needs, in its logarithm."""
+_OLD_PILOT_REQUESTS = 4
+"""A domain's other older requests are scored only if the challenger is behind on so many of them."""
 _FALSE_PASS_RATE = 0.25
-"""Probability that a draft exactly as good as the champion passes."""
+"""Probability that any challenger of a lineage passes if none is better than the champion, at most."""
 _FALSE_REFUSAL_RATE = 0.05
 """Probability that a draft exactly as good as the champion in every domain is refused because of one of them."""
-_MAX_ROOTS = 64
+_MAX_ROOTS = 32
 """Positions of a segment from which the draft continues; of a longer one only every second, third, … does."""
 _LEAST_PROBABILITY = 0.01
 """Proposals that are reached with a smaller probability are not counted."""
@@ -62,6 +69,8 @@ class HeldOutRequest:
     """Cached until the champion changes or another segment arrives."""
     challenger_score: float | None = None
     """Of the last trial that scored the request, unless another segment has arrived."""
+    was_tried: bool = False
+    """True if a challenger's evidence contains it: it may not count again."""
     _labelled_traces: list[LabelledTrace] = field(default_factory=list)
 
     @property
@@ -77,6 +86,8 @@ class HeldOut:
     def __init__(self, *, num_newest: int, seed: int, label: Callable[[Trace], LabelledTrace]) -> None:
         """`label`: labels a trace for scoring (`label_for_gate` with the target's head)."""
         self.newest: deque[HeldOutRequest] = deque()
+        self.evidence = Evidence()
+        """What speaks for the present lineage of challengers."""
         self.old: dict[str, list[HeldOutRequest]] = {}
         self._num_newest, self._label = num_newest, label
         self._num_seen: dict[str, int] = {}
@@ -98,13 +109,20 @@ class HeldOut:
         if len(self.newest) > self._num_newest:
             self._remember(self.newest.popleft())
 
+    @property
+    def untried(self) -> list[HeldOutRequest]:
+        """The newest requests that no challenger was tried on, the newest first."""
+        return [request for request in reversed(self.newest) if not request.was_tried]
+
     def clear_champion_scores(self) -> None:
-        """Forget the champion's cached scores: another draft is the champion now."""
+        """Forget the champion's cached scores and the evidence: another draft is the champion now."""
+        self.evidence.clear()
         for request in self:
             request.champion_score = None
 
     def crown_challenger(self) -> None:
-        """The last trial's challenger is the champion now: its scores are the champion's."""
+        """The last trial's challenger is the champion now: its scores are the champion's. The evidence is cleared."""
+        self.evidence.clear()
         for request in self:
             request.champion_score = request.challenger_score
 
@@ -133,11 +151,15 @@ class GateDecision:
     """The gate's decision. Scores are expected accepted lengths in tokens a round, the bonus token included."""
 
     passed: bool
+    refused: bool
+    """True if something speaks against the challenger; false too while there is only too little evidence for it."""
     reason: str
     champion: float
-    """Mean over the newest requests."""
+    """Mean over the trial's new requests."""
     challenger: float
     num_requests: int
+    evidence: float
+    """The lineage's e-value."""
     by_domain: dict[str, dict[str, float]]
     """Mean scores and number of requests of each domain, older requests included."""
 
@@ -148,32 +170,39 @@ class GateDecision:
             "score": round(self.challenger, 4),
             "champion_score": round(self.champion, 4),
             "gate_requests": self.num_requests,
+            "gate_evidence": round(self.evidence, 3),
             "by_domain": self.by_domain,
         }
 
 
-def decide(newest: Sequence[tuple[float, float]], by_domain: dict[str, list[tuple[float, float]]]) -> GateDecision:
-    """Decide by (champion, challenger) scores, paired by request.
+def decide(
+    new: Sequence[tuple[float, float]], by_domain: dict[str, list[tuple[float, float]]], *, evidence: float
+) -> GateDecision:
+    """Decide by (champion, challenger) scores, paired by request; `evidence`: the lineage's e-value, `new` included.
 
-    The challenger passes if it is significantly better on the newest requests and in no domain significantly worse:
-    one-sided paired t-tests, at level _FALSE_PASS_RATE, and at levels that share _FALSE_REFUSAL_RATE (Bonferroni).
+    The challenger passes if the evidence suffices for _FALSE_PASS_RATE, if it is itself ahead on the new requests, and
+    if it is in no domain significantly worse: one-sided paired t-tests at levels that share _FALSE_REFUSAL_RATE
+    (Bonferroni).
     """
-    champion, challenger, t_statistic = _compare(newest)
-    reason = f"{challenger:.3f} against {champion:.3f} tokens a round on the {len(newest)} newest requests"
-    passed = len(newest) > 1 and bool(t_statistic > stdtrit(len(newest) - 1, 1 - _FALSE_PASS_RATE))
+    champion, challenger, t_statistic = _compare(new)
+    reason = f"{challenger:.3f} against {champion:.3f} tokens a round on {len(new)} new requests"
+    reason += f", evidence {evidence:.2f} of {1 / _FALSE_PASS_RATE:g}"
+    refused = t_statistic <= 0
     table = {}
     for domain, pairs in sorted(by_domain.items()):
         before, after, t_statistic = _compare(pairs)
         table[domain] = {"champion": round(before, 4), "challenger": round(after, 4), "requests": float(len(pairs))}
         if len(pairs) > 1 and t_statistic < stdtrit(len(pairs) - 1, _FALSE_REFUSAL_RATE / len(by_domain)):
-            passed = False
+            refused = True
             reason += f"; worse in domain {domain!r}: {after:.3f} against {before:.3f} on {len(pairs)} requests"
     return GateDecision(
-        passed=passed,
+        passed=not refused and evidence >= 1 / _FALSE_PASS_RATE,
+        refused=refused,
         reason=reason,
         champion=champion,
         challenger=challenger,
-        num_requests=len(newest),
+        num_requests=len(new),
+        evidence=evidence,
         by_domain=table,
     )
 
@@ -191,16 +220,16 @@ def _compare(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]
 def compare_drafts(
     held_out: HeldOut, *, champion: DraftModule, challenger: DraftModule, batch_positions: int
 ) -> GateDecision | None:
-    """Score both drafts on held-out requests and decide; None when fewer than MIN_REQUESTS can be scored.
+    """Score both drafts on untried requests, add the evidence and decide; None if fewer than MIN_REQUESTS are scored.
 
-    The trial ends early where it can only refuse: if the challenger is not ahead on a third of the newest requests, and
-    before older requests are scored if it has not passed on the newest. Looking early can only refuse, so equal drafts
-    pass no more often than `decide` says.
+    Requests that are too short to be scored count as tried. Older ones, which only tell whether a domain has become
+    worse, are scored if nothing else keeps the challenger from passing.
     """
-    requests = list(held_out)
-    for request in requests:
+    for request in held_out:
         request.challenger_score = None
-    newest_ids = {id(request) for request in held_out.newest}
+    tried: list[tuple[HeldOutRequest, tuple[float, float]]] = []
+    if len(untried := held_out.untried) < MIN_REQUESTS:
+        return None
 
     def score(part: Sequence[HeldOutRequest]) -> list[tuple[HeldOutRequest, tuple[float, float]]]:
         """(champion, challenger) scores of those that are long enough."""
@@ -212,17 +241,31 @@ def compare_drafts(
         pairs = [(request, (request.champion_score, request.challenger_score)) for request in part]
         return [(r, (before, after)) for r, (before, after) in pairs if before is not None and after is not None]
 
-    of_newest = [request for request in requests if id(request) in newest_ids]
-    scored = score(of_newest[::_PILOT_EVERY])
-    is_behind = len(scored) >= MIN_REQUESTS and _compare([pair for _, pair in scored])[2] <= 0
-    if not is_behind:
-        scored += score([request for i, request in enumerate(of_newest) if i % _PILOT_EVERY])
-    newest = [pair for _, pair in scored]
-    if len(newest) < MIN_REQUESTS:
+    def decision(others: Sequence[tuple[HeldOutRequest, tuple[float, float]]] = ()) -> GateDecision:
+        new = [pair for _, pair in tried]
+        by_domain = _by_domain([*tried, *others])
+        return decide(new, by_domain, evidence=held_out.evidence.value)
+
+    while untried:
+        part, untried = untried[:MIN_REQUESTS], untried[MIN_REQUESTS:]
+        scored = score(part)
+        for request in part:
+            request.was_tried = True
+        held_out.evidence.add([after - before for _, (before, after) in scored])
+        tried += scored
+        if len(tried) < MIN_REQUESTS:
+            continue
+        is_promising = held_out.evidence.value >= _FALSE_PASS_RATE**-0.5
+        if decision().passed or (len(tried) >= _PATIENCE_REQUESTS and not is_promising):
+            break
+    if len(tried) < MIN_REQUESTS:
         return None
-    if decide(newest, {}).passed:
-        scored += score([request for request in requests if id(request) not in newest_ids])
-    return decide(newest, _by_domain(scored))
+    if not decision().passed:
+        return decision()
+    older = score([request for requests in held_out.old.values() for request in requests[:_OLD_PILOT_REQUESTS]])
+    behind = {domain for domain, pairs in _by_domain(older).items() if _compare(pairs)[2] < 0}
+    rest = [request for requests in held_out.old.values() for request in requests[_OLD_PILOT_REQUESTS:]]
+    return decision([*older, *score([request for request in rest if request.domain in behind])])
 
 
 def _by_domain(

@@ -38,7 +38,7 @@ from aurora_lit.modules.losses.objective import OnlineReport
 STARTING_VERSION = "start"
 """Version of the draft that serving started with, before any was published."""
 PATIENCE_TRIALS = 4
-"""After so many refusals in a row, learning restarts from the served draft at half the learning rate."""
+"""After so many refusals without a pass, learning restarts from the served draft at half the learning rate."""
 _LOG_EVERY_STEPS = 8
 _VOCABULARY_USE = "vocabulary_use"
 _log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Learner:
         self.positions = 0
         """Positions trained on, replay included."""
         self._num_refused = 0
-        """Refusals by the gate in a row."""
+        """Refusals by the gate since a draft passed or learning restarted."""
         self.num_nonfinite = 0
         """Batches since this object was made that were skipped because loss or gradient was not finite."""
         self._before_step = before_step
@@ -151,16 +151,21 @@ class Learner:
             )
         return report
 
-    def apply_gate_decision(self, *, passed: bool, champion: Eagle3Draft, version: str) -> None:
-        """React to the gate's decision on the averaged draft; `champion`, of `version`: the draft served before it."""
+    def apply_gate_decision(self, *, passed: bool, champion: Eagle3Draft, version: str) -> bool:
+        """React when the gate has passed or refused the averaged draft; True if learning restarts from `champion`.
+
+        `champion`, of `version`: the draft served before it.
+        """
         self._num_refused = 0 if passed else self._num_refused + 1
         for schedule in self.schedules if passed else []:
             schedule.recover()
-        if self._num_refused == PATIENCE_TRIALS:
-            self._num_refused = 0
-            for schedule in self.schedules:
-                schedule.back_off()
-            self.restart_from(champion, version=version)
+        if self._num_refused < PATIENCE_TRIALS:
+            return False
+        self._num_refused = 0
+        for schedule in self.schedules:
+            schedule.back_off()
+        self.restart_from(champion, version=version)
+        return True
 
     def restart_from(self, draft: Eagle3Draft, *, version: str) -> None:
         """Continue from another draft's weights, with new optimiser states and a new average."""

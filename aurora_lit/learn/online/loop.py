@@ -23,7 +23,7 @@ from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.learn.data.labelled_trace import is_compatible
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.online.budget import Budget, ServerLoad
+from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
 from aurora_lit.learn.online.centroid_publisher import CentroidPublisher
 from aurora_lit.learn.online.domain_drafts import DomainDrafts
 from aurora_lit.learn.online.gate import MIN_REQUESTS, GateDecision, HeldOut, compare_drafts
@@ -38,6 +38,8 @@ _PAUSE_S = 0.2
 """Sleep between two turns without work: so often the ring is read and the status page written."""
 _SAVING_SHARE = 0.03
 """Largest share of the process's own processor time that saving its state may take."""
+_TRIAL_SHARE = 0.12
+"""The same for trials."""
 _MAX_TRACES_PER_TURN = 32
 """Traces that are read between two steps at most."""
 
@@ -121,7 +123,7 @@ class OnlineLoop:
         self._activity = "starting"
         self._last_trial_s = self._last_save_s = environment.monotonic_s()
         self._last_trial_steps = self._last_saved_steps = learner.steps
-        self._last_save_cpu_s, self._save_cost_s = time.process_time(), 0.0
+        self._trial_limit, self._saving_limit = ShareLimit(_TRIAL_SHARE), ShareLimit(_SAVING_SHARE)
         self._load_champion(environment.store.current())
 
     def stop(self) -> None:
@@ -151,7 +153,8 @@ class OnlineLoop:
         self.batcher.replay_share = self.learner.controller.signal.replay_share
         with self._environment.page.computing(self._threads):
             if trial_is_due := self._trial_is_due():
-                self._try_to_publish()
+                with self._trial_limit.measured():
+                    self._try_to_publish()
             found_work = trial_is_due or self._step()
             self._save_when_due()
         self._report()
@@ -236,7 +239,8 @@ class OnlineLoop:
         return (
             self._environment.monotonic_s() - self._last_trial_s >= self._config.publish_every_s
             and self.learner.steps - self._last_trial_steps >= self._config.publish_every_steps
-            and len(self.held_out.newest) >= MIN_REQUESTS
+            and self._trial_limit.is_due
+            and len(self.held_out.untried) >= MIN_REQUESTS
         )
 
     def _try_to_publish(self) -> None:
@@ -268,16 +272,17 @@ class OnlineLoop:
                 self.published, self._passed_version = self.published + 1, self.learner.version
             except OSError as error:  # a full disk: learning continues, and the next trial tries again
                 self._environment.page.write(error=f"a draft could not be published: {error}")
-        else:
-            self.refused_by_gate += 1
-        self.learner.apply_gate_decision(
+        self.refused_by_gate += decision.refused
+        if (decision.passed or decision.refused) and self.learner.apply_gate_decision(
             passed=decision.passed, champion=self._champion.draft, version=self._current_version or STARTING_VERSION
-        )
+        ):
+            self.held_out.evidence.clear()
         self.learner.log(
             {
                 "gate_champion": decision.champion,
                 "gate_challenger": decision.challenger,
                 "gate_passed": float(decision.passed),
+                "gate_evidence": decision.evidence,
             }
         )
 
@@ -285,6 +290,7 @@ class OnlineLoop:
         """When traffic returns to a domain whose kept draft is better there, continue from it; a trial is then due."""
         if self._domain_drafts is not None and self._domain_drafts.warm_start(self.learner, self.held_out):
             self.warm_starts += 1
+            self._trial_limit.forgive()
             self._last_trial_s, self._last_trial_steps = (
                 -math.inf,
                 self.learner.steps - self._config.publish_every_steps,
@@ -294,19 +300,16 @@ class OnlineLoop:
 
     def _save_when_due(self) -> None:
         due = self._environment.monotonic_s() - self._last_save_s >= self._config.save_every_s
-        due = due and time.process_time() - self._last_save_cpu_s >= self._save_cost_s / _SAVING_SHARE
-        if due and self.learner.steps != self._last_saved_steps:
+        if due and self._saving_limit.is_due and self.learner.steps != self._last_saved_steps:
             self._save()
 
     def _save(self) -> None:
         self._last_save_s, self._last_saved_steps = self._environment.monotonic_s(), self.learner.steps
-        began_s = time.process_time()
         try:
-            self.learner.save()
+            with self._saving_limit.measured():
+                self.learner.save()
         except OSError as error:
             self._environment.page.write(error=f"the learner's state could not be saved: {error}")
-        self._last_save_cpu_s = time.process_time()
-        self._save_cost_s = self._last_save_cpu_s - began_s
 
     def _report(self) -> None:
         learner, decision, controller = self.learner, self.decision, self.learner.controller

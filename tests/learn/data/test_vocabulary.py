@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.learner_harness import LearnerHarness
-from support.live_traces import make_controller, online_module, serve, some_requests
+from support.live_traces import asked_again, make_controller, online_module, serve, some_requests
 from support.replay_harness import make_replay
 from support.tiny_models import VOCAB, draft_config, make_engine, random_draft, request, run, save_model
 from support.trace_examples import keep_in
@@ -353,7 +353,7 @@ def test_the_loop_publishes_drafts_that_propose_the_tokens_of_traffic(
         harness = LearnerHarness(
             target, tmp_path / str(adapts), draft=small_draft(target), adapt_vocabulary=adapts, publish_every_steps=5
         )
-        harness.ring.records.extend(traffic * 8)
+        harness.ring.records.extend(asked_again(traffic, 8))
         enough = 45 if adapts else 10
         harness.tick_until(lambda harness=harness, enough=enough: harness.learner.steps >= enough)  # type: ignore[misc]
         page = harness.page.read()

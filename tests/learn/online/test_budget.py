@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from aurora_lit.learn.online.budget import Budget, ServerLoad
+from aurora_lit.learn.online import budget as budgets
+from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
 
 
 class FakeMachine:
@@ -76,3 +77,23 @@ def test_with_a_minimum_share_of_0_nothing_is_learned_while_requests_queue() -> 
     machine.work(1)
     assert budget.wait_s(ServerLoad.QUEUEING) == float("inf")
     assert budget.wait_s(ServerLoad.SPARE) == pytest.approx(2.0), "what was worked while requests queued earned nothing"
+
+
+def test_a_kind_of_work_takes_its_share_whatever_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = FakeMachine()
+    monkeypatch.setattr(budgets.time, "process_time", lambda: machine.cpu)
+    limit, spent, began = ShareLimit(0.1), 0.0, machine.cpu
+    for number in range(2000):
+        if limit.is_due:
+            with limit.measured():
+                cost_s = (1.0, 0.2, 5.0)[number % 3]
+                machine.work(cost_s)
+                spent += cost_s
+        machine.work(0.1)
+        machine.sleep(10)  # only processor time counts
+    assert spent / (machine.cpu - began) == pytest.approx(0.1, rel=0.15)
+    with limit.measured():
+        machine.work(100)
+    assert not limit.is_due
+    limit.forgive()
+    assert limit.is_due

@@ -239,11 +239,13 @@ def test_a_kept_draft_that_is_not_better_now_is_not_used(
 def test_a_warm_start_that_is_worse_in_other_domains_is_refused_and_given_up_in_the_end(
     harness: LearnerHarness, target_head: TargetHead, traffic: dict[str, list[Trace]], good_at: dict[str, Eagle3Draft]
 ) -> None:
-    harness.loop.held_out = held(traffic, target_head, newest="chat")
+    held_out = harness.loop.held_out = held(traffic, target_head, newest="chat")
     for schedule in harness.learner.schedules:
         schedule.base_lrs = [0.0]
     harness.learner.controller.last_shift = back("chat")
     for trial in range(1, PATIENCE_TRIALS + 1):
+        for request in held_out:
+            request.was_tried = False
         assert same(harness.learner.draft, good_at["code" if trial == 1 else "chat"])
         harness.loop.tick()
         assert harness.loop.warm_starts == 1

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.live_traces import online_module, serve, some_requests
+from support.live_traces import asked_again, online_module, serve, some_requests
 from support.tiny_models import random_draft
 
 from aurora_lit.learn.data.collate import collate
@@ -107,24 +107,29 @@ def test_a_share_of_requests_is_held_out_with_all_its_segments() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "passed"),
+    ("changes", "evidence", "passed", "refused"),
     [
-        ([0.1, 0.2, 0.0, 0.3, 0.1, 0.1], True),
-        ([-0.1, -0.2, 0.0, -0.3, -0.1, -0.1], False),
-        ([0.0] * 6, False),  # the same draft again
+        ([0.1, 0.2, 0.0, 0.3, 0.1, 0.1], 4.0, True, False),
+        ([0.1, 0.2, 0.0, 0.3, 0.1, 0.1], 3.9, False, False),
+        ([-0.1, -0.2, 0.0, -0.3, -0.1, -0.1], 9.0, False, True),  # its ancestors were better
+        ([0.0] * 6, 9.0, False, True),  # the same draft again
     ],
 )
-def test_the_gate_lets_only_a_better_draft_pass(changes: list[float], passed: bool) -> None:
+def test_a_draft_passes_with_enough_evidence_and_if_it_is_ahead_itself(
+    changes: list[float], evidence: float, passed: bool, refused: bool
+) -> None:
     pairs = [(2.0, 2.0 + change) for change in changes]
-    assert decide(pairs, {"chat": pairs}).passed is passed
+    decision = decide(pairs, {"chat": pairs}, evidence=evidence)
+    assert (decision.passed, decision.refused) == (passed, refused)
 
 
 def test_the_gate_refuses_a_draft_that_is_worse_in_one_domain() -> None:
     better, worse = [(2.0, 2.4 + i / 50) for i in range(12)], [(2.0, 1.8 + i / 50) for i in range(8)]
     noisy = [(2.0, 1.0), (2.0, 2.9), (2.0, 1.5), (2.0, 2.4)]
-    assert decide(better, {"new": better, "noisy": noisy}).passed
-    decision = decide(better, {"new": better, "old": worse})
+    assert decide(better, {"new": better, "noisy": noisy}, evidence=9.0).passed
+    decision = decide(better, {"new": better, "old": worse}, evidence=9.0)
     assert not decision.passed
+    assert decision.refused
     assert "'old'" in decision.reason
 
 
@@ -135,7 +140,7 @@ def test_equal_drafts_are_rarely_refused_for_a_domain_however_many_domains_there
     def refused(shift: float, requests: int) -> float:
         changes = shift + torch.randn(1000, 8, requests, generator=chance)
         decisions = [
-            decide(better, {str(i): [(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)})
+            decide(better, {str(i): [(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)}, evidence=9.0)
             for table in changes.tolist()
         ]
         return sum(not decision.passed for decision in decisions) / 1000
@@ -145,47 +150,29 @@ def test_equal_drafts_are_rarely_refused_for_a_domain_however_many_domains_there
     assert refused(-1.0, requests=12) > 0.95
 
 
-def test_equal_drafts_pass_one_time_in_four_and_better_ones_nearly_always() -> None:
-    chance = torch.Generator().manual_seed(0)
-
-    def passed(shift: float, requests: int) -> float:
-        changes = shift + torch.randn(2000, requests, generator=chance)
-        return sum(decide([(2.0, 2.0 + c) for c in row], {}).passed for row in changes.tolist()) / 2000
-
-    assert 0.22 < passed(0.0, requests=6) < 0.28
-    assert 0.22 < passed(0.0, requests=32) < 0.28
-    assert passed(0.5, requests=32) > 0.95
-
-
 def test_a_worse_draft_scores_worse(target: Target, target_head: TargetHead, taught_draft: Eagle3Draft) -> None:
     scored = [held(trace, target_head) for trace in serve(target, taught_draft, some_requests(6))]
     good, bad = (
         dict(score_requests(online_module(target, draft), scored, batch_positions=64))
         for draft in (taught_draft, random_draft(target, seed=3))
     )
-    pairs = [(good[request], bad[request]) for request in scored]
-    decision = decide(pairs, {"chat": pairs})
-    assert not decision.passed
-    assert decision.champion > decision.challenger + 0.2
+    assert sum(good.values()) / 6 > sum(bad.values()) / 6 + 0.2
 
 
-def test_older_requests_are_scored_only_if_the_challenger_passes_on_the_newest(
+def test_older_requests_are_scored_only_if_the_challenger_passes_on_new_ones(
     target: Target, target_head: TargetHead, taught_draft: Eagle3Draft
 ) -> None:
-    held_out = HeldOut(num_newest=6, seed=0, label=partial(label_for_gate, target_head=target_head))
-    for trace in serve(target, taught_draft, some_requests(12)):
-        held_out.add(trace)
-    assert sum(map(len, held_out.old.values())) == 6
+    traces = asked_again(serve(target, taught_draft, some_requests(3)), 6)  # which it was taught
     good, bad = (online_module(target, draft) for draft in (taught_draft, random_draft(target, seed=3)))
-    refused = compare_drafts(held_out, champion=good, challenger=bad, batch_positions=64)
-    assert refused is not None
-    assert not refused.passed
-    assert refused.by_domain["chat"]["requests"] == 6
-    held_out.clear_champion_scores()
-    passed = compare_drafts(held_out, champion=bad, challenger=good, batch_positions=64)
-    assert passed is not None
-    assert passed.passed
-    assert passed.by_domain["chat"]["requests"] == 12
+    for champion, challenger, passes, requests in ((good, bad, False, 6), (bad, good, True, 6 + 4)):
+        held_out = HeldOut(num_newest=6, seed=0, label=partial(label_for_gate, target_head=target_head))
+        for trace in traces:
+            held_out.add(trace)
+        assert sum(map(len, held_out.old.values())) == 12
+        decision = compare_drafts(held_out, champion=champion, challenger=challenger, batch_positions=64)
+        assert decision is not None
+        assert decision.passed is passes
+        assert decision.by_domain["chat"]["requests"] == requests, "the challenger is ahead on four older ones"
 
 
 def test_a_long_segment_is_scored_at_some_of_its_positions(
@@ -219,17 +206,42 @@ def test_a_long_segment_is_scored_at_some_of_its_positions(
     assert score == pytest.approx(1 + sum(chosen) / len(chosen))
 
 
-def test_a_trial_ends_early_if_the_challenger_is_not_ahead(
+def test_a_trial_ends_as_soon_as_it_is_decided_and_tries_each_request_once_the_newest_first(
     target: Target, target_head: TargetHead, taught_draft: Eagle3Draft
 ) -> None:
-    held_out = HeldOut(num_newest=18, seed=0, label=partial(label_for_gate, target_head=target_head))
-    for trace in serve(target, taught_draft, some_requests(18)):
-        held_out.add(trace)
     good, bad = (online_module(target, draft) for draft in (taught_draft, random_draft(target, seed=3)))
-    decision = compare_drafts(held_out, champion=good, challenger=bad, batch_positions=64)
-    assert decision is not None
-    assert (decision.passed, decision.num_requests) == (False, 6)
-    held_out.clear_champion_scores()
-    decision = compare_drafts(held_out, champion=bad, challenger=good, batch_positions=64)
-    assert decision is not None
-    assert (decision.passed, decision.num_requests) == (True, 18)
+    traces = asked_again(serve(target, taught_draft, some_requests(3)), 9)[:26]  # which it was taught
+    for champion, challenger, passes, tried in ((good, bad, False, 12), (bad, good, True, 6)):
+        held_out = HeldOut(num_newest=32, seed=0, label=partial(label_for_gate, target_head=target_head))
+        for trace in traces:
+            held_out.add(trace)
+        newest_first = [trace.request_id for trace in reversed(traces)]
+        for trial in range(26 // tried):
+            decision = compare_drafts(held_out, champion=champion, challenger=challenger, batch_positions=64)
+            assert decision is not None
+            assert (decision.passed, decision.refused, decision.num_requests) == (passes, not passes, tried)
+            assert [request.request_id for request in held_out.untried] == newest_first[tried * (trial + 1) :]
+            held_out.evidence.clear()
+        rest = held_out.untried
+        assert compare_drafts(held_out, champion=champion, challenger=challenger, batch_positions=64) is None
+        assert held_out.untried == rest, "they wait until there are enough"
+
+
+def test_evidence_adds_up_over_trials_and_is_forgotten_with_the_champion(
+    target: Target, target_head: TargetHead, taught_draft: Eagle3Draft
+) -> None:
+    held_out = HeldOut(num_newest=32, seed=0, label=partial(label_for_gate, target_head=target_head))
+    good, bad = (online_module(target, draft) for draft in (taught_draft, random_draft(target, seed=3)))
+    values = [1.0]
+    for trace in serve(target, taught_draft, some_requests(12)):
+        held_out.add(trace)
+        if len(held_out.untried) == 6:
+            decision = compare_drafts(held_out, champion=good, challenger=bad, batch_positions=64)
+            assert decision is not None
+            values.append(decision.evidence)
+    assert len(values) == 3
+    assert values[2] < 0.9 * values[1] < 0.9 * 0.9
+    for forget in (held_out.clear_champion_scores, held_out.crown_challenger):
+        held_out.evidence.add([0.5])
+        forget()
+        assert held_out.evidence.value == 1.0

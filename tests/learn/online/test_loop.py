@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from support.learner_harness import LearnerHarness
-from support.live_traces import make_controller, serve, some_requests
+from support.live_traces import asked_again, make_controller, serve, some_requests
 
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, read_centroids
-from aurora_lit.learn.online import loop
+from aurora_lit.learn.online import gate, loop
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.gate import HeldOut
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION
@@ -39,7 +39,7 @@ def learned(
 ) -> tuple[LearnerHarness, Eagle3Draft]:
     """A learner that has published twice, and the second draft."""
     harness = LearnerHarness(target, tmp_path_factory.mktemp("learned"), publish_every_steps=25)
-    harness.ring.records.extend(traffic * 12)  # as if the same prompts were asked again and again
+    harness.ring.records.extend(asked_again(traffic, 12))
     harness.tick_until(lambda: harness.loop.published >= 2)
     return harness, harness.served_draft("draft-000002")
 
@@ -68,7 +68,7 @@ def test_the_gate_holds_back_a_draft_that_got_worse(
     target: Target, traffic: list[Trace], learned: tuple[LearnerHarness, Eagle3Draft], tmp_path: Path
 ) -> None:
     harness = LearnerHarness(target, tmp_path, draft=learned[1])
-    harness.ring.records.extend(traffic * 8)
+    harness.ring.records.extend(asked_again(traffic, 8))
     with torch.no_grad():
         harness.learner.draft.lm_head.weight.zero_()  # and it does not learn
     for group in (g for optimizer in harness.learner.optimizers for g in optimizer.param_groups):
@@ -193,7 +193,7 @@ def test_saving_takes_a_small_share_of_the_time_that_learning_takes(
     clocks = Clocks()
     monkeypatch.setattr(loop.time, "process_time", lambda: clocks.cpu_s)
     harness = LearnerHarness(target, tmp_path, save_every_s=0.0)
-    harness.ring.records.extend(traffic * 12)
+    harness.ring.records.extend(asked_again(traffic, 12))
     saved_at_s: list[float] = []
 
     def save() -> None:
@@ -208,13 +208,38 @@ def test_saving_takes_a_small_share_of_the_time_that_learning_takes(
     assert all(later - earlier >= 0.3 / 0.03 for earlier, later in itertools.pairwise(saved_at_s))
 
 
+def test_trials_take_a_small_share_of_the_time_that_learning_takes(
+    target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks = Clocks()
+    monkeypatch.setattr(loop.time, "process_time", lambda: clocks.cpu_s)
+    harness = LearnerHarness(target, tmp_path, publish_every_steps=1, limits_trials=True)
+    harness.held_out.champion_score = 100.0  # no challenger passes
+    waiting = iter(asked_again(traffic, 12))
+    began_s: list[float] = []
+
+    def compare(*args: Any, **options: Any) -> Any:
+        began_s.append(clocks.cpu_s)
+        clocks.compute(2.0)
+        return gate.compare_drafts(*args, **options)
+
+    monkeypatch.setattr(loop, "compare_drafts", compare)
+    for _ in range(120):
+        harness.ring.records.extend(itertools.islice(waiting, 5))
+        clocks.compute(0.5)
+        harness.loop.tick()
+    assert len(began_s) >= 3
+    assert all(2.0 / 0.12 <= later - earlier < 2.0 / 0.12 + 3 for earlier, later in itertools.pairwise(began_s))
+    assert 0.10 < 2.0 * len(began_s) / clocks.cpu_s < 0.14
+
+
 def test_after_repeated_refusals_the_learner_restarts_from_the_served_draft_at_half_the_rate(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
     harness = LearnerHarness(target, tmp_path, publish_every_steps=2)
     harness.held_out.champion_score = 100.0
     start = copy.deepcopy(harness.learner.draft.state_dict())
-    harness.ring.records.extend(traffic * 4)
+    harness.ring.records.extend(asked_again(traffic, 8))
 
     def is_unchanged() -> bool:
         return all(torch.equal(tensor, start[name]) for name, tensor in harness.learner.draft.state_dict().items())
@@ -225,6 +250,7 @@ def test_after_repeated_refusals_the_learner_restarts_from_the_served_draft_at_h
     harness.tick_until(lambda: harness.loop.refused_by_gate == PATIENCE_TRIALS)
     assert is_unchanged()
     assert [schedule.backoff for schedule in harness.learner.schedules] == [0.5, 0.5]
+    assert harness.held_out.evidence.value == 1.0, "what speaks against the old lineage does not hinder the new one"
     harness.held_out.champion_score = 0.0
     harness.tick_until(lambda: harness.loop.published == 1)
     assert [schedule.backoff for schedule in harness.learner.schedules] == [1, 1]
@@ -262,7 +288,7 @@ def test_a_full_disk_is_reported_and_learning_continues(
 
     monkeypatch.setattr(harness.store, "publish", full)
     harness.held_out.champion_score = 0.0
-    harness.ring.records.extend(traffic * 4)
+    harness.ring.records.extend(asked_again(traffic, 4))
     for failure in ("draft could not be published", "state could not be saved"):
         harness.tick_until(lambda: failure in harness.page.read().error)  # noqa: B023
     steps = harness.learner.steps

@@ -5,11 +5,13 @@ That it exits on SIGTERM is in test_loop_faults.
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
 import pytest
 from support.learner_harness import ServerStandIn
+from support.live_traces import asked_again
 from support.tiny_models import random_draft
 
 from aurora_lit.learn.data.training_state import from_bytes
@@ -56,9 +58,14 @@ def test_a_killed_learner_resumes_and_publishes_and_exits_with_its_server(
     assert server.page.read().steps >= saved, "what was saved is not learned again"
     assert (server.run_folder / "reservoir").is_dir()
     assert server.page.read().records == killed.records, "what was read is not read again"
-    for trace in traffic * 2:
-        assert server.ring.push(to_bytes(trace))
-    server.wait(learner, lambda: server.page.read().published > killed.published)
+    later = iter(asked_again(traffic, 100))
+
+    def publishes_beside_traffic() -> bool:
+        for trace in itertools.islice(later, 2):
+            server.ring.push(to_bytes(trace))
+        return server.page.read().published > killed.published
+
+    server.wait(learner, publishes_beside_traffic)
     assert (server.store.current() or "").startswith("draft-")
     assert server.page.read().state == "running"
     assert list((server.folder / "logs").rglob("metrics.csv"))

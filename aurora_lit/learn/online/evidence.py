@@ -1,0 +1,52 @@
+"""How much speaks for a challenger: an e-value over its lineage's held-out requests, which may be looked at any time.
+
+A challenger is tried, learns on, and is tried again. With a t-test in each trial, equal drafts would pass in one of
+them sooner or later. An e-value bets instead: it starts at 1, and each request multiplies it by 1 + λ·x, where x is how
+far the challenger is ahead there. If no challenger is better than the champion on the request that comes next, the
+e-value is a nonnegative supermartingale, and the probability that it ever reaches 1/a is at most a (Ville's
+inequality), however often it is looked at and however the challenger changes in between. Each request may be bet on
+only once.
+
+Source: Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, arXiv 2010.09686.
+Leaves out which requests are bet on, and what else a draft needs to pass (learn/online/gate.py).
+"""
+
+from __future__ import annotations
+
+import math
+
+MAX_CHANGE = 0.3
+"""A request counts with at most so many tokens a round, either way: a bet needs a bound."""
+_BETS = (0.4, 0.8)
+"""Shares of the wealth that the largest change could win or lose; half of the stake is bet at each."""
+
+
+class Evidence:
+    """See the file's docstring.
+
+    >>> evidence = Evidence()
+    >>> evidence.add([0.3] * 3)
+    >>> round(evidence.value, 2)        # the mean of 1.4³ and 1.8³
+    4.29
+    """
+
+    def __init__(self) -> None:
+        self._log_wealth = [0.0] * len(_BETS)
+
+    @property
+    def value(self) -> float:
+        """The e-value; 1 before any request."""
+        return sum(map(math.exp, self._log_wealth)) / len(self._log_wealth)
+
+    def add(self, changes: list[float]) -> None:
+        """Bet on new requests; `changes`: challenger's score less champion's, in tokens a round."""
+        for change in changes:
+            bounded = max(-MAX_CHANGE, min(MAX_CHANGE, change))
+            self._log_wealth = [
+                log_wealth + math.log1p(bet * bounded / MAX_CHANGE)
+                for log_wealth, bet in zip(self._log_wealth, _BETS, strict=True)
+            ]
+
+    def clear(self) -> None:
+        """Begin again, with another champion or another lineage of challengers."""
+        self._log_wealth = [0.0] * len(_BETS)

@@ -1,0 +1,110 @@
+"""The evidence for a challenger: how often equal and worse drafts pass in many trials, and how soon a better one does.
+
+Drafts are replaced by what the gate sees of them: a mean difference and a request's noise, both in tokens a round.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aurora_lit.learn.online import gate
+from aurora_lit.learn.online.evidence import Evidence
+from aurora_lit.learn.online.gate import HeldOut, HeldOutRequest, compare_drafts
+from aurora_lit.learn.online.learner import PATIENCE_TRIALS
+
+NOISE = 0.25
+CHAMPION = 2.0
+"""Tokens a round."""
+
+
+class Trials:
+    """Trials of challengers with a given lead, each with new requests, until one passes or learning restarts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, requests: int = 12, noise: float = NOISE) -> None:
+        self._random, self._requests, self._num_requests, self._noise = random.Random(0), requests, 0, noise
+        self._noises: dict[str, float] = {}
+        self.held_out = HeldOut(num_newest=32, seed=0, label=lambda trace: pytest.fail("no trace is read"))
+        monkeypatch.setattr(gate, "score_requests", self._score)
+
+    def _score(
+        self, module: Any, requests: Sequence[HeldOutRequest], **_: Any
+    ) -> Iterator[tuple[HeldOutRequest, float]]:
+        for request in requests:
+            noise = self._noises.setdefault(request.request_id, self._random.gauss(0.0, self._noise))
+            yield request, CHAMPION + (0.0 if module is None else module + noise)
+
+    def hold(self, lead: float) -> gate.GateDecision:
+        """One trial."""
+        for _ in range(self._requests):
+            self._num_requests += 1
+            trace: Any = SimpleNamespace(request_id=str(self._num_requests), domain=f"{self._num_requests % 3}")
+            self.held_out.add(trace)
+        drafts: Any = {"champion": None, "challenger": lead}
+        decision = compare_drafts(self.held_out, batch_positions=1024, **drafts)
+        assert decision is not None
+        return decision
+
+    def lineage(self, lead: Callable[[], float]) -> tuple[int, float | None]:
+        """Number of trials that were held, and the lead of the one that passed; None if learning restarts."""
+        self.held_out.clear_champion_scores()
+        refusals = trials = 0
+        while refusals < PATIENCE_TRIALS:
+            trials, this = trials + 1, lead()
+            decision = self.hold(this)
+            if decision.passed:
+                return trials, this
+            refusals += decision.refused
+        return trials, None
+
+
+def test_equal_drafts_pass_in_a_quarter_of_lineages_at_most_however_often_they_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trials = Trials(monkeypatch)
+    lineages = [trials.lineage(lambda: 0.0) for _ in range(400)]
+    assert sum(count for count, _ in lineages) > 2000, "or they are hardly tried"
+    assert 0.05 < sum(passed is not None for _, passed in lineages) / 400 < 0.25
+
+
+def test_evidence_without_end_passes_equal_drafts_with_its_probability_at_most() -> None:
+    chance = random.Random(0)
+    passed = 0
+    for _ in range(300):
+        evidence = Evidence()
+        for _ in range(500):
+            evidence.add([chance.gauss(0.0, NOISE)])
+            if evidence.value >= 4:
+                passed += 1
+                break
+    assert 0.15 < passed / 300 < 0.28
+
+
+def test_a_draft_that_is_five_per_cent_better_passes_within_a_few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [(6, NOISE, 6, 0.6), (12, NOISE, 4, 0.75), (30, NOISE, 1, 0.4), (30, NOISE, 3, 0.7), (12, 0.1, 1, 0.7)]
+    for requests, noise, within, least in cases:
+        trials = Trials(monkeypatch, requests=requests, noise=noise)
+        lineages = [trials.lineage(lambda: 0.05 * CHAMPION) for _ in range(300)]
+        soon = sum(passed is not None and count <= within for count, passed in lineages)
+        assert soon / 300 > least, (requests, noise, within, soon / 300)
+
+
+def test_worse_drafts_do_not_creep_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the served draft loses in a hundred trials of drafts that are all worse than the one that serves."""
+    for worse_by in (0.005, 0.01, 0.03):
+        trials = Trials(monkeypatch)
+        lineages = [trials.lineage(lambda worse=worse_by: -worse * CHAMPION) for _ in range(400)]  # type: ignore[misc]
+        held = sum(count for count, _ in lineages)
+        lost = worse_by * sum(passed is not None for _, passed in lineages) / held * 100
+        assert lost < 0.02, (worse_by, lost)
+
+
+def test_a_draft_that_takes_random_steps_gets_better_through_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials, chance = Trials(monkeypatch), random.Random(1)
+    leads = [lead for _ in range(300) if (lead := trials.lineage(lambda: chance.gauss(-0.05, 0.1))[1]) is not None]
+    assert len(leads) > 20
+    assert sum(leads) / len(leads) > 0.0
