@@ -2,10 +2,11 @@
 
 Each of these *arms* is one server, and goes through the same steps, one arm after the other:
 
-    measure -> traffic, one window at a time -> measure again
+    measure -> a phase of traffic, one window at a time -> measure again -> the next phase -> ...
 
-Measured prompts are sent with `store: false`, so they are not learned from; their answers must be equal in all arms,
-before and after the traffic. Arms that do not learn do not change with time, so a part of the traffic suffices there.
+All traffic is one phase, or that of each prompt file is one. Measured prompts are sent with `store: false`, so they are
+not learned from; their answers must be equal in all arms, before and after the traffic. Arms that do not learn do not
+change with time, so a part of the traffic suffices there.
 
 Leaves out starting servers (bench/server_process.py) and the plot (bench/plots.py).
 """
@@ -43,6 +44,8 @@ class ClientAnswer:
     """One request, as the client saw it."""
 
     number: int
+    domain: str
+    """As the prompt file says."""
     started_s: float
     """Seconds since the arm began."""
     seconds: float
@@ -66,7 +69,17 @@ class Window:
     accepted_length: float
     """Tokens emitted per round with proposals, the target's own token included."""
     tokens_per_s: float
+    client_tokens_per_s: float
+    """Tokens in a second of a request, as one client sees it."""
     failed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of the traffic, after which the measured prompts are sent."""
+
+    name: str
+    prompts: list[Prompt]
 
 
 def run(
@@ -82,30 +95,36 @@ def run(
     window: int,
     out: Path,
     static_requests: int | None = None,
+    measure_concurrency: int | None = None,
+    phases: bool = False,
 ) -> dict[str, Any]:
     """Run the arms one after the other; returns the report, which is written to `out`/online.json after each arm.
 
     prompts: files of the traffic. measure: files of the measured prompts. window: requests in each window.
-    static_requests: number of traffic requests for arms that do not learn; None: all.
+    static_requests: number of traffic requests for arms that do not learn; None: all. measure_concurrency: clients that
+    send the measured prompts; None: as many as for traffic. phases: one file after the other, each with an equal part
+    of the requests.
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise ConfigError(f"--arms {','.join(unknown)}: there is no such arm; use some of {','.join(ARMS)}")
-    traffic = _interleave(prompts, requests)
+    traffic = _phases(prompts, requests) if phases else [Phase(name="all", prompts=_interleave(prompts, requests))]
     measured = _interleave(measure, measure_requests)
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
-    texts: dict[str, list[str]] = {}
+    texts: dict[str, list[list[str]]] = {}
     report: dict[str, Any] = {}
     with Progress(console=Console(stderr=True)) as bar:
         for arm in arms:
-            arm_traffic = traffic if arm == "learning" else traffic[:static_requests]
-            task = bar.add_task(arm, total=len(arm_traffic) + 2 * len(measured))
+            arm_traffic = traffic if arm == "learning" else _first(traffic, static_requests)
+            total = sum(len(phase.prompts) + len(measured) for phase in arm_traffic) + len(measured)
+            task = bar.add_task(arm, total=total)
             results[arm], texts[arm] = _run_arm(
                 _arm_config(config, arm),
                 traffic=arm_traffic,
                 measured=measured,
                 concurrency=concurrency,
+                measure_concurrency=measure_concurrency or concurrency,
                 max_tokens=max_tokens,
                 window=window,
                 log=out / f"{arm}.log",
@@ -113,8 +132,9 @@ def run(
             )
             report = {
                 "prompts": [p.name for p in prompts],
-                "requests": len(traffic),
+                "requests": sum(len(phase.prompts) for phase in traffic),
                 "concurrency": concurrency,
+                "measure_concurrency": measure_concurrency or concurrency,
                 "max_tokens": max_tokens,
                 "arms": results,
                 "outputs_equal": _outputs_equal(texts),
@@ -122,6 +142,8 @@ def run(
             (out / "online.json").write_text(json.dumps(report, indent=2) + "\n")
     save_online_plot(results, out / "online.png")
     Console().print(_table(results, report["outputs_equal"]))
+    if measured:
+        Console().print(_measured_table(results))
     return report
 
 
@@ -142,19 +164,35 @@ def _interleave(paths: Sequence[Path], count: int) -> list[Prompt]:
     return [file[i] for i in range(longest) for file in files if i < len(file)][:count]
 
 
+def _phases(paths: Sequence[Path], count: int) -> list[Phase]:
+    """A phase for each file, of its first prompts."""
+    return [Phase(name=path.stem, prompts=read_prompts(path)[: count // len(paths)]) for path in paths]
+
+
+def _first(phases: Sequence[Phase], count: int | None) -> list[Phase]:
+    """The same phases with the first `count` requests only, in equal parts; None: all of them."""
+    each = None if count is None else count // len(phases)
+    return [dataclasses.replace(phase, prompts=phase.prompts[:each]) for phase in phases]
+
+
 def _run_arm(
     config: AuroraConfig,
     *,
-    traffic: list[Prompt],
+    traffic: list[Phase],
     measured: list[Prompt],
     concurrency: int,
+    measure_concurrency: int,
     max_tokens: int,
     window: int,
     log: Path,
     on_answer: Callable[[], None],
-) -> tuple[dict[str, Any], list[str]]:
-    """The report of one arm, and the measured answers: first those before, then those after the traffic."""
-    with running_server(config, log) as url, ThreadPoolExecutor(concurrency) as pool:
+) -> tuple[dict[str, Any], list[list[str]]]:
+    """The report of one arm, and the measured answers, each time that they were measured."""
+    with (
+        running_server(config, log) as url,
+        ThreadPoolExecutor(concurrency) as pool,
+        ThreadPoolExecutor(measure_concurrency) as measuring_pool,
+    ):
         from openai import OpenAI
 
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
@@ -165,33 +203,46 @@ def _run_arm(
             on_answer()
             return answer
 
-        before = list(pool.map(lambda item: send(item, store=False), enumerate(measured)))
-        traffic_began = time.monotonic() - begun
-        windows, statuses, failed = [], [], []
-        for start in range(0, len(traffic), window):
-            part = list(enumerate(traffic))[start : start + window]
-            done = list(pool.map(lambda item: send(item, store=True), part))
-            windows.append(_window(done))
-            failed += [answer.error for answer in done if answer.error]
-            statuses.append(_status(url))
-        after = list(pool.map(lambda item: send(item, store=False), enumerate(measured)))
+        def measure(after: str) -> None:
+            answers = list(measuring_pool.map(lambda item: send(item, store=False), enumerate(measured)))
+            found.append((after, answers))
+
+        found: list[tuple[str, list[ClientAnswer]]] = []
+        windows, statuses, errors, traffic_s = [], [], [], 0.0
+        measure("")
+        for phase in traffic:
+            phase_began = time.monotonic() - begun
+            for start in range(0, len(phase.prompts), window):
+                part = list(enumerate(phase.prompts))[start : start + window]
+                done = list(pool.map(lambda item: send(item, store=True), part))
+                windows.append(_window(done))
+                errors += [answer.error for answer in done if answer.error]
+                statuses.append(_status(url))
+            traffic_s += windows[-1].ended_s - phase_began if phase.prompts else 0.0
+            measure(phase.name)
         status = _status(url)
     return {
-        "before": asdict(_window(before)) if before else None,
-        "after": asdict(_window(after)) if after else None,
-        "traffic_s": (windows[-1].ended_s - traffic_began) if windows else 0.0,
+        "before": asdict(_window(found[0][1])) if measured else None,
+        "after": asdict(_window(found[-1][1])) if measured else None,
+        "measured": [{"after": after, "by_domain": _by_domain(answers)} for after, answers in found],
+        "traffic_s": traffic_s,
         "windows": [asdict(w) for w in windows],
         "statuses": statuses,
         "status": status,
-        "errors": failed + [a.error for a in before + after if a.error],
-    }, [a.text for a in before] + [a.text for a in after]
+        "errors": errors + [answer.error for _, answers in found for answer in answers if answer.error],
+    }, [[answer.text for answer in answers] for _, answers in found]
+
+
+def _by_domain(answers: Sequence[ClientAnswer]) -> dict[str, dict[str, Any]]:
+    domains = sorted({answer.domain for answer in answers})
+    return {name: asdict(_window([answer for answer in answers if answer.domain == name])) for name in domains}
 
 
 def _ask(
     client: Any, model: str, number: int, prompt: Prompt, *, max_tokens: int, store: bool, begun: float
 ) -> ClientAnswer:
     started = time.monotonic()
-    fields: dict[str, Any] = {"number": number, "started_s": started - begun}
+    fields: dict[str, Any] = {"number": number, "domain": prompt.domain, "started_s": started - begun}
     try:
         response = client.chat.completions.create(
             model=model,
@@ -232,6 +283,7 @@ def _window(answers: Sequence[ClientAnswer]) -> Window:
         ended_s=ended,
         accepted_length=1 + sum(answer.accepted for answer in answers) / rounds if rounds else 1.0,
         tokens_per_s=sum(answer.tokens for answer in answers) / (ended - began),
+        client_tokens_per_s=sum(answer.tokens for answer in answers) / sum(answer.seconds for answer in answers),
         failed=sum(bool(answer.error) for answer in answers),
     )
 
@@ -242,12 +294,10 @@ def _status(url: str) -> dict[str, Any]:
     return status
 
 
-def _outputs_equal(texts: dict[str, list[str]]) -> bool:
-    """True if each measured prompt got the same answer in all arms, before and after the traffic."""
-    halves = []
-    for both in texts.values():
-        halves += [both[: len(both) // 2], both[len(both) // 2 :]]
-    return all(half == halves[0] for half in halves)
+def _outputs_equal(texts: dict[str, list[list[str]]]) -> bool:
+    """True if each measured prompt got the same answer in all arms, each time that it was measured."""
+    measured = [each for of_arm in texts.values() for each in of_arm]
+    return all(each == measured[0] for each in measured)
 
 
 def _table(results: dict[str, Any], outputs_equal: bool) -> Table:
@@ -265,4 +315,20 @@ def _table(results: dict[str, Any], outputs_equal: bool) -> Table:
             f"{speeds[len(speeds) // 2]:.1f}" if speeds else "-",
             str(len(result["errors"])),
         )
+    return table
+
+
+def _measured_table(results: dict[str, Any]) -> Table:
+    table = Table(title="measured prompts: accepted length, and tokens/s of a client")
+    for column in ("domain", "measured", *results):
+        table.add_column(column, justify="left" if column in ("domain", "measured") else "right")
+    points = next(iter(results.values()))["measured"]
+    for domain in points[0]["by_domain"]:
+        for number, point in enumerate(points):
+            row = [result["measured"][number]["by_domain"][domain] for result in results.values()]
+            table.add_row(
+                domain,
+                f"after {point['after']}" if point["after"] else "before",
+                *(f"{found['accepted_length']:.3f}, {found['client_tokens_per_s']:.1f}" for found in row),
+            )
     return table

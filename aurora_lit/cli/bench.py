@@ -76,6 +76,14 @@ def acceptance(config: AuroraConfig, **options: Any) -> None:
 )
 @click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Concurrent clients.")
 @click.option(
+    "--measure-concurrency",
+    type=click.IntRange(min=1),
+    help="Clients that send the measured requests. Default: as many as for traffic.",
+)
+@click.option(
+    "--phases", is_flag=True, help="Traffic of one file after the other, in equal parts; measured after each of them."
+)
+@click.option(
     "--static-requests",
     type=click.IntRange(min=1),
     help="Traffic of the arms that do not learn. Default: all.",

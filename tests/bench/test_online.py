@@ -1,0 +1,111 @@
+"""bench online: what is sent in which order, and what the report says of it; without servers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aurora_lit.bench import online
+from aurora_lit.bench.online import ClientAnswer
+from aurora_lit.config import load_config
+from aurora_lit.learn.pretrain.prompts import Prompt
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Five prompts of each of two domains."""
+    paths = []
+    for domain in ("billing", "support"):
+        lines = [
+            {"id": f"{domain}-{i}", "domain": domain, "messages": [{"role": "user", "content": f"{domain} {i}"}]}
+            for i in range(5)
+        ]
+        paths.append(tmp_path / f"{domain}.jsonl")
+        paths[-1].write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return paths
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Text and `store` of every request. The draft gets better with stored ones: a round accepts as many tokens."""
+    found: list[tuple[str, bool]] = []
+    clock = itertools.count()
+
+    def ask(client: Any, model: str, number: int, prompt: Prompt, *, store: bool, **_: Any) -> ClientAnswer:
+        found.append((prompt.messages[0], store))
+        learned = sum(was_stored for _, was_stored in found)
+        fields: dict[str, Any] = {"number": number, "domain": prompt.domain, "text": prompt.messages[0]}
+        return ClientAnswer(
+            **fields, started_s=float(next(clock)), seconds=2.0, tokens=8, rounds=1, accepted=learned, draft_versions=()
+        )
+
+    @contextlib.contextmanager
+    def server(config: Any, log: Path) -> Iterator[str]:
+        found.clear()
+        yield "http://nowhere"
+
+    monkeypatch.setattr(online, "_ask", ask)
+    monkeypatch.setattr(online, "running_server", server)
+    monkeypatch.setattr(online, "_status", lambda url: {})
+    monkeypatch.setattr(online, "save_online_plot", lambda *_: True)
+    return found
+
+
+def run(files: list[Path], out: Path, **changes: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {"requests": 6, "measure_requests": 2, "concurrency": 1, "window": 2, "max_tokens": 8}
+    config = load_config(None, [])
+    return online.run(config, prompts=files, measure=files, out=out, **{"arms": ["learning"], **options, **changes})
+
+
+def test_traffic_of_all_files_is_mixed_and_measured_before_and_after(
+    files: list[Path], sent: list[tuple[str, bool]], tmp_path: Path
+) -> None:
+    report = run(files, tmp_path / "out")
+    measured = [("billing 0", False), ("support 0", False)]
+    traffic = [(f"{domain} {i}", True) for i in range(3) for domain in ("billing", "support")]
+    assert sent == [*measured, *traffic, *measured]
+    arm = report["arms"]["learning"]
+    assert [each["accepted_length"] for each in (arm["before"], arm["after"])] == [1.0, 7.0]
+    assert [point["after"] for point in arm["measured"]] == ["", "all"]
+    assert report["outputs_equal"]
+
+
+def test_phases_come_one_after_the_other_and_each_is_followed_by_a_measurement(
+    files: list[Path], sent: list[tuple[str, bool]], tmp_path: Path
+) -> None:
+    report = run(files, tmp_path / "out", phases=True)
+    measured = [("billing 0", False), ("support 0", False)]
+    first, second = ([(f"{domain} {i}", True) for i in range(3)] for domain in ("billing", "support"))
+    assert sent == [*measured, *first, *measured, *second, *measured]
+    found = report["arms"]["learning"]["measured"]
+    assert [point["after"] for point in found] == ["", "billing", "support"]
+    for domain in ("billing", "support"):
+        assert [point["by_domain"][domain]["accepted_length"] for point in found] == [1.0, 4.0, 7.0]
+        assert [point["by_domain"][domain]["client_tokens_per_s"] for point in found] == [4.0] * 3
+
+
+def test_arms_that_do_not_learn_may_get_the_first_requests_of_each_phase_only(
+    files: list[Path], sent: list[tuple[str, bool]], tmp_path: Path
+) -> None:
+    run(files, tmp_path / "out", phases=True, arms=["static"], static_requests=2)
+    assert [text for text, stored in sent if stored] == ["billing 0", "support 0"]
+
+
+def test_an_answer_that_changes_is_seen(
+    files: list[Path], sent: list[tuple[str, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = itertools.count()
+    original = online._ask
+    monkeypatch.setattr(
+        online,
+        "_ask",
+        lambda *args, **kwargs: dataclasses.replace(original(*args, **kwargs), text=str(next(answers) == 9)),
+    )
+    assert not run(files, tmp_path / "out")["outputs_equal"]
