@@ -140,6 +140,7 @@ def print_times(size: int, dtype: torch.dtype) -> None:
         centroid_DE=torch.randn(_NUM_DOMAINS, size),
         mean_E=torch.zeros(size),
         variance_E=torch.ones(size),
+        common=0.0,
         novelty_threshold=0.7,
     )
     assigner, x_E = DomainAssigner(centroids, version=1), torch.randn(size)

@@ -1,7 +1,8 @@
 """The learner's domains as a file beside the published drafts, by which the engine assigns requests.
 
 FOLDER/domains.safetensors holds the tensors of `Centroids`; its metadata holds the format, the publication's number,
-the domains' names, the novelty threshold, and the target whose hidden states were clustered. It is replaced as a whole.
+the domains' names, the numbers of `Centroids`, and the target whose hidden states were clustered. It is replaced as a
+whole.
 `read_centroids` refuses a file that is damaged, of a newer format or of another target, and gives the reason.
 
 Leaves out when it is written (learn/online/centroid_publisher.py) and read (serve/worker/domain_watch.py).
@@ -32,7 +33,7 @@ from aurora_lit.settings import MAX_DOMAINS
 
 CENTROIDS_NAME = "domains.safetensors"
 """The file's name in the folder of a deployment's versions."""
-FORMAT = 1
+FORMAT = 2
 """Number of the format, which changes whenever an older reader would misunderstand the file."""
 _TENSORS = {"centroids": "centroid_DE", "mean": "mean_E", "variance": "variance_E"}
 """Names in the file and in `Centroids`."""
@@ -48,6 +49,7 @@ def write_centroids(path: Path, centroids: Centroids, *, version: int, target: T
         "format": str(FORMAT),
         "version": str(version),
         "names": json.dumps(centroids.names),
+        "common": repr(centroids.common),
         "novelty_threshold": repr(centroids.novelty_threshold),
         "target": _describe(target),
     }
@@ -72,13 +74,14 @@ def read_centroids(path: Path, target: TargetShape) -> tuple[Centroids, int]:
     expected = _describe(target)
     _require(metadata.get("target") == expected, path, f"it is of a target {metadata.get('target')}, not {expected}")
     _require(tensors.keys() == _TENSORS.keys(), path, f"it has the tensors {sorted(tensors)}")
-    names, threshold, version = _plain(path, metadata)
+    names, common, threshold, version = _plain(path, metadata)
     shapes = {"centroids": (len(names), size_E), "mean": (size_E,), "variance": (size_E,)}
     for name, tensor in tensors.items():
         _check_tensor(path, name, tensor, shapes[name])
     _require(bool((tensors["variance"] >= 0).all()), path, "a variance is negative")
     centroids = Centroids(
         names=names,
+        common=common,
         novelty_threshold=threshold,
         **{field: tensors[name].clone() for name, field in _TENSORS.items()},
     )
@@ -94,11 +97,12 @@ def published_version(path: Path) -> int:
         return 0
 
 
-def _plain(path: Path, metadata: dict[str, str]) -> tuple[tuple[str, ...], float, int]:
-    """Names, novelty threshold and version."""
+def _plain(path: Path, metadata: dict[str, str]) -> tuple[tuple[str, ...], float, float, int]:
+    """Names, what all embeddings share, novelty threshold and version."""
     try:
-        names, threshold, version = (
+        names, common, threshold, version = (
             json.loads(metadata["names"]),
+            float(metadata["common"]),
             float(metadata["novelty_threshold"]),
             int(metadata["version"]),
         )
@@ -106,9 +110,10 @@ def _plain(path: Path, metadata: dict[str, str]) -> tuple[tuple[str, ...], float
         raise _refusal(path, f"a field of its metadata is missing or invalid: {error!r}") from error
     _require(isinstance(names, list) and all(map(_is_name, names)), path, "a domain's name is invalid")
     _require(0 < len(set(names)) == len(names) <= MAX_DOMAINS, path, f"it has {len(names)} domains, or two of one name")
+    _require(math.isfinite(common) and common >= 0, path, f"its common is {common}")
     _require(math.isfinite(threshold) and 0 < threshold < 2, path, f"its novelty_threshold is {threshold}")
     _require(0 < version < 2**63, path, f"its version is {version}")
-    return tuple(names), threshold, version
+    return tuple(names), common, threshold, version
 
 
 def _is_name(name: object) -> bool:

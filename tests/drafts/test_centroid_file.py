@@ -29,6 +29,7 @@ def some_centroids(**changes: Any) -> Centroids:
         centroid_DE=torch.randn(2, SIZE),
         mean_E=torch.randn(SIZE),
         variance_E=torch.rand(SIZE),
+        common=1.5,
         novelty_threshold=0.7,
     )
     return replace(made, **changes)
@@ -43,7 +44,7 @@ def test_domains_come_back_as_they_were_written(path: Path) -> None:
     written = some_centroids()
     write_centroids(path, written, version=12, target=TARGET)
     read, version = read_centroids(path, TARGET)
-    assert (read.names, read.novelty_threshold, version) == (written.names, 0.7, 12)
+    assert (read.names, read.common, read.novelty_threshold, version) == (written.names, 1.5, 0.7, 12)
     for name in ("centroid_DE", "mean_E", "variance_E"):
         torch.testing.assert_close(getattr(read, name), getattr(written, name), atol=0, rtol=0)
     assert [each.name for each in path.parent.iterdir()] == [CENTROIDS_NAME]
@@ -102,7 +103,9 @@ def test_bad_values_are_refused_with_a_reason(path: Path, changes: dict[str, Any
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        ({"format": "2"}, "its format is 2, and this version reads 1"),
+        ({"format": "1"}, "its format is 1, and this version reads 2"),
+        ({"common": "-1.0"}, "its common is -1.0"),
+        ({"common": "nan"}, "its common is nan"),
         ({"format": None}, "its format is None"),
         ({"version": "0"}, "its version is 0"),
         ({"version": "one"}, "missing or invalid"),

@@ -157,6 +157,7 @@ def publish_domains(folder, version, *, name):
         centroid_DE=torch.ones(1, 24),
         mean_E=torch.zeros(24),
         variance_E=torch.ones(24),
+        common=0.0,
         novelty_threshold=0.7,
     )
     write_centroids(folder / "live" / CENTROIDS_NAME, centroids, version=version, target=FAKE_SHAPE)

@@ -33,7 +33,7 @@ class PromptMaker:
         self._number += 1
         prompt, length = 8, 24
         noise = 0.8 * self.normal(_WIDTH) + 2.0 * self.normal(length, _WIDTH)
-        states = self._centre[kind] + self._spread * noise + 5.0
+        states = self._centre[kind] + self._spread * noise + 0.5
         states = states * self._scale_E
         states[0] = 1e4 * self.normal(_WIDTH)
         tokens = torch.randint(0, 50, (length,), generator=self._gen, dtype=torch.int32)

@@ -20,8 +20,6 @@ UNKNOWN = ""
 """The domain of outliers, and of all requests while there are no domains."""
 AUTO_PREFIX = "auto-"
 """Begins the names of domains without a label. A client's label with this prefix is ignored."""
-_LEAST_LENGTH = 1e-6
-"""Shorter vectors are not made to have length 1."""
 
 
 def client_label(label: str) -> str:
@@ -41,14 +39,20 @@ class Centroids:
     """fp32. Mean embedding of all requests."""
     variance_E: Tensor
     """fp32. Variance of all requests' embeddings, by dimension."""
+    common: float
+    """Square of a coordinate that all embeddings have in common, beside the standardised ones."""
     novelty_threshold: float
     """Distance (1 − cosine) to every centroid beyond which a request is an outlier."""
 
 
-def standardise(x_E: Tensor, *, mean_E: Tensor, variance_E: Tensor) -> Tensor:
-    """Standardised by dimension and of length 1; [E] or [., E]. The distance is 1 − the product of two of them."""
+def standardise(x_E: Tensor, *, mean_E: Tensor, variance_E: Tensor, common: float) -> Tensor:
+    """Standardised by dimension, with a constant more, and of length 1; [E + 1] or [., E + 1].
+
+    The distance is 1 − the product of two of them.
+    """
     z_E = (x_E - mean_E) * inverse_deviation(variance_E)
-    return torch.nn.functional.normalize(z_E, dim=-1, eps=_LEAST_LENGTH)
+    constant = z_E.new_full((*z_E.shape[:-1], 1), common**0.5)
+    return torch.nn.functional.normalize(torch.cat([z_E, constant], dim=-1), dim=-1)
 
 
 def inverse_deviation(variance_E: Tensor) -> Tensor:
@@ -69,9 +73,15 @@ class DomainAssigner:
         # z = x · scale − shift, computed in one operation.
         self._scale_E = inverse_deviation(centroids.variance_E)
         self._negative_shift_E = -centroids.mean_E * self._scale_E
-        self._direction_DE = standardise(
-            centroids.centroid_DE, mean_E=centroids.mean_E, variance_E=centroids.variance_E
-        ).contiguous()
+        direction_DE1 = standardise(
+            centroids.centroid_DE,
+            mean_E=centroids.mean_E,
+            variance_E=centroids.variance_E,
+            common=centroids.common,
+        )
+        self._direction_DE = direction_DE1[:, :-1].contiguous()
+        self._common = centroids.common
+        self._common_D = direction_DE1[:, -1] * self._common**0.5
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,6 +91,6 @@ class DomainAssigner:
     def assign(self, x_E: Tensor) -> str:
         """The domain of an embedding (fp32, on the CPU); UNKNOWN if it is an outlier."""
         z_E = torch.addcmul(self._negative_shift_E, x_E, self._scale_E)
-        product, nearest = torch.mv(self._direction_DE, z_E).max(0)
-        length = max(float(torch.dot(z_E, z_E)) ** 0.5, _LEAST_LENGTH)
+        product, nearest = torch.addmv(self._common_D, self._direction_DE, z_E).max(0)
+        length = (float(torch.dot(z_E, z_E)) + self._common) ** 0.5
         return self._names[int(nearest)] if 1 - float(product) / length <= self._threshold else UNKNOWN

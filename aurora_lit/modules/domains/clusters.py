@@ -1,12 +1,14 @@
 """Online k-means over embeddings of requests, with a maximum number of clusters.
 
-Distances are cosine distances after standardising each dimension with the statistics of all requests. Centroids are
-kept as plain means, so that they stay correct while those statistics change. An embedding that is far from all
-centroids is an outlier; enough outliers close together found a cluster. At the maximum, the two closest clusters are
-merged if they are closer to each other than the new cluster is to its nearest.
+Distances are cosine distances after standardising each dimension with the statistics of all requests, but by no less
+than the usual magnitude of its hidden state, and with a coordinate that all have in common (`_common`): so the details
+of a template found no clusters. Centroids are kept as plain means, so that they stay correct while those statistics
+change. An embedding that is far from all centroids is an outlier; enough outliers close together found a cluster. At
+the maximum, the two closest clusters are merged if they are closer to each other than the new cluster is to its
+nearest.
 
-Requests without a cluster have a mean too. While all traffic is of one kind, its requests do not differ from the
-overall statistics, and found no cluster until other kinds arrive. A cluster founded near that mean has low novelty.
+Requests without a cluster have a mean too. While all traffic is of one kind that varies much, few of its requests are
+in a cluster until other kinds arrive. A cluster founded near that mean has low novelty.
 
 Leaves out the distance, and assigning without learning (modules/domains/centroids.py), what is embedded, and what
 clusters mean (modules/domains/detector.py).
@@ -26,7 +28,7 @@ from torch import Tensor
 from aurora_lit.modules.domains.centroids import Centroids, standardise
 
 WARMUP_REQUESTS = 16
-"""The first requests only update the statistics."""
+"""The first requests only update the statistics, and are outliers."""
 _MIN_FOUNDERS = 4
 """Outliers close together that found a cluster."""
 _MAX_OUTLIERS = 32
@@ -64,7 +66,7 @@ class OnlineClusters:
         """Clusters whose names come from outside. They are never merged."""
         self._sizes: list[int] = []
         self._num_requests = self._num_unassigned = 0
-        self._mean_E = self._variance_E = self._unassigned_mean_E = torch.zeros(0)
+        self._mean_E = self._variance_E = self._magnitude_E = self._unassigned_mean_E = torch.zeros(0)
         self._centroid_DE = torch.zeros(0, 0)
         self._outliers: deque[Tensor] = deque(maxlen=_MAX_OUTLIERS)
         self.num_founded = 0
@@ -88,6 +90,7 @@ class OnlineClusters:
             if (merged := self._make_room(distance)) is not None:
                 return self._found(fixed_name, x_E, distance, is_fixed=True, size=1, merged=merged)
         if self._num_requests <= WARMUP_REQUESTS:
+            self._outliers.append(x_E)
             return self._leave_unassigned(x_E, distance)
         if distance <= self._novelty_threshold:
             return self._join(nearest, x_E, distance)
@@ -95,10 +98,21 @@ class OnlineClusters:
         if len(near) + 1 < _MIN_FOUNDERS or (merged := self._make_room(distance)) is None:
             self._outliers.append(x_E)
             return self._leave_unassigned(x_E, distance)
+        # Those near the first founders' centre too: a centre of few is a poor one.
+        near = self._outliers_near(torch.stack([x_E, *(self._outliers[index] for index in near)]).mean(0))
         founders = [x_E, *(self._outliers[index] for index in near)]
         self._outliers = deque((x for index, x in enumerate(self._outliers) if index not in near), maxlen=_MAX_OUTLIERS)
         centre_E = torch.stack(founders).mean(0)
+        self._take_from_unassigned(founders[1:])
         return self._found(new_name, centre_E, distance, is_fixed=False, size=len(founders), merged=merged)
+
+    def names_of(self, x_NE: Tensor) -> list[str | None]:
+        """The clusters that embeddings without a fixed name belong to now; nothing is learned from them."""
+        if not self.names:
+            return [None] * len(x_NE)
+        distance_N, nearest_N = (1 - self._standardise(x_NE) @ self._standardise(self._centroid_DE).T).min(1)
+        near_N = (distance_N <= self._novelty_threshold).tolist()
+        return [self.names[at] if near else None for at, near in zip(nearest_N.tolist(), near_N, strict=True)]
 
     def centroids(self) -> Centroids | None:
         """The clusters as they are now, copied; None while no embedding would be assigned to one."""
@@ -108,7 +122,8 @@ class OnlineClusters:
             names=tuple(self.names),
             centroid_DE=self._centroid_DE.clone(),
             mean_E=self._mean_E.clone(),
-            variance_E=self._variance_E.clone(),
+            variance_E=self._scale_E,
+            common=self._common,
             novelty_threshold=self._novelty_threshold,
         )
 
@@ -122,6 +137,7 @@ class OnlineClusters:
             "num_unassigned": self._num_unassigned,
             "mean": self._mean_E,
             "variance": self._variance_E,
+            "magnitude": self._magnitude_E,
             "unassigned_mean": self._unassigned_mean_E,
             "centroids": self._centroid_DE.clone(),
             "outliers": list(self._outliers),
@@ -132,23 +148,41 @@ class OnlineClusters:
         self.names, self._is_fixed, self._sizes = list(state["names"]), list(state["is_fixed"]), list(state["sizes"])
         self._num_requests, self._num_unassigned = state["num_requests"], state["num_unassigned"]
         self._mean_E, self._variance_E = state["mean"], state["variance"]
-        self._unassigned_mean_E = state["unassigned_mean"]
+        self._magnitude_E, self._unassigned_mean_E = state["magnitude"], state["unassigned_mean"]
         self._centroid_DE = state["centroids"].clone()
         self._outliers = deque(state["outliers"], maxlen=_MAX_OUTLIERS)
 
     def _update_statistics(self, x_E: Tensor) -> None:
         if not self._num_requests:
-            self._mean_E, self._variance_E, self._unassigned_mean_E = (torch.zeros_like(x_E) for _ in range(3))
+            self._mean_E, self._variance_E, self._magnitude_E, self._unassigned_mean_E = (
+                torch.zeros_like(x_E) for _ in range(4)
+            )
             self._centroid_DE = x_E.new_zeros(0, len(x_E))
         self._num_requests += 1
         rate = max(1 / self._num_requests, 1 / _STATISTICS_REQUESTS)
         deviation_E = x_E - self._mean_E
         self._mean_E = self._mean_E + rate * deviation_E
         self._variance_E = (1 - rate) * (self._variance_E + rate * deviation_E.square())
+        self._magnitude_E = self._magnitude_E + rate * (_magnitude(x_E) - self._magnitude_E)
 
     def _standardise(self, x_E: Tensor) -> Tensor:
         """Standardised by dimension and of length 1; [E] or [., E]."""
-        return standardise(x_E, mean_E=self._mean_E, variance_E=self._variance_E)
+        return standardise(x_E, mean_E=self._mean_E, variance_E=self._scale_E, common=self._common)
+
+    @property
+    def _scale_E(self) -> Tensor:
+        """The variance that each dimension is divided by: the traffic's, at least the squared usual magnitude."""
+        return torch.maximum(self._variance_E, self._magnitude_E.square())
+
+    @property
+    def _common(self) -> float:
+        """Square of the coordinate that all embeddings have in common.
+
+        With u, the traffic's variance as a share of the scale, it is u (1 − u)³ of the number of dimensions, found by
+        trial on real prompts (docs/design/learning.md): much for traffic of one template, nothing for mixed traffic.
+        """
+        share = float((self._variance_E / self._scale_E.clamp_min(1e-8)).mean())
+        return len(self._mean_E) * share * (1 - share) ** 3
 
     def _join(self, index: int, x_E: Tensor, distance: float) -> ClusterAssignment:
         self._sizes[index] += 1
@@ -161,6 +195,16 @@ class OnlineClusters:
         rate = max(1 / self._num_unassigned, 1 / _CENTROID_REQUESTS)
         self._unassigned_mean_E = self._unassigned_mean_E + rate * (x_E - self._unassigned_mean_E)
         return ClusterAssignment(name=None, distance=distance)
+
+    def _take_from_unassigned(self, x_NE: list[Tensor]) -> None:
+        """Remove embeddings that have a cluster now from the mean of those without."""
+        if not x_NE:
+            return
+        number = min(self._num_unassigned, _CENTROID_REQUESTS)
+        left = number - len(x_NE)
+        self._num_unassigned = max(0, left)
+        if left > 0:
+            self._unassigned_mean_E = (number * self._unassigned_mean_E - torch.stack(x_NE).sum(0)) / left
 
     def _outliers_near(self, x_E: Tensor) -> list[int]:
         """Indices of the remembered outliers within the threshold of an embedding."""
@@ -210,3 +254,13 @@ class OnlineClusters:
         self._centroid_DE = torch.cat([self._centroid_DE[:removed], self._centroid_DE[removed + 1 :]])
         del self.names[removed], self._is_fixed[removed], self._sizes[removed]
         return names
+
+
+def _magnitude(x_E: Tensor) -> Tensor:
+    """The usual magnitude of each dimension: the median over its hidden state's dimensions, [E].
+
+    It differs little between kinds of traffic, other than variances do. The median leaves out the few dimensions that
+    are very large.
+    """
+    state_3H = x_E.view(3, -1)
+    return state_3H.abs().median(1, keepdim=True).values.expand_as(state_3H).flatten()

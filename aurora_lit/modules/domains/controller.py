@@ -140,10 +140,13 @@ class DomainController:
         return self.detector.state_dict() if self.detector is not None else {"labels": list(self._labels)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned; with a detector, a state without one is ignored, and vice versa."""
+        """Continue from what `state_dict` returned.
+
+        With a detector, a state without one or with one of an earlier form is ignored; without one, a state with one.
+        """
         if self.detector is None:
             self._labels = dict.fromkeys(state.get("labels", ()))
-        elif "clusters" in state:
+        elif "tested" in state:
             self.detector.load_state_dict(state)
 
     def _known_label(self, label: str) -> str:

@@ -15,10 +15,11 @@ Shapes: E embedding (three hidden states side by side).
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from aurora_lit.modules.domains.centroids import AUTO_PREFIX, UNKNOWN, Centroids, client_label
@@ -78,6 +79,8 @@ class DomainDetector:
         self._clusters = OnlineClusters(max_clusters=max_domains, novelty_threshold=novelty_threshold)
         self._domains: dict[str, _Domain] = {}
         self._mix = MixShiftDetector()
+        self._tested: deque[tuple[str, Tensor]] = deque()
+        """The label, or UNKNOWN, and the embedding of each request in `_mix`."""
         self._domain_of_request: OrderedDict[str, str] = OrderedDict()
         self._num_requests = 0
         self._next_id = 1
@@ -119,7 +122,7 @@ class DomainDetector:
         self._domain_of_request[trace.request_id] = name
         if len(self._domain_of_request) > _REMEMBERED_REQUESTS:
             self._domain_of_request.popitem(last=False)
-        shift = self._detect_shift(name, trace)
+        shift = self._detect_shift(name, trace, x_E)
         self.num_shifts += shift is not None
         return DomainAssignment(
             domain=name, distance=cluster.distance, founded_novelty=cluster.founded_novelty, shift=shift
@@ -129,23 +132,43 @@ class DomainDetector:
         new_name = f"{AUTO_PREFIX}{self._next_id}"
         cluster = self._clusters.assign(x_E, new_name=new_name, fixed_name=client_label(trace.domain) or None)
         if cluster.merged is not None:
-            removed, kept = cluster.merged
-            del self._domains[removed]
-            self._mix.merge(removed, kept)
+            del self._domains[cluster.merged[0]]
         if cluster.name is not None and cluster.founded_novelty:
             self._next_id += cluster.name == new_name
             self._domains[cluster.name] = _Domain(founded_at=self._num_requests, novelty=cluster.founded_novelty)
+            self._name_anew()
         return cluster
 
-    def _detect_shift(self, name: str, trace: Trace) -> Shift | None:
-        grown = self._mix.update(name, num_domains=len(self._domains) + 1)
-        if grown is not None:
+    def _detect_shift(self, name: str, trace: Trace, x_E: Tensor) -> Shift | None:
+        self._mix.add(name)
+        self._tested.append((client_label(trace.domain), x_E))
+        self._forget_untested()
+        if self._mix.has_changed:
+            grown = self._mix.start_anew()
+            self._forget_untested()
+            for domain in self._domains.values():
+                domain.acceptance.start_anew()
             return Shift(cause="mix", domain=grown, novelty=self._novelty_of_shift_to(grown))
         rate = acceptance_rate(trace)
         if name == UNKNOWN or rate is None:
             return None
         drop = self._domains[name].acceptance.update(rate)
         return Shift(cause="acceptance", domain=name, novelty=drop) if drop else None
+
+    def _forget_untested(self) -> None:
+        while len(self._tested) > len(self._mix.domains):
+            self._tested.popleft()
+
+    def _name_anew(self) -> None:
+        """Give all requests of the mix the domains that they would have now.
+
+        Otherwise a domain that is founded, or merged, while traffic stays the same would look like new traffic.
+        """
+        if not self._tested:
+            return
+        names = self._clusters.names_of(torch.stack([x_E for _, x_E in self._tested]))
+        labels = (label if label in self._domains else UNKNOWN for label, _ in self._tested)
+        self._mix.domains = [label or name or UNKNOWN for label, name in zip(labels, names, strict=True)]
 
     def _novelty_of_shift_to(self, name: str) -> float:
         if name == UNKNOWN:  # many requests that belong to no cluster
@@ -157,7 +180,9 @@ class DomainDetector:
         """Tensors, plain numbers and strings."""
         return {
             "clusters": self._clusters.state_dict(),
-            "mix": self._mix.state_dict(),
+            "mix": list(self._mix.domains),
+            "tested_labels": [label for label, _ in self._tested],
+            "tested": torch.stack([x_E for _, x_E in self._tested]) if self._tested else torch.zeros(0, 0),
             "domain_of_request": dict(self._domain_of_request),
             "num_requests": self._num_requests,
             "next_id": self._next_id,
@@ -171,7 +196,8 @@ class DomainDetector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self._clusters.load_state_dict(state["clusters"])
-        self._mix.load_state_dict(state["mix"])
+        self._mix.domains = list(state["mix"])
+        self._tested = deque(zip(state["tested_labels"], state["tested"], strict=True))
         self._domain_of_request = OrderedDict(state["domain_of_request"])
         self._num_requests, self._next_id = state["num_requests"], state["next_id"]
         self.num_shifts = state["num_shifts"]

@@ -1,168 +1,204 @@
 """Detects shifts of the traffic: in its mix of domains, and in how well a domain's proposals are accepted.
 
-Both use the Page–Hinkley test. The mix is tested by a likelihood ratio: how much better the mix of the last
-dozen requests predicts the next request's domain than the mix since the last shift does. Its logarithm is negative on
-average while nothing changes, whatever the order of domains. The distance to the nearest centroid would not do as a
-signal: it stays small when traffic returns to a known domain, and rises for single outliers.
+Both thresholds follow from a stated rate of false alarms, MEAN_REQUESTS_BETWEEN_FALSE_ALARMS.
 
-State is plain numbers and strings: a test is rebuilt from the values that it has seen.
+The mix is tested by Bayes factors. For each of the last requests that could have begun a new mix, `change_evidence`
+compares two accounts of the domains seen since the last shift: two mixes, one before that request and one from it on,
+or a single mix. While nothing changes, a Bayes factor is 1 in the mean, so their sum over the possible beginnings
+reaches A once in A requests or less often (T. L. Lai, IEEE Transactions on Information Theory 44, 1998; G. Lorden and
+M. Pollak, Annals of Statistics 33, 2005). The mixes are not known; a Dirichlet prior takes the place of each.
 
-Leaves out which domain a request has (modules/domains/detector.py).
+A drop of acceptance is tested by a cumulative sum of standardised residuals (E. S. Page, Biometrika 41, 1954).
+
+State is plain numbers and strings. Leaves out which domain a request has (modules/domains/detector.py).
+
+Shapes: N requests, S possible beginnings of a new mix, D domains among the requests, L lags.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
-from aurora_lit.modules.domains.page_hinkley import PageHinkley
+import torch
+from torch import Tensor
 
-_MIN_VALUES = 16
-"""Values before a change can be detected."""
-_MAX_VALUES = 512
-"""At so many values a test forgets the older half, so that the saved state stays small."""
+MEAN_REQUESTS_BETWEEN_FALSE_ALARMS = 30_000
+"""Of each of the two tests, in steady traffic."""
+
+_MAX_REQUESTS = 256
+"""Requests that the mix is compared with, the new ones included; older ones are forgotten."""
+_MAX_NEW_REQUESTS = 64
+"""A new mix may have begun so many requests ago."""
+_MIN_BEFORE_REQUESTS = 64
+"""Requests of the mix before: fewer do not show whether they come in bursts."""
+_MIN_NEW_REQUESTS = 6
+"""Requests of a new mix before it is told: its domain is founded by then."""
+_PRIOR = 0.5
+"""Parameter of the Dirichlet prior, for each domain (Jeffreys' prior)."""
+_LATEST_MIX_REQUESTS = 32
+"""Requests whose mix is reported."""
+_MAX_LAG = 12
+"""Requests over which bursts are looked for."""
+_PRIOR_CHANGES = 4.0
+"""Requests of another domain that are added to those expected: without evidence, requests are taken as independent."""
 
 
-class PageHinkleyTest:
-    """A one-sided Page–Hinkley test that can be saved.
+def change_evidence(domains: Sequence[str]) -> tuple[float, int]:
+    """How likely the mix of domains has changed: the log of the sum of Bayes factors, and the likeliest beginning.
 
-    >>> test = PageHinkleyTest(mode="up", tolerance=0.3, threshold=6.0)
-    >>> test.update(0.1)                # True when the mean has risen; the test then starts anew
+    Requests of a kind may come in bursts, which tell less about the mix than as many independent requests. So counts
+    are multiplied by the share of independent requests before.
+
+    Returns:
+        The evidence, -inf for too few requests, and the index of the first request of the new mix.
     """
-
-    def __init__(self, *, mode: Literal["up", "down"], tolerance: float, threshold: float) -> None:
-        """mode: "up" or "down", the direction of changes to detect. tolerance: change of the mean that is ignored.
-        threshold: sum of the deviations beyond it at which a change is detected."""
-        self._settings: Any = {"mode": mode, "delta": tolerance, "threshold": threshold}
-        self.restore([])
-
-    def update(self, value: float) -> bool:
-        """Add a value; True if a change is detected with it."""
-        self._values.append(value)
-        changed = self._detector.update(value)
-        if changed:
-            self.restore([])
-        elif len(self._values) >= _MAX_VALUES:
-            self.restore(self._values[_MAX_VALUES // 2 :])
-        return changed
-
-    def restore(self, values: list[float]) -> None:
-        """Set the state to that after these values."""
-        self._values = list(values)
-        self._detector = PageHinkley(min_instances=_MIN_VALUES, alpha=1.0, **self._settings)
-        for value in self._values:
-            self._detector.update(value)
-
-    @property
-    def values(self) -> list[float]:
-        """The values that `restore` needs."""
-        return list(self._values)
+    first, last = max(_MIN_BEFORE_REQUESTS, len(domains) - _MAX_NEW_REQUESTS), len(domains) - 1
+    if first > last:
+        return -math.inf, 0
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(domains))}
+    number_N = torch.tensor([number_of[name] for name in domains])
+    upto_ND = torch.nn.functional.one_hot(number_N, len(number_of)).double().cumsum(0)
+    before_SD = upto_ND[first - 1 : last]
+    share_S1 = _independent_share(number_N, before_SD)[:, None]
+    before_SD, total_SD = share_S1 * before_SD, share_S1 * upto_ND[-1]
+    evidence_S = _log_marginal(before_SD) + _log_marginal(total_SD - before_SD) - _log_marginal(total_SD)
+    return float(evidence_S.logsumexp(0)), first + int(evidence_S.argmax())
 
 
-_MIN_REQUESTS = 48
-"""Requests before a shift of the mix can be detected: while clusters form, everything is new."""
-_RECENT_REQUESTS, _REFERENCE_REQUESTS = 12, 200
-"""Memory of the recent mix and of the one it is compared with."""
-_UNSEEN_PROBABILITY = 0.05
-"""Probability that both mixes reserve for domains that they have not seen, together."""
+def _log_marginal(count_SD: Tensor) -> Tensor:
+    """Log-probability of a sequence with these counts under a mix drawn from the prior; [S], or a scalar for [D]."""
+    num_domains = count_SD.shape[-1]
+    of_domain_SD = torch.lgamma(count_SD + _PRIOR) - math.lgamma(_PRIOR)
+    total = num_domains * _PRIOR
+    return of_domain_SD.sum(-1) + math.lgamma(total) - torch.lgamma(count_SD.sum(-1) + total)
 
 
-class DomainMix:
-    """Shares of domains in the last requests: a plain mean until the memory is full, an exponential one after."""
+def _independent_share(number_N: Tensor, before_SD: Tensor) -> Tensor:
+    """Effective number of requests / number of requests, of those before each possible beginning, [S].
 
-    def __init__(self, memory_requests: int) -> None:
-        self._memory_requests = memory_requests
-        self.num_requests = 0
-        self.shares: dict[str, float] = {}
-
-    def add(self, domain: str) -> None:
-        """Count a request."""
-        self.num_requests += 1
-        rate = max(1 / self.num_requests, 1 / self._memory_requests)
-        kept = {name: share * (1 - rate) for name, share in self.shares.items() if share > 1e-4 or name == domain}
-        self.shares = {**kept, domain: kept.get(domain, 0.0) + rate}
-
-    def probability(self, domain: str, *, num_domains: int) -> float:
-        """Predicted probability that the next request is of this domain."""
-        return (1 - _UNSEEN_PROBABILITY) * self.shares.get(domain, 0.0) + _UNSEEN_PROBABILITY / num_domains
+    That is 1 / (1 + 2 · the sum of the autocorrelations at lags up to _MAX_LAG), at most 1. The autocorrelation of
+    domains at a lag is 1 − (how often they differ at that lag) / (how often two requests of the mix differ).
+    """
+    before_S = before_SD.sum(1)
+    lag_L = torch.arange(_MAX_LAG, 0, -1)
+    padded = torch.cat([number_N.new_full((_MAX_LAG,), -1), number_N])
+    earlier_NL = padded.unfold(0, _MAX_LAG + 1, 1)[:, :-1]
+    differing_SL = ((earlier_NL != number_N[:, None]) & (earlier_NL >= 0)).cumsum(0)[before_S.long() - 1]
+    share_differing_S1 = 1 - before_SD.square().sum(1, keepdim=True) / before_S.square()[:, None]
+    expected_SL = share_differing_S1 * (before_S[:, None] - lag_L)
+    correlation_S = ((expected_SL - differing_SL) / (expected_SL + _PRIOR_CHANGES)).sum(1)
+    return 1 / (1 + 2 * correlation_S.clamp_min(0))
 
 
 class MixShiftDetector:
-    """Detects that the mix of domains has changed; see the file's docstring."""
+    """Detects that the mix of domains has changed; see the file's docstring.
+
+    >>> mix = MixShiftDetector()
+    >>> mix.add("auto-1")
+    >>> mix.shift()             # the domain whose share has grown most, at a shift
+    """
 
     def __init__(self) -> None:
-        self._recent, self._reference = DomainMix(_RECENT_REQUESTS), DomainMix(_REFERENCE_REQUESTS)
-        self._num_requests = 0
-        self._test = PageHinkleyTest(mode="up", tolerance=0.3, threshold=6.0)
+        self.domains: list[str] = []
+        """Of the requests since the last shift."""
 
     @property
     def shares(self) -> dict[str, float]:
-        """The recent mix."""
-        return dict(self._recent.shares)
+        """The mix of the latest requests."""
+        recent = self.domains[-_LATEST_MIX_REQUESTS:]
+        return {name: count / len(recent) for name, count in Counter(recent).items()}
 
-    def update(self, domain: str, *, num_domains: int) -> str | None:
-        """Add a request; at a shift, the domain whose share has grown most, else None."""
-        self._num_requests += 1
-        recent = self._recent.probability(domain, num_domains=num_domains)
-        reference = self._reference.probability(domain, num_domains=num_domains)
-        changed = self._num_requests > _MIN_REQUESTS and self._test.update(math.log(recent / reference))
-        self._recent.add(domain)
-        if not changed:
-            self._reference.add(domain)
-            return None
-        growth = {name: share - self._reference.shares.get(name, 0.0) for name, share in self._recent.shares.items()}
-        self._reference = DomainMix(_REFERENCE_REQUESTS)
-        return max(growth, key=lambda name: growth[name])
+    def add(self, domain: str) -> None:
+        """Add a request."""
+        self.domains.append(domain)
+        del self.domains[:-_MAX_REQUESTS]
 
-    def merge(self, removed: str, kept: str) -> None:
-        """Count the requests of one domain as those of another."""
-        for mix in (self._recent, self._reference):
-            if removed in mix.shares:
-                mix.shares[kept] = mix.shares.get(kept, 0.0) + mix.shares.pop(removed)
+    @property
+    def has_changed(self) -> bool:
+        """True if the evidence of a change is beyond the threshold."""
+        evidence, first = change_evidence(self.domains)
+        has_begun = len(self.domains) - first >= _MIN_NEW_REQUESTS
+        return has_begun and evidence > math.log(MEAN_REQUESTS_BETWEEN_FALSE_ALARMS)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings."""
-        return {
-            "recent": [self._recent.num_requests, dict(self._recent.shares)],
-            "reference": [self._reference.num_requests, dict(self._reference.shares)],
-            "num_requests": self._num_requests,
-            "values": self._test.values,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
-        for mix, (num_requests, shares) in ((self._recent, state["recent"]), (self._reference, state["reference"])):
-            mix.num_requests, mix.shares = num_requests, dict(shares)
-        self._num_requests = state["num_requests"]
-        self._test.restore(state["values"])
+    def start_anew(self) -> str:
+        """Forget the mix before the likeliest change; returns the domain whose share has grown most with it."""
+        at = change_evidence(self.domains)[1]
+        before, after = Counter(self.domains[:at]), Counter(self.domains[at:])
+        self.domains = self.domains[at:]
+        return max(after, key=lambda name: after[name] / after.total() - before[name] / before.total())
 
 
 _LATEST_REQUESTS, _MEAN_REQUESTS = 4, 128
 """Memory of a domain's latest acceptance rate and of the mean that it is compared with."""
+_MIN_REQUESTS = 32
+"""Requests of a domain before a drop can be detected: the mean must be known."""
+_TOLERANCE = 0.5
+"""Drop of the mean that is ignored, in standard deviations of a request's rate."""
+_MOST_DEVIATIONS = 3.0
+"""A single request counts no more than this, in standard deviations."""
+
+
+def cusum_threshold(mean_requests: float, tolerance: float) -> float:
+    """The threshold that a sum of standard normal values less a tolerance exceeds once in so many values.
+
+    D. Siegmund, Sequential Analysis (1985): mean = (exp(2 t b) − 1 − 2 t b) / (2 t²), with b = threshold + 1.166.
+    """
+    low, high = 0.0, 1000.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        b = 2 * tolerance * (middle + 1.166)
+        # Compared as logarithms, so that nothing overflows.
+        longer = b + math.log1p(-(1 + b) * math.exp(-b)) > math.log(mean_requests * 2 * tolerance**2)
+        low, high = (low, middle) if longer else (middle, high)
+    return high
+
+
+_THRESHOLD = cusum_threshold(MEAN_REQUESTS_BETWEEN_FALSE_ALARMS, _TOLERANCE)
 
 
 class AcceptanceDropDetector:
     """Detects that the draft's acceptance rate in one domain has dropped.
 
-    The test is on the residual against a mean that follows the draft's progress. A rise is not reported.
+    The test is on the residual against a mean that follows the draft's progress, divided by its standard deviation: a
+    request has few proposals, so its rate is noisy. The variance is half the mean square of the difference of two
+    successive rates, which the draft's progress does not enlarge. A rise is not reported.
     """
 
     def __init__(self) -> None:
         self._num_requests = 0
         self.mean = self._latest = 0.0
         """`mean`: the acceptance rate that is expected of the next request."""
-        self._test = PageHinkleyTest(mode="down", tolerance=0.05, threshold=2.0)
+        self._previous = self._variance = 0.0
+        self._sum = 0.0
+
+    def start_anew(self) -> None:
+        """Learn the mean anew from the next requests, as after a shift of the mix, which changes whose they are."""
+        self._num_requests, self._sum = min(self._num_requests, _LATEST_REQUESTS), 0.0
 
     def update(self, acceptance: float) -> float:
         """Add a request's acceptance rate; at a drop, its size as a share of the mean, else 0."""
-        residual = acceptance - self.mean if self._num_requests else 0.0
+        residual = acceptance - self.mean
+        deviation = math.sqrt(self._variance)
+        if self._num_requests >= _MIN_REQUESTS and deviation:
+            fall = max(-_MOST_DEVIATIONS, min(_MOST_DEVIATIONS, -residual / deviation))
+            self._sum = max(0.0, self._sum + fall - _TOLERANCE)
         self._num_requests += 1
-        self.mean += max(1 / self._num_requests, 1 / _MEAN_REQUESTS) * (acceptance - self.mean)
+        rate = max(1 / self._num_requests, 1 / _MEAN_REQUESTS)
+        self.mean += rate * residual
+        if self._num_requests > 1:
+            self._variance += max(1 / (self._num_requests - 1), rate) * (
+                (acceptance - self._previous) ** 2 / 2 - self._variance
+            )
+        self._previous = acceptance
         self._latest += max(1 / self._num_requests, 1 / _LATEST_REQUESTS) * (acceptance - self._latest)
-        if not self._test.update(residual):
+        if self._sum <= _THRESHOLD:
             return 0.0
         drop = max(0.0, 1 - self._latest / max(self.mean, 1e-6))
-        self.mean, self._num_requests = self._latest, _LATEST_REQUESTS
+        self.mean = self._latest
+        self.start_anew()
         return drop
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,11 +206,13 @@ class AcceptanceDropDetector:
         return {
             "num_requests": self._num_requests,
             "mean": self.mean,
+            "variance": self._variance,
             "latest": self._latest,
-            "values": self._test.values,
+            "previous": self._previous,
+            "sum": self._sum,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self._num_requests, self.mean, self._latest = state["num_requests"], state["mean"], state["latest"]
-        self._test.restore(state["values"])
+        self._variance, self._previous, self._sum = state["variance"], state["previous"], state["sum"]

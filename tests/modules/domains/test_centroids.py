@@ -35,10 +35,11 @@ def embedding(prompts: PromptMaker, kind: str) -> Tensor:
 
 
 def reference(centroids: Centroids, x_E: Tensor) -> str:
-    """The definition: cosine distance after standardising every dimension."""
+    """The definition: cosine distance after standardising every dimension and adding what all have in common."""
     deviation_E = (centroids.variance_E + 1e-8).sqrt().double()
     z_E, z_DE = ((x - centroids.mean_E).double() / deviation_E for x in (x_E, centroids.centroid_DE))
-    distance_D = 1 - torch.nn.functional.cosine_similarity(z_DE, z_E[None], dim=-1)
+    length_D = ((z_DE.square().sum(1) + centroids.common) * (z_E.square().sum() + centroids.common)).sqrt()
+    distance_D = 1 - (z_DE @ z_E + centroids.common) / length_D
     nearest = int(distance_D.argmin())
     return centroids.names[nearest] if distance_D[nearest] <= centroids.novelty_threshold else UNKNOWN
 

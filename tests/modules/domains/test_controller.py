@@ -99,6 +99,13 @@ def test_labels_are_capped_and_those_dropped_are_counted(detect: bool) -> None:
     assert other.assign_domain(prompts.trace("code", label="mine")).domain == "mine"
 
 
+def test_a_detectors_state_of_an_earlier_form_is_ignored() -> None:
+    prompts, controller = PromptMaker(), make_controller(detector=DomainDetector(max_domains=3, novelty_threshold=0.7))
+    controller.load_state_dict({"clusters": {"names": ["auto-1"]}, "mix": {}, "num_shifts": 21})
+    assert controller.num_shifts == 0
+    assert controller.assign_domain(prompts.trace("code", label="mine")).domain == "mine"
+
+
 def test_only_learned_tokens_cool_a_domain() -> None:
     controller, step = with_rate(make_controller(warmup_steps=0, min_lr_factor=0.0, decay_tokens=100.0))
     controller.record_batch(FakeBatch(("a", 60, True), ("a", 40, False), ("b", 100, False)))  # type: ignore[arg-type]

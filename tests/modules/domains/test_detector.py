@@ -22,6 +22,7 @@ from aurora_lit.modules.domains.detector import (
     acceptance_rate,
     prompt_embedding,
 )
+from aurora_lit.traces.record import Trace
 
 
 def assign_all(
@@ -80,6 +81,26 @@ def test_a_new_kind_founds_a_domain_within_a_few_requests_and_a_single_odd_one_d
     assert founding == [3]
     assert assignments[3].founded_novelty > 0.6
     assert {assignment.domain for assignment in assignments[3:]} == {*detector.domains} - before
+
+
+def template_traces(number: int) -> list[Trace]:
+    """One template's prompts: the same, except for details of four sorts and a little noise."""
+    gen = torch.Generator().manual_seed(5)
+    base_E, *detail_4E = torch.randn(5, 96, generator=gen)
+    form = PromptMaker().trace("code")
+    prompts = (base_E + 0.2 * detail_4E[n % 4] + 0.2 * torch.randn(96, generator=gen) for n in range(number))
+    return [replace(form, request_id=f"t{n}", aux_T3H=x_E.expand(24, -1)) for n, x_E in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("before", [[], ["chat"] * 80, ["chat", "prose"] * 40], ids=["alone", "after one", "after two"])
+def test_a_template_is_one_domain(before: list[str]) -> None:
+    _, detector = assign_all(before)
+    known = set(detector.domains)
+    assignments = [detector.assign(trace) for trace in template_traces(200)]
+    found = {assignment.domain for assignment in assignments[20:]}
+    assert len(found) == 1
+    assert found.isdisjoint({UNKNOWN, *known})
+    assert sum(assignment.shift is not None for assignment in assignments) == bool(before)
 
 
 def test_the_novelty_threshold_decides_how_distant_a_new_domain_is() -> None:
@@ -158,6 +179,14 @@ def test_traffic_of_one_kind_alone_is_known_when_it_comes_back() -> None:
 def test_no_shift_is_detected_in_shuffled_traffic(seed: int) -> None:
     kinds = shuffled(400, seed=seed, kinds=KINDS[: 2 + seed])
     assignments, _ = assign_all(kinds, seed=seed)
+    assert [assignment.shift for assignment in assignments if assignment.shift] == []
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_domain_that_is_found_late_is_no_shift(seed: int) -> None:
+    kinds = random.Random(seed).choices(KINDS, weights=(60, 30, 6, 3), k=150)
+    assignments, _ = assign_all(kinds, spread=1.8)
+    assert max(number for number, assignment in enumerate(assignments) if assignment.founded_novelty) > 80
     assert [assignment.shift for assignment in assignments if assignment.shift] == []
 
 

@@ -30,6 +30,7 @@ class RecordingAssigner(DomainAssigner):
                 centroid_DE=torch.ones(1, size),
                 mean_E=torch.zeros(size),
                 variance_E=torch.ones(size),
+                common=0.0,
                 novelty_threshold=0.7,
             ),
             version=1,

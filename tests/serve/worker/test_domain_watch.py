@@ -25,6 +25,7 @@ def publish(folder: Path, version: int, **changes: Any) -> Path:
         "centroid_DE": torch.eye(24)[:2],
         "mean_E": torch.zeros(24),
         "variance_E": torch.ones(24),
+        "common": 0.0,
         "novelty_threshold": 0.7,
     }
     path = folder / CENTROIDS_NAME
