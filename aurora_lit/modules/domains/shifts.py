@@ -163,15 +163,15 @@ class AcceptanceDropDetector:
     """Detects that the draft's acceptance rate in one domain has dropped.
 
     The test is on the residual against a mean that follows the draft's progress, divided by its standard deviation: a
-    request has few proposals, so its rate is noisy. The variance is half the mean square of the difference of two
-    successive rates, which the draft's progress does not enlarge. A rise is not reported.
+    request has few proposals, so its rate is noisy. The variance is that of the residuals around their own mean, which
+    the draft's progress raises. A rise is not reported.
     """
 
     def __init__(self) -> None:
         self._num_requests = 0
         self.mean = self._latest = 0.0
         """`mean`: the acceptance rate that is expected of the next request."""
-        self._previous = self._variance = 0.0
+        self._residual = self._variance = 0.0
         self._sum = 0.0
 
     def start_anew(self) -> None:
@@ -188,11 +188,9 @@ class AcceptanceDropDetector:
         self._num_requests += 1
         rate = max(1 / self._num_requests, 1 / _MEAN_REQUESTS)
         self.mean += rate * residual
-        if self._num_requests > 1:
-            self._variance += max(1 / (self._num_requests - 1), rate) * (
-                (acceptance - self._previous) ** 2 / 2 - self._variance
-            )
-        self._previous = acceptance
+        deviation_of_residual = residual - self._residual
+        self._residual += rate * deviation_of_residual
+        self._variance = (1 - rate) * (self._variance + rate * deviation_of_residual**2)
         self._latest += max(1 / self._num_requests, 1 / _LATEST_REQUESTS) * (acceptance - self._latest)
         if self._sum <= _THRESHOLD:
             return 0.0
@@ -208,11 +206,11 @@ class AcceptanceDropDetector:
             "mean": self.mean,
             "variance": self._variance,
             "latest": self._latest,
-            "previous": self._previous,
+            "residual": self._residual,
             "sum": self._sum,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self._num_requests, self.mean, self._latest = state["num_requests"], state["mean"], state["latest"]
-        self._variance, self._previous, self._sum = state["variance"], state["previous"], state["sum"]
+        self._variance, self._residual, self._sum = state["variance"], state["residual"], state["sum"]
