@@ -210,8 +210,9 @@ class LearnSettings:
     them, else on the CPU."""
     from_scratch: bool = False
     """Begin with an untrained draft instead of draft.checkpoint."""
-    learning_rate: float = _within(1e-3, 0.0, 1.0)
-    """Peak learning rate; halved for a while if several challengers in a row are refused."""
+    learning_rate: float = _within(5e-4, 0.0, 1.0)
+    """Peak learning rate; halved for a while if several challengers in a row are refused. A draft that knows little, or
+    with from_scratch nothing, learns faster at 1e-3."""
     ema_decay: float = _within(0.9, 0.0, 0.9999)
     """Decay, per optimiser step, of the running average of the weights that is tried and published; averaging removes
     the noise of a high learning rate. 0: the weights themselves."""
@@ -221,7 +222,7 @@ class LearnSettings:
     """Draft steps unrolled in training; should be at least engine.max_draft_tokens."""
     max_staleness: int = _within(8, 0, 1 << 20)
     """Traces of drafts that are more versions old than this are used for the supervised loss only."""
-    replay_share: float = _within(0.5, 0.0, 0.95)
+    replay_share: float = _within(0.3, 0.0, 0.95)
     """Share of each batch that comes from the reservoir instead of the newest traffic."""
     reservoir_mb: int = _within(512, 1, 1 << 20)
     """Size of the reservoir of past traces, in MiB."""
@@ -291,9 +292,9 @@ class ScheduleSettings:
 
     warmup_steps: int = _within(8, 0, 1 << 20)
     """Optimiser steps in which the learning rate rises to its value, after a start and after a rollback."""
-    min_lr_factor: float = _within(0.3, 0.0, 1.0)
+    min_lr_factor: float = _within(0.2, 0.0, 1.0)
     """Factor of learn.learning_rate at heat 0. 1: the rate is constant."""
-    decay_tokens: int = _within(100_000, 1, 1 << 40)
+    decay_tokens: int = _within(20_000, 1, 1 << 40)
     """Tokens learned in a domain, replay included, after which its heat is 1/e."""
     explore_share: float = _within(0.0, 0.0, 1.0)
     """Added to engine.explore_share at heat 1."""
