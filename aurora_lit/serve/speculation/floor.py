@@ -1,12 +1,17 @@
 """Never slower than plain decoding: speculation is judged by what it took, and turned off where it lost.
 
 The planner predicts; this file keeps accounts. For each kind of round (number of sequences; greedy or sampled) it
-knows what a plain round takes, because one is run now and then. Over a window of speculating rounds it adds up what
-they took and what plain rounds would have taken for the same tokens; kinds with about as many sequences (1, 2, 3 to 4,
-5 to 8, …) share a window, since few rounds are of exactly the same kind while requests come and go. Rounds that only
-copy have windows of their own, or a draft that does not pay would end copies too, which cost little. A window that lost
-turns speculation off for a while. Each further loss doubles that while, and a window that clearly won shortens it. What
-a wrong prediction can cost is therefore one window, again and again, but ever more rarely.
+knows what a plain round takes, because one is run now and then. Each speculating round adds to a balance what its
+tokens would have taken in plain rounds, less what it took. The balance is in plain rounds and keeps at most
+MOST_CREDIT; where it has fallen to a debt of MOST_DEBT, speculation rests for a while. Each further debt doubles that
+while, and full credit restores the first one. What a wrong prediction can cost is therefore credit and debt together,
+again and again, but ever more rarely. What speculation gains is kept: with one sequence a round's tokens vary by half a
+round, so the sum of a few dozen rounds is negative by chance every now and then, but seldom by as much as credit and
+debt together (E. S. Page's cumulative sum, Biometrika 41, 1954).
+
+Kinds with about as many sequences (1, 2, 3 to 4, 5 to 8, …) share a balance, since few rounds are of exactly the same
+kind while requests come and go. Rounds that only copy have a balance of their own, or a draft that does not pay would
+end copies too, which cost little.
 
 Times are those of whole rounds, with planning, drafting, verification and recording.
 
@@ -23,16 +28,15 @@ from typing import NamedTuple
 
 from aurora_lit.serve.sequences.sequence import RunningSequence
 
-WINDOW_ROUNDS = 24
-"""Speculating rounds after which they are judged."""
-_EARLY_ROUNDS, _EARLY_SHARE = 8, 1.15
-"""After so many a window that took more than this share of plain decoding's time is lost already."""
+MOST_CREDIT, MOST_DEBT = 8.0, 3.0
+"""In plain rounds. With one sequence, chance alone ends speculation that gains a tenth once in thousands of rounds; and
+where speculation costs a tenth, the first debt is made within 30 rounds."""
 FIRST_PATIENCE, MOST_PATIENCE = 64, 1024
-"""Other rounds after a lost window; and after many of them."""
+"""Other rounds after a debt; and after many of them."""
 _PLAIN_EVERY, _PLAIN_EVERY_WINNING = 32, 128
-"""Speculating rounds after which a plain one is run to time it; the second where speculation clearly wins."""
-_CLEARLY = 0.9
-"""A window that took less than this share of plain decoding's time has clearly won."""
+"""Speculating rounds after which a plain one is run to time it; the second where speculation had full credit."""
+_MOST_ROUND = 4.0
+"""A round counts as no more plain rounds: a preempted process is no loss of speculation."""
 _DECAY = 0.7
 """Weight of the old time of a plain round when one is timed."""
 _FIRST_TIMED = 3
@@ -80,16 +84,24 @@ class _PlainRounds:
 class _Account:
     """Of one group of kinds."""
 
-    spent_s: float = 0.0
-    """What the window's rounds took."""
-    worth_s: float = 0.0
-    """What plain rounds would have taken for their tokens."""
-    num_rounds: int = 0
+    balance: float = 0.0
+    """What speculation has gained, in plain rounds; negative: lost."""
     rest: int = 0
     """Other rounds still to come before speculation is tried again."""
     patience: int = FIRST_PATIENCE
     won: bool = False
-    """True if the last window clearly won."""
+    """True if it had full credit since it last rested."""
+
+    def add(self, gained: float) -> bool:
+        """Add what a round gained, in plain rounds; True if speculation rests from now on."""
+        self.balance = min(MOST_CREDIT, self.balance + gained)
+        if self.balance == MOST_CREDIT:
+            self.won, self.patience = True, FIRST_PATIENCE
+        if self.balance > -MOST_DEBT:
+            return False
+        self.balance, self.won = 0.0, False
+        self.rest, self.patience = self.patience, min(2 * self.patience, MOST_PATIENCE)
+        return True
 
 
 class SpeculationFloor:
@@ -104,7 +116,8 @@ class SpeculationFloor:
     def __init__(self) -> None:
         self._plain: defaultdict[RoundKind, _PlainRounds] = defaultdict(_PlainRounds)
         self._accounts: defaultdict[tuple[int, bool, bool], _Account] = defaultdict(_Account)
-        self.windows_won = self.windows_lost = 0
+        self.num_rests = 0
+        """How often speculation was turned off."""
 
     def allows(self, kind: RoundKind, *, drafts: bool = False) -> bool:
         """False: this round is not to speculate, because that lost lately or a plain round is to be timed.
@@ -135,27 +148,11 @@ class SpeculationFloor:
         plain.since += 1
         if not plain.seconds:
             return
-        account.spent_s += min(seconds, 4 * plain.seconds)  # a preempted process is no loss of speculation
-        account.worth_s += plain.seconds * tokens / kind.batch_size
-        account.num_rounds += 1
-        is_lost = account.num_rounds >= _EARLY_ROUNDS and account.spent_s > _EARLY_SHARE * account.worth_s
-        if is_lost or account.num_rounds >= WINDOW_ROUNDS:
-            self._judge(account)
+        gained = tokens / kind.batch_size - min(seconds / plain.seconds, _MOST_ROUND)
+        self.num_rests += account.add(gained)
 
     def forgive(self) -> None:
         """Another draft proposes from now on: try speculation again everywhere."""
         for account in self._accounts.values():
+            account.balance = max(0.0, account.balance)
             account.rest, account.patience = 0, FIRST_PATIENCE
-
-    def _judge(self, account: _Account) -> None:
-        share = account.spent_s / account.worth_s
-        account.won = share < _CLEARLY
-        if share > 1.0:
-            self.windows_lost += 1
-            account.rest, account.patience = account.patience, min(2 * account.patience, MOST_PATIENCE)
-        else:
-            self.windows_won += 1
-            if account.won:  # by chance, maybe: so patience shrinks step by step
-                account.patience = max(FIRST_PATIENCE, account.patience // 4)
-        account.spent_s = account.worth_s = 0.0
-        account.num_rounds = 0

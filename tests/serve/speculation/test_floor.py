@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from aurora_lit.serve.speculation.floor import MOST_PATIENCE, WINDOW_ROUNDS, RoundKind, SpeculationFloor
+from aurora_lit.serve.speculation.floor import MOST_CREDIT, MOST_DEBT, MOST_PATIENCE, RoundKind, SpeculationFloor
 
 PLAIN_S = 0.010
 GREEDY = RoundKind(8, sampled=False)
@@ -60,43 +60,41 @@ def test_speculation_that_costs_a_tenth_costs_at_most_two_per_cent_of_all_time(k
 
 def test_speculation_that_takes_five_times_as_long_is_given_up_just_as_well() -> None:
     rounds = Environment(speedup=0.2).play(SpeculationFloor(), 5000)
-    assert sum(s for _, s, _ in rounds) < 1.6 * 5000 * PLAIN_S
-    assert sum(speculated for speculated, _, _ in rounds) < 12 * WINDOW_ROUNDS
+    assert sum(s for _, s, _ in rounds) < 1.05 * 5000 * PLAIN_S
+    assert sum(speculated for speculated, _, _ in rounds) < 24
 
 
 def test_where_speculation_gains_a_fifth_it_keeps_nearly_all_of_it() -> None:
     floor = SpeculationFloor()
     rounds = Environment(speedup=1.2).play(floor, 5000)
     assert relative_speed(rounds) > 1.17
-    assert floor.windows_won > 150
-    assert floor.windows_lost == 0
+    assert floor.num_rests == 0
 
 
-def test_a_single_sequence_whose_luck_varies_keeps_most_of_it() -> None:
-    """Windows of so few tokens are lost by chance now and then, and each costs a rest."""
+@pytest.mark.parametrize(("speedup", "kept"), [(1.2, 1.19), (1.1, 1.085), (1.05, 1.03)])
+def test_a_single_sequence_whose_luck_varies_keeps_nearly_all_of_it(speedup: float, kept: float) -> None:
+    """A round gives 1 to 3 tokens, so two dozen of them are often slower than plain ones though the mean is faster."""
     kind = RoundKind(1, sampled=True)
-    rounds = Environment(speedup=1.2, kind=kind).play(SpeculationFloor(), 20_000)
-    assert relative_speed(rounds, kind) > 1.12
+    rounds = Environment(speedup=speedup, kind=kind).play(SpeculationFloor(), 20_000)
+    assert relative_speed(rounds, kind) > kept
 
 
 @pytest.mark.parametrize("lost_rounds", [10, 300, 2900, 3000, 5111])
 def test_a_change_from_losing_to_winning_is_found_after_the_longest_rest(lost_rounds: int) -> None:
-    """At any place in a window or in a rest; a window that was begun before the change may still be lost."""
+    """At any place in a debt or in a rest."""
     floor, before, after = SpeculationFloor(), Environment(speedup=0.8), Environment(speedup=1.5)
     before.play(floor, lost_rounds)
-    rounds = after.play(floor, MOST_PATIENCE + 2 * WINDOW_ROUNDS)
-    won = floor.windows_won
-    assert won > 0
-    assert relative_speed(after.play(floor, 1000)) > 1.4
-    assert len(rounds) == MOST_PATIENCE + 2 * WINDOW_ROUNDS
+    after.play(floor, MOST_PATIENCE + 8)
+    assert relative_speed(after.play(floor, 1000)) > 1.45
 
 
-def test_a_change_from_winning_to_losing_is_found_in_two_windows() -> None:
+def test_a_change_from_winning_to_losing_costs_the_credit_and_a_debt() -> None:
     floor = SpeculationFloor()
     Environment(speedup=1.3).play(floor, 1000)
-    rounds = Environment(speedup=0.8).play(floor, 2 * WINDOW_ROUNDS + 3)
-    assert floor.windows_lost > 0
+    rounds = Environment(speedup=0.8).play(floor, 60)
     assert not rounds[-1][0]
+    lost = sum(s for _, s, _ in rounds) / PLAIN_S - sum(tokens for _, _, tokens in rounds) / GREEDY.batch_size
+    assert MOST_CREDIT + MOST_DEBT <= lost < MOST_CREDIT + MOST_DEBT + 2, "its last round, and the noise of plain ones"
 
 
 def test_kinds_do_not_mix() -> None:
@@ -135,7 +133,7 @@ def test_a_preempted_round_does_not_turn_a_winning_floor_off(preempted: str) -> 
             allowed, _, _ = environment.play(floor, 1)[0]
         speculated.append(allowed)
     assert sum(speculated) / len(speculated) > 0.95
-    assert floor.windows_lost <= 1
+    assert floor.num_rests <= 1
 
 
 def test_plain_rounds_are_timed_without_asking_for_them_where_nothing_is_proposed() -> None:
@@ -144,7 +142,7 @@ def test_plain_rounds_are_timed_without_asking_for_them_where_nothing_is_propose
     for _ in range(3):
         assert floor.allows(GREEDY)
         floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
-    assert all(speculated for speculated, _, _ in Environment(speedup=1.3).play(floor, WINDOW_ROUNDS))
+    assert all(speculated for speculated, _, _ in Environment(speedup=1.3).play(floor, 24))
 
 
 def test_another_draft_is_tried_at_once() -> None:
@@ -164,10 +162,10 @@ def test_kinds_with_about_as_many_sequences_are_judged_together() -> None:
     for size in sizes:
         for _ in range(3):
             floor.observe(RoundKind(size, sampled=False), seconds=0.001 * size, tokens=size, speculated=False)
-    for number in range(WINDOW_ROUNDS):
+    for number in range(8):
         size = sizes[number % 4]
         assert floor.allows(RoundKind(size, sampled=False))
-        floor.observe(RoundKind(size, sampled=False), seconds=0.0011 * size, tokens=size, speculated=True)
+        floor.observe(RoundKind(size, sampled=False), seconds=0.0014 * size, tokens=size, speculated=True)
     assert not any(floor.allows(RoundKind(size, sampled=False)) for size in sizes)
     assert floor.allows(RoundKind(4, sampled=False))
     assert floor.allows(RoundKind(8, sampled=True))
@@ -187,4 +185,4 @@ def test_a_draft_that_loses_does_not_end_copies() -> None:
         else:
             floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
     assert copied > 2700
-    assert floor.windows_lost < 12
+    assert floor.num_rests < 12
