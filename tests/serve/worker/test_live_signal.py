@@ -54,6 +54,7 @@ def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
         "schedule.explore_share=0.8",
         "schedule.explore_temperature_factor=3.0",
         "schedule.entropy_weight=0.1",
+        "learn.replay_share=0.5",
         "schedule.replay_factor=0.2",
         "schedule.decay_tokens=1500",
         "schedule.warmup_steps=0",
