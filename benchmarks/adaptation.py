@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import random
 import sys
 import tempfile
@@ -30,7 +29,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from aurora_lit.bench.prompts import BenchPrompt, answer_prompts, load_prompts, params_for
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.learn.offline.replay import read_traces
 from aurora_lit.learn.offline.scoring import RoundScorer, RoundTotals
@@ -38,32 +36,8 @@ from aurora_lit.learn.online.build import make_batcher
 from aurora_lit.learn.online.gate import HeldOut
 from aurora_lit.learn.online.intake import is_looping
 from aurora_lit.learn.online.learner import Learner
-from aurora_lit.learn.pretrain.prompts import read_prompts
-from aurora_lit.serve.worker.build import build_engine
-from aurora_lit.traces.log import TraceLogWriter
 from aurora_lit.traces.record import Trace
-from benchmarks.learner_step import Deployment
-
-_CONTINUED_TOKENS = 96
-"""Beginning of a prompt that is continued without a chat template."""
-
-
-def record(config: AuroraConfig, folder: Path, prompts: Path, *, limit: int, max_tokens: int, continued: bool) -> None:
-    """Answer the first prompts of a file and keep their traces in a log."""
-    traces: list[Trace] = []
-    engine, tokenizer = build_engine(config, sink=lambda trace: traces.append(trace.copy()))
-    if continued:
-        texts = [prompt.messages[0] for prompt in read_prompts(prompts)]
-        beginnings = [tuple(tokenizer.encode(text)[:_CONTINUED_TOKENS]) for text in texts[:limit]]
-        loaded = [BenchPrompt(domain=prompts.stem, token_ids=ids) for ids in beginnings]
-    else:
-        most = config.engine.max_seq_len - max_tokens
-        loaded = load_prompts([prompts], limit=limit, tokenizer=tokenizer, max_prompt_tokens=most)
-    answer_prompts(engine, loaded, params_for(0.0, max_tokens=max_tokens))
-    log = TraceLogWriter(folder, kind="traffic", shard_positions=1 << 14)
-    for trace in traces:
-        log.append(trace)
-    log.flush()
+from benchmarks.learner_step import Deployment, record
 
 
 class Domain:
@@ -132,14 +106,16 @@ def main() -> int:
     args = parser.parse_args()
     config = load_config(None, args.overrides)
     for path in args.prompts:
-        if not (args.traces / path.stem).is_dir():  # in another process, whose memory goes with it
-            recorder = multiprocessing.get_context("spawn").Process(
-                target=record,
-                args=(config, args.traces / path.stem, path),
-                kwargs={"limit": args.limit, "max_tokens": args.max_tokens, "continued": path.name in args.continued},
+        if not (args.traces / path.stem).is_dir():
+            record(
+                config,
+                args.traces / path.stem,
+                [path],
+                limit=args.limit,
+                max_tokens=args.max_tokens,
+                temperatures=[0.0],
+                continued=path.name in args.continued,
             )
-            recorder.start()
-            recorder.join()
     torch.manual_seed(config.learn.seed)
     domains = [Domain(path.stem, list(read_traces(args.traces / path.stem)), config) for path in args.prompts]
     table = Table(title="accepted length on held-out requests")

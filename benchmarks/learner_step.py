@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from aurora_lit.bench.prompts import answer_prompts, load_prompts, params_for
+from aurora_lit.bench.prompts import BenchPrompt, answer_prompts, load_prompts, params_for
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.ipc.learner_status import LearnerStatusPage
@@ -54,6 +54,7 @@ from aurora_lit.learn.online.gate import HeldOut, compare_drafts
 from aurora_lit.learn.online.intake import TraceIntake
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
+from aurora_lit.learn.pretrain.prompts import read_prompts
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses import draft_module
 from aurora_lit.serve.worker.build import build_engine
@@ -62,6 +63,8 @@ from aurora_lit.traces.record import Trace, to_bytes
 
 _MIB = 1 << 20
 _WARM_UP_STEPS = 2
+_CONTINUED_TOKENS = 96
+"""Beginning of a prompt that is continued without a chat template."""
 
 
 class Parts:
@@ -102,17 +105,46 @@ class Parts:
 
 
 def record(
-    config: AuroraConfig, folder: Path, prompts: list[Path], limit: int, max_tokens: int, temps: list[float]
+    config: AuroraConfig,
+    folder: Path,
+    prompts: list[Path],
+    *,
+    limit: int,
+    max_tokens: int,
+    temperatures: list[float],
+    continued: bool = False,
 ) -> None:
-    """Answer the prompts, the temperatures in turn, and keep their traces in a log."""
+    """Answer the prompts in a process of its own, the temperatures in turn, and keep their traces in a log.
+
+    continued: the beginnings of the prompts are continued as text, without a chat template.
+    """
+    arguments = (config, folder, prompts, limit, max_tokens, temperatures, continued)
+    recorder = multiprocessing.get_context("spawn").Process(target=_record, args=arguments)
+    recorder.start()
+    recorder.join()
+
+
+def _record(
+    config: AuroraConfig,
+    folder: Path,
+    prompts: list[Path],
+    limit: int,
+    max_tokens: int,
+    temperatures: list[float],
+    continued: bool,
+) -> None:
     traces: list[Trace] = []
     engine, tokenizer = build_engine(config, sink=lambda trace: traces.append(trace.copy()))
-    loaded = load_prompts(
-        prompts, limit=limit, tokenizer=tokenizer, max_prompt_tokens=config.engine.max_seq_len - max_tokens
-    )
+    if continued:
+        texts = [prompt.messages[0] for path in prompts for prompt in read_prompts(path)[:limit]]
+        loaded = [BenchPrompt(domain="", token_ids=tuple(tokenizer.encode(t)[:_CONTINUED_TOKENS])) for t in texts]
+    else:
+        loaded = load_prompts(
+            prompts, limit=limit, tokenizer=tokenizer, max_prompt_tokens=config.engine.max_seq_len - max_tokens
+        )
     log = TraceLogWriter(folder, kind="traffic", shard_positions=1 << 14)
-    for number, temperature in enumerate(temps):
-        part = loaded[number :: len(temps)]
+    for number, temperature in enumerate(temperatures):
+        part = loaded[number :: len(temperatures)]
         answer_prompts(engine, part, params_for(temperature, max_tokens=max_tokens))
         for trace in traces:
             log.append(dataclasses.replace(trace, request_id=f"{number}-{trace.request_id}"))
@@ -391,11 +423,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.traces or Path(scratch) / "traces"
         if not folder.is_dir():
-            # In another process, so that the memory of this one is the learner's.
-            arguments = (config, folder, args.prompts, args.limit, args.max_tokens, args.temperatures)
-            recorder = multiprocessing.get_context("spawn").Process(target=record, args=arguments)
-            recorder.start()
-            recorder.join()
+            record(
+                config,
+                folder,
+                args.prompts,
+                limit=args.limit,
+                max_tokens=args.max_tokens,
+                temperatures=args.temperatures,
+            )
         traces = list(read_traces(folder))
         deployment = Deployment(config, Path(scratch))
         console = Console(width=120)

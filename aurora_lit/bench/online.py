@@ -165,13 +165,13 @@ def _interleave(paths: Sequence[Path], count: int) -> list[Prompt]:
 
 
 def _phases(paths: Sequence[Path], count: int) -> list[Phase]:
-    """A phase for each file, of its first prompts."""
-    return [Phase(name=path.stem, prompts=read_prompts(path)[: count // len(paths)]) for path in paths]
+    """A phase for each file, of its first prompts; at least one of each."""
+    return [Phase(name=path.stem, prompts=read_prompts(path)[: max(1, count // len(paths))]) for path in paths]
 
 
 def _first(phases: Sequence[Phase], count: int | None) -> list[Phase]:
-    """The same phases with the first `count` requests only, in equal parts; None: all of them."""
-    each = None if count is None else count // len(phases)
+    """The same phases with the first `count` requests only, in equal parts of at least one; None: all of them."""
+    each = None if count is None else max(1, count // len(phases))
     return [dataclasses.replace(phase, prompts=phase.prompts[:each]) for phase in phases]
 
 
