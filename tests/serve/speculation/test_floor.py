@@ -156,6 +156,17 @@ def test_another_draft_is_tried_at_once() -> None:
     assert sum(speculated for speculated, _, _ in rounds) > 900
 
 
+def test_another_draft_does_not_inherit_a_debt() -> None:
+    floor = SpeculationFloor()
+    for _ in range(3):
+        floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
+    for number in range(14):  # each loses 0.4 of the 3 that end speculation
+        if number == 7:
+            floor.forgive()
+        assert floor.allows(GREEDY)
+        floor.observe(GREEDY, seconds=1.4 * PLAIN_S, tokens=8, speculated=True)
+
+
 def test_kinds_with_about_as_many_sequences_are_judged_together() -> None:
     """While requests come and go, few rounds are of exactly the same kind; each kind's plain rounds have their time."""
     floor, sizes = SpeculationFloor(), (5, 6, 7, 8)
