@@ -216,8 +216,8 @@ class LearnSettings:
     ema_decay: float = _within(0.9, 0.0, 0.9999)
     """Decay, per optimiser step, of the running average of the weights that is tried and published; averaging removes
     the noise of a high learning rate. 0: the weights themselves."""
-    batch_positions: int = _within(1024, 16, 1 << 20)
-    """Token positions in a batch, padding included."""
+    batch_positions: int = _within(512, 16, 1 << 20)
+    """Token positions in a batch that are trained on; the context before them counts a quarter."""
     unroll_steps: int = _within(4, 1, 8)
     """Draft steps unrolled in training; should be at least engine.max_draft_tokens."""
     max_staleness: int = _within(8, 0, 1 << 20)

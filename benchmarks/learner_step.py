@@ -184,7 +184,7 @@ class Deployment:
 
 def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tuple[Table, Table]:
     """Tables of the parts of a step, and of a trial."""
-    config, learner = deployment.config, deployment.learner()
+    learner = deployment.learner()
     batcher, held_out = _filled(deployment, learner, traces)
     parts, positions, live = Parts(), 0, 0
     with contextlib.ExitStack() as patches:
@@ -221,9 +221,7 @@ def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tu
             request.was_tried = False
         started = time.process_time()
         with learner.averaged() as challenger, learner.fabric.autocast():
-            decision = compare_drafts(
-                held_out, champion=champion, challenger=challenger, batch_positions=config.learn.batch_positions
-            )
+            decision = compare_drafts(held_out, champion=champion, challenger=challenger)
         spent_s = time.process_time() - started
         assert decision is not None, "too few requests are held out: give more prompts"
         tried = [trace for request in held_out if request.was_tried for trace in request.traces]
@@ -236,7 +234,7 @@ def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tu
 
 def _parts_of_a_step(learner: Learner) -> Iterator[tuple[Any, str, str]]:
     """Owner and name of the functions that are timed, and their part; those that do not exist are left out."""
-    yield online_batcher, "label_trace", "labelling: the target's head"
+    yield online_batcher, "label_traces", "labelling: the target's head"
     yield online_batcher, "add_lse", "labelling: the target's head"
     yield online_batcher, "collate_online", "padding the batch"
     yield OnlineBatcher, "next_batch", "choosing the batch"
@@ -262,8 +260,8 @@ def _filled(deployment: Deployment, learner: Learner, traces: list[Trace]) -> tu
     intake = _intake(config, learner, batcher, held_out)
     for trace in traces:
         intake.add(trace)
-    for trace in list(batcher._waiting):
-        batcher.reservoir.add(labelled_trace.add_lse(trace, deployment.target_head))
+    for trace in labelled_trace.add_lse(list(batcher._waiting), deployment.target_head):
+        batcher.reservoir.add(trace)
     return batcher, held_out
 
 
@@ -273,7 +271,6 @@ def _intake(config: AuroraConfig, learner: Learner, batcher: OnlineBatcher, held
         batcher,
         held_out,
         max_repeated_share=config.learn.max_repeated_share,
-        max_held_out_positions=config.learn.batch_positions,
     )
 
 

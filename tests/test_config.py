@@ -116,7 +116,7 @@ DEFAULTS = {
         "from_scratch": False,
         "learning_rate": 5e-4,
         "ema_decay": 0.9,
-        "batch_positions": 1024,
+        "batch_positions": 512,
         "unroll_steps": 4,
         "max_staleness": 8,
         "replay_share": 0.3,

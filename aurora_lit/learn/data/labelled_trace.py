@@ -3,15 +3,17 @@
 Leaves out padding such traces together (learn/data/online_batch.py) and which of them a batch takes
 (learn/data/online_batcher.py).
 
-Shapes: T positions of a trace, R rounds of a trace, N rejected positions of it.
+Shapes: T positions of a trace, R rounds of a trace, N rejected positions of it, X rows of the head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.traces.record import Trace
@@ -88,37 +90,64 @@ def crop(trace: Trace, max_length: int) -> Trace:
     )
 
 
-def add_lse(trace: Trace, target_head: TargetHead) -> Trace:
-    """The trace with its log-sum-exp at the positions that are trained on; unchanged if it has one already."""
-    if trace.lse_T is not None:
-        return trace
-    start = first_trained_position(trace)
-    lse_T = torch.zeros(len(trace.token_ids_T))
-    lse_T[start:] = target_head.evaluate(trace.last_TH[start:], temperature=0.0, with_top=False).lse_N
-    return replace(trace, lse_T=lse_T)
+def add_lse(traces: Sequence[Trace], target_head: TargetHead) -> list[Trace]:
+    """Traces with their log-sum-exp at the positions that are trained on; those that have one are unchanged."""
+    missing = [trace for trace in traces if trace.lse_T is None]
+    starts = [first_trained_position(trace) for trace in missing]
+    parts = [trace.last_TH[start:] for trace, start in zip(missing, starts, strict=True)]
+    lse_N = target_head.evaluate(torch.cat(parts), temperature=0.0, with_top=False).lse_N if parts else torch.zeros(0)
+    added = [
+        replace(trace, lse_T=pad(of_trace, (start, 0)))
+        for trace, start, of_trace in zip(
+            missing, starts, torch.split(lse_N, [len(part) for part in parts]), strict=True
+        )
+    ]
+    return [added.pop(0) if trace.lse_T is None else trace for trace in traces]
+
+
+def label_traces(traces: Sequence[Trace], target_head: TargetHead) -> list[LabelledTrace]:
+    """Apply the head to traces: at the positions that are trained on, and after rejected proposals that explored.
+
+    Many traces in one call cost less than one at a time (`TargetHead.evaluate`).
+    """
+    hidden, temperatures, with_top = [], [], []
+    for trace in traces:
+        start = first_trained_position(trace)
+        hidden.append(torch.cat([trace.last_TH[start:], trace.rejected_last_NH[_is_drawn(trace)]]))
+        temperatures.append(torch.full((len(hidden[-1]),), trace.temperature))
+        # Greedy answers are their first choices: penalties, a bias or a near tie may make these differ from the head's.
+        known = len(trace.token_ids_T) - start - 1 if trace.verify == "greedy" else 0
+        with_top.append(torch.arange(len(hidden[-1])) >= known)
+    if not traces:
+        return []
+    output = target_head.evaluate(torch.cat(hidden), temperature=torch.cat(temperatures), with_top=torch.cat(with_top))
+    sizes = [len(each) for each in hidden]
+    columns = [torch.split(each, sizes) for each in (output.lse_N, output.tempered_lse_N, output.top_N)]
+    return [_labelled(trace, *of_trace) for trace, *of_trace in zip(traces, *columns, strict=True)]
 
 
 def label_trace(trace: Trace, target_head: TargetHead) -> LabelledTrace:
-    """Apply the head to a trace: at the positions that are trained on, and after rejected proposals that explored."""
-    start, length = first_trained_position(trace), len(trace.token_ids_T)
-    is_drawn_N = torch.repeat_interleave(trace.explored_R, trace.num_rejected_R)
-    lse_T, tempered_T = torch.zeros(length), torch.zeros(length)
-    top_T = torch.zeros(length, dtype=torch.int64)
-    # Greedy answers are their first choices: penalties, a bias or a near tie may make these differ from the head's.
-    is_greedy = trace.verify == "greedy"
-    output = target_head.evaluate(trace.last_TH[start:], temperature=trace.temperature, with_top=not is_greedy)
-    lse_T[start:], tempered_T[start:], top_T[start:] = output.lse_N, output.tempered_lse_N, output.top_N
-    # With the last position, so that the head is read once for both.
-    drawn_NH = torch.cat([trace.last_TH[-1:], trace.rejected_last_NH[is_drawn_N].view(-1, trace.last_TH.shape[1])])
-    drawn = target_head.evaluate(drawn_NH, temperature=trace.temperature)
-    if is_greedy:
-        top_T[start:-1], top_T[-1] = trace.token_ids_T[start + 1 :].long(), drawn.top_N[0]
+    """`label_traces` of one trace."""
+    return label_traces([trace], target_head)[0]
+
+
+def _is_drawn(trace: Trace) -> Tensor:
+    """Which rejected positions are of rounds that explored [N]."""
+    return torch.repeat_interleave(trace.explored_R, trace.num_rejected_R)
+
+
+def _labelled(trace: Trace, lse_X: Tensor, tempered_X: Tensor, top_X: Tensor) -> LabelledTrace:
+    """A trace with what the head says of its trained positions and then of its drawn ones."""
+    start, length, is_drawn_N = first_trained_position(trace), len(trace.token_ids_T), _is_drawn(trace)
+    trained = length - start
+    top_T = pad(top_X[:trained], (start, 0))
+    if trace.verify == "greedy":
+        top_T[start:-1] = trace.token_ids_T[start + 1 :].long()
     rejected_tempered_N, rejected_top_N = torch.zeros(len(is_drawn_N)), torch.zeros(len(is_drawn_N), dtype=torch.int64)
-    rejected_tempered_N[is_drawn_N] = drawn.tempered_lse_N[1:]
-    rejected_top_N[is_drawn_N] = drawn.top_N[1:]
+    rejected_tempered_N[is_drawn_N], rejected_top_N[is_drawn_N] = tempered_X[trained:], top_X[trained:]
     return LabelledTrace(
-        trace=replace(trace, lse_T=lse_T),
-        tempered_lse_T=tempered_T,
+        trace=replace(trace, lse_T=pad(lse_X[:trained], (start, 0))),
+        tempered_lse_T=pad(tempered_X[:trained], (start, 0)),
         top_T=top_T,
         rejected_tempered_lse_N=rejected_tempered_N,
         rejected_top_N=rejected_top_N,

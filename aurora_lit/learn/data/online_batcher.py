@@ -13,7 +13,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from aurora_lit.learn.data.labelled_trace import LabelledTrace, add_lse, crop, first_trained_position, label_trace
+from aurora_lit.learn.data.labelled_trace import LabelledTrace, add_lse, crop, first_trained_position, label_traces
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
@@ -26,7 +26,10 @@ MAX_PASSES = 4
 _MIN_POSITIONS = 8
 """Shorter traces are dropped: each would be a row of its own in a batch."""
 _CONTEXT = 128
-"""Positions kept before the first one that is trained on: they cost as much to compute and contribute no loss."""
+"""Positions kept before the first one that is trained on, which contribute no loss."""
+_CONTEXT_COST = 0.25
+"""Of such a position, as a share of that of one that is trained on: only its key and value are computed, without
+gradient (`StepwiseChains`)."""
 _REPLAY_DRAWS = 16
 """Draws from the reservoir to fill a batch; drawn traces that are too long for it are skipped."""
 _RECENT_CLIENTS = 256
@@ -55,7 +58,7 @@ class OnlineBatcher:
     ) -> None:
         """Start without live traces.
 
-        batch_positions: positions of a batch, padding included. replay_share: share of them that is replayed.
+        batch_positions: size of a batch, see `batch_size`. replay_share: share of it that is replayed.
         live_bytes: memory for waiting traces. max_client_share: largest share of a batch's positions for one client.
         selection: "informative" takes the traces with the most rejections first, "uniform" random ones, by `seed`.
         vocabulary_use: counts the tokens of every added trace.
@@ -63,7 +66,7 @@ class OnlineBatcher:
         self._target_head, self.reservoir = target_head, reservoir
         self._batch_positions = batch_positions
         self.replay_share = replay_share
-        """Share of a batch's positions; may be changed between batches."""
+        """May be changed between batches."""
         self._live_bytes, self._vocabulary_use = live_bytes, vocabulary_use
         self._client_positions = int(max_client_share * batch_positions)
         self._clients: deque[str] = deque(maxlen=_RECENT_CLIENTS)
@@ -84,8 +87,10 @@ class OnlineBatcher:
         if self._vocabulary_use is not None:
             self._vocabulary_use.add(trace)
         num_trained = len(trace.token_ids_T) - first_trained_position(trace)
+        trace = crop(trace, num_trained + _CONTEXT)
         # At most half a batch, so that every batch mixes traces.
-        trace = crop(trace, min(num_trained + _CONTEXT, max(_MIN_POSITIONS, self._batch_positions // 2)))
+        most = max(_MIN_POSITIONS, self._batch_positions // 2)
+        trace = crop(trace, most) if batch_size([trace]) > most else trace
         if len(trace.token_ids_T) < _MIN_POSITIONS or not num_trained:
             return
         self.positions_in += len(trace.token_ids_T) - first_trained_position(trace)
@@ -105,7 +110,7 @@ class OnlineBatcher:
         if not self._waiting and self.positions_out >= MAX_PASSES * self.positions_in:
             return None
         quota = _ClientQuota(self._client_positions if len(set(self._clients)) > 1 else self._batch_positions)
-        live = [label_trace(trace, self._target_head) for trace in self._take_live(quota)]
+        live = label_traces(self._take_live(quota), self._target_head)
         replay = self._take_replay([labelled.trace for labelled in live], quota)
         if not live and not replay:
             return None
@@ -131,7 +136,7 @@ class OnlineBatcher:
         chosen, held_back = set(), set()
         for trace in order:
             part = quota.allowed_part(trace)
-            if taken and _padded([*taken, part or trace]) > self._live_positions:
+            if taken and batch_size([*taken, part or trace]) > self._live_positions:
                 continue
             if part is None:
                 held_back.add(trace.client)
@@ -158,11 +163,11 @@ class OnlineBatcher:
             part = quota.allowed_part(trace)
             if part is None or segment in seen:
                 continue
-            if not (live or taken) or _padded([*live, *taken, part]) <= self._batch_positions:
+            if not (live or taken) or batch_size([*live, *taken, part]) <= self._batch_positions:
                 seen.add(segment)
                 quota.reserve(part)
-                taken.append(add_lse(part, self._target_head))
-        return taken
+                taken.append(part)
+        return add_lse(taken, self._target_head)
 
     def _remember(self, trace: Trace) -> None:
         self.reservoir.add(trace, weight=0.1 + informativeness(trace))
@@ -172,21 +177,21 @@ class _ClientQuota:
     """Limits each client's positions in one batch."""
 
     def __init__(self, max_positions: int) -> None:
-        """max_positions: of one client in the batch; traces of unknown clients are not limited."""
+        """max_positions: size of one client's part of the batch; traces of unknown clients are not limited."""
         self._max_positions = max_positions
         self._taken: Counter[str] = Counter()
 
     def allowed_part(self, trace: Trace) -> Trace | None:
         """The trace, or its last positions if it is the client's first and too long alone; None if no room is left."""
-        room = self._max_positions - self._taken[trace.client] if trace.client else len(trace.token_ids_T)
-        if len(trace.token_ids_T) <= room:
+        room = self._max_positions - self._taken[trace.client]
+        if not trace.client or batch_size([trace]) <= room:
             return trace
         first = not self._taken[trace.client]
         return crop(trace, room) if first and room >= _MIN_POSITIONS else None
 
     def reserve(self, trace: Trace) -> None:
         """Count a trace that is now in the batch."""
-        self._taken[trace.client] += len(trace.token_ids_T)
+        self._taken[trace.client] += batch_size([trace])
 
 
 def informativeness(trace: Trace) -> float:
@@ -207,6 +212,8 @@ def _is_stale(labelled: LabelledTrace, oldest_fresh: int) -> bool:
     return bool(((trace.source_R == SOURCE_DRAFT) & (trace.round_version_R < oldest_fresh)).any())
 
 
-def _padded(traces: Sequence[Trace]) -> int:
-    """Positions of a batch of these traces, padding included."""
-    return len(traces) * max(len(trace.token_ids_T) for trace in traces)
+def batch_size(traces: Sequence[Trace]) -> int:
+    """Size of a batch of these traces, in positions that are trained on: others count by what they cost."""
+    trained = sum(len(trace.token_ids_T) - first_trained_position(trace) for trace in traces)
+    context = sum(first_trained_position(trace) for trace in traces)
+    return trained + int(_CONTEXT_COST * context)

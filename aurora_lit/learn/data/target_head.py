@@ -2,7 +2,7 @@
 
 Leaves out loading the target (models/target.py).
 
-Shapes: N rows, H hidden, V vocabulary.
+Shapes: N rows, C rows of a chunk, X some of these, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -59,22 +59,32 @@ class TargetHead(nn.Module):
         module.logit_transform = self.logit_transform.select(ids_D)
 
     @torch.no_grad()
-    def evaluate(self, last_NH: Tensor, *, temperature: float, with_top: bool = True, chunk: int = 64) -> HeadOutput:
+    def evaluate(
+        self, last_NH: Tensor, *, temperature: float | Tensor, with_top: bool | Tensor = True, chunk: int = 64
+    ) -> HeadOutput:
         """Apply the head to the target's last hidden states; the result is on the CPU.
 
-        with_top: false: `top_N` is 0, which saves a tenth of the time.
-        chunk: positions computed together, few enough that their logits [chunk, V] stay in the processor's cache.
+        temperature: of all rows, or of each [N].
+        with_top: false, for all rows or for some [N]: `top_N` is 0, which saves a tenth of the time.
+        chunk: positions computed together, few enough that their logits [chunk, V] stay in the processor's cache. Each
+        chunk reads the whole head, so one call with many rows is much cheaper than many with few.
         """
-        parts = []
-        for last_CH in torch.split(last_NH, chunk):
-            last_CH = last_CH.to(self.head_VH.device, self.head_VH.dtype)
+        N, device = len(last_NH), self.head_VH.device
+        lse_N, top_N = torch.empty(N), torch.zeros(N, dtype=torch.int64)
+        temperature_N = torch.as_tensor(temperature, dtype=torch.float32).expand(N)
+        is_tempered_N = temperature_N >= GREEDY_BELOW
+        with_top_N = torch.as_tensor(with_top).expand(N)
+        tempered_N = torch.empty(N)
+        for start in range(0, N, chunk):
+            rows = slice(start, start + chunk)
+            last_CH = last_NH[rows].to(device, self.head_VH.dtype)
             logits_CV = self.logit_transform((last_CH @ self.head_VH.T).float())
-            lse_C = logits_CV.logsumexp(-1)
-            tempered = lse_C if temperature < GREEDY_BELOW else (logits_CV / temperature).logsumexp(-1)
-            top_C = logits_CV.argmax(-1) if with_top else torch.zeros_like(lse_C, dtype=torch.int64)
-            parts.append((lse_C, tempered, top_C))
-        if not parts or not len(last_NH):
-            none = torch.zeros(0)
-            return HeadOutput(lse_N=none, tempered_lse_N=none, top_N=none.long())
-        lse_N, tempered_N, top_N = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+            lse_N[rows] = tempered_N[rows] = logits_CV.logsumexp(-1).cpu()
+            tempered_X = is_tempered_N[rows].nonzero()[:, 0]
+            if len(tempered_X):
+                divisor_X1 = temperature_N[rows][tempered_X, None].to(device)
+                tempered_N[start + tempered_X] = (logits_CV[tempered_X] / divisor_X1).logsumexp(-1).cpu()
+            top_X = with_top_N[rows].nonzero()[:, 0]
+            if len(top_X):
+                top_N[start + top_X] = logits_CV[top_X].argmax(-1).cpu()
         return HeadOutput(lse_N=lse_N, tempered_lse_N=tempered_N, top_N=top_N)

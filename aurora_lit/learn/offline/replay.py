@@ -135,7 +135,6 @@ class Replay:
             self._batcher,
             self._held_out,
             max_repeated_share=learn.max_repeated_share,
-            max_held_out_positions=learn.batch_positions,
         )
         self.simulator = RoundSimulator(module=self._scorers[1].module, seed=learn.seed)
         self._store = DraftStore(folder, keep=config.checkpoint.keep) if keep_versions else None
@@ -234,12 +233,7 @@ class Replay:
                 self._serve({"reason": "no gate"})
                 return
             with self.fabric.autocast():
-                decision = compare_drafts(
-                    self._held_out,
-                    champion=self._champion,
-                    challenger=challenger,
-                    batch_positions=self._learn.batch_positions,
-                )
+                decision = compare_drafts(self._held_out, champion=self._champion, challenger=challenger)
             decision = self._first_process_decision(decision)
             if decision is None:
                 return

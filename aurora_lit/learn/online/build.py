@@ -32,7 +32,7 @@ from aurora_lit.learn.data.vocabulary import VocabularyUse
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leader_process
 from aurora_lit.learn.online.domain_drafts import DomainDrafts
-from aurora_lit.learn.online.gate import HeldOut
+from aurora_lit.learn.online.gate import TRIAL_POSITIONS, HeldOut
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
 from aurora_lit.models.packed_target import load_target
@@ -194,7 +194,7 @@ def _domain_drafts(
         target_head,
         scratch=online_module(config, copy.deepcopy(draft), target_head).to(target_head.head_VH.device),
         max_domains=config.domain.max_domains,
-        batch_positions=config.learn.batch_positions,
+        batch_positions=TRIAL_POSITIONS,
     )
 
 

@@ -49,6 +49,8 @@ _FALSE_PASS_RATE = 0.25
 """Probability that any challenger of a lineage passes if none is better than the champion, at most."""
 _FALSE_REFUSAL_RATE = 0.05
 """Probability that a draft exactly as good as the champion in every domain is refused because of one of them."""
+TRIAL_POSITIONS = 1024
+"""Positions of one forward pass, padding included, and of a held-out trace, which is cropped to them."""
 _MAX_ROOTS = 32
 """Positions of a segment from which the draft continues; of a longer one only every second, third, … does."""
 _LEAST_PROBABILITY = 0.01
@@ -218,7 +220,7 @@ def _compare(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]
 
 
 def compare_drafts(
-    held_out: HeldOut, *, champion: DraftModule, challenger: DraftModule, batch_positions: int
+    held_out: HeldOut, *, champion: DraftModule, challenger: DraftModule, batch_positions: int = TRIAL_POSITIONS
 ) -> GateDecision | None:
     """Score both drafts on untried requests, add the evidence and decide; None if fewer than MIN_REQUESTS are scored.
 

@@ -12,7 +12,7 @@ import torch
 
 from aurora_lit.learn.data.labelled_trace import crop, first_trained_position
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
-from aurora_lit.learn.online.gate import HeldOut
+from aurora_lit.learn.online.gate import TRIAL_POSITIONS, HeldOut
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.traces.record import Trace
 
@@ -25,7 +25,7 @@ _MIN_GRAMS = 16
 class TraceIntake:
     """Sends each trace to the held-out requests or to the training batches, with its domain.
 
-    >>> intake = TraceIntake(controller, batcher, held_out, max_repeated_share=0.7, max_held_out_positions=1024)
+    >>> intake = TraceIntake(controller, batcher, held_out, max_repeated_share=0.7)
     >>> intake.add(trace).domain                # None: its answer loops, it was left out
     """
 
@@ -36,14 +36,10 @@ class TraceIntake:
         held_out: HeldOut,
         *,
         max_repeated_share: float,
-        max_held_out_positions: int,
     ) -> None:
-        """max_repeated_share: larger shares of repeated n-grams are looping; 1 leaves nothing out.
-        max_held_out_positions: longer held-out traces are cropped.
-        """
+        """max_repeated_share: larger shares of repeated n-grams are looping; 1 leaves nothing out."""
         self._controller, self._batcher, self._held_out = controller, batcher, held_out
         self._max_repeated_share = max_repeated_share
-        self._max_held_out_positions = max_held_out_positions
         self.num_looping = 0
         """Traces left out because their answer loops."""
 
@@ -56,7 +52,7 @@ class TraceIntake:
         if not self._held_out.is_held_out(trace.request_id):
             self._batcher.add(trace)
         elif first_trained_position(trace) < len(trace.token_ids_T):
-            self._held_out.add(crop(trace, self._max_held_out_positions))
+            self._held_out.add(crop(trace, TRIAL_POSITIONS))
         return trace
 
 

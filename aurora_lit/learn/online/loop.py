@@ -109,7 +109,6 @@ class OnlineLoop:
             batcher,
             held_out,
             max_repeated_share=config.max_repeated_share,
-            max_held_out_positions=config.batch_positions,
         )
         self._intake.num_looping, self.batcher.num_over_share = before.looping, before.over_client_share
         learner.controller.num_labels_dropped = before.labels_dropped
@@ -251,12 +250,7 @@ class OnlineLoop:
         if (use := self.learner.vocabulary_use) is not None:
             self._coverage = use.coverage(self.learner.draft.draft_token_ids)
         with self.learner.averaged() as challenger, self.learner.fabric.autocast():
-            decision = compare_drafts(
-                self.held_out,
-                champion=self._champion,
-                challenger=challenger,
-                batch_positions=self._config.batch_positions,
-            )
+            decision = compare_drafts(self.held_out, champion=self._champion, challenger=challenger)
             if decision is not None and self._domain_drafts is not None:
                 self._domain_drafts.keep_if_better(challenger, self.held_out)
         if decision is None:

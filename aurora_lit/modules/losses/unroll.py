@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from aurora_lit.modules.draft.eagle3 import Eagle3Draft, apply_rotary_pos_emb
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,9 @@ class StepwiseChains:
     padded to one of few lengths (`_rounded`) with copies of the last chain: matrix products of a new shape cost a
     millisecond and half a megabyte for the code that oneDNN generates.
 
+    Of positions that are not needed only the keys and values are computed, as far as a chain attends to them, and
+    without gradient: they are most of a batch, and with a gradient each costs a third of a chain.
+
     >>> chains = StepwiseChains(draft, token_ids_BT=tokens, aux_BT3H=aux, embedding_VH=embedding, needed_BT=needed)
     >>> chains.hidden_MH[: chains.count]        # of step 0
     >>> chains.advance(kept_N)                  # now of step 1, of those chains that are kept
@@ -121,16 +124,16 @@ class StepwiseChains:
         """Run step 0. `needed_BT`: bool, its target positions; position 0 has no chain. Others as `unroll`'s."""
         self._draft = draft
         self._embeds_BTH = nn.functional.embedding(token_ids_BT, embedding_VH)
-        features_BTH = draft.combine_hidden_states(aux_BT3H)
-        row_N, root_N = shift_positions(needed_BT, -1).nonzero(as_tuple=True)
+        is_root_BT = shift_positions(needed_BT, -1)
+        row_N, root_N = is_root_BT.nonzero(as_tuple=True)
         self.count = len(row_N)
-        padded_M = self._padded(torch.arange(self.count, device=row_N.device))
+        padded_M = _padded(torch.arange(self.count, device=row_N.device))
         self.row_M, self._root_M = row_N[padded_M], root_N[padded_M]
-        query_MND, self.root_key_BGTD, self.root_value_BGTD = self._project_step_0(features_BTH)
+        before_MH, query_MND, key_MGD, value_MGD = self._step_0(aux_BT3H, self.row_M, self._root_M)
+        self.root_key_BGTD, self.root_value_BGTD = self._past(aux_BT3H, is_root_BT, key_MGD, value_MGD)
         self._chain: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Keys and values of steps 1, 2, … [M, G, D]."""
         self.step = 0
-        before_MH = features_BTH[self.row_M, self._root_M]
         self.hidden_MH = draft.complete_layer(self._attend(query_MND), before_MH)
 
     @property
@@ -145,7 +148,7 @@ class StepwiseChains:
         """
         draft = self._draft
         self.count = len(kept_N)
-        kept_M = self._padded(kept_N)
+        kept_M = _padded(kept_N)
         self.row_M, self._root_M = self.row_M[kept_M], self._root_M[kept_M]
         hidden_MH = self.hidden_MH[kept_M]
         self._chain = [(key[kept_M], value[kept_M]) for key, value in self._chain]
@@ -169,23 +172,39 @@ class StepwiseChains:
             root_value_BGTD=self.root_value_BGTD,
         )
 
-    def _project_step_0(self, features_BTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `Eagle3Draft.project_qkv`, but queries of the chains' roots only."""
-        layer, draft = self._draft.midlayer, self._draft
-        B, T, _ = features_BTH.shape
-        joined_BT2H = torch.cat(
-            [layer.input_layernorm(shift_positions(self._embeds_BTH, -1)), layer.hidden_norm(features_BTH)], dim=-1
-        )
-        D = layer.self_attn.head_dim
-        query_1MND = layer.self_attn.q_proj(joined_BT2H[self.row_M, self._root_M]).view(1, len(self.row_M), -1, D)
-        key, value = (
-            projection(joined_BT2H).view(B, T, -1, D).transpose(1, 2)
-            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
-        )
-        cos_LD, sin_LD, root_1M = draft.cos_LD, draft.sin_LD, self._root_M[None]
-        query_1NMD = apply_rotary_pos_emb(query_1MND.transpose(1, 2), cos_LD[root_1M], sin_LD[root_1M])
-        key_BGTD = apply_rotary_pos_emb(key, cos_LD[None, :T], sin_LD[None, :T])
-        return query_1NMD[0].transpose(0, 1), key_BGTD, value
+    def _step_0(
+        self, aux_BT3H: torch.Tensor, row_X: torch.Tensor, position_X: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of some positions the draft's input [X, H], and its query [X, N, D], key [X, G, D] and value."""
+        input_XH = self._draft.combine_hidden_states(aux_BT3H[row_X, position_X])
+        next_XH = self._embeds_BTH[row_X, (position_X + 1).clamp_max(self._embeds_BTH.shape[1] - 1)]
+        of_1NXD = self._draft.project_qkv(next_XH[None], input_XH[None], position_X[None])
+        query_XND, key_XGD, value_XGD = (each[0].transpose(0, 1) for each in of_1NXD)
+        return input_XH, query_XND, key_XGD, value_XGD
+
+    def _past(
+        self, aux_BT3H: torch.Tensor, is_root_BT: torch.Tensor, key_MGD: torch.Tensor, value_MGD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of step 0 [B, G, T, D]: the given ones of roots, and those of other positions before them."""
+        B, T = is_root_BT.shape
+        precedes_root_BT = is_root_BT.flip(1).cummax(1).values.flip(1)
+        row_C, position_C = (precedes_root_BT & ~is_root_BT).nonzero(as_tuple=True)
+        places = [(self.row_M * T + self._root_M)[: self.count]]
+        parts = [(key_MGD[: self.count], value_MGD[: self.count])]
+        if len(row_C):
+            padded_C = _padded(torch.arange(len(row_C), device=row_C.device))
+            with torch.no_grad():
+                _, _, key_CGD, value_CGD = self._step_0(aux_BT3H, row_C[padded_C], position_C[padded_C])
+            places.append(row_C * T + position_C)
+            parts.append((key_CGD[: len(row_C)], value_CGD[: len(row_C)]))
+        place_P = torch.cat(places)
+
+        def by_trace(x_PGD: torch.Tensor) -> torch.Tensor:
+            G, D = x_PGD.shape[1:]
+            return x_PGD.new_zeros(B * T, G, D).index_copy(0, place_P, x_PGD).view(B, T, G, D).transpose(1, 2)
+
+        keys, values = zip(*parts, strict=True)
+        return by_trace(torch.cat(keys)), by_trace(torch.cat(values))
 
     def _attend(self, query_MND: torch.Tensor) -> torch.Tensor:
         """Attention of the present step [M, N·D], in fp32 at least; here the chains of a trace lie side by side."""
@@ -211,16 +230,18 @@ class StepwiseChains:
             chain = [(self.root_key_BGTD.to(dtype), self.root_value_BGTD.to(dtype))]
             chain += [(by_trace(key), by_trace(value)) for key, value in self._chain]
             attended_BRC = _chain_attention(by_trace(query_MND), chain, mask_B1RT)
-        return attended_BRC.flatten(0, 1)[self._padded(place_N)].to(query_MND.dtype)
+        return attended_BRC.flatten(0, 1)[_padded(place_N)].to(query_MND.dtype)
 
-    @staticmethod
-    def _padded(index_N: torch.Tensor) -> torch.Tensor:
-        """Indices with copies of the last one, as many as `_rounded` asks for."""
-        return torch.cat([index_N, index_N[-1:].expand(_rounded(len(index_N)) - len(index_N))])
+
+def _padded(index_N: torch.Tensor) -> torch.Tensor:
+    """Indices with copies of the last one, as many as `_rounded` asks for."""
+    return torch.cat([index_N, index_N[-1:].expand(_rounded(len(index_N)) - len(index_N))])
 
 
 def _rounded(count: int) -> int:
-    """The next of few numbers: 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, …; at most half more."""
+    """The next of few numbers: 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, …"""
+    if count > 256:
+        return -(-count // 64) * 64
     size = 16
     while size < count:
         if size * 3 // 2 >= count:

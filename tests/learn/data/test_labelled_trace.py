@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import torch
 
-from aurora_lit.learn.data.labelled_trace import crop, first_trained_position, is_compatible, label_trace
+from aurora_lit.learn.data.labelled_trace import (
+    add_lse,
+    crop,
+    first_trained_position,
+    is_compatible,
+    label_trace,
+    label_traces,
+)
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.traces.record import Trace, check
@@ -25,6 +32,34 @@ def test_a_cropped_trace_is_a_valid_trace_of_its_last_positions(target_head: Tar
     assert torch.equal(part.root_Q, whole.root_Q[kept] - start)
     for name in ("proposal_QK", "path_last_QKH", "path_top_QK", "path_lse_QK"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[kept]), name
+
+
+def test_traces_labelled_together_have_the_labels_that_each_has_alone(
+    target_head: TargetHead, served: list[Trace]
+) -> None:
+    read = replace(served[0], verify="read", answer_start=len(served[0].token_ids_T))
+    traces = [*served, read]
+    assert {trace.verify for trace in traces} == {"greedy", "sampled", "read"}
+    assert any(bool((trace.explored_R & (trace.num_rejected_R > 0)).any()) for trace in traces)
+    for trace, together in zip(traces, label_traces(traces, target_head), strict=True):
+        alone = label_trace(trace, target_head)
+        start = first_trained_position(trace)
+        assert together.trace.lse_T is not None
+        expected = target_head.evaluate(trace.last_TH[start:], temperature=trace.temperature)
+        torch.testing.assert_close(together.trace.lse_T[start:], expected.lse_N, atol=1e-2, rtol=0)
+        torch.testing.assert_close(together.tempered_lse_T[start:], expected.tempered_lse_N, atol=1e-2, rtol=0)
+        assert (together.trace.lse_T[:start] == 0).all()
+        if trace.verify == "greedy":
+            assert torch.equal(together.top_T[start:-1], trace.token_ids_T[start + 1 :].long())
+        else:
+            assert torch.equal(together.top_T[start:], expected.top_N)
+        for name in ("tempered_lse_T", "top_T", "rejected_tempered_lse_N", "rejected_top_N"):
+            torch.testing.assert_close(getattr(together, name), getattr(alone, name), atol=1e-2, rtol=0)
+    assert label_traces([], target_head) == []
+    for trace, added in zip(traces, add_lse(traces, target_head), strict=True):
+        assert added.lse_T is not None
+        torch.testing.assert_close(added.lse_T, label_trace(trace, target_head).trace.lse_T, atol=1e-2, rtol=0)
+        assert add_lse([added], target_head)[0] is added
 
 
 def test_training_starts_at_the_position_that_predicts_the_answers_first_token(served: list[Trace]) -> None:

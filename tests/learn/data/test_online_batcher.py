@@ -34,7 +34,11 @@ def test_batches_mix_live_and_remembered_and_stay_within_their_size(
     batches = []
     while batch := batcher.next_batch(oldest_fresh=0):
         batches.append(batch)
-    assert all(batch.traces.token_ids_BT.numel() <= 128 for batch in batches)
+    for batch in batches:
+        trained = int((batch.traces.weight_BT > 0).sum())
+        before = int((batch.traces.weight_BT > 0).int().argmax(1).sum())
+        assert before > 0
+        assert trained + before // 4 <= 128, "what is not trained on counts a quarter"
     assert sum(int(batch.live_B.sum()) for batch in batches) == len(served), "each is live once"
     assert any(batch.live_B.any() and not batch.live_B.all() for batch in batches)
     assert batcher.positions_out == pytest.approx(MAX_PASSES * batcher.positions_in, abs=128)

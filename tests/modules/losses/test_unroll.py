@@ -162,6 +162,43 @@ def test_leaving_out_unneeded_chains_does_not_change_the_others(target: Target) 
     assert gradients[0][0][:, 0, 9:15].abs().sum() > 0
 
 
+def test_chains_learn_through_their_own_positions_and_not_through_the_text_before_them(target: Target) -> None:
+    """Where all positions are needed the gradients are those of `unroll`; a prompt is attended to without gradient."""
+    draft = random_draft(target)
+    module = draft_module(target, draft, num_steps=1)
+    batch = draft_batch(target, torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(6)))
+    weights_BTH = torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(7))
+
+    def gradients(first: int, *, stepwise: bool) -> list[torch.Tensor]:
+        """Of the states, and of the target's hidden states, where chains begin before target position `first`."""
+        module.zero_grad()
+        aux_BT3H = batch.aux_BT3H.clone().requires_grad_()
+        needed_BT = (torch.arange(24) >= first).expand(2, 24)
+        if stepwise:
+            chains = StepwiseChains(
+                draft,
+                token_ids_BT=batch.token_ids_BT,
+                aux_BT3H=aux_BT3H,
+                embedding_VH=module.embedding_VH,
+                needed_BT=needed_BT,
+            )
+            hidden_MH, place = chains.hidden_MH[: chains.count], (chains.row_M, chains.target_M)
+            weights_MH = weights_BTH[place][: chains.count]
+        else:
+            hidden_MH = module.unroll(replace(batch, aux_BT3H=aux_BT3H), needed_BT)[0][needed_BT]
+            weights_MH = weights_BTH[needed_BT]
+        (hidden_MH * weights_MH).sum().backward()
+        assert aux_BT3H.grad is not None
+        return [aux_BT3H.grad, *(p.grad.clone() for p in draft.parameters() if p.grad is not None)]
+
+    for ours, theirs in zip(gradients(1, stepwise=True), gradients(1, stepwise=False), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    ours, theirs = gradients(10, stepwise=True)[0], gradients(10, stepwise=False)[0]
+    assert (ours[:, :9] == 0).all()
+    assert (theirs[:, :9].abs().amax((1, 2)) > 0).all()
+    assert (ours[:, 9:23].abs().amax(-1) > 0).all()
+
+
 def test_stepwise_chains_are_the_unrolled_ones_whichever_of_them_end(target: Target) -> None:
     draft = random_draft(target)
     module = draft_module(target, draft, num_steps=K)
