@@ -7,20 +7,22 @@ A pair is the same requests sent twice, once with the request's field `speculate
 order; with several clients each sends one of them at the same time. Requests are seeded, so both answers of a pair are
 equal, which is checked. A pair's ratio is that of tokens a second, from the first request to the last answer, the
 reading of prompts included. The table gives the geometric mean of the ratios with its 95 % interval (Student's t on
-their logarithms), and how many rounds proposed anything while speculation was on. The learner is off.
+their logarithms), and how many rounds proposed anything while speculation was on. The learner is off unless an
+override enables it.
 
 Each half has a `cache_salt` of its own, or the second half of a pair would find the first one's prompt in the prefix
 cache, and its answer in the traffic memory. That is empty when a setting begins, and fills with the answers of the
 speculating halves; those of the others are not stored.
 
 Other comparisons: `--against memory-off` speculates in both halves, but without the memory in the second;
-`--against off-greedy` has temperature T without speculation against temperature 0 without it.
+`--against off-greedy` has temperature T without speculation against temperature 0 without it; and with
+`--other draft.checkpoint=FOLDER` both speculate and remember, but the second half goes to a second server with these
+settings, while the first one waits.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import http.client
 import itertools
@@ -33,6 +35,8 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,14 +57,18 @@ class Arm(NamedTuple):
     """How the requests of one half of a pair are sent."""
 
     speculate: bool
-    temperature: float
+    temperature: float | None
+    """None: the field is left out, so the server's default holds."""
     remembers: bool
     """True: it may copy from the answers of earlier pairs, if it speculates."""
+    server: int = 0
+    """Index of the server that they are sent to."""
 
 
 class Outcome(NamedTuple):
     """One half of a pair."""
 
+    tokens: int
     tokens_per_s: float
     texts: list[str]
     rounds: int
@@ -72,7 +80,7 @@ def ask(port: int, prompt: str, arm: Arm, *, max_tokens: int, seed: int, salt: s
     body = {
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": max_tokens,
-        "temperature": arm.temperature,
+        **({} if arm.temperature is None else {"temperature": arm.temperature}),
         "seed": seed,
         "speculate": arm.speculate,
         "cache_salt": salt,
@@ -109,7 +117,7 @@ def run(port: int, prompts: Sequence[str], arm: Arm, *, max_tokens: int, seed: i
     plans = {name: count - before[name] for name, count in rounds_by_plan(port).items()}
     rounds = sum(plans.values())
     tokens = sum(count for _, count in answers)
-    return Outcome(tokens / seconds, [text for text, _ in answers], rounds, rounds - plans["plain"])
+    return Outcome(tokens, tokens / seconds, [text for text, _ in answers], rounds, rounds - plans["plain"])
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
@@ -120,32 +128,37 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
-def measure(port: int, turns: Iterator[str], arms: tuple[Arm, Arm], clients: int, options: Any) -> dict[str, Any]:
+def measure(
+    ports: Sequence[int], turns: Iterator[str], arms: tuple[Arm, Arm], clients: int, options: Any
+) -> dict[str, Any]:
     """All pairs of one setting, after some that are not counted; the ratio is that of the first arm over the second."""
-    ratios, first, second, rounds, speculating, unequal = [], [], [], 0, 0, 0
+    ratios: list[float] = []
+    unequal = 0
+    sides: tuple[list[Outcome], list[Outcome]] = [], []
     setting = secrets.token_hex(8)
     for pair in range(-options.warm_up, options.pairs):
         prompts = list(itertools.islice(turns, clients))
         order = arms if pair % 2 == 0 else arms[::-1]
         seed = pair + options.warm_up
         halves = {
-            arm: run(port, prompts, arm, max_tokens=options.max_tokens, seed=seed, setting=setting) for arm in order
+            arm: run(ports[arm.server], prompts, arm, max_tokens=options.max_tokens, seed=seed, setting=setting)
+            for arm in order
         }
         if pair < 0:
             continue
         one, other = halves[arms[0]], halves[arms[1]]
         ratios.append(one.tokens_per_s / other.tokens_per_s)
-        first.append(one.tokens_per_s)
-        second.append(other.tokens_per_s)
-        rounds, speculating = rounds + one.rounds, speculating + one.speculating_rounds
+        sides[0].append(one)
+        sides[1].append(other)
         unequal += one.texts != other.texts if arms[0].temperature == arms[1].temperature else 0
     mean, low, high = interval(ratios)
     return {
         "ratio": mean,
         "low": low,
         "high": high,
-        "tokens_per_s": [statistics.median(first), statistics.median(second)],
-        "speculating": speculating / rounds,
+        "tokens_per_s": [statistics.median(half.tokens_per_s for half in side) for side in sides],
+        "tokens_a_round": [sum(half.tokens for half in side) / sum(half.rounds for half in side) for side in sides],
+        "speculating": sum(half.speculating_rounds for half in sides[0]) / sum(half.rounds for half in sides[0]),
         "unequal_pairs": unequal,
         "pairs": len(ratios),
     }
@@ -155,41 +168,60 @@ def main() -> int:
     """Measure and print; exit code 1 if the two answers of a pair differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", nargs="+", type=Path, required=True, help="JSONL files, taken in turn")
-    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7, 1.0])
+    parser.add_argument(
+        "--temperatures",
+        nargs="+",
+        type=lambda text: None if text == "default" else float(text),
+        default=[0.0, 0.7, 1.0],
+        help="default: requests do not name one",
+    )
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--warm-up", type=int, default=4, help="pairs before each setting that are not counted")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--max-prompt-characters", type=int, default=3000)
     parser.add_argument("--against", choices=["off", "off-greedy", "memory-off"], default="off")
+    parser.add_argument("--other", nargs="+", default=[], metavar="KEY=VALUE", help="settings of a second server")
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     parser.add_argument("overrides", nargs="*", help="key=value for the server, after `--`")
     options = parser.parse_args()
-    config = load_config(None, [*_OVERRIDES, *options.overrides])
-    config = dataclasses.replace(config, server=dataclasses.replace(config.server, port=free_port()))
+    configs = [load_config(None, [*_OVERRIDES, *options.overrides])]
+    if options.other:
+        configs.append(load_config(None, [*_OVERRIDES, *options.overrides, *options.other]))
+    configs = [replace(config, server=replace(config.server, port=free_port())) for config in configs]
+    ports = [config.server.port for config in configs]
     texts = [
         [text for prompt in read_prompts(path) if len(text := prompt.messages[0]) <= options.max_prompt_characters]
         for path in options.prompts
     ]
     turns = itertools.cycle(text for group in zip(*texts, strict=False) for text in group)
-    table = Table("temperature", "clients", "ratio", "95 % interval", "tokens/s", "speculating", "unequal", "pairs")
+    columns = ("ratio", "95 % interval", "tokens/s", "tokens a round", "speculating", "unequal", "pairs")
+    table = Table("temperature", "clients", *columns)
     rows = []
-    with running_server(config, Path(options.out or "paired").with_suffix(".log")) as _:
-        port = config.server.port
+    with ExitStack() as servers:
+        for number, config in enumerate(configs):
+            log = Path(options.out or "paired").with_suffix(f".{number}.log")
+            servers.enter_context(running_server(config, log))
         for temperature, clients in itertools.product(options.temperatures, options.clients):
             arms = Arm(True, temperature, True), Arm(options.against == "memory-off", temperature, False)
             if options.against == "off-greedy":
                 arms = Arm(False, temperature, False), Arm(False, 0.0, False)
-            found = measure(port, turns, arms, clients, options)
+            if options.other:
+                arms = Arm(True, temperature, True), Arm(True, temperature, True, server=1)
+            found = measure(ports, turns, arms, clients, options)
             rows.append({"temperature": temperature, "clients": clients, **found})
             one, other = found["tokens_per_s"]
-            cells = [temperature, clients, f"{found['ratio']:.3f}", f"{found['low']:.3f}–{found['high']:.3f}"]
-            cells += [f"{one:.0f} / {other:.0f}", f"{found['speculating']:.0%}", found["unequal_pairs"], found["pairs"]]
+            named = "default" if temperature is None else temperature
+            cells = [named, clients, f"{found['ratio']:.3f}", f"{found['low']:.3f}–{found['high']:.3f}"]
+            cells += [f"{one:.0f} / {other:.0f}", "{:.2f} / {:.2f}".format(*found["tokens_a_round"])]
+            cells += [f"{found['speculating']:.0%}", found["unequal_pairs"], found["pairs"]]
             table.add_row(*map(str, cells))
             print(*cells, sep="  ", flush=True)
     report_console().print(table)
     if options.out:
-        options.out.write_text(json.dumps({"overrides": options.overrides, "rows": rows}, indent=2) + "\n")
+        options.out.write_text(
+            json.dumps({"overrides": options.overrides, "other": options.other, "rows": rows}, indent=2) + "\n"
+        )
     return int(any(row["unequal_pairs"] for row in rows))
 
 
