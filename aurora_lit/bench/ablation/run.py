@@ -272,11 +272,12 @@ def measure_costs(config: AuroraConfig, path: Path) -> dict[str, Any]:
         for found in measured_costs:
             deque(calibration_steps(found, limits, target, drafter, kv_cache=kv_cache, max_batch_size=1), maxlen=0)
         minimum_s = [min(c.round_s(1, [count]) for c in measured_costs) for count in range(widest + 1)]
+        first_s, longest_s = (min(c.draft_s(1, DraftShape(n)) for c in measured_costs) for n in (1, proposals))
         costs = {
             "draft_tokens": proposals,
             "target_s": [min(minimum_s[i:]) for i in range(len(minimum_s))],
-            "first_step_s": min(c.draft_s(1, DraftShape(1, 0)) for c in measured_costs),
-            "next_step_s": min(c.next_step(1, 1) for c in measured_costs),
+            "first_step_s": first_s,
+            "next_step_s": (longest_s - first_s) / max(1, proposals - 1),
         }
         path.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
     measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -99,13 +99,17 @@ def _measure_target(costs: Costs, limits: SpeculationLimits, probe: _Probe) -> I
 def _measure_draft(costs: Costs, limits: SpeculationLimits, probe: _Probe) -> Iterator[None]:
     # As in rounds, where a pass of the target has displaced the draft's weights from the CPU caches.
     before = functools.partial(probe.run_target, 1)
-    one_s = yield from _best_seconds(functools.partial(probe.run_chain, 1), before=before)
-    three_s = yield from _best_seconds(functools.partial(probe.run_chain, 3), before=before)
-    costs.first_step.set_initial(probe.batch_size, 1, one_s)
-    costs.next_step.set_initial(probe.batch_size, 1, max(0.0, (three_s - one_s) / 2))
-    if limits.tree_sizes:
-        three_s = yield from _best_seconds(functools.partial(probe.run_tree, 3, limits.tree_sizes[-1]), before=before)
-        costs.level.set_initial(probe.batch_size, 1, max(0.0, (three_s - one_s) / 2))
+    for levels in range(1, limits.draft_tokens + 1):
+        seconds = yield from _best_seconds(functools.partial(probe.run_chain, levels), before=before)
+        costs.chain.set_initial(probe.batch_size, levels, seconds)
+    costs.chain.make_monotonic(probe.batch_size)
+    if not limits.tree_sizes:
+        return
+    for levels in range(2, limits.draft_tokens + 1):
+        run = functools.partial(probe.run_tree, levels, limits.tree_sizes[-1])
+        seconds = yield from _best_seconds(run, before=before)
+        costs.tree.set_initial(probe.batch_size, levels, seconds)
+    costs.tree.make_monotonic(probe.batch_size)
 
 
 def _prefill_position_s(target: Target, drafter: Drafter, *, capacity: int) -> Generator[None, None, float]:

@@ -131,12 +131,10 @@ class Costs:
         self.ragged = ragged
         self.target = CostTable()
         """Of a round but for drafting, by batch size and mean query length."""
-        self.first_step = CostTable()
-        """Of the first proposal, the prefill of the draft's cache included, by batch size (query length 1)."""
-        self.next_step = CostTable()
-        """Of each further proposal of a chain, by batch size (query length 1)."""
-        self.level = CostTable()
-        """Of each level of a tree after the first, by batch size (query length 1)."""
+        self.chain = CostTable()
+        """Of drafting chains, the prefill of two positions included, by batch size and length."""
+        self.tree = CostTable()
+        """Of drafting trees, by batch size and number of levels."""
         self.prefill_position_s = 0.0
         """Of one position of the prefill of the draft's cache."""
 
@@ -154,14 +152,11 @@ class Costs:
         """Of drafting for some sequences."""
         if not shape.levels:
             return 0.0
-        later = self.level if shape.nodes else self.next_step
-        return self.first_step(num_drafting, 1) + (shape.levels - 1) * later(num_drafting, 1)
+        return (self.tree if shape.nodes else self.chain)(num_drafting, shape.levels)
 
     def observe_draft(self, num_drafting: int, shape: DraftShape, seconds: float, *, uncached: int) -> None:
         """Update by the time that drafting took, with the prefill of `uncached` positions."""
         seconds = max(0.0, seconds - uncached * self.prefill_position_s)
-        expected = self.draft_s(num_drafting, shape)
-        if not expected or (shape.nodes and shape.levels < 2):
-            return
-        for table in (self.first_step, self.level if shape.nodes else self.next_step):
-            table.update(num_drafting, 1, table(num_drafting, 1) * seconds / expected)
+        table = self.tree if shape.nodes else self.chain
+        if table(num_drafting, shape.levels):
+            table.update(num_drafting, shape.levels, seconds)

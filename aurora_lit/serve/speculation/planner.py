@@ -18,6 +18,7 @@ All times are in seconds; speeds are in tokens per second.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ _EXTRA_TOKEN_SAVING = 0.5
 """One more token from a round saves this share of a plain round, because the rounds it saves would speculate too."""
 _RECONSIDER_EVERY = 8
 """Rounds without a draft after which drafting is considered again; that takes a few per cent of a small round."""
+_TRY_EVERY, _TRY_WITHIN = 64, 0.8
+"""Every so many rounds that draft, another shape is drafted that promises at least this share of the chosen one's
+speed, each in turn. Only what is drafted is measured: without this, a shape that was measured as too slow when the
+server started, beside other work, or as accepting too little, would never be drafted."""
 _PROBE_EVERY = 128
 """Rounds without a draft after which one token is drafted, to measure whether the traffic has become predictable."""
 MAX_REMAINING_TOKENS = 128
@@ -118,6 +123,26 @@ def speed_of(
     return tokens / seconds if seconds else 0.0
 
 
+def speeds_of_shapes(
+    rates: Sequence[float],
+    *,
+    batch_size: int,
+    costs: Costs,
+    limits: SpeculationLimits,
+    trees: Mapping[int, TreeAcceptance],
+) -> dict[DraftShape, float]:
+    """`speed_of` every shape that the limits allow, NO_DRAFT among them."""
+    shapes = [NO_DRAFT, *(DraftShape(levels) for levels in range(1, limits.draft_tokens + 1))]
+    columns = len(rates) if costs.ragged else batch_size
+    shapes += [
+        DraftShape(levels, nodes)
+        for nodes in limits.tree_sizes
+        if batch_size + columns * nodes <= MAX_TREE_COLUMNS
+        for levels in range(2, min(limits.draft_tokens, nodes) + 1)
+    ]
+    return {shape: speed_of(shape, rates, batch_size=batch_size, costs=costs, trees=trees) for shape in shapes}
+
+
 def choose_shape(
     rates: Sequence[float],
     *,
@@ -135,19 +160,7 @@ def choose_shape(
         return NO_DRAFT
     if not limits.adaptive:
         return DraftShape(limits.draft_tokens, limits.tree_sizes[-1] if limits.tree_sizes else 0)
-
-    def speed(shape: DraftShape) -> float:
-        return speed_of(shape, rates, batch_size=batch_size, costs=costs, trees=trees)
-
-    shapes = [DraftShape(levels) for levels in range(1, limits.draft_tokens + 1)]
-    columns = len(rates) if costs.ragged else batch_size
-    shapes += [
-        DraftShape(levels, nodes)
-        for nodes in limits.tree_sizes
-        if batch_size + columns * nodes <= MAX_TREE_COLUMNS
-        for levels in range(2, min(limits.draft_tokens, nodes) + 1)
-    ]
-    speeds = {NO_DRAFT: speed(NO_DRAFT)} | {shape: speed(shape) for shape in shapes}
+    speeds = speeds_of_shapes(rates, batch_size=batch_size, costs=costs, limits=limits, trees=trees)
     best = max(speeds, key=speeds.__getitem__)
     now = speeds.get(last, 0.0)
     if speeds[best] > now * _MIN_GAIN:
@@ -180,7 +193,7 @@ class SpeculationPlanner:
             sampled: {n: TreeAcceptance(n, sampled=sampled) for n in limits.tree_sizes} for sampled in (False, True)
         }
         self._last = DraftShape(limits.draft_tokens)
-        self._rounds_without = 0
+        self._rounds_without = self._rounds_with = 0
 
     def mean_rate(self, *, sampled: bool) -> float:
         """The acceptance rate that a new sequence starts with."""
@@ -195,14 +208,12 @@ class SpeculationPlanner:
             return DraftDecision()
         is_resting = self._last == NO_DRAFT and (self._rounds_without + 1) % _RECONSIDER_EVERY != 0
         if not is_resting:
-            self._last = choose_shape(
-                rates,
-                batch_size=batch_size,
-                costs=self.costs,
-                limits=self.limits,
-                trees=self._trees[sampled],
-                last=self._last,
-            )
+            how = {"costs": self.costs, "limits": self.limits, "trees": self._trees[sampled]}
+            self._last = choose_shape(rates, batch_size=batch_size, last=self._last, **how)  # type: ignore[arg-type]
+            if self._last != NO_DRAFT and self.limits.adaptive:
+                self._rounds_with += 1
+                if self._rounds_with % _TRY_EVERY == 0:
+                    return DraftDecision(self._other_shape(speeds_of_shapes(rates, batch_size=batch_size, **how)))  # type: ignore[arg-type]
         self._rounds_without = self._rounds_without + 1 if self._last == NO_DRAFT else 0
         if self._rounds_without >= _PROBE_EVERY:
             self._rounds_without = 0
@@ -243,13 +254,18 @@ class SpeculationPlanner:
         if not self.limits.adaptive:
             return None
         if shape.nodes:
-            level_s = self.costs.level(num_drafting, 1)
-            return [self._tokens_that_save(level_s, batch_size)] * (shape.levels - 1)
+            # A tree of one level is a chain of one, as far as its time goes.
+            until_s = [self.costs.draft_s(num_drafting, DraftShape(1))]
+            until_s += [self.costs.draft_s(num_drafting, shape._replace(levels=n)) for n in range(2, shape.levels + 1)]
+            steps_s = [max(0.0, after - before) for before, after in itertools.pairwise(until_s)]
+            return [self._tokens_that_save(step_s, batch_size) for step_s in steps_s]
         target_s = [self.costs.round_s(batch_size, [k] * num_drafting) for k in range(1, shape.levels + 1)]
-        step_s = self.costs.next_step(num_drafting, 1)
+        until_s = [self.costs.draft_s(num_drafting, DraftShape(n)) for n in range(1, shape.levels + 1)]
         return [
-            self._tokens_that_save(step_s + max(0.0, longer - shorter), batch_size)
-            for shorter, longer in zip(target_s, target_s[1:], strict=False)
+            self._tokens_that_save(max(0.0, longer - shorter) + max(0.0, after - before), batch_size)
+            for (shorter, longer), (before, after) in zip(
+                itertools.pairwise(target_s), itertools.pairwise(until_s), strict=True
+            )
         ]
 
     def level_rates(self, shape: DraftShape, rates: Sequence[float], *, sampled: bool) -> list[float]:
@@ -307,6 +323,12 @@ class SpeculationPlanner:
         for sequence in sequences:
             sequence.acceptance_rate = max(sequence.acceptance_rate, _INITIAL_RATE)
         self._last, self._rounds_without = DraftShape(self.limits.draft_tokens), 0
+
+    def _other_shape(self, speeds: Mapping[DraftShape, float]) -> DraftShape:
+        """The next in turn of those that might be as fast as the chosen shape; that itself if there is none."""
+        enough = _TRY_WITHIN * speeds[self._last]
+        others = [each for each in speeds if each not in (NO_DRAFT, self._last) and speeds[each] >= enough]
+        return others[self._rounds_with // _TRY_EVERY % len(others)] if others else self._last
 
     def _tokens_that_save(self, seconds: float, batch_size: int) -> float:
         """How many more tokens a round must give to save this time."""

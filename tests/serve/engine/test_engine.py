@@ -293,8 +293,8 @@ def test_the_draft_does_not_run_when_it_does_not_pay_except_for_a_probe(
     models: TinyModels, drafted: list[DraftInputs]
 ) -> None:
     engine = models.engine(adaptive=True, max_seq_len=160)
-    engine.costs.first_step = CostTable()
-    engine.costs.first_step.update(1, 1, 60.0)
+    engine.costs.chain = engine.costs.tree = CostTable()
+    engine.costs.chain.update(1, 1, 60.0)
     drafted.clear()  # without the calibration's calls
     engine.submit(request("a", models.prompts[3], max_tokens=135))
     outputs: list[Output] = []
@@ -309,8 +309,8 @@ def test_a_probe_drafts_only_for_the_sequence_with_the_shortest_prefill(
     models: TinyModels, drafted: list[DraftInputs]
 ) -> None:
     engine = models.engine(adaptive=True, max_seq_len=200)
-    engine.costs.first_step = CostTable()
-    engine.costs.first_step.update(4, 1, 60.0)
+    engine.costs.chain = engine.costs.tree = CostTable()
+    engine.costs.chain.update(4, 1, 60.0)
     drafted.clear()  # without the calibration's calls
     prompts = [models.prompts[3] * 3, models.prompts[3], models.prompts[3] * 2]
     for i, prompt in enumerate(prompts):

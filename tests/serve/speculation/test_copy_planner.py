@@ -20,8 +20,8 @@ def copy_planner(*, column_s: float, ragged: bool = True, drafts: bool = True, a
     for size in (1, 2, 4):
         for query_length in (1, 2, 4, 8, 16):
             costs.target.set_initial(size, query_length, PLAIN_S + size * (query_length - 1) * column_s)
-        costs.first_step.set_initial(size, 1, 0.001)
-        costs.next_step.set_initial(size, 1, 0.0002)
+        for levels in range(1, 5):
+            costs.chain.set_initial(size, levels, 0.0008 + 0.0002 * levels)
     limits = SpeculationLimits(draft_tokens=4 * drafts, copied_tokens=15, adaptive=adaptive)
     return CopyPlanner(SpeculationPlanner(limits, costs))
 

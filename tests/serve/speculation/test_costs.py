@@ -59,8 +59,9 @@ def costs() -> Costs:
     costs = Costs(ragged=True)
     for query_length in (1, 2, 4, 8):
         costs.target.set_initial(4, query_length, 0.010 + 0.001 * query_length)
-    for table, seconds in ((costs.first_step, 0.001), (costs.next_step, 0.0005), (costs.level, 0.002)):
-        table.set_initial(2, 1, seconds)
+    for levels in (1, 2, 3):
+        costs.chain.set_initial(2, levels, 0.0005 + 0.0005 * levels)
+        costs.tree.set_initial(2, levels, 0.002 * levels - 0.001)
     return costs
 
 
@@ -80,19 +81,17 @@ def test_drafting_costs_its_first_step_and_each_later_step_or_level(costs: Costs
     assert [DraftShape(3).num_tokens, DraftShape(3, 7).num_tokens] == [3, 7]
 
 
-def test_a_slow_tree_raises_the_costs_of_its_first_step_and_its_levels_by_the_same_factor(costs: Costs) -> None:
+def test_a_slow_tree_says_nothing_about_chains(costs: Costs) -> None:
     costs.observe_draft(2, DraftShape(3, 7), 0.0075, uncached=0)
-    assert costs.level(2, 1) == pytest.approx(0.0021)
-    assert costs.first_step(2, 1) == pytest.approx(0.00105)
-    costs.observe_draft(2, DraftShape(1, 7), 1.0, uncached=0)
-    assert costs.level(2, 1) == pytest.approx(0.0021), "a tree of one level says nothing about a level"
+    assert costs.draft_s(2, DraftShape(3, 7)) == pytest.approx(0.00525)
+    assert costs.draft_s(2, DraftShape(3)) == pytest.approx(0.002)
+    Costs(ragged=True).observe_draft(2, DraftShape(3), 1.0, uncached=0)  # nothing is known there
 
 
 def test_prefill_of_the_drafts_cache_does_not_count_as_time_of_a_step(costs: Costs) -> None:
     costs.prefill_position_s = 1e-5
     costs.observe_draft(2, DraftShape(2), 0.0015 + 300 * 1e-5, uncached=300)
-    assert costs.first_step(2, 1) == pytest.approx(0.001)
-    assert costs.next_step(2, 1) == pytest.approx(0.0005)
+    assert costs.draft_s(2, DraftShape(2)) == pytest.approx(0.0015)
 
 
 def test_a_disturbed_measurement_of_a_shorter_query_does_not_last() -> None:

@@ -30,7 +30,7 @@ def engine_with(target: Target, folder: Path, **key: str) -> Engine:
 
 
 def tables(costs: Costs) -> dict[str, object]:
-    names = ("target", "first_step", "next_step", "level")
+    names = ("target", "chain", "tree")
     return {"prefill": costs.prefill_position_s, **{name: getattr(costs, name).initial for name in names}}
 
 
@@ -59,7 +59,7 @@ def test_a_damaged_file_counts_as_none(
     text = costs.path.read_text()
     content = json.loads(text)
     content |= {
-        "no number": {"level": [[1, 1, "fast"]]},
+        "no number": {"tree": [[1, 1, "fast"]]},
         "negative": {"prefill_position_s": -1.0},
         "another key": {"key": {"machine": "another"}},
         "no target": {"target": []},
@@ -78,7 +78,7 @@ def test_idle_moments_measure_again_until_all_is_measured(target: Target, tmp_pa
     assert not engine_with(target, tmp_path).refine_costs(), "it has just been measured"
     path = KeptCosts(tmp_path, key=KEY).path
     content = json.loads(path.read_text())
-    for name in ("target", "first_step"):
+    for name in ("target", "chain"):
         content[name] = [[b, q, 1000.0] for b, q, _ in content[name]]
     path.write_text(json.dumps(content))
     engine = engine_with(target, tmp_path)

@@ -301,7 +301,7 @@ def test_with_recompute_the_new_draft_proposes_as_if_it_had_always_served(case: 
 def test_a_swap_resets_the_estimates_by_which_the_old_draft_was_given_up(case: ServingCase) -> None:
     engine = make_engine(case.target, random_draft(case.target), max_batch_size=32, max_draft_tokens=3, adaptive=True)
     for rows in range(1, 33):
-        engine.costs.first_step.update(rows, 1, 1.0)
+        engine.costs.chain.update(rows, 1, 1.0)
     engine.planner._mean_rates = {False: 0.0, True: 0.0}
     engine.submit(case.requests[0])
     engine.round()
