@@ -82,9 +82,10 @@ class EngineSettings:
     adaptive: bool = True
     """true: each round chooses the draft length, and a chain or a tree, from measured costs. false: always
     max_draft_tokens and tree_tokens."""
-    explore_share: float = _within(0.02, 0.0, 1.0)
-    """Share of drafted rounds in which greedy requests sample their proposals, so that the learner sees alternatives.
-    The output stays exact; exploring rounds accept fewer tokens."""
+    explore_share: float = _within(0.0, 0.0, 1.0)
+    """Share of drafted rounds in which greedy requests sample their proposals, so that the policy loss (PPO) has
+    something to learn from. The output stays exact; exploring rounds accept fewer tokens. 0: off, since it has shown no
+    gain."""
     explore_temperature: float = _within(1.0, 0.05, 10.0)
     """Draft temperature of exploring rounds."""
     lookup: bool = True

@@ -79,7 +79,7 @@ DEFAULTS = {
         "max_draft_tokens": 4,
         "tree_tokens": 15,
         "adaptive": True,
-        "explore_share": 0.02,
+        "explore_share": 0.0,
         "explore_temperature": 1.0,
         "lookup": True,
         "lookup_tokens": 15,

@@ -209,6 +209,7 @@ def test_each_arm_changes_what_its_name_says(folder: Path) -> None:
     config = a_config(folder)
     config = replace(config, domain=replace(config.domain, detect=True))
     config = replace(config, memory=replace(config.memory, capacity_mb=8))
+    config = replace(config, engine=replace(config.engine, explore_share=0.0))
     made = {arm.name: arm.settings(config, seed=3) for arm in arms_named(list(ARMS))}
     assert {each.learn.seed for each in made.values()} == {3}
     assert made["both"] == replace(config, learn=replace(config.learn, seed=3))
@@ -220,8 +221,9 @@ def test_each_arm_changes_what_its_name_says(folder: Path) -> None:
         "kl": "kl",
         "ppo": "none",
     }
-    for name in ("static", "memory", "kl", "lk", "full-without-ppo"):
+    for name in ("static", "memory", "kl", "lk"):
         assert (made[name].learn.ppo_weight, made[name].engine.explore_share) == (0, 0)
+    assert {name for name, each in made.items() if each.engine.explore_share} == {"ppo", "full-with-ppo"}
     for name in ("kl", "lk", "ppo", "full-without-detector"):
         assert not made[name].domain.detect
     for name in ("kl", "lk", "ppo", "full-without-replay"):

@@ -7,9 +7,10 @@ both          the settings unchanged: learner and memory
 kl            KL on live tokens only, as in online distillation (Liu et al., arXiv 2310.07177): no domains, no replay,
               no gate, no averaging, and a constant rate of 0.3 learn.learning_rate (the full rate needs averaging)
 lk            the same with the acceptance loss
-ppo           the same with the policy loss only
-full-without-detector, full-without-replay, full-without-ppo, full-without-gate, full-without-averaging,
-full-without-vocabulary: the learner without that part
+ppo           the same with the policy loss only, and a tenth of the rounds exploring
+full-without-detector, full-without-replay, full-without-gate, full-without-averaging, full-without-vocabulary: the
+learner without that part
+full-with-ppo a tenth of the rounds explores, and the policy loss learns from them
 full-uniform  batches take a random choice of traces instead of the most informative ones
 
 All arms copy from earlier in a request where engine.lookup says so, as a server does; only memory and both copy from
@@ -32,6 +33,7 @@ _Changes = dict[str, dict[str, Any]]
 """Changed settings by section and key."""
 
 STATIC = "static"
+_PPO: _Changes = {"engine": {"explore_share": 0.1}}
 _NO_PPO: _Changes = {"learn": {"ppo_weight": 0.0}, "engine": {"explore_share": 0.0}, "schedule": {"explore_share": 0.0}}
 _NO_DETECTOR: _Changes = {"domain": {"detect": False}}
 _NO_REPLAY: _Changes = {"learn": {"replay_share": 0.0}}
@@ -80,7 +82,7 @@ ARMS = {
         Arm(name="lk", changes=[*_ONLINE_ONLY, _NO_PPO], rate_factor=_ONLINE_ONLY_RATE, gated=False),
         Arm(
             name="ppo",
-            changes=[*_ONLINE_ONLY, {"learn": {"base_loss": "none"}}],
+            changes=[*_ONLINE_ONLY, _PPO, {"learn": {"base_loss": "none"}}],
             rate_factor=_ONLINE_ONLY_RATE,
             gated=False,
         ),
@@ -88,7 +90,7 @@ ARMS = {
         Arm(name="both", remembers=True),
         Arm(name="full-without-detector", changes=[_NO_DETECTOR]),
         Arm(name="full-without-replay", changes=[_NO_REPLAY]),
-        Arm(name="full-without-ppo", changes=[_NO_PPO]),
+        Arm(name="full-with-ppo", changes=[_PPO]),
         Arm(name="full-without-gate", gated=False),
         Arm(name="full-without-averaging", changes=[_NO_AVERAGING]),
         Arm(name="full-without-vocabulary", changes=[{"learn": {"adapt_vocabulary": False}}]),
