@@ -104,7 +104,14 @@ class Parts:
         self._since = now
 
 
-def record(
+def record(config: AuroraConfig, folder: Path, prompts: list[Path], **how: Any) -> None:
+    """`_record` in a process of its own, so that the memory of this one is the learner's."""
+    recorder = multiprocessing.get_context("spawn").Process(target=_record, args=(config, folder, prompts), kwargs=how)
+    recorder.start()
+    recorder.join()
+
+
+def _record(
     config: AuroraConfig,
     folder: Path,
     prompts: list[Path],
@@ -114,25 +121,10 @@ def record(
     temperatures: list[float],
     continued: bool = False,
 ) -> None:
-    """Answer the prompts in a process of its own, the temperatures in turn, and keep their traces in a log.
+    """Answer the prompts, the temperatures in turn, and keep their traces in a log.
 
     continued: the beginnings of the prompts are continued as text, without a chat template.
     """
-    arguments = (config, folder, prompts, limit, max_tokens, temperatures, continued)
-    recorder = multiprocessing.get_context("spawn").Process(target=_record, args=arguments)
-    recorder.start()
-    recorder.join()
-
-
-def _record(
-    config: AuroraConfig,
-    folder: Path,
-    prompts: list[Path],
-    limit: int,
-    max_tokens: int,
-    temperatures: list[float],
-    continued: bool,
-) -> None:
     traces: list[Trace] = []
     engine, tokenizer = build_engine(config, sink=lambda trace: traces.append(trace.copy()))
     if continued:

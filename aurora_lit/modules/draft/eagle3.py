@@ -69,11 +69,18 @@ class Eagle3Attention(nn.Module):
         self, x_BT2H: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [B, N, T, D] and keys [B, G, T, D] with rotary embedding, values [B, G, T, D]."""
+        query = self.q_proj(x_BT2H).view(*x_BT2H.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        key, value = self.project_kv(x_BT2H, cos_BTD, sin_BTD)
+        return apply_rotary_pos_emb(query, cos_BTD, sin_BTD), key, value
+
+    def project_kv(
+        self, x_BT2H: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same keys and values alone."""
         shape = (*x_BT2H.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(x_BT2H).view(shape).transpose(1, 2)
         key = self.k_proj(x_BT2H).view(shape).transpose(1, 2)
         value = self.v_proj(x_BT2H).view(shape).transpose(1, 2)
-        return apply_rotary_pos_emb(query, cos_BTD, sin_BTD), apply_rotary_pos_emb(key, cos_BTD, sin_BTD), value
+        return apply_rotary_pos_emb(key, cos_BTD, sin_BTD), value
 
 
 class Eagle3MLP(nn.Module):
@@ -154,9 +161,19 @@ class Eagle3Draft(nn.Module):
         self, embeds_BTH: torch.Tensor, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [B, N, T, D] and keys [B, G, T, D] with rotary embedding at `positions_BT`, values [B, G, T, D]."""
+        joined_BT2H = self._attention_input(embeds_BTH, hidden_BTH)
+        return self.midlayer.self_attn.project_qkv(joined_BT2H, self.cos_LD[positions_BT], self.sin_LD[positions_BT])
+
+    def project_kv(
+        self, embeds_BTH: torch.Tensor, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same keys and values alone, of positions that nothing is proposed from."""
+        joined_BT2H = self._attention_input(embeds_BTH, hidden_BTH)
+        return self.midlayer.self_attn.project_kv(joined_BT2H, self.cos_LD[positions_BT], self.sin_LD[positions_BT])
+
+    def _attention_input(self, embeds_BTH: torch.Tensor, hidden_BTH: torch.Tensor) -> torch.Tensor:
         layer = self.midlayer
-        joined_BT2H = torch.cat([layer.input_layernorm(embeds_BTH), layer.hidden_norm(hidden_BTH)], dim=-1)
-        return layer.self_attn.project_qkv(joined_BT2H, self.cos_LD[positions_BT], self.sin_LD[positions_BT])
+        return torch.cat([layer.input_layernorm(embeds_BTH), layer.hidden_norm(hidden_BTH)], dim=-1)
 
     def complete_layer(self, attended_BTC: torch.Tensor, hidden_BTH: torch.Tensor) -> torch.Tensor:
         """The layer's output [B, T, H] from the attention's: output projection, residuals and MLP.

@@ -129,12 +129,16 @@ class StepwiseChains:
         self.count = len(row_N)
         padded_M = _padded(torch.arange(self.count, device=row_N.device))
         self.row_M, self._root_M = row_N[padded_M], root_N[padded_M]
-        before_MH, query_MND, key_MGD, value_MGD = self._step_0(aux_BT3H, self.row_M, self._root_M)
-        self.root_key_BGTD, self.root_value_BGTD = self._past(aux_BT3H, is_root_BT, key_MGD, value_MGD)
+        next_MH, before_MH = self._inputs(aux_BT3H, self.row_M, self._root_M)
+        # Before the past, which has no gradient: autocast keeps the first copy that it makes of a weight.
+        query, key, value = draft.project_qkv(next_MH[None], before_MH[None], self._root_M[None])
+        self.root_key_BGTD, self.root_value_BGTD = self._past(
+            aux_BT3H, is_root_BT, key[0].transpose(0, 1), value[0].transpose(0, 1)
+        )
         self._chain: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Keys and values of steps 1, 2, … [M, G, D]."""
         self.step = 0
-        self.hidden_MH = draft.complete_layer(self._attend(query_MND), before_MH)
+        self.hidden_MH = draft.complete_layer(self._attend(query[0].transpose(0, 1)), before_MH)
 
     @property
     def target_M(self) -> torch.Tensor:
@@ -172,15 +176,12 @@ class StepwiseChains:
             root_value_BGTD=self.root_value_BGTD,
         )
 
-    def _step_0(
+    def _inputs(
         self, aux_BT3H: torch.Tensor, row_X: torch.Tensor, position_X: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of some positions the draft's input [X, H], and its query [X, N, D], key [X, G, D] and value."""
-        input_XH = self._draft.combine_hidden_states(aux_BT3H[row_X, position_X])
-        next_XH = self._embeds_BTH[row_X, (position_X + 1).clamp_max(self._embeds_BTH.shape[1] - 1)]
-        of_1NXD = self._draft.project_qkv(next_XH[None], input_XH[None], position_X[None])
-        query_XND, key_XGD, value_XGD = (each[0].transpose(0, 1) for each in of_1NXD)
-        return input_XH, query_XND, key_XGD, value_XGD
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What step 0 reads at some positions [X, H]: the next token, embedded, and the target's hidden states."""
+        next_X = (position_X + 1).clamp_max(self._embeds_BTH.shape[1] - 1)
+        return self._embeds_BTH[row_X, next_X], self._draft.combine_hidden_states(aux_BT3H[row_X, position_X])
 
     def _past(
         self, aux_BT3H: torch.Tensor, is_root_BT: torch.Tensor, key_MGD: torch.Tensor, value_MGD: torch.Tensor
@@ -194,9 +195,10 @@ class StepwiseChains:
         if len(row_C):
             padded_C = _padded(torch.arange(len(row_C), device=row_C.device))
             with torch.no_grad():
-                _, _, key_CGD, value_CGD = self._step_0(aux_BT3H, row_C[padded_C], position_C[padded_C])
+                next_CH, input_CH = self._inputs(aux_BT3H, row_C[padded_C], position_C[padded_C])
+                key, value = self._draft.project_kv(next_CH[None], input_CH[None], position_C[padded_C][None])
             places.append(row_C * T + position_C)
-            parts.append((key_CGD[: len(row_C)], value_CGD[: len(row_C)]))
+            parts.append((key[0].transpose(0, 1)[: len(row_C)], value[0].transpose(0, 1)[: len(row_C)]))
         place_P = torch.cat(places)
 
         def by_trace(x_PGD: torch.Tensor) -> torch.Tensor:
