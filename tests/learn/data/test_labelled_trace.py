@@ -53,6 +53,12 @@ def test_traces_labelled_together_have_the_labels_that_each_has_alone(
             assert torch.equal(together.top_T[start:-1], trace.token_ids_T[start + 1 :].long())
         else:
             assert torch.equal(together.top_T[start:], expected.top_N)
+        is_drawn_N = torch.repeat_interleave(trace.explored_R, trace.num_rejected_R)
+        drawn = target_head.evaluate(trace.rejected_last_NH[is_drawn_N], temperature=trace.temperature)
+        torch.testing.assert_close(
+            together.rejected_tempered_lse_N[is_drawn_N], drawn.tempered_lse_N, atol=1e-2, rtol=0
+        )
+        assert torch.equal(together.rejected_top_N[is_drawn_N], drawn.top_N)
         for name in ("tempered_lse_T", "top_T", "rejected_tempered_lse_N", "rejected_top_N"):
             torch.testing.assert_close(getattr(together, name), getattr(alone, name), atol=1e-2, rtol=0)
     assert label_traces([], target_head) == []
