@@ -31,7 +31,7 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.centroids import DomainAssigner, client_label
 from aurora_lit.modules.domains.embedding import pool_prompt
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.modules.sampling.distribution import is_greedy, token_logprobs
+from aurora_lit.modules.sampling.distribution import token_logprobs
 from aurora_lit.modules.sampling.tree import common_prefix_length
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.options import EngineOptions
@@ -54,6 +54,8 @@ from aurora_lit.serve.speculation.traffic_memory import make_memory
 from aurora_lit.traces.record import SOURCE_DRAFT
 
 _DONE = object()
+_REFINED_AT_START_S = 0.25
+"""For so long a start that has kept costs measures them again; enough for the widths of one sequence."""
 
 
 class Engine:
@@ -77,7 +79,7 @@ class Engine:
     ) -> None:
         """Allocate the slots, prepare the draft and calibrate. Without draft and lookup: plain decoding.
 
-        `kept_costs`: used instead of calibrating if they exist, otherwise made; see `refine_costs`.
+        `kept_costs`: used instead of a whole calibration if they exist, otherwise made; see `refine_costs`.
 
         `draft_version`: name of the draft's version, for outputs and traces. `observer`: records rounds. Raises
         CheckpointError if the draft computes values that are not finite.
@@ -147,6 +149,10 @@ class Engine:
             )
             if kept_costs is not None and kept_costs.load_into(self.costs):
                 self._refinement = steps
+                until = time.perf_counter() + _REFINED_AT_START_S
+                while time.perf_counter() < until and self.refine_costs():
+                    pass
+                kept_costs.save(self.costs)
             else:
                 deque(steps, maxlen=0)  # all of them
                 if kept_costs is not None:
@@ -266,7 +272,6 @@ class Engine:
             sequence = RunningSequence(
                 request=request,
                 slot=slot,
-                acceptance_rate=self.planner.mean_rate(sampled=not is_greedy(request.params)),
                 prompt_length=length,
                 length=length,
                 prefilled=num_cached,

@@ -58,17 +58,29 @@ class EngineStats:
             self.accepted_by_position[position] += 1
 
 
+@dataclass
+class VerifiedDrafts:
+    """How many proposals of the draft a sequence had verified and accepted; older ones count less."""
+
+    accepted: float = 0.0
+    proposed: float = 0.0
+
+    def add(self, accepted: bool, *, decay: float) -> None:
+        """Add one proposal."""
+        self.accepted = decay * self.accepted + accepted
+        self.proposed = decay * self.proposed + 1.0
+
+
 @dataclass(kw_only=True, eq=False)
 class RunningSequence:
     """A request that holds a slot: first prefilling, then decoding."""
 
     request: Request
     slot: int
-    acceptance_rate: float
-    """Running mean for the draft's proposals."""
     prompt_length: int
     length: int
     """Committed tokens. While decoding, the target has computed all of them but the last."""
+    verified_drafts: VerifiedDrafts = field(default_factory=VerifiedDrafts)
     end_tokens: frozenset[int] = frozenset()
     """Tokens that end the output."""
     prefilled: int = 0

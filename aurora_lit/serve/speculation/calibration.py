@@ -2,7 +2,8 @@
 
 The measurements initialise the cost tables (serve/speculation/costs.py); running rounds update them. Everything runs in
 the engine's own slots, which are still empty. A start that has tables of an earlier one
-(serve/speculation/kept_costs.py) measures them again only while it waits for its first request.
+(serve/speculation/kept_costs.py) measures for a moment and then only while it waits for its first request; what it
+finds to be faster than in the tables replaces that, since the earlier start may have had other work beside it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def calibration_steps(
     Each step makes one timed call: at most about a tenth of a second.
     """
     if drafter is not None:
-        costs.prefill_position_s = yield from _prefill_position_s(target, drafter, capacity=kv_cache.capacity)
+        position_s = yield from _prefill_position_s(target, drafter, capacity=kv_cache.capacity)
+        costs.prefill_position_s = min(position_s, costs.prefill_position_s or position_s)
     batch_size = 1
     while True:
         probe = _Probe(target, drafter, kv_cache=kv_cache, batch_size=batch_size)

@@ -26,13 +26,16 @@ from typing import NamedTuple
 
 from aurora_lit.modules.sampling.tree import common_prefix_length
 from aurora_lit.serve.sequences.round_plan import Proposal
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.sequences.sequence import RunningSequence, VerifiedDrafts
 from aurora_lit.serve.speculation.costs import Costs, DraftShape
 
-_RATE_DECAY = 0.9
-"""Weight of the old acceptance rate of a sequence, per proposal."""
-_MEAN_RATE_DECAY = 0.98
-"""The same for the acceptance rate over all sequences."""
+_RECORD_DECAY = 0.95
+"""Weight of a sequence's earlier proposals when one more is verified."""
+_MEAN_WEIGHT = 10.0
+"""What the rate over all sequences weighs beside a sequence's own, in proposals. A rate of twenty proposals is off by a
+tenth by chance, and a planner follows those that are too high; this weight and decay predict held-out outcomes best."""
+_MEAN_DECAY = 0.995
+"""Weight of the earlier proposals of all sequences; less while there are few."""
 _INITIAL_RATE = 0.5
 """Acceptance rate of a draft before anything was verified."""
 _MIN_GAIN = 1.03
@@ -71,6 +74,19 @@ class SpeculationLimits:
     """Numbers of nodes of the trees to choose from, ascending."""
     adaptive: bool = True
     """False: always the most."""
+
+
+class _MeanRate:
+    """A running acceptance rate, quick to learn while there are few proposals."""
+
+    def __init__(self) -> None:
+        self.value = _INITIAL_RATE
+        self._weight = _MEAN_WEIGHT
+
+    def add(self, accepted: bool) -> None:
+        """Update by one proposal."""
+        self._weight = min(self._weight + 1, 1 / (1 - _MEAN_DECAY))
+        self.value += (accepted - self.value) / self._weight
 
 
 class TreeAcceptance:
@@ -187,8 +203,8 @@ class SpeculationPlanner:
         self.limits, self.costs = limits, costs
         self.updates_costs = True
         """False: rounds do not have the machine to themselves now, so their times are not measurements of costs."""
-        self._mean_rates = {False: _INITIAL_RATE, True: _INITIAL_RATE}
-        """Running acceptance rates over all sequences, greedy and sampled."""
+        self._mean_rates = {False: _MeanRate(), True: _MeanRate()}
+        """Over all sequences, greedy and sampled."""
         self._trees = {
             sampled: {n: TreeAcceptance(n, sampled=sampled) for n in limits.tree_sizes} for sampled in (False, True)
         }
@@ -196,8 +212,14 @@ class SpeculationPlanner:
         self._rounds_without = self._rounds_with = 0
 
     def mean_rate(self, *, sampled: bool) -> float:
-        """The acceptance rate that a new sequence starts with."""
-        return self._mean_rates[sampled]
+        """The acceptance rate over all sequences, with which a new one starts."""
+        return self._mean_rates[sampled].value
+
+    def rate_of(self, sequence: RunningSequence) -> float:
+        """The acceptance rate that a sequence's next proposals are expected to have."""
+        record = sequence.verified_drafts
+        mean = self.mean_rate(sampled=sequence.temperature > 0)
+        return (record.accepted + _MEAN_WEIGHT * mean) / (record.proposed + _MEAN_WEIGHT)
 
     def decide(self, rates: Sequence[float], *, batch_size: int, sampled: bool = False) -> DraftDecision:
         """What to draft for sequences of these acceptance rates, in a round of `batch_size` sequences.
@@ -299,9 +321,8 @@ class SpeculationPlanner:
         proposed, chain_accepted = len(chain), common_prefix_length(chain, path[1:])
         accepted = sum(0 < column <= proposal.num_drafted for column in path)
         for i in range(min(chain_accepted + 1, proposed)):
-            hit = 1.0 if i < chain_accepted else 0.0
-            sequence.acceptance_rate += (1 - _RATE_DECAY) * (hit - sequence.acceptance_rate)
-            self._mean_rates[sampled] += (1 - _MEAN_RATE_DECAY) * (hit - self._mean_rates[sampled])
+            sequence.verified_drafts.add(i < chain_accepted, decay=_RECORD_DECAY)
+            self._mean_rates[sampled].add(i < chain_accepted)
         tree = self._trees[sampled].get(proposal.num_drafted) if proposal.parents is not None else None
         if tree is not None and not finished:
             levels = proposal.num_drafted_levels
@@ -319,9 +340,12 @@ class SpeculationPlanner:
 
     def reset_for_new_draft(self, sequences: Sequence[RunningSequence]) -> None:
         """Another draft proposes from now on: low acceptance of the last one must not keep it from being tried."""
-        self._mean_rates = {sampled: max(rate, _INITIAL_RATE) for sampled, rate in self._mean_rates.items()}
+        for sampled, rate in self._mean_rates.items():
+            if rate.value < _INITIAL_RATE:
+                self._mean_rates[sampled] = _MeanRate()
         for sequence in sequences:
-            sequence.acceptance_rate = max(sequence.acceptance_rate, _INITIAL_RATE)
+            if self.rate_of(sequence) < _INITIAL_RATE:
+                sequence.verified_drafts = VerifiedDrafts()
         self._last, self._rounds_without = DraftShape(self.limits.draft_tokens), 0
 
     def _other_shape(self, speeds: Mapping[DraftShape, float]) -> DraftShape:

@@ -171,7 +171,7 @@ class Proposer:
         if not copies:
             return 0.0
         survivals = [each.survivals for each in copies.values()]
-        rates = [sequences[i].acceptance_rate if drafts else 0.0 for i in copies]
+        rates = [self._planner.rate_of(sequences[i]) if drafts else 0.0 for i in copies]
         counts, speed = self._copy_planner.choose(survivals, rates, batch_size=len(sequences), sampled=sampled)
         for (i, each), count in zip(copies.items(), counts, strict=True):
             table = self.reliability.table(sampled=sequences[i].temperature > 0)
@@ -215,7 +215,7 @@ class Proposer:
         drafter, batch_size = self._drafter, len(all_sequences)
         if drafter is None or not candidates:
             return []
-        rates = [all_sequences[i].acceptance_rate for i in candidates]
+        rates = [self._planner.rate_of(all_sequences[i]) for i in candidates]
         shape, is_probe = self._planner.decide(rates, batch_size=batch_size, sampled=sampled)
         if not shape.levels:
             return []
@@ -287,7 +287,7 @@ class Proposer:
         min_gains = self._planner.min_gains(shape, len(sequences), batch_size=batch_size)
         if not shape.nodes:
             return self._drafter.propose(inputs, num_steps=shape.levels, noise=noise, min_gains=min_gains)
-        rates = [sequence.acceptance_rate for sequence in sequences]
+        rates = [self._planner.rate_of(sequence) for sequence in sequences]
         return self._drafter.propose_tree(
             inputs,
             num_steps=shape.levels,

@@ -18,6 +18,7 @@ from aurora_lit.serve.sequences.round_plan import Proposal
 from aurora_lit.serve.speculation import proposer
 from aurora_lit.serve.speculation.candidate_tree import with_copies
 from aurora_lit.serve.speculation.copy_planner import CopyPlan, CopyPlanner
+from aurora_lit.serve.speculation.costs import CostTable
 from aurora_lit.serve.speculation.drafter import Drafter
 
 REFRAIN = (7, 8, 9, 10, 11, 12) * 4
@@ -107,6 +108,7 @@ def test_copies_beside_what_the_draft_proposes(
     monkeypatch.setattr(CopyPlanner, "choose", lambda self, survivals, rates, **_: CopyPlan([0] * len(rates), 100.0))
     engine = make_engine(target, random_draft(target), copied_tokens=15, tree_tokens=7, adaptive=True, **MEMORY)
     engine.floor, engine.planner.updates_costs = None, False
+    engine.costs.target = CostTable()
     for size, width in itertools.product(range(1, 5), range(1, 33)):
         engine.costs.target.set_initial(size, width, 0.01)
     requests = [request(str(i), prompt, max_tokens=30, **kind) for i, prompt in enumerate(prompts())]

@@ -44,9 +44,7 @@ def make_prefill(num_prefilling: int, *, max_round_s: float = 0.050) -> Prefill:
         stats=EngineStats(),
     )
     prefill.sequences.extend(
-        RunningSequence(
-            request=request(str(slot), [slot] * 600), slot=slot, acceptance_rate=0.5, prompt_length=600, length=600
-        )
+        RunningSequence(request=request(str(slot), [slot] * 600), slot=slot, prompt_length=600, length=600)
         for slot in range(num_prefilling)
     )
     return prefill

@@ -101,3 +101,10 @@ def test_a_disturbed_measurement_of_a_shorter_query_does_not_last() -> None:
     table.make_monotonic(1)
     assert [table(1, length) for length in (1, 4, 5, 8)] == [3.0, 5.0, 5.0, 7.0]
     assert table(2, 4) == 6.0
+
+
+def test_of_several_measurements_at_start_the_shortest_counts() -> None:
+    table = CostTable()
+    for seconds in (3.0, 1.0, 2.0):
+        table.set_initial(1, 1, seconds)
+    assert table(1, 1) == 1.0

@@ -135,9 +135,6 @@ def test_what_a_round_may_catch_up_with_is_shared_by_its_sequences() -> None:
     planner = SpeculationPlanner(SpeculationLimits(draft_tokens=4, copied_tokens=0), Costs(ragged=True))
     planner.costs.prefill_position_s = 0.001
     proposer = Proposer(cast(Any, Reader()), planner, tokens_SL=torch.zeros(1, 1), max_catch_up_s=0.1)
-    sequences = [
-        RunningSequence(request=request(str(i), [1]), slot=i, acceptance_rate=0.5, prompt_length=1, length=99)
-        for i in range(3)
-    ]
+    sequences = [RunningSequence(request=request(str(i), [1]), slot=i, prompt_length=1, length=99) for i in range(3)]
     assert proposer._caught_up(sequences, [0, 1, 2], {0: 70, 1: 60, 2: 20}) == ([1, 2], 20)
     assert read == {0: 20}

@@ -11,7 +11,9 @@ from support.tiny_models import make_engine, random_draft
 
 from aurora_lit.models.target import Target
 from aurora_lit.request import Request, SamplingParams
+from aurora_lit.serve.engine import engine as engine_module
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.speculation import calibration
 from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
 
@@ -34,13 +36,47 @@ def tables(costs: Costs) -> dict[str, object]:
     return {"prefill": costs.prefill_position_s, **{name: getattr(costs, name).initial for name in names}}
 
 
+@pytest.fixture
+def no_refinement_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_REFINED_AT_START_S", 0.0)
+
+
+def spoil(folder: Path, *names: str, seconds: float) -> None:
+    """Write a time into every row of these kept tables."""
+    path = KeptCosts(folder, key=KEY).path
+    content = json.loads(path.read_text())
+    for name in names:
+        content[name] = [[b, q, seconds] for b, q, _ in content[name]]
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.usefixtures("no_refinement_at_start")
 def test_the_next_start_has_the_same_costs_without_measuring(
     target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = engine_with(target, tmp_path)
     assert all(tables(first.costs).values())
-    monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("measures"))
+    monkeypatch.setattr(calibration, "_best_seconds", lambda *_, **__: pytest.fail("measures"))
     assert tables(engine_with(target, tmp_path).costs) == tables(first.costs)
+
+
+def test_a_start_replaces_what_an_earlier_one_measured_beside_other_work(target: Target, tmp_path: Path) -> None:
+    engine_with(target, tmp_path)
+    spoil(tmp_path, "target", seconds=1000.0)
+    engine = engine_with(target, tmp_path)
+    assert engine.costs.target(1, 1) < 10.0, "at once"
+    kept = Costs(ragged=True)
+    assert KeptCosts(tmp_path, key=KEY).load_into(kept)
+    assert kept.target(1, 1) < 10.0, "and for the starts that follow"
+
+
+def test_a_disturbed_start_does_not_replace_what_a_quiet_one_measured(target: Target, tmp_path: Path) -> None:
+    engine_with(target, tmp_path)
+    spoil(tmp_path, "target", "chain", "tree", seconds=1e-9)
+    engine = engine_with(target, tmp_path)
+    while engine.refine_costs():
+        pass
+    assert engine.costs.target(1, 1) == engine.costs.chain(2, 1) == 1e-9
 
 
 @pytest.mark.parametrize("changed", ["machine", "code"])
@@ -74,13 +110,10 @@ def test_a_damaged_file_counts_as_none(
     assert costs.load_into(empty), "it was written again"
 
 
+@pytest.mark.usefixtures("no_refinement_at_start")
 def test_idle_moments_measure_again_until_all_is_measured(target: Target, tmp_path: Path) -> None:
     assert not engine_with(target, tmp_path).refine_costs(), "it has just been measured"
-    path = KeptCosts(tmp_path, key=KEY).path
-    content = json.loads(path.read_text())
-    for name in ("target", "chain"):
-        content[name] = [[b, q, 1000.0] for b, q, _ in content[name]]
-    path.write_text(json.dumps(content))
+    spoil(tmp_path, "target", "chain", seconds=1000.0)
     engine = engine_with(target, tmp_path)
     assert engine.costs.target(1, 1) == 1000.0
     steps = 0
@@ -91,6 +124,7 @@ def test_idle_moments_measure_again_until_all_is_measured(target: Target, tmp_pa
     assert tables(engine_with(target, tmp_path).costs) == tables(engine.costs), "and kept"
 
 
+@pytest.mark.usefixtures("no_refinement_at_start")
 def test_a_request_ends_the_measurements_and_is_answered_as_ever(target: Target, tmp_path: Path) -> None:
     engine_with(target, tmp_path)
     engine, plain = engine_with(target, tmp_path), make_engine(target)

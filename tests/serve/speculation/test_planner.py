@@ -33,10 +33,10 @@ from aurora_lit.traces.record import SOURCE_DRAFT
 PLAIN_S = 0.010
 
 
-def a_sequence(rate: float, **params: float) -> RunningSequence:
-    """A sequence with this acceptance rate."""
+def a_sequence(**params: float) -> RunningSequence:
+    """A sequence of which nothing was verified."""
     request = Request(request_id="a", prompt_ids=(1,), params=SamplingParams(max_tokens=1, **params))  # type: ignore[arg-type]
-    return RunningSequence(request=request, slot=0, acceptance_rate=rate, prompt_length=1, length=1)
+    return RunningSequence(request=request, slot=0, prompt_length=1, length=1)
 
 
 def chain_costs(
@@ -192,16 +192,19 @@ def test_after_many_rounds_without_a_draft_one_token_is_drafted() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_accepted_probes_bring_speculation_back(temperature: float) -> None:
-    planner, sequence = chain_planner(), a_sequence(0.05, temperature=temperature)
+    planner, sequence = chain_planner(), a_sequence(temperature=temperature)
+    for _ in range(300):
+        observe(planner, sequence, proposed=1, accepted=0)
+    assert decide(planner, [planner.rate_of(sequence)]) == NO_DRAFT
     for _ in range(60 * planner_module._PROBE_EVERY):
-        levels = decide(planner, [sequence.acceptance_rate]).levels
+        levels = decide(planner, [planner.rate_of(sequence)]).levels
         if levels > 1:
             break
         if levels:
             observe(planner, sequence, proposed=levels, accepted=levels)
     else:
         pytest.fail("never came back")
-    assert sequence.acceptance_rate > 0.3
+    assert planner.rate_of(sequence) > 0.3
 
 
 @pytest.mark.parametrize(
@@ -263,27 +266,49 @@ def observe(
 
 def test_acceptance_rates_follow_proposals_up_to_the_first_rejected_one() -> None:
     planner = chain_planner()
-    start = planner.mean_rate(sampled=False)
+    sequence = a_sequence(temperature=0.0)
+    record = sequence.verified_drafts
 
-    def after(proposed: int, accepted: int, **how: bool) -> float:
-        sequence = a_sequence(0.5, temperature=0.0)
+    def after(proposed: int, accepted: int, **how: bool) -> tuple[float, float]:
+        record.accepted = record.proposed = 0.0
         observe(planner, sequence, proposed=proposed, accepted=accepted, **how)
-        return sequence.acceptance_rate
+        return record.accepted, record.proposed
 
-    assert after(0, 0) == 0.5
-    assert after(4, 4, explored=True) == 0.5
-    assert planner.mean_rate(sampled=False) == start
-    accepted, accepted_then_rejected, rejected = after(4, 4), after(4, 1), after(4, 0)
-    assert accepted > accepted_then_rejected > rejected
-    step = 1 - planner_module._RATE_DECAY
-    assert rejected == pytest.approx(0.5 - 0.5 * step), "proposals after a rejected one do not count"
-    one = 0.5 + 0.5 * step
-    assert accepted_then_rejected == pytest.approx(one - one * step)
-    assert planner.mean_rate(sampled=False) != start
-    for _ in range(500):
+    assert after(0, 0) == after(4, 4, explored=True) == (0, 0)
+    assert planner.rate_of(sequence) == planner.mean_rate(sampled=False) == 0.5, "before anything was verified"
+    decay = planner_module._RECORD_DECAY
+    assert after(4, 0) == (0, 1), "proposals after a rejected one do not count"
+    assert after(2, 2) == pytest.approx((1 + decay, 1 + decay))
+    assert after(4, 1) == pytest.approx((decay, 1 + decay)), "later proposals count for more"
+    for _ in range(1000):
         after(4, 4)
     assert 0.95 < planner.mean_rate(sampled=False) <= 1.0
-    assert planner.mean_rate(sampled=True) == start, "sampled sequences are accepted at a rate of their own"
+    assert planner.mean_rate(sampled=True) == 0.5, "sampled sequences are accepted at a rate of their own"
+
+
+def test_few_proposals_of_a_sequence_say_less_than_all_that_were_verified_before() -> None:
+    planner = chain_planner()
+    for _ in range(500):
+        observe(planner, a_sequence(temperature=0.0), proposed=1, accepted=0)
+    mean = planner.mean_rate(sampled=False)
+    assert mean < 0.1
+    lucky = a_sequence(temperature=0.0)
+    observe(planner, lucky, proposed=3, accepted=3)
+    assert mean < planner.rate_of(lucky) < 0.35
+    for _ in range(40):
+        observe(planner, lucky, proposed=3, accepted=3)
+    assert planner.rate_of(lucky) > 0.6, "but many say more"
+
+
+def test_the_first_verified_proposals_change_the_mean_rate_quickly() -> None:
+    planner = chain_planner()
+    steps = []
+    for _ in range(300):
+        before = planner.mean_rate(sampled=False)
+        observe(planner, a_sequence(temperature=0.0), proposed=1, accepted=0)
+        steps.append((before - planner.mean_rate(sampled=False)) / before)
+    assert steps[0] > 0.05
+    assert steps[-1] == pytest.approx(1 - planner_module._MEAN_DECAY)
 
 
 def test_in_ragged_rounds_sequences_that_do_not_draft_have_short_queries() -> None:
@@ -415,7 +440,7 @@ def test_another_level_must_be_probable_to_be_reached(reach: float, level_s: flo
 
 
 def test_the_planner_learns_how_much_more_than_their_chains_trees_accept() -> None:
-    planner, sequence = tree_planner(), a_sequence(0.5, temperature=0.0)
+    planner, sequence = tree_planner(), a_sequence(temperature=0.0)
     # Fifteen nodes: a chain of three first choices, and one more path below the root.
     tree = Proposal(tokens=list(range(15)), parents=[0, 0, 1, 2, 3, 4, *[0] * 9], source=SOURCE_DRAFT, num_drafted=15)
     assert (tree.num_drafted_levels, len(tree.first_choices)) == (3, 3)
@@ -438,10 +463,10 @@ def test_the_planner_learns_how_much_more_than_their_chains_trees_accept() -> No
 
 
 def test_another_draft_is_tried_although_the_last_one_was_given_up() -> None:
-    planner, sequence = chain_planner(), a_sequence(0.5, temperature=0.0)
+    planner, sequence = chain_planner(), a_sequence(temperature=0.0)
     for _ in range(100):
         observe(planner, sequence, proposed=4, accepted=0)
-    assert decide(planner, [sequence.acceptance_rate]) == NO_DRAFT
+    assert decide(planner, [planner.rate_of(sequence)]) == NO_DRAFT
     planner.reset_for_new_draft([sequence])
-    assert sequence.acceptance_rate == planner.mean_rate(sampled=False) == 0.5
-    assert decide(planner, [sequence.acceptance_rate]) != NO_DRAFT
+    assert planner.rate_of(sequence) == planner.mean_rate(sampled=False) == 0.5
+    assert decide(planner, [planner.rate_of(sequence)]) != NO_DRAFT

@@ -39,9 +39,7 @@ class Asked:
             request("r", self.prompt, max_tokens=64), client=self.client, cache_salt=self.salt, store=self.store
         )
         length = len(self.prompt) + len(self.answer)
-        sequence = RunningSequence(
-            request=asked, slot=0, acceptance_rate=0.5, prompt_length=len(self.prompt), length=length
-        )
+        sequence = RunningSequence(request=asked, slot=0, prompt_length=len(self.prompt), length=length)
         sequence.domain = self.domain
         return sequence
 

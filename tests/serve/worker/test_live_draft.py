@@ -23,6 +23,7 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.sequences.round_plan import Proposal
 from aurora_lit.serve.speculation.costs import DraftShape
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.planner import NO_DRAFT
@@ -302,14 +303,16 @@ def test_a_swap_resets_the_estimates_by_which_the_old_draft_was_given_up(case: S
     engine = make_engine(case.target, random_draft(case.target), max_batch_size=32, max_draft_tokens=3, adaptive=True)
     for rows in range(1, 33):
         engine.costs.chain.update(rows, 1, 1.0)
-    engine.planner._mean_rates = {False: 0.0, True: 0.0}
     engine.submit(case.requests[0])
     engine.round()
-    engine._decoding[0].acceptance_rate = 0.0
+    (sequence,) = engine._decoding
+    for _ in range(200):
+        engine.planner.observe(sequence, Proposal(tokens=[1], num_drafted=1), path=[0], finished=False)
+    assert engine.planner.rate_of(sequence) < 0.1
     engine.planner._last = NO_DRAFT
     assert engine.planner.decide([0.0], batch_size=1).shape == NO_DRAFT
     engine.swap_draft(copy.deepcopy(case.good), version="draft-000001")
-    assert (engine.planner.mean_rate(sampled=False), engine._decoding[0].acceptance_rate) == (0.5, 0.5)
+    assert engine.planner.mean_rate(sampled=False) == engine.planner.rate_of(sequence) == 0.5
     assert engine.planner._last == DraftShape(3)
 
 
