@@ -238,9 +238,6 @@ class LearnSettings:
     for comparison."""
     trace_selection: Literal["informative", "uniform"] = "informative"
     """Which of the waiting live traces a batch takes: those with the most rejections, or a random choice."""
-    adapt_vocabulary: bool = True
-    """Before each trial, replace unused tokens of the draft's vocabulary by tokens that traffic uses; its size does not
-    change. false: the vocabulary stays as it is."""
     domain_drafts: bool = False
     """Keep the best draft of each domain (in checkpoint.dir/RUN/domains, at most domain.max_domains) and continue from
     it if traffic returns to the domain and it is better there. Live learning only."""

@@ -64,7 +64,7 @@ def adapt(
     """Yield at the start and after each domain: its name, the learner, live positions, and accepted lengths."""
     config, learner, live = deployment.config, deployment.learner(), 0
     with tempfile.TemporaryDirectory(dir=deployment.folder) as folder:
-        batcher = make_batcher(config, deployment.target_head, Path(folder), vocabulary_use=learner.vocabulary_use)
+        batcher = make_batcher(config, deployment.target_head, Path(folder))
         yield "", learner, live, _accepted_lengths(learner, deployment, domains)
         for domain in domains:
             spent_s, sent, traffic = 0.0, 0, domain.traffic()

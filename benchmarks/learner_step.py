@@ -39,7 +39,6 @@ from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.learn.data import labelled_trace, online_batcher
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
-from aurora_lit.learn.data.vocabulary import VocabularyUse
 from aurora_lit.learn.offline.replay import read_traces
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.build import (
@@ -161,7 +160,6 @@ class Deployment:
             self.folder / "learner.safetensors",
             target_head=self.target_head,
             version=STARTING_VERSION,
-            vocabulary_use=VocabularyUse(self.target_head) if learn.adapt_vocabulary else None,
             ema_decay=learn.ema_decay,
         )
 
@@ -247,7 +245,7 @@ def _filled(deployment: Deployment, learner: Learner, traces: list[Trace]) -> tu
     """A batcher and held-out requests that have taken the traces in; the reservoir holds them too."""
     config = deployment.config
     folder = Path(tempfile.mkdtemp(dir=deployment.folder))
-    batcher = make_batcher(config, deployment.target_head, folder, vocabulary_use=learner.vocabulary_use)
+    batcher = make_batcher(config, deployment.target_head, folder)
     held_out = make_held_out(config, deployment.target_head)
     intake = _intake(config, learner, batcher, held_out)
     for trace in traces:
@@ -330,7 +328,7 @@ def time_live(deployment: Deployment, traces: list[Trace], *, seconds: float, ra
         learner=learner,
         champion=deployment.champion(),
         target_head=deployment.target_head,
-        batcher=make_batcher(config, deployment.target_head, folder, vocabulary_use=learner.vocabulary_use),
+        batcher=make_batcher(config, deployment.target_head, folder),
         held_out=held_out,
         budget=Budget(
             share=config.learn.compute_share,

@@ -54,8 +54,6 @@ class LearnerStatus:
     """How often a trace was deferred because its client had filled its share of a batch."""
     labels_dropped: int
     """Traces whose domain label was dropped: too many labels, or a reserved name."""
-    tokens_entered: int
-    """Tokens added to the draft's vocabulary because traffic uses them."""
     lag_records: int
     """Traces in the ring that are not read yet."""
     lag_bytes: int
@@ -73,8 +71,6 @@ class LearnerStatus:
     """Expected accepted length of the served draft (champion) at the last trial of the gate."""
     challenger_score: float
     """The same for the candidate draft (challenger)."""
-    vocabulary_coverage: float
-    """Share of the traffic's tokens that the learner's draft can propose, at the last trial; 0 before."""
     num_shifts: int
     """Shifts of traffic detected."""
     warm_starts: int

@@ -31,7 +31,6 @@ from aurora_lit.learn.data.labelled_trace import label_for_gate
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.data.vocabulary import VocabularyUse
 from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
 from aurora_lit.learn.online.gate import HeldOut, HeldOutRequest
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
@@ -99,7 +98,6 @@ class LearnerHarness:
             folder / "learner.safetensors",
             target_head=self.target_head,
             version=STARTING_VERSION,
-            vocabulary_use=VocabularyUse(self.target_head) if config.adapt_vocabulary else None,
         )
         self.load = ServerLoad.SPARE
         self.sleeps_s: list[float] = []
@@ -125,7 +123,6 @@ class LearnerHarness:
                 replay_share=0.5,
                 batch_positions=config.batch_positions,
                 live_bytes=1 << 24,
-                vocabulary_use=self.learner.vocabulary_use,
             ),
             held_out=self.held_out,
             budget=Budget(share=1.0, full_load_share=1.0, minimum_share=1.0, cpu_s=lambda: 0.0),

@@ -16,7 +16,7 @@ from typing import Any
 from support import child_environment
 
 STEPS = 6
-"""After a third of them learning continues from another draft, after two thirds the vocabulary changes."""
+"""After a third of them learning continues from another draft."""
 
 
 def learn_with(folder: Path, model: Path, *, processes: int) -> list[dict[str, Any]]:
@@ -35,7 +35,6 @@ def main(folder: Path, model: Path, processes: int) -> None:
     from aurora_lit.learn.data.online_batch import collate_online
     from aurora_lit.learn.data.target_head import TargetHead
     from aurora_lit.learn.data.training_state import write_state
-    from aurora_lit.learn.data.vocabulary import VocabularyUse
     from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leader_process
     from aurora_lit.learn.online.learner import Learner
     from aurora_lit.models.target import Target
@@ -63,13 +62,9 @@ def main(folder: Path, model: Path, processes: int) -> None:
     def lead(learner: Learner) -> None:
         traffic = serve(target, random_draft(target), some_requests(12), explore_share=0.5, explore_temperature=1.0)
         labelled_traces = [label_trace(trace, target_head) for trace in traffic]
-        for trace in traffic:
-            learner.vocabulary_use.add(trace)  # type: ignore[union-attr]
         for step in range(STEPS):
             if step == STEPS // 3:
                 learner.restart_from(random_draft(target, seed=7, draft_vocab_size=32), version="other")
-            if step == 2 * STEPS // 3:
-                assert learner.adapt_vocabulary() > 0
             # Batches that divide evenly between two processes, and not.
             batch = collate_online(
                 labelled_traces[: 3 + step % 2], [labelled.trace for labelled in labelled_traces[10:]], oldest_fresh=0
@@ -82,10 +77,10 @@ def main(folder: Path, model: Path, processes: int) -> None:
         follower = Follower()
         follower.follow(learner := a_learner(3))
     elif processes == 1:
-        lead(learner := a_learner(0, vocabulary_use=VocabularyUse(target_head)))
+        lead(learner := a_learner(0))
     else:
         with leader_process() as leader:
-            lead(learner := a_learner(0, vocabulary_use=VocabularyUse(target_head), before_step=leader.broadcast_step))
+            lead(learner := a_learner(0, before_step=leader.broadcast_step))
     with learner.averaged() as module:
         average = {name: tensor.clone() for name, tensor in module.draft.state_dict().items()}
     weights = {"draft": dict(learner.draft.state_dict()), "average": average, "steps": learner.steps}

@@ -8,8 +8,7 @@ kl            KL on live tokens only, as in online distillation (Liu et al., arX
               no gate, no averaging, and a constant rate of 0.3 learn.learning_rate (the full rate needs averaging)
 lk            the same with the acceptance loss
 ppo           the same with the policy loss only, and a tenth of the rounds exploring
-full-without-detector, full-without-replay, full-without-gate, full-without-averaging, full-without-vocabulary: the
-learner without that part
+full-without-detector, full-without-replay, full-without-gate, full-without-averaging: the learner without that part
 full-with-ppo a tenth of the rounds explores, and the policy loss learns from them
 full-uniform  batches take a random choice of traces instead of the most informative ones
 
@@ -93,7 +92,6 @@ ARMS = {
         Arm(name="full-with-ppo", changes=[_PPO]),
         Arm(name="full-without-gate", gated=False),
         Arm(name="full-without-averaging", changes=[_NO_AVERAGING]),
-        Arm(name="full-without-vocabulary", changes=[{"learn": {"adapt_vocabulary": False}}]),
         Arm(name="full-uniform", changes=[{"learn": {"trace_selection": "uniform"}}]),
     )
 }

@@ -17,7 +17,6 @@ from aurora_lit.learn.data.labelled_trace import LabelledTrace, add_lse, crop, f
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.data.vocabulary import VocabularyUse
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 
@@ -54,20 +53,18 @@ class OnlineBatcher:
         max_client_share: float = 1.0,
         selection: str = "informative",
         seed: int = 0,
-        vocabulary_use: VocabularyUse | None = None,
     ) -> None:
         """Start without live traces.
 
         batch_positions: size of a batch, see `batch_size`. replay_share: share of it that is replayed.
         live_bytes: memory for waiting traces. max_client_share: largest share of a batch's positions for one client.
         selection: "informative" takes the traces with the most rejections first, "uniform" random ones, by `seed`.
-        vocabulary_use: counts the tokens of every added trace.
         """
         self._target_head, self.reservoir = target_head, reservoir
         self._batch_positions = batch_positions
         self.replay_share = replay_share
         """May be changed between batches."""
-        self._live_bytes, self._vocabulary_use = live_bytes, vocabulary_use
+        self._live_bytes = live_bytes
         self._client_positions = int(max_client_share * batch_positions)
         self._clients: deque[str] = deque(maxlen=_RECENT_CLIENTS)
         self._waiting: deque[Trace] = deque()
@@ -84,8 +81,6 @@ class OnlineBatcher:
 
     def add(self, trace: Trace) -> None:
         """Add a live trace; one without positions to train on is dropped."""
-        if self._vocabulary_use is not None:
-            self._vocabulary_use.add(trace)
         num_trained = len(trace.token_ids_T) - first_trained_position(trace)
         trace = crop(trace, num_trained + _CONTEXT)
         # At most half a batch, so that every batch mixes traces.

@@ -35,7 +35,6 @@ from aurora_lit.drafts.versions import DraftStore, version_name, version_number
 from aurora_lit.errors import AuroraError, TraceError
 from aurora_lit.learn.data.labelled_trace import is_compatible
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.data.vocabulary import VocabularyUse
 from aurora_lit.learn.offline.copies import LEAST_SURVIVAL, copy_paths_of
 from aurora_lit.learn.offline.on_policy import RoundSimulator
 from aurora_lit.learn.offline.scoring import RoundScorer, RoundTotals, RoundWalk
@@ -113,7 +112,6 @@ class Replay:
             folder / STATE_NAME,
             target_head=target_head,
             version=STARTING_VERSION,
-            vocabulary_use=VocabularyUse(target_head) if learn.adapt_vocabulary else None,
             ema_decay=learn.ema_decay,
             fabric=fabric,
         )
@@ -128,7 +126,7 @@ class Replay:
         reach = proposed if self.copies is None else max(proposed, self.copies.most)
         self._scorers = [self._scorer(config, draft, reach) for draft in (copy.deepcopy(starting), self.served)]
         self._walks = {arm: RoundWalk(reach=reach) for arm in ARMS}
-        self._batcher = make_batcher(config, target_head, scratch, vocabulary_use=self.learner.vocabulary_use)
+        self._batcher = make_batcher(config, target_head, scratch)
         self._held_out = make_held_out(config, target_head)
         self._intake = TraceIntake(
             self.learner.controller,
@@ -227,7 +225,6 @@ class Replay:
         if self.learner.steps - self._last_trial_steps < self._learn.publish_every_steps:
             return
         self._last_trial_steps = self.learner.steps
-        self.learner.adapt_vocabulary()
         with self.learner.averaged() as challenger:
             if not self._gated:
                 self._serve({"reason": "no gate"})

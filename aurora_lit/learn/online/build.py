@@ -28,7 +28,6 @@ from aurora_lit.learn.data.labelled_trace import label_for_gate
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.data.vocabulary import VocabularyUse
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leader_process
 from aurora_lit.learn.online.domain_drafts import DomainDrafts
@@ -71,7 +70,7 @@ def build_loop(
         if learn.from_scratch and store.current() is None:
             store.publish(starting, record={"reason": "untrained: learning begins from scratch"})
 
-        starting_ids, untrained = starting.draft_token_ids, starting if learn.from_scratch else None
+        untrained = starting if learn.from_scratch else None
 
         def served_draft(version: str | None) -> Eagle3Draft:
             if version is not None:
@@ -91,8 +90,6 @@ def build_loop(
             state_path,
             target_head=target_head,
             version=current or STARTING_VERSION,
-            starting_ids=starting_ids,
-            vocabulary_use=VocabularyUse(target_head) if learn.adapt_vocabulary else None,
             ema_decay=learn.ema_decay,
             fabric=fabric,
             before_step=leader.broadcast_step if leader else None,
@@ -114,7 +111,7 @@ def build_loop(
             learner=learner,
             champion=champion,
             target_head=target_head,
-            batcher=make_batcher(config, target_head, run_folder, vocabulary_use=learner.vocabulary_use),
+            batcher=make_batcher(config, target_head, run_folder),
             held_out=make_held_out(config, target_head),
             budget=Budget(
                 share=learn.compute_share,
@@ -126,9 +123,7 @@ def build_loop(
         )
 
 
-def make_batcher(
-    config: AuroraConfig, target_head: TargetHead, folder: Path, *, vocabulary_use: VocabularyUse | None
-) -> OnlineBatcher:
+def make_batcher(config: AuroraConfig, target_head: TargetHead, folder: Path) -> OnlineBatcher:
     """Batches as the settings `learn` describe them; remembered traces are files in `folder`/reservoir."""
     learn = config.learn
     return OnlineBatcher(
@@ -140,7 +135,6 @@ def make_batcher(
         max_client_share=learn.max_client_share,
         selection=learn.trace_selection,
         seed=learn.seed,
-        vocabulary_use=vocabulary_use,
     )
 
 

@@ -27,7 +27,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.training_state import read_state, write_state
-from aurora_lit.learn.data.vocabulary import VocabularyUse, change_vocabulary
 from aurora_lit.learn.online.step_metrics import StepMetrics
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
@@ -40,7 +39,6 @@ STARTING_VERSION = "start"
 PATIENCE_TRIALS = 4
 """After so many refusals without a pass, learning restarts from the served draft at half the learning rate."""
 _LOG_EVERY_STEPS = 8
-_VOCABULARY_USE = "vocabulary_use"
 _log = logging.getLogger(__name__)
 
 
@@ -55,23 +53,18 @@ class Learner:
         *,
         target_head: TargetHead,
         version: str,
-        vocabulary_use: VocabularyUse | None = None,
-        starting_ids: torch.Tensor | None = None,
         ema_decay: float = 0.0,
         fabric: Fabric | None = None,
         before_step: Callable[[Learner, OnlineBatch], None] | None = None,
     ) -> None:
         """`version`: the published draft, or STARTING_VERSION, whose weights the module starts from.
 
-        vocabulary_use: counts by which `adapt_vocabulary` decides; None: the vocabulary never changes.
-        starting_ids: vocabulary of the draft that serving started with, which identifies the deployment that a saved
-        state is of; None: the module's. ema_decay: decay of the averaged weights at each step (see `averaged`).
+        ema_decay: decay of the averaged weights at each step (see `averaged`).
         fabric: for several processes that take each step together; each must be given the same batches.
         before_step: called with this learner and the batch before each step.
         """
-        self._target_head, self.vocabulary_use = target_head, vocabulary_use
-        ids_D = module.draft.draft_token_ids if starting_ids is None else starting_ids
-        self._origin = hashlib.sha256(ids_D.cpu().numpy().tobytes()).hexdigest()
+        self._target_head = target_head
+        self._origin = hashlib.sha256(module.draft.draft_token_ids.cpu().numpy().tobytes()).hexdigest()
         self.controller = controller
         self.state_path = state_path
         self.version = version
@@ -176,21 +169,6 @@ class Learner:
         self._average = self._new_average()
         self._new_optimizers()
 
-    def adapt_vocabulary(self) -> int:
-        """Replace unused tokens of the draft's vocabulary by tokens that traffic uses; returns how many entered."""
-        weight, use = self.draft.lm_head.weight, self.vocabulary_use
-        ids_D = use.better_ids(self.draft.draft_token_ids) if use is not None else None
-        if ids_D is None:
-            return 0
-        states = [optimizer.optimizer.state.get(weight, {}) for optimizer in self.optimizers]
-        values = [value for state in states for value in state.values()]
-        moments = [value for value in values if isinstance(value, torch.Tensor) and value.shape == weight.shape]
-        entered = change_vocabulary(self.draft, ids_D, self._target_head.head_VH, per_row=moments)
-        change_vocabulary(self._averaged_draft, ids_D, self._target_head.head_VH, per_row=[])
-        self._target_head.install_head(self.module.module)
-        self.num_weight_changes += 1
-        return entered
-
     def save(self) -> None:
         """Save the whole state durably. Raises OSError."""
         if self.fabric.is_global_zero:
@@ -219,10 +197,9 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the state of a learner of the same shape, which may have been without a `vocabulary_use`."""
+        """Continue from the state of a learner of the same shape."""
         for name, part in self._stateful().items():
-            if name != _VOCABULARY_USE or name in state:
-                part.load_state_dict(state[name])
+            part.load_state_dict(state[name])
         self._target_head.install_head(self.module.module)
         for schedule, of_schedule in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(of_schedule)
@@ -235,7 +212,7 @@ class Learner:
         found = {name: tensor.shape for name, tensor in state["module"].items()}
         if shapes != found:
             return "it is of a draft of another shape"
-        if any(name not in state for name in self._stateful() if name != _VOCABULARY_USE):
+        if any(name not in state for name in self._stateful()):
             return "it is of a learner with other optimizers"
         return "" if state["origin"] == self._origin else "serving began with a draft of another vocabulary"
 
@@ -297,11 +274,9 @@ class Learner:
         return norm
 
     def _stateful(self) -> dict[str, Any]:
-        use = {} if self.vocabulary_use is None else {_VOCABULARY_USE: self.vocabulary_use}
         return {
             "module": self.module,
             "domains": self.controller,
             "average": self._average,
-            **use,
             **{f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)},
         }

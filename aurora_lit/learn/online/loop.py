@@ -103,7 +103,6 @@ class OnlineLoop:
         self.records, self.skipped, self.batcher.num_stale = before.records, before.skipped, before.stale
         self.published, self.refused_by_gate = before.published, before.gate_refused
         self.warm_starts = before.warm_starts
-        self.tokens_entered, self._coverage = before.tokens_entered, before.vocabulary_coverage
         self._intake = TraceIntake(
             learner.controller,
             batcher,
@@ -246,9 +245,6 @@ class OnlineLoop:
         """Hold a trial: compare the learner's draft with the served one, and publish it if it passes."""
         self._activity, self._passed_version = "comparing drafts", None
         self._last_trial_s, self._last_trial_steps = self._environment.monotonic_s(), self.learner.steps
-        self.tokens_entered += self.learner.adapt_vocabulary()
-        if (use := self.learner.vocabulary_use) is not None:
-            self._coverage = use.coverage(self.learner.draft.draft_token_ids)
         with self.learner.averaged() as challenger, self.learner.fabric.autocast():
             decision = compare_drafts(self.held_out, champion=self._champion, challenger=challenger)
             if decision is not None and self._domain_drafts is not None:
@@ -318,8 +314,6 @@ class OnlineLoop:
             over_client_share=self.batcher.num_over_share,
             labels_dropped=controller.num_labels_dropped,
             warm_starts=self.warm_starts,
-            tokens_entered=self.tokens_entered,
-            vocabulary_coverage=self._coverage,
             lag_records=self._environment.traces.lag_records,
             lag_bytes=self._environment.traces.lag_bytes,
             published=self.published,

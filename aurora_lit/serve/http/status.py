@@ -158,7 +158,6 @@ def learner_json(status: LearnerStatus) -> Json:
             "champion": _finite(status.champion_score),
             "challenger": _finite(status.challenger_score),
         },
-        "vocabulary": {"entered": status.tokens_entered, "coverage": status.vocabulary_coverage or None},
         "domains": {
             "now": status.domains or None,
             "shifts": status.num_shifts,

@@ -184,7 +184,7 @@ def harness(
     tmp_path: Path,
 ) -> LearnerHarness:
     """A learner whose draft is good at code, as the served one, and which has kept one that is good at chat."""
-    harness = LearnerHarness(target, tmp_path, draft=good_at["code"], publish_every_steps=1000, adapt_vocabulary=False)
+    harness = LearnerHarness(target, tmp_path, draft=good_at["code"], publish_every_steps=1000)
     kept = kept_in(tmp_path / "domains", target, target_head)
     kept._keep("chat", good_at["chat"], {})
     harness.loop._domain_drafts = kept

@@ -39,7 +39,7 @@ def learned(
 ) -> tuple[LearnerHarness, Eagle3Draft]:
     """A learner that has published twice, and the second draft."""
     harness = LearnerHarness(target, tmp_path_factory.mktemp("learned"), publish_every_steps=25)
-    harness.ring.records.extend(asked_again(traffic, 12))
+    harness.ring.records.extend(asked_again(traffic, 20))
     harness.tick_until(lambda: harness.loop.published >= 2)
     return harness, harness.served_draft("draft-000002")
 
@@ -54,7 +54,7 @@ def test_a_draft_gets_better_on_traffic_and_is_published_through_the_gate(
     record = harness.store.versions()[1].record
     assert record["score"] > record["champion_score"]
     page = harness.page.read()
-    assert (page.records, page.skipped, page.published) == (12 * len(traffic) - len(harness.ring.records), 0, 2)
+    assert (page.records, page.skipped, page.published) == (20 * len(traffic) - len(harness.ring.records), 0, 2)
     assert page.version == name
     assert page.steps == harness.learner.steps >= 50
     assert harness.loop.records > 0
