@@ -13,6 +13,7 @@ __all__ = [
     "AuroraError",
     "CheckpointError",
     "ConfigError",
+    "LLM",
     "Output",
     "Request",
     "RequestError",
@@ -25,11 +26,13 @@ __all__ = [
 if TYPE_CHECKING:
     from aurora_lit.config import AuroraConfig, load_config
     from aurora_lit.errors import AuroraError, CheckpointError, ConfigError, RequestError, SourceError
+    from aurora_lit.llm import LLM
     from aurora_lit.request import Output, Request, SamplingParams
 
 _MODULES = {
     "aurora_lit.config": ("AuroraConfig", "load_config"),
     "aurora_lit.errors": ("AuroraError", "CheckpointError", "ConfigError", "RequestError", "SourceError"),
+    "aurora_lit.llm": ("LLM",),
     "aurora_lit.request": ("Output", "Request", "SamplingParams"),
 }
 

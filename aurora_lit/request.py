@@ -18,8 +18,10 @@ MAX_DOMAIN_CHARACTERS = 64
 class SamplingParams:
     """How one request is decoded. Values are validated before (serve/http/schema.py)."""
 
-    max_tokens: int
-    """Maximum number of new tokens."""
+    max_tokens: int = 16
+    """Maximum number of new tokens; the default is that of text completions."""
+    n: int = 1
+    """Answers to a prompt (`aurora_lit.LLM`). Each is a request of its own, so that the engine does not look at it."""
     temperature: float = 1.0
     """0: greedy decoding."""
     top_k: int = 0

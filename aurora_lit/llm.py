@@ -1,0 +1,246 @@
+"""The Python door: target and draft in this process, for scripts and notebooks.
+
+    from aurora_lit import LLM, SamplingParams
+
+    with LLM() as llm:
+        for answer in llm.generate(["The capital of France is"], SamplingParams(max_tokens=8, temperature=0.0)):
+            print(answer.outputs[0].text)
+        llm.chat([{"role": "user", "content": "Hello!"}])
+
+Names and defaults are vLLM's. Prompts and parameters are read as the bodies of HTTP requests, so both are checked and
+understood alike. Leaves out learning: the configured draft serves and stays as it is (`aurora-lit serve` learns).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from pydantic import ValidationError
+
+from aurora_lit.config import load_config
+from aurora_lit.errors import AuroraError, RequestError
+from aurora_lit.request import SamplingParams, TokenLogprob
+from aurora_lit.serve.http.answer_stream import AnswerStream, TextDelta
+from aurora_lit.serve.http.detokenizer import decode
+from aurora_lit.serve.http.errors import explain
+from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling
+from aurora_lit.serve.http.tokenize import Limits, Prepared, longest_token, prepare_chat, prepare_completion
+from aurora_lit.serve.worker.build import build_engine
+from aurora_lit.serve.worker.call_tracker import CallTracker
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or vLLM's {"prompt": text} or {"prompt_token_ids": ids}."""
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: role and content of each turn, as in the body of a chat request."""
+_Body = TypeVar("_Body", bound=Sampling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logprob:
+    """One token's log-probability, before temperature."""
+
+    logprob: float
+    rank: int | None
+    """1: the most likely; None for a chosen token outside the most likely ones that were asked for."""
+    decoded_token: str
+
+
+@dataclass(kw_only=True)
+class CompletionOutput:
+    """One answer."""
+
+    index: int
+    """Which of the prompt's `n` answers."""
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    """For each token the chosen and the most likely ones, by token id; None unless SamplingParams.logprobs is set."""
+    cumulative_logprob: float | None = None
+    """Of all tokens of the answer."""
+    finish_reason: str | None = None
+    """"stop" (end of text, stop token or stop string) or "length"."""
+    num_rounds: int = 0
+    """Passes of the target that this answer took part in."""
+
+    @property
+    def accepted_length(self) -> float:
+        """Tokens a round: 1 without speculation."""
+        return len(self.token_ids) / self.num_rounds if self.num_rounds else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """The answers to one prompt."""
+
+    request_id: str
+    prompt: str | None
+    """None for a prompt of token ids."""
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+
+
+class LLM:
+    """A target and its draft, loaded once, which answer batches of prompts."""
+
+    def __init__(
+        self, model: str | None = None, *, config: str | Path | None = None, overrides: Sequence[str] = ()
+    ) -> None:
+        """Load the models.
+
+        model: the target, by name or folder; None: the configured one. config: a YAML file of settings; None: the
+        default deployment. overrides: settings as on the command line, such as "engine.max_batch_size=4". Raises
+        ConfigError, SourceError or CheckpointError.
+        """
+        chosen = [] if model is None else [f"target.source={model}"]
+        settings = load_config(None if config is None else Path(config), [*chosen, *overrides])
+        self._engine, self._tokenizer = build_engine(settings)
+        self._limits = Limits(
+            max_seq_len=self._engine.max_seq_len,
+            vocab_size=self._engine.vocab_size,
+            longest_token=longest_token(self._tokenizer),
+        )
+        self._numbers = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt as it is, without a chat template; all of them are decoded together.
+
+        sampling_params: for all prompts, or one for each; None: the defaults. Raises RequestError, which names the
+        field, before anything is generated.
+        """
+        each = [prompts] if _is_one(prompts) else list(prompts)
+        return self._run([self._completion(*pair) for pair in _paired(each, sampling_params)])
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several together. sampling_params: as in `generate`."""
+        each = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        return self._run([self._chat(*pair) for pair in _paired(each, sampling_params)])
+
+    def close(self) -> None:
+        """Free the models' memory; the object is of no use any more."""
+        del self._engine, self._tokenizer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _completion(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, Prepared]:
+        content = prompt.get("prompt_token_ids", prompt.get("prompt")) if isinstance(prompt, Mapping) else prompt
+        content = content if isinstance(content, str) else list(content or ())
+        body = _body(CompletionRequest, params, prompt=content, logprobs=params.logprobs)
+        prepared = prepare_completion(body, call_id=self._call_id(), tokenizer=self._tokenizer, limits=self._limits)
+        return content if isinstance(content, str) else None, prepared
+
+    def _chat(self, messages: Messages, params: SamplingParams) -> tuple[str | None, Prepared]:
+        logprobs = {} if params.logprobs is None else {"logprobs": True, "top_logprobs": params.logprobs}
+        body = _body(ChatRequest, params, messages=[dict(turn) for turn in messages], **logprobs)
+        prepared = prepare_chat(body, call_id=self._call_id(), tokenizer=self._tokenizer, limits=self._limits)
+        return decode(self._tokenizer, prepared.call.requests[0].prompt_ids), prepared
+
+    def _call_id(self) -> str:
+        return f"llm-{next(self._numbers)}"
+
+    def _run(self, asked: Sequence[tuple[str | None, Prepared]]) -> list[RequestOutput]:
+        """Run rounds until every call has ended."""
+        calls = {prepared.call.call_id: prepared.call for _, prepared in asked}
+        streams = {call_id: AnswerStream(self._tokenizer, call.requests) for call_id, call in calls.items()}
+        answers = {
+            call_id: [CompletionOutput(index=index) for index in range(len(call.requests))]
+            for call_id, call in calls.items()
+        }
+        tracker = CallTracker(self._engine)
+        try:
+            for call in calls.values():
+                tracker.add(call)
+            while self._engine.has_work:
+                for call_id, deltas in tracker.advance(self._engine.round()).updates:
+                    try:
+                        added, stopped = streams[call_id].add(deltas)
+                    except RuntimeError as error:
+                        raise AuroraError(f"the engine failed: {error}") from error
+                    for delta in added:
+                        self._extend(answers[call_id][delta.index], delta)
+                    for index in stopped:
+                        tracker.cancel_request(call_id, index)
+        finally:
+            for call_id in tracker.active_calls():  # after an error or Ctrl-C
+                tracker.cancel(call_id)
+        return [
+            RequestOutput(
+                request_id=prepared.call.call_id,
+                prompt=text,
+                prompt_token_ids=list(prepared.call.requests[0].prompt_ids),
+                outputs=answers[prepared.call.call_id],
+            )
+            for text, prepared in asked
+        ]
+
+    def _extend(self, answer: CompletionOutput, delta: TextDelta) -> None:
+        """Add what a round brought."""
+        answer.text += delta.text
+        answer.token_ids += delta.token_ids
+        answer.finish_reason = delta.finish_reason
+        answer.num_rounds += 1
+        if delta.logprobs is not None:
+            answer.logprobs = (answer.logprobs or []) + [self._logprobs(each) for each in delta.logprobs]
+            before = answer.cumulative_logprob or 0.0
+            answer.cumulative_logprob = before + math.fsum(each.logprob for each in delta.logprobs)
+
+    def _logprobs(self, token: TokenLogprob) -> dict[int, Logprob]:
+        ranks = {token_id: rank for rank, (token_id, _) in enumerate(token.top, start=1)}
+        values = {token.token_id: token.logprob, **dict(token.top)}
+        return {
+            token_id: Logprob(
+                logprob=logprob, rank=ranks.get(token_id), decoded_token=decode(self._tokenizer, [token_id])
+            )
+            for token_id, logprob in values.items()
+        }
+
+
+def _is_one(prompts: Any) -> bool:
+    """True for a single prompt: text, a mapping, or token ids."""
+    return isinstance(prompts, str | Mapping) or bool(prompts and isinstance(prompts[0], int))
+
+
+def _paired(
+    each: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Any, SamplingParams]]:
+    """Every prompt with its parameters. Raises RequestError if their numbers differ."""
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(each)
+    if len(params) != len(each):
+        raise RequestError(
+            f"sampling_params: {len(params)} for {len(each)} prompts; give one, or one for each prompt",
+            param="sampling_params",
+        )
+    return list(zip(each, params, strict=True))
+
+
+def _body(kind: type[_Body], params: SamplingParams, **more: Any) -> _Body:
+    """The body of an HTTP request with these parameters. Raises RequestError for a value out of range."""
+    given: dict[str, Any] = {parameter.name: getattr(params, parameter.name) for parameter in fields(params)}
+    given |= {"stop": list(params.stop) or None, "stop_token_ids": list(params.stop_token_ids) or None}
+    given["logit_bias"] = {str(token_id): float(bias) for token_id, bias in params.logit_bias.items()} or None
+    del given["logprobs"], given["prompt_logprobs"]
+    try:
+        return kind.model_validate({**given, **more})
+    except ValidationError as error:
+        in_body = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        message, _, param, code = explain(in_body, content_type="application/json")
+        raise RequestError(message, param=param, code=code) from error

@@ -1,0 +1,164 @@
+"""The Python door on a tiny model: the same answers as the engine's, the same errors as the server's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support.tiny_models import VOCAB, make_engine, random_draft
+from support.tiny_server import text_of
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import aurora_lit
+from aurora_lit import llm as llm_module
+from aurora_lit.errors import RequestError
+from aurora_lit.llm import LLM
+from aurora_lit.models.target import Target
+from aurora_lit.request import Request, SamplingParams
+from aurora_lit.serve.engine.engine import Engine
+
+PROMPTS = [text_of([3, 9, 12, 4]), text_of([20, 7]), text_of([5] * 9)]
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+
+
+def a_tokenizer() -> PreTrainedTokenizerFast:
+    """Every token is one character; a chat is its contents between bars."""
+    tokenizer = Tokenizer(models.BPE(vocab={text_of([i]): i for i in range(VOCAB)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = "{% for turn in messages %}{{ turn['content'] }}!{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template)
+
+
+@pytest.fixture
+def llm(target: Target, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    def build(config: Any) -> tuple[Engine, PreTrainedTokenizerFast]:
+        return make_engine(target, random_draft(target), max_batch_size=2), a_tokenizer()
+
+    monkeypatch.setattr(llm_module, "build_engine", build)
+    with LLM() as llm:
+        yield llm
+
+
+def plain_tokens(target: Target, prompt: str, params: SamplingParams) -> list[int]:
+    """What the target alone answers."""
+    engine = make_engine(target)
+    ids = tuple(a_tokenizer().encode(prompt))
+    engine.submit(Request(request_id="a", prompt_ids=ids, params=params))
+    found: list[int] = []
+    while engine.has_work:
+        for output in engine.round():
+            found += output.token_ids
+    return found
+
+
+def test_more_prompts_than_slots_get_the_targets_answers_in_their_order(llm: LLM, target: Target) -> None:
+    answers = llm.generate(PROMPTS, GREEDY)
+    assert [answer.prompt for answer in answers] == PROMPTS
+    for answer in answers:
+        (output,) = answer.outputs
+        assert output.token_ids == plain_tokens(target, answer.prompt or "", GREEDY)
+        assert output.text == text_of(output.token_ids)
+        assert output.finish_reason == "length"
+        assert 1 <= output.accepted_length == len(output.token_ids) / output.num_rounds
+
+
+@pytest.mark.parametrize(
+    "prompt", [PROMPTS[0], [3, 9, 12, 4], {"prompt": PROMPTS[0]}, {"prompt_token_ids": [3, 9, 12, 4]}]
+)
+def test_one_prompt_in_each_of_vllms_forms(llm: LLM, target: Target, prompt: Any) -> None:
+    (answer,) = llm.generate(prompt, GREEDY)
+    assert answer.prompt_token_ids == [3, 9, 12, 4]
+    assert answer.outputs[0].token_ids == plain_tokens(target, PROMPTS[0], GREEDY)
+    assert answer.prompt == (PROMPTS[0] if isinstance(prompt, str) or "prompt" in prompt else None)
+
+
+def test_each_prompt_may_have_parameters_of_its_own(llm: LLM) -> None:
+    params = [SamplingParams(max_tokens=count, temperature=0.0) for count in (1, 5, 3)]
+    assert [len(answer.outputs[0].token_ids) for answer in llm.generate(PROMPTS, params)] == [1, 5, 3]
+    assert len(llm.generate(PROMPTS[0])[0].outputs[0].token_ids) == 16, "vLLM's default"
+    with pytest.raises(RequestError, match="2 for 3 prompts"):
+        llm.generate(PROMPTS, params[:2])
+
+
+def test_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=12, seed=5, n=3)
+    first, again = (llm.generate(PROMPTS[0], params)[0].outputs for _ in range(2))
+    assert [output.index for output in first] == [0, 1, 2]
+    texts = [output.text for output in first]
+    assert texts == [output.text for output in again]
+    assert len(set(texts)) > 1
+
+
+def test_a_stop_string_ends_an_answer_and_frees_its_slot(llm: LLM, target: Target) -> None:
+    tokens = plain_tokens(target, PROMPTS[0], GREEDY)
+    stop = text_of(tokens[4:6])
+    (answer,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=12, temperature=0.0, stop=(stop,)))
+    (output,) = answer.outputs
+    assert output.finish_reason == "stop"
+    assert output.text == text_of(tokens).split(stop)[0]
+    assert not llm._engine.has_work
+
+
+def test_logprobs_are_by_token_with_ranks(llm: LLM) -> None:
+    (answer,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=4, temperature=0.0, logprobs=2))
+    (output,) = answer.outputs
+    assert output.logprobs is not None
+    assert len(output.logprobs) == 4
+    for token, entry in zip(output.token_ids, output.logprobs, strict=True):
+        assert entry[token].rank == 1, "greedy"
+        assert entry[token].decoded_token == text_of([token])
+        assert sorted(each.rank or 0 for each in entry.values()) == [1, 2]
+    total = sum(entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True))
+    assert output.cumulative_logprob == pytest.approx(total)
+    (plain,) = llm.generate(PROMPTS[0], GREEDY)
+    assert plain.outputs[0].logprobs is None
+
+
+def test_a_chat_takes_the_chat_template(llm: LLM, target: Target) -> None:
+    chat = [{"role": "user", "content": PROMPTS[0]}]
+    one, both = llm.chat(chat, GREEDY), llm.chat([chat, chat], GREEDY)
+    assert one[0].prompt == PROMPTS[0] + "!"
+    assert one[0].outputs[0].token_ids == plain_tokens(target, PROMPTS[0] + "!", GREEDY)
+    assert [answer.outputs[0].text for answer in both] == [one[0].outputs[0].text] * 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ("", {}, "prompt is empty"),
+        ([VOCAB], {}, f"prompt: {VOCAB} is no token"),
+        (PROMPTS[0], {"temperature": 5.0}, "temperature=5.0"),
+        (PROMPTS[0], {"top_p": 0.0}, "top_p=0.0"),
+        (PROMPTS[0], {"n": 0}, "n=0"),
+        (PROMPTS[0], {"logit_bias": {VOCAB: 1.0}}, "logit_bias"),
+        (PROMPTS[0], {"max_tokens": 10**6}, "max_tokens=1000000 is too many"),
+    ],
+)
+def test_bad_input_is_named_before_anything_runs(llm: LLM, prompt: Any, params: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.generate([PROMPTS[1], prompt], SamplingParams(**params))
+    assert not llm._engine.has_work
+    assert len(llm.generate(PROMPTS[1], GREEDY)) == 1
+
+
+def test_an_interrupted_batch_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llm._engine
+    rounds = iter([engine.round, engine.round])
+
+    def interrupted() -> Any:
+        for each in rounds:
+            return each()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "round", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, GREEDY)
+    assert not engine.has_work
+
+
+def test_the_names_are_public() -> None:
+    assert aurora_lit.LLM is LLM
+    assert aurora_lit.SamplingParams is SamplingParams
