@@ -39,7 +39,7 @@ from aurora_lit.serve.engine.prefill import Prefill
 from aurora_lit.serve.engine.target_runner import TargetRunner
 from aurora_lit.serve.engine.token_choice import choose_tokens
 from aurora_lit.serve.sequences.observer import RoundObserver, notify_round
-from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, DecodingRow, RoundPlan, Verdict, judge
+from aurora_lit.serve.sequences.round_plan import DecodingRow, RoundPlan, Verdict, judge
 from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
 from aurora_lit.serve.sequences.slot_allocator import SlotAllocator
 from aurora_lit.serve.speculation.calibration import calibration_steps
@@ -56,6 +56,8 @@ from aurora_lit.traces.record import SOURCE_DRAFT
 _DONE = object()
 _REFINED_AT_START_S = 0.25
 """For so long a start that has kept costs measures them again; enough for the widths of one sequence."""
+_CALIBRATED_AT_START_S = 10.0
+"""A start without kept costs measures no longer; beside other work all of it can take a minute."""
 
 
 class Engine:
@@ -148,15 +150,10 @@ class Engine:
                 self.costs, limits, target, self._drafter, kv_cache=kv_cache, max_batch_size=options.max_batch_size
             )
             if kept_costs is not None and kept_costs.load_into(self.costs):
-                self._refinement = steps
-                until = time.perf_counter() + _REFINED_AT_START_S
-                while time.perf_counter() < until and self.refine_costs():
-                    pass
+                self._calibrate(steps, _REFINED_AT_START_S)
                 kept_costs.save(self.costs)
             else:
-                deque(steps, maxlen=0)  # all of them
-                if kept_costs is not None:
-                    kept_costs.save(self.costs)
+                self._calibrate(steps, _CALIBRATED_AT_START_S)
 
     def _limits(self, options: EngineOptions) -> SpeculationLimits:
         supports_trees = self._drafter is not None and self._drafter.supports_trees and self._target.supports_trees
@@ -195,6 +192,12 @@ class Engine:
                 code="context_length_exceeded",
             )
         self._waiting.append(request)
+
+    def _calibrate(self, steps: Iterator[None], seconds: float) -> None:
+        """Measure costs for so long; `refine_costs` goes on from there. What is not measured is not drafted."""
+        self._refinement, until = steps, time.perf_counter() + seconds
+        while time.perf_counter() < until and self.refine_costs():
+            pass
 
     def refine_costs(self) -> bool:
         """Time one operation of the kept costs again, while the slots are still empty; False if there is none left.
@@ -289,11 +292,8 @@ class Engine:
     def _plan(self) -> RoundPlan:
         """The rows of this round."""
         sequences = self._decoding
-        proposals = [NO_PROPOSAL] * len(sequences)
-        self.proposer.draft_seconds = 0.0
         copies, drafts = self._may_speculate(sequences)
-        if copies or drafts:
-            proposals = self.proposer.propose(sequences, copies=copies, drafts=drafts)
+        proposals = self.proposer.propose(sequences, copies=copies, drafts=drafts)
         decoding = [
             DecodingRow(sequence, int(self._tokens_SL[sequence.slot, sequence.length - 1]), proposal)
             for sequence, proposal in zip(sequences, proposals, strict=True)
@@ -386,7 +386,8 @@ class Engine:
         if self.floor is not None and self.planner.updates_costs:
             tokens = sum(len(output.token_ids) for output in outputs)
             kind = RoundKind.of([row.sequence for row in rows])
-            self.floor.observe(kind, seconds=seconds, tokens=tokens, speculated=speculated, drafted=draft_s > 0)
+            how = {"speculated": speculated, "drafted": draft_s > 0, "proposing_s": self.proposer.seconds}
+            self.floor.observe(kind, seconds=seconds, tokens=tokens, **how)  # type: ignore[arg-type]
 
     def _begin_decoding(self) -> None:
         """Let sequences decode whose prompts have been read. Their domain is known now."""

@@ -81,6 +81,8 @@ class RunningSequence:
     length: int
     """Committed tokens. While decoding, the target has computed all of them but the last."""
     verified_drafts: VerifiedDrafts = field(default_factory=VerifiedDrafts)
+    fruitless_look_ups: int = 0
+    """Look-ups since the last one that found copies."""
     end_tokens: frozenset[int] = frozenset()
     """Tokens that end the output."""
     prefilled: int = 0

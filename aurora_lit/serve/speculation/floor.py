@@ -131,18 +131,32 @@ class SpeculationFloor:
             return plain.since < 2
         return plain.since < (_PLAIN_EVERY_WINNING if account.won else _PLAIN_EVERY)
 
-    def observe(self, kind: RoundKind, *, seconds: float, tokens: int, speculated: bool, drafted: bool = False) -> None:
+    def observe(
+        self,
+        kind: RoundKind,
+        *,
+        seconds: float,
+        tokens: int,
+        speculated: bool,
+        drafted: bool = False,
+        proposing_s: float = 0.0,
+    ) -> None:
         """Add a round that had the machine to itself.
 
         `tokens`: that all its sequences got. `speculated`: anything was proposed or drafted; `drafted`: the draft ran.
+        `proposing_s`: the part of `seconds` that proposing took. Where it came to nothing, no plain round would have
+        taken that time; so it counts as lost by copies, which are looked for in every round.
         """
-        plain = self._plain[kind]
+        plain, copies = self._plain[kind], self._accounts[kind.group(drafted=False)]
+        searched = proposing_s > 0 and not speculated and not copies.rest
         for own in (False, True):
             account = self._accounts[kind.group(drafted=own)]
             if not (speculated and own == drafted):
                 account.rest = max(0, account.rest - 1)
         if not speculated:
-            plain.add(seconds)
+            plain.add(seconds - proposing_s)
+            if searched:
+                self.num_rests += copies.add(-proposing_s / plain.seconds)
             return
         account = self._accounts[kind.group(drafted=drafted)]
         plain.since += 1

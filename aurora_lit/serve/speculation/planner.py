@@ -129,14 +129,14 @@ def speed_of(
     costs: Costs,
     trees: Mapping[int, TreeAcceptance],
 ) -> float:
-    """Expected tokens per second of a round in which sequences of these acceptance rates draft; 0 without costs.
+    """Expected tokens per second of a round in which sequences of these acceptance rates draft; 0 if costs are unknown.
 
     `batch_size`: all sequences of the round.
     """
     tokens = batch_size + sum(_gain(shape.levels, level_rate(shape, rate, trees)) for rate in rates)
     counts = [shape.num_tokens] * len(rates)
-    seconds = costs.round_s(batch_size, counts) + costs.draft_s(len(rates), shape)
-    return tokens / seconds if seconds else 0.0
+    target_s, draft_s = costs.round_s(batch_size, counts), costs.draft_s(len(rates), shape)
+    return tokens / (target_s + draft_s) if target_s and (draft_s or not shape.levels) else 0.0
 
 
 def speeds_of_shapes(
@@ -181,7 +181,7 @@ def choose_shape(
     now = speeds.get(last, 0.0)
     if speeds[best] > now * _MIN_GAIN:
         return best
-    return last if now >= speeds[NO_DRAFT] else NO_DRAFT
+    return last if now and now >= speeds[NO_DRAFT] else NO_DRAFT
 
 
 class DraftDecision(NamedTuple):

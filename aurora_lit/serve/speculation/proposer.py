@@ -43,6 +43,9 @@ _MAX_PADDED_COPIES = 4
 """Most copied tokens where all sequences of a round compute the longest query length."""
 _WORTH_LOOKING_UP = 0.5
 """Share of a column's price in tokens that a copy must promise to be looked up."""
+_FRUITLESS = ((32, 4), (8, 2))
+"""After so many look-ups of a sequence that found nothing, only every so many tokens are looked up. A look-up takes 2 %
+of a small round, and copies go on for several tokens, so that little is lost by finding them later."""
 _LEAST_CATCH_UP = 32
 """Positions of the draft's prefill that a round computes at least, if any are missing."""
 
@@ -83,12 +86,21 @@ class Proposer:
         self._rng = random.Random(explore_seed)
         self.draft_seconds = 0.0
         """Time that drafting took in the last round."""
+        self.seconds = 0.0
+        """Time that all proposing took there, drafting included, even if there was nothing to propose."""
 
     def propose(
         self, sequences: Sequence[RunningSequence], *, copies: bool = True, drafts: bool = True
     ) -> list[Proposal]:
         """A proposal for each sequence, of what is allowed."""
-        self.draft_seconds = 0.0
+        started, self.draft_seconds, self.seconds = time.perf_counter(), 0.0, 0.0
+        if not (copies or drafts):
+            return [NO_PROPOSAL] * len(sequences)
+        proposals = self._propose(sequences, copies=copies, drafts=drafts)
+        self.seconds = time.perf_counter() - started
+        return proposals
+
+    def _propose(self, sequences: Sequence[RunningSequence], *, copies: bool, drafts: bool) -> list[Proposal]:
         proposals = [NO_PROPOSAL] * len(sequences)
         speculating = [i for i, sequence in enumerate(sequences) if sequence.params.speculate]
         if not speculating:
@@ -130,7 +142,7 @@ class Proposer:
         is_ragged = self._planner.costs.ragged
         if not is_ragged:
             longest = min(longest, _MAX_PADDED_COPIES)
-        candidates = [i for i in candidates if sequences[i].num_remaining > 1]
+        candidates = [i for i in candidates if sequences[i].num_remaining > 1 and self._is_due(sequences[i])]
         if not candidates:
             return {}
         asking = [sequences[i] for i in candidates]
@@ -145,9 +157,18 @@ class Proposer:
             own=self._looks_up,
         )
         found = look_up_copies(self._tokens_SL, rows, memory=self._memory)
+        for sequence, copies in zip(asking, found, strict=True):
+            sequence.fruitless_look_ups = 0 if copies.tokens else sequence.fruitless_look_ups + 1
         if not is_ragged:
             found = [chain_of(copies) for copies in found]
         return {i: copies for i, copies in zip(candidates, found, strict=True) if copies.tokens}
+
+    def _is_due(self, sequence: RunningSequence) -> bool:
+        """False: so many look-ups found nothing that this one is left out."""
+        if not self._planner.limits.adaptive:
+            return True
+        every = next((every for least, every in _FRUITLESS if sequence.fruitless_look_ups >= least), 1)
+        return sequence.length % every == 0
 
     def _least_survival(self, batch_size: int) -> float:
         """Copies that are less probable than this are not looked up: they would not repay much of their columns."""

@@ -72,7 +72,8 @@ def build_engine(
     use_threads(config.engine.threads)
     tokenizer, target = load_tokenizer(config), load_serving_target(config)
     observer = None if sink is None else _recorder(config, target, sink)
-    return _engine(config, target, tokenizer, observer=observer), tokenizer
+    engine = _engine(config, target, tokenizer, observer=observer, kept_costs=_kept_costs(config, target))
+    return engine, tokenizer
 
 
 def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:

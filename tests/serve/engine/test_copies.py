@@ -11,7 +11,7 @@ import torch
 from support.tiny_models import VOCAB, make_engine, random_draft, request, run, save_model
 
 from aurora_lit.kernels import native
-from aurora_lit.kernels.suffix_index import Copies
+from aurora_lit.kernels.suffix_index import NO_COPIES, Copies, LookUp
 from aurora_lit.models.target import Target
 from aurora_lit.request import Request
 from aurora_lit.serve.sequences.round_plan import Proposal
@@ -146,3 +146,28 @@ def test_the_draft_does_not_run_while_copies_are_proposed_for_all_sequences(
     without = make_engine(target, random_draft(target), adaptive=False)
     run(without, requests)
     assert without.stats.rounds == len(calls)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_sequence_without_copies_is_looked_up_ever_more_rarely(
+    target: Target, monkeypatch: pytest.MonkeyPatch, adaptive: bool
+) -> None:
+    engine = make_engine(target, copied_tokens=15, adaptive=adaptive)
+    engine.floor = None
+    lengths: list[int] = []
+
+    def find(tokens_SL: torch.Tensor, rows: LookUp, *, memory: object) -> list[Copies]:
+        lengths.extend(rows.lengths)
+        finds = len(lengths) == 40
+        return [Copies([1], [0], [0.9], [0]) if finds else NO_COPIES for _ in rows.slots]
+
+    monkeypatch.setattr(proposer, "look_up_copies", find)
+    run(engine, [request("a", (3, 4, 5), max_tokens=120, temperature=0.0, ignore_eos=True)])
+    steps = [after - before for before, after in itertools.pairwise(lengths)]
+    if not adaptive:
+        assert set(steps) <= {1, 2}
+        return
+    assert steps[:7] == [1] * 7
+    assert steps[9:30] == [2] * 21
+    assert steps[34:38] == [4] * 4
+    assert steps[40:46] == [1] * 6, "found something"

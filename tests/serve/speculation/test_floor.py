@@ -197,3 +197,29 @@ def test_a_draft_that_loses_does_not_end_copies() -> None:
             floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
     assert copied > 2700
     assert floor.num_rests < 12
+
+
+def test_looking_for_copies_that_never_come_is_given_up_though_each_time_costs_little() -> None:
+    kind, floor, rng = RoundKind(1, sampled=True), SpeculationFloor(), random.Random(3)
+    looked = seconds = 0.0
+    for _ in range(20_000):
+        proposing_s = 0.02 * PLAIN_S if floor.allows(kind) else 0.0
+        looked += proposing_s > 0
+        took = PLAIN_S * max(0.5, rng.gauss(1, 0.1)) + proposing_s
+        seconds += took
+        floor.observe(kind, seconds=took, tokens=1, speculated=False, proposing_s=proposing_s)
+    assert 0 < looked < 5000
+    assert floor.num_rests > 0
+    assert floor.allows(kind, drafts=True), "the draft has an account of its own"
+
+
+def test_plain_rounds_are_timed_without_what_looking_for_copies_took() -> None:
+    """Else that would be part of what plain decoding costs, and speculation look better than it is."""
+    kind, gains = RoundKind(1, sampled=False), []
+    for proposing_s in (0.0, 0.5 * PLAIN_S):
+        floor = SpeculationFloor()
+        for _ in range(5):
+            how = {"tokens": 1, "speculated": False, "proposing_s": proposing_s}
+            floor.observe(kind, seconds=PLAIN_S + proposing_s, **how)  # type: ignore[arg-type]
+        gains.append(floor._plain[kind].seconds)
+    assert gains == pytest.approx([PLAIN_S, PLAIN_S])

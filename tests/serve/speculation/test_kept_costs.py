@@ -16,6 +16,7 @@ from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.speculation import calibration
 from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
+from aurora_lit.serve.speculation.planner import NO_DRAFT
 
 KEY = {"machine": "this one", "code": "1"}
 
@@ -77,6 +78,24 @@ def test_a_disturbed_start_does_not_replace_what_a_quiet_one_measured(target: Ta
     while engine.refine_costs():
         pass
     assert engine.costs.target(1, 1) == engine.costs.chain(2, 1) == 1e-9
+
+
+def test_a_first_start_does_not_wait_for_all_measurements_where_they_take_long(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_CALIBRATED_AT_START_S", 0.0)
+    engine = engine_with(target, tmp_path)
+    assert not any(tables(engine.costs).values())
+    assert not list(tmp_path.iterdir()), "half of the costs are not kept"
+    assert engine.planner.decide([0.9], batch_size=1).shape == NO_DRAFT, "what takes nobody knows how long"
+    engine.submit(Request(request_id="a", prompt_ids=[3, 4, 5], params=SamplingParams(max_tokens=4)))
+    while engine.has_work:
+        engine.round()
+    other = engine_with(target, tmp_path)
+    while other.refine_costs():
+        pass
+    assert all(tables(other.costs).values()), "an idle start measures them"
+    assert list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("changed", ["machine", "code"])
