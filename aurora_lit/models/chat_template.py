@@ -22,6 +22,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+_END = "\ue000end of the last message\ue000 "
+"""Marks where a message to be continued ends."""
+
 
 class ChatTemplate:
     """One model's template; see the file's example."""
@@ -39,15 +42,39 @@ class ChatTemplate:
         self._template = environment.from_string(source)
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        """The whole prompt as text, special tokens included. Raises jinja2.TemplateError if the template refuses."""
-        return self._template.render(
-            messages=[dict(message) for message in messages],
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The whole prompt as text, special tokens included. Raises jinja2.TemplateError if the template refuses.
+
+        continue_final_message: the prompt ends with the last message, for the model to go on with it. variables: more
+        of the template's own.
+        """
+        turns = [dict(message) for message in messages]
+        if continue_final_message:
+            turns[-1]["content"] += _END
+        text = self._template.render(
+            **{**self._special_tokens, **variables},
+            messages=turns,
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            **self._special_tokens,
         )
+        return _before_end(text) if continue_final_message else text
+
+
+def _before_end(text: str) -> str:
+    """The text before the mark. A template that trims messages has taken the mark's space, so it trims there too."""
+    mark = _END.rstrip()
+    at = text.find(mark)
+    if text.count(mark) != 1:
+        raise TemplateError("the last message is not in the prompt once, so it cannot be continued")
+    return text[:at] if text.startswith(_END, at) else text[:at].rstrip()
 
 
 class _GenerationTag(Extension):

@@ -62,7 +62,13 @@ class Tokenizer(Protocol):
     ) -> Any: ...
     def convert_ids_to_tokens(self, ids: int) -> Any: ...  # noqa: D102
     def apply_chat_template(  # noqa: D102
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        continue_final_message: bool = False,
+        **variables: Any,
     ) -> Any: ...
 
 
@@ -99,14 +105,28 @@ class KeptTokenizer:
         return self.backend_tokenizer.id_to_token(ids)
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        continue_final_message: bool = False,
+        **variables: Any,
     ) -> str:
-        """The conversation as the model's prompt. Raises jinja2.TemplateError if the template refuses it."""
+        """The conversation as the model's prompt (`ChatTemplate.render`).
+
+        Raises jinja2.TemplateError if the template refuses it.
+        """
         assert not tokenize, "a rendered prompt is checked before it is tokenized"
         assert self.chat_template is not None, "there is nothing to render"
         if self._template is None:
             self._template = ChatTemplate(self.chat_template, self._special_tokens)
-        return self._template.render(conversation, add_generation_prompt=add_generation_prompt)
+        return self._template.render(
+            conversation,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **variables,
+        )
 
 
 def load_tokenizer(folder: Path, *, cache_dir: Path) -> Tokenizer:

@@ -190,6 +190,38 @@ def test_prompts_are_rendered_as_transformers_does(name: str, tmp_path: Path) ->
             assert render(kept, chat, add) == render(theirs, chat, add)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("last", ["The answer is", "ends with a space ", "  spaces before", "a</s>b"])
+def test_a_final_message_is_continued_as_transformers_does(name: str, last: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", byte_level(), bos_token="<s>", eos_token="</s>", chat_template=TEMPLATES[name])
+    keep_tokenizer(folder, cache_dir=tmp_path)
+    kept, theirs = load_tokenizer(folder, cache_dir=tmp_path), AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": last}]
+
+    def render(tokenizer: Any) -> str:
+        how = {"tokenize": False, "add_generation_prompt": False, "continue_final_message": True}
+        try:
+            return str(tokenizer.apply_chat_template(chat, **how))
+        except (TemplateError, ValueError):  # the wording and the kind are ours
+            return "refused"
+
+    expected = render(theirs)
+    # Of a message that is rendered twice, transformers leaves its mark in the prompt.
+    assert render(kept) == ("refused" if "CONTINUE_FINAL_MESSAGE" in expected else expected)
+    assert chat[-1]["content"] == last, "the caller's messages stay"
+
+
+def test_a_template_gets_the_variables_that_a_request_sets(tmp_path: Path) -> None:
+    template = "{% if thinks is defined %}{{ thinks }}{% endif %}{{ messages[0].content }}{{ eos_token }}"
+    folder = save(tmp_path / "model", byte_level(), bos_token="<s>", eos_token="</s>", chat_template=template)
+    keep_tokenizer(folder, cache_dir=tmp_path)
+    chat = [{"role": "user", "content": "hi"}]
+    for tokenizer in (load_tokenizer(folder, cache_dir=tmp_path), AutoTokenizer.from_pretrained(folder)):
+        how = {"tokenize": False, "add_generation_prompt": True}
+        assert tokenizer.apply_chat_template(chat, **how, thinks=False) == "Falsehi</s>"
+        assert tokenizer.apply_chat_template(chat, **how) == "hi</s>"
+
+
 def test_a_changed_model_is_not_served_by_what_was_kept_of_it_before(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     save_byte_level(folder)

@@ -212,6 +212,32 @@ def test_speculation_is_reported(server, client):
     assert plain.model_extra["metrics"]["speculative_decoding"]["num_spec_steps"] == 0
 
 
+def test_tokens_of_a_text_and_of_a_conversation_and_back(server):
+    def post(path, **body):
+        return httpx.post(server.url + path, json=body, timeout=20).json()
+
+    found = post("/tokenize", prompt=TEXT, return_token_strs=True)
+    assert found["tokens"] == TOKENIZER.encode(TEXT)
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
+    assert found["max_model_len"] > 0
+    assert post("/detokenize", tokens=found["tokens"]) == {"prompt": TEXT}
+    chat = post("/tokenize", messages=hello())
+    prompt = TOKENIZER.apply_chat_template(hello(), tokenize=False, add_generation_prompt=True)
+    assert chat["tokens"] == TOKENIZER.encode(prompt, add_special_tokens=False)
+    assert chat["token_strs"] is None
+
+
+def test_a_chat_goes_on_with_its_final_message(server, client):
+    """The engine repeats its prompt, which ends with what is to be continued."""
+    messages = [*hello(), {"role": "assistant", "content": "it begins"}]
+    extra = {"continue_final_message": True, "add_generation_prompt": False}
+    asked = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=4, extra_body=extra)
+    body = {"messages": messages, **extra}
+    tokens = httpx.post(f"{server.url}/tokenize", json=body, timeout=20).json()["tokens"]
+    assert asked.usage.prompt_tokens == len(tokens)
+    assert TOKENIZER.decode(tokens).endswith("it begins")
+
+
 @pytest.mark.parametrize("model", [{}, {"model": None}])
 def test_a_request_without_a_model_gets_the_served_one(server, model):
     chat = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": hello(), "max_tokens": 4, **model}).json()
@@ -246,6 +272,8 @@ def test_openapi_describes_requests_and_errors(server):
     assert set(schema["paths"]) == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/tokenize",
+        "/detokenize",
         "/v1/models",
         "/v1/models/{name}",
         "/v1/aurora/status",

@@ -15,7 +15,8 @@ May import: models/tokenizer.py, ipc/. Start with routes.py. The files, each imp
     errors.py         every error as OpenAI's error body
     channel.py        the sockets to the engine worker, as LitServe's transport and request queue
     worker_client.py  a call in the HTTP process: sent, awaited, cancelled
-    routes.py         the two POST routes
+    routes.py         the two routes that generate
+    token_routes.py   POST /tokenize and /detokenize
     status.py         the status pages as JSON
     spec.py           our LitSpec: registers all routes, answers the GET routes
 """

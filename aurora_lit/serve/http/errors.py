@@ -17,11 +17,28 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from aurora_lit.errors import RequestError
-from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Message, StreamOptions, TextPart, shorten
+from aurora_lit.serve.http.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    StreamOptions,
+    TextPart,
+    TokenizeRequest,
+    shorten,
+)
 
 RETRY_AFTER_S = 1
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_MODELS: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, Message, StreamOptions, TextPart)
+_MODELS: tuple[type[BaseModel], ...] = (
+    ChatRequest,
+    CompletionRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    Message,
+    StreamOptions,
+    TextPart,
+)
 _FIELDS = frozenset(name for model in _MODELS for name in model.model_fields)
 
 
@@ -116,7 +133,7 @@ def _document(app: FastAPI, *, needs_key: bool) -> None:
                 operation["responses"]["503"] = {**success, "description": "Not now; status says why"}
             elif path == "/metrics":
                 success["content"] = {"text/plain": text}
-            elif method == "post":
+            elif method == "post" and path.startswith("/v1/"):
                 success["content"]["text/event-stream"] = text
         return schema
 

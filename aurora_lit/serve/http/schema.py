@@ -64,6 +64,12 @@ NEUTRAL_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
 }
 """The same for fields of a message: clients send back messages as they received them."""
 
+_RESERVED_VARIABLES = frozenset(
+    ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length")
+    + ("messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize")
+    + ("tokenizer_kwargs", "tools", "truncation")
+)
+"""Names in `chat_template_kwargs` that are no variables of a template, or are set by other fields."""
 Text = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS, min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
 # The minimum length is only for /openapi.json: serve/http/tokenize.py refuses empty prompts with a better message.
@@ -199,7 +205,39 @@ class Sampling(_Strict):
         )
 
 
-class ChatRequest(Sampling):
+class Templated(_Strict):
+    """The fields of a conversation that say how its prompt is rendered."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_template_fields(self) -> Templated:
+        if self.continue_final_message and self.add_generation_prompt is not False:
+            raise RequestError(
+                "continue_final_message=true needs add_generation_prompt=false, since no new turn begins",
+                param="continue_final_message",
+            )
+        for name in self.chat_template_kwargs or ():
+            if name in _RESERVED_VARIABLES or not name.isidentifier():
+                raise RequestError(
+                    f"chat_template_kwargs: {shorten(name)} is no variable that may be set; leave it out",
+                    param="chat_template_kwargs",
+                )
+        return self
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """Arguments of `Tokenizer.apply_chat_template`."""
+        return {
+            **(self.chat_template_kwargs or {}),
+            "add_generation_prompt": self.add_generation_prompt is not False,
+            "continue_final_message": bool(self.continue_final_message),
+        }
+
+
+class ChatRequest(Sampling, Templated):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -243,6 +281,29 @@ class CompletionRequest(Sampling):
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
             return [prompt]
         return list(prompt)
+
+
+class TokenizeRequest(Templated):
+    """POST /tokenize: a text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("send either prompt or messages", param="prompt")
+        return self
+
+
+class DetokenizeRequest(_Strict):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[TokenId]
 
 
 def token_limit(body: ChatRequest | CompletionRequest) -> int | None:

@@ -3,7 +3,8 @@
 Leaves out what a generation request does (serve/http/routes.py), who may call a route (serve/api.py) and the processes
 (serve/server.py).
 
-    POST /v1/chat/completions  /v1/completions      GET /v1/models  /v1/models/NAME  /v1/aurora/status  /metrics
+    POST /v1/chat/completions  /v1/completions  /tokenize  /detokenize
+    GET /v1/models  /v1/models/NAME  /v1/aurora/status  /metrics
     GET /health  /ready                              open: these two need no API key
 """
 
@@ -30,6 +31,7 @@ from aurora_lit.serve.http.metrics import CONTENT_TYPE, ServerMetrics
 from aurora_lit.serve.http.routes import GenerationRoutes
 from aurora_lit.serve.http.status import engine_json, learner_json, ranks_json, ring_counters
 from aurora_lit.serve.http.stream_events import StreamShape
+from aurora_lit.serve.http.token_routes import TokenRoutes
 from aurora_lit.serve.http.worker_client import WorkerClient
 
 
@@ -66,6 +68,9 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         )
         self.add_endpoint("/v1/chat/completions", generation.chat, ["POST"])
         self.add_endpoint("/v1/completions", generation.complete, ["POST"])
+        tokens = TokenRoutes(tokenizer=tokenizer, status=self._status_page)
+        self.add_endpoint("/tokenize", tokens.tokenize, ["POST"])
+        self.add_endpoint("/detokenize", tokens.detokenize, ["POST"])
         self.add_endpoint("/v1/models", self.models, ["GET"])
         self.add_endpoint("/v1/models/{name:path}", self.one_model, ["GET"])
         self.add_endpoint("/v1/aurora/status", self.status, ["GET"])

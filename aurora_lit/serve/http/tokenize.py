@@ -16,7 +16,15 @@ from aurora_lit.ipc.messages import Call
 from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.http.detokenizer import decode
-from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling, shorten, token_limit
+from aurora_lit.serve.http.schema import (
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    Sampling,
+    Templated,
+    shorten,
+    token_limit,
+)
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Default max_tokens of a text completion, as in OpenAI's API; the default of a chat is the rest of the context."""
@@ -55,21 +63,24 @@ def prepare_chat(
     body: ChatRequest, *, call_id: str, tokenizer: Tokenizer, limits: Limits, client: str = ""
 ) -> Prepared:
     """Apply the chat template and tokenize. client: see `Request`. Raises RequestError if the prompt is too long."""
-    if tokenizer.chat_template is None:
-        raise RequestError("this model has no chat template; use /v1/completions", param="messages")
-    turns = [
-        {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text} for turn in body.messages
-    ]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
+    text = render(body.messages, body, tokenizer=tokenizer)
     # The template contains the special tokens.
     prompt_ids = _encode(tokenizer, text, limits, param="messages", add_special_tokens=False)
     max_tokens = _check_length(len(prompt_ids), token_limit(body), limits, default=None, param="messages")
     params = body.sampling_params(max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs)
     call = _call(call_id, [prompt_ids], [params], body, client)
     return Prepared(call=call, prompt_texts=(), num_prompt_tokens=len(prompt_ids))
+
+
+def render(messages: Sequence[Message], how: Templated, *, tokenizer: Tokenizer) -> str:
+    """A conversation as the model's prompt. Raises RequestError if there is no template, or if it refuses it."""
+    if tokenizer.chat_template is None:
+        raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+    turns = [{"role": "system" if turn.role == "developer" else turn.role, "content": turn.text} for turn in messages]
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **how.template_options))
+    except (TemplateError, ValueError, TypeError) as error:  # templates also fail on variables of another type
+        raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
 
 
 def prepare_completion(

@@ -45,6 +45,19 @@ BAD = [
     (CHAT, chat(temperature="1"), 400, "temperature"),
     (CHAT, chat(temperature=True), 400, "temperature"),
     (CHAT, chat(temperature=10**400), 400, "temperature"),
+    (CHAT, chat(continue_final_message=True), 400, "continue_final_message"),
+    (CHAT, chat(continue_final_message=True, add_generation_prompt=True), 400, "continue_final_message"),
+    (CHAT, chat(chat_template_kwargs={"messages": []}), 400, "chat_template_kwargs"),
+    (CHAT, chat(chat_template_kwargs={"not a name": 1}), 400, "chat_template_kwargs"),
+    (CHAT, chat(chat_template_kwargs=1), 400, "chat_template_kwargs"),
+    ("/tokenize", {}, 400, "prompt"),
+    ("/tokenize", {"prompt": "a", "messages": HELLO}, 400, "prompt"),
+    ("/tokenize", {"messages": []}, 400, "messages"),
+    ("/tokenize", {"prompt": "a" * ((1 << 20) + 1)}, 400, "prompt"),
+    ("/tokenize", {"prompt": "a", "unknown": 1}, 400, "unknown"),
+    ("/detokenize", {}, 400, "tokens"),
+    ("/detokenize", {"tokens": [-1]}, 400, "tokens[0]"),
+    ("/detokenize", {"tokens": [10**6]}, 400, "tokens"),
     (CHAT, chat(top_p=0), 400, "top_p"),
     (CHAT, chat(top_p=1.01), 400, "top_p"),
     (CHAT, chat(top_k=-2), 400, "top_k"),
@@ -155,7 +168,7 @@ def check_error(response, status, param):
 
 def case_name(case):
     path, body, *_ = case
-    return f"{path.split('/')[2]}-{json.dumps(body, default=str)[:60]}"
+    return f"{path.rpartition('/')[2]}-{json.dumps(body, default=str)[:60]}"
 
 
 @pytest.mark.parametrize("case", BAD, ids=case_name)

@@ -1,0 +1,60 @@
+"""POST /tokenize and /detokenize, as vLLM has them: what the tokenizer makes of a text or a conversation, and back.
+
+They need the tokenizer only, so they answer in the HTTP process while the engine computes. Leaves out requests to
+generate (serve/http/routes.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi.responses import JSONResponse
+
+from aurora_lit.errors import RequestError
+from aurora_lit.ipc.engine_status import EngineStatusPage
+from aurora_lit.models.tokenizer import Tokenizer
+from aurora_lit.serve.http.detokenizer import TokenDecoder, decode
+from aurora_lit.serve.http.schema import DetokenizeRequest, TokenizeRequest
+from aurora_lit.serve.http.tokenize import render
+
+_MOST_CHARACTERS = 1 << 20
+"""Of a text: more takes the tokenizer seconds."""
+
+
+class TokenRoutes:
+    """The two routes of one server."""
+
+    def __init__(self, *, tokenizer: Tokenizer, status: EngineStatusPage) -> None:
+        """status: has the limits of the model."""
+        self._tokenizer, self._status = tokenizer, status
+        self._token_decoder = TokenDecoder(tokenizer)
+
+    async def tokenize(self, body: TokenizeRequest) -> JSONResponse:
+        """The ids of a text, or of a conversation as its prompt is rendered."""
+        tokens = await asyncio.to_thread(self._encode, body)
+        texts = [self._token_decoder.to_text(token) for token in tokens] if body.return_token_strs else None
+        limit = self._status.read().max_seq_len
+        return JSONResponse({"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": texts})
+
+    async def detokenize(self, body: DetokenizeRequest) -> JSONResponse:
+        """The text of ids, without special tokens."""
+        vocab_size = self._status.read().vocab_size
+        wrong = next((token for token in body.tokens if token >= vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"tokens: {wrong} is no token; use 0 to {vocab_size - 1}", param="tokens")
+        return JSONResponse({"prompt": await asyncio.to_thread(decode, self._tokenizer, body.tokens)})
+
+    def _encode(self, body: TokenizeRequest) -> list[int]:
+        # A template contains the special tokens.
+        adds = body.add_special_tokens
+        text, default = (body.prompt, True) if body.messages is None else (self._render(body), False)
+        assert text is not None, "either prompt or messages is given"
+        if len(text) > _MOST_CHARACTERS:
+            raise RequestError(
+                f"prompt: {len(text)} characters are too many; send at most {_MOST_CHARACTERS}", param="prompt"
+            )
+        return self._tokenizer.encode(text, add_special_tokens=default if adds is None else adds)
+
+    def _render(self, body: TokenizeRequest) -> str:
+        assert body.messages is not None
+        return render(body.messages, body, tokenizer=self._tokenizer)
