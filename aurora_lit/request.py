@@ -44,6 +44,10 @@ class SamplingParams:
     """Stop strings; serve/http/answer_stream.py handles them, not the engine."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the output besides the end-of-text tokens."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string, or the token that ended the output, in the text."""
+    skip_special_tokens: bool = True
+    """False: the text has special tokens too."""
     ignore_eos: bool = False
     """Continue after an end-of-text token."""
     logprobs: int | None = None

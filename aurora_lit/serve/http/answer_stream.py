@@ -43,7 +43,16 @@ class AnswerStream:
 
     def __init__(self, tokenizer: Tokenizer, requests: Sequence[Request]) -> None:
         """requests: those of the call, in its order."""
-        self._texts = [TextStream(tokenizer, stop=request.params.stop) for request in requests]
+        self._texts = [
+            TextStream(
+                tokenizer,
+                stop=params.stop,
+                keeps_stop=params.include_stop_str_in_output,
+                skips_special_tokens=params.skip_special_tokens,
+            )
+            for params in (request.params for request in requests)
+        ]
+        self._keeps_stop = [request.params.include_stop_str_in_output for request in requests]
         self._has_stop = [bool(request.params.stop) for request in requests]
         self._unfinished = set(range(len(requests)))
 
@@ -80,8 +89,9 @@ class AnswerStream:
     def _decode(self, delta: Delta) -> tuple[str, int, str | None]:
         """New text, number of tokens that count, and finish reason: the engine's, or "stop" at a stop string."""
         stream, token_ids = self._texts[delta.index], delta.token_ids
-        # The token that ended the answer counts as a token, but is not part of the text.
-        visible = token_ids[:-1] if delta.finish_reason == "stop" else token_ids
+        # The token that ended the answer counts as a token, but is no part of the text unless that is asked for.
+        hides_last = delta.finish_reason == "stop" and not self._keeps_stop[delta.index]
+        visible = token_ids[:-1] if hides_last else token_ids
         if not self._has_stop[delta.index]:
             text = stream.push(visible)
         else:

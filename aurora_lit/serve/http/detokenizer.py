@@ -30,10 +30,20 @@ class TextStream:
     character for broken bytes.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = ()) -> None:
-        """Create an empty stream, to be fed from the first generated token on. Special tokens give no text."""
-        self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[str] = (),
+        keeps_stop: bool = False,
+        skips_special_tokens: bool = True,
+    ) -> None:
+        """Create an empty stream, to be fed from the first generated token on.
+
+        keeps_stop: the stop string that ends the text is part of it. skips_special_tokens: they give no text.
+        """
+        self._tokenizer, self._skips_special_tokens = tokenizer, skips_special_tokens
+        self._stop, self._keeps_stop = tuple(stop), keeps_stop
         self._window: list[int] = []
         self._num_done = 0
         """Characters of the decoded window that were returned already."""
@@ -46,13 +56,13 @@ class TextStream:
         if self.stopped:
             return ""
         self._window.extend(token_ids)
-        decoded = decode(self._tokenizer, self._window)
+        decoded = self._decode_window()
         whole = decoded.rstrip(_BROKEN)
         fresh = whole[self._num_done :].replace(_BROKEN, "")
         self._num_done = max(self._num_done, len(whole))
         if len(self._window) > (_CONTEXT_TOKENS if whole == decoded else _WINDOW_TOKENS):
             del self._window[:-_CONTEXT_TOKENS]
-            self._num_done = len(decode(self._tokenizer, self._window).rstrip(_BROKEN))
+            self._num_done = len(self._decode_window().rstrip(_BROKEN))
         return self._cut(fresh) if self._stop else fresh
 
     def finish(self) -> str:
@@ -60,13 +70,17 @@ class TextStream:
         held, self._held = self._held, ""
         return held
 
+    def _decode_window(self) -> str:
+        return decode(self._tokenizer, self._window, skips_special_tokens=self._skips_special_tokens)
+
     def _cut(self, fresh: str) -> str:
         pending = self._held + fresh
         # The stop string completed first decides, however the text was split; of two that end together, the longer one.
         ends = [(at + len(word), at) for word in self._stop if (at := pending.find(word)) >= 0]
         if ends:
             self.stopped, self._held = True, ""
-            return pending[: min(ends)[1]]
+            end, begin = min(ends)
+            return pending[: end if self._keeps_stop else begin]
         keep = _stop_prefix_length(pending, self._stop)
         self._held = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]
@@ -78,9 +92,10 @@ def _stop_prefix_length(text: str, stop: Sequence[str]) -> int:
     return next((n for n in range(longest, 0, -1) if any(word.startswith(text[-n:]) for word in stop)), 0)
 
 
-def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
-    """Text of the tokens, without special tokens."""
-    text = tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode(tokenizer: Tokenizer, token_ids: Sequence[int], *, skips_special_tokens: bool = True) -> str:
+    """Text of the tokens."""
+    how = {"skip_special_tokens": skips_special_tokens, "clean_up_tokenization_spaces": False}
+    text = tokenizer.decode(list(token_ids), **how)
     assert isinstance(text, str)
     return text
 

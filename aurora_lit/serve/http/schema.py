@@ -30,7 +30,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "include_stop_str_in_output": (None, False),
     "length_penalty": (None, 1, 1.0),
     "min_tokens": (None, 0),
     "modalities": (None, ["text"]),
@@ -41,7 +40,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}),
     "safety_identifier": (None,),
     "service_tier": (None, "auto", "default"),
-    "skip_special_tokens": (None, True),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
@@ -128,6 +126,8 @@ class Sampling(_Strict):
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
@@ -198,6 +198,8 @@ class Sampling(_Strict):
             seed=self.seed,
             stop=tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
+            skip_special_tokens=_or(self.skip_special_tokens, True),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,

@@ -127,3 +127,33 @@ def test_what_a_client_gets_depends_neither_on_rounds_nor_on_when_the_worker_lea
         assert not any(word in shown for word in stop)
         assert (prompt * 30).startswith(shown)
         assert len(ids) == 30 or finish_reason == "stop"
+
+
+@pytest.mark.parametrize("delay_rounds", [0, 3])
+def test_the_stop_string_stays_where_that_is_asked_for(delay_rounds):
+    options = {"stop": ("def",), "include_stop_str_in_output": True}
+    (deltas,) = answer(requests_of("abcdefgh", **options), delay_rounds=delay_rounds)
+    assert text(deltas) == "abcdef"
+    assert deltas[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({}, "ab"),
+        ({"include_stop_str_in_output": True}, "ab"),  # the token that ends it is a special one
+        ({"include_stop_str_in_output": True, "skip_special_tokens": False}, "ab<|end|>"),
+        ({"skip_special_tokens": False}, "ab"),
+    ],
+)
+def test_the_token_that_ends_an_answer_is_shown_only_as_asked(options, shown):
+    (deltas,) = answer(requests_of("ab<|end|>cd", **options))
+    assert text(deltas) == shown
+    assert deltas[-1].finish_reason == "stop"
+
+
+def test_special_tokens_inside_an_answer():
+    options = {}, {"skip_special_tokens": False}
+    shown = [text(answer(requests_of("ab<|end|>cd", ignore_eos=True, **each))[0]) for each in options]
+    assert shown[0].startswith("abcd")
+    assert shown[1].startswith("ab<|end|>cd")
