@@ -40,6 +40,8 @@ class SamplingParams:
     """Maps token ids to what is added to their logits."""
     seed: int | None = None
     """Makes sampled output reproducible."""
+    min_tokens: int = 0
+    """So many tokens are generated before any that ends the output; stop strings count only after them."""
     stop: tuple[str, ...] = ()
     """Stop strings; serve/http/answer_stream.py handles them, not the engine."""
     stop_token_ids: tuple[int, ...] = ()

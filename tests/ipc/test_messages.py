@@ -61,6 +61,7 @@ FULL_PARAMS = SamplingParams(
     stop=("ende", "\n\n🌍"),
     stop_token_ids=(3, 4),
     ignore_eos=True,
+    min_tokens=2,
     include_stop_str_in_output=True,
     skip_special_tokens=False,
     n=3,

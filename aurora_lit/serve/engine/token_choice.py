@@ -1,7 +1,7 @@
 """The target's own token at every column of a round's decoding rows, each by its request's options.
 
-Rows with penalties, a bias, top-k, top-p, min-p or log-probabilities get logits; the tokens of all others are chosen
-inside the head's product. Both come from one pass over the head.
+Rows with penalties, a bias, top-k, top-p, min-p or log-probabilities, or that may not end yet, get logits; the tokens
+of all others are chosen inside the head's product. Both come from one pass over the head.
 
 Left out: the choice itself (modules/sampling/choice.py), and which proposals it accepts
 (serve/sequences/round_plan.py).
@@ -65,6 +65,10 @@ def choose_tokens(
                 if row.sequence.params.logprobs is not None:
                     logits[index] = logits_DV[at:end].clone()  # before options change them
                 at = end
+        for line, n in enumerate(dense):
+            sequence = columns[n].row.sequence
+            if columns[n].position < sequence.params.min_tokens:
+                logits_DV[line, list(sequence.end_tokens)] = float("-inf")
         token_D = choose_dense(
             logits_DV,
             params=[columns[n].row.sequence.params for n in dense],

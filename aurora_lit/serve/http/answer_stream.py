@@ -47,6 +47,7 @@ class AnswerStream:
             TextStream(
                 tokenizer,
                 stop=params.stop,
+                min_tokens=params.min_tokens,
                 keeps_stop=params.include_stop_str_in_output,
                 skips_special_tokens=params.skip_special_tokens,
             )

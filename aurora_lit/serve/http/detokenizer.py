@@ -35,15 +35,19 @@ class TextStream:
         tokenizer: Tokenizer,
         *,
         stop: Sequence[str] = (),
+        min_tokens: int = 0,
         keeps_stop: bool = False,
         skips_special_tokens: bool = True,
     ) -> None:
         """Create an empty stream, to be fed from the first generated token on.
 
-        keeps_stop: the stop string that ends the text is part of it. skips_special_tokens: they give no text.
+        min_tokens: stop strings that so many tokens complete do not count. keeps_stop: the stop string that ends the
+        text is part of it. skips_special_tokens: they give no text.
         """
         self._tokenizer, self._skips_special_tokens = tokenizer, skips_special_tokens
         self._stop, self._keeps_stop = tuple(stop), keeps_stop
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
         self._window: list[int] = []
         self._num_done = 0
         """Characters of the decoded window that were returned already."""
@@ -56,6 +60,7 @@ class TextStream:
         if self.stopped:
             return ""
         self._window.extend(token_ids)
+        self._num_tokens += len(token_ids)
         decoded = self._decode_window()
         whole = decoded.rstrip(_BROKEN)
         fresh = whole[self._num_done :].replace(_BROKEN, "")
@@ -77,7 +82,7 @@ class TextStream:
         pending = self._held + fresh
         # The stop string completed first decides, however the text was split; of two that end together, the longer one.
         ends = [(at + len(word), at) for word in self._stop if (at := pending.find(word)) >= 0]
-        if ends:
+        if ends and self._num_tokens > self._min_tokens:
             self.stopped, self._held = True, ""
             end, begin = min(ends)
             return pending[: end if self._keeps_stop else begin]

@@ -31,7 +31,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "function_call": (None, "none"),
     "functions": (None, []),
     "length_penalty": (None, 1, 1.0),
-    "min_tokens": (None, 0),
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None, True, False),
     "prediction": (None,),
@@ -124,6 +123,7 @@ class Sampling(_Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
     include_stop_str_in_output: bool | None = None
@@ -185,8 +185,15 @@ class Sampling(_Strict):
                 raise RequestError(
                     f"stop_token_ids: {token_id} is no token; use 0 to {vocab_size - 1}", param="stop_token_ids"
                 )
+        if _or(self.min_tokens, 0) > max_tokens:
+            raise RequestError(
+                f"min_tokens={shorten(self.min_tokens)} is more than the {max_tokens} tokens that may be generated; "
+                "lower it or raise max_tokens",
+                param="min_tokens",
+            )
         return SamplingParams(
             max_tokens=max_tokens,
+            min_tokens=_or(self.min_tokens, 0),
             temperature=_or(self.temperature, 1.0),
             top_k=max(0, _or(self.top_k, 0)),
             top_p=_or(self.top_p, 1.0),

@@ -99,22 +99,28 @@ class RunningSequence:
     """The client's label, else what the prompt was assigned; "" before it has been read, and for outliers."""
     temperature: float = field(init=False)
     """The request's sampling temperature; 0: greedy."""
+    _always_needs_logits: bool = field(init=False)
     noise_key: int = field(init=False)
     """Decides which tokens are drawn (modules/sampling/noise.py): the request's seed, or its secret."""
-    needs_logits: bool = field(init=False)
-    """True if the target's choice takes more than its logits and the temperature: penalties, a bias, top-k, top-p or
-    min-p; or if log-probabilities are asked for."""
 
     def __post_init__(self) -> None:
         params = self.request.params
         self.temperature = 0.0 if is_greedy(params) else params.temperature
         self.noise_key = _as_int64(self.request.noise_key if params.seed is None else params.seed)
-        self.needs_logits = params.logprobs is not None or not uses_temperature_only(params)
+        self._always_needs_logits = params.logprobs is not None or not uses_temperature_only(params)
 
     @property
     def num_cached_tokens(self) -> int:
         """Tokens whose keys, values and hidden states are in the slot."""
         return self.length - 1 if self.prefilled == self.prompt_length - 1 else self.prefilled
+
+    @property
+    def needs_logits(self) -> bool:
+        """True if the target's choice takes more than its logits and the temperature.
+
+        That is with penalties, a bias, top-k, top-p or min-p, with log-probabilities, and while it may not end yet.
+        """
+        return self._always_needs_logits or self.length - self.prompt_length < self.params.min_tokens
 
     @property
     def num_remaining(self) -> int:

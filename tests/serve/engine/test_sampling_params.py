@@ -130,6 +130,38 @@ def test_a_repetition_penalty_is_that_of_transformers(
         assert answers[str(i)] == out[0, len(prompt) :].tolist()
 
 
+def test_min_tokens_is_that_of_transformers_and_changes_no_other_request(
+    target: Target, draft: Eagle3Draft, model: PreTrainedModel
+) -> None:
+    for engine in both(target, draft):
+        for prompt in PROMPTS:
+            without = run(engine, [request("a", prompt, max_tokens=20, temperature=0.0)])["a"].token_ids
+            stop = without[1]
+            how = {"max_new_tokens": 20, "min_new_tokens": 7, "do_sample": False, "eos_token_id": stop}
+            (expected,) = model.generate(torch.tensor([prompt]), **how)[:, len(prompt) :].tolist()
+            asked = request("a", prompt, max_tokens=20, temperature=0.0, min_tokens=7, stop_token_ids=(stop,))
+            other = request("b", prompt, max_tokens=20, temperature=0.0)
+            answers = run(engine, [asked, other])
+            assert answers["a"].token_ids == expected
+            assert len(expected) >= 7
+            assert stop not in expected[:7]
+            assert answers["b"].token_ids == without
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}])
+def test_a_sampled_answer_does_not_end_before_its_min_tokens(
+    params: dict[str, object], target: Target, draft: Eagle3Draft
+) -> None:
+    stop = tuple(range(0, VOCAB, 2))
+    found = []
+    for engine in both(target, draft):
+        how = {"temperature": 1.0, "seed": 4, "min_tokens": 6, "stop_token_ids": stop, **params}
+        answers = tokens(run(engine, requests(**how)))
+        assert all(len(each) > 6 and not set(each[:6]) & set(stop) for each in answers.values())
+        found.append(answers)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_a_seed_gives_the_same_output_alone_in_a_batch_and_with_any_draft(
     k: int, target: Target, draft: Eagle3Draft

@@ -157,3 +157,10 @@ def test_special_tokens_inside_an_answer():
     shown = [text(answer(requests_of("ab<|end|>cd", ignore_eos=True, **each))[0]) for each in options]
     assert shown[0].startswith("abcd")
     assert shown[1].startswith("ab<|end|>cd")
+
+
+@pytest.mark.parametrize(("min_tokens", "shown"), [(0, "ab"), (3, "ab"), (5, "abcdxxab"), (10, "abcdxxabcd")])
+def test_stop_strings_do_not_count_before_min_tokens(min_tokens, shown):
+    """A stop string counts from the token on that completes it."""
+    (deltas,) = answer(requests_of("abcdxxabcd", stop=("cd",), min_tokens=min_tokens, max_tokens=10))
+    assert text(deltas) == shown

@@ -107,7 +107,8 @@ BAD = [
     (CHAT, chat(functions=[{"name": "f"}]), 400, "functions"),
     (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format"),
     (CHAT, chat(modalities=["text", "audio"]), 400, "modalities"),
-    (CHAT, chat(min_tokens=3), 400, "min_tokens"),
+    (CHAT, chat(min_tokens=5), 400, "min_tokens"),  # of 4
+    (CHAT, chat(min_tokens=-1), 400, "min_tokens"),
     (CHAT, chat(best_of=True), 400, "best_of"),  # to Python, True == 1
     (CHAT, chat(messages=[]), 400, "messages"),
     (CHAT, chat(messages="hello"), 400, "messages"),
