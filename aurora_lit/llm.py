@@ -83,6 +83,8 @@ class RequestOutput:
     """None for a prompt of token ids."""
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    num_cached_tokens: int
+    """Of the prompt, not computed because the prefix cache had them."""
     finished: bool = True
 
 
@@ -164,6 +166,7 @@ class LLM:
             call_id: [CompletionOutput(index=index) for index in range(len(call.requests))]
             for call_id, call in calls.items()
         }
+        num_cached = dict.fromkeys(calls, 0)
         tracker = CallTracker(self._engine)
         try:
             for call in calls.values():
@@ -175,6 +178,8 @@ class LLM:
                     except RuntimeError as error:
                         raise AuroraError(f"the engine failed: {error}") from error
                     for delta in added:
+                        if delta.index == 0:
+                            num_cached[call_id] = delta.num_cached_tokens
                         self._extend(answers[call_id][delta.index], delta)
                     for index in stopped:
                         tracker.cancel_request(call_id, index)
@@ -187,6 +192,7 @@ class LLM:
                 prompt=text,
                 prompt_token_ids=list(prepared.call.requests[0].prompt_ids),
                 outputs=answers[prepared.call.call_id],
+                num_cached_tokens=num_cached[prepared.call.call_id],
             )
             for text, prepared in asked
         ]

@@ -123,6 +123,8 @@ class Output:
     """Draft versions that have proposed for the request so far, in order of first use."""
     domain: str = ""
     """The domain that the request is served as: its label, else what its prompt was assigned; "" without one."""
+    num_cached_tokens: int = 0
+    """Tokens of its prompt that were not computed, because the prefix cache had them."""
 
     @property
     def chain_proposed(self) -> int:

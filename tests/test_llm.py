@@ -75,6 +75,13 @@ def test_one_prompt_in_each_of_vllms_forms(llm: LLM, target: Target, prompt: Any
     assert answer.prompt == (PROMPTS[0] if isinstance(prompt, str) or "prompt" in prompt else None)
 
 
+def test_a_repeated_prompt_is_read_from_the_prefix_cache(llm: LLM) -> None:
+    prompt = text_of([5, 9, 12] * 14)
+    first, again = (llm.generate(prompt, GREEDY)[0] for _ in range(2))
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, len(prompt) - 1)
+    assert first.outputs[0].token_ids == again.outputs[0].token_ids
+
+
 def test_each_prompt_may_have_parameters_of_its_own(llm: LLM) -> None:
     params = [SamplingParams(max_tokens=count, temperature=0.0) for count in (1, 5, 3)]
     assert [len(answer.outputs[0].token_ids) for answer in llm.generate(PROMPTS, params)] == [1, 5, 3]

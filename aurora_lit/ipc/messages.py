@@ -62,6 +62,8 @@ class Delta:
     """Draft versions that have proposed for the choice so far."""
     domain: str = ""
     """The domain that the choice is served as; "" without one."""
+    num_cached_tokens: int = 0
+    """Tokens of its prompt that the prefix cache had."""
 
 
 @dataclass(frozen=True, kw_only=True)

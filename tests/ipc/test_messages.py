@@ -41,6 +41,7 @@ FULL_DELTA = Delta(
     error="häßlich 🌍",
     draft_versions=("start", "draft-000001"),
     domain="auto-3",
+    num_cached_tokens=9,
 )
 UPDATES: RoundUpdates = (
     ("a", (FULL_DELTA, Delta(index=0, token_ids=()))),

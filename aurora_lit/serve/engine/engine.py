@@ -278,6 +278,7 @@ class Engine:
                 prompt_length=length,
                 length=length,
                 prefilled=num_cached,
+                num_reused=num_cached,
                 end_tokens=frozenset(request.params.stop_token_ids)
                 | (frozenset() if request.params.ignore_eos else self.eos_token_ids),
             )
@@ -367,6 +368,7 @@ class Engine:
             num_accepted_from_memory=num_remembered,
             draft_versions=tuple(sequence.draft_versions),
             domain=sequence.domain,
+            num_cached_tokens=sequence.num_reused,
         )
 
     def _account(self, plan: RoundPlan, outputs: list[Output], seconds: float) -> None:

@@ -126,7 +126,7 @@ class Prefill:
         if length > sequence.prefilled:
             self._runner.copy_prefix(source, sequence.slot, length)
             self._stats.cached_tokens += length - sequence.prefilled
-            sequence.prefilled = length
+            sequence.prefilled = sequence.num_reused = length
 
     def _add_prompt_logprobs(self, sequence: RunningSequence, last_TH: torch.Tensor, start: int) -> None:
         """Append the log-probabilities of the tokens that follow positions start, start + 1, …"""

@@ -83,6 +83,7 @@ class AnswerStream:
                     finish_reason=finish_reason,
                     draft_versions=delta.draft_versions,
                     domain=delta.domain,
+                    num_cached_tokens=delta.num_cached_tokens,
                 )
             )
         return Addition(tuple(added), tuple(stopped))

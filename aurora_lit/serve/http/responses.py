@@ -47,6 +47,8 @@ class _Choice:
     """Accepted tokens that the traffic memory alone proposed."""
     draft_versions: tuple[str, ...] = ()
     domain: str = ""
+    num_cached: int = 0
+    """Prompt tokens that the prefix cache had."""
 
 
 class ResponseBuilder:
@@ -69,7 +71,6 @@ class ResponseBuilder:
         self._max_draft_tokens, self._usage_in_every_chunk = max_draft_tokens, usage_in_every_chunk
         self._wants_logprobs = requests[0].params.logprobs is not None
         self._choices = [_Choice(histogram=[0] * (max_draft_tokens + 1)) for _ in requests]
-        self._choices_per_prompt = len(requests) // max(1, len(prepared.prompt_texts))
         full, chunk = _OBJECTS[kind]
         identity = {"id": prepared.call.call_id, "created": created, "model": model}
         self._full_head, self._chunk_head = {**identity, "object": full}, {**identity, "object": chunk}
@@ -128,9 +129,16 @@ class ResponseBuilder:
         return {**self._chunk_head, "choices": [], "usage": self.usage(), "metrics": self.metrics()}
 
     def usage(self) -> Json:
-        """Token counts so far."""
+        """Token counts so far. Cached tokens are those of each prompt's first choice: others share its prompt."""
         prompt, completion = self._prepared.num_prompt_tokens, sum(choice.num_tokens for choice in self._choices)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(choice.num_cached for choice in self._choices[:: self._prepared.num_choices])
+            },
+        }
 
     def metrics(self) -> Json:
         """Speculation metrics over all choices, under vLLM's names; the last two are our own."""
@@ -158,7 +166,7 @@ class ResponseBuilder:
         choice, drop_output = self._choices[delta.index], self._prepared.drop_output
         text, entries = "", list[Entry]()
         if not choice.begun and self._prepared.prompt_texts:
-            text = self._prepared.prompt_texts[delta.index // self._choices_per_prompt]
+            text = self._prepared.prompt_texts[delta.index // self._prepared.num_choices]
         if delta.prompt_logprobs is not None:
             prompt_ids = self._prepared.call.requests[delta.index].prompt_ids
             entries += zip(prompt_ids, delta.prompt_logprobs, strict=True)
@@ -171,6 +179,7 @@ class ResponseBuilder:
             choice.num_proposed += delta.num_proposed
             choice.num_from_memory += delta.num_accepted_from_memory
         choice.draft_versions, choice.domain = delta.draft_versions, delta.domain
+        choice.num_cached = delta.num_cached_tokens
         if delta.finish_reason is not None:
             choice.finish_reason = "length" if drop_output else delta.finish_reason
         choice.begun = True

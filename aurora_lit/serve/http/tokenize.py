@@ -55,6 +55,8 @@ class Prepared:
     """One per prompt (not per choice); filled only for echo."""
     num_prompt_tokens: int
     """Of all prompts together; a prompt with several choices counts once."""
+    num_choices: int = 1
+    """Of each prompt."""
     drop_output: bool = False
     """max_tokens is 0: the one token that the engine generates is dropped."""
 
@@ -69,7 +71,7 @@ def prepare_chat(
     max_tokens = _check_length(len(prompt_ids), token_limit(body), limits, default=None, param="messages")
     params = body.sampling_params(max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs)
     call = _call(call_id, [prompt_ids], [params], body, client)
-    return Prepared(call=call, prompt_texts=(), num_prompt_tokens=len(prompt_ids))
+    return Prepared(call=call, prompt_texts=(), num_prompt_tokens=len(prompt_ids), num_choices=body.num_choices)
 
 
 def render(messages: Sequence[Message], how: Templated, *, tokenizer: Tokenizer) -> str:
@@ -121,6 +123,7 @@ def prepare_completion(
         call=_call(call_id, ids, params, body, client),
         prompt_texts=tuple(texts) if body.echo else (),
         num_prompt_tokens=sum(map(len, ids)),
+        num_choices=body.num_choices,
         drop_output=wanted == 0,
     )
 

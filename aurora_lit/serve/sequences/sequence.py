@@ -87,6 +87,8 @@ class RunningSequence:
     """Tokens that end the output."""
     prefilled: int = 0
     """Prompt tokens that the target has computed, or that were copied from another slot."""
+    num_reused: int = 0
+    """Prompt tokens that were in the slot already or copied from another one, so not computed."""
     searched_for_prefix: bool = False
     """True once the other slots were searched for a prefix of the prompt."""
     draft_versions: dict[str, None] = field(default_factory=dict)

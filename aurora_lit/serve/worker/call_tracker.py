@@ -125,4 +125,5 @@ def _delta(index: int, output: Output) -> Delta:
         error=output.error,
         draft_versions=output.draft_versions,
         domain=output.domain,
+        num_cached_tokens=output.num_cached_tokens,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -88,3 +89,10 @@ def test_rounds_sent_together_say_the_same_in_one_chunk_for_each_choice(
         indices = [chunk["choices"][0]["index"] for chunk in contents]
         assert len(set(indices)) == len(indices)
     assert len(got) < len(wanted)
+
+
+def test_cached_tokens_are_those_of_each_prompts_first_choice() -> None:
+    made = builder("text")
+    for index, cached in ((0, 3), (1, 4)):
+        made.add([replace(delta(index, "a", accepted=0, finish_reason="stop"), num_cached_tokens=cached)])
+    assert made.usage()["prompt_tokens_details"] == {"cached_tokens": 3}
