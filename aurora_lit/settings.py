@@ -214,9 +214,6 @@ class LearnSettings:
     learning_rate: float = _within(5e-4, 0.0, 1.0)
     """Peak learning rate; halved for a while if several challengers in a row are refused. A draft that knows little, or
     with from_scratch nothing, learns faster at 1e-3."""
-    start_share: float = _within(0.2, 0.0, 1.0)
-    """Share of the starting draft's weights in what is tried and published, so that little is forgotten of traffic that
-    does not come at present. 0: what was learned alone; nothing is learned at 1."""
     ema_decay: float = _within(0.9, 0.0, 0.9999)
     """Decay, per optimiser step, of the running average of the weights that is tried and published; averaging removes
     the noise of a high learning rate. 0: the weights themselves."""

@@ -161,8 +161,6 @@ class Deployment:
             target_head=self.target_head,
             version=STARTING_VERSION,
             ema_decay=learn.ema_decay,
-            start=self.starting,
-            start_share=learn.start_share,
         )
 
     def champion(self) -> draft_module.DraftModule:

@@ -115,7 +115,6 @@ DEFAULTS = {
         "devices": 1,
         "from_scratch": False,
         "learning_rate": 5e-4,
-        "start_share": 0.2,
         "ema_decay": 0.9,
         "batch_positions": 512,
         "unroll_steps": 4,

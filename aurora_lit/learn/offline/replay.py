@@ -113,8 +113,6 @@ class Replay:
             target_head=target_head,
             version=STARTING_VERSION,
             ema_decay=learn.ema_decay,
-            start=starting,
-            start_share=learn.start_share,
             fabric=fabric,
         )
         self.fabric = self.learner.fabric

@@ -80,6 +80,7 @@ def build_loop(
         current = store.current()
         # The learner's own: no other copy of the draft that serving starts with stays in memory.
         module = online_module(config, starting if current is None else served_draft(current), target_head)
+        del starting
         state_path = store.folder / STATE_NAME
         fabric = launch_fabric(learn, loggers=_loggers(config))
         leader = stack.enter_context(leader_process()) if learn.devices > 1 else None
@@ -90,12 +91,9 @@ def build_loop(
             target_head=target_head,
             version=current or STARTING_VERSION,
             ema_decay=learn.ema_decay,
-            start=None if learn.from_scratch else starting,
-            start_share=learn.start_share,
             fabric=fabric,
             before_step=leader.broadcast_step if leader else None,
         )
-        del starting
         if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # rolled back meanwhile
         target_head.to(learner.fabric.device)

@@ -14,7 +14,6 @@ same steps (learn/online/data_parallel.py).
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
@@ -55,15 +54,12 @@ class Learner:
         target_head: TargetHead,
         version: str,
         ema_decay: float = 0.0,
-        start: Eagle3Draft | None = None,
-        start_share: float = 0.0,
         fabric: Fabric | None = None,
         before_step: Callable[[Learner, OnlineBatch], None] | None = None,
     ) -> None:
         """`version`: the published draft, or STARTING_VERSION, whose weights the module starts from.
 
-        ema_decay: decay of the averaged weights at each step. start_share: share of the weights of `start`, the draft
-        that serving began with, in what is evaluated and published (see `averaged`).
+        ema_decay: decay of the averaged weights at each step (see `averaged`).
         fabric: for several processes that take each step together; each must be given the same batches.
         before_step: called with this learner and the batch before each step.
         """
@@ -86,7 +82,6 @@ class Learner:
         self.module: Any = self.fabric.setup_module(module)
         self._metrics = StepMetrics()
         self._ema_decay = ema_decay
-        self._start, self._start_share = _half_precision_weights(start, like=module.draft), start_share
         self._average = self._new_average()
         self._new_optimizers()
 
@@ -97,27 +92,21 @@ class Learner:
         assert isinstance(draft, Eagle3Draft)
         return draft
 
-    def _published_draft(self) -> Eagle3Draft:
+    @property
+    def _averaged_draft(self) -> Eagle3Draft:
         draft = self._average.module
         assert isinstance(draft, Eagle3Draft)
-        if self._start_share and self._start:
-            draft = copy.deepcopy(draft)
-            with torch.no_grad():
-                for name, parameter in draft.named_parameters():
-                    parameter.lerp_(self._start[name].to(parameter), self._start_share)
         return draft
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[DraftModule]:
-        """While inside, the module has the weights that are evaluated and published.
+        """While inside, the module has the running average of its weights, which is what is evaluated and published.
 
-        These are the running average, since averaging removes the noise of a high learning rate without lowering the
-        rate (Polyak and Juditsky 1992), with a share of the starting draft's weights, which keeps what the draft knew
-        of traffic that does not come at present (Wortsman et al., arXiv 2109.01903).
+        Averaging removes the noise of a high learning rate without lowering the rate (Polyak and Juditsky 1992).
         """
         module: DraftModule = self.module.module
         current = module.draft
-        module.draft = self._published_draft()
+        module.draft = self._averaged_draft
         try:
             yield module
         finally:
@@ -291,10 +280,3 @@ class Learner:
             "average": self._average,
             **{f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)},
         }
-
-
-def _half_precision_weights(draft: Eagle3Draft | None, *, like: Eagle3Draft) -> dict[str, torch.Tensor]:
-    """A draft's parameters by name, in bf16; none if its vocabulary is not that of `like`."""
-    if draft is None or not torch.equal(draft.draft_token_ids, like.draft_token_ids):
-        return {}
-    return {name: parameter.detach().to(torch.bfloat16, copy=True) for name, parameter in draft.named_parameters()}

@@ -16,7 +16,6 @@ from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.learner import Learner
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.detector import DomainDetector
-from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.traces.record import Trace
 
 
@@ -69,33 +68,6 @@ def test_the_averaged_draft_has_the_running_average_of_the_weights(
     assert not torch.equal(learner.draft.lm_head.weight, expected["lm_head.weight"]), "learning has its own weights"
     learner.restart_from(start, version="start")
     assert all(torch.equal(tensor, start.state_dict()[name]) for name, tensor in averaged().items())
-
-
-def test_what_is_published_keeps_a_share_of_the_starting_draft(
-    target: Target, traffic: list[Trace], tmp_path: Path
-) -> None:
-    target_head, start = TargetHead(target), random_draft(target)
-    batch = collate_online([label_trace(trace, target_head) for trace in traffic[:6]], [], oldest_fresh=0)
-
-    def a_learner(start: Eagle3Draft | None) -> Learner:
-        module = online_module(target, random_draft(target))
-        how = {"target_head": target_head, "version": "start", "start": start, "start_share": 0.25}
-        return Learner(module, make_controller(), tmp_path / "s", **how)  # type: ignore[arg-type]
-
-    learner = a_learner(start)
-    for _ in range(3):
-        assert learner.update(batch) is not None
-    learned = dict(learner.draft.named_parameters())
-    with learner.averaged() as module:
-        for name, published in module.draft.named_parameters():
-            kept = start.get_parameter(name).bfloat16().float()
-            torch.testing.assert_close(published, 0.75 * learned[name] + 0.25 * kept, msg=name)
-        assert not torch.equal(module.draft.lm_head.weight, learned["lm_head.weight"])
-    assert learner.draft.lm_head.weight is learned["lm_head.weight"], "learning goes on from what was learned"
-    for without in (None, random_draft(target, draft_vocab_size=32)):
-        alone = a_learner(without)
-        with alone.averaged() as module:
-            assert torch.equal(module.draft.lm_head.weight, alone.draft.lm_head.weight), "nothing to keep"
 
 
 def test_a_resumed_learner_continues_as_if_it_had_not_stopped(
