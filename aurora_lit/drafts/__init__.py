@@ -8,6 +8,7 @@ the package's top up to distributed.py.
 
 Start with checkpoint.py. The files, each importing only files above it:
 
+    public_forms.py   EAGLE-3 checkpoints as SGLang, SpecForge and speculators write them
     checkpoint.py     one checkpoint in EAGLE-3's layout: written atomically, validated when read
     centroid_file.py  the learner's domains, by which the engine assigns requests
     versions.py       published versions (DraftStore): publish, current, roll back, promote, prune
