@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import math
 import re
@@ -27,6 +28,8 @@ from typing import Any
 
 import httpx
 
+from aurora_lit.drafts.checkpoint import load_draft, read_config
+from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.learn.pretrain.prompts import read_prompts
 
 MAX_TOKENS = 96
@@ -126,16 +129,18 @@ def learn(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def texts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The held-out texts of a server, to compare with those of `learn`."""
+    """The held-out texts of a server, compared with those of another report."""
     messages = [prompt.messages[0] for prompt in read_prompts(arguments.held_out)][: arguments.held_out_prompts]
     found = held_out(arguments.url, messages)
+    if arguments.against is None:
+        return found
     other = json.loads(arguments.against.read_text())["texts"]
     return {**found, "texts_that_differ": sum(a != b for a, b in zip(found["texts"], other, strict=True))}
 
 
-def block(url: str, messages: list[str], clients: int) -> tuple[float, list[float]]:
-    """Tokens a second of these prompts, and the gaps between chunks of a stream in seconds."""
-    gaps: list[float] = []
+def block(url: str, messages: list[str], clients: int) -> tuple[float, list[tuple[float, float]]]:
+    """Tokens a second of these prompts; when chunks of a stream came, and after how long a gap, in seconds."""
+    gaps: list[tuple[float, float]] = []
 
     def stream(message: str) -> int:
         body = {
@@ -151,7 +156,7 @@ def block(url: str, messages: list[str], clients: int) -> tuple[float, list[floa
                 if line.startswith("data: {"):
                     now = time.perf_counter()
                     if last is not None:
-                        gaps.append(now - last)
+                        gaps.append((now, now - last))
                     last = now
         return MAX_TOKENS
 
@@ -176,7 +181,7 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
             for name in ("on", "off") if pair % 2 else ("off", "on"):
                 speed, found = block(urls[name], same, clients)
                 speeds[name].append(speed)
-                gaps[name] += found
+                gaps[name] += [gap for _, gap in found]
         logs = [math.log(on / off) for on, off in zip(speeds["on"], speeds["off"], strict=True)]
         half = 1.96 * statistics.stdev(logs) / math.sqrt(len(logs))
         report[f"{clients} clients"] = {
@@ -190,6 +195,38 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def swaps(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Gaps of streams in steps that swap a draft, and in all others: the same draft is published again and again."""
+    messages = itertools.cycle([prompt.messages[0] for prompt in read_prompts(arguments.prompts)])
+    store, shape = DraftStore(arguments.versions, keep=3), read_config(arguments.draft)
+    draft, end = load_draft(arguments.draft, shape), time.monotonic() + arguments.seconds
+    gaps: list[tuple[float, float]] = []
+
+    def client() -> None:
+        while time.monotonic() < end:
+            offset, (_, found) = time.time() - time.perf_counter(), block(arguments.url, [next(messages)], 1)
+            gaps.extend((offset + at, gap) for at, gap in found)
+
+    with concurrent.futures.ThreadPoolExecutor(arguments.clients) as pool:
+        running = [pool.submit(client) for _ in range(arguments.clients)]
+        while time.monotonic() < end:
+            time.sleep(4)
+            store.publish(draft, record={"reason": "measuring swaps"})
+        for each in running:
+            each.result()
+    served = [event["time"] for event in store.history() if event["event"] == "served"]
+    # The event is written when the version has been validated; the call to the ranks follows within 0.1 s.
+    swapping = [gap for at, gap in gaps if any(at - gap - 0.25 < moment < at for moment in served)]
+    return {
+        "swaps": len(served),
+        "gap_p50_ms": 1e3 * statistics.median(gap for _, gap in gaps),
+        "gap_p99_ms": 1e3 * statistics.quantiles([gap for _, gap in gaps], n=100)[98],
+        "near_swaps": len(swapping),
+        "near_swaps_gap_p50_ms": 1e3 * statistics.median(swapping),
+        "near_swaps_gap_p99_ms": 1e3 * statistics.quantiles(swapping, n=100)[98],
+    }
+
+
 def main() -> None:
     """Read the arguments, measure, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,7 +237,7 @@ def main() -> None:
     one.add_argument("--clients", type=int, default=4)
     one.set_defaults(measure=learn)
     same = commands.add_parser("texts")
-    same.add_argument("--against", type=Path, required=True, help="The report of `learn`.")
+    same.add_argument("--against", type=Path, help="Another report, whose texts should be the same.")
     same.set_defaults(measure=texts)
     for command in (one, same):
         command.add_argument("--url", required=True)
@@ -214,7 +251,15 @@ def main() -> None:
     two.add_argument("--pairs", type=int, default=30)
     two.add_argument("--requests", type=int, default=1, help="Requests of a client in each block.")
     two.set_defaults(measure=overhead)
-    for command in (one, same, two):
+    three = commands.add_parser("swaps")
+    three.add_argument("--url", required=True)
+    three.add_argument("--prompts", type=Path, required=True)
+    three.add_argument("--draft", type=Path, required=True, help="What vLLM was started with; it is published again.")
+    three.add_argument("--versions", type=Path, required=True, help="Folder of the server's versions.")
+    three.add_argument("--clients", type=int, default=4)
+    three.add_argument("--seconds", type=float, default=100)
+    three.set_defaults(measure=swaps)
+    for command in (one, same, two, three):
         command.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     report = arguments.measure(arguments)

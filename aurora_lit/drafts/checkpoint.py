@@ -96,9 +96,9 @@ def load_draft(folder: Path, target: TargetShape) -> Eagle3Draft:
     for name, digest in _read_json(folder, MANIFEST_NAME, missing={}).items():
         if not (folder / name).is_file() or _sha256(folder / name) != digest:
             raise _refusal(folder, f"{name} does not match {MANIFEST_NAME}: truncated or altered; copy it again")
-    state = common_tensors(_read_tensors(folder, WEIGHTS_NAME), vocab_size=config.vocab_size)
+    state = common_tensors(read_tensors(folder), vocab_size=config.vocab_size)
     if (folder / VALUE_NAME).exists():
-        state |= _read_tensors(folder, VALUE_NAME)
+        state |= read_tensors(folder, VALUE_NAME)
     draft = Eagle3Draft(config)
     own = draft.state_dict()
     value_names = {name for name in own if name.startswith(_VALUE_PREFIX)}
@@ -197,7 +197,8 @@ def _read_json(folder: Path, name: str, missing: dict[str, Any] | None = None) -
     return raw
 
 
-def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path, name: str = WEIGHTS_NAME) -> dict[str, torch.Tensor]:
+    """The tensors of a file of a checkpoint, as they are stored. Raises CheckpointError."""
     try:
         return load_file(folder / name)
     except (OSError, SafetensorError) as error:

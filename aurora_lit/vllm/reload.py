@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from aurora_lit.drafts.checkpoint import WEIGHTS_NAME
+from aurora_lit.drafts.checkpoint import read_tensors
 
 
 def load_into(runner: Any, folder: Path) -> None:
@@ -21,8 +20,7 @@ def load_into(runner: Any, folder: Path) -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     model, config = runner.get_draft_model(), runner.vllm_config
-    with safe_open(folder / WEIGHTS_NAME, "pt") as file:
-        weights = [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118  (it is no dictionary)
+    weights = read_tensors(folder)
     with (
         set_current_vllm_config(config),
         torch.inference_mode(False),
@@ -30,5 +28,5 @@ def load_into(runner: Any, folder: Path) -> None:
         torch.device(runner.device),
     ):
         initialize_layerwise_reload(model)
-        model.load_weights(iter(weights))
+        model.load_weights(iter(weights.items()))
         finalize_layerwise_reload(model, config.speculative_config.draft_model_config)

@@ -7,6 +7,7 @@ with VllmServer(folder, learner=False) as server:
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import httpx
 
 from aurora_lit.config import PROJECT_FOLDER, load_config
+from aurora_lit.drafts.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.ring import RingReader
@@ -35,8 +37,16 @@ _START_S = 240.0
 class VllmServer:
     """vLLM on SmolLM2 with the shipped draft; with `beside`, started by `aurora-lit vllm`."""
 
-    def __init__(self, folder: Path, *, beside: bool = True, learner: bool = False, arguments: tuple[str, ...] = ()):
-        self.folder, self.port = folder, free_port()
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        beside: bool = True,
+        learner: bool = False,
+        draft: Path = DRAFT,
+        arguments: tuple[str, ...] = (),
+    ):
+        self.folder, self.port, self._draft = folder, free_port(), draft
         self.url = f"http://127.0.0.1:{self.port}"
         self._beside, self._learner, self._arguments = beside, learner, arguments
 
@@ -45,11 +55,11 @@ class VllmServer:
         common = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", MODEL]
         common += ["--dtype", "bfloat16", "--enforce-eager", "--gpu-memory-utilization", "0.2", *self._arguments]
         if self._beside:
-            ours = ["-m", "aurora_lit", "vllm", SOURCE, "--draft", str(DRAFT)]
+            ours = ["-m", "aurora_lit", "vllm", SOURCE, "--draft", str(self._draft)]
             command = [*ours, "--set", f"learn.enabled={self._learner}".lower(), *common]
         else:
             command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(find_target(load_config(None, [])))]
-            command += common
+            command += [*common, "--speculative-config", self._speculation()]
         self.log = self.folder / "vllm.log"
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
@@ -109,6 +119,14 @@ class VllmServer:
     def store(self) -> DraftStore:
         """The published versions."""
         return DraftStore(self.folder / "checkpoints" / "live", keep=5)
+
+    def _speculation(self) -> str:
+        """As `aurora-lit vllm` has it; vLLM does not know a value head."""
+        folder = self.folder / "draft"
+        folder.mkdir()
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            (folder / name).symlink_to(self._draft / name)
+        return json.dumps({"method": "eagle3", "model": str(folder), "num_speculative_tokens": 3})
 
     def _answers(self) -> bool:
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -42,9 +41,7 @@ ARGUMENTS += ("--block-size", "32", "--num-gpu-blocks-override", "40")
 @pytest.fixture(scope="module")
 def plain_texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What vLLM answers without us, one request at a time."""
-    speculation = f'{{"method": "eagle3", "model": "{_loadable(tmp_path_factory)}", "num_speculative_tokens": 3}}'
-    arguments = (*ARGUMENTS, "--speculative-config", speculation)
-    with VllmServer(tmp_path_factory.mktemp("plain"), beside=False, arguments=arguments) as server:
+    with VllmServer(tmp_path_factory.mktemp("plain"), beside=False, arguments=ARGUMENTS) as server:
         return [server.complete(prompt)["choices"][0]["text"] for prompt in PROMPTS]
 
 
@@ -53,14 +50,6 @@ def server(plain_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     """Ours, after the plain one has ended."""
     with VllmServer(tmp_path_factory.mktemp("beside"), arguments=ARGUMENTS) as running:
         yield running
-
-
-def _loadable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped draft without its value head."""
-    folder = tmp_path_factory.mktemp("draft")
-    for name in ("config.json", "model.safetensors"):
-        (folder / name).symlink_to(DRAFT / name)
-    return folder
 
 
 def until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
@@ -123,7 +112,7 @@ def test_requests_of_every_kind_leave_the_traces_that_they_should(server: VllmSe
     server.complete("A labelled one:", metadata={"aurora_domain": "code"})
     (labelled,) = server.traces()
     assert labelled.domain == "code"
-    several = server.complete("def add(a, b):", n=2, max_tokens=32)
+    several = server.complete("def add(a, b):", n=2, max_tokens=32, temperature=1.0)  # greedy ones may not be two
     assert len(several["choices"]) == len(server.traces()) == 2
     stopped = server.complete("One, two, three,", stop=[" six"], max_tokens=48)["choices"][0]
     (trace,) = server.traces()
@@ -176,14 +165,12 @@ def test_a_version_is_swapped_in_and_rolled_back_on_live_acceptance_and_texts_st
         useless.lm_head.weight.zero_()
     name = server.store.publish(useless, record={})
     until(lambda: server.status.draft_version == name)
-    drafts, accepted = server.status.drafts, server.status.accepted
-    assert server.complete(PROMPTS[0])["choices"][0]["text"] == plain_texts[0]
-    time.sleep(0.5)
-    assert (server.status.accepted - accepted) / (server.status.drafts - drafts) < 0.2
+    texts = []
     for i in range(20):
-        server.complete(f"{PROMPTS[i % 6]} {i}", max_tokens=96)
+        texts.append(server.complete(PROMPTS[i % 6])["choices"][0]["text"])
         if server.status.rollbacks:
             break
+    assert texts == [plain_texts[i % 6] for i in range(len(texts))]
     until(lambda: server.status.draft_version == DRAFT.name)
     assert server.store.current() is None
     assert "less than the version before" in (server.store.versions()[0].retired or "")
