@@ -46,7 +46,8 @@ class DraftFollower:
         store = DraftStore(deployment.versions, keep=deployment.keep)
         self._reloader = HotReloader(store, self._validated)
         self._served: str | None = None
-        self._rolled_back: str | None = None
+        self._pages: dict[Path, EngineStatusPage] = {}
+        self._seen_rollbacks: dict[Path, int] = {}
         self._noted_refusals = 0
 
     async def run(self) -> None:
@@ -92,11 +93,13 @@ class DraftFollower:
 
     def _roll_back_if_worse(self) -> None:
         for path in self._deployment.run_folder.glob(f"{STATUS_NAME}*"):
-            now = EngineStatusPage.open(path).read()
-            bad = now.rolled_back_version
-            if bad and bad == self._served and bad != self._rolled_back:
-                self._rolled_back = bad
-                self._reloader.roll_back(bad=bad, reason=now.rolled_back_reason)
+            page = self._pages.get(path) or self._pages.setdefault(path, EngineStatusPage.open(path))
+            rollbacks = page.peek("rollbacks")
+            if rollbacks > self._seen_rollbacks.get(path, 0):
+                now = page.read()
+                if now.rolled_back_version == self._served:
+                    self._reloader.roll_back(bad=self._served, reason=now.rolled_back_reason)
+            self._seen_rollbacks[path] = rollbacks
 
     async def _note_refusals(self) -> None:
         refused, number = self._reloader.refused, self._reloader.num_refused
