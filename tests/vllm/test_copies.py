@@ -114,11 +114,11 @@ def test_a_step_is_looked_at_when_its_copies_are_done_and_ends_after_it(monkeypa
 
 def test_the_engines_next_step_waits_on_the_gpu_for_what_is_still_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Asynchronous(monkeypatch)
-    steps = Traffic(requests={"r1": (4, 30)}, preempt_share=0).steps()
-    engine.runner.run(steps[0])
+    first, second, *_ = (step for step in Traffic(requests={"r1": (4, 30)}, preempt_share=0).steps() if step.rows)
+    engine.runner.run(first)
     assert engine.held_back == []
-    engine.runner.run(steps[1])
-    assert engine.held_back == engine.events[:1]
+    engine.runner.run(second)
+    assert engine.held_back == engine.events[:1] != []
 
 
 def test_copies_that_never_end_are_waited_for_before_they_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
