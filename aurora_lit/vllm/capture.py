@@ -133,6 +133,8 @@ class Capture:
         self._segment_tokens, self._overlap_tokens = segment_tokens, overlap_tokens
         self._recordings: dict[str, _Recording] = {}
         self._reserved_bytes = 0
+        self.num_prompt_tokens = self.num_cached_tokens = 0
+        """Of the requests that have begun; the latter are those found in the prefix cache."""
         self.num_opted_out = 0
         self.num_unrecorded = 0
         """Requests not recorded because the running ones hold all the memory."""
@@ -150,6 +152,8 @@ class Capture:
         if info.request_id in self._recordings:
             self.resume(info.request_id, position=position)
             return
+        self.num_prompt_tokens += info.prompt_tokens
+        self.num_cached_tokens += position
         longest = min(info.max_tokens or self._segment_tokens, self._segment_tokens) + self._overlap_tokens
         needed = (min(info.prompt_tokens - position, PROMPT_TOKENS) + longest) * self._bytes_per_token
         fits = self._reserved_bytes + needed <= self._limit_bytes

@@ -62,6 +62,8 @@ class LiveStatus:
             running=self._capture.num_running,
             rounds=sum(self._rounds_by_plan),
             rounds_by_plan=self._rounds_by_plan,
+            prompt_tokens=self._capture.num_prompt_tokens,
+            cached_tokens=self._capture.num_cached_tokens,
             generated_tokens=self._generated,
             drafts=self._drafts,
             proposed=self._proposed,

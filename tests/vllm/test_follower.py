@@ -18,7 +18,7 @@ from aurora_lit.drafts.checkpoint import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAM
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
-from aurora_lit.vllm.capture import RoundOutcome
+from aurora_lit.vllm.capture import Capture, RoundOutcome
 from aurora_lit.vllm.deployment import Deployment
 from aurora_lit.vllm.follower import DraftFollower, follow
 from aurora_lit.vllm.live_status import LiveStatus
@@ -208,7 +208,7 @@ def test_a_version_that_accepts_less_is_rolled_back(deployment: Deployment) -> N
     """The worker judges (LiveStatus), the page tells the follower, which retires the version."""
     ranks, store = MadeRanks(), store_of(deployment)
     page = EngineStatusPage.open(deployment.run_folder / STATUS_NAME, writable=True)
-    capture: Any = type("MadeCapture", (), {"num_running": 1, "num_opted_out": 0, "num_unrecorded": 0})()
+    capture = Capture(lambda _: None, bytes_per_token=1, limit_bytes=1, segment_tokens=8, overlap_tokens=1)
     step: Any = type("MadeStep", (), {"num_sampled": [1]})()
     status = LiveStatus(page, capture, max_draft_tokens=3)
 

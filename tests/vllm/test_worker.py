@@ -98,6 +98,7 @@ def test_traces_reach_the_ring_and_counts_the_page(run_folder: Path, make_worker
     status = EngineStatusPage.open(run_folder / STATUS_NAME).read()
     assert (status.state, status.worker_pid, status.vocab_size) == (WorkerState.READY, os.getpid(), 700)
     assert status.generated_tokens >= 70
+    assert status.prompt_tokens == 30
     assert status.mean_accepted_length is not None
     assert status.draft_version == "first"
 
