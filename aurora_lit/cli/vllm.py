@@ -7,6 +7,7 @@ what a learner does (learn/online/).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -53,6 +54,10 @@ def settings(model: str, draft: Path, overrides: Sequence[str], vllm_arguments: 
 
 def start(config: AuroraConfig, vllm_arguments: Sequence[str], *, learner_gpus: str, attach: bool) -> int:
     """Run until vLLM ends, or with `attach` until SIGINT or SIGTERM. Returns vLLM's exit code. Raises AuroraError."""
+    if not attach and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "vLLM is not installed in this environment; install it, or start it from another one with --attach"
+        )
     with run_folder() as folder:
         status = EngineStatusPage.create(folder / STATUS_NAME)
         learner_page = LearnerStatusPage.create(folder / LEARNER_STATUS_NAME)

@@ -25,6 +25,8 @@ from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE, Trace
 
 PROMPT_TOKENS = 1024
 """Of a longer prompt, only the last positions are recorded."""
+DOMAIN_ARGUMENT, STORE_ARGUMENT = "aurora_lit_domain", "aurora_lit_store"
+"""Names of vLLM's extra arguments (`vllm_xargs`) that the middleware sets; store 0: the client opted out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +325,3 @@ def label(extra_args: dict[str, object] | None) -> tuple[str, bool]:
     extra = extra_args or {}
     domain = str(extra.get(DOMAIN_ARGUMENT, ""))
     return (domain if len(domain) <= MAX_DOMAIN_CHARACTERS else ""), extra.get(STORE_ARGUMENT, 1) != 0
-
-
-DOMAIN_ARGUMENT, STORE_ARGUMENT = "aurora_lit_domain", "aurora_lit_store"
-"""Names of vLLM's extra arguments (`vllm_xargs`) that the middleware sets; store 0: the client opted out."""

@@ -84,6 +84,13 @@ def test_the_learner_has_the_targets_precision_and_vllms_slots() -> None:
     assert "max_batch_size: 7" in result.output
 
 
+def test_without_vllm_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(main, ["vllm", "m", "--draft", str(DRAFT)])
+    assert result.exit_code == 2
+    assert "Error: vLLM is not installed in this environment" in result.output
+
+
 def test_a_learner_is_started_for_each_life_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_command_file, "_LOOK_EVERY_S", 0.02)
     status = EngineStatusPage.create(tmp_path / STATUS_NAME)
