@@ -1,9 +1,13 @@
 """What a learner beside vLLM brings, and what it costs. Servers are started before, as docs/results/vllm.md says.
 
     python -m benchmarks.beside_vllm learn --url http://127.0.0.1:8000 --traffic train.jsonl --held-out test.jsonl \\
-        --minutes 12 --clients 4 --out learned.json
+        --held-out-prompts 32 --minutes 12 --clients 4 --out learned.json
+    python -m benchmarks.beside_vllm texts --url http://127.0.0.1:8001 --held-out test.jsonl --against learned.json \\
+        --out texts.json
     python -m benchmarks.beside_vllm overhead --on http://127.0.0.1:8000 --off http://127.0.0.1:8001 \\
         --prompts test.jsonl --clients 1 8 --pairs 30 --out overhead.json
+    python -m benchmarks.beside_vllm swaps --url http://127.0.0.1:8000 --prompts test.jsonl --draft DRAFT \\
+        --versions checkpoints/live --seconds 100 --out swaps.json
 
 learn: the accepted length on held-out prompts (greedy, one client, `store: false`, so that nothing is learned of them),
 before and after so many minutes of traffic, and whether any of their texts changed. overhead: two servers in turn,
