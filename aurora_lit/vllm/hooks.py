@@ -4,7 +4,7 @@ Three methods of the runner object (not of its class) are wrapped. Each wrap cal
 and returns what that returned; what we do before and after is guarded. An exception of ours is counted and logged;
 after a few, capture is off until the next start.
 
-    hooks = RunnerHooks(runner, reader, capture, observe)
+    hooks = RunnerHooks(runner, reader, capture, status.observe, status.write)
     hooks.install()
 """
 
@@ -39,11 +39,16 @@ class RunnerHooks:
         reader: RunnerReader,
         capture: Capture,
         observe: Callable[[Step, Sequence[RoundOutcome]], None],
+        requests_ended: Callable[[], None],
     ) -> None:
-        """observe: receives each step with its rounds, a step late where copies are asynchronous."""
+        """observe: receives each step with its rounds, a step late where copies are asynchronous.
+
+        requests_ended: called when some have ended; after the last of them no step comes.
+        """
         self._runner, self._reader, self._capture, self._observe = runner, reader, capture, observe
         on_gpu = torch.device(runner.device).type == "cuda"
         self._stream: Any = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
+        self._requests_ended = requests_ended
         self._queue: deque[PendingStep | set[str]] = deque()
         """Steps, and the ids of requests that have ended after them."""
         self._num_sampled: Any = None
@@ -91,7 +96,8 @@ class RunnerHooks:
         for entry in self._queue:
             if isinstance(entry, PendingStep):
                 entry.hold_back_next_step()
-        self._queue.append(set(scheduler_output.finished_req_ids))
+        if scheduler_output.finished_req_ids:
+            self._queue.append(set(scheduler_output.finished_req_ids))
         self._drain()
         for info, position in new_requests(scheduler_output):
             self._capture.begin(info, position=position)
@@ -129,6 +135,7 @@ class RunnerHooks:
             else:
                 self._queue.popleft()
                 self._capture.finish(entry)
+                self._requests_ended()
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:

@@ -115,7 +115,7 @@ def _recorder(runner: Any, config: Any, reader: Any, deployment: Deployment) -> 
         overlap_tokens=deployment.overlap_tokens,
     )
     status = LiveStatus(page, capture, max_draft_tokens=max_draft_tokens)
-    hooks = RunnerHooks(runner, reader, capture, status.observe)
+    hooks = RunnerHooks(runner, reader, capture, status.observe, status.write)
     hooks.install()
     page.write(
         state=WorkerState.READY,

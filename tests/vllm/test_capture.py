@@ -44,7 +44,7 @@ class Recorded:
             overlap_tokens=8,
         )
         reader = replace(V1 if isinstance(runner, MadeV1Runner) else V2, **broken)
-        self.hooks = RunnerHooks(runner, reader, self.capture, self._observe)
+        self.hooks = RunnerHooks(runner, reader, self.capture, self._observe, lambda: None)
         self.hooks.install()
 
     def _observe(self, step: Step, outcomes: list[RoundOutcome]) -> None:

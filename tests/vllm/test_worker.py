@@ -94,11 +94,11 @@ def test_traces_reach_the_ring_and_counts_the_page(run_folder: Path, make_worker
     assert worker.aurora_lit_start(str(run_folder)) == {"error": None}  # wraps nothing twice
     run(worker)
     assert traces_in(run_folder) == ["r1", "r2"]
-    worker._aurora_lit_recorder.status.write()
     status = EngineStatusPage.open(run_folder / STATUS_NAME).read()
     assert (status.state, status.worker_pid, status.vocab_size) == (WorkerState.READY, os.getpid(), 700)
     assert status.generated_tokens >= 70
     assert status.prompt_tokens == 30
+    assert status.running == 0  # though no step comes after the last request has ended
     assert status.mean_accepted_length is not None
     assert status.draft_version == "first"
 
