@@ -42,7 +42,7 @@ def describe(config: AuroraConfig) -> str:
     engine, precision, gpus = config.engine, config.target.precision, num_gpus()
     if uses_gpus(config):
         where = "the GPU" if engine.devices == 1 else f"{engine.devices} GPUs"
-        return f"target and draft compute on {where}, in eager torch, which was never tested on a real GPU"
+        return f"target and draft compute on {where}, in eager torch, never tested on a real GPU (see docs/vllm.md)"
     if not gpus:
         why = "there is no GPU"
     elif engine.device == "cpu":

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from aurora_lit.bench.prompts import load_prompts, params_for
 from aurora_lit.config import load_config
+from aurora_lit.drafts.hot_reload import HotReloader
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -33,7 +34,6 @@ from aurora_lit.request import Request
 from aurora_lit.serve.engine import engine as engine_module
 from aurora_lit.serve.engine import target_runner
 from aurora_lit.serve.worker.build import build_worker, load_tokenizer
-from aurora_lit.serve.worker.hot_reload import HotReloader
 from aurora_lit.serve.worker.live_draft import LiveDraft
 from aurora_lit.traces.record import LAYOUT_DIGEST
 

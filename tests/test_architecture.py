@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -114,6 +115,19 @@ def test_the_online_learner_never_imports_serving() -> None:
         if other.startswith("serve/")
     ]
     assert not wrong
+
+
+def test_beside_vllm_only_torch_and_our_records_are_imported() -> None:
+    """It runs inside vLLM's processes: another package could move or need other versions of vLLM's own."""
+    ours = ("errors.py", "request.py", "settings.py", "traces/", "ipc/", "drafts/", "vllm/")
+    for file in existing():
+        if file.startswith("vllm/"):
+            assert not [other for other in imports_of(file) if not other.startswith(ours)], file
+            tree = ast.parse((PACKAGE / file).read_text())
+            names = [n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom)]
+            names += [alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names]
+            packages = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+            assert packages <= {"torch", "aurora_lit"}, file
 
 
 def test_a_folder_says_what_it_is_for_what_it_may_import_and_where_to_start() -> None:

@@ -16,7 +16,7 @@ SHARDED = ("engine.strategy=fsdp", "engine.devices=4")
         (0, (), False, "on the CPU (there is no GPU)"),
         (1, (), False, "on the CPU (engine.strategy=single; engine.device=cuda would use a GPU in eager torch, never"),
         (1, ("engine.device=cpu",), False, "on the CPU (engine.device=cpu)"),
-        (1, ("engine.device=cuda",), True, "on the GPU, in eager torch, which was never tested"),
+        (1, ("engine.device=cuda",), True, "on the GPU, in eager torch, never tested"),
         (1, ("target.precision=int4",), False, "on the CPU (target.precision=int4 needs it)"),
         (3, SHARDED, False, "on the CPU (engine.devices=4 is more than the 3 GPUs)"),
         (4, SHARDED, True, "on 4 GPUs"),

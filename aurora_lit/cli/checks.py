@@ -115,7 +115,7 @@ def check_devices(config: AuroraConfig) -> Check:
         )
     if uses_gpus(config):
         remedy = "engine.device=cpu computes on the CPU; `CUDA_VISIBLE_DEVICES= aurora-lit serve` the learner too"
-        return _warn("devices", found, f"{remedy}. For many clients `aurora-lit export` writes the draft for vLLM")
+        return _warn("devices", found, f"{remedy}. `aurora-lit vllm` lets vLLM serve, and learns beside it")
     return _ok("devices", found)
 
 
@@ -251,7 +251,7 @@ def check_memory(config: AuroraConfig) -> Check:
             "memory",
             found,
             "lower engine.max_batch_size or engine.max_seq_len, use target.precision=bf16, more engine.devices, or "
-            "a smaller target; see the memory table below",
+            "a smaller target; see the memory table below. On several machines `aurora-lit vllm` lets vLLM serve",
         )
     return _ok("memory", found)
 

@@ -159,7 +159,7 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
                 for_learner=True,
             )
         )
-        lines += _learner_needs(config, text, element_bytes=element_bytes)
+        lines += learner_needs(config, text)
         lines.append(
             Need(
                 what="learner, while starting",
@@ -247,7 +247,7 @@ def _slot_capacity(config: AuroraConfig) -> int:
 
 def _draft_needs(config: AuroraConfig, text: PretrainedConfig, *, element_bytes: int) -> list[Need]:
     draft = draft_shape(config, text)
-    parameters, _ = _draft_parameters(draft)
+    parameters, _ = draft_parameters(draft)
     slots, capacity = config.engine.max_batch_size, _slot_capacity(config)
     features, kept_positions = 3 * text.hidden_size, slots * padded_positions(capacity)
     kv_elements = 2 * draft.num_key_value_heads * draft.head_dim
@@ -274,9 +274,11 @@ def _draft_needs(config: AuroraConfig, text: PretrainedConfig, *, element_bytes:
     ]
 
 
-def _learner_needs(config: AuroraConfig, text: PretrainedConfig, *, element_bytes: int) -> list[Need]:
+def learner_needs(config: AuroraConfig, text: PretrainedConfig) -> list[Need]:
+    """What the learner holds on its device."""
     draft, learn = draft_shape(config, text), config.learn
-    parameters, matrices = _draft_parameters(draft)
+    element_bytes = 4 if config.target.precision == "fp32" else 2
+    parameters, matrices = draft_parameters(draft)
     H, V = text.hidden_size, text.vocab_size
     state = 16 * parameters + 4 * matrices + 8 * (parameters - matrices)
     rows = 2 * draft.draft_vocab_size * H * element_bytes
@@ -325,6 +327,11 @@ def _head_dim(text: Any) -> int:
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
+def target_parameters(shape: PretrainedConfig) -> int:
+    """Number of parameters of a model."""
+    return _parameters(shape.to_json_string())[0]
+
+
 @functools.lru_cache(maxsize=4)
 def _parameters(shape_json: str) -> tuple[int, int]:
     """Number of parameters of the whole model and of its largest layer, counted on the meta device."""
@@ -338,7 +345,7 @@ def _parameters(shape_json: str) -> tuple[int, int]:
     return whole, largest
 
 
-def _draft_parameters(config: Eagle3Config) -> tuple[int, int]:
+def draft_parameters(config: Eagle3Config) -> tuple[int, int]:
     """Number of parameters of a draft, and of those that Muon optimises (modules/losses/draft_module.py)."""
     with torch.device("meta"):
         draft = Eagle3Draft(replace(config, max_position_embeddings=1))

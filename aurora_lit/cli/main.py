@@ -14,7 +14,7 @@ import click
 import aurora_lit
 from aurora_lit.cli.bench import bench
 from aurora_lit.cli.options import FILE, FOLDER, RUN_FOLDER, AuroraGroup, MultiFileCommand, configured
-from aurora_lit.config import AuroraConfig, load_config
+from aurora_lit.config import AuroraConfig, load_config, to_yaml
 from aurora_lit.ipc.run_folder import live_folders
 
 
@@ -76,11 +76,39 @@ def generate(config: AuroraConfig, prompt: str, max_tokens: int, temperature: fl
     run(config, prompt=prompt, max_tokens=max_tokens, temperature=temperature, compare_plain=compare_plain)
 
 
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("model")
+@click.option("--draft", type=FOLDER, required=True, help="Folder of the EAGLE-3 draft to begin with.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of the learner; repeatable.")
+@click.option("--learner-gpus", default="", metavar="IDS", help="GPUs of the learner. Default: it learns on the CPU.")
+@click.option("--attach", is_flag=True, help="Print how to start vLLM instead of starting it, and learn beside it.")
+@click.option("--print-config", is_flag=True, help="Print the learner's settings, and exit.")
+@click.argument("vllm_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM'S OWN ARGUMENTS]...")
+def vllm(model: str, draft: Path, overrides: tuple[str, ...], print_config: bool, **options: Any) -> None:
+    """Serve MODEL with vLLM, and let its draft learn from the traffic.
+
+    MODEL is a folder or another source as in target.source. See docs/vllm.md.
+    """
+    from aurora_lit.cli.vllm import settings, start
+
+    config = settings(model, draft, overrides, options["vllm_arguments"])
+    if print_config:
+        click.echo(to_yaml(config), nl=False)
+        return
+    click.get_current_context().exit(start(config, **options))
+
+
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--vllm", "beside_vllm", is_flag=True, help="Instead: what a learner beside vLLM needs for this target.")
 @configured
-def doctor(config: AuroraConfig, as_json: bool) -> None:
+def doctor(config: AuroraConfig, as_json: bool, beside_vllm: bool) -> None:
     """Check whether this machine can serve. Exits with code 1 if not."""
+    if beside_vllm:
+        from aurora_lit.cli.vllm_recipe import show
+
+        show(config, as_json=as_json)
+        return
     from aurora_lit.cli.doctor import doctor as run
 
     if not run(config, as_json=as_json):

@@ -3,14 +3,17 @@
 The learner publishes versions, the server loads the current one, the command line lists them and moves between them.
 Beside the versions lie the domains that the learner has found.
 
-May import: modules/draft/, modules/domains/centroids.py, models/, kernels/, and the files of the package's top up to
-distributed.py.
+May import: modules/draft/, page_hinkley.py and centroids.py in modules/domains/, models/, kernels/, and the files of
+the package's top up to distributed.py.
 
 Start with checkpoint.py. The files, each importing only files above it:
 
+    public_forms.py   EAGLE-3 checkpoints as SGLang, SpecForge and speculators write them
     checkpoint.py     one checkpoint in EAGLE-3's layout: written atomically, validated when read
     centroid_file.py  the learner's domains, by which the engine assigns requests
     versions.py       published versions (DraftStore): publish, current, roll back, promote, prune
+    hot_reload.py     loads and checks the version that CURRENT names, or refuses it
+    rollback.py       the trial of a new draft on live traffic
     initial.py        an untrained draft: vocabulary from token counts, weights from the target's last layer
     export.py         a draft in the form that vLLM and SGLang load
 """

@@ -2,8 +2,8 @@
 
 A folder holds `config.json` and `model.safetensors` in that layout, `value_head.safetensors` (used only here), and
 `manifest.json` with the SHA-256 of each. `load_draft` refuses a draft that is damaged or made for another target, and
-gives the reason. A folder without `manifest.json` (a draft of other origin) is loaded without the check of digests; all
-other checks are made.
+gives the reason. Other trainers' forms are read too (drafts/public_forms.py). A folder without `manifest.json` (a draft
+of other origin) is loaded without the check of digests; all other checks are made.
 
 Leaves out training state (learn/) and versions (drafts/versions.py).
 """
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from aurora_lit.drafts.public_forms import ARCHITECTURE, common_config, common_tensors
 from aurora_lit.durable import exchange, sync
 from aurora_lit.errors import CheckpointError
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
@@ -94,9 +96,9 @@ def load_draft(folder: Path, target: TargetShape) -> Eagle3Draft:
     for name, digest in _read_json(folder, MANIFEST_NAME, missing={}).items():
         if not (folder / name).is_file() or _sha256(folder / name) != digest:
             raise _refusal(folder, f"{name} does not match {MANIFEST_NAME}: truncated or altered; copy it again")
-    state = _read_tensors(folder, WEIGHTS_NAME)
+    state = common_tensors(read_tensors(folder), vocab_size=config.vocab_size)
     if (folder / VALUE_NAME).exists():
-        state |= _read_tensors(folder, VALUE_NAME)
+        state |= read_tensors(folder, VALUE_NAME)
     draft = Eagle3Draft(config)
     own = draft.state_dict()
     value_names = {name for name in own if name.startswith(_VALUE_PREFIX)}
@@ -115,14 +117,9 @@ def load_draft(folder: Path, target: TargetShape) -> Eagle3Draft:
 
 def read_config(folder: Path) -> Eagle3Config:
     """The configuration of a stored draft. Raises CheckpointError."""
-    raw = _read_json(folder, CONFIG_NAME)
-    if "LlamaForCausalLMEagle3" not in raw.get("architectures", []):
-        raise _refusal(folder, f"architectures is {raw.get('architectures')}, expected ['LlamaForCausalLMEagle3']")
-    layers = raw.get("eagle_aux_hidden_state_layer_ids") or raw.get("eagle_config", {}).get(
-        "eagle_aux_hidden_state_layer_ids"
-    )
     try:
-        low, middle, high = layers
+        raw = common_config(_read_json(folder, CONFIG_NAME))
+        low, middle, high = raw["eagle_aux_hidden_state_layer_ids"]
         return Eagle3Config(
             hidden_size=int(raw["hidden_size"]),
             target_hidden_size=int(raw.get("target_hidden_size", raw["hidden_size"])),
@@ -136,15 +133,24 @@ def read_config(folder: Path) -> Eagle3Config:
             rms_norm_eps=float(raw["rms_norm_eps"]),
             rope_theta=float(raw["rope_theta"]),
             max_position_embeddings=int(raw["max_position_embeddings"]),
+            rope_scaling=raw["rope_scaling"],
+            norm_before_residual=bool(raw.get("norm_before_residual")),
+            norm_before_fc=bool(raw.get("norm_before_fc")),
+            fc_norm=bool(raw.get("fc_norm")),
         )
+    except CheckpointError as error:
+        if str(error).startswith("draft.checkpoint"):  # the file could not be read
+            raise
+        raise _refusal(folder, str(error)) from error
     except (KeyError, TypeError, ValueError) as error:
         raise _refusal(folder, f"a field of {CONFIG_NAME} is missing or invalid: {error!r}") from error
 
 
 def _config_json(config: Eagle3Config, dtype: torch.dtype) -> dict[str, Any]:
-    layers = list(config.aux_layer_ids)
+    layers, scaling = list(config.aux_layer_ids), config.rope_scaling
+    norms = {name: True for name in ("norm_before_residual", "norm_before_fc", "fc_norm") if getattr(config, name)}
     return {
-        "architectures": ["LlamaForCausalLMEagle3"],
+        "architectures": [ARCHITECTURE],
         "model_type": "llama",
         "hidden_size": config.hidden_size,
         "target_hidden_size": config.target_hidden_size,
@@ -156,7 +162,7 @@ def _config_json(config: Eagle3Config, dtype: torch.dtype) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": None if scaling is None else {"rope_type": "llama3", **asdict(scaling)},
         "max_position_embeddings": config.max_position_embeddings,
         "vocab_size": config.vocab_size,
         "draft_vocab_size": config.draft_vocab_size,
@@ -165,6 +171,7 @@ def _config_json(config: Eagle3Config, dtype: torch.dtype) -> dict[str, Any]:
         "torch_dtype": str(dtype).removeprefix("torch."),
         "eagle_aux_hidden_state_layer_ids": layers,
         "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": layers},
+        **norms,
     }
 
 
@@ -190,7 +197,8 @@ def _read_json(folder: Path, name: str, missing: dict[str, Any] | None = None) -
     return raw
 
 
-def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path, name: str = WEIGHTS_NAME) -> dict[str, torch.Tensor]:
+    """The tensors of a file of a checkpoint, as they are stored. Raises CheckpointError."""
     try:
         return load_file(folder / name)
     except (OSError, SafetensorError) as error:

@@ -10,7 +10,7 @@ Learner, server and command line use the folder at the same time. At whatever mo
 a complete version: a version is written under another name, flushed to disk and then renamed, and so is CURRENT.
 
 Leaves out loading and validating a draft (drafts/checkpoint.py), and the decisions what to publish
-(learn/online/gate.py) and what to roll back (serve/worker/rollback.py).
+(learn/online/gate.py) and what to roll back (drafts/rollback.py).
 
     store = DraftStore(folder, keep=5)
     store.publish(draft, record={"score": 2.1})             # "draft-000001", now current

@@ -311,6 +311,49 @@ class RingReader(_Ring):
         return self.counters.queued_records
 
 
+class RingReaders:
+    """The rings of several engines, as one: each in turn, so that none waits for another.
+
+    reader = RingReaders.open([folder / "traces-0.ring", folder / "traces-1.ring"], layout=LAYOUT_DIGEST)
+    """
+
+    def __init__(self, readers: list[RingReader]) -> None:
+        """Use `open` instead."""
+        self._readers, self._next = readers, 0
+
+    @classmethod
+    def open(cls, paths: list[Path], *, layout: str) -> RingReaders:
+        """As `RingReader.open`, for each."""
+        with contextlib.ExitStack() as opened:
+            readers = [opened.enter_context(contextlib.closing(RingReader.open(path, layout=layout))) for path in paths]
+            opened.pop_all()
+        return cls(readers)
+
+    def pop(self) -> bytes | None:
+        """A record of the next ring that has one; None if none has."""
+        for _ in self._readers:
+            reader = self._readers[self._next]
+            self._next = (self._next + 1) % len(self._readers)
+            if (payload := reader.pop()) is not None:
+                return payload
+        return None
+
+    @property
+    def lag_bytes(self) -> int:
+        """Bytes written and not read yet."""
+        return sum(reader.lag_bytes for reader in self._readers)
+
+    @property
+    def lag_records(self) -> int:
+        """Records written and not read yet."""
+        return sum(reader.lag_records for reader in self._readers)
+
+    def close(self) -> None:
+        """Close all."""
+        for reader in self._readers:
+            reader.close()
+
+
 def read_counters(path: Path) -> RingCounters:
     """A ring's counters, readable by any process. Raises RingError."""
     ring = _Ring(path, layout=None, writable=False)

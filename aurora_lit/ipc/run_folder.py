@@ -15,8 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-RING_NAME = "traces-0.ring"
-"""The engine worker's trace ring."""
+RING_NAME, RINGS = "traces-0.ring", "traces-*.ring"
+"""The engine worker's trace ring; those of several engines."""
 CONFIG_NAME = "config.yaml"
 """The server's settings for a learner: absolute paths, no API key."""
 _PREFIX = "aurora-lit-run-"

@@ -89,9 +89,9 @@ def _live_draft(config: AuroraConfig, parts: WorkerParts) -> LiveDraft | None:
     if parts.load_draft is None:
         return None
     from aurora_lit.drafts.centroid_file import CENTROIDS_NAME
+    from aurora_lit.drafts.hot_reload import HotReloader
     from aurora_lit.drafts.versions import DraftStore
     from aurora_lit.serve.worker.domain_watch import DomainWatch
-    from aurora_lit.serve.worker.hot_reload import HotReloader
     from aurora_lit.serve.worker.live_draft import LiveDraft
 
     store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)

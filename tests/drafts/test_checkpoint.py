@@ -175,7 +175,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         edit_config(eagle_aux_hidden_state_layer_ids=None, eagle_config={}),
         "a field of config.json is missing or invalid",
     ),
-    "a field missing": (edit_config(head_dim=None), "a field of config.json is missing or invalid.*head_dim"),
+    "a field missing": (edit_config(rms_norm_eps=None), "a field of config.json is missing or invalid.*rms_norm_eps"),
     "words for numbers": (edit_config(head_dim="many"), "a field of config.json is missing or invalid.*many"),
     "d2t out of range": (edit_tensors(lambda t: t["d2t"].fill_(V)), "d2t does not name distinct tokens"),
     "d2t twice the same": (edit_tensors(lambda t: t["d2t"][1].sub_(1)), "d2t does not name distinct tokens"),

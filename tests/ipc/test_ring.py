@@ -22,7 +22,7 @@ from support import TESTS
 from support.ring_payloads import LAYOUT, number_of, payload_of
 
 from aurora_lit.errors import RingError
-from aurora_lit.ipc.ring import RingReader, RingWriter, read_counters
+from aurora_lit.ipc.ring import RingReader, RingReaders, RingWriter, read_counters
 
 HEADER = 4096
 
@@ -486,3 +486,24 @@ def test_a_file_system_that_takes_less_than_the_ring_refuses_it_at_once(path: Pa
 def test_a_ring_too_small_to_hold_anything_is_refused(path: Path) -> None:
     with pytest.raises(RingError, match="trace.capacity_mb"):
         RingWriter.create(path, 40, layout=LAYOUT)
+
+
+def test_the_rings_of_several_engines_are_read_in_turn(tmp_path: Path) -> None:
+    paths = [tmp_path / f"traces-{i}.ring" for i in range(2)]
+    writers = [RingWriter.create(path, 1 << 12, layout=LAYOUT) for path in paths]
+    readers = RingReaders.open(paths, layout=LAYOUT)
+    for _ in range(3):
+        assert writers[0].push(b"first")
+    assert writers[1].push(b"second")
+    assert readers.lag_records == 4
+    assert readers.lag_bytes > 0
+    assert list(iter(readers.pop, None)) == [b"first", b"second", b"first", b"first"]
+    assert readers.lag_records == 0
+    with pytest.raises(RingError, match="another learner"):
+        RingReaders.open(paths, layout=LAYOUT)
+    readers.close()
+    with pytest.raises(RingError, match="cannot be opened"):
+        RingReaders.open([paths[0], tmp_path / "none"], layout=LAYOUT)
+    RingReaders.open(paths, layout=LAYOUT).close()  # the first one was freed again
+    for writer in writers:
+        writer.close()

@@ -23,7 +23,8 @@ from aurora_lit.drafts.versions import DraftStore, version_number
 from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LearnerStatusPage
-from aurora_lit.ipc.ring import RingReader
+from aurora_lit.ipc.ring import RingReaders
+from aurora_lit.ipc.run_folder import RINGS
 from aurora_lit.learn.data.labelled_trace import label_for_gate
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.reservoir import Reservoir
@@ -63,7 +64,9 @@ def build_loop(
     learn = config.learn
     torch.set_num_threads(learn.threads)
     with contextlib.ExitStack() as stack:
-        ring = stack.enter_context(contextlib.closing(RingReader.open(ring_path, layout=LAYOUT_DIGEST)))
+        # Beside vLLM each of its data-parallel engines has a ring.
+        rings = sorted(ring_path.parent.glob(RINGS)) or [ring_path]
+        ring = stack.enter_context(contextlib.closing(RingReaders.open(rings, layout=LAYOUT_DIGEST)))
         target_head, starting = load_head_and_draft(config)
         store = DraftStore(Path(config.checkpoint.dir) / config.checkpoint.run, keep=config.checkpoint.keep)
         store.prune()  # also deletes what a learner left that was killed while it published

@@ -18,11 +18,22 @@ heads, D head size, L positions of the rotary table.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """How Llama 3.1 stretches its rotary embedding; the fields are those of `rope_scaling`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +53,18 @@ class Eagle3Config:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     max_position_embeddings: int = 2048
+    rope_scaling: Llama3Scaling | None = None
+    norm_before_residual: bool = False
+    """True: the residual around the attention is the normed hidden state, as in speculators' drafts."""
+    norm_before_fc: bool = False
+    """True: the three hidden states are normed together before they are projected."""
+    fc_norm: bool = False
+    """True: each of the three is normed by itself before that."""
+
+    @property
+    def is_plain(self) -> bool:
+        """True for EAGLE-3 as published, which the native kernels compute; False with any of the norms above."""
+        return not (self.norm_before_residual or self.norm_before_fc or self.fc_norm)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -127,6 +150,11 @@ class Eagle3Draft(nn.Module):
         super().__init__()
         self.config = config
         self.fc = nn.Linear(3 * config.target_hidden_size, config.hidden_size, bias=False)
+        if config.norm_before_fc:
+            self.input_norm = RMSNorm(3 * config.target_hidden_size, eps=config.rms_norm_eps)
+        if config.fc_norm:
+            norms = [RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in range(3)]
+            self.fc_norm = nn.ModuleList(norms)
         self.midlayer = Eagle3DecoderLayer(config)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -136,7 +164,7 @@ class Eagle3Draft(nn.Module):
         self.register_buffer("d2t", torch.empty(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.empty(config.vocab_size, dtype=torch.bool))
         self.set_vocabulary(torch.arange(config.draft_vocab_size) if draft_token_ids is None else draft_token_ids)
-        cos, sin = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        cos, sin = rotary_table(config.max_position_embeddings, config)
         self.register_buffer("cos_LD", cos, persistent=False)
         self.register_buffer("sin_LD", sin, persistent=False)
 
@@ -154,6 +182,11 @@ class Eagle3Draft(nn.Module):
 
     def combine_hidden_states(self, aux_BT3H: torch.Tensor) -> torch.Tensor:
         """The target's three hidden states projected to one [B, T, H]."""
+        if self.config.norm_before_fc:
+            aux_BT3H = self.input_norm(aux_BT3H)
+        if self.config.fc_norm:
+            parts = zip(self.fc_norm, aux_BT3H.chunk(3, dim=-1), strict=True)
+            aux_BT3H = torch.cat([norm(part_BTH) for norm, part_BTH in parts], dim=-1)
         combined: torch.Tensor = self.fc(aux_BT3H)
         return combined
 
@@ -181,6 +214,8 @@ class Eagle3Draft(nn.Module):
         The next step of a chain takes the result as its hidden state, without the final norm.
         """
         layer = self.midlayer
+        if self.config.norm_before_residual:
+            hidden_BTH = layer.hidden_norm(hidden_BTH)
         hidden_BTH = hidden_BTH + layer.self_attn.o_proj(attended_BTC)
         out: torch.Tensor = hidden_BTH + layer.mlp(layer.post_attention_layernorm(hidden_BTH))
         return out
@@ -196,12 +231,23 @@ class Eagle3Draft(nn.Module):
         return out
 
 
-def rotary_table(length: int, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_table(length: int, config: Eagle3Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of the rotary embedding [L, D] (RoFormer, arXiv 2104.09864; halves as in Llama)."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    if config.rope_scaling is not None:
+        frequencies = _stretched(frequencies, config.rope_scaling)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
+
+
+def _stretched(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
+    """Llama 3.1's frequencies: low ones are divided by the factor, high ones stay, those between are mixed."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept_share = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept_share + (1 - kept_share) / scaling.factor)
 
 
 def apply_rotary_pos_emb(x_BNTD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor) -> torch.Tensor:

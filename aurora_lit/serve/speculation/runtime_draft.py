@@ -53,12 +53,10 @@ def prepare_draft(draft: Eagle3Draft, target: Target, *, capacity: int) -> Runti
         pack_linears(draft, weight_format=weight_format)
     else:
         draft.to(device, target.kv_dtype)
-    draft.cos_LD, draft.sin_LD = (
-        table.to(device) for table in rotary_table(capacity, config.head_dim, config.rope_theta)
-    )
+    draft.cos_LD, draft.sin_LD = (table.to(device) for table in rotary_table(capacity, config))
     _check_outputs(draft, target)
     target_id_D = draft.draft_token_ids.to(device)
-    decoder = fuse_draft(draft)
+    decoder = fuse_draft(draft) if config.is_plain else None
     steps = None
     if decoder is not None:
         steps = draft_steps(draft, decoder, target.embedding, target_id_D, coarse_head)

@@ -3,16 +3,14 @@
 serve/engine_process.py starts this process and runs `EngineLoop` in it. The loop owns the engine; everything else here
 serves the loop between two rounds, or runs beside it in a thread.
 
-May import: serve/engine/ and above, ipc/, drafts/, and page_hinkley.py and centroids.py in modules/domains/.
+May import: serve/engine/ and above, ipc/, drafts/, and centroids.py in modules/domains/.
 Start with loop.py. The files, each importing only those above it:
 
     parts.py            the engine's interface, and the parts that a worker consists of
     trace_sinks.py      destinations of traces: the ring, and a recording on disk
     learner_signals.py  between rounds, follows what the learner's page asks for: exploration
     thread_budget.py    how many threads rounds use, while the learner or other processes compute
-    hot_reload.py       loads and checks the version that CURRENT names, or refuses it
     domain_watch.py     loads the domains that the learner has published, or refuses them
-    rollback.py         the trial of a new draft on live traffic
     live_draft.py       the draft that serves: swaps between rounds, trials, rollbacks
     call_tracker.py     maps engine requests to client calls, and outputs to deltas
     outbox.py           messages to the HTTP process; a round never waits for it to read them

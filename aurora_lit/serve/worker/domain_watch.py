@@ -1,6 +1,6 @@
 """Keeps the engine's domains equal to those that the learner has published.
 
-The thread that loads drafts (serve/worker/hot_reload.py) calls `check`, which takes one `stat` while nothing is new.
+The thread that loads drafts (drafts/hot_reload.py) calls `check`, which takes one `stat` while nothing is new.
 The thread that runs rounds calls `poll`. A file that is refused leaves the domains as they are. Leaves out the file
 (drafts/centroid_file.py) and assigning (modules/domains/centroids.py).
 

@@ -1,7 +1,7 @@
 """The draft that serves: swaps a new one in between rounds, tries it on live traffic, and rolls a bad one back.
 
-Domains that the learner has published are swapped in here too. Connects loading (serve/worker/hot_reload.py,
-serve/worker/domain_watch.py), the trial (serve/worker/rollback.py) and the engine, and leaves out all of these. Used by
+Domains that the learner has published are swapped in here too. Connects loading (drafts/hot_reload.py,
+serve/worker/domain_watch.py), the trial (drafts/rollback.py) and the engine, and leaves out all of these. Used by
 the thread that runs rounds.
 
     live_draft = LiveDraft(engine, reloader)       # swaps in the version that CURRENT names
@@ -15,11 +15,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+from aurora_lit.drafts.hot_reload import HotReloader, ReadyDraft, Refusal
+from aurora_lit.drafts.rollback import RollbackWatch
 from aurora_lit.request import Output
 from aurora_lit.serve.worker.domain_watch import DomainWatch
-from aurora_lit.serve.worker.hot_reload import HotReloader, ReadyDraft, Refusal
 from aurora_lit.serve.worker.parts import EngineInterface
-from aurora_lit.serve.worker.rollback import RollbackWatch
 
 _log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 One thread owns the engine and waits for nothing but calls. Others wait for it: one for requests, one for an HTTP
 process that does not read (serve/worker/outbox.py), one writes the heartbeat, and one loads new drafts
-(serve/worker/hot_reload.py). Leaves out the HTTP side (serve/http/worker_client.py), tracking calls
+(drafts/hot_reload.py). Leaves out the HTTP side (serve/http/worker_client.py), tracking calls
 (serve/worker/call_tracker.py), a round (serve/engine/engine.py) and which draft serves (serve/worker/live_draft.py).
 
     each iteration:  inbox → add, cancel   swap draft   engine.round()   one message to HTTP   counters → status page

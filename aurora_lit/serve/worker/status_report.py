@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from aurora_lit.drafts.hot_reload import Refusal
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.serve.worker.call_tracker import CallTracker
 from aurora_lit.serve.worker.domain_counts import DomainCounts
-from aurora_lit.serve.worker.hot_reload import Refusal
 from aurora_lit.serve.worker.parts import WorkerParts
 
 if TYPE_CHECKING:

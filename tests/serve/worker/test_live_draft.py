@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny_models import VOCAB, make_engine, random_draft, request, run, save_model, trained_draft
 
 from aurora_lit.drafts.checkpoint import load_draft, write_draft
+from aurora_lit.drafts.hot_reload import HotReloader
 from aurora_lit.drafts.versions import DraftStore, version_name
 from aurora_lit.errors import CheckpointError
 from aurora_lit.models.target import Target
@@ -28,7 +29,6 @@ from aurora_lit.serve.speculation.costs import DraftShape
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.planner import NO_DRAFT
 from aurora_lit.serve.speculation.runtime_draft import prepare_draft
-from aurora_lit.serve.worker.hot_reload import HotReloader
 from aurora_lit.serve.worker.live_draft import LiveDraft
 
 NEW = 40

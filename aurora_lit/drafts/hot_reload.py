@@ -4,7 +4,7 @@ The engine's thread only polls between rounds whether a draft is ready, which co
 that cannot be served is refused with a reason, and the present draft continues to serve. The thread also looks for new
 domains (serve/worker/domain_watch.py). Leaves out where versions are
 stored (drafts/versions.py), how a draft is checked (drafts/checkpoint.py, serve/speculation/runtime_draft.py), what a
-swap does (serve/engine/engine.py) and when to roll back (serve/worker/rollback.py).
+swap does (serve/engine/engine.py) and when to roll back (drafts/rollback.py).
 
 Lifecycle: `first` before serving, then `start`; `poll` every round; `close` at the end.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from aurora_lit.serve.worker.rollback import TRIAL_ROUNDS, RollbackWatch
+from aurora_lit.drafts.rollback import TRIAL_ROUNDS, RollbackWatch
 
 Draw = Callable[[], tuple[str, int, int]]
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from aurora_lit.drafts.hot_reload import HotReloader, ReadyDraft
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import CheckpointError
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
-from aurora_lit.serve.worker.hot_reload import HotReloader, ReadyDraft
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 8,

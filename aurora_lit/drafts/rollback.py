@@ -5,7 +5,7 @@ is compared with the mean accepted length of the previous version for as many pr
 of proposals changes with load and acceptance, and traffic changes its mix of domains, neither of which is due to the
 draft. A Page–Hinkley test watches the differences. When it signals a drop, the mean over all rounds of the new
 version must show the drop as well, beyond noise. A version is on trial once, in its first rounds; later changes are
-due to traffic. Leaves out the rollback itself (serve/worker/hot_reload.py) and the
+due to traffic. Leaves out the rollback itself (drafts/hot_reload.py) and the
 gate before publishing (learn/online/gate.py).
 
     watch = RollbackWatch()

@@ -1,0 +1,184 @@
+"""`aurora-lit vllm`: starts vLLM's server with what makes its drafts learn, and a learner beside it.
+
+Owns the run folder, in which vLLM's processes and the learner meet. vLLM may also be started by hand: with --attach the
+command prints what to start it with, and keeps the learner beside it. Leaves out what happens inside vLLM (vllm/) and
+what a learner does (learn/online/).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml, versions_folder
+from aurora_lit.drafts.checkpoint import VALUE_NAME, read_config
+from aurora_lit.errors import ConfigError
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+from aurora_lit.ipc.process_lifetime import die_with_parent
+from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
+from aurora_lit.models.source import find_target
+from aurora_lit.serve.learner_child import LearnerChild, learner_command
+from aurora_lit.serve.server import settings_for_learner
+from aurora_lit.vllm.deployment import VARIABLE, Deployment
+
+WORKER_EXTENSION = "aurora_lit.vllm.worker.WorkerExtension"
+MIDDLEWARE = "aurora_lit.vllm.middleware.Middleware"
+PROPOSED_TOKENS = 3
+_STARTING_NAME = "starting"
+_LOOK_EVERY_S = 0.5
+
+
+def settings(model: str, draft: Path, overrides: Sequence[str], vllm_arguments: Sequence[str]) -> AuroraConfig:
+    """The learner's settings. Raises ConfigError."""
+    base = load_config(None, [])
+    slots = _value_of("--max-num-seqs", vllm_arguments)
+    ours = [
+        f"target.source={model}",
+        *([] if model == base.target.source else ["target.sha256=null"]),
+        "target.precision=bf16",
+        f"draft.checkpoint={draft}",
+        f"engine.max_batch_size={slots or 256}",
+    ]
+    return load_config(None, [*ours, *overrides])
+
+
+def start(config: AuroraConfig, vllm_arguments: Sequence[str], *, learner_gpus: str, attach: bool) -> int:
+    """Run until vLLM ends, or with `attach` until SIGINT or SIGTERM. Returns vLLM's exit code. Raises AuroraError."""
+    if not attach and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "vLLM is not installed in this environment; install it, or start it from another one with --attach"
+        )
+    with run_folder() as folder:
+        status = EngineStatusPage.create(folder / STATUS_NAME)
+        learner_page = LearnerStatusPage.create(folder / LEARNER_STATUS_NAME)
+        (folder / CONFIG_NAME).write_text(to_yaml(settings_for_learner(config)), encoding="utf-8")
+        deployment = _deployment(config, folder)
+        deployment.write()
+        command = vllm_command(config, deployment, vllm_arguments)
+        ending = threading.Event()
+        process = None
+        if attach:
+            print(f"start vLLM with\n\n  {VARIABLE}={folder} {shlex.join(command)}\n", flush=True)
+        else:
+            parent = os.getpid()
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, VARIABLE: str(folder)},
+                preexec_fn=lambda: die_with_parent(parent, by=signal.SIGTERM),
+            )
+
+        def end(number: int, frame: FrameType | None) -> None:
+            ending.set()
+            if process is not None:
+                process.terminate()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, end)
+        if config.learn.enabled:
+            _learn_beside(process, status, learner_page, _learner_command(folder, gpus=learner_gpus), ending)
+        elif process is not None:
+            process.wait()
+        else:
+            ending.wait()
+        return 0 if process is None else _exit_code(process.wait(), ending)
+
+
+def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: Sequence[str]) -> list[str]:
+    """The command that starts vLLM's server; an argument that is given is not added."""
+    ours = {
+        "--served-model-name": config.target.source,
+        "--speculative-config": json.dumps(
+            {
+                "method": "eagle3",
+                "model": str(_loadable(deployment)),
+                "num_speculative_tokens": PROPOSED_TOKENS,
+            }
+        ),
+        "--worker-extension-cls": WORKER_EXTENSION,
+    }
+    given = {argument.partition("=")[0].split(".")[0].replace("_", "-") for argument in vllm_arguments}
+    if "--worker-extension-cls" in given:
+        raise ConfigError(f"--worker-extension-cls is needed for {WORKER_EXTENSION}; leave it out")
+    added = [word for name, value in ours.items() if name not in given for word in (name, value)]
+    module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    return [*module, "--model", str(find_target(config)), *added, "--middleware", MIDDLEWARE, *vllm_arguments]
+
+
+def _loadable(deployment: Deployment) -> Path:
+    """The starting draft as vLLM loads it: of a draft of ours without the value head, which vLLM does not know."""
+    draft = deployment.starting_draft
+    if not (draft / VALUE_NAME).exists():
+        return draft
+    folder = deployment.versions / _STARTING_NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in draft.glob("*"):
+        link = folder / path.name
+        link.unlink(missing_ok=True)
+        if path.name != VALUE_NAME:
+            link.symlink_to(path)
+    return folder
+
+
+def _deployment(config: AuroraConfig, folder: Path) -> Deployment:
+    draft = draft_folder(config)
+    assert draft is not None
+    read_config(draft)  # a draft that cannot be read is an error now, not inside vLLM
+    return Deployment(
+        run_folder=folder,
+        starting_draft=draft.resolve(),
+        versions=versions_folder(config).resolve(),
+        keep=config.checkpoint.keep,
+        ring_bytes=config.trace.capacity_mb << 20,
+        segment_tokens=config.trace.segment_tokens,
+        overlap_tokens=config.trace.overlap_tokens,
+    )
+
+
+def _learner_command(folder: Path, *, gpus: str) -> list[str]:
+    """The learner sees only its own GPUs: vLLM takes nearly all memory of those that it uses."""
+    return ["env", f"CUDA_VISIBLE_DEVICES={gpus}", *learner_command(folder)]
+
+
+def _learn_beside(
+    process: subprocess.Popen[bytes] | None,
+    status: EngineStatusPage,
+    learner_page: LearnerStatusPage,
+    command: Sequence[str],
+    ending: threading.Event,
+) -> None:
+    """A learner for each life of the engine; returns when vLLM has ended or this process shall."""
+    learner, learned_from = None, 0
+    while not ending.wait(_LOOK_EVERY_S) and (process is None or process.poll() is None):
+        now = status.read()
+        if now.state is WorkerState.READY and now.worker_pid != learned_from:
+            if learner is not None:
+                learner.end()
+            learned_from = now.worker_pid
+            learner = LearnerChild(command, learner_page)
+            learner.start()
+    if learner is not None:
+        learner.end()
+
+
+def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+    """The value of a vLLM argument, written `--name value` or `--name=value`."""
+    for index, argument in enumerate(arguments):
+        if argument == name and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _exit_code(code: int, ending: threading.Event) -> int:
+    return 0 if ending.is_set() else code if code >= 0 else 128 - code

@@ -1,0 +1,91 @@
+"""EAGLE-3 checkpoints as SGLang, SpecForge and speculators write them, brought to the one form that we read.
+
+    SpecForge, SGLang   tensors under midlayer.; LlamaForCausalLMEagle3; the layers' ids, if at all, in eagle_config
+    speculators         tensors under layers.0.; the layer's shape in transformer_layer_config; norms by flags
+
+Tensors that repeat what the target has (the embedding) are left out, and the vocabulary's masks are computed if only
+the offsets are there. What would compute something else than Eagle3Draft can is refused with its name. Leaves out
+files, digests and shapes (drafts/checkpoint.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from aurora_lit.errors import CheckpointError
+from aurora_lit.modules.draft.eagle3 import Llama3Scaling
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+_OWN_EMBEDDING = "embed_tokens.weight"
+_UNSUPPORTED = {
+    "attention_bias": "biases in the attention",
+    "mlp_bias": "biases in the MLP",
+    "norm_output": "the normed output as the next step's state",
+    "parallel_drafting": "parallel drafting",
+}
+"""Flags, and what they stand for, that a draft must not have."""
+
+
+def common_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json of any of these forms, by the names that SGLang and SpecForge use.
+
+    Raises CheckpointError, without the folder's name, for a form that cannot be learned from.
+    """
+    fields = dict(raw)
+    if raw.get("speculators_model_type") == "eagle3":
+        layer = raw.get("transformer_layer_config") or {}
+        if layer.get("model_type", "llama") != "llama":
+            raise CheckpointError(f"its layer is of model_type {layer['model_type']!r}, not 'llama'")
+        flags = {"norm_before_residual": raw.get("norm_before_residual", True)}
+        fields = {**layer, **raw, **flags, "architectures": [ARCHITECTURE]}
+    if ARCHITECTURE not in fields.get("architectures", []):
+        raise CheckpointError(f"architectures is {fields.get('architectures')}, expected {[ARCHITECTURE]}")
+    for flag, meaning in _UNSUPPORTED.items():
+        if fields.get(flag):
+            raise CheckpointError(f"{flag} is {fields[flag]}: {meaning} cannot be learned here")
+    if fields.get("num_hidden_layers", 1) != 1:
+        raise CheckpointError(f"num_hidden_layers is {fields['num_hidden_layers']}; a draft has 1")
+    eagle = fields.get("eagle_config") or {}
+    for name in ("eagle_aux_hidden_state_layer_ids", "norm_before_fc"):
+        if fields.get(name) is None and name in eagle:
+            fields[name] = eagle[name]
+    rope = fields.get("rope_parameters") or {}
+    fields.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
+    fields["rope_scaling"] = _rope_scaling(fields.get("rope_scaling") or rope)
+    if fields.get("head_dim") is None and "num_attention_heads" in fields:
+        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
+    fields.setdefault("draft_vocab_size", fields.get("vocab_size"))
+    return fields
+
+
+def common_tensors(tensors: dict[str, torch.Tensor], *, vocab_size: int) -> dict[str, torch.Tensor]:
+    """The tensors under our names, with `d2t` and `t2d`."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        ours = name.removeprefix("model.")
+        renamed[f"midlayer.{ours.removeprefix('layers.0.')}" if ours.startswith("layers.0.") else ours] = tensor
+    renamed.pop(_OWN_EMBEDDING, None)
+    head = renamed.get("lm_head.weight")
+    if head is not None and "d2t" not in renamed and len(head) == vocab_size:
+        renamed["d2t"] = torch.zeros(vocab_size, dtype=torch.int64)
+    if "d2t" in renamed and "t2d" not in renamed:
+        ids = renamed["d2t"].long() + torch.arange(len(renamed["d2t"]))
+        renamed["t2d"] = torch.zeros(vocab_size, dtype=torch.bool)
+        renamed["t2d"][ids[(ids >= 0) & (ids < vocab_size)]] = True
+    return renamed
+
+
+def _rope_scaling(fields: dict[str, Any]) -> Llama3Scaling | None:
+    kind = fields.get("rope_type", fields.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise CheckpointError(f"rope_scaling is of type {kind!r}; 'llama3' and none are known")
+    return Llama3Scaling(
+        factor=float(fields["factor"]),
+        low_freq_factor=float(fields["low_freq_factor"]),
+        high_freq_factor=float(fields["high_freq_factor"]),
+        original_max_position_embeddings=int(fields["original_max_position_embeddings"]),
+    )

@@ -1,0 +1,152 @@
+"""Follows the published drafts beside vLLM's API server: validates a new one, and has all ranks swap it in.
+
+Runs as a task of the API server's event loop; validation runs in a thread. A version that cannot be served is refused
+with a reason before the engine hears of it. One that accepts less in its trial (live_status.py judges, and writes it on
+the status page), or that a rank cannot load, is retired, and all ranks go back to the version before. If there are
+several API servers, one follows.
+
+    follower = DraftFollower(deployment, engine_client.collective_rpc)
+    await follower.run()                    # until it is cancelled
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from aurora_lit.drafts.checkpoint import load_draft, read_config
+from aurora_lit.drafts.hot_reload import HotReloader, ReadyDraft
+from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.errors import AuroraError, CheckpointError
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.vllm.deployment import Deployment
+
+LOOK_EVERY_S = 0.1
+_LOCK_NAME = "follower.lock"
+_log = logging.getLogger("vllm.aurora_lit")
+
+RankCall = Callable[..., Awaitable[list[dict[str, Any]]]]
+"""vLLM's `collective_rpc(method, timeout, args)`: calls a method of every rank's worker."""
+
+
+class DraftFollower:
+    """See the file's example."""
+
+    def __init__(self, deployment: Deployment, call: RankCall) -> None:
+        """call: how the ranks are reached."""
+        self._deployment, self._call = deployment, call
+        self._starting = read_config(deployment.starting_draft)
+        store = DraftStore(deployment.versions, keep=deployment.keep)
+        self._reloader = HotReloader(store, self._validated)
+        self._served: str | None = None
+        self._pages: dict[Path, EngineStatusPage] = {}
+        self._seen_rollbacks: dict[Path, int] = {}
+        self._noted_refusals = 0
+
+    async def run(self) -> None:
+        """Start capture, then keep the served draft equal to the current version."""
+        while True:
+            with _lock(self._deployment.run_folder / _LOCK_NAME) as is_held:
+                if is_held:
+                    await self._follow()
+                    return
+            await asyncio.sleep(1.0)  # another API server follows
+
+    async def _follow(self) -> None:
+        reason = _error(await self._call("aurora_lit_start", None, (str(self._deployment.run_folder),)))
+        if reason is not None:
+            _log.warning("aurora-lit: no traces are made and no drafts are swapped: %s; serving is unaffected", reason)
+            return
+        first = await asyncio.to_thread(self._reloader.first)
+        if first is not None:
+            await self._swap(first)
+        self._reloader.start(on_change=lambda: None)
+        _log.warning("aurora-lit: traces are made, and drafts of %s are served", self._deployment.versions)
+        try:
+            while True:
+                await asyncio.sleep(LOOK_EVERY_S)
+                ready = self._reloader.poll()
+                if ready is not None:
+                    await self._swap(ready)
+                self._roll_back_if_worse()
+                await self._note_refusals()
+        finally:
+            await asyncio.shield(asyncio.to_thread(self._reloader.close))
+
+    async def _swap(self, ready: ReadyDraft) -> None:
+        version = ready.version or self._deployment.starting_draft.name
+        results = await self._call("aurora_lit_swap", None, (str(ready.draft), version, ready.trusted))
+        reason = _error(results)
+        self._served = ready.version
+        if reason is not None and ready.version is not None:
+            _log.warning("aurora-lit: draft %s could not be loaded: %s", version, reason)
+            self._reloader.roll_back(bad=ready.version, reason=f"vLLM could not load it: {reason}")
+        elif reason is None:
+            _log.warning("aurora-lit: draft %s is served (swapped in %.0f ms)", version, 1e3 * results[0]["seconds"])
+
+    def _roll_back_if_worse(self) -> None:
+        for path in self._deployment.run_folder.glob(f"{STATUS_NAME}*"):
+            page = self._pages.get(path) or self._pages.setdefault(path, EngineStatusPage.open(path))
+            rollbacks = page.peek("rollbacks")
+            if rollbacks > self._seen_rollbacks.get(path, 0):
+                now = page.read()
+                if now.rolled_back_version == self._served:
+                    self._reloader.roll_back(bad=self._served, reason=now.rolled_back_reason)
+            self._seen_rollbacks[path] = rollbacks
+
+    async def _note_refusals(self) -> None:
+        refused, number = self._reloader.refused, self._reloader.num_refused
+        if refused is not None and number != self._noted_refusals:
+            self._noted_refusals = number
+            note = {"refusals": number, "refused_version": refused.version, "refused_reason": refused.reason}
+            await self._call("aurora_lit_note", None, (note,))
+
+    def _validated(self, folder: Path | None) -> Path:
+        """The folder of a draft that this engine can load. Raises CheckpointError with the reason if it cannot."""
+        if folder is None:
+            return self._deployment.starting_draft
+        config = read_config(folder)
+        for each in fields(config):
+            found, wanted = getattr(config, each.name), getattr(self._starting, each.name)
+            if found != wanted:
+                raise CheckpointError(
+                    f"{folder} is refused: {each.name} is {found}, but vLLM was started with a draft that has {wanted}"
+                )
+        load_draft(folder, self._starting)
+        return folder
+
+
+def _error(results: list[dict[str, Any]]) -> str | None:
+    return next((str(result["error"]) for result in results if result["error"] is not None), None)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """True while this process holds the lock; the kernel frees it when the process ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+async def follow(deployment: Deployment, call: RankCall) -> None:
+    """Run a follower; an error ends it with one line, never the server."""
+    try:
+        await DraftFollower(deployment, call).run()
+    except AuroraError as error:
+        _log.warning("aurora-lit is off: %s; serving is unaffected", error)
+    except Exception:
+        _log.exception("aurora-lit is off; serving is unaffected")

@@ -1,0 +1,98 @@
+"""What a vLLM engine does, on the status page that `aurora-lit status` and the learner read; trials of new drafts.
+
+Written by the rank that has the hidden states. A vLLM worker does not see the queue, so `waiting` stays 0.
+
+    status = LiveStatus(page, max_draft_tokens=3, ...)
+    status.observe(step, outcomes)          # after each step
+    status.swapped("draft-000003", trusted=False)
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from aurora_lit.drafts.rollback import RollbackWatch
+from aurora_lit.drafts.versions import version_number
+from aurora_lit.ipc.engine_status import EngineStatusPage
+from aurora_lit.settings import PLANS
+from aurora_lit.vllm.capture import Capture, RoundOutcome, Step
+
+_WRITE_EVERY_S = 0.25
+_BEAT_EVERY_S = 0.5
+_PLAIN, _CHAIN = PLANS.index("plain"), PLANS.index("chain")
+_log = logging.getLogger("vllm.aurora_lit")
+
+
+class LiveStatus:
+    """Counters of one engine; see the file's example."""
+
+    def __init__(self, page: EngineStatusPage, capture: Capture, *, max_draft_tokens: int) -> None:
+        """Starts a thread that writes heartbeats, since an idle engine takes no steps."""
+        self._page, self._capture = page, capture
+        self._watch = RollbackWatch()
+        self._version = ""
+        self._rounds_by_plan = [0] * len(PLANS)
+        self._accepted_by_position = [0] * max_draft_tokens
+        self._drafts = self._proposed = self._accepted = self._generated = self._swaps = self._rollbacks = 0
+        self._next_write_s = 0.0
+        threading.Thread(target=self._beat, name="aurora-lit-heartbeat", daemon=True).start()
+
+    def observe(self, step: Step, outcomes: Sequence[RoundOutcome]) -> None:
+        """Count a step, and judge the draft by its accepted proposals."""
+        self._generated += sum(step.num_sampled)
+        if any(step.num_sampled):
+            self._rounds_by_plan[_CHAIN if outcomes else _PLAIN] += 1
+        for outcome in outcomes:
+            self._drafts += 1
+            self._proposed += outcome.proposed
+            self._accepted += outcome.accepted
+            for position in range(min(outcome.accepted, len(self._accepted_by_position))):
+                self._accepted_by_position[position] += 1
+            self._judge(outcome)
+        if time.monotonic() >= self._next_write_s:
+            self._next_write_s = time.monotonic() + _WRITE_EVERY_S
+            self.write()
+
+    def write(self) -> None:
+        """Write all counters."""
+        self._page.write(
+            running=self._capture.num_running,
+            rounds=sum(self._rounds_by_plan),
+            rounds_by_plan=self._rounds_by_plan,
+            prompt_tokens=self._capture.num_prompt_tokens,
+            cached_tokens=self._capture.num_cached_tokens,
+            generated_tokens=self._generated,
+            drafts=self._drafts,
+            proposed=self._proposed,
+            accepted=self._accepted,
+            accepted_by_position=self._accepted_by_position,
+            opted_out=self._capture.num_opted_out,
+            unrecorded=self._capture.num_unrecorded,
+            swaps=self._swaps,
+            rollbacks=self._rollbacks,
+        )
+
+    def swapped(self, version: str, *, trusted: bool) -> None:
+        """Another draft proposes from now on; unless it was served before, its trial begins."""
+        self._swaps += 1
+        self._version = version
+        self._watch.swapped(trusted=trusted)
+        self._page.write(draft_version=version, swaps=self._swaps)
+
+    def _judge(self, outcome: RoundOutcome) -> None:
+        if outcome.version != version_number(self._version):
+            return
+        verdict = self._watch.observe(domain=outcome.domain, proposed=outcome.proposed, accepted=outcome.accepted)
+        if verdict is not None:
+            _log.warning("aurora-lit: draft %s is rolled back: %s", self._version, verdict)
+            self._rollbacks += 1
+            # The follower, in another process, reads it from the page.
+            self._page.write(rolled_back_version=self._version, rolled_back_reason=verdict, rollbacks=self._rollbacks)
+
+    def _beat(self) -> None:
+        while True:
+            self._page.beat()
+            time.sleep(_BEAT_EVERY_S)

@@ -1,0 +1,107 @@
+"""ASGI middleware of vLLM's API server (`--middleware aurora_lit.vllm.middleware.Middleware`).
+
+It starts the follower (follower.py) with the server, and hands two fields of OpenAI's API, which vLLM accepts and
+drops, to the engine as extra arguments: `store: false` (no trace is made of the request) and
+`metadata.aurora_domain` (its label). Without AURORA_LIT_VLLM it passes everything on untouched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from aurora_lit.errors import AuroraError
+from aurora_lit.vllm.capture import DOMAIN_ARGUMENT, STORE_ARGUMENT
+from aurora_lit.vllm.deployment import Deployment
+from aurora_lit.vllm.follower import follow
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_LABEL = "aurora_domain"
+_log = logging.getLogger("vllm.aurora_lit")
+
+
+class Middleware:
+    """See the file's docstring."""
+
+    def __init__(self, app: App) -> None:
+        """Read the environment; a wrong one is one line, and the server goes on."""
+        self._app = app
+        self._deployment: Deployment | None = None
+        try:
+            self._deployment = Deployment.of_environment()
+        except AuroraError as error:
+            _log.warning("aurora-lit is off: %s; serving is unaffected", error)
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """One request, or the life of the server."""
+        if self._deployment is None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            call = scope["app"].state.engine_client.collective_rpc
+            task = asyncio.create_task(follow(self._deployment, call))
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                task.cancel()
+        elif scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith(_PATHS):
+            body = with_extra_arguments(await _read(receive))
+            headers = [each for each in scope["headers"] if each[0].lower() != b"content-length"]
+            headers.append((b"content-length", str(len(body)).encode()))
+            await self._app({**scope, "headers": headers}, _replay(body, receive), send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def with_extra_arguments(body: bytes) -> bytes:
+    """The body with the client's consent and label as extra arguments; what is no JSON object is left to vLLM."""
+    if b'"store"' not in body and b'"metadata"' not in body and b"aurora_lit_" not in body:
+        return body
+    try:
+        fields = json.loads(body)
+    except ValueError:
+        return body
+    if not isinstance(fields, dict):
+        return body
+    given, metadata = fields.get("vllm_xargs"), fields.get("metadata")
+    extra = {
+        name: value
+        for name, value in (given.items() if isinstance(given, dict) else ())
+        if name not in (DOMAIN_ARGUMENT, STORE_ARGUMENT)
+    }
+    domain = metadata.get(_LABEL) if isinstance(metadata, dict) else None
+    if fields.get("store") is False:
+        extra[STORE_ARGUMENT] = 0
+    if isinstance(domain, str) and domain.isprintable():
+        extra[DOMAIN_ARGUMENT] = domain
+    if extra != (given or {}):
+        fields["vllm_xargs"] = extra or None
+    return json.dumps(fields).encode()
+
+
+async def _read(receive: Receive) -> bytes:
+    parts, more = [], True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """The body once, then what follows it, such as the end of the connection."""
+    waiting = [body]
+
+    async def replayed() -> Message:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return replayed

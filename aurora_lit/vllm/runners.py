@@ -1,0 +1,169 @@
+"""Reads what vLLM's two model runners hold between `execute_model` and the end of `sample_tokens`.
+
+Everything that depends on vLLM's own names is here, in reload.py and in known_versions.py. The runners differ in where
+they keep a batch; both compute the rows of all requests end to end.
+
+Shapes: B requests of a step, Q rows, H hidden, K proposals, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aurora_lit.vllm.capture import RequestInfo, label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A step that the target has computed and that is not sampled yet. Tensors are the runner's own."""
+
+    request_ids: list[str]
+    row_starts: list[int]
+    num_rows: list[int]
+    num_drafted: list[int]
+    is_unfinished: list[bool]
+    """True while a prompt is not read to its end; what is sampled for it is discarded."""
+    drafts_next: bool
+    """False if no draft runs in this step, since a sequence is too long for it."""
+    token_ids_Q: Tensor
+    position_Q: Tensor
+    aux_QH: Sequence[Tensor]
+    last_QH: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerReader:
+    """How one kind of runner is read."""
+
+    sample_method: str
+    """The method that samples; its result holds how many tokens were sampled."""
+    read_batch: Callable[[Any], Batch | None]
+    """Between `execute_model` and `sample_tokens`; None if the step computed nothing, or no auxiliary states."""
+    read_num_sampled: Callable[[Any], Tensor]
+    """From the result of `sample_method`: [B]."""
+    read_logprobs: Callable[[Any, Batch], Tensor | None]
+    """After `sample_tokens`: log-probabilities [B, K] of the proposals, if the draft drew them."""
+
+
+def new_requests(scheduler_output: Any) -> list[tuple[RequestInfo, int]]:
+    """Requests whose first step this is, each with the position at which it begins."""
+    found = []
+    for new in scheduler_output.scheduled_new_reqs:
+        params = new.sampling_params
+        if params is None or new.prompt_token_ids is None:  # pooling, or embeddings instead of tokens
+            continue
+        domain, may_be_stored = label(params.extra_args)
+        stop_ids = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
+        info = RequestInfo(
+            request_id=new.req_id,
+            prompt_tokens=len(new.prompt_token_ids),
+            max_tokens=params.max_tokens,
+            stop_ids=frozenset(stop_ids or ()),
+            temperature=float(params.temperature),
+            domain=domain,
+            recordable=may_be_stored and new.lora_request is None and not new.mm_features,
+        )
+        found.append((info, int(new.num_computed_tokens)))
+    return found
+
+
+def resumed_requests(scheduler_output: Any) -> list[tuple[str, int]]:
+    """Requests computed again after a preemption, each with the position at which it begins."""
+    cached = scheduler_output.scheduled_cached_reqs
+    positions = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    return [(request_id, positions[request_id]) for request_id in cached.resumed_req_ids if request_id in positions]
+
+
+# -- V1 (vllm/v1/worker/gpu_model_runner.py) ---------------------------------------------------------------------------
+
+
+def _read_v1(runner: Any) -> Batch | None:
+    state = runner.execute_model_state
+    if state is None or state.aux_hidden_states is None:
+        return None
+    scheduled, count = state.scheduler_output, runner.input_batch.num_reqs
+    request_ids = list(runner.input_batch.req_ids[:count])
+    drafted = scheduled.scheduled_spec_decode_tokens
+    total = scheduled.total_num_scheduled_tokens
+    return Batch(
+        request_ids=request_ids,
+        row_starts=runner.query_start_loc.np[:count].tolist(),
+        num_rows=[scheduled.num_scheduled_tokens[request_id] for request_id in request_ids],
+        num_drafted=[len(drafted.get(request_id, ())) for request_id in request_ids],
+        is_unfinished=runner.discard_request_mask.np[:count].tolist(),
+        drafts_next=runner._input_fits_in_drafter(state.spec_decode_common_attn_metadata),
+        token_ids_Q=runner.input_ids.gpu[:total],
+        position_Q=runner._get_positions(total),
+        aux_QH=state.aux_hidden_states,
+        last_QH=state.hidden_states,
+    )
+
+
+def _v1_num_sampled(sampler_output: Any) -> Tensor:
+    sampled_BK: Tensor = sampler_output.sampled_token_ids
+    return (sampled_BK != -1).sum(1)
+
+
+def _v1_logprobs(runner: Any, batch: Batch) -> Tensor | None:
+    """The draft's softmax at the request's temperature, which is what V1 keeps."""
+    probs_BKV: Tensor | None = runner._draft_probs
+    ids_BK: Any = runner._draft_token_ids
+    if probs_BKV is None or not torch.is_tensor(ids_BK) or runner._draft_prob_req_ids != batch.request_ids:
+        return None
+    return probs_BKV.gather(-1, ids_BK.long()[..., None])[..., 0].log()
+
+
+V1 = RunnerReader(
+    sample_method="_sample", read_batch=_read_v1, read_num_sampled=_v1_num_sampled, read_logprobs=_v1_logprobs
+)
+
+
+# -- V2 (vllm/v1/worker/gpu/model_runner.py) ---------------------------------------------------------------------------
+
+
+def _read_v2(runner: Any) -> Batch | None:
+    state = runner.execute_model_state
+    if state is None or state.aux_hidden_states is None:
+        return None
+    batch, count = state.input_batch, state.input_batch.num_reqs
+    drafted = batch.num_draft_tokens_per_req
+    return Batch(
+        request_ids=list(batch.req_ids),
+        row_starts=batch.query_start_loc_np[:count].tolist(),
+        num_rows=batch.num_scheduled_tokens[:count].tolist(),
+        num_drafted=[0] * count if drafted is None else drafted[:count].tolist(),
+        is_unfinished=[False] * count,  # it samples 0 tokens for these
+        drafts_next=state.num_spec_tokens_to_schedule > 0,
+        token_ids_Q=batch.input_ids,
+        position_Q=batch.positions,
+        aux_QH=state.aux_hidden_states,
+        last_QH=state.hidden_states,
+    )
+
+
+def _v2_num_sampled(result: Any) -> Tensor:
+    num_sampled_B: Tensor = result[1]
+    return num_sampled_B
+
+
+def _v2_logprobs(runner: Any, batch: Batch) -> Tensor | None:
+    """V2 keeps the draft's logits before the temperature, by the request's slot."""
+    logits_SKV: Tensor | None = runner.speculator.draft_logits
+    if logits_SKV is None:
+        return None
+    slots_B = torch.tensor([runner.req_states.req_id_to_index[each] for each in batch.request_ids])
+    slots_B = slots_B.to(logits_SKV.device, non_blocking=True)
+    temperature_B: Tensor = runner.sampler.sampling_states.temperature.gpu[slots_B]
+    logits_BKV = logits_SKV[slots_B].float() / temperature_B.clamp_min(1e-6)[:, None, None]
+    ids_BK: Tensor = runner.req_states.draft_tokens[slots_B].long().clamp_min(0)
+    return logits_BKV.log_softmax(-1).gather(-1, ids_BK[..., None])[..., 0]
+
+
+V2 = RunnerReader(
+    sample_method="sample", read_batch=_read_v2, read_num_sampled=_v2_num_sampled, read_logprobs=_v2_logprobs
+)

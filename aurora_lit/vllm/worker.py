@@ -1,0 +1,149 @@
+"""The extension of vLLM's workers (`--worker-extension-cls aurora_lit.vllm.worker.WorkerExtension`).
+
+vLLM adds these methods to its worker class; the follower (follower.py), in the API server's process, calls them on all
+ranks, between two steps. Until it calls `aurora_lit_start` nothing is changed. No method raises: what went wrong is in
+what it returns, {"error": reason} or {"error": None}.
+
+The rank that has all hidden states (the first of the tensor-parallel ranks of the last pipeline stage) makes traces and
+writes the status page; every rank swaps drafts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aurora_lit.drafts.versions import version_number
+from aurora_lit.errors import AuroraError
+from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
+from aurora_lit.ipc.ring import RingWriter
+from aurora_lit.traces.record import LAYOUT_DIGEST, Trace, to_pieces
+from aurora_lit.vllm.capture import Capture
+from aurora_lit.vllm.deployment import Deployment
+from aurora_lit.vllm.hooks import RunnerHooks
+from aurora_lit.vllm.known_versions import reader_of
+from aurora_lit.vllm.live_status import LiveStatus
+from aurora_lit.vllm.reload import load_into
+
+_log = logging.getLogger("vllm.aurora_lit")
+
+
+@dataclass(kw_only=True)
+class _Recorder:
+    """What the rank that makes traces has."""
+
+    hooks: RunnerHooks
+    status: LiveStatus
+    page: EngineStatusPage
+
+
+class WorkerExtension:
+    """See the file's docstring. `self` is a worker of vLLM."""
+
+    model_runner: Any
+    vllm_config: Any
+
+    def aurora_lit_start(self, run_folder: str) -> dict[str, Any]:
+        """Check this vLLM, and begin to make traces on the rank that has the hidden states."""
+
+        def start() -> None:
+            import vllm
+            from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+
+            reader = reader_of(self.model_runner, vllm.__version__)
+            if self.model_runner.get_draft_model() is None:
+                raise AuroraError("this server has no draft; give --speculative-config with method eagle3")
+            started = getattr(self, "_aurora_lit_recorder", None) is not None
+            if not started and get_tensor_model_parallel_rank() == 0 and get_pp_group().is_last_rank:
+                deployment = Deployment.read(Path(run_folder))
+                self._aurora_lit_recorder = _recorder(self.model_runner, self.vllm_config, reader, deployment)
+
+        return _result(start)
+
+    def aurora_lit_swap(self, folder: str, version: str, trusted: bool) -> dict[str, Any]:
+        """Load a validated version's weights. trusted: it was served before, so there is no trial."""
+        began = time.perf_counter()
+
+        def swap() -> None:
+            load_into(self.model_runner, Path(folder))
+            recorder = getattr(self, "_aurora_lit_recorder", None)
+            if recorder is not None:
+                recorder.hooks.version = version_number(version)
+                recorder.status.swapped(version, trusted=trusted)
+
+        result = _result(swap)
+        return {**result, "version": version, "seconds": time.perf_counter() - began}
+
+    def aurora_lit_note(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Write fields of the status page that only the follower knows."""
+
+        def note() -> None:
+            recorder = getattr(self, "_aurora_lit_recorder", None)
+            if recorder is not None:
+                recorder.page.write(**fields)
+
+        return _result(note)
+
+
+def _result(action: Callable[[], None]) -> dict[str, Any]:
+    try:
+        action()
+    except Exception as error:  # one that left this method would end the engine
+        expected = isinstance(error, AuroraError)
+        _log.log(logging.WARNING, "aurora-lit: %s", error, exc_info=not expected)
+        return {"error": str(error) if expected else f"{type(error).__name__}: {error}"}
+    return {"error": None}
+
+
+def _recorder(runner: Any, config: Any, reader: Any, deployment: Deployment) -> _Recorder:
+    engine = int(config.parallel_config.data_parallel_index)
+    hidden_size = int(config.model_config.get_hidden_size())
+    max_draft_tokens = int(config.speculative_config.num_speculative_tokens)
+    page = _page(deployment.status_path(engine))
+    sink = _ring_sink(deployment.ring_path(engine), deployment.ring_bytes)
+    capture = Capture(
+        sink,
+        bytes_per_token=8 * hidden_size,  # four states in bf16
+        limit_bytes=deployment.ring_bytes,
+        segment_tokens=deployment.segment_tokens,
+        overlap_tokens=deployment.overlap_tokens,
+    )
+    status = LiveStatus(page, capture, max_draft_tokens=max_draft_tokens)
+    hooks = RunnerHooks(runner, reader, capture, status.observe, status.write)
+    hooks.install()
+    page.write(
+        state=WorkerState.READY,
+        worker_pid=os.getpid(),
+        started_ns=time.monotonic_ns(),
+        max_seq_len=int(config.model_config.max_model_len),
+        vocab_size=int(config.model_config.get_vocab_size()),
+        max_draft_tokens=max_draft_tokens,
+        draft_version=deployment.starting_draft.name,
+    )
+    return _Recorder(hooks=hooks, status=status, page=page)
+
+
+def _page(path: Path) -> EngineStatusPage:
+    if not path.exists():
+        EngineStatusPage.create(path)
+    return EngineStatusPage.open(path, writable=True)
+
+
+def _ring_sink(path: Path, capacity_bytes: int) -> Callable[[Trace], None]:
+    """Pushes traces into the ring, which is that of the engine before if that was killed. Raises RingError."""
+    if path.exists():
+        ring = RingWriter.open(path, layout=LAYOUT_DIGEST)
+    else:
+        ring = RingWriter.create(path, capacity_bytes, layout=LAYOUT_DIGEST)
+    threading.Thread(target=ring.map_pages, name="aurora-lit-ring", daemon=True).start()
+
+    def push(trace: Trace) -> None:
+        ring.push(*to_pieces(trace))
+
+    return push

@@ -1,0 +1,161 @@
+"""`aurora-lit vllm` starts vLLM with what it needs, and keeps a learner beside each life of its engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from aurora_lit.cli import vllm as vllm_command_file
+from aurora_lit.cli.main import main
+from aurora_lit.cli.vllm import MIDDLEWARE, WORKER_EXTENSION, settings, vllm_command
+from aurora_lit.cli.vllm_recipe import recipe
+from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, draft_folder, load_config
+from aurora_lit.errors import ConfigError
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+from aurora_lit.vllm.deployment import Deployment
+
+DRAFT = PROJECT_FOLDER / "checkpoints" / "smollm2-base"
+
+
+def command_of(tmp_path: Path, *vllm_arguments: str) -> list[str]:
+    """vLLM's command for a target in a folder."""
+    target = tmp_path / "target"
+    target.mkdir(exist_ok=True)
+    (target / "config.json").write_text("{}")
+    (target / "model.safetensors").write_bytes(b"")
+    config = settings(str(target), DRAFT, [f"checkpoint.dir={tmp_path}"], vllm_arguments)
+    draft = draft_folder(config)
+    assert draft is not None
+    deployment = Deployment(
+        run_folder=tmp_path,
+        starting_draft=draft,
+        versions=tmp_path / "live",
+        keep=5,
+        ring_bytes=1 << 20,
+        segment_tokens=64,
+        overlap_tokens=8,
+    )
+    return vllm_command(config, deployment, vllm_arguments)
+
+
+def value(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_vllm_gets_its_own_arguments_and_those_it_needs(tmp_path: Path) -> None:
+    command = command_of(tmp_path, "--port", "8123", "--tensor-parallel-size", "2")
+    assert value(command, "--model") == str(tmp_path / "target")
+    assert value(command, "--worker-extension-cls") == WORKER_EXTENSION
+    assert value(command, "--middleware") == MIDDLEWARE
+    assert command[-4:] == ["--port", "8123", "--tensor-parallel-size", "2"]
+    speculation = json.loads(value(command, "--speculative-config"))
+    assert speculation["method"] == "eagle3"
+    files = sorted(path.name for path in Path(speculation["model"]).iterdir())
+    assert "model.safetensors" in files
+    assert "value_head.safetensors" not in files  # vLLM loads every file of tensors, and does not know this one
+
+
+def test_an_argument_that_is_given_is_not_added(tmp_path: Path) -> None:
+    command = command_of(tmp_path, "--served-model-name=mine", "--speculative-config.method", "eagle3")
+    assert "--served-model-name" not in command
+    assert "--speculative-config" not in command
+    with pytest.raises(ConfigError, match="--worker-extension-cls"):
+        command_of(tmp_path, "--worker-extension-cls", "mine")
+
+
+def test_the_names_given_to_vllm_exist() -> None:
+    for name in (WORKER_EXTENSION, MIDDLEWARE):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(__import__(module, fromlist=[attribute]), attribute)
+
+
+def test_the_learner_has_the_targets_precision_and_vllms_slots() -> None:
+    config = settings("m", DRAFT, ["learn.threads=3"], ["--max-num-seqs", "12"])
+    assert (config.target.source, config.target.precision, config.target.sha256) == ("m", "bf16", None)
+    assert (config.engine.max_batch_size, config.learn.threads) == (12, 3)
+    result = CliRunner().invoke(main, ["vllm", "m", "--draft", str(DRAFT), "--max-num-seqs=7", "-O3", "--print-config"])
+    assert "max_batch_size: 7" in result.output
+
+
+def test_without_vllm_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(main, ["vllm", "m", "--draft", str(DRAFT)])
+    assert result.exit_code == 2
+    assert "Error: vLLM is not installed in this environment" in result.output
+
+
+def test_a_learner_is_started_for_each_life_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_command_file, "_LOOK_EVERY_S", 0.02)
+    status = EngineStatusPage.create(tmp_path / STATUS_NAME)
+    page = LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME)
+    starts, ending = tmp_path / "starts", threading.Event()
+    learner = ["sh", "-c", f"echo start >> {starts}"]  # ends at once with 0, as when its engine has ended
+
+    def number_of_starts() -> int:
+        return len(starts.read_text().split()) if starts.exists() else 0
+
+    def wait_for(number: int) -> None:
+        until = time.monotonic() + 20
+        while number_of_starts() < number:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=vllm_command_file._learn_beside, args=(None, status, page, learner, ending))
+    thread.start()
+    try:
+        time.sleep(0.3)
+        assert number_of_starts() == 0  # the engine is not ready
+        status.write(state=WorkerState.READY, worker_pid=os.getpid())
+        wait_for(1)
+        status.write(worker_pid=os.getpid() + 1)  # vLLM was killed, and started again
+        wait_for(2)
+    finally:
+        ending.set()
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+# -- doctor --vllm -------------------------------------------------------------------------------------------------
+
+
+def config_of(name: str, *overrides: str) -> AuroraConfig:
+    shape = f"target.config_file=configs/shapes/{name}.json"
+    source = f"target.source=hf:nobody/{name}"
+    return load_config(None, [source, shape, "target.sha256=null", "draft.checkpoint=null", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active", "cards", "trace_kib"),
+    [
+        ("llama-3.1-70b", 70.6, 70.6, 4, 64),
+        ("llama-3.1-405b", 405.9, 405.9, 16, 128),
+        ("mixtral-8x22b", 140.6, 39.2, 8, 48),
+    ],
+)
+def test_the_recipe_follows_from_the_models_sizes(
+    name: str, billions: float, active: float, cards: int, trace_kib: int
+) -> None:
+    found = recipe(config_of(name, "learn.from_scratch=true"))
+    assert found.target_parameters / 1e9 == pytest.approx(billions, abs=0.05)
+    assert found.active_parameters / 1e9 == pytest.approx(active, abs=0.05)
+    assert (found.cards, found.trace_bytes_per_token) == (cards, trace_kib * 1024)
+    assert found.tensor_parallel * found.pipeline_parallel == cards
+    assert found.ring_tokens == (256 << 20) // found.trace_bytes_per_token
+
+
+def test_a_larger_share_of_compute_learns_from_more_tokens() -> None:
+    low, high = (recipe(config_of("llama-3.1-70b", f"learn.compute_share={share}")) for share in (0.04, 0.08))
+    assert high.learned_share == pytest.approx(2 * low.learned_share)
+
+
+def test_the_recipe_is_printed_with_vllms_command() -> None:
+    result = CliRunner().invoke(main, ["doctor", "--vllm", "--config", "configs/mixtral-8x22b.yaml"])
+    assert result.exit_code == 0
+    assert "--tensor-parallel-size 8" in result.output

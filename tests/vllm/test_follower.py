@@ -1,0 +1,277 @@
+"""Published drafts are validated outside the engine, swapped in on all ranks, and taken back when they are worse."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from aurora_lit.drafts.checkpoint import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, save_draft
+from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
+from aurora_lit.vllm.capture import Capture, RoundOutcome
+from aurora_lit.vllm.deployment import Deployment
+from aurora_lit.vllm.follower import DraftFollower, follow
+from aurora_lit.vllm.live_status import LiveStatus
+
+SHAPE = Eagle3Config(
+    hidden_size=8,
+    target_hidden_size=8,
+    intermediate_size=16,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=8,
+    vocab_size=11,
+    draft_vocab_size=7,
+    aux_layer_ids=(1, 2, 3),
+)
+START_RPC, SWAP_RPC, NOTE_RPC = "aurora_lit_start", "aurora_lit_swap", "aurora_lit_note"
+
+
+class MadeRanks:
+    """The workers of an engine: what they were told, and errors that they answer with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.errors: dict[str, str] = {}
+        """By version or method, what rank 1 answers."""
+
+    async def __call__(self, method: str, timeout: float | None, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+        """As vLLM's collective_rpc."""
+        self.calls.append((method, args))
+        key = args[1] if method == SWAP_RPC else method
+        return [{"error": None, "seconds": 0.0}, {"error": self.errors.get(key), "seconds": 0.0}]
+
+    @property
+    def swaps(self) -> list[tuple[str, bool]]:
+        """Version of each swap, and whether it was trusted."""
+        return [(args[1], args[2]) for method, args in self.calls if method == SWAP_RPC]
+
+    @property
+    def refused(self) -> dict[str, Any] | None:
+        """The last refusal that was noted."""
+        return next((args[0] for method, args in reversed(self.calls) if method == NOTE_RPC), None)
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Deployment:
+    """A deployment with a starting draft and no version."""
+    torch.manual_seed(0)
+    (tmp_path / "run").mkdir()
+    save_draft(Eagle3Draft(SHAPE), tmp_path / "first")
+    made = Deployment(
+        run_folder=tmp_path / "run",
+        starting_draft=tmp_path / "first",
+        versions=tmp_path / "versions",
+        keep=5,
+        ring_bytes=1 << 16,
+        segment_tokens=64,
+        overlap_tokens=8,
+    )
+    made.write()
+    EngineStatusPage.create(made.run_folder / STATUS_NAME)
+    return made
+
+
+def store_of(deployment: Deployment) -> DraftStore:
+    return DraftStore(deployment.versions, keep=5)
+
+
+def run_with(deployment: Deployment, ranks: MadeRanks, scenario: Callable[[], Awaitable[None]]) -> None:
+    """A follower, while `scenario` runs."""
+
+    async def both() -> None:
+        task = asyncio.create_task(DraftFollower(deployment, ranks).run())
+        try:
+            await asyncio.wait_for(scenario(), 20)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(both())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def test_a_published_version_reaches_all_ranks_and_the_first_one_is_the_current(deployment: Deployment) -> None:
+    ranks, store = MadeRanks(), store_of(deployment)
+    store.publish(Eagle3Draft(SHAPE), record={})
+
+    async def scenario() -> None:
+        await until(lambda: len(ranks.swaps) == 1)
+        store.publish(Eagle3Draft(SHAPE), record={})
+        await until(lambda: len(ranks.swaps) == 2)
+
+    run_with(deployment, ranks, scenario)
+    assert ranks.calls[0] == (START_RPC, (str(deployment.run_folder),))
+    assert ranks.swaps == [("draft-000001", False), ("draft-000002", False)]
+
+
+def _truncated(folder: Path) -> None:
+    path = folder / WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _not_a_number(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS_NAME)
+    tensors["fc.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / WEIGHTS_NAME)
+
+
+def _other_shape(folder: Path) -> None:
+    save_draft(Eagle3Draft(replace(SHAPE, intermediate_size=24)), folder)
+
+
+def _other_vocabulary(folder: Path) -> None:
+    save_draft(Eagle3Draft(replace(SHAPE, draft_vocab_size=6)), folder)
+
+
+def _other_target(folder: Path) -> None:
+    save_draft(Eagle3Draft(replace(SHAPE, vocab_size=12)), folder)
+
+
+def _other_layers(folder: Path) -> None:
+    fields = json.loads((folder / CONFIG_NAME).read_text())
+    fields["eagle_aux_hidden_state_layer_ids"] = [0, 2, 3]
+    (folder / CONFIG_NAME).write_text(json.dumps(fields))
+
+
+def _altered(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS_NAME)
+    tensors["fc.weight"] += 1
+    save_file(tensors, folder / WEIGHTS_NAME)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason", "has_manifest"),
+    [
+        (_truncated, "truncated or altered", True),
+        (_altered, "truncated or altered", True),
+        (_truncated, "cannot be read", False),
+        (_not_a_number, "NaN", False),
+        (_other_shape, "intermediate_size", True),
+        (_other_vocabulary, "draft_vocab_size", True),
+        (_other_target, "vocab_size", True),
+        (_other_layers, "aux_layer_ids", False),
+    ],
+)
+def test_a_draft_that_would_end_the_engine_never_reaches_it(
+    deployment: Deployment, spoil: Callable[[Path], None], reason: str, has_manifest: bool
+) -> None:
+    ranks, store = MadeRanks(), store_of(deployment)
+    name = store.publish(Eagle3Draft(SHAPE), record={})
+    (store.folder / "CURRENT").unlink()
+    spoil(store.folder / name)
+    if not has_manifest:
+        (store.folder / name / MANIFEST_NAME).unlink()
+
+    async def scenario() -> None:
+        await until(lambda: len(ranks.calls) == 1)
+        (store.folder / "CURRENT").write_text(name + "\n")
+        await until(lambda: ranks.refused is not None)
+
+    run_with(deployment, ranks, scenario)
+    assert ranks.swaps == []
+    assert ranks.refused is not None
+    assert reason in ranks.refused["refused_reason"]
+    assert ranks.refused["refused_version"] == name
+
+
+def test_a_version_that_one_rank_cannot_load_is_taken_back_on_all(deployment: Deployment) -> None:
+    ranks, store = MadeRanks(), store_of(deployment)
+    ranks.errors["draft-000002"] = "out of memory"
+    store.publish(Eagle3Draft(SHAPE), record={})
+
+    async def scenario() -> None:
+        await until(lambda: len(ranks.swaps) == 1)
+        store.publish(Eagle3Draft(SHAPE), record={})
+        await until(lambda: len(ranks.swaps) == 3)
+
+    run_with(deployment, ranks, scenario)
+    assert ranks.swaps[1:] == [("draft-000002", False), ("draft-000001", True)]
+    assert "out of memory" in (store.versions()[1].retired or "")
+
+
+def test_a_version_that_accepts_less_is_rolled_back(deployment: Deployment) -> None:
+    """The worker judges (LiveStatus), the page tells the follower, which retires the version."""
+    ranks, store = MadeRanks(), store_of(deployment)
+    page = EngineStatusPage.open(deployment.run_folder / STATUS_NAME, writable=True)
+    capture = Capture(lambda _: None, bytes_per_token=1, limit_bytes=1, segment_tokens=8, overlap_tokens=1)
+    step: Any = type("MadeStep", (), {"num_sampled": [1]})()
+    status = LiveStatus(page, capture, max_draft_tokens=3)
+
+    def rounds(number: int, *, accepted: int, version: int) -> None:
+        for _ in range(number):
+            status.observe(step, [RoundOutcome(domain="", proposed=3, accepted=accepted, version=version)])
+
+    async def scenario() -> None:
+        rounds(300, accepted=2, version=0)
+        store.publish(Eagle3Draft(SHAPE), record={})
+        await until(lambda: len(ranks.swaps) == 1)
+        status.swapped(*ranks.swaps[0][:1], trusted=ranks.swaps[0][1])
+        rounds(100, accepted=0, version=1)
+        await until(lambda: len(ranks.swaps) == 2)
+
+    run_with(deployment, ranks, scenario)
+    assert ranks.swaps[1] == ("first", True)
+    assert store.current() is None
+    assert "less than the version before" in (store.versions()[0].retired or "")
+
+
+def test_a_folder_that_is_deleted_while_it_serves_changes_nothing(deployment: Deployment) -> None:
+    ranks, store = MadeRanks(), store_of(deployment)
+    store.publish(Eagle3Draft(SHAPE), record={})
+
+    async def scenario() -> None:
+        await until(lambda: len(ranks.swaps) == 1)
+        shutil.rmtree(store.folder)
+        await asyncio.sleep(0.5)
+
+    run_with(deployment, ranks, scenario)
+    assert ranks.swaps[0] == ("draft-000001", False)
+    assert all(version == "first" for version, _ in ranks.swaps[1:])
+
+
+def test_an_unknown_vllm_is_one_line_and_nothing_else(deployment: Deployment, caplog: pytest.LogCaptureFixture) -> None:
+    ranks = MadeRanks()
+    ranks.errors[START_RPC] = "vLLM 9.9 is not known (known: 0.32)"
+    store_of(deployment).publish(Eagle3Draft(SHAPE), record={})
+    asyncio.run(follow(deployment, ranks))
+    assert [method for method, _ in ranks.calls] == [START_RPC]
+    (record,) = caplog.records
+    assert "no traces are made and no drafts are swapped: vLLM 9.9 is not known" in record.message
+
+
+def test_of_several_api_servers_one_follows(deployment: Deployment) -> None:
+    ranks, other = MadeRanks(), MadeRanks()
+
+    async def scenario() -> None:
+        await until(lambda: len(ranks.calls) == 1)
+        second = asyncio.create_task(DraftFollower(deployment, other).run())
+        await asyncio.sleep(0.2)
+        assert other.calls == []
+        second.cancel()
+
+    run_with(deployment, ranks, scenario)
+
+
+def test_an_error_of_the_follower_never_reaches_the_server(
+    deployment: Deployment, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(*args: Any) -> Any:
+        raise ValueError("injected")
+
+    asyncio.run(follow(deployment, broken))
+    assert "aurora-lit is off; serving is unaffected" in caplog.text

@@ -1,0 +1,107 @@
+"""Consent and labels reach the engine as extra arguments; everything else passes untouched."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aurora_lit.vllm.deployment import VARIABLE, Deployment
+from aurora_lit.vllm.middleware import Middleware, with_extra_arguments
+
+
+def sent(fields: dict[str, Any]) -> Any:
+    return json.loads(with_extra_arguments(json.dumps(fields).encode())).get("vllm_xargs")
+
+
+def test_consent_and_label_become_extra_arguments_beside_those_given() -> None:
+    assert sent({"store": False}) == {"aurora_lit_store": 0}
+    assert sent({"metadata": {"aurora_domain": "code"}}) == {"aurora_lit_domain": "code"}
+    assert sent({"store": False, "vllm_xargs": {"a": 1}}) == {"a": 1, "aurora_lit_store": 0}
+    assert sent({"store": True}) is None
+    assert sent({"store": None, "metadata": None}) is None
+    assert sent({"store": False, "metadata": 3}) == {"aurora_lit_store": 0}
+
+
+def test_a_client_cannot_set_the_arguments_itself() -> None:
+    assert sent({"store": False, "vllm_xargs": {"aurora_lit_store": 1}}) == {"aurora_lit_store": 0}
+    assert sent({"vllm_xargs": {"aurora_lit_domain": "x"}}) is None
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'["store"]', b'"store"', b'{"messages": [1]}'])
+def test_what_is_no_request_is_left_to_vllm(body: bytes) -> None:
+    assert with_extra_arguments(body) == body
+
+
+class MadeApp:
+    """The application behind the middleware; keeps what it received."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.lengths: list[bytes] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Read the whole body."""
+        parts, more = [], scope["type"] == "http"
+        while more:
+            message = await receive()
+            parts.append(message["body"])
+            more = message.get("more_body", False)
+        self.bodies.append(b"".join(parts))
+        self.lengths += [value for name, value in scope.get("headers", []) if name == b"content-length"]
+
+
+async def _nothing(message: Any = None) -> Any:
+    raise AssertionError("not called")
+
+
+def _post(body: bytes, *, chunks: int = 2, path: str = "/v1/completions") -> tuple[dict[str, Any], Any]:
+    size = -(-len(body) // chunks)
+    messages = [
+        {"type": "http.request", "body": body[i * size : (i + 1) * size], "more_body": i + 1 < chunks}
+        for i in range(chunks)
+    ]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    headers = [(b"content-length", str(len(body)).encode())]
+    return {"type": "http", "method": "POST", "path": path, "headers": headers}, receive
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    Deployment(
+        run_folder=tmp_path,
+        starting_draft=tmp_path,
+        versions=tmp_path,
+        keep=5,
+        ring_bytes=1 << 16,
+        segment_tokens=64,
+        overlap_tokens=8,
+    ).write()
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+def test_a_request_in_pieces_arrives_with_its_label_and_the_right_length(run_folder: Path) -> None:
+    app = MadeApp()
+    scope, receive = _post(json.dumps({"store": False, "prompt": "é"}).encode())
+    asyncio.run(Middleware(app)(scope, receive, _nothing))
+    assert json.loads(app.bodies[0]) == {"store": False, "prompt": "é", "vllm_xargs": {"aurora_lit_store": 0}}
+    assert app.lengths == [str(len(app.bodies[0])).encode()]
+
+
+@pytest.mark.parametrize("folder", [None, "nothing-here"])
+def test_without_a_deployment_nothing_is_touched(folder: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    if folder is not None:
+        monkeypatch.setenv(VARIABLE, folder)
+    app, body = MadeApp(), json.dumps({"store": False}).encode()
+    middleware = Middleware(app)
+    asyncio.run(middleware(*_post(body), _nothing))
+    asyncio.run(middleware({"type": "lifespan"}, _nothing, _nothing))
+    assert app.bodies == [body, b""]

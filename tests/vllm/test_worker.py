@@ -1,0 +1,187 @@
+"""What the follower asks of a worker: nothing raises, traces reach the ring, and a second start finds the first."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+from support.made_vllm import HIDDEN, MadeRunner, MadeV1Runner, Traffic
+
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
+from aurora_lit.ipc.ring import RingReader
+from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.traces.record import LAYOUT_DIGEST, from_bytes
+from aurora_lit.vllm.deployment import Deployment
+from aurora_lit.vllm.known_versions import RUNNERS
+from aurora_lit.vllm.worker import WorkerExtension
+
+MakeWorker = Callable[[], Any]
+
+
+class MadeWorker(WorkerExtension):
+    """As vLLM's worker after it has added the extension's methods."""
+
+    def __init__(self, runner: MadeRunner) -> None:
+        self.model_runner = runner
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(data_parallel_index=0),
+            model_config=SimpleNamespace(get_hidden_size=lambda: HIDDEN, max_model_len=512, get_vocab_size=lambda: 700),
+            speculative_config=SimpleNamespace(num_speculative_tokens=3),
+        )
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    EngineStatusPage.create(tmp_path / STATUS_NAME)
+    Deployment(
+        run_folder=tmp_path,
+        starting_draft=tmp_path / "first",
+        versions=tmp_path / "versions",
+        keep=5,
+        ring_bytes=1 << 20,
+        segment_tokens=64,
+        overlap_tokens=8,
+    ).write()
+    return tmp_path
+
+
+@pytest.fixture
+def make_worker(monkeypatch: pytest.MonkeyPatch) -> MakeWorker:
+    """Makes workers of rank 0 on a V1 runner, where vLLM's modules are made too."""
+    package, state, distributed = ModuleType("vllm"), ModuleType(RUNNERS[0].module), ModuleType("parallel_state")
+    fields = [(name, Any) for name in RUNNERS[0].state_fields]
+    made: dict[str, Any] = {
+        "version": "0.32.0",
+        "ExecuteModelState": NamedTuple("ExecuteModelState", fields),  # type: ignore[misc]
+        "get_tensor_model_parallel_rank": lambda: 0,
+        "get_pp_group": lambda: SimpleNamespace(is_last_rank=True),
+    }
+    package.__dict__["__version__"] = made["version"]
+    state.__dict__.update(ExecuteModelState=made["ExecuteModelState"])
+    distributed.__dict__.update(made)
+    for name, module in {
+        "vllm": package,
+        "vllm.distributed": ModuleType("vllm.distributed"),
+        "vllm.distributed.parallel_state": distributed,
+        RUNNERS[0].module: state,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    runner_class = type("GPUModelRunner", (MadeV1Runner,), {"__module__": RUNNERS[0].module})
+    return lambda: MadeWorker(runner_class())
+
+
+def run(worker: Any) -> None:
+    for step in Traffic(requests={"r1": (10, 40), "r2": (20, 30)}).steps():
+        worker.model_runner.run(step)
+
+
+def traces_in(run_folder: Path) -> list[str]:
+    reader = RingReader.open(run_folder / RING_NAME, layout=LAYOUT_DIGEST)
+    found = [from_bytes(payload).request_id for payload in iter(reader.pop, None)]
+    reader.close()
+    return sorted(found)
+
+
+def test_traces_reach_the_ring_and_counts_the_page(run_folder: Path, make_worker: MakeWorker) -> None:
+    worker = make_worker()
+    assert worker.aurora_lit_start(str(run_folder)) == {"error": None}
+    assert worker.aurora_lit_start(str(run_folder)) == {"error": None}  # wraps nothing twice
+    run(worker)
+    assert traces_in(run_folder) == ["r1", "r2"]
+    status = EngineStatusPage.open(run_folder / STATUS_NAME).read()
+    assert (status.state, status.worker_pid, status.vocab_size) == (WorkerState.READY, os.getpid(), 700)
+    assert status.generated_tokens >= 70
+    assert status.prompt_tokens == 30
+    assert status.running == 0  # though no step comes after the last request has ended
+    assert status.mean_accepted_length is not None
+    assert status.draft_version == "first"
+
+
+def test_an_engine_that_was_killed_and_started_again_takes_up_its_ring(
+    run_folder: Path, make_worker: MakeWorker
+) -> None:
+    for _ in range(2):
+        worker = make_worker()
+        assert worker.aurora_lit_start(str(run_folder)) == {"error": None}
+        run(worker)
+    assert traces_in(run_folder) == ["r1", "r1", "r2", "r2"]
+
+
+def test_an_unknown_version_is_an_answer_and_nothing_is_wrapped(
+    run_folder: Path, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker()
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.99.0")
+    assert "vLLM 0.99.0 is not known" in worker.aurora_lit_start(str(run_folder))["error"]
+    run(worker)
+    assert not (run_folder / RING_NAME).exists()
+
+
+def test_a_server_without_a_draft_is_told_what_it_needs(
+    run_folder: Path, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker()
+    monkeypatch.setattr(type(worker.model_runner), "get_draft_model", lambda self: None)
+    assert "--speculative-config" in worker.aurora_lit_start(str(run_folder))["error"]
+
+
+def test_a_full_disk_leaves_serving_alone(
+    run_folder: Path, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("aurora_lit.ipc.ring._reserve", full)
+    worker = make_worker()
+    assert "No space left" in worker.aurora_lit_start(str(run_folder))["error"]
+    run(worker)
+
+
+def test_a_full_ring_overwrites_and_counts(run_folder: Path, make_worker: MakeWorker) -> None:
+    worker = make_worker()
+    worker.aurora_lit_start(str(run_folder))
+    for i in range(300):
+        steps = Traffic(requests={f"r{i}": (40, 40)}, seed=i).steps()
+        for step in steps:
+            worker.model_runner.run(step)
+    assert worker._aurora_lit_recorder.hooks.num_errors == 0
+    found = traces_in(run_folder)
+    assert 0 < len(found) < 300
+    assert "r299" in found
+
+
+def test_a_rank_without_the_hidden_states_only_swaps(
+    run_folder: Path, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys.modules["vllm.distributed.parallel_state"], "get_tensor_model_parallel_rank", lambda: 1, raising=False
+    )
+    loaded: list[Path] = []
+    monkeypatch.setattr("aurora_lit.vllm.worker.load_into", lambda runner, folder: loaded.append(folder))
+    worker = make_worker()
+    assert worker.aurora_lit_start(str(run_folder)) == {"error": None}
+    assert not (run_folder / RING_NAME).exists()
+    assert worker.aurora_lit_swap("/a/draft-000001", "draft-000001", False)["error"] is None
+    assert loaded == [Path("/a/draft-000001")]
+
+
+def test_a_swap_that_fails_is_an_answer_and_changes_no_version(
+    run_folder: Path, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("aurora_lit.vllm.worker.load_into", fail)
+    worker = make_worker()
+    worker.aurora_lit_start(str(run_folder))
+    assert worker.aurora_lit_swap("/a", "draft-000001", False)["error"] == "RuntimeError: out of memory"
+    assert worker._aurora_lit_recorder.hooks.version == 0
+    assert worker.aurora_lit_note({"refusals": 1, "refused_version": "v", "refused_reason": "r"})["error"] is None
+    assert worker.aurora_lit_note({"no such field": 1})["error"] is not None
+    assert EngineStatusPage.open(run_folder / STATUS_NAME).read().refused_version == "v"
