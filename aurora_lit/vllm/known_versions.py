@@ -15,7 +15,7 @@ from typing import Any
 from aurora_lit.errors import AuroraError
 from aurora_lit.vllm.runners import V1, V2, RunnerReader
 
-KNOWN_VERSIONS = ("0.32", "0.33")
+KNOWN_VERSIONS = ("0.32",)
 """Beginnings of the version numbers whose runners were read; docs/vllm.md says which of them were run."""
 
 
