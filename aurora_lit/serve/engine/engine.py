@@ -54,7 +54,7 @@ from aurora_lit.serve.speculation.traffic_memory import make_memory
 from aurora_lit.traces.record import SOURCE_DRAFT
 
 _DONE = object()
-_REFINED_AT_START_S = 0.25
+_REFINED_AT_START_S = 0.75
 """For so long a start that has kept costs measures them again; enough for the widths of one sequence."""
 _CALIBRATED_AT_START_S = 10.0
 """A start without kept costs measures no longer; beside other work all of it can take a minute."""
