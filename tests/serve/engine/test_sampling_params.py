@@ -254,7 +254,7 @@ def test_speculation_is_plain_decoding_bit_for_bit(
     ids=["plain", "top_k", "top_p+bias"],
 )
 def test_sampled_pairs_have_the_models_probabilities(params: dict[str, object], k: int, tmp_path: Path) -> None:
-    """Chi-square of the first two tokens of 3000 outputs against the model's probabilities."""
+    """Chi-square of the first two tokens of 3000 outputs, whose seeds are given, against the model's probabilities."""
     V, count, first = 10, 3000, 4
     folder = save_model("llama", tmp_path, vocab_size=V, num_hidden_layers=1)
     model, target = reference_model(folder), Target.load(folder, precision="fp32")
@@ -279,7 +279,7 @@ def test_sampled_pairs_have_the_models_probabilities(params: dict[str, object], 
     torch.manual_seed(11)
     engine = make_engine(target, random_draft(target), max_draft_tokens=k, max_batch_size=300, max_seq_len=8)
     options = {"temperature": 1.0, **params}
-    answers = run(engine, [request(str(i), [first], max_tokens=2 + i % 2, **options) for i in range(count)])
+    answers = run(engine, [request(str(i), [first], max_tokens=2 + i % 2, seed=i, **options) for i in range(count)])
     seen_VV = torch.zeros(V, V)
     for answer in answers.values():
         seen_VV[answer.token_ids[0], answer.token_ids[1]] += 1
