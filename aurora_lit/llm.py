@@ -239,7 +239,9 @@ def _paired(
 
 
 def _body(kind: type[_Body], params: SamplingParams, **more: Any) -> _Body:
-    """The body of an HTTP request with these parameters. Raises RequestError for a value out of range."""
+    """The body of an HTTP request with these parameters. Raises RequestError for a value that cannot be used."""
+    if params.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs is not supported here; leave it out", param="prompt_logprobs")
     given: dict[str, Any] = {parameter.name: getattr(params, parameter.name) for parameter in fields(params)}
     given |= {"stop": list(params.stop) or None, "stop_token_ids": list(params.stop_token_ids) or None}
     given["logit_bias"] = {str(token_id): float(bias) for token_id, bias in params.logit_bias.items()} or None

@@ -140,6 +140,7 @@ def test_a_chat_takes_the_chat_template(llm: LLM, target: Target) -> None:
         (PROMPTS[0], {"temperature": 5.0}, "temperature=5.0"),
         (PROMPTS[0], {"top_p": 0.0}, "top_p=0.0"),
         (PROMPTS[0], {"n": 0}, "n=0"),
+        (PROMPTS[0], {"prompt_logprobs": 1}, "prompt_logprobs is not supported"),
         (PROMPTS[0], {"logit_bias": {VOCAB: 1.0}}, "logit_bias"),
         (PROMPTS[0], {"max_tokens": 10**6}, "max_tokens=1000000 is too many"),
     ],
