@@ -151,7 +151,8 @@ class Engine:
             )
             if kept_costs is not None and kept_costs.load_into(self.costs):
                 self._calibrate(steps, _REFINED_AT_START_S)
-                kept_costs.save(self.costs)
+                if self._kept_costs is not None:  # otherwise all was measured, and kept
+                    kept_costs.save(self.costs)
             else:
                 self._calibrate(steps, _CALIBRATED_AT_START_S)
 
