@@ -1,30 +1,39 @@
-"""Measures forward passes of the target and draft steps before the first request (seconds, best of a few calls).
+"""Measures forward passes of the target and draft steps before the first request, in seconds.
 
 The measurements initialise the cost tables (serve/speculation/costs.py); running rounds update them. Everything runs in
-the engine's own slots, which are still empty. A start that has tables of an earlier one
-(serve/speculation/kept_costs.py) measures for a moment and then only while it waits for its first request; what it
-finds to be faster than in the tables replaces that, since the earlier start may have had other work beside it.
+the engine's own slots, which are still empty. What a planner needs is how costs compare, and on a shared machine one
+moment's times say nothing about the next one's. So all operations of a batch size are timed in turn, several times
+over, and the median of each counts.
+
+A start that has tables of an earlier one (serve/speculation/kept_costs.py) measures for a moment and then only while it
+waits for its first request. What was measured together stays together: of two sets of times for a batch size, the
+shorter one is kept, since the other had other work beside it.
 """
 
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
-from aurora_lit.serve.speculation.costs import Costs
+from aurora_lit.serve.speculation.costs import Costs, CostTable
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.planner import MAX_TREE_COLUMNS, SpeculationLimits
 
 _PREFILL_POSITIONS = 256
 """Positions of the draft's prefill that is timed, to learn what one takes."""
-_CALLS, _MIN_GAIN = 3, 0.98
-"""The shortest time is accepted after so many calls that did not improve it by 2 %: weights that fit into a CPU cache
-move there only after a few calls, and rounds find them there."""
+_CONTEXT = 192
+"""Tokens before the columns of a timed pass: about what an answer has before it. A column costs more after them."""
+_PASSES = 5
+"""How often each operation is timed."""
+_ENOUGH = 3
+"""After so many of them, what is kept from an earlier start may be replaced."""
 
 
 @torch.no_grad()
@@ -47,12 +56,59 @@ def calibration_steps(
     batch_size = 1
     while True:
         probe = _Probe(target, drafter, kv_cache=kv_cache, batch_size=batch_size)
-        yield from _measure_target(costs, limits, probe)
+        operations = _target_passes(costs.target, limits, probe)
         if drafter is not None:
-            yield from _measure_draft(costs, limits, probe)
+            operations += _draft_steps(costs, limits, probe)
+        yield from _measure(operations, batch_size)
         if batch_size >= max_batch_size:
             return
         batch_size = min(2 * batch_size, max_batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Operation:
+    """What is timed for one cell of a table."""
+
+    table: CostTable
+    length: int
+    """Query length, or levels of the draft."""
+    run: Callable[[], object]
+    before: Callable[[], object] | None = None
+    """Runs before each call, and is not timed."""
+
+    def timed_s(self) -> float:
+        """Seconds of one call."""
+        if self.before:
+            self.before()
+        started = time.perf_counter()
+        self.run()
+        return time.perf_counter() - started
+
+
+def _measure(operations: list[_Operation], batch_size: int) -> Iterator[None]:
+    """Time each operation in turn, several times over, and store the medians. Yields after each call.
+
+    `operations`: of each table from the shortest to the longest.
+    """
+    kept_s = [operation.table.initial(batch_size, operation.length) for operation in operations]
+    times: list[list[float]] = [[] for _ in operations]
+    for count in range(1, _PASSES + 1):
+        for operation, own in zip(operations, times, strict=True):
+            own.append(operation.timed_s())
+            yield
+        costs_s = _monotonic(operations, [statistics.median(own) for own in times])
+        if 0.0 in kept_s or (count >= _ENOUGH and sum(costs_s) < sum(kept_s)):
+            for operation, cost_s in zip(operations, costs_s, strict=True):
+                operation.table.set_initial(batch_size, operation.length, cost_s)
+
+
+def _monotonic(operations: list[_Operation], seconds: list[float]) -> list[float]:
+    """The same, but no operation takes longer than a longer one of its table: other work on the machine only adds."""
+    least = list(seconds)
+    for i in reversed(range(len(operations) - 1)):
+        if operations[i].table is operations[i + 1].table:
+            least[i] = min(least[i], least[i + 1])
+    return least
 
 
 class _Probe:
@@ -62,12 +118,14 @@ class _Probe:
         self.batch_size = batch_size
         self._target, self._drafter, self._kv_cache = target, drafter, kv_cache
         self._slots_B = torch.arange(batch_size, device=target.device)
-        self._starts_B = torch.zeros_like(self._slots_B)
+        self._context = min(_CONTEXT, kv_cache.capacity // 2)
 
     def run_target(self, query_length: int) -> None:
         """One forward pass of the target, and the greedy tokens of its logits."""
         ids_BT = torch.zeros(self.batch_size, query_length, dtype=torch.int64, device=self._slots_B.device)
-        _, last_BTH = self._target(ids_BT, kv_cache=self._kv_cache, slots_B=self._slots_B, starts_B=self._starts_B)
+        start = min(self._context, self._kv_cache.capacity - query_length)
+        starts_B = torch.full_like(self._slots_B, start)
+        _, last_BTH = self._target(ids_BT, kv_cache=self._kv_cache, slots_B=self._slots_B, starts_B=starts_B)
         self._target.greedy_tokens(last_BTH).cpu()  # waits for a GPU, as below
 
     def run_chain(self, steps: int) -> None:
@@ -88,30 +146,31 @@ class _Probe:
         return DraftInputs(slots_B=self._slots_B, lengths=[3] * self.batch_size)
 
 
-def _measure_target(costs: Costs, limits: SpeculationLimits, probe: _Probe) -> Iterator[None]:
-    batch_size = probe.batch_size
+def _target_passes(table: CostTable, limits: SpeculationLimits, probe: _Probe) -> list[_Operation]:
     lengths = {*range(1, limits.draft_tokens + 2), 2, limits.copied_tokens + 1}
-    lengths |= {nodes + 1 for nodes in limits.tree_sizes if batch_size * (nodes + 1) <= MAX_TREE_COLUMNS}
-    for length in sorted(lengths):
-        seconds = yield from _best_seconds(functools.partial(probe.run_target, length))
-        costs.target.set_initial(batch_size, length, seconds)
-    costs.target.make_monotonic(batch_size)
+    lengths |= {nodes + 1 for nodes in limits.tree_sizes if probe.batch_size * (nodes + 1) <= MAX_TREE_COLUMNS}
+    return [
+        _Operation(table=table, length=length, run=functools.partial(probe.run_target, length))
+        for length in sorted(lengths)
+    ]
 
 
-def _measure_draft(costs: Costs, limits: SpeculationLimits, probe: _Probe) -> Iterator[None]:
+def _draft_steps(costs: Costs, limits: SpeculationLimits, probe: _Probe) -> list[_Operation]:
     # As in rounds, where a pass of the target has displaced the draft's weights from the CPU caches.
     before = functools.partial(probe.run_target, 1)
-    for levels in range(1, limits.draft_tokens + 1):
-        seconds = yield from _best_seconds(functools.partial(probe.run_chain, levels), before=before)
-        costs.chain.set_initial(probe.batch_size, levels, seconds)
-    costs.chain.make_monotonic(probe.batch_size)
-    if not limits.tree_sizes:
-        return
-    for levels in range(2, limits.draft_tokens + 1):
-        run = functools.partial(probe.run_tree, levels, limits.tree_sizes[-1])
-        seconds = yield from _best_seconds(run, before=before)
-        costs.tree.set_initial(probe.batch_size, levels, seconds)
-    costs.tree.make_monotonic(probe.batch_size)
+    steps = [
+        _Operation(table=costs.chain, length=levels, run=functools.partial(probe.run_chain, levels), before=before)
+        for levels in range(1, limits.draft_tokens + 1)
+    ]
+    if limits.tree_sizes:
+        nodes = limits.tree_sizes[-1]
+        steps += [
+            _Operation(
+                table=costs.tree, length=levels, run=functools.partial(probe.run_tree, levels, nodes), before=before
+            )
+            for levels in range(2, limits.draft_tokens + 1)
+        ]
+    return steps
 
 
 def _prefill_position_s(target: Target, drafter: Drafter, *, capacity: int) -> Generator[None, None, float]:
@@ -120,8 +179,13 @@ def _prefill_position_s(target: Target, drafter: Drafter, *, capacity: int) -> G
         slots_B=torch.zeros(1, dtype=torch.int64, device=target.device),
         lengths=[1 + min(_PREFILL_POSITIONS, capacity // 2)],
     )
-    seconds = yield from _best_seconds(lambda: drafter.prefill(_uncached(drafter, inputs)).cpu())
-    return seconds / (inputs.lengths[0] - 1)
+    times = []
+    for _ in range(_PASSES):
+        started = time.perf_counter()
+        drafter.prefill(_uncached(drafter, inputs)).cpu()
+        times.append(time.perf_counter() - started)
+        yield
+    return statistics.median(times) / (inputs.lengths[0] - 1)
 
 
 def _uncached(drafter: Drafter, inputs: DraftInputs) -> DraftInputs:
@@ -129,20 +193,3 @@ def _uncached(drafter: Drafter, inputs: DraftInputs) -> DraftInputs:
     for slot in inputs.slots_B.tolist():
         drafter.forget(slot)
     return inputs
-
-
-def _best_seconds(
-    operation: Callable[[], object], *, before: Callable[[], None] | None = None
-) -> Generator[None, None, float]:
-    """The shortest time of several calls. `before` runs before each call and is not timed. Yields after each call."""
-    best, calls_since = float("inf"), 0
-    while calls_since < _CALLS:
-        if before:
-            before()
-        started = time.perf_counter()
-        operation()
-        seconds = time.perf_counter() - started
-        calls_since = 0 if seconds < _MIN_GAIN * best else calls_since + 1
-        best = min(best, seconds)
-        yield
-    return best

@@ -9,13 +9,16 @@ Left out: choosing (serve/speculation/planner.py) and the measurements at start 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_DECAY = 0.9
-"""Weight of the old cost when a round measures a new one."""
-_DRIFT_DECAY = 0.95
+_DECAY, _DRIFT_DECAY = 0.9, 0.95
+"""Weight of the old cost, and drift, when a round measures a new one; less for the first rounds (`_weight`), or a short
+answer ends before what it costs is known."""
 _MAX_DRIFT = 4.0
+_MOST_RISE = 1.5
+"""A round counts as at most so often what was expected: a longer one was preempted, or the first of its kind."""
 
 _Key = tuple[int, int]
 """(batch size, query length)."""
@@ -32,6 +35,7 @@ class CostTable:
     def __init__(self) -> None:
         self._measured: dict[_Key, float] = {}
         """Seconds, by running rounds."""
+        self._num_rounds: Counter[_Key] = Counter()
         self._initial: dict[_Key, float] = {}
         """Seconds, by the calibration."""
         self._interpolations: dict[tuple[int, float], tuple[_Key, _Key, float]] = {}
@@ -40,21 +44,16 @@ class CostTable:
         """Running mean of measured seconds over initial seconds."""
 
     def set_initial(self, batch_size: int, query_length: int, seconds: float) -> None:
-        """Store a measurement of the calibration; of several the shortest counts, as other work only adds."""
-        key = batch_size, query_length
-        self._initial[key] = min(seconds, self._initial.get(key, seconds))
+        """Store a measurement of the calibration."""
+        self._initial[batch_size, query_length] = seconds
         self._interpolations.clear()
 
-    def make_monotonic(self, batch_size: int) -> None:
-        """Let no shorter query of this batch size cost more than a longer one: other work on the machine only adds."""
-        least = float("inf")
-        for key in sorted((key for key in self._initial if key[0] == batch_size), reverse=True):
-            least = min(least, self._initial[key])
-            self._initial[key] = least
-        self._interpolations.clear()
+    def initial(self, batch_size: int, query_length: int) -> float:
+        """The calibration's measurement; 0 if there is none."""
+        return self._initial.get((batch_size, query_length), 0.0)
 
     @property
-    def initial(self) -> list[tuple[int, int, float]]:
+    def all_initial(self) -> list[tuple[int, int, float]]:
         """The calibration's measurements: batch size, query length, seconds."""
         return [(*key, seconds) for key, seconds in self._initial.items()]
 
@@ -69,12 +68,14 @@ class CostTable:
             seconds *= self(*key) / expected
         initial = self._initial.get(key)
         old = self._known(key) if key in self._measured or initial is not None else seconds
-        seconds = min(seconds, 2 * old)
+        seconds = min(seconds, _MOST_RISE * old)
         if initial:
-            self._drift += (1 - _DRIFT_DECAY) * (min(seconds / initial, _MAX_DRIFT) - self._drift)
+            weight = _weight(self._num_rounds.total(), _DRIFT_DECAY)
+            self._drift += weight * (min(seconds / initial, _MAX_DRIFT) - self._drift)
         if key not in self._measured:
             self._interpolations.clear()
-        self._measured[key] = old + (1 - _DECAY) * (seconds - old)
+        self._measured[key] = old + _weight(self._num_rounds[key], _DECAY) * (seconds - old)
+        self._num_rounds[key] += 1
 
     def __call__(self, batch_size: int, query_length: float) -> float:
         """Expected seconds; 0 before any measurement. `query_length` may be a mean, so no whole number."""
@@ -104,6 +105,11 @@ class CostTable:
     def _known(self, key: _Key) -> float:
         measured = self._measured.get(key)
         return self._initial[key] * self._drift if measured is None else measured
+
+
+def _weight(num_earlier: int, decay: float) -> float:
+    """Of a new measurement, beside an initial one and `num_earlier` others."""
+    return max(1 - decay, 1 / (num_earlier + 2))
 
 
 class DraftShape(NamedTuple):

@@ -61,7 +61,7 @@ class KeptCosts:
     def save(self, costs: Costs) -> None:
         """Write what the calibration has measured; a cache that cannot be written is logged."""
         content = {"key": self._key, "prefill_position_s": costs.prefill_position_s}
-        content |= {name: getattr(costs, name).initial for name in _TABLES}
+        content |= {name: getattr(costs, name).all_initial for name in _TABLES}
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine import engine as engine_module
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.speculation import calibration
-from aurora_lit.serve.speculation.costs import Costs
+from aurora_lit.serve.speculation.costs import Costs, CostTable
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.planner import NO_DRAFT
 
@@ -34,7 +34,7 @@ def engine_with(target: Target, folder: Path, **key: str) -> Engine:
 
 def tables(costs: Costs) -> dict[str, object]:
     names = ("target", "chain", "tree")
-    return {"prefill": costs.prefill_position_s, **{name: getattr(costs, name).initial for name in names}}
+    return {"prefill": costs.prefill_position_s, **{name: getattr(costs, name).all_initial for name in names}}
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_the_next_start_has_the_same_costs_without_measuring(
 ) -> None:
     first = engine_with(target, tmp_path)
     assert all(tables(first.costs).values())
-    monkeypatch.setattr(calibration, "_best_seconds", lambda *_, **__: pytest.fail("measures"))
+    monkeypatch.setattr(calibration, "_measure", lambda *_, **__: pytest.fail("measures"))
     assert tables(engine_with(target, tmp_path).costs) == tables(first.costs)
 
 
@@ -96,6 +96,34 @@ def test_a_first_start_does_not_wait_for_all_measurements_where_they_take_long(
         pass
     assert all(tables(other.costs).values()), "an idle start measures them"
     assert list(tmp_path.iterdir())
+
+
+def test_what_was_measured_together_stays_together(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*, seconds: float, seconds_of_pairs: float) -> dict[str, object]:
+        def timed_s(operation: calibration._Operation) -> float:
+            return seconds_of_pairs if operation.length == 2 else seconds
+
+        monkeypatch.setattr(calibration._Operation, "timed_s", timed_s)
+        engine = engine_with(target, tmp_path)
+        while engine.refine_costs():
+            pass
+        return {**tables(engine.costs), "prefill": 0}
+
+    quiet = start(seconds=1.0, seconds_of_pairs=0.5)
+    assert start(seconds=2.0, seconds_of_pairs=0.1) == quiet, "a disturbed start, though it had a quiet moment"
+    assert start(seconds=0.9, seconds_of_pairs=0.6) != quiet
+
+
+def test_a_disturbed_measurement_of_a_shorter_query_does_not_last() -> None:
+    tables = CostTable(), CostTable()
+    operations = [
+        calibration._Operation(table=table, length=length, run=list)
+        for table, lengths in zip(tables, ([1, 4, 5, 8], [1, 2]), strict=True)
+        for length in lengths
+    ]
+    assert calibration._monotonic(operations, [3.0, 9.0, 5.0, 7.0, 4.0, 2.0]) == [3.0, 5.0, 5.0, 7.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("changed", ["machine", "code"])
