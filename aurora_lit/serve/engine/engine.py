@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
 
 import torch
 
@@ -42,7 +41,7 @@ from aurora_lit.serve.sequences.observer import RoundObserver, notify_round
 from aurora_lit.serve.sequences.round_plan import DecodingRow, RoundPlan, Verdict, judge
 from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
 from aurora_lit.serve.sequences.slot_allocator import SlotAllocator
-from aurora_lit.serve.speculation.calibration import calibration_steps
+from aurora_lit.serve.speculation.calibration import Calibration, calibration_steps
 from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.drafter import Drafter
 from aurora_lit.serve.speculation.floor import RoundKind, SpeculationFloor
@@ -52,12 +51,6 @@ from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
 from aurora_lit.serve.speculation.traffic_memory import make_memory
 from aurora_lit.traces.record import SOURCE_DRAFT
-
-_DONE = object()
-_REFINED_AT_START_S = 0.75
-"""For so long a start that has kept costs measures them again; enough for the widths of one sequence."""
-_CALIBRATED_AT_START_S = 10.0
-"""A start without kept costs measures no longer; beside other work all of it can take a minute."""
 
 
 class Engine:
@@ -120,9 +113,6 @@ class Engine:
             max_round_s=options.max_round_s,
             stats=self.stats,
         )
-        self._kept_costs = kept_costs
-        self._refinement: Iterator[None] = iter(())
-        """Steps of a calibration that checks the kept costs."""
         self.costs = Costs(ragged=target.supports_trees)
         limits = self._limits(options)
         self.planner = SpeculationPlanner(limits, self.costs)
@@ -142,19 +132,14 @@ class Engine:
             explore_seed=options.explore_seed,
         )
         speculates = self._drafter is not None or limits.copied_tokens > 0
-        self.floor = SpeculationFloor() if options.adaptive and speculates else None
+        adapts = options.adaptive and speculates
+        self.floor = SpeculationFloor() if adapts else None
         if observer is not None:
             observer.attach(tokens_SL=self._tokens_SL, aux_SLF=self._drafter.features_SLF if self._drafter else None)
-        if options.adaptive and speculates:
-            steps = calibration_steps(
-                self.costs, limits, target, self._drafter, kv_cache=kv_cache, max_batch_size=options.max_batch_size
-            )
-            if kept_costs is not None and kept_costs.load_into(self.costs):
-                self._calibrate(steps, _REFINED_AT_START_S)
-                if self._kept_costs is not None:  # otherwise all was measured, and kept
-                    kept_costs.save(self.costs)
-            else:
-                self._calibrate(steps, _CALIBRATED_AT_START_S)
+        steps = calibration_steps(
+            self.costs, limits, target, self._drafter, kv_cache=kv_cache, max_batch_size=options.max_batch_size
+        )
+        self._calibration = Calibration(self.costs, steps if adapts else iter(()), kept=kept_costs if adapts else None)
 
     def _limits(self, options: EngineOptions) -> SpeculationLimits:
         supports_trees = self._drafter is not None and self._drafter.supports_trees and self._target.supports_trees
@@ -194,25 +179,14 @@ class Engine:
             )
         self._waiting.append(request)
 
-    def _calibrate(self, steps: Iterator[None], seconds: float) -> None:
-        """Measure costs for so long; `refine_costs` goes on from there. What is not measured is not drafted."""
-        self._refinement, until = steps, time.perf_counter() + seconds
-        while time.perf_counter() < until and self.refine_costs():
-            pass
-
     def refine_costs(self) -> bool:
-        """Time one operation of the kept costs again, while the slots are still empty; False if there is none left.
+        """Time one operation of the calibration, while the slots are still empty; False if there is none left.
 
         For idle moments after the start. The first request ends it; from then on rounds keep the costs up to date.
         """
         if self.has_work or self.stats.prompt_tokens:
-            self._refinement = iter(())
-        elif next(self._refinement, _DONE) is not _DONE:
-            return True
-        elif self._kept_costs is not None:
-            self._kept_costs.save(self.costs)
-            self._kept_costs = None
-        return False
+            self._calibration.end()
+        return self._calibration.step()
 
     def cancel(self, request_id: str) -> None:
         """End a request in any state and free its slot. An unknown id is ignored."""

@@ -17,6 +17,6 @@ above it:
     traffic_memory.py    what earlier requests were answered, by who may read it; looks copies up
     runtime_draft.py     a draft prepared for this machine: weights packed, native calls set up, outputs checked
     drafter.py           drafting for a batch: the draft's KV cache, chains and trees of proposals
-    calibration.py       measures forward passes and draft steps before the first request
+    calibration.py       measures forward passes and draft steps before the first request; keeps what it found
     proposer.py          makes a round's proposals: copies, the draft's, both in one tree, or none
 """

@@ -24,6 +24,7 @@ from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
 from aurora_lit.serve.speculation.costs import Costs, CostTable
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
+from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.planner import MAX_TREE_COLUMNS, SpeculationLimits
 
 _PREFILL_POSITIONS = 256
@@ -34,6 +35,44 @@ _PASSES = 5
 """How often each operation is timed."""
 _ENOUGH = 3
 """After so many of them, what is kept from an earlier start may be replaced."""
+_REFINED_AT_START_S = 0.75
+"""For so long a start that has kept costs measures them again; enough for the widths of one sequence."""
+_CALIBRATED_AT_START_S = 10.0
+"""A start without kept costs measures no longer; beside other work all of it can take a minute."""
+
+
+class Calibration:
+    """The measurements of a start: the first at once, the others in idle moments until the first request.
+
+    >>> calibration = Calibration(costs, calibration_steps(costs, …), kept=KeptCosts(…))    # measures for a while
+    >>> while calibration.step(): ...                                                       # goes on where that ended
+    """
+
+    def __init__(self, costs: Costs, steps: Iterator[None], *, kept: KeptCosts | None) -> None:
+        """Use what is kept, and measure for a while. What is not known yet is not drafted.
+
+        `kept`: written when everything has been measured; None: nothing is kept.
+        """
+        self._costs, self._steps, self._kept = costs, steps, kept
+        is_known = kept is not None and kept.load_into(costs)
+        until = time.perf_counter() + (_REFINED_AT_START_S if is_known else _CALIBRATED_AT_START_S)
+        while time.perf_counter() < until and self.step():
+            pass
+        if is_known and self._kept is not None:  # otherwise all was measured, and kept
+            self._kept.save(costs)
+
+    def step(self) -> bool:
+        """Time one operation; False if there is none left."""
+        for _ in self._steps:
+            return True
+        if self._kept is not None:
+            self._kept.save(self._costs)
+            self._kept = None
+        return False
+
+    def end(self) -> None:
+        """Measure no more, and keep no more."""
+        self._steps, self._kept = iter(()), None
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from support.tiny_models import make_engine, random_draft
 
 from aurora_lit.models.target import Target
 from aurora_lit.request import Request, SamplingParams
-from aurora_lit.serve.engine import engine as engine_module
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.speculation import calibration
 from aurora_lit.serve.speculation.costs import Costs, CostTable
@@ -39,7 +38,7 @@ def tables(costs: Costs) -> dict[str, object]:
 
 @pytest.fixture
 def no_refinement_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "_REFINED_AT_START_S", 0.0)
+    monkeypatch.setattr(calibration, "_REFINED_AT_START_S", 0.0)
 
 
 def spoil(folder: Path, *names: str, seconds: float) -> None:
@@ -83,7 +82,7 @@ def test_a_disturbed_start_does_not_replace_what_a_quiet_one_measured(target: Ta
 def test_a_first_start_does_not_wait_for_all_measurements_where_they_take_long(
     target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "_CALIBRATED_AT_START_S", 0.0)
+    monkeypatch.setattr(calibration, "_CALIBRATED_AT_START_S", 0.0)
     engine = engine_with(target, tmp_path)
     assert not any(tables(engine.costs).values())
     assert not list(tmp_path.iterdir()), "half of the costs are not kept"
