@@ -5,7 +5,7 @@ from rich.console import Console
 from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
 
 from aurora_lit.cli import generate as generate_module
-from aurora_lit.cli.generate import ACCEPTED, OWN, coloured, generate
+from aurora_lit.cli.generate import ACCEPTED, OWN, Timing, coloured, generate, summary
 from aurora_lit.config import AuroraConfig
 from aurora_lit.request import Output
 from aurora_lit.serve.http.detokenizer import TextStream
@@ -36,3 +36,13 @@ def test_it_prints_the_answer_and_the_numbers(
     assert "accepted length 3.00" in printed
     assert ("plain decoding" in printed) == compare_plain
     assert not engine.has_work
+
+
+def test_the_ratio_is_that_of_the_median_pair() -> None:
+    def timing(seconds: float) -> Timing:
+        return Timing(num_tokens=100, seconds=seconds, accepted_length=2.0, num_drafted_rounds=50)
+
+    pairs = [(timing(2.0), timing(1.0)), (timing(0.5), timing(1.0)), (timing(1.0), timing(1.25))]
+    printed = summary(timing(2.0), pairs).plain
+    assert "100 tokens, 50.0 tokens/s" in printed, "the answer that was shown"
+    assert "plain decoding: 100.0 tokens/s; speculation is 1.25× as fast (medians of 3 pairs)" in printed
