@@ -1,0 +1,72 @@
+"""Every script of examples/ runs: two of them against a server without a model, all of them with the real one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT, child_environment
+from support.fake_server import FakeServer
+
+from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.config import load_config
+
+EXAMPLES = ROOT / "examples"
+MAX_LINES = 40
+
+
+def run(name: str, *arguments: object) -> str:
+    """What a script prints; it must end well."""
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    env = {key: text for key, text in child_environment().items() if not key.lower().endswith("_proxy")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_each_example_is_short_and_has_its_line() -> None:
+    text = (EXAMPLES / "README.md").read_text()
+    scripts = sorted(EXAMPLES.glob("*.py"))
+    assert len(scripts) == 5
+    for script in scripts:
+        assert len(script.read_text().splitlines()) < MAX_LINES, script.name
+        assert f"[{script.name}]({script.name}): " in text
+
+
+def test_an_answer_is_streamed() -> None:
+    with FakeServer() as server:
+        *_, last = run("stream.py", server.url).splitlines()
+    assert last.startswith("64 tokens, ")
+
+
+def test_learning_is_watched_while_requests_are_answered() -> None:
+    with FakeServer(learner="lives") as server:
+        server.wait_until(lambda now: now["learner"]["state"] == "running", 20)
+        first = run("watch_it_learn.py", server.url, 0.01)
+        second = run("watch_it_learn.py", server.url, 0.01)
+    for shown in (first, second):
+        assert shown.startswith("   10 requests  ")
+        assert "learner running: " in shown
+
+
+@pytest.mark.slow
+def test_all_examples_with_the_real_model(tmp_path: Path) -> None:
+    traces = tmp_path / "traces"
+    settings = [
+        f"server.port={free_port()}",
+        f"trace.record={traces}",
+        f"checkpoint.dir={tmp_path}",
+        "learn.enabled=false",
+        f"learn.logs={tmp_path / 'logs'}",
+    ]
+    with running_server(load_config(None, settings), tmp_path / "log") as url:
+        assert float(run("stream.py", url).split()[-3]) >= 1
+        assert " requests  " in run("watch_it_learn.py", url, 5)
+    assert os.listdir(traces)
+    assert "tokens a round" in run("without_a_server.py", "engine.max_batch_size=2").splitlines()[-1]
+    shown = run("replay_traces.py", traces, tmp_path / "replayed", "--steps-per-trace", 0.2)
+    assert f"aurora-lit serve draft.checkpoint={tmp_path / 'replayed'}/draft" in shown
+    assert "d2t" in run("export_draft.py", tmp_path / "exported", f"checkpoint.dir={tmp_path}")
