@@ -204,6 +204,13 @@ def test_the_picture_shows_the_figures_of_its_table(tmp_path: Path) -> None:
     assert texts(committed) == texts(out.read_text()), "run python scripts/readme_picture.py"
 
 
+def test_files_named_in_pictures_exist() -> None:
+    pictures = (ROOT / "docs" / "images").glob("*.svg")
+    named = [file for path in pictures for file in re.findall(r"[\w/]+\.py", path.read_text())]
+    assert len(named) > 20
+    assert [file for file in named if not (ROOT / "aurora_lit" / file).exists()] == []
+
+
 # -- links, files, settings ----------------------------------------------------------------------------------------
 
 
