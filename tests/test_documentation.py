@@ -211,6 +211,18 @@ def test_files_named_in_pictures_exist() -> None:
     assert [file for file in named if not (ROOT / "aurora_lit" / file).exists()] == []
 
 
+# -- the site -------------------------------------------------------------------------------------------------------
+
+
+def test_pages_are_prepared_for_the_site() -> None:
+    hooks = runpy.run_path(str(ROOT / "scripts" / "mkdocs_hooks.py"))
+    page = "Text\n- one\n  more\n- two\n\n| a |\n|---|\nText:\n| a |\n|---|\n```\nls\n- x\n```\n1. one\n2. two\n"
+    shown = "Text\n\n- one\n  more\n- two\n\n| a |\n|---|\nText:\n\n| a |\n|---|\n```\nls\n- x\n```\n\n1. one\n2. two\n"
+    assert hooks["with_blank_lines"](page) == shown
+    links = "[a](../README.md) [b](../NOTHING.md) [c](metrics.md#x) [d](https://e.org) ![e](../README.md)"
+    assert hooks["plain_links"](links, ROOT / "docs") == links.replace("[a](../README.md)", "a", 1)
+
+
 # -- links, files, settings ----------------------------------------------------------------------------------------
 
 

@@ -45,8 +45,8 @@ def test_an_answer_is_streamed() -> None:
 def test_learning_is_watched_while_requests_are_answered() -> None:
     with FakeServer(learner="lives") as server:
         server.wait_until(lambda now: now["learner"]["state"] == "running", 20)
-        first = run("watch_it_learn.py", server.url, 0.01)
-        second = run("watch_it_learn.py", server.url, 0.01)
+        first = run("watch_it_learn.py", server.url, "--seconds", 0.01)
+        second = run("watch_it_learn.py", server.url, "--seconds", 0.01)
     for shown in (first, second):
         assert shown.startswith("   10 requests  ")
         assert "learner running: " in shown
@@ -64,7 +64,7 @@ def test_all_examples_with_the_real_model(tmp_path: Path) -> None:
     ]
     with running_server(load_config(None, settings), tmp_path / "log") as url:
         assert float(run("stream.py", url).split()[-3]) >= 1
-        assert " requests  " in run("watch_it_learn.py", url, 5)
+        assert " requests  " in run("watch_it_learn.py", url, "--seconds", 5)
     assert os.listdir(traces)
     assert "tokens a round" in run("without_a_server.py", "engine.max_batch_size=2").splitlines()[-1]
     shown = run("replay_traces.py", traces, tmp_path / "replayed", "--steps-per-trace", 0.2)
