@@ -1,0 +1,116 @@
+"""The Grafana dashboard and the alert rules ask for metrics that a server exports.
+
+Leaves out evaluating them: `benchmarks/prove_dashboard.py` does that with Prometheus on a live server.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from support import ROOT
+
+from benchmarks.prove_dashboard import expressions, faster
+
+GRAFANA = ROOT / "docs" / "grafana"
+DASHBOARD = GRAFANA / "aurora-lit.json"
+RULES = GRAFANA / "alerts.yml"
+
+
+def exported() -> dict[str, str]:
+    """Metric → kind, as docs/metrics.md lists them; a test holds that list to the server."""
+    text = (ROOT / "docs" / "metrics.md").read_text().split("## Exported", 1)[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| `([^`]+)` \| (\w+) \|", text, flags=re.MULTILINE))
+
+
+def metrics_in(expression: str) -> set[str]:
+    """The metrics that an expression names."""
+    return set(re.findall(r"(?:vllm:|aurora_)\w+", re.sub(r'"[^"]*"', "", expression)))
+
+
+def rules() -> list[dict[str, str]]:
+    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+
+
+def test_every_expression_asks_for_exported_metrics() -> None:
+    asked = [expression for _, expression in expressions(DASHBOARD)] + [rule["expr"] for rule in rules()]
+    assert len(asked) > 50
+    known = exported()
+    series = {
+        f"{name}{suffix}"
+        for name, kind in known.items()
+        for suffix in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))
+    }
+    for expression in asked:
+        assert metrics_in(expression) <= series, expression
+        for name in re.findall(r"(?:rate|increase)\(([\w:]+)", expression):
+            assert name not in known or known[name] == "counter", f"{name} in {expression} does not only grow"
+
+
+def test_every_exported_metric_is_shown_or_watched() -> None:
+    shown = {name for _, expression in expressions(DASHBOARD) for name in metrics_in(expression)}
+    watched = {name for rule in rules() for name in metrics_in(rule["expr"])}
+    used = {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown | watched} | shown
+    left_out = {
+        "aurora_mean_accepted_length",  # since the start; panels show rates
+        "aurora_acceptance_rate",
+        "aurora_domain_mean_accepted_length",
+        "aurora_domain_generated_tokens_total",
+        "aurora_domain_proposed_total",
+        "aurora_domains_version",
+        "aurora_learner_steps_total",
+        "aurora_learner_traces_skipped_total",
+        "aurora_memory_answers_total",
+        "aurora_memory_evicted_tokens_total",
+        "aurora_traces_opted_out_total",
+        "aurora_traces_unrecorded_total",
+        "vllm:prefix_cache_queries_total",
+    }
+    assert exported().keys() - used == left_out
+
+
+def test_panels_do_not_overlap() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + dx, place["y"] + dy) for dx in range(place["w"]) for dy in range(place["h"])}
+        assert max(x for x, _ in cells) < 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_every_alert_has_a_test_and_says_what_to_do() -> None:
+    tested = (GRAFANA / "alerts_test.yml").read_text()
+    for rule in rules():
+        assert rule["alert"] in tested
+        assert rule["labels"]["severity"] in ("critical", "warning", "info")  # type: ignore[index]
+        assert {"summary", "description"} == set(rule["annotations"])
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="Prometheus is not installed")
+def test_promtool_accepts_the_rules_and_their_tests_pass() -> None:
+    for arguments in (["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]):
+        done = subprocess.run(["promtool", *arguments], cwd=GRAFANA, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rules_for_the_proof_differ_in_durations_only() -> None:
+    text = "for: 1m\nexpr: a[30m] / b[1d] offset 30m > 30)\n"
+    assert faster(text) == "for: 6s\nexpr: a[180s] / b[8640s] offset 180s > 30)\n"
+
+
+def test_the_servers_compose_file_uses_these_files() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    for service in services.values():
+        for mount in service.get("volumes", ()):
+            source = mount.split(":")[0]
+            assert not source.startswith(".") or Path(ROOT, source).exists(), source
+    (scrape,) = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())["scrape_configs"]
+    (host,) = scrape["static_configs"][0]["targets"]
+    assert host.split(":")[0] in services
+    assert all(scrape["job_name"] == name for name in re.findall(r'job="([^"]+)"', RULES.read_text()))
