@@ -1,0 +1,80 @@
+"""docs/fields.md says what the schema of a chat request accepts, and names every field of OpenAI's."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, get_type_hints
+
+import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
+from pydantic import ValidationError
+from support import ROOT
+
+from aurora_lit.errors import RequestError
+from aurora_lit.serve.http.schema import NEUTRAL, NEUTRAL_IN_MESSAGE, ChatRequest, Message
+
+TURN = {"role": "user", "content": "Hello"}
+
+
+def rows(section: str) -> list[list[str]]:
+    """The cells of the tables of a section, without heads."""
+    text = (ROOT / "docs" / "fields.md").read_text().split(f"\n## {section}\n", 1)[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def names(section: str) -> list[str]:
+    return [cells[0].strip("`") for cells in rows(section)]
+
+
+def values(cell: str) -> list[Any]:
+    return [json.loads(text) for text in re.findall(r"`([^`]+)`", cell)]
+
+
+def refusal(**fields: Any) -> str:
+    """What a request with these fields is told; "" if it is accepted."""
+    try:
+        ChatRequest.model_validate({"messages": [TURN], **fields})
+    except (RequestError, ValidationError) as error:
+        return str(error)
+    return ""
+
+
+def test_the_supported_fields_are_the_schemas() -> None:
+    assert sorted(names("Supported")) == sorted(ChatRequest.model_fields)
+
+
+def test_the_values_without_effect_are_the_schemas() -> None:
+    of_request = [cells for cells in rows("Accepted without effect") if len(cells) > 2]
+    of_message = [cells for cells in rows("Accepted without effect") if len(cells) == 2]
+    for table, cells_of, column in ((NEUTRAL, of_request, 4), (NEUTRAL_IN_MESSAGE, of_message, 1)):
+        shown = {cells[0].strip("`"): values(cells[column]) for cells in cells_of}
+        assert {name: repr(list(each)) for name, each in table.items()} == {n: repr(v) for n, v in shown.items()}
+
+
+def test_values_without_effect_are_accepted_and_others_refused() -> None:
+    for name, allowed in NEUTRAL.items():
+        for value in allowed:
+            assert refusal(**{name: value}) == ""
+        assert name in refusal(**{name: "something else"})
+    assert Message.model_validate({**TURN, **{name: each[0] for name, each in NEUTRAL_IN_MESSAGE.items()}}).text
+
+
+@pytest.mark.parametrize("name", names("Refused"))
+def test_refused_fields_are_refused_by_name(name: str) -> None:
+    assert name in refusal(**{name: 1})
+
+
+def test_every_field_of_openais_package_has_a_row() -> None:
+    shown = {*names("Supported"), *names("Accepted without effect"), *names("Refused")}
+    assert get_type_hints(CompletionCreateParamsNonStreaming).keys() - shown == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [("temperature", 2, 2.1), ("top_k", -1, -2), ("n", 128, 129), ("repetition_penalty", 0.01, 0.0), ("top_p", 1, 0)],
+)
+def test_ranges_are_as_the_table_says(name: str, inside: float, outside: float) -> None:
+    assert refusal(**{name: inside}) == ""
+    assert name in refusal(**{name: outside})
