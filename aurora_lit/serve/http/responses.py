@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any, Literal
 
 from aurora_lit.request import TOKEN_SOURCES, TokenLogprob
@@ -185,9 +184,8 @@ class ResponseBuilder:
             entries += [(known.token_id, known) for known in delta.logprobs or ()]
             choice.num_tokens += len(delta.token_ids)
             if delta.token_texts is not None:
-                sources = list(
-                    zip_longest(delta.token_texts, delta.accepted_from[: len(delta.token_texts)], fillvalue=0)
-                )
+                owns = (0,) * len(delta.token_texts)
+                sources = list(zip(delta.token_texts, delta.accepted_from + owns, strict=False))
         if delta.num_proposed and not drop_output:
             choice.histogram[min(delta.num_accepted, self._max_draft_tokens)] += 1
             choice.num_proposed += delta.num_proposed
