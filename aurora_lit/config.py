@@ -133,6 +133,11 @@ def resolved_memory_scope(config: AuroraConfig) -> Literal["domain", "client", "
     return "domain" if config.server.host == "127.0.0.1" else "client"
 
 
+def shows_page(config: AuroraConfig) -> bool:
+    """Whether the server has the live page: server.page, and for auto what server.host says."""
+    return config.server.host == "127.0.0.1" if config.server.page == "auto" else config.server.page == "on"
+
+
 def copied_tokens(config: AuroraConfig) -> int:
     """Most tokens that a round copies for a sequence, by n-gram lookup or from the traffic memory; 0: nothing is."""
     engine = config.engine

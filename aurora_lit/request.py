@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 MAX_DOMAIN_CHARACTERS = 64
 """Longest label of a domain. Labels are printable."""
+TOKEN_SOURCES = ("target", "draft", "lookup", "memory")
+"""Where a token of an answer came from, in the order of traces.record.SOURCE_…: the target's own token, or an accepted
+proposal of the draft, copied from earlier in the request, or from the traffic memory alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +120,8 @@ class Output:
     """True if this round's proposals were sampled for exploration."""
     only_copied: bool = False
     """True if this round's proposals were all copied, from earlier in the request or from the traffic memory."""
-    num_accepted_from_memory: int = 0
-    """Those of `num_accepted` that the traffic memory alone proposed."""
+    accepted_from: tuple[int, ...] = ()
+    """For each accepted token, which come first in `token_ids`, the index of its source in TOKEN_SOURCES."""
     draft_versions: tuple[str, ...] = ()
     """Draft versions that have proposed for the request so far, in order of first use."""
     domain: str = ""

@@ -153,6 +153,9 @@ class ServerSettings:
     api_key: str | None = None
     """Clients must send `Authorization: Bearer KEY`. null: no key is needed. `${oc.env:NAME}` reads an environment
     variable."""
+    page: Literal["auto", "on", "off"] = "auto"
+    """Show the live page at `/`: what the server does and learns now, and a chat. auto: on loopback only. It has no
+    data without api_key, if that is set."""
     max_queue: int = _within(64, 1, 1 << 20)
     """Maximum number of unfinished requests; beyond it the server answers 429 with Retry-After."""
     model_name: str | None = None

@@ -99,6 +99,7 @@ DEFAULTS = {
         "host": "127.0.0.1",
         "port": 8000,
         "api_key": None,
+        "page": "auto",
         "max_queue": 64,
         "model_name": None,
         "drain_s": 10.0,

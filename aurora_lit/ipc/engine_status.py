@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aurora_lit.ipc.page import Page, counts, heartbeat_age_s, text
-from aurora_lit.request import MAX_DOMAIN_CHARACTERS
+from aurora_lit.request import MAX_DOMAIN_CHARACTERS, TOKEN_SOURCES
 from aurora_lit.settings import MAX_DOMAINS, MAX_PROPOSAL_LENGTH, PLANS
 
 STATUS_NAME = "status"
@@ -104,6 +104,13 @@ class EngineStatus:
     accepted: int
     accepted_by_position: tuple[int, ...] = counts(MAX_PROPOSAL_LENGTH)
     """How often the token proposed at each position was accepted; max_draft_tokens entries."""
+    generated_by_source: tuple[int, ...] = counts(len(TOKEN_SOURCES))
+    """generated_tokens by where they came from, in the order of request.TOKEN_SOURCES."""
+    compared_us: int
+    """What rounds took that can be compared with plain ones, in microseconds: those without prompt tokens that had the
+    machine to themselves, of kinds whose plain rounds have been timed."""
+    compared_plain_us: int
+    """What their tokens would have taken in plain rounds of as many sequences."""
     memory_capacity: int
     """Tokens that the traffic memory can hold; 0: there is none."""
     memory_tokens: int

@@ -53,7 +53,8 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     num_proposed: int = 0
     num_accepted: int = 0
-    num_accepted_from_memory: int = 0
+    accepted_from: tuple[int, ...] = ()
+    """For each accepted token, which come first, the index of its source in request.TOKEN_SOURCES."""
     finish_reason: str | None = None
     """"stop" (end of text or stop token), "length" or "error" with the choice's last delta."""
     error: str | None = None

@@ -70,7 +70,8 @@ class AuroraServer(LitServer):  # type: ignore[misc]
         """workers: by rank. channel: to the first of them. status: its page."""
         spec = AuroraSpec(config, tokenizer, run_folder)
         # "cpu", so that LitServe looks for no GPU; each worker chooses its device itself.
-        super().__init__(AuroraAPI(config, spec), accelerator="cpu", timeout=False, max_payload_size=MAX_BODY_BYTES)
+        api = AuroraAPI(config, spec)
+        super().__init__(api, accelerator="cpu", timeout=False, max_payload_size=MAX_BODY_BYTES)
         self.uvicorn_graceful_timeout = config.server.drain_s + _AFTER_DRAIN_S
         # LitServe would end the server at once when the worker dies; first /health and the clients must report it.
         self._monitor_workers = False
@@ -78,7 +79,7 @@ class AuroraServer(LitServer):  # type: ignore[misc]
         self.inference_workers = list(workers)
         self.http_processes: tuple[BaseProcess, ...] = ()
         """Empty until the engine is ready."""
-        spec.configure_app(self.app)
+        spec.configure_app(self.app, authorize=api.authorize)
 
     def _init_manager(self, num_api_servers: int) -> Any:
         """In place of a process that holds queues: the sockets, and nothing to shut down."""

@@ -36,7 +36,7 @@ FULL_DELTA = Delta(
     prompt_logprobs=(None, TokenLogprob(token_id=4, logprob=-2.25, top=())),
     num_proposed=4,
     num_accepted=2,
-    num_accepted_from_memory=1,
+    accepted_from=(3,),
     finish_reason="error",
     error="häßlich 🌍",
     draft_versions=("start", "draft-000001"),

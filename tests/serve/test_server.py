@@ -336,3 +336,30 @@ def test_idle_it_does_not_spin(server):
     before = sum(sum(process.cpu_times()[:2]) for process in processes)
     threading.Event().wait(2)
     assert sum(sum(process.cpu_times()[:2]) for process in processes) - before < 0.3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_sources_say_where_each_token_came_from(client, stream):
+    """The fake accepts two of three tokens a round, so every third is the target's own."""
+    options = {"max_tokens": 8, "stream": stream, "extra_body": {"return_token_sources": True}}
+    answer = client.chat.completions.create(model=MODEL, messages=hello("abcd"), **options)
+    parts = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    sources = [entry for part in parts for entry in part.token_sources]
+    texts = [(part.delta if stream else part.message).content or "" for part in parts]
+    assert "".join(entry["text"] for entry in sources) == "".join(texts)
+    assert [entry["source"] for entry in sources] == ["draft", "draft", "target"] * 2 + ["draft", "target"]
+
+
+def test_sources_are_only_said_if_asked_for(server):
+    assert "token_sources" not in raw_events(server, "/v1/completions", {"prompt": "abc", "max_tokens": 4})
+    body = {"prompt": "abc", "max_tokens": 4, "return_token_sources": True, "echo": True}
+    chunks = [json.loads(event[6:]) for event in raw_events(server, "/v1/completions", body).split("\n\n")[:-2]]
+    said = [entry["text"] for chunk in chunks for entry in chunk["choices"][0]["token_sources"]]
+    assert "".join(said) == "abca"  # without the prompt
+
+
+def test_the_status_counts_tokens_by_source(server):
+    before = server.status()["speculation"]["generated_by_source"]
+    raw_events(server, "/v1/completions", {"prompt": "abc", "max_tokens": 6})
+    expected = {**before, "target": before["target"] + 2, "draft": before["draft"] + 4}
+    server.wait_until(lambda now: now["speculation"]["generated_by_source"] == expected, 2)

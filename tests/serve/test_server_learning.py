@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 from click.testing import CliRunner
+from support.fake_drafts import publish_draft
 from support.fake_engine import FAKE_SHAPE
 from support.fake_server import MODEL, FakeServer
 
@@ -17,14 +18,12 @@ from aurora_lit.cli import status as live_status
 from aurora_lit.cli.main import main
 from aurora_lit.config import load_config
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, write_centroids
-from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.run_folder import live_folders
 from aurora_lit.learn.online.process import _open_pages
 from aurora_lit.modules.domains.centroids import Centroids
-from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.serve import learner_child
 from aurora_lit.serve.server import check_learning, settings_for_learner
 
@@ -42,22 +41,6 @@ def versions_of(server):
 
 def learner_is(state):
     return lambda now: now["learner"]["state"] == state
-
-
-def publish(folder):
-    shape = {
-        "hidden_size": 8,
-        "target_hidden_size": 8,
-        "intermediate_size": 8,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "vocab_size": 11,
-        "draft_vocab_size": 7,
-    }
-    store = DraftStore(folder / "live", keep=5)
-    store.publish(Eagle3Draft(Eagle3Config(**shape, aux_layer_ids=(1, 2, 3))), record={})
-    return store
 
 
 def test_without_learning_no_learner_is_started_and_opting_out_is_counted():
@@ -121,7 +104,7 @@ def test_a_learner_that_fails_is_reported_and_serving_continues(behaviour, state
 
 
 def test_published_drafts_are_served_reported_and_rolled_back_by_the_command_line(tmp_path):
-    store = publish(tmp_path)
+    store = publish_draft(tmp_path)
     with FakeServer(checkpoints=tmp_path) as server:
         assert server.status()["draft"] == {
             "version": "draft-000001",
@@ -132,7 +115,7 @@ def test_published_drafts_are_served_reported_and_rolled_back_by_the_command_lin
             "rolled_back": None,
         }
         assert versions_of(server) == ["draft-000001"]
-        publish(tmp_path)
+        publish_draft(tmp_path)
         server.wait_until(lambda now: now["draft"]["version"] == "draft-000002", 10)
         assert versions_of(server) == ["draft-000002"]
         bad = store.folder / "draft-000003"

@@ -23,10 +23,11 @@ from transformers import PreTrainedTokenizerFast
 from aurora_lit.drafts.centroid_file import read_centroids
 from aurora_lit.errors import RequestError
 from aurora_lit.modules.domains.centroids import DomainAssigner
-from aurora_lit.request import Output, Request, TokenLogprob
+from aurora_lit.request import TOKEN_SOURCES, Output, Request, TokenLogprob
 from aurora_lit.serve.worker import loop
 from aurora_lit.serve.worker.parts import WorkerParts
 from aurora_lit.settings import PLANS
+from aurora_lit.traces.record import SOURCE_DRAFT
 
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|crash|>", "<|error|>", "<|refuse|>", "<|toolong|>")
 _MERGES = ("h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld", "Ġ t", "Ġt he")
@@ -84,6 +85,9 @@ class FakeStats:
     proposed: int = 0
     accepted: int = 0
     accepted_by_position: list[int] = field(default_factory=lambda: [0] * 8)
+    generated_by_source: list[int] = field(default_factory=lambda: [0] * len(TOKEN_SOURCES))
+    compared_us: int = 0
+    compared_plain_us: int = 0
 
 
 @dataclass(kw_only=True)
@@ -169,6 +173,8 @@ class FakeEngine:
         self.stats.drafts += proposed > 0
         self.stats.proposed += proposed
         self.stats.accepted += accepted
+        self.stats.generated_by_source[0] += len(ids) - accepted
+        self.stats.generated_by_source[SOURCE_DRAFT] += accepted
         for position in range(accepted):
             self.stats.accepted_by_position[position] += 1
         if finish_reason is not None:
@@ -186,6 +192,7 @@ class FakeEngine:
             prompt_logprobs=prompt_logprobs,
             num_proposed=proposed,
             num_accepted=accepted,
+            accepted_from=(SOURCE_DRAFT,) * accepted,
             domain=request.domain or ("" if self.assigner is None else self.assigner.names[0]),
         )
 

@@ -50,7 +50,7 @@ from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationP
 from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
 from aurora_lit.serve.speculation.traffic_memory import make_memory
-from aurora_lit.traces.record import SOURCE_DRAFT
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_MEMORY
 
 
 class Engine:
@@ -320,13 +320,12 @@ class Engine:
         is_first = sequence.length == sequence.prompt_length
         sequence.length = end
         self.proposer.observe(sequence, proposal, path=path, finished=reason is not None)
-        remembered = proposal.remembered
-        num_remembered = sum(column in path for column in remembered)
+        accepted_from = proposal.sources_of(path[1:])
         if self.memory is not None:
-            self.memory.stats.proposed += len(remembered)
-            self.memory.stats.accepted += num_remembered
+            self.memory.stats.proposed += len(proposal.remembered)
+            self.memory.stats.accepted += accepted_from.count(SOURCE_MEMORY)
         explored = proposal.explored_at is not None
-        self.stats.count(generated=len(tokens), proposed=proposed, accepted=accepted, explored=explored)
+        self.stats.count(generated=len(tokens), proposed=proposed, accepted_from=accepted_from, explored=explored)
         if proposal.source == SOURCE_DRAFT:
             sequence.draft_versions[self.draft_version] = None
         return Output(
@@ -340,7 +339,7 @@ class Engine:
             finish_reason=reason,
             explored=explored,
             only_copied=proposed > 0 and not proposal.num_drafted,
-            num_accepted_from_memory=num_remembered,
+            accepted_from=accepted_from,
             draft_versions=tuple(sequence.draft_versions),
             domain=sequence.domain,
             num_cached_tokens=sequence.num_reused,
@@ -365,6 +364,8 @@ class Engine:
             kind = RoundKind.of([row.sequence for row in rows])
             how = {"speculated": speculated, "drafted": draft_s > 0, "proposing_s": self.proposer.seconds}
             self.floor.observe(kind, seconds=seconds, tokens=tokens, **how)  # type: ignore[arg-type]
+            self.stats.compared_us = int(self.floor.compared_s * 1e6)
+            self.stats.compared_plain_us = int(self.floor.compared_plain_s * 1e6)
 
     def _begin_decoding(self) -> None:
         """Let sequences decode whose prompts have been read. Their domain is known now."""

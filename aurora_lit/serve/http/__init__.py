@@ -18,5 +18,7 @@ May import: models/tokenizer.py, ipc/. Start with routes.py. The files, each imp
     routes.py         the two routes that generate
     token_routes.py   POST /tokenize and /detokenize
     status.py         the status pages as JSON
+    history.py        what the live page shows of the past
+    live_page.py      the live page: its files (static/), and what it shows as server-sent events
     spec.py           our LitSpec: registers all routes, answers the GET routes
 """

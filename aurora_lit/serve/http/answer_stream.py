@@ -27,6 +27,8 @@ class TextDelta(Delta):
 
     text: str
     """Whole characters that later tokens cannot change; may be empty although there are new tokens."""
+    token_texts: tuple[str, ...] | None = None
+    """`text` by the token that completed each character; None: not asked for."""
 
 
 class Addition(NamedTuple):
@@ -41,8 +43,9 @@ class Addition(NamedTuple):
 class AnswerStream:
     """The choices of one call, from their first delta to their last; see the file's example."""
 
-    def __init__(self, tokenizer: Tokenizer, requests: Sequence[Request]) -> None:
-        """requests: those of the call, in its order."""
+    def __init__(self, tokenizer: Tokenizer, requests: Sequence[Request], *, by_token: bool = False) -> None:
+        """requests: those of the call, in its order. by_token: deltas have `token_texts`."""
+        self._by_token = by_token
         self._texts = [
             TextStream(
                 tokenizer,
@@ -65,7 +68,7 @@ class AnswerStream:
                 continue
             if delta.finish_reason == "error":
                 raise RuntimeError(delta.error or "the engine gave no reason")
-            text, num_tokens, finish_reason = self._decode(delta)
+            texts, num_tokens, finish_reason = self._decode(delta)
             if finish_reason is not None:
                 self._unfinished.remove(delta.index)
                 if delta.finish_reason is None:
@@ -73,13 +76,14 @@ class AnswerStream:
             added.append(
                 TextDelta(
                     index=delta.index,
-                    text=text,
+                    text="".join(texts),
+                    token_texts=tuple(texts) if self._by_token else None,
                     token_ids=delta.token_ids[:num_tokens],
                     logprobs=None if delta.logprobs is None else delta.logprobs[:num_tokens],
                     prompt_logprobs=delta.prompt_logprobs,
                     num_proposed=delta.num_proposed,
                     num_accepted=delta.num_accepted,
-                    num_accepted_from_memory=delta.num_accepted_from_memory,
+                    accepted_from=delta.accepted_from,
                     finish_reason=finish_reason,
                     draft_versions=delta.draft_versions,
                     domain=delta.domain,
@@ -88,20 +92,24 @@ class AnswerStream:
             )
         return Addition(tuple(added), tuple(stopped))
 
-    def _decode(self, delta: Delta) -> tuple[str, int, str | None]:
-        """New text, number of tokens that count, and finish reason: the engine's, or "stop" at a stop string."""
+    def _decode(self, delta: Delta) -> tuple[list[str], int, str | None]:
+        """New text, number of tokens that count, and finish reason: the engine's, or "stop" at a stop string.
+
+        The text is in one piece, or by token if it is asked for, or if a stop string is looked for.
+        """
         stream, token_ids = self._texts[delta.index], delta.token_ids
         # The token that ended the answer counts as a token, but is no part of the text unless that is asked for.
         hides_last = delta.finish_reason == "stop" and not self._keeps_stop[delta.index]
         visible = token_ids[:-1] if hides_last else token_ids
-        if not self._has_stop[delta.index]:
-            text = stream.push(visible)
+        if not (self._has_stop[delta.index] or self._by_token):
+            texts = [stream.push(visible)]
         else:
-            text = ""
+            texts = []
             for position, token_id in enumerate(visible):  # one at a time, to find the one that completes a stop string
-                text += stream.push((token_id,))
+                texts.append(stream.push((token_id,)))
                 if stream.stopped:
-                    return text, position + 1, "stop"
+                    return texts, position + 1, "stop"
+            texts += [""] * (len(token_ids) - len(visible))
         if delta.finish_reason is not None:
-            text += stream.finish()
-        return text, len(token_ids), delta.finish_reason
+            texts = [*texts[:-1], "".join(texts[-1:]) + stream.finish()]
+        return texts, len(token_ids), delta.finish_reason

@@ -20,6 +20,7 @@ from aurora_lit.drafts.versions import version_number
 from aurora_lit.ipc.engine_status import DomainTotals, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.ring import RingCounters
+from aurora_lit.request import TOKEN_SOURCES
 from aurora_lit.settings import PLANS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -52,10 +53,13 @@ class ServerMetrics:
     ) -> None:
         """Register all metrics. model: becomes the label model_name of every sample."""
         self._registry = CollectorRegistry()
+        self._histograms: dict[str, Histogram] = {}
         labels = {"model_name": model, "engine": "0"}
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, tuple(labels), buckets=buckets, registry=self._registry).labels(**labels)
+            family = Histogram(name, text, tuple(labels), buckets=buckets, registry=self._registry)
+            self._histograms[name.removeprefix("vllm:").removesuffix("_seconds")] = family
+            return family.labels(**labels)
 
         self.first_token = histogram(
             "vllm:time_to_first_token_seconds", "From accepting a request to its first token.", _FIRST_TOKEN_BUCKETS_S
@@ -93,6 +97,14 @@ class ServerMetrics:
         """Count one request that got an error response."""
         self._refused.labels(**self._labels, status=str(http_status)).inc()
 
+    def latencies(self) -> dict[str, tuple[float, int]]:
+        """Of each histogram the sum of its observations in seconds, and their number."""
+        found = {}
+        for name, family in self._histograms.items():
+            values = {s.name.rpartition("_")[2]: s.value for metric in family.collect() for s in metric.samples}
+            found[name] = (round(values["sum"], 4), int(values["count"]))
+        return found
+
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
@@ -126,6 +138,14 @@ class _EngineCollector(Collector):
                 "What these rounds were expected to take when they were planned.",
                 status.predicted_round_us / 1e6,
             ),
+            "aurora_compared_seconds": (
+                "Time of rounds that can be compared with plain ones.",
+                status.compared_us / 1e6,
+            ),
+            "aurora_compared_plain_seconds": (
+                "What their tokens would have taken in plain rounds.",
+                status.compared_plain_us / 1e6,
+            ),
             "aurora_memory_answers": ("Answers that the traffic memory has remembered.", status.memory_answers),
             "aurora_memory_look_ups": ("Searches of it for a sequence's last tokens.", status.memory_look_ups),
             "aurora_memory_hits": ("Those that found something likely enough.", status.memory_hits),
@@ -154,6 +174,13 @@ class _EngineCollector(Collector):
             "Rounds in which a sequence decoded, by what was proposed.",
             "plan",
             dict(zip(PLANS, status.rounds_by_plan, strict=True)),
+            self._labels,
+        )
+        yield _by_label(
+            "aurora_generated_tokens",
+            "Tokens generated, by where they came from.",
+            "source",
+            dict(zip(TOKEN_SOURCES, status.generated_by_source, strict=True)),
             self._labels,
         )
         gauges = {

@@ -17,14 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from aurora_lit.request import TokenLogprob
+from aurora_lit.request import TOKEN_SOURCES, TokenLogprob
 from aurora_lit.serve.http.answer_stream import TextDelta
 from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.tokenize import Prepared
 
 Json = dict[str, Any]
+Source = tuple[str, int]
+"""A token's text, and the index of its source in TOKEN_SOURCES."""
 Entry = tuple[int, TokenLogprob | None]
 """A token and its log-probability; None for the first token of a prompt, which has no condition."""
+_MEMORY = TOKEN_SOURCES.index("memory")
 _OBJECTS = {"chat": ("chat.completion", "chat.completion.chunk"), "text": ("text_completion", "text_completion")}
 
 
@@ -35,6 +38,7 @@ class _Choice:
     text: str = ""
     num_tokens: int = 0
     logprobs: list[Entry] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
     text_offset: int = 0
     """Where the next token with log-probabilities begins, in characters."""
     finish_reason: str | None = None
@@ -70,6 +74,7 @@ class ResponseBuilder:
         self._prepared, self._kind, self._token_decoder = prepared, kind, token_decoder
         self._max_draft_tokens, self._usage_in_every_chunk = max_draft_tokens, usage_in_every_chunk
         self._wants_logprobs = requests[0].params.logprobs is not None
+        self._wants_sources = prepared.by_token
         self._choices = [_Choice(histogram=[0] * (max_draft_tokens + 1)) for _ in requests]
         full, chunk = _OBJECTS[kind]
         identity = {"id": prepared.call.call_id, "created": created, "model": model}
@@ -97,16 +102,16 @@ class ResponseBuilder:
             choice = self._choices[index]
             if self._kind == "chat" and not choice.begun:
                 chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
-            text, entries = "", list[Entry]()
+            text, entries, sources = "", list[Entry](), list[Source]()
             for delta in deltas:
                 if delta.index == index:
-                    more_text, more_entries = self._add(delta)
-                    text, entries = text + more_text, entries + more_entries
-            if not (text or entries or choice.finish_reason):
+                    more_text, more_entries, more_sources = self._add(delta)
+                    text, entries, sources = text + more_text, entries + more_entries, sources + more_sources
+            if not (text or entries or sources or choice.finish_reason):
                 continue  # the tokens so far do not make up a whole character
             logprobs = self._logprobs(choice, entries) if entries else None
             content: Any = text if self._kind == "text" else {"content": text} if text or entries else {}
-            chunks.append(self._chunk(index, content, logprobs, choice.finish_reason))
+            chunks.append(self._chunk(index, content, logprobs, choice.finish_reason, sources))
         return chunks
 
     def full(self) -> Json:
@@ -120,6 +125,7 @@ class ResponseBuilder:
                     **({"message": message} if self._kind == "chat" else {"text": choice.text}),
                     "logprobs": self._logprobs(choice, choice.logprobs) if self._wants_logprobs else None,
                     "finish_reason": choice.finish_reason,
+                    **self._sources(choice.sources),
                 }
             )
         return {**self._full_head, "choices": choices, "usage": self.usage(), "metrics": self.metrics()}
@@ -161,10 +167,13 @@ class ResponseBuilder:
             }
         }
 
-    def _add(self, delta: TextDelta) -> tuple[str, list[Entry]]:
-        """Add a delta to its choice; return the new text and log-probabilities, echoed prompt included."""
+    def _add(self, delta: TextDelta) -> tuple[str, list[Entry], list[Source]]:
+        """Add a delta to its choice.
+
+        Returns the new text and log-probabilities, echoed prompt included; and the new tokens' sources, if asked for.
+        """
         choice, drop_output = self._choices[delta.index], self._prepared.drop_output
-        text, entries = "", list[Entry]()
+        text, entries, sources = "", list[Entry](), list[Source]()
         if not choice.begun and self._prepared.prompt_texts:
             text = self._prepared.prompt_texts[delta.index // self._prepared.num_choices]
         if delta.prompt_logprobs is not None:
@@ -174,10 +183,13 @@ class ResponseBuilder:
             text += delta.text
             entries += [(known.token_id, known) for known in delta.logprobs or ()]
             choice.num_tokens += len(delta.token_ids)
+            if delta.token_texts is not None:
+                owns = (0,) * len(delta.token_texts)
+                sources = list(zip(delta.token_texts, delta.accepted_from + owns, strict=False))
         if delta.num_proposed and not drop_output:
             choice.histogram[min(delta.num_accepted, self._max_draft_tokens)] += 1
             choice.num_proposed += delta.num_proposed
-            choice.num_from_memory += delta.num_accepted_from_memory
+            choice.num_from_memory += delta.accepted_from.count(_MEMORY)
         choice.draft_versions, choice.domain = delta.draft_versions, delta.domain
         choice.num_cached = delta.num_cached_tokens
         if delta.finish_reason is not None:
@@ -186,13 +198,28 @@ class ResponseBuilder:
         choice.text += text
         if self._wants_logprobs:
             choice.logprobs += entries
-        return text, entries
+        choice.sources += sources
+        return text, entries, sources
 
-    def _chunk(self, index: int, content: Any, logprobs: Json | None = None, finish_reason: str | None = None) -> Json:
+    def _chunk(
+        self,
+        index: int,
+        content: Any,
+        logprobs: Json | None = None,
+        finish_reason: str | None = None,
+        sources: Sequence[Source] = (),
+    ) -> Json:
         body = {"text": content} if self._kind == "text" else {"delta": content}
-        choice = {"index": index, **body, "logprobs": logprobs, "finish_reason": finish_reason}
+        more = self._sources(sources)
+        choice = {"index": index, **body, "logprobs": logprobs, "finish_reason": finish_reason, **more}
         extra = {"usage": self.usage()} if self._usage_in_every_chunk else {}
         return {**self._chunk_head, "choices": [choice], **extra}
+
+    def _sources(self, sources: Sequence[Source]) -> Json:
+        """`token_sources`, if the request asks for it."""
+        if not self._wants_sources:
+            return {}
+        return {"token_sources": [{"text": text, "source": TOKEN_SOURCES[source]} for text, source in sources]}
 
     def _logprobs(self, choice: _Choice, entries: Sequence[Entry]) -> Json:
         if self._kind == "chat":

@@ -136,6 +136,7 @@ class Sampling(_Strict):
     metadata: dict[str, str] | None = None
     store: bool | None = None
     speculate: bool | None = None
+    return_token_sources: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
 
     @model_validator(mode="before")

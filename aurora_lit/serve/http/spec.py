@@ -5,14 +5,15 @@ Leaves out what a generation request does (serve/http/routes.py), who may call a
 
     POST /v1/chat/completions  /v1/completions  /tokenize  /detokenize
     GET /v1/models  /v1/models/NAME  /v1/aurora/status  /metrics
-    GET /health  /ready                              open: these two need no API key
+    GET /v1/aurora/events                            with server.page (serve/http/live_page.py)
+    GET /health  /ready                              open: these two need no API key, and neither do the page's files
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from litserve.specs.base import LitSpec
 
-from aurora_lit.config import AuroraConfig, model_name
+from aurora_lit.config import AuroraConfig, model_name, shows_page
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.serve.http.errors import install_error_handlers
+from aurora_lit.serve.http.live_page import LivePage
 from aurora_lit.serve.http.metrics import CONTENT_TYPE, ServerMetrics
 from aurora_lit.serve.http.routes import GenerationRoutes
 from aurora_lit.serve.http.status import engine_json, learner_json, ranks_json, ring_counters
@@ -56,6 +58,7 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
             status=self._status_page, max_queue=config.server.max_queue, tokenizer=tokenizer
         )
         self._worker_client.connect(self)
+        self._live_page = LivePage(self._report, self._metrics.latencies) if shows_page(config) else None
         generation = GenerationRoutes(
             model=self._model,
             tokenizer=tokenizer,
@@ -89,20 +92,28 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         """Required by LitSpec and not called: routes and loop are our own."""
         return output
 
-    def configure_app(self, app: FastAPI) -> None:
-        """Replace LitServe's open routes and error bodies with ours, and watch the worker while the app runs."""
+    def configure_app(self, app: FastAPI, *, authorize: Callable[..., None]) -> None:
+        """Replace LitServe's open routes and error bodies with ours, and watch the worker while the app runs.
+
+        authorize: checks the API key, for routes that are not the spec's endpoints.
+        """
         replaced = {"/", "/health", "/info"}
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in replaced]
         app.title, app.version, app.description = "aurora-lit", "1", "Lossless speculative decoding, OpenAI's API."
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/ready", self.ready, methods=["GET"])
+        if self._live_page is not None:
+            self._live_page.add_routes(app, authorize=authorize)
         install_error_handlers(app, on_error=self._metrics.refuse, needs_key=self._needs_key)
         litserve_lifespan = app.router.lifespan_context
 
-        @asynccontextmanager
+        @contextlib.asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-            async with litserve_lifespan(app), self._worker_client.watch_worker():
-                with self._worker_client.drain_on_sigterm(self._drain_s):
+            page, client = self._live_page, self._worker_client
+            sampling = contextlib.nullcontext() if page is None else page.sampling()
+            end_page = (lambda: None) if page is None else page.close
+            async with litserve_lifespan(app), client.watch_worker(), sampling:
+                with client.drain_on_sigterm(self._drain_s, on_begin=end_page):
                     yield
 
         app.router.lifespan_context = lifespan
@@ -134,20 +145,21 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
 
     async def status(self) -> JSONResponse:
         """The state of engine, ring, ranks and learner."""
+        return JSONResponse(self._report())
+
+    def _report(self) -> dict[str, Any]:
         report = engine_json(self._status_page.read(), self._ring_counters())
         report["queue"] |= {
             "in_flight": self._worker_client.num_sequences,
             "calls": self._worker_client.num_calls,
             "max_queue": self._max_queue,
         }
-        return JSONResponse(
-            {
-                "model": self._model,
-                **report,
-                "ranks": self._ranks_json(),
-                "learner": learner_json(self._learner_page.read()),
-            }
-        )
+        return {
+            "model": self._model,
+            **report,
+            "ranks": self._ranks_json(),
+            "learner": learner_json(self._learner_page.read()),
+        }
 
     async def prometheus(self) -> Response:
         """Metrics in Prometheus' text format."""

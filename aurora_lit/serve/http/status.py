@@ -16,6 +16,7 @@ from aurora_lit.ipc.learner_status import LearnerStatus
 from aurora_lit.ipc.page import heartbeat_age_s
 from aurora_lit.ipc.ring import RingCounters, read_counters
 from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.request import TOKEN_SOURCES
 from aurora_lit.settings import PLANS
 
 Json = dict[str, Any]
@@ -61,6 +62,12 @@ def engine_json(status: EngineStatus, ring: RingCounters | None) -> Json:
             "proposed": status.proposed,
             "accepted": status.accepted,
             "accepted_by_position": status.accepted_by_position,
+            "generated_by_source": dict(zip(TOKEN_SOURCES, status.generated_by_source, strict=True)),
+            "against_plain": {
+                "seconds": status.compared_us / 1e6,
+                "plain_seconds": status.compared_plain_us / 1e6,
+                "speedup": status.compared_plain_us / status.compared_us if status.compared_us else None,
+            },
             "acceptance_rate": status.acceptance_rate,
             "mean_accepted_length": status.mean_accepted_length,
         },

@@ -59,6 +59,8 @@ class Prepared:
     """Of each prompt."""
     drop_output: bool = False
     """max_tokens is 0: the one token that the engine generates is dropped."""
+    by_token: bool = False
+    """The response says of each token where it came from."""
 
 
 def prepare_chat(
@@ -71,7 +73,13 @@ def prepare_chat(
     max_tokens = _check_length(len(prompt_ids), token_limit(body), limits, default=None, param="messages")
     params = body.sampling_params(max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs)
     call = _call(call_id, [prompt_ids], [params], body, client)
-    return Prepared(call=call, prompt_texts=(), num_prompt_tokens=len(prompt_ids), num_choices=body.num_choices)
+    return Prepared(
+        call=call,
+        prompt_texts=(),
+        num_prompt_tokens=len(prompt_ids),
+        num_choices=body.num_choices,
+        by_token=bool(body.return_token_sources),
+    )
 
 
 def render(messages: Sequence[Message], how: Templated, *, tokenizer: Tokenizer) -> str:
@@ -125,6 +133,7 @@ def prepare_completion(
         num_prompt_tokens=sum(map(len, ids)),
         num_choices=body.num_choices,
         drop_output=wanted == 0,
+        by_token=bool(body.return_token_sources),
     )
 
 

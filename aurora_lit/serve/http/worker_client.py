@@ -111,8 +111,12 @@ class WorkerClient:
             heartbeat_check.cancel()
             stop_watching()
 
-    def start(self, call: Call, request: Request, *, on_close: Callable[[bool], None]) -> PendingCall:
+    def start(
+        self, call: Call, request: Request, *, by_token: bool = False, on_close: Callable[[bool], None]
+    ) -> PendingCall:
         """Send a call to the worker. `on_close` runs once at its end, with True if the call failed.
+
+        by_token: its deltas have the text of each token.
 
         Raises RequestError if the worker is dead or the call does not fit into the queue.
         """
@@ -133,7 +137,7 @@ class WorkerClient:
                 code="queue_full",
                 status=429,
             )
-        answer = AnswerStream(self._tokenizer, call.requests)
+        answer = AnswerStream(self._tokenizer, call.requests, by_token=by_token)
         pending = PendingCall(self, self._spec, call, answer, on_close)
         watcher = asyncio.create_task(pending.close_when_client_disconnects(request))
         self._disconnect_watchers.add(watcher)
@@ -141,8 +145,10 @@ class WorkerClient:
         return pending
 
     @contextlib.contextmanager
-    def drain_on_sigterm(self, drain_s: float) -> Iterator[None]:
-        """Inside the context: `drain_s` seconds after SIGTERM, running calls fail. The rest of shutdown is uvicorn's.
+    def drain_on_sigterm(self, drain_s: float, *, on_begin: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Inside the context: on SIGTERM `on_begin` is called, and `drain_s` seconds after it, running calls fail.
+
+        The rest of shutdown is uvicorn's.
 
         SIGINT is ignored: Ctrl-C also reaches the main process, which sends SIGTERM, and uvicorn would take both
         together as a request to end at once.
@@ -151,6 +157,7 @@ class WorkerClient:
         uvicorn_handler = signal.getsignal(signal.SIGTERM)
 
         def begin_draining(number: int, frame: FrameType | None) -> None:
+            loop.call_soon_threadsafe(on_begin)
             loop.call_soon_threadsafe(loop.call_later, drain_s, self._fail_all, _SHUTTING_DOWN)
             if callable(uvicorn_handler):
                 uvicorn_handler(number, frame)

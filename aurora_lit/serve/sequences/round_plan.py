@@ -13,6 +13,7 @@ Left out: who proposes (serve/speculation/proposer.py), and which token the targ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from typing import NamedTuple
 from aurora_lit.kernels.suffix_index import is_remembered
 from aurora_lit.modules.sampling.tree import accepted_path, depths, first_choices
 from aurora_lit.serve.sequences.sequence import RunningSequence
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_MEMORY, SOURCE_NONE
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE
 
 
 class CopiedNode(NamedTuple):
@@ -56,6 +57,14 @@ class Proposal:
     def remembered(self) -> list[int]:
         """Columns of the tokens that the traffic memory alone proposed."""
         return [n.column for n in self.copies if n.column > self.num_drafted and is_remembered(n.cell)]
+
+    def sources_of(self, columns: Sequence[int]) -> tuple[int, ...]:
+        """For each proposed token, by its column, which of traces.record.SOURCE_… it has."""
+        remembered = self.remembered
+        return tuple(
+            SOURCE_DRAFT if column <= self.num_drafted else SOURCE_MEMORY if column in remembered else SOURCE_LOOKUP
+            for column in columns
+        )
 
     @property
     def num_drafted_levels(self) -> int:

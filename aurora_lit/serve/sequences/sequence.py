@@ -6,10 +6,11 @@ computes for it (serve/sequences/round_plan.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aurora_lit.modules.sampling.distribution import is_greedy, uses_temperature_only
-from aurora_lit.request import Request, SamplingParams, TokenLogprob
+from aurora_lit.request import TOKEN_SOURCES, Request, SamplingParams, TokenLogprob
 from aurora_lit.settings import MAX_PROPOSAL_LENGTH, PLANS
 
 
@@ -37,6 +38,12 @@ class EngineStats:
     """Tokens."""
     accepted_by_position: list[int] = field(default_factory=lambda: [0] * MAX_PROPOSAL_LENGTH)
     """Rounds of single sequences that accepted their first, second, … proposal."""
+    generated_by_source: list[int] = field(default_factory=lambda: [0] * len(TOKEN_SOURCES))
+    """`generated_tokens` by where they came from, in the order of TOKEN_SOURCES."""
+    compared_us: int = 0
+    """What rounds took that can be compared with plain ones (serve/speculation/floor.py), in microseconds."""
+    compared_plain_us: int = 0
+    """What their tokens would have taken in plain rounds."""
     opted_out: int = 0
     """Requests of which no trace may be made."""
     explored_drafts: int = 0
@@ -47,15 +54,18 @@ class EngineStats:
         self.rounds += 1
         self.rounds_by_plan[PLANS.index(plan)] += 1
 
-    def count(self, *, generated: int, proposed: int, accepted: int, explored: bool) -> None:
-        """Add one round of one sequence."""
+    def count(self, *, generated: int, proposed: int, accepted_from: Sequence[int], explored: bool) -> None:
+        """Add one round of one sequence; `accepted_from`: see `Output`."""
+        accepted = len(accepted_from)
         self.generated_tokens += generated
+        self.generated_by_source[0] += generated - accepted
         self.drafts += proposed > 0
         self.proposed += proposed
         self.accepted += accepted
         self.explored_drafts += explored
-        for position in range(accepted):
+        for position, source in enumerate(accepted_from):
             self.accepted_by_position[position] += 1
+            self.generated_by_source[source] += 1
 
 
 @dataclass

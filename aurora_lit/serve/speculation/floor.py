@@ -118,6 +118,9 @@ class SpeculationFloor:
         self._accounts: defaultdict[tuple[int, bool, bool], _Account] = defaultdict(_Account)
         self.num_rests = 0
         """How often speculation was turned off."""
+        self.compared_s = self.compared_plain_s = 0.0
+        """What all rounds took of kinds whose plain rounds have been timed; and what their tokens would have taken in
+        plain rounds. As in the balance, no round counts as more than _MOST_ROUND plain ones."""
 
     def allows(self, kind: RoundKind, *, drafts: bool = False) -> bool:
         """False: this round is not to speculate, because that lost lately or a plain round is to be timed.
@@ -155,6 +158,8 @@ class SpeculationFloor:
                 account.rest = max(0, account.rest - 1)
         if not speculated:
             plain.add(seconds - proposing_s)
+            took_s = min(seconds, _MOST_ROUND * plain.seconds)
+            self._compare(took_s, plain_s=took_s - proposing_s)
             if searched:
                 self.num_rests += copies.add(-proposing_s / plain.seconds)
             return
@@ -162,8 +167,13 @@ class SpeculationFloor:
         plain.since += 1
         if not plain.seconds:
             return
-        gained = tokens / kind.batch_size - min(seconds / plain.seconds, _MOST_ROUND)
-        self.num_rests += account.add(gained)
+        gave, took = tokens / kind.batch_size, min(seconds / plain.seconds, _MOST_ROUND)
+        self._compare(took * plain.seconds, plain_s=gave * plain.seconds)
+        self.num_rests += account.add(gave - took)
+
+    def _compare(self, seconds: float, *, plain_s: float) -> None:
+        self.compared_s += seconds
+        self.compared_plain_s += plain_s
 
     def forgive(self) -> None:
         """Another draft proposes from now on: try speculation again everywhere."""

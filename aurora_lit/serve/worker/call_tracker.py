@@ -120,7 +120,7 @@ def _delta(index: int, output: Output) -> Delta:
         prompt_logprobs=output.prompt_logprobs,
         num_proposed=output.num_proposed,
         num_accepted=output.num_accepted,
-        num_accepted_from_memory=output.num_accepted_from_memory,
+        accepted_from=output.accepted_from,
         finish_reason=output.finish_reason,
         error=output.error,
         draft_versions=output.draft_versions,

@@ -31,6 +31,9 @@ class EngineCounters(Protocol):
     proposed: int
     accepted: int
     accepted_by_position: list[int]
+    generated_by_source: list[int]
+    compared_us: int
+    compared_plain_us: int
 
 
 class EngineInterface(Protocol):

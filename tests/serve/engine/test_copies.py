@@ -20,6 +20,7 @@ from aurora_lit.serve.speculation.candidate_tree import with_copies
 from aurora_lit.serve.speculation.copy_planner import CopyPlan, CopyPlanner
 from aurora_lit.serve.speculation.costs import CostTable
 from aurora_lit.serve.speculation.drafter import Drafter
+from aurora_lit.traces.record import SOURCE_MEMORY, SOURCE_NONE
 
 REFRAIN = (7, 8, 9, 10, 11, 12) * 4
 MEMORY = {"memory_bytes": 1 << 20, "memory_scope": "domain"}
@@ -76,6 +77,9 @@ def test_what_was_answered_once_is_proposed_to_the_next(target: Target) -> None:
     assert engine.stats.rounds - rounds <= 4  # 15 copies and a token of the target's own in each
     assert engine.memory is not None
     assert engine.memory.stats.accepted >= 26
+    by_source = [0, 0, 0, 0]
+    by_source[SOURCE_NONE], by_source[SOURCE_MEMORY] = 60 - engine.stats.accepted, engine.memory.stats.accepted
+    assert engine.stats.generated_by_source == by_source
 
 
 @needs_kernels

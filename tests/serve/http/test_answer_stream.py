@@ -164,3 +164,24 @@ def test_stop_strings_do_not_count_before_min_tokens(min_tokens, shown):
     """A stop string counts from the token on that completes it."""
     (deltas,) = answer(requests_of("abcdxxabcd", stop=("cd",), min_tokens=min_tokens, max_tokens=10))
     assert text(deltas) == shown
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": ("ça",)}, {"stop": ("zzz",)}])
+@pytest.mark.parametrize("tokens_per_round", [1, 3, 5])
+def test_the_text_by_token_is_the_text(options, tokens_per_round):
+    requests = requests_of("hello 今日は 🌍, ça va? ", max_tokens=60, **options)
+    engine = FakeEngine(FakeOptions(tokens_per_round=tokens_per_round))
+    tracker, whole = CallTracker(engine), AnswerStream(TOKENIZER, requests)
+    by_token = AnswerStream(TOKENIZER, requests, by_token=True)
+    tracker.add(Call(call_id="a", requests=requests))
+    num_pieces = 0
+    while engine.has_work:
+        for _, update in tracker.advance(engine.round()).updates:
+            expected, deltas = whole.add(update).deltas, by_token.add(update).deltas
+            assert [delta.text for delta in deltas] == [delta.text for delta in expected]
+            for delta in deltas:
+                assert "".join(delta.token_texts) == delta.text
+                assert len(delta.token_texts) == len(delta.token_ids)
+                num_pieces += len(delta.token_texts)
+            assert all(delta.token_texts is None for delta in expected)
+    assert num_pieces > 8

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from aurora_lit.kernels.suffix_index import KINDS, NUM_CELLS
 from aurora_lit.modules.sampling.tree import depths
-from aurora_lit.serve.sequences.round_plan import Proposal, judge
+from aurora_lit.request import TOKEN_SOURCES
+from aurora_lit.serve.sequences.round_plan import CopiedNode, Proposal, judge
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE
 
 
 def trees(nodes: int) -> Iterator[list[int]]:
@@ -81,3 +84,23 @@ def test_levels_and_first_choices() -> None:
     beside = Proposal(tokens=[5, 7, 8, 8, 9], parents=[0, 0, 2, 1, 1], num_drafted=2)
     assert (beside.num_drafted_levels, beside.first_choices) == (1, [1]), "copies are no levels of the draft"
     assert Proposal(tokens=[5, 6, 7]).first_choices == [1, 2, 3]
+
+
+def test_each_proposed_token_has_one_source() -> None:
+    """A token that the draft proposes is its own, whatever could have been copied; one that is in both is a look-up."""
+    cell = {kind: NUM_CELLS // len(KINDS) * index for index, kind in enumerate(KINDS)}
+    copies = (
+        CopiedNode(column=2, parent=1, table=0, cell=cell["memory"]),
+        CopiedNode(column=3, parent=2, table=0, cell=cell["lookup"]),
+        CopiedNode(column=4, parent=3, table=0, cell=cell["memory"]),
+        CopiedNode(column=5, parent=4, table=0, cell=cell["both"]),
+    )
+    proposal = Proposal(tokens=[1, 2, 3, 4, 5], source=SOURCE_DRAFT, num_drafted=2, copies=copies)
+    sources = (SOURCE_DRAFT, SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_LOOKUP)
+    assert proposal.sources_of([1, 2, 3, 4, 5]) == sources
+    assert proposal.sources_of([4, 1]) == (SOURCE_MEMORY, SOURCE_DRAFT)
+
+
+def test_sources_have_their_names() -> None:
+    numbers = {"target": SOURCE_NONE, "draft": SOURCE_DRAFT, "lookup": SOURCE_LOOKUP, "memory": SOURCE_MEMORY}
+    assert {name: index for index, name in enumerate(TOKEN_SOURCES)} == numbers

@@ -223,3 +223,31 @@ def test_plain_rounds_are_timed_without_what_looking_for_copies_took() -> None:
             floor.observe(kind, seconds=PLAIN_S + proposing_s, **how)  # type: ignore[arg-type]
         gains.append(floor._plain[kind].seconds)
     assert gains == pytest.approx([PLAIN_S, PLAIN_S])
+
+
+@pytest.mark.parametrize("speedup", [0.8, 1.0, 1.3])
+def test_what_is_compared_with_plain_rounds_is_the_speed_that_there_is(speedup: float) -> None:
+    floor = SpeculationFloor()
+    rounds = Environment(speedup=speedup).play(floor, 4000)
+    assert floor.compared_plain_s / floor.compared_s == pytest.approx(relative_speed(rounds), rel=0.02)
+    assert floor.compared_s == pytest.approx(sum(seconds for _, seconds, _ in rounds), rel=0.02)
+
+
+def test_nothing_is_compared_before_a_plain_round_was_timed() -> None:
+    floor = SpeculationFloor()
+    floor.observe(GREEDY, seconds=1.0, tokens=12, speculated=True)
+    assert floor.compared_s == 0.0
+
+
+def test_a_preempted_round_does_not_decide_the_comparison() -> None:
+    floor = SpeculationFloor()
+    floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
+    floor.observe(GREEDY, seconds=5.0, tokens=16, speculated=True)
+    assert floor.compared_s == pytest.approx(5 * PLAIN_S)
+    assert floor.compared_plain_s == pytest.approx(3 * PLAIN_S)
+
+
+def test_looking_for_copies_in_vain_is_time_that_plain_decoding_would_not_have_taken() -> None:
+    floor = SpeculationFloor()
+    floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False, proposing_s=PLAIN_S / 10)
+    assert floor.compared_plain_s == pytest.approx(0.9 * floor.compared_s)

@@ -1,0 +1,109 @@
+"""What the live page shows of the past: samples of the status report, and what happened between them. Pure.
+
+A sample is read by one task for all viewers (serve/http/live_page.py). Its counters are totals since the start, so the
+page takes differences, and a sample can be left out without loss: two intervals become one. That bounds the history:
+when it is full, a sample goes whose neighbours are close together for their age. So the last minute stays whole, and
+what is older gets coarser.
+
+    history = History()
+    history.add(report, latencies={}, now_s=time.time())      # report: that of GET /v1/aurora/status
+    history.points, history.events_after(0)
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+Json = dict[str, Any]
+MAX_POINTS = 360
+MAX_EVENTS = 200
+_FRESH_S = 60.0
+"""Ages below it count as about the same."""
+_DOMAIN = re.compile(r"(?:^|, )(.+?) (\d+)% \(heat (\d\.\d+)\)")
+"""One domain in the learner's text (modules/domains/controller.py: describe)."""
+
+
+class History:
+    """A bounded number of points and events, oldest first."""
+
+    def __init__(self) -> None:
+        self.points: list[Json] = []
+        self.report: Json = {}
+        """The last one that was added."""
+        self._events: deque[Json] = deque(maxlen=MAX_EVENTS)
+        self.num_events = 0
+        """Since the start; an event's `number` is this when it was added."""
+
+    def add(self, report: Json, *, latencies: Json, now_s: float) -> None:
+        """Add a sample. latencies: name → (seconds in total, count). now_s: since 1970."""
+        if len(self.points) == MAX_POINTS:
+            del self.points[least_missed([point["time"] for point in self.points], now_s)]
+        self.points.append(point_of(report, latencies) | {"time": round(now_s, 2)})
+        for event in changes(self.report, report) if self.report else ():
+            self.num_events += 1
+            self._events.append({"number": self.num_events, "time": round(now_s, 2), **event})
+        self.report = report
+
+    def events_after(self, number: int) -> list[Json]:
+        """Those with a higher number that are still kept."""
+        return [event for event in self._events if event["number"] > number]
+
+
+def least_missed(times: list[float], now_s: float) -> int:
+    """The index of a point that leaves the smallest gap, for its age; neither the first nor the last."""
+    return min(range(1, len(times) - 1), key=lambda i: (times[i + 1] - times[i - 1]) / (now_s - times[i] + _FRESH_S))
+
+
+def point_of(report: Json, latencies: Json) -> Json:
+    """The part of a report whose course the page shows."""
+    speculation, learner = report["speculation"], report["learner"]
+    return {
+        "sources": list(speculation["generated_by_source"].values()),
+        "drafts": speculation["drafts"],
+        "accepted": speculation["accepted"],
+        "against_plain": [
+            round(speculation["against_plain"]["plain_seconds"], 3),
+            round(speculation["against_plain"]["seconds"], 3),
+        ],
+        "domains": {
+            name: [domain["generated_tokens"], domain["drafts"], domain["accepted"]]
+            for name, domain in report["domains"]["served"].items()
+        },
+        "queue": [report["queue"]["running"], report["queue"]["waiting"]],
+        "latencies": latencies,
+        "learner": [learner["positions"], learner["compute_share"], learner["domains"]["rate_factor"]],
+        "heat": learned_domains(learner["domains"]["now"] or ""),
+    }
+
+
+def learned_domains(text: str) -> dict[str, list[float]]:
+    """Domain → share of the latest requests and heat, both from 0 to 1. Of a text that was cut, what is whole."""
+    return {name: [int(percent) / 100, float(heat)] for name, percent, heat in _DOMAIN.findall(text)}
+
+
+def changes(before: Json, now: Json) -> Iterator[Json]:
+    """What happened between two reports, as events: `kind`, and what concerns it."""
+    gate, gate_before = now["learner"]["gate"], before["learner"]["gate"]
+    verdict = {"challenger": gate["challenger"], "champion": gate["champion"]}
+    if gate["refused"] > gate_before["refused"]:
+        yield {"kind": "held_back", "count": gate["refused"] - gate_before["refused"], **verdict}
+    if gate["published"] > gate_before["published"]:
+        count = gate["published"] - gate_before["published"]
+        yield {"kind": "published", "version": now["learner"]["version"], "count": count, **verdict}
+    draft, draft_before = now["draft"], before["draft"]
+    if draft["refusals"] > draft_before["refusals"]:
+        yield {"kind": "refused", **(draft["refused"] or {})}
+    if draft["rollbacks"] > draft_before["rollbacks"]:
+        yield {"kind": "rolled_back", **(draft["rolled_back"] or {}), "to": draft["version"]}
+    elif draft["version"] != draft_before["version"]:
+        yield {"kind": "swapped", "version": draft["version"], "count": draft["swaps"] - draft_before["swaps"]}
+    shifts = now["learner"]["domains"]["shifts"]
+    if shifts > before["learner"]["domains"]["shifts"]:
+        yield {"kind": "shift", "reason": now["learner"]["domains"]["last_shift"]}
+    if now["learner"]["state"] != before["learner"]["state"]:
+        yield {"kind": "learner", "state": now["learner"]["state"], "reason": now["learner"]["error"]}
+    if now["worker"]["state"] != before["worker"]["state"]:
+        yield {"kind": "worker", "state": now["worker"]["state"], "reason": now["worker"]["error"]}

@@ -1,0 +1,153 @@
+"""The live page at `GET /`: its files, and what it shows as server-sent events. Only where `server.page` has it.
+
+    GET /  /aurora/page.css  /aurora/page.js     open, since they hold no data
+    GET /v1/aurora/events                        needs the API key
+
+One task samples the status for all viewers: once a second while somebody watches, else rarely, so that a page that is
+opened later has a past to show. A viewer that reads slowly misses samples, and nothing waits for it. Leaves out what a
+sample holds (serve/http/history.py) and the page itself (static/).
+
+The stream begins with an event `history` (`points`, `events`, `report`); then comes an event `sample` (`point`,
+`events`, `report`) for each sample. Its reports are those of GET /v1/aurora/status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.responses import Response, StreamingResponse
+
+from aurora_lit.errors import RequestError
+from aurora_lit.serve.http.history import History
+
+Json = dict[str, Any]
+SAMPLE_S = 1.0
+IDLE_SAMPLE_S = 15.0
+"""While nobody watches."""
+MAX_VIEWERS = 32
+_STATIC = Path(__file__).with_name("static")
+_FILES = {
+    "/": ("page.html", "text/html; charset=utf-8"),
+    "/aurora/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/aurora/page.js": ("page.js", "text/javascript; charset=utf-8"),
+}
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+class LivePage:
+    """The page's routes and its sampler.
+
+    >>> page = LivePage(read_report, read_latencies)
+    >>> page.add_routes(app, authorize=api.authorize)
+    >>> async with page.sampling(): ...     # while the app runs
+    """
+
+    def __init__(self, report: Callable[[], Json], latencies: Callable[[], Json]) -> None:
+        """report: that of GET /v1/aurora/status. latencies: name → (seconds in total, count)."""
+        self._report, self._latencies = report, latencies
+        self.history = History()
+        self.num_viewers = 0
+        self._closed = False
+        self._epoch_s = time.time() - time.monotonic()  # so that the history stays in order when the clock is set
+        self._sampled, self._watched = asyncio.Event(), asyncio.Event()
+
+    def add_routes(self, app: FastAPI, *, authorize: Callable[..., None]) -> None:
+        """Register the routes; `authorize` guards the events.
+
+        None is in /openapi.json: programs that try out its routes would wait for the end of the events.
+        """
+        for path, (name, media_type) in _FILES.items():
+            response = Response((_STATIC / name).read_bytes(), media_type=media_type, headers=HEADERS)
+            app.add_api_route(path, _always(response), methods=["GET", "HEAD"], include_in_schema=False)
+        dependencies = [Depends(authorize)]
+        app.add_api_route("/v1/aurora/events", self.events, dependencies=dependencies, include_in_schema=False)
+
+    @contextlib.asynccontextmanager
+    async def sampling(self) -> AsyncIterator[None]:
+        """Inside the context, the history grows and viewers get its samples."""
+        task = asyncio.create_task(self._sample_for_ever())
+        task.add_done_callback(lambda _: self.close())  # should it fail, viewers see their streams end
+        try:
+            yield
+        finally:
+            self.close()
+            task.cancel()
+
+    def close(self) -> None:
+        """End all streams: the server shuts down, and waits for its connections."""
+        self._closed = True
+        self._sampled.set()
+
+    async def events(self) -> StreamingResponse:
+        """GET /v1/aurora/events. Raises RequestError if too many watch."""
+        if self.num_viewers >= MAX_VIEWERS:
+            raise RequestError(
+                f"{MAX_VIEWERS} pages watch already; close one, or read /v1/aurora/status",
+                status=429,
+                code="too_many_viewers",
+            )
+        return StreamingResponse(self.messages(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    async def messages(self) -> AsyncIterator[str]:
+        """One viewer's events, until it leaves or the server shuts down."""
+        self.num_viewers += 1
+        self._watched.set()
+        try:
+            if self.num_viewers == 1:  # the last sample is an old one
+                self._sample()
+            history = self.history
+            message = _message("history", points=history.points, events=history.events_after(0), report=history.report)
+            while True:
+                last_event, sampled = history.num_events, self._sampled
+                yield message
+                await sampled.wait()  # no wait if there was a sample while the message was sent
+                if self._closed:
+                    return
+                events = history.events_after(last_event)
+                message = _message("sample", point=history.points[-1], events=events, report=history.report)
+        finally:
+            self.num_viewers -= 1
+            if self.num_viewers == 0:
+                self._watched.clear()
+
+    async def _sample_for_ever(self) -> None:
+        while True:
+            self._sample()
+            if self.num_viewers:
+                await asyncio.sleep(SAMPLE_S)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._watched.wait(), IDLE_SAMPLE_S)
+                    await asyncio.sleep(SAMPLE_S)  # the viewer has taken a sample itself
+
+    def _sample(self) -> None:
+        self.history.add(self._report(), latencies=self._latencies(), now_s=self._epoch_s + time.monotonic())
+        # Whoever waits now is woken; who comes back waits for the next sample.
+        sampled, self._sampled = self._sampled, asyncio.Event()
+        sampled.set()
+
+
+def _always(response: Response) -> Callable[[], Any]:
+    async def respond() -> Response:
+        return response
+
+    return respond
+
+
+def _message(event: str, **content: Any) -> str:
+    return f"event: {event}\ndata: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

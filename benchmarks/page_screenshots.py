@@ -1,0 +1,124 @@
+"""Pictures of the live page, of a server under real traffic: desktop.png, dark.png and phone.png.
+
+    python -m benchmarks.page_screenshots --out docs/images/page
+    python -m benchmarks.page_screenshots --out DIR --seconds 600 -- learn.compute_share=0.3
+
+A server with the given settings gets templated requests (templated_prompts.py) of three labelled domains from a few
+clients; after so many seconds a question is put in the page's chat, and the pictures are taken. It needs Playwright
+(`pip install -e '.[browser]'`), a Chromium and Pillow, which reduces the pictures' colours so that they stay small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.config import load_config
+from benchmarks.templated_prompts import make_prompts
+
+_DOMAINS = ("billing", "support", "alerts")
+_QUESTION = "Write SQL that counts orders per customer."
+_COLOURS = 96
+
+
+def find_chromium() -> str | None:
+    """A Chromium of the system; None: Playwright's own, if there is one."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@contextmanager
+def traffic(url: str, *, clients: int, max_tokens: int) -> Iterator[None]:
+    """Inside the context, each client sends one request after the other."""
+    ended = threading.Event()
+
+    def send(client: int) -> None:
+        prompts = {domain: make_prompts(domain, 400, seed=client) for domain in _DOMAINS}
+        for number in range(400):
+            domain = _DOMAINS[number % len(_DOMAINS)]
+            body = {
+                "messages": [{"role": "user", "content": prompts[domain][number]}],
+                "max_tokens": max_tokens,
+                "temperature": 0.0,
+                "user": f"client {client}",
+                "metadata": {"aurora_domain": domain},
+            }
+            if ended.is_set():
+                return
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+            with urllib.request.urlopen(request, timeout=120) as response:
+                response.read()
+
+    threads = [threading.Thread(target=send, args=(client,), daemon=True) for client in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def picture(page: Any, path: Path, *, height: int) -> None:
+    """The upper part of the page, in few colours."""
+    from PIL import Image
+
+    page.evaluate("scrollTo(0, 0)")
+    page.wait_for_timeout(1500)  # for a sample, and a chart of the present size
+    width = page.viewport_size["width"]
+    page.screenshot(path=path, full_page=True, clip={"x": 0, "y": 0, "width": width, "height": height})
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size // 1000} kB")
+
+
+def main() -> int:
+    """Start a server, send traffic, take the pictures."""
+    from playwright.sync_api import sync_playwright
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--seconds", type=float, default=180.0, help="of traffic before the pictures")
+    parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("overrides", nargs="*", help="key=value for the server, after `--`")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
+        config = load_config(None, [f"checkpoint.dir={scratch}", *options.overrides])
+        config = replace(config, server=replace(config.server, port=free_port()))
+        browser = playwright.chromium.launch(executable_path=find_chromium())
+        with (
+            running_server(config, options.out / "server.log") as url,
+            traffic(url, clients=options.clients, max_tokens=options.max_tokens),
+        ):
+            page = browser.new_page(viewport={"width": 1360, "height": 900})
+            page.goto(url)
+            page.wait_for_timeout(1000 * options.seconds)
+            page.get_by_label("Message").fill(_QUESTION)
+            page.get_by_role("button", name="Send").click()
+            page.locator(".meta br").wait_for(state="attached", timeout=120_000)
+            page.locator("#prompt").blur()
+            picture(page, options.out / "desktop.png", height=1240)
+            page.emulate_media(color_scheme="dark")
+            picture(page, options.out / "dark.png", height=1240)
+            page.set_viewport_size({"width": 390, "height": 844})
+            picture(page, options.out / "phone.png", height=1500)
+        browser.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
