@@ -74,7 +74,7 @@ class Branch:
     @property
     def error(self) -> str:
         """Why llguidance has failed; "" if it has not."""
-        return self._matcher.get_error()
+        return self._matcher.get_error().partition("\n")[0]  # its state and the grammar follow
 
 
 class Grammar:
@@ -119,7 +119,7 @@ class GrammarCompiler:
         return self._thread.submit(self._compile, asked, end_tokens)
 
     def _compile(self, asked: StructuredOutputsParams, end_tokens: frozenset[int]) -> Grammar:
-        matcher = LLMatcher(self.tokenizer(), grammar_of(asked))
+        matcher = LLMatcher(self.tokenizer(), grammar_of(asked), log_level=0)
         return Grammar(Branch(matcher, vocab_size=self._vocab_size, end_tokens=end_tokens))
 
     def tokenizer(self) -> LLTokenizer:
