@@ -19,6 +19,7 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "SourceError",
+    "StructuredOutputsParams",
     "__version__",
     "load_config",
 ]
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
     from aurora_lit.config import AuroraConfig, load_config
     from aurora_lit.errors import AuroraError, CheckpointError, ConfigError, RequestError, SourceError
     from aurora_lit.llm import LLM
-    from aurora_lit.request import Output, Request, SamplingParams
+    from aurora_lit.request import Output, Request, SamplingParams, StructuredOutputsParams
 
 _MODULES = {
     "aurora_lit.config": ("AuroraConfig", "load_config"),
     "aurora_lit.errors": ("AuroraError", "CheckpointError", "ConfigError", "RequestError", "SourceError"),
     "aurora_lit.llm": ("LLM",),
-    "aurora_lit.request": ("Output", "Request", "SamplingParams"),
+    "aurora_lit.request": ("Output", "Request", "SamplingParams", "StructuredOutputsParams"),
 }
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -245,6 +245,9 @@ def _body(kind: type[_Body], params: SamplingParams, **more: Any) -> _Body:
     given: dict[str, Any] = {parameter.name: getattr(params, parameter.name) for parameter in fields(params)}
     given |= {"stop": list(params.stop) or None, "stop_token_ids": list(params.stop_token_ids) or None}
     given["logit_bias"] = {str(token_id): float(bias) for token_id, bias in params.logit_bias.items()} or None
+    if params.structured_outputs is not None:
+        structure = asdict(params.structured_outputs)
+        given["structured_outputs"] = structure | {"choice": structure["choice"] and list(structure["choice"])}
     del given["logprobs"], given["prompt_logprobs"]
     try:
         return kind.model_validate({**given, **more})

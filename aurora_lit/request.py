@@ -9,12 +9,29 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 MAX_DOMAIN_CHARACTERS = 64
 """Longest label of a domain. Labels are printable."""
 TOKEN_SOURCES = ("target", "draft", "lookup", "memory")
 """Where a token of an answer came from, in the order of traces.record.SOURCE_…: the target's own token, or an accepted
 proposal of the draft, copied from earlier in the request, or from the traffic memory alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What an output must be: exactly one of these (names and meaning are vLLM's)."""
+
+    json: str | Mapping[str, Any] | None = None
+    """A JSON schema."""
+    regex: str | None = None
+    """An expression that matches the whole output."""
+    choice: tuple[str, ...] | None = None
+    """One of these texts."""
+    grammar: str | None = None
+    """A context-free grammar, in llguidance's Lark dialect or in GBNF."""
+    json_object: bool | None = None
+    """True: any JSON object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +79,9 @@ class SamplingParams:
     """The same for the prompt's tokens."""
     speculate: bool = True
     """False: plain decoding for this request."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """None: any output. Other tokens than those that it allows have no probability, before all options above; the
+    log-probabilities are the model's all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,13 +15,16 @@ from transformers import PreTrainedTokenizerFast
 import aurora_lit
 from aurora_lit import llm as llm_module
 from aurora_lit.errors import RequestError
+from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.llm import LLM
 from aurora_lit.models.target import Target
-from aurora_lit.request import Request, SamplingParams
+from aurora_lit.models.tokenizer import tokenizer_json
+from aurora_lit.request import Request, SamplingParams, StructuredOutputsParams
 from aurora_lit.serve.engine.engine import Engine
 
 PROMPTS = [text_of([3, 9, 12, 4]), text_of([20, 7]), text_of([5] * 9)]
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+END = VOCAB - 1
 
 
 def a_tokenizer() -> PreTrainedTokenizerFast:
@@ -35,11 +39,18 @@ def a_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def llm(target: Target, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     def build(config: Any) -> tuple[Engine, PreTrainedTokenizerFast]:
-        return make_engine(target, random_draft(target), max_batch_size=2), a_tokenizer()
+        engine = make_engine(target, random_draft(target), max_batch_size=2, grammars=a_compiler(target))
+        return engine, a_tokenizer()
 
     monkeypatch.setattr(llm_module, "build_engine", build)
     with LLM() as llm:
         yield llm
+
+
+def a_compiler(target: Target) -> GrammarCompiler:
+    """END is what ends an output."""
+    state = tokenizer_json(a_tokenizer().backend_tokenizer)
+    return GrammarCompiler(lambda: state, vocab_size=target.vocab_size, eos_token_ids=frozenset([END]))
 
 
 def plain_tokens(target: Target, prompt: str, params: SamplingParams) -> list[int]:
@@ -124,6 +135,28 @@ def test_logprobs_are_by_token_with_ranks(llm: LLM) -> None:
     assert plain.outputs[0].logprobs is None
 
 
+@pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [
+        ({"regex": "A[BC]{2,5}D"}, "A[BC]{2,5}D"),
+        ({"choice": ("ABC", "BCDE")}, "ABC|BCDE"),
+        ({"grammar": 'start: "A" x\nx: /[0-9]{3}/'}, "A[0-9]{3}"),
+        ({"json": {"enum": [12, 3456]}}, "12|3456"),
+        ({"json": '{"enum": [12, 3456]}'}, "12|3456"),
+    ],
+)
+def test_structured_outputs_have_vllms_names(llm: LLM, asked: dict[str, Any], pattern: str) -> None:
+    structure = StructuredOutputsParams(**asked)
+    params = [
+        SamplingParams(max_tokens=12, temperature=t, structured_outputs=structure, stop_token_ids=(END,), n=n)
+        for t, n in ((0.0, 1), (1.0, 4))
+    ]
+    for answer in llm.generate([PROMPTS[0], PROMPTS[0]], params):
+        for output in answer.outputs:
+            assert re.fullmatch(pattern, output.text)
+            assert output.finish_reason == "stop"
+
+
 def test_a_chat_takes_the_chat_template(llm: LLM, target: Target) -> None:
     chat = [{"role": "user", "content": PROMPTS[0]}]
     one, both = llm.chat(chat, GREEDY), llm.chat([chat, chat], GREEDY)
@@ -143,6 +176,8 @@ def test_a_chat_takes_the_chat_template(llm: LLM, target: Target) -> None:
         (PROMPTS[0], {"prompt_logprobs": 1}, "prompt_logprobs is not supported"),
         (PROMPTS[0], {"logit_bias": {VOCAB: 1.0}}, "logit_bias"),
         (PROMPTS[0], {"max_tokens": 10**6}, "max_tokens=1000000 is too many"),
+        (PROMPTS[0], {"structured_outputs": StructuredOutputsParams(regex="(")}, r"structured_outputs\.regex cannot"),
+        (PROMPTS[0], {"structured_outputs": StructuredOutputsParams()}, "structured_outputs is empty"),
     ],
 )
 def test_bad_input_is_named_before_anything_runs(llm: LLM, prompt: Any, params: dict[str, Any], message: str) -> None:
@@ -170,3 +205,4 @@ def test_an_interrupted_batch_leaves_nothing_behind(llm: LLM, monkeypatch: pytes
 def test_the_names_are_public() -> None:
     assert aurora_lit.LLM is LLM
     assert aurora_lit.SamplingParams is SamplingParams
+    assert aurora_lit.StructuredOutputsParams is StructuredOutputsParams

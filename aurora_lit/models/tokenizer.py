@@ -157,28 +157,31 @@ def keep_tokenizer(folder: Path, *, cache_dir: Path) -> None:
     if isinstance(tokenizer, TokenizersBackend) and all(
         getattr(kind, name) is getattr(TokenizersBackend, name) for name in _OWN_CODE
     ):
-        backend = BackendTokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        backend.no_padding()
-        backend.no_truncation()
+        state = tokenizer_json(tokenizer.backend_tokenizer)
         try:
             template = None if tokenizer.chat_template is None else tokenizer.get_chat_template()
         except ValueError:  # several templates, none of them the default
             template = None
-        state, record = (
-            backend.to_str(),
-            {
-                "chat_template": template,
-                "special_tokens": tokenizer.special_tokens_map,
-                "all_special_ids": tokenizer.all_special_ids,
-                "eos_token_id": tokenizer.eos_token_id,
-                "split_special_tokens": bool(tokenizer.split_special_tokens),
-            },
-        )
+        record = {
+            "chat_template": template,
+            "special_tokens": tokenizer.special_tokens_map,
+            "all_special_ids": tokenizer.all_special_ids,
+            "eos_token_id": tokenizer.eos_token_id,
+            "split_special_tokens": bool(tokenizer.split_special_tokens),
+        }
     record_path.parent.mkdir(parents=True, exist_ok=True)
     for path, text in ((state_path, state), (record_path, json.dumps(record))):  # the record last: it makes it valid
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+
+
+def tokenizer_json(backend: BackendTokenizer) -> str:
+    """The state of a `tokenizers` object, without padding and truncation."""
+    copy = BackendTokenizer.from_str(backend.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy.to_str()
 
 
 def _from_transformers(folder: Path) -> Any:

@@ -27,7 +27,7 @@ from aurora_lit.ipc.messages import (
     decode_updates,
     encode,
 )
-from aurora_lit.request import Request, SamplingParams, TokenLogprob
+from aurora_lit.request import Request, SamplingParams, StructuredOutputsParams, TokenLogprob
 
 FULL_DELTA = Delta(
     index=3,
@@ -69,6 +69,7 @@ FULL_PARAMS = SamplingParams(
     logprobs=2,
     prompt_logprobs=0,
     speculate=False,
+    structured_outputs=StructuredOutputsParams(json={"a": [1, None, 2.5]}, choice=("ä", "b"), json_object=False),
 )
 FULL_REQUEST = Request(
     request_id="r-0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -108,6 +109,12 @@ def test_answers_are_those_of_a_whole_target_swaps_reach_both_ranks_and_a_stoppe
         version = servers.store.publish(random_draft(servers.target, seed=seed), record={})
         servers.wait(lambda version=version: versions(servers) == (version, version))
         check_answers(servers, PROMPTS)
+
+    for temperature in (0, 1):
+        how = {"structured_outputs": {"regex": "A[BC]{3}D"}, "stop_token_ids": [VOCAB - 1], "temperature": temperature}
+        choice = ask(servers, PROMPTS[0], **how).json()["choices"][0]
+        assert re.fullmatch("A[BC]{3}D", choice["text"])
+        assert choice["finish_reason"] == "stop"
 
     family = servers.family(server)
     began = time.monotonic()

@@ -36,6 +36,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.modules.losses.batch import TraceBatch
@@ -224,6 +225,7 @@ def make_engine(
     draft_version: str = "",
     observer: RoundObserver | None = None,
     kept_costs: KeptCosts | None = None,
+    grammars: GrammarCompiler | None = None,
     **changes: Any,
 ) -> Engine:
     """A small engine with these changes to its options; by default no token ends an output."""
@@ -242,7 +244,15 @@ def make_engine(
         "explore_temperature": 1.0,
     }
     options = EngineOptions(**{**fields, **changes})
-    return Engine(target, draft, options, draft_version=draft_version, observer=observer, kept_costs=kept_costs)
+    return Engine(
+        target,
+        draft,
+        options,
+        draft_version=draft_version,
+        observer=observer,
+        kept_costs=kept_costs,
+        grammars=grammars,
+    )
 
 
 @dataclass(kw_only=True)

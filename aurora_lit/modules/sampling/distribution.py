@@ -32,7 +32,8 @@ def uses_temperature_only(params: SamplingParams) -> bool:
     """True if p is the softmax of the target's raw logits at the temperature (at 0: their argmax) and nothing else."""
     shifted = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.logit_bias
     truncated = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-    return not shifted and (is_greedy(params) or not truncated)
+    restricted = shifted or params.structured_outputs is not None
+    return not restricted and (is_greedy(params) or not truncated)
 
 
 def apply_bias_and_penalties(

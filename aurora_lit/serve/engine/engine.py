@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import torch
 
 from aurora_lit.errors import RequestError
+from aurora_lit.grammars.matcher import Grammar, GrammarCompiler
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.centroids import DomainAssigner, client_label
 from aurora_lit.modules.domains.embedding import pool_prompt
@@ -45,12 +47,16 @@ from aurora_lit.serve.speculation.calibration import Calibration, calibration_st
 from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.drafter import Drafter
 from aurora_lit.serve.speculation.floor import RoundKind, SpeculationFloor
+from aurora_lit.serve.speculation.grammar_rows import decoding_row
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner, tree_sizes
 from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
 from aurora_lit.serve.speculation.traffic_memory import make_memory
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_MEMORY
+
+_COMPILING_POLL_S = 0.01
+"""How long a round without other work waits for a grammar."""
 
 
 class Engine:
@@ -71,13 +77,15 @@ class Engine:
         draft_version: str = "",
         observer: RoundObserver | None = None,
         kept_costs: KeptCosts | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         """Allocate the slots, prepare the draft and calibrate. Without draft and lookup: plain decoding.
 
         `kept_costs`: used instead of a whole calibration if they exist, otherwise made; see `refine_costs`.
 
-        `draft_version`: name of the draft's version, for outputs and traces. `observer`: records rounds. Raises
-        CheckpointError if the draft computes values that are not finite.
+        `draft_version`: name of the draft's version, for outputs and traces. `observer`: records rounds. `grammars`:
+        of structured outputs; None: they are refused. Raises CheckpointError if the draft computes values that are not
+        finite.
         """
         self.eos_token_ids, self.max_seq_len = options.eos_token_ids, options.max_seq_len
         self.vocab_size = target.vocab_size
@@ -88,6 +96,9 @@ class Engine:
         self.stats = EngineStats()
         self._target, self._observer, self._device = target, observer, target.device
         self._waiting: deque[Request] = deque()
+        self._grammars = grammars
+        self._compiling: dict[str, Future[Grammar]] = {}
+        """Grammars of waiting requests, by request id."""
         self._decoding: list[RunningSequence] = []
         self._tokens_SL = torch.zeros(
             options.max_batch_size, self.slot_capacity + 1, dtype=torch.int64, device=self._device
@@ -167,7 +178,7 @@ class Engine:
         return len(self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises RequestError if its prompt is empty or too long."""
+        """Queue a request. Raises RequestError if its prompt is empty or too long, or its grammar cannot be used."""
         length = len(request.prompt_ids)
         if not length:
             raise RequestError("the prompt has no tokens; send at least one", param="prompt")
@@ -177,7 +188,20 @@ class Engine:
                 param="prompt",
                 code="context_length_exceeded",
             )
+        if request.params.structured_outputs is not None:
+            end_tokens = self._end_tokens(request)
+            if self._grammars is None or not end_tokens:
+                reason = "this model's tokenizer cannot be read for it" if end_tokens else "no token ends an output"
+                raise RequestError(f"structured_outputs cannot be used: {reason}", param="structured_outputs")
+            self._compiling[request.request_id] = self._grammars.compile(
+                request.params.structured_outputs, end_tokens=end_tokens
+            )
         self._waiting.append(request)
+
+    def _end_tokens(self, request: Request) -> frozenset[int]:
+        """Tokens that end the request's output."""
+        of_model = frozenset[int]() if request.params.ignore_eos else self.eos_token_ids
+        return of_model | frozenset(request.params.stop_token_ids)
 
     def refine_costs(self) -> bool:
         """Time one operation of the calibration, while the slots are still empty; False if there is none left.
@@ -191,6 +215,7 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """End a request in any state and free its slot. An unknown id is ignored."""
         self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
+        self._compiling.pop(request_id, None)
         for sequence in [*self._prefill.sequences, *self._decoding]:
             if sequence.request.request_id == request_id:
                 self._release(sequence)
@@ -213,11 +238,13 @@ class Engine:
     def round(self) -> list[Output]:
         """Run one round for everything that is submitted. Returns what each decoding request received."""
         started = time.perf_counter()
-        self._admit()
+        refused = self._admit()
         plan = self._plan()
         if not (plan.decoding or plan.prompts):
             self._begin_decoding()  # their prompts were copied whole
-            return []
+            if not self.num_running:
+                wait(self._compiling.values(), timeout=_COMPILING_POLL_S, return_when=FIRST_COMPLETED)
+            return refused
         columns = self._runner.run(plan)
         verdicts, logits_DV = self._judge(plan, columns.last_NH)
         outputs = []
@@ -234,14 +261,26 @@ class Engine:
                 self._release(row.sequence)
         self._account(plan, outputs, time.perf_counter() - started)
         self._begin_decoding()
-        return outputs
+        return [*refused, *outputs]
 
     # -- the steps of a round, in order --------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
-        """Give free slots to waiting requests, oldest first; a prefix of the prompt that the slot holds is kept."""
-        while self._waiting and self._allocator.num_free:
-            request = self._waiting.popleft()
+    def _admit(self) -> list[Output]:
+        """Give free slots to waiting requests, oldest first; a prefix of the prompt that the slot holds is kept.
+
+        Those whose grammars are still being compiled wait on. Returns what is said to those whose grammars cannot be.
+        """
+        refused: list[Output] = []
+        if not self._allocator.num_free:
+            return refused
+        for request in [r for r in self._waiting if self._is_compiled(r)][: self._allocator.num_free]:
+            self._waiting.remove(request)
+            compiling = self._compiling.pop(request.request_id, None)
+            try:
+                grammar = None if compiling is None else compiling.result()
+            except (RequestError, ValueError) as error:
+                refused.append(_failed(request, error))
+                continue
             slot, num_cached = self._allocator.allocate(request)
             length = len(request.prompt_ids)
             self._tokens_SL[slot, :length] = torch.tensor(request.prompt_ids)
@@ -254,8 +293,8 @@ class Engine:
                 length=length,
                 prefilled=num_cached,
                 num_reused=num_cached,
-                end_tokens=frozenset(request.params.stop_token_ids)
-                | (frozenset() if request.params.ignore_eos else self.eos_token_ids),
+                end_tokens=self._end_tokens(request),
+                grammar=grammar,
             )
             self._allocator.assign(sequence)
             if request.params.prompt_logprobs is not None:
@@ -264,6 +303,11 @@ class Engine:
             self.stats.prompt_tokens += length
             self.stats.cached_tokens += num_cached
             self.stats.opted_out += not request.store
+        return refused
+
+    def _is_compiled(self, request: Request) -> bool:
+        """True unless the request has a grammar that is still being compiled."""
+        return request.request_id not in self._compiling or self._compiling[request.request_id].done()
 
     def _plan(self) -> RoundPlan:
         """The rows of this round."""
@@ -271,10 +315,10 @@ class Engine:
         copies, drafts = self._may_speculate(sequences)
         proposals = self.proposer.propose(sequences, copies=copies, drafts=drafts)
         decoding = [
-            DecodingRow(sequence, int(self._tokens_SL[sequence.slot, sequence.length - 1]), proposal)
+            decoding_row(sequence, int(self._tokens_SL[sequence.slot, sequence.length - 1]), proposal)
             for sequence, proposal in zip(sequences, proposals, strict=True)
         ]
-        round_s = self.costs.round_s(len(decoding), [len(proposal.tokens) for proposal in proposals])
+        round_s = self.costs.round_s(len(decoding), [len(row.proposal.tokens) for row in decoding])
         prompts = self._prefill.plan(num_decoding=len(decoding), round_s=round_s + self.proposer.draft_seconds)
         return RoundPlan(decoding, prompts)
 
@@ -319,7 +363,16 @@ class Engine:
         self._tokens_SL[sequence.slot, sequence.length : end] = torch.tensor(tokens, dtype=torch.int64)
         is_first = sequence.length == sequence.prompt_length
         sequence.length = end
-        self.proposer.observe(sequence, proposal, path=path, finished=reason is not None)
+        error = None
+        if sequence.grammar is not None and reason is None:
+            try:
+                sequence.grammar.advance(tokens)
+            except RequestError as failure:
+                reason, error = "error", failure.message
+        made = (proposal, path)
+        if row.uncut is not None:  # what was cut counts as rejected
+            made = (row.uncut.proposal, [row.uncut.columns[column] for column in path])
+        self.proposer.observe(sequence, made[0], path=made[1], finished=reason is not None)
         accepted_from = proposal.sources_of(path[1:])
         if self.memory is not None:
             self.memory.stats.proposed += len(proposal.remembered)
@@ -337,6 +390,7 @@ class Engine:
             num_accepted=accepted,
             chain_in_tree=None if proposal.parents is None else (len(first_choices), chain_accepted),
             finish_reason=reason,
+            error=error,
             explored=explored,
             only_copied=proposed > 0 and not proposal.num_drafted,
             accepted_from=accepted_from,
@@ -359,7 +413,9 @@ class Engine:
         self.stats.round_us += int(seconds * 1e6)
         self.stats.predicted_round_us += int((expected_s + draft_s) * 1e6)
         self.planner.observe_round(len(rows), plan.num_decoding_columns, seconds - draft_s)
-        if self.floor is not None and self.planner.updates_costs:
+        # What grammars force costs nothing to propose, and is no merit of copies or of the draft.
+        has_forced = any(row.proposal.is_forced for row in rows)
+        if self.floor is not None and self.planner.updates_costs and not has_forced:
             tokens = sum(len(output.token_ids) for output in outputs)
             kind = RoundKind.of([row.sequence for row in rows])
             how = {"speculated": speculated, "drafted": draft_s > 0, "proposing_s": self.proposer.seconds}
@@ -391,3 +447,8 @@ class Engine:
         self._allocator.free(sequence.slot)
         if self._observer and decoding and sequence.request.store:
             self._observer.on_finish(sequence)
+
+
+def _failed(request: Request, error: Exception) -> Output:
+    """The only output of a request that cannot be run."""
+    return Output(request_id=request.request_id, token_ids=(), finish_reason="error", error=str(error))

@@ -1,12 +1,12 @@
 """The target's own token at every column of a round's decoding rows, each by its request's options.
 
-Rows with penalties, a bias, top-k, top-p, min-p or log-probabilities, or that may not end yet, get logits; the tokens
-of all others are chosen inside the head's product. Both come from one pass over the head.
+Rows with penalties, a bias, top-k, top-p, min-p, a grammar or log-probabilities, or that may not end yet, get logits;
+the tokens of all others are chosen inside the head's product. Both come from one pass over the head.
 
 Left out: the choice itself (modules/sampling/choice.py), and which proposals it accepts
 (serve/sequences/round_plan.py).
 
-Shapes: N columns of the decoding rows, D of those columns whose logits are needed, S slots, L capacity of a slot, V
+Shapes: N columns of the decoding rows, T of one row, D of all whose logits are needed, S slots, L capacity of a slot, V
 vocabulary.
 """
 
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.choice import choose_dense
@@ -64,6 +66,8 @@ def choose_tokens(
                 end = at + 1 + len(row.proposal.tokens)
                 if row.sequence.params.logprobs is not None:
                     logits[index] = logits_DV[at:end].clone()  # before options change them
+                if row.allowed is not None:
+                    _forbid_others(logits_DV[at:end], row.allowed)
                 at = end
         for line, n in enumerate(dense):
             sequence = columns[n].row.sequence
@@ -81,6 +85,12 @@ def choose_tokens(
         for n, token in zip(dense, token_D.tolist(), strict=True):
             tokens[n] = token
     return tokens, logits
+
+
+def _forbid_others(logits_TV: torch.Tensor, allowed: NDArray[np.uint8]) -> None:
+    """Give the tokens without a bit in `allowed` no probability, in place."""
+    bits_TV = np.unpackbits(allowed, axis=1, count=logits_TV.shape[1], bitorder="little")
+    logits_TV.masked_fill_(torch.from_numpy(bits_TV).to(logits_TV.device) == 0, float("-inf"))
 
 
 def _context(column: _Column, tokens_SL: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,11 @@ from aurora_lit.serve.http.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    JSONSchemaFormat,
     Message,
+    ResponseFormat,
     StreamOptions,
+    StructuredOutputs,
     TextPart,
     TokenizeRequest,
     shorten,
@@ -38,8 +41,11 @@ _MODELS: tuple[type[BaseModel], ...] = (
     Message,
     StreamOptions,
     TextPart,
+    ResponseFormat,
+    JSONSchemaFormat,
+    StructuredOutputs,
 )
-_FIELDS = frozenset(name for model in _MODELS for name in model.model_fields)
+_FIELDS = frozenset(field.alias or name for model in _MODELS for name, field in model.model_fields.items())
 
 
 def error_body(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:

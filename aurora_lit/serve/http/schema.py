@@ -7,19 +7,21 @@ Leaves out checks that need a tokenizer or the model's limits (serve/http/tokeni
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from aurora_lit.errors import RequestError
-from aurora_lit.request import MAX_DOMAIN_CHARACTERS, SamplingParams
+from aurora_lit.request import MAX_DOMAIN_CHARACTERS, SamplingParams, StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_SALT_CHARACTERS = 256
+MAX_CHOICE_TEXTS = 4096
 DOMAIN_KEY = "aurora_domain"
 """The key of `metadata` that holds a request's domain label."""
 _INT64 = 2**63
@@ -30,13 +32,14 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "function_call": (None, "none"),
     "functions": (None, []),
+    "guided_decoding_backend": (None,),
+    "guided_whitespace_pattern": (None,),
     "length_penalty": (None, 1, 1.0),
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None, True, False),
     "prediction": (None,),
     "prompt_cache_key": (None,),
     "reasoning_effort": (None, "none"),
-    "response_format": (None, {"type": "text"}),
     "safety_identifier": (None,),
     "service_tier": (None, "auto", "default"),
     "suffix": (None, ""),
@@ -60,6 +63,15 @@ NEUTRAL_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "tool_calls": (None, []),
 }
 """The same for fields of a message: clients send back messages as they received them."""
+
+NEUTRAL_IN_STRUCTURE: Mapping[str, tuple[Any, ...]] = {
+    "disable_additional_properties": (None, False),
+    "disable_any_whitespace": (None, False),
+    "disable_fallback": (None, False, True),
+    "structural_tag": (None,),
+    "whitespace_pattern": (None,),
+}
+"""The same for fields of `structured_outputs`."""
 
 _RESERVED_VARIABLES = frozenset(
     ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length")
@@ -110,6 +122,45 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None
 
 
+class JSONSchemaFormat(_Strict):
+    """A named schema; `strict: false` is served as `true`."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """OpenAI's form of structured outputs."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise RequestError(
+                'response_format: send json_schema with type="json_schema", and only with it', param="response_format"
+            )
+        return self
+
+
+class StructuredOutputs(_Strict):
+    """vLLM's form of structured outputs."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICE_TEXTS)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral_fields(cls, body: Any) -> Any:
+        return drop_neutral(body, NEUTRAL_IN_STRUCTURE, inside="structured_outputs")
+
+
 class Sampling(_Strict):
     """The fields that chat and text completion share."""
 
@@ -138,6 +189,12 @@ class Sampling(_Strict):
     speculate: bool | None = None
     return_token_sources: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICE_TEXTS)] | None = None
+    guided_grammar: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -160,6 +217,51 @@ class Sampling(_Strict):
                 param=f"metadata.{DOMAIN_KEY}",
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_structure(self) -> Sampling:
+        asked = self._structures()
+        if self.structured_outputs is not None and not any(place.startswith("structured_outputs") for place in asked):
+            raise RequestError(
+                "structured_outputs is empty; send one of json, regex, choice, grammar, json_object",
+                param="structured_outputs",
+            )
+        if len(asked) > 1:
+            second = list(asked)[1]
+            raise RequestError(
+                f"{second} and {next(iter(asked))} ask for two structures; send one of them",
+                param=second.split(".")[0],
+            )
+        for name in ("ignore_eos", "min_tokens"):
+            if asked and getattr(self, name):
+                raise RequestError(
+                    f"{name} cannot be combined with {next(iter(asked))}, whose grammar decides where an answer ends; "
+                    "leave it out",
+                    param=name,
+                )
+        return self
+
+    def _structures(self) -> dict[str, StructuredOutputsParams]:
+        """What the answer must be, by the field that asks for it."""
+        found: dict[str, dict[str, Any]] = {}
+        format_, ours = self.response_format, self.structured_outputs
+        if format_ is not None and format_.json_schema is not None:
+            found["response_format.json_schema.schema"] = {"json": format_.json_schema.schema_}
+        elif format_ is not None and format_.type == "json_object":
+            found["response_format"] = {"json_object": True}
+        for name in ("json", "regex", "choice", "grammar", "json_object"):
+            value = None if ours is None else getattr(ours, "json_" if name == "json" else name)
+            if value is not None and value is not False:
+                found[f"structured_outputs.{name}"] = {name: value}
+            value = getattr(self, f"guided_{name}", None)
+            if value is not None:
+                found[f"guided_{name}"] = {name: value}
+        return {place: _structure(**asked) for place, asked in found.items()}
+
+    @property
+    def structure(self) -> tuple[str, StructuredOutputsParams] | None:
+        """What the answer must be, and the field that asks for it."""
+        return next(iter(self._structures().items()), None)
 
     @property
     def may_be_stored(self) -> bool:
@@ -212,6 +314,7 @@ class Sampling(_Strict):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             speculate=_or(self.speculate, True),
+            structured_outputs=None if self.structure is None else self.structure[1],
         )
 
 
@@ -351,6 +454,15 @@ def shorten(value: object) -> str:
 
 def _or(value: T | None, default: T) -> T:
     return default if value is None else value
+
+
+def _structure(**asked: Any) -> StructuredOutputsParams:
+    """As the engine reads it: a schema is text, since JSON has numbers that messages have not."""
+    if isinstance(asked.get("json"), dict):
+        asked["json"] = json.dumps(asked["json"])
+    if "choice" in asked:
+        asked["choice"] = tuple(asked["choice"])
+    return StructuredOutputsParams(**asked)
 
 
 def _token_keys(bias: Mapping[str, float], vocab_size: int) -> dict[int, float]:

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from jinja2 import TemplateError
+from llguidance import LLTokenizer
 
 from aurora_lit.errors import RequestError
+from aurora_lit.grammars.definition import fault_of, names_special_tokens
 from aurora_lit.ipc.messages import Call
-from aurora_lit.models.tokenizer import Tokenizer
+from aurora_lit.models.tokenizer import Tokenizer, tokenizer_json
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.http.detokenizer import decode
 from aurora_lit.serve.http.schema import (
@@ -72,6 +74,7 @@ def prepare_chat(
     prompt_ids = _encode(tokenizer, text, limits, param="messages", add_special_tokens=False)
     max_tokens = _check_length(len(prompt_ids), token_limit(body), limits, default=None, param="messages")
     params = body.sampling_params(max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs)
+    _check_structure(body, tokenizer, limits)
     call = _call(call_id, [prompt_ids], [params], body, client)
     return Prepared(
         call=call,
@@ -127,6 +130,7 @@ def prepare_completion(
                 prompt_logprobs=body.logprobs if body.echo else None,
             )
         )
+    _check_structure(body, tokenizer, limits)
     return Prepared(
         call=_call(call_id, ids, params, body, client),
         prompt_texts=tuple(texts) if body.echo else (),
@@ -179,6 +183,27 @@ def _check_length(num_prompt: int, wanted: int | None, limits: Limits, *, defaul
     if wanted is not None:
         return wanted
     return room if default is None else min(default, room)
+
+
+def _check_structure(body: Sampling, tokenizer: Tokenizer, limits: Limits) -> None:
+    """Raise RequestError if what the answer must be cannot be served, with the place in the schema or grammar."""
+    if body.structure is None:
+        return
+    place, asked = body.structure
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise RequestError(
+            f"{place}: structured outputs need a tokenizer of the tokenizers library, which this model has not; "
+            "leave it out",
+            param=place,
+            code="unsupported_parameter",
+        )
+    fault = fault_of(asked)
+    if fault is None and names_special_tokens(asked):
+        fault = fault_of(asked, LLTokenizer(tokenizer_json(backend), n_vocab=limits.vocab_size))
+    if fault is not None:
+        where = place + fault.place
+        raise RequestError(f"{where} cannot be used: {fault.reason}", param=where, code="invalid_value")
 
 
 def _call(

@@ -14,9 +14,12 @@ Left out: who proposes (serve/speculation/proposer.py), and which token the targ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from aurora_lit.kernels.suffix_index import is_remembered
 from aurora_lit.modules.sampling.tree import accepted_path, depths, first_choices
@@ -44,6 +47,8 @@ class Proposal:
     """Of a tree: the column that each token follows (modules/sampling/tree.py). None: a chain."""
     source: int = SOURCE_NONE
     """Where they come from: one of traces.record.SOURCE_…"""
+    is_forced: bool = False
+    """True: the sequence's grammar allows nothing else, so that they are accepted. They count as looked up."""
     num_drafted: int = 0
     """The first so many tokens are the draft's; the others were copied."""
     copies: tuple[CopiedNode, ...] = ()
@@ -77,9 +82,42 @@ class Proposal:
         count = self.num_drafted or len(self.tokens)
         return list(range(1, count + 1)) if self.parents is None else first_choices(self.parents[:count])
 
+    def keeping(self, columns: Sequence[int]) -> Proposal:
+        """Only the tokens at some columns, ascending, whose parents are among them; column 0 is the first."""
+        if len(columns) == 1:
+            return NO_PROPOSAL
+        now_at = {column: index for index, column in enumerate(columns)}
+        parents = None if self.parents is None else [now_at[self.parents[column - 1]] for column in columns[1:]]
+        copies = tuple(
+            node._replace(column=now_at[node.column], parent=now_at[node.parent])
+            for node in self.copies
+            if node.column in now_at
+        )
+        num_drafted = sum(0 < column <= self.num_drafted for column in columns)
+        source = self.source
+        if source == SOURCE_DRAFT and not num_drafted:
+            source = SOURCE_MEMORY if any(is_remembered(node.cell) for node in copies) else SOURCE_LOOKUP
+        return replace(
+            self,
+            tokens=[self.tokens[column - 1] for column in columns[1:]],
+            parents=None if parents == list(range(len(columns) - 1)) else parents,
+            source=source,
+            num_drafted=num_drafted,
+            copies=copies,
+            logprobs=None if self.logprobs is None else [self.logprobs[column - 1] for column in columns[1:]],
+        )
+
 
 NO_PROPOSAL = Proposal(tokens=[])
 """A sequence decodes one token in this round."""
+
+
+class Uncut(NamedTuple):
+    """A proposal before the tokens were cut that the sequence's grammar forbids."""
+
+    proposal: Proposal
+    columns: Sequence[int]
+    """Those that were kept, column 0 first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +128,10 @@ class DecodingRow:
     root: int
     """The last committed token."""
     proposal: Proposal
+    allowed: NDArray[np.uint8] | None = None
+    """For each column the tokens that the sequence's grammar allows after it, a bit for each; None: all."""
+    uncut: Uncut | None = None
+    """None: the proposal is as it was made."""
 
     @property
     def start(self) -> int:

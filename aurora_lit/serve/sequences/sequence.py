@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from aurora_lit.grammars.matcher import Grammar
 from aurora_lit.modules.sampling.distribution import is_greedy, uses_temperature_only
 from aurora_lit.request import TOKEN_SOURCES, Request, SamplingParams, TokenLogprob
 from aurora_lit.settings import MAX_PROPOSAL_LENGTH, PLANS
@@ -109,6 +110,8 @@ class RunningSequence:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     domain: str = ""
     """The client's label, else what the prompt was assigned; "" before it has been read, and for outliers."""
+    grammar: Grammar | None = None
+    """What the output is restricted to; None: nothing."""
     temperature: float = field(init=False)
     """The request's sampling temperature; 0: greedy."""
     _always_needs_logits: bool = field(init=False)
@@ -130,7 +133,8 @@ class RunningSequence:
     def needs_logits(self) -> bool:
         """True if the target's choice takes more than its logits and the temperature.
 
-        That is with penalties, a bias, top-k, top-p or min-p, with log-probabilities, and while it may not end yet.
+        That is with penalties, a bias, top-k, top-p or min-p, a grammar, with log-probabilities, and while it may not
+        end yet.
         """
         return self._always_needs_logits or self.length - self.prompt_length < self.params.min_tokens
 

@@ -12,6 +12,7 @@ above it:
     floor.py             turns speculation off for a while where it took longer than plain decoding
     kept_costs.py        keeps measured costs in the cache, by machine, code and configuration
     copy_planner.py      how many tokens are copied, by what that costs and promises
+    grammar_rows.py      rows of outputs with a grammar: what it allows and what it forces
     candidate_tree.py    one tree a sequence, from copies and the draft's proposals
     copies_in_python.py  looks copies up where there are no kernels
     traffic_memory.py    what earlier requests were answered, by who may read it; looks copies up

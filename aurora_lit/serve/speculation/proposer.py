@@ -12,6 +12,8 @@ was. Verification does not change, so the output stays exact, but fewer of these
 propose chains. Sampled sequences do not explore: what is accepted of them depends on the noise that target and draft
 share, and a policy rewarded by p(a) alone would learn to propose the likeliest token, which that noise accepts less.
 
+Where a sequence's grammar leaves no choice, what it forces is proposed, and nothing else is looked for.
+
 Left out: the draft's work (serve/speculation/drafter.py), what copies there are (serve/speculation/traffic_memory.py),
 how much is proposed (serve/speculation/planner.py, serve/speculation/copy_planner.py), and which proposals are accepted
 (serve/sequences/round_plan.py).
@@ -35,6 +37,7 @@ from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_c
 from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlanner
 from aurora_lit.serve.speculation.costs import DraftShape
 from aurora_lit.serve.speculation.drafter import Drafted, Drafter, DraftInputs, DraftNoise
+from aurora_lit.serve.speculation.grammar_rows import forced_proposal
 from aurora_lit.serve.speculation.planner import MAX_REMAINING_TOKENS, SpeculationPlanner
 from aurora_lit.serve.speculation.traffic_memory import TrafficMemory, look_up_copies
 from aurora_lit.traces.record import SOURCE_DRAFT
@@ -92,31 +95,41 @@ class Proposer:
     def propose(
         self, sequences: Sequence[RunningSequence], *, copies: bool = True, drafts: bool = True
     ) -> list[Proposal]:
-        """A proposal for each sequence, of what is allowed."""
+        """A proposal for each sequence, of what is allowed; what a grammar forces always is."""
         started, self.draft_seconds, self.seconds = time.perf_counter(), 0.0, 0.0
-        if not (copies or drafts):
-            return [NO_PROPOSAL] * len(sequences)
-        proposals = self._propose(sequences, copies=copies, drafts=drafts)
-        self.seconds = time.perf_counter() - started
+        proposals = [forced_proposal(sequence, most=self._most_forced) for sequence in sequences]
+        if copies or drafts:
+            self._propose(sequences, proposals, copies=copies, drafts=drafts)
+            self.seconds = time.perf_counter() - started
         return proposals
 
-    def _propose(self, sequences: Sequence[RunningSequence], *, copies: bool, drafts: bool) -> list[Proposal]:
-        proposals = [NO_PROPOSAL] * len(sequences)
-        speculating = [i for i, sequence in enumerate(sequences) if sequence.params.speculate]
+    @property
+    def _most_forced(self) -> int:
+        """Longest chain of tokens that a grammar forces."""
+        limits = self._planner.limits
+        most = max(limits.draft_tokens, limits.copied_tokens)
+        return most if self._planner.costs.ragged else min(most, _MAX_PADDED_COPIES)
+
+    def _propose(
+        self, sequences: Sequence[RunningSequence], proposals: list[Proposal], *, copies: bool, drafts: bool
+    ) -> None:
+        """Fill in the proposals of sequences that have none."""
+        speculating = [
+            i for i, sequence in enumerate(sequences) if sequence.params.speculate and proposals[i] is NO_PROPOSAL
+        ]
         if not speculating:
-            return proposals
+            return
         sampled = 2 * sum(sequences[i].temperature > 0 for i in speculating) > len(speculating)
         found = self._look_up(sequences, speculating) if copies else {}
         speed = self._copy(sequences, found, proposals, sampled=sampled, drafts=drafts)
         if not drafts:
-            return proposals
+            return
         rest = [i for i in speculating if proposals[i] is NO_PROPOSAL and sequences[i].num_remaining > 1]
         drafted = self._draft(sequences, rest, sampled=sampled)
         if found and drafted and not any(proposal.explored_at is not None for _, proposal in drafted):
             drafted = self._merge(sequences, drafted, found, proposals, speed=speed)
         for i, proposal in drafted:
             proposals[i] = proposal
-        return proposals
 
     def observe(self, sequence: RunningSequence, proposal: Proposal, *, path: Sequence[int], finished: bool) -> None:
         """Report a round's outcome.

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from aurora_lit.cores import available_cores, use_threads
 from aurora_lit.drafts.centroid_file import read_centroids
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.errors import ConfigError, RingError
+from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
@@ -27,7 +29,7 @@ from aurora_lit.kernels import native
 from aurora_lit.models import packed_target
 from aurora_lit.models.source import cache_root, find_target
 from aurora_lit.models.target import CPU, Target
-from aurora_lit.models.tokenizer import Tokenizer, keep_tokenizer
+from aurora_lit.models.tokenizer import Tokenizer, keep_tokenizer, tokenizer_json
 from aurora_lit.models.tokenizer import load_tokenizer as load_kept_tokenizer
 from aurora_lit.modules.domains.centroids import DomainAssigner
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
@@ -220,7 +222,14 @@ def _engine(
         memory_bytes=config.memory.capacity_mb << 20 if resolved_memory_scope(config) != "off" else 0,
         memory_scope=resolved_memory_scope(config),
     )
-    return Engine(target, draft, options, draft_version=version, observer=observer, kept_costs=kept_costs)
+    grammars = None
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        grammars = GrammarCompiler(
+            partial(tokenizer_json, backend), vocab_size=target.vocab_size, eos_token_ids=options.eos_token_ids
+        )
+    return Engine(
+        target, draft, options, draft_version=version, observer=observer, kept_costs=kept_costs, grammars=grammars
+    )
 
 
 def _kept_costs(config: AuroraConfig, target: Target) -> KeptCosts:

@@ -36,6 +36,12 @@ def message(**fields):
     return chat(messages=[{"role": "user", "content": "hi", **fields}])
 
 
+def json_schema(schema, **fields):
+    return chat(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}, **fields)
+
+
+IN_DEPTH = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "numbr"}}}}
+
 BAD = [
     # (path, body, status, param)
     (CHAT, chat(temperature=-5), 400, "temperature"),
@@ -105,7 +111,28 @@ BAD = [
     (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
     (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
     (CHAT, chat(functions=[{"name": "f"}]), 400, "functions"),
-    (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format"),
+    (CHAT, chat(response_format={"type": "xml"}), 400, "response_format.type"),
+    (CHAT, chat(response_format={"type": "json_schema"}), 400, "response_format"),
+    (CHAT, chat(response_format={"type": "json_object", "json_schema": {"schema": {}}}), 400, "response_format"),
+    (CHAT, json_schema(5), 400, "response_format.json_schema.schema"),
+    (CHAT, json_schema({"type": "strin"}), 400, "response_format.json_schema.schema"),
+    (CHAT, json_schema(IN_DEPTH), 400, "response_format.json_schema.schema.properties.a.items"),
+    (CHAT, json_schema({}, ignore_eos=True), 400, "ignore_eos"),
+    (CHAT, json_schema({}, min_tokens=2), 400, "min_tokens"),
+    (CHAT, json_schema({}, guided_json={}), 400, "guided_json"),
+    (TEXT, text(structured_outputs={}), 400, "structured_outputs"),
+    (TEXT, text(structured_outputs={"regex": "("}), 400, "structured_outputs.regex"),
+    (TEXT, text(structured_outputs={"json": "{"}), 400, "structured_outputs.json"),
+    (TEXT, text(structured_outputs={"choice": []}), 400, "structured_outputs.choice"),
+    (TEXT, text(structured_outputs={"regex": "a", "choice": ["a"]}), 400, "structured_outputs"),
+    (TEXT, text(structured_outputs={"structural_tag": "x"}), 400, "structured_outputs.structural_tag"),
+    (TEXT, text(structured_outputs={"grammar": "start: <nothing>"}), 400, "structured_outputs.grammar"),
+    (TEXT, text(guided_json={"type": "strin"}), 400, "guided_json"),
+    (TEXT, text(guided_json=IN_DEPTH), 400, "guided_json.properties.a.items"),
+    (TEXT, text(guided_regex="("), 400, "guided_regex"),
+    (TEXT, text(guided_choice=[1]), 400, "guided_choice[0]"),
+    (TEXT, text(guided_grammar="start: x"), 400, "guided_grammar"),
+    (TEXT, text(guided_decoding_backend="outlines"), 400, "guided_decoding_backend"),
     (CHAT, chat(modalities=["text", "audio"]), 400, "modalities"),
     (CHAT, chat(min_tokens=5), 400, "min_tokens"),  # of 4
     (CHAT, chat(min_tokens=-1), 400, "min_tokens"),
@@ -285,6 +312,27 @@ def test_fields_that_ask_for_nothing_are_accepted(client):
     sent_back = {**answer, "annotations": None, "audio": None, "function_call": None, "tool_calls": None}
     assert client.post(CHAT, json=chat(messages=[*HELLO, sent_back, *HELLO])).status_code == 200
     assert client.post(TEXT, json=text(suffix=None, best_of=1, use_beam_search=False)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}, "strict": True}}},
+        {"structured_outputs": {"json": '{"type": "object"}', "whitespace_pattern": None}},
+        {"structured_outputs": {"regex": "a+", "json_object": False}},
+        {"structured_outputs": {"grammar": "start: <|end|>"}, "stop": "x"},
+        {"guided_json": {"type": "object"}},
+        {"guided_regex": "[ab]"},
+        {"guided_choice": ["a", "b"], "guided_decoding_backend": None},
+        {"guided_grammar": 'root ::= "a"', "min_tokens": 0, "ignore_eos": False},
+    ],
+    ids=json.dumps,
+)
+def test_every_form_of_structured_outputs_is_accepted(client, fields):
+    """The fake engine does not follow them: tests/serve/test_structured_server.py has one that does."""
+    assert client.post(CHAT, json=chat(**fields)).status_code == 200
+    assert client.post(TEXT, json=text(**fields)).status_code == 200
 
 
 def test_after_all_that_nothing_is_left(client):

@@ -1,0 +1,115 @@
+"""What a client asked for as one grammar for llguidance, and what is wrong with it.
+
+The HTTP process checks a grammar before a request is sent to the engine worker, which makes the same grammar of the
+same record. Contains neither torch nor numpy. Left out: which tokens a grammar allows (matcher.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+from aurora_lit.request import StructuredOutputsParams
+
+_SPACING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+"""JSON is written as by json.dumps, and so without white space that a model could repeat for ever. A schema may change
+that by llguidance's own key "x-guidance"."""
+_MOST_CHARACTERS = 240
+"""Of llguidance's reason in an error message."""
+
+
+class Fault(NamedTuple):
+    """Why a grammar cannot be used."""
+
+    place: str
+    """The keys of a JSON schema that lead to the fault, such as ".properties.age.type"; "" elsewhere."""
+    reason: str
+
+
+def grammar_of(asked: StructuredOutputsParams) -> str:
+    """The grammar for llguidance. Raises ValueError for a GBNF grammar that cannot be read, and for a schema that is no
+    JSON.
+    """
+    if asked.json_object:
+        return _of_schema({"type": "object"})
+    if asked.json is not None:
+        return _of_schema(json.loads(asked.json) if isinstance(asked.json, str) else asked.json)
+    if asked.regex is not None:
+        return LLMatcher.grammar_from_regex(asked.regex)
+    if asked.choice is not None:
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, asked.choice)))
+    assert asked.grammar is not None
+    return LLMatcher.grammar_from_lark(_from_gbnf(asked.grammar) if "::=" in asked.grammar else asked.grammar)
+
+
+def _from_gbnf(grammar: str) -> str:
+    try:
+        return str(gbnf_to_lark(grammar))
+    except Exception as error:  # the library raises no other
+        raise ValueError(str(error)) from error
+
+
+def _of_schema(schema: Any) -> str:
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_SPACING)  # type: ignore[arg-type]
+
+
+def fault_of(asked: StructuredOutputsParams, tokenizer: LLTokenizer | None = None) -> Fault | None:
+    """Why the grammar cannot be used; None: it can be.
+
+    Without a tokenizer, special tokens that a grammar names are not looked up: see `names_special_tokens`.
+    """
+    try:
+        grammar = grammar_of(asked)
+    except (ValueError, RecursionError) as error:
+        return Fault("", _shorten(str(error)))
+    reason = _reason(grammar, tokenizer)
+    if not reason:
+        return None
+    if asked.json is None:
+        return Fault("", _shorten(reason))
+    schema = json.loads(asked.json) if isinstance(asked.json, str) else asked.json
+    return Fault(_place(schema, schema, reason), _shorten(reason))
+
+
+def names_special_tokens(asked: StructuredOutputsParams) -> bool:
+    """True if a grammar without a fault can only be checked with the tokenizer, since it names tokens of that."""
+    return bool(asked.grammar) and bool(LLMatcher.validate_grammar_with_warnings(grammar_of(asked))[1])
+
+
+def _reason(grammar: str, tokenizer: LLTokenizer | None = None) -> str:
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
+    return messages[0].partition("\n  while processing ")[0] if is_error else ""
+
+
+def _place(schema: Any, root: Any, reason: str) -> str:
+    """The innermost part of a schema that is refused for the same reason as the whole."""
+    for keys, part in _parts(schema):
+        alone = {"$ref": "#/part", "part": part}
+        if isinstance(root, dict):
+            alone |= {name: root[name] for name in ("$defs", "definitions") if name in root and root[name] is not part}
+        if _reason(_of_schema(alone)) == reason:
+            return keys + _place(part, root, reason)
+    return ""
+
+
+def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
+    """The schemas inside a schema, with the keys that lead to them."""
+    if not isinstance(schema, dict):
+        return
+    for name, value in schema.items():
+        if name in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, Mapping):
+            yield from ((f".{name}.{key}", part) for key, part in value.items())
+        elif name in ("anyOf", "oneOf", "allOf", "prefixItems", "items") and isinstance(value, list):
+            yield from ((f".{name}[{index}]", part) for index, part in enumerate(value))
+        elif name in ("items", "additionalProperties"):
+            yield f".{name}", value
+
+
+def _shorten(reason: str) -> str:
+    """On one line, without the drawing that shows the place again."""
+    line = " ".join(reason.split())
+    return line if len(line) <= _MOST_CHARACTERS else f"{line[: _MOST_CHARACTERS - 3]}..."

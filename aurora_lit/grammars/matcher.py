@@ -1,0 +1,132 @@
+"""An output's place in its grammar: which tokens may follow, and which must.
+
+    compiler = GrammarCompiler(tokenizer_json, vocab_size=49152, eos_token_ids=frozenset([2]))
+    grammar = compiler.compile(asked, end_tokens=frozenset([2])).result()     # in a thread: may take a second
+    grammar.allowed, grammar.forced                                           # a bit for every token; what must follow
+    grammar.advance([81, 19])                                                 # the output goes on with these tokens
+    branch = grammar.branch()
+    branch.enter(81), branch.allowed(), branch.leave()                        # what would be allowed after another one
+
+The tokens that end an output are allowed where the grammar may end, and wherever the grammar itself allows them. Left
+out: the grammar's definition (definition.py), and what a round makes of the masks (serve/speculation/grammar_rows.py,
+serve/engine/token_choice.py).
+
+Shapes: W bytes of a mask: one bit for each token, the first in the lowest bit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+
+from aurora_lit.errors import RequestError
+from aurora_lit.grammars.definition import grammar_of
+from aurora_lit.request import StructuredOutputsParams
+
+Mask = NDArray[np.uint8]
+"""[W]: which tokens are allowed."""
+
+
+class Branch:
+    """What is allowed after tokens; walks down a tree of them and back."""
+
+    def __init__(self, matcher: LLMatcher, *, vocab_size: int, end_tokens: frozenset[int]) -> None:
+        """`end_tokens`: those that end the output."""
+        self._matcher, self._end_tokens = matcher, end_tokens
+        self._vocab_size, self._mask_bytes = vocab_size, 4 * -(-vocab_size // 32)
+
+    def allowed(self) -> Mask | None:
+        """The tokens that may follow; None: llguidance has failed, and the branch cannot be used any more."""
+        mask_W = np.zeros(self._mask_bytes, dtype=np.uint8)
+        self._matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, self._mask_bytes)
+        if self._matcher.is_accepting():
+            for token in self._end_tokens:
+                mask_W[token >> 3] |= 1 << (token & 7)
+        return None if self._matcher.is_error() or not mask_W.any() else mask_W
+
+    def enter(self, token: int) -> None:
+        """Go on with a token that is allowed here."""
+        self._matcher.consume_token(token)
+
+    def leave(self) -> None:
+        """Go back by one token."""
+        self._matcher.rollback(1)
+
+    def copy(self) -> Branch:
+        """The same place, from which to walk on."""
+        return Branch(self._matcher.deep_copy(), vocab_size=self._vocab_size, end_tokens=self._end_tokens)
+
+    def forced(self) -> list[int]:
+        """The tokens that must follow, with the end if that must."""
+        tokens = self._matcher.compute_ff_tokens()
+        after = self._matcher.deep_copy()
+        after.consume_tokens(tokens)
+        if after.is_stopped() and not after.is_error():
+            # Of several ends the highest: most vocabularies have added the end of a turn after that of a text.
+            tokens.append(max(self._end_tokens))
+        return tokens
+
+    @property
+    def error(self) -> str:
+        """Why llguidance has failed; "" if it has not."""
+        return self._matcher.get_error().partition("\n")[0]  # its state and the grammar follow
+
+
+class Grammar:
+    """The place of one output in its grammar."""
+
+    def __init__(self, start: Branch) -> None:
+        """At the beginning of the output. Raises RequestError if llguidance cannot go on."""
+        self._here = start
+        self._look_ahead()
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Go on with tokens that were allowed. Raises RequestError if llguidance cannot go on."""
+        for token in tokens:
+            self._here.enter(token)
+        self._look_ahead()
+
+    def branch(self) -> Branch:
+        """A copy to walk on, which leaves this one where it is."""
+        return self._here.copy()
+
+    def _look_ahead(self) -> None:
+        allowed_W, self.forced = self._here.allowed(), self._here.forced()
+        if allowed_W is None:
+            reason = self._here.error or "no token of the vocabulary goes on with the output"
+            raise RequestError(f"the grammar cannot be followed: {reason}", param="structured_outputs")
+        self.allowed: Mask = allowed_W
+        """The tokens that may follow."""
+
+
+class GrammarCompiler:
+    """Compiles grammars for one target in a thread of its own, so that rounds go on meanwhile."""
+
+    def __init__(self, tokenizer_json: Callable[[], str], *, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        """`tokenizer_json`: gives the state of a `tokenizers` object, when the first grammar is compiled."""
+        self._tokenizer_json, self._vocab_size, self._eos = tokenizer_json, vocab_size, sorted(eos_token_ids)
+        self._tokenizer: LLTokenizer | None = None
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
+
+    def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
+        """The beginning of an output that `end_tokens` may end. The future raises RequestError."""
+        return self._thread.submit(self._compile, asked, end_tokens)
+
+    def _compile(self, asked: StructuredOutputsParams, end_tokens: frozenset[int]) -> Grammar:
+        matcher = LLMatcher(self.tokenizer(), grammar_of(asked), log_level=0)
+        return Grammar(Branch(matcher, vocab_size=self._vocab_size, end_tokens=end_tokens))
+
+    def tokenizer(self) -> LLTokenizer:
+        """The target's tokenizer as llguidance has it; made on first use, in a quarter of a second."""
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = LLTokenizer(
+                    self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=self._eos or None
+                )
+            return self._tokenizer

@@ -1,0 +1,108 @@
+"""Faults of schemas and grammars: each with its reason and its place."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+from support.grammars import backend
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from aurora_lit.grammars.definition import fault_of, grammar_of, names_special_tokens
+from aurora_lit.request import StructuredOutputsParams
+
+DEEP = {"type": "object", "properties": {"a": {"type": "array", "items": {"anyOf": [True, {"type": "numbr"}]}}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "place", "reason"),
+    [
+        ({"type": "strin"}, "", "Invalid type: strin"),
+        (DEEP, ".properties.a.items.anyOf[1]", "Invalid type: numbr"),
+        ({"$defs": {"x": {"pattern": "(["}}, "$ref": "#/$defs/x"}, ".$defs.x", "unclosed character class"),
+        ({"items": {"$ref": "#/$defs/x"}, "$defs": {"y": {}}}, ".items", "'/$defs/x' does not exist"),
+        ({"properties": {"a": {"uniqueItems": True}}}, ".properties.a", 'Unimplemented keys: ["uniqueItems"]'),
+        ({"prefixItems": [{}, {"format": "blah"}]}, ".prefixItems[1]", "Unknown format: blah"),
+        ({"properties": 5}, "", "properties must be an object"),
+        ({"minLength": 5, "maxLength": 2, "type": "string"}, "", "Unsatisfiable schema"),
+        ({"additionalProperties": {"not": {}}}, ".additionalProperties", "Unimplemented keys"),
+    ],
+    ids=lambda value: json.dumps(value)[:40],
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_fault_of_a_schema_has_the_keys_that_lead_to_it(
+    schema: dict[str, Any], place: str, reason: str, as_text: bool
+) -> None:
+    fault = fault_of(StructuredOutputsParams(json=json.dumps(schema) if as_text else schema))
+    assert fault is not None
+    assert fault.place == place
+    assert reason in fault.reason
+    assert "\n" not in fault.reason
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"regex": "a("}, "unclosed group"),
+        ({"regex": "a(?=b)"}, "look-around"),
+        ({"grammar": 'start: "a" x'}, 'at 1(8): unknown name: "x"'),
+        ({"grammar": 'root ::= "a" | y'}, "Rule 'y' not found"),
+        ({"grammar": "nothing"}, "1("),
+        ({"json": "{"}, "Expecting property name"),
+        ({"json": '{"items":' * 5000 + "{}" + "}" * 5000}, "recursion"),
+        ({"json": '{"items":' * 500 + "{}" + "}" * 500}, "recursion"),
+    ],
+)
+def test_a_fault_of_other_grammars_has_its_line_and_column(asked: dict[str, Any], reason: str) -> None:
+    fault = fault_of(StructuredOutputsParams(**asked))
+    assert fault is not None
+    assert reason in fault.reason
+    assert len(fault.reason) <= 240
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"json": {"type": "object"}},
+        {"json_object": True},
+        {"regex": "[ab]+"},
+        {"choice": ("a", 'b"\n', "")},
+        {"grammar": 'root ::= "a" | "b" x\nx ::= [0-9]+'},
+        {"grammar": 'start: "a" | x\nx: /[0-9]+/'},
+    ],
+)
+def test_every_kind_can_be_used(asked: dict[str, Any]) -> None:
+    assert fault_of(StructuredOutputsParams(**asked)) is None
+
+
+def test_special_tokens_are_looked_up_in_the_tokenizer() -> None:
+    known, unknown = (StructuredOutputsParams(grammar=f'start: "a" {name}') for name in ("<end>", "<nothing>"))
+    plain = StructuredOutputsParams(grammar='start: "a"')
+    assert [names_special_tokens(each) for each in (known, unknown, plain)] == [True, True, False]
+    tokenizer = LLTokenizer(backend().to_str(), eos_token=8)
+    assert fault_of(known, tokenizer) is None
+    fault = fault_of(unknown, tokenizer)
+    assert fault is not None
+    assert "<nothing>" in fault.reason
+
+
+def test_json_is_spaced_as_by_json_dumps_unless_the_schema_asks_otherwise() -> None:
+    schema = {"type": "object", "properties": {"a": {"const": [1, 2]}}, "required": ["a"]}
+    flexible = {"x-guidance": {"whitespace_flexible": True, "item_separator": ",", "key_separator": ":"}, **schema}
+    ours, theirs = (grammar_of(StructuredOutputsParams(json=each)) for each in (schema, flexible))
+    assert accepts(ours, '{"a": [1, 2]}')
+    assert not accepts(ours, '{ "a":[1,\n2]}')
+    assert accepts(theirs, '{ "a":[1,\n2]}')
+
+
+def accepts(grammar: str, text: str) -> bool:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    matcher = LLMatcher(LLTokenizer(tokenizer.to_str(), eos_token=256), grammar)
+    ids = tokenizer.encode(text).ids
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()

@@ -1,0 +1,83 @@
+"""An output's place in its grammar: the allowed tokens are those by which some text of the language goes on."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from support.grammars import END, TOKENS, VOCAB_SIZE, allowed_after, compiler
+
+from aurora_lit.errors import RequestError
+from aurora_lit.grammars.matcher import Grammar, Mask
+from aurora_lit.request import StructuredOutputsParams
+
+LANGUAGES = {
+    "[abc]{1,3}": {"".join(letters) for n in (1, 2, 3) for letters in itertools.product("abc", repeat=n)},
+    "[ab]0(1|10)?": {x + "0" + y for x in "ab" for y in ("", "1", "10")},
+    'c"0,[ab]{0,3}1': {'c"0,' + "".join(x) + "1" for n in range(4) for x in itertools.product("ab", repeat=n)},
+}
+
+
+def grammar(regex: str, *, end_tokens: frozenset[int] = frozenset([END])) -> Grammar:
+    return compiler().compile(StructuredOutputsParams(regex=regex), end_tokens=end_tokens).result()
+
+
+def tokens_of(mask_W: Mask | None) -> set[int]:
+    assert mask_W is not None
+    return set(np.unpackbits(mask_W, bitorder="little").nonzero()[0].tolist())
+
+
+@pytest.mark.parametrize("regex", LANGUAGES)
+def test_the_allowed_tokens_are_those_of_the_language_on_every_path(regex: str) -> None:
+    start, seen = grammar(regex), 0
+
+    def walk(place: Grammar, output: list[int]) -> None:
+        nonlocal seen
+        expected = allowed_after(LANGUAGES[regex], output)
+        assert tokens_of(place.allowed) == expected, output
+        branch = place.branch()
+        for token in expected - {END}:
+            branch.enter(token)
+            assert tokens_of(branch.allowed()) >= allowed_after(LANGUAGES[regex], [*output, token])
+            branch.leave()
+            assert tokens_of(branch.allowed()) == expected, "a branch comes back to where it was"
+            seen += 1
+        for token in expected - {END}:
+            following = grammar(regex)
+            following.advance([*output, token])
+            walk(following, [*output, token])
+
+    walk(start, [])
+    assert seen > 5
+
+
+def test_what_must_follow_is_known_with_the_end() -> None:
+    place = grammar("[ab]c0,")
+    assert place.forced == []
+    place.advance([1])
+    assert place.forced == [TOKENS.index("c"), TOKENS.index("0"), TOKENS.index(","), END]
+    place.advance(place.forced[:-1])
+    assert (place.forced, tokens_of(place.allowed)) == ([END], {END})
+    assert grammar("[ab]c[01]").forced == []
+
+
+def test_all_tokens_that_end_the_output_are_allowed_where_the_grammar_may_end_and_nowhere_else() -> None:
+    place = grammar("a0?", end_tokens=frozenset([END, 10]))
+    assert tokens_of(place.allowed) == {0}
+    place.advance([0])
+    assert tokens_of(place.allowed) == {TOKENS.index("0"), END, 10}
+    place.advance([3])
+    assert (tokens_of(place.allowed), place.forced) == ({END, 10}, [10])
+
+
+def test_tokens_that_only_the_target_has_are_never_allowed() -> None:
+    assert max(tokens_of(grammar(".*").allowed)) == END < VOCAB_SIZE - 1
+
+
+def test_a_grammar_that_the_vocabulary_cannot_spell_is_refused() -> None:
+    with pytest.raises(RequestError, match="cannot be followed"):
+        grammar("xyz")
+    place = grammar("a(x|0)")
+    place.advance([0])
+    assert tokens_of(place.allowed) == {3}

@@ -1,0 +1,297 @@
+"""Outputs with a grammar: under speculation those of plain decoding, and their law is the target's, masked."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chi2
+from support.grammars import END, TOKENS, VOCAB_SIZE, compiler, law, text_of
+from support.tiny_models import Answer, make_engine, random_draft, request, run, save_model, trained_draft
+from support.trace_examples import keep_in
+
+from aurora_lit.errors import RequestError
+from aurora_lit.grammars.matcher import Grammar, GrammarCompiler
+from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.request import Request, SamplingParams, StructuredOutputsParams
+from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.trace_recorder import TraceRecorder
+from aurora_lit.traces.record import Trace
+
+PROMPT = [1, 3, 0]
+REGEX = "[ab]{1,2}0,0(1|[bc]{2})"
+LANGUAGE = {
+    "".join(letters) + "0,0" + tail
+    for n in (1, 2)
+    for letters in itertools.product("ab", repeat=n)
+    for tail in ("1", "bb", "bc", "cb", "cc")
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "chains": {"tree_tokens": 0},
+    "trees": {"tree_tokens": 7},
+    "copies": {"tree_tokens": 0, "copied_tokens": 15},
+    "all": {"tree_tokens": 7, "copied_tokens": 15, "explore_share": 0.3, "explore_temperature": 1.5},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "temperature 1": {"temperature": 1.0},
+    "top-p and a bias": {"temperature": 0.8, "top_p": 0.9, "logit_bias": {1: 0.7, END: -1.0}},
+    "penalties": {"temperature": 1.3, "presence_penalty": 0.5, "repetition_penalty": 1.3},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    target: Target
+    draft: Eagle3Draft
+
+    def engine(self, *, drafts: bool = True, grammars: GrammarCompiler | None = None, **changes: Any) -> Engine:
+        fields = {"eos_token_ids": frozenset([END]), "max_seq_len": 40, "max_batch_size": 64, **changes}
+        return make_engine(self.target, self.draft if drafts else None, grammars=grammars or compiler(), **fields)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder: Path = save_model("llama", tmp_path_factory.mktemp("llama"), vocab_size=VOCAB_SIZE, num_hidden_layers=4)
+    target = Target.load(folder, precision="fp32")
+    plain = Case(target=target, draft=random_draft(target))
+    texts = [PROMPT + answer.token_ids for answer in run(plain.engine(drafts=False), requests(200)).values()]
+    longest = max(map(len, texts))
+    padded = torch.tensor([text + [END] * (longest - len(text)) for text in texts])
+    return Case(target=target, draft=trained_draft(target, padded, steps=40))
+
+
+def requests(count: int, *, regex: str | None = REGEX, **params: Any) -> list[Request]:
+    """Of different keys."""
+    asked = None if regex is None else StructuredOutputsParams(regex=regex)
+    fields = {"temperature": 1.0, "max_tokens": 12, "structured_outputs": asked, **params}
+    return [replace(request(f"{regex}{key}", PROMPT, **fields), noise_key=key) for key in range(count)]
+
+
+def tokens(answers: dict[str, Answer]) -> dict[str, list[int]]:
+    return {name: answer.token_ids for name, answer in answers.items()}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_outputs_are_those_of_plain_decoding_and_of_the_grammar(case: Case, way: str, temperature: float) -> None:
+    asked = requests(40, temperature=temperature) + requests(10, temperature=temperature, regex=None)
+    plain = run(case.engine(drafts=False), asked)
+    engine = case.engine(**WAYS[way])
+    answers = run(engine, asked, arrivals=[i // 3 for i in range(len(asked))])
+    assert tokens(answers) == tokens(plain)
+    assert engine.stats.accepted > 100
+    for r in asked[:40]:
+        answer = answers[r.request_id]
+        assert text_of(answer.token_ids) in LANGUAGE
+        assert (answer.token_ids[-1], answer.finish_reason) == (END, "stop")
+    assert any(text_of(answers[r.request_id].token_ids) not in LANGUAGE for r in asked[40:])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("way", ["plain", *WAYS])
+def test_outputs_have_the_masked_law(case: Case, way: str, options: str) -> None:
+    """Chi-square of whole outputs of 1500 keys against every output's enumerated probability."""
+    count = 1500
+    engine = case.engine(drafts=False) if way == "plain" else case.engine(**WAYS[way])
+    asked = requests(count, **OPTIONS[options])
+    seen = Counter(tuple(answer.token_ids) for answer in run(engine, asked).values())
+    expected = {
+        output: count * p
+        for output, p in law(case.target, PROMPT, LANGUAGE, replace(asked[0].params, structured_outputs=None)).items()
+    }
+    assert set(seen) <= set(expected)
+    assert sum(expected.values()) == pytest.approx(count)
+    common = {output: n for output, n in expected.items() if n >= 5}
+    assert len(common) > 5
+    statistic = sum((seen[output] - n) ** 2 / n for output, n in common.items())
+    rest, expected_rest = (sum(each.values()) - sum(each[o] for o in common) for each in (seen, expected))
+    statistic += (rest - expected_rest) ** 2 / max(expected_rest, 1.0)
+    assert chi2.sf(statistic, len(common)) > 1e-4
+
+
+def test_no_proposal_that_the_grammar_forbids_reaches_the_target(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, columns, forced = case.engine(tree_tokens=7), 0, 0
+    judge = engine._judge
+
+    def judged(plan: Any, last_NH: torch.Tensor) -> Any:
+        nonlocal columns, forced
+        for row in plan.decoding:
+            forced += row.proposal.is_forced
+            parents = row.proposal.parents or range(len(row.proposal.tokens))
+            for token, parent in zip(row.proposal.tokens, parents, strict=True):
+                assert row.allowed[parent][token >> 3] >> (token & 7) & 1
+                columns += 1
+        return judge(plan, last_NH)
+
+    monkeypatch.setattr(engine, "_judge", judged)
+    run(engine, requests(30))
+    assert columns > 100
+    assert forced > 30, "0,0 is"
+
+
+def test_what_is_cut_counts_as_rejected_for_the_planners(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, drafted = case.engine(), Counter[bool]()
+    observe = engine.planner.observe
+
+    def observed(sequence: Any, proposal: Any, *, path: Any, finished: bool) -> None:
+        drafted[len(proposal.tokens) == 4] += 1
+        assert all(0 <= column <= len(proposal.tokens) for column in path)
+        observe(sequence, proposal, path=path, finished=finished)
+
+    monkeypatch.setattr(engine.planner, "observe", observed)
+    run(engine, requests(30))
+    assert drafted[True] > 30
+    assert not drafted[False], "all of what was drafted"
+
+
+def test_forced_tokens_come_in_one_round_with_the_end(case: Case) -> None:
+    engine = case.engine(copied_tokens=15)
+    (answer,) = run(engine, requests(1, regex="[ab]0,0,0,1")).values()
+    assert len(answer.rounds) == 2, "the letter, then the rest"
+    assert answer.finish_reason == "stop"
+    (unspeculated,) = run(engine, requests(1, regex="[ab]0,0,0,1", speculate=False)).values()
+    assert len(unspeculated.rounds) == len(unspeculated.token_ids) == 9
+    assert unspeculated.token_ids == answer.token_ids
+
+
+def test_max_tokens_cuts(case: Case) -> None:
+    for answer in run(case.engine(tree_tokens=7), requests(10, regex="[ab]0,0,0,1", max_tokens=5)).values():
+        assert text_of(answer.token_ids)[1:] == "0,0,"
+        assert answer.finish_reason == "length"
+
+
+def test_a_stop_token_ends_where_the_grammar_may_end(case: Case) -> None:
+    """Beside the end of text; where it is allowed by the grammar itself it ends the output too."""
+    extra = VOCAB_SIZE - 1
+    asked = requests(60, regex="[ab]+", stop_token_ids=(extra,), max_tokens=30, logit_bias={extra: 2.0})
+    answers = run(case.engine(tree_tokens=7), asked).values()
+    assert {answer.token_ids[-1] for answer in answers} == {END, extra}
+    assert all(set(text_of(answer.token_ids)) <= {"a", "b"} for answer in answers)
+
+
+def test_log_probabilities_are_the_models(case: Case) -> None:
+    """As with all options, so that those of an output with a grammar do not sum to one over what it allows."""
+    (answer,) = run(case.engine(), requests(1, temperature=0.0, logprobs=VOCAB_SIZE)).values()
+    (free,) = run(case.engine(), requests(1, temperature=0.0, logprobs=VOCAB_SIZE, regex=None)).values()
+    total = sum(2.718281828**logprob for _, logprob in answer.logprobs[0].top)
+    assert total == pytest.approx(1.0, abs=1e-4)
+    assert dict(answer.logprobs[0].top) == pytest.approx(dict(free.logprobs[0].top), abs=1e-4)
+
+
+def test_rows_without_a_grammar_need_no_logits_beside_one_that_has(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, dense = case.engine(), list[tuple[int, int]]()
+    choose = case.target.choose
+
+    def counted(last_NH: torch.Tensor, **draws: torch.Tensor) -> Any:
+        dense.append((len(last_NH), int((draws["dense_N"] >= 0).sum())))
+        return choose(last_NH, **draws)
+
+    monkeypatch.setattr(case.target, "choose", counted)
+    run(engine, requests(1, regex="[ab]{6}", max_tokens=6) + requests(3, regex=None, ignore_eos=True, max_tokens=20))
+    assert any(0 < some < all_ for all_, some in dense)
+    assert dense[-1][1] == 0, "none, once the one with the grammar has ended"
+
+
+def test_traces_of_masked_rows_hold_no_behaviour_log_probabilities(case: Case) -> None:
+    """A learner would compute their rewards from the unmasked distribution; options that change it do likewise."""
+    for regex, has_logprobs in (("[abc01]{9,12}", False), (None, True)):
+        traces: list[Trace] = []
+        recorder = TraceRecorder(keep_in(traces), hidden_size=case.target.hidden_size)
+        engine = case.engine(explore_share=1.0, observer=recorder)
+        run(engine, requests(8, temperature=0.0, regex=regex))
+        assert sum(int(trace.explored_R.sum()) for trace in traces) > 2
+        assert any(bool(trace.behaviour_logprob_RK.isfinite().any()) for trace in traces) == has_logprobs
+
+
+class SlowCompiler(GrammarCompiler):
+    """Compiles when it is told to."""
+
+    def __init__(self) -> None:
+        self._compiler, self.go = compiler(), threading.Event()
+
+    def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
+        self._compiler._thread.submit(self.go.wait)
+        return self._compiler.compile(asked, end_tokens=end_tokens)
+
+
+def test_other_requests_go_on_while_a_grammar_is_compiled(case: Case) -> None:
+    grammars = SlowCompiler()
+    engine = case.engine(grammars=grammars)
+    (slow,), (other,) = requests(1), requests(1, regex=None, max_tokens=20)
+    engine.submit(slow)
+    engine.submit(other)
+    outputs = []
+    while not any(output.finish_reason for output in outputs):
+        outputs += engine.round()
+    assert {output.request_id for output in outputs} == {other.request_id}
+    assert engine.round() == []
+    assert (engine.has_work, engine.num_waiting, engine.num_running) == (True, 1, 0)
+    grammars.go.set()
+    while engine.has_work:
+        outputs += engine.round()
+    assert outputs[-1].request_id == slow.request_id
+    assert outputs[-1].finish_reason == "stop"
+
+
+def test_a_request_that_waits_for_its_grammar_can_be_cancelled(case: Case) -> None:
+    grammars = SlowCompiler()
+    engine = case.engine(grammars=grammars)
+    (slow,) = requests(1)
+    engine.submit(slow)
+    engine.cancel(slow.request_id)
+    grammars.go.set()
+    assert not engine.has_work
+    assert engine.round() == []
+
+
+def test_a_grammar_that_cannot_be_compiled_ends_its_request_alone(case: Case) -> None:
+    engine = case.engine()
+    bad, good = requests(1, regex="(")[0], requests(1)[0]
+    answers = run(engine, [bad, good])
+    assert answers[good.request_id].finish_reason == "stop"
+    assert answers[bad.request_id].finish_reason == "error"
+    assert "unclosed group" in (answers[bad.request_id].rounds[0].error or "")
+
+
+def test_a_limit_that_llguidance_reaches_ends_its_request_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = case.engine()
+    advance: Callable[[Grammar, list[int]], None] = Grammar.advance
+    (bad, good) = requests(2)
+    failing: list[Grammar] = []
+
+    def failing_once(self: Grammar, tokens: list[int]) -> None:
+        if not failing:
+            failing.append(self)
+        if self is failing[0]:
+            raise RequestError("too complex")
+        advance(self, tokens)
+
+    monkeypatch.setattr(Grammar, "advance", failing_once)
+    answers = run(engine, [bad, good])
+    assert answers[bad.request_id].finish_reason == "error"
+    assert answers[bad.request_id].rounds[-1].error == "too complex"
+    assert text_of(answers[good.request_id].token_ids) in LANGUAGE
+    assert engine.num_running == 0
+
+
+@pytest.mark.parametrize("how", ["no tokenizer", "no end"])
+def test_what_cannot_be_served_is_refused(case: Case, how: str) -> None:
+    engine = make_engine(case.target) if how == "no tokenizer" else case.engine(eos_token_ids=frozenset())
+    with pytest.raises(RequestError, match="cannot be used") as caught:
+        engine.submit(requests(1)[0])
+    assert caught.value.param == "structured_outputs"
+    assert not engine.has_work
+
+
+def test_the_reference_knows_every_token() -> None:
+    assert TOKENS[-1] == "ab"
+    assert SamplingParams().structured_outputs is None
