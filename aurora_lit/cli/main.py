@@ -81,6 +81,7 @@ def generate(config: AuroraConfig, prompt: str, max_tokens: int, temperature: fl
 @click.option("--draft", type=FOLDER, required=True, help="Folder of the EAGLE-3 draft to begin with.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of the learner; repeatable.")
 @click.option("--learner-gpus", default="", metavar="IDS", help="GPUs of the learner. Default: it learns on the CPU.")
+@click.option("--learner-metrics-port", type=click.IntRange(1, 65535), help="Port of the learner's own /metrics.")
 @click.option("--attach", is_flag=True, help="Print how to start vLLM instead of starting it, and learn beside it.")
 @click.option("--print-config", is_flag=True, help="Print the learner's settings, and exit.")
 @click.argument("vllm_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM'S OWN ARGUMENTS]...")

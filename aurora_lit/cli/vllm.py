@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from prometheus_client import CollectorRegistry, start_http_server
+
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml, versions_folder
 from aurora_lit.drafts.checkpoint import VALUE_NAME, read_config
 from aurora_lit.errors import ConfigError
@@ -27,6 +29,8 @@ from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.process_lifetime import die_with_parent
 from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
 from aurora_lit.models.source import find_target
+from aurora_lit.serve.http.metrics import LearnerCollector
+from aurora_lit.serve.http.status import ring_counters
 from aurora_lit.serve.learner_child import LearnerChild, learner_command
 from aurora_lit.serve.server import settings_for_learner
 from aurora_lit.vllm.deployment import VARIABLE, Deployment
@@ -52,7 +56,14 @@ def settings(model: str, draft: Path, overrides: Sequence[str], vllm_arguments: 
     return load_config(None, [*ours, *overrides])
 
 
-def start(config: AuroraConfig, vllm_arguments: Sequence[str], *, learner_gpus: str, attach: bool) -> int:
+def start(
+    config: AuroraConfig,
+    vllm_arguments: Sequence[str],
+    *,
+    learner_gpus: str,
+    learner_metrics_port: int | None,
+    attach: bool,
+) -> int:
     """Run until vLLM ends, or with `attach` until SIGINT or SIGTERM. Returns vLLM's exit code. Raises AuroraError."""
     if not attach and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
@@ -65,6 +76,10 @@ def start(config: AuroraConfig, vllm_arguments: Sequence[str], *, learner_gpus: 
         deployment = _deployment(config, folder)
         deployment.write()
         command = vllm_command(config, deployment, vllm_arguments)
+        if learner_metrics_port is not None:
+            host = _value_of("--host", vllm_arguments) or "127.0.0.1"
+            model = _value_of("--served-model-name", vllm_arguments) or config.target.source
+            _serve_metrics(folder, learner_page, host=host, port=learner_metrics_port, model=model)
         ending = threading.Event()
         process = None
         if attach:
@@ -147,6 +162,19 @@ def _deployment(config: AuroraConfig, folder: Path) -> Deployment:
 def _learner_command(folder: Path, *, gpus: str) -> list[str]:
     """The learner sees only its own GPUs: vLLM takes nearly all memory of those that it uses."""
     return ["env", f"CUDA_VISIBLE_DEVICES={gpus}", *learner_command(folder)]
+
+
+def _serve_metrics(folder: Path, page: LearnerStatusPage, *, host: str, port: int, model: str) -> None:
+    """Answer /metrics in a thread of this process, which outlives learners that fail."""
+    registry = CollectorRegistry()
+    labels = {"model_name": model, "engine": "0"}
+    registry.register(LearnerCollector(page, lambda: ring_counters(folder), labels))
+    try:
+        start_http_server(port, host, registry)
+    except OSError as error:
+        raise ConfigError(
+            f"--learner-metrics-port {port} cannot be opened on {host}: {error.strerror}; take another port"
+        ) from error
 
 
 def _learn_beside(

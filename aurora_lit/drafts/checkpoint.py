@@ -60,15 +60,18 @@ def save_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.b
 
 
 def write_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a draft's files into an existing folder and flush them to disk; the manifest comes last."""
+    """Write a draft's files into an existing folder and flush them to disk; the manifest comes last. Raises OSError."""
     state = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in draft.state_dict().items()
     }
     weights = {name: tensor for name, tensor in state.items() if not name.startswith(_VALUE_PREFIX)}
     value = {name: tensor for name, tensor in state.items() if name.startswith(_VALUE_PREFIX)}
-    save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    save_file(value, folder / VALUE_NAME)
+    try:
+        save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(value, folder / VALUE_NAME)
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"{folder} cannot be written: {error}") from error
     config_text = json.dumps(_config_json(draft.config, dtype), indent=2) + "\n"
     (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8")
     digests = {name: _sha256(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME, VALUE_NAME)}

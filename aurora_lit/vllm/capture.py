@@ -213,6 +213,11 @@ class Capture:
                 self._reserved_bytes -= recording.reserved_bytes
                 self._emit(recording, ended=True)
 
+    def forget(self) -> None:
+        """Drop all running requests: no trace of them is made, and their further rounds are not counted."""
+        self._recordings.clear()
+        self._reserved_bytes = 0
+
     def _add_rows(
         self, recording: _Recording, step: Step, rows: slice, drafted: int, accepted: int, sampled: bool
     ) -> None:

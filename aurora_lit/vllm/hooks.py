@@ -4,7 +4,7 @@ Three methods of the runner object (not of its class) are wrapped. Each wrap cal
 and returns what that returned; what we do before and after is guarded. An exception of ours is counted and logged;
 after a few, capture is off until the next start.
 
-    hooks = RunnerHooks(runner, reader, capture, status.observe, status.write)
+    hooks = RunnerHooks(runner, reader, capture, status.observe, status.write, status.failed)
     hooks.install()
 """
 
@@ -40,15 +40,18 @@ class RunnerHooks:
         capture: Capture,
         observe: Callable[[Step, Sequence[RoundOutcome]], None],
         requests_ended: Callable[[], None],
+        failed: Callable[[str], None],
     ) -> None:
         """observe: receives each step with its rounds, a step late where copies are asynchronous.
 
         requests_ended: called when some have ended; after the last of them no step comes.
+
+        failed: receives what went wrong here, in words.
         """
         self._runner, self._reader, self._capture, self._observe = runner, reader, capture, observe
         on_gpu = torch.device(runner.device).type == "cuda"
         self._stream: Any = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
-        self._requests_ended = requests_ended
+        self._requests_ended, self._failed = requests_ended, failed
         self._queue: deque[PendingStep | set[str]] = deque()
         """Steps, and the ids of requests that have ended after them."""
         self._num_sampled: Any = None
@@ -143,15 +146,15 @@ class RunnerHooks:
         began = time.perf_counter()
         try:
             yield
-        except Exception:
+        except Exception as error:
             self.num_errors += 1
             self._queue.clear()
+            self._capture.forget()  # the ends of some may have been in the queue
             self.is_on = self.num_errors < MAX_ERRORS
-            _log.exception(
-                "aurora-lit: making traces failed (%d of %d times%s); serving is unaffected",
-                self.num_errors,
-                MAX_ERRORS,
-                "" if self.is_on else "; no more traces are made until the next start",
-            )
+            off = "" if self.is_on else "; no more traces are made until the next start"
+            message = f"making traces failed ({self.num_errors} of {MAX_ERRORS} times{off})"
+            _log.exception("aurora-lit: %s; serving is unaffected", message)
+            with contextlib.suppress(Exception):
+                self._failed(f"{message}: {type(error).__name__}: {error}")
         finally:
             self.seconds += time.perf_counter() - began

@@ -75,6 +75,11 @@ class LiveStatus:
             rollbacks=self._rollbacks,
         )
 
+    def failed(self, message: str) -> None:
+        """Show what went wrong in capture."""
+        self._page.write(error=message)
+        self.write()
+
     def swapped(self, version: str, *, trusted: bool) -> None:
         """Another draft proposes from now on; unless it was served before, its trial begins."""
         self._swaps += 1

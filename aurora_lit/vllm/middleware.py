@@ -45,6 +45,7 @@ class Middleware:
         if self._deployment is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "lifespan":
+            _log_where_vllm_does()
             call = scope["app"].state.engine_client.collective_rpc
             task = asyncio.create_task(follow(self._deployment, call))
             try:
@@ -58,6 +59,17 @@ class Middleware:
             await self._app({**scope, "headers": headers}, _replay(body, receive), send)
         else:
             await self._app(scope, receive, send)
+
+
+def _log_where_vllm_does() -> None:
+    """Show what drafts/ says, such as why a version is refused, in vLLM's log.
+
+    A library that vLLM's API server loads sets the root logger's level to ERROR.
+    """
+    ours = logging.getLogger("aurora_lit")
+    ours.setLevel(logging.WARNING)
+    for handler in logging.getLogger("vllm").handlers:
+        ours.addHandler(handler)
 
 
 def with_extra_arguments(body: bytes) -> bytes:

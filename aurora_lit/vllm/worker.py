@@ -115,7 +115,7 @@ def _recorder(runner: Any, config: Any, reader: Any, deployment: Deployment) -> 
         overlap_tokens=deployment.overlap_tokens,
     )
     status = LiveStatus(page, capture, max_draft_tokens=max_draft_tokens)
-    hooks = RunnerHooks(runner, reader, capture, status.observe, status.write)
+    hooks = RunnerHooks(runner, reader, capture, status.observe, status.write, status.failed)
     hooks.install()
     page.write(
         state=WorkerState.READY,
@@ -125,6 +125,7 @@ def _recorder(runner: Any, config: Any, reader: Any, deployment: Deployment) -> 
         vocab_size=int(config.model_config.get_vocab_size()),
         max_draft_tokens=max_draft_tokens,
         draft_version=deployment.starting_draft.name,
+        error="",
     )
     return _Recorder(hooks=hooks, status=status, page=page)
 

@@ -8,17 +8,21 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from click.testing import CliRunner
+from support.fake_server import free_port
 
 from aurora_lit.cli import vllm as vllm_command_file
 from aurora_lit.cli.main import main
-from aurora_lit.cli.vllm import MIDDLEWARE, WORKER_EXTENSION, settings, vllm_command
+from aurora_lit.cli.vllm import MIDDLEWARE, WORKER_EXTENSION, _serve_metrics, settings, vllm_command
 from aurora_lit.cli.vllm_recipe import recipe
 from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, draft_folder, load_config
 from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+from aurora_lit.ipc.ring import RingWriter
+from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.vllm.deployment import Deployment
 
 DRAFT = PROJECT_FOLDER / "checkpoints" / "smollm2-base"
@@ -120,6 +124,27 @@ def test_a_learner_is_started_for_each_life_of_the_engine(tmp_path: Path, monkey
         ending.set()
         thread.join(20)
     assert not thread.is_alive()
+
+
+def test_the_learners_metrics_are_served_apart_and_go_on_when_it_has_ended(tmp_path: Path) -> None:
+    page, port = LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME), free_port()
+    ring = RingWriter.create(tmp_path / RING_NAME, 1 << 16, layout="0a")
+    ring.push(b"a trace")
+    page.write(pid=os.getpid(), steps=7, published=2)
+    page.beat()
+    _serve_metrics(tmp_path, page, host="127.0.0.1", port=port, model="m")
+
+    def sample(name: str) -> float:
+        lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
+        (line,) = (line for line in lines if line.startswith(f'{name}{{engine="0",model_name="m"}}'))
+        return float(line.split()[-1])
+
+    found = [sample(f"aurora_{name}") for name in ("learner_running", "learner_steps_total", "traces_pushed_total")]
+    assert found == [1, 7, 1]
+    page.write(pid=0, published=3)
+    assert (sample("aurora_learner_running"), sample("aurora_learner_published_total")) == (0, 3)
+    with pytest.raises(ConfigError, match=f"--learner-metrics-port {port} cannot be opened on 127.0.0.1"):
+        _serve_metrics(tmp_path, page, host="127.0.0.1", port=port, model="m")
 
 
 # -- doctor --vllm -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,19 @@ def test_a_crash_while_saving_leaves_the_old_draft_complete(
     assert [path.name for path in saved.parent.iterdir()] == ["draft"]
     for name, tensor in load_draft(saved, target).state_dict().items():
         assert torch.equal(tensor, old.state_dict()[name])
+
+
+def test_a_disk_that_takes_no_more_is_an_os_error_and_the_older_draft_stays(target: Target, saved: Path) -> None:
+    before = (saved / "model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written"):
+            save_draft(random_draft(target), saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (saved / "model.safetensors").read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
 
 
 def test_names_are_exchanged_atomically_or_not_at_all(tmp_path: Path) -> None:

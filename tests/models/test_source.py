@@ -296,6 +296,17 @@ def test_the_error_for_an_unwritable_cache_names_the_setting(tmp_path: Path) -> 
         resolve(SOURCE, cache_dir=tmp_path / "file")
 
 
+def test_a_library_that_cannot_be_loaded_is_not_taken_for_a_full_disk(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("Could not load this library: x.so")
+
+    monkeypatch.setattr("aurora_lit.models.wheel._convert", fail)
+    with pytest.raises(SourceError, match="cannot be converted: Could not load this library: x.so"):
+        resolve(SOURCE, cache_dir=tmp_path, sha256=None)
+
+
 def test_cache_root_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AURORA_LIT_CACHE", str(tmp_path))
     assert cache_root("/elsewhere") == Path("/elsewhere")

@@ -7,8 +7,10 @@ with VllmServer(folder, learner=False) as server:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,17 +23,19 @@ import httpx
 from aurora_lit.config import PROJECT_FOLDER, load_config
 from aurora_lit.drafts.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.ring import RingReader
 from aurora_lit.ipc.run_folder import RING_NAME, live_folders
 from aurora_lit.models.source import find_target
 from aurora_lit.traces.record import LAYOUT_DIGEST, Trace, from_bytes
+from aurora_lit.vllm.deployment import VARIABLE, Deployment
 from support.fake_server import free_port
 
 SOURCE = load_config(None, []).target.source
 DRAFT = PROJECT_FOLDER / "checkpoints" / "smollm2-base"
 MODEL = "m"
-_START_S = 240.0
+_START_S = 400.0
 
 
 class VllmServer:
@@ -42,13 +46,23 @@ class VllmServer:
         folder: Path,
         *,
         beside: bool = True,
+        by_hand: bool = False,
         learner: bool = False,
+        settings: tuple[str, ...] = (),
         draft: Path = DRAFT,
         arguments: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
     ):
-        self.folder, self.port, self._draft = folder, free_port(), draft
+        """by_hand: vLLM is started with the command that `aurora-lit vllm --attach` prints."""
+        self.folder, self.port, self._draft, self._by_hand = folder, free_port(), draft, by_hand
         self.url = f"http://127.0.0.1:{self.port}"
-        self._beside, self._learner, self._arguments = beside, learner, arguments
+        self._beside, self._arguments = beside, arguments
+        self._settings = (f"learn.enabled={learner}".lower(), *settings)
+        self._environment = {**os.environ, "PYTHONPATH": str(PROJECT_FOLDER), **(environment or {})}
+        self.log = folder / "vllm.log"
+        """Of vLLM; of its last start, if by hand."""
+        self.processes: list[subprocess.Popen[bytes]] = []
+        """What was started and may still run."""
 
     def __enter__(self) -> VllmServer:
         """Start it, and wait until it answers."""
@@ -56,40 +70,52 @@ class VllmServer:
         common += ["--dtype", "bfloat16", "--enforce-eager", "--gpu-memory-utilization", "0.2", *self._arguments]
         if self._beside:
             ours = ["-m", "aurora_lit", "vllm", SOURCE, "--draft", str(self._draft)]
-            command = [*ours, "--set", f"learn.enabled={self._learner}".lower(), *common]
+            ours += [word for each in self._settings for word in ("--set", each)]
+            command = [*ours, *(["--attach"] if self._by_hand else []), *common]
         else:
             command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(find_target(load_config(None, [])))]
             command += [*common, "--speculative-config", self._speculation()]
-        self.log = self.folder / "vllm.log"
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=self.folder,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "PYTHONPATH": str(PROJECT_FOLDER)},
-            )
+        if self._by_hand:
+            printed = self.folder / "attach.log"
+            self._start([sys.executable, *command], printed)
+            while VARIABLE not in printed.read_text():
+                assert self.processes[0].poll() is None, printed.read_text()
+                time.sleep(0.1)
+            line = next(line for line in printed.read_text().splitlines() if VARIABLE in line)
+            self._command = ["env", *shlex.split(line)]
+        else:
+            self._command = [sys.executable, *command]
+        self.start_vllm()
+        return self
+
+    def start_vllm(self) -> None:
+        """Start vLLM (also again, if by hand), and wait until it answers and, with `beside`, until ours has begun."""
+        process = self._start(self._command, self.log)
         until = time.monotonic() + _START_S
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > until:
+        while not self._has_started():
+            if process.poll() is not None or time.monotonic() > until:
                 self.__exit__()
                 raise RuntimeError(f"vLLM did not start: {self.log.read_text()[-4000:]}")
             time.sleep(0.5)
         if self._beside:
-            self.run_folder = live_folders()[0]
-            while "traces are made" not in self.log.read_text():
-                assert "aurora-lit is off" not in self.log.read_text()
-                time.sleep(0.1)
-        return self
+            self.run_folder = next(folder for folder in live_folders() if self._is_ours(folder))
 
     def __exit__(self, *_: object) -> None:
         """End it."""
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self.end()
+
+    def end(self) -> list[int]:
+        """End all that was started, and wait. Returns their exit codes."""
+        codes = []
+        for process in reversed(self.processes):
+            process.send_signal(signal.SIGTERM)
+            try:
+                codes.append(process.wait(60))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                codes.append(process.wait())
+        self.processes.clear()
+        return codes
 
     def complete(self, prompt: str, **fields: Any) -> Any:
         """A completion, greedy unless `fields` say otherwise, with token ids."""
@@ -128,8 +154,23 @@ class VllmServer:
             (folder / name).symlink_to(self._draft / name)
         return json.dumps({"method": "eagle3", "model": str(folder), "num_speculative_tokens": 3})
 
-    def _answers(self) -> bool:
+    def _start(self, command: list[str], log_path: Path) -> subprocess.Popen[bytes]:
+        with log_path.open("w") as log:
+            self.processes.append(
+                subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, env=self._environment)
+            )
+        return self.processes[-1]
+
+    def _is_ours(self, run_folder: Path) -> bool:
+        """False for the run folder of another server on this machine."""
+        with contextlib.suppress(ConfigError):
+            return Deployment.read(run_folder).versions == self.store.folder.resolve()
+        return False
+
+    def _has_started(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
+            answers = httpx.get(f"{self.url}/health", timeout=2).status_code == 200
         except httpx.HTTPError:
             return False
+        assert "aurora-lit is off" not in self.log.read_text()
+        return answers and (not self._beside or "traces are made, and drafts" in self.log.read_text())

@@ -35,6 +35,7 @@ class Recorded:
     ) -> None:
         self.traces: list[Trace] = []
         self.outcomes: list[RoundOutcome] = []
+        self.failures: list[str] = []
         self.runner = runner
         self.capture = Capture(
             self.traces.append,
@@ -44,7 +45,7 @@ class Recorded:
             overlap_tokens=8,
         )
         reader = replace(V1 if isinstance(runner, MadeV1Runner) else V2, **broken)
-        self.hooks = RunnerHooks(runner, reader, self.capture, self._observe, lambda: None)
+        self.hooks = RunnerHooks(runner, reader, self.capture, self._observe, lambda: None, self.failures.append)
         self.hooks.install()
 
     def _observe(self, step: Step, outcomes: list[RoundOutcome]) -> None:
@@ -271,3 +272,25 @@ def test_an_exception_in_a_wrap_is_counted_and_turns_capture_off_but_reaches_nob
     assert recorded.hooks.num_errors == 3
     assert not recorded.hooks.is_on
     assert "no more traces are made until the next start" in caplog.text
+    assert [failure.partition(" times")[0] for failure in recorded.failures] == [
+        f"making traces failed ({number} of 3" for number in (1, 2, 3)
+    ]
+    assert recorded.failures[-1].endswith("no more traces are made until the next start): ValueError: injected")
+    assert recorded.capture.num_running == 0  # though its end was not seen
+
+
+@KINDS
+def test_requests_after_an_exception_are_recorded_and_have_all_the_memory(made: type[MadeRunner]) -> None:
+    failures = [ValueError("injected")]
+
+    def fail_once(runner: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return (V1 if made is MadeV1Runner else V2).read_batch(runner)
+
+    recorded = Recorded(made(), limit_bytes=1500, read_batch=fail_once)  # room for one request
+    for name in ("lost", "kept"):
+        for step in Traffic(requests={name: (20, 16)}).steps():
+            recorded.runner.run(step)
+    assert recorded.hooks.num_errors == 1
+    assert [trace.request_id for trace in recorded.traces] == ["kept"]

@@ -91,7 +91,7 @@ class Asynchronous:
         capture = Capture(
             self.traces.append, bytes_per_token=1, limit_bytes=1 << 20, segment_tokens=512, overlap_tokens=8
         )
-        self.hooks = RunnerHooks(self.runner, V1, capture, lambda *_: None, lambda: None)
+        self.hooks = RunnerHooks(self.runner, V1, capture, lambda *_: None, lambda: None, lambda _: None)
         self.hooks.install()
 
     def _copy_step(self, *args: Any, **options: Any) -> PendingStep:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from support.spoiled_drafts import SPOILED, Spoiled
 
-from aurora_lit.drafts.checkpoint import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, save_draft
+from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
@@ -119,63 +117,12 @@ def test_a_published_version_reaches_all_ranks_and_the_first_one_is_the_current(
     assert ranks.swaps == [("draft-000001", False), ("draft-000002", False)]
 
 
-def _truncated(folder: Path) -> None:
-    path = folder / WEIGHTS_NAME
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def _not_a_number(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS_NAME)
-    tensors["fc.weight"][0, 0] = float("nan")
-    save_file(tensors, folder / WEIGHTS_NAME)
-
-
-def _other_shape(folder: Path) -> None:
-    save_draft(Eagle3Draft(replace(SHAPE, intermediate_size=24)), folder)
-
-
-def _other_vocabulary(folder: Path) -> None:
-    save_draft(Eagle3Draft(replace(SHAPE, draft_vocab_size=6)), folder)
-
-
-def _other_target(folder: Path) -> None:
-    save_draft(Eagle3Draft(replace(SHAPE, vocab_size=12)), folder)
-
-
-def _other_layers(folder: Path) -> None:
-    fields = json.loads((folder / CONFIG_NAME).read_text())
-    fields["eagle_aux_hidden_state_layer_ids"] = [0, 2, 3]
-    (folder / CONFIG_NAME).write_text(json.dumps(fields))
-
-
-def _altered(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS_NAME)
-    tensors["fc.weight"] += 1
-    save_file(tensors, folder / WEIGHTS_NAME)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "reason", "has_manifest"),
-    [
-        (_truncated, "truncated or altered", True),
-        (_altered, "truncated or altered", True),
-        (_truncated, "cannot be read", False),
-        (_not_a_number, "NaN", False),
-        (_other_shape, "intermediate_size", True),
-        (_other_vocabulary, "draft_vocab_size", True),
-        (_other_target, "vocab_size", True),
-        (_other_layers, "aux_layer_ids", False),
-    ],
-)
-def test_a_draft_that_would_end_the_engine_never_reaches_it(
-    deployment: Deployment, spoil: Callable[[Path], None], reason: str, has_manifest: bool
-) -> None:
+@pytest.mark.parametrize("spoiled", SPOILED, ids=lambda each: each.name)
+def test_a_draft_that_would_end_the_engine_never_reaches_it(deployment: Deployment, spoiled: Spoiled) -> None:
     ranks, store = MadeRanks(), store_of(deployment)
     name = store.publish(Eagle3Draft(SHAPE), record={})
     (store.folder / "CURRENT").unlink()
-    spoil(store.folder / name)
-    if not has_manifest:
-        (store.folder / name / MANIFEST_NAME).unlink()
+    spoiled.spoil(store.folder / name)
 
     async def scenario() -> None:
         await until(lambda: len(ranks.calls) == 1)
@@ -185,7 +132,7 @@ def test_a_draft_that_would_end_the_engine_never_reaches_it(
     run_with(deployment, ranks, scenario)
     assert ranks.swaps == []
     assert ranks.refused is not None
-    assert reason in ranks.refused["refused_reason"]
+    assert spoiled.reason in ranks.refused["refused_reason"]
     assert ranks.refused["refused_version"] == name
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +96,23 @@ def test_a_request_in_pieces_arrives_with_its_label_and_the_right_length(run_fol
     asyncio.run(Middleware(app)(scope, receive, _nothing))
     assert json.loads(app.bodies[0]) == {"store": False, "prompt": "é", "vllm_xargs": {"aurora_lit_store": 0}}
     assert app.lengths == [str(len(app.bodies[0])).encode()]
+
+
+def test_what_the_drafts_folder_logs_is_in_vllms_log(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.root, "level", logging.ERROR)
+    handler = logging.StreamHandler(io.StringIO())
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("aurora_lit")
+    theirs.addHandler(handler)
+    engine = SimpleNamespace(collective_rpc=_nothing)
+    app = SimpleNamespace(state=SimpleNamespace(engine_client=engine))
+    try:
+        asyncio.run(Middleware(MadeApp())({"type": "lifespan", "app": app}, _nothing, _nothing))
+        logging.getLogger("aurora_lit.drafts.hot_reload").warning("draft x is not served")
+    finally:
+        theirs.removeHandler(handler)
+        ours.removeHandler(handler)
+        ours.setLevel(logging.NOTSET)
+    assert "draft x is not served\n" in handler.stream.getvalue()
 
 
 @pytest.mark.parametrize("folder", [None, "nothing-here"])

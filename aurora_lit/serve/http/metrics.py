@@ -87,7 +87,7 @@ class ServerMetrics:
         )
         self._labels = labels
         self._registry.register(_EngineCollector(status, labels))
-        self._registry.register(_LearnerCollector(learner, ring, labels))
+        self._registry.register(LearnerCollector(learner, ring, labels))
 
     def finish(self, reason: str) -> None:
         """Count one sequence that ended. reason: one of FINISH_REASONS."""
@@ -211,18 +211,21 @@ class _EngineCollector(Collector):
         yield from _by_domain(status.domains, self._labels)
 
 
-class _LearnerCollector(Collector):
+class LearnerCollector(Collector):
     """Turns one reading of the ring and of the learner's page into samples."""
 
     def __init__(
         self, learner: LearnerStatusPage, ring: Callable[[], RingCounters | None], labels: dict[str, str]
     ) -> None:
+        """labels: of every sample."""
         self._learner, self._ring, self._labels = learner, ring, labels
 
     def describe(self) -> Iterable[Metric]:
+        """Nothing: the registry then collects nothing when this is registered."""
         return []
 
     def collect(self) -> Iterable[Metric]:
+        """The samples of now."""
         learner, ring = self._learner.read(), self._ring()
         is_running = learner.state == "running"
         yield from _families(
