@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -72,11 +72,12 @@ class Proposer:
         explore_share: float = 0.0,
         explore_temperature: float = 1.0,
         explore_seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`drafter` None: only copies are proposed; without copied tokens in the planner's limits only drafts are.
 
         `tokens_SL`: the engine's table of committed tokens. `memory` None: copies come from within requests alone.
-        `looks_up` False: none come from there.
+        `looks_up` False: none come from there. `clock`: in seconds; a simulation has one of its own.
         """
         self._drafter = drafter
         self._planner = planner
@@ -87,6 +88,7 @@ class Proposer:
         self._max_catch_up_s = max_catch_up_s
         self.explore_share, self.explore_temperature = explore_share, explore_temperature
         self._rng = random.Random(explore_seed)
+        self._clock = clock
         self.draft_seconds = 0.0
         """Time that drafting took in the last round."""
         self.seconds = 0.0
@@ -96,11 +98,11 @@ class Proposer:
         self, sequences: Sequence[RunningSequence], *, copies: bool = True, drafts: bool = True
     ) -> list[Proposal]:
         """A proposal for each sequence, of what is allowed; what a grammar forces always is."""
-        started, self.draft_seconds, self.seconds = time.perf_counter(), 0.0, 0.0
+        started, self.draft_seconds, self.seconds = self._clock(), 0.0, 0.0
         proposals = [forced_proposal(sequence, most=self._most_forced) for sequence in sequences]
         if copies or drafts:
             self._propose(sequences, proposals, copies=copies, drafts=drafts)
-            self.seconds = time.perf_counter() - started
+            self.seconds = self._clock() - started
         return proposals
 
     @property
@@ -263,7 +265,7 @@ class Proposer:
                 shape, rates, batch_size=batch_size, sampled=sampled, uncached=missing, remaining=remaining
             ):
                 return []
-        started = time.perf_counter()
+        started = self._clock()
         candidates, num_read = self._caught_up(all_sequences, candidates, uncached)
         if candidates:
             sequences = [all_sequences[i] for i in candidates]
@@ -271,7 +273,7 @@ class Proposer:
             if self.explore_share and not is_probe and self._rng.random() < self.explore_share:
                 explores = [sequence.request.store and sequence.temperature == 0 for sequence in sequences]
             drafted = self._run(sequences, shape, explores, batch_size=batch_size, sampled=sampled)
-        self.draft_seconds = time.perf_counter() - started
+        self.draft_seconds = self._clock() - started
         if not candidates:
             return []
         found = self._proposals(drafted, explores)
