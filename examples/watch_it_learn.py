@@ -16,8 +16,8 @@ options = parser.parse_args()
 client = httpx.Client(base_url=options.url, timeout=120)
 THINGS = ["orders", "users", "invoices", "products", "flights", "books", "payments", "teams", "rooms", "songs"]
 
-began, asked = time.monotonic(), 0
 before = client.get("/v1/aurora/status").json()["speculation"]
+began, asked = time.monotonic(), 0
 while time.monotonic() < began + options.seconds:
     for _ in range(10):  # of a hundred similar requests
         first, second = THINGS[asked % 10], THINGS[asked // 10 % 10]

@@ -45,8 +45,8 @@ def test_an_answer_is_streamed() -> None:
 def test_learning_is_watched_while_requests_are_answered() -> None:
     with FakeServer(learner="lives") as server:
         server.wait_until(lambda now: now["learner"]["state"] == "running", 20)
-        first = run("watch_it_learn.py", server.url, "--seconds", 0.01)
-        second = run("watch_it_learn.py", server.url, "--seconds", 0.01)
+        first = run("watch_it_learn.py", server.url, "--seconds", 0.5)
+        second = run("watch_it_learn.py", server.url, "--seconds", 0.5)
     for shown in (first, second):
         assert shown.startswith("   10 requests  ")
         assert "learner running: " in shown
