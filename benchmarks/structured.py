@@ -7,9 +7,10 @@ and at temperature 1, in turns: with the schema and speculation, with the schema
 the schema and with speculation. --part 2/5 asks for the second fifth of the schemas only; --out FILE adds a JSON line
 for each answer, from which --report FILE … makes the table of several parts.
 
-Every answer that ended by itself must be valid, by the library jsonschema with its formats checked: otherwise the exit
-code is 1. Those cut at --max-tokens are counted apart. Tokens a second are those of answers from the request to the
-last byte, one client at a time, and with the schema over without it is their quotient over the same prompts.
+The prompt does not show the schema: an answer without it would copy that. Every answer that ended by itself must be
+valid, by the library jsonschema with the formats that it knows: otherwise the exit code is 1. Those cut at --max-tokens
+are counted apart. Tokens a second are those of answers from the request to the last byte, one client at a time, with
+the prompt read before; with the schema over without it is their quotient over the same prompts.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def ask(url: str, name: str, number: int, *, way: str, temperature: float, max_t
     """One answer, as a record of the table."""
     schema, (has_schema, speculates) = SCHEMAS[name], WAYS[way]
     topic = TOPICS[number % len(TOPICS)]
-    wish = f"Answer with JSON only. Describe {name}{topic} by this JSON schema: {json.dumps(schema)}"
+    wish = f"Describe {name}{topic}. Answer with JSON only."
     body: Record = {
         "messages": [{"role": "user", "content": wish}],
         "temperature": temperature,
@@ -131,6 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, running_server(config, Path(folder) / "log") as url:
         for name in list(SCHEMAS)[part - 1 :: parts]:
             for number in range(options.answers):
+                ask(url, name, number, way="free", temperature=0.0, max_tokens=1)  # so that all find the prompt read
                 for temperature in (0.0, 1.0):
                     for way in WAYS:
                         how = {"way": way, "temperature": temperature, "max_tokens": options.max_tokens}

@@ -39,8 +39,7 @@ def a_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def llm(target: Target, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     def build(config: Any) -> tuple[Engine, PreTrainedTokenizerFast]:
-        engine = make_engine(target, random_draft(target), max_batch_size=2, grammars=a_compiler(target))
-        return engine, a_tokenizer()
+        return make_engine(target, random_draft(target), max_batch_size=2), a_tokenizer()
 
     monkeypatch.setattr(llm_module, "build_engine", build)
     with LLM() as llm:
@@ -145,11 +144,11 @@ def test_logprobs_are_by_token_with_ranks(llm: LLM) -> None:
         ({"json": '{"enum": [12, 3456]}'}, "12|3456"),
     ],
 )
-def test_structured_outputs_have_vllms_names(llm: LLM, asked: dict[str, Any], pattern: str) -> None:
+def test_structured_outputs_have_vllms_names(llm: LLM, target: Target, asked: dict[str, Any], pattern: str) -> None:
+    llm._engine = make_engine(target, random_draft(target), grammars=a_compiler(target), eos_token_ids=frozenset([END]))
     structure = StructuredOutputsParams(**asked)
     params = [
-        SamplingParams(max_tokens=12, temperature=t, structured_outputs=structure, stop_token_ids=(END,), n=n)
-        for t, n in ((0.0, 1), (1.0, 4))
+        SamplingParams(max_tokens=12, temperature=t, structured_outputs=structure, n=n) for t, n in ((0.0, 1), (1.0, 4))
     ]
     for answer in llm.generate([PROMPTS[0], PROMPTS[0]], params):
         for output in answer.outputs:

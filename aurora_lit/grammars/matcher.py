@@ -108,7 +108,10 @@ class GrammarCompiler:
     """Compiles grammars for one target in a thread of its own, so that rounds go on meanwhile."""
 
     def __init__(self, tokenizer_json: Callable[[], str], *, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
-        """`tokenizer_json`: gives the state of a `tokenizers` object, when the first grammar is compiled."""
+        """`tokenizer_json`: gives the state of a `tokenizers` object, when the first grammar is compiled.
+
+        `eos_token_ids`: those of every output's end, at least one: otherwise llguidance would guess.
+        """
         self._tokenizer_json, self._vocab_size, self._eos = tokenizer_json, vocab_size, sorted(eos_token_ids)
         self._tokenizer: LLTokenizer | None = None
         self._lock = threading.Lock()
@@ -126,7 +129,5 @@ class GrammarCompiler:
         """The target's tokenizer as llguidance has it; made on first use, in a quarter of a second."""
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = LLTokenizer(
-                    self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=self._eos or None
-                )
+                self._tokenizer = LLTokenizer(self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=self._eos)
             return self._tokenizer

@@ -18,12 +18,13 @@ from support.tiny_server import MODEL, TinyServers, text_of
 from support.two_ranks import SHAPE
 
 GONE_WITHIN_S = 5.0
+END = VOCAB - 1
 PROMPTS = [[7 + (5 * number + 3 * place) % (VOCAB - 7) for place in range(4)] for number in range(8)]
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyServers]:
-    with TinyServers(tmp_path_factory.mktemp("s"), **SHAPE) as running:
+    with TinyServers(tmp_path_factory.mktemp("s"), eos_token_id=END, **SHAPE) as running:
         yield running
 
 
@@ -84,7 +85,7 @@ class RepeatingClient:
 def check_answers(servers: TinyServers, prompts: list[list[int]]) -> None:
     """All at once, against plain decoding of the whole target."""
     plain = run(
-        make_engine(servers.target, max_seq_len=128),
+        make_engine(servers.target, max_seq_len=128, eos_token_ids=frozenset([END])),
         [request(str(n), ids, max_tokens=24) for n, ids in enumerate(prompts)],
     )
     found: dict[int, str] = {}
@@ -111,7 +112,7 @@ def test_answers_are_those_of_a_whole_target_swaps_reach_both_ranks_and_a_stoppe
         check_answers(servers, PROMPTS)
 
     for temperature in (0, 1):
-        how = {"structured_outputs": {"regex": "A[BC]{3}D"}, "stop_token_ids": [VOCAB - 1], "temperature": temperature}
+        how = {"structured_outputs": {"regex": "A[BC]{3}D"}, "temperature": temperature}
         choice = ask(servers, PROMPTS[0], **how).json()["choices"][0]
         assert re.fullmatch("A[BC]{3}D", choice["text"])
         assert choice["finish_reason"] == "stop"

@@ -18,14 +18,14 @@ PATTERN = "A[BC]{2,4}D"
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyServers]:
-    with TinyServers(tmp_path_factory.mktemp("s")) as running:
+    with TinyServers(tmp_path_factory.mktemp("s"), eos_token_id=END) as running:
         running.start("learn.enabled=false")
         running.wait_ready()
         yield running
 
 
 def ask(servers: TinyServers, **fields: Any) -> httpx.Response:
-    body = {"model": MODEL, "prompt": [7, 8, 9], "max_tokens": 24, "stop_token_ids": [END], **fields}
+    body = {"model": MODEL, "prompt": [7, 8, 9], "max_tokens": 24, **fields}
     return httpx.post(f"{servers.url}/v1/completions", json=body, timeout=60)
 
 

@@ -189,12 +189,12 @@ class Engine:
                 code="context_length_exceeded",
             )
         if request.params.structured_outputs is not None:
-            end_tokens = self._end_tokens(request)
-            if self._grammars is None or not end_tokens:
-                reason = "this model's tokenizer cannot be read for it" if end_tokens else "no token ends an output"
+            has_end = bool(self.eos_token_ids) and not request.params.ignore_eos
+            if self._grammars is None or not has_end:
+                reason = "this model's tokenizer cannot be read for it" if has_end else "no token ends every output"
                 raise RequestError(f"structured_outputs cannot be used: {reason}", param="structured_outputs")
             self._compiling[request.request_id] = self._grammars.compile(
-                request.params.structured_outputs, end_tokens=end_tokens
+                request.params.structured_outputs, end_tokens=self._end_tokens(request)
             )
         self._waiting.append(request)
 
