@@ -110,7 +110,7 @@ def test_the_servers_compose_file_uses_these_files() -> None:
         for mount in service.get("volumes", ()):
             source = mount.split(":")[0]
             assert not source.startswith(".") or Path(ROOT, source).exists(), source
-    (scrape,) = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())["scrape_configs"]
+    (scrape,) = yaml.safe_load((ROOT / "docs" / "grafana" / "prometheus.yml").read_text())["scrape_configs"]
     (host,) = scrape["static_configs"][0]["targets"]
     assert host.split(":")[0] in services
     assert all(scrape["job_name"] == name for name in re.findall(r'job="([^"]+)"', RULES.read_text()))
