@@ -72,7 +72,7 @@ def run(
         )
     room = config.engine.max_seq_len - max_tokens
     asked = load_prompts(prompts, limit=limit, tokenizer=tokenizer, max_prompt_tokens=room)
-    initial = {name: getattr(engine.costs, name).initial for name in ("target", "chain", "tree")}
+    initial = {name: getattr(engine.costs, name).all_initial for name in ("target", "chain", "tree")}
     if not (out / "answers.safetensors").is_file():
         record_answers(engine, asked, temperature=temperature, max_tokens=max_tokens).save(out)
     for number in clients:

@@ -131,7 +131,7 @@ class TimedRounds:
     batch_size: int
     rounds: list[TimedRound] = field(default_factory=list)
     initial: dict[str, list[tuple[int, int, float]]] = field(default_factory=dict)
-    """`CostTable.initial` of the tables target, chain and tree."""
+    """`CostTable.all_initial` of the tables target, chain and tree."""
     position_s: float = 0.0
     """`Costs.prefill_position_s`."""
     prompt_share: float = 0.0

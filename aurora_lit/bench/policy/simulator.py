@@ -201,9 +201,11 @@ class _TimedProposer(Proposer):
             clock=table.clock,
         )
 
-    def _propose(self, sequences: Sequence[RunningSequence], *, copies: bool, drafts: bool) -> list[Proposal]:
+    def _propose(
+        self, sequences: Sequence[RunningSequence], proposals: list[Proposal], *, copies: bool, drafts: bool
+    ) -> None:
         self._simulated.advance(self._world.proposing_s)
-        return super()._propose(sequences, copies=copies, drafts=drafts)
+        super()._propose(sequences, proposals, copies=copies, drafts=drafts)
 
 
 class _StudiedPlanner(SpeculationPlanner):
