@@ -92,11 +92,14 @@ class VllmServer:
         """Start vLLM (also again, if by hand), and wait until it answers and, with `beside`, until ours has begun."""
         process = self._start(self._command, self.log)
         until = time.monotonic() + _START_S
-        while not self._has_started():
-            if process.poll() is not None or time.monotonic() > until:
-                self.__exit__()
-                raise RuntimeError(f"vLLM did not start: {self.log.read_text()[-4000:]}")
-            time.sleep(0.5)
+        try:
+            while not self._has_started():
+                if process.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(f"vLLM did not start: {self.log.read_text()[-4000:]}")
+                time.sleep(0.5)
+        except BaseException:  # a test that is interrupted too
+            self.end()
+            raise
         if self._beside:
             self.run_folder = next(folder for folder in live_folders() if self._is_ours(folder))
 

@@ -37,8 +37,9 @@ ARGUMENTS = ("--max-model-len", "768", "--max-num-seqs", "4")
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def until(condition: Callable[[], Any], *, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
+def until(condition: Callable[[], Any]) -> None:
+    """Wait long: a learner of low priority starts slowly on a loaded machine."""
+    end = time.monotonic() + 400
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.1)
@@ -167,10 +168,10 @@ def test_exceptions_in_the_wraps_are_counted_and_after_three_no_more_traces_are_
         assert faults.has_raised
         said = f"making traces failed ({number} of 3 times"
         assert said in by_hand.log.read_text()
-        report = read(by_hand.run_folder)
-        assert said in report["worker"]["error"]
-        assert f"injected in {place}" in report["worker"]["error"]
-        assert report["queue"]["running"] == 0
+        error = read(by_hand.run_folder)["worker"]["error"]
+        assert said in error
+        assert f"injected in {place}" in error
+        until(lambda: read(by_hand.run_folder)["queue"]["running"] == 0)
         if number < 3:  # the requests after that of the fault
             until(lambda made=made: recorded(by_hand) == made + len(PROMPTS) - 1)
     made = recorded(by_hand)
