@@ -166,10 +166,11 @@ def test_stop_strings_do_not_count_before_min_tokens(min_tokens, shown):
     assert text(deltas) == shown
 
 
+@pytest.mark.parametrize("end", ["", "<|end|>"])
 @pytest.mark.parametrize("options", [{}, {"stop": ("ça",)}, {"stop": ("zzz",)}])
 @pytest.mark.parametrize("tokens_per_round", [1, 3, 5])
-def test_the_text_by_token_is_the_text(options, tokens_per_round):
-    requests = requests_of("hello 今日は 🌍, ça va? ", max_tokens=60, **options)
+def test_the_text_by_token_is_the_text(options, tokens_per_round, end):
+    requests = requests_of(f"hello 今日は 🌍, ça va? {end}", max_tokens=60, **options)
     engine = FakeEngine(FakeOptions(tokens_per_round=tokens_per_round))
     tracker, whole = CallTracker(engine), AnswerStream(TOKENIZER, requests)
     by_token = AnswerStream(TOKENIZER, requests, by_token=True)

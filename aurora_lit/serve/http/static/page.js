@@ -194,7 +194,7 @@ function drawCharts(domains) {
   });
   const speed = course(tokensPerSecond, Math.max(4, span / 120));
   const plain = course((from, to) => {
-    const ratio = againstPlain(from, to);
+    const ratio = againstPlain(from, to) ?? againstPlain(state.points[0], to); // where few rounds can be compared
     return ratio == null ? null : tokensPerSecond(from, to) / ratio;
   }, Math.max(10, span / 60));
   const peak = Math.max(0, ...speed.map(([, value]) => value ?? 0));
