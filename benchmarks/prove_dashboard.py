@@ -4,8 +4,8 @@
     python -m benchmarks.prove_dashboard
 
 1. promtool checks the rules and runs their tests (docs/grafana/alerts_test.yml).
-2. A server and a Prometheus with docs/grafana/prometheus.yml are started, and requests are sent. Every expression of every
-   panel is evaluated by Prometheus until the learner has learned and all of them have a number, or --seconds are over.
+2. A server and a Prometheus with docs/grafana/prometheus.yml are started, and requests are sent. Every expression of
+   every panel is evaluated until the learner has learned and all of them have a number, or --seconds are over.
 3. Faults are made: the learner is stopped, more requests are sent than run, the learner is killed three times, the
    engine worker is killed. Each must raise its alert, and the first must end when the learner goes on. For this step
    Prometheus' clock is ten times faster: every duration in the rules is divided by ten.
@@ -94,7 +94,7 @@ class Prometheus:
 
 @contextmanager
 def running_prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
-    """A Prometheus with docs/grafana/prometheus.yml, which scrapes `target` (host:port) and evaluates rules each second."""
+    """A Prometheus that scrapes `target` (host:port) and evaluates the alerts each second."""
     (folder / "key").write_text(KEY)
     (folder / "alerts.yml").write_text(faster((GRAFANA / "alerts.yml").read_text()))
     config = yaml.safe_load((GRAFANA / "prometheus.yml").read_text())
