@@ -88,8 +88,6 @@ def picture(page: Any, path: Path, *, height: int) -> None:
 
 def main() -> int:
     """Start a server, send traffic, take the pictures."""
-    from playwright.sync_api import sync_playwright
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--seconds", type=float, default=180.0, help="of traffic before the pictures")
@@ -97,6 +95,8 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("overrides", nargs="*", help="key=value for the server, after `--`")
     options = parser.parse_args()
+    from playwright.sync_api import sync_playwright  # --help works without
+
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         config = load_config(None, [f"checkpoint.dir={scratch}", *options.overrides])
