@@ -12,23 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.fake_drafts import SMALL_SHAPE
 
 from aurora_lit.drafts.hot_reload import HotReloader, ReadyDraft
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import CheckpointError
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
-
-SHAPE: dict[str, Any] = {
-    "hidden_size": 8,
-    "target_hidden_size": 8,
-    "intermediate_size": 8,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "vocab_size": 11,
-    "draft_vocab_size": 7,
-    "aux_layer_ids": (1, 2, 3),
-}
 
 
 class Loader:
@@ -68,7 +57,7 @@ def reloader(store: DraftStore, loader: Loader) -> Iterator[HotReloader]:
 
 def publish(store: DraftStore, count: int = 1) -> None:
     for _ in range(count):
-        store.publish(Eagle3Draft(Eagle3Config(**SHAPE)), record={})
+        store.publish(Eagle3Draft(Eagle3Config(**SMALL_SHAPE)), record={})
 
 
 def soon(reading: Callable[[], Any], timeout_s: float = 10) -> Any:

@@ -58,7 +58,7 @@ class Proposal:
     logprobs: list[float] | None = None
     """Of tokens that were drawn to explore: their log-probabilities under the draft at that temperature."""
 
-    @property
+    @cached_property
     def remembered(self) -> list[int]:
         """Columns of the tokens that the traffic memory alone proposed."""
         return [n.column for n in self.copies if n.column > self.num_drafted and is_remembered(n.cell)]

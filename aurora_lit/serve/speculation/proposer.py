@@ -99,7 +99,10 @@ class Proposer:
     ) -> list[Proposal]:
         """A proposal for each sequence, of what is allowed; what a grammar forces always is."""
         started, self.draft_seconds, self.seconds = self._clock(), 0.0, 0.0
-        proposals = [forced_proposal(sequence, most=self._most_forced) for sequence in sequences]
+        proposals = [
+            NO_PROPOSAL if sequence.grammar is None else forced_proposal(sequence, most=self._most_forced)
+            for sequence in sequences
+        ]
         if copies or drafts:
             self._propose(sequences, proposals, copies=copies, drafts=drafts)
             self.seconds = self._clock() - started

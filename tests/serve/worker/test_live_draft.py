@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.fake_drafts import SMALL_SHAPE
 from support.tiny_models import VOCAB, make_engine, random_draft, request, run, save_model, trained_draft
 
 from aurora_lit.drafts.checkpoint import load_draft, write_draft
@@ -335,7 +336,7 @@ def judged(store: DraftStore, **of_output: Any) -> LiveDraft:
     output = Output(request_id="a", token_ids=(1,), num_proposed=3, num_accepted=3)
     for _ in range(100):
         live.after_round([output], [""])
-    draft = Eagle3Draft(Eagle3Config(**SMALL))
+    draft = Eagle3Draft(Eagle3Config(**SMALL_SHAPE))
     store.publish(draft, record={})
     wait(lambda: live._reloader._ready)
     live.before_round()
@@ -348,19 +349,6 @@ def judged(store: DraftStore, **of_output: Any) -> LiveDraft:
     assert engine.swaps[0] == ("draft-000001", "draft-000001", False)
     assert engine.swaps[1:] == [(None, "good", True)] * live.num_rollbacks, "nothing of the bad one's cache is kept"
     return live
-
-
-SMALL: dict[str, Any] = {
-    "hidden_size": 8,
-    "target_hidden_size": 8,
-    "intermediate_size": 8,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "vocab_size": 11,
-    "draft_vocab_size": 7,
-    "aux_layer_ids": (1, 2, 3),
-}
 
 
 @pytest.mark.parametrize(
