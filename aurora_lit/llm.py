@@ -127,10 +127,16 @@ class LLM:
         self,
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several together. sampling_params: as in `generate`."""
+        """Answer one conversation, or several together. sampling_params: as in `generate`.
+
+        tools: functions that the model may call, as in OpenAI's API; calls are in the answer's text, as the model
+        writes them.
+        """
         each = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        return self._run([self._chat(*pair) for pair in _paired(each, sampling_params)])
+        return self._run([self._chat(*pair, tools) for pair in _paired(each, sampling_params)])
 
     def close(self) -> None:
         """Free the models' memory; the object is of no use any more."""
@@ -149,9 +155,13 @@ class LLM:
         prepared = prepare_completion(body, call_id=self._call_id(), tokenizer=self._tokenizer, limits=self._limits)
         return content if isinstance(content, str) else None, prepared
 
-    def _chat(self, messages: Messages, params: SamplingParams) -> tuple[str | None, Prepared]:
-        logprobs = {} if params.logprobs is None else {"logprobs": True, "top_logprobs": params.logprobs}
-        body = _body(ChatRequest, params, messages=[dict(turn) for turn in messages], **logprobs)
+    def _chat(
+        self, messages: Messages, params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[str | None, Prepared]:
+        more: dict[str, Any] = {"tools": tools and [dict(tool) for tool in tools]}
+        if params.logprobs is not None:
+            more |= {"logprobs": True, "top_logprobs": params.logprobs}
+        body = _body(ChatRequest, params, messages=[dict(turn) for turn in messages], **more)
         prepared = prepare_chat(body, call_id=self._call_id(), tokenizer=self._tokenizer, limits=self._limits)
         return decode(self._tokenizer, prepared.call.requests[0].prompt_ids), prepared
 

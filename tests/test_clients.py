@@ -12,6 +12,9 @@ import pytest
 from support import ROOT
 from support.fake_server import MODEL, FakeServer
 
+from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.config import load_config
+
 
 def example(section: str) -> str:
     """The Python block of a section of docs/clients.md."""
@@ -20,16 +23,36 @@ def example(section: str) -> str:
     return str(block)
 
 
+def run(program: str, package: str, folder: Path) -> str:
+    """What a program prints in an environment with the package; it must end well."""
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.lower().endswith("_proxy")}
+    python = folder / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True, env=dict(os.environ))
+    done = subprocess.run([python, "-c", program], capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("section", "package"), [("langchain-openai", "langchain-openai")])
-def test_a_client_runs_unmodified(section: str, package: str, tmp_path: Path) -> None:
-    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.lower().endswith("_proxy")}
-    python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True, env=dict(os.environ))
+def test_a_client_runs_unmodified(tmp_path: Path) -> None:
     with FakeServer() as server:
-        program = example(section).replace("http://127.0.0.1:8000", server.url).replace("SmolLM2-135M-Instruct", MODEL)
-        done = subprocess.run([python, "-c", program], capture_output=True, text=True, env=environ)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout) > 20
+        program = example("langchain-openai").replace("http://127.0.0.1:8000", server.url)
+        assert len(run(program.replace("SmolLM2-135M-Instruct", MODEL), "langchain-openai", tmp_path)) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("section", "package", "printed"),
+    [
+        ("instructor", "instructor", r"(name='.*' age=\d+\n){2}"),
+        ("pydantic-ai", "pydantic-ai-slim[openai]", r"city='.*' degrees=-?\d+\n.+"),
+    ],
+)
+def test_a_client_that_needs_valid_answers_gets_them(section: str, package: str, printed: str, tmp_path: Path) -> None:
+    settings = [f"server.port={free_port()}", "learn.enabled=false", f"checkpoint.dir={tmp_path}"]
+    with running_server(load_config(None, settings), tmp_path / "log") as url:
+        shown = run(example(section).replace("http://127.0.0.1:8000", url), package, tmp_path)
+    assert re.match(printed, shown), shown

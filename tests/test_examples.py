@@ -30,7 +30,7 @@ def run(name: str, *arguments: object) -> str:
 def test_each_example_is_short_and_has_its_line() -> None:
     text = (EXAMPLES / "README.md").read_text()
     scripts = sorted(EXAMPLES.glob("*.py"))
-    assert len(scripts) == 5
+    assert len(scripts) == 7
     for script in scripts:
         assert len(script.read_text().splitlines()) < MAX_LINES, script.name
         assert f"[{script.name}]({script.name}): " in text
@@ -64,6 +64,10 @@ def test_all_examples_with_the_real_model(tmp_path: Path) -> None:
     ]
     with running_server(load_config(None, settings), tmp_path / "log") as url:
         assert float(run("stream.py", url).split()[-3]) >= 1
+        assert run("json_schema.py", url).split(":")[0] in ("book", "film", "song")
+        called, said = run("tools.py", url).split("\n", 1)
+        assert called.startswith('get_weather({"city": "')
+        assert said.strip()
         assert " requests  " in run("watch_it_learn.py", url, "--seconds", 5)
     assert os.listdir(traces)
     assert "tokens a round" in run("without_a_server.py", "engine.max_batch_size=2").splitlines()[-1]

@@ -15,7 +15,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from aurora_lit.request import StructuredOutputsParams
 
-_SPACING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+WRITTEN_AS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """JSON is written as by json.dumps, and so without white space that a model could repeat for ever. A schema may change
 that by llguidance's own key "x-guidance"."""
 _MOST_CHARACTERS = 240
@@ -54,7 +54,7 @@ def _from_gbnf(grammar: str) -> str:
 
 
 def _of_schema(schema: Any) -> str:
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_SPACING)  # type: ignore[arg-type]
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=WRITTEN_AS)  # type: ignore[arg-type]
 
 
 def fault_of(asked: StructuredOutputsParams, tokenizer: LLTokenizer | None = None) -> Fault | None:

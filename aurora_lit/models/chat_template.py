@@ -2,7 +2,7 @@
 
 Templates come with models, so they run in Jinja's immutable sandbox. The environment is that of transformers' own
 `apply_chat_template` (5.24); tests/models/test_tokenizer.py compares the two on templates that use all of it. Leaves
-out tools, documents and the mask of assistant tokens.
+out documents and the mask of assistant tokens.
 
     template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}", {"eos_token": "</s>"})
     template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True)
@@ -44,10 +44,11 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
         """The whole prompt as text, special tokens included. Raises jinja2.TemplateError if the template refuses.
@@ -61,7 +62,7 @@ class ChatTemplate:
         text = self._template.render(
             **{**self._special_tokens, **variables},
             messages=turns,
-            tools=None,
+            tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
         )

@@ -24,7 +24,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from aurora_lit.bench.online import free_port
+from aurora_lit.bench.server_process import free_port
 from aurora_lit.errors import AuroraError, ConfigError
 from benchmarks.peers import __main__ as driver
 from benchmarks.peers import environments

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 from click.testing import CliRunner
-from support.fake_server import free_port
 
+from aurora_lit.bench.server_process import free_port
 from aurora_lit.cli import vllm as vllm_command_file
 from aurora_lit.cli.main import main
 from aurora_lit.cli.vllm import MIDDLEWARE, WORKER_EXTENSION, _serve_metrics, settings, vllm_command

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from support import child_environment
-from support.fake_server import free_port
 
+from aurora_lit.bench.server_process import free_port
 from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError, SourceError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState

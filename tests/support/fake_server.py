@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any
 import httpx
 import psutil
 
+from aurora_lit.bench.server_process import free_port
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.process_lifetime import die_with_parent
 from aurora_lit.settings import (
@@ -44,12 +44,6 @@ from support.fork_host import ForkedProcess, fork, fork_engine_workers
 
 MODEL = "tiny"
 _START_TIMEOUT_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class FakeServer:

@@ -34,38 +34,48 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from aurora_lit.bench.server_process import free_port
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatus, LearnerStatusPage
 from aurora_lit.models.target import Target
-from support.fake_server import free_port
 from support.fork_host import ForkedProcess, fork, fork_engine_workers
-from support.tiny_models import VOCAB, random_draft, save_model
+from support.tiny_models import random_draft, save_model
 
 MODEL = "tiny"
 
 
+_CHARACTERS = [
+    *map(chr, range(33, 127)),
+    "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}",
+    "\N{LATIN CAPITAL LETTER C WITH DOT ABOVE}",
+    "\N{INVERTED EXCLAMATION MARK}",
+]
+"""Of the vocabulary, as byte-level BPE writes them: two of them are space and line break."""
+
+
 def text_of(ids: list[int]) -> str:
     """Every token is one character."""
-    return "".join(chr(33 + i) for i in ids)
+    return "".join(_CHARACTERS[i] for i in ids)
 
 
 class TinyServers:
     """One deployment, whose server is started again and again; all its processes end with this one."""
 
-    def __init__(self, folder: Path, **model: Any) -> None:
+    def __init__(self, folder: Path, *, chat_template: str | None = None, **model: Any) -> None:
         """model: what the target has otherwise than tiny_models.py says."""
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         for name in ("shm", "tmp"):
             (folder / name).mkdir()
         self.target = Target.load(save_model("llama", folder / "target", seed=3, **model), precision="fp32")
-        vocabulary = {text_of([i]): i for i in range(VOCAB)}
+        vocabulary = {text_of([i]): i for i in range(self.target.vocab_size)}
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "target")
+        tokens = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template)
+        tokens.save_pretrained(folder / "target")
         save_draft(random_draft(self.target), folder / "start", dtype=torch.float32)
         self.store = DraftStore(folder / "checkpoints" / "live", keep=3)
         self._processes: list[ForkedProcess] = []

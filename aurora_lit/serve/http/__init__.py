@@ -3,12 +3,16 @@
 It has no model and no engine: it checks and tokenizes a request, sends it to the engine worker as a call, makes text of
 the updates of that call, and OpenAI's responses of the text.
 
-May import: models/tokenizer.py, ipc/. Start with routes.py. The files, each importing only those above it:
+May import: models/tokenizer.py, tool_calls/, ipc/. Start with routes.py. The files, each importing only those above it:
 
     detokenizer.py    token ids → text as they arrive: whole characters only, cut before stop strings
     answer_stream.py  a call's deltas → text, each choice cut where a stop string is completed
     metrics.py        the metrics of GET /metrics
+    body.py           what all request bodies share
+    structured_fields.py  their fields for structured outputs
+    tool_fields.py    their fields for tools, calls and results
     schema.py         request bodies: every field and its range; no field is silently ignored
+    tool_use.py       what tools mean for a request's prompt, grammar and answer
     tokenize.py       checked body → Call: chat template, tokens, limits
     stream_events.py  chunks → server-sent events, filled up to a fixed size; the clock that sends them
     responses.py      deltas with text → OpenAI's responses, log-probabilities included

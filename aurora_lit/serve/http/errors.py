@@ -13,27 +13,25 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from aurora_lit.errors import RequestError
+from aurora_lit.serve.http.body import Strict, shorten
 from aurora_lit.serve.http.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    JSONSchemaFormat,
     Message,
-    ResponseFormat,
     StreamOptions,
-    StructuredOutputs,
     TextPart,
     TokenizeRequest,
-    shorten,
 )
+from aurora_lit.serve.http.structured_fields import JSONSchemaFormat, ResponseFormat, StructuredOutputs
+from aurora_lit.serve.http.tool_fields import CalledFunction, CalledTool, Function, FunctionName, NamedTool, Tool
 
 RETRY_AFTER_S = 1
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_MODELS: tuple[type[BaseModel], ...] = (
+_MODELS: tuple[type[Strict], ...] = (
     ChatRequest,
     CompletionRequest,
     TokenizeRequest,
@@ -44,6 +42,12 @@ _MODELS: tuple[type[BaseModel], ...] = (
     ResponseFormat,
     JSONSchemaFormat,
     StructuredOutputs,
+    Tool,
+    Function,
+    NamedTool,
+    FunctionName,
+    CalledTool,
+    CalledFunction,
 )
 _FIELDS = frozenset(field.alias or name for model in _MODELS for name, field in model.model_fields.items())
 
@@ -167,5 +171,5 @@ def explain(errors: list[Any] | Any, *, content_type: str | None) -> tuple[str, 
         return f"{where} is unknown or not supported; leave it out", 400, where, "unsupported_parameter"
     if error["type"] == "missing":
         return f"{where} is missing", 400, where, "missing_parameter"
-    detail = str(error["msg"])
+    detail = str(error["msg"]).removeprefix("Value error, ")
     return f"{where}={shorten(error.get('input'))}: {detail[:1].lower()}{detail[1:]}", 400, where, "invalid_value"

@@ -1,6 +1,6 @@
 """Turns deltas into OpenAI's responses: stream chunks, full responses, log-probabilities, usage, speculation metrics.
 
-Pure: no I/O and no clock. Leaves out how a chunk becomes a server-sent event (serve/http/stream_events.py).
+No I/O and no clock. Leaves out how a chunk becomes a server-sent event (serve/http/stream_events.py).
 Log-probabilities are the model's own, before temperature and penalties; the engine computes them with `token_logprobs`
 (modules/sampling/distribution.py).
 
@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from aurora_lit.request import TOKEN_SOURCES, TokenLogprob
 from aurora_lit.serve.http.answer_stream import TextDelta
 from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.tokenize import Prepared
+from aurora_lit.tool_calls.parser import CallBegin, Content, Piece, ToolCallReader
 
 Json = dict[str, Any]
 Source = tuple[str, int]
@@ -53,6 +54,25 @@ class _Choice:
     domain: str = ""
     num_cached: int = 0
     """Prompt tokens that the prefix cache had."""
+    tool_reader: ToolCallReader | None = None
+    tool_calls: list[Json] = field(default_factory=list)
+
+    @property
+    def stated_reason(self) -> str | None:
+        """The finish reason as OpenAI's API states it."""
+        return "tool_calls" if self.tool_calls and self.finish_reason == "stop" else self.finish_reason
+
+
+class _Added(NamedTuple):
+    """What deltas add to a choice."""
+
+    text: str
+    logprobs: list[Entry]
+    """An echoed prompt's included, as in the text."""
+    sources: list[Source]
+    """If asked for."""
+    calls: list[Json]
+    """Parts of tool calls, as the chunks of a stream have them."""
 
 
 class ResponseBuilder:
@@ -75,7 +95,11 @@ class ResponseBuilder:
         self._max_draft_tokens, self._usage_in_every_chunk = max_draft_tokens, usage_in_every_chunk
         self._wants_logprobs = requests[0].params.logprobs is not None
         self._wants_sources = prepared.by_token
-        self._choices = [_Choice(histogram=[0] * (max_draft_tokens + 1)) for _ in requests]
+        tools = prepared.tools
+        self._choices = [
+            _Choice(histogram=[0] * (max_draft_tokens + 1), tool_reader=None if tools is None else tools.reader())
+            for _ in requests
+        ]
         full, chunk = _OBJECTS[kind]
         identity = {"id": prepared.call.call_id, "created": created, "model": model}
         self._full_head, self._chunk_head = {**identity, "object": full}, {**identity, "object": chunk}
@@ -102,29 +126,33 @@ class ResponseBuilder:
             choice = self._choices[index]
             if self._kind == "chat" and not choice.begun:
                 chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
-            text, entries, sources = "", list[Entry](), list[Source]()
+            added = _Added("", [], [], [])
             for delta in deltas:
                 if delta.index == index:
-                    more_text, more_entries, more_sources = self._add(delta)
-                    text, entries, sources = text + more_text, entries + more_entries, sources + more_sources
-            if not (text or entries or sources or choice.finish_reason):
+                    added = _joined(added, self._add(delta))
+            if not (any(added) or choice.finish_reason):
                 continue  # the tokens so far do not make up a whole character
-            logprobs = self._logprobs(choice, entries) if entries else None
-            content: Any = text if self._kind == "text" else {"content": text} if text or entries else {}
-            chunks.append(self._chunk(index, content, logprobs, choice.finish_reason, sources))
+            logprobs = self._logprobs(choice, added.logprobs) if added.logprobs else None
+            content: Any = added.text
+            if self._kind == "chat":
+                content = {"content": added.text} if added.text or (added.logprobs and not added.calls) else {}
+                content |= {"tool_calls": added.calls} if added.calls else {}
+            chunks.append(self._chunk(index, content, logprobs, choice.stated_reason, added.sources))
         return chunks
 
     def full(self) -> Json:
         """The response to a request without stream."""
         choices = []
         for index, choice in enumerate(self._choices):
-            message = {"role": "assistant", "content": choice.text, "refusal": None}
+            message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
+            if choice.tool_calls:
+                message |= {"content": choice.text or None, "tool_calls": choice.tool_calls}
             choices.append(
                 {
                     "index": index,
                     **({"message": message} if self._kind == "chat" else {"text": choice.text}),
                     "logprobs": self._logprobs(choice, choice.logprobs) if self._wants_logprobs else None,
-                    "finish_reason": choice.finish_reason,
+                    "finish_reason": choice.stated_reason,
                     **self._sources(choice.sources),
                 }
             )
@@ -167,11 +195,8 @@ class ResponseBuilder:
             }
         }
 
-    def _add(self, delta: TextDelta) -> tuple[str, list[Entry], list[Source]]:
-        """Add a delta to its choice.
-
-        Returns the new text and log-probabilities, echoed prompt included; and the new tokens' sources, if asked for.
-        """
+    def _add(self, delta: TextDelta) -> _Added:
+        """Add a delta to its choice."""
         choice, drop_output = self._choices[delta.index], self._prepared.drop_output
         text, entries, sources = "", list[Entry](), list[Source]()
         if not choice.begun and self._prepared.prompt_texts:
@@ -195,11 +220,32 @@ class ResponseBuilder:
         if delta.finish_reason is not None:
             choice.finish_reason = "length" if drop_output else delta.finish_reason
         choice.begun = True
+        calls = list[Json]()
+        if choice.tool_reader is not None:
+            pieces = choice.tool_reader.push(text)
+            pieces += choice.tool_reader.finish() if delta.finish_reason is not None else []
+            text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+            calls = self._add_calls(choice, pieces)
         choice.text += text
         if self._wants_logprobs:
             choice.logprobs += entries
         choice.sources += sources
-        return text, entries, sources
+        return _Added(text, entries, sources, calls)
+
+    def _add_calls(self, choice: _Choice, pieces: Sequence[Piece]) -> list[Json]:
+        """Add parts of tool calls to their choice. Returns them as the chunks of a stream have them."""
+        parts = list[Json]()
+        for piece in pieces:
+            if isinstance(piece, CallBegin):
+                assert self._prepared.tools is not None
+                call_id = self._prepared.tools.format.new_id()
+                call: Json = {"id": call_id, "type": "function", "function": {"name": piece.name, "arguments": ""}}
+                choice.tool_calls.append(call)
+                parts.append({"index": piece.number, **call, "function": dict(call["function"])})
+            elif not isinstance(piece, Content):
+                choice.tool_calls[piece.number]["function"]["arguments"] += piece.text
+                parts.append({"index": piece.number, "function": {"arguments": piece.text}})
+        return parts
 
     def _chunk(
         self,
@@ -227,6 +273,18 @@ class ResponseBuilder:
         # In a stream the offset continues from chunk to chunk; a full response is written once, from the start.
         logprobs, choice.text_offset = _text_logprobs(entries, self._token_decoder, offset=choice.text_offset)
         return logprobs
+
+
+def _joined(first: _Added, second: _Added) -> _Added:
+    """Both together; parts of one tool call become one part."""
+    calls = list(first.calls)
+    for part in second.calls:
+        if calls and calls[-1]["index"] == part["index"]:
+            arguments = calls[-1]["function"]["arguments"] + part["function"]["arguments"]
+            calls[-1] = {**calls[-1], "function": {**calls[-1]["function"], "arguments": arguments}}
+        else:
+            calls.append(part)
+    return _Added(first.text + second.text, first.logprobs + second.logprobs, first.sources + second.sources, calls)
 
 
 def _chat_logprobs(entries: Sequence[Entry], token_decoder: TokenDecoder) -> Json:

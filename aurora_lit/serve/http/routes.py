@@ -20,11 +20,12 @@ from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.serve.http.answer_stream import TextDelta
+from aurora_lit.serve.http.body import shorten
 from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.errors import error_event
 from aurora_lit.serve.http.metrics import ServerMetrics
 from aurora_lit.serve.http.responses import ResponseBuilder
-from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions, shorten
+from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions
 from aurora_lit.serve.http.stream_events import DONE, SendClock, StreamShape, event
 from aurora_lit.serve.http.tokenize import Limits, Prepared, longest_token, prepare_chat, prepare_completion
 from aurora_lit.serve.http.worker_client import ClientDisconnected, PendingCall, WorkerClient

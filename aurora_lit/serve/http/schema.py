@@ -1,27 +1,28 @@
 """The bodies of POST /v1/chat/completions and /v1/completions: every field and its range.
 
 No field is silently ignored: an unsupported one is refused by name, unless its value means "not used" (NEUTRAL).
-Leaves out checks that need a tokenizer or the model's limits (serve/http/tokenize.py) and the wording of error bodies
-(serve/http/errors.py).
+Structured outputs and tools have files of their own (structured_fields.py, tool_fields.py). Leaves out checks that
+need a tokenizer or the model's limits (serve/http/tokenize.py) and the wording of error bodies (serve/http/errors.py).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from aurora_lit.errors import RequestError
-from aurora_lit.request import MAX_DOMAIN_CHARACTERS, SamplingParams, StructuredOutputsParams
+from aurora_lit.request import MAX_DOMAIN_CHARACTERS, SamplingParams
+from aurora_lit.serve.http.body import Strict, drop_neutral, shorten
+from aurora_lit.serve.http.structured_fields import Structured
+from aurora_lit.serve.http.tool_fields import CalledTool, Tool, ToolChoosing
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_SALT_CHARACTERS = 256
-MAX_CHOICE_TEXTS = 4096
 DOMAIN_KEY = "aurora_domain"
 """The key of `metadata` that holds a request's domain label."""
 _INT64 = 2**63
@@ -36,15 +37,12 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "guided_whitespace_pattern": (None,),
     "length_penalty": (None, 1, 1.0),
     "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True, False),
     "prediction": (None,),
     "prompt_cache_key": (None,),
     "reasoning_effort": (None, "none"),
     "safety_identifier": (None,),
     "service_tier": (None, "auto", "default"),
     "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
     "use_beam_search": (None, False),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
@@ -55,23 +53,11 @@ NEUTRAL_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "annotations": (None, []),
     "audio": (None,),
     "function_call": (None,),
-    "name": (None,),
     "reasoning": (None,),
     "reasoning_content": (None,),
     "refusal": (None,),
-    "tool_call_id": (None,),
-    "tool_calls": (None, []),
 }
 """The same for fields of a message: clients send back messages as they received them."""
-
-NEUTRAL_IN_STRUCTURE: Mapping[str, tuple[Any, ...]] = {
-    "disable_additional_properties": (None, False),
-    "disable_any_whitespace": (None, False),
-    "disable_fallback": (None, False, True),
-    "structural_tag": (None,),
-    "whitespace_pattern": (None,),
-}
-"""The same for fields of `structured_outputs`."""
 
 _RESERVED_VARIABLES = frozenset(
     ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length")
@@ -86,35 +72,51 @@ PromptText = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
 Prompts = Annotated[list[T], Field(json_schema_extra={"minItems": 1})]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class TextPart(_Strict):
+class TextPart(Strict):
     """One text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    name: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = None
+    content: Annotated[str | list[TextPart] | None, Field(validate_default=True)] = None
 
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral_fields(cls, body: Any) -> Any:
         return drop_neutral(body, NEUTRAL_IN_MESSAGE, inside="messages")
 
+    @field_validator("name", "tool_calls", "tool_call_id")
+    @classmethod
+    def _check_role(cls, value: Any, info: ValidationInfo) -> Any:
+        role = "assistant" if info.field_name == "tool_calls" else "tool"
+        if value and info.data.get("role") != role:
+            raise ValueError(f"is only for role {role}; leave it out")
+        return value
+
+    @field_validator("content")
+    @classmethod
+    def _check_content(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and not info.data.get("tool_calls"):
+            raise ValueError("may be left out only where an assistant has tool_calls; send a text")
+        return value
+
     @property
     def text(self) -> str:
         """The content as one string; parts are joined by line breaks."""
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content)
+        return self.content or ""
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Additional contents of a stream."""
 
     include_usage: bool = False
@@ -122,46 +124,7 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None
 
 
-class JSONSchemaFormat(_Strict):
-    """A named schema; `strict: false` is served as `true`."""
-
-    name: str | None = None
-    description: str | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: bool | None = None
-
-
-class ResponseFormat(_Strict):
-    """OpenAI's form of structured outputs."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JSONSchemaFormat | None = None
-
-    @model_validator(mode="after")
-    def _check_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise RequestError(
-                'response_format: send json_schema with type="json_schema", and only with it', param="response_format"
-            )
-        return self
-
-
-class StructuredOutputs(_Strict):
-    """vLLM's form of structured outputs."""
-
-    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
-    regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICE_TEXTS)] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral_fields(cls, body: Any) -> Any:
-        return drop_neutral(body, NEUTRAL_IN_STRUCTURE, inside="structured_outputs")
-
-
-class Sampling(_Strict):
+class Sampling(Structured):
     """The fields that chat and text completion share."""
 
     model: str | None = None
@@ -189,12 +152,6 @@ class Sampling(_Strict):
     speculate: bool | None = None
     return_token_sources: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICE_TEXTS)] | None = None
-    guided_grammar: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -218,50 +175,21 @@ class Sampling(_Strict):
             )
         return self
 
+    @property
+    def _decides_the_end(self) -> str:
+        """The field whose grammar decides where an answer ends; "" without one."""
+        return "" if self.structure is None else self.structure[0]
+
     @model_validator(mode="after")
-    def _check_structure(self) -> Sampling:
-        asked = self._structures()
-        if self.structured_outputs is not None and not any(place.startswith("structured_outputs") for place in asked):
-            raise RequestError(
-                "structured_outputs is empty; send one of json, regex, choice, grammar, json_object",
-                param="structured_outputs",
-            )
-        if len(asked) > 1:
-            second = list(asked)[1]
-            raise RequestError(
-                f"{second} and {next(iter(asked))} ask for two structures; send one of them",
-                param=second.split(".")[0],
-            )
+    def _check_end(self) -> Sampling:
         for name in ("ignore_eos", "min_tokens"):
-            if asked and getattr(self, name):
+            if getattr(self, name) and self._decides_the_end:
                 raise RequestError(
-                    f"{name} cannot be combined with {next(iter(asked))}, whose grammar decides where an answer ends; "
-                    "leave it out",
+                    f"{name} cannot be combined with {self._decides_the_end}, whose grammar decides where an answer "
+                    "ends; leave it out",
                     param=name,
                 )
         return self
-
-    def _structures(self) -> dict[str, StructuredOutputsParams]:
-        """What the answer must be, by the field that asks for it."""
-        found: dict[str, dict[str, Any]] = {}
-        format_, ours = self.response_format, self.structured_outputs
-        if format_ is not None and format_.json_schema is not None:
-            found["response_format.json_schema.schema"] = {"json": format_.json_schema.schema_}
-        elif format_ is not None and format_.type == "json_object":
-            found["response_format"] = {"json_object": True}
-        for name in ("json", "regex", "choice", "grammar", "json_object"):
-            value = None if ours is None else getattr(ours, "json_" if name == "json" else name)
-            if value is not None and value is not False:
-                found[f"structured_outputs.{name}"] = {name: value}
-            value = getattr(self, f"guided_{name}", None)
-            if value is not None:
-                found[f"guided_{name}"] = {name: value}
-        return {place: _structure(**asked) for place, asked in found.items()}
-
-    @property
-    def structure(self) -> tuple[str, StructuredOutputsParams] | None:
-        """What the answer must be, and the field that asks for it."""
-        return next(iter(self._structures().items()), None)
 
     @property
     def may_be_stored(self) -> bool:
@@ -318,7 +246,7 @@ class Sampling(_Strict):
         )
 
 
-class Templated(_Strict):
+class Templated(Strict):
     """The fields of a conversation that say how its prompt is rendered."""
 
     add_generation_prompt: bool | None = None
@@ -350,7 +278,7 @@ class Templated(_Strict):
         }
 
 
-class ChatRequest(Sampling, Templated):
+class ChatRequest(Sampling, Templated, ToolChoosing):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -364,6 +292,24 @@ class ChatRequest(Sampling, Templated):
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs is only for logprobs=true; set it", param="top_logprobs")
         return self
+
+    @model_validator(mode="after")
+    def _check_tools_and_structure(self) -> ChatRequest:
+        place = "" if self.structure is None else self.structure[0]
+        if self.must_call and place:
+            raise RequestError(
+                f"tool_choice asks for a call, {place} for something else; send one of them", param="tool_choice"
+            )
+        if self.callable_tools and place and not place.startswith("response_format"):
+            raise RequestError(
+                f'{place} cannot be combined with tools; use response_format, or tool_choice="none"',
+                param=place.split(".")[0],
+            )
+        return self
+
+    @property
+    def _decides_the_end(self) -> str:
+        return super()._decides_the_end or ("tools" if self.needs_grammar else "")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -402,6 +348,7 @@ class TokenizeRequest(Templated):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -412,7 +359,7 @@ class TokenizeRequest(Templated):
         return self
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: str | None = None
@@ -429,40 +376,8 @@ def token_limit(body: ChatRequest | CompletionRequest) -> int | None:
     return old if new is None else new
 
 
-def drop_neutral(body: Any, neutral: Mapping[str, tuple[Any, ...]], *, inside: str = "") -> Any:
-    """`body` without the fields in `neutral`. Raises RequestError if one of them has a value with an effect."""
-    if not isinstance(body, dict):
-        return body
-    for name in neutral.keys() & body.keys():
-        allowed = neutral[name]
-        # Compare types too: in Python, 1 == True and 0 == False.
-        if not any(type(body[name]) is type(value) and body[name] == value for value in allowed):
-            where = f"{inside}.{name}" if inside else name
-            raise RequestError(
-                f"{where}={shorten(body[name])} is not supported; leave it out",
-                param=where,
-                code="unsupported_parameter",
-            )
-    return {name: value for name, value in body.items() if name not in neutral}
-
-
-def shorten(value: object) -> str:
-    """A value for an error message, at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _or(value: T | None, default: T) -> T:
     return default if value is None else value
-
-
-def _structure(**asked: Any) -> StructuredOutputsParams:
-    """As the engine reads it: a schema is text, since JSON has numbers that messages have not."""
-    if isinstance(asked.get("json"), dict):
-        asked["json"] = json.dumps(asked["json"])
-    if "choice" in asked:
-        asked["choice"] = tuple(asked["choice"])
-    return StructuredOutputsParams(**asked)
 
 
 def _token_keys(bias: Mapping[str, float], vocab_size: int) -> dict[int, float]:

@@ -57,4 +57,4 @@ class TokenRoutes:
 
     def _render(self, body: TokenizeRequest) -> str:
         assert body.messages is not None
-        return render(body.messages, body, tokenizer=self._tokenizer)
+        return render(body.messages, body, tools=body.tools or (), tokenizer=self._tokenizer)

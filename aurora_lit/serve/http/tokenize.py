@@ -17,6 +17,7 @@ from aurora_lit.grammars.definition import fault_of, names_special_tokens
 from aurora_lit.ipc.messages import Call
 from aurora_lit.models.tokenizer import Tokenizer, tokenizer_json
 from aurora_lit.request import Request, SamplingParams
+from aurora_lit.serve.http.body import shorten
 from aurora_lit.serve.http.detokenizer import decode
 from aurora_lit.serve.http.schema import (
     ChatRequest,
@@ -24,9 +25,10 @@ from aurora_lit.serve.http.schema import (
     Message,
     Sampling,
     Templated,
-    shorten,
     token_limit,
 )
+from aurora_lit.serve.http.tool_fields import Tool
+from aurora_lit.serve.http.tool_use import ToolUse, template_tools, tool_use, turns_of
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Default max_tokens of a text completion, as in OpenAI's API; the default of a chat is the rest of the context."""
@@ -63,18 +65,27 @@ class Prepared:
     """max_tokens is 0: the one token that the engine generates is dropped."""
     by_token: bool = False
     """The response says of each token where it came from."""
+    tools: ToolUse | None = None
+    """How the answers may call tools; None: they call none."""
 
 
 def prepare_chat(
     body: ChatRequest, *, call_id: str, tokenizer: Tokenizer, limits: Limits, client: str = ""
 ) -> Prepared:
     """Apply the chat template and tokenize. client: see `Request`. Raises RequestError if the prompt is too long."""
-    text = render(body.messages, body, tokenizer=tokenizer)
+    use = tool_use(body, tokenizer)
+    text = render(body.messages, body, tools=body.callable_tools, tokenizer=tokenizer)
     # The template contains the special tokens.
     prompt_ids = _encode(tokenizer, text, limits, param="messages", add_special_tokens=False)
     max_tokens = _check_length(len(prompt_ids), token_limit(body), limits, default=None, param="messages")
     params = body.sampling_params(max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs)
     _check_structure(body, tokenizer, limits)
+    if use is not None:
+        params = replace(
+            params,
+            structured_outputs=use.grammar,
+            skip_special_tokens=params.skip_special_tokens and not use.shows_special_tokens,
+        )
     call = _call(call_id, [prompt_ids], [params], body, client)
     return Prepared(
         call=call,
@@ -82,16 +93,18 @@ def prepare_chat(
         num_prompt_tokens=len(prompt_ids),
         num_choices=body.num_choices,
         by_token=bool(body.return_token_sources),
+        tools=use,
     )
 
 
-def render(messages: Sequence[Message], how: Templated, *, tokenizer: Tokenizer) -> str:
+def render(messages: Sequence[Message], how: Templated, *, tools: Sequence[Tool] = (), tokenizer: Tokenizer) -> str:
     """A conversation as the model's prompt. Raises RequestError if there is no template, or if it refuses it."""
     if tokenizer.chat_template is None:
         raise RequestError("this model has no chat template; use /v1/completions", param="messages")
-    turns = [{"role": "system" if turn.role == "developer" else turn.role, "content": turn.text} for turn in messages]
+    turns = turns_of(messages, tools, tokenizer)
+    options = {**how.template_options, "tools": template_tools(tools) or None}
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, **how.template_options))
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
     except (TemplateError, ValueError, TypeError) as error:  # templates also fail on variables of another type
         raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
 

@@ -41,6 +41,14 @@ def json_schema(schema, **fields):
 
 
 IN_DEPTH = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "numbr"}}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+BAD_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "numbr"}}}}}
+
+
+def called(arguments):
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "tool_calls": [call]}
+
 
 BAD = [
     # (path, body, status, param)
@@ -108,8 +116,20 @@ BAD = [
     (TEXT, text(cache_salt=""), 400, "cache_salt"),
     (CHAT, chat(stream=True, stream_options={"include_obfuscation": 1}), 400, "stream_options.include_obfuscation"),
     (CHAT, chat(frobnicate=1), 400, "frobnicate"),
-    (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
+    (CHAT, chat(tools=[{"type": "function", "function": {"name": "f g"}}]), 400, "tools[0].function.name"),
+    (CHAT, chat(tools=[{"type": "retrieval"}]), 400, "tools[0].type"),
+    (CHAT, chat(tools=[TOOL, TOOL]), 400, "tools"),
     (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
+    (CHAT, chat(tools=[TOOL], tool_choice="always"), 400, "tool_choice"),
+    (CHAT, chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}), 400, "tool_choice"),
+    (CHAT, chat(tools=[TOOL], tool_choice="required", ignore_eos=True), 400, "ignore_eos"),
+    (CHAT, chat(tools=[TOOL], tool_choice="required", guided_regex="a"), 400, "tool_choice"),
+    (CHAT, chat(tools=[TOOL], guided_regex="a"), 400, "guided_regex"),
+    (CHAT, chat(tools=[BAD_TOOL], tool_choice="required"), 400, "tools[0].function.parameters.properties.a"),
+    (CHAT, chat(messages=[{"role": "assistant"}]), 400, "messages[0].content"),
+    (CHAT, chat(messages=[{"role": "user", "content": "a", "tool_call_id": "b"}]), 400, "messages[0].tool_call_id"),
+    (CHAT, chat(messages=[called("[1]")]), 400, "messages[0].tool_calls[0].function.arguments"),
+    (TEXT, text(tools=[TOOL]), 400, "tools"),
     (CHAT, chat(functions=[{"name": "f"}]), 400, "functions"),
     (CHAT, chat(response_format={"type": "xml"}), 400, "response_format.type"),
     (CHAT, chat(response_format={"type": "json_schema"}), 400, "response_format"),
@@ -145,11 +165,13 @@ BAD = [
     (CHAT, {"model": MODEL}, 400, "messages"),
     (CHAT, chat(model=5), 400, "model"),
     (CHAT, chat(model="gpt-4"), 404, "model"),
-    (CHAT, message(role="tool"), 400, "messages[0].role"),
+    (CHAT, message(role="function"), 400, "messages[0].role"),
     (CHAT, message(content=None), 400, "messages[0].content"),
     (CHAT, message(content=[{"type": "image_url", "image_url": {"url": "x"}}]), 400, "messages[0].content[0].type"),
     (CHAT, message(content="\ud800"), 400, "messages"),
-    (CHAT, message(tool_calls=[{"id": "1"}]), 400, "messages.tool_calls"),
+    (CHAT, message(tool_calls=[{"id": "1"}]), 400, "messages[0].tool_calls[0].function"),
+    (CHAT, message(tool_calls=called("{}")["tool_calls"]), 400, "messages[0].tool_calls"),
+    (CHAT, message(name="ann"), 400, "messages[0].name"),
     (CHAT, message(mood="cheerful"), 400, "messages[0].mood"),
     (CHAT, chat(prompt="hello"), 400, "prompt"),
     (TEXT, text(messages=HELLO), 400, "messages"),

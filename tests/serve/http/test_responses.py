@@ -96,3 +96,56 @@ def test_cached_tokens_are_those_of_each_prompts_first_choice() -> None:
     for index, cached in ((0, 3), (1, 4)):
         made.add([replace(delta(index, "a", accepted=0, finish_reason="stop"), num_cached_tokens=cached)])
     assert made.usage()["prompt_tokens_details"] == {"cached_tokens": 3}
+
+
+def calling() -> ResponseBuilder:
+    """For one choice that may call `f`."""
+    limits = Limits(max_seq_len=4096, vocab_size=len(TOKENIZER), longest_token=longest_token(TOKENIZER))
+    asked: Any = {
+        "messages": [{"role": "user", "content": "hello"}],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    }
+    prepared = prepare_chat(ChatRequest(**asked), call_id="c", tokenizer=TOKENIZER, limits=limits)
+    decoder = TokenDecoder(TOKENIZER)
+    return ResponseBuilder(prepared, kind="chat", created=0, model="m", token_decoder=decoder, max_draft_tokens=2)
+
+
+CALLS = '{"name": "f", "arguments": {"a": 1}}\n{"name": "f", "arguments": {"a": 2}}'
+
+
+@pytest.mark.parametrize("step", [3, 17, 200])
+@pytest.mark.parametrize("together", [1, 2, 100])
+def test_a_stream_has_the_calls_of_the_whole_response(step: int, together: int) -> None:
+    parts = [CALLS[at : at + step] for at in range(0, len(CALLS), step)]
+    rounds = [delta(0, part, accepted=0) for part in parts] + [delta(0, "", accepted=0, finish_reason="stop")]
+    whole, streamed = calling(), calling()
+    whole.add(rounds)
+    message = whole.full()["choices"][0]["message"]
+    assert message["content"] is None
+    assert [call["function"]["arguments"] for call in message["tool_calls"]] == ['{"a": 1}', '{"a": 2}']
+    assert whole.full()["choices"][0]["finish_reason"] == "tool_calls"
+
+    calls = list[dict[str, Any]]()
+    for at in range(0, len(rounds), together):
+        for chunk in streamed.chunks(rounds[at : at + together]):
+            (choice,) = chunk["choices"]
+            assert not choice["delta"].get("content")
+            indices = [part["index"] for part in choice["delta"].get("tool_calls", ())]
+            assert len(set(indices)) == len(indices)
+            for part in choice["delta"].get("tool_calls", ()):
+                if "id" in part:
+                    assert part["index"] == len(calls)
+                    calls.append({"id": part["id"], "type": part["type"], "function": dict(part["function"])})
+                else:
+                    calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert [call["function"] for call in calls] == [call["function"] for call in message["tool_calls"]]
+    assert len({call["id"] for call in calls}) == 2
+
+
+def test_a_call_that_was_cut_off_says_so() -> None:
+    made = calling()
+    made.add([delta(0, CALLS[:33], accepted=0, finish_reason="length")])
+    (choice,) = made.full()["choices"]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": '}

@@ -1,0 +1,136 @@
+"""What tools mean for a request: for its prompt, for the grammar of its answer, and for reading that.
+
+    turns = turns_of(body.messages, tools, tokenizer)    # for the chat template
+    use = tool_use(body, tokenizer)              # None: nothing can be called
+    use.grammar, use.reader()
+
+Leaves out the fields and their range (tool_fields.py), and how models write calls (tool_calls/).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aurora_lit.errors import RequestError
+from aurora_lit.grammars.definition import fault_of
+from aurora_lit.models.tokenizer import Tokenizer
+from aurora_lit.request import StructuredOutputsParams
+from aurora_lit.serve.http.schema import ChatRequest, Message
+from aurora_lit.serve.http.tool_fields import NamedTool, Tool
+from aurora_lit.tool_calls.formats import ToolFormat, Turn, format_of, without_template
+from aurora_lit.tool_calls.grammar import ANY_OBJECT, grammar_of_calls
+from aurora_lit.tool_calls.parser import ToolCallReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolUse:
+    """How an answer calls tools."""
+
+    format: ToolFormat
+    names: frozenset[str]
+    only_one: bool
+    grammar: StructuredOutputsParams | None
+    """What the answer must be; None: the model decides."""
+    shows_special_tokens: bool
+    """The answer's text needs them, since one of them begins a call."""
+
+    def reader(self) -> ToolCallReader:
+        """For one answer."""
+        return ToolCallReader(self.format, names=self.names, only_one=self.only_one)
+
+
+def turns_of(messages: Sequence[Message], tools: Sequence[Tool], tokenizer: Tokenizer) -> list[Turn]:
+    """The conversation as chat templates expect it; with the tools, if the template has none."""
+    names = {call.id: call.function.name for message in messages for call in message.tool_calls or ()}
+    turns = [_turn(message, names) for message in messages]
+    if _format(tokenizer).is_in_template:
+        return turns
+    return without_template(turns, template_tools(tools))
+
+
+def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Tools as chat templates expect them."""
+    return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
+
+
+def tool_use(body: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
+    """How the answer to a request may call tools. Raises RequestError for a schema that cannot be used."""
+    if not body.callable_tools:
+        return None
+    format_ = _format(tokenizer)
+    marker_token = _special_token(format_.marker, tokenizer)
+    content = body.structure
+    grammar = None
+    if body.needs_grammar or content is not None:
+        content_schema: Mapping[str, Any] | None = None
+        if content is not None:
+            content_schema = ANY_OBJECT if content[1].json is None else json.loads(str(content[1].json))
+        grammar = StructuredOutputsParams(
+            grammar=grammar_of_calls(
+                format_,
+                _schemas(body),
+                must_call=body.must_call,
+                only_one=body.may_call_once,
+                content_schema=content_schema,
+                marker_token=marker_token,
+            )
+        )
+    return ToolUse(
+        format=format_,
+        names=frozenset(tool.function.name for tool in body.callable_tools),
+        only_one=body.may_call_once,
+        grammar=grammar,
+        shows_special_tokens=any(_special_token(text, tokenizer) is not None for text in format_.fillers),
+    )
+
+
+def _format(tokenizer: Tokenizer) -> ToolFormat:
+    return format_of(str(tokenizer.chat_template or ""))  # of several templates, as a dictionary, the one with tools
+
+
+def _turn(message: Message, names: Mapping[str, str]) -> Turn:
+    """names: of the functions that were called, by the call's id."""
+    role = "system" if message.role == "developer" else message.role
+    turn: Turn = {"role": role, "content": message.text}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": call.type,
+                "function": {"name": call.function.name, "arguments": json.loads(call.function.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.role == "tool":
+        called = message.tool_call_id or ""
+        turn |= {"tool_call_id": called, "name": message.name or names.get(called, "")}
+    return turn
+
+
+def _schemas(body: ChatRequest) -> dict[str, Mapping[str, Any]]:
+    """The schema of each tool's arguments; that of any object where none is promised and its own cannot be used."""
+    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    schemas: dict[str, Mapping[str, Any]] = {}
+    for index, tool in enumerate(body.callable_tools):
+        function = tool.function
+        if named not in (None, function.name):
+            continue
+        schema = function.parameters or ANY_OBJECT
+        if "properties" in schema:  # a function takes the arguments that it names
+            schema = {"additionalProperties": False, **schema}
+        fault = fault_of(StructuredOutputsParams(json=json.dumps(schema)))
+        if fault is not None and (body.must_call or function.strict):
+            where = f"tools[{index}].function.parameters{fault.place}"
+            raise RequestError(f"{where} cannot be used: {fault.reason}", param=where, code="invalid_value")
+        schemas[function.name] = ANY_OBJECT if fault is not None else schema
+    return schemas
+
+
+def _special_token(text: str, tokenizer: Tokenizer) -> int | None:
+    """The id of the special token that is written so; None: there is none."""
+    if not text:
+        return None
+    return next((i for i in tokenizer.all_special_ids if tokenizer.convert_ids_to_tokens(i) == text), None)

@@ -1,0 +1,147 @@
+"""How models write tool calls, and how a model whose chat template has no tools is told of them.
+
+    format_ = format_of(chat_template)
+    if not format_.is_in_template:
+        turns = without_template(turns, tools)        # for the template, which knows plain turns only
+    format_.written([ToolCall("get_weather", '{"city": "Rome"}')])
+
+Turns and tools are those of OpenAI's API, as dictionaries. Leaves out reading an answer (parser.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+Turn = dict[str, Any]
+
+
+class ToolCall(NamedTuple):
+    """One call."""
+
+    name: str
+    arguments: str
+    """A JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolFormat:
+    """How a family of models writes calls: before + call + between + call … + after."""
+
+    name: str
+    before: str = ""
+    between: str = "\n"
+    after: str = ""
+    arguments_key: str = "arguments"
+    marker: str = ""
+    """What `before` begins with and no other text has, so that calls may follow content; "": an answer whose first
+    character is a brace is a call."""
+    fillers: tuple[str, ...] = ()
+    """What stands around calls besides white space."""
+    name_end: str = ""
+    """Where the name stands before the arguments instead of inside an object: what ends it."""
+    is_in_template: bool = True
+    short_ids: bool = False
+    """Ids of calls have nine letters and digits, the only ones that the template takes."""
+
+    def call_parts(self, name: str) -> tuple[str, str]:
+        """What a call has before its arguments, and after them."""
+        if self.name_end:
+            return name + self.name_end, ""
+        return f'{{"name": {json.dumps(name)}, "{self.arguments_key}": ', "}"
+
+    def new_id(self) -> str:
+        """The id of a new call."""
+        return secrets.token_hex(5)[:9] if self.short_ids else f"call_{secrets.token_hex(12)}"
+
+    def written(self, calls: Sequence[ToolCall]) -> str:
+        """The calls as the model writes them."""
+        texts = []
+        for call in calls:
+            head, tail = self.call_parts(call.name)
+            texts.append(head + call.arguments + tail)
+        return self.before + self.between.join(texts) + self.after
+
+
+HERMES = ToolFormat(
+    name="hermes",
+    before="<tool_call>\n",
+    between="\n</tool_call>\n<tool_call>\n",
+    after="\n</tool_call>",
+    marker="<tool_call>",
+    fillers=("</tool_call>", "<tool_call>", "[", "]", ","),
+)
+MISTRAL = ToolFormat(
+    name="mistral",
+    before="[TOOL_CALLS][",
+    between=", ",
+    after="]",
+    marker="[TOOL_CALLS]",
+    fillers=("[TOOL_CALLS]", "[", "]", ","),
+    short_ids=True,
+)
+MISTRAL_NAMED = ToolFormat(
+    name="mistral-named",
+    before="[TOOL_CALLS]",
+    between="[TOOL_CALLS]",
+    marker="[TOOL_CALLS]",
+    fillers=("[TOOL_CALLS]",),
+    name_end="[ARGS]",
+    short_ids=True,
+)
+LLAMA3 = ToolFormat(
+    name="llama3", between="; ", arguments_key="parameters", fillers=("<|python_tag|>", "[", "]", ",", ";")
+)
+PLAIN = ToolFormat(name="plain", fillers=("[", "]", ",", ";"), is_in_template=False)
+
+
+@lru_cache(maxsize=8)
+def format_of(chat_template: str) -> ToolFormat:
+    """The format that a chat template teaches."""
+    if not re.search(r"\btools\b", chat_template):
+        return PLAIN
+    if "[TOOL_CALLS]" in chat_template:
+        return MISTRAL_NAMED if "[ARGS]" in chat_template else MISTRAL
+    if "<tool_call>" in chat_template:
+        return HERMES
+    if "<|python_tag|>" in chat_template or '"parameters"' in chat_template:
+        return LLAMA3
+    return replace(PLAIN, is_in_template=True)
+
+
+def without_template(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> list[Turn]:
+    """The conversation in turns of system, user and assistant: tools in the first one, calls and results as text."""
+    plain: list[Turn] = []
+    for turn in turns:
+        content, calls, is_result = turn["content"], turn.get("tool_calls"), turn["role"] == "tool"
+        if calls:
+            functions = [call["function"] for call in calls]
+            written = PLAIN.written([ToolCall(each["name"], json.dumps(each["arguments"])) for each in functions])
+            content = f"{content}\n{written}" if content else written
+        elif is_result:
+            content = f"Result of {turn.get('name') or 'the function'}: {content}"
+        if is_result and plain and plain[-1]["role"] == "user":
+            plain[-1]["content"] += f"\n{content}"  # of parallel calls: templates may refuse two turns of one role
+        else:
+            plain.append({"role": "user" if is_result else turn["role"], "content": content})
+    if not tools:
+        return plain
+    told = _told(tools)
+    if plain[0]["role"] == "system":
+        return [{"role": "system", "content": f"{plain[0]['content']}\n\n{told}"}, *plain[1:]]
+    return [{"role": "system", "content": told}, *plain]
+
+
+def _told(tools: Sequence[Mapping[str, Any]]) -> str:
+    listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    example = '{"name": <name of the function>, "arguments": <JSON object of its arguments>}'
+    return (
+        f"You may call functions to help the user. These are the functions:\n{listed}\n"
+        f"To call one, answer with nothing but {example}, one such line for each call. "
+        "Their results are sent to you by the user. If no function is needed, answer as usual."
+    )

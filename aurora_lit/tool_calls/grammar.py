@@ -1,0 +1,74 @@
+"""The grammar of an answer that must call tools, or whose calls must be valid, in llguidance's Lark dialect.
+
+    grammar = grammar_of_calls(HERMES, tools, must_call=True, only_one=False, content_schema=None, marker_token=None)
+    StructuredOutputsParams(grammar=grammar)
+
+Leaves out when a request needs one (serve/http/tool_fields.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from aurora_lit.grammars.definition import WRITTEN_AS
+from aurora_lit.tool_calls.formats import ToolFormat
+
+Schema = Mapping[str, Any]
+ANY_OBJECT: Schema = {"type": "object"}
+_JSON_PIECES = re.compile(r'"[^"]*"|[{}]|[:,] ')
+
+
+def grammar_of_calls(
+    format_: ToolFormat,
+    schemas: Mapping[str, Schema],
+    *,
+    must_call: bool,
+    only_one: bool,
+    content_schema: Schema | None = None,
+    marker_token: int | None = None,
+) -> str:
+    """The grammar of an answer.
+
+    schemas: of the arguments, by the tool's name. must_call: an answer without a call is none. only_one: at most one
+    call. content_schema: of an answer without calls; None: any text. marker_token: the special token that is the
+    format's marker; None: the marker is text.
+    """
+    marker = "" if marker_token is None else f"<[{marker_token}]> "
+    spelt = format_.marker if marker_token is not None else ""
+
+    def literal(text: str) -> str:
+        """Text in which the special token stands for the marker."""
+        pieces = [json.dumps(piece) if piece else "" for piece in (text.split(spelt) if spelt else [text])]
+        return marker.join(f"{piece} " if piece else "" for piece in pieces)
+
+    rules, names = [], []
+    for number, (name, schema) in enumerate(schemas.items()):
+        head, tail = format_.call_parts(name)
+        arguments = json.dumps({"x-guidance": WRITTEN_AS, **schema})
+        # In the pieces that JSON schemas are made of: llguidance cannot tell a longer one from content that is JSON.
+        begin = " ".join(map(literal, [head] if format_.name_end else _JSON_PIECES.findall(head)))
+        rules.append(f"call_{number}: {begin} %json {arguments} {literal(tail)}")
+        names.append(f"call_{number}")
+    more = "" if only_one else f" ({literal(format_.between)} call)*"
+    calls = f"call{more} {literal(format_.after)}"
+    rules += [f"call: {' | '.join(names)}", f"calls: {literal(format_.before)} {calls}"]
+    if must_call:
+        start = "calls"
+    elif content_schema is not None:
+        rules.append(f"content: %json {json.dumps({'x-guidance': WRITTEN_AS, **content_schema})}")
+        start = "calls | content"
+    elif not format_.marker:
+        rules.append(r"CONTENT: /[^\s{\[](.|\n)*/")
+        start = "calls | CONTENT?"
+    elif marker_token is not None:
+        rules.append(r"CONTENT: /(.|\n)+/")
+        start = "CONTENT? calls?"
+    else:
+        text, found = r"(.|\n)*", re.escape(format_.marker).replace("/", r"\/")
+        rules += [f"CONTENT: /{text}/ & ~/{text}{found}{text}/", f"head[lazy]: /{text}{found}/"]
+        rules.append(f"rest: {literal(format_.before.removeprefix(format_.marker))} {calls}")
+        start = "CONTENT | head rest"
+    return "\n".join([f"start: {start}", *rules])

@@ -1,0 +1,74 @@
+"""Which format a chat template teaches, and how tools reach a model whose template has none."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from aurora_lit.tool_calls.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED, PLAIN, ToolFormat, format_of
+from aurora_lit.tool_calls.formats import without_template as plain_turns
+
+TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", PLAIN),
+        ("{% for m in messages %}<tool_call>{% endfor %}", PLAIN),
+        ("{% if tools %}<tools>{{ tools|tojson }}</tools> answer in <tool_call>{% endif %}", HERMES),
+        ("{% if tools %}[AVAILABLE_TOOLS]{% endif %}[TOOL_CALLS] [{{ calls }}]", MISTRAL),
+        ("{% if tools %}{% endif %}[TOOL_CALLS]{{ name }}[ARGS]{{ arguments }}", MISTRAL_NAMED),
+        ("{% if tools %}{% endif %}<|python_tag|>", LLAMA3),
+        ("{% if tools %}{% endif %}{{ '\"parameters\": ' }}", LLAMA3),
+    ],
+)
+def test_the_template_tells_the_format(template: str, expected: ToolFormat) -> None:
+    assert format_of(template) == expected
+
+
+def test_an_unknown_format_is_read_as_plain_json_and_the_template_shows_the_tools() -> None:
+    format_ = format_of("{% if tools %}<functions>{{ tools }}</functions>{% endif %}")
+    assert (format_.name, format_.is_in_template) == ("plain", True)
+
+
+def test_ids_are_those_that_the_template_takes() -> None:
+    assert {len(MISTRAL.new_id()) for _ in range(20)} == {9}
+    assert HERMES.new_id().startswith("call_")
+    assert HERMES.new_id() != HERMES.new_id()
+
+
+def test_a_template_without_tools_sees_plain_turns_only() -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    other = {"id": "b", "type": "function", "function": {"name": "weather", "arguments": {}}}
+    turns = plain_turns(
+        [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Is it warm?"},
+            {"role": "assistant", "content": "", "tool_calls": [call, other]},
+            {"role": "tool", "content": "21", "tool_call_id": "a", "name": "weather"},
+            {"role": "tool", "content": "no city", "tool_call_id": "b", "name": ""},
+            {"role": "assistant", "content": "One moment.", "tool_calls": [call]},
+            {"role": "tool", "content": "22", "tool_call_id": "a", "name": "weather"},
+        ],
+        TOOLS,
+    )
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert turns[0]["content"].startswith("Be kind.\n\n")
+    assert json.dumps(TOOLS[0]["function"]) in turns[0]["content"]
+    assert turns[2]["content"].splitlines() == [
+        '{"name": "weather", "arguments": {"city": "Rome"}}',
+        '{"name": "weather", "arguments": {}}',
+    ]
+    assert turns[3]["content"] == "Result of weather: 21\nResult of the function: no city"
+    assert turns[4]["content"].startswith("One moment.\n{")
+
+
+def test_tools_make_a_system_turn_where_there_is_none() -> None:
+    (system, user) = plain_turns([{"role": "user", "content": "Hello"}], TOOLS)
+    assert system["role"] == "system"
+    assert "weather" in system["content"]
+    assert user == {"role": "user", "content": "Hello"}
+    assert plain_turns([user], []) == [user]

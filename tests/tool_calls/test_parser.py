@@ -1,0 +1,130 @@
+"""Content and calls of an answer are the same however its text is cut, and nothing that is no call is lost."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from aurora_lit.tool_calls.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED, PLAIN, ToolCall, ToolFormat
+from aurora_lit.tool_calls.parser import Arguments, CallBegin, Content, ToolCallReader
+
+FORMATS = (HERMES, MISTRAL, MISTRAL_NAMED, LLAMA3, PLAIN)
+NAMES = frozenset({"f", "get_weather"})
+Read = tuple[str, list[tuple[str, str]]]
+
+
+def read(format_: ToolFormat, parts: list[str], *, only_one: bool = False) -> Read:
+    reader = ToolCallReader(format_, names=NAMES, only_one=only_one)
+    pieces = [piece for part in parts for piece in reader.push(part)] + reader.finish()
+    content, calls = "", list[tuple[str, str]]()
+    for piece in pieces:
+        if isinstance(piece, Content):
+            content += piece.text
+        elif isinstance(piece, CallBegin):
+            assert piece.number == len(calls)
+            calls.append((piece.name, ""))
+        else:
+            assert isinstance(piece, Arguments)
+            assert piece.number == len(calls) - 1
+            calls[-1] = (calls[-1][0], calls[-1][1] + piece.text)
+    return content, calls
+
+
+def cuts(text: str) -> list[list[str]]:
+    """The text in one piece, by characters, and cut at random places."""
+    shuffled, ways = random.Random(len(text)), [[text], list(text)]
+    for _ in range(20):
+        places = sorted(shuffled.sample(range(len(text) + 1), k=min(4, len(text))))
+        ways.append([text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)])
+    return ways
+
+
+def read_any_way(format_: ToolFormat, text: str) -> Read:
+    results = [read(format_, parts) for parts in cuts(text)]
+    assert all(result == results[0] for result in results), "how the text is cut must not matter"
+    return results[0]
+
+
+@pytest.mark.parametrize("format_", FORMATS, ids=lambda each: each.name)
+def test_calls_are_read_as_they_are_written(format_: ToolFormat) -> None:
+    arguments = [
+        json.dumps(each) for each in ({}, {"a": '}"{\\', "b": [{"c": None}]}, {"é": "\n<tool_call>[TOOL_CALLS]"})
+    ]
+    calls = [ToolCall("f" if at % 2 else "get_weather", text) for at, text in enumerate(arguments)]
+    for number in (1, 2, 3):
+        assert read_any_way(format_, format_.written(calls[:number])) == ("", [tuple(call) for call in calls[:number]])
+
+
+@pytest.mark.parametrize("format_", FORMATS, ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "  \n",
+        "Plain text.",
+        "a < b, [x] and {y} <tool",
+        '{"x": {"name": "f", "arguments": {}}}',
+        '[1, {"a": 2}]',
+        '{"name": "unknown", "arguments": {}}',
+        '{"name": "f", "arguments": 3}',
+        '{"name": "f", "argum',
+        '{"name": broken}',
+        "[TOOL_CALLS]unknown[ARGS]{}",
+        '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call> and more',
+        '<tool_call>{"f": 1}',
+        "<tool_call>",
+        "[TOOL_CALLS] [{]",
+    ],
+)
+def test_what_is_no_call_is_content(format_: ToolFormat, text: str) -> None:
+    assert read_any_way(format_, text) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("format_", "text", "content", "calls"),
+    [
+        (
+            HERMES,
+            'Let me see.\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+            "Let me see.",
+            [("f", "{}")],
+        ),
+        (HERMES, '<tool_call>{"name": "f", "arguments": {}}</tool_call>\nDone.', "\nDone.", [("f", "{}")]),
+        (HERMES, '<tool_call>[{"name": "f", "arguments": {}}]</tool_call>', "", [("f", "{}")]),
+        (
+            HERMES,
+            '<tool_call>{"name": "f", "arguments": {}}</tool_call><tool_call>{"name": "no"}</tool_call>',
+            '<tool_call>{"name": "no"}</tool_call>',
+            [("f", "{}")],
+        ),
+        (HERMES, '<tool_call>{"name": "f", "arguments": {"a": "', "", [("f", '{"a": "')]),
+        (MISTRAL, 'Yes.[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]', "Yes.", [("f", '{"a": 1}')]),
+        (MISTRAL_NAMED, 'Yes.[TOOL_CALLS]f[ARGS] {"a": 1}', "Yes.", [("f", '{"a": 1}')]),
+        (LLAMA3, '<|python_tag|>{"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
+        (PLAIN, '\n{"arguments": {"a": 1}, "name": "f"}', "", [("f", '{"a": 1}')]),
+        (PLAIN, '{"name": "f", "arguments": "{\\"a\\": 1}"}', "", [("f", '{"a": 1}')]),
+        (PLAIN, '{"name": "f"}', "", [("f", "{}")]),
+        (PLAIN, '{"type": "function", "name": "f", "parameters": {}}', "", [("f", "{}")]),
+        (PLAIN, '{"name": "f", "arguments": {}, "id": "}"}\n\n', "", [("f", "{}")]),
+        (PLAIN, '{"name": "f", "arguments": {}} as you see', " as you see", [("f", "{}")]),
+    ],
+)
+def test_answers_as_models_give_them(
+    format_: ToolFormat, text: str, content: str, calls: list[tuple[str, str]]
+) -> None:
+    assert read_any_way(format_, text) == (content, calls)
+
+
+def test_arguments_are_passed_on_while_they_are_written() -> None:
+    reader = ToolCallReader(HERMES, names=NAMES)
+    assert reader.push('<tool_call>\n{"name": "f", "argu') == []
+    assert reader.push('ments": {"a') == [CallBegin(0, "f"), Arguments(0, '{"a')]
+    assert reader.push('": 1}}\n</tool') == [Arguments(0, '": 1}')]
+    assert reader.finish() == []
+
+
+def test_of_an_answer_that_may_call_once_further_calls_are_dropped() -> None:
+    calls = [ToolCall("f", '{"a": 1}'), ToolCall("get_weather", "{}")]
+    assert read(HERMES, [HERMES.written(calls)], only_one=True) == ("", [("f", '{"a": 1}')])
