@@ -100,7 +100,10 @@ class Page(Generic[Record]):
     def open(cls, path: Path, *, writable: bool = False) -> Self:
         """Map a page that another process created. Raises ValueError if it holds another record."""
         _, size_bytes, digest = _layout(cls.record_class)
-        refusal = f"{path} is no {cls.record_class.__name__} page of this version; delete it"
+        refusal = (
+            f"{path} is no {cls.record_class.__name__} page of this version; use the aurora-lit that runs there, or "
+            "delete it if none does"
+        )
         descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
         try:
             if os.fstat(descriptor).st_size != size_bytes:

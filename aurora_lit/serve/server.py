@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from aurora_lit.config import AuroraConfig, draft_folder, model_name, to_yaml
+from aurora_lit.config import AuroraConfig, draft_folder, model_name, shows_page, to_yaml
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, RankStatusPage, WorkerState, rank_path
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -202,7 +202,9 @@ def _announce_when_ready(config: AuroraConfig, status: EngineStatusPage, learner
             return
         time.sleep(0.05)
     shown = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
-    print(f"aurora-lit serves {model_name(config)} on http://{shown}:{config.server.port}/v1", flush=True)
+    url = f"http://{shown}:{config.server.port}"
+    page = f"; watch it at {url}/" if shows_page(config) else ""
+    print(f"aurora-lit serves {model_name(config)} on {url}/v1{page}", flush=True)
     if learner is not None:
         learner.start()
 

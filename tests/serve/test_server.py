@@ -43,8 +43,8 @@ def raw_events(server, path, body):
         return "".join(response.iter_text())
 
 
-def test_the_ready_line_names_the_url(server):
-    assert server.ready_line == f"aurora-lit serves tiny on {server.url}/v1\n"
+def test_the_ready_line_names_the_url_and_the_page(server):
+    assert server.ready_line == f"aurora-lit serves tiny on {server.url}/v1; watch it at {server.url}/\n"
 
 
 def test_models(client):

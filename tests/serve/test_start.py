@@ -158,7 +158,7 @@ def test_the_learner_is_started_once_the_server_answers_and_not_before(
     ready_route: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page, learner = EngineStatusPage.create(tmp_path / "status"), Learner()
-    config = load_config(None, [f"server.port={ready_route.server_address[1]}"])
+    config = load_config(None, [f"server.port={ready_route.server_address[1]}", "server.page=off"])
     arguments: Any = (config, page, learner)
     thread = threading.Thread(target=server._announce_when_ready, args=arguments)
     thread.start()
@@ -171,7 +171,9 @@ def test_the_learner_is_started_once_the_server_answers_and_not_before(
     ready_route.code = 200
     thread.join(5)
     assert learner.started.is_set()
-    assert "aurora-lit serves" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "aurora-lit serves" in said
+    assert "watch it" not in said
 
 
 def test_no_learner_is_started_if_the_engine_cannot_be_built(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class PretrainOptions:
     """Prompts to answer, taken from the files in turn; None: all."""
     max_answer_tokens: int = 160
     sampled_share: float = 1 / 3
-    """Share of the answers that are sampled at temperature 0.7 instead of greedy."""
+    """Share of the answers that are sampled at temperature 1.0, the default of the API, instead of greedy."""
     positions: int = 3_000_000
     """Positions to train on in all, repetitions included."""
     text_share: float = 0.15
@@ -185,7 +185,7 @@ def _prompts_to_answer(tokenizer: PreTrainedTokenizerBase, options: PretrainOpti
     for prompt in in_turn:
         ids = encode_prompt(tokenizer, prompt)
         if len(ids) <= longest:
-            temperature = 0.7 if rng.random() < options.sampled_share else 0.0
+            temperature = 1.0 if rng.random() < options.sampled_share else 0.0
             chosen.append(PromptToAnswer(domain=prompt.domain, prompt_ids=tuple(ids), temperature=temperature))
     return chosen[: options.answers]
 
