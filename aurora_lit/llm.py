@@ -85,6 +85,9 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     num_cached_tokens: int
     """Of the prompt, not computed because the prefix cache had them."""
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """As `CompletionOutput.logprobs`, of the prompt's tokens; the first one has none. None unless
+    SamplingParams.prompt_logprobs is set."""
     finished: bool = True
 
 
@@ -177,6 +180,7 @@ class LLM:
             for call_id, call in calls.items()
         }
         num_cached = dict.fromkeys(calls, 0)
+        of_prompt = dict[str, list[dict[int, Logprob] | None]]()
         tracker = CallTracker(self._engine)
         try:
             for call in calls.values():
@@ -190,6 +194,9 @@ class LLM:
                     for delta in added:
                         if delta.index == 0:
                             num_cached[call_id] = delta.num_cached_tokens
+                            if delta.prompt_logprobs is not None:
+                                known = delta.prompt_logprobs
+                                of_prompt[call_id] = [None if each is None else self._logprobs(each) for each in known]
                         self._extend(answers[call_id][delta.index], delta)
                     for index in stopped:
                         tracker.cancel_request(call_id, index)
@@ -203,6 +210,7 @@ class LLM:
                 prompt_token_ids=list(prepared.call.requests[0].prompt_ids),
                 outputs=answers[prepared.call.call_id],
                 num_cached_tokens=num_cached[prepared.call.call_id],
+                prompt_logprobs=of_prompt.get(prepared.call.call_id),
             )
             for text, prepared in asked
         ]
@@ -250,15 +258,13 @@ def _paired(
 
 def _body(kind: type[_Body], params: SamplingParams, **more: Any) -> _Body:
     """The body of an HTTP request with these parameters. Raises RequestError for a value that cannot be used."""
-    if params.prompt_logprobs is not None:
-        raise RequestError("prompt_logprobs is not supported here; leave it out", param="prompt_logprobs")
     given: dict[str, Any] = {parameter.name: getattr(params, parameter.name) for parameter in fields(params)}
     given |= {"stop": list(params.stop) or None, "stop_token_ids": list(params.stop_token_ids) or None}
     given["logit_bias"] = {str(token_id): float(bias) for token_id, bias in params.logit_bias.items()} or None
     if params.structured_outputs is not None:
         structure = asdict(params.structured_outputs)
         given["structured_outputs"] = structure | {"choice": structure["choice"] and list(structure["choice"])}
-    del given["logprobs"], given["prompt_logprobs"]
+    del given["logprobs"]
     try:
         return kind.model_validate({**given, **more})
     except ValidationError as error:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from support.tiny_models import VOCAB, make_engine, random_draft
 from support.tiny_server import text_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -134,6 +135,23 @@ def test_logprobs_are_by_token_with_ranks(llm: LLM) -> None:
     assert plain.outputs[0].logprobs is None
 
 
+def test_prompt_logprobs_are_the_targets(llm: LLM, target: Target) -> None:
+    (answer,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=2, prompt_logprobs=3))
+    assert answer.prompt_logprobs is not None
+    first, *rest = answer.prompt_logprobs
+    assert first is None
+    with torch.no_grad():
+        logits_BTV = target.model(torch.tensor([answer.prompt_token_ids]), use_cache=False).logits
+        expected_TV = logits_BTV[0].log_softmax(-1)
+    for place, known in enumerate(rest):
+        assert known is not None
+        token = answer.prompt_token_ids[place + 1]
+        assert known[token].logprob == pytest.approx(float(expected_TV[place, token]), abs=1e-4)
+        order = expected_TV[place].argsort(descending=True).tolist()
+        assert {i: entry.rank for i, entry in known.items() if entry.rank} == {order[r]: r + 1 for r in range(3)}
+    assert llm.generate(PROMPTS[0], GREEDY)[0].prompt_logprobs is None
+
+
 @pytest.mark.parametrize(
     ("asked", "pattern"),
     [
@@ -172,7 +190,7 @@ def test_a_chat_takes_the_chat_template(llm: LLM, target: Target) -> None:
         (PROMPTS[0], {"temperature": 5.0}, "temperature=5.0"),
         (PROMPTS[0], {"top_p": 0.0}, "top_p=0.0"),
         (PROMPTS[0], {"n": 0}, "n=0"),
-        (PROMPTS[0], {"prompt_logprobs": 1}, "prompt_logprobs is not supported"),
+        (PROMPTS[0], {"prompt_logprobs": 21}, "prompt_logprobs=21"),
         (PROMPTS[0], {"logit_bias": {VOCAB: 1.0}}, "logit_bias"),
         (PROMPTS[0], {"max_tokens": 10**6}, "max_tokens=1000000 is too many"),
         (PROMPTS[0], {"structured_outputs": StructuredOutputsParams(regex="(")}, r"structured_outputs\.regex cannot"),

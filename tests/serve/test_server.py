@@ -175,6 +175,27 @@ def test_echo_with_logprobs_as_an_evaluation_harness_asks(client):
         assert choice.logprobs.text_offset[:3] == [0, 5, 11]
 
 
+def test_prompt_logprobs_as_in_vllm(client):
+    more = {"extra_body": {"prompt_logprobs": 2}}
+    plain, echoed = complete(client, "abc", **more), complete(client, "abc", echo=True, logprobs=1, **more)
+    shown = plain.choices[0].model_extra["prompt_logprobs"]
+    assert shown == echoed.choices[0].model_extra["prompt_logprobs"]
+    assert shown[0] is None
+    assert plain.choices[0].logprobs is None
+    for known, logprob, top in zip(
+        shown[1:],
+        echoed.choices[0].logprobs.token_logprobs[1:],
+        echoed.choices[0].logprobs.top_logprobs[1:],
+        strict=False,
+    ):
+        assert logprob in [entry["logprob"] for entry in known.values()]
+        assert [entry["rank"] for entry in known.values()][:2] == [1, 2]
+        assert len(top) <= 2, "one alternative and the token itself"
+    chat = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "hi"}], **more)
+    assert len(chat.model_extra["prompt_logprobs"]) == chat.usage.prompt_tokens
+    assert plain.model_extra.get("prompt_logprobs") is None
+
+
 def test_echo_streamed(client):
     parts = list(complete(client, "abc", max_tokens=4, echo=True, stream=True, logprobs=0))
     assert "".join(part.choices[0].text for part in parts) == "abcabca"

@@ -14,7 +14,7 @@ Log-probabilities are the model's own, before temperature and penalties; the eng
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from aurora_lit.request import TOKEN_SOURCES, TokenLogprob
@@ -56,6 +56,8 @@ class _Choice:
     """Prompt tokens that the prefix cache had."""
     tool_reader: ToolCallReader | None = None
     tool_calls: list[Json] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    """Filled only if the response has them."""
 
     @property
     def stated_reason(self) -> str | None:
@@ -154,9 +156,11 @@ class ResponseBuilder:
                     "logprobs": self._logprobs(choice, choice.logprobs) if self._wants_logprobs else None,
                     "finish_reason": choice.stated_reason,
                     **self._sources(choice.sources),
+                    **(self._prompt_logprobs(choice) if self._kind == "text" else {}),
                 }
             )
-        return {**self._full_head, "choices": choices, "usage": self.usage(), "metrics": self.metrics()}
+        more = self._prompt_logprobs(self._choices[0]) if self._kind == "chat" else {}
+        return {**self._full_head, "choices": choices, "usage": self.usage(), "metrics": self.metrics(), **more}
 
     def usage_chunk(self) -> Json:
         """The chunk with usage and without choices that ends a stream with include_usage."""
@@ -202,8 +206,12 @@ class ResponseBuilder:
         if not choice.begun and self._prepared.prompt_texts:
             text = self._prepared.prompt_texts[delta.index // self._prepared.num_choices]
         if delta.prompt_logprobs is not None:
-            prompt_ids = self._prepared.call.requests[delta.index].prompt_ids
-            entries += zip(prompt_ids, delta.prompt_logprobs, strict=True)
+            request = self._prepared.call.requests[delta.index]
+            if self._prepared.prompt_logprobs is not None:
+                choice.prompt_logprobs = _with_top(delta.prompt_logprobs, self._prepared.prompt_logprobs)
+            if self._prepared.prompt_texts and request.params.logprobs is not None:
+                known = _with_top(delta.prompt_logprobs, request.params.logprobs)
+                entries += zip(request.prompt_ids, known, strict=True)
         if not drop_output:
             text += delta.text
             entries += [(known.token_id, known) for known in delta.logprobs or ()]
@@ -267,6 +275,13 @@ class ResponseBuilder:
             return {}
         return {"token_sources": [{"text": text, "source": TOKEN_SOURCES[source]} for text, source in sources]}
 
+    def _prompt_logprobs(self, choice: _Choice) -> Json:
+        """`prompt_logprobs` as in vLLM, if the request asks for it."""
+        if self._prepared.prompt_logprobs is None:
+            return {}
+        decoder = self._token_decoder
+        return {"prompt_logprobs": [_by_token(known, decoder) for known in choice.prompt_logprobs]}
+
     def _logprobs(self, choice: _Choice, entries: Sequence[Entry]) -> Json:
         if self._kind == "chat":
             return _chat_logprobs(entries, self._token_decoder)
@@ -285,6 +300,24 @@ def _joined(first: _Added, second: _Added) -> _Added:
         else:
             calls.append(part)
     return _Added(first.text + second.text, first.logprobs + second.logprobs, first.sources + second.sources, calls)
+
+
+def _with_top(known: Sequence[TokenLogprob | None], num_top: int) -> tuple[TokenLogprob | None, ...]:
+    """With no more than so many alternatives."""
+    return tuple(None if each is None else replace(each, top=each.top[:num_top]) for each in known)
+
+
+def _by_token(known: TokenLogprob | None, token_decoder: TokenDecoder) -> Json | None:
+    """The token and its alternatives by their ids, with their ranks; null for a token outside the alternatives."""
+    if known is None:
+        return None
+    ranked: dict[int, tuple[float, int | None]]
+    ranked = {token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(known.top, start=1)}
+    ranked.setdefault(known.token_id, (known.logprob, None))
+    return {
+        str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": token_decoder.to_text(token_id)}
+        for token_id, (logprob, rank) in ranked.items()
+    }
 
 
 def _chat_logprobs(entries: Sequence[Entry], token_decoder: TokenDecoder) -> Json:

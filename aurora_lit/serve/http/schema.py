@@ -151,6 +151,7 @@ class Sampling(Structured):
     store: bool | None = None
     speculate: bool | None = None
     return_token_sources: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
 
     @model_validator(mode="before")
@@ -162,6 +163,8 @@ class Sampling(Structured):
     def _check_stream_options(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only for stream=true; leave it out", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs is not for stream=true; leave one of them out", param="prompt_logprobs")
         return self
 
     @model_validator(mode="after")
@@ -207,9 +210,13 @@ class Sampling(Structured):
         return 1 if self.n is None else self.n
 
     def sampling_params(
-        self, *, max_tokens: int, vocab_size: int, logprobs: int | None, prompt_logprobs: int | None = None
+        self, *, max_tokens: int, vocab_size: int, logprobs: int | None, echoed_logprobs: int | None = None
     ) -> SamplingParams:
-        """The engine's sampling parameters; null means the default of OpenAI's API."""
+        """The engine's sampling parameters; null means the default of OpenAI's API.
+
+        logprobs, echoed_logprobs: alternatives per token of the answer, and of a prompt that is part of it.
+        """
+        of_prompt = [number for number in (self.prompt_logprobs, echoed_logprobs) if number is not None]
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         for token_id in self.stop_token_ids or ():
             if token_id >= vocab_size:
@@ -240,7 +247,7 @@ class Sampling(Structured):
             skip_special_tokens=_or(self.skip_special_tokens, True),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=max(of_prompt, default=None),
             speculate=_or(self.speculate, True),
             structured_outputs=None if self.structure is None else self.structure[1],
         )

@@ -65,6 +65,8 @@ class Prepared:
     """max_tokens is 0: the one token that the engine generates is dropped."""
     by_token: bool = False
     """The response says of each token where it came from."""
+    prompt_logprobs: int | None = None
+    """Alternatives per token of the prompt, whose log-probabilities the response has; None: it has none."""
     tools: ToolUse | None = None
     """How the answers may call tools; None: they call none."""
 
@@ -93,6 +95,7 @@ def prepare_chat(
         num_prompt_tokens=len(prompt_ids),
         num_choices=body.num_choices,
         by_token=bool(body.return_token_sources),
+        prompt_logprobs=body.prompt_logprobs,
         tools=use,
     )
 
@@ -140,7 +143,7 @@ def prepare_completion(
                 max_tokens=max(1, max_tokens),
                 vocab_size=limits.vocab_size,
                 logprobs=body.logprobs,
-                prompt_logprobs=body.logprobs if body.echo else None,
+                echoed_logprobs=body.logprobs if body.echo else None,
             )
         )
     _check_structure(body, tokenizer, limits)
@@ -151,6 +154,7 @@ def prepare_completion(
         num_choices=body.num_choices,
         drop_output=wanted == 0,
         by_token=bool(body.return_token_sources),
+        prompt_logprobs=body.prompt_logprobs,
     )
 
 

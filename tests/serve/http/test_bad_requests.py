@@ -154,6 +154,8 @@ BAD = [
     (TEXT, text(guided_grammar="start: x"), 400, "guided_grammar"),
     (TEXT, text(guided_decoding_backend="outlines"), 400, "guided_decoding_backend"),
     (CHAT, chat(modalities=["text", "audio"]), 400, "modalities"),
+    (CHAT, chat(prompt_logprobs=21), 400, "prompt_logprobs"),
+    (TEXT, text(prompt_logprobs=1, stream=True), 400, "prompt_logprobs"),
     (CHAT, chat(min_tokens=5), 400, "min_tokens"),  # of 4
     (CHAT, chat(min_tokens=-1), 400, "min_tokens"),
     (CHAT, chat(best_of=True), 400, "best_of"),  # to Python, True == 1
