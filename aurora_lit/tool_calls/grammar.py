@@ -68,7 +68,8 @@ def grammar_of_calls(
         start = "CONTENT? calls?"
     else:
         text, found = r"(.|\n)*", re.escape(format_.marker).replace("/", r"\/")
-        rules += [f"CONTENT: /{text}/ & ~/{text}{found}{text}/", f"head[lazy]: /{text}{found}/"]
+        # The lazy rule ends at the first marker, and content then too.
+        rules += [f"CONTENT: /{text}/", f"head[lazy]: /{text}{found}/"]
         rules.append(f"rest: {literal(format_.before.removeprefix(format_.marker))} {calls}")
         start = "CONTENT | head rest"
     return "\n".join([f"start: {start}", *rules])

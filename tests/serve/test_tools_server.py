@@ -24,6 +24,7 @@ def tool(name: str, values: list[Any], **more: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": schema, **more}}
 
 
+UNUSABLE: Any = {"type": "function", "function": {"name": "u", "parameters": {"properties": {"a": {"type": "numbr"}}}}}
 TOOLS = [tool("f", [1, 23]), tool("g", ["x", "}"])]
 VALUES = {"f": [1, 23], "g": ["x", "}"]}
 
@@ -134,7 +135,9 @@ def test_calls_and_results_are_part_of_the_next_prompt(servers: TinyServers) -> 
     [
         {"tools": [tool("f", [1], description="")], "tool_choice": "auto", "parallel_tool_calls": None},
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
-        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]},  # nothing is promised
+        {"tools": [UNUSABLE]},
+        {"tools": [tool("f", [1], strict=True), UNUSABLE]},  # only f is promised
+        {"tools": [UNUSABLE], "response_format": {"type": "json_object"}},
         {"tools": [], "tool_choice": "none"},
         {"messages": [{"role": "tool", "name": "f", "content": [{"type": "text", "text": "1"}]}]},
     ],
