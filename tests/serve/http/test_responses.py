@@ -149,3 +149,11 @@ def test_a_call_that_was_cut_off_says_so() -> None:
     (choice,) = made.full()["choices"]
     assert choice["finish_reason"] == "length"
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": '}
+
+
+def test_what_might_have_become_a_call_is_content_in_the_end() -> None:
+    made = calling()
+    chunks = made.chunks([delta(0, CALLS[:20], accepted=0, finish_reason="length")])
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == CALLS[:20]
+    (choice,) = made.full()["choices"]
+    assert choice["message"] == {"role": "assistant", "content": CALLS[:20], "refusal": None}

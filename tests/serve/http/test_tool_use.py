@@ -1,0 +1,87 @@
+"""What a request's tools mean: a grammar only where calls are promised, special tokens only where one begins a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.fake_engine import tiny_tokenizer
+
+from aurora_lit.errors import RequestError
+from aurora_lit.serve.http.schema import ChatRequest
+from aurora_lit.serve.http.tool_use import ToolUse, template_tools, tool_use, turns_of
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+STRICT = {"type": "function", "function": {"name": "f", "parameters": SCHEMA, "strict": True}}
+LOOSE = {"type": "function", "function": {"name": "g", "parameters": SCHEMA}}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "b", "schema": {"enum": [7]}}}
+
+
+def body(**fields: Any) -> ChatRequest:
+    return ChatRequest(**{"messages": [{"role": "user", "content": "hi"}], **fields})
+
+
+def use_of(template: str = "{{ tools }}<tool_call>", special: tuple[str, ...] = (), **fields: Any) -> ToolUse | None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    return tool_use(body(**fields), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_grammar"),
+    [
+        ({"tools": [LOOSE]}, False),
+        ({"tools": [LOOSE], "tool_choice": "auto"}, False),
+        ({"tools": [LOOSE, STRICT]}, True),
+        ({"tools": [LOOSE], "tool_choice": "required"}, True),
+        ({"tools": [LOOSE], "tool_choice": {"type": "function", "function": {"name": "g"}}}, True),
+        ({"tools": [LOOSE], "response_format": FORMAT}, True),
+    ],
+)
+def test_a_grammar_where_something_is_promised(fields: dict[str, Any], has_grammar: bool) -> None:
+    use = use_of(**fields)
+    assert use is not None
+    assert (use.grammar is not None) == has_grammar
+
+
+def test_only_strict_functions_promise_their_arguments_by_choice() -> None:
+    unusable = {"properties": {"a": {"type": "numbr"}}}
+    loose: Any = {"type": "function", "function": {"name": "u", "parameters": unusable}}
+    use = use_of(tools=[STRICT, loose])
+    assert use is not None
+    assert use.grammar is not None
+    assert '"a": {"type": "integer"}' in str(use.grammar.grammar)
+    with pytest.raises(RequestError, match=r"tools\[1\]\.function\.parameters\.properties\.a cannot be used"):
+        use_of(tools=[STRICT, {**loose, "function": {**loose["function"], "strict": True}}])
+
+
+@pytest.mark.parametrize("choice", [None, "none"])
+def test_without_callable_tools_nothing_is_read(choice: str | None) -> None:
+    assert use_of(tools=[LOOSE] if choice else None, tool_choice=choice) is None
+
+
+@pytest.mark.parametrize("special", [(), ("[TOOL_CALLS]",)])
+def test_a_special_token_that_begins_calls_is_shown_and_is_one_in_the_grammar(special: tuple[str, ...]) -> None:
+    use = use_of("{{ tools }}[TOOL_CALLS]", special, tools=[LOOSE], tool_choice="required")
+    assert use is not None
+    assert use.grammar is not None
+    assert use.shows_special_tokens == bool(special)
+    assert ("<[" in str(use.grammar.grammar)) == bool(special)
+
+
+def test_results_have_the_name_of_the_called_function() -> None:
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    turns = [
+        {"role": "developer", "content": "Be kind."},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "x", "content": "2"},
+    ]
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ tools }}"
+    asked = body(messages=turns, tools=[STRICT])
+    system, called, result = turns_of(asked.messages, asked.tools or (), tokenizer)
+    assert system == {"role": "system", "content": "Be kind."}
+    assert called["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}, "templates expect an object"
+    assert result == {"role": "tool", "content": "2", "tool_call_id": "x", "name": "f"}
+    assert template_tools(asked.tools or ()) == [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
