@@ -66,7 +66,7 @@ def test_native_trees_are_those_of_the_reference(texts: list[Any], rows: list[li
         "parts": [data.draw(st.sampled_from([0, *PARTS])) for _ in rows],
         "tables": [data.draw(st.integers(0, 1)) for _ in rows],
         "rate_RC": rates(data.draw(st.integers(0, 9))),
-        "least": 0.01,
+        "least": data.draw(st.sampled_from([0.01, 0.3, 0.6, 0.85, 0.94])),
         "own": data.draw(st.booleans()),
     }
     found = suffix_index.look_up(table_of(rows), LookUp(**arguments), memory=memory)

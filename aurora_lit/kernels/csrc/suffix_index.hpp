@@ -64,9 +64,10 @@ class SuffixMemory {
     for (int64_t i = 0; i < count; ++i) {
       const uint64_t at = append(tokens[i], part);
       if (i < context) continue;
+      const Hashes hashes = hashes_of(tokens + i, i, part);
       for (int o = 0; o < NUM_ORDERS; ++o) {
         if (i < ORDERS[o]) continue;
-        uint32_t& head = heads_[o][hash(tokens + i, ORDERS[o], part)];
+        uint32_t& head = heads_[o][hashes.of[o]];
         place(at).links[o] = head;
         head = uint32_t(at);
       }
@@ -80,17 +81,50 @@ class SuffixMemory {
     *forgotten = int64_t(end_ - 1) - *held;
   }
 
+  // Hashes of the last tokens, by order.
+  struct Hashes {
+    uint64_t of[NUM_ORDERS];
+  };
+
+  // Of the tokens before `end`; those of more than `length` tokens are undefined.
+  template <typename Token>
+  Hashes hashes_of(const Token* end, int64_t length, uint64_t part) const {
+    Hashes hashes{};
+    uint64_t h = part >> DOMAIN_BITS;
+    for (int i = 1, o = NUM_ORDERS - 1; o >= 0 && i <= length; ++i) {
+      h = mix(h * 0x9e3779b97f4a7c15ull + uint64_t(uint32_t(end[-i])) + 1);
+      if (i == ORDERS[o]) hashes.of[o--] = h & mask_;
+    }
+    return hashes;
+  }
+
+  // Have the first places of the chains read into the cache: first their heads, then, in a second call, the places.
+  void prefetch(const Hashes& hashes, int64_t length, bool places) const {
+    for (int o = 0; o < NUM_ORDERS; ++o) {
+      if (length < ORDERS[o]) continue;
+      const uint32_t* head = &heads_[o][hashes.of[o]];
+      if (!places) {
+        __builtin_prefetch(head);
+      } else if (*head) {
+        __builtin_prefetch(&place(position(*head)));
+      }
+    }
+  }
+
   // Add occurrences of the tokens before `end` in the part's sequences: the longest n-grams first, of equal ones the
-  // latest. Those of one token are added only if there are no others in `found`.
-  void find(const int64_t* end, int64_t length, uint64_t part, std::vector<Occurrence>& found) const {
+  // latest. Those of one token are added only if there are no others in `found`. Chains are not walked if all that they
+  // could add, and there is nothing else, are occurrences of fewer tokens than `least_useful`.
+  void find(const int64_t* end, int64_t length, uint64_t part, const Hashes& hashes, int least_useful,
+            std::vector<Occurrence>& found) const {
     const size_t first = found.size();
     int walked = 0;
     for (int o = 0; o < NUM_ORDERS; ++o) {
       if (length < ORDERS[o] || (ORDERS[o] == 1 && !found.empty())) continue;
+      if (found.empty() && (o ? ORDERS[o - 1] - 1 : MAX_MATCH) < least_useful) break;
       uint64_t before = end_;
-      uint32_t link = heads_[o][hash(end, ORDERS[o], part)];
+      uint32_t link = heads_[o][hashes.of[o]];
       while (link && walked < MAX_WALKED && found.size() - first < MAX_REMEMBERED) {
-        const uint64_t at = end_ - uint32_t(uint32_t(end_) - link);
+        const uint64_t at = position(link);
         if (at >= before || !holds(at)) break;
         before = at;
         ++walked;
@@ -119,6 +153,9 @@ class SuffixMemory {
 
   Place& place(uint64_t at) const { return places_[at % capacity_]; }
 
+  // The latest position whose last bits a link has.
+  uint64_t position(uint32_t link) const { return end_ - uint32_t(uint32_t(end_) - link); }
+
   uint64_t append(int32_t token, uint64_t part) {
     place(end_).token = token;
     place(end_).part = part;
@@ -126,14 +163,6 @@ class SuffixMemory {
   }
 
   bool holds(uint64_t at) const { return at + capacity_ >= end_ && at < end_ && at > 0; }
-
-  // Of the `order` tokens before `end`.
-  template <typename Token>
-  uint64_t hash(const Token* end, int order, uint64_t part) const {
-    uint64_t h = part >> DOMAIN_BITS;
-    for (int i = 1; i <= order; ++i) h = mix(h * 0x9e3779b97f4a7c15ull + uint64_t(uint32_t(end[-i])) + 1);
-    return h & mask_;
-  }
 
   // How many tokens before `end` equal those before the position `at`.
   int agreement(const int64_t* end, int64_t length, uint64_t at) const {
@@ -201,16 +230,27 @@ inline int count_class(int of) { return of < 2 ? 0 : of < 4 ? 1 : of < 8 ? 2 : 3
 // Grows the tree of one sequence: of all nodes that may be added, always the one most likely to be accepted.
 class CopyTree {
  public:
-  CopyTree(const CopyCall& call, const SuffixMemory* memory) : call_(call), memory_(memory) {}
+  CopyTree(const CopyCall& call, const SuffixMemory* memory) : call_(call), memory_(memory) {
+    if (!memory_) return;
+    hashes_.resize(call_.rows);
+    for (int64_t row = 0; row < call_.rows; ++row) {
+      if (!call_.parts[row]) continue;
+      hashes_[row] = memory_->hashes_of(end_of(row), call_.lengths[row], uint64_t(call_.parts[row]));
+      memory_->prefetch(hashes_[row], call_.lengths[row], false);
+    }
+    for (int64_t row = 0; row < call_.rows; ++row)
+      if (call_.parts[row]) memory_->prefetch(hashes_[row], call_.lengths[row], true);
+  }
 
   void grow(int64_t row) {
-    tokens_ = call_.committed + call_.slots[row] * call_.committed_slot;
     length_ = call_.lengths[row];
-    rates_ = call_.rates + call_.tables[row] * (NUM_KINDS * NUM_LENGTHS * NUM_SHARES * NUM_COUNTS);
+    tokens_ = end_of(row) - length_;
+    use_table(call_.tables[row]);
     occurrences_.clear();
     single_.clear();
     if (call_.own) find_own(tokens_, length_, occurrences_, single_);
-    if (memory_ && call_.parts[row]) memory_->find(tokens_ + length_, length_, uint64_t(call_.parts[row]), occurrences_);
+    if (memory_ && call_.parts[row])
+      memory_->find(end_of(row), length_, uint64_t(call_.parts[row]), hashes_[row], least_useful_, occurrences_);
     if (occurrences_.empty() || occurrences_[0].length == 1)
       occurrences_.insert(occurrences_.end(), single_.begin(), single_.end());
     int longest = 0, nearest = 0;
@@ -243,6 +283,27 @@ class CopyTree {
   }
 
  private:
+  const int64_t* end_of(int64_t row) const {
+    return call_.committed + call_.slots[row] * call_.committed_slot + call_.lengths[row];
+  }
+
+  // Take rates from this table, and find the smallest number of agreeing tokens that can reach the smallest survival.
+  void use_table(int64_t table) {
+    if (table == table_) return;
+    table_ = table;
+    rates_ = call_.rates + table * (NUM_KINDS * NUM_LENGTHS * NUM_SHARES * NUM_COUNTS);
+    constexpr int cells = NUM_SHARES * NUM_COUNTS;
+    const auto reaches = [&](int length) {
+      for (int kind = 0; kind < NUM_KINDS; ++kind) {
+        const float* of = rates_ + (kind * NUM_LENGTHS + length_class(length)) * cells;
+        if (*std::max_element(of, of + cells) >= call_.least) return true;
+      }
+      return false;
+    };
+    least_useful_ = 1;
+    while (least_useful_ <= MAX_MATCH && !reaches(least_useful_)) ++least_useful_;
+  }
+
   struct Node {
     int parent, depth, cell;  // parent: column, 0 is the sequence's last token
     int64_t token;
@@ -308,6 +369,9 @@ class CopyTree {
   const SuffixMemory* memory_;
   const int64_t* tokens_ = nullptr;
   const float* rates_ = nullptr;
+  int64_t table_ = -1;
+  int least_useful_ = 1;
+  std::vector<SuffixMemory::Hashes> hashes_;
   int64_t length_ = 0;
   std::vector<Occurrence> occurrences_, single_;
   std::vector<int> members_, heap_;

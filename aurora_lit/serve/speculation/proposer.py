@@ -47,8 +47,9 @@ _MAX_PADDED_COPIES = 4
 _WORTH_LOOKING_UP = 0.5
 """Share of a column's price in tokens that a copy must promise to be looked up."""
 _FRUITLESS = ((32, 4), (8, 2))
-"""After so many look-ups of a sequence that found nothing, only every so many tokens are looked up. A look-up takes 2 %
-of a small round, and copies go on for several tokens, so that little is lost by finding them later."""
+"""After so many look-ups of a sequence that found nothing, it is looked up only every so many rounds: a look-up takes
+2 % of a small round, and copies go on for several tokens, so that little is lost by finding them later. Sequences are
+looked up in the same rounds, since a look-up for several costs little more than for one."""
 _LEAST_CATCH_UP = 32
 """Positions of the draft's prefill that a round computes at least, if any are missing."""
 
@@ -89,6 +90,8 @@ class Proposer:
         self.explore_share, self.explore_temperature = explore_share, explore_temperature
         self._rng = random.Random(explore_seed)
         self._clock = clock
+        self._num_rounds = 0
+        """That looked for copies, or might have."""
         self.draft_seconds = 0.0
         """Time that drafting took in the last round."""
         self.seconds = 0.0
@@ -157,6 +160,7 @@ class Proposer:
         longest = self._planner.limits.copied_tokens
         if not longest:
             return {}
+        self._num_rounds += 1
         is_ragged = self._planner.costs.ragged
         if not is_ragged:
             longest = min(longest, _MAX_PADDED_COPIES)
@@ -186,7 +190,7 @@ class Proposer:
         if not self._planner.limits.adaptive:
             return True
         every = next((every for least, every in _FRUITLESS if sequence.fruitless_look_ups >= least), 1)
-        return sequence.length % every == 0
+        return self._num_rounds % every == 0
 
     def _least_survival(self, batch_size: int) -> float:
         """Copies that are less probable than this are not looked up: they would not repay much of their columns."""
