@@ -17,6 +17,7 @@ import torch
 from aurora_lit.bench.policy.recording import RecordedAnswer, Recording
 from aurora_lit.bench.policy.world import World
 from aurora_lit.bench.prompts import params_for
+from aurora_lit.kernels.suffix_index import Copies
 from aurora_lit.modules.sampling.tree import depths
 from aurora_lit.request import Request
 from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal, Verdict, judge
@@ -201,11 +202,10 @@ class _TimedProposer(Proposer):
             clock=table.clock,
         )
 
-    def _propose(
-        self, sequences: Sequence[RunningSequence], proposals: list[Proposal], *, copies: bool, drafts: bool
-    ) -> None:
+    def _look_up(self, sequences: Sequence[RunningSequence], candidates: Sequence[int]) -> dict[int, Copies]:
+        # All of it: the recording does not tell looking from deciding, which takes far less.
         self._simulated.advance(self._world.proposing_s)
-        super()._propose(sequences, proposals, copies=copies, drafts=drafts)
+        return super()._look_up(sequences, candidates)
 
 
 class _StudiedPlanner(SpeculationPlanner):
@@ -272,6 +272,7 @@ class PlannerPolicy:
                 speculated=self._speculated,
                 drafted=draft_s > 0,
                 proposing_s=self.proposer.seconds,
+                looking_s=self.proposer.looking_seconds,
             )
 
 

@@ -418,8 +418,15 @@ class Engine:
         if self.floor is not None and self.planner.updates_costs and not has_forced:
             tokens = sum(len(output.token_ids) for output in outputs)
             kind = RoundKind.of([row.sequence for row in rows])
-            how = {"speculated": speculated, "drafted": draft_s > 0, "proposing_s": self.proposer.seconds}
-            self.floor.observe(kind, seconds=seconds, tokens=tokens, **how)  # type: ignore[arg-type]
+            self.floor.observe(
+                kind,
+                seconds=seconds,
+                tokens=tokens,
+                speculated=speculated,
+                drafted=draft_s > 0,
+                proposing_s=self.proposer.seconds,
+                looking_s=self.proposer.looking_seconds,
+            )
             self.stats.compared_us = int(self.floor.compared_s * 1e6)
             self.stats.compared_plain_us = int(self.floor.compared_plain_s * 1e6)
 

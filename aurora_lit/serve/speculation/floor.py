@@ -143,15 +143,18 @@ class SpeculationFloor:
         speculated: bool,
         drafted: bool = False,
         proposing_s: float = 0.0,
+        looking_s: float = 0.0,
     ) -> None:
         """Add a round that had the machine to itself.
 
         `tokens`: that all its sequences got. `speculated`: anything was proposed or drafted; `drafted`: the draft ran.
-        `proposing_s`: the part of `seconds` that proposing took. Where it came to nothing, no plain round would have
-        taken that time; so it counts as lost by copies, which are looked for in every round.
+        `proposing_s`: the part of `seconds` that proposing took; `looking_s`: its part that looked for copies. Where
+        nothing came of it, no plain round would have taken that time. So it counts as lost: by copies what looked for
+        them, by the draft the rest, in which it was decided not to draft.
         """
-        plain, copies = self._plain[kind], self._accounts[kind.group(drafted=False)]
-        searched = proposing_s > 0 and not speculated and not copies.rest
+        plain = self._plain[kind]
+        vain_s = [] if speculated else [(False, looking_s), (True, proposing_s - looking_s)]
+        vain_s = [(own, lost_s) for own, lost_s in vain_s if not self._accounts[kind.group(drafted=own)].rest]
         for own in (False, True):
             account = self._accounts[kind.group(drafted=own)]
             if not (speculated and own == drafted):
@@ -160,8 +163,8 @@ class SpeculationFloor:
             plain.add(seconds - proposing_s)
             took_s = min(seconds, _MOST_ROUND * plain.seconds)
             self._compare(took_s, plain_s=took_s - proposing_s)
-            if searched:
-                self.num_rests += copies.add(-proposing_s / plain.seconds)
+            for own, lost_s in vain_s:
+                self.num_rests += self._accounts[kind.group(drafted=own)].add(-lost_s / plain.seconds)
             return
         account = self._accounts[kind.group(drafted=drafted)]
         plain.since += 1

@@ -96,12 +96,14 @@ class Proposer:
         """Time that drafting took in the last round."""
         self.seconds = 0.0
         """Time that all proposing took there, drafting included, even if there was nothing to propose."""
+        self.looking_seconds = 0.0
+        """The part of it that looked for copies."""
 
     def propose(
         self, sequences: Sequence[RunningSequence], *, copies: bool = True, drafts: bool = True
     ) -> list[Proposal]:
         """A proposal for each sequence, of what is allowed; what a grammar forces always is."""
-        started, self.draft_seconds, self.seconds = self._clock(), 0.0, 0.0
+        started, self.draft_seconds, self.seconds, self.looking_seconds = self._clock(), 0.0, 0.0, 0.0
         proposals = [
             NO_PROPOSAL if sequence.grammar is None else forced_proposal(sequence, most=self._most_forced)
             for sequence in sequences
@@ -128,7 +130,11 @@ class Proposer:
         if not speculating:
             return
         sampled = 2 * sum(sequences[i].temperature > 0 for i in speculating) > len(speculating)
-        found = self._look_up(sequences, speculating) if copies else {}
+        found: dict[int, Copies] = {}
+        if copies:
+            started = self._clock()
+            found = self._look_up(sequences, speculating)
+            self.looking_seconds = self._clock() - started
         speed = self._copy(sequences, found, proposals, sampled=sampled, drafts=drafts)
         if not drafts:
             return

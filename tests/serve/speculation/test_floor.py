@@ -207,10 +207,27 @@ def test_looking_for_copies_that_never_come_is_given_up_though_each_time_costs_l
         looked += proposing_s > 0
         took = PLAIN_S * max(0.5, rng.gauss(1, 0.1)) + proposing_s
         seconds += took
-        floor.observe(kind, seconds=took, tokens=1, speculated=False, proposing_s=proposing_s)
+        floor.observe(kind, seconds=took, tokens=1, speculated=False, proposing_s=proposing_s, looking_s=proposing_s)
     assert 0 < looked < 5000
     assert floor.num_rests > 0
     assert floor.allows(kind, drafts=True), "the draft has an account of its own"
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_deciding_again_and_again_not_to_draft_is_given_up_too(looks: bool) -> None:
+    """Each account pays what it took: looking for copies, or deciding about drafts."""
+    kind, floor = RoundKind(8, sampled=True), SpeculationFloor()
+    decided, late = 0, 4000
+    for number in range(20_000):
+        copies, drafts = floor.allows(kind), floor.allows(kind, drafts=True)
+        looking_s = 0.02 * PLAIN_S if looks and copies else 0.0
+        deciding_s = 0.02 * PLAIN_S if drafts else 0.0
+        decided += drafts and number >= late
+        took_s = PLAIN_S + looking_s + deciding_s
+        how = {"proposing_s": looking_s + deciding_s, "looking_s": looking_s}
+        floor.observe(kind, seconds=took_s, tokens=8, speculated=False, **how)  # type: ignore[arg-type]
+    assert 0 < decided < 0.2 * (20_000 - late)
+    assert looks or floor.allows(kind), "copies have an account of their own"
 
 
 def test_plain_rounds_are_timed_without_what_looking_for_copies_took() -> None:
