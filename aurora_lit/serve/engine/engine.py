@@ -21,13 +21,11 @@ slot, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections import deque
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import torch
 
 from aurora_lit.errors import RequestError
-from aurora_lit.grammars.matcher import Grammar, GrammarCompiler
+from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.centroids import DomainAssigner, client_label
 from aurora_lit.modules.domains.embedding import pool_prompt
@@ -39,6 +37,7 @@ from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.prefill import Prefill
 from aurora_lit.serve.engine.target_runner import TargetRunner
 from aurora_lit.serve.engine.token_choice import choose_tokens
+from aurora_lit.serve.engine.waiting_queue import WaitingQueue
 from aurora_lit.serve.sequences.observer import RoundObserver, notify_round
 from aurora_lit.serve.sequences.round_plan import DecodingRow, RoundPlan, Verdict, judge
 from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
@@ -54,9 +53,6 @@ from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
 from aurora_lit.serve.speculation.traffic_memory import make_memory
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_MEMORY
-
-_COMPILING_POLL_S = 0.01
-"""How long a round without other work waits for a grammar."""
 
 
 class Engine:
@@ -95,10 +91,7 @@ class Engine:
         """Assigns domains to requests without a label; may be replaced between two rounds."""
         self.stats = EngineStats()
         self._target, self._observer, self._device = target, observer, target.device
-        self._waiting: deque[Request] = deque()
-        self._grammars = grammars
-        self._compiling: dict[str, Future[Grammar]] = {}
-        """Grammars of waiting requests, by request id."""
+        self._waiting = WaitingQueue(grammars, eos_token_ids=options.eos_token_ids)
         self._decoding: list[RunningSequence] = []
         self._tokens_SL = torch.zeros(
             options.max_batch_size, self.slot_capacity + 1, dtype=torch.int64, device=self._device
@@ -188,20 +181,7 @@ class Engine:
                 param="prompt",
                 code="context_length_exceeded",
             )
-        if request.params.structured_outputs is not None:
-            has_end = bool(self.eos_token_ids) and not request.params.ignore_eos
-            if self._grammars is None or not has_end:
-                reason = "this model's tokenizer cannot be read for it" if has_end else "no token ends every output"
-                raise RequestError(f"structured_outputs cannot be used: {reason}", param="structured_outputs")
-            self._compiling[request.request_id] = self._grammars.compile(
-                request.params.structured_outputs, end_tokens=self._end_tokens(request)
-            )
         self._waiting.append(request)
-
-    def _end_tokens(self, request: Request) -> frozenset[int]:
-        """Tokens that end the request's output."""
-        of_model = frozenset[int]() if request.params.ignore_eos else self.eos_token_ids
-        return of_model | frozenset(request.params.stop_token_ids)
 
     def refine_costs(self) -> bool:
         """Time one operation of the calibration, while the slots are still empty; False if there is none left.
@@ -214,8 +194,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """End a request in any state and free its slot. An unknown id is ignored."""
-        self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
-        self._compiling.pop(request_id, None)
+        self._waiting.remove(request_id)
         for sequence in [*self._prefill.sequences, *self._decoding]:
             if sequence.request.request_id == request_id:
                 self._release(sequence)
@@ -243,7 +222,7 @@ class Engine:
         if not (plan.decoding or plan.prompts):
             self._begin_decoding()  # their prompts were copied whole
             if not self.num_running:
-                wait(self._compiling.values(), timeout=_COMPILING_POLL_S, return_when=FIRST_COMPLETED)
+                self._waiting.wait_for_grammar()
             return refused
         columns = self._runner.run(plan)
         verdicts, logits_DV = self._judge(plan, columns.last_NH)
@@ -273,13 +252,10 @@ class Engine:
         refused: list[Output] = []
         if not self._allocator.num_free:
             return refused
-        for request in [r for r in self._waiting if self._is_compiled(r)][: self._allocator.num_free]:
-            self._waiting.remove(request)
-            compiling = self._compiling.pop(request.request_id, None)
-            try:
-                grammar = None if compiling is None else compiling.result()
-            except (RequestError, ValueError) as error:
-                refused.append(_failed(request, error))
+        for ready in self._waiting.take(self._allocator.num_free):
+            request = ready.request
+            if ready.error is not None:
+                refused.append(_failed(request, ready.error))
                 continue
             slot, num_cached = self._allocator.allocate(request)
             length = len(request.prompt_ids)
@@ -293,8 +269,8 @@ class Engine:
                 length=length,
                 prefilled=num_cached,
                 num_reused=num_cached,
-                end_tokens=self._end_tokens(request),
-                grammar=grammar,
+                end_tokens=ready.end_tokens,
+                grammar=ready.grammar,
             )
             self._allocator.assign(sequence)
             if request.params.prompt_logprobs is not None:
@@ -304,10 +280,6 @@ class Engine:
             self.stats.cached_tokens += num_cached
             self.stats.opted_out += not request.store
         return refused
-
-    def _is_compiled(self, request: Request) -> bool:
-        """True unless the request has a grammar that is still being compiled."""
-        return request.request_id not in self._compiling or self._compiling[request.request_id].done()
 
     def _plan(self) -> RoundPlan:
         """The rows of this round."""
@@ -456,6 +428,6 @@ class Engine:
             self._observer.on_finish(sequence)
 
 
-def _failed(request: Request, error: Exception) -> Output:
+def _failed(request: Request, error: str) -> Output:
     """The only output of a request that cannot be run."""
-    return Output(request_id=request.request_id, token_ids=(), finish_reason="error", error=str(error))
+    return Output(request_id=request.request_id, token_ids=(), finish_reason="error", error=error)

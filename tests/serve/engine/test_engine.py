@@ -293,6 +293,7 @@ def test_the_draft_does_not_run_when_it_does_not_pay_except_for_a_probe(
     models: TinyModels, drafted: list[DraftInputs]
 ) -> None:
     engine = models.engine(adaptive=True, max_seq_len=160)
+    engine.floor = None  # to which deciding takes long, with a target as small as this
     engine.costs.chain = engine.costs.tree = CostTable()
     engine.costs.chain.update(1, 1, 60.0)
     drafted.clear()  # without the calibration's calls
@@ -309,6 +310,7 @@ def test_a_probe_drafts_only_for_the_sequence_with_the_shortest_prefill(
     models: TinyModels, drafted: list[DraftInputs]
 ) -> None:
     engine = models.engine(adaptive=True, max_seq_len=200)
+    engine.floor = None  # to which deciding takes long, with a target as small as this
     engine.costs.chain = engine.costs.tree = CostTable()
     engine.costs.chain.update(4, 1, 60.0)
     drafted.clear()  # without the calibration's calls

@@ -1,0 +1,92 @@
+"""Requests that wait for a slot, oldest first; those with a grammar wait until it has been compiled, in a thread.
+
+    queue = WaitingQueue(grammars, eos_token_ids=ids)
+    queue.append(request)                    # its grammar begins to be compiled
+    for ready in queue.take(num_free):       # before a round
+        ready.request, ready.grammar, ready.end_tokens
+
+Left out: slots (serve/sequences/slot_allocator.py), and what grammars allow (grammars/matcher.py).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+
+from aurora_lit.errors import RequestError
+from aurora_lit.grammars.matcher import Grammar, GrammarCompiler
+from aurora_lit.request import Request
+
+_COMPILING_POLL_S = 0.01
+"""How long a round without other work waits for a grammar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadyRequest:
+    """A request that may begin."""
+
+    request: Request
+    end_tokens: frozenset[int]
+    """Those that end its output."""
+    grammar: Grammar | None = None
+    error: str | None = None
+    """Why its grammar cannot be used: it cannot begin."""
+
+
+class WaitingQueue:
+    """See the file's example."""
+
+    def __init__(self, grammars: GrammarCompiler | None, *, eos_token_ids: frozenset[int]) -> None:
+        """`grammars` None: requests with a grammar are refused."""
+        self._grammars, self._eos_token_ids = grammars, eos_token_ids
+        self._requests: dict[str, Request] = {}
+        """By id, in the order of their arrival."""
+        self._compiling: dict[str, Future[Grammar]] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def append(self, request: Request) -> None:
+        """Add a request. Raises RequestError if its grammar cannot be used with this model."""
+        asked = request.params.structured_outputs
+        if asked is not None:
+            has_end = bool(self._eos_token_ids) and not request.params.ignore_eos
+            if self._grammars is None or not has_end:
+                reason = "this model's tokenizer cannot be read for it" if has_end else "no token ends every output"
+                raise RequestError(f"structured_outputs cannot be used: {reason}", param="structured_outputs")
+            self._compiling[request.request_id] = self._grammars.compile(asked, end_tokens=self._end_tokens(request))
+        self._requests[request.request_id] = request
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request; an unknown id is ignored."""
+        self._requests.pop(request_id, None)
+        self._compiling.pop(request_id, None)
+
+    def take(self, most: int) -> list[ReadyRequest]:
+        """Take out the oldest requests that may begin, and those whose grammars cannot be used."""
+        ready: list[ReadyRequest] = []
+        for request_id, request in self._requests.items():
+            if len(ready) >= most:
+                break
+            compiling = self._compiling.get(request_id)
+            if compiling is None or compiling.done():
+                ready.append(self._ready(request, compiling))
+        for each in ready:
+            self.remove(each.request.request_id)
+        return ready
+
+    def wait_for_grammar(self) -> None:
+        """Wait a moment for a grammar, if nothing else is to be done."""
+        wait(self._compiling.values(), timeout=_COMPILING_POLL_S, return_when=FIRST_COMPLETED)
+
+    def _ready(self, request: Request, compiling: Future[Grammar] | None) -> ReadyRequest:
+        grammar, error = None, None
+        try:
+            grammar = None if compiling is None else compiling.result()
+        except (RequestError, ValueError) as reason:
+            error = str(reason)
+        return ReadyRequest(request=request, end_tokens=self._end_tokens(request), grammar=grammar, error=error)
+
+    def _end_tokens(self, request: Request) -> frozenset[int]:
+        of_model = frozenset[int]() if request.params.ignore_eos else self._eos_token_ids
+        return of_model | frozenset(request.params.stop_token_ids)
