@@ -156,7 +156,7 @@ def test_the_draft_does_not_run_while_copies_are_proposed_for_all_sequences(
 def test_a_sequence_without_copies_is_looked_up_ever_more_rarely(
     target: Target, monkeypatch: pytest.MonkeyPatch, adaptive: bool
 ) -> None:
-    engine = make_engine(target, copied_tokens=15, adaptive=adaptive)
+    engine = make_engine(target, copied_tokens=15, adaptive=adaptive, max_seq_len=128)
     engine.floor = None
     lengths: list[int] = []
 
@@ -166,7 +166,7 @@ def test_a_sequence_without_copies_is_looked_up_ever_more_rarely(
         return [Copies([1], [0], [0.9], [0]) if finds else NO_COPIES for _ in rows.slots]
 
     monkeypatch.setattr(proposer, "look_up_copies", find)
-    run(engine, [request("a", (3, 4, 5), max_tokens=120, temperature=0.0, ignore_eos=True)])
+    run(engine, [request("a", (3, 4, 5), max_tokens=124, temperature=0.0, ignore_eos=True)])
     steps = [after - before for before, after in itertools.pairwise(lengths)]
     if not adaptive:
         assert set(steps) <= {1, 2}
