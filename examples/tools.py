@@ -27,7 +27,9 @@ client = OpenAI(base_url=f"{url}/v1", api_key="none")
 how = {"model": client.models.list().data[0].id, "tools": [{"type": "function", "function": WEATHER}], "max_tokens": 96}
 turns = [{"role": "user", "content": "What is the weather in Paris?"}]
 # "required": a call, and its arguments are valid. "auto" leaves it to the model whether to call.
-turns += [client.chat.completions.create(messages=turns, tool_choice="required", **how).choices[0].message]
+# One call only: a small model may call again and again, until max_tokens cuts the last call off.
+first = client.chat.completions.create(messages=turns, tool_choice="required", parallel_tool_calls=False, **how)
+turns += [first.choices[0].message]
 for call in turns[-1].tool_calls:
     result = get_weather(**json.loads(call.function.arguments))
     print(f"{call.function.name}({call.function.arguments}) -> {result}")
