@@ -258,14 +258,11 @@ def _call_in(text: str) -> tuple[str, str] | None:
     """Name and arguments of a whole object; None if it is no call."""
     try:
         call = json.loads(text)
-    except ValueError:
-        return None
-    arguments: Any = next((call[key] for key in _ARGUMENTS_KEYS if key in call), {})
-    if isinstance(arguments, str):  # JSON inside JSON, as some models write it
-        try:
+        arguments: Any = next((call[key] for key in _ARGUMENTS_KEYS if key in call), {})
+        if isinstance(arguments, str):  # JSON inside JSON, as some models write it
             arguments = json.loads(arguments)
-        except ValueError:
-            return None
+    except (ValueError, RecursionError):
+        return None
     if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
         return None
     return call["name"], json.dumps(arguments, ensure_ascii=False)

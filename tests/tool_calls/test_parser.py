@@ -76,6 +76,7 @@ def test_calls_are_read_as_they_are_written(format_: ToolFormat) -> None:
         '<tool_call>{"f": 1}',
         "<tool_call>",
         "[TOOL_CALLS] [{]",
+        '{"id": ' + 3000 * "[" + 3000 * "]" + "}",
     ],
 )
 def test_what_is_no_call_is_content(format_: ToolFormat, text: str) -> None:

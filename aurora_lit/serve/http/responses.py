@@ -304,7 +304,9 @@ def _joined(first: _Added, second: _Added) -> _Added:
 
 def _with_top(known: Sequence[TokenLogprob | None], num_top: int) -> tuple[TokenLogprob | None, ...]:
     """With no more than so many alternatives."""
-    return tuple(None if each is None else replace(each, top=each.top[:num_top]) for each in known)
+    return tuple(
+        each if each is None or len(each.top) <= num_top else replace(each, top=each.top[:num_top]) for each in known
+    )
 
 
 def _by_token(known: TokenLogprob | None, token_decoder: TokenDecoder) -> Json | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -109,7 +110,7 @@ class Structured(Strict):
                 found[f"guided_{name}"] = {name: value}
         return {place: _structure(**asked) for place, asked in found.items()}
 
-    @property
+    @cached_property  # a schema becomes text once
     def structure(self) -> tuple[str, StructuredOutputsParams] | None:
         """What the answer must be, and the field that asks for it."""
         return next(iter(self._structures().items()), None)

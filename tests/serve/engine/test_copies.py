@@ -175,3 +175,26 @@ def test_a_sequence_without_copies_is_looked_up_ever_more_rarely(
     assert steps[9:30] == [2] * 21
     assert steps[34:38] == [4] * 4
     assert steps[40:46] == [1] * 6, "found something"
+
+
+def test_sequences_without_copies_are_looked_up_in_the_same_rounds(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int]()
+    """In each round, for how many of three sequences copies were looked for."""
+
+    def find_nothing(_tokens_SL: torch.Tensor, rows: LookUp, **_how: object) -> list[Copies]:
+        asked[-1] += len(rows.slots)
+        return [NO_COPIES] * len(rows.slots)
+
+    monkeypatch.setattr(proposer, "look_up_copies", find_nothing)
+    engine = make_engine(target, copied_tokens=8, adaptive=True)
+    engine.floor = None
+    for number in range(3):
+        engine.submit(request(str(number), (3,) * (3 + number), max_tokens=120))
+    while engine.has_work and len(asked) < 101:
+        asked.append(0)
+        engine.round()
+    decoding = asked[asked.index(3) :][:88]
+    assert set(decoding) == {0, 3}, "all of them or none"
+    assert [decoding[rounds].count(3) for rounds in (slice(0, 8), slice(8, 56), slice(56, 88))] == [8, 24, 8]
