@@ -24,6 +24,8 @@ class PromptToAnswer:
     prompt_ids: tuple[int, ...]
     temperature: float
     """0 for the greedy answer."""
+    seed: int
+    """Of a sampled answer."""
 
 
 def generate_answers(
@@ -64,7 +66,7 @@ def generate_answers(
     for number, prompt in enumerate(prompts):
         if len(prompt.prompt_ids) + max_answer_tokens > max_seq_len:
             continue
-        params = SamplingParams(max_tokens=max_answer_tokens, temperature=prompt.temperature)
+        params = SamplingParams(max_tokens=max_answer_tokens, temperature=prompt.temperature, seed=prompt.seed)
         engine.submit(
             Request(request_id=str(number), prompt_ids=prompt.prompt_ids, params=params, domain=prompt.domain)
         )

@@ -186,7 +186,10 @@ def _prompts_to_answer(tokenizer: PreTrainedTokenizerBase, options: PretrainOpti
         ids = encode_prompt(tokenizer, prompt)
         if len(ids) <= longest:
             temperature = 1.0 if rng.random() < options.sampled_share else 0.0
-            chosen.append(PromptToAnswer(domain=prompt.domain, prompt_ids=tuple(ids), temperature=temperature))
+            seed = rng.getrandbits(32)
+            chosen.append(
+                PromptToAnswer(domain=prompt.domain, prompt_ids=tuple(ids), temperature=temperature, seed=seed)
+            )
     return chosen[: options.answers]
 
 

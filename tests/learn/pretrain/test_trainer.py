@@ -24,7 +24,7 @@ def log(target: Target, tmp_path: Path) -> Path:
     """Greedy answers of the target, which a draft can learn."""
     gen = torch.Generator().manual_seed(1)
     prompts = [tuple(torch.randint(0, VOCAB, (3,), generator=gen).tolist()) for _ in range(60)]
-    questions = [PromptToAnswer(domain="chat", prompt_ids=prompt, temperature=0.0) for prompt in prompts]
+    questions = [PromptToAnswer(domain="chat", prompt_ids=prompt, temperature=0.0, seed=0) for prompt in prompts]
     writer = TraceLogWriter(tmp_path / "traces", kind="answer")
     for trace in generate_answers(target, questions, eos_token_ids=frozenset(), max_answer_tokens=20):
         writer.append(trace)
