@@ -136,6 +136,9 @@ class Decoder:
         """For benchmarks: int64 [len(PASS_PARTS)], to which each pass adds its first thread's time in each part."""
         self._records: tuple[Sequence[torch.Tensor], ctypes.Array[_Layer]] | None = None
         """Of the cache that was used last: its list of keys, kept alive, and its layers for the kernels."""
+        self._last_call: tuple[Sequence[torch.Tensor], DecoderCall, ctypes.Array[_Layer]] | None = None
+        """That of the last pass: the list, a call of which the next pass changes what depends on the batch, and the layers
+        that it points to."""
 
     def __call__(
         self,
@@ -170,37 +173,29 @@ class Decoder:
         the two differ in rounding. The bits of a position depend on its kind, but on no other position of the pass.
 
         Returns the last layer's hidden state (the same tensor), the final norm of it, and the auxiliary hidden states
-        [N, 3, H].
+        [N, 3H]. Not for two threads at a time.
         """
         N, H = hidden_NH.shape
         normed_NH = torch.empty(N, H)
-        aux_N3H = None if self._aux_layer_ids is None else torch.empty(N, _NUM_AUX_LAYERS, H)
-        call = self.call(keys, values)
-        call.attention.rows, call.attention.queries = len(slots_B), queries
-        call.attention.num_prompts = num_prompts
-        if begins_R is not None:
-            call.attention.begins = begins_R.data_ptr()
+        aux_NF = None if self._aux_layer_ids is None else torch.empty(N, _NUM_AUX_LAYERS * H)
+        if self._last_call is None or self._last_call[0] is not keys:
+            self._last_call = (keys, self.call(keys, values), self._layer_records(keys, values))
+        call = self._last_call[1]
+        attention = call.attention
+        attention.rows, attention.queries, attention.num_prompts = slots_B.shape[0], queries, num_prompts
+        attention.begins = _address(begins_R)
+        call.columns = 0
         if parents_BC is not None:
             parents_BC = parents_BC.contiguous()
             call.columns = parents_BC.shape[1]
             assert begins_R is not None or (queries <= call.columns and not num_prompts)
             assert len(parents_BC) == len(slots_B) - num_prompts
-        for name, tensor in (
-            ("slots", slots_B),
-            ("starts", starts_B),
-            ("parents", parents_BC),
-            ("embeds", embeds_NH),
-            ("hidden_states", hidden_NH),
-            ("normed", normed_NH),
-            ("aux", aux_N3H),
-        ):
-            setattr(call, name, None if tensor is None else tensor.data_ptr())
-        if self._aux_layer_ids is not None:
-            call.aux_layer_ids = (ctypes.c_int64 * _NUM_AUX_LAYERS)(*self._aux_layer_ids)
-        if self.nanoseconds is not None:
-            call.nanoseconds = self.nanoseconds.data_ptr()
+        call.slots, call.starts, call.parents = slots_B.data_ptr(), starts_B.data_ptr(), _address(parents_BC)
+        call.embeds, call.hidden_states = _address(embeds_NH), hidden_NH.data_ptr()
+        call.normed, call.aux = normed_NH.data_ptr(), _address(aux_NF)
+        call.nanoseconds = _address(self.nanoseconds)
         self._run(ctypes.byref(call))
-        return hidden_NH, normed_NH, aux_N3H
+        return hidden_NH, normed_NH, aux_NF
 
     def move(
         self,
@@ -229,6 +224,7 @@ class Decoder:
         shape.cache_row_k, shape.cache_head_k = keys[0].stride()[:2]
         shape.cache_row_v, shape.cache_head_v = values[0].stride()[:2]
         shape.pair = keys[0].shape[-1]
+        aux_layer_ids = (ctypes.c_int64 * _NUM_AUX_LAYERS)(*(self._aux_layer_ids or ()))
         return DecoderCall(
             attention=shape,
             hidden=len(self._final_norm),
@@ -239,6 +235,7 @@ class Decoder:
             cosines=self._cosines_PD.data_ptr(),
             sines=self._sines_PD.data_ptr(),
             max_positions=len(self._cosines_PD),
+            aux_layer_ids=aux_layer_ids,
         )
 
     def _layer_records(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> ctypes.Array[_Layer]:
@@ -255,6 +252,10 @@ class Decoder:
                 record.keys, record.values = key.data_ptr(), value.data_ptr()
             self._records = (keys, records)
         return self._records[1]
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _checked(layer: LayerWeights) -> LayerWeights:

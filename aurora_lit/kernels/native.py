@@ -380,7 +380,7 @@ def choose_linear(
     temperature_N: torch.Tensor,
     key_N: torch.Tensor,
     position_N: torch.Tensor,
-    dense_N: torch.Tensor,
+    dense_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """An output of `linear` without a bias for each row; the arguments and results of `PackedLinear.choose`."""
     kernels = library()
@@ -388,12 +388,21 @@ def choose_linear(
     if x_NI.stride(1) != 1:
         x_NI = x_NI.contiguous()
     rows, inputs = x_NI.shape
-    assert len(temperature_N) == len(key_N) == len(position_N) == len(dense_N) == rows
+    assert temperature_N.shape == key_N.shape == position_N.shape == (rows,)
     index_N = torch.empty(rows, dtype=torch.int64)
-    dense_logits_DO = torch.empty(int(dense_N.max()) + 1 if rows else 0, outputs)
-    given = (temperature_N.float(), key_N.long(), position_N.long(), dense_N.long())
-    tensors = [*(tensor.contiguous() for tensor in given), dense_logits_DO, index_N]  # kept alive during the call
-    draws = _Draws(*(tensor.data_ptr() for tensor in tensors))
+    num_dense = 0
+    if dense_N is not None:
+        assert dense_N.shape == (rows,)
+        dense_N = dense_N.long().contiguous()
+        num_dense = int(dense_N.max()) + 1 if rows else 0
+    dense_logits_DO = torch.empty(num_dense, outputs)
+    given = [temperature_N.float().contiguous(), key_N.long().contiguous(), position_N.long().contiguous()]
+    draws = _Draws(
+        *(tensor.data_ptr() for tensor in given),
+        None if dense_N is None else dense_N.data_ptr(),
+        dense_logits_DO.data_ptr(),
+        index_N.data_ptr(),
+    )
     call = getattr(kernels, f"aurora_choose_{weight_format.suffix}")
     stride = ctypes.c_int64(x_NI.stride(0))
     call(_address(x_NI), stride, rows, _address(packed), inputs, outputs, ctypes.byref(draws))

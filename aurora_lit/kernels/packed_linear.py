@@ -79,7 +79,7 @@ class PackedLinear(nn.Module):
         temperature_N: torch.Tensor,
         key_N: torch.Tensor,
         position_N: torch.Tensor,
-        dense_N: torch.Tensor,
+        dense_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose one output of each row while they are computed; for a layer without a bias. Batch-invariant.
 
@@ -92,18 +92,25 @@ class PackedLinear(nn.Module):
             key_N: int64, keys of the noise.
             position_N: int64, index in its request's output of the token that is chosen.
             dense_N: int64. A row with an index gets all its outputs there instead of a choice; -1: none. Indices are
-                0 … D - 1, each used once.
+                0 … D - 1, each used once. None: no row has one.
 
         Returns:
             Index of the chosen output, int64 [N], arbitrary for rows with an index in `dense_N`; and these rows'
             outputs, fp32 [D, outputs].
         """
         assert self.bias is None
-        is_dense_N = dense_N >= 0
-        if not bool((is_dense_N | (temperature_N > 0)).any()):
+        if dense_N is None and not bool(temperature_N.any()):
             return self.argmax(x_NI), torch.empty(0, self.out_features)  # this may be screened
-        draws = {"temperature_N": temperature_N, "key_N": key_N, "position_N": position_N, "dense_N": dense_N}
-        return native.choose_linear(x_NI, self.packed, self.weight_format, self.out_features, **draws)
+        return native.choose_linear(
+            x_NI,
+            self.packed,
+            self.weight_format,
+            self.out_features,
+            temperature_N=temperature_N,
+            key_N=key_N,
+            position_N=position_N,
+            dense_N=dense_N,
+        )
 
     @torch.no_grad()
     def rows(self, indices: torch.Tensor) -> torch.Tensor:

@@ -136,7 +136,7 @@ class ShardedTarget(Target):
         temperature_N: torch.Tensor,
         key_N: torch.Tensor,
         position_N: torch.Tensor,
-        dense_N: torch.Tensor,
+        dense_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Target.choose`; computes all logits, as `greedy_tokens`."""
         draws = {"temperature_N": temperature_N, "key_N": key_N, "position_N": position_N}

@@ -296,7 +296,7 @@ class Target(nn.Module):
         temperature_N: torch.Tensor,
         key_N: torch.Tensor,
         position_N: torch.Tensor,
-        dense_N: torch.Tensor,
+        dense_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The target's own token at each position, greedy or drawn; the kernels do not store the logits it needs.
 
@@ -309,9 +309,11 @@ class Target(nn.Module):
         return self._choose_from_logits(last_NH, **draws, dense_N=dense_N)
 
     def _choose_from_logits(
-        self, last_NH: torch.Tensor, *, dense_N: torch.Tensor, **draws: torch.Tensor
+        self, last_NH: torch.Tensor, *, dense_N: torch.Tensor | None, **draws: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits_NV = self.logits(last_NH)
+        if dense_N is None:
+            return choose(logits_NV, **draws), logits_NV[:0]
         dense_rows = (dense_N >= 0).nonzero()[:, 0]
         dense_DV = logits_NV.new_empty(len(dense_rows), logits_NV.shape[1])
         dense_DV[dense_N[dense_rows]] = logits_NV[dense_rows]
@@ -356,9 +358,9 @@ class Target(nn.Module):
     def _run_fused(self, ids_N: torch.Tensor, kv_cache: KVCache, **batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._decoder is not None
         batch = {"keys": kv_cache.keys_SGCQPE, "values": kv_cache.values_SGMDE, **batch}
-        _, last_NH, aux_N3H = self._decoder(self.embedding(ids_N).float(), **batch)
-        assert aux_N3H is not None
-        return aux_N3H.flatten(1), last_NH
+        _, last_NH, aux_NF = self._decoder(self.embedding(ids_N).float(), **batch)
+        assert aux_NF is not None
+        return aux_NF, last_NH
 
     def _run(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         last_BTH = self._forward(**inputs, use_cache=False).last_hidden_state

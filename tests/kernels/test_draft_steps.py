@@ -133,9 +133,12 @@ def test_native_drafting_ends_where_the_rule_says(target: Target, width: int) ->
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not native.has_int8_tiles(), reason="drafts of other formats have no copy in four bits")
+@pytest.mark.skipif(
+    not (native.has_int8_tiles() or native.has_vnni()), reason="drafts of other formats have no copy in four bits"
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_chain_that_reads_the_heads_copy_first_proposes_what_the_head_does(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path_factory: pytest.TempPathFactory, temperature: float
 ) -> None:
     """One sequence reads the copy, eight do not. Where they differ, the head has hardly a preference."""
     vocab, count = 4000, 8
@@ -148,14 +151,23 @@ def test_a_chain_that_reads_the_heads_copy_first_proposes_what_the_head_does(
         drafter.features_SLF.normal_()
         drafter._num_cached = [0] * count
         together = DraftInputs(slots_B=torch.arange(count), lengths=[5] * count)
-        token_BK = native_chain(drafter, together, num_levels=1).token_BK
+        noise = {
+            "temperature_B": torch.full((count,), temperature),
+            "key_B": torch.randint(0, 1 << 60, (count,)),
+            "position_B": torch.zeros(count, dtype=torch.int64),
+        }
+        token_BK = native_chain(drafter, together, num_levels=1, **noise).token_BK
         drafter._num_cached = [0] * count
         normed_BH = drafter.draft.norm(drafter.prefill(together))
         logits_BD = drafter.draft.lm_head(normed_BH)
+        if temperature:
+            logits_BD = logits_BD / temperature
+            logits_BD += gumbel(noise["key_B"], noise["position_B"], drafter._runtime_draft.target_id_D)
         for b in range(count):
             drafter._num_cached = [0] * count
             alone = DraftInputs(slots_B=torch.tensor([b]), lengths=[5])
-            token = native_chain(drafter, alone, num_levels=1).token_BK[0, 0]
+            own_noise = {name: values[b : b + 1] for name, values in noise.items()}
+            token = native_chain(drafter, alone, num_levels=1, **own_noise).token_BK[0, 0]
             same += int(token == token_BK[b, 0])
             logit = logits_BD[b, torch.searchsorted(drafter.draft.draft_token_ids, token)]
             assert logit > logits_BD[b].max() - logits_BD[b].std()

@@ -126,6 +126,21 @@ def test_a_new_cache_at_the_address_of_an_old_one_is_recognised(tmp_path: Path) 
         torch.testing.assert_close(run(target, ids_BT, starts=[0]), expected, rtol=0, atol=0)
 
 
+def test_moves_in_another_cache_do_not_disturb_the_next_pass(tmp_path: Path) -> None:
+    """What a pass points to is kept for the next pass over the same cache."""
+    target = Target.load(save_model("llama", tmp_path), precision="fp32")
+    kv_cache, other = (target.make_kv_cache(num_slots=1, capacity=64) for _ in range(2))
+    zero, forty = torch.tensor([0]), torch.tensor([40])
+    expected = run(target, torch.arange(1, 9)[None], starts=[0])[1]
+    reused = []  # memory that is free again gets other contents
+    for t in range(8):
+        ids_11, starts_1 = torch.tensor([[t + 1]]), torch.tensor([t])
+        _, last_11H = target.forward(ids_11, kv_cache=kv_cache, slots_B=zero, starts_B=starts_1)
+        torch.testing.assert_close(last_11H[0, 0], expected[0, t], rtol=0, atol=0)
+        target.commit_tree_path(kv_cache=other, slots_M=zero, from_M=forty, to_M=forty + 1)
+        reused += [bytearray(b"\xff" * size) for size in range(64, 4096, 8)]
+
+
 def run(target: Target, ids_BT: torch.Tensor, *, starts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """A forward pass over a new cache."""
     kv_cache = target.make_kv_cache(num_slots=len(starts), capacity=64)

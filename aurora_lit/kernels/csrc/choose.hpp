@@ -13,7 +13,7 @@ struct Draws {
   const float* temperatures;  // 0: the largest output
   const int64_t* keys;        // of the noise
   const int64_t* positions;   // index in the output of the token to choose
-  const int64_t* dense;       // row of `dense_logits` where the outputs are stored and none is chosen, or -1
+  const int64_t* dense;       // row of `dense_logits` where the outputs are stored and none is chosen, or -1; null: -1 for all
   float* dense_logits;        // [rows, outputs] out
   int64_t* tokens;            // [N] out; 0 where none is chosen
 };
@@ -66,7 +66,7 @@ void multiply_choose(const float* x, ptrdiff_t x_stride, int rows, const void* w
                        for (int r = 0; r < rows; ++r) {
                          const float* row = y + ptrdiff_t(r) * width;
                          Top* best = parts + ptrdiff_t(thread) * rows + r;
-                         if (draws.dense[r] >= 0) {
+                         if (draws.dense && draws.dense[r] >= 0) {
                            std::memcpy(draws.dense_logits + draws.dense[r] * outputs + first, row,
                                        size_t(width) * sizeof(float));
                          } else if (draws.temperatures[r] > 0.0f) {

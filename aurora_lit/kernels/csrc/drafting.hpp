@@ -122,7 +122,7 @@ constexpr int MAX_COARSE_ROWS = 3;  // with more rows the copy takes longer than
 
 template <class Format>
 void coarse_argmax(const DraftCall& call, const float* normed, const typename Format::Input* x, int k, int rows,
-                   Top* tops) {
+                   const Perturbation* perturbations, Top* tops) {
   typedef Product<Grouped<4>> Copy;
   const int H = int(call.decoder.hidden), outputs = int(call.head.outputs), copy_k = Copy::padded(H);
   static thread_local Buffer<InputGroup> rounded;
@@ -130,12 +130,13 @@ void coarse_argmax(const DraftCall& call, const float* normed, const typename Fo
   for (int r = 0; r < rows; ++r) Copy::round_row(normed + ptrdiff_t(r) * H, H, copy_x, r, rows);
   Top candidates[MAX_COARSE_ROWS * CANDIDATES];
   top_of_blocks<Grouped<4>>(copy_x, copy_k, rows, call.coarse.weight, outputs, nullptr, num_blocks(outputs), CANDIDATES,
-                            candidates, nullptr);
+                            candidates, nullptr, perturbations);
   int blocks[MAX_COARSE_ROWS * CANDIDATES];
   for (int i = 0; i < rows * CANDIDATES; ++i) blocks[i] = int(candidates[i].index) / BLOCK;
   std::sort(blocks, blocks + rows * CANDIDATES);
   const int count = int(std::unique(blocks, blocks + rows * CANDIDATES) - blocks);
-  top_of_blocks<Format>(x, k, rows, call.head.weight, outputs, blocks, count, 1, tops, nullptr);
+  top_of_blocks<Format>(x, k, rows, call.head.weight, outputs, blocks, count, 1, tops, nullptr,
+                        perturbations);
 }
 
 // Add children of the nodes whose hidden states are in `normed`, and choose the nodes to expand next.
@@ -152,8 +153,8 @@ void choose_level(const DraftCall& call, DraftState& d, int64_t level) {
   LogSumExp* sums = d.sums.at_least(size_t(rows));
   float* outcomes = call.outcomes + level * int64_t(d.rows.size());
   const Perturbation* perturbations = perturbations_of(call, d, level, width);
-  if (call.coarse.weight && !call.is_tree() && !perturbations && rows <= MAX_COARSE_ROWS)
-    coarse_argmax<Format>(call, d.normed.data(), x, k, rows, tops);
+  if (call.coarse.weight && !call.is_tree() && rows <= MAX_COARSE_ROWS)
+    coarse_argmax<Format>(call, d.normed.data(), x, k, rows, perturbations, tops);
   else
     top_of_blocks<Format>(x, k, rows, call.head.weight, int(call.head.outputs), nullptr,
                           num_blocks(int(call.head.outputs)), children, tops, call.is_tree() ? sums : nullptr,

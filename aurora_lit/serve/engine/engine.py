@@ -97,6 +97,8 @@ class Engine:
             options.max_batch_size, self.slot_capacity + 1, dtype=torch.int64, device=self._device
         )
         """Committed tokens."""
+        self._tokens_on_cpu = self._tokens_SL.numpy() if self._device.type == "cpu" else None
+        """The same memory, which takes a few tokens faster; None on another device."""
         kv_cache = target.make_kv_cache(num_slots=options.max_batch_size, capacity=self.slot_capacity)
         self._drafter: Drafter | None = None
         if draft is not None and options.max_draft_tokens:
@@ -287,7 +289,7 @@ class Engine:
         copies, drafts = self._may_speculate(sequences)
         proposals = self.proposer.propose(sequences, copies=copies, drafts=drafts)
         decoding = [
-            decoding_row(sequence, int(self._tokens_SL[sequence.slot, sequence.length - 1]), proposal)
+            decoding_row(sequence, sequence.last_token, proposal)
             for sequence, proposal in zip(sequences, proposals, strict=True)
         ]
         round_s = self.costs.round_s(len(decoding), [len(row.proposal.tokens) for row in decoding])
@@ -331,10 +333,8 @@ class Engine:
         path = verdict.columns[: accepted + 1]
         first_choices = proposal.first_choices
         chain_accepted = common_prefix_length(first_choices, path[1:])
-        end = sequence.length + len(tokens)
-        self._tokens_SL[sequence.slot, sequence.length : end] = torch.tensor(tokens, dtype=torch.int64)
         is_first = sequence.length == sequence.prompt_length
-        sequence.length = end
+        self._append(sequence, tokens)
         error = None
         if sequence.grammar is not None and reason is None:
             try:
@@ -370,6 +370,18 @@ class Engine:
             domain=sequence.domain,
             num_cached_tokens=sequence.num_reused,
         )
+
+    def _append(self, sequence: RunningSequence, tokens: list[int]) -> None:
+        """Commit tokens of a sequence."""
+        end = sequence.length + len(tokens)
+        if self._tokens_on_cpu is not None:
+            self._tokens_on_cpu[sequence.slot, sequence.length : end] = tokens
+        else:
+            new = torch.tensor(tokens, dtype=torch.int64, device=self._device)
+            self._tokens_SL[sequence.slot, sequence.length : end] = new
+        sequence.length = end
+        if tokens:
+            sequence.last_token = tokens[-1]
 
     def _account(self, plan: RoundPlan, outputs: list[Output], seconds: float) -> None:
         """Learn from what the round took."""

@@ -75,8 +75,9 @@ class TargetRunner:
             from_M, to_M = (torch.tensor(each) + row.start for each in zip(*moves, strict=True))
             slots_M = torch.full((len(moves),), row.sequence.slot, dtype=torch.int64)
             self._target.commit_tree_path(kv_cache=self._kv_cache, slots_M=slots_M, from_M=from_M, to_M=to_M)
-        which = slice(len(accepted)) if in_order else list(accepted)
-        self._store(row, columns.aux(index)[which], columns.last(index)[which])
+        first = columns.begins[index]
+        which = slice(first, first + len(accepted)) if in_order else [first + column for column in accepted]
+        self._store(row, columns.aux_NF[which], columns.last_NH[which])
 
     def store_prompt(self, row: PromptRow, columns: Columns, index: int) -> None:
         """Store all columns of row `index`."""

@@ -53,8 +53,10 @@ def choose_tokens(
     key_N = torch.tensor([column.row.sequence.noise_key for column in columns], device=device)
     position_N = torch.tensor([column.position for column in columns], device=device)
     dense = [n for n, column in enumerate(columns) if column.row.sequence.needs_logits]
-    dense_N = torch.full((len(columns),), -1, dtype=torch.int64, device=device)
-    dense_N[dense] = torch.arange(len(dense), device=device)
+    dense_N = None
+    if dense:
+        dense_N = torch.full((len(columns),), -1, dtype=torch.int64, device=device)
+        dense_N[dense] = torch.arange(len(dense), device=device)
     token_N, logits_DV = target.choose(
         last_NH, temperature_N=temperature_N, key_N=key_N, position_N=position_N, dense_N=dense_N
     )

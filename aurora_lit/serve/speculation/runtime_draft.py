@@ -23,6 +23,8 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft, rotary_table
 
 _CHECK_POSITIONS, _CHECK_SCALE = 4, 30.0
+_HAS_COARSE_HEAD = (WeightFormat.INT8_PER_OUTPUT, WeightFormat.INT8_GROUPED)
+"""Formats of a draft whose head has a copy in four bits, which chains of few sequences read first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ def prepare_draft(draft: Eagle3Draft, target: Target, *, capacity: int) -> Runti
     coarse_head = None
     if uses_kernels(device):
         weight_format = _draft_format(target)
-        if weight_format is WeightFormat.INT8_PER_OUTPUT:
+        if weight_format in _HAS_COARSE_HEAD:
             coarse_head = PackedLinear(draft.lm_head, WeightFormat.INT4_GROUPED)
         pack_linears(draft, weight_format=weight_format)
     else:
