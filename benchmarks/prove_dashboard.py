@@ -6,8 +6,9 @@
 1. promtool checks the rules and runs their tests (docs/grafana/alerts_test.yml).
 2. A server and a Prometheus with docs/grafana/prometheus.yml are started, and requests are sent. Every expression of
    every panel is evaluated until the learner has learned and all of them have a number, or --seconds are over.
-3. Faults are made: the learner is stopped, more requests are sent than run, the learner is killed three times, the
-   engine worker is killed. Each must raise its alert, and the first must end when the learner goes on. For this step
+3. Faults are made: the learner is stopped, a draft with NaN and one whose vocabulary is shuffled are published, more
+   requests are sent than run, and more than may wait, the learner is killed three times, the engine worker is stopped,
+   then killed. Each must raise its alert, and those of stopped processes must end when they go on. For this step
    Prometheus' clock is ten times faster: every duration in the rules is divided by ten.
 
 Leaves out what Grafana draws. Exits with code 1 if an expression has no number or an alert does not fire.
@@ -30,15 +31,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
+import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from aurora_lit.bench.server_process import free_port, running_server
-from aurora_lit.config import load_config
+from aurora_lit.config import draft_folder, load_config, versions_folder
+from aurora_lit.drafts.checkpoint import load_draft, read_config
+from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 ROOT = Path(__file__).resolve().parents[1]
 GRAFANA = ROOT / "docs" / "grafana"
@@ -150,8 +155,10 @@ class Traffic:
             if number % 10 == 0:
                 body["temperature"] = -1  # refused
             try:
-                self._client.post("/v1/chat/completions", json=body)
+                is_refused = self._client.post("/v1/chat/completions", json=body).status_code == 429
             except httpx.HTTPError:  # the server is killed at the end
+                is_refused = True
+            if is_refused:
                 time.sleep(0.5)
 
 
@@ -189,8 +196,37 @@ def prove_panels(prometheus: Prometheus, dashboards: list[Path], *, within_s: fl
     return took_s is not None
 
 
-def prove_alerts(prometheus: Prometheus, traffic: Traffic, url: str, *, console: Console) -> bool:
-    """Make four faults and print what fires. True if all did that should."""
+class _Sizes(NamedTuple):
+    """Of the target that a draft is for."""
+
+    vocab_size: int
+    hidden_size: int
+    aux_layer_ids: tuple[int, int, int]
+
+
+def publish(versions: Path, change: Callable[[Eagle3Draft], object]) -> None:
+    """Publish the shipped draft, changed, as if a learner had."""
+    checkpoint = draft_folder(load_config(None, []))
+    assert checkpoint is not None
+    config = read_config(checkpoint)
+    draft = load_draft(checkpoint, _Sizes(config.vocab_size, config.hidden_size, config.aux_layer_ids))
+    with torch.no_grad():
+        change(draft)
+    DraftStore(versions, keep=5).publish(draft, record={})
+
+
+def spoil(draft: Eagle3Draft) -> None:
+    """So that it cannot be served."""
+    draft.fc.weight[0] = torch.nan
+
+
+def shuffle(draft: Eagle3Draft) -> None:
+    """So that it proposes nonsense."""
+    draft.lm_head.weight.copy_(draft.lm_head.weight[torch.randperm(len(draft.lm_head.weight))])
+
+
+def prove_alerts(prometheus: Prometheus, traffic: Traffic, url: str, versions: Path, *, console: Console) -> bool:
+    """Make faults and print what fires. True if all did that should. `versions`: where drafts are published."""
     flood = Traffic(url)
 
     def learner_pid() -> int:
@@ -209,18 +245,28 @@ def prove_alerts(prometheus: Prometheus, traffic: Traffic, url: str, *, console:
     results.append(None if before & {"AuroraServerDown", "AuroraLearnerDown", "AuroraQueueLong"} else 0.0)
     stopped = learner_pid()
     os.kill(stopped, signal.SIGSTOP)
-    flood.start(30)
+    publish(versions, spoil)
+    expect("AuroraDraftRefused", "a draft with NaN published")
+    publish(versions, shuffle)
+    expect("AuroraDraftRolledBack", "a draft that proposes nonsense published")
     expect("AuroraLearnerDown", "learner stopped")
     os.kill(stopped, signal.SIGCONT)
     expect("AuroraLearnerDown", "learner continued", ends=True)
-    expect("AuroraQueueLong", "32 clients")
+    flood.start(80)
+    expect("AuroraQueueLong", "82 clients")
+    expect("AuroraRequestsRefused", "82 clients, 64 of which may wait or run")
     flood.stop()
     for _ in range(3):
         wait(lambda: traffic.status()["learner"]["state"] == "running", within_s=90)
         os.kill(learner_pid(), signal.SIGKILL)
         time.sleep(2)
     expect("AuroraLearnerRestarts", "learner killed three times")
-    os.kill(traffic.status()["worker"]["pid"], signal.SIGKILL)
+    worker = int(traffic.status()["worker"]["pid"])
+    os.kill(worker, signal.SIGSTOP)
+    expect("AuroraWorkerNotReady", "engine worker stopped")
+    os.kill(worker, signal.SIGCONT)
+    expect("AuroraWorkerNotReady", "engine worker continued", ends=True)
+    os.kill(worker, signal.SIGKILL)
     expect("AuroraServerDown", "engine worker killed")
     return None not in results
 
@@ -255,7 +301,7 @@ def main() -> None:
             traffic.start(2)
             dashboards = [GRAFANA / "aurora-lit.json", *options.dashboard]
             panels = prove_panels(prometheus, dashboards, within_s=options.seconds, console=console)
-            alerts = prove_alerts(prometheus, traffic, url, console=console)
+            alerts = prove_alerts(prometheus, traffic, url, versions_folder(config), console=console)
             traffic.stop()
     sys.exit(0 if panels and alerts else 1)
 

@@ -137,8 +137,8 @@ class Decoder:
         self._records: tuple[Sequence[torch.Tensor], ctypes.Array[_Layer]] | None = None
         """Of the cache that was used last: its list of keys, kept alive, and its layers for the kernels."""
         self._last_call: tuple[Sequence[torch.Tensor], DecoderCall, ctypes.Array[_Layer]] | None = None
-        """That of the last pass: the list, a call of which the next pass changes what depends on the batch, and the layers
-        that it points to."""
+        """Of the last pass: the list, a call whose fields the next pass changes where they depend on the batch, and the
+        layers that it points to."""
 
     def __call__(
         self,

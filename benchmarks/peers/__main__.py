@@ -110,6 +110,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="prompts a client, on average")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--work", type=Path, default=Path("~/.cache/aurora-lit/peers"), help="environments, GGUF files")
     parser.add_argument("--prepare", action="store_true", help="make the environments only")
     parser.add_argument("--config", type=Path, help="settings of our server")
@@ -187,6 +188,7 @@ def _keep_plan(path: Path, arguments: argparse.Namespace, config: AuroraConfig, 
     plan = {
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "max_tokens": arguments.max_tokens,
+        "temperature": arguments.temperature,
         "overrides": _all_overrides(arguments),
         "draft": None if draft is None else file_sha256(draft / "model.safetensors"),
     }
@@ -261,7 +263,7 @@ def _measure(
             ask(port, served_model(port), prompts[0][0], max_tokens=1)
             first_answer_s = server.age_s()
             for count in counts:
-                how = {"clients": count, "max_tokens": arguments.max_tokens}
+                how = {"clients": count, "max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
                 run_load(port, prompts[0][:count], **how, on_answer=advance)
                 loads[count] = run_load(port, prompts[count], **how, on_answer=advance)
             return ServerRun(loads=loads, first_answer_s=first_answer_s, memory_mb=server.memory_mb())

@@ -57,13 +57,14 @@ def run_load(
     *,
     clients: int,
     max_tokens: int,
+    temperature: float = 0.0,
     on_answer: Callable[[], object] = lambda: None,
 ) -> Load:
-    """Send every prompt, greedily, from `clients` concurrent clients."""
+    """Send every prompt from `clients` concurrent clients; at temperature 0 greedily."""
     model = served_model(port)
 
     def send(prompt: str) -> Answer:
-        answer = ask(port, model, prompt, max_tokens=max_tokens)
+        answer = ask(port, model, prompt, max_tokens=max_tokens, temperature=temperature)
         on_answer()
         return answer
 
@@ -77,13 +78,13 @@ def served_model(port: int) -> str:
         return str(json.load(response)["data"][0]["id"])
 
 
-def ask(port: int, model: str, prompt: str, *, max_tokens: int) -> Answer:
-    """One greedy, streamed answer."""
+def ask(port: int, model: str, prompt: str, *, max_tokens: int, temperature: float = 0.0) -> Answer:
+    """One streamed answer."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": max_tokens,
-        "temperature": 0,
+        "temperature": temperature,
         "stream": True,
         "stream_options": {"include_usage": True},
     }

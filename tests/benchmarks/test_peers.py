@@ -133,11 +133,11 @@ def stub() -> Iterator[StubServer]:
 
 def test_clients_run_concurrently_and_answers_keep_the_prompts_order(stub: StubServer) -> None:
     prompts = [f"a{i} b{i} c{i}" for i in range(9)]
-    load = run_load(stub.server_address[1], prompts, clients=3, max_tokens=7)
+    load = run_load(stub.server_address[1], prompts, clients=3, max_tokens=7, temperature=0.7)
     assert stub.max_concurrent == 3
     assert load.tokens == 27
     assert load.texts == [prompt.replace(" ", "") for prompt in prompts]
-    assert all(body["model"] == "stub" and body["temperature"] == 0 for body in stub.bodies)
+    assert all(body["model"] == "stub" and body["temperature"] == 0.7 for body in stub.bodies)
     assert all(body["max_tokens"] == 7 and body["stream"] for body in stub.bodies)
 
 

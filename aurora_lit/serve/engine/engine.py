@@ -30,16 +30,15 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.centroids import DomainAssigner, client_label
 from aurora_lit.modules.domains.embedding import pool_prompt
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.modules.sampling.distribution import token_logprobs
-from aurora_lit.modules.sampling.tree import common_prefix_length
 from aurora_lit.request import Output, Request
+from aurora_lit.serve.engine.commit import Commit
 from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.prefill import Prefill
 from aurora_lit.serve.engine.target_runner import TargetRunner
 from aurora_lit.serve.engine.token_choice import choose_tokens
 from aurora_lit.serve.engine.waiting_queue import WaitingQueue
 from aurora_lit.serve.sequences.observer import RoundObserver, notify_round
-from aurora_lit.serve.sequences.round_plan import DecodingRow, RoundPlan, Verdict, judge
+from aurora_lit.serve.sequences.round_plan import RoundPlan, Verdict, judge
 from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
 from aurora_lit.serve.sequences.slot_allocator import SlotAllocator
 from aurora_lit.serve.speculation.calibration import Calibration, calibration_steps
@@ -52,7 +51,6 @@ from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationP
 from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
 from aurora_lit.serve.speculation.traffic_memory import make_memory
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_MEMORY
 
 
 class Engine:
@@ -97,8 +95,6 @@ class Engine:
             options.max_batch_size, self.slot_capacity + 1, dtype=torch.int64, device=self._device
         )
         """Committed tokens."""
-        self._tokens_on_cpu = self._tokens_SL.numpy() if self._device.type == "cpu" else None
-        """The same memory, which takes a few tokens faster; None on another device."""
         kv_cache = target.make_kv_cache(num_slots=options.max_batch_size, capacity=self.slot_capacity)
         self._drafter: Drafter | None = None
         if draft is not None and options.max_draft_tokens:
@@ -136,6 +132,13 @@ class Engine:
             explore_share=options.explore_share,
             explore_temperature=options.explore_temperature,
             explore_seed=options.explore_seed,
+        )
+        self._commit = Commit(
+            self._tokens_SL,
+            max_seq_len=self.max_seq_len,
+            proposer=self.proposer,
+            memory_stats=None if self.memory is None else self.memory.stats,
+            stats=self.stats,
         )
         speculates = self._drafter is not None or limits.copied_tokens > 0
         adapts = options.adaptive and speculates
@@ -231,7 +234,7 @@ class Engine:
         outputs = []
         for index, (row, verdict) in enumerate(zip(plan.decoding, verdicts, strict=True)):
             self._runner.store_decoding(row, columns, index, verdict.columns)
-            output = self._commit(row, verdict, logits_DV.get(index))
+            output = self._commit(row, verdict, logits_DV.get(index), draft_version=self.draft_version)
             outputs.append(output)
             if self._observer and row.sequence.request.store:
                 last_TH = columns.last(index)
@@ -320,68 +323,6 @@ class Engine:
             verdicts.append(judge(row.proposal, own_tokens[begin:end]))
             begin = end
         return verdicts, logits
-
-    def _commit(self, row: DecodingRow, verdict: Verdict, logits_TV: torch.Tensor | None) -> Output:
-        """Append a sequence's new tokens, up to where the request ends."""
-        sequence, proposal = row.sequence, row.proposal
-        tokens, reason = sequence.cut_at_end(verdict.tokens, max_seq_len=self.max_seq_len)
-        logprobs = None
-        if logits_TV is not None:
-            num_top = sequence.params.logprobs or 0
-            logprobs = token_logprobs(logits_TV[verdict.columns], token_ids=tokens, num_top=num_top)
-        proposed, accepted = len(proposal.tokens), min(len(verdict.tokens) - 1, len(tokens))
-        path = verdict.columns[: accepted + 1]
-        first_choices = proposal.first_choices
-        chain_accepted = common_prefix_length(first_choices, path[1:])
-        is_first = sequence.length == sequence.prompt_length
-        self._append(sequence, tokens)
-        error = None
-        if sequence.grammar is not None and reason is None:
-            try:
-                sequence.grammar.advance(tokens)
-            except RequestError as failure:
-                reason, error = "error", failure.message
-        made = (proposal, path)
-        if row.uncut is not None:  # what was cut counts as rejected
-            made = (row.uncut.proposal, [row.uncut.columns[column] for column in path])
-        self.proposer.observe(sequence, made[0], path=made[1], finished=reason is not None)
-        accepted_from = proposal.sources_of(path[1:])
-        if self.memory is not None:
-            self.memory.stats.proposed += len(proposal.remembered)
-            self.memory.stats.accepted += accepted_from.count(SOURCE_MEMORY)
-        explored = proposal.explored_at is not None
-        self.stats.count(generated=len(tokens), proposed=proposed, accepted_from=accepted_from, explored=explored)
-        if proposal.source == SOURCE_DRAFT:
-            sequence.draft_versions[self.draft_version] = None
-        return Output(
-            request_id=sequence.request.request_id,
-            token_ids=tuple(tokens),
-            logprobs=logprobs,
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and sequence.prompt_logprobs else None,
-            num_proposed=proposed,
-            num_accepted=accepted,
-            chain_in_tree=None if proposal.parents is None else (len(first_choices), chain_accepted),
-            finish_reason=reason,
-            error=error,
-            explored=explored,
-            only_copied=proposed > 0 and not proposal.num_drafted,
-            accepted_from=accepted_from,
-            draft_versions=tuple(sequence.draft_versions),
-            domain=sequence.domain,
-            num_cached_tokens=sequence.num_reused,
-        )
-
-    def _append(self, sequence: RunningSequence, tokens: list[int]) -> None:
-        """Commit tokens of a sequence."""
-        end = sequence.length + len(tokens)
-        if self._tokens_on_cpu is not None:
-            self._tokens_on_cpu[sequence.slot, sequence.length : end] = tokens
-        else:
-            new = torch.tensor(tokens, dtype=torch.int64, device=self._device)
-            self._tokens_SL[sequence.slot, sequence.length : end] = new
-        sequence.length = end
-        if tokens:
-            sequence.last_token = tokens[-1]
 
     def _account(self, plan: RoundPlan, outputs: list[Output], seconds: float) -> None:
         """Learn from what the round took."""

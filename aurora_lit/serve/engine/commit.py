@@ -1,0 +1,111 @@
+"""The last step of a round: a sequence's new tokens become part of it, and everybody who keeps count is told.
+
+Left out: which tokens they are (serve/sequences/round_plan.py), and the slots' keys, values and hidden states
+(serve/engine/target_runner.py).
+
+Shapes: S slots, L capacity of a slot, T columns of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from aurora_lit.errors import RequestError
+from aurora_lit.modules.sampling.distribution import token_logprobs
+from aurora_lit.modules.sampling.tree import common_prefix_length
+from aurora_lit.request import Output
+from aurora_lit.serve.sequences.round_plan import DecodingRow, Verdict
+from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
+from aurora_lit.serve.speculation.proposer import Proposer
+from aurora_lit.serve.speculation.traffic_memory import MemoryStats
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_MEMORY
+
+
+class Commit:
+    """Commits what rounds have come to.
+
+    >>> commit = Commit(tokens_SL, max_seq_len=2048, proposer=proposer, memory_stats=None, stats=stats)
+    >>> output = commit(row, judge(row.proposal, own_tokens), None, draft_version="draft-000001")
+    """
+
+    def __init__(
+        self,
+        tokens_SL: torch.Tensor,
+        *,
+        max_seq_len: int,
+        proposer: Proposer,
+        memory_stats: MemoryStats | None,
+        stats: EngineStats,
+    ) -> None:
+        """`tokens_SL`: the engine's table of committed tokens, int64; `memory_stats`: of the traffic memory, if any."""
+        self._tokens_SL = tokens_SL
+        self._tokens_on_cpu = tokens_SL.numpy() if tokens_SL.device.type == "cpu" else None
+        """The same memory, which takes a few tokens faster; None on another device."""
+        self._max_seq_len = max_seq_len
+        self._proposer, self._memory_stats, self._stats = proposer, memory_stats, stats
+
+    def __call__(
+        self, row: DecodingRow, verdict: Verdict, logits_TV: torch.Tensor | None, *, draft_version: str
+    ) -> Output:
+        """Append a sequence's new tokens, up to where the request ends.
+
+        `logits_TV`: the target's, for a request that asks for log-probabilities. `draft_version`: what proposes now.
+        """
+        sequence, proposal = row.sequence, row.proposal
+        tokens, reason = sequence.cut_at_end(verdict.tokens, max_seq_len=self._max_seq_len)
+        logprobs = None
+        if logits_TV is not None:
+            num_top = sequence.params.logprobs or 0
+            logprobs = token_logprobs(logits_TV[verdict.columns], token_ids=tokens, num_top=num_top)
+        proposed, accepted = len(proposal.tokens), min(len(verdict.tokens) - 1, len(tokens))
+        path = verdict.columns[: accepted + 1]
+        first_choices = proposal.first_choices
+        chain_accepted = common_prefix_length(first_choices, path[1:])
+        is_first = sequence.length == sequence.prompt_length
+        self._append(sequence, tokens)
+        error = None
+        if sequence.grammar is not None and reason is None:
+            try:
+                sequence.grammar.advance(tokens)
+            except RequestError as failure:
+                reason, error = "error", failure.message
+        made = (proposal, path)
+        if row.uncut is not None:  # what was cut counts as rejected
+            made = (row.uncut.proposal, [row.uncut.columns[column] for column in path])
+        self._proposer.observe(sequence, made[0], path=made[1], finished=reason is not None)
+        accepted_from = proposal.sources_of(path[1:])
+        if self._memory_stats is not None:
+            self._memory_stats.proposed += len(proposal.remembered)
+            self._memory_stats.accepted += accepted_from.count(SOURCE_MEMORY)
+        explored = proposal.explored_at is not None
+        self._stats.count(generated=len(tokens), proposed=proposed, accepted_from=accepted_from, explored=explored)
+        if proposal.source == SOURCE_DRAFT:
+            sequence.draft_versions[draft_version] = None
+        return Output(
+            request_id=sequence.request.request_id,
+            token_ids=tuple(tokens),
+            logprobs=logprobs,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and sequence.prompt_logprobs else None,
+            num_proposed=proposed,
+            num_accepted=accepted,
+            chain_in_tree=None if proposal.parents is None else (len(first_choices), chain_accepted),
+            finish_reason=reason,
+            error=error,
+            explored=explored,
+            only_copied=proposed > 0 and not proposal.num_drafted,
+            accepted_from=accepted_from,
+            draft_versions=tuple(sequence.draft_versions),
+            domain=sequence.domain,
+            num_cached_tokens=sequence.num_reused,
+        )
+
+    def _append(self, sequence: RunningSequence, tokens: list[int]) -> None:
+        end = sequence.length + len(tokens)
+        if self._tokens_on_cpu is not None:
+            self._tokens_on_cpu[sequence.slot, sequence.length : end] = tokens
+        else:
+            new = torch.tensor(tokens, dtype=torch.int64, device=self._tokens_SL.device)
+            self._tokens_SL[sequence.slot, sequence.length : end] = new
+        sequence.length = end
+        if tokens:
+            sequence.last_token = tokens[-1]
