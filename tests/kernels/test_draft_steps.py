@@ -174,6 +174,20 @@ def test_a_chain_that_reads_the_heads_copy_first_proposes_what_the_head_does(
     assert same > 0.9 * 25 * count
 
 
+@torch.no_grad()
+def test_a_draft_that_was_prepared_before_can_be_prepared_again(target: Target) -> None:
+    """Its weights are packed then. As where two engines have the same draft."""
+    draft = random_draft(target)
+    tokens_SL = torch.randint(0, VOCAB, (1, CAPACITY), generator=torch.Generator().manual_seed(3))
+    inputs = DraftInputs(slots_B=torch.tensor([0]), lengths=[5])
+    proposed = []
+    for _ in range(2):
+        drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=CAPACITY)
+        drafter.features_SLF.copy_(torch.randn(drafter.features_SLF.shape, generator=torch.Generator().manual_seed(4)))
+        proposed.append(native_chain(drafter, inputs, num_levels=3).token_BK)
+    assert torch.equal(*proposed)
+
+
 def stop_after_levels(levels: int, most: int) -> list[float]:
     """What levels must promise so that exactly these are drafted."""
     return [-math.inf if done < levels else math.inf for done in range(1, most)]

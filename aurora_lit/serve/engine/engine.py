@@ -272,6 +272,7 @@ class Engine:
                 slot=slot,
                 prompt_length=length,
                 length=length,
+                last_token=request.prompt_ids[-1],
                 prefilled=num_cached,
                 num_reused=num_cached,
                 end_tokens=ready.end_tokens,

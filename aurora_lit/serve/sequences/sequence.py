@@ -91,6 +91,8 @@ class RunningSequence:
     prompt_length: int
     length: int
     """Committed tokens. While decoding, the target has computed all of them but the last."""
+    last_token: int = 0
+    """The last committed one."""
     verified_drafts: VerifiedDrafts = field(default_factory=VerifiedDrafts)
     fruitless_look_ups: int = 0
     """Look-ups since the last one that found copies."""
@@ -112,8 +114,6 @@ class RunningSequence:
     """The client's label, else what the prompt was assigned; "" before it has been read, and for outliers."""
     grammar: Grammar | None = None
     """What the output is restricted to; None: nothing."""
-    last_token: int = field(init=False)
-    """The last committed one."""
     temperature: float = field(init=False)
     """The request's sampling temperature; 0: greedy."""
     _always_needs_logits: bool = field(init=False)
@@ -122,7 +122,6 @@ class RunningSequence:
 
     def __post_init__(self) -> None:
         params = self.request.params
-        self.last_token = self.request.prompt_ids[-1]
         self.temperature = 0.0 if is_greedy(params) else params.temperature
         self.noise_key = _as_int64(self.request.noise_key if params.seed is None else params.seed)
         self._always_needs_logits = params.logprobs is not None or not uses_temperature_only(params)

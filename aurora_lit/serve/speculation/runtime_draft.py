@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from aurora_lit.errors import CheckpointError
 from aurora_lit.kernels import native
@@ -51,7 +52,7 @@ def prepare_draft(draft: Eagle3Draft, target: Target, *, capacity: int) -> Runti
     if uses_kernels(device):
         weight_format = _draft_format(target)
         if weight_format in _HAS_COARSE_HEAD:
-            coarse_head = PackedLinear(draft.lm_head, WeightFormat.INT4_GROUPED)
+            coarse_head = _in_four_bits(draft.lm_head)
         pack_linears(draft, weight_format=weight_format)
     else:
         draft.to(device, target.kv_dtype)
@@ -63,6 +64,17 @@ def prepare_draft(draft: Eagle3Draft, target: Target, *, capacity: int) -> Runti
     if decoder is not None:
         steps = draft_steps(draft, decoder, target.embedding, target_id_D, coarse_head)
     return RuntimeDraft(draft=draft, decoder=decoder, steps=steps, target_id_D=target_id_D)
+
+
+def _in_four_bits(head: nn.Module) -> PackedLinear:
+    """A copy of a head without a bias; of a packed one, whose draft has been prepared before, with its values."""
+    if isinstance(head, PackedLinear):
+        rows = torch.arange(head.out_features)
+        unpacked = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+        unpacked.weight = nn.Parameter(head.rows(rows), requires_grad=False)
+        head = unpacked
+    assert isinstance(head, nn.Linear)
+    return PackedLinear(head, WeightFormat.INT4_GROUPED)
 
 
 def _draft_format(target: Target) -> WeightFormat:
