@@ -24,8 +24,9 @@ from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 FOLLOWED_S = 2.0  # the learner writes its page twice a second, the worker reads it as often
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyServers]:
+    """In a folder of its own: what one test's learner has published, another test's server would load."""
     with TinyServers(tmp_path_factory.mktemp("f")) as running:
         yield running
 
