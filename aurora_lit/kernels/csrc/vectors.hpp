@@ -59,18 +59,11 @@ inline void prefetch(const void* from, int bytes) {
 // enough ahead. A thread's share of a matrix ends at `end`; it continues reading at `next`.
 struct Stream {
   static constexpr int AHEAD = 16384;  // bytes; measured, on AMX and AVX-512
-  // 3: into the first-level cache, measured with AMX; 2: into the second. Without AMX the first one, where sixteen KiB are
-  // half of it, would lose lines before they are read: a pass of one token takes a fifth longer (AMD Zen 4).
-#if defined(__AMX_BF16__)
-  static constexpr int LOCALITY = 3;
-#else
-  static constexpr int LOCALITY = 2;
-#endif
   const char* end;
   const char* next;
 
-  // Prefetch the BYTES that will be read AHEAD bytes after `at`.
-  template <int BYTES>
+  // Prefetch the BYTES that will be read AHEAD bytes after `at`. LOCALITY 3: into the first-level cache; 2: the second.
+  template <int BYTES, int LOCALITY = 3>
   void ask(const void* at) const {
     const char* place = static_cast<const char*>(at) + AHEAD;
     if (place >= end) place = next + (place - end);
