@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import torch
@@ -196,20 +196,11 @@ def prove_panels(prometheus: Prometheus, dashboards: list[Path], *, within_s: fl
     return took_s is not None
 
 
-class _Sizes(NamedTuple):
-    """Of the target that a draft is for."""
-
-    vocab_size: int
-    hidden_size: int
-    aux_layer_ids: tuple[int, int, int]
-
-
 def publish(versions: Path, change: Callable[[Eagle3Draft], object]) -> None:
     """Publish the shipped draft, changed, as if a learner had."""
     checkpoint = draft_folder(load_config(None, []))
     assert checkpoint is not None
-    config = read_config(checkpoint)
-    draft = load_draft(checkpoint, _Sizes(config.vocab_size, config.hidden_size, config.aux_layer_ids))
+    draft = load_draft(checkpoint, read_config(checkpoint))
     with torch.no_grad():
         change(draft)
     DraftStore(versions, keep=5).publish(draft, record={})

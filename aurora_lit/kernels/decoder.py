@@ -134,11 +134,9 @@ class Decoder:
         self._move = getattr(library, f"aurora_move_{WeightFormat.of_dtype(self._kv_dtype).suffix}")
         self.nanoseconds: torch.Tensor | None = None
         """For benchmarks: int64 [len(PASS_PARTS)], to which each pass adds its first thread's time in each part."""
-        self._records: tuple[Sequence[torch.Tensor], ctypes.Array[_Layer]] | None = None
-        """Of the cache that was used last: its list of keys, kept alive, and its layers for the kernels."""
-        self._last_call: tuple[Sequence[torch.Tensor], DecoderCall, ctypes.Array[_Layer]] | None = None
-        """Of the last pass: the list, a call whose fields the next pass changes where they depend on the batch, and the
-        layers that it points to."""
+        self._last_call: tuple[Sequence[torch.Tensor], DecoderCall] | None = None
+        """Of the cache that was used last: its list of keys, kept alive, and a call on it, of which each use sets what
+        depends on the batch."""
 
     def __call__(
         self,
@@ -178,9 +176,7 @@ class Decoder:
         N, H = hidden_NH.shape
         normed_NH = torch.empty(N, H)
         aux_NF = None if self._aux_layer_ids is None else torch.empty(N, _NUM_AUX_LAYERS * H)
-        if self._last_call is None or self._last_call[0] is not keys:
-            self._last_call = (keys, self.call(keys, values), self._layer_records(keys, values))
-        call = self._last_call[1]
+        call = self._call_on(keys, values)
         attention = call.attention
         attention.rows, attention.queries, attention.num_prompts = slots_B.shape[0], queries, num_prompts
         attention.begins = _address(begins_R)
@@ -207,7 +203,7 @@ class Decoder:
         to_M: torch.Tensor,
     ) -> None:
         """Copy keys and values of position `from_M` to position `to_M` of slot `slots_M`, one by one; all int64."""
-        call = self.call(keys, values)
+        call = self._call_on(keys, values)
         call.slots = slots_M.data_ptr()
         self._move(
             ctypes.byref(call),
@@ -216,42 +212,47 @@ class Decoder:
             ctypes.c_int64(len(slots_M)),
         )
 
+    def _call_on(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DecoderCall:
+        """That of the last use, if it was on the same cache."""
+        if self._last_call is None or self._last_call[0] is not keys:
+            self._last_call = (keys, self.call(keys, values))
+        return self._last_call[1]
+
     def call(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DecoderCall:
-        """A call with the fields that do not depend on the batch."""
+        """A new call with the fields that do not depend on the batch; it keeps alive the layers that it points to."""
         shape, head_dim = native.AttentionShape(), self._cosines_PD.shape[1]
         shape.heads, shape.kv_heads = self._heads
         shape.head_dim, shape.scale = head_dim, head_dim**-0.5
         shape.cache_row_k, shape.cache_head_k = keys[0].stride()[:2]
         shape.cache_row_v, shape.cache_head_v = values[0].stride()[:2]
         shape.pair = keys[0].shape[-1]
-        aux_layer_ids = (ctypes.c_int64 * _NUM_AUX_LAYERS)(*(self._aux_layer_ids or ()))
-        return DecoderCall(
+        layers = self._layer_records(keys, values)
+        call = DecoderCall(
             attention=shape,
             hidden=len(self._final_norm),
             num_layers=len(self._layers),
-            layers=ctypes.addressof(self._layer_records(keys, values)),
+            layers=ctypes.addressof(layers),
             final_norm=self._final_norm.data_ptr(),
             eps=self._eps,
             cosines=self._cosines_PD.data_ptr(),
             sines=self._sines_PD.data_ptr(),
             max_positions=len(self._cosines_PD),
-            aux_layer_ids=aux_layer_ids,
+            aux_layer_ids=(ctypes.c_int64 * _NUM_AUX_LAYERS)(*(self._aux_layer_ids or ())),
         )
+        call.kept_alive = layers
+        return call
 
     def _layer_records(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> ctypes.Array[_Layer]:
-        """The layers with the addresses of their keys and values; made once for each cache."""
-        if self._records is None or self._records[0] is not keys:
-            records = (_Layer * len(self._layers))()
-            for record, layer, key, value in zip(records, self._layers, keys, values, strict=True):
-                assert key.dtype == value.dtype == self._kv_dtype
-                for name in ("norm_embeds", "norm_attention", "norm_mlp"):
-                    weight = getattr(layer, name)
-                    setattr(record, name, None if weight is None else weight.data_ptr())
-                for name in _MATRICES:
-                    setattr(record, name, Matrix.of(getattr(layer, name)))
-                record.keys, record.values = key.data_ptr(), value.data_ptr()
-            self._records = (keys, records)
-        return self._records[1]
+        """The layers with the addresses of their keys and values."""
+        records = (_Layer * len(self._layers))()
+        for record, layer, key, value in zip(records, self._layers, keys, values, strict=True):
+            assert key.dtype == value.dtype == self._kv_dtype
+            for name in ("norm_embeds", "norm_attention", "norm_mlp"):
+                setattr(record, name, _address(getattr(layer, name)))
+            for name in _MATRICES:
+                setattr(record, name, Matrix.of(getattr(layer, name)))
+            record.keys, record.values = key.data_ptr(), value.data_ptr()
+        return records
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

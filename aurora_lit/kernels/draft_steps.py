@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aurora_lit.kernels import native
+from aurora_lit.kernels import native, products
 from aurora_lit.kernels.decoder import Decoder, DecoderCall, Matrix
 from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear
 from aurora_lit.kernels.weight_format import WeightFormat
@@ -33,7 +33,7 @@ class _Call(ctypes.Structure):
         ("features_slot", ctypes.c_int64),
         ("committed", ctypes.c_void_p),
         ("committed_slot", ctypes.c_int64),
-        ("embedding", native.RowTable),
+        ("embedding", products.RowTable),
         *((name, ctypes.c_void_p) for name in ("target_ids", "done", "ends")),
         *((name, ctypes.c_int64) for name in ("children", "level_width", "max_levels", "max_nodes")),
         *((name, ctypes.c_void_p) for name in ("min_gains", "level_rates")),
@@ -83,11 +83,11 @@ class DraftSteps:
         assert library is not None
         assert coarse_head is None or coarse_head.weight_format is WeightFormat.INT4_GROUPED
         if isinstance(embedding, PackedEmbedding):
-            table = native.RowTable.of(embedding.table.packed, embedding.table.weight_format)
+            table = products.RowTable.of(embedding.table.packed, embedding.table.weight_format)
         else:
             assert embedding.dtype == torch.float32
             assert embedding.is_contiguous()
-            table = native.RowTable.of(embedding, None)
+            table = products.RowTable.of(embedding, None)
         self._kept_alive = (decoder, fuse, head, value, coarse_head, target_id_D, embedding)
         self._decoder = decoder
         self._draft = getattr(library, f"aurora_draft_{head.weight_format.suffix}")
@@ -103,8 +103,8 @@ class DraftSteps:
             target_ids=target_id_D.data_ptr(),
         )
         self._num_outputs = head.out_features
-        self._keys: Sequence[torch.Tensor] | None = None
-        """Of the cache that the call points to."""
+        self._cache: tuple[Sequence[torch.Tensor], DecoderCall] | None = None
+        """The keys of the cache that the call points to, and a pass over it, kept alive: the call holds a copy."""
 
     def __call__(
         self,
@@ -144,8 +144,9 @@ class DraftSteps:
         """
         call, B = self._call, len(slots_B)
         done_B, ends_B = (ctypes.c_int64 * B)(*done), (ctypes.c_int64 * B)(*ends)
-        if keys is not self._keys:
-            call.decoder, self._keys = self._decoder.call(keys, values), keys
+        if self._cache is None or self._cache[0] is not keys:
+            self._cache = (keys, self._decoder.call(keys, values))
+            call.decoder = self._cache[1]
         call.decoder.attention.rows = B
         call.decoder.slots, call.decoder.starts = slots_B.data_ptr(), ctypes.addressof(ends_B)
         call.features, call.features_slot = features_SLF.data_ptr(), features_SLF.stride(0)

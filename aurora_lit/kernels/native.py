@@ -1,12 +1,13 @@
-"""Loads and calls the CPU kernels of csrc/kernels.cpp: attention over the KV cache, and products with packed weights.
+"""Loads the CPU kernels of csrc/kernels.cpp, says what they can do on this processor, and calls attention.
 
 The library shares torch's OpenMP threads. Without a compiler, or on devices other than the CPU, callers use torch's own
 operations instead.
 
-Leaves out: compiling the library (build.py), and whole decoder layers (decoder.py).
+Leaves out: compiling the library (build.py), products with packed weights (products.py), and whole decoder layers
+(decoder.py).
 
 Shapes: S slots, B sequences, T positions, N query heads (of a batch of inputs: rows), G key-value heads, D head size,
-C blocks of P = KEY_BLOCK positions, E values stored together, Q = D / E, M = slot capacity / E, O outputs, I inputs.
+C blocks of P = KEY_BLOCK positions, E values stored together, Q = D / E, M = slot capacity / E.
 """
 
 from __future__ import annotations
@@ -21,18 +22,10 @@ from typing import NamedTuple
 
 import torch
 
-from aurora_lit.kernels import huge_pages, quantization
 from aurora_lit.kernels.build import built_library, compiler, first_errors
-from aurora_lit.kernels.weight_format import WeightFormat
 
 KEY_BLOCK = 64
 """Positions whose keys are stored together in a slot; KEY_BLOCK in attention_shape.hpp."""
-_NORM_MARGIN = 1.001
-"""Factor that makes a norm computed in fp32 no smaller than the exact one."""
-_SCREEN_CHUNK = 4096
-"""Outputs that are quantised at a time, whole blocks: a large head at once would take gigabytes."""
-
-
 COST = "Without them everything is computed in torch: slower, and target.precision int8 and int4 are refused."
 _log = logging.getLogger(__name__)
 
@@ -187,227 +180,18 @@ def attend(
     call = kernels.aurora_attention_fp32 if keys_SGCQPE.dtype == torch.float32 else kernels.aurora_attention_bf16
     call(
         ctypes.byref(shape),
-        _address(query_BNTD),
-        _address(key_BGTD),
-        _address(value_BGTD),
-        _address(keys_SGCQPE),
-        _address(values_SGMDE),
-        _address(slots_B),
-        _address(starts_B),
-        _address(out_BTND),
+        address(query_BNTD),
+        address(key_BGTD),
+        address(value_BGTD),
+        address(keys_SGCQPE),
+        address(values_SGMDE),
+        address(slots_B),
+        address(starts_B),
+        address(out_BTND),
     )
     return out_BTND
 
 
-# -- packing weights -----------------------------------------------------------------------------------------------
-
-
-def pack_weight(weight_OI: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
-    """Lay out a linear layer's weight for `linear`; a flat tensor of the format's `storage_dtype`."""
-    kernels = library()
-    assert kernels is not None
-    weight_OI = weight_OI.detach().float().contiguous()
-    outputs, inputs = weight_OI.shape
-    block = kernels.aurora_block()
-    blocks = -(-outputs // block)
-    if weight_format is WeightFormat.FP32:
-        packed = huge_pages.empty(blocks * block * inputs, torch.float32)
-        kernels.aurora_pack_fp32(_address(weight_OI), outputs, inputs, _address(packed))
-        return packed
-    if weight_format is WeightFormat.BF16:
-        padded = -(-inputs // 32) * 32
-        packed = huge_pages.empty(blocks * block * padded, torch.bfloat16)
-        kernels.aurora_pack_bf16(_address(weight_OI), outputs, inputs, padded, _address(packed))
-        return packed
-    if weight_format is WeightFormat.INT8_PER_OUTPUT:
-        contents = quantization.pack_per_output(*quantization.quantize_per_output(weight_OI), block=block)
-    else:
-        bits = weight_format.grouped_bits
-        assert bits is not None
-        contents = quantization.pack_grouped(weight_OI, bits=bits, block=block, group=kernels.aurora_group())
-    return huge_pages.empty(contents.numel(), torch.uint8).copy_(contents)
-
-
-def packed_values(weight_OI: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
-    """The values, in fp32, that a weight has after packing; not for INT8_PER_OUTPUT."""
-    weight_OI = weight_OI.detach().float()
-    if (bits := weight_format.grouped_bits) is not None:
-        kernels = library()
-        assert kernels is not None
-        return quantization.dequantized_grouped(weight_OI, bits=bits, group=kernels.aurora_group())
-    return weight_OI.to(weight_format.storage_dtype).float()
-
-
-def is_lossless(weight_OI: torch.Tensor, weight_format: WeightFormat) -> bool:
-    """True if packing a weight in this grouped format changes none of its values."""
-    kernels = library()
-    assert kernels is not None
-    bits = weight_format.grouped_bits
-    assert bits is not None
-    return quantization.is_lossless_grouped(weight_OI.detach().float(), bits=bits, group=kernels.aurora_group())
-
-
-class Screen(ctypes.Structure):
-    """A coarse copy of a packed weight, from which `argmax_linear` bounds every output; Screen in screen.hpp."""
-
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("copy", "errors", "norms"))
-
-    @staticmethod
-    def of(weight_OI: torch.Tensor, weight_format: WeightFormat) -> Screen:
-        """For a weight that is packed in this format; needs `has_int8_tiles`."""
-        kernels = library()
-        assert kernels is not None
-        parts = []
-        for part_OI in torch.split(weight_OI, _SCREEN_CHUNK):
-            values_OI = packed_values(part_OI, weight_format)
-            quantized = quantization.quantize_per_output(values_OI)
-            norms = (norm_O * _NORM_MARGIN for norm_O in quantization.per_output_error_norms(values_OI, *quantized))
-            parts.append((quantization.pack_per_output(*quantized, block=kernels.aurora_block()), *norms))
-        copies, errors, norms_O = zip(*parts, strict=True)
-        copy = torch.cat(copies, out=huge_pages.empty(sum(map(len, copies)), torch.uint8))
-        return Screen.from_tensors(copy, torch.cat(errors), torch.cat(norms_O))
-
-    @staticmethod
-    def from_tensors(copy: torch.Tensor, errors: torch.Tensor, norms: torch.Tensor) -> Screen:
-        """The screen whose `tensors` these are."""
-        screen = Screen()
-        screen.tensors = (copy, errors, norms)  # kept alive while the kernels read them
-        screen.copy, screen.errors, screen.norms = (tensor.data_ptr() for tensor in screen.tensors)
-        return screen
-
-
-class RowTable(ctypes.Structure):
-    """A table that the kernels read row by row: its address, and a function that reads a row; RowTable in rows.hpp."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("read", ctypes.c_void_p))
-
-    @staticmethod
-    def of(table: torch.Tensor, weight_format: WeightFormat | None) -> RowTable:
-        """`weight_format`: of a packed weight; None for rows of fp32. The caller keeps the tensor alive."""
-        reader = getattr(library(), f"aurora_row_{'plain' if weight_format is None else weight_format.suffix}")
-        return RowTable(table.data_ptr(), ctypes.cast(reader, ctypes.c_void_p))
-
-
-def read_rows(
-    packed: torch.Tensor, weight_format: WeightFormat, indices: torch.Tensor, *, outputs: int, inputs: int
-) -> torch.Tensor:
-    """Rows of a packed weight, with exactly the values that `linear` multiplies by: [*indices.shape, inputs] fp32.
-
-    Raises IndexError for an index outside 0 … `outputs` - 1.
-    """
-    kernels = library()
-    assert kernels is not None
-    indices = indices.long().contiguous()
-    rows = torch.empty(*indices.shape, inputs)
-    shape, count = (ctypes.c_int64(outputs), ctypes.c_int64(inputs)), ctypes.c_int64(indices.numel())
-    call = getattr(kernels, f"aurora_rows_{weight_format.suffix}")
-    if not call(_address(packed), *shape, _address(indices), count, _address(rows)):
-        raise IndexError(f"an index of {indices.tolist()} is no row of a weight of {outputs} rows")
-    return rows
-
-
-# -- products ------------------------------------------------------------------------------------------------------
-
-
-def linear(
-    x_NI: torch.Tensor, packed: torch.Tensor, weight_format: WeightFormat, outputs: int, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """x [N, I] fp32 times a packed weight, plus bias: [N, O] fp32."""
-    kernels = library()
-    assert kernels is not None
-    if x_NI.stride(1) != 1:
-        x_NI = x_NI.contiguous()
-    rows, inputs = x_NI.shape
-    y_NO = torch.empty(rows, outputs)
-    call = getattr(kernels, f"aurora_linear_{weight_format.suffix}")
-    call(
-        _address(x_NI),
-        ctypes.c_int64(x_NI.stride(0)),
-        rows,
-        _address(packed),
-        inputs,
-        outputs,
-        _address(y_NO),
-        None if bias is None else _address(bias),
-    )
-    return y_NO
-
-
-def argmax_linear(
-    x_NI: torch.Tensor,
-    packed: torch.Tensor,
-    weight_format: WeightFormat,
-    outputs: int,
-    *,
-    screen: Screen | None = None,
-) -> torch.Tensor:
-    """Index of the largest output of `linear` without a bias, for each row: [N] int64; the first of equal outputs."""
-    kernels = library()
-    assert kernels is not None
-    if x_NI.stride(1) != 1:
-        x_NI = x_NI.contiguous()
-    rows, inputs = x_NI.shape
-    index_N = torch.empty(rows, dtype=torch.int64)
-    screened = () if screen is None else (ctypes.byref(screen),)
-    call = getattr(kernels, f"aurora_{'screened_' if screened else ''}argmax_{weight_format.suffix}")
-    call(
-        _address(x_NI),
-        ctypes.c_int64(x_NI.stride(0)),
-        rows,
-        _address(packed),
-        inputs,
-        outputs,
-        _address(index_N),
-        *screened,
-    )
-    return index_N
-
-
-class _Draws(ctypes.Structure):
-    """Draws in choose.hpp."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_void_p) for name in ("temperatures", "keys", "positions", "dense", "dense_logits", "tokens")
-    )
-
-
-def choose_linear(
-    x_NI: torch.Tensor,
-    packed: torch.Tensor,
-    weight_format: WeightFormat,
-    outputs: int,
-    *,
-    temperature_N: torch.Tensor,
-    key_N: torch.Tensor,
-    position_N: torch.Tensor,
-    dense_N: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """An output of `linear` without a bias for each row; the arguments and results of `PackedLinear.choose`."""
-    kernels = library()
-    assert kernels is not None
-    if x_NI.stride(1) != 1:
-        x_NI = x_NI.contiguous()
-    rows, inputs = x_NI.shape
-    assert temperature_N.shape == key_N.shape == position_N.shape == (rows,)
-    index_N = torch.empty(rows, dtype=torch.int64)
-    num_dense = 0
-    if dense_N is not None:
-        assert dense_N.shape == (rows,)
-        dense_N = dense_N.long().contiguous()
-        num_dense = int(dense_N.max()) + 1 if rows else 0
-    dense_logits_DO = torch.empty(num_dense, outputs)
-    given = [temperature_N.float().contiguous(), key_N.long().contiguous(), position_N.long().contiguous()]
-    draws = _Draws(
-        *(tensor.data_ptr() for tensor in given),
-        None if dense_N is None else dense_N.data_ptr(),
-        dense_logits_DO.data_ptr(),
-        index_N.data_ptr(),
-    )
-    call = getattr(kernels, f"aurora_choose_{weight_format.suffix}")
-    stride = ctypes.c_int64(x_NI.stride(0))
-    call(_address(x_NI), stride, rows, _address(packed), inputs, outputs, ctypes.byref(draws))
-    return index_N, dense_logits_DO
-
-
-def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
+def address(tensor: torch.Tensor) -> ctypes.c_void_p:
+    """Of a tensor's first element, for the kernels; the caller keeps the tensor alive."""
     return ctypes.c_void_p(tensor.data_ptr())

@@ -146,14 +146,14 @@ def test_a_chain_that_reads_the_heads_copy_first_proposes_what_the_head_does(
     target = Target.load(folder, precision="bf16")
     tokens_SL = torch.randint(0, vocab, (count, 9), generator=torch.Generator().manual_seed(2))
     drafter = Drafter(random_draft(target, draft_vocab_size=vocab - 3), target, tokens_SL=tokens_SL, capacity=8)
-    same = 0
+    gen, same = torch.Generator().manual_seed(5), 0
     for _ in range(25):
-        drafter.features_SLF.normal_()
+        drafter.features_SLF.normal_(generator=gen)
         drafter._num_cached = [0] * count
         together = DraftInputs(slots_B=torch.arange(count), lengths=[5] * count)
         noise = {
             "temperature_B": torch.full((count,), temperature),
-            "key_B": torch.randint(0, 1 << 60, (count,)),
+            "key_B": torch.randint(0, 1 << 60, (count,), generator=gen),
             "position_B": torch.zeros(count, dtype=torch.int64),
         }
         token_BK = native_chain(drafter, together, num_levels=1, **noise).token_BK

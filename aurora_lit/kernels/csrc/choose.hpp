@@ -13,7 +13,8 @@ struct Draws {
   const float* temperatures;  // 0: the largest output
   const int64_t* keys;        // of the noise
   const int64_t* positions;   // index in the output of the token to choose
-  const int64_t* dense;       // row of `dense_logits` where the outputs are stored and none is chosen, or -1; null: -1 for all
+  const int64_t* dense;       // row of `dense_logits` where the outputs are stored and none is chosen, or -1; or null:
+                              // -1 for all
   float* dense_logits;        // [rows, outputs] out
   int64_t* tokens;            // [N] out; 0 where none is chosen
 };

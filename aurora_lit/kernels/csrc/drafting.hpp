@@ -135,8 +135,7 @@ void coarse_argmax(const DraftCall& call, const float* normed, const typename Fo
   for (int i = 0; i < rows * CANDIDATES; ++i) blocks[i] = int(candidates[i].index) / BLOCK;
   std::sort(blocks, blocks + rows * CANDIDATES);
   const int count = int(std::unique(blocks, blocks + rows * CANDIDATES) - blocks);
-  top_of_blocks<Format>(x, k, rows, call.head.weight, outputs, blocks, count, 1, tops, nullptr,
-                        perturbations);
+  top_of_blocks<Format>(x, k, rows, call.head.weight, outputs, blocks, count, 1, tops, nullptr, perturbations);
 }
 
 // Add children of the nodes whose hidden states are in `normed`, and choose the nodes to expand next.

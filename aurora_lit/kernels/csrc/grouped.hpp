@@ -131,9 +131,8 @@ struct Grouped {
   typedef InputGroup Input;
   static constexpr int SHARES = 16 / BITS;  // pairs of inputs in a lane
   static constexpr uint32_t MASK = BITS == 4 ? 0x000f000fu : 0x00ff00ffu;
-  // With AMX the first-level cache, as measured there. Without, the second: a group's lines come at once, and the first
-  // one, of which 16 KiB are half, loses some before they are read. A pass of one token then takes 1.07 to 1.25 times as
-  // long (AMD Zen 4, int4); in bf16, whose lines come two at a time, the first is better by 1.03.
+  // The level of the cache that weights are prefetched into: with AMX the first, as measured there. Without, the second:
+  // in the first one a pass of one token took 1.07 to 1.25 times as long (int4, AMD Zen 4), and in bf16 0.97 times.
 #if defined(AURORA_GROUPED_TILES)
   static constexpr int PREFETCHED_TO = 3;
 #else

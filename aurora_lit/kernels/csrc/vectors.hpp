@@ -50,9 +50,10 @@ inline u16v widen16(const uint16_t* from) {
 #endif
 }
 
-// Prefetch `bytes` into the cache.
+// Prefetch `bytes`. LOCALITY 3: into the first-level cache; 2: into the second.
+template <int LOCALITY = 3>
 inline void prefetch(const void* from, int bytes) {
-  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(from) + line);
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(from) + line, 0, LOCALITY);
 }
 
 // Prefetches weights while they are read sequentially: between arithmetic, out-of-order execution does not reach far
@@ -62,12 +63,12 @@ struct Stream {
   const char* end;
   const char* next;
 
-  // Prefetch the BYTES that will be read AHEAD bytes after `at`. LOCALITY 3: into the first-level cache; 2: the second.
+  // Prefetch the BYTES that will be read AHEAD bytes after `at`.
   template <int BYTES, int LOCALITY = 3>
   void ask(const void* at) const {
     const char* place = static_cast<const char*>(at) + AHEAD;
     if (place >= end) place = next + (place - end);
-    for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(place + line, 0, LOCALITY);
+    prefetch<LOCALITY>(place, BYTES);
   }
 };
 

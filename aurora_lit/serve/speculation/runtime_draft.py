@@ -51,9 +51,9 @@ def prepare_draft(draft: Eagle3Draft, target: Target, *, capacity: int) -> Runti
     coarse_head = None
     if uses_kernels(device):
         weight_format = _draft_format(target)
+        pack_linears(draft, weight_format=weight_format)
         if weight_format in _HAS_COARSE_HEAD:
             coarse_head = _in_four_bits(draft.lm_head)
-        pack_linears(draft, weight_format=weight_format)
     else:
         draft.to(device, target.kv_dtype)
     draft.cos_LD, draft.sin_LD = (table.to(device) for table in rotary_table(capacity, config))
@@ -67,14 +67,11 @@ def prepare_draft(draft: Eagle3Draft, target: Target, *, capacity: int) -> Runti
 
 
 def _in_four_bits(head: nn.Module) -> PackedLinear:
-    """A copy of a head without a bias; of a packed one, whose draft has been prepared before, with its values."""
-    if isinstance(head, PackedLinear):
-        rows = torch.arange(head.out_features)
-        unpacked = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-        unpacked.weight = nn.Parameter(head.rows(rows), requires_grad=False)
-        head = unpacked
-    assert isinstance(head, nn.Linear)
-    return PackedLinear(head, WeightFormat.INT4_GROUPED)
+    """A copy of a packed head without a bias."""
+    assert isinstance(head, PackedLinear)
+    unpacked = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    unpacked.weight = nn.Parameter(head.rows(torch.arange(head.out_features)), requires_grad=False)
+    return PackedLinear(unpacked, WeightFormat.INT4_GROUPED)
 
 
 def _draft_format(target: Target) -> WeightFormat:

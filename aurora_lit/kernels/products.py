@@ -1,0 +1,229 @@
+"""Packs weights for the CPU kernels, and multiplies by them: products, their argmax, a choice for each row.
+
+Leaves out: how weights are quantised (quantization.py), and layers with packed weights (packed_linear.py).
+
+Shapes: N rows, I inputs, O outputs, D rows whose outputs are stored.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from aurora_lit.kernels import huge_pages, native, quantization
+from aurora_lit.kernels.weight_format import WeightFormat
+
+_NORM_MARGIN = 1.001
+"""Factor that makes a norm computed in fp32 no smaller than the exact one."""
+_SCREEN_CHUNK = 4096
+"""Outputs that are quantised at a time, whole blocks: a large head at once would take gigabytes."""
+
+# -- packing weights -----------------------------------------------------------------------------------------------
+
+
+def pack_weight(weight_OI: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
+    """Lay out a linear layer's weight for `linear`; a flat tensor of the format's `storage_dtype`."""
+    kernels = native.library()
+    assert kernels is not None
+    weight_OI = weight_OI.detach().float().contiguous()
+    outputs, inputs = weight_OI.shape
+    block = kernels.aurora_block()
+    blocks = -(-outputs // block)
+    if weight_format is WeightFormat.FP32:
+        packed = huge_pages.empty(blocks * block * inputs, torch.float32)
+        kernels.aurora_pack_fp32(native.address(weight_OI), outputs, inputs, native.address(packed))
+        return packed
+    if weight_format is WeightFormat.BF16:
+        padded = -(-inputs // 32) * 32
+        packed = huge_pages.empty(blocks * block * padded, torch.bfloat16)
+        kernels.aurora_pack_bf16(native.address(weight_OI), outputs, inputs, padded, native.address(packed))
+        return packed
+    if weight_format is WeightFormat.INT8_PER_OUTPUT:
+        contents = quantization.pack_per_output(*quantization.quantize_per_output(weight_OI), block=block)
+    else:
+        bits = weight_format.grouped_bits
+        assert bits is not None
+        contents = quantization.pack_grouped(weight_OI, bits=bits, block=block, group=kernels.aurora_group())
+    return huge_pages.empty(contents.numel(), torch.uint8).copy_(contents)
+
+
+def packed_values(weight_OI: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
+    """The values, in fp32, that a weight has after packing; not for INT8_PER_OUTPUT."""
+    weight_OI = weight_OI.detach().float()
+    if (bits := weight_format.grouped_bits) is not None:
+        kernels = native.library()
+        assert kernels is not None
+        return quantization.dequantized_grouped(weight_OI, bits=bits, group=kernels.aurora_group())
+    return weight_OI.to(weight_format.storage_dtype).float()
+
+
+def is_lossless(weight_OI: torch.Tensor, weight_format: WeightFormat) -> bool:
+    """True if packing a weight in this grouped format changes none of its values."""
+    kernels = native.library()
+    assert kernels is not None
+    bits = weight_format.grouped_bits
+    assert bits is not None
+    return quantization.is_lossless_grouped(weight_OI.detach().float(), bits=bits, group=kernels.aurora_group())
+
+
+class Screen(ctypes.Structure):
+    """A coarse copy of a packed weight, from which `argmax_linear` bounds every output; Screen in screen.hpp."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("copy", "errors", "norms"))
+
+    @staticmethod
+    def of(weight_OI: torch.Tensor, weight_format: WeightFormat) -> Screen:
+        """For a weight that is packed in this format; needs `has_int8_tiles`."""
+        kernels = native.library()
+        assert kernels is not None
+        parts = []
+        for part_OI in torch.split(weight_OI, _SCREEN_CHUNK):
+            values_OI = packed_values(part_OI, weight_format)
+            quantized = quantization.quantize_per_output(values_OI)
+            norms = (norm_O * _NORM_MARGIN for norm_O in quantization.per_output_error_norms(values_OI, *quantized))
+            parts.append((quantization.pack_per_output(*quantized, block=kernels.aurora_block()), *norms))
+        copies, errors, norms_O = zip(*parts, strict=True)
+        copy = torch.cat(copies, out=huge_pages.empty(sum(map(len, copies)), torch.uint8))
+        return Screen.from_tensors(copy, torch.cat(errors), torch.cat(norms_O))
+
+    @staticmethod
+    def from_tensors(copy: torch.Tensor, errors: torch.Tensor, norms: torch.Tensor) -> Screen:
+        """The screen whose `tensors` these are."""
+        screen = Screen()
+        screen.tensors = (copy, errors, norms)  # kept alive while the kernels read them
+        screen.copy, screen.errors, screen.norms = (tensor.data_ptr() for tensor in screen.tensors)
+        return screen
+
+
+class RowTable(ctypes.Structure):
+    """A table that the kernels read row by row: its address, and a function that reads a row; RowTable in rows.hpp."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("read", ctypes.c_void_p))
+
+    @staticmethod
+    def of(table: torch.Tensor, weight_format: WeightFormat | None) -> RowTable:
+        """`weight_format`: of a packed weight; None for rows of fp32. The caller keeps the tensor alive."""
+        reader = getattr(native.library(), f"aurora_row_{'plain' if weight_format is None else weight_format.suffix}")
+        return RowTable(table.data_ptr(), ctypes.cast(reader, ctypes.c_void_p))
+
+
+def read_rows(
+    packed: torch.Tensor, weight_format: WeightFormat, indices: torch.Tensor, *, outputs: int, inputs: int
+) -> torch.Tensor:
+    """Rows of a packed weight, with exactly the values that `linear` multiplies by: [*indices.shape, inputs] fp32.
+
+    Raises IndexError for an index outside 0 … `outputs` - 1.
+    """
+    kernels = native.library()
+    assert kernels is not None
+    indices = indices.long().contiguous()
+    rows = torch.empty(*indices.shape, inputs)
+    shape, count = (ctypes.c_int64(outputs), ctypes.c_int64(inputs)), ctypes.c_int64(indices.numel())
+    call = getattr(kernels, f"aurora_rows_{weight_format.suffix}")
+    if not call(native.address(packed), *shape, native.address(indices), count, native.address(rows)):
+        raise IndexError(f"an index of {indices.tolist()} is no row of a weight of {outputs} rows")
+    return rows
+
+
+# -- products ------------------------------------------------------------------------------------------------------
+
+
+def linear(
+    x_NI: torch.Tensor, packed: torch.Tensor, weight_format: WeightFormat, outputs: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x [N, I] fp32 times a packed weight, plus bias: [N, O] fp32."""
+    kernels = native.library()
+    assert kernels is not None
+    if x_NI.stride(1) != 1:
+        x_NI = x_NI.contiguous()
+    rows, inputs = x_NI.shape
+    y_NO = torch.empty(rows, outputs)
+    call = getattr(kernels, f"aurora_linear_{weight_format.suffix}")
+    call(
+        native.address(x_NI),
+        ctypes.c_int64(x_NI.stride(0)),
+        rows,
+        native.address(packed),
+        inputs,
+        outputs,
+        native.address(y_NO),
+        None if bias is None else native.address(bias),
+    )
+    return y_NO
+
+
+def argmax_linear(
+    x_NI: torch.Tensor,
+    packed: torch.Tensor,
+    weight_format: WeightFormat,
+    outputs: int,
+    *,
+    screen: Screen | None = None,
+) -> torch.Tensor:
+    """Index of the largest output of `linear` without a bias, for each row: [N] int64; the first of equal outputs."""
+    kernels = native.library()
+    assert kernels is not None
+    if x_NI.stride(1) != 1:
+        x_NI = x_NI.contiguous()
+    rows, inputs = x_NI.shape
+    index_N = torch.empty(rows, dtype=torch.int64)
+    screened = () if screen is None else (ctypes.byref(screen),)
+    call = getattr(kernels, f"aurora_{'screened_' if screened else ''}argmax_{weight_format.suffix}")
+    call(
+        native.address(x_NI),
+        ctypes.c_int64(x_NI.stride(0)),
+        rows,
+        native.address(packed),
+        inputs,
+        outputs,
+        native.address(index_N),
+        *screened,
+    )
+    return index_N
+
+
+class _Draws(ctypes.Structure):
+    """Draws in choose.hpp."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in ("temperatures", "keys", "positions", "dense", "dense_logits", "tokens")
+    )
+
+
+def choose_linear(
+    x_NI: torch.Tensor,
+    packed: torch.Tensor,
+    weight_format: WeightFormat,
+    outputs: int,
+    *,
+    temperature_N: torch.Tensor,
+    key_N: torch.Tensor,
+    position_N: torch.Tensor,
+    dense_N: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output of `linear` without a bias for each row; the arguments and results of `PackedLinear.choose`."""
+    kernels = native.library()
+    assert kernels is not None
+    if x_NI.stride(1) != 1:
+        x_NI = x_NI.contiguous()
+    rows, inputs = x_NI.shape
+    assert temperature_N.shape == key_N.shape == position_N.shape == (rows,)
+    index_N = torch.empty(rows, dtype=torch.int64)
+    num_dense = 0
+    if dense_N is not None:
+        assert dense_N.shape == (rows,)
+        dense_N = dense_N.long().contiguous()
+        num_dense = int(dense_N.max()) + 1 if rows else 0
+    dense_logits_DO = torch.empty(num_dense, outputs)
+    given = [temperature_N.float().contiguous(), key_N.long().contiguous(), position_N.long().contiguous()]
+    draws = _Draws(
+        *(tensor.data_ptr() for tensor in given),
+        None if dense_N is None else dense_N.data_ptr(),
+        dense_logits_DO.data_ptr(),
+        index_N.data_ptr(),
+    )
+    call = getattr(kernels, f"aurora_choose_{weight_format.suffix}")
+    stride = ctypes.c_int64(x_NI.stride(0))
+    call(native.address(x_NI), stride, rows, native.address(packed), inputs, outputs, ctypes.byref(draws))
+    return index_N, dense_logits_DO
