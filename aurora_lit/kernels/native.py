@@ -101,10 +101,10 @@ def build_digest() -> str:
     return "" if kernels is None else Path(kernels._name).stem
 
 
-def has_vnni() -> bool:
+def has_byte_products() -> bool:
     """True if the processor multiplies grouped weights of 8 and 4 bits as fast as it reads them."""
     kernels = library()
-    return kernels is not None and bool(kernels.aurora_has_vnni())
+    return kernels is not None and bool(kernels.aurora_has_byte_products())
 
 
 def has_int8_tiles() -> bool:

@@ -143,7 +143,7 @@ def pack_model(model: nn.Module, *, precision: str, head: nn.Module) -> None:
     """
     if precision == "auto":
         grouped = (WeightFormat.INT4_GROUPED, WeightFormat.INT8_GROUPED)
-        lossless = [each for each in grouped if native.has_vnni() and _is_lossless_for(model, each, head)]
+        lossless = [each for each in grouped if native.has_byte_products() and _is_lossless_for(model, each, head)]
         weight_format = [*lossless, WeightFormat.BF16][0]
     else:
         weight_format = WeightFormat(precision)

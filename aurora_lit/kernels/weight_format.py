@@ -16,9 +16,9 @@ class WeightFormat(enum.Enum):
     FP32 = "fp32"
     BF16 = "bf16"
     INT8_GROUPED = "int8"
-    """8 bits with an fp16 scale for every 32 inputs of an output, as llama.cpp's Q8_0."""
+    """8 bits with an fp16 scale for every 32 inputs of an output, as llama.cpp's Q8_0; inputs are rounded to 8 bits."""
     INT4_GROUPED = "int4"
-    """4 bits with an fp16 scale and minimum for every 32 inputs of an output, as llama.cpp's Q4_1."""
+    """4 bits with an fp16 scale and minimum for every 32 inputs of an output, as Q4_1; inputs are rounded to 8 bits."""
     INT8_PER_OUTPUT = "int8_per_output"
     """8 bits with one fp32 scale for each output; needs AMX tiles (`native.has_int8_tiles`)."""
 

@@ -168,11 +168,11 @@ class Target(nn.Module):
             return False
         expected = self._probe(num_prompts=0)
         self._decoder = decoder
-        # Relative to the largest value; rounding only. Prompts round weights and inputs to bf16.
-        decoding, prompt = (1e-4, 1e-4) if self.kv_dtype == torch.float32 else (5e-2, 2e-1)
-        for num_prompts, tolerance in ((0, decoding), (2, prompt)):
+        # Of the root mean square. Rounding only; but the last bit of an input may decide how it is rounded to 8 bits.
+        tolerance = 1e-4 if self.kv_dtype == torch.float32 else 0.2
+        for num_prompts in (0, 2):
             for ours, own in zip(self._probe(num_prompts=num_prompts), expected, strict=True):
-                if float((ours - own).abs().max()) > tolerance * float(own.abs().max()):
+                if float((ours - own).norm()) > tolerance * float(own.norm()):
                     self._decoder = None
                     return False
         return True

@@ -134,7 +134,8 @@ def test_native_drafting_ends_where_the_rule_says(target: Target, width: int) ->
 
 @torch.no_grad()
 @pytest.mark.skipif(
-    not (native.has_int8_tiles() or native.has_vnni()), reason="drafts of other formats have no copy in four bits"
+    not (native.has_int8_tiles() or native.has_byte_products()),
+    reason="drafts of other formats have no copy in four bits",
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_chain_that_reads_the_heads_copy_first_proposes_what_the_head_does(

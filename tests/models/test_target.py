@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.kernel_formats import stored_weight
+from support.kernel_formats import rounded_inputs, stored_weight
 from support.tiny_models import FAMILIES, VOCAB, reference_model, save_model
 
 from aurora_lit.config import load_config
@@ -127,35 +128,57 @@ def test_bf16_is_close_and_keeps_a_bf16_cache(references: dict[str, Reference], 
 @torch.no_grad()
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_grouped_formats_give_the_outputs_of_the_model_with_rounded_weights(
+def test_grouped_formats_give_the_outputs_of_the_model_with_rounded_weights_and_inputs(
     precision: str, family: str, tmp_path: Path
 ) -> None:
-    """Weights of linear layers are rounded, the head's to 8 bits; with an fp32 cache nothing else differs."""
+    """Linear layers round their weights, the head's to 8 bits, and inputs; with an fp32 cache nothing else differs.
+
+    The last bit of an input may decide how it is rounded, so each layer of the reference gets the target's very input
+    once that was compared.
+    """
     if native.library() is None:
         pytest.skip("no native kernels here")
     folder = save_model(family, tmp_path)
-    model = reference_model(folder)
-    head = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.clone())  # a copy, because the embedding may be tied to it
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            weight_format = WeightFormat.INT8_GROUPED if module is head else WeightFormat(precision)
-            module.weight.copy_(stored_weight(module.weight, weight_format))
     target, ids_BT = Target.load(folder, precision=precision), tokens(3, 40)
-    expected_BTV = model(ids_BT).logits
     assert isinstance(target.head, PackedLinear)
     assert (target.kv_dtype, target.head.weight_format) == (torch.bfloat16, WeightFormat.INT8_GROUPED)
     target.kv_dtype, target._decoder = torch.float32, None
+    inputs_of: dict[str, torch.Tensor] = {}
+    for name, module in target.model.named_modules():
+        if isinstance(module, PackedLinear):
+            module.register_forward_pre_hook(partial(_note_input, inputs_of, name))
     kv_cache = target.make_kv_cache(num_slots=3, capacity=40)
     _, last = target(ids_BT, kv_cache=kv_cache, slots_B=torch.tensor([1, 0, 2]), starts_B=torch.tensor([0, 0, 0]))
-    # Inputs are rounded too, to 16 or 12 bits; and at a near tie a router may choose another expert.
-    tolerance = {"int8": 1e-3, "int4": 1e-2}[precision]
-    assert (target.logits(last) - expected_BTV).abs().mean() < tolerance * expected_BTV.std()
+    logits_BTV = target.logits(last)
+
+    model = reference_model(folder)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.clone())  # a copy, because the embedding may be tied to it
+    linears = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    assert linears.keys() == inputs_of.keys()
+    for name, module in linears.items():
+        weight_format = WeightFormat.INT8_GROUPED if module is head else WeightFormat(precision)
+        module.weight.copy_(stored_weight(module.weight, weight_format))
+        scale = getattr(model.config, "logit_scale", 1.0) if module is head else 1.0  # the target scales hidden states
+        module.register_forward_pre_hook(partial(_compare_and_round, inputs_of[name] / scale, weight_format))
+    expected_BTV = model(ids_BT).logits
+    torch.testing.assert_close(logits_BTV, expected_BTV, **TOLERANCE)
+
+
+def _note_input(inputs_of: dict[str, torch.Tensor], name: str, _: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+    inputs_of[name] = inputs[0].clone()
+
+
+def _compare_and_round(
+    expected: torch.Tensor, weight_format: WeightFormat, _: torch.nn.Module, inputs: tuple[torch.Tensor]
+) -> torch.Tensor:
+    torch.testing.assert_close(inputs[0].view_as(expected), expected, **TOLERANCE)
+    return rounded_inputs(expected, weight_format).float().view_as(inputs[0])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("file", "vnni", "chosen"),
+    ("file", "byte_products", "chosen"),
     [
         ("int4", True, "int4"),
         ("int8", True, "int8"),
@@ -165,11 +188,11 @@ def test_grouped_formats_give_the_outputs_of_the_model_with_rounded_weights(
     ],
 )
 def test_auto_chooses_the_fewest_bits_that_change_no_weight(
-    file: str, vnni: bool, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, byte_products: bool, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if native.library() is None:
         pytest.skip("no native kernels here")
-    monkeypatch.setattr(native, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(native, "has_byte_products", lambda: byte_products)
     model = reference_model(save_model("llama", tmp_path))
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
@@ -237,7 +260,7 @@ def test_the_forward_pass_is_compiled_only_if_the_setting_is_on(
     _, last_BTH = target(ids_BT, kv_cache=target.make_kv_cache(num_slots=1, capacity=8), **batch)
     _, expected_BTH = plain(ids_BT, kv_cache=plain.make_kv_cache(num_slots=1, capacity=8), **batch)
     assert (len(compiled_passes) == 1) == compiled
-    torch.testing.assert_close(last_BTH, expected_BTH, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(last_BTH, expected_BTH, **TOLERANCE)
 
 
 def test_positions_beyond_a_learned_table_do_not_fail(tmp_path: Path) -> None:

@@ -13,39 +13,38 @@ PER_OUTPUT = [WeightFormat.INT8_PER_OUTPUT] if native.has_int8_tiles() else []
 
 
 def stored_weight(weight: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
-    """A weight's values in its format, float64; grouped formats are llama.cpp's Q8_0 and Q4_1."""
+    """A weight's values in its format, float64; grouped formats are llama.cpp's Q8_0 and Q4_1, rounded in fp32."""
     if weight_format in UNQUANTIZED:
         return weight.to(weight_format.storage_dtype).double()
     if weight_format is WeightFormat.INT8_PER_OUTPUT:
         scale = weight.abs().amax(-1, keepdim=True) / 127
         return (weight / scale.clamp_min(1e-30)).round().double() * scale.double()
-    grouped = in_groups(weight)
+    grouped = in_groups(weight).float()
     if weight_format is WeightFormat.INT8_GROUPED:
         scale, low = (grouped.abs().amax(-1, keepdim=True) / 127).half().double(), torch.zeros(1).double()
-        q = (grouped / scale).round().clamp(-127, 127)
+        q = (grouped / scale.float()).round().clamp(-127, 127)
     else:
         low = grouped.amin(-1, keepdim=True)
         scale, low = ((grouped.amax(-1, keepdim=True) - low) / 15).half().double(), low.half().double()
-        q = ((grouped - low) / scale).round().clamp(0, 15)
+        q = ((grouped - low.float()) / scale.float()).round().clamp(0, 15)
     return torch.where(scale > 0, q * scale + low, low).flatten(-2)[..., : weight.shape[-1]]
 
 
 def rounded_inputs(x: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
     """Inputs as the kernels round them, float64.
 
-    Grouped formats have a scale per group and 16 bits with INT8_GROUPED, 12 bits with INT4_GROUPED; INT8_PER_OUTPUT
-    has 16 bits and a scale per row.
+    Grouped formats have 8 bits and a scale per group; INT8_PER_OUTPUT has 16 bits and a scale per row.
     """
     if weight_format in UNQUANTIZED:
         return x.to(weight_format.storage_dtype).double()
-    limit_16_bits, limit_12_bits = 127 * 256 + 127, 127 * 16 + 7
     if weight_format is WeightFormat.INT8_PER_OUTPUT:
         largest = x.abs().amax(-1, keepdim=True)
-        return (x * (limit_16_bits / largest)).round().double() * largest.double() / limit_16_bits
-    limit = limit_16_bits if weight_format is WeightFormat.INT8_GROUPED else limit_12_bits
-    largest = in_groups(x).abs().amax(-1, keepdim=True)
-    q = (in_groups(x).float() * (limit / largest.float())).round()  # in fp32 like the kernel, so that ties round alike
-    return (q * largest / limit).flatten(-2)[..., : x.shape[-1]]
+        limit = 127 * 256 + 127
+        return (x * (limit / largest)).round().double() * largest.double() / limit
+    largest = in_groups(x).float().abs().amax(-1, keepdim=True)
+    factor = torch.full_like(largest, 127) / largest  # "127 / largest" would be 127 times the reciprocal
+    q = (in_groups(x).float() * factor).round()  # in fp32 like the kernel, so that ties round alike
+    return (q.double() * largest.double() / 127).flatten(-2)[..., : x.shape[-1]]
 
 
 def in_groups(x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 // Grouped weights of 8 bits on Intel's matrix tiles (AMX), faster than grouped.hpp from EIGHT_BIT_TILES_MIN_ROWS rows
-// on. An input consists of two signed bytes (INPUT_STEP), so a product is two products of bytes. The sums are the same
-// integers as in grouped.hpp, added over groups in the same order, so both give the same bits. Source of the
-// instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 2, TDPBSUD.
+// on: the product of a group is one product of bytes. The sums are the same integers as in grouped.hpp, added over
+// groups in the same order, so both give the same bits. Source of the instructions: Intel 64 and IA-32 Architectures
+// Software Developer's Manual, vol. 2, TDPBSUD.
 #pragma once
 
 #include "grouped.hpp"
@@ -13,9 +13,9 @@ namespace {
 
 constexpr int EIGHT_BIT_TILES_MIN_ROWS = 6;
 
-// Tiles 0 and 1 are sums of high bytes for the two halves of a block, 2 and 3 sums of low bytes, 4 and 5 high and low
-// bytes of the inputs, 6 and 7 the weights, whose rows hold four inputs each.
-inline void configure_eight_bit_tiles(int rows) {
+// Tiles 0 to 3 are sums, 4 and 5 inputs, 6 and 7 the weights of the two halves of a block, whose rows hold four inputs
+// each.
+inline void configure_byte_tiles(int rows) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
     config.row_bytes[tile] = tile == 4 || tile == 5 ? GROUP : 64;
@@ -26,7 +26,7 @@ inline void configure_eight_bit_tiles(int rows) {
 
 // One group's integer sums for up to 16 rows and one block, and the scales that convert them to floats.
 struct GroupSums {
-  alignas(64) i16v sums[4][TILE_ROWS];
+  alignas(64) i16v sums[2][TILE_ROWS];
   f16v scales[2];
   const InputGroup* inputs;
   f16v* totals;
@@ -35,22 +35,15 @@ struct GroupSums {
   void multiply(const WeightGroup<8>& weights, ptrdiff_t stride) {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
     _tile_loadd(6, weights.words[0], 64);
     _tile_loadd(7, weights.words[1], 64);
-    _tile_loadd(4, inputs->high, stride);
-    _tile_loadd(5, inputs->low, stride);
+    _tile_loadd(4, inputs->values, stride);
     _tile_dpbsud(0, 4, 6);
     _tile_dpbsud(1, 4, 7);
-    _tile_dpbsud(2, 5, 6);
-    _tile_dpbsud(3, 5, 7);
-    _tile_stored(2, sums[2], 64);
-    _tile_stored(3, sums[3], 64);
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
   }
-  i16v dots(int row, int half, int32_t start) const { return (sums[half][row] << 8) + sums[half + 2][row] + start; }
+  i16v dots(int row, int half, int32_t start) const { return sums[half][row] + start; }
   void add(int groups) const {
     const f16v scale0 = scales[0], scale1 = scales[1];
     const InputGroup* __restrict row = inputs;

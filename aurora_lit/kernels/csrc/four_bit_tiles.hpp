@@ -1,14 +1,12 @@
-// Grouped weights of 4 bits on Intel's matrix tiles (AMX), faster than grouped.hpp from FOUR_BIT_TILES_MIN_ROWS rows on. An
-// input consists of two signed bytes (INPUT_STEP), so the product of a group is one product of bytes over twice as many
-// inputs: [high, low] times [16 q, q]. The sums are the same integers as in grouped.hpp, scaled and added over groups in
-// the same order, so both give the same bits. Source of the instruction: Intel 64 and IA-32 Architectures Software
-// Developer's Manual, vol. 2, TDPBSUD.
+// Grouped weights of 4 bits on Intel's matrix tiles (AMX), faster than grouped.hpp from FOUR_BIT_TILES_MIN_ROWS rows on:
+// the product of a group is one product of bytes. The sums are the same integers as in grouped.hpp, scaled and added
+// over groups in the same order, so both give the same bits. Source of the instruction: Intel 64 and IA-32
+// Architectures Software Developer's Manual, vol. 2, TDPBSUD.
 #pragma once
 
 #include <utility>
 
-#include "grouped.hpp"
-#include "bf16_tiles.hpp"
+#include "eight_bit_tiles.hpp"
 
 #if defined(AURORA_GROUPED_TILES)
 
@@ -19,18 +17,18 @@ constexpr int HALF = BLOCK / 2;            // outputs of one tile
 
 // One group of inputs of up to 16 rows, as a tile reads it.
 struct alignas(64) TileInputs {
-  int8_t bytes[TILE_ROWS][2 * GROUP];  // high bytes, then low bytes
+  int8_t bytes[TILE_ROWS][GROUP];
   float scale[TILE_ROWS], scaled_sum[TILE_ROWS];
 
   void set(int row, const InputGroup& group) {
-    split_bytes<4>(group, bytes[row], bytes[row] + GROUP);
+    std::memcpy(bytes[row], group.values, GROUP);
     scale[row] = group.scale, scaled_sum[row] = group.scaled_sum;
   }
 };
 
-// The weights of one group and half a block, as a tile reads them: times the step, then once.
+// The weights of one group and half a block, as a tile reads them.
 struct alignas(64) TileWeights {
-  u16v lines[TILE_ROWS];
+  u16v lines[GROUP / 4];
 };
 
 // The weights of this many groups are unpacked ahead, and sums are added this many groups behind: a processor cannot
@@ -40,10 +38,7 @@ constexpr int UNPACKED_AHEAD = 3, ADDED_BEHIND = 3, RING = 4;
 inline __attribute__((always_inline)) void unpack_half(const WeightGroup<4>& weights, int half, TileWeights& to) {
   for (int line = 0; line < BLOCK / 8; ++line) {
     const u16v both = *reinterpret_cast<const u16v*>(weights.words[half][line]);
-    to.lines[2 * line] = (both << 4) & 0xf0f0f0f0u;
-    to.lines[2 * line + 1] = both & 0xf0f0f0f0u;
-    to.lines[8 + 2 * line] = both & 0x0f0f0f0fu;
-    to.lines[9 + 2 * line] = (both >> 4) & 0x0f0f0f0fu;
+    for (int n = 0; n < 2; ++n) to.lines[2 * line + n] = Grouped<4>::piece(both, n);
   }
 }
 
@@ -54,7 +49,7 @@ inline __attribute__((always_inline)) void multiply_group(int step, const TileWe
   if (step & 1) {
     _tile_zero(2);
     _tile_zero(3);
-    _tile_loadd(5, inputs.bytes, 64);
+    _tile_loadd(5, inputs.bytes, GROUP);
     _tile_loadd(6, weights[0].lines, 64);
     _tile_dpbsud(2, 5, 6);
     _tile_loadd(7, weights[1].lines, 64);
@@ -62,7 +57,7 @@ inline __attribute__((always_inline)) void multiply_group(int step, const TileWe
   } else {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_loadd(4, inputs.bytes, 64);
+    _tile_loadd(4, inputs.bytes, GROUP);
     _tile_loadd(6, weights[0].lines, 64);
     _tile_dpbsud(0, 4, 6);
     _tile_loadd(7, weights[1].lines, 64);
@@ -191,7 +186,7 @@ void multiply_fitting(const FourBitProduct& p, const Stream& stream, int from, i
   multiply_tile_rows<ROWS>(p, stream, from, to);
 }
 
-// `rows` rows times blocks [from, to); the thread's tiles are configured for min(rows, 16) rows by configure_tiles.
+// `rows` rows times blocks [from, to); configure_byte_tiles has configured the thread's tiles for min(rows, 16) rows.
 // x: [tiles of rows][groups].
 inline void linear_four_bit_tiles(const TileInputs* x, int groups, int rows, const WeightGroup<4>* w, int outputs,
                                   const Stream& stream, float* y, const float* bias, bool add, int from, int to) {

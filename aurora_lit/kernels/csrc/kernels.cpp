@@ -57,9 +57,9 @@ void aurora_pack_bf16(const float* weight, int outputs, int inputs, int padded, 
 // Number of inputs that share a scale in the grouped formats.
 int aurora_group() { return GROUP; }
 
-// 1 if grouped weights are multiplied at full speed.
-int aurora_has_vnni() {
-#if defined(__AVX512VNNI__)
+// 1 if the processor has products of bytes, with which grouped weights are multiplied at full speed.
+int aurora_has_byte_products() {
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
   return 1;
 #else
   return 0;

@@ -7,15 +7,15 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int MAX_ROWS = 12;  // rows that share one read of a block; their sums fill the registers
-#else
-constexpr int MAX_ROWS = 6;
-#endif
-
 // For formats that are read a few inputs at a time, for all outputs of a block.
 template <class Format>
 struct Stepwise {
+  // Rows that share one read of a block; their sums fill the registers.
+#if defined(__AVX512F__)
+  static constexpr int MAX_ROWS = 12;
+#else
+  static constexpr int MAX_ROWS = 6;
+#endif
   static ptrdiff_t block_size(int k) { return ptrdiff_t(k) * BLOCK; }
   template <int ROWS, class Number>
   static void sums(const Number* w, const Number* x, ptrdiff_t x_stride, int k_padded, const Stream& stream,
@@ -98,7 +98,7 @@ void block_rows(const typename Format::Weight* w, const typename Format::Input* 
 inline int num_blocks(int outputs) { return (outputs + BLOCK - 1) / BLOCK; }
 
 // `rows` rows, at most ROWS, times one block, which is read once.
-template <class Format, int ROWS = MAX_ROWS>
+template <class Format, int ROWS = Format::MAX_ROWS>
 void block_of(int rows, const typename Format::Weight* w, const typename Format::Input* x, ptrdiff_t x_stride,
               int k_padded, const Stream& stream, float* y, ptrdiff_t y_stride, int width, const float* bias,
               bool add) {
@@ -117,7 +117,7 @@ void linear_blocks(const typename Format::Input* x, ptrdiff_t x_stride, int rows
     const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
     const typename Format::Weight* wb = w + Format::block_size(k_padded) * b;
     const float* bb = bias ? bias + first : nullptr;
-    int parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    int parts = (rows + Format::MAX_ROWS - 1) / Format::MAX_ROWS;
     for (int r = 0, n; r < rows; r += n, --parts) {
       n = (rows - r + parts - 1) / parts;
       block_of<Format>(n, wb, x + r * x_stride, x_stride, k_padded, stream, y + ptrdiff_t(r) * outputs + first, outputs,

@@ -123,11 +123,7 @@ struct Product<Grouped<BITS>> {
 #endif
       return;
     }
-    InputGroup& group = x[ptrdiff_t(r) * groups + g];
-    round_group<BITS>(from, &group);
-#if defined(AURORA_GROUPED_TILES)
-    if (BITS == 8 && on_tiles(rows)) split_bytes<BITS>(group, group.high, group.low);
-#endif
+    round_group<BITS>(from, &x[ptrdiff_t(r) * groups + g]);
   }
   static void round_row(const float* from, int inputs, InputGroup* x, int r, int rows) {
     const int groups = padded(inputs);
@@ -141,7 +137,9 @@ struct Product<Grouped<BITS>> {
       std::memcpy(whole, from + k, size_t(count) * sizeof(float));
       InputGroup group;
       round_group<BITS>(whole, &group);
-      for (int i = 0; i < count; ++i) to[k + i] = float(group.values[i]) * group.scale;
+      for (int i = 0; i < GROUP; ++i)
+        if (const int input = LANE_ORDER<BITS>.input[i]; input < count)
+          to[k + input] = float(group.values[i]) * group.scale;
     }
   }
   static bool on_tiles(int rows) {
@@ -154,8 +152,7 @@ struct Product<Grouped<BITS>> {
   }
   static void enter(int rows) {
 #if defined(AURORA_GROUPED_TILES)
-    if (on_tiles(rows) && BITS == 4) configure_tiles(rows < TILE_ROWS ? rows : TILE_ROWS);
-    if (on_tiles(rows) && BITS == 8) configure_eight_bit_tiles(rows < TILE_ROWS ? rows : TILE_ROWS);
+    if (on_tiles(rows)) configure_byte_tiles(rows < TILE_ROWS ? rows : TILE_ROWS);
 #endif
     (void)rows;
   }

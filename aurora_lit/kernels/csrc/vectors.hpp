@@ -2,12 +2,13 @@
 // same code compiles for processors without AVX-512.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <new>
 #include <vector>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -72,12 +73,32 @@ struct Stream {
   }
 };
 
-// Truncates 16 values to 16 bits.
-inline void narrow16(i16v from, int16_t* to) {
+// The nearest integers; of two, the even one. (Adding 2^23 would do, but a compiler may fuse that with a product.)
+inline i16v nearest(f16v x) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)from));
+  return (i16v)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+  __m256 halves[2];
+  std::memcpy(halves, &x, sizeof halves);
+  const __m256i rounded[2] = {_mm256_cvtps_epi32(halves[0]), _mm256_cvtps_epi32(halves[1])};
+  i16v to;
+  std::memcpy(&to, rounded, sizeof to);
+  return to;
 #else
-  for (int i = 0; i < 16; ++i) to[i] = int16_t(from[i]);
+  i16v to;
+  for (int i = 0; i < 16; ++i) to[i] = int32_t(std::lrint(x[i]));
+  return to;
+#endif
+}
+
+// Truncates 16 values to 8 bits; the value at place order[i] is stored at place i.
+inline void narrow8(i16v from, const uint8_t* order, int8_t* to) {
+#if defined(__AVX512F__)
+  const __m128i places = _mm_loadu_si128(reinterpret_cast<const __m128i*>(order));
+  const __m128i values = _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)from), places);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), values);
+#else
+  for (int i = 0; i < 16; ++i) to[i] = int8_t(from[order[i]]);
 #endif
 }
 

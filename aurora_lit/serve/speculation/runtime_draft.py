@@ -78,7 +78,7 @@ def _draft_format(target: Target) -> WeightFormat:
     """Format of the draft's weights. A step takes as long as reading them, and proposals need not be exact."""
     if target.kv_dtype != torch.float32 and native.has_int8_tiles():
         return WeightFormat.INT8_PER_OUTPUT
-    if target.kv_dtype != torch.float32 and native.has_vnni():
+    if target.kv_dtype != torch.float32 and native.has_byte_products():
         return WeightFormat.INT8_GROUPED
     return WeightFormat.of_dtype(target.kv_dtype)
 
