@@ -43,32 +43,26 @@ inline float exponentiate(float* scores, int64_t length, int64_t padded) {
   return total(sums);
 }
 
-template <int ROWS, int WIDTH>
-inline void clear(f16v (*sums)[WIDTH]) {
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < WIDTH; ++v) sums[r][v] = f16v{};
-}
-
 // Scores of ROWS queries over the first `positions` positions of their head (whole blocks). Values are read next.
 template <class Cache, int ROWS>
 void score_rows(const Query* rows, const Cache* keys, const Cache* values, int64_t positions, int D, float scale) {
-  constexpr int WIDTH = KEY_BLOCK / 16;
-  for (int64_t p = 0; p < positions; p += KEY_BLOCK, keys += D * KEY_BLOCK) {
-    const Cache* next = p + KEY_BLOCK < positions ? keys + D * KEY_BLOCK : values;
-    f16v acc[ROWS][WIDTH];
-    clear<ROWS, WIDTH>(acc);
+  constexpr int WIDTH = 4;  // vectors of positions whose sums are in registers
+  for (int64_t p = 0; p < positions; p += LANES * WIDTH) {
+    const int64_t block = p / KEY_BLOCK * KEY_BLOCK, in_block = p % KEY_BLOCK;
+    const Cache* at = keys + block * D + in_block;
+    const Cache* next = block + KEY_BLOCK < positions ? at + D * KEY_BLOCK : values + in_block;
+    fnv acc[ROWS][WIDTH] = {};
     for (int d = 0; d < D; ++d) {
-      const Cache* at = keys + d * KEY_BLOCK;
-      prefetch(next + d * KEY_BLOCK, KEY_BLOCK * sizeof(Cache));
-      f16v key[WIDTH];
-      for (int v = 0; v < WIDTH; ++v) key[v] = load16(at + 16 * v);
-      for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].q[d] * key[v];
+      prefetch(next + d * KEY_BLOCK, LANES * WIDTH * sizeof(Cache));
+      for (int v = 0; v < WIDTH; ++v) {
+        const fnv key = load_lanes(at + d * KEY_BLOCK + LANES * v);
+        for (int r = 0; r < ROWS; ++r) acc[r][v] += rows[r].q[d] * key;
+      }
     }
     for (int r = 0; r < ROWS; ++r)
       for (int v = 0; v < WIDTH; ++v) {
         acc[r][v] *= scale;
-        std::memcpy(rows[r].scores + p + 16 * v, &acc[r][v], 64);
+        std::memcpy(rows[r].scores + p + LANES * v, &acc[r][v], sizeof(fnv));
       }
   }
 }
@@ -77,25 +71,24 @@ void score_rows(const Query* rows, const Cache* keys, const Cache* values, int64
 template <class Cache, int ROWS, int WIDTH>
 void weigh_rows(const Query* rows, const float* inverse, const Cache* values, int64_t shared, int D) {
   constexpr int AHEAD = 32;  // positions
-  for (int d = 0; d < D; d += 16 * WIDTH) {
-    f16v acc[ROWS][WIDTH];
-    clear<ROWS, WIDTH>(acc);
+  for (int d = 0; d < D; d += LANES * WIDTH) {
+    fnv acc[ROWS][WIDTH] = {};
     for (int64_t p = 0; p < shared; ++p) {
-      prefetch(values + (p + AHEAD < shared ? p + AHEAD : p) * D + d, 16 * WIDTH * sizeof(Cache));
-      f16v value[WIDTH];
-      for (int v = 0; v < WIDTH; ++v) value[v] = load16(values + p * D + d + 16 * v);
-      for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].scores[p] * value[v];
+      prefetch(values + (p + AHEAD < shared ? p + AHEAD : p) * D + d, LANES * WIDTH * sizeof(Cache));
+      for (int v = 0; v < WIDTH; ++v) {
+        const fnv value = load_lanes(values + p * D + d + LANES * v);
+        for (int r = 0; r < ROWS; ++r) acc[r][v] += rows[r].scores[p] * value;
+      }
     }
     for (int r = 0; r < ROWS; ++r) {
       const int64_t before_tree = rows[r].length - rows[r].steps;
       for (int64_t p = shared; p < rows[r].length; ++p) {
         const int64_t at = p < before_tree ? p : before_tree + rows[r].path[p - before_tree];
-        for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].scores[p] * load16(values + at * D + d + 16 * v);
+        for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].scores[p] * load_lanes(values + at * D + d + LANES * v);
       }
       for (int v = 0; v < WIDTH; ++v) {
         acc[r][v] *= inverse[r];
-        std::memcpy(rows[r].out + d + 16 * v, &acc[r][v], 64);
+        std::memcpy(rows[r].out + d + LANES * v, &acc[r][v], sizeof(fnv));
       }
     }
   }
@@ -119,10 +112,10 @@ void attend_rows(const Query* rows, const Cache* keys, const Cache* values, int 
     for (int i = 0; i < rows[r].steps; ++i) tree_scores[i] = tree_scores[rows[r].path[i]];
     inverse[r] = 1.0f / exponentiate(rows[r].scores, rows[r].length, whole_blocks(rows[r].length));
   }
-  if (D % 64 == 0)
+  if (D % (4 * LANES) == 0)
     weigh_rows<Cache, ROWS, 4>(rows, inverse, values, shared, D);
   else
-    weigh_rows<Cache, ROWS, 2>(rows, inverse, values, shared, D);
+    weigh_rows<Cache, ROWS, 32 / LANES>(rows, inverse, values, shared, D);
 }
 
 #if defined(__AVX512F__)

@@ -34,40 +34,47 @@ struct WeightGroup {
   uint32_t words[BLOCK / 16][GROUP * BITS / 32][16];
 };
 
-// fp16 to fp32; exact, for finite numbers only.
-inline f16v from_fp16(const uint16_t* from) {
+// LANES values of fp16 as fp32; exact, for finite numbers only.
+inline fnv from_fp16(const uint16_t* from) {
 #if defined(__AVX512F__)
-  return (f16v)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (fnv)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #else
-  const u16v h = widen16(from);
-  const f16v size = (f16v)((h & 0x7fffu) << 13) * 0x1p112f;
-  return (f16v)((u16v)size | (h & 0x8000u) << 16);
+  const unv h = (unv)load_lanes(from);  // in the upper half of each lane
+  const fnv size = (fnv)((h & 0x7fff0000u) >> 3) * 0x1p112f;
+  return (fnv)((unv)size | (h & 0x80000000u));
 #endif
 }
 
-// Four inputs of a row (the bytes of `inputs`) times their weights for 16 outputs, added to the outputs' sums.
+#if defined(__AVX512BW__)
+#define AURORA_BYTE_PAIRS 1
+// Unsigned bytes times signed ones; the sums of two neighbours, in 16 bits.
+inline inv multiply_bytes(inv w, inv x) { return (inv)_mm512_maddubs_epi16((__m512i)w, (__m512i)x); }
+// The sums of two neighbouring numbers of 16 bits, times a factor.
+inline inv add_pairs(inv x, int factor) {
+  return (inv)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(int16_t(factor)));
+}
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+#define AURORA_BYTE_PAIRS 1
+inline inv multiply_bytes(inv w, inv x) { return (inv)_mm256_maddubs_epi16((__m256i)w, (__m256i)x); }
+inline inv add_pairs(inv x, int factor) {
+  return (inv)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(int16_t(factor)));
+}
+#endif
+
+// Four inputs of a row (the bytes of `inputs`) times their weights for LANES outputs, added to the outputs' sums.
 template <int BITS>
-inline i16v add_products(i16v sums, u16v weights, int32_t inputs) {
+inline inv add_products(inv sums, unv weights, int32_t inputs) {
 #if defined(__AVX512VNNI__)
-  return (i16v)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(inputs));
-#elif defined(__AVX2__)
-  // Of weights of four bits a sum of two products fits into 16 bits; weights of eight bits are two of four.
-  const __m256i x = _mm256_set1_epi32(inputs), low_bits = _mm256_set1_epi8(15);
-  __m256i halves[2];
-  std::memcpy(halves, &weights, sizeof halves);
-  for (__m256i& half : halves) {
-    const __m256i low = BITS == 4 ? half : _mm256_and_si256(half, low_bits);
-    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(half, 4), low_bits);
-    half = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), _mm256_set1_epi16(1));
-    if (BITS == 8)
-      half = _mm256_add_epi32(half, _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), _mm256_set1_epi16(16)));
-  }
-  i16v products;
-  std::memcpy(&products, halves, sizeof products);
-  return sums + products;
+  return (inv)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(inputs));
+#elif defined(AURORA_BYTE_PAIRS)
+  // Of weights of four bits the sum of two products fits into 16 bits; weights of eight bits are two of four.
+  const inv x = inv{} + inputs, low = BITS == 4 ? (inv)weights : (inv)(weights & 0x0f0f0f0fu);
+  sums += add_pairs(multiply_bytes(low, x), 1);
+  if (BITS == 8) sums += add_pairs(multiply_bytes((inv)((weights >> 4) & 0x0f0f0f0fu), x), 16);
+  return sums;
 #else
   for (int shift = 0; shift < 32; shift += 8)
-    sums += (i16v)((weights >> shift) & 0xffu) * int32_t(int8_t(inputs >> shift));
+    sums += (inv)((weights >> shift) & 0xffu) * int32_t(int8_t(inputs >> shift));
   return sums;
 #endif
 }
@@ -107,10 +114,10 @@ inline void round_group(const float* x, InputGroup* out) {
   out->scaled_sum = out->scale * float(out->sum);
 }
 
-// Add one group's integer sums of 16 outputs to the total of the groups before it.
+// Add one group's integer sums of LANES outputs to the total of the groups before it.
 template <bool HAS_MIN>
-inline f16v add_group(f16v total, i16v dots, f16v scales, f16v mins, const InputGroup& inputs) {
-  total += __builtin_convertvector(dots, f16v) * (scales * inputs.scale);
+inline fnv add_group(fnv total, inv dots, fnv scales, fnv mins, const InputGroup& inputs) {
+  total += __builtin_convertvector(dots, fnv) * (scales * inputs.scale);
   if (HAS_MIN) total += mins * inputs.scaled_sum;
   return total;
 }
@@ -122,7 +129,11 @@ struct Grouped {
   typedef WeightGroup<BITS> Weight;
   typedef InputGroup Input;
   static constexpr int PIECES = 8 / BITS;  // lines of bytes in a line of lanes
-  static constexpr int MAX_ROWS = 6;       // their integer sums and totals fill the registers
+#if defined(__AVX512F__)
+  static constexpr int MAX_ROWS = 6;  // their integer sums and totals fill the registers
+#else
+  static constexpr int MAX_ROWS = 2;
+#endif
   // The level of the cache that weights are prefetched into: with AMX the first, as measured there. Without, the second:
   // in the first one a pass of one token took 1.07 to 1.25 times as long (int4, AMD Zen 4), and in bf16 0.97 times.
 #if defined(AURORA_GROUPED_TILES)
@@ -132,35 +143,39 @@ struct Grouped {
 #endif
   static ptrdiff_t block_size(int groups) { return groups; }
   // The weights of a line of lanes that are its n-th line of bytes.
-  static u16v piece(u16v lanes, int n) { return BITS == 8 ? lanes : (lanes >> (4 * n)) & 0x0f0f0f0fu; }
+  template <class Vector>
+  static Vector piece(Vector lanes, int n) { return BITS == 8 ? lanes : (lanes >> (4 * n)) & 0x0f0f0f0fu; }
 
   template <int ROWS>
   static void sums(const Weight* w, const InputGroup* x, ptrdiff_t x_stride, int groups, const Stream& stream,
-                   f16v (*total)[2]) {
-    constexpr int CHAINS = ROWS < 3 ? 2 : 1;  // partial sums per output: with few rows, one would wait for its latency
+                   fnv (*total)[BLOCK_VECTORS]) {
+    constexpr int CHAINS = ROWS < 3 && BLOCK_VECTORS == 2 ? 2 : 1;  // partial sums per output, which do not wait long
+    constexpr int HALF_VECTORS = BLOCK_VECTORS / 2;
     for (int group = 0; group < groups; ++group, ++w, ++x) {
       stream.ask<sizeof(Weight), PREFETCHED_TO>(w);
-      i16v dots[CHAINS][ROWS][2] = {};
+      inv dots[CHAINS][ROWS][BLOCK_VECTORS] = {};
       for (int r = 0; r < ROWS && !Weight::HAS_MIN; ++r)
-        dots[0][r][0] = dots[0][r][1] = i16v{} - 128 * x[r * x_stride].sum;
+        for (int v = 0; v < BLOCK_VECTORS; ++v) dots[0][r][v] = inv{} - 128 * x[r * x_stride].sum;
       for (int line = 0; line < GROUP * BITS / 32; ++line) {
-        const u16v low = *reinterpret_cast<const u16v*>(w->words[0][line]);
-        const u16v high = *reinterpret_cast<const u16v*>(w->words[1][line]);
+        unv lanes[BLOCK_VECTORS];
+        for (int v = 0; v < BLOCK_VECTORS; ++v)
+          lanes[v] = *reinterpret_cast<const unv*>(w->words[v / HALF_VECTORS][line] + v % HALF_VECTORS * LANES);
         for (int n = 0; n < PIECES; ++n) {
-          const u16v w0 = piece(low, n), w1 = piece(high, n);
           const int place = line * PIECES + n;
-          i16v(*sums)[2] = dots[place % CHAINS];
-          for (int r = 0; r < ROWS; ++r) {
-            int32_t inputs;
-            std::memcpy(&inputs, x[r * x_stride].values + 4 * place, 4);
-            sums[r][0] = add_products<BITS>(sums[r][0], w0, inputs);
-            sums[r][1] = add_products<BITS>(sums[r][1], w1, inputs);
+          inv(*sums)[BLOCK_VECTORS] = dots[place % CHAINS];
+          for (int v = 0; v < BLOCK_VECTORS; ++v) {
+            const unv weights = piece(lanes[v], n);
+            for (int r = 0; r < ROWS; ++r) {
+              int32_t inputs;
+              std::memcpy(&inputs, x[r * x_stride].values + 4 * place, 4);
+              sums[r][v] = add_products<BITS>(sums[r][v], weights, inputs);
+            }
           }
         }
       }
-      for (int v = 0; v < 2; ++v) {
-        const f16v scales = from_fp16(w->scales + 16 * v);
-        const f16v mins = Weight::HAS_MIN ? from_fp16(w->mins + 16 * v) : f16v{};
+      for (int v = 0; v < BLOCK_VECTORS; ++v) {
+        const fnv scales = from_fp16(w->scales + LANES * v);
+        const fnv mins = Weight::HAS_MIN ? from_fp16(w->mins + LANES * v) : fnv{};
         for (int r = 0; r < ROWS; ++r) {
           const InputGroup& inputs = x[r * x_stride];
           for (int chain = 1; chain < CHAINS; ++chain) dots[0][r][v] += dots[chain][r][v];

@@ -14,12 +14,12 @@ struct Stepwise {
 #if defined(__AVX512F__)
   static constexpr int MAX_ROWS = 12;
 #else
-  static constexpr int MAX_ROWS = 6;
+  static constexpr int MAX_ROWS = 3;
 #endif
   static ptrdiff_t block_size(int k) { return ptrdiff_t(k) * BLOCK; }
   template <int ROWS, class Number>
   static void sums(const Number* w, const Number* x, ptrdiff_t x_stride, int k_padded, const Stream& stream,
-                   f16v (*total)[2]) {
+                   fnv (*total)[BLOCK_VECTORS]) {
     const Number* rows[ROWS];
     for (int r = 0; r < ROWS; ++r) rows[r] = x + r * x_stride;
     for (int k = 0; k < k_padded; k += Format::STEP) {
@@ -33,11 +33,10 @@ struct Fp32 : Stepwise<Fp32> {  // one input per step
   typedef float Weight;
   typedef float Input;
   static constexpr int STEP = 1;
-  static inline void step(const float* w, const float* const* x, int k, f16v (*acc)[2], int rows) {
-    const f16v w0 = *reinterpret_cast<const f16v*>(w), w1 = *reinterpret_cast<const f16v*>(w + 16);
-    for (int r = 0; r < rows; ++r) {
-      acc[r][0] += x[r][k] * w0;
-      acc[r][1] += x[r][k] * w1;
+  static inline void step(const float* w, const float* const* x, int k, fnv (*acc)[BLOCK_VECTORS], int rows) {
+    for (int v = 0; v < BLOCK_VECTORS; ++v) {
+      const fnv weights = load_lanes(w + LANES * v);
+      for (int r = 0; r < rows; ++r) acc[r][v] += x[r][k] * weights;
     }
   }
 };
@@ -46,7 +45,7 @@ struct Bf16 : Stepwise<Bf16> {  // two inputs per step, adjacent in a 32-bit lan
   typedef uint16_t Weight;
   typedef uint16_t Input;
   static constexpr int STEP = 2;
-  static inline void step(const uint16_t* w, const uint16_t* const* x, int k, f16v (*acc)[2], int rows) {
+  static inline void step(const uint16_t* w, const uint16_t* const* x, int k, fnv (*acc)[BLOCK_VECTORS], int rows) {
     for (int r = 0; r < rows; ++r) {
       uint32_t pair;
       std::memcpy(&pair, x[r] + k, 4);
@@ -56,10 +55,10 @@ struct Bf16 : Stepwise<Bf16> {  // two inputs per step, adjacent in a 32-bit lan
       acc[r][1] = (f16v)_mm512_dpbf16_ps((__m512)acc[r][1], (__m512bh)_mm512_loadu_si512(w + 32), xb);
 #else
       const float lo = from_bf16(uint16_t(pair)), hi = from_bf16(uint16_t(pair >> 16));
-      for (int v = 0; v < 2; ++v) {
-        const u16v raw = *reinterpret_cast<const u16v*>(w + 32 * v);
-        acc[r][v] += lo * (f16v)(raw << 16);
-        acc[r][v] += hi * (f16v)(raw & 0xffff0000u);
+      for (int v = 0; v < BLOCK_VECTORS; ++v) {
+        const unv raw = *reinterpret_cast<const unv*>(w + 2 * LANES * v);
+        acc[r][v] += lo * (fnv)(raw << 16);
+        acc[r][v] += hi * (fnv)(raw & 0xffff0000u);
       }
 #endif
     }
@@ -85,8 +84,7 @@ inline void store_row(const float* sums, float* row, int width, const float* bia
 template <class Format, int ROWS>
 void block_rows(const typename Format::Weight* w, const typename Format::Input* x, ptrdiff_t x_stride, int k_padded,
                 const Stream& stream, float* y, ptrdiff_t y_stride, int width, const float* bias, bool add) {
-  f16v acc[ROWS][2];
-  for (int r = 0; r < ROWS; ++r) acc[r][0] = acc[r][1] = f16v{};
+  fnv acc[ROWS][BLOCK_VECTORS] = {};
   Format::template sums<ROWS>(w, x, x_stride, k_padded, stream, acc);
   for (int r = 0; r < ROWS; ++r) {
     float out[BLOCK];

@@ -41,8 +41,8 @@ struct Rows<Grouped<BITS>> {
     const int in_block = int(index % BLOCK);
     const Weight* group = static_cast<const Weight*>(packed) + index / BLOCK * num_groups(int(width));
     for (int64_t first = 0; first < width; first += GROUP, ++group) {
-      const float scale = from_fp16(group->scales + in_block / 16 * 16)[in_block % 16];
-      const float min = Weight::HAS_MIN ? from_fp16(group->mins + in_block / 16 * 16)[in_block % 16] : -128.0f * scale;
+      const float scale = from_fp16(group->scales + in_block / LANES * LANES)[in_block % LANES];
+      const float min = Weight::HAS_MIN ? from_fp16(group->mins + in_block / LANES * LANES)[in_block % LANES] : -128.0f * scale;
       for (int64_t i = 0; i < GROUP && first + i < width; ++i) {
         const uint32_t word = group->words[in_block / 16][i / SPAN][in_block % 16];
         const int64_t pair = i % SPAN / 2;
