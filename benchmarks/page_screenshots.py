@@ -4,18 +4,21 @@
     python -m benchmarks.page_screenshots --out DIR --seconds 600 -- learn.compute_share=0.3
 
 A server with the given settings gets templated requests (templated_prompts.py) of three labelled domains from a few
-clients; after so many seconds a question is put in the page's chat, and the pictures are taken. It needs Playwright
-(`pip install -e '.[browser]'`), a Chromium and Pillow, which reduces the pictures' colours so that they stay small.
+clients, one domain after the other; after so many seconds a question is put in the page's chat, and the pictures are
+taken. It needs Playwright (`pip install -e '.[browser]'`), a Chromium and Pillow, which reduces the pictures' colours so
+that they stay small.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
 import tempfile
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,16 +41,17 @@ def find_chromium() -> str | None:
 
 
 @contextmanager
-def traffic(url: str, *, clients: int, max_tokens: int) -> Iterator[None]:
-    """Inside the context, each client sends one request after the other."""
-    ended = threading.Event()
+def traffic(url: str, *, seconds: float, clients: int, max_tokens: int) -> Iterator[None]:
+    """Inside the context, each client sends one request after the other, of one domain in each third of `seconds`."""
+    ended, began = threading.Event(), time.monotonic()
 
     def send(client: int) -> None:
         prompts = {domain: make_prompts(domain, 400, seed=client) for domain in _DOMAINS}
-        for number in range(400):
-            domain = _DOMAINS[number % len(_DOMAINS)]
+        for number in itertools.count():
+            phase = int((time.monotonic() - began) / seconds * len(_DOMAINS))
+            domain = _DOMAINS[min(phase, len(_DOMAINS) - 1)]
             body = {
-                "messages": [{"role": "user", "content": prompts[domain][number]}],
+                "messages": [{"role": "user", "content": prompts[domain][number % 400]}],
                 "max_tokens": max_tokens,
                 "temperature": 0.0,
                 "user": f"client {client}",
@@ -104,7 +108,7 @@ def main() -> int:
         browser = playwright.chromium.launch(executable_path=find_chromium())
         with (
             running_server(config, options.out / "server.log") as url,
-            traffic(url, clients=options.clients, max_tokens=options.max_tokens),
+            traffic(url, seconds=options.seconds, clients=options.clients, max_tokens=options.max_tokens),
         ):
             page = browser.new_page(viewport={"width": 1360, "height": 900})
             page.goto(url)
