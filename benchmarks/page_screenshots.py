@@ -5,8 +5,8 @@
 
 A server with the given settings gets templated requests (templated_prompts.py) of three labelled domains from a few
 clients, one domain after the other; after so many seconds a question is put in the page's chat, and the pictures are
-taken. It needs Playwright (`pip install -e '.[browser]'`), a Chromium and Pillow, which reduces the pictures' colours so
-that they stay small.
+taken. It needs Playwright (`pip install -e '.[browser]'`), a Chromium and Pillow, which reduces the pictures' colours
+so that they stay small.
 """
 
 from __future__ import annotations
