@@ -22,7 +22,7 @@ import tempfile
 import time
 import urllib.request
 from collections import defaultdict
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,19 @@ def ask(url: str, name: str, number: int, *, way: str, temperature: float, max_t
     }
 
 
+def _number(digits: str) -> Decimal | float:
+    """Exact, unless the exponent is too large for that."""
+    try:
+        return Decimal(digits)
+    except InvalidOperation:
+        return float(digits)
+
+
 def fault_of(text: str, schema: Record) -> str:
     """Why the text does not fit the schema; "" if it does. In decimals, in which 650.18 is a multiple of 0.01."""
     try:
         checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
-        exact, answer = (json.loads(each, parse_float=Decimal) for each in (json.dumps(schema), text))
+        exact, answer = (json.loads(each, parse_float=_number) for each in (json.dumps(schema), text))
         jsonschema.validate(answer, exact, jsonschema.Draft202012Validator, format_checker=checker)
     except (ValueError, jsonschema.ValidationError) as error:
         return str(error).splitlines()[0]

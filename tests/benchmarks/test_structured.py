@@ -52,6 +52,12 @@ def test_whatever_ends_is_valid(name: str) -> None:
     assert [fault_of(text, schema) for text in ended] == [""] * len(ended)
 
 
+def test_a_number_too_large_for_a_decimal_is_judged_all_the_same() -> None:
+    number = "1" + "E" + "9" * 30
+    assert fault_of(number, {"type": "number"}) == ""
+    assert "maximum" in fault_of(number, {"type": "number", "maximum": 5})
+
+
 def test_there_are_many_schemas() -> None:
     assert len(SCHEMAS) >= 50
 
