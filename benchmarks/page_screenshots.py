@@ -33,6 +33,8 @@ from benchmarks.templated_prompts import make_prompts
 _DOMAINS = ("billing", "support", "alerts")
 _QUESTION = "Write SQL that counts orders per customer."
 _COLOURS = 128
+_MOST_REQUESTS = 10_000
+"""Of a client and domain, before its prompts repeat, and the memory answers them."""
 
 
 def find_chromium() -> str | None:
@@ -46,12 +48,12 @@ def traffic(url: str, *, seconds: float, clients: int, max_tokens: int) -> Itera
     ended, began = threading.Event(), time.monotonic()
 
     def send(client: int) -> None:
-        prompts = {domain: make_prompts(domain, 400, seed=client) for domain in _DOMAINS}
+        prompts = {domain: make_prompts(domain, _MOST_REQUESTS, seed=client) for domain in _DOMAINS}
         for number in itertools.count():
             phase = int((time.monotonic() - began) / seconds * len(_DOMAINS))
             domain = _DOMAINS[min(phase, len(_DOMAINS) - 1)]
             body = {
-                "messages": [{"role": "user", "content": prompts[domain][number % 400]}],
+                "messages": [{"role": "user", "content": prompts[domain][number % _MOST_REQUESTS]}],
                 "max_tokens": max_tokens,
                 "temperature": 0.0,
                 "user": f"client {client}",
