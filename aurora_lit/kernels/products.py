@@ -8,6 +8,7 @@ Shapes: N rows, I inputs, O outputs, D rows whose outputs are stored.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 
@@ -133,23 +134,9 @@ def linear(
     x_NI: torch.Tensor, packed: torch.Tensor, weight_format: WeightFormat, outputs: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """x [N, I] fp32 times a packed weight, plus bias: [N, O] fp32."""
-    kernels = native.library()
-    assert kernels is not None
-    if x_NI.stride(1) != 1:
-        x_NI = x_NI.contiguous()
-    rows, inputs = x_NI.shape
-    y_NO = torch.empty(rows, outputs)
-    call = getattr(kernels, f"aurora_linear_{weight_format.suffix}")
-    call(
-        native.address(x_NI),
-        ctypes.c_int64(x_NI.stride(0)),
-        rows,
-        native.address(packed),
-        inputs,
-        outputs,
-        native.address(y_NO),
-        None if bias is None else native.address(bias),
-    )
+    y_NO = torch.empty(len(x_NI), outputs)
+    results = (native.address(y_NO), None if bias is None else native.address(bias))
+    _multiply("linear", x_NI, packed, weight_format, outputs, *results)
     return y_NO
 
 
@@ -162,24 +149,9 @@ def argmax_linear(
     screen: Screen | None = None,
 ) -> torch.Tensor:
     """Index of the largest output of `linear` without a bias, for each row: [N] int64; the first of equal outputs."""
-    kernels = native.library()
-    assert kernels is not None
-    if x_NI.stride(1) != 1:
-        x_NI = x_NI.contiguous()
-    rows, inputs = x_NI.shape
-    index_N = torch.empty(rows, dtype=torch.int64)
-    screened = () if screen is None else (ctypes.byref(screen),)
-    call = getattr(kernels, f"aurora_{'screened_' if screened else ''}argmax_{weight_format.suffix}")
-    call(
-        native.address(x_NI),
-        ctypes.c_int64(x_NI.stride(0)),
-        rows,
-        native.address(packed),
-        inputs,
-        outputs,
-        native.address(index_N),
-        *screened,
-    )
+    index_N = torch.empty(len(x_NI), dtype=torch.int64)
+    kernel, screened = ("argmax", ()) if screen is None else ("screened_argmax", (ctypes.byref(screen),))
+    _multiply(kernel, x_NI, packed, weight_format, outputs, native.address(index_N), *screened)
     return index_N
 
 
@@ -203,11 +175,7 @@ def choose_linear(
     dense_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """An output of `linear` without a bias for each row; the arguments and results of `PackedLinear.choose`."""
-    kernels = native.library()
-    assert kernels is not None
-    if x_NI.stride(1) != 1:
-        x_NI = x_NI.contiguous()
-    rows, inputs = x_NI.shape
+    rows = len(x_NI)
     assert temperature_N.shape == key_N.shape == position_N.shape == (rows,)
     index_N = torch.empty(rows, dtype=torch.int64)
     num_dense = 0
@@ -223,7 +191,24 @@ def choose_linear(
         dense_logits_DO.data_ptr(),
         index_N.data_ptr(),
     )
-    call = getattr(kernels, f"aurora_choose_{weight_format.suffix}")
-    stride = ctypes.c_int64(x_NI.stride(0))
-    call(native.address(x_NI), stride, rows, native.address(packed), inputs, outputs, ctypes.byref(draws))
+    _multiply("choose", x_NI, packed, weight_format, outputs, ctypes.byref(draws))
     return index_N, dense_logits_DO
+
+
+def _multiply(
+    kernel: str,
+    x_NI: torch.Tensor,
+    packed: torch.Tensor,
+    weight_format: WeightFormat,
+    outputs: int,
+    *results: Any,
+) -> None:
+    """Call a kernel of the format on inputs and a packed weight; `results`: its last arguments."""
+    kernels = native.library()
+    assert kernels is not None
+    if x_NI.stride(1) != 1:
+        x_NI = x_NI.contiguous()
+    rows, inputs = x_NI.shape
+    call = getattr(kernels, f"aurora_{kernel}_{weight_format.suffix}")
+    stride = ctypes.c_int64(x_NI.stride(0))
+    call(native.address(x_NI), stride, rows, native.address(packed), inputs, outputs, *results)

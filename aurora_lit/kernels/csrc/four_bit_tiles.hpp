@@ -1,5 +1,5 @@
-// Grouped weights of 4 bits on Intel's matrix tiles (AMX), faster than grouped.hpp from FOUR_BIT_TILES_MIN_ROWS rows on:
-// the product of a group is one product of bytes. The sums are the same integers as in grouped.hpp, scaled and added
+// Grouped weights of 4 bits on Intel's matrix tiles (AMX), faster than grouped.hpp from FOUR_BIT_TILES_MIN_ROWS rows
+// on: the product of a group is one product of bytes. The sums are the same integers as in grouped.hpp, scaled and added
 // over groups in the same order, so both give the same bits. Source of the instruction: Intel 64 and IA-32
 // Architectures Software Developer's Manual, vol. 2, TDPBSUD.
 #pragma once

@@ -56,9 +56,7 @@ inline void round_to_int16(const float* x, int inputs, Int8Inputs* out) {
       f16v v = f16v{};
       if (count == 16) v = *reinterpret_cast<const f16v*>(x + from);
       for (int j = 0; count < 16 && j < count; ++j) v[j] = x[from + j];
-      const f16v scaled = factor > 0.0f ? v * factor : f16v{};
-      constexpr float TO_INTEGER = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-      const i16v q = (i16v)(scaled + TO_INTEGER) - 0x4b400000, high = (q + 128) >> 8, low = q - (high << 8);
+      const i16v q = nearest(factor > 0.0f ? v * factor : f16v{}), high = (q + 128) >> 8, low = q - (high << 8);
       _mm_storeu_si128((__m128i*)(out[g].high + part), _mm512_cvtepi32_epi8((__m512i)high));
       _mm_storeu_si128((__m128i*)(out[g].low + part), _mm512_cvtepi32_epi8((__m512i)low));
     }

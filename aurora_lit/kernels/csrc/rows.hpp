@@ -40,9 +40,11 @@ struct Rows<Grouped<BITS>> {
     constexpr int SPAN = 32 / BITS;  // inputs of a word
     const int in_block = int(index % BLOCK);
     const Weight* group = static_cast<const Weight*>(packed) + index / BLOCK * num_groups(int(width));
+    const auto of_row = [&](const uint16_t* from) {
+      return from_fp16(from + in_block / LANES * LANES)[in_block % LANES];
+    };
     for (int64_t first = 0; first < width; first += GROUP, ++group) {
-      const float scale = from_fp16(group->scales + in_block / LANES * LANES)[in_block % LANES];
-      const float min = Weight::HAS_MIN ? from_fp16(group->mins + in_block / LANES * LANES)[in_block % LANES] : -128.0f * scale;
+      const float scale = of_row(group->scales), min = Weight::HAS_MIN ? of_row(group->mins) : -128.0f * scale;
       for (int64_t i = 0; i < GROUP && first + i < width; ++i) {
         const uint32_t word = group->words[in_block / 16][i / SPAN][in_block % 16];
         const int64_t pair = i % SPAN / 2;
