@@ -241,9 +241,6 @@ class LearnSettings:
     for comparison."""
     trace_selection: Literal["informative", "uniform"] = "informative"
     """Which of the waiting live traces a batch takes: those with the most rejections, or a random choice."""
-    domain_drafts: bool = False
-    """Keep the best draft of each domain (in checkpoint.dir/RUN/domains, at most domain.max_domains) and continue from
-    it if traffic returns to the domain and it is better there. Live learning only."""
     ppo_weight: float = _within(1.0, 0.0, 100.0)
     """Weight of the policy loss. It is multiplied by 1 - exp(-3 acceptance) and, if there is a supervised loss, by the
     sampled proposals' share of all acceptance targets in the batch. 0: no policy loss."""

@@ -126,7 +126,6 @@ DEFAULTS = {
         "max_repeated_share": 0.7,
         "base_loss": "lk",
         "trace_selection": "informative",
-        "domain_drafts": False,
         "ppo_weight": 1.0,
         "ppo_clip": 0.2,
         "gae_lambda": 0.95,

@@ -73,8 +73,6 @@ class LearnerStatus:
     """The same for the candidate draft (challenger)."""
     num_shifts: int
     """Shifts of traffic detected."""
-    warm_starts: int
-    """How often learning continued from the draft stored for a domain that returned."""
     rate_factor: float
     """Factor on the base learning rate."""
     explore_share: float

@@ -12,7 +12,6 @@ May import: learn/data/ and above. Start with loop.py. The files, each importing
     step_metrics.py        metrics of optimiser steps, averaged for the loggers
     learner.py             Learner.update, the only optimiser step of online learning; its state
     data_parallel.py       several processes that take each step together
-    domain_drafts.py       the best draft of each domain, kept on disk and continued from when the domain returns
     centroid_publisher.py  publishes the domains by which the engine assigns requests
     loop.py                OnlineLoop.tick: read traces, follow versions, step, trial, save, report
     build.py               builds a loop from a configuration and a run folder

@@ -116,10 +116,6 @@ class ShareLimit:
         others_s = time.process_time() - self._ended_s
         return others_s * self._share >= self._cost_s * (1 - self._share)
 
-    def forgive(self) -> None:
-        """Make it due now, whatever the last time has cost."""
-        self._cost_s = 0.0
-
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
         """What happens inside is the work."""

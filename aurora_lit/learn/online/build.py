@@ -31,8 +31,7 @@ from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leader_process
-from aurora_lit.learn.online.domain_drafts import DomainDrafts
-from aurora_lit.learn.online.gate import TRIAL_POSITIONS, HeldOut
+from aurora_lit.learn.online.gate import HeldOut
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
 from aurora_lit.models.packed_target import load_target
@@ -48,8 +47,6 @@ from aurora_lit.traces.record import LAYOUT_DIGEST
 
 STATE_NAME = "learner.safetensors"
 """The learner's state, in the folder of the versions it publishes."""
-DOMAINS_NAME = "domains"
-"""Folder of the best draft of each domain, in the folder of the versions too."""
 _MAX_REPLAY_SHARE = 0.95
 _MIB = 1 << 20
 _FULL_LOAD = 0.75
@@ -122,7 +119,6 @@ def build_loop(
                 minimum_share=learn.minimum_share,
                 cpu_s=leader.cpu_s if leader else time.process_time,
             ),
-            domain_drafts=_domain_drafts(config, store, module.draft, target_head) if learn.domain_drafts else None,
         )
 
 
@@ -181,18 +177,6 @@ def in_half_precision(draft: Eagle3Draft) -> Eagle3Draft:
     for matrix in (parameter for parameter in draft.parameters() if parameter.ndim > 1):
         matrix.data = matrix.data.bfloat16()
     return draft
-
-
-def _domain_drafts(
-    config: AuroraConfig, store: DraftStore, draft: Eagle3Draft, target_head: TargetHead
-) -> DomainDrafts:
-    return DomainDrafts(
-        store.folder / DOMAINS_NAME,
-        target_head,
-        scratch=online_module(config, copy.deepcopy(draft), target_head).to(target_head.head_VH.device),
-        max_domains=config.domain.max_domains,
-        batch_positions=TRIAL_POSITIONS,
-    )
 
 
 def controller_for(config: AuroraConfig) -> DomainController:

@@ -10,7 +10,6 @@ loop (learn/online/process.py).
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
 from aurora_lit.learn.online.centroid_publisher import CentroidPublisher
-from aurora_lit.learn.online.domain_drafts import DomainDrafts
 from aurora_lit.learn.online.gate import MIN_REQUESTS, GateDecision, HeldOut, compare_drafts
 from aurora_lit.learn.online.intake import TraceIntake
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
@@ -88,13 +86,11 @@ class OnlineLoop:
         batcher: OnlineBatcher,
         held_out: HeldOut,
         budget: Budget,
-        domain_drafts: DomainDrafts | None = None,
     ) -> None:
         """`champion`: a module like the learner's, into which the served draft's weights are loaded."""
         self._environment, self._config, self._threads = environment, config, config.threads * config.devices
         self.learner, self._champion, self._target_head = learner, champion, target_head
         self.batcher, self.held_out, self._budget = batcher, held_out, budget
-        self._domain_drafts = domain_drafts
         self._centroid_publisher = CentroidPublisher(
             environment.store.folder / CENTROIDS_NAME, target_head, monotonic_s=environment.monotonic_s
         )
@@ -102,7 +98,6 @@ class OnlineLoop:
         before = environment.page.read()
         self.records, self.skipped, self.batcher.num_stale = before.records, before.skipped, before.stale
         self.published, self.refused_by_gate = before.published, before.gate_refused
-        self.warm_starts = before.warm_starts
         self._intake = TraceIntake(
             learner.controller,
             batcher,
@@ -147,7 +142,6 @@ class OnlineLoop:
         if wait_s:
             self._sleep(load)
             return
-        self._warm_start()
         self.batcher.replay_share = self.learner.controller.signal.replay_share
         with self._environment.page.computing(self._threads):
             if trial_is_due := self._trial_is_due():
@@ -247,8 +241,6 @@ class OnlineLoop:
         self._last_trial_s, self._last_trial_steps = self._environment.monotonic_s(), self.learner.steps
         with self.learner.averaged() as challenger, self.learner.fabric.autocast():
             decision = compare_drafts(self.held_out, champion=self._champion, challenger=challenger)
-            if decision is not None and self._domain_drafts is not None:
-                self._domain_drafts.keep_if_better(challenger, self.held_out)
         if decision is None:
             return
         self.decision = decision
@@ -275,16 +267,6 @@ class OnlineLoop:
                 "gate_evidence": decision.evidence,
             }
         )
-
-    def _warm_start(self) -> None:
-        """When traffic returns to a domain whose kept draft is better there, continue from it; a trial is then due."""
-        if self._domain_drafts is not None and self._domain_drafts.warm_start(self.learner, self.held_out):
-            self.warm_starts += 1
-            self._trial_limit.forgive()
-            self._last_trial_s, self._last_trial_steps = (
-                -math.inf,
-                self.learner.steps - self._config.publish_every_steps,
-            )
 
     # -- state and status page -------------------------------------------------------------------------------------
 
@@ -313,7 +295,6 @@ class OnlineLoop:
             looping=self._intake.num_looping,
             over_client_share=self.batcher.num_over_share,
             labels_dropped=controller.num_labels_dropped,
-            warm_starts=self.warm_starts,
             lag_records=self._environment.traces.lag_records,
             lag_bytes=self._environment.traces.lag_bytes,
             published=self.published,

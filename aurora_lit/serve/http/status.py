@@ -169,7 +169,6 @@ def learner_json(status: LearnerStatus) -> Json:
             "now": status.domains or None,
             "shifts": status.num_shifts,
             "last_shift": status.last_shift or None,
-            "warm_starts": status.warm_starts,
             "rate_factor": status.rate_factor,
             "explore_share": status.explore_share,
             "explore_temperature": status.explore_temperature,
