@@ -38,10 +38,9 @@ def collate_online(live: Sequence[LabelledTrace], replay: Sequence[Trace], *, ol
     traces = [labelled.trace for labelled in live] + list(replay)
     parts = [_drafted_rounds(labelled, oldest_fresh=oldest_fresh) for labelled in live]
     width = max([1, *(part["proposal_QK"].shape[1] for part in parts)])
-    hidden = traces[0].last_TH.shape[1]
-    parts.append(_no_rounds(hidden))  # torch.cat needs at least one part
+    parts.append(vars(Rounds.none(traces[0].last_TH.shape[1])))  # torch.cat needs at least one part
     rounds: dict[str, Any] = {
-        name: torch.cat([_widen(name, part[name], width) for part in parts]) for name in parts[-1]
+        name: torch.cat([_widen(name, part[name], width) for part in parts]) for name in parts[-1] if name != "row_Q"
     }
     counts = [len(part["root_Q"]) for part in parts]
     return OnlineBatch(
@@ -85,24 +84,6 @@ def _drafted_rounds(labelled: LabelledTrace, *, oldest_fresh: int) -> dict[str, 
         "path_lse_QK": along_path(labelled.tempered_lse_T, labelled.rejected_tempered_lse_N, 0.0),
         "path_top_QK": along_path(labelled.top_T, labelled.rejected_top_N, -1),
         "fresh_Q": trace.round_version_R[kept] >= oldest_fresh,
-    }
-
-
-def _no_rounds(hidden: int) -> dict[str, Tensor]:
-    """The same fields for no rounds."""
-    ints, floats, bools = torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, dtype=torch.bool)
-    return {
-        "root_Q": ints,
-        "proposal_QK": ints[:, None],
-        "num_proposed_Q": ints,
-        "num_accepted_Q": ints,
-        "behaviour_logprob_QK": floats[:, None],
-        "temperature_Q": floats,
-        "draft_temperature_Q": floats,
-        "path_last_QKH": torch.zeros(0, 1, hidden, dtype=torch.bfloat16),
-        "path_lse_QK": floats[:, None],
-        "path_top_QK": ints[:, None],
-        "fresh_Q": bools,
     }
 
 

@@ -32,6 +32,7 @@ from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.draft_module import DraftModule
+from aurora_lit.modules.losses.gradients import clip_gradients
 from aurora_lit.modules.losses.objective import OnlineReport
 
 STARTING_VERSION = "start"
@@ -124,7 +125,7 @@ class Learner:
         self.module.zero_grad()
         self.fabric.backward(report.loss)
         loss = self._sum_over_processes(report.loss.detach())
-        norm = self._clip_gradients()
+        norm = clip_gradients(self.draft.parameters())
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             self.num_nonfinite += 1
             return None
@@ -259,19 +260,6 @@ class Learner:
             gradient = summed.view_as(parameter)
             parameter.grad = gradient.to_sparse(1) if own.is_sparse else gradient
         return flat[0]
-
-    def _clip_gradients(self) -> torch.Tensor:
-        """Clip the gradient of the whole module, over all optimisers, to norm 1; returns its norm before."""
-        values = []
-        for parameter in self.draft.parameters():
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.coalesce()
-                values.append(parameter.grad.values())
-            elif parameter.grad is not None:
-                values.append(parameter.grad)
-        norm = torch.nn.utils.get_total_norm(values)
-        torch._foreach_mul_(values, (1.0 / (norm + 1e-6)).clamp(max=1.0))
-        return norm
 
     def _stateful(self) -> dict[str, Any]:
         return {

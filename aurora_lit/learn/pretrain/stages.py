@@ -32,6 +32,7 @@ from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.draft_module import DraftModule
+from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.serve.worker.build import eos_token_ids, load_target, load_tokenizer
 from aurora_lit.traces.log import ShardInfo, TraceLogWriter, read_index, read_shard
 
@@ -94,6 +95,8 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         embedding_VH=target.embedding_rows(),
         head_VdH=target.head_rows(draft.draft_token_ids).bfloat16(),
         logit_transform=target.logit_transform.select(draft.draft_token_ids),
+        online=OnlineWeights(ppo_weight=0.0),
+        online_optimizers=True,
     )
     trainer = DraftTrainer(
         module,

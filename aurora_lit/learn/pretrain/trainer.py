@@ -21,8 +21,9 @@ from torchmetrics import MeanMetric
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.data.log_batches import held_out_batches, training_batches
 from aurora_lit.learn.data.training_state import read_state, write_state
-from aurora_lit.modules.losses.batch import TraceBatch
+from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.draft_module import DraftModule
+from aurora_lit.modules.losses.gradients import clip_gradients
 from aurora_lit.modules.losses.lk import expected_accepted_length
 from aurora_lit.modules.losses.objective import StepReport
 from aurora_lit.traces.log import ShardInfo
@@ -144,7 +145,7 @@ class DraftTrainer:
             schedule.load_state_dict(of_schedule)
         self.positions_seen, self.epoch = state["positions_seen"], state["epoch"]
 
-    def _batches(self, traces: Path, shards: Sequence[ShardInfo]) -> Iterator[TraceBatch]:
+    def _batches(self, traces: Path, shards: Sequence[ShardInfo]) -> Iterator[OnlineBatch]:
         options = self.options
         for batch in training_batches(
             traces,
@@ -154,16 +155,16 @@ class DraftTrainer:
             prompt_share=options.prompt_share,
             seed=options.seed * 1_000_003 + self.epoch,
         ):
-            yield batch.to(self.fabric.device)
+            yield OnlineBatch.without_rounds(batch).to(self.fabric.device)
 
-    def _step(self, batch: TraceBatch) -> StepReport:
+    def _step(self, batch: OnlineBatch) -> StepReport:
         with self.fabric.autocast():
             report: StepReport = self.module.training_step(batch)
         self.module.zero_grad()
         self.fabric.backward(report.loss)
-        self.positions_seen += int((batch.weight_BT > 0).sum())
+        clip_gradients(self.module.parameters())
+        self.positions_seen += int((batch.traces.weight_BT > 0).sum())
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
-            self.fabric.clip_gradients(self.module, optimizer, max_norm=1.0)
             optimizer.step()
             schedule.step()
         return report

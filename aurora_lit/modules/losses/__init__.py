@@ -16,6 +16,7 @@ those above it:
     unroll.py        the draft's chains in training: along traces, and along what rounds proposed
     policy.py        the policy terms: which rounds can be used, and their losses
     muon.py          Muon by blocks of rows, the optimizer of the draft's matrices
+    gradients.py     clipping gradients, some of which are sparse
     objective.py     weights of the loss's terms, and what a step reports of them
     draft_module.py  the draft as a LightningModule: LK and value loss; online, the policy terms too
 """

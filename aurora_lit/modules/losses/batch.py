@@ -81,6 +81,25 @@ class Rounds:
     fresh_Q: Tensor
     """bool. True if the draft that proposed is recent enough for a policy gradient."""
 
+    @staticmethod
+    def none(target_hidden: int) -> Rounds:
+        """No rounds; `target_hidden`: the target's hidden size."""
+        ints, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        return Rounds(
+            row_Q=ints,
+            root_Q=ints,
+            proposal_QK=ints[:, None],
+            num_proposed_Q=ints,
+            num_accepted_Q=ints,
+            behaviour_logprob_QK=floats[:, None],
+            temperature_Q=floats,
+            draft_temperature_Q=floats,
+            path_last_QKH=torch.zeros(0, 1, target_hidden, dtype=torch.bfloat16),
+            path_lse_QK=floats[:, None],
+            path_top_QK=ints[:, None],
+            fresh_Q=torch.zeros(0, dtype=torch.bool),
+        )
+
     def __len__(self) -> int:
         """The number of rounds Q."""
         return len(self.row_Q)
@@ -115,6 +134,12 @@ class OnlineBatch:
     """The same for the replayed traces."""
     rounds_fraction: float = 1.0
     """Of the rounds with a policy ratio in the whole batch, how many are in this shard."""
+
+    @staticmethod
+    def without_rounds(traces: TraceBatch) -> OnlineBatch:
+        """Traces that are all new, and none of whose rounds are known."""
+        live_B = torch.ones(len(traces.token_ids_BT), dtype=torch.bool)
+        return OnlineBatch(traces=traces, live_B=live_B, rounds=Rounds.none(traces.last_BTH.shape[2]))
 
     def shard(self, rank: int, *, world_size: int) -> OnlineBatch:
         """The part of the batch that one process of a data-parallel step learns from.
