@@ -86,7 +86,7 @@ DEFAULTS = {
         "max_batch_size": 8,
         "max_seq_len": 2048,
         "prefill_chunk_tokens": 256,
-        "max_round_ms": 30.0,
+        "max_round_ms": 20.0,
         "prefix_cache": True,
         "strategy": "single",
         "devices": 1,

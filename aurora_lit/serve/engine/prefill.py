@@ -1,8 +1,9 @@
 """Which prompt tokens a round computes beside the sequences that decode: oldest request first, within a set time.
 
 While nobody decodes, a round computes as many prompt tokens as fit into engine.prefill_chunk_tokens. Beside sequences
-that decode, prompt tokens share their pass, as many as keep the round below engine.max_round_ms: these sequences wait
-no longer than that for their next token. A prefix that another slot holds is copied instead.
+that decode, prompt tokens share their pass, as many as keep the round below engine.max_round_ms, or below 2.25 times
+what it takes without them if that is longer: these sequences wait no longer than that for their next token. A prefix
+that another slot holds is copied instead.
 
 The last token of a prompt is left to the first decoding pass, so that no second code path chooses a token. Left out:
 which slot holds what (serve/sequences/slot_allocator.py), and forward passes (serve/engine/target_runner.py).
@@ -28,6 +29,9 @@ _DECAY = 0.8
 """Weight of the old time per token when a chunk measures a new one."""
 _LEAST_TOKENS = 16
 """Prompt tokens of a round at least, however long it takes without them; they fill a matrix tile."""
+_LEAST_SHARE = 1.25
+"""Time for prompt tokens, at least, as a share of what the round takes without them: where that alone is near
+engine.max_round_ms, prompts would be read so slowly that slots wait instead of decoding."""
 _WORTH_WAITING = 32
 """Prompt tokens that can be copied a round later, for which a sequence lets others go first."""
 _LOGPROB_CHUNK = 32
@@ -105,8 +109,8 @@ class Prefill:
             return self._chunk_tokens
         if not self._token_s:
             return min(_LEAST_TOKENS, self._chunk_tokens)
-        fitting = int((self._max_round_s - round_s) / self._token_s)
-        return min(max(fitting, _LEAST_TOKENS), self._chunk_tokens)
+        room_s = max(self._max_round_s - round_s, _LEAST_SHARE * round_s)
+        return min(max(int(room_s / self._token_s), _LEAST_TOKENS), self._chunk_tokens)
 
     def _shares_with(self, sequence: RunningSequence, rows: list[PromptRow]) -> bool:
         """True if this round computes much of the sequence's prompt for others: the next round can copy it."""

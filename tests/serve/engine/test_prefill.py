@@ -58,9 +58,10 @@ def make_prefill(num_prefilling: int, *, max_round_s: float = 0.050) -> Prefill:
         (4, 0.010, 0.0005, 0.050, 80),  # 40 ms are left
         (4, 0.010, 0.0005, 0.030, 40),  # as engine.max_round_ms says
         (4, 0.010, 0.001, 0.050, 40),
-        (4, 0.025, 0.0005, 0.050, 50),
-        (4, 0.049, 0.0005, 0.050, 16),  # never fewer, else prompts would wait for ever
-        (4, 0.200, 0.0005, 0.050, 16),
+        (4, 0.020, 0.0005, 0.050, 60),
+        (4, 0.040, 0.0005, 0.050, 100),  # 1.25 times the other columns' time at least, else slots wait for prompts
+        (4, 0.200, 0.005, 0.050, 50),
+        (4, 0.200, 0.050, 0.050, 16),  # never fewer, else prompts would wait for ever
         (4, 0.001, 0.0001, 0.050, 256),  # never more than a chunk
         (4, 0.010, 0.0, 0.050, 16),  # nothing was measured yet
     ],
