@@ -102,9 +102,10 @@ class EngineSettings:
     """Maximum number of prompt tokens computed in one round. While other sequences decode, engine.max_round_ms limits
     them too."""
     max_round_ms: float = _within(20.0, 1.0, 60_000.0)
-    """Beside sequences that decode, a round computes as many prompt tokens as keep it below this time, or below 2.25 times
-    what it takes without them, but at least 16; the draft catches up with a new prompt by as much as fits into this time.
-    Smaller values make pauses of running answers shorter, and new requests wait longer for their first token."""
+    """Beside sequences that decode, a round computes as many prompt tokens as keep it below this time, or below 2.25
+    times what it takes without them, but at least 16; the draft catches up with a new prompt by as much as fits into
+    this time. Smaller values make pauses of running answers shorter, and new requests wait longer for their first
+    token."""
     prefix_cache: bool = True
     """Copy the KV cache of a common prefix from any slot that still holds it, instead of computing it again. Answers
     are the same, so on matrix tiles (but not in fp32) only the prompts of earlier requests are copied: their answers
