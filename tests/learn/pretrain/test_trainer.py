@@ -16,6 +16,7 @@ from aurora_lit.errors import AuroraError
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
 from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions
 from aurora_lit.models.target import Target
+from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.traces.log import TraceLogWriter, read_index
 
 
@@ -34,7 +35,8 @@ def log(target: Target, tmp_path: Path) -> Path:
 
 def trainer(target: Target, folder: Path) -> DraftTrainer:
     options = TrainerOptions(total_positions=40_000, batch_positions=512, max_length=64, learning_rate=4e-3)
-    module = draft_module(target, random_draft(target), num_steps=2)
+    online = OnlineWeights(ppo_weight=0.0)
+    module = draft_module(target, random_draft(target), num_steps=2, online=online, online_optimizers=True)
     module.warmup_steps = 5
     return DraftTrainer(module, folder, options)
 
