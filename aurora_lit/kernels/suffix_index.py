@@ -180,8 +180,11 @@ def look_up(tokens_SL: torch.Tensor, rows: LookUp, *, memory: SuffixMemory | Non
     size = B * widest
     copies = []
     for b, count in enumerate(counts):
+        if not count:
+            copies.append(NO_COPIES)
+            continue
         begin = b * widest
         ranges = (slice(begin + part * size, begin + part * size + count) for part in range(3))
         tokens, parents, cells = (found[each] for each in ranges)
-        copies.append(Copies(tokens, parents, survivals[begin : begin + count], cells) if count else NO_COPIES)
+        copies.append(Copies(tokens, parents, survivals[begin : begin + count], cells))
     return copies

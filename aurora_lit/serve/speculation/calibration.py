@@ -31,9 +31,9 @@ _PREFILL_POSITIONS = 256
 """Positions of the draft's prefill that is timed, to learn what one takes."""
 _CONTEXT = 192
 """Tokens before the columns of a timed pass: about what an answer has before it. A column costs more after them."""
-_PASSES = 5
-"""How often each operation is timed."""
-_ENOUGH = 3
+_PASSES = 16
+"""How often each operation of one sequence is timed; those of n sequences, a part of that, at least _ENOUGH times."""
+_ENOUGH = 5
 """After so many of them, what is kept from an earlier start may be replaced."""
 _REFINED_AT_START_S = 0.75
 """For so long a start that has kept costs measures them again; enough for the widths of one sequence."""
@@ -131,7 +131,7 @@ def _measure(operations: list[_Operation], batch_size: int) -> Iterator[None]:
     """
     kept_s = [operation.table.initial(batch_size, operation.length) for operation in operations]
     times: list[list[float]] = [[] for _ in operations]
-    for count in range(1, _PASSES + 1):
+    for count in range(1, max(_ENOUGH, _PASSES // batch_size) + 1):
         for operation, own in zip(operations, times, strict=True):
             own.append(operation.timed_s())
             yield
@@ -219,7 +219,7 @@ def _prefill_position_s(target: Target, drafter: Drafter, *, capacity: int) -> G
         lengths=[1 + min(_PREFILL_POSITIONS, capacity // 2)],
     )
     times = []
-    for _ in range(_PASSES):
+    for _ in range(_ENOUGH):
         started = time.perf_counter()
         drafter.prefill(_uncached(drafter, inputs)).cpu()
         times.append(time.perf_counter() - started)

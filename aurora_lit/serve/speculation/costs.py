@@ -1,27 +1,72 @@
 """What operations cost on this machine, by batch size and query length: measured at start, updated by running rounds.
 
-The measurements at start are best cases: empty slots, and no other work on the machine. Rounds then measure only what
-is chosen. So an operation that no round has measured yet is assumed to be slower than at start by the same factor as
-the measured ones; otherwise a planner would always prefer the operations it knows least about.
+The calibration measures all operations side by side, so it knows how they compare on an idle machine. What other work
+changes is not one factor: neighbours that read memory slow down what every operation does once (it reads the weights),
+neighbours that compute slow down what grows with the columns. Rounds therefore update two factors, of the shortest
+operation and of what longer ones take beyond it, by a Kalman filter (R. E. Kalman, A new approach to linear filtering
+and prediction problems, 1960). Both apply to operations that no round has measured. Each operation also has a factor of
+its own, learned slowly, since a single round of a rare operation may have been disturbed.
 
 Left out: choosing (serve/speculation/planner.py) and the measurements at start (serve/speculation/calibration.py).
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_DECAY, _DRIFT_DECAY = 0.9, 0.95
-"""Weight of the old cost, and drift, when a round measures a new one; less for the first rounds (`_weight`), or a short
-answer ends before what it costs is known."""
-_MAX_DRIFT = 4.0
-_MOST_RISE = 1.5
-"""A round counts as at most so often what was expected: a longer one was preempted, or the first of its kind."""
+READ_IN_A_STEP = 2
+"""Positions that a sequence's first draft step reads: about what a round before it accepted."""
+
+_NOISE = 0.1
+"""Standard deviation of a round's time over what was expected."""
+_MOST_SURPRISE = 3 * _NOISE
+"""A round counts as at most so much longer than expected: a longer one was preempted, or the first of its kind."""
+_UNSURE = (0.2, 0.3)
+"""Standard deviations of the two factors at the start."""
+_CHANGE = (0.006, 0.01)
+"""By how much the factors change from a round to the next, as standard deviations."""
+_TOGETHER = 0.7
+"""Correlation of the two, at the start and of their changes: often other work slows down both."""
+_OWN_WEIGHT, _OWN_PRIOR = 0.01, 16
+"""Of a round in an operation's own factor; and how many rounds the calibration counts as."""
 
 _Key = tuple[int, int]
 """(batch size, query length)."""
+
+
+class Slowdown:
+    """How much longer operations take than at the start: their fixed part, and what grows with their length.
+
+    Tables may share one. All arguments are in units of what the calibration measured for the operation.
+    """
+
+    def __init__(self) -> None:
+        self.fixed = self.growing = 1.0
+        self._var = _covariance(_UNSURE)
+        """Of the fixed factor, of both together, and of the growing one."""
+
+    def __call__(self, grown: float) -> float:
+        """Expected time of an operation of which the share `grown` grows with its length."""
+        return self.fixed * (1 - grown) + self.growing * grown
+
+    def update(self, grown: float, time: float) -> None:
+        """Update by what such an operation took."""
+        f, g = 1 - grown, grown
+        v_ff, v_fg, v_gg = (old + change for old, change in zip(self._var, _covariance(_CHANGE), strict=True))
+        own_f, own_g = v_ff * f + v_fg * g, v_fg * f + v_gg * g
+        expected = self(grown)
+        total = own_f * f + own_g * g + (_NOISE * expected) ** 2
+        surprise = max(-_MOST_SURPRISE, min(_MOST_SURPRISE, time / expected - 1)) * expected
+        self.fixed = max(0.1, self.fixed + surprise * own_f / total)
+        self.growing = max(0.1, self.growing + surprise * own_g / total)
+        self._var = [v_ff - own_f**2 / total, v_fg - own_f * own_g / total, v_gg - own_g**2 / total]
+
+
+def _covariance(deviations: tuple[float, float]) -> list[float]:
+    fixed, growing = deviations
+    return [fixed**2, _TOGETHER * fixed * growing, growing**2]
 
 
 class CostTable:
@@ -32,21 +77,20 @@ class CostTable:
     >>> table(8, 5)
     """
 
-    def __init__(self) -> None:
-        self._measured: dict[_Key, float] = {}
-        """Seconds, by running rounds."""
-        self._num_rounds: Counter[_Key] = Counter()
+    def __init__(self, slowdown: Slowdown | None = None) -> None:
+        self._slowdown = slowdown or Slowdown()
         self._initial: dict[_Key, float] = {}
-        """Seconds, by the calibration."""
-        self._interpolations: dict[tuple[int, float], tuple[_Key, _Key, float]] = {}
-        """For what was not measured: two measured neighbours, and the weight of the second."""
-        self._drift = 1.0
-        """Running mean of measured seconds over initial seconds."""
+        """Seconds, by the calibration, or by the first round of a key near which that measured nothing."""
+        self._own: defaultdict[_Key, float] = defaultdict(lambda: 1.0)
+        """What rounds of a key take over what is expected without this factor."""
+        self._num_rounds: defaultdict[_Key, int] = defaultdict(int)
+        self._parts: dict[tuple[int, float], tuple[float, float]] = {}
+        """Initial seconds, interpolated, and the share of them that grows with the query length."""
 
     def set_initial(self, batch_size: int, query_length: int, seconds: float) -> None:
         """Store a measurement of the calibration."""
         self._initial[batch_size, query_length] = seconds
-        self._interpolations.clear()
+        self._parts.clear()
 
     def initial(self, batch_size: int, query_length: int) -> float:
         """The calibration's measurement; 0 if there is none."""
@@ -60,38 +104,52 @@ class CostTable:
     def update(self, batch_size: int, query_length: float, seconds: float) -> None:
         """Update by a measurement of a round. Outliers (a preempted process) change little.
 
-        `query_length` is the mean over the batch. A measurement between two whole numbers is scaled to the nearer one.
+        `query_length` may be a mean over the batch, so no whole number.
         """
         key = batch_size, max(1, round(query_length))
-        expected = self(batch_size, query_length)
-        if key[1] != query_length and expected:
-            seconds *= self(*key) / expected
-        initial = self._initial.get(key)
-        old = self._known(key) if key in self._measured or initial is not None else seconds
-        seconds = min(seconds, _MOST_RISE * old)
-        if initial:
-            weight = _weight(self._num_rounds.total(), _DRIFT_DECAY)
-            self._drift += weight * (min(seconds / initial, _MAX_DRIFT) - self._drift)
-        if key not in self._measured:
-            self._interpolations.clear()
-        self._measured[key] = old + _weight(self._num_rounds[key], _DECAY) * (seconds - old)
+        if key not in self._initial and not self._lies_between(*key):
+            self.set_initial(*key, seconds / (self._slowdown(0.0)))
+        initial, grown = self._part(batch_size, query_length)
+        if not (initial and seconds > 0):
+            return
+        time = seconds / (initial * self._own[key])
+        surprise = max(-_MOST_SURPRISE, min(_MOST_SURPRISE, time / self._slowdown(grown) - 1))
+        self._slowdown.update(grown, time)
+        self._own[key] *= 1 + surprise * max(_OWN_WEIGHT, 1 / (self._num_rounds[key] + _OWN_PRIOR))
         self._num_rounds[key] += 1
 
     def __call__(self, batch_size: int, query_length: float) -> float:
         """Expected seconds; 0 before any measurement. `query_length` may be a mean, so no whole number."""
-        key = batch_size, int(query_length)
-        if key[1] == query_length and (key in self._measured or key in self._initial):
-            return self._known(key)
-        if (batch_size, query_length) not in self._interpolations:
-            if not self._initial and not self._measured:
-                return 0.0
-            self._interpolations[batch_size, query_length] = self._neighbours(batch_size, query_length)
-        below, above, weight = self._interpolations[batch_size, query_length]
-        return self._known(below) + weight * (self._known(above) - self._known(below))
+        initial, grown = self._part(batch_size, query_length)
+        return initial * self._slowdown(grown) * self._own.get((batch_size, round(query_length)), 1.0)
+
+    def _part(self, batch_size: int, query_length: float) -> tuple[float, float]:
+        key = batch_size, query_length
+        if key not in self._parts:
+            initial = self._interpolated(batch_size, query_length)
+            shortest = min(self._interpolated(batch_size, 1), initial)
+            self._parts[key] = initial, 1 - shortest / initial if initial else 0.0
+        return self._parts[key]
+
+    def _lies_between(self, batch_size: int, query_length: float) -> bool:
+        below, above, _ = self._neighbours(batch_size, query_length)
+        return below != above
+
+    def _interpolated(self, batch_size: int, query_length: float) -> float:
+        if not self._initial:
+            return 0.0
+        below, above, weight = self._neighbours(batch_size, query_length)
+        return self._initial[below] + weight * (self._initial[above] - self._initial[below])
 
     def _neighbours(self, batch_size: int, query_length: float) -> tuple[_Key, _Key, float]:
-        """The nearest measured keys below and above, by number of query positions, and the weight of the upper one."""
-        keys = self._initial.keys() | self._measured.keys()
+        """The nearest known keys below and above, by number of query positions, and the weight of the upper one.
+
+        The same key twice: that one, or the nearest if none is below or none above. Without any: the asked one.
+        """
+        asked = batch_size, int(query_length)
+        keys = self._initial.keys()
+        if not keys or (asked in keys and asked[1] == query_length):
+            return asked, asked, 0.0
         low = [key for key in keys if key[0] <= batch_size and key[1] <= query_length]
         high = [key for key in keys if key[0] >= batch_size and key[1] >= query_length]
         if not low or not high:
@@ -101,15 +159,6 @@ class CostTable:
         above = min(high, key=lambda key: key[0] * key[1])
         span = above[0] * above[1] - below[0] * below[1]
         return below, above, (batch_size * query_length - below[0] * below[1]) / span if span else 0.0
-
-    def _known(self, key: _Key) -> float:
-        measured = self._measured.get(key)
-        return self._initial[key] * self._drift if measured is None else measured
-
-
-def _weight(num_earlier: int, decay: float) -> float:
-    """Of a new measurement, beside an initial one and `num_earlier` others."""
-    return max(1 - decay, 1 / (num_earlier + 2))
 
 
 class DraftShape(NamedTuple):
@@ -138,9 +187,10 @@ class Costs:
         self.ragged = ragged
         self.target = CostTable()
         """Of a round but for drafting, by batch size and mean query length."""
-        self.chain = CostTable()
-        """Of drafting chains, the prefill of two positions included, by batch size and length."""
-        self.tree = CostTable()
+        drafting = Slowdown()
+        self.chain = CostTable(drafting)
+        """Of drafting chains, the prefill of READ_IN_A_STEP positions included, by batch size and length."""
+        self.tree = CostTable(drafting)
         """Of drafting trees, by batch size and number of levels."""
         self.prefill_position_s = 0.0
         """Of one position of the prefill of the draft's cache."""
@@ -161,9 +211,13 @@ class Costs:
             return 0.0
         return (self.tree if shape.nodes else self.chain)(num_drafting, shape.levels)
 
+    def catch_up_s(self, num_drafting: int, *, uncached: int) -> float:
+        """Of the prefill of `uncached` positions beyond those that the first step of each sequence reads anyway."""
+        return max(0, uncached - READ_IN_A_STEP * num_drafting) * self.prefill_position_s
+
     def observe_draft(self, num_drafting: int, shape: DraftShape, seconds: float, *, uncached: int) -> None:
         """Update by the time that drafting took, with the prefill of `uncached` positions."""
-        seconds = max(0.0, seconds - uncached * self.prefill_position_s)
         table = self.tree if shape.nodes else self.chain
         if table(num_drafting, shape.levels):
-            table.update(num_drafting, shape.levels, seconds)
+            seconds -= self.catch_up_s(num_drafting, uncached=uncached)
+            table.update(num_drafting, shape.levels, max(0.0, seconds))

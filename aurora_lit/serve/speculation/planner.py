@@ -34,16 +34,16 @@ _RECORD_DECAY = 0.95
 _MEAN_WEIGHT = 10.0
 """What the rate over all sequences weighs beside a sequence's own, in proposals. A rate of twenty proposals is off by a
 tenth by chance, and a planner follows those that are too high; this weight and decay predict held-out outcomes best."""
-_MEAN_DECAY = 0.995
+_MEAN_DECAY = 0.998
 """Weight of the earlier proposals of all sequences; less while there are few."""
 _INITIAL_RATE = 0.5
 """Acceptance rate of a draft before anything was verified."""
 _MIN_GAIN = 1.03
 """A change of what is drafted must promise this factor in speed."""
-_EXTRA_TOKEN_SAVING = 0.5
-"""One more token from a round saves this share of a plain round, because the rounds it saves would speculate too."""
 _RECONSIDER_EVERY = 8
 """Rounds without a draft after which drafting is considered again; that takes a few per cent of a small round."""
+_DECIDE_EVERY = 4
+"""Rounds of as many sequences for which a decision holds; making it takes 2 % of a small round."""
 _TRY_EVERY, _TRY_WITHIN = 64, 0.8
 """Every so many rounds that draft, another shape is drafted that promises at least this share of the chosen one's
 speed, each in turn. Only what is drafted is measured: without this, a shape that was measured as too slow when the
@@ -159,24 +159,11 @@ def speeds_of_shapes(
     return {shape: speed_of(shape, rates, batch_size=batch_size, costs=costs, trees=trees) for shape in shapes}
 
 
-def choose_shape(
-    rates: Sequence[float],
-    *,
-    batch_size: int,
-    costs: Costs,
-    limits: SpeculationLimits,
-    trees: Mapping[int, TreeAcceptance],
-    last: DraftShape = NO_DRAFT,
-) -> DraftShape:
-    """What to draft for sequences of these acceptance rates: the fastest shape, or `last` if that is nearly as fast.
+def choose_shape(speeds: Mapping[DraftShape, float], *, last: DraftShape = NO_DRAFT) -> DraftShape:
+    """What to draft: the fastest shape, or `last`, what was drafted in the round before, if that is nearly as fast.
 
-    A pure function. `last`: what was drafted in the round before.
+    A pure function. `speeds`: tokens per second of every shape, NO_DRAFT among them.
     """
-    if not rates or not limits.draft_tokens:
-        return NO_DRAFT
-    if not limits.adaptive:
-        return DraftShape(limits.draft_tokens, limits.tree_sizes[-1] if limits.tree_sizes else 0)
-    speeds = speeds_of_shapes(rates, batch_size=batch_size, costs=costs, limits=limits, trees=trees)
     best = max(speeds, key=speeds.__getitem__)
     now = speeds.get(last, 0.0)
     if speeds[best] > now * _MIN_GAIN:
@@ -190,6 +177,10 @@ class DraftDecision(NamedTuple):
     shape: DraftShape = NO_DRAFT
     is_probe: bool = False
     """True: one sequence suffices, to measure how predictable the traffic is."""
+    is_trial: bool = False
+    """True: drafted in full, to measure what it costs and how much of it is accepted."""
+    speed: float = 0.0
+    """Tokens per second of all sequences that the round promises; 0 if unknown."""
 
 
 class SpeculationPlanner:
@@ -209,6 +200,11 @@ class SpeculationPlanner:
             sampled: {n: TreeAcceptance(n, sampled=sampled) for n in limits.tree_sizes} for sampled in (False, True)
         }
         self._last = DraftShape(limits.draft_tokens)
+        self._speed = 0.0
+        """What it promises, in tokens per second."""
+        self._decided_for, self._decided_rounds = (0, 0, False), 0
+        """The last decision's numbers of sequences that draft and of all, and whether most are sampled; and how many
+        rounds it has held."""
         self._rounds_without = self._rounds_with = 0
 
     def mean_rate(self, *, sampled: bool) -> float:
@@ -228,19 +224,33 @@ class SpeculationPlanner:
         """
         if not rates or not self.limits.draft_tokens:
             return DraftDecision()
-        is_resting = self._last == NO_DRAFT and (self._rounds_without + 1) % _RECONSIDER_EVERY != 0
-        if not is_resting:
-            how = {"costs": self.costs, "limits": self.limits, "trees": self._trees[sampled]}
-            self._last = choose_shape(rates, batch_size=batch_size, last=self._last, **how)  # type: ignore[arg-type]
-            if self._last != NO_DRAFT and self.limits.adaptive:
-                self._rounds_with += 1
-                if self._rounds_with % _TRY_EVERY == 0:
-                    return DraftDecision(self._other_shape(speeds_of_shapes(rates, batch_size=batch_size, **how)))  # type: ignore[arg-type]
-        self._rounds_without = self._rounds_without + 1 if self._last == NO_DRAFT else 0
-        if self._rounds_without >= _PROBE_EVERY:
-            self._rounds_without = 0
-            return DraftDecision(DraftShape(1), is_probe=True)
-        return DraftDecision(self._last)
+        if not self.limits.adaptive:
+            return DraftDecision(DraftShape(self.limits.draft_tokens, max(self.limits.tree_sizes, default=0)))
+        if self._last == NO_DRAFT and (self._rounds_without + 1) % _RECONSIDER_EVERY:
+            return self._without_draft()
+        self._rounds_with += 1
+        is_trial = self._rounds_with % _TRY_EVERY == 0
+        asked, self._decided_rounds = (len(rates), batch_size, sampled), self._decided_rounds + 1
+        if self._last == NO_DRAFT or is_trial or asked != self._decided_for or self._decided_rounds >= _DECIDE_EVERY:
+            speeds = speeds_of_shapes(
+                rates, batch_size=batch_size, costs=self.costs, limits=self.limits, trees=self._trees[sampled]
+            )
+            self._last = choose_shape(speeds, last=self._last)
+            self._speed, self._decided_for, self._decided_rounds = speeds[self._last], asked, 0
+            if is_trial and self._last != NO_DRAFT:
+                return DraftDecision(self._other_shape(speeds), is_trial=True)
+        if self._last == NO_DRAFT:
+            return self._without_draft()
+        self._rounds_without = 0
+        return DraftDecision(self._last, speed=self._speed)
+
+    def _without_draft(self) -> DraftDecision:
+        """Nothing is drafted, but now and then a token to see how predictable the traffic is."""
+        self._rounds_without += 1
+        if self._rounds_without < _PROBE_EVERY:
+            return DraftDecision()
+        self._rounds_without = 0
+        return DraftDecision(DraftShape(1), is_probe=True)
 
     def pays_for_catching_up(
         self,
@@ -266,29 +276,24 @@ class SpeculationPlanner:
         self._last = NO_DRAFT
         return False
 
-    def min_gains(self, shape: DraftShape, num_drafting: int, *, batch_size: int) -> list[float] | None:
+    def min_gains(
+        self, shape: DraftShape, num_drafting: int, *, batch_size: int, speed: float
+    ) -> list[float] | None:
         """What each level after the first must promise to be drafted; None: all are drafted.
 
-        In accepted tokens of all sequences together: as many as save more time than the level takes. A further step of
-        a chain also makes the target's pass longer. With a tree that takes the same time either way, since nodes of the
-        new level replace less probable ones.
+        In accepted tokens of all sequences together: as many as the time of the level would give at `speed`, in tokens
+        per second. A further step of a chain also makes the target's pass longer. With a tree that takes the same time
+        either way, since nodes of the new level replace less probable ones.
         """
         if not self.limits.adaptive:
             return None
-        if shape.nodes:
-            # A tree of one level is a chain of one, as far as its time goes.
-            until_s = [self.costs.draft_s(num_drafting, DraftShape(1))]
-            until_s += [self.costs.draft_s(num_drafting, shape._replace(levels=n)) for n in range(2, shape.levels + 1)]
-            steps_s = [max(0.0, after - before) for before, after in itertools.pairwise(until_s)]
-            return [self._tokens_that_save(step_s, batch_size) for step_s in steps_s]
-        target_s = [self.costs.round_s(batch_size, [k] * num_drafting) for k in range(1, shape.levels + 1)]
-        until_s = [self.costs.draft_s(num_drafting, DraftShape(n)) for n in range(1, shape.levels + 1)]
-        return [
-            self._tokens_that_save(max(0.0, longer - shorter) + max(0.0, after - before), batch_size)
-            for (shorter, longer), (before, after) in zip(
-                itertools.pairwise(target_s), itertools.pairwise(until_s), strict=True
-            )
-        ]
+        # A tree of one level is a chain of one, as far as its time goes.
+        shapes = [DraftShape(n, shape.nodes if n > 1 else 0) for n in range(1, shape.levels + 1)]
+        until_s = [self.costs.draft_s(num_drafting, each) for each in shapes]
+        if not shape.nodes:
+            target_s = [self.costs.round_s(batch_size, [each.levels] * num_drafting) for each in shapes]
+            until_s = [draft_s + pass_s for draft_s, pass_s in zip(until_s, target_s, strict=True)]
+        return [speed * max(0.0, after - before) for before, after in itertools.pairwise(until_s)]
 
     def level_rates(self, shape: DraftShape, rates: Sequence[float], *, sampled: bool) -> list[float]:
         """Acceptance rates of the shape's levels, for sequences whose chains have these."""
@@ -353,11 +358,6 @@ class SpeculationPlanner:
         enough = _TRY_WITHIN * speeds[self._last]
         others = [each for each in speeds if each not in (NO_DRAFT, self._last) and speeds[each] >= enough]
         return others[self._rounds_with // _TRY_EVERY % len(others)] if others else self._last
-
-    def _tokens_that_save(self, seconds: float, batch_size: int) -> float:
-        """How many more tokens a round must give to save this time."""
-        saving_s = self.costs.target(batch_size, 1) / batch_size * _EXTRA_TOKEN_SAVING
-        return seconds / saving_s if saving_s else math.inf
 
 
 def extends_chain(values: Sequence[float], survival: list[float], min_gain: float) -> bool:

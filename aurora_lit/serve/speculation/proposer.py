@@ -38,7 +38,7 @@ from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlanne
 from aurora_lit.serve.speculation.costs import DraftShape
 from aurora_lit.serve.speculation.drafter import Drafted, Drafter, DraftInputs, DraftNoise
 from aurora_lit.serve.speculation.grammar_rows import forced_proposal
-from aurora_lit.serve.speculation.planner import MAX_REMAINING_TOKENS, SpeculationPlanner
+from aurora_lit.serve.speculation.planner import MAX_REMAINING_TOKENS, DraftDecision, SpeculationPlanner
 from aurora_lit.serve.speculation.traffic_memory import TrafficMemory, look_up_copies
 from aurora_lit.traces.record import SOURCE_DRAFT
 
@@ -50,6 +50,8 @@ _FRUITLESS = ((32, 4), (8, 2))
 """After so many look-ups of a sequence that found nothing, it is looked up only every so many rounds: a look-up takes
 2 % of a small round, and copies go on for several tokens, so that little is lost by finding them later. Sequences are
 looked up in the same rounds, since a look-up for several costs little more than for one."""
+_PRICED_EVERY = 16
+"""Rounds for which a column's price holds."""
 _LEAST_CATCH_UP = 32
 """Positions of the draft's prefill that a round computes at least, if any are missing."""
 
@@ -92,8 +94,12 @@ class Proposer:
         self._clock = clock
         self._num_rounds = 0
         """That looked for copies, or might have."""
+        self._least: dict[int, float] = {}
+        """Survival below which copies are not looked up, by batch size."""
         self.draft_seconds = 0.0
         """Time that drafting took in the last round."""
+        self.catch_up_seconds = 0.0
+        """The part of it that read what the draft had missed, prompts above all."""
         self.seconds = 0.0
         """Time that all proposing took there, drafting included, even if there was nothing to propose."""
         self.looking_seconds = 0.0
@@ -103,7 +109,8 @@ class Proposer:
         self, sequences: Sequence[RunningSequence], *, copies: bool = True, drafts: bool = True
     ) -> list[Proposal]:
         """A proposal for each sequence, of what is allowed; what a grammar forces always is."""
-        started, self.draft_seconds, self.seconds, self.looking_seconds = self._clock(), 0.0, 0.0, 0.0
+        started = self._clock()
+        self.draft_seconds = self.catch_up_seconds = self.seconds = self.looking_seconds = 0.0
         proposals = [
             NO_PROPOSAL if sequence.grammar is None else forced_proposal(sequence, most=self._most_forced)
             for sequence in sequences
@@ -202,10 +209,12 @@ class Proposer:
         """Copies that are less probable than this are not looked up: they would not repay much of their columns."""
         if not self._planner.limits.adaptive:
             return LEAST_SURVIVAL
-        costs = self._planner.costs
-        plain_s = costs.round_s(batch_size, [])
-        column_tokens = batch_size * costs.column_s(batch_size, 0) / plain_s if plain_s else 0.0
-        return max(LEAST_SURVIVAL, _WORTH_LOOKING_UP * column_tokens)
+        if batch_size not in self._least or self._num_rounds % _PRICED_EVERY == 0:
+            costs = self._planner.costs
+            plain_s = costs.round_s(batch_size, [])
+            column_tokens = batch_size * costs.column_s(batch_size, 0) / plain_s if plain_s else 0.0
+            self._least[batch_size] = max(LEAST_SURVIVAL, _WORTH_LOOKING_UP * column_tokens)
+        return self._least[batch_size]
 
     def _copy(
         self,
@@ -265,17 +274,17 @@ class Proposer:
         if drafter is None or not candidates:
             return []
         rates = [self._planner.rate_of(all_sequences[i]) for i in candidates]
-        shape, is_probe = self._planner.decide(rates, batch_size=batch_size, sampled=sampled)
-        if not shape.levels:
+        decision = self._planner.decide(rates, batch_size=batch_size, sampled=sampled)
+        if not decision.shape.levels:
             return []
         uncached = {i: drafter.num_uncached(all_sequences[i].slot, all_sequences[i].length) for i in candidates}
-        if is_probe:
+        if decision.is_probe:
             candidates = [min(candidates, key=uncached.__getitem__)]
         else:
             remaining = sum(min(MAX_REMAINING_TOKENS, sequence.num_remaining) for sequence in all_sequences)
             missing = sum(uncached[i] for i in candidates)
             if not self._planner.pays_for_catching_up(
-                shape, rates, batch_size=batch_size, sampled=sampled, uncached=missing, remaining=remaining
+                decision.shape, rates, batch_size=batch_size, sampled=sampled, uncached=missing, remaining=remaining
             ):
                 return []
         started = self._clock()
@@ -283,18 +292,20 @@ class Proposer:
         if candidates:
             sequences = [all_sequences[i] for i in candidates]
             explores = [False] * len(sequences)
-            if self.explore_share and not is_probe and self._rng.random() < self.explore_share:
+            if self.explore_share and not decision.is_probe and self._rng.random() < self.explore_share:
                 explores = [sequence.request.store and sequence.temperature == 0 for sequence in sequences]
-            drafted = self._run(sequences, shape, explores, batch_size=batch_size, sampled=sampled)
+            drafted = self._run(sequences, decision, explores, batch_size=batch_size, sampled=sampled)
         self.draft_seconds = self._clock() - started
+        num_read += sum(uncached[i] for i in candidates)
+        catch_up_s = self._planner.costs.catch_up_s(len(candidates), uncached=num_read)
+        self.catch_up_seconds = min(self.draft_seconds, catch_up_s)
         if not candidates:
             return []
         found = self._proposals(drafted, explores)
         if not any(explores):
             levels = len(drafted.outcome_JB)
             nodes = drafted.token_BK.shape[1] if drafted.parent_BK is not None else 0
-            missing = num_read + sum(uncached[i] for i in candidates)
-            self._planner.observe_draft(len(found), DraftShape(levels, nodes), self.draft_seconds, uncached=missing)
+            self._planner.observe_draft(len(found), DraftShape(levels, nodes), self.draft_seconds, uncached=num_read)
         return list(zip(candidates, found, strict=True))
 
     def _caught_up(
@@ -320,20 +331,23 @@ class Proposer:
     def _run(
         self,
         sequences: list[RunningSequence],
-        shape: DraftShape,
+        decision: DraftDecision,
         explores: list[bool],
         *,
         batch_size: int,
         sampled: bool,
     ) -> Drafted:
-        """Draft a shape for some sequences; chains if any of them explores."""
+        """Draft for some sequences what was decided; chains if any of them explores."""
         assert self._drafter is not None
+        shape = decision.shape
         slots_B = torch.tensor([sequence.slot for sequence in sequences], device=self._device)
         inputs = DraftInputs(slots_B=slots_B, lengths=[sequence.length for sequence in sequences])
         noise = self._noise(sequences, explores)
         if any(explores):
             return self._drafter.propose(inputs, num_steps=shape.levels, noise=noise, with_logprobs=True)
-        min_gains = self._planner.min_gains(shape, len(sequences), batch_size=batch_size)
+        min_gains = None
+        if not decision.is_trial:
+            min_gains = self._planner.min_gains(shape, len(sequences), batch_size=batch_size, speed=decision.speed)
         if not shape.nodes:
             return self._drafter.propose(inputs, num_steps=shape.levels, noise=noise, min_gains=min_gains)
         rates = [self._planner.rate_of(sequence) for sequence in sequences]

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -26,11 +25,18 @@ from aurora_lit.serve.speculation.planner import (
     choose_shape,
     extends_chain,
     speed_of,
+    speeds_of_shapes,
     tree_sizes,
 )
 from aurora_lit.traces.record import SOURCE_DRAFT
 
 PLAIN_S = 0.010
+
+
+@pytest.fixture(autouse=True)
+def _decides_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that each call of `decide` is a decision."""
+    monkeypatch.setattr(planner_module, "_DECIDE_EVERY", 1)
 
 
 def a_sequence(**params: float) -> RunningSequence:
@@ -95,8 +101,13 @@ def test_the_choice_is_a_pure_function_of_its_arguments() -> None:
     costs = tree_planner().costs
     limits = SpeculationLimits(draft_tokens=4, copied_tokens=0, tree_sizes=(3, 7, 15))
     trees = {nodes: TreeAcceptance(nodes) for nodes in limits.tree_sizes}
-    before = copy.deepcopy((vars(costs.target), {nodes: vars(tree) for nodes, tree in trees.items()}))
-    before[0]["_interpolations"].clear()
+    costs.target._parts.clear()
+
+    def state() -> tuple[dict[str, object], list[dict[str, object]]]:
+        table = {name: value for name, value in vars(costs.target).items() if name != "_slowdown"}
+        return {**table, "slowdown": vars(costs.target._slowdown)}, [vars(tree) for tree in trees.values()]
+
+    before = copy.deepcopy(state())
     cases = [
         ((rate,) * number, number + plain, last)
         for rate, number, plain, last in itertools.product(
@@ -106,12 +117,13 @@ def test_the_choice_is_a_pure_function_of_its_arguments() -> None:
 
     def shape(case: tuple[tuple[float, ...], int, DraftShape]) -> DraftShape:
         rates, batch_size, last = case
-        return choose_shape(rates, batch_size=batch_size, costs=costs, limits=limits, trees=trees, last=last)
+        speeds = speeds_of_shapes(rates, batch_size=batch_size, costs=costs, limits=limits, trees=trees)
+        return choose_shape(speeds, last=last)
 
     first = [shape(case) for case in cases]
     assert [shape(case) for case in reversed(cases)] == first[::-1]
-    costs.target._interpolations.clear()
-    assert (vars(costs.target), {nodes: vars(tree) for nodes, tree in trees.items()}) == before
+    costs.target._parts.clear()
+    assert state() == before
     assert len(set(first)) > 3
 
 
@@ -132,7 +144,7 @@ def test_drafts_are_shorter_beside_sequences_that_do_not_speculate() -> None:
 def test_without_adaptation_the_draft_length_is_fixed() -> None:
     planner = chain_planner(adaptive=False, first_s=1.0)
     assert decide(planner, [0.01]) == DraftShape(4)
-    assert planner.min_gains(DraftShape(4), 1, batch_size=1) is None
+    assert planner.min_gains(DraftShape(4), 1, batch_size=1, speed=100.0) is None
     assert decide(planner, []) == NO_DRAFT
 
 
@@ -167,12 +179,12 @@ def test_while_nothing_is_drafted_drafting_is_considered_only_every_few_rounds(m
     planner = tree_planner()
     while decide(planner, [0.01]) != NO_DRAFT:
         pass
-    considered: list[float] = []
+    considered: list[DraftShape] = []
     original = planner_module.choose_shape
 
-    def counted(rates: Sequence[float], **how: object) -> DraftShape:
-        considered.extend(rates)
-        return original(rates, **how)  # type: ignore[arg-type]
+    def counted(speeds: Mapping[DraftShape, float], *, last: DraftShape) -> DraftShape:
+        considered.append(last)
+        return original(speeds, last=last)
 
     monkeypatch.setattr(planner_module, "choose_shape", counted)
     for _ in range(4 * planner_module._RECONSIDER_EVERY):
@@ -221,7 +233,8 @@ def test_accepted_probes_bring_speculation_back(temperature: float) -> None:
 def test_another_draft_step_must_save_more_time_than_it_takes(
     costs: dict[str, float], value: float, survival: float, extends: bool
 ) -> None:
-    min_gains = chain_planner(**costs).min_gains(DraftShape(4), 1, batch_size=1)  # type: ignore[arg-type]
+    how = {"batch_size": 1, "speed": 1 / PLAIN_S}
+    min_gains = chain_planner(**costs).min_gains(DraftShape(4), 1, **how)  # type: ignore[arg-type]
     assert min_gains is not None
     assert len(min_gains) == 3
     assert extends_chain([value], [survival], min_gains[0]) == extends
@@ -240,7 +253,9 @@ def test_a_step_pays_for_a_full_batch_of_predictable_sequences_but_not_for_one()
     planner = chain_planner(next_s=0.0015)
 
     def extends(values: list[float], num_plain: int = 0) -> bool:
-        min_gains = planner.min_gains(DraftShape(2), len(values), batch_size=len(values) + num_plain)
+        batch_size = len(values) + num_plain
+        speed = batch_size / PLAIN_S
+        min_gains = planner.min_gains(DraftShape(2), len(values), batch_size=batch_size, speed=speed)
         assert min_gains is not None
         return extends_chain(values, [1.0] * len(values), min_gains[0])
 
@@ -249,10 +264,22 @@ def test_a_step_pays_for_a_full_batch_of_predictable_sequences_but_not_for_one()
     assert not extends([3.0], num_plain=3)
 
 
-def test_before_any_measurement_no_further_step_is_promised_to_pay() -> None:
+def test_before_any_measurement_nothing_is_drafted() -> None:
     planner = SpeculationPlanner(SpeculationLimits(draft_tokens=4, copied_tokens=0), Costs(ragged=True))
-    assert planner.min_gains(DraftShape(3), 1, batch_size=1) == [math.inf] * 2
-    assert planner.min_gains(DraftShape(1), 1, batch_size=1) == []
+    assert planner.decide([0.9], batch_size=1).shape == NO_DRAFT
+    assert planner.min_gains(DraftShape(1), 1, batch_size=1, speed=100.0) == []
+
+
+def test_a_decision_says_how_fast_it_will_be_and_holds_for_some_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then, or until other sequences ask."""
+    monkeypatch.setattr(planner_module, "_DECIDE_EVERY", 4)
+    planner = chain_planner()
+    first = planner.decide([0.9], batch_size=1)
+    assert first.speed == pytest.approx(max(speeds(planner, 0.9)))
+    again = copy.deepcopy(planner)
+    shapes = [planner.decide([0.01], batch_size=1).shape for _ in range(4)]
+    assert shapes == [first.shape] * 3 + [NO_DRAFT]
+    assert again.decide([0.01] * 2, batch_size=2).shape == NO_DRAFT
 
 
 def observe(
@@ -303,7 +330,7 @@ def test_few_proposals_of_a_sequence_say_less_than_all_that_were_verified_before
 def test_the_first_verified_proposals_change_the_mean_rate_quickly() -> None:
     planner = chain_planner()
     steps = []
-    for _ in range(300):
+    for _ in range(800):
         before = planner.mean_rate(sampled=False)
         observe(planner, a_sequence(temperature=0.0), proposed=1, accepted=0)
         steps.append((before - planner.mean_rate(sampled=False)) / before)
@@ -351,7 +378,7 @@ def test_a_shape_that_was_measured_as_too_slow_at_the_start_is_found_later(
     fastest = decide(planner, [0.8])
     assert fastest.nodes
     for levels in range(2, 5):
-        planner.costs.tree._measured[1, levels] = 0.0019 * levels
+        planner.costs.tree.set_initial(1, levels, 0.0019 * levels)
     drafted = []
     for _ in range(6000):
         drafted.append(decide(planner, [0.8]))
@@ -424,7 +451,7 @@ def test_the_tree_with_the_most_tokens_per_second_is_chosen(
 def test_without_adaptation_the_tree_is_fixed() -> None:
     planner = tree_planner(adaptive=False, level_s=1.0)
     assert decide(planner, [0.01]) == DraftShape(4, 15)
-    assert planner.min_gains(DraftShape(4, 15), 1, batch_size=1) is None
+    assert planner.min_gains(DraftShape(4, 15), 1, batch_size=1, speed=100.0) is None
 
 
 @pytest.mark.parametrize(
@@ -432,7 +459,7 @@ def test_without_adaptation_the_tree_is_fixed() -> None:
 )
 def test_another_level_must_be_probable_to_be_reached(reach: float, level_s: float, extends: bool) -> None:
     planner, shape = tree_planner(level_s=level_s), DraftShape(4, 15)
-    min_gains = planner.min_gains(shape, 1, batch_size=1)
+    min_gains = planner.min_gains(shape, 1, batch_size=1, speed=1 / PLAIN_S)
     assert min_gains is not None
     assert len(min_gains) == 3
     (rate,) = planner.level_rates(shape, [0.6], sampled=False)
