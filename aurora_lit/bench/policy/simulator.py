@@ -273,6 +273,7 @@ class PlannerPolicy:
                 drafted=draft_s > 0,
                 proposing_s=self.proposer.seconds,
                 looking_s=self.proposer.looking_seconds,
+                catch_up_s=self.proposer.catch_up_seconds,
             )
 
 

@@ -352,6 +352,7 @@ class Engine:
                 drafted=draft_s > 0,
                 proposing_s=self.proposer.seconds,
                 looking_s=self.proposer.looking_seconds,
+                catch_up_s=self.proposer.catch_up_seconds,
             )
             self.stats.compared_us = int(self.floor.compared_s * 1e6)
             self.stats.compared_plain_us = int(self.floor.compared_plain_s * 1e6)

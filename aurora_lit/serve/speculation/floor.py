@@ -3,7 +3,7 @@
 The planner predicts; this file keeps accounts. For each kind of round (number of sequences; greedy or sampled) it
 knows what a plain round takes, because one is run now and then. Each speculating round adds to a balance what its
 tokens would have taken in plain rounds, less what it took. The balance is in plain rounds and keeps at most
-MOST_CREDIT; where it has fallen to a debt of MOST_DEBT, speculation rests for a while. Each further debt doubles that
+MOST_CREDIT; where it has fallen to a debt of `most_debt`, speculation rests for a while. Each further debt doubles that
 while, and full credit restores the first one. What a wrong prediction can cost is therefore credit and debt together,
 again and again, but ever more rarely. What speculation gains is kept: with one sequence a round's tokens vary by half a
 round, so the sum of a few dozen rounds is negative by chance every now and then, but seldom by as much as credit and
@@ -13,7 +13,9 @@ Kinds with about as many sequences (1, 2, 3 to 4, 5 to 8, …) share a balance, 
 kind while requests come and go. Rounds that only copy have a balance of their own, or a draft that does not pay would
 end copies too, which cost little.
 
-Times are those of whole rounds, with planning, drafting, verification and recording.
+Times are those of whole rounds, with planning, drafting, verification and recording. Only what a draft takes to read a
+prompt, or what it missed while it rested, is charged in parts, over the rounds that come: it is paid once a request,
+and would be a debt at once.
 
 Left out: what is proposed (serve/speculation/proposer.py) and what it is predicted to gain
 (serve/speculation/planner.py).
@@ -21,6 +23,7 @@ Left out: what is proposed (serve/speculation/proposer.py) and what it is predic
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,19 +31,30 @@ from typing import NamedTuple
 
 from aurora_lit.serve.sequences.sequence import RunningSequence
 
-MOST_CREDIT, MOST_DEBT = 8.0, 3.0
-"""In plain rounds. With one sequence, chance alone ends speculation that gains a tenth once in thousands of rounds; and
-where speculation costs a tenth, the first debt is made within 30 rounds."""
-FIRST_PATIENCE, MOST_PATIENCE = 64, 1024
+MOST_CREDIT = 8.0
+"""In plain rounds."""
+FIRST_PATIENCE, MOST_PATIENCE = 128, 2048
 """Other rounds after a debt; and after many of them."""
 _PLAIN_EVERY, _PLAIN_EVERY_WINNING = 32, 128
 """Speculating rounds after which a plain one is run to time it; the second where speculation had full credit."""
 _MOST_ROUND = 4.0
 """A round counts as no more plain rounds: a preempted process is no loss of speculation."""
+_CHARGED = 1 / 32
+"""Share of what is left of catching up that a round is charged."""
 _DECAY = 0.7
 """Weight of the old time of a plain round when one is timed."""
 _FIRST_TIMED = 3
 """Of the first plain rounds the shortest counts: one that was preempted would make speculation look good for long."""
+
+
+def most_debt(batch_size: int, rounds: int) -> float:
+    """In plain rounds, after so many speculating ones: 3, and what luck may have made of those, up to a limit.
+
+    One sequence's speculating round varies by 0.8 plain rounds; of several sequences luck averages out. Where
+    speculation gains a fifteenth, chance ends it once in some thirty debts; where it costs a tenth, the first debt is a
+    sixteenth of a second. What looking in vain takes is no luck, and makes a debt of 3.
+    """
+    return 3.0 + min(1.2 * math.sqrt(rounds / batch_size), 16.0 / math.sqrt(batch_size))
 
 
 class RoundKind(NamedTuple):
@@ -84,22 +98,34 @@ class _PlainRounds:
 class _Account:
     """Of one group of kinds."""
 
+    batch_size: int
+    """Largest of the group."""
     balance: float = 0.0
     """What speculation has gained, in plain rounds; negative: lost."""
+    rounds: int = 0
+    """Speculating ones since it last rested or had full credit."""
+    owed: float = 0.0
+    """Of catching up, in plain rounds: what is still to be charged."""
     rest: int = 0
     """Other rounds still to come before speculation is tried again."""
     patience: int = FIRST_PATIENCE
     won: bool = False
     """True if it had full credit since it last rested."""
 
+    def charge(self, catching_up: float) -> float:
+        """What a round is charged of this catching up and what is owed of earlier ones, in plain rounds."""
+        charged = _CHARGED * (self.owed + catching_up)
+        self.owed += catching_up - charged
+        return charged
+
     def add(self, gained: float) -> bool:
         """Add what a round gained, in plain rounds; True if speculation rests from now on."""
         self.balance = min(MOST_CREDIT, self.balance + gained)
         if self.balance == MOST_CREDIT:
-            self.won, self.patience = True, FIRST_PATIENCE
-        if self.balance > -MOST_DEBT:
+            self.won, self.patience, self.rounds = True, FIRST_PATIENCE, 0
+        if self.balance > -most_debt(self.batch_size, self.rounds):
             return False
-        self.balance, self.won = 0.0, False
+        self.balance, self.owed, self.won, self.rounds = 0.0, 0.0, False, 0
         self.rest, self.patience = self.patience, min(2 * self.patience, MOST_PATIENCE)
         return True
 
@@ -115,7 +141,7 @@ class SpeculationFloor:
 
     def __init__(self) -> None:
         self._plain: defaultdict[RoundKind, _PlainRounds] = defaultdict(_PlainRounds)
-        self._accounts: defaultdict[tuple[int, bool, bool], _Account] = defaultdict(_Account)
+        self._accounts: dict[tuple[int, bool, bool], _Account] = {}
         self.num_rests = 0
         """How often speculation was turned off."""
         self.compared_s = self.compared_plain_s = 0.0
@@ -127,7 +153,7 @@ class SpeculationFloor:
 
         `drafts`: by the draft; else by copies alone.
         """
-        account, plain = self._accounts[kind.group(drafted=drafts)], self._plain[kind]
+        account, plain = self._account(kind, drafted=drafts), self._plain[kind]
         if account.rest:
             return False
         if plain.count < _FIRST_TIMED:  # the first rounds of a kind speculate, then plain ones are timed
@@ -144,19 +170,21 @@ class SpeculationFloor:
         drafted: bool = False,
         proposing_s: float = 0.0,
         looking_s: float = 0.0,
+        catch_up_s: float = 0.0,
     ) -> None:
         """Add a round that had the machine to itself.
 
-        `tokens`: that all its sequences got. `speculated`: anything was proposed or drafted; `drafted`: the draft ran.
+        `tokens`: that all its sequences got. `speculated`: anything was proposed or drafted; `drafted`: the draft ran,
+        and read for `catch_up_s` what it had missed.
         `proposing_s`: the part of `seconds` that proposing took; `looking_s`: its part that looked for copies. Where
         nothing came of it, no plain round would have taken that time. So it counts as lost: by copies what looked for
         them, by the draft the rest, in which it was decided not to draft.
         """
         plain = self._plain[kind]
         vain_s = [] if speculated else [(False, looking_s), (True, proposing_s - looking_s)]
-        vain_s = [(own, lost_s) for own, lost_s in vain_s if not self._accounts[kind.group(drafted=own)].rest]
+        vain_s = [(own, lost_s) for own, lost_s in vain_s if not self._account(kind, drafted=own).rest]
         for own in (False, True):
-            account = self._accounts[kind.group(drafted=own)]
+            account = self._account(kind, drafted=own)
             if not (speculated and own == drafted):
                 account.rest = max(0, account.rest - 1)
         if not speculated:
@@ -164,15 +192,22 @@ class SpeculationFloor:
             took_s = min(seconds, _MOST_ROUND * plain.seconds)
             self._compare(took_s, plain_s=took_s - proposing_s)
             for own, lost_s in vain_s:
-                self.num_rests += self._accounts[kind.group(drafted=own)].add(-lost_s / plain.seconds)
+                self.num_rests += self._account(kind, drafted=own).add(-lost_s / plain.seconds)
             return
-        account = self._accounts[kind.group(drafted=drafted)]
+        account = self._account(kind, drafted=drafted)
         plain.since += 1
+        account.rounds += 1
         if not plain.seconds:
             return
-        gave, took = tokens / kind.batch_size, min(seconds / plain.seconds, _MOST_ROUND)
-        self._compare(took * plain.seconds, plain_s=gave * plain.seconds)
-        self.num_rests += account.add(gave - took)
+        gave, took = tokens / kind.batch_size, min((seconds - catch_up_s) / plain.seconds, _MOST_ROUND)
+        self._compare(took * plain.seconds + catch_up_s, plain_s=gave * plain.seconds)
+        self.num_rests += account.add(gave - took - account.charge(catch_up_s / plain.seconds))
+
+    def _account(self, kind: RoundKind, *, drafted: bool) -> _Account:
+        group = kind.group(drafted=drafted)
+        if group not in self._accounts:
+            self._accounts[group] = _Account(batch_size=1 << group[0])
+        return self._accounts[group]
 
     def _compare(self, seconds: float, *, plain_s: float) -> None:
         self.compared_s += seconds
