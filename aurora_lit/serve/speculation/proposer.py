@@ -46,9 +46,9 @@ _MAX_PADDED_COPIES = 4
 """Most copied tokens where all sequences of a round compute the longest query length."""
 _WORTH_LOOKING_UP = 0.5
 """Share of a column's price in tokens that a copy must promise to be looked up."""
-_FRUITLESS = ((32, 4), (8, 2))
+_FRUITLESS = ((16, 16), (8, 8), (4, 4), (2, 2))
 """After so many look-ups of a sequence that found nothing, it is looked up only every so many rounds: a look-up takes
-2 % of a small round, and copies go on for several tokens, so that little is lost by finding them later. Sequences are
+3 % of a small round, and copies go on for several tokens, so that little is lost by finding them later. Sequences are
 looked up in the same rounds, since a look-up for several costs little more than for one."""
 _PRICED_EVERY = 16
 """Rounds for which a column's price holds."""

