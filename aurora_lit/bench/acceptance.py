@@ -1,9 +1,10 @@
 """`aurora-lit bench acceptance`: accepted length and acceptance rate by position, for each domain, greedy and sampled.
 
-So that different drafts can be compared, each round proposes as many tokens as it may: engine.max_draft_tokens, or a
-tree of engine.tree_tokens (engine.adaptive and engine.lookup are off). Accepted length is the number of tokens emitted
-per round, the target's own token included. A request's last round is not counted, since the end of the answer cuts it
-short, and neither are rounds without proposals.
+So that different drafts can be compared, on a busy machine too, each round proposes as many tokens as it may:
+engine.max_draft_tokens, or a tree of engine.tree_tokens (engine.adaptive and engine.lookup are off), and the draft
+reads a new prompt at once (engine.max_round_ms is as long as it may be). Accepted length is the number of tokens
+emitted per round, the target's own token included. A request's last round is not counted, since the end of the answer
+cuts it short, and neither are rounds without proposals.
 
 Leaves out speed (bench/throughput.py).
 """
@@ -31,6 +32,8 @@ from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.build import build_engine
+
+_LONGEST_ROUND_MS = 60_000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,8 @@ def with_full_proposals(config: AuroraConfig) -> AuroraConfig:
     """The settings with which the draft proposes as much as it may in every round."""
     if config.draft.checkpoint is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to measure; name a checkpoint folder")
-    return replace(config, engine=replace(config.engine, speculate=True, adaptive=False, lookup=False))
+    full = replace(config.engine, speculate=True, adaptive=False, lookup=False, max_round_ms=_LONGEST_ROUND_MS)
+    return replace(config, engine=full)
 
 
 def measure(

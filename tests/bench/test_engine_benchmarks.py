@@ -139,6 +139,7 @@ def test_acceptance_measures_greedy_and_the_temperature_by_domain(tmp_path: Path
     assert results[0].accepted_length == 3
     assert results[0].rate_by_position == [1.0, 1.0]
     assert built[0].engine.adaptive is False
+    assert built[0].engine.max_round_ms >= 60_000, "a draft that has not read a prompt in time would not propose"
     report = json.loads((tmp_path / "out/acceptance.json").read_text())
     assert report["acceptance"][0]["domain"] == "chat"
 
