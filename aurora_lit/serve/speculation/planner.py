@@ -2,7 +2,7 @@
 
 A round over B sequences with k proposals each takes draft(B, k) + target(B, k + 1) seconds and yields
 1 + a + a² + … + a^k tokens per sequence of acceptance rate a. `choose_shape` takes the shape with the most tokens per
-second. A change must promise a few per cent, so that noise does not make it alternate; drafting is stopped as soon as
+second. A change must promise a per cent, so that noise does not make it alternate; drafting is stopped as soon as
 it costs time.
 
 A tree of n nodes (`Drafter.propose_tree`) takes its levels' wider draft passes and target(B, n + 1). A level of a tree
@@ -31,15 +31,15 @@ from aurora_lit.serve.speculation.costs import Costs, DraftShape
 
 _RECORD_DECAY = 0.95
 """Weight of a sequence's earlier proposals when one more is verified."""
-_MEAN_WEIGHT = 10.0
+_MEAN_WEIGHT = 20.0
 """What the rate over all sequences weighs beside a sequence's own, in proposals. A rate of twenty proposals is off by a
 tenth by chance, and a planner follows those that are too high; this weight and decay predict held-out outcomes best."""
 _MEAN_DECAY = 0.998
 """Weight of the earlier proposals of all sequences; less while there are few."""
-_INITIAL_RATE = 0.5
-"""Acceptance rate of a draft before anything was verified."""
-_MIN_GAIN = 1.03
-"""A change of what is drafted must promise this factor in speed."""
+_INITIAL_RATE, _INITIAL_WEIGHT = 0.5, 10.0
+"""Acceptance rate of a draft before anything was verified, and the proposals that it counts as."""
+_MIN_GAIN = 1.01
+"""A change of what is drafted must promise this factor in speed, so that noise does not make it alternate."""
 _RECONSIDER_EVERY = 8
 """Rounds without a draft after which drafting is considered again; that takes a few per cent of a small round."""
 _DECIDE_EVERY = 4
@@ -81,7 +81,7 @@ class _MeanRate:
 
     def __init__(self) -> None:
         self.value = _INITIAL_RATE
-        self._weight = _MEAN_WEIGHT
+        self._weight = _INITIAL_WEIGHT
 
     def add(self, accepted: bool) -> None:
         """Update by one proposal."""
