@@ -276,9 +276,7 @@ class SpeculationPlanner:
         self._last = NO_DRAFT
         return False
 
-    def min_gains(
-        self, shape: DraftShape, num_drafting: int, *, batch_size: int, speed: float
-    ) -> list[float] | None:
+    def min_gains(self, shape: DraftShape, num_drafting: int, *, batch_size: int, speed: float) -> list[float] | None:
         """What each level after the first must promise to be drafted; None: all are drafted.
 
         In accepted tokens of all sequences together: as many as the time of the level would give at `speed`, in tokens
