@@ -50,11 +50,11 @@ _FIRST_TIMED = 3
 def most_debt(batch_size: int, rounds: int) -> float:
     """In plain rounds, after so many speculating ones: 3, and what luck may have made of those, up to a limit.
 
-    One sequence's speculating round varies by 0.8 plain rounds; of several sequences luck averages out. Where
-    speculation gains a fifteenth, chance ends it once in some thirty debts; where it costs a tenth, the first debt is a
-    sixteenth of a second. What looking in vain takes is no luck, and makes a debt of 3.
+    One sequence's speculating round varies by 0.8 plain rounds; of several sequences luck averages out, and so does
+    what there is to gain. Where speculation gains a fifteenth, chance ends it once in some thirty debts; where it costs
+    a tenth, the first debt is a sixteenth of a second. What looking in vain takes is no luck, and makes a debt of 3.
     """
-    return 3.0 + min(1.2 * math.sqrt(rounds / batch_size), 16.0 / math.sqrt(batch_size))
+    return 3.0 + min(1.2 * math.sqrt(rounds), 16.0) / batch_size
 
 
 class RoundKind(NamedTuple):

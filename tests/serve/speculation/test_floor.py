@@ -191,7 +191,7 @@ def test_kinds_with_about_as_many_sequences_are_judged_together() -> None:
     for size in sizes:
         for _ in range(3):
             floor.observe(RoundKind(size, sampled=False), seconds=0.001 * size, tokens=size, speculated=False)
-    for number in range(9):
+    for number in range(7):
         size = sizes[number % 4]
         assert floor.allows(RoundKind(size, sampled=False))
         floor.observe(RoundKind(size, sampled=False), seconds=0.0015 * size, tokens=size, speculated=True)
