@@ -108,7 +108,7 @@ class CostTable:
         """
         key = batch_size, max(1, round(query_length))
         if key not in self._initial and not self._lies_between(*key):
-            self.set_initial(*key, seconds / (self._slowdown(0.0)))
+            self.set_initial(*key, seconds / self._slowdown(0.0))
         initial, grown = self._part(batch_size, query_length)
         if not (initial and seconds > 0):
             return

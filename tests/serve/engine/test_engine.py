@@ -306,6 +306,20 @@ def test_the_draft_does_not_run_when_it_does_not_pay_except_for_a_probe(
     assert [t for output in outputs for t in output.token_ids][:NEW] == models.answers[3]
 
 
+@pytest.mark.parametrize("is_trial", [False, True])
+def test_a_trial_is_drafted_in_full_though_its_later_steps_promise_too_little(
+    models: TinyModels, monkeypatch: pytest.MonkeyPatch, is_trial: bool
+) -> None:
+    engine = models.engine(adaptive=True)
+    engine.floor = None
+    # Where tokens come so fast, no step is worth its time.
+    decision = DraftDecision(DraftShape(4), is_trial=is_trial, speed=1e12)
+    monkeypatch.setattr(engine.planner, "decide", lambda *_args, **_how: decision)
+    monkeypatch.setattr(engine.planner, "pays_for_catching_up", lambda *_args, **_how: True)
+    outputs = run(engine, [request("a", models.prompts[3], max_tokens=NEW)])["a"].rounds
+    assert ({output.num_proposed for output in outputs[:3]} == {4}) == is_trial
+
+
 def test_a_probe_drafts_only_for_the_sequence_with_the_shortest_prefill(
     models: TinyModels, drafted: list[DraftInputs]
 ) -> None:
