@@ -79,14 +79,16 @@ def test_a_single_sequence_whose_luck_varies_keeps_nearly_all_of_it(speedup: flo
     assert relative_speed(rounds, kind) > kept
 
 
-@pytest.mark.parametrize(("answer_rounds", "repaid"), [(100, True), (10, False)])
-def test_what_a_draft_reads_at_once_is_charged_over_the_rounds_that_it_serves(answer_rounds: int, repaid: bool) -> None:
-    """A prompt takes it four plain rounds, each round gains a tenth: in long answers that pays, in short ones never."""
+@pytest.mark.parametrize(("prompt", "answer_rounds", "repaid"), [(4, 100, True), (14, 300, True), (4, 10, False)])
+def test_what_a_draft_reads_at_once_is_charged_over_the_rounds_that_it_serves(
+    prompt: int, answer_rounds: int, repaid: bool
+) -> None:
+    """Each round gains a tenth. In long answers that repays the plain rounds that a prompt takes, in short ones not."""
     kind, floor = RoundKind(1, sampled=True), SpeculationFloor()
     drafted, rounds = 0, 20_000
     for number in range(rounds):
         allowed = floor.allows(kind, drafts=True)
-        catch_up_s = 4 * PLAIN_S if allowed and number % answer_rounds == 0 else 0.0
+        catch_up_s = prompt * PLAIN_S if allowed and number % answer_rounds == 0 else 0.0
         seconds = PLAIN_S * (1.5 / 1.1 if allowed else 1.0) + catch_up_s
         tokens = 1 + (allowed and number % 2)
         how = {"speculated": allowed, "drafted": allowed, "catch_up_s": catch_up_s}
