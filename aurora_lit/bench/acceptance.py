@@ -34,6 +34,7 @@ from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.build import build_engine
 
 _LONGEST_ROUND_MS = 60_000.0
+"""The most that engine.max_round_ms may be."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,14 @@ _Key = tuple[int, int]
 """(batch size, query length)."""
 
 
+def _covariance(deviations: tuple[float, float]) -> tuple[float, float, float]:
+    fixed, growing = deviations
+    return fixed**2, _TOGETHER * fixed * growing, growing**2
+
+
+_UNSURE_VAR, _CHANGE_VAR = _covariance(_UNSURE), _covariance(_CHANGE)
+
+
 class Slowdown:
     """How much longer operations take than at the start: their fixed part, and what grows with their length.
 
@@ -44,29 +52,25 @@ class Slowdown:
 
     def __init__(self) -> None:
         self.fixed = self.growing = 1.0
-        self._var = _covariance(_UNSURE)
+        self._var = _UNSURE_VAR
         """Of the fixed factor, of both together, and of the growing one."""
 
     def __call__(self, grown: float) -> float:
         """Expected time of an operation of which the share `grown` grows with its length."""
         return self.fixed * (1 - grown) + self.growing * grown
 
-    def update(self, grown: float, time: float) -> None:
-        """Update by what such an operation took."""
+    def update(self, grown: float, time: float) -> float:
+        """Update by what such an operation took. Returns by which share that was more than expected, within limits."""
         f, g = 1 - grown, grown
-        v_ff, v_fg, v_gg = (old + change for old, change in zip(self._var, _covariance(_CHANGE), strict=True))
+        v_ff, v_fg, v_gg = (old + change for old, change in zip(self._var, _CHANGE_VAR, strict=True))
         own_f, own_g = v_ff * f + v_fg * g, v_fg * f + v_gg * g
         expected = self(grown)
         total = own_f * f + own_g * g + (_NOISE * expected) ** 2
-        surprise = max(-_MOST_SURPRISE, min(_MOST_SURPRISE, time / expected - 1)) * expected
-        self.fixed = max(0.1, self.fixed + surprise * own_f / total)
-        self.growing = max(0.1, self.growing + surprise * own_g / total)
-        self._var = [v_ff - own_f**2 / total, v_fg - own_f * own_g / total, v_gg - own_g**2 / total]
-
-
-def _covariance(deviations: tuple[float, float]) -> list[float]:
-    fixed, growing = deviations
-    return [fixed**2, _TOGETHER * fixed * growing, growing**2]
+        surprise = max(-_MOST_SURPRISE, min(_MOST_SURPRISE, time / expected - 1))
+        self.fixed = max(0.1, self.fixed + surprise * expected * own_f / total)
+        self.growing = max(0.1, self.growing + surprise * expected * own_g / total)
+        self._var = v_ff - own_f**2 / total, v_fg - own_f * own_g / total, v_gg - own_g**2 / total
+        return surprise
 
 
 class CostTable:
@@ -112,9 +116,7 @@ class CostTable:
         initial, grown = self._part(batch_size, query_length)
         if not (initial and seconds > 0):
             return
-        time = seconds / (initial * self._own[key])
-        surprise = max(-_MOST_SURPRISE, min(_MOST_SURPRISE, time / self._slowdown(grown) - 1))
-        self._slowdown.update(grown, time)
+        surprise = self._slowdown.update(grown, seconds / (initial * self._own[key]))
         self._own[key] *= 1 + surprise * max(_OWN_WEIGHT, 1 / (self._num_rounds[key] + _OWN_PRIOR))
         self._num_rounds[key] += 1
 

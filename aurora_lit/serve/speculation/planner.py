@@ -206,6 +206,7 @@ class SpeculationPlanner:
         """The last decision's numbers of sequences that draft and of all, and whether most are sampled; and how many
         rounds it has held."""
         self._rounds_without = self._rounds_with = 0
+        """Rounds since one drafted; and rounds that drafted, or considered it."""
 
     def mean_rate(self, *, sampled: bool) -> float:
         """The acceptance rate over all sequences, with which a new one starts."""
