@@ -127,7 +127,8 @@ class Decoder:
         self._heads = (num_heads, num_kv_heads)
         self._eps, self._aux_layer_ids = eps, aux_layer_ids
         weight_format = layers[0].query.weight_format
-        self._run = getattr(library, f"aurora_decode_{weight_format.suffix}")
+        self.native_decode = getattr(library, f"aurora_decode_{weight_format.suffix}")
+        """The native call itself."""
         self._kv_dtype = weight_format.kv_dtype
         self.has_prompt_arithmetic = bool(getattr(library, f"aurora_has_prompt_arithmetic_{weight_format.suffix}")())
         """True if positions of prompts are computed faster than decoding ones, and rounded differently."""
@@ -176,7 +177,7 @@ class Decoder:
         N, H = hidden_NH.shape
         normed_NH = torch.empty(N, H)
         aux_NF = None if self._aux_layer_ids is None else torch.empty(N, _NUM_AUX_LAYERS * H)
-        call = self._call_on(keys, values)
+        call = self.call_on(keys, values)
         attention = call.attention
         attention.rows, attention.queries, attention.num_prompts = slots_B.shape[0], queries, num_prompts
         attention.begins = _address(begins_R)
@@ -190,7 +191,7 @@ class Decoder:
         call.embeds, call.hidden_states = _address(embeds_NH), hidden_NH.data_ptr()
         call.normed, call.aux = normed_NH.data_ptr(), _address(aux_NF)
         call.nanoseconds = _address(self.nanoseconds)
-        self._run(ctypes.byref(call))
+        self.native_decode(ctypes.byref(call))
         return hidden_NH, normed_NH, aux_NF
 
     def move(
@@ -203,7 +204,7 @@ class Decoder:
         to_M: torch.Tensor,
     ) -> None:
         """Copy keys and values of position `from_M` to position `to_M` of slot `slots_M`, one by one; all int64."""
-        call = self._call_on(keys, values)
+        call = self.call_on(keys, values)
         call.slots = slots_M.data_ptr()
         self._move(
             ctypes.byref(call),
@@ -212,8 +213,8 @@ class Decoder:
             ctypes.c_int64(len(slots_M)),
         )
 
-    def _call_on(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DecoderCall:
-        """That of the last use, if it was on the same cache."""
+    def call_on(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DecoderCall:
+        """As `call`; the one of the last use, if that was on the same cache."""
         if self._last_call is None or self._last_call[0] is not keys:
             self._last_call = (keys, self.call(keys, values))
         return self._last_call[1]

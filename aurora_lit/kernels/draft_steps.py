@@ -13,13 +13,13 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from aurora_lit.kernels import native, products
 from aurora_lit.kernels.decoder import Decoder, DecoderCall, Matrix
-from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear
+from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear, row_table
 from aurora_lit.kernels.weight_format import WeightFormat
 
 
@@ -43,25 +43,42 @@ class _Call(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DraftedLevels:
-    """What one call has drafted."""
+class Drafted(NamedTuple):
+    """A chain or a tree for each sequence."""
 
-    token_BK: torch.Tensor
-    """int64 target ids."""
-    parent_BK: torch.Tensor
-    """int64 columns, where column 0 is the root."""
-    outcome_JB: torch.Tensor
-    """fp32. Of chains, the value head's prediction of how many tokens are accepted from a level on. Of trees, the
-    draft's probability that the accepted path passes one of the nodes that are expanded after a level; for sequences
-    with a temperature that of the perturbed logits."""
+    tokens: Sequence[Sequence[int]]
+    """Target ids [B][K]."""
+    parents: Sequence[Sequence[int]] | None
+    """Of trees: the column that each token follows, where column 0 is the last committed token."""
+    outcomes: Sequence[Sequence[float]]
+    """By level [J][B]. Of chains: the value head's prediction of how many tokens are accepted from there on. Of trees:
+    the draft's probability that the accepted path passes one of the nodes that are expanded after that level; for
+    sequences with a temperature that of the perturbed logits."""
+    logprobs: Sequence[Sequence[float]] | None = None
+    """Of chains, if asked for: log-probability of each token under the draft at the noise's temperature."""
+
+    @property
+    def token_BK(self) -> torch.Tensor:
+        """`tokens`, int64."""
+        return torch.tensor(self.tokens)
+
+    @property
+    def parent_BK(self) -> torch.Tensor:
+        """`parents` of trees, int64."""
+        assert self.parents is not None
+        return torch.tensor(self.parents)
+
+    @property
+    def outcome_JB(self) -> torch.Tensor:
+        """`outcomes`, fp32."""
+        return torch.tensor(self.outcomes)
 
 
 class DraftSteps:
     """Drafts for a batch of sequences.
 
-    >>> drafted = steps(slots_B=slots_B, done=[4, 0], ends=[6, 9], num_levels=4, num_nodes=4, width=1, ...)
-    >>> drafted.token_BK
+    >>> drafted = steps(slots=[0, 2], done=[4, 0], ends=[6, 9], num_levels=4, num_nodes=4, width=1, ...)
+    >>> drafted.tokens
     """
 
     def __init__(
@@ -82,12 +99,6 @@ class DraftSteps:
         library = native.library()
         assert library is not None
         assert coarse_head is None or coarse_head.weight_format is WeightFormat.INT4_GROUPED
-        if isinstance(embedding, PackedEmbedding):
-            table = products.RowTable.of(embedding.table.packed, embedding.table.weight_format)
-        else:
-            assert embedding.dtype == torch.float32
-            assert embedding.is_contiguous()
-            table = products.RowTable.of(embedding, None)
         self._kept_alive = (decoder, fuse, head, value, coarse_head, target_id_D, embedding)
         self._decoder = decoder
         self._draft = getattr(library, f"aurora_draft_{head.weight_format.suffix}")
@@ -99,7 +110,7 @@ class DraftSteps:
             head=Matrix.of(head),
             value=Matrix.of(value),
             coarse=Matrix() if coarse_head is None else Matrix.of(coarse_head),
-            embedding=table,
+            embedding=row_table(embedding),
             target_ids=target_id_D.data_ptr(),
         )
         self._num_outputs = head.out_features
@@ -113,7 +124,7 @@ class DraftSteps:
         values: Sequence[torch.Tensor],
         features_SLF: torch.Tensor,
         tokens_SL: torch.Tensor,
-        slots_B: torch.Tensor,
+        slots: Sequence[int],
         done: Sequence[int],
         ends: Sequence[int],
         num_levels: int,
@@ -121,10 +132,8 @@ class DraftSteps:
         width: int,
         min_gains: Sequence[float] | None = None,
         level_rates: Sequence[float] = (),
-        temperature_B: torch.Tensor | None = None,
-        key_B: torch.Tensor | None = None,
-        position_B: torch.Tensor | None = None,
-    ) -> DraftedLevels:
+        draws: products.ColumnDraws | None = None,
+    ) -> Drafted:
         """Run the draft over positions `done` to `ends` of each sequence, then draft from there.
 
         These positions use the target's features, `features_SLF`, which have the type of the draft's KV cache.
@@ -136,44 +145,44 @@ class DraftSteps:
             min_gains: accepted tokens, of all sequences together, that each level after the first must promise to be
                 drafted. None: all levels are drafted.
             level_rates: of trees, if `min_gains` is set: acceptance rate of a level, for each sequence.
-            temperature_B: fp32. Where it is positive, children are ranked by logit / temperature + noise, namely the
-                noise that the target's own token is drawn with (`gumbel` in modules/sampling/noise.py); where it is 0,
-                by their logits. None: 0 for all.
-            key_B: int64, keys of the noise; needed with `temperature_B`, as the next.
-            position_B: int64, index in the output of the first proposed token.
+            draws: of each sequence's first proposed token. Where the temperature is positive, children are ranked by
+                logit / temperature + noise, namely the noise that the target's own token is drawn with (`gumbel` in
+                modules/sampling/noise.py); where it is 0, by their logits. None: 0 for all.
         """
-        call, B = self._call, len(slots_B)
-        done_B, ends_B = (ctypes.c_int64 * B)(*done), (ctypes.c_int64 * B)(*ends)
+        call, B = self._call, len(slots)
+        numbers = (ctypes.c_int64 * (3 * B))(*slots, *done, *ends)
+        row = 8 * B
         if self._cache is None or self._cache[0] is not keys:
             self._cache = (keys, self._decoder.call(keys, values))
             call.decoder = self._cache[1]
         call.decoder.attention.rows = B
-        call.decoder.slots, call.decoder.starts = slots_B.data_ptr(), ctypes.addressof(ends_B)
+        call.decoder.slots = ctypes.addressof(numbers)
+        call.done = call.decoder.slots + row
+        call.ends = call.decoder.starts = call.done + row
         call.features, call.features_slot = features_SLF.data_ptr(), features_SLF.stride(0)
         call.committed, call.committed_slot = tokens_SL.data_ptr(), tokens_SL.stride(0)
-        call.done, call.ends = ctypes.addressof(done_B), ctypes.addressof(ends_B)
         call.children, call.level_width = min(width, self._num_outputs), width
         call.max_levels, call.max_nodes = num_levels, num_nodes
         gains_J, rates_B = _doubles(min_gains), _doubles(level_rates)
         call.min_gains = None if gains_J is None else ctypes.addressof(gains_J)
         call.level_rates = None if rates_B is None else ctypes.addressof(rates_B)
-        outcome_JB = torch.empty(num_levels, B)
-        found = torch.empty(2, B * num_nodes, dtype=torch.int64)
-        call.outcomes, call.tokens = outcome_JB.data_ptr(), found.data_ptr()
-        call.parents = call.tokens + found.element_size() * found.shape[1]
+        outcomes = (ctypes.c_float * (num_levels * B))()
+        found = (ctypes.c_int64 * (2 * B * num_nodes))()
+        call.outcomes, call.tokens = ctypes.addressof(outcomes), ctypes.addressof(found)
+        call.parents = call.tokens + 8 * B * num_nodes
         call.temperatures = call.keys = call.positions = None
-        if temperature_B is not None:
-            assert key_B is not None
-            assert position_B is not None
-            assert len(temperature_B) == len(key_B) == len(position_B) == B
-            temperature_B = temperature_B.float().contiguous()
-            key_B, position_B = key_B.long().contiguous(), position_B.long().contiguous()
-            call.temperatures, call.keys = temperature_B.data_ptr(), key_B.data_ptr()
-            call.positions = position_B.data_ptr()
+        if draws is not None:
+            temperatures = (ctypes.c_float * B)(*draws.temperatures)
+            noise = (ctypes.c_int64 * (2 * B))(*draws.keys, *draws.positions)
+            call.temperatures, call.keys = ctypes.addressof(temperatures), ctypes.addressof(noise)
+            call.positions = call.keys + row
         self._draft(ctypes.byref(call), self._state)
-        levels, nodes = call.levels, call.nodes
-        token_BK, parent_BK = found[:, : B * nodes].view(2, B, nodes)
-        return DraftedLevels(token_BK=token_BK, parent_BK=parent_BK, outcome_JB=outcome_JB[:levels])
+        levels, nodes, half = call.levels, call.nodes, B * num_nodes
+        return Drafted(
+            [found[at : at + nodes] for at in range(0, B * nodes, nodes)],
+            [found[at : at + nodes] for at in range(half, half + B * nodes, nodes)],
+            [outcomes[j * B : (j + 1) * B] for j in range(levels)],
+        )
 
 
 def _doubles(numbers: Sequence[float] | None) -> ctypes.Array[ctypes.c_double] | None:

@@ -33,7 +33,8 @@ class PackedLinear(nn.Module):
         self.packed = products.pack_weight(linear.weight, weight_format)
         self.bias: torch.Tensor | None = None if linear.bias is None else linear.bias.detach().float().contiguous()
         screened = screened and native.has_int8_tiles()
-        self._screen = products.Screen.of(linear.weight.detach(), weight_format) if screened else None
+        self.screen = products.Screen.of(linear.weight.detach(), weight_format) if screened else None
+        """What `argmax` reads first; None: the weight alone."""
 
     @classmethod
     def from_tensors(
@@ -47,7 +48,7 @@ class PackedLinear(nn.Module):
         layer.packed = tensors["weight"]
         layer.bias = tensors.get("bias")
         screen = [tensors[name] for name in _SCREEN if name in tensors]
-        layer._screen = products.Screen.from_tensors(*screen) if screen else None
+        layer.screen = products.Screen.from_tensors(*screen) if screen else None
         return layer
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -55,8 +56,8 @@ class PackedLinear(nn.Module):
         tensors = {"weight": self.packed}
         if self.bias is not None:
             tensors["bias"] = self.bias
-        if self._screen is not None:
-            tensors |= dict(zip(_SCREEN, self._screen.tensors, strict=True))
+        if self.screen is not None:
+            tensors |= dict(zip(_SCREEN, self.screen.tensors, strict=True))
         return tensors
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,7 +70,7 @@ class PackedLinear(nn.Module):
         """Index of the largest output, int64 of x's leading shape; for a layer without a bias."""
         assert self.bias is None
         x_NI = x.reshape(-1, self.in_features)
-        index_N = products.argmax_linear(x_NI, self.packed, self.weight_format, self.out_features, screen=self._screen)
+        index_N = products.argmax_linear(x_NI, self.packed, self.weight_format, self.out_features, screen=self.screen)
         return index_N.view(x.shape[:-1])
 
     def choose(
@@ -132,6 +133,15 @@ class PackedEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Look tokens up. Raises IndexError for an id that is not in the vocabulary."""
         return self.table.rows(ids)
+
+
+def row_table(embedding: torch.Tensor | PackedEmbedding) -> products.RowTable:
+    """An embedding as the kernels read it; a tensor is fp32 [V, H] and contiguous. The caller keeps it alive."""
+    if isinstance(embedding, PackedEmbedding):
+        return products.RowTable.of(embedding.table.packed, embedding.table.weight_format)
+    assert embedding.dtype == torch.float32
+    assert embedding.is_contiguous()
+    return products.RowTable.of(embedding, None)
 
 
 def pack_model(model: nn.Module, *, precision: str, head: nn.Module) -> None:

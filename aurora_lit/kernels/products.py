@@ -8,7 +8,8 @@ Shapes: N rows, I inputs, O outputs, D rows whose outputs are stored.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -155,8 +156,19 @@ def argmax_linear(
     return index_N
 
 
-class _Draws(ctypes.Structure):
-    """Draws in choose.hpp."""
+class ColumnDraws(NamedTuple):
+    """How the tokens of some columns are drawn; see `PackedLinear.choose`."""
+
+    temperatures: Sequence[float]
+    """0: the largest output."""
+    keys: Sequence[int]
+    """Of the noise."""
+    positions: Sequence[int]
+    """Index in the output of the token that is chosen."""
+
+
+class Draws(ctypes.Structure):
+    """How tokens are chosen; Draws in choose.hpp."""
 
     _fields_ = tuple(
         (name, ctypes.c_void_p) for name in ("temperatures", "keys", "positions", "dense", "dense_logits", "tokens")
@@ -185,7 +197,7 @@ def choose_linear(
         num_dense = int(dense_N.max()) + 1 if rows else 0
     dense_logits_DO = torch.empty(num_dense, outputs)
     given = [temperature_N.float().contiguous(), key_N.long().contiguous(), position_N.long().contiguous()]
-    draws = _Draws(
+    draws = Draws(
         *(tensor.data_ptr() for tensor in given),
         None if dense_N is None else dense_N.data_ptr(),
         dense_logits_DO.data_ptr(),

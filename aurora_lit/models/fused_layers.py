@@ -81,6 +81,15 @@ def fuse_draft(draft: Eagle3Draft) -> Decoder | None:
     )
 
 
+def embedding_table(embedding: nn.Module) -> torch.Tensor | PackedEmbedding | None:
+    """An embedding that native calls can read; None if it is neither packed nor a plain fp32 table."""
+    if isinstance(embedding, PackedEmbedding):
+        return embedding
+    if type(embedding) is nn.Embedding and embedding.weight.dtype == torch.float32:
+        return embedding.weight.detach()
+    return None
+
+
 def draft_steps(
     draft: Eagle3Draft,
     decoder: Decoder,
@@ -92,12 +101,8 @@ def draft_steps(
 
     `coarse_head`: see `DraftSteps`.
     """
-    table: torch.Tensor | PackedEmbedding
-    if isinstance(embedding, PackedEmbedding):
-        table = embedding
-    elif type(embedding) is nn.Embedding and embedding.weight.dtype == torch.float32:
-        table = embedding.weight.detach()
-    else:
+    table = embedding_table(embedding)
+    if table is None:
         return None
     linears: list[Any] = [draft.fc, draft.lm_head, draft.value_head]
     fuse, head, value = linears

@@ -24,8 +24,9 @@ from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Decoder
 from aurora_lit.kernels.packed_linear import PackedLinear, pack_model
+from aurora_lit.kernels.target_pass import TargetPass
 from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView, register_attention
-from aurora_lit.models.fused_layers import fuse_target
+from aurora_lit.models.fused_layers import embedding_table, fuse_target
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.modules.draft.logit_transform import LogitTransform
 from aurora_lit.modules.sampling.choice import choose
@@ -236,6 +237,25 @@ class Target(nn.Module):
         begins_R = torch.tensor([0, *itertools.accumulate(widths)])
         batch = {"queries": max(widths), "slots_B": slots_B, "starts_B": starts_B, "parents_BC": parents_BT}
         return self._run_fused(ids_N, kv_cache, begins_R=begins_R, num_prompts=num_prompts, **batch)
+
+    def make_pass(self, kv_cache: KVCache, *, features_SLF: torch.Tensor | None) -> TargetPass | None:
+        """`forward_ragged` and `choose` in one native call; None where they are not all native.
+
+        `features_SLF`: where the auxiliary states are stored too (see `TargetPass`).
+        """
+        if self._decoder is None or not self.logit_transform.is_identity:
+            return None
+        head, table = self.head, embedding_table(self.embedding)
+        if not isinstance(head, PackedLinear) or head.bias is not None or table is None:
+            return None
+        return TargetPass(
+            self._decoder,
+            embedding=table,
+            head=head,
+            keys=kv_cache.keys_SGCQPE,
+            values=kv_cache.values_SGMDE,
+            features_SLF=features_SLF,
+        )
 
     @property
     def has_prompt_arithmetic(self) -> bool:

@@ -16,16 +16,17 @@ import torch
 from support.tiny_models import VOCAB, random_draft, save_model
 
 from aurora_lit.kernels import native
-from aurora_lit.kernels.draft_steps import DraftedLevels
+from aurora_lit.kernels.draft_steps import Drafted
+from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.noise import gumbel
-from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs, DraftNoise
+from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.planner import extends_chain
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
 
 CAPACITY = 130
-SLOTS = torch.tensor([4, 1, 2])
+SLOTS = [4, 1, 2]
 ROUNDS = ([9, 120, 1], [12, 121, 4], [13, 122, 9])
 """Lengths of three sequences in each round, with many or few uncached positions; one begins with a single token."""
 
@@ -51,13 +52,13 @@ class GrowingSequences:
 
     def grow(self, lengths: list[int]) -> DraftInputs:
         for sequence, length in enumerate(lengths):
-            start, slot = self.num_features[sequence], int(SLOTS[sequence])
+            start, slot = self.num_features[sequence], SLOTS[sequence]
             self.tokens_SL[slot, :length] = self.ids_BT[sequence, :length]
             for drafter in self.drafters:
                 aux_TF = self.features_BTF[sequence, start : length - 1]
                 drafter.store_features(slot=slot, start=start, aux_TF=aux_TF)
             self.num_features[sequence] = length - 1
-        return DraftInputs(slots_B=SLOTS, lengths=list(lengths))
+        return DraftInputs(slots=SLOTS, lengths=list(lengths))
 
 
 def num_comparable(lengths: list[int]) -> int:
@@ -65,14 +66,12 @@ def num_comparable(lengths: list[int]) -> int:
     return 3 if lengths[2] > 1 else 2
 
 
-def native_levels(
-    drafter: Drafter, inputs: DraftInputs, *, noise: DraftNoise | None = None, **levels: Any
-) -> DraftedLevels:
+def native_levels(drafter: Drafter, inputs: DraftInputs, *, noise: ColumnDraws | None = None, **levels: Any) -> Drafted:
     """One native call; its other arguments are those of `DraftSteps`."""
     return drafter._draft_levels(inputs, noise=noise, **levels)
 
 
-def native_chain(drafter: Drafter, inputs: DraftInputs, *, num_levels: int, **levels: Any) -> DraftedLevels:
+def native_chain(drafter: Drafter, inputs: DraftInputs, *, num_levels: int, **levels: Any) -> Drafted:
     return native_levels(drafter, inputs, num_levels=num_levels, num_nodes=num_levels, width=1, **levels)
 
 
@@ -151,24 +150,20 @@ def test_a_chain_that_reads_the_heads_copy_first_proposes_what_the_head_does(
     for _ in range(25):
         drafter.features_SLF.normal_(generator=gen)
         drafter._num_cached = [0] * count
-        together = DraftInputs(slots_B=torch.arange(count), lengths=[5] * count)
-        noise = {
-            "temperature_B": torch.full((count,), temperature),
-            "key_B": torch.randint(0, 1 << 60, (count,), generator=gen),
-            "position_B": torch.zeros(count, dtype=torch.int64),
-        }
-        token_BK = native_chain(drafter, together, num_levels=1, **noise).token_BK
+        together = DraftInputs(slots=list(range(count)), lengths=[5] * count)
+        key_B = torch.randint(0, 1 << 60, (count,), generator=gen)
+        noises = [Noise(temperature=temperature, key=key, position=0) for key in key_B.tolist()]
+        token_BK = native_chain(drafter, together, num_levels=1, noise=draws_of(noises)).token_BK
         drafter._num_cached = [0] * count
         normed_BH = drafter.draft.norm(drafter.prefill(together))
         logits_BD = drafter.draft.lm_head(normed_BH)
         if temperature:
             logits_BD = logits_BD / temperature
-            logits_BD += gumbel(noise["key_B"], noise["position_B"], drafter._runtime_draft.target_id_D)
+            logits_BD += gumbel(key_B, torch.zeros_like(key_B), drafter._runtime_draft.target_id_D)
         for b in range(count):
             drafter._num_cached = [0] * count
-            alone = DraftInputs(slots_B=torch.tensor([b]), lengths=[5])
-            own_noise = {name: values[b : b + 1] for name, values in noise.items()}
-            token = native_chain(drafter, alone, num_levels=1, **own_noise).token_BK[0, 0]
+            alone = DraftInputs(slots=[b], lengths=[5])
+            token = native_chain(drafter, alone, num_levels=1, noise=draws_of(noises[b : b + 1])).token_BK[0, 0]
             same += int(token == token_BK[b, 0])
             logit = logits_BD[b, torch.searchsorted(drafter.draft.draft_token_ids, token)]
             assert logit > logits_BD[b].max() - logits_BD[b].std()
@@ -180,13 +175,13 @@ def test_a_draft_that_was_prepared_before_can_be_prepared_again(target: Target) 
     """Its weights are packed then. As where two engines have the same draft."""
     draft = random_draft(target)
     tokens_SL = torch.randint(0, VOCAB, (1, CAPACITY), generator=torch.Generator().manual_seed(3))
-    inputs = DraftInputs(slots_B=torch.tensor([0]), lengths=[5])
+    inputs = DraftInputs(slots=[0], lengths=[5])
     proposed = []
     for _ in range(2):
         drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=CAPACITY)
         drafter.features_SLF.copy_(torch.randn(drafter.features_SLF.shape, generator=torch.Generator().manual_seed(4)))
-        proposed.append(native_chain(drafter, inputs, num_levels=3).token_BK)
-    assert torch.equal(*proposed)
+        proposed.append(native_chain(drafter, inputs, num_levels=3).tokens)
+    assert proposed[0] == proposed[1]
 
 
 def stop_after_levels(levels: int, most: int) -> list[float]:
@@ -233,11 +228,11 @@ NOISES = [
 ]
 
 
-def draws_of(noises: list[Noise]) -> DraftNoise:
-    return DraftNoise(
-        temperature_B=torch.tensor([noise.temperature for noise in noises]),
-        key_B=torch.tensor([noise.key for noise in noises]),
-        position_B=torch.tensor([noise.position for noise in noises]),
+def draws_of(noises: list[Noise]) -> ColumnDraws:
+    return ColumnDraws(
+        temperatures=[noise.temperature for noise in noises],
+        keys=[noise.key for noise in noises],
+        positions=[noise.position for noise in noises],
     )
 
 
@@ -286,16 +281,14 @@ def test_a_native_tree_equals_the_reference_tree(target: Target, levels: int, no
             level_rates=[1.0] * 3,
         )
         assert len(drafted.outcome_JB) == levels
-        assert drafted.parent_BK is not None
+        assert drafted.parents is not None
         roots_BH = reference_drafter.prefill(inputs)
         for b in range(num_comparable(lengths)):
-            sequence = (roots_BH[b : b + 1], SLOTS[b : b + 1], torch.tensor([lengths[b] - 1]))
+            sequence = (roots_BH[b : b + 1], torch.tensor(SLOTS[b : b + 1]), torch.tensor([lengths[b] - 1]))
             tree, expected_reach = reference_tree(reference_drafter, *sequence, levels=levels, width=width)
             kept = sorted(tree.best(nodes))
-            assert drafted.token_BK[b].tolist() == [tree.tokens[i] for i in kept]
-            assert drafted.parent_BK[b].tolist() == [
-                kept.index(tree.parents[i]) + 1 if tree.parents[i] >= 0 else 0 for i in kept
-            ]
+            assert drafted.tokens[b] == [tree.tokens[i] for i in kept]
+            assert drafted.parents[b] == [kept.index(tree.parents[i]) + 1 if tree.parents[i] >= 0 else 0 for i in kept]
             assert drafted.outcome_JB[:, b].tolist() == pytest.approx(expected_reach, rel=1e-4)
 
 
@@ -314,13 +307,11 @@ def test_with_temperatures_native_trees_and_chains_equal_the_reference(
         )
         roots_BH = reference_drafter.prefill(inputs)
         for b in range(num_comparable(lengths)):
-            sequence = (roots_BH[b : b + 1], SLOTS[b : b + 1], torch.tensor([lengths[b] - 1]))
+            sequence = (roots_BH[b : b + 1], torch.tensor(SLOTS[b : b + 1]), torch.tensor([lengths[b] - 1]))
             tree, reach = reference_tree(reference_drafter, *sequence, levels=levels, width=width, noise=NOISES[b])
             kept = sorted(tree.best(nodes))
-            assert drafted.token_BK[b].tolist() == [tree.tokens[i] for i in kept]
-            assert drafted.parent_BK[b].tolist() == [
-                kept.index(tree.parents[i]) + 1 if tree.parents[i] >= 0 else 0 for i in kept
-            ]
+            assert drafted.tokens[b] == [tree.tokens[i] for i in kept]
+            assert drafted.parents[b] == [kept.index(tree.parents[i]) + 1 if tree.parents[i] >= 0 else 0 for i in kept]
             if width > 1:
                 assert drafted.outcome_JB[:, b].tolist() == pytest.approx(reach, rel=1e-4)
 
@@ -333,9 +324,9 @@ def test_a_sequences_proposals_with_noise_do_not_depend_on_the_sequences_beside_
     levels = {"num_levels": 4, "num_nodes": 4 if width == 1 else 15, "width": width}
     together = native_levels(sequences.drafters[0], inputs, **levels, noise=draws_of(NOISES))
     for b in range(3):
-        alone = DraftInputs(slots_B=inputs.slots_B[b : b + 1], lengths=inputs.lengths[b : b + 1])
+        alone = DraftInputs(slots=inputs.slots[b : b + 1], lengths=inputs.lengths[b : b + 1])
         drafted = native_levels(sequences.drafters[1], alone, **levels, noise=draws_of(NOISES[b : b + 1]))
-        assert torch.equal(drafted.token_BK[0], together.token_BK[b])
+        assert drafted.tokens[0] == together.tokens[b]
         assert torch.equal(drafted.outcome_JB[:, 0], together.outcome_JB[:, b])
 
 
@@ -346,12 +337,8 @@ def test_first_proposals_with_noise_have_the_law_of_the_drafts_softmax(target: T
     tokens_SL = torch.randint(0, VOCAB, (1, 9), generator=torch.Generator().manual_seed(2)).repeat(count, 1)
     drafter = Drafter(random_draft(target, draft_vocab_size=50), target, tokens_SL=tokens_SL, capacity=8)
     drafter.features_SLF.copy_(torch.randn(drafter.features_SLF.shape[1:]).to(drafter.features_SLF.dtype))
-    inputs = DraftInputs(slots_B=torch.arange(count), lengths=[5] * count)
-    noise = DraftNoise(
-        temperature_B=torch.full((count,), temperature),
-        key_B=torch.arange(count),
-        position_B=torch.zeros(count, dtype=torch.int64),
-    )
+    inputs = DraftInputs(slots=list(range(count)), lengths=[5] * count)
+    noise = ColumnDraws(temperatures=[temperature] * count, keys=range(count), positions=[0] * count)
     drafted = native_chain(drafter, inputs, num_levels=1, noise=noise)
     drawn_B = torch.searchsorted(drafter.draft.draft_token_ids, drafted.token_BK[:, 0])
     drafter._num_cached = [0] * count

@@ -106,8 +106,8 @@ def test_a_screened_argmax_equals_the_unscreened_one(
         noise = 1 + 1e-3 * torch.randn(outputs // 3, inputs, generator=gen).where(torch.rand(outputs // 3, 1) < 0.5, 0)
         linear.weight[twins[0]] = linear.weight[twins[1]] * noise
     screened, whole = screened_and_unscreened(linear, weight_format)
-    assert screened._screen is not None
-    assert whole._screen is None
+    assert screened.screen is not None
+    assert whole.screen is None
     x = torch.randn(40, inputs, generator=gen) * 10.0 ** torch.randint(-6, 7, (40, 1), generator=gen)
     x[3], x[4, 0], x[5, 0], x[6] = 0.0, float("nan"), float("inf"), 1e-39
     x[7:20] = linear.weight.detach()[

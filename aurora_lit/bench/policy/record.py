@@ -21,10 +21,12 @@ from aurora_lit.bench.prompts import BenchPrompt, load_prompts, params_for
 from aurora_lit.bench.reporting import progress_bar, report_console
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
+from aurora_lit.kernels.draft_steps import Drafted
+from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.request import Request
 from aurora_lit.serve.speculation.copy_planner import CopyPlan
 from aurora_lit.serve.speculation.costs import DraftShape
-from aurora_lit.serve.speculation.drafter import Drafted, DraftInputs, DraftNoise
+from aurora_lit.serve.speculation.drafter import DraftInputs
 from aurora_lit.serve.speculation.planner import NO_DRAFT, DraftDecision, SpeculationLimits
 from aurora_lit.serve.worker.build import build_engine
 
@@ -142,11 +144,11 @@ def _proposals(engine: Any, sequences: list[Any], limits: SpeculationLimits) -> 
     """What the draft would propose for each sequence, in every shape."""
     drafter = engine._drafter
     slots = [sequence.slot for sequence in sequences]
-    inputs = DraftInputs(slots_B=torch.tensor(slots), lengths=[sequence.length for sequence in sequences])
-    noise = DraftNoise(
-        temperature_B=torch.tensor([sequence.temperature for sequence in sequences]),
-        key_B=torch.tensor([sequence.noise_key for sequence in sequences]),
-        position_B=torch.tensor([sequence.length - sequence.prompt_length for sequence in sequences]),
+    inputs = DraftInputs(slots=slots, lengths=[sequence.length for sequence in sequences])
+    noise = ColumnDraws(
+        temperatures=[sequence.temperature for sequence in sequences],
+        keys=[sequence.noise_key for sequence in sequences],
+        positions=[sequence.length - sequence.prompt_length for sequence in sequences],
     )
 
     def again(propose: Any, **shape: int) -> Drafted:
@@ -162,8 +164,7 @@ def _proposals(engine: Any, sequences: list[Any], limits: SpeculationLimits) -> 
     for g, nodes in enumerate(limits.tree_sizes):
         for j in range(J):
             tree = again(drafter.propose_tree, num_steps=j + 1, num_nodes=nodes)
-            assert tree.parent_BK is not None
-            count = tree.token_BK.shape[1]
+            count = len(tree.tokens[0])
             tree_BGJK[:, g, j, :count], parent_BGJK[:, g, j, :count] = (
                 tree.token_BK.int(),
                 tree.parent_BK.to(torch.int8),

@@ -17,13 +17,14 @@ import torch
 from aurora_lit.bench.policy.recording import RecordedAnswer, Recording
 from aurora_lit.bench.policy.world import World
 from aurora_lit.bench.prompts import params_for
+from aurora_lit.kernels.draft_steps import Drafted
 from aurora_lit.kernels.suffix_index import Copies
 from aurora_lit.modules.sampling.tree import depths
 from aurora_lit.request import Request
 from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal, Verdict, judge
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation.costs import Costs, DraftShape
-from aurora_lit.serve.speculation.drafter import Drafted, DraftInputs
+from aurora_lit.serve.speculation.drafter import DraftInputs
 from aurora_lit.serve.speculation.floor import RoundKind, SpeculationFloor
 from aurora_lit.serve.speculation.planner import SpeculationPlanner, extends_chain
 from aurora_lit.serve.speculation.proposer import Proposer
@@ -87,14 +88,14 @@ class RecordedDrafter:
     def propose(self, inputs: DraftInputs, *, num_steps: int, min_gains: Sequence[float] | None, **_: Any) -> Drafted:
         """As in `Drafter`."""
         slots, at = self._at(inputs)
-        outcome_JB = self._recording.chain_outcome_NJ[at].T
+        outcomes = self._recording.chain_outcome_NJ[at].T.tolist()
         survival, levels = [1.0] * len(at), 1
         while levels < num_steps and (
-            min_gains is None or extends_chain(outcome_JB[levels - 1].tolist(), survival, min_gains[levels - 1])
+            min_gains is None or extends_chain(outcomes[levels - 1], survival, min_gains[levels - 1])
         ):
             levels += 1
         self.take_time(slots, inputs.lengths, DraftShape(levels))
-        return Drafted(self._recording.chain_NJ[at, :levels], None, outcome_JB[:levels])
+        return Drafted(self._recording.chain_NJ[at, :levels].tolist(), None, outcomes[:levels])
 
     def propose_tree(
         self,
@@ -117,10 +118,10 @@ class RecordedDrafter:
         token_BK = self._recording.tree_NGJK[at, size, levels - 1]
         count = int((token_BK[0] >= 0).sum())
         parent_BK = self._recording.parent_NGJK[at, size, levels - 1, :count]
-        return Drafted(token_BK[:, :count], parent_BK, outcome_JB[:levels])
+        return Drafted(token_BK[:, :count].tolist(), parent_BK.tolist(), outcome_JB[:levels].tolist())
 
     def _at(self, inputs: DraftInputs) -> tuple[list[int], list[int]]:
-        slots = inputs.slots_B.tolist()
+        slots = inputs.slots
         return slots, [self.position(slot, length) for slot, length in zip(slots, inputs.lengths, strict=True)]
 
 

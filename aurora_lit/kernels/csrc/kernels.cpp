@@ -13,6 +13,7 @@
 #include "sampler.hpp"
 #include "screen.hpp"
 #include "suffix_index.hpp"
+#include "target_pass.hpp"
 
 extern "C" {
 
@@ -134,6 +135,9 @@ void aurora_attention_bf16(const AttentionShape* shape, const float* q, const fl
 // Buffers of drafting; created and freed by the caller.
 DraftState* aurora_drafting_new() { return new DraftState; }
 void aurora_drafting_free(DraftState* drafting) { delete drafting; }
+
+// A round's pass of the target (target_pass.hpp); 0 if an id is not in the vocabulary.
+int aurora_target_pass(const TargetPass* pass) { return run_pass(*pass); }
 
 // Copy keys and values of every layer from positions `from` of the call's slots to positions `to`.
 void aurora_move_fp32(const DecoderCall* call, const int64_t* from, const int64_t* to, int64_t count) {

@@ -8,15 +8,17 @@
 
 #include "top_k.hpp"
 
-#if defined(AURORA_INT8_TILES)
-
 namespace {
-
 struct Screen {
   const void* copy;     // of the weight, packed as Int8PerOutput
   const float* errors;  // [outputs]: |w - c|
   const float* norms;   // the larger of |w| and |c|
 };
+}  // namespace
+
+#if defined(AURORA_INT8_TILES)
+
+namespace {
 
 // A row's bound of the error of an output is `errors` times the output's Screen::errors plus `norms` times its norms.
 struct ErrorFactors {

@@ -8,8 +8,8 @@ May import: serve/speculation/ and above. Start with engine.py. The files, each 
 
     options.py         EngineOptions: every option of an engine; the capacity of its slots
     trace_recorder.py  records rounds as traces: hidden states by slot, notes of the rounds, segments
-    target_runner.py   forward passes of the target over the slots, and storing what they computed
     token_choice.py    the target's own token at every column of a round
+    target_runner.py   forward passes of the target over the slots, and storing what they computed
     commit.py          a round's new tokens become part of their sequences
     waiting_queue.py   requests without a slot; those with a grammar wait until it is compiled
     prefill.py         computes prompts, a chunk per round; prefixes held by another slot are copied

@@ -34,7 +34,7 @@ from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.commit import Commit
 from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.prefill import Prefill
-from aurora_lit.serve.engine.target_runner import TargetRunner
+from aurora_lit.serve.engine.target_runner import Columns, TargetRunner
 from aurora_lit.serve.engine.token_choice import choose_tokens
 from aurora_lit.serve.engine.waiting_queue import WaitingQueue
 from aurora_lit.serve.sequences.observer import RoundObserver, notify_round
@@ -230,7 +230,7 @@ class Engine:
                 self._waiting.wait_for_grammar()
             return refused
         columns = self._runner.run(plan)
-        verdicts, logits_DV = self._judge(plan, columns.last_NH)
+        verdicts, logits_DV = self._judge(plan, columns)
         outputs = []
         for index, (row, verdict) in enumerate(zip(plan.decoding, verdicts, strict=True)):
             self._runner.store_decoding(row, columns, index, verdict.columns)
@@ -311,13 +311,15 @@ class Engine:
         kind = RoundKind.of(sequences)
         return self.floor.allows(kind), self.floor.allows(kind, drafts=True)
 
-    def _judge(self, plan: RoundPlan, last_NH: torch.Tensor) -> tuple[list[Verdict], dict[int, torch.Tensor]]:
+    def _judge(self, plan: RoundPlan, columns: Columns) -> tuple[list[Verdict], dict[int, torch.Tensor]]:
         """What each decoding row has come to; and the target's logits [T, V] of rows that ask for log-probabilities."""
         rows = plan.decoding
         if not rows:
             return [], {}
-        last_NH = last_NH[: plan.num_decoding_columns]
-        own_tokens, logits = choose_tokens(self._target, rows, last_NH, tokens_SL=self._tokens_SL)
+        own_tokens, logits = columns.own_tokens, dict[int, torch.Tensor]()
+        if own_tokens is None:
+            last_NH = columns.states.last_NH[: plan.num_decoding_columns]
+            own_tokens, logits = choose_tokens(self._target, rows, last_NH, tokens_SL=self._tokens_SL)
         verdicts, begin = [], 0
         for row in rows:
             end = begin + 1 + len(row.proposal.tokens)

@@ -18,30 +18,42 @@ from typing import NamedTuple
 
 import torch
 
+from aurora_lit.kernels.target_pass import PassResult, TargetPass
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
+from aurora_lit.serve.engine.token_choice import draws_of
 from aurora_lit.serve.sequences.observer import RoundObserver
 from aurora_lit.serve.sequences.round_plan import DecodingRow, PromptRow, RoundPlan
 from aurora_lit.serve.speculation.drafter import Drafter
 
 
+class States(NamedTuple):
+    """The hidden states of all columns of a pass."""
+
+    aux_NF: torch.Tensor
+    """Auxiliary ones, the draft's features."""
+    last_NH: torch.Tensor
+    """The last ones, the input of the target's head."""
+
+
 class Columns(NamedTuple):
     """What a pass computed, by column."""
 
-    aux_NF: torch.Tensor
-    """Auxiliary hidden states, the draft's features."""
-    last_NH: torch.Tensor
-    """Last hidden states, the input of the target's head."""
+    states: States | PassResult
     begins: list[int]
     """First column of each row, and the end of the last one."""
+    own_tokens: list[int] | None = None
+    """The target's own token at every column of the decoding rows; None: it is still to be chosen."""
+    are_stored: bool = False
+    """True: the draft's features are stored as if all columns were accepted in their order."""
 
     def aux(self, row: int) -> torch.Tensor:
         """Auxiliary states of a row [T, F]."""
-        return self.aux_NF[self.begins[row] : self.begins[row + 1]]
+        return self.states.aux_NF[self.begins[row] : self.begins[row + 1]]
 
     def last(self, row: int) -> torch.Tensor:
         """Last hidden states of a row [T, H]."""
-        return self.last_NH[self.begins[row] : self.begins[row + 1]]
+        return self.states.last_NH[self.begins[row] : self.begins[row + 1]]
 
 
 class TargetRunner:
@@ -52,9 +64,13 @@ class TargetRunner:
     ) -> None:
         self._target, self._kv_cache, self._drafter, self._observer = target, kv_cache, drafter, observer
         self._device = target.device
+        self._pass = target.make_pass(kv_cache, features_SLF=drafter.features_SLF if drafter else None)
+        """All of a round in one native call; None where the target does not allow it."""
 
     def run(self, plan: RoundPlan) -> Columns:
         """Compute all rows; those of `plan.decoding` come first."""
+        if self._pass is not None:
+            return self._run_at_once(plan, self._pass)
         if self._target.supports_trees:
             return self._run_ragged(plan)
         parts = [self._run_padded(plan.decoding)] if plan.decoding else []
@@ -63,9 +79,8 @@ class TargetRunner:
         for part in parts:
             first = begins[-1]
             begins += [first + end for end in part.begins[1:]]
-        return Columns(
-            torch.cat([part.aux_NF for part in parts]), torch.cat([part.last_NH for part in parts]), begins=begins
-        )
+        aux_NF, last_NH = (torch.cat(each) for each in zip(*(part.states for part in parts), strict=True))
+        return Columns(States(aux_NF, last_NH), begins)
 
     def store_decoding(self, row: DecodingRow, columns: Columns, index: int, accepted: Sequence[int]) -> None:
         """Store the `accepted` columns of row `index`, from the root's column 0 on."""
@@ -77,18 +92,22 @@ class TargetRunner:
             self._target.commit_tree_path(kv_cache=self._kv_cache, slots_M=slots_M, from_M=from_M, to_M=to_M)
         first = columns.begins[index]
         which = slice(first, first + len(accepted)) if in_order else [first + column for column in accepted]
-        self._store(row, columns.aux_NF[which], columns.last_NH[which])
+        self._store(row, columns, which, has_features=columns.are_stored and in_order)
 
     def store_prompt(self, row: PromptRow, columns: Columns, index: int) -> None:
         """Store all columns of row `index`."""
-        self._store(row, columns.aux(index), columns.last(index))
+        which = slice(columns.begins[index], columns.begins[index + 1])
+        self._store(row, columns, which, has_features=columns.are_stored)
 
-    def _store(self, row: DecodingRow | PromptRow, aux_TF: torch.Tensor, last_TH: torch.Tensor) -> None:
+    def _store(
+        self, row: DecodingRow | PromptRow, columns: Columns, which: slice | list[int], *, has_features: bool
+    ) -> None:
         slot, start = row.sequence.slot, row.start
-        if self._drafter:
-            self._drafter.store_features(slot=slot, start=start, aux_TF=aux_TF)
+        if self._drafter and not has_features:
+            self._drafter.store_features(slot=slot, start=start, aux_TF=columns.states.aux_NF[which])
         if self._observer and row.sequence.request.store:
-            self._observer.on_forward(slot=slot, start=start, aux_TF=aux_TF, last_TH=last_TH)
+            states = {"aux_TF": columns.states.aux_NF[which], "last_TH": columns.states.last_NH[which]}
+            self._observer.on_forward(slot=slot, start=start, **states)
 
     def copy_prefix(self, source: int, slot: int, length: int) -> None:
         """Copy the first positions of another slot; they have the bits that computing them would give."""
@@ -98,20 +117,39 @@ class TargetRunner:
         if self._observer:
             self._observer.on_prefix_copy(source=source, slot=slot, length=length)
 
+    def _run_at_once(self, plan: RoundPlan, run: TargetPass) -> Columns:
+        decoding = plan.decoding
+        rows: list[DecodingRow | PromptRow] = [*decoding, *plan.prompts]
+        tokens = [row.tokens for row in rows]
+        needs_logits = any(row.sequence.needs_logits for row in decoding)
+        result = run(
+            tokens,
+            slots=[row.sequence.slot for row in rows],
+            starts=[row.start for row in rows],
+            parents=_parents(decoding),
+            num_prompts=len(plan.prompts),
+            num_chosen=0 if needs_logits else plan.num_decoding_columns,
+            draws=None if needs_logits else draws_of(decoding),
+        )
+        begins = [0, *itertools.accumulate(map(len, tokens))]
+        own_tokens = None if needs_logits else result.own_tokens
+        return Columns(result, begins, own_tokens, are_stored=self._drafter is not None)
+
     def _run_ragged(self, plan: RoundPlan) -> Columns:
         rows: list[DecodingRow | PromptRow] = [*plan.decoding, *plan.prompts]
         tokens = [row.tokens for row in rows]
         widths = [len(each) for each in tokens]
+        parents = _parents(plan.decoding)
         aux_NF, last_NH = self._target.forward_ragged(
             torch.tensor(list(itertools.chain.from_iterable(tokens))),
             widths=widths,
             kv_cache=self._kv_cache,
             slots_B=torch.tensor([row.sequence.slot for row in rows]),
             starts_B=torch.tensor([row.start for row in rows]),
-            parents_BT=_parents(plan.decoding),
+            parents_BT=None if parents is None else torch.tensor(parents),
             num_prompts=len(plan.prompts),
         )
-        return Columns(aux_NF, last_NH, [0, *itertools.accumulate(widths)])
+        return Columns(States(aux_NF, last_NH), [0, *itertools.accumulate(widths)])
 
     def _run_padded(self, rows: Sequence[DecodingRow] | Sequence[PromptRow]) -> Columns:
         """One pass with equally many columns a row; only each row's own are returned."""
@@ -125,13 +163,12 @@ class TargetRunner:
             num_prompts=sum(isinstance(row, PromptRow) for row in rows),
         )
         own = torch.tensor([t < len(each) for each in tokens for t in range(longest)], device=self._device)
-        return Columns(
-            aux_BTF.flatten(0, 1)[own], last_BTH.flatten(0, 1)[own], [0, *itertools.accumulate(map(len, tokens))]
-        )
+        states = States(aux_BTF.flatten(0, 1)[own], last_BTH.flatten(0, 1)[own])
+        return Columns(states, [0, *itertools.accumulate(map(len, tokens))])
 
 
-def _parents(rows: Sequence[DecodingRow]) -> torch.Tensor | None:
-    """The parents of every column [B, T], the root's −1 included; None if no row is a tree."""
+def _parents(rows: Sequence[DecodingRow]) -> list[list[int]] | None:
+    """The parents of every column, the root's −1 included, equally many of each row; None if no row is a tree."""
     if all(row.proposal.parents is None for row in rows):
         return None
     width = 1 + max(len(row.proposal.tokens) for row in rows)
@@ -141,4 +178,4 @@ def _parents(rows: Sequence[DecodingRow]) -> torch.Tensor | None:
         parents = row.proposal.parents
         own = chain if parents is None else [-1, *parents]
         of_rows.append(own + [0] * (width - len(own)))
-    return torch.tensor(of_rows)
+    return of_rows

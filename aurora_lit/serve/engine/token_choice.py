@@ -12,12 +12,14 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.choice import choose_dense
 from aurora_lit.modules.sampling.tree import depths
@@ -35,6 +37,22 @@ class _Column(NamedTuple):
     def position(self) -> int:
         """Index in the output of the token that follows the column."""
         return self.row.sequence.length - self.row.sequence.prompt_length + self.depth
+
+
+def draws_of(rows: Sequence[DecodingRow]) -> ColumnDraws | None:
+    """How the tokens of all columns are drawn; None: greedily."""
+    if all(row.sequence.temperature == 0 for row in rows):
+        return None
+    temperatures: list[float] = []
+    keys: list[int] = []
+    positions: list[int] = []
+    for row in rows:
+        sequence, columns = row.sequence, 1 + len(row.proposal.tokens)
+        temperatures += [sequence.temperature] * columns
+        keys += [sequence.noise_key] * columns
+        first = sequence.length - sequence.prompt_length
+        positions += [first + depth for depth in _depths(row)]
+    return ColumnDraws(temperatures, keys, positions)
 
 
 def choose_tokens(

@@ -170,7 +170,7 @@ class _Probe:
     def run_chain(self, steps: int) -> None:
         """Draft chains of `steps` tokens, after a prefill of two positions."""
         assert self._drafter is not None
-        self._drafter.propose(_uncached(self._drafter, self._inputs()), num_steps=steps).token_BK.cpu()
+        self._drafter.propose(_uncached(self._drafter, self._inputs()), num_steps=steps)
 
     def run_tree(self, levels: int, nodes: int) -> None:
         """Draft trees, after a prefill of two positions."""
@@ -182,7 +182,7 @@ class _Probe:
         )
 
     def _inputs(self) -> DraftInputs:
-        return DraftInputs(slots_B=self._slots_B, lengths=[3] * self.batch_size)
+        return DraftInputs(slots=list(range(self.batch_size)), lengths=[3] * self.batch_size)
 
 
 def _target_passes(table: CostTable, limits: SpeculationLimits, probe: _Probe) -> list[_Operation]:
@@ -215,7 +215,7 @@ def _draft_steps(costs: Costs, limits: SpeculationLimits, probe: _Probe) -> list
 def _prefill_position_s(target: Target, drafter: Drafter, *, capacity: int) -> Generator[None, None, float]:
     """Seconds per position of the prefill of the draft's cache, for one sequence."""
     inputs = DraftInputs(
-        slots_B=torch.zeros(1, dtype=torch.int64, device=target.device),
+        slots=[0],
         lengths=[1 + min(_PREFILL_POSITIONS, capacity // 2)],
     )
     times = []
@@ -229,6 +229,6 @@ def _prefill_position_s(target: Target, drafter: Drafter, *, capacity: int) -> G
 
 def _uncached(drafter: Drafter, inputs: DraftInputs) -> DraftInputs:
     """The same inputs, after the draft's cache has dropped their slots."""
-    for slot in inputs.slots_B.tolist():
+    for slot in inputs.slots:
         drafter.forget(slot)
     return inputs

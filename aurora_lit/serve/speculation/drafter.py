@@ -6,7 +6,7 @@ cache up to the last committed token, from the target's features, and goes on fr
 prefill overwrites what the chain wrote, so a rejection needs no clean-up.
 
 For sampled requests the target's own token is the argmax of its log-probabilities plus noise
-(modules/sampling/noise.py). The draft adds the same noise to its own (`DraftNoise`), so that both tend to choose the
+(modules/sampling/noise.py). The draft adds the same noise to its own (`ColumnDraws`), so that both tend to choose the
 same token even where many are about as probable.
 
 Trees (EAGLE-2, arXiv 2406.16858) are drafted level by level: the most probable nodes of a level are expanded in one
@@ -24,13 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from aurora_lit.kernels import huge_pages
 from aurora_lit.kernels.decoder import MAX_DEPTH
-from aurora_lit.kernels.draft_steps import DraftedLevels
+from aurora_lit.kernels.draft_steps import Drafted
+from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.models.attention import KVCacheView
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
@@ -49,36 +50,9 @@ _PREFILL_CHUNK_TOKENS = 256
 class DraftInputs:
     """The sequences to draft for."""
 
-    slots_B: torch.Tensor
-    """int64."""
+    slots: list[int]
     lengths: list[int]
     """Committed tokens of each sequence; the target has not computed the last of them yet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftNoise:
-    """The noise that a batch of sequences draws its tokens with; see modules/sampling/noise.py."""
-
-    temperature_B: torch.Tensor
-    """fp32. 0: the sequence proposes its most probable tokens, without noise."""
-    key_B: torch.Tensor
-    """int64."""
-    position_B: torch.Tensor
-    """int64. Index in the output of the first proposed token."""
-
-
-class Drafted(NamedTuple):
-    """A chain or a tree for each sequence."""
-
-    token_BK: torch.Tensor
-    """int64 target ids."""
-    parent_BK: torch.Tensor | None
-    """int64. Of trees: the column that each token follows, where column 0 is the last committed token."""
-    outcome_JB: torch.Tensor
-    """fp32, by level. Of chains: the value head's prediction of how many tokens are accepted from there on. Of trees:
-    the probability, by the draft, that the accepted path passes through the nodes to be expanded after that level."""
-    logprob_BK: torch.Tensor | None = None
-    """fp32. Of chains, if asked for: log-probability of each token under the draft at the noise's temperature."""
 
 
 class Drafter:
@@ -86,7 +60,7 @@ class Drafter:
 
     >>> drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
     >>> drafter.store_features(slot=0, start=0, aux_TF=aux_TF)  # after a pass of the target
-    >>> drafted = drafter.propose(DraftInputs(slots_B=slots_B, lengths=lengths), num_steps=4)
+    >>> drafted = drafter.propose(DraftInputs(slots=[0], lengths=[9]), num_steps=4)
     """
 
     def __init__(self, draft: Eagle3Draft, target: Target, *, tokens_SL: torch.Tensor, capacity: int) -> None:
@@ -183,7 +157,7 @@ class Drafter:
         inputs: DraftInputs,
         *,
         num_steps: int,
-        noise: DraftNoise | None = None,
+        noise: ColumnDraws | None = None,
         min_gains: Sequence[float] | None = None,
         with_logprobs: bool = False,
     ) -> Drafted:
@@ -193,12 +167,13 @@ class Drafter:
         `with_logprobs`: also return the tokens' log-probabilities; without native steps, so it takes longer.
         """
         if self.supports_trees and num_steps <= MAX_DEPTH and not with_logprobs:
-            levels = self._draft_levels(
+            drafted = self._draft_levels(
                 inputs, noise=noise, num_levels=num_steps, num_nodes=num_steps, width=1, min_gains=min_gains
             )
-            return Drafted(levels.token_BK, None, levels.outcome_JB)
+            return drafted._replace(parents=None)
         hidden_BH = self.prefill(inputs)
-        starts_B = torch.tensor(inputs.lengths, device=inputs.slots_B.device) - 1
+        slots_B = torch.tensor(inputs.slots, device=self._tokens_SL.device)
+        starts_B = torch.tensor(inputs.lengths, device=slots_B.device) - 1
         tokens: list[torch.Tensor] = []
         logprobs: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
@@ -214,19 +189,23 @@ class Drafter:
                 break
             if min_gains is not None and not extends_chain(values[-1].tolist(), survival, min_gains[step]):
                 break
-            hidden_BH = self.forward(tokens[-1][:, None], hidden_BH[:, None], inputs.slots_B, starts_B + step)[:, 0]
-        return Drafted(torch.stack(tokens, dim=1), None, torch.stack(values), torch.stack(logprobs, dim=1))
+            hidden_BH = self.forward(tokens[-1][:, None], hidden_BH[:, None], slots_B, starts_B + step)[:, 0]
+        chains = torch.stack(tokens, dim=1).tolist()
+        return Drafted(chains, None, torch.stack(values).tolist(), torch.stack(logprobs, dim=1).tolist())
 
     def _choose(
-        self, logits_BD: torch.Tensor, noise: DraftNoise | None, step: int
+        self, logits_BD: torch.Tensor, noise: ColumnDraws | None, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The token of one step of a chain, and its log-probability at the noise's temperature (else at 1)."""
         ids_D = self._runtime_draft.target_id_D
         score_BD = logits_BD
         if noise is not None:
-            is_drawn_B1 = noise.temperature_B[:, None] > 0
-            logits_BD = logits_BD / torch.where(is_drawn_B1, noise.temperature_B[:, None], 1.0)
-            score_BD = logits_BD + gumbel(noise.key_B, noise.position_B + step, ids_D) * is_drawn_B1
+            device = logits_BD.device
+            temperature_B1 = torch.tensor(noise.temperatures, dtype=torch.float32, device=device)[:, None]
+            key_B, position_B = (torch.tensor(each, device=device) for each in (noise.keys, noise.positions))
+            is_drawn_B1 = temperature_B1 > 0
+            logits_BD = logits_BD / torch.where(is_drawn_B1, temperature_B1, 1.0)
+            score_BD = logits_BD + gumbel(key_B, position_B + step, ids_D) * is_drawn_B1
         index_B1 = score_BD.argmax(-1, keepdim=True)
         return ids_D[index_B1[:, 0]], logits_BD.log_softmax(-1).gather(1, index_B1)[:, 0]
 
@@ -236,7 +215,7 @@ class Drafter:
         *,
         num_steps: int,
         num_nodes: int,
-        noise: DraftNoise | None = None,
+        noise: ColumnDraws | None = None,
         min_gains: Sequence[float] | None = None,
         level_rates: Sequence[float] = (),
     ) -> Drafted:
@@ -245,7 +224,7 @@ class Drafter:
         `min_gains`: what each further level, up to `num_steps`, must promise to be run (`min_gains_of_tree` of the
         planner); `level_rates`: its acceptance rate, for each sequence. Needs `supports_trees`.
         """
-        levels = self._draft_levels(
+        return self._draft_levels(
             inputs,
             noise=noise,
             num_levels=num_steps,
@@ -254,23 +233,21 @@ class Drafter:
             min_gains=min_gains,
             level_rates=level_rates,
         )
-        return Drafted(levels.token_BK, levels.parent_BK, levels.outcome_JB)
 
-    def _draft_levels(self, inputs: DraftInputs, *, noise: DraftNoise | None, **levels: Any) -> DraftedLevels:
+    def _draft_levels(self, inputs: DraftInputs, *, noise: ColumnDraws | None, **levels: Any) -> Drafted:
         """Draft levels in one native call; see `DraftSteps`."""
         steps = self._runtime_draft.steps
         assert steps is not None
         starts = self._prefill_all_but_last_pass(inputs)
-        if noise is not None:
-            levels |= {"temperature_B": noise.temperature_B, "key_B": noise.key_B, "position_B": noise.position_B}
         return steps(
             keys=self._cache.keys_SGCQPE,
             values=self._cache.values_SGMDE,
             features_SLF=self._features_SLF,
             tokens_SL=self._tokens_SL,
-            slots_B=inputs.slots_B,
+            slots=inputs.slots,
             done=starts,
             ends=[length - 1 for length in inputs.lengths],
+            draws=noise,
             **levels,
         )
 
@@ -281,7 +258,7 @@ class Drafter:
         starts = self._prefill_all_but_last_pass(inputs)
         counts = [length - 1 - start for length, start in zip(inputs.lengths, starts, strict=True)]
         # A sequence of one token has no position yet: its result is arbitrary, and is computed again next time.
-        hidden_BTH = self._run_committed(inputs.slots_B, starts, max(1, *counts))
+        hidden_BTH = self._run_committed(inputs.slots, starts, max(1, *counts))
         device = hidden_BTH.device
         return hidden_BTH[torch.arange(len(counts), device=device), torch.tensor(counts, device=device) - 1]
 
@@ -290,7 +267,7 @@ class Drafter:
         count = min(most, self.num_uncached(slot, length) - 1)
         for start in range(self._num_cached[slot], self._num_cached[slot] + count, _PREFILL_CHUNK_TOKENS):
             end = min(start + _PREFILL_CHUNK_TOKENS, self._num_cached[slot] + count)
-            self._run_committed(torch.tensor([slot], device=self._tokens_SL.device), [start], end - start)
+            self._run_committed([slot], [start], end - start)
         self._num_cached[slot] += max(0, count)
         return max(0, count)
 
@@ -299,19 +276,18 @@ class Drafter:
         # Without native steps that pass computes equally many positions of every sequence, so they must also fit into
         # the slot of the longest one.
         last_pass, starts = min(_PREFILL_CHUNK_TOKENS // 8, self._capacity - max(inputs.lengths)), []
-        for slot, length in zip(inputs.slots_B.tolist(), inputs.lengths, strict=True):
+        for slot, length in zip(inputs.slots, inputs.lengths, strict=True):
             while length - 1 - self._num_cached[slot] > last_pass:
                 count = min(_PREFILL_CHUNK_TOKENS, length - 2 - self._num_cached[slot])
-                slot_1 = torch.tensor([slot], device=inputs.slots_B.device)
-                self._run_committed(slot_1, [self._num_cached[slot]], count)
+                self._run_committed([slot], [self._num_cached[slot]], count)
                 self._num_cached[slot] += count
             starts.append(self._num_cached[slot])
             self._num_cached[slot] = length - 1
         return starts
 
-    def _run_committed(self, slots_B: torch.Tensor, starts: list[int], count: int) -> torch.Tensor:
+    def _run_committed(self, slots: list[int], starts: list[int], count: int) -> torch.Tensor:
         """Run `count` positions of each sequence from the target's features; those past its end are computed again."""
-        starts_B = torch.tensor(starts, device=slots_B.device)
+        slots_B, starts_B = (torch.tensor(each, device=self._tokens_SL.device) for each in (slots, starts))
         positions_BT = starts_B[:, None] + torch.arange(count, device=slots_B.device)
         features_BTF = self._features_SLF[slots_B[:, None], positions_BT]
         if uses_kernels(slots_B.device):

@@ -30,13 +30,15 @@ from collections.abc import Callable, Sequence
 import torch
 
 from aurora_lit.kernels.copy_rates import CopyReliability
+from aurora_lit.kernels.draft_steps import Drafted
+from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.kernels.suffix_index import Copies, LookUp
 from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_copies
 from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlanner
 from aurora_lit.serve.speculation.costs import DraftShape
-from aurora_lit.serve.speculation.drafter import Drafted, Drafter, DraftInputs, DraftNoise
+from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.grammar_rows import forced_proposal
 from aurora_lit.serve.speculation.planner import MAX_REMAINING_TOKENS, DraftDecision, SpeculationPlanner
 from aurora_lit.serve.speculation.traffic_memory import TrafficMemory, look_up_copies
@@ -303,8 +305,8 @@ class Proposer:
             return []
         found = self._proposals(drafted, explores)
         if not any(explores):
-            levels = len(drafted.outcome_JB)
-            nodes = drafted.token_BK.shape[1] if drafted.parent_BK is not None else 0
+            levels = len(drafted.outcomes)
+            nodes = len(drafted.tokens[0]) if drafted.parents is not None else 0
             self._planner.observe_draft(len(found), DraftShape(levels, nodes), self.draft_seconds, uncached=num_read)
         return list(zip(candidates, found, strict=True))
 
@@ -340,8 +342,9 @@ class Proposer:
         """Draft for some sequences what was decided; chains if any of them explores."""
         assert self._drafter is not None
         shape = decision.shape
-        slots_B = torch.tensor([sequence.slot for sequence in sequences], device=self._device)
-        inputs = DraftInputs(slots_B=slots_B, lengths=[sequence.length for sequence in sequences])
+        inputs = DraftInputs(
+            slots=[sequence.slot for sequence in sequences], lengths=[sequence.length for sequence in sequences]
+        )
         noise = self._noise(sequences, explores)
         if any(explores):
             return self._drafter.propose(inputs, num_steps=shape.levels, noise=noise, with_logprobs=True)
@@ -360,7 +363,7 @@ class Proposer:
             level_rates=self._planner.level_rates(shape, rates, sampled=sampled),
         )
 
-    def _noise(self, sequences: list[RunningSequence], explores: list[bool]) -> DraftNoise | None:
+    def _noise(self, sequences: list[RunningSequence], explores: list[bool]) -> ColumnDraws | None:
         """The noise that the target draws with; where a sequence explores, noise of its own."""
         if not any(explores) and all(sequence.temperature == 0 for sequence in sequences):
             return None
@@ -369,24 +372,18 @@ class Proposer:
             temperatures.append(self.explore_temperature if explore else sequence.temperature)
             keys.append(self._rng.getrandbits(63) if explore else sequence.noise_key)
         positions = [sequence.length - sequence.prompt_length for sequence in sequences]
-        return DraftNoise(
-            temperature_B=torch.tensor(temperatures, dtype=torch.float32, device=self._device),
-            key_B=torch.tensor(keys, device=self._device),
-            position_B=torch.tensor(positions, device=self._device),
-        )
+        return ColumnDraws(temperatures, keys, positions)
 
     def _proposals(self, drafted: Drafted, explores: list[bool]) -> list[Proposal]:
-        tokens = drafted.token_BK.tolist()
-        parents = [None] * len(tokens) if drafted.parent_BK is None else drafted.parent_BK.tolist()
-        logprobs = drafted.logprob_BK.tolist() if drafted.logprob_BK is not None and any(explores) else None
+        tokens, logprobs = drafted.tokens, drafted.logprobs
         return [
             Proposal(
-                tokens=tokens[b],
-                parents=parents[b],
+                tokens=list(tokens[b]),
+                parents=None if drafted.parents is None else list(drafted.parents[b]),
                 source=SOURCE_DRAFT,
                 num_drafted=len(tokens[b]),
                 explored_at=self.explore_temperature if explore else None,
-                logprobs=logprobs[b] if logprobs is not None and explore else None,
+                logprobs=list(logprobs[b]) if logprobs is not None and explore else None,
             )
             for b, explore in enumerate(explores)
         ]

@@ -12,12 +12,14 @@ from support.tiny_models import VOCAB, draft_batch, draft_module, random_draft, 
 from support.toy_rounds import chain_logprobs, chain_states, rounds
 
 from aurora_lit.kernels import native
+from aurora_lit.kernels.draft_steps import Drafted
+from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.lk import overlap
 from aurora_lit.modules.losses.policy import draft_index
 from aurora_lit.modules.losses.unroll import StepwiseChains
-from aurora_lit.serve.speculation.drafter import Drafted, Drafter, DraftInputs, DraftNoise
+from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 
 K = 4
 TEMPERATURES = (1.0, 0.7, 1.5)
@@ -53,15 +55,13 @@ class Drafting:
             new_TF = self.features_BTF[row, self.known[row] : length - 1]
             self.drafter.store_features(slot=slot, start=self.known[row], aux_TF=new_TF)
             self.known[row] = length - 1
-        inputs = DraftInputs(slots_B=self.slots_B, lengths=lengths)
-        noise = DraftNoise(
-            temperature_B=torch.tensor(TEMPERATURES), key_B=torch.tensor(lengths), position_B=torch.tensor([0, 1, 2])
-        )
+        inputs = DraftInputs(slots=self.slots_B.tolist(), lengths=lengths)
+        noise = ColumnDraws(temperatures=TEMPERATURES, keys=lengths, positions=[0, 1, 2])
         drafted = self.drafter.propose(inputs, num_steps=K, noise=noise, with_logprobs=True)
         for slot, length in zip(self.slots_B.tolist(), lengths, strict=True):
             self.drafter.keep_prefix(slot, length - 1)  # a chain starts from a position that was computed for it
         without = self.drafter.propose(inputs, num_steps=K, noise=noise)
-        assert torch.equal(drafted.token_BK, without.token_BK)
+        assert drafted.tokens == without.tokens
         torch.testing.assert_close(drafted.outcome_JB[: K - 1], without.outcome_JB[: K - 1], **CLOSE)
         return drafted
 
@@ -81,7 +81,7 @@ def test_the_unrolled_steps_are_the_drafters_chain(kernels: str, folder: Path, m
     drafting = Drafting(target, draft)
     for lengths in ALL_LENGTHS:
         drafted = drafting.propose(lengths)
-        assert drafted.logprob_BK is not None
+        assert drafted.logprobs is not None
         for row, length in enumerate(lengths):
             # The tokens that the chain has read, as a trace to train on.
             sequence = torch.cat([drafting.ids_BT[row, :length], drafted.token_BK[row]])[None]
@@ -95,7 +95,7 @@ def test_the_unrolled_steps_are_the_drafters_chain(kernels: str, folder: Path, m
                 hidden_H = hidden_KBTH[step, 0, position]
                 logits_D = module.draft.compute_logits(hidden_H)
                 logq_D = torch.log_softmax(logits_D / TEMPERATURES[row], dim=-1)
-                torch.testing.assert_close(drafted.logprob_BK[row, step], logq_D[index_K[step]], **CLOSE)
+                torch.testing.assert_close(torch.tensor(drafted.logprobs[row][step]), logq_D[index_K[step]], **CLOSE)
                 if step < K - 1:
                     torch.testing.assert_close(
                         drafted.outcome_JB[step][row], module.draft.compute_value(hidden_H), **CLOSE
@@ -112,13 +112,13 @@ def test_unrolling_along_proposals_is_the_drafters_chain_also_after_a_rejection(
     proposed, logprob_of, value_of = [], [], []
     for lengths in ALL_LENGTHS:
         drafted = drafting.propose(lengths)
-        assert drafted.logprob_BK is not None
+        assert drafted.logprobs is not None
         for row, length in enumerate(lengths):
-            path = drafted.token_BK[row].tolist()
+            path = list(drafted.tokens[row])
             if length < 77:
                 assert path != drafting.ids_BT[row, length : length + K].tolist(), "the test needs rejected proposals"
             proposed.append((row, length - 1, path))
-            logprob_of.append(drafted.logprob_BK[row])
+            logprob_of.append(torch.tensor(drafted.logprobs[row]))
             value_of.append(drafted.outcome_JB[: K - 1, row])
     batch = rounds(target, drafting.ids_BT, proposed, verified="own_draw")
     batch = replace(batch, rounds=replace(batch.rounds, draft_temperature_Q=torch.tensor(TEMPERATURES * 3)))

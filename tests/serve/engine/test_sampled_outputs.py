@@ -17,11 +17,11 @@ from scipy.stats import chi2
 from support.tiny_models import VOCAB, Answer, make_engine, random_draft, request, run, save_model, trained_draft
 
 from aurora_lit.kernels import native
+from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
-from aurora_lit.serve.speculation.drafter import DraftNoise
 from aurora_lit.serve.speculation.proposer import Proposer
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="torch's own sums depend on the batch")
@@ -155,9 +155,9 @@ def test_the_draft_predicts_sampled_tokens_better_with_the_targets_noise(
     with_noise = acceptance()
     shared = Proposer._noise
 
-    def other_noise(self: Proposer, *args: Any) -> DraftNoise | None:
+    def other_noise(self: Proposer, *args: Any) -> ColumnDraws | None:
         noise = shared(self, *args)
-        return None if noise is None else replace(noise, key_B=noise.key_B + 1000)
+        return None if noise is None else noise._replace(keys=[key + 1000 for key in noise.keys])
 
     monkeypatch.setattr(Proposer, "_noise", other_noise)
     assert with_noise > 1.3 * acceptance()

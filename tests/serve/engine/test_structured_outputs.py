@@ -211,7 +211,8 @@ def test_rows_without_a_grammar_need_no_logits_beside_one_that_has(case: Case, m
     monkeypatch.setattr(case.target, "choose", counted)
     run(engine, requests(1, regex="[ab]{6}", max_tokens=6) + requests(3, regex=None, ignore_eos=True, max_tokens=20))
     assert any(0 < some < all_ for all_, some in dense)
-    assert dense[-1][1] == 0, "none, once the one with the grammar has ended"
+    after = dense[7:]  # the one with the grammar has ended; then a native pass chooses all tokens itself
+    assert not after if case.target.decoder is not None else not any(some for _, some in after)
 
 
 def test_traces_of_masked_rows_hold_no_behaviour_log_probabilities(case: Case) -> None:

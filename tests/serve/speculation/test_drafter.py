@@ -11,10 +11,11 @@ import torch
 from support.tiny_models import VOCAB, Answer, make_engine, random_draft, request, save_model
 
 from aurora_lit.kernels import native
+from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.models.target import Target
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation.costs import Costs
-from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs, DraftNoise
+from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner
 from aurora_lit.serve.speculation.proposer import _LEAST_CATCH_UP, Proposer
 
@@ -61,8 +62,8 @@ def test_catching_up_in_parts_gives_the_proposals_of_reading_at_once(
     assert sum(parts) == length - 2, "all but the last position, which the next proposal computes"
     assert in_parts.num_uncached(1, length) == 1
     assert in_parts.num_uncached(0, length) == length - 1, "another slot has read nothing"
-    inputs = DraftInputs(slots_B=torch.tensor([1]), lengths=[length])
-    draws = DraftNoise(temperature_B=torch.tensor([0.8]), key_B=torch.tensor([3]), position_B=torch.tensor([2]))
+    inputs = DraftInputs(slots=[1], lengths=[length])
+    draws = ColumnDraws(temperatures=[0.8], keys=[3], positions=[2])
     for kind in ("chain", "tree"):
         if kind == "tree" and not at_once.supports_trees:
             continue
@@ -71,7 +72,7 @@ def test_catching_up_in_parts_gives_the_proposals_of_reading_at_once(
             how: dict[str, Any] = {"num_steps": 4, "noise": draws if noise else None}
             propose = drafter.propose if kind == "chain" else drafter.propose_tree
             drafted.append(propose(inputs, **how, **({} if kind == "chain" else {"num_nodes": 15})))
-        assert torch.equal(drafted[0].token_BK, drafted[1].token_BK)
+        assert drafted[0].tokens == drafted[1].tokens
         torch.testing.assert_close(drafted[0].outcome_JB, drafted[1].outcome_JB, atol=1e-4, rtol=1e-4)
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from support.tiny_models import VOCAB, make_engine, random_draft, request, run, save_model, trained_draft
 
+from aurora_lit.kernels.draft_steps import Drafted
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.serve.speculation.drafter import Drafted, Drafter
+from aurora_lit.serve.speculation.drafter import Drafter
 
 PROMPT = (3, 14, 15, 9, 26)
 
@@ -98,7 +99,7 @@ def test_exploring_samples_from_the_draft_at_the_exploration_temperature(
         engine = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=temperature)
         run(engine, [request(str(i), PROMPT, max_tokens=2) for i in range(64)])
         monkeypatch.undo()
-        proposed[temperature] = {token for drafted in calls for token in drafted.token_BK[:, 0].tolist()}
+        proposed[temperature] = {token for drafted in calls for token, *_ in drafted.tokens}
     assert len(proposed[10.0]) > 20
     assert len(proposed[0.05]) <= 3
 

@@ -292,12 +292,12 @@ def test_with_recompute_the_new_draft_proposes_as_if_it_had_always_served(case: 
     rows = engine._decoding
     proposed = [
         each.propose(
-            DraftInputs(slots_B=torch.tensor([row.slot for row in rows]), lengths=[row.length for row in rows]),
+            DraftInputs(slots=[row.slot for row in rows], lengths=[row.length for row in rows]),
             num_steps=3,
-        ).token_BK
+        ).tokens
         for each in (drafter, fresh)
     ]
-    assert torch.equal(*proposed) == recompute
+    assert (proposed[0] == proposed[1]) == recompute
 
 
 def test_a_swap_resets_the_estimates_by_which_the_old_draft_was_given_up(case: ServingCase) -> None:

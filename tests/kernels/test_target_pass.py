@@ -1,0 +1,108 @@
+"""A round's pass in one native call gives what separate calls give: states, the target's own tokens, features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_models import VOCAB, save_model
+
+from aurora_lit.kernels import native
+from aurora_lit.kernels.products import ColumnDraws
+from aurora_lit.models.packed_target import load_target
+from aurora_lit.models.target import Target
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
+
+CAPACITY = 64
+CHAIN = [-1, 0, 1, 2]
+TREE = [-1, 0, 0, 1]
+
+
+def rows_of(seed: int) -> dict[str, list[list[int]]]:
+    """Tokens of a chain, a tree, a single column and a prompt."""
+    gen = torch.Generator().manual_seed(seed)
+    return {"tokens": [torch.randint(VOCAB, (width,), generator=gen).tolist() for width in (4, 4, 1, 9)]}
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16", "int8", "int4", "int4 from a packed file"])
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Target:
+    folder: Path = save_model("llama", tmp_path_factory.mktemp("llama"))
+    precision, *packed = request.param.split(maxsplit=1)
+    if packed:
+        return load_target(folder, precision=precision, cache_dir=tmp_path_factory.mktemp("cache"))
+    return Target.load(folder, precision=precision)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@torch.no_grad()
+def test_one_call_gives_what_separate_calls_give(target: Target, drawn: bool) -> None:
+    """Two passes, so that the second one reads what the first one wrote, into buffers that are used again."""
+    alone, together = (target.make_kv_cache(num_slots=5, capacity=CAPACITY) for _ in range(2))
+    features_SLF = torch.full((5, CAPACITY, 3 * target.hidden_size), 7.0, dtype=target.kv_dtype)
+    run = target.make_pass(together, features_SLF=features_SLF)
+    assert run is not None
+    slots, parents = [4, 0, 2, 1], [CHAIN, TREE, CHAIN]
+    num_chosen = 4 + 4 + 1
+    for starts, seed in (([0, 0, 0, 0], 0), ([4, 4, 1, 9], 1)):
+        tokens = rows_of(seed)["tokens"]
+        draws = ColumnDraws([0.0, 0.7, 1.3] * 3, range(100, 109), [5, 6, 7, 8, 5, 6, 6, 7, 3])
+        result = run(
+            tokens,
+            slots=slots,
+            starts=starts,
+            parents=parents,
+            num_prompts=1,
+            num_chosen=num_chosen,
+            draws=draws if drawn else None,
+        )
+        aux_NF, last_NH = target.forward_ragged(
+            torch.tensor([token for row in tokens for token in row]),
+            widths=[4, 4, 1, 9],
+            kv_cache=alone,
+            slots_B=torch.tensor(slots),
+            starts_B=torch.tensor(starts),
+            parents_BT=torch.tensor(parents),
+            num_prompts=1,
+        )
+        assert torch.equal(result.aux_NF, aux_NF)
+        assert torch.equal(result.last_NH, last_NH)
+        if drawn:
+            expected_N, _ = target.choose(
+                last_NH[:num_chosen],
+                temperature_N=torch.tensor(draws.temperatures),
+                key_N=torch.tensor(draws.keys),
+                position_N=torch.tensor(draws.positions),
+            )
+        else:
+            expected_N = target.greedy_tokens(last_NH[:num_chosen])
+        assert result.own_tokens == expected_N.tolist()
+        first = 0
+        for slot, start, row in zip(slots, starts, tokens, strict=True):
+            stored_TF = features_SLF[slot, start : start + len(row)]
+            assert torch.equal(stored_TF, aux_NF[first : first + len(row)].to(target.kv_dtype))
+            first += len(row)
+    assert (features_SLF[3] == 7.0).all(), "nothing is stored in a slot without a row"
+    assert (features_SLF[2, 2:] == 7.0).all(), "nor beyond a row's columns"
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_a_token_outside_the_vocabulary_is_refused_and_nothing_is_computed(target: Target, token: int) -> None:
+    kv_cache = target.make_kv_cache(num_slots=1, capacity=CAPACITY)
+    run = target.make_pass(kv_cache, features_SLF=None)
+    assert run is not None
+    before = kv_cache.keys_SGCQPE[0].clone()
+    with pytest.raises(IndexError, match="not in the vocabulary"):
+        run([[1, token]], slots=[0], starts=[0], num_chosen=1)
+    assert torch.equal(kv_cache.keys_SGCQPE[0], before)
+
+
+def test_what_one_call_cannot_do_is_left_to_separate_calls(tmp_path: Path) -> None:
+    """Layers that are not fused; and a head whose logits are changed afterwards."""
+    gemma = Target.load(save_model("gemma", tmp_path / "gemma"), precision="fp32")
+    capped = Target.load(save_model("llama", tmp_path / "llama"), precision="fp32")
+    capped.logit_transform = capped.logit_transform.__class__(bias_V=None, softcap=5.0)
+    for target in (gemma, capped):
+        kv_cache = target.make_kv_cache(num_slots=1, capacity=CAPACITY)
+        assert target.make_pass(kv_cache, features_SLF=None) is None
