@@ -11,8 +11,8 @@ their logarithms), and how many rounds proposed anything while speculation was o
 override enables it.
 
 Each half has a `cache_salt` of its own, or the second half of a pair would find the first one's prompt in the prefix
-cache, and its answer in the traffic memory. That is empty when a setting begins, and fills with the answers of the
-speculating halves; those of the others are not stored.
+cache, and its answer in the traffic memory. That is empty when a setting begins, and fills with the answers of both
+halves, each for itself: both pay for recording, which `store: false` would spare one of them.
 
 Other comparisons: `--against memory-off` speculates in both halves, but without the memory in the second;
 `--against off-greedy` has temperature T without speculation against temperature 0 without it; and with
@@ -60,7 +60,7 @@ class Arm(NamedTuple):
     temperature: float | None
     """None: the field is left out, so the server's default holds."""
     remembers: bool
-    """True: it may copy from the answers of earlier pairs, if it speculates."""
+    """True: it is recorded and remembered; if it speculates, it may copy from the answers of earlier pairs."""
     server: int = 0
     """Index of the server that they are sent to."""
 
@@ -204,7 +204,8 @@ def main() -> int:
             log = Path(options.out or "paired").with_suffix(f".{number}.log")
             servers.enter_context(running_server(config, log))
         for temperature, clients in itertools.product(options.temperatures, options.clients):
-            arms = Arm(True, temperature, True), Arm(options.against == "memory-off", temperature, False)
+            is_plain = options.against == "off"
+            arms = Arm(True, temperature, True), Arm(not is_plain, temperature, is_plain)
             if options.against == "off-greedy":
                 arms = Arm(False, temperature, False), Arm(False, 0.0, False)
             if options.other:

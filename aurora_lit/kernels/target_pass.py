@@ -26,6 +26,19 @@ _STATES = 5
 """A column's states: the last layer's, after the final norm, and three auxiliary ones."""
 
 
+class _StateTable(ctypes.Structure):
+    """StateTable in target_pass.hpp."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("slot", ctypes.c_int64), ("is_bf16", ctypes.c_int64))
+
+    @staticmethod
+    def of(table: torch.Tensor | None) -> _StateTable:
+        if table is None:
+            return _StateTable()
+        assert table.dtype in (torch.float32, torch.bfloat16)
+        return _StateTable(table.data_ptr(), table.stride(0), table.dtype == torch.bfloat16)
+
+
 class _Call(ctypes.Structure):
     """TargetPass in target_pass.hpp."""
 
@@ -37,8 +50,9 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("argmax", "screened_argmax", "choose", "screen", "decoder", "ids")),
         *((name, ctypes.c_int64) for name in ("columns", "chosen")),
         ("draws", products.Draws),
-        ("features", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("features_slot", "features_are_bf16")),
+        ("aux", _StateTable),
+        ("last", _StateTable),
+        ("keeps_last", ctypes.c_void_p),
     )
 
 
@@ -78,19 +92,20 @@ class TargetPass:
         head: PackedLinear,
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
-        features_SLF: torch.Tensor | None = None,
+        aux_SLF: torch.Tensor | None = None,
+        last_SLH: torch.Tensor | None = None,
     ) -> None:
         """`embedding`: a tensor is fp32 [V, H] and contiguous. `keys`, `values`: of the cache. The decoder returns
         auxiliary states; the head has no bias.
 
-        `features_SLF`: fp32 or bf16. The auxiliary states of every column are stored here too: of a row's column t at
-        position starts + t of its slot.
+        `aux_SLF`, `last_SLH`: fp32 or bf16. The auxiliary and the last states of every column are stored here too: of a
+        row's column t at position starts + t of its slot. The last ones only of rows that a call says to keep.
         """
         library = native.library()
         assert library is not None
         assert head.bias is None
         suffix = head.weight_format.suffix
-        self._kept_alive = (decoder, embedding, head, features_SLF)
+        self._kept_alive = (decoder, embedding, head, aux_SLF, last_SLH)
         self._decoder, self._keys, self._values = decoder, keys, values
         self._run = library.aurora_target_pass
         self._hidden = head.in_features
@@ -105,11 +120,9 @@ class TargetPass:
             screened_argmax=None if screened is None else _pointer(screened),
             choose=_pointer(getattr(library, f"aurora_choose_{suffix}")),
             screen=None if head.screen is None else ctypes.addressof(head.screen),
+            aux=_StateTable.of(aux_SLF),
+            last=_StateTable.of(last_SLH),
         )
-        if features_SLF is not None:
-            assert features_SLF.dtype in (torch.float32, torch.bfloat16)
-            self._call.features, self._call.features_slot = features_SLF.data_ptr(), features_SLF.stride(0)
-            self._call.features_are_bf16 = features_SLF.dtype == torch.bfloat16
 
     def __call__(
         self,
@@ -120,6 +133,7 @@ class TargetPass:
         parents: Sequence[Sequence[int]] | None = None,
         num_prompts: int = 0,
         num_chosen: int = 0,
+        keeps_last: Sequence[bool] = (),
         draws: products.ColumnDraws | None = None,
     ) -> PassResult:
         """Compute rows of any number of columns; the arguments of `Decoder` as lists. Not for two threads at a time.
@@ -132,17 +146,19 @@ class TargetPass:
             num_prompts: so many rows at the end read prompts.
             num_chosen: columns at the beginning whose own token is chosen.
             draws: how, for each of them; None: greedily.
+            keeps_last: for each row, whether to store its last states; needed where there is a table for them.
 
         Raises:
             IndexError: a token is not in the vocabulary.
         """
         B, N = len(tokens), sum(map(len, tokens))
         width = len(parents[0]) if parents else 0
-        numbers = (ctypes.c_int64 * (N + 3 * B + 1 + (width * len(parents) if parents else 0)))(
+        numbers = (ctypes.c_int64 * (N + 4 * B + 1 + (width * len(parents) if parents else 0)))(
             *itertools.chain.from_iterable(tokens),
             *itertools.accumulate(map(len, tokens), initial=0),
             *slots,
             *starts,
+            *(keeps_last or [False] * B),
             *(itertools.chain.from_iterable(parents) if parents else ()),
         )
         ids = ctypes.addressof(numbers)
@@ -153,7 +169,8 @@ class TargetPass:
         attention.begins = begins
         decoder.slots = begins + 8 * (B + 1)
         decoder.starts = decoder.slots + 8 * B
-        decoder.columns, decoder.parents = width, decoder.starts + 8 * B if width else None
+        call.keeps_last = decoder.starts + 8 * B
+        decoder.columns, decoder.parents = width, call.keeps_last + 8 * B if width else None
         if len(self._buffer_NX) < N:
             self._buffer_NX = torch.empty(N, _STATES * self._hidden)
         H, at = self._hidden, self._buffer_NX.data_ptr()

@@ -238,10 +238,12 @@ class Target(nn.Module):
         batch = {"queries": max(widths), "slots_B": slots_B, "starts_B": starts_B, "parents_BC": parents_BT}
         return self._run_fused(ids_N, kv_cache, begins_R=begins_R, num_prompts=num_prompts, **batch)
 
-    def make_pass(self, kv_cache: KVCache, *, features_SLF: torch.Tensor | None) -> TargetPass | None:
+    def make_pass(
+        self, kv_cache: KVCache, *, aux_SLF: torch.Tensor | None, last_SLH: torch.Tensor | None
+    ) -> TargetPass | None:
         """`forward_ragged` and `choose` in one native call; None where they are not all native.
 
-        `features_SLF`: where the auxiliary states are stored too (see `TargetPass`).
+        `aux_SLF`, `last_SLH`: where states are stored too (see `TargetPass`).
         """
         if self._decoder is None or not self.logit_transform.is_identity:
             return None
@@ -254,7 +256,8 @@ class Target(nn.Module):
             head=head,
             keys=kv_cache.keys_SGCQPE,
             values=kv_cache.values_SGMDE,
-            features_SLF=features_SLF,
+            aux_SLF=aux_SLF,
+            last_SLH=last_SLH,
         )
 
     @property

@@ -40,8 +40,9 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_one_call_gives_what_separate_calls_give(target: Target, drawn: bool) -> None:
     """Two passes, so that the second one reads what the first one wrote, into buffers that are used again."""
     alone, together = (target.make_kv_cache(num_slots=5, capacity=CAPACITY) for _ in range(2))
-    features_SLF = torch.full((5, CAPACITY, 3 * target.hidden_size), 7.0, dtype=target.kv_dtype)
-    run = target.make_pass(together, features_SLF=features_SLF)
+    aux_SLF = torch.full((5, CAPACITY, 3 * target.hidden_size), 7.0, dtype=target.kv_dtype)
+    last_SLH = torch.full((5, CAPACITY + 1, target.hidden_size), 7.0, dtype=torch.bfloat16)
+    run = target.make_pass(together, aux_SLF=aux_SLF, last_SLH=last_SLH)
     assert run is not None
     slots, parents = [4, 0, 2, 1], [CHAIN, TREE, CHAIN]
     num_chosen = 4 + 4 + 1
@@ -55,6 +56,7 @@ def test_one_call_gives_what_separate_calls_give(target: Target, drawn: bool) ->
             parents=parents,
             num_prompts=1,
             num_chosen=num_chosen,
+            keeps_last=[True, False, True, True],
             draws=draws if drawn else None,
         )
         aux_NF, last_NH = target.forward_ragged(
@@ -80,17 +82,21 @@ def test_one_call_gives_what_separate_calls_give(target: Target, drawn: bool) ->
         assert result.own_tokens == expected_N.tolist()
         first = 0
         for slot, start, row in zip(slots, starts, tokens, strict=True):
-            stored_TF = features_SLF[slot, start : start + len(row)]
-            assert torch.equal(stored_TF, aux_NF[first : first + len(row)].to(target.kv_dtype))
+            for table, states in ((aux_SLF, aux_NF), (last_SLH, last_NH)):
+                stored = table[slot, start : start + len(row)]
+                expected = states[first : first + len(row)].to(table.dtype)
+                is_kept = table is aux_SLF or slot != slots[1]
+                assert torch.equal(stored, expected if is_kept else torch.full_like(expected, 7.0))
             first += len(row)
-    assert (features_SLF[3] == 7.0).all(), "nothing is stored in a slot without a row"
-    assert (features_SLF[2, 2:] == 7.0).all(), "nor beyond a row's columns"
+    for table in (aux_SLF, last_SLH):
+        assert (table[3] == 7.0).all(), "nothing is stored in a slot without a row"
+        assert (table[2, 2:] == 7.0).all(), "nor beyond a row's columns"
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB])
 def test_a_token_outside_the_vocabulary_is_refused_and_nothing_is_computed(target: Target, token: int) -> None:
     kv_cache = target.make_kv_cache(num_slots=1, capacity=CAPACITY)
-    run = target.make_pass(kv_cache, features_SLF=None)
+    run = target.make_pass(kv_cache, aux_SLF=None, last_SLH=None)
     assert run is not None
     before = kv_cache.keys_SGCQPE[0].clone()
     with pytest.raises(IndexError, match="not in the vocabulary"):
@@ -105,4 +111,4 @@ def test_what_one_call_cannot_do_is_left_to_separate_calls(tmp_path: Path) -> No
     capped.logit_transform = capped.logit_transform.__class__(bias_V=None, softcap=5.0)
     for target in (gemma, capped):
         kv_cache = target.make_kv_cache(num_slots=1, capacity=CAPACITY)
-        assert target.make_pass(kv_cache, features_SLF=None) is None
+        assert target.make_pass(kv_cache, aux_SLF=None, last_SLH=None) is None

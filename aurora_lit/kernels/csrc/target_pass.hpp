@@ -1,5 +1,5 @@
 // A round's pass of the target in one call: embeddings, decoder layers, the target's own token at the columns of the
-// sequences that decode, and the draft's features. The weights displace everything else from the processor's caches, so
+// sequences that decode, and storing states for the draft and for traces. The weights displace everything else from the processor's caches, so
 // that what a caller does between smaller calls is read from memory anew each round.
 //
 // Shapes: N columns, B rows, H hidden size, S slots, L capacity of a slot.
@@ -11,6 +11,13 @@
 #include "screen.hpp"
 
 namespace {
+
+// Where the states of all columns are stored, each at its row's position.
+struct StateTable {
+  void* data;    // or null: they are not stored
+  int64_t slot;  // numbers of a slot
+  int64_t is_bf16;  // else fp32
+};
 
 // A target, and what it computes for one round.
 struct TargetPass {
@@ -26,25 +33,24 @@ struct TargetPass {
   const int64_t* ids;          // [N]
   int64_t columns, chosen;     // the first `chosen` columns get a token
   Draws draws;                 // `temperatures` null: the largest output of each
-  void* features;              // [S, L, 3 H] the auxiliary states are stored here too, each at its row's position; or null
-  int64_t features_slot;       // numbers of a slot
-  int64_t features_are_bf16;   // else fp32
+  StateTable aux, last;        // [S, L, 3 H] and [S, L, H]
+  const int64_t* keeps_last;   // [B] 0: the row's last states are not stored
 };
 
-// Store the auxiliary states of all columns: column t of row b at position starts[b] + t of its slot.
-inline void store_features(const TargetPass& p) {
-  const DecoderCall& call = *p.decoder;
+// Store states [N, width] of all columns, but of rows with `wanted` 0: those of column t of row b at position
+// starts[b] + t of its slot.
+inline void store_states(const DecoderCall& call, const float* states, int64_t width, const StateTable& table,
+                         const int64_t* wanted) {
   const AttentionShape& s = call.attention;
-  const int64_t width = 3 * call.hidden;
   for (int64_t b = 0; b < s.rows; ++b) {
-    const int64_t first = s.first_of(b), count = s.first_of(b + 1) - first;
-    const float* from = call.aux + first * width;
-    const int64_t place = call.slots[b] * p.features_slot + call.starts[b] * width;
-    if (p.features_are_bf16) {
-      uint16_t* to = static_cast<uint16_t*>(p.features) + place;
-      for (int64_t i = 0; i < count * width; ++i) to[i] = to_bf16(from[i]);
+    if (wanted && !wanted[b]) continue;
+    const int64_t first = s.first_of(b) * width, count = s.first_of(b + 1) * width - first;
+    const int64_t place = call.slots[b] * table.slot + call.starts[b] * width;
+    if (table.is_bf16) {
+      uint16_t* to = static_cast<uint16_t*>(table.data) + place;
+      for (int64_t i = 0; i < count; ++i) to[i] = to_bf16(states[first + i]);
     } else {
-      std::memcpy(static_cast<float*>(p.features) + place, from, size_t(count * width) * sizeof(float));
+      std::memcpy(static_cast<float*>(table.data) + place, states + first, size_t(count) * sizeof(float));
     }
   }
 }
@@ -57,7 +63,8 @@ inline int run_pass(const TargetPass& p) {
     if (p.ids[i] < 0 || p.ids[i] >= p.vocabulary) return 0;
   for (int64_t i = 0; i < p.columns; ++i) p.embedding.row(H, p.ids[i], call.hidden_states + i * H);
   p.decode(&call);
-  if (p.features) store_features(p);
+  if (p.aux.data) store_states(call, call.aux, 3 * H, p.aux, nullptr);
+  if (p.last.data) store_states(call, call.normed, H, p.last, p.keeps_last);
   if (!chosen) return 1;
   if (p.draws.temperatures)
     p.choose(call.normed, H, chosen, p.head.weight, H, outputs, &p.draws);

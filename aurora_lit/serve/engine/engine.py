@@ -99,6 +99,8 @@ class Engine:
         self._drafter: Drafter | None = None
         if draft is not None and options.max_draft_tokens:
             self._drafter = Drafter(draft, target, tokens_SL=self._tokens_SL, capacity=self.slot_capacity)
+        if observer is not None:
+            observer.attach(tokens_SL=self._tokens_SL, aux_SLF=self._drafter.features_SLF if self._drafter else None)
         self._runner = TargetRunner(target, kv_cache=kv_cache, drafter=self._drafter, observer=observer)
         self._allocator = SlotAllocator(
             self._tokens_SL,
@@ -143,8 +145,6 @@ class Engine:
         speculates = self._drafter is not None or limits.copied_tokens > 0
         adapts = options.adaptive and speculates
         self.floor = SpeculationFloor() if adapts else None
-        if observer is not None:
-            observer.attach(tokens_SL=self._tokens_SL, aux_SLF=self._drafter.features_SLF if self._drafter else None)
         steps = calibration_steps(
             self.costs, limits, target, self._drafter, kv_cache=kv_cache, max_batch_size=options.max_batch_size
         )

@@ -45,7 +45,7 @@ class Columns(NamedTuple):
     own_tokens: list[int] | None = None
     """The target's own token at every column of the decoding rows; None: it is still to be chosen."""
     are_stored: bool = False
-    """True: the draft's features are stored as if all columns were accepted in their order."""
+    """True: drafter and observer have the states, as if all columns were accepted in their order."""
 
     def aux(self, row: int) -> torch.Tensor:
         """Auxiliary states of a row [T, F]."""
@@ -64,7 +64,9 @@ class TargetRunner:
     ) -> None:
         self._target, self._kv_cache, self._drafter, self._observer = target, kv_cache, drafter, observer
         self._device = target.device
-        self._pass = target.make_pass(kv_cache, features_SLF=drafter.features_SLF if drafter else None)
+        aux_SLF = drafter.features_SLF if drafter else None
+        last_SLH = observer.last_SLH if observer and drafter else None
+        self._pass = target.make_pass(kv_cache, aux_SLF=aux_SLF, last_SLH=last_SLH)
         """All of a round in one native call; None where the target does not allow it."""
 
     def run(self, plan: RoundPlan) -> Columns:
@@ -92,18 +94,17 @@ class TargetRunner:
             self._target.commit_tree_path(kv_cache=self._kv_cache, slots_M=slots_M, from_M=from_M, to_M=to_M)
         first = columns.begins[index]
         which = slice(first, first + len(accepted)) if in_order else [first + column for column in accepted]
-        self._store(row, columns, which, has_features=columns.are_stored and in_order)
+        if not (columns.are_stored and in_order):
+            self._store(row, columns, which)
 
     def store_prompt(self, row: PromptRow, columns: Columns, index: int) -> None:
         """Store all columns of row `index`."""
-        which = slice(columns.begins[index], columns.begins[index + 1])
-        self._store(row, columns, which, has_features=columns.are_stored)
+        if not columns.are_stored:
+            self._store(row, columns, slice(columns.begins[index], columns.begins[index + 1]))
 
-    def _store(
-        self, row: DecodingRow | PromptRow, columns: Columns, which: slice | list[int], *, has_features: bool
-    ) -> None:
+    def _store(self, row: DecodingRow | PromptRow, columns: Columns, which: slice | list[int]) -> None:
         slot, start = row.sequence.slot, row.start
-        if self._drafter and not has_features:
+        if self._drafter:
             self._drafter.store_features(slot=slot, start=start, aux_TF=columns.states.aux_NF[which])
         if self._observer and row.sequence.request.store:
             states = {"aux_TF": columns.states.aux_NF[which], "last_TH": columns.states.last_NH[which]}
@@ -129,11 +130,13 @@ class TargetRunner:
             parents=_parents(decoding),
             num_prompts=len(plan.prompts),
             num_chosen=0 if needs_logits else plan.num_decoding_columns,
+            keeps_last=[row.sequence.request.store for row in rows],
             draws=None if needs_logits else draws_of(decoding),
         )
         begins = [0, *itertools.accumulate(map(len, tokens))]
         own_tokens = None if needs_logits else result.own_tokens
-        return Columns(result, begins, own_tokens, are_stored=self._drafter is not None)
+        are_stored = self._drafter is not None or self._observer is None
+        return Columns(result, begins, own_tokens, are_stored=are_stored)
 
     def _run_ragged(self, plan: RoundPlan) -> Columns:
         rows: list[DecodingRow | PromptRow] = [*plan.decoding, *plan.prompts]

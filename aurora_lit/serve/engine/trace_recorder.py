@@ -72,6 +72,11 @@ class TraceRecorder:
         self._last_SLH = self._allocate(num_slots, capacity, 1, tokens_SL.device)
         self._segments = [_Segment() for _ in range(num_slots)]
 
+    @property
+    def last_SLH(self) -> torch.Tensor:
+        """Last hidden states by slot, bf16."""
+        return self._last_SLH
+
     def on_forward(self, *, slot: int, start: int, aux_TF: torch.Tensor, last_TH: torch.Tensor) -> None:
         """Keep the states that the target computed."""
         end = start + len(last_TH)

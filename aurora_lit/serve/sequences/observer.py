@@ -49,6 +49,12 @@ class RoundObserver(Protocol):
         `aux_SLF` None: there is no drafter, so an observer that needs these states keeps them itself.
         """
 
+    @property
+    def last_SLH(self) -> torch.Tensor:
+        """After `attach`, where it keeps last hidden states. Who writes them there need not call `on_forward` beside a
+        drafter, which keeps the auxiliary ones.
+        """
+
     def on_forward(self, *, slot: int, start: int, aux_TF: torch.Tensor, last_TH: torch.Tensor) -> None:
         """The target computed positions start, start + 1, … of a slot, which are committed."""
 
