@@ -1,6 +1,6 @@
 // A round's pass of the target in one call: embeddings, decoder layers, the target's own token at the columns of the
-// sequences that decode, and storing states for the draft and for traces. The weights displace everything else from the processor's caches, so
-// that what a caller does between smaller calls is read from memory anew each round.
+// sequences that decode, and storing states for the draft and for traces. The weights displace everything else from the
+// processor's caches, so that what a caller does between smaller calls is read from memory anew each round.
 //
 // Shapes: N columns, B rows, H hidden size, S slots, L capacity of a slot.
 #pragma once
@@ -14,8 +14,8 @@ namespace {
 
 // Where the states of all columns are stored, each at its row's position.
 struct StateTable {
-  void* data;    // or null: they are not stored
-  int64_t slot;  // numbers of a slot
+  void* data;       // or null: they are not stored
+  int64_t slot;     // numbers of a slot
   int64_t is_bf16;  // else fp32
 };
 
@@ -47,8 +47,7 @@ inline void store_states(const DecoderCall& call, const float* states, int64_t w
     const int64_t first = s.first_of(b) * width, count = s.first_of(b + 1) * width - first;
     const int64_t place = call.slots[b] * table.slot + call.starts[b] * width;
     if (table.is_bf16) {
-      uint16_t* to = static_cast<uint16_t*>(table.data) + place;
-      for (int64_t i = 0; i < count; ++i) to[i] = to_bf16(states[first + i]);
+      Product<Bf16>::round(states + first, int(count), static_cast<uint16_t*>(table.data) + place);
     } else {
       std::memcpy(static_cast<float*>(table.data) + place, states + first, size_t(count) * sizeof(float));
     }
