@@ -46,15 +46,15 @@ class _Call(ctypes.Structure):
 class Drafted(NamedTuple):
     """A chain or a tree for each sequence."""
 
-    tokens: Sequence[Sequence[int]]
+    tokens: list[list[int]]
     """Target ids [B][K]."""
-    parents: Sequence[Sequence[int]] | None
+    parents: list[list[int]] | None
     """Of trees: the column that each token follows, where column 0 is the last committed token."""
-    outcomes: Sequence[Sequence[float]]
+    outcomes: list[list[float]]
     """By level [J][B]. Of chains: the value head's prediction of how many tokens are accepted from there on. Of trees:
     the draft's probability that the accepted path passes one of the nodes that are expanded after that level; for
     sequences with a temperature that of the perturbed logits."""
-    logprobs: Sequence[Sequence[float]] | None = None
+    logprobs: list[list[float]] | None = None
     """Of chains, if asked for: log-probability of each token under the draft at the noise's temperature."""
 
     @property

@@ -92,10 +92,11 @@ class TargetRunner:
             from_M, to_M = (torch.tensor(each) + row.start for each in zip(*moves, strict=True))
             slots_M = torch.full((len(moves),), row.sequence.slot, dtype=torch.int64)
             self._target.commit_tree_path(kv_cache=self._kv_cache, slots_M=slots_M, from_M=from_M, to_M=to_M)
+        if columns.are_stored and in_order:
+            return
         first = columns.begins[index]
         which = slice(first, first + len(accepted)) if in_order else [first + column for column in accepted]
-        if not (columns.are_stored and in_order):
-            self._store(row, columns, which)
+        self._store(row, columns, which)
 
     def store_prompt(self, row: PromptRow, columns: Columns, index: int) -> None:
         """Store all columns of row `index`."""

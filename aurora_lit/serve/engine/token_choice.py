@@ -31,18 +31,14 @@ class _Column(NamedTuple):
 
     row: DecodingRow
     column: int
-    depth: int
-
-    @property
-    def position(self) -> int:
-        """Index in the output of the token that follows the column."""
-        return self.row.sequence.length - self.row.sequence.prompt_length + self.depth
 
 
 def draws_of(rows: Sequence[DecodingRow]) -> ColumnDraws | None:
     """How the tokens of all columns are drawn; None: greedily."""
-    if all(row.sequence.temperature == 0 for row in rows):
-        return None
+    return None if all(row.sequence.temperature == 0 for row in rows) else _all_draws(rows)
+
+
+def _all_draws(rows: Sequence[DecodingRow]) -> ColumnDraws:
     temperatures: list[float] = []
     keys: list[int] = []
     positions: list[int] = []
@@ -65,11 +61,9 @@ def choose_tokens(
     """
     if all(row.sequence.temperature == 0 and not row.sequence.needs_logits for row in rows):
         return target.greedy_tokens(last_NH).tolist(), {}
-    columns = [_Column(row, column, depth) for row in rows for column, depth in enumerate(_depths(row))]
-    device = last_NH.device
-    temperature_N = torch.tensor([column.row.sequence.temperature for column in columns], device=device)
-    key_N = torch.tensor([column.row.sequence.noise_key for column in columns], device=device)
-    position_N = torch.tensor([column.position for column in columns], device=device)
+    columns = [_Column(row, column) for row in rows for column in range(1 + len(row.proposal.tokens))]
+    draws, device = _all_draws(rows), last_NH.device
+    temperature_N, key_N, position_N = (torch.tensor(each, device=device) for each in draws)
     dense = [n for n, column in enumerate(columns) if column.row.sequence.needs_logits]
     dense_N = None
     if dense:
@@ -91,7 +85,7 @@ def choose_tokens(
                 at = end
         for line, n in enumerate(dense):
             sequence = columns[n].row.sequence
-            if columns[n].position < sequence.params.min_tokens:
+            if draws.positions[n] < sequence.params.min_tokens:
                 logits_DV[line, list(sequence.end_tokens)] = float("-inf")
         token_D = choose_dense(
             logits_DV,

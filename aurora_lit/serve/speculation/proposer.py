@@ -89,7 +89,6 @@ class Proposer:
         self._copy_planner = CopyPlanner(planner)
         self.reliability = CopyReliability()
         self._tokens_SL, self._memory, self._looks_up = tokens_SL, memory, looks_up
-        self._device = tokens_SL.device
         self._max_catch_up_s = max_catch_up_s
         self.explore_share, self.explore_temperature = explore_share, explore_temperature
         self._rng = random.Random(explore_seed)
@@ -378,12 +377,12 @@ class Proposer:
         tokens, logprobs = drafted.tokens, drafted.logprobs
         return [
             Proposal(
-                tokens=list(tokens[b]),
-                parents=None if drafted.parents is None else list(drafted.parents[b]),
+                tokens=tokens[b],
+                parents=None if drafted.parents is None else drafted.parents[b],
                 source=SOURCE_DRAFT,
                 num_drafted=len(tokens[b]),
                 explored_at=self.explore_temperature if explore else None,
-                logprobs=list(logprobs[b]) if logprobs is not None and explore else None,
+                logprobs=logprobs[b] if logprobs is not None and explore else None,
             )
             for b, explore in enumerate(explores)
         ]
