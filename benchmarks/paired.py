@@ -15,9 +15,10 @@ cache, and its answer in the traffic memory. That is empty when a setting begins
 halves, each for itself: both pay for recording, which `store: false` would spare one of them.
 
 Other comparisons: `--against memory-off` speculates in both halves, but without the memory in the second;
-`--against off-greedy` has temperature T without speculation against temperature 0 without it; and with
-`--other draft.checkpoint=FOLDER` both speculate and remember, but the second half goes to a second server with these
-settings, while the first one waits.
+`--against off-greedy` has temperature T without speculation against temperature 0 without it;
+`--against plain-neighbour` counts all clients but the last one, whose requests ask for log-probabilities and penalties
+in the first half only; and with `--other draft.checkpoint=FOLDER` both speculate and remember, but the second half goes
+to a second server with these settings, while the first one waits.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ import statistics
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich.table import Table
 from scipy.stats import t as student_t
@@ -51,6 +52,7 @@ from aurora_lit.learn.pretrain.prompts import read_prompts
 
 _OVERRIDES = ("learn.enabled=false",)
 _TIMEOUT_S = 600.0
+_NEIGHBOUR = {"logprobs": True, "top_logprobs": 5, "frequency_penalty": 0.3, "presence_penalty": 0.3}
 
 
 class Arm(NamedTuple):
@@ -63,6 +65,17 @@ class Arm(NamedTuple):
     """True: it is recorded and remembered; if it speculates, it may copy from the answers of earlier pairs."""
     server: int = 0
     """Index of the server that they are sent to."""
+    neighbour: Literal["", "plain", "logprobs and penalties"] = ""
+    """What the last client asks for, whose answers are then not counted."""
+
+
+class Answer(NamedTuple):
+    """What a request came to."""
+
+    text: str
+    tokens: int
+    ended_s: float
+    """By the monotonic clock."""
 
 
 class Outcome(NamedTuple):
@@ -75,8 +88,8 @@ class Outcome(NamedTuple):
     speculating_rounds: int
 
 
-def ask(port: int, prompt: str, arm: Arm, *, max_tokens: int, seed: int, salt: str) -> tuple[str, int]:
-    """The text of an answer and its number of tokens."""
+def ask(port: int, prompt: str, arm: Arm, more: Mapping[str, Any], *, max_tokens: int, seed: int, salt: str) -> Answer:
+    """One request. `more`: further fields of it."""
     body = {
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": max_tokens,
@@ -85,6 +98,7 @@ def ask(port: int, prompt: str, arm: Arm, *, max_tokens: int, seed: int, salt: s
         "speculate": arm.speculate,
         "cache_salt": salt,
         "store": arm.remembers,
+        **more,
     }
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
     try:
@@ -95,7 +109,7 @@ def ask(port: int, prompt: str, arm: Arm, *, max_tokens: int, seed: int, salt: s
         connection.close()
     if response.status != 200:
         raise AuroraError(f"the server answered {response.status}: {content}")
-    return content["choices"][0]["message"]["content"], content["usage"]["completion_tokens"]
+    return Answer(content["choices"][0]["message"]["content"], content["usage"]["completion_tokens"], time.monotonic())
 
 
 def rounds_by_plan(port: int) -> dict[str, int]:
@@ -108,16 +122,21 @@ def rounds_by_plan(port: int) -> dict[str, int]:
 def run(port: int, prompts: Sequence[str], arm: Arm, *, max_tokens: int, seed: int, setting: str) -> Outcome:
     """Send every prompt at the same time. `setting`: names what shares a memory."""
     salt = f"{setting}-{arm}"
+    more: list[dict[str, Any]] = [{} for _ in prompts]
+    if arm.neighbour:
+        more[-1] = {"ignore_eos": True, **(_NEIGHBOUR if arm.neighbour != "plain" else {})}
     before = rounds_by_plan(port)
     started = time.monotonic()
     with ThreadPoolExecutor(len(prompts)) as pool:
         asked = functools.partial(ask, port, arm=arm, max_tokens=max_tokens, seed=seed, salt=salt)
-        answers = list(pool.map(lambda prompt: asked(prompt=prompt), prompts))
-    seconds = time.monotonic() - started
+        answers = list(pool.map(lambda prompt, fields: asked(prompt=prompt, more=fields), prompts, more))
+    if arm.neighbour:
+        answers.pop()
+    seconds = max(answer.ended_s for answer in answers) - started
     plans = {name: count - before[name] for name, count in rounds_by_plan(port).items()}
     rounds = sum(plans.values())
-    tokens = sum(count for _, count in answers)
-    return Outcome(tokens, tokens / seconds, [text for text, _ in answers], rounds, rounds - plans["plain"])
+    tokens = sum(answer.tokens for answer in answers)
+    return Outcome(tokens, tokens / seconds, [answer.text for answer in answers], rounds, rounds - plans["plain"])
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
@@ -181,11 +200,13 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--max-prompt-characters", type=int, default=3000)
     second = parser.add_mutually_exclusive_group()
-    second.add_argument("--against", choices=["off", "off-greedy", "memory-off"], default="off")
+    second.add_argument("--against", choices=["off", "off-greedy", "memory-off", "plain-neighbour"], default="off")
     second.add_argument("--other", nargs="+", default=[], metavar="KEY=VALUE", help="settings of a second server")
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     parser.add_argument("overrides", nargs="*", help="key=value for the server, after `--`")
     options = parser.parse_args()
+    if options.against == "plain-neighbour" and min(options.clients) < 2:
+        parser.error("--against plain-neighbour needs at least two --clients: the last one is not counted")
     configs = [load_config(None, [*_OVERRIDES, *options.overrides])]
     if options.other:
         configs.append(load_config(None, [*_OVERRIDES, *options.overrides, *options.other]))
@@ -208,6 +229,11 @@ def main() -> int:
             arms = Arm(True, temperature, True), Arm(not is_plain, temperature, is_plain)
             if options.against == "off-greedy":
                 arms = Arm(False, temperature, False), Arm(False, 0.0, False)
+            if options.against == "plain-neighbour":
+                arms = (
+                    Arm(True, temperature, True, neighbour="logprobs and penalties"),
+                    Arm(True, temperature, True, neighbour="plain"),
+                )
             if options.other:
                 arms = Arm(True, temperature, True), Arm(True, temperature, True, server=1)
             found = measure(ports, turns, arms, clients, options)

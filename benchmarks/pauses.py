@@ -1,6 +1,7 @@
 """How long running answers pause while long prompts arrive: with this checkout and, in turn, with another one.
 
     python -m benchmarks.pauses --prompts chat.jsonl summarize.jsonl --against ../before -- learn.enabled=false
+    python -m benchmarks.pauses --prompts chat.jsonl summarize.jsonl --port 8000     # a server that runs already
 
 --clients clients stream long greedy answers without end. Meanwhile another client sends --long-prompts prompts of about
 --characters characters each, one after the other, made by joining the file's prompts. Every pause between two pieces of
@@ -85,7 +86,10 @@ def measure(port: int, short: Iterator[str], long: list[str], *, clients: int, m
 
 
 def run(checkout: Path, settings: list[str], short: Iterator[str], long: list[str], options: Any) -> dict[str, Any]:
-    """Measure one server."""
+    """Measure a server of a checkout, or the one that listens on --port."""
+    if options.port:
+        ask(options.port, served_model(options.port), next(short), max_tokens=32)
+        return measure(options.port, short, long, clients=options.clients, max_tokens=options.max_tokens)
     port, environment = free_port(), {**os.environ, "PYTHONPATH": str(checkout)}
     with tempfile.TemporaryDirectory() as scratch, open(Path(scratch) / "log", "w+") as log:
         command = [sys.executable, "-m", "aurora_lit", "serve", f"server.port={port}", f"checkpoint.dir={scratch}"]
@@ -103,7 +107,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", nargs="+", type=Path, required=True)
-    parser.add_argument("--against", type=Path, help="another checkout, measured in turn with this one")
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument("--against", type=Path, help="another checkout, measured in turn with this one")
+    others.add_argument("--port", type=int, help="of a running server with OpenAI's API, measured instead of ours")
     parser.add_argument("--clients", type=int, default=7)
     parser.add_argument("--long-prompts", type=int, default=8)
     parser.add_argument("--characters", type=int, default=4200)
@@ -124,9 +130,8 @@ def main() -> None:
         first = statistics.median(seconds for each in found[checkout] for seconds in each["first"])
         speed = statistics.mean(each["speed"] for each in found[checkout])
         p50, p90, p99 = np.percentile(pauses, (50, 90, 99))
-        print(
-            f"{checkout.name}: pauses p50 {p50:.0f}, p90 {p90:.0f}, p99 {p99:.0f}, most {pauses.max():.0f} ms", end=""
-        )
+        name = f"port {options.port}" if options.port else checkout.name
+        print(f"{name}: pauses p50 {p50:.0f}, p90 {p90:.0f}, p99 {p99:.0f}, most {pauses.max():.0f} ms", end="")
         print(f" ({len(pauses)} pauses); first token of a long prompt {first:.2f} s; {speed:.0f} tokens/s")
 
 
