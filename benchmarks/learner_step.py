@@ -224,8 +224,7 @@ def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tu
 
 def _parts_of_a_step(learner: Learner) -> Iterator[tuple[Any, str, str]]:
     """Owner and name of the functions that are timed, and their part; those that do not exist are left out."""
-    yield online_batcher, "label_traces", "labelling: the target's head"
-    yield online_batcher, "add_lse", "labelling: the target's head"
+    yield online_batcher, "label_for_batch", "labelling: the target's head"
     yield online_batcher, "collate_online", "padding the batch"
     yield OnlineBatcher, "next_batch", "choosing the batch"
     yield draft_module, "unroll", "unroll"
@@ -250,7 +249,7 @@ def _filled(deployment: Deployment, learner: Learner, traces: list[Trace]) -> tu
     intake = _intake(config, learner, batcher, held_out)
     for trace in traces:
         intake.add(trace)
-    for trace in labelled_trace.add_lse(list(batcher._waiting), deployment.target_head):
+    for trace in list(batcher._waiting):
         batcher.reservoir.add(trace)
     return batcher, held_out
 

@@ -90,21 +90,6 @@ def crop(trace: Trace, max_length: int) -> Trace:
     )
 
 
-def add_lse(traces: Sequence[Trace], target_head: TargetHead) -> list[Trace]:
-    """Traces with their log-sum-exp at the positions that are trained on; those that have one are unchanged."""
-    missing = [trace for trace in traces if trace.lse_T is None]
-    starts = [first_trained_position(trace) for trace in missing]
-    parts = [trace.last_TH[start:] for trace, start in zip(missing, starts, strict=True)]
-    lse_N = target_head.evaluate(torch.cat(parts), temperature=0.0, with_top=False).lse_N if parts else torch.zeros(0)
-    added = [
-        replace(trace, lse_T=pad(of_trace, (start, 0)))
-        for trace, start, of_trace in zip(
-            missing, starts, torch.split(lse_N, [len(part) for part in parts]), strict=True
-        )
-    ]
-    return [added.pop(0) if trace.lse_T is None else trace for trace in traces]
-
-
 def label_traces(traces: Sequence[Trace], target_head: TargetHead) -> list[LabelledTrace]:
     """Apply the head to traces: at the positions that are trained on, and after rejected proposals that explored.
 
@@ -154,10 +139,23 @@ def _labelled(trace: Trace, lse_X: Tensor, tempered_X: Tensor, top_X: Tensor) ->
     )
 
 
+def label_for_batch(traces: Sequence[Trace], target_head: TargetHead) -> list[LabelledTrace]:
+    """Label those traces that the policy loss can use; of others a step needs no labels, and they hold 0.
+
+    The supervised loss takes the target's distribution within the draft vocabulary, for which the whole head is not
+    needed.
+    """
+    wanted = iter(label_traces([trace for trace in traces if trace.explored_R.any()], target_head))
+    return [next(wanted) if trace.explored_R.any() else unlabelled(trace) for trace in traces]
+
+
 def label_for_gate(trace: Trace, target_head: TargetHead) -> LabelledTrace:
     """As `label_trace`, for computing acceptance only: that of greedy answers does not need the head."""
-    if trace.verify == "sampled":
-        return label_trace(trace, target_head)
+    return label_trace(trace, target_head) if trace.verify == "sampled" else unlabelled(trace)
+
+
+def unlabelled(trace: Trace) -> LabelledTrace:
+    """A trace whose labels are 0."""
     zeros_T, zeros_N = torch.zeros(len(trace.token_ids_T)), torch.zeros(len(trace.rejected_last_NH))
     return LabelledTrace(
         trace=replace(trace, lse_T=zeros_T),

@@ -13,7 +13,12 @@ import random
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from aurora_lit.learn.data.labelled_trace import LabelledTrace, add_lse, crop, first_trained_position, label_traces
+from aurora_lit.learn.data.labelled_trace import (
+    crop,
+    first_trained_position,
+    label_for_batch,
+    unlabelled,
+)
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
@@ -105,14 +110,18 @@ class OnlineBatcher:
         if not self._waiting and self.positions_out >= MAX_PASSES * self.positions_in:
             return None
         quota = _ClientQuota(self._client_positions if len(set(self._clients)) > 1 else self._batch_positions)
-        live = label_traces(self._take_live(quota), self._target_head)
-        replay = self._take_replay([labelled.trace for labelled in live], quota)
+        live = self._take_live(quota)
+        replay = self._take_replay(live, quota)
         if not live and not replay:
             return None
-        for labelled in live:
-            self._remember(labelled.trace)
-        self.num_stale += sum(_is_stale(labelled, oldest_fresh) for labelled in live)
-        batch = collate_online(live, replay, oldest_fresh=oldest_fresh)
+        for trace in live:
+            self._remember(trace)
+        self.num_stale += sum(_is_stale(trace, oldest_fresh) for trace in live)
+        batch = collate_online(
+            label_for_batch(live, self._target_head),
+            [unlabelled(trace).trace for trace in replay],
+            oldest_fresh=oldest_fresh,
+        )
         self.positions_out += int((batch.traces.weight_BT > 0).sum())
         return batch
 
@@ -162,7 +171,7 @@ class OnlineBatcher:
                 seen.add(segment)
                 quota.reserve(part)
                 taken.append(part)
-        return add_lse(taken, self._target_head)
+        return taken
 
     def _remember(self, trace: Trace) -> None:
         self.reservoir.add(trace, weight=0.1 + informativeness(trace))
@@ -202,8 +211,7 @@ def informativeness(trace: Trace) -> float:
     return float(rejected_R.sum()) / float((accepted_R + rejected_R).sum())
 
 
-def _is_stale(labelled: LabelledTrace, oldest_fresh: int) -> bool:
-    trace = labelled.trace
+def _is_stale(trace: Trace, oldest_fresh: int) -> bool:
     return bool(((trace.source_R == SOURCE_DRAFT) & (trace.round_version_R < oldest_fresh)).any())
 
 

@@ -29,6 +29,10 @@ from aurora_lit.modules.losses.objective import ChainLosses, OnlineReport, Onlin
 from aurora_lit.modules.losses.policy import PolicyTerms, draft_index, policy_terms, sampled_share, usable_rounds
 from aurora_lit.modules.losses.token_sample import TokenSample, sample_tokens
 from aurora_lit.modules.losses.unroll import StepwiseChains, UnrolledChains, shift_positions, unroll, unroll_rounds
+from aurora_lit.modules.sampling.noise import noise_bits
+
+_HASHED = tuple(31**i for i in range(8))
+"""Factors of the first entries of a hidden state, by which states are told apart."""
 
 
 class DraftModule(LightningModule):
@@ -101,7 +105,10 @@ class DraftModule(LightningModule):
         """Each term is an average over its own rows: live positions, replayed positions, or rounds.
 
         A position's loss is Σ_j S_j · LK_j over the steps j of its chain, where S_j = Π_{i<j} α_i is the probability
-        that the chain is still accepted there, without gradient. A chain ends where S falls below `survival_floor`.
+        that the chain is still accepted there, without gradient. Steps that are hardly reached cost as much as others
+        and teach little, so chains end by chance: in expectation the sum is the same (Russian roulette; see
+        `OnlineWeights.certain_survival`). Positions whose token the draft does not have add 0: no draft of this
+        vocabulary is accepted there.
         """
         traces, rounds, online = batch.traces, batch.rounds, self.online
         weight_BT = traces.weight_BT.clone()
@@ -124,6 +131,7 @@ class DraftModule(LightningModule):
         replay_weight = online.replay_weight * batch.replay_fraction
         share_BT = batch.live_fraction * live_BT / live_BT.sum().clamp_min(1.0)
         share_BT = share_BT + replay_weight * replay_BT / replay_BT.sum().clamp_min(1.0)
+        share_BT[:, :-1] *= self.draft.t2d[traces.token_ids_BT[:, 1:]]
         kl_decay = 0.0 if online.base_loss == "kl" else KL_DECAY
         losses = self._chain_losses(batch, chains, share_BT, kl_decay=kl_decay)
         mask_KBT, stats, value_loss = losses.mask_KBT, losses.stats, losses.value_sum
@@ -140,7 +148,7 @@ class DraftModule(LightningModule):
             value_loss = value_loss + batch.rounds_fraction * policy.value_loss
         rounds_loss = policy_weight * policy.policy_loss - online.entropy_weight * policy.entropy
         loss = lk_loss + self.value_weight * value_loss + batch.rounds_fraction * rounds_loss
-        row_loss_KBT = stats.loss_N.view_as(mask_KBT) * losses.survival_KBT
+        row_loss_KBT = stats.loss_N.view_as(mask_KBT) * losses.importance_KBT
         step_K = torch.arange(rounds.proposal_QK.shape[1], device=rounds.row_Q.device)
         is_proposal_QK, num_accepted_Q1 = rounds.is_proposal_QK, rounds.num_accepted_Q[:, None]
         return OnlineReport(
@@ -159,12 +167,16 @@ class DraftModule(LightningModule):
     def _chain_losses(
         self, batch: OnlineBatch, chains: StepwiseChains, share_BT: torch.Tensor, *, kl_decay: float
     ) -> ChainLosses:
-        """The LK and value losses of chains; `share_BT`: weight of each position in the sums, 0: it does not count."""
+        """The LK and value losses of chains; `share_BT`: weight of each position in the sums, 0: it does not count.
+
+        The target's distribution is that within the draft's vocabulary, or within the sample of it. So the target's
+        whole head is not needed, which would cost a fifth of a step.
+        """
         traces, draft, K = batch.traces, self.draft, self.num_steps
         B, T = share_BT.shape
         # With the policy loss alone, only the statistics of these chains are wanted.
         is_trained = self.online.base_loss != "none" and torch.is_grad_enabled()
-        share_N, last_NH, lse_N = share_BT.flatten(), traces.last_BTH.flatten(0, 1), traces.lse_BT.flatten()
+        share_N, last_NH = share_BT.flatten(), traces.last_BTH.flatten(0, 1)
         sample = self._sample_tokens(batch)
         weight_SH, head_SH, transform = draft.lm_head.weight, self.head_VdH, self.logit_transform
         if sample is not None:
@@ -176,11 +188,12 @@ class DraftModule(LightningModule):
             weight_SH = self._head_rows(torch.arange(len(weight_SH), device=weight_SH.device))
         next_share_N = shift_positions(share_BT, -1).flatten()
         table_KN = {
-            name: torch.zeros(K, B * T, device=share_N.device) for name in ("alpha", "kl", "match", "mask", "survival")
+            name: torch.zeros(K, B * T, device=share_N.device)
+            for name in ("alpha", "kl", "match", "mask", "importance", "carry")
         }
         place_by_step, weight_by_step, value_by_step = [], [], []
         lk_sum = share_N.new_zeros(())
-        survival_M = torch.ones(len(chains.row_M), device=share_N.device)
+        importance_M = torch.ones(len(chains.row_M), device=share_N.device)
         for step in range(K):
             place_M = chains.row_M * T + chains.target_M
             share_M = share_N[place_M]
@@ -189,33 +202,35 @@ class DraftModule(LightningModule):
                 step_sum, stats = fused_lk_loss(
                     h_NH=draft.norm(chains.hidden_MH),
                     weight_DH=weight_SH,
-                    row_weight_N=share_M * survival_M,
+                    row_weight_N=share_M * importance_M,
                     target_h_NG=last_NH[place_M],
                     target_weight_DG=head_SH,
                     target_logit_transform=transform,
-                    target_lse_N=lse_N[place_M],
                     kl_decay=kl_decay,
                     sample=sample,
                 )
             lk_sum = lk_sum + step_sum
             counted_C = (share_M > 0).nonzero()[:, 0]
-            place_C, survival_C = place_M[counted_C], survival_M[counted_C]
+            place_C, importance_C = place_M[counted_C], importance_M[counted_C]
             value_by_step.append(draft.compute_value(chains.hidden_MH.detach())[counted_C])
             place_by_step.append(place_C)
-            weight_by_step.append((share_M * survival_M)[counted_C])
+            weight_by_step.append((share_M * importance_M)[counted_C])
             found = {"alpha": stats.alpha_N, "kl": stats.kl_N, "match": stats.top1_match_N}
             for name, found_M in found.items():
                 table_KN[name][step, place_C] = found_M[counted_C].to(table_KN[name].dtype)
-            table_KN["mask"][step, place_C], table_KN["survival"][step, place_C] = 1.0, survival_C.float()
-            survival_C = survival_C * stats.alpha_N[counted_C]
-            goes_on_C = (next_share_N[place_C] > 0) & (survival_C >= self.online.survival_floor)
+            table_KN["mask"][step, place_C], table_KN["importance"][step, place_C] = 1.0, importance_C.float()
+            survival_C = importance_C * stats.alpha_N[counted_C]
+            floor = self.online.certain_survival
+            chance_C = (survival_C / floor).clamp_max(1.0) if floor > 0 else torch.ones_like(survival_C)
+            goes_on_C = (next_share_N[place_C] > 0) & (_uniform(last_NH[place_C], step=step) < chance_C)
             if step == K - 1 or not goes_on_C.any():
                 break
+            table_KN["carry"][step, place_C] = (1 / chance_C).where(goes_on_C, 0.0).float()
             with torch.set_grad_enabled(is_trained):
                 chains.advance(counted_C[goes_on_C])
-            survival_M = torch.ones(len(chains.row_M), device=share_N.device)
-            survival_M[: chains.count] = survival_C[goes_on_C]
-        return_KN = _expected_accepted_proposals(table_KN["alpha"].view(K, B, T)).view(K, B * T)
+            importance_M = torch.ones(len(chains.row_M), device=share_N.device)
+            importance_M[: chains.count] = survival_C[goes_on_C].clamp_min(floor)
+        return_KN = _accepted_proposals(table_KN["alpha"].view(K, B, T), table_KN["carry"].view(K, B, T)).view(K, B * T)
         value_sum = sum(
             (
                 (weight * (value - return_KN[step, place]).square()).sum()
@@ -235,7 +250,7 @@ class DraftModule(LightningModule):
                 kl_decay=kl_decay,
             ),
             mask_KBT=table_KN["mask"].view(K, B, T),
-            survival_KBT=table_KN["survival"].view(K, B, T),
+            importance_KBT=table_KN["importance"].view(K, B, T),
         )
 
     def _head_rows(self, index_X: torch.Tensor) -> torch.Tensor:
@@ -312,7 +327,8 @@ class DraftModule(LightningModule):
             kl_decay=kl_decay,
         )
         value_KBT = self.draft.compute_value(hidden_KBTH.detach())
-        return_KBT = _expected_accepted_proposals(stats.alpha_N.view(K, B, T) * (mask_KBT > 0))
+        alpha_KBT = stats.alpha_N.view(K, B, T) * (mask_KBT > 0)
+        return_KBT = _accepted_proposals(alpha_KBT, torch.ones_like(alpha_KBT))
         return loss_sum, ((value_KBT - return_KBT).square() * weight_KBT).sum(), stats
 
     def _policy_terms(self, rounds: Rounds, chains: UnrolledChains) -> PolicyTerms:
@@ -380,14 +396,22 @@ def _scatter_rows(values_KR: torch.Tensor, row_R: torch.Tensor, num_rows: int) -
     return values_KR.new_zeros(len(values_KR), num_rows).index_copy(1, row_R, values_KR)
 
 
-def _expected_accepted_proposals(alpha_KBT: torch.Tensor) -> torch.Tensor:
-    """G_j = α_j (1 + G_{j+1}), G_K = 0, along each chain: proposals accepted from step j on, the value head's target.
+def _uniform(last_CH: torch.Tensor, *, step: int) -> torch.Tensor:
+    """Numbers in [0, 1), one for each row: a hash of the target's hidden state, so the same in whatever batch it is."""
+    bits_CX = last_CH[:, : len(_HASHED)].float().contiguous().view(torch.int32).long()
+    key_C = (bits_CX * torch.tensor(_HASHED, device=bits_CX.device)).sum(1)
+    return noise_bits(key_C, torch.full_like(key_C, step), torch.zeros_like(key_C)[:, None])[:, 0] * 2.0**-32
 
-    If step j of a chain has target position m, step j + 1 of the same chain has m + 1.
+
+def _accepted_proposals(alpha_KBT: torch.Tensor, carry_KBT: torch.Tensor) -> torch.Tensor:
+    """G_j = α_j (1 + c_j G_{j+1}), G_K = 0, along each chain: proposals accepted from step j on, for the value head.
+
+    `carry_KBT`: c = 1, and G is what is expected; or, if chains end by chance, 0 for those that do and 1 / P(goes on)
+    for others, which estimates the same without bias. If step j of a chain has target position m, step j + 1 has m + 1.
     """
     return_KBT = torch.zeros_like(alpha_KBT)
     next_return_BT = torch.zeros_like(alpha_KBT[0])
     for step in range(len(alpha_KBT) - 1, -1, -1):
-        return_KBT[step] = alpha_KBT[step] * (1 + next_return_BT)
+        return_KBT[step] = alpha_KBT[step] * (1 + carry_KBT[step] * next_return_BT)
         next_return_BT = shift_positions(return_KBT[step], -1)
     return return_KBT

@@ -40,8 +40,8 @@ def fused_lk_loss(
 ) -> tuple[Tensor, LKStats]:
     """Σ_n w_n · lk_loss(p_n, softmax(h_n·Wᵀ)), differentiable by h_NH and weight_DH; the caller divides.
 
-    The target is given either by its last hidden states, its head's rows for the draft vocabulary and its log-sum-exp
-    over the whole vocabulary (p = exp(transform(target_h · target_weightᵀ) − lse)), or as p_ND. It gets no gradient.
+    The target is given either by its last hidden states and its head's rows for the draft vocabulary, p =
+    exp(transform(target_h · target_weightᵀ) − lse), or as p_ND. It gets no gradient.
 
     Args:
         h_NH: the draft's normed hidden states [N, H], or [K, N, H] for K draft steps whose row n has the same target
@@ -51,7 +51,8 @@ def fused_lk_loss(
         target_h_NG: the target's last hidden states.
         target_weight_DG: the rows of the target's head for the draft vocabulary.
         target_logit_transform: the target's, for the draft vocabulary.
-        target_lse_N: log-sum-exp of the target's logits over its whole vocabulary.
+        target_lse_N: log-sum-exp of the target's logits over its whole vocabulary. Default: that over the given rows,
+            so that p is the target's distribution within them.
         target_argmax_N: draft id of the target's argmax over its whole vocabulary, −1 if the draft does not have it.
             Used for `top1_match_N` only. Default: the argmax within the draft vocabulary.
         p_ND: the target's probabilities of the draft vocabulary.
@@ -67,9 +68,9 @@ def fused_lk_loss(
     Raises:
         ValueError: the target is given in both ways or in none.
     """
-    by_hidden = target_h_NG is not None and target_weight_DG is not None and target_lse_N is not None
+    by_hidden = target_h_NG is not None and target_weight_DG is not None
     if by_hidden == (p_ND is not None):
-        raise ValueError("give the target either as target_h_NG, target_weight_DG and target_lse_N, or as p_ND")
+        raise ValueError("give the target either as target_h_NG and target_weight_DG, or as p_ND")
     device_type = h_NH.device.type
     if matmul_dtype is None:
         autocast = torch.is_autocast_enabled(device_type)
@@ -101,7 +102,7 @@ def fused_lk_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class _Target:
-    """The target of every row, by hidden states (h, weight in the matmul dtype, lse) or as p; see `fused_lk_loss`."""
+    """The target of every row, by hidden states and weight in the matmul dtype, or as p; see `fused_lk_loss`."""
 
     h_NG: Tensor | None
     weight_DG: Tensor | None
@@ -111,13 +112,17 @@ class _Target:
     p_ND: Tensor | None
     sample: TokenSample | None
 
-    def multiply(self, rows: slice, *, out_CD: Tensor) -> Tensor:
-        """Products of the head's rows with some hidden states, before the logit transform; returns their lse [C]."""
+    def multiply(self, rows: slice, *, out_CD: Tensor) -> None:
+        """Products of the head's rows with some hidden states, before the logit transform."""
         assert self.h_NG is not None  # checked in fused_lk_loss
         assert self.weight_DG is not None
-        assert self.lse_N is not None
         torch.mm(self.h_NG[rows].to(out_CD.dtype), self.weight_DG.t(), out=out_CD)
-        return self.lse_N[rows]
+
+    def lse(self, rows: slice, logits_CD: Tensor) -> Tensor:
+        """The rows' log-sum-exp [C]; `logits_CD`: their logits, as the loss takes them."""
+        if self.lse_N is not None:
+            return self.lse_N[rows]
+        return logits_CD.to(torch.promote_types(logits_CD.dtype, torch.float32)).logsumexp(-1)
 
 
 class _FusedLK(torch.autograd.Function):
@@ -221,7 +226,7 @@ class _ChunkedPass:
     def _run_kernel(self, rows: slice) -> None:
         C = rows.stop - rows.start
         target_CD = self._target_CD[:C]
-        lse_C = self._target.multiply(rows, out_CD=target_CD)
+        self._target.multiply(rows, out_CD=target_CD)
         if not self._target.logit_transform.is_identity:
             target_CD.copy_(self._target.logit_transform(target_CD.to(self._math_dtype)))
         if self._target.sample is not None:
@@ -231,7 +236,7 @@ class _ChunkedPass:
         loss_KC, self.alpha_KN[:, rows], self.kl_KN[:, rows], self.match_KN[:, rows] = lk_kernel.lk_loss_and_gradient(
             draft_KCD,
             target_CD,
-            target_lse_C=lse_C,
+            target_lse_C=self._target.lse(rows, target_CD),
             weight_KC=self._row_weight_KN[:, rows],
             top_C=None if argmax_N is None else argmax_N[rows],
             decay=self._kl_decay,
@@ -280,11 +285,11 @@ class _ChunkedPass:
         if self._target.p_ND is not None:
             p_CD.copy_(self._target.p_ND[rows])
             return p_CD, torch.xlogy(p_CD, p_CD).sum(-1)
-        lse_C = self._target.multiply(rows, out_CD=target_CD)
+        self._target.multiply(rows, out_CD=target_CD)
         log_p_CD.copy_(self._target.logit_transform(target_CD.to(self._math_dtype)))
         if self._target.sample is not None:
             self._target.sample.raise_logits(log_p_CD)
-        log_p_CD.sub_(lse_C[:, None])
+        log_p_CD.sub_(self._target.lse(rows, log_p_CD)[:, None])
         torch.exp(log_p_CD, out=p_CD)
         return p_CD, torch.linalg.vecdot(p_CD, log_p_CD)
 

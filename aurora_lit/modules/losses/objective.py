@@ -34,8 +34,9 @@ class OnlineWeights:
     """β_H."""
     replay_weight: float = 1.0
     """β."""
-    survival_floor: float = 0.05
-    """A chain ends where it is accepted so far with a smaller probability; 0: none ends early."""
+    certain_survival: float = 1.0
+    """A chain that is accepted so far with a smaller probability S goes on with the probability S / certain_survival,
+    and then counts by certain_survival instead of S. 0: every chain goes on, and counts by S."""
     sampled_tokens: int = 2048
     """Tokens of the draft vocabulary over which a batch's loss is computed, about. As many as it has: all."""
 
@@ -81,5 +82,6 @@ class ChainLosses:
     """[K, N]; 0 where a chain has no step."""
     mask_KBT: torch.Tensor
     """1 where a chain has a step with that target."""
-    survival_KBT: torch.Tensor
-    """Probability that its proposals were accepted so far; 0 where there is no step."""
+    importance_KBT: torch.Tensor
+    """How much the step counts: in expectation, the probability that its proposals were accepted so far. 0 where there
+    is no step."""

@@ -7,12 +7,13 @@ from dataclasses import replace
 import torch
 
 from aurora_lit.learn.data.labelled_trace import (
-    add_lse,
     crop,
     first_trained_position,
     is_compatible,
+    label_for_batch,
     label_trace,
     label_traces,
+    unlabelled,
 )
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
@@ -62,10 +63,16 @@ def test_traces_labelled_together_have_the_labels_that_each_has_alone(
         for name in ("tempered_lse_T", "top_T", "rejected_tempered_lse_N", "rejected_top_N"):
             torch.testing.assert_close(getattr(together, name), getattr(alone, name), atol=1e-2, rtol=0)
     assert label_traces([], target_head) == []
-    for trace, added in zip(traces, add_lse(traces, target_head), strict=True):
-        assert added.lse_T is not None
-        torch.testing.assert_close(added.lse_T, label_trace(trace, target_head).trace.lse_T, atol=1e-2, rtol=0)
-        assert add_lse([added], target_head)[0] is added
+
+
+def test_a_batch_labels_the_traces_that_the_policy_loss_can_use(target_head: TargetHead, served: list[Trace]) -> None:
+    explored = [bool(trace.explored_R.any()) for trace in served]
+    assert set(explored) == {True, False}
+    for trace, has_policy, found in zip(served, explored, label_for_batch(served, target_head), strict=True):
+        expected = label_trace(trace, target_head) if has_policy else unlabelled(trace)
+        assert found.trace.request_id == trace.request_id
+        assert (found.trace.lse_T != 0).any() == has_policy
+        torch.testing.assert_close(found.tempered_lse_T, expected.tempered_lse_T, atol=1e-2, rtol=0)
 
 
 def test_training_starts_at_the_position_that_predicts_the_answers_first_token(served: list[Trace]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
-from aurora_lit.modules.losses.draft_module import DraftModule
+from aurora_lit.modules.losses.draft_module import DraftModule, _uniform
 from aurora_lit.modules.losses.fused_lk import fused_lk_loss
 from aurora_lit.modules.losses.lk import LKStats, lk_loss, overlap
 from aurora_lit.modules.losses.objective import OnlineReport, OnlineWeights
@@ -74,51 +74,132 @@ def test_positions_without_weight_do_not_count(target: Target) -> None:
 def test_without_online_terms_and_later_steps_it_is_the_supervised_step(target: Target) -> None:
     batch = replace(online_batch(target), live_B=torch.ones(3, dtype=torch.bool))
     made = draft_module(target, random_draft(target), num_steps=1, online=OFF)
-    plain, online = made.training_step(batch.traces), made.training_step(batch)
-    torch.testing.assert_close(online.loss, plain.loss)
+    # Online the target's distribution is that within the draft vocabulary, and so are the positions that count.
+    within = replace(
+        batch.traces,
+        lse_BT=(batch.traces.last_BTH @ made.head_VdH.T).logsumexp(-1),
+        weight_BT=batch.traces.weight_BT * can_be_proposed(made, batch),
+    )
+    plain, online = made.training_step(within), made.training_step(batch)
+    share = within.weight_BT[:, 1:].sum() / batch.traces.weight_BT[:, 1:].sum()
+    assert 0.5 < share < 1
+    torch.testing.assert_close(online.loss, share * plain.loss)
     torch.testing.assert_close(online.stats.alpha_N, plain.stats.alpha_N)
     gradients = [torch.autograd.grad(r.loss, list(made.draft.parameters())) for r in (plain, online)]
+    gradients[0] = [share * gradient for gradient in gradients[0]]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
     assert online.policy.num_rounds == 0
     assert online.policy_weight == 0
 
 
-@pytest.mark.parametrize("floor", [0.0, 0.25])
-def test_each_step_of_a_chain_counts_by_the_probability_that_it_is_reached(floor: float, target: Target) -> None:
-    batch = replace(online_batch(target), live_B=torch.ones(3, dtype=torch.bool))
-    batch = replace(batch, rounds=batch.rounds.select(batch.rounds.row_Q[:0]))
-    made = module(target, online=replace(OFF, survival_floor=floor), value_weight=0.0)
+EVERY_STEP = replace(OFF, certain_survival=0.0)
+"""No chain ends by chance."""
+
+
+def test_each_step_of_a_chain_counts_by_the_probability_that_it_is_reached(target: Target) -> None:
+    batch = texts_alone(target)
+    made = module(target, online=EVERY_STEP, value_weight=0.0)
     report = made.training_step(batch)
-    p_BTD = target_distribution(target, made, batch)
+    p_BTD = target_distribution(made, batch)
     hidden_KBTH = made.unroll(batch.traces)
     B, T = batch.traces.token_ids_BT.shape
     expected = torch.zeros(())
-    num_ended = 0
+    counts_BT = can_be_proposed(made, batch)
     for row in range(B):
         for first in range(1, T):
             reached = torch.tensor(1.0)
             for step in range(min(3, T - first)):
-                if reached < floor:
-                    num_ended += 1
-                    assert report.mask_KBT[step, row, first + step] == 0
+                assert report.mask_KBT[step, row, first + step] == counts_BT[row, first : first + step + 1].all()
+                if not counts_BT[row, first + step]:
                     break
                 q_D = made.draft.compute_logits(hidden_KBTH[step, row, first + step]).softmax(-1)
                 p_D = p_BTD[row, first + step]
                 expected = expected + reached * lk_loss(p_D, q_D)
                 reached = reached * overlap(p_D, q_D).detach()
-    assert (num_ended > 10) == (floor > 0)
-    torch.testing.assert_close(report.loss, expected / (B * (T - 1)))
+    mean = expected / (B * (T - 1))
+    assert 10 < int(counts_BT[:, 1:].sum()) < B * (T - 1)
+    torch.testing.assert_close(report.loss, mean)
     parameters = [p for n, p in made.draft.named_parameters() if "value" not in n]
-    gradients = [torch.autograd.grad(loss, parameters) for loss in (report.loss, expected / (B * (T - 1)))]
+    gradients = [torch.autograd.grad(loss, parameters) for loss in (report.loss, mean)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def target_distribution(target: Target, made: DraftModule, batch: OnlineBatch) -> Tensor:
-    """The target's probabilities of the draft vocabulary [B, T, D]."""
-    logits_BTD = batch.traces.last_BTH @ made.head_VdH.T
-    return (logits_BTD - batch.traces.lse_BT[..., None]).exp()
+@pytest.mark.parametrize("certain", [0.2, 1.0])
+def test_chains_that_end_by_chance_have_the_loss_and_the_gradient_of_all_in_expectation(
+    certain: float, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aurora_lit.modules.losses.draft_module.noise_bits", new_bits)
+    batch = texts_alone(target)
+    made = module(target, online=EVERY_STEP, value_weight=0.5)
+    parameters = [p for n, p in made.draft.named_parameters() if "value" not in n]
+
+    def found(certain_survival: float) -> tuple[Tensor, Tensor, Tensor, float]:
+        made.online = replace(made.online, certain_survival=certain_survival)
+        report = made.training_step(batch)
+        flat = torch.cat([g.flatten() for g in torch.autograd.grad(report.loss, parameters)])
+        return report.lk_live, flat, report.mask_KBT, float(report.mask_KBT.sum())
+
+    loss, gradient, mask_KBT, steps = found(0.0)
+    some = [found(certain) for _ in range(600)]
+    losses = torch.stack([each[0] for each in some])
+    assert abs(float(losses.mean() - loss)) < 4 * float(losses.std()) / len(some) ** 0.5
+    assert float(losses.std()) > 0
+    mean = torch.stack([each[1] for each in some]).mean(0)
+    assert torch.nn.functional.cosine_similarity(mean, gradient, dim=0) > 0.999
+    assert float(mean.norm() / gradient.norm()) == pytest.approx(1.0, abs=0.02)
+    assert sum(each[3] for each in some) / len(some) < 0.97 * steps
+    assert all(((each[2] > 0) <= (mask_KBT > 0)).all() for each in some)
+
+
+def test_what_the_value_head_is_taught_is_the_expected_acceptance_though_chains_end_by_chance(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aurora_lit.modules.losses.draft_module.noise_bits", new_bits)
+    batch, value_alone = texts_alone(target), replace(OFF, base_loss="none")
+
+    def gradient(certain_survival: float, turns: int) -> Tensor:
+        made = module(target, online=replace(value_alone, certain_survival=certain_survival), value_weight=1.0)
+        weight = made.draft.value_head.weight
+        each = [torch.autograd.grad(made.training_step(batch).loss, weight)[0] for _ in range(turns)]
+        return torch.stack(each).mean(0)
+
+    exact, mean = gradient(0.0, 1), gradient(1.0, 600)
+    torch.testing.assert_close(mean, exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))
+
+
+def new_bits(key_N: Tensor, position_N: Tensor, token_id: Tensor) -> Tensor:
+    """Other uniform bits each time, where the loss has the same for the same states."""
+    return torch.randint(0, 2**32, token_id.shape)
+
+
+def test_which_chains_end_depends_on_the_targets_states_alone_and_is_uniform() -> None:
+    last_CH = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    numbers = torch.stack([_uniform(last_CH, step=step) for step in range(2)])
+    assert torch.equal(_uniform(last_CH[1000:1005], step=1), numbers[1, 1000:1005])
+    assert len(numbers.unique()) > 7990
+    for share in (0.1, 0.5, 0.9):
+        assert float((numbers < share).double().mean()) == pytest.approx(share, abs=0.02)
+    assert abs(float(torch.corrcoef(numbers)[0, 1])) < 0.05
+
+
+def texts_alone(target: Target) -> OnlineBatch:
+    """The same texts, all live, without rounds."""
+    batch = replace(online_batch(target), live_B=torch.ones(3, dtype=torch.bool))
+    return replace(batch, rounds=batch.rounds.select(batch.rounds.row_Q[:0]))
+
+
+def can_be_proposed(made: DraftModule, batch: OnlineBatch) -> Tensor:
+    """Whether the draft has the token after each position [B, T]; the last one's is not known."""
+    counts_BT = torch.ones_like(batch.traces.token_ids_BT, dtype=torch.bool)
+    counts_BT[:, :-1] = made.draft.t2d[batch.traces.token_ids_BT[:, 1:]]
+    return counts_BT
+
+
+def target_distribution(made: DraftModule, batch: OnlineBatch) -> Tensor:
+    """The target's probabilities within the draft vocabulary [B, T, D]."""
+    return (batch.traces.last_BTH @ made.head_VdH.T).softmax(-1)
 
 
 def test_a_loss_over_sampled_tokens_has_the_gradient_of_the_whole_vocabulary(target: Target) -> None:
@@ -126,7 +207,7 @@ def test_a_loss_over_sampled_tokens_has_the_gradient_of_the_whole_vocabulary(tar
     batch = online_batch(target)
     short = replace(batch.traces, token_ids_BT=batch.traces.token_ids_BT % 8 + 8)
     batch = replace(batch, traces=short, rounds=batch.rounds.select(batch.rounds.row_Q[:0]))
-    made = module(target, online=replace(OFF, survival_floor=0.0), value_weight=0.0)
+    made = module(target, online=EVERY_STEP, value_weight=0.0)
 
     def gradients(sampled_tokens: int) -> tuple[Tensor, Tensor]:
         made.online = replace(made.online, sampled_tokens=sampled_tokens)
