@@ -4,9 +4,9 @@ An observation is one sequence's round with proposals of the draft (n-gram looku
 is compared with the mean accepted length of the previous version for as many proposals in the same domain: the number
 of proposals changes with load and acceptance, and traffic changes its mix of domains, neither of which is due to the
 draft. A Page–Hinkley test watches the differences. When it signals a drop, the mean over all rounds of the new
-version must show the drop as well, beyond noise. A version is on trial once, in its first rounds; later changes are
-due to traffic. Leaves out the rollback itself (drafts/hot_reload.py) and the
-gate before publishing (learn/online/gate.py).
+version must show the drop as well, beyond noise. A version is on trial once, in its first rounds, and only until their
+mean shows that it is no worse: a bad draft is bad from its first round on, later changes are due to traffic. Leaves out
+the rollback itself (drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
 
     watch = RollbackWatch()
     watch.swapped(trusted=False)                                            # the trial of a new version begins
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from aurora_lit.modules.domains.page_hinkley import PageHinkley
 
 TRIAL_ROUNDS = 2048
-"""Length of a trial, in observations."""
+"""Length of a trial at most, in observations."""
 _REMEMBERED_ROUNDS = 512
 """The next version is compared with this many of the latest observations."""
 _FEWEST_EXPECTED = 32
@@ -38,6 +38,10 @@ _THRESHOLD_TOKENS = 15.0
 """Threshold of the Page–Hinkley test: accepted tokens lost in total, beyond the tolerated drop."""
 _NOISE = 4.0
 """The mean drop must exceed the tolerated one by this many standard errors."""
+_ACQUITTAL_ROUNDS = 256
+"""Fewest observations before a version is found to be no worse."""
+_ACQUITTAL_NOISE = 2.0
+"""The mean drop must then be smaller than the tolerated one by this many standard errors."""
 
 
 @dataclass(kw_only=True)
@@ -91,13 +95,10 @@ class RollbackWatch:
             return None
         self._differences.add(accepted - expected)
         self._alarmed |= self._detector.update(accepted - expected)
-        number, mean = self._differences.number, self._differences.mean
-        bad = (
-            self._alarmed
-            and number >= _FEWEST_ROUNDS
-            and mean + _NOISE * self._differences.standard_error < -_TOLERATED_DROP_TOKENS
-        )
-        self._on_trial = not bad and number < TRIAL_ROUNDS
+        number, mean, error = self._differences.number, self._differences.mean, self._differences.standard_error
+        bad = self._alarmed and number >= _FEWEST_ROUNDS and mean + _NOISE * error < -_TOLERATED_DROP_TOKENS
+        good = number >= _ACQUITTAL_ROUNDS and mean - _ACQUITTAL_NOISE * error > -_TOLERATED_DROP_TOKENS
+        self._on_trial = not bad and not good and number < TRIAL_ROUNDS
         if not bad:
             return None
         return f"it accepted {-mean:.2f} tokens a round less than the version before, over {number} rounds"

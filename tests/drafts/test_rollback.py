@@ -93,6 +93,19 @@ def test_a_drop_after_the_trial_is_ignored() -> None:
     assert observe(watch, rounds(rng, 0.1), 2000) is None
 
 
+def test_a_change_of_traffic_within_a_domain_soon_after_the_swap_is_not_blamed_on_the_draft() -> None:
+    """Once a few hundred rounds were as good as those before; a draft that is worse stays on trial."""
+    rng = random.Random(7)
+    for _ in range(20):
+        watch = watched(rounds(rng, 0.6))
+        assert observe(watch, rounds(rng, 0.62), 600) is None
+        assert observe(watch, rounds(rng, 0.3), 2000) is None
+    worse = [observe(watched(rounds(rng, 0.7), num_before=600), rounds(rng, 0.6), TRIAL_ROUNDS) for _ in range(40)]
+    took = [found[0] for found in worse if found is not None]
+    assert len(took) >= 36, worse
+    assert max(took) > 300, "a version that is not shown to be as good stays on trial"
+
+
 def test_a_version_restored_by_a_rollback_has_no_trial_and_the_next_is_compared_with_it() -> None:
     rng = random.Random(8)
     watch = watched(rounds(rng, 0.7))
