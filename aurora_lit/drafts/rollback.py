@@ -24,8 +24,9 @@ from aurora_lit.modules.domains.page_hinkley import PageHinkley
 
 TRIAL_ROUNDS = 2048
 """Length of a trial at most, in observations."""
-_REMEMBERED_ROUNDS = 512
-"""The next version is compared with this many of the latest observations."""
+_REMEMBERED_ROUNDS = 2048
+"""The next version is compared with this many of the latest observations. Rounds of one request are alike: 512 were a
+dozen requests of one client, whose mean was noise."""
 _FEWEST_EXPECTED = 32
 """Fewest observations of the previous version for a mean to be used."""
 _FEWEST_ROUNDS = 16
