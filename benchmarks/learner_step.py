@@ -249,7 +249,7 @@ def _filled(deployment: Deployment, learner: Learner, traces: list[Trace]) -> tu
     intake = _intake(config, learner, batcher, held_out)
     for trace in traces:
         intake.add(trace)
-    for trace in list(batcher._waiting):
+    for trace in batcher._waiting:
         batcher.reservoir.add(trace)
     return batcher, held_out
 

@@ -36,7 +36,7 @@ class LabelledTrace:
     """A trace and what the target's head computes for it; positions that are not trained on hold 0."""
 
     trace: Trace
-    """Its `lse_T` is set."""
+    """Its `lse_T` is set; 0 if it is `unlabelled`."""
     tempered_lse_T: Tensor
     """fp32. Log-sum-exp of the logits at the request's temperature."""
     top_T: Tensor

@@ -13,12 +13,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from aurora_lit.learn.data.labelled_trace import (
-    crop,
-    first_trained_position,
-    label_for_batch,
-    unlabelled,
-)
+from aurora_lit.learn.data.labelled_trace import crop, first_trained_position, label_for_batch, unlabelled
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead

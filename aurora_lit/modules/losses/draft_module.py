@@ -219,11 +219,13 @@ class DraftModule(LightningModule):
             for name, found_M in found.items():
                 table_KN[name][step, place_C] = found_M[counted_C].to(table_KN[name].dtype)
             table_KN["mask"][step, place_C], table_KN["importance"][step, place_C] = 1.0, importance_C.float()
+            if step == K - 1:
+                break
             survival_C = importance_C * stats.alpha_N[counted_C]
             floor = self.online.certain_survival
             chance_C = (survival_C / floor).clamp_max(1.0) if floor > 0 else torch.ones_like(survival_C)
             goes_on_C = (next_share_N[place_C] > 0) & (_uniform(last_NH[place_C], step=step) < chance_C)
-            if step == K - 1 or not goes_on_C.any():
+            if not goes_on_C.any():
                 break
             table_KN["carry"][step, place_C] = (1 / chance_C).where(goes_on_C, 0.0).float()
             with torch.set_grad_enabled(is_trained):
