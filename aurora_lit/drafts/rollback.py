@@ -3,69 +3,57 @@
 An observation is one sequence's round with proposals of the draft (n-gram lookup and exploring rounds do not count). It
 is compared with the mean accepted length of the previous version for as many proposals in the same domain: the number
 of proposals changes with load and acceptance, and traffic changes its mix of domains, neither of which is due to the
-draft. A Page–Hinkley test watches the differences. When it signals a drop, the mean over all rounds of the new
-version must show the drop as well, beyond noise. A version is on trial once, in its first rounds, and only until their
-mean shows that it is no worse: a bad draft is bad from its first round on, later changes are due to traffic. Leaves out
-the rollback itself (drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
+draft. A version is bad when its rounds have lost many tokens and their mean is lower beyond noise. Rounds of one
+request are alike, so noise is estimated from whole requests, of both versions. A version is on trial once, in its first
+rounds, and only until their mean shows that it is no worse: a bad draft is bad from its first round on, later changes
+are due to traffic. Leaves out the rollback itself (drafts/hot_reload.py) and the gate before publishing
+(learn/online/gate.py).
 
     watch = RollbackWatch()
     watch.swapped(trusted=False)                                            # the trial of a new version begins
-    verdict = watch.observe(domain="code", proposed=4, accepted=0)          # None, or the reason for a rollback
+    verdict = watch.observe(request="a1", domain="code", proposed=4, accepted=0)  # None, or the reason for a rollback
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-from aurora_lit.modules.domains.page_hinkley import PageHinkley
 
 TRIAL_ROUNDS = 2048
 """Length of a trial at most, in observations."""
 _REMEMBERED_ROUNDS = 2048
-"""The next version is compared with this many of the latest observations. Rounds of one request are alike: 512 were a
-dozen requests of one client, whose mean was noise."""
+"""The next version is compared with this many of the latest observations."""
 _FEWEST_EXPECTED = 32
 """Fewest observations of the previous version for a mean to be used."""
+_FEWEST_REQUESTS = 4
+"""Fewest requests for a mean to be used, of either version: noise is not known from fewer."""
 _FEWEST_ROUNDS = 16
-"""Fewest observations before a version can be rolled back."""
-_QUIET_ROUNDS = 256
-"""Observations without a difference that start the Page–Hinkley test."""
+"""Fewest observations before a version can be rolled back; it is judged again after as many more."""
 _TOLERATED_DROP_TOKENS = 0.15
 """Accepted tokens a round that a version may lose: traffic cannot resolve smaller drops, the gate can."""
-_THRESHOLD_TOKENS = 15.0
-"""Threshold of the Page–Hinkley test: accepted tokens lost in total, beyond the tolerated drop."""
+_LOST_TOKENS = 15.0
+"""A version is bad once it has lost this many accepted tokens beyond the tolerated drop …"""
 _NOISE = 4.0
-"""The mean drop must exceed the tolerated one by this many standard errors."""
+"""… and its mean drop exceeds the tolerated one by this many standard errors."""
 _ACQUITTAL_ROUNDS = 256
 """Fewest observations before a version is found to be no worse."""
-_ACQUITTAL_NOISE = 2.0
+_ACQUITTAL_NOISE = 1.0
 """The mean drop must then be smaller than the tolerated one by this many standard errors."""
 
+_Kind = tuple[str, int]
+"""Domain, and number of proposals."""
 
-@dataclass(kw_only=True)
-class _Moments:
-    """Number, sum and sum of squares of values."""
 
-    number: int = 0
-    total: float = 0.0
-    squares: float = 0.0
+@dataclass(frozen=True)
+class _Round:
+    """One sequence's round."""
 
-    def add(self, value: float) -> None:
-        self.number += 1
-        self.total += value
-        self.squares += value * value
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.number
-
-    @property
-    def standard_error(self) -> float:
-        variance = max(0.0, self.squares / self.number - self.mean**2)
-        return math.sqrt(variance / self.number)
+    request: str
+    domain: str
+    proposed: int
+    accepted: int
 
 
 class RollbackWatch:
@@ -73,52 +61,103 @@ class RollbackWatch:
 
     def __init__(self) -> None:
         """No trial runs before the first swap."""
-        self._latest: deque[tuple[str, int, int]] = deque(maxlen=_REMEMBERED_ROUNDS)
-        self._expected: dict[tuple[str, int], float] = {}
-        self._on_trial = self._alarmed = False
+        self._latest: deque[_Round] = deque(maxlen=_REMEMBERED_ROUNDS)
+        self._baseline = _Baseline(())
+        self._on_trial = False
 
     def swapped(self, *, trusted: bool) -> None:
         """Another version proposes from now on. trusted: it was served before, so there is no trial."""
-        expected = _means(self._latest)
-        # Keep the older expectation if the last version had too few rounds, or was bad and is rolled back now.
-        if expected and not trusted:
-            self._expected = expected
-        self._on_trial, self._alarmed = bool(self._expected) and not trusted, False
-        self._differences = _Moments()
-        self._detector = _detector()
+        baseline = _Baseline(self._latest)
+        # Keep the older baseline if the last version had too few rounds, or was bad and is rolled back now.
+        if baseline.mean_by_kind and not trusted:
+            self._baseline = baseline
+        self._on_trial = bool(self._baseline.mean_by_kind) and not trusted
+        self._number_by_kind: Counter[_Kind] = Counter()
+        self._number_by_request: Counter[str] = Counter()
+        self._total_by_request: dict[str, float] = defaultdict(float)
+        """Sum of accepted minus expected tokens."""
+        self._squares = 0.0
         self._latest.clear()
 
-    def observe(self, *, domain: str, proposed: int, accepted: int) -> str | None:
+    def observe(self, *, request: str, domain: str, proposed: int, accepted: int) -> str | None:
         """Add one sequence's round. Returns the reason if the version on trial is bad, which ends its trial."""
-        self._latest.append((domain, proposed, accepted))
-        expected = self._expected.get((domain, proposed))
+        self._latest.append(_Round(request, domain, proposed, accepted))
+        expected = self._baseline.mean_by_kind.get((domain, proposed))
         if not self._on_trial or expected is None:
             return None
-        self._differences.add(accepted - expected)
-        self._alarmed |= self._detector.update(accepted - expected)
-        number, mean, error = self._differences.number, self._differences.mean, self._differences.standard_error
-        bad = self._alarmed and number >= _FEWEST_ROUNDS and mean + _NOISE * error < -_TOLERATED_DROP_TOKENS
+        self._number_by_kind[domain, proposed] += 1
+        self._number_by_request[request] += 1
+        self._total_by_request[request] += accepted - expected
+        self._squares += (accepted - expected) ** 2
+        number = self._number_by_kind.total()
+        if number % _FEWEST_ROUNDS:
+            return None
+        mean, error = self._mean_and_error(number)
+        lost = -number * (mean + _TOLERATED_DROP_TOKENS)
+        bad = lost > _LOST_TOKENS and mean + _NOISE * error < -_TOLERATED_DROP_TOKENS
         good = number >= _ACQUITTAL_ROUNDS and mean - _ACQUITTAL_NOISE * error > -_TOLERATED_DROP_TOKENS
         self._on_trial = not bad and not good and number < TRIAL_ROUNDS
         if not bad:
             return None
         return f"it accepted {-mean:.2f} tokens a round less than the version before, over {number} rounds"
 
+    def _mean_and_error(self, number: int) -> tuple[float, float]:
+        """The mean difference, and its standard error: of the new rounds' mean, and of the means it is compared with.
 
-def _detector() -> PageHinkley:
-    """A Page–Hinkley test that has seen a series without differences, so that it has a baseline."""
-    detector = PageHinkley(
-        min_instances=_FEWEST_ROUNDS, delta=_TOLERATED_DROP_TOKENS, threshold=_THRESHOLD_TOKENS, mode="down"
-    )
-    for _ in range(_QUIET_ROUNDS):
-        detector.update(0.0)
-    return detector
+        With few requests their spread alone would often be too small by chance; rounds are then taken to be as alike
+        within a request as those before the swap.
+        """
+        mean = sum(self._total_by_request.values()) / number
+        by_request = _variance_of_sum(
+            total - mean * self._number_by_request[request] for request, total in self._total_by_request.items()
+        )
+        by_round = (self._squares - number * mean * mean) * self._baseline.excess_of_requests
+        share_by_kind = {kind: count / number for kind, count in self._number_by_kind.items()}
+        variance = max(by_request, by_round) / number**2 + self._baseline.variance(share_by_kind)
+        return mean, math.sqrt(variance)
 
 
-def _means(observations: Iterable[tuple[str, int, int]]) -> dict[tuple[str, int], float]:
-    """Mean accepted tokens of the first k proposals, by (domain, k), from all rounds with at least k proposals."""
-    sums: dict[tuple[str, int], _Moments] = {}
-    for domain, proposed, accepted in observations:
-        for count in range(1, proposed + 1):
-            sums.setdefault((domain, count), _Moments()).add(min(accepted, count))
-    return {kind: each.mean for kind, each in sums.items() if each.number >= _FEWEST_EXPECTED}
+class _Baseline:
+    """What rounds of the previous version accepted.
+
+    Means are by (domain, k): of the accepted tokens among the first k proposals, from all rounds with at least k.
+    """
+
+    def __init__(self, rounds: Iterable[_Round]) -> None:
+        values: dict[_Kind, list[tuple[str, int]]] = defaultdict(list)
+        for each in rounds:
+            for count in range(1, each.proposed + 1):
+                values[each.domain, count].append((each.request, min(each.accepted, count)))
+        self.mean_by_kind: dict[_Kind, float] = {}
+        self._shift_by_kind: dict[_Kind, dict[str, float]] = {}
+        """By kind and request: by how much the request's rounds shift the mean."""
+        squares = 0.0
+        sums: dict[tuple[_Kind, str], float] = defaultdict(float)
+        for kind, of_kind in values.items():
+            if len(of_kind) < _FEWEST_EXPECTED or len({request for request, _ in of_kind}) < _FEWEST_REQUESTS:
+                continue
+            mean = sum(value for _, value in of_kind) / len(of_kind)
+            shifts: dict[str, float] = defaultdict(float)
+            for request, value in of_kind:
+                shifts[request] += (value - mean) / len(of_kind)
+                sums[kind, request] += value - mean
+                squares += (value - mean) ** 2
+            self.mean_by_kind[kind], self._shift_by_kind[kind] = mean, shifts
+        self.excess_of_requests = max(1.0, _variance_of_sum(sums.values()) / squares) if squares else 1.0
+        """The variance of a mean of rounds of whole requests, as a multiple of that of as many unrelated rounds."""
+
+    def variance(self, share_by_kind: dict[_Kind, float]) -> float:
+        """The squared standard error of the mean that is expected of rounds of these kinds."""
+        shift_by_request: dict[str, float] = defaultdict(float)
+        for kind, share in share_by_kind.items():
+            for request, shift in self._shift_by_kind[kind].items():
+                shift_by_request[request] += share * shift
+        return _variance_of_sum(shift_by_request.values())
+
+
+def _variance_of_sum(sum_by_request: Iterable[float]) -> float:
+    """The variance of the sum over requests, from their sums' squares (cluster-robust; Liang and Zeger 1986)."""
+    sums = list(sum_by_request)
+    if len(sums) < _FEWEST_REQUESTS:
+        return math.inf
+    return sum(each * each for each in sums) * len(sums) / (len(sums) - 1)

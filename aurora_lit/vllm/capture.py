@@ -71,6 +71,7 @@ class Step:
 class RoundOutcome:
     """What one request got from a step with proposals."""
 
+    request_id: str
     domain: str
     proposed: int
     accepted: int
@@ -194,7 +195,11 @@ class Capture:
             if drafted and sampled and recording.version >= 0:
                 outcomes.append(
                     RoundOutcome(
-                        domain=recording.info.domain, proposed=drafted, accepted=accepted, version=recording.version
+                        request_id=request_id,
+                        domain=recording.info.domain,
+                        proposed=drafted,
+                        accepted=accepted,
+                        version=recording.version,
                     )
                 )
             if step.num_rows[index]:

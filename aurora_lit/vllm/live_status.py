@@ -90,7 +90,9 @@ class LiveStatus:
     def _judge(self, outcome: RoundOutcome) -> None:
         if outcome.version != version_number(self._version):
             return
-        verdict = self._watch.observe(domain=outcome.domain, proposed=outcome.proposed, accepted=outcome.accepted)
+        verdict = self._watch.observe(
+            request=outcome.request_id, domain=outcome.domain, proposed=outcome.proposed, accepted=outcome.accepted
+        )
         if verdict is not None:
             _log.warning("aurora-lit: draft %s is rolled back: %s", self._version, verdict)
             self._rollbacks += 1

@@ -160,8 +160,11 @@ def test_a_version_that_accepts_less_is_rolled_back(deployment: Deployment) -> N
     status = LiveStatus(page, capture, max_draft_tokens=3)
 
     def rounds(number: int, *, accepted: int, version: int) -> None:
-        for _ in range(number):
-            status.observe(step, [RoundOutcome(domain="", proposed=3, accepted=accepted, version=version)])
+        for index in range(number):
+            outcome = RoundOutcome(
+                request_id=f"{version}-{index // 20}", domain="", proposed=3, accepted=accepted, version=version
+            )
+            status.observe(step, [outcome])
 
     async def scenario() -> None:
         rounds(300, accepted=2, version=0)

@@ -78,7 +78,12 @@ class LiveDraft:
         for output, domain in zip(outputs, domains, strict=True):
             if not output.num_proposed or output.only_copied or output.explored:
                 continue
-            verdict = self._watch.observe(domain=domain, proposed=output.chain_proposed, accepted=output.chain_accepted)
+            verdict = self._watch.observe(
+                request=output.request_id,
+                domain=domain,
+                proposed=output.chain_proposed,
+                accepted=output.chain_accepted,
+            )
             if verdict is not None:
                 version = self._engine.draft_version
                 _log.warning("draft %s is rolled back: %s", version, verdict)

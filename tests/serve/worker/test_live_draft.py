@@ -333,15 +333,16 @@ def judged(store: DraftStore, **of_output: Any) -> LiveDraft:
     engine = RecordingEngine()
     live = LiveDraft(engine, HotReloader(store, lambda folder: folder and folder.name))
     live.start(on_change=lambda: None)
-    output = Output(request_id="a", token_ids=(1,), num_proposed=3, num_accepted=3)
-    for _ in range(100):
-        live.after_round([output], [""])
+    output = Output(request_id="", token_ids=(1,), num_proposed=3, num_accepted=3)
+    for number in range(100):
+        live.after_round([dataclasses.replace(output, request_id=f"before {number // 20}")], [""])
     draft = Eagle3Draft(Eagle3Config(**SMALL_SHAPE))
     store.publish(draft, record={})
     wait(lambda: live._reloader._ready)
     live.before_round()
-    for _ in range(100):
-        live.after_round([dataclasses.replace(output, num_accepted=0, **of_output)], [""])
+    for number in range(100):
+        bad = dataclasses.replace(output, request_id=f"after {number // 20}", num_accepted=0, **of_output)
+        live.after_round([bad], [""])
     if live.num_rollbacks:
         wait(lambda: live._reloader._ready)
         live.before_round()
