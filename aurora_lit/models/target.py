@@ -344,7 +344,8 @@ class Target(nn.Module):
 
     def logsumexp(self, last_NH: torch.Tensor, *, chunk: int = 64) -> torch.Tensor:
         """Log-sum-exp of the logits at each position, fp32 [N]; holds the logits of `chunk` positions at a time."""
-        return torch.cat([self.logits(rows).logsumexp(-1) for rows in torch.split(last_NH, chunk)])
+        last_NH = last_NH.to(self.model.device, self.model.dtype)
+        return torch.cat([self.logits(rows).logsumexp(-1).cpu() for rows in torch.split(last_NH, chunk)])
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the head's weight for some tokens, fp32 [len(token_ids), H]; without the `logit_transform`."""

@@ -97,7 +97,7 @@ def test_learning_uses_the_targets_own_distribution(case: FamilyCase) -> None:
     module = draft_module(target, draft, num_steps=1)
     p_TV = target.logits(batch.last_BTH[0]).softmax(-1)
     read = TargetHead(target).evaluate(batch.last_BTH[0], temperature=0.0)
-    torch.testing.assert_close(read.lse_N, target.logits(batch.last_BTH[0]).logsumexp(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(read.tempered_lse_N, target.logits(batch.last_BTH[0]).logsumexp(-1), atol=1e-5, rtol=0)
     hidden_TH = module.unroll(batch)[0, 0]
     expected_T = lk_loss(p_TV[:, draft.draft_token_ids], draft.compute_logits(hidden_TH).softmax(-1))
     report = module.training_step(batch)
@@ -106,7 +106,8 @@ def test_learning_uses_the_targets_own_distribution(case: FamilyCase) -> None:
     trained = draft_index(p_TV.argmax(-1), draft)
     logit_T = module.logit_transform.at_tokens((batch.last_BTH[0] * module.head_VdH[trained]).sum(-1), trained)
     inside_T = draft.t2d[p_TV.argmax(-1)]
-    torch.testing.assert_close((logit_T - read.lse_N).exp()[inside_T], p_TV.amax(-1)[inside_T], atol=1e-5, rtol=0)
+    found_T, expected_T = (logit_T - read.tempered_lse_N).exp(), p_TV.amax(-1)
+    torch.testing.assert_close(found_T[inside_T], expected_T[inside_T], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("family", "offset"), [("llama", 0.0), ("gemma", 1.0), ("gemma3", 1.0), ("phi", None)])

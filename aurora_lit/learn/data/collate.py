@@ -35,7 +35,7 @@ def collate(traces: Sequence[Trace], *, with_prompt: Sequence[bool]) -> TraceBat
     """Right-pad traces together.
 
     `with_prompt`: per trace, true if its prompt's positions have weight 1 too. The answer's positions always have, and
-    so have all positions of text that was only labelled. Raises ValueError when a trace has no `lse_T`.
+    so have all positions of text that was only read. If any trace has no `lse_T`, the batch has none.
     """
     weights = []
     for trace, whole in zip(traces, with_prompt, strict=True):
@@ -44,18 +44,12 @@ def collate(traces: Sequence[Trace], *, with_prompt: Sequence[bool]) -> TraceBat
             # The distribution of an answer's first token belongs to the position before it.
             weight_T[: max(0, trace.answer_start - 1)] = 0.0
         weights.append(weight_T)
+    lse = [trace.lse_T for trace in traces if trace.lse_T is not None]
     return TraceBatch(
         token_ids_BT=pad_sequence([t.token_ids_T.long() for t in traces], batch_first=True),
         aux_BT3H=pad_sequence([t.aux_T3H for t in traces], batch_first=True),
         last_BTH=pad_sequence([t.last_TH for t in traces], batch_first=True),
-        lse_BT=pad_sequence([lse_of(t) for t in traces], batch_first=True),
         weight_BT=pad_sequence(weights, batch_first=True),
         domains=tuple(t.domain for t in traces),
+        lse_BT=pad_sequence(lse, batch_first=True) if len(lse) == len(traces) else None,
     )
-
-
-def lse_of(trace: Trace) -> torch.Tensor:
-    """The trace's log-sum-exp [T]. Raises ValueError when it was not computed yet."""
-    if trace.lse_T is None:
-        raise ValueError("trace.lse_T is None; compute it with the target's head first")
-    return trace.lse_T

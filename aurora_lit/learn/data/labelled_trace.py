@@ -36,7 +36,6 @@ class LabelledTrace:
     """A trace and what the target's head computes for it; positions that are not trained on hold 0."""
 
     trace: Trace
-    """Its `lse_T` is set; 0 if it is `unlabelled`."""
     tempered_lse_T: Tensor
     """fp32. Log-sum-exp of the logits at the request's temperature."""
     top_T: Tensor
@@ -83,7 +82,6 @@ def crop(trace: Trace, max_length: int) -> Trace:
         token_ids_T=trace.token_ids_T[start:],
         aux_T3H=trace.aux_T3H[start:],
         last_TH=trace.last_TH[start:],
-        lse_T=None if trace.lse_T is None else trace.lse_T[start:],
         round_root_R=trace.round_root_R[kept_R] - start,
         rejected_last_NH=trace.rejected_last_NH[kept_N],
         **per_round,
@@ -107,7 +105,7 @@ def label_traces(traces: Sequence[Trace], target_head: TargetHead) -> list[Label
         return []
     output = target_head.evaluate(torch.cat(hidden), temperature=torch.cat(temperatures), with_top=torch.cat(with_top))
     sizes = [len(each) for each in hidden]
-    columns = [torch.split(each, sizes) for each in (output.lse_N, output.tempered_lse_N, output.top_N)]
+    columns = [torch.split(each, sizes) for each in (output.tempered_lse_N, output.top_N)]
     return [_labelled(trace, *of_trace) for trace, *of_trace in zip(traces, *columns, strict=True)]
 
 
@@ -121,7 +119,7 @@ def _is_drawn(trace: Trace) -> Tensor:
     return torch.repeat_interleave(trace.explored_R, trace.num_rejected_R)
 
 
-def _labelled(trace: Trace, lse_X: Tensor, tempered_X: Tensor, top_X: Tensor) -> LabelledTrace:
+def _labelled(trace: Trace, tempered_X: Tensor, top_X: Tensor) -> LabelledTrace:
     """A trace with what the head says of its trained positions and then of its drawn ones."""
     start, length, is_drawn_N = first_trained_position(trace), len(trace.token_ids_T), _is_drawn(trace)
     trained = length - start
@@ -131,7 +129,7 @@ def _labelled(trace: Trace, lse_X: Tensor, tempered_X: Tensor, top_X: Tensor) ->
     rejected_tempered_N, rejected_top_N = torch.zeros(len(is_drawn_N)), torch.zeros(len(is_drawn_N), dtype=torch.int64)
     rejected_tempered_N[is_drawn_N], rejected_top_N[is_drawn_N] = tempered_X[trained:], top_X[trained:]
     return LabelledTrace(
-        trace=replace(trace, lse_T=pad(lse_X[:trained], (start, 0))),
+        trace=trace,
         tempered_lse_T=pad(tempered_X[:trained], (start, 0)),
         top_T=top_T,
         rejected_tempered_lse_N=rejected_tempered_N,
@@ -158,7 +156,7 @@ def unlabelled(trace: Trace) -> LabelledTrace:
     """A trace whose labels are 0."""
     zeros_T, zeros_N = torch.zeros(len(trace.token_ids_T)), torch.zeros(len(trace.rejected_last_NH))
     return LabelledTrace(
-        trace=replace(trace, lse_T=zeros_T),
+        trace=trace,
         tempered_lse_T=zeros_T,
         top_T=zeros_T.long(),
         rejected_tempered_lse_N=zeros_N,

@@ -6,10 +6,13 @@ Leaves out the log itself (traces/log.py) and the loss (modules/losses/draft_mod
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from aurora_lit.learn.data.collate import collate, group_by_length, lse_of
+from torch import Tensor
+
+from aurora_lit.learn.data.collate import collate, group_by_length
 from aurora_lit.modules.losses.batch import TraceBatch
 from aurora_lit.traces.log import ShardInfo, read_shard
 from aurora_lit.traces.record import Trace
@@ -47,14 +50,23 @@ def training_batches(
 
 
 def held_out_batches(
-    folder: Path, shards: Sequence[ShardInfo], *, batch_positions: int, max_length: int
+    folder: Path,
+    shards: Sequence[ShardInfo],
+    *,
+    batch_positions: int,
+    max_length: int,
+    logsumexp: Callable[[Tensor], Tensor],
 ) -> Iterator[TraceBatch]:
-    """Yield the held-out sequences, one domain a batch; where there is an answer, only its positions have weight."""
+    """Yield the held-out sequences, one domain a batch; where there is an answer, only its positions have weight.
+
+    logsumexp: maps the target's last hidden states [N, H] to the log-sum-exp of its logits [N].
+    """
     by_domain: dict[str, list[Trace]] = {}
     for shard in shards:
         for i, trace in enumerate(read_shard(folder / shard.name)):
             if i % HELD_OUT_EVERY == 0:
-                by_domain.setdefault(trace.domain, []).append(trace)
+                labelled = replace(trace, lse_T=logsumexp(trace.last_TH))
+                by_domain.setdefault(trace.domain, []).append(labelled)
     for _, traces in sorted(by_domain.items()):
         for batch in _batches(_cut(traces, max_length), batch_positions):
             yield collate(batch, with_prompt=[False] * len(batch))
@@ -84,7 +96,7 @@ def _cut(traces: Sequence[Trace], max_length: int) -> list[Trace]:
                     token_ids_T=trace.token_ids_T[start:end],
                     aux_T3H=trace.aux_T3H[start:end],
                     last_TH=trace.last_TH[start:end],
-                    lse_T=lse_of(trace)[start:end],
+                    lse_T=None if trace.lse_T is None else trace.lse_T[start:end],
                     domain=trace.domain,
                     answer_start=answer_start,
                 )

@@ -21,10 +21,8 @@ from aurora_lit.modules.sampling.distribution import GREEDY_BELOW
 class HeadOutput:
     """What the target's distribution is at some positions, as far as training needs it."""
 
-    lse_N: Tensor
-    """fp32. Log-sum-exp of the logits."""
     tempered_lse_N: Tensor
-    """fp32. Log-sum-exp of the logits divided by the temperature; equal to `lse_N` for greedy requests."""
+    """fp32. Log-sum-exp of the logits divided by the temperature; of greedy requests, of the logits themselves."""
     top_N: Tensor
     """int64. Target id of the largest logit."""
 
@@ -70,21 +68,17 @@ class TargetHead(nn.Module):
         chunk reads the whole head, so one call with many rows is much cheaper than many with few.
         """
         N, device = len(last_NH), self.head_VH.device
-        lse_N, top_N = torch.empty(N), torch.zeros(N, dtype=torch.int64)
+        tempered_N, top_N = torch.empty(N), torch.zeros(N, dtype=torch.int64)
         temperature_N = torch.as_tensor(temperature, dtype=torch.float32).expand(N)
-        is_tempered_N = temperature_N >= GREEDY_BELOW
+        divisor_N = temperature_N.where(temperature_N >= GREEDY_BELOW, 1.0).to(device)
         with_top_N = torch.as_tensor(with_top).expand(N)
-        tempered_N = torch.empty(N)
         for start in range(0, N, chunk):
             rows = slice(start, start + chunk)
             last_CH = last_NH[rows].to(device, self.head_VH.dtype)
             logits_CV = self.logit_transform((last_CH @ self.head_VH.T).float())
-            lse_N[rows] = tempered_N[rows] = logits_CV.logsumexp(-1).cpu()
-            tempered_X = is_tempered_N[rows].nonzero()[:, 0]
-            if len(tempered_X):
-                divisor_X1 = temperature_N[rows][tempered_X, None].to(device)
-                tempered_N[start + tempered_X] = (logits_CV[tempered_X] / divisor_X1).logsumexp(-1).cpu()
+            tempered_CV = logits_CV if (divisor_N[rows] == 1).all() else logits_CV / divisor_N[rows, None]
+            tempered_N[rows] = tempered_CV.logsumexp(-1).cpu()
             top_X = with_top_N[rows].nonzero()[:, 0]
             if len(top_X):
                 top_N[start + top_X] = logits_CV[top_X].argmax(-1).cpu()
-        return HeadOutput(lse_N=lse_N, tempered_lse_N=tempered_N, top_N=top_N)
+        return HeadOutput(tempered_lse_N=tempered_N, top_N=top_N)

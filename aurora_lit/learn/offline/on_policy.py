@@ -103,8 +103,7 @@ class RoundSimulator:
         """Propose from every position at once, since the roots of rounds are known only afterwards."""
         module, K = self.module, self.module.num_steps
         draft, device = module.draft, module.embedding_VH.device
-        unlabelled = [replace(trace, lse_T=torch.zeros(len(trace.token_ids_T))) for trace in traces]  # lse is not used
-        batch = collate(unlabelled, with_prompt=[False] * len(traces)).to(device)
+        batch = collate(traces, with_prompt=[False] * len(traces)).to(device)
         tokens_BT = batch.token_ids_BT
         B, T = tokens_BT.shape
         root_BT = torch.zeros(B, T, dtype=torch.bool)

@@ -22,7 +22,7 @@ Shapes: K draft steps, T positions, H hidden, N scored positions, D draft vocabu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -90,8 +90,7 @@ class RoundScorer:
 
     def _accept_probabilities(self, traces: Sequence[Trace]) -> Iterator[Tensor]:
         module, device = self.module, self._target_head.head_VH.device
-        unlabelled = [replace(trace, lse_T=torch.zeros(len(trace.token_ids_T))) for trace in traces]  # lse is not used
-        batch = collate(unlabelled, with_prompt=[False] * len(traces)).to(device)
+        batch = collate(traces, with_prompt=[False] * len(traces)).to(device)
         # Roots left by the segment before may lie so far before the first one; the last token's successor is unknown.
         scored_B = [slice(max(0, first_trained_position(t) - self._reach), len(t.token_ids_T) - 1) for t in traces]
         wanted_BT = torch.zeros(batch.token_ids_BT.shape, dtype=torch.bool)

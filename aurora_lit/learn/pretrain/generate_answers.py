@@ -6,7 +6,7 @@ Leaves out labelling text (learn/pretrain/label_text.py) and training (learn/pre
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from aurora_lit.models.target import Target
 from aurora_lit.request import Request, SamplingParams
@@ -37,15 +37,14 @@ def generate_answers(
     max_batch_size: int = 32,
     max_seq_len: int = 1024,
 ) -> Iterator[Trace]:
-    """Answer all prompts; yields a trace, with its log-sum-exp, whenever an answer is complete.
+    """Answer all prompts; yields a trace whenever an answer is complete.
 
     Prompts that leave no room for `max_answer_tokens` within `max_seq_len` are skipped.
     """
     finished: list[Trace] = []
 
     def keep(trace: Trace) -> None:
-        last_TH = trace.last_TH.to(target.model.device, target.model.dtype)
-        finished.append(replace(trace.copy(), lse_T=target.logsumexp(last_TH).cpu()))
+        finished.append(trace.copy())
 
     recorder = TraceRecorder(keep, hidden_size=target.hidden_size, segment_tokens=max_seq_len)
     options = EngineOptions(

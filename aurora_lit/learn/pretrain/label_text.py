@@ -1,4 +1,4 @@
-"""Stage one of pretraining: the target processes text, and every position is labelled with its own distribution.
+"""Stage one of pretraining: the target processes text, and its states at every position are recorded.
 
 This costs a tenth of generating as many positions. Leaves out generating answers (learn/pretrain/generate_answers.py)
 and training (learn/pretrain/trainer.py).
@@ -41,13 +41,11 @@ def label_batch(target: Target, pieces: Sequence[list[int]], *, domain: str) -> 
     aux_BT3H, last_BTH = target.forward_uncached(ids_BT)
     traces = []
     for row, length in enumerate(lengths):
-        last_TH = last_BTH[row, :length]
         traces.append(
             Trace(
                 token_ids_T=ids_BT[row, :length].to(torch.int32),
                 aux_T3H=aux_BT3H[row, :length].to(torch.bfloat16),
-                last_TH=last_TH.to(torch.bfloat16),
-                lse_T=target.logsumexp(last_TH),
+                last_TH=last_BTH[row, :length].to(torch.bfloat16),
                 domain=domain,
                 answer_start=length,
             )

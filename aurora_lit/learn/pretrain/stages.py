@@ -115,7 +115,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         trainer.fit(traces, texts, until_positions=int(options.positions * share))
     if answers:
         trainer.fit(traces, answers, until_positions=options.positions)
-    report = trainer.validate(traces, shards)
+    report = trainer.validate(traces, shards, logsumexp=target.logsumexp)
     save_draft(module.draft, options.out)
     (options.out / "training.json").write_text(json.dumps(_record(options, shards, report), indent=2) + "\n")
     console.print_json(data=report)

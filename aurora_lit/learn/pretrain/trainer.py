@@ -7,7 +7,7 @@ Leaves out the loss (modules/losses/draft_module.py), the data (learn/data/log_b
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
@@ -50,7 +51,7 @@ class DraftTrainer:
 
     >>> trainer = DraftTrainer(module, folder, options)
     >>> trainer.fit(traces, shards, until_positions=1_000_000)
-    >>> trainer.validate(traces, shards)
+    >>> trainer.validate(traces, shards, logsumexp=target.logsumexp)
     """
 
     def __init__(self, module: DraftModule, folder: Path, options: TrainerOptions) -> None:
@@ -93,13 +94,22 @@ class DraftTrainer:
         self.save()
 
     @torch.no_grad()
-    def validate(self, traces: Path, shards: Sequence[ShardInfo]) -> dict[str, dict[str, Any]]:
-        """By domain, on the held-out sequences: acceptance rate at each draft step, and expected accepted length."""
+    def validate(
+        self, traces: Path, shards: Sequence[ShardInfo], *, logsumexp: Callable[[Tensor], Tensor]
+    ) -> dict[str, dict[str, Any]]:
+        """By domain, on the held-out sequences: acceptance rate at each draft step, and expected accepted length.
+
+        logsumexp: maps the target's last hidden states [N, H] to the log-sum-exp of its logits [N].
+        """
         alphas: dict[str, list[MeanMetric]] = {}
         matches: dict[str, list[MeanMetric]] = {}
         steps = self.module.num_steps
         for batch in held_out_batches(
-            traces, shards, batch_positions=self.options.batch_positions, max_length=self.options.max_length
+            traces,
+            shards,
+            batch_positions=self.options.batch_positions,
+            max_length=self.options.max_length,
+            logsumexp=logsumexp,
         ):
             with self.fabric.autocast():
                 report = self.module.training_step(batch.to(self.fabric.device))

@@ -25,12 +25,12 @@ class TraceBatch:
     """The target's three hidden states that the draft reads."""
     last_BTH: Tensor
     """The target's last hidden states after the final norm: the input of its LM head."""
-    lse_BT: Tensor
-    """Log-sum-exp of the target's logits over its whole vocabulary."""
     weight_BT: Tensor
     """fp32. Weight of the target's distribution at this position in the loss; 0 on padding."""
     domains: tuple[str, ...]
     """The domain of each trace."""
+    lse_BT: Tensor | None = None
+    """Log-sum-exp of the target's logits over its whole vocabulary. Online steps do not need it."""
 
     def to(self, device: torch.device | str) -> TraceBatch:
         """The batch with its tensors on another device."""

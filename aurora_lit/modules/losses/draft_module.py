@@ -92,7 +92,10 @@ class DraftModule(LightningModule):
     def training_step(self, batch: OnlineBatch, batch_idx: int = 0) -> OnlineReport: ...
 
     def training_step(self, batch: TraceBatch | OnlineBatch, batch_idx: int = 0) -> StepReport:
-        """Loss and statistics of one batch. LK and value loss are divided by the summed weights of all steps."""
+        """Loss and statistics of one batch. LK and value loss are divided by the summed weights of all steps.
+
+        Raises ValueError if a TraceBatch has no `lse_BT`.
+        """
         if isinstance(batch, OnlineBatch):
             return self._online_step(batch)
         chains = self._unroll(batch, batch.weight_BT > 0)
@@ -306,6 +309,8 @@ class DraftModule(LightningModule):
         kl_decay: float = KL_DECAY,
     ) -> tuple[torch.Tensor, torch.Tensor, LKStats]:
         """Weighted sums of the LK loss and of the value head's squared error; statistics of every row."""
+        if batch.lse_BT is None:
+            raise ValueError("batch.lse_BT is None; compute it with the target's head first")
         hidden_KBTH = chains.hidden_KBTH
         K, B, T, H = hidden_KBTH.shape
         # Only rows with a weight go through the heads, which are half of the work.

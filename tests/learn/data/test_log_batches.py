@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from support.trace_examples import numbered_trace, write_log
 
 from aurora_lit.learn.data.collate import collate
 from aurora_lit.learn.data.log_batches import HELD_OUT_EVERY, held_out_batches, training_batches
 from aurora_lit.traces.log import read_index
+
+
+def first_state(last_XH: torch.Tensor) -> torch.Tensor:
+    """In place of what the target's head would say."""
+    return last_XH[..., 0].float()
 
 
 def test_weights_of_text_answers_and_padding() -> None:
@@ -36,7 +42,9 @@ def test_a_long_sequence_is_cut_and_its_prompt_stays_a_prompt(
     write_log(tmp_path, [numbered_trace(24, answer_start=answer_start), *[filler] * 3])
     pieces = [
         (ids.tolist(), weight.tolist())
-        for batch in held_out_batches(tmp_path, read_index(tmp_path), batch_positions=100, max_length=8)
+        for batch in held_out_batches(
+            tmp_path, read_index(tmp_path), batch_positions=100, max_length=8, logsumexp=first_state
+        )
         for ids, weight in zip(batch.token_ids_BT, batch.weight_BT, strict=True)
     ]
     assert pieces == [(list(range(s, s + 8)), weights[s // 8]) for s in (0, 8, 16)]
@@ -60,12 +68,14 @@ def test_each_sequence_is_either_held_out_or_in_every_epoch_once(tmp_path: Path)
             training_batches(tmp_path, shards, batch_positions=60, max_length=100, prompt_share=0.0, seed=seed)
         )
 
-    held_out = firsts(held_out_batches(tmp_path, shards, batch_positions=60, max_length=100))
+    labelled = {"batch_positions": 60, "max_length": 100, "logsumexp": first_state}
+    held_out = firsts(held_out_batches(tmp_path, shards, **labelled))
     assert sorted([*epoch(0), *held_out]) == list(range(count))
     assert epoch(0) == epoch(0)
     assert epoch(0) != epoch(1)
-    for batch in held_out_batches(tmp_path, shards, batch_positions=60, max_length=100):
+    for batch in held_out_batches(tmp_path, shards, **labelled):
         assert len(set(batch.domains)) == 1
+        assert torch.equal(batch.lse_BT, first_state(batch.last_BTH))
 
 
 def test_batches_hold_about_the_positions_asked_for_padding_included(tmp_path: Path) -> None:

@@ -186,9 +186,7 @@ def test_a_long_segment_is_scored_at_some_of_its_positions(
         start = trace.answer_start - 1 + root
         accept = 0
         with torch.no_grad():
-            hidden_KBTH = module.unroll(
-                collate([replace(trace, lse_T=torch.zeros(len(trace.token_ids_T)))], with_prompt=[True])
-            )
+            hidden_KBTH = module.unroll(collate([trace], with_prompt=[True]))
         for step in range(3):
             place = start + step
             if place + 1 >= len(trace.token_ids_T):

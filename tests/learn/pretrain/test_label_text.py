@@ -15,11 +15,9 @@ from aurora_lit.traces.record import Trace
 def check_trace(target: Target, trace: Trace) -> None:
     with torch.no_grad():
         aux, last = target.forward_uncached(trace.token_ids_T.long()[None])
-        logits = target.logits(last[0])
     rounding = {"atol": 1e-4, "rtol": 2**-8}  # traces are bf16
     torch.testing.assert_close(trace.aux_T3H.float(), aux[0], **rounding)
     torch.testing.assert_close(trace.last_TH.float(), last[0], **rounding)
-    torch.testing.assert_close(trace.lse_T, logits.logsumexp(-1), atol=0.05, rtol=0)
 
 
 def test_labelled_text_has_the_targets_states_without_padding(target: Target) -> None:
