@@ -22,17 +22,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
 from aurora_lit.modules.losses.batch import OnlineBatch, Rounds, TraceBatch
+from aurora_lit.modules.losses.chain_losses import ChainHeads, accepted_proposals, chain_losses
 from aurora_lit.modules.losses.fused_lk import fused_lk_loss
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
 from aurora_lit.modules.losses.muon import BlockMuon
-from aurora_lit.modules.losses.objective import ChainLosses, OnlineReport, OnlineWeights, StepReport
+from aurora_lit.modules.losses.objective import OnlineReport, OnlineWeights, StepReport
 from aurora_lit.modules.losses.policy import PolicyTerms, draft_index, policy_terms, sampled_share, usable_rounds
 from aurora_lit.modules.losses.token_sample import TokenSample, sample_tokens
 from aurora_lit.modules.losses.unroll import StepwiseChains, UnrolledChains, shift_positions, unroll, unroll_rounds
-from aurora_lit.modules.sampling.noise import noise_bits
-
-_HASHED = tuple(31**i for i in range(8))
-"""Factors of the first entries of a hidden state, by which states are told apart."""
 
 
 class DraftModule(LightningModule):
@@ -107,11 +104,8 @@ class DraftModule(LightningModule):
     def _online_step(self, batch: OnlineBatch) -> OnlineReport:
         """Each term is an average over its own rows: live positions, replayed positions, or rounds.
 
-        A position's loss is Σ_j S_j · LK_j over the steps j of its chain, where S_j = Π_{i<j} α_i is the probability
-        that the chain is still accepted there, without gradient. Steps that are hardly reached cost as much as others
-        and teach little, so chains end by chance: in expectation the sum is the same (Russian roulette; see
-        `OnlineWeights.certain_survival`). Positions whose token the draft does not have add 0: no draft of this
-        vocabulary is accepted there.
+        Positions whose token the draft does not have add 0: no draft of this vocabulary is accepted there. Others add
+        the loss of their chain (modules/losses/chain_losses.py).
         """
         traces, rounds, online = batch.traces, batch.rounds, self.online
         weight_BT = traces.weight_BT.clone()
@@ -135,8 +129,18 @@ class DraftModule(LightningModule):
         share_BT = batch.live_fraction * live_BT / live_BT.sum().clamp_min(1.0)
         share_BT = share_BT + replay_weight * replay_BT / replay_BT.sum().clamp_min(1.0)
         share_BT[:, :-1] *= self.draft.t2d[traces.token_ids_BT[:, 1:]]
-        kl_decay = 0.0 if online.base_loss == "kl" else KL_DECAY
-        losses = self._chain_losses(batch, chains, share_BT, kl_decay=kl_decay)
+        losses = chain_losses(
+            self.draft,
+            chains,
+            share_BT,
+            traces.last_BTH,
+            self._heads(batch),
+            num_steps=self.num_steps,
+            kl_decay=0.0 if online.base_loss == "kl" else KL_DECAY,
+            certain_survival=online.certain_survival,
+            # With the policy loss alone, only the statistics of these chains are wanted.
+            is_trained=online.base_loss != "none" and torch.is_grad_enabled(),
+        )
         mask_KBT, stats, value_loss = losses.mask_KBT, losses.stats, losses.value_sum
         lk_loss = losses.lk_sum if online.base_loss != "none" else losses.lk_sum.new_zeros(())
         policy_weight = lk_loss.new_zeros(())
@@ -167,95 +171,22 @@ class DraftModule(LightningModule):
             accepted_K=(is_proposal_QK & (step_K < num_accepted_Q1)).sum(0),
         )
 
-    def _chain_losses(
-        self, batch: OnlineBatch, chains: StepwiseChains, share_BT: torch.Tensor, *, kl_decay: float
-    ) -> ChainLosses:
-        """The LK and value losses of chains; `share_BT`: weight of each position in the sums, 0: it does not count.
-
-        The target's distribution is that within the draft's vocabulary, or within the sample of it. So the target's
-        whole head is not needed, which would cost a fifth of a step.
-        """
-        traces, draft, K = batch.traces, self.draft, self.num_steps
-        B, T = share_BT.shape
-        # With the policy loss alone, only the statistics of these chains are wanted.
-        is_trained = self.online.base_loss != "none" and torch.is_grad_enabled()
-        share_N, last_NH = share_BT.flatten(), traces.last_BTH.flatten(0, 1)
+    def _heads(self, batch: OnlineBatch) -> ChainHeads:
+        """Rows of both heads for a sample of the vocabulary, or for all of it."""
+        draft = self.draft
         sample = self._sample_tokens(batch)
-        weight_SH, head_SH, transform = draft.lm_head.weight, self.head_VdH, self.logit_transform
-        if sample is not None:
-            ids_S, certain = sample.index_S, sample.num_certain
-            # Rows of drawn tokens get no gradient: one that comes seldom is mostly noise to AdamW.
-            weight_SH = torch.cat([self._head_rows(ids_S[:certain]), draft.lm_head.weight.detach()[ids_S[certain:]]])
-            head_SH, transform = self.head_VdH[ids_S], self.logit_transform.select(ids_S)
-        elif self.online_optimizers:
-            weight_SH = self._head_rows(torch.arange(len(weight_SH), device=weight_SH.device))
-        next_share_N = shift_positions(share_BT, -1).flatten()
-        table_KN = {
-            name: torch.zeros(K, B * T, device=share_N.device)
-            for name in ("alpha", "kl", "match", "mask", "importance", "carry")
-        }
-        place_by_step, weight_by_step, value_by_step = [], [], []
-        lk_sum = share_N.new_zeros(())
-        importance_M = torch.ones(len(chains.row_M), device=share_N.device)
-        for step in range(K):
-            place_M = chains.row_M * T + chains.target_M
-            share_M = share_N[place_M]
-            share_M[chains.count :] = 0.0
-            with torch.set_grad_enabled(is_trained):
-                step_sum, stats = fused_lk_loss(
-                    h_NH=draft.norm(chains.hidden_MH),
-                    weight_DH=weight_SH,
-                    row_weight_N=share_M * importance_M,
-                    target_h_NG=last_NH[place_M],
-                    target_weight_DG=head_SH,
-                    target_logit_transform=transform,
-                    kl_decay=kl_decay,
-                    sample=sample,
-                )
-            lk_sum = lk_sum + step_sum
-            counted_C = (share_M > 0).nonzero()[:, 0]
-            place_C, importance_C = place_M[counted_C], importance_M[counted_C]
-            value_by_step.append(draft.compute_value(chains.hidden_MH.detach())[counted_C])
-            place_by_step.append(place_C)
-            weight_by_step.append((share_M * importance_M)[counted_C])
-            found = {"alpha": stats.alpha_N, "kl": stats.kl_N, "match": stats.top1_match_N}
-            for name, found_M in found.items():
-                table_KN[name][step, place_C] = found_M[counted_C].to(table_KN[name].dtype)
-            table_KN["mask"][step, place_C], table_KN["importance"][step, place_C] = 1.0, importance_C.float()
-            if step == K - 1:
-                break
-            survival_C = importance_C * stats.alpha_N[counted_C]
-            floor = self.online.certain_survival
-            chance_C = (survival_C / floor).clamp_max(1.0) if floor > 0 else torch.ones_like(survival_C)
-            goes_on_C = (next_share_N[place_C] > 0) & (_uniform(last_NH[place_C], step=step) < chance_C)
-            if not goes_on_C.any():
-                break
-            table_KN["carry"][step, place_C] = (1 / chance_C).where(goes_on_C, 0.0).float()
-            with torch.set_grad_enabled(is_trained):
-                chains.advance(counted_C[goes_on_C])
-            importance_M = torch.ones(len(chains.row_M), device=share_N.device)
-            importance_M[: chains.count] = survival_C[goes_on_C].clamp_min(floor)
-        return_KN = _accepted_proposals(table_KN["alpha"].view(K, B, T), table_KN["carry"].view(K, B, T)).view(K, B * T)
-        value_sum = sum(
-            (
-                (weight * (value - return_KN[step, place]).square()).sum()
-                for step, (place, weight, value) in enumerate(
-                    zip(place_by_step, weight_by_step, value_by_step, strict=True)
-                )
-            ),
-            share_N.new_zeros(()),
-        )
-        return ChainLosses(
-            lk_sum=lk_sum,
-            value_sum=value_sum,
-            stats=LKStats(
-                alpha_N=table_KN["alpha"],
-                kl_N=table_KN["kl"],
-                top1_match_N=table_KN["match"] > 0,
-                kl_decay=kl_decay,
-            ),
-            mask_KBT=table_KN["mask"].view(K, B, T),
-            importance_KBT=table_KN["importance"].view(K, B, T),
+        if sample is None:
+            every = torch.arange(len(draft.lm_head.weight), device=draft.lm_head.weight.device)
+            weight_DH = self._head_rows(every) if self.online_optimizers else draft.lm_head.weight
+            return ChainHeads(weight_SH=weight_DH, target_SH=self.head_VdH, logit_transform=self.logit_transform)
+        ids_S, certain = sample.index_S, sample.num_certain
+        # Rows of drawn tokens get no gradient: one that comes seldom is mostly noise to AdamW.
+        drawn_SH = draft.lm_head.weight.detach()[ids_S[certain:]]
+        return ChainHeads(
+            weight_SH=torch.cat([self._head_rows(ids_S[:certain]), drawn_SH]),
+            target_SH=self.head_VdH[ids_S],
+            logit_transform=self.logit_transform.select(ids_S),
+            sample=sample,
         )
 
     def _head_rows(self, index_X: torch.Tensor) -> torch.Tensor:
@@ -335,7 +266,7 @@ class DraftModule(LightningModule):
         )
         value_KBT = self.draft.compute_value(hidden_KBTH.detach())
         alpha_KBT = stats.alpha_N.view(K, B, T) * (mask_KBT > 0)
-        return_KBT = _accepted_proposals(alpha_KBT, torch.ones_like(alpha_KBT))
+        return_KBT = accepted_proposals(alpha_KBT, torch.ones_like(alpha_KBT))
         return loss_sum, ((value_KBT - return_KBT).square() * weight_KBT).sum(), stats
 
     def _policy_terms(self, rounds: Rounds, chains: UnrolledChains) -> PolicyTerms:
@@ -401,24 +332,3 @@ class DraftModule(LightningModule):
 def _scatter_rows(values_KR: torch.Tensor, row_R: torch.Tensor, num_rows: int) -> torch.Tensor:
     """[K, R] → [K, num_rows]: values of some rows, zero for the others."""
     return values_KR.new_zeros(len(values_KR), num_rows).index_copy(1, row_R, values_KR)
-
-
-def _uniform(last_CH: torch.Tensor, *, step: int) -> torch.Tensor:
-    """Numbers in [0, 1), one for each row: a hash of the target's hidden state, so the same in whatever batch it is."""
-    bits_CX = last_CH[:, : len(_HASHED)].float().contiguous().view(torch.int32).long()
-    key_C = (bits_CX * torch.tensor(_HASHED, device=bits_CX.device)).sum(1)
-    return noise_bits(key_C, torch.full_like(key_C, step), torch.zeros_like(key_C)[:, None])[:, 0] * 2.0**-32
-
-
-def _accepted_proposals(alpha_KBT: torch.Tensor, carry_KBT: torch.Tensor) -> torch.Tensor:
-    """G_j = α_j (1 + c_j G_{j+1}), G_K = 0, along each chain: proposals accepted from step j on, for the value head.
-
-    `carry_KBT`: c = 1, and G is what is expected; or, if chains end by chance, 0 for those that do and 1 / P(goes on)
-    for others, which estimates the same without bias. If step j of a chain has target position m, step j + 1 has m + 1.
-    """
-    return_KBT = torch.zeros_like(alpha_KBT)
-    next_return_BT = torch.zeros_like(alpha_KBT[0])
-    for step in range(len(alpha_KBT) - 1, -1, -1):
-        return_KBT[step] = alpha_KBT[step] * (1 + carry_KBT[step] * next_return_BT)
-        next_return_BT = shift_positions(return_KBT[step], -1)
-    return return_KBT

@@ -68,20 +68,3 @@ class OnlineReport(StepReport):
     """Rounds of the batch, usable or not, in which proposal i was tested: those before it were accepted."""
     accepted_K: torch.Tensor
     """Rounds in which it was accepted: with `tested_K`, acceptance by position as it was served."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChainLosses:
-    """Losses of the chains of a batch."""
-
-    lk_sum: torch.Tensor
-    """Weighted sum, with gradient."""
-    value_sum: torch.Tensor
-    """The same of the value head's squared errors."""
-    stats: LKStats
-    """[K, N]; 0 where a chain has no step."""
-    mask_KBT: torch.Tensor
-    """1 where a chain has a step with that target."""
-    importance_KBT: torch.Tensor
-    """How much the step counts: in expectation, the probability that its proposals were accepted so far. 0 where there
-    is no step."""

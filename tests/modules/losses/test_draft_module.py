@@ -14,7 +14,8 @@ from torch import Tensor
 
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
-from aurora_lit.modules.losses.draft_module import DraftModule, _uniform
+from aurora_lit.modules.losses.chain_losses import _uniform
+from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.fused_lk import fused_lk_loss
 from aurora_lit.modules.losses.lk import LKStats, lk_loss, overlap
 from aurora_lit.modules.losses.objective import OnlineReport, OnlineWeights
@@ -131,7 +132,7 @@ def test_each_step_of_a_chain_counts_by_the_probability_that_it_is_reached(targe
 def test_chains_that_end_by_chance_have_the_loss_and_the_gradient_of_all_in_expectation(
     certain: float, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aurora_lit.modules.losses.draft_module.noise_bits", new_bits())
+    monkeypatch.setattr("aurora_lit.modules.losses.chain_losses.noise_bits", new_bits())
     batch = texts_alone(target)
     made = module(target, online=EVERY_STEP, value_weight=0.5)
     parameters = [p for n, p in made.draft.named_parameters() if "value" not in n]
@@ -157,7 +158,7 @@ def test_chains_that_end_by_chance_have_the_loss_and_the_gradient_of_all_in_expe
 def test_what_the_value_head_is_taught_is_the_expected_acceptance_though_chains_end_by_chance(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aurora_lit.modules.losses.draft_module.noise_bits", new_bits())
+    monkeypatch.setattr("aurora_lit.modules.losses.chain_losses.noise_bits", new_bits())
     batch, value_alone = texts_alone(target), replace(OFF, base_loss="none")
 
     def gradient(certain_survival: float, turns: int) -> Tensor:
@@ -264,7 +265,7 @@ def test_the_policy_alone_computes_no_gradients_of_the_supervised_loss(
         sums.append(fused_lk_loss(**inputs))
         return sums[-1]
 
-    monkeypatch.setattr("aurora_lit.modules.losses.draft_module.fused_lk_loss", recorded)
+    monkeypatch.setattr("aurora_lit.modules.losses.chain_losses.fused_lk_loss", recorded)
     full, bare = (step(target, batch, weights) for weights in (OnlineWeights(), OnlineWeights(base_loss="none")))
     needed = [loss.requires_grad for loss, _ in sums]
     assert needed == [True] * (len(sums) // 2) + [False] * (len(sums) // 2)

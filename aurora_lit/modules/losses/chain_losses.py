@@ -1,0 +1,174 @@
+"""The LK and value losses of chains, step by step, ending chains that are hardly reached.
+
+A position's loss is Σ_j S_j · LK_j over the steps j of its chain, where S_j = Π_{i<j} α_i is the probability that the
+chain is still accepted there, without gradient. Steps that are hardly reached cost as much as others and teach little,
+so chains end by chance: in expectation the sum is the same (Russian roulette; see `OnlineWeights.certain_survival`).
+
+Leaves out running a chain's steps (modules/losses/unroll.py), the loss of a row (modules/losses/fused_lk.py), and which
+positions count how much (modules/losses/draft_module.py).
+
+Shapes: B traces, T positions, K steps, N = B·T rows, M chains of a step with padding, C those that count, S tokens of
+the heads, H hidden size (of last_BTH and the target's rows: the target's).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.modules.draft.logit_transform import LogitTransform
+from aurora_lit.modules.losses.fused_lk import fused_lk_loss
+from aurora_lit.modules.losses.lk import LKStats
+from aurora_lit.modules.losses.token_sample import TokenSample
+from aurora_lit.modules.losses.unroll import StepwiseChains, shift_positions
+from aurora_lit.modules.sampling.noise import noise_bits
+
+_HASHED = tuple(31**i for i in range(8))
+"""Factors of the first entries of a hidden state, by which states are told apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainHeads:
+    """The rows of the draft's and the target's head that a batch's losses take."""
+
+    weight_SH: torch.Tensor
+    """The draft's."""
+    target_SH: torch.Tensor
+    """The target's, for the same tokens."""
+    logit_transform: LogitTransform
+    """The target's, for the same tokens."""
+    sample: TokenSample | None = None
+    """What the tokens are a sample of; None: they are the draft's whole vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainLosses:
+    """Losses of the chains of a batch."""
+
+    lk_sum: torch.Tensor
+    """Weighted sum, with gradient."""
+    value_sum: torch.Tensor
+    """The same of the value head's squared errors."""
+    stats: LKStats
+    """[K, N]; 0 where a chain has no step."""
+    mask_KBT: torch.Tensor
+    """1 where a chain has a step with that target."""
+    importance_KBT: torch.Tensor
+    """How much the step counts: in expectation, the probability that its proposals were accepted so far. 0 where there
+    is no step."""
+
+
+def chain_losses(
+    draft: Eagle3Draft,
+    chains: StepwiseChains,
+    share_BT: torch.Tensor,
+    last_BTH: torch.Tensor,
+    heads: ChainHeads,
+    *,
+    num_steps: int,
+    kl_decay: float,
+    certain_survival: float,
+    is_trained: bool,
+) -> ChainLosses:
+    """The LK and value losses of chains, which are at step 0.
+
+    The target's distribution is that within the tokens of the heads: its whole head would cost a fifth of a step.
+
+    Args:
+        draft: the draft.
+        chains: its chains; they are advanced.
+        share_BT: weight of each position in the sums; 0: it does not count.
+        last_BTH: the target's last hidden states.
+        heads: the heads' rows.
+        num_steps: K.
+        kl_decay: of λ (modules/losses/lk.py); 0 is KL alone.
+        certain_survival: which chains go on; see `OnlineWeights`.
+        is_trained: False: there is no gradient but the value head's.
+    """
+    K, (B, T) = num_steps, share_BT.shape
+    share_N, last_NH = share_BT.flatten(), last_BTH.flatten(0, 1)
+    next_share_N = shift_positions(share_BT, -1).flatten()
+    table_KN = {
+        name: torch.zeros(K, B * T, device=share_N.device)
+        for name in ("alpha", "kl", "match", "mask", "importance", "carry")
+    }
+    place_by_step, weight_by_step, value_by_step = [], [], []
+    lk_sum = share_N.new_zeros(())
+    importance_M = torch.ones(len(chains.row_M), device=share_N.device)
+    for step in range(K):
+        place_M = chains.row_M * T + chains.target_M
+        share_M = share_N[place_M]
+        share_M[chains.count :] = 0.0
+        with torch.set_grad_enabled(is_trained):
+            step_sum, stats = fused_lk_loss(
+                h_NH=draft.norm(chains.hidden_MH),
+                weight_DH=heads.weight_SH,
+                row_weight_N=share_M * importance_M,
+                target_h_NG=last_NH[place_M],
+                target_weight_DG=heads.target_SH,
+                target_logit_transform=heads.logit_transform,
+                kl_decay=kl_decay,
+                sample=heads.sample,
+            )
+        lk_sum = lk_sum + step_sum
+        counted_C = (share_M > 0).nonzero()[:, 0]
+        place_C, importance_C = place_M[counted_C], importance_M[counted_C]
+        value_by_step.append(draft.compute_value(chains.hidden_MH.detach())[counted_C])
+        place_by_step.append(place_C)
+        weight_by_step.append((share_M * importance_M)[counted_C])
+        found = {"alpha": stats.alpha_N, "kl": stats.kl_N, "match": stats.top1_match_N}
+        for name, found_M in found.items():
+            table_KN[name][step, place_C] = found_M[counted_C].to(table_KN[name].dtype)
+        table_KN["mask"][step, place_C], table_KN["importance"][step, place_C] = 1.0, importance_C.float()
+        if step == K - 1:
+            break
+        survival_C = importance_C * stats.alpha_N[counted_C]
+        chance_C = torch.ones_like(survival_C)
+        if certain_survival > 0:
+            chance_C = (survival_C / certain_survival).clamp_max(1.0)
+        goes_on_C = (next_share_N[place_C] > 0) & (_uniform(last_NH[place_C], step=step) < chance_C)
+        if not goes_on_C.any():
+            break
+        table_KN["carry"][step, place_C] = (1 / chance_C).where(goes_on_C, 0.0).float()
+        with torch.set_grad_enabled(is_trained):
+            chains.advance(counted_C[goes_on_C])
+        importance_M = torch.ones(len(chains.row_M), device=share_N.device)
+        importance_M[: chains.count] = survival_C[goes_on_C].clamp_min(certain_survival)
+    table_KBT = {name: values_KN.view(K, B, T) for name, values_KN in table_KN.items()}
+    return_KN = accepted_proposals(table_KBT["alpha"], table_KBT["carry"]).flatten(1)
+    value_sum = share_N.new_zeros(())
+    for step, (place, weight, value) in enumerate(zip(place_by_step, weight_by_step, value_by_step, strict=True)):
+        value_sum = value_sum + (weight * (value - return_KN[step, place]).square()).sum()
+    stats = LKStats(
+        alpha_N=table_KN["alpha"], kl_N=table_KN["kl"], top1_match_N=table_KN["match"] > 0, kl_decay=kl_decay
+    )
+    return ChainLosses(
+        lk_sum=lk_sum,
+        value_sum=value_sum,
+        stats=stats,
+        mask_KBT=table_KBT["mask"],
+        importance_KBT=table_KBT["importance"],
+    )
+
+
+def _uniform(last_CH: torch.Tensor, *, step: int) -> torch.Tensor:
+    """Numbers in [0, 1), one for each row: a hash of the target's hidden state, so the same in whatever batch it is."""
+    bits_CX = last_CH[:, : len(_HASHED)].float().contiguous().view(torch.int32).long()
+    key_C = (bits_CX * torch.tensor(_HASHED, device=bits_CX.device)).sum(1)
+    return noise_bits(key_C, torch.full_like(key_C, step), torch.zeros_like(key_C)[:, None])[:, 0] * 2.0**-32
+
+
+def accepted_proposals(alpha_KBT: torch.Tensor, carry_KBT: torch.Tensor) -> torch.Tensor:
+    """G_j = α_j (1 + c_j G_{j+1}), G_K = 0, along each chain: proposals accepted from step j on, for the value head.
+
+    `carry_KBT`: c = 1, and G is what is expected; or, if chains end by chance, 0 for those that do and 1 / P(goes on)
+    for others, which estimates the same without bias. If step j of a chain has target position m, step j + 1 has m + 1.
+    """
+    return_KBT = torch.zeros_like(alpha_KBT)
+    next_return_BT = torch.zeros_like(alpha_KBT[0])
+    for step in range(len(alpha_KBT) - 1, -1, -1):
+        return_KBT[step] = alpha_KBT[step] * (1 + carry_KBT[step] * next_return_BT)
+        next_return_BT = shift_positions(return_KBT[step], -1)
+    return return_KBT
