@@ -3,7 +3,7 @@
 The learner publishes versions, the server loads the current one, the command line lists them and moves between them.
 Beside the versions lie the domains that the learner has found.
 
-May import: modules/draft/, page_hinkley.py and centroids.py in modules/domains/, models/, kernels/, and the files of
+May import: modules/draft/, centroids.py in modules/domains/, models/, kernels/, and the files of
 the package's top up to distributed.py.
 
 Start with checkpoint.py. The files, each importing only files above it:

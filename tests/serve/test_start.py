@@ -22,7 +22,7 @@ from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.models.tokenizer import is_kept
 from aurora_lit.serve import backend, server
 
-HEAVY = ("torch", "transformers", "lightning", "river", "scipy", "numpy")
+HEAVY = ("torch", "transformers", "lightning", "scipy", "numpy")
 
 
 def run(code: str, *arguments: str) -> str:
@@ -97,7 +97,7 @@ def test_the_engine_worker_contains_no_web_framework_and_nothing_of_sharding() -
 import json, sys
 import aurora_lit.serve.engine_process, aurora_lit.serve.worker.build, aurora_lit.serve.worker.loop
 import aurora_lit.serve.worker.live_draft
-unused = {"litserve", "fastapi", "uvicorn", "lightning", "river", "aurora_lit.distributed"}
+unused = {"litserve", "fastapi", "uvicorn", "lightning", "aurora_lit.distributed"}
 print(json.dumps(sorted(unused & set(sys.modules))))
 """
     assert json.loads(run(code)) == []
