@@ -67,9 +67,8 @@ class RollbackWatch:
 
     def swapped(self, *, trusted: bool) -> None:
         """Another version proposes from now on. trusted: it was served before, so there is no trial."""
-        baseline = _Baseline(self._latest)
         # Keep the older baseline if the last version had too few rounds, or was bad and is rolled back now.
-        if baseline.mean_by_kind and not trusted:
+        if not trusted and (baseline := _Baseline(self._latest)).mean_by_kind:
             self._baseline = baseline
         self._on_trial = bool(self._baseline.mean_by_kind) and not trusted
         self._number_by_kind: Counter[_Kind] = Counter()
@@ -131,8 +130,7 @@ class _Baseline:
         self.mean_by_kind: dict[_Kind, float] = {}
         self._shift_by_kind: dict[_Kind, dict[str, float]] = {}
         """By kind and request: by how much the request's rounds shift the mean."""
-        squares = 0.0
-        sums: dict[tuple[_Kind, str], float] = defaultdict(float)
+        squares, sums = 0.0, list[float]()
         for kind, of_kind in values.items():
             if len(of_kind) < _FEWEST_EXPECTED or len({request for request, _ in of_kind}) < _FEWEST_REQUESTS:
                 continue
@@ -140,10 +138,10 @@ class _Baseline:
             shifts: dict[str, float] = defaultdict(float)
             for request, value in of_kind:
                 shifts[request] += (value - mean) / len(of_kind)
-                sums[kind, request] += value - mean
                 squares += (value - mean) ** 2
+            sums += [shift * len(of_kind) for shift in shifts.values()]
             self.mean_by_kind[kind], self._shift_by_kind[kind] = mean, shifts
-        self.excess_of_requests = max(1.0, _variance_of_sum(sums.values()) / squares) if squares else 1.0
+        self.excess_of_requests = max(1.0, _variance_of_sum(sums) / squares) if squares else 1.0
         """The variance of a mean of rounds of whole requests, as a multiple of that of as many unrelated rounds."""
 
     def variance(self, share_by_kind: dict[_Kind, float]) -> float:

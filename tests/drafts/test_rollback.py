@@ -78,28 +78,30 @@ def requests_that_differ(rng: random.Random, rate: float, *, spread: float = 0.3
     return draw
 
 
+def trials(rng: random.Random, number: int, *, rate: float, num_before: int) -> list[tuple[int, str] | None]:
+    """What trials of drafts come to, all after drafts whose rate was 0.55."""
+    return [
+        observe(
+            watched(requests_that_differ(rng, 0.55), num_before=num_before),
+            requests_that_differ(rng, rate),
+            TRIAL_ROUNDS,
+        )
+        for _ in range(number)
+    ]
+
+
 def test_a_few_hard_requests_after_a_swap_are_not_blamed_on_the_draft() -> None:
     """Rounds of one request are alike, so that a dozen of requests says little; a bad draft is called all the same."""
     rng = random.Random(9)
-    called = [
-        observe(watched(requests_that_differ(rng, 0.55), num_before=720), requests_that_differ(rng, 0.55), TRIAL_ROUNDS)
-        for _ in range(150)
-    ]
+    called = trials(rng, 150, rate=0.55, num_before=720)
     assert called.count(None) >= 149, called
-    took = [
-        observe(watched(requests_that_differ(rng, 0.55), num_before=720), requests_that_differ(rng, 0.3), TRIAL_ROUNDS)
-        for _ in range(30)
-    ]
+    took = trials(rng, 30, rate=0.3, num_before=720)
     assert all(found is not None and found[0] < 1000 for found in took), took
 
 
 def test_requests_before_the_swap_were_few_and_easy_by_chance() -> None:
     """Their mean is as uncertain as that of the draft on trial."""
-    rng = random.Random(10)
-    called = [
-        observe(watched(requests_that_differ(rng, 0.55), num_before=72), requests_that_differ(rng, 0.55), TRIAL_ROUNDS)
-        for _ in range(150)
-    ]
+    called = trials(random.Random(10), 150, rate=0.55, num_before=72)
     assert called.count(None) >= 148, called
 
 
