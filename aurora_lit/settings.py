@@ -76,9 +76,9 @@ class EngineSettings:
     for itself)."""
     max_draft_tokens: int = _within(4, 1, 8)
     """Maximum number of consecutive tokens that the draft proposes in a round."""
-    tree_tokens: int = _within(15, 0, 31)
-    """Maximum number of tokens in a draft tree, which is at most max_draft_tokens deep. 0: only chains. Trees need
-    the fused CPU layers; elsewhere the draft proposes chains."""
+    tree_tokens: int = _within(0, 0, 31)
+    """Maximum number of tokens in a draft tree, which is at most max_draft_tokens deep. 0: only chains, since trees
+    have shown no gain. Trees need the fused CPU layers; elsewhere the draft proposes chains."""
     adaptive: bool = True
     """true: each round chooses the draft length, and a chain or a tree, from measured costs. false: always
     max_draft_tokens and tree_tokens."""

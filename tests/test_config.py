@@ -77,7 +77,7 @@ DEFAULTS = {
     "engine": {
         "speculate": True,
         "max_draft_tokens": 4,
-        "tree_tokens": 15,
+        "tree_tokens": 0,
         "adaptive": True,
         "explore_share": 0.0,
         "explore_temperature": 1.0,

@@ -60,11 +60,12 @@ _log = logging.getLogger(__name__)
 
 
 def build_engine(
-    config: AuroraConfig, *, sink: Callable[[Trace], None] | None = None
+    config: AuroraConfig, *, sink: Callable[[Trace], None] | None = None, target: Target | None = None
 ) -> tuple[Engine, PreTrainedTokenizerBase]:
     """Load target and draft, and build an engine on them. Raises SourceError, CheckpointError or ConfigError.
 
-    sink: receives a trace of every request; None: no traces are recorded.
+    sink: receives a trace of every request; None: no traces are recorded. target: the configuration's, if it has been
+    loaded already; engines may share it.
     """
     if config.engine.strategy != "single":
         raise ConfigError(
@@ -72,7 +73,9 @@ def build_engine(
             "use engine.strategy=single and engine.devices=1 here"
         )
     use_threads(config.engine.threads)
-    tokenizer, target = load_tokenizer(config), load_serving_target(config)
+    tokenizer = load_tokenizer(config)
+    if target is None:
+        target = load_serving_target(config)
     observer = None if sink is None else _recorder(config, target, sink)
     engine = _engine(config, target, tokenizer, observer=observer, kept_costs=_kept_costs(config, target))
     return engine, tokenizer
