@@ -14,8 +14,7 @@ Each half has a `cache_salt` of its own, or the second half of a pair would find
 cache, and its answer in the traffic memory. That is empty when a setting begins, and fills with the answers of both
 halves, each for itself: both pay for recording, which `store: false` would spare one of them.
 
-Other comparisons: `--against memory-off` speculates in both halves, but without the memory in the second;
-`--against off-greedy` has temperature T without speculation against temperature 0 without it;
+Other comparisons: `--against off-greedy` has temperature T without speculation against temperature 0 without it;
 `--against plain-neighbour` counts all clients but the last one, whose requests ask for log-probabilities and penalties
 in the first half only; and with `--other draft.checkpoint=FOLDER` both speculate and remember, but the second half goes
 to a second server with these settings, while the first one waits.
@@ -200,7 +199,7 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--max-prompt-characters", type=int, default=3000)
     second = parser.add_mutually_exclusive_group()
-    second.add_argument("--against", choices=["off", "off-greedy", "memory-off", "plain-neighbour"], default="off")
+    second.add_argument("--against", choices=["off", "off-greedy", "plain-neighbour"], default="off")
     second.add_argument("--other", nargs="+", default=[], metavar="KEY=VALUE", help="settings of a second server")
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     parser.add_argument("overrides", nargs="*", help="key=value for the server, after `--`")
@@ -225,8 +224,7 @@ def main() -> int:
             log = Path(options.out or "paired").with_suffix(f".{number}.log")
             servers.enter_context(running_server(config, log))
         for temperature, clients in itertools.product(options.temperatures, options.clients):
-            is_plain = options.against == "off"
-            arms = Arm(True, temperature, True), Arm(not is_plain, temperature, is_plain)
+            arms = Arm(True, temperature, True), Arm(False, temperature, True)
             if options.against == "off-greedy":
                 arms = Arm(False, temperature, False), Arm(False, 0.0, False)
             if options.against == "plain-neighbour":

@@ -18,6 +18,8 @@ B sequences.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from aurora_lit.kernels import huge_pages, native
@@ -50,6 +52,16 @@ class KVCache:
         self.capacity = capacity
         self.keys_SGCQPE = [_zeros(key_shape, dtype, device) for _ in range(num_layers)]
         self.values_SGMDE = [_zeros(value_shape, dtype, device) for _ in range(num_layers)]
+
+    def touch(self) -> Iterator[None]:
+        """Have the system allocate the memory of all slots, a page a step, before rounds wait for it.
+
+        The layers' slots share pages, so a slot's first positions, or a prefix that is copied to it, take a page of
+        every layer's keys and values: a round of half a second.
+        """
+        if self.keys_SGCQPE[0].device.type == "cpu":
+            for each in (*self.keys_SGCQPE, *self.values_SGMDE):
+                yield from huge_pages.touch(each)
 
     def copy_prefix(self, source: int, slot: int, length: int) -> None:
         """Copy the first `length` positions of slot `source` to `slot`, in every layer."""

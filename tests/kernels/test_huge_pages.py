@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from aurora_lit.kernels import huge_pages
+from aurora_lit.models.kv_cache import KVCache
 
 
 def resident_bytes() -> int:
@@ -29,3 +30,21 @@ def test_what_was_never_written_is_zero_and_what_was_written_stays() -> None:
     tensor[1, 1, 5:900] = 2.0
     assert float(tensor.float().sum()) == 2.0 * 895
     assert torch.equal(tensor[1, 1, 5:900], torch.full((895,), 2.0, dtype=torch.bfloat16))
+
+
+def test_touching_takes_a_step_for_each_huge_page_and_changes_nothing() -> None:
+    tensor = huge_pages.zeros((9, 1 << 20), torch.bfloat16)  # 18 MiB
+    tensor[2, 7:9] = 3.0
+    tensor[4] = -1.5
+    before = tensor.clone()
+    assert len(list(huge_pages.touch(tensor))) == 9
+    assert torch.equal(tensor, before)
+
+
+def test_touching_a_cache_allocates_the_memory_of_all_its_slots() -> None:
+    shape = {"num_layers": 3, "num_slots": 4, "num_kv_heads": 2, "head_dim": 64, "capacity": 4096}
+    cache = KVCache(**shape, dtype=torch.bfloat16)  # 4 MiB of keys and 4 MiB of values a layer
+    tensors = [*cache.keys_SGCQPE, *cache.values_SGMDE]
+    steps = list(cache.touch())
+    assert len(steps) == sum(tensor.numel() * 2 for tensor in tensors) >> 21
+    assert not any(tensor.any() for tensor in tensors)

@@ -87,7 +87,7 @@ def calibration_steps(
 ) -> Iterator[None]:
     """Fill the tables for batches of 1, 2, 4, … `max_batch_size`, at the query lengths that the limits allow.
 
-    Each step makes one timed call: at most about a tenth of a second.
+    Each step makes one timed call, at most about a tenth of a second. In between, the memory of all slots is allocated.
     """
     if drafter is not None:
         position_s = yield from _prefill_position_s(target, drafter, capacity=kv_cache.capacity)
@@ -99,6 +99,8 @@ def calibration_steps(
         if drafter is not None:
             operations += _draft_steps(costs, limits, probe)
         yield from _measure(operations, batch_size)
+        if batch_size == 1:
+            yield from kv_cache.touch()
         if batch_size >= max_batch_size:
             return
         batch_size = min(2 * batch_size, max_batch_size)
