@@ -7,7 +7,6 @@ the main process imports too, therefore imports nothing heavy itself. Leaves out
 
 from __future__ import annotations
 
-import gc
 import logging
 import multiprocessing
 import os
@@ -74,7 +73,6 @@ def run_engine_process(
         _log.exception("the engine could not be built")
         page.write(state=WorkerState.FAILED, error=f"{type(error).__name__}: {error}")
         sys.exit(1)
-    gc.freeze()  # all this lives as long as the process: a full collection would go through it between two rounds
     engine = parts.engine
     page.write(
         max_seq_len=engine.max_seq_len,

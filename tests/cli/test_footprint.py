@@ -42,8 +42,8 @@ def table(config: AuroraConfig) -> dict[str, int]:
     return {need.what: need.num_bytes for need in needs(config, shape, devices=config.engine.devices)}
 
 
-# By hand: after 8192 positions a slot has one for the last committed token and 16 for a tree that the draft expands,
-# four nodes for each of four levels. The KV caches round up to whole blocks of 64 positions.
+# By hand: after 8192 positions a slot has one for the last committed token and 15 for what a round copies, more than
+# the draft's four. The KV caches round up to whole blocks of 64 positions.
 CAPACITY = 8192 + 1 + 15
 KEPT = 16 * 129 * 64
 

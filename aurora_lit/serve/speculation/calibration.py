@@ -99,7 +99,7 @@ def calibration_steps(
         if drafter is not None:
             operations += _draft_steps(costs, limits, probe)
         yield from _measure(operations, batch_size)
-        if batch_size == 1:
+        if batch_size == 1:  # those of one sequence come first: a start has time for no more
             yield from kv_cache.touch()
         if batch_size >= max_batch_size:
             return
