@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,9 +124,17 @@ class TinyServers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Kill all processes: those of a server die with its main process."""
+        self.kill_all()
+
+    def kill_all(self) -> None:
+        """Kill what still runs, so that a test that failed leaves nothing to the next one."""
+        families = [pid for process in self._processes for pid in self.family(process.pid)]
         for process in self._processes:
-            process.kill()
+            process.kill()  # the other processes of a server die with its main process
+        self._processes.clear()
+        self.wait(lambda: not any(map(self.alive, families)))
+        for folder in self.run_folders:
+            shutil.rmtree(folder)
 
     def start(self, *overrides: str) -> int:
         """Start a server; its process id."""
