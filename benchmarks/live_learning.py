@@ -1,16 +1,16 @@
-"""A server that learns, one whose draft is frozen, and one with the learned drafts and the memory, in turn, over HTTP.
+"""What a server with default settings learns from traffic that changes, and what it brings on prompts it has not seen.
 
-    python -m benchmarks.templated_prompts --out traffic --requests 1500
+    python -m benchmarks.templated_prompts --out traffic --requests 5000
     python -m benchmarks.live_learning --phases traffic/billing.jsonl traffic/support.jsonl traffic/alerts.jsonl
 
-Every prompt goes to all three servers, one after the other in changing order, so that each is alone while it answers.
-The first two have no traffic memory, so that drafts alone are compared; the third has it, and serves what the first one
-publishes. Traffic is of one file after the other, each for `--seconds`, then of the first one once more, for a fifth of
-that. Answers are seeded and must be equal, which is checked; temperatures alternate from prompt to prompt.
+Traffic is of one file after the other, each for `--seconds`, from `--clients` clients that send a request as soon as
+the last one is answered; every second one names temperature 0, the others none. The last prompts of each file are held
+out. After each phase the draft that is served then is kept in `--out`, and it is printed what the learner has done,
+how often it called a shift, and with how much processor time.
 
-A row is a fifth of a phase, of one temperature: geometric means of the ratios of tokens a second over the frozen
-server, with 95 % intervals (Student's t on their logarithms), and tokens a round. After each phase: what the learner
-has done, and with how much processor time.
+Then the server ends, and benchmarks/one_process.py compares on the held-out prompts, file by file: the shipped draft,
+the draft that was served at the end of that phase, the last one of all (what was kept of a domain whose traffic ended),
+the learned one with the traffic memory, and plain decoding. Two servers could not be compared so finely.
 """
 
 from __future__ import annotations
@@ -18,55 +18,98 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import sys
-import tempfile
 import time
 import urllib.request
-from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
-from rich.table import Table
 
-from aurora_lit.bench.reporting import report_console
 from aurora_lit.bench.server_process import free_port, running_server
 from aurora_lit.config import load_config
+from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.errors import ConfigError
 from aurora_lit.learn.pretrain.prompts import read_prompts
-from benchmarks.paired import Arm, Outcome, interval, run
+from benchmarks import one_process
+from benchmarks.paired import Arm, ask
 
-_SERVERS = {
-    "learning": ["memory.capacity_mb=0"],
-    "frozen": ["memory.capacity_mb=0", "learn.enabled=false", "checkpoint.run=frozen"],
-    "both": ["learn.enabled=false"],
-}
-_PARTS = 5
 Json = dict[str, Any]
+_COUNTERS = ("steps", "positions", "published", "refused", "shifts", "processor_s")
+"""What a phase adds to them is reported."""
+_NO_MEMORY, _MEMORY = "memory.capacity_mb=0", "memory.capacity_mb=64"
 
 
-def status(port: int) -> Json:
-    """A server's status, and its learner's processor seconds."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/aurora/status", timeout=60) as response:
-        found: Json = json.load(response)
-    if pid := found["learner"]["pid"]:
-        times = psutil.Process(pid).cpu_times()
-        found["learner"]["processor_s"] = times.user + times.system
-        found["learner"]["resident_mb"] = psutil.Process(pid).memory_info().rss >> 20
-    return found
+class Sent(NamedTuple):
+    """What a phase came to."""
+
+    requests: int
+    tokens: int
+    """Of their answers."""
 
 
-def row(turns: list[dict[str, Outcome]]) -> Json:
-    """Ratios over the frozen server, and tokens a round of each."""
-    found: Json = {"turns": len(turns), "unequal": sum(len({each.texts[0] for each in t.values()}) > 1 for t in turns)}
-    for name in ("learning", "both"):
-        ratios = [turn[name].tokens_per_s / turn["frozen"].tokens_per_s for turn in turns]
-        found[name] = interval(ratios)
-    for name in _SERVERS:
-        tokens, rounds = (sum(getattr(turn[name], field) for turn in turns) for field in ("tokens", "rounds"))
-        found[f"{name}_tokens_a_round"] = tokens / rounds
-    return found
+def send(port: int, prompts: Iterator[str], *, seconds: float, clients: int, max_tokens: int) -> Sent:
+    """Keep `clients` requests running for so long. Raises ConfigError if there are too few prompts."""
+    ends = time.monotonic() + seconds
+
+    def client(_: int) -> list[int]:
+        tokens = []
+        while time.monotonic() < ends:
+            number, prompt = next(numbered, (0, None))
+            if prompt is None:
+                raise ConfigError("--phases: a file has fewer prompts than a phase sends; give more, or less --seconds")
+            arm = Arm(True, 0.0 if number % 2 else None, True)
+            tokens.append(ask(port, prompt, arm, {}, max_tokens=max_tokens, seed=number, salt="all").tokens)
+        return tokens
+
+    numbered = enumerate(prompts)  # CPython's enumerate is safe for threads
+    with ThreadPoolExecutor(clients) as pool:
+        answered = list(itertools.chain.from_iterable(pool.map(client, range(clients))))
+    return Sent(len(answered), sum(answered))
+
+
+def learner_status(port: int) -> Json:
+    """What the server says of its learner, with its processor seconds and resident MiB; waits until there is one."""
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/aurora/status", timeout=60) as response:
+            found: Json = json.load(response)["learner"]
+        if found["state"] == "running":
+            break
+        time.sleep(0.5)
+    process = psutil.Process(found["pid"])
+    times = process.cpu_times()
+    return {
+        **{name: found[name] for name in ("version", "steps", "positions")},
+        **{name: found["gate"][name] for name in ("published", "refused", "champion", "challenger")},
+        **{name: found["domains"][name] for name in ("shifts", "last_shift", "now")},
+        "processor_s": times.user + times.system,
+        "resident_mb": process.memory_info().rss >> 20,
+    }
+
+
+def phase_report(before: Json, after: Json, sent: Sent) -> Json:
+    """What the learner made of a phase's traffic."""
+    added = {name: after[name] - before[name] for name in _COUNTERS}
+    return {
+        **after,
+        **added,
+        **sent._asdict(),
+        "share_learned": added["positions"] / sent.tokens,
+        "ms_a_position": 1000 * added["processor_s"] / added["positions"] if added["positions"] else None,
+    }
+
+
+def arms_of(learned: str | None, last: str | None) -> dict[str, list[str]]:
+    """What is compared on a phase's held-out prompts. Drafts are folders; None: the shipped one."""
+    own = [] if learned is None else [f"draft.checkpoint={learned}"]
+    arms = {"shipped": [_NO_MEMORY], "learned": [_NO_MEMORY, *own], "learned, memory": [_MEMORY, *own]}
+    if last is not None and last != learned:
+        arms["last"] = [_NO_MEMORY, f"draft.checkpoint={last}"]
+    return {**arms, "plain": [_NO_MEMORY, "engine.speculate=false"]}
 
 
 def main() -> int:
@@ -74,75 +117,64 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phases", nargs="+", type=Path, required=True, help="JSONL files of prompts")
     parser.add_argument("--seconds", type=float, default=600.0, help="of each phase")
-    parser.add_argument(
-        "--temperatures",
-        nargs="+",
-        type=lambda text: None if text == "default" else float(text),
-        default=[0.0, None],
-        help="default: requests do not name one",
-    )
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=80, help="held-out prompts that count, of each temperature")
+    parser.add_argument("--warm-up", type=int, default=30, help="held-out prompts before them, which fill the memories")
     parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--out", type=Path, default=Path("live-learning.json"))
-    parser.add_argument("overrides", nargs="*", help="key=value for all servers, after `--`")
+    parser.add_argument("--out", type=Path, default=Path("live-learning"), help="folder for drafts and the report")
+    parser.add_argument("overrides", nargs="*", help="key=value, after `--`")
     options = parser.parse_args()
-    temperatures = itertools.cycle(options.temperatures)
-    rows: list[Json] = []
-    with ExitStack() as stack:
-        drafts = stack.enter_context(tempfile.TemporaryDirectory())
-        ports = {}
-        for name, settings in _SERVERS.items():
-            config = load_config(None, [f"checkpoint.dir={drafts}", *settings, *options.overrides])
-            config = replace(config, server=replace(config.server, port=free_port()))
-            stack.enter_context(running_server(config, options.out.with_suffix(f".{name}.log")))
-            ports[name] = config.server.port
-        names = list(ports)
-        phases = [(path, options.seconds, _PARTS) for path in options.phases]
-        for number, (path, seconds, parts) in enumerate([*phases, (phases[0][0], options.seconds / _PARTS, 1)]):
-            prompts = itertools.cycle([prompt.messages[0] for prompt in read_prompts(path)])
-            began = time.monotonic()
-            for part in range(parts):
-                turns: dict[float | None, list[dict[str, Outcome]]] = defaultdict(list)
-                while time.monotonic() < began + seconds * (part + 1) / parts:
-                    prompt, temperature = next(prompts), next(temperatures)
-                    names.append(names.pop(0))
-                    turn = {
-                        name: run(
-                            ports[name],
-                            [prompt],
-                            Arm(True, temperature, True),
-                            max_tokens=options.max_tokens,
-                            seed=len(turns[temperature]),
-                            setting="",
-                        )
-                        for name in names
-                    }
-                    turns[temperature].append(turn)
-                for temperature, of_temperature in turns.items():
-                    if len(of_temperature) < 2:
-                        continue
-                    named = "default" if temperature is None else temperature
-                    about = {"phase": number, "traffic": path.stem, "part": part, "temperature": named}
-                    rows.append({**about, **row(of_temperature)})
-                    print(json.dumps(rows[-1]), flush=True)
-            print(json.dumps({"learner": status(ports["learning"])["learner"]}), flush=True)
-        report = {name: status(port) for name, port in ports.items()}
-    options.out.write_text(
-        json.dumps({"overrides": options.overrides, "rows": rows, "status": report}, indent=2) + "\n"
-    )
-    report_console().print(_table(rows))
-    return int(any(each["unequal"] for each in rows))
-
-
-def _table(rows: list[Json]) -> Table:
-    heads = ("traffic", "part", "temperature", "turns", "learning / frozen", "both / frozen", "tokens a round")
-    table = Table(*heads, caption="tokens a round: learning, frozen, both")
-    for each in rows:
-        ratios = ["{:.3f} ({:.3f}–{:.3f})".format(*each[name]) for name in ("learning", "both")]
-        lengths = ", ".join(f"{each[f'{name}_tokens_a_round']:.2f}" for name in _SERVERS)
-        table.add_row(
-            each["traffic"], str(each["part"]), str(each["temperature"]), str(each["turns"]), *ratios, lengths
+    options.out.mkdir(parents=True, exist_ok=True)
+    held_out = 2 * (options.turns + options.warm_up)
+    prompts = {path: [prompt.messages[0] for prompt in read_prompts(path)] for path in options.phases}
+    report: Json = {"overrides": options.overrides, "clients": options.clients, "phases": [], "rows": []}
+    drafts = _serve(prompts, held_out, options, report)
+    for path, learned in zip(options.phases, drafts, strict=True):
+        compared = argparse.Namespace(
+            prompts=[path],
+            skip=len(prompts[path]) - held_out,
+            temperatures=[0.0, 1.0],
+            clients=1,
+            turns=options.turns,
+            warm_up=options.warm_up,
+            max_tokens=options.max_tokens,
+            overrides=options.overrides,
         )
-    return table
+        print(f"{path.stem}: held-out prompts, tokens a second over the shipped draft's")
+        rows = one_process.measure(arms_of(learned, drafts[-1]), compared)
+        report["rows"] += [{"traffic": path.stem, **row} for row in rows]
+    (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return int(any(row["unequal"] for row in report["rows"]))
+
+
+def _serve(
+    prompts: dict[Path, list[str]], held_out: int, options: argparse.Namespace, report: Json
+) -> list[str | None]:
+    """Send all traffic; the folder of the draft that was served at the end of each phase, None: the shipped one."""
+    overrides = [f"checkpoint.dir={options.out / 'versions'}", *options.overrides]
+    config = load_config(None, overrides)
+    config = replace(config, server=replace(config.server, port=free_port()))
+    store = DraftStore(Path(config.checkpoint.dir) / config.checkpoint.run, keep=config.checkpoint.keep)
+    drafts: list[str | None] = []
+    with running_server(config, options.out / "server.log"):
+        before = learner_status(config.server.port)
+        for path, texts in prompts.items():
+            sent = send(
+                config.server.port,
+                iter(texts[:-held_out]),
+                seconds=options.seconds,
+                clients=options.clients,
+                max_tokens=options.max_tokens,
+            )
+            after = learner_status(config.server.port)
+            report["phases"].append({"traffic": path.stem, **phase_report(before, after, sent)})
+            print(json.dumps(report["phases"][-1]), flush=True)
+            version, kept = store.current(), options.out / f"after-{path.stem}"
+            if version is not None:
+                shutil.copytree(store.folder / version, kept, dirs_exist_ok=True)
+            drafts.append(None if version is None else str(kept))
+            before = after
+    return drafts
 
 
 if __name__ == "__main__":

@@ -62,19 +62,22 @@ class PassResult:
     def __init__(self, buffer: torch.Tensor, columns: int, own_tokens: list[int]) -> None:
         self.own_tokens = own_tokens
         """The target's own token at the columns that were asked for."""
-        self._flat, self._columns, self._hidden = buffer.view(-1), columns, buffer.shape[1] // _STATES
+        self._buffer, self._columns = buffer, columns
 
     @property
     def aux_NF(self) -> torch.Tensor:
         """Auxiliary hidden states, fp32."""
-        size = self._columns * self._hidden
-        return self._flat[2 * size : 5 * size].view(self._columns, 3 * self._hidden)
+        return self._states(2, 5)
 
     @property
     def last_NH(self) -> torch.Tensor:
         """Last hidden states after the final norm, fp32."""
-        size = self._columns * self._hidden
-        return self._flat[size : 2 * size].view(self._columns, self._hidden)
+        return self._states(1, 2)
+
+    def _states(self, begin: int, end: int) -> torch.Tensor:
+        """Some of _STATES. Made when asked for: the first call into torch after a pass takes 0.1 ms."""
+        size = self._columns * (self._buffer.shape[1] // _STATES)
+        return self._buffer.view(-1)[begin * size : end * size].view(self._columns, -1)
 
 
 class TargetPass:
@@ -109,7 +112,7 @@ class TargetPass:
         self._decoder, self._keys, self._values = decoder, keys, values
         self._run = library.aurora_target_pass
         self._hidden = head.in_features
-        self._buffer_NX = torch.empty(0, _STATES * self._hidden)
+        self._buffer_NX, self._room = torch.empty(0, _STATES * self._hidden), 0
         screened = None if head.screen is None else getattr(library, f"aurora_screened_argmax_{suffix}")
         self._call = _Call(
             decode=_pointer(decoder.native_decode),
@@ -171,8 +174,8 @@ class TargetPass:
         decoder.starts = decoder.slots + 8 * B
         call.keeps_last = decoder.starts + 8 * B
         decoder.columns, decoder.parents = width, call.keeps_last + 8 * B if width else None
-        if len(self._buffer_NX) < N:
-            self._buffer_NX = torch.empty(N, _STATES * self._hidden)
+        if self._room < N:
+            self._buffer_NX, self._room = torch.empty(N, _STATES * self._hidden), N
         H, at = self._hidden, self._buffer_NX.data_ptr()
         decoder.embeds, decoder.hidden_states = None, at
         decoder.normed, decoder.aux = at + 4 * N * H, at + 8 * N * H

@@ -1,34 +1,63 @@
-"""Three servers in turn: which rows a phase comes to."""
+"""A server under load, then its drafts: what is sent, what a phase is said to have brought, and what is compared."""
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections import Counter
+from typing import Any
+
 import pytest
 
-from benchmarks.live_learning import row
-from benchmarks.paired import Outcome
+from aurora_lit.errors import ConfigError
+from benchmarks import live_learning
+from benchmarks.live_learning import Sent, arms_of, phase_report, send
+from benchmarks.paired import Answer
+
+STATUS = {"version": "start", "steps": 4, "positions": 500, "published": 0, "refused": 1, "shifts": 2}
 
 
-def outcome(tokens_per_s: float, *, rounds: int, text: str = "a") -> Outcome:
-    return Outcome(tokens=60, tokens_per_s=tokens_per_s, texts=[text], rounds=rounds, speculating_rounds=rounds)
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float | None]]:
+    """Prompts and temperatures of the requests that were sent; each takes a hundredth of a second."""
+    found: list[tuple[str, float | None]] = []
+
+    def ask(port: int, prompt: str, arm: Any, more: Any, **_: Any) -> Answer:
+        found.append((prompt, arm.temperature))
+        time.sleep(0.01)
+        return Answer("text", 7, time.monotonic())
+
+    monkeypatch.setattr(live_learning, "ask", ask)
+    return found
 
 
-def test_a_row_compares_with_the_frozen_server_turn_by_turn() -> None:
-    """A machine that is twice as fast in the second turn changes no ratio."""
-    turns = [
-        {
-            "learning": outcome(110 * speed, rounds=20),
-            "frozen": outcome(100 * speed, rounds=30),
-            "both": outcome(125 * speed, rounds=15),
-        }
-        for speed in (1, 2)
-    ]
-    found = row(turns)
-    assert found["learning"] == pytest.approx((1.1, 1.1, 1.1))
-    assert found["both"] == pytest.approx((1.25, 1.25, 1.25))
-    assert [found[f"{name}_tokens_a_round"] for name in ("learning", "frozen", "both")] == [3.0, 2.0, 4.0]
-    assert (found["turns"], found["unequal"]) == (2, 0)
+def test_every_prompt_is_sent_once_and_every_second_one_is_greedy(asked: list[tuple[str, float | None]]) -> None:
+    sent = send(0, map(str, itertools.count()), seconds=0.2, clients=4, max_tokens=8)
+    assert len(asked) == sent.requests > 4
+    assert sent.tokens == 7 * sent.requests
+    assert sorted(int(prompt) for prompt, _ in asked) == list(range(sent.requests))
+    counts = Counter(temperature for _, temperature in asked)
+    assert abs(counts[0.0] - counts[None]) <= 1
 
 
-def test_answers_that_differ_are_counted() -> None:
-    same = {name: outcome(100, rounds=20) for name in ("learning", "frozen", "both")}
-    assert row([same, {**same, "both": outcome(100, rounds=20, text="b")}])["unequal"] == 1
+def test_too_few_prompts_are_an_error(asked: list[tuple[str, float | None]]) -> None:
+    with pytest.raises(ConfigError, match="--phases"):
+        send(0, iter(["a", "b"]), seconds=60.0, clients=2, max_tokens=8)
+
+
+def test_a_phase_reports_what_it_added() -> None:
+    after = {**STATUS, "version": "draft-000001", "steps": 10, "positions": 2500, "shifts": 3, "processor_s": 9.0}
+    found = phase_report({**STATUS, "processor_s": 5.0}, after, Sent(requests=80, tokens=8000))
+    assert (found["version"], found["steps"], found["positions"], found["shifts"]) == ("draft-000001", 6, 2000, 1)
+    assert (found["share_learned"], found["ms_a_position"]) == (0.25, 2.0)
+
+
+def test_a_phase_without_steps_has_no_cost_a_position() -> None:
+    same = {**STATUS, "processor_s": 5.0}
+    assert phase_report(same, same, Sent(requests=1, tokens=8))["ms_a_position"] is None
+
+
+def test_the_last_draft_is_compared_where_it_is_another_one() -> None:
+    assert list(arms_of("a", "b")) == ["shipped", "learned", "learned, memory", "last", "plain"]
+    assert "last" not in arms_of("b", "b")
+    assert arms_of(None, None)["learned"] == arms_of(None, None)["shipped"]

@@ -20,6 +20,7 @@ slot, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import time
 
 import torch
@@ -237,8 +238,8 @@ class Engine:
             output = self._commit(row, verdict, logits_DV.get(index), draft_version=self.draft_version)
             outputs.append(output)
             if self._observer and row.sequence.request.store:
-                last_TH = columns.last(index)
-                notify_round(self._observer, row, output, last_TH=last_TH, version=self.draft_version)
+                last = functools.partial(columns.last, index)
+                notify_round(self._observer, row, output, last=last, version=self.draft_version)
         self._prefill.complete(plan.prompts, columns, first=len(plan.decoding))
         for row, output in zip(plan.decoding, outputs, strict=True):
             if output.finish_reason is not None:
@@ -316,7 +317,8 @@ class Engine:
         rows = plan.decoding
         if not rows:
             return [], {}
-        own_tokens, logits = columns.own_tokens, dict[int, torch.Tensor]()
+        own_tokens = columns.own_tokens
+        logits: dict[int, torch.Tensor] = {}
         if own_tokens is None:
             last_NH = columns.states.last_NH[: plan.num_decoding_columns]
             own_tokens, logits = choose_tokens(self._target, rows, last_NH, tokens_SL=self._tokens_SL)

@@ -90,14 +90,14 @@ class TraceRecorder:
         if self._owns_aux:
             self._aux_SLF[slot, :length] = self._aux_SLF[source, :length]
 
-    def on_commit(self, sequence: RunningSequence, note: RoundNote, last_TH: torch.Tensor) -> None:
+    def on_commit(self, sequence: RunningSequence, note: RoundNote, last: Callable[[], torch.Tensor]) -> None:
         """Add a round, with the states of its rejected proposals; the segment goes to the sink if it is full."""
         segment = self._segments[sequence.slot]
         if segment.sequence is not sequence:
             segment = self._segments[sequence.slot] = _Segment(sequence=sequence, start=sequence.prompt_length)
         segment.notes.append(note)
         if note.accepted + 1 < len(note.proposals):
-            rejected_NH = last_TH[note.accepted + 1 : len(note.proposals)]
+            rejected_NH = last()[note.accepted + 1 : len(note.proposals)]
             segment.rejected.append(rejected_NH.to(torch.bfloat16, copy=True))  # a view would keep the whole batch's
         if sequence.length - 1 - segment.start >= self._segment_tokens:
             self._emit(segment, sequence)

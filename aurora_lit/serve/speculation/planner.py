@@ -27,7 +27,7 @@ from typing import NamedTuple
 from aurora_lit.modules.sampling.tree import common_prefix_length
 from aurora_lit.serve.sequences.round_plan import Proposal
 from aurora_lit.serve.sequences.sequence import RunningSequence, VerifiedDrafts
-from aurora_lit.serve.speculation.costs import Costs, DraftShape
+from aurora_lit.serve.speculation.costs import READ_IN_A_STEP, Costs, DraftShape
 
 _RECORD_DECAY = 0.95
 """Weight of a sequence's earlier proposals when one more is verified."""
@@ -36,8 +36,9 @@ _MEAN_WEIGHT = 20.0
 tenth by chance, and a planner follows those that are too high; this weight and decay predict held-out outcomes best."""
 _MEAN_DECAY = 0.998
 """Weight of the earlier proposals of all sequences; less while there are few."""
-_INITIAL_RATE, _INITIAL_WEIGHT = 0.5, 10.0
-"""Acceptance rate of a draft before anything was verified, and the proposals that it counts as."""
+_INITIAL_RATE, _INITIAL_WEIGHT = 0.5, 40.0
+"""Acceptance rate of a draft before anything was verified, and the proposals that it counts as: those of a few
+requests, since one request's are alike. With 10, a first request that was hard to draft for ended drafting for ten."""
 _MIN_GAIN = 1.01
 """A change of what is drafted must promise this factor in speed, so that noise does not make it alternate."""
 _RECONSIDER_EVERY = 8
@@ -265,9 +266,9 @@ class SpeculationPlanner:
     ) -> bool:
         """True if drafting saves, over the `remaining` tokens, the time to prefill the draft with `uncached` positions.
 
-        Otherwise drafting is over until it is considered again.
+        Otherwise drafting is over until it is considered again. What a first step reads anyway needs no saving.
         """
-        if not self.limits.adaptive:
+        if not self.limits.adaptive or uncached <= READ_IN_A_STEP * len(rates):
             return True
         how = {"batch_size": batch_size, "costs": self.costs, "trees": self._trees[sampled]}
         plain, chosen = speed_of(NO_DRAFT, rates, **how), speed_of(shape, rates, **how)  # type: ignore[arg-type]
