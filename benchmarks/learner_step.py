@@ -43,7 +43,7 @@ from aurora_lit.learn.offline.replay import read_traces
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.build import (
     controller_for,
-    in_half_precision,
+    for_scoring,
     load_head_and_draft,
     make_batcher,
     make_held_out,
@@ -165,7 +165,7 @@ class Deployment:
 
     def champion(self) -> draft_module.DraftModule:
         """The served draft in a module of its own, with the precision that the learner gives it."""
-        return online_module(self.config, in_half_precision(copy.deepcopy(self.starting)), self.target_head)
+        return online_module(self.config, for_scoring(copy.deepcopy(self.starting)), self.target_head)
 
     def served_draft(self, version: str | None) -> Eagle3Draft:
         """Every version is the starting draft: drafts that pass the gate are not served here."""

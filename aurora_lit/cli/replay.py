@@ -28,6 +28,7 @@ from aurora_lit.errors import ConfigError
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.replay import ARMS, Replay, ScoredTrace, blocks, count_traces, read_traces
 from aurora_lit.learn.online.build import load_head_and_draft
+from aurora_lit.learn.training_precision import training_precision
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 DRAFT_NAME, VERSIONS_NAME, REPORT_NAME = "draft", "versions", "replay.json"
@@ -148,9 +149,9 @@ def _row(scored: Sequence[ScoredTrace]) -> dict[str, Any]:
 def _fabric() -> Fabric:
     """Under `fabric run`, the Fabric that it configured and launched; else one of a single process."""
     if os.environ.get("LT_CLI_USED") == "1":
-        os.environ.setdefault("LT_PRECISION", "bf16-mixed")  # as in live learning; --precision overrides it
+        os.environ.setdefault("LT_PRECISION", training_precision())  # as in live learning; --precision overrides it
         return Fabric()
-    return Fabric(accelerator="auto", devices=1, precision="bf16-mixed")
+    return Fabric(accelerator="auto", devices=1, precision=training_precision())
 
 
 def _progress(*, shown: bool) -> Progress:

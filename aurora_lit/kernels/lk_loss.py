@@ -1,4 +1,4 @@
-"""The LK acceptance loss of bf16 logits and its gradient, in one native pass (csrc/lk_loss.hpp); for learning only.
+"""The LK acceptance loss and its gradient, in one native pass (csrc/lk_loss.hpp); for learning only.
 
 Leaves out: the formulas and the torch version (modules/losses/lk.py).
 
@@ -25,10 +25,13 @@ class _LKRows(ctypes.Structure):
     )
 
 
+_SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
 def is_supported(logits: torch.Tensor) -> bool:
     """True if `lk_loss_and_gradient` supports these logits."""
     return (
-        logits.dtype == torch.bfloat16
+        logits.dtype in _SUFFIXES
         and logits.device.type == "cpu"
         and logits.shape[-1] % 16 == 0
         and native.library() is not None
@@ -55,7 +58,7 @@ def lk_loss_and_gradient(
     K, C, D = draft_KCD.shape
     assert draft_KCD.is_contiguous()
     assert target_CD.is_contiguous()
-    assert target_CD.dtype == torch.bfloat16
+    assert target_CD.dtype == draft_KCD.dtype
     inputs = (target_lse_C.float().contiguous(), weight_KC.float().contiguous())
     top_C = None if top_C is None else top_C.long().contiguous()
     loss_KC, alpha_KC, kl_KC = (torch.empty(K, C) for _ in range(3))
@@ -65,5 +68,5 @@ def lk_loss_and_gradient(
     names = ("draft", "target", "target_lse", "weight", "top", "loss", "alpha", "kl", "match")
     for name, tensor in zip(names, tensors, strict=True):
         setattr(rows, name, None if tensor is None else tensor.data_ptr())
-    library.aurora_lk_rows(ctypes.byref(rows))
+    getattr(library, f"aurora_lk_rows_{_SUFFIXES[draft_KCD.dtype]}")(ctypes.byref(rows))
     return loss_KC, alpha_KC, kl_KC, match_KC

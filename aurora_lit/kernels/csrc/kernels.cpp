@@ -175,6 +175,7 @@ void aurora_log(const float* x, int64_t count, float* y) {
 }
 
 // The LK loss; the draft's logits are overwritten with their gradient.
-void aurora_lk_rows(const LKRows* rows) { lk_rows(*rows); }
+void aurora_lk_rows_bf16(const LKRows<uint16_t>* rows) { lk_rows(*rows); }
+void aurora_lk_rows_fp32(const LKRows<float>* rows) { lk_rows(*rows); }
 
 }  // extern "C"

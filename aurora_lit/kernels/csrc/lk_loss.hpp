@@ -18,6 +18,8 @@ inline void store16(uint16_t* to, f16v x) {
 #endif
 }
 
+inline void store16(float* to, f16v x) { std::memcpy(to, &x, sizeof x); }
+
 inline float sum16(f16v x) {
   float total = 0.0f;
   for (int i = 0; i < 16; ++i) total += x[i];
@@ -25,7 +27,8 @@ inline float sum16(f16v x) {
 }
 
 // The largest of D values, and the index of its first occurrence.
-inline float largest(const uint16_t* x, int D, int64_t* where) {
+template <class Number>
+float largest(const Number* x, int D, int64_t* where) {
   f16v tops = f16v{} - 3.0e38f;
   for (int d = 0; d < D; d += 16) {
     const f16v v = load16(x + d);
@@ -34,14 +37,15 @@ inline float largest(const uint16_t* x, int D, int64_t* where) {
   float top = tops[0];
   for (int i = 1; i < 16; ++i) top = tops[i] > top ? tops[i] : top;
   int d = 0;
-  while (d < D - 1 && from_bf16(x[d]) != top) ++d;
+  while (d < D - 1 && load(x + d) != top) ++d;
   *where = d;
   return top;
 }
 
+template <class Number>
 struct LKRows {
-  uint16_t* draft;         // [K, C, D] in: logits; out: d loss / d logits
-  const uint16_t* target;  // [C, D] logits
+  Number* draft;           // [K, C, D] in: logits; out: d loss / d logits
+  const Number* target;    // [C, D] logits
   const float* target_lse; // [C] log-sum-exp of the target's logits over its whole vocabulary
   const float* weight;     // [K, C] of each row in the loss
   const int64_t* top;      // [C] the target's top token; or null: the largest of its logits
@@ -53,7 +57,8 @@ struct LKRows {
   uint8_t* match;          // [K, C] out: draft and target have the same top token
 };
 
-inline void lk_rows(const LKRows& s) {
+template <class Number>
+void lk_rows(const LKRows<Number>& s) {
   const int D = int(s.D);
 #pragma omp parallel
   {
@@ -62,7 +67,7 @@ inline void lk_rows(const LKRows& s) {
     float *p = buffer.data(), *q = p + D;
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < s.C; ++c) {
-      const uint16_t* t = s.target + c * D;
+      const Number* t = s.target + c * D;
       int64_t top_p = 0;
       if (s.top) top_p = s.top[c];
       else largest(t, D, &top_p);
@@ -76,7 +81,7 @@ inline void lk_rows(const LKRows& s) {
       const float p_sum = sum16(sums), p_log_p = sum16(dots);
       for (int64_t k = 0; k < s.K; ++k) {
         const int64_t at = k * s.C + c;
-        uint16_t* z = s.draft + at * D;
+        Number* z = s.draft + at * D;
         int64_t top_q = 0;
         const float z_top = largest(z, D, &top_q);
         f16v total = f16v{}, p_z = f16v{};

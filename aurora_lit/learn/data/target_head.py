@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.sampling.distribution import GREEDY_BELOW
@@ -42,8 +43,7 @@ class TargetHead(nn.Module):
         self.vocab_size, self.hidden_size = target.vocab_size, target.hidden_size
         self.aux_layer_ids = target.aux_layer_ids
         self.logit_transform = target.logit_transform
-        # At most bf16 unless the target is fp32: training steps run in bf16.
-        dtype = torch.float32 if target.kv_dtype == torch.float32 else torch.bfloat16
+        dtype = torch.float32 if target.kv_dtype == torch.float32 else training_dtype()
         head_VH = target.head_rows(torch.arange(target.vocab_size)).to(dtype)
         embedding_VH = target.embedding_rows().to(dtype)
         self.register_buffer("head_VH", head_VH)

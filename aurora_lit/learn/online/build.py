@@ -34,6 +34,7 @@ from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leade
 from aurora_lit.learn.online.gate import HeldOut
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
+from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.models.packed_target import load_target
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
@@ -97,7 +98,7 @@ def build_loop(
         if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # rolled back meanwhile
         target_head.to(learner.fabric.device)
-        served = in_half_precision(copy.deepcopy(module.draft))
+        served = for_scoring(copy.deepcopy(module.draft))
         champion = online_module(config, served, target_head).to(learner.fabric.device)
         yield OnlineLoop(
             LearnerEnvironment(
@@ -171,11 +172,11 @@ def run_follower(config: AuroraConfig) -> None:
     follower.follow(learner)
 
 
-def in_half_precision(draft: Eagle3Draft) -> Eagle3Draft:
-    """The draft with its matrices in bf16, in which it is scored anyway and published; it is not for training."""
+def for_scoring(draft: Eagle3Draft) -> Eagle3Draft:
+    """The draft with its matrices in the type in which it is scored anyway; it is not for training."""
     draft.requires_grad_(False)
     for matrix in (parameter for parameter in draft.parameters() if parameter.ndim > 1):
-        matrix.data = matrix.data.bfloat16()
+        matrix.data = matrix.data.to(training_dtype())
     return draft
 
 

@@ -31,6 +31,7 @@ from lightning.fabric.loggers.logger import Logger
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.data.training_state import from_bytes, to_bytes
 from aurora_lit.learn.online.learner import Learner
+from aurora_lit.learn.training_precision import training_precision
 from aurora_lit.modules.losses.batch import OnlineBatch, Rounds, TraceBatch
 from aurora_lit.settings import LearnSettings
 
@@ -60,7 +61,7 @@ def launch_fabric(learn: LearnSettings, *, loggers: Sequence[Logger] = ()) -> Fa
         accelerator="auto" if alone else "cuda" if gpus else "cpu",
         devices=learn.devices,
         strategy="auto" if alone else "ddp",
-        precision="bf16-mixed",
+        precision=training_precision(),
         loggers=list(loggers),
     )
     if not alone:

@@ -30,6 +30,7 @@ from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_
 from aurora_lit.learn.pretrain.label_text import label_batch, text_pieces
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions
+from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.objective import OnlineWeights
@@ -93,7 +94,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     module = DraftModule(
         draft,
         embedding_VH=target.embedding_rows(),
-        head_VdH=target.head_rows(draft.draft_token_ids).bfloat16(),
+        head_VdH=target.head_rows(draft.draft_token_ids).to(training_dtype()),
         logit_transform=target.logit_transform.select(draft.draft_token_ids),
         online=OnlineWeights(ppo_weight=0.0),
         online_optimizers=True,

@@ -22,6 +22,7 @@ from torchmetrics import MeanMetric
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.data.log_batches import held_out_batches, training_batches
 from aurora_lit.learn.data.training_state import read_state, write_state
+from aurora_lit.learn.training_precision import training_precision
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.gradients import clip_gradients
@@ -58,7 +59,7 @@ class DraftTrainer:
         self.options = options
         self.state_path = folder / STATE_NAME
         folder.mkdir(parents=True, exist_ok=True)
-        self.fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed")
+        self.fabric = Fabric(accelerator="auto", devices=1, precision=training_precision())
         module.learning_rate = options.learning_rate
         module.total_steps = max(1, options.total_positions // options.batch_positions)
         self.positions_seen = 0

@@ -1,0 +1,25 @@
+"""Training computes in what this processor multiplies faster."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aurora_lit.learn.training_precision import faster_precision, training_dtype, training_precision
+
+
+@pytest.mark.parametrize(
+    ("fp32_ms", "bf16_ms", "expected"),
+    [
+        (2.6, 12.0, "32-true"),  # a Xeon without instructions for bf16
+        (2.6, 1.4, "bf16-mixed"),
+        (2.6, 2.7, "bf16-mixed"),  # as fast: bf16 needs less memory
+    ],
+)
+def test_fp32_only_where_it_is_clearly_faster(fp32_ms: float, bf16_ms: float, expected: str) -> None:
+    assert faster_precision(fp32_s=fp32_ms, bf16_s=bf16_ms) == expected
+
+
+def test_what_is_multiplied_has_the_type_that_training_computes_in() -> None:
+    is_fp32 = training_precision() == "32-true"
+    assert training_dtype() == (torch.float32 if is_fp32 else torch.bfloat16)
