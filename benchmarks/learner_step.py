@@ -40,6 +40,7 @@ from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.learn.data import labelled_trace, online_batcher
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.offline.replay import read_traces
+from aurora_lit.learn.online import learner as learner_module
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.build import (
     controller_for,
@@ -55,7 +56,7 @@ from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
 from aurora_lit.learn.pretrain.prompts import read_prompts
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.modules.losses import draft_module
+from aurora_lit.modules.losses import chain_losses, draft_module
 from aurora_lit.serve.worker.build import build_engine
 from aurora_lit.traces.log import TraceLogWriter
 from aurora_lit.traces.record import Trace, to_bytes
@@ -179,8 +180,7 @@ def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tu
     parts, positions, live = Parts(), 0, 0
     with contextlib.ExitStack() as patches:
         for owner, attribute, name in _parts_of_a_step(learner):
-            if hasattr(owner, attribute):
-                patches.enter_context(parts.timed(owner, attribute, name))
+            patches.enter_context(parts.timed(owner, attribute, name))
         for step in range(_WARM_UP_STEPS + steps):
             if step == _WARM_UP_STEPS:
                 parts.seconds.clear()
@@ -223,16 +223,16 @@ def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tu
 
 
 def _parts_of_a_step(learner: Learner) -> Iterator[tuple[Any, str, str]]:
-    """Owner and name of the functions that are timed, and their part; those that do not exist are left out."""
+    """Owner and name of the functions that are timed, and their part."""
     yield online_batcher, "label_for_batch", "labelling: the target's head"
     yield online_batcher, "collate_online", "padding the batch"
     yield OnlineBatcher, "next_batch", "choosing the batch"
-    yield draft_module, "unroll", "unroll"
-    yield draft_module, "fused_lk_loss", "LK head"
+    yield draft_module, "chain_losses", "draft steps, forward"
+    yield chain_losses, "fused_lk_loss", "LK loss and its gradient"
     yield draft_module, "unroll_rounds", "policy"
     yield draft_module, "policy_terms", "policy"
     yield learner.fabric, "backward", "backward"
-    yield learner, "_clip_gradients", "clipping"
+    yield learner_module, "clip_gradients", "clipping"
     yield learner.module, "zero_grad", "zeroing gradients"
     for optimizer in learner.optimizers:
         yield optimizer, "step", type(optimizer.optimizer).__name__
