@@ -1,6 +1,6 @@
 """Stage two of pretraining: the target answers prompts, batched on the serving engine, and every position is recorded.
 
-Leaves out labelling text (learn/pretrain/label_text.py) and training (learn/pretrain/trainer.py).
+Leaves out recording text (learn/pretrain/record_text.py) and training (learn/pretrain/trainer.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`aurora-lit pretrain`: a first draft from prompts and text, in stages that resume where they were stopped.
 
-    label text -> answer prompts -> choose the draft vocabulary -> train on text, then on answers -> checkpoint
+    record text -> answer prompts -> choose the draft vocabulary -> train on text, then on answers -> checkpoint
 
-Labelling text gives positions several times faster than generating answers; answers are what the draft will propose in
+Recording text gives positions several times faster than generating answers; answers are what the draft will propose in
 serving. The traces are kept beside the checkpoint. Leaves out the work of each stage (the other files of this folder).
 """
 
@@ -27,8 +27,8 @@ from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, count_tokens, initial_draft
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
-from aurora_lit.learn.pretrain.label_text import label_batch, text_pieces
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
+from aurora_lit.learn.pretrain.record_text import record_pieces, text_pieces
 from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions
 from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.models.target import Target
@@ -37,7 +37,7 @@ from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.serve.worker.build import eos_token_ids, load_target, load_tokenizer
 from aurora_lit.traces.log import ShardInfo, TraceLogWriter, read_index, read_shard
 
-_LABEL_BATCH_SIZE = 12
+_PIECES_AT_ONCE = 12
 _PIECE_TOKENS = 384
 _MAX_SEQUENCE_TOKENS = 1024
 VOCABULARY_NAME = "vocabulary.json"
@@ -50,13 +50,13 @@ class PretrainOptions:
     prompts: tuple[Path, ...]
     """Prompt files; the target answers their prompts."""
     text: tuple[Path, ...]
-    """Text files; the target labels their text."""
+    """Text files; the target's states on their text are recorded."""
     out: Path
     """The checkpoint's folder."""
     start_from: Path | None = None
     """A draft checkpoint of this target to continue from, vocabulary included; None: start from the target's layers."""
     text_positions: int = 1_000_000
-    """Positions of text to label."""
+    """Positions of text to record."""
     answers: int | None = None
     """Prompts to answer, taken from the files in turn; None: all."""
     max_answer_tokens: int = 160
@@ -83,7 +83,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     tokenizer, target = load_tokenizer(config), load_target(config)
     # Loaded first, so that an unusable draft is refused before hours of work.
     draft = load_draft(options.start_from, target) if options.start_from else None
-    _label_text(target, tokenizer, options, traces)
+    _record_text(target, tokenizer, options, traces)
     _answer_prompts(target, tokenizer, options, traces)
     shards = read_index(traces)
     if not shards:
@@ -124,20 +124,20 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     return report
 
 
-def _label_text(target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path) -> None:
-    """Stage one: label text; pieces that an earlier run has stored are skipped."""
+def _record_text(target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path) -> None:
+    """Stage one: record text; pieces that an earlier run has stored are skipped."""
     writer = TraceLogWriter(traces, kind="text")
     if not options.text or writer.num_positions >= options.text_positions:
         return
     done = sum(shard.num_sequences for shard in read_index(traces) if shard.kind == "text")
     pieces = itertools.islice(_text_in_turn(tokenizer, options.text), done, None)
     with Progress() as bar:
-        task = bar.add_task("labelling text", total=options.text_positions, completed=writer.num_positions)
+        task = bar.add_task("recording text", total=options.text_positions, completed=writer.num_positions)
         while writer.num_positions < options.text_positions:
-            batch = list(itertools.islice(pieces, _LABEL_BATCH_SIZE))
+            batch = list(itertools.islice(pieces, _PIECES_AT_ONCE))
             if not batch:
                 break
-            for trace in label_batch(target, batch, domain="text"):
+            for trace in record_pieces(target, batch, domain="text"):
                 writer.append(trace)
             bar.update(task, completed=writer.num_positions)
     writer.flush()

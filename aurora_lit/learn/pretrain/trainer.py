@@ -91,7 +91,7 @@ class DraftTrainer:
                         break
                 self.epoch += 1
                 if self.positions_seen == before:
-                    raise AuroraError(f"{traces} holds no sequence to learn from; label text or generate answers first")
+                    raise AuroraError(f"{traces} holds no sequence to learn from; record text or answers first")
         self.save()
 
     @torch.no_grad()

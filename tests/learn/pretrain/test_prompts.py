@@ -8,8 +8,8 @@ import pytest
 from support.fake_engine import tiny_tokenizer
 
 from aurora_lit.errors import AuroraError
-from aurora_lit.learn.pretrain.label_text import text_pieces
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
+from aurora_lit.learn.pretrain.record_text import text_pieces
 
 
 def test_prompts_and_text_are_read(tmp_path: Path) -> None:

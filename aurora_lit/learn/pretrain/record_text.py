@@ -32,7 +32,7 @@ def text_pieces(
 
 
 @torch.no_grad()
-def label_batch(target: Target, pieces: Sequence[list[int]], *, domain: str) -> list[Trace]:
+def record_pieces(target: Target, pieces: Sequence[list[int]], *, domain: str) -> list[Trace]:
     """Run the target over token sequences, right-padded together; returns one trace each."""
     lengths = [len(piece) for piece in pieces]
     ids_BT = torch.zeros(len(pieces), max(lengths), dtype=torch.long)

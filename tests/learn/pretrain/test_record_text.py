@@ -7,7 +7,7 @@ from support.tiny_models import (
     VOCAB,
 )
 
-from aurora_lit.learn.pretrain.label_text import label_batch
+from aurora_lit.learn.pretrain.record_text import record_pieces
 from aurora_lit.models.target import Target
 from aurora_lit.traces.record import Trace
 
@@ -23,7 +23,7 @@ def check_trace(target: Target, trace: Trace) -> None:
 def test_labelled_text_has_the_targets_states_without_padding(target: Target) -> None:
     gen = torch.Generator().manual_seed(0)
     pieces = [torch.randint(0, VOCAB, (n,), generator=gen).tolist() for n in (20, 33, 16)]
-    traces = label_batch(target, pieces, domain="text")
+    traces = record_pieces(target, pieces, domain="text")
     for trace, piece in zip(traces, pieces, strict=True):
         assert trace.token_ids_T.tolist() == piece
         assert (trace.domain, trace.answer_start) == ("text", len(piece))
