@@ -31,6 +31,9 @@ _CONTEXT_COST = 0.25
 gradient (`StepwiseChains`)."""
 _REPLAY_DRAWS = 16
 """Draws from the reservoir to fill a batch; drawn traces that are too long for it are skipped."""
+_FIRST_UNTAKEN, _UNTAKEN_PER_TAKEN = 64, 2
+"""Traces that no batch takes are remembered up to the first number, and so many more for each trace that one takes: at
+full load a learner takes one in thirty, and writing a trace to the reservoir costs as much as reading it did."""
 _RECENT_CLIENTS = 256
 """Latest traces by which it is decided whether there is more than one client."""
 
@@ -69,9 +72,11 @@ class OnlineBatcher:
         self._clients: deque[str] = deque(maxlen=_RECENT_CLIENTS)
         self._waiting: deque[Trace] = deque()
         self._waiting_bytes = 0
+        self._untaken_room = _FIRST_UNTAKEN
+        """Traces that no batch took which may still be remembered."""
         self._uniform = random.Random(seed) if selection == "uniform" else None
         self.positions_in = 0
-        """Added positions that can be trained on."""
+        """Added positions that can be trained on, but for those that were forgotten since."""
         self.positions_out = 0
         """Positions of all batches, replay included."""
         self.num_stale = 0
@@ -95,7 +100,7 @@ class OnlineBatcher:
         while self._waiting_bytes > self._live_bytes:
             oldest = self._waiting.popleft()
             self._waiting_bytes -= oldest.num_bytes
-            self._remember(oldest)
+            self._remember_untaken(oldest)
 
     def next_batch(self, *, oldest_fresh: int) -> OnlineBatch | None:
         """The next batch; None when no live trace waits and MAX_PASSES is reached.
@@ -111,6 +116,7 @@ class OnlineBatcher:
             return None
         for trace in live:
             self._remember(trace)
+        self._untaken_room = min(_FIRST_UNTAKEN, self._untaken_room + _UNTAKEN_PER_TAKEN * len(live))
         self.num_stale += sum(_is_stale(trace, oldest_fresh) for trace in live)
         batch = collate_online(
             label_for_batch(live, self._target_head),
@@ -167,6 +173,14 @@ class OnlineBatcher:
                 quota.reserve(part)
                 taken.append(part)
         return taken
+
+    def _remember_untaken(self, trace: Trace) -> None:
+        """Remember a trace that no batch took, or forget it if there are many of those."""
+        if self._untaken_room:
+            self._untaken_room -= 1
+            self._remember(trace)
+        else:
+            self.positions_in -= len(trace.token_ids_T) - first_trained_position(trace)
 
     def _remember(self, trace: Trace) -> None:
         self.reservoir.add(trace, weight=0.1 + informativeness(trace))

@@ -11,6 +11,7 @@ import torch
 from support.live_traces import serve, some_requests
 from support.tiny_models import random_draft
 
+from aurora_lit.learn.data.labelled_trace import first_trained_position
 from aurora_lit.learn.data.online_batcher import MAX_PASSES, OnlineBatcher, informativeness
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
@@ -90,6 +91,24 @@ def test_the_most_informative_come_first_and_the_oldest_make_room(
     for trace in served:
         small.add(trace)
     assert len(small.reservoir) == len(served), "all but the newest went to the reservoir"
+
+
+def test_of_traces_that_no_batch_takes_only_some_are_remembered(
+    target_head: TargetHead, served: list[Trace], tmp_path: Path
+) -> None:
+    """64 at first, and two for each that a batch takes; those that are forgotten are no reason to replay others."""
+    trace = served[0]
+    batcher = make_batcher(target_head, tmp_path, replay_share=0.0, live_bytes=trace.num_bytes)
+    for number in range(200):
+        batcher.add(replace(trace, request_id=str(number)))
+    assert len(batcher.reservoir) == 64
+    positions = batcher.positions_in / (64 + 1)
+    assert positions == len(trace.token_ids_T) - first_trained_position(trace)
+    assert batcher.next_batch(oldest_fresh=0) is not None
+    for number in range(200, 300):
+        batcher.add(replace(trace, request_id=str(number)))
+    assert len(batcher.reservoir) == 64 + 1 + 2
+    assert batcher.positions_in == positions * (64 + 1 + 2 + 1)
 
 
 @pytest.fixture(scope="module")
