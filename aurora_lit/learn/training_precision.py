@@ -7,9 +7,10 @@ product of the shape that training has, timed once a process.
 
 from __future__ import annotations
 
+import os
 import time
 from functools import cache
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -23,7 +24,12 @@ _CLEARLY = 0.7
 
 @cache
 def training_precision() -> TrainingPrecision:
-    """Fabric's precision for training on this machine; bf16-mixed on accelerators. The first call takes 0.1 s."""
+    """Fabric's precision for training in this process: what `fabric run --precision` says, else what suits the machine.
+
+    On accelerators that is bf16-mixed. The first call takes 0.1 s.
+    """
+    if (chosen := os.environ.get("LT_PRECISION")) in get_args(TrainingPrecision):
+        return cast(TrainingPrecision, chosen)
     if torch.accelerator.is_available():
         return "bf16-mixed"
     return faster_precision(fp32_s=_product_s(torch.float32), bf16_s=_product_s(torch.bfloat16))

@@ -23,3 +23,13 @@ def test_fp32_only_where_it_is_clearly_faster(fp32_ms: float, bf16_ms: float, ex
 def test_what_is_multiplied_has_the_type_that_training_computes_in() -> None:
     is_fp32 = training_precision() == "32-true"
     assert training_dtype() == (torch.float32 if is_fp32 else torch.bfloat16)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_what_fabric_run_was_told_holds(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LT_PRECISION", precision)
+    training_precision.cache_clear()
+    try:
+        assert training_precision() == precision
+    finally:
+        training_precision.cache_clear()

@@ -102,8 +102,7 @@ class Commit:
     def _append(self, sequence: RunningSequence, tokens: list[int]) -> None:
         end = sequence.length + len(tokens)
         if self._tokens_on_cpu is not None:
-            for position, token in enumerate(tokens, start=sequence.length):  # a few: faster than as an array
-                self._tokens_on_cpu[sequence.slot, position] = token
+            self._tokens_on_cpu[sequence.slot, sequence.length : end] = tokens
         else:
             new = torch.tensor(tokens, dtype=torch.int64, device=self._tokens_SL.device)
             self._tokens_SL[sequence.slot, sequence.length : end] = new

@@ -17,6 +17,7 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.target_runner import Columns
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_NONE, Trace, check, from_bytes, to_bytes
 
@@ -258,6 +259,20 @@ def test_a_request_that_may_not_be_stored_leaves_no_trace_and_does_not_explore(m
     assert engine.stats.opted_out == 3
     for trace in traces:
         check_states(models, trace, all_tokens(models, answers[trace.request_id], trace.request_id))
+
+
+def test_states_are_asked_for_only_in_rounds_that_reject_what_follows(
+    models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass has stored the states up to the first rejected proposal's parent; those of later ones need a view."""
+    asked = []
+    last = Columns.last
+    monkeypatch.setattr(Columns, "last", lambda columns, row: asked.append(row) or last(columns, row))
+    traces: list[Trace] = []
+    run(models.engine(traces), models.requests("seeded"))
+    needed = sum(int((trace.num_accepted_R + 1 < trace.num_proposed_R).sum()) for trace in traces)
+    assert 0 < needed < sum(len(trace.round_root_R) for trace in traces)
+    assert len(asked) == needed
 
 
 def test_no_state_is_kept_of_a_request_that_may_not_be_stored(models: TinyModels) -> None:
