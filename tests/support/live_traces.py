@@ -95,3 +95,12 @@ class FakeRing:
     @property
     def lag_bytes(self) -> int:
         return 0
+
+
+def check_trace(target: Target, trace: Trace) -> None:
+    """The states of a trace are those of a plain pass over its tokens."""
+    with torch.no_grad():
+        aux, last = target.forward_uncached(trace.token_ids_T.long()[None])
+    rounding = {"atol": 1e-4, "rtol": 2**-8}  # traces are bf16
+    torch.testing.assert_close(trace.aux_T3H.float(), aux[0], **rounding)
+    torch.testing.assert_close(trace.last_TH.float(), last[0], **rounding)

@@ -32,8 +32,8 @@ gradient (`StepwiseChains`)."""
 _REPLAY_DRAWS = 16
 """Draws from the reservoir to fill a batch; drawn traces that are too long for it are skipped."""
 _FIRST_UNTAKEN, _UNTAKEN_PER_TAKEN = 64, 2
-"""Traces that no batch takes are remembered up to the first number, and so many more for each trace that one takes: at
-full load a learner takes one in thirty, and writing a trace to the reservoir costs as much as reading it did."""
+"""Traces that no batch takes are remembered up to the first number, and so many more for each trace that one takes:
+beside four clients a learner takes one in thirty, and writing one to the reservoir costs as much as reading it did."""
 _RECENT_CLIENTS = 256
 """Latest traces by which it is decided whether there is more than one client."""
 

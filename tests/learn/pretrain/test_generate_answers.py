@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from support.live_traces import check_trace
 from support.tiny_models import (
     VOCAB,
     make_engine,
@@ -12,15 +13,6 @@ from support.tiny_models import (
 
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
 from aurora_lit.models.target import Target
-from aurora_lit.traces.record import Trace
-
-
-def check_trace(target: Target, trace: Trace) -> None:
-    with torch.no_grad():
-        aux, last = target.forward_uncached(trace.token_ids_T.long()[None])
-    rounding = {"atol": 1e-4, "rtol": 2**-8}  # traces are bf16
-    torch.testing.assert_close(trace.aux_T3H.float(), aux[0], **rounding)
-    torch.testing.assert_close(trace.last_TH.float(), last[0], **rounding)
 
 
 def test_answers_are_recorded_with_the_targets_states(target: Target) -> None:
