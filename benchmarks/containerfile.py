@@ -138,7 +138,7 @@ def ask(root: Root, command: list[str]) -> None:
             began = time.monotonic()
             wait_until_ready(f"http://127.0.0.1:{port}/ready", server, log, within_s=600)
             print(f"ready after {time.monotonic() - began:.0f} s")
-            body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+            body = {"messages": [{"role": "user", "content": "What is the capital of Japan?"}], "temperature": 0}
             request = urllib.request.Request(
                 f"http://127.0.0.1:{port}/v1/chat/completions",
                 json.dumps(body).encode(),
