@@ -228,7 +228,7 @@ class LearnSettings:
     max_staleness: int = _within(8, 0, 1 << 20)
     """Traces of drafts that are more versions old than this are used for the supervised loss only."""
     replay_share: float = _within(0.3, 0.0, 0.95)
-    """Share of each batch that comes from the reservoir instead of the newest traffic."""
+    """Share of each batch, and of the loss, that comes from the reservoir instead of the newest traffic."""
     reservoir_mb: int = _within(512, 1, 1 << 20)
     """Size of the reservoir of past traces, in MiB."""
     max_client_share: float = _within(0.5, 0.05, 1.0)
@@ -251,8 +251,6 @@ class LearnSettings:
     """Lambda of generalised advantage estimation."""
     value_weight: float = _within(0.1, 0.0, 100.0)
     """Weight of the value head's loss."""
-    entropy_weight: float = _within(0.0, 0.0, 100.0)
-    """Weight of the bonus for the draft's entropy, which keeps it exploring."""
     gate_requests: int = _within(32, 2, 1 << 20)
     """Number of newest requests that are held out of training, for trials."""
     publish_every_s: float = _within(30.0, 0.0, 86400.0)
@@ -285,8 +283,8 @@ class DomainSettings:
 class ScheduleSettings:
     """The schedule: what the learner does while a domain is new.
 
-    A new domain has heat 1, which falls to 0 as its tokens are learned. At heat 0 exploration, entropy and replay are
-    as the other sections say; they change in proportion to heat.
+    A new domain has heat 1, which falls to 0 as its tokens are learned. Learning rate and exploration change in
+    proportion to heat.
     """
 
     warmup_steps: int = _within(8, 0, 1 << 20)
@@ -297,12 +295,6 @@ class ScheduleSettings:
     """Tokens learned in a domain, replay included, after which its heat is 1/e."""
     explore_share: float = _within(0.0, 0.0, 1.0)
     """Added to engine.explore_share at heat 1."""
-    explore_temperature_factor: float = _within(1.0, 0.1, 10.0)
-    """Multiplies engine.explore_temperature at heat 1."""
-    entropy_weight: float = _within(0.0, 0.0, 100.0)
-    """Added to learn.entropy_weight at heat 1."""
-    replay_factor: float = _within(1.0, 0.0, 2.0)
-    """Multiplies learn.replay_share at heat 1. Replay has the same share of the loss as of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,6 @@ def adapt(
                 while sent <= spent_s * requests_per_processor_s + 4:
                     batcher.add(learner.controller.assign_domain(next(traffic)))
                     sent += 1
-                batcher.replay_share = learner.controller.signal.replay_share
                 batch = batcher.next_batch(oldest_fresh=0)
                 assert batch is not None, "there is traffic without end"
                 learner.update(batch)

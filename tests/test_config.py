@@ -130,7 +130,6 @@ DEFAULTS = {
         "ppo_clip": 0.2,
         "gae_lambda": 0.95,
         "value_weight": 0.1,
-        "entropy_weight": 0.0,
         "gate_requests": 32,
         "publish_every_s": 30.0,
         "publish_every_steps": 8,
@@ -144,9 +143,6 @@ DEFAULTS = {
         "min_lr_factor": 0.2,
         "decay_tokens": 20_000,
         "explore_share": 0.0,
-        "explore_temperature_factor": 1.0,
-        "entropy_weight": 0.0,
-        "replay_factor": 1.0,
     },
     "checkpoint": {"dir": "checkpoints", "run": "live", "keep": 5},
 }

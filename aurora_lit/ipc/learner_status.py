@@ -74,15 +74,9 @@ class LearnerStatus:
     num_shifts: int
     """Shifts of traffic detected."""
     rate_factor: float
-    """Factor on the base learning rate."""
+    """Factor on the base learning rate; 0 until the learner has written it."""
     explore_share: float
     """Share of rounds with proposals in which the server should explore."""
-    explore_temperature: float
-    """Draft temperature of exploring rounds; 0 until the learner has written it."""
-    entropy_weight: float
-    """Weight of the draft's entropy in the loss."""
-    replay_share: float
-    """Share of a batch that comes from the reservoir."""
     last_shift: str = text(128)
     """The last shift, as text."""
     domains: str = text(1024)

@@ -15,7 +15,6 @@ import torch
 
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.controller import DomainController
-from aurora_lit.modules.domains.lr_schedule import DomainSignal, SignalRange
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.objective import OnlineWeights
@@ -65,10 +64,9 @@ def online_module(target: Target, draft: Eagle3Draft, **changes: Any) -> DraftMo
 
 def make_controller(**changes: Any) -> DomainController:
     """A controller that warms up and then keeps the full learning rate, so that tests learn fast."""
-    signal = DomainSignal(explore_share=0.0, explore_temperature=1.0, entropy_weight=0.0, replay_share=0.5)
     fields: dict[str, Any] = {
         "detector": None,
-        "signals": SignalRange(cold=signal, hot=signal),
+        "explore_shares": (0.0, 0.0),
         "warmup_steps": 2,
         "min_lr_factor": 1.0,
         "decay_tokens": 1000.0,

@@ -165,9 +165,7 @@ class Replay:
 
         copied: as `RoundSimulator.simulate_rounds` takes it.
         """
-        signal = self.learner.controller.signal
-        self.simulator.explore_share = signal.explore_share
-        self.simulator.explore_temperature = signal.explore_temperature
+        self.simulator.explore_share = self.learner.controller.explore_share
         return self.simulator.simulate_rounds(traces, version=version_number(self.version), copied=copied)
 
     def _is_valid(self, trace: Trace) -> bool:
@@ -214,7 +212,6 @@ class Replay:
         self._steps_due += self._steps_per_trace
         while self._steps_due >= 1:
             self._steps_due -= 1
-            self._batcher.replay_share = self.learner.controller.signal.replay_share
             batch = self._batcher.next_batch(oldest_fresh=self._newest_version - self._learn.max_staleness)
             if batch is not None:
                 self.learner.update(batch)

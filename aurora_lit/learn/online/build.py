@@ -40,7 +40,6 @@ from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.domains.detector import DomainDetector
-from aurora_lit.modules.domains.lr_schedule import DomainSignal, SignalRange
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.objective import OnlineWeights
@@ -48,7 +47,6 @@ from aurora_lit.traces.record import LAYOUT_DIGEST
 
 STATE_NAME = "learner.safetensors"
 """The learner's state, in the folder of the versions it publishes."""
-_MAX_REPLAY_SHARE = 0.95
 _MIB = 1 << 20
 _FULL_LOAD = 0.75
 """Share of taken slots from which the server counts as fully loaded: between two requests a slot is briefly free."""
@@ -181,28 +179,17 @@ def for_scoring(draft: Eagle3Draft) -> Eagle3Draft:
 
 
 def controller_for(config: AuroraConfig) -> DomainController:
-    """A controller by the settings `domain` and `schedule`; its cold signal is that of `engine` and `learn`."""
+    """A controller by the settings `domain` and `schedule`; cold, it explores as `engine` says."""
     domain, schedule = config.domain, config.schedule
     detector = (
         DomainDetector(max_domains=domain.max_domains, novelty_threshold=domain.novelty_threshold)
         if domain.detect
         else None
     )
-    cold = DomainSignal(
-        explore_share=config.engine.explore_share,
-        explore_temperature=config.engine.explore_temperature,
-        entropy_weight=config.learn.entropy_weight,
-        replay_share=config.learn.replay_share,
-    )
-    hot = DomainSignal(
-        explore_share=min(1.0, cold.explore_share + schedule.explore_share),
-        explore_temperature=cold.explore_temperature * schedule.explore_temperature_factor,
-        entropy_weight=cold.entropy_weight + schedule.entropy_weight,
-        replay_share=min(_MAX_REPLAY_SHARE, cold.replay_share * schedule.replay_factor),
-    )
+    cold = config.engine.explore_share
     return DomainController(
         detector,
-        signals=SignalRange(cold=cold, hot=hot),
+        explore_shares=(cold, min(1.0, cold + schedule.explore_share)),
         warmup_steps=schedule.warmup_steps,
         min_lr_factor=schedule.min_lr_factor,
         decay_tokens=schedule.decay_tokens,
@@ -277,6 +264,7 @@ def online_module(config: AuroraConfig, draft: Eagle3Draft, target_head: TargetH
             ppo_weight=learn.ppo_weight,
             clip=learn.ppo_clip,
             gae_lambda=learn.gae_lambda,
+            replay_weight=learn.replay_share / (1 - learn.replay_share),
         ),
         learning_rate=learn.learning_rate,
         online_optimizers=True,

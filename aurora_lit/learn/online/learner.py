@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,6 @@ class Learner:
         if self._before_step is not None:
             self._before_step(self, batch)
         part = batch.shard(self.fabric.global_rank, world_size=self.fabric.world_size).to(self.fabric.device)
-        self._apply_signal()
         module: DraftModule = self.module.module
         with self.fabric.autocast():
             report = module.training_step(part)
@@ -236,13 +234,6 @@ class Learner:
         optimizers = module.make_optimizers()
         self.schedules = self.controller.schedules_for(optimizers)
         self.optimizers: list[Any] = [self.fabric.setup_optimizers(optimizer) for optimizer in optimizers]
-
-    def _apply_signal(self) -> None:
-        """Set the weights of the loss's terms by the domain controller's signal."""
-        module: DraftModule = self.module.module
-        signal = self.controller.signal
-        replay_weight = signal.replay_share / (1 - signal.replay_share)
-        module.online = replace(module.online, entropy_weight=signal.entropy_weight, replay_weight=replay_weight)
 
     def _sum_over_processes(self, loss: torch.Tensor) -> torch.Tensor:
         """Sum the gradients of all processes in place, and return the sum of their losses.

@@ -142,7 +142,6 @@ class OnlineLoop:
         if wait_s:
             self._sleep(load)
             return
-        self.batcher.replay_share = self.learner.controller.signal.replay_share
         with self._environment.page.computing(self._threads):
             if trial_is_due := self._trial_is_due():
                 with self._trial_limit.measured():
@@ -285,7 +284,7 @@ class OnlineLoop:
 
     def _report(self) -> None:
         learner, decision, controller = self.learner, self.decision, self.learner.controller
-        signal, shift = controller.signal, controller.last_shift
+        shift = controller.last_shift
         self._environment.page.write(
             steps=learner.steps,
             positions=learner.positions,
@@ -309,5 +308,5 @@ class OnlineLoop:
             last_shift=f"{shift.cause}: {shift.domain or 'unknown'} (novelty {shift.novelty:.2f})" if shift else "",
             domains=controller.describe(),
             rate_factor=controller.factor,
-            **vars(signal),
+            explore_share=controller.explore_share,
         )

@@ -1,15 +1,15 @@
-"""How learning responds to domains: assigns traces, updates the schedules' heat, and gives the signals that follow.
+"""How learning responds to domains: assigns traces, updates the schedules' heat, and says how much to explore.
 
 It connects the detector (modules/domains/detector.py) with the schedules (modules/domains/lr_schedule.py), which hold
 the rules.
 
     controller = DomainController(
-        detector, signals=signals, warmup_steps=8, min_lr_factor=0.3, decay_tokens=100_000
+        detector, explore_shares=(0.0, 0.1), warmup_steps=8, min_lr_factor=0.3, decay_tokens=100_000
     )
     schedules = controller.schedules_for(optimizers)
     trace = controller.assign_domain(trace)     # its domain is now the detector's
     controller.record_batch(batch)              # before the schedules' step()
-    controller.signal.replay_share
+    controller.explore_share
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from aurora_lit.modules.domains.centroids import UNKNOWN
 from aurora_lit.modules.domains.detector import DomainAssignment, DomainDetector, Shift
-from aurora_lit.modules.domains.lr_schedule import DomainAwareLR, DomainSignal, SignalRange
+from aurora_lit.modules.domains.lr_schedule import DomainAwareLR
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.traces.record import Trace
 
@@ -35,7 +35,7 @@ class DomainController:
         self,
         detector: DomainDetector | None,
         *,
-        signals: SignalRange,
+        explore_shares: tuple[float, float],
         warmup_steps: int,
         min_lr_factor: float,
         decay_tokens: float,
@@ -45,7 +45,7 @@ class DomainController:
 
         Args:
             detector: None: domains are the clients' labels, the first `max_labels` of them, and no shift is detected.
-            signals: the signals by heat.
+            explore_shares: share of drafted rounds that explore at heat 0 and at heat 1; linear in between.
             warmup_steps: of the schedules.
             min_lr_factor: of the schedules.
             decay_tokens: of the schedules.
@@ -56,7 +56,7 @@ class DomainController:
         self._max_labels = max_labels
         self.num_labels_dropped = 0
         """Traces whose label was not kept, since this object was made."""
-        self._signals = signals
+        self._explore_shares = explore_shares
         self._warmup_steps, self._min_lr_factor, self._decay_tokens = warmup_steps, min_lr_factor, decay_tokens
         self._schedules: list[DomainAwareLR] = []
         self.last_shift: Shift | None = None
@@ -117,9 +117,10 @@ class DomainController:
         return self._schedules[0].factor
 
     @property
-    def signal(self) -> DomainSignal:
-        """The signal at the present heat."""
-        return self._signals.at(self.heat)
+    def explore_share(self) -> float:
+        """Share of drafted rounds that should explore at the present heat."""
+        cold, hot = self._explore_shares
+        return cold + self.heat * (hot - cold)
 
     @property
     def num_shifts(self) -> int:

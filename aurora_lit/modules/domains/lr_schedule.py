@@ -9,7 +9,7 @@ last few steps' live traffic, and the learning rate is
 
 So two interleaved domains cool separately, and replay cools its domain without changing the rate. backoff starts at 1
 and is halved when several drafts in a row are rejected by the gate, which indicates that the rate is too high. The heat
-also sets exploration, the entropy bonus and the share of replay (`DomainSignal`).
+also sets exploration (modules/domains/controller.py).
 
 Leaves out which domains there are and when traffic shifts (modules/domains/detector.py).
 
@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -114,31 +113,3 @@ class DomainAwareLR(LRScheduler):
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each parameter group."""
         return [base_lr * self.factor for base_lr in self.base_lrs]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DomainSignal:
-    """What serving and the loss are asked to do at a certain heat."""
-
-    explore_share: float
-    """Share of drafted rounds that explore."""
-    explore_temperature: float
-    """Draft temperature of exploring rounds."""
-    entropy_weight: float
-    """Weight of the entropy bonus in the loss."""
-    replay_share: float
-    """Share of a batch that comes from the reservoir."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SignalRange:
-    """The signals at heat 0 and at heat 1; between them they are linear in heat."""
-
-    cold: DomainSignal
-    hot: DomainSignal
-
-    def at(self, heat: float) -> DomainSignal:
-        """The signal at a heat, 0 to 1."""
-        return DomainSignal(
-            **{name: cold + heat * (getattr(self.hot, name) - cold) for name, cold in vars(self.cold).items()}
-        )

@@ -110,7 +110,7 @@ class DraftModule(LightningModule):
         traces, rounds, online = batch.traces, batch.rounds, self.online
         weight_BT = traces.weight_BT.clone()
         weight_BT[:, 0] = 0.0  # there is no token before the first, so no chain begins there
-        has_policy = online.ppo_weight > 0 or online.entropy_weight > 0
+        has_policy = online.ppo_weight > 0
         usable = usable_rounds(rounds, self.draft) if has_policy else rounds.select(rounds.row_Q[:0])
         needed_BT = weight_BT > 0
         needed_BT[usable.row_Q, usable.root_Q] = True  # the rounds' chains start there
@@ -153,8 +153,8 @@ class DraftModule(LightningModule):
             if not len(usable):
                 policy_weight = policy_weight * 0.0
             value_loss = value_loss + batch.rounds_fraction * policy.value_loss
-        rounds_loss = policy_weight * policy.policy_loss - online.entropy_weight * policy.entropy
-        loss = lk_loss + self.value_weight * value_loss + batch.rounds_fraction * rounds_loss
+        policy_loss = batch.rounds_fraction * policy_weight * policy.policy_loss
+        loss = lk_loss + self.value_weight * value_loss + policy_loss
         row_loss_KBT = stats.loss_N.view_as(mask_KBT) * losses.importance_KBT
         step_K = torch.arange(rounds.proposal_QK.shape[1], device=rounds.row_Q.device)
         is_proposal_QK, num_accepted_Q1 = rounds.is_proposal_QK, rounds.num_accepted_Q[:, None]

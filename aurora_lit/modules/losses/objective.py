@@ -18,7 +18,7 @@ from aurora_lit.modules.losses.policy import PolicyTerms
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineWeights:
-    """The online loss: LK(live) + w·PPO + β·LK(replay) + c_v·value − β_H·entropy."""
+    """The online loss: LK(live) + w·PPO + β·LK(replay) + c_v·value."""
 
     base_loss: Literal["lk", "kl", "none"] = "lk"
     """"lk": the LK loss. "kl": KL alone in its place. "none": the policy loss alone."""
@@ -30,8 +30,6 @@ class OnlineWeights:
     """PPO's ε."""
     gae_lambda: float = 0.95
     """λ of generalised advantage estimation."""
-    entropy_weight: float = 0.0
-    """β_H."""
     replay_weight: float = 1.0
     """β."""
     certain_survival: float = 1.0

@@ -171,9 +171,6 @@ def learner_json(status: LearnerStatus) -> Json:
             "last_shift": status.last_shift or None,
             "rate_factor": status.rate_factor,
             "explore_share": status.explore_share,
-            "explore_temperature": status.explore_temperature,
-            "entropy_weight": status.entropy_weight,
-            "replay_share": status.replay_share,
         },
     }
 

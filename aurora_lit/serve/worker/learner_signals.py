@@ -20,14 +20,14 @@ _CHECK_EVERY_S = 0.5
 
 
 class ExplorationFollower:
-    """Sets the proposer's exploration as a running learner asks for, otherwise as configured."""
+    """Sets how often the proposer explores as a running learner asks for, otherwise as configured."""
 
     def __init__(
         self, proposer: Proposer, page: LearnerStatusPage, *, monotonic_s: Callable[[], float] = time.monotonic
     ) -> None:
         """The proposer's present settings count as the configured ones."""
         self._proposer, self._page, self._monotonic_s = proposer, page, monotonic_s
-        self._configured = proposer.explore_share, proposer.explore_temperature
+        self._configured = proposer.explore_share
         self._next_check_s = 0.0
 
     def follow(self) -> None:
@@ -37,7 +37,6 @@ class ExplorationFollower:
             return
         self._next_check_s = now_s + _CHECK_EVERY_S
         learner = self._page.read()
-        # The temperature is 0 until a learner has written its first report.
-        is_asked = learner.pid and learner.heartbeat_age_s <= STALLED_AFTER_S and learner.explore_temperature > 0
-        share, temperature = (learner.explore_share, learner.explore_temperature) if is_asked else self._configured
-        self._proposer.explore_share, self._proposer.explore_temperature = share, temperature
+        # The factor is 0 until a learner has written its first report.
+        is_asked = learner.pid and learner.heartbeat_age_s <= STALLED_AFTER_S and learner.rate_factor > 0
+        self._proposer.explore_share = learner.explore_share if is_asked else self._configured

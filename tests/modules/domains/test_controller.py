@@ -121,16 +121,16 @@ def test_new_optimizers_know_the_domains_of_the_old_ones() -> None:
 
 
 def behaviour_with(overrides: list[str]) -> dict[str, Any]:
-    """A configuration's controller in numbers: its signals, and domains and rates along fixed traffic."""
+    """A configuration's controller in numbers: how much it explores, and domains and rates along fixed traffic."""
     controller, step = with_rate(controller_for(load_config(None, overrides)))
-    cold, hot = (controller._signals.at(heat) for heat in (0.0, 1.0))
+    cold, hot = controller._explore_shares
     prompts, domains, rates = PromptMaker(), [], [step()]
     for n in range(120):
         trace = controller.assign_domain(prompts.trace(("code", "chat", "prose", "sql")[n % 4]))
         domains.append(trace.domain)
         controller.record_batch(FakeBatch((trace.domain, 100, True)))  # type: ignore[arg-type]
         rates.append(step())
-    return {"cold": vars(cold), "hot": vars(hot), "domains": domains, "first_rate": rates[0], "rates": rates}
+    return {"cold": cold, "hot": hot, "domains": domains, "first_rate": rates[0], "rates": rates}
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,7 @@ def behaviour_with(overrides: list[str]) -> dict[str, Any]:
         ("schedule.min_lr_factor=0.9", {"first_rate", "rates"}),
         ("schedule.decay_tokens=500", {"rates"}),
         ("schedule.explore_share=0.3", {"hot"}),
-        ("schedule.explore_temperature_factor=2", {"hot"}),
-        ("schedule.entropy_weight=0.1", {"hot"}),
-        ("schedule.replay_factor=0.1", {"hot"}),
         ("engine.explore_share=0.2", {"cold", "hot"}),
-        ("engine.explore_temperature=2", {"cold", "hot"}),
-        ("learn.entropy_weight=0.1", {"cold", "hot"}),
-        ("learn.replay_share=0.2", {"cold", "hot"}),
     ],
 )
 def test_every_setting_has_its_effect(override: str, changed: set[str]) -> None:
@@ -158,19 +152,17 @@ def test_every_setting_has_its_effect(override: str, changed: set[str]) -> None:
     assert {name for name in default if default[name] != other[name]} - {"first_rate"} == changed - {"first_rate"}
 
 
-def test_the_hot_signal_adds_to_the_cold_one_and_stays_in_range() -> None:
-    overrides = [
-        "engine.explore_share=0.9",
-        "schedule.explore_share=0.5",
-        "learn.replay_share=0.9",
-        "schedule.replay_factor=2",
-        "learn.entropy_weight=0.1",
-        "schedule.entropy_weight=0.2",
-    ]
-    hot = behaviour_with(overrides)["hot"]
-    assert hot == pytest.approx(
-        {"explore_share": 1.0, "explore_temperature": 1.0, "entropy_weight": 0.3, "replay_share": 0.95}
-    )
+def test_hot_exploration_adds_to_the_cold_one_and_stays_in_range() -> None:
+    assert behaviour_with(["engine.explore_share=0.3", "schedule.explore_share=0.5"])["hot"] == pytest.approx(0.8)
+    assert behaviour_with(["engine.explore_share=0.9", "schedule.explore_share=0.5"])["hot"] == 1.0
+
+
+def test_exploration_goes_from_cold_to_hot_in_proportion_to_heat() -> None:
+    controller, _ = with_rate(make_controller(explore_shares=(0.1, 0.5), decay_tokens=100.0))
+    assert controller.explore_share == pytest.approx(0.5)
+    controller.record_batch(FakeBatch(("a", 100, True)))  # type: ignore[arg-type]
+    assert controller.explore_share == pytest.approx(0.1 + 0.4 * controller.heat)
+    assert 0.1 < controller.explore_share < 0.3
 
 
 @pytest.mark.parametrize(
@@ -181,7 +173,6 @@ def test_the_hot_signal_adds_to_the_cold_one_and_stays_in_range() -> None:
         "schedule.min_lr_factor=1.1",
         "schedule.decay_tokens=0",
         "schedule.explore_share=1.5",
-        "schedule.replay_factor=-1",
         "schedule.warmup_steps=-1",
     ],
 )

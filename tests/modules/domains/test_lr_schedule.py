@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from aurora_lit.modules.domains.lr_schedule import MAX_DOMAINS, DomainAwareLR, DomainSignal, SignalRange
+from aurora_lit.modules.domains.lr_schedule import MAX_DOMAINS, DomainAwareLR
 
 _DECAY = 100 / math.log(2)
 """decay_tokens such that a hundred tokens halve a domain's heat."""
@@ -147,15 +147,3 @@ def test_domains_are_bounded_and_the_least_recently_learned_is_forgotten() -> No
     assert "0" in schedule.raised_heat
     assert "1" not in schedule.raised_heat
     assert len(schedule.live_share) < 64
-
-
-def test_the_signal_goes_from_cold_to_hot_in_proportion() -> None:
-    signals = SignalRange(
-        cold=DomainSignal(explore_share=0.0, explore_temperature=1.0, entropy_weight=0.0, replay_share=0.5),
-        hot=DomainSignal(explore_share=0.2, explore_temperature=2.0, entropy_weight=0.01, replay_share=0.3),
-    )
-    assert signals.at(0.0) == signals.cold
-    assert vars(signals.at(1.0)) == pytest.approx(vars(signals.hot))
-    assert vars(signals.at(0.25)) == pytest.approx(
-        {"explore_share": 0.05, "explore_temperature": 1.25, "entropy_weight": 0.0025, "replay_share": 0.45}
-    )

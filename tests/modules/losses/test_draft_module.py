@@ -231,13 +231,13 @@ def test_a_loss_over_sampled_tokens_has_the_gradient_of_the_whole_vocabulary(tar
 
 
 def test_the_total_is_the_sum_of_its_terms(target: Target) -> None:
-    weights = OnlineWeights(ppo_weight=0.7, entropy_weight=0.03, replay_weight=0.4)
+    weights = OnlineWeights(ppo_weight=0.7, replay_weight=0.4)
     report = step(target, online_batch(target), weights, value_weight=0.2)
     policy = report.policy
     assert policy.num_rounds == 4
     assert 4 < policy.num_proposals <= 9
     total = report.lk_live + 0.4 * report.lk_replay + report.policy_weight * policy.policy_loss
-    total = total + 0.2 * report.value_loss - 0.03 * policy.entropy
+    total = total + 0.2 * report.value_loss
     torch.testing.assert_close(report.loss, total)
 
     valid_KBT = report.mask_KBT * torch.tensor([1.0, 0.0, 1.0])[:, None]
@@ -293,7 +293,6 @@ def test_live_and_replayed_traces_are_averaged_separately(target: Target) -> Non
         OnlineWeights(ppo_weight=0.5),
         OnlineWeights(clip=0.6),
         OnlineWeights(gae_lambda=0.3),
-        OnlineWeights(entropy_weight=0.1),
         OnlineWeights(replay_weight=0.5),
     ],
     ids=str,
@@ -301,16 +300,6 @@ def test_live_and_replayed_traces_are_averaged_separately(target: Target) -> Non
 def test_every_weight_changes_the_loss(changed: OnlineWeights, target: Target) -> None:
     batch = online_batch(target)
     assert abs(float((step(target, batch, changed).loss - step(target, batch).loss).detach())) > 1e-5
-
-
-def test_entropy_weight_makes_the_draft_less_certain(target: Target) -> None:
-    batch = online_batch(target)
-    made = module(target, online=OnlineWeights(ppo_weight=0.0, entropy_weight=50.0))
-    optimizer = torch.optim.SGD(made.draft.parameters(), lr=1e-4)
-    before = made.training_step(batch)
-    before.loss.backward()
-    optimizer.step()
-    assert made.training_step(batch).policy.entropy > before.policy.entropy
 
 
 # -- the rounds ----------------------------------------------------------------------------------------------------

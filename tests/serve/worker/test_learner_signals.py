@@ -21,28 +21,27 @@ def test_rounds_explore_as_a_running_learner_asks_and_else_as_configured(tmp_pat
         SpeculationPlanner(SpeculationLimits(draft_tokens=0, copied_tokens=0, adaptive=False), Costs(ragged=True)),
         tokens_SL=torch.zeros(1, 1),
         explore_share=0.02,
-        explore_temperature=1.5,
     )
     now = [0.0]
     follower = ExplorationFollower(proposer, page, monotonic_s=lambda: now[0])
 
-    def followed() -> tuple[float, float]:
+    def followed() -> float:
         now[0] += 1.0
         follower.follow()
-        return proposer.explore_share, proposer.explore_temperature
+        return proposer.explore_share
 
-    assert followed() == (0.02, 1.5), "no learner"
+    assert followed() == 0.02, "no learner"
     page.beat()
     page.write(pid=1)
-    assert followed() == (0.02, 1.5), "it has not reported anything yet"
-    page.write(explore_share=0.25, explore_temperature=2.0)
-    assert followed() == (0.25, 2.0)
+    assert followed() == 0.02, "it has not reported anything yet"
+    page.write(explore_share=0.25, rate_factor=0.5)
+    assert followed() == 0.25
     page.write(explore_share=0.5)
     follower.follow()
     assert proposer.explore_share == 0.25, "the page is not read in every round"
-    assert followed() == (0.5, 2.0)
+    assert followed() == 0.5
     page.write(heartbeat_ns=time.monotonic_ns() - int(20e9))
-    assert followed() == (0.02, 1.5), "it has stalled"
+    assert followed() == 0.02, "it has stalled"
     page.beat()
     page.write(pid=0)
-    assert followed() == (0.02, 1.5), "it has ended"
+    assert followed() == 0.02, "it has ended"

@@ -53,10 +53,6 @@ def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
         "memory.scope=off",  # the same prompts come again and again: copies would leave the draft nothing to propose
         "engine.explore_share=0.0",
         "schedule.explore_share=0.8",
-        "schedule.explore_temperature_factor=3.0",
-        "schedule.entropy_weight=0.1",
-        "learn.replay_share=0.5",
-        "schedule.replay_factor=0.2",
         "schedule.decay_tokens=1500",
         "schedule.warmup_steps=0",
     )
@@ -95,15 +91,9 @@ def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
         os.kill(server, signal.SIGTERM)
     servers.wait(lambda: not servers.alive(server))
 
-    # All four are linear in the heat, so each of them gives the heat.
-    for now in (hot, cold, again):
-        heat = now["explore_share"] / 0.8
-        assert now["explore_temperature"] == pytest.approx(1 + 2 * heat, abs=0.01)
-        assert now["entropy_weight"] == pytest.approx(0.1 * heat, abs=0.001)
-        assert now["replay_share"] == pytest.approx(0.5 * (1 - 0.8 * heat), abs=0.01)
     assert hot["rate_factor"] > cold["rate_factor"] < again["rate_factor"]
 
-    # And serving did it: rounds explored, at that temperature, where there was something to learn, and hardly else.
+    # And serving did it: rounds explored where there was something to learn, and hardly else.
     traces = [t for shard in read_index(tmp_path / "traces") for t in read_shard(tmp_path / "traces" / shard.name)]
     assert len(traces) > last_cold - first_cold
     learned, new = explored(traces[first_cold : last_cold - 1]), explored(traces[first_again - 1 :])
@@ -112,9 +102,6 @@ def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
     assert learned.mean() < cold["explore_share"] + by_chance(learned, cold["explore_share"])
     assert new.mean() > new_share - by_chance(new, new_share)
     assert new.mean() > 2 * learned.mean()
-    temperatures = torch.cat([trace.draft_temperature_R[trace.explored_R] for trace in traces])
-    assert float(temperatures.max()) > 1 + 2 * 0.2 / 0.8, "what a share of 0.2 comes with"
-    assert float(temperatures.min()) >= 1.0
     assert len({trace.client for trace in traces}) == 2, "a client is its user"
     assert all(len(trace.client) == 16 for trace in traces)
 
