@@ -39,6 +39,8 @@ class Call:
     call_id: str
     requests: tuple[Request, ...]
     """In the order of the response's choices."""
+    is_answered_whole: bool = False
+    """True: nobody looks at an answer before it ends, so that the deltas of several rounds may come together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ class Failure:
 
 
 CallUpdate = tuple[Delta, ...] | Failure
-"""What one round brings one call."""
+"""What one round brings one call; or several rounds, in their order."""
 RoundUpdates = tuple[tuple[str, CallUpdate], ...]
 """One message of the worker: (call id, update) of every call that it concerns."""
 CallMessage = tuple[str, Call | CancelRequest | Literal["cancel"]]

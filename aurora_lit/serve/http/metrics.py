@@ -66,7 +66,7 @@ class ServerMetrics:
         )
         self.between_tokens = histogram(
             "vllm:inter_token_latency_seconds",
-            "Time between tokens; the tokens of one round share its time evenly.",
+            "Time between tokens; those that arrive together share the time since the last ones evenly.",
             _BETWEEN_TOKENS_BUCKETS_S,
         )
         self.whole_request = histogram(

@@ -243,4 +243,5 @@ def _call(
                     cache_salt=body.cache_salt or "",
                 )
             )
-    return Call(call_id=call_id, requests=tuple(requests))
+    is_watched = bool(body.stream) or any(options.stop for options in params)
+    return Call(call_id=call_id, requests=tuple(requests), is_answered_whole=not is_watched)

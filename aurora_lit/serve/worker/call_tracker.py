@@ -15,6 +15,8 @@ from aurora_lit.ipc.messages import Call, Delta
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.worker.parts import EngineInterface
 
+_HELD_ROUNDS = 16
+"""Rounds whose deltas are passed on together, of a call that is answered as a whole."""
 _log = logging.getLogger(__name__)
 
 
@@ -23,8 +25,22 @@ class _ActiveCall:
     """A call that the HTTP process waits for."""
 
     call_id: str
+    is_answered_whole: bool
     unfinished: dict[int, str] = field(default_factory=dict)
     """The requests that have not ended: position in Call.requests → request id."""
+    held: list[Delta] = field(default_factory=list)
+    """Deltas that were not passed on yet."""
+    rounds_to_hold: int = 0
+    """Before they are; the first round's are not held, so that the HTTP process knows when the answer began."""
+
+    def take_held(self) -> tuple[Delta, ...]:
+        """What is passed on after a round; empty if that can wait for the next one."""
+        self.rounds_to_hold -= 1
+        may_wait = self.is_answered_whole and self.rounds_to_hold > 0
+        if may_wait and all(delta.finish_reason is None for delta in self.held):
+            return ()
+        deltas, self.held, self.rounds_to_hold = tuple(self.held), [], _HELD_ROUNDS
+        return deltas
 
 
 @dataclass(kw_only=True)
@@ -40,7 +56,7 @@ class Progress(NamedTuple):
     """What a round's outputs mean for calls."""
 
     updates: tuple[tuple[str, tuple[Delta, ...]], ...]
-    """(call id, deltas), one for each call that the round concerns."""
+    """(call id, deltas), one for each call that gets some now."""
     domains: list[str]
     """The domain label of each output's request; "" without one."""
 
@@ -61,7 +77,7 @@ class CallTracker:
 
     def add(self, call: Call) -> None:
         """Submit every request of a call. If the engine refuses one, the caller must `cancel` the call."""
-        active = _ActiveCall(call_id=call.call_id)
+        active = _ActiveCall(call_id=call.call_id, is_answered_whole=call.is_answered_whole)
         self._calls[call.call_id] = active
         for index, request in enumerate(call.requests):
             self._requests[request.request_id] = _TrackedRequest(call=active, index=index, request=request)
@@ -88,8 +104,12 @@ class CallTracker:
         return list(self._calls)
 
     def advance(self, outputs: Sequence[Output]) -> Progress:
-        """Turn a round's outputs into one update per call; requests and calls that ended are removed."""
-        deltas: dict[str, list[Delta]] = {}
+        """Turn a round's outputs into one update per call; requests and calls that ended are removed.
+
+        The deltas of a call that is answered as a whole are held for some rounds, but for its first and those that end
+        a choice: a message wakes the HTTP process, which then computes on a core that rounds run on.
+        """
+        concerned: dict[str, _ActiveCall] = {}
         domains = []
         for output in outputs:
             tracked = self._requests.get(output.request_id)
@@ -97,12 +117,14 @@ class CallTracker:
                 domains.append("")
                 continue
             domains.append(tracked.request.domain)
-            deltas.setdefault(tracked.call.call_id, []).append(_delta(tracked.index, output))
+            concerned[tracked.call.call_id] = tracked.call
+            tracked.call.held.append(_delta(tracked.index, output))
             if output.finish_reason is not None:
                 if output.finish_reason == "error":
                     _log.error("request %s failed: %s", output.request_id, output.error)
                 self._remove(tracked)
-        return Progress(tuple((call_id, tuple(parts)) for call_id, parts in deltas.items()), domains)
+        taken = ((call_id, call.take_held()) for call_id, call in concerned.items())
+        return Progress(tuple((call_id, deltas) for call_id, deltas in taken if deltas), domains)
 
     def _remove(self, tracked: _TrackedRequest) -> None:
         active = tracked.call

@@ -10,10 +10,11 @@ from aurora_lit.serve.worker.call_tracker import CallTracker
 TOKENIZER = tiny_tokenizer()
 
 
-def call(call_id, *prompts, domain="", **options):
+def call(call_id, *prompts, domain="", whole=False, **options):
     params = SamplingParams(**{"max_tokens": 20, **options})
     return Call(
         call_id=call_id,
+        is_answered_whole=whole,
         requests=tuple(
             Request(
                 request_id=f"{call_id}-{i}", prompt_ids=tuple(TOKENIZER.encode(prompt)), params=params, domain=domain
@@ -50,6 +51,28 @@ def tracker(engine):
 def test_one_message_a_call_a_round(tracker, engine):
     tracker.add(call("a", "xyz", "uvw"))
     assert [len(update) for _, update in tracker.advance(engine.round()).updates] == [2]
+
+
+def test_of_a_call_that_is_answered_whole_rounds_come_together_after_the_first(tracker, engine):
+    tracker.add(call("a", "abc", "def", whole=True, max_tokens=60))
+    tracker.add(call("b", "xyz", max_tokens=60))
+    messages = []
+    while engine.has_work:
+        messages.append({call_id: len(deltas) for call_id, deltas in tracker.advance(engine.round()).updates})
+    assert [message["b"] for message in messages] == [1] * 20, "this one is watched"
+    assert [(n, message["a"]) for n, message in enumerate(messages) if "a" in message] == [(0, 2), (16, 32), (19, 6)]
+
+
+def test_a_choice_that_ends_is_passed_on_at_once_with_all_before_it(tracker, engine):
+    tracker.add(call("a", "abc", "abcdef", whole=True, max_tokens=6))
+    tracker.add(call("b", "abc", whole=True, max_tokens=30))
+    seen = run(tracker, engine)
+    assert [len(seen[key]) for key in sorted(seen)] == [2, 2, 10]
+    assert [delta.finish_reason for delta in seen["b", 0]] == [None] * 9 + ["length"]
+    watched = FakeEngine(FakeOptions(tokens_per_round=3))
+    other = CallTracker(watched)
+    other.add(call("b", "abc", max_tokens=30))
+    assert run(other, watched)["b", 0] == seen["b", 0]
 
 
 def test_tokens_go_on_as_the_engine_made_them_whatever_the_stop_strings(tracker, engine):
