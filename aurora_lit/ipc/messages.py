@@ -40,7 +40,7 @@ class Call:
     requests: tuple[Request, ...]
     """In the order of the response's choices."""
     is_answered_whole: bool = False
-    """True: nobody looks at an answer before it ends, so that the deltas of several rounds may come together."""
+    """True: nobody looks at an answer before it ends, so that its deltas may come late."""
 
 
 @dataclass(frozen=True, kw_only=True)

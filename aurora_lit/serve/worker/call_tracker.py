@@ -7,7 +7,8 @@ processes, and when a round runs (serve/worker/loop.py).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ from aurora_lit.ipc.messages import Call, Delta
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.worker.parts import EngineInterface
 
-_HELD_ROUNDS = 16
-"""Rounds whose deltas are passed on together, of a call that is answered as a whole."""
+_WATCHED_S, _UNWATCHED_S = 0.01, 0.1
+"""Time in which what rounds add to a call is passed on once: while somebody looks at it, and while nobody does."""
 _log = logging.getLogger(__name__)
 
 
@@ -30,16 +31,15 @@ class _ActiveCall:
     """The requests that have not ended: position in Call.requests → request id."""
     held: list[Delta] = field(default_factory=list)
     """Deltas that were not passed on yet."""
-    rounds_to_hold: int = 0
-    """Before they are; the first round's are not held, so that the HTTP process knows when the answer began."""
+    held_until_s: float = 0.0
+    """The first round's are not held, so that the HTTP process knows when the answer began."""
 
-    def take_held(self) -> tuple[Delta, ...]:
+    def take_held(self, now_s: float) -> tuple[Delta, ...]:
         """What is passed on after a round; empty if that can wait for the next one."""
-        self.rounds_to_hold -= 1
-        may_wait = self.is_answered_whole and self.rounds_to_hold > 0
-        if may_wait and all(delta.finish_reason is None for delta in self.held):
+        if now_s < self.held_until_s and all(delta.finish_reason is None for delta in self.held):
             return ()
-        deltas, self.held, self.rounds_to_hold = tuple(self.held), [], _HELD_ROUNDS
+        deltas, self.held = tuple(self.held), []
+        self.held_until_s = now_s + (_UNWATCHED_S if self.is_answered_whole else _WATCHED_S)
         return deltas
 
 
@@ -67,9 +67,9 @@ class CallTracker:
     A call is added, its outputs arrive round by round, and it is removed when its last request ends, or by `cancel`.
     """
 
-    def __init__(self, engine: EngineInterface) -> None:
-        """Start without calls."""
-        self._engine = engine
+    def __init__(self, engine: EngineInterface, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start without calls. `clock`: in seconds."""
+        self._engine, self._clock = engine, clock
         self._calls: dict[str, _ActiveCall] = {}
         self._requests: dict[str, _TrackedRequest] = {}
         self.num_opted_out = 0
@@ -106,8 +106,8 @@ class CallTracker:
     def advance(self, outputs: Sequence[Output]) -> Progress:
         """Turn a round's outputs into one update per call; requests and calls that ended are removed.
 
-        The deltas of a call that is answered as a whole are held for some rounds, but for its first and those that end
-        a choice: a message wakes the HTTP process, which then computes on a core that rounds run on.
+        A call's deltas are held for a short time, but for its first ones and those that end a choice: a message wakes
+        the HTTP process, which then computes on a core that rounds run on.
         """
         concerned: dict[str, _ActiveCall] = {}
         domains = []
@@ -123,7 +123,8 @@ class CallTracker:
                 if output.finish_reason == "error":
                     _log.error("request %s failed: %s", output.request_id, output.error)
                 self._remove(tracked)
-        taken = ((call_id, call.take_held()) for call_id, call in concerned.items())
+        now_s = self._clock()
+        taken = ((call_id, call.take_held(now_s)) for call_id, call in concerned.items())
         return Progress(tuple((call_id, deltas) for call_id, deltas in taken if deltas), domains)
 
     def _remove(self, tracked: _TrackedRequest) -> None:

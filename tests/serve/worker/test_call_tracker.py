@@ -1,5 +1,8 @@
 """CallTracker: outputs of the engine become deltas of calls; what ends or is cancelled leaves nothing."""
 
+import functools
+import itertools
+
 import pytest
 from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
 
@@ -38,6 +41,11 @@ def tokens(deltas):
     return [token_id for delta in deltas for token_id in delta.token_ids]
 
 
+def ticking(step_s):
+    """A clock that goes on by a step each time that it is asked."""
+    return functools.partial(next, itertools.count(0.0, step_s))
+
+
 @pytest.fixture
 def engine():
     return FakeEngine(FakeOptions(tokens_per_round=3))
@@ -45,7 +53,7 @@ def engine():
 
 @pytest.fixture
 def tracker(engine):
-    return CallTracker(engine)
+    return CallTracker(engine, clock=ticking(1.0))
 
 
 def test_one_message_a_call_a_round(tracker, engine):
@@ -53,26 +61,43 @@ def test_one_message_a_call_a_round(tracker, engine):
     assert [len(update) for _, update in tracker.advance(engine.round()).updates] == [2]
 
 
-def test_of_a_call_that_is_answered_whole_rounds_come_together_after_the_first(tracker, engine):
-    tracker.add(call("a", "abc", "def", whole=True, max_tokens=60))
-    tracker.add(call("b", "xyz", max_tokens=60))
+def test_what_nobody_looks_at_is_held_longer_than_what_somebody_does(engine):
+    tracker = CallTracker(engine, clock=ticking(0.004))
+    tracker.add(call("a", "abc", "def", whole=True, max_tokens=93))
+    tracker.add(call("b", "xyz", max_tokens=30))
     messages = []
     while engine.has_work:
         messages.append({call_id: len(deltas) for call_id, deltas in tracker.advance(engine.round()).updates})
-    assert [message["b"] for message in messages] == [1] * 20, "this one is watched"
-    assert [(n, message["a"]) for n, message in enumerate(messages) if "a" in message] == [(0, 2), (16, 32), (19, 6)]
+    assert [(n, message["a"]) for n, message in enumerate(messages) if "a" in message] == [(0, 2), (25, 50), (30, 10)]
+    assert [(n, message["b"]) for n, message in enumerate(messages) if "b" in message] == [
+        (0, 1),
+        (3, 3),
+        (6, 3),
+        (9, 3),
+    ]
 
 
-def test_a_choice_that_ends_is_passed_on_at_once_with_all_before_it(tracker, engine):
-    tracker.add(call("a", "abc", "abcdef", whole=True, max_tokens=6))
-    tracker.add(call("b", "abc", whole=True, max_tokens=30))
-    seen = run(tracker, engine)
-    assert [len(seen[key]) for key in sorted(seen)] == [2, 2, 10]
-    assert [delta.finish_reason for delta in seen["b", 0]] == [None] * 9 + ["length"]
-    watched = FakeEngine(FakeOptions(tokens_per_round=3))
-    other = CallTracker(watched)
-    other.add(call("b", "abc", max_tokens=30))
-    assert run(other, watched)["b", 0] == seen["b", 0]
+def test_a_choice_that_ends_is_passed_on_at_once_with_all_before_it(engine):
+    tracker = CallTracker(engine, clock=ticking(0.0))
+    tracker.add(call("a", "abc", "abcdef", whole=True, max_tokens=9))
+    tracker.add(call("b", "abc", max_tokens=30))
+    messages = []
+    while engine.has_work:
+        messages.append({call_id: len(deltas) for call_id, deltas in tracker.advance(engine.round()).updates})
+    assert [(n, message) for n, message in enumerate(messages) if message] == [
+        (0, {"a": 2, "b": 1}),
+        (2, {"a": 4}),
+        (9, {"b": 9}),
+    ]
+
+
+def test_deltas_that_were_held_are_those_of_each_round(tracker, engine):
+    tracker.add(call("a", "abc", max_tokens=30))
+    at_once = run(tracker, engine)
+    held = CallTracker(engine, clock=ticking(0.004))
+    held.add(call("a", "abc", whole=True, max_tokens=30))
+    assert run(held, engine) == at_once
+    assert len(at_once["a", 0]) == 10
 
 
 def test_tokens_go_on_as_the_engine_made_them_whatever_the_stop_strings(tracker, engine):
