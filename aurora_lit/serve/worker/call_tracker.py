@@ -16,8 +16,8 @@ from aurora_lit.ipc.messages import Call, Delta
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.worker.parts import EngineInterface
 
-_WATCHED_S, _UNWATCHED_S = 0.01, 0.1
-"""Time in which what rounds add to a call is passed on once: while somebody looks at it, and while nobody does."""
+_HELD_S = 0.1
+"""How long what rounds add to a call is held while nobody looks at it."""
 _log = logging.getLogger(__name__)
 
 
@@ -36,10 +36,10 @@ class _ActiveCall:
 
     def take_held(self, now_s: float) -> tuple[Delta, ...]:
         """What is passed on after a round; empty if that can wait for the next one."""
-        if now_s < self.held_until_s and all(delta.finish_reason is None for delta in self.held):
+        may_wait = self.is_answered_whole and now_s < self.held_until_s
+        if may_wait and all(delta.finish_reason is None for delta in self.held):
             return ()
-        deltas, self.held = tuple(self.held), []
-        self.held_until_s = now_s + (_UNWATCHED_S if self.is_answered_whole else _WATCHED_S)
+        deltas, self.held, self.held_until_s = tuple(self.held), [], now_s + _HELD_S
         return deltas
 
 
@@ -104,10 +104,10 @@ class CallTracker:
         return list(self._calls)
 
     def advance(self, outputs: Sequence[Output]) -> Progress:
-        """Turn a round's outputs into one update per call; requests and calls that ended are removed.
+        """Turn the outputs of some rounds into one update per call; requests and calls that ended are removed.
 
-        A call's deltas are held for a short time, but for its first ones and those that end a choice: a message wakes
-        the HTTP process, which then computes on a core that rounds run on.
+        The deltas of a call that is answered as a whole are held for a while, but for its first ones and those that end
+        a choice: a message wakes the HTTP process, which then computes on a core that rounds run on.
         """
         concerned: dict[str, _ActiveCall] = {}
         domains = []

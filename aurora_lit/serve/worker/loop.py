@@ -7,6 +7,10 @@ process that does not read (serve/worker/outbox.py), one writes the heartbeat, a
 
     each iteration:  inbox → add, cancel   swap draft   engine.round()   one message to HTTP   counters → status page
 
+Between two rounds a processor's caches hold weights and little else, so whatever runs there is read from memory first.
+What rounds bring is therefore not told after every one, but every 10 ms at most, and at once where a request begins or
+ends; drafts are swapped then, and counters are written ten times a second.
+
 If one request fails, its call ends with an error. If the engine fails, all calls end with an error, the status page
 says so, and the process ends. If an iteration hangs, the heartbeat stops: the server's health check fails and clients
 get an error, until the iteration ends. If the HTTP process hangs, rounds go on; see the outbox.
@@ -27,6 +31,7 @@ from typing import TYPE_CHECKING, Final
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.ipc.messages import CANCEL, CallMessage, CancelRequest, Failure, RoundUpdates, WorkerChannel
+from aurora_lit.request import Output
 from aurora_lit.serve.worker.call_tracker import CallTracker
 from aurora_lit.serve.worker.outbox import Outbox
 from aurora_lit.serve.worker.parts import WorkerParts
@@ -37,6 +42,8 @@ if TYPE_CHECKING:
 
     Inbox = queue.SimpleQueue[CallMessage | str | None]
 
+_TELL_EVERY_S = 0.01
+_REPORT_EVERY_S = 0.1
 HEARTBEAT_S = 0.25
 HANG_TIMEOUT_S = 120.0
 """An iteration of the loop that takes longer counts as hanging. Compiling a shape (engine.compile) takes a minute."""
@@ -69,6 +76,20 @@ class EngineLoop:
             live.start(on_change=lambda: inbox.put(None))
         report = StatusReport(parts, calls, live, page)
         report.write(state=WorkerState.READY, started_ns=time.monotonic_ns())
+        untold, report_s = _Untold(), 0.0
+
+        def tell(now_s: float) -> bool:
+            """Tell clients and the draft's watch what rounds have brought; True if a request has ended."""
+            outputs = untold.take(now_s)
+            report.domains.add(outputs)
+            updates, domains = calls.advance(outputs)
+            if live is not None:
+                live.after_round(outputs, domains)
+            # A message costs both processes more than its content, so there is one for all calls.
+            if updates:
+                self._send(updates, calls, outbox)
+            return any(output.finish_reason is not None for output in outputs)
+
         self._end_on_sigterm(inbox)
         try:
             while not self._is_ending or engine.has_work:
@@ -76,23 +97,22 @@ class EngineLoop:
                 while inbox.empty() and not engine.has_work and parts.idle_work():
                     pass
                 self._process_inbox(inbox, calls, outbox, wait=not engine.has_work)
+                if not engine.has_work:  # what is left untold is of requests that were cancelled
+                    tell(time.perf_counter())
                 heartbeat.set_busy()
                 started, swaps = time.perf_counter(), 0 if live is None else live.num_swaps
-                if live is not None:
+                if live is not None and not untold.outputs:  # these are judged as the present draft's
                     live.before_round()
                 parts.before_round()
                 outputs = engine.round()
                 parts.after_round()
+                now = time.perf_counter()
                 swapped = live is not None and live.num_swaps > swaps
-                report.round_times.add(time.perf_counter() - started, swapped=swapped)
-                report.domains.add(outputs)
-                updates, domains = calls.advance(outputs)
-                if live is not None:
-                    live.after_round(outputs, domains)
-                # A message costs both processes more than its content, so there is one a round, not one a call.
-                if updates:
-                    self._send(updates, calls, outbox)
-                report.write()
+                report.round_times.add(now - started, swapped=swapped)
+                has_ended = untold.add(outputs, now) and tell(now)
+                if has_ended or swapped or not engine.has_work or now >= report_s:
+                    report.write()
+                    report_s = now + _REPORT_EVERY_S
         except Exception as error:
             _log.exception("the engine failed")
             page.write(state=WorkerState.FAILED, error=f"{type(error).__name__}: {error}")
@@ -168,6 +188,27 @@ class EngineLoop:
                 calls.cancel(call_id)
                 failure = Failure(message=f"the request failed: {error}", code="engine_error")
                 self._send(((call_id, failure),), calls, outbox)
+
+
+class _Untold:
+    """Outputs of rounds that neither clients nor counters know of yet."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Output] = []
+        self._until_s = 0.0
+        self._num_running = 0
+        """Requests that the last round gave something to and did not end."""
+
+    def add(self, outputs: list[Output], now_s: float) -> bool:
+        """Add a round's. True if they are to be told now: it is time, or a request has begun or ended."""
+        self.outputs += outputs
+        num_before, self._num_running = self._num_running, sum(output.finish_reason is None for output in outputs)
+        return now_s >= self._until_s or len(outputs) != num_before or self._num_running != num_before
+
+    def take(self, now_s: float) -> list[Output]:
+        """All of them, in their order."""
+        outputs, self.outputs, self._until_s = self.outputs, [], now_s + _TELL_EVERY_S
+        return outputs
 
 
 class _Heartbeat:

@@ -26,9 +26,9 @@ from aurora_lit.ipc.messages import (
     decode_updates,
     encode,
 )
-from aurora_lit.request import Request, SamplingParams
+from aurora_lit.request import Output, Request, SamplingParams
 from aurora_lit.serve.worker import outbox as outbox_module
-from aurora_lit.serve.worker.loop import EngineLoop
+from aurora_lit.serve.worker.loop import EngineLoop, _Untold
 from aurora_lit.serve.worker.parts import WorkerParts
 
 TOKENIZER = tiny_tokenizer()
@@ -223,3 +223,28 @@ def test_sigterm_ends_an_idle_worker(serve: Callable[..., FakeEngine]) -> None:
         assert http.loop_has_ended.wait(20)
 
     serve(http_process)
+
+
+def test_what_rounds_bring_is_told_together_but_at_once_where_a_request_begins_or_ends() -> None:
+    untold, told = _Untold(), []
+
+    def round_at(ms: float, *running: str, ends: str = "") -> None:
+        names = [*running, ends] if ends else running
+        outputs = [
+            Output(request_id=name, token_ids=(7,), finish_reason="stop" if name == ends else None) for name in names
+        ]
+        if untold.add(outputs, ms / 1000):
+            told.append((ms, "".join(output.request_id for output in untold.take(ms / 1000))))
+
+    round_at(0, "a")  # begins
+    for ms in (4, 8, 12, 16, 20):
+        round_at(ms, "a")
+    assert told == [(0, "a"), (12, "aaa")]
+    round_at(21, "a", "b")  # b begins
+    round_at(22, "b", ends="a")
+    round_at(23, "b")
+    round_at(24, ends="b")
+    round_at(25)
+    round_at(26, "c")  # begins as soon as another has ended
+    assert told[2:] == [(21, "aaab"), (22, "ba"), (24, "bb"), (26, "c")]
+    assert untold.outputs == []
