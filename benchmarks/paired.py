@@ -17,7 +17,8 @@ halves, each for itself: both pay for recording, which `store: false` would spar
 Other comparisons: `--against off-greedy` has temperature T without speculation against temperature 0 without it;
 `--against plain-neighbour` counts all clients but the last one, whose requests ask for log-probabilities and penalties
 in the first half only; and with `--other draft.checkpoint=FOLDER` both speculate and remember, but the second half goes
-to a second server with these settings, while the first one waits.
+to a second server with these settings, while the first one waits. `--other-code FOLDER` runs that server from another
+checkout, which must know all settings of this one.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Arm(NamedTuple):
     """True: it is recorded and remembered; if it speculates, it may copy from the answers of earlier pairs."""
     server: int = 0
     """Index of the server that they are sent to."""
+    streams: bool = False
     neighbour: Literal["", "plain", "logprobs and penalties"] = ""
     """What the last client asks for, whose answers are then not counted."""
 
@@ -97,18 +99,26 @@ def ask(port: int, prompt: str, arm: Arm, more: Mapping[str, Any], *, max_tokens
         "speculate": arm.speculate,
         "cache_salt": salt,
         "store": arm.remembers,
+        **({"stream": True, "stream_options": {"include_usage": True}} if arm.streams else {}),
         **more,
     }
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
-        content = json.load(response)
+        content = response.read().decode()
     finally:
         connection.close()
+    ended_s = time.monotonic()
     if response.status != 200:
         raise AuroraError(f"the server answered {response.status}: {content}")
-    return Answer(content["choices"][0]["message"]["content"], content["usage"]["completion_tokens"], time.monotonic())
+    if not arm.streams:
+        whole = json.loads(content)
+        return Answer(whole["choices"][0]["message"]["content"], whole["usage"]["completion_tokens"], ended_s)
+    events = [event.removeprefix("data: ") for event in content.split("\n\n") if event]
+    chunks = [json.loads(event) for event in events if event != "[DONE]"]
+    text = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+    return Answer(text, chunks[-1]["usage"]["completion_tokens"], ended_s)
 
 
 def rounds_by_plan(port: int) -> dict[str, int]:
@@ -201,13 +211,16 @@ def main() -> int:
     second = parser.add_mutually_exclusive_group()
     second.add_argument("--against", choices=["off", "off-greedy", "plain-neighbour"], default="off")
     second.add_argument("--other", nargs="+", default=[], metavar="KEY=VALUE", help="settings of a second server")
+    second.add_argument("--other-code", type=Path, metavar="FOLDER", help="checkout that a second server runs from")
+    parser.add_argument("--stream", action="store_true", help="ask for streams")
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     parser.add_argument("overrides", nargs="*", help="key=value for the server, after `--`")
     options = parser.parse_args()
     if options.against == "plain-neighbour" and min(options.clients) < 2:
         parser.error("--against plain-neighbour needs at least two --clients: the last one is not counted")
     configs = [load_config(None, [*_OVERRIDES, *options.overrides])]
-    if options.other:
+    has_second = bool(options.other or options.other_code)
+    if has_second:
         configs.append(load_config(None, [*_OVERRIDES, *options.overrides, *options.other]))
     configs = [replace(config, server=replace(config.server, port=free_port())) for config in configs]
     ports = [config.server.port for config in configs]
@@ -222,7 +235,7 @@ def main() -> int:
     with ExitStack() as servers:
         for number, config in enumerate(configs):
             log = Path(options.out or "paired").with_suffix(f".{number}.log")
-            servers.enter_context(running_server(config, log))
+            servers.enter_context(running_server(config, log, code=options.other_code if number else None))
         for temperature, clients in itertools.product(options.temperatures, options.clients):
             arms = Arm(True, temperature, True), Arm(False, temperature, True)
             if options.against == "off-greedy":
@@ -232,8 +245,9 @@ def main() -> int:
                     Arm(True, temperature, True, neighbour="logprobs and penalties"),
                     Arm(True, temperature, True, neighbour="plain"),
                 )
-            if options.other:
+            if has_second:
                 arms = Arm(True, temperature, True), Arm(True, temperature, True, server=1)
+            arms = arms[0]._replace(streams=options.stream), arms[1]._replace(streams=options.stream)
             found = measure(ports, turns, arms, clients, options)
             rows.append({"temperature": temperature, "clients": clients, **found})
             one, other = found["tokens_per_s"]

@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -36,13 +36,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_server(config: AuroraConfig, log: Path) -> Iterator[str]:
-    """A running server, in a process that SIGTERM ends; yields its URL. Its output goes to `log`."""
+def running_server(config: AuroraConfig, log: Path, *, code: Path | None = None) -> Iterator[str]:
+    """A running server, in a process that SIGTERM ends; yields its URL. Its output goes to `log`.
+
+    `code`: a checkout whose package it runs; None: this one.
+    """
     url = f"http://127.0.0.1:{config.server.port}"
     with tempfile.TemporaryDirectory() as scratch, log.open("w") as output:
         path = Path(scratch) / "server.yaml"
         path.write_text(to_yaml(config))
-        server = _start([sys.executable, "-m", "aurora_lit", "serve", "--config", str(path)], output)
+        environment = os.environ | ({} if code is None else {"PYTHONPATH": str(code.resolve())})
+        server = _start([sys.executable, "-m", "aurora_lit", "serve", "--config", str(path)], output, environment)
         try:
             wait_until_ready(f"{url}/ready", server, log, within_s=_START_S)
             yield url
@@ -55,10 +59,10 @@ def running_server(config: AuroraConfig, log: Path) -> Iterator[str]:
                 server.wait()
 
 
-def _start(command: Sequence[str], output: IO[str]) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], output: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a process that gets SIGTERM, so that it cleans up, when this process ends in any way."""
     follow = functools.partial(die_with_parent, os.getpid(), by=signal.SIGTERM)
-    return subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=follow)
+    return subprocess.Popen(command, stdout=output, stderr=output, env=environment, preexec_fn=follow)
 
 
 def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path, *, within_s: float) -> None:

@@ -39,7 +39,7 @@ class Commit:
     ) -> None:
         """`tokens_SL`: the engine's table of committed tokens, int64; `memory_stats`: of the traffic memory, if any."""
         self._tokens_SL = tokens_SL
-        self._tokens_on_cpu = tokens_SL.numpy() if tokens_SL.device.type == "cpu" else None
+        self._tokens_on_cpu = tokens_SL.numpy().data if tokens_SL.device.type == "cpu" else None
         """The same memory, which takes a few tokens faster; None on another device."""
         self._max_seq_len = max_seq_len
         self._proposer, self._memory_stats, self._stats = proposer, memory_stats, stats
@@ -102,7 +102,8 @@ class Commit:
     def _append(self, sequence: RunningSequence, tokens: list[int]) -> None:
         end = sequence.length + len(tokens)
         if self._tokens_on_cpu is not None:
-            self._tokens_on_cpu[sequence.slot, sequence.length : end] = tokens
+            for position, token in enumerate(tokens, sequence.length):
+                self._tokens_on_cpu[sequence.slot, position] = token
         else:
             new = torch.tensor(tokens, dtype=torch.int64, device=self._tokens_SL.device)
             self._tokens_SL[sequence.slot, sequence.length : end] = new

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -58,9 +57,11 @@ class Proposal:
     logprobs: list[float] | None = None
     """Of tokens that were drawn to explore: their log-probabilities under the draft at that temperature."""
 
-    @cached_property
+    @property
     def remembered(self) -> list[int]:
         """Columns of the tokens that the traffic memory alone proposed."""
+        if not self.copies:
+            return []
         return [n.column for n in self.copies if n.column > self.num_drafted and is_remembered(n.cell)]
 
     def sources_of(self, columns: Sequence[int]) -> tuple[int, ...]:
@@ -76,7 +77,7 @@ class Proposal:
         """Depth of the draft's part."""
         return self.num_drafted if self.parents is None else max(depths(self.parents[: self.num_drafted]))
 
-    @cached_property
+    @property
     def first_choices(self) -> list[int]:
         """Columns of the chain of first choices: all of a chain, one path of a tree. Of the draft's, if it drafted."""
         count = self.num_drafted or len(self.tokens)
