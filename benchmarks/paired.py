@@ -52,6 +52,9 @@ from aurora_lit.learn.pretrain.prompts import read_prompts
 
 _OVERRIDES = ("learn.enabled=false",)
 _TIMEOUT_S = 600.0
+_SETTLE_S = 15.0
+"""Before anything is measured: a server that has just started times its operations while it is idle, in a first start
+for long. Beside that the other one would be slow, and would keep costs that are wrong."""
 _NEIGHBOUR = {"logprobs": True, "top_logprobs": 5, "frequency_penalty": 0.3, "presence_penalty": 0.3}
 
 
@@ -236,6 +239,7 @@ def main() -> int:
         for number, config in enumerate(configs):
             log = Path(options.out or "paired").with_suffix(f".{number}.log")
             servers.enter_context(running_server(config, log, code=options.other_code if number else None))
+        time.sleep(_SETTLE_S)
         for temperature, clients in itertools.product(options.temperatures, options.clients):
             arms = Arm(True, temperature, True), Arm(False, temperature, True)
             if options.against == "off-greedy":
