@@ -134,7 +134,9 @@ class Replay:
             self._held_out,
             max_repeated_share=learn.max_repeated_share,
         )
-        self.simulator = RoundSimulator(module=self._scorers[1].module, seed=learn.seed)
+        self.simulator = RoundSimulator(
+            module=self._scorers[1].module, explore_temperature=config.engine.explore_temperature, seed=learn.seed
+        )
         self._store = DraftStore(folder, keep=config.checkpoint.keep) if keep_versions else None
         self._gated = gated
         self.published = 0

@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     Inbox = queue.SimpleQueue[CallMessage | str | None]
 
 _TELL_EVERY_S = 0.01
+"""How often clients are told of new tokens, at most; nobody reads a hundred messages a second."""
 _REPORT_EVERY_S = 0.1
+"""How often counters are written, beside whenever a request ends."""
 HEARTBEAT_S = 0.25
 HANG_TIMEOUT_S = 120.0
 """An iteration of the loop that takes longer counts as hanging. Compiling a shape (engine.compile) takes a minute."""

@@ -81,7 +81,7 @@ def test_the_policy_learns_from_the_replays_own_rounds(target: Target, tmp_path:
     plain = serve(target, None, _asked(2))
     assert not any(trace.num_proposed_R.any() for trace in plain)
     config = replay_config()
-    config = replace(config, engine=replace(config.engine, explore_share=0.5))
+    config = replace(config, engine=replace(config.engine, explore_share=0.5, explore_temperature=1.5))
     replay = Replay(
         config,
         target_head=TargetHead(target),
@@ -95,6 +95,8 @@ def test_the_policy_learns_from_the_replays_own_rounds(target: Target, tmp_path:
     assert replay.learner.steps >= 10
     assert replay.learner.mean("policy_weight") > 0
     assert replay.learner.mean("mean_ratio") == pytest.approx(1, abs=0.3), "the rounds are on-policy but for the steps"
+    traces = replay.simulate_rounds(plain)
+    assert set(torch.cat([trace.draft_temperature_R[trace.explored_R] for trace in traces]).tolist()) == {1.5}
 
 
 def test_without_gate_or_store_every_draft_is_served_and_none_is_written(
