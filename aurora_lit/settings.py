@@ -165,7 +165,8 @@ class ServerSettings:
     """Seconds that running requests have to finish after SIGTERM."""
     stream_interval_ms: float = _within(0.0, 0.0, 10_000.0)
     """Send streams on a clock: what is ready is sent together, once per interval, so that the size of a chunk does not
-    show how many tokens a round accepted. Choose several rounds' time, such as 100. 0: every round is sent at once."""
+    show how many tokens a round accepted. Choose several rounds' time, such as 100. 0: no clock; what rounds of 10 ms
+    bring comes together."""
     stream_padding: int = _within(0, 0, 1 << 16)
     """Fill the JSON of each streamed chunk up to a multiple of this many bytes, by the field `obfuscation`, so that
     sizes do not show the length of the text; 512 leaves room for about 270 characters. A request can turn it off, and

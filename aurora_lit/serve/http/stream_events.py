@@ -1,8 +1,9 @@
 """How a stream's chunks are sent: as server-sent events, filled up to a fixed size, on a clock.
 
-Someone who sees an encrypted connection sees the size and the time of each message. A message for each round shows how
-many of the round's proposals were accepted, and that pattern tells answers apart (arXiv 2411.01076). A clock hides the
-rounds, and filling hides the lengths of texts. Both are off by default; docs/privacy.md says what stays visible.
+Someone who sees an encrypted connection sees the size and the time of each message. A message for each round, or for
+few, shows how many of their proposals were accepted, and that pattern tells answers apart (arXiv 2411.01076). A clock
+hides the rounds, and filling hides the lengths of texts. Both are off by default; docs/privacy.md says what stays
+visible.
 
 Leaves out what a chunk holds (serve/http/responses.py).
 
@@ -35,7 +36,7 @@ class StreamShape:
     """What a deployment does to hide its streams' rounds."""
 
     interval_s: float = 0.0
-    """Time between two messages of a stream; 0: a message for each round."""
+    """Time between two messages of a stream; 0: as they come from the engine worker."""
     padding_bytes: int = 0
     """The JSON of a chunk has a multiple of this many bytes; 0: its own length."""
 

@@ -35,7 +35,7 @@ class _ActiveCall:
     """The first round's are not held, so that the HTTP process knows when the answer began."""
 
     def take_held(self, now_s: float) -> tuple[Delta, ...]:
-        """What is passed on after a round; empty if that can wait for the next one."""
+        """What is passed on now; empty if that can wait."""
         may_wait = self.is_answered_whole and now_s < self.held_until_s
         if may_wait and all(delta.finish_reason is None for delta in self.held):
             return ()
@@ -53,7 +53,7 @@ class _TrackedRequest:
 
 
 class Progress(NamedTuple):
-    """What a round's outputs mean for calls."""
+    """What the outputs of some rounds mean for calls."""
 
     updates: tuple[tuple[str, tuple[Delta, ...]], ...]
     """(call id, deltas), one for each call that gets some now."""

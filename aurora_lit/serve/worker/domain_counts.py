@@ -5,7 +5,7 @@ first MAX_LABELS labels have a row each, and the MAX_DOMAINS domains without a l
 counted together as OTHER_DOMAINS. Leaves out where the rows are written (ipc/engine_status.py).
 
     counts = DomainCounts()
-    counts.add(outputs)                 # of a round
+    counts.add(outputs)                 # of some rounds
     counts.names, counts.numbers
 """
 
@@ -41,7 +41,7 @@ class DomainCounts:
         return [number for row in self._row_of.values() for number in row]
 
     def add(self, outputs: Sequence[Output]) -> None:
-        """Count a round's outputs."""
+        """Count the outputs of a round or of several."""
         self._num_rounds += 1
         for output in outputs:
             name = UNKNOWN_DOMAIN if output.domain == UNKNOWN else output.domain

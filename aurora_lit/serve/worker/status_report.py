@@ -1,4 +1,4 @@
-"""Writes the engine worker's counters, round times and draft events to its status page after every round.
+"""Writes the engine worker's counters, round times and draft events to its status page.
 
 Leaves out what the fields mean (ipc/engine_status.py).
 
