@@ -1,10 +1,10 @@
 """The messages between the HTTP process and the engine worker, and the pair of sockets that carries them.
 
 HTTP process → worker: a `Call`, a `CancelRequest` or `CANCEL`, with the call's id. Worker → HTTP process: one message
-for one or several rounds, with a `CallUpdate` for each call that they concern. It holds token ids; text is made in the
-HTTP process (serve/http/answer_stream.py). Both are msgpack, decoded by type, and go through a pair of connected sockets
-in place of LitServe's queues. Those live in a process of their own: each message would wake it twice and wait twice for
-its reply, on the cores that rounds run on.
+for one or several rounds, with a `CallUpdate` for each call that they concern. It holds token ids; text is made in
+the HTTP process (serve/http/answer_stream.py). Both are msgpack, decoded by type, and go through a pair of connected
+sockets in place of LitServe's queues. Those live in a process of their own: each message would wake it twice and wait
+twice for its reply, on the cores that rounds run on.
 
 Here is the worker's end, `WorkerChannel`, which serve/worker/outbox.py sends by; the HTTP process's end belongs to its
 event loop (serve/http/channel.py).
