@@ -59,7 +59,9 @@ def running_server(config: AuroraConfig, log: Path, *, code: Path | None = None)
                 server.wait()
 
 
-def _start(command: Sequence[str], output: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(
+    command: Sequence[str], output: IO[str], environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Start a process that gets SIGTERM, so that it cleans up, when this process ends in any way."""
     follow = functools.partial(die_with_parent, os.getpid(), by=signal.SIGTERM)
     return subprocess.Popen(command, stdout=output, stderr=output, env=environment, preexec_fn=follow)
