@@ -65,7 +65,7 @@ class OnlineBatcher:
         """
         self._target_head, self.reservoir = target_head, reservoir
         self._batch_positions = batch_positions
-        self.replay_share = replay_share
+        self._replay_share = replay_share
         """May be changed between batches."""
         self._live_bytes = live_bytes
         self._client_positions = int(max_client_share * batch_positions)
@@ -128,7 +128,7 @@ class OnlineBatcher:
 
     @property
     def _live_positions(self) -> int:
-        return max(_MIN_POSITIONS, int(self._batch_positions * (1 - self.replay_share)))
+        return max(_MIN_POSITIONS, int(self._batch_positions * (1 - self._replay_share)))
 
     def _take_live(self, quota: _ClientQuota) -> list[Trace]:
         """The most informative of the waiting traces, as many as the batch's live share holds; at least one."""

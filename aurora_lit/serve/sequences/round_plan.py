@@ -60,8 +60,6 @@ class Proposal:
     @property
     def remembered(self) -> list[int]:
         """Columns of the tokens that the traffic memory alone proposed."""
-        if not self.copies:
-            return []
         return [n.column for n in self.copies if n.column > self.num_drafted and is_remembered(n.cell)]
 
     def sources_of(self, columns: Sequence[int]) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """What the engine takes over from the learner's status page between rounds: exploration.
 
 Leaves out exploring itself (serve/speculation/proposer.py) and how the learner chooses what to ask for
-(modules/domains/lr_schedule.py).
+(modules/domains/controller.py).
 
     exploration = ExplorationFollower(engine.proposer, page)
     exploration.follow()                # between rounds

@@ -74,7 +74,10 @@ class LiveDraft:
         self._swap_domains()
 
     def after_round(self, outputs: Sequence[Output], domains: Sequence[str]) -> None:
-        """Judge the draft by its accepted proposals. domains: the label of each output's request, "" without one."""
+        """Judge the draft by its accepted proposals since the last call; none of them may be from before a swap.
+
+        domains: the label of each output's request, "" without one.
+        """
         for output, domain in zip(outputs, domains, strict=True):
             if not output.num_proposed or output.only_copied or output.explored:
                 continue
