@@ -106,6 +106,11 @@ class AuroraServer(LitServer):  # type: ignore[misc]
                 raise KeyboardInterrupt  # the handler has raised it where Python drops it, as in a finalizer
             time.sleep(0.01)
 
+    def _perform_graceful_shutdown(self, *args: Any, **options: Any) -> None:
+        """End the HTTP process, not the engine's: those end when the channel is closed (serve/server.py)."""
+        self.inference_workers = []
+        super()._perform_graceful_shutdown(*args, **options)
+
     def _start_server(self, *args: Any, **options: Any) -> Any:
         """Remember the HTTP processes, to be watched: LitServe would wait for ever for one that was killed."""
         processes = super()._start_server(*args, **options)

@@ -13,7 +13,9 @@ ends; drafts are swapped then, and counters are written ten times a second.
 
 If one request fails, its call ends with an error. If the engine fails, all calls end with an error, the status page
 says so, and the process ends. If an iteration hangs, the heartbeat stops: the server's health check fails and clients
-get an error, until the iteration ends. If the HTTP process hangs, rounds go on; see the outbox.
+get an error, until the iteration ends. If the HTTP process hangs, rounds go on; see the outbox. SIGTERM is ignored: a
+service manager sends it to all processes at once, and the HTTP process may still send what it has accepted. The loop
+ends when the other end of the channel is closed, which the main process does once the HTTP process has drained.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ import signal
 import sys
 import threading
 import time
-from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from aurora_lit.errors import RequestError
@@ -61,10 +62,10 @@ class EngineLoop:
 
     def __init__(self, channel: WorkerChannel, page: EngineStatusPage) -> None:
         """page: the engine worker's status page, writable."""
-        self._channel, self._page, self._is_ending = channel, page, False
+        self._channel, self._page = channel, page
 
     def run(self, parts: WorkerParts, live: LiveDraft | None) -> None:
-        """Serve until SIGTERM has come and no request runs, or until the engine fails (exception, exit code 1).
+        """Serve until the channel is closed (exit code 0), or until the engine fails (exception, exit code 1).
 
         live: the draft that is swapped; None: the engine has no draft.
         """
@@ -92,9 +93,9 @@ class EngineLoop:
                 self._send(updates, calls, outbox)
             return any(output.finish_reason is not None for output in outputs)
 
-        self._end_on_sigterm(inbox)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            while not self._is_ending or engine.has_work:
+            while True:
                 heartbeat.set_idle()
                 while inbox.empty() and not engine.has_work and parts.idle_work():
                     pass
@@ -127,7 +128,6 @@ class EngineLoop:
                 live.close()
             parts.close()
             outbox.close()
-        sys.exit(0)
 
     def _send(self, updates: RoundUpdates, calls: CallTracker, outbox: Outbox) -> None:
         """Send updates; calls whose updates the outbox refuses are removed."""
@@ -137,19 +137,6 @@ class EngineLoop:
             sys.exit(0)
         for call_id in refused:
             calls.cancel(call_id)
-
-    def _end_on_sigterm(self, inbox: Inbox) -> None:
-        """On SIGTERM finish the running requests, then end.
-
-        LitServe's shutdown signals the worker last, after the HTTP process has drained; a service manager signals all
-        at once.
-        """
-
-        def end(number: int, frame: FrameType | None) -> None:
-            self._is_ending = True
-            inbox.put(None)  # wakes the loop, which may be about to send the last update: it must not be cut off
-
-        signal.signal(signal.SIGTERM, end)
 
     def _read_calls(self, inbox: Inbox) -> None:
         while True:
@@ -167,7 +154,7 @@ class EngineLoop:
             except queue.Empty:
                 return
             wait = False
-            if item is None:  # wakes the loop for a new draft or its end
+            if item is None:  # wakes the loop for a new draft
                 continue
             if item is _END:
                 sys.exit(0)
