@@ -195,9 +195,9 @@ class TraceSettings:
 class LearnSettings:
     """The learner: trains the draft on live traffic.
 
-    From time to time a trial compares its newest draft (the challenger) with the served one (the champion) on held-out
-    requests. A challenger that is significantly better on the newest of them, and in no domain significantly worse, is
-    published and served.
+    From time to time a trial compares its newest draft (the challenger) with the served one (the champion) on requests
+    that it has not learned from. A challenger that is significantly better on the newest of them, and in no domain
+    significantly worse, is published and served.
     """
 
     enabled: bool = True
@@ -252,8 +252,8 @@ class LearnSettings:
     """Lambda of generalised advantage estimation."""
     value_weight: float = _within(0.1, 0.0, 100.0)
     """Weight of the value head's loss."""
-    gate_requests: int = _within(32, 2, 1 << 20)
-    """Number of newest requests that are held out of training, for trials."""
+    gate_requests: int = _within(16, 2, 1 << 20)
+    """Number of newest requests that wait for a trial before they are learned from."""
     publish_every_s: float = _within(30.0, 0.0, 86400.0)
     """Minimum time between two trials, in seconds."""
     publish_every_steps: int = _within(8, 1, 1 << 20)
@@ -285,7 +285,7 @@ class ScheduleSettings:
     """The schedule: what the learner does while a domain is new.
 
     A new domain has heat 1, which falls to 0 as its tokens are learned. Learning rate and exploration change in
-    proportion to heat.
+    proportion to heat, and a draft is published with less evidence the hotter traffic is.
     """
 
     warmup_steps: int = _within(8, 0, 1 << 20)

@@ -33,7 +33,6 @@ from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.learn.offline.replay import read_traces
 from aurora_lit.learn.offline.scoring import RoundScorer, RoundTotals
 from aurora_lit.learn.online.build import make_batcher
-from aurora_lit.learn.online.gate import HeldOut
 from aurora_lit.learn.online.intake import is_looping
 from aurora_lit.learn.online.learner import Learner
 from aurora_lit.traces.record import Trace
@@ -47,8 +46,7 @@ class Domain:
         """Answers in a loop are left out, as the learner does."""
         self.name = name
         traces = [t for t in traces if not is_looping(t, max_repeated_share=config.learn.max_repeated_share)]
-        self.held_out = [trace for trace in traces if HeldOut.is_held_out(trace.request_id)]
-        self._traffic = [trace for trace in traces if not HeldOut.is_held_out(trace.request_id)]
+        self.held_out, self._traffic = traces[::6], [trace for i, trace in enumerate(traces) if i % 6]
         random.Random(config.learn.seed).shuffle(self._traffic)
 
     def traffic(self) -> Iterator[Trace]:

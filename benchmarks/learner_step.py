@@ -259,6 +259,7 @@ def _intake(config: AuroraConfig, learner: Learner, batcher: OnlineBatcher, held
         learner.controller,
         batcher,
         held_out,
+        num_waiting=config.learn.gate_requests,
         max_repeated_share=config.learn.max_repeated_share,
     )
 

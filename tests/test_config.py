@@ -130,7 +130,7 @@ DEFAULTS = {
         "ppo_clip": 0.2,
         "gae_lambda": 0.95,
         "value_weight": 0.1,
-        "gate_requests": 32,
+        "gate_requests": 16,
         "publish_every_s": 30.0,
         "publish_every_steps": 8,
         "save_every_s": 30.0,

@@ -90,7 +90,7 @@ def run(folder: Path, out: Path, arms: str, config: AuroraConfig | None = None, 
 
 
 def test_arms_learn_differently_and_the_report_says_how(folder: Path, out: Path) -> None:
-    report = run(folder, out, "static,kl,lk,ppo,full", a_config(folder, learning_rate=1e-2))
+    report = run(folder, out, "static,kl,lk,ppo,full", a_config(folder, learning_rate=1e-2, gate_requests=6))
     arms = report["arms"]
     assert list(arms) == ["static", "kl", "lk", "ppo", "full"]
     after = {name: found["measured"]["all_after"]["accepted_length"] for name, found in arms.items()}

@@ -110,7 +110,7 @@ class LearnerHarness:
             sleep=self.sleeps_s.append,
         )
         label = partial(label_for_gate, target_head=self.target_head)
-        self.held_out = RiggedHeldOut(num_newest=config.gate_requests, seed=0, label=label)
+        self.held_out = RiggedHeldOut(seed=0, label=label)
         self.loop = OnlineLoop(
             self.environment,
             config=config,

@@ -14,7 +14,6 @@ from typing import Any
 from aurora_lit.bench.stream_plan import phase_of
 from aurora_lit.config import AuroraConfig
 from aurora_lit.learn.offline.replay import read_traces
-from aurora_lit.learn.online.gate import HELD_OUT_EVERY
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS
 from aurora_lit.traces.record import Trace
 
@@ -53,12 +52,12 @@ def short_phases(
     """
     shortest = min(phases, key=lambda phase: int(phase["requests"]))
     learn, requests, steps = config.learn, int(shortest["requests"]), shortest["requests"] * steps_per_request
-    held_out, discarded = requests / every / HELD_OUT_EVERY, PATIENCE_TRIALS * learn.publish_every_steps
+    traffic, discarded = requests / every, PATIENCE_TRIALS * learn.publish_every_steps
     found = []
-    if held_out < 2 * learn.gate_requests:
+    if traffic < 4 * learn.gate_requests:
         found.append(
-            f"has about {held_out:.0f} held-out requests, and a trial wants the newest {learn.gate_requests}, so most "
-            "trials judge by the phase before too: lower learn.gate_requests or --every, or record longer phases"
+            f"has {traffic:.0f} requests, of which {learn.gate_requests} wait for a trial, so many trials judge by the "
+            "phase before too: lower learn.gate_requests or --every, or record longer phases"
         )
     if steps < 2 * discarded:
         found.append(

@@ -132,6 +132,7 @@ class Replay:
             self.learner.controller,
             self._batcher,
             self._held_out,
+            num_waiting=learn.gate_requests if gated else 0,
             max_repeated_share=learn.max_repeated_share,
         )
         self.simulator = RoundSimulator(
@@ -213,10 +214,11 @@ class Replay:
         self._newest_version = max([self._newest_version, *placed.round_version_R.tolist()])
         self._steps_due += self._steps_per_trace
         while self._steps_due >= 1:
-            self._steps_due -= 1
             batch = self._batcher.next_batch(oldest_fresh=self._newest_version - self._learn.max_staleness)
-            if batch is not None:
-                self.learner.update(batch)
+            if batch is None:  # all traces wait for a trial
+                break
+            self._steps_due -= 1
+            self.learner.update(batch)
         return placed
 
     def hold_trial(self) -> None:
@@ -229,7 +231,9 @@ class Replay:
                 self._serve({"reason": "no gate"})
                 return
             with self.fabric.autocast():
-                decision = compare_drafts(self._held_out, champion=self._champion, challenger=challenger)
+                decision = compare_drafts(
+                    self._held_out, champion=self._champion, challenger=challenger, heat=self.learner.controller.heat
+                )
             decision = self._first_process_decision(decision)
             if decision is None:
                 return

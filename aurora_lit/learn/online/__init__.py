@@ -1,14 +1,14 @@
 """The online learner: a process beside a server that trains the draft on served traffic and publishes better versions.
 
 It reads traces from the server's ring, takes optimiser steps within a budget of processor time, and publishes a draft
-when the gate finds it better than the served one on requests kept out of training.
+when the gate finds it better than the served one on requests that were not learned from.
 
 May import: learn/data/ and above. Start with loop.py. The files, each importing only those above it:
 
     budget.py              how much processor time learning may use: a token bucket of processor seconds
     evidence.py            how much speaks for a challenger, over all of its trials
     gate.py                champion against challenger on held-out requests
-    intake.py              what becomes of a trace: left out, held out for the gate, or trained on
+    intake.py              what becomes of a trace: left out, or waits for a trial and is then trained on
     step_metrics.py        metrics of optimiser steps, averaged for the loggers
     learner.py             Learner.update, the only optimiser step of online learning; its state
     data_parallel.py       several processes that take each step together

@@ -139,7 +139,7 @@ def make_batcher(config: AuroraConfig, target_head: TargetHead, folder: Path) ->
 def make_held_out(config: AuroraConfig, target_head: TargetHead) -> HeldOut:
     """Held-out requests as the settings `learn` describe them; none yet."""
     label = partial(label_for_gate, target_head=target_head)
-    return HeldOut(num_newest=config.learn.gate_requests, seed=config.learn.seed, label=label)
+    return HeldOut(seed=config.learn.seed, label=label)
 
 
 def _server_load(status: EngineStatusPage, *, num_slots: int) -> ServerLoad:

@@ -1,4 +1,4 @@
-"""The gate decides whether the challenger may replace the champion, by their scores on requests kept out of training.
+"""The gate decides whether the challenger may replace the champion, by their scores on requests not yet learned from.
 
 The score is the expected accepted length, computed from traces alone: from every position of an answer, the draft
 continues the committed tokens, and proposal i counts with the probability that all proposals up to it are accepted. For
@@ -6,8 +6,10 @@ greedy requests this probability is 0 or 1, exactly as in serving. For sampled o
 temperature: a surrogate, the upper bound of the acceptance rate with shared noise (modules/losses/lk.py). It has less
 variance than what was accepted, and overrates both drafts.
 
-A trial scores both drafts on requests that no challenger was tried on, the newest first, until the evidence suffices or
-does not promise to. Evidence adds up within a lineage of challengers, which ends when the champion changes or learning
+The newest requests wait for a trial before they are learned from (test-then-train), so that evidence costs no traffic.
+A trial scores both drafts on those that no challenger was tried on, the newest first, until the evidence suffices or
+does not promise to. A few of the requests that have waited are never learned from: by these the drafts are compared in
+domains of the past. Evidence adds up within a lineage of challengers, which ends when the champion changes or learning
 restarts. Leaves out how evidence is weighed (learn/online/evidence.py), when a trial is held
 (learn/online/loop.py), and writing checkpoints of drafts that pass (drafts/versions.py).
 
@@ -37,8 +39,8 @@ from aurora_lit.modules.losses.lk import overlap
 from aurora_lit.modules.losses.unroll import StepwiseChains
 from aurora_lit.traces.record import Trace
 
-HELD_OUT_EVERY = 6
-"""Every sixth request is kept out of training."""
+_KEPT_EVERY = 16
+"""One request in so many is never learned from."""
 MIN_REQUESTS = 6
 """Untried requests that a trial needs at least; it looks at the evidence after each so many."""
 _PATIENCE_REQUESTS = 12
@@ -46,7 +48,7 @@ _PATIENCE_REQUESTS = 12
 _OLD_PILOT_REQUESTS = 4
 """A domain's other older requests are scored only if the challenger is behind on so many of them."""
 _FALSE_PASS_RATE = 0.25
-"""Probability that any challenger of a lineage passes if none is better than the champion, at most."""
+"""Probability that any challenger of a lineage passes if none is better than the champion, at most, at heat 0."""
 _FALSE_REFUSAL_RATE = 0.05
 """Probability that a draft exactly as good as the champion in every domain is refused because of one of them."""
 TRIAL_POSITIONS = 1024
@@ -61,7 +63,7 @@ _MAX_OLD_REQUESTS = 64
 
 @dataclass(kw_only=True, eq=False)
 class HeldOutRequest:
-    """A held-out request, in one or more segments."""
+    """A request that is not learned from, in one or more segments."""
 
     request_id: str
     domain: str
@@ -83,22 +85,22 @@ class HeldOutRequest:
 
 
 class HeldOut:
-    """Requests kept out of training: the newest ones, and a random sample of older ones from each domain."""
+    """Requests that are not learned from: the newest ones for a while, and of older ones a sample from each domain."""
 
-    def __init__(self, *, num_newest: int, seed: int, label: Callable[[Trace], LabelledTrace]) -> None:
+    def __init__(self, *, seed: int, label: Callable[[Trace], LabelledTrace]) -> None:
         """`label`: labels a trace for scoring (`label_for_gate` with the target's head)."""
         self.newest: deque[HeldOutRequest] = deque()
         self.evidence = Evidence()
         """What speaks for the present lineage of challengers."""
         self.old: dict[str, list[HeldOutRequest]] = {}
-        self._num_newest, self._label = num_newest, label
-        self._num_seen: dict[str, int] = {}
+        self._label = label
+        self._num_remembered: dict[str, int] = {}
         self._random = random.Random(seed)
 
     @staticmethod
-    def is_held_out(request_id: str) -> bool:
-        """True if a request is held out. A hash of its id, so that all its segments agree, after a restart too."""
-        return zlib.crc32(request_id.encode()) % HELD_OUT_EVERY == 0
+    def is_kept(request_id: str) -> bool:
+        """True if a request is never learned from; by a hash of its id, so that segments agree, after a restart too."""
+        return zlib.crc32(request_id.encode()) % _KEPT_EVERY == 0
 
     def add(self, trace: Trace) -> None:
         """Keep a segment, with its request's earlier segments if that is among the newest requests."""
@@ -108,8 +110,17 @@ class HeldOut:
             self.newest.append(request)
         request.traces.append(trace)
         request.champion_score = request.challenger_score = None
-        if len(self.newest) > self._num_newest:
-            self._remember(self.newest.popleft())
+
+    def release(self, num_newest: int) -> list[Trace]:
+        """Let the oldest of the newest requests go until `num_newest` are left; returns what is learned from now."""
+        released = []
+        while len(self.newest) > num_newest:
+            oldest = self.newest.popleft()
+            if self.is_kept(oldest.request_id):
+                self._remember(oldest)
+            else:
+                released += oldest.traces
+        return released
 
     @property
     def untried(self) -> list[HeldOutRequest]:
@@ -138,13 +149,13 @@ class HeldOut:
         """Move a request to the older ones: reservoir sampling (Vitter's algorithm R) within its domain."""
         domain = request.domain if request.domain in self.old or len(self.old) < MAX_DOMAINS else ""
         kept = self.old.setdefault(domain, [])
-        self._num_seen[domain] = self._num_seen.get(domain, 0) + 1
+        self._num_remembered[domain] = self._num_remembered.get(domain, 0) + 1
         size = max(1, _MAX_OLD_REQUESTS // len(self.old))
         for requests in self.old.values():
             del requests[size:]
         if len(kept) < size:
             kept.append(request)
-        elif (index := self._random.randrange(self._num_seen[domain])) < size:
+        elif (index := self._random.randrange(self._num_remembered[domain])) < size:
             kept[index] = request
 
 
@@ -178,17 +189,20 @@ class GateDecision:
 
 
 def decide(
-    new: Sequence[tuple[float, float]], by_domain: dict[str, list[tuple[float, float]]], *, evidence: float
+    new: Sequence[tuple[float, float]],
+    by_domain: dict[str, list[tuple[float, float]]],
+    *,
+    evidence: float,
+    needed: float = 1 / _FALSE_PASS_RATE,
 ) -> GateDecision:
     """Decide by (champion, challenger) scores, paired by request; `evidence`: the lineage's e-value, `new` included.
 
-    The challenger passes if the evidence suffices for _FALSE_PASS_RATE, if it is itself ahead on the new requests, and
-    if it is in no domain significantly worse: one-sided paired t-tests at levels that share _FALSE_REFUSAL_RATE
-    (Bonferroni).
+    The challenger passes if the evidence is as much as needed, if it is itself ahead on the new requests, and if it is
+    in no domain significantly worse: one-sided paired t-tests at levels that share _FALSE_REFUSAL_RATE (Bonferroni).
     """
     champion, challenger, t_statistic = _compare(new)
     reason = f"{challenger:.3f} against {champion:.3f} tokens a round on {len(new)} new requests"
-    reason += f", evidence {evidence:.2f} of {1 / _FALSE_PASS_RATE:g}"
+    reason += f", evidence {evidence:.2f} of {needed:.3g}"
     refused = t_statistic <= 0
     table = {}
     for domain, pairs in sorted(by_domain.items()):
@@ -198,7 +212,7 @@ def decide(
             refused = True
             reason += f"; worse in domain {domain!r}: {after:.3f} against {before:.3f} on {len(pairs)} requests"
     return GateDecision(
-        passed=not refused and evidence >= 1 / _FALSE_PASS_RATE,
+        passed=not refused and evidence >= needed,
         refused=refused,
         reason=reason,
         champion=champion,
@@ -220,9 +234,17 @@ def _compare(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]
 
 
 def compare_drafts(
-    held_out: HeldOut, *, champion: DraftModule, challenger: DraftModule, batch_positions: int = TRIAL_POSITIONS
+    held_out: HeldOut,
+    *,
+    champion: DraftModule,
+    challenger: DraftModule,
+    heat: float = 0.0,
+    batch_positions: int = TRIAL_POSITIONS,
 ) -> GateDecision | None:
     """Score both drafts on untried requests, add the evidence and decide; None if fewer than MIN_REQUESTS are scored.
+
+    heat: how much is left to learn in the traffic, 0 to 1 (modules/domains/lr_schedule.py). The more there is, the
+    likelier a challenger is better, and the more is lost by waiting: less evidence is needed, none at heat 1.
 
     Requests that are too short to be scored count as tried. Older ones, which only tell whether a domain has become
     worse, are scored if nothing else keeps the challenger from passing.
@@ -230,6 +252,7 @@ def compare_drafts(
     for request in held_out:
         request.challenger_score = None
     tried: list[tuple[HeldOutRequest, tuple[float, float]]] = []
+    needed = _FALSE_PASS_RATE ** (heat - 1)
     if len(untried := held_out.untried) < MIN_REQUESTS:
         return None
 
@@ -246,7 +269,7 @@ def compare_drafts(
     def decision(others: Sequence[tuple[HeldOutRequest, tuple[float, float]]] = ()) -> GateDecision:
         new = [pair for _, pair in tried]
         by_domain = _by_domain([*tried, *others])
-        return decide(new, by_domain, evidence=held_out.evidence.value)
+        return decide(new, by_domain, evidence=held_out.evidence.value, needed=needed)
 
     while untried:
         part, untried = untried[:MIN_REQUESTS], untried[MIN_REQUESTS:]
@@ -257,7 +280,7 @@ def compare_drafts(
         tried += scored
         if len(tried) < MIN_REQUESTS:
             continue
-        is_promising = held_out.evidence.value >= _FALSE_PASS_RATE**-0.5
+        is_promising = held_out.evidence.value >= needed**0.5
         if decision().passed or (len(tried) >= _PATIENCE_REQUESTS and not is_promising):
             break
     if len(tried) < MIN_REQUESTS:

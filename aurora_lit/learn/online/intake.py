@@ -1,4 +1,4 @@
-"""What becomes of a served request's trace: left out, held out for the gate, or trained on.
+"""What becomes of a served request's trace: left out, or trained on once the gate has had it.
 
 Answers that repeat themselves are left out of training and of the gate: they are easy to predict, so they would teach
 the draft to loop, and would make every draft look good at the gate. Leaves out where traces come from
@@ -8,6 +8,8 @@ domain is (modules/domains/controller.py).
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 
 from aurora_lit.learn.data.labelled_trace import crop, first_trained_position
@@ -16,6 +18,8 @@ from aurora_lit.learn.online.gate import TRIAL_POSITIONS, HeldOut
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.traces.record import Trace
 
+_RELEASED_IDS = 1024
+"""Latest requests that were given to the batches and are remembered, in case more of their segments come."""
 GRAM_TOKENS = 4
 """Length of the n-grams by which repetition is measured."""
 _MIN_GRAMS = 16
@@ -23,9 +27,9 @@ _MIN_GRAMS = 16
 
 
 class TraceIntake:
-    """Sends each trace to the held-out requests or to the training batches, with its domain.
+    """Sends each trace to the requests that wait for a trial, and those that have waited to the training batches.
 
-    >>> intake = TraceIntake(controller, batcher, held_out, max_repeated_share=0.7)
+    >>> intake = TraceIntake(controller, batcher, held_out, num_waiting=16, max_repeated_share=0.7)
     >>> intake.add(trace).domain                # None: its answer loops, it was left out
     """
 
@@ -35,24 +39,35 @@ class TraceIntake:
         batcher: OnlineBatcher,
         held_out: HeldOut,
         *,
+        num_waiting: int,
         max_repeated_share: float,
     ) -> None:
-        """max_repeated_share: larger shares of repeated n-grams are looping; 1 leaves nothing out."""
+        """num_waiting: so many requests wait for a trial; at the start half of those that came, so that learning begins
+        with the first. max_repeated_share: larger shares of repeated n-grams are looping; 1 leaves nothing out.
+        """
         self._controller, self._batcher, self._held_out = controller, batcher, held_out
-        self._max_repeated_share = max_repeated_share
+        self._num_waiting, self._max_repeated_share = num_waiting, max_repeated_share
+        self._num_added = 0
+        self._released: deque[str] = deque(maxlen=_RELEASED_IDS)
         self.num_looping = 0
         """Traces left out because their answer loops."""
 
     def add(self, trace: Trace) -> Trace | None:
-        """The trace with its domain, after it was added to the held-out requests or the batches; None if left out."""
+        """The trace with its domain, after it was added to what waits for a trial; None if left out."""
         if is_looping(trace, max_repeated_share=self._max_repeated_share):
             self.num_looping += 1
             return None
         trace = self._controller.assign_domain(trace)
-        if not self._held_out.is_held_out(trace.request_id):
+        if first_trained_position(trace) == len(trace.token_ids_T):
+            return trace
+        if trace.request_id in self._released:
             self._batcher.add(trace)
-        elif first_trained_position(trace) < len(trace.token_ids_T):
-            self._held_out.add(crop(trace, TRIAL_POSITIONS))
+            return trace
+        self._held_out.add(crop(trace, TRIAL_POSITIONS))
+        self._num_added += 1
+        for waited in self._held_out.release(min(self._num_waiting, self._num_added // 2)):
+            self._released.append(waited.request_id)
+            self._batcher.add(waited)
         return trace
 
 

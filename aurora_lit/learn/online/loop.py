@@ -102,6 +102,7 @@ class OnlineLoop:
             learner.controller,
             batcher,
             held_out,
+            num_waiting=config.gate_requests,
             max_repeated_share=config.max_repeated_share,
         )
         self._intake.num_looping, self.batcher.num_over_share = before.looping, before.over_client_share
@@ -239,7 +240,9 @@ class OnlineLoop:
         self._activity, self._passed_version = "comparing drafts", None
         self._last_trial_s, self._last_trial_steps = self._environment.monotonic_s(), self.learner.steps
         with self.learner.averaged() as challenger, self.learner.fabric.autocast():
-            decision = compare_drafts(self.held_out, champion=self._champion, challenger=challenger)
+            decision = compare_drafts(
+                self.held_out, champion=self._champion, challenger=challenger, heat=self.learner.controller.heat
+            )
         if decision is None:
             return
         self.decision = decision

@@ -25,10 +25,13 @@ CHAMPION = 2.0
 class Trials:
     """Trials of challengers with a given lead, each with new requests, until one passes or learning restarts."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, requests: int = 12, noise: float = NOISE) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, requests: int = 12, noise: float = NOISE, heat: float = 0.0
+    ) -> None:
+        self._heat = heat
         self._random, self._requests, self._num_requests, self._noise = random.Random(0), requests, 0, noise
         self._noises: dict[str, float] = {}
-        self.held_out = HeldOut(num_newest=32, seed=0, label=lambda trace: pytest.fail("no trace is read"))
+        self.held_out = HeldOut(seed=0, label=lambda trace: pytest.fail("no trace is read"))
         monkeypatch.setattr(gate, "score_requests", self._score)
 
     def _score(
@@ -44,8 +47,9 @@ class Trials:
             self._num_requests += 1
             trace: Any = SimpleNamespace(request_id=str(self._num_requests), domain=f"{self._num_requests % 3}")
             self.held_out.add(trace)
+        self.held_out.release(32)
         drafts: Any = {"champion": None, "challenger": lead}
-        decision = compare_drafts(self.held_out, batch_positions=1024, **drafts)
+        decision = compare_drafts(self.held_out, batch_positions=1024, heat=self._heat, **drafts)
         assert decision is not None
         return decision
 
@@ -91,6 +95,25 @@ def test_a_draft_that_is_five_per_cent_better_passes_within_a_few_trials(monkeyp
         lineages = [trials.lineage(lambda: 0.05 * CHAMPION) for _ in range(300)]
         soon = sum(passed is not None and count <= within for count, passed in lineages)
         assert soon / 300 > least, (requests, noise, within, soon / 300)
+
+
+def test_the_more_is_left_to_learn_the_sooner_a_better_draft_passes_and_a_worse_one_still_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def passed_at_once(lead: float, heat: float) -> float:
+        trials = Trials(monkeypatch, heat=heat)
+        found = []
+        for _ in range(300):
+            trials.held_out.clear_champion_scores()
+            found.append(trials.hold(lead).passed)
+        return sum(found) / 300
+
+    better = [passed_at_once(0.05 * CHAMPION, heat) for heat in (0.0, 0.5, 1.0)]
+    assert better[0] + 0.1 < better[1] < better[2], better
+    assert better[2] > 0.7
+    assert passed_at_once(0.0, 0.5) < 0.3
+    assert passed_at_once(0.0, 1.0) < 0.55, "it must be ahead"
+    assert passed_at_once(-0.1 * CHAMPION, 1.0) < 0.02
 
 
 def test_worse_drafts_do_not_creep_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,26 +84,36 @@ def test_the_score_of_a_sampled_request_is_the_overlap_of_the_two_distributions(
 
 
 def test_a_segmented_request_counts_once(target_head: TargetHead, target: Target, served: list[Trace]) -> None:
-    held_out = HeldOut(num_newest=3, seed=0, label=partial(label_for_gate, target_head=target_head))
-    for trace in [*served[:5], served[4]]:
+    held_out = HeldOut(seed=0, label=partial(label_for_gate, target_head=target_head))
+    for trace in [*served[:3], served[2]]:
         held_out.add(trace)
     assert [len(request.labelled_traces) for request in held_out.newest] == [1, 1, 2]
-    assert len(list(held_out)) == 5, "the oldest two are remembered by domain"
 
 
-def test_older_requests_are_kept_by_domain_within_bounds(target_head: TargetHead, served: list[Trace]) -> None:
-    held_out = HeldOut(num_newest=2, seed=0, label=partial(label_for_gate, target_head=target_head))
+def test_older_requests_are_kept_by_domain_within_bounds(
+    target_head: TargetHead, served: list[Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "_KEPT_EVERY", 1)
+    held_out = HeldOut(seed=0, label=partial(label_for_gate, target_head=target_head))
     for i in range(300):
         held_out.add(replace(served[0], request_id=str(i), domain="rare" if i < 3 else f"busy{i % 3}"))
+        assert held_out.release(2) == []
     assert len(held_out.old["rare"]) == 3
     assert sum(map(len, held_out.old.values())) <= 64
     assert {len(held_out.old[f"busy{i}"]) for i in range(3)} == {16}
 
 
-def test_a_share_of_requests_is_held_out_with_all_its_segments() -> None:
-    taken = [HeldOut.is_held_out(f"cmpl-{i}") for i in range(3000)]
-    assert 0.12 < sum(taken) / 3000 < 0.22
-    assert taken == [HeldOut.is_held_out(f"cmpl-{i}") for i in range(3000)]
+def test_requests_that_have_waited_are_learned_from_but_for_a_few(target_head: TargetHead, served: list[Trace]) -> None:
+    held_out = HeldOut(seed=0, label=partial(label_for_gate, target_head=target_head))
+    released: list[str] = []
+    for i in range(1000):
+        for first_position in (0, 8):
+            held_out.add(replace(served[0], request_id=f"cmpl-{i}", domain="d", first_position=first_position))
+        released += [trace.request_id for trace in held_out.release(5)]
+        assert [request.request_id for request in held_out.newest] == [f"cmpl-{j}" for j in range(max(0, i - 4), i + 1)]
+    assert released == [f"cmpl-{i}" for i in range(995) if not HeldOut.is_kept(f"cmpl-{i}") for _ in range(2)]
+    assert 0.9 < len(released) / 2 / 995 < 0.97
+    assert all(HeldOut.is_kept(request.request_id) for request in held_out.old["d"])
 
 
 @pytest.mark.parametrize(
@@ -160,14 +170,16 @@ def test_a_worse_draft_scores_worse(target: Target, target_head: TargetHead, tau
 
 
 def test_older_requests_are_scored_only_if_the_challenger_passes_on_new_ones(
-    target: Target, target_head: TargetHead, taught_draft: Eagle3Draft
+    target: Target, target_head: TargetHead, taught_draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(gate, "_KEPT_EVERY", 1)
     traces = asked_again(serve(target, taught_draft, some_requests(3)), 6)  # which it was taught
     good, bad = (online_module(target, draft) for draft in (taught_draft, random_draft(target, seed=3)))
     for champion, challenger, passes, requests in ((good, bad, False, 6), (bad, good, True, 6 + 4)):
-        held_out = HeldOut(num_newest=6, seed=0, label=partial(label_for_gate, target_head=target_head))
+        held_out = HeldOut(seed=0, label=partial(label_for_gate, target_head=target_head))
         for trace in traces:
             held_out.add(trace)
+        held_out.release(6)
         assert sum(map(len, held_out.old.values())) == 12
         decision = compare_drafts(held_out, champion=champion, challenger=challenger, batch_positions=64)
         assert decision is not None
@@ -210,7 +222,7 @@ def test_a_trial_ends_as_soon_as_it_is_decided_and_tries_each_request_once_the_n
     good, bad = (online_module(target, draft) for draft in (taught_draft, random_draft(target, seed=3)))
     traces = asked_again(serve(target, taught_draft, some_requests(3)), 9)[:26]  # which it was taught
     for champion, challenger, passes, tried in ((good, bad, False, 12), (bad, good, True, 6)):
-        held_out = HeldOut(num_newest=32, seed=0, label=partial(label_for_gate, target_head=target_head))
+        held_out = HeldOut(seed=0, label=partial(label_for_gate, target_head=target_head))
         for trace in traces:
             held_out.add(trace)
         newest_first = [trace.request_id for trace in reversed(traces)]
@@ -228,7 +240,7 @@ def test_a_trial_ends_as_soon_as_it_is_decided_and_tries_each_request_once_the_n
 def test_evidence_adds_up_over_trials_and_is_forgotten_with_the_champion(
     target: Target, target_head: TargetHead, taught_draft: Eagle3Draft
 ) -> None:
-    held_out = HeldOut(num_newest=32, seed=0, label=partial(label_for_gate, target_head=target_head))
+    held_out = HeldOut(seed=0, label=partial(label_for_gate, target_head=target_head))
     good, bad = (online_module(target, draft) for draft in (taught_draft, random_draft(target, seed=3)))
     values = [1.0]
     for trace in serve(target, taught_draft, some_requests(12)):

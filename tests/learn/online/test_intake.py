@@ -1,18 +1,19 @@
-"""Traces with looping answers reach neither the batches nor the gate."""
+"""Traces with looping answers reach neither batches nor gate; the others wait for a trial and are then trained on."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.learner_harness import LearnerHarness
-from support.live_traces import serve, some_requests
+from support.live_traces import make_controller, serve, some_requests
 from support.tiny_models import random_draft
 
 from aurora_lit.learn.online.gate import HeldOut
-from aurora_lit.learn.online.intake import is_looping, repeated_share
+from aurora_lit.learn.online.intake import TraceIntake, is_looping, repeated_share
 from aurora_lit.models.target import Target
 from aurora_lit.traces.record import Trace
 
@@ -55,13 +56,37 @@ def test_loops_reach_neither_batches_nor_the_gate_and_are_counted(
         replace(with_answer(trace, torch.arange(5).repeat(7)), request_id=f"loop {n}")
         for n, trace in enumerate(traffic)
     ]
-    assert any(HeldOut.is_held_out(loop.request_id) for loop in loops)
     harness.ring.records.extend([*loops, *traffic])
     harness.tick_until(lambda: not harness.ring.records)
     harness.loop.tick()
     page = harness.page.read()
     assert (page.looping, page.records) == (len(loops), len(loops) + len(traffic))
-    assert len(harness.loop.held_out.newest) == sum(HeldOut.is_held_out(trace.request_id) for trace in traffic)
+    assert not any(request.request_id.startswith("loop") for request in harness.loop.held_out)
     names = {trace.request_id for _ in range(50) if (trace := harness.loop.batcher.reservoir.sample())}
     assert names
     assert not any(name.startswith("loop") for name in names)
+
+
+def test_requests_wait_before_they_are_learned_from_and_at_the_start_every_second_one(traffic: list[Trace]) -> None:
+    learned: list[tuple[str, int]] = []
+
+    class Batches:
+        def add(self, trace: Trace) -> None:
+            learned.append((trace.request_id, trace.first_position))
+
+    batches: Any = Batches()
+    held_out = HeldOut(seed=0, label=lambda trace: pytest.fail("no trial is held"))
+    intake = TraceIntake(make_controller(), batches, held_out, num_waiting=4, max_repeated_share=1.0)
+    waiting, names = [], [f"r{n}" for n in range(40)]
+    for name in names:
+        intake.add(replace(traffic[0], request_id=name))
+        waiting.append(len(held_out.newest))
+    assert waiting == [0, 1, 1, 2, 2, 3, 3, *[4] * 33]
+    in_time = [name for name in names[:36] if not HeldOut.is_kept(name)]
+    assert [name for name, _ in learned] == in_time
+    assert [request.request_id for request in held_out.newest] == names[36:]
+    learned.clear()
+    for name in (in_time[-1], names[-1]):  # another segment of each
+        intake.add(replace(traffic[0], request_id=name, first_position=64))
+    assert learned == [(in_time[-1], 64)], "what was learned from is not tried, not in part either"
+    assert [len(request.traces) for request in held_out.newest] == [1, 1, 1, 2]

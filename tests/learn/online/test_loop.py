@@ -17,7 +17,6 @@ from support.live_traces import asked_again, make_controller, serve, some_reques
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, read_centroids
 from aurora_lit.learn.online import gate, loop
 from aurora_lit.learn.online.budget import Budget, ServerLoad
-from aurora_lit.learn.online.gate import HeldOut
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.detector import DomainDetector
@@ -126,7 +125,7 @@ def test_damaged_traces_and_those_without_finite_loss_are_counted_and_change_no_
     assert harness.page.read().skipped >= len(bad) + 2
     assert harness.learner.steps == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in harness.learner.draft.state_dict().items())
-    harness.ring.records.extend(t for t in traffic if not HeldOut.is_held_out(t.request_id))
+    harness.ring.records.extend(traffic)
     harness.tick_until(lambda: harness.learner.steps >= 3)
 
 
@@ -302,7 +301,7 @@ def test_domains_set_learning_rate_and_exploration_and_are_reported(
     controller = make_controller(
         detector=detector, explore_shares=(0.02, 0.2), warmup_steps=0, min_lr_factor=0.5, decay_tokens=600.0
     )
-    harness = LearnerHarness(target, tmp_path, controller=controller, publish_every_s=3600.0)
+    harness = LearnerHarness(target, tmp_path, controller=controller, publish_every_s=3600.0, gate_requests=2)
 
     def learn(traces: Sequence[Trace]) -> float:
         """The learning rate after a step."""
