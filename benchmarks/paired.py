@@ -16,9 +16,12 @@ halves, each for itself: both pay for recording, which `store: false` would spar
 
 Other comparisons: `--against off-greedy` has temperature T without speculation against temperature 0 without it;
 `--against plain-neighbour` counts all clients but the last one, whose requests ask for log-probabilities and penalties
-in the first half only; and with `--other draft.checkpoint=FOLDER` both speculate and remember, but the second half goes
+in the first half only; `--against no-learner` has a learner, which is stopped (SIGSTOP) in the second half; and with
+`--other draft.checkpoint=FOLDER` both speculate and remember, but the second half goes
 to a second server with these settings, while the first one waits. `--other-code FOLDER` runs that server from another
 checkout, which must know all settings of this one.
+
+With `--stream` the table also has the 99th percentile of the pauses between two chunks of an answer.
 """
 
 from __future__ import annotations
@@ -29,18 +32,22 @@ import http.client
 import itertools
 import json
 import math
+import os
 import secrets
+import signal
 import statistics
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import psutil
 from rich.table import Table
 from scipy.stats import t as student_t
 
@@ -48,6 +55,7 @@ from aurora_lit.bench.reporting import report_console
 from aurora_lit.bench.server_process import free_port, running_server
 from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.learn.pretrain.prompts import read_prompts
 
 _OVERRIDES = ("learn.enabled=false",)
@@ -71,6 +79,8 @@ class Arm(NamedTuple):
     streams: bool = False
     neighbour: Literal["", "plain", "logprobs and penalties"] = ""
     """What the last client asks for, whose answers are then not counted."""
+    learns: bool = True
+    """False: the server's learner is stopped meanwhile."""
 
 
 class Answer(NamedTuple):
@@ -80,6 +90,8 @@ class Answer(NamedTuple):
     tokens: int
     ended_s: float
     """By the monotonic clock."""
+    pauses_s: tuple[float, ...] = ()
+    """Of a stream: from one chunk to the next."""
 
 
 class Outcome(NamedTuple):
@@ -90,6 +102,7 @@ class Outcome(NamedTuple):
     texts: list[str]
     rounds: int
     speculating_rounds: int
+    pauses_s: list[float]
 
 
 def ask(port: int, prompt: str, arm: Arm, more: Mapping[str, Any], *, max_tokens: int, seed: int, salt: str) -> Answer:
@@ -109,10 +122,10 @@ def ask(port: int, prompt: str, arm: Arm, more: Mapping[str, Any], *, max_tokens
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
-        content = response.read().decode()
+        lines = [(line, time.monotonic()) for line in response]
     finally:
         connection.close()
-    ended_s = time.monotonic()
+    content, ended_s = b"".join(line for line, _ in lines).decode(), time.monotonic()
     if response.status != 200:
         raise AuroraError(f"the server answered {response.status}: {content}")
     if not arm.streams:
@@ -121,14 +134,45 @@ def ask(port: int, prompt: str, arm: Arm, more: Mapping[str, Any], *, max_tokens
     events = [event.removeprefix("data: ") for event in content.split("\n\n") if event]
     chunks = [json.loads(event) for event in events if event != "[DONE]"]
     text = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
-    return Answer(text, chunks[-1]["usage"]["completion_tokens"], ended_s)
+    came_s = [at for line, at in lines if line.startswith(b"data: {")]
+    pauses_s = tuple(after - before for before, after in itertools.pairwise(came_s))
+    return Answer(text, chunks[-1]["usage"]["completion_tokens"], ended_s, pauses_s)
+
+
+def status(port: int) -> dict[str, Any]:
+    """What the server says of itself."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/aurora/status", timeout=_TIMEOUT_S) as response:
+        found: dict[str, Any] = json.load(response)
+    return found
 
 
 def rounds_by_plan(port: int) -> dict[str, int]:
     """The server's counters of rounds."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/aurora/status", timeout=_TIMEOUT_S) as response:
-        plans: dict[str, int] = json.load(response)["speculation"]["rounds_by_plan"]
+    plans: dict[str, int] = status(port)["speculation"]["rounds_by_plan"]
     return plans
+
+
+@contextmanager
+def stopped_learner(port: int) -> Iterator[None]:
+    """Inside, the server's learner does not run. Raises AuroraError if there is none.
+
+    It is stopped between two turns: while it computes, rounds leave it a core.
+    """
+    pid = status(port)["learner"]["pid"]
+    if not pid:
+        raise AuroraError("the server has no learner; leave learn.enabled=false out")
+    arguments = [Path(argument) for argument in psutil.Process(pid).cmdline()]
+    (page,) = [path / LEARNER_STATUS_NAME for path in arguments if (path / LEARNER_STATUS_NAME).exists()]
+    busy_threads = functools.partial(LearnerStatusPage.open(page).peek, "busy_threads")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        while busy_threads():
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.02)
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def run(port: int, prompts: Sequence[str], arm: Arm, *, max_tokens: int, seed: int, setting: str) -> Outcome:
@@ -148,7 +192,9 @@ def run(port: int, prompts: Sequence[str], arm: Arm, *, max_tokens: int, seed: i
     plans = {name: count - before[name] for name, count in rounds_by_plan(port).items()}
     rounds = sum(plans.values())
     tokens = sum(answer.tokens for answer in answers)
-    return Outcome(tokens, tokens / seconds, [answer.text for answer in answers], rounds, rounds - plans["plain"])
+    pauses_s = [pause for answer in answers for pause in answer.pauses_s]
+    texts = [answer.text for answer in answers]
+    return Outcome(tokens, tokens / seconds, texts, rounds, rounds - plans["plain"], pauses_s)
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
@@ -171,10 +217,13 @@ def measure(
         prompts = list(itertools.islice(turns, clients))
         order = arms if pair % 2 == 0 else arms[::-1]
         seed = pair + options.warm_up
-        halves = {
-            arm: run(ports[arm.server], prompts, arm, max_tokens=options.max_tokens, seed=seed, setting=setting)
-            for arm in order
-        }
+        halves = {}
+        for arm in order:
+            port = ports[arm.server]
+            with ExitStack() as meanwhile:
+                if not arm.learns:
+                    meanwhile.enter_context(stopped_learner(port))
+                halves[arm] = run(port, prompts, arm, max_tokens=options.max_tokens, seed=seed, setting=setting)
         if pair < 0:
             continue
         one, other = halves[arms[0]], halves[arms[1]]
@@ -192,7 +241,12 @@ def measure(
         "speculating": sum(half.speculating_rounds for half in sides[0]) / sum(half.rounds for half in sides[0]),
         "unequal_pairs": unequal,
         "pairs": len(ratios),
+        "pause_p99_ms": [_p99_ms([pause for half in side for pause in half.pauses_s]) for side in sides],
     }
+
+
+def _p99_ms(pauses_s: Sequence[float]) -> float | None:
+    return 1000 * statistics.quantiles(pauses_s, n=100)[98] if len(pauses_s) > 1 else None
 
 
 def main() -> int:
@@ -212,7 +266,7 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--max-prompt-characters", type=int, default=3000)
     second = parser.add_mutually_exclusive_group()
-    second.add_argument("--against", choices=["off", "off-greedy", "plain-neighbour"], default="off")
+    second.add_argument("--against", choices=["off", "off-greedy", "plain-neighbour", "no-learner"], default="off")
     second.add_argument("--other", nargs="+", default=[], metavar="KEY=VALUE", help="settings of a second server")
     second.add_argument("--other-code", type=Path, metavar="FOLDER", help="checkout that a second server runs from")
     parser.add_argument("--stream", action="store_true", help="ask for streams")
@@ -221,23 +275,35 @@ def main() -> int:
     options = parser.parse_args()
     if options.against == "plain-neighbour" and min(options.clients) < 2:
         parser.error("--against plain-neighbour needs at least two --clients: the last one is not counted")
-    configs = [load_config(None, [*_OVERRIDES, *options.overrides])]
+    has_learner = options.against == "no-learner"
+    configs = [load_config(None, [*([] if has_learner else _OVERRIDES), *options.overrides])]
     has_second = bool(options.other or options.other_code)
     if has_second:
         configs.append(load_config(None, [*_OVERRIDES, *options.overrides, *options.other]))
-    configs = [replace(config, server=replace(config.server, port=free_port())) for config in configs]
+    scratch = tempfile.TemporaryDirectory()  # what a learner writes
+    configs = [
+        replace(
+            config,
+            server=replace(config.server, port=free_port()),
+            checkpoint=replace(config.checkpoint, dir=scratch.name),
+            learn=replace(config.learn, logs=scratch.name),
+        )
+        for config in configs
+    ]
     ports = [config.server.port for config in configs]
     texts = [
         [text for prompt in read_prompts(path) if len(text := prompt.messages[0]) <= options.max_prompt_characters]
         for path in options.prompts
     ]
     turns = itertools.cycle(text for group in zip(*texts, strict=False) for text in group)
-    columns = ("ratio", "95 % interval", "tokens/s", "tokens a round", "speculating", "unequal", "pairs")
+    columns = ["ratio", "95 % interval", "tokens/s", "tokens a round", "speculating", "unequal", "pairs"]
+    columns += ["pause p99, ms"] * options.stream
     table = Table("temperature", "clients", *columns)
     rows = []
     with ExitStack() as servers:
+        servers.enter_context(scratch)
         for number, config in enumerate(configs):
-            log = Path(options.out or "paired").with_suffix(f".{number}.log")
+            log = Path(options.out or Path(scratch.name) / "server").with_suffix(f".{number}.log")
             servers.enter_context(running_server(config, log, code=options.other_code if number else None))
         time.sleep(_SETTLE_S)
         for temperature, clients in itertools.product(options.temperatures, options.clients):
@@ -249,6 +315,8 @@ def main() -> int:
                     Arm(True, temperature, True, neighbour="logprobs and penalties"),
                     Arm(True, temperature, True, neighbour="plain"),
                 )
+            if has_learner:
+                arms = Arm(True, temperature, True), Arm(True, temperature, True, learns=False)
             if has_second:
                 arms = Arm(True, temperature, True), Arm(True, temperature, True, server=1)
             arms = arms[0]._replace(streams=options.stream), arms[1]._replace(streams=options.stream)
@@ -259,6 +327,8 @@ def main() -> int:
             cells = [named, clients, f"{found['ratio']:.3f}", f"{found['low']:.3f}–{found['high']:.3f}"]
             cells += [f"{one:.0f} / {other:.0f}", "{:.2f} / {:.2f}".format(*found["tokens_a_round"])]
             cells += [f"{found['speculating']:.0%}", found["unequal_pairs"], found["pairs"]]
+            if options.stream:
+                cells.append("{:.0f} / {:.0f}".format(*found["pause_p99_ms"]))
             table.add_row(*map(str, cells))
             print(*cells, sep="  ", flush=True)
     report_console().print(table)
