@@ -26,6 +26,7 @@ from aurora_lit.kernels import native
 from aurora_lit.learn.data.labelled_trace import label_trace
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.offline import replay as replay_module
 from aurora_lit.learn.offline.replay import ARMS, Replay, blocks
 from aurora_lit.learn.offline.scoring import RoundTotals
 from aurora_lit.models.target import Target
@@ -122,6 +123,20 @@ def test_without_gate_or_store_every_draft_is_served_and_none_is_written(
     for name, learned in averaged.items():
         stored = learned.bfloat16() if learned.is_floating_point() else learned
         assert torch.equal(served[name], stored.to(learned.dtype)), name
+
+
+def test_the_gate_is_told_how_hot_the_stream_is(
+    target: Target, stream: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(replay_module, "compare_drafts", lambda *args, heat, **options: told.append(heat))
+    replay = make_replay(target, random_draft(target), tmp_path)
+    hot: list[float] = []
+    for block in blocks(iter(stream), 12):
+        replay.process_block(block)
+        hot += [replay.learner.controller.heat] * (len(told) - len(hot))
+    assert told == hot
+    assert told[-1] < told[0], "it cools as it is learned"
 
 
 def test_other_targets_and_damaged_traces_are_skipped(target: Target, stream: list[Trace], tmp_path: Path) -> None:

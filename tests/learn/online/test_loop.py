@@ -231,6 +231,26 @@ def test_trials_take_a_small_share_of_the_time_that_learning_takes(
     assert 0.10 < 2.0 * len(began_s) / clocks.cpu_s < 0.14
 
 
+def test_the_gate_is_told_how_hot_traffic_is(
+    target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+
+    def compare(*args: Any, heat: float, **options: Any) -> None:
+        told.append(heat)
+
+    monkeypatch.setattr(loop, "compare_drafts", compare)
+    harness = LearnerHarness(target, tmp_path, publish_every_steps=2)
+    waiting = iter(asked_again(traffic, 12))
+    hot: list[float] = []
+    for _ in range(60):
+        harness.ring.records.extend(itertools.islice(waiting, 5))
+        harness.loop.tick()
+        hot += [harness.learner.controller.heat] * (len(told) - len(hot))
+    assert told == hot
+    assert told[-1] < told[0], "it cools as it is learned"
+
+
 def test_after_repeated_refusals_the_learner_restarts_from_the_served_draft_at_half_the_rate(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
