@@ -252,8 +252,8 @@ class LearnSettings:
     """Lambda of generalised advantage estimation."""
     value_weight: float = _within(0.1, 0.0, 100.0)
     """Weight of the value head's loss."""
-    gate_requests: int = _within(16, 2, 1 << 20)
-    """Number of newest requests that wait for a trial before they are learned from."""
+    gate_requests: int = _within(16, 6, 1 << 20)
+    """Number of newest requests that wait for a trial before they are learned from; a trial takes six at least."""
     publish_every_s: float = _within(30.0, 0.0, 86400.0)
     """Minimum time between two trials, in seconds."""
     publish_every_steps: int = _within(8, 1, 1 << 20)

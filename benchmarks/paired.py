@@ -17,9 +17,9 @@ halves, each for itself: both pay for recording, which `store: false` would spar
 Other comparisons: `--against off-greedy` has temperature T without speculation against temperature 0 without it;
 `--against plain-neighbour` counts all clients but the last one, whose requests ask for log-probabilities and penalties
 in the first half only; `--against no-learner` has a learner, which is stopped (SIGSTOP) in the second half; and with
-`--other draft.checkpoint=FOLDER` both speculate and remember, but the second half goes
-to a second server with these settings, while the first one waits. `--other-code FOLDER` runs that server from another
-checkout, which must know all settings of this one.
+`--other draft.checkpoint=FOLDER` both speculate and remember, but the second half goes to a second server with these
+settings, while the first one waits. `--other-code FOLDER` runs that server from another checkout, which must know all
+settings of this one.
 
 With `--stream` the table also has the 99th percentile of the pauses between two chunks of an answer.
 """
@@ -58,7 +58,6 @@ from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.learn.pretrain.prompts import read_prompts
 
-_OVERRIDES = ("learn.enabled=false",)
 _TIMEOUT_S = 600.0
 _SETTLE_S = 15.0
 """Before anything is measured: a server that has just started times its operations while it is idle, in a first start
@@ -276,20 +275,13 @@ def main() -> int:
     if options.against == "plain-neighbour" and min(options.clients) < 2:
         parser.error("--against plain-neighbour needs at least two --clients: the last one is not counted")
     has_learner = options.against == "no-learner"
-    configs = [load_config(None, [*([] if has_learner else _OVERRIDES), *options.overrides])]
+    scratch = tempfile.TemporaryDirectory()  # for logs and what a learner writes
+    overrides = [f"checkpoint.dir={scratch.name}", f"learn.logs={scratch.name}", f"learn.enabled={has_learner}"]
+    configs = [load_config(None, [*overrides, *options.overrides])]
     has_second = bool(options.other or options.other_code)
     if has_second:
-        configs.append(load_config(None, [*_OVERRIDES, *options.overrides, *options.other]))
-    scratch = tempfile.TemporaryDirectory()  # what a learner writes
-    configs = [
-        replace(
-            config,
-            server=replace(config.server, port=free_port()),
-            checkpoint=replace(config.checkpoint, dir=scratch.name),
-            learn=replace(config.learn, logs=scratch.name),
-        )
-        for config in configs
-    ]
+        configs.append(load_config(None, [*overrides, *options.overrides, *options.other]))
+    configs = [replace(config, server=replace(config.server, port=free_port())) for config in configs]
     ports = [config.server.port for config in configs]
     texts = [
         [text for prompt in read_prompts(path) if len(text := prompt.messages[0]) <= options.max_prompt_characters]

@@ -91,8 +91,6 @@ class RankWatch:
         self._pages = [RankStatusPage.open(rank_path(run_folder, rank)) for rank in range(1, len(processes))]
         self._heartbeats_ns = [0] * len(processes)
         self._polls_without_heartbeat = [0] * len(processes)
-        self.ended_cleanly = False
-        """True if all processes that ended have exit code 0, as on SIGTERM."""
 
     def poll(self) -> str | None:
         """Why the engine cannot go on; None while all its processes run."""
@@ -129,7 +127,6 @@ class RankWatch:
             time.sleep(0.1)  # the end of a killed process may be seen after that of one that lost its connection to it
         ended = [rank for rank, process in enumerate(self._processes) if not process.is_alive()]
         codes = {rank: self._processes[rank].exitcode or 0 for rank in ended}
-        self.ended_cleanly = not any(codes.values())
         errors = {rank: self._pages[rank - 1].read().error if rank else self._status.read().error for rank in ended}
         first = min(ended, key=lambda rank: (min(codes[rank], 0), errors[rank].startswith(RankError.__name__), rank))
         if codes[first] < 0:

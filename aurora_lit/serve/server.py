@@ -239,7 +239,7 @@ def _end_when_a_child_ends(
             return
         if status.read().state is WorkerState.FAILED and not ready:
             return  # the engine could not be built, which the main thread notices
-        if _is_shutting_down() and (loss is None or watch.ended_cleanly):
+        if _is_shutting_down() and loss is None:
             return
         http_ended = wait([process.sentinel for process in server.http_processes], timeout=0)
         if loss is not None or http_ended:

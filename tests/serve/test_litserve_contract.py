@@ -52,6 +52,7 @@ def test_the_server_has_the_attributes_that_we_set(server):
     assert server._monitor_workers is True
     assert callable(server._init_manager)
     assert callable(server._start_server)
+    assert "in enumerate(self.inference_workers)" in inspect.getsource(server._perform_graceful_shutdown)
     assert list(inspect.signature(server.launch_inference_worker).parameters) == ["lit_api"]
     assert not inspect.signature(server.verify_worker_status).parameters
     assert server.litapi_request_queues == {}

@@ -66,7 +66,6 @@ class OnlineBatcher:
         self._target_head, self.reservoir = target_head, reservoir
         self._batch_positions = batch_positions
         self._replay_share = replay_share
-        """May be changed between batches."""
         self._live_bytes = live_bytes
         self._client_positions = int(max_client_share * batch_positions)
         self._clients: deque[str] = deque(maxlen=_RECENT_CLIENTS)

@@ -1,4 +1,4 @@
-"""How much speaks for a challenger: an e-value over requests that its lineage has not learned from, at any time.
+"""How much speaks for a challenger: an e-value over requests that it has not learned from, valid at any time.
 
 A challenger is tried, learns on, and is tried again. With a t-test in each trial, equal drafts would pass in one of
 them sooner or later. An e-value bets instead: it starts at 1, and each request multiplies it by 1 + λ·x, where x is how
