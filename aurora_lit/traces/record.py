@@ -17,6 +17,8 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -226,8 +228,10 @@ def check(trace: Trace) -> None:
     tensors = _tensors(trace)
     for name, tensor in tensors.items():
         dtype, axes = _TENSOR_FIELDS[name]
-        _require(tensor.dtype == dtype, f"{name} is {tensor.dtype}, not {dtype}")
-        _require(tensor.dim() == len(axes), f"{name} has shape {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise _not_a_trace(f"{name} is {tensor.dtype}, not {dtype}")
+        if tensor.dim() != len(axes):
+            raise _not_a_trace(f"{name} has shape {tuple(tensor.shape)}")
     T, R = len(trace.token_ids_T), len(trace.round_root_R)
     H, K = trace.last_TH.shape[1], trace.proposal_RK.shape[1]
     N = int(trace.num_rejected_R.sum())
@@ -236,7 +240,8 @@ def check(trace: Trace) -> None:
         shape = tuple(sizes[axis] for axis in _TENSOR_FIELDS[name][1])
         if name == "rejected_last_NH" and N == 0:
             shape = (0, tensor.shape[1])  # a trace without rejections does not know H here
-        _require(tensor.shape == shape, f"{name} has shape {tuple(tensor.shape)}, not {shape}")
+        if tensor.shape != shape:
+            raise _not_a_trace(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
     _require(T > 0, "it has no tokens")
     _require(trace.verify in VERIFY_MODES, f"verify is {trace.verify!r}")
     _require(0 <= trace.answer_start <= T, f"answer_start is {trace.answer_start} of {T}")
@@ -244,33 +249,51 @@ def check(trace: Trace) -> None:
     _require(0 <= trace.temperature < float("inf"), f"temperature is {trace.temperature}")
     _require(int(trace.token_ids_T.min()) >= 0, "a token id is negative")
     for name in ("aux_T3H", "last_TH", "lse_T", "draft_temperature_R", "rejected_last_NH"):
-        if name in tensors:  # a sum is finite only if every number is, and needs no second tensor
-            _require(bool(tensors[name].sum(dtype=torch.float32).isfinite()), f"{name} is not finite")
+        if name in tensors and not _is_finite(tensors[name]):
+            raise _not_a_trace(f"{name} is not finite")
     if R:
         _check_rounds(trace, T=T, K=K)
 
 
 def _check_rounds(trace: Trace, *, T: int, K: int) -> None:
-    root_R, proposed_R, accepted_R = trace.round_root_R.long(), trace.num_proposed_R.long(), trace.num_accepted_R.long()
+    # numpy, since torch takes five times as long for so few numbers.
+    root_R, proposed_R, accepted_R, proposal_RK, logprob_RK = (
+        tensor.numpy()
+        for tensor in (
+            trace.round_root_R,
+            trace.num_proposed_R,
+            trace.num_accepted_R,
+            trace.proposal_RK,
+            trace.behaviour_logprob_RK,
+        )
+    )
     _require(bool((proposed_R >= 0).all() and (proposed_R <= K).all()), "num_proposed is out of range")
     _require(bool((accepted_R >= 0).all() and (accepted_R <= proposed_R).all()), "num_accepted is out of range")
     _require(bool((root_R[1:] > root_R[:-1]).all()), "round_root does not ascend")
-    last_R = root_R + torch.minimum(accepted_R, (proposed_R - 1).clamp_min(0))
+    last_R = root_R.astype(np.int64) + np.minimum(accepted_R, np.maximum(proposed_R - 1, 0))
     _require(bool((root_R >= 0).all() and (last_R < T).all()), "round_root is out of range")
-    _require(bool((trace.source_R <= SOURCE_MEMORY).all()), "source is unknown")
+    _require(int(trace.source_R.max()) <= SOURCE_MEMORY, "source is unknown")
     _require(bool((trace.draft_temperature_R > 0).all()), "draft_temperature is not positive")
-    place_K = torch.arange(K)
+    place_K = np.arange(K)
     inside_RK = place_K < proposed_R[:, None]
-    _require(bool(((trace.proposal_RK >= 0) == inside_RK).all()), "proposal is negative, or not -1 beyond num_proposed")
+    _require(bool(((proposal_RK >= 0) == inside_RK).all()), "proposal is negative, or not -1 beyond num_proposed")
     index_RK = root_R[:, None] + 1 + place_K
     accepted_RK = (place_K < accepted_R[:, None]) & (index_RK < T)
-    token_RK = trace.token_ids_T[index_RK.clamp_max(T - 1)]
-    _require(bool((token_RK == trace.proposal_RK)[accepted_RK].all()), "an accepted proposal is not the token there")
-    logprob_RK = trace.behaviour_logprob_RK
-    _require(
-        bool((logprob_RK.isnan() | ((logprob_RK <= 1e-3) & logprob_RK.isfinite())).all()),
-        "behaviour_logprob is not a log-probability",
-    )
+    token_RK = trace.token_ids_T.numpy()[np.minimum(index_RK, T - 1)]
+    _require(bool((token_RK == proposal_RK)[accepted_RK].all()), "an accepted proposal is not the token there")
+    is_logprob_RK = (logprob_RK <= 1e-3) & np.isfinite(logprob_RK)
+    _require(bool((np.isnan(logprob_RK) | is_logprob_RK).all()), "behaviour_logprob is not a log-probability")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """True if every number is; of bf16 by bits, in a fifth of a sum's time."""
+    if not tensor.numel():
+        return True
+    if tensor.dtype != torch.bfloat16:
+        return bool(tensor.sum(dtype=torch.float32).isfinite())  # needs no second tensor
+    bits: npt.NDArray[np.int16] = tensor.contiguous().view(torch.int16).numpy()
+    # Infinity and NaN are the largest of the positive numbers, and of the negative ones as unsigned numbers.
+    return bool(bits.max() < 0x7F80 and bits.view(np.uint16).max() < 0xFF80)
 
 
 def _tensors(trace: Trace) -> dict[str, Tensor]:
@@ -279,4 +302,8 @@ def _tensors(trace: Trace) -> dict[str, Tensor]:
 
 def _require(condition: bool, reason: str) -> None:
     if not condition:
-        raise TraceError(f"not a trace of this version: {reason}")
+        raise _not_a_trace(reason)
+
+
+def _not_a_trace(reason: str) -> TraceError:
+    return TraceError(f"not a trace of this version: {reason}")

@@ -8,8 +8,6 @@ domain is (modules/domains/controller.py).
 
 from __future__ import annotations
 
-from collections import deque
-
 import torch
 
 from aurora_lit.learn.data.labelled_trace import crop, first_trained_position
@@ -48,7 +46,8 @@ class TraceIntake:
         self._controller, self._batcher, self._held_out = controller, batcher, held_out
         self._num_waiting, self._max_repeated_share = num_waiting, max_repeated_share
         self._num_added = 0
-        self._released: deque[str] = deque(maxlen=_RELEASED_IDS)
+        self._released: dict[str, None] = {}
+        """In their order."""
         self.num_looping = 0
         """Traces left out because their answer loops."""
 
@@ -66,8 +65,10 @@ class TraceIntake:
         self._held_out.add(crop(trace, TRIAL_POSITIONS))
         self._num_added += 1
         for waited in self._held_out.release(min(self._num_waiting, self._num_added // 2)):
-            self._released.append(waited.request_id)
+            self._released[waited.request_id] = None
             self._batcher.add(waited)
+        while len(self._released) > _RELEASED_IDS:
+            del self._released[next(iter(self._released))]
         return trace
 
 
@@ -78,8 +79,8 @@ def is_looping(trace: Trace, *, max_repeated_share: float) -> bool:
 
 def repeated_share(token_ids_T: torch.Tensor) -> float:
     """Share of n-grams that occurred earlier in the sequence; 0 for one with fewer than `_MIN_GRAMS` n-grams."""
-    num_grams = len(token_ids_T) - GRAM_TOKENS + 1
+    ids = token_ids_T.tolist()
+    num_grams = len(ids) - GRAM_TOKENS + 1
     if num_grams < _MIN_GRAMS:
         return 0.0
-    grams_NG = token_ids_T.unfold(0, GRAM_TOKENS, 1)
-    return 1 - len(torch.unique(grams_NG, dim=0)) / num_grams
+    return 1 - len(set(zip(*(ids[first:] for first in range(GRAM_TOKENS)), strict=False))) / num_grams

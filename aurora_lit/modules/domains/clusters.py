@@ -67,6 +67,7 @@ class OnlineClusters:
         self._sizes: list[int] = []
         self._num_requests = self._num_unassigned = 0
         self._mean_E = self._variance_E = self._magnitude_E = self._unassigned_mean_E = torch.zeros(0)
+        self._scale_E, self._common = torch.zeros(0), 0.0
         self._centroid_DE = torch.zeros(0, 0)
         self._outliers: deque[Tensor] = deque(maxlen=_MAX_OUTLIERS)
         self.num_founded = 0
@@ -150,6 +151,7 @@ class OnlineClusters:
         self._mean_E, self._variance_E = state["mean"], state["variance"]
         self._magnitude_E, self._unassigned_mean_E = state["magnitude"], state["unassigned_mean"]
         self._centroid_DE = state["centroids"].clone()
+        self._set_scale()
         self._outliers = deque(state["outliers"], maxlen=_MAX_OUTLIERS)
 
     def _update_statistics(self, x_E: Tensor) -> None:
@@ -164,25 +166,23 @@ class OnlineClusters:
         self._mean_E = self._mean_E + rate * deviation_E
         self._variance_E = (1 - rate) * (self._variance_E + rate * deviation_E.square())
         self._magnitude_E = self._magnitude_E + rate * (_magnitude(x_E) - self._magnitude_E)
+        self._set_scale()
 
     def _standardise(self, x_E: Tensor) -> Tensor:
         """Standardised by dimension and of length 1; [E] or [., E]."""
         return standardise(x_E, mean_E=self._mean_E, variance_E=self._scale_E, common=self._common)
 
-    @property
-    def _scale_E(self) -> Tensor:
-        """The variance that each dimension is divided by: the traffic's, at least the squared usual magnitude."""
-        return torch.maximum(self._variance_E, self._magnitude_E.square())
+    def _set_scale(self) -> None:
+        """What dimensions are divided by, and what all embeddings have in common.
 
-    @property
-    def _common(self) -> float:
-        """Square of the coordinate that all embeddings have in common.
-
-        With u, the traffic's variance as a share of the scale, it is u (1 − u)³ of the number of dimensions, found by
-        trial on real prompts (docs/design/learning.md): much for traffic of one template, nothing for mixed traffic.
+        `_scale_E` is a variance: the traffic's, at least the squared usual magnitude. `_common` is the square of a
+        further coordinate: with u, the traffic's variance as a share of the scale, it is u (1 − u)³ of the number of
+        dimensions, found by trial on real prompts (docs/design/learning.md): much for traffic of one template, nothing
+        for mixed traffic.
         """
-        share = float((self._variance_E / self._scale_E.clamp_min(1e-8)).mean())
-        return len(self._mean_E) * share * (1 - share) ** 3
+        self._scale_E = torch.maximum(self._variance_E, self._magnitude_E.square())
+        share = float((self._variance_E / self._scale_E.clamp_min(1e-8)).mean()) if len(self._scale_E) else 0.0
+        self._common = len(self._scale_E) * share * (1 - share) ** 3
 
     def _join(self, index: int, x_E: Tensor, distance: float) -> ClusterAssignment:
         self._sizes[index] += 1

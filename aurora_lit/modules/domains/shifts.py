@@ -22,8 +22,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+
+Array = npt.NDArray[Any]
 
 MEAN_REQUESTS_BETWEEN_FALSE_ALARMS = 30_000
 """Of each of the two tests, in steady traffic."""
@@ -59,38 +62,45 @@ def change_evidence(domains: Sequence[str]) -> tuple[float, int]:
     if first > last:
         return -math.inf, 0
     number_of = {name: number for number, name in enumerate(dict.fromkeys(domains))}
-    number_N = torch.tensor([number_of[name] for name in domains])
-    upto_ND = torch.nn.functional.one_hot(number_N, len(number_of)).double().cumsum(0)
+    number_N = np.array([number_of[name] for name in domains])
+    upto_ND = (number_N[:, None] == np.arange(len(number_of))).cumsum(0, dtype=np.float64)
     before_SD = upto_ND[first - 1 : last]
     share_S1 = _independent_share(number_N, before_SD)[:, None]
     before_SD, total_SD = share_S1 * before_SD, share_S1 * upto_ND[-1]
-    evidence_S = _log_marginal(before_SD) + _log_marginal(total_SD - before_SD) - _log_marginal(total_SD)
-    return float(evidence_S.logsumexp(0)), first + int(evidence_S.argmax())
+    before_S, after_S, all_S = _log_marginals(np.stack([before_SD, total_SD - before_SD, total_SD]))
+    evidence_S = before_S + after_S - all_S
+    return float(np.logaddexp.reduce(evidence_S)), first + int(evidence_S.argmax())
 
 
-def _log_marginal(count_SD: Tensor) -> Tensor:
-    """Log-probability of a sequence with these counts under a mix drawn from the prior; [S], or a scalar for [D]."""
-    num_domains = count_SD.shape[-1]
-    of_domain_SD = torch.lgamma(count_SD + _PRIOR) - math.lgamma(_PRIOR)
-    total = num_domains * _PRIOR
-    return of_domain_SD.sum(-1) + math.lgamma(total) - torch.lgamma(count_SD.sum(-1) + total)
+def _log_marginals(count_SD: Array) -> Array:
+    """Log-probabilities of sequences with these counts under a mix drawn from the prior; [., D] to [.]."""
+    total = count_SD.shape[-1] * _PRIOR
+    of_domain_SD = _log_gamma(count_SD + _PRIOR) - math.lgamma(_PRIOR)
+    log_marginal: Array = of_domain_SD.sum(-1) + math.lgamma(total) - _log_gamma(count_SD.sum(-1) + total)
+    return log_marginal
 
 
-def _independent_share(number_N: Tensor, before_SD: Tensor) -> Tensor:
+def _log_gamma(x: Array) -> Array:
+    return torch.lgamma(torch.from_numpy(x)).numpy()
+
+
+def _independent_share(number_N: Array, before_SD: Array) -> Array:
     """Effective number of requests / number of requests, of those before each possible beginning, [S].
 
     That is 1 / (1 + 2 · the sum of the autocorrelations at lags up to _MAX_LAG), at most 1. The autocorrelation of
     domains at a lag is 1 − (how often they differ at that lag) / (how often two requests of the mix differ).
     """
     before_S = before_SD.sum(1)
-    lag_L = torch.arange(_MAX_LAG, 0, -1)
-    padded = torch.cat([number_N.new_full((_MAX_LAG,), -1), number_N])
-    earlier_NL = padded.unfold(0, _MAX_LAG + 1, 1)[:, :-1]
-    differing_SL = ((earlier_NL != number_N[:, None]) & (earlier_NL >= 0)).cumsum(0)[before_S.long() - 1]
-    share_differing_S1 = 1 - before_SD.square().sum(1, keepdim=True) / before_S.square()[:, None]
+    lag_L = np.arange(_MAX_LAG, 0, -1)
+    padded = np.concatenate([np.full(_MAX_LAG, -1), number_N])
+    earlier_NL = np.lib.stride_tricks.sliding_window_view(padded, _MAX_LAG + 1)[:, :-1]
+    differing_NL = ((earlier_NL != number_N[:, None]) & (earlier_NL >= 0)).cumsum(0)
+    differing_SL = differing_NL[before_S.astype(np.int64) - 1]
+    share_differing_S1 = 1 - np.square(before_SD).sum(1, keepdims=True) / np.square(before_S)[:, None]
     expected_SL = share_differing_S1 * (before_S[:, None] - lag_L)
     correlation_S = ((expected_SL - differing_SL) / (expected_SL + _PRIOR_CHANGES)).sum(1)
-    return 1 / (1 + 2 * correlation_S.clamp_min(0))
+    share_S: Array = 1 / (1 + 2 * np.maximum(correlation_S, 0))
+    return share_S
 
 
 class MixShiftDetector:
