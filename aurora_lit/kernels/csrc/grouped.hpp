@@ -66,6 +66,8 @@ template <int BITS>
 inline inv add_products(inv sums, unv weights, int32_t inputs) {
 #if defined(__AVX512VNNI__)
   return (inv)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(inputs));
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+  return (inv)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)weights, _mm256_set1_epi32(inputs));
 #elif defined(AURORA_BYTE_PAIRS)
   // Of weights of four bits the sum of two products fits into 16 bits; weights of eight bits are two of four.
   const inv x = inv{} + inputs, low = BITS == 4 ? (inv)weights : (inv)(weights & 0x0f0f0f0fu);
@@ -124,6 +126,23 @@ inline fnv add_group(fnv total, inv dots, fnv scales, fnv mins, const InputGroup
 
 inline int num_groups(int inputs) { return (inputs + GROUP - 1) / GROUP; }
 
+// A weight group of a block as it is multiplied: lines of bytes, and scales in fp32.
+template <int BITS>
+struct UnpackedGroup {
+  unv bytes[GROUP / 4][BLOCK_VECTORS];
+  fnv scales[BLOCK_VECTORS];
+  fnv mins[WeightGroup<BITS>::HAS_MIN ? BLOCK_VECTORS : 0];
+};
+
+// A block's groups. The first rows that are multiplied by it unpack it on the way; further ones read what these stored.
+template <int BITS>
+struct UnpackedBlock {
+  const WeightGroup<BITS>* packed;
+  UnpackedGroup<BITS>* unpacked;
+};
+
+enum class Reads { PACKED, PACKED_AND_UNPACKS, UNPACKED };
+
 template <int BITS>
 struct Grouped {
   typedef WeightGroup<BITS> Weight;
@@ -149,22 +168,32 @@ struct Grouped {
   template <int ROWS>
   static void sums(const Weight* w, const InputGroup* x, ptrdiff_t x_stride, int groups, const Stream& stream,
                    fnv (*total)[BLOCK_VECTORS]) {
+    add_groups<ROWS, Reads::PACKED>({w, nullptr}, x, x_stride, groups, stream, total);
+  }
+
+  // The same bits, whatever is read.
+  template <int ROWS, Reads READS>
+  static void add_groups(UnpackedBlock<BITS> block, const InputGroup* x, ptrdiff_t x_stride, int groups,
+                         const Stream& stream, fnv (*total)[BLOCK_VECTORS]) {
     constexpr int CHAINS = ROWS < 3 && BLOCK_VECTORS == 2 ? 2 : 1;  // partial sums per output, which do not wait long
     constexpr int HALF_VECTORS = BLOCK_VECTORS / 2;
+    const Weight* w = block.packed;
+    UnpackedGroup<BITS>* unpacked = block.unpacked;
     for (int group = 0; group < groups; ++group, ++w, ++x) {
-      stream.ask<sizeof(Weight), PREFETCHED_TO>(w);
+      if (READS != Reads::UNPACKED) stream.ask<sizeof(Weight), PREFETCHED_TO>(w);
       inv dots[CHAINS][ROWS][BLOCK_VECTORS] = {};
       for (int r = 0; r < ROWS && !Weight::HAS_MIN; ++r)
         for (int v = 0; v < BLOCK_VECTORS; ++v) dots[0][r][v] = inv{} - 128 * x[r * x_stride].sum;
       for (int line = 0; line < GROUP * BITS / 32; ++line) {
         unv lanes[BLOCK_VECTORS];
-        for (int v = 0; v < BLOCK_VECTORS; ++v)
+        for (int v = 0; v < BLOCK_VECTORS && READS != Reads::UNPACKED; ++v)
           lanes[v] = *reinterpret_cast<const unv*>(w->words[v / HALF_VECTORS][line] + v % HALF_VECTORS * LANES);
         for (int n = 0; n < PIECES; ++n) {
           const int place = line * PIECES + n;
           inv(*sums)[BLOCK_VECTORS] = dots[place % CHAINS];
           for (int v = 0; v < BLOCK_VECTORS; ++v) {
-            const unv weights = piece(lanes[v], n);
+            const unv weights = READS == Reads::UNPACKED ? unpacked->bytes[place][v] : piece(lanes[v], n);
+            if (READS == Reads::PACKED_AND_UNPACKS) unpacked->bytes[place][v] = weights;
             for (int r = 0; r < ROWS; ++r) {
               int32_t inputs;
               std::memcpy(&inputs, x[r * x_stride].values + 4 * place, 4);
@@ -174,15 +203,39 @@ struct Grouped {
         }
       }
       for (int v = 0; v < BLOCK_VECTORS; ++v) {
-        const fnv scales = from_fp16(w->scales + LANES * v);
-        const fnv mins = Weight::HAS_MIN ? from_fp16(w->mins + LANES * v) : fnv{};
+        fnv scales, mins = {};
+        if (READS == Reads::UNPACKED) {
+          scales = unpacked->scales[v];
+          if (Weight::HAS_MIN) mins = unpacked->mins[v];
+        } else {
+          scales = from_fp16(w->scales + LANES * v);
+          if (Weight::HAS_MIN) mins = from_fp16(w->mins + LANES * v);
+        }
+        if (READS == Reads::PACKED_AND_UNPACKS) {
+          unpacked->scales[v] = scales;
+          if (Weight::HAS_MIN) unpacked->mins[v] = mins;
+        }
         for (int r = 0; r < ROWS; ++r) {
           const InputGroup& inputs = x[r * x_stride];
           for (int chain = 1; chain < CHAINS; ++chain) dots[0][r][v] += dots[chain][r][v];
           total[r][v] = add_group<Weight::HAS_MIN>(total[r][v], dots[0][r][v], scales, mins, inputs);
         }
       }
+      if (READS != Reads::PACKED) ++unpacked;
     }
+  }
+};
+
+// Grouped weights for many rows: a block is unpacked once for all of them.
+template <int BITS, Reads READS>
+struct ManyRows {
+  typedef UnpackedBlock<BITS> Weight;
+  typedef InputGroup Input;
+  static constexpr int MAX_ROWS = Grouped<BITS>::MAX_ROWS;
+  template <int ROWS>
+  static void sums(const Weight* block, const InputGroup* x, ptrdiff_t x_stride, int groups, const Stream& stream,
+                   fnv (*total)[BLOCK_VECTORS]) {
+    Grouped<BITS>::template add_groups<ROWS, READS>(*block, x, x_stride, groups, stream, total);
   }
 };
 
