@@ -160,7 +160,7 @@ def test_grouped_formats_give_the_outputs_of_the_model_with_rounded_weights_and_
         weight_format = WeightFormat.INT8_GROUPED if module is head else WeightFormat(precision)
         module.weight.copy_(stored_weight(module.weight, weight_format))
         scale = getattr(model.config, "logit_scale", 1.0) if module is head else 1.0  # the target scales hidden states
-        module.register_forward_pre_hook(partial(_compare_and_round, inputs_of[name] / scale, weight_format))
+        module.register_forward_pre_hook(partial(_compare_and_round, inputs_of[name], scale, weight_format))
     expected_BTV = model(ids_BT).logits
     torch.testing.assert_close(logits_BTV, expected_BTV, **TOLERANCE)
 
@@ -170,10 +170,11 @@ def _note_input(inputs_of: dict[str, torch.Tensor], name: str, _: torch.nn.Modul
 
 
 def _compare_and_round(
-    expected: torch.Tensor, weight_format: WeightFormat, _: torch.nn.Module, inputs: tuple[torch.Tensor]
+    given: torch.Tensor, scale: float, weight_format: WeightFormat, _: torch.nn.Module, inputs: tuple[torch.Tensor]
 ) -> torch.Tensor:
-    torch.testing.assert_close(inputs[0].view_as(expected), expected, **TOLERANCE)
-    return rounded_inputs(expected, weight_format).float().view_as(inputs[0])
+    """`given`: what the target's layer was given, `scale` times the reference's input."""
+    torch.testing.assert_close(inputs[0].view_as(given), given / scale, **TOLERANCE)
+    return (rounded_inputs(given, weight_format).float() / scale).view_as(inputs[0])
 
 
 @torch.no_grad()

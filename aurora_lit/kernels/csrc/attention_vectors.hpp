@@ -27,19 +27,19 @@ struct Query {
 // Softmax numerators in place over `length` scores, zeros up to `padded`; returns the sum.
 inline float exponentiate(float* scores, int64_t length, int64_t padded) {
   for (int64_t p = length; p < padded; ++p) scores[p] = -3.0e38f;
-  f16v tops = f16v{} - 3.0e38f;
-  for (int64_t p = 0; p < padded; p += 16) {
-    const f16v x = load16(scores + p);
+  fnv tops = fnv{} - 3.0e38f;
+  for (int64_t p = 0; p < padded; p += LANES) {
+    const fnv x = load_lanes(scores + p);
     tops = x > tops ? x : tops;
   }
   const float top = largest(tops);
-  for (int64_t p = 0; p < padded; p += 16) {
-    const f16v e = exp_vector(load16(scores + p) - top);
-    std::memcpy(scores + p, &e, 64);
+  for (int64_t p = 0; p < padded; p += LANES) {
+    const fnv e = exp_lanes(load_lanes(scores + p) - top);
+    std::memcpy(scores + p, &e, sizeof e);
   }
   for (int64_t p = length; p < padded; ++p) scores[p] = 0.0f;
-  f16v sums = f16v{};
-  for (int64_t p = 0; p < padded; p += 16) sums += load16(scores + p);
+  fnv sums = {};
+  for (int64_t p = 0; p < padded; p += LANES) sums += load_lanes(scores + p);
   return total(sums);
 }
 

@@ -97,11 +97,11 @@ inline void rotate_head(float* x, const float* cosines, const float* sines, int 
 // gate <- silu(gate) * up over `size` floats; those after the last full vector one by one.
 inline void gate_times_up(float* gate, const float* up, int size) {
   int i = 0;
-  for (; i + 16 <= size; i += 16) {
-    const f16v g = load16(gate + i), zero = f16v{};
-    const f16v e = exp_vector(g < zero ? g : -g);  // exp(-|g|)
-    const f16v y = g * (g < zero ? e : zero + 1.0f) / (e + 1.0f) * load16(up + i);
-    std::memcpy(gate + i, &y, 64);
+  for (; i + LANES <= size; i += LANES) {
+    const fnv g = load_lanes(gate + i), zero = fnv{};
+    const fnv e = exp_lanes(g < zero ? g : -g);  // exp(-|g|)
+    const fnv y = g * (g < zero ? e : zero + 1.0f) / (e + 1.0f) * load_lanes(up + i);
+    std::memcpy(gate + i, &y, sizeof y);
   }
   for (; i < size; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
 }

@@ -3,8 +3,6 @@
 // because for a single row a linear layer takes as long as reading its weight.
 #pragma once
 
-#include <type_traits>
-
 #include "grouped.hpp"
 
 namespace {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -118,12 +119,19 @@ inline i16v nearest(f16v x) {
 #endif
 }
 
-// Truncates 16 values to 8 bits; the value at place order[i] is stored at place i.
+// Truncates 16 values within 8 bits; the value at place order[i] is stored at place i.
 inline void narrow8(i16v from, const uint8_t* order, int8_t* to) {
 #if defined(__AVX512F__)
   const __m128i places = _mm_loadu_si128(reinterpret_cast<const __m128i*>(order));
   const __m128i values = _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)from), places);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), values);
+#elif defined(__AVX2__)
+  __m256i halves[2];
+  std::memcpy(halves, &from, sizeof halves);
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(halves[0], halves[1]), 0xd8);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  const __m128i places = _mm_loadu_si128(reinterpret_cast<const __m128i*>(order));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(bytes, places));
 #else
   for (int i = 0; i < 16; ++i) to[i] = int8_t(from[order[i]]);
 #endif
@@ -135,44 +143,64 @@ inline float largest(f16v x) { return _mm512_reduce_max_ps((__m512)x); }
 inline float total(f16v x) { return _mm512_reduce_add_ps((__m512)x); }
 inline int32_t total(i16v x) { return _mm512_reduce_add_epi32((__m512i)x); }
 #else
-inline float largest(f16v x) {
-  float most = x[0];
-  for (int i = 1; i < 16; ++i) most = x[i] > most ? x[i] : most;
-  return most;
+// Halves are combined until one number is left.
+template <class Vector, class Combine>
+inline auto reduce(Vector x, Combine combine) {
+  typedef std::remove_reference_t<decltype(x[0])> Number;
+  typedef Number Four __attribute__((vector_size(16), aligned(4)));
+  constexpr int PARTS = int(sizeof(Vector) / sizeof(Four));
+  Four parts[PARTS];
+  std::memcpy(parts, &x, sizeof parts);
+  for (int half = PARTS / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] = combine(parts[i], parts[i + half]);
+  const Four all = parts[0], two = combine(all, Four{all[2], all[3], all[0], all[1]});
+  return combine(two, Four{two[1], two[0], two[3], two[2]})[0];
 }
-template <class Vector>
-inline auto total(Vector x) {
-  auto sum = x[0];
-  for (int i = 1; i < 16; ++i) sum += x[i];
-  return sum;
-}
+constexpr auto LARGER = [](auto a, auto b) { return a > b ? a : b; };
+constexpr auto SUM = [](auto a, auto b) { return a + b; };
+inline float largest(f16v x) { return reduce(x, LARGER); }
+inline float largest(fnv x) { return reduce(x, LARGER); }
+inline float total(f16v x) { return reduce(x, SUM); }
+inline float total(fnv x) { return reduce(x, SUM); }
+inline int32_t total(i16v x) { return reduce(x, SUM); }
 #endif
 
+// Applies a function of vectors that fit a register to each part of a wider one: GCC would keep that in memory.
+template <class Function>
+inline f16v by_lanes(f16v x, Function function) {
+  fnv parts[16 / LANES];
+  std::memcpy(parts, &x, sizeof parts);
+  for (fnv& part : parts) part = function(part);
+  std::memcpy(&x, parts, sizeof parts);
+  return x;
+}
+
 // exp(x) for x <= 0, relative error below 2e-7: 2^n * polynomial (from Cephes' expf).
-inline f16v exp_vector(f16v x) {
-  const f16v lowest = f16v{} - 87.0f;
+inline fnv exp_lanes(fnv x) {
+  const fnv lowest = fnv{} - 87.0f;
   x = x < lowest ? lowest : x;
-  const f16v shifter = f16v{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const f16v n = (x * 1.44269504088896341f + shifter) - shifter;
-  const f16v r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  f16v p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  const fnv shifter = fnv{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const fnv n = (x * 1.44269504088896341f + shifter) - shifter;
+  const fnv r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  fnv p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const i16v scale = (__builtin_convertvector(n, i16v) + 127) << 23;
-  return p * (f16v)scale;
+  const inv scale = (__builtin_convertvector(n, inv) + 127) << 23;
+  return p * (fnv)scale;
 }
+inline f16v exp_vector(f16v x) { return by_lanes(x, exp_lanes); }
 
 // log(x) for normal x > 0, relative error below 3e-7: x = 2^n m with sqrt(1/2) <= m < sqrt(2), and a polynomial in m - 1
 // (from Cephes' logf).
-inline f16v log_vector(f16v x) {
+inline fnv log_lanes(fnv x) {
   constexpr int32_t SQRT_HALF = 0x3f3504f3;  // bits of sqrt(1/2)
-  const i16v above = (i16v)x - SQRT_HALF;
-  const f16v n = __builtin_convertvector(above >> 23, f16v);
-  const f16v r = (f16v)((above & 0x007fffff) + SQRT_HALF) - 1.0f;
-  f16v p = r * 7.0376836292e-2f - 1.1514610310e-1f;
+  const inv above = (inv)x - SQRT_HALF;
+  const fnv n = __builtin_convertvector(above >> 23, fnv);
+  const fnv r = (fnv)((above & 0x007fffff) + SQRT_HALF) - 1.0f;
+  fnv p = r * 7.0376836292e-2f - 1.1514610310e-1f;
   p = p * r + 1.1676998740e-1f;
   p = p * r - 1.2420140846e-1f;
   p = p * r + 1.4249322787e-1f;
@@ -180,10 +208,11 @@ inline f16v log_vector(f16v x) {
   p = p * r + 2.0000714765e-1f;
   p = p * r - 2.4999993993e-1f;
   p = p * r + 3.3333331174e-1f;
-  const f16v squared = r * r;
-  const f16v rest = p * r * squared + n * -2.12194440e-4f - squared * 0.5f;
+  const fnv squared = r * r;
+  const fnv rest = p * r * squared + n * -2.12194440e-4f - squared * 0.5f;
   return (r + rest) + n * 0.693359375f;
 }
+inline f16v log_vector(f16v x) { return by_lanes(x, log_lanes); }
 
 // True if any lane of a is less than that of b.
 inline bool any_less(f16v a, f16v b) {
