@@ -45,7 +45,9 @@ def running_server(config: AuroraConfig, log: Path, *, code: Path | None = None)
     with tempfile.TemporaryDirectory() as scratch, log.open("w") as output:
         path = Path(scratch) / "server.yaml"
         path.write_text(to_yaml(config))
-        environment = os.environ | ({} if code is None else {"PYTHONPATH": str(code.resolve())})
+        # Not the working directory, which `python -m` would look into first: it may be a checkout as well.
+        other = {} if code is None else {"PYTHONPATH": str(code.resolve()), "PYTHONSAFEPATH": "1"}
+        environment = os.environ | other
         server = _start([sys.executable, "-m", "aurora_lit", "serve", "--config", str(path)], output, environment)
         try:
             wait_until_ready(f"{url}/ready", server, log, within_s=_START_S)

@@ -7,6 +7,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+import aurora_lit
+from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.config import load_config
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -36,3 +43,25 @@ time.sleep(60)
         until((tmp_path / "up").exists)
         process.kill()
     until((tmp_path / "terminated").exists)
+
+
+def test_another_checkout_is_run_even_from_a_folder_that_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "other" / "aurora_lit"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("""
+import http.server, sys
+class Ready(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"the other one")
+config = open(sys.argv[-1]).read()
+http.server.HTTPServer(("127.0.0.1", int(config.split("port:")[1].split()[0])), Ready).serve_forever()
+""")
+    monkeypatch.chdir(Path(aurora_lit.__file__).parents[1])
+    config = load_config(None, [f"server.port={free_port()}"])
+    with running_server(config, tmp_path / "log", code=package.parent) as url, urlopen(f"{url}/ready") as answer:
+        assert answer.read() == b"the other one"
