@@ -226,6 +226,7 @@ def from_bytes(data: bytes | bytearray | memoryview) -> Trace:
 def check(trace: Trace) -> None:
     """Raise TraceError if a field has a wrong type or shape, or an impossible value."""
     tensors = _tensors(trace)
+    # Without _require, which would have every tensor's message written for every trace.
     for name, tensor in tensors.items():
         dtype, axes = _TENSOR_FIELDS[name]
         if tensor.dtype != dtype:

@@ -113,22 +113,6 @@ constexpr int UNPACKED_FROM_ROWS = 24;
 constexpr int UNPACKED_FROM_ROWS = 6;
 #endif
 
-// `rows` rows, in parts of at most MAX_ROWS, times one block of grouped weights, which is unpacked once.
-template <int BITS>
-void unpacked_block(int rows, const WeightGroup<BITS>* w, const InputGroup* x, int groups, const Stream& stream,
-                    float* y, ptrdiff_t y_stride, int width, const float* bias, bool add) {
-  typedef ManyRows<BITS, Reads::PACKED_AND_UNPACKS> First;
-  typedef ManyRows<BITS, Reads::UNPACKED> Further;
-  static thread_local Buffer<UnpackedGroup<BITS>> buffer;
-  const UnpackedBlock<BITS> block{w, buffer.at_least(size_t(groups))};
-  int parts = (rows + First::MAX_ROWS - 1) / First::MAX_ROWS;
-  for (int r = 0, n; r < rows; r += n, --parts) {
-    n = (rows - r + parts - 1) / parts;
-    const auto multiply = r == 0 ? block_of<First> : block_of<Further>;
-    multiply(n, &block, x + ptrdiff_t(r) * groups, groups, groups, stream, y + r * y_stride, y_stride, width, bias, add);
-  }
-}
-
 // `rows` rows times blocks [from, to).
 template <class Format>
 void linear_blocks(const typename Format::Input* x, ptrdiff_t x_stride, int rows, const typename Format::Weight* w,
@@ -138,16 +122,24 @@ void linear_blocks(const typename Format::Input* x, ptrdiff_t x_stride, int rows
     const int first = b * BLOCK, width = outputs - first < BLOCK ? outputs - first : BLOCK;
     const typename Format::Weight* wb = w + Format::block_size(k_padded) * b;
     const float* bb = bias ? bias + first : nullptr;
-    if constexpr (std::is_same<Format, Grouped<4>>::value)
-      if (rows >= UNPACKED_FROM_ROWS) {
-        unpacked_block(rows, wb, x, k_padded, stream, y + first, outputs, width, bb, add);
-        continue;
-      }
     int parts = (rows + Format::MAX_ROWS - 1) / Format::MAX_ROWS;
     for (int r = 0, n; r < rows; r += n, --parts) {
       n = (rows - r + parts - 1) / parts;
-      block_of<Format>(n, wb, x + r * x_stride, x_stride, k_padded, stream, y + ptrdiff_t(r) * outputs + first, outputs,
-                       width, bb, add);
+      const auto multiply = [&](auto format, const auto* block) {
+        block_of<decltype(format)>(n, block, x + r * x_stride, x_stride, k_padded, stream,
+                                   y + ptrdiff_t(r) * outputs + first, outputs, width, bb, add);
+      };
+      if constexpr (std::is_same<Format, Grouped<4>>::value)
+        if (rows >= UNPACKED_FROM_ROWS) {
+          static thread_local Buffer<UnpackedGroup<4>> buffer;
+          const UnpackedBlock<4> block{wb, buffer.at_least(size_t(k_padded))};
+          if (r == 0)
+            multiply(ManyRows<4, Reads::PACKED_AND_UNPACKS>{}, &block);
+          else
+            multiply(ManyRows<4, Reads::UNPACKED>{}, &block);
+          continue;
+        }
+      multiply(Format{}, wb);
     }
   }
 }
