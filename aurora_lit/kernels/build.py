@@ -24,7 +24,7 @@ import torch
 _MAIN_SOURCE = Path(__file__).parent / "csrc" / "kernels.cpp"
 _SOURCES = (_MAIN_SOURCE, *sorted(_MAIN_SOURCE.parent.glob("*.hpp")))
 _MAX_ERRORS, _MAX_ERROR_LENGTH = 2, 500
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-std=c++17")
 
 
 def compiler() -> str | None:

@@ -59,7 +59,7 @@ def test_a_packed_layer_agrees_with_torch(inputs: int, outputs: int, bias: bool,
 @needs_kernels
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (97, 65), (33, 31)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (97, 65), (33, 31), (576, 64)])
 def test_rows_do_not_depend_on_the_batch(inputs: int, outputs: int, bias: bool, weight_format: WeightFormat) -> None:
     layer = PackedLinear(random_linear(inputs, outputs, bias=bias), weight_format)
     x = torch.randn(40, inputs)

@@ -56,7 +56,7 @@ void score_rows(const Query* rows, const Cache* keys, const Cache* values, int64
       prefetch(next + d * KEY_BLOCK, LANES * WIDTH * sizeof(Cache));
       for (int v = 0; v < WIDTH; ++v) {
         const fnv key = load_lanes(at + d * KEY_BLOCK + LANES * v);
-        for (int r = 0; r < ROWS; ++r) acc[r][v] += rows[r].q[d] * key;
+        for (int r = 0; r < ROWS; ++r) acc[r][v] = fused(rows[r].q[d], key, acc[r][v]);
       }
     }
     for (int r = 0; r < ROWS; ++r)
@@ -77,14 +77,15 @@ void weigh_rows(const Query* rows, const float* inverse, const Cache* values, in
       prefetch(values + (p + AHEAD < shared ? p + AHEAD : p) * D + d, LANES * WIDTH * sizeof(Cache));
       for (int v = 0; v < WIDTH; ++v) {
         const fnv value = load_lanes(values + p * D + d + LANES * v);
-        for (int r = 0; r < ROWS; ++r) acc[r][v] += rows[r].scores[p] * value;
+        for (int r = 0; r < ROWS; ++r) acc[r][v] = fused(rows[r].scores[p], value, acc[r][v]);
       }
     }
     for (int r = 0; r < ROWS; ++r) {
       const int64_t before_tree = rows[r].length - rows[r].steps;
       for (int64_t p = shared; p < rows[r].length; ++p) {
         const int64_t at = p < before_tree ? p : before_tree + rows[r].path[p - before_tree];
-        for (int v = 0; v < WIDTH; ++v) acc[r][v] += rows[r].scores[p] * load_lanes(values + at * D + d + LANES * v);
+        for (int v = 0; v < WIDTH; ++v)
+          acc[r][v] = fused(rows[r].scores[p], load_lanes(values + at * D + d + LANES * v), acc[r][v]);
       }
       for (int v = 0; v < WIDTH; ++v) {
         acc[r][v] *= inverse[r];

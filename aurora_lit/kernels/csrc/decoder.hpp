@@ -77,7 +77,7 @@ inline void rms_norm(const float* x, const float* weight, int size, float eps, f
   int i = 0;
   for (; i + 16 <= size; i += 16) {
     const f16v v = load16(x + i);
-    sums += v * v;
+    sums = fused(v, v, sums);
   }
   float squares = total(sums);
   for (; i < size; ++i) squares += x[i] * x[i];

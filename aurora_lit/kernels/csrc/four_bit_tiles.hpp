@@ -87,8 +87,8 @@ struct Totals<std::index_sequence<R...>> {
   inline __attribute__((always_inline)) void add(const WeightGroup<4>& weights, int half, const i16v* sums,
                                                  const TileInputs& inputs) {
     const f16v scales = from_fp16(weights.scales + HALF * half), mins = from_fp16(weights.mins + HALF * half);
-    ((of[R] += __builtin_convertvector(sums[R], f16v) * (scales * inputs.scale[R])), ...);
-    ((of[R] += mins * inputs.scaled_sum[R]), ...);
+    ((of[R] = fused(__builtin_convertvector(sums[R], f16v), scales * inputs.scale[R], of[R])), ...);
+    ((of[R] = fused(mins, inputs.scaled_sum[R], of[R])), ...);
   }
   template <class Each>
   inline __attribute__((always_inline)) void each(Each use) const {

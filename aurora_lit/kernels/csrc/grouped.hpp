@@ -119,9 +119,8 @@ inline void round_group(const float* x, InputGroup* out) {
 // Add one group's integer sums of LANES outputs to the total of the groups before it.
 template <bool HAS_MIN>
 inline fnv add_group(fnv total, inv dots, fnv scales, fnv mins, const InputGroup& inputs) {
-  total += __builtin_convertvector(dots, fnv) * (scales * inputs.scale);
-  if (HAS_MIN) total += mins * inputs.scaled_sum;
-  return total;
+  total = fused(__builtin_convertvector(dots, fnv), scales * inputs.scale, total);
+  return HAS_MIN ? fused(mins, inputs.scaled_sum, total) : total;
 }
 
 inline int num_groups(int inputs) { return (inputs + GROUP - 1) / GROUP; }

@@ -36,7 +36,7 @@ struct Fp32 : Stepwise<Fp32> {  // one input per step
   static inline void step(const float* w, const float* const* x, int k, fnv (*acc)[BLOCK_VECTORS], int rows) {
     for (int v = 0; v < BLOCK_VECTORS; ++v) {
       const fnv weights = load_lanes(w + LANES * v);
-      for (int r = 0; r < rows; ++r) acc[r][v] += x[r][k] * weights;
+      for (int r = 0; r < rows; ++r) acc[r][v] = fused(x[r][k], weights, acc[r][v]);
     }
   }
 };
@@ -57,8 +57,8 @@ struct Bf16 : Stepwise<Bf16> {  // two inputs per step, adjacent in a 32-bit lan
       const float lo = from_bf16(uint16_t(pair)), hi = from_bf16(uint16_t(pair >> 16));
       for (int v = 0; v < BLOCK_VECTORS; ++v) {
         const unv raw = *reinterpret_cast<const unv*>(w + 2 * LANES * v);
-        acc[r][v] += lo * (fnv)(raw << 16);
-        acc[r][v] += hi * (fnv)(raw & 0xffff0000u);
+        acc[r][v] = fused(lo, (fnv)(raw << 16), acc[r][v]);
+        acc[r][v] = fused(hi, (fnv)(raw & 0xffff0000u), acc[r][v]);
       }
 #endif
     }

@@ -76,7 +76,7 @@ void lk_rows(const LKRows<Number>& s) {
         const f16v log_p = load16(t + d) - s.target_lse[c], v = exp_vector(log_p);
         std::memcpy(p + d, &v, 64);
         sums += v;
-        dots += v * log_p;
+        dots = fused(v, log_p, dots);
       }
       const float p_sum = sum16(sums), p_log_p = sum16(dots);
       for (int64_t k = 0; k < s.K; ++k) {
@@ -89,7 +89,7 @@ void lk_rows(const LKRows<Number>& s) {
           const f16v v = load16(z + d), e = exp_vector(v - z_top);
           std::memcpy(q + d, &e, 64);
           total += e;
-          p_z += load16(p + d) * v;
+          p_z = fused(load16(p + d), v, p_z);
         }
         const float sum = sum16(total), inverse = 1.0f / sum;
         f16v accepted = f16v{}, below = f16v{};

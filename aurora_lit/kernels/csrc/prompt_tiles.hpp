@@ -28,8 +28,8 @@ inline void unpack_to_bf16(const WeightGroup<BITS>* weights, int groups, uint16_
         const u16v words = *reinterpret_cast<const u16v*>(weights->words[v][line]);
         for (int n = 0; n < PAIRS; ++n) {
           const i16v low = (i16v)((words >> (BITS * n)) & MASK), high = (i16v)((words >> (BITS * n + 16)) & MASK);
-          const u16v even = (u16v)(__builtin_convertvector(low, f16v) * scales + offsets) + 0x8000u;
-          const u16v odd = (u16v)(__builtin_convertvector(high, f16v) * scales + offsets) + 0x8000u;
+          const u16v even = (u16v)fused(__builtin_convertvector(low, f16v), scales, offsets) + 0x8000u;
+          const u16v odd = (u16v)fused(__builtin_convertvector(high, f16v), scales, offsets) + 0x8000u;
           const u16v pair = (even >> 16) | (odd & 0xffff0000u);
           std::memcpy(to + (line * PAIRS + n) * 2 * BLOCK + 32 * v, &pair, sizeof pair);
         }

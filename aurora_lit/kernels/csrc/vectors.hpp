@@ -11,6 +11,8 @@
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -34,6 +36,37 @@ typedef float fnv __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t unv __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t inv __attribute__((vector_size(4 * LANES), aligned(4)));
 constexpr int BLOCK_VECTORS = BLOCK / LANES;
+
+inline fnv spread(float x) { return x - fnv{}; }
+
+// a * b + c, rounded once where the processor can. The compiler fuses nothing by itself (-ffp-contract=off): whether GCC
+// does depends on the loop and on the processor it tunes for, so a row's bits would depend on how many rows there are.
+inline fnv fused(fnv a, fnv b, fnv c) {
+#if defined(__AVX512F__)
+  return (fnv)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (fnv)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return (fnv)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+inline fnv fused(float a, fnv b, fnv c) { return fused(spread(a), b, c); }
+inline fnv fused(fnv a, float b, fnv c) { return fused(a, spread(b), c); }
+inline fnv fused(fnv a, fnv b, float c) { return fused(a, b, spread(c)); }
+inline fnv fused(fnv a, float b, float c) { return fused(a, spread(b), spread(c)); }
+#if !defined(__AVX512F__)
+inline f16v fused(f16v a, f16v b, f16v c) {
+  fnv parts[3][16 / LANES];
+  std::memcpy(parts[0], &a, sizeof a);
+  std::memcpy(parts[1], &b, sizeof b);
+  std::memcpy(parts[2], &c, sizeof c);
+  for (int i = 0; i < 16 / LANES; ++i) parts[2][i] = fused(parts[0][i], parts[1][i], parts[2][i]);
+  std::memcpy(&c, parts[2], sizeof c);
+  return c;
+}
+#endif
 
 // Aligns to cache lines: loading a tile row that spans two lines takes twice as long.
 template <class T>
@@ -101,7 +134,7 @@ struct Stream {
   }
 };
 
-// The nearest integers; of two, the even one. (Adding 2^23 would do, but a compiler may fuse that with a product.)
+// The nearest integers; of two, the even one.
 inline i16v nearest(f16v x) {
 #if defined(__AVX512F__)
   return (i16v)_mm512_cvtps_epi32((__m512)x);
@@ -180,14 +213,14 @@ inline fnv exp_lanes(fnv x) {
   const fnv lowest = fnv{} - 87.0f;
   x = x < lowest ? lowest : x;
   const fnv shifter = fnv{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const fnv n = (x * 1.44269504088896341f + shifter) - shifter;
-  const fnv r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  fnv p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  const fnv n = fused(x, 1.44269504088896341f, shifter) - shifter;
+  const fnv r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, x));
+  fnv p = fused(r, 1.9875691500e-4f, 1.3981999507e-3f);
+  p = fused(p, r, 8.3334519073e-3f);
+  p = fused(p, r, 4.1665795894e-2f);
+  p = fused(p, r, 1.6666665459e-1f);
+  p = fused(p, r, 5.0000001201e-1f);
+  p = fused(p * r, r, r) + 1.0f;
   const inv scale = (__builtin_convertvector(n, inv) + 127) << 23;
   return p * (fnv)scale;
 }
@@ -200,17 +233,17 @@ inline fnv log_lanes(fnv x) {
   const inv above = (inv)x - SQRT_HALF;
   const fnv n = __builtin_convertvector(above >> 23, fnv);
   const fnv r = (fnv)((above & 0x007fffff) + SQRT_HALF) - 1.0f;
-  fnv p = r * 7.0376836292e-2f - 1.1514610310e-1f;
-  p = p * r + 1.1676998740e-1f;
-  p = p * r - 1.2420140846e-1f;
-  p = p * r + 1.4249322787e-1f;
-  p = p * r - 1.6668057665e-1f;
-  p = p * r + 2.0000714765e-1f;
-  p = p * r - 2.4999993993e-1f;
-  p = p * r + 3.3333331174e-1f;
+  fnv p = fused(r, 7.0376836292e-2f, -1.1514610310e-1f);
+  p = fused(p, r, 1.1676998740e-1f);
+  p = fused(p, r, -1.2420140846e-1f);
+  p = fused(p, r, 1.4249322787e-1f);
+  p = fused(p, r, -1.6668057665e-1f);
+  p = fused(p, r, 2.0000714765e-1f);
+  p = fused(p, r, -2.4999993993e-1f);
+  p = fused(p, r, 3.3333331174e-1f);
   const fnv squared = r * r;
-  const fnv rest = p * r * squared + n * -2.12194440e-4f - squared * 0.5f;
-  return (r + rest) + n * 0.693359375f;
+  const fnv rest = fused(squared, -0.5f, fused(p * r, squared, n * -2.12194440e-4f));
+  return fused(n, 0.693359375f, r + rest);
 }
 inline f16v log_vector(f16v x) { return by_lanes(x, log_lanes); }
 
