@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from aurora_lit.models.kv_cache import KVCache
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
 pytestmark = pytest.mark.usefixtures("two_threads")
+PROCESSOR = Path("/proc/cpuinfo")
 FORMATS = [*UNQUANTIZED, *GROUPED, *PER_OUTPUT]
 
 
@@ -54,6 +56,27 @@ def test_a_packed_layer_agrees_with_torch(inputs: int, outputs: int, bias: bool,
     # With 4-bit weights, an input halfway between two integers may be rounded to either: a step of 1/2039.
     tolerance = 2e-4 if weight_format is WeightFormat.INT4_GROUPED else 2e-5
     assert (y - expected_output(linear, x, weight_format)).abs().max() < tolerance
+
+
+@needs_kernels
+@pytest.mark.skipif(not PROCESSOR.exists() or "avx2" not in PROCESSOR.read_text().split(), reason="no AVX2")
+def test_processors_with_avx2_have_products_of_bytes() -> None:
+    assert native.has_byte_products(), "else the default precision is bf16"
+
+
+@needs_kernels
+@pytest.mark.parametrize("weight_format", GROUPED)
+@pytest.mark.parametrize("rows", [1, 5, 28])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_products_of_whole_groups_do_not_overflow(
+    sign: int, rows: int, weight_format: WeightFormat
+) -> None:
+    linear = random_linear(64, 32, bias=False)
+    with torch.no_grad():
+        linear.weight.fill_(1.0)
+        linear.weight[:, ::32] = -1.0  # the other weights of a group are its largest integer
+    x = torch.full((rows, 64), float(sign))
+    assert (PackedLinear(linear, weight_format)(x) - expected_output(linear, x, weight_format)).abs().max() < 1e-4
 
 
 @needs_kernels

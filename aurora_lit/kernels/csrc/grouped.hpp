@@ -38,6 +38,8 @@ struct WeightGroup {
 inline fnv from_fp16(const uint16_t* from) {
 #if defined(__AVX512F__)
   return (fnv)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (fnv)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
   const unv h = (unv)load_lanes(from);  // in the upper half of each lane
   const fnv size = (fnv)((h & 0x7fff0000u) >> 3) * 0x1p112f;
@@ -45,41 +47,64 @@ inline fnv from_fp16(const uint16_t* from) {
 #endif
 }
 
-#if defined(__AVX512BW__)
+// Sums of products of bytes, which an instruction adds four at a time, or two at a time in 16 bits.
+#if defined(__AVX512VNNI__)
+#define AURORA_BYTE_PRODUCTS 1
+inline inv add_four(inv sums, inv w, inv x) { return (inv)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x); }
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+#define AURORA_BYTE_PRODUCTS 1
+inline inv add_four(inv sums, inv w, inv x) {
+  return (inv)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)w, (__m256i)x);
+}
+#elif defined(__AVX512BW__)
+#define AURORA_BYTE_PRODUCTS 1
 #define AURORA_BYTE_PAIRS 1
-// Unsigned bytes times signed ones; the sums of two neighbours, in 16 bits.
 inline inv multiply_bytes(inv w, inv x) { return (inv)_mm512_maddubs_epi16((__m512i)w, (__m512i)x); }
-// The sums of two neighbouring numbers of 16 bits, times a factor.
-inline inv add_pairs(inv x, int factor) {
+inline inv add_pairs(inv x, int factor) {  // the sums of two neighbouring numbers of 16 bits, times a factor
   return (inv)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(int16_t(factor)));
 }
 #elif defined(__AVX2__) && !defined(__AVX512F__)
+#define AURORA_BYTE_PRODUCTS 1
 #define AURORA_BYTE_PAIRS 1
 inline inv multiply_bytes(inv w, inv x) { return (inv)_mm256_maddubs_epi16((__m256i)w, (__m256i)x); }
 inline inv add_pairs(inv x, int factor) {
   return (inv)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(int16_t(factor)));
 }
+#else
+inline inv add_four(inv sums, inv w, inv x) {
+  for (int shift = 0; shift < 32; shift += 8)
+    sums += (inv)(((unv)w >> shift) & 0xffu) * ((inv)((unv)x << (24 - shift)) >> 24);
+  return sums;
+}
 #endif
 
-// Four inputs of a row (the bytes of `inputs`) times their weights for LANES outputs, added to the outputs' sums.
+// A line of weights for LANES outputs, four bytes each, as it is multiplied by the inputs of a row. An output's sum of
+// products has 32 bits. With instructions for pairs and weights of four bits it has two halves of 16 until the end of a
+// group: a half is a sum of 16 products, each at most 15 * 127 in size.
 template <int BITS>
-inline inv add_products(inv sums, unv weights, int32_t inputs) {
-#if defined(__AVX512VNNI__)
-  return (inv)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(inputs));
-#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
-  return (inv)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)weights, _mm256_set1_epi32(inputs));
-#elif defined(AURORA_BYTE_PAIRS)
-  // Of weights of four bits the sum of two products fits into 16 bits; weights of eight bits are two of four.
-  const inv x = inv{} + inputs, low = BITS == 4 ? (inv)weights : (inv)(weights & 0x0f0f0f0fu);
-  sums += add_pairs(multiply_bytes(low, x), 1);
-  if (BITS == 8) sums += add_pairs(multiply_bytes((inv)((weights >> 4) & 0x0f0f0f0fu), x), 16);
-  return sums;
+struct WeightLine {
+#if defined(AURORA_BYTE_PAIRS)
+  static constexpr bool IN_HALVES = BITS == 4;
+  typedef int16_t halves __attribute__((vector_size(4 * LANES)));
+  inv low, high;  // of weights of eight bits
+  WeightLine() = default;
+  explicit WeightLine(unv bytes) : low((inv)bytes), high{} {
+    if (!IN_HALVES) low = low & 0x0f0f0f0f, high = (inv)(bytes >> 4) & 0x0f0f0f0f;
+  }
+  inv add(inv sums, int32_t inputs) const {
+    const inv x = inv{} + inputs;
+    if (IN_HALVES) return (inv)((halves)sums + (halves)multiply_bytes(low, x));
+    return sums + add_pairs(multiply_bytes(low, x), 1) + add_pairs(multiply_bytes(high, x), 16);
+  }
+  static inv whole(inv sums) { return IN_HALVES ? add_pairs(sums, 1) : sums; }
 #else
-  for (int shift = 0; shift < 32; shift += 8)
-    sums += (inv)((weights >> shift) & 0xffu) * int32_t(int8_t(inputs >> shift));
-  return sums;
+  inv bytes;
+  WeightLine() = default;
+  explicit WeightLine(unv bytes) : bytes((inv)bytes) {}
+  inv add(inv sums, int32_t inputs) const { return add_four(sums, bytes, inv{} + inputs); }
+  static inv whole(inv sums) { return sums; }
 #endif
-}
+};
 
 // The input to which each byte of a weight group belongs, after each line of lanes is split into lines of bytes.
 template <int BITS>
@@ -147,11 +172,7 @@ struct Grouped {
   typedef WeightGroup<BITS> Weight;
   typedef InputGroup Input;
   static constexpr int PIECES = 8 / BITS;  // lines of bytes in a line of lanes
-#if defined(__AVX512F__)
-  static constexpr int MAX_ROWS = 6;  // their integer sums and totals fill the registers
-#else
-  static constexpr int MAX_ROWS = 2;
-#endif
+  static constexpr int MAX_ROWS = 6;  // their sums fill the registers
   // The level of the cache that weights are prefetched into: with AMX the first, as measured there. Without, the second:
   // in the first one a pass of one token took 1.07 to 1.25 times as long (int4, AMD Zen 4), and in bf16 0.97 times.
 #if defined(AURORA_GROUPED_TILES)
@@ -160,6 +181,14 @@ struct Grouped {
   static constexpr int PREFETCHED_TO = 2;
 #endif
   static ptrdiff_t block_size(int groups) { return groups; }
+  // Vectors of a block that are multiplied at a time, and partial sums of an output, which do not wait for each other.
+#if defined(__AVX512F__)
+  static constexpr int part_of(int) { return BLOCK_VECTORS; }
+  static constexpr int chains_of(int rows) { return rows < 3 ? 2 : 1; }
+#else
+  static constexpr int part_of(int rows) { return rows < 3 ? BLOCK_VECTORS : 2; }
+  static constexpr int chains_of(int rows) { return LANES == 8 && rows == 1 ? 2 : 1; }
+#endif
   // The weights of a line of lanes that are its n-th line of bytes.
   template <class Vector>
   static Vector piece(Vector lanes, int n) { return BITS == 8 ? lanes : (lanes >> (4 * n)) & 0x0f0f0f0fu; }
@@ -174,53 +203,65 @@ struct Grouped {
   template <int ROWS, Reads READS>
   static void add_groups(UnpackedBlock<BITS> block, const InputGroup* x, ptrdiff_t x_stride, int groups,
                          const Stream& stream, fnv (*total)[BLOCK_VECTORS]) {
-    constexpr int CHAINS = ROWS < 3 && BLOCK_VECTORS == 2 ? 2 : 1;  // partial sums per output, which do not wait long
-    constexpr int HALF_VECTORS = BLOCK_VECTORS / 2;
-    const Weight* w = block.packed;
-    UnpackedGroup<BITS>* unpacked = block.unpacked;
-    for (int group = 0; group < groups; ++group, ++w, ++x) {
-      if (READS != Reads::UNPACKED) stream.ask<sizeof(Weight), PREFETCHED_TO>(w);
-      inv dots[CHAINS][ROWS][BLOCK_VECTORS] = {};
-      for (int r = 0; r < ROWS && !Weight::HAS_MIN; ++r)
-        for (int v = 0; v < BLOCK_VECTORS; ++v) dots[0][r][v] = inv{} - 128 * x[r * x_stride].sum;
-      for (int line = 0; line < GROUP * BITS / 32; ++line) {
-        unv lanes[BLOCK_VECTORS];
-        for (int v = 0; v < BLOCK_VECTORS && READS != Reads::UNPACKED; ++v)
-          lanes[v] = *reinterpret_cast<const unv*>(w->words[v / HALF_VECTORS][line] + v % HALF_VECTORS * LANES);
-        for (int n = 0; n < PIECES; ++n) {
-          const int place = line * PIECES + n;
-          inv(*sums)[BLOCK_VECTORS] = dots[place % CHAINS];
-          for (int v = 0; v < BLOCK_VECTORS; ++v) {
-            const unv weights = READS == Reads::UNPACKED ? unpacked->bytes[place][v] : piece(lanes[v], n);
-            if (READS == Reads::PACKED_AND_UNPACKS) unpacked->bytes[place][v] = weights;
-            for (int r = 0; r < ROWS; ++r) {
-              int32_t inputs;
-              std::memcpy(&inputs, x[r * x_stride].values + 4 * place, 4);
-              sums[r][v] = add_products<BITS>(sums[r][v], weights, inputs);
-            }
-          }
-        }
-      }
-      for (int v = 0; v < BLOCK_VECTORS; ++v) {
-        fnv scales, mins = {};
-        if (READS == Reads::UNPACKED) {
-          scales = unpacked->scales[v];
-          if (Weight::HAS_MIN) mins = unpacked->mins[v];
-        } else {
-          scales = from_fp16(w->scales + LANES * v);
-          if (Weight::HAS_MIN) mins = from_fp16(w->mins + LANES * v);
-        }
-        if (READS == Reads::PACKED_AND_UNPACKS) {
-          unpacked->scales[v] = scales;
-          if (Weight::HAS_MIN) unpacked->mins[v] = mins;
+    for (int group = 0; group < groups; ++group, ++block.packed, ++x) {
+      if (READS != Reads::UNPACKED) stream.ask<sizeof(Weight), PREFETCHED_TO>(block.packed);
+      add_parts<ROWS, READS>(block, x, x_stride, total);
+      if (READS != Reads::PACKED) ++block.unpacked;
+    }
+  }
+
+ private:
+  // Add a group's products to the totals, from vector FIRST of the block on.
+  template <int ROWS, Reads READS, int FIRST = 0>
+  static inline __attribute__((always_inline)) void add_parts(const UnpackedBlock<BITS>& block, const InputGroup* x,
+                                                              ptrdiff_t x_stride, fnv (*total)[BLOCK_VECTORS]) {
+    constexpr int PART = part_of(ROWS), CHAINS = chains_of(ROWS), HALF_VECTORS = BLOCK_VECTORS / 2;
+    const Weight& packed = *block.packed;
+    inv dots[CHAINS][ROWS][PART] = {};
+    for (int r = 0; r < ROWS && !Weight::HAS_MIN; ++r)
+      for (int v = 0; v < PART; ++v) dots[0][r][v] = inv{} - 128 * x[r * x_stride].sum;
+    for (int line = 0; line < GROUP * BITS / 32; ++line) {
+      unv lanes[PART];
+      for (int v = 0, at = FIRST; v < PART && READS != Reads::UNPACKED; ++v, ++at)
+        lanes[v] = *reinterpret_cast<const unv*>(packed.words[at / HALF_VECTORS][line] + at % HALF_VECTORS * LANES);
+      for (int n = 0; n < PIECES; ++n) {
+        const int place = line * PIECES + n;
+        WeightLine<BITS> weights[PART];
+        for (int v = 0; v < PART; ++v) {
+          const unv bytes = READS == Reads::UNPACKED ? block.unpacked->bytes[place][FIRST + v] : piece(lanes[v], n);
+          if (READS == Reads::PACKED_AND_UNPACKS) block.unpacked->bytes[place][FIRST + v] = bytes;
+          weights[v] = WeightLine<BITS>(bytes);
         }
         for (int r = 0; r < ROWS; ++r) {
-          const InputGroup& inputs = x[r * x_stride];
-          for (int chain = 1; chain < CHAINS; ++chain) dots[0][r][v] += dots[chain][r][v];
-          total[r][v] = add_group<Weight::HAS_MIN>(total[r][v], dots[0][r][v], scales, mins, inputs);
+          int32_t inputs;
+          std::memcpy(&inputs, x[r * x_stride].values + 4 * place, 4);
+          for (int v = 0; v < PART; ++v)
+            dots[place % CHAINS][r][v] = weights[v].add(dots[place % CHAINS][r][v], inputs);
         }
       }
-      if (READS != Reads::PACKED) ++unpacked;
+    }
+    for (int v = 0, at = FIRST; v < PART; ++v, ++at) {
+      fnv scales, mins = {};
+      if (READS == Reads::UNPACKED) {
+        scales = block.unpacked->scales[at];
+        if (Weight::HAS_MIN) mins = block.unpacked->mins[at];
+      } else {
+        scales = from_fp16(packed.scales + LANES * at);
+        if (Weight::HAS_MIN) mins = from_fp16(packed.mins + LANES * at);
+      }
+      if (READS == Reads::PACKED_AND_UNPACKS) {
+        block.unpacked->scales[at] = scales;
+        if (Weight::HAS_MIN) block.unpacked->mins[at] = mins;
+      }
+      for (int r = 0; r < ROWS; ++r) {
+        inv sum = WeightLine<BITS>::whole(dots[0][r][v]);
+        for (int chain = 1; chain < CHAINS; ++chain) sum += WeightLine<BITS>::whole(dots[chain][r][v]);
+        total[r][at] = add_group<Weight::HAS_MIN>(total[r][at], sum, scales, mins, x[r * x_stride]);
+      }
+    }
+    if constexpr (FIRST + PART < BLOCK_VECTORS) {
+      asm volatile("" ::: "memory");  // else GCC keeps all inputs of the group in memory, for all parts
+      add_parts<ROWS, READS, FIRST + PART>(block, x, x_stride, total);
     }
   }
 };

@@ -60,7 +60,7 @@ int aurora_group() { return GROUP; }
 
 // 1 if the processor has products of bytes, with which grouped weights are multiplied at full speed.
 int aurora_has_byte_products() {
-#if defined(__AVX512VNNI__) || defined(AURORA_BYTE_PAIRS)
+#if defined(AURORA_BYTE_PRODUCTS)
   return 1;
 #else
   return 0;

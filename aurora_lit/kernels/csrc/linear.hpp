@@ -110,7 +110,7 @@ void block_of(int rows, const typename Format::Weight* w, const typename Format:
 #if defined(__AVX512F__)
 constexpr int UNPACKED_FROM_ROWS = 24;
 #else
-constexpr int UNPACKED_FROM_ROWS = 6;
+constexpr int UNPACKED_FROM_ROWS = 16;
 #endif
 
 // `rows` rows times blocks [from, to).
