@@ -47,7 +47,7 @@ inline fnv from_fp16(const uint16_t* from) {
 #endif
 }
 
-// Sums of products of bytes, which an instruction adds four at a time, or two at a time in 16 bits.
+// Sums of unsigned bytes times signed ones, which an instruction adds four at a time, or two at a time in 16 bits.
 #if defined(__AVX512VNNI__)
 #define AURORA_BYTE_PRODUCTS 1
 inline inv add_four(inv sums, inv w, inv x) { return (inv)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x); }

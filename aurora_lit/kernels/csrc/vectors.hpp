@@ -56,15 +56,25 @@ inline fnv fused(float a, fnv b, fnv c) { return fused(spread(a), b, c); }
 inline fnv fused(fnv a, float b, fnv c) { return fused(a, spread(b), c); }
 inline fnv fused(fnv a, fnv b, float c) { return fused(a, b, spread(c)); }
 inline fnv fused(fnv a, float b, float c) { return fused(a, spread(b), spread(c)); }
+
+// Applies a function of vectors that fit a register to each part of wider ones: GCC would keep those in memory.
+template <class Function, class... Wide>
+inline f16v by_lanes(Function function, Wide... x) {
+  const auto part = [](const f16v& of, int i) {
+    fnv lanes;
+    std::memcpy(&lanes, reinterpret_cast<const char*>(&of) + i * sizeof lanes, sizeof lanes);
+    return lanes;
+  };
+  f16v to;
+  for (int i = 0; i < 16 / LANES; ++i) {
+    const fnv lanes = function(part(x, i)...);
+    std::memcpy(reinterpret_cast<char*>(&to) + i * sizeof lanes, &lanes, sizeof lanes);
+  }
+  return to;
+}
 #if !defined(__AVX512F__)
 inline f16v fused(f16v a, f16v b, f16v c) {
-  fnv parts[3][16 / LANES];
-  std::memcpy(parts[0], &a, sizeof a);
-  std::memcpy(parts[1], &b, sizeof b);
-  std::memcpy(parts[2], &c, sizeof c);
-  for (int i = 0; i < 16 / LANES; ++i) parts[2][i] = fused(parts[0][i], parts[1][i], parts[2][i]);
-  std::memcpy(&c, parts[2], sizeof c);
-  return c;
+  return by_lanes([](fnv x, fnv y, fnv z) { return fused(x, y, z); }, a, b, c);
 }
 #endif
 
@@ -198,16 +208,6 @@ inline float total(fnv x) { return reduce(x, SUM); }
 inline int32_t total(i16v x) { return reduce(x, SUM); }
 #endif
 
-// Applies a function of vectors that fit a register to each part of a wider one: GCC would keep that in memory.
-template <class Function>
-inline f16v by_lanes(f16v x, Function function) {
-  fnv parts[16 / LANES];
-  std::memcpy(parts, &x, sizeof parts);
-  for (fnv& part : parts) part = function(part);
-  std::memcpy(&x, parts, sizeof parts);
-  return x;
-}
-
 // exp(x) for x <= 0, relative error below 2e-7: 2^n * polynomial (from Cephes' expf).
 inline fnv exp_lanes(fnv x) {
   const fnv lowest = fnv{} - 87.0f;
@@ -224,7 +224,7 @@ inline fnv exp_lanes(fnv x) {
   const inv scale = (__builtin_convertvector(n, inv) + 127) << 23;
   return p * (fnv)scale;
 }
-inline f16v exp_vector(f16v x) { return by_lanes(x, exp_lanes); }
+inline f16v exp_vector(f16v x) { return by_lanes(exp_lanes, x); }
 
 // log(x) for normal x > 0, relative error below 3e-7: x = 2^n m with sqrt(1/2) <= m < sqrt(2), and a polynomial in m - 1
 // (from Cephes' logf).
@@ -245,7 +245,7 @@ inline fnv log_lanes(fnv x) {
   const fnv rest = fused(squared, -0.5f, fused(p * r, squared, n * -2.12194440e-4f));
   return fused(n, 0.693359375f, r + rest);
 }
-inline f16v log_vector(f16v x) { return by_lanes(x, log_lanes); }
+inline f16v log_vector(f16v x) { return by_lanes(log_lanes, x); }
 
 // True if any lane of a is less than that of b.
 inline bool any_less(f16v a, f16v b) {
