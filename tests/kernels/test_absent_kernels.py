@@ -50,28 +50,37 @@ def run(code: str, environment: Environment) -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, "-c", code], env=child, capture_output=True, text=True, check=False)
 
 
-def check_of_doctor(environment: Environment, *overrides: str) -> dict[str, str]:
-    code = f"""
+def doctors_check(*overrides: str) -> str:
+    """Code that prints what doctor says about kernels, on one line."""
+    return f"""
 import json
 from dataclasses import asdict
 from aurora_lit.cli.checks import check_compiler
 from aurora_lit.config import load_config
 print(json.dumps(asdict(check_compiler(load_config(None, {list(overrides)})))))
 """
-    check: dict[str, str] = json.loads(run(code, environment).stdout)
-    return check
 
 
 def engine_twice(folder: Path) -> str:
-    """Code that builds an engine, as `generate` and the engine worker do, and then another one."""
+    """Code that builds an engine, as `generate` and the engine worker do, and then another one, and asks doctor."""
     return f"""
 from aurora_lit.config import load_config
 from aurora_lit.serve.worker.build import build_engine
-overrides = ["target.source={folder}", "draft.checkpoint=null", "learn.enabled=false", "engine.max_seq_len=256"]
+overrides = ["target.source={folder}", "draft.checkpoint=null", "learn.enabled=false"]
+overrides += ["engine.max_seq_len=256", "engine.adaptive=false"]
 for _ in range(2):
     engine, _ = build_engine(load_config(None, overrides))
 print(engine._target.supports_trees)
-"""
+{doctors_check()}"""
+
+
+def check_beside_an_engine(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """What doctor said after the engine had been built, without kernels."""
+    supports_trees, check = result.stdout.splitlines()
+    assert supports_trees == "False", f"it works without kernels\n{result.stderr}"
+    found: dict[str, str] = json.loads(check)
+    assert found["state"] == "warn"
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +95,20 @@ def test_a_build_that_fails_is_said_once_with_the_compilers_error(
     model: Path, compiler: Callable[[str], Environment]
 ) -> None:
     result = run(engine_twice(model), compiler(FAILS))
-    assert result.stdout == "False\n", f"it works without kernels\n{result.stderr}"
+    check = check_beside_an_engine(result)
     assert result.stderr.count("native kernels are not in use") == 1
-    assert "fatal error: no-such-header.h: No such file or directory" in result.stderr
-    assert COST in result.stderr
-    assert "CXX" in result.stderr
+    for said in (result.stderr, check["found"]):
+        assert "fatal error: no-such-header.h: No such file or directory" in said
+    for said in (result.stderr, check["remedy"]):
+        assert COST in said
+        assert "CXX" in said
 
 
 def test_a_library_that_cannot_be_loaded_is_said_with_its_path(
     model: Path, compiler: Callable[[str], Environment], tmp_path: Path
 ) -> None:
     result = run(engine_twice(model), compiler(MAKES_GARBAGE))
-    assert result.stdout == "False\n", result.stderr
+    assert "cannot be loaded" in check_beside_an_engine(result)["found"]
     (library,) = (tmp_path / "cache/kernels").glob("kernels-*.so")
     assert result.stderr.count("native kernels are not in use: they cannot be loaded") == 1
     assert f"delete {library}" in result.stderr
@@ -105,42 +116,35 @@ def test_a_library_that_cannot_be_loaded_is_said_with_its_path(
 
 def test_no_compiler_is_said(model: Path, no_compiler: Environment) -> None:
     result = run(engine_twice(model), no_compiler)
-    assert result.stdout == "False\n", result.stderr
+    assert "no C++ compiler" in check_beside_an_engine(result)["found"]
     assert result.stderr.count("no C++ compiler was found") == 1
     assert "apt-get install g++" in result.stderr
 
 
 def test_kernels_that_are_turned_off_are_mentioned_by_doctor_only(model: Path) -> None:
     result = run(engine_twice(model), {"AURORA_LIT_NATIVE": "0"})
-    assert (result.stdout, "kernels" in result.stderr) == ("False\n", False)
-    check = check_of_doctor({"AURORA_LIT_NATIVE": "0"})
-    assert check["state"] == "warn"
+    check = check_beside_an_engine(result)
+    assert "kernels" not in result.stderr
     assert "AURORA_LIT_NATIVE=0" in check["found"]
     assert "unset AURORA_LIT_NATIVE" in check["remedy"]
 
 
-@needs_compiler
-def test_doctor_says_the_same(compiler: Callable[[str], Environment], no_compiler: Environment) -> None:
-    check = check_of_doctor(compiler(FAILS))
-    assert check["state"] == "warn"
-    assert "no-such-header.h: No such file" in check["found"]
-    assert COST in check["remedy"]
-    assert "without a message" in check_of_doctor(compiler(IS_SILENT))["found"]
-    assert "cannot be loaded" in check_of_doctor(compiler(MAKES_GARBAGE))["found"]
-    assert "no C++ compiler" in check_of_doctor(no_compiler)["found"]
+def test_a_compiler_that_fails_without_a_word_is_said_by_doctor(compiler: Callable[[str], Environment]) -> None:
+    assert "without a message" in json.loads(run(doctors_check(), compiler(IS_SILENT)).stdout)["found"]
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_precision_that_needs_them_is_refused_with_the_reason(
     precision: str, model: Path, compiler: Callable[[str], Environment]
 ) -> None:
-    environment = compiler(MAKES_GARBAGE)
     code = f"""
+{doctors_check(f"target.precision={precision}")}
 from pathlib import Path
 from aurora_lit.models.target import Target
 Target.load(Path("{model}"), precision="{precision}")
 """
-    last_line = run(code, environment).stderr.strip().splitlines()[-1]
+    result = run(code, compiler(MAKES_GARBAGE))
+    last_line = result.stderr.strip().splitlines()[-1]
     assert f"target.precision={precision} needs the native kernels: they cannot be loaded" in last_line
     assert "or use bf16" in last_line
-    assert check_of_doctor(environment, f"target.precision={precision}")["state"] == "fail", "serving would not start"
+    assert json.loads(result.stdout)["state"] == "fail", "serving would not start"

@@ -28,6 +28,7 @@ def server(folder: Path, target: Target, tmp_path: Path) -> ServerStandIn:
     return ServerStandIn(tmp_path, folder, random_draft(target))
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns_through_restarts_and_new_vocabularies(
     folder: Path, tmp_path: Path
 ) -> None:

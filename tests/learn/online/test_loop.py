@@ -166,9 +166,21 @@ class Clocks:
         self.wall_s += duration_s
 
 
-def test_turns_without_work_leave_the_share_to_steps(target: Target, traffic: list[Trace], tmp_path: Path) -> None:
+def without_learning(harness: LearnerHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learner's steps are counted, which is all that a schedule of the loop's turns needs."""
+
+    def update(_: Any) -> None:
+        harness.learner.steps += 1
+
+    monkeypatch.setattr(harness.learner, "update", update)
+
+
+def test_turns_without_work_leave_the_share_to_steps(
+    target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each turn costs a millisecond, and the timer is never late."""
-    harness, clocks = LearnerHarness(target, tmp_path), Clocks()
+    harness, clocks = LearnerHarness(target, tmp_path, batch_positions=64), Clocks()
+    without_learning(harness, monkeypatch)
     harness.environment.sleep = clocks.sleep
     harness.ring.records.extend(traffic)
     harness.loop._budget = Budget(
@@ -190,7 +202,8 @@ def test_saving_takes_a_small_share_of_the_time_that_learning_takes(
 ) -> None:
     clocks = Clocks()
     monkeypatch.setattr(loop.time, "process_time", lambda: clocks.cpu_s)
-    harness = LearnerHarness(target, tmp_path, save_every_s=0.0)
+    harness = LearnerHarness(target, tmp_path, save_every_s=0.0, batch_positions=64)
+    without_learning(harness, monkeypatch)
     harness.ring.records.extend(asked_again(traffic, 12))
     saved_at_s: list[float] = []
 
@@ -211,7 +224,8 @@ def test_trials_take_a_small_share_of_the_time_that_learning_takes(
 ) -> None:
     clocks = Clocks()
     monkeypatch.setattr(loop.time, "process_time", lambda: clocks.cpu_s)
-    harness = LearnerHarness(target, tmp_path, publish_every_steps=1, limits_trials=True)
+    harness = LearnerHarness(target, tmp_path, publish_every_steps=1, limits_trials=True, batch_positions=64)
+    without_learning(harness, monkeypatch)
     harness.held_out.champion_score = 100.0  # no challenger passes
     waiting = iter(asked_again(traffic, 12))
     began_s: list[float] = []

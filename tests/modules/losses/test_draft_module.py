@@ -133,7 +133,7 @@ def test_chains_that_end_by_chance_have_the_loss_and_the_gradient_of_all_in_expe
     certain: float, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("aurora_lit.modules.losses.chain_losses.noise_bits", new_bits())
-    batch = texts_alone(target)
+    batch = texts_alone(target, copies=10)
     made = module(target, online=EVERY_STEP, value_weight=0.5)
     parameters = [p for n, p in made.draft.named_parameters() if "value" not in n]
 
@@ -144,7 +144,7 @@ def test_chains_that_end_by_chance_have_the_loss_and_the_gradient_of_all_in_expe
         return report.lk_live, flat, report.mask_KBT, float(report.mask_KBT.sum())
 
     loss, gradient, mask_KBT, steps = found(0.0)
-    some = [found(certain) for _ in range(200)]
+    some = [found(certain) for _ in range(20)]
     losses = torch.stack([each[0] for each in some])
     assert abs(float(losses.mean() - loss)) < 4 * float(losses.std()) / len(some) ** 0.5
     assert float(losses.std()) > 0
@@ -159,7 +159,7 @@ def test_what_the_value_head_is_taught_is_the_expected_acceptance_though_chains_
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("aurora_lit.modules.losses.chain_losses.noise_bits", new_bits())
-    batch, value_alone = texts_alone(target), replace(OFF, base_loss="none")
+    batch, value_alone = texts_alone(target, copies=20), replace(OFF, base_loss="none")
 
     def gradient(certain_survival: float, turns: int) -> Tensor:
         made = module(target, online=replace(value_alone, certain_survival=certain_survival), value_weight=1.0)
@@ -167,7 +167,7 @@ def test_what_the_value_head_is_taught_is_the_expected_acceptance_though_chains_
         each = [torch.autograd.grad(made.training_step(batch).loss, weight)[0] for _ in range(turns)]
         return torch.stack(each).mean(0)
 
-    exact, mean = gradient(0.0, 1), gradient(1.0, 600)
+    exact, mean = gradient(0.0, 1), gradient(1.0, 30)
     torch.testing.assert_close(mean, exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))
 
 
@@ -187,10 +187,15 @@ def test_which_chains_end_depends_on_the_targets_states_alone_and_is_uniform() -
     assert abs(float(torch.corrcoef(numbers)[0, 1])) < 0.05
 
 
-def texts_alone(target: Target) -> OnlineBatch:
-    """The same texts, all live, without rounds."""
-    batch = replace(online_batch(target), live_B=torch.ones(3, dtype=torch.bool))
-    return replace(batch, rounds=batch.rounds.select(batch.rounds.row_Q[:0]))
+def texts_alone(target: Target, *, copies: int = 1) -> OnlineBatch:
+    """The same texts, all live, without rounds; all of them several times if asked."""
+    batch = online_batch(target)
+    return replace(
+        batch,
+        traces=batch.traces.select(torch.arange(3).repeat(copies)),
+        live_B=torch.ones(3 * copies, dtype=torch.bool),
+        rounds=batch.rounds.select(batch.rounds.row_Q[:0]),
+    )
 
 
 def can_be_proposed(made: DraftModule, batch: OnlineBatch) -> Tensor:

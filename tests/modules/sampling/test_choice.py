@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +20,6 @@ from aurora_lit.modules.sampling.distribution import is_greedy
 from aurora_lit.request import SamplingParams
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
-Implementation = Callable[..., torch.Tensor]
-IMPLEMENTATIONS = [
-    pytest.param(choose_dense_in_torch, id="torch"),
-    pytest.param(sampler.choose_dense, id="native", marks=needs_kernels),
-]
 
 
 def temperature_of(params: SamplingParams) -> float:
@@ -156,20 +151,39 @@ def in_law(count: torch.Tensor, p: torch.Tensor) -> bool:
     return bool((statistic - freedom) / (2 * freedom) ** 0.5 < 5) and not bool((count[p == 0] > 0).any())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_has_its_law(name: str, implementation: Implementation) -> None:
-    """Against a definition that is written down option by option, after a prompt and output with repetitions."""
-    params = OPTIONS[name]
-    toy = Toy.random(V=6, seed=1, dtype=torch.float32)
-    logits_V, output, draws = toy.target[0], (1, 4, 1), 40_000
+def after_repetitions(params: SamplingParams, *, rows: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Logits of one token and its probabilities by a definition that is written down option by option; equal rows."""
+    logits_V, output = Toy.random(V=6, seed=1, dtype=torch.float32).target[0], (1, 4, 1)
     of_rows = {
-        "params": [params] * draws,
-        "contexts": [torch.tensor([*PROMPT, *output])] * draws,
-        "prompt_lengths": [len(PROMPT)] * draws,
+        "params": [params] * rows,
+        "contexts": [torch.tensor([*PROMPT, *output])] * rows,
+        "prompt_lengths": [len(PROMPT)] * rows,
     }
-    token_D = implementation(logits_V.repeat(draws, 1), **of_rows, **draws_of([params] * draws))
-    assert in_law(torch.bincount(token_D, minlength=6), torch.tensor(reference_p(logits_V, params, output=output)))
+    p_V = torch.tensor(reference_p(logits_V, params, output=output), dtype=torch.float64)
+    return logits_V.repeat(rows, 1), p_V, of_rows | draws_of([params] * rows)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", OPTIONS)
+def test_native_draws_have_every_options_law(name: str) -> None:
+    logits_DV, p_V, of_rows = after_repetitions(OPTIONS[name], rows=40_000)
+    assert in_law(torch.bincount(sampler.choose_dense(logits_DV, **of_rows), minlength=6), p_V)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_torch_draws_from_every_options_law(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits that `choose` draws from, which gives the fused choice's tokens (below)."""
+    drawn_from: list[torch.Tensor] = []
+
+    def recorded(logits_NV: torch.Tensor, **draws: torch.Tensor) -> torch.Tensor:
+        drawn_from.append((logits_NV.double() / draws["temperature_N"][:, None]).softmax(-1))
+        return choose(logits_NV, **draws)
+
+    logits_DV, p_V, of_rows = after_repetitions(OPTIONS[name], rows=2)
+    monkeypatch.setattr(choice, "choose", recorded)
+    choose_dense_in_torch(logits_DV, **of_rows)
+    (p_DV,) = drawn_from
+    assert torch.allclose(p_DV, p_V.expand(2, -1), rtol=1e-5, atol=1e-12)
 
 
 @needs_kernels
