@@ -122,6 +122,24 @@ inline fnv load_lanes(const uint16_t* from) {
 #endif
 }
 
+// x[0] gets the first half of x[0][0], x[1][0], x[0][1], x[1][1], …, x[1] the second.
+inline void interleave(fnv* x) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512 a = (__m512)x[0], b = (__m512)x[1];
+  x[0] = (fnv)_mm512_permutex2var_ps(a, low, b);
+  x[1] = (fnv)_mm512_permutex2var_ps(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_unpacklo_ps((__m256)x[0], (__m256)x[1]);
+  const __m256 high = _mm256_unpackhi_ps((__m256)x[0], (__m256)x[1]);
+  x[0] = (fnv)_mm256_permute2f128_ps(low, high, 0x20), x[1] = (fnv)_mm256_permute2f128_ps(low, high, 0x31);
+#else
+  float in_order[2 * LANES];
+  for (int i = 0; i < LANES; ++i) in_order[2 * i] = x[0][i], in_order[2 * i + 1] = x[1][i];
+  std::memcpy(x, in_order, sizeof in_order);
+#endif
+}
+
 // Prefetch `bytes`. LOCALITY 3: into the first-level cache; 2: into the second.
 template <int LOCALITY = 3>
 inline void prefetch(const void* from, int bytes) {
