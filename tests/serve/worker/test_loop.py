@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,11 @@ from aurora_lit.ipc.messages import (
     encode,
 )
 from aurora_lit.request import Output, Request, SamplingParams
+from aurora_lit.serve.worker import loop
 from aurora_lit.serve.worker import outbox as outbox_module
 from aurora_lit.serve.worker.loop import EngineLoop, _Untold
 from aurora_lit.serve.worker.parts import WorkerParts
+from aurora_lit.serve.worker.status_report import StatusReport
 
 TOKENIZER = tiny_tokenizer()
 BACKLOG_BYTES = 300_000
@@ -97,17 +99,45 @@ class HTTPProcess:
         return content
 
 
+class DraftToSwap:
+    """In place of a LiveDraft: records what had been told whenever a draft could be swapped."""
+
+    domain_watch = refused = rolled_back = None
+    num_swaps = num_refused = num_rollbacks = 0
+
+    def __init__(self) -> None:
+        self.engine: FakeEngine
+        self.told = 0
+        """Tokens."""
+        self.untold_at_swaps: list[int] = []
+        """Tokens."""
+
+    def start(self, *, on_change: Callable[[], None]) -> None: ...
+
+    def close(self) -> None: ...
+
+    def before_round(self) -> None:
+        self.untold_at_swaps.append(self.engine.stats.generated_tokens - self.told)
+
+    def after_round(self, outputs: Sequence[Output], domains: Sequence[str]) -> None:
+        self.told += sum(len(output.token_ids) for output in outputs)
+
+
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeEngine]]:
     """Runs a loop in this thread, for its signal handler, until `http_process` returns in another one."""
     monkeypatch.setattr(outbox_module, "BACKLOG_BYTES", BACKLOG_BYTES)
     handler = signal.getsignal(signal.SIGTERM)
 
-    def serve(http_process: Callable[[HTTPProcess], None], **options: float) -> FakeEngine:
+    def serve(
+        http_process: Callable[[HTTPProcess], None], *, live: DraftToSwap | None = None, **options: float
+    ) -> FakeEngine:
         http_end, worker_end = socket.socketpair()
         page = EngineStatusPage.create(tmp_path / "status")
         engine = FakeEngine(FakeOptions(**{"tokens_per_round": 2, **options}))  # type: ignore[arg-type]
         errors, loop_has_ended = list[BaseException](), threading.Event()
+        if live is not None:
+            live.engine = engine
 
         def run() -> None:
             try:
@@ -120,7 +150,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         thread = threading.Thread(target=run)
         thread.start()
         with pytest.raises(SystemExit) as ended:
-            EngineLoop(WorkerChannel(worker_end), page).run(WorkerParts(engine=engine), None)
+            EngineLoop(WorkerChannel(worker_end), page).run(WorkerParts(engine=engine), live)  # type: ignore[arg-type]
         loop_has_ended.set()
         thread.join()
         worker_end.close()
@@ -240,3 +270,42 @@ def test_what_rounds_bring_is_told_together_but_at_once_where_a_request_begins_o
     round_at(26, "c")  # begins as soon as another has ended
     assert told[2:] == [(21, "aaab"), (22, "ba"), (24, "bb"), (26, "c")]
     assert untold.outputs == []
+
+
+def test_a_draft_is_swapped_between_rounds_but_not_while_what_they_brought_is_untold(
+    serve: Callable[..., FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be judged as the next draft's."""
+    monkeypatch.setattr(loop, "_TELL_EVERY_S", 0.05)
+
+    def http_process(http: HTTPProcess) -> None:
+        http.call("a", "abcd", max_tokens=200)
+        http.read_until(lambda: http.ended("a"))
+
+    draft = DraftToSwap()
+    rounds = serve(http_process, live=draft, round_s=0.002).stats.rounds
+    assert rounds == 100
+    assert set(draft.untold_at_swaps) == {0}
+    assert 4 < len(draft.untold_at_swaps) < rounds
+    assert draft.told == 200
+
+
+def test_counters_are_written_ten_times_a_second_and_when_a_request_ends(
+    serve: Callable[..., FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[float, int]] = []
+    write = StatusReport.write
+
+    def recorded(self: StatusReport, **more: int) -> None:
+        write(self, **more)
+        written.append((time.perf_counter(), self._parts.engine.stats.rounds))
+
+    monkeypatch.setattr(StatusReport, "write", recorded)
+
+    def http_process(http: HTTPProcess) -> None:
+        http.call("a", "abcd", max_tokens=400)
+        http.wait_until(lambda: http.page.read().rounds == 200)
+
+    serve(http_process, round_s=0.003)
+    while_it_runs = [at_s for at_s, rounds in written if 0 < rounds < 200]
+    assert 4 <= len(while_it_runs) <= 2 + (while_it_runs[-1] - while_it_runs[0]) / 0.1
