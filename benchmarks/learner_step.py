@@ -245,7 +245,7 @@ def _filled(deployment: Deployment, learner: Learner, traces: list[Trace]) -> tu
     config = deployment.config
     folder = Path(tempfile.mkdtemp(dir=deployment.folder))
     batcher = make_batcher(config, deployment.target_head, folder)
-    held_out = make_held_out(config, deployment.target_head)
+    held_out = make_held_out(config)
     intake = _intake(config, learner, batcher, held_out)
     for trace in traces:
         intake.add(trace)
@@ -312,7 +312,7 @@ def time_live(deployment: Deployment, traces: list[Trace], *, seconds: float, ra
         slept_s[0] += duration_s
 
     traffic = Traffic(traces, rate=rate, capacity_bytes=config.trace.capacity_mb * _MIB, now=lambda: now_s())
-    held_out = make_held_out(config, deployment.target_head)
+    held_out = make_held_out(config)
     folder = Path(tempfile.mkdtemp(dir=deployment.folder))
     loop = OnlineLoop(
         LearnerEnvironment(

@@ -14,7 +14,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
-from aurora_lit.learn.data.labelled_trace import label_for_gate
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
@@ -109,8 +107,7 @@ class LearnerHarness:
             served_draft=self.served_draft,
             sleep=self.sleeps_s.append,
         )
-        label = partial(label_for_gate, target_head=self.target_head)
-        self.held_out = RiggedHeldOut(seed=0, label=label)
+        self.held_out = RiggedHeldOut(seed=0)
         self.loop = OnlineLoop(
             self.environment,
             config=config,

@@ -31,7 +31,7 @@ def learn_with(folder: Path, model: Path, *, processes: int) -> list[dict[str, A
 
 
 def main(folder: Path, model: Path, processes: int) -> None:
-    from aurora_lit.learn.data.labelled_trace import label_trace
+    from aurora_lit.learn.data.labelled_trace import label_traces
     from aurora_lit.learn.data.online_batch import collate_online
     from aurora_lit.learn.data.target_head import TargetHead
     from aurora_lit.learn.data.training_state import write_state
@@ -61,7 +61,7 @@ def main(folder: Path, model: Path, processes: int) -> None:
 
     def lead(learner: Learner) -> None:
         traffic = serve(target, random_draft(target), some_requests(12), explore_share=0.5, explore_temperature=1.0)
-        labelled_traces = [label_trace(trace, target_head) for trace in traffic]
+        labelled_traces = label_traces(traffic, target_head)
         for step in range(STEPS):
             if step == STEPS // 3:
                 learner.restart_from(random_draft(target, seed=7, draft_vocab_size=32), version="other")

@@ -109,11 +109,6 @@ def label_traces(traces: Sequence[Trace], target_head: TargetHead) -> list[Label
     return [_labelled(trace, *of_trace) for trace, *of_trace in zip(traces, *columns, strict=True)]
 
 
-def label_trace(trace: Trace, target_head: TargetHead) -> LabelledTrace:
-    """`label_traces` of one trace."""
-    return label_traces([trace], target_head)[0]
-
-
 def _is_drawn(trace: Trace) -> Tensor:
     """Which rejected positions are of rounds that explored [N]."""
     return torch.repeat_interleave(trace.explored_R, trace.num_rejected_R)
@@ -145,11 +140,6 @@ def label_for_batch(traces: Sequence[Trace], target_head: TargetHead) -> list[La
     """
     wanted = iter(label_traces([trace for trace in traces if trace.explored_R.any()], target_head))
     return [next(wanted) if trace.explored_R.any() else unlabelled(trace) for trace in traces]
-
-
-def label_for_gate(trace: Trace, target_head: TargetHead) -> LabelledTrace:
-    """As `label_trace`, for computing acceptance only: that of greedy answers does not need the head."""
-    return label_trace(trace, target_head) if trace.verify == "sampled" else unlabelled(trace)
 
 
 def unlabelled(trace: Trace) -> LabelledTrace:

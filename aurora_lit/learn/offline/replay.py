@@ -127,7 +127,7 @@ class Replay:
         self._scorers = [self._scorer(config, draft, reach) for draft in (copy.deepcopy(starting), self.served)]
         self._walks = {arm: RoundWalk(reach=reach) for arm in ARMS}
         self._batcher = make_batcher(config, target_head, scratch)
-        self._held_out = make_held_out(config, target_head)
+        self._held_out = make_held_out(config)
         self._intake = TraceIntake(
             self.learner.controller,
             self._batcher,

@@ -8,7 +8,6 @@ import gc
 import os
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +24,6 @@ from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.ring import RingReaders
 from aurora_lit.ipc.run_folder import RINGS
-from aurora_lit.learn.data.labelled_trace import label_for_gate
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
@@ -111,7 +109,7 @@ def build_loop(
             champion=champion,
             target_head=target_head,
             batcher=make_batcher(config, target_head, run_folder),
-            held_out=make_held_out(config, target_head),
+            held_out=make_held_out(config),
             budget=Budget(
                 share=learn.compute_share,
                 full_load_share=learn.full_load_share,
@@ -136,10 +134,9 @@ def make_batcher(config: AuroraConfig, target_head: TargetHead, folder: Path) ->
     )
 
 
-def make_held_out(config: AuroraConfig, target_head: TargetHead) -> HeldOut:
+def make_held_out(config: AuroraConfig) -> HeldOut:
     """Held-out requests as the settings `learn` describe them; none yet."""
-    label = partial(label_for_gate, target_head=target_head)
-    return HeldOut(seed=config.learn.seed, label=label)
+    return HeldOut(seed=config.learn.seed)
 
 
 def _server_load(status: EngineStatusPage, *, num_slots: int) -> ServerLoad:

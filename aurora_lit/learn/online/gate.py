@@ -4,7 +4,8 @@ The score is the expected accepted length, computed from traces alone: from ever
 continues the committed tokens, and proposal i counts with the probability that all proposals up to it are accepted. For
 greedy requests this probability is 0 or 1, exactly as in serving. For sampled ones it is Π Σ min(p, q) at the request's
 temperature: a surrogate, the upper bound of the acceptance rate with shared noise (modules/losses/lk.py). It has less
-variance than what was accepted, and overrates both drafts.
+variance than what was accepted, and overrates both drafts. p is the target's distribution within the draft vocabulary,
+and a position whose token lies outside it counts 0: in expectation that is as much, without the target's whole head.
 
 The newest requests wait for a trial before they are learned from (test-then-train), so that evidence costs no traffic.
 A trial scores both drafts on those that no challenger was tried on, the newest first, until the evidence suffices or
@@ -13,7 +14,8 @@ domains of the past. Evidence adds up within a lineage of challengers, which end
 restarts. Leaves out how evidence is weighed (learn/online/evidence.py), when a trial is held
 (learn/online/loop.py), and writing checkpoints of drafts that pass (drafts/versions.py).
 
-Shapes: K draft steps, B rows, T positions, N scored positions, D draft vocabulary.
+Shapes: K draft steps, B rows, T positions, N scored positions, D draft vocabulary, S sampled
+positions of them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import math
 import random
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +33,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from aurora_lit.learn.data.collate import collate, group_by_length
-from aurora_lit.learn.data.labelled_trace import LabelledTrace, first_trained_position
+from aurora_lit.learn.data.labelled_trace import first_trained_position
 from aurora_lit.learn.data.reservoir import MAX_DOMAINS
 from aurora_lit.learn.online.evidence import Evidence
 from aurora_lit.modules.losses.draft_module import DraftModule
@@ -45,16 +47,17 @@ MIN_REQUESTS = 6
 """Untried requests that a trial needs at least; it looks at the evidence after each so many."""
 _PATIENCE_REQUESTS = 12
 """After so many requests a trial ends unless the evidence is half of what a pass needs, in its logarithm."""
-_OLD_PILOT_REQUESTS = 4
-"""A domain's other older requests are scored only if the challenger is behind on so many of them."""
+_OLD_PILOT_REQUESTS, _OLD_REQUESTS = 4, 16
+"""Older requests of a domain that are scored; the second number only if the challenger is behind on the first."""
 _FALSE_PASS_RATE = 0.25
 """Probability that any challenger of a lineage passes if none is better than the champion, at most, at heat 0."""
 _FALSE_REFUSAL_RATE = 0.05
 """Probability that a draft exactly as good as the champion in every domain is refused because of one of them."""
 TRIAL_POSITIONS = 1024
 """Positions of one forward pass, padding included, and of a held-out trace, which is cropped to them."""
-_MAX_ROOTS = 32
-"""Positions of a segment from which the draft continues; of a longer one only every second, third, … does."""
+_MAX_ROOTS, _MAX_SAMPLED_ROOTS = 32, 16
+"""Positions of a segment from which the draft continues; of a longer one only every second, third, … does. Those of a
+sampled request take more time, and vary less."""
 _LEAST_PROBABILITY = 0.01
 """Proposals that are reached with a smaller probability are not counted."""
 _MAX_OLD_REQUESTS = 64
@@ -67,7 +70,6 @@ class HeldOutRequest:
 
     request_id: str
     domain: str
-    label: Callable[[Trace], LabelledTrace]
     traces: list[Trace] = field(default_factory=list)
     champion_score: float | None = None
     """Cached until the champion changes or another segment arrives."""
@@ -75,25 +77,17 @@ class HeldOutRequest:
     """Of the last trial that scored the request, unless another segment has arrived."""
     was_tried: bool = False
     """True if a challenger's evidence contains it: it may not count again."""
-    _labelled_traces: list[LabelledTrace] = field(default_factory=list)
-
-    @property
-    def labelled_traces(self) -> list[LabelledTrace]:
-        """The labelled segments; computed on first use, since most requests are never scored."""
-        self._labelled_traces += map(self.label, self.traces[len(self._labelled_traces) :])
-        return self._labelled_traces
 
 
 class HeldOut:
     """Requests that are not learned from: the newest ones for a while, and of older ones a sample from each domain."""
 
-    def __init__(self, *, seed: int, label: Callable[[Trace], LabelledTrace]) -> None:
-        """`label`: labels a trace for scoring (`label_for_gate` with the target's head)."""
+    def __init__(self, *, seed: int) -> None:
+        """`seed`: of the sample of older requests."""
         self.newest: deque[HeldOutRequest] = deque()
         self.evidence = Evidence()
         """What speaks for the present lineage of challengers."""
         self.old: dict[str, list[HeldOutRequest]] = {}
-        self._label = label
         self._num_remembered: dict[str, int] = {}
         self._random = random.Random(seed)
 
@@ -106,7 +100,7 @@ class HeldOut:
         """Keep a segment, with its request's earlier segments if that is among the newest requests."""
         request = next((r for r in self.newest if r.request_id == trace.request_id), None)
         if request is None:
-            request = HeldOutRequest(request_id=trace.request_id, domain=trace.domain, label=self._label)
+            request = HeldOutRequest(request_id=trace.request_id, domain=trace.domain)
             self.newest.append(request)
         request.traces.append(trace)
         request.champion_score = request.challenger_score = None
@@ -289,7 +283,7 @@ def compare_drafts(
         return decision()
     older = score([request for requests in held_out.old.values() for request in requests[:_OLD_PILOT_REQUESTS]])
     behind = {domain for domain, pairs in _by_domain(older).items() if _compare(pairs)[2] < 0}
-    rest = [request for requests in held_out.old.values() for request in requests[_OLD_PILOT_REQUESTS:]]
+    rest = [request for requests in held_out.old.values() for request in requests[_OLD_PILOT_REQUESTS:_OLD_REQUESTS]]
     return decision([*older, *score([request for request in rest if request.domain in behind])])
 
 
@@ -307,8 +301,8 @@ def score_requests(
     module: DraftModule, requests: Sequence[HeldOutRequest], *, batch_positions: int
 ) -> Iterator[tuple[HeldOutRequest, float]]:
     """Yield each request with its expected accepted length, bonus token included; too short ones are left out."""
-    segments = [(request, labelled) for request in requests for labelled in request.labelled_traces]
-    lengths = [len(labelled.trace.token_ids_T) for _, labelled in segments]
+    segments = [(request, trace) for request in requests for trace in request.traces]
+    lengths = [len(trace.token_ids_T) for _, trace in segments]
     sums: dict[str, tuple[float, int]] = {}
     for group in group_by_length(lengths, batch_positions):
         accepted = _accepted(module, [segments[i][1] for i in group])
@@ -321,16 +315,16 @@ def score_requests(
             yield request, 1 + total / count
 
 
-def _accepted(module: DraftModule, labelled_traces: Sequence[LabelledTrace]) -> list[tuple[float, int]]:
+def _accepted(module: DraftModule, traces: Sequence[Trace]) -> list[tuple[float, int]]:
     """For each trace: expected number of accepted proposals, summed over all roots, and the number of roots."""
     device = module.embedding_VH.device
-    traces = [labelled.trace for labelled in labelled_traces]
     batch = collate(traces, with_prompt=[False] * len(traces)).to(device)
     # There is no chain from before the text, and the last token of a segment has no successor to compare with.
     roots_B = [slice(max(1, first_trained_position(trace)), len(trace.token_ids_T) - 1) for trace in traces]
     needed_BT = torch.zeros(batch.token_ids_BT.shape, dtype=torch.bool)
     for row, roots in enumerate(roots_B):
-        stride = -(-(roots.stop - roots.start) // _MAX_ROOTS)
+        most = _MAX_SAMPLED_ROOTS if traces[row].verify == "sampled" else _MAX_ROOTS
+        stride = -(-(roots.stop - roots.start) // most)
         needed_BT[row, roots.start : roots.stop : max(1, stride)] = True
     counts = needed_BT.sum(1).tolist()
     if not sum(counts):
@@ -347,7 +341,7 @@ def _accepted(module: DraftModule, labelled_traces: Sequence[LabelledTrace]) -> 
     end_B = torch.tensor([roots.stop for roots in roots_B])
     for step in range(module.num_steps):
         row_N, target_N = (index_M[: chains.count].cpu() for index_M in (chains.row_M, chains.target_M))
-        reached_N = reached_N * _acceptance(module, labelled_traces, chains.hidden_MH, row_N, target_N)
+        reached_N = reached_N * _acceptance(module, traces, chains.hidden_MH, row_N, target_N)
         total_B.index_add_(0, row_N, reached_N)
         kept_N = ((reached_N > _LEAST_PROBABILITY) & (target_N + 1 < end_B[row_N])).nonzero()[:, 0]
         if step + 1 == module.num_steps or not len(kept_N):
@@ -358,29 +352,36 @@ def _accepted(module: DraftModule, labelled_traces: Sequence[LabelledTrace]) -> 
 
 
 def _acceptance(
-    module: DraftModule, labelled_traces: Sequence[LabelledTrace], hidden_MH: Tensor, row_N: Tensor, target_N: Tensor
+    module: DraftModule, traces: Sequence[Trace], hidden_MH: Tensor, row_N: Tensor, target_N: Tensor
 ) -> Tensor:
     """Probability that the proposal for the token after each position is accepted [N], on the CPU.
 
     Of sampled requests it is the surrogate. `row_N`: the position's trace, ascending. `hidden_MH`: may have more rows.
     """
-    draft = module.draft
+    draft, device = module.draft, module.head_VdH.device
     logits_MD = draft.compute_logits(hidden_MH)
     proposal_M = draft.draft_token_ids[first_choice(logits_MD)].cpu()
-    accept_N = torch.empty(len(row_N))
+    accept_N, is_sampled_N = torch.empty(len(row_N)), torch.zeros(len(row_N), dtype=torch.bool)
+    last, temperatures, known = [], [], []  # of the sampled rows
     start = 0
-    for labelled, count in zip(labelled_traces, torch.bincount(row_N, minlength=len(labelled_traces)), strict=True):
-        rows, trace = slice(start, start + int(count)), labelled.trace
+    for trace, count in zip(traces, torch.bincount(row_N, minlength=len(traces)).tolist(), strict=True):
+        rows = slice(start, start + count)
         start = rows.stop
         target_C = target_N[rows]
+        token_C = trace.token_ids_T[target_C + 1].long()
         if trace.verify != "sampled":
-            accept_N[rows] = (proposal_M[rows] == trace.token_ids_T[target_C + 1]).float()
+            accept_N[rows] = (proposal_M[rows] == token_C).float()
         elif count:
-            q_CD = (logits_MD[rows].float() / trace.temperature).softmax(-1)
-            last_CH = trace.last_TH[target_C].to(module.head_VdH.device, module.head_VdH.dtype)
-            target_logits_CD = module.logit_transform((last_CH @ module.head_VdH.T).float()) / trace.temperature
-            p_CD = (target_logits_CD - labelled.tempered_lse_T[target_C, None].to(q_CD.device)).exp()
-            accept_N[rows] = overlap(p_CD, q_CD).cpu()
+            is_sampled_N[rows] = True
+            last.append(trace.last_TH[target_C])
+            temperatures.append(torch.full((count, 1), trace.temperature))
+            known.append(draft.t2d[token_C.to(device)])
+    if last:  # in one product: the head is larger than the caches
+        temperature_S1 = torch.cat(temperatures).to(device)
+        q_SD = (logits_MD[: len(row_N)][is_sampled_N.to(device)].float() / temperature_S1).softmax(-1)
+        last_SH = torch.cat(last).to(device, module.head_VdH.dtype)
+        p_SD = (module.logit_transform((last_SH @ module.head_VdH.T).float()) / temperature_S1).softmax(-1)
+        accept_N[is_sampled_N] = (overlap(p_SD, q_SD) * torch.cat(known)).cpu()
     return accept_N
 
 

@@ -11,7 +11,6 @@ from aurora_lit.learn.data.labelled_trace import (
     first_trained_position,
     is_compatible,
     label_for_batch,
-    label_trace,
     label_traces,
     unlabelled,
 )
@@ -27,7 +26,7 @@ def test_a_cropped_trace_is_a_valid_trace_of_its_last_positions(target_head: Tar
     start = len(trace.token_ids_T) - 15
     assert (short.first_position, short.answer_start) == (trace.first_position + start, 0)
     assert crop(trace, 1000) is trace
-    whole, part = (collate_online([label_trace(t, target_head)], [], oldest_fresh=0).rounds for t in (trace, short))
+    whole, part = (collate_online(label_traces([t], target_head), [], oldest_fresh=0).rounds for t in (trace, short))
     kept = whole.root_Q > start
     assert 0 < int(kept.sum()) < len(kept)
     assert torch.equal(part.root_Q, whole.root_Q[kept] - start)
@@ -43,7 +42,7 @@ def test_traces_labelled_together_have_the_labels_that_each_has_alone(
     assert {trace.verify for trace in traces} == {"greedy", "sampled", "read"}
     assert any(bool((trace.explored_R & (trace.num_rejected_R > 0)).any()) for trace in traces)
     for trace, together in zip(traces, label_traces(traces, target_head), strict=True):
-        alone = label_trace(trace, target_head)
+        alone = label_traces([trace], target_head)[0]
         start = first_trained_position(trace)
         expected = target_head.evaluate(trace.last_TH[start:], temperature=trace.temperature)
         torch.testing.assert_close(together.tempered_lse_T[start:], expected.tempered_lse_N, atol=1e-2, rtol=0)
@@ -67,7 +66,7 @@ def test_a_batch_labels_the_traces_that_the_policy_loss_can_use(target_head: Tar
     explored = [bool(trace.explored_R.any()) for trace in served]
     assert set(explored) == {True, False}
     for trace, has_policy, found in zip(served, explored, label_for_batch(served, target_head), strict=True):
-        expected = label_trace(trace, target_head) if has_policy else unlabelled(trace)
+        expected = label_traces([trace], target_head)[0] if has_policy else unlabelled(trace)
         assert found.trace.request_id == trace.request_id
         assert (found.tempered_lse_T != 0).any() == has_policy
         torch.testing.assert_close(found.tempered_lse_T, expected.tempered_lse_T, atol=1e-2, rtol=0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from aurora_lit.learn.data.labelled_trace import label_trace
+from aurora_lit.learn.data.labelled_trace import label_traces
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.models.target import Target
@@ -16,7 +16,7 @@ from aurora_lit.traces.record import Trace
 def test_each_proposal_is_verified_by_the_targets_distribution_after_the_proposals_before_it(
     target: Target, target_head: TargetHead, served: list[Trace]
 ) -> None:
-    labelled_traces = [label_trace(trace, target_head) for trace in served]
+    labelled_traces = label_traces(served, target_head)
     batch = collate_online(labelled_traces, [], oldest_fresh=0)
     assert len(batch.rounds.row_Q) > 60
     rejected = 0
@@ -51,20 +51,20 @@ def test_each_proposal_is_verified_by_the_targets_distribution_after_the_proposa
 def test_only_drawn_proposals_have_log_probabilities_and_only_recent_ones_are_fresh(
     target_head: TargetHead, served: list[Trace]
 ) -> None:
-    batch = collate_online([label_trace(trace, target_head) for trace in served], [], oldest_fresh=0)
+    batch = collate_online(label_traces(served, target_head), [], oldest_fresh=0)
     assert {served[int(row)].verify for row in batch.rounds.row_Q} == {"greedy", "sampled"}
     explored = torch.cat([t.explored_R[(t.num_proposed_R > 0) & (t.round_root_R > 0)] for t in served])
     assert 0 < int(explored.sum()) < len(explored)
     assert torch.equal(batch.rounds.behaviour_logprob_QK[:, 0].isfinite(), explored)
     older = replace(served[0], behaviour_logprob_RK=torch.zeros_like(served[0].behaviour_logprob_RK))
-    known = collate_online([label_trace(older, target_head)], [], oldest_fresh=0).rounds.behaviour_logprob_QK
+    known = collate_online(label_traces([older], target_head), [], oldest_fresh=0).rounds.behaviour_logprob_QK
     assert torch.equal(known[:, 0].isfinite(), explored[: len(known)]), "older logs have 0 for an argmax"
     assert batch.rounds.fresh_Q.all()
-    assert not collate_online([label_trace(served[0], target_head)], [], oldest_fresh=1).rounds.fresh_Q.any()
+    assert not collate_online(label_traces([served[0]], target_head), [], oldest_fresh=1).rounds.fresh_Q.any()
 
 
 def test_replay_is_marked_and_brings_no_rounds(target_head: TargetHead, served: list[Trace]) -> None:
-    labelled_traces = [label_trace(trace, target_head) for trace in served[:4]]
+    labelled_traces = label_traces(served[:4], target_head)
     batch = collate_online(labelled_traces[:2], [labelled.trace for labelled in labelled_traces[2:]], oldest_fresh=0)
     assert batch.live_B.tolist() == [True, True, False, False]
     assert set(batch.rounds.row_Q.tolist()) == {0, 1}

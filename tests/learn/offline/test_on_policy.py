@@ -12,7 +12,7 @@ from support.replay_harness import K, in_order
 from support.tiny_models import make_engine, random_draft, run
 from support.trace_examples import keep_in
 
-from aurora_lit.learn.data.labelled_trace import label_trace
+from aurora_lit.learn.data.labelled_trace import label_traces
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.on_policy import RoundSimulator
@@ -146,7 +146,7 @@ def test_the_policy_sees_its_own_rounds(target: Target, good_draft: Eagle3Draft,
     module = online_module(target, good_draft, num_steps=K)
 
     def policy(traces: list[Trace]) -> tuple[int, float, float]:
-        batch = collate_online([label_trace(trace, target_head) for trace in traces], [], oldest_fresh=0)
+        batch = collate_online(label_traces(traces, target_head), [], oldest_fresh=0)
         terms = module.training_step(batch).policy
         return terms.num_rounds, float(terms.mean_ratio), float(terms.clip_fraction)
 

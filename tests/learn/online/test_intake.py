@@ -75,7 +75,7 @@ def test_requests_wait_before_they_are_learned_from_and_at_the_start_every_secon
             learned.append((trace.request_id, trace.first_position))
 
     batches: Any = Batches()
-    held_out = HeldOut(seed=0, label=lambda trace: pytest.fail("no trial is held"))
+    held_out = HeldOut(seed=0)
     intake = TraceIntake(make_controller(), batches, held_out, num_waiting=4, max_repeated_share=1.0)
     waiting, names = [], [f"r{n}" for n in range(40)]
     for name in names:

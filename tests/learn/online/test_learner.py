@@ -10,7 +10,7 @@ import torch
 from support.live_traces import make_controller, online_module
 from support.tiny_models import random_draft
 
-from aurora_lit.learn.data.labelled_trace import label_trace
+from aurora_lit.learn.data.labelled_trace import label_traces
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.learner import Learner
@@ -24,7 +24,7 @@ def test_a_batch_with_a_loss_that_is_not_finite_changes_nothing(
 ) -> None:
     target_head, module = TargetHead(target), online_module(target, random_draft(target))
     learner = Learner(module, make_controller(), tmp_path / "s", target_head=target_head, version="start")
-    labelled = label_trace(traffic[0], target_head)
+    labelled = label_traces([traffic[0]], target_head)[0]
     aux_T3H = labelled.trace.aux_T3H.clone()
     aux_T3H[4, 0] = float("nan")
     before = copy.deepcopy(learner.draft.state_dict())
@@ -40,7 +40,7 @@ def test_the_averaged_draft_has_the_running_average_of_the_weights(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
     target_head, start = TargetHead(target), random_draft(target)
-    batch = collate_online([label_trace(trace, target_head) for trace in traffic[:6]], [], oldest_fresh=0)
+    batch = collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0)
     learner = Learner(
         online_module(target, copy.deepcopy(start)),
         make_controller(),
@@ -74,7 +74,7 @@ def test_a_resumed_learner_continues_as_if_it_had_not_stopped(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
     target_head = TargetHead(target)
-    batch = collate_online([label_trace(trace, target_head) for trace in traffic[:6]], [], oldest_fresh=0)
+    batch = collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0)
 
     def a_learner(seed: int) -> Learner:
         controller = make_controller(detector=DomainDetector(max_domains=4, novelty_threshold=0.7), min_lr_factor=0.1)
