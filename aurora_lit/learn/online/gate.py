@@ -5,7 +5,8 @@ continues the committed tokens, and proposal i counts with the probability that 
 greedy requests this probability is 0 or 1, exactly as in serving. For sampled ones it is Π Σ min(p, q) at the request's
 temperature: a surrogate, the upper bound of the acceptance rate with shared noise (modules/losses/lk.py). It has less
 variance than what was accepted, and overrates both drafts. p is the target's distribution within the draft vocabulary,
-and a position whose token lies outside it counts 0: in expectation that is as much, without the target's whole head.
+and a proposal for a token outside it counts 0: that takes no product with the target's whole head, and in expectation
+it is P Σ min(p, q) for the Σ min(P p, q) of the whole vocabulary, of which the draft's has the share P.
 
 The newest requests wait for a trial before they are learned from (test-then-train), so that evidence costs no traffic.
 A trial scores both drafts on those that no challenger was tried on, the newest first, until the evidence suffices or
@@ -14,8 +15,7 @@ domains of the past. Evidence adds up within a lineage of challengers, which end
 restarts. Leaves out how evidence is weighed (learn/online/evidence.py), when a trial is held
 (learn/online/loop.py), and writing checkpoints of drafts that pass (drafts/versions.py).
 
-Shapes: K draft steps, B rows, T positions, N scored positions, D draft vocabulary, S sampled
-positions of them.
+Shapes: K draft steps, B rows, T positions, N scored positions, S those of sampled requests, D draft vocabulary.
 """
 
 from __future__ import annotations

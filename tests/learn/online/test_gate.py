@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +81,55 @@ def test_the_score_of_a_sampled_request_is_the_overlap_of_the_two_distributions_
         alpha_T = torch.minimum(p_TD[1:-1], q_TD[:-1]).sum(-1) * is_known_T
         assert score == pytest.approx(1 + float(alpha_T[1:].mean()), abs=0.02)
     assert num_unknown, "some tokens are not in the draft vocabulary"
+    unknown_T = traces[0].token_ids_T.clone()
+    unknown_T[traces[0].answer_start :] = 0
+    assert 0 not in taught_draft.draft_token_ids
+    assert (
+        list(score_requests(module, [held(replace(traces[0], token_ids_T=unknown_T))], batch_positions=64))[0][1] == 1
+    )
+
+
+def test_a_score_does_not_depend_on_the_requests_beside_it(target: Target, taught_draft: Eagle3Draft) -> None:
+    """Greedy ones, and sampled ones at two temperatures, which share products."""
+    kinds = ({}, {"temperature": 0.6}, {"temperature": 1.0})
+    traces = [
+        trace for seed, kind in enumerate(kinds) for trace in serve(target, None, some_requests(3, seed=seed, **kind))
+    ]
+    module = online_module(target, taught_draft)
+    requests = [held(replace(trace, request_id=str(n))) for n, trace in enumerate(traces)]
+    together = {r.request_id: score for r, score in score_requests(module, requests, batch_positions=1024)}
+    for request in requests:
+        ((_, alone),) = score_requests(module, [request], batch_positions=1024)
+        assert together[request.request_id] == pytest.approx(alone, abs=1e-4)
+    assert len({round(score, 3) for score in together.values()}) > 4
+
+
+def test_of_a_domain_that_seems_worse_some_more_older_requests_are_scored(
+    served: list[Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "_KEPT_EVERY", 1)
+    held_out, scored = HeldOut(seed=0), list[str]()
+    for i in range(50):
+        held_out.add(replace(served[0], request_id=f"{i}", domain="past" if i < 25 else "other" if i < 38 else "new"))
+        held_out.release(12)
+
+    def score(
+        module: object, requests: Sequence[HeldOutRequest], **_: object
+    ) -> Iterator[tuple[HeldOutRequest, float]]:
+        for request in requests:
+            if module == "challenger":
+                scored.append(request.domain)
+                yield request, {"new": 2.3, "other": 2.1, "past": 1.8}[request.domain] + int(request.request_id) / 1000
+            else:
+                yield request, 2.0
+
+    monkeypatch.setattr(gate, "score_requests", score)
+    drafts: Any = {"champion": "champion", "challenger": "challenger"}
+    decision = compare_drafts(held_out, **drafts)
+    assert decision is not None
+    assert decision.refused
+    assert "'past'" in decision.reason
+    assert {domain: scored.count(domain) for domain in held_out.old} == {"past": 16, "other": 4}
 
 
 def test_a_segmented_request_counts_once(served: list[Trace]) -> None:

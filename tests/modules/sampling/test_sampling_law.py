@@ -71,13 +71,9 @@ class TwoTokens:
         self, key_N: torch.Tensor, proposal_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Both tokens, and which proposals are accepted: their second token is decided in the first pass."""
-        first_N, in_first_pass_N = (
-            self._chosen(torch.zeros_like(key_N), key_N, 0),
-            self._chosen(proposal_N + 1, key_N, 1),
-        )
+        first_N, second_N = self._chosen(torch.zeros_like(key_N), key_N, 0), self._chosen(proposal_N + 1, key_N, 1)
         is_accepted_N = proposal_N == first_N
         rest = (~is_accepted_N).nonzero()[:, 0]
-        second_N = in_first_pass_N.clone()
         second_N[rest] = self._chosen(first_N[rest] + 1, key_N[rest], 1)
         return first_N, second_N, is_accepted_N
 
