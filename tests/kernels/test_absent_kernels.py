@@ -66,8 +66,7 @@ def engine_twice(folder: Path) -> str:
     return f"""
 from aurora_lit.config import load_config
 from aurora_lit.serve.worker.build import build_engine
-overrides = ["target.source={folder}", "draft.checkpoint=null", "learn.enabled=false"]
-overrides += ["engine.max_seq_len=256", "engine.adaptive=false"]
+overrides = ["target.source={folder}", "draft.checkpoint=null", "learn.enabled=false", "engine.max_seq_len=256"]
 for _ in range(2):
     engine, _ = build_engine(load_config(None, overrides))
 print(engine._target.supports_trees)

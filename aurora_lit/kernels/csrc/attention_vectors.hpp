@@ -174,7 +174,7 @@ void attend_queries(const Query* rows, int count, const Cache* keys, const Cache
 // Neighbouring queries of a row that are computed together: [first(part), first(part + 1)).
 struct QueryParts {
   int64_t queries, count;
-  bool is_long;  // a prompt's parts are as large as can be; those of few columns are as even as can be
+  bool is_long;  // a prompt's parts are as large as can be; of a few columns they are even, for all threads
 
   explicit QueryParts(int64_t queries) : queries(queries), is_long(queries >= 4 * MAX_QUERIES) {
     const int64_t most = is_long ? MAX_QUERIES : FEW_QUERIES;

@@ -5,8 +5,8 @@ continues the committed tokens, and proposal i counts with the probability that 
 greedy requests this probability is 0 or 1, exactly as in serving. For sampled ones it is Π Σ min(p, q) at the request's
 temperature: a surrogate, the upper bound of the acceptance rate with shared noise (modules/losses/lk.py). It has less
 variance than what was accepted, and overrates both drafts. p is the target's distribution within the draft vocabulary,
-and a proposal for a token outside it counts 0: that takes no product with the target's whole head, and in expectation
-it is P Σ min(p, q) for the Σ min(P p, q) of the whole vocabulary, of which the draft's has the share P.
+and a position whose token lies outside it counts 0. So the target's whole head is not needed. In expectation that is
+P Σ min(p, q), where P is the target's probability of the draft vocabulary, and hardly less than Σ min(P p, q).
 
 The newest requests wait for a trial before they are learned from (test-then-train), so that evidence costs no traffic.
 A trial scores both drafts on those that no challenger was tried on, the newest first, until the evidence suffices or
@@ -47,8 +47,8 @@ MIN_REQUESTS = 6
 """Untried requests that a trial needs at least; it looks at the evidence after each so many."""
 _PATIENCE_REQUESTS = 12
 """After so many requests a trial ends unless the evidence is half of what a pass needs, in its logarithm."""
-_OLD_PILOT_REQUESTS, _OLD_REQUESTS = 4, 16
-"""Older requests of a domain that are scored; the second number only if the challenger is behind on the first."""
+_OLD_PILOT_REQUESTS = 4
+"""A domain's other older requests are scored only if the challenger is behind on so many of them."""
 _FALSE_PASS_RATE = 0.25
 """Probability that any challenger of a lineage passes if none is better than the champion, at most, at heat 0."""
 _FALSE_REFUSAL_RATE = 0.05
@@ -60,8 +60,8 @@ _MAX_ROOTS, _MAX_SAMPLED_ROOTS = 32, 16
 sampled request take more time, and vary less."""
 _LEAST_PROBABILITY = 0.01
 """Proposals that are reached with a smaller probability are not counted."""
-_MAX_OLD_REQUESTS = 64
-"""Older held-out requests that are kept, all domains together."""
+_OLD_REQUESTS, _MAX_OLD_REQUESTS = 16, 64
+"""Older held-out requests that are kept: of a domain, and of all together."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -144,7 +144,7 @@ class HeldOut:
         domain = request.domain if request.domain in self.old or len(self.old) < MAX_DOMAINS else ""
         kept = self.old.setdefault(domain, [])
         self._num_remembered[domain] = self._num_remembered.get(domain, 0) + 1
-        size = max(1, _MAX_OLD_REQUESTS // len(self.old))
+        size = max(1, min(_OLD_REQUESTS, _MAX_OLD_REQUESTS // len(self.old)))
         for requests in self.old.values():
             del requests[size:]
         if len(kept) < size:
@@ -283,7 +283,7 @@ def compare_drafts(
         return decision()
     older = score([request for requests in held_out.old.values() for request in requests[:_OLD_PILOT_REQUESTS]])
     behind = {domain for domain, pairs in _by_domain(older).items() if _compare(pairs)[2] < 0}
-    rest = [request for requests in held_out.old.values() for request in requests[_OLD_PILOT_REQUESTS:_OLD_REQUESTS]]
+    rest = [request for requests in held_out.old.values() for request in requests[_OLD_PILOT_REQUESTS:]]
     return decision([*older, *score([request for request in rest if request.domain in behind])])
 
 

@@ -163,7 +163,8 @@ def test_the_draft_predicts_sampled_tokens_better_with_the_targets_noise(
     assert with_noise > 1.3 * acceptance()
 
 
-@pytest.mark.parametrize(("way", "temperature"), [("chains", 1.0), ("trees", 0.6)])
+@pytest.mark.parametrize("way", ["chains", "trees"])
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_many_keys_have_the_law_of_the_targets_softmax(way: str, temperature: float, tmp_path: Path) -> None:
     """Chi-square of the first two tokens of six thousand outputs against the model's probabilities."""
     vocab, count, first = 10, 6000, 4
