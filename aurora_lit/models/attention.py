@@ -68,6 +68,12 @@ class KVCacheView:
             return native.attend(*new, *cached, scale=scale)
         return cached_attention(*new, *cached, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
 
+    def write(self, layer: int, key_BGTD: torch.Tensor, value_BGTD: torch.Tensor) -> None:
+        """Write the new keys and values to the cache, as `attend` does, for positions whose outputs nobody needs."""
+        positions_BT = self.starts_B[:, None] + torch.arange(key_BGTD.shape[2], device=self.starts_B.device)
+        cached = (self.kv_cache.keys_SGCQPE[layer], self.kv_cache.values_SGMDE[layer])
+        _write(key_BGTD, value_BGTD, *cached, self.slots_B, positions_BT)
+
 
 def cached_attention(
     query_BNTD: torch.Tensor,
@@ -88,11 +94,7 @@ def cached_attention(
     G = key_BGTD.shape[1]
     positions_BT = starts_B[:, None] + torch.arange(T, device=starts_B.device)
     P, E = keys_SGCQPE.shape[-2:]
-    row_B1, new_BTGD = slots_B[:, None], key_BGTD.permute(0, 2, 1, 3).to(keys_SGCQPE.dtype)
-    keys_SGCQPE[row_B1, :, positions_BT // P, :, positions_BT % P] = new_BTGD.reshape(B, T, G, D // E, E)
-    new_BTGD = value_BGTD.permute(0, 2, 1, 3).to(values_SGMDE.dtype)
-    values_SGMDE[row_B1, :, positions_BT // E, :, positions_BT % E] = new_BTGD
-
+    _write(key_BGTD, value_BGTD, keys_SGCQPE, values_SGMDE, slots_B, positions_BT)
     L = int(starts_B.max()) + T
     keys_BGDL = keys_by_position(keys_SGCQPE[slots_B, :, : -(-L // P)])[..., :L].float()
     values_BGLD = values_by_position(values_SGMDE[slots_B, :, : -(-L // E)])[:, :, :L].float()
@@ -104,6 +106,23 @@ def cached_attention(
     weights_BNTL = _softmax(scores_BNTL.masked_fill(masked_BTL[:, None], float("-inf")), sinks_N)
     out = weights_BNTL.view(B, G, N // G * T, L) @ values_BGLD
     return out.view(B, N, T, D).transpose(1, 2).to(query_BNTD.dtype)
+
+
+def _write(
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    keys_SGCQPE: torch.Tensor,
+    values_SGMDE: torch.Tensor,
+    slots_B: torch.Tensor,
+    positions_BT: torch.Tensor,
+) -> None:
+    """Write keys and values to these positions of the slots."""
+    B, G, T, D = key_BGTD.shape
+    P, E = keys_SGCQPE.shape[-2:]
+    row_B1, new_BTGD = slots_B[:, None], key_BGTD.permute(0, 2, 1, 3).to(keys_SGCQPE.dtype)
+    keys_SGCQPE[row_B1, :, positions_BT // P, :, positions_BT % P] = new_BTGD.reshape(B, T, G, D // E, E)
+    new_BTGD = value_BGTD.permute(0, 2, 1, 3).to(values_SGMDE.dtype)
+    values_SGMDE[row_B1, :, positions_BT // E, :, positions_BT % E] = new_BTGD
 
 
 def causal_attention(

@@ -69,6 +69,7 @@ struct DecoderCall {
   float* aux;            // [N, 3, H] out: the hidden states before the layers aux_layer_ids; or null
   int64_t aux_layer_ids[3];
   int64_t* nanoseconds;  // [NUM_PARTS] in and out: the first thread's time in each part is added; or null
+  int64_t only_cache;    // 1: of the last layer, keys and values are written to the cache, and nothing else is computed
 };
 
 // Root mean square norm of a row (Zhang & Sennrich 2019, as in Llama).
@@ -251,6 +252,7 @@ void decode(const DecoderCall& call) {
       Q::enter();
     for (int64_t l = 0; l < call.num_layers; ++l) {
       const DecoderLayer& layer = call.layers[l];
+      const bool only_cache = call.only_cache && l + 1 == call.num_layers;
       Cache* keys = static_cast<Cache*>(layer.keys);
       Cache* values = static_cast<Cache*>(layer.values);
       for (int aux = 0; call.aux && aux < 3; ++aux)
@@ -266,7 +268,10 @@ void decode(const DecoderCall& call) {
         kinds.round_row(row, width, x, prompt_x, r);
       });
       clock.end_of(REST);
-      product({{layer.query, q}, {layer.key, k}, {layer.value, v}}, false, layer.output);
+      if (only_cache)
+        product({{layer.key, k}, {layer.value, v}}, false, layer.key);
+      else
+        product({{layer.query, q}, {layer.key, k}, {layer.value, v}}, false, layer.output);
       clock.end_of(PRODUCTS);
 #pragma omp barrier
       clock.end_of(REST);
@@ -279,12 +284,13 @@ void decode(const DecoderCall& call) {
           const int64_t position = call.starts[b] + depth(s, call.tree, b, t);
           const int64_t place = (position < call.max_positions ? position : call.max_positions - 1) * D;
           float* token_q = q + (first + t) * q_width;
-          for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
+          for (int64_t h = kv * group; h < (kv + 1) * group && !only_cache; ++h)
             rotate_head(token_q + h * D, call.cosines + place, call.sines + place, D);
           rotate_head(k + (first + t) * kv_width + kv * D, call.cosines + place, call.sines + place, D);
         }
         write_slot(s, b, kv, k, v, keys, values, call.slots, call.starts, call.tree, from, to);
       }
+      if (only_cache) break;
       attend_share(s, q, keys, values, call.slots, call.starts, call.tree, shared_attention, attention_out);
       clock.end_of(ATTENTION);
       each_row([&](int r) { kinds.round_row(attention_out + ptrdiff_t(r) * q_width, q_width, x, prompt_x, r); });
@@ -346,7 +352,7 @@ void decode(const DecoderCall& call) {
     clock.end_of(REST);
     P::leave();
 #pragma omp for schedule(static)
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < (call.only_cache ? 0 : rows); ++r)
       rms_norm(call.hidden_states + ptrdiff_t(r) * H, call.final_norm, H, call.eps, call.normed + ptrdiff_t(r) * H);
   }
 }

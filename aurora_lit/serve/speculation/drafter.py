@@ -44,6 +44,8 @@ MAX_LEVEL_WIDTH = 4
 """Most nodes of a sequence that a level of a tree expands, and children considered for each."""
 _PREFILL_CHUNK_TOKENS = 256
 """Most positions of one forward pass of the draft's prefill."""
+_LAST_PASS_TOKENS = 24
+"""Positions that are left to the pass that proposes, which computes each in full: writing so few alone takes longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +269,7 @@ class Drafter:
         count = min(most, self.num_uncached(slot, length) - 1)
         for start in range(self._num_cached[slot], self._num_cached[slot] + count, _PREFILL_CHUNK_TOKENS):
             end = min(start + _PREFILL_CHUNK_TOKENS, self._num_cached[slot] + count)
-            self._run_committed([slot], [start], end - start)
+            self._write_committed(slot, start, end - start)
         self._num_cached[slot] += max(0, count)
         return max(0, count)
 
@@ -275,11 +277,11 @@ class Drafter:
         """Prefill up to the last pass, one over all sequences that the caller runs. Returns where that pass starts."""
         # Without native steps that pass computes equally many positions of every sequence, so they must also fit into
         # the slot of the longest one.
-        last_pass, starts = min(_PREFILL_CHUNK_TOKENS // 8, self._capacity - max(inputs.lengths)), []
+        last_pass, starts = max(1, min(_LAST_PASS_TOKENS, self._capacity - max(inputs.lengths))), []
         for slot, length in zip(inputs.slots, inputs.lengths, strict=True):
             while length - 1 - self._num_cached[slot] > last_pass:
                 count = min(_PREFILL_CHUNK_TOKENS, length - 2 - self._num_cached[slot])
-                self._run_committed([slot], [self._num_cached[slot]], count)
+                self._write_committed(slot, self._num_cached[slot], count)
                 self._num_cached[slot] += count
             starts.append(self._num_cached[slot])
             self._num_cached[slot] = length - 1
@@ -287,13 +289,39 @@ class Drafter:
 
     def _run_committed(self, slots: list[int], starts: list[int], count: int) -> torch.Tensor:
         """Run `count` positions of each sequence from the target's features; those past its end are computed again."""
+        tokens_BT, hidden_BTH, slots_B, starts_B = self._committed(slots, starts, count)
+        return self.forward(tokens_BT, hidden_BTH, slots_B, starts_B)
+
+    def _write_committed(self, slot: int, start: int, count: int) -> None:
+        """Keys and values of `count` positions alone, for nothing is proposed from there: two fifths of a pass."""
+        tokens_BT, hidden_BTH, slots_B, starts_B = self._committed([slot], [start], count)
+        embeds_BTH = self._target.embedding(tokens_BT)
+        if self._runtime_draft.decoder is not None:
+            self._runtime_draft.decoder.write_cache(
+                hidden_BTH[0].contiguous(),
+                keys=self._cache.keys_SGCQPE,
+                values=self._cache.values_SGMDE,
+                slots_B=slots_B,
+                starts_B=starts_B,
+                queries=count,
+                embeds_NH=embeds_BTH[0].contiguous(),
+            )
+            return
+        positions_BT = starts_B[:, None] + torch.arange(count, device=starts_B.device)
+        key, value = self.draft.project_kv(embeds_BTH, hidden_BTH, positions_BT)
+        KVCacheView(self._cache, slots_B=slots_B, starts_B=starts_B).write(0, key, value)
+
+    def _committed(
+        self, slots: list[int], starts: list[int], count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The layer's inputs at committed positions: next tokens, hidden states, slots and starts."""
         slots_B, starts_B = (torch.tensor(each, device=self._tokens_SL.device) for each in (slots, starts))
         positions_BT = starts_B[:, None] + torch.arange(count, device=slots_B.device)
         features_BTF = self._features_SLF[slots_B[:, None], positions_BT]
         if uses_kernels(slots_B.device):
             features_BTF = features_BTF.float()
         tokens_BT = self._tokens_SL[slots_B[:, None], positions_BT + 1]
-        return self.forward(tokens_BT, self.draft.combine_hidden_states(features_BTF), slots_B, starts_B)
+        return tokens_BT, self.draft.combine_hidden_states(features_BTF), slots_B, starts_B
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +45,22 @@ def drafters(target: Target, count: int) -> list[Drafter]:
             drafter.store_features(slot=slot, start=0, aux_TF=features_BTF[0, : LENGTH - 1])
         made.append(drafter)
     return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [True, False])
+def test_keys_and_values_written_alone_have_the_bits_of_a_whole_pass(target: Target, fused: bool) -> None:
+    whole, alone = drafters(target, 2)
+    if not fused:  # as on a GPU, or for a layer that the kernels do not have
+        for drafter in (whole, alone):
+            drafter._runtime_draft = replace(drafter._runtime_draft, decoder=None)
+    for start, count in ((0, 1), (1, 200), (201, 256)):
+        whole._run_committed([1], [start], count)
+        alone._write_committed(1, start, count)
+    for name in ("keys_SGCQPE", "values_SGMDE"):
+        (expected,), (found,) = (getattr(drafter._cache, name) for drafter in (whole, alone))
+        assert expected.any()
+        assert torch.equal(found, expected)
 
 
 @torch.no_grad()
