@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from support import child_environment
 from support.fake_engine import tiny_tokenizer
+from support.fork_host import fork
 from support.tiny_models import save_model
 
 from aurora_lit.kernels.native import COST
@@ -41,13 +41,22 @@ def compiler(tmp_path: Path) -> Callable[[str], Environment]:
 
 @pytest.fixture
 def no_compiler(tmp_path: Path) -> Environment:
-    empty = {"PATH": str(tmp_path), "CXX": "", "AURORA_LIT_CACHE": str(tmp_path / "cache"), "AURORA_LIT_NATIVE": "1"}
-    return child_environment(**empty)
+    return {"PATH": str(tmp_path), "CXX": "", "AURORA_LIT_CACHE": str(tmp_path / "cache"), "AURORA_LIT_NATIVE": "1"}
 
 
-def run(code: str, environment: Environment) -> subprocess.CompletedProcess[str]:
-    child = child_environment(**environment)
-    return subprocess.run([sys.executable, "-c", code], env=child, capture_output=True, text=True, check=False)
+class Finished(NamedTuple):
+    """What a program wrote."""
+
+    stdout: str
+    stderr: str
+
+
+def run(code: str, environment: Environment) -> Finished:
+    """Run a program in a process that has not looked for kernels yet."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        fork("support.fork_host", "run_code", [code], stdout=out, stderr=err, environment=environment).wait(100)
+        return Finished(out.read_text(), err.read_text())
 
 
 def doctors_check(*overrides: str) -> str:
@@ -73,7 +82,7 @@ print(engine._target.supports_trees)
 {doctors_check()}"""
 
 
-def check_beside_an_engine(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
+def check_beside_an_engine(result: Finished) -> dict[str, str]:
     """What doctor said after the engine had been built, without kernels."""
     supports_trees, check = result.stdout.splitlines()
     assert supports_trees == "False", f"it works without kernels\n{result.stderr}"

@@ -128,7 +128,7 @@ class FakeServer:
         return [process.pid for process in psutil.wait_procs(_running(self.family), timeout=timeout_s)[1]]
 
     def status(self) -> dict[str, Any]:
-        return dict(httpx.get(f"{self.url}/v1/aurora/status").json())
+        return dict(httpx.get(f"{self.url}/v1/aurora/status", verify=False).json())
 
     def wait_until(self, condition: Callable[[dict[str, Any]], object], timeout_s: float) -> float:
         """Poll the status until `condition(status)`; return the seconds it took."""

@@ -137,6 +137,11 @@ def fork_engine_workers() -> None:
     backend.START_METHOD = "fork"
 
 
+def run_code(code: str) -> None:
+    """Run a program, for `fork`."""
+    exec(compile(code, "<forked>", "exec"), {"__name__": "__main__"})
+
+
 # -- the host ------------------------------------------------------------------------------------------------------
 
 
