@@ -51,6 +51,8 @@ speed, each in turn. Only what is drafted is measured: without this, a shape tha
 server started, beside other work, or as accepting too little, would never be drafted."""
 _PROBE_EVERY = 128
 """Rounds without a draft after which one token is drafted, to measure whether the traffic has become predictable."""
+_PROBE_SHARE = 0.005
+"""Largest share of the time of these rounds that reading a prompt for it may take: else it waits for longer."""
 MAX_REMAINING_TOKENS = 128
 """Most tokens that a sequence is assumed to generate from here on, whatever its `max_tokens`."""
 MAX_TREE_COLUMNS = 64
@@ -251,8 +253,15 @@ class SpeculationPlanner:
         self._rounds_without += 1
         if self._rounds_without < _PROBE_EVERY:
             return DraftDecision()
-        self._rounds_without = 0
         return DraftDecision(DraftShape(1), is_probe=True)
+
+    def affords_probe(self, batch_size: int, *, uncached: int) -> bool:
+        """True if a probe may read `uncached` positions now; it counts as held then."""
+        earned_s = _PROBE_SHARE * self._rounds_without * self.costs.round_s(batch_size, [])
+        if self.costs.catch_up_s(1, uncached=uncached) > earned_s:
+            return False
+        self._rounds_without = 0
+        return True
 
     def pays_for_catching_up(
         self,

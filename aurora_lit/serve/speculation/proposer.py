@@ -281,6 +281,8 @@ class Proposer:
         uncached = {i: drafter.num_uncached(all_sequences[i].slot, all_sequences[i].length) for i in candidates}
         if decision.is_probe:
             candidates = [min(candidates, key=uncached.__getitem__)]
+            if not self._planner.affords_probe(batch_size, uncached=uncached[candidates[0]]):
+                return []
         else:
             remaining = sum(min(MAX_REMAINING_TOKENS, sequence.num_remaining) for sequence in all_sequences)
             missing = sum(uncached[i] for i in candidates)

@@ -296,6 +296,7 @@ def test_the_draft_does_not_run_when_it_does_not_pay_except_for_a_probe(
     engine.floor = None  # to which deciding takes long, with a target as small as this
     engine.costs.chain = engine.costs.tree = CostTable()
     engine.costs.chain.update(1, 1, 60.0)
+    engine.costs.prefill_position_s = 0.0
     drafted.clear()  # without the calibration's calls
     engine.submit(request("a", models.prompts[3], max_tokens=135))
     outputs: list[Output] = []
@@ -327,6 +328,7 @@ def test_a_probe_drafts_only_for_the_sequence_with_the_shortest_prefill(
     engine.floor = None  # to which deciding takes long, with a target as small as this
     engine.costs.chain = engine.costs.tree = CostTable()
     engine.costs.chain.update(4, 1, 60.0)
+    engine.costs.prefill_position_s = 0.0
     drafted.clear()  # without the calibration's calls
     prompts = [models.prompts[3] * 3, models.prompts[3], models.prompts[3] * 2]
     for i, prompt in enumerate(prompts):

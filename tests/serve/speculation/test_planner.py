@@ -196,10 +196,31 @@ def test_while_nothing_is_drafted_drafting_is_considered_only_every_few_rounds(m
 
 def test_after_many_rounds_without_a_draft_one_token_is_drafted() -> None:
     planner, every = chain_planner(), planner_module._PROBE_EVERY
-    decisions = [planner.decide([0.05], batch_size=1) for _ in range(2 * every)]
-    assert [i + 1 for i, decision in enumerate(decisions) if decision.is_probe] == [every, 2 * every]
-    assert {decision.shape for decision in decisions if decision.is_probe} == {DraftShape(1)}
-    assert {decision.shape for decision in decisions if not decision.is_probe} == {NO_DRAFT}
+    probes = []
+    for number in range(1, 2 * every + 1):
+        decision = planner.decide([0.05], batch_size=1)
+        assert decision.shape == (DraftShape(1) if decision.is_probe else NO_DRAFT)
+        if decision.is_probe and planner.affords_probe(1, uncached=2):
+            probes.append(number)
+    assert probes == [every, 2 * every]
+
+
+def test_a_probe_waits_until_reading_the_prompt_is_a_small_share_of_the_time() -> None:
+    planner, every = chain_planner(), planner_module._PROBE_EVERY
+    planner.costs.prefill_position_s = PLAIN_S / 50
+    uncached = 2 + 100  # two plain rounds
+    waited = next(
+        number
+        for number in range(1, 100 * every)
+        if planner.decide([0.05], batch_size=1).is_probe and planner.affords_probe(1, uncached=uncached)
+    )
+    assert waited > every
+    assert waited == pytest.approx(2 / planner_module._PROBE_SHARE, rel=0.05)
+    for _ in range(every):
+        decision = planner.decide([0.05], batch_size=1)
+    assert decision.is_probe
+    assert not planner.affords_probe(1, uncached=uncached)
+    assert planner.affords_probe(1, uncached=2), "a prompt that was read already"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -374,6 +395,7 @@ def test_a_draft_that_is_slower_than_calibrated_is_noticed() -> None:
     for _ in range(400):
         planner.observe_draft(1, decide(planner, [0.6]), 0.2)
     assert planner.costs.draft_s(1, DraftShape(4)) > 0.008
+    assert planner.affords_probe(1, uncached=0)
     assert decide(planner, [0.6]) == NO_DRAFT
 
 
