@@ -121,7 +121,8 @@ def test_top_p_ends_where_it_must_between_bins(num_kept: int, factor: float) -> 
 
 def assert_support_and_law(logits_V: torch.Tensor, params: SamplingParams) -> None:
     draws, V = 60_000, len(logits_V)
-    of_rows = {"params": [params] * draws, "contexts": [torch.empty(0, dtype=torch.int64)] * draws, "prompt_lengths": [0] * draws}
+    no_context = torch.empty(0, dtype=torch.int64)
+    of_rows = {"params": [params] * draws, "contexts": [no_context] * draws, "prompt_lengths": [0] * draws}
     count = torch.bincount(
         sampler.choose_dense(logits_V.repeat(draws, 1), **of_rows, **draws_of([params] * draws)), minlength=V
     )
