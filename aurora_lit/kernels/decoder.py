@@ -153,6 +153,7 @@ class Decoder:
         parents_BC: torch.Tensor | None = None,
         begins_R: torch.Tensor | None = None,
         num_prompts: int = 0,
+        only_cache: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Run `queries` positions of each sequence, which follow its first `starts_B` positions.
 
@@ -172,63 +173,30 @@ class Decoder:
         others only, and beside it prompts need `begins_R`. Where `has_prompt_arithmetic`,
         the two differ in rounding. The bits of a position depend on its kind, but on no other position of the pass.
 
+        `only_cache`: of the last layer only keys and values are computed, and the results are arbitrary.
+
         Returns the last layer's hidden state (the same tensor), the final norm of it, and the auxiliary hidden states
         [N, 3H]. Not for two threads at a time.
         """
         N, H = hidden_NH.shape
         normed_NH = torch.empty(N, H)
         aux_NF = None if self._aux_layer_ids is None else torch.empty(N, _NUM_AUX_LAYERS * H)
-        call = self._pass(hidden_NH, embeds_NH, keys, values, slots_B, starts_B, queries)
-        call.attention.num_prompts, call.attention.begins = num_prompts, _address(begins_R)
+        call = self.call_on(keys, values)
+        attention = call.attention
+        attention.rows, attention.queries, attention.num_prompts = slots_B.shape[0], queries, num_prompts
+        attention.begins = _address(begins_R)
+        call.columns, call.only_cache = 0, only_cache
         if parents_BC is not None:
             parents_BC = parents_BC.contiguous()
             call.columns = parents_BC.shape[1]
             assert begins_R is not None or (queries <= call.columns and not num_prompts)
             assert len(parents_BC) == len(slots_B) - num_prompts
-        call.parents = _address(parents_BC)
+        call.slots, call.starts, call.parents = slots_B.data_ptr(), starts_B.data_ptr(), _address(parents_BC)
+        call.embeds, call.hidden_states = _address(embeds_NH), hidden_NH.data_ptr()
         call.normed, call.aux = normed_NH.data_ptr(), _address(aux_NF)
+        call.nanoseconds = _address(self.nanoseconds)
         self.native_decode(ctypes.byref(call))
         return hidden_NH, normed_NH, aux_NF
-
-    def write_cache(
-        self,
-        hidden_NH: torch.Tensor,
-        *,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        slots_B: torch.Tensor,
-        starts_B: torch.Tensor,
-        queries: int,
-        embeds_NH: torch.Tensor | None = None,
-    ) -> None:
-        """Write the keys and values that a call of the same arguments would, without the last layer's other products.
-
-        `hidden_NH` is overwritten, unless there is one layer.
-        """
-        call = self._pass(hidden_NH, embeds_NH, keys, values, slots_B, starts_B, queries)
-        call.only_cache = 1
-        self.native_decode(ctypes.byref(call))
-
-    def _pass(
-        self,
-        hidden_NH: torch.Tensor,
-        embeds_NH: torch.Tensor | None,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        slots_B: torch.Tensor,
-        starts_B: torch.Tensor,
-        queries: int,
-    ) -> DecoderCall:
-        """A pass over as many positions of each sequence, none of them a tree's or a prompt's, without outputs."""
-        call = self.call_on(keys, values)
-        attention = call.attention
-        attention.rows, attention.queries, attention.num_prompts = slots_B.shape[0], queries, 0
-        attention.begins = call.parents = call.normed = call.aux = None
-        call.columns = call.only_cache = 0
-        call.slots, call.starts = slots_B.data_ptr(), starts_B.data_ptr()
-        call.embeds, call.hidden_states = _address(embeds_NH), hidden_NH.data_ptr()
-        call.nanoseconds = _address(self.nanoseconds)
-        return call
 
     def move(
         self,

@@ -297,7 +297,7 @@ class Drafter:
         tokens_BT, hidden_BTH, slots_B, starts_B = self._committed([slot], [start], count)
         embeds_BTH = self._target.embedding(tokens_BT)
         if self._runtime_draft.decoder is not None:
-            self._runtime_draft.decoder.write_cache(
+            self._runtime_draft.decoder(
                 hidden_BTH[0].contiguous(),
                 keys=self._cache.keys_SGCQPE,
                 values=self._cache.values_SGMDE,
@@ -305,6 +305,7 @@ class Drafter:
                 starts_B=starts_B,
                 queries=count,
                 embeds_NH=embeds_BTH[0].contiguous(),
+                only_cache=True,
             )
             return
         positions_BT = starts_B[:, None] + torch.arange(count, device=starts_B.device)
