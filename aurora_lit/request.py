@@ -129,9 +129,9 @@ class Output:
     """Tokens proposed in this round; for a tree all its nodes, of which at most one path can be accepted."""
     num_accepted: int = 0
     """Proposed tokens accepted in this round."""
-    chain_in_tree: tuple[int, int] | None = None
-    """For a tree: the length of its chain of most likely nodes, and how many of them would have been accepted if only
-    that chain had been proposed. None for a chain."""
+    first_choices: tuple[int, int] | None = None
+    """Where more was proposed than a chain of first choices, such as a tree, or copies after the draft's: the length of
+    that chain, and how much of it would have been accepted if only it had been proposed. None: nothing else was."""
     finish_reason: str | None = None
     """"stop" (end of text or stop token), "length" or "error"; None while the request runs."""
     error: str | None = None
@@ -151,10 +151,10 @@ class Output:
 
     @property
     def chain_proposed(self) -> int:
-        """Length of the chain of most likely proposals; for a chain, all of them."""
-        return self.num_proposed if self.chain_in_tree is None else self.chain_in_tree[0]
+        """Length of the chain of first choices: the draft's, if it proposed."""
+        return self.num_proposed if self.first_choices is None else self.first_choices[0]
 
     @property
     def chain_accepted(self) -> int:
         """How many of these would have been accepted if only they had been proposed."""
-        return self.num_accepted if self.chain_in_tree is None else self.chain_in_tree[1]
+        return self.num_accepted if self.first_choices is None else self.first_choices[1]

@@ -88,7 +88,7 @@ class Commit:
             prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and sequence.prompt_logprobs else None,
             num_proposed=proposed,
             num_accepted=accepted,
-            chain_in_tree=None if proposal.parents is None else (len(first_choices), chain_accepted),
+            first_choices=None if len(first_choices) == proposed else (len(first_choices), chain_accepted),
             finish_reason=reason,
             error=error,
             explored=explored,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +14,15 @@ import torch
 from support.tiny_models import VOCAB, Answer, make_engine, random_draft, request, run, save_model, trained_draft
 from support.trace_examples import keep_in
 
+from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.target_runner import Columns
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
+from aurora_lit.serve.speculation.copy_planner import CopyPlan, CopyPlanner
+from aurora_lit.serve.speculation.costs import CostTable
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_NONE, Trace, check, from_bytes, to_bytes
 
 LENGTHS = (5, 1, 23, 9, 12, 7)
@@ -348,6 +352,32 @@ def test_versions_are_recorded_across_a_swap(models: TinyModels) -> None:
     check_states(models, traces[0], [*models.prompts[0], *models.answers[0]])
     with pytest.raises(ValueError, match="without a draft"):
         make_engine(models.target).swap_draft(random_draft(models.target), version="x")
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no memory without kernels")
+def test_copies_that_continue_what_was_drafted_are_no_proposals_of_the_draft(
+    models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where columns cost nothing, the draft's chain goes on with what the memory holds of the same answer."""
+    monkeypatch.setattr(CopyPlanner, "choose", lambda self, survivals, rates, **_: CopyPlan([0] * len(rates), 100.0))
+    traces: list[Trace] = []
+    copying = {"copied_tokens": 15, "lookup": False, "memory_bytes": 1 << 20, "memory_scope": "domain"}
+    engine = models.engine(traces, adaptive=True, max_draft_tokens=3, tree_tokens=0, **copying)
+    engine.floor, engine.planner.updates_costs = None, False
+    engine.costs.target = CostTable()
+    for size, width in itertools.product(range(1, 5), range(1, 33)):
+        engine.costs.target.set_initial(size, width, 0.01)
+    for _ in range(2):
+        traces.clear()
+        answers = run(engine, models.requests())
+    rounds = [output for answer in answers.values() for output in answer.rounds if not output.only_copied]
+    assert sum(output.num_accepted > output.chain_proposed for output in rounds) > 3
+    assert all(output.chain_accepted <= output.chain_proposed <= 3 for output in rounds)
+    for trace in traces:
+        check(trace)
+        answer = answers[trace.request_id]
+        check_rounds([trace], answer)
+        check_states(models, trace, all_tokens(models, answer, trace.request_id))
 
 
 def test_the_states_of_a_bf16_target_are_recorded(models: TinyModels, tmp_path: Path) -> None:
