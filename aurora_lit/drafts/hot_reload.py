@@ -93,7 +93,11 @@ class HotReloader:
 
     def poll(self) -> ReadyDraft | None:
         """A draft to swap in now; each is returned once."""
-        return self._ready.pop() if self._ready else None
+        if not self._ready:
+            return None
+        ready = self._ready.pop()
+        self._was_served.add(ready.version)
+        return ready
 
     def roll_back(self, *, bad: str, reason: str) -> None:
         """Retire a version, then prepare the one that CURRENT names; both happen in the loader's thread."""
@@ -125,7 +129,7 @@ class HotReloader:
             bad, reason = self._rollbacks.pop(0)
             try:
                 self._store.roll_back(bad=bad, reason=reason)
-            except OSError as error:  # roll back in memory even if the disk cannot be written
+            except (OSError, AuroraError) as error:  # roll back in memory even if the disk cannot be written or read
                 _log.warning("the rollback of %s cannot be recorded: %s", bad, error)
             if self._served == bad:
                 self._seen = self._stat_current()
@@ -142,7 +146,6 @@ class HotReloader:
             ready = self._load_version(name)
             if ready is not None:
                 self._served = name
-                self._was_served.add(name)
                 self._ready.append(ready)
                 self._store.log_event("served", version=name or "")
                 self._on_change()

@@ -225,6 +225,29 @@ def test_a_disk_that_cannot_be_written_does_not_stop_a_rollback(store, loader, r
     assert reloader.poll() is None, "CURRENT still names the bad one, which is known"
 
 
+def test_a_current_that_cannot_be_read_does_not_stop_a_rollback(store, loader, reloader):
+    publish(store, 2)
+    reloader.first()
+    (store.folder / "CURRENT").write_text("garbage")
+    reloader.roll_back(bad="draft-000002", reason="slow")
+    reloader.start(on_change=lambda: None)
+    assert soon(reloader.poll).version == "draft-000001"
+
+
+def test_a_version_that_was_replaced_before_it_served_is_not_trusted(store, loader, reloader):
+    publish(store)
+    reloader.first()
+    reloader.start(on_change=lambda: None)
+    for name in ("draft-000002", "draft-000003"):  # the rounds ask for neither until both are prepared
+        publish(store)
+        soon(lambda name=name: name in loader.loaded)
+    ready = soon(lambda: reloader._ready and reloader._ready[0].version == "draft-000003" and reloader.poll())
+    assert not ready.trusted
+    reloader.roll_back(bad="draft-000003", reason="slow")
+    ready = soon(reloader.poll)
+    assert (ready.version, ready.trusted) == ("draft-000002", False)
+
+
 def test_the_thread_survives_a_folder_that_disappears_and_returns(store, loader, reloader, tmp_path):
     publish(store)
     reloader.first()
