@@ -156,7 +156,7 @@ class OnlineBatch:
         in_shard_B = torch.isin(torch.arange(num_traces), row_P) & has_traces
         in_shard_Q = torch.isin(self.rounds.row_Q, row_P) & has_traces
         traces, rounds = self.traces.select(row_P), self.rounds.select(in_shard_Q)
-        weight_B = self.traces.weight_BT.sum(1)
+        weight_B = self.traces.weight_BT[:, 1:].sum(1)  # no token before the first proposes it
         has_ratio_Q = self.rounds.fresh_Q & self.rounds.behaviour_logprob_QK.isfinite().any(-1)
         return OnlineBatch(
             traces=replace(traces, weight_BT=traces.weight_BT * has_traces),

@@ -23,7 +23,7 @@ from aurora_lit.cli.main import main
 from aurora_lit.config import load_config, to_yaml
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.kernels import native
-from aurora_lit.learn.data.labelled_trace import label_traces
+from aurora_lit.learn.data.labelled_trace import crop, label_traces
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline import replay as replay_module
@@ -156,7 +156,8 @@ def test_other_targets_and_damaged_traces_are_skipped(target: Target, stream: li
 @pytest.mark.parametrize("of", [2, 3, 7])
 def test_the_shards_of_a_batch_sum_to_its_gradient(target: Target, stream: list[Trace], of: int) -> None:
     target_head = TargetHead(target)
-    labelled_traces = label_traces(stream[:6], target_head)
+    within_its_answer = crop(stream[0], len(stream[0].token_ids_T) - stream[0].answer_start - 1)
+    labelled_traces = label_traces([within_its_answer, *stream[1:6]], target_head)
     batch = collate_online(labelled_traces[:4], [labelled.trace for labelled in labelled_traces[4:]], oldest_fresh=0)
     assert batch.rounds.behaviour_logprob_QK.isfinite().any()
     draft = random_draft(target)
