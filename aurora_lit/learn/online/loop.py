@@ -10,6 +10,7 @@ loop (learn/online/process.py).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ _TRIAL_SHARE = 0.12
 """The same for trials."""
 _MAX_TRACES_PER_TURN = 32
 """Traces that are read between two steps at most."""
+_MOST_REASONS = 8
+"""Reasons for not learning from a trace that are told."""
+_log = logging.getLogger(__name__)
 
 
 class TraceSource(Protocol):
@@ -96,6 +100,7 @@ class OnlineLoop:
         )
         # The status page outlives a learner: counters continue where the server's last learner stopped.
         before = environment.page.read()
+        self._skip_reasons: set[str] = set()
         self.records, self.skipped, self.batcher.num_stale = before.records, before.skipped, before.stale
         self.published, self.refused_by_gate = before.published, before.gate_refused
         self._intake = TraceIntake(
@@ -172,13 +177,20 @@ class OnlineLoop:
             self.records += 1
             try:
                 trace = from_bytes(payload)
-            except TraceError:
-                self.skipped += 1
+            except TraceError as error:
+                self._skip(str(error))
                 continue
             if not is_compatible(trace, self._target_head):
-                self.skipped += 1
+                self._skip("it is of another target")
                 continue
             self._intake.add(trace)
+
+    def _skip(self, reason: str) -> None:
+        """Count a trace that cannot be learned from; the first ones are told, since traces of our own are valid."""
+        self.skipped += 1
+        if reason not in self._skip_reasons and len(self._skip_reasons) < _MOST_REASONS:
+            self._skip_reasons.add(reason)
+            _log.warning("a trace is not learned from: %s; others for this reason are only counted", reason)
 
     def _publish_domains(self) -> None:
         """Publish the domains when it is time; without a detector there are only clients' labels."""

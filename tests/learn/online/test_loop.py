@@ -105,7 +105,7 @@ def test_after_a_rollback_the_learner_continues_from_the_served_draft(
 
 
 def test_damaged_traces_and_those_without_finite_loss_are_counted_and_change_no_weight(
-    target: Target, traffic: list[Trace], tmp_path: Path
+    target: Target, traffic: list[Trace], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     harness = LearnerHarness(target, tmp_path)
     huge = replace(traffic[0], request_id="a", aux_T3H=torch.full_like(traffic[0].aux_T3H, 3e38))
@@ -117,12 +117,13 @@ def test_damaged_traces_and_those_without_finite_loss_are_counted_and_change_no_
         rejected_last_NH=torch.cat([other.rejected_last_NH] * 2, -1),
     )
     bad = [b"", b"no trace", to_bytes(traffic[0])[:-7], to_bytes(traffic[0]).replace(b"aux", b"axu", 1)]
-    harness.ring.records.extend([*bad, foreign, huge])
+    harness.ring.records.extend([*bad, foreign, foreign, huge])
     before = copy.deepcopy(harness.learner.draft.state_dict())
     for _ in range(12):
         harness.loop.tick()
     assert harness.loop.skipped + harness.learner.num_nonfinite >= len(bad) + 2
     assert harness.page.read().skipped >= len(bad) + 2
+    assert caplog.text.count("a trace is not learned from: it is of another target;") == 1
     assert harness.learner.steps == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in harness.learner.draft.state_dict().items())
     harness.ring.records.extend(traffic)
