@@ -53,6 +53,7 @@ class _Call(ctypes.Structure):
         ("aux", _StateTable),
         ("last", _StateTable),
         ("keeps_last", ctypes.c_void_p),
+        ("skips_prompts_last", ctypes.c_int64),
     )
 
 
@@ -137,6 +138,7 @@ class TargetPass:
         num_prompts: int = 0,
         num_chosen: int = 0,
         keeps_last: Sequence[bool] = (),
+        skips_prompts_last: bool = False,
         draws: products.ColumnDraws | None = None,
     ) -> PassResult:
         """Compute rows of any number of columns; the arguments of `Decoder` as lists. Not for two threads at a time.
@@ -150,6 +152,8 @@ class TargetPass:
             num_chosen: columns at the beginning whose own token is chosen.
             draws: how, for each of them; None: greedily.
             keeps_last: for each row, whether to store its last states; needed where there is a table for them.
+            skips_prompts_last: prompts' last states are not needed and become arbitrary, which saves nearly all of the
+                last layer. No other bit changes.
 
         Raises:
             IndexError: a token is not in the vocabulary.
@@ -190,6 +194,7 @@ class TargetPass:
             call.draws.temperatures = ctypes.addressof(temperatures)
             call.draws.keys = ctypes.addressof(keys_and_positions)
             call.draws.positions = call.draws.keys + 8 * num_chosen
+        call.skips_prompts_last = skips_prompts_last
         call.decoder, call.ids, call.columns, call.chosen = ctypes.addressof(decoder), ids, N, num_chosen
         if not self._run(ctypes.byref(call)):
             raise IndexError(f"a token of {list(tokens)} is not in the vocabulary of {call.vocabulary}")

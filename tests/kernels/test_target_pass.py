@@ -35,9 +35,9 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Target.load(folder, precision=precision)
 
 
-@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize(("drawn", "skips_prompts_last"), [(False, False), (True, False), (False, True)])
 @torch.no_grad()
-def test_one_call_gives_what_separate_calls_give(target: Target, drawn: bool) -> None:
+def test_one_call_gives_what_separate_calls_give(target: Target, drawn: bool, skips_prompts_last: bool) -> None:
     """Two passes, so that the second one reads what the first one wrote, into buffers that are used again."""
     alone, together = (target.make_kv_cache(num_slots=5, capacity=CAPACITY) for _ in range(2))
     aux_SLF = torch.full((5, CAPACITY, 3 * target.hidden_size), 7.0, dtype=target.kv_dtype)
@@ -56,7 +56,8 @@ def test_one_call_gives_what_separate_calls_give(target: Target, drawn: bool) ->
             parents=parents,
             num_prompts=1,
             num_chosen=num_chosen,
-            keeps_last=[True, False, True, True],
+            keeps_last=[True, False, True, not skips_prompts_last],
+            skips_prompts_last=skips_prompts_last,
             draws=draws if drawn else None,
         )
         aux_NF, last_NH = target.forward_ragged(
@@ -69,7 +70,8 @@ def test_one_call_gives_what_separate_calls_give(target: Target, drawn: bool) ->
             num_prompts=1,
         )
         assert torch.equal(result.aux_NF, aux_NF)
-        assert torch.equal(result.last_NH, last_NH)
+        computed = slice(num_chosen if skips_prompts_last else None)
+        assert torch.equal(result.last_NH[computed], last_NH[computed])
         if drawn:
             expected_N, _ = target.choose(
                 last_NH[:num_chosen],
@@ -85,12 +87,27 @@ def test_one_call_gives_what_separate_calls_give(target: Target, drawn: bool) ->
             for table, states in ((aux_SLF, aux_NF), (last_SLH, last_NH)):
                 stored = table[slot, start : start + len(row)]
                 expected = states[first : first + len(row)].to(table.dtype)
-                is_kept = table is aux_SLF or slot != slots[1]
+                is_kept = table is aux_SLF or (slot != slots[1] and not (skips_prompts_last and slot == slots[3]))
                 assert torch.equal(stored, expected if is_kept else torch.full_like(expected, 7.0))
             first += len(row)
     for table in (aux_SLF, last_SLH):
         assert (table[3] == 7.0).all(), "nothing is stored in a slot without a row"
         assert (table[2, 2:] == 7.0).all(), "nor beyond a row's columns"
+
+
+@torch.no_grad()
+def test_prompts_alone_need_no_last_states(target: Target) -> None:
+    whole, skipping = (target.make_kv_cache(num_slots=2, capacity=CAPACITY) for _ in range(2))
+    features = [torch.zeros(2, CAPACITY, 3 * target.hidden_size) for _ in range(2)]
+    states = []
+    for kv_cache, aux_SLF, skips in ((whole, features[0], False), (skipping, features[1], True)):
+        run = target.make_pass(kv_cache, aux_SLF=aux_SLF, last_SLH=None)
+        assert run is not None
+        prompts = [list(range(1, 30)), [5, 6, 7]]
+        run(prompts, slots=[0, 1], starts=[0, 0], num_prompts=2, skips_prompts_last=skips)
+        states.append(run([[3], [4]], slots=[0, 1], starts=[29, 3], num_chosen=2).last_NH.clone())
+    assert torch.equal(*states), "what follows reads the same keys and values"
+    assert torch.equal(*features)
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB])

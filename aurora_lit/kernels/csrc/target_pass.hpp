@@ -35,6 +35,7 @@ struct TargetPass {
   Draws draws;                 // `temperatures` null: the largest output of each
   StateTable aux, last;        // [S, L, 3 H] and [S, L, H]
   const int64_t* keeps_last;   // [B] 0: the row's last states are not stored
+  int64_t skips_prompts_last;  // 1: prompts have no last states; of the last layer they need keys and values alone
 };
 
 // Store states [N, width] of all columns, but of rows with `wanted` 0: those of column t of row b at position
@@ -54,6 +55,22 @@ inline void store_states(const DecoderCall& call, const float* states, int64_t w
   }
 }
 
+// The decoder's pass without the last states of prompts: all layers for all rows, the last one as far as the cache, and
+// then the last one for the rows that decode, which come first. Their bits are those of one pass.
+inline void decode_without_prompts_last(const TargetPass& p) {
+  DecoderCall call = *p.decoder;
+  call.only_cache = 1;
+  p.decode(&call);
+  AttentionShape& s = call.attention;
+  s.rows = s.decoding(), s.num_prompts = 0;
+  if (!s.rows) return;
+  s.queries = 0;
+  for (int64_t b = 0; b < s.rows; ++b) s.queries = s.queries_of(b) > s.queries ? s.queries_of(b) : s.queries;
+  call.layers += call.num_layers - 1, call.num_layers = 1;
+  call.only_cache = 0, call.aux = nullptr;
+  p.decode(&call);
+}
+
 // 0, and nothing is computed, if an id is not in the vocabulary.
 inline int run_pass(const TargetPass& p) {
   const DecoderCall& call = *p.decoder;
@@ -61,7 +78,10 @@ inline int run_pass(const TargetPass& p) {
   for (int64_t i = 0; i < p.columns; ++i)
     if (p.ids[i] < 0 || p.ids[i] >= p.vocabulary) return 0;
   for (int64_t i = 0; i < p.columns; ++i) p.embedding.row(H, p.ids[i], call.hidden_states + i * H);
-  p.decode(&call);
+  if (p.skips_prompts_last && call.attention.num_prompts)
+    decode_without_prompts_last(p);
+  else
+    p.decode(&call);
   if (p.aux.data) store_states(call, call.aux, 3 * H, p.aux, nullptr);
   if (p.last.data) store_states(call, call.normed, H, p.last, p.keeps_last);
   if (!chosen) return 1;

@@ -52,7 +52,7 @@ class Columns(NamedTuple):
         return self.states.aux_NF[self.begins[row] : self.begins[row + 1]]
 
     def last(self, row: int) -> torch.Tensor:
-        """Last hidden states of a row [T, H]."""
+        """Last hidden states of a row [T, H]; of prompts arbitrary if none of them asks for log-probabilities."""
         return self.states.last_NH[self.begins[row] : self.begins[row + 1]]
 
 
@@ -131,7 +131,8 @@ class TargetRunner:
             parents=_parents(decoding),
             num_prompts=len(plan.prompts),
             num_chosen=0 if needs_logits else plan.num_decoding_columns,
-            keeps_last=[row.sequence.request.store for row in rows],
+            keeps_last=[row.sequence.request.store for row in decoding] + [False] * len(plan.prompts),
+            skips_prompts_last=all(row.sequence.params.prompt_logprobs is None for row in plan.prompts),
             draws=None if needs_logits else draws_of(decoding),
         )
         begins = [0, *itertools.accumulate(map(len, tokens))]

@@ -85,8 +85,7 @@ class TraceRecorder:
             self._aux_SLF[slot, start:end] = aux_TF
 
     def on_prefix_copy(self, *, source: int, slot: int, length: int) -> None:
-        """Copy the states too. If the source's were not kept, the slot's are not needed either (SlotAllocator)."""
-        self._last_SLH[slot, :length] = self._last_SLH[source, :length]
+        """Copy auxiliary states. If the source's were not kept, the slot's are not needed either (SlotAllocator)."""
         if self._owns_aux:
             self._aux_SLF[slot, :length] = self._aux_SLF[source, :length]
 
@@ -113,6 +112,7 @@ class TraceRecorder:
     def _emit(self, segment: _Segment, sequence: RunningSequence) -> None:
         slot, end = sequence.slot, sequence.length - 1
         first = 0 if segment.start == sequence.prompt_length else max(0, segment.start - self._overlap_tokens)
+        self._last_SLH[slot, first : max(first, sequence.prompt_length - 1)] = 0  # maybe another request's: see Trace
         self._sink(
             Trace(
                 request_id=sequence.request.request_id,
