@@ -24,7 +24,7 @@ from typing import Any, Self, TypeVar
 from pydantic import ValidationError
 
 from aurora_lit.config import load_config
-from aurora_lit.errors import AuroraError, RequestError
+from aurora_lit.errors import RequestError
 from aurora_lit.request import SamplingParams, TokenLogprob
 from aurora_lit.serve.http.answer_stream import AnswerStream, TextDelta
 from aurora_lit.serve.http.detokenizer import decode
@@ -187,10 +187,7 @@ class LLM:
                 tracker.add(call)
             while self._engine.has_work:
                 for call_id, deltas in tracker.advance(self._engine.round()).updates:
-                    try:
-                        added, stopped = streams[call_id].add(deltas)
-                    except RuntimeError as error:
-                        raise AuroraError(f"the engine failed: {error}") from error
+                    added, stopped = streams[call_id].add(deltas)
                     for delta in added:
                         if delta.index == 0:
                             num_cached[call_id] = delta.num_cached_tokens

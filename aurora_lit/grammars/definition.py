@@ -41,7 +41,8 @@ def grammar_of(asked: StructuredOutputsParams) -> str:
     if asked.regex is not None:
         return LLMatcher.grammar_from_regex(asked.regex)
     if asked.choice is not None:
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, asked.choice)))
+        # As one terminal: as a rule llguidance takes no more than 2,000 alternatives.
+        return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, asked.choice)))
     assert asked.grammar is not None
     return LLMatcher.grammar_from_lark(_from_gbnf(asked.grammar) if "::=" in asked.grammar else asked.grammar)
 

@@ -16,7 +16,7 @@ Shapes: W bytes of a mask: one bit for each token, the first in the lowest bit.
 
 from __future__ import annotations
 
-import threading
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -28,6 +28,8 @@ from aurora_lit.errors import RequestError
 from aurora_lit.grammars.definition import grammar_of
 from aurora_lit.request import StructuredOutputsParams
 
+_IN_NO_TEXT = "\U0010fffd"
+"""A character for private use, the last there is."""
 Mask = NDArray[np.uint8]
 """[W]: which tokens are allowed."""
 
@@ -99,7 +101,7 @@ class Grammar:
         allowed_W, self.forced = self._here.allowed(), self._here.forced()
         if allowed_W is None:
             reason = self._here.error or "no token of the vocabulary goes on with the output"
-            raise RequestError(f"the grammar cannot be followed: {reason}", param="structured_outputs")
+            raise RequestError(f"no answer can follow the grammar: {reason}", param="structured_outputs")
         self.allowed: Mask = allowed_W
         """The tokens that may follow."""
 
@@ -113,8 +115,7 @@ class GrammarCompiler:
         `eos_token_ids`: those of every output's end, at least one: otherwise llguidance would guess.
         """
         self._tokenizer_json, self._vocab_size, self._eos = tokenizer_json, vocab_size, sorted(eos_token_ids)
-        self._tokenizer: LLTokenizer | None = None
-        self._lock = threading.Lock()
+        self._tokenizers: dict[bool, LLTokenizer] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
 
     def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
@@ -122,12 +123,39 @@ class GrammarCompiler:
         return self._thread.submit(self._compile, asked, end_tokens)
 
     def _compile(self, asked: StructuredOutputsParams, end_tokens: frozenset[int]) -> Grammar:
-        matcher = LLMatcher(self.tokenizer(), grammar_of(asked), log_level=0)
+        matcher = LLMatcher(self._tokenizer(named=False), grammar_of(asked), log_level=0)
+        if asked.grammar is not None and matcher.is_error():  # it may name a special token
+            matcher = LLMatcher(self._tokenizer(named=True), grammar_of(asked), log_level=0)
         return Grammar(Branch(matcher, vocab_size=self._vocab_size, end_tokens=end_tokens))
 
-    def tokenizer(self) -> LLTokenizer:
-        """The target's tokenizer as llguidance has it; made on first use, in a quarter of a second."""
-        with self._lock:
-            if self._tokenizer is None:
-                self._tokenizer = LLTokenizer(self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=self._eos)
-            return self._tokenizer
+    def _tokenizer(self, *, named: bool) -> LLTokenizer:
+        """The target's tokenizer as llguidance has it; made on first use, in a quarter of a second.
+
+        named: special tokens have their names, so that a grammar can name them. Then a text that is written like one
+        is taken for it too.
+        """
+        if named not in self._tokenizers:
+            state = self._tokenizer_json()
+            state = state if named else _without_special_texts(state)
+            self._tokenizers[named] = LLTokenizer(state, n_vocab=self._vocab_size, eos_token=self._eos)
+        return self._tokenizers[named]
+
+
+def _without_special_texts(state: str) -> str:
+    """The state of a tokenizer in which no text is a special token: these keep their ids, under names that no text has.
+
+    What a client asks for may contain the text of a special token, which is then a text as any other.
+    """
+    plain = json.loads(state)
+    special = [token for token in plain["added_tokens"] if token["special"]]
+    name_of = {token["content"]: f"{_IN_NO_TEXT}{token['id']}" for token in special}
+    for token in special:
+        token["content"] = name_of[token["content"]]
+    model = plain["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {name_of.get(text, text): token_id for text, token_id in model["vocab"].items()}
+    else:  # Unigram: texts and scores
+        model["vocab"] = [[name_of.get(text, text), score] for text, score in model["vocab"]]
+    if model.get("unk_token") in name_of:
+        model["unk_token"] = name_of[model["unk_token"]]
+    return json.dumps(plain, ensure_ascii=False)

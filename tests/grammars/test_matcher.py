@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
-from support.grammars import END, TOKENS, VOCAB_SIZE, allowed_after, compiler
+from support.grammars import END, TOKENS, VOCAB_SIZE, allowed_after, backend, compiler
 
 from aurora_lit.errors import RequestError
-from aurora_lit.grammars.matcher import Grammar, Mask
+from aurora_lit.grammars.matcher import Grammar, GrammarCompiler, Mask
 from aurora_lit.request import StructuredOutputsParams
 
 LANGUAGES = {
@@ -75,8 +76,24 @@ def test_tokens_that_only_the_target_has_are_never_allowed() -> None:
     assert max(tokens_of(grammar(".*").allowed)) == END < VOCAB_SIZE - 1
 
 
+@pytest.mark.parametrize("asked", [{"regex": "c<0>b"}, {"choice": ("c<0>b",)}, {"grammar": 'start: "c<0>b"'}])
+def test_a_text_that_is_written_like_a_special_token_is_a_text(asked: dict[str, Any]) -> None:
+    tokenizer = backend()
+    tokenizer.add_tokens(["<", ">"])
+    tokenizer.add_special_tokens(["<0>"])
+    compiler = GrammarCompiler(tokenizer.to_str, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset([END]))
+    place = compiler.compile(StructuredOutputsParams(**asked), end_tokens=frozenset([END])).result()
+    assert tokenizer.encode("c<0>b").ids == [2, 11, 1]
+    for token in (2, 9, 3, 10, 1, END):
+        assert tokens_of(place.allowed) == {token}
+        assert place.forced[:1] == [token]
+        place.advance([token])
+    named = StructuredOutputsParams(grammar='start: "c" <0> "b"')
+    assert compiler.compile(named, end_tokens=frozenset([END])).result().forced == [2, 11, 1, END]
+
+
 def test_a_grammar_that_the_vocabulary_cannot_spell_is_refused() -> None:
-    with pytest.raises(RequestError, match="cannot be followed"):
+    with pytest.raises(RequestError, match="no answer can follow the grammar"):
         grammar("xyz")
     place = grammar("a(x|0)")
     place.advance([0])

@@ -68,11 +68,28 @@ def test_a_stop_string_may_end_an_answer_before_its_grammar_does(servers: TinySe
     assert choice["finish_reason"] == "stop"
 
 
-def test_what_the_vocabulary_cannot_spell_is_an_error_and_the_server_goes_on(servers: TinyServers) -> None:
-    response = ask(servers, structured_outputs={"regex": "äöü"})
-    assert response.status_code == 500
-    assert "cannot be followed" in response.json()["error"]["message"]
+@pytest.mark.parametrize(
+    ("field", "asked"),
+    [
+        ("guided_regex", "äöü"),  # the vocabulary cannot spell it
+        ("guided_json", {"$ref": "#"}),
+        ("guided_grammar", "start: start"),
+    ],
+)
+def test_a_grammar_that_no_answer_can_follow_is_refused_and_the_server_goes_on(
+    servers: TinyServers, field: str, asked: Any
+) -> None:
+    response = ask(servers, **{field: asked})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["type"]) == (400, field, "invalid_request_error")
+    assert error["message"].startswith(f"{field} cannot be used: no answer can follow the grammar: ")
     assert ask(servers).status_code == 200
+
+
+def test_as_many_choices_as_the_schema_allows_can_be_asked_for(servers: TinyServers) -> None:
+    choices = [f"A{number}" for number in range(4096)]
+    answer = ask(servers, structured_outputs={"choice": choices}).json()
+    assert answer["choices"][0]["text"] in choices
 
 
 def test_a_schema_that_cannot_be_used_is_refused_with_its_place(servers: TinyServers) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from aurora_lit.errors import RequestError
 from aurora_lit.ipc.messages import Delta
 from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.request import Request
@@ -43,9 +44,18 @@ class Addition(NamedTuple):
 class AnswerStream:
     """The choices of one call, from their first delta to their last; see the file's example."""
 
-    def __init__(self, tokenizer: Tokenizer, requests: Sequence[Request], *, by_token: bool = False) -> None:
-        """requests: those of the call, in its order. by_token: deltas have `token_texts`."""
-        self._by_token = by_token
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        requests: Sequence[Request],
+        *,
+        by_token: bool = False,
+        grammar_field: str = "structured_outputs",
+    ) -> None:
+        """requests: those of the call, in its order. by_token: deltas have `token_texts`. grammar_field: of the body,
+        where the answers' grammar comes from.
+        """
+        self._by_token, self._grammar_field = by_token, grammar_field
         self._texts = [
             TextStream(
                 tokenizer,
@@ -61,13 +71,17 @@ class AnswerStream:
         self._unfinished = set(range(len(requests)))
 
     def add(self, deltas: Sequence[Delta]) -> Addition:
-        """Add one round's deltas. Raises RuntimeError, with the engine's reason, if a choice failed."""
+        """Add one round's deltas. Raises RequestError if a choice failed: its grammar could not be followed."""
         added, stopped = [], []
         for delta in deltas:
             if delta.index not in self._unfinished:  # a stop string has ended it, and the worker did not know yet
                 continue
             if delta.finish_reason == "error":
-                raise RuntimeError(delta.error or "the engine gave no reason")
+                raise RequestError(
+                    f"{self._grammar_field} cannot be used: {delta.error}",
+                    param=self._grammar_field,
+                    code="invalid_value",
+                )
             texts, num_tokens, finish_reason = self._decode(delta)
             if finish_reason is not None:
                 self._unfinished.remove(delta.index)

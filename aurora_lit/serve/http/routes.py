@@ -142,7 +142,13 @@ class GenerationRoutes:
             for reason in response.finish_reasons:
                 self._metrics.finish(reason or ("error" if failed else "abort"))
 
-        pending = self._worker_client.start(prepared.call, request, by_token=prepared.by_token, on_close=on_close)
+        pending = self._worker_client.start(
+            prepared.call,
+            request,
+            by_token=prepared.by_token,
+            grammar_field=prepared.grammar_field,
+            on_close=on_close,
+        )
         is_streaming = False
         try:
             # Wait for the first deltas even for a stream: a call that fails before them gets a proper HTTP status.

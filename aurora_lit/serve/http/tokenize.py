@@ -69,6 +69,8 @@ class Prepared:
     """Alternatives per token of the prompt, whose log-probabilities the response has; None: it has none."""
     tools: ToolUse | None = None
     """How the answers may call tools; None: they call none."""
+    grammar_field: str = ""
+    """The body's field that the answers' grammar comes from; "" without one."""
 
 
 def prepare_chat(
@@ -97,6 +99,7 @@ def prepare_chat(
         by_token=bool(body.return_token_sources),
         prompt_logprobs=body.prompt_logprobs,
         tools=use,
+        grammar_field=body.structure[0] if body.structure else "tools",
     )
 
 
@@ -155,6 +158,7 @@ def prepare_completion(
         drop_output=wanted == 0,
         by_token=bool(body.return_token_sources),
         prompt_logprobs=body.prompt_logprobs,
+        grammar_field=body.structure[0] if body.structure else "",
     )
 
 

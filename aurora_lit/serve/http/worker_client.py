@@ -112,11 +112,17 @@ class WorkerClient:
             stop_watching()
 
     def start(
-        self, call: Call, request: Request, *, by_token: bool = False, on_close: Callable[[bool], None]
+        self,
+        call: Call,
+        request: Request,
+        *,
+        by_token: bool = False,
+        grammar_field: str = "",
+        on_close: Callable[[bool], None],
     ) -> PendingCall:
         """Send a call to the worker. `on_close` runs once at its end, with True if the call failed.
 
-        by_token: its deltas have the text of each token.
+        by_token, grammar_field: see `AnswerStream`.
 
         Raises RequestError if the worker is dead or the call does not fit into the queue.
         """
@@ -137,7 +143,7 @@ class WorkerClient:
                 code="queue_full",
                 status=429,
             )
-        answer = AnswerStream(self._tokenizer, call.requests, by_token=by_token)
+        answer = AnswerStream(self._tokenizer, call.requests, by_token=by_token, grammar_field=grammar_field)
         pending = PendingCall(self, self._spec, call, answer, on_close)
         watcher = asyncio.create_task(pending.close_when_client_disconnects(request))
         self._disconnect_watchers.add(watcher)
@@ -243,6 +249,9 @@ class PendingCall:
             return
         try:
             deltas, stopped = self._answer.add(update)
+        except RequestError as error:
+            self._add(Failure(message=error.message, param=error.param, code=error.code, status=error.status))
+            return
         except Exception as error:  # raised from here, it would make LitServe stop to deliver responses at all
             _log.exception("call %s failed", self._call.call_id)
             self._add(Failure(message=f"the request failed: {error}", code="engine_error"))

@@ -5,6 +5,7 @@ import random
 import pytest
 from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
 
+from aurora_lit.errors import RequestError
 from aurora_lit.ipc.messages import Call, Delta
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.http.answer_stream import AnswerStream
@@ -100,8 +101,9 @@ def test_the_speculation_of_the_round_that_completes_a_stop_string_counts_and_la
 
 def test_an_error_of_the_engine_is_raised_unless_the_choice_has_ended_before():
     failed = Delta(index=0, token_ids=(), finish_reason="error", error="as asked")
-    with pytest.raises(RuntimeError, match="as asked"):
-        AnswerStream(TOKENIZER, requests_of("")).add([failed])
+    with pytest.raises(RequestError, match="guided_json cannot be used: as asked") as raised:
+        AnswerStream(TOKENIZER, requests_of(""), grammar_field="guided_json").add([failed])
+    assert (raised.value.status, raised.value.param) == (400, "guided_json")
     stream = AnswerStream(TOKENIZER, requests_of("", stop=("a",)))
     assert stream.add([Delta(index=0, token_ids=tuple(TOKENIZER.encode("a")))]).stopped == (0,)
     assert stream.add([failed]) == ((), ())
