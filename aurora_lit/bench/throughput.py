@@ -105,8 +105,10 @@ def run(
         raise ConfigError(
             f"engine.max_batch_size={config.engine.max_batch_size} is below --batch {max(batch_sizes)}; raise it"
         )
-    # Repeats use the same prompts: with the prefix cache, only the first one would have a prefill.
-    engine = replace(config.engine, prefix_cache=False)
+    # Repeats use the same prompts: with the prefix cache only the first one would have a prefill, and with the traffic
+    # memory the others would copy its answer.
+    engine, memory = replace(config.engine, prefix_cache=False), replace(config.memory, capacity_mb=0)
+    config = replace(config, memory=memory)
     drafting, tokenizer = build_engine(replace(config, engine=replace(engine, speculate=True)))
     plain, _ = build_engine(replace(config, engine=replace(engine, speculate=False)))
     loaded = load_prompts(

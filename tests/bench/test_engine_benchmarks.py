@@ -113,6 +113,8 @@ def test_throughput_writes_numbers_and_a_plot(tmp_path: Path, built: list[Aurora
         CONFIG, batch_sizes=(1, 2), prompts=_files(tmp_path), limit=2, repeats=2, max_tokens=6, out=tmp_path / "out"
     )
     assert [config.engine.speculate for config in built] == [True, False]
+    kept = {(config.engine.prefix_cache, config.memory.capacity_mb) for config in built}
+    assert kept == {(False, 0)}, "repeats of the same prompts must not be read or copied"
     report = json.loads((tmp_path / "out/throughput.json").read_text())
     assert [r["batch_size"] for r in report["throughput"]] == [1, 2]
     assert report["throughput"][0]["ratios"].keys() == {"draft / plain"}
