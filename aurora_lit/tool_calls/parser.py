@@ -23,6 +23,7 @@ from aurora_lit.tool_calls.formats import ToolFormat
 _ARGUMENTS_KEYS = ("arguments", "parameters")
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*\{')
 _FIRST_KEY = re.compile(r'\{\s*"((?:[^"\\]|\\.)*)"')
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _KEYS = frozenset({"name", "type", "id", *_ARGUMENTS_KEYS})
 _LONGEST_NAME = 128
 """Text of this length in which no name has ended is no call."""
@@ -57,9 +58,13 @@ Piece = Content | CallBegin | Arguments
 class ToolCallReader:
     """Reads one answer; see the file's example."""
 
-    def __init__(self, format_: ToolFormat, *, names: AbstractSet[str], only_one: bool = False) -> None:
-        """names: of the tools. only_one: further calls are dropped."""
-        self._format, self._names, self._only_one = format_, names, only_one
+    def __init__(
+        self, format_: ToolFormat, *, names: AbstractSet[str], only_one: bool = False, only_calls: bool = False
+    ) -> None:
+        """names: of the tools. only_one: further calls are dropped. only_calls: the answer was to be calls and nothing
+        else, so what might have become one when it was cut off is dropped too.
+        """
+        self._format, self._names, self._only_one, self._only_calls = format_, names, only_one, only_calls
         self._read = self._in_content if format_.marker else self._at_start
         self._pending = ""
         """Text that has not been read."""
@@ -81,7 +86,7 @@ class ToolCallReader:
         """The answer has ended: return what was held back."""
         held = self._doubtful + self._pending
         is_rest_of_call = self._after_call and any(filler.startswith(held.strip()) for filler in self._format.fillers)
-        if self._read != self._after_arguments and not is_rest_of_call:
+        if not self._only_calls and self._read != self._after_arguments and not is_rest_of_call:
             self._add_content(held)
         return self._take()
 
@@ -123,6 +128,8 @@ class ToolCallReader:
         text = self._pending.lstrip()
         self._doubtful += self._pending[: len(self._pending) - len(text)]
         self._pending = text
+        if any(filler.startswith(text) and filler != text for filler in self._format.fillers):
+            return False  # it may become the longer one
         for filler in self._format.fillers:
             if text.startswith(filler):
                 is_end = self._after_call and filler != self._format.marker
@@ -135,9 +142,7 @@ class ToolCallReader:
         if text.startswith("{") and not self._format.name_end:
             self._begin_scan(self._in_object)
             return True
-        if not text or any(filler.startswith(text) for filler in self._format.fillers):
-            return False
-        return self._refuse(0)
+        return self._refuse(0) if text else False
 
     def _in_name(self) -> bool:
         """A name that stands before its arguments."""
@@ -265,4 +270,10 @@ def _call_in(text: str) -> tuple[str, str] | None:
         return None
     if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
         return None
-    return call["name"], json.dumps(arguments, ensure_ascii=False)
+    return call["name"], _json_text(arguments)
+
+
+def _json_text(value: Any) -> str:
+    """JSON as it is written by hand; half of a surrogate pair stays escaped, since it is no text."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isascii() or not _SURROGATE.search(text) else json.dumps(value)

@@ -129,3 +129,22 @@ def test_arguments_are_passed_on_while_they_are_written() -> None:
 def test_of_an_answer_that_may_call_once_further_calls_are_dropped() -> None:
     calls = [ToolCall("f", '{"a": 1}'), ToolCall("get_weather", "{}")]
     assert read(HERMES, [HERMES.written(calls)], only_one=True) == ("", [("f", '{"a": 1}')])
+
+
+def test_a_marker_before_every_call_is_read_however_it_is_cut() -> None:
+    text = '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}]\n[TOOL_CALLS][{"name": "f", "arguments": {}}]'
+    assert read_any_way(MISTRAL, text) == ("", [("f", '{"a": 1}'), ("f", "{}")])
+
+
+@pytest.mark.parametrize("text", ['{"name":', '{"name": "f", "arguments": {}}\n{"', '{"name": "f", "argu'])
+def test_of_an_answer_that_was_to_be_calls_nothing_else_is_left(text: str) -> None:
+    reader = ToolCallReader(PLAIN, names=NAMES, only_calls=True)
+    pieces = [*reader.push(text), *reader.finish()]
+    assert not any(isinstance(piece, Content) for piece in pieces)
+
+
+def test_half_of_a_surrogate_pair_stays_escaped() -> None:
+    written = r'{"arguments": {"a": "\ud83d", "b": "é"}, "name": "f"}'
+    _, calls = read_any_way(PLAIN, written)
+    assert calls[0][1].encode()
+    assert json.loads(calls[0][1]) == json.loads(written)["arguments"]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aurora_lit.errors import RequestError
-from aurora_lit.grammars.definition import fault_of
+from aurora_lit.grammars.definition import Fault, fault_of
 from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.request import StructuredOutputsParams
 from aurora_lit.serve.http.schema import ChatRequest, Message
@@ -32,6 +32,8 @@ class ToolUse:
     format: ToolFormat
     names: frozenset[str]
     only_one: bool
+    only_calls: bool
+    """The answer is calls and nothing else."""
     grammar: StructuredOutputsParams | None
     """What the answer must be; None: the model decides."""
     shows_special_tokens: bool
@@ -39,7 +41,7 @@ class ToolUse:
 
     def reader(self) -> ToolCallReader:
         """For one answer."""
-        return ToolCallReader(self.format, names=self.names, only_one=self.only_one)
+        return ToolCallReader(self.format, names=self.names, only_one=self.only_one, only_calls=self.only_calls)
 
 
 def turns_of(messages: Sequence[Message], tools: Sequence[Tool], tokenizer: Tokenizer) -> list[Turn]:
@@ -82,6 +84,7 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
         format=format_,
         names=frozenset(tool.function.name for tool in body.callable_tools),
         only_one=body.may_call_once,
+        only_calls=body.must_call,
         grammar=grammar,
         shows_special_tokens=any(_special_token(text, tokenizer) is not None for text in format_.fillers),
     )
@@ -104,6 +107,8 @@ def _turn(message: Message, names: Mapping[str, str]) -> Turn:
             }
             for call in message.tool_calls
         ]
+    if message.name:
+        turn["name"] = message.name
     if message.role == "tool":
         called = message.tool_call_id or ""
         turn |= {"tool_call_id": called, "name": message.name or names.get(called, "")}
@@ -121,7 +126,10 @@ def _schemas(body: ChatRequest) -> dict[str, Mapping[str, Any]]:
         schema = function.parameters or ANY_OBJECT
         if "properties" in schema:  # a function takes the arguments that it names
             schema = {"additionalProperties": False, **schema}
-        fault = fault_of(StructuredOutputsParams(json=json.dumps(schema)))
+        if schema.get("type", "object") != "object":
+            fault: Fault | None = Fault(".type", 'a function takes an object of arguments; use type "object"')
+        else:
+            fault = fault_of(StructuredOutputsParams(json=json.dumps(schema)))
         if fault is not None and (body.must_call or function.strict):
             where = f"tools[{index}].function.parameters{fault.place}"
             raise RequestError(f"{where} cannot be used: {fault.reason}", param=where, code="invalid_value")
