@@ -24,7 +24,7 @@ from typing import Any, Self, TypeVar
 from pydantic import ValidationError
 
 from aurora_lit.config import load_config
-from aurora_lit.errors import RequestError
+from aurora_lit.errors import AuroraError, RequestError
 from aurora_lit.request import SamplingParams, TokenLogprob
 from aurora_lit.serve.http.answer_stream import AnswerStream, TextDelta
 from aurora_lit.serve.http.detokenizer import decode
@@ -123,6 +123,7 @@ class LLM:
         sampling_params: for all prompts, or one for each; None: the defaults. Raises RequestError, which names the
         field, before anything is generated.
         """
+        self._check_open()
         each = [prompts] if _is_one(prompts) else list(prompts)
         return self._run([self._completion(*pair) for pair in _paired(each, sampling_params)])
 
@@ -138,12 +139,17 @@ class LLM:
         tools: functions that the model may call, as in OpenAI's API; calls are in the answer's text, as the model
         writes them.
         """
+        self._check_open()
         each = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         return self._run([self._chat(*pair, tools) for pair in _paired(each, sampling_params)])
 
     def close(self) -> None:
         """Free the models' memory; the object is of no use any more."""
         del self._engine, self._tokenizer
+
+    def _check_open(self) -> None:
+        if not hasattr(self, "_engine"):
+            raise AuroraError("this LLM was closed; make a new one")
 
     def __enter__(self) -> Self:
         return self
@@ -174,7 +180,10 @@ class LLM:
     def _run(self, asked: Sequence[tuple[str | None, Prepared]]) -> list[RequestOutput]:
         """Run rounds until every call has ended."""
         calls = {prepared.call.call_id: prepared.call for _, prepared in asked}
-        streams = {call_id: AnswerStream(self._tokenizer, call.requests) for call_id, call in calls.items()}
+        streams = {
+            prepared.call.call_id: AnswerStream(self._tokenizer, prepared.call.requests, prepared.options)
+            for _, prepared in asked
+        }
         answers = {
             call_id: [CompletionOutput(index=index) for index in range(len(call.requests))]
             for call_id, call in calls.items()
@@ -187,7 +196,10 @@ class LLM:
                 tracker.add(call)
             while self._engine.has_work:
                 for call_id, deltas in tracker.advance(self._engine.round()).updates:
-                    added, stopped = streams[call_id].add(deltas)
+                    try:
+                        added, stopped = streams[call_id].add(deltas)
+                    except RuntimeError as error:
+                        raise AuroraError(f"the engine failed: {error}") from error
                     for delta in added:
                         if delta.index == 0:
                             num_cached[call_id] = delta.num_cached_tokens

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import aurora_lit
 from aurora_lit import llm as llm_module
-from aurora_lit.errors import RequestError
+from aurora_lit.errors import AuroraError, RequestError
 from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.llm import LLM
 from aurora_lit.models.target import Target
@@ -45,6 +45,14 @@ def llm(target: Target, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     monkeypatch.setattr(llm_module, "build_engine", build)
     with LLM() as llm:
         yield llm
+
+
+def test_a_closed_one_says_so(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm_module, "build_engine", lambda config: (make_engine(target), a_tokenizer()))
+    llm = LLM()
+    llm.close()
+    with pytest.raises(AuroraError, match="was closed"):
+        llm.generate("hello")
 
 
 def a_compiler(target: Target) -> GrammarCompiler:

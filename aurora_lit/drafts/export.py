@@ -40,7 +40,10 @@ def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
     }
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"--out {out} cannot be written: {error}; name another folder") from error
     try:
         shutil.copyfile(source / WEIGHTS_NAME, temporary / WEIGHTS_NAME)
         (temporary / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

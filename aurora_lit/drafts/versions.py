@@ -201,6 +201,8 @@ class DraftStore:
             names = [entry.name for entry in os.scandir(self.folder) if _NAME.fullmatch(entry.name)]
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {error}; set checkpoint.dir to a folder") from error
         return sorted(names, key=version_number)
 
     def _highest_number(self) -> int:

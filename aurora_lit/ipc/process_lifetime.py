@@ -32,6 +32,8 @@ def die_with_parent(parent_pid: int, *, by: signal.Signals = signal.SIGKILL) -> 
 def tie_forked_children_to_parent() -> None:
     """Make every child that this process forks from now on end with it and ignore SIGTERM until it sets a handler.
 
+    SIGHUP, which a closed terminal sends to all, it ignores too: this process ends it.
+
     A service manager sends SIGTERM to all processes of a service; the HTTP process, which is forked, must not end
     before its own handler is there, which drains.
     """
@@ -39,7 +41,8 @@ def tie_forked_children_to_parent() -> None:
 
     def tie() -> None:
         if os.getppid() == parent_pid:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
             die_with_parent(parent_pid)
 
     os.register_at_fork(after_in_child=tie)

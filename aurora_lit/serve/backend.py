@@ -87,7 +87,8 @@ def prepare(config: AuroraConfig) -> None:
 
 def _prepare_in_child(config: AuroraConfig, outcome: Connection, server_pid: int) -> None:
     die_with_parent(server_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends this one
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to the whole group
+        signal.signal(number, signal.SIG_IGN)  # the main process ends this one
     from aurora_lit.serve.worker.build import prepare as prepare_here
 
     try:

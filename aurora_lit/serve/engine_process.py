@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aurora_lit.config import AuroraConfig, max_proposal_length, versions_folder
+from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.messages import WorkerChannel
 from aurora_lit.ipc.process_lifetime import die_with_parent
@@ -61,7 +62,8 @@ def run_engine_process(
         assert backend.load_shard is not None
         run_rank(rank, run_folder, partial(backend.load_shard, config, run_folder, rank))
     assert channel is not None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process drains first
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to the whole group
+        signal.signal(number, signal.SIG_IGN)  # the main process drains first
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     page = EngineStatusPage.open(run_folder / STATUS_NAME, writable=True)
     page.beat()
@@ -70,7 +72,8 @@ def run_engine_process(
         parts = backend.build_worker(config, run_folder)
         live_draft = _live_draft(config, parts)
     except Exception as error:
-        _log.exception("the engine could not be built")
+        if not isinstance(error, AuroraError):
+            _log.exception("the engine could not be built")
         page.write(state=WorkerState.FAILED, error=f"{type(error).__name__}: {error}")
         sys.exit(1)
     engine = parts.engine

@@ -42,7 +42,7 @@ class Shard(Protocol):
 def run_rank(rank: int, run_folder: Path, load: Callable[[], Shard]) -> None:
     """Run rank 1, 2, … in its worker process; does not return."""
     # Rank 0 orders the stop, after it has finished the running requests.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     page = RankStatusPage.open(rank_path(run_folder, rank), writable=True)
     page.write(pid=os.getpid())

@@ -8,10 +8,10 @@
 
 While the engine loads, this process imports what the HTTP process will need, and neither torch nor transformers.
 
-SIGTERM or Ctrl-C: no new connections; running requests get server.drain_s seconds; then everything ends. If the worker
-dies, /health answers 503, its clients get an error, and after WORKER_GRACE_S the whole server ends with an error. If
-the HTTP process dies, the server ends at once. Restarting it is left to a service manager. However the main process
-ends, its children end with it.
+SIGTERM, Ctrl-C or a closed terminal: no new connections; running requests get server.drain_s seconds; then everything
+ends. If the worker dies, /health answers 503, its clients get an error, and after WORKER_GRACE_S the whole server ends
+with an error. If the HTTP process dies, the server ends at once. Restarting it is left to a service manager. However
+the main process ends, its children end with it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from aurora_lit.config import AuroraConfig, draft_folder, model_name, shows_page, to_yaml
+from aurora_lit.config import AuroraConfig, draft_folder, model_name, shows_page, to_yaml, versions_folder
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, RankStatusPage, WorkerState, rank_path
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 WORKER_GRACE_S = 1.0
 """How long a server without a worker still answers /health and its clients."""
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""A service manager, Ctrl-C, and a terminal that is closed."""
 _WRITE_S = 5.0
 """How long an engine process may take to end after the HTTP process has ended."""
 _log = logging.getLogger(__name__)
@@ -70,8 +72,9 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
         http_end, worker_end = socket.socketpair()
         ours = http_end.dup()  # stays open when LitServe closes the other
         try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, _interrupt)
+            for number in _ENDING:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                    signal.signal(number, _interrupt)
             workers += start_engine_processes(config, backend, folder, WorkerChannel(worker_end))
             worker_end.close()  # so that the HTTP process sees the end of the worker
             tie_forked_children_to_parent()
@@ -98,14 +101,23 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
 
 
 def check_learning(config: AuroraConfig) -> None:
-    """Raise ConfigError if a learner is asked for whose drafts could never be served."""
+    """Raise ConfigError if a learner is asked for whose drafts could never be published or served."""
     remedy = None
     if not config.engine.speculate:
         remedy = "set engine.speculate=true, or learn.enabled=false"
     elif config.draft.checkpoint is None and not config.learn.from_scratch:
         remedy = "name a draft.checkpoint to begin with, or set learn.from_scratch=true or learn.enabled=false"
-    if config.learn.enabled and remedy is not None:
+    if not config.learn.enabled:
+        return
+    if remedy is not None:
         raise ConfigError(f"learn.enabled=true needs a draft that is used; {remedy}")
+    folder = versions_folder(config)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise ConfigError(
+            f"checkpoint.dir={config.checkpoint.dir}: {existing} is no folder that can be written to; name another, "
+            "or set learn.enabled=false"
+        )
 
 
 def settings_for_learner(config: AuroraConfig) -> AuroraConfig:
@@ -189,7 +201,7 @@ def _run(
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt, on which LitServe drains; further signals are ignored, so they cannot interrupt that."""
-    for again in (signal.SIGTERM, signal.SIGINT):
+    for again in _ENDING:
         signal.signal(again, signal.SIG_IGN)
     raise KeyboardInterrupt
 

@@ -146,4 +146,6 @@ def test_a_failed_export_explains_itself_and_leaves_nothing(deployment: list[str
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
     assert "exists already" in said(*deployment)
+    done = CliRunner().invoke(main, ["export", "--out", str(tmp_path / "out" / "mine" / "draft"), *deployment])
+    assert "cannot be written" in done.output
     assert not list(tmp_path.glob(".out*"))

@@ -52,6 +52,12 @@ def test_an_empty_store_means_the_starting_draft(store: DraftStore) -> None:
     assert not store.folder.exists(), "looking changes nothing"
 
 
+def test_a_file_is_no_folder_of_versions(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="set checkpoint.dir to a folder"):
+        DraftStore(tmp_path / "file", keep=1).versions()
+
+
 def test_a_published_draft_is_current_and_complete(store: DraftStore, target: Target, draft: Eagle3Draft) -> None:
     assert store.publish(draft, record={"score": 2.5, "domains": {"code": 1.5}}) == "draft-000001"
     assert store.current() == "draft-000001"

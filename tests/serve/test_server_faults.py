@@ -180,15 +180,16 @@ def test_sigterm_ends_what_takes_longer_than_drain_s():
         assert error_of(stream.whole())["code"] == "shutting_down"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_still_drains(number):
-    """As Ctrl-C in a terminal and a service manager send it."""
+    """As Ctrl-C in a terminal, a service manager and a terminal that is closed send it."""
     with FakeServer(options={"round_s": 0.03}) as server:
         stream = Stream(server, max_tokens=60).begun()
         for pid in server.family[1:]:
             os.kill(pid, number)
         assert server.end(number)[0] == 0
         assert "[DONE]" in stream.whole()
+        assert server.left_behind() == []
 
 
 def test_an_http_process_that_stalls_does_not_stop_the_rounds_and_then_delivers_all_of_them():

@@ -239,6 +239,15 @@ def test_a_learner_needs_a_draft_that_is_used():
     check_learning(load_config(None, ["draft.checkpoint=null", "learn.from_scratch=true", "learn.enabled=true"]))
 
 
+def test_a_learner_needs_a_folder_for_its_drafts(tmp_path):
+    (tmp_path / "file").touch()
+    check_learning(load_config(None, [f"checkpoint.dir={tmp_path / 'new' / 'folder'}", "learn.enabled=true"]))
+    for path in (tmp_path / "file", tmp_path / "file" / "in it"):
+        check_learning(load_config(None, [f"checkpoint.dir={path}", "learn.enabled=false"]))
+        with pytest.raises(ConfigError, match=r"checkpoint\.dir=.*file is no folder"):
+            check_learning(load_config(None, [f"checkpoint.dir={path}", "learn.enabled=true"]))
+
+
 def test_settings_for_a_learner_hold_in_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()
