@@ -27,10 +27,10 @@ from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.serve.http.channel import HTTPChannel
+from aurora_lit.serve.http.errors import MAX_BODY_BYTES
 from aurora_lit.serve.http.spec import AuroraSpec
 
 _AFTER_DRAIN_S = 2.0  # for sending the error events to requests that drain_s has cut off
-MAX_BODY_BYTES = 16 * 2**20
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
@@ -48,7 +48,8 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
     def authorize(self, credentials: Credentials) -> None:
         """Require `Authorization: Bearer KEY` if server.api_key is set. Raises RequestError."""
         given = "" if credentials is None else credentials.credentials
-        if self._key is not None and not secrets.compare_digest(given.encode(), self._key.encode()):
+        # Headers arrive as latin-1, whatever the client has written them in.
+        if self._key is not None and not secrets.compare_digest(given.encode("latin-1"), self._key.encode()):
             raise RequestError(
                 "the API key is missing or wrong; send Authorization: Bearer KEY", status=401, code="invalid_api_key"
             )

@@ -22,6 +22,20 @@ from aurora_lit.request import Request
 from aurora_lit.serve.http.detokenizer import TextStream
 
 
+class AnswerOptions(NamedTuple):
+    """What a call's text depends on beside its requests."""
+
+    continues_prompt: bool = False
+    """The text goes on with the prompt's, and does not begin a message."""
+    by_token: bool = False
+    """Deltas have `token_texts`."""
+    grammar_field: str = ""
+    """Of the body: where the answers' grammar comes from; "" without one."""
+
+
+DEFAULT_OPTIONS = AnswerOptions()
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextDelta(Delta):
     """A delta with its text. Tokens and log-probabilities go up to the token that completed a stop string."""
@@ -48,40 +62,40 @@ class AnswerStream:
         self,
         tokenizer: Tokenizer,
         requests: Sequence[Request],
-        *,
-        by_token: bool = False,
-        grammar_field: str = "structured_outputs",
+        options: AnswerOptions = DEFAULT_OPTIONS,
     ) -> None:
-        """requests: those of the call, in its order. by_token: deltas have `token_texts`. grammar_field: of the body,
-        where the answers' grammar comes from.
-        """
-        self._by_token, self._grammar_field = by_token, grammar_field
+        """requests: those of the call, in its order."""
+        self._options = options
         self._texts = [
             TextStream(
                 tokenizer,
+                follows=request.prompt_ids if options.continues_prompt else (),
                 stop=params.stop,
                 min_tokens=params.min_tokens,
                 keeps_stop=params.include_stop_str_in_output,
                 skips_special_tokens=params.skip_special_tokens,
             )
-            for params in (request.params for request in requests)
+            for request, params in ((request, request.params) for request in requests)
         ]
         self._keeps_stop = [request.params.include_stop_str_in_output for request in requests]
         self._has_stop = [bool(request.params.stop) for request in requests]
         self._unfinished = set(range(len(requests)))
 
     def add(self, deltas: Sequence[Delta]) -> Addition:
-        """Add one round's deltas. Raises RequestError if a choice failed: its grammar could not be followed."""
+        """Add one round's deltas.
+
+        Raises RequestError if a choice failed because its grammar could not be followed, RuntimeError if one without a
+        grammar failed.
+        """
         added, stopped = [], []
         for delta in deltas:
             if delta.index not in self._unfinished:  # a stop string has ended it, and the worker did not know yet
                 continue
             if delta.finish_reason == "error":
-                raise RequestError(
-                    f"{self._grammar_field} cannot be used: {delta.error}",
-                    param=self._grammar_field,
-                    code="invalid_value",
-                )
+                field = self._options.grammar_field
+                if not field:
+                    raise RuntimeError(delta.error or "the engine gave no reason")
+                raise RequestError(f"{field} cannot be used: {delta.error}", param=field, code="invalid_value")
             texts, num_tokens, finish_reason = self._decode(delta)
             if finish_reason is not None:
                 self._unfinished.remove(delta.index)
@@ -91,7 +105,7 @@ class AnswerStream:
                 TextDelta(
                     index=delta.index,
                     text="".join(texts),
-                    token_texts=tuple(texts) if self._by_token else None,
+                    token_texts=tuple(texts) if self._options.by_token else None,
                     token_ids=delta.token_ids[:num_tokens],
                     logprobs=None if delta.logprobs is None else delta.logprobs[:num_tokens],
                     prompt_logprobs=delta.prompt_logprobs,
@@ -115,7 +129,7 @@ class AnswerStream:
         # The token that ended the answer counts as a token, but is no part of the text unless that is asked for.
         hides_last = delta.finish_reason == "stop" and not self._keeps_stop[delta.index]
         visible = token_ids[:-1] if hides_last else token_ids
-        if not (self._has_stop[delta.index] or self._by_token):
+        if not (self._has_stop[delta.index] or self._options.by_token):
             texts = [stream.push(visible)]
         else:
             texts = []

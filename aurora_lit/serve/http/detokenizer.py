@@ -11,6 +11,7 @@ Left out: stop *tokens* and end of text (serve/sequences/sequence.py), several c
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Sequence
 
@@ -34,6 +35,7 @@ class TextStream:
         self,
         tokenizer: Tokenizer,
         *,
+        follows: Sequence[int] = (),
         stop: Sequence[str] = (),
         min_tokens: int = 0,
         keeps_stop: bool = False,
@@ -41,6 +43,7 @@ class TextStream:
     ) -> None:
         """Create an empty stream, to be fed from the first generated token on.
 
+        follows: tokens whose text goes before, since some decoders leave out a space at the beginning of a text.
         min_tokens: stop strings that so many tokens complete do not count. keeps_stop: the stop string that ends the
         text is part of it. skips_special_tokens: they give no text.
         """
@@ -48,8 +51,8 @@ class TextStream:
         self._stop, self._keeps_stop = tuple(stop), keeps_stop
         self._min_tokens = min_tokens
         self._num_tokens = 0
-        self._window: list[int] = []
-        self._num_done = 0
+        self._window = list(follows[-_CONTEXT_TOKENS:])
+        self._num_done = len(self._decode_window().rstrip(_BROKEN)) if self._window else 0
         """Characters of the decoded window that were returned already."""
         self._held = ""
         """Text that may be the start of a stop string."""
@@ -116,6 +119,10 @@ class TokenDecoder:
         self._byte_of = _byte_alphabet() if "ByteLevel" in json.dumps(decoder) else None
         self._special = frozenset(tokenizer.all_special_ids)
 
+    def is_special(self, token_id: int) -> bool:
+        """True for tokens that give no text where special ones are skipped."""
+        return token_id in self._special
+
     def to_bytes(self, token_id: int) -> bytes:
         """Bytes of one token; empty for an id that the tokenizer does not have."""
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -136,6 +143,24 @@ class TokenDecoder:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class TextOffsets:
+    """Where the tokens of a text begin in it, in characters; the tokens of one character begin where that does."""
+
+    def __init__(self, token_decoder: TokenDecoder, *, echoed: str = "", skips_special_tokens: bool = True) -> None:
+        """echoed: the prompt, with which the text begins. skips_special_tokens: they give no text after it."""
+        self._token_decoder, self._echoed, self._skips = token_decoder, echoed, skips_special_tokens
+        self._characters = codecs.getincrementaldecoder("utf-8")("ignore")
+        self._at = 0
+
+    def next(self, token_id: int) -> int:
+        """Where the next token begins."""
+        at, raw = self._at, self._token_decoder.to_bytes(token_id)
+        hidden = self._skips and self._token_decoder.is_special(token_id)
+        if not hidden or self._echoed.startswith(raw.decode(), at):
+            self._at += len(self._characters.decode(raw))
+        return at
 
 
 def _byte_alphabet() -> dict[str, int]:

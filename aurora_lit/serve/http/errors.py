@@ -30,6 +30,7 @@ from aurora_lit.serve.http.structured_fields import JSONSchemaFormat, ResponseFo
 from aurora_lit.serve.http.tool_fields import CalledFunction, CalledTool, Function, FunctionName, NamedTool, Tool
 
 RETRY_AFTER_S = 1
+MAX_BODY_BYTES = 16 * 2**20
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _MODELS: tuple[type[Strict], ...] = (
     ChatRequest,
@@ -49,6 +50,8 @@ _MODELS: tuple[type[Strict], ...] = (
     CalledTool,
     CalledFunction,
 )
+_MAPPINGS = ("metadata", "logit_bias", "chat_template_kwargs")
+"""Fields whose keys are the client's."""
 _FIELDS = frozenset(field.alias or name for model in _MODELS for name, field in model.model_fields.items())
 
 
@@ -92,10 +95,13 @@ def install_error_handlers(app: FastAPI, *, on_error: Callable[[int], None], nee
 
     async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        detail = str(error.detail)
+        if error.status_code == 413:
+            detail = f"the body is larger than {MAX_BODY_BYTES >> 20} MiB; send a smaller one"
         text = {
             404: f"{request.method} {request.url.path} does not exist; see /docs",
             405: f"{request.url.path} does not answer {request.method}; see /docs",
-        }.get(error.status_code, str(error.detail))
+        }.get(error.status_code, detail)
         code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(error.status_code)
         param = "body" if error.status_code in (400, 413) else None
         return respond(text, error.status_code, param, code, error.headers)
@@ -156,8 +162,9 @@ def explain(errors: list[Any] | Any, *, content_type: str | None) -> tuple[str, 
     if media_type != "application/json" and not media_type.endswith("+json"):
         shown = shorten(content_type) if content_type else "missing"
         return f"content-type is {shown}; send application/json", 400, "content-type", "invalid_content_type"
-    # Each branch of a union (such as prompt) reports an error; the one that got furthest into the value is best.
-    error = max(errors, key=lambda entry: (len(entry["loc"]), [part for part in entry["loc"] if isinstance(part, int)]))
+    # Each branch of a union (such as prompt) reports an error; the one that got furthest into the value is best, and
+    # then one of a branch for such a value.
+    error = max(errors, key=_specificity)
     # Names of union branches ("list[str]") are not fields. The name of an unknown field is the last part.
     named = _FIELDS | ({error["loc"][-1]} if error["type"] == "extra_forbidden" else set())
     location = [part for part in error["loc"][1:] if isinstance(part, int) or part in named]
@@ -171,5 +178,12 @@ def explain(errors: list[Any] | Any, *, content_type: str | None) -> tuple[str, 
         return f"{where} is unknown or not supported; leave it out", 400, where, "unsupported_parameter"
     if error["type"] == "missing":
         return f"{where} is missing", 400, where, "missing_parameter"
+    key = f"[{shorten(error['loc'][-1])}]" if where in _MAPPINGS and error["loc"][-1] != where else ""
     detail = str(error["msg"]).removeprefix("Value error, ")
-    return f"{where}={shorten(error.get('input'))}: {detail[:1].lower()}{detail[1:]}", 400, where, "invalid_value"
+    return f"{where}{key}={shorten(error.get('input'))}: {detail[:1].lower()}{detail[1:]}", 400, where, "invalid_value"
+
+
+def _specificity(error: Any) -> tuple[Any, ...]:
+    """How much an error of pydantic's says about a value."""
+    indices = [part for part in error["loc"] if isinstance(part, int)]
+    return len(error["loc"]), indices, not error["type"].endswith("_type")

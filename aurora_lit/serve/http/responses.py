@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from aurora_lit.request import TOKEN_SOURCES, TokenLogprob
 from aurora_lit.serve.http.answer_stream import TextDelta
-from aurora_lit.serve.http.detokenizer import TokenDecoder
+from aurora_lit.serve.http.detokenizer import TextOffsets, TokenDecoder
 from aurora_lit.serve.http.tokenize import Prepared
 from aurora_lit.tool_calls.parser import CallBegin, Content, Piece, ToolCallReader
 
@@ -40,8 +40,8 @@ class _Choice:
     num_tokens: int = 0
     logprobs: list[Entry] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
-    text_offset: int = 0
-    """Where the next token with log-probabilities begins, in characters."""
+    offsets: TextOffsets
+    """Where the tokens with log-probabilities begin."""
     finish_reason: str | None = None
     begun: bool = False
     """True after its first delta."""
@@ -96,11 +96,19 @@ class ResponseBuilder:
         self._prepared, self._kind, self._token_decoder = prepared, kind, token_decoder
         self._max_draft_tokens, self._usage_in_every_chunk = max_draft_tokens, usage_in_every_chunk
         self._wants_logprobs = requests[0].params.logprobs is not None
-        self._wants_sources = prepared.by_token
+        self._wants_sources = prepared.options.by_token
         tools = prepared.tools
         self._choices = [
-            _Choice(histogram=[0] * (max_draft_tokens + 1), tool_reader=None if tools is None else tools.reader())
-            for _ in requests
+            _Choice(
+                histogram=[0] * (max_draft_tokens + 1),
+                tool_reader=None if tools is None else tools.reader(),
+                offsets=TextOffsets(
+                    token_decoder,
+                    echoed=self._echoed(index),
+                    skips_special_tokens=request.params.skip_special_tokens,
+                ),
+            )
+            for index, request in enumerate(requests)
         ]
         full, chunk = _OBJECTS[kind]
         identity = {"id": prepared.call.call_id, "created": created, "model": model}
@@ -199,12 +207,17 @@ class ResponseBuilder:
             }
         }
 
+    def _echoed(self, index: int) -> str:
+        """The prompt that the text of a choice begins with; "" if it is not asked for."""
+        texts = self._prepared.prompt_texts
+        return texts[index // self._prepared.num_choices] if texts else ""
+
     def _add(self, delta: TextDelta) -> _Added:
         """Add a delta to its choice."""
         choice, drop_output = self._choices[delta.index], self._prepared.drop_output
         text, entries, sources = "", list[Entry](), list[Source]()
-        if not choice.begun and self._prepared.prompt_texts:
-            text = self._prepared.prompt_texts[delta.index // self._prepared.num_choices]
+        if not choice.begun:
+            text = self._echoed(delta.index)
         if delta.prompt_logprobs is not None:
             request = self._prepared.call.requests[delta.index]
             if self._prepared.prompt_logprobs is not None:
@@ -285,9 +298,8 @@ class ResponseBuilder:
     def _logprobs(self, choice: _Choice, entries: Sequence[Entry]) -> Json:
         if self._kind == "chat":
             return _chat_logprobs(entries, self._token_decoder)
-        # In a stream the offset continues from chunk to chunk; a full response is written once, from the start.
-        logprobs, choice.text_offset = _text_logprobs(entries, self._token_decoder, offset=choice.text_offset)
-        return logprobs
+        # In a stream the offsets continue from chunk to chunk; a full response is written once, from the start.
+        return _text_logprobs(entries, self._token_decoder, choice.offsets)
 
 
 def _joined(first: _Added, second: _Added) -> _Added:
@@ -342,22 +354,14 @@ def _chat_logprobs(entries: Sequence[Entry], token_decoder: TokenDecoder) -> Jso
     }
 
 
-def _text_logprobs(entries: Sequence[Entry], token_decoder: TokenDecoder, *, offset: int) -> tuple[Json, int]:
-    """`choices[].logprobs` of a text completion: parallel lists.
-
-    offset: where the first token begins, in characters. Also returns where the next token begins.
-    """
-    tokens, offsets = [], []
-    for token_id, _ in entries:
-        tokens.append(token_decoder.to_text(token_id))
-        offsets.append(offset)
-        offset += len(tokens[-1])
+def _text_logprobs(entries: Sequence[Entry], token_decoder: TokenDecoder, offsets: TextOffsets) -> Json:
+    """`choices[].logprobs` of a text completion: parallel lists."""
     return {
-        "tokens": tokens,
+        "tokens": [token_decoder.to_text(token_id) for token_id, _ in entries],
         "token_logprobs": [None if known is None else known.logprob for _, known in entries],
         "top_logprobs": [None if known is None else _top_by_text(known, token_decoder) for _, known in entries],
-        "text_offset": offsets,
-    }, offset
+        "text_offset": [offsets.next(token_id) for token_id, _ in entries],
+    }
 
 
 def _top_by_text(known: TokenLogprob, token_decoder: TokenDecoder) -> dict[str, float]:

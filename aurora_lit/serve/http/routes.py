@@ -20,14 +20,20 @@ from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.serve.http.answer_stream import TextDelta
-from aurora_lit.serve.http.body import shorten
 from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.errors import error_event
 from aurora_lit.serve.http.metrics import ServerMetrics
 from aurora_lit.serve.http.responses import ResponseBuilder
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions
 from aurora_lit.serve.http.stream_events import DONE, SendClock, StreamShape, event
-from aurora_lit.serve.http.tokenize import Limits, Prepared, longest_token, prepare_chat, prepare_completion
+from aurora_lit.serve.http.tokenize import (
+    Limits,
+    Prepared,
+    check_model,
+    longest_token,
+    prepare_chat,
+    prepare_completion,
+)
 from aurora_lit.serve.http.worker_client import ClientDisconnected, PendingCall, WorkerClient
 
 _CLIENT_CLOSED_REQUEST = 499  # the status that proxies log for it; the client does not receive it
@@ -82,7 +88,7 @@ class GenerationRoutes:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        self._check_model(body.model)
+        check_model(body.model, served=self._model)
         prepared = await asyncio.to_thread(
             prepare_chat,
             body,
@@ -95,7 +101,7 @@ class GenerationRoutes:
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """POST /v1/completions."""
-        self._check_model(body.model)
+        check_model(body.model, served=self._model)
         prepared = await asyncio.to_thread(
             prepare_completion,
             body,
@@ -108,16 +114,6 @@ class GenerationRoutes:
 
     def _pseudonym(self, body: ChatRequest | CompletionRequest, request: Request) -> str:
         return self._pseudonyms.of(user=body.user, address=request.client.host if request.client else None)
-
-    def _check_model(self, name: str | None) -> None:
-        """Refuse any model but the served one; a request without a model gets that."""
-        if name not in (None, self._model):
-            raise RequestError(
-                f"model={shorten(name)} does not exist; this server has {self._model}",
-                param="model",
-                code="model_not_found",
-                status=404,
-            )
 
     def _limits(self) -> Limits:
         status = self._status.read()
@@ -142,13 +138,7 @@ class GenerationRoutes:
             for reason in response.finish_reasons:
                 self._metrics.finish(reason or ("error" if failed else "abort"))
 
-        pending = self._worker_client.start(
-            prepared.call,
-            request,
-            by_token=prepared.by_token,
-            grammar_field=prepared.grammar_field,
-            on_close=on_close,
-        )
+        pending = self._worker_client.start(prepared.call, request, prepared.options, on_close=on_close)
         is_streaming = False
         try:
             # Wait for the first deltas even for a stream: a call that fails before them gets a proper HTTP status.

@@ -93,7 +93,7 @@ class Message(Strict):
     def _drop_neutral_fields(cls, body: Any) -> Any:
         return drop_neutral(body, NEUTRAL_IN_MESSAGE, inside="messages")
 
-    @field_validator("name", "tool_calls", "tool_call_id")
+    @field_validator("tool_calls", "tool_call_id")
     @classmethod
     def _check_role(cls, value: Any, info: ValidationInfo) -> Any:
         role = "assistant" if info.field_name == "tool_calls" else "tool"

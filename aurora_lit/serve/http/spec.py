@@ -71,7 +71,7 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         )
         self.add_endpoint("/v1/chat/completions", generation.chat, ["POST"])
         self.add_endpoint("/v1/completions", generation.complete, ["POST"])
-        tokens = TokenRoutes(tokenizer=tokenizer, status=self._status_page)
+        tokens = TokenRoutes(model=self._model, tokenizer=tokenizer, status=self._status_page)
         self.add_endpoint("/tokenize", tokens.tokenize, ["POST"])
         self.add_endpoint("/detokenize", tokens.detokenize, ["POST"])
         self.add_endpoint("/v1/models", self.models, ["GET"])

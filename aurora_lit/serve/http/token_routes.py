@@ -15,7 +15,7 @@ from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.serve.http.detokenizer import TokenDecoder, decode
 from aurora_lit.serve.http.schema import DetokenizeRequest, TokenizeRequest
-from aurora_lit.serve.http.tokenize import render
+from aurora_lit.serve.http.tokenize import check_model, check_text, render
 
 _MOST_CHARACTERS = 1 << 20
 """Of a text: more takes the tokenizer seconds."""
@@ -24,13 +24,15 @@ _MOST_CHARACTERS = 1 << 20
 class TokenRoutes:
     """The two routes of one server."""
 
-    def __init__(self, *, tokenizer: Tokenizer, status: EngineStatusPage) -> None:
-        """status: has the limits of the model."""
+    def __init__(self, *, model: str, tokenizer: Tokenizer, status: EngineStatusPage) -> None:
+        """model: the only name that requests may ask for. status: has the limits of the model."""
+        self._model = model
         self._tokenizer, self._status = tokenizer, status
         self._token_decoder = TokenDecoder(tokenizer)
 
     async def tokenize(self, body: TokenizeRequest) -> JSONResponse:
         """The ids of a text, or of a conversation as its prompt is rendered."""
+        check_model(body.model, served=self._model)
         tokens = await asyncio.to_thread(self._encode, body)
         texts = [self._token_decoder.to_text(token) for token in tokens] if body.return_token_strs else None
         limit = self._status.read().max_seq_len
@@ -38,6 +40,7 @@ class TokenRoutes:
 
     async def detokenize(self, body: DetokenizeRequest) -> JSONResponse:
         """The text of ids, without special tokens."""
+        check_model(body.model, served=self._model)
         vocab_size = self._status.read().vocab_size
         wrong = next((token for token in body.tokens if token >= vocab_size), None)
         if wrong is not None:
@@ -49,6 +52,7 @@ class TokenRoutes:
         adds = body.add_special_tokens
         text, default = (body.prompt, True) if body.messages is None else (self._render(body), False)
         assert text is not None, "either prompt or messages is given"
+        check_text(text, param="prompt" if body.messages is None else "messages")
         if len(text) > _MOST_CHARACTERS:
             raise RequestError(
                 f"prompt: {len(text)} characters are too many; send at most {_MOST_CHARACTERS}", param="prompt"

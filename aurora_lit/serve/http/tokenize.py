@@ -17,6 +17,7 @@ from aurora_lit.grammars.definition import fault_of, names_special_tokens
 from aurora_lit.ipc.messages import Call
 from aurora_lit.models.tokenizer import Tokenizer, tokenizer_json
 from aurora_lit.request import Request, SamplingParams
+from aurora_lit.serve.http.answer_stream import DEFAULT_OPTIONS, AnswerOptions
 from aurora_lit.serve.http.body import shorten
 from aurora_lit.serve.http.detokenizer import decode
 from aurora_lit.serve.http.schema import (
@@ -63,14 +64,11 @@ class Prepared:
     """Of each prompt."""
     drop_output: bool = False
     """max_tokens is 0: the one token that the engine generates is dropped."""
-    by_token: bool = False
-    """The response says of each token where it came from."""
+    options: AnswerOptions = DEFAULT_OPTIONS
     prompt_logprobs: int | None = None
     """Alternatives per token of the prompt, whose log-probabilities the response has; None: it has none."""
     tools: ToolUse | None = None
     """How the answers may call tools; None: they call none."""
-    grammar_field: str = ""
-    """The body's field that the answers' grammar comes from; "" without one."""
 
 
 def prepare_chat(
@@ -96,10 +94,12 @@ def prepare_chat(
         prompt_texts=(),
         num_prompt_tokens=len(prompt_ids),
         num_choices=body.num_choices,
-        by_token=bool(body.return_token_sources),
+        options=AnswerOptions(
+            by_token=bool(body.return_token_sources),
+            grammar_field=body.structure[0] if body.structure else "tools" if use is not None and use.grammar else "",
+        ),
         prompt_logprobs=body.prompt_logprobs,
         tools=use,
-        grammar_field=body.structure[0] if body.structure else "tools",
     )
 
 
@@ -136,7 +136,8 @@ def prepare_completion(
             bad = next((token_id for token_id in prompt_ids if token_id >= limits.vocab_size), None)
             if bad is not None:
                 raise RequestError(f"prompt: {bad} is no token; use 0 to {limits.vocab_size - 1}", param="prompt")
-            texts.append(decode(tokenizer, prompt_ids) if body.echo else "")
+            skips = body.skip_special_tokens is not False
+            texts.append(decode(tokenizer, prompt_ids, skips_special_tokens=skips) if body.echo else "")
         ids.append(prompt_ids)
     wanted, params = token_limit(body), []
     for prompt_ids in ids:
@@ -156,26 +157,45 @@ def prepare_completion(
         num_prompt_tokens=sum(map(len, ids)),
         num_choices=body.num_choices,
         drop_output=wanted == 0,
-        by_token=bool(body.return_token_sources),
+        options=AnswerOptions(
+            continues_prompt=True,
+            by_token=bool(body.return_token_sources),
+            grammar_field=body.structure[0] if body.structure else "",
+        ),
         prompt_logprobs=body.prompt_logprobs,
-        grammar_field=body.structure[0] if body.structure else "",
     )
 
 
 def _encode(
     tokenizer: Tokenizer, text: str, limits: Limits, *, param: str, add_special_tokens: bool
 ) -> tuple[int, ...]:
+    check_text(text, param=param)
+    # Tokenizing megabytes takes seconds; for a prompt that is too long, its beginning suffices to find out.
+    beginning = text[: limits.max_seq_len * limits.longest_token]
+    if len(beginning) < len(text):
+        _check_room(len(tokenizer.encode(beginning, add_special_tokens=False)), limits, param=param)
+    return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def check_model(name: str | None, *, served: str) -> None:
+    """Raise RequestError for any model but the served one; a request without a model gets that."""
+    if name not in (None, served):
+        raise RequestError(
+            f"model={shorten(name)} does not exist; this server has {served}",
+            param="model",
+            code="model_not_found",
+            status=404,
+        )
+
+
+def check_text(text: str, *, param: str) -> None:
+    """Raise RequestError for half of a surrogate pair, which JSON may hold and no tokenizer reads."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
             f"{param}: half of a surrogate pair is no text; send whole characters", param=param
         ) from error
-    # Tokenizing megabytes takes seconds; for a prompt that is too long, its beginning suffices to find out.
-    beginning = text[: limits.max_seq_len * limits.longest_token]
-    if len(beginning) < len(text):
-        _check_room(len(tokenizer.encode(beginning, add_special_tokens=False)), limits, param=param)
-    return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
 def _check_room(num_prompt: int, limits: Limits, *, param: str) -> int:

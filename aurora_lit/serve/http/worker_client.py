@@ -36,7 +36,7 @@ from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.ipc.messages import CANCEL, Call, CallMessage, CallUpdate, CancelRequest, Failure
 from aurora_lit.ipc.process_lifetime import call_when_process_ends
 from aurora_lit.models.tokenizer import Tokenizer
-from aurora_lit.serve.http.answer_stream import AnswerStream, TextDelta
+from aurora_lit.serve.http.answer_stream import DEFAULT_OPTIONS, AnswerOptions, AnswerStream, TextDelta
 from aurora_lit.serve.http.channel import RESPONSES_UID
 
 HEARTBEAT_STALE_S = 10.0
@@ -115,14 +115,11 @@ class WorkerClient:
         self,
         call: Call,
         request: Request,
+        options: AnswerOptions = DEFAULT_OPTIONS,
         *,
-        by_token: bool = False,
-        grammar_field: str = "",
         on_close: Callable[[bool], None],
     ) -> PendingCall:
         """Send a call to the worker. `on_close` runs once at its end, with True if the call failed.
-
-        by_token, grammar_field: see `AnswerStream`.
 
         Raises RequestError if the worker is dead or the call does not fit into the queue.
         """
@@ -131,10 +128,11 @@ class WorkerClient:
             raise RequestError(f"cannot serve: {reason}", code="engine_dead", status=503)
         num_choices = len(call.requests)
         if num_choices > self._max_queue:
+            field = "prompt" if call.requests[0].prompt_ids != call.requests[-1].prompt_ids else "n"
             raise RequestError(
-                f"n: the request asks for {num_choices} choices and server.max_queue is {self._max_queue}; "
-                "ask for fewer",
-                param="n",
+                f"{field}: the request asks for {num_choices} choices, of all prompts together, and server.max_queue "
+                f"is {self._max_queue}; ask for fewer",
+                param=field,
             )
         if self.num_sequences + num_choices > self._max_queue:
             raise RequestError(
@@ -143,7 +141,7 @@ class WorkerClient:
                 code="queue_full",
                 status=429,
             )
-        answer = AnswerStream(self._tokenizer, call.requests, by_token=by_token, grammar_field=grammar_field)
+        answer = AnswerStream(self._tokenizer, call.requests, options)
         pending = PendingCall(self, self._spec, call, answer, on_close)
         watcher = asyncio.create_task(pending.close_when_client_disconnects(request))
         self._disconnect_watchers.add(watcher)

@@ -8,7 +8,7 @@ from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.messages import Call, Delta
 from aurora_lit.request import Request, SamplingParams
-from aurora_lit.serve.http.answer_stream import AnswerStream
+from aurora_lit.serve.http.answer_stream import AnswerOptions, AnswerStream
 from aurora_lit.serve.worker.call_tracker import CallTracker
 
 TOKENIZER = tiny_tokenizer()
@@ -101,8 +101,10 @@ def test_the_speculation_of_the_round_that_completes_a_stop_string_counts_and_la
 
 def test_an_error_of_the_engine_is_raised_unless_the_choice_has_ended_before():
     failed = Delta(index=0, token_ids=(), finish_reason="error", error="as asked")
+    with pytest.raises(RuntimeError, match="as asked"):
+        AnswerStream(TOKENIZER, requests_of("")).add([failed])
     with pytest.raises(RequestError, match="guided_json cannot be used: as asked") as raised:
-        AnswerStream(TOKENIZER, requests_of(""), grammar_field="guided_json").add([failed])
+        AnswerStream(TOKENIZER, requests_of(""), AnswerOptions(grammar_field="guided_json")).add([failed])
     assert (raised.value.status, raised.value.param) == (400, "guided_json")
     stream = AnswerStream(TOKENIZER, requests_of("", stop=("a",)))
     assert stream.add([Delta(index=0, token_ids=tuple(TOKENIZER.encode("a")))]).stopped == (0,)
@@ -175,7 +177,7 @@ def test_the_text_by_token_is_the_text(options, tokens_per_round, end):
     requests = requests_of(f"hello 今日は 🌍, ça va? {end}", max_tokens=60, **options)
     engine = FakeEngine(FakeOptions(tokens_per_round=tokens_per_round))
     tracker, whole = CallTracker(engine), AnswerStream(TOKENIZER, requests)
-    by_token = AnswerStream(TOKENIZER, requests, by_token=True)
+    by_token = AnswerStream(TOKENIZER, requests, AnswerOptions(by_token=True))
     tracker.add(Call(call_id="a", requests=requests))
     num_pieces = 0
     while engine.has_work:

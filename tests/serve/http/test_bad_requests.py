@@ -7,7 +7,8 @@ import httpx
 import pytest
 from support.fake_server import MODEL, FakeServer
 
-KEY = "sekret"
+KEY = "sekret-ключ"
+"""Clients write it in UTF-8."""
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -20,7 +21,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def client(server):
-    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=20) as session:
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}".encode()}, timeout=20) as session:
         yield session
 
 
@@ -43,6 +44,9 @@ def json_schema(schema, **fields):
 IN_DEPTH = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "numbr"}}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 BAD_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "numbr"}}}}}
+
+
+TEXT_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}
 
 
 def called(arguments):
@@ -69,6 +73,10 @@ BAD = [
     ("/tokenize", {"messages": []}, 400, "messages"),
     ("/tokenize", {"prompt": "a" * ((1 << 20) + 1)}, 400, "prompt"),
     ("/tokenize", {"prompt": "a", "unknown": 1}, 400, "unknown"),
+    ("/tokenize", {"prompt": "\ud83d"}, 400, "prompt"),
+    ("/tokenize", {"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "messages"),
+    ("/tokenize", {"prompt": "a", "model": "gpt-4"}, 404, "model"),
+    ("/detokenize", {"tokens": [1], "model": "gpt-4"}, 404, "model"),
     ("/detokenize", {}, 400, "tokens"),
     ("/detokenize", {"tokens": [-1]}, 400, "tokens[0]"),
     ("/detokenize", {"tokens": [10**6]}, 400, "tokens"),
@@ -125,6 +133,7 @@ BAD = [
     (CHAT, chat(tools=[TOOL], tool_choice="required", ignore_eos=True), 400, "ignore_eos"),
     (CHAT, chat(tools=[TOOL], tool_choice="required", guided_regex="a"), 400, "tool_choice"),
     (CHAT, chat(tools=[TOOL], guided_regex="a"), 400, "guided_regex"),
+    (CHAT, chat(tools=[TEXT_TOOL], tool_choice="required"), 400, "tools[0].function.parameters.type"),
     (CHAT, chat(tools=[BAD_TOOL], tool_choice="required"), 400, "tools[0].function.parameters.properties.a"),
     (CHAT, chat(messages=[{"role": "assistant"}]), 400, "messages[0].content"),
     (CHAT, chat(messages=[{"role": "user", "content": "a", "tool_call_id": "b"}]), 400, "messages[0].tool_call_id"),
@@ -173,7 +182,7 @@ BAD = [
     (CHAT, message(content="\ud800"), 400, "messages"),
     (CHAT, message(tool_calls=[{"id": "1"}]), 400, "messages[0].tool_calls[0].function"),
     (CHAT, message(tool_calls=called("{}")["tool_calls"]), 400, "messages[0].tool_calls"),
-    (CHAT, message(name="ann"), 400, "messages[0].name"),
+    (CHAT, message(name=5), 400, "messages[0].name"),
     (CHAT, message(mood="cheerful"), 400, "messages[0].mood"),
     (CHAT, chat(prompt="hello"), 400, "prompt"),
     (TEXT, text(messages=HELLO), 400, "messages"),
@@ -189,7 +198,8 @@ BAD = [
     (TEXT, text(prompt=[[1], [10**30]]), 400, "prompt[1][0]"),
     (TEXT, text(prompt="hello " * 200), 400, "prompt"),
     (TEXT, text(prompt="<|toolong|>"), 400, "prompt"),  # refused by the engine itself
-    (TEXT, text(prompt=["a"] * 9), 400, "n"),
+    (TEXT, text(prompt=["a", *"b" * 8]), 400, "prompt"),
+    (TEXT, text(n=9), 400, "n"),
     (TEXT, text(max_tokens=0), 400, "max_tokens"),
     (TEXT, text(logprobs=True), 400, "logprobs"),
     (TEXT, text(logprobs=21), 400, "logprobs"),
@@ -228,6 +238,25 @@ def test_bad_body(client, case):
     path, body, status, param = case
     response = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
     check_error(response, status, param)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (chat(stop=["x"] * 17), "at most 16 items"),
+        (text(prompt=[-1]), "greater than or equal to 0"),
+        (chat(metadata={"kind": 1}), "metadata['kind']=1"),
+        (chat(logit_bias={"5": -101}), "logit_bias['5']=-101"),
+        (text(prompt=["a", *"b" * 8]), "server.max_queue"),
+    ],
+)
+def test_an_error_says_what_would_be_right(client, body, said):
+    response = client.post(CHAT if "messages" in body else TEXT, json=body)
+    assert said in response.json()["error"]["message"]
+
+
+def test_a_body_that_is_too_large_is_told_the_limit(client):
+    check_error(client.post(TEXT, content=b" " * (17 << 20), headers={"Content-Type": "application/json"}), 413, "body")
 
 
 def test_megabytes_of_prompt_are_refused_at_once(client):
@@ -278,8 +307,8 @@ def test_unknown_paths_and_methods(client):
     [
         {},
         {"Authorization": "Bearer wrong"},
-        {"Authorization": KEY},
-        {"X-API-Key": KEY},
+        {"Authorization": KEY.encode()},
+        {"X-API-Key": KEY.encode()},
         {"Authorization": "Bearer ü".encode("latin-1")},
     ],
 )

@@ -4,8 +4,10 @@ import random
 
 import pytest
 from support.fake_engine import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from aurora_lit.serve.http.detokenizer import TextStream, TokenDecoder
+from aurora_lit.serve.http.detokenizer import TextOffsets, TextStream, TokenDecoder
 
 TEXT = "hello world, ça va? 今日は 🌍🚀 naïve — the end ✓ e\u0301 👩‍👩‍👧 done"
 
@@ -82,6 +84,27 @@ def test_output_is_cut_before_the_stop_string(tokenizer, seed, stop, expected):
         assert expected.startswith(text), "text was returned that had to be held back"
     assert text == expected
     assert stream.stopped == (expected != TEXT)
+
+
+def test_the_space_between_a_prompt_and_its_continuation_is_not_lost():
+    """Decoders of SentencePiece leave out the space at the beginning of a text."""
+    pieces = ["\u2581The", "\u2581capital", "\u2581is", "\u2581Paris"]
+    backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="\u2581The"))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert TextStream(tokenizer, follows=(0, 1, 2)).push([3]) == " Paris"
+    assert TextStream(tokenizer).push([3]) == "Paris"
+
+
+def test_offsets_are_those_of_the_text(tokenizer):
+    token_decoder, special = TokenDecoder(tokenizer), tokenizer.eos_token_id
+    ids = tokenizer.encode("a😀b")
+    offsets = TextOffsets(token_decoder)
+    assert [offsets.next(i) for i in [special, *ids, special, *ids]] == [0, 0, 1, 1, 1, 1, 2, 3, 3, 4, 4, 4, 4, 5]
+    shown = TextOffsets(token_decoder, skips_special_tokens=False)
+    assert [shown.next(i) for i in [special, *tokenizer.encode("a")]] == [0, len("<|end|>")]
+    echoed = TextOffsets(token_decoder, echoed="<|end|>a")
+    assert [echoed.next(i) for i in [special, *tokenizer.encode("ab")]] == [0, 7, 8]
 
 
 def test_a_token_is_converted_to_its_bytes_and_text(tokenizer):
