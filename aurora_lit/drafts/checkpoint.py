@@ -173,7 +173,11 @@ def _config_json(config: Eagle3Config, dtype: torch.dtype) -> dict[str, Any]:
         "attention_bias": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "eagle_aux_hidden_state_layer_ids": layers,
-        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": layers},
+        # SGLang reads these, and takes the outputs of layers.
+        "eagle_config": {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in layers],
+        },
         **norms,
     }
 

@@ -1,6 +1,7 @@
 """EAGLE-3 checkpoints as SGLang, SpecForge and speculators write them, brought to the one form that we read.
 
-    SpecForge, SGLang   tensors under midlayer.; LlamaForCausalLMEagle3; the layers' ids, if at all, in eagle_config
+    SpecForge, SGLang   tensors under midlayer.; LlamaForCausalLMEagle3; the layers' ids, if at all, in eagle_config:
+                        those whose outputs are read, one less than of the layers whose inputs these are
     speculators         tensors under layers.0.; the layer's shape in transformer_layer_config; norms by flags
 
 Tensors that repeat what the target has (the embedding) are left out, and the vocabulary's masks are computed if only
@@ -17,6 +18,7 @@ import torch
 from aurora_lit.errors import CheckpointError
 from aurora_lit.modules.draft.eagle3 import Llama3Scaling
 
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 _OWN_EMBEDDING = "embed_tokens.weight"
 _UNSUPPORTED = {
@@ -48,9 +50,10 @@ def common_config(raw: dict[str, Any]) -> dict[str, Any]:
     if fields.get("num_hidden_layers", 1) != 1:
         raise CheckpointError(f"num_hidden_layers is {fields['num_hidden_layers']}; a draft has 1")
     eagle = fields.get("eagle_config") or {}
-    for name in ("eagle_aux_hidden_state_layer_ids", "norm_before_fc"):
-        if fields.get(name) is None and name in eagle:
-            fields[name] = eagle[name]
+    if fields.get("norm_before_fc") is None and "norm_before_fc" in eagle:
+        fields["norm_before_fc"] = eagle["norm_before_fc"]
+    if fields.get(_LAYER_IDS) is None and eagle.get(_LAYER_IDS):
+        fields[_LAYER_IDS] = [layer + 1 for layer in eagle[_LAYER_IDS]]
     rope = fields.get("rope_parameters") or {}
     fields.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
     fields["rope_scaling"] = _rope_scaling(fields.get("rope_scaling") or rope)

@@ -59,7 +59,7 @@ CONFIG = {
     "attention_bias": False,
     "torch_dtype": "bfloat16",
     "eagle_aux_hidden_state_layer_ids": [2, 3, 4],
-    "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [2, 3, 4]},
+    "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
 }
 
 

@@ -45,7 +45,7 @@ SPECFORGE = {
     "architectures": ["LlamaForCausalLMEagle3"],
     "draft_vocab_size": 12,
     "rope_theta": 10_000.0,
-    "eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 4, 6], "use_aux_hidden_state": True},
+    "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 5], "use_aux_hidden_state": True},
 }
 SPECULATORS = {
     "architectures": ["Eagle3Speculator"],
