@@ -287,7 +287,8 @@ class Capture:
             )
         kept = min(self._overlap_tokens, recording.length - first)
         # Copies, since a view would keep the whole segment.
-        recording.rows = [] if ended else [(tokens_T[-kept:].clone(), aux_T3H[-kept:].clone(), last_TH[-kept:].clone())]
+        rows = slice(len(tokens_T) - kept, None)
+        recording.rows = [] if ended else [(tokens_T[rows].clone(), aux_T3H[rows].clone(), last_TH[rows].clone())]
         recording.first, recording.start, recording.rounds = recording.length - kept, recording.length, []
 
 
