@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 from aurora_lit.learn.data.labelled_trace import crop, first_trained_position, label_for_batch, unlabelled
 from aurora_lit.learn.data.online_batch import collate_online
@@ -100,6 +101,13 @@ class OnlineBatcher:
             oldest = self._waiting.popleft()
             self._waiting_bytes -= oldest.num_bytes
             self._remember_untaken(oldest)
+
+    def rename_domain(self, removed: str, kept: str) -> None:
+        """Traces of a domain that went into another one are of that from now on."""
+        self._waiting = deque(
+            replace(trace, domain=kept) if trace.domain == removed else trace for trace in self._waiting
+        )
+        self.reservoir.rename_domain(removed, kept)
 
     def next_batch(self, *, oldest_fresh: int) -> OnlineBatch | None:
         """The next batch; None when no live trace waits and MAX_PASSES is reached.

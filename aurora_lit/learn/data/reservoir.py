@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aurora_lit.errors import TraceError
@@ -89,13 +89,21 @@ class Reservoir:
             dropped.add(self._drop_one().number)
         return entry.number not in dropped
 
+    def rename_domain(self, removed: str, kept: str) -> None:
+        """Traces of a domain that went into another one are of that from now on, until a restart."""
+        if removed in self._heaps:
+            self._heaps[kept] = [*self._heaps.get(kept, ()), *self._heaps.pop(removed)]
+            heapq.heapify(self._heaps[kept])
+            self._bytes[kept] = self._bytes.get(kept, 0) + self._bytes.pop(removed)
+
     def sample(self) -> Trace | None:
         """A random trace: first a domain, all with equal chance, then a trace of it. None when there are none."""
         while self._heaps:
             domain = self._random.choice(sorted(self._heaps))
             entry = self._random.choice(self._heaps[domain])
             try:
-                return from_bytes((self._folder / entry.name).read_bytes())
+                trace = from_bytes((self._folder / entry.name).read_bytes())
+                return replace(trace, domain=domain or trace.domain)
             except (OSError, TraceError):  # the file was deleted or damaged
                 self._heaps[domain].remove(entry)
                 heapq.heapify(self._heaps[domain])

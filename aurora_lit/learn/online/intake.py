@@ -44,6 +44,7 @@ class TraceIntake:
         with the first. max_repeated_share: larger shares of repeated n-grams are looping; 1 leaves nothing out.
         """
         self._controller, self._batcher, self._held_out = controller, batcher, held_out
+        controller.on_merge = batcher.rename_domain
         self._num_waiting, self._max_repeated_share = num_waiting, max_repeated_share
         self._num_added = 0
         self._released: dict[str, None] = {}

@@ -93,4 +93,6 @@ class DomainAssigner:
         z_E = torch.addcmul(self._negative_shift_E, x_E, self._scale_E)
         product, nearest = torch.addmv(self._common_D, self._direction_DE, z_E).max(0)
         length = (float(torch.dot(z_E, z_E)) + self._common) ** 0.5
+        if not length:  # all prompts were equal so far, and this is another one of them
+            return UNKNOWN
         return self._names[int(nearest)] if 1 - float(product) / length <= self._threshold else UNKNOWN

@@ -15,7 +15,7 @@ the rules.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +54,8 @@ class DomainController:
         self.detector = detector
         self._labels: dict[str, None] = {}
         self._max_labels = max_labels
+        self.on_merge: Callable[[str, str], None] = lambda removed, kept: None
+        """Called when a domain went into another one: what has its name has that one's from now on."""
         self.num_labels_dropped = 0
         """Traces whose label was not kept, since this object was made."""
         self._explore_shares = explore_shares
@@ -82,6 +84,8 @@ class DomainController:
         assignment = DomainAssignment(domain=self._known_label(trace.domain))
         if self.detector is not None:
             assignment = self.detector.assign(trace)
+        if assignment.merged is not None:
+            self.on_merge(*assignment.merged)
         self.num_labels_dropped += trace.domain not in (UNKNOWN, assignment.domain)
         if assignment.founded_novelty:
             self._raise_heat(assignment.domain, assignment.founded_novelty)

@@ -58,6 +58,8 @@ class DomainAssignment:
     """Above 0 if this request founded its domain: the domain's distance to everything seen before, at most 1."""
     shift: Shift | None = None
     """The shift that was detected with this request."""
+    merged: tuple[str, str] | None = None
+    """A domain that went into another one to make room for this request's, and that one."""
 
 
 @dataclass(kw_only=True)
@@ -115,7 +117,10 @@ class DomainDetector:
         """The domain of a trace. The detector learns from a request's first segment; later ones have its domain."""
         x_E = prompt_embedding(trace)
         if x_E is None:
-            return DomainAssignment(domain=self._domain_of_request.get(trace.request_id, UNKNOWN))
+            # Of a request whose beginning was not seen, such as one behind another server's prefix cache, the label.
+            label = client_label(trace.domain)
+            label = label if label in self._domains else UNKNOWN
+            return DomainAssignment(domain=self._domain_of_request.get(trace.request_id, label))
         cluster = self._assign_cluster(trace, x_E)
         name = cluster.name or UNKNOWN
         self._num_requests += 1
@@ -125,14 +130,22 @@ class DomainDetector:
         shift = self._detect_shift(name, trace, x_E)
         self.num_shifts += shift is not None
         return DomainAssignment(
-            domain=name, distance=cluster.distance, founded_novelty=cluster.founded_novelty, shift=shift
+            domain=name,
+            distance=cluster.distance,
+            founded_novelty=cluster.founded_novelty,
+            shift=shift,
+            merged=cluster.merged,
         )
 
     def _assign_cluster(self, trace: Trace, x_E: Tensor) -> ClusterAssignment:
         new_name = f"{AUTO_PREFIX}{self._next_id}"
         cluster = self._clusters.assign(x_E, new_name=new_name, fixed_name=client_label(trace.domain) or None)
         if cluster.merged is not None:
-            del self._domains[cluster.merged[0]]
+            removed, kept = cluster.merged
+            del self._domains[removed]
+            for request_id, name in self._domain_of_request.items():
+                if name == removed:
+                    self._domain_of_request[request_id] = kept
         if cluster.name is not None and cluster.founded_novelty:
             self._next_id += cluster.name == new_name
             self._domains[cluster.name] = _Domain(founded_at=self._num_requests, novelty=cluster.founded_novelty)

@@ -41,6 +41,20 @@ def test_the_reservoir_keeps_a_fair_sample_within_its_bytes_and_spares_rare_doma
     assert 300 < sum(marks) / len(marks) < 700, "old and new alike"
 
 
+def test_traces_of_a_domain_that_went_into_another_are_of_that(tmp_path: Path) -> None:
+    reservoir = Reservoir(tmp_path / "r", limit_bytes=1 << 20, seed=0)
+    for mark, domain in enumerate(["a", "a", "b", "c", "c", "c"]):
+        reservoir.add(a_trace(domain=domain, mark=mark))
+    reservoir.rename_domain("a", "b")
+    reservoir.rename_domain("c", "d")
+    reservoir.rename_domain("unknown", "d")
+    assert reservoir.domains == {"b": 3, "d": 3}
+    num_bytes = reservoir.num_bytes
+    found = {(trace.domain, int(trace.token_ids_T[0])) for _ in range(200) if (trace := reservoir.sample())}
+    assert found == {("b", 0), ("b", 1), ("b", 2), ("d", 3), ("d", 4), ("d", 5)}
+    assert num_bytes == sum(path.stat().st_size for path in (tmp_path / "r").iterdir())
+
+
 def test_heavier_traces_are_more_likely_to_stay(tmp_path: Path) -> None:
     reservoir = Reservoir(tmp_path / "r", limit_bytes=60_000, seed=1)
     for mark in range(600):

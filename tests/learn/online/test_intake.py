@@ -74,9 +74,12 @@ def test_requests_wait_before_they_are_learned_from_and_at_the_start_every_secon
         def add(self, trace: Trace) -> None:
             learned.append((trace.request_id, trace.first_position))
 
+        def rename_domain(self, removed: str, kept: str) -> None:
+            renamed.append((removed, kept))
+
     batches: Any = Batches()
-    held_out = HeldOut(seed=0)
-    intake = TraceIntake(make_controller(), batches, held_out, num_waiting=4, max_repeated_share=1.0)
+    held_out, controller, renamed = HeldOut(seed=0), make_controller(), list[tuple[str, str]]()
+    intake = TraceIntake(controller, batches, held_out, num_waiting=4, max_repeated_share=1.0)
     waiting, names = [], [f"r{n}" for n in range(40)]
     for name in names:
         intake.add(replace(traffic[0], request_id=name))
@@ -90,3 +93,5 @@ def test_requests_wait_before_they_are_learned_from_and_at_the_start_every_secon
         intake.add(replace(traffic[0], request_id=name, first_position=64))
     assert learned == [(in_time[-1], 64)], "what was learned from is not tried, not in part either"
     assert [len(request.traces) for request in held_out.newest] == [1, 1, 1, 2]
+    controller.on_merge("auto-1", "auto-2")
+    assert renamed == [("auto-1", "auto-2")]

@@ -100,5 +100,19 @@ def test_an_embedding_at_the_mean_is_an_outlier() -> None:
     assert DomainAssigner(centroids, version=1).assign(centroids.mean_E.clone()) == UNKNOWN
 
 
+def test_an_embedding_without_length_is_an_outlier() -> None:
+    """As one more of prompts that were all equal."""
+    mean_E = torch.ones(6)
+    same = Centroids(
+        names=("a",),
+        centroid_DE=mean_E[None],
+        mean_E=mean_E,
+        variance_E=torch.full((6,), 1 - 1e-8),
+        common=0.0,
+        novelty_threshold=0.7,
+    )
+    assert DomainAssigner(same, version=1).assign(mean_E) == UNKNOWN
+
+
 def test_a_label_with_the_reserved_prefix_is_none() -> None:
     assert [client_label(label) for label in ("code", "auto-1", "")] == ["code", "", ""]

@@ -113,11 +113,18 @@ def test_the_novelty_threshold_decides_how_distant_a_new_domain_is() -> None:
 def test_beyond_the_cap_the_closest_domains_are_merged_to_make_room() -> None:
     kinds = [*["code", "chat", "chatty"] * 40, *["sql"] * 40]
     detector, prompts = DomainDetector(max_domains=3, novelty_threshold=0.5), PromptMaker(spread=0.3)
-    assignments = []
+    assignments, names = [], []
     for kind in kinds:
-        assignments.append(detector.assign(prompts.trace(kind)))
+        trace = prompts.trace(kind)
+        names.append(trace.request_id)
+        assignments.append(detector.assign(trace))
         if len(assignments) > 120 and assignments[-1].founded_novelty:
             assert sum(detector.domains.values()) > 0.7, "the merged keep their share"
+    gone = {a.merged[0] for a in assignments if a.merged}
+    assert gone, "it is told which went"
+    assert gone.isdisjoint(detector.domains)
+    later = [detector.assign(replace(prompts.trace("chat"), request_id=each, first_position=9)) for each in names]
+    assert gone.isdisjoint(a.domain for a in later), "nor are later segments of their requests of them"
     before = {assignment.domain for assignment in assignments[100:120]}
     after = {assignment.domain for assignment in assignments[130:]}
     assert len(before) == 3
@@ -127,6 +134,13 @@ def test_beyond_the_cap_the_closest_domains_are_merged_to_make_room() -> None:
     chats, _ = assign_all(["chat", "chatty"] * 5, detector=detector, spread=0.3, seed=1)
     assert len({assignment.domain for assignment in chats}) == 1
     assert {chats[0].domain} < before
+
+
+def test_a_request_whose_beginning_was_not_seen_has_its_known_label() -> None:
+    detector, prompts = DomainDetector(max_domains=3, novelty_threshold=0.7), PromptMaker()
+    detector.assign(prompts.trace("code", label="mine"))
+    cached = [replace(prompts.trace("code", label=label), first_position=16) for label in ("mine", "other", "")]
+    assert [detector.assign(trace).domain for trace in cached] == ["mine", UNKNOWN, UNKNOWN]
 
 
 def test_a_label_takes_precedence_and_labels_are_capped() -> None:
