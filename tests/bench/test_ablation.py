@@ -20,6 +20,7 @@ from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.kernels import native
 from aurora_lit.learn.offline import copies
+from aurora_lit.learn.offline.replay import read_traces
 from aurora_lit.models.target import Target
 from aurora_lit.traces.log import TraceLogWriter
 
@@ -172,6 +173,9 @@ def test_seeds_may_have_their_own_orders_of_phases(folder: Path, out: Path) -> N
     assert [result["order"] for result in results] == [[0, 1], [1, 0]]
     assert [sorted(set(result["phases"])) for result in results] == [[0, 1], [0, 1]]
     assert [result["phases"][0] for result in results] == [0, 1]
+    asked = sum(len(t.token_ids_T) - t.answer_start for t in read_traces(folder / "traces" / "traffic"))
+    for result in results:  # what comes after a phase's last scored answer is of no interest
+        assert 0.8 * asked < sum(result["answer_tokens"]) <= asked
     assert static["orders"] == 2
     assert {phase: lost["seeds"] for phase, lost in static["forgetting"].items()} == {"0-chat": 1, "1-code": 1}
     with pytest.raises(ConfigError, match="other settings"):

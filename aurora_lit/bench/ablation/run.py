@@ -174,16 +174,22 @@ class ArmRunner:
             result.measured.append(self._measure(replay, measured))
             number = 0
             for _, phase in phases_in_order(traces, result.order):
+                tokens = 0
                 for block in blocks(phase, self._options.block):
-                    self._run_block(replay, block, number, result, learns=arm.learns)
+                    tokens = self._run_block(replay, block, number, result, learns=arm.learns, tokens=tokens)
                     number += len(block)
                     on_block(len(block))
                 result.measured.append(self._measure(replay, measured))
             result.steps, result.positions = replay.learner.steps, replay.learner.positions
             result.published, result.trials = replay.published, len(replay.trials)
 
-    def _run_block(self, replay: Replay, block: Sequence[Trace], number: int, result: Result, *, learns: bool) -> None:
-        """Score a block of traffic and learn from it; `number` requests came before it."""
+    def _run_block(
+        self, replay: Replay, block: Sequence[Trace], number: int, result: Result, *, learns: bool, tokens: int
+    ) -> int:
+        """Score a block of traffic and learn from it; `number` requests came before it.
+
+        `tokens`: of the phase's answers since the last one that was scored. Returns the same for the next block.
+        """
         every = self._options.every
         taken = [i for i, trace in enumerate(block) if takes(trace.request_id, seed=result.seed, every=every)]
         started = time.process_time()
@@ -194,7 +200,6 @@ class ArmRunner:
             )
         simulated = dict(zip(taken, rounds, strict=True))
         result.simulation_s += time.process_time() - started
-        tokens = 0
         controller = replay.learner.controller
         started = time.process_time()
         for i, trace in enumerate(block):
@@ -221,6 +226,7 @@ class ArmRunner:
         if learns:
             replay.hold_trial()
         result.learner_s += time.process_time() - started
+        return tokens
 
     def _measure(self, replay: Replay, measured: Sequence[Trace]) -> dict[str, list[list[list[int]]]]:
         """The rounds of the served draft on the measured prompts, by domain, with copies of what is remembered now."""
