@@ -31,7 +31,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     with file and line, for a malformed line.
     """
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8").split("\n"), start=1
+    ):  # no other ends a line of JSON
         if not line.strip():
             continue
         if path.suffix != ".jsonl":

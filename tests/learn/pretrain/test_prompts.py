@@ -17,13 +17,13 @@ def test_prompts_and_text_are_read(tmp_path: Path) -> None:
     lines = tmp_path / "chat.jsonl"
     lines.write_text(
         '{"domain": "code", "messages": [{"role": "user", "content": "hello"}, {"role": "user", "content": "b"}]}\n'
-        '\n{"messages": [{"role": "user", "content": "c"}]}\n'
+        '\r\n{"messages": [{"role": "user", "content": "c\u2028d\u0085"}]}\r\n'
     )
     plain = tmp_path / "plain.txt"
     plain.write_text("one\n\ntwo\n")
     assert [(p.domain, p.messages) for path in (lines, plain) for p in read_prompts(path)] == [
         ("code", ("hello", "b")),
-        ("chat", ("c",)),
+        ("chat", ("c\u2028d\u0085",)),
         ("plain", ("one",)),
         ("plain", ("two",)),
     ]
