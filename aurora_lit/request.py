@@ -129,6 +129,8 @@ class Output:
     """Tokens proposed in this round; for a tree all its nodes, of which at most one path can be accepted."""
     num_accepted: int = 0
     """Proposed tokens accepted in this round."""
+    is_first: bool = False
+    """True for the first output of its request."""
     first_choices: tuple[int, int] | None = None
     """Where more was proposed than a chain of first choices, such as a tree, or copies after the draft's: the length of
     that chain, and how much of it would have been accepted if only it had been proposed. None: nothing else was."""

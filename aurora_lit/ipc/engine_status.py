@@ -46,7 +46,7 @@ class DomainTotals(NamedTuple):
     """What requests of one domain came to since the start."""
 
     requests: int
-    """That ended by themselves."""
+    """Whose answer has begun."""
     generated_tokens: int
     drafts: int
     """Rounds of a sequence with proposals."""

@@ -86,6 +86,7 @@ class Commit:
             token_ids=tuple(tokens),
             logprobs=logprobs,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and sequence.prompt_logprobs else None,
+            is_first=is_first,
             num_proposed=proposed,
             num_accepted=accepted,
             first_choices=None if len(first_choices) == proposed else (len(first_choices), chain_accepted),

@@ -21,7 +21,7 @@ Json = dict[str, Any]
 MAX_POINTS = 360
 MAX_EVENTS = 200
 _FRESH_S = 60.0
-"""Ages below it count as about the same."""
+"""What is younger stays, and older ages below twice that count as about the same."""
 _DOMAIN = re.compile(r"(?:^|, )(.+?) (\d+)% \(heat (\d\.\d+)\)")
 """One domain in the learner's text (modules/domains/controller.py: describe)."""
 
@@ -53,8 +53,9 @@ class History:
 
 
 def least_missed(times: list[float], now_s: float) -> int:
-    """The index of a point that leaves the smallest gap, for its age; neither the first nor the last."""
-    return min(range(1, len(times) - 1), key=lambda i: (times[i + 1] - times[i - 1]) / (now_s - times[i] + _FRESH_S))
+    """The index of a point that leaves the smallest gap, for its age; neither the first nor one of the last minute."""
+    old = sum(time_s < now_s - _FRESH_S for time_s in times)
+    return min(range(1, max(old, 2)), key=lambda i: (times[i + 1] - times[i - 1]) / (now_s - times[i] + _FRESH_S))
 
 
 def point_of(report: Json, latencies: Json) -> Json:

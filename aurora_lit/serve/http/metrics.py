@@ -290,7 +290,7 @@ def _families(
 def _by_domain(domains: Mapping[str, DomainTotals], labels: dict[str, str]) -> Iterable[Metric]:
     """One counter for each field of DomainTotals, with a sample for each domain; and the mean accepted lengths."""
     for field, text in {
-        "requests": "Sequences that ended, by domain.",
+        "requests": "Sequences whose answer has begun, by domain.",
         "generated_tokens": "Tokens generated, by domain.",
         "drafts": "Rounds of a sequence with proposals, by domain.",
         "proposed": "Tokens proposed, by domain; of a tree, all nodes.",

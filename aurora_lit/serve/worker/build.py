@@ -105,14 +105,15 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
 
     page = LearnerStatusPage.open(run_folder / LEARNER_STATUS_NAME)
     exploration = ExplorationFollower(engine.proposer, page)
-    thread_budget = ThreadBudget(engine.planner, page, threads=torch.get_num_threads()) if shard is None else None
+    # On a GPU a round needs one thread, so that others' load says nothing about its time.
+    shares_cores = shard is None and target.device.type == "cpu"
+    thread_budget = ThreadBudget(engine.planner, page, threads=torch.get_num_threads()) if shares_cores else None
 
     def before_round() -> None:
         exploration.follow()
-        if shard is None:
-            assert thread_budget is not None
+        if thread_budget is not None:
             thread_budget.before_round()
-        else:
+        if shard is not None:
             shard.ranks.announce(engine.draft_version)
 
     def close() -> None:

@@ -46,7 +46,7 @@ class DomainCounts:
         for output in outputs:
             name = UNKNOWN_DOMAIN if output.domain == UNKNOWN else output.domain
             row = self._row_of.get(name) or self._new_row(name)
-            row[0] += output.finish_reason is not None
+            row[0] += output.is_first  # not at the end, which a stop string or the client may decide elsewhere
             row[1] += len(output.token_ids)
             row[2] += output.num_proposed > 0
             row[3] += output.num_proposed

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from pathlib import Path
 
 from aurora_lit.ipc.ring import RingWriter
@@ -58,20 +59,26 @@ class TraceRecording:
         self._thread.join()
 
     def _run(self) -> None:
+        due_s = float("inf")
         while True:
+            wait_s = min(self._flush_s, max(0.0, due_s - time.monotonic()))
             try:
-                trace = self._queue.get(timeout=self._flush_s)
+                trace = self._queue.get(timeout=wait_s)
             except queue.Empty:
                 self._flush()
+                due_s = float("inf")
                 continue
             if trace is None:
                 self._flush()
                 return
+            if not self._pending:
+                due_s = time.monotonic() + self._flush_s
             self._log.append(trace)
             self._pending += 1
             self._pending_bytes += trace.num_bytes
-            if self._pending_bytes >= self._shard_bytes:
+            if self._pending_bytes >= self._shard_bytes or time.monotonic() >= due_s:
                 self._flush()
+                due_s = float("inf")
 
     def _flush(self) -> None:
         pending, self._pending, self._pending_bytes = self._pending, 0, 0

@@ -10,13 +10,13 @@ from aurora_lit.serve.worker.domain_counts import DomainCounts
 from aurora_lit.settings import MAX_DOMAINS
 
 
-def output(domain: str, *, tokens: int = 3, proposed: int = 4, end: bool = False) -> Output:
+def output(domain: str, *, tokens: int = 3, proposed: int = 4, first: bool = False) -> Output:
     return Output(
         request_id="a",
         token_ids=tuple(range(tokens)),
         num_proposed=proposed,
         num_accepted=tokens - 1,
-        finish_reason="stop" if end else None,
+        is_first=first,
         domain=domain,
     )
 
@@ -24,7 +24,7 @@ def output(domain: str, *, tokens: int = 3, proposed: int = 4, end: bool = False
 def test_every_domain_has_its_own_totals(tmp_path: Path) -> None:
     counts, page = DomainCounts(), EngineStatusPage.create(tmp_path / "status")
     counts.add([output("code"), output(""), output("auto-1", tokens=1, proposed=0)])
-    counts.add([output("code", end=True), output("auto-1", tokens=1, proposed=2)])
+    counts.add([output("code", first=True), output("auto-1", tokens=1, proposed=2)])
     page.write(domain_names="\n".join(counts.names), domain_numbers=counts.numbers)
     domains = page.read().domains
     assert domains == {"code": (1, 6, 2, 8, 4), "unknown": (0, 3, 1, 4, 2), "auto-1": (0, 2, 1, 2, 0)}

@@ -537,7 +537,8 @@ async function ask(text) {
   if (running || !text.trim()) return;
   const log = at("log");
   if (!conversation.length) log.replaceChildren();
-  conversation.push({ role: "user", content: text });
+  const turn = { role: "user", content: text };
+  conversation.push(turn);
   log.append(make("p", { class: "user", text }));
   const answer = new Answer(log);
   const follow = () => { log.scrollTop = log.scrollHeight; };
@@ -568,10 +569,11 @@ async function ask(text) {
     if (error.name === "AbortError") answer.meta.append(", stopped");
     else {
       answer.fail(error.message);
-      if (!answer.text) conversation.pop();
+      if (!answer.text && conversation.at(-1) === turn) conversation.pop();
     }
   }
-  if (answer.text) conversation.push({ role: "assistant", content: answer.text });
+  // It may have been cleared meanwhile.
+  if (answer.text && conversation.at(-1) === turn) conversation.push({ role: "assistant", content: answer.text });
   log.setAttribute("aria-busy", "false");
   at("send").textContent = "Send";
   running = null;
