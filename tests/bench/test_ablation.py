@@ -167,7 +167,7 @@ def test_an_arm_that_remembers_needs_a_memory(folder: Path, out: Path) -> None:
 
 def test_seeds_may_have_their_own_orders_of_phases(folder: Path, out: Path) -> None:
     seed = next(seed for seed in range(1, 20) if order_of_phases(2, seed=seed, shuffled=True) == [1, 0])
-    options = {"seeds": (0, seed), "every": 2, "shuffle_phases": True}
+    options = {"seeds": (0, seed), "every": 2, "shuffle_phases": True, "steps_per_request": 0.2}
     static = run(folder, out, "static,lk", **options)["arms"]["lk"]
     results = [json.loads((out / "arms" / f"lk-{each}.json").read_text()) for each in (0, seed)]
     assert [result["order"] for result in results] == [[0, 1], [1, 0]]
@@ -179,11 +179,12 @@ def test_seeds_may_have_their_own_orders_of_phases(folder: Path, out: Path) -> N
     assert static["orders"] == 2
     assert {phase: lost["seeds"] for phase, lost in static["forgetting"].items()} == {"0-chat": 1, "1-code": 1}
     with pytest.raises(ConfigError, match="other settings"):
-        run(folder, out, "static,lk", seeds=(0,), every=2)
+        run(folder, out, "static,lk", seeds=(0,), every=2, steps_per_request=0.2)
 
 
 def test_only_missing_results_are_computed(folder: Path, out: Path) -> None:
-    first = run(folder, out, "static,lk", seeds=(0, 1), every=2)
+    halves = {"seeds": (0, 1), "every": 2, "steps_per_request": 0.2}
+    first = run(folder, out, "static,lk", **halves)
     files = {path.name: path.read_bytes() for path in (out / "arms").iterdir()}
     assert sorted(files) == ["lk-0.json", "lk-1.json", "static-0.json", "static-1.json"]
     scored = [set(json.loads(files[f"lk-{seed}.json"])["requests"]) for seed in (0, 1)]
@@ -192,17 +193,15 @@ def test_only_missing_results_are_computed(folder: Path, out: Path) -> None:
     assert not scored[0] & scored[1], "each seed has other requests"
     assert first["arms"]["lk"]["traffic"]["requests"] == 72
     assert json.loads(files["lk-0.json"])["measured"] != json.loads(files["lk-1.json"])["measured"]
-    assert list(run(folder, out, "static", seeds=(0, 1), every=2)["arms"]) == ["static", "lk"], (
-        "all results in the folder"
-    )
+    assert list(run(folder, out, "static", **halves)["arms"]) == ["static", "lk"], "all results in the folder"
     (out / "arms" / "lk-1.json").unlink()  # killed in the middle: there is no file
     written = {path.name: path.stat().st_mtime_ns for path in (out / "arms").iterdir()}
-    again = run(folder, out, "static,lk", seeds=(0, 1), every=2)
+    again = run(folder, out, "static,lk", **halves)
     assert {name: (out / "arms" / name).stat().st_mtime_ns for name in written} == written
     lengths = [report["arms"]["lk"]["traffic"]["by_seed"] for report in (first, again)]
     assert lengths[0] == lengths[1], "an arm and seed are reproducible"
     with pytest.raises(ConfigError, match="other settings"):
-        run(folder, out, "static", a_config(folder, learning_rate=1e-3), seeds=(0, 1), every=2)
+        run(folder, out, "static", a_config(folder, learning_rate=1e-3), **halves)
     with pytest.raises(ConfigError, match="use some of static,memory,kl"):
         run(folder, out, "static,best")
     with pytest.raises(AuroraError, match="has no complete stream"):

@@ -80,8 +80,8 @@ def test_what_is_pending_is_written_after_a_while_and_by_size(tmp_path: Path) ->
     idle = TraceRecording(tmp_path / "idle", max_bytes=1 << 30, flush_s=0.05)
     idle.put(a_trace())
     eventually(lambda: idle.written == 1)
-    steady = TraceRecording(tmp_path / "steady", max_bytes=1 << 30, flush_s=0.2)
-    for number in range(50):  # never 0.2 s without one
+    steady = TraceRecording(tmp_path / "steady", max_bytes=1 << 30, flush_s=0.1)
+    for number in range(25):  # never 0.1 s without one
         steady.put(a_trace(number))
         time.sleep(0.02)
     assert steady.written > 0
