@@ -8,6 +8,7 @@ Shapes: T positions of a trace, R rounds of a trace, N rejected positions of it,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -85,6 +86,39 @@ def crop(trace: Trace, max_length: int) -> Trace:
         round_root_R=trace.round_root_R[kept_R] - start,
         rejected_last_NH=trace.rejected_last_NH[kept_N],
         **per_round,
+    )
+
+
+def pieces_of(trace: Trace, *, most_trained: int, most_context: int) -> list[Trace]:
+    """The trace in pieces of about equal length, that together are trained on at the same positions.
+
+    Each has at most `most_trained` of them, and up to `most_context` positions before. A round is part of the piece
+    that has its root and all that it accepted; one that reaches into the next piece is dropped.
+    """
+    start, end = first_trained_position(trace), len(trace.token_ids_T)
+    number = -(-(end - start) // most_trained)
+    if number <= 1:
+        return [crop(trace, end - start + most_context)]
+    borders = [start + (end - start) * i // number for i in range(number + 1)]
+    return [_piece(trace, *each, most_context=most_context) for each in itertools.pairwise(borders)]
+
+
+def _piece(trace: Trace, first: int, last: int, *, most_context: int) -> Trace:
+    """What is trained on at positions first, …, last - 1, and what comes before."""
+    begin = max(0, first - most_context)
+    kept_R = (trace.round_root_R >= first) & (trace.round_root_R + trace.num_accepted_R < last)
+    kept_N = torch.repeat_interleave(kept_R, trace.num_rejected_R)
+    return replace(
+        trace,
+        first_position=trace.first_position + begin,
+        answer_start=first + 1 - begin,
+        token_ids_T=trace.token_ids_T[begin:last],
+        aux_T3H=trace.aux_T3H[begin:last],
+        last_TH=trace.last_TH[begin:last],
+        lse_T=None if trace.lse_T is None else trace.lse_T[begin:last],
+        round_root_R=trace.round_root_R[kept_R] - begin,
+        rejected_last_NH=trace.rejected_last_NH[kept_N],
+        **{name: getattr(trace, name)[kept_R] for name in _OTHER_ROUND_FIELDS},
     )
 
 

@@ -14,7 +14,13 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-from aurora_lit.learn.data.labelled_trace import crop, first_trained_position, label_for_batch, unlabelled
+from aurora_lit.learn.data.labelled_trace import (
+    crop,
+    first_trained_position,
+    label_for_batch,
+    pieces_of,
+    unlabelled,
+)
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
@@ -85,18 +91,21 @@ class OnlineBatcher:
         """How often a client's live traces had to wait for the next batch because its share was used up."""
 
     def add(self, trace: Trace) -> None:
-        """Add a live trace; one without positions to train on is dropped."""
-        num_trained = len(trace.token_ids_T) - first_trained_position(trace)
-        trace = crop(trace, num_trained + _CONTEXT)
-        # At most half a batch, so that every batch mixes traces.
-        most = max(_MIN_POSITIONS, self._batch_positions // 2)
-        trace = crop(trace, most) if batch_size([trace]) > most else trace
-        if len(trace.token_ids_T) < _MIN_POSITIONS or not num_trained:
+        """Add a live trace, a long one in pieces; one without positions to train on is dropped."""
+        if len(trace.token_ids_T) < _MIN_POSITIONS or first_trained_position(trace) == len(trace.token_ids_T):
             return
-        self.positions_in += len(trace.token_ids_T) - first_trained_position(trace)
-        self._waiting.append(trace)
         self._clients.append(trace.client)
-        self._waiting_bytes += trace.num_bytes
+        # What fits beside live traces, so that long answers are replayed too, and half a batch at most.
+        room = self._batch_positions - self._live_positions or self._batch_positions
+        room = max(_MIN_POSITIONS, min(room, self._batch_positions // 2))
+        trained = len(trace.token_ids_T) - first_trained_position(trace)
+        if batch_size([crop(trace, trained + _CONTEXT)]) > room:
+            trained = max(_MIN_POSITIONS, room - int(_CONTEXT_COST * min(_CONTEXT, len(trace.token_ids_T))))
+        for piece in pieces_of(trace, most_trained=trained, most_context=_CONTEXT):
+            piece = crop(piece, room) if batch_size([piece]) > room else piece
+            self.positions_in += len(piece.token_ids_T) - first_trained_position(piece)
+            self._waiting.append(piece)
+            self._waiting_bytes += piece.num_bytes
         while self._waiting_bytes > self._live_bytes:
             oldest = self._waiting.popleft()
             self._waiting_bytes -= oldest.num_bytes
@@ -171,7 +180,7 @@ class OnlineBatcher:
             trace = self.reservoir.sample()
             if trace is None:
                 break
-            segment = (trace.request_id, trace.first_position)
+            segment = (trace.request_id, trace.first_position + trace.answer_start)
             part = quota.allowed_part(trace)
             if part is None or segment in seen:
                 continue

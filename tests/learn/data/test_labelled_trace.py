@@ -12,6 +12,7 @@ from aurora_lit.learn.data.labelled_trace import (
     is_compatible,
     label_for_batch,
     label_traces,
+    pieces_of,
     unlabelled,
 )
 from aurora_lit.learn.data.online_batch import collate_online
@@ -32,6 +33,27 @@ def test_a_cropped_trace_is_a_valid_trace_of_its_last_positions(target_head: Tar
     assert torch.equal(part.root_Q, whole.root_Q[kept] - start)
     for name in ("proposal_QK", "path_last_QKH", "path_top_QK", "path_lse_QK"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[kept]), name
+
+
+def test_the_pieces_of_a_long_answer_are_valid_and_hold_each_trained_position_once(served: list[Trace]) -> None:
+    for trace in served:
+        start, end = first_trained_position(trace), len(trace.token_ids_T)
+        for most_trained in (5, 9, 1000):
+            trained, rounds = list[int](), 0
+            for piece in pieces_of(trace, most_trained=most_trained, most_context=6):
+                check(piece)
+                first = first_trained_position(piece)
+                begin = piece.first_position - trace.first_position
+                assert 2 <= len(piece.token_ids_T) - first <= most_trained
+                assert first == min(6, begin + first)
+                trained += range(begin + first, begin + len(piece.token_ids_T))
+                there = slice(begin, begin + len(piece.token_ids_T))
+                assert torch.equal(piece.token_ids_T, trace.token_ids_T[there])
+                assert torch.equal(piece.last_TH, trace.last_TH[there])
+                rounds += len(piece.round_root_R)
+            assert trained == list(range(start, end))
+            number = -(-(end - start) // most_trained)
+            assert len(trace.round_root_R) - number < rounds <= len(trace.round_root_R), "one at each border is lost"
 
 
 def test_traces_labelled_together_have_the_labels_that_each_has_alone(

@@ -46,6 +46,30 @@ def test_batches_mix_live_and_remembered_and_stay_within_their_size(
     assert (batcher.num_stale, len(batcher.reservoir)) == (0, len(served))
 
 
+def test_all_of_a_long_answer_is_learned_and_replayed_beside_shorter_ones(
+    target_head: TargetHead, served: list[Trace], tmp_path: Path
+) -> None:
+    """A batch has no room for all of it beside live traces."""
+    longest = max(served, key=lambda trace: len(trace.token_ids_T))
+    trained = len(longest.token_ids_T) - first_trained_position(longest)
+    batcher = make_batcher(target_head, tmp_path, batch_positions=2 * trained, replay_share=0.3)
+    batcher.add(replace(longest, domain="past"))
+    assert batcher.positions_in == trained
+    learned = list[int]()
+    while any(trace.domain == "past" for trace in batcher._waiting):
+        batch = batcher.next_batch(oldest_fresh=0)
+        assert batch is not None
+        learned.append(int((batch.traces.weight_BT > 0)[batch.live_B].sum()))
+    assert sum(learned) == trained
+    replayed = 0
+    for number, trace in enumerate(served * 3):
+        batcher.add(replace(trace, request_id=str(number)))
+        batch = batcher.next_batch(oldest_fresh=0)
+        assert batch is not None
+        replayed += sum(domain == "past" for domain in batch.traces.domains)
+    assert replayed > 5
+
+
 def test_uniform_selection_ignores_rejections(target_head: TargetHead, served: list[Trace], tmp_path: Path) -> None:
     scores = {trace.request_id: informativeness(trace) for trace in served}
     order = []
@@ -53,7 +77,7 @@ def test_uniform_selection_ignores_rejections(target_head: TargetHead, served: l
         batcher = OnlineBatcher(
             target_head,
             Reservoir(tmp_path / f"{choice}-{seed}", limit_bytes=1 << 24, seed=0),
-            batch_positions=40,
+            batch_positions=100,
             replay_share=0.0,
             live_bytes=1 << 24,
             selection=choice,
