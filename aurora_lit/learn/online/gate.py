@@ -97,8 +97,8 @@ class HeldOut:
         return zlib.crc32(request_id.encode()) % _KEPT_EVERY == 0
 
     def add(self, trace: Trace) -> None:
-        """Keep a segment, with its request's earlier segments if that is among the newest requests."""
-        request = next((r for r in self.newest if r.request_id == trace.request_id), None)
+        """Keep a segment, with its request's earlier segments if there are any."""
+        request = next((r for r in self if r.request_id == trace.request_id), None)
         if request is None:
             request = HeldOutRequest(request_id=trace.request_id, domain=trace.domain)
             self.newest.append(request)
@@ -115,6 +115,15 @@ class HeldOut:
             else:
                 released += oldest.traces
         return released
+
+    def rename_domain(self, removed: str, kept: str) -> None:
+        """Requests of a domain that went into another one are of that from now on."""
+        for request in self:
+            request.domain = kept if request.domain == removed else request.domain
+        if removed in self.old:
+            moved = self.old.pop(removed)
+            self.old[kept] = (self.old.get(kept, []) + moved)[:_OLD_REQUESTS]
+            self._num_remembered[kept] = self._num_remembered.get(kept, 0) + self._num_remembered.pop(removed)
 
     @property
     def untried(self) -> list[HeldOutRequest]:

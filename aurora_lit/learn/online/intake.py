@@ -44,13 +44,17 @@ class TraceIntake:
         with the first. max_repeated_share: larger shares of repeated n-grams are looping; 1 leaves nothing out.
         """
         self._controller, self._batcher, self._held_out = controller, batcher, held_out
-        controller.on_merge = batcher.rename_domain
+        controller.on_merge = self._rename_domain
         self._num_waiting, self._max_repeated_share = num_waiting, max_repeated_share
         self._num_added = 0
         self._released: dict[str, None] = {}
         """In their order."""
         self.num_looping = 0
         """Traces left out because their answer loops."""
+
+    def _rename_domain(self, removed: str, kept: str) -> None:
+        self._batcher.rename_domain(removed, kept)
+        self._held_out.rename_domain(removed, kept)
 
     def add(self, trace: Trace) -> Trace | None:
         """The trace with its domain, after it was added to what waits for a trial; None if left out."""

@@ -154,7 +154,6 @@ class Learner:
             schedule.recover()
         if self._num_refused < PATIENCE_TRIALS:
             return False
-        self._num_refused = 0
         for schedule in self.schedules:
             schedule.back_off()
         self.restart_from(champion, version=version)
@@ -165,6 +164,7 @@ class Learner:
         self.draft.load_state_dict(draft.state_dict())
         self._target_head.install_head(self.module.module)
         self.version = version
+        self._num_refused = 0
         self.num_weight_changes += 1
         self._average = self._new_average()
         self._new_optimizers()

@@ -39,6 +39,8 @@ _SAVING_SHARE = 0.03
 """Largest share of the process's own processor time that saving its state may take."""
 _TRIAL_SHARE = 0.12
 """The same for trials."""
+_READING_SHARE = 0.25
+"""The same for reading traces while the share is used up: with many short requests nothing would be left for steps."""
 _MAX_TRACES_PER_TURN = 32
 """Traces that are read between two steps at most."""
 _MOST_REASONS = 8
@@ -123,6 +125,7 @@ class OnlineLoop:
         self._last_trial_s = self._last_save_s = environment.monotonic_s()
         self._last_trial_steps = self._last_saved_steps = learner.steps
         self._trial_limit, self._saving_limit = ShareLimit(_TRIAL_SHARE), ShareLimit(_SAVING_SHARE)
+        self._reading_limit = ShareLimit(_READING_SHARE)
         self._load_champion(environment.store.current())
 
     def stop(self) -> None:
@@ -140,9 +143,11 @@ class OnlineLoop:
         self.last_turn_s = self._environment.monotonic_s()
         load = self._environment.server_load()
         wait_s = self._budget.wait_s(load)
-        if load is ServerLoad.SPARE or not wait_s:  # else traces stay in the ring, which overwrites the oldest
+        # Else traces stay in the ring, which overwrites the oldest.
+        if not wait_s or (load is ServerLoad.SPARE and self._reading_limit.is_due):
             with self._environment.page.computing(self._threads):
-                self._read_traces()
+                with self._reading_limit.measured():
+                    self._read_traces()
                 self._publish_domains()
                 self._follow_versions()
         if wait_s:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -35,6 +36,7 @@ from torch.optim.lr_scheduler import LRScheduler
 _TRAFFIC_STEPS = 4
 """Memory of the traffic's shares, in steps: a single batch has few requests."""
 _MIN_BACKOFF = 1 / 64
+_SETTINGS = ("base_lrs", "warmup_steps", "min_lr_factor", "decay_tokens")
 MAX_DOMAINS = 256
 """Domains whose heat is remembered. Beyond them, the one that was not learned from for longest is forgotten."""
 
@@ -109,6 +111,17 @@ class DomainAwareLR(LRScheduler):
         self.raised_heat, self.tokens_since = dict(other.raised_heat), dict(other.tokens_since)
         self.live_share = dict(other.live_share)
         self.backoff = other.backoff
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned, without the settings."""
+        return {name: value for name, value in super().state_dict().items() if name not in _SETTINGS}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned, at the rate that the present settings give."""
+        super().load_state_dict({name: value for name, value in state_dict.items() if name not in _SETTINGS})
+        self._last_lr = self.get_lr()
+        for group, base_lr, lr in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = base_lr, lr
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each parameter group."""

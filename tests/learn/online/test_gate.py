@@ -139,6 +139,29 @@ def test_a_segmented_request_counts_once(served: list[Trace]) -> None:
     assert [len(request.traces) for request in held_out.newest] == [1, 1, 2]
 
 
+def test_a_later_segment_of_an_older_request_is_no_request_of_its_own(served: list[Trace]) -> None:
+    held_out, name = HeldOut(seed=0), next(str(n) for n in range(1000) if HeldOut.is_kept(str(n)))
+    held_out.add(replace(served[0], request_id=name))
+    held_out.newest[0].was_tried, held_out.newest[0].champion_score = True, 2.0
+    held_out.release(0)
+    held_out.add(replace(served[0], request_id=name, first_position=64))
+    (request,) = held_out
+    assert (len(request.traces), request.was_tried, request.champion_score) == (2, True, None)
+    assert not held_out.untried
+
+
+def test_requests_of_a_domain_that_went_into_another_are_of_that(served: list[Trace]) -> None:
+    held_out, names = HeldOut(seed=0), [str(n) for n in range(400) if HeldOut.is_kept(str(n))]
+    for number, name in enumerate(names[:9]):
+        held_out.add(replace(served[0], request_id=name, domain="abc"[number % 3]))
+    held_out.release(3)
+    held_out.rename_domain("a", "b")
+    held_out.rename_domain("b", "d")
+    assert {domain: len(requests) for domain, requests in held_out.old.items()} == {"c": 2, "d": 4}
+    assert [request.domain for request in held_out.newest] == ["d", "d", "c"]
+    assert held_out._num_remembered == {"c": 2, "d": 4}
+
+
 def test_older_requests_are_kept_by_domain_within_bounds(served: list[Trace], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "_KEPT_EVERY", 1)
     held_out = HeldOut(seed=0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +104,20 @@ def test_after_a_rollback_the_learner_continues_from_the_served_draft(
     harness.loop._follow_versions()
     assert all(torch.equal(tensor, mine[name]) for name, tensor in harness.learner.draft.state_dict().items())
     assert not harness.loop._champion.draft.lm_head.weight.any()
+
+
+def test_while_its_share_is_used_up_reading_has_a_share_too(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    """Else reading many short requests would use up what steps are given."""
+    harness = LearnerHarness(target, tmp_path)
+    harness.ring.records.extend(traffic)
+    harness.loop._budget = SimpleNamespace(wait_s=lambda load: 1.0, measured_share=0.0)  # type: ignore[assignment]
+    for is_due, left in ((False, len(traffic)), (True, max(0, len(traffic) - 32))):
+        limit = SimpleNamespace(is_due=is_due, measured=contextlib.nullcontext)
+        harness.loop._reading_limit = limit  # type: ignore[assignment]
+        harness.loop.tick()
+        assert len(harness.ring.records) == left
 
 
 def test_damaged_traces_and_those_without_finite_loss_are_counted_and_change_no_weight(

@@ -128,6 +128,17 @@ def test_it_is_saved_as_plain_numbers_and_continues_exactly() -> None:
         assert step(first, tokens) == step(again, tokens)
 
 
+def test_settings_that_were_changed_hold_after_a_restart() -> None:
+    first = a_schedule(rate=1.0)
+    step(first, {"a": 100})
+    again = a_schedule(rate=0.1, min_lr_factor=0.6)
+    again.optimizer.load_state_dict(first.optimizer.state_dict())
+    again.load_state_dict(first.state_dict())
+    assert again.heat_of("a") == 0.5
+    assert again.get_last_lr() == [group["lr"] for group in again.optimizer.param_groups] == pytest.approx([0.08])
+    assert step(again, {"a": 100}) == 0.07
+
+
 def test_after_a_rollback_it_warms_up_again_and_keeps_the_domains_heat() -> None:
     old = a_schedule(warmup_steps=4)
     for _ in range(8):
