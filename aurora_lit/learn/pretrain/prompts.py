@@ -31,9 +31,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     with file and line, for a malformed line.
     """
     prompts = []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8").split("\n"), start=1
-    ):  # no other ends a line of JSON
+    lines = path.read_text(encoding="utf-8").split("\n")  # no other character ends a line of JSON
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
