@@ -126,7 +126,8 @@ def _schemas(body: ChatRequest) -> dict[str, Mapping[str, Any]]:
         schema = function.parameters or ANY_OBJECT
         if "properties" in schema:  # a function takes the arguments that it names
             schema = {"additionalProperties": False, **schema}
-        if schema.get("type", "object") != "object":
+        kind = schema.get("type", "object")
+        if "object" not in ([kind] if isinstance(kind, str) else kind):
             fault: Fault | None = Fault(".type", 'a function takes an object of arguments; use type "object"')
         else:
             fault = fault_of(StructuredOutputsParams(json=json.dumps(schema)))
