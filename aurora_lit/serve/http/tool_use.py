@@ -127,7 +127,7 @@ def _schemas(body: ChatRequest) -> dict[str, Mapping[str, Any]]:
         if "properties" in schema:  # a function takes the arguments that it names
             schema = {"additionalProperties": False, **schema}
         kind = schema.get("type", "object")
-        if "object" not in ([kind] if isinstance(kind, str) else kind):
+        if "object" not in (kind if isinstance(kind, list) else [kind]):
             fault: Fault | None = Fault(".type", 'a function takes an object of arguments; use type "object"')
         else:
             fault = fault_of(StructuredOutputsParams(json=json.dumps(schema)))
