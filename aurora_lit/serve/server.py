@@ -73,7 +73,7 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
         ours = http_end.dup()  # stays open when LitServe closes the other
         try:
             for number in _ENDING:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                     signal.signal(number, _interrupt)
             workers += start_engine_processes(config, backend, folder, WorkerChannel(worker_end))
             worker_end.close()  # so that the HTTP process sees the end of the worker

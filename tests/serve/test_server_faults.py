@@ -183,7 +183,11 @@ def test_sigterm_ends_what_takes_longer_than_drain_s():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_still_drains(number):
     """As Ctrl-C in a terminal, a service manager and a terminal that is closed send it."""
-    with FakeServer(options={"round_s": 0.03}) as server:
+    # A new process, since the tests themselves may run under nohup, which has servers ignore SIGHUP.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    server = FakeServer(spawn=number == signal.SIGHUP, options={"round_s": 0.03})
+    signal.signal(signal.SIGHUP, before)
+    with server:
         stream = Stream(server, max_tokens=60).begun()
         for pid in server.family[1:]:
             os.kill(pid, number)

@@ -187,6 +187,7 @@ class FakeEngine:
             request_id=request.request_id,
             token_ids=tuple(ids),
             finish_reason=finish_reason,
+            is_first=first,
             draft_versions=(self.draft_version,) if proposed else (),
             logprobs=None if params.logprobs is None else tuple(self._logprob(i, params.logprobs) for i in ids),
             prompt_logprobs=prompt_logprobs,

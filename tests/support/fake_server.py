@@ -69,7 +69,7 @@ class FakeServer:
         arguments = {
             "server": {"port": self.port, "model_name": MODEL, **(server or {})},
             "options": options or {},
-            "checkpoints": str(checkpoints or "/nonexistent"),
+            "checkpoints": str(checkpoints or folder / "nonexistent"),
             "learner": learner,
         }
         self.process: ForkedProcess | subprocess.Popen[bytes]
