@@ -112,14 +112,14 @@ class DomainAwareLR(LRScheduler):
         self.live_share = dict(other.live_share)
         self.backoff = other.backoff
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was learned, without the settings."""
-        return {name: value for name, value in super().state_dict().items() if name not in _SETTINGS}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned, at the rate that the present settings give."""
+        """Continue from what `state_dict` returned; the settings stay those of this object.
+
+        The rate is that of before, which a shift since the last step has not changed yet, unless its base has changed.
+        """
         super().load_state_dict({name: value for name, value in state_dict.items() if name not in _SETTINGS})
-        self._last_lr = self.get_lr()
+        if list(state_dict["base_lrs"]) != list(self.base_lrs):
+            self._last_lr = self.get_lr()
         for group, base_lr, lr in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
             group["initial_lr"], group["lr"] = base_lr, lr
 

@@ -121,9 +121,12 @@ def test_it_is_saved_as_plain_numbers_and_continues_exactly() -> None:
     for _ in range(3):
         step(first, {"a": 70, "b": 10})
     first.raise_heat("c", 0.7)
+    first.shift_to("c")
     state = json.loads(json.dumps(first.state_dict()))
     again = a_schedule(warmup_steps=8)
     again.load_state_dict(state)
+    rates = [schedule.optimizer.param_groups[0]["lr"] for schedule in (first, again)]
+    assert rates[0] == rates[1] != first.get_lr()[0], "a shift counts from the next step on"
     for tokens in ({"c": 50}, {"a": 20, "c": 30}, {"d": 5}):
         assert step(first, tokens) == step(again, tokens)
 
