@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from aurora_lit.drafts.public_forms import ARCHITECTURE, common_config, common_tensors
+from aurora_lit.drafts.public_forms import ARCHITECTURE, common_config, common_tensors, eagle_config
 from aurora_lit.durable import exchange, sync
 from aurora_lit.errors import CheckpointError
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
@@ -173,11 +173,7 @@ def _config_json(config: Eagle3Config, dtype: torch.dtype) -> dict[str, Any]:
         "attention_bias": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "eagle_aux_hidden_state_layer_ids": layers,
-        # SGLang reads these, and takes the outputs of layers.
-        "eagle_config": {
-            "use_aux_hidden_state": True,
-            "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in layers],
-        },
+        "eagle_config": eagle_config(layers),
         **norms,
     }
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from aurora_lit.config import AuroraConfig, draft_folder, versions_folder
 from aurora_lit.drafts.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_draft, read_config
+from aurora_lit.drafts.public_forms import eagle_config
 from aurora_lit.drafts.versions import DraftStore, version_name
 from aurora_lit.durable import sync
 from aurora_lit.errors import CheckpointError
@@ -34,10 +35,7 @@ def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"--out {out} exists already; name a new folder")
     fields = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
-    fields["eagle_config"] = {
-        "use_aux_hidden_state": True,
-        "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in shape.aux_layer_ids],
-    }
+    fields["eagle_config"] = eagle_config(shape.aux_layer_ids)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

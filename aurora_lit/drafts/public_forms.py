@@ -11,6 +11,7 @@ files, digests and shapes (drafts/checkpoint.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,6 +62,11 @@ def common_config(raw: dict[str, Any]) -> dict[str, Any]:
         fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
     fields.setdefault("draft_vocab_size", fields.get("vocab_size"))
     return fields
+
+
+def eagle_config(aux_layer_ids: Sequence[int]) -> dict[str, Any]:
+    """What SGLang reads of a config.json: it takes the outputs of layers, and we the inputs of those after them."""
+    return {"use_aux_hidden_state": True, _LAYER_IDS: [layer - 1 for layer in aux_layer_ids]}
 
 
 def common_tensors(tensors: dict[str, torch.Tensor], *, vocab_size: int) -> dict[str, torch.Tensor]:
