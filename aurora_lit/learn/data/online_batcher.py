@@ -4,7 +4,7 @@ A live trace waits until a batch takes it; then it goes to the reservoir, from w
 When more arrives than can be trained on, the most informative traces are taken, and the oldest ones go to the reservoir
 without having been in a batch. No client gets more than its share of a batch, live and replayed traces together, unless
 it is the only client. Leaves out padding (learn/data/labelled_trace.py) and requests kept out of training
-(learn/online/gate.py), which never come here.
+(learn/online/held_out.py), which never come here.
 """
 
 from __future__ import annotations
@@ -96,8 +96,9 @@ class OnlineBatcher:
             return
         self._clients.append(trace.client)
         # What fits beside live traces, so that long answers are replayed too, and half a batch at most.
-        room = self._batch_positions - self._live_positions or self._batch_positions
-        room = max(_MIN_POSITIONS, min(room, self._batch_positions // 2))
+        # A small share of replay is no reason for pieces that are mostly context.
+        size = self._batch_positions
+        room = max(_MIN_POSITIONS, size // 4, min(size - self._live_positions or size, size // 2))
         trained = len(trace.token_ids_T) - first_trained_position(trace)
         if batch_size([crop(trace, trained + _CONTEXT)]) > room:
             trained = max(_MIN_POSITIONS, room - int(_CONTEXT_COST * min(_CONTEXT, len(trace.token_ids_T))))

@@ -70,6 +70,16 @@ def test_all_of_a_long_answer_is_learned_and_replayed_beside_shorter_ones(
     assert replayed > 5
 
 
+def test_a_small_share_of_replay_makes_no_small_pieces(
+    target_head: TargetHead, served: list[Trace], tmp_path: Path
+) -> None:
+    longest = max(served, key=lambda trace: len(trace.token_ids_T))
+    size = 4 * len(longest.token_ids_T)
+    batcher = make_batcher(target_head, tmp_path, batch_positions=size, replay_share=0.05)
+    batcher.add(longest)
+    assert len(batcher._waiting) == 1, "a quarter of a batch stays whole"
+
+
 def test_uniform_selection_ignores_rejections(target_head: TargetHead, served: list[Trace], tmp_path: Path) -> None:
     scores = {trace.request_id: informativeness(trace) for trace in served}
     order = []
