@@ -50,7 +50,8 @@ from aurora_lit.learn.online.build import (
     make_held_out,
     online_module,
 )
-from aurora_lit.learn.online.gate import HeldOut, compare_drafts
+from aurora_lit.learn.online.gate import compare_drafts
+from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.learn.online.intake import TraceIntake
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from aurora_lit.bench.ablation.phases import order_of_phases, short_phases, takes
 from aurora_lit.config import load_config
-from aurora_lit.learn.online.gate import HeldOut
+from aurora_lit.learn.online.held_out import HeldOut
 
 REQUESTS = [f"{n // 200}-chat/{n}" for n in range(1200)]
 

@@ -7,6 +7,7 @@ May import: learn/data/ and above. Start with loop.py. The files, each importing
 
     budget.py              how much processor time learning may use: a token bucket of processor seconds
     evidence.py            how much speaks for a challenger, over all of its trials
+    held_out.py            requests that wait before they are learned from, and a few that never are
     gate.py                champion against challenger on held-out requests
     intake.py              what becomes of a trace: left out, or waits for a trial and is then trained on
     step_metrics.py        metrics of optimiser steps, averaged for the loggers

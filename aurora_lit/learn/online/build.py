@@ -29,7 +29,7 @@ from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leader_process
-from aurora_lit.learn.online.gate import HeldOut
+from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
 from aurora_lit.learn.training_precision import training_dtype

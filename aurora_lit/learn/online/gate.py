@@ -8,12 +8,11 @@ variance than what was accepted, and overrates both drafts. p is the target's di
 and a position whose token lies outside it counts 0. So the target's whole head is not needed. In expectation that is
 P Σ min(p, q), where P is the target's probability of the draft vocabulary, and hardly less than Σ min(P p, q).
 
-The newest requests wait for a trial before they are learned from (test-then-train), so that evidence costs no traffic.
-A trial scores both drafts on those that no challenger was tried on, the newest first, until the evidence suffices or
-does not promise to. A few of the requests that have waited are never learned from: by these the drafts are compared in
-domains of the past. Evidence adds up within a lineage of challengers, which ends when the champion changes or learning
-restarts. Leaves out how evidence is weighed (learn/online/evidence.py), when a trial is held
-(learn/online/loop.py), and writing checkpoints of drafts that pass (drafts/versions.py).
+A trial scores both drafts on the waiting requests that no challenger was tried on, the newest first, until the
+evidence suffices or does not promise to. By those that are never learned from the drafts are compared in domains of the
+past. Leaves out which requests these are (learn/online/held_out.py), how evidence is weighed
+(learn/online/evidence.py), when a trial is held (learn/online/loop.py), and writing checkpoints of drafts that pass
+(drafts/versions.py).
 
 Shapes: K draft steps, B rows, T positions, N scored positions, S those of sampled requests, D draft vocabulary.
 """
@@ -21,11 +20,8 @@ Shapes: K draft steps, B rows, T positions, N scored positions, S those of sampl
 from __future__ import annotations
 
 import math
-import random
-import zlib
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,15 +30,12 @@ from torch import Tensor
 
 from aurora_lit.learn.data.collate import collate, group_by_length
 from aurora_lit.learn.data.labelled_trace import first_trained_position
-from aurora_lit.learn.data.reservoir import MAX_DOMAINS
-from aurora_lit.learn.online.evidence import Evidence
+from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.lk import overlap
 from aurora_lit.modules.losses.unroll import StepwiseChains
 from aurora_lit.traces.record import Trace
 
-_KEPT_EVERY = 16
-"""One request in so many is never learned from."""
 MIN_REQUESTS = 6
 """Untried requests that a trial needs at least; it looks at the evidence after each so many."""
 _PATIENCE_REQUESTS = 12
@@ -60,106 +53,6 @@ _MAX_ROOTS, _MAX_SAMPLED_ROOTS = 32, 16
 sampled request take more time, and vary less."""
 _LEAST_PROBABILITY = 0.01
 """Proposals that are reached with a smaller probability are not counted."""
-_OLD_REQUESTS, _MAX_OLD_REQUESTS = 16, 64
-"""Older held-out requests that are kept: of a domain, and of all together."""
-
-
-@dataclass(kw_only=True, eq=False)
-class HeldOutRequest:
-    """A request that is not learned from, in one or more segments."""
-
-    request_id: str
-    domain: str
-    traces: list[Trace] = field(default_factory=list)
-    champion_score: float | None = None
-    """Cached until the champion changes or another segment arrives."""
-    challenger_score: float | None = None
-    """Of the last trial that scored the request, unless another segment has arrived."""
-    was_tried: bool = False
-    """True if a challenger's evidence contains it: it may not count again."""
-
-
-class HeldOut:
-    """Requests that are not learned from: the newest ones for a while, and of older ones a sample from each domain."""
-
-    def __init__(self, *, seed: int) -> None:
-        """`seed`: of the sample of older requests."""
-        self.newest: deque[HeldOutRequest] = deque()
-        self.evidence = Evidence()
-        """What speaks for the present lineage of challengers."""
-        self.old: dict[str, list[HeldOutRequest]] = {}
-        self._num_remembered: dict[str, int] = {}
-        self._random = random.Random(seed)
-
-    @staticmethod
-    def is_kept(request_id: str) -> bool:
-        """True if a request is never learned from; by a hash of its id, so that segments agree, after a restart too."""
-        return zlib.crc32(request_id.encode()) % _KEPT_EVERY == 0
-
-    def add(self, trace: Trace) -> None:
-        """Keep a segment, with its request's earlier segments if there are any."""
-        request = next((r for r in self if r.request_id == trace.request_id), None)
-        if request is None:
-            request = HeldOutRequest(request_id=trace.request_id, domain=trace.domain)
-            self.newest.append(request)
-        request.traces.append(trace)
-        request.champion_score = request.challenger_score = None
-
-    def release(self, num_newest: int) -> list[Trace]:
-        """Let the oldest of the newest requests go until `num_newest` are left; returns what is learned from now."""
-        released = []
-        while len(self.newest) > num_newest:
-            oldest = self.newest.popleft()
-            if self.is_kept(oldest.request_id):
-                self._remember(oldest)
-            else:
-                released += oldest.traces
-        return released
-
-    def rename_domain(self, removed: str, kept: str) -> None:
-        """Requests of a domain that went into another one are of that from now on."""
-        for request in self:
-            request.domain = kept if request.domain == removed else request.domain
-        if removed in self.old:
-            moved = self.old.pop(removed)
-            self.old[kept] = (self.old.get(kept, []) + moved)[:_OLD_REQUESTS]
-            self._num_remembered[kept] = self._num_remembered.get(kept, 0) + self._num_remembered.pop(removed)
-
-    @property
-    def untried(self) -> list[HeldOutRequest]:
-        """The newest requests that no challenger was tried on, the newest first."""
-        return [request for request in reversed(self.newest) if not request.was_tried]
-
-    def clear_champion_scores(self) -> None:
-        """Forget the champion's cached scores and the evidence: another draft is the champion now."""
-        self.evidence.clear()
-        for request in self:
-            request.champion_score = None
-
-    def crown_challenger(self) -> None:
-        """The last trial's challenger is the champion now: its scores are the champion's. The evidence is cleared."""
-        self.evidence.clear()
-        for request in self:
-            request.champion_score = request.challenger_score
-
-    def __iter__(self) -> Iterator[HeldOutRequest]:
-        """All requests: the newest ones, then the older ones."""
-        yield from self.newest
-        for requests in self.old.values():
-            yield from requests
-
-    def _remember(self, request: HeldOutRequest) -> None:
-        """Move a request to the older ones: reservoir sampling (Vitter's algorithm R) within its domain."""
-        domain = request.domain if request.domain in self.old or len(self.old) < MAX_DOMAINS else ""
-        kept = self.old.setdefault(domain, [])
-        self._num_remembered[domain] = self._num_remembered.get(domain, 0) + 1
-        size = max(1, min(_OLD_REQUESTS, _MAX_OLD_REQUESTS // len(self.old)))
-        for requests in self.old.values():
-            del requests[size:]
-        if len(kept) < size:
-            kept.append(request)
-        elif (index := self._random.randrange(self._num_remembered[domain])) < size:
-            kept[index] = request
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ import torch
 
 from aurora_lit.learn.data.labelled_trace import crop, first_trained_position
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
-from aurora_lit.learn.online.gate import TRIAL_POSITIONS, HeldOut
+from aurora_lit.learn.online.gate import TRIAL_POSITIONS
+from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.traces.record import Trace
 

@@ -25,7 +25,8 @@ from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
 from aurora_lit.learn.online.centroid_publisher import CentroidPublisher
-from aurora_lit.learn.online.gate import MIN_REQUESTS, GateDecision, HeldOut, compare_drafts
+from aurora_lit.learn.online.gate import MIN_REQUESTS, GateDecision, compare_drafts
+from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.learn.online.intake import TraceIntake
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft

@@ -14,7 +14,8 @@ import pytest
 
 from aurora_lit.learn.online import gate
 from aurora_lit.learn.online.evidence import Evidence
-from aurora_lit.learn.online.gate import HeldOut, HeldOutRequest, compare_drafts
+from aurora_lit.learn.online.gate import compare_drafts
+from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS
 
 NOISE = 0.25

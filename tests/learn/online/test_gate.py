@@ -13,7 +13,9 @@ from support.tiny_models import random_draft
 
 from aurora_lit.learn.data.collate import collate
 from aurora_lit.learn.online import gate
-from aurora_lit.learn.online.gate import HeldOut, HeldOutRequest, compare_drafts, decide, score_requests
+from aurora_lit.learn.online import held_out as held_out_module
+from aurora_lit.learn.online.gate import compare_drafts, decide, score_requests
+from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.traces.record import Trace
@@ -107,7 +109,7 @@ def test_a_score_does_not_depend_on_the_requests_beside_it(target: Target, taugh
 def test_of_a_domain_that_seems_worse_some_more_older_requests_are_scored(
     served: list[Trace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "_KEPT_EVERY", 1)
+    monkeypatch.setattr(held_out_module, "_KEPT_EVERY", 1)
     held_out, scored = HeldOut(seed=0), list[str]()
     for i in range(50):
         held_out.add(replace(served[0], request_id=f"{i}", domain="past" if i < 25 else "other" if i < 38 else "new"))
@@ -163,7 +165,7 @@ def test_requests_of_a_domain_that_went_into_another_are_of_that(served: list[Tr
 
 
 def test_older_requests_are_kept_by_domain_within_bounds(served: list[Trace], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_KEPT_EVERY", 1)
+    monkeypatch.setattr(held_out_module, "_KEPT_EVERY", 1)
     held_out = HeldOut(seed=0)
     for i in range(300):
         held_out.add(replace(served[0], request_id=str(i), domain="rare" if i < 3 else f"busy{i % 3}"))
@@ -242,7 +244,7 @@ def test_a_worse_draft_scores_worse(target: Target, taught_draft: Eagle3Draft) -
 def test_older_requests_are_scored_only_if_the_challenger_passes_on_new_ones(
     target: Target, taught_draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "_KEPT_EVERY", 1)
+    monkeypatch.setattr(held_out_module, "_KEPT_EVERY", 1)
     traces = asked_again(serve(target, taught_draft, some_requests(3)), 6)  # which it was taught
     good, bad = (online_module(target, draft) for draft in (taught_draft, random_draft(target, seed=3)))
     for champion, challenger, passes, requests in ((good, bad, False, 6), (bad, good, True, 6 + 4)):
