@@ -205,6 +205,10 @@ class LearnSettings:
     compute_share: float = _within(0.04, 0.0001, 1.0)
     """Share of the processor time that the learner may use, of the cores that its affinity and cgroup allow; its use is
     measured."""
+    idle_share: float = _within(0.25, 0.0, 1.0)
+    """The same while the server has no request, if that is more: then learning takes nothing from anyone, and it ends
+    when all traces that wait are learned from. A step that is under way when a request comes is interrupted. 0: no more
+    than learn.compute_share."""
     full_load_share: float = _within(0.02, 0.0, 1.0)
     """The same while nearly every slot is in use, when a second of learning costs about a second of serving."""
     minimum_share: float = _within(0.005, 0.0, 1.0)

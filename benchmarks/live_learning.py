@@ -2,11 +2,13 @@
 
     python -m benchmarks.templated_prompts --out traffic --requests 5000
     python -m benchmarks.live_learning --phases traffic/billing.jsonl traffic/support.jsonl traffic/alerts.jsonl
+    python -m benchmarks.live_learning --phases traffic/billing.jsonl --arrivals times.csv --rate 0.7
 
 Traffic is of one file after the other, each for `--seconds`, from `--clients` clients that send a request as soon as
-the last one is answered; every second one names temperature 0, the others none. The last prompts of each file are held
+the last one is answered, or at the times of `--arrivals` (a CSV file with a column timestamp_s), scaled to `--rate`
+requests a second. Every second request names temperature 0, the others none. The last prompts of each file are held
 out. After each phase the draft that is served then is kept in `--out`, and it is printed what the learner has done,
-how often it called a shift, and with how much processor time.
+how often it called a shift, with how much processor time, and how long requests took.
 
 Then the server ends, and benchmarks/one_process.py compares on the held-out prompts, file by file: the shipped draft,
 the draft that was served at the end of that phase, the last one of all (what was kept of a domain whose traffic ended),
@@ -22,15 +24,17 @@ import shutil
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 
 from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.bench.stream_plan import read_arrivals
 from aurora_lit.config import load_config
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import ConfigError
@@ -41,6 +45,8 @@ from benchmarks.paired import Arm, ask
 Json = dict[str, Any]
 _COUNTERS = ("steps", "positions", "published", "refused", "shifts", "processor_s")
 """What a phase adds to them is reported."""
+_MOST_AT_ONCE = 64
+"""Requests that run or wait together at given times; later ones are late then."""
 _NO_MEMORY, _MEMORY = "memory.capacity_mb=0", "memory.capacity_mb=64"
 
 
@@ -50,26 +56,57 @@ class Sent(NamedTuple):
     requests: int
     tokens: int
     """Of their answers."""
+    median_s: float
+    """That a request took."""
+    p95_s: float
+    token_ms: float
+    """Median over requests of the time that a token took, the prompt's reading included."""
+
+    @classmethod
+    def of(cls, answered: Sequence[tuple[int, float]]) -> Sent:
+        """Sum up requests' tokens and seconds."""
+        tokens, seconds = np.array(answered).T
+        median_s, p95_s = np.percentile(seconds, (50, 95))
+        return cls(
+            len(answered), int(tokens.sum()), float(median_s), float(p95_s), float(np.median(1e3 * seconds / tokens))
+        )
 
 
 def send(port: int, prompts: Iterator[str], *, seconds: float, clients: int, max_tokens: int) -> Sent:
     """Keep `clients` requests running for so long. Raises ConfigError if there are too few prompts."""
     ends = time.monotonic() + seconds
 
-    def client(_: int) -> list[int]:
-        tokens = []
+    def client(_: int) -> list[tuple[int, float]]:
+        answered = []
         while time.monotonic() < ends:
-            number, prompt = next(numbered, (0, None))
-            if prompt is None:
-                raise ConfigError("--phases: a file has fewer prompts than a phase sends; give more, or less --seconds")
-            arm = Arm(True, 0.0 if number % 2 else None, True)
-            tokens.append(ask(port, prompt, arm, {}, max_tokens=max_tokens, seed=number, salt="all").tokens)
-        return tokens
+            answered.append(ask_next(port, numbered, max_tokens))
+        return answered
 
     numbered = enumerate(prompts)  # CPython's enumerate is safe for threads
     with ThreadPoolExecutor(clients) as pool:
-        answered = list(itertools.chain.from_iterable(pool.map(client, range(clients))))
-    return Sent(len(answered), sum(answered))
+        return Sent.of(list(itertools.chain.from_iterable(pool.map(client, range(clients)))))
+
+
+def send_at(port: int, prompts: Iterator[str], arrivals_s: Sequence[float], *, max_tokens: int) -> Sent:
+    """Send a request at each of these times after now. Raises ConfigError if there are too few prompts."""
+    started, numbered = time.monotonic(), enumerate(prompts)
+
+    def send_one(arrives_s: float) -> tuple[int, float]:
+        time.sleep(max(0.0, started + arrives_s - time.monotonic()))
+        return ask_next(port, numbered, max_tokens)
+
+    with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
+        return Sent.of(list(pool.map(send_one, arrivals_s)))
+
+
+def ask_next(port: int, numbered: Iterator[tuple[int, str]], max_tokens: int) -> tuple[int, float]:
+    """Send the next prompt; its answer's tokens, and seconds. Raises ConfigError if there is none."""
+    number, prompt = next(numbered, (0, None))
+    if prompt is None:
+        raise ConfigError("--phases: a file has fewer prompts than a phase sends; give more, or less --seconds")
+    arm, began = Arm(True, 0.0 if number % 2 else None, True), time.monotonic()
+    answer = ask(port, prompt, arm, {}, max_tokens=max_tokens, seed=number, salt="all")
+    return answer.tokens, answer.ended_s - began
 
 
 def learner_status(port: int) -> Json:
@@ -118,6 +155,8 @@ def main() -> int:
     parser.add_argument("--phases", nargs="+", type=Path, required=True, help="JSONL files of prompts")
     parser.add_argument("--seconds", type=float, default=600.0, help="of each phase")
     parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--arrivals", type=Path, help="send at these times instead of in turn")
+    parser.add_argument("--rate", type=float, default=0.7, help="mean number of arrivals a second")
     parser.add_argument("--turns", type=int, default=80, help="held-out prompts that count, of each temperature")
     parser.add_argument("--warm-up", type=int, default=30, help="held-out prompts before them, which fill the memories")
     parser.add_argument("--max-tokens", type=int, default=96)
@@ -159,13 +198,12 @@ def _serve(
     with running_server(config, options.out / "server.log"):
         before = learner_status(config.server.port)
         for path, texts in prompts.items():
-            sent = send(
-                config.server.port,
-                iter(texts[:-held_out]),
-                seconds=options.seconds,
-                clients=options.clients,
-                max_tokens=options.max_tokens,
-            )
+            port, fresh, most = config.server.port, iter(texts[:-held_out]), options.max_tokens
+            if options.arrivals is None:
+                sent = send(port, fresh, seconds=options.seconds, clients=options.clients, max_tokens=most)
+            else:
+                times_s = read_arrivals(options.arrivals, round(options.rate * options.seconds))
+                sent = send_at(port, fresh, [t * options.seconds / times_s[-1] for t in times_s], max_tokens=most)
             after = learner_status(config.server.port)
             report["phases"].append({"traffic": path.stem, **phase_report(before, after, sent)})
             print(json.dumps(report["phases"][-1]), flush=True)

@@ -110,6 +110,7 @@ DEFAULTS = {
     "learn": {
         "enabled": True,
         "compute_share": 0.04,
+        "idle_share": 0.25,
         "full_load_share": 0.02,
         "minimum_share": 0.005,
         "threads": 1,

@@ -60,7 +60,7 @@ use_threads(0)
 import torch
 from aurora_lit.learn.online.budget import Budget
 from aurora_lit.serve.worker.thread_budget import ThreadBudget
-budget = Budget(share=0.5, full_load_share=0.5, minimum_share=0.5)
+budget = Budget(idle_share=0.5, share=0.5, full_load_share=0.5, minimum_share=0.5)
 print(torch.get_num_threads(), budget._cpus, ThreadBudget(None, None, threads=1)._cores)
 """
     assert run(code, CORES[:1], OMP_NUM_THREADS="") == "1 1 1\n"

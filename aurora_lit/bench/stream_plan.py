@@ -131,7 +131,10 @@ def plan(
 
     phases = []
     for number, phase in enumerate(stream.phases):
-        arrivals = _arrivals(prompts / phase.arrivals, phase) if phase.arrivals else [0.0] * phase.requests
+        arrivals = [0.0] * phase.requests
+        if phase.arrivals:
+            times = read_arrivals(prompts / phase.arrivals, phase.requests)
+            arrivals = [time_s * phase.arrivals_scale for time_s in times]
         planned = []
         for number_in_phase, arrives_s in enumerate(arrivals):
             name = rng.choices(phase.prompts, phase.weights or None)[0]
@@ -170,16 +173,21 @@ def _encoded(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[s
         yield prompt.domain, tuple(encode_prompt(tokenizer, prompt))
 
 
-def _arrivals(path: Path, phase: Phase) -> list[float]:
-    """Arrival times of a phase's requests, in seconds after the first."""
+def read_arrivals(path: Path, requests: int) -> list[float]:
+    """The first arrival times of a CSV file with a column `timestamp_s`, in seconds after the first of them.
+
+    Raises ConfigError if there are fewer than `requests`.
+    """
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            times = [float(row["timestamp_s"]) for row in itertools.islice(csv.DictReader(file), phase.requests)]
+            times = [float(row["timestamp_s"]) for row in itertools.islice(csv.DictReader(file), requests)]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} has no arrival times ({error!r}); give it a column timestamp_s") from error
-    if len(times) < phase.requests:
-        raise ConfigError(f"{path} has {len(times)} arrivals, but the phase {phase.requests} requests; lower requests")
-    return [(time_s - times[0]) * phase.arrivals_scale for time_s in times]
+    if len(times) < requests:
+        raise ConfigError(
+            f"{path} has {len(times)} arrivals for {requests} requests; send fewer, or give more arrivals"
+        )
+    return [time_s - times[0] for time_s in times]
 
 
 def _record(tree: Any, kind: Any, *, place: str) -> Any:

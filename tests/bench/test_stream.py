@@ -108,7 +108,7 @@ _PHASE = {"name": "a", "prompts": ["chat.jsonl"], "requests": 2}
         ({"measure": None}, "None is not a mapping"),
         ({"phases": [{**_PHASE, "requests": 13}]}, "chat.jsonl has no suitable prompt left"),
         ({"phases": [{**_PHASE, "prompts": ["poems.jsonl"]}]}, "poems.jsonl: there is no such prompt file"),
-        ({"phases": [{**_PHASE, "requests": 7, "arrivals": "times.csv"}]}, "has 6 arrivals, but the phase 7"),
+        ({"phases": [{**_PHASE, "requests": 7, "arrivals": "times.csv"}]}, "has 6 arrivals for 7 requests"),
         ({"phases": [{**_PHASE, "arrivals": "chat.jsonl"}]}, "column timestamp_s"),
     ],
 )

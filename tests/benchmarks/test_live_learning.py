@@ -11,7 +11,7 @@ import pytest
 
 from aurora_lit.errors import ConfigError
 from benchmarks import live_learning
-from benchmarks.live_learning import Sent, arms_of, phase_report, send
+from benchmarks.live_learning import Sent, arms_of, phase_report, send, send_at
 from benchmarks.paired import Answer
 
 STATUS = {"version": "start", "steps": 4, "positions": 500, "published": 0, "refused": 1, "shifts": 2}
@@ -40,6 +40,16 @@ def test_every_prompt_is_sent_once_and_every_second_one_is_greedy(asked: list[tu
     assert abs(counts[0.0] - counts[None]) <= 1
 
 
+def test_requests_are_sent_at_their_times_though_others_run(asked: list[tuple[str, float | None]]) -> None:
+    times_s = [0.0, 0.004, 0.004, 0.15]
+    began = time.monotonic()
+    sent = send_at(0, map(str, itertools.count()), times_s, max_tokens=8)
+    assert 0.15 <= time.monotonic() - began < 0.6, "the second did not wait for the first"
+    assert sent.requests == len(asked) == 4
+    assert 0.01 <= sent.median_s <= sent.p95_s < 0.4
+    assert sent.token_ms == pytest.approx(1e3 * sent.median_s / 7)
+
+
 def test_too_few_prompts_are_an_error(asked: list[tuple[str, float | None]]) -> None:
     with pytest.raises(ConfigError, match="--phases"):
         send(0, iter(["a", "b"]), seconds=60.0, clients=2, max_tokens=8)
@@ -47,14 +57,14 @@ def test_too_few_prompts_are_an_error(asked: list[tuple[str, float | None]]) -> 
 
 def test_a_phase_reports_what_it_added() -> None:
     after = {**STATUS, "version": "draft-000001", "steps": 10, "positions": 2500, "shifts": 3, "processor_s": 9.0}
-    found = phase_report({**STATUS, "processor_s": 5.0}, after, Sent(requests=80, tokens=8000))
+    found = phase_report({**STATUS, "processor_s": 5.0}, after, Sent.of([(100, 2.0)] * 80))
     assert (found["version"], found["steps"], found["positions"], found["shifts"]) == ("draft-000001", 6, 2000, 1)
     assert (found["share_learned"], found["ms_a_position"]) == (0.25, 2.0)
 
 
 def test_a_phase_without_steps_has_no_cost_a_position() -> None:
     same = {**STATUS, "processor_s": 5.0}
-    assert phase_report(same, same, Sent(requests=1, tokens=8))["ms_a_position"] is None
+    assert phase_report(same, same, Sent.of([(8, 1.0)]))["ms_a_position"] is None
 
 
 def test_the_last_draft_is_compared_where_it_is_another_one() -> None:

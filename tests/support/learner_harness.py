@@ -122,7 +122,7 @@ class LearnerHarness:
                 live_bytes=1 << 24,
             ),
             held_out=self.held_out,
-            budget=Budget(share=1.0, full_load_share=1.0, minimum_share=1.0, cpu_s=lambda: 0.0),
+            budget=Budget(idle_share=1.0, share=1.0, full_load_share=1.0, minimum_share=1.0, cpu_s=lambda: 0.0),
         )
         if not limits_trials:
             self.loop._trial_limit = ShareLimit(1.0)

@@ -1,12 +1,12 @@
 """How much processor time learning may use: a token bucket of processor seconds.
 
-The bucket fills with wall time and empties with the processor time that was used. Work may begin while the balance is
-not negative; a long step makes it negative, and the next one waits until it is not, so the share holds on average
-whatever a step costs. All of the process counts, reading traces included. A `ShareLimit` keeps one kind of work, such
-as trials, to a share of what is used. Leaves out the sleeping itself (learn/online/loop.py) and the process's priority
-(learn/online/process.py).
+The bucket fills with wall time, faster while the server has no request, and empties with the processor time that was
+used. Work may begin while the balance is not negative; a long step makes it negative, and the next one waits until it
+is not, so the share holds on average whatever a step costs. All of the process counts, reading traces included. A
+`ShareLimit` keeps one kind of work, such as trials, to a share of what is used. Leaves out the sleeping itself and
+giving way in the middle of a step (learn/online/loop.py), and the process's priority (learn/online/process.py).
 
-    budget = Budget(share=0.04, full_load_share=0.02, minimum_share=0.005)
+    budget = Budget(idle_share=0.25, share=0.04, full_load_share=0.02, minimum_share=0.005)
     while True:
         if wait_s := budget.wait_s(load()):
             time.sleep(wait_s)
@@ -35,6 +35,8 @@ _WINDOW_S = 60.0
 class ServerLoad(Enum):
     """How busy the server is."""
 
+    IDLE = 0
+    """It has no request, and has had none since the last look."""
     SPARE = 1
     """Slots are free."""
     FULL = 2
@@ -49,6 +51,7 @@ class Budget:
     def __init__(
         self,
         *,
+        idle_share: float,
         share: float,
         full_load_share: float,
         minimum_share: float,
@@ -59,11 +62,13 @@ class Budget:
         """Start with an empty bucket.
 
         share: of all processors' time while slots are free. full_load_share: while nearly every slot is taken.
-        minimum_share: while requests wait for a slot. The last two are never more than the first. cpus: how many
-        processors that are; None: as many as this process may use.
+        minimum_share: while requests wait for a slot. The last two are never more than the first. idle_share: while
+        there is no request; never less than the first. cpus: how many processors that are; None: as many as this
+        process may use.
         """
         self._cpus = cpus or available_cores()
         self._shares = {
+            ServerLoad.IDLE: max(idle_share, share),
             ServerLoad.SPARE: share,
             ServerLoad.FULL: min(full_load_share, share),
             ServerLoad.QUEUEING: min(minimum_share, share),

@@ -101,7 +101,7 @@ def build_loop(
                 traces=ring,
                 store=store,
                 page=page,
-                server_load=lambda: _server_load(status, num_slots=config.engine.max_batch_size),
+                server_load=LoadWatch(status, num_slots=config.engine.max_batch_size),
                 served_draft=served_draft,
             ),
             config=learn,
@@ -111,6 +111,7 @@ def build_loop(
             batcher=make_batcher(config, target_head, run_folder),
             held_out=make_held_out(config),
             budget=Budget(
+                idle_share=learn.idle_share,
                 share=learn.compute_share,
                 full_load_share=learn.full_load_share,
                 minimum_share=learn.minimum_share,
@@ -139,11 +140,24 @@ def make_held_out(config: AuroraConfig) -> HeldOut:
     return HeldOut(seed=config.learn.seed)
 
 
-def _server_load(status: EngineStatusPage, *, num_slots: int) -> ServerLoad:
-    now = status.read()
-    if now.waiting:
-        return ServerLoad.QUEUEING
-    return ServerLoad.FULL if now.running > _FULL_LOAD * num_slots else ServerLoad.SPARE
+class LoadWatch:
+    """Tells how busy the server is, by its status page."""
+
+    def __init__(self, status: EngineStatusPage, *, num_slots: int) -> None:
+        self._status, self._num_slots = status, num_slots
+        self._served: tuple[int, int] | None = None
+        """What had been served at the last look."""
+
+    def __call__(self) -> ServerLoad:
+        """Look."""
+        now = self._status.read()
+        served = (now.generated_tokens, now.prompt_tokens)
+        is_quiet, self._served = served == self._served, served
+        if now.waiting:
+            return ServerLoad.QUEUEING
+        if now.running > _FULL_LOAD * self._num_slots:
+            return ServerLoad.FULL
+        return ServerLoad.IDLE if is_quiet and not now.running else ServerLoad.SPARE
 
 
 def run_follower(config: AuroraConfig) -> None:

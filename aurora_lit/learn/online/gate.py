@@ -20,7 +20,7 @@ Shapes: K draft steps, B rows, T positions, N scored positions, S those of sampl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,11 +136,13 @@ def compare_drafts(
     challenger: DraftModule,
     heat: float = 0.0,
     batch_positions: int = TRIAL_POSITIONS,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> GateDecision | None:
     """Score both drafts on untried requests, add the evidence and decide; None if fewer than MIN_REQUESTS are scored.
 
     heat: how much is left to learn in the traffic, 0 to 1 (modules/domains/lr_schedule.py). The more there is, the
     likelier a challenger is better, and the more is lost by waiting: less evidence is needed, none at heat 1.
+    between_batches: called after each batch of requests is scored.
 
     Requests that are too short to be scored count as tried. Older ones, which only tell whether a domain has become
     worse, are scored if nothing else keeps the challenger from passing.
@@ -155,9 +157,10 @@ def compare_drafts(
     def score(part: Sequence[HeldOutRequest]) -> list[tuple[HeldOutRequest, tuple[float, float]]]:
         """(champion, challenger) scores of those that are long enough."""
         unscored = [request for request in part if request.champion_score is None]
-        for request, of_champion in score_requests(champion, unscored, batch_positions=batch_positions):
+        settings: Any = {"batch_positions": batch_positions, "between_batches": between_batches}
+        for request, of_champion in score_requests(champion, unscored, **settings):
             request.champion_score = of_champion
-        for request, of_challenger in score_requests(challenger, part, batch_positions=batch_positions):
+        for request, of_challenger in score_requests(challenger, part, **settings):
             request.challenger_score = of_challenger
         pairs = [(request, (request.champion_score, request.challenger_score)) for request in part]
         return [(r, (before, after)) for r, (before, after) in pairs if before is not None and after is not None]
@@ -200,7 +203,11 @@ def _by_domain(
 
 @torch.no_grad()
 def score_requests(
-    module: DraftModule, requests: Sequence[HeldOutRequest], *, batch_positions: int
+    module: DraftModule,
+    requests: Sequence[HeldOutRequest],
+    *,
+    batch_positions: int,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[HeldOutRequest, float]]:
     """Yield each request with its expected accepted length, bonus token included; too short ones are left out."""
     segments = [(request, trace) for request in requests for trace in request.traces]
@@ -211,6 +218,7 @@ def score_requests(
         for (request, _), (total, count) in zip([segments[i] for i in group], accepted, strict=True):
             before = sums.get(request.request_id, (0.0, 0))
             sums[request.request_id] = (before[0] + total, before[1] + count)
+        between_batches()
     for request in requests:
         total, count = sums.get(request.request_id, (0.0, 0))
         if count:

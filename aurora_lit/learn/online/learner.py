@@ -113,6 +113,11 @@ class Learner:
         finally:
             module.draft = current
 
+    def between_pieces(self, action: Callable[[], None]) -> None:
+        """Call `action` several times in the course of every step from now on, where the step can wait."""
+        module: DraftModule = self.module.module
+        module.between_pieces = action
+
     def update(self, batch: OnlineBatch) -> OnlineReport | None:
         """Take one optimiser step on a batch. None if its loss or gradient is not finite: nothing is changed then."""
         if self._before_step is not None:
@@ -122,7 +127,9 @@ class Learner:
         with self.fabric.autocast():
             report = module.training_step(part)
         self.module.zero_grad()
+        module.between_pieces()
         self.fabric.backward(report.loss)
+        module.between_pieces()
         loss = self._sum_over_processes(report.loss.detach())
         norm = clip_gradients(self.draft.parameters())
         if not (torch.isfinite(loss) and torch.isfinite(norm)):

@@ -36,6 +36,9 @@ from aurora_lit.traces.record import from_bytes
 
 _PAUSE_S = 0.2
 """Sleep between two turns without work: so often the ring is read and the status page written."""
+_SHORT_PAUSE_S = 0.02
+"""The same in the middle of a step."""
+_HAS_FREE_SLOTS = (ServerLoad.IDLE, ServerLoad.SPARE)
 _SAVING_SHARE = 0.03
 """Largest share of the process's own processor time that saving its state may take."""
 _TRIAL_SHARE = 0.12
@@ -118,7 +121,8 @@ class OnlineLoop:
         self.decision: GateDecision | None = None
         self.last_turn_s = environment.monotonic_s()
         """When the last turn began; the heartbeat stops when it was too long ago."""
-        self._stopped = False
+        self._stopped = self._gives_way = False
+        learner.between_pieces(self._give_way)
         self._current_version: str | None = None
         self._passed_version: str | None = None
         """The version of the last trial's challenger, if it was published and no trial was held since."""
@@ -143,9 +147,10 @@ class OnlineLoop:
         """One turn, of at most one optimiser step or one trial."""
         self.last_turn_s = self._environment.monotonic_s()
         load = self._environment.server_load()
+        self._gives_way = load is ServerLoad.IDLE
         wait_s = self._budget.wait_s(load)
         # Else traces stay in the ring, which overwrites the oldest.
-        if not wait_s or (load is ServerLoad.SPARE and self._reading_limit.is_due):
+        if not wait_s or (load in _HAS_FREE_SLOTS and self._reading_limit.is_due):
             with self._environment.page.computing(self._threads):
                 with self._reading_limit.measured():
                     self._read_traces()
@@ -211,9 +216,23 @@ class OnlineLoop:
 
     def _sleep(self, load: ServerLoad) -> None:
         """Sleep for a pause, however small the debt is: paying off only what a turn costs would never end."""
-        self._activity = "resting: its share is used up" if load is ServerLoad.SPARE else "yielding to requests"
+        self._activity = "resting: its share is used up" if load in _HAS_FREE_SLOTS else "yielding to requests"
         self._report()
         self._environment.sleep(_PAUSE_S)
+
+    def _give_way(self) -> None:
+        """Wait in the middle of a step or trial that began while the server had no request, until its share allows it
+        to go on or the requests are answered: what is idle is given more time than may be taken from requests."""
+        has_waited = False
+        while self._gives_way and not self._stopped:
+            load = self._environment.server_load()
+            if load is ServerLoad.IDLE or not self._budget.wait_s(load):
+                break
+            has_waited, self.last_turn_s = True, self._environment.monotonic_s()
+            self._environment.page.write(busy_threads=0)
+            self._environment.sleep(_SHORT_PAUSE_S)
+        if has_waited:
+            self._environment.page.write(busy_threads=self._threads)
 
     # -- versions --------------------------------------------------------------------------------------------------
 
@@ -259,7 +278,11 @@ class OnlineLoop:
         self._last_trial_s, self._last_trial_steps = self._environment.monotonic_s(), self.learner.steps
         with self.learner.averaged() as challenger, self.learner.fabric.autocast():
             decision = compare_drafts(
-                self.held_out, champion=self._champion, challenger=challenger, heat=self.learner.controller.heat
+                self.held_out,
+                champion=self._champion,
+                challenger=challenger,
+                heat=self.learner.controller.heat,
+                between_batches=self._give_way,
             )
         if decision is None:
             return

@@ -13,6 +13,7 @@ the heads, H hidden size (of last_BTH and the target's rows: the target's).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,7 @@ def chain_losses(
     kl_decay: float,
     certain_survival: float,
     is_trained: bool,
+    between_steps: Callable[[], None] = lambda: None,
 ) -> ChainLosses:
     """The LK and value losses of chains, which are at step 0.
 
@@ -86,6 +88,7 @@ def chain_losses(
         kl_decay: of λ (modules/losses/lk.py); 0 is KL alone.
         certain_survival: which chains go on; see `OnlineWeights`.
         is_trained: False: there is no gradient but the value head's.
+        between_steps: called after each step, forward and backward.
     """
     K, (B, T) = num_steps, share_BT.shape
     share_N, last_NH = share_BT.flatten(), last_BTH.flatten(0, 1)
@@ -101,6 +104,8 @@ def chain_losses(
         place_M = chains.row_M * T + chains.target_M
         share_M = share_N[place_M]
         share_M[chains.count :] = 0.0
+        if chains.hidden_MH.requires_grad:
+            chains.hidden_MH.register_hook(lambda _: between_steps())  # type: ignore[no-untyped-call]
         with torch.set_grad_enabled(is_trained):
             step_sum, stats = fused_lk_loss(
                 h_NH=draft.norm(chains.hidden_MH),
@@ -124,6 +129,7 @@ def chain_losses(
         table_KN["mask"][step, place_C], table_KN["importance"][step, place_C] = 1.0, importance_C.float()
         if step == K - 1:
             break
+        between_steps()
         survival_C = importance_C * stats.alpha_N[counted_C]
         chance_C = torch.ones_like(survival_C)
         if certain_survival > 0:

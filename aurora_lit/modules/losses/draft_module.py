@@ -12,6 +12,7 @@ V target vocabulary, Vd draft vocabulary, N = B·T rows, R rows that have a weig
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
@@ -81,6 +82,8 @@ class DraftModule(LightningModule):
         self.total_steps = total_steps
         self.min_lr_factor = min_lr_factor
         self.online_optimizers = online_optimizers
+        self.between_pieces: Callable[[], None] = lambda: None
+        """Called between the pieces of an online step, forward and backward, where it can wait."""
 
     @overload  # type: ignore[override]
     def training_step(self, batch: TraceBatch, batch_idx: int = 0) -> StepReport: ...
@@ -140,6 +143,7 @@ class DraftModule(LightningModule):
             certain_survival=online.certain_survival,
             # With the policy loss alone, only the statistics of these chains are wanted.
             is_trained=online.base_loss != "none" and torch.is_grad_enabled(),
+            between_steps=self.between_pieces,
         )
         mask_KBT, stats, value_loss = losses.mask_KBT, losses.stats, losses.value_sum
         lk_loss = losses.lk_sum if online.base_loss != "none" else losses.lk_sum.new_zeros(())

@@ -99,9 +99,12 @@ class EngineLoop:
                 heartbeat.set_idle()
                 while inbox.empty() and not engine.has_work and parts.idle_work():
                     pass
-                self._process_inbox(inbox, calls, outbox, wait=not engine.has_work)
+                was_idle = not engine.has_work
+                self._process_inbox(inbox, calls, outbox, wait=was_idle)
                 if not engine.has_work:  # what is left untold is of requests that were cancelled
                     tell(time.perf_counter())
+                elif was_idle:  # told before the round, since a learner gives way
+                    page.write(running=engine.num_waiting)
                 heartbeat.set_busy()
                 started, swaps = time.perf_counter(), 0 if live is None else live.num_swaps
                 if live is not None and not untold.outputs:  # these are judged as the present draft's

@@ -25,19 +25,25 @@ class FakeMachine:
 
 
 def a_budget(machine: FakeMachine, **changes: Any) -> Budget:
-    fields = {"full_load_share": 0.0, "minimum_share": 0.0, "cpus": 2, **changes}
+    fields = {"idle_share": 0.0, "full_load_share": 0.0, "minimum_share": 0.0, "cpus": 2, **changes}
     return Budget(**fields, wall_s=lambda: machine.wall, cpu_s=lambda: machine.cpu)
 
 
 @pytest.mark.parametrize(("share", "step_s", "slowdown"), [(0.04, 2.0, 1.0), (0.04, 0.05, 3.0), (0.3, 0.5, 1.5)])
 @pytest.mark.parametrize(
-    ("load", "most"), [(ServerLoad.SPARE, 1.0), (ServerLoad.FULL, 0.03), (ServerLoad.QUEUEING, 0.01)]
+    ("load", "least", "most"),
+    [
+        (ServerLoad.IDLE, 0.2, 1.0),
+        (ServerLoad.SPARE, 0.0, 1.0),
+        (ServerLoad.FULL, 0.0, 0.03),
+        (ServerLoad.QUEUEING, 0.0, 0.01),
+    ],
 )
 def test_the_budget_holds_its_share_within_a_fifth(
-    share: float, step_s: float, slowdown: float, load: ServerLoad, most: float
+    share: float, step_s: float, slowdown: float, load: ServerLoad, least: float, most: float
 ) -> None:
     machine = FakeMachine()
-    budget = a_budget(machine, share=share, full_load_share=0.03, minimum_share=0.01)
+    budget = a_budget(machine, idle_share=0.2, share=share, full_load_share=0.03, minimum_share=0.01)
     machine.sleep(30)  # nothing to do at first: only a little of that is kept
     began_wall, began_cpu = machine.wall, machine.cpu
     while machine.wall < began_wall + 3600:
@@ -46,13 +52,25 @@ def test_the_budget_holds_its_share_within_a_fifth(
         else:
             machine.work(step_s, slowdown=slowdown)
     used = (machine.cpu - began_cpu) / (2 * (machine.wall - began_wall))
-    assert used == pytest.approx(min(share, most), rel=0.2)
+    assert used == pytest.approx(max(least, min(share, most)), rel=0.2)
 
 
 def test_a_long_idle_time_is_not_caught_up_with() -> None:
     machine = FakeMachine()
     budget = a_budget(machine, share=0.04)
     machine.sleep(3600)
+    began = machine.cpu
+    while budget.wait_s(ServerLoad.SPARE) == 0:
+        machine.work(0.05)
+    assert machine.cpu - began < 1.0
+
+
+def test_time_without_requests_is_not_saved_for_when_there_are_some() -> None:
+    machine = FakeMachine()
+    budget = a_budget(machine, idle_share=0.5, share=0.04)
+    for _ in range(100):
+        machine.sleep(1)
+        assert budget.wait_s(ServerLoad.IDLE) == 0
     began = machine.cpu
     while budget.wait_s(ServerLoad.SPARE) == 0:
         machine.work(0.05)

@@ -19,7 +19,8 @@ from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
-from aurora_lit.learn.online.build import _loggers, load_head_and_draft
+from aurora_lit.learn.online.budget import ServerLoad
+from aurora_lit.learn.online.build import LoadWatch, _loggers, load_head_and_draft
 from aurora_lit.models import packed_target
 from aurora_lit.models.target import Target
 
@@ -115,3 +116,19 @@ def test_with_tensorboard_metrics_are_in_both(tmp_path: Path) -> None:
     assert csv_lines(tmp_path) == ["loss,step", "0.5,3"]
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     assert b"loss" in events.read_bytes()
+
+
+def test_a_server_is_idle_if_it_has_no_request_and_has_served_none_since_the_last_look(tmp_path: Path) -> None:
+    page = EngineStatusPage.create(tmp_path / "status")
+    look = LoadWatch(page, num_slots=4)
+    assert look() is ServerLoad.SPARE, "what was served before is not known"
+    assert look() is ServerLoad.IDLE
+    page.write(generated_tokens=9, prompt_tokens=30)  # a request came and went
+    assert look() is ServerLoad.SPARE
+    assert look() is ServerLoad.IDLE
+    page.write(running=1)  # it has come, and its first round is not over
+    assert look() is ServerLoad.SPARE
+    page.write(running=4)
+    assert look() is ServerLoad.FULL
+    page.write(waiting=1)
+    assert look() is ServerLoad.QUEUEING

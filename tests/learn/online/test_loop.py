@@ -159,7 +159,9 @@ def test_without_budget_the_loop_sleeps_and_reads_traces_only_while_slots_are_fr
 ) -> None:
     harness = LearnerHarness(target, tmp_path)
     spent = 0.0
-    harness.loop._budget = Budget(share=0.001, full_load_share=0.001, minimum_share=0.0, cpu_s=lambda: spent)
+    harness.loop._budget = Budget(
+        idle_share=0.0, share=0.001, full_load_share=0.001, minimum_share=0.0, cpu_s=lambda: spent
+    )
     spent, harness.load = 100.0, load
     harness.ring.records.extend(traffic[:5])
     for _ in range(3):
@@ -201,6 +203,7 @@ def test_turns_without_work_leave_the_share_to_steps(
     harness.environment.sleep = clocks.sleep
     harness.ring.records.extend(traffic)
     harness.loop._budget = Budget(
+        idle_share=0.0,
         share=0.04,
         full_load_share=0.02,
         minimum_share=0.005,
@@ -399,3 +402,66 @@ def test_domains_are_published_beside_the_drafts_and_a_full_disk_is_reported(
     harness.tick_until(path.exists)
     centroids, version = read_centroids(path, harness.target_head)
     assert (centroids.names, version) == (("chat",), 1), "the traffic's label"
+
+
+def test_a_step_that_began_while_nobody_asked_waits_in_its_middle_for_those_who_do(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    waits, alone = (LearnerHarness(target, tmp_path / name) for name in ("waits", "alone"))
+    clock = Clocks()
+    waits.loop._budget = Budget(
+        idle_share=1.0,
+        share=0.0001,
+        full_load_share=0.0,
+        minimum_share=0.0,
+        cpus=1,
+        wall_s=lambda: clock.wall_s,
+        cpu_s=lambda: clock.cpu_s,
+    )
+    looks: list[ServerLoad] = []
+
+    def server_load() -> ServerLoad:
+        clock.compute(0.1)
+        # A request is there at the second look of each five, and is answered at the fifth.
+        looks.append(ServerLoad.SPARE if len(looks) % 5 in (1, 2, 3) else ServerLoad.IDLE)
+        return looks[-1]
+
+    busy_while_waiting: list[tuple[int, float]] = []
+
+    def sleep(duration_s: float) -> None:
+        clock.sleep(duration_s)
+        busy_while_waiting.append((waits.page.peek("busy_threads"), duration_s))
+
+    waits.environment.server_load, waits.environment.sleep = server_load, sleep
+    for harness in (waits, alone):
+        harness.ring.records.extend(traffic[:10])
+    waits.loop.tick()
+    alone.loop.tick()
+    assert (waits.learner.steps, alone.learner.steps) == (1, 1)
+    assert len(looks) >= 6, "it looks several times, forward and backward"
+    assert busy_while_waiting == [(0, 0.02)] * looks.count(ServerLoad.SPARE)
+    assert waits.page.peek("busy_threads") == 0
+    expected = alone.learner.draft.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in waits.learner.draft.state_dict().items())
+
+
+@pytest.mark.parametrize("load", [ServerLoad.SPARE, ServerLoad.FULL])
+def test_a_step_within_the_share_that_requests_leave_is_not_interrupted(
+    target: Target, traffic: list[Trace], tmp_path: Path, load: ServerLoad
+) -> None:
+    harness = LearnerHarness(target, tmp_path)
+    spent = [0.0]
+    harness.loop._budget = Budget(
+        idle_share=1.0, share=0.001, full_load_share=0.001, minimum_share=0.0, cpu_s=lambda: spent[0]
+    )
+    harness.load = load
+    harness.ring.records.extend(traffic[:10])
+    learn = harness.learner.update
+
+    def update(batch: Any) -> Any:
+        spent[0] = 100.0
+        return learn(batch)
+
+    harness.learner.update = update  # type: ignore[method-assign]
+    harness.loop.tick()
+    assert (harness.learner.steps, harness.sleeps_s) == (1, [])

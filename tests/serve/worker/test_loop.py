@@ -290,6 +290,31 @@ def test_a_draft_is_swapped_between_rounds_but_not_while_what_they_brought_is_un
     assert draft.told == 200
 
 
+def test_a_request_that_ends_idleness_is_told_before_its_first_round(
+    serve: Callable[..., FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A learner that uses the idle time has to give way."""
+    running_before_rounds: list[int] = []
+    round_of = FakeEngine.round
+
+    def round(self: FakeEngine) -> list[Output]:
+        running_before_rounds.append(http_end[0].page.read().running)
+        return round_of(self)
+
+    monkeypatch.setattr(FakeEngine, "round", round)
+    http_end: list[HTTPProcess] = []
+
+    def http_process(http: HTTPProcess) -> None:
+        http_end.append(http)
+        for name in "ab":
+            http.call(name, "abcd", "efgh", max_tokens=4)
+            http.read_until(lambda name=name: http.ended(name, 0) and http.ended(name, 1))
+            http.wait_until(lambda: http.page.read().running == 0)
+
+    serve(http_process)
+    assert running_before_rounds == [2, 2] * (len(running_before_rounds) // 2)
+
+
 def test_counters_are_written_ten_times_a_second_and_when_a_request_ends(
     serve: Callable[..., FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
