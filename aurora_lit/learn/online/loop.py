@@ -147,7 +147,8 @@ class OnlineLoop:
         """One turn, of at most one optimiser step or one trial."""
         self.last_turn_s = self._environment.monotonic_s()
         load = self._environment.server_load()
-        self._gives_way = load is ServerLoad.IDLE
+        # Of several processes the others would wait for this one within a collective call, which has a time limit.
+        self._gives_way = load is ServerLoad.IDLE and self._config.devices == 1
         wait_s = self._budget.wait_s(load)
         # Else traces stay in the ring, which overwrites the oldest.
         if not wait_s or (load in _HAS_FREE_SLOTS and self._reading_limit.is_due):
