@@ -332,7 +332,7 @@ def time_live(deployment: Deployment, traces: list[Trace], *, seconds: float, ra
         batcher=make_batcher(config, deployment.target_head, folder),
         held_out=held_out,
         budget=Budget(
-            idle_share=config.learn.compute_share,
+            idle_share=config.learn.idle_share,
             share=config.learn.compute_share,
             full_load_share=config.learn.full_load_share,
             minimum_share=config.learn.minimum_share,

@@ -202,8 +202,9 @@ def _serve(
             if options.arrivals is None:
                 sent = send(port, fresh, seconds=options.seconds, clients=options.clients, max_tokens=most)
             else:
-                times_s = read_arrivals(options.arrivals, round(options.rate * options.seconds))
-                sent = send_at(port, fresh, [t * options.seconds / times_s[-1] for t in times_s], max_tokens=most)
+                times_s = read_arrivals(options.arrivals, max(1, round(options.rate * options.seconds)))
+                scale = options.seconds / times_s[-1] if times_s[-1] else 0.0
+                sent = send_at(port, fresh, [scale * time_s for time_s in times_s], max_tokens=most)
             after = learner_status(config.server.port)
             report["phases"].append({"traffic": path.stem, **phase_report(before, after, sent)})
             print(json.dumps(report["phases"][-1]), flush=True)

@@ -27,10 +27,11 @@ from aurora_lit.ipc.run_folder import RINGS
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.online.budget import Budget, ServerLoad
+from aurora_lit.learn.online.budget import Budget
 from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leader_process
 from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
+from aurora_lit.learn.online.load_watch import LoadWatch
 from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
 from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.models.packed_target import load_target
@@ -46,8 +47,6 @@ from aurora_lit.traces.record import LAYOUT_DIGEST
 STATE_NAME = "learner.safetensors"
 """The learner's state, in the folder of the versions it publishes."""
 _MIB = 1 << 20
-_FULL_LOAD = 0.75
-"""Share of taken slots from which the server counts as fully loaded: between two requests a slot is briefly free."""
 
 
 @contextlib.contextmanager
@@ -138,26 +137,6 @@ def make_batcher(config: AuroraConfig, target_head: TargetHead, folder: Path) ->
 def make_held_out(config: AuroraConfig) -> HeldOut:
     """Held-out requests as the settings `learn` describe them; none yet."""
     return HeldOut(seed=config.learn.seed)
-
-
-class LoadWatch:
-    """Tells how busy the server is, by its status page."""
-
-    def __init__(self, status: EngineStatusPage, *, num_slots: int) -> None:
-        self._status, self._num_slots = status, num_slots
-        self._served: tuple[int, int] | None = None
-        """What had been served at the last look."""
-
-    def __call__(self) -> ServerLoad:
-        """Look."""
-        now = self._status.read()
-        served = (now.generated_tokens, now.prompt_tokens)
-        is_quiet, self._served = served == self._served, served
-        if now.waiting:
-            return ServerLoad.QUEUEING
-        if now.running > _FULL_LOAD * self._num_slots:
-            return ServerLoad.FULL
-        return ServerLoad.IDLE if is_quiet and not now.running else ServerLoad.SPARE
 
 
 def run_follower(config: AuroraConfig) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,13 +155,14 @@ def compare_drafts(
     if len(untried := held_out.untried) < MIN_REQUESTS:
         return None
 
+    scored = partial(score_requests, batch_positions=batch_positions, between_batches=between_batches)
+
     def score(part: Sequence[HeldOutRequest]) -> list[tuple[HeldOutRequest, tuple[float, float]]]:
         """(champion, challenger) scores of those that are long enough."""
         unscored = [request for request in part if request.champion_score is None]
-        settings: Any = {"batch_positions": batch_positions, "between_batches": between_batches}
-        for request, of_champion in score_requests(champion, unscored, **settings):
+        for request, of_champion in scored(champion, unscored):
             request.champion_score = of_champion
-        for request, of_challenger in score_requests(challenger, part, **settings):
+        for request, of_challenger in scored(challenger, part):
             request.challenger_score = of_challenger
         pairs = [(request, (request.champion_score, request.challenger_score)) for request in part]
         return [(r, (before, after)) for r, (before, after) in pairs if before is not None and after is not None]
@@ -172,11 +174,11 @@ def compare_drafts(
 
     while untried:
         part, untried = untried[:MIN_REQUESTS], untried[MIN_REQUESTS:]
-        scored = score(part)
+        pairs = score(part)
         for request in part:
             request.was_tried = True
-        held_out.evidence.add([after - before for _, (before, after) in scored])
-        tried += scored
+        held_out.evidence.add([after - before for _, (before, after) in pairs])
+        tried += pairs
         if len(tried) < MIN_REQUESTS:
             continue
         is_promising = held_out.evidence.value >= needed**0.5

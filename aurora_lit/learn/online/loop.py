@@ -120,8 +120,8 @@ class OnlineLoop:
         learner.controller.num_labels_dropped = before.labels_dropped
         self.decision: GateDecision | None = None
         self.last_turn_s = environment.monotonic_s()
-        """When the last turn began; the heartbeat stops when it was too long ago."""
-        self._stopped = self._gives_way = False
+        """When the last turn began, or last waited in its middle; the heartbeat stops when it was too long ago."""
+        self._stopped = self._is_interruptible = False
         learner.between_pieces(self._give_way)
         self._current_version: str | None = None
         self._passed_version: str | None = None
@@ -148,7 +148,7 @@ class OnlineLoop:
         self.last_turn_s = self._environment.monotonic_s()
         load = self._environment.server_load()
         # Of several processes the others would wait for this one within a collective call, which has a time limit.
-        self._gives_way = load is ServerLoad.IDLE and self._config.devices == 1
+        self._is_interruptible = load is ServerLoad.IDLE and self._config.devices == 1
         wait_s = self._budget.wait_s(load)
         # Else traces stay in the ring, which overwrites the oldest.
         if not wait_s or (load in _HAS_FREE_SLOTS and self._reading_limit.is_due):
@@ -225,7 +225,7 @@ class OnlineLoop:
         """Wait in the middle of a step or trial that began while the server had no request, until its share allows it
         to go on or the requests are answered: what is idle is given more time than may be taken from requests."""
         has_waited = False
-        while self._gives_way and not self._stopped:
+        while self._is_interruptible and not self._stopped:
             load = self._environment.server_load()
             if load is ServerLoad.IDLE or not self._budget.wait_s(load):
                 break

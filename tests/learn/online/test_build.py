@@ -20,7 +20,8 @@ from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
 from aurora_lit.learn.online.budget import ServerLoad
-from aurora_lit.learn.online.build import LoadWatch, _loggers, load_head_and_draft
+from aurora_lit.learn.online.build import _loggers, load_head_and_draft
+from aurora_lit.learn.online.load_watch import LoadWatch
 from aurora_lit.models import packed_target
 from aurora_lit.models.target import Target
 

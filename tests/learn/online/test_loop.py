@@ -184,6 +184,9 @@ class Clocks:
     def sleep(self, duration_s: float) -> None:
         self.wall_s += duration_s
 
+    def budget(self, **shares: float) -> Budget:
+        return Budget(**shares, wall_s=lambda: self.wall_s, cpu_s=lambda: self.cpu_s)  # type: ignore[arg-type]
+
 
 def without_learning(harness: LearnerHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """The learner's steps are counted, which is all that a schedule of the loop's turns needs."""
@@ -202,15 +205,7 @@ def test_turns_without_work_leave_the_share_to_steps(
     without_learning(harness, monkeypatch)
     harness.environment.sleep = clocks.sleep
     harness.ring.records.extend(traffic)
-    harness.loop._budget = Budget(
-        idle_share=0.0,
-        share=0.04,
-        full_load_share=0.02,
-        minimum_share=0.005,
-        cpus=2,
-        wall_s=lambda: clocks.wall_s,
-        cpu_s=lambda: clocks.cpu_s,
-    )
+    harness.loop._budget = clocks.budget(idle_share=0.0, share=0.04, full_load_share=0.02, minimum_share=0.005, cpus=2)
     for _ in range(30):
         clocks.compute(0.001)
         harness.loop.tick()
@@ -409,21 +404,22 @@ def test_a_step_that_began_while_nobody_asked_waits_in_its_middle_for_those_who_
 ) -> None:
     waits, alone = (LearnerHarness(target, tmp_path / name) for name in ("waits", "alone"))
     clock = Clocks()
-    waits.loop._budget = Budget(
-        idle_share=1.0,
-        share=0.0001,
-        full_load_share=0.0,
-        minimum_share=0.0,
-        cpus=1,
-        wall_s=lambda: clock.wall_s,
-        cpu_s=lambda: clock.cpu_s,
-    )
+    waits.loop._budget = clock.budget(idle_share=1.0, share=0.0001, full_load_share=0.0, minimum_share=0.0, cpus=1)
     looks: list[ServerLoad] = []
+    backward, looks_backward = waits.learner.fabric.backward, 0
+
+    def counted_backward(loss: torch.Tensor) -> None:
+        nonlocal looks_backward
+        before = len(looks)
+        backward(loss)
+        looks_backward = len(looks) - before
+
+    waits.learner.fabric.backward = counted_backward  # type: ignore[method-assign, assignment]
 
     def server_load() -> ServerLoad:
         clock.compute(0.1)
-        # A request is there at the second look of each five, and is answered at the fifth.
-        looks.append(ServerLoad.SPARE if len(looks) % 5 in (1, 2, 3) else ServerLoad.IDLE)
+        # At every second look a request is there, and at the next it is answered.
+        looks.append(ServerLoad.SPARE if len(looks) % 2 else ServerLoad.IDLE)
         return looks[-1]
 
     busy_while_waiting: list[tuple[int, float]] = []
@@ -438,7 +434,10 @@ def test_a_step_that_began_while_nobody_asked_waits_in_its_middle_for_those_who_
     waits.loop.tick()
     alone.loop.tick()
     assert (waits.learner.steps, alone.learner.steps) == (1, 1)
-    assert len(looks) >= 6, "it looks several times, forward and backward"
+    before_and_after = 2 * 2
+    steps = waits.learner.module.module.num_steps
+    assert looks_backward == 2 * steps, "at each step of the chains"
+    assert len(looks) == 1 + before_and_after + 2 * (steps - 1) + looks_backward, "forward between them"
     assert busy_while_waiting == [(0, 0.02)] * looks.count(ServerLoad.SPARE)
     assert waits.page.peek("busy_threads") == 0
     expected = alone.learner.draft.state_dict()
