@@ -39,6 +39,8 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: role and content of each turn, as in the body of a chat request."""
 _Body = TypeVar("_Body", bound=Sampling)
+_LISTS = ("stop", "stop_token_ids")
+"""Parameters that are lists in a body, where a text is one stop string."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +102,13 @@ class LLM:
         """Load the models.
 
         model: the target, by name or folder; None: the configured one. config: a YAML file of settings; None: the
-        default deployment. overrides: settings as on the command line, such as "engine.max_batch_size=4". Raises
-        ConfigError, SourceError or CheckpointError.
+        default deployment, of which a `model` takes neither digest nor draft. overrides: settings as on the command
+        line, such as "engine.max_batch_size=4" or "draft.checkpoint=FOLDER". Raises ConfigError, SourceError or
+        CheckpointError.
         """
         chosen = [] if model is None else [f"target.source={model}"]
+        if model is not None and config is None:
+            chosen += ["target.sha256=null", "draft.checkpoint=null"]
         settings = load_config(None if config is None else Path(config), [*chosen, *overrides])
         self._engine, self._tokenizer = build_engine(settings)
         self._limits = Limits(
@@ -268,8 +273,9 @@ def _paired(
 def _body(kind: type[_Body], params: SamplingParams, **more: Any) -> _Body:
     """The body of an HTTP request with these parameters. Raises RequestError for a value that cannot be used."""
     given: dict[str, Any] = {parameter.name: getattr(params, parameter.name) for parameter in fields(params)}
-    given |= {"stop": list(params.stop) or None, "stop_token_ids": list(params.stop_token_ids) or None}
-    given["logit_bias"] = {str(token_id): float(bias) for token_id, bias in params.logit_bias.items()} or None
+    given |= {name: given[name] if isinstance(given[name], str) else list(given[name] or ()) or None for name in _LISTS}
+    bias = given["logit_bias"] or {}
+    given["logit_bias"] = {str(token_id): float(value) for token_id, value in bias.items()} or None
     if params.structured_outputs is not None:
         structure = asdict(params.structured_outputs)
         given["structured_outputs"] = structure | {"choice": structure["choice"] and list(structure["choice"])}

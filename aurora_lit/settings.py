@@ -158,7 +158,8 @@ class ServerSettings:
     """Show the live page at `/`: what the server does and learns now, and a chat. auto: on loopback only. It has no
     data without api_key, if that is set."""
     max_queue: int = _within(64, 1, 1 << 20)
-    """Maximum number of unfinished requests; beyond it the server answers 429 with Retry-After."""
+    """Maximum number of unfinished answers: a request has `n` for each prompt. Beyond it the server answers 429 with
+    Retry-After, and 400 to a request that alone asks for more."""
     model_name: str | None = None
     """Name of the model in /v1/models and in answers. null: the last part of target.source."""
     drain_s: float = _within(10.0, 0.0, 3600.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import aurora_lit
 from aurora_lit import llm as llm_module
+from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError, RequestError
 from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.llm import LLM
@@ -45,6 +47,33 @@ def llm(target: Target, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     monkeypatch.setattr(llm_module, "build_engine", build)
     with LLM() as llm:
         yield llm
+
+
+def test_vllms_none_means_no_stop_and_no_bias(llm: LLM, target: Target) -> None:
+    nothing: Any = {"stop": None, "stop_token_ids": None, "logit_bias": None}
+    (answer,) = llm.generate(PROMPTS[0], replace(GREEDY, **nothing))
+    assert answer.outputs[0].token_ids == plain_tokens(target, PROMPTS[0], GREEDY)
+
+
+def test_a_named_model_takes_neither_digest_nor_draft_of_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[AuroraConfig] = []
+
+    class Asked(Exception):
+        pass
+
+    def build(config: AuroraConfig) -> None:
+        asked.append(config)
+        raise Asked
+
+    monkeypatch.setattr(llm_module, "build_engine", build)
+    for how in ({}, {"model": "hf:org/name"}, {"model": "hf:org/name", "overrides": ["draft.checkpoint=mine"]}):
+        with pytest.raises(Asked):
+            LLM(**how)  # type: ignore[arg-type]
+    default, named, with_draft = asked
+    assert default.target.sha256 is not None
+    assert default.draft.checkpoint is not None
+    assert (named.target.source, named.target.sha256, named.draft.checkpoint) == ("hf:org/name", None, None)
+    assert with_draft.draft.checkpoint == "mine"
 
 
 def test_a_closed_one_says_so(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +147,12 @@ def test_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:
     assert len(set(texts)) > 1
 
 
-def test_a_stop_string_ends_an_answer_and_frees_its_slot(llm: LLM, target: Target) -> None:
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_stop_string_ends_an_answer_and_frees_its_slot(llm: LLM, target: Target, as_list: bool) -> None:
     tokens = plain_tokens(target, PROMPTS[0], GREEDY)
     stop = text_of(tokens[4:6])
-    (answer,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=12, temperature=0.0, stop=(stop,)))
+    given: Any = (stop,) if as_list else stop  # vLLM takes both
+    (answer,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=12, temperature=0.0, stop=given))
     (output,) = answer.outputs
     assert output.finish_reason == "stop"
     assert output.text == text_of(tokens).split(stop)[0]

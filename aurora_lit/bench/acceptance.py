@@ -35,6 +35,8 @@ from aurora_lit.serve.worker.build import build_engine
 
 _LONGEST_ROUND_MS = 60_000.0
 """The most that engine.max_round_ms may be."""
+_SHOWN_POSITIONS = 5
+"""Positions that fit in a terminal; acceptance.json has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +148,14 @@ def summarise(answers: Sequence[Answer], *, domain: str, temperature: float) -> 
 def table(results: Sequence[Acceptance]) -> Table:
     """One row for each record."""
     shown = Table(title="Acceptance (share of rounds that accepted position 1, 2, …)")
-    longest = max(len(result.rate_by_position) for result in results)
+    longest = min(_SHOWN_POSITIONS, max(len(result.rate_by_position) for result in results))
     for name in ("temperature", "domain"):
         shown.add_column(name)
     for name in ("prompts", "rounds", "accepted length", *map(str, range(1, longest + 1))):
         shown.add_column(name, justify="right")
     shown.add_column(f"repeated {REPEATED_GRAM_TOKENS}-grams", justify="right")
     for result in results:
-        rates = [f"{rate:.2f}" for rate in result.rate_by_position]
+        rates = [f"{rate:.2f}" for rate in result.rate_by_position[:longest]]
         shown.add_row(
             f"{result.temperature:g}",
             result.domain,

@@ -42,8 +42,6 @@ Arm = Callable[[Sequence[BenchPrompt]], PromptRun]
 
 TRANSFORMERS, PLAIN, DRAFT = "transformers", "plain", "draft"
 RATIOS = ((PLAIN, TRANSFORMERS), (DRAFT, PLAIN), (DRAFT, TRANSFORMERS))
-DEFAULT_LIMIT = 8
-"""Prompts from each file, without --limit."""
 
 
 @dataclass(kw_only=True)
@@ -113,7 +111,7 @@ def run(
     plain, _ = build_engine(replace(config, engine=replace(engine, speculate=False)))
     loaded = load_prompts(
         prompts,
-        limit=limit or DEFAULT_LIMIT,
+        limit=limit,
         tokenizer=tokenizer,
         max_prompt_tokens=config.engine.max_seq_len - max_tokens,
     )

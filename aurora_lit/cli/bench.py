@@ -33,7 +33,7 @@ def bench() -> None:
 
 @bench.command(cls=MultiFileCommand)
 @_PROMPTS
-@_LIMIT
+@click.option("--limit", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts from each file.")
 @click.option("--batch", default="1,4,8", show_default=True, help="Batch sizes.")
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Repeats of every batch size."

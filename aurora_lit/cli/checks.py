@@ -210,11 +210,9 @@ def check_target(config: AuroraConfig) -> Check:
             f"not in the cache; {free / _GIB:.1f} GiB free in {existing}",
             f"set target.cache_dir to a writable folder with {_DOWNLOAD_BYTES / _GIB:.0f} GiB free",
         )
-    return _warn(
-        "target",
-        f"{target.source} is not in {root} yet",
-        "nothing: the first start downloads it; to do so now, run `aurora-lit generate -p hello`",
-    )
+    if (shape := model_shape(config, folder=None)) is not None:
+        check_partition(config, shape)
+    return _warn("target", f"{target.source} is not in {root} yet", "nothing: the first start downloads it")
 
 
 def check_memory(config: AuroraConfig) -> Check:
@@ -240,8 +238,10 @@ def check_memory(config: AuroraConfig) -> Check:
     if config.learn.enabled:
         fullest += total(lines, "learner's device")
     if uses_gpus(config):
+        on_host = sum(n.num_bytes for n in lines if n.where == "host" and (config.learn.enabled or not n.for_learner))
         found = f"{len(gpus)} GPUs of {min(gpus) / _GIB:.0f} GiB, {engine.devices} of {fullest / _GIB:.1f} GiB needed"
-        enough = len(gpus) >= engine.devices and min(gpus) >= fullest
+        found += f"; {free / _GIB:.1f} GiB free in main memory, about {on_host / _GIB:.1f} GiB needed"
+        enough = len(gpus) >= engine.devices and min(gpus) >= fullest and free >= on_host
     else:
         need = host_total(config, lines)
         found = f"{free / _GIB:.1f} GiB free, about {need / _GIB:.1f} GiB needed"
@@ -257,24 +257,32 @@ def check_memory(config: AuroraConfig) -> Check:
 
 
 def check_draft(config: AuroraConfig) -> Check:
-    """The draft checkpoint exists, its config.json is valid, and a learner has a draft that is used.
+    """The draft checkpoint exists, its config.json is valid and of the target, and a learner has a draft that is used.
 
     The rest of the checkpoint is validated when it is loaded.
     """
-    from aurora_lit.drafts.checkpoint import read_config
+    from aurora_lit.cli.footprint import model_shape, target_shape
+    from aurora_lit.drafts.checkpoint import check_fits, read_config
     from aurora_lit.serve import server
 
     server.check_learning(config)
 
-    folder = draft_folder(config)
-    if folder is None or not config.engine.speculate:
+    folder, target = draft_folder(config), config.target
+    if not config.engine.speculate:
         return _ok("draft", "none: plain decoding")
+    if folder is None:
+        return _ok(
+            "draft", "untrained, and learns from traffic" if config.learn.from_scratch else "none: plain decoding"
+        )
     remedy = "train one with `aurora-lit pretrain`, or set engine.speculate=false and learn.enabled=false"
     missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
         return _fail("draft", f"{folder} has no {' and no '.join(missing)}", remedy)
+    cached_folder = cached(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
     try:
-        read_config(folder)
+        draft = read_config(folder)
+        if (shape := model_shape(config, folder=cached_folder)) is not None:
+            check_fits(folder, draft, target_shape(shape))
     except CheckpointError as error:
         return _fail("draft", str(error), remedy)
     return _ok("draft", str(folder))

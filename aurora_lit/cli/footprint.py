@@ -80,6 +80,25 @@ def model_shape(config: AuroraConfig, *, folder: Path | None) -> PretrainedConfi
     return shape
 
 
+@dataclass(frozen=True, kw_only=True)
+class _TargetShape:
+    """The sizes of a target that a draft must match."""
+
+    vocab_size: int
+    hidden_size: int
+    aux_layer_ids: tuple[int, int, int]
+
+
+def target_shape(shape: PretrainedConfig) -> _TargetShape:
+    """The sizes that `Target` has with this configuration."""
+    text = shape.get_text_config()
+    return _TargetShape(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        aux_layer_ids=aux_layer_ids(text.num_hidden_layers),
+    )
+
+
 def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> list[Need]:
     """All lines of the table, with the target split over `devices` by engine.strategy.
 

@@ -23,7 +23,7 @@ from aurora_lit.ipc.run_folder import live_folders
 def main() -> None:
     """An OpenAI-style server with lossless speculative decoding.
 
-    Every command takes settings as trailing `key=value`, such as engine.max_batch_size=4.
+    Commands that load a deployment take settings as trailing `key=value`, such as engine.max_batch_size=4.
     """
 
 

@@ -81,12 +81,8 @@ def write_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.
     sync(folder)
 
 
-def load_draft(folder: Path, target: TargetShape) -> Eagle3Draft:
-    """Load a draft as fp32 and validate it for the target. Raises CheckpointError with the reason.
-
-    Digests are compared only if there is a manifest.
-    """
-    config = read_config(folder)
+def check_fits(folder: Path, config: Eagle3Config, target: TargetShape) -> None:
+    """Raise CheckpointError if the draft in `folder`, of this configuration, is not one of this target."""
     expected = {
         "vocab_size": (config.vocab_size, target.vocab_size),
         "target_hidden_size": (config.target_hidden_size, target.hidden_size),
@@ -95,7 +91,20 @@ def load_draft(folder: Path, target: TargetShape) -> Eagle3Draft:
     }
     for name, (found, wanted) in expected.items():
         if found != wanted:
-            raise _refusal(folder, f"{name} is {found}, but the target needs {wanted}; train a draft for this target")
+            raise _refusal(
+                folder,
+                f"{name} is {found}, but the target needs {wanted}; train a draft for this target with "
+                "`aurora-lit pretrain`, or set draft.checkpoint=null",
+            )
+
+
+def load_draft(folder: Path, target: TargetShape) -> Eagle3Draft:
+    """Load a draft as fp32 and validate it for the target. Raises CheckpointError with the reason.
+
+    Digests are compared only if there is a manifest.
+    """
+    config = read_config(folder)
+    check_fits(folder, config, target)
     for name, digest in _read_json(folder, MANIFEST_NAME, missing={}).items():
         if not (folder / name).is_file() or _sha256(folder / name) != digest:
             raise _refusal(folder, f"{name} does not match {MANIFEST_NAME}: truncated or altered; copy it again")

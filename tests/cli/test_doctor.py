@@ -115,14 +115,21 @@ def test_an_incomplete_draft_fails(overrides: list[str], tmp_path: Path) -> None
     assert states(load_config(None, [*overrides, "engine.speculate=false"]))["draft"].state == "ok"
 
 
+def test_the_draft_of_another_target_fails(overrides: list[str]) -> None:
+    config = load_config(None, [*overrides, "draft.checkpoint=checkpoints/smollm2-base"])
+    check = states(config)["draft"]
+    assert check.state == "fail"
+    assert "vocab_size is 49152, but the target needs 100" in check.found
+    assert "draft.checkpoint=null" in check.found
+
+
 def test_a_learner_without_a_draft_fails_as_it_would_when_serving(overrides: list[str]) -> None:
     check = states(load_config(None, [*overrides, "learn.enabled=true"]))["draft"]
     assert check.state == "fail"
     assert "learn.enabled=true needs a draft" in check.found
     assert "learn.from_scratch=true" in check.remedy
-    assert (
-        states(load_config(None, [*overrides, "learn.enabled=true", "learn.from_scratch=true"]))["draft"].state == "ok"
-    )
+    check = states(load_config(None, [*overrides, "learn.enabled=true", "learn.from_scratch=true"]))["draft"]
+    assert (check.state, check.found) == ("ok", "untrained, and learns from traffic")
 
 
 @pytest.mark.parametrize(
@@ -168,6 +175,8 @@ def test_memory_needs_are_known_before_the_download_from_a_config_file(
     assert states(load_config(None, absent))["memory"].state == "warn"
     config = load_config(None, [*absent, f"target.config_file={model / 'config.json'}", "learn.from_scratch=true"])
     assert "GiB needed" in states(config)["memory"].found
+    split = ["engine.strategy=tensor_parallel", "engine.devices=64", f"target.config_file={model / 'config.json'}"]
+    assert "whole key-value heads" in states(load_config(None, [*absent, *split]))["target"].found
     doctor(config)
     said = capsys.readouterr().out
     assert "learner, draft" in said

@@ -1,4 +1,4 @@
-"""Prompt files: JSON lines with a domain and user turns, or one plain prompt a line.
+"""Prompt files: JSON lines with a domain and turns, or one plain prompt a line.
 
 Pretraining and the benchmarks read them. Leaves out answering prompts (learn/pretrain/generate_answers.py) and the chat
 template of HTTP requests (serve/http/tokenize.py).
@@ -22,16 +22,21 @@ class Prompt:
     domain: str
     messages: tuple[str, ...]
     """The user's turns."""
+    system: str | None = None
+    """The system's turn before the first of them."""
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read a prompt file: JSON lines with `messages` (user turns) and `domain`, or one plain prompt a line.
+    """Read a prompt file: JSON lines with `messages` and `domain`, or one plain prompt a line.
 
     Only files named *.jsonl hold JSON. A line without a domain gets the file's name as its domain. Raises AuroraError,
-    with file and line, for a malformed line.
+    with file and line, for a malformed line, and for a file that is not UTF-8.
     """
     prompts = []
-    lines = path.read_text(encoding="utf-8").split("\n")  # no other character ends a line of JSON
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # no other character ends a line of JSON
+    except UnicodeDecodeError as error:
+        raise AuroraError(f"{path}: not UTF-8 ({error}); convert it, for example with iconv") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -41,22 +46,28 @@ def read_prompts(path: Path) -> list[Prompt]:
         try:
             fields = json.loads(line)
             turns = tuple(str(message["content"]) for message in fields["messages"] if message["role"] == "user")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            first = fields["messages"][0] if fields["messages"] else {}
+            system = str(first["content"]) if first.get("role") == "system" else None
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise AuroraError(
                 f"{path}:{number}: not a prompt ({error!r}); each line needs "
                 '{"domain": "chat", "messages": [{"role": "user", "content": "…"}]}'
             ) from error
         if not turns:
             raise AuroraError(f"{path}:{number}: no user turn in `messages`")
-        prompts.append(Prompt(domain=str(fields.get("domain", path.stem)), messages=turns))
+        prompts.append(Prompt(domain=str(fields.get("domain", path.stem)), messages=turns, system=system))
     return prompts
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of the prompt's first user turn under the chat template, with the assistant's header."""
+    """Token ids of the system's and the first user turn under the chat template, with the assistant's header.
+
+    A tokenizer without a template encodes the user's text as it is.
+    """
     if tokenizer.chat_template is None:
         return list(tokenizer.encode(prompt.messages[0]))
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt.messages[0]}], tokenize=False, add_generation_prompt=True
-    )
+    turns = [{"role": "user", "content": prompt.messages[0]}]
+    if prompt.system is not None:
+        turns.insert(0, {"role": "system", "content": prompt.system})
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return list(tokenizer.encode(str(text), add_special_tokens=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,22 @@ def test_prompts_and_text_are_read(tmp_path: Path) -> None:
     assert {len(piece) for piece in pieces[:-1]} == {20}
     assert 16 <= len(pieces[-1]) <= 20
     assert tokenizer.decode([i for piece in pieces for i in piece]).startswith("the world the world ")
+
+
+def test_a_conversation_is_its_system_turn_and_its_first_question(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    path = tmp_path / "chat.jsonl"
+    turns = [("system", "be kind"), ("user", "hello"), ("assistant", "a"), ("user", "b")]
+    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+    (prompt,) = read_prompts(path)
+    assert tokenizer.decode(encode_prompt(tokenizer, prompt)) == "<|system|>be kind<|user|>hello<|assistant|>"
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes('{"messages": [{"role": "user", "content": "é"}]}'.encode("latin-1"))
+    with pytest.raises(AuroraError, match=r"p\.jsonl: not UTF-8"):
+        read_prompts(path)
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"messages": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}'])
