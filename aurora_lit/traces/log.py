@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ _ROUND_FIELDS = (
     "behaviour_logprob_RK",
 )
 """Tensors with a row for each round."""
+_SHARD_NAME = re.compile(r"[a-z]+-\d{5,}\.safetensors")
+"""Other files in the folder are the user's."""
 _PADDING = {"proposal_RK": -1, "behaviour_logprob_RK": _UNKNOWN}
 """Round fields with a column for each proposal, and the value that pads them to the longest round of the shard."""
 _PLAIN_FIELDS = ("request_id", "served_domain", "client", "verify", "temperature", "first_position")
@@ -131,7 +134,8 @@ class TraceLogWriter:
         if room < 0:
             raise OSError(errno.EFBIG, f"a shard is larger than the {self.max_bytes} bytes the whole log may take")
         shards = read_index(self.folder)
-        for unlisted in {path.name for path in self.folder.glob("*.safetensors")} - {shard.name for shard in shards}:
+        own = {path.name for path in self.folder.glob("*.safetensors") if _SHARD_NAME.fullmatch(path.name)}
+        for unlisted in own - {shard.name for shard in shards}:
             (self.folder / unlisted).unlink()  # a crash came between the shard and its line in the index
         sizes = [(self.folder / shard.name).stat().st_size for shard in shards]
         num_deleted = 0

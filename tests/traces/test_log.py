@@ -107,10 +107,13 @@ def test_sampled_traces_of_older_logs_are_read(old: str, tmp_path: Path) -> None
 def test_a_bounded_log_deletes_its_oldest_shards(tmp_path: Path) -> None:
     writer = TraceLogWriter(tmp_path, kind="live", max_bytes=40_000)
     (tmp_path / "live-00099.safetensors").write_bytes(bytes(30_000))  # a crash left it out of the index
+    foreign = tmp_path.parent / "model.safetensors"
+    foreign.write_bytes(bytes(30_000))
+    (tmp_path / "model.safetensors").symlink_to(foreign)  # the user's own, which the limit does not count
     for first in range(60):
         writer.append(trace_with_rounds([(1, 3, 1)], first_position=first))
         writer.flush()
-        size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+        size = sum(path.stat().st_size for path in tmp_path.glob("live-*.safetensors"))
         assert size <= 40_000
     kept = [trace.first_position for trace in read(tmp_path)]
     assert kept == list(range(60 - len(kept), 60))
@@ -120,3 +123,4 @@ def test_a_bounded_log_deletes_its_oldest_shards(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="larger"):
         writer.flush()
     assert [trace.first_position for trace in read(tmp_path)] == kept
+    assert (tmp_path / "model.safetensors").exists()
