@@ -80,9 +80,15 @@ class DraftStore:
         with self._locked():
             name = version_name(1 + self._highest_number())
             temporary = self.folder / f"{_TEMPORARY}{name}"
-            temporary.mkdir()
-            write_draft(draft, temporary)
-            self._write(temporary / RECORD_NAME, json.dumps({"time": time.time(), **record}, indent=2) + "\n")
+            with contextlib.suppress(CheckpointError):
+                record = {"before": self.current(), **record}
+            try:
+                temporary.mkdir()
+                write_draft(draft, temporary)
+                self._write(temporary / RECORD_NAME, json.dumps({"time": time.time(), **record}, indent=2) + "\n")
+            except OSError:  # a full disk, which what was written would keep full
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
             os.replace(temporary, self.folder / name)
             sync(self.folder)
             self._point_to(name)
@@ -119,10 +125,20 @@ class DraftStore:
         return found
 
     def version_before(self, name: str) -> str | None:
-        """The newest version older than `name` that is not retired."""
-        number = version_number(name)
-        older = [version.name for version in self.versions() if version.number < number and version.retired is None]
+        """The version that was current when `name` was published; if that one is retired or gone, the newest older one
+        that is not. None: the starting draft."""
+        number, versions = version_number(name), self.versions()
+        older = [version.name for version in versions if version.number < number and version.retired is None]
+        record = next((version.record for version in versions if version.name == name), {})
+        if "before" in record and (record["before"] is None or record["before"] in older):
+            before: str | None = record["before"]
+            return before
         return older[-1] if older else None
+
+    @property
+    def has_current(self) -> bool:
+        """False if the starting draft is to be served."""
+        return (self.folder / CURRENT_NAME).exists()
 
     def roll_back(self, *, bad: str, reason: str) -> str | None:
         """Retire a version; if it is current, make the newest older one that is not retired current.

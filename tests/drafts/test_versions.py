@@ -128,6 +128,31 @@ def test_rolling_back_skips_what_was_retired_and_ends_at_the_starting_draft(
     ]
 
 
+def test_rolling_back_returns_to_what_was_served_before(store: DraftStore, draft: Eagle3Draft) -> None:
+    for _ in range(2):
+        store.publish(draft, record={})
+    store.promote("draft-000001")
+    store.publish(draft, record={})
+    assert store.version_before("draft-000003") == "draft-000001"
+    assert store.roll_back(bad="draft-000003", reason="slow") == "draft-000001"
+    assert store.version_before("draft-000001") is None
+
+
+def test_a_draft_that_cannot_be_written_leaves_nothing(
+    store: DraftStore, draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.publish(draft, record={})
+    before = sorted(path.name for path in store.folder.iterdir())
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_write", full)
+    with pytest.raises(OSError, match="No space"):
+        store.publish(draft, record={})
+    assert sorted(path.name for path in store.folder.iterdir()) == before
+
+
 def test_the_starting_draft_cannot_be_retired(store: DraftStore, draft: Eagle3Draft) -> None:
     store.publish(draft, record={})
     for name in ("smollm2-base", "", "..", "draft-000009"):

@@ -19,6 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from aurora_lit.durable import sync
+
 _STRUCTURE = "structure"
 _DTYPES = {
     torch.float64: "F64",
@@ -54,14 +56,18 @@ def from_bytes(data: bytes | memoryview) -> dict[str, Any]:
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write a state; it is durable on disk when this returns. Raises OSError; the state before it is intact then."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _unfinished(path).open("wb") as file:
-        for piece in _pieces(
-            state
-        ):  # from the tensors' own memory: a state is as large as all else that learning holds
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(_unfinished(path), path)
+    try:
+        with _unfinished(path).open("wb") as file:
+            # From the tensors' own memory: a state is as large as all else that learning holds.
+            for piece in _pieces(state):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(_unfinished(path), path)
+    except OSError:  # a full disk, which what was written would keep full
+        _unfinished(path).unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
