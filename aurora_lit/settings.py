@@ -221,7 +221,7 @@ class LearnSettings:
     them, else on the CPU."""
     from_scratch: bool = False
     """Begin with an untrained draft instead of draft.checkpoint."""
-    learning_rate: float = _within(5e-4, 0.0, 1.0)
+    learning_rate: float = _within(5e-4, 1e-8, 1.0)
     """Peak learning rate; halved for a while if several challengers in a row are refused. A draft that knows little, or
     with from_scratch nothing, learns faster at 1e-3."""
     ema_decay: float = _within(0.9, 0.0, 0.9999)

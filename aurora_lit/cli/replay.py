@@ -36,7 +36,7 @@ DRAFT_NAME, VERSIONS_NAME, REPORT_NAME = "draft", "versions", "replay.json"
 
 def replay(config: AuroraConfig, *, traces: Path | None, **options: Any) -> None:
     """Replay the traces in `traces` (None: trace.record) as `run` does, after loading target head and draft."""
-    folder = traces or (Path(config.trace.record) if config.trace.record else None)
+    folder = traces or (Path(config.trace.record).expanduser() if config.trace.record else None)
     if folder is None:
         raise ConfigError("trace.record=null: there are no traces to replay; use --traces DIR")
     fabric = _fabric()

@@ -31,7 +31,7 @@ MAX_PASSES = 4
 """How often a position is trained on, on average, before the learner waits for new traces."""
 _MIN_POSITIONS = 8
 """Shorter traces are dropped: each would be a row of its own in a batch."""
-_CONTEXT = 128
+MAX_CONTEXT = 128
 """Positions kept before the first one that is trained on, which contribute no loss."""
 _CONTEXT_COST = 0.25
 """Of such a position, as a share of that of one that is trained on: only its key and value are computed, without
@@ -99,11 +99,14 @@ class OnlineBatcher:
         # A small share of replay is no reason for pieces that are mostly context.
         size = self._batch_positions
         room = max(_MIN_POSITIONS, size // 4, min(size - self._live_positions or size, size // 2))
+        if len(set(self._clients)) > 1:
+            room = max(_MIN_POSITIONS, min(room, self._client_positions))
         trained = len(trace.token_ids_T) - first_trained_position(trace)
-        if batch_size([crop(trace, trained + _CONTEXT)]) > room:
-            trained = max(_MIN_POSITIONS, room - int(_CONTEXT_COST * min(_CONTEXT, len(trace.token_ids_T))))
-        for piece in pieces_of(trace, most_trained=trained, most_context=_CONTEXT):
+        if batch_size([crop(trace, trained + MAX_CONTEXT)]) > room:
+            trained = max(_MIN_POSITIONS, room - int(_CONTEXT_COST * min(MAX_CONTEXT, len(trace.token_ids_T))))
+        for piece in pieces_of(trace, most_trained=trained, most_context=MAX_CONTEXT):
             piece = crop(piece, room) if batch_size([piece]) > room else piece
+            piece = piece if piece is trace else piece.copy()  # or what was cut off would stay in memory, uncounted
             self.positions_in += len(piece.token_ids_T) - first_trained_position(piece)
             self._waiting.append(piece)
             self._waiting_bytes += piece.num_bytes

@@ -15,7 +15,7 @@ from lightning.fabric.loggers.csv_logs import CSVLogger
 from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
-from aurora_lit.config import AuroraConfig, draft_folder
+from aurora_lit.config import AuroraConfig, draft_folder, versions_folder
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, initial_draft
 from aurora_lit.drafts.versions import DraftStore, version_number
@@ -30,9 +30,9 @@ from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import Budget
 from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leader_process
 from aurora_lit.learn.online.held_out import HeldOut
-from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
+from aurora_lit.learn.online.learner import STARTING_VERSION, Learner, weights_digest
 from aurora_lit.learn.online.load_watch import LoadWatch
-from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
+from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop, newest_usable
 from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.models.packed_target import load_target
 from aurora_lit.models.source import cache_root, resolve
@@ -61,9 +61,10 @@ def build_loop(
         rings = sorted(ring_path.parent.glob(RINGS)) or [ring_path]
         ring = stack.enter_context(contextlib.closing(RingReaders.open(rings, layout=LAYOUT_DIGEST)))
         target_head, starting = load_head_and_draft(config)
-        store = DraftStore(Path(config.checkpoint.dir) / config.checkpoint.run, keep=config.checkpoint.keep)
+        store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
         store.prune()  # also deletes what a learner left that was killed while it published
-        if learn.from_scratch and store.current() is None:
+        starting_digest = weights_digest(starting)
+        if learn.from_scratch and not store.has_current:
             store.publish(starting, record={"reason": "untrained: learning begins from scratch"})
 
         untrained = starting if learn.from_scratch else None
@@ -73,10 +74,10 @@ def build_loop(
                 return load_draft(store.folder / version, target_head)
             return starting_draft(config, target_head) if untrained is None else untrained
 
-        current = store.current()
+        current, draft = newest_usable(store, served_draft)
         # The learner's own: no other copy of the draft that serving starts with stays in memory.
-        module = online_module(config, starting if current is None else served_draft(current), target_head)
-        del starting
+        module = online_module(config, starting if draft is None else draft, target_head)
+        del starting, draft
         state_path = store.folder / STATE_NAME
         fabric = launch_fabric(learn, loggers=_loggers(config))
         leader = stack.enter_context(leader_process()) if learn.devices > 1 else None
@@ -86,12 +87,14 @@ def build_loop(
             state_path,
             target_head=target_head,
             version=current or STARTING_VERSION,
+            starting_digest=starting_digest,
             ema_decay=learn.ema_decay,
             fabric=fabric,
             before_step=leader.broadcast_step if leader else None,
         )
         if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
-            learner.restart_from(served_draft(current), version=current or STARTING_VERSION)  # rolled back meanwhile
+            # Rolled back meanwhile, or the version that it had published cannot be loaded.
+            learner.restart_from(served_draft(current), version=current or STARTING_VERSION)
         target_head.to(learner.fabric.device)
         served = for_scoring(copy.deepcopy(module.draft))
         champion = online_module(config, served, target_head).to(learner.fabric.device)
@@ -263,7 +266,7 @@ def online_module(config: AuroraConfig, draft: Eagle3Draft, target_head: TargetH
 
 def _loggers(config: AuroraConfig) -> list[Logger]:
     """A CSV logger, and a TensorBoard logger if TensorBoard is installed."""
-    folder, name = config.learn.logs, config.checkpoint.run
+    folder, name = Path(config.learn.logs).expanduser(), config.checkpoint.run
     loggers: list[Logger] = [CSVLogger(folder, name=name, flush_logs_every_n_steps=1)]
     with contextlib.suppress(ModuleNotFoundError):
         loggers.append(TensorBoardLogger(folder, name=f"{name}-tensorboard"))

@@ -30,7 +30,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from aurora_lit.learn.data.collate import collate, group_by_length
-from aurora_lit.learn.data.labelled_trace import first_trained_position
+from aurora_lit.learn.data.labelled_trace import crop, first_trained_position
 from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.lk import overlap
@@ -212,7 +212,7 @@ def score_requests(
     between_batches: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[HeldOutRequest, float]]:
     """Yield each request with its expected accepted length, bonus token included; too short ones are left out."""
-    segments = [(request, trace) for request in requests for trace in request.traces]
+    segments = [(request, crop(trace, TRIAL_POSITIONS)) for request in requests for trace in request.traces]
     lengths = [len(trace.token_ids_T) for _, trace in segments]
     sums: dict[str, tuple[float, int]] = {}
     for group in group_by_length(lengths, batch_positions):

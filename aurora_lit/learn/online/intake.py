@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from aurora_lit.learn.data.labelled_trace import crop, first_trained_position
-from aurora_lit.learn.data.online_batcher import OnlineBatcher
+from aurora_lit.learn.data.online_batcher import MAX_CONTEXT, OnlineBatcher
 from aurora_lit.learn.online.gate import TRIAL_POSITIONS
 from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.modules.domains.controller import DomainController
@@ -68,7 +68,9 @@ class TraceIntake:
         if trace.request_id in self._released:
             self._batcher.add(trace)
             return trace
-        self._held_out.add(crop(trace, TRIAL_POSITIONS))
+        trained = len(trace.token_ids_T) - first_trained_position(trace)
+        kept = crop(trace, max(TRIAL_POSITIONS, trained + MAX_CONTEXT))
+        self._held_out.add(kept if kept is trace else kept.copy())  # or the whole prompt would stay in memory
         self._num_added += 1
         for waited in self._held_out.release(min(self._num_waiting, self._num_added // 2)):
             self._released[waited.request_id] = None

@@ -43,6 +43,14 @@ _LOG_EVERY_STEPS = 8
 _log = logging.getLogger(__name__)
 
 
+def weights_digest(draft: Eagle3Draft) -> str:
+    """Tells drafts of the same shape apart."""
+    digest = hashlib.sha256()
+    for parameter in draft.parameters():
+        digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 class Learner:
     """See the file's docstring."""
 
@@ -54,18 +62,21 @@ class Learner:
         *,
         target_head: TargetHead,
         version: str,
+        starting_digest: str = "",
         ema_decay: float = 0.0,
         fabric: Fabric | None = None,
         before_step: Callable[[Learner, OnlineBatch], None] | None = None,
     ) -> None:
         """`version`: the published draft, or STARTING_VERSION, whose weights the module starts from.
 
+        starting_digest: of the weights of the draft that serving starts with (`weights_digest`).
         ema_decay: decay of the averaged weights at each step (see `averaged`).
         fabric: for several processes that take each step together; each must be given the same batches.
         before_step: called with this learner and the batch before each step.
         """
         self._target_head = target_head
         self._origin = hashlib.sha256(module.draft.draft_token_ids.cpu().numpy().tobytes()).hexdigest()
+        self._starting_digest = starting_digest
         self.controller = controller
         self.state_path = state_path
         self.version = version
@@ -82,6 +93,7 @@ class Learner:
         self.fabric = fabric or Fabric(accelerator="auto", devices=1, precision=training_precision())
         self.module: Any = self.fabric.setup_module(module)
         self._metrics = StepMetrics()
+        self._is_logged, self._logging_error = True, ""
         self._ema_decay = ema_decay
         self._average = self._new_average()
         self._new_optimizers()
@@ -201,6 +213,7 @@ class Learner:
             "steps": self.steps,
             "positions": self.positions,
             "origin": self._origin,
+            "starting": self._starting_digest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,15 +234,33 @@ class Learner:
             return "it is of a draft of another shape"
         if any(name not in state for name in self._stateful()):
             return "it is of a learner with other optimizers"
-        return "" if state["origin"] == self._origin else "serving began with a draft of another vocabulary"
+        if state["origin"] != self._origin:
+            return "serving began with a draft of another vocabulary"
+        # An older state does not say.
+        same_start = state.get("starting", self._starting_digest) == self._starting_digest
+        is_of_start = state["version"] == STARTING_VERSION
+        return "serving began with a draft of other weights" if is_of_start and not same_start else ""
 
     def mean(self, name: str) -> float:
         """Mean of a metric since it was last logged; 0 before the first step."""
         return self._metrics.mean(name)
 
     def log(self, values: dict[str, float]) -> None:
-        """Pass metrics of this step to the loggers."""
-        self.fabric.log_dict(values, step=self.steps)
+        """Pass metrics of this step to the loggers. If one cannot write, no more are logged, and learning goes on."""
+        if not self._is_logged:
+            return
+        try:
+            self.fabric.log_dict(values, step=self.steps)
+        except (OSError, RuntimeError) as error:  # a full disk
+            # For good: TensorBoard's writer has ended then, and its queue would fill up and block.
+            self._is_logged = False
+            self._logging_error = f"metrics are not logged any more until the learner is restarted: {error}"
+            _log.warning("%s", self._logging_error)
+
+    def take_logging_error(self) -> str:
+        """Why metrics are not logged any more, once; else ""."""
+        error, self._logging_error = self._logging_error, ""
+        return error
 
     def _new_average(self) -> AveragedModel:
         average = AveragedModel(self.draft, multi_avg_fn=get_ema_multi_avg_fn(self._ema_decay))  # type: ignore[no-untyped-call]

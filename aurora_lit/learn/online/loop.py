@@ -38,6 +38,8 @@ _PAUSE_S = 0.2
 """Sleep between two turns without work: so often the ring is read and the status page written."""
 _SHORT_PAUSE_S = 0.02
 """The same in the middle of a step."""
+_RETRY_S = 60.0
+"""Until a version that could not be loaded is tried again, which costs as much as a tenth of a step."""
 _HAS_FREE_SLOTS = (ServerLoad.IDLE, ServerLoad.SPARE)
 _SAVING_SHARE = 0.03
 """Largest share of the process's own processor time that saving its state may take."""
@@ -82,6 +84,23 @@ class LearnerEnvironment:
     sleep: Callable[[float], None] = time.sleep
 
 
+def newest_usable(store: DraftStore, load: Callable[[str], Eagle3Draft]) -> tuple[str | None, Eagle3Draft | None]:
+    """The version to begin with, as the server chooses it, and its draft: the current one or, if that cannot be loaded,
+    the newest older one that can. None: the starting draft."""
+    try:
+        version = store.current()
+    except CheckpointError as error:
+        _log.warning("%s; learning begins from the starting draft", error)
+        return None, None
+    while version is not None:
+        try:
+            return version, load(version)
+        except CheckpointError as error:
+            _log.warning("learning begins from an older draft: %s", error)
+            version = store.version_before(version)
+    return None, None
+
+
 class OnlineLoop:
     """Runs until `stop` is called; `tick` is one turn."""
 
@@ -124,6 +143,8 @@ class OnlineLoop:
         self._stopped = self._is_interruptible = False
         learner.between_pieces(self._give_way)
         self._current_version: str | None = None
+        self._refused: tuple[str | None, float] | None = None
+        """The version that CURRENT names, if it cannot be loaded, and when it is tried again."""
         self._passed_version: str | None = None
         """The version of the last trial's challenger, if it was published and no trial was held since."""
         self._activity = "starting"
@@ -131,7 +152,7 @@ class OnlineLoop:
         self._last_trial_steps = self._last_saved_steps = learner.steps
         self._trial_limit, self._saving_limit = ShareLimit(_TRIAL_SHARE), ShareLimit(_SAVING_SHARE)
         self._reading_limit = ShareLimit(_READING_SHARE)
-        self._load_champion(environment.store.current())
+        self._load_champion(newest_usable(environment.store, environment.served_draft)[0])
 
     def stop(self) -> None:
         """Stop after the current turn; safe in a signal handler."""
@@ -243,12 +264,17 @@ class OnlineLoop:
 
     def _follow_versions(self) -> None:
         """Load the served version if it changed; after a rollback of the learner's version, continue from it."""
+        current, now_s = self._current_version, self._environment.monotonic_s()
         try:
             current = self._environment.store.current()
             if current == self._current_version:
                 return
+            if self._refused is not None and self._refused[0] == current and now_s < self._refused[1]:
+                return
             self._load_champion(current)
-        except CheckpointError:  # deleted or replaced in this moment; the next turn tries again
+        except CheckpointError as error:  # damaged, or deleted in this moment
+            self._refused = (current, now_s + _RETRY_S)
+            self._environment.page.write(error=f"learning goes on beside the draft before: {error}")
             return
         if version_number(self.learner.version) > self._current_number:
             self.learner.restart_from(self._champion.draft, version=current or STARTING_VERSION)
@@ -296,6 +322,7 @@ class OnlineLoop:
                         module.draft, record=record | decision.record
                     )
                 self.published, self._passed_version = self.published + 1, self.learner.version
+                self._save()  # or a learner killed now would go on behind the draft that it had published
             except OSError as error:  # a full disk: learning continues, and the next trial tries again
                 self._environment.page.write(error=f"a draft could not be published: {error}")
         self.refused_by_gate += decision.refused
@@ -328,6 +355,8 @@ class OnlineLoop:
             self._environment.page.write(error=f"the learner's state could not be saved: {error}")
 
     def _report(self) -> None:
+        if error := self.learner.take_logging_error():
+            self._environment.page.write(error=error)
         learner, decision, controller = self.learner, self.decision, self.learner.controller
         shift = controller.last_shift
         self._environment.page.write(

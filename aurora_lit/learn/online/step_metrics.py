@@ -19,6 +19,7 @@ class StepMetrics:
 
     def __init__(self) -> None:
         self._metrics: dict[str, MeanMetric] = {}
+        self._last: dict[str, float] = {}
 
     def update(self, report: OnlineReport, norm: torch.Tensor) -> None:
         """Add a step; `norm`: of its gradient, before clipping."""
@@ -28,15 +29,17 @@ class StepMetrics:
             self._metrics.setdefault(name, metric).update(value, weight)
 
     def mean(self, name: str) -> float:
-        """Mean since the last `compute_and_reset`; 0 before the first step."""
+        """Mean since the last `compute_and_reset`, or what that returned; 0 before the first step."""
         metric = self._metrics.get(name)
-        return float(metric.compute()) if metric is not None and metric.update_called else 0.0
+        updated = metric is not None and metric.update_called
+        return float(metric.compute()) if metric is not None and updated else self._last.get(name, 0.0)
 
     def compute_and_reset(self) -> dict[str, float]:
         """The means of all metrics that were updated; averaging starts again."""
         means = {name: float(metric.compute()) for name, metric in self._metrics.items() if metric.update_called}
         for metric in self._metrics.values():
             metric.reset()
+        self._last = means
         return means
 
 

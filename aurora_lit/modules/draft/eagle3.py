@@ -175,6 +175,12 @@ class Eagle3Draft(nn.Module):
         self.t2d.zero_()
         self.t2d[ids] = True
 
+    def extend_positions(self, length: int) -> None:
+        """Compute the rotary table for at least so many positions, if there are fewer."""
+        if len(self.cos_LD) < length:
+            cos_LD, sin_LD = rotary_table(length, self.config)
+            self.cos_LD, self.sin_LD = cos_LD.to(self.cos_LD), sin_LD.to(self.sin_LD)
+
     @property
     def draft_token_ids(self) -> torch.Tensor:
         """Target ids of the draft vocabulary [Vd]."""

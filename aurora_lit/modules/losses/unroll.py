@@ -123,6 +123,7 @@ class StepwiseChains:
     ) -> None:
         """Run step 0. `needed_BT`: bool, its target positions; position 0 has no chain. Others as `unroll`'s."""
         self._draft = draft
+        draft.extend_positions(token_ids_BT.shape[1])
         self._embeds_BTH = nn.functional.embedding(token_ids_BT, embedding_VH)
         is_root_BT = shift_positions(needed_BT, -1)
         row_N, root_N = is_root_BT.nonzero(as_tuple=True)

@@ -207,16 +207,30 @@ def test_a_single_client_and_unknown_clients_are_not_limited(
         assert int((batch.traces.weight_BT > 0).sum()) > 150
 
 
-def test_a_trace_longer_than_its_clients_share_is_cropped_to_its_end(
+def test_a_trace_longer_than_its_clients_share_comes_in_pieces(
     target_head: TargetHead, traffic: list[Trace], tmp_path: Path
 ) -> None:
+    """But for that of the first client: until there is a second one its share is all, so it is cropped to its end."""
     batcher = limited_batcher(target_head, tmp_path, batch_positions=100, max_client_share=0.2)
-    for n, trace in enumerate(traffic[:2]):
-        batcher.add(replace(trace, client=str(n)))
-    batch = batcher.next_batch(oldest_fresh=0)
-    assert batch is not None
-    lengths = [len(trace.token_ids_T) for trace in traffic[:2]]
-    assert batch.traces.token_ids_BT.shape == (2, 20)
-    assert min(lengths) > 20
-    for trace in traffic[:2]:
-        assert trace.token_ids_T[-20:].tolist() in batch.traces.token_ids_BT.tolist()
+    trained = [len(trace.token_ids_T) - first_trained_position(trace) for trace in traffic[:5]]
+    assert min(trained[1:]) > 20
+    for n, trace in enumerate(traffic[:5]):
+        batcher.add(replace(trace, client=str(n % 2)))
+    learned = 0
+    while batcher._waiting:
+        batch = batcher.next_batch(oldest_fresh=0)
+        assert batch is not None
+        learned += int((batch.traces.weight_BT > 0)[batch.live_B].sum())
+        assert int((batch.traces.weight_BT > 0).sum()) <= 40, "two clients"
+    assert learned == min(20, trained[0]) + sum(trained[1:])
+
+
+def test_what_is_cut_off_a_trace_does_not_stay_in_memory(
+    target_head: TargetHead, served: list[Trace], tmp_path: Path
+) -> None:
+    batcher = make_batcher(target_head, tmp_path, batch_positions=16)
+    for trace in served:
+        batcher.add(trace)
+    held = sum(trace.aux_T3H.untyped_storage().nbytes() for trace in batcher._waiting)
+    assert held == sum(trace.aux_T3H.nbytes for trace in batcher._waiting)
+    assert len(batcher._waiting) > len(served)

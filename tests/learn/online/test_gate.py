@@ -232,6 +232,21 @@ def test_equal_drafts_are_rarely_refused_for_a_domain_however_many_domains_there
     assert refused(-1.0, requests=12) > 0.95
 
 
+def test_traces_longer_than_the_drafts_rotary_table_are_scored_as_with_a_longer_one(
+    target: Target, served: list[Trace]
+) -> None:
+    """A draft made for a smaller engine.max_seq_len, which serves."""
+    short = random_draft(target, max_position_embeddings=16)
+    long = random_draft(target)
+    assert len(short.cos_LD) == 16 < max(len(trace.token_ids_T) for trace in served)
+    requests = [HeldOutRequest(request_id=str(n), domain="", traces=[trace]) for n, trace in enumerate(served)]
+    scores = [
+        [score for _, score in score_requests(online_module(target, draft), requests, batch_positions=512)]
+        for draft in (short, long)
+    ]
+    assert scores[0] == scores[1]
+
+
 def test_a_worse_draft_scores_worse(target: Target, taught_draft: Eagle3Draft) -> None:
     scored = [held(trace) for trace in serve(target, taught_draft, some_requests(6))]
     good, bad = (

@@ -13,9 +13,10 @@ from support.tiny_models import random_draft
 from aurora_lit.learn.data.labelled_trace import label_traces
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.online.learner import Learner
+from aurora_lit.learn.online.learner import STARTING_VERSION, Learner, weights_digest
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.detector import DomainDetector
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.traces.record import Trace
 
 
@@ -108,3 +109,22 @@ def test_a_resumed_learner_continues_as_if_it_had_not_stopped(
     (tmp_path / "state").write_bytes(whole)
     other = online_module(target, random_draft(target, intermediate_size=96))
     assert not Learner(other, make_controller(), tmp_path / "state", target_head=target_head, version="start").resume()
+
+
+def test_a_state_of_another_starting_draft_is_not_used(target: Target, tmp_path: Path) -> None:
+    def learner(draft: Eagle3Draft, version: str = STARTING_VERSION) -> Learner:
+        return Learner(
+            online_module(target, copy.deepcopy(draft)),
+            make_controller(),
+            tmp_path / "learner.safetensors",
+            target_head=TargetHead(target),
+            version=version,
+            starting_digest=weights_digest(draft),
+        )
+
+    first, second = random_draft(target, seed=1), random_draft(target, seed=2)
+    learner(first).save()
+    assert learner(first).resume()
+    assert not learner(second).resume(), "draft.checkpoint names another one of the same vocabulary"
+    learner(first, version="draft-000001").save()
+    assert learner(second).resume(), "the served draft is not the starting one"

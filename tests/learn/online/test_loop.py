@@ -343,6 +343,63 @@ def test_a_full_disk_is_reported_and_learning_continues(
     assert (harness.loop.published, harness.learner.version) == (0, STARTING_VERSION)
 
 
+def test_metrics_that_cannot_be_written_are_reported_and_learning_continues(
+    target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = LearnerHarness(target, tmp_path, publish_every_s=3600.0)
+    calls: list[int] = []
+
+    def full(values: dict[str, float], *, step: int) -> None:
+        calls.append(step)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(harness.learner.fabric, "log_dict", full)
+    harness.ring.records.extend(asked_again(traffic, 4))
+    harness.tick_until(lambda: "metrics are not logged" in harness.page.read().error)
+    harness.tick_until(lambda: harness.learner.steps >= 17)
+    assert calls == [8]
+    assert harness.page.read().loss > 0, "also where the last step's metrics were logged"
+
+
+def test_beside_a_version_that_cannot_be_loaded_learning_goes_on_from_the_one_before(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    harness = LearnerHarness(target, tmp_path, publish_every_s=3600.0)
+    harness.ring.records.extend(asked_again(traffic, 4))
+    sound = harness.store.publish(harness.starting, record={})
+    harness.tick_until(lambda: harness.loop._current_version == sound)
+    loaded: list[str | None] = []
+
+    def load(version: str | None) -> Eagle3Draft:
+        loaded.append(version)
+        return harness.served_draft(version)
+
+    harness.environment.served_draft = load
+    damaged = harness.store.publish(harness.starting, record={})
+    (harness.store.folder / damaged / "model.safetensors").write_bytes(b"")
+    steps = harness.learner.steps
+    harness.tick_until(lambda: harness.learner.steps >= steps + 3)
+    assert loaded == [damaged], "not in each turn"
+    assert damaged in harness.page.read().error
+    assert harness.loop._current_version == sound
+    again = LearnerHarness(target, tmp_path)
+    assert again.loop._current_version == sound, "a learner that is started then takes it too"
+    (harness.store.folder / "CURRENT").write_text("nonsense")
+    assert LearnerHarness(target, tmp_path).loop._current_version is None
+
+
+def test_a_learner_that_is_killed_after_publishing_continues_from_what_it_published(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    harness = LearnerHarness(target, tmp_path, publish_every_steps=2)
+    harness.held_out.champion_score = 0.0
+    harness.ring.records.extend(asked_again(traffic, 4))
+    harness.tick_until(lambda: harness.loop.published == 1)
+    again = LearnerHarness(target, tmp_path).learner
+    assert again.resume()
+    assert again.version == harness.store.current() == "draft-000001"
+
+
 def test_domains_set_learning_rate_and_exploration_and_are_reported(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
