@@ -20,6 +20,8 @@ from aurora_lit.models.tokenizer import Tokenizer
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 5
 """Decoded again together with new tokens: in some tokenizers the space before a token depends on its left neighbour."""
+_CHARACTER_TOKENS = 4
+"""Tokens that one character may be made of."""
 _WINDOW_TOKENS = 32
 """The window is cut beyond this length even inside a broken character: a model may emit nothing but broken bytes."""
 
@@ -51,9 +53,10 @@ class TextStream:
         self._stop, self._keeps_stop = tuple(stop), keeps_stop
         self._min_tokens = min_tokens
         self._num_tokens = 0
-        self._window = list(follows[-_CONTEXT_TOKENS:])
-        self._num_done = len(self._decode_window().rstrip(_BROKEN)) if self._window else 0
+        self._window: list[int] = []
+        self._num_done = 0
         """Characters of the decoded window that were returned already."""
+        self._add_in_parts(follows[-_WINDOW_TOKENS:])
         self._held = ""
         """Text that may be the start of a stop string."""
         self.stopped = False
@@ -62,21 +65,52 @@ class TextStream:
         """Add tokens. Returns the new text that later tokens cannot change."""
         if self.stopped:
             return ""
-        self._window.extend(token_ids)
         self._num_tokens += len(token_ids)
-        decoded = self._decode_window()
-        whole = decoded.rstrip(_BROKEN)
-        fresh = whole[self._num_done :].replace(_BROKEN, "")
-        self._num_done = max(self._num_done, len(whole))
-        if len(self._window) > (_CONTEXT_TOKENS if whole == decoded else _WINDOW_TOKENS):
-            del self._window[:-_CONTEXT_TOKENS]
-            self._num_done = len(self._decode_window().rstrip(_BROKEN))
+        fresh = self._add_in_parts(token_ids)
         return self._cut(fresh) if self._stop else fresh
 
     def finish(self) -> str:
         """End the stream. Returns the text that was held back for a stop string; an incomplete character is dropped."""
         held, self._held = self._held, ""
         return held
+
+    def _add_in_parts(self, token_ids: Sequence[int]) -> str:
+        """Add tokens, and return the new text before stop strings are looked for.
+
+        Decoders take a run of byte tokens as a whole: one that is no text yet, or not any more, has no text at all. So
+        these come one by one, or the text would depend on how many tokens a round brings.
+        """
+        one_by_one = len(token_ids) > 1 and any(map(self._is_byte, token_ids))
+        return "".join(map(self._add, [[token_id] for token_id in token_ids] if one_by_one else [token_ids]))
+
+    def _is_byte(self, token_id: int) -> bool:
+        """True for a token of SentencePiece's byte fallback."""
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        return isinstance(piece, str) and len(piece) == 6 and piece.startswith("<0x")
+
+    def _add(self, token_ids: Sequence[int]) -> str:
+        """The new text."""
+        self._window.extend(token_ids)
+        decoded = self._decode_window()
+        whole = decoded.rstrip(_BROKEN)
+        fresh = whole[self._num_done :].replace(_BROKEN, "")
+        self._num_done = max(self._num_done, len(whole))
+        if whole == decoded or len(self._window) > _WINDOW_TOKENS:
+            self._shorten_window(decoded)
+        return fresh
+
+    def _shorten_window(self, decoded: str) -> None:
+        """Keep what is needed as context, from the beginning of a character on."""
+        for size in range(_CONTEXT_TOKENS, min(_CONTEXT_TOKENS + _CHARACTER_TOKENS, len(self._window))):
+            text = decode(self._tokenizer, self._window[-size:], skips_special_tokens=self._skips_special_tokens)
+            if decoded.endswith(text) and not text.startswith(_BROKEN):
+                break
+        else:
+            if len(self._window) <= _WINDOW_TOKENS:
+                return
+            size = _CONTEXT_TOKENS
+        del self._window[:-size]
+        self._num_done = len(self._decode_window().rstrip(_BROKEN))
 
     def _decode_window(self) -> str:
         return decode(self._tokenizer, self._window, skips_special_tokens=self._skips_special_tokens)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 from support.fake_engine import tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from aurora_lit.serve.http.detokenizer import TextOffsets, TextStream, TokenDecoder
@@ -49,6 +49,34 @@ def test_random_bytes_never_give_a_broken_character(tokenizer, seed):
     assert "\ufffd" not in text
     assert text == raw.decode(errors="ignore")
     assert len(stream._window) <= 40, "the window must not grow with the text"
+
+
+@pytest.fixture(scope="module")
+def byte_fallback():
+    """As Llama 2's: a character without a token of its own is its bytes, whose runs are decoded as a whole."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁Hello", "▁a", "a", "b", "▁"]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_of_byte_tokens_are_text_however_they_are_split(byte_fallback, seed):
+    text = "Hello 你好世界, 😀😀😀! a b 今日は"
+    ids = byte_fallback.encode(text)
+    rng = random.Random(seed)
+    assert "".join(in_pieces(TextStream(byte_fallback), ids, rng)) == text
+    follows, rest = ids[:9], ids[9:]  # in the middle of a character
+    assert byte_fallback.decode(follows).endswith("\ufffd")
+    assert "".join(in_pieces(TextStream(byte_fallback, follows=follows), rest, rng)) == text[text.index("你") :]
+    broken = [rng.choice([*ids, 1 + 0xE4, 1 + 0xFF, 1 + 0x80]) for _ in range(120)]
+    one_by_one = TextStream(byte_fallback)
+    expected = "".join(one_by_one.push([token_id]) for token_id in broken)
+    assert "".join(in_pieces(TextStream(byte_fallback), broken, rng)) == expected
+    assert "\ufffd" not in expected
 
 
 def test_an_incomplete_character_at_the_end_is_dropped(tokenizer):
