@@ -150,7 +150,8 @@ class LLM:
 
     def close(self) -> None:
         """Free the models' memory; the object is of no use any more."""
-        del self._engine, self._tokenizer
+        for name in ("_engine", "_tokenizer"):
+            self.__dict__.pop(name, None)
 
     def _check_open(self) -> None:
         if not hasattr(self, "_engine"):

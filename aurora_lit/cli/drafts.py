@@ -10,13 +10,14 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from aurora_lit.config import AuroraConfig, versions_folder
 from aurora_lit.drafts.versions import DraftStore, version_name
 from aurora_lit.errors import CheckpointError
 
-_NOT_SCORES = {"time"}
+_NOT_SCORES = {"time", "before"}
 
 
 def show(config: AuroraConfig, *, as_json: bool) -> None:
@@ -41,8 +42,10 @@ def show(config: AuroraConfig, *, as_json: bool) -> None:
             "▶" if each.name == current else "",
             each.name,
             "-" if published is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(published)),
-            ", ".join(f"{name} {_short(value)}" for name, value in each.record.items() if name not in _NOT_SCORES),
-            each.retired or "",
+            escape(
+                ", ".join(f"{name} {_short(value)}" for name, value in each.record.items() if name not in _NOT_SCORES)
+            ),
+            escape(each.retired or ""),
         )
     console.print(table)
     if current is None:

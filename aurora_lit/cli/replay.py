@@ -19,6 +19,7 @@ from typing import Any
 
 from lightning.fabric import Fabric
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -124,7 +125,7 @@ def table(result: dict[str, Any], part: str) -> Table:
     for name, row in [*rows, ("all", result["all"])]:
         lengths = [row[arm]["accepted_length"] for arm in ARMS]
         shown.add_row(
-            name,
+            escape(name),
             str(row["traces"]),
             f"{row['static']['rounds']:.0f}",
             *(f"{length:.3f}" for length in lengths),

@@ -6,8 +6,11 @@ same record. Contains neither torch nor numpy. Left out: which tokens a grammar 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from llguidance import LLMatcher, LLTokenizer
@@ -18,6 +21,13 @@ from aurora_lit.request import StructuredOutputsParams
 WRITTEN_AS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """JSON is written as by json.dumps, and so without white space that a model could repeat for ever. A schema may change
 that by llguidance's own key "x-guidance"."""
+LONGEST_GRAMMAR = 1 << 17
+"""Characters of a grammar for llguidance, which compiles some in a time that grows with their square."""
+STACK_BYTES = 512 << 20
+"""Of threads in which llguidance reads a grammar: it calls itself for each rule of a chain, and on a usual stack a
+chain of a thousand ends the process. Memory is taken as it is used."""
+_LONGEST_PLACED = 1 << 14
+"""In a longer schema the place of a fault is not looked for: each part is compiled alone for that."""
 _MOST_CHARACTERS = 240
 """Of llguidance's reason in an error message."""
 
@@ -67,10 +77,12 @@ def fault_of(asked: StructuredOutputsParams, tokenizer: LLTokenizer | None = Non
         grammar = grammar_of(asked)
     except (ValueError, RecursionError) as error:
         return Fault("", _shorten(str(error)))
+    if len(grammar) > LONGEST_GRAMMAR:
+        return Fault("", f"it has {len(grammar)} characters as a grammar, and may have {LONGEST_GRAMMAR}")
     reason = _reason(grammar, tokenizer)
     if not reason:
         return None
-    if asked.json is None:
+    if asked.json is None or len(grammar) > _LONGEST_PLACED:
         return Fault("", _shorten(reason))
     schema = json.loads(asked.json) if isinstance(asked.json, str) else asked.json
     return Fault(_place(schema, schema, reason), _shorten(reason))
@@ -78,11 +90,26 @@ def fault_of(asked: StructuredOutputsParams, tokenizer: LLTokenizer | None = Non
 
 def names_special_tokens(asked: StructuredOutputsParams) -> bool:
     """True if a grammar without a fault can only be checked with the tokenizer, since it names tokens of that."""
-    return bool(asked.grammar) and bool(LLMatcher.validate_grammar_with_warnings(grammar_of(asked))[1])
+    return bool(asked.grammar) and bool(_validate(grammar_of(asked))[1])
+
+
+def _validate(grammar: str, tokenizer: LLTokenizer | None = None) -> tuple[bool, list[str]]:
+    with deep_stack(), ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(LLMatcher.validate_grammar_with_warnings, grammar, tokenizer).result()
+
+
+@contextlib.contextmanager
+def deep_stack() -> Iterator[None]:
+    """Threads that are started inside have STACK_BYTES."""
+    before = threading.stack_size(STACK_BYTES)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
 
 
 def _reason(grammar: str, tokenizer: LLTokenizer | None = None) -> str:
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
+    is_error, messages = _validate(grammar, tokenizer)
     return messages[0].partition("\n  while processing ")[0] if is_error else ""
 
 

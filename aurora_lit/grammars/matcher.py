@@ -25,7 +25,7 @@ from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from aurora_lit.errors import RequestError
-from aurora_lit.grammars.definition import grammar_of
+from aurora_lit.grammars.definition import deep_stack, grammar_of
 from aurora_lit.request import StructuredOutputsParams
 
 _IN_NO_TEXT = "\U0010fffd"
@@ -91,14 +91,16 @@ class Grammar:
         """Go on with tokens that were allowed. Raises RequestError if llguidance cannot go on."""
         for token in tokens:
             self._here.enter(token)
-        self._look_ahead()
+        after = self.forced[len(tokens) :]
+        self._look_ahead(after if self.forced[: len(tokens)] == list(tokens) else [])
 
     def branch(self) -> Branch:
         """A copy to walk on, which leaves this one where it is."""
         return self._here.copy()
 
-    def _look_ahead(self) -> None:
-        allowed_W, self.forced = self._here.allowed(), self._here.forced()
+    def _look_ahead(self, forced: list[int] | None = None) -> None:
+        """`forced`: what is known to follow, since finding it out takes as long as it is long."""
+        allowed_W, self.forced = self._here.allowed(), forced or self._here.forced()
         if allowed_W is None:
             reason = self._here.error or "no token of the vocabulary goes on with the output"
             raise RequestError(f"no answer can follow the grammar: {reason}", param="structured_outputs")
@@ -117,6 +119,8 @@ class GrammarCompiler:
         self._tokenizer_json, self._vocab_size, self._eos = tokenizer_json, vocab_size, sorted(eos_token_ids)
         self._tokenizers: dict[bool, LLTokenizer] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
+        with deep_stack():
+            self._thread.submit(int)  # starts the thread
 
     def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
         """The beginning of an output that `end_tokens` may end. The future raises RequestError."""

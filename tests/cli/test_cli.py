@@ -188,9 +188,10 @@ def test_drafts_are_listed_returned_to_and_promoted(tmp_path: Path) -> None:
         )
     )
     for number in range(3):
-        store.publish(draft, record={"accepted_length": 2 + number / 8})
+        store.publish(draft, record={"accepted_length": 2 + number / 8, "by_domain": {"[/x]": number}})
     table = run("drafts", "list", where).stdout
     assert "accepted_length 2.25" in table
+    assert "[/x]" in table, "clients choose the names of domains"
     assert run("drafts", "rollback", "1", where).exit_code == 0
     listed = json.loads(run("drafts", "list", "--json", where).stdout)
     assert listed["current"] == "draft-000001"

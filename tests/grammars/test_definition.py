@@ -11,9 +11,30 @@ from support.grammars import backend
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from aurora_lit.grammars.definition import fault_of, grammar_of, names_special_tokens
+from aurora_lit.grammars.matcher import GrammarCompiler
+from aurora_lit.models.tokenizer import tokenizer_json
 from aurora_lit.request import StructuredOutputsParams
 
 DEEP = {"type": "object", "properties": {"a": {"type": "array", "items": {"anyOf": [True, {"type": "numbr"}]}}}}
+
+
+def chain(length: int) -> dict[str, Any]:
+    """A schema whose definitions refer to one another."""
+    parts: dict[str, Any] = {
+        f"a{i}": {"type": "object", "properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(length)
+    }
+    return {"$defs": {**parts, f"a{length}": {"type": "string"}}, "$ref": "#/$defs/a0"}
+
+
+def test_a_long_chain_of_definitions_does_not_end_the_process_and_a_longer_one_is_refused() -> None:
+    long = StructuredOutputsParams(json=json.dumps(chain(1200)))
+    assert fault_of(long) is None
+    state = tokenizer_json(backend())
+    compiler = GrammarCompiler(lambda: state, vocab_size=backend().get_vocab_size(), eos_token_ids=frozenset([0]))
+    assert compiler.compile(long, end_tokens=frozenset([0])).result().allowed.any()
+    fault = fault_of(StructuredOutputsParams(json=json.dumps(chain(2000))))
+    assert fault is not None
+    assert "may have 131072" in fault.reason
 
 
 @pytest.mark.parametrize(

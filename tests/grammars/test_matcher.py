@@ -10,7 +10,7 @@ import pytest
 from support.grammars import END, TOKENS, VOCAB_SIZE, allowed_after, backend, compiler
 
 from aurora_lit.errors import RequestError
-from aurora_lit.grammars.matcher import Grammar, GrammarCompiler, Mask
+from aurora_lit.grammars.matcher import Branch, Grammar, GrammarCompiler, Mask
 from aurora_lit.request import StructuredOutputsParams
 
 LANGUAGES = {
@@ -61,6 +61,26 @@ def test_what_must_follow_is_known_with_the_end() -> None:
     place.advance(place.forced[:-1])
     assert (place.forced, tokens_of(place.allowed)) == ([END], {END})
     assert grammar("[ab]c[01]").forced == []
+
+
+def test_what_must_follow_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as it is long, and rounds of other requests wait."""
+    place, calls = grammar("a(c0){40},"), list[int]()
+    of_branch = Branch.forced
+
+    def counted(self: Branch) -> list[int]:
+        calls.append(1)
+        return of_branch(self)
+
+    monkeypatch.setattr(Branch, "forced", counted)
+    follows = list(place.forced)
+    assert len(follows) == 83
+    for length in (1, 4, 8, 30, 39):
+        place.advance(follows[:length])
+        del follows[:length]
+        assert place.forced == follows
+    assert follows == [END]
+    assert not calls
 
 
 def test_all_tokens_that_end_the_output_are_allowed_where_the_grammar_may_end_and_nowhere_else() -> None:

@@ -60,7 +60,8 @@ class WaitingQueue:
     def remove(self, request_id: str) -> None:
         """Forget a request; an unknown id is ignored."""
         self._requests.pop(request_id, None)
-        self._compiling.pop(request_id, None)
+        if compiling := self._compiling.pop(request_id, None):
+            compiling.cancel()  # or the grammars of others would wait for one that nobody wants
 
     def take(self, most: int) -> list[ReadyRequest]:
         """Take out the oldest requests that may begin, and those whose grammars cannot be used."""

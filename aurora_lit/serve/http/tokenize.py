@@ -111,7 +111,8 @@ def render(messages: Sequence[Message], how: Templated, *, tools: Sequence[Tool]
     options = {**how.template_options, "tools": template_tools(tools) or None}
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
-    except (TemplateError, ValueError, TypeError) as error:  # templates also fail on variables of another type
+    # Templates also fail on variables of another type, and on deep ones.
+    except (TemplateError, ValueError, TypeError, RecursionError) as error:
         raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
 
 

@@ -18,6 +18,7 @@ ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
 def _is_json_object(text: str) -> str:
+    text = text or "{}"  # of a call without arguments, as some servers stream it
     try:
         is_object = isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):

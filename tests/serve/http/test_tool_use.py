@@ -70,6 +70,15 @@ def test_a_special_token_that_begins_calls_is_shown_and_is_one_in_the_grammar(sp
     assert ("<[" in str(use.grammar.grammar)) == bool(special)
 
 
+def test_a_call_without_arguments_may_come_back_without_text() -> None:
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": ""}}
+    asked = body(messages=[{"role": "assistant", "tool_calls": [call]}], tools=[STRICT])
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ tools }}"
+    (called,) = turns_of(asked.messages, asked.tools or (), tokenizer)
+    assert called["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
 def test_results_have_the_name_of_the_called_function() -> None:
     call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     turns = [
