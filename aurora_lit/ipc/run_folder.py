@@ -32,8 +32,11 @@ def run_folder(parent: Path | None = None) -> Iterator[Path]:
     for abandoned in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError), _locked(abandoned):  # OSError: in use, another user's, or just removed
             shutil.rmtree(abandoned, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    with _locked(folder):
+    # Under another name until it is locked, or a server that starts now would take it for an abandoned one.
+    unlocked = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
+    folder = unlocked.with_name(unlocked.name[1:])
+    with _locked(unlocked):
+        os.rename(unlocked, folder)
         try:
             yield folder
         finally:

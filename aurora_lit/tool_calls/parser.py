@@ -86,7 +86,9 @@ class ToolCallReader:
         """The answer has ended: return what was held back."""
         held = self._doubtful + self._pending
         is_rest_of_call = self._after_call and any(filler.startswith(held.strip()) for filler in self._format.fillers)
-        if not self._only_calls and self._read != self._after_arguments and not is_rest_of_call:
+        if self._read == self._after_arguments:
+            is_rest_of_call |= held.lstrip().startswith((",", "}"))
+        if not self._only_calls and not is_rest_of_call:
             self._add_content(held)
         return self._take()
 
@@ -199,12 +201,20 @@ class ToolCallReader:
         return True
 
     def _after_arguments(self) -> bool:
-        """What a call has after its arguments: its closing brace, as a rule."""
-        end = self._braces.end(self._pending)
-        self._pending = "" if end is None else self._pending[end:]
-        if end is not None:
-            self._read = self._between_calls
-        return end is not None
+        """What a call has after its arguments: its closing brace, which some models forget, as a rule."""
+        if not self._num_scanned:
+            text, marks = self._pending.lstrip(), [filler for filler in self._format.fillers if len(filler) > 1]
+            if any(mark.startswith(text) and mark != text for mark in marks):
+                return False
+            if text.startswith(tuple(marks)):
+                self._read = self._between_calls
+                return True
+        end = self._braces.end(self._pending[self._num_scanned :])
+        if end is None:
+            self._num_scanned = len(self._pending)
+            return False
+        self._pending, self._read = self._pending[self._num_scanned + end :], self._between_calls
+        return True
 
     def _refuse(self, num_characters: int) -> bool:
         """The doubtful text and so many characters are content, and no call."""
