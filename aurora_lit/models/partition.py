@@ -240,7 +240,8 @@ class ModelPartitioner:
         rows = slice(count * ranks.rank, count * (ranks.rank + 1))
         weight = self._reader.read(f"{names[embedding]}.weight", rows).to(ranks.device)
         model.set_input_embeddings(VocabParallelEmbedding(embedding, weight, first=rows.start, ranks=ranks))
-        if not self._config.tie_word_embeddings:
+        # As transformers does it: files with a head of their own are taken at their word.
+        if not self._config.tie_word_embeddings or self._reader.has(f"{names[head]}.weight"):
             weight = self._reader.read(f"{names[head]}.weight", rows)
         bias = None if head.bias is None else self._reader.read(f"{names[head]}.bias", rows)
         untyped_model.set_output_embeddings(self._make_linear(weight, bias))

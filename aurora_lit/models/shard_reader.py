@@ -90,11 +90,16 @@ class ShardReader:
         stored = self._find(name)
         if stored is None:
             stacked = _STACKED_EXPERTS.match(name)
-            assert stacked is not None
+            if stacked is None:
+                raise self._missing(name)
             return self._read_experts(name, stacked[1], stacked[2], (whole, rows))
         half = stored.get_shape()[1] // 2
         up = slice(half + rows.start, half + rows.stop)
         return torch.cat([self._part(stored, (whole, rows)), self._part(stored, (whole, up))], dim=1)
+
+    def has(self, name: str) -> bool:
+        """True if the files hold this tensor."""
+        return self._find(name) is not None
 
     def _find(self, name: str) -> Any:
         """A handle that reads slices of the stored tensor, under any of its known names; None if the files lack it."""

@@ -65,6 +65,11 @@ class ShardedTarget(Target):
                 model = AutoModelForCausalLM.from_config(config, dtype=loaded_dtype)  # type: ignore[no-untyped-call]
         except (OSError, ValueError) as error:
             raise SourceError(f"target.source: {folder} is not a loadable causal language model: {error}") from error
+        if getattr(config, "quantization_config", None) is not None:
+            raise SourceError(
+                f"target.source: {folder} holds quantised weights, which a sharded target does not read; name a folder "
+                "with weights in bf16, fp16 or fp32"
+            )
         text = config.get_text_config()
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         if strategy == "tensor_parallel":
@@ -85,6 +90,10 @@ class ShardedTarget(Target):
         self._all_ranks_calling = True
         super().check()
         self._all_ranks_calling = False
+
+    def _own_logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        logits_BTV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False).logits  # a rank has some heads only
+        return logits_BTV
 
     # -- called by rank 0's engine ---------------------------------------------------------------------------------
 

@@ -59,7 +59,13 @@ def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:
     name, _, revision = repo.partition("@")
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        path = snapshot_download(name, revision=revision or None, allow_patterns=patterns, local_files_only=local_only)
+        path = snapshot_download(
+            name,
+            revision=revision or None,
+            allow_patterns=patterns,
+            ignore_patterns=["consolidated*", "*/*.safetensors"],  # copies of the weights in other layouts
+            local_files_only=local_only,
+        )
     except HFValidationError as error:
         raise SourceError(f"target.source='hf:{repo}' is not a valid hub name; write hf:org/name[@revision]") from error
     except LocalEntryNotFoundError as error:

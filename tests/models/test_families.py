@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_a_model_whose_layers_bypass_the_attention_interface_is_refused(family: 
 def test_a_model_that_computes_its_logits_in_another_way_is_refused(tmp_path: Path) -> None:
     target = Target.load(save_model("llama", tmp_path), precision="fp32")
     target.model.register_forward_hook(lambda module, args, out: out.__setitem__("logits", out.logits.square()) or out)
-    with pytest.raises(SourceError, match="LlamaForCausalLM computes its logits"):
+    with pytest.raises(SourceError, match="LlamaForCausalLM computes its attention or its logits"):
         target.check()
 
 
@@ -152,3 +153,33 @@ def test_longrope_models_are_served_up_to_their_original_length(tmp_path: Path) 
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
     folder = save_model("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=128)
     assert Target.load(folder, precision="fp32").max_positions == 128
+
+
+@pytest.mark.parametrize(
+    ("family", "reason", "precision"),
+    [
+        ("falcon_h1", "keeps more than keys and values", "fp32"),
+        ("falcon_h1", "keeps more than keys and values", "bf16"),
+        ("diffllama", "two attentions", "fp32"),
+        ("diffllama", "two attentions", "bf16"),
+        ("doge", "its attention or", "fp32"),  # its bias is small, and may be rounding in bf16
+    ],
+)
+def test_a_model_with_states_or_attention_of_its_own_is_refused(
+    family: str, reason: str, precision: str, tmp_path: Path
+) -> None:
+    shape: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    own = {
+        "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "head_dim": 16},
+        "doge": {"use_cache": False},
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **own.get(family, {})))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # states that start at zero would change nothing
+            spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+            parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match=reason):
+        Target.load(tmp_path, precision=precision)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,12 +31,30 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reports(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reports]:
+def own_head(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with another head in its files."""
+    folder = tmp_path_factory.mktemp("own_head")
+    shutil.copytree(llama, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file({**weights, "lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(llama: Path, own_head: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reports]:
     """The ranks' reports of all cases, run together because starting processes takes longest."""
     folder = tmp_path_factory.mktemp("ranks")
     gpt2 = save_model("gpt2", folder / "gpt2", seed=3)
     model = str(llama)
+    quantised = folder / "quantised"
+    shutil.copytree(llama, quantised)
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (quantised / "config.json").write_text(json.dumps(config))
     cases = [
+        Case(name="a head of its own", model=str(own_head), strategy="tensor_parallel"),
+        Case(name="quantised", model=str(quantised), strategy="tensor_parallel"),
         Case(name="tensor_parallel", model=model, strategy="tensor_parallel"),
         Case(name="tensor_parallel in torch", model=model, strategy="tensor_parallel", native=False),
         Case(name="fsdp", model=model, strategy="fsdp"),
@@ -51,6 +71,16 @@ def unsharded_answers(folder: Path, precision: str = "fp32") -> list[list[int]]:
     engine = make_engine(Target.load(folder, precision=precision), prefix_cache=False)
     answers = run(engine, [request(str(i), ids, max_tokens=MAX_TOKENS) for i, ids in enumerate(PROMPTS)])
     return [answers[str(i)].token_ids for i in range(len(PROMPTS))]
+
+
+def test_files_with_a_head_of_their_own_are_taken_at_their_word(reports, llama, own_head):
+    """Although the configuration says that the head is the embedding; transformers does the same."""
+    answers = reports["a head of its own"][0]["tokens"]
+    assert answers == unsharded_answers(own_head) != unsharded_answers(llama)
+
+
+def test_quantised_weights_are_refused(reports):
+    assert all("holds quantised weights" in rank["refused"] for rank in reports["quantised"])
 
 
 STRATEGIES = ["tensor_parallel", "tensor_parallel in torch", "fsdp"]
