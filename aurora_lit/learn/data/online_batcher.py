@@ -36,6 +36,9 @@ MAX_CONTEXT = 128
 _CONTEXT_COST = 0.25
 """Of such a position, as a share of that of one that is trained on: only its key and value are computed, without
 gradient (`StepwiseChains`)."""
+_LARGE_SHARE = 0.75
+"""A piece with at least such a share of its trace's bytes keeps all of them in memory, since a copy takes half a
+millisecond."""
 _REPLAY_DRAWS = 16
 """Draws from the reservoir to fill a batch; drawn traces that are too long for it are skipped."""
 _FIRST_UNTAKEN, _UNTAKEN_PER_TAKEN = 64, 2
@@ -106,7 +109,8 @@ class OnlineBatcher:
             trained = max(_MIN_POSITIONS, room - int(_CONTEXT_COST * min(MAX_CONTEXT, len(trace.token_ids_T))))
         for piece in pieces_of(trace, most_trained=trained, most_context=MAX_CONTEXT):
             piece = crop(piece, room) if batch_size([piece]) > room else piece
-            piece = piece if piece is trace else piece.copy()  # or what was cut off would stay in memory, uncounted
+            # Or what was cut off would stay in memory, uncounted.
+            piece = piece.copy() if piece.num_bytes < _LARGE_SHARE * trace.num_bytes else piece
             self.positions_in += len(piece.token_ids_T) - first_trained_position(piece)
             self._waiting.append(piece)
             self._waiting_bytes += piece.num_bytes
