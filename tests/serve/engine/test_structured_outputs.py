@@ -231,10 +231,12 @@ class SlowCompiler(GrammarCompiler):
 
     def __init__(self) -> None:
         self._compiler, self.go = compiler(), threading.Event()
+        self.asked: list[Future[Grammar]] = []
 
     def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
         self._compiler._thread.submit(self.go.wait)
-        return self._compiler.compile(asked, end_tokens=end_tokens)
+        self.asked.append(self._compiler.compile(asked, end_tokens=end_tokens))
+        return self.asked[-1]
 
 
 def test_other_requests_go_on_while_a_grammar_is_compiled(case: Case) -> None:
@@ -262,6 +264,7 @@ def test_a_request_that_waits_for_its_grammar_can_be_cancelled(case: Case) -> No
     (slow,) = requests(1)
     engine.submit(slow)
     engine.cancel(slow.request_id)
+    assert grammars.asked[0].cancelled(), "others do not wait for it"
     grammars.go.set()
     assert not engine.has_work
     assert engine.round() == []
