@@ -191,8 +191,7 @@ def check_target(config: AuroraConfig) -> Check:
     from aurora_lit.models.partition import check_partition
 
     target = config.target
-    root = cache_root(target.cache_dir)
-    folder = cached(target.source, cache_dir=root, sha256=target.sha256)
+    root, folder = cache_root(target.cache_dir), _cached_target(config)
     if folder is not None:
         check_partition(config, model_shape(config, folder=folder))
         return _ok("target", str(folder))
@@ -215,6 +214,12 @@ def check_target(config: AuroraConfig) -> Check:
     return _warn("target", f"{target.source} is not in {root} yet", "nothing: the first start downloads it")
 
 
+def _cached_target(config: AuroraConfig) -> Path | None:
+    """The folder that holds the target already."""
+    target = config.target
+    return cached(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
+
+
 def check_memory(config: AuroraConfig) -> Check:
     """Enough free memory for the deployment: on the GPUs, or in main memory if it computes on the CPU."""
     import torch
@@ -222,9 +227,8 @@ def check_memory(config: AuroraConfig) -> Check:
     from aurora_lit.cli.footprint import host_total, model_shape, needs, total
 
     free = available_bytes()
-    target, engine = config.target, config.engine
-    folder = cached(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
-    shape = model_shape(config, folder=folder)
+    engine = config.engine
+    shape = model_shape(config, folder=_cached_target(config))
     if shape is None:
         return _warn(
             "memory",
@@ -238,7 +242,7 @@ def check_memory(config: AuroraConfig) -> Check:
     if config.learn.enabled:
         fullest += total(lines, "learner's device")
     if uses_gpus(config):
-        on_host = sum(n.num_bytes for n in lines if n.where == "host" and (config.learn.enabled or not n.for_learner))
+        on_host = host_total(config, lines, on_gpus=True)
         found = f"{len(gpus)} GPUs of {min(gpus) / _GIB:.0f} GiB, {engine.devices} of {fullest / _GIB:.1f} GiB needed"
         found += f"; {free / _GIB:.1f} GiB free in main memory, about {on_host / _GIB:.1f} GiB needed"
         enough = len(gpus) >= engine.devices and min(gpus) >= fullest and free >= on_host
@@ -267,7 +271,7 @@ def check_draft(config: AuroraConfig) -> Check:
 
     server.check_learning(config)
 
-    folder, target = draft_folder(config), config.target
+    folder = draft_folder(config)
     if not config.engine.speculate:
         return _ok("draft", "none: plain decoding")
     if folder is None:
@@ -278,10 +282,9 @@ def check_draft(config: AuroraConfig) -> Check:
     missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
         return _fail("draft", f"{folder} has no {' and no '.join(missing)}", remedy)
-    cached_folder = cached(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
     try:
         draft = read_config(folder)
-        if (shape := model_shape(config, folder=cached_folder)) is not None:
+        if (shape := model_shape(config, folder=_cached_target(config))) is not None:
             check_fits(folder, draft, target_shape(shape))
     except CheckpointError as error:
         return _fail("draft", str(error), remedy)

@@ -205,10 +205,11 @@ def total(lines: list[Need], *places: Place) -> int:
     return sum(need.num_bytes for need in lines if need.where in places)
 
 
-def host_total(config: AuroraConfig, lines: list[Need]) -> int:
-    """Bytes of main memory if everything runs on the CPU, with a learner if learn.enabled."""
-    others = (config.engine.devices - 1) * total(lines, "every device")
-    return others + sum(need.num_bytes for need in lines if config.learn.enabled or not need.for_learner)
+def host_total(config: AuroraConfig, lines: list[Need], *, on_gpus: bool = False) -> int:
+    """Bytes of main memory, with a learner if learn.enabled; on_gpus: what is on devices does not take any."""
+    others = 0 if on_gpus else (config.engine.devices - 1) * total(lines, "every device")
+    counted = [need for need in lines if config.learn.enabled or not need.for_learner]
+    return others + sum(need.num_bytes for need in counted if need.where == "host" or not on_gpus)
 
 
 def fewest_devices(config: AuroraConfig, shape: PretrainedConfig, *, card_gb: int) -> tuple[int, int] | None:

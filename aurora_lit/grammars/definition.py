@@ -6,7 +6,6 @@ same record. Contains neither torch nor numpy. Left out: which tokens a grammar 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ LONGEST_GRAMMAR = 1 << 17
 STACK_BYTES = 512 << 20
 """Of threads in which llguidance reads a grammar: it calls itself for each rule of a chain, and on a usual stack a
 chain of a thousand ends the process. Memory is taken as it is used."""
+_setting_stack_size = threading.Lock()
 _LONGEST_PLACED = 1 << 14
 """In a longer schema the place of a fault is not looked for: each part is compiled alone for that."""
 _MOST_CHARACTERS = 240
@@ -94,18 +94,20 @@ def names_special_tokens(asked: StructuredOutputsParams) -> bool:
 
 
 def _validate(grammar: str, tokenizer: LLTokenizer | None = None) -> tuple[bool, list[str]]:
-    with deep_stack(), ThreadPoolExecutor(max_workers=1) as thread:
+    with grammar_thread() as thread:
         return thread.submit(LLMatcher.validate_grammar_with_warnings, grammar, tokenizer).result()
 
 
-@contextlib.contextmanager
-def deep_stack() -> Iterator[None]:
-    """Threads that are started inside have STACK_BYTES."""
-    before = threading.stack_size(STACK_BYTES)
-    try:
-        yield
-    finally:
-        threading.stack_size(before)
+def grammar_thread() -> ThreadPoolExecutor:
+    """One thread of STACK_BYTES."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
+    with _setting_stack_size:  # it is the whole process's
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread.submit(int)  # starts the thread
+        finally:
+            threading.stack_size(before)
+    return thread
 
 
 def _reason(grammar: str, tokenizer: LLTokenizer | None = None) -> str:

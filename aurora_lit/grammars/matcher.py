@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from aurora_lit.errors import RequestError
-from aurora_lit.grammars.definition import deep_stack, grammar_of
+from aurora_lit.grammars.definition import grammar_of, grammar_thread
 from aurora_lit.request import StructuredOutputsParams
 
 _IN_NO_TEXT = "\U0010fffd"
@@ -118,9 +118,7 @@ class GrammarCompiler:
         """
         self._tokenizer_json, self._vocab_size, self._eos = tokenizer_json, vocab_size, sorted(eos_token_ids)
         self._tokenizers: dict[bool, LLTokenizer] = {}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
-        with deep_stack():
-            self._thread.submit(int)  # starts the thread
+        self._thread = grammar_thread()
 
     def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
         """The beginning of an output that `end_tokens` may end. The future raises RequestError."""

@@ -56,7 +56,8 @@ class TextStream:
         self._window: list[int] = []
         self._num_done = 0
         """Characters of the decoded window that were returned already."""
-        self._add_in_parts(follows[-_WINDOW_TOKENS:])
+        if follows:
+            self._add_in_parts(follows[-_WINDOW_TOKENS:])
         self._held = ""
         """Text that may be the start of a stop string."""
         self.stopped = False
@@ -91,7 +92,7 @@ class TextStream:
     def _add(self, token_ids: Sequence[int]) -> str:
         """The new text."""
         self._window.extend(token_ids)
-        decoded = self._decode_window()
+        decoded = self._decode(self._window)
         whole = decoded.rstrip(_BROKEN)
         fresh = whole[self._num_done :].replace(_BROKEN, "")
         self._num_done = max(self._num_done, len(whole))
@@ -102,18 +103,19 @@ class TextStream:
     def _shorten_window(self, decoded: str) -> None:
         """Keep what is needed as context, from the beginning of a character on."""
         for size in range(_CONTEXT_TOKENS, min(_CONTEXT_TOKENS + _CHARACTER_TOKENS, len(self._window))):
-            text = decode(self._tokenizer, self._window[-size:], skips_special_tokens=self._skips_special_tokens)
+            text = self._decode(self._window[-size:])
             if decoded.endswith(text) and not text.startswith(_BROKEN):
                 break
         else:
             if len(self._window) <= _WINDOW_TOKENS:
                 return
             size = _CONTEXT_TOKENS
+            text = self._decode(self._window[-size:])
         del self._window[:-size]
-        self._num_done = len(self._decode_window().rstrip(_BROKEN))
+        self._num_done = len(text.rstrip(_BROKEN))
 
-    def _decode_window(self) -> str:
-        return decode(self._tokenizer, self._window, skips_special_tokens=self._skips_special_tokens)
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return decode(self._tokenizer, token_ids, skips_special_tokens=self._skips_special_tokens)
 
     def _cut(self, fresh: str) -> str:
         pending = self._held + fresh
