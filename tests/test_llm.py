@@ -159,6 +159,13 @@ def test_a_stop_string_ends_an_answer_and_frees_its_slot(llm: LLM, target: Targe
     assert not llm._engine.has_work
 
 
+def test_a_stop_string_is_one_string_and_not_its_characters(llm: LLM, target: Target) -> None:
+    text = text_of(plain_tokens(target, PROMPTS[0], GREEDY))
+    longer: Any = text[3] + text
+    (answer,) = llm.generate(PROMPTS[0], replace(GREEDY, stop=longer))
+    assert (answer.outputs[0].text, answer.outputs[0].finish_reason) == (text, "length")
+
+
 def test_logprobs_are_by_token_with_ranks(llm: LLM) -> None:
     (answer,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=4, temperature=0.0, logprobs=2))
     (output,) = answer.outputs
