@@ -11,6 +11,7 @@ those above it:
     kv_cache.py        the KV cache: one slot for each running sequence
     attention.py       causal attention over the cache or over whole sequences, as transformers' attention interface
     fused_layers.py    a model's decoder layers as one native call, if they have the plain Llama form
+    target_check.py    whether a model can be run over our KV cache, told before anything is served
     target.py          any causal language model, with the hidden states that a draft reads
     packed_file.py     named tensors in one file of the cache, checked and read into huge pages
     packed_target.py   a target from the file of its packed weights: no fp32, no transformers

@@ -27,6 +27,7 @@ from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.partition import ModelPartitioner, kv_heads_of_rank
 from aurora_lit.models.shard_reader import ShardReader
 from aurora_lit.models.target import Target
+from aurora_lit.models.target_check import check_target
 
 
 class ShardedTarget(Target):
@@ -88,12 +89,8 @@ class ShardedTarget(Target):
     def check(self) -> None:
         """As `Target.check`; all ranks call it, and each compares the logits of its own rows of the vocabulary."""
         self._all_ranks_calling = True
-        super().check()
+        check_target(self, compares_attention=False)  # a rank has some heads only
         self._all_ranks_calling = False
-
-    def _own_logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        logits_BTV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False).logits  # a rank has some heads only
-        return logits_BTV
 
     # -- called by rank 0's engine ---------------------------------------------------------------------------------
 
@@ -116,6 +113,8 @@ class ShardedTarget(Target):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Target.forward`, on every rank; trees are not supported, and prompts are computed as all else."""
         assert parents_BT is None
+        if self._all_ranks_calling:
+            return super().forward(ids_BT, kv_cache=kv_cache, slots_B=slots_B, starts_B=starts_B)
         with self.ranks.order(Op.FORWARD, torch.tensor([self._index_of(kv_cache)]), ids_BT, slots_B, starts_B):
             return super().forward(ids_BT, kv_cache=kv_cache, slots_B=slots_B, starts_B=starts_B)
 

@@ -3,8 +3,8 @@
 No model code is copied. Attention goes through transformers' attention interface (attention.py), and hooks before three
 decoder layers record the auxiliary hidden states.
 
-Leaves out: where a model comes from (source.py), the cache (kv_cache.py), and what is done with the logits
-(modules/sampling/choice.py).
+Leaves out: where a model comes from (source.py), the cache (kv_cache.py), which models can be run so (target_check.py),
+and what is done with the logits (modules/sampling/choice.py).
 
 Shapes: B sequences, T positions, N positions of a flat batch, H hidden size, V vocabulary, M moves.
 """
@@ -28,6 +28,7 @@ from aurora_lit.kernels.target_pass import TargetPass
 from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView, register_attention
 from aurora_lit.models.fused_layers import embedding_table, fuse_target
 from aurora_lit.models.kv_cache import KVCache
+from aurora_lit.models.target_check import check_target, probe_states
 from aurora_lit.modules.draft.logit_transform import LogitTransform
 from aurora_lit.modules.sampling.choice import choose
 
@@ -126,84 +127,12 @@ class Target(nn.Module):
             target.fuse_layers()
         return target
 
-    @torch.no_grad()
     def check(self) -> None:
-        """Compare this wrapper with the model's own forward pass, and find its logit factor (Cohere, Granite).
+        """Compare this wrapper with the model's own forward pass, and find its logit factor (`check_target`).
 
-        Raises SourceError if a layer's attention does not use the KV cache, if a layer keeps other states from one pass
-        to the next, or if the logits cannot be reproduced from the last hidden state.
+        Raises SourceError if they do not agree.
         """
-        kind = type(self.model).__name__
-        probe = self._probe_inputs()
-        cache = self.make_kv_cache(num_slots=2, capacity=4)
-        view = KVCacheView(cache, slots_B=probe["slots_B"], starts_B=probe["starts_B"])
-        try:
-            self._run(input_ids=probe["ids_BT"], kv_cache_view=view)
-            missing = sorted(set(range(self.num_layers)) - view.attended_layers)
-            if not missing:
-                own_BTV = self._own_logits(probe["ids_BT"]).double()
-                in_passes_BTV = self._logits_in_passes(probe, cache).double()
-                expected_BTV = self.model(input_ids=probe["ids_BT"], use_cache=False).logits.double()
-                ours_BTV = self.logits(self.forward_uncached(probe["ids_BT"])[1]).double()
-        except SourceError:
-            raise
-        except Exception as error:  # a family may fail in any way that this file does not know of
-            raise SourceError(
-                f"target.source: a {kind} cannot be run over the KV cache ({error!r}); choose another model"
-            ) from error
-        if missing:
-            raise SourceError(
-                f"target.source: in {len(missing)} of {self.num_layers} layers a {kind} does not attend through "
-                "transformers' attention interface, or not at all; choose a model whose layers all do"
-            )
-        if self._differ(in_passes_BTV, ours_BTV, begin=2):  # where the second pass begins
-            raise SourceError(
-                f"target.source: a {kind} keeps more than keys and values from one pass to the next (or computes two "
-                "attentions in a layer), which is not supported; choose another model"
-            )
-        factor = float((expected_BTV * ours_BTV).sum() / ours_BTV.square().sum())
-        if abs(factor - 1) > 1e-3:  # smaller differences are rounding
-            self.logit_factor = factor
-            ours_BTV = self.logits(self.forward_uncached(probe["ids_BT"])[1]).double()
-        if float((expected_BTV - ours_BTV).abs().max()) > 1e-2 * float(expected_BTV.abs().max()):
-            raise SourceError(
-                f"target.source: a {kind} computes its logits in a way that is not supported; choose another model"
-            )
-        if self._differ(expected_BTV, own_BTV, begin=1):  # the first position attends to itself alone
-            raise SourceError(
-                f"target.source: a {kind} adds to its attention what transformers' attention interface is not told (a "
-                "bias, a mask), which is not supported; choose another model"
-            )
-
-    def _differ(self, ours_BTV: torch.Tensor, expected_BTV: torch.Tensor, *, begin: int) -> bool:
-        """True if logits of differently rounded attention differ by more than rounding.
-
-        With less than fp32 they must differ at every position from `begin` on: rounding may choose other experts at
-        some.
-        """
-        error_BT = (ours_BTV - expected_BTV).abs().amax(-1) / expected_BTV.abs().max()
-        return (
-            bool((error_BT > 1e-2).any()) if self.kv_dtype == torch.float32 else bool((error_BT[:, begin:] > 0.1).all())
-        )
-
-    def _own_logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """The model's logits by its own attention, which may do more than the interface is told (a bias, a mask)."""
-        self.model.set_attn_implementation("eager")
-        try:
-            logits_BTV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
-        finally:
-            self.model.set_attn_implementation(ATTENTION_NAME)
-        return logits_BTV
-
-    def _logits_in_passes(self, probe: dict[str, torch.Tensor], kv_cache: KVCache) -> torch.Tensor:
-        """The probe's logits if its last two tokens come in passes of their own."""
-        last = []
-        for begin, end in ((0, 2), (2, 3), (3, 4)):
-            ids_BT, starts_B = probe["ids_BT"][:, begin:end], probe["starts_B"] + begin
-            view = KVCacheView(kv_cache, slots_B=probe["slots_B"], starts_B=starts_B)
-            positions_BT = starts_B[:, None] + torch.arange(end - begin, device=ids_BT.device)
-            last.append(self._run(input_ids=ids_BT, position_ids=positions_BT, kv_cache_view=view)[1])
-        return self.logits(torch.cat(last, dim=1))
+        check_target(self)
 
     @torch.no_grad()
     def fuse_layers(self) -> bool:
@@ -211,12 +140,12 @@ class Target(nn.Module):
         decoder = fuse_target(self.model, self.aux_layer_ids)
         if decoder is None:
             return False
-        expected = self._probe(num_prompts=0)
+        expected = probe_states(self)
         self._decoder = decoder
         # Of the root mean square. Rounding only; but the last bit of an input may decide how it is rounded to 8 bits.
         tolerance = 1e-4 if self.kv_dtype == torch.float32 else 0.2
         for num_prompts in (0, 2):
-            for ours, own in zip(self._probe(num_prompts=num_prompts), expected, strict=True):
+            for ours, own in zip(probe_states(self, num_prompts=num_prompts), expected, strict=True):
                 if float((ours - own).norm()) > tolerance * float(own.norm()):
                     self._decoder = None
                     return False
@@ -260,7 +189,7 @@ class Target(nn.Module):
         positions_BT = starts_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device)
         positions_BT = positions_BT.clamp_max(self.max_positions - 1)  # proposals beyond a learned table are never kept
         view = KVCacheView(kv_cache, slots_B=slots_B, starts_B=starts_B)
-        return self._run(input_ids=ids_BT, position_ids=positions_BT, kv_cache_view=view)
+        return self.run_layers(input_ids=ids_BT, position_ids=positions_BT, kv_cache_view=view)
 
     def forward_ragged(
         self,
@@ -344,7 +273,16 @@ class Target(nn.Module):
     def forward_uncached(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Run whole sequences without a KV cache; returns as `forward` does."""
         positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-        return self._run(input_ids=ids_BT, position_ids=positions_BT)
+        return self.run_layers(input_ids=ids_BT, position_ids=positions_BT)
+
+    def run_layers(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the model's own decoder layers with `inputs` as transformers names them; returns as `forward` does."""
+        last_BTH = self._forward(**inputs, use_cache=False).last_hidden_state
+        if self.logit_factor != 1.0:
+            last_BTH = last_BTH * self.logit_factor
+        aux_BT3H = torch.cat([self._aux_hidden[layer_id] for layer_id in self.aux_layer_ids], dim=-1)
+        self._aux_hidden.clear()
+        return aux_BT3H, last_BTH
 
     def logits(self, last_BTH: torch.Tensor) -> torch.Tensor:
         """Logits over the vocabulary, fp32."""
@@ -429,29 +367,6 @@ class Target(nn.Module):
         _, last_NH, aux_NF = self._decoder(self.embedding(ids_N).float(), **batch)
         assert aux_NF is not None
         return aux_NF, last_NH
-
-    def _run(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        last_BTH = self._forward(**inputs, use_cache=False).last_hidden_state
-        if self.logit_factor != 1.0:
-            last_BTH = last_BTH * self.logit_factor
-        aux_BT3H = torch.cat([self._aux_hidden[layer_id] for layer_id in self.aux_layer_ids], dim=-1)
-        self._aux_hidden.clear()
-        return aux_BT3H, last_BTH
-
-    def _probe(self, *, num_prompts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward` on `_probe_inputs`."""
-        probe, kv_cache = self._probe_inputs(), self.make_kv_cache(num_slots=2, capacity=4)
-        where = {"slots_B": probe["slots_B"], "starts_B": probe["starts_B"]}
-        return self.forward(probe["ids_BT"], kv_cache=kv_cache, num_prompts=num_prompts, **where)
-
-    def _probe_inputs(self) -> dict[str, torch.Tensor]:
-        """Two sequences of four tokens, for a cache of two slots."""
-        device = self.device
-        return {
-            "ids_BT": torch.arange(1, 9, device=device).remainder(self.vocab_size).view(2, 4),
-            "slots_B": torch.tensor([1, 0], device=device),
-            "starts_B": torch.tensor([0, 0], device=device),
-        }
 
     def _make_aux_hook(self, layer_id: int) -> Any:
         def record_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
