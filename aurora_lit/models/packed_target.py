@@ -15,8 +15,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib.metadata
+import json
 import logging
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,11 @@ _SMALLEST_BYTES = 64 << 20
 """Smaller sources are packed as fast as a file is read."""
 _KEPT_FILES = 2
 """Files of one source and precision that stay in the cache, the newest: two versions of the code can share it."""
+_ABANDONED_AFTER_S = 3600
+"""A file that is not finished after this time is of a process that was killed; writing takes seconds."""
+_SAMPLE_BYTES = 4096
+_MAX_HEADER_BYTES = 100 << 20
+"""safetensors reads no longer ones."""
 _FACTS = (
     *("vocab_size", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "rope", "max_positions"),
     "logit_factor",
@@ -89,13 +97,16 @@ def packed_path(folder: Path, *, key: Mapping[str, str], cache_dir: Path) -> Pat
 def packed_key(folder: Path, *, precision: str) -> dict[str, str]:
     """Everything that determines a packed file's content, by what it is.
 
-    Files of weights are identified by name, size and time of change: to read them would take as long as loading.
+    Files of weights are identified by name, size, time of change and the beginning of each tensor: to read them whole
+    would take as long as loading, and some tools give every file the same time.
     """
     source, code = hashlib.sha256(), hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
             status = path.stat()
             source.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            for part in _sample(path):
+                source.update(part)
         elif path.name in ("config.json", "generation_config.json"):
             source.update(path.read_bytes())
     for path in sorted(_CODE):
@@ -107,6 +118,20 @@ def packed_key(folder: Path, *, precision: str) -> dict[str, str]:
         "kernels": native.build_digest(),
         "libraries": f"torch {torch.__version__}, transformers {importlib.metadata.version('transformers')}",
     }
+
+
+def _sample(path: Path) -> Iterator[bytes]:
+    """A safetensors file's header, and the beginning of each tensor."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, _MAX_HEADER_BYTES))
+        yield header
+        try:
+            begins = [entry["data_offsets"][0] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError):  # loading it will say what is wrong
+            return
+        for begin in begins:
+            yield os.pread(file.fileno(), _SAMPLE_BYTES, 8 + length + begin)
 
 
 def write_packed(target: Target, path: Path, *, key: Mapping[str, str]) -> None:
@@ -213,7 +238,18 @@ def _packed_head(target: Target) -> PackedLinear:
 
 
 def _remove_older(path: Path) -> None:
+    """Delete all but the newest files of a source, and what killed processes left of them."""
     source, _ = path.stem.split("-")
-    files = sorted(path.parent.glob(f"{source}-*.safetensors"), key=lambda each: each.stat().st_mtime)
-    for old in files[:-_KEPT_FILES]:
+    files = sorted(path.parent.glob(f"{source}-*.safetensors"), key=_changed_at)
+    abandoned_before = time.time() - _ABANDONED_AFTER_S
+    unfinished = path.parent.glob(f".{source}-*.safetensors.*")
+    for old in [*files[:-_KEPT_FILES], *(each for each in unfinished if _changed_at(each) < abandoned_before)]:
         old.unlink(missing_ok=True)
+
+
+def _changed_at(path: Path) -> float:
+    """A file's time of change; that of a file that another process has just renamed or deleted is now."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()

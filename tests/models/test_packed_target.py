@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +173,14 @@ def test_a_file_made_from_something_else_is_refused(changed: str, folder: Path, 
 
 
 def test_a_source_that_was_written_again_is_packed_again(folder: Path, tmp_path: Path) -> None:
+    os.utime(folder / "model.safetensors", ns=(1, 1))
     before = outputs(load_target(folder, precision="fp32", cache_dir=tmp_path))
     weights = packed_weights(folder)
     weights["model.norm.weight"] *= 2
     from safetensors.torch import save_file
 
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    os.utime(folder / "model.safetensors", ns=(1, 1))  # as far apart as any two files
+    os.utime(folder / "model.safetensors", ns=(1, 1))  # as tools do that give every file one time
     after = outputs(load_target(folder, precision="fp32", cache_dir=tmp_path))
     assert torch.equal(after[1], before[1] * 2)
 
@@ -189,6 +191,21 @@ def test_the_cache_keeps_two_versions_of_a_source(folder: Path, tmp_path: Path) 
         load_target(folder, precision="bf16", cache_dir=tmp_path)
     load_target(folder, precision="fp32", cache_dir=tmp_path)
     assert len(files(tmp_path)) == 3
+
+
+def test_what_killed_processes_left_is_deleted_and_what_others_write_is_not(folder: Path, tmp_path: Path) -> None:
+    load_target(folder, precision="bf16", cache_dir=tmp_path)
+    (path,) = files(tmp_path)
+    abandoned, being_written = (path.with_name(f".{path.name}.{pid}") for pid in (11, 12))
+    for each in (abandoned, being_written):
+        each.write_bytes(b"half")
+    hours_ago = time.time() - 7200
+    os.utime(abandoned, (hours_ago, hours_ago))
+    path.unlink()
+    load_target(folder, precision="bf16", cache_dir=tmp_path)
+    assert path.exists()
+    assert being_written.exists()
+    assert not abandoned.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_serving_goes_on(
