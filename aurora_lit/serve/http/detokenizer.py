@@ -172,6 +172,12 @@ class TokenDecoder:
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
+    def to_first_bytes(self, token_id: int) -> bytes:
+        """Bytes of a token that begins a text, where some decoders leave out its space."""
+        raw = self.to_bytes(token_id)
+        drops_space = raw.startswith(b" ") and not decode(self._tokenizer, [token_id]).startswith(" ")
+        return raw[1:] if drops_space else raw
+
     def to_text(self, token_id: int) -> str:
         """Text of one token; part of a character is written `bytes:\\xe2\\x82`, as in OpenAI's API."""
         raw = self.to_bytes(token_id)
@@ -189,13 +195,17 @@ class TextOffsets:
         self._token_decoder, self._echoed, self._skips = token_decoder, echoed, skips_special_tokens
         self._characters = codecs.getincrementaldecoder("utf-8")("ignore")
         self._at = 0
+        self._begins_text = bool(echoed)
+        """False where a prompt that is not echoed goes before."""
 
     def next(self, token_id: int) -> int:
         """Where the next token begins."""
-        at, raw = self._at, self._token_decoder.to_bytes(token_id)
-        hidden = self._skips and self._token_decoder.is_special(token_id)
+        at, decoder = self._at, self._token_decoder
+        raw = decoder.to_first_bytes(token_id) if self._begins_text else decoder.to_bytes(token_id)
+        hidden = self._skips and decoder.is_special(token_id)
         if not hidden or self._echoed.startswith(raw.decode(), at):
             self._at += len(self._characters.decode(raw))
+            self._begins_text = False
         return at
 
 

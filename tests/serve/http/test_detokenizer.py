@@ -135,6 +135,16 @@ def test_offsets_are_those_of_the_text(tokenizer):
     assert [echoed.next(i) for i in [special, *tokenizer.encode("ab")]] == [0, 7, 8]
 
 
+@pytest.mark.parametrize(("text", "expected"), [("a b", [0, 0, 1, 2]), (" a b", [0, 0, 1, 2, 3]), ("ab", [0, 0, 1])])
+def test_offsets_in_an_echoed_prompt_count_no_space_that_decoders_leave_out(byte_fallback, text, expected):
+    ids = byte_fallback.encode(text)
+    assert byte_fallback.decode(ids) == text
+    echoed = TextOffsets(TokenDecoder(byte_fallback), echoed=text)
+    assert [echoed.next(i) for i in ids] == expected
+    generated = TextOffsets(TokenDecoder(byte_fallback))
+    assert [generated.next(i) for i in byte_fallback.convert_tokens_to_ids(["▁a", "▁a"])] == [0, 2]
+
+
 def test_a_token_is_converted_to_its_bytes_and_text(tokenizer):
     token_decoder = TokenDecoder(tokenizer)
     ids = tokenizer.encode(TEXT)
