@@ -1,13 +1,19 @@
-"""Muon by blocks of rows: momentum whose blocks are orthogonalised, for a layer's matrices.
+"""Muon by blocks of rows, in units of the gradient: momentum whose blocks are orthogonalised, for a layer's matrices.
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest matrix with orthonormal rows, or columns, which it
 approximates by Newton-Schulz iterations. These cost as much here as 300 positions of a batch. Orthogonalising
 blocks of rows instead costs a share of that as small as the block's share of the matrix (the idea of MuonBP, Khaled et
 al. 2025, arXiv 2510.16981, which does it to save communication).
 
+A step of Muon is equally large in every direction, but a draft's inputs are not: a few of the target's hidden
+dimensions are a hundred times as large as most, and alike in all text, so that steps along them change what was not
+asked for. So a matrix is orthogonalised, and stepped, in coordinates whose gradients are equally large: each row and
+column is divided by the root mean square of its gradients before and after, as Shampoo with diagonal factors does
+(Gupta et al. 2018, arXiv 1802.09568).
+
 Leaves out which parameters it is for (modules/losses/draft_module.py).
 
-Shapes: R rows and C columns of a matrix, N blocks of B rows.
+Shapes: R rows and C columns of a matrix, N blocks of B rows; a 1 is a dimension to broadcast.
 """
 
 from __future__ import annotations
@@ -24,8 +30,13 @@ _BLOCK_ROWS = 64
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _UPDATE_RMS = 0.1
-"""Root mean square of an update at rate 1. Half of AdamW's usual one, which suits whole matrices: blocks together have
-a larger spectral norm, and drafts came out worse with 0.2 (docs/log.md)."""
+"""Root mean square of what `orthogonalise_blocks` returns. Half of AdamW's usual one, which suits whole matrices:
+blocks together have a larger spectral norm, and drafts came out worse with 0.2 (docs/log.md)."""
+_SCALED_STEP = 2.5
+"""Factor of a step in scaled coordinates: along large inputs it is shorter than without them, so it can be longer."""
+_SQUARES_DECAY = 0.98
+_LEAST_SQUARE = 1e-4
+"""Of the mean over rows or columns: one without gradients must not get large steps."""
 
 
 class BlockMuon(torch.optim.Optimizer):
@@ -48,14 +59,30 @@ class BlockMuon(torch.optim.Optimizer):
             for weight_RC in group["params"]:
                 if weight_RC.grad is None:
                     continue
-                state = self.state[weight_RC]
-                if not state:
+                grad_RC, state = weight_RC.grad, self.state[weight_RC]
+                if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(weight_RC)
-                mean_RC = state["momentum_buffer"].lerp_(weight_RC.grad, 1 - group["momentum"])
-                update_RC = orthogonalise_blocks(weight_RC.grad.lerp(mean_RC, group["momentum"]))
+                mean_RC = state["momentum_buffer"].lerp_(grad_RC, 1 - group["momentum"])
+                scale_RC = _scale(state, grad_RC)
+                scaled_RC = grad_RC.lerp(mean_RC, group["momentum"]).div_(scale_RC)
+                update_RC = orthogonalise_blocks(scaled_RC).div_(scale_RC)
                 weight_RC.mul_(1 - group["lr"] * group["weight_decay"])
-                weight_RC.add_(update_RC, alpha=-group["lr"])
+                weight_RC.add_(update_RC, alpha=-group["lr"] * _SCALED_STEP)
         return loss
+
+
+def _scale(state: dict[str, Tensor], grad_RC: Tensor) -> Tensor:
+    """What a matrix's coordinates are divided by, [R, C]: the units of its columns, times those of its rows then."""
+    columns_1C = _units(state, "column_squares", grad_RC.square().mean(0, keepdim=True))
+    rows_R1 = _units(state, "row_squares", (grad_RC / columns_1C).square_().mean(1, keepdim=True))
+    return columns_1C * rows_R1
+
+
+def _units(state: dict[str, Tensor], name: str, square: Tensor) -> Tensor:
+    """Root of the average of squares over steps, with a geometric mean of 1."""
+    mean = state.setdefault(name, square).lerp_(square, 1 - _SQUARES_DECAY)
+    unit = mean.clamp_min(_LEAST_SQUARE * float(mean.mean()) + 1e-30).sqrt_()
+    return unit / unit.log().mean().exp()
 
 
 def orthogonalise_blocks(matrix_RC: Tensor, *, block_rows: int | None = None) -> Tensor:
