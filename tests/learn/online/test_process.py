@@ -43,7 +43,7 @@ def test_a_killed_learner_resumes_and_publishes_and_exits_with_its_server(
     server.wait(learner, lambda: server.page.read().steps >= 6 and (server.store.folder / STATE_NAME).exists())
     assert server.page.read().state == "running"
     assert os.sched_getscheduler(learner.pid) == os.SCHED_BATCH
-    assert os.getpriority(os.PRIO_PROCESS, learner.pid) == 1
+    assert os.getpriority(os.PRIO_PROCESS, learner.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 1
     autogroup = Path(f"/proc/{learner.pid}/autogroup")
     assert not autogroup.exists() or autogroup.read_text().endswith("nice 1\n"), "its session too"
     learner.kill()
