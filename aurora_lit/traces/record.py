@@ -73,7 +73,8 @@ class Trace:
     """bf16. The three auxiliary hidden states, concatenated."""
     last_TH: Tensor
     """bf16. The last hidden state, input of the target's head, which gives the logits for the next token. 0 at those
-    positions of a prompt that no generated token follows: the engine needs no logits there, and computes no state."""
+    positions of a prompt that no generated token follows, but for pretraining: the engine needs no logits there, and
+    computes no state."""
     lse_T: Tensor | None = None
     """fp32. Log-sum-exp of those logits over the whole vocabulary; None if not computed yet, which needs the head."""
     round_root_R: Tensor = _empty(torch.int32, 0)

@@ -96,11 +96,11 @@ class FakeRing:
         return 0
 
 
-def check_trace(target: Target, trace: Trace) -> None:
-    """The states of a trace are those of a plain pass over its tokens."""
+def check_trace(target: Target, trace: Trace, *, has_prompt: bool = False) -> None:
+    """The states of a trace are those of a plain pass over its tokens; `has_prompt`: the prompt's last ones too."""
     with torch.no_grad():
         aux, last = target.forward_uncached(trace.token_ids_T.long()[None])
     rounding = {"atol": 1e-4, "rtol": 2**-8}  # traces are bf16
     torch.testing.assert_close(trace.aux_T3H.float(), aux[0], **rounding)
-    start = first_trained_position(trace)
+    start = 0 if has_prompt else first_trained_position(trace)
     torch.testing.assert_close(trace.last_TH[start:].float(), last[0, start:], **rounding)

@@ -34,15 +34,17 @@ def group_by_length(lengths: Sequence[int], batch_positions: int) -> Iterator[li
 def collate(traces: Sequence[Trace], *, with_prompt: Sequence[bool]) -> TraceBatch:
     """Right-pad traces together.
 
-    `with_prompt`: per trace, true if its prompt's positions have weight 1 too. The answer's positions always have, and
-    so have all positions of text that was only read. If any trace has no `lse_T`, the batch has none.
+    `with_prompt`: per trace, true if its prompt's positions have weight 1 too, as far as the trace has the target's
+    states there (they are 0 where serving did not compute them). The answer's positions always have weight 1, and so
+    have all positions of text that was only read. If any trace has no `lse_T`, the batch has none.
     """
     weights = []
     for trace, whole in zip(traces, with_prompt, strict=True):
         weight_T = torch.ones(len(trace.token_ids_T))
-        if trace.answer_start != len(weight_T) and not whole:
+        if trace.answer_start != len(weight_T):
             # The distribution of an answer's first token belongs to the position before it.
-            weight_T[: max(0, trace.answer_start - 1)] = 0.0
+            prompt = slice(max(0, trace.answer_start - 1))
+            weight_T[prompt] = trace.last_TH[prompt].any(-1).float() if whole else 0.0
         weights.append(weight_T)
     lse = [trace.lse_T for trace in traces if trace.lse_T is not None]
     return TraceBatch(

@@ -46,7 +46,7 @@ def generate_answers(
     def keep(trace: Trace) -> None:
         finished.append(trace.copy())
 
-    recorder = TraceRecorder(keep, hidden_size=target.hidden_size, segment_tokens=max_seq_len)
+    recorder = TraceRecorder(keep, hidden_size=target.hidden_size, segment_tokens=max_seq_len, keeps_prompts=True)
     options = EngineOptions(
         eos_token_ids=eos_token_ids,
         max_batch_size=max_batch_size,

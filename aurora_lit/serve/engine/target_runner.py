@@ -124,6 +124,7 @@ class TargetRunner:
         rows: list[DecodingRow | PromptRow] = [*decoding, *plan.prompts]
         tokens = [row.tokens for row in rows]
         needs_logits = any(row.sequence.needs_logits for row in decoding)
+        keeps_prompts = self._observer is not None and self._observer.keeps_prompts
         result = run(
             tokens,
             slots=[row.sequence.slot for row in rows],
@@ -131,8 +132,12 @@ class TargetRunner:
             parents=_parents(decoding),
             num_prompts=len(plan.prompts),
             num_chosen=0 if needs_logits else plan.num_decoding_columns,
-            keeps_last=[row.sequence.request.store for row in decoding] + [False] * len(plan.prompts),
-            skips_prompts_last=all(row.sequence.params.prompt_logprobs is None for row in plan.prompts),
+            keeps_last=[
+                *(row.sequence.request.store for row in decoding),
+                *(keeps_prompts and row.sequence.request.store for row in plan.prompts),
+            ],
+            skips_prompts_last=not keeps_prompts
+            and all(row.sequence.params.prompt_logprobs is None for row in plan.prompts),
             draws=None if needs_logits else draws_of(decoding),
         )
         begins = [0, *itertools.accumulate(map(len, tokens))]

@@ -56,12 +56,17 @@ class TraceRecorder:
         hidden_size: int,
         segment_tokens: int = 512,
         overlap_tokens: int = 64,
+        keeps_prompts: bool = False,
     ) -> None:
-        """`segment_tokens`: new positions after which a segment goes to the sink before its request ends."""
+        """`segment_tokens`: new positions after which a segment goes to the sink before its request ends.
+
+        `keeps_prompts`: traces have the last hidden states of whole prompts, which the engine computes for them then.
+        """
         self._sink = sink
         self._hidden_size = hidden_size
         self._segment_tokens = segment_tokens
         self._overlap_tokens = overlap_tokens
+        self._keeps_prompts = keeps_prompts
 
     def attach(self, *, tokens_SL: torch.Tensor, aux_SLF: torch.Tensor | None) -> None:
         """Allocate memory for the engine's slots."""
@@ -77,6 +82,11 @@ class TraceRecorder:
         """Last hidden states by slot, bf16."""
         return self._last_SLH
 
+    @property
+    def keeps_prompts(self) -> bool:
+        """True if last hidden states of prompts are kept."""
+        return self._keeps_prompts
+
     def on_forward(self, *, slot: int, start: int, aux_TF: torch.Tensor, last_TH: torch.Tensor) -> None:
         """Keep the states that the target computed."""
         end = start + len(last_TH)
@@ -85,9 +95,11 @@ class TraceRecorder:
             self._aux_SLF[slot, start:end] = aux_TF
 
     def on_prefix_copy(self, *, source: int, slot: int, length: int) -> None:
-        """Copy auxiliary states. If the source's were not kept, the slot's are not needed either (SlotAllocator)."""
+        """Copy the states. If the source's were not kept, the slot's are not needed either (SlotAllocator)."""
         if self._owns_aux:
             self._aux_SLF[slot, :length] = self._aux_SLF[source, :length]
+        if self._keeps_prompts:
+            self._last_SLH[slot, :length] = self._last_SLH[source, :length]
 
     def on_commit(self, sequence: RunningSequence, note: RoundNote, last: Callable[[], torch.Tensor]) -> None:
         """Add a round, with the states of its rejected proposals; the segment goes to the sink if it is full."""
@@ -112,7 +124,8 @@ class TraceRecorder:
     def _emit(self, segment: _Segment, sequence: RunningSequence) -> None:
         slot, end = sequence.slot, sequence.length - 1
         first = 0 if segment.start == sequence.prompt_length else max(0, segment.start - self._overlap_tokens)
-        self._last_SLH[slot, first : max(first, sequence.prompt_length - 1)] = 0  # maybe another request's: see Trace
+        if not self._keeps_prompts:  # what is there may be another request's
+            self._last_SLH[slot, first : max(first, sequence.prompt_length - 1)] = 0
         self._sink(
             Trace(
                 request_id=sequence.request.request_id,

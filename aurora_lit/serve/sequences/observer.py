@@ -56,6 +56,10 @@ class RoundObserver(Protocol):
         drafter, which keeps the auxiliary ones.
         """
 
+    @property
+    def keeps_prompts(self) -> bool:
+        """True if last hidden states are needed of prompts too, beyond the one that gives the first token."""
+
     def on_forward(self, *, slot: int, start: int, aux_TF: torch.Tensor, last_TH: torch.Tensor) -> None:
         """The target computed positions start, start + 1, … of a slot, which are committed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,11 @@ def test_weights_of_text_answers_and_padding() -> None:
     assert batch.weight_BT.tolist() == [[1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1]]
     assert batch.domains == ("text", "chat")
     assert batch.token_ids_BT.tolist() == [[0, 1, 2, 3, 4, 0, 0, 0], list(range(8))]
-    assert collate([answered], with_prompt=[True]).weight_BT.tolist() == [[1] * 8]
+    asked = numbered_trace(8, first=1, answer_start=4)
+    assert collate([asked], with_prompt=[True]).weight_BT.tolist() == [[1] * 8]
+    served = dataclasses.replace(asked, last_TH=asked.last_TH.clone())
+    served.last_TH[:3] = 0  # a server computes no such states: as targets they would be a uniform distribution
+    assert collate([served], with_prompt=[True]).weight_BT.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize(
@@ -94,5 +99,5 @@ def test_a_share_of_the_prompts_is_learnt_from(tmp_path: Path) -> None:
     batches = training_batches(
         tmp_path, read_index(tmp_path), batch_positions=200, max_length=64, prompt_share=0.3, seed=0
     )
-    whole = [bool(weight[0]) for batch in batches for weight in batch.weight_BT]
+    whole = [bool(weight[1]) for batch in batches for weight in batch.weight_BT]
     assert 0.2 < sum(whole) / len(whole) < 0.4

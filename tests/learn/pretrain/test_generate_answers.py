@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from support.live_traces import check_trace
 from support.tiny_models import (
     VOCAB,
     make_engine,
+    random_draft,
     request,
     run,
 )
+from support.trace_examples import keep_in
 
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
 from aurora_lit.models.target import Target
+from aurora_lit.serve.engine.trace_recorder import TraceRecorder
+from aurora_lit.traces.record import Trace
 
 
 def test_answers_are_recorded_with_the_targets_states(target: Target) -> None:
@@ -32,7 +37,36 @@ def test_answers_are_recorded_with_the_targets_states(target: Target) -> None:
         trace = traces[f"d{i}"]
         assert trace.answer_start == len(prompt)
         assert tuple(trace.token_ids_T[: len(prompt)].tolist()) == prompt
-        check_trace(target, trace)
+        check_trace(target, trace, has_prompt=True)  # prompts are learned from too
         asked = request("a", prompt, max_tokens=12, temperature=0.8 if i == 1 else 0.0, seed=i)
         answer = run(engine, [asked])["a"].token_ids
         assert trace.token_ids_T[len(prompt) :].tolist() == answer[:-1]
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_a_beginning_that_is_copied_from_another_prompt_has_its_states(
+    drafted: bool, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[int] = []
+    copy = TraceRecorder.on_prefix_copy
+
+    def noted(self: TraceRecorder, *, source: int, slot: int, length: int) -> None:
+        copied.append(length)
+        copy(self, source=source, slot=slot, length=length)
+
+    monkeypatch.setattr(TraceRecorder, "on_prefix_copy", noted)
+    traces: list[Trace] = []
+    recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size, keeps_prompts=True)
+    engine = make_engine(target, random_draft(target) if drafted else None, observer=recorder, max_batch_size=2)
+    prompt = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    engine.submit(request("running", prompt, max_tokens=20))
+    while not engine.round():
+        pass
+    engine.submit(request("begins alike", [*prompt, 1, 2, 3], max_tokens=4))
+    while engine.has_work:
+        engine.round()
+    assert copied
+    assert copied[0] >= 32
+    assert {trace.request_id for trace in traces} == {"running", "begins alike"}
+    for trace in traces:
+        check_trace(target, trace, has_prompt=True)
