@@ -35,6 +35,7 @@ blocks together have a larger spectral norm, and drafts came out worse with 0.2 
 _SCALED_STEP = 2.5
 """Factor of a step in scaled coordinates: along large inputs it is shorter than without them, so it can be longer."""
 _SQUARES_DECAY = 0.98
+"""A step, of the averages of squared gradients."""
 _LEAST_SQUARE = 1e-4
 """Of the mean over rows or columns: one without gradients must not get large steps."""
 
@@ -81,7 +82,7 @@ def _scale(state: dict[str, Tensor], grad_RC: Tensor) -> Tensor:
 def _units(state: dict[str, Tensor], name: str, square: Tensor) -> Tensor:
     """Root of the average of squares over steps, with a geometric mean of 1."""
     mean = state.setdefault(name, square).lerp_(square, 1 - _SQUARES_DECAY)
-    unit = mean.clamp_min(_LEAST_SQUARE * float(mean.mean()) + 1e-30).sqrt_()
+    unit = mean.clamp_min(_LEAST_SQUARE * mean.mean() + 1e-30).sqrt_()
     return unit / unit.log().mean().exp()
 
 

@@ -64,6 +64,7 @@ class TargetRunner:
     ) -> None:
         self._target, self._kv_cache, self._drafter, self._observer = target, kv_cache, drafter, observer
         self._device = target.device
+        self._keeps_prompts = observer is not None and observer.keeps_prompts
         aux_SLF = drafter.features_SLF if drafter else None
         last_SLH = observer.last_SLH if observer and drafter else None
         self._pass = target.make_pass(kv_cache, aux_SLF=aux_SLF, last_SLH=last_SLH)
@@ -124,7 +125,6 @@ class TargetRunner:
         rows: list[DecodingRow | PromptRow] = [*decoding, *plan.prompts]
         tokens = [row.tokens for row in rows]
         needs_logits = any(row.sequence.needs_logits for row in decoding)
-        keeps_prompts = self._observer is not None and self._observer.keeps_prompts
         result = run(
             tokens,
             slots=[row.sequence.slot for row in rows],
@@ -132,11 +132,9 @@ class TargetRunner:
             parents=_parents(decoding),
             num_prompts=len(plan.prompts),
             num_chosen=0 if needs_logits else plan.num_decoding_columns,
-            keeps_last=[
-                *(row.sequence.request.store for row in decoding),
-                *(keeps_prompts and row.sequence.request.store for row in plan.prompts),
-            ],
-            skips_prompts_last=not keeps_prompts
+            keeps_last=[row.sequence.request.store for row in decoding]
+            + [self._keeps_prompts and row.sequence.request.store for row in plan.prompts],
+            skips_prompts_last=not self._keeps_prompts
             and all(row.sequence.params.prompt_logprobs is None for row in plan.prompts),
             draws=None if needs_logits else draws_of(decoding),
         )
