@@ -264,7 +264,6 @@ def online_module(config: AuroraConfig, draft: Eagle3Draft, target_head: TargetH
             sampled_tokens=_SAMPLED_TOKENS,
         ),
         learning_rate=learn.learning_rate,
-        online_optimizers=True,
     )
 
 

@@ -97,7 +97,6 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         head_VdH=target.head_rows(draft.draft_token_ids).to(training_dtype()),
         logit_transform=target.logit_transform.select(draft.draft_token_ids),
         online=OnlineWeights(ppo_weight=0.0),
-        online_optimizers=True,
     )
     trainer = DraftTrainer(
         module,

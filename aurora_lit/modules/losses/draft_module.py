@@ -58,14 +58,9 @@ class DraftModule(LightningModule):
         warmup_steps: int = 100,
         total_steps: int = 10_000,
         min_lr_factor: float = 0.05,
-        online_optimizers: bool = False,
     ) -> None:
         """num_steps: K. step_decay: step j has the weight step_decay^j. value_weight: c_v. The next three are for
         `configure_optimizers`: optimiser steps of warm-up and in all, and the learning rate's last factor.
-
-        online_optimizers: for online batches only. Optimizers that cost less a step: Muon works by blocks, and the
-        head's gradient is sparse, with rows of sampled tokens alone; SparseAdam touches no others. The policy loss does
-        not train the head then.
         """
         super().__init__()
         self.draft = draft
@@ -81,7 +76,6 @@ class DraftModule(LightningModule):
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         self.min_lr_factor = min_lr_factor
-        self.online_optimizers = online_optimizers
         self.between_pieces: Callable[[], None] = lambda: None
         """Called between the pieces of an online step, forward and backward, where it can wait."""
 
@@ -181,8 +175,9 @@ class DraftModule(LightningModule):
         sample = self._sample_tokens(batch)
         if sample is None:
             every = torch.arange(len(draft.lm_head.weight), device=draft.lm_head.weight.device)
-            weight_DH = self._head_rows(every) if self.online_optimizers else draft.lm_head.weight
-            return ChainHeads(weight_SH=weight_DH, target_SH=self.head_VdH, logit_transform=self.logit_transform)
+            return ChainHeads(
+                weight_SH=self._head_rows(every), target_SH=self.head_VdH, logit_transform=self.logit_transform
+            )
         ids_S, certain = sample.index_S, sample.num_certain
         # Rows of drawn tokens get no gradient: one that comes seldom is mostly noise to AdamW.
         drawn_SH = draft.lm_head.weight.detach()[ids_S[certain:]]
@@ -194,8 +189,8 @@ class DraftModule(LightningModule):
         )
 
     def _head_rows(self, index_X: torch.Tensor) -> torch.Tensor:
-        """Rows of the draft's head."""
-        return nn.functional.embedding(index_X, self.draft.lm_head.weight, sparse=self.online_optimizers)
+        """Rows of the draft's head, whose gradient is sparse."""
+        return nn.functional.embedding(index_X, self.draft.lm_head.weight, sparse=True)
 
     def _sample_tokens(self, batch: OnlineBatch) -> TokenSample | None:
         """The batch's tokens, and what its rounds proposed; None: the whole vocabulary."""
@@ -293,7 +288,6 @@ class DraftModule(LightningModule):
             logit_transform=self.logit_transform,
             clip=self.online.clip,
             gae_lambda=self.online.gae_lambda,
-            trains_head=not self.online_optimizers,
         )
 
     def configure_optimizers(self) -> Any:
@@ -302,27 +296,20 @@ class DraftModule(LightningModule):
         return optimizers, [LambdaLR(optimizer, self.lr_factor) for optimizer in optimizers]
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the layer's matrices, AdamW for heads and norms; without schedules.
+        """Muon by blocks for the layer's matrices, AdamW for norms and the value head; without schedules.
 
-        Muon (Jordan et al. 2024; its rate scaled to AdamW's as in Liu et al., arXiv 2502.16982) learns more from the
-        same number of positions, of which training has few. With `online_optimizers` it works by blocks
-        (modules/losses/muon.py), and SparseAdam replaces AdamW for the draft's head.
+        Muon learns more than AdamW from the same number of positions, of which training has few. The draft's head has
+        gradients in the rows of sampled tokens alone, and SparseAdam touches no others.
         """
         head = self.draft.lm_head.weight
         heads = {id(head), id(self.draft.value_head.weight)}
         matrices = [p for p in self.draft.parameters() if p.ndim > 1 and id(p) not in heads]
-        others = [p for p in self.draft.parameters() if p.ndim <= 1 or id(p) in heads]
+        others = [p for p in self.draft.parameters() if p is not head and (p.ndim <= 1 or id(p) in heads)]
         rate = self.learning_rate
-        if self.online_optimizers:
-            others = [p for p in others if p is not head]
-            return [
-                BlockMuon(matrices, lr=rate, weight_decay=0.01),
-                torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-                torch.optim.SparseAdam([head], lr=rate, betas=(0.9, 0.95)),
-            ]
         return [
-            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            BlockMuon(matrices, lr=rate, weight_decay=0.01),
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+            torch.optim.SparseAdam([head], lr=rate, betas=(0.9, 0.95)),
         ]
 
     def lr_factor(self, step: int) -> float:

@@ -36,7 +36,7 @@ def log(target: Target, tmp_path: Path) -> Path:
 def trainer(target: Target, folder: Path) -> DraftTrainer:
     options = TrainerOptions(total_positions=40_000, batch_positions=512, max_length=64, learning_rate=4e-3)
     online = OnlineWeights(ppo_weight=0.0)
-    module = draft_module(target, random_draft(target), num_steps=2, online=online, online_optimizers=True)
+    module = draft_module(target, random_draft(target), num_steps=2, online=online)
     module.warmup_steps = 5
     return DraftTrainer(module, folder, options)
 

@@ -89,7 +89,8 @@ class EnumeratedRounds:
         return some_rounds(replace(self.batch, rounds=drawn), index_Q.tolist())
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for name, p in self.module.draft.named_parameters() if "value_head" not in name]
+        """Those that the policy loss trains."""
+        return [p for name, p in self.module.draft.named_parameters() if "head" not in name]
 
 
 @pytest.mark.parametrize("verified", VERIFIED)
@@ -109,6 +110,8 @@ def test_the_policy_term_has_the_gradient_of_expected_acceptance(
         gradient = torch.autograd.grad(report.policy.policy_loss, parameters, allow_unused=True)
         for total, part in zip(got, gradient, strict=True):
             total += probability_Q[index] / 2 * (0.0 if part is None else part)
+    loss = case.module.training_step(case.drawn(torch.tensor([0]))).policy.policy_loss
+    assert torch.autograd.grad(loss, case.module.draft.lm_head.weight, allow_unused=True) == (None,)
     want = torch.autograd.grad(case.expected(), parameters)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, -b, rtol=1e-5, atol=1e-8)
