@@ -11,16 +11,20 @@ Shapes: B sequences, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import nn
 
 from aurora_lit.errors import SourceError
-from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView
+from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView, attention_interface
 from aurora_lit.models.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_PROBE_NAME = "aurora_lit_mask_probe"
+"""Name of the attention that compares masks with what it is told."""
 
 
 class _Target(Protocol):
@@ -29,6 +33,7 @@ class _Target(Protocol):
     model: PreTrainedModel
     vocab_size: int
     num_layers: int
+    max_positions: int
     kv_dtype: torch.dtype
     logit_factor: float
 
@@ -54,6 +59,8 @@ class _Target(Protocol):
 @torch.no_grad()
 def check_target(target: _Target, *, compares_attention: bool = True) -> None:
     """Compare `target` with its model's own forward pass, and set its logit factor (Cohere, Granite).
+
+    Where a layer has a window that only its mask has (PhiMoE), positions are limited to those that it does not affect.
 
     `compares_attention`: also with the model's own attention, which needs all of its heads in this process.
 
@@ -99,6 +106,7 @@ def check_target(target: _Target, *, compares_attention: bool = True) -> None:
             f"target.source: a {kind} adds to its attention what transformers' attention interface is not told (a "
             "bias, a mask), which is not supported; choose another model"
         )
+    target.max_positions = min([target.max_positions, *_windows_of_masks_alone(target)])
 
 
 def probe_states(target: _Target, *, num_prompts: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,6 +152,38 @@ def _logits_of_own_attention(target: _Target) -> torch.Tensor:
     finally:
         target.model.set_attn_implementation(ATTENTION_NAME)
     return logits_BTV
+
+
+def _windows_of_masks_alone(target: _Target) -> list[int]:
+    """Sizes of windows, and of chunks, that the model's masks have and its attention is not told."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    found: list[int] = []
+
+    def mask(*, local_size: int | None = None, **_: Any) -> torch.Tensor:
+        return torch.full((1, 1, 1, 1), local_size or 0)
+
+    def attention(
+        module: nn.Module,
+        query_BNTD: torch.Tensor,
+        key_BGTD: torch.Tensor,
+        value_BGTD: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
+        window = 0 if attention_mask is None else int(attention_mask)
+        if window and options.get("sliding_window") != window:
+            found.append(window)
+        return attention_interface(module, query_BNTD, key_BGTD, value_BGTD, None, **options)
+
+    AttentionInterface.register(_PROBE_NAME, attention)
+    AttentionMaskInterface.register(_PROBE_NAME, mask)
+    target.model.set_attn_implementation(_PROBE_NAME)
+    try:
+        target.model(input_ids=_probe_inputs(target)["ids_BT"], use_cache=False)
+    finally:
+        target.model.set_attn_implementation(ATTENTION_NAME)
+    return found
 
 
 def _differ(ours_BTV: torch.Tensor, expected_BTV: torch.Tensor, *, begin: int, exact: bool) -> bool:

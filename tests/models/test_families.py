@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from aurora_lit.drafts.initial import initial_draft
 from aurora_lit.errors import SourceError
 from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.models.attention import ATTENTION_NAME
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.lk import lk_loss
@@ -153,6 +154,31 @@ def test_longrope_models_are_served_up_to_their_original_length(tmp_path: Path) 
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
     folder = save_model("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=128)
     assert Target.load(folder, precision="fp32").max_positions == 128
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "served"),
+    [
+        ("phimoe", {"sliding_window": 9, "num_local_experts": 4}, 9),
+        ("phimoe", {"sliding_window": None, "num_local_experts": 4}, 256),
+        ("mixtral", {"sliding_window": 9, "num_local_experts": 4}, 256),
+        ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "num_experts": 4}, 8),
+    ],
+)
+def test_contexts_end_with_a_window_that_a_mask_alone_has(
+    family: str, own: dict[str, Any], served: int, tmp_path: Path
+) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "max_position_embeddings": 256}
+    shape |= {"vocab_size": VOCAB, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **own)).save_pretrained(tmp_path)
+    target = Target.load(tmp_path, precision="fp32")
+    assert target.max_positions == served
+    ids_BT = torch.randint(1, VOCAB, (1, min(served, 40)))
+    target.model.set_attn_implementation("eager")
+    expected_BTV = target.model(input_ids=ids_BT).logits
+    target.model.set_attn_implementation(ATTENTION_NAME)
+    torch.testing.assert_close(target.logits(target.forward_uncached(ids_BT)[1]), expected_BTV, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
