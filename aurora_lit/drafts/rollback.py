@@ -63,12 +63,13 @@ class RollbackWatch:
         """No trial runs before the first swap."""
         self._latest: deque[_Round] = deque(maxlen=_REMEMBERED_ROUNDS)
         self._baseline = _Baseline(())
-        self._on_trial = False
+        self._on_trial = self._was_bad = False
 
     def swapped(self, *, trusted: bool) -> None:
         """Another version proposes from now on. trusted: it was served before, so there is no trial."""
-        # Keep the older baseline if the last version had too few rounds, or was bad and is rolled back now.
-        if not trusted and (baseline := _Baseline(self._latest)).mean_by_kind:
+        # Keep the older baseline if the last version had too few rounds, or was bad: then it is rolled back now, or has
+        # been replaced by a newer one meanwhile.
+        if not trusted and not self._was_bad and (baseline := _Baseline(self._latest)).mean_by_kind:
             self._baseline = baseline
         self._on_trial = bool(self._baseline.mean_by_kind) and not trusted
         self._number_by_kind: Counter[_Kind] = Counter()
@@ -76,6 +77,7 @@ class RollbackWatch:
         self._total_by_request: dict[str, float] = defaultdict(float)
         """Sum of accepted minus expected tokens."""
         self._squares = 0.0
+        self._was_bad = False
         self._latest.clear()
 
     def observe(self, *, request: str, domain: str, proposed: int, accepted: int) -> str | None:
@@ -96,6 +98,7 @@ class RollbackWatch:
         bad = lost > _LOST_TOKENS and mean + _NOISE * error < -_TOLERATED_DROP_TOKENS
         good = number >= _ACQUITTAL_ROUNDS and mean - _ACQUITTAL_NOISE * error > -_TOLERATED_DROP_TOKENS
         self._on_trial = not bad and not good and number < TRIAL_ROUNDS
+        self._was_bad |= bad
         if not bad:
             return None
         return f"it accepted {-mean:.2f} tokens a round less than the version before, over {number} rounds"

@@ -176,6 +176,20 @@ def test_a_version_restored_by_a_rollback_has_no_trial_and_the_next_is_compared_
     assert observe(watch, rounds(rng, 0.5), 2000) is not None, "not measured against the bad one"
 
 
+def test_a_version_that_replaces_a_bad_one_before_its_rollback_is_not_measured_against_it() -> None:
+    rng = random.Random(8)
+    watch = watched(rounds(rng, 0.7))
+    found = observe(watch, rounds(rng, 0.5), 2000)
+    assert found is not None
+    assert found[0] > 40, "long enough to be a measure itself"
+    watch.swapped(trusted=False)
+    assert observe(watch, rounds(rng, 0.5), 2000) is not None
+    watch.swapped(trusted=True)
+    assert observe(watch, rounds(rng, 0.5), 500) is None
+    watch.swapped(trusted=False)
+    assert observe(watch, rounds(rng, 0.5), 2000) is None, "one that was served without a verdict is a measure"
+
+
 def test_without_observations_to_compare_with_nothing_is_rolled_back() -> None:
     rng = random.Random(8)
     watch = RollbackWatch()

@@ -77,7 +77,7 @@ class OnlineBatcher:
         self._batch_positions = batch_positions
         self._replay_share = replay_share
         self._live_bytes = live_bytes
-        self._client_positions = int(max_client_share * batch_positions)
+        self._client_positions = max(_MIN_POSITIONS, int(max_client_share * batch_positions))
         self._clients: deque[str] = deque(maxlen=_RECENT_CLIENTS)
         self._waiting: deque[Trace] = deque()
         self._waiting_bytes = 0

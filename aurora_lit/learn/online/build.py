@@ -19,7 +19,7 @@ from aurora_lit.config import AuroraConfig, draft_folder, versions_folder
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, initial_draft
 from aurora_lit.drafts.versions import DraftStore, version_number
-from aurora_lit.errors import ConfigError
+from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.ring import RingReaders
@@ -65,7 +65,8 @@ def build_loop(
         ring = stack.enter_context(contextlib.closing(RingReaders.open(rings, layout=LAYOUT_DIGEST)))
         target_head, starting = load_head_and_draft(config)
         store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
-        store.prune()  # also deletes what a learner left that was killed while it published
+        with contextlib.suppress(CheckpointError):  # a CURRENT that names no version; `newest_usable` tells it
+            store.prune()  # also deletes what a learner left that was killed while it published
         starting_digest = weights_digest(starting)
         if learn.from_scratch and not store.has_current:
             store.publish(starting, record={"reason": "untrained: learning begins from scratch"})
@@ -142,7 +143,7 @@ def make_batcher(config: AuroraConfig, target_head: TargetHead, folder: Path) ->
 
 def make_held_out(config: AuroraConfig) -> HeldOut:
     """Held-out requests as the settings `learn` describe them; none yet."""
-    return HeldOut(seed=config.learn.seed)
+    return HeldOut(seed=config.learn.seed, limit_bytes=config.learn.reservoir_mb * _MIB // 4)
 
 
 def run_follower(config: AuroraConfig) -> None:

@@ -15,7 +15,7 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aurora_lit.learn.data.reservoir import MAX_DOMAINS
 from aurora_lit.learn.online.evidence import Evidence
@@ -25,6 +25,8 @@ _KEPT_EVERY = 16
 """One request in so many is never learned from."""
 _OLD_REQUESTS, _MAX_OLD_REQUESTS = 16, 64
 """Older held-out requests that are kept: of a domain, and of all together."""
+_FEWEST_NEWEST = 8
+"""The newest requests wait, however large they are: a trial needs six that no challenger was tried on."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,18 +43,25 @@ class HeldOutRequest:
     was_tried: bool = False
     """True if a challenger's evidence contains it: it may not count again."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its traces."""
+        return sum(trace.num_bytes for trace in self.traces)
+
 
 class HeldOut:
     """Requests that are not learned from: the newest ones for a while, and of older ones a sample from each domain."""
 
-    def __init__(self, *, seed: int) -> None:
-        """`seed`: of the sample of older requests."""
+    def __init__(self, *, seed: int, limit_bytes: int = 1 << 40) -> None:
+        """seed: of the sample of older requests. limit_bytes: memory for traces, a half of it for the newest requests;
+        beyond it these wait less long, and fewer older ones are kept."""
         self.newest: deque[HeldOutRequest] = deque()
         self.evidence = Evidence()
         """What speaks for the present lineage of challengers."""
         self.old: dict[str, list[HeldOutRequest]] = {}
         self._num_remembered: dict[str, int] = {}
         self._random = random.Random(seed)
+        self._half_bytes = limit_bytes // 2
 
     @staticmethod
     def is_kept(request_id: str) -> bool:
@@ -71,7 +80,9 @@ class HeldOut:
     def release(self, num_newest: int) -> list[Trace]:
         """Let the oldest of the newest requests go until `num_newest` are left; returns what is learned from now."""
         released = []
-        while len(self.newest) > num_newest:
+        while len(self.newest) > num_newest or (
+            len(self.newest) > _FEWEST_NEWEST and sum(r.num_bytes for r in self.newest) > self._half_bytes
+        ):
             oldest = self.newest.popleft()
             if self.is_kept(oldest.request_id):
                 self._remember(oldest)
@@ -82,7 +93,10 @@ class HeldOut:
     def rename_domain(self, removed: str, kept: str) -> None:
         """Requests of a domain that went into another one are of that from now on."""
         for request in self:
-            request.domain = kept if request.domain == removed else request.domain
+            if request.domain == removed:
+                request.domain = kept
+            # Or they would go to batches and the reservoir as traces of a domain that is gone.
+            request.traces = [replace(t, domain=kept) if t.domain == removed else t for t in request.traces]
         if removed in self.old:
             moved = self.old.pop(removed)
             self.old[kept] = (self.old.get(kept, []) + moved)[:_OLD_REQUESTS]
@@ -123,3 +137,8 @@ class HeldOut:
             kept.append(request)
         elif (index := self._random.randrange(self._num_remembered[domain])) < size:
             kept[index] = request
+        while sum(r.num_bytes for requests in self.old.values() for r in requests) > self._half_bytes:
+            largest = max(self.old.values(), key=lambda requests: sum(r.num_bytes for r in requests))
+            if len(largest) == 1:
+                break
+            largest.pop()

@@ -151,6 +151,10 @@ class Learner:
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
+        # Rotary tables grow with what a draft is given, which for the average is trials; averaging pairs buffers too.
+        longest = max(len(draft.cos_LD) for draft in (self.draft, self._averaged_draft))
+        for draft in (self.draft, self._averaged_draft):
+            draft.extend_positions(longest)
         self._average.update_parameters(self.draft)
         self.steps += 1
         self.positions += int((batch.traces.weight_BT > 0).sum())

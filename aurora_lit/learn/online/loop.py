@@ -268,6 +268,10 @@ class OnlineLoop:
         try:
             current = self._environment.store.current()
             if current == self._current_version:
+                if self._learns_from_later():  # published, and rolled back before this loop has looked
+                    self.held_out.evidence.clear()
+                    self._passed_version = None
+                    self._restart_from_champion()
                 return
             if self._refused is not None and self._refused[0] == current and now_s < self._refused[1]:
                 return
@@ -276,9 +280,16 @@ class OnlineLoop:
             self._refused = (current, now_s + _RETRY_S)
             self._environment.page.write(error=f"learning goes on beside the draft before: {error}")
             return
-        if version_number(self.learner.version) > self._current_number:
-            self.learner.restart_from(self._champion.draft, version=current or STARTING_VERSION)
-            self._last_trial_steps = self.learner.steps
+        if self._learns_from_later():
+            self._restart_from_champion()
+
+    def _learns_from_later(self) -> bool:
+        """True if the learner continues from a version later than the served one, so from one that was rolled back."""
+        return version_number(self.learner.version) > self._current_number
+
+    def _restart_from_champion(self) -> None:
+        self.learner.restart_from(self._champion.draft, version=self._current_version or STARTING_VERSION)
+        self._last_trial_steps = self.learner.steps
 
     def _load_champion(self, version: str | None) -> None:
         self._champion.draft.load_state_dict(self._environment.served_draft(version).state_dict())

@@ -227,7 +227,11 @@ def prompt_embedding(trace: Trace) -> Tensor | None:
 
 
 def acceptance_rate(trace: Trace) -> float | None:
-    """Accepted / proposed of the draft's rounds, without exploring ones; None if the draft proposed nothing."""
+    """Share of accepted ones among the draft's verified proposals, without exploring rounds; None if there are none.
+
+    Proposals after a rejected one are not verified: how many there are depends on how busy the server is.
+    """
     is_drafted_R = (trace.source_R == SOURCE_DRAFT) & ~trace.explored_R
-    proposed = int(trace.num_proposed_R[is_drafted_R].sum())
-    return int(trace.num_accepted_R[is_drafted_R].sum()) / proposed if proposed else None
+    proposed_R, accepted_R = trace.num_proposed_R[is_drafted_R], trace.num_accepted_R[is_drafted_R]
+    accepted, rejected = int(accepted_R.sum()), int((accepted_R < proposed_R).sum())
+    return accepted / (accepted + rejected) if accepted + rejected else None

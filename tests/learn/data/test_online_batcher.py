@@ -225,6 +225,15 @@ def test_a_trace_longer_than_its_clients_share_comes_in_pieces(
     assert learned == min(20, trained[0]) + sum(trained[1:])
 
 
+def test_a_share_smaller_than_any_piece_does_not_stop_learning(
+    target_head: TargetHead, traffic: list[Trace], tmp_path: Path
+) -> None:
+    batcher = limited_batcher(target_head, tmp_path, batch_positions=64, max_client_share=0.05)
+    for n, trace in enumerate(traffic[:6]):
+        batcher.add(replace(trace, client=str(n % 2)))
+    assert batcher.next_batch(oldest_fresh=0) is not None
+
+
 def test_what_is_cut_off_a_trace_does_not_stay_in_memory(
     target_head: TargetHead, served: list[Trace], tmp_path: Path
 ) -> None:

@@ -48,6 +48,17 @@ def test_learning_from_scratch_publishes_an_untrained_draft_of_the_same_shape(
     assert not torch.allclose(draft.lm_head.weight, configured.lm_head.weight, atol=0.01)
 
 
+def test_learning_begins_although_current_names_no_version(server: ServerStandIn) -> None:
+    from aurora_lit.learn.online.build import build_loop
+
+    config = load_config(None, server.overrides)
+    server.store.folder.mkdir(parents=True, exist_ok=True)
+    (server.store.folder / "CURRENT").write_text("draft-1\r\n")
+    status = EngineStatusPage.open(server.run_folder / STATUS_NAME)
+    with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
+        assert loop.learner.version == "start"
+
+
 def test_errors_without_a_draft_or_a_server_name_the_remedy(server: ServerStandIn, tmp_path: Path) -> None:
     from aurora_lit.learn.online.build import build_loop
 

@@ -162,6 +162,7 @@ def test_requests_of_a_domain_that_went_into_another_are_of_that(served: list[Tr
     assert {domain: len(requests) for domain, requests in held_out.old.items()} == {"c": 2, "d": 4}
     assert [request.domain for request in held_out.newest] == ["d", "d", "c"]
     assert held_out._num_remembered == {"c": 2, "d": 4}
+    assert {trace.domain for request in held_out for trace in request.traces} == {"c", "d"}, "released as such"
 
 
 def test_older_requests_are_kept_by_domain_within_bounds(served: list[Trace], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +174,26 @@ def test_older_requests_are_kept_by_domain_within_bounds(served: list[Trace], mo
     assert len(held_out.old["rare"]) == 3
     assert sum(map(len, held_out.old.values())) <= 64
     assert {len(held_out.old[f"busy{i}"]) for i in range(3)} == {16}
+
+
+def test_large_requests_wait_less_long_and_fewer_older_ones_are_kept(
+    served: list[Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HeldOut, "is_kept", staticmethod(lambda name: int(name) % 2 == 0))
+    size = HeldOutRequest(request_id="", domain="", traces=[served[0]]).num_bytes
+    held_out = HeldOut(seed=0, limit_bytes=2 * (10 * size))
+    released = 0
+    for i in range(80):
+        held_out.add(replace(served[0], request_id=str(i), domain="rare" if i == 0 else "busy"))
+        released += len(held_out.release(16))
+        assert len(held_out.newest) == min(i + 1, 10)
+    assert released == 35
+    assert {domain: len(requests) for domain, requests in held_out.old.items()} == {"rare": 1, "busy": 9}
+    for i in range(80, 100):
+        held_out.add(replace(served[0], request_id=str(i), domain="busy"))
+        held_out.add(replace(served[0], request_id=str(i), domain="busy", first_position=8))
+        held_out.release(16)
+    assert len(held_out.newest) == 8, "a trial needs six"
 
 
 def test_requests_that_have_waited_are_learned_from_but_for_a_few(served: list[Trace]) -> None:

@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from support.live_traces import make_controller, online_module
 from support.tiny_models import random_draft
@@ -69,6 +70,24 @@ def test_the_averaged_draft_has_the_running_average_of_the_weights(
     assert not torch.equal(learner.draft.lm_head.weight, expected["lm_head.weight"]), "learning has its own weights"
     learner.restart_from(start, version="start")
     assert all(torch.equal(tensor, start.state_dict()[name]) for name, tensor in averaged().items())
+
+
+@pytest.mark.parametrize("longer", ["draft", "average"])
+def test_the_average_takes_positions_that_only_one_of_both_was_given(
+    target: Target, traffic: list[Trace], tmp_path: Path, longer: str
+) -> None:
+    """A trial may see a longer trace than a batch did, or the other way round."""
+    target_head = TargetHead(target)
+    batch = collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0)
+    module = online_module(target, random_draft(target))
+    learner = Learner(module, make_controller(), tmp_path / "s", target_head=target_head, version="start")
+    with learner.averaged() as trial:
+        grown = trial.draft if longer == "average" else None
+    (grown or learner.draft).extend_positions(4096)
+    assert learner.update(batch) is not None
+    with learner.averaged() as trial:
+        assert len(trial.draft.cos_LD) == 4096
+    assert len(learner.draft.cos_LD) == 4096
 
 
 def test_a_resumed_learner_continues_as_if_it_had_not_stopped(

@@ -22,7 +22,7 @@ from aurora_lit.modules.domains.detector import (
     acceptance_rate,
     prompt_embedding,
 )
-from aurora_lit.traces.record import Trace
+from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 
 
 def assign_all(
@@ -227,6 +227,25 @@ def test_the_acceptance_rate_is_the_drafts_own() -> None:
     assert acceptance_rate(prompts.trace("code")) is None
     assert acceptance_rate(prompts.trace("code", accepted=0.3)) == pytest.approx(0.3)
     assert acceptance_rate(prompts.trace("code", accepted=0.3, explored=True)) is None
+
+
+def test_the_acceptance_rate_is_that_of_proposals_that_were_verified() -> None:
+    """How many follow a rejected one depends on the load."""
+    trace = PromptMaker().trace("code", accepted=0.3)
+
+    def rounds(*accepted: int, proposed: int) -> Trace:
+        num = len(accepted)
+        return replace(
+            trace,
+            source_R=torch.full((num,), SOURCE_DRAFT),
+            explored_R=torch.zeros(num, dtype=torch.bool),
+            num_proposed_R=torch.full((num,), proposed),
+            num_accepted_R=torch.tensor(accepted),
+        )
+
+    assert acceptance_rate(rounds(1, 0, 1, 1, 0, proposed=1)) == pytest.approx(0.6)
+    assert acceptance_rate(rounds(1, 0, 2, 0, proposed=4)) == pytest.approx(3 / 7)
+    assert acceptance_rate(rounds(4, 4, proposed=4)) == 1.0
 
 
 # -- state ---------------------------------------------------------------------------------------------------------
