@@ -178,7 +178,7 @@ class LLM:
             more |= {"logprobs": True, "top_logprobs": params.logprobs}
         body = _body(ChatRequest, params, messages=[dict(turn) for turn in messages], **more)
         prepared = prepare_chat(body, call_id=self._call_id(), tokenizer=self._tokenizer, limits=self._limits)
-        return decode(self._tokenizer, prepared.call.requests[0].prompt_ids), prepared
+        return decode(self._tokenizer, prepared.call.requests[0].prompt_ids, skips_special_tokens=False), prepared
 
     def _call_id(self) -> str:
         return f"llm-{next(self._numbers)}"

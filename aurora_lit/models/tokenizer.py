@@ -129,6 +129,13 @@ class KeptTokenizer:
         )
 
 
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that give no text where special ones are skipped: named ones, and added ones that are marked so."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    added = {} if backend is None else backend.get_added_tokens_decoder()
+    return frozenset(tokenizer.all_special_ids) | {token_id for token_id, token in added.items() if token.special}
+
+
 def load_tokenizer(folder: Path, *, cache_dir: Path) -> Tokenizer:
     """The tokenizer of a model folder: the kept one if there is one, else transformers' own."""
     state_path, record_path = _paths(folder, cache_dir)

@@ -114,6 +114,24 @@ def format_of(chat_template: str) -> ToolFormat:
     return replace(PLAIN, is_in_template=True)
 
 
+def unread_form(chat_template: str) -> str:
+    """How calls begin that a template teaches and no format here has; "" if there are none."""
+    if "<tool_call>" not in chat_template:
+        return ""
+    return next((form for form in ("<function=", "<arg_key>") if form in chat_template), "")
+
+
+def in_first_user_turn(turns: Sequence[Turn]) -> list[Turn]:
+    """The conversation without its system turn, whose text begins the first user's: for templates that know none.
+
+    As it is if it has no system turn, or none of a user after it.
+    """
+    if len(turns) < 2 or [turn["role"] for turn in turns[:2]] != ["system", "user"]:
+        return list(turns)
+    system, user, *rest = turns
+    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
 def without_template(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> list[Turn]:
     """The conversation in turns of system, user and assistant: tools in the first one, calls and results as text."""
     plain: list[Turn] = []
@@ -128,7 +146,8 @@ def without_template(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) 
         if is_result and plain and plain[-1]["role"] == "user":
             plain[-1]["content"] += f"\n{content}"  # of parallel calls: templates may refuse two turns of one role
         else:
-            plain.append({"role": "user" if is_result else turn["role"], "content": content})
+            named = {"name": turn["name"]} if "name" in turn and not is_result else {}
+            plain.append({"role": "user" if is_result else turn["role"], "content": content, **named})
     if not tools:
         return plain
     told = _told(tools)

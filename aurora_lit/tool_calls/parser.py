@@ -75,6 +75,11 @@ class ToolCallReader:
         self._pieces: list[Piece] = []
         self.num_calls = 0
 
+    @property
+    def is_in_call(self) -> bool:
+        """True if a call has begun whose arguments have not ended."""
+        return self._read == self._in_arguments
+
     def push(self, text: str) -> list[Piece]:
         """Read more of the answer."""
         self._pending += text

@@ -72,3 +72,16 @@ def test_tools_make_a_system_turn_where_there_is_none() -> None:
     assert "weather" in system["content"]
     assert user == {"role": "user", "content": "Hello"}
     assert plain_turns([user], []) == [user]
+
+
+def test_a_turns_name_reaches_the_template_but_that_of_a_result_is_text() -> None:
+    turns = plain_turns(
+        [
+            {"role": "user", "content": "Is it warm?", "name": "ann"},
+            {"role": "assistant", "content": "One moment."},
+            {"role": "tool", "content": "21", "tool_call_id": "a", "name": "weather"},
+        ],
+        [],
+    )
+    assert turns[0] == {"role": "user", "content": "Is it warm?", "name": "ann"}
+    assert turns[2] == {"role": "user", "content": "Result of weather: 21"}

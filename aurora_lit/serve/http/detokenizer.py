@@ -15,7 +15,7 @@ import codecs
 import json
 from collections.abc import Sequence
 
-from aurora_lit.models.tokenizer import Tokenizer
+from aurora_lit.models.tokenizer import Tokenizer, special_ids
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 5
@@ -153,7 +153,7 @@ class TokenDecoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
         self._byte_of = _byte_alphabet() if "ByteLevel" in json.dumps(decoder) else None
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._special = special_ids(tokenizer)
 
     def is_special(self, token_id: int) -> bool:
         """True for tokens that give no text where special ones are skipped."""

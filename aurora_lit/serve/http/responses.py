@@ -62,7 +62,9 @@ class _Choice:
     @property
     def stated_reason(self) -> str | None:
         """The finish reason as OpenAI's API states it."""
-        return "tool_calls" if self.tool_calls and self.finish_reason == "stop" else self.finish_reason
+        is_cut_off = self.tool_reader is not None and self.tool_reader.is_in_call  # by a stop string in the arguments
+        has_called = bool(self.tool_calls) and not is_cut_off
+        return "tool_calls" if has_called and self.finish_reason == "stop" else self.finish_reason
 
 
 class _Added(NamedTuple):

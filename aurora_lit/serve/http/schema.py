@@ -373,14 +373,17 @@ class DetokenizeRequest(Strict):
     tokens: list[TokenId]
 
 
-def token_limit(body: ChatRequest | CompletionRequest) -> int | None:
-    """max_tokens under either of its names; None if neither is given. Raises RequestError if they differ."""
+def token_limit(body: ChatRequest | CompletionRequest) -> tuple[str, int | None]:
+    """The name under which a request gives max_tokens, and its value; None if it does not.
+
+    Raises RequestError if it gives both names, and they differ.
+    """
     old, new = body.max_tokens, body.max_completion_tokens
     if old is not None and new is not None and old != new:
         raise RequestError(
             f"max_tokens={old} and max_completion_tokens={new} differ; send one of them", param="max_completion_tokens"
         )
-    return old if new is None else new
+    return ("max_tokens", old) if new is None else ("max_completion_tokens", new)
 
 
 def _or(value: T | None, default: T) -> T:

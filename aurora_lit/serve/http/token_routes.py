@@ -39,13 +39,14 @@ class TokenRoutes:
         return JSONResponse({"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": texts})
 
     async def detokenize(self, body: DetokenizeRequest) -> JSONResponse:
-        """The text of ids, without special tokens."""
+        """The text of ids, special tokens included, as vLLM has it."""
         check_model(body.model, served=self._model)
         vocab_size = self._status.read().vocab_size
         wrong = next((token for token in body.tokens if token >= vocab_size), None)
         if wrong is not None:
             raise RequestError(f"tokens: {wrong} is no token; use 0 to {vocab_size - 1}", param="tokens")
-        return JSONResponse({"prompt": await asyncio.to_thread(decode, self._tokenizer, body.tokens)})
+        text = await asyncio.to_thread(decode, self._tokenizer, body.tokens, skips_special_tokens=False)
+        return JSONResponse({"prompt": text})
 
     def _encode(self, body: TokenizeRequest) -> list[int]:
         # A template contains the special tokens.

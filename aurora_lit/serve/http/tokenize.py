@@ -30,6 +30,7 @@ from aurora_lit.serve.http.schema import (
 )
 from aurora_lit.serve.http.tool_fields import Tool
 from aurora_lit.serve.http.tool_use import ToolUse, template_tools, tool_use, turns_of
+from aurora_lit.tool_calls.formats import in_first_user_turn
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Default max_tokens of a text completion, as in OpenAI's API; the default of a chat is the rest of the context."""
@@ -79,7 +80,7 @@ def prepare_chat(
     text = render(body.messages, body, tools=body.callable_tools, tokenizer=tokenizer)
     # The template contains the special tokens.
     prompt_ids = _encode(tokenizer, text, limits, param="messages", add_special_tokens=False)
-    max_tokens = _check_length(len(prompt_ids), token_limit(body), limits, default=None, param="messages")
+    max_tokens = _check_length(len(prompt_ids), body, limits, default=None, param="messages")
     params = body.sampling_params(max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs)
     _check_structure(body, tokenizer, limits)
     if use is not None:
@@ -110,7 +111,13 @@ def render(messages: Sequence[Message], how: Templated, *, tools: Sequence[Tool]
     turns = turns_of(messages, tools, tokenizer)
     options = {**how.template_options, "tools": template_tools(tools) or None}
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+        try:
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+        except TemplateError:  # perhaps of a system turn that is there for the tools alone
+            again = in_first_user_turn(turns)
+            if not tools or again == turns or any(message.role in ("system", "developer") for message in messages):
+                raise
+            return str(tokenizer.apply_chat_template(again, tokenize=False, **options))
     # Templates also fail on variables of another type, and on deep ones.
     except (TemplateError, ValueError, TypeError, RecursionError) as error:
         raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
@@ -140,9 +147,9 @@ def prepare_completion(
             skips = body.skip_special_tokens is not False
             texts.append(decode(tokenizer, prompt_ids, skips_special_tokens=skips) if body.echo else "")
         ids.append(prompt_ids)
-    wanted, params = token_limit(body), []
+    params = []
     for prompt_ids in ids:
-        max_tokens = _check_length(len(prompt_ids), wanted, limits, default=DEFAULT_COMPLETION_TOKENS, param="prompt")
+        max_tokens = _check_length(len(prompt_ids), body, limits, default=DEFAULT_COMPLETION_TOKENS, param="prompt")
         params.append(
             body.sampling_params(
                 max_tokens=max(1, max_tokens),
@@ -157,7 +164,7 @@ def prepare_completion(
         prompt_texts=tuple(texts) if body.echo else (),
         num_prompt_tokens=sum(map(len, ids)),
         num_choices=body.num_choices,
-        drop_output=wanted == 0,
+        drop_output=token_limit(body)[1] == 0,
         options=AnswerOptions(
             continues_prompt=True,
             by_token=bool(body.return_token_sources),
@@ -175,7 +182,12 @@ def _encode(
     beginning = text[: limits.max_seq_len * limits.longest_token]
     if len(beginning) < len(text):
         _check_room(len(tokenizer.encode(beginning, add_special_tokens=False)), limits, param=param)
-    return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    ids = tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    # Some tokenizers have tokens for which their model has no row, such as one for images.
+    if (foreign := next((i for i in ids if i >= limits.vocab_size), None)) is not None:
+        token = shorten(tokenizer.convert_ids_to_tokens(foreign))
+        raise RequestError(f"{param}: this model has no token {token} ({foreign}); leave it out", param=param)
+    return ids
 
 
 def check_model(name: str | None, *, served: str) -> None:
@@ -212,14 +224,17 @@ def _check_room(num_prompt: int, limits: Limits, *, param: str) -> int:
     return room
 
 
-def _check_length(num_prompt: int, wanted: int | None, limits: Limits, *, default: int | None, param: str) -> int:
+def _check_length(
+    num_prompt: int, body: ChatRequest | CompletionRequest, limits: Limits, *, default: int | None, param: str
+) -> int:
     """Most new tokens. Raises RequestError if prompt and answer together exceed the context."""
     room = _check_room(num_prompt, limits, param=param)
+    field, wanted = token_limit(body)
     if wanted is not None and wanted > room:
         raise RequestError(
-            f"max_tokens={shorten(wanted)} is too many: the prompt has {num_prompt} tokens and the context "
+            f"{field}={shorten(wanted)} is too many: the prompt has {num_prompt} tokens and the context "
             f"{limits.max_seq_len}; use at most {room}",
-            param="max_tokens",
+            param=field,
             code="context_length_exceeded",
         )
     if wanted is not None:

@@ -16,11 +16,11 @@ from typing import Any
 
 from aurora_lit.errors import RequestError
 from aurora_lit.grammars.definition import Fault, fault_of
-from aurora_lit.models.tokenizer import Tokenizer
+from aurora_lit.models.tokenizer import Tokenizer, special_ids
 from aurora_lit.request import StructuredOutputsParams
 from aurora_lit.serve.http.schema import ChatRequest, Message
 from aurora_lit.serve.http.tool_fields import NamedTool, Tool
-from aurora_lit.tool_calls.formats import ToolFormat, Turn, format_of, without_template
+from aurora_lit.tool_calls.formats import ToolFormat, Turn, format_of, unread_form, without_template
 from aurora_lit.tool_calls.grammar import ANY_OBJECT, grammar_of_calls
 from aurora_lit.tool_calls.parser import ToolCallReader
 
@@ -63,6 +63,12 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
     if not body.callable_tools:
         return None
     format_ = _format(tokenizer)
+    if not body.must_call and (form := unread_form(str(tokenizer.chat_template or ""))):
+        raise RequestError(
+            f'tools: this model writes calls as {form}, which is not read; send tool_choice="required", with which it '
+            "writes JSON",
+            param="tools",
+        )
     marker_token = _special_token(format_.marker, tokenizer)
     content = body.structure
     grammar = None
@@ -142,4 +148,4 @@ def _special_token(text: str, tokenizer: Tokenizer) -> int | None:
     """The id of the special token that is written so; None: there is none."""
     if not text:
         return None
-    return next((i for i in tokenizer.all_special_ids if tokenizer.convert_ids_to_tokens(i) == text), None)
+    return next((i for i in special_ids(tokenizer) if tokenizer.convert_ids_to_tokens(i) == text), None)

@@ -338,6 +338,6 @@ def load_tokenizer(config: AuroraConfig) -> PreTrainedTokenizerBase:
 
 
 def eos_token_ids(target: Target, tokenizer: Tokenizer | PreTrainedTokenizerBase) -> frozenset[int]:
-    """End-of-text tokens: those of the generation config and of the tokenizer."""
+    """End-of-text tokens: those of the generation config and of the tokenizer, as far as the model has them."""
     of_tokenizer = frozenset() if tokenizer.eos_token_id is None else frozenset([int(tokenizer.eos_token_id)])
-    return target.end_of_text_ids | of_tokenizer
+    return frozenset(i for i in target.end_of_text_ids | of_tokenizer if i < target.vocab_size)

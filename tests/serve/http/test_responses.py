@@ -151,6 +151,14 @@ def test_a_call_that_was_cut_off_says_so() -> None:
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": '}
 
 
+def test_a_call_that_a_stop_string_cut_off_is_not_reported_as_one_to_make() -> None:
+    made = calling()
+    made.add([delta(0, CALLS[:33], accepted=0, finish_reason="stop")])
+    (choice,) = made.full()["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": '}
+
+
 def test_what_might_have_become_a_call_is_content_in_the_end() -> None:
     made = calling()
     chunks = made.chunks([delta(0, CALLS[:20], accepted=0, finish_reason="length")])

@@ -1,14 +1,17 @@
-"""What a call says of its answer: whether anybody looks at it before it ends."""
+"""Requests to calls: what is refused and how it is told, and whether anybody looks at an answer before it ends."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from support.fake_engine import tiny_tokenizer
 
+from aurora_lit.errors import RequestError
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest
-from aurora_lit.serve.http.tokenize import Limits, longest_token, prepare_chat, prepare_completion
+from aurora_lit.serve.http.tokenize import Limits, longest_token, prepare_chat, prepare_completion, render
+from aurora_lit.serve.http.tool_fields import Tool
 
 TOKENIZER = tiny_tokenizer()
 LIMITS = Limits(max_seq_len=64, vocab_size=len(TOKENIZER), longest_token=longest_token(TOKENIZER))
@@ -30,3 +33,45 @@ def test_a_stream_and_a_stop_string_need_each_rounds_tokens_at_once(fields: dict
     text = CompletionRequest(prompt="hello", **fields)
     assert prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=LIMITS).call.is_answered_whole == whole
     assert prepare_completion(text, call_id="c", tokenizer=TOKENIZER, limits=LIMITS).call.is_answered_whole == whole
+
+
+def test_text_that_is_a_token_without_a_row_in_the_model_is_refused() -> None:
+    """Tokenizers may have more tokens than their model: one for images, one for padding."""
+    limits = replace(LIMITS, vocab_size=TOKENIZER.convert_tokens_to_ids("<|toolong|>"))
+    for prompt in ("hello <|toolong|>", ["hello", "<|toolong|> world"]):
+        with pytest.raises(RequestError, match=r"prompt: this model has no token .<\|toolong\|>") as refused:
+            prepare_completion(CompletionRequest(prompt=prompt), call_id="c", tokenizer=TOKENIZER, limits=limits)
+        assert refused.value.param == "prompt"
+    chat = ChatRequest(messages=[{"role": "user", "content": "<|toolong|>"}])
+    with pytest.raises(RequestError, match="messages: this model has no token"):
+        prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=limits)
+    prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=LIMITS)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_too_many_tokens_are_told_under_the_name_that_was_sent(name: str) -> None:
+    chat = ChatRequest(messages=[{"role": "user", "content": "hello"}], **{name: 1000})
+    with pytest.raises(RequestError, match=f"^{name}=1000 is too many") as refused:
+        prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=LIMITS)
+    assert refused.value.param == name
+
+
+_NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+)
+
+
+def test_tools_reach_a_template_that_knows_no_system_role() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = _NO_SYSTEM
+    tools: Any = [Tool(type="function", function={"name": "weather"})]  # type: ignore[arg-type]
+    asked = ChatRequest(messages=[{"role": "user", "content": "Is it warm?"}])
+    text = render(asked.messages, asked, tools=tools, tokenizer=tokenizer)
+    assert text.startswith("<|user|>You may call functions")
+    assert text.endswith("\n\nIs it warm?")
+    assert '"weather"' in text
+    own = ChatRequest(messages=[{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}])
+    for given in (tools, ()):
+        with pytest.raises(RequestError, match="messages: the chat template refuses them: no system role"):
+            render(own.messages, own, tools=given, tokenizer=tokenizer)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from support.fake_engine import tiny_tokenizer
+from tokenizers import AddedToken
 
 from aurora_lit.errors import RequestError
 from aurora_lit.serve.http.schema import ChatRequest
@@ -94,3 +95,25 @@ def test_results_have_the_name_of_the_called_function() -> None:
     assert called["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}, "templates expect an object"
     assert result == {"role": "tool", "content": "2", "tool_call_id": "x", "name": "f"}
     assert template_tools(asked.tools or ()) == [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_special_token_that_the_tokenizer_does_not_name_is_shown_too(special: bool) -> None:
+    """An added token that is marked special gives no text, whether it is among the named ones or not."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ tools }}<tool_call>"
+    tokenizer.backend_tokenizer.add_tokens([AddedToken("<tool_call>", special=special)])
+    assert "<tool_call>" not in [tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids]
+    use = tool_use(body(tools=[LOOSE]), tokenizer)
+    assert use is not None
+    assert use.shows_special_tokens == special
+
+
+@pytest.mark.parametrize("form", ["<function=", "<arg_key>"])
+def test_calls_in_a_form_that_is_not_read_are_refused_unless_a_grammar_makes_them_json(form: str) -> None:
+    template = "{{ tools }}<tool_call>" + form
+    with pytest.raises(RequestError, match='send tool_choice="required"') as refused:
+        use_of(template, tools=[LOOSE])
+    assert refused.value.param == "tools"
+    assert use_of(template, tools=[LOOSE], tool_choice="required") is not None
+    assert use_of(template, tools=[LOOSE], tool_choice="none") is None
