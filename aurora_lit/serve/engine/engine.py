@@ -177,7 +177,8 @@ class Engine:
         return len(self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises RequestError if its prompt is empty or too long, or its grammar cannot be used."""
+        """Queue a request. Raises RequestError if its prompt is empty or too long, or has tokens that the target has
+        not; or if its grammar cannot be used."""
         length = len(request.prompt_ids)
         if not length:
             raise RequestError("the prompt has no tokens; send at least one", param="prompt")
@@ -187,6 +188,8 @@ class Engine:
                 param="prompt",
                 code="context_length_exceeded",
             )
+        if (most := max(request.prompt_ids)) >= self._target.vocab_size:
+            raise RequestError(f"the target has no token {most}; leave it out", param="prompt")
         self._waiting.append(request)
 
     def refine_costs(self) -> bool:
@@ -299,7 +302,7 @@ class Engine:
         ]
         round_s = self.costs.round_s(len(decoding), [len(row.proposal.tokens) for row in decoding])
         prompts = self._prefill.plan(num_decoding=len(decoding), round_s=round_s + self.proposer.draft_seconds)
-        return RoundPlan(decoding, prompts)
+        return RoundPlan(decoding, prompts, copied_prefix=self._prefill.has_copied)
 
     def _may_speculate(self, sequences: list[RunningSequence]) -> tuple[bool, bool]:
         """Whether to copy, and whether to draft: not where that has not paid lately, and neither while prompts wait,
@@ -309,8 +312,9 @@ class Engine:
             return bool(sequences), bool(sequences)
         if self._prefill.sequences:
             return False, False
-        kind = RoundKind.of(sequences)
-        return self.floor.allows(kind), self.floor.allows(kind, drafts=True)
+        kind, is_timed = RoundKind.of(sequences), self.planner.updates_costs
+        allows = functools.partial(self.floor.allows, kind, is_timed=is_timed)
+        return allows(), allows(drafts=True)
 
     def _judge(self, plan: RoundPlan, columns: Columns) -> tuple[list[Verdict], dict[int, torch.Tensor]]:
         """What each decoding row has come to; and the target's logits [T, V] of rows that ask for log-probabilities."""
@@ -339,15 +343,20 @@ class Engine:
             self.stats.count_round(plan.name)
         if num_prompt_tokens:
             self._prefill.observe(num_prompt_tokens, seconds - draft_s - expected_s)
+        if num_prompt_tokens or plan.copied_prefix:
             return
         self.stats.round_us += int(seconds * 1e6)
         self.stats.predicted_round_us += int((expected_s + draft_s) * 1e6)
         self.planner.observe_round(len(rows), plan.num_decoding_columns, seconds - draft_s)
         # What grammars force costs nothing to propose, and is no merit of copies or of the draft.
         has_forced = any(row.proposal.is_forced for row in rows)
-        if self.floor is not None and self.planner.updates_costs and not has_forced:
+        if self.floor is None:
+            return
+        kind = RoundKind.of([row.sequence for row in rows])
+        if not self.planner.updates_costs or has_forced:
+            self.floor.pass_untimed(kind)
+        else:
             tokens = sum(len(output.token_ids) for output in outputs)
-            kind = RoundKind.of([row.sequence for row in rows])
             self.floor.observe(
                 kind,
                 seconds=seconds,

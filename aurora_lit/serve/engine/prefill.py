@@ -62,11 +62,14 @@ class Prefill:
         self._target, self._runner, self._allocator, self._stats = target, runner, allocator, stats
         self._tokens_SL = tokens_SL
         self._chunk_tokens, self._max_round_s = chunk_tokens, max_round_s
+        self.has_copied = False
+        """True if the last plan copied a prefix."""
         self._token_s = 0.0
         """Running mean of the time per prompt token; 0 before the first chunk."""
 
     def plan(self, *, num_decoding: int, round_s: float) -> list[PromptRow]:
         """The prompt chunks of the next round. `round_s`: what it takes for the `num_decoding` other sequences."""
+        self.has_copied = False
         budget = self._budget(num_decoding, round_s)
         rows: list[PromptRow] = []
         for sequence in self.sequences:
@@ -129,6 +132,7 @@ class Prefill:
         source, length = self._allocator.find_longest_prefix(sequence)
         if length > sequence.prefilled:
             self._runner.copy_prefix(source, sequence.slot, length)
+            self.has_copied = True
             self._stats.cached_tokens += length - sequence.prefilled
             sequence.prefilled = sequence.num_reused = length
 

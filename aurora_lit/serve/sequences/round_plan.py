@@ -159,6 +159,8 @@ class RoundPlan:
 
     decoding: list[DecodingRow]
     prompts: list[PromptRow]
+    copied_prefix: bool = False
+    """Making the plan took the time of copying a prompt's prefix from another slot."""
 
     @property
     def num_decoding_columns(self) -> int:

@@ -224,8 +224,11 @@ class Drafter:
         """Draft a tree for each sequence: its `num_nodes` most probable nodes.
 
         `min_gains`: what each further level, up to `num_steps`, must promise to be run (`min_gains_of_tree` of the
-        planner); `level_rates`: its acceptance rate, for each sequence. Needs `supports_trees`.
+        planner); `level_rates`: its acceptance rate, for each sequence. A draft that was swapped in and does not
+        support trees proposes a chain.
         """
+        if not self.supports_trees:
+            return self.propose(inputs, num_steps=num_steps, noise=noise)
         return self._draft_levels(
             inputs,
             noise=noise,

@@ -148,14 +148,14 @@ class SpeculationFloor:
         """What all rounds took of kinds whose plain rounds have been timed; and what their tokens would have taken in
         plain rounds. As in the balance, no round counts as more than _MOST_ROUND plain ones."""
 
-    def allows(self, kind: RoundKind, *, drafts: bool = False) -> bool:
+    def allows(self, kind: RoundKind, *, drafts: bool = False, is_timed: bool = True) -> bool:
         """False: this round is not to speculate, because that lost lately or a plain round is to be timed.
 
-        `drafts`: by the draft; else by copies alone.
+        `drafts`: by the draft; else by copies alone. `is_timed`: the round will be observed.
         """
         account, plain = self._account(kind, drafted=drafts), self._plain[kind]
-        if account.rest:
-            return False
+        if account.rest or not is_timed:
+            return not account.rest
         if plain.count < _FIRST_TIMED:  # the first rounds of a kind speculate, then plain ones are timed
             return plain.since < 2
         return plain.since < (_PLAIN_EVERY_WINNING if account.won else _PLAIN_EVERY)
@@ -183,16 +183,13 @@ class SpeculationFloor:
         plain = self._plain[kind]
         vain_s = [] if speculated else [(False, looking_s), (True, proposing_s - looking_s)]
         vain_s = [(own, lost_s) for own, lost_s in vain_s if not self._account(kind, drafted=own).rest]
-        for own in (False, True):
-            account = self._account(kind, drafted=own)
-            if not (speculated and own == drafted):
-                account.rest = max(0, account.rest - 1)
+        self._pass_rests(kind, but=drafted if speculated else None)
         if not speculated:
             plain.add(seconds - proposing_s)
             took_s = min(seconds, _MOST_ROUND * plain.seconds)
-            self._compare(took_s, plain_s=took_s - proposing_s)
+            self._compare(took_s, plain_s=max(0.0, took_s - proposing_s))
             for own, lost_s in vain_s:
-                self.num_rests += self._account(kind, drafted=own).add(-lost_s / plain.seconds)
+                self.num_rests += self._account(kind, drafted=own).add(-min(lost_s, took_s) / plain.seconds)
             return
         account = self._account(kind, drafted=drafted)
         plain.since += 1
@@ -202,6 +199,16 @@ class SpeculationFloor:
         gave, took = tokens / kind.batch_size, min((seconds - catch_up_s) / plain.seconds, _MOST_ROUND)
         self._compare(took * plain.seconds + catch_up_s, plain_s=gave * plain.seconds)
         self.num_rests += account.add(gave - took - account.charge(catch_up_s / plain.seconds))
+
+    def pass_untimed(self, kind: RoundKind) -> None:
+        """Count a round that did not have the machine to itself: rests end in rounds, whatever these took."""
+        self._pass_rests(kind, but=None)
+
+    def _pass_rests(self, kind: RoundKind, *, but: bool | None) -> None:
+        for own in (False, True):
+            if own != but:
+                account = self._account(kind, drafted=own)
+                account.rest = max(0, account.rest - 1)
 
     def _account(self, kind: RoundKind, *, drafted: bool) -> _Account:
         group = kind.group(drafted=drafted)

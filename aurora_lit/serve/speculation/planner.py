@@ -328,7 +328,7 @@ class SpeculationPlanner:
 
         `path`: the accepted columns, column 0 first. Rounds that explore are left out: they say nothing about others.
         """
-        if proposal.explored_at is not None:
+        if proposal.explored_at is not None or finished:  # its end may have cut off what was not verified
             return
         sampled = sequence.temperature > 0
         chain = proposal.first_choices
@@ -337,9 +337,10 @@ class SpeculationPlanner:
         for i in range(min(chain_accepted + 1, proposed)):
             sequence.verified_drafts.add(i < chain_accepted, decay=_RECORD_DECAY)
             self._mean_rates[sampled].add(i < chain_accepted)
-        tree = self._trees[sampled].get(proposal.num_drafted) if proposal.parents is not None else None
-        if tree is not None and not finished:
-            levels = proposal.num_drafted_levels
+        # Copies may branch off a drafted chain, which says nothing about trees of its size.
+        is_tree = proposal.parents is not None and (levels := proposal.num_drafted_levels) < proposal.num_drafted
+        tree = self._trees[sampled].get(proposal.num_drafted) if is_tree else None
+        if tree is not None:
             tree.observe(levels=levels, accepted=accepted, chain_proposed=proposed, chain_accepted=chain_accepted)
 
     def observe_round(self, batch_size: int, columns: int, seconds: float) -> None:

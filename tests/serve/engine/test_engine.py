@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,7 @@ from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.speculation import planner as planner_module
 from aurora_lit.serve.speculation.costs import CostTable, DraftShape
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
+from aurora_lit.serve.speculation.floor import RoundKind
 from aurora_lit.serve.speculation.planner import DraftDecision
 
 LENGTHS = (1, 2, 5, 9, 16, 17, 30, 41)
@@ -224,6 +225,8 @@ def test_requests_that_do_not_fit_are_refused(models: TinyModels) -> None:
     assert (refused.value.param, refused.value.code) == ("prompt", "context_length_exceeded")
     with pytest.raises(RequestError, match="no tokens"):
         engine.submit(request("a", ()))
+    with pytest.raises(RequestError, match=f"the target has no token {VOCAB}; leave it out"):
+        engine.submit(request("a", [1, VOCAB, 2]))
     assert not engine.has_work
     assert len(run(engine, [request("a", [1] * 19, max_tokens=5)])["a"].token_ids) == 1
 
@@ -369,7 +372,7 @@ def test_bf16_without_kernels(
 def test_rounds_that_carry_prompts_do_not_speculate(models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = models.engine(adaptive=True, prefill_chunk_tokens=4)
     assert engine.floor is not None
-    monkeypatch.setattr(engine.floor, "allows", lambda kind, drafts=False: True)
+    monkeypatch.setattr(engine.floor, "allows", lambda kind, **_: True)
     monkeypatch.setattr(engine.planner, "decide", lambda *_, **__: DraftDecision(DraftShape(2)))
     monkeypatch.setattr(engine.planner, "pays_for_catching_up", lambda *_, **__: True)
     engine.submit(models.request(0, max_tokens=24))
@@ -382,3 +385,41 @@ def test_rounds_that_carry_prompts_do_not_speculate(models: TinyModels, monkeypa
     assert len(proposed[True]) >= 3
     assert set(proposed[True]) == {0}
     assert max(proposed[False]) == 2
+
+
+def test_rests_end_though_rounds_are_untimed(models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds that do not have all threads, and those with forced tokens, are not compared with plain ones."""
+    engine = models.engine(adaptive=True)
+    assert engine.floor is not None
+    passed, asked = list[RoundKind](), list[bool]()
+    monkeypatch.setattr(engine.floor, "pass_untimed", passed.append)
+    monkeypatch.setattr(engine.floor, "allows", lambda kind, *, is_timed, **_: bool(asked.append(is_timed)))
+    engine.planner.updates_costs = False
+    rounds = len(run(engine, [models.request(0, max_tokens=6)])["0"].rounds)
+    assert passed == [RoundKind(1, sampled=False)] * rounds
+    assert not any(asked)
+    assert not engine.floor.compared_s
+    engine.planner.updates_costs = True
+    run(engine, [models.request(1, max_tokens=6)])
+    assert len(passed) == rounds
+    assert asked[-1]
+
+
+def test_a_round_with_a_copied_prefix_is_no_measure_of_decoding(
+    models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = models.engine(adaptive=True)
+    assert engine.floor is not None
+    timed = list[int]()
+    monkeypatch.setattr(engine.planner, "observe_round", lambda size, columns, seconds: timed.append(size))
+    engine.submit(models.request(7, max_tokens=30))
+    for _ in range(8):
+        engine.round()
+    timed.clear()
+    engine.submit(replace(models.request(7, max_tokens=2), request_id="again"))
+    cached = engine.stats.cached_tokens
+    engine.round()
+    assert engine.stats.cached_tokens > cached
+    assert timed == []
+    engine.round()
+    assert timed == [2]

@@ -260,6 +260,7 @@ def test_of_two_prompts_with_a_long_common_prefix_the_second_waits_and_copies_it
     rows = prompt_rows(plans)
     assert sum(count for _, count in rows["a"]) == 101
     assert rows["b"] == [(100, 2)]
+    assert [plan.copied_prefix for plan, _ in plans].count(True) == 1, "its time is no decoding round's"
     assert engine.stats.cached_tokens == 100
     if native.library() is not None:
         for name, prompt in prompts.items():

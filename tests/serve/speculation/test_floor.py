@@ -288,3 +288,37 @@ def test_looking_for_copies_in_vain_is_time_that_plain_decoding_would_not_have_t
     floor = SpeculationFloor()
     floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False, proposing_s=PLAIN_S / 10)
     assert floor.compared_plain_s == pytest.approx(0.9 * floor.compared_s)
+
+
+def test_a_stall_while_proposing_is_no_loss_either() -> None:
+    """A process that is paused while it looks for copies, or decides not to draft."""
+    floor, environment = SpeculationFloor(), Environment(speedup=1.3)
+    environment.play(floor, 400)
+    for stall_s in (20 * PLAIN_S, 60.0):
+        before = floor.compared_plain_s
+        floor.observe(
+            GREEDY, seconds=PLAIN_S + stall_s, tokens=8, speculated=False, proposing_s=stall_s, looking_s=stall_s
+        )
+        assert floor.compared_plain_s >= before, "a counter"
+        assert floor.num_rests == 0
+        environment.play(floor, 40)
+    first = SpeculationFloor()
+    first.observe(GREEDY, seconds=60.0, tokens=8, speculated=False, proposing_s=59.0, looking_s=59.0)
+    assert first.compared_plain_s >= 0
+
+
+def test_rests_end_in_rounds_and_no_plain_round_is_asked_for_where_it_would_not_be_timed() -> None:
+    floor = SpeculationFloor()
+    Environment(speedup=0.7).play(floor, 300)
+    assert floor.num_rests
+    while floor.allows(GREEDY):
+        floor.observe(GREEDY, seconds=3 * PLAIN_S, tokens=8, speculated=True)
+    waited = 0
+    while not floor.allows(GREEDY, is_timed=False):
+        floor.pass_untimed(GREEDY)
+        waited += 1
+    assert 0 < waited <= MOST_PATIENCE
+    winning, environment = SpeculationFloor(), Environment(speedup=1.3)
+    while winning.allows(GREEDY):
+        environment.play(winning, 1)
+    assert winning.allows(GREEDY, is_timed=False), "only a plain round was due"

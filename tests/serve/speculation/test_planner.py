@@ -304,12 +304,18 @@ def test_a_decision_says_how_fast_it_will_be_and_holds_for_some_rounds(monkeypat
 
 
 def observe(
-    planner: SpeculationPlanner, sequence: RunningSequence, *, proposed: int, accepted: int, explored: bool = False
+    planner: SpeculationPlanner,
+    sequence: RunningSequence,
+    *,
+    proposed: int,
+    accepted: int,
+    explored: bool = False,
+    finished: bool = False,
 ) -> None:
     """Report a chain of which some tokens were accepted."""
     explored_at = 1.0 if explored else None
     proposal = Proposal(tokens=[1] * proposed, source=SOURCE_DRAFT, num_drafted=proposed, explored_at=explored_at)
-    planner.observe(sequence, proposal, path=range(accepted + 1), finished=False)
+    planner.observe(sequence, proposal, path=range(accepted + 1), finished=finished)
 
 
 def test_acceptance_rates_follow_proposals_up_to_the_first_rejected_one() -> None:
@@ -323,6 +329,7 @@ def test_acceptance_rates_follow_proposals_up_to_the_first_rejected_one() -> Non
         return record.accepted, record.proposed
 
     assert after(0, 0) == after(4, 4, explored=True) == (0, 0)
+    assert after(4, 2, finished=True) == (0, 0), "the end of a request may leave the others unverified"
     assert planner.rate_of(sequence) == planner.mean_rate(sampled=False) == 0.5, "before anything was verified"
     decay = planner_module._RECORD_DECAY
     assert after(4, 0) == (0, 1), "proposals after a rejected one do not count"
@@ -518,6 +525,19 @@ def test_the_planner_learns_how_much_more_than_their_chains_trees_accept() -> No
     for _ in range(400):
         planner.observe(sequence, tree, path=[0, 2, 4], finished=True)
     assert rate(15) == pytest.approx(0.5, abs=0.02), "the end of a request may cut a path off"
+
+
+def test_a_chain_that_copies_branch_off_is_no_tree() -> None:
+    planner, sequence = tree_planner(), a_sequence(temperature=0.0)
+    tree = Proposal(tokens=list(range(7)), parents=[0, 0, 1, 2, 3, 4, 0], source=SOURCE_DRAFT, num_drafted=7)
+    for _ in range(200):
+        planner.observe(sequence, tree, path=[0, 2, 4], finished=False)
+    learned = planner.level_rates(DraftShape(3, 7), [0.5], sampled=False)
+    with_copies = Proposal(tokens=list(range(9)), parents=[*range(7), 2, 8], source=SOURCE_DRAFT, num_drafted=7)
+    assert with_copies.num_drafted_levels == 7
+    for _ in range(200):
+        planner.observe(sequence, with_copies, path=[0], finished=False)
+    assert planner.level_rates(DraftShape(3, 7), [0.5], sampled=False) == learned
 
 
 def test_another_draft_is_tried_although_the_last_one_was_given_up() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -263,6 +263,27 @@ def test_the_draft_is_swapped_while_requests_run(models: TinyModels) -> None:
         for output in engine.round():
             answers[output.request_id].add(output)
         number += 1
+    assert tokens(answers) == tokens(run(make_engine(models.targets["bf16"]), models.requests()))
+
+
+def test_a_draft_that_cannot_propose_trees_may_be_swapped_in(models: TinyModels) -> None:
+    """Another form of checkpoint, of the same sizes: its layers do not run in native steps."""
+    engine = models.engine("random")
+    assert engine.planner.limits.tree_sizes
+    answers = {r.request_id: Answer() for r in models.requests()}
+    for each in models.requests():
+        engine.submit(each)
+    number = 0
+    while engine.has_work:
+        if number == 3:
+            other = copy.deepcopy(models.drafts["trained"])
+            other.config = replace(other.config, norm_before_residual=True)
+            assert not other.config.is_plain
+            engine.swap_draft(other, version="other", recompute=False)
+        for output in engine.round():
+            answers[output.request_id].add(output)
+        number += 1
+    assert number > 4
     assert tokens(answers) == tokens(run(make_engine(models.targets["bf16"]), models.requests()))
 
 
