@@ -109,7 +109,7 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
     by_heads = engine.strategy == "tensor_parallel" and devices > 1
     whole_layers = engine.strategy == "fsdp" and devices > 1
     weight_bytes = _BYTES_PER_WEIGHT[config.target.precision]
-    parameters, largest_layer = _parameters(shape.to_json_string())
+    parameters, largest_layer, _ = _parameters(shape.to_json_string())
     slots, capacity = engine.max_batch_size, _slot_capacity(config)
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     kv_heads = math.ceil(kv_heads / devices) if by_heads else kv_heads
@@ -192,8 +192,8 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
             Need(
                 what="learner, reservoir",
                 where="host",
-                num_bytes=config.learn.reservoir_mb * _MIB * 9 // 8,
-                how="learn.reservoir_mb, and an eighth of it for new traces",
+                num_bytes=config.learn.reservoir_mb * _MIB * 11 // 8,
+                how="learn.reservoir_mb, and three eighths of it for new traces and those that drafts are compared on",
                 for_learner=True,
             )
         )
@@ -352,9 +352,14 @@ def target_parameters(shape: PretrainedConfig) -> int:
     return _parameters(shape.to_json_string())[0]
 
 
+def expert_parameters(shape: PretrainedConfig) -> int:
+    """Number of parameters of a model's experts, of which a token uses some; 0: it has none."""
+    return _parameters(shape.to_json_string())[2]
+
+
 @functools.lru_cache(maxsize=4)
-def _parameters(shape_json: str) -> tuple[int, int]:
-    """Number of parameters of the whole model and of its largest layer, counted on the meta device."""
+def _parameters(shape_json: str) -> tuple[int, int, int]:
+    """Number of parameters of the whole model, of its largest layer and of all experts, counted on the meta device."""
     fields = json.loads(shape_json)
     shape = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):
@@ -362,7 +367,8 @@ def _parameters(shape_json: str) -> tuple[int, int]:
     layers = decoder_layers(model, shape.get_text_config().num_hidden_layers)
     largest: int = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
     whole: int = sum(parameter.numel() for parameter in model.parameters())
-    return whole, largest
+    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    return whole, largest, experts
 
 
 def draft_parameters(config: Eagle3Config) -> tuple[int, int]:

@@ -79,8 +79,11 @@ def _read_config(ctx: click.Context, _: click.Parameter, overrides: tuple[str, .
     With a run folder and no file, the settings are those of the running server.
     """
     path = ctx.params.get("config_file")
-    if path is None and ctx.params.get("run_folder") is not None:
-        path = ctx.params["run_folder"] / CONFIG_NAME
+    if path is None:
+        # An option that is not given has its default only after this argument, eager or not.
+        option = next((p for p in ctx.command.params if p.name == "run_folder"), None)
+        run_folder = ctx.params.get("run_folder") or (option and option.get_default(ctx))
+        path = run_folder / CONFIG_NAME if isinstance(run_folder, Path) else None
     config = load_config(path, overrides)
     if ctx.params.get("print_config"):
         click.echo(to_yaml(config), nl=False)

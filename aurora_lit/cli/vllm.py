@@ -8,6 +8,7 @@ what a learner does (learn/online/).
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import shlex
@@ -32,7 +33,7 @@ from aurora_lit.models.source import find_target
 from aurora_lit.serve.http.metrics import LearnerCollector
 from aurora_lit.serve.http.status import ring_counters
 from aurora_lit.serve.learner_child import LearnerChild, learner_command
-from aurora_lit.serve.server import settings_for_learner
+from aurora_lit.serve.server import check_learning, settings_for_learner
 from aurora_lit.vllm.deployment import VARIABLE, Deployment
 
 WORKER_EXTENSION = "aurora_lit.vllm.worker.WorkerExtension"
@@ -69,6 +70,7 @@ def start(
         raise ConfigError(
             "vLLM is not installed in this environment; install it, or start it from another one with --attach"
         )
+    check_learning(config)
     with run_folder() as folder:
         status = EngineStatusPage.create(folder / STATUS_NAME)
         learner_page = LearnerStatusPage.create(folder / LEARNER_STATUS_NAME)
@@ -199,13 +201,13 @@ def _learn_beside(
 
 
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:
-    """The value of a vLLM argument, written `--name value` or `--name=value`."""
-    for index, argument in enumerate(arguments):
-        if argument == name and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
-    return None
+    """The value of a vLLM argument, written `--name value` or `--name=value`; None: it is not given."""
+    value = None
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        given, has_value, own = argument.partition("=")
+        if given.replace("_", "-") == name:  # vLLM takes either; of several the last counts
+            value = own if has_value else following
+    return value
 
 
 def _exit_code(code: int, ending: threading.Event) -> int:

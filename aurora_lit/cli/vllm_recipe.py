@@ -13,7 +13,14 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
-from aurora_lit.cli.footprint import draft_parameters, draft_shape, learner_needs, model_shape, target_parameters
+from aurora_lit.cli.footprint import (
+    draft_parameters,
+    draft_shape,
+    expert_parameters,
+    learner_needs,
+    model_shape,
+    target_parameters,
+)
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
 from aurora_lit.models.source import cache_root, cached
@@ -62,8 +69,8 @@ def recipe(config: AuroraConfig) -> Recipe:
     everything = target_parameters(shape)
     experts = getattr(text, "num_local_experts", None) or 1
     used = getattr(text, "num_experts_per_tok", None) or 1
-    of_experts = 3 * text.hidden_size * text.intermediate_size * experts * text.num_hidden_layers
-    active = everything - (of_experts - of_experts * used // experts if experts > 1 else 0)
+    of_experts = expert_parameters(shape)
+    active = everything - (of_experts - of_experts * used // experts)
     cards = 2 ** math.ceil(math.log2(max(1.0, everything * _BF16 / (_SHARE_FOR_WEIGHTS * _CARD_BYTES))))
     in_draft, _ = draft_parameters(draft)
     # Forward and backward of each unrolled step: 6 operations a parameter, where serving a token takes 2.

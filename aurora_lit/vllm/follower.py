@@ -64,6 +64,7 @@ class DraftFollower:
         if reason is not None:
             _log.warning("aurora-lit: no traces are made and no drafts are swapped: %s; serving is unaffected", reason)
             return
+        self._seen_rollbacks = {path: page.peek("rollbacks") for path, page in self._status_pages()}
         first = await asyncio.to_thread(self._reloader.first)
         if first is not None:
             await self._swap(first)
@@ -92,14 +93,18 @@ class DraftFollower:
             _log.warning("aurora-lit: draft %s is served (swapped in %.0f ms)", version, 1e3 * results[0]["seconds"])
 
     def _roll_back_if_worse(self) -> None:
-        for path in self._deployment.run_folder.glob(f"{STATUS_NAME}*"):
-            page = self._pages.get(path) or self._pages.setdefault(path, EngineStatusPage.open(path))
+        for path, page in self._status_pages():
             rollbacks = page.peek("rollbacks")
             if rollbacks > self._seen_rollbacks.get(path, 0):
                 now = page.read()
                 if now.rolled_back_version == self._served:
                     self._reloader.roll_back(bad=self._served, reason=now.rolled_back_reason)
             self._seen_rollbacks[path] = rollbacks
+
+    def _status_pages(self) -> Iterator[tuple[Path, EngineStatusPage]]:
+        """Of each engine."""
+        for path in self._deployment.run_folder.glob(f"{STATUS_NAME}*"):
+            yield path, self._pages.get(path) or self._pages.setdefault(path, EngineStatusPage.open(path))
 
     async def _note_refusals(self) -> None:
         refused, number = self._reloader.refused, self._reloader.num_refused

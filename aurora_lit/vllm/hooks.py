@@ -40,13 +40,13 @@ class RunnerHooks:
         capture: Capture,
         observe: Callable[[Step, Sequence[RoundOutcome]], None],
         requests_ended: Callable[[], None],
-        failed: Callable[[str], None],
+        failed: Callable[..., None],
     ) -> None:
         """observe: receives each step with its rounds, a step late where copies are asynchronous.
 
         requests_ended: called when some have ended; after the last of them no step comes.
 
-        failed: receives what went wrong here, in words.
+        failed: receives what went wrong here, in words, and with `is_off` whether no more is seen from now on.
         """
         self._runner, self._reader, self._capture, self._observe = runner, reader, capture, observe
         on_gpu = torch.device(runner.device).type == "cuda"
@@ -155,6 +155,6 @@ class RunnerHooks:
             message = f"making traces failed ({self.num_errors} of {MAX_ERRORS} times{off})"
             _log.exception("aurora-lit: %s; serving is unaffected", message)
             with contextlib.suppress(Exception):
-                self._failed(f"{message}: {type(error).__name__}: {error}")
+                self._failed(f"{message}: {type(error).__name__}: {error}", is_off=not self.is_on)
         finally:
             self.seconds += time.perf_counter() - began

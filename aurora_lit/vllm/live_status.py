@@ -75,9 +75,9 @@ class LiveStatus:
             rollbacks=self._rollbacks,
         )
 
-    def failed(self, message: str) -> None:
-        """Show what went wrong in capture."""
-        self._page.write(error=message)
+    def failed(self, message: str, *, is_off: bool) -> None:
+        """Show what went wrong in capture. is_off: nothing more is seen of the load, so the learner hardly learns."""
+        self._page.write(error=message, waiting=int(is_off))
         self.write()
 
     def swapped(self, version: str, *, trusted: bool) -> None:

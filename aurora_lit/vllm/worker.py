@@ -126,6 +126,11 @@ def _recorder(runner: Any, config: Any, reader: Any, deployment: Deployment) -> 
         max_draft_tokens=max_draft_tokens,
         draft_version=deployment.starting_draft.name,
         error="",
+        # The page may be that of an engine before.
+        waiting=0,
+        rollbacks=0,
+        rolled_back_version="",
+        rolled_back_reason="",
     )
     return _Recorder(hooks=hooks, status=status, page=page)
 

@@ -55,7 +55,10 @@ def prompt_files(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_print_config_needs_none_of_a_commands_own_options(command: list[str], tmp_path: Path) -> None:
+def test_print_config_needs_none_of_a_commands_own_options(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("aurora_lit.ipc.run_folder._default_parent", lambda: tmp_path)  # `learn` asks a server's
     result = run(*command, "--print-config", "engine.max_batch_size=3")
     assert result.exit_code == 0, result.output
     printed = tmp_path / "printed.yaml"
@@ -153,6 +156,19 @@ def test_learn_attaches_with_the_settings_of_the_server_that_it_finds(
     ((first, folder), _), ((second, _), _) = recorder.calls
     assert (first.checkpoint.dir, first.learn.threads, folder) == ("/of/the/server", 2, tmp_path)
     assert second.checkpoint.dir == "/mine"
+
+
+def test_learn_without_a_run_folder_has_the_settings_of_the_newest_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.learn.online.process", "run_learner", is_follower=lambda _: False)
+    (tmp_path / "status").write_text("")
+    (tmp_path / "config.yaml").write_text("checkpoint: {dir: /of/the/server}")
+    monkeypatch.setattr("aurora_lit.cli.main.live_folders", lambda: [tmp_path])
+    assert run("learn", "learn.threads=2").exit_code == 0
+    (((config, folder), _),) = recorder.calls
+    assert (config.checkpoint.dir, config.learn.threads, folder) == ("/of/the/server", 2, tmp_path)
+    assert "dir: /of/the/server" in run("learn", "--print-config").output
 
 
 def test_learn_and_status_without_a_server_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

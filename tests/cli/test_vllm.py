@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from click.testing import CliRunner
+from transformers import Qwen3MoeConfig
 
 from aurora_lit.bench.server_process import free_port
 from aurora_lit.cli import vllm as vllm_command_file
@@ -84,6 +85,8 @@ def test_the_learner_has_the_targets_precision_and_vllms_slots() -> None:
     config = settings("m", DRAFT, ["learn.threads=3"], ["--max-num-seqs", "12"])
     assert (config.target.source, config.target.precision, config.target.sha256) == ("m", "bf16", None)
     assert (config.engine.max_batch_size, config.learn.threads) == (12, 3)
+    for arguments in (["--max_num_seqs", "8"], ["--max_num_seqs=8"], ["--max-num-seqs", "2", "--max-num-seqs", "8"]):
+        assert settings("m", DRAFT, [], arguments).engine.max_batch_size == 8
     result = CliRunner().invoke(main, ["vllm", "m", "--draft", str(DRAFT), "--max-num-seqs=7", "-O3", "--print-config"])
     assert "max_batch_size: 7" in result.output
 
@@ -93,6 +96,14 @@ def test_without_vllm_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> Non
     result = CliRunner().invoke(main, ["vllm", "m", "--draft", str(DRAFT)])
     assert result.exit_code == 2
     assert "Error: vLLM is not installed in this environment" in result.output
+
+
+def test_a_folder_for_drafts_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = f"checkpoint.dir={tmp_path / 'file' / 'inside'}"
+    result = CliRunner().invoke(main, ["vllm", "m", "--draft", str(DRAFT), "--attach", "--set", folder])
+    assert result.exit_code == 2
+    assert "is no folder that can be written to" in result.output
 
 
 def test_a_learner_is_started_for_each_life_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +184,28 @@ def test_the_recipe_follows_from_the_models_sizes(
     assert (found.cards, found.trace_bytes_per_token) == (cards, trace_kib * 1024)
     assert found.tensor_parallel * found.pipeline_parallel == cards
     assert found.ring_tokens == (256 << 20) // found.trace_bytes_per_token
+
+
+def test_of_experts_those_count_that_a_token_uses(tmp_path: Path) -> None:
+    """Where their width is another one than that of a dense layer, and some layers are dense."""
+    shape = Qwen3MoeConfig(
+        hidden_size=64,
+        intermediate_size=1024,
+        moe_intermediate_size=32,
+        num_experts=16,
+        num_experts_per_tok=4,
+        num_hidden_layers=3,
+        mlp_only_layers=[1],
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=512,
+    )
+    (tmp_path / "config.json").write_text(shape.to_json_string())
+    overrides = ["target.source=hf:nobody/moe", f"target.config_file={tmp_path / 'config.json'}", "target.sha256=null"]
+    found = recipe(load_config(None, [*overrides, "draft.checkpoint=null", "learn.from_scratch=true"]))
+    of_experts = 2 * 16 * 3 * 64 * 32
+    assert found.target_parameters - found.active_parameters == of_experts * 3 // 4
 
 
 def test_a_larger_share_of_compute_learns_from_more_tokens() -> None:

@@ -41,7 +41,8 @@ class Recorded:
     ) -> None:
         self.traces: list[Trace] = []
         self.outcomes: list[RoundOutcome] = []
-        self.failures: list[str] = []
+        self.failures: list[tuple[str, bool]] = []
+        """What was told, and whether nothing more is recorded."""
         self.runner = runner
         self.capture = Capture(
             self.traces.append,
@@ -51,8 +52,11 @@ class Recorded:
             overlap_tokens=overlap_tokens,
         )
         reader = replace(V1 if isinstance(runner, MadeV1Runner) else V2, **broken)
-        self.hooks = RunnerHooks(runner, reader, self.capture, self._observe, lambda: None, self.failures.append)
+        self.hooks = RunnerHooks(runner, reader, self.capture, self._observe, lambda: None, self._fail)
         self.hooks.install()
+
+    def _fail(self, message: str, *, is_off: bool) -> None:
+        self.failures.append((message, is_off))
 
     def _observe(self, step: Step, outcomes: list[RoundOutcome]) -> None:
         self.outcomes += outcomes
@@ -278,10 +282,11 @@ def test_an_exception_in_a_wrap_is_counted_and_turns_capture_off_but_reaches_nob
     assert recorded.hooks.num_errors == 3
     assert not recorded.hooks.is_on
     assert "no more traces are made until the next start" in caplog.text
-    assert [failure.partition(" times")[0] for failure in recorded.failures] == [
+    assert [is_off for _, is_off in recorded.failures] == [False, False, True]
+    assert [message.partition(" times")[0] for message, _ in recorded.failures] == [
         f"making traces failed ({number} of 3" for number in (1, 2, 3)
     ]
-    assert recorded.failures[-1].endswith("no more traces are made until the next start): ValueError: injected")
+    assert recorded.failures[-1][0].endswith("no more traces are made until the next start): ValueError: injected")
     assert recorded.capture.num_running == 0  # though its end was not seen
 
 

@@ -180,6 +180,27 @@ def test_a_version_that_accepts_less_is_rolled_back(deployment: Deployment) -> N
     assert "less than the version before" in (store.versions()[0].retired or "")
 
 
+def test_a_verdict_of_the_engine_before_does_not_retire_a_version_that_was_promoted_since(
+    deployment: Deployment,
+) -> None:
+    ranks, store = MadeRanks(), store_of(deployment)
+    name = store.publish(Eagle3Draft(SHAPE), record={})
+    page = EngineStatusPage.open(deployment.run_folder / STATUS_NAME, writable=True)
+    page.write(rollbacks=1, rolled_back_version=name, rolled_back_reason="an older trial")
+    later = Eagle3Draft(SHAPE)
+
+    async def scenario() -> None:
+        await until(lambda: len(ranks.swaps) == 1)
+        await asyncio.sleep(0.5)
+        assert store.current() == name
+        store.publish(later, record={})
+        await until(lambda: len(ranks.swaps) == 2)
+
+    run_with(deployment, ranks, scenario)
+    assert [version for version, _ in ranks.swaps] == [name, "draft-000002"]
+    assert store.versions()[0].retired is None
+
+
 def test_a_folder_that_is_deleted_while_it_serves_changes_nothing(deployment: Deployment) -> None:
     ranks, store = MadeRanks(), store_of(deployment)
     store.publish(Eagle3Draft(SHAPE), record={})

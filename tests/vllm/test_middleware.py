@@ -98,6 +98,14 @@ def test_a_request_in_pieces_arrives_with_its_label_and_the_right_length(run_fol
     assert app.lengths == [str(len(app.bodies[0])).encode()]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/invocations"])
+def test_consent_is_read_on_every_route_that_takes_it(run_folder: Path, path: str) -> None:
+    app = MadeApp()
+    scope, receive = _post(json.dumps({"store": False, "messages": []}).encode(), path=path)
+    asyncio.run(Middleware(app)(scope, receive, _nothing))
+    assert json.loads(app.bodies[0])["vllm_xargs"] == {"aurora_lit_store": 0}
+
+
 def test_what_the_drafts_folder_logs_is_in_vllms_log(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.root, "level", logging.ERROR)
     handler = logging.StreamHandler(io.StringIO())

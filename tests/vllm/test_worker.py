@@ -16,7 +16,10 @@ from support.made_vllm import HIDDEN, MadeRunner, MadeV1Runner, Traffic
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.ring import RingReader
 from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.learn.online.budget import ServerLoad
+from aurora_lit.learn.online.load_watch import LoadWatch
 from aurora_lit.traces.record import LAYOUT_DIGEST, from_bytes
+from aurora_lit.vllm.capture import Capture
 from aurora_lit.vllm.deployment import Deployment
 from aurora_lit.vllm.known_versions import RUNNERS
 from aurora_lit.vllm.worker import WorkerExtension
@@ -185,3 +188,29 @@ def test_a_swap_that_fails_is_an_answer_and_changes_no_version(
     assert worker.aurora_lit_note({"refusals": 1, "refused_version": "v", "refused_reason": "r"})["error"] is None
     assert worker.aurora_lit_note({"no such field": 1})["error"] is not None
     assert EngineStatusPage.open(run_folder / STATUS_NAME).read().refused_version == "v"
+
+
+def test_verdict_and_load_of_the_engine_before_are_not_taken_over(run_folder: Path, make_worker: MakeWorker) -> None:
+    assert make_worker().aurora_lit_start(str(run_folder)) == {"error": None}
+    page = EngineStatusPage.open(run_folder / STATUS_NAME, writable=True)
+    page.write(waiting=1, rollbacks=2, rolled_back_version="draft-000005", rolled_back_reason="it was worse")
+    assert make_worker().aurora_lit_start(str(run_folder)) == {"error": None}
+    now = page.read()
+    assert (now.waiting, now.rollbacks, now.rolled_back_version, now.rolled_back_reason) == (0, 0, "", "")
+
+
+def test_beside_an_engine_whose_load_is_not_seen_any_more_a_learner_hardly_learns(
+    run_folder: Path, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("injected")
+
+    worker = make_worker()
+    assert worker.aurora_lit_start(str(run_folder)) == {"error": None}
+    load = LoadWatch(EngineStatusPage.open(run_folder / STATUS_NAME), num_slots=8)
+    run(worker)
+    load()
+    assert load() is ServerLoad.IDLE
+    monkeypatch.setattr(Capture, "add", fail)
+    run(worker)
+    assert load() is load() is ServerLoad.QUEUEING
