@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from scipy.stats import t as student_t
 
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.versions import DraftStore
@@ -187,7 +188,7 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
                 speeds[name].append(speed)
                 gaps[name] += [gap for _, gap in found]
         logs = [math.log(on / off) for on, off in zip(speeds["on"], speeds["off"], strict=True)]
-        half = 1.96 * statistics.stdev(logs) / math.sqrt(len(logs))
+        half = student_t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
         report[f"{clients} clients"] = {
             "tokens_per_s": {name: statistics.median(found) for name, found in speeds.items()},
             "ratio": math.exp(statistics.mean(logs)),
@@ -205,6 +206,7 @@ def swaps(arguments: argparse.Namespace) -> dict[str, Any]:
     store, shape = DraftStore(arguments.versions, keep=3), read_config(arguments.draft)
     draft, end = load_draft(arguments.draft, shape), time.monotonic() + arguments.seconds
     gaps: list[tuple[float, float]] = []
+    began = time.time()
 
     def client() -> None:
         while time.monotonic() < end:
@@ -218,7 +220,7 @@ def swaps(arguments: argparse.Namespace) -> dict[str, Any]:
             store.publish(draft, record={"reason": "measuring swaps"})
         for each in running:
             each.result()
-    served = [event["time"] for event in store.history() if event["event"] == "served"]
+    served = [event["time"] for event in store.history() if event["event"] == "served" and event["time"] >= began]
     # The event is written when the version has been validated; the call to the ranks follows within 0.1 s.
     swapping = [gap for at, gap in gaps if any(at - gap - 0.25 < moment < at for moment in served)]
     return {

@@ -163,6 +163,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("live-learning"), help="folder for drafts and the report")
     parser.add_argument("overrides", nargs="*", help="key=value, after `--`")
     options = parser.parse_args()
+    if (options.out / "versions").exists():
+        parser.error(
+            f"--out {options.out} has the drafts of an earlier run, with which this one would begin; name another"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     held_out = 2 * (options.turns + options.warm_up)
     prompts = {path: [prompt.messages[0] for prompt in read_prompts(path)] for path in options.phases}

@@ -119,8 +119,8 @@ def main() -> int:
                     list(pool.map(lambda i: send[i % len(send)](prompts[i % len(prompts)]), numbers))
                     readings.append((numbers.stop, shares_mb(server)))
                     held = ", ".join(f"{name}: {sum(share.values()):.1f}" for name, share in readings[-1][1].items())
-                    print(f"{numbers.stop} requests, MB: {held}", file=sys.stderr, flush=True)
-    table, kinds = Table(title="megabytes, proportional share"), Table(title="at the end")
+                    print(f"{numbers.stop} requests, MiB: {held}", file=sys.stderr, flush=True)
+    table, kinds = Table(title="MiB, proportional share"), Table(title="at the end")
     for each, columns in ((table, [f"after {after}" for after, _ in readings]), (kinds, KINDS)):
         each.add_column("process")
         for column in columns:

@@ -280,14 +280,22 @@ def main() -> int:
     configs = [load_config(None, [*overrides, *options.overrides])]
     has_second = bool(options.other or options.other_code)
     if has_second:
-        configs.append(load_config(None, [*overrides, *options.overrides, *options.other]))
+        # Drafts in a folder of its own, or a server without a learner would serve what the other's has learned.
+        own = [*overrides, f"checkpoint.dir={scratch.name}/second"]
+        configs.append(load_config(None, [*own, *options.overrides, *options.other]))
     configs = [replace(config, server=replace(config.server, port=free_port())) for config in configs]
     ports = [config.server.port for config in configs]
     texts = [
         [text for prompt in read_prompts(path) if len(text := prompt.messages[0]) <= options.max_prompt_characters]
         for path in options.prompts
     ]
-    turns = itertools.cycle(text for group in zip(*texts, strict=False) for text in group)
+    turns = [text for group in zip(*texts, strict=False) for text in group]
+    if len(turns) < (most := max(options.clients) * (options.pairs + options.warm_up)):
+        parser.error(
+            f"{len(turns)} prompts are too few for {most} in a setting: one that came again would find its own answer "
+            "in the memory; name longer files, or fewer --pairs"
+        )
+    turns = itertools.cycle(turns)
     columns = ["ratio", "95 % interval", "tokens/s", "tokens a round", "speculating", "unequal", "pairs"]
     columns += ["pause p99, ms"] * options.stream
     table = Table("temperature", "clients", *columns)

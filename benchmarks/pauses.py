@@ -117,6 +117,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("settings", nargs="*", help="key=value")
     options = parser.parse_args()
+    if options.port is not None and options.repeats > 1:
+        parser.error("--port needs --repeats 1: a server that goes on running has long prompts in its cache")
     texts = [prompt.messages[0] for path in options.prompts for prompt in read_prompts(path)]
     short = itertools.cycle(text for text in texts if len(text) < 300)
     joined = " ".join(texts)

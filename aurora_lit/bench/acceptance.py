@@ -68,7 +68,8 @@ def run(
     out: Path = Path("bench-results"),
 ) -> list[Acceptance]:
     """Measure at temperature 0 and at `temperature`; print a table and write acceptance.json to `out`."""
-    engine, tokenizer = build_engine(with_full_proposals(config))
+    config = with_full_proposals(config)
+    engine, tokenizer = build_engine(config)
     loaded = load_prompts(
         prompts, limit=limit, tokenizer=tokenizer, max_prompt_tokens=config.engine.max_seq_len - max_tokens
     )
@@ -98,11 +99,11 @@ def run(
 
 
 def with_full_proposals(config: AuroraConfig) -> AuroraConfig:
-    """The settings with which the draft proposes as much as it may in every round."""
+    """The settings with which the draft proposes as much as it may in every round, and nothing is copied."""
     if config.draft.checkpoint is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to measure; name a checkpoint folder")
     full = replace(config.engine, speculate=True, adaptive=False, lookup=False, max_round_ms=_LONGEST_ROUND_MS)
-    return replace(config, engine=full)
+    return replace(config, engine=full, memory=replace(config.memory, capacity_mb=0))
 
 
 def measure(
