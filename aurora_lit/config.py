@@ -164,8 +164,9 @@ def versions_folder(config: AuroraConfig) -> Path:
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
+    shipped = PROJECT_FOLDER / path  # as draft.checkpoint: relative to the working directory, else there
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content = OmegaConf.to_container(OmegaConf.load(path if path.exists() or not shipped.exists() else shipped))
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror or error}); name a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

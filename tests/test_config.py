@@ -372,3 +372,14 @@ def test_off_is_a_word_in_a_file_too(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("memory: {scope: off}")
     assert load_config(path, []).memory.scope == "off"
+
+
+def test_a_shipped_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = Path("configs/replay.yaml")
+    assert load_config(shipped, []) == load_config(PROJECT_FOLDER / shipped, [])
+    with pytest.raises(ConfigError, match="--config configs/no.yaml: cannot be read"):
+        load_config(Path("configs/no.yaml"), [])
+    (tmp_path / "configs").mkdir()
+    shipped.write_text("engine: {max_batch_size: 3}")
+    assert load_config(shipped, []).engine.max_batch_size == 3, "the working directory's comes first"

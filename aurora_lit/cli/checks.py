@@ -163,6 +163,13 @@ def check_shared_memory(config: AuroraConfig) -> Check:
             f"{free >> 10} KiB free in {folder}",
             f"delete leftover files in {folder}, make it larger (--shm-size), or lower trace.capacity_mb",
         )
+    wanted_mb = config.trace.capacity_mb + config.learn.reservoir_mb
+    if config.learn.enabled and free < wanted_mb << 20:
+        return _warn(
+            "shared memory",
+            f"{free >> 20} MiB free in {folder}, of {wanted_mb} for the ring and the reservoir of past traces",
+            "works, with fewer past traces to replay; make it larger (--shm-size), or lower learn.reservoir_mb",
+        )
     return _ok("shared memory", f"{free >> 20} MiB free in {folder}")
 
 

@@ -29,7 +29,7 @@ from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerSt
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.process_lifetime import die_with_parent
 from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
-from aurora_lit.models.source import find_target
+from aurora_lit.models.source import find_target, with_fixed_target
 from aurora_lit.serve.http.metrics import LearnerCollector
 from aurora_lit.serve.http.status import ring_counters
 from aurora_lit.serve.learner_child import LearnerChild, learner_command
@@ -74,7 +74,7 @@ def start(
     with run_folder() as folder:
         status = EngineStatusPage.create(folder / STATUS_NAME)
         learner_page = LearnerStatusPage.create(folder / LEARNER_STATUS_NAME)
-        (folder / CONFIG_NAME).write_text(to_yaml(settings_for_learner(config)), encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(to_yaml(settings_for_learner(with_fixed_target(config))), encoding="utf-8")
         deployment = _deployment(config, folder)
         deployment.write()
         command = vllm_command(config, deployment, vllm_arguments)

@@ -250,6 +250,9 @@ class ModelPartitioner:
                 module, _, last = name.rpartition(".")
                 whole = nn.Parameter(self._reader.read(name).to(ranks.device), requires_grad=False)
                 setattr(model.get_submodule(module), last, whole)
-        for each in model.modules():
+        for module_name, each in model.named_modules():
             for name, buffer in each.named_buffers(recurse=False):
-                setattr(each, name, buffer.to(ranks.device))
+                # Some are trained, such as what corrects experts' scores; others are computed.
+                computed = name in each._non_persistent_buffers_set
+                stored = None if computed else self._reader.read_exact(f"{module_name}.{name}")
+                setattr(each, name, (buffer if stored is None else stored.to(buffer.dtype)).to(ranks.device))

@@ -97,6 +97,12 @@ class ShardReader:
         up = slice(half + rows.start, half + rows.stop)
         return torch.cat([self._part(stored, (whole, rows)), self._part(stored, (whole, up))], dim=1)
 
+    def read_exact(self, name: str) -> torch.Tensor | None:
+        """All of a tensor in the type in which it is stored; None if the files lack it."""
+        stored = self._find(name)
+        whole: torch.Tensor | None = None if stored is None else stored[:]
+        return whole
+
     def has(self, name: str) -> bool:
         """True if the files hold this tensor."""
         return self._find(name) is not None

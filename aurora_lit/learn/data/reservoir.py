@@ -10,7 +10,9 @@ finds them again, and clients' text is never written to a disk. Leaves out batch
 
 from __future__ import annotations
 
+import errno
 import heapq
+import logging
 import os
 import random
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ from aurora_lit.traces.record import Trace, from_bytes, to_bytes
 MAX_DOMAINS = 32
 """Clients choose domain names freely; further domains share the unnamed one."""
 _SUFFIX = ".trace"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
@@ -75,19 +78,27 @@ class Reservoir:
         self._next_number += 1
         if len(payload) > self._limit_bytes:
             return False
+        domain = self._domain_of(trace)
+        self._keep(domain, entry)
+        while self.num_bytes > self._limit_bytes:
+            if self._drop_one().number == entry.number:
+                return False
         temporary = self._folder / f"{entry.name}.tmp"
         try:
             with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                 file.write(payload)
             os.replace(temporary, self._folder / entry.name)
-        except OSError:  # shared memory is full: the traces already kept stay
+        except OSError as error:
             temporary.unlink(missing_ok=True)
+            self._heaps[domain].remove(entry)
+            heapq.heapify(self._heaps[domain])
+            self._forget(domain, entry)
+            if error.errno == errno.ENOSPC and 0 < self.num_bytes < self._limit_bytes:
+                # From now on others are dropped for new ones, or the first traces would be all that is ever replayed.
+                self._limit_bytes = self.num_bytes
+                _log.warning("shared memory is full: of past traces %d MiB are kept", self.num_bytes >> 20)
             return False
-        self._keep(self._domain_of(trace), entry)
-        dropped = set()
-        while self.num_bytes > self._limit_bytes:
-            dropped.add(self._drop_one().number)
-        return entry.number not in dropped
+        return True
 
     def rename_domain(self, removed: str, kept: str) -> None:
         """Traces of a domain that went into another one are of that from now on, until a restart."""

@@ -125,6 +125,8 @@ class OnlineLoop:
         )
         # The status page outlives a learner: counters continue where the server's last learner stopped.
         before = environment.page.read()
+        self._steps_before, self._positions_before = before.steps, before.positions
+        """Those of a learner that was killed may be more than it had saved."""
         self._skip_reasons: set[str] = set()
         self.records, self.skipped, self.batcher.num_stale = before.records, before.skipped, before.stale
         self.published, self.refused_by_gate = before.published, before.gate_refused
@@ -371,8 +373,8 @@ class OnlineLoop:
         learner, decision, controller = self.learner, self.decision, self.learner.controller
         shift = controller.last_shift
         self._environment.page.write(
-            steps=learner.steps,
-            positions=learner.positions,
+            steps=max(self._steps_before, learner.steps),
+            positions=max(self._positions_before, learner.positions),
             records=self.records,
             skipped=self.skipped + learner.num_nonfinite,
             stale=self.batcher.num_stale,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 
 from aurora_lit.learn.data.reservoir import Reservoir
-from aurora_lit.traces.record import Trace
+from aurora_lit.traces.record import Trace, to_bytes
 
 
 def a_trace(*, domain: str = "a", length: int = 20, request_id: str = "r", mark: int = 0) -> Trace:
@@ -53,6 +56,29 @@ def test_traces_of_a_domain_that_went_into_another_are_of_that(tmp_path: Path) -
     found = {(trace.domain, int(trace.token_ids_T[0])) for _ in range(200) if (trace := reservoir.sample())}
     assert found == {("b", 0), ("b", 1), ("b", 2), ("d", 3), ("d", 4), ("d", 5)}
     assert num_bytes == sum(path.stat().st_size for path in (tmp_path / "r").iterdir())
+
+
+def test_while_shared_memory_is_full_new_traces_still_replace_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(to_bytes(a_trace()))
+    replace = os.replace
+
+    def on_a_small_disk(source: Path, destination: Path) -> None:
+        if sum(path.stat().st_size for path in (tmp_path / "r").iterdir()) > 20 * size + size // 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, destination)
+
+    monkeypatch.setattr("aurora_lit.learn.data.reservoir.os.replace", on_a_small_disk)
+    reservoir = Reservoir(tmp_path / "r", limit_bytes=1 << 30, seed=0)
+    for mark in range(400):
+        reservoir.add(a_trace(mark=mark))
+    reservoir.add(a_trace(domain="new", mark=400))
+    assert reservoir.domains["new"] == 1
+    assert 15 < reservoir.domains["a"] < 20
+    marks = {int(trace.token_ids_T[0]) for _ in range(300) if (trace := reservoir.sample())}
+    assert 100 < sum(marks) / len(marks) < 300, "old and new alike"
+    assert reservoir.num_bytes == sum(path.stat().st_size for path in (tmp_path / "r").iterdir())
 
 
 def test_heavier_traces_are_more_likely_to_stay(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from aurora_lit.learn.data.labelled_trace import crop, label_traces
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline import replay as replay_module
-from aurora_lit.learn.offline.replay import ARMS, Replay, blocks
+from aurora_lit.learn.offline.replay import ARMS, Replay, blocks, read_traces
 from aurora_lit.learn.offline.scoring import RoundTotals
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.objective import OnlineWeights
@@ -327,3 +327,17 @@ def test_copies_are_scored_beside_both_drafts_and_only_from_earlier_answers(
     for trace in stream[:36]:
         singly.process_block([trace])
     assert [s.memory for s in singly.scored] == [s.memory for s in replay.scored]
+
+
+def test_a_file_that_is_deleted_while_the_log_is_read_is_left_out(stream: list[Trace], tmp_path: Path) -> None:
+    log = TraceLogWriter(tmp_path, kind="live", shard_positions=80)
+    for trace in stream[:12]:
+        log.append(trace)
+    log.flush()
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    traces = read_traces(tmp_path)
+    first = next(traces)
+    shards[1].unlink()
+    assert 1 < 1 + sum(1 for _ in traces) < 12
+    assert first.request_id == stream[0].request_id
