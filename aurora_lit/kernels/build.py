@@ -28,8 +28,11 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-st
 
 
 def compiler() -> str | None:
-    """Path of the C++ compiler to use: `$CXX`, g++ or clang++; None if there is none."""
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
+    """Path of the C++ compiler to use: `$CXX` or g++; None if there is none.
+
+    Clang's parallel regions are not those of the OpenMP runtime that torch has loaded.
+    """
+    for name in (os.environ.get("CXX"), "g++"):
         if name and (found := shutil.which(name)):
             return found
     return None
@@ -41,17 +44,22 @@ def built_library(command: str) -> Path:
     Raises OSError or CalledProcessError if it cannot be compiled or the cache folder cannot be written.
     """
     version = subprocess.run([command, "--version"], check=True, capture_output=True).stdout
+    if b"clang" in version:
+        raise OSError("clang++ cannot compile them, since torch has loaded GNU's OpenMP; use g++")
+    # A wrapper around a compiler has its version, and -march=native asks what the system permits.
+    macros = _run([command, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
     openmp = _torch_openmp()
     key = b"\0".join(
         (
             *(path.read_bytes() for path in _SOURCES),
             " ".join(_FLAGS).encode(),
             version,
+            macros,
             _processor().encode(),
             str(openmp is None).encode(),
         )
     )
-    folder = Path(os.environ.get("AURORA_LIT_CACHE", Path.home() / ".cache" / "aurora-lit")) / "kernels"
+    folder = _folder()
     path = folder / f"kernels-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if openmp is not None:
         ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
@@ -67,6 +75,11 @@ def built_library(command: str) -> Path:
     return path
 
 
+def _folder() -> Path:
+    """In the cache folder, as models/source.py has it without a setting."""
+    return Path(os.environ.get("AURORA_LIT_CACHE") or "~/.cache/aurora-lit").expanduser().absolute() / "kernels"
+
+
 def first_errors(error: subprocess.CalledProcessError) -> str:
     """What the compiler said first, in a line: up to two messages with "error" in them, else its first lines."""
     said = (error.stderr or b"") + (error.stdout or b"")
@@ -75,9 +88,9 @@ def first_errors(error: subprocess.CalledProcessError) -> str:
     return " | ".join(lines[:_MAX_ERRORS])[:_MAX_ERROR_LENGTH] or f"exit code {error.returncode}, without a message"
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> bytes:
     # In English, so that errors are found in what it says.
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "LC_ALL": "C"})
+    return subprocess.run(command, check=True, capture_output=True, env={**os.environ, "LC_ALL": "C"}).stdout
 
 
 def _torch_openmp() -> str | None:

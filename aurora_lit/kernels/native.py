@@ -80,7 +80,7 @@ def _load() -> ctypes.CDLL | Absence:
         return Absence("AURORA_LIT_NATIVE=0", "unset AURORA_LIT_NATIVE", is_choice=True)
     command = compiler()
     if command is None:
-        return Absence("no C++ compiler was found ($CXX, g++, clang++)", "install one (apt-get install g++)")
+        return Absence("no C++ compiler was found ($CXX, g++)", "install one (apt-get install g++)")
     another = "name another compiler in CXX"
     try:
         path = built_library(command)

@@ -48,7 +48,8 @@ class PackedLinear(nn.Module):
         layer.packed = tensors["weight"]
         layer.bias = tensors.get("bias")
         screen = [tensors[name] for name in _SCREEN if name in tensors]
-        layer.screen = products.Screen.from_tensors(*screen) if screen else None
+        has_tiles = native.has_int8_tiles()  # the system may refuse them to this process
+        layer.screen = products.Screen.from_tensors(*screen) if screen and has_tiles else None
         return layer
 
     def tensors(self) -> dict[str, torch.Tensor]:

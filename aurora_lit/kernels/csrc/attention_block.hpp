@@ -45,7 +45,7 @@ struct TileBuffers {
       config.row_bytes[tile] = 64;
       config.rows[tile] = uint8_t(tile < 6 ? 2 * queries : TILE_ROWS);
     }
-    _tile_loadconfig(&config);
+    load_tile_config(config);
   }
 };
 

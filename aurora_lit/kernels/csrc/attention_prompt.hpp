@@ -186,9 +186,9 @@ inline void attend_prompts(const AttentionShape& s, const float* q, const uint16
   static_assert(KEY_BLOCK / 16 == PROMPT_QUERIES / ROW_GROUP, "a quarter of a block's scores for each group of rows");
   static thread_local PromptBuffers room;
   TileConfig products, own;  // the first is that of the products around attention
-  _tile_storeconfig(&products);
+  store_tile_config(products);
   for (int tile = 0; tile < 8; ++tile) own.row_bytes[tile] = 64, own.rows[tile] = TILE_ROWS;
-  _tile_loadconfig(&own);
+  load_tile_config(own);
   for (int64_t b = s.decoding(); b < s.rows; ++b) {
     const int64_t queries = s.heads / s.kv_heads * s.queries_of(b);
     const int64_t tiles = (queries + PROMPT_QUERIES - 1) / PROMPT_QUERIES;
@@ -200,7 +200,7 @@ inline void attend_prompts(const AttentionShape& s, const float* q, const uint16
                          values + slots[b] * s.cache_row_v + g * s.cache_head_v, starts[b], room, out);
     }
   }
-  _tile_loadconfig(&products);
+  load_tile_config(products);
 }
 
 }  // namespace

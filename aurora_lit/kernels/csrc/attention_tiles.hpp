@@ -214,7 +214,7 @@ inline void attend_tiles(const AttentionShape& s, const float* q, const uint16_t
   room.part.at_least(2 * Softmax::size(D));
   room.sum.at_least(Softmax::size(D));
   TileConfig products;  // that of the products around attention
-  _tile_storeconfig(&products);
+  store_tile_config(products);
   room.configured = 0;
   int64_t at = 0;
   for (int64_t b = 0; b < s.decoding() && at < to; ++b) {
@@ -239,7 +239,7 @@ inline void attend_tiles(const AttentionShape& s, const float* q, const uint16_t
       }
     }
   }
-  _tile_loadconfig(&products);
+  load_tile_config(products);
 }
 
 // Write one position's key and value. A value that is not finite would reach queries that do not attend to it, because

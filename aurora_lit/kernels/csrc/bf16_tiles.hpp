@@ -29,6 +29,10 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
+// The intrinsics of older GCCs say that 8 bytes are read, and so may lose the others (GCC bug 114098).
+inline void load_tile_config(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
+inline void store_tile_config(TileConfig& config) { __asm__ volatile("sttilecfg %0" : "=m"(config)); }
+
 // Offset of input i of row r: inputs are stored tile by tile for each 16 rows.
 inline ptrdiff_t tile_place(int k_padded, int r, int i) {
   constexpr int TILE = TILE_ROWS * TILE_INPUTS;
@@ -43,7 +47,7 @@ inline void configure_tiles(int rows) {
     config.row_bytes[tile] = 64;
     config.rows[tile] = uint8_t(tile < 6 ? rows : TILE_ROWS);
   }
-  _tile_loadconfig(&config);
+  load_tile_config(config);
 }
 
 // `rows` rows times blocks [from, to); the thread's tiles are configured for min(rows, 16) rows. x: bf16 inputs at the

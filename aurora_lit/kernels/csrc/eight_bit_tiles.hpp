@@ -21,7 +21,7 @@ inline void configure_byte_tiles(int rows) {
     config.row_bytes[tile] = tile == 4 || tile == 5 ? GROUP : 64;
     config.rows[tile] = uint8_t(tile > 5 ? GROUP / 4 : rows);
   }
-  _tile_loadconfig(&config);
+  load_tile_config(config);
 }
 
 // One group's integer sums for up to 16 rows and one block, and the scales that convert them to floats.

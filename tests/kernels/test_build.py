@@ -1,0 +1,58 @@
+"""Building the kernels: which compiler, and what a kept library is named after."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from aurora_lit.kernels import build
+
+
+@pytest.fixture
+def compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for compilers, with a cache of its own."""
+    monkeypatch.setenv("AURORA_LIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def made(folder: Path, name: str, *, version: str = "g++ 12.4.0", macros: str = "#define __AVX512F__ 1") -> str:
+    path = folder / name
+    path.write_text(
+        f"""#!/bin/sh
+case "$*" in
+*--version*) echo "{version}" ;;
+*-dM*) echo "{macros}" ;;
+*) while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done ;;
+esac
+"""
+    )
+    path.chmod(0o700)
+    return str(path)
+
+
+def test_a_library_is_kept_by_what_the_compiler_defines(compilers: Path) -> None:
+    """A wrapper that changes -march says the version of the compiler that it calls."""
+    plain = build.built_library(made(compilers, "plain"))
+    assert plain.parent == compilers / "cache" / "kernels"
+    assert build.built_library(made(compilers, "again")) == plain
+    assert build.built_library(made(compilers, "wrapper", macros="#define __AVX2__ 1")) != plain
+
+
+def test_clang_is_refused_with_what_to_use(compilers: Path) -> None:
+    with pytest.raises(OSError, match=r"clang\+\+ cannot compile them.*use g\+\+"):
+        build.built_library(made(compilers, "c++", version="Debian clang version 14.0.6"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("", "~/.cache/aurora-lit"), (None, "~/.cache/aurora-lit"), ("~/c", "~/c")]
+)
+def test_the_cache_folder_is_that_of_models(
+    given: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("AURORA_LIT_CACHE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("AURORA_LIT_CACHE", given)
+    assert build._folder() == Path(os.path.expanduser(expected)) / "kernels"
