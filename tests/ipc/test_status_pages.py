@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,7 +17,7 @@ from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LearnerStatus, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
-from aurora_lit.serve.http.metrics import ServerMetrics
+from aurora_lit.serve.http.metrics import LearnerCollector, ServerMetrics
 from aurora_lit.serve.http.status import engine_json, learner_json, ring_counters
 
 
@@ -138,7 +139,7 @@ def test_metrics_have_the_names_that_vllm_uses(path):
         domain_numbers=[1, 14, 2, 6, 5, 0, 6, 0, 0, 0],
     )
     learner = LearnerStatusPage.create(path.with_name("learner"))
-    learner.write(pid=os.getpid(), steps=7, compute_share=0.25)
+    learner.write(pid=os.getpid(), steps=7, compute_share=0.25, rate_factor=1.0)
     learner.beat()
     ring = RingWriter.create(path.with_name(RING_NAME), 4096, layout="12")
     ring.push(b"x" * 3000)
@@ -228,3 +229,18 @@ def test_json_reports_drafts_and_learner(path):
     assert learner["state"] == "running"
     assert learner["gate"] == {"published": 0, "refused": 0, "champion": 2.5, "challenger": None}
     json.dumps([report, learner], allow_nan=False)
+
+
+def test_a_learners_counts_are_told_once_it_has_told_them(tmp_path: Path) -> None:
+    """It goes on with those of the learner before: 0 first would look like a reset."""
+    learner = LearnerStatusPage.create(tmp_path / "learner")
+
+    def counts() -> list[str]:
+        collected = LearnerCollector(learner, lambda: None, {}).collect()
+        return [
+            family.name for family in collected if family.name in ("aurora_learner_steps", "aurora_learner_positions")
+        ]
+
+    assert counts() == []
+    learner.write(steps=7, positions=3_000_000, rate_factor=0.2)
+    assert counts() == ["aurora_learner_steps", "aurora_learner_positions"]

@@ -282,8 +282,15 @@ def test_metrics_count_what_was_done(server, client):
 
 
 def test_an_error_before_the_first_token_has_a_status_even_in_a_stream(server):
-    body = {"model": MODEL, "prompt": "<|error|>", "stream": True}
+    def whole_requests():
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return next(
+            line.rpartition(" ")[2] for line in lines if line.startswith("vllm:e2e_request_latency_seconds_count")
+        )
+
+    body, before = {"model": MODEL, "prompt": "<|error|>", "stream": True}, whole_requests()
     response = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert whole_requests() == before, "it had no last token"
     assert response.status_code == 500
     assert "as asked" in response.json()["error"]["message"]
 

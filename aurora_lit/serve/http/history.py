@@ -55,7 +55,8 @@ class History:
 def least_missed(times: list[float], now_s: float) -> int:
     """The index of a point that leaves the smallest gap, for its age; neither the first nor one of the last minute."""
     old = sum(time_s < now_s - _FRESH_S for time_s in times)
-    return min(range(1, max(old, 2)), key=lambda i: (times[i + 1] - times[i - 1]) / (now_s - times[i] + _FRESH_S))
+    end = max(min(old, len(times) - 1), 2)
+    return min(range(1, end), key=lambda i: (times[i + 1] - times[i - 1]) / (now_s - times[i] + _FRESH_S))
 
 
 def point_of(report: Json, latencies: Json) -> Json:
@@ -97,12 +98,16 @@ def changes(before: Json, now: Json) -> Iterator[Json]:
     draft, draft_before = now["draft"], before["draft"]
     if draft["refusals"] > draft_before["refusals"]:
         yield {"kind": "refused", **(draft["refused"] or {})}
-    if draft["rollbacks"] > draft_before["rollbacks"]:
-        yield {"kind": "rolled_back", **(draft["rolled_back"] or {}), "to": draft["version"]}
-    elif draft["version"] != draft_before["version"]:
-        yield {"kind": "swapped", "version": draft["version"], "count": draft["swaps"] - draft_before["swaps"]}
-    shifts = now["learner"]["domains"]["shifts"]
-    if shifts > before["learner"]["domains"]["shifts"]:
+    if draft["version"] != draft_before["version"]:
+        # The verdict may be older: until another draft is loaded, the bad one serves.
+        rolled_back = draft["rolled_back"] or {}
+        if rolled_back.get("version") == draft_before["version"]:
+            yield {"kind": "rolled_back", **rolled_back, "to": draft["version"]}
+        else:
+            yield {"kind": "swapped", "version": draft["version"], "count": draft["swaps"] - draft_before["swaps"]}
+    shifts, shifts_before = (report["learner"]["domains"]["shifts"] for report in (now, before))
+    has_reported = before["learner"]["domains"]["rate_factor"] > 0  # else those of the server before come at once
+    if shifts > shifts_before and has_reported:
         yield {"kind": "shift", "reason": now["learner"]["domains"]["last_shift"]}
     if now["learner"]["state"] != before["learner"]["state"]:
         yield {"kind": "learner", "state": now["learner"]["state"], "reason": now["learner"]["error"]}

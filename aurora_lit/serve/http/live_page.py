@@ -98,7 +98,7 @@ class LivePage:
         if self.num_viewers >= MAX_VIEWERS:
             raise RequestError(
                 f"{MAX_VIEWERS} pages watch already; close one, or read /v1/aurora/status",
-                status=429,
+                status=503,  # 429 counts as a refused request
                 code="too_many_viewers",
             )
         return StreamingResponse(self.messages(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

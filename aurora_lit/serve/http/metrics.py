@@ -228,12 +228,17 @@ class LearnerCollector(Collector):
         """The samples of now."""
         learner, ring = self._learner.read(), self._ring()
         is_running = learner.state == "running"
+        # A learner goes on with the counts of the one before: until it tells them, 0 would look like a reset.
+        has_counts = learner.rate_factor > 0
         yield from _families(
             CounterMetricFamily,
             {
                 "aurora_learner_restarts": ("Restarts of the learner.", learner.restarts),
-                "aurora_learner_steps": ("Optimiser steps.", learner.steps),
-                "aurora_learner_positions": ("Token positions learned from.", learner.positions),
+                "aurora_learner_steps": ("Optimiser steps.", learner.steps if has_counts else None),
+                "aurora_learner_positions": (
+                    "Token positions learned from.",
+                    learner.positions if has_counts else None,
+                ),
                 "aurora_learner_traces": ("Traces read.", learner.records),
                 "aurora_learner_traces_skipped": ("Traces that could not be used.", learner.skipped),
                 "aurora_learner_published": ("Drafts published.", learner.published),

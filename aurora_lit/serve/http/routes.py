@@ -134,7 +134,8 @@ class GenerationRoutes:
         clock = SendClock(self._stream_shape.interval_s if body.stream else 0.0)
 
         def on_close(failed: bool) -> None:
-            latencies.end()
+            if not failed and all(response.finish_reasons):  # else it had no last token
+                latencies.end()
             for reason in response.finish_reasons:
                 self._metrics.finish(reason or ("error" if failed else "abort"))
 
@@ -229,5 +230,6 @@ class _LatencyRecorder:
         return deltas
 
     def end(self) -> None:
-        """Record the whole time of the call."""
-        self._metrics.whole_request.observe(time.monotonic() - self._started)
+        """Record the time up to the call's last token."""
+        last_s = max(self._last_token_s.values(), default=time.monotonic())
+        self._metrics.whole_request.observe(last_s - self._started)

@@ -68,12 +68,9 @@ class DomainCounts:
         return row
 
     def _remove_oldest(self) -> None:
-        """Count the row without a label that was counted in longest ago as the others' from now on."""
+        """Remove the row without a label that was counted in longest ago. The others' does not leap by its numbers."""
         oldest = min(self._last_round, key=self._last_round.__getitem__)
-        del self._last_round[oldest]
-        others = self._others()
-        for column, number in enumerate(self._row_of.pop(oldest)):
-            others[column] += number
+        del self._last_round[oldest], self._row_of[oldest]
 
     def _others(self) -> list[int]:
         return self._row_of.setdefault(OTHER_DOMAINS, [0] * len(DomainTotals._fields))

@@ -101,6 +101,7 @@ def test_nothing_is_an_event_that_was_so_from_the_start(report) -> None:
 def test_what_changes_is_an_event(report) -> None:
     now = copy.deepcopy(report)
     now["learner"]["gate"] = {"published": 1, "refused": 2, "champion": 2.0, "challenger": 2.1}
+    report["learner"]["domains"] |= {"rate_factor": 1.0}
     now["learner"] |= {"version": "draft-000001", "state": "running"}
     now["learner"]["domains"] |= {"shifts": 1, "last_shift": "to sql"}
     now["draft"] |= {"version": "draft-000001", "swaps": 1, "refusals": 1}
@@ -125,3 +126,33 @@ def test_a_rollback_is_not_also_a_swap(report) -> None:
     assert list(changes(before, now)) == [
         {"kind": "rolled_back", "version": "draft-000002", "reason": "accepts less", "to": "draft-000001"}
     ]
+
+
+def test_a_rollback_is_told_when_another_draft_serves(report) -> None:
+    """From the verdict until that is loaded, the bad one serves."""
+    before = changed(report, "draft", "version", to="draft-000002")
+    judged = copy.deepcopy(before)
+    judged["draft"] |= {"rollbacks": 1, "rolled_back": {"version": "draft-000002", "reason": "accepts less"}}
+    loaded = changed(judged, "draft", "version", to="draft-000001")
+    assert list(changes(before, judged)) == []
+    assert [(event["kind"], event["to"]) for event in changes(judged, loaded)] == [("rolled_back", "draft-000001")]
+    later = changed(loaded, "draft", "version", to="draft-000003")
+    assert [event["kind"] for event in changes(loaded, later)] == ["swapped"]
+
+
+def test_shifts_before_a_restart_are_no_event(report) -> None:
+    now = changed(report, "learner", "domains", "shifts", to=4)
+    assert report["learner"]["domains"]["rate_factor"] == 0
+    assert list(changes(report, now)) == []
+
+
+@pytest.mark.parametrize("num_points", [MAX_POINTS - 1, MAX_POINTS])
+def test_a_long_pause_leaves_a_gap_and_the_history_goes_on(report, num_points: int) -> None:
+    history = History()
+    for second in range(num_points):
+        history.add(report, latencies={}, now_s=float(second))
+    for second in range(3):
+        history.add(report, latencies={}, now_s=10_000.0 + second)
+    times = [point["time"] for point in history.points]
+    assert len(times) == MAX_POINTS
+    assert times[-3:] == [10_000.0, 10_001.0, 10_002.0]

@@ -161,7 +161,7 @@ def test_too_many_viewers_are_refused(reports) -> None:
     page.num_viewers = MAX_VIEWERS
     with pytest.raises(RequestError) as error:
         asyncio.run(page.events())
-    assert error.value.status == 429
+    assert error.value.status == 503
 
 
 @pytest.mark.parametrize(
