@@ -236,7 +236,7 @@ class LearnSettings:
     replay_share: float = _within(0.3, 0.0, 0.95)
     """Share of each batch, and of the loss, that comes from the reservoir instead of the newest traffic."""
     reservoir_mb: int = _within(512, 1, 1 << 20)
-    """Size of the reservoir of past traces, in MiB."""
+    """Size of the reservoir of past traces, in MiB; a quarter of it more for requests that drafts are compared on."""
     max_client_share: float = _within(0.5, 0.05, 1.0)
     """Largest share of a batch's positions from one client while there are others. A client is the request's `user`,
     else its network address. 1: no limit."""
@@ -258,7 +258,8 @@ class LearnSettings:
     value_weight: float = _within(0.1, 0.0, 100.0)
     """Weight of the value head's loss."""
     gate_requests: int = _within(16, 6, 1 << 20)
-    """Number of newest requests that wait for a trial before they are learned from; a trial takes six at least."""
+    """Number of newest requests that wait for a trial before they are learned from; a trial takes six at least. Fewer
+    wait, down to eight, if they are large (learn.reservoir_mb)."""
     publish_every_s: float = _within(30.0, 0.0, 86400.0)
     """Minimum time between two trials, in seconds."""
     publish_every_steps: int = _within(8, 1, 1 << 20)

@@ -74,7 +74,9 @@ def start(
     with run_folder() as folder:
         status = EngineStatusPage.create(folder / STATUS_NAME)
         learner_page = LearnerStatusPage.create(folder / LEARNER_STATUS_NAME)
-        (folder / CONFIG_NAME).write_text(to_yaml(settings_for_learner(with_fixed_target(config))), encoding="utf-8")
+        find_target(config)  # downloads what is new, before the revision is fixed for vLLM and every learner
+        fixed = with_fixed_target(config)
+        (folder / CONFIG_NAME).write_text(to_yaml(settings_for_learner(fixed)), encoding="utf-8")
         deployment = _deployment(config, folder)
         deployment.write()
         command = vllm_command(config, deployment, vllm_arguments)

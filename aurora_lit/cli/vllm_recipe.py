@@ -67,10 +67,10 @@ def recipe(config: AuroraConfig) -> Recipe:
         raise ConfigError("target.config_file=null: the model's sizes are not known; name its config.json")
     text, draft = shape.get_text_config(), draft_shape(config, shape.get_text_config())
     everything = target_parameters(shape)
-    experts = getattr(text, "num_local_experts", None) or 1
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
     used = getattr(text, "num_experts_per_tok", None) or 1
     of_experts = expert_parameters(shape)
-    active = everything - (of_experts - of_experts * used // experts)
+    active = everything - (of_experts - of_experts * used // experts if experts > 1 else 0)
     cards = 2 ** math.ceil(math.log2(max(1.0, everything * _BF16 / (_SHARE_FOR_WEIGHTS * _CARD_BYTES))))
     in_draft, _ = draft_parameters(draft)
     # Forward and backward of each unrolled step: 6 operations a parameter, where serving a token takes 2.
@@ -108,6 +108,10 @@ def show(config: AuroraConfig, *, as_json: bool) -> None:
     table.add_row(
         "draft", f"{found.draft_parameters / 1e6:,.0f} million parameters", f"{found.draft_bytes / 1e9:.2f} GB in bf16"
     )
+    if found.pipeline_parallel > 1:
+        table.add_row(
+            "learning beside it", "not possible", "traces need the API server and the last stage on one machine"
+        )
     table.add_row("traces", f"{found.trace_bytes_per_token / 1024:g} KiB a token", "four hidden states in bf16")
     table.add_row("ring", f"{found.ring_tokens:,} tokens", f"trace.capacity_mb={config.trace.capacity_mb}")
     table.add_row("learner", f"{found.learner_bytes / 1e9:.1f} GB", "embedding, head, draft, optimiser, one step")

@@ -131,10 +131,15 @@ def read_config(folder: Path) -> Eagle3Config:
     """The configuration of a stored draft. Raises CheckpointError."""
     try:
         raw = common_config(_read_json(folder, CONFIG_NAME))
-        low, middle, high = raw["eagle_aux_hidden_state_layer_ids"]
+        if not (layers := raw.get("eagle_aux_hidden_state_layer_ids")):
+            raise CheckpointError(
+                "it does not say which layers of the target it reads; add eagle_aux_hidden_state_layer_ids to "
+                f"{CONFIG_NAME}: of n layers most drafts read [2, n // 2, n - 3]"
+            )
+        low, middle, high = layers
         return Eagle3Config(
             hidden_size=int(raw["hidden_size"]),
-            target_hidden_size=int(raw.get("target_hidden_size", raw["hidden_size"])),
+            target_hidden_size=int(raw.get("target_hidden_size") or raw["hidden_size"]),
             intermediate_size=int(raw["intermediate_size"]),
             num_attention_heads=int(raw["num_attention_heads"]),
             num_key_value_heads=int(raw["num_key_value_heads"]),

@@ -35,7 +35,9 @@ def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"--out {out} exists already; name a new folder")
     fields = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
-    fields["eagle_config"] = eagle_config(shape.aux_layer_ids)
+    # Whatever form it has: SGLang reads layers in eagle_config, vLLM beside it.
+    fields["eagle_config"] = {**(fields.get("eagle_config") or {}), **eagle_config(shape.aux_layer_ids)}
+    fields["eagle_aux_hidden_state_layer_ids"] = list(shape.aux_layer_ids)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

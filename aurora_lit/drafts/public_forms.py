@@ -48,6 +48,11 @@ def common_config(raw: dict[str, Any]) -> dict[str, Any]:
     for flag, meaning in _UNSUPPORTED.items():
         if fields.get(flag):
             raise CheckpointError(f"{flag} is {fields[flag]}: {meaning} cannot be learned here")
+    if "sliding_attention" in (fields.get("layer_types") or ()) or fields.get("use_sliding_window"):
+        window = fields.get("sliding_window")
+        raise CheckpointError(f"sliding_window is {window}: attention with a window cannot be learned here")
+    if fields.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"hidden_act is {fields['hidden_act']!r}; a draft has 'silu'")
     if fields.get("num_hidden_layers", 1) != 1:
         raise CheckpointError(f"num_hidden_layers is {fields['num_hidden_layers']}; a draft has 1")
     eagle = fields.get("eagle_config") or {}

@@ -27,11 +27,12 @@ _MAX_ERRORS, _MAX_ERROR_LENGTH = 2, 500
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-std=c++17")
 
 
-def compiler() -> str | None:
-    """Path of the C++ compiler to use: `$CXX` or g++; None if there is none.
+class ClangError(Exception):
+    """The compiler is clang++, whose parallel regions are not those of the OpenMP runtime that torch has loaded."""
 
-    Clang's parallel regions are not those of the OpenMP runtime that torch has loaded.
-    """
+
+def compiler() -> str | None:
+    """Path of the C++ compiler to use: `$CXX` or g++; None if there is none."""
     for name in (os.environ.get("CXX"), "g++"):
         if name and (found := shutil.which(name)):
             return found
@@ -41,11 +42,11 @@ def compiler() -> str | None:
 def built_library(command: str) -> Path:
     """Path of the shared library, compiled with `command` unless it is in the cache.
 
-    Raises OSError or CalledProcessError if it cannot be compiled or the cache folder cannot be written.
+    Raises ClangError, OSError or CalledProcessError if it cannot be compiled or the cache folder cannot be written.
     """
     version = subprocess.run([command, "--version"], check=True, capture_output=True).stdout
     if b"clang" in version:
-        raise OSError("clang++ cannot compile them, since torch has loaded GNU's OpenMP; use g++")
+        raise ClangError
     # A wrapper around a compiler has its version, and -march=native asks what the system permits.
     macros = _run([command, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
     openmp = _torch_openmp()

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from aurora_lit.kernels.build import built_library, compiler, first_errors
+from aurora_lit.kernels.build import ClangError, built_library, compiler, first_errors
 
 KEY_BLOCK = 64
 """Positions whose keys are stored together in a slot; KEY_BLOCK in attention_shape.hpp."""
@@ -87,6 +87,8 @@ def _load() -> ctypes.CDLL | Absence:
     except subprocess.CalledProcessError as error:
         needs = "it must support -march=native, OpenMP and C++17"
         return Absence(f"{command} failed: {first_errors(error)}", f"repair the compiler ({needs}), or {another}")
+    except ClangError:
+        return Absence(f"{command} is clang++, which has another OpenMP than torch", "let CXX name g++, or unset it")
     except OSError as error:
         return Absence(f"they cannot be built ({error})", f"set AURORA_LIT_CACHE to a writable folder, or {another}")
     try:

@@ -1,6 +1,7 @@
 """What a vLLM engine does, on the status page that `aurora-lit status` and the learner read; trials of new drafts.
 
-Written by the rank that has the hidden states. A vLLM worker does not see the queue, so `waiting` stays 0.
+Written by the rank that has the hidden states. A vLLM worker does not see the queue, so `waiting` is 0, and
+1 once nothing is seen any more.
 
     status = LiveStatus(page, max_draft_tokens=3, ...)
     status.observe(step, outcomes)          # after each step

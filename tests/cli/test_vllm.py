@@ -141,7 +141,7 @@ def test_the_learners_metrics_are_served_apart_and_go_on_when_it_has_ended(tmp_p
     page, port = LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME), free_port()
     ring = RingWriter.create(tmp_path / RING_NAME, 1 << 16, layout="0a")
     ring.push(b"a trace")
-    page.write(pid=os.getpid(), steps=7, published=2)
+    page.write(pid=os.getpid(), steps=7, published=2, rate_factor=1.0)
     page.beat()
     _serve_metrics(tmp_path, page, host="127.0.0.1", port=port, model="m")
 

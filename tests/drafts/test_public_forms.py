@@ -207,3 +207,35 @@ def test_what_would_compute_something_else_is_refused_with_its_name(
     folder = write(tmp_path / "draft", {**SPECFORGE, **changes}, tensors_of(made()))
     with pytest.raises(CheckpointError, match=f"draft.checkpoint: .* is refused: .*{reason}"):
         load_draft(folder, SHAPE)
+
+
+def test_a_width_that_is_null_is_the_drafts_own(tmp_path: Path) -> None:
+    """As speculators writes it."""
+    folder = write(tmp_path, {**SPECULATORS, "hidden_size": 16, "target_hidden_size": None}, {})
+    assert read_config(folder).target_hidden_size == 16
+
+
+def test_a_form_that_does_not_name_its_layers_is_told_what_to_add(tmp_path: Path) -> None:
+    """As SpecForge's own configurations are."""
+    config = {name: value for name, value in SPECFORGE.items() if name != "eagle_config"}
+    with pytest.raises(CheckpointError, match=r"add eagle_aux_hidden_state_layer_ids to config.json: .*\[2, n // 2"):
+        read_config(write(tmp_path, config, {}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"layer_types": ["sliding_attention"], "sliding_window": 2048}, "sliding_window is 2048"),
+        ({"use_sliding_window": True, "sliding_window": 512}, "sliding_window is 512"),
+        ({"use_sliding_window": False, "sliding_window": 131072}, ""),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_act": "silu"}, ""),
+    ],
+)
+def test_another_attention_or_activation_is_refused(fields: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, {**SPECFORGE, **fields}, {})
+    if reason:
+        with pytest.raises(CheckpointError, match=reason):
+            read_config(folder)
+    else:
+        read_config(folder)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class RiggedHeldOut(HeldOut):
 class LearnerHarness:
     """A loop with a ring that the test fills, a real store and status page, and a budget without limit.
 
-    Trials have no limit either, unless `limits_trials`.
+    Trials have no limit either, unless `limits_trials`. `told_before`: what the learner before has written to the page.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class LearnerHarness:
         draft: Eagle3Draft | None = None,
         controller: DomainController | None = None,
         limits_trials: bool = False,
+        told_before: Mapping[str, int] | None = None,
         **settings: Any,
     ) -> None:
         config = LearnSettings(
@@ -89,6 +90,7 @@ class LearnerHarness:
         self.ring = FakeRing()
         self.target_head = TargetHead(target)
         self.page = LearnerStatusPage.create(folder / f"page{time.monotonic_ns()}")
+        self.page.write(**(told_before or {}))
         module = online_module(target, copy.deepcopy(self.starting))
         self.learner = Learner(
             module,

@@ -10,7 +10,6 @@ finds them again, and clients' text is never written to a disk. Leaves out batch
 
 from __future__ import annotations
 
-import errno
 import heapq
 import logging
 import os
@@ -47,6 +46,7 @@ class Reservoir:
         self._heaps: dict[str, list[_Entry]] = {}
         """By domain, lowest key first."""
         self._bytes: dict[str, int] = {}
+        self._told_full = False
         folder.mkdir(mode=0o700, exist_ok=True)
         self._next_number = 0
         for path in sorted(folder.iterdir()):
@@ -80,9 +80,18 @@ class Reservoir:
             return False
         domain = self._domain_of(trace)
         self._keep(domain, entry)
-        while self.num_bytes > self._limit_bytes:
-            if self._drop_one().number == entry.number:
+        freed = 0
+        while self.num_bytes > self._limit_bytes or not self._write(entry, payload):
+            # Also where shared memory has no room, or the first traces would be all that is ever replayed. But what
+            # frees as much and is not enough is no room of ours.
+            dropped = self._drop_one() if freed <= 2 * len(payload) else self._drop(domain, entry)
+            if dropped is entry:
                 return False
+            freed += dropped.num_bytes if self.num_bytes <= self._limit_bytes else 0
+        return True
+
+    def _write(self, entry: _Entry, payload: bytes) -> bool:
+        """False if there is no room for it."""
         temporary = self._folder / f"{entry.name}.tmp"
         try:
             with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
@@ -90,13 +99,9 @@ class Reservoir:
             os.replace(temporary, self._folder / entry.name)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            self._heaps[domain].remove(entry)
-            heapq.heapify(self._heaps[domain])
-            self._forget(domain, entry)
-            if error.errno == errno.ENOSPC and 0 < self.num_bytes < self._limit_bytes:
-                # From now on others are dropped for new ones, or the first traces would be all that is ever replayed.
-                self._limit_bytes = self.num_bytes
-                _log.warning("shared memory is full: of past traces %d MiB are kept", self.num_bytes >> 20)
+            if not self._told_full:
+                self._told_full = True
+                _log.warning("no room for past traces beyond %d MiB: %s", self.num_bytes >> 20, error)
             return False
         return True
 
@@ -116,9 +121,7 @@ class Reservoir:
                 trace = from_bytes((self._folder / entry.name).read_bytes())
                 return replace(trace, domain=domain or trace.domain)
             except (OSError, TraceError):  # the file was deleted or damaged
-                self._heaps[domain].remove(entry)
-                heapq.heapify(self._heaps[domain])
-                self._forget(domain, entry)
+                self._drop(domain, entry)
         return None
 
     def _would_be_dropped(self, domain: str, key: float, num_bytes: int) -> bool:
@@ -149,6 +152,12 @@ class Reservoir:
     def _drop_one(self) -> _Entry:
         domain = max(self._bytes, key=lambda name: self._bytes[name])
         entry = heapq.heappop(self._heaps[domain])
+        self._forget(domain, entry)
+        return entry
+
+    def _drop(self, domain: str, entry: _Entry) -> _Entry:
+        self._heaps[domain].remove(entry)
+        heapq.heapify(self._heaps[domain])
         self._forget(domain, entry)
         return entry
 

@@ -20,7 +20,6 @@ every process.
 from __future__ import annotations
 
 import copy
-import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +49,6 @@ from aurora_lit.traces.log import read_index, read_shard
 from aurora_lit.traces.record import Trace, check
 
 _SCORING_POSITIONS = 4096
-_log = logging.getLogger(__name__)
 """Positions of one scoring pass, padding included."""
 
 
@@ -277,14 +275,15 @@ class Replay:
 def read_traces(folder: Path) -> Iterator[Trace]:
     """Yield all traces of a log in the order in which they were recorded.
 
-    Those of a file that a server deletes meanwhile, since it has recorded trace.record_mb, are left out.
+    Raises AuroraError if a server deletes a file meanwhile, since it has recorded trace.record_mb.
     """
     for shard in read_index(folder):
         try:
-            traces = read_shard(folder / shard.name)
-            yield from traces
-        except FileNotFoundError:
-            _log.warning("%s was deleted while the log was read; its traces are left out", folder / shard.name)
+            yield from read_shard(folder / shard.name)
+        except FileNotFoundError as error:
+            raise AuroraError(
+                f"{folder / shard.name} was deleted by the server that records there; replay a copy of the folder"
+            ) from error
 
 
 def count_traces(folder: Path) -> int:

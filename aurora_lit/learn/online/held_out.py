@@ -133,12 +133,17 @@ class HeldOut:
         size = max(1, min(_OLD_REQUESTS, _MAX_OLD_REQUESTS // len(self.old)))
         for requests in self.old.values():
             del requests[size:]
-        if len(kept) < size:
+        has_room = len(kept) < size and self._num_old_bytes() + request.num_bytes <= self._half_bytes
+        if not kept or has_room:
             kept.append(request)
-        elif (index := self._random.randrange(self._num_remembered[domain])) < size:
+        elif (index := self._random.randrange(self._num_remembered[domain])) < len(kept):
             kept[index] = request
-        while sum(r.num_bytes for requests in self.old.values() for r in requests) > self._half_bytes:
-            largest = max(self.old.values(), key=lambda requests: sum(r.num_bytes for r in requests))
-            if len(largest) == 1:
+        while self._num_old_bytes() > self._half_bytes:
+            several = [requests for requests in self.old.values() if len(requests) > 1]
+            if not several:
                 break
-            largest.pop()
+            largest = max(several, key=lambda requests: sum(each.num_bytes for each in requests))
+            del largest[self._random.randrange(len(largest))]
+
+    def _num_old_bytes(self) -> int:
+        return sum(request.num_bytes for requests in self.old.values() for request in requests)

@@ -150,6 +150,13 @@ class DraftTrainer:
         state = read_state(self.state_path)
         if state is None:
             raise AuroraError(f"{self.state_path} is damaged; delete it to train from the beginning")
+        own, saved = self.module.state_dict(), state["module"]
+        same_shapes = own.keys() == saved.keys() and all(own[name].shape == saved[name].shape for name in own)
+        if not same_shapes or not torch.equal(own["draft.d2t"].cpu(), saved["draft.d2t"].cpu()):
+            raise AuroraError(
+                f"{self.state_path} is of a draft with another vocabulary or shape; repeat the --start-from and "
+                "--draft-vocab-size that it began with, or name another --out"
+            )
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
         for schedule, of_schedule in zip(self.schedules, state["schedules"], strict=True):

@@ -173,7 +173,10 @@ def sampled_share(batch: OnlineBatch, num_proposals: int, num_targets: Tensor) -
 
 def draft_index(token_ids: Tensor, draft: Eagle3Draft) -> Tensor:
     """Draft ids of target ids; 0 for padding (−1), and arbitrary where the draft does not have the token."""
-    return (draft.t2d.cumsum(0) - 1)[token_ids.clamp_min(0)].clamp_min(0)
+    ids = draft.draft_token_ids  # in any order: some tools sort them by frequency
+    index_V = torch.zeros_like(draft.t2d, dtype=torch.int64)
+    index_V[ids] = torch.arange(len(ids), device=ids.device)
+    return index_V[token_ids.clamp_min(0)]
 
 
 def _math_dtype(x: Tensor) -> torch.dtype:

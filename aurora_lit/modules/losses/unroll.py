@@ -61,6 +61,7 @@ def unroll(
             states at other positions may be 0. None: all.
     """
     B, T = token_ids_BT.shape
+    draft.extend_positions(T + num_steps)
     device = token_ids_BT.device
     embeds_BTH = nn.functional.embedding(token_ids_BT, embedding_VH)
     features_BTH = draft.combine_hidden_states(aux_BT3H)
@@ -288,6 +289,7 @@ def unroll_rounds(
     is arbitrary.
     """
     B, T, H = chains.root_hidden_BTH.shape
+    draft.extend_positions(T + proposal_QK.shape[1])
     device = row_Q.device
     # The rounds of a trace are laid side by side, so that they share its keys.
     count_B = torch.bincount(row_Q, minlength=B)

@@ -63,7 +63,7 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
     if not body.callable_tools:
         return None
     format_ = _format(tokenizer)
-    if not body.must_call and (form := unread_form(str(tokenizer.chat_template or ""))):
+    if not body.needs_grammar and body.structure is None and (form := unread_form(str(tokenizer.chat_template or ""))):
         raise RequestError(
             f'tools: this model writes calls as {form}, which is not read; send tool_choice="required", with which it '
             "writes JSON",

@@ -151,7 +151,7 @@ class SpeculationFloor:
     def allows(self, kind: RoundKind, *, drafts: bool = False, is_timed: bool = True) -> bool:
         """False: this round is not to speculate, because that lost lately or a plain round is to be timed.
 
-        `drafts`: by the draft; else by copies alone. `is_timed`: the round will be observed.
+        `drafts`: by the draft; else by copies alone. `is_timed`: false for a round that will not be compared.
         """
         account, plain = self._account(kind, drafted=drafts), self._plain[kind]
         if account.rest or not is_timed:
@@ -189,7 +189,7 @@ class SpeculationFloor:
             took_s = min(seconds, _MOST_ROUND * plain.seconds)
             self._compare(took_s, plain_s=max(0.0, took_s - proposing_s))
             for own, lost_s in vain_s:
-                self.num_rests += self._account(kind, drafted=own).add(-min(lost_s, took_s) / plain.seconds)
+                self.num_rests += self._account(kind, drafted=own).add(-min(lost_s / plain.seconds, 1.0))
             return
         account = self._account(kind, drafted=drafted)
         plain.since += 1
@@ -201,7 +201,7 @@ class SpeculationFloor:
         self.num_rests += account.add(gave - took - account.charge(catch_up_s / plain.seconds))
 
     def pass_untimed(self, kind: RoundKind) -> None:
-        """Count a round that did not have the machine to itself: rests end in rounds, whatever these took."""
+        """Count a round that is not compared: rests end in rounds, whatever these took."""
         self._pass_rests(kind, but=None)
 
     def _pass_rests(self, kind: RoundKind, *, but: bool | None) -> None:

@@ -328,19 +328,20 @@ class SpeculationPlanner:
 
         `path`: the accepted columns, column 0 first. Rounds that explore are left out: they say nothing about others.
         """
-        if proposal.explored_at is not None or finished:  # its end may have cut off what was not verified
+        if proposal.explored_at is not None:
             return
         sampled = sequence.temperature > 0
         chain = proposal.first_choices
         proposed, chain_accepted = len(chain), common_prefix_length(chain, path[1:])
         accepted = sum(0 < column <= proposal.num_drafted for column in path)
-        for i in range(min(chain_accepted + 1, proposed)):
+        # The end of a request may cut off what came after the accepted ones, so that it was not verified.
+        for i in range(min(chain_accepted + (not finished), proposed)):
             sequence.verified_drafts.add(i < chain_accepted, decay=_RECORD_DECAY)
             self._mean_rates[sampled].add(i < chain_accepted)
         # Copies may branch off a drafted chain, which says nothing about trees of its size.
         is_tree = proposal.parents is not None and (levels := proposal.num_drafted_levels) < proposal.num_drafted
         tree = self._trees[sampled].get(proposal.num_drafted) if is_tree else None
-        if tree is not None:
+        if tree is not None and not finished:
             tree.observe(levels=levels, accepted=accepted, chain_proposed=proposed, chain_accepted=chain_accepted)
 
     def observe_round(self, batch_size: int, columns: int, seconds: float) -> None:

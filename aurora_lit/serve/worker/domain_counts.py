@@ -1,8 +1,9 @@
 """Counts what was generated and accepted, by the domain that requests were served as.
 
 Domains are few at any time, but clients may send any number of labels, and the learner's domains come and go. So the
-first MAX_LABELS labels have a row each, and the MAX_DOMAINS domains without a label that had requests last; all else is
-counted together as OTHER_DOMAINS. Leaves out where the rows are written (ipc/engine_status.py).
+first MAX_LABELS labels have a row each, and the MAX_DOMAINS domains without a label that had requests last. Further
+labels are counted together as OTHER_DOMAINS; a domain that loses its row begins at 0 if it comes back. Leaves out where
+the rows are written (ipc/engine_status.py).
 
     counts = DomainCounts()
     counts.add(outputs)                 # of some rounds

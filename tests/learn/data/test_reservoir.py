@@ -62,10 +62,10 @@ def test_while_shared_memory_is_full_new_traces_still_replace_old_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(to_bytes(a_trace()))
-    replace = os.replace
+    room, replace = [20], os.replace
 
     def on_a_small_disk(source: Path, destination: Path) -> None:
-        if sum(path.stat().st_size for path in (tmp_path / "r").iterdir()) > 20 * size + size // 2:
+        if sum(path.stat().st_size for path in (tmp_path / "r").iterdir()) > room[0] * size + size // 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(source, destination)
 
@@ -79,6 +79,12 @@ def test_while_shared_memory_is_full_new_traces_still_replace_old_ones(
     marks = {int(trace.token_ids_T[0]) for _ in range(300) if (trace := reservoir.sample())}
     assert 100 < sum(marks) / len(marks) < 300, "old and new alike"
     assert reservoir.num_bytes == sum(path.stat().st_size for path in (tmp_path / "r").iterdir())
+    room[0] = 0
+    assert not reservoir.add(a_trace())
+    assert len(reservoir) >= 15, "where others have taken all, nothing is gained by dropping"
+    room[0] = 1000
+    for mark in range(30):
+        assert reservoir.add(a_trace(mark=mark)), "there is room again"
 
 
 def test_heavier_traces_are_more_likely_to_stay(tmp_path: Path) -> None:

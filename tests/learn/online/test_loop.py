@@ -128,8 +128,7 @@ def test_a_version_rolled_back_before_the_loop_has_looked_is_not_learned_on_from
 def test_counts_do_not_fall_behind_those_of_a_learner_that_was_killed(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
-    harness = LearnerHarness(target, tmp_path)
-    harness.loop._steps_before, harness.loop._positions_before = 5, 10**6
+    harness = LearnerHarness(target, tmp_path, told_before={"steps": 5, "positions": 10**6})
     harness.ring.records.extend(asked_again(traffic, 2))
     harness.tick_until(lambda: harness.learner.steps == 2)
     assert (harness.page.read().steps, harness.page.read().positions) == (5, 10**6)

@@ -96,3 +96,14 @@ def test_a_damaged_state_is_an_error(target: Target, tmp_path: Path) -> None:
 def test_training_on_nothing_is_an_error(target: Target, tmp_path: Path) -> None:
     with pytest.raises(AuroraError, match="holds no sequence to learn from"):
         trainer(target, tmp_path).fit(tmp_path, [], until_positions=10)
+
+
+def test_a_state_of_a_draft_with_another_vocabulary_is_refused(target: Target, log: Path, tmp_path: Path) -> None:
+    """Its rows of the head are of other tokens, though their number is the same."""
+    shards = read_index(log)
+    trainer(target, tmp_path / "fit").fit(log, shards, until_positions=1_000)
+    other = random_draft(target)
+    other.d2t[0] = 0  # its first token is 0 instead of 1
+    module = draft_module(target, other, num_steps=2, online=OnlineWeights(ppo_weight=0.0))
+    with pytest.raises(AuroraError, match="another vocabulary or shape; repeat the --start-from"):
+        DraftTrainer(module, tmp_path / "fit", TrainerOptions(total_positions=40_000))

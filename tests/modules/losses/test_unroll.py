@@ -223,3 +223,20 @@ def test_stepwise_chains_are_the_unrolled_ones_whichever_of_them_end(target: Tar
             goes_on_N = goes_on_N[: chains.count]
             assert 0 < int(goes_on_N.sum()) < chains.count
             chains.advance(goes_on_N.nonzero()[:, 0])
+
+
+def test_draft_ids_are_right_whatever_their_order(target: Target) -> None:
+    draft = random_draft(target)
+    ids = draft.draft_token_ids.flip(0)
+    draft.d2t.copy_(ids - torch.arange(len(ids)))
+    assert draft_index(ids, draft).tolist() == list(range(len(ids)))
+    assert draft_index(torch.tensor([-1]), draft).shape == (1,)
+
+
+def test_chains_may_be_longer_than_the_drafts_rotary_table(target: Target) -> None:
+    draft = random_draft(target)
+    ids_BT = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    made, batch = draft_module(target, draft, num_steps=3), draft_batch(target, ids_BT)
+    expected_KBTH = made.unroll(batch)
+    draft.cos_LD, draft.sin_LD = draft.cos_LD[:5], draft.sin_LD[:5]
+    assert torch.equal(made.unroll(batch), expected_KBTH)

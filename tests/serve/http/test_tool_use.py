@@ -115,5 +115,6 @@ def test_calls_in_a_form_that_is_not_read_are_refused_unless_a_grammar_makes_the
     with pytest.raises(RequestError, match='send tool_choice="required"') as refused:
         use_of(template, tools=[LOOSE])
     assert refused.value.param == "tools"
-    assert use_of(template, tools=[LOOSE], tool_choice="required") is not None
+    for json_alone in ({"tool_choice": "required"}, {"tools": [STRICT]}, {"response_format": FORMAT}):
+        assert use_of(template, **{"tools": [LOOSE], **json_alone}) is not None
     assert use_of(template, tools=[LOOSE], tool_choice="none") is None

@@ -305,6 +305,7 @@ def test_a_stall_while_proposing_is_no_loss_either() -> None:
     first = SpeculationFloor()
     first.observe(GREEDY, seconds=60.0, tokens=8, speculated=False, proposing_s=59.0, looking_s=59.0)
     assert first.compared_plain_s >= 0
+    assert first.num_rests == 0
 
 
 def test_rests_end_in_rounds_and_no_plain_round_is_asked_for_where_it_would_not_be_timed() -> None:

@@ -332,7 +332,7 @@ function facts(id, rows) {
 
 function showLearner() {
   const { report } = state, { learner, traces } = report;
-  const rate = recent((from, to) => (to.time - from.time > 3 ? (60 * (to.learner[0] - from.learner[0])) / (to.time - from.time) : null))[0];
+  const rate = recent((from, to) => (to.time - from.time > 3 && from.learner[2] > 0 ? (60 * (to.learner[0] - from.learner[0])) / (to.time - from.time) : null))[0];
   show("learner-note", learner.state + (learner.activity && learner.state === "running" ? `: ${learner.activity}` : ""));
   facts("learner", [
     ["Share of the processor", percent(learner.compute_share, 1)],
