@@ -24,11 +24,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from aurora_lit.config import AuroraConfig
+from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.offline.replay import ARMS, Replay, ScoredTrace, blocks, count_traces, read_traces
+from aurora_lit.learn.offline.replay import (
+    ARMS,
+    Replay,
+    ScoredTrace,
+    blocks,
+    count_traces,
+    read_traces,
+    shard_names,
+)
 from aurora_lit.learn.online.build import load_head_and_draft
+from aurora_lit.learn.online.data_parallel import broadcast_plain
 from aurora_lit.learn.training_precision import training_precision
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
@@ -41,6 +51,7 @@ def replay(config: AuroraConfig, *, traces: Path | None, **options: Any) -> None
     if folder is None:
         raise ConfigError("trace.record=null: there are no traces to replay; use --traces DIR")
     fabric = _fabric()
+    use_threads(config.engine.threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     target_head, starting = load_head_and_draft(config)
     run(config, traces=folder, target_head=target_head, starting=starting, fabric=fabric, **options)
 
@@ -75,7 +86,9 @@ def run(
             fabric=fabric,
         )
         task = bar.add_task("replaying", total=total)
-        for block in blocks(read_traces(traces), trial_every):
+        # A server may record there meanwhile, and all processes must read the same.
+        names = broadcast_plain(fabric, shard_names(traces))
+        for block in blocks(read_traces(traces, names), trial_every):
             replayed.process_block(block)
             bar.advance(task, len(block))
     result = report(replayed, window=window)

@@ -125,6 +125,9 @@ class RankWatch:
         """Name the process that ended first; the others end because of it, each with an error of its own."""
         if len(self._processes) > 1:
             time.sleep(0.1)  # the end of a killed process may be seen after that of one that lost its connection to it
+            own = self._status.read()
+            if own.state is WorkerState.FAILED and own.error and not own.error.startswith(RankError.__name__):
+                return own.error  # rank 0 has ended the others
         ended = [rank for rank, process in enumerate(self._processes) if not process.is_alive()]
         codes = {rank: self._processes[rank].exitcode or 0 for rank in ended}
         errors = {rank: self._pages[rank - 1].read().error if rank else self._status.read().error for rank in ended}

@@ -30,7 +30,6 @@ import torch
 from lightning.fabric import Fabric
 
 from aurora_lit.config import AuroraConfig
-from aurora_lit.drafts.checkpoint import load_draft
 from aurora_lit.drafts.versions import DraftStore, version_name, version_number
 from aurora_lit.errors import AuroraError, TraceError
 from aurora_lit.learn.data.labelled_trace import is_compatible
@@ -254,35 +253,38 @@ class Replay:
         """Serve the learner's draft, which has its averaged weights now, rounded as in a checkpoint."""
         self.published += 1
         name = version_name(self.published)
-        if self._store is None:
-            stored = {
-                key: each.bfloat16() if each.is_floating_point() else each
-                for key, each in self.learner.draft.state_dict().items()
-            }
-            self.served.load_state_dict(stored)
-        else:
-            if self.fabric.is_global_zero:
-                record = {"steps": self.learner.steps, "positions": self.learner.positions} | record
-                name = self._store.publish(self.learner.draft, record=record)
-            name = broadcast_plain(self.fabric, name)
-            self.served.load_state_dict(load_draft(self._store.folder / name, self._target_head).state_dict())
+        if self._store is not None and self.fabric.is_global_zero:
+            record = {"steps": self.learner.steps, "positions": self.learner.positions} | record
+            name = self._store.publish(self.learner.draft, record=record)
+        stored = {
+            key: each.bfloat16() if each.is_floating_point() else each
+            for key, each in self.learner.draft.state_dict().items()
+        }
+        # Not read from the store, which other machines do not have.
+        name, stored = broadcast_plain(self.fabric, [name, stored])
+        self.served.load_state_dict(stored)
         for module in (self._champion, *(scorer.module for scorer in self._scorers)):
             self._target_head.install_head(module)
         self.version = self.learner.version = name
         self._held_out.clear_champion_scores()
 
 
-def read_traces(folder: Path) -> Iterator[Trace]:
-    """Yield all traces of a log in the order in which they were recorded.
+def shard_names(folder: Path) -> list[str]:
+    """The files of a log in the order in which they were recorded."""
+    return [shard.name for shard in read_index(folder)]
+
+
+def read_traces(folder: Path, names: Sequence[str] | None = None) -> Iterator[Trace]:
+    """Yield all traces of a log in the order in which they were recorded. names: of its files; None: all.
 
     Raises AuroraError if a server deletes a file meanwhile, since it has recorded trace.record_mb.
     """
-    for shard in read_index(folder):
+    for name in shard_names(folder) if names is None else names:
         try:
-            yield from read_shard(folder / shard.name)
+            yield from read_shard(folder / name)
         except FileNotFoundError as error:
             raise AuroraError(
-                f"{folder / shard.name} was deleted by the server that records there; replay a copy of the folder"
+                f"{folder / name} was deleted by the server that records there; replay a copy of the folder"
             ) from error
 
 

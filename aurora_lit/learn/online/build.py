@@ -151,9 +151,12 @@ def run_follower(config: AuroraConfig) -> None:
     learn = config.learn
     torch.set_num_threads(learn.threads)
     target_head, starting = load_head_and_draft(config)
+    store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
+    # Of the leader's shape, which its state must have.
+    draft = newest_usable(store, lambda version: load_draft(store.folder / version, target_head))[1]
     fabric = launch_fabric(learn)
     follower = Follower()
-    module = online_module(config, starting, target_head)
+    module = online_module(config, starting if draft is None else draft, target_head)
     learner = Learner(
         module,
         controller_for(config),

@@ -162,6 +162,7 @@ class OnlineLoop:
 
     def run(self) -> None:
         """Run turns until stopped, then save."""
+        self._environment.page.write(busy_threads=0)  # loading has ended: rounds may have all cores again
         while not self._stopped:
             self.tick()
         self._save()

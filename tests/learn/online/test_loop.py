@@ -136,6 +136,24 @@ def test_counts_do_not_fall_behind_those_of_a_learner_that_was_killed(
     assert harness.page.read().steps == 7
 
 
+def test_rounds_get_their_cores_back_when_the_learner_has_loaded_though_it_must_wait(
+    target: Target, tmp_path: Path
+) -> None:
+    harness = LearnerHarness(target, tmp_path)
+    harness.page.write(busy_threads=2)
+    harness.load = ServerLoad.FULL
+    harness.loop._budget = SimpleNamespace(wait_s=lambda load: 1.0, measured_share=0.0)  # type: ignore[assignment]
+    busy: list[int] = []
+
+    def stop(_: float) -> None:
+        busy.append(harness.page.read().busy_threads)
+        harness.loop.stop()
+
+    harness.environment.sleep = stop
+    harness.loop.run()
+    assert busy == [0]
+
+
 def test_while_its_share_is_used_up_reading_has_a_share_too(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
