@@ -161,7 +161,7 @@ def test_on_a_cpu_memory_need_is_that_of_all_processes(model: Path) -> None:
         assert host_total(config, lines) >= sum(line.num_bytes for line in lines if not line.for_learner)
         return host_total(config, lines)
 
-    assert need("learn.reservoir_mb=2") - need("learn.reservoir_mb=1") == (1 << 20) * 9 // 8
+    assert need("learn.reservoir_mb=2") - need("learn.reservoir_mb=1") == (1 << 20) * 11 // 8
     assert need("learn.enabled=false", "learn.reservoir_mb=2") == need("learn.enabled=false", "learn.reservoir_mb=1")
     assert need("learn.enabled=false") < need("learn.enabled=true")
     tensor_parallel = ("engine.strategy=tensor_parallel", "engine.devices=2")

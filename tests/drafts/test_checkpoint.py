@@ -174,7 +174,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another architecture": (edit_config(architectures=["LlamaForCausalLM"]), "architectures is"),
     "no layers": (
         edit_config(eagle_aux_hidden_state_layer_ids=None, eagle_config={}),
-        "a field of config.json is missing or invalid",
+        "add eagle_aux_hidden_state_layer_ids to config.json",
     ),
     "a field missing": (edit_config(rms_norm_eps=None), "a field of config.json is missing or invalid.*rms_norm_eps"),
     "words for numbers": (edit_config(head_dim="many"), "a field of config.json is missing or invalid.*many"),

@@ -348,7 +348,7 @@ def test_after_repeated_refusals_the_learner_restarts_from_the_served_draft_at_h
     assert harness.held_out.evidence.value == 1.0, "what speaks against the old lineage does not hinder the new one"
     harness.held_out.champion_score = 0.0
     harness.tick_until(lambda: harness.loop.published == 1)
-    assert [schedule.backoff for schedule in harness.learner.schedules] == [1, 1]
+    assert {schedule.backoff for schedule in harness.learner.schedules} == {1}
     assert not is_unchanged(), "learning continues from a draft that passed"
 
 
