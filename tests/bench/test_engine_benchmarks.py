@@ -130,6 +130,7 @@ def test_acceptance_measures_greedy_and_the_temperature_by_domain(tmp_path: Path
     results = acceptance.run(
         CONFIG, prompts=_files(tmp_path), limit=2, max_tokens=7, temperature=0.7, out=tmp_path / "out"
     )
+    assert [(config.engine.lookup, config.memory.capacity_mb) for config in built] == [(False, 0)], "nothing is copied"
     assert [(r.temperature, r.domain) for r in results] == [
         (0.0, "chat"),
         (0.0, "poems"),

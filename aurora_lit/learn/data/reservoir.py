@@ -23,6 +23,8 @@ from aurora_lit.traces.record import Trace, from_bytes, to_bytes
 MAX_DOMAINS = 32
 """Clients choose domain names freely; further domains share the unnamed one."""
 _SUFFIX = ".trace"
+_PASSED_OVER = 64
+"""Traces that are not kept after one for which dropping others has made no room."""
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +49,8 @@ class Reservoir:
         """By domain, lowest key first."""
         self._bytes: dict[str, int] = {}
         self._told_full = False
+        self._num_passed_over = 0
+        """Traces that are not kept, since there was no room."""
         folder.mkdir(mode=0o700, exist_ok=True)
         self._next_number = 0
         for path in sorted(folder.iterdir()):
@@ -71,6 +75,9 @@ class Reservoir:
     def add(self, trace: Trace, *, weight: float = 1.0) -> bool:
         """Add a trace to the sample; False if it was not kept. The chance to be kept grows with its weight."""
         key = self._random.random() ** (1 / weight)
+        if self._num_passed_over:
+            self._num_passed_over -= 1
+            return False
         if self._would_be_dropped(self._domain_of(trace), key, trace.num_bytes):
             return False
         payload = to_bytes(trace)
@@ -82,9 +89,13 @@ class Reservoir:
         self._keep(domain, entry)
         freed = 0
         while self.num_bytes > self._limit_bytes or not self._write(entry, payload):
-            # Also where shared memory has no room, or the first traces would be all that is ever replayed. But what
-            # frees as much and is not enough is no room of ours.
-            dropped = self._drop_one() if freed <= 2 * len(payload) else self._drop(domain, entry)
+            # Also where shared memory has no room, or the first traces would be all that is ever replayed. But where
+            # what they free is not enough, others have taken it.
+            if freed > 2 * len(payload):
+                self._drop(domain, entry)
+                self._num_passed_over = _PASSED_OVER
+                return False
+            dropped = self._drop_one()
             if dropped is entry:
                 return False
             freed += dropped.num_bytes if self.num_bytes <= self._limit_bytes else 0
@@ -155,11 +166,10 @@ class Reservoir:
         self._forget(domain, entry)
         return entry
 
-    def _drop(self, domain: str, entry: _Entry) -> _Entry:
+    def _drop(self, domain: str, entry: _Entry) -> None:
         self._heaps[domain].remove(entry)
         heapq.heapify(self._heaps[domain])
         self._forget(domain, entry)
-        return entry
 
     def _forget(self, domain: str, entry: _Entry) -> None:
         (self._folder / entry.name).unlink(missing_ok=True)

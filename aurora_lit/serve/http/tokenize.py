@@ -114,10 +114,9 @@ def render(messages: Sequence[Message], how: Templated, *, tools: Sequence[Tool]
         try:
             return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
         except TemplateError:  # perhaps of a system turn that is there for the tools alone
-            again = in_first_user_turn(turns)
-            if not tools or again == turns or any(message.role in ("system", "developer") for message in messages):
+            if any(message.role in ("system", "developer") for message in messages):
                 raise
-            return str(tokenizer.apply_chat_template(again, tokenize=False, **options))
+            return str(tokenizer.apply_chat_template(in_first_user_turn(turns), tokenize=False, **options))
     # Templates also fail on variables of another type, and on deep ones.
     except (TemplateError, ValueError, TypeError, RecursionError) as error:
         raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
