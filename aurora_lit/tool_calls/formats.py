@@ -46,6 +46,8 @@ class ToolFormat:
     name_end: str = ""
     """Where the name stands before the arguments instead of inside an object: what ends it."""
     is_in_template: bool = True
+    unread_form: str = ""
+    """How calls look that the template teaches instead, and that are not read; "": there are none."""
     short_ids: bool = False
     """Ids of calls have nine letters and digits, the only ones that the template takes."""
 
@@ -108,17 +110,11 @@ def format_of(chat_template: str) -> ToolFormat:
     if "[TOOL_CALLS]" in chat_template:
         return MISTRAL_NAMED if "[ARGS]" in chat_template else MISTRAL
     if "<tool_call>" in chat_template:
-        return HERMES
+        unread = next((form for form in ("<function=", "<arg_key>") if form in chat_template), "")
+        return replace(HERMES, unread_form=unread)
     if "<|python_tag|>" in chat_template or '"parameters"' in chat_template:
         return LLAMA3
     return replace(PLAIN, is_in_template=True)
-
-
-def unread_form(chat_template: str) -> str:
-    """How calls begin that a template teaches and no format here has; "" if there are none."""
-    if "<tool_call>" not in chat_template:
-        return ""
-    return next((form for form in ("<function=", "<arg_key>") if form in chat_template), "")
 
 
 def in_first_user_turn(turns: Sequence[Turn]) -> list[Turn]:

@@ -78,14 +78,14 @@ class Reservoir:
         if self._num_passed_over:
             self._num_passed_over -= 1
             return False
-        if self._would_be_dropped(self._domain_of(trace), key, trace.num_bytes):
+        domain = self._domain_of(trace)
+        if self._would_be_dropped(domain, key, trace.num_bytes):
             return False
         payload = to_bytes(trace)
         entry = _Entry(key=key, number=self._next_number, num_bytes=len(payload))
         self._next_number += 1
         if len(payload) > self._limit_bytes:
             return False
-        domain = self._domain_of(trace)
         self._keep(domain, entry)
         freed = 0
         while self.num_bytes > self._limit_bytes or not self._write(entry, payload):

@@ -131,8 +131,8 @@ def policy_terms(
         counts_QK = (survival_QK > 0) & rounds.is_proposal_QK
         hidden_MH = hidden_QKH[counts_QK].to(draft.lm_head.weight.dtype)
         round_M = counts_QK.nonzero()[:, 0]
-        head_VH = draft.lm_head.weight.detach()
-        logits_MV = nn.functional.linear(draft.norm(hidden_MH), head_VH).to(_math_dtype(hidden_MH))
+        own_head_VH = draft.lm_head.weight.detach()
+        logits_MV = nn.functional.linear(draft.norm(hidden_MH), own_head_VH).to(_math_dtype(hidden_MH))
         logq_MV = torch.log_softmax(logits_MV / rounds.draft_temperature_Q[round_M, None], dim=-1)
         index_M = draft_index(rounds.proposal_QK[counts_QK], draft)
         logq_M = logq_MV.gather(1, index_M[:, None])[:, 0]

@@ -177,8 +177,7 @@ class Engine:
         return len(self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises RequestError if its prompt is empty or too long, or has tokens that the target has
-        not; or if its grammar cannot be used."""
+        """Queue a request. Raises RequestError if its prompt is empty, too long or has tokens unknown to the target."""
         length = len(request.prompt_ids)
         if not length:
             raise RequestError("the prompt has no tokens; send at least one", param="prompt")
@@ -313,8 +312,8 @@ class Engine:
         if self._prefill.sequences:
             return False, False
         kind, is_timed = RoundKind.of(sequences), self.planner.updates_costs
-        allows = functools.partial(self.floor.allows, kind, is_timed=is_timed)
-        return allows(), allows(drafts=True)
+        copies = self.floor.allows(kind, is_timed=is_timed)
+        return copies, self.floor.allows(kind, drafts=True, is_timed=is_timed)
 
     def _judge(self, plan: RoundPlan, columns: Columns) -> tuple[list[Verdict], dict[int, torch.Tensor]]:
         """What each decoding row has come to; and the target's logits [T, V] of rows that ask for log-probabilities."""
@@ -348,12 +347,11 @@ class Engine:
         self.stats.round_us += int(seconds * 1e6)
         self.stats.predicted_round_us += int((expected_s + draft_s) * 1e6)
         self.planner.observe_round(len(rows), plan.num_decoding_columns, seconds - draft_s)
-        # What grammars force costs nothing to propose, and is no merit of copies or of the draft.
-        has_forced = any(row.proposal.is_forced for row in rows)
         if self.floor is None:
             return
         kind = RoundKind.of([row.sequence for row in rows])
-        if not self.planner.updates_costs or has_forced:
+        # What grammars force costs nothing to propose, and is no merit of copies or of the draft.
+        if not self.planner.updates_costs or any(row.proposal.is_forced for row in rows):
             self.floor.pass_untimed(kind)
         else:
             tokens = sum(len(output.token_ids) for output in outputs)

@@ -20,7 +20,7 @@ from aurora_lit.models.tokenizer import Tokenizer, special_ids
 from aurora_lit.request import StructuredOutputsParams
 from aurora_lit.serve.http.schema import ChatRequest, Message
 from aurora_lit.serve.http.tool_fields import NamedTool, Tool
-from aurora_lit.tool_calls.formats import ToolFormat, Turn, format_of, unread_form, without_template
+from aurora_lit.tool_calls.formats import ToolFormat, Turn, format_of, without_template
 from aurora_lit.tool_calls.grammar import ANY_OBJECT, grammar_of_calls
 from aurora_lit.tool_calls.parser import ToolCallReader
 
@@ -63,14 +63,15 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
     if not body.callable_tools:
         return None
     format_ = _format(tokenizer)
-    if not body.needs_grammar and body.structure is None and (form := unread_form(str(tokenizer.chat_template or ""))):
+    content = body.structure
+    if format_.unread_form and not body.needs_grammar and content is None:
         raise RequestError(
-            f'tools: this model writes calls as {form}, which is not read; send tool_choice="required", with which it '
-            "writes JSON",
+            f"tools: this model writes calls as {format_.unread_form}, which is not read; send "
+            'tool_choice="required", with which it writes JSON',
             param="tools",
         )
-    marker_token = _special_token(format_.marker, tokenizer)
-    content = body.structure
+    special = {tokenizer.convert_ids_to_tokens(i): i for i in special_ids(tokenizer)}
+    marker_token = special.get(format_.marker)
     grammar = None
     if body.needs_grammar or content is not None:
         content_schema: Mapping[str, Any] | None = None
@@ -92,7 +93,7 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
         only_one=body.may_call_once,
         only_calls=body.must_call,
         grammar=grammar,
-        shows_special_tokens=any(_special_token(text, tokenizer) is not None for text in format_.fillers),
+        shows_special_tokens=any(text in special for text in format_.fillers),
     )
 
 
@@ -142,10 +143,3 @@ def _schemas(body: ChatRequest) -> dict[str, Mapping[str, Any]]:
             raise RequestError(f"{where} cannot be used: {fault.reason}", param=where, code="invalid_value")
         schemas[function.name] = ANY_OBJECT if fault is not None else schema
     return schemas
-
-
-def _special_token(text: str, tokenizer: Tokenizer) -> int | None:
-    """The id of the special token that is written so; None: there is none."""
-    if not text:
-        return None
-    return next((i for i in special_ids(tokenizer) if tokenizer.convert_ids_to_tokens(i) == text), None)

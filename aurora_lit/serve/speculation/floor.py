@@ -154,8 +154,10 @@ class SpeculationFloor:
         `drafts`: by the draft; else by copies alone. `is_timed`: false for a round that will not be compared.
         """
         account, plain = self._account(kind, drafted=drafts), self._plain[kind]
-        if account.rest or not is_timed:
-            return not account.rest
+        if account.rest:
+            return False
+        if not is_timed:
+            return True
         if plain.count < _FIRST_TIMED:  # the first rounds of a kind speculate, then plain ones are timed
             return plain.since < 2
         return plain.since < (_PLAIN_EVERY_WINNING if account.won else _PLAIN_EVERY)

@@ -338,10 +338,11 @@ class SpeculationPlanner:
         for i in range(min(chain_accepted + (not finished), proposed)):
             sequence.verified_drafts.add(i < chain_accepted, decay=_RECORD_DECAY)
             self._mean_rates[sampled].add(i < chain_accepted)
-        # Copies may branch off a drafted chain, which says nothing about trees of its size.
-        is_tree = proposal.parents is not None and (levels := proposal.num_drafted_levels) < proposal.num_drafted
-        tree = self._trees[sampled].get(proposal.num_drafted) if is_tree else None
-        if tree is not None and not finished:
+        tree = self._trees[sampled].get(proposal.num_drafted) if proposal.parents is not None else None
+        if tree is None or finished:
+            return
+        levels = proposal.num_drafted_levels
+        if levels < proposal.num_drafted:  # else copies branch off a drafted chain, which says nothing about trees
             tree.observe(levels=levels, accepted=accepted, chain_proposed=proposed, chain_accepted=chain_accepted)
 
     def observe_round(self, batch_size: int, columns: int, seconds: float) -> None:

@@ -143,19 +143,13 @@ def test_a_stream_has_the_calls_of_the_whole_response(step: int, together: int) 
     assert len({call["id"] for call in calls}) == 2
 
 
-def test_a_call_that_was_cut_off_says_so() -> None:
+@pytest.mark.parametrize("reason", ["length", "stop"])
+def test_a_call_that_was_cut_off_says_so(reason: str) -> None:
+    """By the number of tokens, or by a stop string in its arguments."""
     made = calling()
-    made.add([delta(0, CALLS[:33], accepted=0, finish_reason="length")])
+    made.add([delta(0, CALLS[:33], accepted=0, finish_reason=reason)])
     (choice,) = made.full()["choices"]
-    assert choice["finish_reason"] == "length"
-    assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": '}
-
-
-def test_a_call_that_a_stop_string_cut_off_is_not_reported_as_one_to_make() -> None:
-    made = calling()
-    made.add([delta(0, CALLS[:33], accepted=0, finish_reason="stop")])
-    (choice,) = made.full()["choices"]
-    assert choice["finish_reason"] == "stop"
+    assert choice["finish_reason"] == reason
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": '}
 
 
