@@ -6,9 +6,10 @@
 
 Traffic is of one file after the other, each for `--seconds`, from `--clients` clients that send a request as soon as
 the last one is answered, or at the times of `--arrivals` (a CSV file with a column timestamp_s), scaled to `--rate`
-requests a second. Every second request names temperature 0, the others none. The last prompts of each file are held
-out. After each phase the draft that is served then is kept in `--out`, and it is printed what the learner has done,
-how often it called a shift, with how much processor time, and how long requests took.
+requests a second. A file that is named again goes on where it stopped. Every second request names temperature 0, the
+others none. The last prompts of each file are held out. After each phase the draft that is served then is kept in
+`--out`, and it is printed what the learner has done, how often it called a shift, with how much processor time, and how
+long requests took.
 
 Then the server ends, and benchmarks/one_process.py compares on the held-out prompts, file by file: the shipped draft,
 the draft that was served at the end of that phase, the last one of all (what was kept of a domain whose traffic ended),
@@ -38,9 +39,10 @@ from aurora_lit.bench.stream_plan import read_arrivals
 from aurora_lit.config import load_config
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import ConfigError
-from aurora_lit.learn.pretrain.prompts import read_prompts
+from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
+from aurora_lit.serve.worker.build import load_tokenizer
 from benchmarks import one_process
-from benchmarks.paired import Arm, ask
+from benchmarks.paired import Arm, Chat, ask
 
 Json = dict[str, Any]
 _COUNTERS = ("steps", "positions", "published", "refused", "shifts", "processor_s")
@@ -72,7 +74,7 @@ class Sent(NamedTuple):
         )
 
 
-def send(port: int, prompts: Iterator[str], *, seconds: float, clients: int, max_tokens: int) -> Sent:
+def send(port: int, chats: Iterator[Chat], *, seconds: float, clients: int, max_tokens: int) -> Sent:
     """Keep `clients` requests running for so long. Raises ConfigError if there are too few prompts."""
     ends = time.monotonic() + seconds
 
@@ -82,14 +84,14 @@ def send(port: int, prompts: Iterator[str], *, seconds: float, clients: int, max
             answered.append(ask_next(port, numbered, max_tokens))
         return answered
 
-    numbered = enumerate(prompts)  # CPython's enumerate is safe for threads
+    numbered = enumerate(chats)  # CPython's enumerate is safe for threads
     with ThreadPoolExecutor(clients) as pool:
         return Sent.of(list(itertools.chain.from_iterable(pool.map(client, range(clients)))))
 
 
-def send_at(port: int, prompts: Iterator[str], arrivals_s: Sequence[float], *, max_tokens: int) -> Sent:
+def send_at(port: int, chats: Iterator[Chat], arrivals_s: Sequence[float], *, max_tokens: int) -> Sent:
     """Send a request at each of these times after now. Raises ConfigError if there are too few prompts."""
-    started, numbered = time.monotonic(), enumerate(prompts)
+    started, numbered = time.monotonic(), enumerate(chats)
 
     def send_one(arrives_s: float) -> tuple[int, float]:
         time.sleep(max(0.0, started + arrives_s - time.monotonic()))
@@ -99,13 +101,13 @@ def send_at(port: int, prompts: Iterator[str], arrivals_s: Sequence[float], *, m
         return Sent.of(list(pool.map(send_one, arrivals_s)))
 
 
-def ask_next(port: int, numbered: Iterator[tuple[int, str]], max_tokens: int) -> tuple[int, float]:
+def ask_next(port: int, numbered: Iterator[tuple[int, Chat]], max_tokens: int) -> tuple[int, float]:
     """Send the next prompt; its answer's tokens, and seconds. Raises ConfigError if there is none."""
-    number, prompt = next(numbered, (0, None))
-    if prompt is None:
+    number, chat = next(numbered, (0, None))
+    if chat is None:
         raise ConfigError("--phases: a file has fewer prompts than a phase sends; give more, or less --seconds")
     arm, began = Arm(True, 0.0 if number % 2 else None, True), time.monotonic()
-    answer = ask(port, prompt, arm, {}, max_tokens=max_tokens, seed=number, salt="all")
+    answer = ask(port, chat, arm, {}, max_tokens=max_tokens, seed=number, salt="all")
     return answer.tokens, answer.ended_s - began
 
 
@@ -169,30 +171,40 @@ def main() -> int:
         )
     options.out.mkdir(parents=True, exist_ok=True)
     held_out = 2 * (options.turns + options.warm_up)
-    prompts = {path: [prompt.messages[0] for prompt in read_prompts(path)] for path in options.phases}
+    chats = {path: fitting_chats(path, options) for path in options.phases}
     report: Json = {"overrides": options.overrides, "clients": options.clients, "phases": [], "rows": []}
-    drafts = _serve(prompts, held_out, options, report)
+    drafts = _serve({path: iter(each[:-held_out]) for path, each in chats.items()}, options, report)
     for path, learned in zip(options.phases, drafts, strict=True):
         compared = argparse.Namespace(
             prompts=[path],
-            skip=len(prompts[path]) - held_out,
+            skip=len(chats[path]) - held_out,
             temperatures=[0.0, 1.0],
             clients=1,
             turns=options.turns,
             warm_up=options.warm_up,
             max_tokens=options.max_tokens,
             overrides=options.overrides,
+            repeat=False,
         )
         print(f"{path.stem}: held-out prompts, tokens a second over the shipped draft's")
         rows = one_process.measure(arms_of(learned, drafts[-1]), compared)
         report["rows"] += [{"traffic": path.stem, **row} for row in rows]
-    (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        _write(options.out, report)
     return int(any(row["unequal"] for row in report["rows"]))
 
 
-def _serve(
-    prompts: dict[Path, list[str]], held_out: int, options: argparse.Namespace, report: Json
-) -> list[str | None]:
+def fitting_chats(path: Path, options: argparse.Namespace) -> list[Chat]:
+    """The prompts of a file that leave room for an answer, as one_process.py has them."""
+    config = load_config(None, options.overrides)
+    tokenizer, room = load_tokenizer(config), config.engine.max_seq_len - options.max_tokens
+    return [prompt.chat for prompt in read_prompts(path) if len(encode_prompt(tokenizer, prompt)) <= room]
+
+
+def _write(out: Path, report: Json) -> None:
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _serve(traffic: dict[Path, Iterator[Chat]], options: argparse.Namespace, report: Json) -> list[str | None]:
     """Send all traffic; the folder of the draft that was served at the end of each phase, None: the shipped one."""
     overrides = [f"checkpoint.dir={options.out / 'versions'}", *options.overrides]
     config = load_config(None, overrides)
@@ -201,8 +213,8 @@ def _serve(
     drafts: list[str | None] = []
     with running_server(config, options.out / "server.log"):
         before = learner_status(config.server.port)
-        for path, texts in prompts.items():
-            port, fresh, most = config.server.port, iter(texts[:-held_out]), options.max_tokens
+        for number, path in enumerate(options.phases, start=1):
+            port, fresh, most = config.server.port, traffic[path], options.max_tokens
             if options.arrivals is None:
                 sent = send(port, fresh, seconds=options.seconds, clients=options.clients, max_tokens=most)
             else:
@@ -212,7 +224,8 @@ def _serve(
             after = learner_status(config.server.port)
             report["phases"].append({"traffic": path.stem, **phase_report(before, after, sent)})
             print(json.dumps(report["phases"][-1]), flush=True)
-            version, kept = store.current(), options.out / f"after-{path.stem}"
+            _write(options.out, report)
+            version, kept = store.current(), options.out / f"after-{number}-{path.stem}"
             if version is not None:
                 shutil.copytree(store.folder / version, kept, dirs_exist_ok=True)
             drafts.append(None if version is None else str(kept))

@@ -118,6 +118,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=100, help="counted ones of each temperature")
     parser.add_argument("--warm-up", type=int, default=10, help="turns of each temperature that are not counted")
     parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--repeat", action="store_true", help="ask prompts again where there are too few")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     parser.add_argument("overrides", nargs="*", help="key=value for all arms, after `--`")
     options = parser.parse_args()
@@ -139,6 +140,12 @@ def measure(arms: Mapping[str, list[str]], options: argparse.Namespace) -> list[
     prompts = load_prompts(options.prompts, limit=None, tokenizer=tokenizer, max_prompt_tokens=room)[options.skip :]
     if not prompts:
         raise ConfigError(f"--skip {options.skip}: --prompts have no more prompts than that")
+    most = len(options.temperatures) * (options.warm_up + options.turns) * options.clients
+    if len(prompts) < most and not options.repeat:
+        raise ConfigError(
+            f"{len(prompts)} prompts are too few for {most}: one that came again would find its own answer in the "
+            "memory; name longer files or fewer --turns, or --repeat"
+        )
     asked, order, rows, console = itertools.cycle(prompts), random.Random(0), [], report_console()
     table = Table("temperature", "arm", "over the first", "95 %", "tokens/s", "tokens a round", "rounds", "unequal")
     with progress_bar(console) as progress:

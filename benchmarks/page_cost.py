@@ -144,8 +144,11 @@ def main() -> int:
     config = load_config(None, ["learn.enabled=false", *options.overrides])
     port = free_port()
     config = replace(config, server=replace(config.server, port=port))
-    texts = [[prompt.messages[0][:3000] for prompt in read_prompts(path)] for path in options.prompts]
-    turns = itertools.cycle(text for group in zip(*texts, strict=False) for text in group)
+    chats = [
+        [[{"role": "user", "content": prompt.messages[0][:3000]}] for prompt in read_prompts(path)]
+        for path in options.prompts
+    ]
+    turns = itertools.cycle(chat for group in zip(*chats, strict=False) for chat in group)
     pairs: list[tuple[Half, Half]] = []
     with ExitStack() as stack:
         url = stack.enter_context(running_server(config, options.out.with_suffix(".log")))

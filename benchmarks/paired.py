@@ -65,6 +65,10 @@ for long. Beside that the other one would be slow, and would keep costs that are
 _NEIGHBOUR = {"logprobs": True, "top_logprobs": 5, "frequency_penalty": 0.3, "presence_penalty": 0.3}
 
 
+Chat = list[dict[str, str]]
+"""A request's turns."""
+
+
 class Arm(NamedTuple):
     """How the requests of one half of a pair are sent."""
 
@@ -104,10 +108,10 @@ class Outcome(NamedTuple):
     pauses_s: list[float]
 
 
-def ask(port: int, prompt: str, arm: Arm, more: Mapping[str, Any], *, max_tokens: int, seed: int, salt: str) -> Answer:
+def ask(port: int, chat: Chat, arm: Arm, more: Mapping[str, Any], *, max_tokens: int, seed: int, salt: str) -> Answer:
     """One request. `more`: further fields of it."""
     body = {
-        "messages": [{"role": "user", "content": prompt}],
+        "messages": chat,
         "max_tokens": max_tokens,
         **({} if arm.temperature is None else {"temperature": arm.temperature}),
         "seed": seed,
@@ -174,17 +178,17 @@ def stopped_learner(port: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def run(port: int, prompts: Sequence[str], arm: Arm, *, max_tokens: int, seed: int, setting: str) -> Outcome:
-    """Send every prompt at the same time. `setting`: names what shares a memory."""
+def run(port: int, chats: Sequence[Chat], arm: Arm, *, max_tokens: int, seed: int, setting: str) -> Outcome:
+    """Send every chat at the same time. `setting`: names what shares a memory."""
     salt = f"{setting}-{arm}"
-    more: list[dict[str, Any]] = [{} for _ in prompts]
+    more: list[dict[str, Any]] = [{} for _ in chats]
     if arm.neighbour:
         more[-1] = {"ignore_eos": True, **(_NEIGHBOUR if arm.neighbour != "plain" else {})}
     before = rounds_by_plan(port)
     started = time.monotonic()
-    with ThreadPoolExecutor(len(prompts)) as pool:
+    with ThreadPoolExecutor(len(chats)) as pool:
         asked = functools.partial(ask, port, arm=arm, max_tokens=max_tokens, seed=seed, salt=salt)
-        answers = list(pool.map(lambda prompt, fields: asked(prompt=prompt, more=fields), prompts, more))
+        answers = list(pool.map(lambda chat, fields: asked(chat=chat, more=fields), chats, more))
     if arm.neighbour:
         answers.pop()
     seconds = max(answer.ended_s for answer in answers) - started
@@ -205,7 +209,7 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 def measure(
-    ports: Sequence[int], turns: Iterator[str], arms: tuple[Arm, Arm], clients: int, options: Any
+    ports: Sequence[int], turns: Iterator[Chat], arms: tuple[Arm, Arm], clients: int, options: Any
 ) -> dict[str, Any]:
     """All pairs of one setting, after some that are not counted; the ratio is that of the first arm over the second."""
     ratios: list[float] = []
@@ -213,7 +217,7 @@ def measure(
     sides: tuple[list[Outcome], list[Outcome]] = [], []
     setting = secrets.token_hex(8)
     for pair in range(-options.warm_up, options.pairs):
-        prompts = list(itertools.islice(turns, clients))
+        chats = list(itertools.islice(turns, clients))
         order = arms if pair % 2 == 0 else arms[::-1]
         seed = pair + options.warm_up
         halves = {}
@@ -222,7 +226,7 @@ def measure(
             with ExitStack() as meanwhile:
                 if not arm.learns:
                     meanwhile.enter_context(stopped_learner(port))
-                halves[arm] = run(port, prompts, arm, max_tokens=options.max_tokens, seed=seed, setting=setting)
+                halves[arm] = run(port, chats, arm, max_tokens=options.max_tokens, seed=seed, setting=setting)
         if pair < 0:
             continue
         one, other = halves[arms[0]], halves[arms[1]]
@@ -274,6 +278,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.against == "plain-neighbour" and min(options.clients) < 2:
         parser.error("--against plain-neighbour needs at least two --clients: the last one is not counted")
+    if options.against == "off-greedy" and 0.0 in options.temperatures:
+        parser.error("--against off-greedy compares with temperature 0; name others with --temperatures")
     has_learner = options.against == "no-learner"
     scratch = tempfile.TemporaryDirectory()  # for logs and what a learner writes
     overrides = [f"checkpoint.dir={scratch.name}", f"learn.logs={scratch.name}", f"learn.enabled={has_learner}"]
@@ -285,11 +291,11 @@ def main() -> int:
         configs.append(load_config(None, [*own, *options.overrides, *options.other]))
     configs = [replace(config, server=replace(config.server, port=free_port())) for config in configs]
     ports = [config.server.port for config in configs]
-    texts = [
-        [text for prompt in read_prompts(path) if len(text := prompt.messages[0]) <= options.max_prompt_characters]
+    chats = [
+        [prompt.chat for prompt in read_prompts(path) if len(prompt.messages[0]) <= options.max_prompt_characters]
         for path in options.prompts
     ]
-    turns = [text for group in zip(*texts, strict=False) for text in group]
+    turns = [chat for group in zip(*chats, strict=False) for chat in group]
     if len(turns) < (most := max(options.clients) * (options.pairs + options.warm_up)):
         parser.error(
             f"{len(turns)} prompts are too few for {most} in a setting: one that came again would find its own answer "

@@ -5,8 +5,8 @@ Each of these *arms* is one server, and goes through the same steps, one arm aft
     measure -> a phase of traffic, one window at a time -> measure again -> the next phase -> ...
 
 All traffic is one phase, or that of each prompt file is one. Measured prompts are sent with `store: false`, so they are
-not learned from; their answers must be equal in all arms, before and after the traffic. Arms that do not learn do not
-change with time, so a part of the traffic suffices there.
+not learned from; their answers must be equal in all arms, before and after the traffic. Without the traffic memory arms
+that do not learn do not change with time, so a part of the traffic suffices there.
 
 Leaves out starting servers (bench/server_process.py) and the plot (bench/plots.py).
 """
@@ -32,7 +32,7 @@ from rich.table import Table
 
 from aurora_lit.bench.plots import save_online_plot
 from aurora_lit.bench.server_process import free_port, running_server
-from aurora_lit.config import AuroraConfig, model_name
+from aurora_lit.config import AuroraConfig, model_name, resolved_memory_scope
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.pretrain.prompts import Prompt, read_prompts
 
@@ -103,16 +103,21 @@ def run(
     prompts: files of the traffic. measure: files of the measured prompts. window: requests in each window.
     static_requests: number of traffic requests for arms that do not learn; None: all. measure_concurrency: clients that
     send the measured prompts; None: as many as for traffic. phases: one file after the other, each with an equal part
-    of the requests.
+    of the requests. Raises ConfigError if `static_requests` is given beside a traffic memory.
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise ConfigError(f"--arms {','.join(unknown)}: there is no such arm; use some of {','.join(ARMS)}")
+    if static_requests is not None and resolved_memory_scope(config) != "off":
+        raise ConfigError(
+            f"--static-requests {static_requests}: arms that do not learn remember what they serve, so that less "
+            "traffic would be their loss; add memory.capacity_mb=0, or leave the option out"
+        )
     traffic = _phases(prompts, requests) if phases else [Phase(name="all", prompts=_interleave(prompts, requests))]
     measured = _interleave(measure, measure_requests)
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
-    texts: dict[str, list[list[str]]] = {}
+    texts: dict[str, list[list[str | None]]] = {}
     report: dict[str, Any] = {}
     with Progress(console=Console(stderr=True)) as bar:
         for arm in arms:
@@ -137,7 +142,7 @@ def run(
                 "measure_concurrency": measure_concurrency or concurrency,
                 "max_tokens": max_tokens,
                 "arms": results,
-                "outputs_equal": _outputs_equal(texts),
+                "outputs_equal": _outputs_equal(texts) if measured else None,
             }
             (out / "online.json").write_text(json.dumps(report, indent=2) + "\n")
     save_online_plot(results, out / "online.png")
@@ -186,8 +191,8 @@ def _run_arm(
     window: int,
     log: Path,
     on_answer: Callable[[], None],
-) -> tuple[dict[str, Any], list[list[str]]]:
-    """The report of one arm, and the measured answers, each time that they were measured."""
+) -> tuple[dict[str, Any], list[list[str | None]]]:
+    """The report of one arm, and the measured answers, each time that they were measured; None: it failed."""
     with (
         running_server(config, log) as url,
         ThreadPoolExecutor(concurrency) as pool,
@@ -230,7 +235,7 @@ def _run_arm(
         "statuses": statuses,
         "status": status,
         "errors": errors + [answer.error for _, answers in found for answer in answers if answer.error],
-    }, [[answer.text for answer in answers] for _, answers in found]
+    }, [[answer.text if not answer.error else None for answer in answers] for _, answers in found]
 
 
 def _by_domain(answers: Sequence[ClientAnswer]) -> dict[str, dict[str, Any]]:
@@ -246,7 +251,7 @@ def _ask(
     try:
         response = client.chat.completions.create(
             model=model,
-            messages=[{"role": "user", "content": prompt.messages[0]}],
+            messages=prompt.chat,
             max_tokens=max_tokens,
             temperature=0.0,
             store=store,
@@ -294,14 +299,15 @@ def _status(url: str) -> dict[str, Any]:
     return status
 
 
-def _outputs_equal(texts: dict[str, list[list[str]]]) -> bool:
-    """True if each measured prompt got the same answer in all arms, each time that it was measured."""
+def _outputs_equal(texts: dict[str, list[list[str | None]]]) -> bool:
+    """True if each measured prompt got the same answer in all arms, each time that it was measured; none failed."""
     measured = [each for of_arm in texts.values() for each in of_arm]
-    return all(each == measured[0] for each in measured)
+    return all(each == measured[0] and None not in each for each in measured)
 
 
-def _table(results: dict[str, Any], outputs_equal: bool) -> Table:
-    table = Table(title=f"measured outputs {'equal' if outputs_equal else 'DIFFER'} in all arms, before and after")
+def _table(results: dict[str, Any], outputs_equal: bool | None) -> Table:
+    said = {None: "not compared", True: "equal in all arms, before and after", False: "DIFFER or are missing"}
+    table = Table(title=f"measured outputs {said[outputs_equal]}")
     for column in ("arm", "measured before", "measured after", "first window", "last window", "tokens/s", "failed"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm, result in results.items():

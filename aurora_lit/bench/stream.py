@@ -50,10 +50,11 @@ class AnswerTotals:
 def run(config: AuroraConfig, *, stream: Path, prompts: Path | None = None, out: Path) -> dict[str, Any]:
     """Record the stream that the file `stream` describes; returns the content of `out`/stream.json.
 
-    prompts: folder of the prompt files; None: the folder of `stream`. Raises ConfigError if `out` holds another stream.
+    prompts: folder of the prompt files; None: the folder of `stream`. Raises ConfigError if `out` holds another stream,
+    or another target's answers.
     """
     described = read_stream(stream)
-    _start_or_resume(out, described)
+    _start_or_resume(out, described, config)
     traces: list[Trace] = []
     # Copies, since the recorder's traces are views of slots that are reused.
     engine, tokenizer = build_engine(config, sink=lambda trace: traces.append(trace.copy()))
@@ -128,16 +129,18 @@ def read_stream_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def _start_or_resume(out: Path, stream: Stream) -> None:
-    """Create `out`, or check that it belongs to the same stream."""
+def _start_or_resume(out: Path, stream: Stream, config: AuroraConfig) -> None:
+    """Create `out`, or check that it belongs to the same stream and target."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / INFO_NAME
+    path, target = out / INFO_NAME, {name: getattr(config.target, name) for name in ("source", "precision")}
     if path.exists():
         info = json.loads(path.read_text(encoding="utf-8"))
         if info["stream"] != asdict(stream):
             raise ConfigError(f"--out {out}: holds another stream; name another folder")
+        if (before := info.get("target", target)) != target:
+            raise ConfigError(f"--out {out}: holds answers of {before}, not of {target}; name another folder")
         return
-    _write(path, {"complete": False, "stream": asdict(stream), "runs": {}})
+    _write(path, {"complete": False, "stream": asdict(stream), "target": target, "runs": {}})
 
 
 def _add_totals(out: Path, name: str, totals: AnswerTotals) -> None:

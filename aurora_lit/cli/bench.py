@@ -86,7 +86,7 @@ def acceptance(config: AuroraConfig, **options: Any) -> None:
 @click.option(
     "--static-requests",
     type=click.IntRange(min=1),
-    help="Traffic of the arms that do not learn. Default: all.",
+    help="Traffic of the arms that do not learn, which needs memory.capacity_mb=0. Default: all.",
 )
 @click.option(
     "--arms",

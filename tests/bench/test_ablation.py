@@ -15,6 +15,8 @@ from support.tiny_models import random_draft, save_model
 from aurora_lit.bench.ablation import run as ablation
 from aurora_lit.bench.ablation.arms import ARMS, arms_named
 from aurora_lit.bench.ablation.phases import order_of_phases
+from aurora_lit.bench.ablation.report import summary
+from aurora_lit.bench.ablation.result import stored
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import AuroraError, ConfigError
@@ -177,6 +179,8 @@ def test_seeds_may_have_their_own_orders_of_phases(folder: Path, out: Path) -> N
     for result in results:  # what comes after a phase's last scored answer is of no interest
         assert 0.8 * asked < sum(result["answer_tokens"]) <= asked
     assert static["orders"] == 2
+    first = summary([next(stored(out, "lk"))], base=[], others={}, costs=COSTS, names=["chat", "code"])["measured"]
+    assert static["measured"]["length_after_phase"] == first["length_after_phase"], "of the recorded order alone"
     assert {phase: lost["seeds"] for phase, lost in static["forgetting"].items()} == {"0-chat": 1, "1-code": 1}
     with pytest.raises(ConfigError, match="other settings"):
         run(folder, out, "static,lk", seeds=(0,), every=2, steps_per_request=0.2)

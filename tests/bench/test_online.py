@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from aurora_lit.bench import online
 from aurora_lit.bench.online import ClientAnswer
 from aurora_lit.config import load_config
+from aurora_lit.errors import ConfigError
 from aurora_lit.learn.pretrain.prompts import Prompt
 
 
@@ -60,8 +62,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
 
 def run(files: list[Path], out: Path, **changes: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"requests": 6, "measure_requests": 2, "concurrency": 1, "window": 2, "max_tokens": 8}
-    config = load_config(None, [])
-    return online.run(config, prompts=files, measure=files, out=out, **{"arms": ["learning"], **options, **changes})
+    config = load_config(None, changes.pop("overrides", ["memory.capacity_mb=0"]))
+    options |= {"arms": ["learning"], "measure": files, **changes}
+    return online.run(config, prompts=files, out=out, **options)
 
 
 def test_traffic_of_all_files_is_mixed_and_measured_before_and_after(
@@ -110,3 +113,49 @@ def test_an_answer_that_changes_is_seen(
         lambda *args, **kwargs: dataclasses.replace(original(*args, **kwargs), text=str(next(answers) == 9)),
     )
     assert not run(files, tmp_path / "out")["outputs_equal"]
+
+
+def test_a_failed_answer_is_not_an_equal_one_and_without_measured_prompts_nothing_is_compared(
+    files: list[Path], sent: list[tuple[str, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(files, tmp_path / "none", measure=[])["outputs_equal"] is None
+    original = online._ask
+
+    def fail(*args: Any, **kwargs: Any) -> ClientAnswer:
+        return dataclasses.replace(original(*args, **kwargs), text="", error="BadRequestError: too long")
+
+    monkeypatch.setattr(online, "_ask", fail)
+    assert run(files, tmp_path / "failed")["outputs_equal"] is False
+
+
+def test_less_traffic_for_arms_that_do_not_learn_needs_a_server_without_memory(
+    files: list[Path], sent: list[tuple[str, bool]], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--static-requests 3: .*memory.capacity_mb=0"):
+        run(files, tmp_path / "out", arms=["static"], static_requests=3, overrides=[])
+    assert not sent
+
+
+def test_an_arm_is_a_server_of_its_own() -> None:
+    config = load_config(None, ["server.api_key=secret", "learn.enabled=true"])
+    arms = {arm: online._arm_config(config, arm) for arm in online.ARMS}
+    assert {arm: (each.engine.speculate, each.learn.enabled) for arm, each in arms.items()} == {
+        "plain": (False, False),
+        "static": (True, False),
+        "learning": (True, True),
+    }
+    assert len({each.checkpoint.run for each in arms.values()}) == 3, "no arm serves what another one has learned"
+    assert {each.server.api_key for each in arms.values()} == {None}
+
+
+def test_a_request_has_the_systems_turn() -> None:
+    made: list[Any] = []
+
+    def create(**fields: Any) -> None:
+        made.append(fields["messages"])
+        raise ConnectionError
+
+    client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+    prompt = Prompt(domain="d", messages=("first", "second"), system="be brief")
+    online._ask(client, "m", 0, prompt, max_tokens=4, store=False, begun=0.0)
+    assert made == [[{"role": "system", "content": "be brief"}, {"role": "user", "content": "first"}]]

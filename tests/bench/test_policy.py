@@ -13,11 +13,12 @@ from support.tiny_models import VOCAB, make_engine, request, run, save_model, tr
 
 from aurora_lit.bench.policy.choices import BanditPolicy, ChoosingPolicy, FixedPolicy, accepted_by_shape, draft_shapes
 from aurora_lit.bench.policy.predictor import explained, promises
-from aurora_lit.bench.policy.record import record_answers, time_rounds
+from aurora_lit.bench.policy.record import record_answers, start_or_resume, time_rounds
 from aurora_lit.bench.policy.recording import RecordedAnswer, Recording, TimedRound, TimedRounds
 from aurora_lit.bench.policy.simulator import PlainPolicy, PlannerPolicy, Replay, Table, replay
 from aurora_lit.bench.policy.world import World
 from aurora_lit.bench.prompts import BenchPrompt
+from aurora_lit.errors import ConfigError
 from aurora_lit.kernels import native
 from aurora_lit.kernels.suffix_index import NO_COPIES
 from aurora_lit.models.target import Target
@@ -203,6 +204,15 @@ def test_promises_know_what_was_observed_and_nothing_else() -> None:
     assert explained(promises(told, accepted_NS, sees_draft=False), accepted_NS) > 0.6
     assert explained(promises(untold, accepted_NS, sees_draft=False), accepted_NS) < 0.05
     assert explained(promises(untold, accepted_NS, sees_draft=True), accepted_NS) > 0.6
+
+
+def test_one_folder_holds_what_was_recorded_in_one_way(tmp_path: Path) -> None:
+    how = {"settings": {"target": {"precision": "int4"}}, "prompts": ("a.jsonl",), "temperature": 0.0}
+    for _ in range(2):
+        start_or_resume(tmp_path / "out", how)
+    for changed in ({"temperature": 1.0}, {"settings": {"target": {"precision": "bf16"}}}):
+        with pytest.raises(ConfigError, match="--out .*name another folder"):
+            start_or_resume(tmp_path / "out", {**how, **changed})
 
 
 @pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fake_engine import tiny_tokenizer
 
 from aurora_lit.errors import ConfigError
 from benchmarks import live_learning
 from benchmarks.live_learning import Sent, arms_of, phase_report, send, send_at
-from benchmarks.paired import Answer
+from benchmarks.paired import Answer, Chat
 
+SYSTEM = {"role": "system", "content": "be brief"}
 STATUS = {"version": "start", "steps": 4, "positions": 500, "published": 0, "refused": 1, "shifts": 2}
 
 
@@ -22,8 +28,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float | None]]:
     """Prompts and temperatures of the requests that were sent; each takes a hundredth of a second."""
     found: list[tuple[str, float | None]] = []
 
-    def ask(port: int, prompt: str, arm: Any, more: Any, **_: Any) -> Answer:
-        found.append((prompt, arm.temperature))
+    def ask(port: int, chat: Any, arm: Any, more: Any, **_: Any) -> Answer:
+        found.append((chat[-1]["content"], arm.temperature))
         time.sleep(0.01)
         return Answer("text", 7, time.monotonic())
 
@@ -31,8 +37,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float | None]]:
     return found
 
 
+def chats(texts: Iterable[str]) -> Iterator[Chat]:
+    return ([{"role": "user", "content": text}] for text in texts)
+
+
 def test_every_prompt_is_sent_once_and_every_second_one_is_greedy(asked: list[tuple[str, float | None]]) -> None:
-    sent = send(0, map(str, itertools.count()), seconds=0.2, clients=4, max_tokens=8)
+    sent = send(0, chats(map(str, itertools.count())), seconds=0.2, clients=4, max_tokens=8)
     assert len(asked) == sent.requests > 4
     assert sent.tokens == 7 * sent.requests
     assert sorted(int(prompt) for prompt, _ in asked) == list(range(sent.requests))
@@ -43,7 +53,7 @@ def test_every_prompt_is_sent_once_and_every_second_one_is_greedy(asked: list[tu
 def test_requests_are_sent_at_their_times_though_others_run(asked: list[tuple[str, float | None]]) -> None:
     times_s = [0.0, 0.004, 0.004, 0.15]
     began = time.monotonic()
-    sent = send_at(0, map(str, itertools.count()), times_s, max_tokens=8)
+    sent = send_at(0, chats(map(str, itertools.count())), times_s, max_tokens=8)
     assert 0.15 <= time.monotonic() - began < 0.6, "the second did not wait for the first"
     assert sent.requests == len(asked) == 4
     assert 0.01 <= sent.median_s <= sent.p95_s < 0.4
@@ -52,7 +62,7 @@ def test_requests_are_sent_at_their_times_though_others_run(asked: list[tuple[st
 
 def test_too_few_prompts_are_an_error(asked: list[tuple[str, float | None]]) -> None:
     with pytest.raises(ConfigError, match="--phases"):
-        send(0, iter(["a", "b"]), seconds=60.0, clients=2, max_tokens=8)
+        send(0, chats(["a", "b"]), seconds=60.0, clients=2, max_tokens=8)
 
 
 def test_a_phase_reports_what_it_added() -> None:
@@ -71,3 +81,47 @@ def test_the_last_draft_is_compared_where_it_is_another_one() -> None:
     assert list(arms_of("a", "b")) == ["shipped", "learned", "learned, memory", "last", "plain"]
     assert "last" not in arms_of("b", "b")
     assert arms_of(None, None)["learned"] == arms_of(None, None)["shipped"]
+
+
+def test_a_file_that_comes_again_goes_on_and_each_phase_is_kept(
+    asked: list[tuple[str, float | None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prompts keep their system turn, and too long ones are left out before the held-out ones are counted."""
+    files = {}
+    for name in ("a", "b"):
+        turns = [f"{name}{i}" + " much too long" * 600 * (i % 7 == 3) for i in range(200)]
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text(
+            "".join(json.dumps({"messages": [SYSTEM, {"role": "user", "content": t}]}) + "\n" for t in turns)
+        )
+
+    @contextlib.contextmanager
+    def server(config: Any, log: Path) -> Iterator[str]:
+        yield "http://nowhere"
+
+    compared = []
+
+    def measure(arms: Any, options: Any) -> list[dict[str, Any]]:
+        compared.append((options.prompts[0].stem, options.skip))
+        if len(compared) == 3:
+            raise KeyboardInterrupt
+        return [{"unequal": 0}]
+
+    monkeypatch.setattr(live_learning, "load_tokenizer", lambda _: tiny_tokenizer())
+    monkeypatch.setattr(live_learning, "running_server", server)
+    monkeypatch.setattr(live_learning, "learner_status", lambda _: {**STATUS, "processor_s": 1.0})
+    monkeypatch.setattr(live_learning.one_process, "measure", measure)
+    phases = [str(files[name]) for name in ("a", "b", "a")]
+    how = ["--seconds", "0.1", "--clients", "1", "--turns", "2", "--warm-up", "1", "--max-tokens", "8"]
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["live_learning", "--phases", *phases, *how, "--out", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        live_learning.main()
+    texts = [text for text, _ in asked]
+    assert len(texts) == len(set(texts)), "the second phase of a goes on where the first one stopped"
+    assert [name for name, _ in itertools.groupby(text[0] for text in texts)] == ["a", "b", "a"]
+    assert not any("long" in text for text in texts)
+    assert compared == [("a", 171 - 6), ("b", 171 - 6), ("a", 171 - 6)]
+    report = json.loads((out / "report.json").read_text())
+    assert [phase["traffic"] for phase in report["phases"]] == ["a", "b", "a"]
+    assert [row["traffic"] for row in report["rows"]] == ["a", "b"], "what was measured before it was killed"

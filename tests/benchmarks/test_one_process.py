@@ -71,7 +71,19 @@ def test_all_arms_answer_every_prompt(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"messages": [{{"role": "user", "content": "{word}"}}]}}\n' for word in "abcde"))
     arms = ["--arm", "plain=engine.speculate=false", "--arm", "draft=engine.lookup=false", "--arm", "all="]
-    more = ["--turns", "3", "--warm-up", "1", "--max-tokens", "12", "--clients", "2", "--out", str(tmp_path / "out")]
+    more = [
+        "--turns",
+        "3",
+        "--warm-up",
+        "1",
+        "--max-tokens",
+        "12",
+        "--clients",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+        "--repeat",
+    ]
     monkeypatch.setattr("sys.argv", ["one_process", "--prompts", str(prompts), *arms, *more, "--", *overrides])
     assert one_process.main() == 0, "answers are equal"
     rows = json.loads((tmp_path / "out").read_text())["rows"]

@@ -80,6 +80,7 @@ def summary(
     domain_N = np.concatenate([result.domains for result in results])
     rows = _traffic(results)
     start, end = _measured(results, 0), _measured(results, -1)
+    in_order = [result for result in results if result.order == sorted(result.order)]
     compared = {name: other for name, other in others.items() if other is not results}
     return {
         "seeds": len(results),
@@ -110,9 +111,10 @@ def summary(
             "all_after": _summary(end, costs)
             | {"over_start": _ratio(end, start), "over_static": _measured_ratio(results, base)}
             | {f"over_{name}": _measured_ratio(results, other) for name, other in compared.items()},
+            # Of the seeds that have the recorded order: after n phases another order has seen others.
             "length_after_phase": [
-                {domain: round(accepted_length(_measured(results, n, domain).hist_NA), 4) for domain in measured}
-                for n, measured in enumerate(results[0].measured)
+                {domain: round(accepted_length(_measured(in_order, n, domain).hist_NA), 4) for domain in measured}
+                for n, measured in enumerate(in_order[0].measured if in_order else ())
             ],
         },
         "forgetting": _forgetting(results, names),

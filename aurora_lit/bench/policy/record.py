@@ -9,14 +9,16 @@ drawn measures what shapes cost inside real rounds; the planner's own rounds the
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aurora_lit.bench.policy.recording import RecordedAnswer, Recording, TimedRound, TimedRounds
+from aurora_lit.bench.policy.recording import SETTINGS_NAME, RecordedAnswer, Recording, TimedRound, TimedRounds
 from aurora_lit.bench.prompts import BenchPrompt, load_prompts, params_for
 from aurora_lit.bench.reporting import progress_bar, report_console
 from aurora_lit.config import AuroraConfig
@@ -61,17 +63,26 @@ def run(
     clients: Sequence[int],
     timed: int,
 ) -> None:
-    """Record the answers, and the rounds of each number of clients; what `out` holds already is left as it is."""
+    """Record the answers, and the rounds of each number of clients; what `out` holds already is left as it is.
+
+    Raises ConfigError if `out` was recorded with other settings.
+    """
     if max(clients, default=0) > config.engine.max_batch_size:
         raise ConfigError(
             f"engine.max_batch_size={config.engine.max_batch_size} is below --clients {max(clients)}; raise it"
         )
+    how = {
+        "settings": {name: asdict(getattr(config, name)) for name in ("target", "draft", "engine", "memory")},
+        "prompts": [str(path) for path in prompts],
+        **{"limit": limit, "max_tokens": max_tokens, "temperature": temperature, "timed": timed},
+    }
     engine: Any
     engine, tokenizer = build_engine(config)
     if engine._drafter is None or not engine._drafter.supports_trees:
         raise ConfigError(
             "shapes of drafts need a draft with native steps; see draft.checkpoint and `aurora-lit doctor`"
         )
+    start_or_resume(out, how)
     room = config.engine.max_seq_len - max_tokens
     asked = load_prompts(prompts, limit=limit, tokenizer=tokenizer, max_prompt_tokens=room)
     initial = {name: getattr(engine.costs, name).all_initial for name in ("target", "chain", "tree")}
@@ -82,6 +93,16 @@ def run(
         if not (out / f"rounds-{number}.json").is_file():
             time_rounds(engine, asked[: timed * number], rounds, temperature=temperature, max_tokens=max_tokens)
             rounds.save(out)
+
+
+def start_or_resume(out: Path, how: dict[str, Any]) -> None:
+    """Create `out`, or check that what it holds was recorded in the same way, since only that is one recording."""
+    out.mkdir(parents=True, exist_ok=True)
+    how, path = json.loads(json.dumps(how)), out / SETTINGS_NAME
+    if not path.exists():
+        path.write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
+    elif json.loads(path.read_text(encoding="utf-8")) != how:
+        raise ConfigError(f"--out {out}: was recorded with other settings or prompts; name another folder")
 
 
 def _requests(

@@ -1,4 +1,4 @@
-"""What the simulator replays, and its two files: answers with what the draft could have proposed, and timed rounds.
+"""What the simulator replays, and its files: answers with what the draft could have proposed, timed rounds, settings.
 
 Left out: making it (bench/policy/record.py) and replaying it (bench/policy/simulator.py).
 
@@ -19,7 +19,7 @@ from aurora_lit.errors import AuroraError
 from aurora_lit.serve.speculation.costs import DraftShape
 from aurora_lit.serve.speculation.planner import SpeculationLimits
 
-_ANSWERS, _ROUNDS = "answers.safetensors", "rounds-{}.json"
+_ANSWERS, _ROUNDS, SETTINGS_NAME = "answers.safetensors", "rounds-{}.json", "settings.json"
 
 
 @dataclass(frozen=True, kw_only=True)

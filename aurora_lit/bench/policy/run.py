@@ -9,6 +9,7 @@ thing that it only estimates known exactly: what a difference to the planner cos
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from aurora_lit.bench.policy.choices import (
     draft_shapes,
 )
 from aurora_lit.bench.policy.predictor import explained, promises
-from aurora_lit.bench.policy.recording import Recording, TimedRounds
+from aurora_lit.bench.policy.recording import SETTINGS_NAME, Recording, TimedRounds
 from aurora_lit.bench.policy.simulator import PlainPolicy, PlannerPolicy, Policy, Replay, Table, replay
 from aurora_lit.bench.policy.world import World
 from aurora_lit.bench.reporting import report_console, write_report
@@ -61,7 +62,10 @@ def run(
             found |= {"memory": bool(memory_mb), **setting.check(found[PLANNER]["speed"])}
             settings.append(found)
             _print(console, found)
+    recorded_with = recording / SETTINGS_NAME
     results = {"explained": results, "settings": settings}
+    if recorded_with.exists():  # which `config` need not be
+        results["recorded_with"] = json.loads(recorded_with.read_text(encoding="utf-8"))
     write_report(out / "policy.json", config=config, draft_version="", results=results)
     return results
 

@@ -25,6 +25,12 @@ class Prompt:
     system: str | None = None
     """The system's turn before the first of them."""
 
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        """The system's and the first user turn, as a chat template or a request takes them."""
+        before = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*before, {"role": "user", "content": self.messages[0]}]
+
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a prompt file: JSON lines with `messages` and `domain`, or one plain prompt a line.
@@ -66,8 +72,5 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     """
     if tokenizer.chat_template is None:
         return list(tokenizer.encode(prompt.messages[0]))
-    turns = [{"role": "user", "content": prompt.messages[0]}]
-    if prompt.system is not None:
-        turns.insert(0, {"role": "system", "content": prompt.system})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(prompt.chat, tokenize=False, add_generation_prompt=True)
     return list(tokenizer.encode(str(text), add_special_tokens=False))
