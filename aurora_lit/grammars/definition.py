@@ -7,6 +7,7 @@ same record. Contains neither torch nor numpy. Left out: which tokens a grammar 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,12 @@ WRITTEN_AS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexibl
 that by llguidance's own key "x-guidance"."""
 LONGEST_GRAMMAR = 1 << 17
 """Characters of a grammar for llguidance, which compiles some in a time that grows with their square."""
+LONGEST_GBNF = 1 << 14
+"""Characters of a grammar in GBNF: its conversion, in Python, may take a time that grows with their square."""
 STACK_BYTES = 512 << 20
 """Of threads in which llguidance reads a grammar: it calls itself for each rule of a chain, and on a usual stack a
 chain of a thousand ends the process. Memory is taken as it is used."""
+_LARK_START = re.compile(r"(?m)^\s*(?:%llguidance\b|start\s*:(?!:=))")
 _setting_stack_size = threading.Lock()
 _LONGEST_PLACED = 1 << 14
 """In a longer schema the place of a fault is not looked for: each part is compiled alone for that."""
@@ -41,8 +45,8 @@ class Fault(NamedTuple):
 
 
 def grammar_of(asked: StructuredOutputsParams) -> str:
-    """The grammar for llguidance. Raises ValueError for a GBNF grammar that cannot be read, and for a schema that is no
-    JSON.
+    """The grammar for llguidance. Raises ValueError for a GBNF grammar that cannot be read or is longer than
+    LONGEST_GBNF, and for a schema that is no JSON.
     """
     if asked.json_object:
         return _of_schema({"type": "object"})
@@ -54,10 +58,13 @@ def grammar_of(asked: StructuredOutputsParams) -> str:
         # As one terminal: as a rule llguidance takes no more than 2,000 alternatives.
         return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, asked.choice)))
     assert asked.grammar is not None
-    return LLMatcher.grammar_from_lark(_from_gbnf(asked.grammar) if "::=" in asked.grammar else asked.grammar)
+    is_gbnf = "::=" in asked.grammar and not _LARK_START.search(asked.grammar)  # a text in Lark may contain it
+    return LLMatcher.grammar_from_lark(_from_gbnf(asked.grammar) if is_gbnf else asked.grammar)
 
 
 def _from_gbnf(grammar: str) -> str:
+    if len(grammar) > LONGEST_GBNF:
+        raise ValueError(f"it has {len(grammar)} characters in GBNF, and may have {LONGEST_GBNF}; write it in Lark")
     try:
         return str(gbnf_to_lark(grammar))
     except Exception as error:  # the library raises no other

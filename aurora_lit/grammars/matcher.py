@@ -17,6 +17,7 @@ Shapes: W bytes of a mask: one bit for each token, the first in the lowest bit.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -28,6 +29,8 @@ from aurora_lit.errors import RequestError
 from aurora_lit.grammars.definition import grammar_of, grammar_thread
 from aurora_lit.request import StructuredOutputsParams
 
+_MOST_KEPT = 8
+"""Compiled grammars that are kept for requests that ask for the same."""
 _IN_NO_TEXT = "\U0010fffd"
 """A character for private use, the last there is."""
 Mask = NDArray[np.uint8]
@@ -118,6 +121,7 @@ class GrammarCompiler:
         """
         self._tokenizer_json, self._vocab_size, self._eos = tokenizer_json, vocab_size, sorted(eos_token_ids)
         self._tokenizers: dict[bool, LLTokenizer] = {}
+        self._compiled: deque[tuple[StructuredOutputsParams, LLMatcher]] = deque(maxlen=_MOST_KEPT)
         self._thread = grammar_thread()
 
     def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
@@ -125,10 +129,18 @@ class GrammarCompiler:
         return self._thread.submit(self._compile, asked, end_tokens)
 
     def _compile(self, asked: StructuredOutputsParams, end_tokens: frozenset[int]) -> Grammar:
+        # Choices of one request have the same grammar, and so have most requests of one application.
+        start = next((matcher for before, matcher in self._compiled if before == asked), None)
+        if start is None:
+            start = self._matcher(asked)
+            self._compiled.append((asked, start))
+        return Grammar(Branch(start.deep_copy(), vocab_size=self._vocab_size, end_tokens=end_tokens))
+
+    def _matcher(self, asked: StructuredOutputsParams) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer(named=False), grammar_of(asked), log_level=0)
         if asked.grammar is not None and matcher.is_error():  # it may name a special token
             matcher = LLMatcher(self._tokenizer(named=True), grammar_of(asked), log_level=0)
-        return Grammar(Branch(matcher, vocab_size=self._vocab_size, end_tokens=end_tokens))
+        return matcher
 
     def _tokenizer(self, *, named: bool) -> LLTokenizer:
         """The target's tokenizer as llguidance has it; made on first use, in a quarter of a second.

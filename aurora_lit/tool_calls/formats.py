@@ -128,6 +128,11 @@ def in_first_user_turn(turns: Sequence[Turn]) -> list[Turn]:
     return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
+def _text(arguments: Any) -> str:
+    """As the model wrote them, or nearly so; those that are no object are text already."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments)
+
+
 def without_template(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> list[Turn]:
     """The conversation in turns of system, user and assistant: tools in the first one, calls and results as text."""
     plain: list[Turn] = []
@@ -135,7 +140,7 @@ def without_template(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) 
         content, calls, is_result = turn["content"], turn.get("tool_calls"), turn["role"] == "tool"
         if calls:
             functions = [call["function"] for call in calls]
-            written = PLAIN.written([ToolCall(each["name"], json.dumps(each["arguments"])) for each in functions])
+            written = PLAIN.written([ToolCall(each["name"], _text(each["arguments"])) for each in functions])
             content = f"{content}\n{written}" if content else written
         elif is_result:
             content = f"Result of {turn.get('name') or 'the function'}: {content}"

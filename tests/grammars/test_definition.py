@@ -10,6 +10,7 @@ from llguidance import LLMatcher, LLTokenizer
 from support.grammars import backend
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from aurora_lit.grammars import definition
 from aurora_lit.grammars.definition import fault_of, grammar_of, names_special_tokens
 from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.models.tokenizer import tokenizer_json
@@ -127,3 +128,23 @@ def accepts(grammar: str, text: str) -> bool:
     matcher = LLMatcher(LLTokenizer(tokenizer.to_str(), eos_token=256), grammar)
     ids = tokenizer.encode(text).ids
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+def test_both_kinds_of_grammar_are_told_apart_and_a_long_one_in_gbnf_is_not_converted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for text in (
+        'root ::= x-start\nx-start ::= "start: a"',
+        'start: "::="',
+        '  %llguidance {}\n\nstart: A\nA: "b ::= c"',
+    ):
+        assert fault_of(StructuredOutputsParams(grammar=text)) is None, text
+    long = "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(2000)) + 'r2000 ::= "a"'
+
+    def convert(_: str) -> str:
+        raise AssertionError("minutes")
+
+    monkeypatch.setattr(definition, "gbnf_to_lark", convert)
+    fault = fault_of(StructuredOutputsParams(grammar=long))
+    assert fault is not None
+    assert "characters in GBNF, and may have 16384" in fault.reason

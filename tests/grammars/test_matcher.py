@@ -118,3 +118,29 @@ def test_a_grammar_that_the_vocabulary_cannot_spell_is_refused() -> None:
     place = grammar("a(x|0)")
     place.advance([0])
     assert tokens_of(place.allowed) == {3}
+
+
+def test_what_is_asked_for_again_is_compiled_once_and_outputs_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_one, made = compiler(), list[StructuredOutputsParams]()
+    of_class = GrammarCompiler._matcher
+
+    def counted(self: GrammarCompiler, asked: StructuredOutputsParams) -> Any:
+        made.append(asked)
+        return of_class(self, asked)
+
+    monkeypatch.setattr(GrammarCompiler, "_matcher", counted)
+
+    def start(regex: str, end: int = END) -> Grammar:
+        return of_one.compile(StructuredOutputsParams(regex=regex), end_tokens=frozenset([end])).result()
+
+    first, second = start("ab?c"), start("ab?c")
+    first.advance([TOKENS.index("a")])
+    third = start("ab?c")
+    assert tokens_of(second.allowed) == tokens_of(third.allowed) != tokens_of(first.allowed)
+    assert tokens_of(start("a?", 10).allowed) == {TOKENS.index("a"), END, 10}
+    assert tokens_of(start("a?").allowed) == {TOKENS.index("a"), END}, "with its own end"
+    assert [asked.regex for asked in made] == ["ab?c", "a?"]
+    for number in range(12):
+        start(f"a{{{number + 1}}}")
+    start("ab?c")
+    assert [asked.regex for asked in made].count("ab?c") == 2, "a few are kept"

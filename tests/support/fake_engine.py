@@ -5,7 +5,8 @@
     engine.round()                # 5 6 5; the next round gives 6 5 and finish_reason "length"
 
 Special tokens in a prompt cause faults: <|crash|> (the engine raises), <|error|> (an Output with an error),
-<|refuse|> (submit raises ValueError), <|toolong|> (submit raises RequestError). <|end|> is the end of text.
+<|refuse|> (submit raises ValueError), <|toolong|> (submit raises RequestError). With <|client|> the output is the
+request's client. <|end|> is the end of text.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from aurora_lit.serve.worker.parts import WorkerParts
 from aurora_lit.settings import PLANS
 from aurora_lit.traces.record import SOURCE_DRAFT
 
-SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|crash|>", "<|error|>", "<|refuse|>", "<|toolong|>")
+SPECIALS = (
+    *("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|crash|>", "<|error|>", "<|refuse|>", "<|toolong|>"),
+    "<|client|>",
+)
 _MERGES = ("h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld", "Ġ t", "Ġt he")
 _TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'forbidden' %}{{ raise_exception('forbidden content') }}{% endif %}"
@@ -102,7 +106,7 @@ class FakeEngine:
 
     def __init__(self, options: FakeOptions | None = None) -> None:
         self._options = options or FakeOptions()
-        tokenizer = tiny_tokenizer()
+        self._tokenizer = tokenizer = tiny_tokenizer()
         self._special = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
         self.eos_token_ids = frozenset({self._special["<|end|>"]})
         self.vocab_size = len(tokenizer)
@@ -144,7 +148,9 @@ class FakeEngine:
         while self._waiting and len(self._running) < self._options.max_batch_size:
             request_id, request = next(iter(self._waiting.items()))
             del self._waiting[request_id]
-            self._running[request_id] = _Running(request=request, script=itertools.cycle(request.prompt_ids))
+            says_client = self._special["<|client|>"] in request.prompt_ids
+            script = self._tokenizer.encode(request.client or "nobody") if says_client else request.prompt_ids
+            self._running[request_id] = _Running(request=request, script=itertools.cycle(script))
             self.stats.prompt_tokens += len(request.prompt_ids)
         if self._running:
             time.sleep(self._options.round_s)

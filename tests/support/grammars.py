@@ -1,4 +1,4 @@
-"""A tokenizer of few tokens, what texts of a finite language allow after a prefix, and the law that this makes.
+"""Small tokenizers, what texts of a finite language allow after a prefix, and the law that this makes.
 
 The reference knows nothing of llguidance: a token may follow if some text of the language goes on with it.
 """
@@ -6,12 +6,14 @@ The reference knows nothing of llguidance: a token may follow if some text of th
 from __future__ import annotations
 
 import torch
+from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from aurora_lit.grammars.definition import grammar_of
 from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.distribution import apply_bias_and_penalties, probabilities
-from aurora_lit.request import SamplingParams
+from aurora_lit.request import SamplingParams, StructuredOutputsParams
 
 TOKENS = ("a", "b", "c", "0", "1", '"', ",", "ab")
 END = len(TOKENS)
@@ -27,6 +29,26 @@ def backend() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
     return tokenizer
+
+
+def byte_tokenizer(*special: str) -> Tokenizer:
+    """A token for each byte, and special ones."""
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<end>", *special])
+    return made
+
+
+def takes(grammar: str, text: str, *special: str) -> bool:
+    """True if the grammar allows the text, and an end after it."""
+    made = byte_tokenizer(*special)
+    end = made.token_to_id("<end>")
+    tokens = LLTokenizer(made.to_str(), eos_token=[end])
+    matcher = LLMatcher(tokens, grammar_of(StructuredOutputsParams(grammar=grammar)), log_level=0)
+    token_ids = made.encode(text, add_special_tokens=False).ids
+    return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
 
 
 def compiler() -> GrammarCompiler:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher, LLTokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from support.grammars import byte_tokenizer, takes
 
-from aurora_lit.grammars.definition import grammar_of
+from aurora_lit.grammars.definition import fault_of
 from aurora_lit.request import StructuredOutputsParams
 from aurora_lit.tool_calls.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED, PLAIN, ToolCall, ToolFormat
 from aurora_lit.tool_calls.grammar import grammar_of_calls
@@ -18,26 +17,6 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 SCHEMAS = {"f": SCHEMA, "g": {"type": "object"}}
 ONE, TWO = [ToolCall("f", '{"a": 12}')], [ToolCall("g", '{"b": "}"}'), ToolCall("f", '{"a": 3}')]
 WRONG = [ToolCall("f", '{"a": "12"}')]
-
-
-def tokenizer(*special: str) -> Tokenizer:
-    """A token for each byte, and special ones."""
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(["<end>", *special])
-    return made
-
-
-def takes(grammar: str, text: str, *special: str) -> bool:
-    """True if the grammar allows the text, and an end after it."""
-    made = tokenizer(*special)
-    end = made.token_to_id("<end>")
-    tokens = LLTokenizer(made.to_str(), eos_token=[end])
-    matcher = LLMatcher(tokens, grammar_of(StructuredOutputsParams(grammar=grammar)), log_level=0)
-    token_ids = made.encode(text, add_special_tokens=False).ids
-    return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
 
 
 def grammar(format_: ToolFormat, **how: Any) -> str:
@@ -83,7 +62,7 @@ def test_with_a_schema_for_content_an_answer_is_of_it_or_calls(format_: ToolForm
 
 @pytest.mark.parametrize("format_", [MISTRAL, MISTRAL_NAMED, HERMES], ids=lambda each: each.name)
 def test_a_marker_that_is_a_special_token_is_one(format_: ToolFormat) -> None:
-    marker = tokenizer(format_.marker).token_to_id(format_.marker)
+    marker = byte_tokenizer(format_.marker).token_to_id(format_.marker)
     for how in ({}, {"must_call": False}):
         special = grammar(format_, marker_token=marker, **how)
         assert takes(special, format_.written(ONE), format_.marker)
@@ -92,3 +71,11 @@ def test_a_marker_that_is_a_special_token_is_one(format_: ToolFormat) -> None:
     assert takes(special, "Hello", format_.marker)
     assert takes(special, "Hello" + format_.written(ONE), format_.marker)
     assert not takes(grammar(format_), format_.written(ONE), format_.marker), "as text it is none"
+
+
+def test_a_description_may_hold_the_sign_of_another_kind_of_grammar() -> None:
+    schema = {**SCHEMA, "description": "a rule such as\nexpr ::= term"}
+    of_calls = grammar_of_calls(HERMES, {"f": schema}, must_call=True, only_one=True)
+    assert fault_of(StructuredOutputsParams(grammar=of_calls)) is None
+    assert takes(of_calls, HERMES.written(ONE))
+    assert not takes(of_calls, HERMES.written(WRONG))

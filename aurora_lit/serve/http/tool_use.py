@@ -101,6 +101,18 @@ def _format(tokenizer: Tokenizer) -> ToolFormat:
     return format_of(str(tokenizer.chat_template or ""))  # of several templates, as a dictionary, the one with tools
 
 
+def _arguments(text: str) -> Any:
+    """Of a call in an earlier turn: the object that a template expects; text that is none as it is.
+
+    Answers may contain such: a model decides what it writes, and `max_tokens` cuts calls off.
+    """
+    try:
+        arguments = json.loads(text or "{}")  # without text: as some servers stream a call without arguments
+    except (ValueError, RecursionError):
+        return text
+    return arguments if isinstance(arguments, dict) else text
+
+
 def _turn(message: Message, names: Mapping[str, str]) -> Turn:
     """names: of the functions that were called, by the call's id."""
     role = "system" if message.role == "developer" else message.role
@@ -110,7 +122,7 @@ def _turn(message: Message, names: Mapping[str, str]) -> Turn:
             {
                 "id": call.id,
                 "type": call.type,
-                "function": {"name": call.function.name, "arguments": json.loads(call.function.arguments)},
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
             }
             for call in message.tool_calls
         ]
@@ -137,6 +149,7 @@ def _schemas(body: ChatRequest) -> dict[str, Mapping[str, Any]]:
         if "object" not in (kind if isinstance(kind, list) else [kind]):
             fault: Fault | None = Fault(".type", 'a function takes an object of arguments; use type "object"')
         else:
+            schema = {**schema, "type": "object"}  # not null, nor anything where no type is named
             fault = fault_of(StructuredOutputsParams(json=json.dumps(schema)))
         if fault is not None and (body.must_call or function.strict):
             where = f"tools[{index}].function.parameters{fault.place}"

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from support.fake_engine import tiny_tokenizer
+from support.grammars import takes
 from tokenizers import AddedToken
 
 from aurora_lit.errors import RequestError
 from aurora_lit.serve.http.schema import ChatRequest
 from aurora_lit.serve.http.tool_use import ToolUse, template_tools, tool_use, turns_of
+from aurora_lit.tool_calls.formats import HERMES, ToolCall
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 STRICT = {"type": "function", "function": {"name": "f", "parameters": SCHEMA, "strict": True}}
@@ -57,6 +59,27 @@ def test_only_strict_functions_promise_their_arguments_by_choice() -> None:
         use_of(tools=[STRICT, {**loose, "function": {**loose["function"], "strict": True}}])
 
 
+@pytest.mark.parametrize(
+    ("parameters", "takes_object"),
+    [
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1}'),
+        ({"type": ["object", "null"]}, '{"b": 2}'),
+        ({"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"a": {"enum": [1]}}}}}, '{"a": 1}'),
+    ],
+)
+def test_arguments_are_an_object_whatever_the_schema_says_of_its_type(
+    parameters: dict[str, Any], takes_object: str
+) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    use = use_of(tools=[tool], tool_choice="required")
+    assert use is not None
+    assert use.grammar is not None
+    of_calls = str(use.grammar.grammar)
+    assert takes(of_calls, HERMES.written([ToolCall("f", takes_object)]))
+    for arguments in ("7", "null", '"text"', "[]"):
+        assert not takes(of_calls, HERMES.written([ToolCall("f", arguments)])), arguments
+
+
 @pytest.mark.parametrize("choice", [None, "none"])
 def test_without_callable_tools_nothing_is_read(choice: str | None) -> None:
     assert use_of(tools=[LOOSE] if choice else None, tool_choice=choice) is None
@@ -71,13 +94,22 @@ def test_a_special_token_that_begins_calls_is_shown_and_is_one_in_the_grammar(sp
     assert ("<[" in str(use.grammar.grammar)) == bool(special)
 
 
-def test_a_call_without_arguments_may_come_back_without_text() -> None:
-    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": ""}}
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [("", {}), ('{"a": 1}', {"a": 1}), ("{a: 1}", "{a: 1}"), ('{"a": 1, "b', '{"a": 1, "b'), ("[1]", "[1]")],
+)
+@pytest.mark.parametrize("template", ["{{ tools }}", "{{ messages }}"])
+def test_every_call_that_an_answer_can_have_may_come_back(text: str, arguments: Any, template: str) -> None:
+    """Also one that some servers stream without text, and one that is no JSON or was cut off."""
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": text}}
     asked = body(messages=[{"role": "assistant", "tool_calls": [call]}], tools=[STRICT])
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ tools }}"
-    (called,) = turns_of(asked.messages, asked.tools or (), tokenizer)
-    assert called["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+    tokenizer.chat_template = template
+    turns = turns_of(asked.messages, asked.tools or (), tokenizer)
+    if "tools" in template:
+        assert turns[0]["tool_calls"][0]["function"] == {"name": "f", "arguments": arguments}
+    else:
+        assert turns[-1]["content"] == f'{{"name": "f", "arguments": {text or "{}"}}}', "as the model wrote it"
 
 
 def test_results_have_the_name_of_the_called_function() -> None:
