@@ -10,8 +10,9 @@ threads, which the kernel stops together for most of each period. Leaves out wha
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from aurora_lit.cgroups import own_groups
 
 
 def available_cores(*, root: Path = Path("/")) -> int:
@@ -21,7 +22,8 @@ def available_cores(*, root: Path = Path("/")) -> int:
     `cpu.cfs_quota_us` and `cpu.cfs_period_us` in version 1). `root`: where /proc and the cgroups are, for tests.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min([cores, *_cgroup_limits(root)])))
+    limits = (_limit(folder, version) for folder, version in own_groups("cpu", root=root))
+    return max(1, int(min([cores, *(limit for limit in limits if limit is not None)])))
 
 
 def use_threads(threads: int, *, processes: int = 1) -> None:
@@ -32,42 +34,6 @@ def use_threads(threads: int, *, processes: int = 1) -> None:
     import torch  # here, because a learner must lower its priority before it imports torch
 
     torch.set_num_threads(threads or max(1, min(torch.get_num_threads(), available_cores() // processes)))
-
-
-def _cgroup_limits(root: Path) -> Iterator[float]:
-    """The limits, in cores, of this process's cgroups and their parents."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return
-    mounted = _mounted_cgroups(mounts)
-    for line in groups:  # "ID:CONTROLLERS:PATH", without controllers in version 2
-        _, controllers, path = line.split(":", 2)
-        version = 1 if "cpu" in controllers.split(",") else 2 if not controllers else 0
-        if version not in mounted:
-            continue
-        mount_root, folder = mounted[version]
-        own = PurePosixPath(path)
-        if own.is_relative_to(mount_root):  # in a container the hierarchy may be mounted from its own group on
-            own = "/" / own.relative_to(mount_root)
-        for group in (own, *own.parents):
-            limit = _limit(root / folder.lstrip("/") / str(group).lstrip("/"), version)
-            if limit is not None:
-                yield limit
-
-
-def _mounted_cgroups(mounts: list[str]) -> dict[int, tuple[str, str]]:
-    """By cgroup version: which group is mounted, and where. Of version 1 only the hierarchy that limits CPU time."""
-    mounted = {}
-    for line in mounts:  # "ID PARENT DEVICE ROOT FOLDER OPTIONS … - TYPE SOURCE OPTIONS", see proc(5)
-        before, _, after = line.partition(" - ")
-        (_, _, _, mount_root, folder, *_), (kind, *_, options) = before.split(), after.split()
-        if kind == "cgroup2":
-            mounted[2] = (mount_root, folder)
-        elif kind == "cgroup" and "cpu" in options.split(","):
-            mounted[1] = (mount_root, folder)
-    return mounted
 
 
 def _limit(group: Path, version: int) -> float | None:

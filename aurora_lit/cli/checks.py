@@ -18,6 +18,7 @@ from typing import Literal
 
 import psutil
 
+from aurora_lit.cgroups import own_groups
 from aurora_lit.config import AuroraConfig, draft_folder
 from aurora_lit.cores import available_cores
 from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
@@ -27,6 +28,12 @@ from aurora_lit.placement import describe, uses_gpus
 _GIB = 1 << 30
 _DOWNLOAD_BYTES = 2 * _GIB
 """Disk space for downloading and converting a small model; a guess, since the file's size is not known yet."""
+_MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""By version of cgroups: the files of a group's limit and of what it uses, and what memory.stat calls that part of it
+which is of files and can be dropped."""
 _FAST_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -298,11 +305,18 @@ def check_draft(config: AuroraConfig) -> Check:
     return _ok("draft", str(folder))
 
 
-def available_bytes() -> int:
-    """Free main memory, or what a container's limit leaves of it if that is less."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{part}").read_text().strip() for part in ("max", "current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
-    except (OSError, ValueError):
-        return free
+def available_bytes(*, root: Path = Path("/")) -> int:
+    """Free main memory, or what the limits of this process's cgroups leave of it if that is less.
+
+    What the kernel caches of files counts as free, as long as it is not in use. `root`: see `own_groups`.
+    """
+    left = [int(psutil.virtual_memory().available)]
+    for folder, version in own_groups("memory", root=root):
+        limit, usage, cached = _MEMORY_FILES[version]
+        try:
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / usage).read_text()) - int(statistics[cached])
+            left.append(int((folder / limit).read_text()) - used)
+        except (OSError, ValueError, KeyError):  # the group is not visible here, or has no limit: "max"
+            continue
+    return max(0, min(left))

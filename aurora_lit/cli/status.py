@@ -65,7 +65,8 @@ def read(run_folder: Path) -> Json:
 def ask(url: str, api_key: str | None) -> Json:
     """The report, over HTTP."""
     address = f"{url.rstrip('/').removesuffix('/v1')}/v1/aurora/status"
-    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    # Headers are bytes, which urllib takes as Latin-1.
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}".encode().decode("latin-1")}
     try:
         with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as response:
             report: Json = json.load(response)

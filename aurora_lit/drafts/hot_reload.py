@@ -134,7 +134,7 @@ class HotReloader:
             if self._served == bad:
                 self._seen = self._stat_current()
                 current = self._current()
-                self._prepare(self._store.version_before(bad) if current == bad else current, or_older=True)
+                self._prepare(self._version_before(bad) if current == bad else current, or_older=True)
         seen = self._stat_current()
         if seen != self._seen:
             self._seen = seen
@@ -152,7 +152,7 @@ class HotReloader:
                 return
             if name is None or not or_older:
                 return
-            name = self._store.version_before(name)
+            name = self._version_before(name)
 
     def _stat_current(self) -> tuple[int, int] | None:
         try:
@@ -169,6 +169,14 @@ class HotReloader:
         except AuroraError as error:
             self._refuse(CURRENT_NAME, str(error))
             return self._served
+
+    def _version_before(self, name: str) -> str | None:
+        """The version to serve instead; the starting draft, which lies elsewhere, if the folder cannot be read."""
+        try:
+            return self._store.version_before(name)
+        except AuroraError as error:
+            _log.warning("the starting draft is served instead of %s: %s", name, error)
+            return None
 
     def _load_version(self, name: str | None) -> ReadyDraft | None:
         try:

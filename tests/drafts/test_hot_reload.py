@@ -234,6 +234,22 @@ def test_a_current_that_cannot_be_read_does_not_stop_a_rollback(store, loader, r
     assert soon(reloader.poll).version == "draft-000001"
 
 
+def test_a_folder_that_cannot_be_read_does_not_stop_a_rollback(store, loader, reloader, monkeypatch):
+    publish(store, 2)
+    reloader.first()
+
+    def broken(_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "scandir", broken)
+    reloader.start(on_change=lambda: None)
+    reloader.roll_back(bad="draft-000002", reason="slow")
+    assert soon(reloader.poll).version is None, "the starting draft lies elsewhere"
+    monkeypatch.undo()
+    publish(store)
+    assert soon(reloader.poll).version == "draft-000003"
+
+
 def test_a_version_that_was_replaced_before_it_served_is_not_trusted(store, loader, reloader):
     publish(store)
     reloader.first()
