@@ -39,6 +39,17 @@ def test_a_draft_starts_from_the_targets_last_layer(target: Target, folder: Path
     assert max(draft.fc.weight[:, : 2 * size].abs().max(), highest.abs().max()) < 0.1
 
 
+def test_heads_that_share_keys_in_the_target_start_with_them(tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path, num_attention_heads=4, num_key_value_heads=2)
+    target = Target.load(folder, precision="fp32")
+    draft, plain = initial_draft(target, torch.arange(40)), reference_model(folder).model.layers[-1].self_attn
+    for name, shared in (("q", 1), ("k", 2), ("v", 2)):
+        own_GDH = getattr(plain, f"{name}_proj").weight.view(-1, 32, 64)
+        made_QDH = getattr(draft.midlayer.self_attn, f"{name}_proj").weight.view(4, 32, 128)[..., 64:]
+        for head in range(4):
+            assert torch.equal(made_QDH[head], own_GDH[head // shared]), (name, head)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma", "mixtral", "gpt2"])
 def test_a_draft_can_start_on_any_family(family: str, tmp_path: Path) -> None:
     target = Target.load(save_model(family, tmp_path), precision="fp32")

@@ -244,3 +244,14 @@ def test_a_learners_counts_are_told_once_it_has_told_them(tmp_path: Path) -> Non
     assert counts() == []
     learner.write(steps=7, positions=3_000_000, rate_factor=0.2)
     assert counts() == ["aurora_learner_steps", "aurora_learner_positions"]
+
+
+def test_a_page_whose_writer_was_killed_while_it_wrote_is_whole_after_the_next_write(path):
+    writer, reader = LearnerStatusPage.create(path), LearnerStatusPage.open(path)
+    writer.write(steps=1)
+    writer._integers[1] += 1  # killed in the middle of a write
+    again = LearnerStatusPage.open(path, writable=True)
+    for steps in (2, 3):
+        again.write(steps=steps)
+        assert reader._integers[1] % 2 == 0, "no reader waits"
+        assert reader.read().steps == steps

@@ -41,6 +41,17 @@ def test_a_library_is_kept_by_what_the_compiler_defines(compilers: Path) -> None
     assert build.built_library(made(compilers, "wrapper", macros="#define __AVX2__ 1")) != plain
 
 
+def test_a_library_is_kept_by_its_sources(compilers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = made(compilers, "plain")
+    before = build.built_library(command)
+    for path in build._SOURCES:
+        assert path.suffix in (".cpp", ".hpp")
+    changed = tmp_path / "changed.hpp"
+    changed.write_bytes(build._SOURCES[0].read_bytes() + b"// one more line")
+    monkeypatch.setattr(build, "_SOURCES", [changed, *build._SOURCES[1:]])
+    assert build.built_library(command) != before
+
+
 def test_clang_is_refused_with_what_to_use(compilers: Path) -> None:
     with pytest.raises(build.ClangError):
         build.built_library(made(compilers, "c++", version="Debian clang version 14.0.6"))

@@ -172,6 +172,30 @@ def test_a_file_made_from_something_else_is_refused(changed: str, folder: Path, 
     assert packed_path(folder, key={**key, changed: "other"}, cache_dir=tmp_path) != path
 
 
+def test_a_file_is_named_by_the_code_the_kernels_and_the_libraries_that_made_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = packed_key(folder, precision="bf16")
+
+    def changed() -> set[str]:
+        after = packed_key(folder, precision="bf16")
+        return {name for name in before if after[name] != before[name]}
+
+    assert not changed()
+    with monkeypatch.context() as patched:
+        patched.setattr(packed_target.native, "build_digest", lambda: "of another processor")
+        assert changed() == {"kernels"}
+    for library in ("torch", "transformers"):
+        with monkeypatch.context() as patched:
+            patched.setattr(packed_target.torch, "__version__", "2.99") if library == "torch" else patched.setattr(
+                packed_target.importlib.metadata, "version", lambda name: "9.9"
+            )
+            assert changed() == {"libraries"}
+    with monkeypatch.context() as patched:
+        patched.setattr(packed_target, "_CODE", [*packed_target._CODE, Path(__file__)])
+        assert changed() == {"code"}
+
+
 def test_a_source_that_was_written_again_is_packed_again(folder: Path, tmp_path: Path) -> None:
     os.utime(folder / "model.safetensors", ns=(1, 1))
     before = outputs(load_target(folder, precision="fp32", cache_dir=tmp_path))

@@ -281,6 +281,27 @@ def test_metrics_count_what_was_done(server, client):
     assert values['vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny"}'] > 0
 
 
+def test_clients_are_told_apart_by_user_and_address_on_both_routes(server):
+    """By the address of the connection: anyone can write another one into a header."""
+
+    def client(path, headers=None, **fields):
+        turn = (
+            {"prompt": "<|client|>"}
+            if path == "completions"
+            else {"messages": [{"role": "user", "content": "<|client|>"}]}
+        )
+        body = {"model": MODEL, "max_tokens": 16, **turn, **fields}
+        choice = httpx.post(f"{server.url}/v1/{path}", json=body, headers=headers).json()["choices"][0]
+        return choice["text"] if path == "completions" else choice["message"]["content"]
+
+    routes = "completions", "chat/completions"
+    of_address, of_ann = ({client(path, **fields) for path in routes} for fields in ({}, {"user": "ann"}))
+    assert len(of_address) == len(of_ann) == len(of_address - of_ann) == 1, "the same on both, and not each other's"
+    assert all(len(each) == 16 and int(each, 16) >= 0 for each in of_address | of_ann)
+    for path in routes:
+        assert client(path, headers={"X-Forwarded-For": "10.1.2.3", "Forwarded": "for=10.1.2.3"}) in of_address
+
+
 def test_an_error_before_the_first_token_has_a_status_even_in_a_stream(server):
     def whole_requests():
         lines = httpx.get(f"{server.url}/metrics").text.splitlines()

@@ -207,6 +207,16 @@ def test_a_learner_that_exits_cleanly_is_not_restarted_and_one_that_fails_is_res
     child.end()
 
 
+def test_faults_of_a_learner_that_had_run_for_long_do_not_add_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
+    monkeypatch.setattr(learner_child, "_SETTLED_S", 0.0)
+    page = LearnerStatusPage.create(tmp_path / "page")
+    child = learner_child.LearnerChild(["sh", "-c", "exit 7"], page)
+    child.start()
+    until(lambda: page.read().restarts, lambda restarts: restarts > 4)
+    child.end()
+
+
 def test_a_learner_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(learner_child, "_GRACE_S", 0.2)
     pid = tmp_path / "pid"

@@ -113,3 +113,15 @@ def test_a_kind_of_work_takes_its_share_whatever_it_costs(monkeypatch: pytest.Mo
     with limit.measured():
         machine.work(100)
     assert not limit.is_due
+
+
+@pytest.mark.parametrize("load", [ServerLoad.FULL, ServerLoad.QUEUEING])
+def test_while_requests_wait_no_more_is_used_than_while_there_is_room(load: ServerLoad) -> None:
+    machine = FakeMachine()
+    budget = a_budget(machine, share=0.01, full_load_share=0.02, minimum_share=0.05)
+    while machine.wall < 3700:
+        if wait_s := budget.wait_s(load):
+            machine.sleep(min(wait_s, 0.2))
+        else:
+            machine.work(0.5)
+    assert (machine.cpu - 100) / (2 * 3600) == pytest.approx(0.01, rel=0.1)

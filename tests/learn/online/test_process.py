@@ -1,4 +1,4 @@
-"""A learner's process: its priority, being killed and resuming, and exiting with its server.
+"""A learner's process: its priority, its heartbeat, being killed and resuming, and exiting with its server.
 
 That it exits on SIGTERM is in test_loop_faults.
 """
@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.learner_harness import ServerStandIn
 from support.live_traces import asked_again
 from support.tiny_models import random_draft
 
+from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.learn.data.training_state import from_bytes
+from aurora_lit.learn.online import process
 from aurora_lit.learn.online.build import STATE_NAME
 from aurora_lit.learn.online.process import niceness
 from aurora_lit.models.target import Target
@@ -77,3 +82,24 @@ def test_a_killed_learner_resumes_and_publishes_and_exits_with_its_server(
     output, _ = learner.communicate(timeout=60)
     assert learner.returncode == 0, output[-3000:]
     assert server.page.read().state == "absent"
+
+
+def test_a_loop_that_is_stuck_gives_no_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_BEAT_EVERY_S", 0.01)
+    page = LearnerStatusPage.create(tmp_path / "page")
+    stuck: Any = SimpleNamespace(last_turn_s=time.monotonic())
+
+    def beats() -> bool:
+        """Whether there is another heartbeat within a quarter of a second."""
+        before, until = page.read().heartbeat_ns, time.monotonic() + 0.25
+        while page.read().heartbeat_ns == before and time.monotonic() < until:
+            time.sleep(0.005)
+        return page.read().heartbeat_ns != before
+
+    with process._heartbeat(page, [stuck]):
+        assert beats()
+        stuck.last_turn_s -= process._MAX_TURN_S
+        time.sleep(0.05)
+        assert not beats()
+        stuck.last_turn_s = time.monotonic()
+        assert beats(), "it has gone on"

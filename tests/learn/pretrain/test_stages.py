@@ -14,6 +14,7 @@ from support.tiny_models import save_model
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.checkpoint import load_draft
 from aurora_lit.errors import CheckpointError
+from aurora_lit.learn.pretrain import stages
 from aurora_lit.learn.pretrain.stages import PretrainOptions, pretrain
 from aurora_lit.models.target import Target
 
@@ -36,14 +37,18 @@ def options(tmp_path: Path) -> PretrainOptions:
         text=(),
         out=tmp_path / "first",
         max_answer_tokens=12,
-        positions=600,
+        positions=2000,
         batch_positions=128,
         draft_vocab_size=32,
+        learning_rate=0.02,
     )
 
 
 def test_a_draft_is_trained_from_another(config: AuroraConfig, options: PretrainOptions, tmp_path: Path) -> None:
-    assert pretrain(config, options)["words"]["expected_accepted_length"] >= 1
+    untrained = pretrain(config, dataclasses.replace(options, out=tmp_path / "none", learning_rate=1e-9))
+    trained = pretrain(config, options)
+    length = "expected_accepted_length"
+    assert trained["words"][length] > untrained["words"][length]
     target = Target.load(tmp_path / "target", precision="fp32")
     first = load_draft(options.out, target)
     # Too slow to learn: what comes out is what it started from, vocabulary included.
@@ -56,6 +61,20 @@ def test_a_draft_is_trained_from_another(config: AuroraConfig, options: Pretrain
     for name, weight in first.named_parameters():
         torch.testing.assert_close(second.get_parameter(name), weight, atol=1e-4, rtol=1e-2)  # stored in bf16
     assert json.loads((slow.out / "training.json").read_text())["started_from"] == "first"
+
+
+def test_what_is_started_again_answers_and_trains_on_nothing_twice(
+    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(config, options)
+    before = (options.out / "model.safetensors").read_bytes()
+
+    def answer_again(*_: object, **__: object) -> None:
+        raise AssertionError("all prompts were answered")
+
+    monkeypatch.setattr(stages, "generate_answers", answer_again)
+    pretrain(config, options)
+    assert (options.out / "model.safetensors").read_bytes() == before
 
 
 def test_an_unusable_starting_draft_is_refused_before_any_work(

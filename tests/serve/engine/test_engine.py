@@ -405,6 +405,17 @@ def test_rests_end_though_rounds_are_untimed(models: TinyModels, monkeypatch: py
     assert asked[-1]
 
 
+def test_another_draft_ends_the_rest_that_the_last_one_has_caused(models: TinyModels) -> None:
+    engine, kind = models.engine(adaptive=True), RoundKind(1, sampled=False)
+    assert engine.floor is not None
+    for speculated, seconds in ((False, 0.01), (True, 0.1)):
+        for _ in range(12):
+            engine.floor.observe(kind, seconds=seconds, tokens=1, speculated=speculated)
+    assert not engine.floor.allows(kind)
+    engine.swap_draft(copy.deepcopy(models.draft("random")), version="another")
+    assert engine.floor.allows(kind)
+
+
 def test_a_round_with_a_copied_prefix_is_no_measure_of_decoding(
     models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:

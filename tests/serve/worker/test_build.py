@@ -1,10 +1,19 @@
-"""Building an engine: what is taken from the model and its tokenizer."""
+"""Building an engine: what is taken from the settings, the model and its tokenizer, and whose costs are kept."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
+from support.fake_engine import tiny_tokenizer
+from support.tiny_models import save_model
+
+from aurora_lit.config import load_config
+from aurora_lit.models.target import Target
+from aurora_lit.serve.worker import build
 from aurora_lit.serve.worker.build import eos_token_ids
 
 
@@ -13,3 +22,61 @@ def test_an_end_token_that_has_no_row_in_the_model_ends_nothing() -> None:
     for of_tokenizer, expected in ((7, {2, 7}), (50, {2}), (None, {2})):
         tokenizer: Any = SimpleNamespace(eos_token_id=of_tokenizer)
         assert eos_token_ids(target, tokenizer) == expected
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Target:
+    return Target.load(save_model("llama", tmp_path / "target", num_hidden_layers=4), precision="fp32")
+
+
+def test_every_setting_of_the_engine_reaches_it(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two settings of each, so that no constant passes."""
+    settings: dict[str, tuple[Any, Any]] = {
+        "max_batch_size": (3, 5),
+        "max_seq_len": (128, 192),
+        "max_draft_tokens": (2, 3),
+        "tree_tokens": (0, 7),
+        "lookup": (True, False),
+        "adaptive": (True, False),
+        "prefill_chunk_tokens": (64, 96),
+        "prefix_cache": (True, False),
+        "explore_share": (0.125, 0.25),
+        "explore_temperature": (1.5, 2.0),
+    }
+    monkeypatch.setattr(build, "Engine", lambda target, draft, options, **_: options)
+    for number in (0, 1):
+        given = [f"engine.{name}={str(values[number]).lower()}" for name, values in settings.items()]
+        more = [
+            f"engine.max_round_ms={(40, 250)[number]}",
+            f"memory.capacity_mb={(3, 9)[number]}",
+            f"server.host={('127.0.0.1', '0.0.0.0')[number]}",
+        ]
+        config = load_config(None, ["draft.checkpoint=null", "learn.enabled=false", *given, *more])
+        options: Any = build._engine(config, target, tiny_tokenizer(), observer=None)
+        assert {name: getattr(options, name) for name in settings} == {
+            name: values[number] for name, values in settings.items()
+        }
+        assert options.max_round_s == (0.04, 0.25)[number]
+        assert options.memory_bytes == (3 << 20, 9 << 20)[number]
+        assert options.memory_scope == ("domain", "client")[number], "others can connect: each client has its own"
+
+
+def test_costs_are_kept_for_what_they_were_measured_on(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = [f"target.source={tmp_path / 'target'}", f"target.cache_dir={tmp_path}", "draft.checkpoint=null"]
+
+    def key(*overrides: str) -> dict[str, str]:
+        return build._kept_costs(load_config(None, [*common, "learn.enabled=false", *overrides]), target)._key
+
+    first = key()
+    assert key() == first
+    assert key("target.precision=bf16")["target"] != first["target"]
+    assert key("engine.tree_tokens=7")["engine"] != first["engine"]
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    assert key()["threads"] != first["threads"]
+    monkeypatch.setattr(build.native, "build_digest", lambda: "other kernels")
+    assert key()["machine"] != first["machine"]
+    monkeypatch.setattr(Path, "read_bytes", lambda _: b"other code")
+    assert key()["code"] != first["code"]

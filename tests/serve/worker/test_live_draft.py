@@ -328,14 +328,16 @@ class RecordingEngine:
         self.swaps.append((draft, version, recompute))
 
 
-def judged(store: DraftStore, **of_output: Any) -> LiveDraft:
-    """After a hundred rounds that accepted 3 tokens, a new draft, and a hundred that accepted none."""
+def judged(store: DraftStore, *, plain_rounds: int = 0, **of_output: Any) -> LiveDraft:
+    """After a hundred rounds that accepted 3 tokens, and plain ones, a new draft, and a hundred that accepted none."""
     engine = RecordingEngine()
     live = LiveDraft(engine, HotReloader(store, lambda folder: folder and folder.name))
     live.start(on_change=lambda: None)
     output = Output(request_id="", token_ids=(1,), num_proposed=3, num_accepted=3)
     for number in range(100):
         live.after_round([dataclasses.replace(output, request_id=f"before {number // 20}")], [""])
+    for _ in range(plain_rounds):
+        live.after_round([Output(request_id="plain", token_ids=(1,))], [""])
     draft = Eagle3Draft(Eagle3Config(**SMALL_SHAPE))
     store.publish(draft, record={})
     wait(lambda: live._reloader._ready)
@@ -352,10 +354,12 @@ def judged(store: DraftStore, **of_output: Any) -> LiveDraft:
     return live
 
 
-@pytest.mark.parametrize(
-    ("of_output", "rollbacks"), [({}, 1), ({"only_copied": True}, 0), ({"explored": True}, 0), ({"num_proposed": 0}, 0)]
-)
+@pytest.mark.parametrize(("of_output", "rollbacks"), [({}, 1), ({"only_copied": True}, 0), ({"explored": True}, 0)])
 def test_only_proposals_of_the_draft_in_rounds_without_exploration_count_in_a_trial(
     of_output: dict[str, Any], rollbacks: int, store: DraftStore
 ) -> None:
     assert judged(store, **of_output).num_rollbacks == rollbacks
+
+
+def test_plain_rounds_do_not_take_the_place_of_what_the_draft_before_has_shown(store: DraftStore) -> None:
+    assert judged(store, plain_rounds=4096).num_rollbacks == 1
