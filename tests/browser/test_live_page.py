@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from support.fake_drafts import publish_draft
 from support.fake_server import FakeServer
@@ -110,6 +111,17 @@ def test_an_error_is_said(page: Any, text: str, said: str) -> None:
         ask(page, text)
         expect(page.get_by_role("alert").filter(has_text=said)).to_be_visible()
         expect(page.get_by_role("button", name="Send")).to_be_visible()
+
+
+@pytest.mark.parametrize("label", ["constructor", "__proto__"])
+def test_a_domain_may_have_the_name_of_a_member_of_every_object(page: Any, label: str) -> None:
+    with FakeServer() as server:
+        page.goto(server.url)
+        expect(page.get_by_role("status")).to_have_text("live")
+        body = {"messages": [{"role": "user", "content": "hello"}], "metadata": {"aurora_domain": label}}
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=20).raise_for_status()
+        expect(page.locator("#domains th")).to_have_text([label])
+        expect(page.get_by_role("status")).to_have_text("live")
 
 
 def test_a_server_that_has_gone_is_said(page: Any) -> None:

@@ -19,6 +19,9 @@ const clock = (time) => new Date(1000 * time).toLocaleTimeString("en-GB", { hour
 const sum = (numbers) => numbers.reduce((total, each) => total + each, 0);
 const milliseconds = (seconds) => (seconds == null ? "–" : `${number(1000 * seconds, seconds < 0.1 ? 1 : 0)} ms`);
 
+// A value by a name that a client chose: it may be that of a member of every object.
+const own = (object, name) => (Object.hasOwn(object, name) ? object[name] : undefined);
+
 function make(tag, { text, ...attributes } = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -55,8 +58,8 @@ const lengthOf = (drafts, accepted) => (drafts >= MIN_ROUNDS ? 1 + accepted / dr
 // Accepted length between two points; of one domain, or of all.
 function acceptedLength(from, to, domain) {
   if (domain == null) return lengthOf(to.drafts - from.drafts, to.accepted - from.accepted);
-  const [, drafts, accepted] = to.domains[domain] ?? [0, 0, 0];
-  const [, draftsBefore, acceptedBefore] = from.domains[domain] ?? [0, 0, 0];
+  const [, drafts, accepted] = own(to.domains, domain) ?? [0, 0, 0];
+  const [, draftsBefore, acceptedBefore] = own(from.domains, domain) ?? [0, 0, 0];
   return lengthOf(drafts - draftsBefore, accepted - acceptedBefore);
 }
 
@@ -262,7 +265,7 @@ function showSources() {
 function domainRows() {
   const { points, report } = state;
   const [shares, when] = recent((from, to) => {
-    const tokens = Object.entries(to.domains).map(([name, [count]]) => [name, count - (from.domains[name]?.[0] ?? 0)]);
+    const tokens = Object.entries(to.domains).map(([name, [count]]) => [name, count - (own(from.domains, name)?.[0] ?? 0)]);
     const total = sum(tokens.map(([, count]) => count));
     return total ? new Map(tokens.map(([name, count]) => [name, count / total])) : null;
   });
@@ -271,7 +274,7 @@ function domainRows() {
     name,
     share: shares?.get(name) ?? 0,
     length: recent((from, to) => acceptedLength(from, to, name))[0],
-    heat: heat[name]?.[1],
+    heat: own(heat, name)?.[1],
   }));
   rows.sort((one, other) => other.share - one.share || (other.length ?? 0) - (one.length ?? 0));
   return { rows, when: shares ? when : "" };
@@ -449,7 +452,7 @@ async function watch() {
         const alive = worker.state === "ready" && worker.heartbeat_age_s < 10;
         say(alive ? "live" : "lost", alive ? "live" : worker.error ?? `the engine is ${worker.state}`);
         wait_s = 1;
-        render();
+        queueMicrotask(render); // outside of this try: its errors are not the connection's
       }
     } catch (error) {
       problem = error.message;
