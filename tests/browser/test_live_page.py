@@ -90,6 +90,18 @@ def test_the_switches_are_sent(page: Any) -> None:
         expect(page.locator(".answer .draft")).to_have_count(0)
 
 
+def test_a_question_that_was_stopped_before_its_answer_is_not_sent_again(page: Any) -> None:
+    with FakeServer(options={"round_s": 1.0}) as server:
+        page.goto(server.url)
+        ask(page, "hello")
+        page.get_by_role("button", name="Stop").click()
+        expect(page.locator(".meta")).to_contain_text("stopped")
+        with page.expect_request("**/v1/chat/completions") as sent:
+            ask(page, "hello world")
+        assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "hello world"}]
+        page.get_by_role("button", name="Stop").click()
+
+
 def test_a_swap_appears_and_a_reload_shows_the_past(page: Any, tmp_path: Path) -> None:
     publish_draft(tmp_path)
     with FakeServer(checkpoints=tmp_path) as server:

@@ -570,13 +570,13 @@ async function ask(text) {
     show("spoken", `Answer: ${answer.text}`);
   } catch (error) {
     if (error.name === "AbortError") answer.meta.append(", stopped");
-    else {
-      answer.fail(error.message);
-      if (!answer.text && conversation.at(-1) === turn) conversation.pop();
-    }
+    else answer.fail(error.message);
   }
-  // It may have been cleared meanwhile.
-  if (answer.text && conversation.at(-1) === turn) conversation.push({ role: "assistant", content: answer.text });
+  // Templates want turns that alternate, so a question without an answer goes. All may have been cleared meanwhile.
+  if (conversation.at(-1) === turn) {
+    if (answer.text) conversation.push({ role: "assistant", content: answer.text });
+    else conversation.pop();
+  }
   log.setAttribute("aria-busy", "false");
   at("send").textContent = "Send";
   running = null;
