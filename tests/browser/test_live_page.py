@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,23 @@ def test_a_server_that_has_gone_is_said(page: Any) -> None:
         expect(page.get_by_role("status")).to_have_text("live")
         server.end()
         expect(page.get_by_role("status")).to_contain_text("no connection")
+
+
+def test_a_connection_that_falls_silent_is_said_and_begun_anew(page: Any) -> None:
+    with FakeServer() as server:
+        page.goto(server.url)
+        expect(page.get_by_role("status")).to_have_text("live")
+
+        def send_all(number: int) -> None:
+            for pid in server.family:
+                os.kill(pid, number)
+
+        send_all(signal.SIGSTOP)
+        try:
+            expect(page.get_by_role("status")).to_contain_text("nothing came for 10 s", timeout=20_000)
+        finally:
+            send_all(signal.SIGCONT)
+        expect(page.get_by_role("status")).to_have_text("live", timeout=20_000)
 
 
 def test_the_key_is_asked_for_kept_in_the_tab_and_sent(page: Any) -> None:

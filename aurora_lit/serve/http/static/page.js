@@ -377,18 +377,20 @@ function render() {
 // -- streams ----------------------------------------------------------------------------------------------------------
 
 const KEY = "aurora-api-key";
+const SILENCE_S = 10; // the server sends a sample every second
 const authorized = () => {
   const key = sessionStorage.getItem(KEY);
   return key ? { Authorization: `Bearer ${key}` } : {};
 };
 
-// The events of a response: [name, data as text].
-async function* serverEvents(response) {
+// The events of a response: [name, data as text]. Calls `heard` for each part that comes.
+async function* serverEvents(response, heard = () => {}) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return;
+    heard();
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();
     for (const block of blocks) {
@@ -428,8 +430,15 @@ async function watch() {
   let wait_s = 1;
   for (;;) {
     let problem = "the server closed the connection";
+    const connection = new AbortController();
+    let timer;
+    const heard = () => { // a connection may die without a close
+      clearTimeout(timer);
+      timer = setTimeout(() => connection.abort(), 1000 * SILENCE_S);
+    };
     try {
-      const response = await fetch("v1/aurora/events", { headers: authorized(), cache: "no-store" });
+      heard();
+      const response = await fetch("v1/aurora/events", { headers: authorized(), cache: "no-store", signal: connection.signal });
       if (response.status === 401) {
         const message = sessionStorage.getItem(KEY) ? await errorOf(response) : "";
         say("lost", "locked");
@@ -439,7 +448,7 @@ async function watch() {
       if (!response.ok) throw new Error(await errorOf(response));
       at("key-form").hidden = true;
       at("main").hidden = false;
-      for await (const [name, data] of serverEvents(response)) {
+      for await (const [name, data] of serverEvents(response, heard)) {
         const message = JSON.parse(data);
         if (name === "history") Object.assign(state, message);
         else {
@@ -455,7 +464,10 @@ async function watch() {
         queueMicrotask(render); // outside of this try: its errors are not the connection's
       }
     } catch (error) {
-      problem = error.message;
+      problem = connection.signal.aborted ? `nothing came for ${SILENCE_S} s` : error.message;
+    } finally {
+      clearTimeout(timer);
+      connection.abort(); // else one whose events cannot be read stays open
     }
     say("lost", `no connection (${problem}); trying again`);
     await new Promise((resolve) => setTimeout(resolve, 1000 * wait_s));
