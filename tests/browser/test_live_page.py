@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -146,21 +147,34 @@ def test_a_server_that_has_gone_is_said(page: Any) -> None:
         expect(page.get_by_role("status")).to_contain_text("no connection")
 
 
+@contextlib.contextmanager
+def stopped(pids: list[int]) -> Iterator[None]:
+    """Inside the context, these processes stand still."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
 def test_a_connection_that_falls_silent_is_said_and_begun_anew(page: Any) -> None:
     with FakeServer() as server:
         page.goto(server.url)
         expect(page.get_by_role("status")).to_have_text("live")
-
-        def send_all(number: int) -> None:
-            for pid in server.family:
-                os.kill(pid, number)
-
-        send_all(signal.SIGSTOP)
-        try:
+        with stopped(server.family):
             expect(page.get_by_role("status")).to_contain_text("nothing came for 10 s", timeout=20_000)
-        finally:
-            send_all(signal.SIGCONT)
         expect(page.get_by_role("status")).to_have_text("live", timeout=20_000)
+
+
+def test_an_engine_that_hangs_is_said(page: Any) -> None:
+    with FakeServer() as server:
+        page.goto(server.url)
+        expect(page.get_by_role("status")).to_have_text("live")
+        with stopped([server.status()["worker"]["pid"]]):
+            expect(page.get_by_role("status")).to_have_text("the engine gave no sign of life for 10 s", timeout=20_000)
+        expect(page.get_by_role("status")).to_have_text("live")
 
 
 def test_the_key_is_asked_for_kept_in_the_tab_and_sent(page: Any) -> None:

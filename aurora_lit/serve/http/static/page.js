@@ -377,7 +377,7 @@ function render() {
 // -- streams ----------------------------------------------------------------------------------------------------------
 
 const KEY = "aurora-api-key";
-const SILENCE_S = 10; // the server sends a sample every second
+const SILENCE_S = 10; // samples and heartbeats come every second or more often
 const authorized = () => {
   const key = sessionStorage.getItem(KEY);
   return key ? { Authorization: `Bearer ${key}` } : {};
@@ -426,6 +426,13 @@ function askForKey(message) {
   });
 }
 
+// What is wrong with the engine; null: nothing.
+function troubleOf({ state, error, heartbeat_age_s: age_s }) {
+  if (state === "ready" && age_s < SILENCE_S) return null;
+  if (error != null || state !== "ready") return error ?? `the engine is ${state}`;
+  return `the engine gave no sign of life for ${10 * Math.floor(age_s / 10)} s`; // screen readers read each new text
+}
+
 async function watch() {
   let wait_s = 1;
   for (;;) {
@@ -457,9 +464,8 @@ async function watch() {
           state.events = [...state.events, ...message.events].slice(-200);
           state.report = message.report;
         }
-        const { worker } = state.report;
-        const alive = worker.state === "ready" && worker.heartbeat_age_s < 10;
-        say(alive ? "live" : "lost", alive ? "live" : worker.error ?? `the engine is ${worker.state}`);
+        const trouble = troubleOf(state.report.worker);
+        say(trouble == null ? "live" : "lost", trouble ?? "live");
         wait_s = 1;
         queueMicrotask(render); // outside of this try: its errors are not the connection's
       }
