@@ -77,6 +77,7 @@ def test_a_chat_streams_with_its_sources_speed_and_accepted_length(page: Any) ->
         expect(page.locator("#spoken")).to_contain_text("Answer: ")
         expect(page.locator("#length")).to_have_text("2.99")
         expect(page.locator("#share-draft")).to_contain_text("67 %")
+        expect(page.locator("#service")).to_contain_text("First token, last minute")
         expect(page.locator("#length-chart svg")).to_have_attribute("aria-label", re.compile(r"now 2\.99"))
 
 

@@ -270,12 +270,10 @@ function domainRows() {
     return total ? new Map(tokens.map(([name, count]) => [name, count / total])) : null;
   });
   const heat = points.at(-1).heat;
-  const rows = Object.keys(report.domains.served).map((name) => ({
-    name,
-    share: shares?.get(name) ?? 0,
-    length: recent((from, to) => acceptedLength(from, to, name))[0],
-    heat: own(heat, name)?.[1],
-  }));
+  const rows = Object.keys(report.domains.served).map((name) => {
+    const [length, lengthWhen] = recent((from, to) => acceptedLength(from, to, name));
+    return { name, share: shares?.get(name) ?? 0, length, lengthWhen, heat: own(heat, name)?.[1] };
+  });
   rows.sort((one, other) => other.share - one.share || (other.length ?? 0) - (one.length ?? 0));
   return { rows, when: shares ? when : "" };
 }
@@ -284,11 +282,12 @@ function showDomains({ rows, when }) {
   show("domain-note", rows.length ? when : "no request has been answered yet");
   const gauge = (value, label) => make("meter", { min: 0, max: 1, value, "aria-label": label });
   at("domains").replaceChildren(
-    ...rows.slice(0, 12).map(({ name, share, length, heat }) =>
+    ...rows.slice(0, 12).map(({ name, share, length, lengthWhen, heat }) =>
       make("tr", {},
         make("th", { scope: "row", text: name, title: name }),
         make("td", {}, gauge(share, `share of ${name}`), percent(share)),
-        make("td", { class: "number", text: number(length, 2) }),
+        make("td", { class: "number" },
+          make("span", { class: "muted", text: length == null || lengthWhen === when ? "" : `${lengthWhen} ` }), number(length, 2)),
         make("td", { class: "number muted", text: number(firstLength(name), 2) }),
         make("td", {}, ...(heat == null ? ["–"] : [gauge(heat, `heat of ${name}`), number(heat, 2)])),
       )),
@@ -333,14 +332,17 @@ function facts(id, rows) {
   at(id).replaceChildren(...rows.flatMap(([name, value]) => [make("dt", { text: name }), make("dd", { text: value })]));
 }
 
+// A row of facts whose name says of what time its value is.
+const dated = (name, [value, when], format) => [value == null ? name : `${name}, ${when}`, format(value)];
+
 function showLearner() {
   const { report } = state, { learner, traces } = report;
-  const rate = recent((from, to) => (to.time - from.time > 3 && from.learner[2] > 0 ? (60 * (to.learner[0] - from.learner[0])) / (to.time - from.time) : null))[0];
+  const rate = recent((from, to) => (to.time - from.time > 3 && from.learner[2] > 0 ? (60 * (to.learner[0] - from.learner[0])) / (to.time - from.time) : null));
   show("learner-note", learner.state + (learner.activity && learner.state === "running" ? `: ${learner.activity}` : ""));
   facts("learner", [
     ["Share of the processor", percent(learner.compute_share, 1)],
     ["Learning rate", `×${number(learner.domains.rate_factor, 2)}`],
-    ["Positions a minute", number(rate)],
+    dated("Positions a minute", rate, number),
     ["Optimiser steps", number(learner.steps)],
     ["Shifts of traffic", number(learner.domains.shifts)],
     ["Traces waiting", number(traces.ring?.queued)],
@@ -349,14 +351,13 @@ function showLearner() {
 
 function showService() {
   const { report } = state, { queue, round_ms: round, memory } = report;
-  show("service-note", "means of the last minute");
-  const mean = (name) => milliseconds(recent((from, to) => meanLatency(from, to, name))[0]);
+  const mean = (name) => recent((from, to) => meanLatency(from, to, name));
   facts("service", [
     ["Running, waiting", `${queue.running}, ${queue.waiting}`],
     ["In flight, of at most", `${queue.in_flight} / ${queue.max_queue}`],
-    ["First token", mean("time_to_first_token")],
-    ["Each further token", mean("inter_token_latency")],
-    ["Round, median, p99", `${number(round.p50, 1)}, ${number(round.p99, 1)} ms`],
+    dated("First token", mean("time_to_first_token"), milliseconds),
+    dated("Each further token", mean("inter_token_latency"), milliseconds),
+    ["Round, median and p99, last 2,048", `${number(round.p50, 1)}, ${number(round.p99, 1)} ms`],
     ["Memory", memory.capacity_tokens ? `${number(memory.answers)} answers, ${percent(memory.tokens / memory.capacity_tokens)} full` : "off"],
   ]);
 }
