@@ -3,7 +3,7 @@
 A sample is read by one task for all viewers (serve/http/live_page.py). Its counters are totals since the start, so the
 page takes differences, and a sample can be left out without loss: two intervals become one. That bounds the history:
 when it is full, a sample goes whose neighbours are close together for their age. So the last minute stays whole, and
-what is older gets coarser.
+what is older gets coarser. The first accepted lengths are therefore kept apart.
 
     history = History()
     history.add(report, latencies={}, now_s=time.time())      # report: that of GET /v1/aurora/status
@@ -20,8 +20,14 @@ from typing import Any
 Json = dict[str, Any]
 MAX_POINTS = 360
 MAX_EVENTS = 200
+MIN_ROUNDS = 12
+"""Fewer say nothing about the accepted length; as in static/page.js."""
+ALL = ""
+"""All traffic, among domains; none has this name."""
 _FRESH_S = 60.0
 """What is younger stays, and older ages below twice that count as about the same."""
+_SETTLED_S = 10.0
+"""A younger history has no first accepted lengths."""
 _DOMAIN = re.compile(r"(?:^|, )(.+?) (\d+)% \(heat (\d\.\d+)\)")
 """One domain in the learner's text (modules/domains/controller.py: describe)."""
 
@@ -33,6 +39,8 @@ class History:
         self.points: list[Json] = []
         self.report: Json = {}
         """The last one that was added."""
+        self.first_lengths: dict[str, float] = {}
+        """Domain or ALL → accepted length of the first minute with enough rounds, of those that have had one."""
         self._events: deque[Json] = deque(maxlen=MAX_EVENTS)
         self.num_events = 0
         """Since the start; an event's `number` is this when it was added."""
@@ -46,10 +54,20 @@ class History:
             self.num_events += 1
             self._events.append({"number": self.num_events, "time": round(now_s, 2), **event})
         self.report = report
+        self._keep_first_lengths()
 
     def events_after(self, number: int) -> list[Json]:
         """Those with a higher number that are still kept."""
         return [event for event in self._events if event["number"] > number]
+
+    def _keep_first_lengths(self) -> None:
+        """Add those that the last minute gives; forget domains that are no longer counted."""
+        start, now = self.points[0], self.points[-1]
+        if now["time"] - start["time"] < _SETTLED_S:
+            return
+        before = next((point for point in reversed(self.points) if now["time"] - point["time"] >= _FRESH_S), start)
+        known = {name: length for name, length in self.first_lengths.items() if name == ALL or name in now["domains"]}
+        self.first_lengths = accepted_lengths(before, now) | known
 
 
 def least_missed(times: list[float], now_s: float) -> int:
@@ -79,6 +97,19 @@ def point_of(report: Json, latencies: Json) -> Json:
         "learner": [learner["positions"], learner["compute_share"], learner["domains"]["rate_factor"]],
         "heat": learned_domains(learner["domains"]["now"] or ""),
     }
+
+
+def accepted_lengths(before: Json, now: Json) -> dict[str, float]:
+    """Domain or ALL → accepted length between two points, where there were enough rounds."""
+    totals, totals_before = (
+        {**point["domains"], ALL: [0, point["drafts"], point["accepted"]]} for point in (now, before)
+    )
+    lengths = {}
+    for name, total in totals.items():
+        _, drafts, accepted = (new - old for new, old in zip(total, totals_before.get(name, (0, 0, 0)), strict=True))
+        if drafts >= MIN_ROUNDS:
+            lengths[name] = round(1 + accepted / drafts, 3)
+    return lengths
 
 
 def learned_domains(text: str) -> dict[str, list[float]]:

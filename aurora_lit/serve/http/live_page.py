@@ -7,8 +7,8 @@ One task samples the status for all viewers: once a second while somebody watche
 opened later has a past to show. A viewer that reads slowly misses samples, and nothing waits for it. Leaves out what a
 sample holds (serve/http/history.py) and the page itself (static/).
 
-The stream begins with an event `history` (`points`, `events`, `report`); then comes an event `sample` (`point`,
-`events`, `report`) for each sample. Its reports are those of GET /v1/aurora/status.
+The stream begins with an event `history` (`points`, `events`, `report`, `first_lengths`); then comes an event `sample`
+(`point` in place of `points`) for each sample. Reports are those of GET /v1/aurora/status.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class LivePage:
             if self.num_viewers == 1:  # the last sample is an old one
                 self._sample()
             history = self.history
-            message = _message("history", points=history.points, events=history.events_after(0), report=history.report)
+            message = self._message("history", points=history.points, events=history.events_after(0))
             while True:
                 last_event, sampled = history.num_events, self._sampled
                 yield message
@@ -119,11 +119,15 @@ class LivePage:
                 if self._closed:
                     return
                 events = history.events_after(last_event)
-                message = _message("sample", point=history.points[-1], events=events, report=history.report)
+                message = self._message("sample", point=history.points[-1], events=events)
         finally:
             self.num_viewers -= 1
             if self.num_viewers == 0:
                 self._watched.clear()
+
+    def _message(self, event: str, **content: Any) -> str:
+        content |= {"report": self.history.report, "first_lengths": self.history.first_lengths}
+        return f"event: {event}\ndata: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
     async def _sample_for_ever(self) -> None:
         while True:
@@ -147,7 +151,3 @@ def _always(response: Response) -> Callable[[], Any]:
         return response
 
     return respond
-
-
-def _message(event: str, **content: Any) -> str:
-    return f"event: {event}\ndata: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

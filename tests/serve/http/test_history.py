@@ -9,7 +9,16 @@ import pytest
 
 from aurora_lit.ipc.engine_status import EngineStatus, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LearnerStatusPage
-from aurora_lit.serve.http.history import MAX_EVENTS, MAX_POINTS, History, changes, learned_domains, point_of
+from aurora_lit.serve.http.history import (
+    ALL,
+    MAX_EVENTS,
+    MAX_POINTS,
+    MIN_ROUNDS,
+    History,
+    changes,
+    learned_domains,
+    point_of,
+)
 from aurora_lit.serve.http.status import engine_json, learner_json
 
 LATENCIES = {"time_to_first_token": (0.5, 3)}
@@ -72,6 +81,50 @@ def test_the_history_is_bounded_in_order_and_keeps_its_ends(report) -> None:
     gaps = [(times[-1] - later, later - earlier) for earlier, later in zip(times, times[1:], strict=False)]
     assert all(gap == 1 for age, gap in gaps if age < 60), "the last minute stays whole"
     assert all(gap <= 2 + 0.05 * age for age, gap in gaps)
+
+
+def served(report: dict[str, Any], drafts: int, accepted: int, **domains: tuple[int, int]) -> dict[str, Any]:
+    """After so many rounds with proposals and accepted tokens in all, and by domain."""
+    now = {**report, "speculation": {**report["speculation"], "drafts": drafts, "accepted": accepted}}
+    rows = {name: {"generated_tokens": 0, "drafts": row[0], "accepted": row[1]} for name, row in domains.items()}
+    return now | {"domains": {**report["domains"], "served": rows}}
+
+
+def test_the_first_accepted_lengths_stay_those_of_the_first_minute(report) -> None:
+    """Through a day in which the draft learns, while the points of that minute go."""
+    history = History()
+    accepted = 0
+    for minute in range(24 * 60):
+        drafts, hour = 100 * minute, minute // 60
+        now = served(report, drafts, accepted, sql=(drafts, accepted), late=(100 * hour, 250 * hour))
+        history.add(now, latencies={}, now_s=60.0 * minute)
+        accepted += 100 + minute // 10
+    assert [point["time"] for point in history.points[:3]] != [0.0, 60.0, 120.0]
+    assert history.first_lengths == {ALL: 2.0, "sql": 2.0, "late": 3.5}
+
+
+def test_first_accepted_lengths_want_enough_rounds_and_a_settled_server(report) -> None:
+    history = History()
+    for now_s, drafts, lengths in [
+        (0.0, 0, {}),
+        (5.0, 2 * MIN_ROUNDS, {}),  # too young
+        (70.0, 3 * MIN_ROUNDS - 1, {}),  # too few within a minute
+        (80.0, 4 * MIN_ROUNDS, {ALL: 3.0, "sql": 3.0}),
+    ]:
+        history.add(served(report, drafts, 2 * drafts, sql=(drafts, 2 * drafts)), latencies={}, now_s=now_s)
+        assert history.first_lengths == lengths
+
+
+def test_first_accepted_lengths_are_as_many_as_domains_that_are_counted(report) -> None:
+    """A domain whose row was lost begins at 0 if it comes back."""
+    history = History()
+    for hour in range(50):
+        history.add(served(report, 0, 0), latencies={}, now_s=3600.0 * hour)
+        row = {f"auto-{hour}": (100, 50)}
+        history.add(served(report, 0, 0, **row), latencies={}, now_s=3600.0 * hour + 30)
+        assert history.first_lengths == {f"auto-{hour}": 1.5}
+    history.add(served(report, 0, 0), latencies={}, now_s=180_000.0)
+    assert history.first_lengths == {}
 
 
 def test_events_are_bounded_numbered_and_asked_for_by_number(report) -> None:

@@ -67,8 +67,10 @@ def test_a_viewer_gets_the_past_and_then_each_sample_once(reports, monkeypatch) 
             stream = page.messages()
             (name, history), *samples = await after(stream, 6)
             assert name == "history"
+            assert history.keys() == {"points", "events", "report", "first_lengths"}
             assert len(history["points"]) > 3
             assert [name for name, _ in samples] == ["sample"] * 5
+            assert all(each.keys() == {"point", "events", "report", "first_lengths"} for _, each in samples)
             versions = [event["version"] for _, each in [(name, history), *samples] for event in each["events"]]
             assert versions == [f"draft-{number:06}" for number in range(2, len(versions) + 2)]
             assert samples[-1][1]["report"]["draft"]["version"] == versions[-1]

@@ -4,9 +4,9 @@
 const at = (id) => document.getElementById(id);
 const SOURCES = ["target", "draft", "lookup", "memory"]; // the order of `sources` in points
 const NAMES = { target: "target’s own", draft: "draft", lookup: "lookup", memory: "memory" };
-const MIN_ROUNDS = 12; // fewer rounds say nothing about the accepted length
+const MIN_ROUNDS = 12; // fewer rounds say nothing about the accepted length; as in serve/http/history.py
 const MAX_POINTS = 360;
-const state = { points: [], events: [], report: null };
+const state = { points: [], events: [], report: null, first_lengths: {} };
 
 // -- numbers and elements ---------------------------------------------------------------------------------------------
 
@@ -73,15 +73,8 @@ function againstPlain(from, to) {
   return took > 0.3 ? plain / took : null;
 }
 
-// The accepted length of the first minute with enough rounds.
-function firstLength(domain) {
-  const { points } = state;
-  for (let end = 1; end < points.length; end += 1) {
-    const length = acceptedLength(before(end, 60), points[end], domain);
-    if (length != null && points[end].time - points[0].time >= 10) return length;
-  }
-  return null;
-}
+// The accepted length of the first minute with enough rounds; of one domain, or of all.
+const firstLength = (domain = "") => own(state.first_lengths, domain);
 
 function meanLatency(from, to, name) {
   const [seconds, count] = to.latencies[name].map((value, index) => value - from.latencies[name][index]);
@@ -464,6 +457,7 @@ async function watch() {
           if (state.points.length > MAX_POINTS) state.points.splice(leastMissed(message.point.time), 1);
           state.events = [...state.events, ...message.events].slice(-200);
           state.report = message.report;
+          state.first_lengths = message.first_lengths;
         }
         const trouble = troubleOf(state.report.worker);
         say(trouble == null ? "live" : "lost", trouble ?? "live");
