@@ -16,6 +16,7 @@ const number = (value, digits = 0) =>
     : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 const percent = (value, digits = 0) => (value == null ? "–" : `${number(100 * value, digits)} %`);
 const clock = (time) => new Date(1000 * time).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const day = (time) => new Date(1000 * time).toLocaleDateString("en-GB", { day: "numeric", month: "short" });
 const sum = (numbers) => numbers.reduce((total, each) => total + each, 0);
 const milliseconds = (seconds) => (seconds == null ? "–" : `${number(1000 * seconds, seconds < 0.1 ? 1 : 0)} ms`);
 
@@ -95,7 +96,17 @@ function niceStep(span, most) {
   return power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
 }
 
-const TIME_STEPS = [10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400];
+const DAY = 86400;
+const TIME_STEPS = [10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, DAY / 2, DAY, 2 * DAY, 7 * DAY, 30 * DAY];
+
+// A step of the time axis of at least so many seconds.
+const timeStepOf = (least) =>
+  TIME_STEPS.find((seconds) => seconds >= least) ?? 30 * DAY * 2 ** Math.ceil(Math.log2(least / (30 * DAY)));
+
+function timeLabel(time, step) {
+  if (step >= DAY || clock(time) === "00:00:00") return day(time);
+  return step < 60 ? clock(time) : clock(time).slice(0, 5);
+}
 
 // series: {name, label, kind, values: [[time, value or null]]}; the last one is drawn on top. marks: [[time, text]].
 function drawChart(id, { series, marks = [], base, digits, empty, summary }) {
@@ -120,11 +131,11 @@ function drawChart(id, { series, marks = [], base, digits, empty, summary }) {
     svg.append(drawn("line", { class: "grid", x1: left, x2: right, y1: y(value), y2: y(value) }));
     svg.append(drawn("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, number(value, digits(step))));
   }
-  const timeStep = TIME_STEPS.find((seconds) => span / seconds <= (right - left) / 90) ?? 86400;
-  const zone = 60 * new Date().getTimezoneOffset();
-  for (let time = Math.ceil((first - zone) / timeStep) * timeStep + zone; time <= first + span; time += timeStep) {
-    const anchor = x(time) > width - 30 ? "end" : x(time) < left + 10 ? "start" : "middle";
-    svg.append(drawn("text", { x: x(time), y: height - 4, "text-anchor": anchor }, timeStep < 60 ? clock(time) : clock(time).slice(0, 5)));
+  const timeStep = timeStepOf((90 * span) / Math.max(1, right - left));
+  const zone = (time) => 60 * new Date(1000 * time).getTimezoneOffset(); // not the same in summer and winter
+  for (let local = Math.ceil((first - zone(first)) / timeStep) * timeStep; local + zone(local) <= first + span; local += timeStep) {
+    const time = local + zone(local), anchor = x(time) > width - 30 ? "end" : x(time) < left + 10 ? "start" : "middle";
+    svg.append(drawn("text", { x: x(time), y: height - 4, "text-anchor": anchor }, timeLabel(time, timeStep)));
   }
   let lastText = -Infinity;
   for (const [time, text] of marks) {
@@ -300,10 +311,13 @@ const DESCRIPTIONS = {
   worker: (event) => [`The engine is ${event.state}`, event.reason],
 };
 
+// With the date, unless that is today's.
+const moment = (time) => (day(time) === day(Date.now() / 1000) ? clock(time) : `${day(time)} ${clock(time).slice(0, 5)}`);
+
 function showEvents() {
   const { events, report } = state, { draft, learner } = report;
   show("drafts-note", `${learner.gate.published} published, ${learner.gate.refused} held back, ${draft.rollbacks} rolled back`);
-  const shown = events.slice(-40).reverse(), newest = String(shown[0]?.number ?? 0);
+  const shown = events.slice(-40).reverse(), newest = `${shown[0]?.number} on ${day(Date.now() / 1000)}`;
   const list = at("events");
   if (list.dataset.newest === newest) return;
   list.dataset.newest = newest;
@@ -313,7 +327,7 @@ function showEvents() {
       ? shown.map((event) => {
           const [what, why] = DESCRIPTIONS[event.kind](event);
           return make("li", { class: `${event.kind} ${bad.has(event.kind) ? "bad" : ""}` },
-            make("time", { text: clock(event.time), datetime: new Date(1000 * event.time).toISOString() }),
+            make("time", { text: moment(event.time), datetime: new Date(1000 * event.time).toISOString() }),
             make("span", { class: "mark", "aria-hidden": "true" }),
             make("span", {}, what, make("span", { class: "muted", text: why ? `  ${why}` : "" })));
         })
