@@ -40,7 +40,9 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
     def __init__(self, config: AuroraConfig, spec: AuroraSpec) -> None:
         """spec: registers the routes."""
         super().__init__(spec=spec, loop=LitLoop())
-        self._key = config.server.api_key
+        key = config.server.api_key
+        # FastAPI strips what is white space in Latin-1, which the last byte of a letter in UTF-8 may be.
+        self._key = None if key is None else key.encode().rstrip(b"\x85\xa0")
 
     def setup(self, device: str) -> None:
         """Required by LitServe and not called; see serve/engine_process.py."""
@@ -48,8 +50,8 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
     def authorize(self, credentials: Credentials) -> None:
         """Require `Authorization: Bearer KEY` if server.api_key is set. Raises RequestError."""
         given = "" if credentials is None else credentials.credentials
-        # Headers arrive as latin-1, whatever the client has written them in.
-        if self._key is not None and not secrets.compare_digest(given.encode("latin-1"), self._key.encode()):
+        # Headers arrive as Latin-1, whatever the client has written them in.
+        if self._key is not None and not secrets.compare_digest(given.encode("latin-1"), self._key):
             raise RequestError(
                 "the API key is missing or wrong; send Authorization: Bearer KEY", status=401, code="invalid_api_key"
             )

@@ -196,6 +196,17 @@ def test_the_key_is_asked_for_kept_in_the_tab_and_sent(page: Any) -> None:
         assert page.evaluate("localStorage.length") == 0
 
 
+@pytest.mark.parametrize("secret", ["schlüssel", "ключах"])
+def test_the_key_may_have_any_letters(page: Any, secret: str) -> None:
+    with FakeServer(server={"api_key": secret}) as server:
+        page.goto(server.url)
+        page.get_by_label("API key").fill(secret)
+        page.get_by_role("button", name="Open").click()
+        expect(page.get_by_role("status")).to_have_text("live")
+        ask(page, "hello")
+        expect(page.locator(".answer")).to_contain_text("hello")
+
+
 def test_it_is_used_by_keyboard_and_fits_a_phone(page: Any) -> None:
     with FakeServer() as server:
         page.set_viewport_size({"width": 360, "height": 740})

@@ -7,8 +7,8 @@ import httpx
 import pytest
 from support.fake_server import MODEL, FakeServer
 
-KEY = "sekret-ключ"
-"""Clients write it in UTF-8."""
+KEY = "sekret-ключах"
+"""Clients write it in UTF-8. The last byte of х is white space in Latin-1."""
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 

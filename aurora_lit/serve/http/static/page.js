@@ -388,7 +388,8 @@ const KEY = "aurora-api-key";
 const SILENCE_S = 10; // samples and heartbeats come every second or more often
 const authorized = () => {
   const key = sessionStorage.getItem(KEY);
-  return key ? { Authorization: `Bearer ${key}` } : {};
+  // Headers are bytes, a character each; the server reads them as UTF-8.
+  return key ? { Authorization: `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}` } : {};
 };
 
 // The events of a response: [name, data as text]. Calls `heard` for each part that comes.
