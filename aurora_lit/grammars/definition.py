@@ -23,7 +23,7 @@ WRITTEN_AS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexibl
 that by llguidance's own key "x-guidance"."""
 LONGEST_GRAMMAR = 1 << 17
 """Characters of a grammar for llguidance, which compiles some in a time that grows with their square."""
-LONGEST_GBNF = 1 << 14
+LONGEST_GBNF = 1 << 16
 """Characters of a grammar in GBNF: its conversion, in Python, may take a time that grows with their square."""
 STACK_BYTES = 512 << 20
 """Of threads in which llguidance reads a grammar: it calls itself for each rule of a chain, and on a usual stack a
