@@ -48,6 +48,7 @@ RUNNERS = (
             "sample_tokens": ("grammar_output",),
             "_input_fits_in_drafter": ("common_attn_metadata",),
             "_get_positions": ("num_tokens",),
+            "get_model": (),
             "get_draft_model": (),
         },
         state_fields=(
@@ -73,6 +74,7 @@ RUNNERS = (
             ),
             "sample": ("hidden_states", "input_batch", "grammar_output"),
             "sample_tokens": ("grammar_output",),
+            "get_model": (),
             "get_draft_model": (),
         },
         state_fields=("input_batch", "hidden_states", "aux_hidden_states", "num_spec_tokens_to_schedule"),

@@ -2,6 +2,9 @@
 
 vLLM keeps weights in forms of its own (packed for the CPU, fused and split over ranks), so they go through its loaders
 again, layer by layer. What is loaded has been validated before (follower.py): a wrong shape would end the engine.
+
+A draft without an embedding or a head of its own, or with one equal to the target's, uses the target's modules in
+vLLM. So the embedding, which no published draft changes, is never loaded, and a shared head is refused.
 """
 
 from __future__ import annotations
@@ -10,8 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from aurora_lit.drafts.checkpoint import read_tensors
+from aurora_lit.errors import AuroraError
+
+_EMBEDDING = "embed_tokens"
+
+
+def check_weights_are_own(runner: Any) -> None:
+    """Raise AuroraError if the draft has a weight of the target: a new draft would overwrite it."""
+    of_target = {_address(weight) for weight in runner.get_model().parameters()} - {0}
+    named = runner.get_draft_model().named_parameters(remove_duplicate=False)
+    shared = [name for name, weight in named if _EMBEDDING not in name and _address(weight) in of_target]
+    if shared:
+        raise AuroraError(
+            f"{', '.join(shared)} of the draft is the target's own, since the draft that vLLM was started with has "
+            "none or an equal one, and a new draft would overwrite it; start with one that has its own, such as those "
+            "of `aurora-lit pretrain`"
+        )
 
 
 def load_into(runner: Any, folder: Path) -> None:
@@ -20,7 +40,7 @@ def load_into(runner: Any, folder: Path) -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     model, config = runner.get_draft_model(), runner.vllm_config
-    weights = read_tensors(folder)
+    weights = {name: tensor for name, tensor in read_tensors(folder).items() if _EMBEDDING not in name}
     with (
         set_current_vllm_config(config),
         torch.inference_mode(False),
@@ -30,3 +50,8 @@ def load_into(runner: Any, folder: Path) -> None:
         initialize_layerwise_reload(model)
         model.load_weights(iter(weights.items()))
         finalize_layerwise_reload(model, config.speculative_config.draft_model_config)
+
+
+def _address(weight: Tensor) -> int:
+    """Where its storage begins; 0: it is empty, as on the CPU after a layer was packed."""
+    return weight.untyped_storage().data_ptr()

@@ -29,7 +29,7 @@ from aurora_lit.vllm.deployment import Deployment
 from aurora_lit.vllm.hooks import RunnerHooks
 from aurora_lit.vllm.known_versions import reader_of
 from aurora_lit.vllm.live_status import LiveStatus
-from aurora_lit.vllm.reload import load_into
+from aurora_lit.vllm.reload import check_weights_are_own, load_into
 
 _log = logging.getLogger("vllm.aurora_lit")
 
@@ -50,7 +50,7 @@ class WorkerExtension:
     vllm_config: Any
 
     def aurora_lit_start(self, run_folder: str) -> dict[str, Any]:
-        """Check this vLLM, and begin to make traces on the rank that has the hidden states."""
+        """Check this vLLM and its draft, and begin to make traces on the rank that has the hidden states."""
 
         def start() -> None:
             import vllm
@@ -59,6 +59,7 @@ class WorkerExtension:
             reader = reader_of(self.model_runner, vllm.__version__)
             if self.model_runner.get_draft_model() is None:
                 raise AuroraError("this server has no draft; give --speculative-config with method eagle3")
+            check_weights_are_own(self.model_runner)
             started = getattr(self, "_aurora_lit_recorder", None) is not None
             if not started and get_tensor_model_parallel_rank() == 0 and get_pp_group().is_last_rank:
                 deployment = Deployment.read(Path(run_folder))

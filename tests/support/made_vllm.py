@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 HIDDEN = 4
 WRONG = 500
@@ -137,6 +138,7 @@ class MadeRunner:
 
     def __init__(self) -> None:
         self.execute_model_state: Any = None
+        self.target, self.draft = nn.Module(), nn.Module()
         self.outputs: list[Any] = []
 
     def run(self, step: MadeStep) -> Any:
@@ -144,9 +146,13 @@ class MadeRunner:
         output = self.execute_model(scheduler_output(step), None)
         return self.sample_tokens(None) if output is None else output
 
-    def get_draft_model(self) -> Any:
-        """A draft."""
-        return object()
+    def get_model(self) -> nn.Module:
+        """The target."""
+        return self.target
+
+    def get_draft_model(self) -> nn.Module:
+        """The draft."""
+        return self.draft
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         """Compute the rows."""

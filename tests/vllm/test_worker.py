@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from support.made_vllm import HIDDEN, MadeRunner, MadeV1Runner, Traffic
+from torch import nn
 
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.ring import RingReader
@@ -132,6 +133,19 @@ def test_a_server_without_a_draft_is_told_what_it_needs(
     worker = make_worker()
     monkeypatch.setattr(type(worker.model_runner), "get_draft_model", lambda self: None)
     assert "--speculative-config" in worker.aurora_lit_start(str(run_folder))["error"]
+
+
+def test_a_draft_that_has_the_targets_head_is_refused_before_anything_is_wrapped(
+    run_folder: Path, make_worker: MakeWorker
+) -> None:
+    worker = make_worker()
+    runner = worker.model_runner
+    runner.draft.lm_head = runner.target.lm_head = nn.Linear(2, 3, bias=False)
+    error = worker.aurora_lit_start(str(run_folder))["error"]
+    assert "lm_head.weight of the draft is the target's own" in error
+    assert "start with one that has its own" in error
+    run(worker)
+    assert not (run_folder / RING_NAME).exists()
 
 
 def test_a_full_disk_leaves_serving_alone(
