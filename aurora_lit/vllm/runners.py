@@ -55,7 +55,7 @@ def new_requests(scheduler_output: Any) -> list[tuple[RequestInfo, int]]:
     found = []
     for new in scheduler_output.scheduled_new_reqs:
         params = new.sampling_params
-        if params is None or new.prompt_token_ids is None:  # pooling, or embeddings instead of tokens
+        if params is None or new.prompt_token_ids is None:  # pooling, or only embeddings
             continue
         domain, may_be_stored = label(params.extra_args)
         stop_ids = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
@@ -66,7 +66,10 @@ def new_requests(scheduler_output: Any) -> list[tuple[RequestInfo, int]]:
             stop_ids=frozenset(stop_ids or ()),
             temperature=float(params.temperature),
             domain=domain,
-            recordable=may_be_stored and new.lora_request is None and not new.mm_features,
+            recordable=may_be_stored
+            and new.lora_request is None
+            and not new.mm_features
+            and new.prompt_embeds is None,  # their positions have tokens that mean nothing
         )
         found.append((info, int(new.num_computed_tokens)))
     return found

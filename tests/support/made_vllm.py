@@ -102,6 +102,7 @@ def scheduler_output(step: MadeStep) -> SimpleNamespace:
             num_computed_tokens=starts[request_id],
             lora_request=None,
             mm_features=[],
+            prompt_embeds=None,
         )
         for request_id, length, parameters in step.new
     ]

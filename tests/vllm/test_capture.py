@@ -16,13 +16,14 @@ from support.made_vllm import (
     Rows,
     Traffic,
     params,
+    scheduler_output,
     token,
 )
 
 from aurora_lit.traces.record import Trace, check
 from aurora_lit.vllm.capture import PROMPT_TOKENS, Capture, RoundOutcome, Step
 from aurora_lit.vllm.hooks import RunnerHooks
-from aurora_lit.vllm.runners import V1, V2
+from aurora_lit.vllm.runners import V1, V2, new_requests
 
 KINDS = pytest.mark.parametrize("made", [MadeV1Runner, MadeV2Runner])
 
@@ -213,6 +214,19 @@ def test_a_request_that_opted_out_leaves_nothing_but_counts(made: type[MadeRunne
     assert recorded.run(steps) == []
     assert recorded.capture.num_opted_out == 1
     assert [(each.domain, each.proposed, each.accepted) for each in recorded.outcomes] == [("code", 3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lora_request", object()), ("mm_features", [object()]), ("prompt_embeds", torch.zeros(2, 4))],
+)
+def test_what_is_not_plain_text_of_the_target_is_not_recorded(name: str, value: Any) -> None:
+    """A prompt may mix embeddings with tokens, so that both are there."""
+    step = MadeStep(rows=[Rows(request_id="r", position=0, count=4)], new=[("r", 4, params())])
+    output = scheduler_output(step)
+    assert [info.recordable for info, _ in new_requests(output)] == [True]
+    setattr(output.scheduled_new_reqs[0], name, value)
+    assert [info.recordable for info, _ in new_requests(output)] == [False]
 
 
 def test_a_label_is_the_traces_domain() -> None:
