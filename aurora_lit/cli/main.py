@@ -92,7 +92,7 @@ def vllm(model: str, draft: Path, overrides: tuple[str, ...], print_config: bool
     """
     from aurora_lit.cli.vllm import settings, start
 
-    config = settings(model, draft, overrides, options["vllm_arguments"])
+    config = settings(model, draft, overrides)
     if print_config:
         click.echo(to_yaml(config), nl=False)
         return

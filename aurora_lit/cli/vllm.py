@@ -43,16 +43,14 @@ _STARTING_NAME = "starting"
 _LOOK_EVERY_S = 0.5
 
 
-def settings(model: str, draft: Path, overrides: Sequence[str], vllm_arguments: Sequence[str]) -> AuroraConfig:
+def settings(model: str, draft: Path, overrides: Sequence[str]) -> AuroraConfig:
     """The learner's settings. Raises ConfigError."""
     base = load_config(None, [])
-    slots = _value_of("--max-num-seqs", vllm_arguments)
     ours = [
         f"target.source={model}",
         *([] if model == base.target.source else ["target.sha256=null"]),
         "target.precision=bf16",
         f"draft.checkpoint={draft}",
-        f"engine.max_batch_size={slots or 256}",
     ]
     return load_config(None, [*ours, *overrides])
 

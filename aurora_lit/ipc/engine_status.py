@@ -79,6 +79,8 @@ class EngineStatus:
     vocab_size: int
     max_draft_tokens: int
     """Most tokens that a round can accept for a sequence, from any source."""
+    num_slots: int
+    """Most requests that run together."""
     running: int
     waiting: int
     rounds: int

@@ -81,6 +81,7 @@ def run_engine_process(
         max_seq_len=engine.max_seq_len,
         vocab_size=engine.vocab_size,
         max_draft_tokens=max_proposal_length(config),
+        num_slots=config.engine.max_batch_size,
     )
     from aurora_lit.serve.worker.loop import EngineLoop
 

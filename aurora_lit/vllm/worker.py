@@ -125,6 +125,7 @@ def _recorder(runner: Any, config: Any, reader: Any, deployment: Deployment) -> 
         max_seq_len=int(config.model_config.max_model_len),
         vocab_size=int(config.model_config.get_vocab_size()),
         max_draft_tokens=max_draft_tokens,
+        num_slots=int(config.scheduler_config.max_num_seqs),
         draft_version=deployment.starting_draft.name,
         error="",
         # The page may be that of an engine before.

@@ -16,7 +16,7 @@ from transformers import Qwen3MoeConfig
 from aurora_lit.bench.server_process import free_port
 from aurora_lit.cli import vllm as vllm_command_file
 from aurora_lit.cli.main import main
-from aurora_lit.cli.vllm import MIDDLEWARE, WORKER_EXTENSION, _serve_metrics, settings, vllm_command
+from aurora_lit.cli.vllm import MIDDLEWARE, WORKER_EXTENSION, _serve_metrics, _value_of, settings, vllm_command
 from aurora_lit.cli.vllm_recipe import recipe
 from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, draft_folder, load_config
 from aurora_lit.errors import ConfigError
@@ -35,7 +35,7 @@ def command_of(tmp_path: Path, *vllm_arguments: str) -> list[str]:
     target.mkdir(exist_ok=True)
     (target / "config.json").write_text("{}")
     (target / "model.safetensors").write_bytes(b"")
-    config = settings(str(target), DRAFT, [f"checkpoint.dir={tmp_path}"], vllm_arguments)
+    config = settings(str(target), DRAFT, [f"checkpoint.dir={tmp_path}"])
     draft = draft_folder(config)
     assert draft is not None
     deployment = Deployment(
@@ -81,14 +81,23 @@ def test_the_names_given_to_vllm_exist() -> None:
         assert hasattr(__import__(module, fromlist=[attribute]), attribute)
 
 
-def test_the_learner_has_the_targets_precision_and_vllms_slots() -> None:
-    config = settings("m", DRAFT, ["learn.threads=3"], ["--max-num-seqs", "12"])
+def test_the_learner_has_the_targets_precision_and_vllms_arguments_are_vllms_own() -> None:
+    config = settings("m", DRAFT, ["learn.threads=3"])
     assert (config.target.source, config.target.precision, config.target.sha256) == ("m", "bf16", None)
-    assert (config.engine.max_batch_size, config.learn.threads) == (12, 3)
-    for arguments in (["--max_num_seqs", "8"], ["--max_num_seqs=8"], ["--max-num-seqs", "2", "--max-num-seqs", "8"]):
-        assert settings("m", DRAFT, [], arguments).engine.max_batch_size == 8
-    result = CliRunner().invoke(main, ["vllm", "m", "--draft", str(DRAFT), "--max-num-seqs=7", "-O3", "--print-config"])
-    assert "max_batch_size: 7" in result.output
+    assert config.learn.threads == 3
+    arguments = ["--max-num-seqs", "2048", "-O3"]  # more than engine.max_batch_size may be
+    result = CliRunner().invoke(main, ["vllm", "m", "--draft", str(DRAFT), *arguments, "--print-config"])
+    assert result.exit_code == 0
+    assert "precision: bf16" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--served_model_name m", "--served-model-name=m", "--served-model-name a --served-model-name m"],
+)
+def test_an_argument_of_vllm_is_read_however_it_is_written(arguments: str) -> None:
+    assert _value_of("--served-model-name", arguments.split()) == "m"
+    assert _value_of("--host", arguments.split()) is None
 
 
 def test_without_vllm_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:

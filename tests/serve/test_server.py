@@ -1,8 +1,10 @@
 """A real server on an engine without a model: what the openai client gets, streamed and in one piece."""
 
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
@@ -10,6 +12,9 @@ import psutil
 import pytest
 from support.fake_engine import tiny_tokenizer
 from support.fake_server import MODEL, FakeServer
+
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.settings import EngineSettings
 
 TOKENIZER = tiny_tokenizer()
 TEXT = "hello 今日は 🌍, ça va? "
@@ -300,6 +305,14 @@ def test_clients_are_told_apart_by_user_and_address_on_both_routes(server):
     assert all(len(each) == 16 and int(each, 16) >= 0 for each in of_address | of_ann)
     for path in routes:
         assert client(path, headers={"X-Forwarded-For": "10.1.2.3", "Forwarded": "for=10.1.2.3"}) in of_address
+
+
+def test_the_engines_page_says_how_many_requests_run_together(server):
+    """By which a learner knows how busy it is."""
+    mapped = {mapping.path for mapping in psutil.Process(server.process.pid).memory_maps()}
+    (folder,) = {os.path.dirname(path) for path in mapped if "aurora-lit-run-" in path}
+    page = EngineStatusPage.open(Path(folder) / STATUS_NAME)
+    assert page.read().num_slots == EngineSettings().max_batch_size
 
 
 def test_an_error_before_the_first_token_has_a_status_even_in_a_stream(server):

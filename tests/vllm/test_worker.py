@@ -37,6 +37,7 @@ class MadeWorker(WorkerExtension):
             parallel_config=SimpleNamespace(data_parallel_index=0),
             model_config=SimpleNamespace(get_hidden_size=lambda: HIDDEN, max_model_len=512, get_vocab_size=lambda: 700),
             speculative_config=SimpleNamespace(num_speculative_tokens=3),
+            scheduler_config=SimpleNamespace(max_num_seqs=1024),
         )
 
 
@@ -221,10 +222,20 @@ def test_beside_an_engine_whose_load_is_not_seen_any_more_a_learner_hardly_learn
 
     worker = make_worker()
     assert worker.aurora_lit_start(str(run_folder)) == {"error": None}
-    load = LoadWatch(EngineStatusPage.open(run_folder / STATUS_NAME), num_slots=8)
+    load = LoadWatch(EngineStatusPage.open(run_folder / STATUS_NAME))
     run(worker)
     load()
     assert load() is ServerLoad.IDLE
     monkeypatch.setattr(Capture, "add", fail)
     run(worker)
     assert load() is load() is ServerLoad.QUEUEING
+
+
+def test_a_learner_knows_how_many_requests_vllm_runs_together(run_folder: Path, make_worker: MakeWorker) -> None:
+    assert make_worker().aurora_lit_start(str(run_folder)) == {"error": None}
+    page = EngineStatusPage.open(run_folder / STATUS_NAME, writable=True)
+    load = LoadWatch(page)
+    page.write(running=200)
+    assert load() is ServerLoad.SPARE
+    page.write(running=1000)
+    assert load() is ServerLoad.FULL

@@ -107,7 +107,7 @@ def build_loop(
                 traces=ring,
                 store=store,
                 page=page,
-                server_load=LoadWatch(status, num_slots=config.engine.max_batch_size),
+                server_load=LoadWatch(status),
                 served_draft=served_draft,
             ),
             config=learn,

@@ -1,6 +1,6 @@
 """How busy the server is, by its worker's status page. Leaves out what a learner may use then (learn/online/budget.py).
 
-look = LoadWatch(EngineStatusPage.open(run_folder / STATUS_NAME), num_slots=8)
+look = LoadWatch(EngineStatusPage.open(run_folder / STATUS_NAME))
 look()                              # ServerLoad.IDLE
 """
 
@@ -16,9 +16,8 @@ _FULL_LOAD = 0.75
 class LoadWatch:
     """See the file's docstring."""
 
-    def __init__(self, status: EngineStatusPage, *, num_slots: int) -> None:
-        """num_slots: most requests that run together."""
-        self._status, self._num_slots = status, num_slots
+    def __init__(self, status: EngineStatusPage) -> None:
+        self._status = status
         self._served: tuple[int, int] | None = None
         """Tokens that had been served at the last look."""
 
@@ -29,6 +28,6 @@ class LoadWatch:
         is_quiet, self._served = served == self._served, served
         if now.waiting:
             return ServerLoad.QUEUEING
-        if now.running > _FULL_LOAD * self._num_slots:
+        if now.running > _FULL_LOAD * now.num_slots:
             return ServerLoad.FULL
         return ServerLoad.IDLE if is_quiet and not now.running else ServerLoad.SPARE

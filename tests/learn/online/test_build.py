@@ -132,7 +132,8 @@ def test_with_tensorboard_metrics_are_in_both(tmp_path: Path) -> None:
 
 def test_a_server_is_idle_if_it_has_no_request_and_has_served_none_since_the_last_look(tmp_path: Path) -> None:
     page = EngineStatusPage.create(tmp_path / "status")
-    look = LoadWatch(page, num_slots=4)
+    page.write(num_slots=4)
+    look = LoadWatch(page)
     assert look() is ServerLoad.SPARE, "what was served before is not known"
     assert look() is ServerLoad.IDLE
     page.write(generated_tokens=9, prompt_tokens=30)  # a request came and went
