@@ -23,7 +23,13 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/invocations")
+_PATHS = (
+    "/v1/chat/completions",
+    "/v1/chat/completions/batch",
+    "/v1/completions",
+    "/v1/responses",
+    "/invocations",
+)
 _LABEL = "aurora_domain"
 _log = logging.getLogger("vllm.aurora_lit")
 

@@ -98,7 +98,9 @@ def test_a_request_in_pieces_arrives_with_its_label_and_the_right_length(run_fol
     assert app.lengths == [str(len(app.bodies[0])).encode()]
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/invocations"])
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/invocations"]
+)
 def test_consent_is_read_on_every_route_that_takes_it(run_folder: Path, path: str) -> None:
     app = MadeApp()
     scope, receive = _post(json.dumps({"store": False, "messages": []}).encode(), path=path)
