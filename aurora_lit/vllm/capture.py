@@ -63,8 +63,6 @@ class Step:
     last_QH: Tensor
     version: int
     """The draft that proposed at the end of this step, for the next one; -1 if none did."""
-    logprob_BK: Tensor | None = None
-    """Log-probabilities of these next proposals, where the draft drew them; else None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +83,6 @@ class _Round:
     proposals: list[int]
     accepted: int
     version: int
-    logprobs: list[float]
     rejected_NH: Tensor
 
 
@@ -110,7 +107,6 @@ class _Recording:
     rounds: list[_Round] = field(default_factory=list)
     version: int = -1
     """Of the draft that made the proposals of its next step."""
-    logprobs: list[float] = field(default_factory=list)
 
 
 class Capture:
@@ -207,7 +203,6 @@ class Capture:
                     recording, step, slice(end - step.num_rows[index], end), drafted, accepted, bool(sampled)
                 )
             recording.version = step.version
-            recording.logprobs = [] if step.logprob_BK is None else step.logprob_BK[index].tolist()
         return outcomes
 
     def finish(self, request_ids: Iterable[str]) -> None:
@@ -252,7 +247,6 @@ class Capture:
                 proposals=proposals,
                 accepted=accepted,
                 version=recording.version if proposals else -1,
-                logprobs=recording.logprobs[: len(proposals)],
                 rejected_NH=step.last_QH[rejected_from : rejected_from + num_rejected].clone(),
             )
         )
@@ -282,7 +276,7 @@ class Capture:
                     token_ids_T=tokens_T[: end - first].int(),
                     aux_T3H=aux_T3H[: end - first].bfloat16(),
                     last_TH=last_TH[: end - first].bfloat16(),
-                    **_round_tensors([each for each in rounds if first <= each.root < end], info, first, last_TH),
+                    **_round_tensors([each for each in rounds if first <= each.root < end], first, last_TH),
                 )
             )
         kept = min(self._overlap_tokens, recording.length - first)
@@ -301,15 +295,17 @@ def _cut(each: _Round, end: int) -> _Round:
         proposals=each.proposals[:proposed],
         accepted=accepted,
         version=each.version if proposed else -1,
-        logprobs=each.logprobs[:proposed],
         rejected_NH=each.rejected_NH[: max(0, proposed - 1 - accepted)],
     )
 
 
-def _round_tensors(rounds: Sequence[_Round], info: RequestInfo, first: int, last_TH: Tensor) -> dict[str, Any]:
-    widest, nan = max((len(each.proposals) for each in rounds), default=0), float("nan")
-    drawn = [bool(each.logprobs) and info.temperature > 0 for each in rounds]
-    logprobs = [each.logprobs if is_drawn else [] for each, is_drawn in zip(rounds, drawn, strict=True)]
+def _round_tensors(rounds: Sequence[_Round], first: int, last_TH: Tensor) -> dict[str, Any]:
+    """Fields of the trace.
+
+    No round explores, though the draft may have drawn its proposals: vLLM accepts drawn ones with probability
+    min(1, p / q), and the policy loss takes it to be p (modules/losses/policy.py).
+    """
+    num_rounds, widest = len(rounds), max((len(each.proposals) for each in rounds), default=0)
     rejected = [each.rejected_NH for each in rounds]
     return {
         "round_root_R": torch.tensor([each.root - first for each in rounds], dtype=torch.int32),
@@ -319,14 +315,12 @@ def _round_tensors(rounds: Sequence[_Round], info: RequestInfo, first: int, last
         "source_R": torch.tensor(
             [SOURCE_DRAFT if each.proposals else SOURCE_NONE for each in rounds], dtype=torch.uint8
         ),
-        "explored_R": torch.tensor(drawn, dtype=torch.bool),
-        "draft_temperature_R": torch.tensor([info.temperature if is_drawn else 1.0 for is_drawn in drawn]),
+        "explored_R": torch.zeros(num_rounds, dtype=torch.bool),
+        "draft_temperature_R": torch.ones(num_rounds),
         "proposal_RK": torch.tensor(
             [each.proposals + [-1] * (widest - len(each.proposals)) for each in rounds], dtype=torch.int32
-        ).reshape(len(rounds), widest),
-        "behaviour_logprob_RK": torch.tensor(
-            [each + [nan] * (widest - len(each)) for each in logprobs], dtype=torch.float32
-        ).reshape(len(rounds), widest),
+        ).reshape(num_rounds, widest),
+        "behaviour_logprob_RK": torch.full((num_rounds, widest), float("nan")),
         "rejected_last_NH": torch.cat([*rejected, last_TH[:0]]).bfloat16(),
     }
 

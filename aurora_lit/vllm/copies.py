@@ -4,7 +4,7 @@ On a GPU the rows go to pinned memory on a stream of their own, which begins whe
 looked at a step later. The engine's next step must not overwrite what is still being copied, so its stream waits for
 the copies (the CPU does not). On the CPU there is no stream, and the rows are there at once.
 
-    pending = copy_step(batch, capture.wanted_rows, num_sampled_B=counts_B, logprob_BK=None, version=3, stream=stream)
+    pending = copy_step(batch, capture.wanted_rows, num_sampled_B=counts_B, version=3, stream=stream)
     pending.hold_back_next_step()           # when the next step begins
     if pending.is_ready: capture.add(pending.step())
 """
@@ -32,7 +32,6 @@ class PendingStep:
     num_wanted: list[int]
     version: int
     num_sampled_B: Tensor
-    logprob_BK: Tensor | None
     rows: dict[str, Tensor]
     """Fields of Step."""
     event: Any
@@ -65,7 +64,6 @@ class PendingStep:
             num_drafted=self.batch.num_drafted,
             num_sampled=[0 if unfinished else count for count, unfinished in sampled],
             version=self.version,
-            logprob_BK=self.logprob_BK,
             **rows,
         )
 
@@ -75,7 +73,6 @@ def copy_step(
     wanted_rows: Callable[[str, int], int],
     *,
     num_sampled_B: Tensor,
-    logprob_BK: Tensor | None,
     version: int,
     stream: Any,
 ) -> PendingStep:
@@ -94,7 +91,6 @@ def copy_step(
             _rows(batch.aux_QH, spans),
             _rows([batch.last_QH], spans),
             num_sampled_B,
-            *([] if logprob_BK is None else [logprob_BK]),
         ]
         copies = sources if stream is None else [_to_pinned(tensor) for tensor in sources]
         event = None if stream is None else stream.record_event()
@@ -104,7 +100,6 @@ def copy_step(
         num_wanted=num_wanted,
         version=version if batch.drafts_next else -1,
         num_sampled_B=copies[4],
-        logprob_BK=None if logprob_BK is None else copies[5],
         rows=dict(zip(names, copies, strict=False)),
         event=event,
         sources=sources,

@@ -116,7 +116,6 @@ class RunnerHooks:
                 batch,
                 self._capture.wanted_rows,
                 num_sampled_B=num_sampled_B,
-                logprob_BK=self._reader.read_logprobs(self._runner, batch),
                 version=self.version,
                 stream=self._stream,
             )

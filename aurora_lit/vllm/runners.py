@@ -3,7 +3,7 @@
 Everything that depends on vLLM's own names is here, in reload.py and in known_versions.py. The runners differ in where
 they keep a batch; both compute the rows of all requests end to end.
 
-Shapes: B requests of a step, Q rows, H hidden, K proposals, V vocabulary.
+Shapes: B requests of a step, Q rows, H hidden, K proposals.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aurora_lit.vllm.capture import RequestInfo, label
@@ -46,8 +45,6 @@ class RunnerReader:
     """Between `execute_model` and `sample_tokens`; None if the step computed nothing, or no auxiliary states."""
     read_num_sampled: Callable[[Any], Tensor]
     """From the result of `sample_method`: [B]."""
-    read_logprobs: Callable[[Any, Batch], Tensor | None]
-    """After `sample_tokens`: log-probabilities [B, K] of the proposals, if the draft drew them."""
 
 
 def new_requests(scheduler_output: Any) -> list[tuple[RequestInfo, int]]:
@@ -112,18 +109,7 @@ def _v1_num_sampled(sampler_output: Any) -> Tensor:
     return (sampled_BK != -1).sum(1)
 
 
-def _v1_logprobs(runner: Any, batch: Batch) -> Tensor | None:
-    """The draft's softmax at the request's temperature, which is what V1 keeps."""
-    probs_BKV: Tensor | None = runner._draft_probs
-    ids_BK: Any = runner._draft_token_ids
-    if probs_BKV is None or not torch.is_tensor(ids_BK) or runner._draft_prob_req_ids != batch.request_ids:
-        return None
-    return probs_BKV.gather(-1, ids_BK.long()[..., None])[..., 0].log()
-
-
-V1 = RunnerReader(
-    sample_method="_sample", read_batch=_read_v1, read_num_sampled=_v1_num_sampled, read_logprobs=_v1_logprobs
-)
+V1 = RunnerReader(sample_method="_sample", read_batch=_read_v1, read_num_sampled=_v1_num_sampled)
 
 
 # -- V2 (vllm/v1/worker/gpu/model_runner.py) ---------------------------------------------------------------------------
@@ -154,19 +140,4 @@ def _v2_num_sampled(result: Any) -> Tensor:
     return num_sampled_B
 
 
-def _v2_logprobs(runner: Any, batch: Batch) -> Tensor | None:
-    """V2 keeps the draft's logits before the temperature, by the request's slot."""
-    logits_SKV: Tensor | None = runner.speculator.draft_logits
-    if logits_SKV is None:
-        return None
-    slots_B = torch.tensor([runner.req_states.req_id_to_index[each] for each in batch.request_ids])
-    slots_B = slots_B.to(logits_SKV.device, non_blocking=True)
-    temperature_B: Tensor = runner.sampler.sampling_states.temperature.gpu[slots_B]
-    logits_BKV = logits_SKV[slots_B].float() / temperature_B.clamp_min(1e-6)[:, None, None]
-    ids_BK: Tensor = runner.req_states.draft_tokens[slots_B].long().clamp_min(0)
-    return logits_BKV.log_softmax(-1).gather(-1, ids_BK[..., None])[..., 0]
-
-
-V2 = RunnerReader(
-    sample_method="sample", read_batch=_read_v2, read_num_sampled=_v2_num_sampled, read_logprobs=_v2_logprobs
-)
+V2 = RunnerReader(sample_method="sample", read_batch=_read_v2, read_num_sampled=_v2_num_sampled)

@@ -176,10 +176,6 @@ class MadeV1Runner(MadeRunner):
     def __init__(self, *, fits: bool = True) -> None:
         super().__init__()
         self.fits = fits
-        self._draft_probs: torch.Tensor | None = None
-        self._draft_token_ids: torch.Tensor | None = None
-        self._draft_prob_req_ids: list[str] | None = None
-        self.probs_to_keep: torch.Tensor | None = None
 
     def _compute(self, scheduler_output: Any) -> None:
         step, token_Q, position_Q, last_QH = (scheduler_output.step, *states(scheduler_output.step))
@@ -211,10 +207,6 @@ class MadeV1Runner(MadeRunner):
         self._step = self.execute_model_state.scheduler_output.step
         self.execute_model_state = None
         self._sample(None, None)
-        if self.probs_to_keep is not None:
-            self._draft_probs = self.probs_to_keep
-            self._draft_token_ids = torch.zeros(self.probs_to_keep.shape[:2], dtype=torch.int64)
-            self._draft_prob_req_ids = [rows.request_id for rows in self._step.rows]
         return "output"
 
 
@@ -223,7 +215,6 @@ class MadeV2Runner(MadeRunner):
 
     def __init__(self) -> None:
         super().__init__()
-        self.speculator = SimpleNamespace(draft_logits=None)
         self.pcp_manager = self.adaptive_verification = None
 
     def _compute(self, scheduler_output: Any) -> None:

@@ -241,16 +241,13 @@ def test_a_label_is_the_traces_domain() -> None:
     assert (trace.domain, trace.verify, trace.temperature) == ("code", "sampled", 0.5)
 
 
-def test_drawn_proposals_have_the_probabilities_that_the_draft_drew_them_with() -> None:
-    runner = MadeV1Runner()
-    runner.probs_to_keep = torch.tensor([[[0.25, 0.75], [0.5, 0.5]]])
-    steps = one_request(
-        Rows(request_id="r", position=0, count=4), *answer(4, (2, 1), (2, 1)), prompt=4, temperature=0.5
-    )
-    (trace,) = Recorded(runner).run(steps)
-    assert trace.behaviour_logprob_RK.exp().tolist() == [[0.25, 0.5]] * 2
-    assert trace.explored_R.tolist() == [True, True]
-    assert trace.draft_temperature_R.tolist() == [0.5, 0.5]
+def test_no_round_explores_so_that_none_reaches_the_policy_loss() -> None:
+    prompt = Rows(request_id="r", position=0, count=4)
+    (trace,) = Recorded(MadeV1Runner()).run(one_request(prompt, *answer(4, (2, 1), (2, 1)), prompt=4, temperature=0.5))
+    assert trace.behaviour_logprob_RK.shape == (2, 2)
+    assert trace.behaviour_logprob_RK.isnan().all()
+    assert trace.explored_R.tolist() == [False, False]
+    assert trace.draft_temperature_R.tolist() == [1.0, 1.0]
 
 
 def test_of_a_long_prompt_the_end_is_kept() -> None:

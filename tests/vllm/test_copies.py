@@ -50,7 +50,6 @@ def test_the_last_rows_of_each_request_are_copied(wanted: tuple[int, int]) -> No
         batch_of(4, 3),
         lambda request_id, _: counts[request_id],
         num_sampled_B=torch.tensor([1, 1]),
-        logprob_BK=None,
         version=3,
         stream=None,
     )
