@@ -11,7 +11,7 @@ functions. Start with hooks.py. The files, each importing only those above it:
     deployment.py      what vLLM's processes must know, in the run folder; the environment variable
     capture.py         steps of the engine to traces
     runners.py         reads what vLLM's two model runners hold
-    copies.py          a step's rows to the CPU, on a stream of their own
+    copies.py          a step's rows to the CPU: copied at once, sent on a stream of their own
     known_versions.py  the versions of vLLM that are known, and what is relied on
     hooks.py           the wraps around a runner's methods
     reload.py          other weights into the running draft

@@ -1,19 +1,21 @@
 """Copies a step's wanted rows to the CPU without making the engine wait.
 
-On a GPU the rows go to pinned memory on a stream of their own, which begins when the step's work is done; they are
-looked at a step later. The engine's next step must not overwrite what is still being copied, so its stream waits for
-the copies (the CPU does not). On the CPU there is no stream, and the rows are there at once.
+Before the step samples, its rows are copied on the device: sampling and proposing may overwrite the runner's tensors,
+since with CUDA graphs target and draft share memory. On a GPU the copies then go to pinned memory on a stream of their
+own, and are looked at a step later; neither CPU nor GPU waits. On the CPU there is no stream, and they are there at
+once.
 
-    pending = copy_step(batch, capture.wanted_rows, num_sampled_B=counts_B, version=3, stream=stream)
-    pending.hold_back_next_step()           # when the next step begins
+    batch = own_rows(batch, capture.wanted_rows)            # before `sample_tokens`
+    pending = copy_step(batch, num_sampled_B=counts_B, version=3, stream=stream)
     if pending.is_ready: capture.add(pending.step())
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,16 +30,13 @@ class PendingStep:
     """A step whose rows are being copied."""
 
     batch: Batch
-    """Also keeps the tensors on the GPU until the copies are done."""
-    num_wanted: list[int]
     version: int
-    num_sampled_B: Tensor
-    rows: dict[str, Tensor]
-    """Fields of Step."""
+    sources: Sequence[Tensor]
+    """What is being copied, kept until that is done."""
+    copies: Sequence[Tensor]
+    """On the CPU."""
     event: Any
     """When the copies are done; None: they are."""
-    sources: Sequence[Tensor] = ()
-    """What is being copied on the GPU."""
 
     @property
     def is_ready(self) -> bool:
@@ -49,60 +48,54 @@ class PendingStep:
         if self.event is not None:
             self.event.synchronize()
 
-    def hold_back_next_step(self) -> None:
-        """What the engine's stream computes from now on begins after the copies."""
-        if self.event is not None:
-            torch.cuda.current_stream().wait_event(self.event)
-
     def step(self) -> Step:
         """The step; only when it is ready."""
-        rows: dict[str, Any] = dict(self.rows)
-        sampled = zip(self.num_sampled_B.tolist(), self.batch.is_unfinished, strict=True)
+        token_ids_Q, position_Q, aux_Q3H, last_QH, num_sampled_B = self.copies
+        sampled = zip(num_sampled_B.tolist(), self.batch.is_unfinished, strict=True)
         return Step(
             request_ids=self.batch.request_ids,
-            num_rows=self.num_wanted,
+            num_rows=self.batch.num_rows,
             num_drafted=self.batch.num_drafted,
             num_sampled=[0 if unfinished else count for count, unfinished in sampled],
+            token_ids_Q=token_ids_Q,
+            position_Q=position_Q,
+            aux_Q3H=aux_Q3H,
+            last_QH=last_QH,
             version=self.version,
-            **rows,
         )
 
 
-def copy_step(
-    batch: Batch,
-    wanted_rows: Callable[[str, int], int],
-    *,
-    num_sampled_B: Tensor,
-    version: int,
-    stream: Any,
-) -> PendingStep:
-    """Begin to copy; `wanted_rows(request_id, num_rows)`: how many of a request's last rows are worth it.
+def own_rows(batch: Batch, wanted_rows: Callable[[str, int], int]) -> Batch:
+    """The batch with only its wanted rows, in tensors of our own.
 
-    stream: the stream of the copies; None on the CPU.
+    wanted_rows(request_id, num_rows): how many of a request's last rows are worth copying.
     """
     num_wanted = [wanted_rows(*each) for each in zip(batch.request_ids, batch.num_rows, strict=True)]
     spans = wanted_spans(batch, num_wanted)
+    return replace(
+        batch,
+        row_starts=list(itertools.accumulate(num_wanted[:-1], initial=0)),
+        num_rows=num_wanted,
+        token_ids_Q=_rows([batch.token_ids_Q], spans),
+        position_Q=_rows([batch.position_Q], spans),
+        aux_QH=[_rows(batch.aux_QH, spans)],
+        last_QH=_rows([batch.last_QH], spans),
+    )
+
+
+def copy_step(batch: Batch, *, num_sampled_B: Tensor, version: int, stream: Any) -> PendingStep:
+    """Begin to copy a batch of own rows.
+
+    stream: the stream of the copies; None on the CPU.
+    """
+    sources = [batch.token_ids_Q, batch.position_Q, *batch.aux_QH, batch.last_QH, num_sampled_B]
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream())
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-        sources = [
-            _rows([batch.token_ids_Q], spans),
-            _rows([batch.position_Q], spans),
-            _rows(batch.aux_QH, spans),
-            _rows([batch.last_QH], spans),
-            num_sampled_B,
-        ]
         copies = sources if stream is None else [_to_pinned(tensor) for tensor in sources]
         event = None if stream is None else stream.record_event()
-    names = ("token_ids_Q", "position_Q", "aux_Q3H", "last_QH")
     return PendingStep(
-        batch=batch,
-        num_wanted=num_wanted,
-        version=version if batch.drafts_next else -1,
-        num_sampled_B=copies[4],
-        rows=dict(zip(names, copies, strict=False)),
-        event=event,
-        sources=sources,
+        batch=batch, version=version if batch.drafts_next else -1, sources=sources, copies=copies, event=event
     )
 
 
@@ -119,7 +112,7 @@ def wanted_spans(batch: Batch, num_wanted: Sequence[int]) -> list[tuple[int, int
 
 
 def _rows(tensors_Q: Sequence[Tensor], spans: Sequence[tuple[int, int]]) -> Tensor:
-    """The rows of all spans, the tensors' columns side by side."""
+    """The rows of all spans, the tensors' columns side by side; always a copy."""
     if len(tensors_Q) == 1:
         return torch.cat([tensors_Q[0][start:end] for start, end in spans] or [tensors_Q[0][:0]])
     parts = [torch.cat([tensor[start:end] for tensor in tensors_Q], -1) for start, end in spans]

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from aurora_lit.vllm.capture import Capture, RoundOutcome, Step
-from aurora_lit.vllm.copies import PendingStep, copy_step
-from aurora_lit.vllm.runners import RunnerReader, new_requests, resumed_requests
+from aurora_lit.vllm.copies import PendingStep, copy_step, own_rows
+from aurora_lit.vllm.runners import Batch, RunnerReader, new_requests, resumed_requests
 
 MAX_ERRORS = 3
 """After this many exceptions capture is turned off."""
@@ -85,7 +85,7 @@ class RunnerHooks:
             batch = None
             if self.is_on:
                 with self._guard():
-                    batch = self._reader.read_batch(runner)
+                    batch = self._before_sampling()
             result = sample_tokens(*args, **kwargs)
             if self.is_on and batch is not None:
                 with self._guard():
@@ -96,9 +96,6 @@ class RunnerHooks:
         setattr(runner, sample_name, sample_and_note)
 
     def _before_step(self, scheduler_output: Any) -> None:
-        for entry in self._queue:
-            if isinstance(entry, PendingStep):
-                entry.hold_back_next_step()
         if scheduler_output.finished_req_ids:
             self._queue.append(set(scheduler_output.finished_req_ids))
         self._drain()
@@ -107,19 +104,16 @@ class RunnerHooks:
         for request_id, position in resumed_requests(scheduler_output):
             self._capture.resume(request_id, position=position)
 
-    def _after_step(self, batch: Any) -> None:
+    def _before_sampling(self) -> Batch | None:
+        """The rows that this step computed, in tensors of our own: proposing may overwrite the runner's."""
+        batch = self._reader.read_batch(self._runner)
+        return None if batch is None else own_rows(batch, self._capture.wanted_rows)
+
+    def _after_step(self, batch: Batch) -> None:
         num_sampled_B, self._num_sampled = self._num_sampled, None
         if num_sampled_B is None:
             return
-        self._queue.append(
-            copy_step(
-                batch,
-                self._capture.wanted_rows,
-                num_sampled_B=num_sampled_B,
-                version=self.version,
-                stream=self._stream,
-            )
-        )
+        self._queue.append(copy_step(batch, num_sampled_B=num_sampled_B, version=self.version, stream=self._stream))
         self._drain()
 
     def _drain(self) -> None:

@@ -19,7 +19,7 @@ from aurora_lit.vllm.capture import RequestInfo, label
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A step that the target has computed and that is not sampled yet. Tensors are the runner's own."""
+    """A step that the target has computed and that is not sampled yet."""
 
     request_ids: list[str]
     row_starts: list[int]
@@ -42,9 +42,10 @@ class RunnerReader:
     sample_method: str
     """The method that samples; its result holds how many tokens were sampled."""
     read_batch: Callable[[Any], Batch | None]
-    """Between `execute_model` and `sample_tokens`; None if the step computed nothing, or no auxiliary states."""
+    """Between `execute_model` and `sample_tokens`, in the runner's own tensors; None if the step computed nothing, or
+    no auxiliary states."""
     read_num_sampled: Callable[[Any], Tensor]
-    """From the result of `sample_method`: [B]."""
+    """From the result of `sample_method`, in a tensor of our own: [B]."""
 
 
 def new_requests(scheduler_output: Any) -> list[tuple[RequestInfo, int]]:
@@ -137,7 +138,7 @@ def _read_v2(runner: Any) -> Batch | None:
 
 def _v2_num_sampled(result: Any) -> Tensor:
     num_sampled_B: Tensor = result[1]
-    return num_sampled_B
+    return num_sampled_B.clone()  # proposing may overwrite it
 
 
 V2 = RunnerReader(sample_method="sample", read_batch=_read_v2, read_num_sampled=_v2_num_sampled)

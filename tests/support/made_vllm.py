@@ -132,8 +132,17 @@ def states(step: MadeStep) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return token_Q, position_Q, last_QH.bfloat16()
 
 
+def overwrite(*tensors: torch.Tensor) -> None:
+    """Put numbers into tensors that no test expects."""
+    for tensor in tensors:
+        tensor.fill_(7)
+
+
 class MadeRunner:
-    """What both runners share: `run` takes one step as vLLM's worker does."""
+    """What both runners share: `run` takes one step as vLLM's worker does.
+
+    After sampling, what the step computed is overwritten, as with CUDA graphs in memory that target and draft share.
+    """
 
     device = "cpu"
 
@@ -204,9 +213,11 @@ class MadeV1Runner(MadeRunner):
         return SimpleNamespace(sampled_token_ids=sampled_BK)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        self._step = self.execute_model_state.scheduler_output.step
+        state = self.execute_model_state
+        self._step = state.scheduler_output.step
         self.execute_model_state = None
         self._sample(None, None)
+        overwrite(self.input_ids.gpu, self._positions, state.hidden_states, *state.aux_hidden_states)
         return "output"
 
 
@@ -240,9 +251,10 @@ class MadeV2Runner(MadeRunner):
         return object(), num_sampled_B, torch.tensor([each.drafted - each.accepted for each in rows])
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        batch = self.execute_model_state.input_batch
+        state, batch = self.execute_model_state, self.execute_model_state.input_batch
         self.execute_model_state = None
-        self.sample(None, batch, grammar_output)
+        _, num_sampled_B, _ = self.sample(None, batch, grammar_output)
+        overwrite(batch.input_ids, batch.positions, state.hidden_states, *state.aux_hidden_states, num_sampled_B)
         return "output"
 
 

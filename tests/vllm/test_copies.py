@@ -1,9 +1,8 @@
-"""Rows are copied without making the engine wait, and looked at in order; a GPU's streams are made here."""
+"""Rows are copied without making the engine wait, and looked at in order; the ends of copies are made here."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from support.made_vllm import MadeStep, MadeV1Runner, Traffic
 from aurora_lit.traces.record import Trace
 from aurora_lit.vllm import hooks as hooks_file
 from aurora_lit.vllm.capture import Capture
-from aurora_lit.vllm.copies import PendingStep, copy_step, wanted_spans
+from aurora_lit.vllm.copies import PendingStep, copy_step, own_rows, wanted_spans
 from aurora_lit.vllm.hooks import RunnerHooks
 from aurora_lit.vllm.runners import V1, Batch
 
@@ -46,18 +45,13 @@ def test_neighbouring_requests_are_copied_together_and_what_nobody_wants_is_not(
 @pytest.mark.parametrize("wanted", [(4, 3), (2, 1), (0, 3), (0, 0)])
 def test_the_last_rows_of_each_request_are_copied(wanted: tuple[int, int]) -> None:
     counts = dict(zip("01", wanted, strict=True))
-    pending = copy_step(
-        batch_of(4, 3),
-        lambda request_id, _: counts[request_id],
-        num_sampled_B=torch.tensor([1, 1]),
-        version=3,
-        stream=None,
-    )
-    step = pending.step()
+    batch = own_rows(batch_of(4, 3), lambda request_id, _: counts[request_id])
+    step = copy_step(batch, num_sampled_B=torch.tensor([1, 1]), version=3, stream=None).step()
     rows = [*range(4 - wanted[0], 4), *range(7 - wanted[1], 7)]
     assert step.token_ids_Q.tolist() == rows
     assert step.aux_Q3H.tolist() == [[r, r, r + 100, r + 100, r + 200, r + 200] for r in rows]
     assert list(step.num_rows) == list(wanted)
+    assert wanted_spans(batch, wanted) == ([(0, len(rows))] if rows else [])
 
 
 class MadeEvent:
@@ -81,10 +75,7 @@ class Asynchronous:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[MadeEvent] = []
-        self.held_back: list[MadeEvent] = []
         self.traces: list[Trace] = []
-        stream = SimpleNamespace(wait_event=self.held_back.append)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
         monkeypatch.setattr(hooks_file, "copy_step", self._copy_step)
         self.runner = MadeV1Runner()
         capture = Capture(
@@ -109,15 +100,6 @@ def test_a_step_is_looked_at_when_its_copies_are_done_and_ends_after_it(monkeypa
     engine.runner.run(MadeStep(rows=[]))
     assert [trace.request_id for trace in engine.traces] == ["r1"]
     assert engine.hooks.num_errors == 0
-
-
-def test_the_engines_next_step_waits_on_the_gpu_for_what_is_still_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Asynchronous(monkeypatch)
-    first, second, *_ = (step for step in Traffic(requests={"r1": (4, 30)}, preempt_share=0).steps() if step.rows)
-    engine.runner.run(first)
-    assert engine.held_back == []
-    engine.runner.run(second)
-    assert engine.held_back == engine.events[:1] != []
 
 
 def test_copies_that_never_end_are_waited_for_before_they_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
