@@ -46,6 +46,8 @@ class DraftFollower:
         store = DraftStore(deployment.versions, keep=deployment.keep)
         self._reloader = HotReloader(store, self._validated)
         self._served: str | None = None
+        self._last_good = deployment.starting_draft
+        """Folder of the last draft that all ranks have loaded."""
         self._pages: dict[Path, EngineStatusPage] = {}
         self._seen_rollbacks: dict[Path, int] = {}
         self._noted_refusals = 0
@@ -83,13 +85,15 @@ class DraftFollower:
 
     async def _swap(self, ready: ReadyDraft) -> None:
         version = ready.version or self._deployment.starting_draft.name
-        results = await self._call("aurora_lit_swap", None, (str(ready.draft), version, ready.trusted))
+        arguments = (str(ready.draft), version, ready.trusted, str(self._last_good))
+        results = await self._call("aurora_lit_swap", None, arguments)
         reason = _error(results)
         self._served = ready.version
         if reason is not None and ready.version is not None:
             _log.warning("aurora-lit: draft %s could not be loaded: %s", version, reason)
             self._reloader.roll_back(bad=ready.version, reason=f"vLLM could not load it: {reason}")
         elif reason is None:
+            self._last_good = ready.draft
             _log.warning("aurora-lit: draft %s is served (swapped in %.0f ms)", version, 1e3 * results[0]["seconds"])
 
     def _roll_back_if_worse(self) -> None:

@@ -34,13 +34,34 @@ def check_weights_are_own(runner: Any) -> None:
         )
 
 
-def load_into(runner: Any, folder: Path) -> None:
-    """Load the weights of a published version, this rank's part of them, into the runner's draft."""
+def load_into(runner: Any, folder: Path, *, last_good: Path) -> None:
+    """Load the weights of a published version, this rank's part of them, into the runner's draft.
+
+    If that fails half-way, those of `last_good` are loaded again before the error is raised, so that the next step
+    finds a whole draft.
+    """
+    weights = _weights(folder)
+    try:
+        _load(runner, weights)
+    except Exception as error:
+        try:
+            _load(runner, _weights(last_good))
+        except Exception as again:
+            raise AuroraError(
+                f"{type(error).__name__}: {error}; {last_good.name} could not be loaded again either "
+                f"({type(again).__name__}: {again}), so proposals come from a mixture of both until a draft is loaded"
+            ) from error
+        raise
+
+
+def _load(runner: Any, weights: dict[str, Tensor]) -> None:
+    """Load all layers; after an exception each layer has its old weights or its new ones."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     model, config = runner.get_draft_model(), runner.vllm_config
-    weights = {name: tensor for name, tensor in read_tensors(folder).items() if _EMBEDDING not in name}
+    draft_config = config.speculative_config.draft_model_config
     with (
         set_current_vllm_config(config),
         torch.inference_mode(False),
@@ -48,8 +69,20 @@ def load_into(runner: Any, folder: Path) -> None:
         torch.device(runner.device),
     ):
         initialize_layerwise_reload(model)
-        model.load_weights(iter(weights.items()))
-        finalize_layerwise_reload(model, config.speculative_config.draft_model_config)
+        try:
+            model.load_weights(iter(weights.items()))
+            finalize_layerwise_reload(model, draft_config)
+        except Exception:
+            for layer in model.modules():  # vLLM gives a layer its old tensors back only if nothing was loaded for it
+                info = get_layerwise_info(layer)
+                info.loaded_weights.clear()
+                info.load_numel = 0
+            finalize_layerwise_reload(model, draft_config)
+            raise
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in read_tensors(folder).items() if _EMBEDDING not in name}
 
 
 def _address(weight: Tensor) -> int:

@@ -67,12 +67,15 @@ class WorkerExtension:
 
         return _result(start)
 
-    def aurora_lit_swap(self, folder: str, version: str, trusted: bool) -> dict[str, Any]:
-        """Load a validated version's weights. trusted: it was served before, so there is no trial."""
+    def aurora_lit_swap(self, folder: str, version: str, trusted: bool, last_good: str) -> dict[str, Any]:
+        """Load a validated version's weights, or if that fails again those of the folder `last_good`.
+
+        trusted: it was served before, so there is no trial.
+        """
         began = time.perf_counter()
 
         def swap() -> None:
-            load_into(self.model_runner, Path(folder))
+            load_into(self.model_runner, Path(folder), last_good=Path(last_good))
             recorder = getattr(self, "_aurora_lit_recorder", None)
             if recorder is not None:
                 recorder.hooks.version = version_number(version)

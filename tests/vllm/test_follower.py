@@ -148,6 +148,8 @@ def test_a_version_that_one_rank_cannot_load_is_taken_back_on_all(deployment: De
 
     run_with(deployment, ranks, scenario)
     assert ranks.swaps[1:] == [("draft-000002", False), ("draft-000001", True)]
+    last_good = [Path(args[3]).name for method, args in ranks.calls if method == SWAP_RPC]
+    assert last_good == ["first", "draft-000001", "draft-000001"]
     assert "out of memory" in (store.versions()[1].retired or "")
 
 

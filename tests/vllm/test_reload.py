@@ -50,6 +50,8 @@ class MadeReload:
 
     def __init__(self) -> None:
         self.infos: dict[nn.Module, Info] = {}
+        self.failing: list[str] = []
+        """The layers at which loads fail, one a load."""
 
     def get_layerwise_info(self, layer: nn.Module) -> Info:
         """Of a layer."""
@@ -57,13 +59,13 @@ class MadeReload:
 
     def initialize_layerwise_reload(self, model: nn.Module) -> None:
         """Set the tensors of all layers aside."""
-        for layer in model.modules():
+        for path, layer in model.named_modules():
             info = self.get_layerwise_info(layer)
             info.kernel_tensors = dict(layer.named_parameters(recurse=False))
             info.load_numel_total = sum(each.numel() for each in info.kernel_tensors.values())
             for name, parameter in info.kernel_tensors.items():
                 on_meta: Any = nn.Parameter(parameter.to("meta"))
-                on_meta.weight_loader = self._loader(layer, name)
+                on_meta.weight_loader = self._loader(layer, path, name)
                 layer.register_parameter(name, on_meta)
 
     def finalize_layerwise_reload(self, model: nn.Module, config: Any) -> None:
@@ -74,12 +76,15 @@ class MadeReload:
                 self._place(layer)
             self.infos[layer] = Info()
 
-    def _loader(self, layer: nn.Module, name: str) -> Callable[[Tensor], None]:
+    def _loader(self, layer: nn.Module, path: str, name: str) -> Callable[[Tensor], None]:
         def load(tensor: Tensor) -> None:
             info = self.get_layerwise_info(layer)
             info.loaded_weights.append((name, tensor))
             info.load_numel += tensor.numel()
             if info.load_numel == info.load_numel_total:
+                if self.failing[:1] == [path]:
+                    self.failing.pop(0)
+                    raise RuntimeError(f"no memory for {path}")
                 for loaded, weight in info.loaded_weights:
                     info.kernel_tensors[loaded].copy_(weight)
                 self._place(layer)
@@ -96,18 +101,20 @@ class MadeReload:
 def made_reload(monkeypatch: pytest.MonkeyPatch) -> MadeReload:
     """In place of vLLM's modules."""
     made = MadeReload()
-    config, reload = ModuleType("vllm.config"), ModuleType("reload")
+    config, reload, layerwise = (ModuleType(name) for name in ("config", "reload", "layerwise"))
     config.__dict__["set_current_vllm_config"] = lambda _: contextlib.nullcontext()
     reload.__dict__.update(
         initialize_layerwise_reload=made.initialize_layerwise_reload,
         finalize_layerwise_reload=made.finalize_layerwise_reload,
     )
+    layerwise.__dict__["get_layerwise_info"] = made.get_layerwise_info
     for name, module in {
         "vllm": ModuleType("vllm"),
         "vllm.config": config,
         "vllm.model_executor": ModuleType("model_executor"),
         "vllm.model_executor.model_loader": ModuleType("model_loader"),
         "vllm.model_executor.model_loader.reload": reload,
+        "vllm.model_executor.model_loader.reload.layerwise": layerwise,
     }.items():
         monkeypatch.setitem(sys.modules, name, module)
     return made
@@ -141,7 +148,7 @@ def test_a_draft_is_loaded_without_its_embedding_which_may_be_the_targets(tmp_pa
     before = values(target)
     runner = runner_of(target, draft)
     check_weights_are_own(runner)
-    load_into(runner, published(tmp_path / "draft", 5.0))
+    load_into(runner, published(tmp_path / "draft", 5.0), last_good=tmp_path)
     assert values(draft)["fc.weight"] == values(draft)["lm_head.weight"] == {5.0}
     assert values(target) == before
 
@@ -161,3 +168,30 @@ def test_weights_that_were_packed_away_are_not_taken_for_shared_ones() -> None:
     for model in (target, draft):  # as vLLM's CPU build leaves them
         model.fc.weight = nn.Parameter(torch.empty(0))
     check_weights_are_own(runner_of(target, draft))
+
+
+def test_after_a_load_that_fails_half_way_the_draft_is_the_one_before(made_reload: MadeReload, tmp_path: Path) -> None:
+    good, new, draft = published(tmp_path / "good", 1.0), published(tmp_path / "new", 5.0), MadeModel()
+    runner = runner_of(MadeModel(), draft)
+    for layer in ("fc", "lm_head"):
+        made_reload.failing = [layer]
+        with pytest.raises(RuntimeError, match=f"no memory for {layer}"):
+            load_into(runner, new, last_good=good)
+        assert values(draft)["fc.weight"] == values(draft)["lm_head.weight"] == {1.0}
+    load_into(runner, new, last_good=good)
+    assert values(draft)["fc.weight"] == values(draft)["lm_head.weight"] == {5.0}
+
+
+def test_if_the_draft_before_cannot_be_loaded_either_every_layer_has_weights_and_the_error_says_it(
+    made_reload: MadeReload, tmp_path: Path
+) -> None:
+    good, new, draft = published(tmp_path / "good", 1.0), published(tmp_path / "new", 5.0), MadeModel()
+    runner = runner_of(MadeModel(), draft)
+    load_into(runner, good, last_good=good)
+    made_reload.failing = ["lm_head", "fc"]
+    said = r"no memory for lm_head; good could not be loaded again either \(RuntimeError: no memory for fc\)"
+    with pytest.raises(AuroraError, match=said):
+        load_into(runner, new, last_good=good)
+    assert not any(weight.is_meta for weight in draft.parameters())
+    load_into(runner, good, last_good=good)
+    assert values(draft)["fc.weight"] == values(draft)["lm_head.weight"] == {1.0}

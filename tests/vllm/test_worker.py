@@ -181,24 +181,24 @@ def test_a_rank_without_the_hidden_states_only_swaps(
         sys.modules["vllm.distributed.parallel_state"], "get_tensor_model_parallel_rank", lambda: 1, raising=False
     )
     loaded: list[Path] = []
-    monkeypatch.setattr("aurora_lit.vllm.worker.load_into", lambda runner, folder: loaded.append(folder))
+    monkeypatch.setattr("aurora_lit.vllm.worker.load_into", lambda runner, folder, last_good: loaded.append(folder))
     worker = make_worker()
     assert worker.aurora_lit_start(str(run_folder)) == {"error": None}
     assert not (run_folder / RING_NAME).exists()
-    assert worker.aurora_lit_swap("/a/draft-000001", "draft-000001", False)["error"] is None
+    assert worker.aurora_lit_swap("/a/draft-000001", "draft-000001", False, "/a/first")["error"] is None
     assert loaded == [Path("/a/draft-000001")]
 
 
 def test_a_swap_that_fails_is_an_answer_and_changes_no_version(
     run_folder: Path, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("aurora_lit.vllm.worker.load_into", fail)
     worker = make_worker()
     worker.aurora_lit_start(str(run_folder))
-    assert worker.aurora_lit_swap("/a", "draft-000001", False)["error"] == "RuntimeError: out of memory"
+    assert worker.aurora_lit_swap("/a", "draft-000001", False, "/b")["error"] == "RuntimeError: out of memory"
     assert worker._aurora_lit_recorder.hooks.version == 0
     assert worker.aurora_lit_note({"refusals": 1, "refused_version": "v", "refused_reason": "r"})["error"] is None
     assert worker.aurora_lit_note({"no such field": 1})["error"] is not None
