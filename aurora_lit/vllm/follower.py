@@ -29,6 +29,8 @@ from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.vllm.deployment import Deployment
 
 LOOK_EVERY_S = 0.1
+_STALE_S = 10.0
+"""An engine whose heartbeat is older has ended, or makes no traces."""
 _LOCK_NAME = "follower.lock"
 _log = logging.getLogger("vllm.aurora_lit")
 
@@ -87,7 +89,7 @@ class DraftFollower:
         version = ready.version or self._deployment.starting_draft.name
         arguments = (str(ready.draft), version, ready.trusted, str(self._last_good))
         results = await self._call("aurora_lit_swap", None, arguments)
-        reason = _error(results)
+        reason = _error(results) or self._left_behind(version)
         self._served = ready.version
         if reason is not None and ready.version is not None:
             _log.warning("aurora-lit: draft %s could not be loaded: %s", version, reason)
@@ -104,6 +106,14 @@ class DraftFollower:
                 if now.rolled_back_version == self._served:
                     self._reloader.roll_back(bad=self._served, reason=now.rolled_back_reason)
             self._seen_rollbacks[path] = rollbacks
+
+    def _left_behind(self, version: str) -> str | None:
+        """Which data-parallel engine serves another version: a call returns the answers of the first engine only."""
+        for path, page in self._status_pages():
+            now = page.read()
+            if now.heartbeat_age_s < _STALE_S and now.draft_version != version:
+                return f"the engine of {path.name} still serves {now.draft_version}; its log says why"
+        return None
 
     def _status_pages(self) -> Iterator[tuple[Path, EngineStatusPage]]:
         """Of each engine."""

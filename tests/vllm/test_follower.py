@@ -42,10 +42,13 @@ class MadeRanks:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.errors: dict[str, str] = {}
         """By version or method, what rank 1 answers."""
+        self.on_swap: Callable[..., None] = lambda version, *, trusted: None
 
     async def __call__(self, method: str, timeout: float | None, args: tuple[Any, ...]) -> list[dict[str, Any]]:
         """As vLLM's collective_rpc."""
         self.calls.append((method, args))
+        if method == SWAP_RPC:
+            self.on_swap(args[1], trusted=args[2])
         key = args[1] if method == SWAP_RPC else method
         return [{"error": None, "seconds": 0.0}, {"error": self.errors.get(key), "seconds": 0.0}]
 
@@ -153,6 +156,25 @@ def test_a_version_that_one_rank_cannot_load_is_taken_back_on_all(deployment: De
     assert "out of memory" in (store.versions()[1].retired or "")
 
 
+def test_a_version_that_another_data_parallel_engine_has_not_loaded_is_taken_back(deployment: Deployment) -> None:
+    """vLLM returns what the first engine answers; the others show on their pages what they serve."""
+    ranks, store = MadeRanks(), store_of(deployment)
+    ended, left_behind = (EngineStatusPage.create(deployment.status_path(engine)) for engine in (2, 1))
+    ended.write(draft_version="of another start")
+    left_behind.write(draft_version="draft-000001")
+    left_behind.beat()
+    store.publish(Eagle3Draft(SHAPE), record={})
+
+    async def scenario() -> None:
+        await until(lambda: len(ranks.swaps) == 1)
+        store.publish(Eagle3Draft(SHAPE), record={})
+        await until(lambda: len(ranks.swaps) == 3)
+
+    run_with(deployment, ranks, scenario)
+    assert ranks.swaps == [("draft-000001", False), ("draft-000002", False), ("draft-000001", True)]
+    assert "the engine of status-1 still serves draft-000001" in (store.versions()[1].retired or "")
+
+
 def test_a_version_that_accepts_less_is_rolled_back(deployment: Deployment) -> None:
     """The worker judges (LiveStatus), the page tells the follower, which retires the version."""
     ranks, store = MadeRanks(), store_of(deployment)
@@ -160,6 +182,7 @@ def test_a_version_that_accepts_less_is_rolled_back(deployment: Deployment) -> N
     capture = Capture(lambda _: None, bytes_per_token=1, limit_bytes=1, segment_tokens=8, overlap_tokens=1)
     step: Any = type("MadeStep", (), {"num_sampled": [1]})()
     status = LiveStatus(page, capture, max_draft_tokens=3)
+    ranks.on_swap = status.swapped
 
     def rounds(number: int, *, accepted: int, version: int) -> None:
         for index in range(number):
@@ -172,7 +195,6 @@ def test_a_version_that_accepts_less_is_rolled_back(deployment: Deployment) -> N
         rounds(300, accepted=2, version=0)
         store.publish(Eagle3Draft(SHAPE), record={})
         await until(lambda: len(ranks.swaps) == 1)
-        status.swapped(*ranks.swaps[0][:1], trusted=ranks.swaps[0][1])
         rounds(100, accepted=0, version=1)
         await until(lambda: len(ranks.swaps) == 2)
 
