@@ -134,7 +134,7 @@ DEFAULTS = {
         "gate_requests": 16,
         "publish_every_s": 30.0,
         "publish_every_steps": 8,
-        "save_every_s": 30.0,
+        "save_every_s": 300.0,
         "logs": "logs",
         "seed": 0,
     },

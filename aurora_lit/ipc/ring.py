@@ -289,7 +289,7 @@ class RingReader(_Ring):
             lock, length, checksum = self._word(cursor), self._word(cursor + 8), self._word(cursor + 16)
             size = _record_size(length)
             whole = lock % 2 == 0 and cursor + size <= head
-            payload = b"".join(self._pieces(cursor + _RECORD_BYTES, length)) if whole else b""
+            payload = self._read(cursor + _RECORD_BYTES, length) if whole else b""
             if words[_Word.OLDEST] > cursor or self._word(cursor) != lock:
                 continue  # overwritten meanwhile; the writer has counted it
             if whole and zlib.crc32(payload, (lock // 2 - 1) & 0xFFFFFFFF) == checksum:
@@ -299,6 +299,12 @@ class RingReader(_Ring):
             # A record that is not whole may have a wrong length, so the start of the next one is unknown: skip all.
             words[_Word.CURSOR] = cursor + size if whole else head
             words[_Word.TORN] += 1
+
+    def _read(self, offset: int, length: int) -> bytes:
+        """Not through the mapping, or all of the ring would count as this process's memory."""
+        start = offset % self._capacity
+        first = os.pread(self._descriptor, min(length, self._capacity - start), _HEADER_BYTES + start)
+        return first if len(first) == length else first + os.pread(self._descriptor, length - len(first), _HEADER_BYTES)
 
     @property
     def lag_bytes(self) -> int:

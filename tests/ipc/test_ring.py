@@ -238,16 +238,15 @@ def test_a_record_that_is_written_over_while_it_is_read_is_not_returned(
 ) -> None:
     writer, reader = ring
     push(writer, 40)
-    pieces = reader._pieces
+    at_once = reader._read
 
-    def slow(offset: int, length: int) -> Any:
+    def slow(offset: int, length: int) -> bytes:
         monkeypatch.undo()
-        first, second = pieces(offset, length)
-        half = bytes(first[: length // 2])
+        before = at_once(offset, length)
         push(writer, pushes)
-        return half + bytes(first[length // 2 :]), second
+        return before[: length // 2] + at_once(offset, length)[length // 2 :]
 
-    monkeypatch.setattr(reader, "_pieces", slow)
+    monkeypatch.setattr(reader, "_read", slow)
     read = drain(reader)
     assert read == list(range(read[0], 40 + pushes))
     assert read[0] == writer.counters.overwritten

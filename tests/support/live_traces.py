@@ -93,7 +93,7 @@ class FakeRing:
 
     @property
     def lag_bytes(self) -> int:
-        return 0
+        return 1000 * len(self.records)
 
 
 def check_trace(target: Target, trace: Trace, *, has_prompt: bool = False) -> None:

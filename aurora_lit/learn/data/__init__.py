@@ -7,9 +7,9 @@ May import: traces/, modules/, models/. Start with online_batcher.py. The files,
 
     collate.py         pad traces together; group sequences of similar length
     log_batches.py     batches from a trace log, for pretraining
-    reservoir.py       a bounded random sample of past traffic, by domain
     target_head.py     the target without its layers: embedding and head
     labelled_trace.py  a trace with what the target's head computes for it
+    reservoir.py       a bounded random sample of past traffic, by domain
     online_batch.py    labelled traces padded together with their rounds
     online_batcher.py  chooses the traces of a batch: live traffic mixed with replay
     training_state.py  the state of a training as safetensors bytes, and as a file

@@ -30,6 +30,9 @@ _OTHER_ROUND_FIELDS = (
     "behaviour_logprob_RK",
 )
 """The trace's tensors with one entry a round, but `round_root_R`."""
+CONTEXT_COST = 0.25
+"""Of a position before those that are trained on, as a share of that of one of these: only its key and value are
+computed, without gradient (`StepwiseChains`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,13 @@ def first_trained_position(trace: Trace) -> int:
     if trace.answer_start == length:
         return 0 if trace.verify == "read" else length
     return max(0, trace.answer_start - 1)
+
+
+def batch_size(traces: Sequence[Trace]) -> int:
+    """Size of a batch of these traces, in positions that are trained on: others count by what they cost."""
+    trained = sum(len(trace.token_ids_T) - first_trained_position(trace) for trace in traces)
+    context = sum(first_trained_position(trace) for trace in traces)
+    return trained + int(CONTEXT_COST * context)
 
 
 def is_compatible(trace: Trace, target_head: TargetHead) -> bool:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from collections.abc import Sequence
 from dataclasses import replace
 
 from aurora_lit.learn.data.labelled_trace import (
+    CONTEXT_COST,
+    batch_size,
     crop,
     first_trained_position,
     label_for_batch,
@@ -33,14 +34,11 @@ _MIN_POSITIONS = 8
 """Shorter traces are dropped: each would be a row of its own in a batch."""
 MAX_CONTEXT = 128
 """Positions kept before the first one that is trained on, which contribute no loss."""
-_CONTEXT_COST = 0.25
-"""Of such a position, as a share of that of one that is trained on: only its key and value are computed, without
-gradient (`StepwiseChains`)."""
 _LARGE_SHARE = 0.75
 """A piece with at least such a share of its trace's bytes keeps all of them in memory, since a copy takes half a
 millisecond."""
 _REPLAY_DRAWS = 16
-"""Draws from the reservoir to fill a batch; drawn traces that are too long for it are skipped."""
+"""Draws from the reservoir to fill a batch; drawn traces that are too long for it are skipped, mostly unread."""
 _FIRST_UNTAKEN, _UNTAKEN_PER_TAKEN = 64, 2
 """Traces that no batch takes are remembered up to the first number, and so many more for each trace that one takes:
 beside four clients a learner takes one in thirty, and writing one to the reservoir costs as much as reading it did."""
@@ -106,7 +104,7 @@ class OnlineBatcher:
             room = max(_MIN_POSITIONS, min(room, self._client_positions))
         trained = len(trace.token_ids_T) - first_trained_position(trace)
         if batch_size([crop(trace, trained + MAX_CONTEXT)]) > room:
-            trained = max(_MIN_POSITIONS, room - int(_CONTEXT_COST * min(MAX_CONTEXT, len(trace.token_ids_T))))
+            trained = max(_MIN_POSITIONS, room - int(CONTEXT_COST * min(MAX_CONTEXT, len(trace.token_ids_T))))
         for piece in pieces_of(trace, most_trained=trained, most_context=MAX_CONTEXT):
             piece = crop(piece, room) if batch_size([piece]) > room else piece
             # Or what was cut off would stay in memory, uncounted.
@@ -151,6 +149,11 @@ class OnlineBatcher:
         return batch
 
     @property
+    def num_waiting(self) -> int:
+        """Live traces that no batch has taken yet."""
+        return len(self._waiting)
+
+    @property
     def _live_positions(self) -> int:
         return max(_MIN_POSITIONS, int(self._batch_positions * (1 - self._replay_share)))
 
@@ -185,9 +188,10 @@ class OnlineBatcher:
             return taken
         seen = set()
         for _ in range(_REPLAY_DRAWS):
-            trace = self.reservoir.sample()
+            room = self._batch_positions - batch_size([*live, *taken])
+            trace = self.reservoir.sample(largest=room if live or taken else None)
             if trace is None:
-                break
+                continue
             segment = (trace.request_id, trace.first_position + trace.answer_start)
             part = quota.allowed_part(trace)
             if part is None or segment in seen:
@@ -246,10 +250,3 @@ def informativeness(trace: Trace) -> float:
 
 def _is_stale(trace: Trace, oldest_fresh: int) -> bool:
     return bool(((trace.source_R == SOURCE_DRAFT) & (trace.round_version_R < oldest_fresh)).any())
-
-
-def batch_size(traces: Sequence[Trace]) -> int:
-    """Size of a batch of these traces, in positions that are trained on: others count by what they cost."""
-    trained = sum(len(trace.token_ids_T) - first_trained_position(trace) for trace in traces)
-    context = sum(first_trained_position(trace) for trace in traces)
-    return trained + int(_CONTEXT_COST * context)

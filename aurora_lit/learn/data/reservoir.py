@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aurora_lit.errors import TraceError
+from aurora_lit.learn.data.labelled_trace import batch_size
 from aurora_lit.traces.record import Trace, from_bytes, to_bytes
 
 MAX_DOMAINS = 32
@@ -34,6 +35,8 @@ class _Entry:
     number: int
     """Counts the added traces, so that file names are unique."""
     num_bytes: int
+    size: int
+    """Of the trace in a batch (`batch_size`)."""
 
     @property
     def name(self) -> str:
@@ -82,7 +85,7 @@ class Reservoir:
         if self._would_be_dropped(domain, key, trace.num_bytes):
             return False
         payload = to_bytes(trace)
-        entry = _Entry(key=key, number=self._next_number, num_bytes=len(payload))
+        entry = _Entry(key=key, number=self._next_number, num_bytes=len(payload), size=batch_size([trace]))
         self._next_number += 1
         if len(payload) > self._limit_bytes:
             return False
@@ -123,11 +126,16 @@ class Reservoir:
             heapq.heapify(self._heaps[kept])
             self._bytes[kept] = self._bytes.get(kept, 0) + self._bytes.pop(removed)
 
-    def sample(self) -> Trace | None:
-        """A random trace: first a domain, all with equal chance, then a trace of it. None when there are none."""
+    def sample(self, *, largest: int | None = None) -> Trace | None:
+        """A random trace: first a domain, all with equal chance, then a trace of it.
+
+        None when there are none, or if the drawn one, which is not read then, is larger in a batch than `largest`.
+        """
         while self._heaps:
             domain = self._random.choice(sorted(self._heaps))
             entry = self._random.choice(self._heaps[domain])
+            if largest is not None and entry.size > largest:
+                return None
             try:
                 trace = from_bytes((self._folder / entry.name).read_bytes())
                 return replace(trace, domain=domain or trace.domain)
@@ -149,8 +157,10 @@ class Reservoir:
         try:
             number, key = path.name.removesuffix(_SUFFIX).split("-", 1)
             payload = path.read_bytes()
-            entry = _Entry(key=float.fromhex(key), number=int(number), num_bytes=len(payload))
-            self._keep(self._domain_of(from_bytes(payload)), entry)
+            trace = from_bytes(payload)
+            size = batch_size([trace])
+            entry = _Entry(key=float.fromhex(key), number=int(number), num_bytes=len(payload), size=size)
+            self._keep(self._domain_of(trace), entry)
         except (OSError, ValueError, TraceError):
             path.unlink(missing_ok=True)
         else:

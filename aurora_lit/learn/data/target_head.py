@@ -49,11 +49,19 @@ class TargetHead(nn.Module):
         self.register_buffer("head_VH", head_VH)
         # Many targets have one matrix for both.
         self.register_buffer("embedding_VH", head_VH if torch.equal(embedding_VH, head_VH) else embedding_VH)
+        self._rows: tuple[Tensor, Tensor] | None = None
+
+    def rows(self, ids_D: Tensor) -> Tensor:
+        """The head's rows of a draft vocabulary [D, H]; for the same one as last time the same tensor."""
+        ids_D = ids_D.to(self.head_VH.device)
+        if self._rows is None or not (self._rows[0].device == ids_D.device and torch.equal(self._rows[0], ids_D)):
+            self._rows = ids_D, self.head_VH[ids_D]
+        return self._rows[1]
 
     def install_head(self, module: DraftModule) -> None:
         """Give a module the head's rows of the vocabulary that its draft has now."""
         ids_D = module.draft.draft_token_ids.to(self.head_VH.device)
-        module.head_VdH = self.head_VH[ids_D].to(module.embedding_VH.device)
+        module.head_VdH = self.rows(ids_D).to(module.embedding_VH.device)
         module.logit_transform = self.logit_transform.select(ids_D)
 
     @torch.no_grad()

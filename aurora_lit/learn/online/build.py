@@ -18,7 +18,7 @@ from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from aurora_lit.config import AuroraConfig, draft_folder, versions_folder
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, initial_draft
-from aurora_lit.drafts.versions import DraftStore, version_number
+from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LearnerStatusPage
@@ -96,8 +96,9 @@ def build_loop(
             fabric=fabric,
             before_step=leader.broadcast_step if leader else None,
         )
-        if learner.resume() and version_number(learner.version) > version_number(current or STARTING_VERSION):
-            # Rolled back meanwhile, or the version that it had published cannot be loaded.
+        if learner.resume() and learner.version != (current or STARTING_VERSION):
+            # Later: rolled back meanwhile, or it cannot be loaded. Earlier: the learner was killed after it had
+            # published and before it saved its state.
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)
         target_head.to(learner.fabric.device)
         served = for_scoring(copy.deepcopy(module.draft))
@@ -255,7 +256,7 @@ def online_module(config: AuroraConfig, draft: Eagle3Draft, target_head: TargetH
     return DraftModule(
         draft,
         embedding_VH=target_head.embedding_VH,
-        head_VdH=target_head.head_VH[draft.draft_token_ids],
+        head_VdH=target_head.rows(draft.draft_token_ids),
         logit_transform=target_head.logit_transform.select(draft.draft_token_ids),
         num_steps=learn.unroll_steps,
         value_weight=learn.value_weight,

@@ -136,9 +136,9 @@ class Learner:
             self._before_step(self, batch)
         part = batch.shard(self.fabric.global_rank, world_size=self.fabric.world_size).to(self.fabric.device)
         module: DraftModule = self.module.module
+        self.module.zero_grad()  # before the step needs memory
         with self.fabric.autocast():
             report = module.training_step(part)
-        self.module.zero_grad()
         module.between_pieces()
         self.fabric.backward(report.loss)
         module.between_pieces()

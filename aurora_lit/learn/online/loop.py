@@ -35,7 +35,9 @@ from aurora_lit.settings import LearnSettings
 from aurora_lit.traces.record import from_bytes
 
 _PAUSE_S = 0.2
-"""Sleep between two turns without work: so often the ring is read and the status page written."""
+"""Sleep between two turns without work: so often the ring is read."""
+_REPORT_EVERY_S = 1.0
+"""Between two reports on the status page while nothing is done, which take most of an idle turn's time."""
 _SHORT_PAUSE_S = 0.02
 """The same in the middle of a step."""
 _RETRY_S = 60.0
@@ -45,8 +47,8 @@ _SAVING_SHARE = 0.03
 """Largest share of the process's own processor time that saving its state may take."""
 _TRIAL_SHARE = 0.12
 """The same for trials."""
-_READING_SHARE = 0.25
-"""The same for reading traces while the share is used up: with many short requests nothing would be left for steps."""
+_READING_SHARE = 0.08
+"""The same for reading traces, of which a step beside many clients takes one in twenty; the ring drops the rest."""
 _MAX_TRACES_PER_TURN = 32
 """Traces that are read between two steps at most."""
 _MOST_REASONS = 8
@@ -150,7 +152,7 @@ class OnlineLoop:
         self._passed_version: str | None = None
         """The version of the last trial's challenger, if it was published and no trial was held since."""
         self._activity = "starting"
-        self._last_trial_s = self._last_save_s = environment.monotonic_s()
+        self._last_trial_s = self._last_save_s = self._last_report_s = environment.monotonic_s()
         self._last_trial_steps = self._last_saved_steps = learner.steps
         self._trial_limit, self._saving_limit = ShareLimit(_TRIAL_SHARE), ShareLimit(_SAVING_SHARE)
         self._reading_limit = ShareLimit(_READING_SHARE)
@@ -175,10 +177,12 @@ class OnlineLoop:
         self._is_interruptible = load is ServerLoad.IDLE and self._config.devices == 1
         wait_s = self._budget.wait_s(load)
         # Else traces stay in the ring, which overwrites the oldest.
-        if not wait_s or (load in _HAS_FREE_SLOTS and self._reading_limit.is_due):
+        reads = self._reading_limit.is_due or not (wait_s or self.batcher.num_waiting)
+        if not wait_s or (load in _HAS_FREE_SLOTS and reads):
             with self._environment.page.computing(self._threads):
-                with self._reading_limit.measured():
-                    self._read_traces()
+                if reads:
+                    with self._reading_limit.measured():
+                        self._read_traces()
                 self._publish_domains()
                 self._follow_versions()
         if wait_s:
@@ -241,8 +245,11 @@ class OnlineLoop:
 
     def _sleep(self, load: ServerLoad) -> None:
         """Sleep for a pause, however small the debt is: paying off only what a turn costs would never end."""
-        self._activity = "resting: its share is used up" if load in _HAS_FREE_SLOTS else "yielding to requests"
-        self._report()
+        activity = "resting: its share is used up" if load in _HAS_FREE_SLOTS else "yielding to requests"
+        is_told = activity == self._activity
+        self._activity = activity
+        if not is_told or self._environment.monotonic_s() - self._last_report_s >= _REPORT_EVERY_S:
+            self._report()
         self._environment.sleep(_PAUSE_S)
 
     def _give_way(self) -> None:
@@ -336,7 +343,6 @@ class OnlineLoop:
                         module.draft, record=record | decision.record
                     )
                 self.published, self._passed_version = self.published + 1, self.learner.version
-                self._save()  # or a learner killed now would go on behind the draft that it had published
             except OSError as error:  # a full disk: learning continues, and the next trial tries again
                 self._environment.page.write(error=f"a draft could not be published: {error}")
         self.refused_by_gate += decision.refused
@@ -369,6 +375,7 @@ class OnlineLoop:
             self._environment.page.write(error=f"the learner's state could not be saved: {error}")
 
     def _report(self) -> None:
+        self._last_report_s = self._environment.monotonic_s()
         if error := self.learner.take_logging_error():
             self._environment.page.write(error=error)
         learner, decision, controller = self.learner, self.decision, self.learner.controller

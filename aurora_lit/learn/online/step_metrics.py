@@ -24,9 +24,10 @@ class StepMetrics:
     def update(self, report: OnlineReport, norm: torch.Tensor) -> None:
         """Add a step; `norm`: of its gradient, before clipping."""
         for name, value, weight in _numbers(report, norm):
-            # Not synchronised: the processes have different terms, and the first one's are logged.
-            metric = MeanMetric(nan_strategy="ignore", sync_on_compute=False)
-            self._metrics.setdefault(name, metric).update(value, weight)
+            if name not in self._metrics:
+                # Not synchronised: the processes have different terms, and the first one's are logged.
+                self._metrics[name] = MeanMetric(nan_strategy="ignore", sync_on_compute=False)
+            self._metrics[name].update(value, weight)
 
     def mean(self, name: str) -> float:
         """Mean since the last `compute_and_reset`, or what that returned; 0 before the first step."""

@@ -11,13 +11,14 @@ import torch
 from support.live_traces import serve, some_requests
 from support.tiny_models import random_draft
 
+from aurora_lit.learn.data import reservoir
 from aurora_lit.learn.data.labelled_trace import first_trained_position
 from aurora_lit.learn.data.online_batcher import MAX_PASSES, OnlineBatcher, informativeness
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
-from aurora_lit.traces.record import Trace
+from aurora_lit.traces.record import Trace, from_bytes
 
 
 def make_batcher(target_head: TargetHead, folder: Path, **changes: float) -> OnlineBatcher:
@@ -243,3 +244,20 @@ def test_what_is_cut_off_a_trace_does_not_stay_in_memory(
     held = sum(trace.aux_T3H.untyped_storage().nbytes() for trace in batcher._waiting)
     assert held == sum(trace.aux_T3H.nbytes for trace in batcher._waiting)
     assert len(batcher._waiting) > len(served)
+
+
+def test_few_remembered_traces_are_read_for_a_batch(
+    target_head: TargetHead, served: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher = make_batcher(target_head, tmp_path)
+    for trace in served:
+        batcher.add(trace)
+    while batcher.num_waiting:
+        assert batcher.next_batch(oldest_fresh=0) is not None
+    read: list[int] = []
+    monkeypatch.setattr(reservoir, "from_bytes", lambda data: read.append(1) or from_bytes(data))
+    rows = 0
+    while batch := batcher.next_batch(oldest_fresh=0):
+        rows += len(batch.live_B)
+    assert rows > 10
+    assert len(read) < 2 * rows

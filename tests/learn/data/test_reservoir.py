@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from aurora_lit.learn.data import reservoir as reservoir_module
 from aurora_lit.learn.data.reservoir import Reservoir
-from aurora_lit.traces.record import Trace, to_bytes
+from aurora_lit.traces.record import Trace, from_bytes, to_bytes
 
 
 def a_trace(*, domain: str = "a", length: int = 20, request_id: str = "r", mark: int = 0) -> Trace:
@@ -110,3 +111,19 @@ def test_a_reservoir_is_reopened_without_its_damaged_traces(tmp_path: Path) -> N
     for path in (tmp_path / "r").iterdir():
         path.write_bytes(b"damaged later")
     assert again.sample() is None
+
+
+def test_a_trace_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace of 20 positions takes 17 of a batch, since 17 are trained on, one of 60 takes 57; after a restart too."""
+    reservoir = Reservoir(tmp_path / "r", limit_bytes=1 << 20, seed=0)
+    for mark, length in enumerate([20, 60, 20, 60]):
+        reservoir.add(a_trace(length=length, mark=mark))
+    for each in (reservoir, Reservoir(tmp_path / "r", limit_bytes=1 << 20, seed=1)):
+        read: list[int] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(reservoir_module, "from_bytes", lambda data: read.append(1) or from_bytes(data))  # noqa: B023
+            found = [each.sample(largest=56) for _ in range(100)]
+        marks = [int(trace.token_ids_T[0]) for trace in found if trace is not None]
+        assert set(marks) == {0, 2}
+        assert 25 < len(marks) == len(read) < 75, "as likely as without the limit"
+        assert {int(t.token_ids_T[0]) for _ in range(100) if (t := each.sample(largest=57))} == {0, 1, 2, 3}

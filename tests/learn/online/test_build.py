@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from aurora_lit.kernels import native
 from aurora_lit.learn.online.budget import ServerLoad
 from aurora_lit.learn.online.build import _loggers, load_head_and_draft
 from aurora_lit.learn.online.load_watch import LoadWatch
+from aurora_lit.learn.online.loop import OnlineLoop
 from aurora_lit.models import packed_target
 from aurora_lit.models.target import Target
 
@@ -57,6 +59,46 @@ def test_learning_begins_although_current_names_no_version(server: ServerStandIn
     status = EngineStatusPage.open(server.run_folder / STATUS_NAME)
     with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
         assert loop.learner.version == "start"
+
+
+@pytest.mark.parametrize(("saved", "published"), [(True, True), (True, False), (False, True)])
+def test_a_killed_learner_goes_on_from_what_it_has_published_since_it_saved(
+    saved: bool, published: bool, server: ServerStandIn
+) -> None:
+    from aurora_lit.learn.online.build import build_loop
+
+    config, status = load_config(None, server.overrides), EngineStatusPage.open(server.run_folder / STATUS_NAME)
+
+    def built() -> contextlib.AbstractContextManager[OnlineLoop]:
+        return build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status)
+
+    with built() as loop, torch.no_grad():
+        loop.learner.draft.norm.weight.fill_(2.0)
+        loop.learner.steps = 7
+        if saved:
+            loop.learner.save()
+        if published:
+            loop.learner.draft.norm.weight.fill_(3.0)
+            server.store.publish(loop.learner.draft, record={})
+    with built() as loop:
+        assert loop.learner.version == ("draft-000001" if published else "start")
+        assert set(loop.learner.draft.norm.weight.tolist()) == {3.0 if published else 2.0}
+        assert loop.learner.steps == (7 if saved else 0)
+
+
+def test_learner_and_champion_share_the_heads_rows(server: ServerStandIn) -> None:
+    from aurora_lit.learn.online.build import build_loop
+
+    config, status = load_config(None, server.overrides), EngineStatusPage.open(server.run_folder / STATUS_NAME)
+    with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
+        module, champion = loop.learner.module.module, loop._champion
+        ids_D = module.draft.draft_token_ids
+        assert torch.equal(module.head_VdH, loop._target_head.head_VH[ids_D])
+        assert module.head_VdH.data_ptr() == champion.head_VdH.data_ptr()
+        other = torch.roll(ids_D, 1)
+        assert torch.equal(loop._target_head.rows(other), loop._target_head.head_VH[other])
+        loop._target_head.install_head(champion)
+        assert torch.equal(champion.head_VdH, module.head_VdH)
 
 
 def test_errors_without_a_draft_or_a_server_name_the_remedy(server: ServerStandIn, tmp_path: Path) -> None:

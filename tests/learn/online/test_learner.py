@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,15 @@ import torch
 from support.live_traces import make_controller, online_module
 from support.tiny_models import random_draft
 
-from aurora_lit.learn.data.labelled_trace import label_traces
+from aurora_lit.drafts.initial import initial_draft
+from aurora_lit.learn.data.labelled_trace import first_trained_position, label_traces
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner, weights_digest
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.detector import DomainDetector
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.modules.losses.gradients import clip_gradients
 from aurora_lit.traces.record import Trace
 
 
@@ -147,3 +150,49 @@ def test_a_state_of_another_starting_draft_is_not_used(target: Target, tmp_path:
     assert not learner(second).resume(), "draft.checkpoint names another one of the same vocabulary"
     learner(first, version="draft-000001").save()
     assert learner(second).resume(), "the served draft is not the starting one"
+
+
+def test_positions_are_those_that_a_step_has_trained_on(target: Target, traffic: list[Trace], tmp_path: Path) -> None:
+    target_head = TargetHead(target)
+    learner = Learner(
+        online_module(target, random_draft(target)),
+        make_controller(),
+        tmp_path / "state",
+        target_head=target_head,
+        version="start",
+    )
+    batch = collate_online(label_traces(traffic[:3], target_head), traffic[3:5], oldest_fresh=0)
+    assert learner.update(batch) is not None
+    assert learner.positions == sum(len(each.token_ids_T) - first_trained_position(each) for each in traffic[:5])
+
+
+def test_a_state_of_another_vocabulary_is_not_used(target: Target, tmp_path: Path) -> None:
+    def learner(ids: torch.Tensor) -> Learner:
+        return Learner(
+            online_module(target, initial_draft(target, ids)),
+            make_controller(),
+            tmp_path / "state",
+            target_head=TargetHead(target),
+            version="draft-000003",
+        )
+
+    learner(torch.arange(40)).save()
+    assert learner(torch.arange(40)).resume()
+    assert not learner(torch.arange(1, 41)).resume(), "as many tokens, but others"
+
+
+def test_gradients_are_clipped_together_and_sparse_ones_have_each_row_once() -> None:
+    dense, table = (torch.nn.Parameter(torch.zeros(size)) for size in ((2,), (5, 2)))
+    dense.grad = torch.tensor([3.0, 0.0])
+    rows = torch.tensor([[1, 3, 1]])
+    table.grad = torch.sparse_coo_tensor(
+        rows, torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 2.0]]), (5, 2), check_invariants=True
+    )
+    norm = clip_gradients([dense, table], max_norm=1.0)
+    assert float(norm) == pytest.approx(math.sqrt(9 + 4 + 4 + 4))
+    together = torch.cat([dense.grad, table.grad.to_dense().flatten()])
+    assert float(together.norm()) == pytest.approx(1.0, abs=1e-4)
+    assert together[0] == pytest.approx(3 / float(norm), abs=1e-4)
+    dense.grad, table.grad = torch.tensor([0.3, 0.4]), None
+    clip_gradients([dense, table], max_norm=1.0)
+    assert dense.grad.tolist() == pytest.approx([0.3, 0.4]), "short ones stay"
