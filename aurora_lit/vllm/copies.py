@@ -2,7 +2,7 @@
 
 Before the step samples, its rows are copied on the device: sampling and proposing may overwrite the runner's tensors,
 since with CUDA graphs target and draft share memory. On a GPU the copies then go to pinned memory on a stream of their
-own, and are looked at a step later; neither CPU nor GPU waits. On the CPU there is no stream, and they are there at
+own, and are looked at a step later, without waiting. On the CPU there is no stream, and they are there at
 once.
 
     batch = own_rows(batch, capture.wanted_rows)            # before `sample_tokens`
@@ -116,6 +116,8 @@ def _rows(tensors_Q: Sequence[Tensor], spans: Sequence[tuple[int, int]]) -> Tens
     if len(tensors_Q) == 1:
         return torch.cat([tensors_Q[0][start:end] for start, end in spans] or [tensors_Q[0][:0]])
     parts = [torch.cat([tensor[start:end] for tensor in tensors_Q], -1) for start, end in spans]
+    if len(parts) == 1:  # as a rule
+        return parts[0]
     return torch.cat(parts or [torch.cat([tensor[:0] for tensor in tensors_Q], -1)])
 
 

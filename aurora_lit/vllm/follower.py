@@ -86,15 +86,17 @@ class DraftFollower:
             await asyncio.shield(asyncio.to_thread(self._reloader.close))
 
     async def _swap(self, ready: ReadyDraft) -> None:
-        version = ready.version or self._deployment.starting_draft.name
+        before, version = self._name(self._served), self._name(ready.version)
+        followed = [path for path, page in self._status_pages() if page.read().draft_version == before]
         arguments = (str(ready.draft), version, ready.trusted, str(self._last_good))
         results = await self._call("aurora_lit_swap", None, arguments)
-        reason = _error(results) or self._left_behind(version)
+        reason = _error(results) or self._left_behind(version, followed)
         self._served = ready.version
-        if reason is not None and ready.version is not None:
+        if reason is not None:
             _log.warning("aurora-lit: draft %s could not be loaded: %s", version, reason)
-            self._reloader.roll_back(bad=ready.version, reason=f"vLLM could not load it: {reason}")
-        elif reason is None:
+            if ready.version is not None:
+                self._reloader.roll_back(bad=ready.version, reason=f"vLLM could not load it: {reason}")
+        else:
             self._last_good = ready.draft
             _log.warning("aurora-lit: draft %s is served (swapped in %.0f ms)", version, 1e3 * results[0]["seconds"])
 
@@ -107,10 +109,17 @@ class DraftFollower:
                     self._reloader.roll_back(bad=self._served, reason=now.rolled_back_reason)
             self._seen_rollbacks[path] = rollbacks
 
-    def _left_behind(self, version: str) -> str | None:
-        """Which data-parallel engine serves another version: a call returns the answers of the first engine only."""
-        for path, page in self._status_pages():
-            now = page.read()
+    def _name(self, version: str | None) -> str:
+        return version or self._deployment.starting_draft.name
+
+    def _left_behind(self, version: str, followed: list[Path]) -> str | None:
+        """Which data-parallel engine that had followed so far does not serve a version.
+
+        A call returns the answers of the first engine only. One that did not follow, since it has no recorder or is of
+        another start, says nothing about a version.
+        """
+        for path in followed:
+            now = self._pages[path].read()
             if now.heartbeat_age_s < _STALE_S and now.draft_version != version:
                 return f"the engine of {path.name} still serves {now.draft_version}; its log says why"
         return None

@@ -242,8 +242,11 @@ def test_a_label_is_the_traces_domain() -> None:
 
 
 def test_no_round_explores_so_that_none_reaches_the_policy_loss() -> None:
-    prompt = Rows(request_id="r", position=0, count=4)
-    (trace,) = Recorded(MadeV1Runner()).run(one_request(prompt, *answer(4, (2, 1), (2, 1)), prompt=4, temperature=0.5))
+    """Though the draft draws its proposals, and V1 keeps their probabilities."""
+    prompt, runner = Rows(request_id="r", position=0, count=4), MadeV1Runner()
+    runner._draft_probs = torch.full((1, 2, 11), 1 / 11)
+    runner._draft_token_ids, runner._draft_prob_req_ids = torch.tensor([[3, 4]]), ["r"]
+    (trace,) = Recorded(runner).run(one_request(prompt, *answer(4, (2, 1), (2, 1)), prompt=4, temperature=0.5))
     assert trace.behaviour_logprob_RK.shape == (2, 2)
     assert trace.behaviour_logprob_RK.isnan().all()
     assert trace.explored_R.tolist() == [False, False]

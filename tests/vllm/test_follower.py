@@ -16,6 +16,7 @@ from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
+from aurora_lit.vllm import follower
 from aurora_lit.vllm.capture import Capture, RoundOutcome
 from aurora_lit.vllm.deployment import Deployment
 from aurora_lit.vllm.follower import DraftFollower, follow
@@ -156,8 +157,11 @@ def test_a_version_that_one_rank_cannot_load_is_taken_back_on_all(deployment: De
     assert "out of memory" in (store.versions()[1].retired or "")
 
 
-def test_a_version_that_another_data_parallel_engine_has_not_loaded_is_taken_back(deployment: Deployment) -> None:
+def test_a_version_that_another_data_parallel_engine_has_not_loaded_is_taken_back(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM returns what the first engine answers; the others show on their pages what they serve."""
+    monkeypatch.setattr(follower, "_STALE_S", 60.0)
     ranks, store = MadeRanks(), store_of(deployment)
     ended, left_behind = (EngineStatusPage.create(deployment.status_path(engine)) for engine in (2, 1))
     ended.write(draft_version="of another start")
@@ -173,6 +177,39 @@ def test_a_version_that_another_data_parallel_engine_has_not_loaded_is_taken_bac
     run_with(deployment, ranks, scenario)
     assert ranks.swaps == [("draft-000001", False), ("draft-000002", False), ("draft-000001", True)]
     assert "the engine of status-1 still serves draft-000001" in (store.versions()[1].retired or "")
+
+
+def test_an_engine_that_has_never_followed_retires_no_version(deployment: Deployment) -> None:
+    """Its recorder could not start, or it is what a server that was killed has left behind."""
+    ranks, store = MadeRanks(), store_of(deployment)
+    stranger = EngineStatusPage.create(deployment.status_path(1))
+    stranger.write(draft_version="of another start")
+    store.publish(Eagle3Draft(SHAPE), record={})
+
+    async def scenario() -> None:
+        for number in (1, 2, 3):
+            await until(lambda: len(ranks.swaps) == number)  # noqa: B023
+            stranger.beat()
+            store.publish(Eagle3Draft(SHAPE), record={})
+        await until(lambda: len(ranks.swaps) == 4)
+
+    run_with(deployment, ranks, scenario)
+    assert [version for version, _ in ranks.swaps] == [f"draft-{number:06d}" for number in (1, 2, 3, 4)]
+
+
+def test_a_starting_draft_that_cannot_be_loaded_again_is_told(
+    deployment: Deployment, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks, store = MadeRanks(), store_of(deployment)
+    ranks.errors["first"] = "out of memory"
+    store.publish(Eagle3Draft(SHAPE), record={})
+
+    async def scenario() -> None:
+        await until(lambda: len(ranks.swaps) == 1)
+        store.roll_back(bad="draft-000001", reason="by hand")
+        await until(lambda: "draft first could not be loaded: out of memory" in caplog.text)
+
+    run_with(deployment, ranks, scenario)
 
 
 def test_a_version_that_accepts_less_is_rolled_back(deployment: Deployment) -> None:
