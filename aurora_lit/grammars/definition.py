@@ -23,8 +23,8 @@ WRITTEN_AS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexibl
 that by llguidance's own key "x-guidance"."""
 LONGEST_GRAMMAR = 1 << 17
 """Characters of a grammar for llguidance, which compiles some in a time that grows with their square."""
-LONGEST_GBNF = 1 << 16
-"""Characters of a grammar in GBNF: its conversion, in Python, may take a time that grows with their square."""
+MOST_GBNF_RULES = 1000
+"""Rules of a grammar in GBNF: its conversion, in Python, may take a time that grows with their square."""
 STACK_BYTES = 512 << 20
 """Of threads in which llguidance reads a grammar: it calls itself for each rule of a chain, and on a usual stack a
 chain of a thousand ends the process. Memory is taken as it is used."""
@@ -45,8 +45,8 @@ class Fault(NamedTuple):
 
 
 def grammar_of(asked: StructuredOutputsParams) -> str:
-    """The grammar for llguidance. Raises ValueError for a GBNF grammar that cannot be read or is longer than
-    LONGEST_GBNF, and for a schema that is no JSON.
+    """The grammar for llguidance. Raises ValueError for a GBNF grammar that cannot be read or is too long, and for a
+    schema that is no JSON.
     """
     if asked.json_object:
         return _of_schema({"type": "object"})
@@ -63,8 +63,12 @@ def grammar_of(asked: StructuredOutputsParams) -> str:
 
 
 def _from_gbnf(grammar: str) -> str:
-    if len(grammar) > LONGEST_GBNF:
-        raise ValueError(f"it has {len(grammar)} characters in GBNF, and may have {LONGEST_GBNF}; write it in Lark")
+    rules = grammar.count("::=")
+    if rules > MOST_GBNF_RULES or len(grammar) > LONGEST_GRAMMAR:
+        raise ValueError(
+            f"it has {rules} rules and {len(grammar)} characters in GBNF, and may have {MOST_GBNF_RULES} and "
+            f"{LONGEST_GRAMMAR}; write it in Lark"
+        )
     try:
         return str(gbnf_to_lark(grammar))
     except Exception as error:  # the library raises no other

@@ -41,8 +41,7 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
         """spec: registers the routes."""
         super().__init__(spec=spec, loop=LitLoop())
         key = config.server.api_key
-        # FastAPI strips what is white space in Latin-1, which the last byte of a letter in UTF-8 may be.
-        self._key = None if key is None else key.encode().rstrip(b"\x85\xa0")
+        self._key = None if key is None else _comparable(key.encode())
 
     def setup(self, device: str) -> None:
         """Required by LitServe and not called; see serve/engine_process.py."""
@@ -51,7 +50,7 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
         """Require `Authorization: Bearer KEY` if server.api_key is set. Raises RequestError."""
         given = "" if credentials is None else credentials.credentials
         # Headers arrive as Latin-1, whatever the client has written them in.
-        if self._key is not None and not secrets.compare_digest(given.encode("latin-1"), self._key):
+        if self._key is not None and not secrets.compare_digest(_comparable(given.encode("latin-1")), self._key):
             raise RequestError(
                 "the API key is missing or wrong; send Authorization: Bearer KEY", status=401, code="invalid_api_key"
             )
@@ -126,3 +125,8 @@ class _NoManager:
 
     def shutdown(self) -> None:
         """Nothing to do."""
+
+
+def _comparable(key: bytes) -> bytes:
+    """Without what is white space in Latin-1, as the last byte of a letter in UTF-8 may be: some FastAPIs strip it."""
+    return key.rstrip(b"\x85\xa0")

@@ -95,7 +95,7 @@ def test_the_switches_are_sent(page: Any) -> None:
 
 
 def test_a_question_that_was_stopped_before_its_answer_is_not_sent_again(page: Any) -> None:
-    with FakeServer(options={"round_s": 1.0}) as server:
+    with FakeServer(options={"round_s": 5.0}) as server:
         page.goto(server.url)
         ask(page, "hello")
         page.get_by_role("button", name="Stop").click()

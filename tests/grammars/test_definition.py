@@ -139,12 +139,13 @@ def test_both_kinds_of_grammar_are_told_apart_and_a_long_one_in_gbnf_is_not_conv
         '  %llguidance {}\n\nstart: A\nA: "b ::= c"',
     ):
         assert fault_of(StructuredOutputsParams(grammar=text)) is None, text
-    long = "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(8000)) + 'r8000 ::= "a"'
+    long = "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(1100)) + 'r1100 ::= "a"'
 
     def convert(_: str) -> str:
         raise AssertionError("minutes")
 
     monkeypatch.setattr(definition, "gbnf_to_lark", convert)
-    fault = fault_of(StructuredOutputsParams(grammar=long))
-    assert fault is not None
-    assert "characters in GBNF, and may have 65536" in fault.reason
+    for text in (long, f'root ::= "{"a" * 200_000}"'):
+        fault = fault_of(StructuredOutputsParams(grammar=text))
+        assert fault is not None
+        assert "in GBNF, and may have 1000 and 131072; write it in Lark" in fault.reason
