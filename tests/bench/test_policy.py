@@ -213,6 +213,10 @@ def test_one_folder_holds_what_was_recorded_in_one_way(tmp_path: Path) -> None:
     for changed in ({"temperature": 1.0}, {"settings": {"target": {"precision": "bf16"}}}):
         with pytest.raises(ConfigError, match="--out .*name another folder"):
             start_or_resume(tmp_path / "out", {**how, **changed})
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "answers.safetensors").touch()
+    with pytest.raises(ConfigError, match="--out .*name another folder"):  # recorded with settings that nobody knows
+        start_or_resume(tmp_path / "old", how)
 
 
 @pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")

@@ -131,7 +131,7 @@ def test_a_stream_is_recorded_and_resumed(stream: Path, tmp_path: Path, monkeypa
     save_draft(random_draft(target), tmp_path / "start", dtype=torch.float32)
     out = tmp_path / "out"
 
-    def record() -> str:
+    def record(*more: str) -> str:
         done = CliRunner().invoke(
             main,
             [
@@ -150,6 +150,7 @@ def test_a_stream_is_recorded_and_resumed(stream: Path, tmp_path: Path, monkeypa
                 "engine.explore_share=0.4",
                 "engine.adaptive=false",
                 "engine.threads=1",
+                *more,
             ],
         )
         return f"{done.output}{done.exception or ''}"
@@ -184,5 +185,6 @@ def test_a_stream_is_recorded_and_resumed(stream: Path, tmp_path: Path, monkeypa
     assert len(again) == 19
     record()
     assert len(list(read_traces(out / "traffic"))) == 19
+    assert "holds answers of" in record("target.precision=bf16")
     write_stream(stream, seed=4)
     assert "holds another stream" in record()

@@ -107,12 +107,24 @@ def test_a_file_that_comes_again_goes_on_and_each_phase_is_kept(
             raise KeyboardInterrupt
         return [{"unequal": 0}]
 
+    class Store:
+        """One more version at each look."""
+
+        def __init__(self, folder: Path, *, keep: int) -> None:
+            self.folder, self.number = tmp_path / "versions", 0
+
+        def current(self) -> str:
+            self.number += 1
+            (self.folder / f"draft-{self.number}").mkdir(parents=True)
+            return f"draft-{self.number}"
+
+    monkeypatch.setattr(live_learning, "DraftStore", Store)
     monkeypatch.setattr(live_learning, "load_tokenizer", lambda _: tiny_tokenizer())
     monkeypatch.setattr(live_learning, "running_server", server)
     monkeypatch.setattr(live_learning, "learner_status", lambda _: {**STATUS, "processor_s": 1.0})
     monkeypatch.setattr(live_learning.one_process, "measure", measure)
     phases = [str(files[name]) for name in ("a", "b", "a")]
-    how = ["--seconds", "0.1", "--clients", "1", "--turns", "2", "--warm-up", "1", "--max-tokens", "8"]
+    how = ["--seconds", "0.5", "--clients", "1", "--turns", "2", "--warm-up", "1", "--max-tokens", "8"]
     out = tmp_path / "out"
     monkeypatch.setattr("sys.argv", ["live_learning", "--phases", *phases, *how, "--out", str(out)])
     with pytest.raises(KeyboardInterrupt):
@@ -122,6 +134,7 @@ def test_a_file_that_comes_again_goes_on_and_each_phase_is_kept(
     assert [name for name, _ in itertools.groupby(text[0] for text in texts)] == ["a", "b", "a"]
     assert not any("long" in text for text in texts)
     assert compared == [("a", 171 - 6), ("b", 171 - 6), ("a", 171 - 6)]
+    assert sorted(path.name for path in out.glob("after-*")) == ["after-1-a", "after-2-b", "after-3-a"]
     report = json.loads((out / "report.json").read_text())
     assert [phase["traffic"] for phase in report["phases"]] == ["a", "b", "a"]
     assert [row["traffic"] for row in report["rows"]] == ["a", "b"], "what was measured before it was killed"

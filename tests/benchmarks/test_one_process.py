@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,10 @@ def test_all_arms_answer_every_prompt(
         "--repeat",
     ]
     monkeypatch.setattr("sys.argv", ["one_process", "--prompts", str(prompts), *arms, *more, "--", *overrides])
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.argv", [each for each in sys.argv if each != "--repeat"])
+        with pytest.raises(ConfigError, match="5 prompts are too few for 16"):
+            one_process.main()
     assert one_process.main() == 0, "answers are equal"
     rows = json.loads((tmp_path / "out").read_text())["rows"]
     assert [(each["temperature"], each["arm"], each["turns"]) for each in rows] == [

@@ -71,11 +71,12 @@ def run(
         raise ConfigError(
             f"engine.max_batch_size={config.engine.max_batch_size} is below --clients {max(clients)}; raise it"
         )
-    how = {
+    how: dict[str, Any] = {
         "settings": {name: asdict(getattr(config, name)) for name in ("target", "draft", "engine", "memory")},
         "prompts": [str(path) for path in prompts],
         **{"limit": limit, "max_tokens": max_tokens, "temperature": temperature, "timed": timed},
     }
+    del how["settings"]["engine"]["max_batch_size"]  # may be raised for more clients
     engine: Any
     engine, tokenizer = build_engine(config)
     if engine._drafter is None or not engine._drafter.supports_trees:
@@ -99,9 +100,9 @@ def start_or_resume(out: Path, how: dict[str, Any]) -> None:
     """Create `out`, or check that what it holds was recorded in the same way, since only that is one recording."""
     out.mkdir(parents=True, exist_ok=True)
     how, path = json.loads(json.dumps(how)), out / SETTINGS_NAME
-    if not path.exists():
+    if not any(out.iterdir()):
         path.write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
-    elif json.loads(path.read_text(encoding="utf-8")) != how:
+    elif not path.exists() or json.loads(path.read_text(encoding="utf-8")) != how:
         raise ConfigError(f"--out {out}: was recorded with other settings or prompts; name another folder")
 
 
