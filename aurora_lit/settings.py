@@ -265,8 +265,8 @@ class LearnSettings:
     publish_every_steps: int = _within(8, 1, 1 << 20)
     """Minimum number of optimiser steps between two trials."""
     save_every_s: float = _within(300.0, 0.1, 86400.0)
-    """Time between two saves of the learner's state, in seconds: seven times a draft's bytes. A learner that is killed
-    goes on from there, or from the draft that it has published since."""
+    """Time between two saves of the learner's state, in seconds. One writes seven times a draft's bytes. A learner that
+    is killed goes on from there, or from the draft that it has published since."""
     logs: str = "logs"
     """Folder for metrics (CSV, and TensorBoard if it is installed), relative to the working directory."""
     seed: int = _within(0, 0, 1 << 31)

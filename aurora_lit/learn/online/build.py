@@ -18,7 +18,7 @@ from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from aurora_lit.config import AuroraConfig, draft_folder, versions_folder
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, initial_draft
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.versions import DraftStore, version_number
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LearnerStatusPage
@@ -79,11 +79,12 @@ def build_loop(
             return starting_draft(config, target_head) if untrained is None else untrained
 
         current, draft = newest_usable(store, served_draft)
+        fabric = launch_fabric(learn, loggers=_loggers(config))
+        target_head.to(fabric.device)
         # The learner's own: no other copy of the draft that serving starts with stays in memory.
         module = online_module(config, starting if draft is None else draft, target_head)
         del starting, draft
         state_path = store.folder / STATE_NAME
-        fabric = launch_fabric(learn, loggers=_loggers(config))
         leader = stack.enter_context(leader_process()) if learn.devices > 1 else None
         learner = Learner(
             module,
@@ -96,11 +97,13 @@ def build_loop(
             fabric=fabric,
             before_step=leader.broadcast_step if leader else None,
         )
-        if learner.resume() and learner.version != (current or STARTING_VERSION):
-            # Later: rolled back meanwhile, or it cannot be loaded. Earlier: the learner was killed after it had
-            # published and before it saved its state.
+        if learner.resume() and (
+            version_number(learner.version) > version_number(current or STARTING_VERSION)
+            or _steps_of(store, current) > learner.steps
+        ):
+            # Of a later version: it was rolled back meanwhile, or cannot be loaded. Of fewer steps: the learner was
+            # killed after it had published and before it saved its state.
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)
-        target_head.to(learner.fabric.device)
         served = for_scoring(copy.deepcopy(module.draft))
         champion = online_module(config, served, target_head).to(learner.fabric.device)
         yield OnlineLoop(
@@ -125,6 +128,12 @@ def build_loop(
                 cpu_s=leader.cpu_s if leader else time.process_time,
             ),
         )
+
+
+def _steps_of(store: DraftStore, version: str | None) -> int:
+    """After how many steps a learner has published a version; 0 if none has."""
+    records = (each.record for each in store.versions() if each.name == version)
+    return int(next(records, {}).get("steps", 0))
 
 
 def make_batcher(config: AuroraConfig, target_head: TargetHead, folder: Path) -> OnlineBatcher:

@@ -1,6 +1,7 @@
 """The learner: a draft module, its optimisers and schedules. `update` is the only optimiser step of online learning.
 
-Its state is saved whole or not at all: a learner that is killed loses only what came after the last `save`.
+Its state is saved whole or not at all: a learner that is killed goes on from the last `save`, or from the draft that it
+has published since (learn/online/build.py).
 Leaves out batches (learn/data/online_batcher.py), when to take a step (learn/online/loop.py), the losses
 (modules/losses/draft_module.py), the state's file (learn/data/training_state.py), and how several processes take the
 same steps (learn/online/data_parallel.py).

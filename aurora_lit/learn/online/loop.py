@@ -35,7 +35,7 @@ from aurora_lit.settings import LearnSettings
 from aurora_lit.traces.record import from_bytes
 
 _PAUSE_S = 0.2
-"""Sleep between two turns without work: so often the ring is read."""
+"""Sleep between two turns without work: so often the ring is looked at."""
 _REPORT_EVERY_S = 1.0
 """Between two reports on the status page while nothing is done, which take most of an idle turn's time."""
 _SHORT_PAUSE_S = 0.02
@@ -127,8 +127,9 @@ class OnlineLoop:
         )
         # The status page outlives a learner: counters continue where the server's last learner stopped.
         before = environment.page.read()
-        self._steps_before, self._positions_before = before.steps, before.positions
-        """Those of a learner that was killed may be more than it had saved."""
+        self._lost_steps = max(0, before.steps - learner.steps)
+        self._lost_positions = max(0, before.positions - learner.positions)
+        """Of a learner that was killed: what it had not saved."""
         self._skip_reasons: set[str] = set()
         self.records, self.skipped, self.batcher.num_stale = before.records, before.skipped, before.stale
         self.published, self.refused_by_gate = before.published, before.gate_refused
@@ -151,7 +152,7 @@ class OnlineLoop:
         """The version that CURRENT names, if it cannot be loaded, and when it is tried again."""
         self._passed_version: str | None = None
         """The version of the last trial's challenger, if it was published and no trial was held since."""
-        self._activity = "starting"
+        self._activity = self._told_activity = "starting"
         self._last_trial_s = self._last_save_s = self._last_report_s = environment.monotonic_s()
         self._last_trial_steps = self._last_saved_steps = learner.steps
         self._trial_limit, self._saving_limit = ShareLimit(_TRIAL_SHARE), ShareLimit(_SAVING_SHARE)
@@ -194,8 +195,10 @@ class OnlineLoop:
                     self._try_to_publish()
             found_work = trial_is_due or self._step()
             self._save_when_due()
-        self._report()
-        if not found_work:
+        if found_work:
+            self._report()
+        else:
+            self._report_when_due()
             self._environment.sleep(_PAUSE_S)
 
     def _step(self) -> bool:
@@ -245,11 +248,8 @@ class OnlineLoop:
 
     def _sleep(self, load: ServerLoad) -> None:
         """Sleep for a pause, however small the debt is: paying off only what a turn costs would never end."""
-        activity = "resting: its share is used up" if load in _HAS_FREE_SLOTS else "yielding to requests"
-        is_told = activity == self._activity
-        self._activity = activity
-        if not is_told or self._environment.monotonic_s() - self._last_report_s >= _REPORT_EVERY_S:
-            self._report()
+        self._activity = "resting: its share is used up" if load in _HAS_FREE_SLOTS else "yielding to requests"
+        self._report_when_due()
         self._environment.sleep(_PAUSE_S)
 
     def _give_way(self) -> None:
@@ -374,15 +374,23 @@ class OnlineLoop:
         except OSError as error:
             self._environment.page.write(error=f"the learner's state could not be saved: {error}")
 
+    def _report_when_due(self) -> None:
+        """While nothing is done: what changes is told at once."""
+        if (
+            self._activity != self._told_activity
+            or self._environment.monotonic_s() - self._last_report_s >= _REPORT_EVERY_S
+        ):
+            self._report()
+
     def _report(self) -> None:
-        self._last_report_s = self._environment.monotonic_s()
+        self._last_report_s, self._told_activity = self._environment.monotonic_s(), self._activity
         if error := self.learner.take_logging_error():
             self._environment.page.write(error=error)
         learner, decision, controller = self.learner, self.decision, self.learner.controller
         shift = controller.last_shift
         self._environment.page.write(
-            steps=max(self._steps_before, learner.steps),
-            positions=max(self._positions_before, learner.positions),
+            steps=self._lost_steps + learner.steps,
+            positions=self._lost_positions + learner.positions,
             records=self.records,
             skipped=self.skipped + learner.num_nonfinite,
             stale=self.batcher.num_stale,

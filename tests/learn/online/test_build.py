@@ -79,11 +79,28 @@ def test_a_killed_learner_goes_on_from_what_it_has_published_since_it_saved(
             loop.learner.save()
         if published:
             loop.learner.draft.norm.weight.fill_(3.0)
-            server.store.publish(loop.learner.draft, record={})
+            server.store.publish(loop.learner.draft, record={"steps": 9})
     with built() as loop:
         assert loop.learner.version == ("draft-000001" if published else "start")
         assert set(loop.learner.draft.norm.weight.tolist()) == {3.0 if published else 2.0}
         assert loop.learner.steps == (7 if saved else 0)
+
+
+def test_a_learner_that_has_learned_on_beside_another_draft_goes_on(server: ServerStandIn) -> None:
+    """A version of fewer steps was promoted by hand; what was learned since is not lost with a restart."""
+    from aurora_lit.learn.online.build import build_loop
+
+    config, status = load_config(None, server.overrides), EngineStatusPage.open(server.run_folder / STATUS_NAME)
+    for is_again in (False, True):
+        with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
+            if not is_again:
+                server.store.publish(loop.learner.draft, record={"steps": 5})
+                with torch.no_grad():
+                    loop.learner.draft.norm.weight.fill_(2.0)
+                loop.learner.steps = 7
+                loop.learner.save()
+            assert loop.learner.draft.norm.weight.tolist() == [2.0] * len(loop.learner.draft.norm.weight)
+            assert loop.learner.steps == 7
 
 
 def test_learner_and_champion_share_the_heads_rows(server: ServerStandIn) -> None:
