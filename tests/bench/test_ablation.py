@@ -122,6 +122,7 @@ def test_arms_learn_differently_and_the_report_says_how(folder: Path, out: Path)
     assert json.loads((out / "report.json").read_text())["arms"]["kl"]["traffic"] == arms["kl"]["traffic"]
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_memory_and_learner_are_told_apart(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []

@@ -66,16 +66,17 @@ class BlockMuon(torch.optim.Optimizer):
                 mean_RC = state["momentum_buffer"].lerp_(grad_RC, 1 - group["momentum"])
                 scale_RC = _scale(state, grad_RC)
                 scaled_RC = grad_RC.lerp(mean_RC, group["momentum"]).div_(scale_RC)
-                update_RC = orthogonalise_blocks(scaled_RC).div_(scale_RC)
                 weight_RC.mul_(1 - group["lr"] * group["weight_decay"])
-                weight_RC.add_(update_RC, alpha=-group["lr"] * _SCALED_STEP)
+                weight_RC.addcdiv_(orthogonalise_blocks(scaled_RC), scale_RC, value=-group["lr"] * _SCALED_STEP)
         return loss
 
 
 def _scale(state: dict[str, Tensor], grad_RC: Tensor) -> Tensor:
     """What a matrix's coordinates are divided by, [R, C]: the units of its columns, times those of its rows then."""
-    columns_1C = _units(state, "column_squares", grad_RC.square().mean(0, keepdim=True))
-    rows_R1 = _units(state, "row_squares", (grad_RC / columns_1C).square_().mean(1, keepdim=True))
+    square_RC = grad_RC.square()
+    columns_1C = _units(state, "column_squares", square_RC.mean(0, keepdim=True))
+    # The mean over columns of (gradient / unit)², without another matrix.
+    rows_R1 = _units(state, "row_squares", square_RC @ columns_1C.square().reciprocal().T / grad_RC.shape[1])
     return columns_1C * rows_R1
 
 
