@@ -50,11 +50,12 @@ from aurora_lit.learn.online.build import (
     make_held_out,
     online_module,
 )
+from aurora_lit.learn.online.environment import LearnerEnvironment
 from aurora_lit.learn.online.gate import compare_drafts
 from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.learn.online.intake import TraceIntake
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
-from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
+from aurora_lit.learn.online.loop import OnlineLoop
 from aurora_lit.learn.pretrain.prompts import read_prompts
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses import chain_losses, draft_module

@@ -28,7 +28,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from aurora_lit.bench.reporting import progress_bar, report_console
+from aurora_lit.bench.reporting import is_as_begun, progress_bar, report_console
 from aurora_lit.bench.server_process import free_port
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml
 from aurora_lit.drafts.export import export
@@ -192,9 +192,8 @@ def _keep_plan(path: Path, arguments: argparse.Namespace, config: AuroraConfig, 
         "overrides": _all_overrides(arguments),
         "draft": None if draft is None else file_sha256(draft / "model.safetensors"),
     }
-    if path.exists() and json.loads(path.read_text()) != plan:
+    if not is_as_begun(path, plan):
         raise ConfigError(f"{path} is of a run with other prompts, settings or draft; name a new folder with --out")
-    path.write_text(json.dumps(plan, indent=2) + "\n")
 
 
 def _measure_all(

@@ -25,6 +25,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from aurora_lit.bench.server_process import free_port
+from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError, ConfigError
 from benchmarks.peers import __main__ as driver
 from benchmarks.peers import environments
@@ -398,3 +399,17 @@ def test_a_failing_engine_is_reported_and_the_others_are_measured(
     failures = driver._measure_all(peers, substitutions, {0: [], 1: ["a"]}, arguments, Console(quiet=True))
     assert failures == ["repeat 0, broken: it does not start"]
     assert [pair.peer for pair in driver.read_pairs(tmp_path / "pairs.jsonl")] == ["whole"]
+
+
+def test_a_run_goes_on_only_with_the_plan_that_it_began_with(tmp_path: Path) -> None:
+    config = load_config(None, ["draft.checkpoint=null"])
+
+    def keep(**changes: Any) -> None:
+        how = argparse.Namespace(**{"max_tokens": 8, "temperature": 0.0, "overrides": [], **changes})
+        driver._keep_plan(tmp_path / "plan.json", how, config, {1: ["a"], 0: ["b"]})
+
+    keep()
+    keep()
+    for changes in ({"max_tokens": 9}, {"temperature": 1.0}, {"overrides": ["engine.threads=1"]}):
+        with pytest.raises(ConfigError, match="name a new folder with --out"):
+            keep(**changes)

@@ -30,9 +30,10 @@ from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
+from aurora_lit.learn.online.environment import LearnerEnvironment
 from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
-from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop
+from aurora_lit.learn.online.loop import OnlineLoop
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft

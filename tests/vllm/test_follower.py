@@ -107,16 +107,18 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
+async def publish_another(store: DraftStore, ranks: MadeRanks, *, swaps: int) -> None:
+    """After the first swap; returns after so many in all."""
+    await until(lambda: len(ranks.swaps) == 1)
+    store.publish(Eagle3Draft(SHAPE), record={})
+    await until(lambda: len(ranks.swaps) == swaps)
+
+
 def test_a_published_version_reaches_all_ranks_and_the_first_one_is_the_current(deployment: Deployment) -> None:
     ranks, store = MadeRanks(), store_of(deployment)
     store.publish(Eagle3Draft(SHAPE), record={})
 
-    async def scenario() -> None:
-        await until(lambda: len(ranks.swaps) == 1)
-        store.publish(Eagle3Draft(SHAPE), record={})
-        await until(lambda: len(ranks.swaps) == 2)
-
-    run_with(deployment, ranks, scenario)
+    run_with(deployment, ranks, lambda: publish_another(store, ranks, swaps=2))
     assert ranks.calls[0] == (START_RPC, (str(deployment.run_folder),))
     assert ranks.swaps == [("draft-000001", False), ("draft-000002", False)]
 
@@ -145,12 +147,7 @@ def test_a_version_that_one_rank_cannot_load_is_taken_back_on_all(deployment: De
     ranks.errors["draft-000002"] = "out of memory"
     store.publish(Eagle3Draft(SHAPE), record={})
 
-    async def scenario() -> None:
-        await until(lambda: len(ranks.swaps) == 1)
-        store.publish(Eagle3Draft(SHAPE), record={})
-        await until(lambda: len(ranks.swaps) == 3)
-
-    run_with(deployment, ranks, scenario)
+    run_with(deployment, ranks, lambda: publish_another(store, ranks, swaps=3))
     assert ranks.swaps[1:] == [("draft-000002", False), ("draft-000001", True)]
     last_good = [Path(args[3]).name for method, args in ranks.calls if method == SWAP_RPC]
     assert last_good == ["first", "draft-000001", "draft-000001"]
@@ -169,12 +166,7 @@ def test_a_version_that_another_data_parallel_engine_has_not_loaded_is_taken_bac
     left_behind.beat()
     store.publish(Eagle3Draft(SHAPE), record={})
 
-    async def scenario() -> None:
-        await until(lambda: len(ranks.swaps) == 1)
-        store.publish(Eagle3Draft(SHAPE), record={})
-        await until(lambda: len(ranks.swaps) == 3)
-
-    run_with(deployment, ranks, scenario)
+    run_with(deployment, ranks, lambda: publish_another(store, ranks, swaps=3))
     assert ranks.swaps == [("draft-000001", False), ("draft-000002", False), ("draft-000001", True)]
     assert "the engine of status-1 still serves draft-000001" in (store.versions()[1].retired or "")
 

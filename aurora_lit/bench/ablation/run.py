@@ -42,7 +42,7 @@ from aurora_lit.bench.ablation.phases import order_of_phases, phases_in_order, s
 from aurora_lit.bench.ablation.report import save_report
 from aurora_lit.bench.ablation.result import Result, result_path, store
 from aurora_lit.bench.ablation.statistics import round_counts
-from aurora_lit.bench.reporting import progress_bar
+from aurora_lit.bench.reporting import is_as_begun, progress_bar
 from aurora_lit.bench.stream import MEASURED, TRAFFIC, read_stream_info
 from aurora_lit.bench.stream_plan import phase_of
 from aurora_lit.config import AuroraConfig, copied_tokens, max_proposal_length, resolved_memory_scope
@@ -298,9 +298,6 @@ def _start_or_resume(out: Path, config: AuroraConfig, options: RunOptions, strea
     sections = {name: asdict(getattr(config, name)) for name in names}
     sections["engine"].pop("threads")
     sections["memory"]["scope"] = resolved_memory_scope(config)
-    info = json.loads(json.dumps({"options": asdict(options), "settings": sections, "stream": stream["stream"]}))
-    path = out / INFO_NAME
-    if not path.exists():
-        path.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    elif json.loads(path.read_text(encoding="utf-8")) != info:
+    how = {"options": asdict(options), "settings": sections, "stream": stream["stream"]}
+    if not is_as_begun(out / INFO_NAME, how):
         raise ConfigError(f"--out {out}: holds arms of other settings or another stream; name another folder")

@@ -9,7 +9,6 @@ drawn measures what shapes cost inside real rounds; the planner's own rounds the
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,7 +19,7 @@ import torch
 
 from aurora_lit.bench.policy.recording import SETTINGS_NAME, RecordedAnswer, Recording, TimedRound, TimedRounds
 from aurora_lit.bench.prompts import BenchPrompt, load_prompts, params_for
-from aurora_lit.bench.reporting import progress_bar, report_console
+from aurora_lit.bench.reporting import is_as_begun, progress_bar, report_console
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
 from aurora_lit.kernels.draft_steps import Drafted
@@ -71,12 +70,10 @@ def run(
         raise ConfigError(
             f"engine.max_batch_size={config.engine.max_batch_size} is below --clients {max(clients)}; raise it"
         )
-    how: dict[str, Any] = {
-        "settings": {name: asdict(getattr(config, name)) for name in ("target", "draft", "engine", "memory")},
-        "prompts": [str(path) for path in prompts],
-        **{"limit": limit, "max_tokens": max_tokens, "temperature": temperature, "timed": timed},
-    }
-    del how["settings"]["engine"]["max_batch_size"]  # may be raised for more clients
+    settings = {name: asdict(getattr(config, name)) for name in ("target", "draft", "engine", "memory")}
+    settings["engine"].pop("max_batch_size")  # may be raised for more clients
+    asked_for = {"limit": limit, "max_tokens": max_tokens, "temperature": temperature, "timed": timed}
+    how = {"settings": settings, "prompts": [str(path) for path in prompts], **asked_for}
     engine: Any
     engine, tokenizer = build_engine(config)
     if engine._drafter is None or not engine._drafter.supports_trees:
@@ -99,10 +96,9 @@ def run(
 def start_or_resume(out: Path, how: dict[str, Any]) -> None:
     """Create `out`, or check that what it holds was recorded in the same way, since only that is one recording."""
     out.mkdir(parents=True, exist_ok=True)
-    how, path = json.loads(json.dumps(how)), out / SETTINGS_NAME
-    if not any(out.iterdir()):
-        path.write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
-    elif not path.exists() or json.loads(path.read_text(encoding="utf-8")) != how:
+    path = out / SETTINGS_NAME
+    is_unknown = any(out.iterdir()) and not path.exists()
+    if is_unknown or not is_as_begun(path, how):
         raise ConfigError(f"--out {out}: was recorded with other settings or prompts; name another folder")
 
 

@@ -29,10 +29,11 @@ from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import Budget
 from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leader_process
+from aurora_lit.learn.online.environment import LearnerEnvironment
 from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner, weights_digest
 from aurora_lit.learn.online.load_watch import LoadWatch
-from aurora_lit.learn.online.loop import LearnerEnvironment, OnlineLoop, newest_usable
+from aurora_lit.learn.online.loop import OnlineLoop, newest_usable
 from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.models.packed_target import load_target
 from aurora_lit.models.source import cache_root, resolve

@@ -11,20 +11,17 @@ loop (learn/online/process.py).
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME
 from aurora_lit.drafts.versions import DraftStore, version_number
 from aurora_lit.errors import CheckpointError, TraceError
-from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.learn.data.labelled_trace import is_compatible
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
 from aurora_lit.learn.online.centroid_publisher import CentroidPublisher
+from aurora_lit.learn.online.environment import LearnerEnvironment
 from aurora_lit.learn.online.gate import MIN_REQUESTS, GateDecision, compare_drafts
 from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.learn.online.intake import TraceIntake
@@ -54,36 +51,6 @@ _MAX_TRACES_PER_TURN = 32
 _MOST_REASONS = 8
 """Reasons for not learning from a trace that are told."""
 _log = logging.getLogger(__name__)
-
-
-class TraceSource(Protocol):
-    """The reading end of a ring of traces."""
-
-    def pop(self) -> bytes | None:
-        """The next record; None if there is none now."""
-
-    @property
-    def lag_records(self) -> int:
-        """Records that wait to be read."""
-
-    @property
-    def lag_bytes(self) -> int:
-        """Bytes that wait to be read."""
-
-
-@dataclass(kw_only=True)
-class LearnerEnvironment:
-    """The loop's connections to the server, the disk and the clock; a test replaces them."""
-
-    traces: TraceSource
-    store: DraftStore
-    page: LearnerStatusPage
-    server_load: Callable[[], ServerLoad]
-    """How busy the server is."""
-    served_draft: Callable[[str | None], Eagle3Draft]
-    """A version's draft; for None, the draft that serving started with. Raises CheckpointError."""
-    monotonic_s: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
 
 
 def newest_usable(store: DraftStore, load: Callable[[str], Eagle3Draft]) -> tuple[str | None, Eagle3Draft | None]:

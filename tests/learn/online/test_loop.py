@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -302,7 +303,7 @@ def test_saving_takes_a_small_share_of_the_time_that_learning_takes(
     target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clocks = Clocks()
-    monkeypatch.setattr(loop.time, "process_time", lambda: clocks.cpu_s)
+    monkeypatch.setattr(time, "process_time", lambda: clocks.cpu_s)
     harness = LearnerHarness(target, tmp_path, save_every_s=0.0, batch_positions=64)
     without_learning(harness, monkeypatch)
     harness.ring.records.extend(asked_again(traffic, 12))
@@ -324,7 +325,7 @@ def test_trials_take_a_small_share_of_the_time_that_learning_takes(
     target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clocks = Clocks()
-    monkeypatch.setattr(loop.time, "process_time", lambda: clocks.cpu_s)
+    monkeypatch.setattr(time, "process_time", lambda: clocks.cpu_s)
     harness = LearnerHarness(target, tmp_path, publish_every_steps=1, limits_trials=True, batch_positions=64)
     without_learning(harness, monkeypatch)
     harness.held_out.champion_score = 100.0  # no challenger passes
