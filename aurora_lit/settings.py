@@ -79,6 +79,10 @@ class EngineSettings:
     tree_tokens: int = _within(0, 0, 31)
     """Maximum number of tokens in a draft tree, which is at most max_draft_tokens deep. 0: only chains, since trees
     have shown no gain. Trees need the fused CPU layers; elsewhere the draft proposes chains."""
+    sibling_tokens: int = _within(3, 0, 3)
+    """Maximum number of other likely tokens that are considered beside each token of a drafted chain. Of all these, a
+    round proposes those that are expected to repay the time that verifying them takes; none where engine.adaptive is
+    off. 0: all tokens of a drafted chain are proposed, and no others. Needs the fused CPU layers, as trees do."""
     adaptive: bool = True
     """true: each round chooses the draft length, and a chain or a tree, from measured costs. false: always
     max_draft_tokens and tree_tokens."""

@@ -78,6 +78,7 @@ DEFAULTS = {
         "speculate": True,
         "max_draft_tokens": 4,
         "tree_tokens": 0,
+        "sibling_tokens": 3,
         "adaptive": True,
         "explore_share": 0.0,
         "explore_temperature": 1.0,

@@ -208,14 +208,23 @@ class Decoder:
         to_M: torch.Tensor,
     ) -> None:
         """Copy keys and values of position `from_M` to position `to_M` of slot `slots_M`, one by one; all int64."""
-        call = self.call_on(keys, values)
-        call.slots = slots_M.data_ptr()
-        self._move(
-            ctypes.byref(call),
-            ctypes.c_void_p(from_M.data_ptr()),
-            ctypes.c_void_p(to_M.data_ptr()),
-            ctypes.c_int64(len(slots_M)),
-        )
+        self.move_columns(keys, values, slots=slots_M.tolist(), froms=from_M.tolist(), tos=to_M.tolist())
+
+    def move_columns(
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        *,
+        slots: Sequence[int],
+        froms: Sequence[int],
+        tos: Sequence[int],
+    ) -> None:
+        """As `move`, of numbers: after a pass a tensor takes longer to make than to use."""
+        call, count = self.call_on(keys, values), len(slots)
+        numbers = (ctypes.c_int64 * (3 * count))(*slots, *froms, *tos)
+        call.slots = ctypes.addressof(numbers)
+        at = (ctypes.c_void_p(call.slots + 8 * count * part) for part in (1, 2))
+        self._move(ctypes.byref(call), *at, ctypes.c_int64(count))
 
     def call_on(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DecoderCall:
         """As `call`; the one of the last use, if that was on the same cache."""

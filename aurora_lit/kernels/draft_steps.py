@@ -38,24 +38,55 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("children", "level_width", "max_levels", "max_nodes")),
         *((name, ctypes.c_void_p) for name in ("min_gains", "level_rates")),
         *((name, ctypes.c_void_p) for name in ("temperatures", "keys", "positions")),
-        *((name, ctypes.c_void_p) for name in ("outcomes", "tokens", "parents")),
-        *((name, ctypes.c_int64) for name in ("levels", "nodes")),
+        ("acceptance", ctypes.c_void_p),
+        ("speed", ctypes.c_double),
+        ("columns_s", ctypes.c_void_p),
+        ("num_columns", ctypes.c_int64),
+        ("levels_s", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("outcomes", "shares", "first", "counts", "tokens", "parents")),
+        ("levels", ctypes.c_int64),
     )
+
+
+SHARE_CLASSES = 16
+"""Classes of the share that a draft gives its first choice, equally wide (SHARES in drafting.hpp)."""
+
+
+class Weighing(NamedTuple):
+    """What proposals promise, and what they cost: each must promise the tokens that its time would give otherwise."""
+
+    acceptance_KC: torch.Tensor
+    """fp32: how often the draft's first choice is accepted after what was accepted, of greedy sequences and of sampled
+    ones, by the class of its share."""
+    columns_s: ctypes.Array[ctypes.c_double]
+    """Seconds that 0, 1, 2, … proposals of all sequences together take in the target's pass; there are never more."""
+    levels_s: ctypes.Array[ctypes.c_double]
+    """Seconds that each level of the draft after the first takes."""
+    level_rates: Sequence[float]
+    """What a further level is expected to be accepted with, for each sequence."""
+    speed: float
+    """Tokens per second that time is worth."""
 
 
 class Drafted(NamedTuple):
     """A chain or a tree for each sequence."""
 
     tokens: list[list[int]]
-    """Target ids [B][K]."""
+    """Target ids [B][K]; where they were weighed, each sequence has its own number, maybe none."""
     parents: list[list[int]] | None
     """Of trees: the column that each token follows, where column 0 is the last committed token."""
     outcomes: list[list[float]]
     """By level [J][B]. Of chains: the value head's prediction of how many tokens are accepted from there on. Of trees:
     the draft's probability that the accepted path passes one of the nodes that are expanded after that level; for
-    sequences with a temperature that of the perturbed logits."""
+    sequences with a temperature that of the perturbed logits. Of weighed chains: the probability that it passes the
+    level's first choice."""
     logprobs: list[list[float]] | None = None
     """Of chains, if asked for: log-probability of each token under the draft at the noise's temperature."""
+    first_choices: list[list[int]] | None = None
+    """Of weighed chains: the token of each level that the draft takes for the likeliest, proposed or not [B][J]."""
+    shares: list[list[float]] | None = None
+    """Of weighed chains: the draft's probability of each of `first_choices` after the one before it [B][J]; for
+    sequences with a temperature that of the perturbed logits."""
 
     @property
     def token_BK(self) -> torch.Tensor:
@@ -129,7 +160,9 @@ class DraftSteps:
         ends: Sequence[int],
         num_levels: int,
         num_nodes: int,
-        width: int,
+        width: int = 1,
+        children: int = 0,
+        weighing: Weighing | None = None,
         min_gains: Sequence[float] | None = None,
         level_rates: Sequence[float] = (),
         draws: products.ColumnDraws | None = None,
@@ -141,7 +174,9 @@ class DraftSteps:
         Args:
             num_levels: most levels.
             num_nodes: most proposals for each sequence: the most probable nodes of the levels.
-            width: most nodes of a level that are expanded, and children considered for each; 1: chains.
+            width: most nodes of a level that are expanded; 1: chains.
+            children: considered for each node; 0: `width`.
+            weighing: of chains: which levels are drafted, and which nodes proposed. None: all are, up to `num_nodes`.
             min_gains: accepted tokens, of all sequences together, that each level after the first must promise to be
                 drafted. None: all levels are drafted.
             level_rates: of trees, if `min_gains` is set: acceptance rate of a level, for each sequence.
@@ -161,15 +196,23 @@ class DraftSteps:
         call.ends = call.decoder.starts = call.done + row
         call.features, call.features_slot = features_SLF.data_ptr(), features_SLF.stride(0)
         call.committed, call.committed_slot = tokens_SL.data_ptr(), tokens_SL.stride(0)
-        call.children, call.level_width = min(width, self._num_outputs), width
+        call.children, call.level_width = min(children or width, self._num_outputs), width
         call.max_levels, call.max_nodes = num_levels, num_nodes
-        gains_J, rates_B = _doubles(min_gains), _doubles(level_rates)
+        gains_J, rates_B = _doubles(min_gains), _doubles(level_rates if weighing is None else weighing.level_rates)
         call.min_gains = None if gains_J is None else ctypes.addressof(gains_J)
         call.level_rates = None if rates_B is None else ctypes.addressof(rates_B)
         outcomes = (ctypes.c_float * (num_levels * B))()
-        found = (ctypes.c_int64 * (2 * B * num_nodes))()
-        call.outcomes, call.tokens = ctypes.addressof(outcomes), ctypes.addressof(found)
-        call.parents = call.tokens + 8 * B * num_nodes
+        found = (ctypes.c_int64 * (B * (1 + 2 * num_nodes + num_levels)))()
+        call.outcomes, call.counts = ctypes.addressof(outcomes), ctypes.addressof(found)
+        call.tokens = call.counts + row
+        call.parents = call.tokens + row * num_nodes
+        call.first = call.parents + row * num_nodes
+        call.acceptance = None
+        if weighing is not None:
+            shares = (ctypes.c_float * (num_levels * B))()
+            call.acceptance, call.shares = weighing.acceptance_KC.data_ptr(), ctypes.addressof(shares)
+            call.columns_s, call.num_columns = ctypes.addressof(weighing.columns_s), len(weighing.columns_s)
+            call.levels_s, call.speed = ctypes.addressof(weighing.levels_s), weighing.speed
         call.temperatures = call.keys = call.positions = None
         if draws is not None:
             temperatures = (ctypes.c_float * B)(*draws.temperatures)
@@ -177,13 +220,26 @@ class DraftSteps:
             call.temperatures, call.keys = ctypes.addressof(temperatures), ctypes.addressof(noise)
             call.positions = call.keys + row
         self._draft(ctypes.byref(call), self._state)
-        levels, nodes, half = call.levels, call.nodes, B * num_nodes
-        return Drafted(
-            [found[at : at + nodes] for at in range(0, B * nodes, nodes)],
-            [found[at : at + nodes] for at in range(half, half + B * nodes, nodes)],
+        levels, parents, first = call.levels, B * (1 + num_nodes), B * (1 + 2 * num_nodes)
+        begins = [(b * num_nodes, b * num_nodes + found[b]) for b in range(B)]
+        drafted = Drafted(
+            [found[B + begin : B + end] for begin, end in begins],
+            [found[parents + begin : parents + end] for begin, end in begins],
             [outcomes[j * B : (j + 1) * B] for j in range(levels)],
+        )
+        if weighing is None:
+            return drafted
+        each_level = range(0, levels * B, B)
+        return drafted._replace(
+            first_choices=[[found[first + j + b] for j in each_level] for b in range(B)],
+            shares=[[shares[j + b] for j in each_level] for b in range(B)],
         )
 
 
+def doubles(numbers: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
+    """An array for native code."""
+    return (ctypes.c_double * len(numbers))(*numbers)
+
+
 def _doubles(numbers: Sequence[float] | None) -> ctypes.Array[ctypes.c_double] | None:
-    return None if numbers is None else (ctypes.c_double * len(numbers))(*numbers)
+    return None if numbers is None else doubles(numbers)

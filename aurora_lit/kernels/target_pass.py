@@ -111,6 +111,7 @@ class TargetPass:
         suffix = head.weight_format.suffix
         self._kept_alive = (decoder, embedding, head, aux_SLF, last_SLH)
         self._decoder, self._keys, self._values = decoder, keys, values
+        self._aux_SLF, self._last_SLH = aux_SLF, last_SLH
         self._run = library.aurora_target_pass
         self._hidden = head.in_features
         self._buffer_NX, self._room = torch.empty(0, _STATES * self._hidden), 0
@@ -199,6 +200,22 @@ class TargetPass:
         if not self._run(ctypes.byref(call)):
             raise IndexError(f"a token of {list(tokens)} is not in the vocabulary of {call.vocabulary}")
         return PassResult(self._buffer_NX, N, own_tokens[:])
+
+    def keep_path(self, columns: Sequence[int], *, slot: int, start: int, keeps_last: bool) -> None:
+        """Move what the last pass stored of some columns of a row, ascending, to the positions from `start` on.
+
+        `start`: position of the row's first column; `keeps_last`: as in the pass.
+        """
+        moves = [(start + column, start + place) for place, column in enumerate(columns) if column > place]
+        froms, tos = zip(*moves, strict=True)
+        self._decoder.move_columns(self._keys, self._values, slots=[slot] * len(moves), froms=froms, tos=tos)
+        for table_SLX in (self._aux_SLF, self._last_SLH if keeps_last else None):
+            if table_SLX is None:
+                continue
+            row_bytes = table_SLX.shape[2] * table_SLX.element_size()
+            first = table_SLX.data_ptr() + slot * table_SLX.stride(0) * table_SLX.element_size()
+            for source, place in moves:
+                ctypes.memmove(first + place * row_bytes, first + source * row_bytes, row_bytes)
 
 
 def _pointer(function: Any) -> int | None:

@@ -16,7 +16,8 @@ import torch
 from support.tiny_models import VOCAB, random_draft, save_model
 
 from aurora_lit.kernels import native
-from aurora_lit.kernels.draft_steps import Drafted
+from aurora_lit.kernels.decoder import Matrix
+from aurora_lit.kernels.draft_steps import SHARE_CLASSES, Drafted, Weighing, doubles
 from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.noise import gumbel
@@ -314,6 +315,116 @@ def test_with_temperatures_native_trees_and_chains_equal_the_reference(
             assert drafted.parents[b] == [kept.index(tree.parents[i]) + 1 if tree.parents[i] >= 0 else 0 for i in kept]
             if width > 1:
                 assert drafted.outcome_JB[:, b].tolist() == pytest.approx(reach, rel=1e-4)
+
+
+def weighed_reference(
+    trees: list[ReferenceTree], weighing: Weighing, *, num_nodes: int
+) -> list[tuple[list[int], list[int]]]:
+    """What is proposed of each tree, whose `logprobs` promise acceptance: tokens, and parents' columns."""
+    promises = sorted((math.exp(x) for tree in trees for x in tree.logprobs), reverse=True)
+    gains = [sum(promises[:n]) - weighing.speed * weighing.columns_s[n] for n in range(len(weighing.columns_s))]
+    count = max(range(len(gains)), key=gains.__getitem__)
+    proposed = []
+    for tree in trees:
+        kept = [i for i in tree.best(num_nodes) if count and math.exp(tree.logprobs[i]) >= promises[count - 1]]
+        kept.sort(key=lambda i: (i % 3 != 0, i))  # of three children the first goes on the chain
+        columns = {-1: 0, **{node: column for column, node in enumerate(kept, 1)}}
+        proposed.append(([tree.tokens[i] for i in kept], [columns[tree.parents[i]] for i in kept]))
+    return proposed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("speed", [0.0, 0.3, 1.0, 3.0, 1e6])
+def test_of_a_weighed_chain_and_beside_it_is_proposed_what_is_worth_its_column(target: Target, speed: float) -> None:
+    """Each node's promise is its parent's, times its share, or for a first choice the acceptance of that class."""
+    sequences = GrowingSequences(target, num_drafters=2)
+    native_drafter, reference_drafter = sequences.drafters
+    without_copy(native_drafter)  # from which shares are only nearly right
+    gen = torch.Generator().manual_seed(1)
+    acceptance_KC = torch.rand(2, SHARE_CLASSES, generator=gen).mul(0.6).add(0.2)
+    columns_s, levels, numbers = [0.01 * n**1.5 for n in range(19)], 3, set()
+    weighing = Weighing(acceptance_KC, doubles(columns_s), doubles([0.0, 0.0]), level_rates=[1e9] * 3, speed=speed)
+    for lengths in ROUNDS[1:]:
+        inputs = sequences.grow(lengths)
+        drafted = native_drafter.propose_weighed(
+            inputs, num_steps=levels, num_nodes=6, num_siblings=2, weighing=weighing, noise=draws_of(NOISES)
+        )
+        assert drafted.parents is not None
+        assert drafted.first_choices is not None
+        assert drafted.shares is not None
+        roots_BH, trees = reference_drafter.prefill(inputs), []
+        for b, noise in enumerate(NOISES):
+            tree, node = ReferenceTree(), -1
+            for depth in range(levels):
+                hidden_1H = roots_BH[b : b + 1]
+                for step, token in enumerate(tree.path(node)):
+                    start_B = torch.tensor([lengths[b] - 1 + step])
+                    hidden_1H = reference_drafter.forward(
+                        torch.tensor([[token]]), hidden_1H[None], torch.tensor(SLOTS[b : b + 1]), start_B
+                    )[:, 0]
+                logits_D = reference_drafter.draft.compute_logits(hidden_1H)[0]
+                ids_D = reference_drafter.draft.draft_token_ids
+                top = noise.perturbed(logits_D, ids_D, level=depth).log_softmax(-1).topk(3)
+                share = math.exp(top.values[0])
+                assert drafted.first_choices[b][depth] == ids_D[top.indices[0]]
+                assert drafted.shares[b][depth] == pytest.approx(share, rel=1e-4)
+                first = math.log(acceptance_KC[int(noise.temperature > 0), int(share * SHARE_CLASSES)])
+                rates = [first, *(min(first, x) for x in top.values.tolist()[1:])]
+                before = tree.logprobs[node] if node >= 0 else 0.0
+                tree.tokens += ids_D[top.indices].tolist()
+                tree.parents += [node] * 3
+                tree.logprobs += [before + rate for rate in rates]
+                node = 3 * depth
+            trees.append(tree)
+        proposed = weighed_reference(trees, weighing, num_nodes=6)
+        assert [(drafted.tokens[b], drafted.parents[b]) for b in range(3)] == proposed
+        numbers |= {len(tokens) for tokens, _ in proposed}
+    assert {0.0: max(numbers) == 6, 1e6: numbers == {0}}.get(speed, len(numbers) > 1)
+
+
+@torch.no_grad()
+def test_shares_from_the_heads_copy_are_nearly_those_of_the_head(target: Target) -> None:
+    sequences = GrowingSequences(target, num_drafters=2)
+    without_copy(sequences.drafters[0])
+    acceptance_KC, shares = torch.full((2, SHARE_CLASSES), 0.5), []
+    weighing = Weighing(acceptance_KC, doubles([0.0] * 9), doubles([]), level_rates=[1.0] * 3, speed=1.0)
+    inputs = sequences.grow(ROUNDS[2])
+    for drafter in sequences.drafters:
+        drafted = drafter.propose_weighed(inputs, num_steps=1, num_nodes=4, num_siblings=3, weighing=weighing)
+        assert drafted.shares is not None
+        shares.append(torch.tensor(drafted.shares))
+    torch.testing.assert_close(shares[0], shares[1], rtol=0.1, atol=0.01)
+
+
+def without_copy(drafter: Drafter) -> None:
+    """Read the head itself only."""
+    assert drafter._runtime_draft.steps is not None
+    drafter._runtime_draft.steps._call.coarse = Matrix()
+
+
+@torch.no_grad()
+def test_a_weighed_chain_ends_before_a_level_that_does_not_repay_its_pass(target: Target) -> None:
+    sequences = GrowingSequences(target, num_drafters=1)
+    (drafter,), inputs = sequences.drafters, sequences.grow(ROUNDS[2])
+    acceptance_KC, rng, ends = torch.full((2, SHARE_CLASSES), 0.8), random.Random(0), set()
+    for _ in range(40):
+        levels_s, rates = [rng.random() for _ in range(4)], [rng.random() for _ in range(3)]
+        column_s, speed = 0.3 * rng.random(), 2 * rng.random()
+        weighing = Weighing(
+            acceptance_KC, doubles([n * column_s for n in range(30)]), doubles(levels_s), level_rates=rates, speed=speed
+        )
+        drafter._num_cached = [0] * len(drafter._num_cached)
+        drafted = drafter.propose_weighed(inputs, num_steps=5, num_nodes=8, num_siblings=1, weighing=weighing)
+        expected = 1
+        while expected < 5:
+            promised = sum(max(0.0, 0.8**expected * rate - speed * column_s) for rate in rates)
+            if promised <= speed * levels_s[expected - 1]:
+                break
+            expected += 1
+        assert drafted.first_choices is not None
+        assert {len(chain) for chain in drafted.first_choices} == {expected}
+        ends.add(expected)
+    assert len(ends) > 3
 
 
 @torch.no_grad()

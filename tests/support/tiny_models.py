@@ -235,6 +235,7 @@ def make_engine(
         "max_seq_len": 96,
         "max_draft_tokens": 4,
         "tree_tokens": 0,
+        "sibling_tokens": 0,
         "copied_tokens": 0,
         "adaptive": False,
         "prefill_chunk_tokens": 16,

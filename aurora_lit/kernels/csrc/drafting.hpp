@@ -6,10 +6,15 @@
 // Drafting ends after `max_levels` levels, or before a level that promises too little. The trees are those of
 // modules/sampling/tree.py; source: EAGLE-2, arXiv 2406.16858.
 //
+// A chain may be weighed: beside each of its nodes stand the next likeliest children, which cost no pass of the draft, and
+// of all these only those are proposed that promise more accepted tokens than their columns of the target's pass cost.
+//
 // Shapes: B sequences, H hidden size, V vocabulary, D draft vocabulary.
 #pragma once
 
 #include <algorithm>
+#include <functional>
+#include <limits>
 
 #include "decoder.hpp"
 #include "noise.hpp"
@@ -38,12 +43,24 @@ struct DraftCall {
   const float* temperatures;  // [B]: 0 is without noise; or null: 0 for all
   const int64_t* keys;        // [B], if there are temperatures: of the noise
   const int64_t* positions;   // [B], if there are temperatures: index in the output of the first proposed token
-  float* outcomes;            // [max_levels, B] out; for chains the value head's prediction: tokens accepted from this
-                              // level on; for trees the probability that the accepted path passes an expanded node
-  int64_t *tokens, *parents;  // [B, nodes] out: target ids, and parents' columns, where column 0 is the root
-  int64_t levels, nodes;      // out
+  // Of chains that are weighed, else null. [2, SHARES], of greedy and of perturbed rows: how often a node's likeliest child
+  // is accepted if the node is, by the share that the draft gives it; other children as often as their shares say.
+  const float* acceptance;
+  double speed;             // tokens per second that time is worth
+  const double* columns_s;  // [num_columns]: seconds that 0, 1, 2, … proposals of all rows together take in the target's pass
+  int64_t num_columns;
+  const double* levels_s;  // [max_levels - 1]: seconds that each level after the first takes
+  float* outcomes;      // [max_levels, B] out; for chains the value head's prediction: tokens accepted from this level on;
+                        // for trees the probability that the accepted path passes an expanded node, and for weighed
+                        // chains that it passes the likeliest
+  float* shares;        // [max_levels, B] out, of weighed chains: share of a level's likeliest child
+  int64_t* first;       // [max_levels, B] out, of weighed chains: its target id, whether it is proposed or not
+  int64_t* counts;      // [B] out: proposals
+  int64_t *tokens, *parents;  // [B, max_nodes] out: target ids, and parents' columns, where column 0 is the root
+  int64_t levels;             // out
 
   bool is_tree() const { return level_width > 1; }
+  bool is_weighed() const { return acceptance != nullptr; }
 };
 
 // The tree of one sequence. Nodes are numbered in the order of their creation; -1 is the root.
@@ -52,9 +69,10 @@ struct GrowingTree {
   std::vector<int64_t> level, before;  // nodes to be expanded next; nodes expanded last
   std::vector<double> logprobs;        // log-probability of the path from the root
   std::vector<int64_t> column;         // column of expanded nodes in the cache, -1 for others
+  std::vector<int64_t> chain;          // the most probable node of each level
 
   void begin() {
-    tokens.clear(), parents.clear(), logprobs.clear(), column.clear();
+    tokens.clear(), parents.clear(), logprobs.clear(), column.clear(), chain.clear();
     level.assign(1, -1), before.clear();
   }
   void add(int64_t parent, int64_t token, double logprob) {
@@ -118,11 +136,12 @@ inline const Perturbation* perturbations_of(const DraftCall& call, DraftState& d
 // probable CANDIDATES of each row by the copy. On real hidden states these blocks hold the head's own
 // choice in 98.6 of 100 cases.
 constexpr int CANDIDATES = 4;
+constexpr int SHARES = 16;  // classes of shares, equally wide
 constexpr int MAX_COARSE_ROWS = 3;  // with more rows the copy takes longer than the head
 
 template <class Format>
-void coarse_argmax(const DraftCall& call, const float* normed, const typename Format::Input* x, int k, int rows,
-                   const Perturbation* perturbations, Top* tops) {
+void coarse_top(const DraftCall& call, const float* normed, const typename Format::Input* x, int k, int rows,
+                const Perturbation* perturbations, int children, Top* tops, LogSumExp* sums) {
   typedef Product<Grouped<4>> Copy;
   const int H = int(call.decoder.hidden), outputs = int(call.head.outputs), copy_k = Copy::padded(H);
   static thread_local Buffer<InputGroup> rounded;
@@ -130,12 +149,12 @@ void coarse_argmax(const DraftCall& call, const float* normed, const typename Fo
   for (int r = 0; r < rows; ++r) Copy::round_row(normed + ptrdiff_t(r) * H, H, copy_x, r, rows);
   Top candidates[MAX_COARSE_ROWS * CANDIDATES];
   top_of_blocks<Grouped<4>>(copy_x, copy_k, rows, call.coarse.weight, outputs, nullptr, num_blocks(outputs), CANDIDATES,
-                            candidates, nullptr, perturbations);
+                            candidates, sums, perturbations);
   int blocks[MAX_COARSE_ROWS * CANDIDATES];
   for (int i = 0; i < rows * CANDIDATES; ++i) blocks[i] = int(candidates[i].index) / BLOCK;
   std::sort(blocks, blocks + rows * CANDIDATES);
   const int count = int(std::unique(blocks, blocks + rows * CANDIDATES) - blocks);
-  top_of_blocks<Format>(x, k, rows, call.head.weight, outputs, blocks, count, 1, tops, nullptr, perturbations);
+  top_of_blocks<Format>(x, k, rows, call.head.weight, outputs, blocks, count, children, tops, nullptr, perturbations);
 }
 
 // Add children of the nodes whose hidden states are in `normed`, and choose the nodes to expand next.
@@ -152,13 +171,14 @@ void choose_level(const DraftCall& call, DraftState& d, int64_t level) {
   LogSumExp* sums = d.sums.at_least(size_t(rows));
   float* outcomes = call.outcomes + level * int64_t(d.rows.size());
   const Perturbation* perturbations = perturbations_of(call, d, level, width);
-  if (call.coarse.weight && !call.is_tree() && rows <= MAX_COARSE_ROWS)
-    coarse_argmax<Format>(call, d.normed.data(), x, k, rows, perturbations, tops);
+  const bool has_shares = call.is_tree() || call.is_weighed();
+  if (call.coarse.weight && !call.is_tree() && children <= CANDIDATES && rows <= MAX_COARSE_ROWS)
+    coarse_top<Format>(call, d.normed.data(), x, k, rows, perturbations, children, tops, has_shares ? sums : nullptr);
   else
     top_of_blocks<Format>(x, k, rows, call.head.weight, int(call.head.outputs), nullptr,
-                          num_blocks(int(call.head.outputs)), children, tops, call.is_tree() ? sums : nullptr,
+                          num_blocks(int(call.head.outputs)), children, tops, has_shares ? sums : nullptr,
                           perturbations);
-  if (!call.is_tree()) {
+  if (!has_shares) {
     const char* end = static_cast<const char*>(call.value.weight) + P::block_bytes(k);
     P::enter(rows);
     P::blocks(x, k, rows, call.value.weight, 1, Stream{end, end}, outcomes, call.value.bias, false, 0, 1);
@@ -169,30 +189,48 @@ void choose_level(const DraftCall& call, DraftState& d, int64_t level) {
     const size_t grown = row.tokens.size();
     for (size_t i = 0; i < width; ++i) {
       const size_t at = b * width + i;
+      double most = 0.0;  // log-probability that the likeliest child is accepted
       for (int c = 0; c < children; ++c) {
         const Top& top = tops[at * size_t(children) + size_t(c)];
-        row.add(row.level[i], call.target_ids[top.index], call.is_tree() ? double(top.value - sums[at].value()) : 0.0);
+        double logprob = has_shares ? std::min(0.0, double(top.value - sums[at].value())) : 0.0;
+        if (call.is_weighed()) {
+          if (c == 0) {
+            const float share = float(std::exp(logprob));
+            call.shares[level * int64_t(d.rows.size()) + int64_t(b)] = share;
+            call.first[level * int64_t(d.rows.size()) + int64_t(b)] = call.target_ids[top.index];
+            const int class_ = std::min(SHARES - 1, int(share * SHARES));
+            most = std::log(double(call.acceptance[(is_perturbed(call, int64_t(b)) ? SHARES : 0) + class_]));
+          }
+          logprob = c == 0 ? most : std::min(most, logprob);
+        }
+        row.add(row.level[i], call.target_ids[top.index], logprob);
       }
     }
     row.before.swap(row.level);
     row.level = row.best(size_t(call.level_width), grown);
-    if (!call.is_tree()) continue;
+    row.chain.push_back(row.level[0]);
+    if (!has_shares) continue;
     double reach = 0.0;
     for (const int64_t node : row.level) reach += std::exp(row.logprobs[size_t(node)]);
     outcomes[b] = float(reach);
   }
 }
 
-// True if another level after `levels` levels promises more accepted tokens than it must. A chain's value head predicts
+// True if another level after `levels` levels promises more accepted tokens than it must. A weighed chain's level must
+// repay the draft's pass, with what it promises beyond a usual column. A chain's value head predicts
 // v = a(1 + v') tokens from a level on, and a is the acceptance rate there if v' = v; serve/speculation/planner.py has
 // the same rule for chains that are not drafted here (extends_chain).
 inline bool promises_more(const DraftCall& call, DraftState& d, int64_t levels) {
-  if (!call.min_gains) return true;
+  if (!call.is_weighed() && !call.min_gains) return true;
+  const int64_t usual = std::min(int64_t(2 * d.rows.size()), call.num_columns - 1);
+  const double column_price = call.is_weighed() ? call.speed * call.columns_s[usual] / double(usual) : 0.0;
   const float* outcomes = call.outcomes + (levels - 1) * int64_t(d.rows.size());
   double gain = 0.0;
   for (size_t b = 0; b < d.rows.size(); ++b) {
     const double outcome = outcomes[b];
-    if (call.is_tree()) {
+    if (call.is_weighed()) {
+      gain += std::max(0.0, outcome * call.level_rates[b] - column_price);
+    } else if (call.is_tree()) {
       gain += outcome * call.level_rates[b];
     } else {
       const double rate = std::max(0.0, std::min(0.98, outcome / (1.0 + std::max(0.0, outcome))));
@@ -200,7 +238,7 @@ inline bool promises_more(const DraftCall& call, DraftState& d, int64_t levels) 
       gain += d.survival[b] * rate;
     }
   }
-  return gain > call.min_gains[levels - 1];
+  return gain > (call.is_weighed() ? call.speed * call.levels_s[levels - 1] : call.min_gains[levels - 1]);
 }
 
 // Run the draft over newly committed positions, then choose the first level. A row without new positions runs one
@@ -284,24 +322,48 @@ void next_level(const DraftCall& call, DraftState& d, int64_t level) {
   choose_level<Format>(call, d, level);
 }
 
-// Write the `max_nodes` most probable nodes of each row, or all if there are fewer.
+// The log-probability that a node must have to be proposed: of all rows' nodes, as many of the most probable as promise
+// most accepted tokens beyond their price.
+inline double least_logprob(const DraftCall& call, const DraftState& d) {
+  static thread_local std::vector<double> found;
+  found.clear();
+  for (const GrowingTree& row : d.rows) found.insert(found.end(), row.logprobs.begin(), row.logprobs.end());
+  std::sort(found.begin(), found.end(), std::greater<double>());
+  double promised = 0.0, most = 0.0, least = std::numeric_limits<double>::infinity();
+  for (size_t n = 0; n < found.size() && int64_t(n) + 1 < call.num_columns; ++n) {
+    promised += std::exp(found[n]);
+    const double gain = promised - call.speed * call.columns_s[n + 1];
+    if (gain > most) most = gain, least = found[n];
+  }
+  return least;
+}
+
+// Write the `max_nodes` most probable nodes of each row, of a weighed chain only those that are worth it.
 inline void write_proposals(DraftCall& call, const DraftState& d) {
-  const size_t nodes = std::min(size_t(call.max_nodes), d.rows[0].tokens.size());
+  const double least = call.is_weighed() ? least_logprob(call, d) : -std::numeric_limits<double>::infinity();
   std::vector<int64_t> column_of;
   for (size_t b = 0; b < d.rows.size(); ++b) {
     const GrowingTree& row = d.rows[b];
     // A parent is at least as probable as its child, so the best nodes include every parent.
-    std::vector<int64_t> kept = row.best(nodes, 0);
+    std::vector<int64_t> kept = row.best(size_t(call.max_nodes), 0);
+    kept.erase(std::find_if(kept.begin(), kept.end(), [&](int64_t node) { return row.logprobs[size_t(node)] < least; }),
+               kept.end());
     std::sort(kept.begin(), kept.end());
+    // A weighed chain comes first: an accepted path that is its beginning lies in order already.
+    if (call.is_weighed())
+      std::stable_partition(kept.begin(), kept.end(), [&](int64_t node) {
+        return std::find(row.chain.begin(), row.chain.end(), node) != row.chain.end();
+      });
     column_of.assign(row.tokens.size(), 0);
-    for (size_t i = 0; i < nodes; ++i) {
+    int64_t *tokens = call.tokens + int64_t(b) * call.max_nodes, *parents = call.parents + int64_t(b) * call.max_nodes;
+    for (size_t i = 0; i < kept.size(); ++i) {
       const size_t node = size_t(kept[i]);
       column_of[node] = int64_t(i) + 1;
-      call.tokens[b * nodes + i] = row.tokens[node];
-      call.parents[b * nodes + i] = row.parents[node] < 0 ? 0 : column_of[size_t(row.parents[node])];
+      tokens[i] = row.tokens[node];
+      parents[i] = row.parents[node] < 0 ? 0 : column_of[size_t(row.parents[node])];
     }
+    call.counts[b] = int64_t(kept.size());
   }
-  call.nodes = int64_t(nodes);
 }
 
 template <class Format, class Cache>

@@ -53,6 +53,7 @@ def generate_answers(
         max_seq_len=max_seq_len,
         max_draft_tokens=0,
         tree_tokens=0,
+        sibling_tokens=0,
         copied_tokens=0,
         adaptive=True,
         prefill_chunk_tokens=4 * max_seq_len,  # latency does not matter here, so free slots are filled at once

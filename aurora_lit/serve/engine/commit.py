@@ -72,7 +72,7 @@ class Commit:
         made = (proposal, path)
         if row.uncut is not None:  # what was cut counts as rejected
             made = (row.uncut.proposal, [row.uncut.columns[column] for column in path])
-        self._proposer.observe(sequence, made[0], path=made[1], finished=reason is not None)
+        self._proposer.observe(sequence, made[0], path=made[1], tokens=tokens, finished=reason is not None)
         accepted_from = proposal.sources_of(path[1:])
         if self._memory_stats is not None:
             self._memory_stats.proposed += len(proposal.remembered)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from aurora_lit.serve.sequences.memory_scope import MemoryScope
 from aurora_lit.serve.speculation.drafter import MAX_LEVEL_WIDTH
+from aurora_lit.serve.speculation.planner import weighed_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class EngineOptions:
     """Longest chain, and most levels of a tree, that the draft proposes in a round; 0: the draft is not used."""
     tree_tokens: int
     """Most nodes of a tree; 0: the draft proposes chains only. Needs a draft and a target that support trees."""
+    sibling_tokens: int
+    """Most tokens that are considered beside each of a chain; 0: none, and all of a chain is proposed. As for trees."""
     copied_tokens: int
     """Most tokens that a round copies for a sequence, from within the request or from the traffic memory; 0: none."""
     adaptive: bool
@@ -60,11 +63,14 @@ class EngineOptions:
             max_seq_len=self.max_seq_len,
             max_draft_tokens=self.max_draft_tokens,
             tree_tokens=self.tree_tokens,
+            sibling_tokens=self.sibling_tokens,
             copied_tokens=self.copied_tokens,
         )
 
 
-def slot_capacity(*, max_seq_len: int, max_draft_tokens: int, tree_tokens: int, copied_tokens: int) -> int:
+def slot_capacity(
+    *, max_seq_len: int, max_draft_tokens: int, tree_tokens: int, sibling_tokens: int, copied_tokens: int
+) -> int:
     """Positions that each slot of the KV caches has room for (arguments: as in `EngineOptions`).
 
     A request of `max_seq_len` tokens is followed by the columns that one round adds to it: the last committed token,
@@ -72,4 +78,5 @@ def slot_capacity(*, max_seq_len: int, max_draft_tokens: int, tree_tokens: int, 
     up to `MAX_LEVEL_WIDTH` nodes per level instead. The engine's table of tokens has one position more.
     """
     expanded_nodes = MAX_LEVEL_WIDTH * max_draft_tokens if tree_tokens else 0
-    return max_seq_len + max(max_draft_tokens, tree_tokens, copied_tokens, expanded_nodes) + 1
+    weighed = weighed_tokens(max_draft_tokens, sibling_tokens)
+    return max_seq_len + max(max_draft_tokens, tree_tokens, weighed, copied_tokens, expanded_nodes) + 1

@@ -88,13 +88,17 @@ class TargetRunner:
     def store_decoding(self, row: DecodingRow, columns: Columns, index: int, accepted: Sequence[int]) -> None:
         """Store the `accepted` columns of row `index`, from the root's column 0 on."""
         in_order = accepted[-1] == len(accepted) - 1
+        if columns.are_stored:
+            if not in_order:
+                assert self._pass is not None
+                keeps_last = row.sequence.request.store
+                self._pass.keep_path(accepted, slot=row.sequence.slot, start=row.start, keeps_last=keeps_last)
+            return
         if not in_order:
             moves = [(column, place) for place, column in enumerate(accepted) if column > place]
             from_M, to_M = (torch.tensor(each) + row.start for each in zip(*moves, strict=True))
             slots_M = torch.full((len(moves),), row.sequence.slot, dtype=torch.int64)
             self._target.commit_tree_path(kv_cache=self._kv_cache, slots_M=slots_M, from_M=from_M, to_M=to_M)
-        if columns.are_stored and in_order:
-            return
         first = columns.begins[index]
         which = slice(first, first + len(accepted)) if in_order else [first + column for column in accepted]
         self._store(row, columns, which)

@@ -37,6 +37,14 @@ class CopiedNode(NamedTuple):
     """What is known about it; see CopyReliability in kernels/copy_rates.py."""
 
 
+class WeighedChain(NamedTuple):
+    """The first choices of a draft, those included that were not worth proposing."""
+
+    tokens: list[int]
+    shares: list[float]
+    """The draft's probability of each after the one before it, with the noise of a sampled sequence."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
     """The tokens that are proposed for one sequence in a round."""
@@ -56,6 +64,8 @@ class Proposal:
     """The temperature at which they were drawn to explore; None: this round does not explore."""
     logprobs: list[float] | None = None
     """Of tokens that were drawn to explore: their log-probabilities under the draft at that temperature."""
+    weighed: WeighedChain | None = None
+    """What the draft's tokens were chosen from by their worth; None: all that it drafted are proposed."""
 
     @property
     def remembered(self) -> list[int]:

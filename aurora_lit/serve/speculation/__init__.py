@@ -8,6 +8,7 @@ May import: serve/sequences/ and above. Start with proposer.py, then planner.py.
 above it:
 
     costs.py             what forward passes cost here, by batch size and query length
+    draft_reliability.py how often the draft's first choices are accepted, by the share that it gives them
     planner.py           how many tokens the draft proposes, as a chain or a tree; what trees gain over chains
     floor.py             turns speculation off for a while where it took longer than plain decoding
     kept_costs.py        keeps measured costs in the cache, by machine, code and configuration

@@ -6,6 +6,8 @@ Left out: which copies there are (kernels/suffix_index.py), how many are worth t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import Copies, is_remembered
 from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, CopiedNode, Proposal
@@ -80,10 +82,14 @@ def with_copies(
     if not nodes:
         return drafted
     is_chain = parents == list(range(len(tokens)))
-    return Proposal(
+    source = SOURCE_DRAFT
+    if not num_drafted:  # nothing that was drafted is worth its column
+        source = SOURCE_MEMORY if any(is_remembered(node.cell) for node in nodes) else SOURCE_LOOKUP
+    return replace(
+        drafted,
         tokens=tokens,
         parents=None if is_chain else parents,
-        source=SOURCE_DRAFT,
+        source=source,
         num_drafted=num_drafted,
         copies=tuple(nodes),
     )

@@ -30,7 +30,7 @@ import torch
 
 from aurora_lit.kernels import huge_pages
 from aurora_lit.kernels.decoder import MAX_DEPTH
-from aurora_lit.kernels.draft_steps import Drafted
+from aurora_lit.kernels.draft_steps import Drafted, Weighing
 from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.models.attention import KVCacheView
 from aurora_lit.models.kv_cache import KVCache
@@ -237,6 +237,28 @@ class Drafter:
             width=max(2, min(MAX_LEVEL_WIDTH, num_nodes)),
             min_gains=min_gains,
             level_rates=level_rates,
+        )
+
+    def propose_weighed(
+        self,
+        inputs: DraftInputs,
+        *,
+        num_steps: int,
+        num_nodes: int,
+        num_siblings: int,
+        weighing: Weighing,
+        noise: ColumnDraws | None = None,
+    ) -> Drafted:
+        """Draft chains of up to `num_steps` tokens, and propose of them, and of up to `num_siblings` other likely
+        tokens beside each, what is worth its column, up to `num_nodes`. Needs `supports_trees`.
+        """
+        return self._draft_levels(
+            inputs,
+            noise=noise,
+            num_levels=num_steps,
+            num_nodes=num_nodes,
+            children=1 + num_siblings,
+            weighing=weighing,
         )
 
     def _draft_levels(self, inputs: DraftInputs, *, noise: ColumnDraws | None, **levels: Any) -> Drafted:

@@ -24,10 +24,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from aurora_lit.kernels.draft_steps import Weighing, doubles
 from aurora_lit.modules.sampling.tree import common_prefix_length
 from aurora_lit.serve.sequences.round_plan import Proposal
 from aurora_lit.serve.sequences.sequence import RunningSequence, VerifiedDrafts
 from aurora_lit.serve.speculation.costs import READ_IN_A_STEP, Costs, DraftShape
+from aurora_lit.serve.speculation.draft_reliability import DraftReliability
 
 _RECORD_DECAY = 0.95
 """Weight of a sequence's earlier proposals when one more is verified."""
@@ -53,6 +55,8 @@ _PROBE_EVERY = 128
 """Rounds without a draft after which one token is drafted, to measure whether the traffic has become predictable."""
 _PROBE_SHARE = 0.005
 """Largest share of the time of these rounds that reading a prompt for it may take: else it waits for longer."""
+_PRICED_EVERY = 16
+"""Rounds for which the price of columns holds."""
 MAX_REMAINING_TOKENS = 128
 """Most tokens that a sequence is assumed to generate from here on, whatever its `max_tokens`."""
 MAX_TREE_COLUMNS = 64
@@ -75,8 +79,15 @@ class SpeculationLimits:
     """0: nothing is copied."""
     tree_sizes: tuple[int, ...] = ()
     """Numbers of nodes of the trees to choose from, ascending."""
+    sibling_tokens: int = 0
+    """Beside each token of a chain; 0: chains are not weighed."""
     adaptive: bool = True
     """False: always the most."""
+
+    @property
+    def weighed_tokens(self) -> int:
+        """Most tokens of a weighed chain and beside it."""
+        return weighed_tokens(self.draft_tokens, self.sibling_tokens)
 
 
 class _MeanRate:
@@ -202,6 +213,9 @@ class SpeculationPlanner:
         self._trees = {
             sampled: {n: TreeAcceptance(n, sampled=sampled) for n in limits.tree_sizes} for sampled in (False, True)
         }
+        self.reliability = DraftReliability()
+        self._weighings: dict[tuple[int, int], Weighing] = {}
+        """What holds for _PRICED_EVERY rounds, by batch size and sequences that draft."""
         self._last = DraftShape(limits.draft_tokens)
         self._speed = 0.0
         """What it promises, in tokens per second."""
@@ -304,6 +318,21 @@ class SpeculationPlanner:
             until_s = [draft_s + pass_s for draft_s, pass_s in zip(until_s, target_s, strict=True)]
         return [speed * max(0.0, after - before) for before, after in itertools.pairwise(until_s)]
 
+    def weighing(self, drafting: Sequence[RunningSequence], *, batch_size: int, speed: float) -> Weighing:
+        """How what is drafted for these sequences is weighed, in a round that promises `speed`, in tokens a second."""
+        key = batch_size, len(drafting)
+        if key not in self._weighings or self._rounds_with % _PRICED_EVERY == 0:
+            costs, most = self.costs, min(MAX_TREE_COLUMNS, len(drafting) * self.limits.weighed_tokens)
+            plain_s = costs.round_s(batch_size, [])
+            columns_s = [max(0.0, costs.round_s(batch_size, [count]) - plain_s) for count in range(most + 1)]
+            until_s = [costs.draft_s(len(drafting), DraftShape(n)) for n in range(1, self.limits.draft_tokens + 1)]
+            levels_s = [max(0.0, after - before) for before, after in itertools.pairwise(until_s)]
+            self._weighings[key] = Weighing(
+                self.reliability.acceptance_KC, doubles(columns_s), doubles(levels_s), level_rates=(), speed=0.0
+            )
+        rates = [self.rate_of(sequence) for sequence in drafting]
+        return self._weighings[key]._replace(level_rates=rates, speed=speed)
+
     def level_rates(self, shape: DraftShape, rates: Sequence[float], *, sampled: bool) -> list[float]:
         """Acceptance rates of the shape's levels, for sequences whose chains have these."""
         return [level_rate(shape, rate, self._trees[sampled]) for rate in rates]
@@ -323,27 +352,47 @@ class SpeculationPlanner:
         drafting_s = self.costs.draft_s(batch_size, shape) / batch_size
         return tokens - shape.num_tokens * column_tokens - drafting_s * speed
 
-    def observe(self, sequence: RunningSequence, proposal: Proposal, *, path: Sequence[int], finished: bool) -> None:
+    def observe(
+        self,
+        sequence: RunningSequence,
+        proposal: Proposal,
+        *,
+        path: Sequence[int],
+        finished: bool,
+        tokens: Sequence[int] = (),
+    ) -> None:
         """Update the acceptance rates by the outcome of what the draft proposed for a sequence.
 
-        `path`: the accepted columns, column 0 first. Rounds that explore are left out: they say nothing about others.
+        `path`: the accepted columns, column 0 first; `tokens`: what the sequence got. Rounds that explore are left
+        out: they say nothing about others.
         """
         if proposal.explored_at is not None:
             return
         sampled = sequence.temperature > 0
+        if proposal.weighed is not None:
+            # The round's tokens tell of the chain whether it was right, as far as they agree, proposed or not.
+            chain, shares = proposal.weighed
+            right = common_prefix_length(chain, tokens)
+            for i in range(min(right + 1, len(chain), len(tokens))):
+                self._add(sequence, i < right, sampled=sampled)
+                self.reliability.observe(sampled=sampled, share=shares[i], accepted=i < right)
+            return
         chain = proposal.first_choices
         proposed, chain_accepted = len(chain), common_prefix_length(chain, path[1:])
         accepted = sum(0 < column <= proposal.num_drafted for column in path)
         # The end of a request may cut off what came after the accepted ones, so that it was not verified.
         for i in range(min(chain_accepted + (not finished), proposed)):
-            sequence.verified_drafts.add(i < chain_accepted, decay=_RECORD_DECAY)
-            self._mean_rates[sampled].add(i < chain_accepted)
+            self._add(sequence, i < chain_accepted, sampled=sampled)
         tree = self._trees[sampled].get(proposal.num_drafted) if proposal.parents is not None else None
         if tree is None or finished:
             return
         levels = proposal.num_drafted_levels
         if levels < proposal.num_drafted:  # else copies branch off a drafted chain, which says nothing about trees
             tree.observe(levels=levels, accepted=accepted, chain_proposed=proposed, chain_accepted=chain_accepted)
+
+    def _add(self, sequence: RunningSequence, accepted: bool, *, sampled: bool) -> None:
+        sequence.verified_drafts.add(accepted, decay=_RECORD_DECAY)
+        self._mean_rates[sampled].add(accepted)
 
     def observe_round(self, batch_size: int, columns: int, seconds: float) -> None:
         """Update by a round's time but for drafting; `columns`: query positions of the whole batch."""
@@ -385,6 +434,11 @@ def extends_chain(values: Sequence[float], survival: list[float], min_gain: floa
         survival[b] *= rate
         gain += survival[b] * rate
     return gain > min_gain
+
+
+def weighed_tokens(draft_tokens: int, sibling_tokens: int) -> int:
+    """Most tokens of a sequence that are proposed of a weighed chain; 0 without siblings, when nothing is weighed."""
+    return 2 * draft_tokens if sibling_tokens else 0
 
 
 def tree_sizes(largest: int) -> tuple[int, ...]:

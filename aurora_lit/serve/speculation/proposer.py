@@ -33,7 +33,7 @@ from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.draft_steps import Drafted
 from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.kernels.suffix_index import Copies, LookUp
-from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal
+from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal, WeighedChain
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_copies
 from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlanner
@@ -42,7 +42,7 @@ from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.grammar_rows import forced_proposal
 from aurora_lit.serve.speculation.planner import MAX_REMAINING_TOKENS, DraftDecision, SpeculationPlanner
 from aurora_lit.serve.speculation.traffic_memory import TrafficMemory, look_up_copies
-from aurora_lit.traces.record import SOURCE_DRAFT
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE
 
 _MAX_PADDED_COPIES = 4
 """Most copied tokens where all sequences of a round compute the longest query length."""
@@ -153,19 +153,27 @@ class Proposer:
         for i, proposal in drafted:
             proposals[i] = proposal
 
-    def observe(self, sequence: RunningSequence, proposal: Proposal, *, path: Sequence[int], finished: bool) -> None:
+    def observe(
+        self,
+        sequence: RunningSequence,
+        proposal: Proposal,
+        *,
+        path: Sequence[int],
+        finished: bool,
+        tokens: Sequence[int] = (),
+    ) -> None:
         """Report a round's outcome.
 
-        `path`: the columns that were accepted, column 0 first. `finished`: the request ended in this round, maybe
-        before its last correct proposal.
+        `path`: the columns that were accepted, column 0 first. `tokens`: what the sequence got. `finished`: the request
+        ended in this round, maybe before its last correct proposal.
         """
         if not finished:
             accepted = set(path)
             for node in proposal.copies:
                 if node.parent in accepted:
                     self.reliability.observe(node.table, node.cell, accepted=node.column in accepted)
-        if proposal.source == SOURCE_DRAFT:
-            self._planner.observe(sequence, proposal, path=path, finished=finished)
+        if proposal.source == SOURCE_DRAFT or proposal.weighed is not None:
+            self._planner.observe(sequence, proposal, path=path, tokens=tokens, finished=finished)
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
@@ -307,7 +315,7 @@ class Proposer:
         found = self._proposals(drafted, explores)
         if not any(explores):
             levels = len(drafted.outcomes)
-            nodes = len(drafted.tokens[0]) if drafted.parents is not None else 0
+            nodes = len(drafted.tokens[0]) if drafted.parents is not None and drafted.shares is None else 0
             self._planner.observe_draft(len(found), DraftShape(levels, nodes), self.draft_seconds, uncached=num_read)
         return list(zip(candidates, found, strict=True))
 
@@ -349,6 +357,8 @@ class Proposer:
         noise = self._noise(sequences, explores)
         if any(explores):
             return self._drafter.propose(inputs, num_steps=shape.levels, noise=noise, with_logprobs=True)
+        if self._planner.limits.sibling_tokens and not shape.nodes and self._weighs(decision):
+            return self._weigh(inputs, sequences, decision, batch_size=batch_size, noise=noise)
         min_gains = None
         if not decision.is_trial:
             min_gains = self._planner.min_gains(shape, len(sequences), batch_size=batch_size, speed=decision.speed)
@@ -364,6 +374,31 @@ class Proposer:
             level_rates=self._planner.level_rates(shape, rates, sampled=sampled),
         )
 
+    def _weighs(self, decision: DraftDecision) -> bool:
+        """False where all of a shape is drafted to measure it, or drafting is not adapted."""
+        return self._planner.limits.adaptive and not decision.is_trial and not decision.is_probe
+
+    def _weigh(
+        self,
+        inputs: DraftInputs,
+        sequences: Sequence[RunningSequence],
+        decision: DraftDecision,
+        *,
+        batch_size: int,
+        noise: ColumnDraws | None,
+    ) -> Drafted:
+        """Draft as deep as it pays, and propose what is worth its column."""
+        planner, limits = self._planner, self._planner.limits
+        assert self._drafter is not None
+        return self._drafter.propose_weighed(
+            inputs,
+            num_steps=limits.draft_tokens,
+            num_nodes=limits.weighed_tokens,
+            num_siblings=limits.sibling_tokens,
+            weighing=planner.weighing(sequences, batch_size=batch_size, speed=decision.speed),
+            noise=noise,
+        )
+
     def _noise(self, sequences: list[RunningSequence], explores: list[bool]) -> ColumnDraws | None:
         """The noise that the target draws with; where a sequence explores, noise of its own."""
         if not any(explores) and all(sequence.temperature == 0 for sequence in sequences):
@@ -376,6 +411,19 @@ class Proposer:
         return ColumnDraws(temperatures, keys, positions)
 
     def _proposals(self, drafted: Drafted, explores: list[bool]) -> list[Proposal]:
+        if drafted.first_choices is not None and drafted.shares is not None:
+            assert drafted.parents is not None
+            weighed = map(WeighedChain, drafted.first_choices, drafted.shares)
+            return [
+                Proposal(
+                    tokens=tokens,
+                    parents=None if parents == list(range(len(tokens))) else parents,
+                    source=SOURCE_DRAFT if tokens else SOURCE_NONE,
+                    num_drafted=len(tokens),
+                    weighed=chain,
+                )
+                for tokens, parents, chain in zip(drafted.tokens, drafted.parents, weighed, strict=True)
+            ]
         tokens, logprobs = drafted.tokens, drafted.logprobs
         return [
             Proposal(

@@ -144,10 +144,10 @@ def test_what_is_cut_counts_as_rejected_for_the_planners(case: Case, monkeypatch
     engine, drafted = case.engine(), Counter[bool]()
     observe = engine.planner.observe
 
-    def observed(sequence: Any, proposal: Any, *, path: Any, finished: bool) -> None:
+    def observed(sequence: Any, proposal: Any, *, path: Any, **outcome: Any) -> None:
         drafted[len(proposal.tokens) == 4] += 1
         assert all(0 <= column <= len(proposal.tokens) for column in path)
-        observe(sequence, proposal, path=path, finished=finished)
+        observe(sequence, proposal, path=path, **outcome)
 
     monkeypatch.setattr(engine.planner, "observe", observed)
     run(engine, requests(30))

@@ -6,7 +6,7 @@ import pytest
 
 from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import NUM_CELLS, Copies
-from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal
+from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal, WeighedChain
 from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_copies
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY
 
@@ -64,6 +64,17 @@ def test_a_copy_against_the_draft_is_another_branch() -> None:
     assert proposal.num_drafted_levels == 2
     assert merged(drafted([5, 6]), copies([9, 10]), least=0.15).tokens == [5, 6, 9]
     assert merged(drafted([5, 6]), copies([9, 10]), least=0.25).tokens == [5, 6]
+
+
+def test_copies_alone_remain_of_a_weighed_chain_of_which_nothing_is_worth_its_column() -> None:
+    nothing = Proposal(tokens=[], weighed=WeighedChain([5, 6], [0.2, 0.1]))
+    proposal = merged(nothing, copies([9, 10], cell=REMEMBERED))
+    assert (proposal.tokens, proposal.parents, proposal.num_drafted) == ([9, 10], None, 0)
+    assert proposal.source == SOURCE_MEMORY
+    assert proposal.weighed == nothing.weighed
+    assert merged(nothing, copies([9])).source == SOURCE_LOOKUP
+    beside = merged(Proposal(tokens=[5, 6, 7], parents=[0, 1, 0], source=SOURCE_DRAFT, num_drafted=3), copies([7, 8]))
+    assert (beside.tokens, beside.parents, beside.num_drafted) == ([5, 6, 7, 8], [0, 1, 0, 3], 3)
 
 
 def test_copies_fit_into_the_drafts_tree() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
+from aurora_lit.serve.speculation.costs import DraftShape
+from aurora_lit.serve.speculation.planner import DraftDecision
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace, check
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
@@ -196,6 +199,68 @@ def test_output_is_that_of_plain_decoding(
         assert all(o.chain_accepted <= min(o.num_accepted, o.chain_proposed) <= k for o in rounds)
         if (kind, k) == ("trained", 4):
             assert sum(o.num_accepted for o in rounds) > sum(o.chain_accepted for o in rounds)
+
+
+def weighing_engine(models: TinyModels, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Engine, list[int]]:
+    """An engine that weighs what it drafts in every round, at one price after the other; and its numbers of rounds."""
+    engine = models.engine(nodes=0, sibling_tokens=3, adaptive=True, **changes)
+    planner, speeds, counted = engine.planner, itertools.cycle([1e-9, 200.0, 50.0, 1e-9, 1e9]), [0]
+
+    def decide(rates: Any, **_: Any) -> DraftDecision:
+        counted[0] += 1
+        return DraftDecision(DraftShape(4), speed=next(speeds))
+
+    monkeypatch.setattr(planner, "decide", decide)
+    monkeypatch.setattr(planner, "pays_for_catching_up", lambda *_, **__: True)
+    monkeypatch.setattr(engine.floor, "allows", lambda *_, **__: True)
+    monkeypatch.setattr(planner.costs, "round_s", lambda size, counts: 0.001 * (size + 0.5 * sum(counts)))
+    monkeypatch.setattr(planner.costs, "draft_s", lambda size, shape: 0.0001 * shape.levels)
+    return engine, counted
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_output_with_weighed_proposals_is_that_of_plain_decoding(
+    models: TinyModels, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds that propose nothing of what was drafted, chains, and chains with siblings; greedy and sampled."""
+    requests = models.requests()
+    requests += [request(f"s{i}", p, max_tokens=NEW, temperature=0.8, seed=i) for i, p in enumerate(models.prompts)]
+    expected = run(make_engine(models.targets["bf16"]), requests)
+    engine, counted = weighing_engine(models, monkeypatch, max_batch_size=batch)
+    answers = run(engine, requests, arrivals=[0, 1, 2, 0, 5, 3, 9, 2, 1, 0])
+    assert counted[0] > NEW
+    assert tokens(answers) == tokens(expected)
+    rounds = [output for answer in answers.values() for output in answer.rounds]
+    assert {0, 8} < {output.num_proposed for output in rounds} <= set(range(9))
+    assert sum(o.num_accepted for o in rounds) > sum(o.chain_accepted for o in rounds), "siblings are accepted too"
+
+
+def test_what_is_not_proposed_of_a_weighed_chain_counts_as_far_as_the_answer_tells(
+    models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every outcome is one that the answer shows: as long as the chain agrees with it, and the first difference."""
+    engine, _ = weighing_engine(models, monkeypatch)
+    seen: list[tuple[list[bool], int]] = []
+    observe, added = engine.planner.observe, engine.planner.reliability.observe
+
+    def observed(sequence: Any, proposal: Any, **outcome: Any) -> None:
+        if proposal.weighed is not None:
+            told: list[bool] = []
+            monkeypatch.setattr(
+                engine.planner.reliability,
+                "observe",
+                lambda **of: (told.append(of["accepted"]), added(**of)),
+            )
+            observe(sequence, proposal, **outcome)
+            agreeing = list(itertools.takewhile(bool, map(int.__eq__, proposal.weighed.tokens, outcome["tokens"])))
+            known = min(len(proposal.weighed.tokens), len(outcome["tokens"]))
+            assert told == [True] * len(agreeing) + [False] * (len(agreeing) < known)
+            seen.append((told, len(proposal.tokens)))
+
+    monkeypatch.setattr(engine.planner, "observe", observed)
+    run(engine, models.requests())
+    assert any(told == [True] and not proposed for told, proposed in seen), "it was right, and not proposed"
+    assert any(told[-1:] == [False] and proposed for told, proposed in seen)
 
 
 @pytest.mark.parametrize(
