@@ -62,9 +62,10 @@ class DraftSettings:
     """The draft: the small model that proposes tokens."""
 
     checkpoint: str | None = None
-    """Folder of an EAGLE-3 checkpoint, relative to the working directory, else to the folder that holds configs/.
-    null: there is no draft yet; set learn.from_scratch=true to train one, or engine.speculate=false and
-    learn.enabled=false for plain decoding."""
+    """Folder of an EAGLE-3 checkpoint, relative to the working directory, else to the folder that holds configs/. A
+    server begins with it, but serves the current version of checkpoint.run instead as soon as there is one; `bench`,
+    `generate`, `replay` and `LLM` always take this one. null: there is no draft yet; set learn.from_scratch=true to
+    train one, or engine.speculate=false and learn.enabled=false for plain decoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +225,8 @@ class LearnSettings:
     """Number of processes that learn together, each on its part of every batch: on this many GPUs if the machine has
     them, else on the CPU."""
     from_scratch: bool = False
-    """Begin with an untrained draft instead of draft.checkpoint."""
+    """Begin with an untrained draft instead of draft.checkpoint. If that names a folder, it must hold a draft, whose
+    shape and vocabulary the untrained one gets. null: they are chosen for the target."""
     learning_rate: float = _within(5e-4, 1e-8, 1.0)
     """Peak learning rate; halved for a while if several challengers in a row are refused. A draft that knows little, or
     with from_scratch nothing, learns faster at 1e-3."""
