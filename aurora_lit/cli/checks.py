@@ -200,14 +200,16 @@ def check_address(config: AuroraConfig) -> Check:
 
 
 def check_target(config: AuroraConfig) -> Check:
-    """The target is in the cache or can be downloaded, and can be split as engine.strategy says."""
+    """The target is in the cache or can be downloaded, has a tokenizer, and can be split as engine.strategy says."""
     from aurora_lit.cli.footprint import model_shape
     from aurora_lit.models.partition import check_partition
+    from aurora_lit.models.tokenizer import check_vocabulary
 
     target = config.target
     root, folder = cache_root(target.cache_dir), _cached_target(config)
     if folder is not None:
         check_partition(config, model_shape(config, folder=folder))
+        check_vocabulary(folder)
         return _ok("target", str(folder))
     if not target.source.startswith(("pypi:", "hf:")):
         return _fail(

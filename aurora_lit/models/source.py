@@ -108,7 +108,7 @@ def _checked_folder(folder: Path, *, source: str) -> Path:
     for pattern, what in (("config.json", "config.json"), ("*.safetensors", "safetensors weights")):
         if not any(folder.glob(pattern)):
             raise SourceError(
-                f"target.source={source!r}: {folder} has no {what}; name a folder written by "
-                "save_pretrained (pickled weights are never loaded)"
+                f"target.source={source!r}: {folder} has no {what}; name a folder into which save_pretrained has "
+                "written model and tokenizer (pickled weights are never loaded)"
             )
     return folder

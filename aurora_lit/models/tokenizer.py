@@ -25,10 +25,13 @@ from typing import Any, Protocol, cast
 
 from tokenizers import Tokenizer as BackendTokenizer
 
+from aurora_lit.errors import SourceError
 from aurora_lit.models.chat_template import ChatTemplate
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of the name: increase it when something else is kept of the same files."""
+_VOCABULARIES = ("tokenizer.*", "vocab.*", "tekken.json", "*.model", "*.tiktoken")
+"""Files of which at least one belongs to every tokenizer."""
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken"})
 _OWN_CODE = (
     "__call__",
@@ -137,13 +140,13 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def load_tokenizer(folder: Path, *, cache_dir: Path) -> Tokenizer:
-    """The tokenizer of a model folder: the kept one if there is one, else transformers' own."""
+    """The tokenizer of a model folder: the kept one if there is one, else transformers' own. Raises SourceError."""
     state_path, record_path = _paths(folder, cache_dir)
     with contextlib.suppress(Exception):  # not kept, or damaged, for which `tokenizers` raises plain exceptions
         kept = json.loads(record_path.read_text(encoding="utf-8"))
         if kept is not None:
             return KeptTokenizer(BackendTokenizer.from_str(state_path.read_text(encoding="utf-8")), kept)
-    return cast(Tokenizer, _from_transformers(folder))
+    return cast(Tokenizer, transformers_tokenizer(folder))
 
 
 def is_kept(folder: Path, *, cache_dir: Path) -> bool:
@@ -154,11 +157,11 @@ def is_kept(folder: Path, *, cache_dir: Path) -> bool:
 
 
 def keep_tokenizer(folder: Path, *, cache_dir: Path) -> None:
-    """Load the tokenizer with transformers and keep it, if that is possible. Raises OSError."""
+    """Load the tokenizer with transformers and keep it, if that is possible. Raises SourceError or OSError."""
     from transformers import TokenizersBackend
 
     state_path, record_path = _paths(folder, cache_dir)
-    tokenizer = _from_transformers(folder)
+    tokenizer = transformers_tokenizer(folder)
     kind: Any = type(tokenizer)
     state, record = "", None
     if isinstance(tokenizer, TokenizersBackend) and all(
@@ -191,10 +194,27 @@ def tokenizer_json(backend: BackendTokenizer) -> str:
     return copy.to_str()
 
 
-def _from_transformers(folder: Path) -> Any:
+def transformers_tokenizer(folder: Path) -> Any:
+    """The tokenizer as transformers builds it. Raises SourceError."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    check_vocabulary(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of many kinds; `tokenizers` raises plain exceptions
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise SourceError(
+            f"target.source: the tokenizer in {folder} cannot be loaded ({reason}); save it there again, with "
+            "tokenizer.save_pretrained(folder)"
+        ) from error
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Raise SourceError if a model folder has no tokenizer: for some families transformers would make an empty one."""
+    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+        raise SourceError(
+            f"target.source: {folder} has no tokenizer; save it there too, with tokenizer.save_pretrained(folder)"
+        )
 
 
 def _paths(folder: Path, cache_dir: Path) -> tuple[Path, Path]:

@@ -37,6 +37,7 @@ def model(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA))
     save_file({"weight": np.zeros((10, NUM_PARAMETERS // 10), np.float32)}, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_text("{}")
     return folder
 
 
@@ -142,6 +143,13 @@ def test_an_unknown_target_fails_and_a_missing_download_warns(
     check = states(load_config(None, [*overrides, f"target.source={source}", f"target.cache_dir={tmp_path}"]))["target"]
     assert check.state == state
     assert check.remedy
+
+
+def test_a_model_without_a_tokenizer_fails(overrides: list[str], model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    check = states(load_config(None, overrides))["target"]
+    assert (check.state, check.found) == ("fail", f"target.source: {model} has no tokenizer")
+    assert "tokenizer.save_pretrained" in check.remedy
 
 
 def test_a_target_that_cannot_be_split_as_configured_fails(overrides: list[str]) -> None:

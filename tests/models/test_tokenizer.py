@@ -12,9 +12,11 @@ import pytest
 import transformers
 from jinja2 import TemplateError
 from support import child_environment
+from support.tiny_models import tiny_config
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from aurora_lit.errors import SourceError
 from aurora_lit.models.tokenizer import KeptTokenizer, is_kept, keep_tokenizer, load_tokenizer
 
 TEXTS = (
@@ -238,6 +240,26 @@ def test_a_damaged_copy_is_not_used(tmp_path: Path) -> None:
     (state,) = (tmp_path / "tokenizers").glob("*.tokenizer.json")
     state.write_text(state.read_text()[:1000])
     assert not isinstance(load_tokenizer(folder, cache_dir=tmp_path), KeptTokenizer)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma", "llama"])
+def test_a_model_without_a_tokenizer_is_refused_with_a_remedy(family: str, tmp_path: Path) -> None:
+    """Of the first two, transformers would make a tokenizer that knows nearly nothing."""
+    tiny_config(family).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").write_text("{}")
+    for load in (keep_tokenizer, load_tokenizer):
+        with pytest.raises(SourceError, match=r"target.source: .*model has no tokenizer; .*tokenizer.save_pretrained"):
+            load(tmp_path / "model", cache_dir=tmp_path)
+    assert not (tmp_path / "tokenizers").exists()
+
+
+def test_a_damaged_tokenizer_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_byte_level(folder)
+    state = folder / "tokenizer.json"
+    state.write_text(state.read_text()[:1000])
+    with pytest.raises(SourceError, match=r"model cannot be loaded \(.*\); .*tokenizer.save_pretrained"):
+        load_tokenizer(folder, cache_dir=tmp_path)
 
 
 class Shouting(PreTrainedTokenizerFast):

@@ -29,7 +29,7 @@ from aurora_lit.kernels import native
 from aurora_lit.models import packed_target
 from aurora_lit.models.source import cache_root, find_target
 from aurora_lit.models.target import CPU, Target
-from aurora_lit.models.tokenizer import Tokenizer, keep_tokenizer, tokenizer_json
+from aurora_lit.models.tokenizer import Tokenizer, keep_tokenizer, tokenizer_json, transformers_tokenizer
 from aurora_lit.models.tokenizer import load_tokenizer as load_kept_tokenizer
 from aurora_lit.modules.domains.centroids import DomainAssigner
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
@@ -331,10 +331,8 @@ def _check_length(config: AuroraConfig, target: Target) -> None:
 
 
 def load_tokenizer(config: AuroraConfig) -> PreTrainedTokenizerBase:
-    """The target's tokenizer as transformers has it, without its weights."""
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(find_target(config), local_files_only=True)
+    """The target's tokenizer as transformers has it, without its weights. Raises SourceError."""
+    tokenizer: PreTrainedTokenizerBase = transformers_tokenizer(find_target(config))
     return tokenizer
 
 
