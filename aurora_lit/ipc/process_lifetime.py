@@ -51,7 +51,8 @@ def tie_forked_children_to_parent() -> None:
 def call_when_process_ends(pid: int, callback: Callable[[], None]) -> Callable[[], None]:
     """Run `callback` in the running event loop as soon as `pid` ends; returns a function that stops watching.
 
-    Without pidfd (systems other than Linux) nothing is watched; only the missing heartbeat shows that a process ended.
+    Without pidfd (systems other than Linux, sandboxes that refuse it) nothing is watched; only the missing heartbeat
+    shows that a process ended.
     """
     if not hasattr(os, "pidfd_open"):
         return lambda: None
@@ -60,6 +61,8 @@ def call_when_process_ends(pid: int, callback: Callable[[], None]) -> Callable[[
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         loop.call_soon(callback)
+        return lambda: None
+    except OSError:  # the kernel or a sandbox has no such call
         return lambda: None
 
     watching = True

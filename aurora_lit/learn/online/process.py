@@ -99,7 +99,8 @@ def _lower_priority(threads: int, nice: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault(*_KEPT_PRODUCTS)
     if hasattr(os, "SCHED_BATCH"):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        with contextlib.suppress(OSError):  # a sandbox that refuses it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.nice(nice)
     if os.getsid(0) == os.getpid():  # not a terminal's session
         with contextlib.suppress(OSError):  # not Linux, or a kernel without autogroups

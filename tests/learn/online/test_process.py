@@ -5,6 +5,7 @@ That it exits on SIGTERM is in test_loop_faults.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import time
@@ -32,6 +33,19 @@ def test_the_nice_value_gives_the_share_beside_busy_processors() -> None:
         assert threads / cpus * weight / (1 + weight) == pytest.approx(share, rel=0.12), "steps are 25 %"
     assert niceness(share=0.9, threads=1, cpus=64) == 1, "always a lower priority than serving"
     assert niceness(share=0.001, threads=1, cpus=1) == 19
+
+
+def test_a_sandbox_that_refuses_a_scheduling_class_does_not_end_the_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    nices: list[int] = []
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    monkeypatch.setattr(os, "nice", nices.append)
+    monkeypatch.setattr(os, "getsid", lambda _: -1)
+    process._lower_priority(1, 7)
+    assert nices == [7]
 
 
 @pytest.fixture
