@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, copied_tokens, draft_folder, resolved_memory_scope
 from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE
-from aurora_lit.errors import ConfigError
+from aurora_lit.errors import ConfigError, SourceError
 from aurora_lit.models.kv_cache import padded_positions
 from aurora_lit.models.target import aux_layer_ids, decoder_layers
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
@@ -61,10 +61,17 @@ class Need:
 def model_shape(config: AuroraConfig, *, folder: Path | None) -> PretrainedConfig | None:
     """The model's configuration, from its `folder`, else from target.config_file; None if there is neither.
 
-    Raises ConfigError if target.config_file cannot be read.
+    Raises SourceError or ConfigError if it is not that of a causal language model.
     """
     if folder is not None:
-        own: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            own: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+            _check_sizes(own)
+        except Exception as error:  # transformers' checks of a file's fields raise exceptions of their own kinds
+            raise SourceError(
+                f"target.source={config.target.source!r}: {folder / 'config.json'} is not that of a causal language "
+                f"model ({_first_line(error)}); name a folder into which save_pretrained has written one"
+            ) from error
         return own
     if config.target.config_file is None:
         return None
@@ -73,11 +80,26 @@ def model_shape(config: AuroraConfig, *, folder: Path | None) -> PretrainedConfi
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         shape: PretrainedConfig = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _check_sizes(shape)
+    except Exception as error:
         raise ConfigError(
-            f"target.config_file={config.target.config_file} cannot be read ({error!r}); name a model's config.json"
+            f"target.config_file={config.target.config_file} cannot be read ({_first_line(error)}); name a model's "
+            "config.json"
         ) from error
     return shape
+
+
+def _check_sizes(shape: PretrainedConfig) -> None:
+    """Raise an exception, of any kind, if this is not the configuration of a causal language model."""
+    text = shape.get_text_config()
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        getattr(text, name)
+    target_parameters(shape)
+
+
+def _first_line(error: Exception) -> str:
+    """Kind and text of an exception, without the lists of models that transformers adds."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @dataclass(frozen=True, kw_only=True)

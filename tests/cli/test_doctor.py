@@ -152,6 +152,20 @@ def test_a_model_without_a_tokenizer_fails(overrides: list[str], model: Path) ->
     assert "tokenizer.save_pretrained" in check.remedy
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model_type": "no such"}', '{"model_type": "clip"}'])
+def test_an_unusable_configuration_of_the_model_is_reported(
+    content: str, overrides: list[str], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "config.json").write_text(content)
+    assert not doctor(load_config(None, overrides), as_json=True)
+    report = json.loads(capsys.readouterr().out)
+    failed = [check for check in report["checks"] if check["state"] == "fail"]
+    assert [check["name"] for check in failed] == ["target", "memory"]
+    assert all(check["found"].startswith(f"target.source='{model}': {model}/config.json is") for check in failed)
+    assert all("save_pretrained" in check["remedy"] for check in failed)
+    assert report["memory"] is None
+
+
 def test_a_target_that_cannot_be_split_as_configured_fails(overrides: list[str]) -> None:
     check = states(load_config(None, [*overrides, "engine.strategy=tensor_parallel", "engine.devices=64"]))["target"]
     assert check.state == "fail"
