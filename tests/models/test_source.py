@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
+import httpx
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -325,6 +327,16 @@ def test_a_disk_that_fills_during_the_conversion_is_named_and_nothing_is_left(
     with pytest.raises(SourceError, match=r"cannot be written \(.*No space.*free some space.* target\.cache_dir"):
         resolve(SOURCE, cache_dir=tmp_path)
     assert not list((tmp_path / "models").iterdir())
+
+
+@pytest.mark.parametrize("error", [httpx.ReadError(""), httpx.ConnectTimeout("timed out\nafter 10 s"), OSError("")])
+def test_a_download_from_the_hub_that_breaks_off_is_told(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", break_off)
+    with pytest.raises(SourceError, match=r"^target.source='hf:org/name' cannot be downloaded \(.+\); check the name"):
+        resolve("hf:org/name", cache_dir=Path())
 
 
 def test_cache_root_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
