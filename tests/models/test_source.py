@@ -339,6 +339,24 @@ def test_a_download_from_the_hub_that_breaks_off_is_told(error: Exception, monke
         resolve("hf:org/name", cache_dir=Path())
 
 
+def test_pip_ends_with_the_process_that_downloads(tmp_path: Path) -> None:
+    """That process ignores Ctrl-C, so pip does too, and the server kills that process only."""
+    pip = tmp_path / "pip"
+    pip.write_text("#!/bin/sh\necho pip runs\nexec sleep 30\n")
+    pip.chmod(0o755)
+    code = (
+        "import sys; from pathlib import Path; from aurora_lit.models import package_index\n"
+        f"sys.executable = {str(pip)!r}\n"
+        f"package_index._pip_download('x==1', Path({str(tmp_path)!r}))\n"
+    )
+    with start_python(code) as process:
+        assert process.stderr is not None
+        assert "Downloading" in process.stderr.readline()
+        assert process.stderr.readline() == "pip runs\n"
+        process.kill()
+        process.communicate(timeout=20)  # returns once pip, which has the same standard error, has ended too
+
+
 def test_cache_root_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AURORA_LIT_CACHE", str(tmp_path))
     assert cache_root("/elsewhere") == Path("/elsewhere")
