@@ -39,8 +39,7 @@ def load_config(path: Path | None, overrides: Sequence[str]) -> AuroraConfig:
     try:
         for layer in layers:
             merged = OmegaConf.merge(merged, _checked(layer, AuroraConfig, prefix=""))
-        resolved = OmegaConf.to_container(merged, resolve=True)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(AuroraConfig), resolved))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(AuroraConfig), merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
     assert isinstance(config, AuroraConfig)
@@ -114,6 +113,12 @@ def validate(config: AuroraConfig) -> None:
     ):
         if optional is not None and not optional.strip():
             raise ConfigError(f"{key}={optional!r} is empty; use null for none")
+    api_key = config.server.api_key
+    if api_key is not None and api_key != api_key.strip():  # it is not shown
+        raise ConfigError(
+            "server.api_key begins or ends with white space, which no header can carry; remove it, such as the line "
+            "break at the end of a secret's file"
+        )
 
 
 def model_name(config: AuroraConfig) -> str:
@@ -171,6 +176,9 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror or error}); name a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: is not valid YAML ({' '.join(str(error).split())}); correct it") from error
+    except OmegaConfBaseException as error:
+        reason = f"{error.full_key or 'a value'}: {str(error).splitlines()[0].rstrip('.')}"
+        raise ConfigError(f"--config {path}: {reason}; write \\${{ where no interpolation is meant") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"--config {path}: holds a {type(content).__name__}; use sections such as `engine:`")
     return typing.cast(Mapping[str, Any], content)

@@ -268,6 +268,7 @@ def test_an_override_arrives(override: str, key: str, value: object) -> None:
         ("target.sha256=BCC8", "target.sha256='BCC8' is not a SHA-256"),
         ("target.source=", "target.source='' is empty"),
         ("server.api_key=", "server.api_key='' is empty; use null for none"),
+        ("server.api_key=key\n", "server.api_key begins or ends with white space"),
     ],
 )
 def test_a_wrong_override_is_refused_with_key_value_and_remedy(override: str, said: str) -> None:
@@ -296,6 +297,7 @@ def test_weights_in_groups_are_not_shared_among_processes(precision: str) -> Non
         ("draft: {checkpoint: false}", "draft.checkpoint=False must be text, not bool; put it in quotes"),
         ("- a\n- b", "--config"),
         ("a: [", "--config"),
+        ("server: {api_key: 'a${b'}", "--config"),
         ("server: {port: 1}\nserver: {port: 2}", "--config"),
     ],
 )
@@ -324,6 +326,14 @@ def test_overrides_win_over_the_file_and_the_last_wins(tmp_path: Path) -> None:
 def test_a_key_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AURORA_LIT_TEST_KEY", "007")
     assert load_config(None, ["server.api_key=${oc.env:AURORA_LIT_TEST_KEY}"]).server.api_key == "007"
+
+
+def test_a_key_may_hold_what_looks_like_an_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AURORA_LIT_TEST_KEY", "a${b")
+    assert load_config(None, ["server.api_key=${oc.env:AURORA_LIT_TEST_KEY}"]).server.api_key == "a${b"
+    path = tmp_path / "mine.yaml"
+    path.write_text(r"server: {api_key: 'a\${b'}")
+    assert load_config(path, []).server.api_key == "a${b", "as the error of a file without the backslash says"
 
 
 @pytest.mark.parametrize(
