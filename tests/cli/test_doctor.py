@@ -166,6 +166,24 @@ def test_an_unusable_configuration_of_the_model_is_reported(
     assert report["memory"] is None
 
 
+def test_a_model_of_the_hub_needs_space_where_the_hub_keeps_it(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, asked = tmp_path / "hub", []
+    hub.mkdir()
+
+    def usage(folder: Path) -> SimpleNamespace:
+        asked.append(folder)
+        return SimpleNamespace(free=0)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(checks_module, "cached", lambda *_, **__: None)
+    monkeypatch.setattr(checks_module.shutil, "disk_usage", usage)
+    check = checks_module.check_target(load_config(None, [*overrides, "target.source=hf:org/name"]))
+    assert (check.state, asked) == ("fail", [hub])
+    assert "HF_HOME" in check.remedy
+
+
 def test_a_target_that_cannot_be_split_as_configured_fails(overrides: list[str]) -> None:
     check = states(load_config(None, [*overrides, "engine.strategy=tensor_parallel", "engine.devices=64"]))["target"]
     assert check.state == "fail"
