@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import http.client
 import logging
@@ -146,15 +147,16 @@ def settings_for_learner(config: AuroraConfig) -> AuroraConfig:
 def check_address(host: str, port: int) -> None:
     """Raise ConfigError if this address cannot be listened on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"server.port={port} on {host} cannot be used ({error.strerror}); "
-                "end the program that uses it, or choose another with server.port=NUMBER"
-            ) from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            remedy = "end the program that uses it, or choose another with server.port=NUMBER"
+        else:  # such as IPv6 that is switched off
+            remedy = "choose another server.host, such as 127.0.0.1, or another server.port"
+        raise ConfigError(f"server.port={port} on {host} cannot be used ({error.strerror}); {remedy}") from error
 
 
 def _build(
@@ -211,8 +213,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _announce_when_ready(config: AuroraConfig, status: EngineStatusPage, learner: LearnerChild | None) -> None:
     """Print the URL once /ready answers 200, then start the learner, which takes processor time."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)
-    while status.read().state is WorkerState.STARTING or not _answers_ready(host, config.server.port):
+    # A machine without ::1 may still have "::".
+    hosts = {"0.0.0.0": ["127.0.0.1"], "::": ["::1", "127.0.0.1"]}.get(config.server.host, [config.server.host])
+    while status.read().state is WorkerState.STARTING or not any(
+        _answers_ready(host, config.server.port) for host in hosts
+    ):
         if status.read().state is WorkerState.FAILED:
             return
         time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import json
 import signal
@@ -19,7 +20,7 @@ from support import child_environment
 
 from aurora_lit.bench.server_process import free_port
 from aurora_lit.config import load_config
-from aurora_lit.errors import AuroraError, SourceError
+from aurora_lit.errors import AuroraError, ConfigError, SourceError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.models.tokenizer import is_kept
 from aurora_lit.serve import backend, server
@@ -176,6 +177,30 @@ def test_the_learner_is_started_once_the_server_answers_and_not_before(
     said = capsys.readouterr().out
     assert "aurora-lit serves" in said
     assert "watch it" not in said
+
+
+def test_a_server_of_all_addresses_is_ready_where_the_machine_has_no_ipv6_for_itself(
+    ready_route: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, learner = EngineStatusPage.create(tmp_path / "status"), Learner()
+    page.write(state=WorkerState.READY)
+    ready_route.code = 200
+    config = load_config(None, [f"server.port={ready_route.server_address[1]}", "server.host=::"])
+    arguments: Any = (config, page, learner)
+    thread = threading.Thread(target=server._announce_when_ready, args=arguments, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert learner.started.is_set()
+    assert "http://[::]:" in capsys.readouterr().out
+
+
+def test_a_machine_without_ipv6_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(family: int) -> None:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr(server.socket, "socket", refuse)
+    with pytest.raises(ConfigError, match=r"server.port=8000 on :: cannot be used .*not supported.*server.host"):
+        server.check_address("::", 8000)
 
 
 def test_no_learner_is_started_if_the_engine_cannot_be_built(tmp_path: Path) -> None:
