@@ -39,6 +39,9 @@ class _Choice:
     text: str = ""
     num_tokens: int = 0
     logprobs: list[Entry] = field(default_factory=list)
+    """Of the answer."""
+    echoed: list[Entry] = field(default_factory=list)
+    """The same of the echoed prompt, if its log-probabilities came with this choice."""
     sources: list[Source] = field(default_factory=list)
     offsets: TextOffsets
     """Where the tokens with log-probabilities begin."""
@@ -156,6 +159,8 @@ class ResponseBuilder:
         """The response to a request without stream."""
         choices = []
         for index, choice in enumerate(self._choices):
+            first = self._choices[index - index % self._prepared.num_choices]  # has the prompt's log-probabilities
+            entries = first.echoed + choice.logprobs
             message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
             if choice.tool_calls:
                 message |= {"content": choice.text or None, "tool_calls": choice.tool_calls}
@@ -163,10 +168,10 @@ class ResponseBuilder:
                 {
                     "index": index,
                     **({"message": message} if self._kind == "chat" else {"text": choice.text}),
-                    "logprobs": self._logprobs(choice, choice.logprobs) if self._wants_logprobs else None,
+                    "logprobs": self._logprobs(choice, entries) if self._wants_logprobs else None,
                     "finish_reason": choice.stated_reason,
                     **self._sources(choice.sources),
-                    **(self._prompt_logprobs(choice) if self._kind == "text" else {}),
+                    **(self._prompt_logprobs(first) if self._kind == "text" else {}),
                 }
             )
         more = self._prompt_logprobs(self._choices[0]) if self._kind == "chat" else {}
@@ -217,7 +222,7 @@ class ResponseBuilder:
     def _add(self, delta: TextDelta) -> _Added:
         """Add a delta to its choice."""
         choice, drop_output = self._choices[delta.index], self._prepared.drop_output
-        text, entries, sources = "", list[Entry](), list[Source]()
+        text, echoed, entries, sources = "", list[Entry](), list[Entry](), list[Source]()
         if not choice.begun:
             text = self._echoed(delta.index)
         if delta.prompt_logprobs is not None:
@@ -226,7 +231,7 @@ class ResponseBuilder:
                 choice.prompt_logprobs = _with_top(delta.prompt_logprobs, self._prepared.prompt_logprobs)
             if self._prepared.prompt_texts and request.params.logprobs is not None:
                 known = _with_top(delta.prompt_logprobs, request.params.logprobs)
-                entries += zip(request.prompt_ids, known, strict=True)
+                echoed += zip(request.prompt_ids, known, strict=True)
         if not drop_output:
             text += delta.text
             entries += [(known.token_id, known) for known in delta.logprobs or ()]
@@ -251,9 +256,10 @@ class ResponseBuilder:
             calls = self._add_calls(choice, pieces)
         choice.text += text
         if self._wants_logprobs:
+            choice.echoed += echoed
             choice.logprobs += entries
         choice.sources += sources
-        return _Added(text, entries, sources, calls)
+        return _Added(text, echoed + entries, sources, calls)
 
     def _add_calls(self, choice: _Choice, pieces: Sequence[Piece]) -> list[Json]:
         """Add parts of tool calls to their choice. Returns them as the chunks of a stream have them."""

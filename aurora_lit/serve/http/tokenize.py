@@ -265,17 +265,23 @@ def _check_structure(body: Sampling, tokenizer: Tokenizer, limits: Limits) -> No
 def _call(
     call_id: str, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams], body: Sampling, client: str
 ) -> Call:
-    """n requests per prompt. Choice i uses seed + i, so that choices differ but are reproducible."""
+    """n requests per prompt. Choice i uses seed + i, so that choices differ but are reproducible.
+
+    Only the first choice of a prompt asks for the prompt's log-probabilities, since a request that does cannot use the
+    prefix cache. In a stream every choice does: an echoed prompt comes with a choice's first tokens, and the first
+    choice may begin later than others.
+    """
     requests: list[Request] = []
     for prompt_ids, options in zip(prompts, params, strict=True):
         for choice in range(body.num_choices):
             # Random generators take 63-bit seeds.
             seed = None if options.seed is None else (options.seed + choice) % 2**63
+            of_prompt = options.prompt_logprobs if choice == 0 or body.stream else None
             requests.append(
                 Request(
                     request_id=f"{call_id}-{len(requests)}",
                     prompt_ids=prompt_ids,
-                    params=replace(options, seed=seed),
+                    params=replace(options, seed=seed, prompt_logprobs=of_prompt),
                     store=body.may_be_stored,
                     domain=body.domain,
                     client=client,

@@ -18,15 +18,15 @@ from aurora_lit.serve.http.tokenize import Limits, longest_token, prepare_chat, 
 TOKENIZER = tiny_tokenizer()
 
 
-def builder(kind: Literal["chat", "text"]) -> ResponseBuilder:
-    """For two choices with log-probabilities; the prompt of a text completion is echoed."""
+def builder(kind: Literal["chat", "text"], **fields: Any) -> ResponseBuilder:
+    """For two choices with log-probabilities; the prompt of a text completion is echoed. fields: of its request."""
     limits = Limits(max_seq_len=64, vocab_size=len(TOKENIZER), longest_token=longest_token(TOKENIZER))
     if kind == "chat":
         turns: Any = [{"role": "user", "content": "hello"}]
         chat = ChatRequest(messages=turns, n=2, logprobs=True)
         prepared = prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=limits)
     else:
-        text = CompletionRequest(prompt="hello", n=2, logprobs=0, echo=True)
+        text = CompletionRequest(**{"prompt": "hello", "n": 2, "logprobs": 0, "echo": True, **fields})
         prepared = prepare_completion(text, call_id="c", tokenizer=TOKENIZER, limits=limits)
     decoder = TokenDecoder(TOKENIZER)
     return ResponseBuilder(prepared, kind=kind, created=0, model="m", token_decoder=decoder, max_draft_tokens=2)
@@ -96,6 +96,25 @@ def test_cached_tokens_are_those_of_each_prompts_first_choice() -> None:
     for index, cached in ((0, 3), (1, 4)):
         made.add([replace(delta(index, "a", accepted=0, finish_reason="stop"), num_cached_tokens=cached)])
     assert made.usage()["prompt_tokens_details"] == {"cached_tokens": 3}
+
+
+def test_every_choice_shows_the_prompts_logprobs_that_came_with_the_first() -> None:
+    """Although a later choice may answer before it."""
+    made = builder("text", prompt=["hi", "to"], prompt_logprobs=0)
+    for index in (1, 3, 0, 2):
+        known = None
+        if index % 2 == 0:
+            after = TOKENIZER.encode("hi" if index == 0 else "to")[1]
+            known = (None, TokenLogprob(token_id=after, logprob=-1.0 - index, top=()))
+        made.add([replace(delta(index, "ab", accepted=0, finish_reason="length"), prompt_logprobs=known)])
+    choices = made.full()["choices"]
+    for choice, prompt, logprob in zip(choices, ("hi", "hi", "to", "to"), (-1, -1, -3, -3), strict=True):
+        assert choice["text"] == f"{prompt}ab"
+        assert choice["logprobs"]["tokens"] == [*prompt, "a", "b"]
+        assert choice["logprobs"]["token_logprobs"] == [None, logprob, -0.5, -0.5]
+        assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
+        (shown,) = choice["prompt_logprobs"][1].values()
+        assert (choice["prompt_logprobs"][0], shown["logprob"]) == (None, logprob)
 
 
 def calling() -> ResponseBuilder:

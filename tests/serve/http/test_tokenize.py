@@ -36,6 +36,16 @@ def test_a_stream_and_a_stop_string_need_each_rounds_tokens_at_once(fields: dict
 
 
 def test_text_that_is_a_token_without_a_row_in_the_model_is_refused() -> None:
+@pytest.mark.parametrize(("fields", "asking"), [({}, [1, None, 1, None]), ({"stream": True}, [1, 1, 1, 1])])
+def test_only_the_first_choice_reads_a_whole_prompt_for_its_logprobs(
+    fields: dict[str, Any], asking: list[int | None]
+) -> None:
+    text = CompletionRequest(prompt=["hello", "world"], n=2, echo=True, logprobs=1, **fields)
+    call = prepare_completion(text, call_id="c", tokenizer=TOKENIZER, limits=LIMITS).call
+    assert [request.params.prompt_logprobs for request in call.requests] == asking
+    assert {request.params.logprobs for request in call.requests} == {1}
+
+
     """Tokenizers may have more tokens than their model: one for images, one for padding."""
     limits = replace(LIMITS, vocab_size=TOKENIZER.convert_tokens_to_ids("<|toolong|>"))
     for prompt in ("hello <|toolong|>", ["hello", "<|toolong|> world"]):
