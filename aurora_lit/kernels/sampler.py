@@ -50,17 +50,21 @@ def choose_dense(
     assert logits_DV.is_contiguous()
     D, vocab_size = logits_DV.shape
     contexts = [context.long().contiguous() for context in contexts]
-    rows, kept_alive = (_Row * D)(), []
+    rows = (_Row * D)()
+    # By the identity of a request's options, which all its columns share; also keeps alive what the rows point to.
+    bias_by_params: dict[int, tuple[ctypes.Array[ctypes.c_int64], ctypes.Array[ctypes.c_float]]] = {}
     numbers = (prompt_lengths, temperature_D.tolist(), key_D.tolist(), position_D.tolist())
     for row, p, context, prompt_length, temperature, key, position in zip(
         rows, params, contexts, *numbers, strict=True
     ):
         if p.logit_bias:
-            tokens = (ctypes.c_int64 * len(p.logit_bias))(*p.logit_bias.keys())
-            values = (ctypes.c_float * len(p.logit_bias))(*p.logit_bias.values())
+            if id(p) not in bias_by_params:
+                count = len(p.logit_bias)
+                tokens = (ctypes.c_int64 * count)(*p.logit_bias.keys())
+                bias_by_params[id(p)] = tokens, (ctypes.c_float * count)(*p.logit_bias.values())
+            tokens, values = bias_by_params[id(p)]
             row.bias_tokens, row.bias_values = ctypes.addressof(tokens), ctypes.addressof(values)
-            row.num_bias = len(p.logit_bias)
-            kept_alive += [tokens, values]
+            row.num_bias = len(tokens)
         row.context, row.context_length, row.prompt_length = context.data_ptr(), len(context), prompt_length
         row.temperature, row.key, row.position = temperature, key, position
         row.repetition, row.presence, row.frequency = p.repetition_penalty, p.presence_penalty, p.frequency_penalty

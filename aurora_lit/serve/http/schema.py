@@ -21,8 +21,12 @@ from aurora_lit.serve.http.tool_fields import CalledTool, Tool, ToolChoosing
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_TOKEN_IDS = 1024
+"""Of stop_token_ids, and of logit_bias."""
 MAX_STOP_CHARACTERS = 256
 MAX_SALT_CHARACTERS = 256
+MAX_METADATA = 16
+"""Entries, as in OpenAI's API."""
 DOMAIN_KEY = "aurora_domain"
 """The key of `metadata` that holds a request's domain label."""
 _INT64 = 2**63
@@ -67,6 +71,7 @@ _RESERVED_VARIABLES = frozenset(
 """Names in `chat_template_kwargs` that are no variables of a template, or are set by other fields."""
 Text = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS, min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 # The minimum length is only for /openapi.json: serve/http/tokenize.py refuses empty prompts with a better message.
 PromptText = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
 Prompts = Annotated[list[T], Field(json_schema_extra={"minItems": 1})]
@@ -135,11 +140,11 @@ class Sampling(Structured):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None  # logits are divided by it
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_TOKEN_IDS)] | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
@@ -147,7 +152,7 @@ class Sampling(Structured):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
     store: bool | None = None
     speculate: bool | None = None
     return_token_sources: bool | None = None

@@ -216,6 +216,26 @@ def test_logits_that_are_infinite_or_no_numbers_choose_some_token(option: dict[s
 
 
 @needs_kernels
+def test_a_bias_is_converted_once_for_all_columns_of_its_request() -> None:
+    reads: list[int] = []
+
+    class Read(dict[int, float]):
+        def values(self) -> Any:
+            reads.append(len(self))
+            return super().values()
+
+    long, short = (replace(BASE, temperature=0.0, logit_bias=Read({t: 50.0 for t in ts})) for ts in ((3, 5), (7,)))
+    params = [long, long, short, long, BASE, short]
+    of_rows = {"params": params, "contexts": [torch.empty(0)] * 6, "prompt_lengths": [0] * 6} | draws_of(params)
+    logits_DV = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    token_D = sampler.choose_dense(logits_DV.clone(), **of_rows)
+    assert sorted(reads) == [1, 2]
+    assert torch.equal(token_D, choose_dense_in_torch(logits_DV.clone(), **of_rows))
+    assert set(token_D[[0, 1, 3]].tolist()) <= {3, 5}
+    assert token_D[[2, 5]].tolist() == [7, 7]
+
+
+@needs_kernels
 def test_a_token_outside_the_vocabulary_is_refused() -> None:
     row = {"contexts": [torch.tensor([3])], "prompt_lengths": [0]}
     for params, vocab in ((replace(BASE, logit_bias={9: 1.0}), 9), (replace(BASE, presence_penalty=1.0), 3)):

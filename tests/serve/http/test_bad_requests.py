@@ -116,6 +116,7 @@ BAD = [
     (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs"),
     (CHAT, chat(logprobs=1), 400, "logprobs"),
     (CHAT, chat(metadata={"a": 1}), 400, "metadata"),
+    (CHAT, chat(metadata={str(i): "a" for i in range(17)}), 400, "metadata"),
     (CHAT, chat(speculate="no"), 400, "speculate"),
     (CHAT, chat(cache_salt=""), 400, "cache_salt"),
     (CHAT, chat(cache_salt="x" * 257), 400, "cache_salt"),
@@ -246,6 +247,7 @@ def test_bad_body(client, case):
         (text(prompt=[-1]), "greater than or equal to 0"),
         (chat(metadata={"kind": 1}), "metadata['kind']=1"),
         (chat(logit_bias={"5": -101}), "logit_bias['5']=-101"),
+        (chat(logit_bias={str(i): 1 for i in range(1025)}), "at most 1024 items"),
         (text(prompt=["a", *"b" * 8]), "server.max_queue"),
     ],
 )

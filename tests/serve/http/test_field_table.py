@@ -73,8 +73,17 @@ def test_every_field_of_openais_package_has_a_row() -> None:
 
 @pytest.mark.parametrize(
     ("name", "inside", "outside"),
-    [("temperature", 2, 2.1), ("top_k", -1, -2), ("n", 128, 129), ("repetition_penalty", 0.01, 0.0), ("top_p", 1, 0)],
+    [
+        ("temperature", 2, 2.1),
+        ("top_k", -1, -2),
+        ("n", 128, 129),
+        ("repetition_penalty", 0.01, 0.0),
+        ("top_p", 1, 0),
+        ("logit_bias", {str(token): 1.0 for token in range(1024)}, {str(token): 1.0 for token in range(1025)}),
+        ("stop_token_ids", [1] * 1024, [1] * 1025),
+        ("metadata", {str(number): "a" for number in range(16)}, {str(number): "a" for number in range(17)}),
+    ],
 )
-def test_ranges_are_as_the_table_says(name: str, inside: float, outside: float) -> None:
+def test_ranges_are_as_the_table_says(name: str, inside: Any, outside: Any) -> None:
     assert refusal(**{name: inside}) == ""
     assert name in refusal(**{name: outside})
