@@ -74,7 +74,8 @@ TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 # The minimum length is only for /openapi.json: serve/http/tokenize.py refuses empty prompts with a better message.
 PromptText = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
-Prompts = Annotated[list[T], Field(json_schema_extra={"minItems": 1})]
+# A list may have millions of members, so validation ends at the first that is wrong.
+Prompts = Annotated[list[T], Field(json_schema_extra={"minItems": 1}, fail_fast=True)]
 
 
 class TextPart(Strict):
@@ -144,7 +145,7 @@ class Sampling(Structured):
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
@@ -375,7 +376,7 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 def token_limit(body: ChatRequest | CompletionRequest) -> tuple[str, int | None]:

@@ -6,6 +6,7 @@ end of a choice that has reached a stop string. Also notices when the worker die
 Leaves out how text is made (serve/http/answer_stream.py), how a response looks (serve/http/responses.py) and the routes
 (serve/http/routes.py).
 
+    worker_client.check_size(num_prompts=1, num_choices=2)  # RequestError: 400 if the queue is too short for it
     pending = worker_client.start(call, request, ...)   # RequestError: 429 if the queue is full, 503 if the worker died
     try:
         while not response.finished:
@@ -111,6 +112,20 @@ class WorkerClient:
             heartbeat_check.cancel()
             stop_watching()
 
+    def check_size(self, *, num_prompts: int, num_choices: int) -> None:
+        """Raise RequestError if a call could never fit into the queue; to be asked before its prompts are tokenized.
+
+        num_choices: of each prompt.
+        """
+        total = num_prompts * num_choices
+        if total > self._max_queue:
+            field = "prompt" if num_prompts > 1 else "n"
+            raise RequestError(
+                f"{field}: the request asks for {total} choices, of all prompts together, and server.max_queue is "
+                f"{self._max_queue}; ask for fewer",
+                param=field,
+            )
+
     def start(
         self,
         call: Call,
@@ -121,20 +136,12 @@ class WorkerClient:
     ) -> PendingCall:
         """Send a call to the worker. `on_close` runs once at its end, with True if the call failed.
 
-        Raises RequestError if the worker is dead or the call does not fit into the queue.
+        Raises RequestError if the worker is dead or the queue is full.
         """
         reason = self.unavailable_reason()
         if reason is not None:
             raise RequestError(f"cannot serve: {reason}", code="engine_dead", status=503)
-        num_choices = len(call.requests)
-        if num_choices > self._max_queue:
-            field = "prompt" if call.requests[0].prompt_ids != call.requests[-1].prompt_ids else "n"
-            raise RequestError(
-                f"{field}: the request asks for {num_choices} choices, of all prompts together, and server.max_queue "
-                f"is {self._max_queue}; ask for fewer",
-                param=field,
-            )
-        if self.num_sequences + num_choices > self._max_queue:
+        if self.num_sequences + len(call.requests) > self._max_queue:
             raise RequestError(
                 f"the queue is full: {self.num_sequences} choices wait or run and server.max_queue is "
                 f"{self._max_queue}; try again later",

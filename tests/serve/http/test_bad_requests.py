@@ -249,6 +249,8 @@ def test_bad_body(client, case):
         (chat(logit_bias={"5": -101}), "logit_bias['5']=-101"),
         (chat(logit_bias={str(i): 1 for i in range(1025)}), "at most 1024 items"),
         (text(prompt=["a", *"b" * 8]), "server.max_queue"),
+        (text(prompt=["", *"b" * 8]), "server.max_queue"),  # before any prompt is looked at
+        (chat(messages=[{"role": "user", "content": "forbidden"}], n=9), "server.max_queue"),
     ],
 )
 def test_an_error_says_what_would_be_right(client, body, said):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from support.fake_engine import tiny_tokenizer
 
 from aurora_lit.errors import RequestError
@@ -35,7 +36,6 @@ def test_a_stream_and_a_stop_string_need_each_rounds_tokens_at_once(fields: dict
     assert prepare_completion(text, call_id="c", tokenizer=TOKENIZER, limits=LIMITS).call.is_answered_whole == whole
 
 
-def test_text_that_is_a_token_without_a_row_in_the_model_is_refused() -> None:
 @pytest.mark.parametrize(("fields", "asking"), [({}, [1, None, 1, None]), ({"stream": True}, [1, 1, 1, 1])])
 def test_only_the_first_choice_reads_a_whole_prompt_for_its_logprobs(
     fields: dict[str, Any], asking: list[int | None]
@@ -46,6 +46,7 @@ def test_only_the_first_choice_reads_a_whole_prompt_for_its_logprobs(
     assert {request.params.logprobs for request in call.requests} == {1}
 
 
+def test_text_that_is_a_token_without_a_row_in_the_model_is_refused() -> None:
     """Tokenizers may have more tokens than their model: one for images, one for padding."""
     limits = replace(LIMITS, vocab_size=TOKENIZER.convert_tokens_to_ids("<|toolong|>"))
     for prompt in ("hello <|toolong|>", ["hello", "<|toolong|> world"]):
@@ -64,6 +65,13 @@ def test_too_many_tokens_are_told_under_the_name_that_was_sent(name: str) -> Non
     with pytest.raises(RequestError, match=f"^{name}=1000 is too many") as refused:
         prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=LIMITS)
     assert refused.value.param == name
+
+
+@pytest.mark.parametrize("prompt", [[None] * 1000, [1] * 999 + [-1], [[1], [-1] * 999]])
+def test_a_long_list_of_what_is_no_prompt_is_refused_at_its_first_mistake(prompt: list[Any]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        CompletionRequest(prompt=prompt)
+    assert refused.value.error_count() <= 4, "one for each form that a prompt may have"
 
 
 _NO_SYSTEM = (

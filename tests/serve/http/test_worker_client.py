@@ -128,6 +128,16 @@ def test_a_damaged_message_fails_every_waiting_call_and_frees_its_slots(worker_c
     assert sent_messages(spec) == [CALL, CANCEL], "the worker still works on the call"
 
 
+@pytest.mark.parametrize(("num_prompts", "num_choices", "field"), [(1, 2, None), (1, 3, "n"), (3, 1, "prompt")])
+def test_a_call_that_never_fits_into_the_queue_is_refused(worker_client, num_prompts, num_choices, field):
+    if field is None:
+        worker_client.check_size(num_prompts=num_prompts, num_choices=num_choices)
+        return
+    with pytest.raises(RequestError, match=f"^{field}: .* asks for 3 choices.*server.max_queue is 2") as caught:
+        worker_client.check_size(num_prompts=num_prompts, num_choices=num_choices)
+    assert (caught.value.status, caught.value.param) == (400, field)
+
+
 def call_with_stop(*stop, num_choices):
     params = SamplingParams(max_tokens=9, stop=stop)
     requests = tuple(Request(request_id=f"c-{i}", prompt_ids=(1,), params=params) for i in range(num_choices))
