@@ -81,11 +81,17 @@ class LiveDraft:
         for output, domain in zip(outputs, domains, strict=True):
             if not output.num_proposed or output.only_copied or output.explored:
                 continue
+            proposed, accepted = output.chain_proposed, output.chain_accepted
+            if output.finish_reason is not None and len(output.token_ids) <= accepted:
+                # No token of the target's own follows: the request ended there, and the rest was not verified.
+                proposed = accepted
+            if not proposed:
+                continue
             verdict = self._watch.observe(
                 request=output.request_id,
                 domain=domain,
-                proposed=output.chain_proposed,
-                accepted=output.chain_accepted,
+                proposed=proposed,
+                accepted=accepted,
             )
             if verdict is not None:
                 version = self._engine.draft_version

@@ -343,7 +343,7 @@ def judged(store: DraftStore, *, plain_rounds: int = 0, **of_output: Any) -> Liv
     wait(lambda: live._reloader._ready)
     live.before_round()
     for number in range(100):
-        bad = dataclasses.replace(output, request_id=f"after {number // 20}", num_accepted=0, **of_output)
+        bad = dataclasses.replace(output, request_id=f"after {number // 20}", **{"num_accepted": 0, **of_output})
         live.after_round([bad], [""])
     if live.num_rollbacks:
         wait(lambda: live._reloader._ready)
@@ -358,6 +358,23 @@ def judged(store: DraftStore, *, plain_rounds: int = 0, **of_output: Any) -> Liv
 def test_only_proposals_of_the_draft_in_rounds_without_exploration_count_in_a_trial(
     of_output: dict[str, Any], rollbacks: int, store: DraftStore
 ) -> None:
+    assert judged(store, **of_output).num_rollbacks == rollbacks
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "more", "rollbacks"),
+    [
+        (1, {"num_accepted": 1}, 0),
+        (2, {"num_accepted": 1}, 1),  # the target's own token follows, so it has rejected a proposal
+        (0, {"num_accepted": 0}, 0),
+        (2, {"num_proposed": 9, "num_accepted": 2, "first_choices": (3, 2)}, 0),  # of a tree
+        (2, {"num_proposed": 9, "num_accepted": 2, "first_choices": (3, 1)}, 1),
+    ],
+)
+def test_proposals_that_the_end_of_a_request_cut_off_do_not_count_against_a_draft(
+    num_tokens: int, more: dict[str, Any], rollbacks: int, store: DraftStore
+) -> None:
+    of_output = {"token_ids": (1,) * num_tokens, "finish_reason": "length", **more}
     assert judged(store, **of_output).num_rollbacks == rollbacks
 
 
