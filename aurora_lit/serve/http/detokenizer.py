@@ -118,9 +118,11 @@ class TextStream:
         return decode(self._tokenizer, token_ids, skips_special_tokens=self._skips_special_tokens)
 
     def _cut(self, fresh: str) -> str:
-        pending = self._held + fresh
+        pending, num_held = self._held + fresh, len(self._held)
         # The stop string completed first decides, however the text was split; of two that end together, the longer one.
-        ends = [(at + len(word), at) for word in self._stop if (at := pending.find(word)) >= 0]
+        # What was held back may contain one that did not count; it does not count later either.
+        found = ((word, pending.find(word, max(0, num_held - len(word) + 1))) for word in self._stop)
+        ends = [(at + len(word), at) for word, at in found if at >= 0]
         if ends and self._num_tokens > self._min_tokens:
             self.stopped, self._held = True, ""
             end, begin = min(ends)

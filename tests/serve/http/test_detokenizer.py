@@ -114,6 +114,18 @@ def test_output_is_cut_before_the_stop_string(tokenizer, seed, stop, expected):
     assert stream.stopped == (expected != TEXT)
 
 
+@pytest.mark.parametrize(
+    ("rest", "expected"),
+    [("x", "abx"), ("xb", "abx"), ("c", ""), ("b", "ab"), ("xabc", "abxa")],
+)
+def test_a_stop_string_that_came_too_early_to_count_does_not_count_later_either(tokenizer, rest, expected):
+    """It may still be held back then, as the beginning of a longer one."""
+    stream = TextStream(tokenizer, stop=("abc", "b"), min_tokens=2)
+    text = "".join(stream.push([token_id]) for token_id in tokenizer.encode("ab" + rest))
+    assert text + stream.finish() == expected
+    assert stream.stopped == (rest != "x")
+
+
 def test_the_space_between_a_prompt_and_its_continuation_is_not_lost():
     """Decoders of SentencePiece leave out the space at the beginning of a text."""
     pieces = ["\u2581The", "\u2581capital", "\u2581is", "\u2581Paris"]
