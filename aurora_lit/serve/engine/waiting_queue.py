@@ -10,6 +10,7 @@ Left out: slots (serve/sequences/slot_allocator.py), and what grammars allow (gr
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from aurora_lit.request import Request
 
 _COMPILING_POLL_S = 0.01
 """How long a round without other work waits for a grammar."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +84,14 @@ class WaitingQueue:
 
     def _ready(self, request: Request, compiling: Future[Grammar] | None) -> ReadyRequest:
         grammar, error = None, None
-        try:
-            grammar = None if compiling is None else compiling.result()
-        except (RequestError, ValueError) as reason:
-            error = str(reason)
+        fault = None if compiling is None else compiling.exception()
+        if isinstance(fault, RequestError | ValueError):
+            error = str(fault)
+        elif fault is not None:  # whatever it is, such as a panic of llguidance, other requests go on
+            _log.error("the grammar of request %s could not be compiled", request.request_id, exc_info=fault)
+            error = f"its grammar could not be compiled: {type(fault).__name__}: {fault}"
+        elif compiling is not None:
+            grammar = compiling.result()
         return ReadyRequest(request=request, end_tokens=self._end_tokens(request), grammar=grammar, error=error)
 
     def _end_tokens(self, request: Request) -> frozenset[int]:

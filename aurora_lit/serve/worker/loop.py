@@ -145,6 +145,8 @@ class EngineLoop:
         while True:
             try:
                 inbox.put(self._channel.receive())
+            except ValueError:  # it was read to its end, so the next message can be
+                _log.exception("a message of the HTTP process cannot be read and is dropped")
             except (EOFError, OSError):
                 inbox.put(_END)
                 return

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from llguidance import LLMatcher
 from scipy.stats import chi2
 from support.grammars import END, TOKENS, VOCAB_SIZE, backend, compiler, law, text_of
 from support.tiny_models import Answer, make_engine, random_draft, request, run, save_model, trained_draft
@@ -277,6 +278,31 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_request_alone(case: Case) ->
     assert answers[good.request_id].finish_reason == "stop"
     assert answers[bad.request_id].finish_reason == "error"
     assert "invalid regex" in (answers[bad.request_id].rounds[0].error or "")
+
+
+class Panic(BaseException):
+    """As llguidance's own are: no `Exception`."""
+
+
+@pytest.mark.parametrize("fault", [RecursionError("too deep"), Panic("at the disco")])
+def test_whatever_fails_while_a_grammar_is_compiled_ends_its_request_alone(
+    case: Case, fault: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    of_class = GrammarCompiler._matcher
+
+    def failing(self: GrammarCompiler, asked: StructuredOutputsParams) -> LLMatcher:
+        if asked.regex == "a":
+            raise fault
+        return of_class(self, asked)
+
+    monkeypatch.setattr(GrammarCompiler, "_matcher", failing)
+    bad, good = requests(1, regex="a")[0], replace(requests(1)[0], request_id="good")
+    answers = run(case.engine(), [bad, good])
+    assert answers["good"].finish_reason == "stop"
+    assert answers[bad.request_id].finish_reason == "error"
+    said = answers[bad.request_id].rounds[0].error or ""
+    assert said == f"its grammar could not be compiled: {type(fault).__name__}: {fault}"
+    assert f"the grammar of request {bad.request_id} could not be compiled" in caplog.text
 
 
 def test_a_limit_that_llguidance_reaches_ends_its_request_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

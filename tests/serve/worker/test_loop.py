@@ -59,7 +59,10 @@ class HTTPProcess:
         self.send((call_id, Call(call_id=call_id, requests=requests)))
 
     def send(self, message: CallMessage) -> None:
-        self._connection.sendall(encode(message))
+        self.send_bytes(encode(message))
+
+    def send_bytes(self, content: bytes) -> None:
+        self._connection.sendall(content)
 
     def read(self) -> None:
         """Read one message. Nothing may follow the error that ended a call."""
@@ -225,6 +228,19 @@ def test_a_refused_call_is_told_so_and_the_others_go_on(serve: Callable[..., Fak
         assert http.tokens("bad") == []
 
     serve(http_process)
+
+
+def test_a_message_that_cannot_be_read_is_dropped_and_the_next_one_is_read(
+    serve: Callable[..., FakeEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    def http_process(http: HTTPProcess) -> None:
+        http.send_bytes(LENGTH.pack(7) + b"\xc1damage")  # no msgpack begins like this
+        http.call("a", "abc", max_tokens=5)
+        http.read_until(lambda: http.ended("a"))
+        assert http.tokens("a") == TOKENIZER.encode("abcab")
+
+    serve(http_process)
+    assert "7 bytes are no message of the HTTP process" in caplog.text
 
 
 @pytest.mark.parametrize("stalled", [False, True])
