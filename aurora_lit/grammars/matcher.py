@@ -17,6 +17,7 @@ Shapes: W bytes of a mask: one bit for each token, the first in the lowest bit.
 from __future__ import annotations
 
 import json
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -122,18 +123,40 @@ class GrammarCompiler:
         self._tokenizer_json, self._vocab_size, self._eos = tokenizer_json, vocab_size, sorted(eos_token_ids)
         self._tokenizers: dict[bool, LLTokenizer] = {}
         self._compiled: deque[tuple[StructuredOutputsParams, LLMatcher]] = deque(maxlen=_MOST_KEPT)
+        self._changing_compiled = threading.Lock()
         self._thread = grammar_thread()
 
     def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
-        """The beginning of an output that `end_tokens` may end. The future raises RequestError."""
-        return self._thread.submit(self._compile, asked, end_tokens)
+        """The beginning of an output that `end_tokens` may end. The future raises RequestError.
+
+        What has been compiled before is ready at once, and does not wait for other grammars.
+        """
+        start = self._kept(asked)
+        if start is None:
+            return self._thread.submit(self._compile, asked, end_tokens)
+        ready = Future[Grammar]()
+        try:
+            ready.set_result(self._begin(start, end_tokens))
+        except Exception as error:
+            ready.set_exception(error)
+        return ready
 
     def _compile(self, asked: StructuredOutputsParams, end_tokens: frozenset[int]) -> Grammar:
-        # Choices of one request have the same grammar, and so have most requests of one application.
-        start = next((matcher for before, matcher in self._compiled if before == asked), None)
-        if start is None:
-            start = self._matcher(asked)
+        start = self._kept(asked)  # perhaps since it was asked for
+        if start is not None:
+            return self._begin(start, end_tokens)
+        start = self._matcher(asked)
+        grammar = self._begin(start, end_tokens)  # one that cannot begin is not kept
+        with self._changing_compiled:
             self._compiled.append((asked, start))
+        return grammar
+
+    def _kept(self, asked: StructuredOutputsParams) -> LLMatcher | None:
+        # Choices of one request have the same grammar, and so have most requests of one application.
+        with self._changing_compiled:
+            return next((matcher for before, matcher in self._compiled if before == asked), None)
+
+    def _begin(self, start: LLMatcher, end_tokens: frozenset[int]) -> Grammar:
         return Grammar(Branch(start.deep_copy(), vocab_size=self._vocab_size, end_tokens=end_tokens))
 
     def _matcher(self, asked: StructuredOutputsParams) -> LLMatcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import Any
 
 import numpy as np
@@ -144,3 +145,21 @@ def test_what_is_asked_for_again_is_compiled_once_and_outputs_stay_apart(monkeyp
         start(f"a{{{number + 1}}}")
     start("ab?c")
     assert [asked.regex for asked in made].count("ab?c") == 2, "a few are kept"
+
+
+def test_a_compiled_grammar_does_not_wait_for_one_that_is_being_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_one, go, end = compiler(), threading.Event(), frozenset([END])
+    known, slow = StructuredOutputsParams(regex="b"), StructuredOutputsParams(regex="c")
+    of_one.compile(known, end_tokens=end).result()
+    of_class = GrammarCompiler._matcher
+
+    def slowly(self: GrammarCompiler, asked: StructuredOutputsParams) -> Any:
+        go.wait(20)
+        return of_class(self, asked)
+
+    monkeypatch.setattr(GrammarCompiler, "_matcher", slowly)
+    waiting, ready = (of_one.compile(asked, end_tokens=end) for asked in (slow, known))
+    assert (ready.done(), waiting.done()) == (True, False)
+    go.set()
+    assert tokens_of(ready.result().allowed) == {TOKENS.index("b")}
+    assert tokens_of(waiting.result().allowed) == {TOKENS.index("c")}
