@@ -7,18 +7,18 @@ Verification is not here (serve/sequences/round_plan.py).
 May import: serve/sequences/ and above. Start with proposer.py, then planner.py. The files, each importing only those
 above it:
 
-    costs.py             what forward passes cost here, by batch size and query length
-    draft_reliability.py how often the draft's first choices are accepted, by the share that it gives them
-    planner.py           how many tokens the draft proposes, as a chain or a tree; what trees gain over chains
-    floor.py             turns speculation off for a while where it took longer than plain decoding
-    kept_costs.py        keeps measured costs in the cache, by machine, code and configuration
-    copy_planner.py      how many tokens are copied, by what that costs and promises
-    grammar_rows.py      rows of outputs with a grammar: what it allows and what it forces
-    candidate_tree.py    one tree a sequence, from copies and the draft's proposals
-    copies_in_python.py  looks copies up where there are no kernels
-    traffic_memory.py    what earlier requests were answered, by who may read it; looks copies up
-    runtime_draft.py     a draft prepared for this machine: weights packed, native calls set up, outputs checked
-    drafter.py           drafting for a batch: the draft's KV cache, chains and trees of proposals
-    calibration.py       measures forward passes and draft steps before the first request; keeps what it found
-    proposer.py          makes a round's proposals: copies, the draft's, both in one tree, or none
+    costs.py              what forward passes cost here, by batch size and query length
+    draft_reliability.py  how often the draft's first choices are accepted, by the share that it gives them
+    planner.py            how many tokens the draft proposes, as a chain or a tree; what trees gain over chains
+    floor.py              turns speculation off for a while where it took longer than plain decoding
+    kept_costs.py         keeps measured costs in the cache, by machine, code and configuration
+    copy_planner.py       how many tokens are copied, by what that costs and promises
+    grammar_rows.py       rows of outputs with a grammar: what it allows and what it forces
+    candidate_tree.py     one tree a sequence, from copies and the draft's proposals
+    copies_in_python.py   looks copies up where there are no kernels
+    traffic_memory.py     what earlier requests were answered, by who may read it; looks copies up
+    runtime_draft.py      a draft prepared for this machine: weights packed, native calls set up, outputs checked
+    drafter.py            drafting for a batch: the draft's KV cache, chains and trees of proposals
+    calibration.py        measures forward passes and draft steps before the first request; keeps what it found
+    proposer.py           makes a round's proposals: copies, the draft's, both in one tree, or none
 """
