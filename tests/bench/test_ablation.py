@@ -92,6 +92,7 @@ def run(folder: Path, out: Path, arms: str, config: AuroraConfig | None = None, 
     return ablation.run(config or a_config(folder), traces=folder / "traces", arms=arms.split(","), out=out, **fields)
 
 
+@pytest.mark.slow
 def test_arms_learn_differently_and_the_report_says_how(folder: Path, out: Path) -> None:
     report = run(folder, out, "static,kl,lk,ppo,full", a_config(folder, learning_rate=1e-2, gate_requests=6))
     arms = report["arms"]

@@ -269,6 +269,7 @@ def processes(servers: TinyServers, server: int) -> dict[str, int]:
     return {"main": server, "worker": worker, "http": http}
 
 
+@pytest.mark.slow
 def test_after_kills_at_random_moments_only_unsaved_work_is_lost(
     servers: TinyServers, answers: list[list[int]]
 ) -> None:
