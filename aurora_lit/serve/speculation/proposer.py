@@ -357,7 +357,7 @@ class Proposer:
         noise = self._noise(sequences, explores)
         if any(explores):
             return self._drafter.propose(inputs, num_steps=shape.levels, noise=noise, with_logprobs=True)
-        if self._planner.limits.sibling_tokens and not shape.nodes and self._weighs(decision):
+        if self._weighs(decision):
             return self._weigh(inputs, sequences, decision, batch_size=batch_size, noise=noise)
         min_gains = None
         if not decision.is_trial:
@@ -375,8 +375,12 @@ class Proposer:
         )
 
     def _weighs(self, decision: DraftDecision) -> bool:
-        """False where all of a shape is drafted to measure it, or drafting is not adapted."""
-        return self._planner.limits.adaptive and not decision.is_trial and not decision.is_probe
+        """False where all of a shape is drafted to measure it, where drafting is not adapted, or a draft was swapped in
+        that has no native steps."""
+        limits, shape = self._planner.limits, decision.shape
+        if not limits.sibling_tokens or not limits.adaptive or shape.nodes or decision.is_trial or decision.is_probe:
+            return False
+        return self._drafter is not None and self._drafter.supports_trees
 
     def _weigh(
         self,

@@ -203,7 +203,7 @@ def test_output_is_that_of_plain_decoding(
 
 def weighing_engine(models: TinyModels, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Engine, list[int]]:
     """An engine that weighs what it drafts in every round, at one price after the other; and its numbers of rounds."""
-    engine = models.engine(nodes=0, sibling_tokens=3, adaptive=True, **changes)
+    engine = models.engine(**{"kind": "trained", **changes}, nodes=0, sibling_tokens=3, adaptive=True)
     planner, speeds, counted = engine.planner, itertools.cycle([1e-9, 200.0, 50.0, 1e-9, 1e9]), [0]
 
     def decide(rates: Any, **_: Any) -> DraftDecision:
@@ -331,10 +331,13 @@ def test_the_draft_is_swapped_while_requests_run(models: TinyModels) -> None:
     assert tokens(answers) == tokens(run(make_engine(models.targets["bf16"]), models.requests()))
 
 
-def test_a_draft_that_cannot_propose_trees_may_be_swapped_in(models: TinyModels) -> None:
+@pytest.mark.parametrize("weighs", [False, True])
+def test_a_draft_that_cannot_propose_trees_may_be_swapped_in(
+    models: TinyModels, weighs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another form of checkpoint, of the same sizes: its layers do not run in native steps."""
-    engine = models.engine("random")
-    assert engine.planner.limits.tree_sizes
+    engine = weighing_engine(models, monkeypatch, kind="random")[0] if weighs else models.engine("random")
+    assert engine.planner.limits.tree_sizes or weighs
     answers = {r.request_id: Answer() for r in models.requests()}
     for each in models.requests():
         engine.submit(each)
