@@ -81,8 +81,9 @@ class EngineSettings:
     max_draft_tokens: int = _within(4, 1, 8)
     """Maximum number of consecutive tokens that the draft proposes in a round."""
     tree_tokens: int = _within(0, 0, 31)
-    """Maximum number of tokens in a draft tree, which is at most max_draft_tokens deep. 0: only chains, since trees
-    have shown no gain. Trees need the fused CPU layers; elsewhere the draft proposes chains."""
+    """Maximum number of tokens in a tree whose every branch is drafted, at most max_draft_tokens deep. 0: chains, with
+    the siblings below, since such trees have shown no gain. Trees need the fused CPU layers; elsewhere the draft
+    proposes chains."""
     sibling_tokens: int = _within(3, 0, 3)
     """Maximum number of other likely tokens that are considered beside each token of a drafted chain. Of all these, a
     round proposes those that are expected to repay the time that verifying them takes; none where engine.adaptive is

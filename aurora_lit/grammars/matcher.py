@@ -124,22 +124,17 @@ class GrammarCompiler:
         self._tokenizers: dict[bool, LLTokenizer] = {}
         self._compiled: deque[tuple[StructuredOutputsParams, LLMatcher]] = deque(maxlen=_MOST_KEPT)
         self._changing_compiled = threading.Lock()
-        self._thread = grammar_thread()
+        self._thread, self._beginning = grammar_thread(), grammar_thread()
 
     def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
         """The beginning of an output that `end_tokens` may end. The future raises RequestError.
 
-        What has been compiled before is ready at once, and does not wait for other grammars.
+        What has been compiled before does not wait for other grammars.
         """
         start = self._kept(asked)
         if start is None:
             return self._thread.submit(self._compile, asked, end_tokens)
-        ready = Future[Grammar]()
-        try:
-            ready.set_result(self._begin(start, end_tokens))
-        except Exception as error:
-            ready.set_exception(error)
-        return ready
+        return self._beginning.submit(self._begin, start, end_tokens)
 
     def _compile(self, asked: StructuredOutputsParams, end_tokens: frozenset[int]) -> Grammar:
         start = self._kept(asked)  # perhaps since it was asked for

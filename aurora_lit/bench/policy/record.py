@@ -70,6 +70,8 @@ def run(
         raise ConfigError(
             f"engine.max_batch_size={config.engine.max_batch_size} is below --clients {max(clients)}; raise it"
         )
+    # Chains are recorded as they are drafted, and so simulated.
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, sibling_tokens=0))
     settings = {name: asdict(getattr(config, name)) for name in ("target", "draft", "engine", "memory")}
     settings["engine"].pop("max_batch_size")  # may be raised for more clients
     asked_for = {"limit": limit, "max_tokens": max_tokens, "temperature": temperature, "timed": timed}

@@ -13,8 +13,8 @@
 #pragma once
 
 #include <algorithm>
-#include <functional>
-#include <limits>
+#include <utility>
+#include <vector>
 
 #include "decoder.hpp"
 #include "noise.hpp"
@@ -322,32 +322,39 @@ void next_level(const DraftCall& call, DraftState& d, int64_t level) {
   choose_level<Format>(call, d, level);
 }
 
-// The log-probability that a node must have to be proposed: of all rows' nodes, as many of the most probable as promise
-// most accepted tokens beyond their price.
-inline double least_logprob(const DraftCall& call, const DraftState& d) {
-  static thread_local std::vector<double> found;
-  found.clear();
-  for (const GrowingTree& row : d.rows) found.insert(found.end(), row.logprobs.begin(), row.logprobs.end());
-  std::sort(found.begin(), found.end(), std::greater<double>());
-  double promised = 0.0, most = 0.0, least = std::numeric_limits<double>::infinity();
+// Of the nodes of all rows, each row's most probable first, how many of each row promise most accepted tokens beyond
+// their price.
+inline std::vector<size_t> worthwhile(const DraftCall& call, const DraftState& d,
+                                      const std::vector<std::vector<int64_t>>& best) {
+  std::vector<std::pair<double, size_t>> found;  // log-probability and row
+  for (size_t b = 0; b < best.size(); ++b)
+    for (const int64_t node : best[b]) found.emplace_back(d.rows[b].logprobs[size_t(node)], b);
+  std::stable_sort(found.begin(), found.end(), [](const auto& x, const auto& y) { return x.first > y.first; });
+  double promised = 0.0, most = 0.0;
+  size_t count = 0;
   for (size_t n = 0; n < found.size() && int64_t(n) + 1 < call.num_columns; ++n) {
-    promised += std::exp(found[n]);
+    promised += std::exp(found[n].first);
     const double gain = promised - call.speed * call.columns_s[n + 1];
-    if (gain > most) most = gain, least = found[n];
+    if (gain > most) most = gain, count = n + 1;
   }
-  return least;
+  std::vector<size_t> counts(best.size());
+  for (size_t n = 0; n < count; ++n) ++counts[found[n].second];
+  return counts;
 }
 
 // Write the `max_nodes` most probable nodes of each row, of a weighed chain only those that are worth it.
 inline void write_proposals(DraftCall& call, const DraftState& d) {
-  const double least = call.is_weighed() ? least_logprob(call, d) : -std::numeric_limits<double>::infinity();
+  // A parent is at least as probable as its child, and before it, so the best nodes include every parent.
+  std::vector<std::vector<int64_t>> best;
+  for (const GrowingTree& row : d.rows) best.push_back(row.best(size_t(call.max_nodes), 0));
+  if (call.is_weighed()) {
+    const std::vector<size_t> counts = worthwhile(call, d, best);
+    for (size_t b = 0; b < best.size(); ++b) best[b].resize(counts[b]);
+  }
   std::vector<int64_t> column_of;
   for (size_t b = 0; b < d.rows.size(); ++b) {
     const GrowingTree& row = d.rows[b];
-    // A parent is at least as probable as its child, so the best nodes include every parent.
-    std::vector<int64_t> kept = row.best(size_t(call.max_nodes), 0);
-    kept.erase(std::find_if(kept.begin(), kept.end(), [&](int64_t node) { return row.logprobs[size_t(node)] < least; }),
-               kept.end());
+    std::vector<int64_t>& kept = best[b];
     std::sort(kept.begin(), kept.end());
     // A weighed chain comes first: an accepted path that is its beginning lies in order already.
     if (call.is_weighed())

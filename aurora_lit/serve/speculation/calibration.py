@@ -188,7 +188,7 @@ class _Probe:
 
 
 def _target_passes(table: CostTable, limits: SpeculationLimits, probe: _Probe) -> list[_Operation]:
-    lengths = {*range(1, limits.draft_tokens + 2), 2, limits.copied_tokens + 1}
+    lengths = {*range(1, limits.draft_tokens + 2), 2, limits.weighed_tokens + 1, limits.copied_tokens + 1}
     lengths |= {nodes + 1 for nodes in limits.tree_sizes if probe.batch_size * (nodes + 1) <= MAX_TREE_COLUMNS}
     return [
         _Operation(table=table, length=length, run=functools.partial(probe.run_target, length))

@@ -214,8 +214,8 @@ class SpeculationPlanner:
             sampled: {n: TreeAcceptance(n, sampled=sampled) for n in limits.tree_sizes} for sampled in (False, True)
         }
         self.reliability = DraftReliability()
-        self._weighings: dict[tuple[int, int], Weighing] = {}
-        """What holds for _PRICED_EVERY rounds, by batch size and sequences that draft."""
+        self._weighings: dict[tuple[int, int], tuple[int, Weighing]] = {}
+        """What holds for _PRICED_EVERY rounds that draft, and since which, by batch size and sequences that draft."""
         self._last = DraftShape(limits.draft_tokens)
         self._speed = 0.0
         """What it promises, in tokens per second."""
@@ -321,17 +321,18 @@ class SpeculationPlanner:
     def weighing(self, drafting: Sequence[RunningSequence], *, batch_size: int, speed: float) -> Weighing:
         """How what is drafted for these sequences is weighed, in a round that promises `speed`, in tokens a second."""
         key = batch_size, len(drafting)
-        if key not in self._weighings or self._rounds_with % _PRICED_EVERY == 0:
-            costs, most = self.costs, min(MAX_TREE_COLUMNS, len(drafting) * self.limits.weighed_tokens)
+        since, weighing = self._weighings.get(key, (0, None))
+        if weighing is None or self._rounds_with - since >= _PRICED_EVERY:
+            costs, most = self.costs, len(drafting) * self.limits.weighed_tokens
             plain_s = costs.round_s(batch_size, [])
             columns_s = [max(0.0, costs.round_s(batch_size, [count]) - plain_s) for count in range(most + 1)]
             until_s = [costs.draft_s(len(drafting), DraftShape(n)) for n in range(1, self.limits.draft_tokens + 1)]
             levels_s = [max(0.0, after - before) for before, after in itertools.pairwise(until_s)]
-            self._weighings[key] = Weighing(
+            weighing = Weighing(
                 self.reliability.acceptance_KC, doubles(columns_s), doubles(levels_s), level_rates=(), speed=0.0
             )
-        rates = [self.rate_of(sequence) for sequence in drafting]
-        return self._weighings[key]._replace(level_rates=rates, speed=speed)
+            self._weighings[key] = self._rounds_with, weighing
+        return weighing._replace(level_rates=[self.rate_of(sequence) for sequence in drafting], speed=speed)
 
     def level_rates(self, shape: DraftShape, rates: Sequence[float], *, sampled: bool) -> list[float]:
         """Acceptance rates of the shape's levels, for sequences whose chains have these."""

@@ -79,12 +79,16 @@ class LiveDraft:
         domains: the label of each output's request, "" without one.
         """
         for output, domain in zip(outputs, domains, strict=True):
-            if not output.num_proposed or output.only_copied or output.explored:
+            if output.first_choice_right is not None:
+                # How much of a weighed chain is proposed says how sure the draft is; its first token is always known.
+                proposed, accepted = 1, int(output.first_choice_right)
+            elif not output.num_proposed or output.only_copied or output.explored:
                 continue
-            proposed, accepted = output.chain_proposed, output.chain_accepted
-            if output.finish_reason is not None and len(output.token_ids) <= accepted:
-                # No token of the target's own follows: the request ended there, and the rest was not verified.
-                proposed = accepted
+            else:
+                proposed, accepted = output.chain_proposed, output.chain_accepted
+                if output.finish_reason is not None and len(output.token_ids) <= accepted:
+                    # No token of the target's own follows: the request ended there, and the rest was not verified.
+                    proposed = accepted
             if not proposed:
                 continue
             verdict = self._watch.observe(

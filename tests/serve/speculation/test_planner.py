@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from aurora_lit.request import Request, SamplingParams
-from aurora_lit.serve.sequences.round_plan import Proposal
+from aurora_lit.serve.sequences.round_plan import Proposal, WeighedChain
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation import planner as planner_module
 from aurora_lit.serve.speculation.costs import Costs, DraftShape
@@ -463,6 +463,18 @@ def test_what_is_weighed_costs_what_rounds_and_levels_do() -> None:
     assert found.level_rates == [planner.rate_of(sequence) for sequence in sequences]
     assert found.level_rates[0] < found.level_rates[1]
     assert found.acceptance_KC is planner.reliability.acceptance_KC
+
+
+def test_of_a_weighed_chain_no_more_is_known_than_the_sequence_got() -> None:
+    limits = SpeculationLimits(draft_tokens=4, copied_tokens=0, sibling_tokens=3)
+    planner, sequence = SpeculationPlanner(limits, chain_costs(ragged=True)), a_sequence(temperature=0.0)
+    proposal = Proposal(tokens=[5, 6], num_drafted=2, weighed=WeighedChain([5, 6, 7, 8], [0.9, 0.9, 0.1, 0.1]))
+    before_KC = planner.reliability.acceptance_KC.clone()
+    planner.observe(sequence, proposal, path=[0, 1, 2], tokens=[5, 6], finished=True)
+    assert sequence.verified_drafts.proposed == pytest.approx(2, abs=0.2)
+    assert (planner.reliability.acceptance_KC != before_KC).nonzero().tolist() == [[0, 14]]
+    planner.observe(sequence, proposal, path=[0, 1, 2], tokens=[5, 6, 7], finished=False)
+    assert planner.reliability.acceptance_KC[0, 1] > before_KC[0, 1], "it was right, though not proposed"
 
 
 def test_what_columns_cost_is_asked_again_after_sixteen_rounds() -> None:

@@ -21,7 +21,7 @@ from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.speculation.costs import DraftShape
 from aurora_lit.serve.speculation.planner import DraftDecision
-from aurora_lit.traces.record import SOURCE_DRAFT, Trace, check
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE, Trace, check
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
 
@@ -254,11 +254,17 @@ def test_what_is_not_proposed_of_a_weighed_chain_counts_as_far_as_the_answer_tel
             observe(sequence, proposal, **outcome)
             agreeing = list(itertools.takewhile(bool, map(int.__eq__, proposal.weighed.tokens, outcome["tokens"])))
             known = min(len(proposal.weighed.tokens), len(outcome["tokens"]))
+            committed_L = engine._tokens_SL[sequence.slot, : sequence.length]
+            assert list(outcome["tokens"]) == committed_L[-len(outcome["tokens"]) :].tolist()
+            assert len(outcome["tokens"]) == len(outcome["path"]) or outcome["finished"]
+            assert proposal.source == (SOURCE_DRAFT if proposal.tokens else SOURCE_NONE)
             assert told == [True] * len(agreeing) + [False] * (len(agreeing) < known)
             seen.append((told, len(proposal.tokens)))
 
     monkeypatch.setattr(engine.planner, "observe", observed)
-    run(engine, models.requests())
+    answers = run(engine, models.requests())
+    rights = [output.first_choice_right for answer in answers.values() for output in answer.rounds]
+    assert [right for right in rights if right is not None].count(True) == sum(told[0] for told, _ in seen)
     assert any(told == [True] and not proposed for told, proposed in seen), "it was right, and not proposed"
     assert any(told[-1:] == [False] and proposed for told, proposed in seen)
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -328,14 +328,17 @@ class RecordingEngine:
         self.swaps.append((draft, version, recompute))
 
 
-def judged(store: DraftStore, *, plain_rounds: int = 0, **of_output: Any) -> LiveDraft:
+def judged(
+    store: DraftStore, *, plain_rounds: int = 0, before: Mapping[str, Any] | None = None, **of_output: Any
+) -> LiveDraft:
     """After a hundred rounds that accepted 3 tokens, and plain ones, a new draft, and a hundred that accepted none."""
     engine = RecordingEngine()
     live = LiveDraft(engine, HotReloader(store, lambda folder: folder and folder.name))
     live.start(on_change=lambda: None)
     output = Output(request_id="", token_ids=(1,), num_proposed=3, num_accepted=3)
     for number in range(100):
-        live.after_round([dataclasses.replace(output, request_id=f"before {number // 20}")], [""])
+        good = dataclasses.replace(output, request_id=f"before {number // 20}", **(before or {}))
+        live.after_round([good], [""])
     for _ in range(plain_rounds):
         live.after_round([Output(request_id="plain", token_ids=(1,))], [""])
     draft = Eagle3Draft(Eagle3Config(**SMALL_SHAPE))
@@ -352,6 +355,18 @@ def judged(store: DraftStore, *, plain_rounds: int = 0, **of_output: Any) -> Liv
     assert engine.swaps[0] == ("draft-000001", "draft-000001", False)
     assert engine.swaps[1:] == [(None, "good", True)] * live.num_rollbacks, "nothing of the bad one's cache is kept"
     return live
+
+
+def test_weighed_rounds_are_judged_by_their_first_choice_proposed_or_not(store: DraftStore) -> None:
+    """A draft that is less sure proposes less, which is no fault of it."""
+    right = {"first_choice_right": True}
+    unsure = {"num_proposed": 0, "num_accepted": 0, "token_ids": (7,)}
+    assert judged(store, before=right, **unsure, **right).num_rollbacks == 0
+
+
+def test_a_draft_whose_unproposed_first_choices_are_wrong_is_rolled_back(store: DraftStore) -> None:
+    nothing = {"num_proposed": 0, "num_accepted": 0, "token_ids": (7,)}
+    assert judged(store, before={"first_choice_right": True}, **nothing, first_choice_right=False).num_rollbacks == 1
 
 
 @pytest.mark.parametrize(("of_output", "rollbacks"), [({}, 1), ({"only_copied": True}, 0), ({"explored": True}, 0)])
