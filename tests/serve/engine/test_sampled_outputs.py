@@ -31,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "trees": {"tree_tokens": 15},
     "lookup": {"copied_tokens": 15},
     "exploring": {"explore_share": 0.5, "explore_temperature": 1.5},
-    "all": {"tree_tokens": 15, "copied_tokens": 15, "explore_share": 0.3, "adaptive": True},
+    "all": {"tree_tokens": 15, "sibling_tokens": 3, "copied_tokens": 15, "explore_share": 0.3, "adaptive": True},
 }
 PROMPTS = [torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (4, 11, 2, 23)]
 PROMPTS[1] = PROMPTS[1][:4] * 4  # repeats itself, so that there is something to look up

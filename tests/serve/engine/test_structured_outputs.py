@@ -39,6 +39,7 @@ LANGUAGE = {
 WAYS: dict[str, dict[str, Any]] = {
     "chains": {"tree_tokens": 0},
     "trees": {"tree_tokens": 7},
+    "weighed": {"sibling_tokens": 3, "adaptive": True},
     "copies": {"tree_tokens": 0, "copied_tokens": 15},
     "all": {"tree_tokens": 7, "copied_tokens": 15, "explore_share": 0.3, "explore_temperature": 1.5},
 }
@@ -90,7 +91,7 @@ def test_outputs_are_those_of_plain_decoding_and_of_the_grammar(case: Case, way:
     engine = case.engine(**WAYS[way])
     answers = run(engine, asked, arrivals=[i // 3 for i in range(len(asked))])
     assert tokens(answers) == tokens(plain)
-    assert engine.stats.accepted > 100
+    assert engine.stats.accepted > (0 if way == "weighed" else 100)  # that one measures whether it pays
     for r in asked[:40]:
         answer = answers[r.request_id]
         assert text_of(answer.token_ids) in LANGUAGE
