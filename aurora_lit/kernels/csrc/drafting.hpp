@@ -22,6 +22,8 @@
 
 namespace {
 
+constexpr int SHARES = 16;  // classes of shares, equally wide
+
 struct DraftCall {
   DecoderCall decoder;  // the draft's layer and KV cache; `slots` and `starts` of the sequences
   Matrix fuse, head, value;
@@ -136,14 +138,14 @@ inline const Perturbation* perturbations_of(const DraftCall& call, DraftState& d
 // probable CANDIDATES of each row by the copy. On real hidden states these blocks hold the head's own
 // choice in 98.6 of 100 cases.
 constexpr int CANDIDATES = 4;
-constexpr int SHARES = 16;  // classes of shares, equally wide
 constexpr int MAX_COARSE_ROWS = 3;  // with more rows the copy takes longer than the head
 
 template <class Format>
 void coarse_top(const DraftCall& call, const float* normed, const typename Format::Input* x, int k, int rows,
-                const Perturbation* perturbations, int children, Top* tops, LogSumExp* sums) {
+                const Perturbation* perturbations, Top* tops, LogSumExp* sums) {
   typedef Product<Grouped<4>> Copy;
   const int H = int(call.decoder.hidden), outputs = int(call.head.outputs), copy_k = Copy::padded(H);
+  const int children = int(call.children);
   static thread_local Buffer<InputGroup> rounded;
   InputGroup* copy_x = rounded.at_least(Copy::buffer_rows(rows) * size_t(copy_k));
   for (int r = 0; r < rows; ++r) Copy::round_row(normed + ptrdiff_t(r) * H, H, copy_x, r, rows);
@@ -173,7 +175,7 @@ void choose_level(const DraftCall& call, DraftState& d, int64_t level) {
   const Perturbation* perturbations = perturbations_of(call, d, level, width);
   const bool has_shares = call.is_tree() || call.is_weighed();
   if (call.coarse.weight && !call.is_tree() && children <= CANDIDATES && rows <= MAX_COARSE_ROWS)
-    coarse_top<Format>(call, d.normed.data(), x, k, rows, perturbations, children, tops, has_shares ? sums : nullptr);
+    coarse_top<Format>(call, d.normed.data(), x, k, rows, perturbations, tops, has_shares ? sums : nullptr);
   else
     top_of_blocks<Format>(x, k, rows, call.head.weight, int(call.head.outputs), nullptr,
                           num_blocks(int(call.head.outputs)), children, tops, has_shares ? sums : nullptr,

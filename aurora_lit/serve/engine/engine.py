@@ -158,7 +158,7 @@ class Engine:
             draft_tokens=draft_tokens,
             copied_tokens=options.copied_tokens,
             tree_sizes=tree_sizes(options.tree_tokens if supports_trees and draft_tokens > 1 else 0),
-            sibling_tokens=options.sibling_tokens if supports_trees else 0,
+            sibling_tokens=options.sibling_tokens if supports_trees and options.adaptive else 0,
             adaptive=options.adaptive,
         )
 

@@ -375,10 +375,8 @@ class Proposer:
         )
 
     def _weighs(self, decision: DraftDecision) -> bool:
-        """False where all of a shape is drafted to measure it, where drafting is not adapted, or a draft was swapped in
-        that has no native steps."""
-        limits, shape = self._planner.limits, decision.shape
-        if not limits.sibling_tokens or not limits.adaptive or shape.nodes or decision.is_trial or decision.is_probe:
+        """False where a shape is drafted to measure it, or a draft was swapped in that has no native steps."""
+        if not self._planner.limits.sibling_tokens or decision.shape.nodes or decision.is_trial or decision.is_probe:
             return False
         return self._drafter is not None and self._drafter.supports_trees
 

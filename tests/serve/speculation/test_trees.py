@@ -218,6 +218,14 @@ def weighing_engine(models: TinyModels, monkeypatch: pytest.MonkeyPatch, **chang
     return engine, counted
 
 
+def test_passes_of_as_many_columns_as_are_weighed_are_timed_at_the_start(models: TinyModels) -> None:
+    """Beyond the longest that is timed, columns would seem to be free."""
+    engine = models.engine(nodes=0, sibling_tokens=3, adaptive=True, copied_tokens=0)
+    while engine.refine_costs():
+        pass
+    assert max(length for size, length, _ in engine.costs.target.all_initial if size == 1) == 9
+
+
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_output_with_weighed_proposals_is_that_of_plain_decoding(
     models: TinyModels, batch: int, monkeypatch: pytest.MonkeyPatch
