@@ -14,7 +14,7 @@ MAX_DOMAINS = 31
 """Maximum of domain.max_domains."""
 PLANS = ("plain", "lookup", "memory", "chain", "tree")
 """What a round proposes, counted apart: nothing; copies from earlier in the requests, or also from the traffic memory;
-or chains or trees of the draft, copies beside them or not."""
+or the draft's, as a chain or as a tree with siblings or copies beside it."""
 
 RENAMED_SETTINGS = {
     "domain.novelty": "domain.novelty_threshold",
@@ -80,17 +80,12 @@ class EngineSettings:
     for itself)."""
     max_draft_tokens: int = _within(4, 1, 8)
     """Maximum number of consecutive tokens that the draft proposes in a round."""
-    tree_tokens: int = _within(0, 0, 31)
-    """Maximum number of tokens in a tree whose every branch is drafted, at most max_draft_tokens deep. 0: chains, with
-    the siblings below, since such trees have shown no gain. Trees need the fused CPU layers; elsewhere the draft
-    proposes chains."""
     sibling_tokens: int = _within(3, 0, 3)
     """Maximum number of other likely tokens that are considered beside each token of a drafted chain. Of all these, a
     round proposes those that are expected to repay the time that verifying them takes; none where engine.adaptive is
-    off. 0: all tokens of a drafted chain are proposed, and no others. Needs the fused CPU layers, as trees do."""
+    off. 0: all tokens of a drafted chain are proposed, and no others. Needs the fused CPU layers."""
     adaptive: bool = True
-    """true: each round chooses the draft length, and a chain or a tree, from measured costs. false: always
-    max_draft_tokens and tree_tokens."""
+    """true: each round chooses the draft length from measured costs. false: always max_draft_tokens."""
     explore_share: float = _within(0.0, 0.0, 1.0)
     """Share of drafted rounds in which greedy requests sample their proposals, so that the policy loss (PPO) has
     something to learn from. The output stays exact; exploring rounds accept fewer tokens. 0: off, since it has shown no

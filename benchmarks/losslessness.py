@@ -67,7 +67,6 @@ def main() -> int:
             max_batch_size=batch,
             max_seq_len=config.engine.max_seq_len,
             max_draft_tokens=k,
-            tree_tokens=0,
             sibling_tokens=0,
             copied_tokens=config.engine.lookup_tokens if k else 0,
             adaptive=False,

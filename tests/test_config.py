@@ -77,7 +77,6 @@ DEFAULTS = {
     "engine": {
         "speculate": True,
         "max_draft_tokens": 4,
-        "tree_tokens": 0,
         "sibling_tokens": 3,
         "adaptive": True,
         "explore_share": 0.0,

@@ -1,10 +1,10 @@
 """`aurora-lit bench acceptance`: accepted length and acceptance rate by position, for each domain, greedy and sampled.
 
 So that different drafts can be compared, on a busy machine too, each round proposes as many tokens as it may:
-engine.max_draft_tokens, or a tree of engine.tree_tokens (engine.adaptive and engine.lookup are off), and the draft
-reads a new prompt at once (engine.max_round_ms is as long as it may be). Accepted length is the number of tokens
-emitted per round, the target's own token included. A request's last round is not counted, since the end of the answer
-cuts it short, and neither are rounds without proposals.
+engine.max_draft_tokens (engine.adaptive and engine.lookup are off), and the draft reads a new prompt at once
+(engine.max_round_ms is as long as it may be). Accepted length is the number of tokens emitted per round, the target's
+own token included. A request's last round is not counted, since the end of the answer cuts it short, and neither are
+rounds without proposals.
 
 Leaves out speed (bench/throughput.py).
 """
@@ -126,7 +126,7 @@ def measure(
 def summarise(answers: Sequence[Answer], *, domain: str, temperature: float) -> Acceptance:
     """Acceptance over the rounds of these answers."""
     rounds = [r for answer in answers for r in answer.rounds if r.num_proposed and r.finish_reason is None]
-    longest = max((max(r.chain_proposed, r.num_accepted) for r in rounds), default=0)  # the depth of a tree
+    longest = max((r.num_proposed for r in rounds), default=0)
     rates, conditional = [], []
     for position in range(1, longest + 1):
         tried = [r for r in rounds if r.num_proposed >= position]

@@ -165,49 +165,6 @@ def shifts(config: AuroraConfig, **options: Any) -> None:
     run(config, **options)
 
 
-@bench.group()
-def policy() -> None:
-    """Ask whether a learned policy of what rounds propose could gain anything."""
-
-
-@policy.command("record", cls=MultiFileCommand)
-@_PROMPTS
-@click.option("--limit", type=click.IntRange(min=1), default=40, show_default=True, help="Prompts from each file.")
-@_MAX_TOKENS
-@_TEMPERATURE
-@click.option("--clients", default="1,4,8", show_default=True, help="Numbers of clients whose rounds are timed.")
-@click.option(
-    "--timed",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Prompts of timed rounds, for each client.",
-)
-@click.option("--out", type=FOLDER, required=True, help="Folder for the recording.")
-@configured
-def record_policy(config: AuroraConfig, clients: str, **options: Any) -> None:
-    """Record answers, what the draft could propose, and timed rounds. Run it again to continue where it stopped."""
-    numbers = _integers(clients, "--clients", minimum=1)
-    from aurora_lit.bench.policy.record import run
-
-    run(config, clients=numbers, **options)
-
-
-@policy.command("replay")
-@click.option("--recording", type=FOLDER, required=True, help="Folder that `aurora-lit bench policy record` wrote.")
-@click.option("--clients", default="1,4,8", show_default=True, help="Numbers of clients.")
-@click.option("--orders", type=click.IntRange(min=1), default=2, show_default=True, help="Orders of the requests.")
-@click.option("--parts", is_flag=True, help="Also the planner without single parts, and with costs or rates known.")
-@_RESULTS
-@configured
-def replay_policy(config: AuroraConfig, clients: str, **options: Any) -> None:
-    """Compare plain decoding, the planner, fixed shapes, a bandit and oracles. Prints tables and writes JSON."""
-    numbers = _integers(clients, "--clients", minimum=1)
-    from aurora_lit.bench.policy.run import run
-
-    run(config, clients=numbers, **options)
-
-
 def _integers(text: str, option: str, *, minimum: int) -> tuple[int, ...]:
     """The numbers in a list such as 1,4,8."""
     try:

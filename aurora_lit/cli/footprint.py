@@ -282,7 +282,6 @@ def _slot_capacity(config: AuroraConfig) -> int:
     return slot_capacity(
         max_seq_len=config.engine.max_seq_len,
         max_draft_tokens=config.engine.max_draft_tokens,
-        tree_tokens=config.engine.tree_tokens,
         sibling_tokens=config.engine.sibling_tokens,
         copied_tokens=copied_tokens(config),
     )

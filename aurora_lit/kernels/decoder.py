@@ -23,8 +23,6 @@ from aurora_lit.kernels.weight_format import WeightFormat
 PASS_PARTS = ("products", "attention", "rest")
 """Parts of a pass that `Decoder.nanoseconds` tells apart; PassPart in decoder.hpp."""
 _NUM_AUX_LAYERS = 3
-MAX_DEPTH = 32
-"""Largest number of columns on a path of a tree; MAX_PATH in attention_shape.hpp."""
 
 
 class Matrix(ctypes.Structure):
@@ -163,11 +161,10 @@ class Decoder:
         `begins_R` int64: the sequences have different query lengths, at most `queries`; the positions of sequence b
         are rows begins_R[b] to begins_R[b + 1] of `hidden_NH`. Of a tree they are the first columns.
 
-        `parents_BC` int64: the positions are the last `queries` columns of a tree, whose earlier columns were computed
-        by earlier calls. parents_BC[b, c] is the column that column c follows, always a smaller one, or -1 for the
-        last position before the tree. A column has the position of its depth; it attends to the positions before the
-        tree, its ancestors and itself. In the cache columns are stored in their own order until `move` takes the
-        accepted ones to their positions.
+        `parents_BC` int64: the positions are the columns of a tree. parents_BC[b, c] is the column that column c
+        follows, always a smaller one, or -1 for the last position before the tree. A column has the position of its
+        depth; it attends to the positions before the tree, its ancestors and itself. In the cache columns are stored in
+        their own order until `move` takes the accepted ones to their positions.
 
         `num_prompts`: the last so many sequences read their prompts, the others decode; `parents_BC` has rows for the
         others only, and beside it prompts need `begins_R`. Where `has_prompt_arithmetic`,
@@ -189,7 +186,7 @@ class Decoder:
         if parents_BC is not None:
             parents_BC = parents_BC.contiguous()
             call.columns = parents_BC.shape[1]
-            assert begins_R is not None or (queries <= call.columns and not num_prompts)
+            assert begins_R is not None or (queries == call.columns and not num_prompts)
             assert len(parents_BC) == len(slots_B) - num_prompts
         call.slots, call.starts, call.parents = slots_B.data_ptr(), starts_B.data_ptr(), _address(parents_BC)
         call.embeds, call.hidden_states = _address(embeds_NH), hidden_NH.data_ptr()

@@ -1,4 +1,4 @@
-"""A draft's proposals, a chain or a tree for each sequence, in one native call (csrc/drafting.hpp).
+"""A draft's proposals, a chain for each sequence, maybe with siblings, in one native call (csrc/drafting.hpp).
 
 `DraftSteps` holds pointers into tensors that it keeps alive.
 
@@ -35,10 +35,9 @@ class _Call(ctypes.Structure):
         ("committed_slot", ctypes.c_int64),
         ("embedding", products.RowTable),
         *((name, ctypes.c_void_p) for name in ("target_ids", "done", "ends")),
-        *((name, ctypes.c_int64) for name in ("children", "level_width", "max_levels", "max_nodes")),
-        *((name, ctypes.c_void_p) for name in ("min_gains", "level_rates")),
-        *((name, ctypes.c_void_p) for name in ("temperatures", "keys", "positions")),
-        ("acceptance", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("children", "max_levels", "max_nodes")),
+        *((name, ctypes.c_void_p) for name in ("min_gains", "temperatures", "keys", "positions")),
+        *((name, ctypes.c_void_p) for name in ("acceptance", "level_rates")),
         ("speed", ctypes.c_double),
         ("columns_s", ctypes.c_void_p),
         ("num_columns", ctypes.c_int64),
@@ -69,17 +68,15 @@ class Weighing(NamedTuple):
 
 
 class Drafted(NamedTuple):
-    """A chain or a tree for each sequence."""
+    """A chain for each sequence, or of a weighed one what is worth proposing, siblings among it."""
 
     tokens: list[list[int]]
     """Target ids [B][K]; where they were weighed, each sequence has its own number, maybe none."""
     parents: list[list[int]] | None
-    """Of trees: the column that each token follows, where column 0 is the last committed token."""
+    """Of weighed chains: the column that each token follows, where column 0 is the last committed token."""
     outcomes: list[list[float]]
-    """By level [J][B]. Of chains: the value head's prediction of how many tokens are accepted from there on. Of trees:
-    the draft's probability that the accepted path passes one of the nodes that are expanded after that level; for
-    sequences with a temperature that of the perturbed logits. Of weighed chains: the probability that it passes the
-    level's first choice."""
+    """By level [J][B]: the value head's prediction of how many tokens are accepted from there on. Of weighed chains:
+    the probability that the first choices until that level are accepted."""
     logprobs: list[list[float]] | None = None
     """Of chains, if asked for: log-probability of each token under the draft at the noise's temperature."""
     first_choices: list[list[int]] | None = None
@@ -94,12 +91,6 @@ class Drafted(NamedTuple):
         return torch.tensor(self.tokens)
 
     @property
-    def parent_BK(self) -> torch.Tensor:
-        """`parents` of trees, int64."""
-        assert self.parents is not None
-        return torch.tensor(self.parents)
-
-    @property
     def outcome_JB(self) -> torch.Tensor:
         """`outcomes`, fp32."""
         return torch.tensor(self.outcomes)
@@ -108,7 +99,7 @@ class Drafted(NamedTuple):
 class DraftSteps:
     """Drafts for a batch of sequences.
 
-    >>> drafted = steps(slots=[0, 2], done=[4, 0], ends=[6, 9], num_levels=4, num_nodes=4, width=1, ...)
+    >>> drafted = steps(slots=[0, 2], done=[4, 0], ends=[6, 9], num_levels=4, ...)
     >>> drafted.tokens
     """
 
@@ -159,12 +150,10 @@ class DraftSteps:
         done: Sequence[int],
         ends: Sequence[int],
         num_levels: int,
-        num_nodes: int,
-        width: int = 1,
-        children: int = 0,
-        weighing: Weighing | None = None,
         min_gains: Sequence[float] | None = None,
-        level_rates: Sequence[float] = (),
+        num_siblings: int = 0,
+        num_nodes: int = 0,
+        weighing: Weighing | None = None,
         draws: products.ColumnDraws | None = None,
     ) -> Drafted:
         """Run the draft over positions `done` to `ends` of each sequence, then draft from there.
@@ -173,14 +162,12 @@ class DraftSteps:
 
         Args:
             num_levels: most levels.
-            num_nodes: most proposals for each sequence: the most probable nodes of the levels.
-            width: most nodes of a level that are expanded; 1: chains.
-            children: considered for each node; 0: `width`.
-            weighing: of chains: which levels are drafted, and which nodes proposed. None: all are, up to `num_nodes`.
             min_gains: accepted tokens, of all sequences together, that each level after the first must promise to be
-                drafted. None: all levels are drafted.
-            level_rates: of trees, if `min_gains` is set: acceptance rate of a level, for each sequence.
-            draws: of each sequence's first proposed token. Where the temperature is positive, children are ranked by
+                drafted. None: all levels are drafted. A weighed chain has its own rule.
+            num_siblings: of a weighed chain, tokens that are considered beside each of its own.
+            num_nodes: of a weighed chain, most proposals for each sequence.
+            weighing: which levels are drafted, and which tokens proposed. None: the whole chain, without siblings.
+            draws: of each sequence's first proposed token. Where the temperature is positive, tokens are ranked by
                 logit / temperature + noise, namely the noise that the target's own token is drawn with (`gumbel` in
                 modules/sampling/noise.py); where it is 0, by their logits. None: 0 for all.
         """
@@ -196,11 +183,11 @@ class DraftSteps:
         call.ends = call.decoder.starts = call.done + row
         call.features, call.features_slot = features_SLF.data_ptr(), features_SLF.stride(0)
         call.committed, call.committed_slot = tokens_SL.data_ptr(), tokens_SL.stride(0)
-        call.children, call.level_width = min(children or width, self._num_outputs), width
+        num_nodes = num_nodes or num_levels
+        call.children = min(1 + num_siblings, self._num_outputs)
         call.max_levels, call.max_nodes = num_levels, num_nodes
-        gains_J, rates_B = _doubles(min_gains), _doubles(level_rates if weighing is None else weighing.level_rates)
+        gains_J = None if min_gains is None else doubles(min_gains)
         call.min_gains = None if gains_J is None else ctypes.addressof(gains_J)
-        call.level_rates = None if rates_B is None else ctypes.addressof(rates_B)
         outcomes = (ctypes.c_float * (num_levels * B))()
         found = (ctypes.c_int64 * (B * (1 + 2 * num_nodes + num_levels)))()
         call.outcomes, call.counts = ctypes.addressof(outcomes), ctypes.addressof(found)
@@ -209,8 +196,9 @@ class DraftSteps:
         call.first = call.parents + row * num_nodes
         call.acceptance = None
         if weighing is not None:
-            shares = (ctypes.c_float * (num_levels * B))()
+            shares, rates_B = (ctypes.c_float * (num_levels * B))(), doubles(weighing.level_rates)
             call.acceptance, call.shares = weighing.acceptance_KC.data_ptr(), ctypes.addressof(shares)
+            call.level_rates = ctypes.addressof(rates_B)
             call.columns_s, call.num_columns = ctypes.addressof(weighing.columns_s), len(weighing.columns_s)
             call.levels_s, call.speed = ctypes.addressof(weighing.levels_s), weighing.speed
         call.temperatures = call.keys = call.positions = None
@@ -222,15 +210,13 @@ class DraftSteps:
         self._draft(ctypes.byref(call), self._state)
         levels, parents, first = call.levels, B * (1 + num_nodes), B * (1 + 2 * num_nodes)
         begins = [(b * num_nodes, b * num_nodes + found[b]) for b in range(B)]
-        drafted = Drafted(
-            [found[B + begin : B + end] for begin, end in begins],
-            [found[parents + begin : parents + end] for begin, end in begins],
-            [outcomes[j * B : (j + 1) * B] for j in range(levels)],
-        )
+        tokens = [found[B + begin : B + end] for begin, end in begins]
+        each_level = range(0, levels * B, B)
+        drafted = Drafted(tokens, None, [outcomes[j : j + B] for j in each_level])
         if weighing is None:
             return drafted
-        each_level = range(0, levels * B, B)
         return drafted._replace(
+            parents=[found[parents + begin : parents + end] for begin, end in begins],
             first_choices=[[found[first + j + b] for j in each_level] for b in range(B)],
             shares=[[shares[j + b] for j in each_level] for b in range(B)],
         )
@@ -239,7 +225,3 @@ class DraftSteps:
 def doubles(numbers: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
     """An array for native code."""
     return (ctypes.c_double * len(numbers))(*numbers)
-
-
-def _doubles(numbers: Sequence[float] | None) -> ctypes.Array[ctypes.c_double] | None:
-    return None if numbers is None else doubles(numbers)

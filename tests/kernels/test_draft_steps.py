@@ -1,6 +1,6 @@
-"""The native draft steps agree with the draft's own modules: chains, trees and prefill, in both weight formats.
+"""The native draft steps agree with the draft's own modules: chains, siblings and prefill, in both weight formats.
 
-With temperatures, children are ranked by logits with the noise of modules/sampling/noise.py.
+With temperatures, tokens are ranked by logits with the noise of modules/sampling/noise.py.
 """
 
 from __future__ import annotations
@@ -67,13 +67,9 @@ def num_comparable(lengths: list[int]) -> int:
     return 3 if lengths[2] > 1 else 2
 
 
-def native_levels(drafter: Drafter, inputs: DraftInputs, *, noise: ColumnDraws | None = None, **levels: Any) -> Drafted:
+def native_chain(drafter: Drafter, inputs: DraftInputs, *, noise: ColumnDraws | None = None, **levels: Any) -> Drafted:
     """One native call; its other arguments are those of `DraftSteps`."""
     return drafter._draft_levels(inputs, noise=noise, **levels)
-
-
-def native_chain(drafter: Drafter, inputs: DraftInputs, *, num_levels: int, **levels: Any) -> Drafted:
-    return native_levels(drafter, inputs, num_levels=num_levels, num_nodes=num_levels, width=1, **levels)
 
 
 @torch.no_grad()
@@ -82,8 +78,8 @@ def test_a_native_chain_equals_the_modules_chain(target: Target, stop_after: int
     sequences = GrowingSequences(target, num_drafters=2)
     native_drafter, module_drafter = sequences.drafters
     module_drafter._runtime_draft = replace(module_drafter._runtime_draft, steps=None)
-    assert native_drafter.supports_trees
-    assert not module_drafter.supports_trees
+    assert native_drafter.is_native
+    assert not module_drafter.is_native
     for lengths in ROUNDS:
         inputs = sequences.grow(lengths)
         min_gains = stop_after_levels(stop_after, 5)
@@ -98,34 +94,29 @@ def test_a_native_chain_equals_the_modules_chain(target: Target, stop_after: int
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("width", [1, 4])
-def test_native_drafting_ends_where_the_rule_says(target: Target, width: int) -> None:
+def test_native_drafting_ends_where_the_rule_says(target: Target) -> None:
     """With random tables: after the first level whose successor promises too few tokens by the recorded outcomes."""
-    rng, ends = random.Random(width), set()
+    rng, ends = random.Random(1), set()
     sequences, draft = GrowingSequences(target, num_drafters=0), random_draft(target)
     draft.value_head.bias.fill_(4.0)  # expects long chains, so that all levels may be reached
     drafter = Drafter(draft, target, tokens_SL=sequences.tokens_SL, capacity=CAPACITY)
     sequences.drafters.append(drafter)
     inputs = sequences.grow(ROUNDS[0])
 
-    def outcomes(min_gains: list[float] | None, level_rates: list[float]) -> torch.Tensor:
+    def outcomes(min_gains: list[float] | None) -> torch.Tensor:
         drafter._num_cached = [0] * len(drafter._num_cached)
-        if width == 1:
-            return native_chain(drafter, inputs, num_levels=6, min_gains=min_gains).outcome_JB
-        levels = {"num_steps": 6, "num_nodes": 15, "min_gains": min_gains, "level_rates": level_rates}
-        return drafter.propose_tree(inputs, **levels).outcome_JB  # type: ignore[arg-type]
+        return native_chain(drafter, inputs, num_levels=6, min_gains=min_gains).outcome_JB
 
-    everything_JB = outcomes(None, [])
+    everything_JB = outcomes(None)
     assert len(everything_JB) == 6
     for _ in range(200):
-        min_gains, level_rates = [1.5 * rng.random() ** 8 for _ in range(5)], [rng.random() for _ in range(3)]
+        min_gains = [1.5 * rng.random() ** 8 for _ in range(5)]
         survival, levels = [1.0] * 3, 1
         for outcome_B, min_gain in zip(everything_JB.tolist(), min_gains, strict=False):
-            promised = sum(outcome * rate for outcome, rate in zip(outcome_B, level_rates, strict=True))
-            if not (extends_chain(outcome_B, survival, min_gain) if width == 1 else promised > min_gain):
+            if not extends_chain(outcome_B, survival, min_gain):
                 break
             levels += 1
-        ended_JB = outcomes(min_gains, level_rates)
+        ended_JB = outcomes(min_gains)
         assert len(ended_JB) == levels
         assert torch.equal(ended_JB, everything_JB[:levels])
         ends.add(levels)
@@ -192,7 +183,7 @@ def stop_after_levels(levels: int, most: int) -> list[float]:
 
 @dataclass(kw_only=True)
 class ReferenceTree:
-    """A growing draft tree (modules/sampling/tree.py), written down directly from the paper."""
+    """A chain and its siblings, as a tree of nodes."""
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
@@ -237,84 +228,24 @@ def draws_of(noises: list[Noise]) -> ColumnDraws:
     )
 
 
-def reference_tree(
-    drafter: Drafter,
-    root_1H: torch.Tensor,
-    slots_B: torch.Tensor,
-    start_B: torch.Tensor,
-    *,
-    levels: int,
-    width: int,
-    noise: Noise = GREEDY,
-) -> tuple[ReferenceTree, list[float]]:
-    """The tree with each node's state computed by its own chain from the root; and each level's reach probability."""
-    tree, level, reaches = ReferenceTree(), [-1], []
-    for depth in range(levels):
-        grown = len(tree.tokens)
-        for node in level:
-            hidden_1H = root_1H
-            for step, token in enumerate(tree.path(node)):
-                hidden_1H = drafter.forward(torch.tensor([[token]]), hidden_1H[None], slots_B, start_B + step)[:, 0]
-            logits_D = drafter.draft.compute_logits(hidden_1H)[0]
-            perturbed_D = noise.perturbed(logits_D, drafter.draft.draft_token_ids, level=depth)
-            top = perturbed_D.log_softmax(-1).topk(width)
-            tree.tokens += drafter.draft.draft_token_ids[top.indices].tolist()
-            tree.parents += [node] * width
-            tree.logprobs += [(tree.logprobs[node] if node >= 0 else 0.0) + x for x in top.values.tolist()]
-        level = tree.best(width, start=grown)
-        reaches.append(sum(torch.tensor(tree.logprobs)[level].exp().tolist()))
-    return tree, reaches
-
-
 @torch.no_grad()
-@pytest.mark.parametrize(("levels", "nodes"), [(1, 3), (2, 3), (3, 15), (4, 15), (2, 31), (5, 31)])
-def test_a_native_tree_equals_the_reference_tree(target: Target, levels: int, nodes: int) -> None:
-    sequences = GrowingSequences(target, num_drafters=2)
-    native_drafter, reference_drafter = sequences.drafters
-    width = min(4, nodes)
-    for lengths in ROUNDS:
-        inputs = sequences.grow(lengths)
-        drafted = native_drafter.propose_tree(
-            inputs,
-            num_steps=8,
-            num_nodes=nodes,
-            min_gains=stop_after_levels(levels, 8),
-            level_rates=[1.0] * 3,
-        )
-        assert len(drafted.outcome_JB) == levels
-        assert drafted.parents is not None
-        roots_BH = reference_drafter.prefill(inputs)
-        for b in range(num_comparable(lengths)):
-            sequence = (roots_BH[b : b + 1], torch.tensor(SLOTS[b : b + 1]), torch.tensor([lengths[b] - 1]))
-            tree, expected_reach = reference_tree(reference_drafter, *sequence, levels=levels, width=width)
-            kept = sorted(tree.best(nodes))
-            assert drafted.tokens[b] == [tree.tokens[i] for i in kept]
-            assert drafted.parents[b] == [kept.index(tree.parents[i]) + 1 if tree.parents[i] >= 0 else 0 for i in kept]
-            assert drafted.outcome_JB[:, b].tolist() == pytest.approx(expected_reach, rel=1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("levels", "nodes", "width"), [(1, 3, 3), (4, 15, 4), (5, 31, 4), (5, 5, 1)])
-def test_with_temperatures_native_trees_and_chains_equal_the_reference(
-    target: Target, levels: int, nodes: int, width: int
-) -> None:
+@pytest.mark.parametrize("levels", [1, 5])
+def test_with_temperatures_native_chains_equal_the_reference(target: Target, levels: int) -> None:
     """Two sequences at a temperature with their own keys and positions, and a greedy one between them."""
     sequences = GrowingSequences(target, num_drafters=2)
     native_drafter, reference_drafter = sequences.drafters
     for lengths in (*ROUNDS, [14, 123, 10]):
         inputs = sequences.grow(lengths)
-        drafted = native_levels(
-            native_drafter, inputs, num_levels=levels, num_nodes=nodes, width=width, noise=draws_of(NOISES)
-        )
-        roots_BH = reference_drafter.prefill(inputs)
+        drafted = native_chain(native_drafter, inputs, num_levels=levels, noise=draws_of(NOISES))
+        roots_BH, ids_D = reference_drafter.prefill(inputs), reference_drafter.draft.draft_token_ids
         for b in range(num_comparable(lengths)):
-            sequence = (roots_BH[b : b + 1], torch.tensor(SLOTS[b : b + 1]), torch.tensor([lengths[b] - 1]))
-            tree, reach = reference_tree(reference_drafter, *sequence, levels=levels, width=width, noise=NOISES[b])
-            kept = sorted(tree.best(nodes))
-            assert drafted.tokens[b] == [tree.tokens[i] for i in kept]
-            assert drafted.parents[b] == [kept.index(tree.parents[i]) + 1 if tree.parents[i] >= 0 else 0 for i in kept]
-            if width > 1:
-                assert drafted.outcome_JB[:, b].tolist() == pytest.approx(reach, rel=1e-4)
+            hidden_1H, chain = roots_BH[b : b + 1], []
+            for level in range(levels):
+                logits_D = reference_drafter.draft.compute_logits(hidden_1H)[0]
+                chain.append(int(ids_D[NOISES[b].perturbed(logits_D, ids_D, level=level).argmax()]))
+                where = torch.tensor(SLOTS[b : b + 1]), torch.tensor([lengths[b] - 1 + level])
+                hidden_1H = reference_drafter.forward(torch.tensor([chain[-1:]]), hidden_1H[None], *where)[:, 0]
+            assert drafted.tokens[b] == chain
 
 
 def weighed_reference(
@@ -431,17 +362,34 @@ def test_a_weighed_chain_ends_before_a_level_that_does_not_repay_its_pass(target
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("width", [1, 4])
-def test_a_sequences_proposals_with_noise_do_not_depend_on_the_sequences_beside_it(target: Target, width: int) -> None:
+@pytest.mark.parametrize("weighs", [False, True])
+def test_a_sequences_proposals_with_noise_do_not_depend_on_the_sequences_beside_it(
+    target: Target, weighs: bool
+) -> None:
+    """Where columns cost nothing, so that they do not compete for them."""
     sequences = GrowingSequences(target, num_drafters=2)
+    for drafter in sequences.drafters:
+        without_copy(drafter)  # which only few sequences read
     inputs = sequences.grow(ROUNDS[1])
-    levels = {"num_levels": 4, "num_nodes": 4 if width == 1 else 15, "width": width}
-    together = native_levels(sequences.drafters[0], inputs, **levels, noise=draws_of(NOISES))
+
+    def drafted(drafter: Drafter, rows: slice) -> Drafted:
+        number = len(SLOTS[rows])
+        free = doubles([0.0] * (8 * number + 1)), doubles([0.0] * 3)
+        weighing = Weighing(torch.full((2, SHARE_CLASSES), 0.5), *free, level_rates=[1.0] * number, speed=1.0)
+        levels: dict[str, Any] = {"num_siblings": 3, "num_nodes": 8, "weighing": weighing} if weighs else {}
+        of_rows = DraftInputs(slots=inputs.slots[rows], lengths=inputs.lengths[rows])
+        return native_chain(drafter, of_rows, num_levels=4, noise=draws_of(NOISES[rows]), **levels)
+
+    together = drafted(sequences.drafters[0], slice(3))
+    assert [len(tokens) for tokens in together.tokens] == [8 if weighs else 4] * 3
     for b in range(3):
-        alone = DraftInputs(slots=inputs.slots[b : b + 1], lengths=inputs.lengths[b : b + 1])
-        drafted = native_levels(sequences.drafters[1], alone, **levels, noise=draws_of(NOISES[b : b + 1]))
-        assert drafted.tokens[0] == together.tokens[b]
-        assert torch.equal(drafted.outcome_JB[:, 0], together.outcome_JB[:, b])
+        alone = drafted(sequences.drafters[1], slice(b, b + 1))
+        assert alone.tokens[0] == together.tokens[b]
+        assert torch.equal(alone.outcome_JB[:, 0], together.outcome_JB[:, b])
+        if weighs:
+            assert alone.parents is not None
+            assert together.parents is not None
+            assert alone.parents[0] == together.parents[b]
 
 
 @torch.no_grad()
@@ -463,16 +411,16 @@ def test_first_proposals_with_noise_have_the_law_of_the_drafts_softmax(target: T
 
 
 @torch.no_grad()
-def test_proposals_do_not_depend_on_an_earlier_tree_in_the_cache(target: Target) -> None:
+def test_proposals_do_not_depend_on_an_earlier_chain_in_the_cache(target: Target) -> None:
     sequences = GrowingSequences(target, num_drafters=2)
     for lengths in ROUNDS:
         inputs = sequences.grow(lengths)
         proposals = []
-        for drafter, has_earlier_tree in zip(sequences.drafters, (True, False), strict=True):
-            if has_earlier_tree:
-                drafter.propose_tree(inputs, num_steps=4, num_nodes=31)
+        for drafter, has_earlier_chain in zip(sequences.drafters, (True, False), strict=True):
+            if has_earlier_chain:
+                native_chain(drafter, inputs, num_levels=6, noise=draws_of(NOISES))
                 drafter._num_cached = [max(0, num_cached - 1) for num_cached in drafter._num_cached]
-            proposals.append(drafter.propose_tree(inputs, num_steps=3, num_nodes=15))
+            proposals.append(native_chain(drafter, inputs, num_levels=3))
         compared = slice(0, num_comparable(lengths))
         assert torch.equal(proposals[0].token_BK[compared], proposals[1].token_BK[compared])
 
@@ -485,6 +433,6 @@ def test_no_native_steps_with_an_embedding_that_is_not_a_plain_table(target: Tar
     scaled = Scaled(*embedding.weight.shape, _weight=embedding.weight)  # type: ignore[misc,arg-type]
     target.model.set_input_embeddings(scaled)  # type: ignore[no-untyped-call]
     try:
-        assert not GrowingSequences(target, num_drafters=1).drafters[0].supports_trees
+        assert not GrowingSequences(target, num_drafters=1).drafters[0].is_native
     finally:
         target.model.set_input_embeddings(embedding)  # type: ignore[no-untyped-call]

@@ -48,8 +48,8 @@ def outputs(target: Target) -> list[torch.Tensor]:
 
 
 def answer(target: Target, draft: Eagle3Draft) -> tuple[list[int], int]:
-    """A greedy answer with drafted trees, and how many proposals were accepted."""
-    engine = make_engine(target, draft, tree_tokens=7)
+    """A greedy answer with proposals that branch, and how many proposals were accepted."""
+    engine = make_engine(target, draft, branches=True)
     params = SamplingParams(max_tokens=24, temperature=0.0)
     engine.submit(Request(request_id="a", prompt_ids=list(range(5, 20)), params=params))
     found: list[int] = []

@@ -9,7 +9,7 @@ outputs = run(engine, [request("a", (1, 2, 3), max_tokens=8)])
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -226,16 +226,19 @@ def make_engine(
     observer: RoundObserver | None = None,
     kept_costs: KeptCosts | None = None,
     grammars: GrammarCompiler | None = None,
+    branches: bool = False,
     **changes: Any,
 ) -> Engine:
-    """A small engine with these changes to its options; by default no token ends an output."""
+    """A small engine with these changes to its options; by default no token ends an output.
+
+    `branches`: beside the tokens of drafted chains it always proposes others, twice as many in all, where it can.
+    """
     fields: dict[str, Any] = {
         "eos_token_ids": frozenset(),
         "max_batch_size": 8,
         "max_seq_len": 96,
         "max_draft_tokens": 4,
-        "tree_tokens": 0,
-        "sibling_tokens": 0,
+        "sibling_tokens": 3 if branches else 0,
         "copied_tokens": 0,
         "adaptive": False,
         "prefill_chunk_tokens": 16,
@@ -245,7 +248,7 @@ def make_engine(
         "explore_temperature": 1.0,
     }
     options = EngineOptions(**{**fields, **changes})
-    return Engine(
+    engine = Engine(
         target,
         draft,
         options,
@@ -254,6 +257,9 @@ def make_engine(
         kept_costs=kept_costs,
         grammars=grammars,
     )
+    if branches and target.supports_trees and not options.adaptive:  # without costs, everything is worth its column
+        engine.planner.limits = replace(engine.planner.limits, sibling_tokens=3)
+    return engine
 
 
 @dataclass(kw_only=True)

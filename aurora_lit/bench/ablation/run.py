@@ -56,7 +56,7 @@ from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.learn.training_precision import training_precision
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.serve.speculation.calibration import calibration_steps
-from aurora_lit.serve.speculation.costs import Costs, DraftShape
+from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.drafter import Drafter
 from aurora_lit.serve.speculation.planner import SpeculationLimits
 from aurora_lit.serve.worker.build import load_target, starting_draft
@@ -279,7 +279,7 @@ def measure_costs(config: AuroraConfig, path: Path) -> dict[str, Any]:
         for found in measured_costs:
             deque(calibration_steps(found, limits, target, drafter, kv_cache=kv_cache, max_batch_size=1), maxlen=0)
         minimum_s = [min(c.round_s(1, [count]) for c in measured_costs) for count in range(widest + 1)]
-        first_s, longest_s = (min(c.draft_s(1, DraftShape(n)) for c in measured_costs) for n in (1, proposals))
+        first_s, longest_s = (min(c.draft_s(1, n) for c in measured_costs) for n in (1, proposals))
         costs = {
             "draft_tokens": proposals,
             "target_s": [min(minimum_s[i:]) for i in range(len(minimum_s))],

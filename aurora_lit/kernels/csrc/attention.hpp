@@ -10,14 +10,12 @@ namespace {
 // Write the new keys and values of tokens [from, to) of one row and key-value head after the row's start.
 template <class Cache>
 void write_slot(const AttentionShape& s, int64_t b, int64_t g, const float* k, const float* v, Cache* keys,
-                Cache* values, const int64_t* slots, const int64_t* starts, const Tree& tree, int64_t from,
-                int64_t to) {
+                Cache* values, const int64_t* slots, const int64_t* starts, int64_t from, int64_t to) {
   const int D = int(s.head_dim);
-  const int64_t first = tree.before(s);
   Cache* kc = keys + slots[b] * s.cache_row_k + g * s.cache_head_k;
   Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v;
   for (int64_t t = from; t < to; ++t) {
-    const int64_t at = starts[b] + first + t;
+    const int64_t at = starts[b] + t;
     const float* kt = k + row_at(s, b, s.k_row, s.k_token) + g * s.k_head + t * s.k_token;
     const float* vt = v + row_at(s, b, s.v_row, s.v_token) + g * s.v_head + t * s.v_token;
 #if defined(AURORA_TILES)
@@ -54,12 +52,12 @@ void attend_share(const AttentionShape& s, const float* q, const Cache* keys, co
 template <class Cache>
 void attention(const AttentionShape& s, const float* q, const float* k, const float* v, Cache* keys, Cache* values,
                const int64_t* slots, const int64_t* starts, float* out) {
-  const SharedTiles shared = shared_tiles(s, starts, Tree{});
+  const SharedTiles shared = shared_tiles(s, starts);
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < s.rows * s.kv_heads; ++job)
-      write_slot(s, job / s.kv_heads, job % s.kv_heads, k, v, keys, values, slots, starts, Tree{}, 0, s.queries);
+      write_slot(s, job / s.kv_heads, job % s.kv_heads, k, v, keys, values, slots, starts, 0, s.queries);
     attend_share(s, q, keys, values, slots, starts, Tree{}, shared, out);
   }
 }

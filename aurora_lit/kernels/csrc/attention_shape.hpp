@@ -37,10 +37,10 @@ inline int64_t value_at(int64_t position, int64_t D, int64_t pair) {
   return position / pair * pair * D + position % pair;
 }
 
-// A tree of proposals. They are stored in `columns` columns after a row's start, and the pass computes the last
-// `queries` of them. A column follows its parent, or the last position before the start if that is negative. It attends
-// to the positions before the start and to its ancestors, in the order that they would have in the sequence. Rows that
-// read a prompt are no trees; beside trees they need `begins`, as do trees of different sizes.
+// A tree of proposals, in the columns after a row's start that the pass computes. A column follows its parent, or the
+// last position before the start if that is negative. It attends to the positions before the start and to its
+// ancestors, in the order that they would have in the sequence. Rows that read a prompt are no trees; beside trees they
+// need `begins`, as do trees of different sizes, and of these `columns` is the largest.
 struct Tree {
   const int64_t* parents;  // [rows, columns], each less than its column; or null: each column follows the one before
   int64_t columns;
@@ -49,8 +49,6 @@ struct Tree {
   const int64_t* parents_of(const AttentionShape& s, int64_t b) const {
     return parents && b < s.decoding() ? parents + b * columns : nullptr;
   }
-  // Columns of each row that earlier passes have computed.
-  int64_t before(const AttentionShape& s) const { return parents && !s.begins ? columns - s.queries : 0; }
 };
 
 constexpr int MAX_PATH = 32;

@@ -29,12 +29,11 @@ struct QueryTile {
 
 inline int64_t queries_of_head(const AttentionShape& s, int64_t b) { return s.heads / s.kv_heads * s.queries_of(b); }
 
-inline QueryTile query_tile(const AttentionShape& s, int64_t b, int64_t g, int64_t tile, const int64_t* starts,
-                            int64_t before) {
+inline QueryTile query_tile(const AttentionShape& s, int64_t b, int64_t g, int64_t tile, const int64_t* starts) {
   const int64_t first = tile * TILE_QUERIES, queries = queries_of_head(s, b);
   const int rows = int(queries - first < TILE_QUERIES ? queries - first : TILE_QUERIES);
   const int64_t last = (first + rows - 1) / (s.heads / s.kv_heads);
-  return {b, g, first, whole_blocks(starts[b] + before + last + 1) / KEY_BLOCK, rows};
+  return {b, g, first, whole_blocks(starts[b] + last + 1) / KEY_BLOCK, rows};
 }
 
 // The positions of a tile's rows, and the paths of those whose columns are not in the order of their sequence.
@@ -44,14 +43,14 @@ struct TilePositions {
   int path[TILE_QUERIES][MAX_PATH];
 };
 
-inline void find_positions(const AttentionShape& s, const QueryTile& tile, int64_t start, int64_t before,
-                           const Tree& tree, TilePositions& at) {
+inline void find_positions(const AttentionShape& s, const QueryTile& tile, int64_t start, const Tree& tree,
+                           TilePositions& at) {
   for (int r = 0; r < tile.rows; ++r) {
     const int64_t t = at.token[r] = (tile.first + r) / (s.heads / s.kv_heads);
-    at.length[r] = start + before + t + 1;
+    at.length[r] = start + t + 1;
     at.in_order[r] = true;
     if (!tree.parents) continue;
-    const int steps = path_to(tree.parents + tile.b * tree.columns, before + t, at.path[r]);
+    const int steps = path_to(tree.parents + tile.b * tree.columns, t, at.path[r]);
     at.length[r] = start + steps;
     for (int i = 0; i < steps; ++i) at.in_order[r] &= at.path[r][i] == i;
   }
@@ -73,12 +72,12 @@ inline void order_block(const TilePositions& at, int r, int64_t c, int64_t start
 // Blocks [from, to) of a tile. keys, values: of its key-value head. If other threads compute the other blocks, the
 // results are kept in `parts` [blocks], and the thread that finishes last, by `done`, adds them up.
 inline void attend_tile(const AttentionShape& s, const QueryTile& tile, int64_t from, int64_t to, const float* q,
-                        const uint16_t* keys, const uint16_t* values, int64_t start, int64_t before, const Tree& tree,
-                        float* parts, int64_t* done, TileBuffers& room, float* out) {
+                        const uint16_t* keys, const uint16_t* values, int64_t start, const Tree& tree, float* parts,
+                        int64_t* done, TileBuffers& room, float* out) {
   const int D = int(s.head_dim), rows = tile.rows;
   const int64_t group = s.heads / s.kv_heads, block_size = int64_t(KEY_BLOCK) * D;
   static thread_local TilePositions at;
-  find_positions(s, tile, start, before, tree, at);
+  find_positions(s, tile, start, tree, at);
   const __m512 scale = _mm512_set1_ps(s.scale * 1.44269504088896341f);  // scores are exponents of 2
   const auto head = [&](int r) { return tile.g * group + (tile.first + r) % group; };
   for (int r = 0; r < rows; ++r) {
@@ -171,14 +170,14 @@ inline void attend_tile(const AttentionShape& s, const QueryTile& tile, int64_t 
 }
 
 // Called before the parallel region.
-inline SharedTiles shared_tiles(const AttentionShape& s, const int64_t* starts, const Tree& tree) {
+inline SharedTiles shared_tiles(const AttentionShape& s, const int64_t* starts) {
   static thread_local Buffer<float> parts;
   static thread_local Buffer<int64_t> done;
   SharedTiles shared;
   if (s.pair != 2) return shared;
   const size_t threads = size_t(omp_get_max_threads());
   for (int64_t b = 0; b < s.decoding(); ++b) {
-    const int64_t blocks = whole_blocks(starts[b] + (tree.parents ? tree.columns : s.queries_of(b))) / KEY_BLOCK;
+    const int64_t blocks = whole_blocks(starts[b] + s.queries_of(b)) / KEY_BLOCK;
     shared.blocks = blocks > shared.blocks ? blocks : shared.blocks;
   }
   shared.parts = parts.at_least(threads * size_t(shared.blocks) * Softmax::size(int(s.head_dim)));
@@ -192,12 +191,11 @@ inline void attend_tiles(const AttentionShape& s, const float* q, const uint16_t
                          const int64_t* slots, const int64_t* starts, const Tree& tree, const SharedTiles& shared,
                          float* out) {
   const int D = int(s.head_dim);
-  const int64_t before = tree.before(s);
   const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
   const auto tiles_of = [&](int64_t b) { return (queries_of_head(s, b) + TILE_QUERIES - 1) / TILE_QUERIES; };
   const auto blocks_of = [&](int64_t b) {  // of one key-value head
     int64_t blocks = 0;
-    for (int64_t i = 0; i < tiles_of(b); ++i) blocks += query_tile(s, b, 0, i, starts, before).blocks;
+    for (int64_t i = 0; i < tiles_of(b); ++i) blocks += query_tile(s, b, 0, i, starts).blocks;
     return blocks;
   };
   int64_t total = 0;
@@ -227,13 +225,13 @@ inline void attend_tiles(const AttentionShape& s, const float* q, const uint16_t
       const uint16_t* k = keys + slots[b] * s.cache_row_k + g * s.cache_head_k;
       const uint16_t* v = values + slots[b] * s.cache_row_v + g * s.cache_head_v;
       for (int64_t i = 0; i < tiles_of(b) && at < to; ++i) {
-        const QueryTile tile = query_tile(s, b, g, i, starts, before);
+        const QueryTile tile = query_tile(s, b, g, i, starts);
         const int64_t first = from > at ? from - at : 0, end = to < at + tile.blocks ? to - at : tile.blocks;
         if (first < end) {
           const bool whole = first == 0 && end == tile.blocks;
           const int64_t owner = ((at + 1) * threads - 1) / total;  // the thread whose share has the tile's first block
           float* parts = whole ? nullptr : shared.parts + owner * shared.blocks * int64_t(Softmax::size(D));
-          attend_tile(s, tile, first, end, q, k, v, starts[b], before, tree, parts, shared.done + owner, room, out);
+          attend_tile(s, tile, first, end, q, k, v, starts[b], tree, parts, shared.done + owner, room, out);
         }
         at += tile.blocks;
       }
@@ -276,7 +274,7 @@ inline void write_pairs(const float* k, const float* v, int64_t position, int D,
 
 namespace {
 struct SharedTiles {};
-inline SharedTiles shared_tiles(const AttentionShape&, const int64_t*, const Tree&) { return {}; }
+inline SharedTiles shared_tiles(const AttentionShape&, const int64_t*) { return {}; }
 }  // namespace
 
 #endif

@@ -192,7 +192,6 @@ template <class Cache>
 void attend_vectors(const AttentionShape& s, const float* q, const Cache* keys, const Cache* values,
                     const int64_t* slots, const int64_t* starts, const Tree& tree, float* out) {
   const int D = int(s.head_dim);
-  const int64_t before = tree.before(s);
   const int64_t group = s.heads / s.kv_heads, most_parts = (group * s.queries + FEW_QUERIES - 1) / FEW_QUERIES;
   static thread_local Buffer<float> scores;
 #pragma omp for schedule(dynamic, 1)
@@ -204,7 +203,7 @@ void attend_vectors(const AttentionShape& s, const float* q, const Cache* keys, 
     const Cache* vc = values + slots[b] * s.cache_row_v + g * s.cache_head_v;
     const int64_t first = parts.first(part), count = parts.first(part + 1) - first;
     const int64_t* parents = tree.parents_of(s, b);
-    const int64_t room = whole_blocks(starts[b] + before + s.queries);
+    const int64_t room = whole_blocks(starts[b] + s.queries);
     float* of_rows = scores.at_least(size_t(room * MAX_QUERIES));
     Query rows[MAX_QUERIES];
     for (int64_t r = 0; r < count; ++r) {
@@ -212,8 +211,8 @@ void attend_vectors(const AttentionShape& s, const float* q, const Cache* keys, 
       rows[r].q = q + row_at(s, b, s.q_row, s.q_token) + h * s.q_head + t * s.q_token;
       rows[r].out = out + ((s.first_of(b) + t) * s.heads + h) * D;
       rows[r].scores = of_rows + room * r;
-      rows[r].extent = starts[b] + before + t + 1;
-      rows[r].steps = parents ? path_to(parents, before + t, rows[r].path) : 0;
+      rows[r].extent = starts[b] + t + 1;
+      rows[r].steps = parents ? path_to(parents, t, rows[r].path) : 0;
       rows[r].length = parents ? starts[b] + rows[r].steps : rows[r].extent;
     }
     attend_queries(rows, int(count), kc, vc, D, s.scale);

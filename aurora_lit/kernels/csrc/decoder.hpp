@@ -111,7 +111,7 @@ inline void gate_times_up(float* gate, const float* up, int size) {
 inline int64_t depth(const AttentionShape& s, const Tree& tree, int64_t row, int64_t t) {
   const int64_t* parents = tree.parents_of(s, row);
   int path[MAX_PATH];
-  return parents ? path_to(parents, tree.before(s) + t, path) - 1 : t;
+  return parents ? path_to(parents, t, path) - 1 : t;
 }
 
 // From this number of decoding rows on, threads share the rounding of a product's inputs, and then have to synchronise.
@@ -178,7 +178,7 @@ void decode(const DecoderCall& call) {
   uint16_t* prompt_x = prompt_inputs.at_least(kinds.prompt_size(wide));
 
   const int64_t parts = (s.queries + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
-  const SharedTiles shared_attention = shared_tiles(s, call.starts, call.tree);
+  const SharedTiles shared_attention = shared_tiles(s, call.starts);
 
 #pragma omp parallel
   {
@@ -288,7 +288,7 @@ void decode(const DecoderCall& call) {
             rotate_head(token_q + h * D, call.cosines + place, call.sines + place, D);
           rotate_head(k + (first + t) * kv_width + kv * D, call.cosines + place, call.sines + place, D);
         }
-        write_slot(s, b, kv, k, v, keys, values, call.slots, call.starts, call.tree, from, to);
+        write_slot(s, b, kv, k, v, keys, values, call.slots, call.starts, from, to);
       }
       if (only_cache) break;
       attend_share(s, q, keys, values, call.slots, call.starts, call.tree, shared_attention, attention_out);

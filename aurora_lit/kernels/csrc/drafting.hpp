@@ -1,18 +1,18 @@
-// Drafting: a chain or a tree of proposals for each sequence in one call. The first pass runs the draft over the
-// positions that the target has committed since the last round, and each further pass over the nodes of the current
-// level, whose most probable children are chosen. A chain is a tree with one node per level. For a sequence with a
-// temperature, logits are divided by it and get the noise that the target's own token will be drawn with (noise.hpp),
-// which makes the proposals likelier to be that token; the most probable children are then those with the largest sums.
-// Drafting ends after `max_levels` levels, or before a level that promises too little. The trees are those of
-// modules/sampling/tree.py; source: EAGLE-2, arXiv 2406.16858.
+// Drafting: a chain of proposals for each sequence in one call. The first pass runs the draft over the positions that the
+// target has committed since the last round, and each further pass over the last level's likeliest token. For a sequence
+// with a temperature, logits are divided by it and get the noise that the target's own token will be drawn with
+// (noise.hpp), which makes the proposals likelier to be that token; the likeliest are then those with the largest sums.
+// Drafting ends after `max_levels` levels, or before a level that promises too little.
 //
-// A chain may be weighed: beside each of its nodes stand the next likeliest children, which cost no pass of the draft, and
-// of all these only those are proposed that promise more accepted tokens than their columns of the target's pass cost.
+// A chain may be weighed: beside the likeliest token of each level stand the next likeliest, which cost no pass of the
+// draft, and of all these only those are proposed that promise more accepted tokens than their columns of the target's
+// pass cost. With siblings a proposal is a tree as in modules/sampling/tree.py.
 //
 // Shapes: B sequences, H hidden size, V vocabulary, D draft vocabulary.
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -35,58 +35,44 @@ struct DraftCall {
   RowTable embedding;          // [V, H]: the target's
   const int64_t* target_ids;   // the target's token id of each draft id
   const int64_t *done, *ends;  // [B]: first position to run; end of the positions to run
-  int64_t children;            // considered for each node
-  int64_t level_width;         // largest number of nodes of a level that are expanded; 1: chains
+  int64_t children;            // tokens of a level: the likeliest and its siblings; 1 if nothing is weighed
   int64_t max_levels, max_nodes;
-  // [max_levels - 1]: level l + 1 is drafted if it promises more than min_gains[l] accepted tokens, of all sequences
-  // together (promises_more); null: all levels are drafted.
+  // [max_levels - 1], of chains that are not weighed: level l + 1 is drafted if it promises more than min_gains[l]
+  // accepted tokens, of all sequences together (promises_more); null: all levels are drafted.
   const double* min_gains;
-  const double* level_rates;  // [B], for trees: acceptance rate of a level
   const float* temperatures;  // [B]: 0 is without noise; or null: 0 for all
   const int64_t* keys;        // [B], if there are temperatures: of the noise
   const int64_t* positions;   // [B], if there are temperatures: index in the output of the first proposed token
   // Of chains that are weighed, else null. [2, SHARES], of greedy and of perturbed rows: how often a node's likeliest child
   // is accepted if the node is, by the share that the draft gives it; other children as often as their shares say.
   const float* acceptance;
-  double speed;             // tokens per second that time is worth
+  const double* level_rates;  // [B]: what a further level is expected to be accepted with
+  double speed;               // tokens per second that time is worth
   const double* columns_s;  // [num_columns]: seconds that 0, 1, 2, … proposals of all rows together take in the target's pass
   int64_t num_columns;
   const double* levels_s;  // [max_levels - 1]: seconds that each level after the first takes
-  float* outcomes;      // [max_levels, B] out; for chains the value head's prediction: tokens accepted from this level on;
-                        // for trees the probability that the accepted path passes an expanded node, and for weighed
-                        // chains that it passes the likeliest
-  float* shares;        // [max_levels, B] out, of weighed chains: share of a level's likeliest child
-  int64_t* first;       // [max_levels, B] out, of weighed chains: its target id, whether it is proposed or not
-  int64_t* counts;      // [B] out: proposals
+  float* outcomes;  // [max_levels, B] out: the value head's prediction of tokens accepted from this level on; of weighed
+                    // chains the probability that all likeliest tokens until this level are accepted
+  float* shares;    // [max_levels, B] out, of weighed chains: share of a level's likeliest token
+  int64_t* first;   // [max_levels, B] out, of weighed chains: its target id, whether it is proposed or not
+  int64_t* counts;  // [B] out: proposals
   int64_t *tokens, *parents;  // [B, max_nodes] out: target ids, and parents' columns, where column 0 is the root
   int64_t levels;             // out
 
-  bool is_tree() const { return level_width > 1; }
   bool is_weighed() const { return acceptance != nullptr; }
 };
 
-// The tree of one sequence. Nodes are numbered in the order of their creation; -1 is the root.
-struct GrowingTree {
-  std::vector<int64_t> tokens, parents;
-  std::vector<int64_t> level, before;  // nodes to be expanded next; nodes expanded last
-  std::vector<double> logprobs;        // log-probability of the path from the root
-  std::vector<int64_t> column;         // column of expanded nodes in the cache, -1 for others
-  std::vector<int64_t> chain;          // the most probable node of each level
+// The chain of one sequence and what stands beside it: `children` nodes a level, the likeliest first, all of which follow
+// the first node of the level before.
+struct Chain {
+  std::vector<int64_t> tokens;
+  std::vector<double> logprobs;  // log-probability that everything until the node is accepted
 
-  void begin() {
-    tokens.clear(), parents.clear(), logprobs.clear(), column.clear(), chain.clear();
-    level.assign(1, -1), before.clear();
-  }
-  void add(int64_t parent, int64_t token, double logprob) {
-    tokens.push_back(token), parents.push_back(parent), column.push_back(-1);
-    logprobs.push_back((parent < 0 ? 0.0 : logprobs[size_t(parent)]) + std::min(0.0, logprob));
-  }
-  // The `count` most probable of the nodes from `start` on, sorted; of equal ones the earlier.
-  std::vector<int64_t> best(size_t count, size_t start) const {
-    std::vector<int64_t> found;
-    for (size_t i = start; i < tokens.size(); ++i) found.push_back(int64_t(i));
-    std::stable_sort(found.begin(), found.end(),
-                     [&](int64_t a, int64_t b) { return logprobs[size_t(a)] > logprobs[size_t(b)]; });
+  // The `count` most probable nodes, sorted; of equal ones the earlier.
+  std::vector<size_t> best(size_t count) const {
+    std::vector<size_t> found(tokens.size());
+    std::iota(found.begin(), found.end(), size_t(0));
+    std::stable_sort(found.begin(), found.end(), [&](size_t a, size_t b) { return logprobs[a] > logprobs[b]; });
     found.resize(std::min(count, found.size()));
     return found;
   }
@@ -94,12 +80,11 @@ struct GrowingTree {
 
 // State between the levels of one proposal, and buffers.
 struct DraftState {
-  std::vector<GrowingTree> rows;
+  std::vector<Chain> rows;
   std::vector<double> survival;  // [rows]: probability that all proposals of a chain so far are accepted
-  std::vector<int64_t> columns;  // [rows, columns]: parents' columns of the nodes in the cache
-  int64_t num_columns = 0;
-  std::vector<int64_t> begins;  // [rows + 1]: index of each row's first position in the first pass
-  Buffer<float> hidden, normed, next, embeds;  // of the nodes expanded last; `next`, `embeds`: inputs of the next ones
+  std::vector<int64_t> begins;   // [rows + 1]: index of each row's first position in the first pass
+  std::vector<int64_t> starts;   // [rows]: position of a further pass
+  Buffer<float> hidden, normed, embeds;  // [rows, H] of the last level; `embeds`: of the next pass, too
   Buffer<Top> tops;
   Buffer<LogSumExp> sums;
   Buffer<float> noise;  // [rows, D], of a level
@@ -108,18 +93,17 @@ struct DraftState {
 
 inline bool is_perturbed(const DraftCall& call, int64_t b) { return call.temperatures && call.temperatures[b] > 0.0f; }
 
-// How a level changes the logits of each of its nodes, `width` of each sequence; null if no sequence has a temperature.
-inline const Perturbation* perturbations_of(const DraftCall& call, DraftState& d, int64_t level, size_t width) {
+// How a level changes the logits of each sequence; null if no sequence has a temperature.
+inline const Perturbation* perturbations_of(const DraftCall& call, DraftState& d, int64_t level) {
   const int64_t B = int64_t(d.rows.size()), D = call.head.outputs;
   bool any = false;
   for (int64_t b = 0; b < B; ++b) any |= is_perturbed(call, b);
   if (!any) return nullptr;
   float* noise = d.noise.at_least(size_t(B * D));
-  Perturbation* found = d.perturbations.at_least(size_t(B) * width);
+  Perturbation* found = d.perturbations.at_least(size_t(B));
   for (int64_t b = 0; b < B; ++b)
-    for (size_t i = 0; i < width; ++i)
-      found[size_t(b) * width + i] =
-          is_perturbed(call, b) ? Perturbation{1.0f / call.temperatures[b], noise + b * D} : Perturbation{1.0f, nullptr};
+    found[b] =
+        is_perturbed(call, b) ? Perturbation{1.0f / call.temperatures[b], noise + b * D} : Perturbation{1.0f, nullptr};
 #pragma omp parallel for schedule(static)
   for (int64_t first = 0; first < D; first += 16) {
     const int lanes = int(std::min<int64_t>(16, D - first));
@@ -159,62 +143,46 @@ void coarse_top(const DraftCall& call, const float* normed, const typename Forma
   top_of_blocks<Format>(x, k, rows, call.head.weight, outputs, blocks, count, children, tops, nullptr, perturbations);
 }
 
-// Add children of the nodes whose hidden states are in `normed`, and choose the nodes to expand next.
+// Add the level that follows the states in `normed`.
 template <class Format>
 void choose_level(const DraftCall& call, DraftState& d, int64_t level) {
   typedef Product<Format> P;
   const int H = int(call.decoder.hidden), children = int(call.children), k = P::padded(H);
-  const size_t width = d.rows[0].level.size();
-  const int rows = int(d.rows.size() * width);
+  const int rows = int(d.rows.size());
   static thread_local Buffer<typename Format::Input> rounded;
   typename Format::Input* x = rounded.at_least(P::buffer_rows(rows) * size_t(k));
   for (int r = 0; r < rows; ++r) P::round_row(d.normed.data() + ptrdiff_t(r) * H, H, x, r, rows);
   Top* tops = d.tops.at_least(size_t(rows * children));
   LogSumExp* sums = d.sums.at_least(size_t(rows));
   float* outcomes = call.outcomes + level * int64_t(d.rows.size());
-  const Perturbation* perturbations = perturbations_of(call, d, level, width);
-  const bool has_shares = call.is_tree() || call.is_weighed();
-  if (call.coarse.weight && !call.is_tree() && children <= CANDIDATES && rows <= MAX_COARSE_ROWS)
-    coarse_top<Format>(call, d.normed.data(), x, k, rows, perturbations, tops, has_shares ? sums : nullptr);
+  const Perturbation* perturbations = perturbations_of(call, d, level);
+  if (call.coarse.weight && children <= CANDIDATES && rows <= MAX_COARSE_ROWS)
+    coarse_top<Format>(call, d.normed.data(), x, k, rows, perturbations, tops, call.is_weighed() ? sums : nullptr);
   else
     top_of_blocks<Format>(x, k, rows, call.head.weight, int(call.head.outputs), nullptr,
-                          num_blocks(int(call.head.outputs)), children, tops, has_shares ? sums : nullptr,
+                          num_blocks(int(call.head.outputs)), children, tops, call.is_weighed() ? sums : nullptr,
                           perturbations);
-  if (!has_shares) {
+  if (!call.is_weighed()) {
     const char* end = static_cast<const char*>(call.value.weight) + P::block_bytes(k);
     P::enter(rows);
     P::blocks(x, k, rows, call.value.weight, 1, Stream{end, end}, outcomes, call.value.bias, false, 0, 1);
     P::leave();
   }
   for (size_t b = 0; b < d.rows.size(); ++b) {
-    GrowingTree& row = d.rows[b];
-    const size_t grown = row.tokens.size();
-    for (size_t i = 0; i < width; ++i) {
-      const size_t at = b * width + i;
-      double most = 0.0;  // log-probability that the likeliest child is accepted
-      for (int c = 0; c < children; ++c) {
-        const Top& top = tops[at * size_t(children) + size_t(c)];
-        double logprob = has_shares ? std::min(0.0, double(top.value - sums[at].value())) : 0.0;
-        if (call.is_weighed()) {
-          if (c == 0) {
-            const float share = float(std::exp(logprob));
-            call.shares[level * int64_t(d.rows.size()) + int64_t(b)] = share;
-            call.first[level * int64_t(d.rows.size()) + int64_t(b)] = call.target_ids[top.index];
-            const int class_ = std::min(SHARES - 1, int(share * SHARES));
-            most = std::log(double(call.acceptance[(is_perturbed(call, int64_t(b)) ? SHARES : 0) + class_]));
-          }
-          logprob = c == 0 ? most : std::min(most, logprob);
-        }
-        row.add(row.level[i], call.target_ids[top.index], logprob);
-      }
-    }
-    row.before.swap(row.level);
-    row.level = row.best(size_t(call.level_width), grown);
-    row.chain.push_back(row.level[0]);
-    if (!has_shares) continue;
-    double reach = 0.0;
-    for (const int64_t node : row.level) reach += std::exp(row.logprobs[size_t(node)]);
-    outcomes[b] = float(reach);
+    Chain& row = d.rows[b];
+    const Top* of_row = tops + b * size_t(children);
+    for (int c = 0; c < children; ++c) row.tokens.push_back(call.target_ids[of_row[c].index]);
+    if (!call.is_weighed()) continue;
+    const auto logprob = [&](int c) { return std::min(0.0, double(of_row[c].value - sums[b].value())); };
+    const float share = float(std::exp(logprob(0)));
+    call.shares[level * rows + int64_t(b)] = share;
+    call.first[level * rows + int64_t(b)] = call.target_ids[of_row[0].index];
+    const int class_ = std::min(SHARES - 1, int(share * SHARES));
+    // Log-probability that the likeliest token is accepted, and that everything before it is.
+    const double most = std::log(double(call.acceptance[(is_perturbed(call, int64_t(b)) ? SHARES : 0) + class_]));
+    const double reached = level ? row.logprobs[size_t((level - 1) * children)] : 0.0;
+    for (int c = 0; c < children; ++c) row.logprobs.push_back(reached + (c ? std::min(most, logprob(c)) : most));
+    outcomes[b] = float(std::exp(reached + most));
   }
 }
 
@@ -232,8 +200,6 @@ inline bool promises_more(const DraftCall& call, DraftState& d, int64_t levels) 
     const double outcome = outcomes[b];
     if (call.is_weighed()) {
       gain += std::max(0.0, outcome * call.level_rates[b] - column_price);
-    } else if (call.is_tree()) {
-      gain += outcome * call.level_rates[b];
     } else {
       const double rate = std::max(0.0, std::min(0.98, outcome / (1.0 + std::max(0.0, outcome))));
       d.survival[b] *= rate;
@@ -279,11 +245,10 @@ void first_level(const DraftCall& call, DraftState& d) {
   multiply<Format>(x, ptrdiff_t(F), int(N), call.fuse.weight, int(F), int(H), pass.hidden_states, call.fuse.bias);
   decode<Format, Cache>(pass);
   d.rows.resize(B), d.survival.assign(B, 1.0);
-  d.columns.clear(), d.num_columns = 0;
   float* hidden = d.hidden.at_least(B * H);
   float* last = d.normed.at_least(B * H);
   for (size_t b = 0; b < B; ++b) {
-    d.rows[b].begin();
+    d.rows[b].tokens.clear(), d.rows[b].logprobs.clear();
     const size_t at = size_t(d.begins[b + 1]) - 1;
     std::memcpy(hidden + b * H, pass.hidden_states + at * H, H * sizeof(float));
     std::memcpy(last + b * H, pass.normed + at * H, H * sizeof(float));
@@ -291,46 +256,30 @@ void first_level(const DraftCall& call, DraftState& d) {
   choose_level<Format>(call, d, 0);
 }
 
-// Expand the current level, then choose the next.
+// Run the draft over the likeliest token of the level before, then choose the next level.
 template <class Format, class Cache>
 void next_level(const DraftCall& call, DraftState& d, int64_t level) {
-  const size_t B = d.rows.size(), H = size_t(call.decoder.hidden), width = d.rows[0].level.size();
-  const size_t before = d.rows[0].before.size(), old_columns = size_t(d.num_columns);
-  std::vector<int64_t> columns;
-  float* next = d.next.at_least(B * width * H);
-  float* embeds = d.embeds.at_least(B * width * H);
+  const size_t B = d.rows.size(), H = size_t(call.decoder.hidden);
+  d.starts.resize(B);
   for (size_t b = 0; b < B; ++b) {
-    GrowingTree& row = d.rows[b];
-    columns.insert(columns.end(), d.columns.begin() + ptrdiff_t(b * old_columns),
-                   d.columns.begin() + ptrdiff_t((b + 1) * old_columns));
-    for (size_t i = 0; i < width; ++i) {
-      const size_t node = size_t(row.level[i]);
-      const int64_t parent = row.parents[node];
-      const size_t parent_index = size_t(std::find(row.before.begin(), row.before.end(), parent) - row.before.begin());
-      row.column[node] = int64_t(old_columns + i);
-      columns.push_back(parent < 0 ? -1 : row.column[size_t(parent)]);
-      std::memcpy(next + (b * width + i) * H, d.hidden.data() + (b * before + parent_index) * H, H * sizeof(float));
-      call.embedding.row(int64_t(H), row.tokens[node], embeds + (b * width + i) * H);
-    }
+    const int64_t token = d.rows[b].tokens[size_t((level - 1) * call.children)];
+    call.embedding.row(int64_t(H), token, d.embeds.data() + b * H);
+    d.starts[b] = call.ends[b] + level - 1;
   }
-  d.columns.swap(columns);
-  d.num_columns = int64_t(old_columns + width);
   DecoderCall pass = call.decoder;
-  pass.attention.queries = int64_t(width);
-  pass.tree = Tree{d.columns.data(), d.num_columns};
-  pass.embeds = embeds, pass.hidden_states = next, pass.normed = d.normed.at_least(B * width * H);
+  pass.attention.queries = 1, pass.starts = d.starts.data();
+  pass.embeds = d.embeds.data(), pass.hidden_states = d.hidden.data(), pass.normed = d.normed.data();
   decode<Format, Cache>(pass);
-  d.hidden.swap(d.next);
   choose_level<Format>(call, d, level);
 }
 
 // Of the nodes of all rows, each row's most probable first, how many of each row promise most accepted tokens beyond
 // their price.
 inline std::vector<size_t> worthwhile(const DraftCall& call, const DraftState& d,
-                                      const std::vector<std::vector<int64_t>>& best) {
+                                      const std::vector<std::vector<size_t>>& best) {
   std::vector<std::pair<double, size_t>> found;  // log-probability and row
   for (size_t b = 0; b < best.size(); ++b)
-    for (const int64_t node : best[b]) found.emplace_back(d.rows[b].logprobs[size_t(node)], b);
+    for (const size_t node : best[b]) found.emplace_back(d.rows[b].logprobs[node], b);
   std::stable_sort(found.begin(), found.end(), [](const auto& x, const auto& y) { return x.first > y.first; });
   double promised = 0.0, most = 0.0;
   size_t count = 0;
@@ -344,34 +293,33 @@ inline std::vector<size_t> worthwhile(const DraftCall& call, const DraftState& d
   return counts;
 }
 
-// Write the `max_nodes` most probable nodes of each row, of a weighed chain only those that are worth it.
-inline void write_proposals(DraftCall& call, const DraftState& d) {
-  // A parent is at least as probable as its child, and before it, so the best nodes include every parent.
-  std::vector<std::vector<int64_t>> best;
-  for (const GrowingTree& row : d.rows) best.push_back(row.best(size_t(call.max_nodes), 0));
-  if (call.is_weighed()) {
-    const std::vector<size_t> counts = worthwhile(call, d, best);
-    for (size_t b = 0; b < best.size(); ++b) best[b].resize(counts[b]);
-  }
-  std::vector<int64_t> column_of;
+// Write what is worth it of each row of a weighed chain.
+inline void write_worthwhile(DraftCall& call, const DraftState& d) {
+  std::vector<std::vector<size_t>> best;
+  for (const Chain& row : d.rows) best.push_back(row.best(size_t(call.max_nodes)));
+  const std::vector<size_t> counts = worthwhile(call, d, best);
+  const size_t children = size_t(call.children);
   for (size_t b = 0; b < d.rows.size(); ++b) {
-    const GrowingTree& row = d.rows[b];
-    std::vector<int64_t>& kept = best[b];
+    // The chain comes first: an accepted path that is its beginning lies in order already. What a node follows is at
+    // least as probable, and before it, so it is proposed too, in the column of its level.
+    std::vector<size_t>& kept = best[b];
+    kept.resize(counts[b]);
     std::sort(kept.begin(), kept.end());
-    // A weighed chain comes first: an accepted path that is its beginning lies in order already.
-    if (call.is_weighed())
-      std::stable_partition(kept.begin(), kept.end(), [&](int64_t node) {
-        return std::find(row.chain.begin(), row.chain.end(), node) != row.chain.end();
-      });
-    column_of.assign(row.tokens.size(), 0);
-    int64_t *tokens = call.tokens + int64_t(b) * call.max_nodes, *parents = call.parents + int64_t(b) * call.max_nodes;
-    for (size_t i = 0; i < kept.size(); ++i) {
-      const size_t node = size_t(kept[i]);
-      column_of[node] = int64_t(i) + 1;
-      tokens[i] = row.tokens[node];
-      parents[i] = row.parents[node] < 0 ? 0 : column_of[size_t(row.parents[node])];
-    }
+    std::stable_partition(kept.begin(), kept.end(), [&](size_t node) { return node % children == 0; });
+    int64_t* tokens = call.tokens + int64_t(b) * call.max_nodes;
+    int64_t* parents = call.parents + int64_t(b) * call.max_nodes;
+    for (size_t i = 0; i < kept.size(); ++i)
+      tokens[i] = d.rows[b].tokens[kept[i]], parents[i] = int64_t(kept[i] / children);
     call.counts[b] = int64_t(kept.size());
+  }
+}
+
+// Write the whole chain of each row.
+inline void write_chains(DraftCall& call, const DraftState& d) {
+  for (size_t b = 0; b < d.rows.size(); ++b) {
+    const std::vector<int64_t>& tokens = d.rows[b].tokens;
+    std::copy(tokens.begin(), tokens.end(), call.tokens + int64_t(b) * call.max_nodes);
+    call.counts[b] = int64_t(tokens.size());
   }
 }
 
@@ -380,7 +328,7 @@ void draft(DraftCall& call, DraftState& d) {
   first_level<Format, Cache>(call, d);
   for (call.levels = 1; call.levels < call.max_levels && promises_more(call, d, call.levels); ++call.levels)
     next_level<Format, Cache>(call, d, call.levels);
-  write_proposals(call, d);
+  call.is_weighed() ? write_worthwhile(call, d) : write_chains(call, d);
 }
 
 }  // namespace

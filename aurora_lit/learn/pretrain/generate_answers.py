@@ -52,7 +52,6 @@ def generate_answers(
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
         max_draft_tokens=0,
-        tree_tokens=0,
         sibling_tokens=0,
         copied_tokens=0,
         adaptive=True,

@@ -48,7 +48,7 @@ from aurora_lit.serve.speculation.drafter import Drafter
 from aurora_lit.serve.speculation.floor import RoundKind, SpeculationFloor
 from aurora_lit.serve.speculation.grammar_rows import decoding_row
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
-from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner, tree_sizes
+from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner
 from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
 from aurora_lit.serve.speculation.traffic_memory import make_memory
@@ -152,13 +152,11 @@ class Engine:
         self._calibration = Calibration(self.costs, steps if adapts else iter(()), kept=kept_costs if adapts else None)
 
     def _limits(self, options: EngineOptions) -> SpeculationLimits:
-        supports_trees = self._drafter is not None and self._drafter.supports_trees and self._target.supports_trees
-        draft_tokens = options.max_draft_tokens if self._drafter else 0
+        weighs = self._drafter is not None and self._drafter.is_native and self._target.supports_trees
         return SpeculationLimits(
-            draft_tokens=draft_tokens,
+            draft_tokens=options.max_draft_tokens if self._drafter else 0,
             copied_tokens=options.copied_tokens,
-            tree_sizes=tree_sizes(options.tree_tokens if supports_trees and draft_tokens > 1 else 0),
-            sibling_tokens=options.sibling_tokens if supports_trees and options.adaptive else 0,
+            sibling_tokens=options.sibling_tokens if weighs and options.adaptive else 0,
             adaptive=options.adaptive,
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aurora_lit.serve.sequences.memory_scope import MemoryScope
-from aurora_lit.serve.speculation.drafter import MAX_LEVEL_WIDTH
 from aurora_lit.serve.speculation.planner import weighed_tokens
 
 
@@ -28,11 +27,10 @@ class EngineOptions:
     max_seq_len: int
     """Most tokens of a request, prompt and output together."""
     max_draft_tokens: int
-    """Longest chain, and most levels of a tree, that the draft proposes in a round; 0: the draft is not used."""
-    tree_tokens: int
-    """Most nodes of a tree; 0: the draft proposes chains only. Needs a draft and a target that support trees."""
+    """Longest chain that the draft proposes in a round; 0: the draft is not used."""
     sibling_tokens: int
-    """Most tokens that are considered beside each of a chain; 0: none, and all of a chain is proposed. As for trees."""
+    """Most tokens that are considered beside each of a chain; 0: none, and all of a chain is proposed. Needs a draft
+    with native steps and a target that supports trees."""
     copied_tokens: int
     """Most tokens that a round copies for a sequence, from within the request or from the traffic memory; 0: none."""
     adaptive: bool
@@ -62,21 +60,15 @@ class EngineOptions:
         return slot_capacity(
             max_seq_len=self.max_seq_len,
             max_draft_tokens=self.max_draft_tokens,
-            tree_tokens=self.tree_tokens,
             sibling_tokens=self.sibling_tokens,
             copied_tokens=self.copied_tokens,
         )
 
 
-def slot_capacity(
-    *, max_seq_len: int, max_draft_tokens: int, tree_tokens: int, sibling_tokens: int, copied_tokens: int
-) -> int:
+def slot_capacity(*, max_seq_len: int, max_draft_tokens: int, sibling_tokens: int, copied_tokens: int) -> int:
     """Positions that each slot of the KV caches has room for (arguments: as in `EngineOptions`).
 
     A request of `max_seq_len` tokens is followed by the columns that one round adds to it: the last committed token,
-    and the proposals, whether a chain, a tree or looked-up tokens. While the draft expands a tree, its own cache holds
-    up to `MAX_LEVEL_WIDTH` nodes per level instead. The engine's table of tokens has one position more.
+    and the proposals. The engine's table of tokens has one position more.
     """
-    expanded_nodes = MAX_LEVEL_WIDTH * max_draft_tokens if tree_tokens else 0
-    weighed = weighed_tokens(max_draft_tokens, sibling_tokens)
-    return max_seq_len + max(max_draft_tokens, tree_tokens, weighed, copied_tokens, expanded_nodes) + 1
+    return max_seq_len + max(max_draft_tokens, weighed_tokens(max_draft_tokens, sibling_tokens), copied_tokens) + 1

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aurora_lit.kernels.suffix_index import is_remembered
-from aurora_lit.modules.sampling.tree import accepted_path, depths, first_choices
+from aurora_lit.modules.sampling.tree import accepted_path, first_choices
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE
 
@@ -79,11 +79,6 @@ class Proposal:
             SOURCE_DRAFT if column <= self.num_drafted else SOURCE_MEMORY if column in remembered else SOURCE_LOOKUP
             for column in columns
         )
-
-    @property
-    def num_drafted_levels(self) -> int:
-        """Depth of the draft's part."""
-        return self.num_drafted if self.parents is None else max(depths(self.parents[: self.num_drafted]))
 
     @property
     def first_choices(self) -> list[int]:

@@ -9,7 +9,7 @@ above it:
 
     costs.py              what forward passes cost here, by batch size and query length
     draft_reliability.py  how often the draft's first choices are accepted, by the share that it gives them
-    planner.py            how many tokens the draft proposes, as a chain or a tree; what trees gain over chains
+    planner.py            how many tokens the draft proposes; what tokens of a weighed chain cost and promise
     floor.py              turns speculation off for a while where it took longer than plain decoding
     kept_costs.py         keeps measured costs in the cache, by machine, code and configuration
     copy_planner.py       how many tokens are copied, by what that costs and promises
@@ -18,7 +18,7 @@ above it:
     copies_in_python.py   looks copies up where there are no kernels
     traffic_memory.py     what earlier requests were answered, by who may read it; looks copies up
     runtime_draft.py      a draft prepared for this machine: weights packed, native calls set up, outputs checked
-    drafter.py            drafting for a batch: the draft's KV cache, chains and trees of proposals
+    drafter.py            drafting for a batch: the draft's KV cache, and chains of proposals
     calibration.py        measures forward passes and draft steps before the first request; keeps what it found
     proposer.py           makes a round's proposals: copies, the draft's, both in one tree, or none
 """

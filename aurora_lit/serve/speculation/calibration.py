@@ -25,7 +25,7 @@ from aurora_lit.models.target import Target
 from aurora_lit.serve.speculation.costs import Costs, CostTable
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
-from aurora_lit.serve.speculation.planner import MAX_TREE_COLUMNS, SpeculationLimits
+from aurora_lit.serve.speculation.planner import SpeculationLimits
 
 _PREFILL_POSITIONS = 256
 """Positions of the draft's prefill that is timed, to learn what one takes."""
@@ -112,7 +112,7 @@ class _Operation:
 
     table: CostTable
     length: int
-    """Query length, or levels of the draft."""
+    """Query length, or that of the draft's chains."""
     run: Callable[[], object]
     before: Callable[[], object] | None = None
     """Runs before each call, and is not timed."""
@@ -172,24 +172,12 @@ class _Probe:
     def run_chain(self, steps: int) -> None:
         """Draft chains of `steps` tokens, after a prefill of two positions."""
         assert self._drafter is not None
-        self._drafter.propose(_uncached(self._drafter, self._inputs()), num_steps=steps)
-
-    def run_tree(self, levels: int, nodes: int) -> None:
-        """Draft trees, after a prefill of two positions."""
-        assert self._drafter is not None
-        self._drafter.propose_tree(
-            _uncached(self._drafter, self._inputs()),
-            num_steps=levels,
-            num_nodes=nodes,
-        )
-
-    def _inputs(self) -> DraftInputs:
-        return DraftInputs(slots=list(range(self.batch_size)), lengths=[3] * self.batch_size)
+        inputs = DraftInputs(slots=list(range(self.batch_size)), lengths=[3] * self.batch_size)
+        self._drafter.propose(_uncached(self._drafter, inputs), num_steps=steps)
 
 
 def _target_passes(table: CostTable, limits: SpeculationLimits, probe: _Probe) -> list[_Operation]:
     lengths = {*range(1, limits.draft_tokens + 2), 2, limits.weighed_tokens + 1, limits.copied_tokens + 1}
-    lengths |= {nodes + 1 for nodes in limits.tree_sizes if probe.batch_size * (nodes + 1) <= MAX_TREE_COLUMNS}
     return [
         _Operation(table=table, length=length, run=functools.partial(probe.run_target, length))
         for length in sorted(lengths)
@@ -199,19 +187,10 @@ def _target_passes(table: CostTable, limits: SpeculationLimits, probe: _Probe) -
 def _draft_steps(costs: Costs, limits: SpeculationLimits, probe: _Probe) -> list[_Operation]:
     # As in rounds, where a pass of the target has displaced the draft's weights from the CPU caches.
     before = functools.partial(probe.run_target, 1)
-    steps = [
-        _Operation(table=costs.chain, length=levels, run=functools.partial(probe.run_chain, levels), before=before)
-        for levels in range(1, limits.draft_tokens + 1)
+    return [
+        _Operation(table=costs.chain, length=length, run=functools.partial(probe.run_chain, length), before=before)
+        for length in range(1, limits.draft_tokens + 1)
     ]
-    if limits.tree_sizes:
-        nodes = limits.tree_sizes[-1]
-        steps += [
-            _Operation(
-                table=costs.tree, length=levels, run=functools.partial(probe.run_tree, levels, nodes), before=before
-            )
-            for levels in range(2, limits.draft_tokens + 1)
-        ]
-    return steps
 
 
 def _prefill_position_s(target: Target, drafter: Drafter, *, capacity: int) -> Generator[None, None, float]:

@@ -35,13 +35,11 @@ class CopyPlanner:
     def __init__(self, planner: SpeculationPlanner) -> None:
         self._planner = planner
 
-    def choose(
-        self, survivals: Sequence[Sequence[float]], rates: Sequence[float], *, batch_size: int, sampled: bool = False
-    ) -> CopyPlan:
+    def choose(self, survivals: Sequence[Sequence[float]], rates: Sequence[float], *, batch_size: int) -> CopyPlan:
         """How many copied nodes to propose, for each sequence that has some.
 
         `survivals[b]`: probabilities that its nodes are accepted, descending; `rates`: the draft's acceptance rates;
-        `batch_size`: all sequences; `sampled`: most of them are.
+        `batch_size`: all sequences.
         """
         planner, costs = self._planner, self._planner.costs
         if not planner.limits.adaptive:
@@ -68,9 +66,7 @@ class CopyPlanner:
         column_tokens = fastest * (costs.round_s(batch_size, counts) - plain_s) / columns
 
         def draft_gain(rate: float) -> float:
-            return planner.expected_draft_gain(
-                rate, batch_size=batch_size, sampled=sampled, speed=fastest, column_tokens=column_tokens
-            )
+            return planner.expected_draft_gain(rate, batch_size=batch_size, speed=fastest, column_tokens=column_tokens)
 
         counts = [
             count if count and tokens - count * column_tokens >= draft_gain(rate) else 0

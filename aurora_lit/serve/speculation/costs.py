@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 READ_IN_A_STEP = 2
 """Positions that a sequence's first draft step reads: about what a round before it accepted."""
@@ -47,7 +46,7 @@ _UNSURE_VAR, _CHANGE_VAR = _covariance(_UNSURE), _covariance(_CHANGE)
 class Slowdown:
     """How much longer operations take than at the start: their fixed part, and what grows with their length.
 
-    Tables may share one. All arguments are in units of what the calibration measured for the operation.
+    All arguments are in units of what the calibration measured for the operation.
     """
 
     def __init__(self) -> None:
@@ -81,8 +80,8 @@ class CostTable:
     >>> table(8, 5)
     """
 
-    def __init__(self, slowdown: Slowdown | None = None) -> None:
-        self._slowdown = slowdown or Slowdown()
+    def __init__(self) -> None:
+        self._slowdown = Slowdown()
         self._initial: dict[_Key, float] = {}
         """Seconds, by the calibration, or by the first round of a key near which that measured nothing."""
         self._own: defaultdict[_Key, float] = defaultdict(lambda: 1.0)
@@ -163,25 +162,11 @@ class CostTable:
         return below, above, (batch_size * query_length - below[0] * below[1]) / span if span else 0.0
 
 
-class DraftShape(NamedTuple):
-    """What the draft proposes for each sequence that it drafts for."""
-
-    levels: int = 0
-    """Length of a chain, or depth of a tree; 0: nothing is drafted."""
-    nodes: int = 0
-    """Tokens of a tree; 0: a chain."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Proposals of a sequence."""
-        return self.nodes or self.levels
-
-
 class Costs:
     """The costs of a round's parts, in seconds.
 
     >>> costs.round_s(8, [4, 0, 0, 0, 0, 0, 0, 2])    # the target's pass, verification and commit
-    >>> costs.draft_s(2, DraftShape(levels=3, nodes=7))
+    >>> costs.draft_s(2, 3)                           # two chains of three
     """
 
     def __init__(self, *, ragged: bool) -> None:
@@ -189,11 +174,8 @@ class Costs:
         self.ragged = ragged
         self.target = CostTable()
         """Of a round but for drafting, by batch size and mean query length."""
-        drafting = Slowdown()
-        self.chain = CostTable(drafting)
+        self.chain = CostTable()
         """Of drafting chains, the prefill of READ_IN_A_STEP positions included, by batch size and length."""
-        self.tree = CostTable(drafting)
-        """Of drafting trees, by batch size and number of levels."""
         self.prefill_position_s = 0.0
         """Of one position of the prefill of the draft's cache."""
 
@@ -207,19 +189,16 @@ class Costs:
         """What one more proposal adds to a round in which one sequence has so many."""
         return max(0.0, self.round_s(batch_size, [num_proposals + 1]) - self.round_s(batch_size, [num_proposals]))
 
-    def draft_s(self, num_drafting: int, shape: DraftShape) -> float:
-        """Of drafting for some sequences."""
-        if not shape.levels:
-            return 0.0
-        return (self.tree if shape.nodes else self.chain)(num_drafting, shape.levels)
+    def draft_s(self, num_drafting: int, length: int) -> float:
+        """Of drafting chains for some sequences."""
+        return self.chain(num_drafting, length) if length else 0.0
 
     def catch_up_s(self, num_drafting: int, *, uncached: int) -> float:
         """Of the prefill of `uncached` positions beyond those that the first step of each sequence reads anyway."""
         return max(0, uncached - READ_IN_A_STEP * num_drafting) * self.prefill_position_s
 
-    def observe_draft(self, num_drafting: int, shape: DraftShape, seconds: float, *, uncached: int) -> None:
+    def observe_draft(self, num_drafting: int, length: int, seconds: float, *, uncached: int) -> None:
         """Update by the time that drafting took, with the prefill of `uncached` positions."""
-        table = self.tree if shape.nodes else self.chain
-        if table(num_drafting, shape.levels):
+        if self.chain(num_drafting, length):
             seconds -= self.catch_up_s(num_drafting, uncached=uncached)
-            table.update(num_drafting, shape.levels, max(0.0, seconds))
+            self.chain.update(num_drafting, length, max(0.0, seconds))

@@ -1,4 +1,4 @@
-"""Drafting for a batch: the draft's own KV cache, its prefill, and chains or trees of proposals.
+"""Drafting for a batch: the draft's own KV cache, its prefill, and chains of proposals.
 
 Lifecycle of a sequence here: the engine stores the target's features of every position that the target computes
 (`store_features`); the draft computes nothing until proposals are wanted. Then `propose` first prefills the draft's
@@ -9,12 +9,8 @@ For sampled requests the target's own token is the argmax of its log-probabiliti
 (modules/sampling/noise.py). The draft adds the same noise to its own (`ColumnDraws`), so that both tend to choose the
 same token even where many are about as probable.
 
-Trees (EAGLE-2, arXiv 2406.16858) are drafted level by level: the most probable nodes of a level are expanded in one
-batched pass of the draft. Expanded nodes lie after the committed positions in the draft's cache, and each attends only
-to its ancestors; the next prefill overwrites them too.
-
-Left out: how many proposals, and when a tree pays (serve/speculation/planner.py); how nodes are selected
-(kernels/csrc/drafting.hpp); verification (serve/sequences/round_plan.py).
+Left out: how many proposals, and what they cost (serve/speculation/planner.py); what of a weighed chain is worth
+proposing (kernels/csrc/drafting.hpp); verification (serve/sequences/round_plan.py).
 
 Shapes: B sequences, T positions, K proposals, H hidden, S slots, L capacity of a slot, F features of a position,
 D draft vocabulary.
@@ -29,7 +25,6 @@ from typing import Any
 import torch
 
 from aurora_lit.kernels import huge_pages
-from aurora_lit.kernels.decoder import MAX_DEPTH
 from aurora_lit.kernels.draft_steps import Drafted, Weighing
 from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.models.attention import KVCacheView
@@ -40,8 +35,6 @@ from aurora_lit.modules.sampling.noise import gumbel
 from aurora_lit.serve.speculation.planner import extends_chain
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, prepare_draft, uses_kernels
 
-MAX_LEVEL_WIDTH = 4
-"""Most nodes of a sequence that a level of a tree expands, and children considered for each."""
 _PREFILL_CHUNK_TOKENS = 256
 """Most positions of one forward pass of the draft's prefill."""
 _LAST_PASS_TOKENS = 24
@@ -91,8 +84,8 @@ class Drafter:
         return self._features_SLF
 
     @property
-    def supports_trees(self) -> bool:
-        """True if the draft runs in native steps, which trees need."""
+    def is_native(self) -> bool:
+        """True if the draft runs in native steps, which weighing needs."""
         return self._runtime_draft.steps is not None
 
     def prepare(self, draft: Eagle3Draft) -> RuntimeDraft:
@@ -165,14 +158,11 @@ class Drafter:
     ) -> Drafted:
         """Draft a chain of up to `num_steps` tokens for each sequence.
 
-        `min_gains`: what each further step must promise to be run (`min_gains_of_chain` of the planner).
+        `min_gains`: what each further step must promise to be run (`min_gains` of the planner).
         `with_logprobs`: also return the tokens' log-probabilities; without native steps, so it takes longer.
         """
-        if self.supports_trees and num_steps <= MAX_DEPTH and not with_logprobs:
-            drafted = self._draft_levels(
-                inputs, noise=noise, num_levels=num_steps, num_nodes=num_steps, width=1, min_gains=min_gains
-            )
-            return drafted._replace(parents=None)
+        if self.is_native and not with_logprobs:
+            return self._draft_levels(inputs, noise=noise, num_levels=num_steps, min_gains=min_gains)
         hidden_BH = self.prefill(inputs)
         slots_B = torch.tensor(inputs.slots, device=self._tokens_SL.device)
         starts_B = torch.tensor(inputs.lengths, device=slots_B.device) - 1
@@ -211,34 +201,6 @@ class Drafter:
         index_B1 = score_BD.argmax(-1, keepdim=True)
         return ids_D[index_B1[:, 0]], logits_BD.log_softmax(-1).gather(1, index_B1)[:, 0]
 
-    def propose_tree(
-        self,
-        inputs: DraftInputs,
-        *,
-        num_steps: int,
-        num_nodes: int,
-        noise: ColumnDraws | None = None,
-        min_gains: Sequence[float] | None = None,
-        level_rates: Sequence[float] = (),
-    ) -> Drafted:
-        """Draft a tree for each sequence: its `num_nodes` most probable nodes.
-
-        `min_gains`: what each further level, up to `num_steps`, must promise to be run (`min_gains_of_tree` of the
-        planner); `level_rates`: its acceptance rate, for each sequence. A draft that was swapped in and does not
-        support trees proposes a chain.
-        """
-        if not self.supports_trees:
-            return self.propose(inputs, num_steps=num_steps, noise=noise)
-        return self._draft_levels(
-            inputs,
-            noise=noise,
-            num_levels=num_steps,
-            num_nodes=num_nodes,
-            width=max(2, min(MAX_LEVEL_WIDTH, num_nodes)),
-            min_gains=min_gains,
-            level_rates=level_rates,
-        )
-
     def propose_weighed(
         self,
         inputs: DraftInputs,
@@ -250,14 +212,14 @@ class Drafter:
         noise: ColumnDraws | None = None,
     ) -> Drafted:
         """Draft chains of up to `num_steps` tokens, and propose of them, and of up to `num_siblings` other likely
-        tokens beside each, what is worth its column, up to `num_nodes`. Needs `supports_trees`.
+        tokens beside each, what is worth its column, up to `num_nodes`. Needs `is_native`.
         """
         return self._draft_levels(
             inputs,
             noise=noise,
             num_levels=num_steps,
+            num_siblings=num_siblings,
             num_nodes=num_nodes,
-            children=1 + num_siblings,
             weighing=weighing,
         )
 

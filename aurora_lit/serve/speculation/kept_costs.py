@@ -24,7 +24,7 @@ from pathlib import Path
 from aurora_lit.durable import sync
 from aurora_lit.serve.speculation.costs import Costs
 
-_TABLES = ("target", "chain", "tree")
+_TABLES = ("target", "chain")
 _log = logging.getLogger(__name__)
 
 

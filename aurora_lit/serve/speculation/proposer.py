@@ -2,8 +2,8 @@
 
 Copies cost no pass of the draft. Where they promise as much as the draft would, they are proposed alone; the draft runs
 for the other sequences, and copies that are worth their columns are merged into its proposals. Every sequence accepts
-what equals the target's own token (serve/sequences/round_plan.py), so that all sources, chains and trees serve greedy
-and sampled sequences alike. The draft does not run if no sequence needs it, nor for a sequence whose prompt it has not
+what equals the target's own token (serve/sequences/round_plan.py), so that all sources serve greedy and sampled
+sequences alike. The draft does not run if no sequence needs it, nor for a sequence whose prompt it has not
 caught up with: it reads `max_catch_up_s` worth of positions a round until it has.
 
 Exploration: in a share of the rounds that draft, all greedy sequences that may be stored draw their proposals from the
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -37,7 +37,6 @@ from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal, Weighed
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_copies
 from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlanner
-from aurora_lit.serve.speculation.costs import DraftShape
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.grammar_rows import forced_proposal
 from aurora_lit.serve.speculation.planner import MAX_REMAINING_TOKENS, DraftDecision, SpeculationPlanner
@@ -77,12 +76,11 @@ class Proposer:
         explore_share: float = 0.0,
         explore_temperature: float = 1.0,
         explore_seed: int = 0,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`drafter` None: only copies are proposed; without copied tokens in the planner's limits only drafts are.
 
         `tokens_SL`: the engine's table of committed tokens. `memory` None: copies come from within requests alone.
-        `looks_up` False: none come from there. `clock`: in seconds; a simulation has one of its own.
+        `looks_up` False: none come from there.
         """
         self._drafter = drafter
         self._planner = planner
@@ -92,7 +90,6 @@ class Proposer:
         self._max_catch_up_s = max_catch_up_s
         self.explore_share, self.explore_temperature = explore_share, explore_temperature
         self._rng = random.Random(explore_seed)
-        self._clock = clock
         self._num_rounds = 0
         """That looked for copies, or might have."""
         self._least: dict[int, float] = {}
@@ -110,7 +107,7 @@ class Proposer:
         self, sequences: Sequence[RunningSequence], *, copies: bool = True, drafts: bool = True
     ) -> list[Proposal]:
         """A proposal for each sequence, of what is allowed; what a grammar forces always is."""
-        started = self._clock()
+        started = time.perf_counter()
         self.draft_seconds = self.catch_up_seconds = self.seconds = self.looking_seconds = 0.0
         proposals = [
             NO_PROPOSAL if sequence.grammar is None else forced_proposal(sequence, most=self._most_forced)
@@ -118,7 +115,7 @@ class Proposer:
         ]
         if copies or drafts:
             self._propose(sequences, proposals, copies=copies, drafts=drafts)
-            self.seconds = self._clock() - started
+            self.seconds = time.perf_counter() - started
         return proposals
 
     @property
@@ -137,17 +134,16 @@ class Proposer:
         ]
         if not speculating:
             return
-        sampled = 2 * sum(sequences[i].temperature > 0 for i in speculating) > len(speculating)
         found: dict[int, Copies] = {}
         if copies:
-            started = self._clock()
+            started = time.perf_counter()
             found = self._look_up(sequences, speculating)
-            self.looking_seconds = self._clock() - started
-        speed = self._copy(sequences, found, proposals, sampled=sampled, drafts=drafts)
+            self.looking_seconds = time.perf_counter() - started
+        speed = self._copy(sequences, found, proposals, drafts=drafts)
         if not drafts:
             return
         rest = [i for i in speculating if proposals[i] is NO_PROPOSAL and sequences[i].num_remaining > 1]
-        drafted = self._draft(sequences, rest, sampled=sampled)
+        drafted = self._draft(sequences, rest)
         if found and drafted and not any(proposal.explored_at is not None for _, proposal in drafted):
             drafted = self._merge(sequences, drafted, found, proposals, speed=speed)
         for i, proposal in drafted:
@@ -231,7 +227,6 @@ class Proposer:
         copies: dict[int, Copies],
         proposals: list[Proposal],
         *,
-        sampled: bool,
         drafts: bool,
     ) -> float:
         """Propose copies where they promise more than the draft, if that may run. Returns the tokens per second."""
@@ -239,7 +234,7 @@ class Proposer:
             return 0.0
         survivals = [each.survivals for each in copies.values()]
         rates = [self._planner.rate_of(sequences[i]) if drafts else 0.0 for i in copies]
-        counts, speed = self._copy_planner.choose(survivals, rates, batch_size=len(sequences), sampled=sampled)
+        counts, speed = self._copy_planner.choose(survivals, rates, batch_size=len(sequences))
         for (i, each), count in zip(copies.items(), counts, strict=True):
             table = self.reliability.table(sampled=sequences[i].temperature > 0)
             proposals[i] = copied(each, count, table=table)
@@ -275,16 +270,14 @@ class Proposer:
 
     # -- the draft -----------------------------------------------------------------------------------------------------
 
-    def _draft(
-        self, all_sequences: Sequence[RunningSequence], candidates: list[int], *, sampled: bool
-    ) -> list[tuple[int, Proposal]]:
+    def _draft(self, all_sequences: Sequence[RunningSequence], candidates: list[int]) -> list[tuple[int, Proposal]]:
         """What the draft proposes for those at `candidates`, with the indices of the sequences."""
         drafter, batch_size = self._drafter, len(all_sequences)
         if drafter is None or not candidates:
             return []
         rates = [self._planner.rate_of(all_sequences[i]) for i in candidates]
-        decision = self._planner.decide(rates, batch_size=batch_size, sampled=sampled)
-        if not decision.shape.levels:
+        decision = self._planner.decide(rates, batch_size=batch_size)
+        if not decision.length:
             return []
         uncached = {i: drafter.num_uncached(all_sequences[i].slot, all_sequences[i].length) for i in candidates}
         if decision.is_probe:
@@ -295,18 +288,18 @@ class Proposer:
             remaining = sum(min(MAX_REMAINING_TOKENS, sequence.num_remaining) for sequence in all_sequences)
             missing = sum(uncached[i] for i in candidates)
             if not self._planner.pays_for_catching_up(
-                decision.shape, rates, batch_size=batch_size, sampled=sampled, uncached=missing, remaining=remaining
+                decision.length, rates, batch_size=batch_size, uncached=missing, remaining=remaining
             ):
                 return []
-        started = self._clock()
+        started = time.perf_counter()
         candidates, num_read = self._caught_up(all_sequences, candidates, uncached)
         if candidates:
             sequences = [all_sequences[i] for i in candidates]
             explores = [False] * len(sequences)
             if self.explore_share and not decision.is_probe and self._rng.random() < self.explore_share:
                 explores = [sequence.request.store and sequence.temperature == 0 for sequence in sequences]
-            drafted = self._run(sequences, decision, explores, batch_size=batch_size, sampled=sampled)
-        self.draft_seconds = self._clock() - started
+            drafted = self._run(sequences, decision, explores, batch_size=batch_size)
+        self.draft_seconds = time.perf_counter() - started
         num_read += sum(uncached[i] for i in candidates)
         catch_up_s = self._planner.costs.catch_up_s(len(candidates), uncached=num_read)
         self.catch_up_seconds = min(self.draft_seconds, catch_up_s)
@@ -314,9 +307,7 @@ class Proposer:
             return []
         found = self._proposals(drafted, explores)
         if not any(explores):
-            levels = len(drafted.outcomes)
-            nodes = len(drafted.tokens[0]) if drafted.parents is not None and drafted.shares is None else 0
-            self._planner.observe_draft(len(found), DraftShape(levels, nodes), self.draft_seconds, uncached=num_read)
+            self._planner.observe_draft(len(found), len(drafted.outcomes), self.draft_seconds, uncached=num_read)
         return list(zip(candidates, found, strict=True))
 
     def _caught_up(
@@ -346,39 +337,29 @@ class Proposer:
         explores: list[bool],
         *,
         batch_size: int,
-        sampled: bool,
     ) -> Drafted:
-        """Draft for some sequences what was decided; chains if any of them explores."""
+        """Draft for some sequences what was decided."""
         assert self._drafter is not None
-        shape = decision.shape
         inputs = DraftInputs(
             slots=[sequence.slot for sequence in sequences], lengths=[sequence.length for sequence in sequences]
         )
         noise = self._noise(sequences, explores)
         if any(explores):
-            return self._drafter.propose(inputs, num_steps=shape.levels, noise=noise, with_logprobs=True)
+            return self._drafter.propose(inputs, num_steps=decision.length, noise=noise, with_logprobs=True)
         if self._weighs(decision):
             return self._weigh(inputs, sequences, decision, batch_size=batch_size, noise=noise)
         min_gains = None
         if not decision.is_trial:
-            min_gains = self._planner.min_gains(shape, len(sequences), batch_size=batch_size, speed=decision.speed)
-        if not shape.nodes:
-            return self._drafter.propose(inputs, num_steps=shape.levels, noise=noise, min_gains=min_gains)
-        rates = [self._planner.rate_of(sequence) for sequence in sequences]
-        return self._drafter.propose_tree(
-            inputs,
-            num_steps=shape.levels,
-            num_nodes=shape.nodes,
-            noise=noise,
-            min_gains=min_gains,
-            level_rates=self._planner.level_rates(shape, rates, sampled=sampled),
-        )
+            min_gains = self._planner.min_gains(
+                decision.length, len(sequences), batch_size=batch_size, speed=decision.speed
+            )
+        return self._drafter.propose(inputs, num_steps=decision.length, noise=noise, min_gains=min_gains)
 
     def _weighs(self, decision: DraftDecision) -> bool:
-        """False where a shape is drafted to measure it, or a draft was swapped in that has no native steps."""
-        if not self._planner.limits.sibling_tokens or decision.shape.nodes or decision.is_trial or decision.is_probe:
+        """False where a length is drafted to measure it, or a draft was swapped in that has no native steps."""
+        if not self._planner.limits.sibling_tokens or decision.is_trial or decision.is_probe:
             return False
-        return self._drafter is not None and self._drafter.supports_trees
+        return self._drafter is not None and self._drafter.is_native
 
     def _weigh(
         self,
@@ -430,7 +411,6 @@ class Proposer:
         return [
             Proposal(
                 tokens=tokens[b],
-                parents=None if drafted.parents is None else drafted.parents[b],
                 source=SOURCE_DRAFT,
                 num_drafted=len(tokens[b]),
                 explored_at=self.explore_temperature if explore else None,

@@ -214,7 +214,6 @@ def _engine(
         max_batch_size=config.engine.max_batch_size,
         max_seq_len=config.engine.max_seq_len,
         max_draft_tokens=config.engine.max_draft_tokens,
-        tree_tokens=config.engine.tree_tokens,
         sibling_tokens=config.engine.sibling_tokens,
         copied_tokens=copied_tokens(config),
         lookup=config.engine.lookup,

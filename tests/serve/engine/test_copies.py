@@ -59,7 +59,7 @@ def test_output_is_that_of_plain_decoding(
     requests = all_requests()
     plain = run(make_engine(target), requests)
     draft = random_draft(target) if with_draft else None
-    engine = make_engine(target, draft, copied_tokens=15, tree_tokens=7, adaptive=adaptive, max_batch_size=4, **memory)
+    engine = make_engine(target, draft, copied_tokens=15, branches=True, adaptive=adaptive, max_batch_size=4, **memory)
     for _ in range(2):  # the second time the memory holds all answers
         answers = run(engine, requests)
         assert {i: answers[i].token_ids for i in plain} == {i: plain[i].token_ids for i in plain}
@@ -110,7 +110,7 @@ def test_copies_beside_what_the_draft_proposes(
 
     monkeypatch.setattr(proposer, "with_copies", merge)
     monkeypatch.setattr(CopyPlanner, "choose", lambda self, survivals, rates, **_: CopyPlan([0] * len(rates), 100.0))
-    engine = make_engine(target, random_draft(target), copied_tokens=15, tree_tokens=7, adaptive=True, **MEMORY)
+    engine = make_engine(target, random_draft(target), copied_tokens=15, branches=True, adaptive=True, **MEMORY)
     engine.floor, engine.planner.updates_costs = None, False
     engine.costs.target = CostTable()
     for size, width in itertools.product(range(1, 5), range(1, 33)):

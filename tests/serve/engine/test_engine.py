@@ -28,7 +28,7 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.speculation import planner as planner_module
-from aurora_lit.serve.speculation.costs import CostTable, DraftShape
+from aurora_lit.serve.speculation.costs import CostTable
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.floor import RoundKind
 from aurora_lit.serve.speculation.planner import DraftDecision
@@ -297,7 +297,7 @@ def test_the_draft_does_not_run_when_it_does_not_pay_except_for_a_probe(
 ) -> None:
     engine = models.engine(adaptive=True, max_seq_len=160)
     engine.floor = None  # to which deciding takes long, with a target as small as this
-    engine.costs.chain = engine.costs.tree = CostTable()
+    engine.costs.chain = CostTable()
     engine.costs.chain.update(1, 1, 60.0)
     engine.costs.prefill_position_s = 0.0
     drafted.clear()  # without the calibration's calls
@@ -317,7 +317,7 @@ def test_a_trial_is_drafted_in_full_though_its_later_steps_promise_too_little(
     engine = models.engine(adaptive=True)
     engine.floor = None
     # Where tokens come so fast, no step is worth its time.
-    decision = DraftDecision(DraftShape(4), is_trial=is_trial, speed=1e12)
+    decision = DraftDecision(4, is_trial=is_trial, speed=1e12)
     monkeypatch.setattr(engine.planner, "decide", lambda *_args, **_how: decision)
     monkeypatch.setattr(engine.planner, "pays_for_catching_up", lambda *_args, **_how: True)
     outputs = run(engine, [request("a", models.prompts[3], max_tokens=NEW)])["a"].rounds
@@ -329,7 +329,7 @@ def test_a_probe_drafts_only_for_the_sequence_with_the_shortest_prefill(
 ) -> None:
     engine = models.engine(adaptive=True, max_seq_len=200)
     engine.floor = None  # to which deciding takes long, with a target as small as this
-    engine.costs.chain = engine.costs.tree = CostTable()
+    engine.costs.chain = CostTable()
     engine.costs.chain.update(4, 1, 60.0)
     engine.costs.prefill_position_s = 0.0
     drafted.clear()  # without the calibration's calls
@@ -373,7 +373,7 @@ def test_rounds_that_carry_prompts_do_not_speculate(models: TinyModels, monkeypa
     engine = models.engine(adaptive=True, prefill_chunk_tokens=4)
     assert engine.floor is not None
     monkeypatch.setattr(engine.floor, "allows", lambda kind, **_: True)
-    monkeypatch.setattr(engine.planner, "decide", lambda *_, **__: DraftDecision(DraftShape(2)))
+    monkeypatch.setattr(engine.planner, "decide", lambda *_, **__: DraftDecision(2))
     monkeypatch.setattr(engine.planner, "pays_for_catching_up", lambda *_, **__: True)
     engine.submit(models.request(0, max_tokens=24))
     proposed: dict[bool, list[int]] = {False: [], True: []}

@@ -145,12 +145,12 @@ def make(target: Target, draft: Eagle3Draft | None, **changes: Any) -> Engine:
     return make_engine(target, copy.deepcopy(draft), **{**fields, **changes})
 
 
-PROPOSALS = [{"tree_tokens": 0}, {"tree_tokens": 15}, {"tree_tokens": 15, "copied_tokens": 7}]
+PROPOSALS = [{"branches": False}, {"branches": True}, {"branches": True, "copied_tokens": 7}]
 
 
 @pytest.mark.skipif(native.library() is None, reason="torch's sums depend on what is computed together")
 @pytest.mark.parametrize("max_round_s", [0.001, 0.02, 1.0])
-@pytest.mark.parametrize("proposals", PROPOSALS, ids=["chains", "trees", "trees and lookup"])
+@pytest.mark.parametrize("proposals", PROPOSALS, ids=["chains", "branches", "branches and lookup"])
 def test_outputs_beside_prompts_are_those_alone(
     proposals: dict[str, int],
     max_round_s: float,
@@ -176,7 +176,7 @@ def test_outputs_beside_prompts_are_those_alone(
     mixed = [plan for plan, _ in plans if plan.decoding and plan.prompts]
     assert len(mixed) > 5
     assert any(row.proposal.tokens for plan in mixed for row in plan.decoding), "speculation goes on beside prompts"
-    if proposals["tree_tokens"]:
+    if proposals["branches"]:
         assert any(row.proposal.parents for plan in mixed for row in plan.decoding)
     assert all(plan.num_prompt_tokens <= CHUNK for plan, _ in plans)
     if max_round_s == 0.001:
@@ -200,11 +200,11 @@ def test_longer_rounds_take_more_prompt_tokens(
 
 
 @pytest.mark.skipif(native.library() is None, reason="torch's sums depend on what is computed together")
-@pytest.mark.parametrize("tree", [0, 7], ids=["chain", "tree"])
+@pytest.mark.parametrize("branches", [False, True])
 def test_a_rows_bits_do_not_depend_on_the_prompt_tokens_beside_it(
     target: Target,
     draft: Eagle3Draft,
-    tree: int,
+    branches: bool,
     plans: list[tuple[RoundPlan, Columns]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -213,7 +213,7 @@ def test_a_rows_bits_do_not_depend_on_the_prompt_tokens_beside_it(
     for beside in (0, 17, 40):
         monkeypatch.setattr(prefill_module, "_LEAST_TOKENS", max(1, beside))
         plans.clear()
-        engine = make(target, draft, max_round_s=1e-6, tree_tokens=tree)
+        engine = make(target, draft, max_round_s=1e-6, branches=branches)
         requests = [request("d", LONG[:4], max_tokens=24), request("p", LONG, max_tokens=1)]
         run(engine, requests[: 1 + (beside > 0)], arrivals=[0, 3])
         states[beside] = defaultdict(torch.Tensor)

@@ -52,7 +52,7 @@ class RecordedEngine:
     def __init__(self, target: Target, draft: Eagle3Draft | None, **changes: Any) -> None:
         self.traces: dict[str, Trace] = {}
         recorder = TraceRecorder(self._keep, hidden_size=target.hidden_size)
-        fields: dict[str, Any] = {"max_draft_tokens": 3, "tree_tokens": 7, "observer": recorder}
+        fields: dict[str, Any] = {"max_draft_tokens": 3, "branches": True, "observer": recorder}
         self.engine: Engine = make_engine(target, copy.deepcopy(draft), **{**fields, **changes})
 
     def _keep(self, trace: Trace) -> None:
@@ -221,6 +221,8 @@ def test_prefixes_are_copied_without_native_kernels(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(native, "library", lambda: None)
     target = Target.load(save_model("gemma2", tmp_path), precision="fp32")
     requests = [make_request("a", 1, 2, 3), make_request("b", 5, 5, 6)]
-    recorded = RecordedEngine(target, random_draft(target), tree_tokens=0, prefill_chunk_tokens=64)
-    assert recorded.serve(*requests) == RecordedEngine(target, None, tree_tokens=0, prefix_cache=False).serve(*requests)
+    recorded = RecordedEngine(target, random_draft(target), branches=False, prefill_chunk_tokens=64)
+    assert recorded.serve(*requests) == RecordedEngine(target, None, branches=False, prefix_cache=False).serve(
+        *requests
+    )
     assert recorded.engine.stats.cached_tokens == 40

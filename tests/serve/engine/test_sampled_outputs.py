@@ -27,11 +27,11 @@ from aurora_lit.serve.speculation.proposer import Proposer
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="torch's own sums depend on the batch")
 PRECISIONS = ["fp32", *(pytest.param(p, marks=needs_kernels) for p in ("bf16", "int8", "int4"))]
 WAYS: dict[str, dict[str, Any]] = {
-    "chains": {"tree_tokens": 0},
-    "trees": {"tree_tokens": 15},
+    "chains": {},
+    "branches": {"branches": True},
     "lookup": {"copied_tokens": 15},
     "exploring": {"explore_share": 0.5, "explore_temperature": 1.5},
-    "all": {"tree_tokens": 15, "sibling_tokens": 3, "copied_tokens": 15, "explore_share": 0.3, "adaptive": True},
+    "all": {"sibling_tokens": 3, "copied_tokens": 15, "explore_share": 0.3, "adaptive": True},
 }
 PROMPTS = [torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (4, 11, 2, 23)]
 PROMPTS[1] = PROMPTS[1][:4] * 4  # repeats itself, so that there is something to look up
@@ -112,7 +112,7 @@ def test_a_request_without_a_seed_has_another_output_for_another_key(case: Case)
     """So n choices of one prompt differ; the same key gives the same output again, also beside the others."""
     keyed = [replace(request(str(key), PROMPTS[0], max_tokens=NEW, temperature=1.0), noise_key=key) for key in range(8)]
     plain = case.plain(keyed)
-    answers = run(case.engine(tree_tokens=7), keyed)
+    answers = run(case.engine(branches=True), keyed)
     assert [answers[r.request_id].token_ids for r in keyed] == [plain[r.request_id].token_ids for r in keyed]
     assert len({tuple(answer.token_ids) for answer in answers.values()}) == 8
     seeded = [request(str(n), PROMPTS[0], max_tokens=NEW, temperature=1.0, seed=n) for n in range(8)]
@@ -133,7 +133,7 @@ def test_a_rows_output_does_not_depend_on_options_of_the_rows_beside_it(case: Ca
     subject = next(r for r in requests if r.request_id.startswith("unseeded"))
     for other in requests:
         if other is not subject:
-            both = run(case.engine(tree_tokens=7), [other, subject])
+            both = run(case.engine(branches=True), [other, subject])
             assert both[subject.request_id].token_ids == plain[subject.request_id].token_ids, other.request_id
             assert both[other.request_id].token_ids == plain[other.request_id].token_ids
 
@@ -163,7 +163,7 @@ def test_the_draft_predicts_sampled_tokens_better_with_the_targets_noise(
     assert with_noise > 1.3 * acceptance()
 
 
-@pytest.mark.parametrize("way", ["chains", "trees"])
+@pytest.mark.parametrize("way", ["chains", "branches"])
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_many_keys_have_the_law_of_the_targets_softmax(way: str, temperature: float, tmp_path: Path) -> None:
     """Chi-square of the first two tokens of six thousand outputs against the model's probabilities."""

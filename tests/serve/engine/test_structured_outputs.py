@@ -37,11 +37,11 @@ LANGUAGE = {
     for tail in ("1", "bb", "bc", "cb", "cc")
 }
 WAYS: dict[str, dict[str, Any]] = {
-    "chains": {"tree_tokens": 0},
-    "trees": {"tree_tokens": 7},
+    "chains": {},
+    "branches": {"branches": True},
     "weighed": {"sibling_tokens": 3, "adaptive": True},
-    "copies": {"tree_tokens": 0, "copied_tokens": 15},
-    "all": {"tree_tokens": 7, "copied_tokens": 15, "explore_share": 0.3, "explore_temperature": 1.5},
+    "copies": {"copied_tokens": 15},
+    "all": {"branches": True, "copied_tokens": 15, "explore_share": 0.3, "explore_temperature": 1.5},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -123,7 +123,7 @@ def test_outputs_have_the_masked_law(case: Case, way: str, options: str) -> None
 
 
 def test_no_proposal_that_the_grammar_forbids_reaches_the_target(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, columns, forced = case.engine(tree_tokens=7), 0, 0
+    engine, columns, forced = case.engine(branches=True), 0, 0
     judge = engine._judge
 
     def judged(plan: Any, last_NH: torch.Tensor) -> Any:
@@ -168,7 +168,7 @@ def test_forced_tokens_come_in_one_round_with_the_end(case: Case) -> None:
 
 
 def test_max_tokens_cuts(case: Case) -> None:
-    for answer in run(case.engine(tree_tokens=7), requests(10, regex="[ab]0,0,0,1", max_tokens=5)).values():
+    for answer in run(case.engine(branches=True), requests(10, regex="[ab]0,0,0,1", max_tokens=5)).values():
         assert text_of(answer.token_ids)[1:] == "0,0,"
         assert answer.finish_reason == "length"
 
@@ -177,7 +177,7 @@ def test_a_stop_token_ends_where_the_grammar_may_end(case: Case) -> None:
     """Beside the end of text; where it is allowed by the grammar itself it ends the output too."""
     extra = VOCAB_SIZE - 1
     asked = requests(60, regex="[ab]+", stop_token_ids=(extra,), max_tokens=30, logit_bias={extra: 2.0})
-    answers = run(case.engine(tree_tokens=7), asked).values()
+    answers = run(case.engine(branches=True), asked).values()
     assert {answer.token_ids[-1] for answer in answers} == {END, extra}
     assert all(set(text_of(answer.token_ids)) <= {"a", "b"} for answer in answers)
 

@@ -364,7 +364,7 @@ def test_copies_that_continue_what_was_drafted_are_no_proposals_of_the_draft(
     monkeypatch.setattr(CopyPlanner, "choose", lambda self, survivals, rates, **_: CopyPlan([0] * len(rates), 100.0))
     traces: list[Trace] = []
     copying = {"copied_tokens": 15, "lookup": False, "memory_bytes": 1 << 20, "memory_scope": "domain"}
-    engine = models.engine(traces, adaptive=True, max_draft_tokens=3, tree_tokens=0, **copying)
+    engine = models.engine(traces, adaptive=True, max_draft_tokens=3, **copying)
     engine.floor, engine.planner.updates_costs = None, False
     engine.costs.target = CostTable()
     for size, width in itertools.product(range(1, 5), range(1, 33)):

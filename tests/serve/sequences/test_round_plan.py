@@ -76,13 +76,12 @@ def test_a_chain_is_the_tree_of_one_path(length: int) -> None:
             assert chain.columns == list(range(accepted + 1))
 
 
-def test_levels_and_first_choices() -> None:
+def test_first_choices() -> None:
     chain = Proposal(tokens=[5, 6, 7], num_drafted=3)
     tree = Proposal(tokens=[5, 7, 8, 8, 9], parents=[0, 0, 2, 1, 1], num_drafted=5)
-    assert (chain.num_drafted_levels, chain.first_choices) == (3, [1, 2, 3])
-    assert (tree.num_drafted_levels, tree.first_choices) == (2, [1, 4])
+    assert (chain.first_choices, tree.first_choices) == ([1, 2, 3], [1, 4])
     beside = Proposal(tokens=[5, 7, 8, 8, 9], parents=[0, 0, 2, 1, 1], num_drafted=2)
-    assert (beside.num_drafted_levels, beside.first_choices) == (1, [1]), "copies are no levels of the draft"
+    assert beside.first_choices == [1], "copies are no choices of the draft"
     assert Proposal(tokens=[5, 6, 7]).first_choices == [1, 2, 3]
 
 

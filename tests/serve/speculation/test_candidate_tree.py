@@ -61,7 +61,6 @@ def test_a_copy_against_the_draft_is_another_branch() -> None:
     proposal = merged(drafted([5, 6]), copies([9, 10]), least=0.1)
     assert (proposal.tokens, proposal.parents) == ([5, 6, 9, 10], [0, 1, 0, 3])  # 0.2, 0.2 · 0.5
     assert proposal.first_choices == [1, 2]
-    assert proposal.num_drafted_levels == 2
     assert merged(drafted([5, 6]), copies([9, 10]), least=0.15).tokens == [5, 6, 9]
     assert merged(drafted([5, 6]), copies([9, 10]), least=0.25).tokens == [5, 6]
 

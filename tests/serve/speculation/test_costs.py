@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from aurora_lit.serve.speculation.costs import Costs, CostTable, DraftShape
+from aurora_lit.serve.speculation.costs import Costs, CostTable
 
 
 def test_a_time_between_two_query_lengths_updates_the_nearer_one() -> None:
@@ -98,7 +98,6 @@ def costs() -> Costs:
         costs.target.set_initial(4, query_length, 0.010 + 0.001 * query_length)
     for levels in (1, 2, 3):
         costs.chain.set_initial(2, levels, 0.0005 + 0.0005 * levels)
-        costs.tree.set_initial(2, levels, 0.002 * levels - 0.001)
     return costs
 
 
@@ -110,25 +109,10 @@ def test_a_round_costs_the_mean_query_length_or_without_ragged_rows_the_longest(
     assert costs.round_s(0, []) == 0.0
 
 
-def test_drafting_costs_its_first_step_and_each_later_step_or_level(costs: Costs) -> None:
-    assert costs.draft_s(2, DraftShape()) == 0.0
-    assert costs.draft_s(2, DraftShape(1)) == pytest.approx(0.001)
-    assert costs.draft_s(2, DraftShape(3)) == pytest.approx(0.002)
-    assert costs.draft_s(2, DraftShape(3, 7)) == pytest.approx(0.005)
-    assert [DraftShape(3).num_tokens, DraftShape(3, 7).num_tokens] == [3, 7]
-
-
-def test_what_slows_down_trees_slows_down_chains(costs: Costs) -> None:
-    for _ in range(50):
-        costs.observe_draft(2, DraftShape(3, 7), 0.0075, uncached=0)
-    assert costs.draft_s(2, DraftShape(3, 7)) == pytest.approx(0.0075, rel=0.05)
-    assert costs.draft_s(2, DraftShape(3)) == pytest.approx(0.003, rel=0.15)
-    for _ in range(500):
-        costs.observe_draft(2, DraftShape(3, 7), 0.0075, uncached=0)
-        costs.observe_draft(2, DraftShape(3), 0.002, uncached=0)
-    assert costs.draft_s(2, DraftShape(3, 7)) == pytest.approx(0.0075, rel=0.1)
-    assert costs.draft_s(2, DraftShape(3)) == pytest.approx(0.002, rel=0.1)
-    Costs(ragged=True).observe_draft(2, DraftShape(3), 1.0, uncached=0)  # nothing is known there
+def test_drafting_costs_its_first_step_and_each_later_step(costs: Costs) -> None:
+    assert costs.draft_s(2, 0) == 0.0
+    assert costs.draft_s(2, 1) == pytest.approx(0.001)
+    assert costs.draft_s(2, 3) == pytest.approx(0.002)
 
 
 def test_the_first_rounds_are_believed_so_that_a_short_answer_learns_what_it_costs() -> None:
@@ -149,5 +133,5 @@ def test_prefill_of_the_drafts_cache_does_not_count_as_time_of_a_step(costs: Cos
     """But for the positions that a first step reads anyway: two for each sequence."""
     costs.prefill_position_s = 1e-5
     for _ in range(20):
-        costs.observe_draft(2, DraftShape(2), 0.0015 + 300 * 1e-5, uncached=304)
-    assert costs.draft_s(2, DraftShape(2)) == pytest.approx(0.0015)
+        costs.observe_draft(2, 2, 0.0015 + 300 * 1e-5, uncached=304)
+    assert costs.draft_s(2, 2) == pytest.approx(0.0015)

@@ -81,16 +81,9 @@ def test_catching_up_in_parts_gives_the_proposals_of_reading_at_once(
     assert in_parts.num_uncached(0, length) == length - 1, "another slot has read nothing"
     inputs = DraftInputs(slots=[1], lengths=[length])
     draws = ColumnDraws(temperatures=[0.8], keys=[3], positions=[2])
-    for kind in ("chain", "tree"):
-        if kind == "tree" and not at_once.supports_trees:
-            continue
-        drafted = []
-        for drafter in (at_once, in_parts):
-            how: dict[str, Any] = {"num_steps": 4, "noise": draws if noise else None}
-            propose = drafter.propose if kind == "chain" else drafter.propose_tree
-            drafted.append(propose(inputs, **how, **({} if kind == "chain" else {"num_nodes": 15})))
-        assert drafted[0].tokens == drafted[1].tokens
-        torch.testing.assert_close(drafted[0].outcome_JB, drafted[1].outcome_JB, atol=1e-4, rtol=1e-4)
+    drafted = [drafter.propose(inputs, num_steps=4, noise=draws if noise else None) for drafter in (at_once, in_parts)]
+    assert drafted[0].tokens == drafted[1].tokens
+    torch.testing.assert_close(drafted[0].outcome_JB, drafted[1].outcome_JB, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("max_round_s", "room"), [(0.001, _LEAST_CATCH_UP), (0.050, 50), (0.120, 120), (60.0, 10_000)])

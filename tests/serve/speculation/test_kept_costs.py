@@ -15,7 +15,6 @@ from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.speculation import calibration
 from aurora_lit.serve.speculation.costs import Costs, CostTable
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
-from aurora_lit.serve.speculation.planner import NO_DRAFT
 
 KEY = {"machine": "this one", "code": "1"}
 
@@ -26,13 +25,12 @@ def engine_with(target: Target, folder: Path, **key: str) -> Engine:
         random_draft(target),
         adaptive=True,
         max_batch_size=2,
-        tree_tokens=3,
         kept_costs=KeptCosts(folder, key={**KEY, **key}),
     )
 
 
 def tables(costs: Costs) -> dict[str, object]:
-    names = ("target", "chain", "tree")
+    names = ("target", "chain")
     return {"prefill": costs.prefill_position_s, **{name: getattr(costs, name).all_initial for name in names}}
 
 
@@ -72,7 +70,7 @@ def test_a_start_replaces_what_an_earlier_one_measured_beside_other_work(target:
 
 def test_a_disturbed_start_does_not_replace_what_a_quiet_one_measured(target: Target, tmp_path: Path) -> None:
     engine_with(target, tmp_path)
-    spoil(tmp_path, "target", "chain", "tree", seconds=1e-9)
+    spoil(tmp_path, "target", "chain", seconds=1e-9)
     engine = engine_with(target, tmp_path)
     while engine.refine_costs():
         pass
@@ -86,7 +84,7 @@ def test_a_first_start_does_not_wait_for_all_measurements_where_they_take_long(
     engine = engine_with(target, tmp_path)
     assert not any(tables(engine.costs).values())
     assert not list(tmp_path.iterdir()), "half of the costs are not kept"
-    assert engine.planner.decide([0.9], batch_size=1).shape == NO_DRAFT, "what takes nobody knows how long"
+    assert engine.planner.decide([0.9], batch_size=1).length == 0, "what takes nobody knows how long"
     engine.submit(Request(request_id="a", prompt_ids=[3, 4, 5], params=SamplingParams(max_tokens=4)))
     while engine.has_work:
         engine.round()
@@ -141,7 +139,7 @@ def test_a_damaged_file_counts_as_none(
     text = costs.path.read_text()
     content = json.loads(text)
     content |= {
-        "no number": {"tree": [[1, 1, "fast"]]},
+        "no number": {"chain": [[1, 1, "fast"]]},
         "negative": {"prefill_position_s": -1.0},
         "another key": {"key": {"machine": "another"}},
         "no target": {"target": []},

@@ -1,4 +1,4 @@
-"""SpeculationPlanner: draft lengths and trees by listed costs and acceptance rates.
+"""SpeculationPlanner: draft lengths by listed costs and acceptance rates.
 
 Costs are in seconds; a plain forward pass of the target takes 10 ms.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -16,17 +16,13 @@ from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.sequences.round_plan import Proposal, WeighedChain
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation import planner as planner_module
-from aurora_lit.serve.speculation.costs import Costs, DraftShape
+from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.planner import (
-    NO_DRAFT,
     SpeculationLimits,
     SpeculationPlanner,
-    TreeAcceptance,
-    choose_shape,
+    choose_length,
     extends_chain,
     speed_of,
-    speeds_of_shapes,
-    tree_sizes,
 )
 from aurora_lit.traces.record import SOURCE_DRAFT
 
@@ -64,18 +60,17 @@ def chain_costs(
 
 
 def chain_planner(*, draft_tokens: int = 4, adaptive: bool = True, **costs: float) -> SpeculationPlanner:
-    """A planner without trees."""
     limits = SpeculationLimits(draft_tokens=draft_tokens, copied_tokens=0, adaptive=adaptive)
     return SpeculationPlanner(limits, chain_costs(**costs))  # type: ignore[arg-type]
 
 
-def decide(planner: SpeculationPlanner, rates: Sequence[float], num_plain: int = 0) -> DraftShape:
-    """What the planner drafts beside `num_plain` sequences that do not speculate."""
-    return planner.decide(rates, batch_size=len(rates) + num_plain).shape
+def decide(planner: SpeculationPlanner, rates: Sequence[float], num_plain: int = 0) -> int:
+    """How long the chains are beside `num_plain` sequences that do not speculate."""
+    return planner.decide(rates, batch_size=len(rates) + num_plain).length
 
 
 @pytest.mark.parametrize(
-    ("costs", "rates", "levels"),
+    ("costs", "rates", "length"),
     [
         ({}, [0.9], 4),  # a fast draft that is often accepted
         ({}, [0.8, 0.9], 4),
@@ -91,37 +86,33 @@ def decide(planner: SpeculationPlanner, rates: Sequence[float], num_plain: int =
     ],
 )
 def test_the_length_with_the_most_tokens_per_second_is_chosen(
-    costs: dict[str, float], rates: list[float], levels: int
+    costs: dict[str, float], rates: list[float], length: int
 ) -> None:
-    assert decide(chain_planner(**costs), rates) == DraftShape(levels)  # type: ignore[arg-type]
+    assert decide(chain_planner(**costs), rates) == length  # type: ignore[arg-type]
 
 
 def test_the_choice_is_a_pure_function_of_its_arguments() -> None:
-    """The same arguments give the same shape, in any order of calls, and change nothing."""
-    costs = tree_planner().costs
-    limits = SpeculationLimits(draft_tokens=4, copied_tokens=0, tree_sizes=(3, 7, 15))
-    trees = {nodes: TreeAcceptance(nodes) for nodes in limits.tree_sizes}
+    """The same arguments give the same length, in any order of calls, and change nothing."""
+    costs = chain_costs(wider_s=0.001)
     costs.target._parts.clear()
 
-    def state() -> tuple[dict[str, object], list[dict[str, object]]]:
+    def state() -> dict[str, object]:
         table = {name: value for name, value in vars(costs.target).items() if name != "_slowdown"}
-        return {**table, "slowdown": vars(costs.target._slowdown)}, [vars(tree) for tree in trees.values()]
+        return {**table, "slowdown": vars(costs.target._slowdown)}
 
     before = copy.deepcopy(state())
     cases = [
         ((rate,) * number, number + plain, last)
-        for rate, number, plain, last in itertools.product(
-            (0.01, 0.3, 0.6, 0.9), (1, 3, 8), (0, 4), (NO_DRAFT, DraftShape(1), DraftShape(4), DraftShape(3, 7))
-        )
+        for rate, number, plain, last in itertools.product((0.01, 0.3, 0.6, 0.9), (1, 3, 8), (0, 4), (0, 1, 4))
     ]
 
-    def shape(case: tuple[tuple[float, ...], int, DraftShape]) -> DraftShape:
+    def chosen(case: tuple[tuple[float, ...], int, int]) -> int:
         rates, batch_size, last = case
-        speeds = speeds_of_shapes(rates, batch_size=batch_size, costs=costs, limits=limits, trees=trees)
-        return choose_shape(speeds, last=last)
+        speeds = [speed_of(length, rates, batch_size=batch_size, costs=costs) for length in range(5)]
+        return choose_length(speeds, last=last)
 
-    first = [shape(case) for case in cases]
-    assert [shape(case) for case in reversed(cases)] == first[::-1]
+    first = [chosen(case) for case in cases]
+    assert [chosen(case) for case in reversed(cases)] == first[::-1]
     costs.target._parts.clear()
     assert state() == before
     assert len(set(first)) > 3
@@ -136,22 +127,20 @@ def test_drafts_are_shorter_beside_sequences_that_do_not_speculate() -> None:
         for query_length in range(1, 6):
             planner.costs.target.update(size, query_length, 0.002 + 0.003 * size * query_length)
     alone = decide(planner, [0.9])
-    assert alone.levels > 0
-    assert decide(planner, [0.9], num_plain=3).levels < alone.levels
-    assert decide(planner, [], num_plain=4) == NO_DRAFT
+    assert 0 <= decide(planner, [0.9], num_plain=3) < alone
+    assert decide(planner, [], num_plain=4) == 0
 
 
 def test_without_adaptation_the_draft_length_is_fixed() -> None:
     planner = chain_planner(adaptive=False, first_s=1.0)
-    assert decide(planner, [0.01]) == DraftShape(4)
-    assert planner.min_gains(DraftShape(4), 1, batch_size=1, speed=100.0) is None
-    assert decide(planner, []) == NO_DRAFT
+    assert decide(planner, [0.01]) == 4
+    assert planner.min_gains(4, 1, batch_size=1, speed=100.0) is None
+    assert decide(planner, []) == 0
 
 
 def speeds(planner: SpeculationPlanner, rate: float) -> list[float]:
     """Tokens per second of one sequence, by length of its chain."""
-    how = {"batch_size": 1, "costs": planner.costs, "trees": {}}
-    return [speed_of(DraftShape(levels), [rate], **how) for levels in range(5)]  # type: ignore[arg-type]
+    return [speed_of(length, [rate], batch_size=1, costs=planner.costs) for length in range(5)]
 
 
 def test_a_change_must_promise_a_few_per_cent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +149,8 @@ def test_a_change_must_promise_a_few_per_cent(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(planner_module, "_TRY_EVERY", 1 << 30)
     planner = chain_planner(first_s=0.001, next_s=0.002)
     rates = [0.05 + 0.01 * i for i in range(90)]
-    up = [decide(planner, [rate]).levels for rate in rates]
-    down = [decide(planner, [rate]).levels for rate in reversed(rates)][::-1]
+    up = [decide(planner, [rate]) for rate in rates]
+    down = [decide(planner, [rate]) for rate in reversed(rates)][::-1]
     assert up == sorted(up)
     assert down == sorted(down)
     assert up[0] == down[0] == 0
@@ -176,21 +165,21 @@ def test_a_change_must_promise_a_few_per_cent(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_while_nothing_is_drafted_drafting_is_considered_only_every_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    planner = tree_planner()
-    while decide(planner, [0.01]) != NO_DRAFT:
+    planner = chain_planner()
+    while decide(planner, [0.01]):
         pass
-    considered: list[DraftShape] = []
-    original = planner_module.choose_shape
+    considered: list[int] = []
+    original = planner_module.choose_length
 
-    def counted(speeds: Mapping[DraftShape, float], *, last: DraftShape) -> DraftShape:
+    def counted(speeds: Sequence[float], *, last: int) -> int:
         considered.append(last)
         return original(speeds, last=last)
 
-    monkeypatch.setattr(planner_module, "choose_shape", counted)
+    monkeypatch.setattr(planner_module, "choose_length", counted)
     for _ in range(4 * planner_module._RECONSIDER_EVERY):
         decide(planner, [0.01])
     assert len(considered) == 4
-    num_rounds = next(n for n in range(100) if decide(planner, [0.9]) != NO_DRAFT)
+    num_rounds = next(n for n in range(100) if decide(planner, [0.9]))
     assert num_rounds < planner_module._RECONSIDER_EVERY, "a predictable sequence does not wait for long"
 
 
@@ -199,7 +188,7 @@ def test_after_many_rounds_without_a_draft_one_token_is_drafted() -> None:
     probes = []
     for number in range(1, 2 * every + 1):
         decision = planner.decide([0.05], batch_size=1)
-        assert decision.shape == (DraftShape(1) if decision.is_probe else NO_DRAFT)
+        assert decision.length == int(decision.is_probe)
         if decision.is_probe and planner.affords_probe(1, uncached=2):
             probes.append(number)
     assert probes == [every, 2 * every]
@@ -228,13 +217,13 @@ def test_accepted_probes_bring_speculation_back(temperature: float) -> None:
     planner, sequence = chain_planner(), a_sequence(temperature=temperature)
     for _ in range(300):
         observe(planner, sequence, proposed=1, accepted=0)
-    assert decide(planner, [planner.rate_of(sequence)]) == NO_DRAFT
+    assert decide(planner, [planner.rate_of(sequence)]) == 0
     for _ in range(60 * planner_module._PROBE_EVERY):
-        levels = decide(planner, [planner.rate_of(sequence)]).levels
-        if levels > 1:
+        length = decide(planner, [planner.rate_of(sequence)])
+        if length > 1:
             break
-        if levels:
-            observe(planner, sequence, proposed=levels, accepted=levels)
+        if length:
+            observe(planner, sequence, proposed=length, accepted=length)
     else:
         pytest.fail("never came back")
     assert planner.rate_of(sequence) > 0.3
@@ -255,7 +244,7 @@ def test_another_draft_step_must_save_more_time_than_it_takes(
     costs: dict[str, float], value: float, survival: float, extends: bool
 ) -> None:
     how = {"batch_size": 1, "speed": 1 / PLAIN_S}
-    min_gains = chain_planner(**costs).min_gains(DraftShape(4), 1, **how)  # type: ignore[arg-type]
+    min_gains = chain_planner(**costs).min_gains(4, 1, **how)  # type: ignore[arg-type]
     assert min_gains is not None
     assert len(min_gains) == 3
     assert extends_chain([value], [survival], min_gains[0]) == extends
@@ -276,7 +265,7 @@ def test_a_step_pays_for_a_full_batch_of_predictable_sequences_but_not_for_one()
     def extends(values: list[float], num_plain: int = 0) -> bool:
         batch_size = len(values) + num_plain
         speed = batch_size / PLAIN_S
-        min_gains = planner.min_gains(DraftShape(2), len(values), batch_size=batch_size, speed=speed)
+        min_gains = planner.min_gains(2, len(values), batch_size=batch_size, speed=speed)
         assert min_gains is not None
         return extends_chain(values, [1.0] * len(values), min_gains[0])
 
@@ -287,8 +276,8 @@ def test_a_step_pays_for_a_full_batch_of_predictable_sequences_but_not_for_one()
 
 def test_before_any_measurement_nothing_is_drafted() -> None:
     planner = SpeculationPlanner(SpeculationLimits(draft_tokens=4, copied_tokens=0), Costs(ragged=True))
-    assert planner.decide([0.9], batch_size=1).shape == NO_DRAFT
-    assert planner.min_gains(DraftShape(1), 1, batch_size=1, speed=100.0) == []
+    assert planner.decide([0.9], batch_size=1).length == 0
+    assert planner.min_gains(1, 1, batch_size=1, speed=100.0) == []
 
 
 def test_a_decision_says_how_fast_it_will_be_and_holds_for_some_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,9 +287,8 @@ def test_a_decision_says_how_fast_it_will_be_and_holds_for_some_rounds(monkeypat
     first = planner.decide([0.9], batch_size=1)
     assert first.speed == pytest.approx(max(speeds(planner, 0.9)))
     again = copy.deepcopy(planner)
-    shapes = [planner.decide([0.01], batch_size=1).shape for _ in range(4)]
-    assert shapes == [first.shape] * 3 + [NO_DRAFT]
-    assert again.decide([0.01] * 2, batch_size=2).shape == NO_DRAFT
+    assert [planner.decide([0.01], batch_size=1).length for _ in range(4)] == [first.length] * 3 + [0]
+    assert again.decide([0.01] * 2, batch_size=2).length == 0
 
 
 def observe(
@@ -377,20 +365,20 @@ def test_in_the_long_run_a_proposal_counts_as_one_of_five_hundred() -> None:
 
 def test_in_ragged_rounds_sequences_that_do_not_draft_have_short_queries() -> None:
     costs = {"first_s": 0.0005, "next_s": 0.0005, "wider_s": 0.002}
-    assert decide(chain_planner(**costs), [0.9], num_plain=7) == NO_DRAFT  # type: ignore[arg-type]
-    assert decide(chain_planner(**costs, ragged=True), [0.9], num_plain=7) != NO_DRAFT  # type: ignore[arg-type]
+    assert decide(chain_planner(**costs), [0.9], num_plain=7) == 0  # type: ignore[arg-type]
+    assert decide(chain_planner(**costs, ragged=True), [0.9], num_plain=7) > 0  # type: ignore[arg-type]
     padded, ragged = (decide(chain_planner(**costs, ragged=each), [0.9] * 8) for each in (False, True))  # type: ignore[arg-type]
-    assert padded == ragged != NO_DRAFT
+    assert padded == ragged > 0
 
 
 def test_drafting_stops_as_soon_as_it_costs_time_and_starts_where_it_clearly_saves_time() -> None:
     planner = chain_planner()
-    assert decide(planner, [0.6]) != NO_DRAFT
+    assert decide(planner, [0.6]) > 0
     rates = [n / 100 for n in range(60, 0, -1)]
-    chosen = [decide(planner, [rate]).levels for rate in rates]
+    chosen = [decide(planner, [rate]) for rate in rates]
     stopped_at = rates[chosen.index(0)]
-    again = [decide(planner, [rate]).levels for rate in sorted(rates)]
-    started_at = sorted(rates)[next(i for i, levels in enumerate(again) if levels)]
+    again = [decide(planner, [rate]) for rate in sorted(rates)]
+    started_at = sorted(rates)[next(i for i, length in enumerate(again) if length)]
     assert started_at > stopped_at, "so that noise does not make it alternate"
     just_before = speeds(chain_planner(), stopped_at + 0.01)
     assert just_before[chosen[chosen.index(0) - 1]] >= just_before[0]
@@ -398,41 +386,39 @@ def test_drafting_stops_as_soon_as_it_costs_time_and_starts_where_it_clearly_sav
 
 def test_a_draft_that_is_slower_than_calibrated_is_noticed() -> None:
     planner = chain_planner()
-    assert decide(planner, [0.6]) != NO_DRAFT
+    assert decide(planner, [0.6]) > 0
     for _ in range(400):
         planner.observe_draft(1, decide(planner, [0.6]), 0.2)
-    assert planner.costs.draft_s(1, DraftShape(4)) > 0.008
+    assert planner.costs.draft_s(1, 4) > 0.008
     assert planner.affords_probe(1, uncached=0)
-    assert decide(planner, [0.6]) == NO_DRAFT
+    assert decide(planner, [0.6]) == 0
 
 
 @pytest.mark.parametrize(("tries_every", "found"), [(64, True), (1 << 30, False)])
-def test_a_shape_that_was_measured_as_too_slow_at_the_start_is_found_later(
+def test_a_length_that_was_measured_as_too_slow_at_the_start_is_found_later(
     tries_every: int, found: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planner_module, "_TRY_EVERY", tries_every)
-    planner = tree_planner()
-    true = {shape: planner.costs.draft_s(1, shape) for shape in (DraftShape(n) for n in range(1, 5))}
-    fastest = decide(planner, [0.8])
-    assert fastest.nodes
-    for levels in range(2, 5):
-        planner.costs.tree.set_initial(1, levels, 0.0019 * levels)
+    planner = chain_planner()
+    assert decide(planner, [0.8]) == 4
+    for length in range(2, 5):
+        planner.costs.chain.set_initial(1, length, 0.003 * length)
     drafted = []
     for _ in range(6000):
         drafted.append(decide(planner, [0.8]))
-        planner.observe_draft(1, drafted[-1], true.get(drafted[-1], 0.001 * drafted[-1].levels))
+        planner.observe_draft(1, drafted[-1], 0.001 * drafted[-1])
     chosen = Counter(drafted[-640:]).most_common(1)[0][0]
-    assert bool(chosen.nodes) == found
+    assert chosen == (4 if found else 1)
     assert drafted[-640:].count(chosen) >= 630, "few rounds try others"
 
 
 def test_times_that_are_no_measurements_change_no_costs() -> None:
     planner = chain_planner()
     planner.updates_costs = False
-    before = planner.costs.round_s(1, []), planner.costs.draft_s(1, DraftShape(4))
+    before = planner.costs.round_s(1, []), planner.costs.draft_s(1, 4)
     planner.observe_round(1, 1, 9.0)
-    planner.observe_draft(1, DraftShape(4), 9.0)
-    assert (planner.costs.round_s(1, []), planner.costs.draft_s(1, DraftShape(4))) == before
+    planner.observe_draft(1, 4, 9.0)
+    assert (planner.costs.round_s(1, []), planner.costs.draft_s(1, 4)) == before
 
 
 @pytest.mark.parametrize(
@@ -441,9 +427,19 @@ def test_times_that_are_no_measurements_change_no_costs() -> None:
 def test_drafting_must_save_the_time_to_prefill_the_draft_cache(uncached: int, remaining: int, drafts: bool) -> None:
     planner = chain_planner()
     planner.costs.prefill_position_s = 1e-4
-    how = {"batch_size": 1, "sampled": False, "uncached": uncached, "remaining": remaining}
+    how = {"batch_size": 1, "uncached": uncached, "remaining": remaining}
     assert planner.pays_for_catching_up(decide(planner, [0.9]), [0.9], **how) == drafts  # type: ignore[arg-type]
-    assert (decide(planner, [0.9]) != NO_DRAFT) == drafts, "after a refusal drafting is not considered again at once"
+    assert (decide(planner, [0.9]) > 0) == drafts, "after a refusal drafting is not considered again at once"
+
+
+def test_another_draft_is_tried_although_the_last_one_was_given_up() -> None:
+    planner, sequence = chain_planner(), a_sequence(temperature=0.0)
+    for _ in range(100):
+        observe(planner, sequence, proposed=4, accepted=0)
+    assert decide(planner, [planner.rate_of(sequence)]) == 0
+    planner.reset_for_new_draft([sequence])
+    assert planner.rate_of(sequence) == planner.mean_rate(sampled=False) == 0.5
+    assert decide(planner, [planner.rate_of(sequence)]) > 0
 
 
 # -- weighing ------------------------------------------------------------------------------------------------------
@@ -487,107 +483,3 @@ def test_what_columns_cost_is_asked_again_after_sixteen_rounds() -> None:
     assert asked[:2] == [0.0, 0.0]
     assert len(set(asked[14:31])) == 2
     assert asked[35] > asked[20] > 0
-
-
-# -- trees ---------------------------------------------------------------------------------------------------------
-
-
-def tree_planner(*, wider_s: float = 0.0001, level_s: float = 0.001, adaptive: bool = True) -> SpeculationPlanner:
-    """The costs of `chain_costs`, and of trees; the target's time grows as slowly as on matrix tiles."""
-    limits = SpeculationLimits(draft_tokens=4, copied_tokens=0, tree_sizes=tree_sizes(15), adaptive=adaptive)
-    planner = SpeculationPlanner(limits, Costs(ragged=False))
-    for size in (1, 2, 4, 8):
-        for query_length in (1, 2, 3, 4, 5, 8, 16):
-            planner.costs.target.update(size, query_length, PLAIN_S + (size * query_length - 1) * wider_s)
-        for levels in range(1, 5):
-            planner.costs.chain.update(size, levels, 0.001 * levels)
-            planner.costs.tree.update(size, levels, 0.001 + (levels - 1) * level_s)
-    return planner
-
-
-def test_tree_sizes() -> None:
-    assert [tree_sizes(n) for n in (0, 2, 7, 15, 20)] == [(), (2,), (3, 7), (3, 7, 15), (3, 7, 15, 20)]
-
-
-@pytest.mark.parametrize(
-    ("costs", "rates", "num_plain", "nodes"),
-    [
-        ({}, [0.6], 0, 15),  # query positions of the target are nearly free
-        ({"wider_s": 0.0006}, [0.6], 0, 3),
-        ({"wider_s": 0.003}, [0.6], 0, 0),  # and here each one takes time
-        ({"level_s": 0.02}, [0.6], 0, 0),
-        ({}, [0.01], 0, 0),
-        ({}, [0.6] * 8, 0, 3),  # 32 columns; 64 of them cost more than they give
-        ({}, [], 4, 0),
-    ],
-)
-def test_the_tree_with_the_most_tokens_per_second_is_chosen(
-    costs: dict[str, float], rates: list[float], num_plain: int, nodes: int
-) -> None:
-    shape = decide(tree_planner(**costs), rates, num_plain)  # type: ignore[arg-type]
-    assert shape.nodes == nodes
-    assert 2 <= shape.levels <= 4 if nodes else shape.levels <= 4
-
-
-def test_without_adaptation_the_tree_is_fixed() -> None:
-    planner = tree_planner(adaptive=False, level_s=1.0)
-    assert decide(planner, [0.01]) == DraftShape(4, 15)
-    assert planner.min_gains(DraftShape(4, 15), 1, batch_size=1, speed=100.0) is None
-
-
-@pytest.mark.parametrize(
-    ("reach", "level_s", "extends"), [(0.8, 0.001, True), (0.1, 0.001, False), (0.8, 0.006, False)]
-)
-def test_another_level_must_be_probable_to_be_reached(reach: float, level_s: float, extends: bool) -> None:
-    planner, shape = tree_planner(level_s=level_s), DraftShape(4, 15)
-    min_gains = planner.min_gains(shape, 1, batch_size=1, speed=1 / PLAIN_S)
-    assert min_gains is not None
-    assert len(min_gains) == 3
-    (rate,) = planner.level_rates(shape, [0.6], sampled=False)
-    assert (reach * rate > min_gains[0]) == extends
-
-
-def test_the_planner_learns_how_much_more_than_their_chains_trees_accept() -> None:
-    planner, sequence = tree_planner(), a_sequence(temperature=0.0)
-    # Fifteen nodes: a chain of three first choices, and one more path below the root.
-    tree = Proposal(tokens=list(range(15)), parents=[0, 0, 1, 2, 3, 4, *[0] * 9], source=SOURCE_DRAFT, num_drafted=15)
-    assert (tree.num_drafted_levels, len(tree.first_choices)) == (3, 3)
-
-    def rate(nodes: int, *, sampled: bool = False) -> float:
-        return planner.level_rates(DraftShape(3, nodes), [0.5], sampled=sampled)[0]
-
-    before, before_sampled = rate(15), rate(15, sampled=True)
-    for _ in range(200):
-        planner.observe(sequence, tree, path=[0, 2, 4], finished=False)
-    assert rate(15) > before + 0.1
-    assert rate(7) < before
-    assert rate(15, sampled=True) == before_sampled, "trees of sampled sequences are counted apart"
-    for _ in range(400):
-        planner.observe(sequence, tree, path=[0], finished=False)
-    assert rate(15) == pytest.approx(0.5, abs=0.02), "no better than a chain"
-    for _ in range(400):
-        planner.observe(sequence, tree, path=[0, 2, 4], finished=True)
-    assert rate(15) == pytest.approx(0.5, abs=0.02), "the end of a request may cut a path off"
-
-
-def test_a_chain_that_copies_branch_off_is_no_tree() -> None:
-    planner, sequence = tree_planner(), a_sequence(temperature=0.0)
-    tree = Proposal(tokens=list(range(7)), parents=[0, 0, 1, 2, 3, 4, 0], source=SOURCE_DRAFT, num_drafted=7)
-    for _ in range(200):
-        planner.observe(sequence, tree, path=[0, 2, 4], finished=False)
-    learned = planner.level_rates(DraftShape(3, 7), [0.5], sampled=False)
-    with_copies = Proposal(tokens=list(range(9)), parents=[*range(7), 2, 8], source=SOURCE_DRAFT, num_drafted=7)
-    assert with_copies.num_drafted_levels == 7
-    for _ in range(200):
-        planner.observe(sequence, with_copies, path=[0], finished=False)
-    assert planner.level_rates(DraftShape(3, 7), [0.5], sampled=False) == learned
-
-
-def test_another_draft_is_tried_although_the_last_one_was_given_up() -> None:
-    planner, sequence = chain_planner(), a_sequence(temperature=0.0)
-    for _ in range(100):
-        observe(planner, sequence, proposed=4, accepted=0)
-    assert decide(planner, [planner.rate_of(sequence)]) == NO_DRAFT
-    planner.reset_for_new_draft([sequence])
-    assert planner.rate_of(sequence) == planner.mean_rate(sampled=False) == 0.5
-    assert decide(planner, [planner.rate_of(sequence)]) != NO_DRAFT

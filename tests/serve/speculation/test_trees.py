@@ -1,4 +1,4 @@
-"""Rounds that propose trees: each node has the bits of a plain pass over its path; so have outputs and traces."""
+"""Rounds whose proposals branch: each node has the bits of a plain pass over its path; so have outputs and traces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
-from aurora_lit.serve.speculation.costs import DraftShape
 from aurora_lit.serve.speculation.planner import DraftDecision
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE, Trace, check
 
@@ -38,9 +37,8 @@ class TinyModels:
     drafts: dict[str, Eagle3Draft]
     prompts: list[list[int]]
 
-    def engine(self, kind: str = "trained", *, precision: str = "bf16", nodes: int = 15, **changes: Any) -> Engine:
-        draft = None if kind == "none" else copy.deepcopy(self.drafts[kind])
-        return make_engine(self.targets[precision], draft, tree_tokens=nodes, **changes)
+    def engine(self, kind: str = "trained", *, precision: str = "bf16", **changes: Any) -> Engine:
+        return make_engine(self.targets[precision], copy.deepcopy(self.drafts[kind]), **{"branches": True, **changes})
 
     def requests(self, **params: Any) -> list[Request]:
         return [request(str(i), p, **{"max_tokens": NEW, **params}) for i, p in enumerate(self.prompts)]
@@ -156,8 +154,9 @@ def test_layers_that_are_not_fused_propose_chains(models: TinyModels) -> None:
     decoder, target._decoder = target._decoder, None
     try:
         assert not target.supports_trees
+        engine = models.engine(precision="fp32", adaptive=True)
+        assert engine.planner.limits.sibling_tokens == 0
         engine = models.engine(precision="fp32")
-        assert engine.planner.limits.tree_sizes == ()
         assert {o.num_proposed for a in run(engine, models.requests()).values() for o in a.rounds[:-1]} == {4}
     finally:
         target._decoder = decoder
@@ -168,34 +167,32 @@ def test_layers_that_are_not_fused_propose_chains(models: TinyModels) -> None:
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "k", "nodes", "batch"),
+    ("kind", "k", "batch"),
     [
-        ("random", 4, 15, 8),
-        ("random", 2, 3, 1),
-        ("trained", 4, 15, 8),
-        ("trained", 4, 7, 1),
-        ("trained", 3, 31, 3),
-        ("trained", 8, 15, 2),
-        ("trained", 1, 15, 8),
-        ("trained", 0, 15, 8),
+        ("random", 4, 8),
+        ("random", 2, 1),
+        ("trained", 4, 8),
+        ("trained", 4, 1),
+        ("trained", 3, 3),
+        ("trained", 8, 2),
+        ("trained", 1, 8),
+        ("trained", 0, 8),
     ],
 )
-def test_output_is_that_of_plain_decoding(
-    models: TinyModels, kind: str, k: int, nodes: int, batch: int, adaptive: bool
-) -> None:
+def test_output_is_that_of_plain_decoding(models: TinyModels, kind: str, k: int, batch: int, adaptive: bool) -> None:
     """In bf16, where only equal bits give equal tokens. Greedy and sampled requests, at any batch size."""
     requests = models.requests()
     requests += [request(f"u{i}", p, max_tokens=NEW, temperature=0.6) for i, p in enumerate(models.prompts)]
     requests += [request(f"s{i}", p, max_tokens=NEW, temperature=0.8, seed=i) for i, p in enumerate(models.prompts)]
     expected = run(make_engine(models.targets["bf16"]), requests)
-    engine = models.engine(kind, nodes=nodes, max_draft_tokens=k, max_batch_size=batch, adaptive=adaptive)
+    engine = models.engine(kind, max_draft_tokens=k, max_batch_size=batch, adaptive=adaptive)
     answers = run(engine, requests, arrivals=[0, 1, 2, 0, 5, 3, 9, 2, 1, 0])
     assert tokens(answers) == tokens(expected)
     assert engine.stats.accepted == sum(engine.stats.accepted_by_position)
     rounds = [output for answer in answers.values() for output in answer.rounds]
     assert all(len(o.token_ids) == o.num_accepted + 1 for o in rounds if o.finish_reason is None)
     if not adaptive:
-        assert max(o.num_proposed for o in rounds) == (nodes if k > 1 else k)
+        assert max(o.num_proposed for o in rounds) == 2 * k
         assert all(o.chain_accepted <= min(o.num_accepted, o.chain_proposed) <= k for o in rounds)
         if (kind, k) == ("trained", 4):
             assert sum(o.num_accepted for o in rounds) > sum(o.chain_accepted for o in rounds)
@@ -203,24 +200,24 @@ def test_output_is_that_of_plain_decoding(
 
 def weighing_engine(models: TinyModels, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Engine, list[int]]:
     """An engine that weighs what it drafts in every round, at one price after the other; and its numbers of rounds."""
-    engine = models.engine(**{"kind": "trained", **changes}, nodes=0, sibling_tokens=3, adaptive=True)
+    engine = models.engine(**changes, adaptive=True)
     planner, speeds, counted = engine.planner, itertools.cycle([1e-9, 200.0, 50.0, 1e-9, 1e9]), [0]
 
     def decide(rates: Any, **_: Any) -> DraftDecision:
         counted[0] += 1
-        return DraftDecision(DraftShape(4), speed=next(speeds))
+        return DraftDecision(4, speed=next(speeds))
 
     monkeypatch.setattr(planner, "decide", decide)
     monkeypatch.setattr(planner, "pays_for_catching_up", lambda *_, **__: True)
     monkeypatch.setattr(engine.floor, "allows", lambda *_, **__: True)
     monkeypatch.setattr(planner.costs, "round_s", lambda size, counts: 0.001 * (size + 0.5 * sum(counts)))
-    monkeypatch.setattr(planner.costs, "draft_s", lambda size, shape: 0.0001 * shape.levels)
+    monkeypatch.setattr(planner.costs, "draft_s", lambda size, length: 0.0001 * length)
     return engine, counted
 
 
 def test_passes_of_as_many_columns_as_are_weighed_are_timed_at_the_start(models: TinyModels) -> None:
     """Beyond the longest that is timed, columns would seem to be free."""
-    engine = models.engine(nodes=0, sibling_tokens=3, adaptive=True, copied_tokens=0)
+    engine = models.engine(adaptive=True)
     while engine.refine_costs():
         pass
     assert max(length for size, length, _ in engine.costs.target.all_initial if size == 1) == 9
@@ -294,7 +291,7 @@ def test_options_hold_on_every_path(models: TinyModels, params: dict[str, Any]) 
     assert tokens(answers) == tokens(expected)
     for name in answers:
         assert answers[name].logprobs == expected[name].logprobs
-    assert max(o.num_proposed for a in answers.values() for o in a.rounds) == 15
+    assert max(o.num_proposed for a in answers.values() for o in a.rounds) == 8
 
 
 def test_a_sampled_request_shares_a_round_of_trees_with_a_greedy_one(models: TinyModels) -> None:
@@ -302,7 +299,7 @@ def test_a_sampled_request_shares_a_round_of_trees_with_a_greedy_one(models: Tin
     requests = [greedy, request("sampled", other.prompt_ids, max_tokens=6, temperature=1.0)]
     answers = run(models.engine(prefill_chunk_tokens=128), requests)
     for answer in answers.values():
-        assert {output.num_proposed for output in answer.rounds[:-1]} == {15}
+        assert {output.num_proposed for output in answer.rounds[:-1]} == {8}
     assert tokens(answers) == tokens(run(make_engine(models.targets["bf16"]), requests))
 
 
@@ -313,7 +310,7 @@ def test_lookup_and_trees_share_a_round(models: TinyModels) -> None:
     answers = run(models.engine(copied_tokens=15, prefill_chunk_tokens=64), requests)
     assert tokens(answers) == tokens(run(make_engine(models.targets["bf16"]), requests))
     assert any(o.only_copied and o.num_proposed for o in answers["0"].rounds)
-    assert {o.num_proposed for o in answers["1"].rounds if o.num_proposed and not o.only_copied} == {15}
+    assert {o.num_proposed for o in answers["1"].rounds if o.num_proposed and not o.only_copied} == {8}
 
 
 @pytest.mark.parametrize("limits", [{"max_seq_len": 44}, {"max_seq_len": 43, "max_batch_size": 1}])
@@ -346,12 +343,12 @@ def test_the_draft_is_swapped_while_requests_run(models: TinyModels) -> None:
 
 
 @pytest.mark.parametrize("weighs", [False, True])
-def test_a_draft_that_cannot_propose_trees_may_be_swapped_in(
+def test_a_draft_without_native_steps_may_be_swapped_in(
     models: TinyModels, weighs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another form of checkpoint, of the same sizes: its layers do not run in native steps."""
     engine = weighing_engine(models, monkeypatch, kind="random")[0] if weighs else models.engine("random")
-    assert engine.planner.limits.tree_sizes or weighs
+    assert engine.planner.limits.sibling_tokens
     answers = {r.request_id: Answer() for r in models.requests()}
     for each in models.requests():
         engine.submit(each)

@@ -35,7 +35,7 @@ def test_every_setting_of_the_engine_reaches_it(target: Target, monkeypatch: pyt
         "max_batch_size": (3, 5),
         "max_seq_len": (128, 192),
         "max_draft_tokens": (2, 3),
-        "tree_tokens": (0, 7),
+        "sibling_tokens": (0, 2),
         "lookup": (True, False),
         "adaptive": (True, False),
         "prefill_chunk_tokens": (64, 96),
@@ -72,7 +72,7 @@ def test_costs_are_kept_for_what_they_were_measured_on(
     first = key()
     assert key() == first
     assert key("target.precision=bf16")["target"] != first["target"]
-    assert key("engine.tree_tokens=7")["engine"] != first["engine"]
+    assert key("engine.sibling_tokens=1")["engine"] != first["engine"]
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     assert key()["threads"] != first["threads"]

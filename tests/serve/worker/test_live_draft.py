@@ -26,9 +26,7 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.sequences.round_plan import Proposal
-from aurora_lit.serve.speculation.costs import DraftShape
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
-from aurora_lit.serve.speculation.planner import NO_DRAFT
 from aurora_lit.serve.speculation.runtime_draft import prepare_draft
 from aurora_lit.serve.worker.live_draft import LiveDraft
 
@@ -310,11 +308,11 @@ def test_a_swap_resets_the_estimates_by_which_the_old_draft_was_given_up(case: S
     for _ in range(200):
         engine.planner.observe(sequence, Proposal(tokens=[1], num_drafted=1), path=[0], finished=False)
     assert engine.planner.rate_of(sequence) < 0.1
-    engine.planner._last = NO_DRAFT
-    assert engine.planner.decide([0.0], batch_size=1).shape == NO_DRAFT
+    engine.planner._last = 0
+    assert engine.planner.decide([0.0], batch_size=1).length == 0
     engine.swap_draft(copy.deepcopy(case.good), version="draft-000001")
     assert engine.planner.mean_rate(sampled=False) == engine.planner.rate_of(sequence) == 0.5
-    assert engine.planner._last == DraftShape(3)
+    assert engine.planner._last == 3
 
 
 class RecordingEngine:
