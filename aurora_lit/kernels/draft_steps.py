@@ -51,8 +51,8 @@ SHARE_CLASSES = 16
 """Classes of the share that a draft gives its first choice, equally wide (SHARES in drafting.hpp)."""
 
 
-class Weighing(NamedTuple):
-    """What proposals promise, and what they cost: each must promise the tokens that its time would give otherwise."""
+class Prices(NamedTuple):
+    """What holds for the weighing of some rounds."""
 
     acceptance_KC: torch.Tensor
     """fp32: how often the draft's first choice is accepted after what was accepted, of greedy sequences and of sampled
@@ -61,6 +61,12 @@ class Weighing(NamedTuple):
     """Seconds that 0, 1, 2, … proposals of all sequences together take in the target's pass; there are never more."""
     levels_s: ctypes.Array[ctypes.c_double]
     """Seconds that each level of the draft after the first takes."""
+
+
+class Weighing(NamedTuple):
+    """What proposals promise, and what they cost: each must promise the tokens that its time would give otherwise."""
+
+    prices: Prices
     level_rates: Sequence[float]
     """What a further level is expected to be accepted with, for each sequence."""
     speed: float
@@ -94,6 +100,37 @@ class Drafted(NamedTuple):
     def outcome_JB(self) -> torch.Tensor:
         """`outcomes`, fp32."""
         return torch.tensor(self.outcomes)
+
+
+class _Room:
+    """The arrays that calls for so many sequences, levels and nodes read and write: making them takes longer."""
+
+    def __init__(self, call: _Call, sequences: int, levels: int, nodes: int) -> None:
+        """`call`: its pointers are set to these arrays."""
+        self.sizes = sequences, levels, nodes
+        self.numbers = (ctypes.c_int64 * (3 * sequences))()
+        """Slots, first positions and ends."""
+        self.gains = (ctypes.c_double * levels)()
+        self.level_rates = (ctypes.c_double * sequences)()
+        self.temperatures = (ctypes.c_float * sequences)()
+        self.noise = (ctypes.c_int64 * (2 * sequences))()
+        """Keys and positions."""
+        self.outcomes = (ctypes.c_float * (levels * sequences))()
+        self.shares = (ctypes.c_float * (levels * sequences))()
+        self.found = (ctypes.c_int64 * (sequences * (1 + 2 * nodes + levels)))()
+        """Counts, tokens, parents and first choices."""
+        row = 8 * sequences
+        call.decoder.attention.rows, call.max_levels, call.max_nodes = sequences, levels, nodes
+        call.decoder.slots = ctypes.addressof(self.numbers)
+        call.done = call.decoder.slots + row
+        call.ends = call.decoder.starts = call.done + row
+        call.level_rates, call.keys = ctypes.addressof(self.level_rates), ctypes.addressof(self.noise)
+        call.positions = call.keys + row
+        call.outcomes, call.shares = ctypes.addressof(self.outcomes), ctypes.addressof(self.shares)
+        call.counts = ctypes.addressof(self.found)
+        call.tokens = call.counts + row
+        call.parents = call.tokens + row * nodes
+        call.first = call.parents + row * nodes
 
 
 class DraftSteps:
@@ -136,8 +173,12 @@ class DraftSteps:
             target_ids=target_id_D.data_ptr(),
         )
         self._num_outputs = head.out_features
-        self._cache: tuple[Sequence[torch.Tensor], DecoderCall] | None = None
-        """The keys of the cache that the call points to, and a pass over it, kept alive: the call holds a copy."""
+        self._tables: tuple[Sequence[torch.Tensor], torch.Tensor, torch.Tensor, DecoderCall] | None = None
+        """The keys of the cache, the features and the tokens that the call points to, and a pass over that cache, kept
+        alive: the call holds a copy."""
+        self._room: _Room | None = None
+        self._prices: Prices | None = None
+        """What the call points to."""
 
     def __call__(
         self,
@@ -172,53 +213,51 @@ class DraftSteps:
                 modules/sampling/noise.py); where it is 0, by their logits. None: 0 for all.
         """
         call, B = self._call, len(slots)
-        numbers = (ctypes.c_int64 * (3 * B))(*slots, *done, *ends)
-        row = 8 * B
-        if self._cache is None or self._cache[0] is not keys:
-            self._cache = (keys, self._decoder.call(keys, values))
-            call.decoder = self._cache[1]
-        call.decoder.attention.rows = B
-        call.decoder.slots = ctypes.addressof(numbers)
-        call.done = call.decoder.slots + row
-        call.ends = call.decoder.starts = call.done + row
-        call.features, call.features_slot = features_SLF.data_ptr(), features_SLF.stride(0)
-        call.committed, call.committed_slot = tokens_SL.data_ptr(), tokens_SL.stride(0)
         num_nodes = num_nodes or num_levels
+        tables = self._tables
+        if tables is None or tables[0] is not keys or tables[1] is not features_SLF or tables[2] is not tokens_SL:
+            self._tables = (keys, features_SLF, tokens_SL, self._decoder.call(keys, values))
+            call.decoder, self._room = self._tables[-1], None
+            call.features, call.features_slot = features_SLF.data_ptr(), features_SLF.stride(0)
+            call.committed, call.committed_slot = tokens_SL.data_ptr(), tokens_SL.stride(0)
+        room = self._room
+        if room is None or room.sizes != (B, num_levels, num_nodes):
+            room = self._room = _Room(call, B, num_levels, num_nodes)
+        room.numbers[:] = [*slots, *done, *ends]
         call.children = min(1 + num_siblings, self._num_outputs)
-        call.max_levels, call.max_nodes = num_levels, num_nodes
-        gains_J = None if min_gains is None else doubles(min_gains)
-        call.min_gains = None if gains_J is None else ctypes.addressof(gains_J)
-        outcomes = (ctypes.c_float * (num_levels * B))()
-        found = (ctypes.c_int64 * (B * (1 + 2 * num_nodes + num_levels)))()
-        call.outcomes, call.counts = ctypes.addressof(outcomes), ctypes.addressof(found)
-        call.tokens = call.counts + row
-        call.parents = call.tokens + row * num_nodes
-        call.first = call.parents + row * num_nodes
-        call.acceptance = None
-        if weighing is not None:
-            shares, rates_B = (ctypes.c_float * (num_levels * B))(), doubles(weighing.level_rates)
-            call.acceptance, call.shares = weighing.acceptance_KC.data_ptr(), ctypes.addressof(shares)
-            call.level_rates = ctypes.addressof(rates_B)
-            call.columns_s, call.num_columns = ctypes.addressof(weighing.columns_s), len(weighing.columns_s)
-            call.levels_s, call.speed = ctypes.addressof(weighing.levels_s), weighing.speed
-        call.temperatures = call.keys = call.positions = None
+        call.min_gains = None
+        if min_gains is not None:
+            room.gains[: len(min_gains)] = list(min_gains)
+            call.min_gains = ctypes.addressof(room.gains)
+        if weighing is None:
+            call.acceptance = self._prices = None
+        else:
+            room.level_rates[:], call.speed = list(weighing.level_rates), weighing.speed
+            if weighing.prices is not self._prices:
+                self._prices = prices = weighing.prices
+                call.acceptance = prices.acceptance_KC.data_ptr()
+                call.columns_s, call.num_columns = ctypes.addressof(prices.columns_s), len(prices.columns_s)
+                call.levels_s = ctypes.addressof(prices.levels_s)
+        call.temperatures = None
         if draws is not None:
-            temperatures = (ctypes.c_float * B)(*draws.temperatures)
-            noise = (ctypes.c_int64 * (2 * B))(*draws.keys, *draws.positions)
-            call.temperatures, call.keys = ctypes.addressof(temperatures), ctypes.addressof(noise)
-            call.positions = call.keys + row
+            room.temperatures[:], room.noise[:] = list(draws.temperatures), [*draws.keys, *draws.positions]
+            call.temperatures = ctypes.addressof(room.temperatures)
         self._draft(ctypes.byref(call), self._state)
+        outcomes, found, shares = room.outcomes, room.found, room.shares
         levels, parents, first = call.levels, B * (1 + num_nodes), B * (1 + 2 * num_nodes)
         begins = [(b * num_nodes, b * num_nodes + found[b]) for b in range(B)]
         tokens = [found[B + begin : B + end] for begin, end in begins]
         each_level = range(0, levels * B, B)
-        drafted = Drafted(tokens, None, [outcomes[j : j + B] for j in each_level])
+        of_levels = [outcomes[j : j + B] for j in each_level]
         if weighing is None:
-            return drafted
-        return drafted._replace(
-            parents=[found[parents + begin : parents + end] for begin, end in begins],
-            first_choices=[[found[first + j + b] for j in each_level] for b in range(B)],
-            shares=[[shares[j + b] for j in each_level] for b in range(B)],
+            return Drafted(tokens, None, of_levels)
+        stop = levels * B
+        return Drafted(
+            tokens,
+            [found[parents + begin : parents + end] for begin, end in begins],
+            of_levels,
+            first_choices=[found[first + b : first + stop : B] for b in range(B)],
+            shares=[shares[b:stop:B] for b in range(B)],
         )
 
 

@@ -17,7 +17,7 @@ from support.tiny_models import VOCAB, random_draft, save_model
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Matrix
-from aurora_lit.kernels.draft_steps import SHARE_CLASSES, Drafted, Weighing, doubles
+from aurora_lit.kernels.draft_steps import SHARE_CLASSES, Drafted, Prices, Weighing, doubles
 from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.noise import gumbel
@@ -255,7 +255,7 @@ def weighed_reference(
     best = [(tree.logprobs[i], b, i) for b, tree in enumerate(trees) for i in tree.best(num_nodes)]
     best.sort(key=lambda node: -node[0])
     promises = [math.exp(logprob) for logprob, *_ in best]
-    gains = [sum(promises[:n]) - weighing.speed * weighing.columns_s[n] for n in range(len(weighing.columns_s))]
+    gains = [sum(promises[:n]) - weighing.speed * price_s for n, price_s in enumerate(weighing.prices.columns_s)]
     count = max(range(len(gains)), key=gains.__getitem__)
     proposed = []
     for b, tree in enumerate(trees):
@@ -277,7 +277,8 @@ def test_of_a_weighed_chain_and_beside_it_is_proposed_what_is_worth_its_column(t
     acceptance_KC = torch.rand(2, SHARE_CLASSES, generator=gen).mul(0.6).add(0.2)
     acceptance_KC[:, 1:3] = 0.02  # less than the shares of others, which then promise no more than that
     columns_s, levels, numbers = [0.01 * n**1.5 for n in range(19)], 3, set()
-    weighing = Weighing(acceptance_KC, doubles(columns_s), doubles([0.0, 0.0]), level_rates=[1e9] * 3, speed=speed)
+    prices = Prices(acceptance_KC, doubles(columns_s), doubles([0.0, 0.0]))
+    weighing = Weighing(prices, level_rates=[1e9] * 3, speed=speed)
     for lengths in ROUNDS[1:]:
         inputs = sequences.grow(lengths)
         drafted = native_drafter.propose_weighed(
@@ -321,7 +322,8 @@ def test_shares_from_the_heads_copy_are_nearly_those_of_the_head(target: Target)
     sequences = GrowingSequences(target, num_drafters=2)
     without_copy(sequences.drafters[0])
     acceptance_KC, shares = torch.full((2, SHARE_CLASSES), 0.5), []
-    weighing = Weighing(acceptance_KC, doubles([0.0] * 9), doubles([]), level_rates=[1.0] * 3, speed=1.0)
+    prices = Prices(acceptance_KC, doubles([0.0] * 9), doubles([]))
+    weighing = Weighing(prices, level_rates=[1.0] * 3, speed=1.0)
     inputs = sequences.grow(ROUNDS[2])
     for drafter in sequences.drafters:
         drafted = drafter.propose_weighed(inputs, num_steps=1, num_nodes=4, num_siblings=3, weighing=weighing)
@@ -344,9 +346,8 @@ def test_a_weighed_chain_ends_before_a_level_that_does_not_repay_its_pass(target
     for _ in range(40):
         levels_s, rates = [rng.random() for _ in range(4)], [rng.random() for _ in range(3)]
         column_s, speed = 0.3 * rng.random(), 2 * rng.random()
-        weighing = Weighing(
-            acceptance_KC, doubles([n * column_s for n in range(30)]), doubles(levels_s), level_rates=rates, speed=speed
-        )
+        prices = Prices(acceptance_KC, doubles([n * column_s for n in range(30)]), doubles(levels_s))
+        weighing = Weighing(prices, level_rates=rates, speed=speed)
         drafter._num_cached = [0] * len(drafter._num_cached)
         drafted = drafter.propose_weighed(inputs, num_steps=5, num_nodes=8, num_siblings=1, weighing=weighing)
         expected = 1
@@ -375,7 +376,7 @@ def test_a_sequences_proposals_with_noise_do_not_depend_on_the_sequences_beside_
     def drafted(drafter: Drafter, rows: slice) -> Drafted:
         number = len(SLOTS[rows])
         free = doubles([0.0] * (8 * number + 1)), doubles([0.0] * 3)
-        weighing = Weighing(torch.full((2, SHARE_CLASSES), 0.5), *free, level_rates=[1.0] * number, speed=1.0)
+        weighing = Weighing(Prices(torch.full((2, SHARE_CLASSES), 0.5), *free), [1.0] * number, speed=1.0)
         levels: dict[str, Any] = {"num_siblings": 3, "num_nodes": 8, "weighing": weighing} if weighs else {}
         of_rows = DraftInputs(slots=inputs.slots[rows], lengths=inputs.lengths[rows])
         return native_chain(drafter, of_rows, num_levels=4, noise=draws_of(NOISES[rows]), **levels)

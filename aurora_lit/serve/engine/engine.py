@@ -45,7 +45,7 @@ from aurora_lit.serve.sequences.slot_allocator import SlotAllocator
 from aurora_lit.serve.speculation.calibration import Calibration, calibration_steps
 from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.drafter import Drafter
-from aurora_lit.serve.speculation.floor import RoundKind, SpeculationFloor
+from aurora_lit.serve.speculation.floor import Allowed, RoundKind, SpeculationFloor
 from aurora_lit.serve.speculation.grammar_rows import decoding_row
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner
@@ -292,27 +292,25 @@ class Engine:
     def _plan(self) -> RoundPlan:
         """The rows of this round."""
         sequences = self._decoding
-        copies, drafts = self._may_speculate(sequences)
-        proposals = self.proposer.propose(sequences, copies=copies, drafts=drafts)
+        allowed = self._may_speculate(sequences)
+        proposals = self.proposer.propose(sequences, copies=allowed.copies, drafts=allowed.drafts)
         decoding = [
             decoding_row(sequence, sequence.last_token, proposal)
             for sequence, proposal in zip(sequences, proposals, strict=True)
         ]
-        round_s = self.costs.round_s(len(decoding), [len(row.proposal.tokens) for row in decoding])
-        prompts = self._prefill.plan(num_decoding=len(decoding), round_s=round_s + self.proposer.draft_seconds)
-        return RoundPlan(decoding, prompts, copied_prefix=self._prefill.has_copied)
+        expected_s = self.costs.round_s(len(decoding), [len(row.proposal.tokens) for row in decoding])
+        prompts = self._prefill.plan(num_decoding=len(decoding), round_s=expected_s + self.proposer.draft_seconds)
+        return RoundPlan(decoding, prompts, expected_s=expected_s, copied_prefix=self._prefill.has_copied)
 
-    def _may_speculate(self, sequences: list[RunningSequence]) -> tuple[bool, bool]:
+    def _may_speculate(self, sequences: list[RunningSequence]) -> Allowed:
         """Whether to copy, and whether to draft: not where that has not paid lately, and neither while prompts wait,
         whose time proposals would take.
         """
         if not sequences or self.floor is None:
-            return bool(sequences), bool(sequences)
+            return Allowed(bool(sequences), bool(sequences))
         if self._prefill.sequences:
-            return False, False
-        kind, is_timed = RoundKind.of(sequences), self.planner.updates_costs
-        copies = self.floor.allows(kind, is_timed=is_timed)
-        return copies, self.floor.allows(kind, drafts=True, is_timed=is_timed)
+            return Allowed(False, False)
+        return self.floor.allows(RoundKind.of(sequences), is_timed=self.planner.updates_costs)
 
     def _judge(self, plan: RoundPlan, columns: Columns) -> tuple[list[Verdict], dict[int, torch.Tensor]]:
         """What each decoding row has come to; and the target's logits [T, V] of rows that ask for log-probabilities."""
@@ -334,18 +332,16 @@ class Engine:
     def _account(self, plan: RoundPlan, outputs: list[Output], seconds: float) -> None:
         """Learn from what the round took."""
         num_prompt_tokens, draft_s = plan.num_prompt_tokens, self.proposer.draft_seconds
-        rows = plan.decoding
-        expected_s = self.costs.round_s(len(rows), [len(row.proposal.tokens) for row in rows])
-        speculated = draft_s > 0 or any(row.proposal.tokens for row in rows)
+        rows, num_columns = plan.decoding, plan.num_decoding_columns
         if rows:
             self.stats.count_round(plan.name)
         if num_prompt_tokens:
-            self._prefill.observe(num_prompt_tokens, seconds - draft_s - expected_s)
+            self._prefill.observe(num_prompt_tokens, seconds - draft_s - plan.expected_s)
         if num_prompt_tokens or plan.copied_prefix:
             return
         self.stats.round_us += int(seconds * 1e6)
-        self.stats.predicted_round_us += int((expected_s + draft_s) * 1e6)
-        self.planner.observe_round(len(rows), plan.num_decoding_columns, seconds - draft_s)
+        self.stats.predicted_round_us += int((plan.expected_s + draft_s) * 1e6)
+        self.planner.observe_round(len(rows), num_columns, seconds - draft_s)
         if self.floor is None:
             return
         kind = RoundKind.of([row.sequence for row in rows])
@@ -358,7 +354,7 @@ class Engine:
                 kind,
                 seconds=seconds,
                 tokens=tokens,
-                speculated=speculated,
+                speculated=draft_s > 0 or num_columns > len(rows),
                 drafted=draft_s > 0,
                 proposing_s=self.proposer.seconds,
                 looking_s=self.proposer.looking_seconds,

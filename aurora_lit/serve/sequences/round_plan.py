@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from aurora_lit.kernels.suffix_index import is_remembered
 from aurora_lit.modules.sampling.tree import accepted_path, first_choices
 from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.settings import PLANS
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE
 
 
@@ -70,6 +71,8 @@ class Proposal:
     @property
     def remembered(self) -> list[int]:
         """Columns of the tokens that the traffic memory alone proposed."""
+        if not self.copies:
+            return []
         return [n.column for n in self.copies if n.column > self.num_drafted and is_remembered(n.cell)]
 
     def sources_of(self, columns: Sequence[int]) -> tuple[int, ...]:
@@ -164,29 +167,35 @@ class RoundPlan:
 
     decoding: list[DecodingRow]
     prompts: list[PromptRow]
+    expected_s: float = 0.0
+    """What the pass and the commit are expected to take without the prompts, in seconds."""
     copied_prefix: bool = False
     """Making the plan took the time of copying a prompt's prefix from another slot."""
 
     @property
     def num_decoding_columns(self) -> int:
         """Columns of the decoding rows."""
-        return sum(1 + len(row.proposal.tokens) for row in self.decoding)
+        return sum([1 + len(row.proposal.tokens) for row in self.decoding])
 
     @property
     def name(self) -> str:
         """Which of settings.PLANS it counts as."""
-        proposals = [row.proposal for row in self.decoding if row.proposal.tokens]
-        drafted = [proposal for proposal in proposals if proposal.source == SOURCE_DRAFT]
-        if drafted:
-            return "tree" if any(proposal.parents is not None for proposal in drafted) else "chain"
-        if any(proposal.source == SOURCE_MEMORY for proposal in proposals):
-            return "memory"
-        return "lookup" if proposals else "plain"
+        names = [_name_of(row.proposal) for row in self.decoding]
+        return max(names, key=PLANS.index, default="plain")
 
     @property
     def num_prompt_tokens(self) -> int:
         """Columns of the prompt rows."""
         return sum(len(row.tokens) for row in self.prompts)
+
+
+def _name_of(proposal: Proposal) -> str:
+    """That of a plan with this proposal alone."""
+    if not proposal.tokens:
+        return "plain"
+    if proposal.source == SOURCE_DRAFT:
+        return "chain" if proposal.parents is None else "tree"
+    return "memory" if proposal.source == SOURCE_MEMORY else "lookup"
 
 
 class Verdict(NamedTuple):

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,9 +69,10 @@ class RoundKind(NamedTuple):
         """That of a round in which these sequences decode."""
         return cls(len(sequences), any(sequence.temperature > 0 for sequence in sequences))
 
-    def group(self, *, drafted: bool) -> tuple[int, bool, bool]:
+    @property
+    def group(self) -> tuple[int, bool]:
         """The same for kinds with about as many sequences."""
-        return (self.batch_size - 1).bit_length(), self.sampled, drafted
+        return (self.batch_size - 1).bit_length(), self.sampled
 
 
 @dataclass(kw_only=True)
@@ -112,6 +113,13 @@ class _Account:
     won: bool = False
     """True if it had full credit since it last rested."""
 
+    def allows(self, plain: _PlainRounds) -> bool:
+        """False while it rests, and where a plain round is to be timed."""
+        most = _PLAIN_EVERY_WINNING if self.won else _PLAIN_EVERY
+        if plain.count < _FIRST_TIMED:
+            most = 2  # the first rounds of a kind speculate, then plain ones are timed
+        return not self.rest and plain.since < most
+
     def charge(self, catching_up: float) -> float:
         """What a round is charged of this catching up and what is owed of earlier ones, in plain rounds."""
         charged = _CHARGED * (self.owed + catching_up)
@@ -130,37 +138,50 @@ class _Account:
         return True
 
 
+class Allowed(NamedTuple):
+    """What may be proposed in a round."""
+
+    copies: bool
+    drafts: bool
+
+
+class _Accounts(NamedTuple):
+    """Of one group of kinds."""
+
+    copying: _Account
+    """Of rounds that only copy."""
+    drafting: _Account
+
+
 class SpeculationFloor:
     """Decides before each round whether it may speculate, and learns from its time.
 
     >>> kind = RoundKind(8, sampled=False)
-    >>> if floor.allows(kind): ...                      # copies
-    >>> if floor.allows(kind, drafts=True): ...         # proposals of the draft
+    >>> copies, drafts = floor.allows(kind)             # may this round propose copies, may the draft propose?
     >>> floor.observe(kind, seconds=0.012, tokens=11, speculated=True)
     """
 
     def __init__(self) -> None:
         self._plain: defaultdict[RoundKind, _PlainRounds] = defaultdict(_PlainRounds)
-        self._accounts: dict[tuple[int, bool, bool], _Account] = {}
+        self._accounts: dict[tuple[int, bool], _Accounts] = {}
+        """By group."""
+        self._accounts_of: dict[RoundKind, _Accounts] = {}
+        """The same, by kind."""
         self.num_rests = 0
         """How often speculation was turned off."""
         self.compared_s = self.compared_plain_s = 0.0
         """What all rounds took of kinds whose plain rounds have been timed; and what their tokens would have taken in
         plain rounds. As in the balance, no round counts as more than _MOST_ROUND plain ones."""
 
-    def allows(self, kind: RoundKind, *, drafts: bool = False, is_timed: bool = True) -> bool:
-        """False: this round is not to speculate, because that lost lately or a plain round is to be timed.
-
-        `drafts`: by the draft; else by copies alone. `is_timed`: false for a round that will not be compared.
+    def allows(self, kind: RoundKind, *, is_timed: bool = True) -> Allowed:
+        """Whether this round may copy, and whether it may draft: not where that lost lately, nor where a plain round is
+        to be timed. `is_timed`: false for a round that will not be compared.
         """
-        account, plain = self._account(kind, drafted=drafts), self._plain[kind]
-        if account.rest:
-            return False
+        copying, drafting = self._accounts_for(kind)
         if not is_timed:
-            return True
-        if plain.count < _FIRST_TIMED:  # the first rounds of a kind speculate, then plain ones are timed
-            return plain.since < 2
-        return plain.since < (_PLAIN_EVERY_WINNING if account.won else _PLAIN_EVERY)
+            return Allowed(not copying.rest, not drafting.rest)
+        plain = self._plain[kind]
+        return Allowed(copying.allows(plain), drafting.allows(plain))
 
     def observe(
         self,
@@ -182,18 +203,19 @@ class SpeculationFloor:
         nothing came of it, no plain round would have taken that time. So it counts as lost: by copies what looked for
         them, by the draft the rest, in which it was decided not to draft.
         """
-        plain = self._plain[kind]
-        vain_s = [] if speculated else [(False, looking_s), (True, proposing_s - looking_s)]
-        vain_s = [(own, lost_s) for own, lost_s in vain_s if not self._account(kind, drafted=own).rest]
-        self._pass_rests(kind, but=drafted if speculated else None)
+        plain, accounts = self._plain[kind], self._accounts_for(kind)
         if not speculated:
+            losses = zip(accounts, (looking_s, proposing_s - looking_s), strict=True)
+            vain_s = [(account, lost_s) for account, lost_s in losses if not account.rest]
+            _pass_rests(accounts)
             plain.add(seconds - proposing_s)
             took_s = min(seconds, _MOST_ROUND * plain.seconds)
             self._compare(took_s, plain_s=max(0.0, took_s - proposing_s))
-            for own, lost_s in vain_s:
-                self.num_rests += self._account(kind, drafted=own).add(-min(lost_s / plain.seconds, 1.0))
+            for account, lost_s in vain_s:
+                self.num_rests += account.add(-min(lost_s / plain.seconds, 1.0))
             return
-        account = self._account(kind, drafted=drafted)
+        account, other = accounts[drafted], accounts[not drafted]
+        _pass_rests([other])
         plain.since += 1
         account.rounds += 1
         if not plain.seconds:
@@ -204,19 +226,17 @@ class SpeculationFloor:
 
     def pass_untimed(self, kind: RoundKind) -> None:
         """Count a round that is not compared: rests end in rounds, whatever these took."""
-        self._pass_rests(kind, but=None)
+        _pass_rests(self._accounts_for(kind))
 
-    def _pass_rests(self, kind: RoundKind, *, but: bool | None) -> None:
-        for own in (False, True):
-            if own != but:
-                account = self._account(kind, drafted=own)
-                account.rest = max(0, account.rest - 1)
-
-    def _account(self, kind: RoundKind, *, drafted: bool) -> _Account:
-        group = kind.group(drafted=drafted)
-        if group not in self._accounts:
-            self._accounts[group] = _Account(batch_size=1 << group[0])
-        return self._accounts[group]
+    def _accounts_for(self, kind: RoundKind) -> _Accounts:
+        found = self._accounts_of.get(kind)
+        if found is None:
+            group = kind.group
+            if group not in self._accounts:
+                most = 1 << group[0]
+                self._accounts[group] = _Accounts(_Account(batch_size=most), _Account(batch_size=most))
+            found = self._accounts_of[kind] = self._accounts[group]
+        return found
 
     def _compare(self, seconds: float, *, plain_s: float) -> None:
         self.compared_s += seconds
@@ -224,6 +244,13 @@ class SpeculationFloor:
 
     def forgive(self) -> None:
         """Another draft proposes from now on: try speculation again everywhere."""
-        for account in self._accounts.values():
-            account.balance = max(0.0, account.balance)
-            account.rest, account.patience = 0, FIRST_PATIENCE
+        for accounts in self._accounts.values():
+            for account in accounts:
+                account.balance = max(0.0, account.balance)
+                account.rest, account.patience = 0, FIRST_PATIENCE
+
+
+def _pass_rests(accounts: Iterable[_Account]) -> None:
+    """Count a round in which these did not propose."""
+    for account in accounts:
+        account.rest = max(0, account.rest - 1)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from aurora_lit.kernels.draft_steps import Weighing, doubles
+from aurora_lit.kernels.draft_steps import Prices, Weighing, doubles
 from aurora_lit.modules.sampling.tree import common_prefix_length
 from aurora_lit.serve.sequences.round_plan import Proposal
 from aurora_lit.serve.sequences.sequence import RunningSequence, VerifiedDrafts
@@ -139,7 +139,7 @@ class SpeculationPlanner:
         self._mean_rates = {False: _MeanRate(), True: _MeanRate()}
         """Over all sequences, greedy and sampled."""
         self.reliability = DraftReliability()
-        self._weighings: dict[tuple[int, int], tuple[int, Weighing]] = {}
+        self._prices: dict[tuple[int, int], tuple[int, Prices]] = {}
         """What holds for _PRICED_EVERY rounds that draft, and since which, by batch size and sequences that draft."""
         self._last = limits.draft_tokens
         self._speed = 0.0
@@ -230,18 +230,16 @@ class SpeculationPlanner:
     def weighing(self, drafting: Sequence[RunningSequence], *, batch_size: int, speed: float) -> Weighing:
         """How what is drafted for these sequences is weighed, in a round that promises `speed`, in tokens a second."""
         key = batch_size, len(drafting)
-        since, weighing = self._weighings.get(key, (0, None))
-        if weighing is None or self._rounds_with - since >= _PRICED_EVERY:
+        since, prices = self._prices.get(key, (0, None))
+        if prices is None or self._rounds_with - since >= _PRICED_EVERY:
             costs, most = self.costs, len(drafting) * self.limits.weighed_tokens
             plain_s = costs.round_s(batch_size, [])
             columns_s = [max(0.0, costs.round_s(batch_size, [count]) - plain_s) for count in range(most + 1)]
             until_s = [costs.draft_s(len(drafting), n) for n in range(1, self.limits.draft_tokens + 1)]
             levels_s = [max(0.0, after - before) for before, after in itertools.pairwise(until_s)]
-            weighing = Weighing(
-                self.reliability.acceptance_KC, doubles(columns_s), doubles(levels_s), level_rates=(), speed=0.0
-            )
-            self._weighings[key] = self._rounds_with, weighing
-        return weighing._replace(level_rates=[self.rate_of(sequence) for sequence in drafting], speed=speed)
+            prices = Prices(self.reliability.acceptance_KC, doubles(columns_s), doubles(levels_s))
+            self._prices[key] = self._rounds_with, prices
+        return Weighing(prices, [self.rate_of(sequence) for sequence in drafting], speed)
 
     def expected_draft_gain(self, rate: float, *, batch_size: int, speed: float, column_tokens: float) -> float:
         """Tokens that the draft gains for one sequence, net of the tokens that its time would have given otherwise.

@@ -30,7 +30,7 @@ from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.speculation import planner as planner_module
 from aurora_lit.serve.speculation.costs import CostTable
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
-from aurora_lit.serve.speculation.floor import RoundKind
+from aurora_lit.serve.speculation.floor import Allowed, RoundKind
 from aurora_lit.serve.speculation.planner import DraftDecision
 
 LENGTHS = (1, 2, 5, 9, 16, 17, 30, 41)
@@ -372,7 +372,7 @@ def test_bf16_without_kernels(
 def test_rounds_that_carry_prompts_do_not_speculate(models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = models.engine(adaptive=True, prefill_chunk_tokens=4)
     assert engine.floor is not None
-    monkeypatch.setattr(engine.floor, "allows", lambda kind, **_: True)
+    monkeypatch.setattr(engine.floor, "allows", lambda kind, **_: Allowed(copies=True, drafts=True))
     monkeypatch.setattr(engine.planner, "decide", lambda *_, **__: DraftDecision(2))
     monkeypatch.setattr(engine.planner, "pays_for_catching_up", lambda *_, **__: True)
     engine.submit(models.request(0, max_tokens=24))
@@ -393,7 +393,12 @@ def test_rests_end_though_rounds_are_untimed(models: TinyModels, monkeypatch: py
     assert engine.floor is not None
     passed, asked = list[RoundKind](), list[bool]()
     monkeypatch.setattr(engine.floor, "pass_untimed", passed.append)
-    monkeypatch.setattr(engine.floor, "allows", lambda kind, *, is_timed, **_: bool(asked.append(is_timed)))
+
+    def allows(kind: RoundKind, *, is_timed: bool) -> Allowed:
+        asked.append(is_timed)
+        return Allowed(copies=False, drafts=False)
+
+    monkeypatch.setattr(engine.floor, "allows", allows)
     engine.planner.updates_costs = False
     rounds = len(run(engine, [models.request(0, max_tokens=6)])["0"].rounds)
     assert passed == [RoundKind(1, sampled=False)] * rounds
@@ -411,9 +416,9 @@ def test_another_draft_ends_the_rest_that_the_last_one_has_caused(models: TinyMo
     for speculated, seconds in ((False, 0.01), (True, 0.1)):
         for _ in range(12):
             engine.floor.observe(kind, seconds=seconds, tokens=1, speculated=speculated)
-    assert not engine.floor.allows(kind)
+    assert not engine.floor.allows(kind).copies
     engine.swap_draft(copy.deepcopy(models.draft("random")), version="another")
-    assert engine.floor.allows(kind)
+    assert engine.floor.allows(kind).copies
 
 
 def test_a_round_with_a_copied_prefix_is_no_measure_of_decoding(

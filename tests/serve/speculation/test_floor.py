@@ -34,7 +34,7 @@ class Environment:
         return [self._round(floor) for _ in range(rounds)]
 
     def _round(self, floor: SpeculationFloor) -> tuple[bool, float, int]:
-        speculated = floor.allows(self.kind)
+        speculated = floor.allows(self.kind).copies
         tokens, seconds = self.kind.batch_size, PLAIN_S
         if speculated:
             for _ in range(self.kind.batch_size):
@@ -87,7 +87,7 @@ def test_what_a_draft_reads_at_once_is_charged_over_the_rounds_that_it_serves(
     kind, floor = RoundKind(1, sampled=True), SpeculationFloor()
     drafted, rounds = 0, 20_000
     for number in range(rounds):
-        allowed = floor.allows(kind, drafts=True)
+        allowed = floor.allows(kind).drafts
         catch_up_s = prompt * PLAIN_S if allowed and number % answer_rounds == 0 else 0.0
         seconds = PLAIN_S * (1.5 / 1.1 if allowed else 1.0) + catch_up_s
         tokens = 1 + (allowed and number % 2)
@@ -145,7 +145,7 @@ def test_a_preempted_round_does_not_turn_a_winning_floor_off(preempted: str) -> 
     due = preempted == "first plain"
     for number in range(6000):
         due = due or (number > 100 and number % 300 == 0)
-        allowed = floor.allows(GREEDY)
+        allowed = floor.allows(GREEDY).copies
         if due and allowed == (preempted == "speculating"):
             due, tokens = False, 8 * (1 + allowed)
             floor.observe(GREEDY, seconds=100 * PLAIN_S, tokens=tokens, speculated=allowed)
@@ -160,7 +160,7 @@ def test_plain_rounds_are_timed_without_asking_for_them_where_nothing_is_propose
     """Rounds in which the planner itself proposes nothing are plain ones, and make no others necessary."""
     floor = SpeculationFloor()
     for _ in range(3):
-        assert floor.allows(GREEDY)
+        assert floor.allows(GREEDY).copies
         floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
     assert all(speculated for speculated, _, _ in Environment(speedup=1.3).play(floor, 24))
 
@@ -168,10 +168,10 @@ def test_plain_rounds_are_timed_without_asking_for_them_where_nothing_is_propose
 def test_another_draft_is_tried_at_once() -> None:
     floor = SpeculationFloor()
     Environment(speedup=0.5).play(floor, 3000)
-    while floor.allows(GREEDY):
+    while floor.allows(GREEDY).copies:
         Environment(speedup=0.5).play(floor, 1)
     floor.forgive()
-    assert floor.allows(GREEDY)
+    assert floor.allows(GREEDY).copies
     rounds = Environment(speedup=1.3).play(floor, 1000)
     assert sum(speculated for speculated, _, _ in rounds) > 900
 
@@ -183,7 +183,7 @@ def test_another_draft_does_not_inherit_a_debt() -> None:
     for number in range(14):  # each loses 0.4 of the 3 that end speculation
         if number == 7:
             floor.forgive()
-        assert floor.allows(GREEDY)
+        assert floor.allows(GREEDY).copies
         floor.observe(GREEDY, seconds=1.4 * PLAIN_S, tokens=8, speculated=True)
 
 
@@ -195,11 +195,11 @@ def test_kinds_with_about_as_many_sequences_are_judged_together() -> None:
             floor.observe(RoundKind(size, sampled=False), seconds=0.001 * size, tokens=size, speculated=False)
     for number in range(7):
         size = sizes[number % 4]
-        assert floor.allows(RoundKind(size, sampled=False))
+        assert floor.allows(RoundKind(size, sampled=False)).copies
         floor.observe(RoundKind(size, sampled=False), seconds=0.0015 * size, tokens=size, speculated=True)
-    assert not any(floor.allows(RoundKind(size, sampled=False)) for size in sizes)
-    assert floor.allows(RoundKind(4, sampled=False))
-    assert floor.allows(RoundKind(8, sampled=True))
+    assert not any(floor.allows(RoundKind(size, sampled=False)).copies for size in sizes)
+    assert floor.allows(RoundKind(4, sampled=False)).copies
+    assert floor.allows(RoundKind(8, sampled=True)).copies
 
 
 def test_a_draft_that_loses_does_not_end_copies() -> None:
@@ -208,9 +208,9 @@ def test_a_draft_that_loses_does_not_end_copies() -> None:
         floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
     copied = 0
     for _ in range(3000):
-        if floor.allows(GREEDY, drafts=True):
+        if floor.allows(GREEDY).drafts:
             floor.observe(GREEDY, seconds=2 * PLAIN_S, tokens=9, speculated=True, drafted=True)
-        elif floor.allows(GREEDY):
+        elif floor.allows(GREEDY).copies:
             copied += 1
             floor.observe(GREEDY, seconds=1.1 * PLAIN_S, tokens=16, speculated=True)
         else:
@@ -223,14 +223,14 @@ def test_looking_for_copies_that_never_come_is_given_up_though_each_time_costs_l
     kind, floor, rng = RoundKind(1, sampled=True), SpeculationFloor(), random.Random(3)
     looked = seconds = 0.0
     for _ in range(20_000):
-        proposing_s = 0.02 * PLAIN_S if floor.allows(kind) else 0.0
+        proposing_s = 0.02 * PLAIN_S if floor.allows(kind).copies else 0.0
         looked += proposing_s > 0
         took = PLAIN_S * max(0.5, rng.gauss(1, 0.1)) + proposing_s
         seconds += took
         floor.observe(kind, seconds=took, tokens=1, speculated=False, proposing_s=proposing_s, looking_s=proposing_s)
     assert 0 < looked < 5000
     assert floor.num_rests > 0
-    assert floor.allows(kind, drafts=True), "the draft has an account of its own"
+    assert floor.allows(kind).drafts, "the draft has an account of its own"
 
 
 @pytest.mark.parametrize("looks", [False, True])
@@ -239,7 +239,7 @@ def test_deciding_again_and_again_not_to_draft_is_given_up_too(looks: bool) -> N
     kind, floor = RoundKind(8, sampled=True), SpeculationFloor()
     decided, late = 0, 4000
     for number in range(20_000):
-        copies, drafts = floor.allows(kind), floor.allows(kind, drafts=True)
+        copies, drafts = floor.allows(kind)
         looking_s = 0.02 * PLAIN_S if looks and copies else 0.0
         deciding_s = 0.02 * PLAIN_S if drafts else 0.0
         decided += drafts and number >= late
@@ -247,7 +247,7 @@ def test_deciding_again_and_again_not_to_draft_is_given_up_too(looks: bool) -> N
         how = {"proposing_s": looking_s + deciding_s, "looking_s": looking_s}
         floor.observe(kind, seconds=took_s, tokens=8, speculated=False, **how)  # type: ignore[arg-type]
     assert 0 < decided < 0.2 * (20_000 - late)
-    assert looks or floor.allows(kind), "copies have an account of their own"
+    assert looks or floor.allows(kind).copies, "copies have an account of their own"
 
 
 def test_plain_rounds_are_timed_without_what_looking_for_copies_took() -> None:
@@ -312,14 +312,14 @@ def test_rests_end_in_rounds_and_no_plain_round_is_asked_for_where_it_would_not_
     floor = SpeculationFloor()
     Environment(speedup=0.7).play(floor, 300)
     assert floor.num_rests
-    while floor.allows(GREEDY):
+    while floor.allows(GREEDY).copies:
         floor.observe(GREEDY, seconds=3 * PLAIN_S, tokens=8, speculated=True)
     waited = 0
-    while not floor.allows(GREEDY, is_timed=False):
+    while not floor.allows(GREEDY, is_timed=False).copies:
         floor.pass_untimed(GREEDY)
         waited += 1
     assert 0 < waited <= MOST_PATIENCE
     winning, environment = SpeculationFloor(), Environment(speedup=1.3)
-    while winning.allows(GREEDY):
+    while winning.allows(GREEDY).copies:
         environment.play(winning, 1)
-    assert winning.allows(GREEDY, is_timed=False), "only a plain round was due"
+    assert winning.allows(GREEDY, is_timed=False).copies, "only a plain round was due"

@@ -453,12 +453,12 @@ def test_what_is_weighed_costs_what_rounds_and_levels_do() -> None:
     for _ in range(3):
         sequences[1].verified_drafts.add(True, decay=0.9)
     found = planner.weighing(sequences, batch_size=2, speed=250.0)
-    assert found.columns_s[:] == pytest.approx([0.0005 * n / 2 for n in range(17)])
-    assert found.levels_s[:] == pytest.approx([0.002] * 3)
+    assert found.prices.columns_s[:] == pytest.approx([0.0005 * n / 2 for n in range(17)])
+    assert found.prices.levels_s[:] == pytest.approx([0.002] * 3)
     assert found.speed == 250.0
     assert found.level_rates == [planner.rate_of(sequence) for sequence in sequences]
     assert found.level_rates[0] < found.level_rates[1]
-    assert found.acceptance_KC is planner.reliability.acceptance_KC
+    assert found.prices.acceptance_KC is planner.reliability.acceptance_KC
 
 
 def test_of_a_weighed_chain_no_more_is_known_than_the_sequence_got() -> None:
@@ -479,7 +479,7 @@ def test_what_columns_cost_is_asked_again_after_sixteen_rounds() -> None:
     for number in range(40):
         planner.costs.target.set_initial(1, 2, PLAIN_S + 0.001 * number)
         decide(planner, [0.9])
-        asked.append(round(planner.weighing([a_sequence()], batch_size=1, speed=1.0).columns_s[1], 4))
+        asked.append(round(planner.weighing([a_sequence()], batch_size=1, speed=1.0).prices.columns_s[1], 4))
     assert asked[:2] == [0.0, 0.0]
     assert len(set(asked[14:31])) == 2
     assert asked[35] > asked[20] > 0

@@ -19,6 +19,7 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
+from aurora_lit.serve.speculation.floor import Allowed
 from aurora_lit.serve.speculation.planner import DraftDecision
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE, Trace, check
 
@@ -209,7 +210,7 @@ def weighing_engine(models: TinyModels, monkeypatch: pytest.MonkeyPatch, **chang
 
     monkeypatch.setattr(planner, "decide", decide)
     monkeypatch.setattr(planner, "pays_for_catching_up", lambda *_, **__: True)
-    monkeypatch.setattr(engine.floor, "allows", lambda *_, **__: True)
+    monkeypatch.setattr(engine.floor, "allows", lambda *_, **__: Allowed(copies=True, drafts=True))
     monkeypatch.setattr(planner.costs, "round_s", lambda size, counts: 0.001 * (size + 0.5 * sum(counts)))
     monkeypatch.setattr(planner.costs, "draft_s", lambda size, length: 0.0001 * length)
     return engine, counted
