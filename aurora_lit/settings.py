@@ -14,7 +14,8 @@ MAX_DOMAINS = 31
 """Maximum of domain.max_domains."""
 PLANS = ("plain", "lookup", "memory", "chain", "tree")
 """What a round proposes, counted apart: nothing; copies from earlier in the requests, or also from the traffic memory;
-or the draft's, as a chain or as a tree with siblings or copies beside it."""
+or the draft's, as a chain or as a tree with siblings or copies beside it. Of a round whose sequences differ the last of
+these counts."""
 
 RENAMED_SETTINGS = {
     "domain.novelty": "domain.novelty_threshold",

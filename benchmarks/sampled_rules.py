@@ -13,9 +13,9 @@ vocabulary. Each rule below leaves the output's distribution as it is:
 
 First the acceptance of the first level, over all positions of the answers. Then, for S, how well the softmax of
 (log q + g) / tau predicts that a child is accepted. Then accepted lengths of whole rounds, which go from root to root
-along the answers: chains by depth, and trees that grow as when serving: of each level the best `width` nodes are
-expanded to `width` children, and the best nodes of all levels are kept. A node's score is the sum of its path's
-predicted log-probabilities. Rounds that could reach beyond the answer's end are not counted.
+along the answers: chains by depth, and trees as serving drafted them until b1d56e7: of each level the best `width`
+nodes are expanded to `width` children, and the best nodes of all levels are kept. A node's score is the sum of its
+path's predicted log-probabilities. Rounds that could reach beyond the answer's end are not counted.
 
 Noise for an answer that exists already is drawn given that answer. With E = exp(-g), which is exponential, the target's
 token is the argmin of E / p. That minimum, m, is exponential too, and each other E is p·m plus an exponential number.

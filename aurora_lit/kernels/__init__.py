@@ -17,6 +17,6 @@ May import: request.py. Start with native.py. The files, each importing only tho
     packed_linear.py   linear layers with packed weights, which replace a model's own
     decoder.py         all decoder layers of a forward pass in one native call
     target_pass.py     a round's pass of the target in one native call: embeddings, layers, its own tokens
-    draft_steps.py     a draft's proposals, chains and trees, in one native call
+    draft_steps.py     a draft's proposals, chains and what stands beside them, in one native call
     lk_loss.py         the LK loss and its gradient in one pass; for learning only
 """

@@ -110,7 +110,7 @@ class _Room:
         self.sizes = sequences, levels, nodes
         self.numbers = (ctypes.c_int64 * (3 * sequences))()
         """Slots, first positions and ends."""
-        self.gains = (ctypes.c_double * levels)()
+        self.gains = (ctypes.c_double * (levels - 1))()
         self.level_rates = (ctypes.c_double * sequences)()
         self.temperatures = (ctypes.c_float * sequences)()
         self.noise = (ctypes.c_int64 * (2 * sequences))()
@@ -123,7 +123,7 @@ class _Room:
         call.decoder.attention.rows, call.max_levels, call.max_nodes = sequences, levels, nodes
         call.decoder.slots = ctypes.addressof(self.numbers)
         call.done = call.decoder.slots + row
-        call.ends = call.decoder.starts = call.done + row
+        call.ends = call.done + row
         call.level_rates, call.keys = ctypes.addressof(self.level_rates), ctypes.addressof(self.noise)
         call.positions = call.keys + row
         call.outcomes, call.shares = ctypes.addressof(self.outcomes), ctypes.addressof(self.shares)
@@ -213,6 +213,7 @@ class DraftSteps:
                 modules/sampling/noise.py); where it is 0, by their logits. None: 0 for all.
         """
         call, B = self._call, len(slots)
+        assert weighing is not None or not (num_siblings or num_nodes), "nothing is chosen from"
         num_nodes = num_nodes or num_levels
         tables = self._tables
         if tables is None or tables[0] is not keys or tables[1] is not features_SLF or tables[2] is not tokens_SL:
@@ -227,7 +228,7 @@ class DraftSteps:
         call.children = min(1 + num_siblings, self._num_outputs)
         call.min_gains = None
         if min_gains is not None:
-            room.gains[: len(min_gains)] = list(min_gains)
+            room.gains[:] = list(min_gains)
             call.min_gains = ctypes.addressof(room.gains)
         if weighing is None:
             call.acceptance = self._prices = None

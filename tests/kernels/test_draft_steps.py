@@ -192,8 +192,8 @@ class ReferenceTree:
     def path(self, node: int) -> list[int]:
         return [] if node < 0 else [*self.path(self.parents[node]), self.tokens[node]]
 
-    def best(self, count: int, *, start: int = 0) -> list[int]:
-        return sorted(range(start, len(self.tokens)), key=lambda i: -self.logprobs[i])[:count]
+    def best(self, count: int) -> list[int]:
+        return sorted(range(len(self.tokens)), key=lambda i: -self.logprobs[i])[:count]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,6 +391,44 @@ def test_a_sequences_proposals_with_noise_do_not_depend_on_the_sequences_beside_
             assert alone.parents is not None
             assert together.parents is not None
             assert alone.parents[0] == together.parents[b]
+
+
+@torch.no_grad()
+def test_a_call_does_not_depend_on_the_calls_before_it(target: Target) -> None:
+    """Of other numbers of sequences and levels, weighed and not, with and without noise, at one price and another."""
+    prices = [
+        Prices(torch.full((2, SHARE_CLASSES), rate), doubles([0.01 * n for n in range(25)]), doubles([0.0] * 3))
+        for rate in (0.5, 0.8)
+    ]
+    ways: list[dict[str, Any]] = [{}, {"min_gains": [-math.inf, -math.inf, math.inf]}, *({"prices": p} for p in prices)]
+    cases: list[dict[str, Any]] = [
+        {"rows": each, "num_levels": levels, "noise": noise, **how}
+        for each in (slice(1, 2), slice(3))
+        for levels in (2, 4)
+        for noise in (False, True)
+        for how in ways
+    ]
+    sequences = GrowingSequences(target, num_drafters=1 + len(cases))
+    inputs = sequences.grow(ROUNDS[1])
+    used, *fresh = sequences.drafters
+    order = random.Random(3).sample(range(len(cases)), len(cases))
+
+    def drafted(drafter: Drafter, case: dict[str, Any]) -> Drafted:
+        drafter._num_cached = [0] * len(drafter._num_cached)
+        without_copy(drafter)
+        each, levels = case["rows"], dict[str, Any](num_levels=case["num_levels"])
+        if "min_gains" in case:
+            levels["min_gains"] = case["min_gains"][1 - case["num_levels"] :]
+        if "prices" in case:
+            levels["weighing"] = Weighing(case["prices"], [0.7] * len(SLOTS[each]), speed=3.0)
+            levels |= {"num_siblings": 2, "num_nodes": 6}
+        noise = draws_of(NOISES[each]) if case["noise"] else None
+        return native_chain(
+            drafter, DraftInputs(slots=inputs.slots[each], lengths=inputs.lengths[each]), noise=noise, **levels
+        )
+
+    for number in order:
+        assert drafted(used, cases[number]) == drafted(fresh[number], cases[number])
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from support.tiny_models import VOCAB, save_model
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.products import ColumnDraws
+from aurora_lit.models.kv_cache import keys_by_position, values_by_position
 from aurora_lit.models.packed_target import load_target
 from aurora_lit.models.target import Target
 
@@ -93,6 +94,32 @@ def test_one_call_gives_what_separate_calls_give(target: Target, drawn: bool, sk
     for table in (aux_SLF, last_SLH):
         assert (table[3] == 7.0).all(), "nothing is stored in a slot without a row"
         assert (table[2, 2:] == 7.0).all(), "nor beyond a row's columns"
+
+
+@pytest.mark.parametrize("keeps_last", [True, False])
+@torch.no_grad()
+def test_of_a_kept_path_all_is_stored_that_a_pass_over_it_stores(target: Target, keeps_last: bool) -> None:
+    """A path of several columns that are not in their places, as copies beside the draft's may have."""
+    tree, path, kept = [-1, 0, 0, 2, 2, 4], [0, 2, 4, 5], []
+    gen = torch.Generator().manual_seed(4)
+    before, tokens = (torch.randint(VOCAB, (width,), generator=gen).tolist() for width in (5, 6))
+    for branches in (True, False):
+        kv_cache = target.make_kv_cache(num_slots=2, capacity=CAPACITY)
+        aux_SLF = torch.full((2, CAPACITY, 3 * target.hidden_size), 7.0, dtype=target.kv_dtype)
+        last_SLH = torch.full((2, CAPACITY, target.hidden_size), 7.0, dtype=torch.bfloat16)
+        run = target.make_pass(kv_cache, aux_SLF=aux_SLF, last_SLH=last_SLH)
+        assert run is not None
+        run([before], slots=[1], starts=[0], keeps_last=[True])
+        if branches:
+            run([tokens], slots=[1], starts=[5], parents=[tree], keeps_last=[keeps_last])
+            run.keep_path(path, slot=1, start=5, keeps_last=keeps_last)
+        else:
+            run([[tokens[column] for column in path]], slots=[1], starts=[5], keeps_last=[keeps_last])
+        end = 5 + len(path)
+        kept.append([aux_SLF[1, :end], last_SLH[1, :end]])
+        kept[-1] += [keys_by_position(keys)[1, ..., :end] for keys in kv_cache.keys_SGCQPE]
+        kept[-1] += [values_by_position(values)[1, :, :end] for values in kv_cache.values_SGMDE]
+    assert all(map(torch.equal, *kept))
 
 
 @torch.no_grad()

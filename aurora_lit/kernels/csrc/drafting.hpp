@@ -25,7 +25,7 @@ namespace {
 constexpr int SHARES = 16;  // classes of shares, equally wide
 
 struct DraftCall {
-  DecoderCall decoder;  // the draft's layer and KV cache; `slots` and `starts` of the sequences
+  DecoderCall decoder;  // the draft's layer and KV cache; `slots` of the sequences
   Matrix fuse, head, value;
   Matrix coarse;         // a copy of the head in four bits (Grouped<4>); or without weight: there is none
   const void* features;  // [slots, positions, 3H], of the cache's type: the target's auxiliary hidden states

@@ -3,11 +3,11 @@
 An answer does not depend on the draft. So its tokens are known, and from every root in it the draft's proposals are
 accepted as far as they equal those tokens. Going from root to root as rounds do gives the rounds of a server that
 proposes a chain of `num_steps` tokens in every round (engine.adaptive and engine.lookup off, and no round explores). Of
-greedy answers they are exact, but traces store states in bf16, so a near tie between two tokens may
-be broken differently. Of sampled answers the noise that drew the tokens is not recorded. But given that the target has
-drawn a token, the draft with the same noise proposes it with a known probability (`acceptance_given_token`). Rounds
-then have probabilities instead of outcomes, and their totals are exact in expectation, if p is the softmax of the
-target's logits at the temperature (no top-k, top-p, min-p, penalties or bias).
+greedy answers they are exact, but traces store states in bf16, so a near tie between two tokens may be broken
+differently. Of sampled answers the noise that drew the tokens is not recorded. But given that the target has drawn a
+token, the draft with the same noise proposes it with a known probability (`acceptance_given_token`). Rounds then have
+probabilities instead of outcomes, and their totals are exact in expectation, if p is the softmax of the target's logits
+at the temperature (no top-k, top-p, min-p, penalties or bias).
 
 Rounds may also hold copies (learn/offline/copies.py), in one tree with the draft's chain. Such a tree accepts as many
 tokens as the better of both: if the recorded tokens follow L copies, and step i of the draft is accepted with

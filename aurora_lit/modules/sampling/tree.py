@@ -1,12 +1,11 @@
-"""Draft trees: proposals that branch, so that the target's second choice may be among them too.
-
-Source: Li et al., "EAGLE-2: Faster Inference of Language Models with Dynamic Draft Trees", arXiv 2406.16858.
+"""Trees of proposals: those that branch, so that the target's second choice may be among them too.
 
 A tree is verified as columns of one forward pass: column 0 is the root, the last committed token, and column i + 1 is
 node i. Every node comes after its parent, so that one sweep over the columns follows a path. `parents` lists the
 parent's column of columns 1, 2, …
 
-Leaves out how trees grow (kernels/csrc/drafting.hpp) and what a round emits (serve/sequences/round_plan.py).
+Leaves out where they come from (kernels/csrc/drafting.hpp, serve/speculation/candidate_tree.py) and what a round emits
+(serve/sequences/round_plan.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a round computes, and what came of it: rows of query positions, decided before the target's pass.
 
-    plan = RoundPlan(decoding=[DecodingRow(...)], prompts=[PromptRow(...)])    # serve/engine/engine.py: plan
-    columns = runner.run(plan)                                                # run
-    verdict = judge(row, own_tokens)                                          # judge, then commit
+    plan = RoundPlan([DecodingRow(...)], [PromptRow(...)], expected_s=0.004)    # serve/engine/engine.py: plan
+    columns = runner.run(plan)                                                 # run
+    verdict = judge(row, own_tokens)                                           # judge, then commit
 
 A *row* is one sequence's part of a pass. A decoding row has the last committed token in column 0 and its proposals, a
 chain or a tree, in the columns after it. A prompt row is a chunk of a prompt. Rows of both kinds share one pass.
@@ -71,8 +71,6 @@ class Proposal:
     @property
     def remembered(self) -> list[int]:
         """Columns of the tokens that the traffic memory alone proposed."""
-        if not self.copies:
-            return []
         return [n.column for n in self.copies if n.column > self.num_drafted and is_remembered(n.cell)]
 
     def sources_of(self, columns: Sequence[int]) -> tuple[int, ...]:
@@ -167,7 +165,7 @@ class RoundPlan:
 
     decoding: list[DecodingRow]
     prompts: list[PromptRow]
-    expected_s: float = 0.0
+    expected_s: float
     """What the pass and the commit are expected to take without the prompts, in seconds."""
     copied_prefix: bool = False
     """Making the plan took the time of copying a prompt's prefix from another slot."""

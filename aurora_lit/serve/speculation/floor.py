@@ -166,7 +166,7 @@ class SpeculationFloor:
         self._accounts: dict[tuple[int, bool], _Accounts] = {}
         """By group."""
         self._accounts_of: dict[RoundKind, _Accounts] = {}
-        """The same, by kind."""
+        """The same, by kind: finding the group takes longer than the rest of a look-up."""
         self.num_rests = 0
         """How often speculation was turned off."""
         self.compared_s = self.compared_plain_s = 0.0

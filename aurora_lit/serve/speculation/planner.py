@@ -43,7 +43,7 @@ _MIN_GAIN = 1.01
 _RECONSIDER_EVERY = 8
 """Rounds without a draft after which drafting is considered again; that takes a few per cent of a small round."""
 _DECIDE_EVERY = 4
-"""Rounds of as many sequences for which a decision holds; making it takes 2 % of a small round."""
+"""Rounds of as many sequences, whichever they are, for which a decision holds; making it takes 2 % of a small round."""
 _TRY_EVERY, _TRY_WITHIN = 64, 0.8
 """Every so many rounds that draft, another length is drafted that promises at least this share of the chosen one's
 speed, each in turn. Only what is drafted is measured: without this, one that was measured as too slow when the

@@ -109,6 +109,13 @@ def test_a_round_costs_the_mean_query_length_or_without_ragged_rows_the_longest(
     assert costs.round_s(0, []) == 0.0
 
 
+def test_of_chains_that_nothing_is_known_of_a_first_round_tells_nothing() -> None:
+    """It reads a prompt, with cold caches."""
+    costs = Costs(ragged=True)
+    costs.observe_draft(2, 3, 1.0, uncached=0)
+    assert costs.draft_s(2, 3) == 0.0
+
+
 def test_drafting_costs_its_first_step_and_each_later_step(costs: Costs) -> None:
     assert costs.draft_s(2, 0) == 0.0
     assert costs.draft_s(2, 1) == pytest.approx(0.001)

@@ -155,9 +155,8 @@ def test_layers_that_are_not_fused_propose_chains(models: TinyModels) -> None:
     decoder, target._decoder = target._decoder, None
     try:
         assert not target.supports_trees
-        engine = models.engine(precision="fp32", adaptive=True)
-        assert engine.planner.limits.sibling_tokens == 0
-        engine = models.engine(precision="fp32")
+        assert models.engine(precision="fp32", adaptive=True).planner.limits.sibling_tokens == 0
+        engine = models.engine(precision="fp32", branches=False, sibling_tokens=3)
         assert {o.num_proposed for a in run(engine, models.requests()).values() for o in a.rounds[:-1]} == {4}
     finally:
         target._decoder = decoder
