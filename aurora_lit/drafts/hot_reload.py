@@ -28,6 +28,7 @@ from typing import Any
 
 from aurora_lit.drafts.versions import CURRENT_NAME, DraftStore
 from aurora_lit.errors import AuroraError
+from aurora_lit.kernels import native
 
 WATCH_S = 0.1
 """How often the thread checks CURRENT, which takes one `stat`."""
@@ -114,6 +115,7 @@ class HotReloader:
     # -- the loader's thread ---------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
+        native.compute_alone()
         while not self._ending:
             try:
                 self._check()

@@ -12,6 +12,7 @@ C blocks of P = KEY_BLOCK positions, E values stored together, Q = D / E, M = sl
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -51,6 +52,22 @@ class Absence(NamedTuple):
     remedy: str
     is_choice: bool = False
     """True if the environment turned them off."""
+
+
+def compute_alone() -> None:
+    """Have the calling thread compute without others from now on; for every thread beside the one that runs rounds.
+
+    OpenMP gives each thread that computes with others a team of its own. Once the teams together have more threads than
+    there are processors, libgomp's no longer spin where they wait for each other but sleep, those of rounds too, even
+    if the other team has nothing to do: on two processors a round then took 2.2 times as long.
+    """
+    torch.get_num_threads()  # torch sets a new thread's number when it is first asked, which may not come afterwards
+    kernels = library()
+    if kernels is not None:
+        kernels.aurora_compute_alone()
+    # MKL has a number of its own, which is OpenMP's no longer once torch has set it.
+    with contextlib.suppress(OSError, AttributeError):  # another system, or a torch without MKL
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).MKL_Set_Num_Threads_Local(1)
 
 
 def library() -> ctypes.CDLL | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from support.fake_drafts import SMALL_SHAPE
 from aurora_lit.drafts.hot_reload import HotReloader, ReadyDraft
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import CheckpointError
+from aurora_lit.kernels import native
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 
 
@@ -292,3 +294,37 @@ def test_a_real_checkpoint_is_read_whole(store):
     publish(store)
     ready = HotReloader(store, lambda folder: load_draft(folder, target)).first()
     assert torch.isfinite(ready.draft.fc.weight).all()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads as Linux lists them")
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
+def test_the_loaders_thread_computes_alone(store: DraftStore) -> None:
+    """A second team of threads would have rounds wait without spinning, long after it has loaded."""
+    numbers, started = list[int](), list[int]()
+
+    def load(folder: Path | None) -> None:
+        before = len(os.listdir("/proc/self/task"))
+        torch.ones(1 << 22).isfinite().all()
+        torch.randn(512, 512) @ torch.randn(512, 512)
+        started.append(len(os.listdir("/proc/self/task")) - before)
+        numbers.append(torch.get_num_threads())
+
+    reloader = HotReloader(store, load)
+    reloader.start(on_change=lambda: None)
+    publish(store)
+    deadline = time.monotonic() + 10
+    while not numbers and time.monotonic() < deadline:
+        time.sleep(0.01)
+    reloader.close()
+    assert started == [0], "no other thread helps"
+    assert numbers == [1]
+    assert torch.get_num_threads() == 2, "others compute as before"

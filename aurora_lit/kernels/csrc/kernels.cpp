@@ -20,6 +20,13 @@ extern "C" {
 // Number of outputs of a block.
 int aurora_block() { return BLOCK; }
 
+// Have the calling thread compute without others.
+void aurora_compute_alone() {
+#if defined(_OPENMP)
+  omp_set_num_threads(1);
+#endif
+}
+
 // Pack a weight [outputs, inputs] as [block][input][32 outputs].
 void aurora_pack_fp32(const float* weight, int outputs, int inputs, float* packed) {
   const int blocks = (outputs + BLOCK - 1) / BLOCK;

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from aurora_lit.ipc.ring import RingWriter
+from aurora_lit.kernels import native
 from aurora_lit.traces.log import TraceLogWriter
 from aurora_lit.traces.record import Trace, to_pieces
 
@@ -59,6 +60,7 @@ class TraceRecording:
         self._thread.join()
 
     def _run(self) -> None:
+        native.compute_alone()
         due_s = float("inf")
         while True:
             wait_s = min(self._flush_s, max(0.0, due_s - time.monotonic()))
