@@ -134,9 +134,9 @@ class Output:
     first_choices: tuple[int, int] | None = None
     """Where more was proposed than a chain of first choices, such as a tree, or copies after the draft's: the length of
     that chain, and how much of it would have been accepted if only it had been proposed. None: nothing else was."""
-    first_choice_right: bool | None = None
-    """Of a round for which a chain was drafted and weighed: whether its first token is the sequence's next one, even if
-    it was not proposed. None: of other rounds."""
+    tested_choices: tuple[int, int] | None = None
+    """Of a round for which a chain was drafted and weighed: of how many of its first choices, proposed or not, the
+    answer tells whether they were right, and how many were. None: of other rounds."""
     finish_reason: str | None = None
     """"stop" (end of text or stop token), "length" or "error"; None while the request runs."""
     error: str | None = None

@@ -1,13 +1,14 @@
-"""Detects, soon after a swap and on live traffic, that fewer tokens of the new draft are accepted than of the last one.
+"""Detects, soon after a swap and on live traffic, that the new draft is right less often than the last one.
 
-An observation is one sequence's round with proposals of the draft (n-gram lookup and exploring rounds do not count). It
-is compared with the mean accepted length of the previous version for as many proposals in the same domain: the number
-of proposals changes with load and acceptance, and traffic changes its mix of domains, neither of which is due to the
-draft. A version is bad when its rounds have lost many tokens and their mean is lower beyond noise. Rounds of one
-request are alike, so noise is estimated from whole requests, of both versions. A version is on trial once, in its first
-rounds, and only until their mean shows that it is no worse: a bad draft is bad from its first round on, later changes
-are due to traffic. Leaves out the rollback itself (drafts/hot_reload.py) and the gate before publishing
-(learn/online/gate.py).
+An observation is a first choice of the draft after first choices that were all right, in a sequence's round (n-gram
+lookup and exploring rounds do not count): whether it is the token that came, proposed or not. It is compared with how
+often those of the previous version were right in the same domain and at the same place of a round's chain: how many
+tokens are drafted and proposed changes with load, with acceptance and with how sure the draft is, and traffic changes
+its mix of domains, none of which makes a draft a worse one. A version is bad when it has been wrong many more times and
+the share of its choices that were right is lower beyond noise. Rounds of one request are alike, so noise is estimated
+from whole requests, of both versions. A version is on trial once, in its first rounds, and only until their mean shows
+that it is no worse: a bad draft is bad from its first round on, later changes are due to traffic. Leaves out the
+rollback itself (drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
 
     watch = RollbackWatch()
     watch.swapped(trusted=False)                                            # the trial of a new version begins
@@ -22,28 +23,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 TRIAL_ROUNDS = 2048
-"""Length of a trial at most, in observations."""
+"""Length of a trial at most."""
 _REMEMBERED_ROUNDS = 2048
-"""The next version is compared with this many of the latest observations."""
+"""The next version is compared with the observations of this many of the latest rounds."""
 _FEWEST_EXPECTED = 32
 """Fewest observations of the previous version for a mean to be used."""
 _FEWEST_REQUESTS = 4
 """Fewest requests for a mean to be used, of either version: noise is not known from fewer."""
 _FEWEST_ROUNDS = 16
-"""Fewest observations before a version can be rolled back; it is judged again after as many more."""
-_TOLERATED_DROP_TOKENS = 0.15
-"""Accepted tokens a round that a version may lose: traffic cannot resolve smaller drops, the gate can."""
-_LOST_TOKENS = 15.0
-"""A version is bad once it has lost this many accepted tokens beyond the tolerated drop …"""
-_NOISE = 4.0
+"""Fewest rounds before a version can be rolled back; it is judged again after as many more."""
+_TOLERATED_DROP = 0.03
+"""By how much the share of right choices may fall, a tenth of an accepted token a round of a chain of four: traffic
+cannot resolve smaller drops, the gate can."""
+_LOST = 3.0
+"""A version is bad once so many more of its choices were wrong than the tolerated drop makes wrong …"""
+_NOISE = 3.8
 """… and its mean drop exceeds the tolerated one by this many standard errors."""
 _ACQUITTAL_ROUNDS = 256
-"""Fewest observations before a version is found to be no worse."""
+"""Fewest rounds before a version is found to be no worse."""
 _ACQUITTAL_NOISE = 1.0
 """The mean drop must then be smaller than the tolerated one by this many standard errors."""
 
 _Kind = tuple[str, int]
-"""Domain, and number of proposals."""
+"""Domain, and number of first choices before it in the round."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class _Round:
 
     request: str
     domain: str
-    proposed: int
-    accepted: int
+    right: list[bool]
+    """Of the draft's first choices that the answer tells about: right ones, then at most one that was wrong."""
 
 
 class RollbackWatch:
@@ -74,39 +76,49 @@ class RollbackWatch:
         self._on_trial = bool(self._baseline.mean_by_kind) and not trusted
         self._number_by_kind: Counter[_Kind] = Counter()
         self._number_by_request: Counter[str] = Counter()
+        self._num_rounds = 0
         self._total_by_request: dict[str, float] = defaultdict(float)
-        """Sum of accepted minus expected tokens."""
+        """Right choices minus expected ones."""
         self._squares = 0.0
         self._was_bad = False
         self._latest.clear()
 
     def observe(self, *, request: str, domain: str, proposed: int, accepted: int) -> str | None:
-        """Add one sequence's round. Returns the reason if the version on trial is bad, which ends its trial."""
-        self._latest.append(_Round(request, domain, proposed, accepted))
-        expected = self._baseline.mean_by_kind.get((domain, proposed))
-        if not self._on_trial or expected is None:
+        """Add one sequence's round. Returns the reason if the version on trial is bad, which ends its trial.
+
+        proposed: first choices that the answer tells about if all before them are right; accepted: that were right, up
+        to the first that was not.
+        """
+        right = [True] * accepted + [False] * (accepted < proposed)
+        self._latest.append(_Round(request, domain, right))
+        if not self._on_trial or (domain, 0) not in self._baseline.mean_by_kind:
             return None
-        self._number_by_kind[domain, proposed] += 1
-        self._number_by_request[request] += 1
-        self._total_by_request[request] += accepted - expected
-        self._squares += (accepted - expected) ** 2
+        for place, is_right in enumerate(right):
+            expected = self._baseline.mean_by_kind.get((domain, place))
+            if expected is None:
+                break
+            self._number_by_kind[domain, place] += 1
+            self._number_by_request[request] += 1
+            self._total_by_request[request] += is_right - expected
+            self._squares += (is_right - expected) ** 2
+        self._num_rounds += 1
+        if self._num_rounds % _FEWEST_ROUNDS:
+            return None
         number = self._number_by_kind.total()
-        if number % _FEWEST_ROUNDS:
-            return None
         mean, error = self._mean_and_error(number)
-        lost = -number * (mean + _TOLERATED_DROP_TOKENS)
-        bad = lost > _LOST_TOKENS and mean + _NOISE * error < -_TOLERATED_DROP_TOKENS
-        good = number >= _ACQUITTAL_ROUNDS and mean - _ACQUITTAL_NOISE * error > -_TOLERATED_DROP_TOKENS
-        self._on_trial = not bad and not good and number < TRIAL_ROUNDS
+        lost = -number * (mean + _TOLERATED_DROP)
+        bad = lost > _LOST and mean + _NOISE * error < -_TOLERATED_DROP
+        good = self._num_rounds >= _ACQUITTAL_ROUNDS and mean - _ACQUITTAL_NOISE * error > -_TOLERATED_DROP
+        self._on_trial = not bad and not good and self._num_rounds < TRIAL_ROUNDS
         self._was_bad |= bad
         if not bad:
             return None
-        return f"it accepted {-mean:.2f} tokens a round less than the version before, over {number} rounds"
+        return f"{-mean:.0%} fewer of its tokens were right than of the version before, in {self._num_rounds} rounds"
 
     def _mean_and_error(self, number: int) -> tuple[float, float]:
-        """The mean difference, and its standard error: of the new rounds' mean, and of the means it is compared with.
+        """The mean difference, and its standard error: of the new choices' mean, and of the means it is compared with.
 
-        With few requests their spread alone would often be too small by chance; rounds are then taken to be as alike
+        With few requests their spread alone would often be too small by chance; choices are then taken to be as alike
         within a request as those before the swap.
         """
         mean = sum(self._total_by_request.values()) / number
@@ -120,19 +132,16 @@ class RollbackWatch:
 
 
 class _Baseline:
-    """What rounds of the previous version accepted.
-
-    Means are by (domain, k): of the accepted tokens among the first k proposals, from all rounds with at least k.
-    """
+    """How often choices of the previous version were right, by kind."""
 
     def __init__(self, rounds: Iterable[_Round]) -> None:
-        values: dict[_Kind, list[tuple[str, int]]] = defaultdict(list)
+        values: dict[_Kind, list[tuple[str, bool]]] = defaultdict(list)
         for each in rounds:
-            for count in range(1, each.proposed + 1):
-                values[each.domain, count].append((each.request, min(each.accepted, count)))
+            for place, is_right in enumerate(each.right):
+                values[each.domain, place].append((each.request, is_right))
         self.mean_by_kind: dict[_Kind, float] = {}
         self._shift_by_kind: dict[_Kind, dict[str, float]] = {}
-        """By kind and request: by how much the request's rounds shift the mean."""
+        """By kind and request: by how much the request's choices shift the mean."""
         squares, sums = 0.0, list[float]()
         for kind, of_kind in values.items():
             if len(of_kind) < _FEWEST_EXPECTED or len({request for request, _ in of_kind}) < _FEWEST_REQUESTS:
@@ -145,10 +154,10 @@ class _Baseline:
             sums += [shift * len(of_kind) for shift in shifts.values()]
             self.mean_by_kind[kind], self._shift_by_kind[kind] = mean, shifts
         self.excess_of_requests = max(1.0, _variance_of_sum(sums) / squares) if squares else 1.0
-        """The variance of a mean of rounds of whole requests, as a multiple of that of as many unrelated rounds."""
+        """The variance of a mean over whole requests, as a multiple of that of as many unrelated choices."""
 
     def variance(self, share_by_kind: dict[_Kind, float]) -> float:
-        """The squared standard error of the mean that is expected of rounds of these kinds."""
+        """The squared standard error of the mean that is expected of choices of these kinds."""
         shift_by_request: dict[str, float] = defaultdict(float)
         for kind, share in share_by_kind.items():
             for request, shift in self._shift_by_kind[kind].items():

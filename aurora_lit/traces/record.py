@@ -82,9 +82,11 @@ class Trace:
     round_version_R: Tensor = _empty(torch.int32, 0)
     """int32. The draft that proposed: 42 for draft-000042, 0 for the starting draft, -1 for none."""
     num_proposed_R: Tensor = _empty(torch.int32, 0)
-    """int32. Number of proposals, without those beyond the request's end."""
+    """int32. Number of proposals, without those beyond the request's end. Where a chain was weighed: of the draft's
+    first choices of which the answer tells whether they were right, proposed or not."""
     num_accepted_R: Tensor = _empty(torch.int32, 0)
-    """int32. Number of proposals accepted and committed, without the target's own token after them."""
+    """int32. Number of proposals accepted and committed, without the target's own token after them; of first choices
+    that were not proposed, those that are this token are counted."""
     source_R: Tensor = _empty(torch.uint8, 0)
     """uint8. Where the proposals came from: one of SOURCE_…."""
     explored_R: Tensor = _empty(torch.bool, 0)

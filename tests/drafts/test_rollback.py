@@ -50,7 +50,7 @@ def test_a_draft_that_accepts_nothing_is_rolled_back_within_a_few_dozen_rounds()
         found = observe(watched(rounds(rng, 0.6, proposed=proposed)), rounds(rng, 0.0, proposed=proposed), 400)
         assert found is not None
         assert found[0] < 80
-        assert "tokens a round less than the version before" in found[1]
+        assert "fewer of its tokens were right than of the version before" in found[1]
 
 
 def test_a_clearly_worse_draft_is_rolled_back_within_a_few_hundred_rounds() -> None:

@@ -90,7 +90,7 @@ class Commit:
             num_proposed=proposed,
             num_accepted=accepted,
             first_choices=None if len(first_choices) == proposed else (len(first_choices), chain_accepted),
-            first_choice_right=tokens[0] == made[0].weighed.tokens[0] if made[0].weighed and tokens else None,
+            tested_choices=None if made[0].weighed is None else made[0].weighed.tested_by(tokens),
             finish_reason=reason,
             error=error,
             explored=explored,

@@ -33,7 +33,8 @@ class RoundNote(NamedTuple):
     draft_temperature: float
     """By which the draft's logits were divided before proposals were drawn to explore; 1 in other rounds."""
     proposals: list[int]
-    """Without those that the end of the request cut off. Of copies, only up to the first rejected one."""
+    """Without those that the end of the request cut off. Of copies, only up to the first rejected one. Of a weighed
+    chain the first choices that the answer tells about, some of which may not have been proposed."""
     logprobs: list[float] | None
     """Behaviour log-probabilities of proposals that were drawn to explore. None in other rounds, and where p differs
     from the softmax of the target's logits at the request's temperature: a learner computes p from these alone, so that
@@ -86,11 +87,27 @@ def notify_round(
     """Report a committed round of one sequence; `last`: returns the last hidden states [T, H] of the row's columns.
 
     Of a tree, only the chain of first choices is reported, as if it alone had been proposed: a draft learns from its
-    first choices and is evaluated by them.
+    first choices and is evaluated by them. So of a weighed chain those are reported, proposed or not, of which the
+    answer tells whether they were right: a draft that is not sure proposes less, and would seem to be right.
     """
     sequence, proposal = row.sequence, row.proposal
+    weighed, committed = (proposal if row.uncut is None else row.uncut.proposal).weighed, len(output.token_ids)
+    if weighed is not None and output.tested_choices is not None:
+        tested, right = output.tested_choices
+        note = RoundNote(
+            root=sequence.length - committed - 1,
+            version=version if tested else "",
+            source=SOURCE_DRAFT if tested else SOURCE_NONE,
+            explored=False,
+            draft_temperature=1.0,
+            proposals=weighed.tokens[:tested],
+            logprobs=None,
+            accepted=right,
+        )
+        observer.on_commit(sequence, note, last)
+        return
     columns = proposal.first_choices
-    accepted, committed = output.chain_accepted, len(output.token_ids)
+    accepted = output.chain_accepted
     # Without a token after the accepted ones the request ended there, and the other proposals were not verified.
     count = len(columns) if committed > accepted else accepted
     source = proposal.source if count else SOURCE_NONE

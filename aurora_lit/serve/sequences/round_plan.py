@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aurora_lit.kernels.suffix_index import is_remembered
-from aurora_lit.modules.sampling.tree import accepted_path, first_choices
+from aurora_lit.modules.sampling.tree import accepted_path, common_prefix_length, first_choices
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.settings import PLANS
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE
@@ -44,6 +44,11 @@ class WeighedChain(NamedTuple):
     tokens: list[int]
     shares: list[float]
     """The draft's probability of each after the one before it, with the noise of a sampled sequence."""
+
+    def tested_by(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """Of how many of them it is known whether they were right if these tokens came, and how many were."""
+        right = common_prefix_length(self.tokens, tokens)
+        return min(right + 1, len(self.tokens), len(tokens)), right
 
 
 @dataclass(frozen=True, kw_only=True)

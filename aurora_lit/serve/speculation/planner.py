@@ -271,11 +271,10 @@ class SpeculationPlanner:
         sampled = sequence.temperature > 0
         if proposal.weighed is not None:
             # The round's tokens tell of the chain whether it was right, as far as they agree, proposed or not.
-            chain, shares = proposal.weighed
-            right = common_prefix_length(chain, tokens)
-            for i in range(min(right + 1, len(chain), len(tokens))):
+            tested, right = proposal.weighed.tested_by(tokens)
+            for i, share in enumerate(proposal.weighed.shares[:tested]):
                 self._add(sequence, i < right, sampled=sampled)
-                self.reliability.observe(sampled=sampled, share=shares[i], accepted=i < right)
+                self.reliability.observe(sampled=sampled, share=share, accepted=i < right)
             return
         chain = proposal.first_choices
         accepted = common_prefix_length(chain, path[1:])

@@ -79,9 +79,9 @@ class LiveDraft:
         domains: the label of each output's request, "" without one.
         """
         for output, domain in zip(outputs, domains, strict=True):
-            if output.first_choice_right is not None:
-                # How much of a weighed chain is proposed says how sure the draft is; its first token is always known.
-                proposed, accepted = 1, int(output.first_choice_right)
+            if output.tested_choices is not None:
+                # How much of a weighed chain is proposed says how sure the draft is, not how good.
+                proposed, accepted = output.tested_choices
             elif not output.num_proposed or output.only_copied or output.explored:
                 continue
             else:

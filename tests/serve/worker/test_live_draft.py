@@ -195,7 +195,7 @@ def test_a_zeroed_head_published_by_force_is_rolled_back_and_no_answer_changes(
     server.serve([])
     assert server.engine.draft_version == store.current() == first
     assert store.versions()[1].retired == server.live.rolled_back.reason
-    assert "tokens a round less than the version before" in store.versions()[1].retired
+    assert "fewer of its tokens were right than of the version before" in store.versions()[1].retired
 
     rounds_before = len(server.accepted[first])
     server.serve(traffic("after"))
@@ -327,14 +327,19 @@ class RecordingEngine:
 
 
 def judged(
-    store: DraftStore, *, plain_rounds: int = 0, before: Mapping[str, Any] | None = None, **of_output: Any
+    store: DraftStore,
+    *,
+    plain_rounds: int = 0,
+    before: Mapping[str, Any] | None = None,
+    rounds: int = 100,
+    **of_output: Any,
 ) -> LiveDraft:
-    """After a hundred rounds that accepted 3 tokens, and plain ones, a new draft, and a hundred that accepted none."""
+    """After `rounds` that accepted 3 tokens, and plain ones, a new draft, and as many that accepted none."""
     engine = RecordingEngine()
     live = LiveDraft(engine, HotReloader(store, lambda folder: folder and folder.name))
     live.start(on_change=lambda: None)
     output = Output(request_id="", token_ids=(1,), num_proposed=3, num_accepted=3)
-    for number in range(100):
+    for number in range(rounds):
         good = dataclasses.replace(output, request_id=f"before {number // 20}", **(before or {}))
         live.after_round([good], [""])
     for _ in range(plain_rounds):
@@ -343,7 +348,7 @@ def judged(
     store.publish(draft, record={})
     wait(lambda: live._reloader._ready)
     live.before_round()
-    for number in range(100):
+    for number in range(rounds):
         bad = dataclasses.replace(output, request_id=f"after {number // 20}", **{"num_accepted": 0, **of_output})
         live.after_round([bad], [""])
     if live.num_rollbacks:
@@ -357,14 +362,21 @@ def judged(
 
 def test_weighed_rounds_are_judged_by_their_first_choice_proposed_or_not(store: DraftStore) -> None:
     """A draft that is less sure proposes less, which is no fault of it."""
-    right = {"first_choice_right": True}
+    right = {"tested_choices": (1, 1)}
     unsure = {"num_proposed": 0, "num_accepted": 0, "token_ids": (7,)}
     assert judged(store, before=right, **unsure, **right).num_rollbacks == 0
 
 
 def test_a_draft_whose_unproposed_first_choices_are_wrong_is_rolled_back(store: DraftStore) -> None:
     nothing = {"num_proposed": 0, "num_accepted": 0, "token_ids": (7,)}
-    assert judged(store, before={"first_choice_right": True}, **nothing, first_choice_right=False).num_rollbacks == 1
+    assert judged(store, before={"tested_choices": (1, 1)}, **nothing, tested_choices=(1, 0)).num_rollbacks == 1
+
+
+def test_a_draft_that_is_wrong_a_little_more_often_where_it_is_weighed_is_rolled_back(store: DraftStore) -> None:
+    """Two of three choices were right, now half of them are; as much is proposed."""
+    worse = {"num_proposed": 3, "num_accepted": 1, "token_ids": (7, 7)}
+    live = judged(store, before={"tested_choices": (3, 2)}, **worse, tested_choices=(2, 1), rounds=1000)
+    assert live.num_rollbacks == 1
 
 
 @pytest.mark.parametrize(("of_output", "rollbacks"), [({}, 1), ({"only_copied": True}, 0), ({"explored": True}, 0)])
