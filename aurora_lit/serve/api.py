@@ -1,4 +1,4 @@
-"""Our LitServer and LitAPI: the HTTP process as LitServe runs it, on an engine that already starts, and the API key.
+"""Our LitServer and LitAPI: the HTTP process as LitServe runs it, on an engine that already starts; who may call it.
 
 LitServe would start the engine's processes itself, one after its own start, and connect them by queues in a manager
 process. Ours are started before LitServe is imported (engine_process.py) and have sockets, so the methods that do this
@@ -8,11 +8,12 @@ are replaced. Leaves out routes (serve/http/spec.py), and watching and ending th
 from __future__ import annotations
 
 import gc
+import re
 import secrets
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,17 +22,24 @@ from fastapi import Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from litserve import LitAPI, LitServer
 from litserve.loops import LitLoop
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.models.tokenizer import Tokenizer
+from aurora_lit.serve.http.body import shorten
 from aurora_lit.serve.http.channel import HTTPChannel
 from aurora_lit.serve.http.errors import MAX_BODY_BYTES
-from aurora_lit.serve.http.spec import AuroraSpec
+from aurora_lit.serve.http.spec import OPEN_PATHS, AuroraSpec
 
 _AFTER_DRAIN_S = 2.0  # for sending the error events to requests that drain_s has cut off
-Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+_LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]", "")
+"""What the header Host may say, beside a port; "" if there is none."""
+_bearer = HTTPBearer(auto_error=False)
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
 class AuroraAPI(LitAPI):  # type: ignore[misc]
@@ -42,6 +50,7 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
         super().__init__(spec=spec, loop=LitLoop())
         key = config.server.api_key
         self._key = None if key is None else _comparable(key.encode())
+        self._only_local_names = key is None and config.server.host == "127.0.0.1"
 
     def setup(self, device: str) -> None:
         """Required by LitServe and not called; see serve/engine_process.py."""
@@ -54,6 +63,51 @@ class AuroraAPI(LitAPI):  # type: ignore[misc]
             raise RequestError(
                 "the API key is missing or wrong; send Authorization: Bearer KEY", status=401, code="invalid_api_key"
             )
+
+    async def check(self, request: Request) -> None:
+        """Check a request of any route by its path and headers. Raises RequestError.
+
+        Without a key, a server on loopback answers under its local names only. A web page whose own name leads to
+        127.0.0.1 could otherwise read what it answers (DNS rebinding).
+        """
+        host = request.headers.get("host", "")
+        if self._only_local_names and re.sub(r":\d*$", "", host).lower() not in _LOCAL_NAMES:
+            raise RequestError(
+                f"the Host header is {shorten(host)}; send 127.0.0.1 or localhost, or set server.api_key",
+                status=403,
+                code="host_not_allowed",
+            )
+        if request.scope["path"] not in OPEN_PATHS:
+            self.authorize(await _bearer(request))
+
+
+class Guard:
+    """Middleware that refuses requests by their headers: FastAPI calls `authorize` after it has read the body.
+
+    >>> app.add_middleware(Guard, check=api.check, explain=error_response)
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        check: Callable[[Request], Awaitable[None]],
+        explain: Callable[[Request, Exception], Awaitable[Response]],
+    ) -> None:
+        """check: raises RequestError. explain: the response to that error."""
+        self._app, self._check, self._explain = app, check, explain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or leave it to the routes."""
+        if scope["type"] == "http":
+            request = Request(scope)  # without `receive`, so that nothing reads the body
+            try:
+                await self._check(request)
+            except RequestError as error:
+                response = await self._explain(request, error)
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class AuroraServer(LitServer):  # type: ignore[misc]
@@ -82,6 +136,8 @@ class AuroraServer(LitServer):  # type: ignore[misc]
         self.http_processes: tuple[BaseProcess, ...] = ()
         """Empty until the engine is ready."""
         spec.configure_app(self.app, authorize=api.authorize)
+        explain: Any = self.app.exception_handlers[RequestError]
+        self.app.add_middleware(Guard, check=api.check, explain=explain)
 
     def _init_manager(self, num_api_servers: int) -> Any:
         """In place of a process that holds queues: the sockets, and nothing to shut down."""

@@ -33,7 +33,7 @@ IDLE_SAMPLE_S = 15.0
 """While nobody watches."""
 MAX_VIEWERS = 32
 _STATIC = Path(__file__).with_name("static")
-_FILES = {
+FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/aurora/page.css": ("page.css", "text/css; charset=utf-8"),
     "/aurora/page.js": ("page.js", "text/javascript; charset=utf-8"),
@@ -71,7 +71,7 @@ class LivePage:
 
         None is in /openapi.json: programs that try out its routes would wait for the end of the events.
         """
-        for path, (name, media_type) in _FILES.items():
+        for path, (name, media_type) in FILES.items():
             response = Response((_STATIC / name).read_bytes(), media_type=media_type, headers=HEADERS)
             app.add_api_route(path, _always(response), methods=["GET", "HEAD"], include_in_schema=False)
         dependencies = [Depends(authorize)]

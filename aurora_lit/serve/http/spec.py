@@ -7,6 +7,7 @@ Leaves out what a generation request does (serve/http/routes.py), who may call a
     GET /v1/models  /v1/models/NAME  /v1/aurora/status  /metrics
     GET /v1/aurora/events                            with server.page (serve/http/live_page.py)
     GET /health  /ready                              open: these two need no API key, and neither do the page's files
+    GET /docs  /redoc  /openapi.json                 open as well: FastAPI's, which describe the routes
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.serve.http.errors import install_error_handlers
-from aurora_lit.serve.http.live_page import LivePage
+from aurora_lit.serve.http.live_page import FILES, LivePage
 from aurora_lit.serve.http.metrics import CONTENT_TYPE, ServerMetrics
 from aurora_lit.serve.http.routes import GenerationRoutes
 from aurora_lit.serve.http.status import engine_json, learner_json, ranks_json, ring_counters
 from aurora_lit.serve.http.stream_events import StreamShape
 from aurora_lit.serve.http.token_routes import TokenRoutes
 from aurora_lit.serve.http.worker_client import WorkerClient
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", *FILES})
+"""Every other path needs the API key, one without a route too."""
 
 
 class AuroraSpec(LitSpec):  # type: ignore[misc]

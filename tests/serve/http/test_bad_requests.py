@@ -1,11 +1,18 @@
 """Bad requests: each gets its status, OpenAI's error body and the name of the field; the server goes on."""
 
+import asyncio
 import json
+import socket
 import time
 
 import httpx
 import pytest
+from starlette.requests import Request
 from support.fake_server import MODEL, FakeServer
+
+from aurora_lit.errors import RequestError
+from aurora_lit.serve.api import AuroraAPI
+from aurora_lit.settings import AuroraConfig, ServerSettings
 
 KEY = "sekret-ключах"
 """Clients write it in UTF-8. The last byte of х is white space in Latin-1."""
@@ -222,7 +229,7 @@ def check_error(response, status, param):
     assert error["param"] == param, error
     assert error["message"]
     assert len(error["message"]) < 400
-    expected = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+    expected = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error"}
     assert error["type"] == expected.get(status, "invalid_request_error")
     if param is not None and param not in ("body", "content-type"):
         assert param.partition("[")[0].partition(".")[0] in error["message"] or "choices" in error["message"]
@@ -329,6 +336,60 @@ def test_openapi_says_that_a_key_is_asked_for(server):
 
 def test_without_the_key_nothing_is_generated(server):
     check_error(httpx.post(server.url + CHAT, json=chat()), 401, None)
+
+
+def test_without_the_key_no_body_is_parsed(server):
+    headers = {"Content-Type": "application/json"}
+    for path in (CHAT, "/tokenize", "/v1/nothing"):
+        response = httpx.post(server.url + path, content=b'{"model', headers=headers)
+        check_error(response, 401, None)
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_without_the_key_no_body_is_awaited(server):
+    """The client has announced a body and sends none of it."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        head = (
+            f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n"
+        )
+        connection.sendall(head.encode())
+        assert connection.recv(12) == b"HTTP/1.1 401"
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "refused"),
+    [
+        ({}, "127.0.0.1:8000", False),
+        ({}, "LocalHost", False),
+        ({}, "localhost:9", False),
+        ({}, "[::1]:8000", False),
+        ({}, None, False),
+        ({}, "evil.example", True),
+        ({}, "evil.example:8000", True),
+        ({}, "127.0.0.1.evil.example:8000", True),
+        ({}, "localhost:8000:1", True),
+        ({"host": "0.0.0.0"}, "evil.example", False),
+    ],
+)
+def test_without_a_key_a_server_on_loopback_answers_under_local_names_only(settings, host, refused):
+    api = AuroraAPI(AuroraConfig(server=ServerSettings(**settings)), None)
+    headers = [] if host is None else [(b"host", host.encode())]
+    request = Request({"type": "http", "path": CHAT, "headers": headers})
+    if not refused:
+        asyncio.run(api.check(request))
+        return
+    with pytest.raises(
+        RequestError, match="Host header is .*send 127.0.0.1 or localhost, or set server.api_key"
+    ) as error:
+        asyncio.run(api.check(request))
+    assert error.value.status == 403
+
+
+def test_another_host_is_refused_before_a_route_is_sought(server):
+    with FakeServer() as without_key:
+        response = httpx.get(f"{without_key.url}/health", headers={"Host": "evil.example"})
+        check_error(response, 403, None)
+    assert httpx.get(f"{server.url}/health", headers={"Host": "evil.example"}).status_code == 200
 
 
 def test_health_and_ready_ask_for_no_key(server):
