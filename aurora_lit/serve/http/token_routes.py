@@ -19,6 +19,8 @@ from aurora_lit.serve.http.tokenize import check_model, check_text, render
 
 _MOST_CHARACTERS = 1 << 20
 """Of a text: more takes the tokenizer seconds."""
+_MOST_STRINGS = 1 << 16
+"""Of tokens, each of which takes microseconds of Python."""
 
 
 class TokenRoutes:
@@ -33,8 +35,7 @@ class TokenRoutes:
     async def tokenize(self, body: TokenizeRequest) -> JSONResponse:
         """The ids of a text, or of a conversation as its prompt is rendered."""
         check_model(body.model, served=self._model)
-        tokens = await asyncio.to_thread(self._encode, body)
-        texts = [self._token_decoder.to_text(token) for token in tokens] if body.return_token_strs else None
+        tokens, texts = await asyncio.to_thread(self._tokenize, body)
         limit = self._status.read().max_seq_len
         return JSONResponse({"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": texts})
 
@@ -47,6 +48,17 @@ class TokenRoutes:
             raise RequestError(f"tokens: {wrong} is no token; use 0 to {vocab_size - 1}", param="tokens")
         text = await asyncio.to_thread(decode, self._tokenizer, body.tokens, skips_special_tokens=False)
         return JSONResponse({"prompt": text})
+
+    def _tokenize(self, body: TokenizeRequest) -> tuple[list[int], list[str] | None]:
+        tokens = self._encode(body)
+        if not body.return_token_strs:
+            return tokens, None
+        if len(tokens) > _MOST_STRINGS:
+            raise RequestError(
+                f"return_token_strs=true: {len(tokens)} tokens are more than {_MOST_STRINGS}; leave it out",
+                param="return_token_strs",
+            )
+        return tokens, [self._token_decoder.to_text(token) for token in tokens]
 
     def _encode(self, body: TokenizeRequest) -> list[int]:
         # A template contains the special tokens.

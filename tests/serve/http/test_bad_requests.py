@@ -79,6 +79,7 @@ BAD = [
     ("/tokenize", {"prompt": "a", "messages": HELLO}, 400, "prompt"),
     ("/tokenize", {"messages": []}, 400, "messages"),
     ("/tokenize", {"prompt": "a" * ((1 << 20) + 1)}, 400, "prompt"),
+    ("/tokenize", {"prompt": "é" * ((1 << 16) + 1), "return_token_strs": True}, 400, "return_token_strs"),
     ("/tokenize", {"prompt": "a", "unknown": 1}, 400, "unknown"),
     ("/tokenize", {"prompt": "\ud83d"}, 400, "prompt"),
     ("/tokenize", {"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "messages"),
