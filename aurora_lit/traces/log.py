@@ -2,7 +2,7 @@
 
 A log is a folder of safetensors shards and an `index.jsonl`. A shard holds many traces, concatenated. It is written
 under a temporary name and then renamed, so readers see only whole shards and a crash loses at most one. A log can have
-a size limit, beyond which the oldest shards are deleted.
+a size limit, beyond which the oldest shards are deleted. Only their owner can read the files: they hold what was said.
 
 Leaves out making traces (serve/engine/trace_recorder.py, learn/pretrain/) and batches (learn/data/).
 """
@@ -27,6 +27,7 @@ from aurora_lit.traces.record import Trace
 
 INDEX_NAME = "index.jsonl"
 
+_OWNER_ONLY = 0o600
 _UNKNOWN = float("nan")
 _POSITION_FIELDS = {"token_ids": "token_ids_T", "aux": "aux_T3H", "last": "last_TH"}
 """Name in a shard and field of the trace, for tensors with a row for each position."""
@@ -73,7 +74,7 @@ class TraceLogWriter:
         self.kind = kind
         self.shard_positions = shard_positions
         self.max_bytes = max_bytes
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.num_positions = sum(shard.num_positions for shard in read_index(folder) if shard.kind == kind)
         self._pending: list[Trace] = []
         self._pending_positions = 0
@@ -98,6 +99,7 @@ class TraceLogWriter:
         temporary = self.folder / f".{name}.tmp"
         tensors, metadata = _shard_of(traces)
         try:
+            temporary.touch(_OWNER_ONLY)
             try:
                 save_file(tensors, temporary, metadata=metadata)
             except SafetensorError as error:
@@ -122,6 +124,7 @@ class TraceLogWriter:
     def _add_to_index(self, info: ShardInfo) -> None:
         path = self.folder / INDEX_NAME
         known = path.read_text(encoding="utf-8") if path.exists() else ""
+        path.touch(_OWNER_ONLY)
         with path.open("a", encoding="utf-8") as index:
             # A line that a crash cut short is ended first, so that this one stays readable.
             index.write("\n" if known and not known.endswith("\n") else "")
@@ -145,6 +148,7 @@ class TraceLogWriter:
         if num_deleted:
             temporary = self.folder / f".{INDEX_NAME}.tmp"
             lines = [json.dumps(shard.__dict__) + "\n" for shard in shards[num_deleted:]]
+            temporary.touch(_OWNER_ONLY)
             temporary.write_text("".join(lines), encoding="utf-8")
             os.replace(temporary, self.folder / INDEX_NAME)
 

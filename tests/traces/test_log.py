@@ -40,6 +40,21 @@ def test_what_is_written_is_read_in_shards_of_the_size_asked_for(tmp_path: Path)
     assert TraceLogWriter(tmp_path, kind="text").num_positions == 45
 
 
+def test_only_the_owner_can_read_a_log(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    before = os.umask(0o022)
+    try:
+        write_log(folder, [numbered_trace(9)])
+        writer = TraceLogWriter(folder, kind="text", max_bytes=(folder / "text-00000.safetensors").stat().st_size)
+        writer.append(numbered_trace(9))
+        writer.flush()
+    finally:
+        os.umask(before)
+    assert [info.name for info in read_index(folder)] == ["text-00001.safetensors"], "the index was rewritten"
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize("fault", ["save_file", "replace", "fsync"])
 def test_a_crash_while_writing_a_shard_leaves_a_readable_log(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
