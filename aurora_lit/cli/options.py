@@ -20,13 +20,15 @@ RUN_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 class AuroraGroup(click.Group):
-    """A group that prints an AuroraError on one line and exits with code 2."""
+    """A group that prints an AuroraError, or an error of a file, on one line and exits with code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except AuroraError as error:
+        except (AuroraError, OSError) as error:
+            if isinstance(error, OSError) and error.filename is None:  # not of a file: a closed pipe, or a bug
+                raise
             click.echo(f"Error: {' '.join(str(error).split())}", err=True)
             ctx.exit(2)
 

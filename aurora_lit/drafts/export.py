@@ -38,6 +38,7 @@ def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
     # Whatever form it has: SGLang reads layers in eagle_config, vLLM beside it.
     fields["eagle_config"] = {**(fields.get("eagle_config") or {}), **eagle_config(shape.aux_layer_ids)}
     fields["eagle_aux_hidden_state_layer_ids"] = list(shape.aux_layer_ids)
+    out = out.absolute()  # "." has no name
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -51,7 +52,7 @@ def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         os.replace(temporary, out)
-        sync(out.absolute().parent)
+        sync(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"exported {source} as an EAGLE-3 draft to {out}")

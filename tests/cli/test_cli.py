@@ -1,5 +1,6 @@
 """The command line: exit codes, errors on one line, options passed on, no early import of torch."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -91,6 +92,20 @@ def test_an_aurora_error_is_printed_on_one_line(monkeypatch: pytest.MonkeyPatch)
     result = run("serve")
     assert result.exit_code == 2
     assert result.stderr == "Error: no model here; connect\n"
+
+
+def test_an_error_of_a_file_is_printed_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[OSError] = [PermissionError(errno.EACCES, "Permission denied", "/locked"), OSError("no file's")]
+
+    def serve(_: AuroraConfig) -> None:
+        raise errors.pop(0)
+
+    Recorder(monkeypatch, "aurora_lit.serve.server", "serve")
+    monkeypatch.setattr(sys.modules["aurora_lit.serve.server"], "serve", serve)
+    result = run("serve")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: [Errno 13] Permission denied: '/locked'\n"
+    assert isinstance(run("serve").exception, OSError)
 
 
 def test_any_other_exception_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,16 @@ def test_which_draft_is_exported(deployment: list[str], tmp_path: Path) -> None:
     assert torch.equal(head("beginning", *elsewhere), a_draft(0).lm_head.weight.bfloat16())
 
 
+def test_an_empty_working_directory_can_be_named_by_a_dot(
+    deployment: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    done = CliRunner().invoke(main, ["export", "--out", ".", *deployment])
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_a_failed_export_explains_itself_and_leaves_nothing(deployment: list[str], tmp_path: Path) -> None:
     def said(*words: str) -> str:
         done = CliRunner().invoke(main, ["export", "--out", str(tmp_path / "out"), *words])
