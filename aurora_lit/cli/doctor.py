@@ -10,11 +10,11 @@ from dataclasses import asdict
 from typing import Any, get_args
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from aurora_lit.cli.checks import run_checks
 from aurora_lit.config import AuroraConfig
-from aurora_lit.errors import AuroraError
 from aurora_lit.models.source import cache_root, cached
 
 _GIB = 1 << 30
@@ -31,7 +31,7 @@ def doctor(config: AuroraConfig, *, as_json: bool = False) -> bool:
     table = Table("", "check", Column("found", overflow="fold"), Column("what to do", overflow="fold"))
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
     for check in checks:
-        table.add_row(marks[check.state], check.name, check.found, check.remedy)
+        table.add_row(marks[check.state], check.name, escape(check.found), escape(check.remedy))
     console = Console()
     console.print(table)
     if memory is not None:
@@ -56,7 +56,7 @@ def _memory(config: AuroraConfig) -> dict[str, Any] | None:
             "totals": {place: total(lines, place) for place in get_args(Place)},
             "smallest": {f"{card} GB": fewest_devices(config, shape, card_gb=card) for card in CARDS_GB},
         }
-    except AuroraError:  # a check has reported it
+    except Exception:  # check_memory, which computes the same, has reported it
         return None
 
 

@@ -97,8 +97,8 @@ def resolve_wheel(wheel: WheelSource, *, cache_dir: Path) -> Path:
         if isinstance(error, OSError) and error.errno is None:  # not of a file: a library that cannot be loaded
             raise SourceError(f"{wheel.release} cannot be converted: {error}") from error
         raise SourceError(
-            f"the model cache {cache_dir} cannot be written ({error}); "
-            "free some space there, or set target.cache_dir to a writable folder"
+            f"the model cache {cache_dir} cannot be written ({error}); free some space there, or "
+            "set target.cache_dir, or AURORA_LIT_CACHE for the kernels too, to a writable folder"
         ) from error
     return folder
 

