@@ -62,6 +62,8 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises AuroraError if the server cannot start or the engine worker dies."""
     backend = real_backend() if backend is None else backend
     check_address(config.server.host, config.server.port)
+    if config.server.host != "127.0.0.1" and config.server.api_key is None:
+        _log.warning("server.host=%s is open to everyone; set server.api_key, or 127.0.0.1", config.server.host)
     check_learning(config)
     backend.prepare(config)
     config = with_fixed_target(config)

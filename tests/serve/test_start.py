@@ -203,6 +203,22 @@ def test_a_machine_without_ipv6_is_told_so(monkeypatch: pytest.MonkeyPatch) -> N
         server.check_address("::", 8000)
 
 
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [(["server.host=0.0.0.0"], True), (["server.host=0.0.0.0", "server.api_key=k"], False), ([], False)],
+)
+def test_a_server_that_is_open_to_everyone_says_so(
+    settings: list[str], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def prepare(_: object) -> None:
+        raise SourceError("no model")
+
+    unstarted: Any = SimpleNamespace(prepare=prepare)
+    with pytest.raises(SourceError):
+        server.serve(load_config(None, [f"server.port={free_port()}", *settings]), backend=unstarted)
+    assert ("set server.api_key" in caplog.text) is warns
+
+
 def test_no_learner_is_started_if_the_engine_cannot_be_built(tmp_path: Path) -> None:
     page, learner = EngineStatusPage.create(tmp_path / "status"), Learner()
     page.write(state=WorkerState.FAILED)
