@@ -37,16 +37,20 @@ class MultiFileCommand(click.Command):
     """A command whose file options take several values, as a shell's `*` gives them: `--prompts a.jsonl b.jsonl`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeat the option's name before each of its files; another option or a key=value ends the list."""
+        """Repeat the option's name before each of its files; another option or a key=value ends the list.
+
+        The first word is always a file: its name may contain "=".
+        """
         multiple = {name for parameter in self.params if parameter.multiple for name in parameter.opts}
         expanded: list[str] = []
-        current = None
+        current, is_first = None, False
         for word in args:
             if word.startswith("-"):
-                current = word if word in multiple else None
+                current, is_first = word if word in multiple else None, True
                 expanded += [] if current else [word]
-            elif current and "=" not in word:
+            elif current and (is_first or "=" not in word):
                 expanded += [current, word]
+                is_first = False
             else:
                 current = None
                 expanded.append(word)

@@ -235,6 +235,19 @@ def test_drafts_are_listed_returned_to_and_promoted(tmp_path: Path) -> None:
     assert (refused.exit_code, "no version draft-000009" in refused.stderr) == (2, True)
 
 
+def test_the_first_file_s_name_may_contain_an_equals_sign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.bench.throughput", "run")
+    folder = tmp_path / "date=2026-11-30"
+    folder.mkdir()
+    files = [folder / "chat.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        file.write_text("")
+    words = [*map(str, files), "engine.max_batch_size=3"]
+    assert run("bench", "throughput", "--prompts", *words).exit_code == 0
+    ((config,), options) = recorder.calls[0]
+    assert (list(options["prompts"]), config.engine.max_batch_size) == (files, 3)
+
+
 def test_bench_passes_batch_sizes(monkeypatch: pytest.MonkeyPatch, prompt_files: list[str]) -> None:
     recorder = Recorder(monkeypatch, "aurora_lit.bench.throughput", "run")
     assert run("bench", "throughput", "--prompts", prompt_files[0], "--batch", "1,16").exit_code == 0
