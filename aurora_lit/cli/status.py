@@ -5,8 +5,10 @@ Leaves out where the numbers come from (ipc/, serve/http/status.py).
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -64,18 +66,25 @@ def read(run_folder: Path) -> Json:
 
 def ask(url: str, api_key: str | None) -> Json:
     """The report, over HTTP."""
+    if not url.lower().startswith(("http://", "https://")):
+        raise AuroraError(f"--url {url} does not begin with http:// or https://; write it as http://127.0.0.1:8000")
     address = f"{url.rstrip('/').removesuffix('/v1')}/v1/aurora/status"
     # Headers are bytes, which urllib takes as Latin-1.
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}".encode().decode("latin-1")}
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as response:
-            report: Json = json.load(response)
-            return report
+        # A proxy that the environment names has another loopback.
+        is_local = urllib.parse.urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
+        opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local else []))
+        with opener.open(urllib.request.Request(address, headers=headers), timeout=10) as response:
+            report: Any = json.load(response)
     except urllib.error.HTTPError as error:
-        remedy = "; give the key with server.api_key=KEY" if error.code == 401 else ""
+        remedy = "; add 'server.api_key=${oc.env:AURORA_LIT_API_KEY}'" if error.code == 401 else ""
         raise AuroraError(f"{address} answered {error.code} {error.reason}{remedy}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise AuroraError(f"{address} cannot be reached: {error}; is the server running?") from error
+    if not isinstance(report, dict) or "worker" not in report:
+        raise AuroraError(f"{address} is no aurora-lit server; name the address that `aurora-lit serve` printed")
+    return report
 
 
 def _lines(report: Json) -> list[tuple[str, str]]:

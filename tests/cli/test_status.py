@@ -1,12 +1,17 @@
-"""`aurora-lit status` shows what learning left out, and labels cannot write markup."""
+"""`aurora-lit status` shows what learning left out, labels cannot write markup, and a wrong --url is one line."""
 
 from __future__ import annotations
 
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from aurora_lit.cli import status as live_status
+from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 
@@ -23,3 +28,54 @@ def test_what_was_left_out_is_shown_and_labels_cannot_write_markup(
     assert "3 looping answers, 1 labels, 2 waits of clients over their share" in shown
     live_status.show(url=None, api_key=None, run_folder=tmp_path, as_json=True)
     assert '"looping": 3' in capsys.readouterr().out
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """The URL of a server that gives one answer."""
+
+    def give() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        thread = threading.Thread(target=give)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "cannot be reached"),  # not HTTP
+        (b"HTTP/1.0 200 OK\r\n\r\n{}", "is no aurora-lit server"),
+        (b"HTTP/1.0 200 OK\r\n\r\n[]", "is no aurora-lit server"),
+    ],
+)
+def test_another_server_is_named(answer: bytes, said: str) -> None:
+    with answering(answer) as url, pytest.raises(AuroraError, match=said):
+        live_status.ask(url, None)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost:8000", "file:///etc/passwd", ""])
+def test_a_url_without_http_is_refused_by_name(url: str) -> None:
+    with pytest.raises(AuroraError, match=f"--url {url} does not begin with http:// or https://"):
+        live_status.ask(url, None)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://a b", "http://"])
+def test_a_malformed_url_is_one_line(url: str) -> None:
+    with pytest.raises(AuroraError, match="cannot be reached"):
+        live_status.ask(url, None)
+
+
+def test_a_server_on_loopback_is_not_asked_for_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with answering(b'HTTP/1.0 200 OK\r\n\r\n{"worker": {}}') as url:
+        assert live_status.ask(url, None) == {"worker": {}}

@@ -71,7 +71,7 @@ def test_a_killed_learner_is_restarted_while_serving_continues_and_commands_see_
         assert written.server.api_key is None
         assert written.draft.checkpoint.startswith("/")
         assert live_status.read(folder)["learner"]["pid"] == after["learner"]["pid"]
-        with pytest.raises(AuroraError, match="401 .*; give the key with server.api_key=KEY"):
+        with pytest.raises(AuroraError, match="401 .*; add 'server.api_key=.*oc.env:"):
             live_status.ask(server.url, None)
         shown = CliRunner().invoke(main, ["status", "--run-folder", str(folder)]).stdout
         assert "fake-000001" in shown
