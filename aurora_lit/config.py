@@ -196,7 +196,7 @@ def _read_override(text: str) -> Mapping[str, Any]:
     try:
         tree: Any = value if _is_text(kind) and value != "null" else yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}={value}: the value is not valid YAML; quote it") from error
+        raise ConfigError(f"{_assignment(key, value)}: the value is not valid YAML; quote it") from error
     for part in reversed(parts):
         tree = {part: tree}
     return typing.cast(Mapping[str, Any], tree)
@@ -218,8 +218,8 @@ def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, A
                 hint = f"it is now called {RENAMED_SETTINGS[full]}"
             else:
                 hint = f"did you mean {prefix}{close[0]}?" if close else f"use one of {', '.join(known)}"
-            shown = "" if isinstance(value, Mapping) else f"={value}"
-            raise ConfigError(f"{full}{shown}: there is no such setting; {hint}")
+            shown = full if isinstance(value, Mapping) else _assignment(full, value)
+            raise ConfigError(f"{shown}: there is no such setting; {hint}")
         if isinstance(value, bool) and (word := "on" if value else "off") in typing.get_args(known[key]):
             value = word  # YAML 1.1 reads an unquoted on/off as true/false
         if dataclasses.is_dataclass(known[key]):
@@ -228,9 +228,16 @@ def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, A
                 raise ConfigError(f"{full}={value} is a section; set one of its keys, such as {full}.{first}")
             value = _checked(value, typing.cast(type, known[key]), prefix=f"{full}.")
         elif _is_text(known[key]) and not isinstance(value, str) and value is not None:
-            raise ConfigError(f"{full}={value} must be text, not {type(value).__name__}; {_remedy(known[key])}")
+            raise ConfigError(
+                f"{_assignment(full, value)} must be text, not {type(value).__name__}; {_remedy(known[key])}"
+            )
         checked[str(key)] = value
     return checked
+
+
+def _assignment(key: str, value: object) -> str:
+    """A setting and its value for an error message, without the value if it may be the API key, misspelt as it is."""
+    return key if "key" in key.lower() else f"{key}={value}"
 
 
 def _remedy(kind: Any) -> str:

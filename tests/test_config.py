@@ -234,6 +234,9 @@ def test_an_override_arrives(override: str, key: str, value: object) -> None:
         ("engine.threads", "'engine.threads' is not an override; write key=value"),
         ("=3", "'=3' is not an override; write key=value"),
         ("engine.threads=[1", "engine.threads=[1: the value is not valid YAML; quote it"),
+        # the API key is not shown
+        ("server.apikey=sekret", "server.apikey: there is no such setting; did you mean server.api_key?"),
+        ("server.API-KEY=[sekret", "server.API-KEY: the value is not valid YAML; quote it"),
         # types
         ("engine.max_draft_tokens=two", "engine.max_draft_tokens: Value 'two'"),
         ("engine.max_draft_tokens=2.5", "engine.max_draft_tokens: Value '2.5'"),
@@ -291,7 +294,7 @@ def test_weights_in_groups_are_not_shared_among_processes(precision: str) -> Non
     [
         ("engine: {max_batch: 3}", "engine.max_batch=3: there is no such setting; did you mean engine.max_batch_size?"),
         ("engine:", "engine=None is a section"),
-        ("server: {api_key: 1234}", "server.api_key=1234 must be text, not int; put it in quotes"),
+        ("server: {api_key: 1234}", "server.api_key must be text, not int; put it in quotes"),
         ("memory: {scope: on}", "memory.scope=True must be text, not bool; use one of auto, domain, client, off"),
         ("draft: {checkpoint: false}", "draft.checkpoint=False must be text, not bool; put it in quotes"),
         ("- a\n- b", "--config"),
