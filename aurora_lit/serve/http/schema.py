@@ -93,6 +93,10 @@ class Message(Strict):
     tool_calls: list[CalledTool] | None = None
     tool_call_id: str | None = None
     content: Annotated[str | list[TextPart] | None, Field(validate_default=True)] = None
+    parsed: Any = None
+    """What openai's parse() read from an answer. It has no effect: the client sends it back with the answer."""
+    provider_specific_fields: Any = None
+    """LiteLLM's, likewise."""
 
     @model_validator(mode="before")
     @classmethod

@@ -53,6 +53,8 @@ class CalledFunction(Strict):
     name: str
     arguments: str
     """The text of a JSON object, unless an answer's call was broken or cut off."""
+    parsed_arguments: Any = None
+    """What openai's parse() read from them, and sends back; without effect."""
 
 
 class CalledTool(Strict):

@@ -6,9 +6,11 @@ import json
 import re
 from typing import Any, get_type_hints
 
+import httpx
+import openai
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from support import ROOT
 
 from aurora_lit.errors import RequestError
@@ -59,6 +61,35 @@ def test_values_without_effect_are_accepted_and_others_refused() -> None:
             assert refusal(**{name: value}) == ""
         assert name in refusal(**{name: "something else"})
     assert Message.model_validate({**TURN, **{name: each[0] for name, each in NEUTRAL_IN_MESSAGE.items()}}).text
+
+
+class City(BaseModel):
+    name: str
+
+
+@pytest.mark.parametrize("calls", [False, True])
+def test_answers_that_openais_client_parsed_may_come_back(calls: bool) -> None:
+    bodies = list[Any]()
+    function = {"name": "City", "arguments": '{"name": "Paris"}'}
+    called = {"content": None, "tool_calls": [{"id": "a", "type": "function", "function": function}]}
+    message = {"role": "assistant", **(called if calls else {"content": function["arguments"]})}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content))
+        choice = {"index": 0, "finish_reason": "tool_calls" if calls else "stop", "message": message}
+        head = {"id": "a", "object": "chat.completion", "created": 0, "model": "tiny"}
+        return httpx.Response(200, json={**head, "choices": [choice]})
+
+    http = httpx.Client(transport=httpx.MockTransport(answer))
+    asked: Any = {"tools": [openai.pydantic_function_tool(City)]} if calls else {"response_format": City}
+    with openai.OpenAI(base_url="http://test", api_key="none", http_client=http) as client:
+        turns = list[Any]([TURN])
+        for _ in range(2):
+            turns.append(client.chat.completions.parse(model="tiny", messages=turns, **asked).choices[0].message)
+    first, second = bodies[-1]["messages"]
+    assert "parsed_arguments" in second["tool_calls"][0]["function"] if calls else "parsed" in second
+    assert ChatRequest.model_validate(bodies[-1]).messages[-1].text == (message["content"] or "")
+    assert Message.model_validate({**message, "provider_specific_fields": {"refusal": None}})
 
 
 @pytest.mark.parametrize("name", names("Refused"))
