@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from support.fake_engine import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from aurora_lit.errors import RequestError
+from aurora_lit.ipc.messages import Delta
+from aurora_lit.serve.http.answer_stream import AnswerStream
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest
 from aurora_lit.serve.http.tokenize import Limits, longest_token, prepare_chat, prepare_completion, render
 from aurora_lit.serve.http.tool_fields import Tool
@@ -72,6 +76,21 @@ def test_a_long_list_of_what_is_no_prompt_is_refused_at_its_first_mistake(prompt
     with pytest.raises(ValidationError) as refused:
         CompletionRequest(prompt=prompt)
     assert refused.value.error_count() <= 4, "one for each form that a prompt may have"
+
+
+@pytest.mark.parametrize(("continues", "text"), [(True, " Paris"), (False, "Paris")])
+def test_the_space_between_a_final_message_and_its_continuation_is_not_lost(continues: bool, text: str) -> None:
+    """Decoders of SentencePiece leave out the space at the beginning of a text."""
+    backend = Tokenizer(models.WordLevel({"\u2581is": 0, "\u2581Paris": 1}, unk_token="\u2581is"))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+    chat = ChatRequest(
+        messages=[{"role": "assistant", "content": "is"}], add_generation_prompt=False, continue_final_message=continues
+    )
+    prepared = prepare_chat(chat, call_id="c", tokenizer=tokenizer, limits=replace(LIMITS, vocab_size=2))
+    answer = AnswerStream(tokenizer, prepared.call.requests, prepared.options)
+    assert answer.add([Delta(index=0, token_ids=(1,))]).deltas[0].text == text
 
 
 _NO_SYSTEM = (
