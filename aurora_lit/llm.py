@@ -167,7 +167,9 @@ class LLM:
         content = prompt.get("prompt_token_ids", prompt.get("prompt")) if isinstance(prompt, Mapping) else prompt
         content = content if isinstance(content, str) else list(content or ())
         body = _body(CompletionRequest, params, prompt=content, logprobs=params.logprobs)
-        prepared = prepare_completion(body, call_id=self._call_id(), tokenizer=self._tokenizer, limits=self._limits)
+        prepared = prepare_completion(
+            body, call_id=self._call_id(), tokenizer=self._tokenizer, limits=self._limits, default_tokens=None
+        )
         return content if isinstance(content, str) else None, prepared
 
     def _chat(

@@ -38,8 +38,9 @@ class StructuredOutputsParams:
 class SamplingParams:
     """How one request is decoded. Values are validated before (serve/http/schema.py)."""
 
-    max_tokens: int = 16
-    """Maximum number of new tokens; the default is that of text completions."""
+    max_tokens: int | None = 16
+    """Maximum number of new tokens; the default is that of text completions. None: the rest of the context, which the
+    engine has to be told as a number (serve/http/tokenize.py fills it in)."""
     n: int = 1
     """Answers to a prompt (`aurora_lit.LLM`). Each is a request of its own, so that the engine does not look at it."""
     temperature: float = 1.0

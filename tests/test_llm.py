@@ -138,6 +138,13 @@ def test_each_prompt_may_have_parameters_of_its_own(llm: LLM) -> None:
         llm.generate(PROMPTS, params[:2])
 
 
+def test_without_a_maximum_an_answer_may_take_the_rest_of_the_context(llm: LLM) -> None:
+    unlimited = replace(GREEDY, max_tokens=None)
+    chat = [{"role": "user", "content": PROMPTS[0]}]
+    for answer in (llm.generate(PROMPTS[0], unlimited)[0], llm.chat(chat, unlimited)[0]):
+        assert len(answer.prompt_token_ids) + len(answer.outputs[0].token_ids) == llm._engine.max_seq_len
+
+
 def test_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:
     params = SamplingParams(max_tokens=12, seed=5, n=3)
     first, again = (llm.generate(PROMPTS[0], params)[0].outputs for _ in range(2))

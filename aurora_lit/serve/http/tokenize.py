@@ -124,11 +124,18 @@ def render(messages: Sequence[Message], how: Templated, *, tools: Sequence[Tool]
 
 
 def prepare_completion(
-    body: CompletionRequest, *, call_id: str, tokenizer: Tokenizer, limits: Limits, client: str = ""
+    body: CompletionRequest,
+    *,
+    call_id: str,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    client: str = "",
+    default_tokens: int | None = DEFAULT_COMPLETION_TOKENS,
 ) -> Prepared:
     """Tokenize each prompt, or check its ids. client: see `Request`.
 
-    Raises RequestError if a prompt is empty or too long.
+    default_tokens: max_tokens of a body without it; None: the rest of the context. Raises RequestError if a prompt is
+    empty or too long.
     """
     if not body.prompts:
         raise RequestError("prompt is an empty list; send at least one prompt", param="prompt")
@@ -149,7 +156,7 @@ def prepare_completion(
         ids.append(prompt_ids)
     params = []
     for prompt_ids in ids:
-        max_tokens = _check_length(len(prompt_ids), body, limits, default=DEFAULT_COMPLETION_TOKENS, param="prompt")
+        max_tokens = _check_length(len(prompt_ids), body, limits, default=default_tokens, param="prompt")
         params.append(
             body.sampling_params(
                 max_tokens=max(1, max_tokens),

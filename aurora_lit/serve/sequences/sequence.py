@@ -143,7 +143,9 @@ class RunningSequence:
     @property
     def num_remaining(self) -> int:
         """Tokens that `max_tokens` still allows."""
-        return self.params.max_tokens - self.length + self.prompt_length
+        most = self.params.max_tokens
+        assert most is not None, "filled in before a request is submitted"
+        return most - self.length + self.prompt_length
 
     @property
     def params(self) -> SamplingParams:
