@@ -250,7 +250,7 @@ class Sampling(Structured):
             presence_penalty=_or(self.presence_penalty, 0.0),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             logit_bias=_token_keys(self.logit_bias or {}, vocab_size),
-            seed=self.seed,
+            seed=None if self.seed == -1 else self.seed,  # as in vLLM and llama.cpp
             stop=tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),

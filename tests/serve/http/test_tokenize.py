@@ -50,6 +50,13 @@ def test_only_the_first_choice_reads_a_whole_prompt_for_its_logprobs(
     assert {request.params.logprobs for request in call.requests} == {1}
 
 
+@pytest.mark.parametrize(("seed", "expected"), [(7, [7, 8]), (-2, [2**63 - 2, 2**63 - 1]), (-1, [None, None])])
+def test_a_seed_of_minus_one_is_none(seed: int, expected: list[int | None]) -> None:
+    text = CompletionRequest(prompt="hello", n=2, seed=seed)
+    call = prepare_completion(text, call_id="c", tokenizer=TOKENIZER, limits=LIMITS).call
+    assert [request.params.seed for request in call.requests] == expected
+
+
 def test_text_that_is_a_token_without_a_row_in_the_model_is_refused() -> None:
     """Tokenizers may have more tokens than their model: one for images, one for padding."""
     limits = replace(LIMITS, vocab_size=TOKENIZER.convert_tokens_to_ids("<|toolong|>"))
