@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from aurora_lit.errors import RequestError
 from aurora_lit.serve.http.history import History
+from aurora_lit.serve.http.stream_events import to_json
 
 Json = dict[str, Any]
 SAMPLE_S = 1.0
@@ -127,7 +127,7 @@ class LivePage:
 
     def _message(self, event: str, **content: Any) -> str:
         content |= {"report": self.history.report, "first_lengths": self.history.first_lengths}
-        return f"event: {event}\ndata: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+        return f"event: {event}\ndata: {to_json(content)}\n\n"
 
     async def _sample_for_ever(self) -> None:
         while True:

@@ -29,6 +29,8 @@ DONE = "data: [DONE]\n\n"
 """The event that ends a stream."""
 _END = '"}'
 """What follows the characters of `obfuscation` in a chunk."""
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+"""Characters that end a line for some readers and that JSON need not escape; they stand in strings only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +79,14 @@ def event(chunk: dict[str, Any], *, padding_bytes: int = 0) -> str:
     the next multiple of `padding_bytes` in UTF-8. They are random so that no compression on the way undoes the filling.
     """
     if not padding_bytes:
-        return f"data: {_to_json(chunk)}\n\n"
-    text = _to_json({**chunk, "obfuscation": ""})
+        return f"data: {to_json(chunk)}\n\n"
+    text = to_json({**chunk, "obfuscation": ""})
     num_missing = -len(text.encode()) % padding_bytes
     filling = secrets.token_urlsafe(num_missing)[:num_missing]
     return f"data: {text.removesuffix(_END)}{filling}{_END}\n\n"
 
 
-def _to_json(chunk: dict[str, Any]) -> str:
-    return json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
+def to_json(content: dict[str, Any]) -> str:
+    """JSON on one line, also for readers that end a line where Python's `str.splitlines` does, as httpx does."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return text if text.isascii() else text.translate(_LINE_ENDS)

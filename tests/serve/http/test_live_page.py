@@ -33,7 +33,10 @@ class Reports:
 
     def __init__(self, folder: Path) -> None:
         engine = engine_json(EngineStatusPage.create(folder / "status").read(), None)
-        self._report = engine | {"learner": learner_json(LearnerStatusPage.create(folder / "learner").read())}
+        self._report = engine | {
+            "model": "of\u2028two lines",
+            "learner": learner_json(LearnerStatusPage.create(folder / "learner").read()),
+        }
         self.count = 0
 
     def __call__(self) -> dict[str, Any]:
@@ -47,6 +50,7 @@ def reports(tmp_path) -> Reports:
 
 
 def parsed(message: str) -> tuple[str, Any]:
+    assert len(message.splitlines()) == 3, "name, data, and an empty line"
     name, data = re.fullmatch(r"event: (\w+)\ndata: ([^\n]+)\n\n", message).groups()
     return name, json.loads(data)
 

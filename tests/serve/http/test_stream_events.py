@@ -13,7 +13,14 @@ from aurora_lit.serve.http import stream_events
 from aurora_lit.serve.http.schema import StreamOptions
 from aurora_lit.serve.http.stream_events import OBFUSCATION_BYTES, SendClock, StreamShape, event
 
-TEXTS = ["", "a", "today 今日は 🌍", '"quoted" \\ and\nbroken', *("x" * length for length in range(200, 300, 7))]
+TEXTS = [
+    "",
+    "a",
+    "today 今日は 🌍",
+    '"quoted" \\ and\nbroken',
+    "a\x85b\u2028c\u2029d\x7f\x1c\x0b",
+    *("x" * length for length in range(200, 300, 7)),
+]
 
 
 def chunk(text: str) -> dict[str, Any]:
@@ -23,7 +30,7 @@ def chunk(text: str) -> dict[str, Any]:
 def json_of(sent: str) -> str:
     assert sent.startswith("data: ")
     assert sent.endswith("\n\n")
-    assert sent.count("\n") == 2, "an event is one line"
+    assert len(sent.splitlines()) == 2, "an event is one line, and an empty one"
     return sent.removeprefix("data: ").removesuffix("\n\n")
 
 
@@ -51,7 +58,8 @@ def test_the_filling_is_random() -> None:
 
 
 def test_without_padding_there_is_no_field() -> None:
-    assert json.loads(json_of(event(chunk("a")))) == chunk("a")
+    for text in TEXTS:
+        assert json.loads(json_of(event(chunk(text)))) == chunk(text)
 
 
 @pytest.mark.parametrize(
