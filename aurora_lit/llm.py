@@ -35,7 +35,7 @@ from aurora_lit.serve.worker.build import build_engine
 from aurora_lit.serve.worker.call_tracker import CallTracker
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or vLLM's {"prompt": text} or {"prompt_token_ids": ids}."""
+"""Text, token ids, or vLLM's {"prompt": text} or {"prompt_token_ids": ids}, which may have a "cache_salt" too."""
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: role and content of each turn, as in the body of a chat request."""
 _Body = TypeVar("_Body", bound=Sampling)
@@ -164,9 +164,11 @@ class LLM:
         self.close()
 
     def _completion(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, Prepared]:
-        content = prompt.get("prompt_token_ids", prompt.get("prompt")) if isinstance(prompt, Mapping) else prompt
+        asked = _keys_of(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
+        content = asked.get("prompt_token_ids", asked.get("prompt"))
         content = content if isinstance(content, str) else list(content or ())
-        body = _body(CompletionRequest, params, prompt=content, logprobs=params.logprobs)
+        more = {"logprobs": params.logprobs, "cache_salt": asked.get("cache_salt")}
+        body = _body(CompletionRequest, params, prompt=content, **more)
         prepared = prepare_completion(
             body, call_id=self._call_id(), tokenizer=self._tokenizer, limits=self._limits, default_tokens=None
         )
@@ -252,6 +254,16 @@ class LLM:
             )
             for token_id, logprob in values.items()
         }
+
+
+def _keys_of(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """What a prompt in vLLM's form says; None says nothing. Raises RequestError for a key that is not supported."""
+    given = {name: value for name, value in prompt.items() if value is not None}
+    for name in given.keys() - {"prompt", "prompt_token_ids", "cache_salt"}:
+        raise RequestError(
+            f"{name} of a prompt is not supported; leave it out", param=name, code="unsupported_parameter"
+        )
+    return given
 
 
 def _is_one(prompts: Any) -> bool:

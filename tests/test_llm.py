@@ -114,7 +114,14 @@ def test_more_prompts_than_slots_get_the_targets_answers_in_their_order(llm: LLM
 
 
 @pytest.mark.parametrize(
-    "prompt", [PROMPTS[0], [3, 9, 12, 4], {"prompt": PROMPTS[0]}, {"prompt_token_ids": [3, 9, 12, 4]}]
+    "prompt",
+    [
+        PROMPTS[0],
+        [3, 9, 12, 4],
+        {"prompt": PROMPTS[0]},
+        {"prompt": PROMPTS[0], "prompt_token_ids": None, "multi_modal_data": None},
+        {"prompt_token_ids": [3, 9, 12, 4]},
+    ],
 )
 def test_one_prompt_in_each_of_vllms_forms(llm: LLM, target: Target, prompt: Any) -> None:
     (answer,) = llm.generate(prompt, GREEDY)
@@ -128,6 +135,13 @@ def test_a_repeated_prompt_is_read_from_the_prefix_cache(llm: LLM) -> None:
     first, again = (llm.generate(prompt, GREEDY)[0] for _ in range(2))
     assert (first.num_cached_tokens, again.num_cached_tokens) == (0, len(prompt) - 1)
     assert first.outputs[0].token_ids == again.outputs[0].token_ids
+
+
+def test_a_salt_of_a_prompt_keeps_its_prefix_apart(llm: LLM) -> None:
+    prompt = text_of([5, 9, 12] * 14)
+    prompts = [{"prompt": prompt, "cache_salt": salt} for salt in ("a", "b", "b")]
+    cached = [llm.generate(each, GREEDY)[0].num_cached_tokens for each in prompts]
+    assert cached == [0, 0, len(prompt) - 1]
 
 
 def test_each_prompt_may_have_parameters_of_its_own(llm: LLM) -> None:
@@ -240,6 +254,8 @@ def test_a_chat_takes_the_chat_template(llm: LLM, target: Target) -> None:
     [
         ("", {}, "prompt is empty"),
         ([VOCAB], {}, f"prompt: {VOCAB} is no token"),
+        ({"prompt": PROMPTS[0], "multi_modal_data": {}}, {}, "multi_modal_data of a prompt is not supported"),
+        ({"prompt": PROMPTS[0], "cache_salt": ""}, {}, "cache_salt"),
         (PROMPTS[0], {"temperature": 5.0}, "temperature=5.0"),
         (PROMPTS[0], {"top_p": 0.0}, "top_p=0.0"),
         (PROMPTS[0], {"n": 0}, "n=0"),
