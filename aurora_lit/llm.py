@@ -51,6 +51,7 @@ class Logprob:
     rank: int | None
     """1: the most likely; None for a chosen token outside the most likely ones that were asked for."""
     decoded_token: str
+    """Of special tokens too."""
 
 
 @dataclass(kw_only=True)
@@ -250,7 +251,9 @@ class LLM:
         values = {token.token_id: token.logprob, **dict(token.top)}
         return {
             token_id: Logprob(
-                logprob=logprob, rank=ranks.get(token_id), decoded_token=decode(self._tokenizer, [token_id])
+                logprob=logprob,
+                rank=ranks.get(token_id),
+                decoded_token=decode(self._tokenizer, [token_id], skips_special_tokens=False),
             )
             for token_id, logprob in values.items()
         }

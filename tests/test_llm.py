@@ -202,6 +202,13 @@ def test_logprobs_are_by_token_with_ranks(llm: LLM) -> None:
     assert plain.outputs[0].logprobs is None
 
 
+def test_special_tokens_are_named_beside_their_logprobs(llm: LLM) -> None:
+    llm._tokenizer.add_special_tokens({"additional_special_tokens": [text_of([7])]})
+    (answer,) = llm.generate([[3, 7]], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    assert answer.prompt_logprobs is not None
+    assert [entry and entry[7].decoded_token for entry in answer.prompt_logprobs] == [None, text_of([7])]
+
+
 def test_prompt_logprobs_are_the_targets(llm: LLM, target: Target) -> None:
     (answer,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=2, prompt_logprobs=3))
     assert answer.prompt_logprobs is not None
