@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -123,11 +123,13 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = False,
     ) -> list[RequestOutput]:
         """Continue each prompt as it is, without a chat template; all of them are decoded together.
 
-        sampling_params: for all prompts, or one for each; None: the defaults. Raises RequestError, which names the
-        field, before anything is generated.
+        sampling_params: for all prompts, or one for each; None: the defaults. use_tqdm: vLLM's, without effect, since
+        there is no progress bar. Raises RequestError, which names the field, before anything is generated.
         """
         self._check_open()
         each = [prompts] if _is_one(prompts) else list(prompts)
@@ -138,16 +140,28 @@ class LLM:
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool | Callable[..., Any] = False,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several together. sampling_params: as in `generate`.
+        """Answer one conversation, or several together. sampling_params, use_tqdm: as in `generate`.
 
-        tools: functions that the model may call, as in OpenAI's API; calls are in the answer's text, as the model
-        writes them.
+        add_generation_prompt: the prompt ends with the beginning of an answer. continue_final_message: the answer goes
+        on with the last message, which needs add_generation_prompt=False. tools: functions that the model may call, as
+        in OpenAI's API; calls are in the answer's text, as the model writes them. chat_template_kwargs: variables of
+        the chat template.
         """
         self._check_open()
         each = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        return self._run([self._chat(*pair, tools) for pair in _paired(each, sampling_params)])
+        how = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools and [dict(tool) for tool in tools],
+            "chat_template_kwargs": chat_template_kwargs and dict(chat_template_kwargs),
+        }
+        return self._run([self._chat(*pair, how) for pair in _paired(each, sampling_params)])
 
     def close(self) -> None:
         """Free the models' memory; the object is of no use any more."""
@@ -175,13 +189,12 @@ class LLM:
         )
         return content if isinstance(content, str) else None, prepared
 
-    def _chat(
-        self, messages: Messages, params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None
-    ) -> tuple[str | None, Prepared]:
-        more: dict[str, Any] = {"tools": tools and [dict(tool) for tool in tools]}
+    def _chat(self, messages: Messages, params: SamplingParams, how: Mapping[str, Any]) -> tuple[str | None, Prepared]:
+        """how: the other fields of the body."""
+        more = {"messages": [dict(turn) for turn in messages], **how}
         if params.logprobs is not None:
             more |= {"logprobs": True, "top_logprobs": params.logprobs}
-        body = _body(ChatRequest, params, messages=[dict(turn) for turn in messages], **more)
+        body = _body(ChatRequest, params, **more)
         prepared = prepare_chat(body, call_id=self._call_id(), tokenizer=self._tokenizer, limits=self._limits)
         return decode(self._tokenizer, prepared.call.requests[0].prompt_ids, skips_special_tokens=False), prepared
 

@@ -256,6 +256,24 @@ def test_a_chat_takes_the_chat_template(llm: LLM, target: Target) -> None:
     assert [answer.outputs[0].text for answer in both] == [one[0].outputs[0].text] * 2
 
 
+def test_a_chat_may_say_how_the_template_is_filled(llm: LLM) -> None:
+    """The names are vLLM's. Its progress bar may be asked for; there is none."""
+    llm._tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn['content'] }}{{ '' if loop.last and continue_final_message else mark }}"
+        "{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+    )
+    chat, marked = [{"role": "user", "content": "AB"}], {"chat_template_kwargs": {"mark": "!"}}
+    how: list[dict[str, Any]] = [
+        {"use_tqdm": True},
+        {"add_generation_prompt": False, **marked},
+        {"add_generation_prompt": False, "continue_final_message": True},
+    ]
+    assert [llm.chat(chat, GREEDY, **each)[0].prompt for each in how] == ["AB?", "AB!", "AB"]
+    with pytest.raises(RequestError, match="add_generation_prompt=false"):
+        llm.chat(chat, GREEDY, continue_final_message=True)
+    assert len(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == len(PROMPTS)
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
