@@ -306,7 +306,7 @@ class ChatRequest(Sampling, Templated, ToolChoosing):
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs is only for logprobs=true; set it", param="top_logprobs")
         return self
 
