@@ -130,7 +130,7 @@ class GenerationRoutes:
             model=self._model,
             token_decoder=self._token_decoder,
             max_draft_tokens=self._status.read().max_draft_tokens,
-            usage_in_every_chunk=options.continuous_usage_stats,
+            usage_in_every_chunk=bool(options.continuous_usage_stats),
         )
         latencies = _LatencyRecorder(self._metrics)
         clock = SendClock(self._stream_shape.interval_s if body.stream else 0.0)

@@ -129,8 +129,8 @@ class Message(Strict):
 class StreamOptions(Strict):
     """Additional contents of a stream."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
 

@@ -61,7 +61,7 @@ class CalledTool(Strict):
     """A call in an earlier turn, as answers have it."""
 
     id: str
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: CalledFunction
     index: int | None = None
     """Of a streamed call; some clients send it back."""

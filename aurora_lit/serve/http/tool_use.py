@@ -121,7 +121,7 @@ def _turn(message: Message, names: Mapping[str, str]) -> Turn:
         turn["tool_calls"] = [
             {
                 "id": call.id,
-                "type": call.type,
+                "type": "function",
                 "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
             }
             for call in message.tool_calls

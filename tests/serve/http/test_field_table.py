@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 import httpx
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from support import ROOT
 
 from aurora_lit.errors import RequestError
+from aurora_lit.serve.http.body import Strict
 from aurora_lit.serve.http.schema import NEUTRAL, NEUTRAL_IN_MESSAGE, ChatRequest, Message
 
 TURN = {"role": "user", "content": "Hello"}
@@ -95,6 +97,23 @@ def test_answers_that_openais_client_parsed_may_come_back(calls: bool) -> None:
 @pytest.mark.parametrize("name", names("Refused"))
 def test_refused_fields_are_refused_by_name(name: str) -> None:
     assert name in refusal(**{name: 1})
+    assert name in refusal(**{name: None})
+
+
+def bodies(kind: type[BaseModel] = Strict) -> Iterator[type[BaseModel]]:
+    """All bodies and their parts."""
+    for each in kind.__subclasses__():
+        yield each
+        yield from bodies(each)
+
+
+def test_null_is_the_default_of_every_field_that_may_be_left_out() -> None:
+    fields = {f"{each.__name__}.{name}": field for each in bodies() for name, field in each.model_fields.items()}
+    assert "StreamOptions.include_usage" in fields
+    assert [name for name, field in fields.items() if not field.is_required() and field.default is not None] == []
+    assert refusal(stream=True, stream_options={"include_usage": None, "continuous_usage_stats": None}) == ""
+    call = {"id": "a", "type": None, "function": {"name": "f", "arguments": "{}"}}
+    assert refusal(messages=[{"role": "assistant", "tool_calls": [call]}]) == ""
 
 
 def test_every_field_of_openais_package_has_a_row() -> None:

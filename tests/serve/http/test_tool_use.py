@@ -101,13 +101,14 @@ def test_a_special_token_that_begins_calls_is_shown_and_is_one_in_the_grammar(sp
 @pytest.mark.parametrize("template", ["{{ tools }}", "{{ messages }}"])
 def test_every_call_that_an_answer_can_have_may_come_back(text: str, arguments: Any, template: str) -> None:
     """Also one that some servers stream without text, and one that is no JSON or was cut off."""
-    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": text}}
+    call = {"id": "x", "type": None, "function": {"name": "f", "arguments": text}}
     asked = body(messages=[{"role": "assistant", "tool_calls": [call]}], tools=[STRICT])
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     turns = turns_of(asked.messages, asked.tools or (), tokenizer)
     if "tools" in template:
-        assert turns[0]["tool_calls"][0]["function"] == {"name": "f", "arguments": arguments}
+        function = {"name": "f", "arguments": arguments}
+        assert turns[0]["tool_calls"] == [{"id": "x", "type": "function", "function": function}]
     else:
         assert turns[-1]["content"] == f'{{"name": "f", "arguments": {text or "{}"}}}', "as the model wrote it"
 
