@@ -24,6 +24,10 @@ from aurora_lit.tool_calls.formats import ToolFormat, Turn, format_of, without_t
 from aurora_lit.tool_calls.grammar import ANY_OBJECT, grammar_of_calls
 from aurora_lit.tool_calls.parser import ToolCallReader
 
+MAX_SCHEMA_CHARACTERS = 1 << 19
+"""Of the tools that calls must be valid for, together: 128 schemas of 4,096, or four of the longest. Many properties of
+this length take one to two seconds to compile, and several times as many a time that grows faster."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToolUse:
@@ -138,6 +142,7 @@ def _schemas(body: ChatRequest) -> dict[str, Mapping[str, Any]]:
     """The schema of each tool's arguments; that of any object where none is promised and its own cannot be used."""
     named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
     schemas: dict[str, Mapping[str, Any]] = {}
+    num_characters = 0
     for index, tool in enumerate(body.callable_tools):
         function = tool.function
         if named not in (None, function.name):
@@ -150,7 +155,16 @@ def _schemas(body: ChatRequest) -> dict[str, Mapping[str, Any]]:
             fault: Fault | None = Fault(".type", 'a function takes an object of arguments; use type "object"')
         else:
             schema = {**schema, "type": "object"}  # not null, nor anything where no type is named
-            fault = fault_of(StructuredOutputsParams(json=json.dumps(schema)))
+            text = json.dumps(schema)
+            num_characters += len(text)
+            if num_characters > MAX_SCHEMA_CHARACTERS:  # before they are compiled, one by one and together
+                raise RequestError(
+                    f"tools: their parameters have more than {MAX_SCHEMA_CHARACTERS} characters together; send fewer "
+                    "or shorter ones where calls have to be valid",
+                    param="tools",
+                    code="invalid_value",
+                )
+            fault = fault_of(StructuredOutputsParams(json=text))
         if fault is not None and (body.must_call or function.strict):
             where = f"tools[{index}].function.parameters{fault.place}"
             raise RequestError(f"{where} cannot be used: {fault.reason}", param=where, code="invalid_value")

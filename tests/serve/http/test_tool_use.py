@@ -10,8 +10,9 @@ from support.grammars import takes
 from tokenizers import AddedToken
 
 from aurora_lit.errors import RequestError
+from aurora_lit.serve.http import tool_use as tool_use_module
 from aurora_lit.serve.http.schema import ChatRequest
-from aurora_lit.serve.http.tool_use import ToolUse, template_tools, tool_use, turns_of
+from aurora_lit.serve.http.tool_use import MAX_SCHEMA_CHARACTERS, ToolUse, template_tools, tool_use, turns_of
 from aurora_lit.tool_calls.formats import HERMES, ToolCall
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -78,6 +79,28 @@ def test_arguments_are_an_object_whatever_the_schema_says_of_its_type(
     assert takes(of_calls, HERMES.written([ToolCall("f", takes_object)]))
     for arguments in ("7", "null", '"text"', "[]"):
         assert not takes(of_calls, HERMES.written([ToolCall("f", arguments)])), arguments
+
+
+def test_more_schemas_than_can_be_compiled_in_time_are_refused_and_no_ordinary_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled = list[str]()
+    monkeypatch.setattr(tool_use_module, "fault_of", lambda asked: compiled.append(str(asked.json)))
+
+    def ask(count: int, characters: int, **fields: Any) -> None:
+        schema = {**SCHEMA, "description": "x" * characters}
+        tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": schema}} for i in range(count)]
+        use_of(tools=tools, **fields)
+
+    ask(128, 3900, tool_choice="required")
+    assert len(compiled) == 128
+    ask(128, 9000)  # nothing is promised, so that nothing is compiled
+    ask(128, 9000, tool_choice={"type": "function", "function": {"name": "f3"}})
+    assert len(compiled) == 129
+    with pytest.raises(RequestError, match="tools: their parameters have more than") as refused:
+        ask(128, 9000, tool_choice="required")
+    assert refused.value.param == "tools"
+    assert sum(map(len, compiled[129:])) <= MAX_SCHEMA_CHARACTERS
 
 
 @pytest.mark.parametrize("choice", [None, "none"])
