@@ -104,8 +104,9 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         replaced = {"/", "/health", "/info"}
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in replaced]
         app.title, app.version, app.description = "aurora-lit", "1", "Lossless speculative decoding, OpenAI's API."
-        app.add_api_route("/health", self.health, methods=["GET"])
-        app.add_api_route("/ready", self.ready, methods=["GET"])
+        for path, answer in (("/health", self.health), ("/ready", self.ready)):
+            app.add_api_route(path, answer, methods=["GET"])
+            app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)  # some load balancers send it
         if self._live_page is not None:
             self._live_page.add_routes(app, authorize=authorize)
         install_error_handlers(app, on_error=self._metrics.refuse, needs_key=self._needs_key)

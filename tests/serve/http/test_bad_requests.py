@@ -394,8 +394,9 @@ def test_another_host_is_refused_before_a_route_is_sought(server):
 
 
 def test_health_and_ready_ask_for_no_key(server):
-    assert httpx.get(f"{server.url}/health").status_code == 200
-    assert httpx.get(f"{server.url}/ready").status_code == 200
+    for path in ("/health", "/ready"):
+        assert httpx.get(server.url + path).status_code == 200
+        assert httpx.head(server.url + path).status_code == 200, "some load balancers send it"
 
 
 NEUTRAL = {
