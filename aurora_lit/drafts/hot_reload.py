@@ -1,10 +1,10 @@
 """Loads new drafts while serving: a thread watches CURRENT, and loads, checks and prepares the version that it names.
 
 The engine's thread only polls between rounds whether a draft is ready, which costs it reading an attribute. A version
-that cannot be served is refused with a reason, and the present draft continues to serve. The thread also looks for new
-domains (serve/worker/domain_watch.py). Leaves out where versions are
-stored (drafts/versions.py), how a draft is checked (drafts/checkpoint.py, serve/speculation/runtime_draft.py), what a
-swap does (serve/engine/engine.py) and when to roll back (drafts/rollback.py).
+that cannot be served is refused with a reason, and the present draft continues to serve; while CURRENT names it, it is
+tried again, less and less often. The thread also looks for new domains (serve/worker/domain_watch.py). Leaves out where
+versions are stored (drafts/versions.py), how a draft is checked (drafts/checkpoint.py,
+serve/speculation/runtime_draft.py), what a swap does (serve/engine/engine.py), when to roll back (drafts/rollback.py).
 
 Lifecycle: `first` before serving, then `start`; `poll` every round; `close` at the end.
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ from aurora_lit.kernels import native
 
 WATCH_S = 0.1
 """How often the thread checks CURRENT, which takes one `stat`."""
+RECORD_EVERY_S = 10.0
+"""Until a rollback that the disk refused is recorded again."""
+RETRY_S, MOST_RETRY_S = 60.0, 3600.0
+"""Until a refused CURRENT is tried again, since memory may have been short or a read may have failed; twice as long
+after each further refusal, since loading takes time from requests."""
 _log = logging.getLogger(__name__)
 
 
@@ -59,13 +65,18 @@ class HotReloader:
     """Keeps the served version equal to CURRENT. One thread loads; another one calls `poll` and `roll_back`."""
 
     def __init__(
-        self, store: DraftStore, load: Callable[[Path | None], Any], *, also_check: Callable[[], bool] = lambda: False
+        self,
+        store: DraftStore,
+        load: Callable[[Path | None], Any],
+        *,
+        also_check: Callable[[], bool] = lambda: False,
+        monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """load: loads and prepares the draft of a folder (None: the starting draft); any exception refuses it.
 
         also_check: looks for something else that is published; True if it has found something to report.
         """
-        self._store, self._load, self._also_check = store, load, also_check
+        self._store, self._load, self._also_check, self._monotonic_s = store, load, also_check, monotonic_s
         self._current_path = store.folder / CURRENT_NAME
         self._seen: tuple[int, int] | None = None
         """Inode and modification time of the last CURRENT that was read; a new file replaces it, so both change."""
@@ -74,6 +85,14 @@ class HotReloader:
         self._ready: deque[ReadyDraft] = deque(maxlen=1)  # a newer one replaces one that was not polled
         self._on_change: Callable[[], None] = lambda: None
         self._rollbacks: list[tuple[str, str]] = []
+        self._unrecorded: dict[str, str] = {}
+        """Versions rolled back in memory only, each with the reason: the disk could not be written or read."""
+        self._record_again_s = 0.0
+        self._retry_again_s: float | None = None
+        """When CURRENT is tried again; None: it was not refused."""
+        self._retry_s = RETRY_S
+        self._told: Refusal | None = None
+        """The last refusal since CURRENT changed, which is told once however often it is tried again."""
         self._wake = threading.Event()
         self._ending = False
         self._thread = threading.Thread(target=self._watch, name="draft-loader", daemon=True)
@@ -129,18 +148,39 @@ class HotReloader:
     def _check(self) -> None:
         while self._rollbacks:
             bad, reason = self._rollbacks.pop(0)
-            try:
-                self._store.roll_back(bad=bad, reason=reason)
-            except (OSError, AuroraError) as error:  # roll back in memory even if the disk cannot be written or read
-                _log.warning("the rollback of %s cannot be recorded: %s", bad, error)
+            self._record_rollback(bad, reason)
             if self._served == bad:
                 self._seen = self._stat_current()
                 current = self._current()
-                self._prepare(self._version_before(bad) if current == bad else current, or_older=True)
-        seen = self._stat_current()
+                while current is not None and (current == bad or current in self._unrecorded):
+                    current = self._version_before(current)
+                self._prepare(current, or_older=True)
+        seen, now_s = self._stat_current(), self._monotonic_s()
         if seen != self._seen:
-            self._seen = seen
-            self._prepare(self._current(), or_older=False)
+            self._seen, self._retry_s, self._retry_again_s, self._told = seen, RETRY_S, None, None
+            current = self._current()
+            self._unrecorded.pop(current or "", None)  # promoted again
+            self._prepare(current, or_older=False)
+        elif self._retry_again_s is not None and now_s >= self._retry_again_s:
+            self._retry_s, self._retry_again_s = min(2 * self._retry_s, MOST_RETRY_S), None
+            current = self._current()
+            if current not in self._unrecorded:
+                self._prepare(current, or_older=False)
+        if self._unrecorded and now_s >= self._record_again_s:
+            for bad, reason in list(self._unrecorded.items()):
+                self._record_rollback(bad, reason)
+
+    def _record_rollback(self, bad: str, reason: str) -> None:
+        """Retire a version on disk; if that fails, the rollback holds in memory, and is recorded later."""
+        try:
+            self._store.roll_back(bad=bad, reason=reason)
+        except (OSError, AuroraError) as error:
+            if bad not in self._unrecorded:
+                _log.warning("the rollback of %s cannot be recorded, which is tried again: %s", bad, error)
+            self._unrecorded[bad] = reason
+            self._record_again_s = self._monotonic_s() + RECORD_EVERY_S
+        else:
+            self._unrecorded.pop(bad, None)
 
     def _prepare(self, name: str | None, *, or_older: bool) -> None:
         """Prepare a version. If it is refused, keep the present one or, with `or_older`, take the newest older one."""
@@ -190,8 +230,12 @@ class HotReloader:
         return ReadyDraft(draft=draft, version=name, trusted=name in self._was_served)
 
     def _refuse(self, version: str, reason: str) -> None:
+        self._retry_again_s = self._monotonic_s() + self._retry_s
+        refusal = Refusal(version=version, reason=reason)
+        if refusal == self._told:
+            return
         _log.warning("draft %s is not served: %s", version, reason)
-        self.refused = Refusal(version=version, reason=reason)
+        self.refused = self._told = refusal
         self.num_refused += 1
         self._store.log_event("refused", version=version, reason=reason)
         self._on_change()

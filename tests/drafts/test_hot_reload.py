@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.fake_drafts import SMALL_SHAPE
 
-from aurora_lit.drafts.hot_reload import HotReloader, ReadyDraft
+from aurora_lit.drafts.hot_reload import MOST_RETRY_S, RECORD_EVERY_S, RETRY_S, HotReloader, ReadyDraft
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import CheckpointError
 from aurora_lit.kernels import native
@@ -225,6 +225,108 @@ def test_a_disk_that_cannot_be_written_does_not_stop_a_rollback(store, loader, r
     assert soon(reloader.poll).version == "draft-000001"
     time.sleep(0.3)
     assert reloader.poll() is None, "CURRENT still names the bad one, which is known"
+
+
+def clocked(store: DraftStore, loader: Loader) -> tuple[HotReloader, Callable[[float], None]]:
+    """A reloader without its thread, and what sets its clock and has it look once."""
+    now = [0.0]
+    reloader = HotReloader(store, loader, monotonic_s=lambda: now[0])
+
+    def look_at(now_s: float) -> None:
+        now[0] = now_s
+        reloader._check()
+
+    return reloader, look_at
+
+
+def test_a_rollback_that_the_disk_refuses_is_recorded_later(store, loader, monkeypatch):
+    publish(store, 3)
+    reloader, look_at = clocked(store, loader)
+    reloader.first()
+    calls: list[str] = []
+
+    def full(*, bad: str, reason: str) -> None:
+        calls.append(bad)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "roll_back", full)
+    reloader.roll_back(bad="draft-000003", reason="slow")
+    look_at(1.0)
+    assert reloader.poll().version == "draft-000002"
+    reloader.roll_back(bad="draft-000002", reason="slow too")
+    look_at(1.0)
+    assert reloader.poll().version == "draft-000001", "not the first bad one again, which CURRENT still names"
+    assert calls == ["draft-000003", "draft-000002"]
+    look_at(1.0 + RECORD_EVERY_S)
+    assert calls == ["draft-000003", "draft-000002"] * 2
+    monkeypatch.undo()
+    look_at(1.0 + 1.5 * RECORD_EVERY_S)
+    assert store.current() == "draft-000003", "not at once"
+    look_at(1.0 + 2 * RECORD_EVERY_S)
+    assert store.current() == "draft-000001"
+    assert [version.retired for version in store.versions()] == [None, "slow too", "slow"]
+    look_at(1.0 + 3 * RECORD_EVERY_S)
+    assert reloader.poll() is None
+    assert [each["event"] for each in store.history()].count("rolled_back") == 2
+
+
+def test_a_rollback_that_was_not_recorded_gives_way_to_a_promotion(store, loader, monkeypatch):
+    publish(store, 2)
+    reloader, look_at = clocked(store, loader)
+    reloader.first()
+
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "roll_back", full)
+    reloader.roll_back(bad="draft-000002", reason="slow")
+    look_at(1.0)
+    assert reloader.poll().version == "draft-000001"
+    monkeypatch.undo()
+    store.promote("draft-000002")
+    look_at(1.0 + RECORD_EVERY_S)
+    assert reloader.poll().version == "draft-000002"
+    look_at(1.0 + 2 * RECORD_EVERY_S)
+    assert store.current() == "draft-000002"
+
+
+def test_a_version_that_was_refused_is_tried_again_and_told_once(store, loader):
+    publish(store, 2)
+    loader.bad = {"draft-000002"}
+    reloader, look_at = clocked(store, loader)
+    assert reloader.first().version == "draft-000001"
+    tries = [RETRY_S, 3 * RETRY_S]  # twice as long after each
+    for number, now_s in enumerate(tries, start=1):
+        look_at(now_s - 1.0)
+        assert loader.loaded.count("draft-000002") == number
+        look_at(now_s)
+        assert loader.loaded.count("draft-000002") == number + 1
+    assert reloader.poll() is None
+    assert reloader.num_refused == 1
+    assert [each["event"] for each in store.history()].count("refused") == 1
+    loader.bad = set()
+    look_at(tries[-1] + MOST_RETRY_S)
+    ready = reloader.poll()
+    assert (ready.version, ready.trusted) == ("draft-000002", False)
+    look_at(tries[-1] + 9 * MOST_RETRY_S)
+    assert loader.loaded.count("draft-000002") == len(tries) + 2, "it serves"
+
+
+def test_a_current_that_could_not_be_read_is_read_again(store, loader, monkeypatch):
+    publish(store)
+    reloader, look_at = clocked(store, loader)
+    reloader.first()
+    publish(store)
+
+    def broken() -> None:
+        raise CheckpointError("Too many open files")
+
+    monkeypatch.setattr(store, "current", broken)
+    look_at(0.0)
+    assert reloader.refused.reason == "Too many open files"
+    monkeypatch.undo()
+    look_at(RETRY_S)
+    assert (reloader.poll().version, reloader.num_refused) == ("draft-000002", 1)
 
 
 def test_a_current_that_cannot_be_read_does_not_stop_a_rollback(store, loader, reloader):
