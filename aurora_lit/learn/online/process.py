@@ -9,6 +9,8 @@ them. Leaves out the loop (learn/online/loop.py).
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import logging
 import math
 import os
 import signal
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from aurora_lit.config import AuroraConfig
+from aurora_lit.config import AuroraConfig, versions_folder
 from aurora_lit.cores import available_cores
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
@@ -36,6 +38,11 @@ _KEPT_PRODUCTS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 _BEAT_EVERY_S = 0.5
 _MAX_TURN_S, _MAX_LOADING_S = 60.0, 600.0
 """A turn of the loop, or loading, that takes longer counts as stuck: the heartbeat stops."""
+LOCK_NAME = "learner.lock"
+"""In the folder of the versions: held by the one learner that may publish there."""
+_LOCK_WAIT_S = 60.0
+"""How long a learner waits for another one of its folder, which may be of a server that drains or was just killed."""
+_log = logging.getLogger(__name__)
 
 
 def run_learner(config: AuroraConfig, run_folder: Path) -> None:
@@ -75,10 +82,46 @@ def _learn(config: AuroraConfig, run_folder: Path, page: LearnerStatusPage, stat
     from aurora_lit.learn.online.build import build_loop
 
     loops: list[OnlineLoop] = []
-    with _heartbeat(page, loops), build_loop(config, run_folder, run_folder / RING_NAME, page, status) as loop:
+    with (
+        _heartbeat(page, loops),
+        _only_learner(versions_folder(config)),
+        build_loop(config, run_folder, run_folder / RING_NAME, page, status) as loop,
+    ):
         loops.append(loop)
         with _stop_on_signals(loop), _stop_with_server(loop, run_folder, status):
             loop.run()
+
+
+@contextlib.contextmanager
+def _only_learner(folder: Path, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
+    """Inside the context no other learner learns into this folder: two would overwrite each other's state and drafts.
+
+    The kernel frees the lock however this process ends, and its children do not inherit it. Raises AuroraError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)  # closed in children
+    try:
+        gives_up_s, has_told = time.monotonic() + wait_s, False
+        while not _try_lock(descriptor):
+            if time.monotonic() >= gives_up_s:
+                raise AuroraError(
+                    f"another learner learns into {folder}; end it, or set another checkpoint.dir or checkpoint.run"
+                )
+            if not has_told:
+                _log.warning("another learner learns into %s; waiting up to %.0f s for its end", folder, wait_s)
+                has_told = True
+            time.sleep(0.2)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def niceness(*, share: float, threads: int, cpus: int) -> int:

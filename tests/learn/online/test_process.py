@@ -8,6 +8,9 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ from support.learner_harness import ServerStandIn
 from support.live_traces import asked_again
 from support.tiny_models import random_draft
 
+from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.learn.data.training_state import from_bytes
 from aurora_lit.learn.online import process
@@ -96,6 +100,33 @@ def test_a_killed_learner_resumes_and_publishes_and_exits_with_its_server(
     output, _ = learner.communicate(timeout=60)
     assert learner.returncode == 0, output[-3000:]
     assert server.page.read().state == "absent"
+
+
+def test_a_folder_has_one_learner_and_the_next_one_waits_for_its_end(tmp_path: Path) -> None:
+    folder, begun = tmp_path / "checkpoints" / "live", threading.Event()
+
+    def next_learner() -> None:
+        with process._only_learner(folder):
+            begun.set()
+
+    with process._only_learner(folder):
+        with pytest.raises(AuroraError, match="another checkpoint.dir"), process._only_learner(folder, wait_s=0.0):
+            pass
+        waiting = threading.Thread(target=next_learner)
+        waiting.start()
+        assert not begun.wait(0.1)
+    assert begun.wait(10)
+    waiting.join()
+
+
+def test_what_a_killed_learner_has_started_does_not_keep_the_next_one_out(tmp_path: Path) -> None:
+    held = process._only_learner(tmp_path)
+    held.__enter__()
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    held.__exit__(None, None, None)
+    with process._only_learner(tmp_path, wait_s=0.0):
+        pass
+    child.communicate(b"\n")
 
 
 def test_a_loop_that_is_stuck_gives_no_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
