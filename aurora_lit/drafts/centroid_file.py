@@ -91,10 +91,27 @@ def read_centroids(path: Path, target: TargetShape) -> tuple[Centroids, int]:
 def published_version(path: Path) -> int:
     """The number of the publication in the file; 0 if there is none that can be read."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return max(0, int((file.metadata() or {})["version"]))
-    except (OSError, SafetensorError, KeyError, ValueError):
+        return max(0, int(_metadata(path)["version"]))
+    except (KeyError, ValueError):
         return 0
+
+
+def published_names(path: Path) -> list[str]:
+    """The names of the domains in the file, of whatever target; none if there is none that can be read."""
+    try:
+        names = json.loads(_metadata(path)["names"])
+    except (KeyError, ValueError):
+        return []
+    return [name for name in names if _is_name(name)] if isinstance(names, list) else []
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The file's metadata; empty if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _plain(path: Path, metadata: dict[str, str]) -> tuple[tuple[str, ...], float, float, int]:

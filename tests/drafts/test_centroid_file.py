@@ -14,7 +14,13 @@ import safetensors.torch
 import torch
 
 from aurora_lit import durable
-from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, published_version, read_centroids, write_centroids
+from aurora_lit.drafts.centroid_file import (
+    CENTROIDS_NAME,
+    published_names,
+    published_version,
+    read_centroids,
+    write_centroids,
+)
 from aurora_lit.errors import CheckpointError
 from aurora_lit.modules.domains.centroids import Centroids
 
@@ -49,6 +55,7 @@ def test_domains_come_back_as_they_were_written(path: Path) -> None:
         torch.testing.assert_close(getattr(read, name), getattr(written, name), atol=0, rtol=0)
     assert [each.name for each in path.parent.iterdir()] == [CENTROIDS_NAME]
     assert published_version(path) == 12
+    assert tuple(published_names(path)) == written.names
 
 
 def test_without_a_readable_file_nothing_was_published(path: Path) -> None:
@@ -56,6 +63,7 @@ def test_without_a_readable_file_nothing_was_published(path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b"no tensors")
     assert published_version(path) == 0
+    assert published_names(path) == []
 
 
 @pytest.mark.parametrize("step", ["write", "sync", "replace"])

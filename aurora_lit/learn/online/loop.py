@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from aurora_lit.drafts.centroid_file import CENTROIDS_NAME
+from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, published_names
 from aurora_lit.drafts.versions import DraftStore, version_number
 from aurora_lit.errors import CheckpointError, TraceError
 from aurora_lit.learn.data.labelled_trace import is_compatible
@@ -92,6 +92,10 @@ class OnlineLoop:
         self._centroid_publisher = CentroidPublisher(
             environment.store.folder / CENTROIDS_NAME, target_head, monotonic_s=environment.monotonic_s
         )
+        if (detector := learner.controller.detector) is not None:
+            # A learner that was killed may have founded more domains than it had saved: their numbers stay theirs.
+            published = published_names(environment.store.folder / CENTROIDS_NAME)
+            detector.reserve_names([*published, *batcher.reservoir.domains])
         # The status page outlives a learner: counters continue where the server's last learner stopped.
         before = environment.page.read()
         self._lost_steps = max(0, before.steps - learner.steps)

@@ -16,6 +16,7 @@ Shapes: E embedding (three hidden states side by side).
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +109,11 @@ class DomainDetector:
     def num_founded(self) -> int:
         """Domains founded since this object was made."""
         return self._clusters.num_founded
+
+    def reserve_names(self, names: Iterable[str]) -> None:
+        """Give new domains higher numbers than these names have, which may be missing in a state saved earlier."""
+        numbers = [name.removeprefix(AUTO_PREFIX) for name in names if name.startswith(AUTO_PREFIX)]
+        self._next_id = max([self._next_id, *(1 + int(number) for number in numbers if number.isdecimal())])
 
     def centroids(self) -> Centroids | None:
         """The domains as they are now, for assigning requests elsewhere; None while there are none."""

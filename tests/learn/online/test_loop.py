@@ -17,11 +17,12 @@ import torch
 from support.learner_harness import LearnerHarness
 from support.live_traces import asked_again, make_controller, serve, some_requests
 
-from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, read_centroids
+from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, read_centroids, write_centroids
 from aurora_lit.learn.online import gate, loop
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION
 from aurora_lit.models.target import Target
+from aurora_lit.modules.domains.centroids import Centroids
 from aurora_lit.modules.domains.detector import DomainDetector
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.traces.record import Trace, to_bytes
@@ -529,6 +530,26 @@ def test_domains_are_published_beside_the_drafts_and_a_full_disk_is_reported(
     harness.tick_until(path.exists)
     centroids, version = read_centroids(path, harness.target_head)
     assert (centroids.names, version) == (("chat",), 1), "the traffic's label"
+
+
+def test_a_domain_has_no_number_that_a_killed_learner_had_used(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    size_E = 3 * target.hidden_size
+    centroids = Centroids(
+        names=("code", "auto-7"),
+        centroid_DE=torch.eye(2, size_E),
+        mean_E=torch.zeros(size_E),
+        variance_E=torch.ones(size_E),
+        common=1.0,
+        novelty_threshold=0.7,
+    )
+    write_centroids(tmp_path / "live" / CENTROIDS_NAME, centroids, version=1, target=target)
+    detector = DomainDetector(max_domains=4, novelty_threshold=0.7)
+    harness = LearnerHarness(target, tmp_path, controller=make_controller(detector=detector))
+    harness.ring.records.extend(replace(trace, domain="") for trace in traffic)
+    harness.tick_until(lambda: bool(detector.domains))
+    assert set(detector.domains) == {"auto-8"}
 
 
 def test_a_step_that_began_while_nobody_asked_waits_in_its_middle_for_those_who_do(

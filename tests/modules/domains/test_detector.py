@@ -258,6 +258,14 @@ def encoded(detector: DomainDetector) -> bytes:
     return json.dumps(torch.load(io.BytesIO(file.getvalue()), weights_only=True), default=Tensor.tolist).encode()
 
 
+def test_names_that_are_taken_are_passed_over() -> None:
+    detector = DomainDetector(max_domains=8, novelty_threshold=0.7)
+    detector.reserve_names(["auto-4", "code", "auto-11", "auto-", "auto-x", ""])
+    detector.reserve_names(["auto-2"])
+    assign_all(["code", "chat"] * 40, detector=detector)
+    assert set(detector.domains) == {"auto-12", "auto-13"}
+
+
 def test_a_resumed_detector_goes_on_as_if_it_had_not_stopped() -> None:
     kinds = [*shuffled(120, kinds=KINDS[:2]), *["prose"] * 3]
     _, first = assign_all(kinds)
