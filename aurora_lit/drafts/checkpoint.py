@@ -103,6 +103,13 @@ def load_draft(folder: Path, target: TargetShape) -> Eagle3Draft:
 
     Digests are compared only if there is a manifest.
     """
+    try:
+        return _load_draft(folder, target)
+    except OSError as error:  # such as a disk that fails, or too many open files
+        raise _refusal(folder, f"it cannot be read: {error}") from error
+
+
+def _load_draft(folder: Path, target: TargetShape) -> Eagle3Draft:
     config = read_config(folder)
     check_fits(folder, config, target)
     for name, digest in _read_json(folder, MANIFEST_NAME, missing={}).items():

@@ -193,6 +193,15 @@ def test_an_invalid_draft_is_refused_with_the_reason(name: str, target: Target, 
         load_draft(saved, target)
 
 
+def test_a_read_that_fails_is_a_refusal(target: Target, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint_module, "_sha256", broken)
+    with pytest.raises(CheckpointError, match="draft.checkpoint: .*refused: it cannot be read: .*Input/output error"):
+        load_draft(saved, target)
+
+
 @pytest.mark.parametrize("call", range(7))
 def test_a_crash_while_saving_leaves_the_old_draft_complete(
     call: int, target: Target, saved: Path, monkeypatch: pytest.MonkeyPatch

@@ -66,7 +66,11 @@ def newest_usable(store: DraftStore, load: Callable[[str], Eagle3Draft]) -> tupl
             return version, load(version)
         except CheckpointError as error:
             _log.warning("learning begins from an older draft: %s", error)
+        try:
             version = store.version_before(version)
+        except CheckpointError as error:
+            _log.warning("learning begins from the starting draft: %s", error)
+            break
     return None, None
 
 
@@ -314,7 +318,7 @@ class OnlineLoop:
                         module.draft, record=record | decision.record
                     )
                 self.published, self._passed_version = self.published + 1, self.learner.version
-            except OSError as error:  # a full disk: learning continues, and the next trial tries again
+            except (OSError, CheckpointError) as error:  # a full disk: learning continues; the next trial tries again
                 self._environment.page.write(error=f"a draft could not be published: {error}")
         self.refused_by_gate += decision.refused
         if (decision.passed or decision.refused) and self.learner.apply_gate_decision(

@@ -18,6 +18,8 @@ from support.learner_harness import LearnerHarness
 from support.live_traces import asked_again, make_controller, serve, some_requests
 
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, read_centroids, write_centroids
+from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.errors import CheckpointError
 from aurora_lit.learn.online import gate, loop
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION
@@ -412,14 +414,15 @@ def test_the_status_page_shows_the_busy_threads_only_while_learning_computes(
     assert harness.page.peek("busy_threads") == 0
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), CheckpointError("cannot be read")])
 def test_a_full_disk_is_reported_and_learning_continues(
-    target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harness = LearnerHarness(target, tmp_path, publish_every_steps=2, save_every_s=0.1)
     (tmp_path / "learner.tmp").mkdir()  # nothing can be written there
 
     def full(*_: Any, **__: Any) -> str:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(harness.store, "publish", full)
     harness.held_out.champion_score = 0.0
@@ -474,6 +477,17 @@ def test_beside_a_version_that_cannot_be_loaded_learning_goes_on_from_the_one_be
     assert again.loop._current_version == sound, "a learner that is started then takes it too"
     (harness.store.folder / "CURRENT").write_text("nonsense")
     assert LearnerHarness(target, tmp_path).loop._current_version is None
+
+
+def test_learning_begins_from_the_starting_draft_if_no_version_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise CheckpointError("cannot be read")
+
+    monkeypatch.setattr(DraftStore, "current", lambda _: "draft-000002")
+    monkeypatch.setattr(DraftStore, "version_before", broken)
+    assert loop.newest_usable(DraftStore(tmp_path, keep=3), broken) == (None, None)
 
 
 def test_domains_set_learning_rate_and_exploration_and_are_reported(
