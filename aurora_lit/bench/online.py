@@ -68,6 +68,9 @@ class Window:
     """Seconds since the arm began."""
     accepted_length: float
     """Tokens emitted per round with proposals, the target's own token included."""
+    tokens_per_round: float
+    """Tokens per round of a sequence, rounds without proposals included: the figure by which drafts are compared, since
+    one that dares to propose in harder rounds has a lower accepted length."""
     tokens_per_s: float
     client_tokens_per_s: float
     """Tokens in a second of a request, as one client sees it."""
@@ -280,15 +283,18 @@ def _ask(
 
 
 def _window(answers: Sequence[ClientAnswer]) -> Window:
-    rounds = sum(answer.rounds for answer in answers)
+    rounds, accepted = sum(answer.rounds for answer in answers), sum(answer.accepted for answer in answers)
+    tokens = sum(answer.tokens for answer in answers)
     began = min(answer.started_s for answer in answers)
     ended = max(answer.started_s + answer.seconds for answer in answers)
     return Window(
         requests=len(answers),
         ended_s=ended,
-        accepted_length=1 + sum(answer.accepted for answer in answers) / rounds if rounds else 1.0,
-        tokens_per_s=sum(answer.tokens for answer in answers) / (ended - began),
-        client_tokens_per_s=sum(answer.tokens for answer in answers) / sum(answer.seconds for answer in answers),
+        accepted_length=1 + accepted / rounds if rounds else 1.0,
+        # Every round has one token of the target's own.
+        tokens_per_round=tokens / (tokens - accepted) if tokens > accepted else 1.0,
+        tokens_per_s=tokens / (ended - began),
+        client_tokens_per_s=tokens / sum(answer.seconds for answer in answers),
         failed=sum(bool(answer.error) for answer in answers),
     )
 
@@ -307,7 +313,7 @@ def _outputs_equal(texts: dict[str, list[list[str | None]]]) -> bool:
 
 def _table(results: dict[str, Any], outputs_equal: bool | None) -> Table:
     said = {None: "not compared", True: "equal in all arms, before and after", False: "DIFFER or are missing"}
-    table = Table(title=f"measured outputs {said[outputs_equal]}")
+    table = Table(title=f"accepted length, tokens a round; measured outputs {said[outputs_equal]}")
     for column in ("arm", "measured before", "measured after", "first window", "last window", "tokens/s", "failed"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm, result in results.items():
@@ -315,17 +321,20 @@ def _table(results: dict[str, Any], outputs_equal: bool | None) -> Table:
         speeds = sorted(window["tokens_per_s"] for window in windows)
         table.add_row(
             arm,
-            *(f"{result[when]['accepted_length']:.3f}" if result[when] else "-" for when in ("before", "after")),
-            f"{windows[0]['accepted_length']:.3f}" if windows else "-",
-            f"{windows[-1]['accepted_length']:.3f}" if windows else "-",
+            *(_lengths(result[when]) for when in ("before", "after")),
+            *(_lengths(windows[place] if windows else None) for place in (0, -1)),
             f"{speeds[len(speeds) // 2]:.1f}" if speeds else "-",
             str(len(result["errors"])),
         )
     return table
 
 
+def _lengths(window: dict[str, Any] | None) -> str:
+    return f"{window['accepted_length']:.3f}, {window['tokens_per_round']:.3f}" if window else "-"
+
+
 def _measured_table(results: dict[str, Any]) -> Table:
-    table = Table(title="measured prompts: accepted length, and tokens/s of a client")
+    table = Table(title="measured prompts: accepted length, tokens a round, and tokens/s of a client")
     for column in ("domain", "measured", *results):
         table.add_column(column, justify="left" if column in ("domain", "measured") else "right")
     points = next(iter(results.values()))["measured"]
@@ -335,6 +344,6 @@ def _measured_table(results: dict[str, Any]) -> Table:
             table.add_row(
                 domain,
                 f"after {point['after']}" if point["after"] else "before",
-                *(f"{found['accepted_length']:.3f}, {found['client_tokens_per_s']:.1f}" for found in row),
+                *(f"{_lengths(found)}, {found['client_tokens_per_s']:.1f}" for found in row),
             )
     return table

@@ -99,7 +99,11 @@ def acceptance(config: AuroraConfig, **options: Any) -> None:
 @_RESULTS
 @configured
 def online(config: AuroraConfig, arms: str, **options: Any) -> None:
-    """Compare a learning draft, a static one and none. Runs servers over HTTP; writes JSON and a PNG."""
+    """Compare a learning draft, a static one and none. Runs servers over HTTP; writes JSON and a PNG.
+
+    Compare arms by tokens a round, of all rounds. Accepted length is of rounds with proposals only: it falls where a
+    better draft proposes in harder rounds too.
+    """
     from aurora_lit.bench.online import run
 
     run(config, arms=tuple(arms.split(",")), **options)

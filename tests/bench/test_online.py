@@ -128,6 +128,18 @@ def test_a_failed_answer_is_not_an_equal_one_and_without_measured_prompts_nothin
     assert run(files, tmp_path / "failed")["outputs_equal"] is False
 
 
+def test_rounds_without_proposals_count_in_tokens_a_round_only() -> None:
+    fields: dict[str, Any] = {"domain": "d", "started_s": 0.0, "seconds": 1.0, "draft_versions": (), "text": ""}
+    careful = ClientAnswer(**fields, number=0, tokens=12, rounds=1, accepted=3)  # and 8 rounds that propose nothing
+    daring = ClientAnswer(**fields, number=1, tokens=12, rounds=4, accepted=6)  # and 2
+    windows = [online._window([answer]) for answer in (careful, daring)]
+    assert [window.accepted_length for window in windows] == [4.0, 2.5]
+    assert [window.tokens_per_round for window in windows] == [12 / 9, 2.0]
+    assert online._window([careful, daring]).tokens_per_round == 24 / 15
+    failed = ClientAnswer(**fields, number=2, tokens=0, rounds=0, accepted=0, error="lost")
+    assert online._window([failed]).tokens_per_round == 1.0
+
+
 def test_less_traffic_for_arms_that_do_not_learn_needs_a_server_without_memory(
     files: list[Path], sent: list[tuple[str, bool]], tmp_path: Path
 ) -> None:
