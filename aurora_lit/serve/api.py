@@ -36,8 +36,8 @@ from aurora_lit.serve.http.errors import MAX_BODY_BYTES
 from aurora_lit.serve.http.spec import OPEN_PATHS, AuroraSpec
 
 _AFTER_DRAIN_S = 2.0  # for sending the error events to requests that drain_s has cut off
-_LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]", "")
-"""What the header Host may say, beside a port; "" if there is none."""
+_LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]", "host.docker.internal", "")
+"""What the header Host may say, beside a port; "" if there is none. Docker Desktop's name for its host is nobody's."""
 _bearer = HTTPBearer(auto_error=False)
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 

@@ -157,7 +157,7 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(interval_ms: float)
         content = json.dumps(body(COMPLETION, "abc", max_tokens=3000)).encode()
         connection = socket.create_connection(("127.0.0.1", server.port))
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
         )
         server.wait_until(lambda now: now["tokens"]["generated"] > 20, 5)

@@ -82,7 +82,7 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(slow_server, stream
     connection = socket.create_connection(("127.0.0.1", slow_server.port))
     content = json.dumps(body(stream=stream, n=2)).encode()
     connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
     )
     slow_server.wait_until(lambda now: now["queue"]["running"] == 2, 5)
@@ -96,7 +96,7 @@ def test_a_client_that_leaves_while_waiting_gives_up_its_place(slow_server):
     connection = socket.create_connection(("127.0.0.1", slow_server.port))
     content = json.dumps(body()).encode()
     connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
     )
     slow_server.wait_until(lambda now: now["queue"]["waiting"] == 1, 5)

@@ -180,7 +180,7 @@ def test_a_version_is_swapped_in_and_rolled_back_on_live_acceptance_and_texts_st
     assert texts == [plain_texts[i % 6] for i in range(len(texts))]
     until(lambda: server.status.draft_version == DRAFT.name)
     assert server.store.current() is None
-    assert "less than the version before" in (server.store.versions()[0].retired or "")
+    assert "than of the version before" in (server.store.versions()[0].retired or "")
     assert [server.complete(prompt)["choices"][0]["text"] for prompt in PROMPTS] == plain_texts
 
 

@@ -230,7 +230,7 @@ def test_a_version_that_accepts_less_is_rolled_back(deployment: Deployment) -> N
     run_with(deployment, ranks, scenario)
     assert ranks.swaps[1] == ("first", True)
     assert store.current() is None
-    assert "less than the version before" in (store.versions()[0].retired or "")
+    assert "than of the version before" in (store.versions()[0].retired or "")
 
 
 def test_a_verdict_of_the_engine_before_does_not_retire_a_version_that_was_promoted_since(
