@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from aurora_lit.errors import ConfigError
 from aurora_lit.kernels import native
 
 DOMAIN_BITS = 12
@@ -94,6 +95,7 @@ class SuffixMemory:
     """
 
     def __init__(self, capacity_bytes: int) -> None:
+        """Raises ConfigError if the system does not give the memory."""
         library = native.library()
         assert library is not None
         # At most half a head a token: few n-grams of real text occur once.
@@ -103,6 +105,8 @@ class SuffixMemory:
         self._library = library
         library.aurora_memory_new.restype = ctypes.c_void_p
         self.pointer = ctypes.c_void_p(library.aurora_memory_new(ctypes.c_int64(self.capacity), ctypes.c_int64(heads)))
+        if not self.pointer:
+            raise ConfigError(f"memory.capacity_mb={capacity_bytes >> 20}: the system gives no such memory; lower it")
         weakref.finalize(self, library.aurora_memory_free, self.pointer)
 
     def insert(self, tokens: Sequence[int], *, context: int, part: int) -> None:

@@ -1,5 +1,6 @@
 """The run folder: private, removed at the end, or by the next server if its own was killed."""
 
+import os
 import signal
 import stat
 import subprocess
@@ -34,6 +35,12 @@ def test_only_the_folders_of_dead_servers_are_removed(tmp_path):
             assert theirs not in {str(path) for path in tmp_path.iterdir()}
         assert mine.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["something else"]
+
+
+def test_a_pipe_of_such_a_name_does_not_keep_a_server_from_starting(tmp_path):
+    os.mkfifo(tmp_path / "aurora-lit-run-x")
+    with run_folder(tmp_path) as folder:
+        assert folder.is_dir()
 
 
 def test_running_servers_are_found_the_newest_first(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.suffix_memory import SuffixMemoryInPython
 
+from aurora_lit.errors import ConfigError
 from aurora_lit.kernels import native, suffix_index
 from aurora_lit.kernels.suffix_index import DOMAIN_BITS, MAX_MATCH, NUM_CELLS, Copies, LookUp, SuffixMemory
 from aurora_lit.serve.speculation import copies_in_python
@@ -177,3 +178,8 @@ def test_looking_up_while_another_thread_inserts() -> None:
     finally:
         stop.set()
         thread.join()
+
+
+def test_memory_that_the_system_does_not_give_is_an_error_of_the_setting() -> None:
+    with pytest.raises(ConfigError, match=r"memory\.capacity_mb=\d+: the system gives no such memory; lower it"):
+        SuffixMemory(1 << 61)

@@ -165,7 +165,13 @@ int aurora_choose_dense(float* logits, int64_t vocab, const DenseRow* rows, int6
 }
 
 // A memory of sequences, the tokens that it holds and has forgotten, and trees of copies (suffix_index.hpp).
-SuffixMemory* aurora_memory_new(int64_t capacity, int64_t heads) { return new SuffixMemory(capacity, heads); }
+// Null if the system does not give the memory.
+SuffixMemory* aurora_memory_new(int64_t capacity, int64_t heads) {
+  SuffixMemory* memory = new SuffixMemory(capacity, heads);
+  if (memory->is_whole()) return memory;
+  delete memory;
+  return nullptr;
+}
 void aurora_memory_free(SuffixMemory* memory) { delete memory; }
 void aurora_memory_insert(SuffixMemory* memory, const int32_t* tokens, int64_t count, int64_t context, int64_t part) {
   memory->insert(tokens, count, context, uint64_t(part));

@@ -50,6 +50,12 @@ class SuffixMemory {
     places_ = static_cast<Place*>(std::calloc(size_t(capacity), sizeof(Place)));
     for (uint32_t*& each : heads_) each = static_cast<uint32_t*>(std::calloc(size_t(heads), sizeof(uint32_t)));
   }
+  // False: the system did not give the memory.
+  bool is_whole() const {
+    bool whole = places_ != nullptr;
+    for (const uint32_t* each : heads_) whole &= each != nullptr;
+    return whole;
+  }
   ~SuffixMemory() {
     std::free(places_);
     for (uint32_t* each : heads_) std::free(each);

@@ -87,7 +87,7 @@ class TraceRecording:
         try:
             self._log.flush()
             self.written += pending
-        except OSError as error:
+        except Exception as error:  # such as a full disk; whatever it is, later traces may be written
             self.dropped += pending
             if not self._has_logged_error:
                 _logger.error("traces cannot be recorded in %s (%s); serving continues without", self._folder, error)

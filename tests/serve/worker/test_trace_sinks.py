@@ -137,6 +137,22 @@ def test_a_full_disk_is_counted_and_logged_once_and_recording_continues_when_the
     assert (recorded(tmp_path), recording.written, recording.dropped) == ([7], 1, 3)
 
 
+def test_recording_survives_any_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = TraceRecording(tmp_path, max_bytes=1 << 20, flush_s=0.01)
+    flush = recording._log.flush
+
+    def short_of_memory() -> None:
+        monkeypatch.setattr(recording._log, "flush", flush)
+        raise RuntimeError("cannot allocate memory")
+
+    monkeypatch.setattr(recording._log, "flush", short_of_memory)
+    recording.put(a_trace(1))
+    eventually(lambda: recording.dropped == 1)
+    recording.put(a_trace(2))
+    recording.close()
+    assert (recording.written, recording.dropped) == (1, 1)
+
+
 def test_a_real_limit_on_the_file_system_is_survived(tmp_path: Path) -> None:
     code = f"""
 import sys; sys.path.insert(0, {str(TESTS)!r})
