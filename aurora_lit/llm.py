@@ -95,7 +95,12 @@ class RequestOutput:
 
 
 class LLM:
-    """A target and its draft, loaded once, which answer batches of prompts."""
+    """A target and its draft, loaded once, which answer batches of prompts.
+
+    The thread that makes it should be the one that uses it: another one has CPU threads of its own, which wait for each
+    other asleep while the first one's exist, so that rounds take up to twice as long (`compute_alone` in
+    kernels/native.py).
+    """
 
     def __init__(
         self, model: str | None = None, *, config: str | Path | None = None, overrides: Sequence[str] = ()
