@@ -165,8 +165,6 @@ class SpeculationFloor:
         self._plain: defaultdict[RoundKind, _PlainRounds] = defaultdict(_PlainRounds)
         self._accounts: dict[tuple[int, bool], _Accounts] = {}
         """By group."""
-        self._accounts_of: dict[RoundKind, _Accounts] = {}
-        """The same, by kind: finding the group takes longer than the rest of a look-up."""
         self.num_rests = 0
         """How often speculation was turned off."""
         self.compared_s = self.compared_plain_s = 0.0
@@ -229,14 +227,11 @@ class SpeculationFloor:
         _pass_rests(self._accounts_for(kind))
 
     def _accounts_for(self, kind: RoundKind) -> _Accounts:
-        found = self._accounts_of.get(kind)
-        if found is None:
-            group = kind.group
-            if group not in self._accounts:
-                most = 1 << group[0]
-                self._accounts[group] = _Accounts(_Account(batch_size=most), _Account(batch_size=most))
-            found = self._accounts_of[kind] = self._accounts[group]
-        return found
+        group = kind.group
+        if group not in self._accounts:
+            most = 1 << group[0]
+            self._accounts[group] = _Accounts(_Account(batch_size=most), _Account(batch_size=most))
+        return self._accounts[group]
 
     def _compare(self, seconds: float, *, plain_s: float) -> None:
         self.compared_s += seconds
