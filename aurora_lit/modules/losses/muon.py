@@ -103,15 +103,15 @@ def orthogonalise_blocks(matrix_RC: Tensor, *, block_rows: int | None = None) ->
     gram_NBB = x_NBC @ x_NBC.mT
     square_N11 = gram_NBB.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-14)[:, None, None]
     gram_NBB = gram_NBB / square_N11
-    factor_NBB = torch.eye(gram_NBB.shape[1], device=gram_NBB.device) * square_N11.rsqrt()
+    factor_NBB = square_N11.rsqrt() * (_UPDATE_RMS * math.sqrt(max(rows, C)))
     a, b, c = _COEFFICIENTS
-    for _ in range(_ITERATIONS):
+    for iteration in range(_ITERATIONS):
         # X ← (a + b·XXᵀ + c·(XXᵀ)²) X
         step_NBB = torch.baddbmm(gram_NBB, gram_NBB, gram_NBB, beta=b, alpha=c)
         step_NBB.diagonal(dim1=1, dim2=2).add_(a)
-        factor_NBB = step_NBB @ factor_NBB
-        gram_NBB = step_NBB @ gram_NBB @ step_NBB
-    factor_NBB = factor_NBB * (_UPDATE_RMS * math.sqrt(max(rows, C)))
+        factor_NBB = step_NBB @ factor_NBB if iteration else step_NBB * factor_NBB
+        if iteration < _ITERATIONS - 1:
+            gram_NBB = step_NBB @ gram_NBB @ step_NBB
     x_NBC = factor_NBB @ x_NBC
     if rows > C:
         x_NBC = x_NBC.mT
