@@ -54,10 +54,15 @@ class SlotAllocator:
     def allocate(self, request: Request) -> tuple[int, int]:
         """A free slot, and how many of the prompt's tokens it holds.
 
-        The slot with the longest prefix of the prompt is taken, of equal ones the least recently used.
+        The slot with the longest prefix of the prompt is taken if that is at least half of what it holds, as where a
+        conversation goes on. Otherwise the least recently used one is, and the prefix is copied to it before the prompt
+        is read: conversations that share only a system prompt would evict each other while other slots are empty.
         """
         lengths = self._prefix_lengths(request)
         slot = max(self._free, key=lengths.__getitem__)  # max takes the first of equal ones
+        holder = self._sequences[slot]
+        if holder is not None and 2 * lengths[slot] < self._num_usable(holder):
+            slot = self._free[0]
         self._free.remove(slot)
         return slot, lengths[slot]
 

@@ -117,6 +117,23 @@ def test_a_conversation_continues_from_what_was_rounded_as_a_prompt(target: Targ
     assert answer == RecordedEngine(target, draft, prefix_cache=False).serve(again)
 
 
+@pytest.mark.parametrize(("slots", "cached"), [(8, 20 + 49 + 49), (1, 20 + 20 + 20)])
+def test_conversations_that_share_a_system_prompt_do_not_evict_each_other_while_slots_are_empty(
+    target: Target, draft: Eagle3Draft, slots: int, cached: int
+) -> None:
+    """The second one copies the 20 tokens that they share; then each goes on in its own slot."""
+    recorded = RecordedEngine(target, draft, max_batch_size=slots)
+    plain = RecordedEngine(target, draft, max_batch_size=slots, prefix_cache=False)
+    for name, own in (("a", 1), ("b", 2), ("a again", 1), ("b again", 2)):
+        request = make_request(name, *[own] * 30, shared=20)
+        assert recorded.serve(request) == plain.serve(request)
+    assert recorded.engine.stats.cached_tokens == cached
+    held = [holder for holder in recorded.engine._allocator._sequences if holder is not None]
+    assert len(held) == min(slots, 2)
+    if native.library() is not None:
+        assert same_traces(recorded.traces, plain.traces)
+
+
 def test_the_last_prompt_token_is_always_computed(target: Target, draft: Eagle3Draft) -> None:
     recorded = RecordedEngine(target, draft)
     wanted = recorded.serve(make_request("a", 1))["a"]
