@@ -280,9 +280,9 @@ class Engine:
                 end_tokens=ready.end_tokens,
                 grammar=ready.grammar,
             )
-            self._allocator.assign(sequence)
             if request.params.prompt_logprobs is not None:
                 sequence.prompt_logprobs.append(None)
+            self._allocator.assign(sequence)
             self._prefill.sequences.append(sequence)
             self.stats.prompt_tokens += length
             self.stats.cached_tokens += num_cached

@@ -21,7 +21,7 @@ class SlotAllocator:
     """The free slots, and the last sequence of each slot.
 
     >>> slot, num_cached = allocator.allocate(request)              # the first tokens need not be computed
-    >>> allocator.assign(sequence)
+    >>> allocator.assign(sequence)                                  # the slot is not free any more
     >>> source, num_cached = allocator.find_longest_prefix(sequence)    # again before its prefill starts
     >>> allocator.free(sequence.slot)
     """
@@ -52,7 +52,7 @@ class SlotAllocator:
         return len(self._free)
 
     def allocate(self, request: Request) -> tuple[int, int]:
-        """A free slot, and how many of the prompt's tokens it holds.
+        """A free slot, and how many of the prompt's tokens it holds. It stays free until a sequence is assigned to it.
 
         The slot with the longest prefix of the prompt is taken if that is at least half of what it holds, as where a
         conversation goes on. Otherwise the least recently used one is, and the prefix is copied to it before the prompt
@@ -63,11 +63,13 @@ class SlotAllocator:
         holder = self._sequences[slot]
         if holder is not None and 2 * lengths[slot] < self._num_usable(holder):
             slot = self._free[0]
-        self._free.remove(slot)
+        # An interrupt may come before `assign`, when the table of tokens has the new prompt already.
+        self._sequences[slot] = None
         return slot, lengths[slot]
 
     def assign(self, sequence: RunningSequence) -> None:
-        """Note which sequence a slot holds. Its prompt must be in `tokens_SL` already."""
+        """Give a sequence the slot that was allocated for it. Its prompt must be in `tokens_SL` already."""
+        self._free.remove(sequence.slot)
         self._sequences[sequence.slot] = sequence
 
     def find_longest_prefix(self, sequence: RunningSequence) -> tuple[int, int]:

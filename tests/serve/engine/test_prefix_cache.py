@@ -204,6 +204,30 @@ def test_the_prefix_that_a_cancelled_request_computed_is_used(target: Target, dr
     assert recorded.engine.stats.cached_tokens == min(20 * rounds, 40)
 
 
+def test_an_interrupt_while_a_request_is_admitted_keeps_no_slot_and_leaves_no_false_prefix(
+    target: Target, draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C in a notebook: the table of tokens has the new prompt, and the slot the old one's keys and values."""
+    recorded = RecordedEngine(target, draft, max_batch_size=1)
+    recorded.serve(make_request("old", 1))
+    new = make_request("new", *COMMON[::-1], shared=0)
+
+    def interrupted(slot: int, length: int) -> None:
+        raise KeyboardInterrupt
+
+    drafter = recorded.engine._drafter
+    assert drafter is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(drafter, "keep_prefix", interrupted)
+        recorded.engine.submit(new)
+        with pytest.raises(KeyboardInterrupt):
+            recorded.engine.round()
+        recorded.engine.cancel("new")
+    assert not recorded.engine.has_work
+    assert recorded.serve(new) == RecordedEngine(target, draft, prefix_cache=False).serve(new)
+    assert recorded.engine.stats.cached_tokens == 0
+
+
 def test_the_draft_is_swapped_between_two_requests_with_a_common_prefix(target: Target, draft: Eagle3Draft) -> None:
     recorded = RecordedEngine(target, draft)
     recorded.serve(make_request("a", 1))
