@@ -111,10 +111,13 @@ class EngineLoop:
                     live.before_round()
                 parts.before_round()
                 outputs = engine.round()
-                parts.after_round()
+                has_computed = bool(outputs or engine.num_running)  # not where all wait for their grammars
+                if has_computed:
+                    parts.after_round()
                 now = time.perf_counter()
                 swapped = live is not None and live.num_swaps > swaps
-                report.round_times.add(now - started, swapped=swapped)
+                if has_computed or swapped:
+                    report.round_times.add(now - started, swapped=swapped)
                 has_ended = untold.add(outputs, now) and tell(now)
                 if has_ended or swapped or not engine.has_work or now >= report_s:
                     report.write()

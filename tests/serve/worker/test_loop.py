@@ -31,7 +31,7 @@ from aurora_lit.serve.worker import loop
 from aurora_lit.serve.worker import outbox as outbox_module
 from aurora_lit.serve.worker.loop import EngineLoop, _Untold
 from aurora_lit.serve.worker.parts import WorkerParts
-from aurora_lit.serve.worker.status_report import StatusReport
+from aurora_lit.serve.worker.status_report import RoundTimes, StatusReport
 
 TOKENIZER = tiny_tokenizer()
 BACKLOG_BYTES = 300_000
@@ -133,7 +133,11 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     handler = signal.getsignal(signal.SIGTERM)
 
     def serve(
-        http_process: Callable[[HTTPProcess], None], *, live: DraftToSwap | None = None, **options: float
+        http_process: Callable[[HTTPProcess], None],
+        *,
+        live: DraftToSwap | None = None,
+        after_round: Callable[[], None] = lambda: None,
+        **options: float,
     ) -> FakeEngine:
         http_end, worker_end = socket.socketpair()
         page = EngineStatusPage.create(tmp_path / "status")
@@ -152,8 +156,9 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
         thread = threading.Thread(target=run)
         thread.start()
+        parts = WorkerParts(engine=engine, after_round=after_round)
         with pytest.raises(SystemExit) as ended:
-            EngineLoop(WorkerChannel(worker_end), page).run(WorkerParts(engine=engine), live)  # type: ignore[arg-type]
+            EngineLoop(WorkerChannel(worker_end), page).run(parts, live)  # type: ignore[arg-type]
         loop_has_ended.set()
         thread.join()
         worker_end.close()
@@ -350,3 +355,24 @@ def test_counters_are_written_ten_times_a_second_and_when_a_request_ends(
     serve(http_process, round_s=0.003)
     while_it_runs = [at_s for at_s, rounds in written if 0 < rounds < 200]
     assert 4 <= len(while_it_runs) <= 2 + (while_it_runs[-1] - while_it_runs[0]) / 0.1
+
+
+def test_a_round_in_which_all_wait_for_their_grammars_is_not_timed(
+    serve: Callable[..., FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sleeps, which would count as rounds whose cores other processes take, and as long rounds."""
+    waits, measured, timed = iter(range(5)), list[int](), list[float]()
+    round_of = FakeEngine.round
+
+    def round(self: FakeEngine) -> list[Output]:
+        return round_of(self) if next(waits, None) is None else []
+
+    monkeypatch.setattr(FakeEngine, "round", round)
+    monkeypatch.setattr(RoundTimes, "add", lambda self, seconds, *, swapped: timed.append(seconds))
+
+    def http_process(http: HTTPProcess) -> None:
+        http.call("a", "abcd", max_tokens=8)
+        http.read_until(lambda: http.ended("a"))
+
+    engine = serve(http_process, after_round=lambda: measured.append(1))
+    assert engine.stats.rounds == len(measured) == len(timed) == 4
