@@ -67,7 +67,8 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     """Of all tokens of the answer."""
     finish_reason: str | None = None
-    """"stop" (end of text, stop token or stop string) or "length"."""
+    """"stop" (end of text, stop token or stop string), "length", or "error": its grammar could not be followed, and the
+    log says why; what its last round brought is left out."""
     num_rounds: int = 0
     """Passes of the target that this answer took part in."""
 
@@ -134,7 +135,8 @@ class LLM:
         """Continue each prompt as it is, without a chat template; all of them are decoded together.
 
         sampling_params: for all prompts, or one for each; None: the defaults. use_tqdm: vLLM's, without effect, since
-        there is no progress bar. Raises RequestError, which names the field, before anything is generated.
+        there is no progress bar. Raises RequestError, which names the field, before anything is generated. An answer
+        whose grammar turns out later to be too complex ends with finish_reason "error"; the others go on.
         """
         self._check_open()
         each = [prompts] if _is_one(prompts) else list(prompts)
@@ -207,7 +209,7 @@ class LLM:
         return f"llm-{next(self._numbers)}"
 
     def _run(self, asked: Sequence[tuple[str | None, Prepared]]) -> list[RequestOutput]:
-        """Run rounds until every call has ended."""
+        """Run rounds until every call has ended. An answer that fails ends alone."""
         calls = {prepared.call.call_id: prepared.call for _, prepared in asked}
         streams = {
             prepared.call.call_id: AnswerStream(self._tokenizer, prepared.call.requests, prepared.options)
@@ -225,10 +227,10 @@ class LLM:
                 tracker.add(call)
             while self._engine.has_work:
                 for call_id, deltas in tracker.advance(self._engine.round()).updates:
-                    try:
-                        added, stopped = streams[call_id].add(deltas)
-                    except RuntimeError as error:
-                        raise AuroraError(f"the engine failed: {error}") from error
+                    for failed in (delta for delta in deltas if delta.finish_reason == "error"):
+                        answers[call_id][failed.index].finish_reason = "error"
+                    whole = [delta for delta in deltas if delta.finish_reason != "error"]
+                    added, stopped = streams[call_id].add(whole)
                     for delta in added:
                         if delta.index == 0:
                             num_cached[call_id] = delta.num_cached_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import aurora_lit
 from aurora_lit import llm as llm_module
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError, RequestError
-from aurora_lit.grammars.matcher import GrammarCompiler
+from aurora_lit.grammars.matcher import Grammar, GrammarCompiler
 from aurora_lit.llm import LLM
 from aurora_lit.models.target import Target
 from aurora_lit.models.tokenizer import tokenizer_json
@@ -246,6 +246,24 @@ def test_structured_outputs_have_vllms_names(llm: LLM, target: Target, asked: di
         for output in answer.outputs:
             assert re.fullmatch(pattern, output.text)
             assert output.finish_reason == "stop"
+
+
+def test_a_grammar_that_fails_on_the_way_ends_its_answer_alone(
+    llm: LLM, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm._engine = make_engine(target, random_draft(target), grammars=a_compiler(target), eos_token_ids=frozenset([END]))
+
+    def failing(self: Grammar, tokens: Sequence[int]) -> None:
+        raise RequestError("too complex")
+
+    monkeypatch.setattr(Grammar, "advance", failing)
+    free = replace(GREEDY, ignore_eos=True)
+    structured = replace(GREEDY, structured_outputs=StructuredOutputsParams(regex="A[BC]{2,5}D"), n=2, temperature=1.0)
+    bad, good = llm.generate(PROMPTS[:2], [structured, free])
+    assert [(output.finish_reason, output.text, output.token_ids) for output in bad.outputs] == [("error", "", [])] * 2
+    assert good.outputs[0].finish_reason == "length"
+    assert good.outputs[0].token_ids == plain_tokens(target, PROMPTS[1], free)
+    assert not llm._engine.has_work
 
 
 def test_a_chat_takes_the_chat_template(llm: LLM, target: Target) -> None:
