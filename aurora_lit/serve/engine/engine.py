@@ -254,11 +254,10 @@ class Engine:
     def _admit(self) -> list[Output]:
         """Give free slots to waiting requests, oldest first; a prefix of the prompt that the slot holds is kept.
 
-        Those whose grammars are still being compiled wait on. Returns what is said to those whose grammars cannot be.
+        Those whose grammars are still being compiled wait on. Returns what is said to those whose grammars cannot be,
+        which need no slot.
         """
         refused: list[Output] = []
-        if not self._allocator.num_free:
-            return refused
         for ready in self._waiting.take(self._allocator.num_free):
             request = ready.request
             if ready.error is not None:

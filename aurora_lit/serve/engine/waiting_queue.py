@@ -2,7 +2,7 @@
 
     queue = WaitingQueue(grammars, eos_token_ids=ids)
     queue.append(request)                    # its grammar begins to be compiled
-    for ready in queue.take(num_free):       # before a round
+    for ready in queue.take(num_free):       # before a round; grammars that cannot be used need no slot
         ready.request, ready.grammar, ready.end_tokens
 
 Left out: slots (serve/sequences/slot_allocator.py), and what grammars allow (grammars/matcher.py).
@@ -10,7 +10,9 @@ Left out: slots (serve/sequences/slot_allocator.py), and what grammars allow (gr
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
@@ -44,6 +46,8 @@ class WaitingQueue:
         self._requests: dict[str, Request] = {}
         """By id, in the order of their arrival."""
         self._compiling: dict[str, Future[Grammar]] = {}
+        self._failed: deque[tuple[Request, Future[Grammar]]] = deque()
+        """What could not be compiled, from other threads; some of it may have been removed since."""
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -56,7 +60,9 @@ class WaitingQueue:
             if self._grammars is None or not has_end:
                 reason = "this model's tokenizer cannot be read for it" if has_end else "no token ends every output"
                 raise RequestError(f"structured_outputs cannot be used: {reason}", param="structured_outputs")
-            self._compiling[request.request_id] = self._grammars.compile(asked, end_tokens=self._end_tokens(request))
+            compiling = self._grammars.compile(asked, end_tokens=self._end_tokens(request))
+            compiling.add_done_callback(functools.partial(self._note, request))
+            self._compiling[request.request_id] = compiling
         self._requests[request.request_id] = request
 
     def remove(self, request_id: str) -> None:
@@ -66,21 +72,32 @@ class WaitingQueue:
             compiling.cancel()  # or the grammars of others would wait for one that nobody wants
 
     def take(self, most: int) -> list[ReadyRequest]:
-        """Take out the oldest requests that may begin, and those whose grammars cannot be used."""
-        ready: list[ReadyRequest] = []
+        """Take out all whose grammars cannot be used, and the oldest requests that may begin: up to `most`."""
+        refused: list[ReadyRequest] = []
+        while self._failed:
+            request, compiling = self._failed.popleft()
+            if self._compiling.get(request.request_id) is compiling:
+                refused.append(self._ready(request, compiling))
+                self.remove(request.request_id)
+        begins: list[ReadyRequest] = []
         for request_id, request in self._requests.items():
-            if len(ready) >= most:
+            if len(begins) >= most:
                 break
-            compiling = self._compiling.get(request_id)
-            if compiling is None or compiling.done():
-                ready.append(self._ready(request, compiling))
-        for each in ready:
+            of_request = self._compiling.get(request_id)
+            if of_request is None or of_request.done():
+                begins.append(self._ready(request, of_request))
+        for each in begins:
             self.remove(each.request.request_id)
-        return ready
+        return refused + begins
 
     def wait_for_grammar(self) -> None:
         """Wait a moment for a grammar, if nothing else is to be done."""
         wait(self._compiling.values(), timeout=_COMPILING_POLL_S, return_when=FIRST_COMPLETED)
+
+    def _note(self, request: Request, compiling: Future[Grammar]) -> None:
+        """Runs in the thread that has compiled a grammar, or has cancelled that."""
+        if not compiling.cancelled() and compiling.exception() is not None:
+            self._failed.append((request, compiling))
 
     def _ready(self, request: Request, compiling: Future[Grammar] | None) -> ReadyRequest:
         grammar, error = None, None

@@ -196,7 +196,7 @@ class CompilerAtOnce(GrammarCompiler):
 
     def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
         future = super().compile(asked, end_tokens=end_tokens)
-        future.result()
+        future.exception()  # waits
         return future
 
 
@@ -279,6 +279,22 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_request_alone(case: Case) ->
     assert answers[good.request_id].finish_reason == "stop"
     assert answers[bad.request_id].finish_reason == "error"
     assert "invalid regex" in (answers[bad.request_id].rounds[0].error or "")
+
+
+def test_a_grammar_that_cannot_be_compiled_is_refused_while_no_slot_is_free(case: Case) -> None:
+    grammars = CompilerAtOnce(backend().to_str, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset([END]))
+    engine = case.engine(grammars=grammars, max_batch_size=1)
+    other, good, bad = *requests(1, regex=None, ignore_eos=True, max_tokens=20), *requests(1), *requests(1, regex="(")
+    engine.submit(other)
+    engine.round()
+    engine.submit(good)
+    engine.submit(bad)
+    failed = [output for output in engine.round() if output.finish_reason == "error"]
+    assert [output.request_id for output in failed] == [bad.request_id]
+    assert (engine.num_running, engine.num_waiting) == (1, 1)
+    while engine.has_work:
+        last = engine.round()
+    assert [(output.request_id, output.finish_reason) for output in last] == [(good.request_id, "stop")]
 
 
 class Panic(BaseException):
