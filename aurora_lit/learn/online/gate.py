@@ -96,11 +96,12 @@ def decide(
 
     The challenger passes if the evidence is as much as needed, if it is itself ahead on the new requests, and if it is
     in no domain significantly worse: one-sided paired t-tests at levels that share _FALSE_REFUSAL_RATE (Bonferroni).
+    If it is neither ahead nor behind, since hardly anything was learned, it is not refused either.
     """
-    champion, challenger, t_statistic = _compare(new)
+    champion, challenger, lead = _compare(new)
     reason = f"{challenger:.3f} against {champion:.3f} tokens a round on {len(new)} new requests"
     reason += f", evidence {evidence:.2f} of {needed:.3g}"
-    refused = t_statistic <= 0
+    refused = lead < 0
     table = {}
     for domain, pairs in sorted(by_domain.items()):
         before, after, t_statistic = _compare(pairs)
@@ -109,7 +110,7 @@ def decide(
             refused = True
             reason += f"; worse in domain {domain!r}: {after:.3f} against {before:.3f} on {len(pairs)} requests"
     return GateDecision(
-        passed=not refused and evidence >= needed,
+        passed=lead > 0 and not refused and evidence >= needed,
         refused=refused,
         reason=reason,
         champion=champion,

@@ -81,7 +81,8 @@ class DomainController:
 
     def assign_domain(self, trace: Trace) -> Trace:
         """The trace with its domain. A new domain or a shift raises the schedules' heat."""
-        assignment = DomainAssignment(domain=self._known_label(trace.domain))
+        is_new, label = trace.domain not in self._labels, self._known_label(trace.domain)
+        assignment = DomainAssignment(domain=label, founded_novelty=float(is_new and label != UNKNOWN))
         if self.detector is not None:
             assignment = self.detector.assign(trace)
         if assignment.merged is not None:

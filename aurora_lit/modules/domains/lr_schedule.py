@@ -8,8 +8,9 @@ last few steps' live traffic, and the learning rate is
     base_lr · backoff · min(1, (step + 1) / warmup_steps) · (min_lr_factor + (1 − min_lr_factor) · heat)
 
 So two interleaved domains cool separately, and replay cools its domain without changing the rate. backoff starts at 1
-and is halved when several drafts in a row are rejected by the gate, which indicates that the rate is too high. The heat
-also sets exploration (modules/domains/controller.py).
+and is halved when several drafts in a row are rejected by the gate, which indicates that the rate is too high. It is at
+least the heat of what is new when heat is raised or traffic shifts: rejected drafts tell nothing about other traffic.
+The heat also sets exploration (modules/domains/controller.py).
 
 Leaves out which domains there are and when traffic shifts (modules/domains/detector.py).
 
@@ -77,10 +78,12 @@ class DomainAwareLR(LRScheduler):
         """Raise a domain's heat to a novelty in [0, 1], unless it is higher already."""
         if domain not in self.raised_heat or novelty > self.heat_of(domain):
             self.raised_heat[domain], self.tokens_since[domain] = min(1.0, novelty), 0.0
+            self.backoff = max(self.backoff, self.raised_heat[domain])
 
     def shift_to(self, domain: str) -> None:
         """Note that traffic has shifted to a domain: earlier traffic no longer counts for the rate."""
         self.live_share = {domain: 1.0}
+        self.backoff = max(self.backoff, self.heat_of(domain))
 
     def count_tokens(self, tokens: Mapping[str, float], *, live: Mapping[str, float]) -> None:
         """Count the tokens that a step learns from, by domain; call before `step`. `live`: those of live traffic."""

@@ -215,7 +215,7 @@ def test_requests_that_have_waited_are_learned_from_but_for_a_few(served: list[T
         ([0.1, 0.2, 0.0, 0.3, 0.1, 0.1], 4.0, True, False),
         ([0.1, 0.2, 0.0, 0.3, 0.1, 0.1], 3.9, False, False),
         ([-0.1, -0.2, 0.0, -0.3, -0.1, -0.1], 9.0, False, True),  # its ancestors were better
-        ([0.0] * 6, 9.0, False, True),  # the same draft again
+        ([0.0] * 6, 9.0, False, False),  # a draft that accepts the same tells nothing about the learning rate
     ],
 )
 def test_a_draft_passes_with_enough_evidence_and_if_it_is_ahead_itself(

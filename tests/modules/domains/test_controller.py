@@ -77,6 +77,10 @@ def test_without_a_detector_labels_are_domains_and_no_shift_is_detected() -> Non
         rate = step()
     assert rate == pytest.approx(0.2, abs=1e-3)
     assert (controller.num_shifts, controller.describe()) == (0, "mine 100% (heat 0.00)")
+    controller._schedules[0].back_off()
+    for label, backoff in (("mine", 0.5), ("new", 1.0)):
+        controller.assign_domain(PromptMaker().trace("code", label=label))
+        assert controller._schedules[0].backoff == backoff
 
 
 @pytest.mark.parametrize("detect", [False, True])
