@@ -265,7 +265,8 @@ class Replay:
         self.served.load_state_dict(stored)
         for module in (self._champion, *(scorer.module for scorer in self._scorers)):
             self._target_head.install_head(module)
-        self.version = self.learner.version = name
+        self.version = name
+        self.learner.note_published(name)
         self._held_out.clear_champion_scores()
 
 

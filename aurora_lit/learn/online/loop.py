@@ -314,9 +314,8 @@ class OnlineLoop:
             record = {"steps": self.learner.steps, "positions": self.learner.positions, "reason": decision.reason}
             try:
                 with self.learner.averaged() as module:
-                    self.learner.version = self._environment.store.publish(
-                        module.draft, record=record | decision.record
-                    )
+                    version = self._environment.store.publish(module.draft, record=record | decision.record)
+                self.learner.note_published(version)
                 self.published, self._passed_version = self.published + 1, self.learner.version
             except (OSError, CheckpointError) as error:  # a full disk: learning continues; the next trial tries again
                 self._environment.page.write(error=f"a draft could not be published: {error}")
