@@ -5,7 +5,7 @@ than the usual magnitude of its hidden state, and with a coordinate that all hav
 of a template found no clusters. Centroids are kept as plain means, so that they stay correct while those statistics
 change. An embedding that is far from all centroids is an outlier; enough outliers close together found a cluster. At
 the maximum, the two closest clusters are merged if they are closer to each other than the new cluster is to its
-nearest.
+nearest. Clusters that have their names from outside are never merged, and are half of all at most.
 
 Requests without a cluster have a mean too. While all traffic is of one kind that varies much, few of its requests are
 in a cluster until other kinds arrive. A cluster founded near that mean has low novelty.
@@ -64,6 +64,7 @@ class OnlineClusters:
         self.names: list[str] = []
         self._is_fixed: list[bool] = []
         """Clusters whose names come from outside. They are never merged."""
+        self._max_fixed = (max_clusters + 1) // 2
         self._sizes: list[int] = []
         self._num_requests = self._num_unassigned = 0
         self._mean_E = self._variance_E = self._magnitude_E = self._unassigned_mean_E = torch.zeros(0)
@@ -79,7 +80,8 @@ class OnlineClusters:
         Args:
             x_E: the embedding.
             new_name: name for the cluster that it may found.
-            fixed_name: name of the cluster that it belongs to whatever the distance, as long as there is room for it.
+            fixed_name: name of the cluster that it belongs to whatever the distance, as long as there is room for it,
+                and for no more than half of the clusters.
         """
         self._update_statistics(x_E)
         distance_D = 1 - self._standardise(self._centroid_DE) @ self._standardise(x_E)
@@ -88,7 +90,7 @@ class OnlineClusters:
         if fixed_name is not None:
             if fixed_name in self.names:
                 return self._join(self.names.index(fixed_name), x_E, distance)
-            if (merged := self._make_room(distance)) is not None:
+            if sum(self._is_fixed) < self._max_fixed and (merged := self._make_room(distance)) is not None:
                 return self._found(fixed_name, x_E, distance, is_fixed=True, size=1, merged=merged)
         if self._num_requests <= WARMUP_REQUESTS:
             self._outliers.append(x_E)
@@ -147,6 +149,8 @@ class OnlineClusters:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.names, self._is_fixed, self._sizes = list(state["names"]), list(state["is_fixed"]), list(state["sizes"])
+        for surplus in [at for at, is_fixed in enumerate(self._is_fixed) if is_fixed][self._max_fixed :]:
+            self._is_fixed[surplus] = False  # saved when there was no limit, or a higher one
         self._num_requests, self._num_unassigned = state["num_requests"], state["num_unassigned"]
         self._mean_E, self._variance_E = state["mean"], state["variance"]
         self._magnitude_E, self._unassigned_mean_E = state["magnitude"], state["unassigned_mean"]

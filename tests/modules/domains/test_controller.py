@@ -86,7 +86,7 @@ def test_without_a_detector_labels_are_domains_and_no_shift_is_detected() -> Non
 @pytest.mark.parametrize("detect", [False, True])
 def test_labels_are_capped_and_those_dropped_are_counted(detect: bool) -> None:
     def a_capped() -> DomainController:
-        detector = DomainDetector(max_domains=3, novelty_threshold=0.7) if detect else None
+        detector = DomainDetector(max_domains=5, novelty_threshold=0.7) if detect else None
         return with_rate(make_controller(detector=detector, max_labels=3))[0]
 
     controller, prompts = a_capped(), PromptMaker()

@@ -144,16 +144,29 @@ def test_a_request_whose_beginning_was_not_seen_has_its_known_label() -> None:
 
 
 def test_a_label_takes_precedence_and_labels_are_capped() -> None:
-    detector = DomainDetector(max_domains=3, novelty_threshold=0.7)
+    detector = DomainDetector(max_domains=5, novelty_threshold=0.7)
     prompts = PromptMaker()
     assert detector.assign(prompts.trace("code", label="mine")).domain == "mine"
     assert [detector.assign(prompts.trace("chat", label="mine")).domain for _ in range(3)] == ["mine"] * 3
     for label in ("b", "c"):
         detector.assign(prompts.trace("prose", label=label))
     for number in range(50):
-        assert detector.assign(prompts.trace("sql", label=f"flood{number}")).domain in {"mine", "b", "c", UNKNOWN}
-    assert set(detector.domains) == {"mine", "b", "c"}
+        found = detector.assign(prompts.trace(("sql", "prose")[number % 2], label=f"flood{number}")).domain
+        assert found in {"mine", "b", "c", "auto-1", UNKNOWN}
+    assert set(detector.domains) == {"mine", "b", "c", "auto-1"}, "they leave room for what is found"
     assert detector.assign(prompts.trace("code", label="auto-1")).domain != "auto-1", "the prefix is reserved"
+
+
+def test_labels_of_a_time_without_a_limit_give_way_to_what_is_found() -> None:
+    before, prompts = DomainDetector(max_domains=8, novelty_threshold=0.7), PromptMaker()
+    for _ in range(6):
+        for kind, label in (("code", "a"), ("chat", "b"), ("prose", "c"), ("prose", "d")):
+            before.assign(prompts.trace(kind, label=label))
+    after = DomainDetector(max_domains=4, novelty_threshold=0.7)
+    after.load_state_dict(before.state_dict())
+    assignments, _ = assign_all(["sql"] * 8, detector=after, seed=1)
+    assert [{*assignment.merged} for assignment in assignments if assignment.merged] == [{"c", "d"}]
+    assert {"a", "b", "auto-1"} < set(after.domains)
 
 
 def test_later_segments_have_their_requests_domain_and_do_not_change_the_detector() -> None:
