@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric.loggers.csv_logs import CSVLogger
@@ -98,13 +99,17 @@ def build_loop(
             fabric=fabric,
             before_step=leader.broadcast_step if leader else None,
         )
+        record = _record_of(store, current)
         if learner.resume() and (
             version_number(learner.version) > version_number(current or STARTING_VERSION)
-            or _steps_of(store, current) > learner.steps
+            or record.get("steps", 0) > learner.steps
         ):
             # Of a later version: it was rolled back meanwhile, or cannot be loaded. Of fewer steps: the learner was
             # killed after it had published and before it saved its state.
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)
+        # Those of the draft that it goes on from. With fewer the next start would go back to that draft again.
+        learner.steps = max(learner.steps, record.get("steps", 0))
+        learner.positions = max(learner.positions, record.get("positions", 0))
         served = for_scoring(copy.deepcopy(module.draft))
         champion = online_module(config, served, target_head).to(learner.fabric.device)
         yield OnlineLoop(
@@ -131,10 +136,9 @@ def build_loop(
         )
 
 
-def _steps_of(store: DraftStore, version: str | None) -> int:
-    """After how many steps a learner has published a version; 0 if none has."""
-    records = (each.record for each in store.versions() if each.name == version)
-    return int(next(records, {}).get("steps", 0))
+def _record_of(store: DraftStore, version: str | None) -> dict[str, Any]:
+    """What was recorded when a version was published; empty for the starting draft."""
+    return next((each.record for each in store.versions() if each.name == version), {})
 
 
 def make_batcher(config: AuroraConfig, target_head: TargetHead, folder: Path) -> OnlineBatcher:

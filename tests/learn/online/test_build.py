@@ -79,11 +79,17 @@ def test_a_killed_learner_goes_on_from_what_it_has_published_since_it_saved(
             loop.learner.save()
         if published:
             loop.learner.draft.norm.weight.fill_(3.0)
-            server.store.publish(loop.learner.draft, record={"steps": 9})
+            server.store.publish(loop.learner.draft, record={"steps": 9, "positions": 900})
     with built() as loop:
         assert loop.learner.version == ("draft-000001" if published else "start")
         assert set(loop.learner.draft.norm.weight.tolist()) == {3.0 if published else 2.0}
-        assert loop.learner.steps == (7 if saved else 0)
+        assert loop.learner.steps == (9 if published else 7)
+        assert loop.learner.positions == (900 if published else 0)
+        with torch.no_grad():
+            loop.learner.draft.norm.weight.fill_(4.0)
+        loop.learner.save()
+    with built() as loop:
+        assert set(loop.learner.draft.norm.weight.tolist()) == {4.0}, "what it has learned since is not lost"
 
 
 def test_a_learner_that_has_learned_on_beside_another_draft_goes_on(server: ServerStandIn) -> None:
