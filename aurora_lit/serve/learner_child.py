@@ -25,7 +25,9 @@ RESTART_AFTER_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Waits before each restart; after one more fault in a row it is not restarted."""
 _SETTLED_S = 300.0
 """After running for this long, earlier faults no longer count."""
-_GRACE_S = 5.0
+_GRACE_S = 12.0
+"""From SIGTERM to SIGKILL: for a step, and for saving the state on a slow disk. With server.drain_s and what the engine
+worker may take before, it is less than the 30 s that service managers usually wait."""
 _log = logging.getLogger(__name__)
 
 

@@ -53,6 +53,10 @@ _MOST_REASONS = 8
 _log = logging.getLogger(__name__)
 
 
+class _TrialEnded(Exception):
+    """The loop was stopped in the middle of a trial."""
+
+
 def newest_usable(store: DraftStore, load: Callable[[str], Eagle3Draft]) -> tuple[str | None, Eagle3Draft | None]:
     """The version to begin with, as the server chooses it, and its draft: the current one or, if that cannot be loaded,
     the newest older one that can. None: the starting draft."""
@@ -135,7 +139,7 @@ class OnlineLoop:
         self._load_champion(newest_usable(environment.store, environment.served_draft)[0])
 
     def stop(self) -> None:
-        """Stop after the current turn; safe in a signal handler."""
+        """Stop after the current turn, or in the middle of a trial; safe in a signal handler."""
         self._stopped = True
 
     def run(self) -> None:
@@ -295,18 +299,27 @@ class OnlineLoop:
             and len(self.held_out.untried) >= MIN_REQUESTS
         )
 
+    def _end_if_stopped(self) -> None:
+        """End the trial if the loop was stopped: it takes seconds, which a server that ends may not have."""
+        self._give_way()
+        if self._stopped:
+            raise _TrialEnded
+
     def _try_to_publish(self) -> None:
         """Hold a trial: compare the learner's draft with the served one, and publish it if it passes."""
         self._activity, self._passed_version = "comparing drafts", None
         self._last_trial_s, self._last_trial_steps = self._environment.monotonic_s(), self.learner.steps
-        with self.learner.averaged() as challenger, self.learner.fabric.autocast():
-            decision = compare_drafts(
-                self.held_out,
-                champion=self._champion,
-                challenger=challenger,
-                heat=self.learner.controller.heat,
-                between_batches=self._give_way,
-            )
+        try:
+            with self.learner.averaged() as challenger, self.learner.fabric.autocast():
+                decision = compare_drafts(
+                    self.held_out,
+                    champion=self._champion,
+                    challenger=challenger,
+                    heat=self.learner.controller.heat,
+                    between_batches=self._end_if_stopped,
+                )
+        except _TrialEnded:
+            return
         if decision is None:
             return
         self.decision = decision

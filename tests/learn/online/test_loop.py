@@ -646,6 +646,32 @@ def test_a_trial_too_waits_in_its_middle_for_requests(target: Target, traffic: l
     assert looks.count("comparing drafts") >= 2, "after each batch of requests"
 
 
+def test_a_trial_ends_when_the_loop_is_stopped_and_decides_nothing(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    """A server that ends does not wait for long before it kills the learner."""
+    harness = LearnerHarness(target, tmp_path, publish_every_steps=2)
+    harness.held_out.champion_score = 0.0  # the challenger would pass
+    harness.ring.records.extend(asked_again(traffic, 8))
+    draft, looks = harness.learner.draft, list[str]()
+
+    def stop() -> None:
+        looks.append(harness.loop._activity)
+        harness.loop.stop()
+
+    harness.loop._give_way = stop  # type: ignore[method-assign]
+    harness.loop.run()
+    assert looks == ["comparing drafts"], "after the first batch of requests"
+    assert harness.loop.decision is None
+    assert (harness.loop.published, harness.loop.refused_by_gate) == (0, 0)
+    assert len(harness.held_out.untried) == 12
+    assert harness.held_out.evidence.value == 1.0
+    assert harness.learner.draft is draft, "and not the average"
+    steps = harness.learner.steps
+    assert harness.learner.resume(), "it has saved its state"
+    assert harness.learner.steps == steps >= 2
+
+
 def test_rounds_of_drafts_that_are_too_old_are_told_to_the_batches(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
