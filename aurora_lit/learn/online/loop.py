@@ -173,7 +173,7 @@ class OnlineLoop:
                 with self._trial_limit.measured():
                     self._try_to_publish()
             found_work = trial_is_due or self._step()
-            self._save_when_due()
+        self._save_when_due()  # mostly waits for the disk
         if found_work:
             self._report()
         else:
@@ -325,6 +325,7 @@ class OnlineLoop:
         self.decision = decision
         if decision.passed:
             record = {"steps": self.learner.steps, "positions": self.learner.positions, "reason": decision.reason}
+            self._environment.page.write(busy_threads=0)  # publishing mostly waits for the disk
             try:
                 with self.learner.averaged() as module:
                     version = self._environment.store.publish(module.draft, record=record | decision.record)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -415,6 +415,27 @@ def test_the_status_page_shows_the_busy_threads_only_while_learning_computes(
     harness.loop.tick()
     assert seen == [0, 3]
     assert harness.page.peek("busy_threads") == 0
+
+
+def test_rounds_have_all_cores_while_the_learner_waits_for_the_disk(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    harness = LearnerHarness(target, tmp_path, threads=3, publish_every_steps=2, save_every_s=0.0)
+    harness.held_out.champion_score = 0.0
+    harness.ring.records.extend(asked_again(traffic, 4))
+    busy: list[tuple[str, int]] = []
+
+    def watched(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*args: Any, **options: Any) -> Any:
+            busy.append((name, harness.page.peek("busy_threads")))
+            return action(*args, **options)
+
+        return act
+
+    harness.learner.save = watched("save", harness.learner.save)  # type: ignore[method-assign]
+    harness.store.publish = watched("publish", harness.store.publish)  # type: ignore[method-assign]
+    harness.tick_until(lambda: harness.loop.published == 1)
+    assert set(busy) == {("save", 0), ("publish", 0)}
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), CheckpointError("cannot be read")])
