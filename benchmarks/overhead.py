@@ -26,6 +26,7 @@ from rich.table import Table
 from aurora_lit.bench.prompts import load_prompts, params_for
 from aurora_lit.config import load_config
 from aurora_lit.drafts.hot_reload import HotReloader
+from aurora_lit.drafts.rollback import TrafficKind
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -100,7 +101,7 @@ def main() -> int:
                 started = time.perf_counter()
                 before()
                 outputs = engine.round()
-                after(outputs, [""] * len(outputs))
+                after(outputs, [TrafficKind()] * len(outputs))
                 stats = engine.stats
                 write(
                     running=engine.num_running,

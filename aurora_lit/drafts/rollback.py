@@ -2,17 +2,17 @@
 
 An observation is a first choice of the draft after first choices that were all right, in a sequence's round (n-gram
 lookup and exploring rounds do not count): whether it is the token that came, proposed or not. It is compared with how
-often those of the previous version were right in the same domain and at the same place of a round's chain: how many
-tokens are drafted and proposed changes with load, with acceptance and with how sure the draft is, and traffic changes
-its mix of domains, none of which makes a draft a worse one. A version is bad when it has been wrong many more times and
-the share of its choices that were right is lower beyond noise. Rounds of one request are alike, so noise is estimated
-from whole requests, of both versions. A version is on trial once, in its first rounds, and only until their mean shows
-that it is no worse: a bad draft is bad from its first round on, later changes are due to traffic. Leaves out the
-rollback itself (drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
+often those of the previous version were right in the same kind of traffic and at the same place of a round's chain: how
+many tokens are drafted and proposed changes with load, with acceptance and with how sure the draft is, and traffic
+changes its mix of domains, temperatures and grammars, none of which makes a draft a worse one. A version is bad when it
+has been wrong many more times and the share of its choices that were right is lower beyond noise. Rounds of one request
+are alike, so noise is estimated from whole requests, of both versions. A version is on trial once, in its first rounds,
+and only until their mean shows that it is no worse: a bad draft is bad from its first round on, later changes are due
+to traffic. Leaves out the rollback itself (drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
 
     watch = RollbackWatch()
     watch.swapped(trusted=False)                                            # the trial of a new version begins
-    verdict = watch.observe(request="a1", domain="code", proposed=4, accepted=0)  # None, or the reason for a rollback
+    verdict = watch.observe(request="a1", traffic=TrafficKind("code"), proposed=4, accepted=0)  # None, or the reason
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 TRIAL_ROUNDS = 2048
 """Length of a trial at most."""
@@ -44,8 +45,20 @@ _ACQUITTAL_ROUNDS = 256
 _ACQUITTAL_NOISE = 1.0
 """The mean drop must then be smaller than the tolerated one by this many standard errors."""
 
-_Kind = tuple[str, int]
-"""Domain, and number of first choices before it in the round."""
+
+class TrafficKind(NamedTuple):
+    """What makes a draft right more or less often, however good it is: only rounds that agree in it are compared."""
+
+    domain: str = ""
+    """What the request is served as."""
+    temperature: float = 0.0
+    """The request's, to a tenth; 0: greedy."""
+    has_grammar: bool = False
+    """True if a grammar constrains the answer."""
+
+
+_Kind = tuple[TrafficKind, int]
+"""The traffic, and number of first choices before it in the round."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class _Round:
     """One sequence's round."""
 
     request: str
-    domain: str
+    traffic: TrafficKind
     right: list[bool]
     """Of the draft's first choices that the answer tells about: right ones, then at most one that was wrong."""
 
@@ -83,21 +96,21 @@ class RollbackWatch:
         self._was_bad = False
         self._latest.clear()
 
-    def observe(self, *, request: str, domain: str, proposed: int, accepted: int) -> str | None:
+    def observe(self, *, request: str, traffic: TrafficKind, proposed: int, accepted: int) -> str | None:
         """Add one sequence's round. Returns the reason if the version on trial is bad, which ends its trial.
 
         proposed: first choices that the answer tells about if all before them are right; accepted: that were right, up
         to the first that was not.
         """
         right = [True] * accepted + [False] * (accepted < proposed)
-        self._latest.append(_Round(request, domain, right))
-        if not self._on_trial or (domain, 0) not in self._baseline.mean_by_kind:
+        self._latest.append(_Round(request, traffic, right))
+        if not self._on_trial or (traffic, 0) not in self._baseline.mean_by_kind:
             return None
         for place, is_right in enumerate(right):
-            expected = self._baseline.mean_by_kind.get((domain, place))
+            expected = self._baseline.mean_by_kind.get((traffic, place))
             if expected is None:
                 break
-            self._number_by_kind[domain, place] += 1
+            self._number_by_kind[traffic, place] += 1
             self._number_by_request[request] += 1
             self._total_by_request[request] += is_right - expected
             self._squares += (is_right - expected) ** 2
@@ -138,7 +151,7 @@ class _Baseline:
         values: dict[_Kind, list[tuple[str, bool]]] = defaultdict(list)
         for each in rounds:
             for place, is_right in enumerate(each.right):
-                values[each.domain, place].append((each.request, is_right))
+                values[each.traffic, place].append((each.request, is_right))
         self.mean_by_kind: dict[_Kind, float] = {}
         self._shift_by_kind: dict[_Kind, dict[str, float]] = {}
         """By kind and request: by how much the request's choices shift the mean."""

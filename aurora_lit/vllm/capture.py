@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aurora_lit.drafts.rollback import TrafficKind
 from aurora_lit.request import MAX_DOMAIN_CHARACTERS
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE, Trace
 
@@ -42,6 +43,8 @@ class RequestInfo:
     temperature: float
     domain: str = ""
     """The client's label."""
+    has_grammar: bool = False
+    """True if structured output is asked for."""
     recordable: bool = True
     """False if its client opted out, or if it is not plain text of the target."""
 
@@ -70,7 +73,7 @@ class RoundOutcome:
     """What one request got from a step with proposals."""
 
     request_id: str
-    domain: str
+    traffic: TrafficKind
     proposed: int
     accepted: int
     version: int
@@ -192,7 +195,7 @@ class Capture:
                 outcomes.append(
                     RoundOutcome(
                         request_id=request_id,
-                        domain=recording.info.domain,
+                        traffic=_kind(recording.info),
                         proposed=drafted,
                         accepted=accepted,
                         version=recording.version,
@@ -284,6 +287,10 @@ class Capture:
         rows = slice(len(tokens_T) - kept, None)
         recording.rows = [] if ended else [(tokens_T[rows].clone(), aux_T3H[rows].clone(), last_TH[rows].clone())]
         recording.first, recording.start, recording.rounds = recording.length - kept, recording.length, []
+
+
+def _kind(info: RequestInfo) -> TrafficKind:
+    return TrafficKind(domain=info.domain, temperature=round(info.temperature, 1), has_grammar=info.has_grammar)
 
 
 def _cut(each: _Round, end: int) -> _Round:

@@ -92,7 +92,7 @@ class LiveStatus:
         if outcome.version != version_number(self._version):
             return
         verdict = self._watch.observe(
-            request=outcome.request_id, domain=outcome.domain, proposed=outcome.proposed, accepted=outcome.accepted
+            request=outcome.request_id, traffic=outcome.traffic, proposed=outcome.proposed, accepted=outcome.accepted
         )
         if verdict is not None:
             _log.warning("aurora-lit: draft %s is rolled back: %s", self._version, verdict)

@@ -64,6 +64,7 @@ def new_requests(scheduler_output: Any) -> list[tuple[RequestInfo, int]]:
             stop_ids=frozenset(stop_ids or ()),
             temperature=float(params.temperature),
             domain=domain,
+            has_grammar=params.structured_outputs is not None,
             recordable=may_be_stored
             and new.lora_request is None
             and not new.mm_features

@@ -6,21 +6,25 @@ import itertools
 import random
 from collections.abc import Callable
 
-from aurora_lit.drafts.rollback import TRIAL_ROUNDS, RollbackWatch
+import pytest
 
-Draw = Callable[[], tuple[str, int, int]]
+from aurora_lit.drafts.rollback import TRIAL_ROUNDS, RollbackWatch, TrafficKind
+
+Draw = Callable[[], tuple[TrafficKind, int, int]]
+
+GREEDY = TrafficKind()
 
 ROUNDS_OF_REQUEST = 12
 _names = itertools.count()
 
 
-def rounds(rng: random.Random, rate: float, *, proposed: tuple[int, ...] = (4,), domain: str = "") -> Draw:
+def rounds(rng: random.Random, rate: float, *, proposed: tuple[int, ...] = (4,), traffic: TrafficKind = GREEDY) -> Draw:
     """Rounds of a draft whose every proposal is accepted with this probability, given those before it were."""
 
-    def draw() -> tuple[str, int, int]:
+    def draw() -> tuple[TrafficKind, int, int]:
         count = rng.choice(proposed)
         accepted = next((i for i in range(count) if rng.random() >= rate), count)
-        return domain, count, accepted
+        return traffic, count, accepted
 
     return draw
 
@@ -37,8 +41,8 @@ def observe(watch: RollbackWatch, draw: Draw, number: int) -> tuple[int, str] | 
     for count in range(1, number + 1):
         if count % ROUNDS_OF_REQUEST == 1:
             request = str(next(_names))
-        domain, proposed, accepted = draw()
-        verdict = watch.observe(request=request, domain=domain, proposed=proposed, accepted=accepted)
+        traffic, proposed, accepted = draw()
+        verdict = watch.observe(request=request, traffic=traffic, proposed=proposed, accepted=accepted)
         if verdict is not None:
             return count, verdict
     return None
@@ -69,7 +73,7 @@ def requests_that_differ(rng: random.Random, rate: float, *, spread: float = 0.3
     """Each request's proposals are accepted at a rate of its own, uniform around the mean rate."""
     state = {"left": 0, "rate": 0.0}
 
-    def draw() -> tuple[str, int, int]:
+    def draw() -> tuple[TrafficKind, int, int]:
         if not state["left"]:
             state.update(left=ROUNDS_OF_REQUEST, rate=rate + rng.uniform(-spread, spread))
         state["left"] -= 1
@@ -108,9 +112,9 @@ def test_requests_before_the_swap_were_few_and_easy_by_chance() -> None:
 def test_one_request_alone_is_no_evidence() -> None:
     rng = random.Random(11)
     watch = watched(rounds(rng, 0.7))
-    verdicts = [watch.observe(request="long", domain="", proposed=4, accepted=0) for _ in range(500)]
+    verdicts = [watch.observe(request="long", traffic=GREEDY, proposed=4, accepted=0) for _ in range(500)]
     assert verdicts == [None] * 500
-    assert observe(watch, lambda: ("", 4, 0), 60) is not None
+    assert observe(watch, lambda: (GREEDY, 4, 0), 60) is not None
 
 
 def test_proposing_fewer_tokens_is_not_taken_for_accepting_fewer() -> None:
@@ -127,16 +131,29 @@ def test_a_bad_draft_is_rolled_back_even_if_it_proposes_fewer_tokens_than_any_be
     assert found is not None
 
 
-def test_another_mix_of_labelled_domains_is_not_blamed_on_the_draft() -> None:
+@pytest.mark.parametrize(
+    ("easy", "hard"),
+    [
+        (TrafficKind("code"), TrafficKind("chat")),
+        (TrafficKind(temperature=0.0), TrafficKind(temperature=1.0)),
+        (TrafficKind(temperature=0.5), TrafficKind(temperature=1.0)),
+        (TrafficKind(has_grammar=False), TrafficKind(has_grammar=True)),
+    ],
+)
+@pytest.mark.parametrize("share_before", [0.8, 1.0])
+def test_another_mix_of_traffic_is_not_blamed_on_the_draft(
+    easy: TrafficKind, hard: TrafficKind, share_before: float
+) -> None:
+    """Of domains, temperatures or grammars; nor is traffic of a kind that nobody asked for before the swap."""
     rng = random.Random(5)
-    code, chat = rounds(rng, 0.8, domain="code"), rounds(rng, 0.3, domain="chat")
+    code, chat = rounds(rng, 0.8, traffic=easy), rounds(rng, 0.3, traffic=hard)
 
     def mixed(share: float) -> Draw:
         return lambda: code() if rng.random() < share else chat()
 
     for _ in range(10):
-        assert observe(watched(mixed(0.8), num_before=600), mixed(0.1), 1500) is None
-    found = observe(watched(mixed(0.8), num_before=600), lambda: ("code", 4, 0), 400)
+        assert observe(watched(mixed(share_before), num_before=600), mixed(0.1), 1500) is None
+    found = observe(watched(mixed(share_before), num_before=600), lambda: (easy, 4, 0), 400)
     assert found is not None, "and still a bad draft is called"
 
 

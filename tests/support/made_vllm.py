@@ -35,6 +35,7 @@ def params(**changes: Any) -> SimpleNamespace:
         "all_stop_token_ids": set(),
         "max_tokens": 10_000,
         "temperature": 0.0,
+        "structured_outputs": None,
     }
     return SimpleNamespace(**{**fields, **changes})
 

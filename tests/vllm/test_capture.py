@@ -20,6 +20,7 @@ from support.made_vllm import (
     token,
 )
 
+from aurora_lit.drafts.rollback import TrafficKind
 from aurora_lit.traces.record import Trace, check
 from aurora_lit.vllm.capture import PROMPT_TOKENS, Capture, RoundOutcome, Step
 from aurora_lit.vllm.hooks import RunnerHooks
@@ -213,7 +214,7 @@ def test_a_request_that_opted_out_leaves_nothing_but_counts(made: type[MadeRunne
     )
     assert recorded.run(steps) == []
     assert recorded.capture.num_opted_out == 1
-    assert [(each.domain, each.proposed, each.accepted) for each in recorded.outcomes] == [("code", 3, 2)]
+    assert [(each.traffic.domain, each.proposed, each.accepted) for each in recorded.outcomes] == [("code", 3, 2)]
 
 
 @pytest.mark.parametrize(
@@ -239,6 +240,16 @@ def test_a_label_is_the_traces_domain() -> None:
     )
     (trace,) = Recorded(MadeV1Runner()).run(steps)
     assert (trace.domain, trace.verify, trace.temperature) == ("code", "sampled", 0.5)
+
+
+def test_a_trial_tells_requests_apart_by_label_temperature_and_structured_output() -> None:
+    recorded = Recorded(MadeV1Runner())
+    rows = [Rows(request_id="r", position=0, count=4), *answer(4, (3, 2))]
+    asked = {"aurora_lit_domain": "code"}
+    recorded.run(one_request(*rows, prompt=4))
+    recorded.run(one_request(*rows, prompt=4, temperature=0.71, structured_outputs=object(), extra_args=asked))
+    kinds = [each.traffic for each in recorded.outcomes]
+    assert kinds == [TrafficKind(), TrafficKind("code", temperature=0.7, has_grammar=True)]
 
 
 def test_no_round_explores_so_that_none_reaches_the_policy_loss() -> None:

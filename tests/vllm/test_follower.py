@@ -13,6 +13,7 @@ import torch
 from support.spoiled_drafts import SPOILED, Spoiled
 
 from aurora_lit.drafts.checkpoint import save_draft
+from aurora_lit.drafts.rollback import TrafficKind
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
@@ -216,7 +217,11 @@ def test_a_version_that_accepts_less_is_rolled_back(deployment: Deployment) -> N
     def rounds(number: int, *, accepted: int, version: int) -> None:
         for index in range(number):
             outcome = RoundOutcome(
-                request_id=f"{version}-{index // 20}", domain="", proposed=3, accepted=accepted, version=version
+                request_id=f"{version}-{index // 20}",
+                traffic=TrafficKind(),
+                proposed=3,
+                accepted=accepted,
+                version=version,
             )
             status.observe(step, [outcome])
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from aurora_lit.drafts.rollback import TrafficKind
 from aurora_lit.ipc.messages import Call, Delta
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.worker.parts import EngineInterface
@@ -57,8 +58,8 @@ class Progress(NamedTuple):
 
     updates: tuple[tuple[str, tuple[Delta, ...]], ...]
     """(call id, deltas), one for each call that gets some now."""
-    domains: list[str]
-    """The domain label of each output's request; "" without one."""
+    kinds: list[TrafficKind | None]
+    """What each output's request is for the trial of a draft; None: its call was cancelled."""
 
 
 class CallTracker:
@@ -110,13 +111,13 @@ class CallTracker:
         a choice: a message wakes the HTTP process, which then computes on a core that rounds run on.
         """
         concerned: dict[str, _ActiveCall] = {}
-        domains = []
+        kinds: list[TrafficKind | None] = []
         for output in outputs:
             tracked = self._requests.get(output.request_id)
             if tracked is None:
-                domains.append("")
+                kinds.append(None)
                 continue
-            domains.append(tracked.request.domain)
+            kinds.append(_kind(tracked.request, output))
             concerned[tracked.call.call_id] = tracked.call
             tracked.call.held.append(_delta(tracked.index, output))
             if output.finish_reason is not None:
@@ -125,7 +126,7 @@ class CallTracker:
                 self._remove(tracked)
         now_s = self._clock()
         taken = ((call_id, call.take_held(now_s)) for call_id, call in concerned.items())
-        return Progress(tuple((call_id, deltas) for call_id, deltas in taken if deltas), domains)
+        return Progress(tuple((call_id, deltas) for call_id, deltas in taken if deltas), kinds)
 
     def _remove(self, tracked: _TrackedRequest) -> None:
         active = tracked.call
@@ -133,6 +134,15 @@ class CallTracker:
         del active.unfinished[tracked.index]
         if not active.unfinished:
             del self._calls[active.call_id]
+
+
+def _kind(request: Request, output: Output) -> TrafficKind:
+    params = request.params
+    return TrafficKind(
+        domain=output.domain or request.domain,
+        temperature=round(params.temperature, 1),
+        has_grammar=params.structured_outputs is not None,
+    )
 
 
 def _delta(index: int, output: Output) -> Delta:

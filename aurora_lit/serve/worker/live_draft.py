@@ -7,7 +7,7 @@ the thread that runs rounds.
     live_draft = LiveDraft(engine, reloader)       # swaps in the version that CURRENT names
     live_draft.before_round()
     outputs = engine.round()
-    live_draft.after_round(outputs, domains)
+    live_draft.after_round(outputs, kinds)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from aurora_lit.drafts.hot_reload import HotReloader, ReadyDraft, Refusal
-from aurora_lit.drafts.rollback import RollbackWatch
+from aurora_lit.drafts.rollback import RollbackWatch, TrafficKind
 from aurora_lit.request import Output
 from aurora_lit.serve.worker.domain_watch import DomainWatch
 from aurora_lit.serve.worker.parts import EngineInterface
@@ -73,12 +73,14 @@ class LiveDraft:
             self.num_swaps += 1
         self._swap_domains()
 
-    def after_round(self, outputs: Sequence[Output], domains: Sequence[str]) -> None:
+    def after_round(self, outputs: Sequence[Output], kinds: Sequence[TrafficKind | None]) -> None:
         """Judge the draft by its accepted proposals since the last call; none of them may be from before a swap.
 
-        domains: the label of each output's request, "" without one.
+        kinds: of each output's request; None: unknown, so it does not count.
         """
-        for output, domain in zip(outputs, domains, strict=True):
+        for output, kind in zip(outputs, kinds, strict=True):
+            if kind is None:
+                continue
             if output.tested_choices is not None:
                 # How much of a weighed chain is proposed says how sure the draft is, not how good.
                 proposed, accepted = output.tested_choices
@@ -93,7 +95,7 @@ class LiveDraft:
                 continue
             verdict = self._watch.observe(
                 request=output.request_id,
-                domain=domain,
+                traffic=kind,
                 proposed=proposed,
                 accepted=accepted,
             )

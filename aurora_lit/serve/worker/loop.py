@@ -85,9 +85,9 @@ class EngineLoop:
             """Tell clients and the draft's watch what rounds have brought; True if a request has ended."""
             outputs = untold.take(now_s)
             report.domains.add(outputs)
-            updates, domains = calls.advance(outputs)
+            updates, kinds = calls.advance(outputs)
             if live is not None:
-                live.after_round(outputs, domains)
+                live.after_round(outputs, kinds)
             # A message costs both processes more than its content, so there is one for all calls.
             if updates:
                 self._send(updates, calls, outbox)

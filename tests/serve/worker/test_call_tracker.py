@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
 
+from aurora_lit.drafts.rollback import TrafficKind
 from aurora_lit.ipc.messages import Call
-from aurora_lit.request import Request, SamplingParams
+from aurora_lit.request import Request, SamplingParams, StructuredOutputsParams
 from aurora_lit.serve.worker.call_tracker import CallTracker
 
 TOKENIZER = tiny_tokenizer()
@@ -153,15 +155,31 @@ def test_a_refused_request_can_be_cancelled_whole(tracker, engine):
     assert tracker.active_calls() == []
 
 
-def test_outputs_have_their_domain_in_the_round_that_ends_their_request_too(tracker, engine):
+def test_outputs_have_their_kind_in_the_round_that_ends_their_request_too(tracker, engine):
     tracker.add(call("a", "abc", max_tokens=3, domain="code"))
     tracker.add(call("b", "abc", "<|error|>", max_tokens=3, domain="chat"))
     tracker.add(call("c", "abc", max_tokens=3))
     progress = tracker.advance(engine.round())
-    assert progress.domains == ["code", "chat", "chat", ""]
+    assert [kind.domain for kind in progress.kinds] == ["code", "chat", "chat", ""]
     assert [[delta.finish_reason for delta in update] for _, update in progress.updates] == [
         ["length"],
         ["length", "error"],
         ["length"],
     ]
     assert tracker.active_calls() == []
+
+
+def test_a_trial_tells_requests_apart_by_served_domain_temperature_and_grammar(tracker, engine):
+    choice = StructuredOutputsParams(choice=("a", "b"))
+    tracker.add(call("a", "abc", temperature=0.0, domain="code"))
+    tracker.add(call("b", "abc", temperature=0.71))
+    tracker.add(call("c", "abc", structured_outputs=choice))
+    tracker.add(call("gone", "abc"))
+    outputs = [replace(output, domain=output.domain or "auto-1") for output in engine.round()]
+    tracker.cancel("gone")
+    assert tracker.advance(outputs).kinds == [
+        TrafficKind("code", temperature=0.0),
+        TrafficKind("auto-1", temperature=0.7),
+        TrafficKind("auto-1", temperature=1.0, has_grammar=True),
+        None,
+    ]

@@ -19,6 +19,7 @@ from support.tiny_models import VOCAB, make_engine, random_draft, request, run, 
 
 from aurora_lit.drafts.checkpoint import load_draft, write_draft
 from aurora_lit.drafts.hot_reload import HotReloader
+from aurora_lit.drafts.rollback import TrafficKind
 from aurora_lit.drafts.versions import DraftStore, version_name
 from aurora_lit.errors import CheckpointError
 from aurora_lit.models.target import Target
@@ -77,7 +78,7 @@ class ServingLoop:
     def round(self) -> None:
         self.live.before_round()
         outputs = self.engine.round()
-        self.live.after_round(outputs, [""] * len(outputs))
+        self.live.after_round(outputs, [TrafficKind()] * len(outputs))
         for output in outputs:
             self.answers.setdefault(output.request_id, []).extend(output.token_ids)
             if output.num_proposed:
@@ -341,16 +342,16 @@ def judged(
     output = Output(request_id="", token_ids=(1,), num_proposed=3, num_accepted=3)
     for number in range(rounds):
         good = dataclasses.replace(output, request_id=f"before {number // 20}", **(before or {}))
-        live.after_round([good], [""])
+        live.after_round([good], [TrafficKind()])
     for _ in range(plain_rounds):
-        live.after_round([Output(request_id="plain", token_ids=(1,))], [""])
+        live.after_round([Output(request_id="plain", token_ids=(1,))], [TrafficKind()])
     draft = Eagle3Draft(Eagle3Config(**SMALL_SHAPE))
     store.publish(draft, record={})
     wait(lambda: live._reloader._ready)
     live.before_round()
     for number in range(rounds):
         bad = dataclasses.replace(output, request_id=f"after {number // 20}", **{"num_accepted": 0, **of_output})
-        live.after_round([bad], [""])
+        live.after_round([bad], [TrafficKind()])
     if live.num_rollbacks:
         wait(lambda: live._reloader._ready)
         live.before_round()

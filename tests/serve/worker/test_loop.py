@@ -122,7 +122,7 @@ class DraftToSwap:
     def before_round(self) -> None:
         self.untold_at_swaps.append(self.engine.stats.generated_tokens - self.told)
 
-    def after_round(self, outputs: Sequence[Output], domains: Sequence[str]) -> None:
+    def after_round(self, outputs: Sequence[Output], kinds: Sequence[object]) -> None:
         self.told += sum(len(output.token_ids) for output in outputs)
 
 
