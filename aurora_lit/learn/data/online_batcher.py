@@ -2,9 +2,9 @@
 
 A live trace waits until a batch takes it; then it goes to the reservoir, from where it may be drawn again as replay.
 When more arrives than can be trained on, the most informative traces are taken, and the oldest ones go to the reservoir
-without having been in a batch. No client gets more than its share of a batch, live and replayed traces together, unless
-it is the only client. Leaves out padding (learn/data/labelled_trace.py) and requests kept out of training
-(learn/online/held_out.py), which never come here.
+without having been in a batch. While there are several clients, none gets more than its share of a batch, live and
+replayed traces together, nor of its live part, so that what is replayed of that client has room. Leaves out padding
+(learn/data/labelled_trace.py) and requests kept out of training (learn/online/held_out.py), which never come here.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ _REPLAY_DRAWS = 16
 _FIRST_UNTAKEN, _UNTAKEN_PER_TAKEN = 64, 2
 """Traces that no batch takes are remembered up to the first number, and so many more for each trace that one takes:
 beside four clients a learner takes one in thirty, and writing one to the reservoir costs as much as reading it did."""
-_RECENT_CLIENTS = 256
-"""Latest traces by which it is decided whether there is more than one client."""
+_RECENT_CLIENTS = 32
+"""There are several clients while so many latest traces, and those that wait, are not all of one. Not for longer: a
+client is limited then, also where others have nothing to fill the rest of a batch with."""
 
 
 class OnlineBatcher:
@@ -76,6 +77,7 @@ class OnlineBatcher:
         self._replay_share = replay_share
         self._live_bytes = live_bytes
         self._client_positions = max(_MIN_POSITIONS, int(max_client_share * batch_positions))
+        self._client_live_positions = max(_MIN_POSITIONS, int(max_client_share * self._live_positions))
         self._clients: deque[str] = deque(maxlen=_RECENT_CLIENTS)
         self._waiting: deque[Trace] = deque()
         self._waiting_bytes = 0
@@ -100,8 +102,8 @@ class OnlineBatcher:
         # A small share of replay is no reason for pieces that are mostly context.
         size = self._batch_positions
         room = max(_MIN_POSITIONS, size // 4, min(size - self._live_positions or size, size // 2))
-        if len(set(self._clients)) > 1:
-            room = max(_MIN_POSITIONS, min(room, self._client_positions))
+        if self._has_several_clients:
+            room = min(room, self._client_live_positions)
         trained = len(trace.token_ids_T) - first_trained_position(trace)
         if batch_size([crop(trace, trained + MAX_CONTEXT)]) > room:
             trained = max(_MIN_POSITIONS, room - int(CONTEXT_COST * min(MAX_CONTEXT, len(trace.token_ids_T))))
@@ -131,8 +133,10 @@ class OnlineBatcher:
         """
         if not self._waiting and self.positions_out >= MAX_PASSES * self.positions_in:
             return None
-        quota = _ClientQuota(self._client_positions if len(set(self._clients)) > 1 else self._batch_positions)
+        is_limited = self._has_several_clients
+        quota = _ClientQuota(self._client_live_positions if is_limited else self._batch_positions)
         live = self._take_live(quota)
+        quota.begin_replay(self._client_positions if is_limited else self._batch_positions)
         replay = self._take_replay(live, quota)
         if not live and not replay:
             return None
@@ -156,6 +160,10 @@ class OnlineBatcher:
     @property
     def _live_positions(self) -> int:
         return max(_MIN_POSITIONS, int(self._batch_positions * (1 - self._replay_share)))
+
+    @property
+    def _has_several_clients(self) -> bool:
+        return len({*self._clients, *(trace.client for trace in self._waiting)}) > 1
 
     def _take_live(self, quota: _ClientQuota) -> list[Trace]:
         """The most informative of the waiting traces, as many as the batch's live share holds; at least one."""
@@ -189,7 +197,7 @@ class OnlineBatcher:
         seen = set()
         for _ in range(_REPLAY_DRAWS):
             room = self._batch_positions - batch_size([*live, *taken])
-            trace = self.reservoir.sample(largest=room if live or taken else None)
+            trace = self.reservoir.sample(largest=room if live or taken else None, allows=quota.allows)
             if trace is None:
                 continue
             segment = (trace.request_id, trace.first_position + trace.answer_start)
@@ -215,24 +223,38 @@ class OnlineBatcher:
 
 
 class _ClientQuota:
-    """Limits each client's positions in one batch."""
+    """Limits each client's positions in one batch: first those of its live traces, then all of them."""
 
     def __init__(self, max_positions: int) -> None:
-        """max_positions: size of one client's part of the batch; traces of unknown clients are not limited."""
+        """max_positions: of one client's live traces; traces of unknown clients are not limited."""
         self._max_positions = max_positions
         self._taken: Counter[str] = Counter()
+        self._begun = set[str]()
+        """Clients with a trace in the present part of the batch."""
+
+    def begin_replay(self, max_positions: int) -> None:
+        """Replayed traces are taken from now on. max_positions: of one client, its live traces included."""
+        self._max_positions = max_positions
+        self._begun.clear()
+
+    def allows(self, client: str, size: int) -> bool:
+        """True if a trace of this client and size may be taken, or a part of it."""
+        room = self._max_positions - self._taken[client]
+        return not client or size <= room or (client not in self._begun and room >= _MIN_POSITIONS)
 
     def allowed_part(self, trace: Trace) -> Trace | None:
-        """The trace, or its last positions if it is the client's first and too long alone; None if no room is left."""
+        """The trace; its last positions if it is the client's first in its part of the batch and too long alone; None if no
+        room is left."""
+        size = batch_size([trace])
+        if not self.allows(trace.client, size):
+            return None
         room = self._max_positions - self._taken[trace.client]
-        if not trace.client or batch_size([trace]) <= room:
-            return trace
-        first = not self._taken[trace.client]
-        return crop(trace, room) if first and room >= _MIN_POSITIONS else None
+        return trace if not trace.client or size <= room else crop(trace, room)
 
     def reserve(self, trace: Trace) -> None:
         """Count a trace that is now in the batch."""
         self._taken[trace.client] += batch_size([trace])
+        self._begun.add(trace.client)
 
 
 def informativeness(trace: Trace) -> float:

@@ -14,6 +14,7 @@ import heapq
 import logging
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,10 +38,16 @@ class _Entry:
     num_bytes: int
     size: int
     """Of the trace in a batch (`batch_size`)."""
+    client: str
+    """The trace's."""
 
     @property
     def name(self) -> str:
         return f"{self.number:010d}-{self.key.hex()}{_SUFFIX}"
+
+
+def _entry(trace: Trace, *, key: float, number: int, num_bytes: int) -> _Entry:
+    return _Entry(key=key, number=number, num_bytes=num_bytes, size=batch_size([trace]), client=trace.client)
 
 
 class Reservoir:
@@ -85,7 +92,7 @@ class Reservoir:
         if self._would_be_dropped(domain, key, trace.num_bytes):
             return False
         payload = to_bytes(trace)
-        entry = _Entry(key=key, number=self._next_number, num_bytes=len(payload), size=batch_size([trace]))
+        entry = _entry(trace, key=key, number=self._next_number, num_bytes=len(payload))
         self._next_number += 1
         if len(payload) > self._limit_bytes:
             return False
@@ -126,15 +133,18 @@ class Reservoir:
             heapq.heapify(self._heaps[kept])
             self._bytes[kept] = self._bytes.get(kept, 0) + self._bytes.pop(removed)
 
-    def sample(self, *, largest: int | None = None) -> Trace | None:
+    def sample(
+        self, *, largest: int | None = None, allows: Callable[[str, int], bool] = lambda client, size: True
+    ) -> Trace | None:
         """A random trace: first a domain, all with equal chance, then a trace of it.
 
-        None when there are none, or if the drawn one, which is not read then, is larger in a batch than `largest`.
+        None when there are none, or if the drawn one, which is not read then, is larger in a batch than `largest`, or
+        if `allows` says no to its client and its size in a batch.
         """
         while self._heaps:
             domain = self._random.choice(sorted(self._heaps))
             entry = self._random.choice(self._heaps[domain])
-            if largest is not None and entry.size > largest:
+            if (largest is not None and entry.size > largest) or not allows(entry.client, entry.size):
                 return None
             try:
                 trace = from_bytes((self._folder / entry.name).read_bytes())
@@ -158,8 +168,7 @@ class Reservoir:
             number, key = path.name.removesuffix(_SUFFIX).split("-", 1)
             payload = path.read_bytes()
             trace = from_bytes(payload)
-            size = batch_size([trace])
-            entry = _Entry(key=float.fromhex(key), number=int(number), num_bytes=len(payload), size=size)
+            entry = _entry(trace, key=float.fromhex(key), number=int(number), num_bytes=len(payload))
             self._keep(self._domain_of(trace), entry)
         except (OSError, ValueError, TraceError):
             path.unlink(missing_ok=True)

@@ -183,7 +183,7 @@ def test_one_client_cannot_fill_more_than_its_share_of_a_batch(
     assert max(share["flood"] for share in shares) > 64, "it has its share"
     assert max(share["flood"] for share in shares) <= 128
     assert {name for share in shares for name in share} == {"flood", "ann", "bob", ""}, "all clients are in batches"
-    assert (batcher.num_over_share > 0) == (not replay_share), "half of a batch is replay, so none has to wait"
+    assert batcher.num_over_share > 0
     free = limited_batcher(target_head, tmp_path / "free", replay_share=replay_share, max_client_share=1.0)
     for trace in traces:
         free.add(trace)
@@ -192,6 +192,38 @@ def test_one_client_cannot_fill_more_than_its_share_of_a_batch(
     assert free.num_over_share == 0
     if not replay_share:
         assert positions_of(batch, who)["flood"] > 128, "what the setting prevents"
+
+
+def test_what_a_busy_client_has_asked_before_is_replayed_beside_others(
+    target_head: TargetHead, traffic: list[Trace], tmp_path: Path
+) -> None:
+    """Its live traces alone would use up its share."""
+    batcher = limited_batcher(target_head, tmp_path, replay_share=0.3)
+    for n, trace in enumerate(traffic):
+        batcher.add(replace(trace, client="busy" if n else "ann"))
+    replayed = []
+    while batcher.num_waiting:
+        batch = batcher.next_batch(oldest_fresh=0)
+        assert batch is not None
+        replayed.append(int((batch.traces.weight_BT > 0)[~batch.live_B].sum()))
+    assert len(replayed) > 4
+    assert min(replayed[1:]) > 0, "there was nothing before the first batch"
+
+
+def test_one_request_of_another_client_does_not_limit_the_first_for_long(
+    target_head: TargetHead, traffic: list[Trace], tmp_path: Path
+) -> None:
+    batcher = limited_batcher(target_head, tmp_path)
+    batcher.add(replace(traffic[0], client="ann"))
+    for n, trace in enumerate(traffic * 2):
+        batcher.add(replace(trace, client="busy", request_id=str(n)))
+    sizes = []
+    for _ in range(2):
+        batch = batcher.next_batch(oldest_fresh=0)
+        assert batch is not None
+        sizes.append(int((batch.traces.weight_BT > 0).sum()))
+    assert sizes[0] <= 128 + 41, "ann has one trace, and waits"
+    assert sizes[1] > 200
 
 
 def test_a_single_client_and_unknown_clients_are_not_limited(

@@ -15,11 +15,12 @@ from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.traces.record import Trace, from_bytes, to_bytes
 
 
-def a_trace(*, domain: str = "a", length: int = 20, request_id: str = "r", mark: int = 0) -> Trace:
+def a_trace(*, domain: str = "a", length: int = 20, request_id: str = "r", mark: int = 0, client: str = "") -> Trace:
     """A greedy trace without rounds; `mark` can be found again in its tokens."""
     return Trace(
         request_id=request_id,
         domain=domain,
+        client=client,
         verify="greedy",
         answer_start=4,
         token_ids_T=torch.full((length,), mark, dtype=torch.int32),
@@ -127,3 +128,24 @@ def test_a_trace_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pyte
         assert set(marks) == {0, 2}
         assert 25 < len(marks) == len(read) < 75, "as likely as without the limit"
         assert {int(t.token_ids_T[0]) for _ in range(100) if (t := each.sample(largest=57))} == {0, 1, 2, 3}
+
+
+def test_a_trace_of_a_client_that_has_no_room_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client and size are known, after a restart too."""
+    reservoir = Reservoir(tmp_path / "r", limit_bytes=1 << 20, seed=0)
+    for mark, client in enumerate(["ann", "bob"]):
+        reservoir.add(a_trace(client=client, mark=mark))
+    for each in (reservoir, Reservoir(tmp_path / "r", limit_bytes=1 << 20, seed=1)):
+        asked: list[tuple[str, int]] = []
+        read: list[int] = []
+
+        def is_anns(client: str, size: int) -> bool:
+            asked.append((client, size))  # noqa: B023
+            return client == "ann"
+
+        with monkeypatch.context() as patched:
+            patched.setattr(reservoir_module, "from_bytes", lambda data: read.append(1) or from_bytes(data))  # noqa: B023
+            found = [each.sample(allows=is_anns) for _ in range(40)]
+        assert {int(trace.token_ids_T[0]) for trace in found if trace is not None} == {0}
+        assert set(asked) == {("ann", 17), ("bob", 17)}
+        assert len(read) == asked.count(("ann", 17)) < 40
