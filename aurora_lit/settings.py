@@ -212,9 +212,9 @@ class LearnSettings:
     """Share of the processor time that the learner may use, of the cores that its affinity and cgroup allow; its use is
     measured."""
     idle_share: float = _within(0.25, 0.0, 1.0)
-    """The same while the server has no request, if that is more, until every position has been learned from four times.
-    A step that is under way when a request comes is interrupted, but with learn.devices above 1. 0: no more than
-    learn.compute_share."""
+    """The same while the server has no request, if that is more, until every position that is held has been learned
+    from four times. A step that is under way when a request comes is interrupted, but with learn.devices above 1. 0: no
+    more than learn.compute_share."""
     full_load_share: float = _within(0.02, 0.0, 1.0)
     """The same while nearly every slot is in use, when a second of learning costs about a second of serving."""
     minimum_share: float = _within(0.005, 0.0, 1.0)

@@ -29,7 +29,8 @@ from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 
 MAX_PASSES = 4
-"""How often a position is trained on, on average, before the learner waits for new traces."""
+"""How often a position that is held is trained on, on average, before the learner waits for new traces. Those that the
+reservoir has dropped do not count, or the traffic of a day would have its last hour replayed all night."""
 _MIN_POSITIONS = 8
 """Shorter traces are dropped: each would be a row of its own in a batch."""
 MAX_CONTEXT = 128
@@ -84,10 +85,11 @@ class OnlineBatcher:
         self._untaken_room = _FIRST_UNTAKEN
         """Traces that no batch took which may still be remembered."""
         self._uniform = random.Random(seed) if selection == "uniform" else None
-        self.positions_in = 0
-        """Added positions that can be trained on, but for those that were forgotten since."""
-        self.positions_out = 0
-        """Positions of all batches, replay included."""
+        self._counted = reservoir.positions
+        """Positions whose passes are counted: those that were held at the last batch, and those added since."""
+        # Of traces that a learner before has left it is not known; they are replayed beside new ones.
+        self.positions_out: float = MAX_PASSES * reservoir.positions
+        """How often the positions that are held were in batches, added up."""
         self.num_stale = 0
         """Live traces in batches with proposals of a draft version too old for the policy gradient."""
         self.num_over_share = 0
@@ -104,14 +106,14 @@ class OnlineBatcher:
         room = max(_MIN_POSITIONS, size // 4, min(size - self._live_positions or size, size // 2))
         if self._has_several_clients:
             room = min(room, self._client_live_positions)
-        trained = len(trace.token_ids_T) - first_trained_position(trace)
+        trained = _trained(trace)
         if batch_size([crop(trace, trained + MAX_CONTEXT)]) > room:
             trained = max(_MIN_POSITIONS, room - int(CONTEXT_COST * min(MAX_CONTEXT, len(trace.token_ids_T))))
         for piece in pieces_of(trace, most_trained=trained, most_context=MAX_CONTEXT):
             piece = crop(piece, room) if batch_size([piece]) > room else piece
             # Or what was cut off would stay in memory, uncounted.
             piece = piece.copy() if piece.num_bytes < _LARGE_SHARE * trace.num_bytes else piece
-            self.positions_in += len(piece.token_ids_T) - first_trained_position(piece)
+            self._counted += _trained(piece)
             self._waiting.append(piece)
             self._waiting_bytes += piece.num_bytes
         while self._waiting_bytes > self._live_bytes:
@@ -131,7 +133,8 @@ class OnlineBatcher:
 
         oldest_fresh: number of the oldest draft version whose proposals may be used for the policy gradient.
         """
-        if not self._waiting and self.positions_out >= MAX_PASSES * self.positions_in:
+        self._forget_passes()
+        if not self._waiting and self.positions_out >= MAX_PASSES * self._counted:
             return None
         is_limited = self._has_several_clients
         quota = _ClientQuota(self._client_live_positions if is_limited else self._batch_positions)
@@ -151,6 +154,11 @@ class OnlineBatcher:
         )
         self.positions_out += int((batch.traces.weight_BT > 0).sum())
         return batch
+
+    @property
+    def positions_in(self) -> int:
+        """Positions that are held and can be trained on, waiting or remembered."""
+        return sum(map(_trained, self._waiting)) + self.reservoir.positions
 
     @property
     def num_waiting(self) -> int:
@@ -210,13 +218,20 @@ class OnlineBatcher:
                 taken.append(part)
         return taken
 
+    def _forget_passes(self) -> None:
+        """What was dropped takes its passes with it, as many as others had on average."""
+        held = self.positions_in
+        if held < self._counted:
+            self.positions_out *= held / self._counted
+        self._counted = held
+
     def _remember_untaken(self, trace: Trace) -> None:
         """Remember a trace that no batch took, or forget it if there are many of those."""
         if self._untaken_room:
             self._untaken_room -= 1
             self._remember(trace)
         else:
-            self.positions_in -= len(trace.token_ids_T) - first_trained_position(trace)
+            self._counted -= _trained(trace)
 
     def _remember(self, trace: Trace) -> None:
         self.reservoir.add(trace, weight=0.1 + informativeness(trace))
@@ -243,8 +258,7 @@ class _ClientQuota:
         return not client or size <= room or (client not in self._begun and room >= _MIN_POSITIONS)
 
     def allowed_part(self, trace: Trace) -> Trace | None:
-        """The trace; its last positions if it is the client's first in its part of the batch and too long alone; None if no
-        room is left."""
+        """The trace, or its last positions if it is too long and its client's first of this part; None: no room."""
         size = batch_size([trace])
         if not self.allows(trace.client, size):
             return None
@@ -255,6 +269,11 @@ class _ClientQuota:
         """Count a trace that is now in the batch."""
         self._taken[trace.client] += batch_size([trace])
         self._begun.add(trace.client)
+
+
+def _trained(trace: Trace) -> int:
+    """Positions that are trained on."""
+    return len(trace.token_ids_T) - first_trained_position(trace)
 
 
 def informativeness(trace: Trace) -> float:

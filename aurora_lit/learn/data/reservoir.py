@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aurora_lit.errors import TraceError
-from aurora_lit.learn.data.labelled_trace import batch_size
+from aurora_lit.learn.data.labelled_trace import batch_size, first_trained_position
 from aurora_lit.traces.record import Trace, from_bytes, to_bytes
 
 MAX_DOMAINS = 32
@@ -40,6 +40,8 @@ class _Entry:
     """Of the trace in a batch (`batch_size`)."""
     client: str
     """The trace's."""
+    trained: int
+    """Of the trace, positions that are trained on."""
 
     @property
     def name(self) -> str:
@@ -47,7 +49,14 @@ class _Entry:
 
 
 def _entry(trace: Trace, *, key: float, number: int, num_bytes: int) -> _Entry:
-    return _Entry(key=key, number=number, num_bytes=num_bytes, size=batch_size([trace]), client=trace.client)
+    return _Entry(
+        key=key,
+        number=number,
+        num_bytes=num_bytes,
+        size=batch_size([trace]),
+        client=trace.client,
+        trained=len(trace.token_ids_T) - first_trained_position(trace),
+    )
 
 
 class Reservoir:
@@ -58,6 +67,8 @@ class Reservoir:
         self._heaps: dict[str, list[_Entry]] = {}
         """By domain, lowest key first."""
         self._bytes: dict[str, int] = {}
+        self.positions = 0
+        """Positions of all traces that are trained on."""
         self._told_full = False
         self._num_passed_over = 0
         """Traces that are not kept, since there was no room."""
@@ -178,6 +189,7 @@ class Reservoir:
     def _keep(self, domain: str, entry: _Entry) -> None:
         heapq.heappush(self._heaps.setdefault(domain, []), entry)
         self._bytes[domain] = self._bytes.get(domain, 0) + entry.num_bytes
+        self.positions += entry.trained
 
     def _drop_one(self) -> _Entry:
         domain = max(self._bytes, key=lambda name: self._bytes[name])
@@ -193,5 +205,6 @@ class Reservoir:
     def _forget(self, domain: str, entry: _Entry) -> None:
         (self._folder / entry.name).unlink(missing_ok=True)
         self._bytes[domain] -= entry.num_bytes
+        self.positions -= entry.trained
         if not self._heaps[domain]:
             del self._heaps[domain], self._bytes[domain]

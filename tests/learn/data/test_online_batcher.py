@@ -146,6 +146,38 @@ def test_of_traces_that_no_batch_takes_only_some_are_remembered(
     assert batcher.positions_in == positions * (64 + 1 + 2 + 1)
 
 
+def test_only_what_is_still_held_is_replayed_while_nothing_arrives(
+    target_head: TargetHead, served: list[Trace], tmp_path: Path
+) -> None:
+    """And a learner that is started again replays what it finds beside new traffic alone."""
+    limit_bytes = 5 * served[0].num_bytes
+
+    def started() -> OnlineBatcher:
+        remembered = Reservoir(tmp_path / "r", limit_bytes=limit_bytes, seed=0)
+        return OnlineBatcher(target_head, remembered, batch_positions=64, replay_share=0.5, live_bytes=1 << 24)
+
+    batcher = started()
+    for number, trace in enumerate(served * 5):
+        batcher.add(replace(trace, request_id=str(number)))
+        assert batcher.next_batch(oldest_fresh=0) is not None
+    assert batcher.num_waiting == 0
+    replayed = 0
+    while batch := batcher.next_batch(oldest_fresh=0):
+        replayed += int((batch.traces.weight_BT > 0).sum())
+    held = batcher.reservoir.positions
+    assert held < sum(map(trained_positions, served))
+    assert held < replayed < MAX_PASSES * held + 64
+    batcher = started()
+    assert batcher.reservoir.positions == held
+    assert batcher.next_batch(oldest_fresh=0) is None
+    batcher.add(served[0])
+    assert batcher.next_batch(oldest_fresh=0) is not None
+
+
+def trained_positions(trace: Trace) -> int:
+    return len(trace.token_ids_T) - first_trained_position(trace)
+
+
 @pytest.fixture(scope="module")
 def traffic(target: Target) -> list[Trace]:
     return serve(target, random_draft(target), some_requests(24, max_tokens=40, temperature=1.0))
