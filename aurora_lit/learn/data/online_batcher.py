@@ -31,6 +31,9 @@ from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 MAX_PASSES = 4
 """How often a position that is held is trained on, on average, before the learner waits for new traces. Those that the
 reservoir has dropped do not count, or the traffic of a day would have its last hour replayed all night."""
+FEWEST_LIVE = 64
+"""Fewer live positions weigh in a step as they would among so many, and are no reason for one: the six of a health
+probe would be 70 % of its loss, each 140 times a replayed one, and a probe every ten seconds 8,640 steps a day."""
 _MIN_POSITIONS = 8
 """Shorter traces are dropped: each would be a row of its own in a batch."""
 MAX_CONTEXT = 128
@@ -46,6 +49,11 @@ beside four clients a learner takes one in thirty, and writing one to the reserv
 _RECENT_CLIENTS = 32
 """There are several clients while so many latest traces, and those that wait, are not all of one. Not for longer: a
 client is limited then, also where others have nothing to fill the rest of a batch with."""
+
+
+def live_positions(*, batch_positions: int, replay_share: float) -> int:
+    """The size of a batch's live part."""
+    return max(_MIN_POSITIONS, int(batch_positions * (1 - replay_share)))
 
 
 class OnlineBatcher:
@@ -75,7 +83,8 @@ class OnlineBatcher:
         """
         self._target_head, self.reservoir = target_head, reservoir
         self._batch_positions = batch_positions
-        self._replay_share = replay_share
+        self._live_positions = live_positions(batch_positions=batch_positions, replay_share=replay_share)
+        self._fewest_live = min(FEWEST_LIVE, self._live_positions)
         self._live_bytes = live_bytes
         self._client_positions = max(_MIN_POSITIONS, int(max_client_share * batch_positions))
         self._client_live_positions = max(_MIN_POSITIONS, int(max_client_share * self._live_positions))
@@ -134,7 +143,7 @@ class OnlineBatcher:
         oldest_fresh: number of the oldest draft version whose proposals may be used for the policy gradient.
         """
         self._forget_passes()
-        if not self._waiting and self.positions_out >= MAX_PASSES * self._counted:
+        if not self._waiting and self._is_learned:
             return None
         is_limited = self._has_several_clients
         quota = _ClientQuota(self._client_live_positions if is_limited else self._batch_positions)
@@ -155,19 +164,28 @@ class OnlineBatcher:
         self.positions_out += int((batch.traces.weight_BT > 0).sum())
         return batch
 
+    def holds_back(self) -> bool:
+        """True if live traces had better wait for more: they are few, and MAX_PASSES is reached."""
+        self._forget_passes()
+        return self._is_learned and 0 < self._waiting_positions < self._fewest_live
+
+    @property
+    def _is_learned(self) -> bool:
+        return self.positions_out >= MAX_PASSES * self._counted
+
     @property
     def positions_in(self) -> int:
         """Positions that are held and can be trained on, waiting or remembered."""
-        return sum(map(_trained, self._waiting)) + self.reservoir.positions
+        return self._waiting_positions + self.reservoir.positions
+
+    @property
+    def _waiting_positions(self) -> int:
+        return sum(map(_trained, self._waiting))
 
     @property
     def num_waiting(self) -> int:
         """Live traces that no batch has taken yet."""
         return len(self._waiting)
-
-    @property
-    def _live_positions(self) -> int:
-        return max(_MIN_POSITIONS, int(self._batch_positions * (1 - self._replay_share)))
 
     @property
     def _has_several_clients(self) -> bool:

@@ -157,7 +157,8 @@ class OnlineLoop:
         self._is_interruptible = load is ServerLoad.IDLE and self._config.devices == 1
         wait_s = self._budget.wait_s(load)
         # Else traces stay in the ring, which overwrites the oldest.
-        reads = self._reading_limit.is_due or not (wait_s or self.batcher.num_waiting)
+        needs_traces = not self.batcher.num_waiting or self.batcher.holds_back()
+        reads = self._reading_limit.is_due or (needs_traces and not wait_s)
         if not wait_s or (load in _HAS_FREE_SLOTS and reads):
             with self._environment.page.computing(self._threads):
                 if reads:
@@ -182,7 +183,8 @@ class OnlineLoop:
 
     def _step(self) -> bool:
         """Take one optimiser step; False if there is nothing to train on."""
-        batch = self.batcher.next_batch(oldest_fresh=self._current_number - self._config.max_staleness)
+        oldest_fresh = self._current_number - self._config.max_staleness
+        batch = None if self.batcher.holds_back() else self.batcher.next_batch(oldest_fresh=oldest_fresh)
         self._activity = "waiting for traces" if batch is None else "learning"
         if batch is not None:
             self.learner.update(batch)

@@ -123,7 +123,8 @@ class DraftModule(LightningModule):
         live_B1 = batch.live_B[:, None]
         live_BT, replay_BT = weight_BT * live_B1, weight_BT * ~live_B1
         replay_weight = online.replay_weight * batch.replay_fraction
-        share_BT = batch.live_fraction * live_BT / live_BT.sum().clamp_min(1.0)
+        num_live = live_BT.sum() / max(batch.live_fraction, 1e-9)  # of the whole batch
+        share_BT = live_BT / num_live.clamp_min(online.fewest_live)
         share_BT = share_BT + replay_weight * replay_BT / replay_BT.sum().clamp_min(1.0)
         share_BT[:, :-1] *= self.draft.t2d[traces.token_ids_BT[:, 1:]]
         losses = chain_losses(

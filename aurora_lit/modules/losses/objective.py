@@ -32,6 +32,9 @@ class OnlineWeights:
     """λ of generalised advantage estimation."""
     replay_weight: float = 1.0
     """β."""
+    fewest_live: int = 1
+    """LK(live) is a sum over live positions divided by their number, or by this one if there are fewer, so that a few
+    do not outweigh all that is replayed."""
     certain_survival: float = 1.0
     """A chain that is accepted so far with a smaller probability S goes on with the probability S / certain_survival,
     and then counts by certain_survival instead of S. 0: every chain goes on, and counts by S."""
@@ -56,6 +59,7 @@ class OnlineReport(StepReport):
     """The same for an online batch, and each term of its loss. Scalars; those of `policy` have a gradient."""
 
     lk_live: torch.Tensor
+    """Mean over the live positions, however few."""
     lk_replay: torch.Tensor
     value_loss: torch.Tensor
     """Of all positions and, if there are policy terms, of the rounds too."""

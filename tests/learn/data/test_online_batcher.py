@@ -12,7 +12,7 @@ from support.live_traces import serve, some_requests
 from support.tiny_models import random_draft
 
 from aurora_lit.learn.data import reservoir
-from aurora_lit.learn.data.labelled_trace import first_trained_position
+from aurora_lit.learn.data.labelled_trace import crop, first_trained_position
 from aurora_lit.learn.data.online_batcher import MAX_PASSES, OnlineBatcher, informativeness
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
@@ -171,6 +171,30 @@ def test_only_what_is_still_held_is_replayed_while_nothing_arrives(
     assert batcher.reservoir.positions == held
     assert batcher.next_batch(oldest_fresh=0) is None
     batcher.add(served[0])
+    assert batcher.next_batch(oldest_fresh=0) is not None
+
+
+def test_a_few_new_positions_wait_for_more_once_all_has_been_learned(
+    target_head: TargetHead, served: list[Trace], tmp_path: Path
+) -> None:
+    """Of a batch's live part of 64; while there is something to replay, they are learned beside it. Who wants a batch
+    all the same, as a replay of recorded traffic does, gets it."""
+    batcher = make_batcher(target_head, tmp_path)
+    probes = [crop(replace(served[0], request_id=str(number)), 10) for number in range(8)]
+    batcher.add(probes[0])
+    assert not batcher.holds_back()
+    assert batcher.next_batch(oldest_fresh=0) is not None
+    batcher.positions_out = 10_000
+    assert not batcher.holds_back(), "nothing waits"
+    for probe in probes[1:7]:
+        batcher.add(probe)
+        assert batcher.holds_back()
+    batcher.add(probes[7])
+    assert not batcher.holds_back()
+    batch = batcher.next_batch(oldest_fresh=0)
+    assert batch is not None
+    assert (int(batch.live_B.sum()), batcher.num_waiting) == (6, 1)
+    assert batcher.holds_back()
     assert batcher.next_batch(oldest_fresh=0) is not None
 
 

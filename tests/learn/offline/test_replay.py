@@ -154,15 +154,18 @@ def test_other_targets_and_damaged_traces_are_skipped(target: Target, stream: li
     assert (replay.skipped, len(replay.scored)) == (2, 3)
 
 
-@pytest.mark.parametrize("of", [2, 3, 7])
-def test_the_shards_of_a_batch_sum_to_its_gradient(target: Target, stream: list[Trace], of: int) -> None:
+@pytest.mark.parametrize(("of", "fewest_live"), [(2, 1), (3, 1), (7, 1), (3, 10_000)])
+def test_the_shards_of_a_batch_sum_to_its_gradient(
+    target: Target, stream: list[Trace], of: int, fewest_live: int
+) -> None:
     target_head = TargetHead(target)
     within_its_answer = crop(stream[0], len(stream[0].token_ids_T) - stream[0].answer_start - 1)
     labelled_traces = label_traces([within_its_answer, *stream[1:6]], target_head)
     batch = collate_online(labelled_traces[:4], [labelled.trace for labelled in labelled_traces[4:]], oldest_fresh=0)
     assert batch.rounds.behaviour_logprob_QK.isfinite().any()
     draft = random_draft(target)
-    module = online_module(target, draft, online=OnlineWeights(ppo_weight=0.0, replay_weight=0.5))
+    weights = OnlineWeights(ppo_weight=0.0, replay_weight=0.5, fewest_live=fewest_live)
+    module = online_module(target, draft, online=weights)
 
     def gradient(batches: Sequence[Any]) -> torch.Tensor:
         module.zero_grad()
@@ -173,7 +176,7 @@ def test_the_shards_of_a_batch_sum_to_its_gradient(target: Target, stream: list[
     parts = [batch.shard(number, world_size=of) for number in range(of)]
     assert sum(len(part.rounds.row_Q) for part in parts) == len(batch.rounds.row_Q)
     torch.testing.assert_close(gradient(parts), gradient([batch]), rtol=1e-3, atol=1e-6)
-    module.online = OnlineWeights(replay_weight=0.5)
+    module.online = replace(weights, ppo_weight=1.0)
     whole, summed = gradient([batch]), gradient(parts)
     # The policy's weight is each part's own, and so is what its averages are over.
     assert torch.cosine_similarity(whole, summed, dim=0) > 0.95

@@ -188,6 +188,24 @@ def test_beside_many_requests_reading_leaves_the_time_for_steps(
     assert read.count(0) > len(read) / 2
 
 
+def test_a_few_positions_that_are_held_back_stop_neither_reading_nor_the_pause(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    harness = LearnerHarness(target, tmp_path)
+    batcher = harness.loop.batcher
+    batcher.add(traffic[0])
+    batcher.positions_out = 10_000
+    harness.loop._reading_limit = SimpleNamespace(is_due=False, measured=contextlib.nullcontext)  # type: ignore[assignment]
+    harness.ring.records.append(traffic[1])
+    harness.loop.tick()
+    assert not harness.ring.records
+    assert (harness.learner.steps, harness.sleeps_s) == (0, [0.2])
+    assert batcher.num_waiting >= 1
+    batcher.positions_out = 0
+    harness.loop.tick()
+    assert harness.learner.steps == 1
+
+
 @pytest.mark.parametrize("has_time", [True, False])
 def test_an_idle_loop_looks_often_and_reports_once_a_second(target: Target, tmp_path: Path, has_time: bool) -> None:
     """Without traces, or without time for them."""

@@ -292,6 +292,15 @@ def test_live_and_replayed_traces_are_averaged_separately(target: Target) -> Non
         torch.testing.assert_close(getattr(report, name), step(target, alone, OFF, value_weight=0.0).loss.detach())
 
 
+def test_live_positions_weigh_no_more_than_among_the_fewest(target: Target) -> None:
+    """The batch has 38; replayed ones weigh what they did."""
+    batch = online_batch(target)
+    report = step(target, batch, replace(OFF, fewest_live=64, replay_weight=0.4), value_weight=0.0)
+    torch.testing.assert_close(report.loss.detach(), 38 / 64 * report.lk_live + 0.4 * report.lk_replay)
+    enough = step(target, batch, replace(OFF, fewest_live=38, replay_weight=0.4), value_weight=0.0)
+    torch.testing.assert_close(enough.loss.detach(), report.lk_live + 0.4 * report.lk_replay)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -300,6 +309,7 @@ def test_live_and_replayed_traces_are_averaged_separately(target: Target) -> Non
         OnlineWeights(clip=0.6),
         OnlineWeights(gae_lambda=0.3),
         OnlineWeights(replay_weight=0.5),
+        OnlineWeights(fewest_live=64),
     ],
     ids=str,
 )
