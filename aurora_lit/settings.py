@@ -226,7 +226,8 @@ class LearnSettings:
     them, else on the CPU."""
     from_scratch: bool = False
     """Begin with an untrained draft instead of draft.checkpoint. If that names a folder, it must hold a draft, whose
-    shape and vocabulary the untrained one gets. null: they are chosen for the target."""
+    shape and vocabulary the untrained one gets. null: they are chosen for the target. `generate`, `LLM`, and `bench`
+    without a server (throughput, acceptance, stream) have no learner, and use a named draft as it is."""
     learning_rate: float = _within(5e-4, 1e-8, 1.0)
     """Peak learning rate; halved for a while if several challengers in a row are refused. A draft that knows little, or
     with from_scratch nothing, learns faster at 1e-3."""

@@ -309,6 +309,12 @@ def check_draft(config: AuroraConfig) -> Check:
             check_fits(folder, draft, target_shape(shape))
     except CheckpointError as error:
         return _fail("draft", str(error), remedy)
+    if config.learn.from_scratch:
+        return _warn(
+            "draft",
+            f"{folder}: with learn.from_scratch=true only its shape is used, and serving begins untrained",
+            "set learn.from_scratch=false to begin with its weights",
+        )
     return _ok("draft", str(folder))
 
 

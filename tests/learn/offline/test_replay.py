@@ -229,6 +229,25 @@ def test_the_command_writes_a_draft_and_a_report(
     assert str(out / "draft") in done.output.replace("\n", "")
 
 
+def logged(folder: Path, traces: Sequence[Trace]) -> Path:
+    """A log with a shard for each trace, so that they may be of different targets."""
+    log = TraceLogWriter(folder, kind="live", shard_positions=1)
+    for trace in traces:
+        log.append(trace)
+    return folder
+
+
+def test_a_replay_from_scratch_says_so_and_how_its_draft_is_served(
+    stream: list[Trace], recorded: list[str], tmp_path: Path
+) -> None:
+    traces, out = logged(tmp_path / "few", stream[:3]), tmp_path / "out"
+    words = ["replay", *recorded, "--traces", str(traces), "--out", str(out), "learn.from_scratch=true"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert "learning begins untrained" in " ".join(done.stderr.split())
+    assert f"draft.checkpoint={out / 'draft'} learn.from_scratch=false checkpoint.run=NEW\n" in done.stdout
+
+
 def _asked(times: int) -> list[Request]:
     asked = [*some_requests(8), *some_requests(4, seed=1, domain="code")]
     return [replace(r, request_id=f"{n}-{r.request_id}") for n in range(times) for r in asked]

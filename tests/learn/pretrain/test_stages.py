@@ -64,17 +64,19 @@ def test_a_draft_is_trained_from_another(config: AuroraConfig, options: Pretrain
 
 
 def test_what_is_started_again_answers_and_trains_on_nothing_twice(
-    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretrain(config, options)
+    assert capsys.readouterr().out.endswith(f"serve it with draft.checkpoint={options.out}\n")
     before = (options.out / "model.safetensors").read_bytes()
 
     def answer_again(*_: object, **__: object) -> None:
         raise AssertionError("all prompts were answered")
 
     monkeypatch.setattr(stages, "generate_answers", answer_again)
-    pretrain(config, options)
+    pretrain(dataclasses.replace(config, learn=dataclasses.replace(config.learn, from_scratch=True)), options)
     assert (options.out / "model.safetensors").read_bytes() == before
+    assert f"draft.checkpoint={options.out} learn.from_scratch=false checkpoint.run=NEW\n" in capsys.readouterr().out
 
 
 def test_an_unusable_starting_draft_is_refused_before_any_work(

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from support.fake_engine import tiny_tokenizer
-from support.tiny_models import save_model
+from support.tiny_models import random_draft, save_model
 
 from aurora_lit.config import load_config
+from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.models.target import Target
 from aurora_lit.serve.worker import build
 from aurora_lit.serve.worker.build import eos_token_ids
@@ -80,3 +81,17 @@ def test_costs_are_kept_for_what_they_were_measured_on(
     assert key()["machine"] != first["machine"]
     monkeypatch.setattr(Path, "read_bytes", lambda _: b"other code")
     assert key()["code"] != first["code"]
+
+
+def test_a_named_draft_is_used_where_nothing_learns_and_told_of_where_it_is_not(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "load_tokenizer", lambda _: tiny_tokenizer())
+    monkeypatch.setattr(build, "Engine", lambda *_, draft_version, **__: draft_version)
+    save_draft(random_draft(target), tmp_path / "mine")
+    settings = [f"target.source={tmp_path / 'target'}", "target.precision=fp32", f"target.cache_dir={tmp_path}"]
+    config = load_config(None, [*settings, f"draft.checkpoint={tmp_path / 'mine'}", "learn.from_scratch=true"])
+    assert build.build_engine(config, target=target)[0] == "mine"
+    assert "from_scratch" not in caplog.text
+    assert build.starting_draft(config, target)[1] == build.UNTRAINED_VERSION, "a server's learner trains it"
+    assert f"draft.checkpoint={tmp_path / 'mine'} are not used" in caplog.text
