@@ -100,7 +100,7 @@ def run(rank: int, config: AuroraConfig, folder: Path, prompts: list[list[int]],
     if rank == 0:
         parts = build_worker(config, folder)
         engine: Any = parts.engine
-        figures |= memory(engine._target, before)
+        figures |= memory(engine.target, before)
         params = params_for(0, max_tokens=max_tokens)
         for i, ids in enumerate(prompts):
             engine.submit(Request(request_id=str(i), prompt_ids=tuple(ids), params=params))

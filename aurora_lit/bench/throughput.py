@@ -108,7 +108,7 @@ def run(
     engine, memory = replace(config.engine, prefix_cache=False), replace(config.memory, capacity_mb=0)
     config = replace(config, memory=memory)
     drafting, tokenizer = build_engine(replace(config, engine=replace(engine, speculate=True)))
-    plain, _ = build_engine(replace(config, engine=replace(engine, speculate=False)))
+    plain, _ = build_engine(replace(config, engine=replace(engine, speculate=False)), target=drafting.target)
     loaded = load_prompts(
         prompts,
         limit=limit,

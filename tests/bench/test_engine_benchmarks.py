@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,25 +95,35 @@ def test_fewer_prompts_than_the_batch_make_one_group() -> None:
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[AuroraConfig]:
+def engines() -> list[Any]:
+    """The fake engines that a benchmark has built."""
+    return []
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch, engines: list[Any]) -> list[AuroraConfig]:
     """Gives both benchmarks fake engines; the settings that these were built with."""
     configs: list[AuroraConfig] = []
 
-    def build(config: AuroraConfig) -> tuple[FakeEngine, object]:
+    def build(config: AuroraConfig, *, target: object = None) -> tuple[FakeEngine, object]:
         configs.append(config)
-        return FakeEngine(FakeOptions(tokens_per_round=3 if config.engine.speculate else 1)), tiny_tokenizer()
+        engine: Any = FakeEngine(FakeOptions(tokens_per_round=3 if config.engine.speculate else 1))
+        engine.target = target or f"target {len(configs)}"
+        engines.append(engine)
+        return engine, tiny_tokenizer()
 
     monkeypatch.setattr(throughput, "build_engine", build)
     monkeypatch.setattr(acceptance, "build_engine", build)
     return configs
 
 
-def test_throughput_writes_numbers_and_a_plot(tmp_path: Path, built: list[AuroraConfig]) -> None:
+def test_throughput_writes_numbers_and_a_plot(tmp_path: Path, built: list[AuroraConfig], engines: list[Any]) -> None:
     pytest.importorskip("matplotlib")
     results = throughput.run(
         CONFIG, batch_sizes=(1, 2), prompts=_files(tmp_path), limit=2, repeats=2, max_tokens=6, out=tmp_path / "out"
     )
     assert [config.engine.speculate for config in built] == [True, False]
+    assert [engine.target for engine in engines] == ["target 1"] * 2, "it is loaded once"
     kept = {(config.engine.prefix_cache, config.memory.capacity_mb) for config in built}
     assert kept == {(False, 0)}, "repeats of the same prompts must not be read or copied"
     report = json.loads((tmp_path / "out/throughput.json").read_text())

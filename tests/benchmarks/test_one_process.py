@@ -61,7 +61,7 @@ def test_an_arm_is_a_name_and_settings() -> None:
 
 def test_arms_share_one_target(overrides: list[str]) -> None:
     engines, _ = build_arms({"a": [], "b": ["engine.max_draft_tokens=2"]}, overrides)
-    assert engines["a"]._target is engines["b"]._target
+    assert engines["a"].target is engines["b"].target
     with pytest.raises(ConfigError, match="--arm b: arms share one target"):
         build_arms({"a": [], "b": ["target.precision=bf16"]}, overrides)
 

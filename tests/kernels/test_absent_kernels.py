@@ -78,7 +78,7 @@ from aurora_lit.serve.worker.build import build_engine
 overrides = ["target.source={folder}", "draft.checkpoint=null", "learn.enabled=false", "engine.max_seq_len=256"]
 for _ in range(2):
     engine, _ = build_engine(load_config(None, overrides))
-print(engine._target.supports_trees)
+print(engine.target.supports_trees)
 {doctors_check()}"""
 
 

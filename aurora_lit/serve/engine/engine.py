@@ -89,7 +89,9 @@ class Engine:
         self.assigner: DomainAssigner | None = None
         """Assigns domains to requests without a label; may be replaced between two rounds."""
         self.stats = EngineStats()
-        self._target, self._observer, self._device = target, observer, target.device
+        self.target = target
+        """Other engines in this process may share it."""
+        self._observer, self._device = observer, target.device
         self._waiting = WaitingQueue(grammars, eos_token_ids=options.eos_token_ids)
         self._decoding: list[RunningSequence] = []
         self._tokens_SL = torch.zeros(
@@ -152,7 +154,7 @@ class Engine:
         self._calibration = Calibration(self.costs, steps if adapts else iter(()), kept=kept_costs if adapts else None)
 
     def _limits(self, options: EngineOptions) -> SpeculationLimits:
-        weighs = self._drafter is not None and self._drafter.is_native and self._target.supports_trees
+        weighs = self._drafter is not None and self._drafter.is_native and self.target.supports_trees
         return SpeculationLimits(
             draft_tokens=options.max_draft_tokens if self._drafter else 0,
             copied_tokens=options.copied_tokens,
@@ -186,7 +188,7 @@ class Engine:
                 param="prompt",
                 code="context_length_exceeded",
             )
-        if (most := max(request.prompt_ids)) >= self._target.vocab_size:
+        if (most := max(request.prompt_ids)) >= self.target.vocab_size:
             raise RequestError(f"the target has no token {most}; leave it out", param="prompt")
         self._waiting.append(request)
 
@@ -320,7 +322,7 @@ class Engine:
         logits: dict[int, torch.Tensor] = {}
         if own_tokens is None:
             last_NH = columns.states.last_NH[: plan.num_decoding_columns]
-            own_tokens, logits = choose_tokens(self._target, rows, last_NH, tokens_SL=self._tokens_SL)
+            own_tokens, logits = choose_tokens(self.target, rows, last_NH, tokens_SL=self._tokens_SL)
         verdicts, begin = [], 0
         for row in rows:
             end = begin + 1 + len(row.proposal.tokens)

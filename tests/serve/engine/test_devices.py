@@ -105,8 +105,8 @@ def test_an_engine_is_built_where_its_configuration_says(
     answer = run(engine, [request("a", prompt(1, 12))])["a"]
     assert len(answer.token_ids) == 16
     assert sum(output.num_proposed for output in answer.rounds)
-    assert engine._target.model.dtype == torch.bfloat16, "precision auto without the CPU's kernels"
-    assert {each.device for each in engine._target.parameters()} == {device}
+    assert engine.target.model.dtype == torch.bfloat16, "precision auto without the CPU's kernels"
+    assert {each.device for each in engine.target.parameters()} == {device}
     assert "engine.device=cpu" in caplog.text, "what to do if it fails is said at the start"
 
 
