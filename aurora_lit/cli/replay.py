@@ -26,7 +26,7 @@ from rich.table import Table
 from aurora_lit.config import AuroraConfig
 from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import save_draft
-from aurora_lit.errors import ConfigError
+from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.replay import (
     ARMS,
@@ -76,7 +76,7 @@ def run(
     """Replay the traces in `traces`; write a report and the final draft to `out`, and return the report.
 
     steps_per_trace: optimiser steps for each trace. trial_every: traces between two trials of the gate. window: traces
-    in each window of the report.
+    in each window of the report. Raises AuroraError if no trace can be used.
     """
     total = count_traces(traces)
     first = fabric.is_global_zero
@@ -96,6 +96,11 @@ def run(
         for block in blocks(read_traces(traces, names), trial_every):
             replayed.process_block(block)
             bar.advance(task, len(block))
+    if not replayed.scored:
+        raise AuroraError(
+            f"all {replayed.skipped} traces in {traces} were skipped: they are of another target than "
+            f"{config.target.source}, or damaged; give the server's --config"
+        )
     result = report(replayed, window=window)
     if first:
         save_draft(replayed.served, out / DRAFT_NAME)
@@ -103,6 +108,8 @@ def run(
         console = Console()
         for title in ("domains", "windows"):
             console.print(table(result, title))
+        if replayed.skipped:
+            console.print(f"{replayed.skipped} of {total} traces were skipped: of another target, or damaged")
         more = " learn.from_scratch=false checkpoint.run=NEW" if config.learn.from_scratch else ""
         console.print(
             f"{result['published']} of {len(result['trials'])} drafts passed the gate"

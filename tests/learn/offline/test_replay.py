@@ -140,15 +140,20 @@ def test_the_gate_is_told_how_hot_the_stream_is(
     assert told[-1] < told[0], "it cools as it is learned"
 
 
-def test_other_targets_and_damaged_traces_are_skipped(target: Target, stream: list[Trace], tmp_path: Path) -> None:
-    replay = make_replay(target, random_draft(target), tmp_path)
-    trace = stream[0]
-    foreign = replace(
+def of_another_target(trace: Trace) -> Trace:
+    """The trace with states that are twice as wide."""
+    return replace(
         trace,
         aux_T3H=torch.cat([trace.aux_T3H] * 2, -1),
         last_TH=torch.cat([trace.last_TH] * 2, -1),
         rejected_last_NH=torch.cat([trace.rejected_last_NH] * 2, -1),
     )
+
+
+def test_other_targets_and_damaged_traces_are_skipped(target: Target, stream: list[Trace], tmp_path: Path) -> None:
+    replay = make_replay(target, random_draft(target), tmp_path)
+    trace = stream[0]
+    foreign = of_another_target(trace)
     broken = replace(trace, last_TH=torch.full_like(trace.last_TH, float("nan")))
     replay.process_block([foreign, broken, *stream[:3]])
     assert (replay.skipped, len(replay.scored)) == (2, 3)
@@ -246,6 +251,21 @@ def test_a_replay_from_scratch_says_so_and_how_its_draft_is_served(
     assert done.exit_code == 0, done.output
     assert "learning begins untrained" in " ".join(done.stderr.split())
     assert f"draft.checkpoint={out / 'draft'} learn.from_scratch=false checkpoint.run=NEW\n" in done.stdout
+
+
+def test_skipped_traces_are_counted_and_it_is_an_error_if_all_are(
+    stream: list[Trace], recorded: list[str], tmp_path: Path
+) -> None:
+    foreign = [of_another_target(trace) for trace in stream[:2]]
+    some, others = logged(tmp_path / "some", [*foreign, stream[2]]), logged(tmp_path / "all", foreign)
+    done = CliRunner().invoke(main, ["replay", *recorded, "--traces", str(some), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "2 of 3 traces were skipped" in done.stdout
+    done = CliRunner().invoke(main, ["replay", *recorded, "--traces", str(others), "--out", str(tmp_path / "none")])
+    assert done.exit_code == 2, done.output
+    assert "all 2 traces" in done.stderr
+    assert "give the server's --config" in done.stderr
+    assert not (tmp_path / "none" / "replay.json").exists()
 
 
 def _asked(times: int) -> list[Request]:
