@@ -76,7 +76,8 @@ def run(
     """Replay the traces in `traces`; write a report and the final draft to `out`, and return the report.
 
     steps_per_trace: optimiser steps for each trace. trial_every: traces between two trials of the gate. window: traces
-    in each window of the report. Raises AuroraError if no trace can be used.
+    in each window of the report. Raises AuroraError if no trace can be used. When interrupted, it writes the
+    report so far, but no final draft.
     """
     total = count_traces(traces)
     first = fabric.is_global_zero
@@ -93,9 +94,15 @@ def run(
         task = bar.add_task("replaying", total=total)
         # A server may record there meanwhile, and all processes must read the same.
         names = broadcast_plain(fabric, shard_names(traces))
-        for block in blocks(read_traces(traces, names), trial_every):
-            replayed.process_block(block)
-            bar.advance(task, len(block))
+        interrupted = False
+        try:
+            for block in blocks(read_traces(traces, names), trial_every):
+                replayed.process_block(block)
+                bar.advance(task, len(block))
+        except KeyboardInterrupt:
+            if not replayed.scored:
+                raise
+            interrupted = True
     if not replayed.scored:
         raise AuroraError(
             f"all {replayed.skipped} traces in {traces} were skipped: they are of another target than "
@@ -103,20 +110,26 @@ def run(
         )
     result = report(replayed, window=window)
     if first:
-        save_draft(replayed.served, out / DRAFT_NAME)
+        out.mkdir(parents=True, exist_ok=True)
         (out / REPORT_NAME).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         console = Console()
         for title in ("domains", "windows"):
             console.print(table(result, title))
         if replayed.skipped:
             console.print(f"{replayed.skipped} of {total} traces were skipped: of another target, or damaged")
-        more = " learn.from_scratch=false checkpoint.run=NEW" if config.learn.from_scratch else ""
-        console.print(
-            f"{result['published']} of {len(result['trials'])} drafts passed the gate"
-            + ("" if result["published"] else ": the final draft is the starting draft")
-            + f"; serve it with draft.checkpoint={out / DRAFT_NAME}{more}",
-            soft_wrap=True,
-        )
+        if interrupted:  # the served draft may be half replaced: it is not written
+            console.print(f"interrupted; drafts that have passed the gate are in {out / VERSIONS_NAME}", soft_wrap=True)
+        else:
+            save_draft(replayed.served, out / DRAFT_NAME)
+            more = " learn.from_scratch=false checkpoint.run=NEW" if config.learn.from_scratch else ""
+            console.print(
+                f"{result['published']} of {len(result['trials'])} drafts passed the gate"
+                + ("" if result["published"] else ": the final draft is the starting draft")
+                + f"; serve it with draft.checkpoint={out / DRAFT_NAME}{more}",
+                soft_wrap=True,
+            )
+    if interrupted:
+        raise KeyboardInterrupt
     return result
 
 

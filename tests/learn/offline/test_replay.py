@@ -268,6 +268,25 @@ def test_skipped_traces_are_counted_and_it_is_an_error_if_all_are(
     assert not (tmp_path / "none" / "replay.json").exists()
 
 
+def test_an_interrupted_replay_writes_its_report(
+    stream: list[Trace], recorded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traces, out, process_block = logged(tmp_path / "few", stream[:3]), tmp_path / "out", Replay.process_block
+
+    def interrupt(self: Replay, block: Sequence[Trace]) -> None:
+        if self.scored:
+            raise KeyboardInterrupt
+        process_block(self, block)
+
+    monkeypatch.setattr(Replay, "process_block", interrupt)
+    words = ["replay", *recorded, "--traces", str(traces), "--out", str(out), "--trial-every", "2"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 1
+    assert f"drafts that have passed the gate are in {out / 'versions'}\n" in done.stdout
+    assert json.loads((out / "replay.json").read_text())["traces"] == 2
+    assert not (out / "draft").exists()
+
+
 def _asked(times: int) -> list[Request]:
     asked = [*some_requests(8), *some_requests(4, seed=1, domain="code")]
     return [replace(r, request_id=f"{n}-{r.request_id}") for n in range(times) for r in asked]
