@@ -26,7 +26,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from aurora_lit.bench.server_process import free_port, wait_until_ready
+from aurora_lit.bench.server_process import LOOPBACK, free_port, wait_until_ready
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _MOUNTS = ("/dev", "/dev/shm", "/proc")
@@ -144,7 +144,7 @@ def ask(root: Root, command: list[str]) -> None:
                 json.dumps(body).encode(),
                 {"Content-Type": "application/json"},
             )
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with LOOPBACK.open(request, timeout=60) as response:
                 print(json.load(response)["choices"][0]["message"]["content"])
         finally:
             server.send_signal(signal.SIGTERM)

@@ -24,7 +24,6 @@ import json
 import shutil
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -34,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.bench.server_process import LOOPBACK, free_port, running_server
 from aurora_lit.bench.stream_plan import read_arrivals
 from aurora_lit.config import load_config
 from aurora_lit.drafts.versions import DraftStore
@@ -114,7 +113,7 @@ def ask_next(port: int, numbered: Iterator[tuple[int, Chat]], max_tokens: int) -
 def learner_status(port: int) -> Json:
     """What the server says of its learner, with its processor seconds and resident MiB; waits until there is one."""
     while True:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/aurora/status", timeout=60) as response:
+        with LOOPBACK.open(f"http://127.0.0.1:{port}/v1/aurora/status", timeout=60) as response:
             found: Json = json.load(response)["learner"]
         if found["state"] == "running":
             break

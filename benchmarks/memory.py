@@ -110,7 +110,10 @@ def main() -> int:
             text for text in texts if len(text) < config.engine.max_seq_len
         ]  # a token has at least one character
         readings = []
-        with running_server(config, folder / "log") as url, httpx.Client(base_url=url, timeout=600) as client:
+        with (
+            running_server(config, folder / "log") as url,
+            httpx.Client(base_url=url, timeout=600, trust_env=False) as client,
+        ):
             (server,) = [child for child in psutil.Process().children() if "serve" in child.cmdline()]
             send = request_kinds(client, args.max_tokens)
             with ThreadPoolExecutor(args.concurrency) as pool:

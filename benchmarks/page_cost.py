@@ -23,7 +23,6 @@ import json
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -32,7 +31,7 @@ from typing import NamedTuple
 
 import psutil
 
-from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.bench.server_process import LOOPBACK, free_port, running_server
 from aurora_lit.config import load_config
 from aurora_lit.learn.pretrain.prompts import read_prompts
 from benchmarks.page_screenshots import find_chromium
@@ -98,7 +97,7 @@ class ServerProcesses:
     """The processes of a running server, and the processor time that they have taken."""
 
     def __init__(self, port: int) -> None:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/aurora/status", timeout=30) as response:
+        with LOOPBACK.open(f"http://127.0.0.1:{port}/v1/aurora/status", timeout=30) as response:
             self.worker = psutil.Process(json.load(response)["worker"]["pid"])
         main = self.worker.parent()
         assert main is not None, "the server's main process has started the worker"

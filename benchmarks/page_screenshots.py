@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.bench.server_process import LOOPBACK, free_port, running_server
 from aurora_lit.config import load_config
 from benchmarks.templated_prompts import make_prompts
 
@@ -63,7 +63,7 @@ def traffic(url: str, *, seconds: float, clients: int, max_tokens: int) -> Itera
                 return
             headers = {"Content-Type": "application/json"}
             request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=120) as response:
+            with LOOPBACK.open(request, timeout=120) as response:
                 response.read()
 
     threads = [threading.Thread(target=send, args=(client,), daemon=True) for client in range(clients)]

@@ -39,7 +39,6 @@ import statistics
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -52,7 +51,7 @@ from rich.table import Table
 from scipy.stats import t as student_t
 
 from aurora_lit.bench.reporting import report_console
-from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.bench.server_process import LOOPBACK, free_port, running_server
 from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -144,7 +143,7 @@ def ask(port: int, chat: Chat, arm: Arm, more: Mapping[str, Any], *, max_tokens:
 
 def status(port: int) -> dict[str, Any]:
     """What the server says of itself."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/aurora/status", timeout=_TIMEOUT_S) as response:
+    with LOOPBACK.open(f"http://127.0.0.1:{port}/v1/aurora/status", timeout=_TIMEOUT_S) as response:
         found: dict[str, Any] = json.load(response)
     return found
 

@@ -21,14 +21,13 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aurora_lit.bench.server_process import free_port
+from aurora_lit.bench.server_process import LOOPBACK, free_port
 from aurora_lit.learn.pretrain.prompts import read_prompts
 from benchmarks.peers.client import Answer, ask, served_model
 
@@ -41,7 +40,7 @@ def wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
     began = time.monotonic()
     while time.monotonic() - began < _PATIENCE_S and server.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
+            with LOOPBACK.open(f"http://127.0.0.1:{port}/ready", timeout=5):
                 return
         except OSError:
             time.sleep(0.1)

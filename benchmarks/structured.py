@@ -28,7 +28,7 @@ from typing import Any
 
 import jsonschema
 
-from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.bench.server_process import LOOPBACK, free_port, running_server
 from aurora_lit.config import load_config
 from benchmarks.structured_schemas import SCHEMAS
 
@@ -57,7 +57,7 @@ def ask(url: str, name: str, number: int, *, way: str, temperature: float, max_t
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     began = time.perf_counter()
-    with urllib.request.urlopen(request, timeout=300) as response:
+    with LOOPBACK.open(request, timeout=300) as response:
         answer = json.load(response)
     seconds = time.perf_counter() - began
     (choice,) = answer["choices"]

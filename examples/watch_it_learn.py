@@ -13,7 +13,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000")
 parser.add_argument("--seconds", type=float, default=600)
 options = parser.parse_args()
-client = httpx.Client(base_url=options.url, timeout=120)
+client = httpx.Client(base_url=options.url, timeout=120, trust_env="//127." not in options.url)  # no proxy for loopback
 THINGS = ["orders", "users", "invoices", "products", "flights", "books", "payments", "teams", "rooms", "songs"]
 
 before = client.get("/v1/aurora/status").json()["speculation"]

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,10 +30,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from aurora_lit.bench.plots import save_online_plot
-from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.bench.server_process import LOOPBACK, free_port, running_server
 from aurora_lit.config import AuroraConfig, model_name, resolved_memory_scope
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.pretrain.prompts import Prompt, read_prompts
+from aurora_lit.models.source import find_target
 
 ARMS = ("plain", "static", "learning")
 
@@ -106,7 +106,7 @@ def run(
     prompts: files of the traffic. measure: files of the measured prompts. window: requests in each window.
     static_requests: number of traffic requests for arms that do not learn; None: all. measure_concurrency: clients that
     send the measured prompts; None: as many as for traffic. phases: one file after the other, each with an equal part
-    of the requests. Raises ConfigError if `static_requests` is given beside a traffic memory.
+    of the requests. Raises ConfigError if `static_requests` is given beside a traffic memory, or without openai.
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
@@ -116,8 +116,11 @@ def run(
             f"--static-requests {static_requests}: arms that do not learn remember what they serve, so that less "
             "traffic would be their loss; add memory.capacity_mb=0, or leave the option out"
         )
+    if importlib.util.find_spec("openai") is None:
+        raise ConfigError("bench online sends requests with the package openai; pip install 'aurora-lit[bench]'")
     traffic = _phases(prompts, requests) if phases else [Phase(name="all", prompts=_interleave(prompts, requests))]
     measured = _interleave(measure, measure_requests)
+    find_target(config)  # a server that has to download it would not be ready in time
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
     texts: dict[str, list[list[str | None]]] = {}
@@ -198,12 +201,10 @@ def _run_arm(
     """The report of one arm, and the measured answers, each time that they were measured; None: it failed."""
     with (
         running_server(config, log) as url,
+        _client(url) as client,
         ThreadPoolExecutor(concurrency) as pool,
         ThreadPoolExecutor(measure_concurrency) as measuring_pool,
     ):
-        from openai import OpenAI
-
-        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
         begun, model = time.monotonic(), model_name(config)
 
         def send(numbered: tuple[int, Prompt], *, store: bool) -> ClientAnswer:
@@ -239,6 +240,14 @@ def _run_arm(
         "status": status,
         "errors": errors + [answer.error for _, answers in found for answer in answers if answer.error],
     }, [[answer.text if not answer.error else None for answer in answers] for _, answers in found]
+
+
+def _client(url: str) -> Any:
+    """OpenAI's client, which asks the server at `url` without a proxy that the environment names."""
+    from openai import DefaultHttpxClient, OpenAI
+
+    http_client = DefaultHttpxClient(trust_env=False)
+    return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600, http_client=http_client)
 
 
 def _by_domain(answers: Sequence[ClientAnswer]) -> dict[str, dict[str, Any]]:
@@ -300,7 +309,7 @@ def _window(answers: Sequence[ClientAnswer]) -> Window:
 
 
 def _status(url: str) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{url}/v1/aurora/status", timeout=30) as response:
+    with LOOPBACK.open(f"{url}/v1/aurora/status", timeout=30) as response:
         status: dict[str, Any] = json.load(response)
     return status
 

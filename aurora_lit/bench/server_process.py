@@ -24,6 +24,8 @@ from aurora_lit.ipc.process_lifetime import die_with_parent
 
 _START_S = 300.0
 """Longest wait for a server to become ready."""
+LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens URLs of this machine. A proxy that the environment names would look for them on its own."""
 
 
 def free_port() -> int:
@@ -76,7 +78,7 @@ def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path, *, wi
         if server.poll() is not None:
             raise AuroraError(f"the server exited while starting; see {log}")
         try:
-            with urllib.request.urlopen(url, timeout=5) as response:
+            with LOOPBACK.open(url, timeout=5) as response:
                 if response.status == 200:
                     return
         except (urllib.error.URLError, OSError):

@@ -10,12 +10,12 @@ import http.client
 import json
 import statistics
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from aurora_lit.bench.server_process import LOOPBACK
 from aurora_lit.errors import AuroraError
 
 _TIMEOUT_S = 600.0
@@ -74,7 +74,7 @@ def run_load(
 
 def served_model(port: int) -> str:
     """The name of the server's model."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=_TIMEOUT_S) as response:
+    with LOOPBACK.open(f"http://127.0.0.1:{port}/v1/models", timeout=_TIMEOUT_S) as response:
         return str(json.load(response)["data"][0]["id"])
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +57,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     monkeypatch.setattr(online, "_ask", ask)
     monkeypatch.setattr(online, "running_server", server)
     monkeypatch.setattr(online, "_status", lambda url: {})
+    monkeypatch.setattr(online, "find_target", lambda config: None)
     monkeypatch.setattr(online, "save_online_plot", lambda *_: True)
     return found
 
@@ -146,6 +148,26 @@ def test_less_traffic_for_arms_that_do_not_learn_needs_a_server_without_memory(
     with pytest.raises(ConfigError, match="--static-requests 3: .*memory.capacity_mb=0"):
         run(files, tmp_path / "out", arms=["static"], static_requests=3, overrides=[])
     assert not sent
+
+
+def test_the_target_is_there_before_a_server_starts(
+    files: list[Path], sent: list[tuple[str, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    start = online.running_server
+    monkeypatch.setattr(online, "find_target", lambda config: order.append("target"))
+    monkeypatch.setattr(online, "running_server", lambda *args: order.append("server") or start(*args))
+    run(files, tmp_path / "out", arms=["static", "learning"])
+    assert order == ["target", "server", "server"]
+
+
+def test_without_openai_nothing_is_started(
+    files: list[Path], sent: list[tuple[str, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match=r"pip install 'aurora-lit\[bench\]'"):
+        run(files, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_arm_is_a_server_of_its_own() -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import http.server
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from urllib.request import urlopen
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import aurora_lit
-from aurora_lit.bench.server_process import free_port, running_server
+from aurora_lit.bench import online
+from aurora_lit.bench.server_process import LOOPBACK, free_port, running_server, wait_until_ready
 from aurora_lit.config import load_config
 
 
@@ -63,5 +68,38 @@ http.server.HTTPServer(("127.0.0.1", int(config.split("port:")[1].split()[0])), 
 """)
     monkeypatch.chdir(Path(aurora_lit.__file__).parents[1])
     config = load_config(None, [f"server.port={free_port()}"])
-    with running_server(config, tmp_path / "log", code=package.parent) as url, urlopen(f"{url}/ready") as answer:
+    with running_server(config, tmp_path / "log", code=package.parent) as url, LOOPBACK.open(f"{url}/ready") as answer:
         assert answer.read() == b"the other one"
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b'{"object": "list", "data": []}')
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_servers_are_asked_without_a_proxy_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urlopen keeps what it has read of the environment
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    runs: Any = SimpleNamespace(poll=lambda: None)
+    with http.server.HTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            wait_until_ready(url, runs, tmp_path / "log", within_s=10)
+            assert online._status(url)["data"] == []
+            with online._client(url) as client:
+                assert client.models.list().data == []
+        finally:
+            server.shutdown()
+            thread.join()
