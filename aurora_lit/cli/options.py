@@ -3,6 +3,7 @@
 Imports nothing heavy, so that `--help` is answered at once.
 """
 
+import errno
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -17,18 +18,20 @@ from aurora_lit.ipc.run_folder import CONFIG_NAME
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 RUN_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Writing to a file that is open already raises these without the file's name."""
 
 
 class AuroraGroup(click.Group):
-    """A group that prints an AuroraError, or an error of a file, on one line and exits with code 2."""
+    """A group that prints an AuroraError, or an error of a file or a full disk, on one line and exits with code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except (AuroraError, OSError) as error:
-            if isinstance(error, OSError) and error.filename is None:  # not of a file: a closed pipe, or a bug
-                raise
+            if isinstance(error, OSError) and error.filename is None and error.errno not in _NO_SPACE:
+                raise  # not of a file: a closed pipe, or a bug
             click.echo(f"Error: {' '.join(str(error).split())}", err=True)
             ctx.exit(2)
 

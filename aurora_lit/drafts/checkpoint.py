@@ -10,6 +10,7 @@ Leaves out training state (learn/) and versions (drafts/versions.py).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -71,7 +72,7 @@ def write_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         save_file(value, folder / VALUE_NAME)
     except SafetensorError as error:  # such as a full disk
-        raise OSError(f"{folder} cannot be written: {error}") from error
+        raise OSError(errno.EIO, f"cannot be written: {error}", str(folder)) from error
     config_text = json.dumps(_config_json(draft.config, dtype), indent=2) + "\n"
     (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8")
     digests = {name: _sha256(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME, VALUE_NAME)}

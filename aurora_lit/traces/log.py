@@ -103,7 +103,7 @@ class TraceLogWriter:
             try:
                 save_file(tensors, temporary, metadata=metadata)
             except SafetensorError as error:
-                raise OSError(f"{temporary} cannot be written: {error}") from error
+                raise OSError(errno.EIO, f"cannot be written: {error}", str(temporary)) from error
             with temporary.open("rb") as shard:
                 os.fsync(shard.fileno())
             if self.max_bytes is not None:

@@ -95,7 +95,8 @@ def test_an_aurora_error_is_printed_on_one_line(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_error_of_a_file_is_printed_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    errors: list[OSError] = [PermissionError(errno.EACCES, "Permission denied", "/locked"), OSError("no file's")]
+    full = OSError(errno.ENOSPC, "No space left on device")
+    errors: list[OSError] = [PermissionError(errno.EACCES, "Permission denied", "/locked"), full, OSError("no file's")]
 
     def serve(_: AuroraConfig) -> None:
         raise errors.pop(0)
@@ -105,6 +106,7 @@ def test_an_error_of_a_file_is_printed_on_one_line(monkeypatch: pytest.MonkeyPat
     result = run("serve")
     assert result.exit_code == 2
     assert result.stderr == "Error: [Errno 13] Permission denied: '/locked'\n"
+    assert run("serve").stderr == "Error: [Errno 28] No space left on device\n", "writing knows no name"
     assert isinstance(run("serve").exception, OSError)
 
 

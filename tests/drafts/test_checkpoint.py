@@ -235,10 +235,11 @@ def test_a_disk_that_takes_no_more_is_an_os_error_and_the_older_draft_stays(targ
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
-        with pytest.raises(OSError, match="cannot be written"):
+        with pytest.raises(OSError, match="cannot be written") as raised:
             save_draft(random_draft(target), saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.filename, "so that a command prints it on one line"
     assert (saved / "model.safetensors").read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from support.trace_examples import numbered_trace, same_trace, trace_with_rounds, write_log
 
 from aurora_lit.traces import log as trace_log
@@ -71,6 +72,16 @@ def test_a_crash_while_writing_a_shard_leaves_a_readable_log(
     assert [same(trace, numbered_trace(9)) for trace in read(tmp_path)] == [True]
     write_log(tmp_path, [numbered_trace(9, first=70)])
     assert [int(trace.token_ids_T[0]) for trace in read(tmp_path)] == [0, 70]
+
+
+def test_a_full_disk_is_an_error_with_the_file_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(trace_log, "save_file", fill)
+    with pytest.raises(OSError, match="cannot be written: .*No space left") as raised:
+        write_log(tmp_path, [numbered_trace(9)])
+    assert str(raised.value.filename).startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize("cut", [1, 30, 200])
