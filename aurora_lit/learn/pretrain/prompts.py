@@ -7,9 +7,11 @@ template of HTTP requests (serve/http/tokenize.py).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.errors import AuroraError
@@ -24,6 +26,8 @@ class Prompt:
     """The user's turns."""
     system: str | None = None
     """The system's turn before the first of them."""
+    place: str = field(default="", compare=False)
+    """File and line; "" if it is from no file."""
 
     @property
     def chat(self) -> list[dict[str, str]]:
@@ -47,13 +51,13 @@ def read_prompts(path: Path) -> list[Prompt]:
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
-            prompts.append(Prompt(domain=path.stem, messages=(line,)))
+            prompts.append(Prompt(domain=path.stem, messages=(line,), place=f"{path}:{number}"))
             continue
         try:
             fields = json.loads(line)
-            turns = tuple(str(message["content"]) for message in fields["messages"] if message["role"] == "user")
+            turns = tuple(_text_of(message["content"]) for message in fields["messages"] if message["role"] == "user")
             first = fields["messages"][0] if fields["messages"] else {}
-            system = str(first["content"]) if first.get("role") == "system" else None
+            system = _text_of(first["content"]) if first.get("role") == "system" else None
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise AuroraError(
                 f"{path}:{number}: not a prompt ({error!r}); each line needs "
@@ -61,16 +65,32 @@ def read_prompts(path: Path) -> list[Prompt]:
             ) from error
         if not turns:
             raise AuroraError(f"{path}:{number}: no user turn in `messages`")
-        prompts.append(Prompt(domain=str(fields.get("domain", path.stem)), messages=turns, system=system))
+        domain = str(fields.get("domain", path.stem))
+        prompts.append(Prompt(domain=domain, messages=turns, system=system, place=f"{path}:{number}"))
     return prompts
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of the system's and the first user turn under the chat template, with the assistant's header.
 
-    A tokenizer without a template encodes the user's text as it is.
+    A tokenizer without a template encodes the user's text as it is. Raises AuroraError, with file and line, if the
+    template refuses the prompt.
     """
     if tokenizer.chat_template is None:
         return list(tokenizer.encode(prompt.messages[0]))
-    text = tokenizer.apply_chat_template(prompt.chat, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(prompt.chat, tokenize=False, add_generation_prompt=True)
+    # Templates also fail on variables of another type, and on deep ones.
+    except (TemplateError, ValueError, TypeError, RecursionError) as error:
+        place = prompt.place or "the prompt"
+        raise AuroraError(f"{place}: the chat template refuses it ({error}); change it or leave it out") from error
     return list(tokenizer.encode(str(text), add_special_tokens=False))
+
+
+def _text_of(content: Any) -> str:
+    """A turn's text; parts, as in OpenAI's API, are joined by line breaks. Raises TypeError or KeyError for others."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(part["type"] == "text" and isinstance(part["text"], str) for part in content):
+        return "\n".join(part["text"] for part in content)
+    raise TypeError("`content` is neither a text nor a list of text parts")

@@ -46,6 +46,21 @@ def test_a_conversation_is_its_system_turn_and_its_first_question(tmp_path: Path
     assert tokenizer.decode(encode_prompt(tokenizer, prompt)) == "<|system|>be kind<|user|>hello<|assistant|>"
 
 
+def test_text_parts_are_joined(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    parts = [{"type": "text", "text": "hello"}, {"type": "text", "text": "world"}]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}) + "\n")
+    assert read_prompts(path)[0].messages == ("hello\nworld",)
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "chat.txt"
+    path.write_text("hello\nforbidden\n")
+    _, refused = read_prompts(path)
+    with pytest.raises(AuroraError, match=r"chat\.txt:2: the chat template refuses it \(forbidden content\)"):
+        encode_prompt(tiny_tokenizer(), refused)
+
+
 def test_a_file_of_another_encoding_is_named(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes('{"messages": [{"role": "user", "content": "é"}]}'.encode("latin-1"))
@@ -53,7 +68,18 @@ def test_a_file_of_another_encoding_is_named(tmp_path: Path) -> None:
         read_prompts(path)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"messages": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"messages": 3}',
+        '{"messages": []}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": "user", "content": null}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}',
+    ],
+)
 def test_a_malformed_line_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "c"}]}\n' + line + "\n")
