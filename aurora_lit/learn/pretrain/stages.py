@@ -34,12 +34,13 @@ from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.objective import OnlineWeights
-from aurora_lit.serve.worker.build import eos_token_ids, load_target, load_tokenizer
+from aurora_lit.serve.worker.build import check_one_process, eos_token_ids, load_target, load_tokenizer
 from aurora_lit.traces.log import ShardInfo, TraceLogWriter, read_index, read_shard
 
 _PIECES_AT_ONCE = 12
 _PIECE_TOKENS = 384
 _MAX_SEQUENCE_TOKENS = 1024
+_MAX_BATCH_SIZE = 32
 VOCABULARY_NAME = "vocabulary.json"
 
 
@@ -77,6 +78,9 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
 
     Raises ConfigError when there is nothing to train on, CheckpointError when `start_from` cannot be used.
     """
+    check_one_process(config)
+    if config.engine.device == "cuda":
+        raise ConfigError("engine.device=cuda: pretraining runs the target on the CPU; use engine.device=cpu here")
     console = Console()
     use_threads(config.engine.threads)
     traces = options.out.with_name(f"{options.out.name}.traces")
@@ -84,7 +88,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     # Loaded first, so that an unusable draft is refused before hours of work.
     draft = load_draft(options.start_from, target) if options.start_from else None
     _record_text(target, tokenizer, options, traces)
-    _answer_prompts(target, tokenizer, options, traces)
+    _answer_prompts(config, target, tokenizer, options, traces)
     shards = read_index(traces)
     if not shards:
         raise ConfigError("--prompts and --text gave nothing to learn from; name files with more text")
@@ -150,7 +154,13 @@ def _text_in_turn(tokenizer: PreTrainedTokenizerBase, paths: tuple[Path, ...]) -
         yield from (piece for piece in pieces if piece is not None)
 
 
-def _answer_prompts(target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path) -> None:
+def _answer_prompts(
+    config: AuroraConfig,
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    options: PretrainOptions,
+    traces: Path,
+) -> None:
     """Stage two: answer prompts; those that an earlier run has answered are skipped."""
     prompts = _prompts_to_answer(tokenizer, options)
     answered = {
@@ -170,6 +180,7 @@ def _answer_prompts(target: Target, tokenizer: PreTrainedTokenizerBase, options:
             remaining,
             eos_token_ids=eos_token_ids(target, tokenizer),
             max_answer_tokens=options.max_answer_tokens,
+            max_batch_size=min(_MAX_BATCH_SIZE, config.engine.max_batch_size),
             max_seq_len=min(_MAX_SEQUENCE_TOKENS, target.max_positions),
         ):
             writer.append(trace)

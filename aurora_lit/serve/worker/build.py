@@ -69,11 +69,7 @@ def build_engine(
     sink: receives a trace of every request; None: no traces are recorded. target: the configuration's, if it has been
     loaded already; engines may share it.
     """
-    if config.engine.strategy != "single":
-        raise ConfigError(
-            f"engine.strategy={config.engine.strategy}: only `aurora-lit serve` shards a target over processes; "
-            "use engine.strategy=single and engine.devices=1 here"
-        )
+    check_one_process(config)
     if config.draft.checkpoint is not None:
         config = dataclasses.replace(config, learn=dataclasses.replace(config.learn, from_scratch=False))
     use_threads(config.engine.threads)
@@ -83,6 +79,15 @@ def build_engine(
     observer = None if sink is None else _recorder(config, target, sink)
     engine = _engine(config, target, tokenizer, observer=observer, kept_costs=_kept_costs(config, target))
     return engine, tokenizer
+
+
+def check_one_process(config: AuroraConfig) -> None:
+    """Raise ConfigError if the target is to be sharded, which only a server does."""
+    if config.engine.strategy != "single":
+        raise ConfigError(
+            f"engine.strategy={config.engine.strategy}: only `aurora-lit serve` shards a target over processes; "
+            "use engine.strategy=single and engine.devices=1 here"
+        )
 
 
 def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:

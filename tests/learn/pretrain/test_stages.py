@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,15 @@ from support.tiny_models import save_model
 
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.checkpoint import load_draft
-from aurora_lit.errors import CheckpointError
+from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.learn.pretrain import stages
 from aurora_lit.learn.pretrain.stages import PretrainOptions, pretrain
 from aurora_lit.models.target import Target
+from aurora_lit.traces.record import Trace
+
+
+class Stopped(Exception):
+    """Raised where a run is stopped."""
 
 
 @pytest.fixture
@@ -85,3 +92,35 @@ def test_an_unusable_starting_draft_is_refused_before_any_work(
     with pytest.raises(CheckpointError, match="missing"):
         pretrain(config, dataclasses.replace(options, start_from=tmp_path / "missing"))
     assert not options.out.with_name("first.traces").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"device": "cuda"}, "engine.device=cuda: pretraining runs the target on the CPU"),
+        ({"strategy": "fsdp", "devices": 2}, "engine.strategy=fsdp: only `aurora-lit serve`"),
+    ],
+)
+def test_settings_that_it_cannot_follow_are_refused(
+    changes: dict[str, Any], said: str, config: AuroraConfig, options: PretrainOptions
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        pretrain(dataclasses.replace(config, engine=dataclasses.replace(config.engine, **changes)), options)
+
+
+def test_as_many_prompts_are_answered_together_as_the_engine_may_take(
+    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def interrupted(*_: object, max_batch_size: int, **__: object) -> Iterator[Trace]:
+        sizes.append(max_batch_size)
+        raise Stopped
+
+    monkeypatch.setattr(stages, "generate_answers", interrupted)
+    for size in (3, 100):
+        with pytest.raises(Stopped):
+            pretrain(
+                dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_batch_size=size)), options
+            )
+    assert sizes == [3, 32]
