@@ -11,7 +11,10 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import signal
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,17 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     return report
 
 
+@contextmanager
+def _flushed(writer: TraceLogWriter) -> Iterator[None]:
+    """Write the pending traces however the block ends; SIGTERM ends it as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        writer.flush()
+        signal.signal(signal.SIGTERM, before)
+
+
 def _record_text(target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path) -> None:
     """Stage one: record text; pieces that an earlier run has stored are skipped."""
     writer = TraceLogWriter(traces, kind="text")
@@ -135,7 +149,7 @@ def _record_text(target: Target, tokenizer: PreTrainedTokenizerBase, options: Pr
         return
     done = sum(shard.num_sequences for shard in read_index(traces) if shard.kind == "text")
     pieces = itertools.islice(_text_in_turn(tokenizer, options.text), done, None)
-    with Progress() as bar:
+    with Progress() as bar, _flushed(writer):
         task = bar.add_task("recording text", total=options.text_positions, completed=writer.num_positions)
         while writer.num_positions < options.text_positions:
             batch = list(itertools.islice(pieces, _PIECES_AT_ONCE))
@@ -144,7 +158,6 @@ def _record_text(target: Target, tokenizer: PreTrainedTokenizerBase, options: Pr
             for trace in record_pieces(target, batch, domain="text"):
                 writer.append(trace)
             bar.update(task, completed=writer.num_positions)
-    writer.flush()
 
 
 def _text_in_turn(tokenizer: PreTrainedTokenizerBase, paths: tuple[Path, ...]) -> Iterator[list[int]]:
@@ -173,7 +186,7 @@ def _answer_prompts(
     if not remaining:
         return
     writer = TraceLogWriter(traces, kind="answer")
-    with Progress() as bar:
+    with Progress() as bar, _flushed(writer):
         task = bar.add_task("answering", total=len(prompts), completed=len(prompts) - len(remaining))
         for trace in generate_answers(
             target,
@@ -185,7 +198,6 @@ def _answer_prompts(
         ):
             writer.append(trace)
             bar.advance(task)
-    writer.flush()
 
 
 def _prompts_to_answer(tokenizer: PreTrainedTokenizerBase, options: PretrainOptions) -> list[PromptToAnswer]:

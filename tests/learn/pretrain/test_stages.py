@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ import pytest
 import torch
 from support.fake_engine import tiny_tokenizer
 from support.tiny_models import save_model
+from support.trace_examples import numbered_trace
 
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.checkpoint import load_draft
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.learn.pretrain import stages
+from aurora_lit.learn.pretrain.generate_answers import generate_answers
 from aurora_lit.learn.pretrain.stages import PretrainOptions, pretrain
 from aurora_lit.models.target import Target
+from aurora_lit.traces.log import read_index
 from aurora_lit.traces.record import Trace
 
 
@@ -92,6 +97,48 @@ def test_an_unusable_starting_draft_is_refused_before_any_work(
     with pytest.raises(CheckpointError, match="missing"):
         pretrain(config, dataclasses.replace(options, start_from=tmp_path / "missing"))
     assert not options.out.with_name("first.traces").exists()
+
+
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("end", [ctrl_c, partial(signal.raise_signal, signal.SIGTERM)], ids=["Ctrl-C", "SIGTERM"])
+def test_answers_before_an_interruption_are_kept(
+    end: Callable[[], None], config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def interrupted(*arguments: Any, **named: Any) -> Iterator[Trace]:
+        for number, trace in enumerate(generate_answers(*arguments, **named)):
+            if number == 3:
+                end()
+            yield trace
+
+    monkeypatch.setattr(stages, "generate_answers", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        pretrain(config, options)
+    assert [shard.num_sequences for shard in read_index(options.out.with_name("first.traces"))] == [3]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_text_before_an_interruption_is_kept(
+    config: AuroraConfig, options: PretrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the world " * 4000)
+    batches: list[int] = []
+
+    def interrupted(_: Target, pieces: list[list[int]], *, domain: str) -> list[Trace]:
+        if batches:
+            raise Stopped
+        batches.append(len(pieces))
+        return [numbered_trace(20, domain=domain) for _ in pieces]
+
+    monkeypatch.setattr(stages, "record_pieces", interrupted)
+    with pytest.raises(Stopped):
+        pretrain(config, dataclasses.replace(options, text=(text,)))
+    assert [shard.num_sequences for shard in read_index(options.out.with_name("first.traces"))] == batches
 
 
 @pytest.mark.parametrize(
