@@ -90,11 +90,15 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     tokenizer, target = load_tokenizer(config), load_target(config)
     # Loaded first, so that an unusable draft is refused before hours of work.
     draft = load_draft(options.start_from, target) if options.start_from else None
+    prompts, left_out = _prompts_to_answer(tokenizer, options, max_positions=target.max_positions)
+    if left_out:
+        console.print(left_out)
     _record_text(target, tokenizer, options, traces)
-    _answer_prompts(config, target, tokenizer, options, traces)
+    _answer_prompts(config, target, tokenizer, prompts, options, traces)
     shards = read_index(traces)
     if not shards:
-        raise ConfigError("--prompts and --text gave nothing to learn from; name files with more text")
+        remedy = f"{left_out}; lower --max-answer-tokens" if left_out else "name files with more text"
+        raise ConfigError(f"--prompts and --text gave nothing to learn from; {remedy}")
     if draft is None:
         ids = _vocabulary(target, tokenizer, options, traces, shards)
         draft = initial_draft(target, ids, max_positions=config.engine.max_seq_len)
@@ -171,11 +175,11 @@ def _answer_prompts(
     config: AuroraConfig,
     target: Target,
     tokenizer: PreTrainedTokenizerBase,
+    prompts: list[PromptToAnswer],
     options: PretrainOptions,
     traces: Path,
 ) -> None:
     """Stage two: answer prompts; those that an earlier run has answered are skipped."""
-    prompts = _prompts_to_answer(tokenizer, options)
     answered = {
         tuple(trace.token_ids_T[: trace.answer_start].tolist())
         for shard in read_index(traces)
@@ -200,24 +204,27 @@ def _answer_prompts(
             bar.advance(task)
 
 
-def _prompts_to_answer(tokenizer: PreTrainedTokenizerBase, options: PretrainOptions) -> list[PromptToAnswer]:
-    """The prompts to answer: from all files in turn, each file shuffled by the seed."""
+def _prompts_to_answer(
+    tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, *, max_positions: int
+) -> tuple[list[PromptToAnswer], str]:
+    """The prompts to answer, from all files in turn, each shuffled by the seed; and a line on those left out, or ""."""
     rng = random.Random(options.seed)
     files = [read_prompts(path) for path in options.prompts]
     for prompts in files:
         rng.shuffle(prompts)
     in_turn = [prompt for group in itertools.zip_longest(*files) for prompt in group if prompt is not None]
-    longest = _MAX_SEQUENCE_TOKENS - options.max_answer_tokens
-    chosen = []
+    longest = max(0, min(_MAX_SEQUENCE_TOKENS, max_positions) - options.max_answer_tokens)
+    chosen, num_too_long = [], 0
     for prompt in in_turn:
         ids = encode_prompt(tokenizer, prompt)
-        if len(ids) <= longest:
-            temperature = 1.0 if rng.random() < options.sampled_share else 0.0
-            seed = rng.getrandbits(32)
-            chosen.append(
-                PromptToAnswer(domain=prompt.domain, prompt_ids=tuple(ids), temperature=temperature, seed=seed)
-            )
-    return chosen[: options.answers]
+        if len(ids) > longest:
+            num_too_long += 1
+            continue
+        temperature = 1.0 if rng.random() < options.sampled_share else 0.0
+        seed = rng.getrandbits(32)
+        chosen.append(PromptToAnswer(domain=prompt.domain, prompt_ids=tuple(ids), temperature=temperature, seed=seed))
+    said = f"{num_too_long} of {len(in_turn)} prompts have more than {longest} tokens and are left out"
+    return chosen[: options.answers], said if num_too_long else ""
 
 
 def _vocabulary(

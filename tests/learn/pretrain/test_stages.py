@@ -31,6 +31,10 @@ class Stopped(Exception):
     """Raised where a run is stopped."""
 
 
+def stop(*_: object, **__: object) -> Any:
+    raise Stopped
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> AuroraConfig:
     tokenizer = tiny_tokenizer()
@@ -139,6 +143,23 @@ def test_text_before_an_interruption_is_kept(
     with pytest.raises(Stopped):
         pretrain(config, dataclasses.replace(options, text=(text,)))
     assert [shard.num_sequences for shard in read_index(options.out.with_name("first.traces"))] == batches
+
+
+def test_prompts_that_leave_no_room_are_counted(
+    config: AuroraConfig,
+    options: PretrainOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The target has 256 positions."""
+    with options.prompts[0].open("a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": "the world " * 200}]}) + "\n")
+    monkeypatch.setattr(stages, "generate_answers", stop)
+    with pytest.raises(Stopped):
+        pretrain(config, options)
+    assert "1 of 13 prompts have more than 244 tokens and are left out" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="13 of 13 prompts have more than 0 tokens .*; lower --max-answer-tokens"):
+        pretrain(config, dataclasses.replace(options, max_answer_tokens=300))
 
 
 @pytest.mark.parametrize(
