@@ -1,10 +1,16 @@
-"""Makes files survive a crash of the machine: flushing to disk, replacing a file, exchanging two names at once."""
+"""Makes files survive a crash of the machine: flushing to disk, replacing a file, exchanging two names at once.
+
+Also keeps how a folder of results was begun, for work that is continued after a crash.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux's renameat2
 
@@ -41,6 +47,15 @@ def discard_unfinished(path: Path) -> None:
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
+
+
+def is_as_begun(path: Path, how: Mapping[str, Any]) -> bool:
+    """Keep how a folder of results is begun; if it was begun before, whether that was in the same way."""
+    text = json.dumps(how, indent=2) + "\n"
+    if path.exists():
+        return bool(json.loads(path.read_text(encoding="utf-8")) == json.loads(text))
+    replace_file(path, text.encode())
+    return True
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,6 @@ def progress_bar(console: Console) -> Progress:
     """A progress bar with a count and the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True)
-
-
-def is_as_begun(path: Path, how: Mapping[str, Any]) -> bool:
-    """Keep how a folder of results is begun; if it was begun before, whether that was in the same way."""
-    text = json.dumps(how, indent=2) + "\n"
-    if path.exists():
-        return bool(json.loads(path.read_text(encoding="utf-8")) == json.loads(text))
-    path.write_text(text, encoding="utf-8")
-    return True
 
 
 def write_report(path: Path, *, config: AuroraConfig, draft_version: str, results: dict[str, Any]) -> None:

@@ -120,6 +120,15 @@ def packed_key(folder: Path, *, precision: str) -> dict[str, str]:
     }
 
 
+def weights_digest(folder: Path) -> str:
+    """Digest of a sample of the weights in a folder. A copy of the folder has the same one."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        for part in _sample(path):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def _sample(path: Path) -> Iterator[bytes]:
     """A safetensors file's header, and the beginning of each tensor."""
     with path.open("rb") as file:

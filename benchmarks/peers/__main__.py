@@ -28,10 +28,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from aurora_lit.bench.reporting import is_as_begun, progress_bar, report_console
+from aurora_lit.bench.reporting import progress_bar, report_console
 from aurora_lit.bench.server_process import free_port
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml
 from aurora_lit.drafts.export import export
+from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.models.package_index import file_sha256

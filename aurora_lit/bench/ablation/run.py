@@ -42,11 +42,12 @@ from aurora_lit.bench.ablation.phases import order_of_phases, phases_in_order, s
 from aurora_lit.bench.ablation.report import save_report
 from aurora_lit.bench.ablation.result import Result, result_path, store
 from aurora_lit.bench.ablation.statistics import round_counts
-from aurora_lit.bench.reporting import is_as_begun, progress_bar
+from aurora_lit.bench.reporting import progress_bar
 from aurora_lit.bench.stream import MEASURED, TRAFFIC, read_stream_info
 from aurora_lit.bench.stream_plan import phase_of
 from aurora_lit.config import AuroraConfig, copied_tokens, max_proposal_length, resolved_memory_scope
 from aurora_lit.cores import use_threads
+from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import ConfigError
 from aurora_lit.kernels import native
 from aurora_lit.learn.data.target_head import TargetHead

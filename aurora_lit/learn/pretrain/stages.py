@@ -28,12 +28,15 @@ from aurora_lit.config import AuroraConfig
 from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, count_tokens, initial_draft
+from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.learn.pretrain.record_text import record_pieces, text_pieces
-from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions
+from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions, positions_trained
 from aurora_lit.learn.training_precision import training_dtype
+from aurora_lit.models.packed_target import weights_digest
+from aurora_lit.models.source import find_target
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.objective import OnlineWeights
@@ -44,7 +47,7 @@ _PIECES_AT_ONCE = 12
 _PIECE_TOKENS = 384
 _MAX_SEQUENCE_TOKENS = 1024
 _MAX_BATCH_SIZE = 32
-VOCABULARY_NAME = "vocabulary.json"
+BEGUN_NAME, VOCABULARY_NAME = "begun.json", "vocabulary.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,8 @@ class PretrainOptions:
 def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     """Run all stages; returns, prints and stores the held-out acceptance by domain.
 
-    Raises ConfigError when there is nothing to train on, CheckpointError when `start_from` cannot be used.
+    Raises ConfigError when there is nothing to train on or the traces are of other work, CheckpointError when
+    `start_from` cannot be used.
     """
     check_one_process(config)
     if config.engine.device == "cuda":
@@ -90,11 +94,16 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     tokenizer, target = load_tokenizer(config), load_target(config)
     # Loaded first, so that an unusable draft is refused before hours of work.
     draft = load_draft(options.start_from, target) if options.start_from else None
-    prompts, left_out = _prompts_to_answer(tokenizer, options, max_positions=target.max_positions)
-    if left_out:
-        console.print(left_out)
-    _record_text(target, tokenizer, options, traces)
-    _answer_prompts(config, target, tokenizer, prompts, options, traces)
+    _check_begun(config, options, traces)
+    left_out = ""
+    if (seen := positions_trained(traces)) >= options.positions:
+        console.print(f"already trained on {seen:,} positions, so nothing is recorded or answered; raise --positions")
+    else:
+        prompts, left_out = _prompts_to_answer(tokenizer, options, max_positions=target.max_positions)
+        if left_out:
+            console.print(left_out)
+        _record_text(target, tokenizer, options, traces)
+        _answer_prompts(config, target, tokenizer, prompts, options, traces)
     shards = read_index(traces)
     if not shards:
         remedy = f"{left_out}; lower --max-answer-tokens" if left_out else "name files with more text"
@@ -133,6 +142,21 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     more = " learn.from_scratch=false checkpoint.run=NEW" if config.learn.from_scratch else ""
     console.print(f"draft written to {options.out}; serve it with draft.checkpoint={options.out}{more}", soft_wrap=True)
     return report
+
+
+def _check_begun(config: AuroraConfig, options: PretrainOptions, traces: Path) -> None:
+    """Raise ConfigError if the traces there are of another target, or of a training that began from another draft."""
+    traces.mkdir(mode=0o700, parents=True, exist_ok=True)
+    how = {
+        "source": config.target.source,
+        "weights": weights_digest(find_target(config)),
+        "precision": config.target.precision,
+        "start_from": weights_digest(options.start_from) if options.start_from else None,
+    }
+    if not is_as_begun(traces / BEGUN_NAME, how):
+        raise ConfigError(
+            f"--out {options.out}: {traces} is of another target, precision or --start-from; name another --out"
+        )
 
 
 @contextmanager

@@ -147,9 +147,7 @@ class DraftTrainer:
         )
 
     def _resume(self) -> None:
-        state = read_state(self.state_path)
-        if state is None:
-            raise AuroraError(f"{self.state_path} is damaged; delete it to train from the beginning")
+        state = _saved_state(self.state_path)
         own, saved = self.module.state_dict(), state["module"]
         same_shapes = own.keys() == saved.keys() and all(own[name].shape == saved[name].shape for name in own)
         if not same_shapes or not torch.equal(own["draft.d2t"].cpu(), saved["draft.d2t"].cpu()):
@@ -190,6 +188,19 @@ class DraftTrainer:
     def _stateful(self) -> dict[str, Any]:
         optimizers = {f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)}
         return {"module": self.module, **optimizers}
+
+
+def positions_trained(folder: Path) -> int:
+    """On how many positions the training in a folder has trained so far. Raises AuroraError if its state is damaged."""
+    path = folder / STATE_NAME
+    return int(_saved_state(path)["positions_seen"]) if path.exists() else 0
+
+
+def _saved_state(path: Path) -> dict[str, Any]:
+    state = read_state(path)
+    if state is None:
+        raise AuroraError(f"{path} is damaged; delete it to train from the beginning")
+    return state
 
 
 def _note(report: StepReport) -> str:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from support.fake_engine import tiny_tokenizer
-from support.tiny_models import save_model
+from support.tiny_models import random_draft, save_model
 from support.trace_examples import numbered_trace
 
 from aurora_lit.config import AuroraConfig, load_config
-from aurora_lit.drafts.checkpoint import load_draft
+from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.learn.pretrain import stages
 from aurora_lit.learn.pretrain.generate_answers import generate_answers
@@ -93,6 +93,8 @@ def test_what_is_started_again_answers_and_trains_on_nothing_twice(
     pretrain(dataclasses.replace(config, learn=dataclasses.replace(config.learn, from_scratch=True)), options)
     assert (options.out / "model.safetensors").read_bytes() == before
     assert f"draft.checkpoint={options.out} learn.from_scratch=false checkpoint.run=NEW\n" in capsys.readouterr().out
+    pretrain(config, dataclasses.replace(options, positions=2100))
+    assert (options.out / "model.safetensors").read_bytes() != before, "there was more to train on"
 
 
 def test_an_unusable_starting_draft_is_refused_before_any_work(
@@ -101,6 +103,45 @@ def test_an_unusable_starting_draft_is_refused_before_any_work(
     with pytest.raises(CheckpointError, match="missing"):
         pretrain(config, dataclasses.replace(options, start_from=tmp_path / "missing"))
     assert not options.out.with_name("first.traces").exists()
+
+
+def test_a_finished_training_answers_no_prompts_that_are_added(
+    config: AuroraConfig,
+    options: PretrainOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = dataclasses.replace(options, positions=200)
+    pretrain(config, options)
+    before = json.loads((options.out / "training.json").read_text())
+    with options.prompts[0].open("a") as file:
+        file.write(json.dumps({"domain": "words", "messages": [{"role": "user", "content": "added"}]}) + "\n")
+    monkeypatch.setattr(stages, "generate_answers", stop)
+    pretrain(config, options)
+    assert "so nothing is recorded or answered; raise --positions" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((options.out / "training.json").read_text()) == before
+    with pytest.raises(Stopped):
+        pretrain(config, dataclasses.replace(options, positions=300))
+
+
+@pytest.mark.parametrize("change", ["precision", "weights", "start_from"])
+def test_traces_of_other_work_are_refused(
+    change: str, config: AuroraConfig, options: PretrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "generate_answers", stop)
+    for _ in range(2):  # begun, and started again
+        with pytest.raises(Stopped):
+            pretrain(config, options)
+    if change == "precision":
+        config = dataclasses.replace(config, target=dataclasses.replace(config.target, precision="bf16"))
+    elif change == "weights":
+        save_model("llama", tmp_path / "target", seed=1, num_hidden_layers=4, vocab_size=len(tiny_tokenizer()))
+    else:
+        other = tmp_path / "other"
+        save_draft(random_draft(Target.load(tmp_path / "target", precision="fp32")), other)
+        options = dataclasses.replace(options, start_from=other)
+    with pytest.raises(ConfigError, match="another target, precision or --start-from"):
+        pretrain(config, options)
 
 
 def ctrl_c() -> None:
