@@ -265,8 +265,7 @@ class Replay:
         self.served.load_state_dict(stored)
         for module in (self._champion, *(scorer.module for scorer in self._scorers)):
             self._target_head.install_head(module)
-        self.version = name
-        self.learner.note_published(name)
+        self.version = self.learner.version = name
         self._held_out.clear_champion_scores()
 
 

@@ -98,7 +98,6 @@ class Learner:
         self._ema_decay = ema_decay
         self._average = self._new_average()
         self._new_optimizers()
-        self.note_published(version)
 
     @property
     def draft(self) -> Eagle3Draft:
@@ -184,21 +183,13 @@ class Learner:
         self.restart_from(champion, version=version)
         return True
 
-    def note_published(self, version: str) -> None:
-        """The averaged draft is published now, as `version`, and learning continues from it."""
-        self.version = version
-        for schedule in self.schedules:
-            schedule.note_published(version)
-
     def restart_from(self, draft: Eagle3Draft, *, version: str) -> None:
-        """Continue from another draft's weights and heat, with new optimiser states and a new average."""
+        """Continue from another draft's weights, with new optimiser states and a new average."""
         self.draft.load_state_dict(draft.state_dict())
         self._target_head.install_head(self.module.module)
         self.version = version
         self._num_refused = 0
         self.num_weight_changes += 1
-        for schedule in self.schedules:
-            schedule.return_to(version)
         self._average = self._new_average()
         self._new_optimizers()
 

@@ -330,8 +330,9 @@ class OnlineLoop:
             self._environment.page.write(busy_threads=0)  # publishing mostly waits for the disk
             try:
                 with self.learner.averaged() as module:
-                    version = self._environment.store.publish(module.draft, record=record | decision.record)
-                self.learner.note_published(version)
+                    self.learner.version = self._environment.store.publish(
+                        module.draft, record=record | decision.record
+                    )
                 self.published, self._passed_version = self.published + 1, self.learner.version
             except (OSError, CheckpointError) as error:  # a full disk: learning continues; the next trial tries again
                 self._environment.page.write(error=f"a draft could not be published: {error}")

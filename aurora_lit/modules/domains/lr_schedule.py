@@ -2,9 +2,8 @@
 
 Every domain has a heat h in [0, 1], an estimate of how much is left to learn in it: its novelty when it was founded,
 times exp(−tokens learned in it since / decay_tokens). A shift raises a domain's heat to the shift's novelty and never
-lowers it; a domain that returns has the heat that it left with. When learning goes back to a published draft, what was
-learned since counts no more. The heat of a step is the mean over the domains of the last few steps' live traffic, and
-the learning rate is
+lowers it; a domain that returns has the heat that it left with. The heat of a step is the mean over the domains of the
+last few steps' live traffic, and the learning rate is
 
     base_lr · backoff · min(1, (step + 1) / warmup_steps) · (min_lr_factor + (1 − min_lr_factor) · heat)
 
@@ -41,8 +40,6 @@ _MIN_BACKOFF = 1 / 64
 _SETTINGS = ("base_lrs", "warmup_steps", "min_lr_factor", "decay_tokens")
 MAX_DOMAINS = 256
 """Domains whose heat is remembered. Beyond them, the one that was not learned from for longest is forgotten."""
-_MAX_PUBLISHED = 8
-"""Published drafts of which it is remembered what they have learned."""
 
 
 class DomainAwareLR(LRScheduler):
@@ -58,8 +55,6 @@ class DomainAwareLR(LRScheduler):
         self.live_share: dict[str, float] = {}
         """Share of each domain in the live traffic of the last steps."""
         self.backoff = 1.0
-        self.published: dict[str, dict[str, float]] = {}
-        """`tokens_since` of the last published drafts, without domains whose heat was raised later."""
         super().__init__(optimizer)
 
     def heat_of(self, domain: str) -> float:
@@ -84,8 +79,6 @@ class DomainAwareLR(LRScheduler):
         if domain not in self.raised_heat or novelty > self.heat_of(domain):
             self.raised_heat[domain], self.tokens_since[domain] = min(1.0, novelty), 0.0
             self.backoff = max(self.backoff, self.raised_heat[domain])
-            for learned in self.published.values():
-                learned.pop(domain, None)
 
     def shift_to(self, domain: str) -> None:
         """Note that traffic has shifted to a domain: earlier traffic no longer counts for the rate."""
@@ -108,22 +101,6 @@ class DomainAwareLR(LRScheduler):
                 for domain in sorted(kept.keys() | live.keys())
             }
 
-    def note_published(self, version: str) -> None:
-        """Remember what has been learned up to a draft that is published now."""
-        self.published[version] = dict(self.tokens_since)
-        for oldest in list(self.published)[:-_MAX_PUBLISHED]:
-            del self.published[oldest]
-
-    def return_to(self, version: str) -> None:
-        """Learning goes back to a published draft: domains have the heat that was left in them then.
-
-        What a draft has learned that was published by others, or long ago, is not known: heat stays as it is.
-        """
-        if version not in self.published:
-            self.note_published(version)
-        for domain, tokens in self.tokens_since.items():
-            self.tokens_since[domain] = min(tokens, self.published[version].get(domain, 0.0))
-
     def back_off(self) -> None:
         """Halve the rate from the next step on."""
         self.backoff = max(_MIN_BACKOFF, self.backoff / 2)
@@ -133,18 +110,16 @@ class DomainAwareLR(LRScheduler):
         self.backoff = min(1.0, self.backoff * 2)
 
     def continue_from(self, other: DomainAwareLR) -> None:
-        """Copy another schedule's heat, shares, back-off and published drafts; the warm-up starts anew."""
+        """Copy another schedule's heat, shares and back-off; the warm-up starts anew."""
         self.raised_heat, self.tokens_since = dict(other.raised_heat), dict(other.tokens_since)
         self.live_share = dict(other.live_share)
         self.backoff = other.backoff
-        self.published = {version: dict(learned) for version, learned in other.published.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned; the settings stay those of this object.
 
         The rate is that of before, which a shift since the last step has not changed yet, unless its base has changed.
         """
-        self.published = {}  # an older state has none
         super().load_state_dict({name: value for name, value in state_dict.items() if name not in _SETTINGS})
         if list(state_dict["base_lrs"]) != list(self.base_lrs):
             self._last_lr = self.get_lr()

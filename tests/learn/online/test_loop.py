@@ -402,17 +402,14 @@ def test_after_repeated_refusals_the_learner_restarts_from_the_served_draft_at_h
     harness.tick_until(lambda: harness.loop.refused_by_gate == PATIENCE_TRIALS - 1)
     assert not is_unchanged()
     assert harness.learner.schedules[0].backoff == 1
-    assert harness.learner.schedules[0].heat_of("chat") < 1
     harness.tick_until(lambda: harness.loop.refused_by_gate == PATIENCE_TRIALS)
     assert is_unchanged()
     assert {schedule.backoff for schedule in harness.learner.schedules} == {0.5}
-    assert harness.learner.schedules[0].heat_of("chat") == 1, "the served draft has learned nothing of it"
     assert harness.held_out.evidence.value == 1.0, "what speaks against the old lineage does not hinder the new one"
     harness.held_out.champion_score = 0.0
     harness.tick_until(lambda: harness.loop.published == 1)
     assert {schedule.backoff for schedule in harness.learner.schedules} == {1}
     assert not is_unchanged(), "learning continues from a draft that passed"
-    assert harness.learner.schedules[0].published["draft-000001"]["chat"] > 0
 
 
 def test_the_status_page_shows_the_busy_threads_only_while_learning_computes(

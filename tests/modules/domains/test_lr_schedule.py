@@ -168,37 +168,6 @@ def test_after_a_rollback_it_warms_up_again_and_keeps_the_domains_heat() -> None
     assert step(new, {"a": 0}) == pytest.approx(0.5 * (0.2 + 0.8 / 256), abs=1e-4)
 
 
-def test_what_a_discarded_draft_has_learned_does_not_count() -> None:
-    schedule = a_schedule()
-    schedule.note_published("start")
-    step(schedule, {"a": 100})
-    schedule.note_published("draft-000001")
-    step(schedule, {"a": 100, "b": 100})
-    schedule.return_to("draft-000001")
-    assert [schedule.heat_of(domain) for domain in "ab"] == pytest.approx([0.5, 1.0]), "neither too cold nor too hot"
-    again = a_schedule()
-    again.continue_from(schedule)
-    step(again, {"a": 100, "b": 100})
-    again.load_state_dict(json.loads(json.dumps(again.state_dict())))
-    again.return_to("of another publisher")
-    assert [again.heat_of(domain) for domain in "ab"] == pytest.approx([0.25, 0.5]), "what it has learned is not known"
-    again.return_to("start")
-    assert [again.heat_of(domain) for domain in "ab"] == [1.0, 1.0]
-
-
-def test_going_back_to_a_draft_does_not_forget_that_a_domain_has_changed_since() -> None:
-    schedule = a_schedule()
-    step(schedule, {"a": 300})
-    schedule.note_published("draft-000001")
-    schedule.raise_heat("a", 0.5)
-    step(schedule, {"a": 100})
-    schedule.return_to("draft-000001")
-    assert schedule.heat_of("a") == pytest.approx(0.5)
-    for number in range(30):
-        schedule.note_published(f"draft-{number:06d}")
-    assert len(schedule.published) < 10
-
-
 def test_domains_are_bounded_and_the_least_recently_learned_is_forgotten() -> None:
     schedule = a_schedule()
     for number in range(MAX_DOMAINS):
