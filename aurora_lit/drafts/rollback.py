@@ -24,9 +24,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 TRIAL_ROUNDS = 2048
-"""Length of a trial at most."""
+"""Length of a trial at most, rounds included that are not compared."""
 _REMEMBERED_ROUNDS = 2048
 """The next version is compared with the observations of this many of the latest rounds."""
+_MOST_KINDS = 512
+"""Means that are remembered, the oldest forgotten first: clients name domains and temperatures."""
 _FEWEST_EXPECTED = 32
 """Fewest observations of the previous version for a mean to be used."""
 _FEWEST_REQUESTS = 4
@@ -82,14 +84,13 @@ class RollbackWatch:
 
     def swapped(self, *, trusted: bool) -> None:
         """Another version proposes from now on. trusted: it was served before, so there is no trial."""
-        # Keep the older baseline if the last version had too few rounds, or was bad: then it is rolled back now, or has
-        # been replaced by a newer one meanwhile.
-        if not trusted and not self._was_bad and (baseline := _Baseline(self._latest)).mean_by_kind:
-            self._baseline = baseline
+        # A bad version is rolled back now, or has been replaced by a newer one meanwhile.
+        if not trusted and not self._was_bad:
+            self._baseline = _Baseline(self._latest, older=self._baseline)
         self._on_trial = bool(self._baseline.mean_by_kind) and not trusted
         self._number_by_kind: Counter[_Kind] = Counter()
         self._number_by_request: Counter[str] = Counter()
-        self._num_rounds = 0
+        self._num_rounds = self._num_compared = 0
         self._total_by_request: dict[str, float] = defaultdict(float)
         """Right choices minus expected ones."""
         self._squares = 0.0
@@ -104,6 +105,10 @@ class RollbackWatch:
         """
         right = [True] * accepted + [False] * (accepted < proposed)
         self._latest.append(_Round(request, traffic, right))
+        if not self._on_trial:
+            return None
+        self._num_rounds += 1
+        self._on_trial = self._num_rounds <= TRIAL_ROUNDS
         if not self._on_trial or (traffic, 0) not in self._baseline.mean_by_kind:
             return None
         for place, is_right in enumerate(right):
@@ -114,19 +119,19 @@ class RollbackWatch:
             self._number_by_request[request] += 1
             self._total_by_request[request] += is_right - expected
             self._squares += (is_right - expected) ** 2
-        self._num_rounds += 1
-        if self._num_rounds % _FEWEST_ROUNDS:
+        self._num_compared += 1
+        if self._num_compared % _FEWEST_ROUNDS:
             return None
         number = self._number_by_kind.total()
         mean, error = self._mean_and_error(number)
         lost = -number * (mean + _TOLERATED_DROP)
         bad = lost > _LOST and mean + _NOISE * error < -_TOLERATED_DROP
-        good = self._num_rounds >= _ACQUITTAL_ROUNDS and mean - _ACQUITTAL_NOISE * error > -_TOLERATED_DROP
-        self._on_trial = not bad and not good and self._num_rounds < TRIAL_ROUNDS
+        good = self._num_compared >= _ACQUITTAL_ROUNDS and mean - _ACQUITTAL_NOISE * error > -_TOLERATED_DROP
+        self._on_trial = not bad and not good
         self._was_bad |= bad
         if not bad:
             return None
-        return f"{-mean:.0%} fewer of its tokens were right than of the version before, in {self._num_rounds} rounds"
+        return f"{-mean:.0%} fewer of its tokens were right than of the version before, in {self._num_compared} rounds"
 
     def _mean_and_error(self, number: int) -> tuple[float, float]:
         """The mean difference, and its standard error: of the new choices' mean, and of the means it is compared with.
@@ -145,9 +150,10 @@ class RollbackWatch:
 
 
 class _Baseline:
-    """How often choices of the previous version were right, by kind."""
+    """How often choices of earlier versions were right, by kind: of the latest one that had enough of it."""
 
-    def __init__(self, rounds: Iterable[_Round]) -> None:
+    def __init__(self, rounds: Iterable[_Round], *, older: _Baseline | None = None) -> None:
+        """`older`: what holds for kinds of which there are too few rounds."""
         values: dict[_Kind, list[tuple[str, bool]]] = defaultdict(list)
         for each in rounds:
             for place, is_right in enumerate(each.right):
@@ -168,6 +174,17 @@ class _Baseline:
             self.mean_by_kind[kind], self._shift_by_kind[kind] = mean, shifts
         self.excess_of_requests = max(1.0, _variance_of_sum(sums) / squares) if squares else 1.0
         """The variance of a mean over whole requests, as a multiple of that of as many unrelated choices."""
+        if older is not None:
+            self._complete(older)
+
+    def _complete(self, older: _Baseline) -> None:
+        """Take over what is known of other kinds."""
+        if not self.mean_by_kind:
+            self.excess_of_requests = older.excess_of_requests
+        kept = [kind for kind in older.mean_by_kind if kind not in self.mean_by_kind]
+        kept = kept[-max(1, _MOST_KINDS - len(self.mean_by_kind)) :]
+        self.mean_by_kind = {kind: older.mean_by_kind[kind] for kind in kept} | self.mean_by_kind
+        self._shift_by_kind |= {kind: older._shift_by_kind[kind] for kind in kept}
 
     def variance(self, share_by_kind: dict[_Kind, float]) -> float:
         """The squared standard error of the mean that is expected of choices of these kinds."""

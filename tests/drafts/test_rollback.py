@@ -109,6 +109,42 @@ def test_requests_before_the_swap_were_few_and_easy_by_chance() -> None:
     assert called.count(None) >= 148, called
 
 
+def test_traffic_that_the_last_version_saw_little_of_is_compared_with_versions_before() -> None:
+    """Many kinds of traffic share the rounds between two swaps."""
+    rng = random.Random(12)
+    mails, code = TrafficKind("mails"), TrafficKind("code", temperature=0.7)
+    watch = watched(rounds(rng, 0.7, traffic=mails))
+    observe(watch, rounds(rng, 0.7, traffic=code), 300)
+    observe(watch, rounds(rng, 0.7, traffic=mails), 2 * ROUNDS_OF_REQUEST)
+    watch.swapped(trusted=False)
+    for traffic in (mails, code):
+        watch.swapped(trusted=False)
+        found = observe(watch, rounds(rng, 0.1, traffic=traffic), 200)
+        assert found is not None, traffic
+    watch.swapped(trusted=False)
+    assert observe(watch, rounds(rng, 0.7, traffic=mails), TRIAL_ROUNDS) is None
+
+
+def test_a_trial_does_not_wait_for_traffic_that_stays_away() -> None:
+    rng = random.Random(13)
+    watch = watched(rounds(rng, 0.7))
+    assert observe(watch, rounds(rng, 0.7, traffic=TrafficKind("other")), TRIAL_ROUNDS) is None
+    assert observe(watch, rounds(rng, 0.1), 300) is None, "hours later, and of other content"
+
+
+def test_kinds_that_clients_name_take_a_bounded_memory() -> None:
+    watch = RollbackWatch()
+    for version in range(40):
+        for name in range(40):
+            kind = TrafficKind(f"{version}-{name}")
+            for request in range(4):
+                for _ in range(8):
+                    watch.observe(request=f"{kind}-{request}", traffic=kind, proposed=1, accepted=1)
+        watch.swapped(trusted=False)
+    assert len(watch._baseline.mean_by_kind) == len(watch._baseline._shift_by_kind) == 512
+    assert (TrafficKind("39-39"), 0) in watch._baseline.mean_by_kind
+
+
 def test_one_request_alone_is_no_evidence() -> None:
     rng = random.Random(11)
     watch = watched(rounds(rng, 0.7))
