@@ -227,10 +227,8 @@ class LLM:
                 tracker.add(call)
             while self._engine.has_work:
                 for call_id, deltas in tracker.advance(self._engine.round()).updates:
-                    for failed in (delta for delta in deltas if delta.finish_reason == "error"):
-                        answers[call_id][failed.index].finish_reason = "error"
-                    whole = [delta for delta in deltas if delta.finish_reason != "error"]
-                    added, stopped = streams[call_id].add(whole)
+                    failed = [delta.index for delta in deltas if delta.finish_reason == "error"]
+                    added, stopped = streams[call_id].add([each for each in deltas if each.finish_reason != "error"])
                     for delta in added:
                         if delta.index == 0:
                             num_cached[call_id] = delta.num_cached_tokens
@@ -238,6 +236,9 @@ class LLM:
                                 known = delta.prompt_logprobs
                                 of_prompt[call_id] = [None if each is None else self._logprobs(each) for each in known]
                         self._extend(answers[call_id][delta.index], delta)
+                    for index in failed:
+                        if answers[call_id][index].finish_reason is None:  # else a stop string came before
+                            answers[call_id][index].finish_reason = "error"
                     for index in stopped:
                         tracker.cancel_request(call_id, index)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -248,19 +249,26 @@ def test_structured_outputs_have_vllms_names(llm: LLM, target: Target, asked: di
             assert output.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("steps_before", [0, 2], ids=["at once", "after tokens that are not told yet"])
 def test_a_grammar_that_fails_on_the_way_ends_its_answer_alone(
-    llm: LLM, target: Target, monkeypatch: pytest.MonkeyPatch
+    steps_before: int, llm: LLM, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm._engine = make_engine(target, random_draft(target), grammars=a_compiler(target), eos_token_ids=frozenset([END]))
 
+    advance, steps = Grammar.advance, Counter[int]()
+
     def failing(self: Grammar, tokens: Sequence[int]) -> None:
-        raise RequestError("too complex")
+        steps[id(self)] += 1
+        if steps[id(self)] > steps_before:
+            raise RequestError("too complex")
+        advance(self, tokens)
 
     monkeypatch.setattr(Grammar, "advance", failing)
     free = replace(GREEDY, ignore_eos=True)
-    structured = replace(GREEDY, structured_outputs=StructuredOutputsParams(regex="A[BC]{2,5}D"), n=2, temperature=1.0)
+    regex = StructuredOutputsParams(regex="A[BC]{9}D")
+    structured = replace(GREEDY, structured_outputs=regex, n=2, temperature=1.0, speculate=False)
     bad, good = llm.generate(PROMPTS[:2], [structured, free])
-    assert [(output.finish_reason, output.text, output.token_ids) for output in bad.outputs] == [("error", "", [])] * 2
+    assert [(output.finish_reason, len(output.token_ids)) for output in bad.outputs] == [("error", steps_before)] * 2
     assert good.outputs[0].finish_reason == "length"
     assert good.outputs[0].token_ids == plain_tokens(target, PROMPTS[1], free)
     assert not llm._engine.has_work
