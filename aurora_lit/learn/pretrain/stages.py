@@ -148,7 +148,6 @@ def _check_begun(config: AuroraConfig, options: PretrainOptions, traces: Path) -
     """Raise ConfigError if the traces there are of another target, or of a training that began from another draft."""
     traces.mkdir(mode=0o700, parents=True, exist_ok=True)
     how = {
-        "source": config.target.source,
         "weights": weights_digest(find_target(config)),
         "precision": config.target.precision,
         "start_from": weights_digest(options.start_from) if options.start_from else None,

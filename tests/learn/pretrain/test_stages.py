@@ -144,6 +144,18 @@ def test_traces_of_other_work_are_refused(
         pretrain(config, options)
 
 
+def test_a_target_that_was_moved_is_no_other(
+    config: AuroraConfig, options: PretrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "generate_answers", stop)
+    with pytest.raises(Stopped):
+        pretrain(config, options)
+    (tmp_path / "target").rename(tmp_path / "moved")
+    moved = dataclasses.replace(config.target, source=str(tmp_path / "moved"))
+    with pytest.raises(Stopped):
+        pretrain(dataclasses.replace(config, target=moved), options)
+
+
 def ctrl_c() -> None:
     raise KeyboardInterrupt
 
