@@ -9,7 +9,7 @@ last few steps' live traffic, and the learning rate is
 
 So two interleaved domains cool separately, and replay cools its domain without changing the rate. backoff starts at 1
 and is halved when several drafts in a row are rejected by the gate, which indicates that the rate is too high. It is at
-least the heat of what is new when heat is raised or traffic shifts: rejected drafts tell nothing about other traffic.
+least the heat of what is new when heat is raised: rejected drafts tell nothing about other traffic.
 The heat also sets exploration (modules/domains/controller.py).
 
 Leaves out which domains there are and when traffic shifts (modules/domains/detector.py).
@@ -83,7 +83,6 @@ class DomainAwareLR(LRScheduler):
     def shift_to(self, domain: str) -> None:
         """Note that traffic has shifted to a domain: earlier traffic no longer counts for the rate."""
         self.live_share = {domain: 1.0}
-        self.backoff = max(self.backoff, self.heat_of(domain))
 
     def count_tokens(self, tokens: Mapping[str, float], *, live: Mapping[str, float]) -> None:
         """Count the tokens that a step learns from, by domain; call before `step`. `live`: those of live traffic."""

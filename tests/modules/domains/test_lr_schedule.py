@@ -94,15 +94,12 @@ def test_back_off_halves_the_rate_and_recovery_doubles_it_again() -> None:
 
 def test_new_traffic_is_learned_fast_whatever_was_refused_before() -> None:
     schedule = a_schedule()
-    step(schedule, {"half learned": 100})
     for _ in range(10):
         step(schedule, {"known": 100})
         schedule.back_off()
     schedule.raise_heat("known", 0.0)
     schedule.shift_to("known")
     assert schedule.backoff == 1 / 64, "nothing is new"
-    schedule.shift_to("half learned")
-    assert schedule.backoff == pytest.approx(0.5)
     schedule.raise_heat("known", 0.7)
     assert schedule.backoff == pytest.approx(0.7)
     schedule.raise_heat("new", 1.0)
