@@ -165,9 +165,10 @@ class OnlineBatcher:
         return batch
 
     def holds_back(self) -> bool:
-        """True if live traces had better wait for more: they are few, and MAX_PASSES is reached."""
+        """True if live traces had better wait for more: they are few, and MAX_PASSES is reached or nothing replayed."""
         self._forget_passes()
-        return self._is_learned and 0 < self._waiting_positions < self._fewest_live
+        is_done = self._is_learned or self._live_positions >= self._batch_positions
+        return is_done and 0 < self._waiting_positions < self._fewest_live
 
     @property
     def _is_learned(self) -> bool:

@@ -198,6 +198,14 @@ def test_a_few_new_positions_wait_for_more_once_all_has_been_learned(
     assert batcher.next_batch(oldest_fresh=0) is not None
 
 
+def test_without_replay_a_few_positions_wait_for_more(
+    target_head: TargetHead, served: list[Trace], tmp_path: Path
+) -> None:
+    batcher = make_batcher(target_head, tmp_path, replay_share=0.0)
+    batcher.add(crop(served[0], 10))
+    assert batcher.holds_back(), "nothing else could be learned beside them"
+
+
 def trained_positions(trace: Trace) -> int:
     return len(trace.token_ids_T) - first_trained_position(trace)
 
