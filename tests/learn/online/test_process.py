@@ -57,6 +57,7 @@ def server(folder: Path, target: Target, tmp_path: Path) -> ServerStandIn:
     return ServerStandIn(tmp_path, folder, random_draft(target))
 
 
+@pytest.mark.slow
 def test_a_killed_learner_resumes_and_publishes_and_exits_with_its_server(
     server: ServerStandIn, traffic: list[Trace]
 ) -> None:
