@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic_core import PydanticKnownError
 
 from aurora_lit.errors import RequestError
+
+MAX_FIELDS = 256
+"""Of one object, known or not. A body may have millions, and each unknown one would be an error of its own."""
 
 
 class Strict(BaseModel):
@@ -15,10 +19,33 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_number_of_fields(cls, body: Any) -> Any:
+        if isinstance(body, dict) and len(body) > MAX_FIELDS:
+            raise RequestError(
+                f"body: an object has {len(body)} fields; send at most {MAX_FIELDS}, and none that is not supported",
+                param="body",
+            )
+        return body
+
+
+def at_most(num_entries: int) -> BeforeValidator:
+    """For a map whose keys are the client's: pydantic checks all entries before it counts them."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > num_entries:
+            raise PydanticKnownError(
+                "too_long", {"field_type": "Dictionary", "max_length": num_entries, "actual_length": len(value)}
+            )
+        return value
+
+    return BeforeValidator(check)
+
 
 def drop_neutral(body: Any, neutral: Mapping[str, tuple[Any, ...]], *, inside: str = "") -> Any:
     """`body` without the fields in `neutral`. Raises RequestError if one of them has a value with an effect."""
-    if not isinstance(body, dict):
+    if not isinstance(body, dict) or len(body) > MAX_FIELDS:  # refused by `Strict`, which looks at it later
         return body
     for name in neutral.keys() & body.keys():
         allowed = neutral[name]

@@ -14,12 +14,13 @@ from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator, mod
 
 from aurora_lit.errors import RequestError
 from aurora_lit.request import MAX_DOMAIN_CHARACTERS, SamplingParams
-from aurora_lit.serve.http.body import Strict, drop_neutral, shorten
+from aurora_lit.serve.http.body import Strict, at_most, drop_neutral, shorten
 from aurora_lit.serve.http.structured_fields import Structured
-from aurora_lit.serve.http.tool_fields import CalledTool, Tool, ToolChoosing
+from aurora_lit.serve.http.tool_fields import CalledTool, ToolChoosing, Tools
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_MESSAGES = 4096
 MAX_STOPS = 16
 MAX_TOKEN_IDS = 1024
 """Of stop_token_ids, and of logit_bias."""
@@ -85,14 +86,17 @@ class TextPart(Strict):
     text: str
 
 
+TextParts = Annotated[list[TextPart], Field(fail_fast=True)]
+
+
 class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     name: str | None = None
-    tool_calls: list[CalledTool] | None = None
+    tool_calls: Annotated[list[CalledTool], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
-    content: Annotated[str | list[TextPart] | None, Field(validate_default=True)] = None
+    content: Annotated[str | TextParts | None, Field(validate_default=True)] = None
     parsed: Any = None
     """What openai's parse() read from an answer. It has no effect: the client sends it back with the answer."""
     provider_specific_fields: Any = None
@@ -126,6 +130,9 @@ class Message(Strict):
         return self.content or ""
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class StreamOptions(Strict):
     """Additional contents of a stream."""
 
@@ -145,10 +152,10 @@ class Sampling(Structured):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None  # logits are divided by it
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_TOKEN_IDS)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_TOKEN_IDS), at_most(MAX_TOKEN_IDS)] | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -157,7 +164,7 @@ class Sampling(Structured):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA), at_most(MAX_METADATA)] | None = None
     store: bool | None = None
     speculate: bool | None = None
     return_token_sources: bool | None = None
@@ -298,7 +305,7 @@ class Templated(Strict):
 class ChatRequest(Sampling, Templated, ToolChoosing):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
     logprobs: bool | None = None
@@ -364,8 +371,8 @@ class TokenizeRequest(Templated):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

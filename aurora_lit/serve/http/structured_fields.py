@@ -17,6 +17,7 @@ from aurora_lit.request import StructuredOutputsParams
 from aurora_lit.serve.http.body import Strict, drop_neutral
 
 MAX_CHOICE_TEXTS = 4096
+Choices = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICE_TEXTS, fail_fast=True)]
 
 NEUTRAL_IN_STRUCTURE: Mapping[str, tuple[Any, ...]] = {
     "disable_additional_properties": (None, False),
@@ -57,7 +58,7 @@ class StructuredOutputs(Strict):
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICE_TEXTS)] | None = None
+    choice: Choices | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -74,7 +75,7 @@ class Structured(Strict):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICE_TEXTS)] | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
 
     @model_validator(mode="after")

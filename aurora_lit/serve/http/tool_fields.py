@@ -34,6 +34,9 @@ class Tool(Strict):
     function: Function
 
 
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
 class FunctionName(Strict):
     """The name of a function."""
 
@@ -70,7 +73,7 @@ class CalledTool(Strict):
 class ToolChoosing(Strict):
     """The fields of a request that say which tools may, and which must, be called."""
 
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from support.fake_engine import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerFast
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.messages import Delta
 from aurora_lit.serve.http.answer_stream import AnswerStream
-from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest
+from aurora_lit.serve.http.schema import (
+    MAX_MESSAGES,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    TokenizeRequest,
+)
+from aurora_lit.serve.http.structured_fields import StructuredOutputs
 from aurora_lit.serve.http.tokenize import Limits, longest_token, prepare_chat, prepare_completion, render
 from aurora_lit.serve.http.tool_fields import Tool
 
@@ -83,6 +91,56 @@ def test_a_long_list_of_what_is_no_prompt_is_refused_at_its_first_mistake(prompt
     with pytest.raises(ValidationError) as refused:
         CompletionRequest(prompt=prompt)
     assert refused.value.error_count() <= 4, "one for each form that a prompt may have"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (ChatRequest, "messages"),
+        (ChatRequest, "tools"),
+        (ChatRequest, "stop"),
+        (ChatRequest, "stop_token_ids"),
+        (ChatRequest, "guided_choice"),
+        (Message, "tool_calls"),
+        (Message, "content"),
+        (StructuredOutputs, "choice"),
+        (TokenizeRequest, "messages"),
+        (TokenizeRequest, "tools"),
+        (DetokenizeRequest, "tokens"),
+    ],
+)
+def test_every_other_list_is_refused_at_its_first_mistake_too(kind: type[BaseModel], name: str) -> None:
+    """Validation runs on the event loop, and millions of members fit into a body."""
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate({"role": "user", name: [None] * 10_000})
+    of_list = [error for error in refused.value.errors() if error["loc"][0] == name]
+    assert 1 <= len(of_list) <= 3, "one for each form that the field may have"
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, TokenizeRequest])
+def test_a_conversation_has_a_limit(kind: type[BaseModel]) -> None:
+    turn = {"role": "user", "content": "a"}
+    assert kind.model_validate({"messages": [turn] * MAX_MESSAGES})
+    with pytest.raises(ValidationError, match=f"at most {MAX_MESSAGES} items"):
+        kind.model_validate({"messages": [turn] * (MAX_MESSAGES + 1)})
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_object_of_too_many_fields_is_refused_by_their_number(inside: bool) -> None:
+    """Not field by field, each with an error of its own."""
+    turn: dict[str, Any] = {"role": "user", "content": "a"}
+    body: dict[str, Any] = {"messages": [turn]}
+    (turn if inside else body).update(dict.fromkeys(map(str, range(10_000)), 0))
+    with pytest.raises(RequestError, match="an object has 1000[12] fields") as refused:
+        ChatRequest.model_validate(body)
+    assert refused.value.param == "body"
+
+
+@pytest.mark.parametrize("name", ["metadata", "logit_bias"])
+def test_a_map_of_too_many_entries_is_refused_by_their_number(name: str) -> None:
+    with pytest.raises(ValidationError, match="at most .* items after validation, not 10000") as refused:
+        ChatRequest.model_validate({"messages": [], name: dict.fromkeys(map(str, range(10_000)))})
+    assert sum(error["loc"][0] == name for error in refused.value.errors()) == 1
 
 
 @pytest.mark.parametrize(("continues", "text"), [(True, " Paris"), (False, "Paris")])
