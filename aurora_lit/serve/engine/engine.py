@@ -184,7 +184,8 @@ class Engine:
             raise RequestError("the prompt has no tokens; send at least one", param="prompt")
         if length + 1 > self.max_seq_len:
             raise RequestError(
-                f"the prompt has {length} tokens and engine.max_seq_len is {self.max_seq_len}; shorten it",
+                f"the prompt has {length} tokens, this model's maximum context length is {self.max_seq_len} tokens; "
+                "shorten it or raise engine.max_seq_len",
                 param="prompt",
                 code="context_length_exceeded",
             )

@@ -219,12 +219,15 @@ def check_text(text: str, *, param: str) -> None:
 
 
 def _check_room(num_prompt: int, limits: Limits, *, param: str) -> int:
-    """Number of tokens left for the answer. Raises RequestError if there are none."""
+    """Number of tokens left for the answer. Raises RequestError if there are none.
+
+    Clients such as LiteLLM know the error by OpenAI's words: "this model's maximum context length is".
+    """
     room = limits.max_seq_len - num_prompt
     if room < 1:
         raise RequestError(
-            f"{param}: {num_prompt} tokens or more leave no room for an answer in the context of {limits.max_seq_len}; "
-            "shorten the prompt or raise engine.max_seq_len",
+            f"{param}: this model's maximum context length is {limits.max_seq_len} tokens, and a prompt of "
+            f"{num_prompt} or more leaves no room for an answer; shorten the prompt or raise engine.max_seq_len",
             param=param,
             code="context_length_exceeded",
         )
@@ -239,8 +242,8 @@ def _check_length(
     field, wanted = token_limit(body)
     if wanted is not None and wanted > room:
         raise RequestError(
-            f"{field}={shorten(wanted)} is too many: the prompt has {num_prompt} tokens and the context "
-            f"{limits.max_seq_len}; use at most {room}",
+            f"{field}={shorten(wanted)} is too many: this model's maximum context length is {limits.max_seq_len} "
+            f"tokens, and the prompt has {num_prompt}; use at most {room}",
             param=field,
             code="context_length_exceeded",
         )

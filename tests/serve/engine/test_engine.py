@@ -220,7 +220,7 @@ def test_all_positions_of_a_learned_position_table_can_be_used(tmp_path: Path) -
 
 def test_requests_that_do_not_fit_are_refused(models: TinyModels) -> None:
     engine = models.engine(max_seq_len=20)
-    with pytest.raises(RequestError, match="20 tokens and engine.max_seq_len is 20") as refused:
+    with pytest.raises(RequestError, match="20 tokens, this model's maximum context length is 20 tokens") as refused:
         engine.submit(request("a", [1] * 20))
     assert (refused.value.param, refused.value.code) == ("prompt", "context_length_exceeded")
     with pytest.raises(RequestError, match="no tokens"):

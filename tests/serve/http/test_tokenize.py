@@ -86,6 +86,18 @@ def test_too_many_tokens_are_told_under_the_name_that_was_sent(name: str) -> Non
     assert refused.value.param == name
 
 
+@pytest.mark.parametrize(("num_words", "fields"), [(100, {}), (10_000, {}), (1, {"max_tokens": 1000})])
+def test_too_long_is_said_in_the_words_by_which_litellm_knows_it(num_words: int, fields: dict[str, Any]) -> None:
+    said = f"this model's maximum context length is {LIMITS.max_seq_len} tokens"
+    content = "hello " * num_words
+    chat = ChatRequest(messages=[{"role": "user", "content": content}], **fields)
+    with pytest.raises(RequestError, match=said) as refused:
+        prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=LIMITS)
+    assert refused.value.code == "context_length_exceeded"
+    with pytest.raises(RequestError, match=said):
+        prepare_completion(CompletionRequest(prompt=content, **fields), call_id="c", tokenizer=TOKENIZER, limits=LIMITS)
+
+
 @pytest.mark.parametrize("prompt", [[None] * 1000, [1] * 999 + [-1], [[1], [-1] * 999]])
 def test_a_long_list_of_what_is_no_prompt_is_refused_at_its_first_mistake(prompt: list[Any]) -> None:
     with pytest.raises(ValidationError) as refused:
