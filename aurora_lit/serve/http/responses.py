@@ -135,7 +135,10 @@ class ResponseBuilder:
             self._add(delta)
 
     def chunks(self, deltas: Sequence[TextDelta]) -> list[Json]:
-        """Add the deltas of a round, or of several, and return the stream chunks for them: one for each choice."""
+        """Add the deltas of a round, or of several, and return the stream chunks for them.
+
+        One for each choice; one more before its first, and where it ends with a part of a call.
+        """
         chunks = []
         for index in dict.fromkeys(delta.index for delta in deltas):  # each once, in order
             choice = self._choices[index]
@@ -152,7 +155,11 @@ class ResponseBuilder:
             if self._kind == "chat":
                 content = {"content": added.text} if added.text or (added.logprobs and not added.calls) else {}
                 content |= {"tool_calls": added.calls} if added.calls else {}
-            chunks.append(self._chunk(index, content, logprobs, choice.stated_reason, added.sources))
+            # openai's client misses the end of a call that begins in the chunk with the finish reason.
+            reason = None if added.calls else choice.stated_reason
+            chunks.append(self._chunk(index, content, logprobs, reason, added.sources))
+            if added.calls and choice.finish_reason:
+                chunks.append(self._chunk(index, {}, finish_reason=choice.stated_reason))
         return chunks
 
     def full(self) -> Json:

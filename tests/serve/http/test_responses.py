@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
+import openai
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
+from openai.types.chat import ChatCompletionChunk
 from support.fake_engine import tiny_tokenizer
 
 from aurora_lit.request import TokenLogprob
@@ -160,6 +163,23 @@ def test_a_stream_has_the_calls_of_the_whole_response(step: int, together: int) 
     assert choice["finish_reason"] == "tool_calls"
     assert [call["function"] for call in calls] == [call["function"] for call in message["tool_calls"]]
     assert len({call["id"] for call in calls}) == 2
+
+
+@pytest.mark.parametrize("step", [3, 17, 200])
+@pytest.mark.parametrize("with_last", [False, True])
+def test_openais_client_is_told_the_end_of_every_call(step: int, with_last: bool) -> None:
+    """It misses the end of a call that begins in the chunk with the finish reason."""
+    parts = [CALLS[at : at + step] for at in range(0, len(CALLS), step)]
+    rounds = [delta(0, part, accepted=0) for part in parts] + [delta(0, "", accepted=0, finish_reason="stop")]
+    if with_last:
+        rounds[-2:] = [replace(rounds[-2], finish_reason="stop")]
+    streamed, client = calling(), ChatCompletionStreamState(input_tools=openai.omit, response_format=openai.omit)
+    chunks = [chunk for each in rounds for chunk in streamed.chunks([each])]
+    events = [event for chunk in chunks for event in client.handle_chunk(ChatCompletionChunk.model_validate(chunk))]
+    ended = [event.arguments for event in events if event.type == "tool_calls.function.arguments.done"]
+    assert ended == ['{"a": 1}', '{"a": 2}']
+    assert client.get_final_completion().choices[0].finish_reason == "tool_calls"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks].count("tool_calls") == 1
 
 
 @pytest.mark.parametrize("reason", ["length", "stop"])
