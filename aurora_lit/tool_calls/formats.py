@@ -101,17 +101,28 @@ LLAMA3 = ToolFormat(
 )
 PLAIN = ToolFormat(name="plain", fillers=("[", "]", ",", ";"), is_in_template=False)
 
+_UNREAD_FORMS = (
+    *("<function=", "<arg_key>", "<invoke name=", "<|channel|>commentary", "to=functions", "<|tool_call>call:"),
+    *("<｜tool▁call▁begin｜>", "<|tool_call_begin|>", "<|tool_call_start|>"),
+)
+"""What begins calls that are not read. No template whose calls are read contains any of these."""
+
 
 @lru_cache(maxsize=8)
 def format_of(chat_template: str) -> ToolFormat:
     """The format that a chat template teaches."""
     if not re.search(r"\btools\b", chat_template):
         return PLAIN
+    unread = next((form for form in _UNREAD_FORMS if form in chat_template), "")
+    return replace(_nearest_format(chat_template), unread_form=unread)
+
+
+def _nearest_format(chat_template: str) -> ToolFormat:
+    """The format of a template with tools; the one that comes nearest, if its own is not read."""
     if "[TOOL_CALLS]" in chat_template:
         return MISTRAL_NAMED if "[ARGS]" in chat_template else MISTRAL
     if "<tool_call>" in chat_template:
-        unread = next((form for form in ("<function=", "<arg_key>") if form in chat_template), "")
-        return replace(HERMES, unread_form=unread)
+        return HERMES
     if "<|python_tag|>" in chat_template or '"parameters"' in chat_template:
         return LLAMA3
     return replace(PLAIN, is_in_template=True)

@@ -34,6 +34,32 @@ def test_an_unknown_format_is_read_as_plain_json_and_the_template_shows_the_tool
     assert (format_.name, format_.is_in_template) == ("plain", True)
 
 
+@pytest.mark.parametrize(
+    ("template", "name", "form"),
+    [
+        ("<tool_call>\n<function={{ call.name }}>", "hermes", "<function="),
+        ("<tool_call>{{ call.name }}\n<arg_key>", "hermes", "<arg_key>"),
+        ("{{- '<minimax:tool_call>' }}<invoke name=\"tool-name-1\">", "plain", "<invoke name="),
+        ("{{- '<function=' + call.name + '>' + call.parameters }}{{ '\"parameters\": ' }}", "llama3", "<function="),
+        (
+            "{{- '<|start|>assistant to=' }}{{- 'functions.' + call.name + '<|channel|>commentary ' }}",
+            "plain",
+            "<|channel|>commentary",
+        ),
+        ("{{- '<|start|>assistant to=functions.' + call.name }}", "plain", "to=functions"),
+        ("{{- '<|tool_call>call:' + function['name'] + '{' -}}", "plain", "<|tool_call>call:"),
+        ("'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + name + '<｜tool▁sep｜>'", "plain", "<｜tool▁call▁begin｜>"),
+        ("<|tool_calls_section_begin|><|tool_call_begin|>{{ id }}", "plain", "<|tool_call_begin|>"),
+        ('{{- "<|tool_call_start|>[" + calls + "]<|tool_call_end|>" -}}', "plain", "<|tool_call_start|>"),
+    ],
+)
+def test_a_form_that_is_not_read_is_told_whatever_else_the_template_has(template: str, name: str, form: str) -> None:
+    """The templates are those of Qwen3-Coder, GLM-4.5, MiniMax-M2, gpt-oss, Gemma 4, DeepSeek-V3, Kimi-K2, LFM2."""
+    found = format_of("{% if tools %}{{ tools }}{% endif %}" + template)
+    assert (found.name, found.unread_form, found.is_in_template) == (name, form, True)
+    assert format_of(template).unread_form == "", "of a template that shows no tools: ours are told in words"
+
+
 def test_ids_are_those_that_the_template_takes() -> None:
     assert {len(MISTRAL.new_id()) for _ in range(20)} == {9}
     assert HERMES.new_id().startswith("call_")

@@ -165,9 +165,9 @@ def test_a_special_token_that_the_tokenizer_does_not_name_is_shown_too(special: 
     assert use.shows_special_tokens == special
 
 
-@pytest.mark.parametrize("form", ["<function=", "<arg_key>"])
+@pytest.mark.parametrize("form", ["<tool_call><function=", "<tool_call><arg_key>", "<|tool_call_begin|>"])
 def test_calls_in_a_form_that_is_not_read_are_refused_unless_a_grammar_makes_them_json(form: str) -> None:
-    template = "{{ tools }}<tool_call>" + form
+    template = "{{ tools }}" + form
     with pytest.raises(RequestError, match='send tool_choice="required"') as refused:
         use_of(template, tools=[LOOSE])
     assert refused.value.param == "tools"
