@@ -61,8 +61,9 @@ NEUTRAL_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "reasoning": (None,),
     "reasoning_content": (None,),
     "refusal": (None,),
+    "type": (None, "text"),
 }
-"""The same for fields of a message: clients send back messages as they received them."""
+"""The same for fields of a message: clients send back messages as they received them. lm_eval adds a type to each."""
 
 _RESERVED_VARIABLES = frozenset(
     ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length")

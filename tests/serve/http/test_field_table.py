@@ -62,7 +62,9 @@ def test_values_without_effect_are_accepted_and_others_refused() -> None:
         for value in allowed:
             assert refusal(**{name: value}) == ""
         assert name in refusal(**{name: "something else"})
-    assert Message.model_validate({**TURN, **{name: each[0] for name, each in NEUTRAL_IN_MESSAGE.items()}}).text
+    for at in (0, -1):
+        assert Message.model_validate({**TURN, **{name: each[at] for name, each in NEUTRAL_IN_MESSAGE.items()}}).text
+    assert "messages.type" in refusal(messages=[{**TURN, "type": "image"}])
 
 
 class City(BaseModel):
