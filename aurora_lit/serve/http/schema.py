@@ -351,6 +351,14 @@ class CompletionRequest(Sampling):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_best_of(cls, body: Any) -> Any:
+        """Choosing the best n of n answers leaves all of them. Other values are refused with the unsupported fields."""
+        if isinstance(body, dict) and type(body.get("best_of")) is int and body["best_of"] == body.get("n"):
+            return {name: value for name, value in body.items() if name != "best_of"}
+        return body
+
     @model_validator(mode="after")
     def _check_zero_tokens(self) -> CompletionRequest:
         for name in ("max_tokens", "max_completion_tokens"):

@@ -106,6 +106,26 @@ def test_a_long_list_of_what_is_no_prompt_is_refused_at_its_first_mistake(prompt
 
 
 @pytest.mark.parametrize(
+    ("fields", "accepted"),
+    [
+        ({"n": 3, "best_of": 3}, True),
+        ({"n": 3, "best_of": 4}, False),
+        ({"best_of": 3}, False),
+        ({"n": 1, "best_of": True}, False),
+        ({"n": 2, "best_of": 2.0}, False),
+    ],
+)
+def test_as_many_choices_as_are_asked_for_need_no_best_of(fields: dict[str, Any], accepted: bool) -> None:
+    if accepted:
+        assert CompletionRequest.model_validate({"prompt": "a", **fields}).num_choices == fields["n"]
+    else:
+        with pytest.raises(RequestError, match="best_of"):
+            CompletionRequest.model_validate({"prompt": "a", **fields})
+    with pytest.raises(RequestError, match="best_of"):
+        ChatRequest.model_validate({"messages": [{"role": "user", "content": "a"}], **fields})
+
+
+@pytest.mark.parametrize(
     ("kind", "name"),
     [
         (ChatRequest, "messages"),
