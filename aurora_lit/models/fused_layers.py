@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _PLAIN_LLAMA_TYPES = ("llama", "mistral", "qwen2")
 """Model types whose layers are: norm, attention with RoPE on halves, residual, norm, SiLU-gated MLP, residual."""
+_FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Kinds of RoPE that turn a position alike in every batch; "dynamic" and "longrope" depend on its longest sequence."""
 
 
 def fuse_target(model: PreTrainedModel, aux_layer_ids: tuple[int, int, int]) -> Decoder | None:
@@ -40,7 +42,7 @@ def decoder_parts(model: PreTrainedModel) -> dict[str, Any] | None:
     is_plain_llama = (
         config.model_type in _PLAIN_LLAMA_TYPES
         and config.hidden_act == "silu"
-        and rope.get("rope_type", "default") == "default"
+        and rope.get("rope_type", "default") in _FIXED_ROPE_TYPES
         and rope.get("partial_rotary_factor", 1.0) == 1.0
         and head_dim % 32 == 0
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}

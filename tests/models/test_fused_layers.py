@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import VOCAB, save_model
+from support.tiny_models import FAMILIES, VOCAB, reference_model, save_model
 
 from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
@@ -16,6 +16,13 @@ pytestmark = [
     pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0"),
     pytest.mark.usefixtures("two_threads"),
 ]
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "attention_factor": 1.4,
+    "original_max_position_embeddings": 32,
+}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +32,10 @@ pytestmark = [
         ("llama", {"attention_bias": True, "num_key_value_heads": 2}, True),
         ("llama", {"head_dim": 24}, False),
         ("llama", {"hidden_act": "gelu"}, False),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, False),
+        ("llama3", {}, True),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, True),
+        ("llama", {"rope_parameters": YARN}, True),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, False),
         ("qwen2", {}, True),
         ("mistral", {}, False),
         ("qwen3", {}, False),
@@ -48,6 +58,19 @@ def test_models_of_the_plain_form_are_fused_with_the_same_outputs(
     expected = run(target, ids_BT, starts=[0, 0])
     for a, b in zip(fused_outputs, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=float(b.abs().max()) * (1e-5 if precision == "fp32" else 3e-2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope", [FAMILIES["llama3"][1]["rope_parameters"], YARN], ids=["llama3", "yarn"])
+def test_scaled_rotary_embeddings_give_the_logits_of_transformers(rope: dict[str, Any], tmp_path: Path) -> None:
+    """Also beyond the length that the model was first trained with, here 32."""
+    folder = save_model("llama", tmp_path, rope_parameters=rope)
+    target = Target.load(folder, precision="fp32")
+    assert target.supports_trees
+    ids_BT = torch.randint(VOCAB, (2, 60), generator=torch.Generator().manual_seed(0))
+    ours_BTV = target.logits(run(target, ids_BT, starts=[0, 0])[1])
+    expected_BTV = reference_model(folder)(input_ids=ids_BT).logits
+    torch.testing.assert_close(ours_BTV, expected_BTV, rtol=0, atol=1e-4 * float(expected_BTV.abs().max()))
 
 
 def test_a_model_whose_layers_compute_something_else_is_not_fused(tmp_path: Path) -> None:

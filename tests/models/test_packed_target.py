@@ -67,6 +67,7 @@ def answer(target: Target, draft: Eagle3Draft) -> tuple[list[int], int]:
         ("llama", {"tie_word_embeddings": True}),
         ("llama", {"attention_bias": True, "num_key_value_heads": 2, "hidden_size": 72, "head_dim": 32}),
         ("qwen2", {}),
+        ("llama3", {}),
     ],
 )
 def test_outputs_are_those_of_the_freshly_packed_target(
