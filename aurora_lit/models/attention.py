@@ -64,6 +64,8 @@ class KVCacheView:
                     f"{heads_BGTD.shape[3]}, but its configuration says {G} heads of size {D}; choose another model"
                 )
         self.attended_layers.add(layer)
+        if window is not None and window >= self.kv_cache.capacity:
+            window = None  # it leaves out no position of a slot, and the native kernel has no windows
         if sinks_N is None and native.can_attend(query_BNTD, window=window, softcap=softcap):
             return native.attend(*new, *cached, scale=scale)
         return cached_attention(*new, *cached, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)

@@ -295,6 +295,23 @@ def test_attention_equals_torch_attention(
 
 
 @needs_kernels
+def test_a_window_that_no_slot_is_long_enough_for_leaves_attention_native(
+    gen: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, kv_cache, slots_B, starts_B = attention_case(
+        rows=2, T=5, N=2, G=1, D=32, dtype=torch.float32, starts=[0, 40], gen=gen
+    )
+    calls, attend, capacity = [], native.attend, kv_cache.capacity
+    monkeypatch.setattr(native, "attend", lambda *given, **options: calls.append(1) or attend(*given, **options))
+    view = KVCacheView(kv_cache, slots_B=slots_B, starts_B=starts_B)
+    expected = view.attend(0, *new, scale=0.3)
+    assert torch.equal(view.attend(0, *new, scale=0.3, window=capacity), expected)
+    assert len(calls) == 2
+    view.attend(0, *new, scale=0.3, window=capacity - 1)
+    assert len(calls) == 2, "this window could leave out a position"
+
+
+@needs_kernels
 @pytest.mark.parametrize("D", [32, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_does_not_depend_on_batch_or_chunks(dtype: torch.dtype, D: int, gen: torch.Generator) -> None:
