@@ -77,12 +77,14 @@ def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:
 
     name, _, revision = repo.partition("@")
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    # Copies of the weights in other layouts, and their configurations: "*" matches the names of folders too.
+    others = ["consolidated*", "*/*.safetensors", "metal/*", "onnx/*", "original/*"]
     try:
         path = snapshot_download(
             name,
             revision=revision or None,
             allow_patterns=patterns,
-            ignore_patterns=["consolidated*", "*/*.safetensors"],  # copies of the weights in other layouts
+            ignore_patterns=others,
             local_files_only=local_only,
         )
     except HFValidationError as error:

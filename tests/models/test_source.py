@@ -339,6 +339,30 @@ def test_a_download_from_the_hub_that_breaks_off_is_told(error: Exception, monke
         resolve("hf:org/name", cache_dir=Path())
 
 
+def test_the_models_files_are_taken_from_the_hub_and_copies_in_other_layouts_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, the hub's library refuses a model that lacks one of the files it is asked for."""
+    ours = ["config.json", "model.safetensors", "tokenizer.json", "additional_chat_templates/tool_use.jinja"]
+    others = [
+        "consolidated.safetensors",
+        "fp16/model.safetensors",
+        *("metal/config.json", "onnx/config.json", "original/params.json", "original/tokenizer.model"),
+    ]
+    found: list[str] = []
+
+    def download(*_: object, allow_patterns: list[str], ignore_patterns: list[str], **__: object) -> str:
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        found.extend(huggingface_hub.utils.filter_repo_objects([*ours, *others], **patterns))
+        return str(tmp_path)
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    resolve("hf:org/name", cache_dir=Path())
+    assert found == ours
+
+
 def test_pip_ends_with_the_process_that_downloads(tmp_path: Path) -> None:
     """That process ignores Ctrl-C, so pip does too, and the server kills that process only."""
     pip = tmp_path / "pip"
