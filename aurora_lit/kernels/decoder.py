@@ -11,7 +11,7 @@ S slots, L slot capacity, D head size, P positions of the rotary tables, M moves
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,7 +100,7 @@ class LayerWeights:
 class Decoder:
     """Decoder layers ready to run.
 
-    >>> decoder = Decoder(layers, final_norm=…, cosines_PD=…, sines_PD=…, num_heads=9, num_kv_heads=3, eps=1e-5)
+    >>> decoder = Decoder(layers, final_norm=…, rotary=…, num_heads=9, num_kv_heads=3, eps=1e-5)
     >>> hidden_NH, normed_NH, _ = decoder(embeds_NH, keys=kv_cache.keys_SGCQPE, values=kv_cache.values_SGMDE,
     ...                                   slots_B=slots_B, starts_B=starts_B, queries=T)
     """
@@ -110,19 +110,23 @@ class Decoder:
         layers: Sequence[LayerWeights],
         *,
         final_norm: torch.Tensor,
-        cosines_PD: torch.Tensor,
-        sines_PD: torch.Tensor,
+        rotary: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
         num_heads: int,
         num_kv_heads: int,
         eps: float,
         aux_layer_ids: tuple[int, int, int] | None = None,
     ) -> None:
-        """`aux_layer_ids`: layers whose input hidden states are returned as auxiliary ones."""
+        """`rotary`: gives cosines and sines of the rotary embedding [P, D], for a number of positions P; it is asked
+        for those of a slot when a cache is first used. `aux_layer_ids`: layers whose input hidden states are returned
+        as auxiliary ones.
+        """
         library = native.library()
         assert library is not None
         self._layers = [_checked(layer) for layer in layers]
         self._final_norm = final_norm.float().contiguous()
-        self._cosines_PD, self._sines_PD = cosines_PD.float().contiguous(), sines_PD.float().contiguous()
+        self._rotary = rotary
+        self._cosines_PD = self._sines_PD = torch.empty(0, 0)
+        """As many positions as the longest slot so far."""
         self._heads = (num_heads, num_kv_heads)
         self._eps, self._aux_layer_ids = eps, aux_layer_ids
         weight_format = layers[0].query.weight_format
@@ -230,7 +234,10 @@ class Decoder:
         return self._last_call[1]
 
     def call(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> DecoderCall:
-        """A new call with the fields that do not depend on the batch; it keeps alive the layers that it points to."""
+        """A new call with the fields that do not depend on the batch; it keeps alive layers and tables it points to."""
+        positions = keys[0].shape[2] * keys[0].shape[4]
+        if len(self._cosines_PD) < positions:
+            self._cosines_PD, self._sines_PD = (table.float().contiguous() for table in self._rotary(positions))
         shape, head_dim = native.AttentionShape(), self._cosines_PD.shape[1]
         shape.heads, shape.kv_heads = self._heads
         shape.head_dim, shape.scale = head_dim, head_dim**-0.5
@@ -250,7 +257,7 @@ class Decoder:
             max_positions=len(self._cosines_PD),
             aux_layer_ids=(ctypes.c_int64 * _NUM_AUX_LAYERS)(*(self._aux_layer_ids or ())),
         )
-        call.kept_alive = layers
+        call.kept_alive = (layers, self._cosines_PD, self._sines_PD)
         return call
 
     def _layer_records(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> ctypes.Array[_Layer]:

@@ -8,6 +8,7 @@ Leaves out: the layers' arithmetic (kernels/csrc/decoder.hpp) and the KV cache (
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,11 +31,19 @@ _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 def fuse_target(model: PreTrainedModel, aux_layer_ids: tuple[int, int, int]) -> Decoder | None:
     """A `Decoder` over the model's packed layers; None if its layers do not have the plain Llama form."""
     parts = decoder_parts(model)
-    return None if parts is None else Decoder(**parts, aux_layer_ids=aux_layer_ids)
+    return None if parts is None else make_decoder(**parts, aux_layer_ids=aux_layer_ids)
+
+
+def make_decoder(*, frequencies_F: torch.Tensor, rotary_scale: float, **parts: Any) -> Decoder:
+    """A `Decoder` of `decoder_parts`. Its rotary tables are as long as slots are, not as the model's longest context.
+
+    `frequencies_F`: of the rotary embedding, F = D / 2. `rotary_scale`: factor of its cosines and sines.
+    """
+    return Decoder(**parts, rotary=functools.partial(_rotary_tables, frequencies_F, rotary_scale))
 
 
 def decoder_parts(model: PreTrainedModel) -> dict[str, Any] | None:
-    """What a `Decoder` over the model's packed layers consists of, by the names of its parameters; None as above."""
+    """What a `Decoder` over the model's packed layers consists of, as `make_decoder` takes it; None as above."""
     config = model.config.get_text_config()
     base: Any = model.base_model
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
@@ -53,13 +62,11 @@ def decoder_parts(model: PreTrainedModel) -> dict[str, Any] | None:
     layers = [_layer_weights(layer, norm_attention=layer.input_layernorm) for layer in base.layers]
     if any(layer is None for layer in layers):
         return None
-    positions = torch.arange(config.max_position_embeddings)[None]
-    cosines, sines = base.rotary_emb(torch.zeros(1), positions)
     return {
         "layers": layers,
         "final_norm": base.norm.weight.detach(),
-        "cosines_PD": cosines[0],
-        "sines_PD": sines[0],
+        "frequencies_F": base.rotary_emb.inv_freq.detach(),
+        "rotary_scale": float(base.rotary_emb.attention_scaling),
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,
         "eps": float(config.rms_norm_eps),
@@ -75,8 +82,7 @@ def fuse_draft(draft: Eagle3Draft) -> Decoder | None:
     return Decoder(
         [weights],
         final_norm=draft.norm.weight.detach(),
-        cosines_PD=draft.cos_LD,
-        sines_PD=draft.sin_LD,
+        rotary=lambda _: (draft.cos_LD, draft.sin_LD),  # prepared for its slots
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         eps=config.rms_norm_eps,
@@ -117,6 +123,13 @@ def draft_steps(
         target_id_D=target_id_D,
         embedding=table,
     )
+
+
+def _rotary_tables(frequencies_F: torch.Tensor, scale: float, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [P, D] of the first positions, as transformers' models compute them (halves as in Llama)."""
+    angles_PF = torch.arange(length, dtype=torch.float32)[:, None] * frequencies_F.float()
+    angles_PD = torch.cat([angles_PF, angles_PF], dim=-1)
+    return angles_PD.cos() * scale, angles_PD.sin() * scale
 
 
 def _layer_weights(layer: Any, *, norm_attention: Any, norm_embeds: Any = None) -> LayerWeights | None:

@@ -28,11 +28,11 @@ from torch import nn
 
 from aurora_lit.errors import CacheError
 from aurora_lit.kernels import native, products
-from aurora_lit.kernels.decoder import Decoder, LayerWeights
+from aurora_lit.kernels.decoder import LayerWeights
 from aurora_lit.kernels.packed_linear import TENSOR_NAMES, PackedEmbedding, PackedLinear
 from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.models import packed_file
-from aurora_lit.models.fused_layers import decoder_parts
+from aurora_lit.models.fused_layers import decoder_parts, make_decoder
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.logit_transform import LogitTransform
 
@@ -51,7 +51,7 @@ _FACTS = (
 )
 _NORMS = ("norm_attention", "norm_mlp")
 _MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
-_TABLES = ("final_norm", "cosines_PD", "sines_PD")
+_TABLES = ("final_norm", "frequencies_F")
 _CODE = (*Path(native.__file__).parent.glob("*.py"), *Path(__file__).parent.glob("*.py"))
 _log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ class PackedTarget(Target):
             weights |= {name: linears[f"{index}.{name}"] for name in _MATRICES}
             layers.append(LayerWeights(norm_embeds=None, **weights))
         tables: dict[str, Any] = {name: tensors[name] for name in _TABLES}
-        self._decoder = Decoder(layers, **tables, **facts["decoder"], aux_layer_ids=self.aux_layer_ids)
+        self._decoder = make_decoder(layers=layers, **tables, **facts["decoder"], aux_layer_ids=self.aux_layer_ids)
         self._head = linears["head"]
         self._embedding = PackedEmbedding(linears.get("embedding", self._head))
 

@@ -149,6 +149,23 @@ def test_a_new_cache_at_the_address_of_an_old_one_is_recognised(tmp_path: Path) 
         torch.testing.assert_close(run(target, ids_BT, starts=[0]), expected, rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_rotary_tables_are_as_long_as_the_longest_slot_and_not_as_the_model(tmp_path: Path) -> None:
+    target = Target.load(save_model("llama", tmp_path, max_position_embeddings=1 << 20), precision="fp32")
+    assert target.decoder is not None
+    kv_cache, where = target.make_kv_cache(num_slots=1, capacity=64), {"slots_B": torch.tensor([0])}
+    ids_BT = torch.randint(VOCAB, (1, 200), generator=torch.Generator().manual_seed(0))
+    before = target.forward(ids_BT[:, :40], kv_cache=kv_cache, starts_B=torch.tensor([0]), **where)[1]
+    assert len(target.decoder._cosines_PD) == 64
+    longer = target.make_kv_cache(num_slots=1, capacity=200)
+    last_BTH = target.forward(ids_BT, kv_cache=longer, starts_B=torch.tensor([0]), **where)[1]
+    assert len(target.decoder._cosines_PD) == 256, "whole blocks of keys"
+    expected_BTH = target.forward_uncached(ids_BT)[1]
+    torch.testing.assert_close(last_BTH, expected_BTH, rtol=0, atol=1e-5 * float(expected_BTH.abs().max()))
+    again = target.forward(ids_BT[:, :40], kv_cache=kv_cache, starts_B=torch.tensor([0]), **where)[1]
+    assert torch.equal(again, before), "the shorter cache is used as before"
+
+
 def test_moves_in_another_cache_do_not_disturb_the_next_pass(tmp_path: Path) -> None:
     """What a pass points to is kept for the next pass over the same cache."""
     target = Target.load(save_model("llama", tmp_path), precision="fp32")

@@ -253,6 +253,16 @@ def test_models_that_are_small_or_not_fused_have_no_file(
     assert not (tmp_path / "packed").exists()
 
 
+def test_the_file_is_not_longer_for_a_longer_context(tmp_path: Path) -> None:
+    sizes = []
+    for length in (256, 1 << 16):
+        folder = save_model("llama", tmp_path / str(length), max_position_embeddings=length)
+        packed, _ = packed_and_fresh(folder, tmp_path / f"cache-{length}", "bf16")
+        assert packed.max_positions == length
+        sizes.append(files(tmp_path / f"cache-{length}")[0].stat().st_size)
+    assert abs(sizes[1] - sizes[0]) < 256, "the digits of that number"
+
+
 def test_the_file_is_valid_safetensors_with_aligned_tensors(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
