@@ -147,7 +147,8 @@ def check_compiler(config: AuroraConfig) -> Check:
 
     absent = native.absence()
     if absent is None:
-        return _ok("compiler", f"{build.compiler()}, native kernels built")
+        command = build.compiler()
+        return _ok("compiler", f"{command}, native kernels built" if command else "none; native kernels built before")
     found = f"the native kernels are not in use: {absent.reason}"
     if config.target.precision in ("int8", "int4"):
         return _fail("compiler", found, f"target.precision={config.target.precision} needs them: {absent.remedy}")

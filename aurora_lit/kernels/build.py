@@ -1,8 +1,9 @@
 """Compiles the CPU kernels (csrc/) and caches the shared library.
 
 The library is compiled once on each machine with the system's C++ compiler, into
-`$AURORA_LIT_CACHE/kernels` (default `~/.cache/aurora-lit/kernels`). Its name contains a hash of everything that
-determines its contents: sources, flags, compiler and processor.
+`$AURORA_LIT_CACHE/kernels` (default `~/.cache/aurora-lit/kernels`). Its name contains hashes of everything that
+determines its contents: one of sources, flags and processor, and one of the compiler. Where there is no compiler, the
+newest library with the first is used.
 
 Leaves out: loading and calling the library (native.py).
 """
@@ -50,20 +51,9 @@ def built_library(command: str) -> Path:
     # A wrapper around a compiler has its version, and -march=native asks what the system permits.
     macros = _run([command, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
     openmp = _torch_openmp()
-    key = b"\0".join(
-        (
-            *(path.read_bytes() for path in _SOURCES),
-            " ".join(_FLAGS).encode(),
-            version,
-            macros,
-            _processor().encode(),
-            str(openmp is None).encode(),
-        )
-    )
     folder = _folder()
-    path = folder / f"kernels-{hashlib.sha256(key).hexdigest()[:16]}.so"
-    if openmp is not None:
-        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
+    path = folder / f"{_name(openmp)}-{_hash(version, macros)}.so"
+    _share(openmp)
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +64,29 @@ def built_library(command: str) -> Path:
         _run([command, "-shared", str(obj), "-o", str(lib), *(["-fopenmp"] if openmp is None else [])])
         os.replace(lib, path)
     return path
+
+
+def kept_library() -> Path | None:
+    """Path of the newest library in the cache that any compiler made of these sources for this processor, if any."""
+    openmp = _torch_openmp()
+    _share(openmp)
+    return max(_folder().glob(f"{_name(openmp)}-*.so"), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _name(openmp: str | None) -> str:
+    """Beginning of a library's name: what determines its contents beside the compiler."""
+    sources = (path.read_bytes() for path in _SOURCES)
+    return f"kernels-{_hash(*sources, ' '.join(_FLAGS).encode(), _processor().encode(), str(openmp is None).encode())}"
+
+
+def _hash(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _share(openmp: str | None) -> None:
+    """Let libraries that are loaded from now on use the OpenMP runtime of torch."""
+    if openmp is not None:
+        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
 
 
 def _folder() -> Path:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from aurora_lit.kernels.build import ClangError, built_library, compiler, first_errors
+from aurora_lit.kernels.build import ClangError, built_library, compiler, first_errors, kept_library
 
 KEY_BLOCK = 64
 """Positions whose keys are stored together in a slot; KEY_BLOCK in attention_shape.hpp."""
@@ -96,11 +96,9 @@ def _load() -> ctypes.CDLL | Absence:
     if os.environ.get("AURORA_LIT_NATIVE") == "0":
         return Absence("AURORA_LIT_NATIVE=0", "unset AURORA_LIT_NATIVE", is_choice=True)
     command = compiler()
-    if command is None:
-        return Absence("no C++ compiler was found ($CXX, g++)", "install one (apt-get install g++)")
     another = "name another compiler in CXX"
     try:
-        path = built_library(command)
+        path = kept_library() if command is None else built_library(command)
     except subprocess.CalledProcessError as error:
         needs = "it must support -march=native, OpenMP and C++17"
         return Absence(f"{command} failed: {first_errors(error)}", f"repair the compiler ({needs}), or {another}")
@@ -108,6 +106,8 @@ def _load() -> ctypes.CDLL | Absence:
         return Absence(f"{command} is clang++, which has another OpenMP than torch", "let CXX name g++, or unset it")
     except OSError as error:
         return Absence(f"they cannot be built ({error})", f"set AURORA_LIT_CACHE to a writable folder, or {another}")
+    if path is None:
+        return Absence("no C++ compiler was found ($CXX, g++)", "install one (apt-get install g++)")
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

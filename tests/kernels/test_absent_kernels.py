@@ -14,6 +14,7 @@ from support.fake_engine import tiny_tokenizer
 from support.fork_host import fork
 from support.tiny_models import save_model
 
+from aurora_lit.kernels import native
 from aurora_lit.kernels.native import COST
 
 VERSION = '#!/bin/sh\n[ "$1" = --version ] && echo "fake 1.0" && exit 0\n'
@@ -127,6 +128,16 @@ def test_no_compiler_is_said(model: Path, no_compiler: Environment) -> None:
     assert "no C++ compiler" in check_beside_an_engine(result)["found"]
     assert result.stderr.count("no C++ compiler was found") == 1
     assert "apt-get install g++" in result.stderr
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
+def test_kept_kernels_are_used_without_a_compiler(no_compiler: Environment) -> None:
+    kept = Path(no_compiler["AURORA_LIT_CACHE"]) / "kernels" / f"{native.build_digest()}.so"
+    kept.parent.mkdir(parents=True)
+    kept.symlink_to(native.library()._name)
+    check = json.loads(run(doctors_check(), no_compiler).stdout)
+    assert check["state"] == "ok"
+    assert check["found"] == "none; native kernels built before"
 
 
 def test_kernels_that_are_turned_off_are_mentioned_by_doctor_only(model: Path) -> None:

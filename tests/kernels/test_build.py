@@ -52,6 +52,30 @@ def test_a_library_is_kept_by_its_sources(compilers: Path, tmp_path: Path, monke
     assert build.built_library(command) != before
 
 
+def test_a_kept_library_is_found_without_a_compiler(
+    compilers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the second stage of a container image. It must be of these sources and flags, and for this processor."""
+    assert build.kept_library() is None
+    older, newer = (build.built_library(made(compilers, name, version=name)) for name in ("g++ 12", "g++ 13"))
+    os.utime(older, (1, 1))
+    assert build.kept_library() == newer
+    newer.unlink()
+    assert build.kept_library() == older
+    changed = tmp_path / "changed.hpp"
+    changed.write_bytes(b"")
+    changes = {
+        "_SOURCES": [changed, *build._SOURCES[1:]],
+        "_FLAGS": ("-O2",),
+        "_processor": lambda: "another",
+        "_torch_openmp": lambda: None if build.sys.platform == "linux" else str(changed),
+    }
+    for name, value in changes.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(build, name, value)
+            assert build.kept_library() is None, name
+
+
 def test_clang_is_refused_with_what_to_use(compilers: Path) -> None:
     with pytest.raises(build.ClangError):
         build.built_library(made(compilers, "c++", version="Debian clang version 14.0.6"))
