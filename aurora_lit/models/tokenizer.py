@@ -28,7 +28,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from aurora_lit.errors import SourceError
 from aurora_lit.models.chat_template import ChatTemplate
 
-_FORMAT = 2
+_FORMAT = 3
 """Part of the name: increase it when something else is kept of the same files."""
 _VOCABULARIES = ("tokenizer.*", "vocab.*", "tekken.json", "*.model", "*.tiktoken")
 """Files of which at least one belongs to every tokenizer."""
@@ -82,11 +82,12 @@ class KeptTokenizer:
         """kept: the record that `keep_tokenizer` has written."""
         self.backend_tokenizer = backend
         backend.encode_special_tokens = kept["split_special_tokens"]
-        self.chat_template: str | None = kept["chat_template"]
+        self.chat_template: str | dict[str, str] | None = kept["chat_template"]
+        """A dictionary of a model with a template of its own for tools: "default" and "tool_use"."""
         self.eos_token_id: int | None = kept["eos_token_id"]
         self.all_special_ids: list[int] = kept["all_special_ids"]
         self._special_tokens: dict[str, Any] = kept["special_tokens"]
-        self._template: ChatTemplate | None = None
+        self._templates: dict[str, ChatTemplate] = {}  # by their text
 
     def get_vocab(self) -> dict[str, int]:
         """The id of each token, added tokens included."""
@@ -116,15 +117,18 @@ class KeptTokenizer:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """The conversation as the model's prompt (`ChatTemplate.render`).
+        """The conversation as the model's prompt (`ChatTemplate.render`); `tools` decide which of two templates.
 
         Raises jinja2.TemplateError if the template refuses it.
         """
         assert not tokenize, "a rendered prompt is checked before it is tokenized"
-        assert self.chat_template is not None, "there is nothing to render"
-        if self._template is None:
-            self._template = ChatTemplate(self.chat_template, self._special_tokens)
-        return self._template.render(
+        source = self.chat_template
+        assert source is not None, "there is nothing to render"
+        if isinstance(source, dict):
+            source = source["default" if variables.get("tools") is None else "tool_use"]
+        if source not in self._templates:
+            self._templates[source] = ChatTemplate(source, self._special_tokens)
+        return self._templates[source].render(
             conversation,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -168,12 +172,8 @@ def keep_tokenizer(folder: Path, *, cache_dir: Path) -> None:
         getattr(kind, name) is getattr(TokenizersBackend, name) for name in _OWN_CODE
     ):
         state = tokenizer_json(tokenizer.backend_tokenizer)
-        try:
-            template = None if tokenizer.chat_template is None else tokenizer.get_chat_template()
-        except ValueError:  # several templates, none of them the default
-            template = None
         record = {
-            "chat_template": template,
+            "chat_template": _served_templates(tokenizer.chat_template),
             "special_tokens": tokenizer.special_tokens_map,
             "all_special_ids": tokenizer.all_special_ids,
             "eos_token_id": tokenizer.eos_token_id,
@@ -184,6 +184,14 @@ def keep_tokenizer(folder: Path, *, cache_dir: Path) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+
+
+def _served_templates(templates: Any) -> Any:
+    """Of several chat templates the default, or with one for tools these two; None if none of them is the default."""
+    if not isinstance(templates, dict):
+        return templates
+    served = {name: templates[name] for name in ("default", "tool_use") if name in templates}
+    return served if len(served) == 2 else served.get("default")
 
 
 def tokenizer_json(backend: BackendTokenizer) -> str:

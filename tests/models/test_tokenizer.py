@@ -224,6 +224,24 @@ def test_a_template_gets_the_variables_that_a_request_sets(tmp_path: Path) -> No
         assert tokenizer.apply_chat_template(chat, **how) == "hi</s>"
 
 
+def test_a_template_of_its_own_for_tools_is_kept(tmp_path: Path) -> None:
+    """As Hermes and Command R have it."""
+    templates = {
+        "default": "{{ messages[0].content }}",
+        "tool_use": "<tool_call>{{ tools | length }}{{ messages[0].content }}",
+        "rag": "[TOOL_CALLS]",
+    }
+    folder = save(tmp_path / "model", byte_level(), bos_token="<s>", eos_token="</s>", chat_template=templates)
+    keep_tokenizer(folder, cache_dir=tmp_path)
+    kept = load_tokenizer(folder, cache_dir=tmp_path)
+    assert isinstance(kept, KeptTokenizer)
+    assert kept.chat_template == {name: templates[name] for name in ("default", "tool_use")}
+    how: Any = {"tokenize": False, "add_generation_prompt": True}
+    for tokenizer in (kept, AutoTokenizer.from_pretrained(folder)):
+        for tools, expected in (([{}, {}], "<tool_call>2hi"), (None, "hi")):
+            assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tools=tools, **how) == expected
+
+
 def test_a_changed_model_is_not_served_by_what_was_kept_of_it_before(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     save_byte_level(folder)
