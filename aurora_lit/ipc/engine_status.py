@@ -137,7 +137,8 @@ class EngineStatus:
     opted_out: int
     """Requests with `store: false`, of which no trace is made."""
     unrecorded: int
-    """Traces that could not be written to the folder trace.record. The ring has its own counters (ipc/ring.py)."""
+    """Traces that could not be written to the folder trace.record; beside vLLM, requests that were not recorded since
+    traces held all the memory or too many were unread. The ring has its own counters (ipc/ring.py)."""
     domains_version: int
     """Number of the publication that requests are assigned domains by; 0: there is none."""
     domain_numbers: tuple[int, ...] = counts(_MAX_DOMAIN_ROWS * len(DomainTotals._fields))

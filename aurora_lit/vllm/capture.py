@@ -123,15 +123,20 @@ class Capture:
 
     def __init__(
         self,
-        sink: Callable[[Trace], None],
+        sink: Callable[[Trace], object],
         *,
         bytes_per_token: int,
         limit_bytes: int,
         segment_tokens: int,
         overlap_tokens: int,
+        is_behind: Callable[[], bool] = lambda: False,
     ) -> None:
-        """limit_bytes: most memory that running requests may hold; those that do not fit are only counted."""
+        """limit_bytes: most memory that running requests may hold; those that do not fit are only counted.
+
+        is_behind: True if so many traces are unread that a request which begins now is only counted, too.
+        """
         self._sink, self._bytes_per_token, self._limit_bytes = sink, bytes_per_token, limit_bytes
+        self._is_behind = is_behind
         self._segment_tokens, self._overlap_tokens = segment_tokens, overlap_tokens
         self._recordings: dict[str, _Recording] = {}
         self._reserved_bytes = 0
@@ -139,7 +144,7 @@ class Capture:
         """Of the requests that have begun; the latter are those found in the prefix cache."""
         self.num_opted_out = 0
         self.num_unrecorded = 0
-        """Requests not recorded because the running ones hold all the memory."""
+        """Requests not recorded because the running ones hold all the memory, or too many traces wait."""
 
     @property
     def num_running(self) -> int:
@@ -158,7 +163,7 @@ class Capture:
         self.num_cached_tokens += position
         longest = min(info.max_tokens or self._segment_tokens, self._segment_tokens) + self._overlap_tokens
         needed = (min(info.prompt_tokens - position, PROMPT_TOKENS) + longest) * self._bytes_per_token
-        fits = self._reserved_bytes + needed <= self._limit_bytes
+        fits = self._reserved_bytes + needed <= self._limit_bytes and not self._is_behind()
         self.num_opted_out += not info.recordable
         self.num_unrecorded += info.recordable and not fits
         recorded = info.recordable and fits

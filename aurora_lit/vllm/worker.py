@@ -22,8 +22,8 @@ from typing import Any
 from aurora_lit.drafts.versions import version_number
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
-from aurora_lit.ipc.ring import RingWriter
-from aurora_lit.traces.record import LAYOUT_DIGEST, Trace, to_pieces
+from aurora_lit.ipc.ring import RingCounters, RingWriter
+from aurora_lit.traces.record import LAYOUT_DIGEST, to_pieces
 from aurora_lit.vllm.capture import Capture
 from aurora_lit.vllm.deployment import Deployment
 from aurora_lit.vllm.hooks import RunnerHooks
@@ -31,6 +31,9 @@ from aurora_lit.vllm.known_versions import reader_of
 from aurora_lit.vllm.live_status import LiveStatus
 from aurora_lit.vllm.reload import check_weights_are_own, load_into
 
+_MOST_QUEUED = 0.125
+"""Part of the ring that unread traces may fill before requests are left unrecorded. Traces are read in order: a learner
+that reads one in eight meets them as old as in a full ring that is overwritten; a larger part would make them older."""
 _log = logging.getLogger("vllm.aurora_lit")
 
 
@@ -110,13 +113,14 @@ def _recorder(runner: Any, config: Any, reader: Any, deployment: Deployment) -> 
     hidden_size = int(config.model_config.get_hidden_size())
     max_draft_tokens = int(config.speculative_config.num_speculative_tokens)
     page = _page(deployment.status_path(engine))
-    sink = _ring_sink(deployment.ring_path(engine), deployment.ring_bytes)
+    ring = _ring(deployment.ring_path(engine), deployment.ring_bytes)
     capture = Capture(
-        sink,
+        lambda trace: ring.push(*to_pieces(trace)),
         bytes_per_token=8 * hidden_size,  # four states in bf16
         limit_bytes=deployment.ring_bytes,
         segment_tokens=deployment.segment_tokens,
         overlap_tokens=deployment.overlap_tokens,
+        is_behind=lambda: _is_behind(ring.counters),
     )
     status = LiveStatus(page, capture, max_draft_tokens=max_draft_tokens)
     hooks = RunnerHooks(runner, reader, capture, status.observe, status.write, status.failed)
@@ -146,15 +150,19 @@ def _page(path: Path) -> EngineStatusPage:
     return EngineStatusPage.open(path, writable=True)
 
 
-def _ring_sink(path: Path, capacity_bytes: int) -> Callable[[Trace], None]:
-    """Pushes traces into the ring, which is that of the engine before if that was killed. Raises RingError."""
+def _ring(path: Path, capacity_bytes: int) -> RingWriter:
+    """The ring for traces, which is that of the engine before if that was killed. Raises RingError."""
     if path.exists():
         ring = RingWriter.open(path, layout=LAYOUT_DIGEST)
     else:
         ring = RingWriter.create(path, capacity_bytes, layout=LAYOUT_DIGEST)
     threading.Thread(target=ring.map_pages, name="aurora-lit-ring", daemon=True).start()
+    return ring
 
-    def push(trace: Trace) -> None:
-        ring.push(*to_pieces(trace))
 
-    return push
+def _is_behind(ring: RingCounters) -> bool:
+    """True while the learner has so much to read that requests which begin are not recorded.
+
+    Joining, checksumming and copying a trace delays the engine's next step, for nothing if it is overwritten unread.
+    """
+    return ring.queued_bytes > _MOST_QUEUED * ring.capacity_bytes

@@ -99,12 +99,12 @@ def metrics_port() -> int:
 def by_hand(
     shared_before: set[str], faults: Faults, metrics_port: int, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmServer]:
-    """A vLLM started by hand, with a learner and a ring for few traces."""
+    """A vLLM started by hand, with a learner and a ring for few traces, of which an eighth may be unread."""
     with VllmServer(
         tmp_path_factory.mktemp("hand"),
         by_hand=True,
         learner=True,
-        settings=("trace.capacity_mb=2",),
+        settings=("trace.capacity_mb=16",),
         arguments=(*ARGUMENTS, "--learner-metrics-port", str(metrics_port)),
         environment=faults.environment,
     ) as server:
@@ -136,26 +136,33 @@ def test_a_learner_that_is_killed_is_started_again_while_requests_go_on(
     until(lambda: learner(by_hand)["traces"]["read"] >= read_before + len(PROMPTS))
 
 
-def test_a_full_ring_overwrites_and_counts_while_the_learner_stands_still(
+def test_while_the_learner_stands_still_requests_are_answered_unrecorded_and_counted(
     by_hand: VllmServer, wanted: list[str]
 ) -> None:
+    def ring() -> Any:
+        return read(by_hand.run_folder)["traces"]["ring"]
+
     stopped = learner(by_hand)["pid"]
     os.kill(stopped, signal.SIGSTOP)
     try:
-        pushed = recorded(by_hand)
+        pushed, unrecorded = recorded(by_hand), by_hand.status.unrecorded
         for i in range(16):
             by_hand.complete(f"{PROMPTS[i % 3]} {i}", max_tokens=64, ignore_eos=True)
         assert answers(by_hand) == wanted
-        until(lambda: recorded(by_hand) == pushed + 16 + len(PROMPTS))
-        dropped = read(by_hand.run_folder)["traces"]["ring"]["dropped"]
-        print(f"overwritten: {dropped}")
-        assert dropped["overwritten"] > 0
+        counted = pushed + unrecorded + 16 + len(PROMPTS)
+        until(lambda: recorded(by_hand) + by_hand.status.unrecorded == counted)
+        print(f"unrecorded: {by_hand.status.unrecorded - unrecorded}")
+        assert recorded(by_hand) > pushed
+        assert by_hand.status.unrecorded > unrecorded
+        assert ring()["dropped"]["overwritten"] == 0
         until(lambda: learner(by_hand)["state"] == "stalled")
     finally:
         os.kill(stopped, signal.SIGCONT)
-    read_before = learner(by_hand)["traces"]["read"]
-    until(lambda: learner(by_hand)["traces"]["read"] > read_before)
+    until(lambda: ring()["queued"] == 0)
     assert learner(by_hand)["pid"] == stopped
+    made = recorded(by_hand)
+    assert answers(by_hand) == wanted
+    until(lambda: recorded(by_hand) == made + len(PROMPTS))
 
 
 def test_exceptions_in_the_wraps_are_counted_and_after_three_no_more_traces_are_made(

@@ -15,7 +15,7 @@ from support.made_vllm import HIDDEN, MadeRunner, MadeV1Runner, Traffic
 from torch import nn
 
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
-from aurora_lit.ipc.ring import RingReader
+from aurora_lit.ipc.ring import RingReader, read_counters
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.learn.online.budget import ServerLoad
 from aurora_lit.learn.online.load_watch import LoadWatch
@@ -164,14 +164,42 @@ def test_a_full_disk_leaves_serving_alone(
 def test_a_full_ring_overwrites_and_counts(run_folder: Path, make_worker: MakeWorker) -> None:
     worker = make_worker()
     worker.aurora_lit_start(str(run_folder))
-    for i in range(300):
-        steps = Traffic(requests={f"r{i}": (40, 40)}, seed=i).steps()
+    running = [Traffic(requests={f"r{i}": (40, 40)}, seed=i).steps() for i in range(300)]
+    for steps in running:  # all begin before a trace is made, so all are recorded
+        while not steps[0].new:
+            worker.model_runner.run(steps.pop(0))
+        worker.model_runner.run(steps.pop(0))
+    for steps in running:
         for step in steps:
             worker.model_runner.run(step)
     assert worker._aurora_lit_recorder.hooks.num_errors == 0
+    overwritten = read_counters(run_folder / RING_NAME).overwritten
     found = traces_in(run_folder)
-    assert 0 < len(found) < 300
+    assert 0 < len(found) == 300 - overwritten < 300
     assert "r299" in found
+
+
+def test_while_many_traces_are_unread_requests_are_served_unrecorded_and_counted(
+    run_folder: Path, make_worker: MakeWorker
+) -> None:
+    worker = make_worker()
+    worker.aurora_lit_start(str(run_folder))
+
+    def answer(number: int) -> None:
+        for step in Traffic(requests={f"r{number}": (40, 40)}, seed=number).steps():
+            worker.model_runner.run(step)
+
+    for number in range(100):
+        answer(number)
+    ring = read_counters(run_folder / RING_NAME)
+    assert ring.queued_bytes > ring.capacity_bytes / 8
+    assert ring.queued_bytes < ring.capacity_bytes / 6  # what was being recorded then is kept
+    found = traces_in(run_folder)
+    assert found == sorted(f"r{number}" for number in range(len(found)))
+    status = EngineStatusPage.open(run_folder / STATUS_NAME).read()
+    assert status.unrecorded == 100 - len(found)
+    answer(100)  # all has been read
+    assert traces_in(run_folder) == ["r100"]
 
 
 def test_a_rank_without_the_hidden_states_only_swaps(
