@@ -22,7 +22,7 @@ from aurora_lit.cgroups import own_groups
 from aurora_lit.config import AuroraConfig, draft_folder
 from aurora_lit.cores import available_cores
 from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
-from aurora_lit.models.source import cache_root, cached
+from aurora_lit.models.source import UNQUANTISED, cache_root, cached, unreadable_weights
 from aurora_lit.placement import describe, uses_gpus
 
 _GIB = 1 << 30
@@ -201,7 +201,8 @@ def check_address(config: AuroraConfig) -> Check:
 
 
 def check_target(config: AuroraConfig) -> Check:
-    """The target is in the cache or can be downloaded, has a tokenizer, and can be split as engine.strategy says."""
+    """The target is in the cache or can be downloaded, has a tokenizer, can be split as engine.strategy says, and its
+    weights can be read."""
     from aurora_lit.cli.footprint import model_shape
     from aurora_lit.models.partition import check_partition
     from aurora_lit.models.tokenizer import check_vocabulary
@@ -211,6 +212,8 @@ def check_target(config: AuroraConfig) -> Check:
     if folder is not None:
         check_partition(config, model_shape(config, folder=folder))
         check_vocabulary(folder)
+        if (reason := unreadable_weights(folder)) is not None:
+            return _fail("target", f"{folder} {reason}", UNQUANTISED)
         return _ok("target", str(folder))
     if not target.source.startswith(("pypi:", "hf:")):
         return _fail(

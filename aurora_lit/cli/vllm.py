@@ -29,7 +29,7 @@ from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerSt
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.process_lifetime import die_with_parent
 from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
-from aurora_lit.models.source import find_target, with_fixed_target
+from aurora_lit.models.source import find_target, unreadable_weights, with_fixed_target
 from aurora_lit.serve.http.metrics import LearnerCollector
 from aurora_lit.serve.http.status import ring_counters
 from aurora_lit.serve.learner_child import LearnerChild, learner_command
@@ -72,7 +72,12 @@ def start(
     with run_folder() as folder:
         status = EngineStatusPage.create(folder / STATUS_NAME)
         learner_page = LearnerStatusPage.create(folder / LEARNER_STATUS_NAME)
-        find_target(config)  # downloads what is new, before the revision is fixed for vLLM and every learner
+        target = find_target(config)  # downloads what is new, before the revision is fixed for vLLM and every learner
+        if config.learn.enabled and (reason := unreadable_weights(target)) is not None:
+            raise ConfigError(
+                f"{config.target.source} {reason}, so that no draft can learn; name the unquantised model as MODEL and "
+                "give this one to vLLM alone (--model FOLDER), or turn learning off (--set learn.enabled=false)"
+            )
         fixed = with_fixed_target(config)
         (folder / CONFIG_NAME).write_text(to_yaml(settings_for_learner(fixed)), encoding="utf-8")
         deployment = _deployment(config, folder)
@@ -113,6 +118,7 @@ def start(
 def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: Sequence[str]) -> list[str]:
     """The command that starts vLLM's server; an argument that is given is not added."""
     ours = {
+        "--model": str(find_target(config)),
         "--served-model-name": config.target.source,
         "--speculative-config": json.dumps(
             {
@@ -128,7 +134,7 @@ def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: S
         raise ConfigError(f"--worker-extension-cls is needed for {WORKER_EXTENSION}; leave it out")
     added = [word for name, value in ours.items() if name not in given for word in (name, value)]
     module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    return [*module, "--model", str(find_target(config)), *added, "--middleware", MIDDLEWARE, *vllm_arguments]
+    return [*module, *added, "--middleware", MIDDLEWARE, *vllm_arguments]
 
 
 def _loadable(deployment: Deployment) -> Path:

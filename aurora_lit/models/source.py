@@ -8,6 +8,8 @@ Leaves out: wheels and GGUF (wheel.py), loading the folder (target.py), and whet
 (cli/doctor.py).
 """
 
+import importlib.util
+import json
 import os
 import re
 from dataclasses import replace
@@ -16,6 +18,17 @@ from pathlib import Path
 from aurora_lit.config import AuroraConfig, model_name
 from aurora_lit.errors import SourceError
 from aurora_lit.models.wheel import is_complete, parse_wheel_source, resolve_wheel
+
+UNQUANTISED = "name the model with weights in bf16, fp16 or fp32 (target.precision quantises them)"
+"""The remedy where quantised weights cannot be read."""
+_READERS = {
+    "auto-round": ("auto_round",),
+    "awq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed_tensors",),
+    "gptq": ("gptqmodel", "optimum"),
+}
+"""The packages without which transformers does not read weights of a quantisation method."""
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -68,6 +81,21 @@ def with_fixed_target(config: AuroraConfig) -> AuroraConfig:
         target=replace(target, source=str(folder)),
         server=replace(config.server, model_name=model_name(config)),
     )
+
+
+def unreadable_weights(folder: Path) -> str | None:
+    """Why transformers cannot read the quantised weights of a model folder here; None if nothing is known against it.
+
+    What it says follows the model's name: "… has weights that …".
+    """
+    try:
+        method = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError):  # not quantised, or loading says what is wrong
+        return None
+    missing = [name for name in _READERS.get(method, ()) if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    return f"has weights that are quantised with {method}, for which transformers needs {' and '.join(missing)}"
 
 
 def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:

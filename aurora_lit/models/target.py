@@ -28,6 +28,7 @@ from aurora_lit.kernels.target_pass import TargetPass
 from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView, register_attention
 from aurora_lit.models.fused_layers import embedding_table, fuse_target
 from aurora_lit.models.kv_cache import KVCache
+from aurora_lit.models.source import UNQUANTISED, unreadable_weights
 from aurora_lit.models.target_check import check_target, probe_states
 from aurora_lit.modules.draft.logit_transform import LogitTransform
 from aurora_lit.modules.sampling.choice import choose
@@ -110,6 +111,8 @@ class Target(nn.Module):
         if not packing and precision in ("int8", "int4"):
             reason, remedy, _ = native.absence() or native.Absence("they are not in use", "see `aurora-lit doctor`")
             raise SourceError(f"target.precision={precision} needs the native kernels: {reason}; {remedy}, or use bf16")
+        if (unreadable := unreadable_weights(folder)) is not None:
+            raise SourceError(f"target.source: {folder} {unreadable}; {UNQUANTISED}")
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32 if packing else dtype, local_files_only=True, output_loading_info=True

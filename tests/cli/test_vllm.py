@@ -24,6 +24,7 @@ from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerSt
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.models import source as source_module
 from aurora_lit.vllm.deployment import Deployment
 
 DRAFT = PROJECT_FOLDER / "checkpoints" / "smollm2-base"
@@ -73,6 +74,27 @@ def test_an_argument_that_is_given_is_not_added(tmp_path: Path) -> None:
     assert "--speculative-config" not in command
     with pytest.raises(ConfigError, match="--worker-extension-cls"):
         command_of(tmp_path, "--worker-extension-cls", "mine")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes"])
+def test_a_target_that_the_learner_cannot_read_is_told_before_vllm_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setitem(source_module._READERS, method, ("no_such_package",))
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    result = CliRunner().invoke(main, ["vllm", str(tmp_path), "--draft", str(DRAFT), "--attach"])
+    assert result.exit_code == 2
+    assert f"{tmp_path} has weights that are quantised with {method}" in result.output
+    assert "transformers needs no_such_package, so that no draft can learn" in result.output
+    assert "--model FOLDER" in result.output
+
+
+def test_vllm_may_serve_another_model_than_the_learner_reads(tmp_path: Path) -> None:
+    command = command_of(tmp_path, "--model", "org/quantised")
+    assert command.count("--model") == 1
+    assert value(command, "--model") == "org/quantised"
+    assert value(command, "--served-model-name") == str(tmp_path / "target")
 
 
 def test_the_names_given_to_vllm_exist() -> None:

@@ -17,6 +17,7 @@ from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
 from aurora_lit.kernels.packed_linear import PackedLinear
 from aurora_lit.kernels.weight_format import WeightFormat
+from aurora_lit.models import source as source_module
 from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import Target, aux_layer_ids
 from aurora_lit.modules.sampling.choice import choose
@@ -283,6 +284,16 @@ def test_a_folder_that_is_not_a_model_is_refused(content: str | None, tmp_path: 
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(SourceError, match=f"target.source: .*{tmp_path.name}"):
+        Target.load(tmp_path, precision="fp32")
+
+
+def test_quantised_weights_without_the_package_that_reads_them_are_refused_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of GPTQ transformers says so in an error of another class if one of its two packages is there."""
+    monkeypatch.setitem(source_module._READERS, "gptq", ("no_such_package",))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(SourceError, match="quantised with gptq.* needs no_such_package; name the model"):
         Target.load(tmp_path, precision="fp32")
 
 
