@@ -26,6 +26,9 @@ _MAIN_SOURCE = Path(__file__).parent / "csrc" / "kernels.cpp"
 _SOURCES = (_MAIN_SOURCE, *sorted(_MAIN_SOURCE.parent.glob("*.hpp")))
 _MAX_ERRORS, _MAX_ERROR_LENGTH = 2, 500
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-std=c++17")
+_OPENMP = ("libgomp", "libiomp5", "libomp.")
+"""How the names of OpenMP runtimes begin that serve code of g++: its own, which pip's torch has, and those of Intel and
+LLVM, which conda's torch has and which contain g++'s functions too."""
 
 
 class ClangError(Exception):
@@ -112,10 +115,13 @@ def _torch_openmp() -> str | None:
     if sys.platform != "linux":
         return None
     torch.empty(1)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if "libgomp" in line:
-            return line.split(maxsplit=5)[-1]
-    return None
+    return _openmp_in(Path("/proc/self/maps").read_text())
+
+
+def _openmp_in(maps: str) -> str | None:
+    """Path of the first of _OPENMP that a process has loaded, by its /proc/PID/maps; None if there is none."""
+    paths = [line.split(maxsplit=5)[-1] for line in maps.splitlines()]
+    return next((path for name in _OPENMP for path in paths if Path(path).name.startswith(name)), None)
 
 
 def _processor() -> str:

@@ -76,6 +76,23 @@ def test_a_kept_library_is_found_without_a_compiler(
             assert build.kept_library() is None, name
 
 
+@pytest.mark.parametrize(
+    ("loaded", "found"),
+    [
+        (["libm.so.6", "libgomp-a34b3233.so.1.0.0"], "libgomp-a34b3233.so.1.0.0"),
+        (["libm.so.6", "libiomp5.so"], "libiomp5.so"),
+        (["libompi.so", "libomp.so"], "libomp.so"),
+        (["libiomp5.so", "libgomp.so.1"], "libgomp.so.1"),  # MKL's, and torch's
+        (["libm.so.6"], None),
+    ],
+)
+def test_the_openmp_runtime_that_torch_has_loaded_is_used_whoever_made_it(loaded: list[str], found: str | None) -> None:
+    """Or the kernels have one of their own, which knows nothing of the threads that torch was told to use."""
+    lines = [f"7f00-7f01 r-xp 00000000 08:01 1234   /opt/the libgomp folder/{name}" for name in loaded]
+    maps = "\n".join(["7f00-7f01 rw-p 00000000 00:00 0 ", *lines])
+    assert build._openmp_in(maps) == (None if found is None else f"/opt/the libgomp folder/{found}")
+
+
 def test_clang_is_refused_with_what_to_use(compilers: Path) -> None:
     with pytest.raises(build.ClangError):
         build.built_library(made(compilers, "c++", version="Debian clang version 14.0.6"))
