@@ -2,11 +2,12 @@
 
 An observation is a first choice of the draft after first choices that were all right, in a sequence's round (n-gram
 lookup and exploring rounds do not count): whether it is the token that came, proposed or not. It is compared with how
-often those of the previous version were right in the same kind of traffic and at the same place of a round's chain: how
-many tokens are drafted and proposed changes with load, with acceptance and with how sure the draft is, and traffic
-changes its mix of domains, temperatures and grammars, none of which makes a draft a worse one. A version is bad when it
-has been wrong many more times and the share of its choices that were right is lower beyond noise. Rounds of one request
-are alike, so noise is estimated from whole requests, of both versions. A version is on trial once, in its first rounds,
+often those of the previous version, or of the last one with enough of such traffic, were right in the same kind of
+traffic and at the same place of a round's chain: how many tokens are drafted and proposed changes with load, with
+acceptance and with how sure the draft is, and traffic changes its mix of domains, temperatures and grammars, none of
+which makes a draft a worse one. A version is bad when it has been wrong many more times and the share of its choices
+that were right is lower beyond noise. Rounds of one request are alike, so noise is estimated from whole requests, of
+both versions. A version is on trial once, in its first rounds,
 and only until their mean shows that it is no worse: a bad draft is bad from its first round on, later changes are due
 to traffic. Leaves out the rollback itself (drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
 
@@ -27,8 +28,8 @@ TRIAL_ROUNDS = 2048
 """Length of a trial at most, rounds included that are not compared."""
 _REMEMBERED_ROUNDS = 2048
 """The next version is compared with the observations of this many of the latest rounds."""
-_MOST_KINDS = 512
-"""Means that are remembered, the oldest forgotten first: clients name domains and temperatures."""
+_MOST_SWAPS = 4
+"""After so many swaps a mean of traffic that has not come since is forgotten: drafts and traffic have changed."""
 _FEWEST_EXPECTED = 32
 """Fewest observations of the previous version for a mean to be used."""
 _FEWEST_REQUESTS = 4
@@ -161,6 +162,8 @@ class _Baseline:
         self.mean_by_kind: dict[_Kind, float] = {}
         self._shift_by_kind: dict[_Kind, dict[str, float]] = {}
         """By kind and request: by how much the request's choices shift the mean."""
+        self._age_by_kind: dict[_Kind, int] = {}
+        """Swaps since the mean was taken, after the first."""
         squares, sums = 0.0, list[float]()
         for kind, of_kind in values.items():
             if len(of_kind) < _FEWEST_EXPECTED or len({request for request, _ in of_kind}) < _FEWEST_REQUESTS:
@@ -172,6 +175,7 @@ class _Baseline:
                 squares += (value - mean) ** 2
             sums += [shift * len(of_kind) for shift in shifts.values()]
             self.mean_by_kind[kind], self._shift_by_kind[kind] = mean, shifts
+            self._age_by_kind[kind] = 0
         self.excess_of_requests = max(1.0, _variance_of_sum(sums) / squares) if squares else 1.0
         """The variance of a mean over whole requests, as a multiple of that of as many unrelated choices."""
         if older is not None:
@@ -181,10 +185,13 @@ class _Baseline:
         """Take over what is known of other kinds."""
         if not self.mean_by_kind:
             self.excess_of_requests = older.excess_of_requests
-        kept = [kind for kind in older.mean_by_kind if kind not in self.mean_by_kind]
-        kept = kept[-max(1, _MOST_KINDS - len(self.mean_by_kind)) :]
-        self.mean_by_kind = {kind: older.mean_by_kind[kind] for kind in kept} | self.mean_by_kind
-        self._shift_by_kind |= {kind: older._shift_by_kind[kind] for kind in kept}
+        for kind, age in older._age_by_kind.items():
+            if kind not in self.mean_by_kind and age < _MOST_SWAPS:
+                self.mean_by_kind[kind], self._shift_by_kind[kind] = (
+                    older.mean_by_kind[kind],
+                    older._shift_by_kind[kind],
+                )
+                self._age_by_kind[kind] = age + 1
 
     def variance(self, share_by_kind: dict[_Kind, float]) -> float:
         """The squared standard error of the mean that is expected of choices of these kinds."""
