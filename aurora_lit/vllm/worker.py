@@ -34,6 +34,8 @@ from aurora_lit.vllm.reload import check_weights_are_own, load_into
 _MOST_QUEUED = 0.125
 """Part of the ring that unread traces may fill before requests are left unrecorded. Traces are read in order: a learner
 that reads one in eight meets them as old as in a full ring that is overwritten; a larger part would make them older."""
+_FEWEST_QUEUED = 8
+"""Fewer unread traces are not too many, however large they are: of a model of 8B one may be an eighth of the ring."""
 _log = logging.getLogger("vllm.aurora_lit")
 
 
@@ -165,4 +167,5 @@ def _is_behind(ring: RingCounters) -> bool:
 
     Joining, checksumming and copying a trace delays the engine's next step, for nothing if it is overwritten unread.
     """
-    return ring.queued_bytes > _MOST_QUEUED * ring.capacity_bytes
+    is_much = ring.queued_bytes > _MOST_QUEUED * ring.capacity_bytes
+    return is_much and ring.queued_records >= _FEWEST_QUEUED

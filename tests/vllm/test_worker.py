@@ -15,7 +15,7 @@ from support.made_vllm import HIDDEN, MadeRunner, MadeV1Runner, Traffic
 from torch import nn
 
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
-from aurora_lit.ipc.ring import RingReader, read_counters
+from aurora_lit.ipc.ring import RingCounters, RingReader, read_counters
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.learn.online.budget import ServerLoad
 from aurora_lit.learn.online.load_watch import LoadWatch
@@ -23,7 +23,7 @@ from aurora_lit.traces.record import LAYOUT_DIGEST, from_bytes
 from aurora_lit.vllm.capture import Capture
 from aurora_lit.vllm.deployment import Deployment
 from aurora_lit.vllm.known_versions import RUNNERS
-from aurora_lit.vllm.worker import WorkerExtension
+from aurora_lit.vllm.worker import WorkerExtension, _is_behind
 
 MakeWorker = Callable[[], Any]
 
@@ -200,6 +200,14 @@ def test_while_many_traces_are_unread_requests_are_served_unrecorded_and_counted
     assert status.unrecorded == 100 - len(found)
     answer(100)  # all has been read
     assert traces_in(run_folder) == ["r100"]
+
+
+def test_a_few_large_traces_are_not_too_many() -> None:
+    """Of a model of 8B one trace may fill an eighth of the ring."""
+    none_read = {"popped": 0, "overwritten": 0, "too_large": 0, "torn": 0}
+    for number, size, is_behind in ((1, 300, False), (7, 700, False), (8, 700, True), (8, 100, False)):
+        ring = RingCounters(pushed=number, queued_bytes=size, capacity_bytes=800, **none_read)
+        assert _is_behind(ring) == is_behind
 
 
 def test_a_rank_without_the_hidden_states_only_swaps(
