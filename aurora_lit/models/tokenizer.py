@@ -187,11 +187,14 @@ def keep_tokenizer(folder: Path, *, cache_dir: Path) -> None:
 
 
 def _served_templates(templates: Any) -> Any:
-    """Of several chat templates the default, or with one for tools these two; None if none of them is the default."""
+    """Of several chat templates the default, with the one for tools if that is Hermes'; None without a default.
+
+    Calls that other ones teach, such as Command R's, are not read: such a model is told of tools as one without them.
+    """
     if not isinstance(templates, dict):
         return templates
     served = {name: templates[name] for name in ("default", "tool_use") if name in templates}
-    return served if len(served) == 2 else served.get("default")
+    return served if len(served) == 2 and "<tool_call>" in served["tool_use"] else served.get("default")
 
 
 def tokenizer_json(backend: BackendTokenizer) -> str:

@@ -225,7 +225,7 @@ def test_a_template_gets_the_variables_that_a_request_sets(tmp_path: Path) -> No
 
 
 def test_a_template_of_its_own_for_tools_is_kept(tmp_path: Path) -> None:
-    """As Hermes and Command R have it."""
+    """As Hermes has it. Command R's teaches calls that are not read."""
     templates = {
         "default": "{{ messages[0].content }}",
         "tool_use": "<tool_call>{{ tools | length }}{{ messages[0].content }}",
@@ -240,6 +240,10 @@ def test_a_template_of_its_own_for_tools_is_kept(tmp_path: Path) -> None:
     for tokenizer in (kept, AutoTokenizer.from_pretrained(folder)):
         for tools, expected in (([{}, {}], "<tool_call>2hi"), (None, "hi")):
             assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tools=tools, **how) == expected
+    templates["tool_use"] = 'Action: ```json [{"tool_name": {{ tools[0].name }}, "parameters": {}}]'
+    folder = save(tmp_path / "other", byte_level(), bos_token="<s>", eos_token="</s>", chat_template=templates)
+    keep_tokenizer(folder, cache_dir=tmp_path)
+    assert load_tokenizer(folder, cache_dir=tmp_path).chat_template == templates["default"]
 
 
 def test_a_changed_model_is_not_served_by_what_was_kept_of_it_before(tmp_path: Path) -> None:
