@@ -111,7 +111,8 @@ def _load() -> ctypes.CDLL | Absence:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        return Absence(f"they cannot be loaded ({error})", f"delete {path} and start again, or {another}")
+        remedy = f"delete {path} and start again, or {another}" if command else "install a C++ compiler, such as g++"
+        return Absence(f"they cannot be loaded ({error})", remedy)
 
 
 def build_digest() -> str:
