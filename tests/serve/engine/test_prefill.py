@@ -166,7 +166,7 @@ def test_outputs_beside_prompts_are_those_alone(
     alone = {r.request_id: run(make(target, None), [r])[r.request_id] for r in requests}
     plans.clear()
     if max_round_s == 0.001:  # a prompt token takes longer than a round may, whatever the machine does meanwhile
-        monkeypatch.setattr(Prefill, "observe", lambda self, num_tokens, seconds: setattr(self, "_token_s", 0.01))
+        monkeypatch.setattr(Prefill, "observe", lambda self, num_tokens, seconds: setattr(self, "_token_s", 1.0))
     engine = make(target, draft, max_round_s=max_round_s, **proposals)
     answers = run(engine, requests, arrivals=[0, 0, 0, 1, 4, 6, 9])
     for name, answer in answers.items():
