@@ -7,9 +7,9 @@ traffic and at the same place of a round's chain: how many tokens are drafted an
 acceptance and with how sure the draft is, and traffic changes its mix of domains, temperatures and grammars, none of
 which makes a draft a worse one. A version is bad when it has been wrong many more times and the share of its choices
 that were right is lower beyond noise. Rounds of one request are alike, so noise is estimated from whole requests, of
-both versions. A version is on trial once, in its first rounds,
-and only until their mean shows that it is no worse: a bad draft is bad from its first round on, later changes are due
-to traffic. Leaves out the rollback itself (drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
+both versions. A version is on trial once, in its first rounds, and only until their mean shows that it is no worse: a
+bad draft is bad from its first round on, later changes are due to traffic. Leaves out the rollback itself
+(drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
 
     watch = RollbackWatch()
     watch.swapped(trusted=False)                                            # the trial of a new version begins
@@ -187,10 +187,8 @@ class _Baseline:
             self.excess_of_requests = older.excess_of_requests
         for kind, age in older._age_by_kind.items():
             if kind not in self.mean_by_kind and age < _MOST_SWAPS:
-                self.mean_by_kind[kind], self._shift_by_kind[kind] = (
-                    older.mean_by_kind[kind],
-                    older._shift_by_kind[kind],
-                )
+                self.mean_by_kind[kind] = older.mean_by_kind[kind]
+                self._shift_by_kind[kind] = older._shift_by_kind[kind]
                 self._age_by_kind[kind] = age + 1
 
     def variance(self, share_by_kind: dict[_Kind, float]) -> float:

@@ -60,9 +60,14 @@ def first_trained_position(trace: Trace) -> int:
     return max(0, trace.answer_start - 1)
 
 
+def trained_positions(trace: Trace) -> int:
+    """How many of its positions are trained on."""
+    return len(trace.token_ids_T) - first_trained_position(trace)
+
+
 def batch_size(traces: Sequence[Trace]) -> int:
     """Size of a batch of these traces, in positions that are trained on: others count by what they cost."""
-    trained = sum(len(trace.token_ids_T) - first_trained_position(trace) for trace in traces)
+    trained = sum(map(trained_positions, traces))
     context = sum(first_trained_position(trace) for trace in traces)
     return trained + int(CONTEXT_COST * context)
 

@@ -17,9 +17,9 @@ from aurora_lit.learn.data.labelled_trace import (
     CONTEXT_COST,
     batch_size,
     crop,
-    first_trained_position,
     label_for_batch,
     pieces_of,
+    trained_positions,
     unlabelled,
 )
 from aurora_lit.learn.data.online_batch import collate_online
@@ -31,7 +31,7 @@ from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 MAX_PASSES = 4
 """How often a position that is held is trained on, on average, before the learner waits for new traces. Those that the
 reservoir has dropped do not count, or the traffic of a day would have its last hour replayed all night."""
-FEWEST_LIVE = 64
+_FEWEST_LIVE = 64
 """Fewer live positions weigh in a step as they would among so many, and are no reason for one: the six of a health
 probe would be 70 % of its loss, each 140 times a replayed one, and a probe every ten seconds 8,640 steps a day."""
 _MIN_POSITIONS = 8
@@ -51,9 +51,14 @@ _RECENT_CLIENTS = 32
 client is limited then, also where others have nothing to fill the rest of a batch with."""
 
 
-def live_positions(*, batch_positions: int, replay_share: float) -> int:
+def _live_positions(*, batch_positions: int, replay_share: float) -> int:
     """The size of a batch's live part."""
     return max(_MIN_POSITIONS, int(batch_positions * (1 - replay_share)))
+
+
+def fewest_live(*, batch_positions: int, replay_share: float) -> int:
+    """As how many live positions fewer of them weigh in a step."""
+    return min(_FEWEST_LIVE, _live_positions(batch_positions=batch_positions, replay_share=replay_share))
 
 
 class OnlineBatcher:
@@ -83,8 +88,8 @@ class OnlineBatcher:
         """
         self._target_head, self.reservoir = target_head, reservoir
         self._batch_positions = batch_positions
-        self._live_positions = live_positions(batch_positions=batch_positions, replay_share=replay_share)
-        self._fewest_live = min(FEWEST_LIVE, self._live_positions)
+        self._live_positions = _live_positions(batch_positions=batch_positions, replay_share=replay_share)
+        self._fewest_live = fewest_live(batch_positions=batch_positions, replay_share=replay_share)
         self._live_bytes = live_bytes
         self._client_positions = max(_MIN_POSITIONS, int(max_client_share * batch_positions))
         self._client_live_positions = max(_MIN_POSITIONS, int(max_client_share * self._live_positions))
@@ -106,7 +111,7 @@ class OnlineBatcher:
 
     def add(self, trace: Trace) -> None:
         """Add a live trace, a long one in pieces; one without positions to train on is dropped."""
-        if len(trace.token_ids_T) < _MIN_POSITIONS or first_trained_position(trace) == len(trace.token_ids_T):
+        if len(trace.token_ids_T) < _MIN_POSITIONS or not trained_positions(trace):
             return
         self._clients.append(trace.client)
         # What fits beside live traces, so that long answers are replayed too, and half a batch at most.
@@ -115,14 +120,14 @@ class OnlineBatcher:
         room = max(_MIN_POSITIONS, size // 4, min(size - self._live_positions or size, size // 2))
         if self._has_several_clients:
             room = min(room, self._client_live_positions)
-        trained = _trained(trace)
+        trained = trained_positions(trace)
         if batch_size([crop(trace, trained + MAX_CONTEXT)]) > room:
             trained = max(_MIN_POSITIONS, room - int(CONTEXT_COST * min(MAX_CONTEXT, len(trace.token_ids_T))))
         for piece in pieces_of(trace, most_trained=trained, most_context=MAX_CONTEXT):
             piece = crop(piece, room) if batch_size([piece]) > room else piece
             # Or what was cut off would stay in memory, uncounted.
             piece = piece.copy() if piece.num_bytes < _LARGE_SHARE * trace.num_bytes else piece
-            self._counted += _trained(piece)
+            self._counted += trained_positions(piece)
             self._waiting.append(piece)
             self._waiting_bytes += piece.num_bytes
         while self._waiting_bytes > self._live_bytes:
@@ -181,7 +186,7 @@ class OnlineBatcher:
 
     @property
     def _waiting_positions(self) -> int:
-        return sum(map(_trained, self._waiting))
+        return sum(map(trained_positions, self._waiting))
 
     @property
     def num_waiting(self) -> int:
@@ -250,7 +255,7 @@ class OnlineBatcher:
             self._untaken_room -= 1
             self._remember(trace)
         else:
-            self._counted -= _trained(trace)
+            self._counted -= trained_positions(trace)
 
     def _remember(self, trace: Trace) -> None:
         self.reservoir.add(trace, weight=0.1 + informativeness(trace))
@@ -288,11 +293,6 @@ class _ClientQuota:
         """Count a trace that is now in the batch."""
         self._taken[trace.client] += batch_size([trace])
         self._begun.add(trace.client)
-
-
-def _trained(trace: Trace) -> int:
-    """Positions that are trained on."""
-    return len(trace.token_ids_T) - first_trained_position(trace)
 
 
 def informativeness(trace: Trace) -> float:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aurora_lit.errors import TraceError
-from aurora_lit.learn.data.labelled_trace import batch_size, first_trained_position
+from aurora_lit.learn.data.labelled_trace import batch_size, trained_positions
 from aurora_lit.traces.record import Trace, from_bytes, to_bytes
 
 MAX_DOMAINS = 32
@@ -55,7 +55,7 @@ def _entry(trace: Trace, *, key: float, number: int, num_bytes: int) -> _Entry:
         num_bytes=num_bytes,
         size=batch_size([trace]),
         client=trace.client,
-        trained=len(trace.token_ids_T) - first_trained_position(trace),
+        trained=trained_positions(trace),
     )
 
 

@@ -25,7 +25,7 @@ from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.ring import RingReaders
 from aurora_lit.ipc.run_folder import RINGS
-from aurora_lit.learn.data.online_batcher import FEWEST_LIVE, OnlineBatcher, live_positions
+from aurora_lit.learn.data.online_batcher import OnlineBatcher, fewest_live
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import Budget
@@ -267,7 +267,6 @@ def _untrained(config: AuroraConfig, target: Target, folder: Path | None) -> Eag
 def online_module(config: AuroraConfig, draft: Eagle3Draft, target_head: TargetHead) -> DraftModule:
     """The draft in a module that is trained as the settings `learn` say."""
     learn = config.learn
-    live = live_positions(batch_positions=learn.batch_positions, replay_share=learn.replay_share)
     return DraftModule(
         draft,
         embedding_VH=target_head.embedding_VH,
@@ -281,7 +280,7 @@ def online_module(config: AuroraConfig, draft: Eagle3Draft, target_head: TargetH
             clip=learn.ppo_clip,
             gae_lambda=learn.gae_lambda,
             replay_weight=learn.replay_share / (1 - learn.replay_share),
-            fewest_live=min(FEWEST_LIVE, live),
+            fewest_live=fewest_live(batch_positions=learn.batch_positions, replay_share=learn.replay_share),
             sampled_tokens=_SAMPLED_TOKENS,
         ),
         learning_rate=learn.learning_rate,

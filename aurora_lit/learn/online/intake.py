@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from aurora_lit.learn.data.labelled_trace import crop, first_trained_position
+from aurora_lit.learn.data.labelled_trace import crop, trained_positions
 from aurora_lit.learn.data.online_batcher import MAX_CONTEXT, OnlineBatcher
 from aurora_lit.learn.online.gate import TRIAL_POSITIONS
 from aurora_lit.learn.online.held_out import HeldOut
@@ -63,12 +63,12 @@ class TraceIntake:
             self.num_looping += 1
             return None
         trace = self._controller.assign_domain(trace)
-        if first_trained_position(trace) == len(trace.token_ids_T):
+        if not trained_positions(trace):
             return trace
         if trace.request_id in self._released:
             self._batcher.add(trace)
             return trace
-        trained = len(trace.token_ids_T) - first_trained_position(trace)
+        trained = trained_positions(trace)
         kept = crop(trace, max(TRIAL_POSITIONS, trained + MAX_CONTEXT))
         self._held_out.add(kept if kept is trace else kept.copy())  # or the whole prompt would stay in memory
         self._num_added += 1

@@ -51,6 +51,8 @@ class _TrackedRequest:
     call: _ActiveCall
     index: int
     request: Request
+    kind: TrafficKind | None = None
+    """From the first output on, which tells the domain."""
 
 
 class Progress(NamedTuple):
@@ -117,7 +119,9 @@ class CallTracker:
             if tracked is None:
                 kinds.append(None)
                 continue
-            kinds.append(_kind(tracked.request, output))
+            if tracked.kind is None:
+                tracked.kind = _kind(tracked.request, output)
+            kinds.append(tracked.kind)
             concerned[tracked.call.call_id] = tracked.call
             tracked.call.held.append(_delta(tracked.index, output))
             if output.finish_reason is not None:
