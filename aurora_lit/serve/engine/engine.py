@@ -245,10 +245,11 @@ class Engine:
                 last = functools.partial(columns.last, index)
                 notify_round(self._observer, row, output, last=last, version=self.draft_version)
         self._prefill.complete(plan.prompts, columns, first=len(plan.decoding))
+        seconds = time.perf_counter() - started  # what the end of a request takes is not a round's
         for row, output in zip(plan.decoding, outputs, strict=True):
             if output.finish_reason is not None:
                 self._release(row.sequence)
-        self._account(plan, outputs, time.perf_counter() - started)
+        self._account(plan, outputs, seconds)
         self._begin_decoding()
         return [*refused, *outputs]
 
@@ -312,7 +313,7 @@ class Engine:
             return Allowed(bool(sequences), bool(sequences))
         if self._prefill.sequences:
             return Allowed(False, False)
-        return self.floor.allows(RoundKind.of(sequences), is_timed=self.planner.updates_costs)
+        return self.floor.allows(RoundKind.of(sequences, all_threads=self.planner.updates_costs))
 
     def _judge(self, plan: RoundPlan, columns: Columns) -> tuple[list[Verdict], dict[int, torch.Tensor]]:
         """What each decoding row has come to; and the target's logits [T, V] of rows that ask for log-probabilities."""
@@ -346,10 +347,12 @@ class Engine:
         self.planner.observe_round(len(rows), num_columns, seconds - draft_s)
         if self.floor is None:
             return
-        kind = RoundKind.of([row.sequence for row in rows])
+        kind = RoundKind.of([row.sequence for row in rows], all_threads=self.planner.updates_costs)
         # What grammars force costs nothing to propose, and is no merit of copies or of the draft.
-        if not self.planner.updates_costs or any(row.proposal.is_forced for row in rows):
+        if any(row.proposal.is_forced for row in rows):
             self.floor.pass_untimed(kind)
+        elif not any(row.sequence.params.speculate for row in rows):
+            self.floor.observe_unasked(kind, seconds=seconds - self.proposer.seconds)
         else:
             tokens = sum(len(output.token_ids) for output in outputs)
             self.floor.observe(

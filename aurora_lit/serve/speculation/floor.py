@@ -10,10 +10,11 @@ round, so the sum of a few dozen rounds is negative by chance every now and then
 debt together (E. S. Page's cumulative sum, Biometrika 41, 1954).
 
 Kinds with about as many sequences (1, 2, 3 to 4, 5 to 8, …) share a balance, since few rounds are of exactly the same
-kind while requests come and go. Rounds that only copy have a balance of their own, or a draft that does not pay would
-end copies too, which cost little.
+kind while requests come and go. Rounds that have given up a thread to other processes are kinds of their own. Rounds
+that only copy have a balance of their own, or a draft that does not pay would end copies too, which cost little.
 
-Times are those of whole rounds, with planning, drafting, verification and recording. Only what a draft takes to read a
+Times are those of whole rounds, with planning, drafting and verification; not with what follows the end of a request,
+which comes more often in a plain round, since the last token has no proposal. Only what a draft takes to read a
 prompt, or what it missed while it rested, is charged in parts, over the rounds that come: it is paid once a request,
 and would be a debt at once.
 
@@ -63,16 +64,18 @@ class RoundKind(NamedTuple):
     batch_size: int
     sampled: bool
     """True if any sequence is."""
+    all_threads: bool = True
+    """False if the round leaves threads to other processes."""
 
     @classmethod
-    def of(cls, sequences: Sequence[RunningSequence]) -> RoundKind:
+    def of(cls, sequences: Sequence[RunningSequence], *, all_threads: bool = True) -> RoundKind:
         """That of a round in which these sequences decode."""
-        return cls(len(sequences), any(sequence.temperature > 0 for sequence in sequences))
+        return cls(len(sequences), any(sequence.temperature > 0 for sequence in sequences), all_threads)
 
     @property
-    def group(self) -> tuple[int, bool]:
+    def group(self) -> tuple[int, bool, bool]:
         """The same for kinds with about as many sequences."""
-        return (self.batch_size - 1).bit_length(), self.sampled
+        return (self.batch_size - 1).bit_length(), self.sampled, self.all_threads
 
 
 @dataclass(kw_only=True)
@@ -163,7 +166,7 @@ class SpeculationFloor:
 
     def __init__(self) -> None:
         self._plain: defaultdict[RoundKind, _PlainRounds] = defaultdict(_PlainRounds)
-        self._accounts: dict[tuple[int, bool], _Accounts] = {}
+        self._accounts: dict[tuple[int, bool, bool], _Accounts] = {}
         """By group."""
         self.num_rests = 0
         """How often speculation was turned off."""
@@ -171,13 +174,11 @@ class SpeculationFloor:
         """What all rounds took of kinds whose plain rounds have been timed; and what their tokens would have taken in
         plain rounds. As in the balance, no round counts as more than _MOST_ROUND plain ones."""
 
-    def allows(self, kind: RoundKind, *, is_timed: bool = True) -> Allowed:
+    def allows(self, kind: RoundKind) -> Allowed:
         """Whether this round may copy, and whether it may draft: not where that lost lately, nor where a plain round is
-        to be timed. `is_timed`: false for a round that will not be compared.
+        to be timed.
         """
         copying, drafting = self._accounts_for(kind)
-        if not is_timed:
-            return Allowed(not copying.rest, not drafting.rest)
         plain = self._plain[kind]
         return Allowed(copying.allows(plain), drafting.allows(plain))
 
@@ -193,7 +194,7 @@ class SpeculationFloor:
         looking_s: float = 0.0,
         catch_up_s: float = 0.0,
     ) -> None:
-        """Add a round that had the machine to itself.
+        """Add a round in which speculation was wanted.
 
         `tokens`: that all its sequences got. `speculated`: anything was proposed or drafted; `drafted`: the draft ran,
         and read for `catch_up_s` what it had missed.
@@ -221,6 +222,10 @@ class SpeculationFloor:
         gave, took = tokens / kind.batch_size, min((seconds - catch_up_s) / plain.seconds, _MOST_ROUND)
         self._compare(took * plain.seconds + catch_up_s, plain_s=gave * plain.seconds)
         self.num_rests += account.add(gave - took - account.charge(catch_up_s / plain.seconds))
+
+    def observe_unasked(self, kind: RoundKind, *, seconds: float) -> None:
+        """Time a plain round of requests that do not want speculation, in which no rest passes."""
+        self._plain[kind].add(seconds)
 
     def pass_untimed(self, kind: RoundKind) -> None:
         """Count a round that is not compared: rests end in rounds, whatever these took."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.sequences.round_plan import Proposal
 from aurora_lit.serve.speculation import planner as planner_module
 from aurora_lit.serve.speculation.costs import CostTable
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
@@ -387,27 +390,76 @@ def test_rounds_that_carry_prompts_do_not_speculate(models: TinyModels, monkeypa
     assert max(proposed[False]) == 2
 
 
-def test_rests_end_though_rounds_are_untimed(models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds that do not have all threads, and those with forced tokens, are not compared with plain ones."""
+def test_rests_end_though_rounds_with_forced_tokens_are_untimed(
+    models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = models.engine(adaptive=True)
     assert engine.floor is not None
-    passed, asked = list[RoundKind](), list[bool]()
+    passed = list[RoundKind]()
     monkeypatch.setattr(engine.floor, "pass_untimed", passed.append)
+    propose = engine.proposer.propose
 
-    def allows(kind: RoundKind, *, is_timed: bool) -> Allowed:
-        asked.append(is_timed)
-        return Allowed(copies=False, drafts=False)
+    def forced(*args: Any, **kwargs: Any) -> list[Proposal]:
+        return [replace(proposal, is_forced=True) for proposal in propose(*args, **kwargs)]
 
-    monkeypatch.setattr(engine.floor, "allows", allows)
-    engine.planner.updates_costs = False
+    monkeypatch.setattr(engine.proposer, "propose", forced)
     rounds = len(run(engine, [models.request(0, max_tokens=6)])["0"].rounds)
     assert passed == [RoundKind(1, sampled=False)] * rounds
-    assert not any(asked)
     assert not engine.floor.compared_s
-    engine.planner.updates_costs = True
-    run(engine, [models.request(1, max_tokens=6)])
-    assert len(passed) == rounds
-    assert asked[-1]
+
+
+def test_rounds_without_all_threads_are_judged_among_themselves(
+    models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = models.engine(adaptive=True)
+    assert engine.floor is not None
+    observed, observe = list[RoundKind](), engine.floor.observe
+
+    def note(kind: RoundKind, **outcome: Any) -> None:
+        observed.append(kind)
+        observe(kind, **outcome)
+
+    monkeypatch.setattr(engine.floor, "observe", note)
+    for all_threads in (False, True):
+        observed.clear()
+        engine.planner.updates_costs = all_threads
+        rounds = len(run(engine, [models.request(0, max_tokens=6)])["0"].rounds)
+        assert observed == [RoundKind(1, sampled=False, all_threads=all_threads)] * rounds
+
+
+def test_what_the_end_of_a_request_takes_is_not_a_rounds_time(
+    models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is proposed for a last token, so plain rounds, by which speculation is judged, end most requests."""
+    engine, observed, slow_s = models.engine(adaptive=True), list[float](), 0.1
+    assert engine.floor is not None
+    free = engine._allocator.free
+
+    def free_slowly(slot: int) -> None:
+        time.sleep(slow_s)
+        free(slot)
+
+    monkeypatch.setattr(engine.floor, "observe", lambda kind, *, seconds, **_: observed.append(seconds))
+    monkeypatch.setattr(engine._allocator, "free", free_slowly)
+    monkeypatch.setattr(engine.planner, "observe_round", lambda size, columns, seconds: observed.append(seconds))
+    for number in range(3):
+        run(engine, [models.request(number, max_tokens=2)])
+    assert len(observed) >= 6
+    assert min(sorted(observed)[-3:]) < slow_s
+
+
+def test_requests_without_speculation_end_no_rest(models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = models.engine(adaptive=True)
+    assert engine.floor is not None
+    unasked = list[float]()
+    monkeypatch.setattr(engine.floor, "observe_unasked", lambda kind, *, seconds: unasked.append(seconds))
+    monkeypatch.setattr(engine.floor, "observe", lambda *_, **__: pytest.fail("nobody asked"))
+    rounds = len(run(engine, [models.request(0, max_tokens=6, speculate=False)])["0"].rounds)
+    assert len(unasked) == rounds
+    asked = list[RoundKind]()
+    monkeypatch.setattr(engine.floor, "observe", lambda kind, **_: asked.append(kind))
+    run(engine, [models.request(0, max_tokens=6, speculate=False), models.request(1, max_tokens=6)])
+    assert asked, "one of the two wants it"
 
 
 def test_another_draft_ends_the_rest_that_the_last_one_has_caused(models: TinyModels) -> None:
