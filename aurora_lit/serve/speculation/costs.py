@@ -30,6 +30,9 @@ _TOGETHER = 0.7
 """Correlation of the two, at the start and of their changes: often other work slows down both."""
 _OWN_WEIGHT, _OWN_PRIOR = 0.01, 16
 """Of a round in an operation's own factor; and how many rounds the calibration counts as."""
+_TIMED_CATCH_UP, _CATCH_UP_WEIGHT = 64, 0.2
+"""Positions from which on a prefill of the draft's cache is a measure of what one takes, and none of the chain; and the
+weight of one measurement."""
 
 _Key = tuple[int, int]
 """(batch size, query length)."""
@@ -177,7 +180,14 @@ class Costs:
         self.chain = CostTable()
         """Of drafting chains, the prefill of READ_IN_A_STEP positions included, by batch size and length."""
         self.prefill_position_s = 0.0
-        """Of one position of the prefill of the draft's cache."""
+        """Of one position of the prefill of the draft's cache, by the calibration."""
+        self._prefill_slowdown = 1.0
+        """How much longer a position takes now."""
+
+    @property
+    def catch_up_position_s(self) -> float:
+        """Of one position of the prefill of the draft's cache, as it is now."""
+        return self.prefill_position_s * self._prefill_slowdown
 
     def round_s(self, batch_size: int, counts: Sequence[int]) -> float:
         """Of a round but for drafting; `counts`: proposals of those sequences that have some."""
@@ -195,10 +205,17 @@ class Costs:
 
     def catch_up_s(self, num_drafting: int, *, uncached: int) -> float:
         """Of the prefill of `uncached` positions beyond those that the first step of each sequence reads anyway."""
-        return max(0, uncached - READ_IN_A_STEP * num_drafting) * self.prefill_position_s
+        return max(0, uncached - READ_IN_A_STEP * num_drafting) * self.catch_up_position_s
 
     def observe_draft(self, num_drafting: int, length: int, seconds: float, *, uncached: int) -> None:
         """Update by the time that drafting took, with the prefill of `uncached` positions."""
-        if self.chain(num_drafting, length):
-            seconds -= self.catch_up_s(num_drafting, uncached=uncached)
-            self.chain.update(num_drafting, length, max(0.0, seconds))
+        chain_s, beyond = self.chain(num_drafting, length), uncached - READ_IN_A_STEP * num_drafting
+        if not chain_s:
+            return
+        if beyond >= _TIMED_CATCH_UP and self.prefill_position_s:
+            slowdown = max(0.1, (seconds - chain_s) / (beyond * self.prefill_position_s))
+            change = min(slowdown, 2 * self._prefill_slowdown) - self._prefill_slowdown
+            self._prefill_slowdown += _CATCH_UP_WEIGHT * change
+            return
+        seconds -= self.catch_up_s(num_drafting, uncached=uncached)
+        self.chain.update(num_drafting, length, max(0.0, seconds))

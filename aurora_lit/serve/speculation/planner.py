@@ -208,7 +208,7 @@ class SpeculationPlanner:
             return True
         plain, chosen = (speed_of(n, rates, batch_size=batch_size, costs=self.costs) for n in (0, length))
         gain_s = remaining * (1 / plain - 1 / chosen) if plain and chosen else 0.0
-        if gain_s >= uncached * self.costs.prefill_position_s:
+        if gain_s >= uncached * self.costs.catch_up_position_s:
             return True
         self._last = 0
         return False

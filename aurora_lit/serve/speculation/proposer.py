@@ -317,7 +317,7 @@ class Proposer:
 
         Also returns how many positions it has read for others.
         """
-        drafter, position_s = self._drafter, self._planner.costs.prefill_position_s
+        drafter, position_s = self._drafter, self._planner.costs.catch_up_position_s
         assert drafter is not None
         room = max(_LEAST_CATCH_UP, int(self._max_catch_up_s / position_s)) if position_s else 1 << 30
         ready, num_read = [], 0

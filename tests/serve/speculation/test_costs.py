@@ -142,3 +142,19 @@ def test_prefill_of_the_drafts_cache_does_not_count_as_time_of_a_step(costs: Cos
     for _ in range(20):
         costs.observe_draft(2, 2, 0.0015 + 300 * 1e-5, uncached=304)
     assert costs.draft_s(2, 2) == pytest.approx(0.0015)
+
+
+def test_what_a_prefilled_position_takes_follows_the_machine(costs: Costs) -> None:
+    """A long prompt is read in as many rounds as keep each short: by what reading takes now, not at the start."""
+    costs.prefill_position_s = 1e-5
+    costs.chain.set_initial(1, 2, 0.001)
+    for _ in range(40):
+        costs.observe_draft(1, 2, 0.001 + 500 * 2e-5, uncached=502)
+    assert costs.catch_up_s(1, uncached=502) == pytest.approx(500 * 2e-5, rel=0.02)
+    assert costs.draft_s(1, 2) == pytest.approx(0.001, rel=0.1)
+    costs.observe_draft(1, 2, 60.0, uncached=502)  # a preempted process
+    assert costs.catch_up_s(1, uncached=502) < 500 * 2.5e-5
+    for _ in range(40):
+        costs.observe_draft(1, 2, 0.001 + 500 * 1e-5, uncached=502)
+    assert costs.catch_up_s(1, uncached=502) == pytest.approx(500 * 1e-5, rel=0.02)
+    assert costs.prefill_position_s == 1e-5  # what is kept for the next start
