@@ -6,11 +6,14 @@ tokenizer (serve/http/schema.py).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 from llguidance import LLTokenizer
+from tokenizers import Tokenizer as BackendTokenizer
 
 from aurora_lit.errors import RequestError
 from aurora_lit.grammars.definition import fault_of, names_special_tokens
@@ -34,6 +37,9 @@ from aurora_lit.tool_calls.formats import in_first_user_turn
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Default max_tokens of a text completion, as in OpenAI's API; the default of a chat is the rest of the context."""
+_naming_tokenizers = WeakKeyDictionary[Tokenizer, LLTokenizer]()
+"""llguidance's, by the tokenizers that they were made of."""
+_making_tokenizer = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,10 +273,23 @@ def _check_structure(body: Sampling, tokenizer: Tokenizer, limits: Limits) -> No
         )
     fault = fault_of(asked)
     if fault is None and names_special_tokens(asked):
-        fault = fault_of(asked, LLTokenizer(tokenizer_json(backend), n_vocab=limits.vocab_size))
+        fault = fault_of(asked, _naming_tokenizer(tokenizer, backend, vocab_size=limits.vocab_size))
     if fault is not None:
         where = place + fault.place
         raise RequestError(f"{where} cannot be used: {fault.reason}", param=where, code="invalid_value")
+
+
+def _naming_tokenizer(tokenizer: Tokenizer, backend: BackendTokenizer, *, vocab_size: int) -> LLTokenizer:
+    """llguidance's tokenizer, in which special tokens have their names; made when the first grammar names one.
+
+    Kept, since making it holds the interpreter's lock: for half a second with a vocabulary of 49,152.
+    """
+    with _making_tokenizer:
+        made = _naming_tokenizers.get(tokenizer)
+        if made is None or made.vocab_size != vocab_size:
+            made = LLTokenizer(tokenizer_json(backend), n_vocab=vocab_size)
+            _naming_tokenizers[tokenizer] = made
+    return made
 
 
 def _call(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.messages import Delta
+from aurora_lit.models.tokenizer import tokenizer_json
+from aurora_lit.serve.http import tokenize
 from aurora_lit.serve.http.answer_stream import AnswerStream
 from aurora_lit.serve.http.schema import (
     MAX_MESSAGES,
@@ -188,6 +192,31 @@ def test_the_space_between_a_final_message_and_its_continuation_is_not_lost(cont
     prepared = prepare_chat(chat, call_id="c", tokenizer=tokenizer, limits=replace(LIMITS, vocab_size=2))
     answer = AnswerStream(tokenizer, prepared.call.requests, prepared.options)
     assert answer.add([Delta(index=0, token_ids=(1,))]).deltas[0].text == text
+
+
+def test_grammars_that_name_special_tokens_are_checked_with_one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making it holds the interpreter's lock, so that the whole process stands still."""
+    made = list[int]()
+
+    def counted(backend: Tokenizer) -> str:
+        made.append(1)
+        time.sleep(0.05)  # another request comes meanwhile
+        return tokenizer_json(backend)
+
+    def prepare(name: str) -> None:
+        body = CompletionRequest(prompt="hello", structured_outputs={"grammar": f'start: "a" {name}'})
+        prepare_completion(body, call_id="c", tokenizer=tokenizer, limits=LIMITS)
+
+    monkeypatch.setattr(tokenize, "tokenizer_json", counted)
+    tokenizer = tiny_tokenizer()
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(prepare, ["<|end|>", "<|user|>"]))
+    with pytest.raises(RequestError, match="nothing"):
+        prepare("<|nothing|>")
+    assert len(made) == 1
+    tokenizer = tiny_tokenizer()
+    prepare("<|end|>")
+    assert len(made) == 2, "another model has its own"
 
 
 _NO_SYSTEM = (
