@@ -45,6 +45,8 @@ class ToolFormat:
     """What stands around calls besides white space."""
     name_end: str = ""
     """Where the name stands before the arguments instead of inside an object: what ends it."""
+    id_begin: str = ""
+    """What may follow such a name: the model's own id of the call, begun by this, which is not used."""
     is_in_template: bool = True
     unread_form: str = ""
     """How calls look that the template teaches instead, and that are not read; "": there are none."""
@@ -94,6 +96,7 @@ MISTRAL_NAMED = ToolFormat(
     marker="[TOOL_CALLS]",
     fillers=("[TOOL_CALLS]",),
     name_end="[ARGS]",
+    id_begin="[CALL_ID]",
     short_ids=True,
 )
 LLAMA3 = ToolFormat(

@@ -153,16 +153,17 @@ class ToolCallReader:
 
     def _in_name(self) -> bool:
         """A name that stands before its arguments."""
-        name, found, after = self._pending.partition(self._format.name_end)
+        before, found, after = self._pending.partition(self._format.name_end)
         if not found:
-            return self._refuse(0) if len(name) > _LONGEST_NAME else False
+            return self._refuse(0) if len(before) > _LONGEST_NAME else False
+        name = before.partition(self._format.id_begin)[0].strip()
         arguments = after.lstrip()
         if not arguments:
             return False
-        if name.strip() not in self._names or not arguments.startswith("{"):
+        if name not in self._names or not arguments.startswith("{"):
             return self._refuse(0)
         self._pending = arguments
-        self._begin_call(name.strip())
+        self._begin_call(name)
         return True
 
     def _in_object(self) -> bool:
