@@ -107,6 +107,7 @@ PLAIN = ToolFormat(name="plain", fillers=("[", "]", ",", ";"), is_in_template=Fa
 _UNREAD_FORMS = (
     *("<function=", "<arg_key>", "<invoke name=", "<|channel|>commentary", "to=functions", "<|tool_call>call:"),
     *("<｜tool▁call▁begin｜>", "<|tool_call_begin|>", "<|tool_call_start|>"),
+    *("<TOOLCALL>", "<tool_calls>", "<|START_ACTION|>"),
 )
 """What begins calls that are not read. No template whose calls are read contains any of these."""
 

@@ -51,10 +51,15 @@ def test_an_unknown_format_is_read_as_plain_json_and_the_template_shows_the_tool
         ("'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + name + '<｜tool▁sep｜>'", "plain", "<｜tool▁call▁begin｜>"),
         ("<|tool_calls_section_begin|><|tool_call_begin|>{{ id }}", "plain", "<|tool_call_begin|>"),
         ('{{- "<|tool_call_start|>[" + calls + "]<|tool_call_end|>" -}}', "plain", "<|tool_call_start|>"),
+        ("{{- '<TOOLCALL>[' + calls + ']</TOOLCALL>' -}}", "plain", "<TOOLCALL>"),
+        ("{{- '\\n<tool_calls>[' + calls + ']</tool_calls>' -}}", "plain", "<tool_calls>"),
+        ("<|START_ACTION|>[{{ calls }}]<|END_ACTION|>", "plain", "<|START_ACTION|>"),
     ],
 )
 def test_a_form_that_is_not_read_is_told_whatever_else_the_template_has(template: str, name: str, form: str) -> None:
-    """The templates are those of Qwen3-Coder, GLM-4.5, MiniMax-M2, gpt-oss, Gemma 4, DeepSeek-V3, Kimi-K2, LFM2."""
+    """The templates are those of Qwen3-Coder, GLM-4.5, MiniMax-M2, gpt-oss, Gemma 4, DeepSeek-V3, Kimi-K2, LFM2,
+    Nemotron, Apriel and Command A.
+    """
     found = format_of("{% if tools %}{{ tools }}{% endif %}" + template)
     assert (found.name, found.unread_form, found.is_in_template) == (name, form, True)
     assert format_of(template).unread_form == "", "of a template that shows no tools: ours are told in words"
