@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import yaml
 from prometheus_client import CollectorRegistry, start_http_server
 
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml, versions_folder
@@ -84,8 +85,9 @@ def start(
         deployment.write()
         command = vllm_command(config, deployment, vllm_arguments)
         if learner_metrics_port is not None:
-            host = _value_of("--host", vllm_arguments) or "127.0.0.1"
-            model = _value_of("--served-model-name", vllm_arguments) or config.target.source
+            given = _with_file(vllm_arguments)
+            host = _value_of("--host", given) or "127.0.0.1"
+            model = _value_of("--served-model-name", given) or config.target.source
             _serve_metrics(folder, learner_page, host=host, port=learner_metrics_port, model=model)
         ending = threading.Event()
         process = None
@@ -116,23 +118,33 @@ def start(
 
 
 def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: Sequence[str]) -> list[str]:
-    """The command that starts vLLM's server; an argument that is given is not added."""
+    """The command that starts vLLM's server; an argument that is given, in vLLM's --config file too, is not added.
+
+    Of a speculative config whose fields are given one by one (--speculative-config.FIELD), the others are added.
+    Raises ConfigError.
+    """
+    speculation = {
+        "method": "eagle3",
+        "model": str(_loadable(deployment)),
+        "num_speculative_tokens": PROPOSED_TOKENS,
+    }
     ours = {
         "--model": str(find_target(config)),
         "--served-model-name": config.target.source,
-        "--speculative-config": json.dumps(
-            {
-                "method": "eagle3",
-                "model": str(_loadable(deployment)),
-                "num_speculative_tokens": PROPOSED_TOKENS,
-            }
-        ),
+        "--speculative-config": json.dumps(speculation),
         "--worker-extension-cls": WORKER_EXTENSION,
     }
-    given = {argument.partition("=")[0].split(".")[0].replace("_", "-") for argument in vllm_arguments}
+    arguments = _with_file(vllm_arguments)
+    names = [argument.partition("=")[0].partition(".") for argument in arguments]
+    given = {name.replace("_", "-") for name, _, _ in names}
+    fields = {field for name, _, field in names if field and name.replace("_", "-") == "--speculative-config"}
     if "--worker-extension-cls" in given:
         raise ConfigError(f"--worker-extension-cls is needed for {WORKER_EXTENSION}; leave it out")
     added = [word for name, value in ours.items() if name not in given for word in (name, value)]
+    method = _value_of("--speculative-config.method", arguments) or speculation["method"]
+    if fields and method == speculation["method"] and _value_of("--speculative-config", arguments) is None:
+        missing = {f"--speculative-config.{field}": str(speculation[field]) for field in speculation.keys() - fields}
+        added += [word for name in sorted(missing) for word in (name, missing[name])]
     module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     return [*module, *added, "--middleware", MIDDLEWARE, *vllm_arguments]
 
@@ -204,6 +216,24 @@ def _learn_beside(
             learner.start()
     if learner is not None:
         learner.end()
+
+
+def _with_file(arguments: Sequence[str]) -> list[str]:
+    """vLLM's arguments, after those of its --config file as `--name=value`: of several the last counts.
+
+    Raises ConfigError.
+    """
+    path = _value_of("--config", arguments)
+    if path is None:
+        return list(arguments)
+    try:
+        settings_of_file = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} cannot be read ({error}); name a YAML file of vLLM's arguments") from error
+    if not isinstance(settings_of_file, dict):
+        raise ConfigError(f"--config {path} has no arguments; name a YAML file of vLLM's arguments, `name: value`")
+    first = {name: value[0] if isinstance(value, list) and value else value for name, value in settings_of_file.items()}
+    return [*(f"--{name}={value}" for name, value in first.items()), *arguments]
 
 
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:

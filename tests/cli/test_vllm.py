@@ -16,7 +16,15 @@ from transformers import Qwen3MoeConfig
 from aurora_lit.bench.server_process import free_port
 from aurora_lit.cli import vllm as vllm_command_file
 from aurora_lit.cli.main import main
-from aurora_lit.cli.vllm import MIDDLEWARE, WORKER_EXTENSION, _serve_metrics, _value_of, settings, vllm_command
+from aurora_lit.cli.vllm import (
+    MIDDLEWARE,
+    WORKER_EXTENSION,
+    _serve_metrics,
+    _value_of,
+    _with_file,
+    settings,
+    vllm_command,
+)
 from aurora_lit.cli.vllm_recipe import recipe
 from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, draft_folder, load_config
 from aurora_lit.errors import ConfigError
@@ -74,6 +82,43 @@ def test_an_argument_that_is_given_is_not_added(tmp_path: Path) -> None:
     assert "--speculative-config" not in command
     with pytest.raises(ConfigError, match="--worker-extension-cls"):
         command_of(tmp_path, "--worker-extension-cls", "mine")
+
+
+def test_what_vllms_own_file_gives_is_not_added(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(
+        "served_model_name: [mine, other]\nspeculative-config:\n  method: eagle3\n  model: x\nmodel: org/quantised\n"
+    )
+    command = command_of(tmp_path, "--config", str(tmp_path / "my.yaml"))
+    assert not {"--served-model-name", "--speculative-config", "--model"} & set(command)
+    assert value(command, "--worker-extension-cls") == WORKER_EXTENSION
+    assert command[-2:] == ["--config", str(tmp_path / "my.yaml")], "vLLM reads it itself"
+    assert _value_of("--served-model-name", _with_file(command)) == "mine"
+    assert _value_of("--served-model-name", _with_file([*command, "--served-model-name", "last"])) == "last"
+    (tmp_path / "my.yaml").write_text("worker-extension-cls: mine")
+    with pytest.raises(ConfigError, match="--worker-extension-cls is needed"):
+        command_of(tmp_path, "--config", str(tmp_path / "my.yaml"))
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "only a text"])
+def test_a_file_of_vllm_that_cannot_be_read_is_told(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"(?s)--config .*my\.yaml .* name a YAML file"):
+        command_of(tmp_path, "--config", str(tmp_path / "my.yaml"))
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_fields_of_a_speculative_config_are_added_to_ours(tmp_path: Path, in_file: bool) -> None:
+    """vLLM makes one object of all such fields, in place of the whole one where both are given."""
+    (tmp_path / "my.yaml").write_text("speculative_config.num_speculative_tokens: 5")
+    given = ["--config", str(tmp_path / "my.yaml")] if in_file else ["--speculative_config.num_speculative_tokens", "5"]
+    command = command_of(tmp_path, *given)
+    assert "--speculative-config" not in command
+    assert value(command, "--speculative-config.method") == "eagle3"
+    assert Path(value(command, "--speculative-config.model")).is_dir()
+    assert "--speculative-config.num_speculative_tokens" not in command
+    other = command_of(tmp_path, "--speculative-config.method=ngram")
+    assert not any(word.startswith("--speculative-config") for word in other if word != other[-1]), "ours would not fit"
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes"])
