@@ -34,7 +34,7 @@ from aurora_lit.models.source import find_target, unreadable_weights, with_fixed
 from aurora_lit.serve.http.metrics import LearnerCollector
 from aurora_lit.serve.http.status import ring_counters
 from aurora_lit.serve.learner_child import LearnerChild, learner_command
-from aurora_lit.serve.server import check_learning, settings_for_learner
+from aurora_lit.serve.server import ENDING, check_learning, settings_for_learner
 from aurora_lit.vllm.deployment import VARIABLE, Deployment
 
 WORKER_EXTENSION = "aurora_lit.vllm.worker.WorkerExtension"
@@ -64,7 +64,7 @@ def start(
     learner_metrics_port: int | None,
     attach: bool,
 ) -> int:
-    """Run until vLLM ends, or with `attach` until SIGINT or SIGTERM. Returns vLLM's exit code. Raises AuroraError."""
+    """Run until vLLM ends, or with `attach` until it is ended. Returns vLLM's exit code. Raises AuroraError."""
     if not attach and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "vLLM is not installed in this environment; install it, or start it from another one with --attach"
@@ -106,8 +106,9 @@ def start(
             if process is not None:
                 process.terminate()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, end)
+        for number in ENDING:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, end)
         if config.learn.enabled:
             _learn_beside(process, status, learner_page, _learner_command(folder, gpus=learner_gpus), ending)
         elif process is not None:

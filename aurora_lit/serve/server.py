@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 WORKER_GRACE_S = 1.0
 """How long a server without a worker still answers /health and its clients."""
-_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """A service manager, Ctrl-C, and a terminal that is closed."""
 _WRITE_S = 5.0
 """How long an engine process may take to end after the HTTP process has ended."""
@@ -77,7 +77,7 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
         http_end, worker_end = socket.socketpair()
         ours = http_end.dup()  # stays open when LitServe closes the other
         try:
-            for number in _ENDING:
+            for number in ENDING:
                 if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                     signal.signal(number, _interrupt)
             workers += start_engine_processes(config, backend, folder, WorkerChannel(worker_end))
@@ -208,7 +208,7 @@ def _run(
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt, on which LitServe drains; further signals are ignored, so they cannot interrupt that."""
-    for again in _ENDING:
+    for again in ENDING:
         signal.signal(again, signal.SIG_IGN)
     raise KeyboardInterrupt
 

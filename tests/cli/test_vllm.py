@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,6 +25,7 @@ from aurora_lit.cli.vllm import (
     _value_of,
     _with_file,
     settings,
+    start,
     vllm_command,
 )
 from aurora_lit.cli.vllm_recipe import recipe
@@ -119,6 +122,30 @@ def test_fields_of_a_speculative_config_are_added_to_ours(tmp_path: Path, in_fil
     assert "--speculative-config.num_speculative_tokens" not in command
     other = command_of(tmp_path, "--speculative-config.method=ngram")
     assert not any(word.startswith("--speculative-config") for word in other if word != other[-1]), "ours would not fit"
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_closed_terminal_ends_it_as_ctrl_c_does_unless_nohup_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_ignored: bool
+) -> None:
+    command_of(tmp_path)
+    ended = list[bool]()
+
+    def close_terminal(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        ended.append(arguments[-1].wait(0.0))
+
+    monkeypatch.setattr(vllm_command_file, "_learn_beside", close_terminal)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else lambda *_: None)
+    try:
+        config = settings(str(tmp_path / "target"), DRAFT, [f"checkpoint.dir={tmp_path}"])
+        assert start(config, [], learner_gpus="", learner_metrics_port=None, attach=True) == 0
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert ended == [not is_ignored]
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes"])
