@@ -202,7 +202,9 @@ class LLM:
         if params.logprobs is not None:
             more |= {"logprobs": True, "top_logprobs": params.logprobs}
         body = _body(ChatRequest, params, **more)
-        prepared = prepare_chat(body, call_id=self._call_id(), tokenizer=self._tokenizer, limits=self._limits)
+        prepared = prepare_chat(
+            body, call_id=self._call_id(), tokenizer=self._tokenizer, limits=self._limits, reads_calls=False
+        )
         return decode(self._tokenizer, prepared.call.requests[0].prompt_ids, skips_special_tokens=False), prepared
 
     def _call_id(self) -> str:

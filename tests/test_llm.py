@@ -282,6 +282,15 @@ def test_a_chat_takes_the_chat_template(llm: LLM, target: Target) -> None:
     assert [answer.outputs[0].text for answer in both] == [one[0].outputs[0].text] * 2
 
 
+def test_a_chat_may_have_tools_whose_calls_are_in_a_form_that_is_not_read(llm: LLM) -> None:
+    """Calls stay in the text."""
+    llm._tokenizer.chat_template = "{% if tools %}B{# <function= #}{% endif %}{{ messages[0].content }}"
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    (answer,) = llm.chat([{"role": "user", "content": "A"}], GREEDY, tools=tools)
+    assert answer.prompt == "BA"
+    assert answer.outputs[0].finish_reason == "length"
+
+
 def test_a_chat_may_say_how_the_template_is_filled(llm: LLM) -> None:
     """The names are vLLM's. Its progress bar may be asked for; there is none."""
     llm._tokenizer.chat_template = (

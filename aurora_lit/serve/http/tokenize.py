@@ -79,10 +79,20 @@ class Prepared:
 
 
 def prepare_chat(
-    body: ChatRequest, *, call_id: str, tokenizer: Tokenizer, limits: Limits, client: str = ""
+    body: ChatRequest,
+    *,
+    call_id: str,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    client: str = "",
+    reads_calls: bool = True,
 ) -> Prepared:
-    """Apply the chat template and tokenize. client: see `Request`. Raises RequestError if the prompt is too long."""
-    use = tool_use(body, tokenizer)
+    """Apply the chat template and tokenize. client: see `Request`.
+
+    reads_calls: calls are told from the answers' text; False: they stay in it, in whatever form. Raises RequestError if
+    the prompt is too long.
+    """
+    use = tool_use(body, tokenizer, reads_calls=reads_calls)
     text = render(body.messages, body, tools=body.callable_tools, tokenizer=tokenizer)
     # The template contains the special tokens.
     prompt_ids = _encode(tokenizer, text, limits, param="messages", add_special_tokens=False)

@@ -62,13 +62,17 @@ def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
 
 
-def tool_use(body: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
-    """How the answer to a request may call tools. Raises RequestError for a schema that cannot be used."""
+def tool_use(body: ChatRequest, tokenizer: Tokenizer, *, reads_calls: bool = True) -> ToolUse | None:
+    """How the answer to a request may call tools.
+
+    reads_calls: see `prepare_chat`. Raises RequestError for a schema that cannot be used, and for calls that cannot be
+    read.
+    """
     if not body.callable_tools:
         return None
     format_ = _format(tokenizer)
     content = body.structure
-    if format_.unread_form and not body.needs_grammar and content is None:
+    if reads_calls and format_.unread_form and not body.needs_grammar and content is None:
         raise RequestError(
             f"tools: this model writes calls as {format_.unread_form}, which is not read; send "
             'tool_choice="required", with which it writes JSON',
