@@ -50,6 +50,8 @@ class ToolFormat:
     is_in_template: bool = True
     unread_form: str = ""
     """How calls look that the template teaches instead, and that are not read; "": there are none."""
+    one_call: bool = False
+    """A turn has at most one call: the template refuses more."""
     short_ids: bool = False
     """Ids of calls have nine letters and digits, the only ones that the template takes."""
 
@@ -111,6 +113,9 @@ _UNREAD_FORMS = (
 )
 """What begins calls that are not read. No template whose calls are read contains any of these."""
 
+_REFUSES_MORE_CALLS = "only supports single tool-calls at once"
+"""In templates of Llama 3.1 to 3.3, the error for a turn with several calls."""
+
 
 @lru_cache(maxsize=8)
 def format_of(chat_template: str) -> ToolFormat:
@@ -118,7 +123,7 @@ def format_of(chat_template: str) -> ToolFormat:
     if not re.search(r"\btools\b", chat_template):
         return PLAIN
     unread = next((form for form in _UNREAD_FORMS if form in chat_template), "")
-    return replace(_nearest_format(chat_template), unread_form=unread)
+    return replace(_nearest_format(chat_template), unread_form=unread, one_call=_REFUSES_MORE_CALLS in chat_template)
 
 
 def _nearest_format(chat_template: str) -> ToolFormat:

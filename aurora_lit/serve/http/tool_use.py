@@ -78,6 +78,7 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer, *, reads_calls: bool = Tru
             'tool_choice="required", with which it writes JSON',
             param="tools",
         )
+    only_one = body.may_call_once or format_.one_call
     special = {tokenizer.convert_ids_to_tokens(i): i for i in special_ids(tokenizer)}
     marker_token = special.get(format_.marker)
     grammar = None
@@ -90,7 +91,7 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer, *, reads_calls: bool = Tru
                 format_,
                 _schemas(body),
                 must_call=body.must_call,
-                only_one=body.may_call_once,
+                only_one=only_one,
                 content_schema=content_schema,
                 marker_token=marker_token,
             )
@@ -98,7 +99,7 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer, *, reads_calls: bool = Tru
     return ToolUse(
         format=format_,
         names=frozenset(tool.function.name for tool in body.callable_tools),
-        only_one=body.may_call_once,
+        only_one=only_one,
         only_calls=body.must_call,
         grammar=grammar,
         shows_special_tokens=any(text in special for text in format_.fillers),

@@ -14,6 +14,7 @@ from aurora_lit.serve.http import tool_use as tool_use_module
 from aurora_lit.serve.http.schema import ChatRequest
 from aurora_lit.serve.http.tool_use import MAX_SCHEMA_CHARACTERS, ToolUse, template_tools, tool_use, turns_of
 from aurora_lit.tool_calls.formats import HERMES, ToolCall
+from aurora_lit.tool_calls.parser import CallBegin
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 STRICT = {"type": "function", "function": {"name": "f", "parameters": SCHEMA, "strict": True}}
@@ -174,3 +175,23 @@ def test_calls_in_a_form_that_is_not_read_are_refused_unless_a_grammar_makes_the
     for json_alone in ({"tool_choice": "required"}, {"tools": [STRICT]}, {"response_format": FORMAT}):
         assert use_of(template, **{"tools": [LOOSE], **json_alone}) is not None
     assert use_of(template, tools=[LOOSE], tool_choice="none") is None
+
+
+_SINGLE = "{{ tools }}{{- raise_exception('This model only supports single tool-calls at once!') }}<|python_tag|>"
+
+
+def test_a_template_that_takes_one_call_a_turn_gets_no_more() -> None:
+    """Otherwise the conversation could not go on."""
+    use = use_of(_SINGLE, tools=[STRICT, LOOSE])
+    assert use is not None
+    assert use.grammar is not None
+    calls = [ToolCall("f", '{"a": 1}'), ToolCall("g", '{"a": 2}')]
+    assert takes(str(use.grammar.grammar), use.format.written(calls[:1]))
+    assert not takes(str(use.grammar.grammar), use.format.written(calls))
+    reader = use.reader()
+    pieces = [*reader.push(use.format.written(calls)), *reader.finish()]
+    assert [piece.name for piece in pieces if isinstance(piece, CallBegin)] == ["f"]
+    several = use_of("{{ tools }}<|python_tag|>", tools=[STRICT, LOOSE])
+    assert several is not None
+    assert several.grammar is not None
+    assert takes(str(several.grammar.grammar), several.format.written(calls))
