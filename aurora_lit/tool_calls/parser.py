@@ -71,6 +71,8 @@ class ToolCallReader:
         self._doubtful = ""
         """Text read since the last piece: content, unless a call follows."""
         self._after_call = False
+        self._in_list = False
+        """A bracket has been opened around calls."""
         self._braces, self._num_scanned = _Braces(), 0
         self._pieces: list[Piece] = []
         self.num_calls = 0
@@ -139,9 +141,12 @@ class ToolCallReader:
             return False  # it may become the longer one
         for filler in self._format.fillers:
             if text.startswith(filler):
-                is_end = self._after_call and filler != self._format.marker
+                self._after_call &= filler != self._format.marker
+                is_end = self._after_call and (len(filler) > 1 or (filler == "]" and self._in_list))
+                # Signs that may separate calls are content if no call follows.
                 self._doubtful = "" if is_end else self._doubtful + filler
-                self._after_call = is_end
+                if filler in "[]":
+                    self._in_list = filler == "["
                 self._pending = text[len(filler) :]
                 if self._format.name_end:
                     self._read = self._in_name
@@ -225,7 +230,7 @@ class ToolCallReader:
     def _refuse(self, num_characters: int) -> bool:
         """The doubtful text and so many characters are content, and no call."""
         self._add_content(self._doubtful + self._pending[:num_characters])
-        self._pending, self._after_call = self._pending[num_characters:], False
+        self._pending, self._after_call, self._in_list = self._pending[num_characters:], False, False
         self._read = self._in_content if self._format.marker else self._in_rest
         return True
 
@@ -282,6 +287,7 @@ def _call_in(text: str) -> tuple[str, str] | None:
         arguments: Any = next((call[key] for key in _ARGUMENTS_KEYS if key in call), {})
         if isinstance(arguments, str):  # JSON inside JSON, as some models write it
             arguments = json.loads(arguments)
+        arguments = {} if arguments is None else arguments
     except (ValueError, RecursionError):
         return None
     if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):

@@ -126,6 +126,17 @@ def test_what_is_no_call_is_content(format_: ToolFormat, text: str) -> None:
         (PLAIN, '{"type": "function", "name": "f", "parameters": {}}', "", [("f", "{}")]),
         (PLAIN, '{"name": "f", "arguments": {}, "id": "}"}\n\n', "", [("f", "{}")]),
         (PLAIN, '{"name": "f", "arguments": {}} as you see', " as you see", [("f", "{}")]),
+        (PLAIN, '{"name": "f", "arguments": {}}, as you see', ", as you see", [("f", "{}")]),
+        (PLAIN, '[{"name": "f", "arguments": {}}] [see]', " [see]", [("f", "{}")]),
+        (PLAIN, '[{"name": "f", "arguments": {}},\n{"name": "f"}], [1]', ", [1]", [("f", "{}"), ("f", "{}")]),
+        (PLAIN, '{"name": "f", "arguments": {}}]: so', "]: so", [("f", "{}")]),
+        (LLAMA3, '{"name": "f", "parameters": {}}; {"x": 1}', '; {"x": 1}', [("f", "{}")]),
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>[1] says', "[1] says", [("f", "{}")]),
+        (HERMES, '<tool_call>[{"name": "f"}]</tool_call>, then', ", then", [("f", "{}")]),
+        (HERMES, '<tool_call>{"name": "f"}]</tool_call>\n], then', "\n], then", [("f", "{}")]),
+        (MISTRAL, '[TOOL_CALLS][{"name": "f"}, {"name": "f"}] [1] says', " [1] says", [("f", "{}"), ("f", "{}")]),
+        (PLAIN, '{"name": "f", "arguments": null}', "", [("f", "{}")]),
+        (HERMES, '<tool_call>{"name": "f", "parameters": null}</tool_call>', "", [("f", "{}")]),
     ],
 )
 def test_answers_as_models_give_them(
