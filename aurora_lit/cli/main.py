@@ -76,7 +76,7 @@ def generate(config: AuroraConfig, prompt: str, max_tokens: int, temperature: fl
     run(config, prompt=prompt, max_tokens=max_tokens, temperature=temperature, compare_plain=compare_plain)
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
+@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})  # -dph is vLLM's
 @click.argument("model")
 @click.option("--draft", type=FOLDER, required=True, help="Folder of the EAGLE-3 draft to begin with.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of the learner; repeatable.")

@@ -46,6 +46,8 @@ _LOOK_EVERY_S = 0.5
 
 def settings(model: str, draft: Path, overrides: Sequence[str]) -> AuroraConfig:
     """The learner's settings. Raises ConfigError."""
+    if model.startswith("-"):
+        raise ConfigError(f"{model} stands where MODEL should; name MODEL before vLLM's own arguments")
     base = load_config(None, [])
     ours = [
         f"target.source={model}",

@@ -185,6 +185,17 @@ def test_the_learner_has_the_targets_precision_and_vllms_arguments_are_vllms_own
     assert "precision: bf16" in result.output
 
 
+def test_an_argument_of_vllm_is_neither_our_help_nor_the_model() -> None:
+    arguments = ["m", "--draft", str(DRAFT), "-dph", "127.0.0.1", "--print-config"]
+    result = CliRunner().invoke(main, ["vllm", *arguments])
+    assert result.exit_code == 0
+    assert "precision: bf16" in result.output
+    assert "Usage: " in CliRunner().invoke(main, ["vllm", "--help"]).output
+    result = CliRunner().invoke(main, ["vllm", "--port", "8123", "m", "--draft", str(DRAFT), "--print-config"])
+    assert result.exit_code == 2
+    assert "--port stands where MODEL should; name MODEL before vLLM's own arguments" in result.output
+
+
 @pytest.mark.parametrize(
     "arguments",
     ["--served_model_name m", "--served-model-name=m", "--served-model-name a --served-model-name m"],
