@@ -28,7 +28,7 @@ MOST_GBNF_RULES = 1000
 STACK_BYTES = 512 << 20
 """Of threads in which llguidance reads a grammar: it calls itself for each rule of a chain, and on a usual stack a
 chain of a thousand ends the process. Memory is taken as it is used."""
-_LARK_START = re.compile(r"(?m)^\s*(?:%llguidance\b|start\s*:(?!:=))")
+_LARK_START = re.compile(r"(?m)^\s*(?:%llguidance\b|\??start\s*:(?!:=))")
 _setting_stack_size = threading.Lock()
 _LONGEST_PLACED = 1 << 14
 """In a longer schema the place of a fault is not looked for: each part is compiled alone for that."""

@@ -136,6 +136,7 @@ def test_both_kinds_of_grammar_are_told_apart_and_a_long_one_in_gbnf_is_not_conv
     for text in (
         'root ::= x-start\nx-start ::= "start: a"',
         'start: "::="',
+        '?start: x\nx: "::="',
         '  %llguidance {}\n\nstart: A\nA: "b ::= c"',
     ):
         assert fault_of(StructuredOutputsParams(grammar=text)) is None, text
