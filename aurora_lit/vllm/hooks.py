@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -59,8 +58,6 @@ class RunnerHooks:
         """Number of the draft that proposes now (drafts/versions.py)."""
         self.is_on = True
         self.num_errors = 0
-        self.seconds = 0.0
-        """Time spent here, in the engine's thread."""
 
     def install(self) -> None:
         """Wrap the runner's methods."""
@@ -136,7 +133,6 @@ class RunnerHooks:
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
         """No exception of ours reaches the engine."""
-        began = time.perf_counter()
         try:
             yield
         except Exception as error:
@@ -149,5 +145,3 @@ class RunnerHooks:
             _log.exception("aurora-lit: %s; serving is unaffected", message)
             with contextlib.suppress(Exception):
                 self._failed(f"{message}: {type(error).__name__}: {error}", is_off=not self.is_on)
-        finally:
-            self.seconds += time.perf_counter() - began
