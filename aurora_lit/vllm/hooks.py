@@ -95,7 +95,8 @@ class RunnerHooks:
     def _before_step(self, scheduler_output: Any) -> None:
         if scheduler_output.finished_req_ids:
             self._queue.append(set(scheduler_output.finished_req_ids))
-        self._drain()
+        # An empty step is the last before vLLM idles: what is not looked at now would wait for the next request.
+        self._drain(waits=scheduler_output.total_num_scheduled_tokens == 0)
         for info, position in new_requests(scheduler_output):
             self._capture.begin(info, position=position)
         for request_id, position in resumed_requests(scheduler_output):
@@ -113,13 +114,13 @@ class RunnerHooks:
         self._queue.append(copy_step(batch, num_sampled_B=num_sampled_B, version=self.version, stream=self._stream))
         self._drain()
 
-    def _drain(self) -> None:
-        """Hand on what has been copied, in order."""
+    def _drain(self, *, waits: bool = False) -> None:
+        """Hand on what has been copied, in order. waits: for all copies."""
         while self._queue:
             entry = self._queue[0]
             if isinstance(entry, PendingStep):
                 if not entry.is_ready:
-                    if len(self._queue) <= 2 * _MAX_PENDING:
+                    if not waits and len(self._queue) <= 2 * _MAX_PENDING:
                         return
                     entry.wait()
                 step = entry.step()

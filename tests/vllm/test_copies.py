@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.made_vllm import MadeStep, MadeV1Runner, Traffic
+from support.made_vllm import MadeStep, MadeV1Runner, Rows, Traffic, params
 
 from aurora_lit.traces.record import Trace
 from aurora_lit.vllm import hooks as hooks_file
@@ -91,20 +91,33 @@ class Asynchronous:
 
 def test_a_step_is_looked_at_when_its_copies_are_done_and_ends_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Asynchronous(monkeypatch)
-    steps = Traffic(requests={"r1": (4, 3)}, preempt_share=0).steps()
-    for step in steps:
+    *steps, end = Traffic(requests={"r1": (4, 3)}, preempt_share=0).steps()
+    other: dict[str, Any] = {"rows": [Rows(request_id="r2", position=0, count=4)], "new": [("r2", 4, params())]}
+    for step in [*steps, MadeStep(finished=end.finished, **other)]:
         engine.runner.run(step)
     assert engine.traces == []  # the request has ended, but its last step is still being copied
     for event in engine.events:
         event.is_done = True
-    engine.runner.run(MadeStep(rows=[]))
+    engine.runner.run(MadeStep(rows=[Rows(request_id="r2", position=4, count=1)]))
+    assert [trace.request_id for trace in engine.traces] == ["r1"]
+    assert not any(event.was_waited_for for event in engine.events)
+    assert engine.hooks.num_errors == 0
+
+
+def test_an_empty_step_waits_for_all_copies_since_no_other_may_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Asynchronous(monkeypatch)
+    for step in Traffic(requests={"r1": (4, 3)}, preempt_share=0).steps():
+        assert engine.traces == []
+        engine.runner.run(step)
+    assert step.rows == []
     assert [trace.request_id for trace in engine.traces] == ["r1"]
     assert engine.hooks.num_errors == 0
 
 
 def test_copies_that_never_end_are_waited_for_before_they_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Asynchronous(monkeypatch)
-    for step in Traffic(requests={"r1": (4, 60)}, preempt_share=0).steps():
+    *steps, _ = Traffic(requests={"r1": (4, 60)}, preempt_share=0).steps()
+    for step in steps:
         engine.runner.run(step)
         assert len(engine.hooks._queue) <= 10
     assert engine.events[0].was_waited_for
