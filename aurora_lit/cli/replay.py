@@ -25,8 +25,8 @@ from rich.table import Table
 
 from aurora_lit.config import AuroraConfig
 from aurora_lit.cores import use_threads
-from aurora_lit.drafts.checkpoint import save_draft
-from aurora_lit.errors import AuroraError, ConfigError
+from aurora_lit.drafts.checkpoint import check_replaceable, save_draft
+from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.replay import (
     ARMS,
@@ -76,9 +76,13 @@ def run(
     """Replay the traces in `traces`; write a report and the final draft to `out`, and return the report.
 
     steps_per_trace: optimiser steps for each trace. trial_every: traces between two trials of the gate. window: traces
-    in each window of the report. Raises AuroraError if no trace can be used. When interrupted, it writes the
-    report so far, but no final draft.
+    in each window of the report. Raises AuroraError if no trace can be used, ConfigError if the final draft would
+    replace other files. When interrupted, it writes the report so far, but no final draft.
     """
+    try:
+        check_replaceable(out / DRAFT_NAME)
+    except CheckpointError as error:
+        raise ConfigError(f"--out: {error}") from error
     total = count_traces(traces)
     first = fabric.is_global_zero
     with tempfile.TemporaryDirectory() as scratch, _progress(shown=first) as bar:

@@ -49,7 +49,12 @@ class TargetShape(Protocol):
 
 
 def save_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a draft under a temporary name, then move it to `folder`, replacing an older draft there."""
+    """Write a draft under a temporary name, then move it to `folder`, replacing an older draft there.
+
+    Raises CheckpointError if there is anything else, as `check_replaceable` does.
+    """
+    check_replaceable(folder)
+    folder = folder.absolute()  # "." has no name
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -58,6 +63,21 @@ def save_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.b
         _replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise CheckpointError unless `folder` is absent, empty or a draft: replacing it deletes everything in it."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    try:
+        is_draft = _read_json(folder, CONFIG_NAME).get("architectures") == [ARCHITECTURE]
+    except CheckpointError:
+        is_draft = False
+    if not is_draft:
+        raise CheckpointError(
+            f"{folder} holds files, but no draft (config.json with architectures={[ARCHITECTURE]}), and writing a "
+            "draft there would delete them; name a new folder"
+        )
 
 
 def write_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -269,3 +269,22 @@ def test_a_newer_draft_replaces_the_older(
     monkeypatch.undo()
     assert torch.equal(load_draft(saved, target).fc.weight, newer.fc.weight)
     assert [path.name for path in saved.parent.iterdir()] == ["draft"]
+
+
+def test_a_folder_with_anything_but_a_draft_is_not_replaced(
+    target: Target, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft, mine = random_draft(target), tmp_path / "mine"
+    mine.mkdir()
+    save_draft(draft, mine)  # it was empty
+    for config in (None, "{", json.dumps({"architectures": ["LlamaForCausalLM"]})):
+        (mine / "config.json").unlink()
+        if config is not None:
+            (mine / "config.json").write_text(config)
+        with pytest.raises(CheckpointError, match="mine holds files, but no draft .* name a new folder"):
+            save_draft(draft, mine)
+        assert (mine / "model.safetensors").exists()
+        (mine / "config.json").touch()
+    monkeypatch.chdir(saved)
+    save_draft(random_draft(target, seed=9), Path("."))
+    assert torch.equal(load_draft(saved, target).fc.weight, random_draft(target, seed=9).fc.weight.bfloat16().float())

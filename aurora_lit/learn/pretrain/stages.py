@@ -26,10 +26,10 @@ from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.config import AuroraConfig
 from aurora_lit.cores import use_threads
-from aurora_lit.drafts.checkpoint import load_draft, save_draft
+from aurora_lit.drafts.checkpoint import check_replaceable, load_draft, save_draft
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, count_tokens, initial_draft
 from aurora_lit.durable import is_as_begun
-from aurora_lit.errors import ConfigError
+from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.learn.pretrain.record_text import record_pieces, text_pieces
@@ -82,15 +82,20 @@ class PretrainOptions:
 def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     """Run all stages; returns, prints and stores the held-out acceptance by domain.
 
-    Raises ConfigError when there is nothing to train on or the traces are of other work, CheckpointError when
-    `start_from` cannot be used.
+    Raises ConfigError when there is nothing to train on, the traces are of other work or `out` holds other files than
+    a draft's, CheckpointError when `start_from` cannot be used.
     """
     check_one_process(config)
     if config.engine.device == "cuda":
         raise ConfigError("engine.device=cuda: pretraining runs the target on the CPU; use engine.device=cpu here")
+    try:
+        check_replaceable(options.out)
+    except CheckpointError as error:
+        raise ConfigError(f"--out: {error}") from error
     console = Console()
     use_threads(config.engine.threads)
-    traces = options.out.with_name(f"{options.out.name}.traces")
+    out = options.out.absolute()  # "." has no name
+    traces = out.with_name(f"{out.name}.traces")
     tokenizer, target = load_tokenizer(config), load_target(config)
     # Loaded first, so that an unusable draft is refused before hours of work.
     draft = load_draft(options.start_from, target) if options.start_from else None
@@ -136,8 +141,8 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     if answers:
         trainer.fit(traces, answers, until_positions=options.positions)
     report = trainer.validate(traces, shards, logsumexp=target.logsumexp)
-    save_draft(module.draft, options.out)
-    (options.out / "training.json").write_text(json.dumps(_record(options, shards, report), indent=2) + "\n")
+    save_draft(module.draft, out)
+    (out / "training.json").write_text(json.dumps(_record(options, shards, report), indent=2) + "\n")
     console.print_json(data=report)
     more = " learn.from_scratch=false checkpoint.run=NEW" if config.learn.from_scratch else ""
     console.print(f"draft written to {options.out}; serve it with draft.checkpoint={options.out}{more}", soft_wrap=True)

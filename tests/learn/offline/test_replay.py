@@ -253,6 +253,15 @@ def test_a_replay_from_scratch_says_so_and_how_its_draft_is_served(
     assert f"draft.checkpoint={out / 'draft'} learn.from_scratch=false checkpoint.run=NEW\n" in done.stdout
 
 
+def test_files_where_the_draft_will_be_are_refused_at_once(recorded: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out" / "draft").mkdir(parents=True)
+    (tmp_path / "out" / "draft" / "mine").touch()
+    done = CliRunner().invoke(main, ["replay", *recorded, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2, done.output
+    assert f"--out: {tmp_path / 'out' / 'draft'} holds files, but no draft" in done.stderr
+    assert not (tmp_path / "out" / "versions").exists()
+
+
 def test_skipped_traces_are_counted_and_it_is_an_error_if_all_are(
     stream: list[Trace], recorded: list[str], tmp_path: Path
 ) -> None:

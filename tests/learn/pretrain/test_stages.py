@@ -105,6 +105,28 @@ def test_an_unusable_starting_draft_is_refused_before_any_work(
     assert not options.out.with_name("first.traces").exists()
 
 
+def test_a_folder_of_other_files_is_refused_before_any_work(
+    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options.out.mkdir()
+    (options.out / "live").mkdir()
+    monkeypatch.setattr(stages, "load_tokenizer", stop)
+    with pytest.raises(ConfigError, match="--out: .*first holds files, but no draft .* name a new folder"):
+        pretrain(config, options)
+    assert [path.name for path in options.out.iterdir()] == ["live"]
+
+
+def test_a_draft_is_written_to_the_present_folder(
+    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options.out.mkdir()
+    monkeypatch.chdir(options.out)
+    pretrain(config, dataclasses.replace(options, out=Path("."), positions=128))
+    monkeypatch.chdir(options.out.parent)
+    assert {"config.json", "training.json"} <= {path.name for path in options.out.iterdir()}
+    assert options.out.with_name("first.traces").is_dir()
+
+
 def test_a_finished_training_answers_no_prompts_that_are_added(
     config: AuroraConfig,
     options: PretrainOptions,
