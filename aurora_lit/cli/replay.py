@@ -100,7 +100,7 @@ def run(
         names = broadcast_plain(fabric, shard_names(traces))
         interrupted = False
         try:
-            for block in blocks(read_traces(traces, names), trial_every):
+            for block in blocks(read_traces(traces, names, on_damaged=replayed.skip), trial_every):
                 replayed.process_block(block)
                 bar.advance(task, len(block))
         except KeyboardInterrupt:

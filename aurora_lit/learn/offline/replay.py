@@ -20,8 +20,9 @@ every process.
 from __future__ import annotations
 
 import copy
+import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from aurora_lit.traces.record import Trace, check
 
 _SCORING_POSITIONS = 4096
 """Positions of one scoring pass, padding included."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +164,10 @@ class Replay:
             self.scored.append(ScoredTrace(domain=trace.domain or placed.domain, version=self.version, **rounds))
         self.hold_trial()
 
+    def skip(self, count: int) -> None:
+        """Count traces that cannot be read."""
+        self.skipped += count
+
     def simulate_rounds(self, traces: Sequence[Trace], copied: Sequence[Sequence[int]] | None = None) -> list[Trace]:
         """The traces with the rounds of the served draft, which explores as the learner asks for now.
 
@@ -274,18 +280,27 @@ def shard_names(folder: Path) -> list[str]:
     return [shard.name for shard in read_index(folder)]
 
 
-def read_traces(folder: Path, names: Sequence[str] | None = None) -> Iterator[Trace]:
+def read_traces(
+    folder: Path, names: Sequence[str] | None = None, *, on_damaged: Callable[[int], None] = lambda count: None
+) -> Iterator[Trace]:
     """Yield all traces of a log in the order in which they were recorded. names: of its files; None: all.
 
-    Raises AuroraError if a server deletes a file meanwhile, since it has recorded trace.record_mb.
+    A damaged file is skipped with a warning; `on_damaged` is told how many traces it should hold. Raises AuroraError if
+    a server deletes a file meanwhile, since it has recorded trace.record_mb.
     """
-    for name in shard_names(folder) if names is None else names:
+    counts = {shard.name: shard.num_sequences for shard in read_index(folder)}
+    for name in counts if names is None else names:
         try:
-            yield from read_shard(folder / name)
+            traces = list(read_shard(folder / name))
         except FileNotFoundError as error:
             raise AuroraError(
                 f"{folder / name} was deleted by the server that records there; replay a copy of the folder"
             ) from error
+        except Exception as error:  # whatever is wrong with one file, the others can be read
+            _log.warning("%s cannot be read, and its traces are skipped: %r", folder / name, error)
+            on_damaged(counts.get(name, 0))
+            continue
+        yield from traces
 
 
 def count_traces(folder: Path) -> int:

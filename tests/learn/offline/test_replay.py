@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from support import ROOT
 from support.live_traces import online_module, serve, some_requests
 from support.replay_harness import make_replay, replay_config, scored_rounds
@@ -275,6 +276,23 @@ def test_skipped_traces_are_counted_and_it_is_an_error_if_all_are(
     assert "all 2 traces" in done.stderr
     assert "give the server's --config" in done.stderr
     assert not (tmp_path / "none" / "replay.json").exists()
+
+
+def test_traces_of_damaged_files_are_skipped_and_the_files_named(
+    stream: list[Trace], recorded: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    traces, out = logged(tmp_path / "some", stream[:4]), tmp_path / "out"
+    truncated, empty, foreign, _ = sorted(traces.glob("*.safetensors"))
+    truncated.write_bytes(truncated.read_bytes()[:-40])
+    empty.write_bytes(b"")
+    save_file({"x": torch.zeros(1)}, foreign)
+    done = CliRunner().invoke(main, ["replay", *recorded, "--traces", str(traces), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "3 of 4 traces were skipped" in done.stdout
+    report = json.loads((out / "replay.json").read_text())
+    assert (report["traces"], report["skipped"]) == (1, 3)
+    for path in (truncated, empty, foreign):
+        assert f"{path} cannot be read, and its traces are skipped: " in caplog.text
 
 
 def test_an_interrupted_replay_writes_its_report(
