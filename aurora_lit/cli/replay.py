@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +80,8 @@ def run(
 
     steps_per_trace: optimiser steps for each trace. trial_every: traces between two trials of the gate. window: traces
     in each window of the report. Raises AuroraError if no trace can be used, ConfigError if the final draft would
-    replace other files. When interrupted, it writes the report so far, but no final draft.
+    replace other files, OSError if `out` cannot be written. What ends it before, such as Ctrl-C or SIGTERM, is raised
+    again once the report so far is written; there is no final draft then.
     """
     try:
         check_replaceable(out / DRAFT_NAME)
@@ -85,7 +89,10 @@ def run(
         raise ConfigError(f"--out: {error}") from error
     total = count_traces(traces)
     first = fabric.is_global_zero
-    with tempfile.TemporaryDirectory() as scratch, _progress(shown=first) as bar:
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # fails now, and not after hours, if `out` cannot be written
+    with _sigterm_as_exit(), tempfile.TemporaryDirectory() as scratch, _progress(shown=first) as bar:
         replayed = Replay(
             config,
             target_head=target_head,
@@ -98,15 +105,15 @@ def run(
         task = bar.add_task("replaying", total=total)
         # A server may record there meanwhile, and all processes must read the same.
         names = broadcast_plain(fabric, shard_names(traces))
-        interrupted = False
+        ended_by: BaseException | None = None
         try:
             for block in blocks(read_traces(traces, names, on_damaged=replayed.skip), trial_every):
                 replayed.process_block(block)
                 bar.advance(task, len(block))
-        except KeyboardInterrupt:
+        except BaseException as error:  # Ctrl-C and SIGTERM too
             if not replayed.scored:
                 raise
-            interrupted = True
+            ended_by = error
     if not replayed.scored:
         raise AuroraError(
             f"all {replayed.skipped} traces in {traces} were skipped: they are of another target than "
@@ -114,14 +121,13 @@ def run(
         )
     result = report(replayed, window=window)
     if first:
-        out.mkdir(parents=True, exist_ok=True)
         (out / REPORT_NAME).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         console = Console()
         for title in ("domains", "windows"):
             console.print(table(result, title))
         if replayed.skipped:
             console.print(f"{replayed.skipped} of {total} traces were skipped: of another target, or damaged")
-        if interrupted:  # the served draft may be half replaced: it is not written
+        if ended_by is not None:  # the served draft may be half replaced: it is not written
             console.print(f"interrupted; drafts that have passed the gate are in {out / VERSIONS_NAME}", soft_wrap=True)
         else:
             save_draft(replayed.served, out / DRAFT_NAME)
@@ -132,9 +138,19 @@ def run(
                 + f"; serve it with draft.checkpoint={out / DRAFT_NAME}{more}",
                 soft_wrap=True,
             )
-    if interrupted:
-        raise KeyboardInterrupt
+    if ended_by is not None:
+        raise ended_by
     return result
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that no folder with clients' traces is left."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def report(replayed: Replay, *, window: int) -> dict[str, Any]:

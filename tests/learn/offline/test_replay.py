@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -295,23 +298,59 @@ def test_traces_of_damaged_files_are_skipped_and_the_files_named(
         assert f"{path} cannot be read, and its traces are skipped: " in caplog.text
 
 
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+def fail() -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [(ctrl_c, 1), (partial(signal.raise_signal, signal.SIGTERM), 143), (fail, 1)],
+    ids=["Ctrl-C", "SIGTERM", "a failure"],
+)
 def test_an_interrupted_replay_writes_its_report(
-    stream: list[Trace], recorded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    end: Callable[[], None],
+    code: int,
+    stream: list[Trace],
+    recorded: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     traces, out, process_block = logged(tmp_path / "few", stream[:3]), tmp_path / "out", Replay.process_block
+    scratch, before = tmp_path / "scratch", signal.getsignal(signal.SIGTERM)
+    scratch.mkdir()
 
     def interrupt(self: Replay, block: Sequence[Trace]) -> None:
         if self.scored:
-            raise KeyboardInterrupt
+            assert list(scratch.iterdir()), "where traces are remembered"
+            end()
         process_block(self, block)
 
     monkeypatch.setattr(Replay, "process_block", interrupt)
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     words = ["replay", *recorded, "--traces", str(traces), "--out", str(out), "--trial-every", "2"]
     done = CliRunner().invoke(main, words)
-    assert done.exit_code == 1
+    assert done.exit_code == code
+    assert (end is fail) == isinstance(done.exception, ZeroDivisionError)
     assert f"drafts that have passed the gate are in {out / 'versions'}\n" in done.stdout
     assert json.loads((out / "replay.json").read_text())["traces"] == 2
     assert not (out / "draft").exists()
+    assert list(scratch.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(
+    recorded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Replay, "process_block")
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "out", Path("/proc/self")):  # cannot be made; holds no file that is made
+        done = CliRunner().invoke(main, ["replay", *recorded, "--out", str(out)])
+        assert done.exit_code == 2, done.output
+        assert str(out) in done.stderr
 
 
 def _asked(times: int) -> list[Request]:
