@@ -34,7 +34,7 @@ from aurora_lit.kernels import native
 WATCH_S = 0.1
 """How often the thread checks CURRENT, which takes one `stat`."""
 RECORD_EVERY_S = 10.0
-"""Until a rollback that the disk refused is recorded again."""
+"""Until a rollback that could not be recorded is tried again."""
 RETRY_S, MOST_RETRY_S = 60.0, 3600.0
 """Until a refused CURRENT is tried again, since memory may have been short or a read may have failed; twice as long
 after each further refusal, since loading takes time from requests."""
@@ -86,7 +86,7 @@ class HotReloader:
         self._on_change: Callable[[], None] = lambda: None
         self._rollbacks: list[tuple[str, str]] = []
         self._unrecorded: dict[str, str] = {}
-        """Versions rolled back in memory only, each with the reason: the disk could not be written or read."""
+        """Versions rolled back in memory only, each with the reason: the folder was in use, or the disk failed."""
         self._record_again_s = 0.0
         self._retry_again_s: float | None = None
         """When CURRENT is tried again; None: it was not refused."""
@@ -171,9 +171,12 @@ class HotReloader:
                 self._record_rollback(bad, reason)
 
     def _record_rollback(self, bad: str, reason: str) -> None:
-        """Retire a version on disk; if that fails, the rollback holds in memory, and is recorded later."""
+        """Retire a version on disk; if that fails, the rollback holds in memory, and is recorded later.
+
+        It does not wait for a learner that is publishing: the bad version would be served meanwhile.
+        """
         try:
-            self._store.roll_back(bad=bad, reason=reason)
+            self._store.roll_back(bad=bad, reason=reason, wait=False)
         except (OSError, AuroraError) as error:
             if bad not in self._unrecorded:
                 _log.warning("the rollback of %s cannot be recorded, which is tried again: %s", bad, error)

@@ -140,12 +140,13 @@ class DraftStore:
         """False if the starting draft is to be served."""
         return (self.folder / CURRENT_NAME).exists()
 
-    def roll_back(self, *, bad: str, reason: str) -> str | None:
+    def roll_back(self, *, bad: str, reason: str, wait: bool = True) -> str | None:
         """Retire a version; if it is current, make the newest older one that is not retired current.
 
         Returns the current version; None: the starting draft. A newer version published in the meantime stays current.
+        wait: false raises BlockingIOError if another process is changing the versions.
         """
-        with self._locked():
+        with self._locked(wait=wait):
             current = self.current()
             if current == bad:
                 current = self.version_before(bad)
@@ -200,11 +201,11 @@ class DraftStore:
     # -- with the lock held ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, *, wait: bool = True) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             for leftover in self.folder.glob(f"{_TEMPORARY}*"):  # of a killed process: any other would hold the lock
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield

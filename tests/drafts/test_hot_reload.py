@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import threading
@@ -245,7 +246,7 @@ def test_a_rollback_that_the_disk_refuses_is_recorded_later(store, loader, monke
     reloader.first()
     calls: list[str] = []
 
-    def full(*, bad: str, reason: str) -> None:
+    def full(*, bad: str, reason: str, wait: bool) -> None:
         calls.append(bad)
         raise OSError(28, "No space left on device")
 
@@ -268,6 +269,23 @@ def test_a_rollback_that_the_disk_refuses_is_recorded_later(store, loader, monke
     look_at(1.0 + 3 * RECORD_EVERY_S)
     assert reloader.poll() is None
     assert [each["event"] for each in store.history()].count("rolled_back") == 2
+
+
+def test_a_rollback_waits_for_nobody_who_holds_the_folder(store, loader):
+    publish(store, 2)
+    reloader, look_at = clocked(store, loader)
+    reloader.first()
+    with (store.folder / ".lock").open() as held:  # as a learner that hangs while it publishes
+        fcntl.flock(held, fcntl.LOCK_EX)
+        reloader.roll_back(bad="draft-000002", reason="slow")
+        ending = threading.Thread(target=look_at, args=(1.0,), daemon=True)
+        ending.start()
+        ending.join(10)
+        assert reloader.poll().version == "draft-000001"
+        assert store.current() == "draft-000002", "not recorded yet"
+    look_at(1.0 + RECORD_EVERY_S)
+    assert store.current() == "draft-000001"
+    assert store.versions()[-1].retired == "slow"
 
 
 def test_a_rollback_that_was_not_recorded_gives_way_to_a_promotion(store, loader, monkeypatch):
