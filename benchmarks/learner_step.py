@@ -143,7 +143,7 @@ def _record(
         for trace in traces:
             log.append(dataclasses.replace(trace, request_id=f"{number}-{trace.request_id}"))
         traces.clear()
-    log.flush()
+    log.close()
 
 
 class Deployment:

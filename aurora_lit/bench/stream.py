@@ -76,7 +76,7 @@ def run(config: AuroraConfig, *, stream: Path, prompts: Path | None = None, out:
                 bar.advance(task, len(group) - len(remaining))
                 totals = answer(engine, remaining, traces=traces, keep=log.append, on_answer=partial(bar.advance, task))
                 _add_totals(out, f"{number}-{name}" if part == TRAFFIC else part, totals)
-            log.flush()
+            log.close()
     return _finish(out)
 
 

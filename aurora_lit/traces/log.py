@@ -3,6 +3,7 @@
 A log is a folder of safetensors shards and an `index.jsonl`. A shard holds many traces, concatenated. It is written
 under a temporary name and then renamed, so readers see only whole shards and a crash loses at most one. A log can have
 a size limit, beyond which the oldest shards are deleted. Only their owner can read the files: they hold what was said.
+One writer at a time has a log: it holds a lock on the folder's `.lock`, which the kernel frees however it ends.
 
 Leaves out making traces (serve/engine/trace_recorder.py, learn/pretrain/) and batches (learn/data/).
 """
@@ -10,9 +11,11 @@ Leaves out making traces (serve/engine/trace_recorder.py, learn/pretrain/) and b
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +28,7 @@ from torch.nn.functional import pad
 
 from aurora_lit.traces.record import Trace
 
-INDEX_NAME = "index.jsonl"
+INDEX_NAME, _LOCK_NAME = "index.jsonl", ".lock"
 
 _OWNER_ONLY = 0o600
 _UNKNOWN = float("nan")
@@ -45,6 +48,8 @@ _ROUND_FIELDS = (
 """Tensors with a row for each round."""
 _SHARD_NAME = re.compile(r"[a-z]+-\d{5,}\.safetensors")
 """Other files in the folder are the user's."""
+_LEFTOVERS = (".tmp*", ".*.tmp")
+"""Files that a killed writer had begun, named by safetensors and by us."""
 _PADDING = {"proposal_RK": -1, "behaviour_logprob_RK": _UNKNOWN}
 """Round fields with a column for each proposal, and the value that pads them to the longest round of the shard."""
 _PLAIN_FIELDS = ("request_id", "served_domain", "client", "verify", "temperature", "first_position")
@@ -65,19 +70,35 @@ class ShardInfo:
 class TraceLogWriter:
     """Appends traces to a log; `flush` writes the pending ones as a shard, as do `shard_positions` pending positions.
 
-    On a folder that already has shards, it continues after them.
+    On a folder that already has shards, it continues after them. `close` ends it, and so does deleting it, but then
+    what is pending is lost.
     """
 
     def __init__(self, folder: Path, *, kind: str, shard_positions: int = 65_536, max_bytes: int | None = None) -> None:
-        """`max_bytes`: size limit for the shards of all kinds; the oldest are deleted beyond it. None: no limit."""
+        """`max_bytes`: size limit for the shards of all kinds; the oldest are deleted beyond it. None: no limit.
+
+        Raises BlockingIOError if the folder has a writer, which would overwrite this one's shards; another OSError if
+        it cannot be made.
+        """
         self.folder = folder
         self.kind = kind
         self.shard_positions = shard_positions
         self.max_bytes = max_bytes
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._unlock = weakref.finalize(self, os.close, _locked(folder))
+        for leftover in (path for pattern in _LEFTOVERS for path in folder.glob(pattern)):
+            if leftover.is_file():
+                leftover.unlink()
         self.num_positions = sum(shard.num_positions for shard in read_index(folder) if shard.kind == kind)
         self._pending: list[Trace] = []
         self._pending_positions = 0
+
+    def close(self) -> None:
+        """Write the pending traces, as `flush` does, and let others write to the folder."""
+        try:
+            self.flush()
+        finally:
+            self._unlock()
 
     def append(self, trace: Trace) -> None:
         """Add one trace; writes a shard if enough positions are pending."""
@@ -188,6 +209,19 @@ def read_shard(path: Path) -> Iterator[Trace]:
             answer_start=answer_start,
             lse_T=None if bool(lse[i].isnan().any()) else lse[i],
         )
+
+
+def _locked(folder: Path) -> int:
+    """A descriptor that holds the folder's lock until it is closed. Raises BlockingIOError if it is held elsewhere."""
+    descriptor = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, _OWNER_ONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise BlockingIOError(error.errno, "another process writes traces there", str(folder)) from error
+        raise
+    return descriptor
 
 
 def _index_lines(folder: Path) -> list[ShardInfo]:

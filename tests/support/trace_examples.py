@@ -73,7 +73,7 @@ def write_log(folder: Path, traces: Sequence[Trace], *, kind: str = "text", shar
     writer = TraceLogWriter(folder, kind=kind, shard_positions=shard_positions)
     for trace in traces:
         writer.append(trace)
-    writer.flush()
+    writer.close()
 
 
 def keep_in(traces: list[Trace]) -> Callable[[Trace], None]:

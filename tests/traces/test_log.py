@@ -56,6 +56,26 @@ def test_only_the_owner_can_read_a_log(tmp_path: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
+def test_one_writer_at_a_time_has_the_folder(tmp_path: Path) -> None:
+    writer = TraceLogWriter(tmp_path, kind="live")
+    with pytest.raises(BlockingIOError, match="another process writes traces there") as raised:
+        TraceLogWriter(tmp_path, kind="text")
+    assert raised.value.filename == str(tmp_path)
+    writer.append(numbered_trace(9))
+    writer.close()
+    write_log(tmp_path, [numbered_trace(9, first=50)])
+    assert [int(trace.token_ids_T[0]) for trace in read(tmp_path)] == [0, 50]
+
+
+def test_what_a_killed_writer_left_is_deleted(tmp_path: Path) -> None:
+    mine = {"notes.tmp", ".hidden", ".tmp-folder"}
+    for name in (".tmpAb12Cd", ".live-00001.safetensors.tmp", ".index.jsonl.tmp", "notes.tmp", ".hidden"):
+        (tmp_path / name).touch()
+    (tmp_path / ".tmp-folder").mkdir()
+    TraceLogWriter(tmp_path, kind="live").close()
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, ".lock"}
+
+
 @pytest.mark.parametrize("fault", ["save_file", "replace", "fsync"])
 def test_a_crash_while_writing_a_shard_leaves_a_readable_log(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -164,24 +164,25 @@ def _check_begun(config: AuroraConfig, options: PretrainOptions, traces: Path) -
 
 
 @contextmanager
-def _flushed(writer: TraceLogWriter) -> Iterator[None]:
-    """Write the pending traces however the block ends; SIGTERM ends it as Ctrl-C does."""
+def _closing(writer: TraceLogWriter) -> Iterator[None]:
+    """Write the pending traces and close the writer however the block ends; SIGTERM ends it as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        writer.flush()
+        writer.close()
         signal.signal(signal.SIGTERM, before)
 
 
 def _record_text(target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path) -> None:
     """Stage one: record text; pieces that an earlier run has stored are skipped."""
-    writer = TraceLogWriter(traces, kind="text")
-    if not options.text or writer.num_positions >= options.text_positions:
+    stored = [shard for shard in read_index(traces) if shard.kind == "text"]
+    if not options.text or sum(shard.num_positions for shard in stored) >= options.text_positions:
         return
-    done = sum(shard.num_sequences for shard in read_index(traces) if shard.kind == "text")
+    writer = TraceLogWriter(traces, kind="text")
+    done = sum(shard.num_sequences for shard in stored)
     pieces = itertools.islice(_text_in_turn(tokenizer, options.text), done, None)
-    with Progress() as bar, _flushed(writer):
+    with Progress() as bar, _closing(writer):
         task = bar.add_task("recording text", total=options.text_positions, completed=writer.num_positions)
         while writer.num_positions < options.text_positions:
             batch = list(itertools.islice(pieces, _PIECES_AT_ONCE))
@@ -218,7 +219,7 @@ def _answer_prompts(
     if not remaining:
         return
     writer = TraceLogWriter(traces, kind="answer")
-    with Progress() as bar, _flushed(writer):
+    with Progress() as bar, _closing(writer):
         task = bar.add_task("answering", total=len(prompts), completed=len(prompts) - len(remaining))
         for trace in generate_answers(
             target,

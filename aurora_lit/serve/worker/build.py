@@ -286,6 +286,10 @@ def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
         folder = Path(config.trace.record).expanduser()
         try:
             recording = TraceRecording(folder, max_bytes=config.trace.record_mb << 20)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"trace.record={config.trace.record}: another process records there; name another folder, or end it"
+            ) from error
         except OSError as error:
             raise ConfigError(
                 f"trace.record={config.trace.record} cannot be used ({error.strerror}); name a folder that can be made"

@@ -32,7 +32,10 @@ class TraceRecording:
     """A trace log of limited size, written by a thread that the constructor starts."""
 
     def __init__(self, folder: Path, *, max_bytes: int, flush_s: float = 10.0) -> None:
-        """flush_s: longest time before a pending trace is written. Raises OSError if the folder cannot be made."""
+        """flush_s: longest time before a pending trace is written.
+
+        Raises BlockingIOError if another process records in the folder, another OSError if it cannot be made.
+        """
         self.written = 0
         """Traces written to disk."""
         self.dropped = 0
@@ -58,6 +61,7 @@ class TraceRecording:
         """Write what is pending and end the thread."""
         self._queue.put(None)
         self._thread.join()
+        self._log.close()
 
     def _run(self) -> None:
         native.compute_alone()

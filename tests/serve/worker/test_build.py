@@ -13,6 +13,7 @@ from support.tiny_models import random_draft, save_model
 
 from aurora_lit.config import load_config
 from aurora_lit.drafts.checkpoint import save_draft
+from aurora_lit.errors import ConfigError
 from aurora_lit.models.target import Target
 from aurora_lit.serve.worker import build
 from aurora_lit.serve.worker.build import eos_token_ids
@@ -95,3 +96,12 @@ def test_a_named_draft_is_used_where_nothing_learns_and_told_of_where_it_is_not(
     assert "from_scratch" not in caplog.text
     assert build.starting_draft(config, target)[1] == build.UNTRAINED_VERSION, "a server's learner trains it"
     assert f"draft.checkpoint={tmp_path / 'mine'} are not used" in caplog.text
+
+
+def test_a_folder_in_which_another_server_records_is_refused(tmp_path: Path) -> None:
+    config = load_config(None, [f"trace.record={tmp_path / 'traces'}", "draft.checkpoint=null", "learn.enabled=false"])
+    sinks = build._sinks(config, tmp_path)
+    with pytest.raises(ConfigError, match="trace.record=.*traces: another process records there; name another folder"):
+        build._sinks(config, tmp_path)
+    sinks.close()
+    build._sinks(config, tmp_path).close()

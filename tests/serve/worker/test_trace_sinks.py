@@ -173,4 +173,4 @@ print(recording.written, recording.dropped)
     )
     assert child.stdout.split() == ["0", "1"]
     assert "cannot be recorded" in child.stderr
-    assert [p.name for p in tmp_path.iterdir()] == []
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
