@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,6 +96,9 @@ def write_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.
         raise OSError(errno.EIO, f"cannot be written: {error}", str(folder)) from error
     config_text = json.dumps(_config_json(draft.config, dtype), indent=2) + "\n"
     (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+    mode = stat.S_IMODE((folder / CONFIG_NAME).stat().st_mode)
+    for name in (WEIGHTS_NAME, VALUE_NAME):
+        (folder / name).chmod(mode)  # safetensors 0.8 lets only the owner read, whatever umask says
     digests = {name: _sha256(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME, VALUE_NAME)}
     (folder / MANIFEST_NAME).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     for name in (*digests, MANIFEST_NAME):

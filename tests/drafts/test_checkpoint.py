@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,16 @@ def test_the_layout_is_the_one_other_servers_load(saved: Path) -> None:
         "model.safetensors",
         "value_head.safetensors",
     ]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_a_draft_s_files_can_be_read_by_whom_umask_lets(umask: int, mode: int, target: Target, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        save_draft(random_draft(target), tmp_path / "draft")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "draft").iterdir()} == {mode}
 
 
 def test_a_round_trip_keeps_every_tensor(target: Target, tmp_path: Path) -> None:
