@@ -31,6 +31,7 @@ from aurora_lit.kernels import native
 from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import DOMAIN_BITS, Copies, LookUp, SuffixMemory, look_up
 from aurora_lit.learn.data.labelled_trace import first_trained_position
+from aurora_lit.modules.domains.centroids import client_label
 from aurora_lit.traces.record import Trace
 
 LEAST_SURVIVAL = 0.25
@@ -161,7 +162,8 @@ class CopyPaths:
         if self._memory is None or (self._by_client and not trace.client):
             return 0
         client = self._clients.setdefault(trace.client if self._by_client else "", len(self._clients) + 1)
-        domain = self._domains.setdefault(trace.domain, len(self._domains) + 1) if trace.domain else 0
+        name = trace.served_domain or client_label(trace.domain)
+        domain = self._domains.setdefault(name, len(self._domains) + 1) if name else 0
         return (client << DOMAIN_BITS) + (domain if domain < 1 << DOMAIN_BITS else 0)
 
     def _look_up(self, request: _OpenRequest, trace: Trace, roots: range) -> list[Copies]:

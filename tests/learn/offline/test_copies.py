@@ -156,6 +156,27 @@ def test_clients_share_nothing_if_the_scope_says_so() -> None:
         paths.remember(trace)
 
 
+@pytest.mark.parametrize(
+    ("own", "other", "comes_first"),
+    [
+        ({"domain": "code"}, {"domain": "chat"}, True),
+        ({"served_domain": "auto-1"}, {"served_domain": "auto-2"}, True),
+        ({"domain": "auto-1"}, {"domain": "auto-2"}, False),  # not a client's to say
+    ],
+)
+def test_answers_of_the_domain_that_a_request_was_served_as_come_first(
+    own: dict[str, str], other: dict[str, str], comes_first: bool
+) -> None:
+    paths = copy_paths(own=False, least=0.5)
+
+    def answered(name: str, end: int, **domain: str) -> Trace:
+        token_ids_T = torch.cat([torch.arange(20), end + torch.arange(20)]).int()
+        return replace(numbered_trace(40, answer_start=20), token_ids_T=token_ids_T, request_id=name, **domain)
+
+    paths.along([answered(f"often {n}", 100, **other) for n in range(4)] + [answered("once", 200, **own)])
+    assert (paths.accepted(answered("next", 200, **own))[19] == MOST) == comes_first
+
+
 def test_copies_and_chain_accept_what_the_tree_that_the_server_makes_of_them_accepts() -> None:
     rng = random.Random(0)
     for _ in range(2000):
