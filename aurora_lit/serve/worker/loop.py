@@ -130,9 +130,9 @@ class EngineLoop:
                 outbox.put(tuple((call_id, failure) for call_id in calls.active_calls()))
             raise
         finally:
+            parts.close()  # first: it writes recorded traces, and a draft that is being loaded may take long
             if live is not None:
                 live.close()
-            parts.close()
             outbox.close()
 
     def _send(self, updates: RoundUpdates, calls: CallTracker, outbox: Outbox) -> None:

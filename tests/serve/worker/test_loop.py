@@ -137,6 +137,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         *,
         live: DraftToSwap | None = None,
         after_round: Callable[[], None] = lambda: None,
+        close: Callable[[], None] = lambda: None,
         **options: float,
     ) -> FakeEngine:
         http_end, worker_end = socket.socketpair()
@@ -156,7 +157,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
         thread = threading.Thread(target=run)
         thread.start()
-        parts = WorkerParts(engine=engine, after_round=after_round)
+        parts = WorkerParts(engine=engine, after_round=after_round, close=close)
         with pytest.raises(SystemExit) as ended:
             EngineLoop(WorkerChannel(worker_end), page).run(parts, live)  # type: ignore[arg-type]
         loop_has_ended.set()
@@ -309,6 +310,17 @@ def test_a_draft_is_swapped_between_rounds_but_not_while_what_they_brought_is_un
     assert set(draft.untold_at_swaps) == {0}
     assert 3 < len(draft.untold_at_swaps) < rounds
     assert draft.told == 200
+
+
+def test_what_is_pending_is_written_before_the_end_waits_for_a_draft_that_loads(
+    serve: Callable[..., FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main process kills a worker that takes long to end."""
+    closed: list[str] = []
+    draft = DraftToSwap()
+    monkeypatch.setattr(draft, "close", lambda: closed.append("draft"))
+    serve(lambda http: None, live=draft, close=lambda: closed.append("traces"))
+    assert closed == ["traces", "draft"]
 
 
 def test_a_request_that_ends_idleness_is_told_before_its_first_round(
