@@ -170,18 +170,20 @@ def read_config(folder: Path) -> Eagle3Config:
             )
         low, middle, high = layers
         return Eagle3Config(
-            hidden_size=int(raw["hidden_size"]),
-            target_hidden_size=int(raw.get("target_hidden_size") or raw["hidden_size"]),
-            intermediate_size=int(raw["intermediate_size"]),
-            num_attention_heads=int(raw["num_attention_heads"]),
-            num_key_value_heads=int(raw["num_key_value_heads"]),
-            head_dim=int(raw["head_dim"]),
-            vocab_size=int(raw["vocab_size"]),
-            draft_vocab_size=int(raw["draft_vocab_size"]),
+            hidden_size=int(_number(raw, "hidden_size")),
+            target_hidden_size=int(
+                _number(raw, "target_hidden_size" if raw.get("target_hidden_size") else "hidden_size")
+            ),
+            intermediate_size=int(_number(raw, "intermediate_size")),
+            num_attention_heads=int(_number(raw, "num_attention_heads")),
+            num_key_value_heads=int(_number(raw, "num_key_value_heads")),
+            head_dim=int(_number(raw, "head_dim")),
+            vocab_size=int(_number(raw, "vocab_size")),
+            draft_vocab_size=int(_number(raw, "draft_vocab_size")),
             aux_layer_ids=(int(low), int(middle), int(high)),
-            rms_norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=float(raw["rope_theta"]),
-            max_position_embeddings=int(raw["max_position_embeddings"]),
+            rms_norm_eps=_number(raw, "rms_norm_eps"),
+            rope_theta=_number(raw, "rope_theta"),
+            max_position_embeddings=int(_number(raw, "max_position_embeddings")),
             rope_scaling=raw["rope_scaling"],
             norm_before_residual=bool(raw.get("norm_before_residual")),
             norm_before_fc=bool(raw.get("norm_before_fc")),
@@ -193,6 +195,15 @@ def read_config(folder: Path) -> Eagle3Config:
         raise _refusal(folder, str(error)) from error
     except (KeyError, TypeError, ValueError) as error:
         raise _refusal(folder, f"a field of {CONFIG_NAME} is missing or invalid: {error!r}") from error
+
+
+def _number(raw: dict[str, Any], name: str) -> float:
+    try:
+        return float(raw[name])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"a field of {CONFIG_NAME} is missing or invalid: {name} is {raw.get(name)!r}; give a number"
+        ) from error
 
 
 def _config_json(config: Eagle3Config, dtype: torch.dtype) -> dict[str, Any]:

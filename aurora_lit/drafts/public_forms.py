@@ -38,7 +38,7 @@ def common_config(raw: dict[str, Any]) -> dict[str, Any]:
     """
     fields = dict(raw)
     if raw.get("speculators_model_type") == "eagle3":
-        layer = raw.get("transformer_layer_config") or {}
+        layer = _object(raw, "transformer_layer_config")
         if layer.get("model_type", "llama") != "llama":
             raise CheckpointError(f"its layer is of model_type {layer['model_type']!r}, not 'llama'")
         flags = {"norm_before_residual": raw.get("norm_before_residual", True)}
@@ -55,14 +55,17 @@ def common_config(raw: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"hidden_act is {fields['hidden_act']!r}; a draft has 'silu'")
     if fields.get("num_hidden_layers", 1) != 1:
         raise CheckpointError(f"num_hidden_layers is {fields['num_hidden_layers']}; a draft has 1")
-    eagle = fields.get("eagle_config") or {}
+    eagle = _object(fields, "eagle_config")
     if fields.get("norm_before_fc") is None and "norm_before_fc" in eagle:
         fields["norm_before_fc"] = eagle["norm_before_fc"]
-    if fields.get(_LAYER_IDS) is None and eagle.get(_LAYER_IDS):
+    if fields.get(_LAYER_IDS):
+        _check_layer_ids(fields[_LAYER_IDS], _LAYER_IDS)
+    elif fields.get(_LAYER_IDS) is None and eagle.get(_LAYER_IDS):
+        _check_layer_ids(eagle[_LAYER_IDS], f"eagle_config.{_LAYER_IDS}")
         fields[_LAYER_IDS] = [layer + 1 for layer in eagle[_LAYER_IDS]]
-    rope = fields.get("rope_parameters") or {}
+    rope = _object(fields, "rope_parameters")
     fields.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
-    fields["rope_scaling"] = _rope_scaling(fields.get("rope_scaling") or rope)
+    fields["rope_scaling"] = _rope_scaling(_object(fields, "rope_scaling") or rope)
     if fields.get("head_dim") is None and "num_attention_heads" in fields:
         fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
     fields.setdefault("draft_vocab_size", fields.get("vocab_size"))
@@ -89,6 +92,20 @@ def common_tensors(tensors: dict[str, torch.Tensor], *, vocab_size: int) -> dict
         renamed["t2d"] = torch.zeros(vocab_size, dtype=torch.bool)
         renamed["t2d"][ids[(ids >= 0) & (ids < vocab_size)]] = True
     return renamed
+
+
+def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    value = fields.get(name) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name} is {value!r}; give a JSON object, or leave it out")
+    return value
+
+
+def _check_layer_ids(ids: Any, name: str) -> None:
+    if not isinstance(ids, list) or len(ids) != 3 or not all(isinstance(layer, int) for layer in ids):
+        raise CheckpointError(
+            f"{name} is {ids!r}; a draft that can be learned here reads three layers, listed by number"
+        )
 
 
 def _rope_scaling(fields: dict[str, Any]) -> Llama3Scaling | None:

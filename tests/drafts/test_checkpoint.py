@@ -143,6 +143,17 @@ def edit_config(**changes: Any) -> Callable[[Path], None]:
     return edit
 
 
+def put_in_config(**changes: Any) -> Callable[[Path], None]:
+    """As `edit_config`, but None is written as null."""
+
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        (folder / "manifest.json").unlink()
+
+    return edit
+
+
 def truncate(name: str, *, manifest: bool) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         (folder / name).write_bytes((folder / name).read_bytes()[:-40])
@@ -189,6 +200,31 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a field missing": (edit_config(rms_norm_eps=None), "a field of config.json is missing or invalid.*rms_norm_eps"),
     "words for numbers": (edit_config(head_dim="many"), "a field of config.json is missing or invalid.*many"),
+    "null for a number": (
+        put_in_config(draft_vocab_size=None),
+        "a field of config.json is missing or invalid: draft_vocab_size is None; give a number",
+    ),
+    "two layers": (
+        edit_config(eagle_aux_hidden_state_layer_ids=[2, 3]),
+        r"eagle_aux_hidden_state_layer_ids is \[2, 3\]; .* reads three layers",
+    ),
+    "five layers, as SGLang names them": (
+        edit_config(
+            eagle_aux_hidden_state_layer_ids=None, eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 2, 3, 4]}
+        ),
+        r"eagle_config.eagle_aux_hidden_state_layer_ids is \[0, 1, 2, 3, 4\]; .* reads three layers",
+    ),
+    "a layer that is no list": (
+        edit_config(eagle_aux_hidden_state_layer_ids="2,3,4"),
+        "eagle_aux_hidden_state_layer_ids is '2,3,4'; .* reads three layers",
+    ),
+    "layers that are words": (
+        edit_config(eagle_aux_hidden_state_layer_ids=["low", "mid", "high"]),
+        "eagle_aux_hidden_state_layer_ids is .'low', 'mid', 'high'.; .* reads three layers",
+    ),
+    "a list of rotations": (edit_config(rope_parameters=[1]), r"rope_parameters is \[1\]; give a JSON object"),
+    "a scaling that is a word": (edit_config(rope_scaling="x"), "rope_scaling is 'x'; give a JSON object"),
+    "a list for eagle_config": (edit_config(eagle_config=[1]), r"eagle_config is \[1\]; give a JSON object"),
     "d2t out of range": (edit_tensors(lambda t: t["d2t"].fill_(V)), "d2t does not name distinct tokens"),
     "d2t twice the same": (edit_tensors(lambda t: t["d2t"][1].sub_(1)), "d2t does not name distinct tokens"),
     "t2d of another draft": (edit_tensors(lambda t: t["t2d"].roll(1, 0) is t["t2d"].fill_(True)), "disagree"),
