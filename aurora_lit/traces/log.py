@@ -48,7 +48,7 @@ _ROUND_FIELDS = (
 """Tensors with a row for each round."""
 _SHARD_NAME = re.compile(r"[a-z]+-\d{5,}\.safetensors")
 """Other files in the folder are the user's."""
-_LEFTOVERS = (".tmp*", ".*.tmp")
+_LEFTOVERS = (".tmp??????", ".*-?????*.safetensors.tmp", f".{INDEX_NAME}.tmp")
 """Files that a killed writer had begun, named by safetensors and by us."""
 _PADDING = {"proposal_RK": -1, "behaviour_logprob_RK": _UNKNOWN}
 """Round fields with a column for each proposal, and the value that pads them to the longest round of the shard."""

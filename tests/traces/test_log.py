@@ -68,8 +68,8 @@ def test_one_writer_at_a_time_has_the_folder(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_left_is_deleted(tmp_path: Path) -> None:
-    mine = {"notes.tmp", ".hidden", ".tmp-folder"}
-    for name in (".tmpAb12Cd", ".live-00001.safetensors.tmp", ".index.jsonl.tmp", "notes.tmp", ".hidden"):
+    mine = {"notes.tmp", ".hidden", ".tmp-folder", ".tmp-of-mine", ".vimrc.tmp"}
+    for name in (".tmpAb12Cd", ".live-00001.safetensors.tmp", ".index.jsonl.tmp", *mine - {".tmp-folder"}):
         (tmp_path / name).touch()
     (tmp_path / ".tmp-folder").mkdir()
     TraceLogWriter(tmp_path, kind="live").close()
