@@ -10,6 +10,7 @@ import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the other worker's core
 
 from collections.abc import Iterator
 from pathlib import Path

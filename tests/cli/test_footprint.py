@@ -126,7 +126,7 @@ def test_the_smallest_set_of_gpus(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_equals_what_a_model_has(family: str, tmp_path: Path) -> None:
     """Weights, KV cache and an untrained draft, on a tiny model of every family."""
-    target = Target.load(save_model(family, tmp_path), precision="fp32")
+    target = Target.load(save_model(family, tmp_path, num_hidden_layers=3), precision="fp32")
     config = load_config(
         None,
         [
@@ -147,7 +147,7 @@ def test_the_table_equals_what_a_model_has(family: str, tmp_path: Path) -> None:
     kept = sum(tensor.nbytes for tensor in (*slots.keys_SGCQPE, *slots.values_SGMDE))
     assert lines["keys and values"] == kept
     wanted = initial_draft(target, torch.arange(target.vocab_size), max_positions=64)
-    text = tiny_config(family).get_text_config()
+    text = tiny_config(family, num_hidden_layers=3).get_text_config()
     own = Eagle3Draft(draft_shape(config, text))
     assert {n: p.shape for n, p in own.named_parameters()} == {n: p.shape for n, p in wanted.named_parameters()}
     assert lines["draft"] == 2 * 4 * sum(parameter.numel() for parameter in own.parameters())

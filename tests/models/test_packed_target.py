@@ -73,7 +73,9 @@ def answer(target: Target, draft: Eagle3Draft) -> tuple[list[int], int]:
 def test_outputs_are_those_of_the_freshly_packed_target(
     family: str, changes: dict[str, Any], precision: str, tmp_path: Path
 ) -> None:
-    packed, fresh = packed_and_fresh(save_model(family, tmp_path / "model", **changes), tmp_path, precision)
+    packed, fresh = packed_and_fresh(
+        save_model(family, tmp_path / "model", num_hidden_layers=4, **changes), tmp_path, precision
+    )
     assert packed.supports_trees
     for ours, expected in zip(outputs(packed), outputs(fresh), strict=True):
         assert torch.equal(ours, expected)
@@ -117,7 +119,7 @@ def packed_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return save_model("llama", tmp_path / "model")
+    return save_model("llama", tmp_path / "model", num_hidden_layers=4)
 
 
 def files(cache_dir: Path) -> list[Path]:

@@ -61,7 +61,7 @@ def sharded(folder: Path, ranks: OneRank) -> ShardedTarget:
 
 def test_orders_are_carried_out_on_the_device_of_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
-    folder = save_model("llama", tmp_path)
+    folder = save_model("llama", tmp_path, num_hidden_layers=3)
     whole = Target.load(folder, precision="fp32")
     prefix = tuple(i % (VOCAB - 1) + 1 for i in range(20))
     requests = [

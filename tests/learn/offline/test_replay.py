@@ -114,7 +114,7 @@ def test_without_gate_or_store_every_draft_is_served_and_none_is_written(
         starting=random_draft(target),
         folder=tmp_path / "versions",
         scratch=tmp_path,
-        steps_per_trace=1.0,
+        steps_per_trace=0.25,
         gated=False,
         keep_versions=False,
     )
@@ -135,7 +135,7 @@ def test_the_gate_is_told_how_hot_the_stream_is(
 ) -> None:
     told: list[float] = []
     monkeypatch.setattr(replay_module, "compare_drafts", lambda *args, heat, **options: told.append(heat))
-    replay = make_replay(target, random_draft(target), tmp_path)
+    replay = make_replay(target, random_draft(target), tmp_path, steps_per_trace=0.3)
     hot: list[float] = []
     for block in blocks(iter(stream), 12):
         replay.process_block(block)

@@ -325,9 +325,9 @@ def test_saving_takes_a_small_share_of_the_time_that_learning_takes(
 ) -> None:
     clocks = Clocks()
     monkeypatch.setattr(time, "process_time", lambda: clocks.cpu_s)
-    harness = LearnerHarness(target, tmp_path, save_every_s=0.0, batch_positions=64)
+    harness = LearnerHarness(target, tmp_path, save_every_s=0.0, batch_positions=64, publish_every_s=3600.0)
     without_learning(harness, monkeypatch)
-    harness.ring.records.extend(asked_again(traffic, 12))
+    harness.ring.records.extend(asked_again(traffic, 4))
     saved_at_s: list[float] = []
 
     def save() -> None:
@@ -380,7 +380,7 @@ def test_the_gate_is_told_how_hot_traffic_is(
     harness = LearnerHarness(target, tmp_path, publish_every_steps=2)
     waiting = iter(asked_again(traffic, 12))
     hot: list[float] = []
-    for _ in range(60):
+    for _ in range(30):
         harness.ring.records.extend(itertools.islice(waiting, 5))
         harness.loop.tick()
         hot += [harness.learner.controller.heat] * (len(told) - len(hot))

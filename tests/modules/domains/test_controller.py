@@ -124,6 +124,12 @@ def test_new_optimizers_know_the_domains_of_the_old_ones() -> None:
     assert controller.heat == before < 0.5
 
 
+@pytest.fixture(scope="module")
+def default() -> dict[str, Any]:
+    """Of the default settings."""
+    return behaviour_with([])
+
+
 def behaviour_with(overrides: list[str]) -> dict[str, Any]:
     """A configuration's controller in numbers: how much it explores, and domains and rates along fixed traffic."""
     controller, step = with_rate(controller_for(load_config(None, overrides)))
@@ -150,8 +156,7 @@ def behaviour_with(overrides: list[str]) -> dict[str, Any]:
         ("engine.explore_share=0.2", {"cold", "hot"}),
     ],
 )
-def test_every_setting_has_its_effect(override: str, changed: set[str]) -> None:
-    default = behaviour_with([])
+def test_every_setting_has_its_effect(override: str, changed: set[str], default: dict[str, Any]) -> None:
     other = behaviour_with([override])
     assert {name for name in default if default[name] != other[name]} - {"first_rate"} == changed - {"first_rate"}
 

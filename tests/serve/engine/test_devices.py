@@ -21,6 +21,7 @@ from aurora_lit.kernels import native
 from aurora_lit.models.target import CPU, Target
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
+from aurora_lit.serve.speculation import calibration
 from aurora_lit.serve.worker import build
 from aurora_lit.traces.record import Trace
 
@@ -86,7 +87,9 @@ def test_requests_are_answered_as_on_the_cpu(kind: str, folder: Path) -> None:
     assert any(output.num_proposed for answer in here.values() for output in answer.rounds)
 
 
-def test_costs_are_measured_on_the_device(folder: Path) -> None:
+def test_costs_are_measured_on_the_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_PASSES", "_ENOUGH"):  # once is enough to see where
+        monkeypatch.setattr(calibration, name, 1)
     requests = KINDS["greedy"][:2]
     there = answers(folder, requests, CPU, max_draft_tokens=0)
     with fake_device() as device:

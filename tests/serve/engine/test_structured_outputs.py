@@ -67,6 +67,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     target = Target.load(folder, precision="fp32")
     plain = Case(target=target, draft=random_draft(target))
     texts = [PROMPT + answer.token_ids for answer in run(plain.engine(drafts=False), requests(200)).values()]
+    texts = [list(text) for text in sorted(set(map(tuple, texts)))]
     longest = max(map(len, texts))
     padded = torch.tensor([text + [END] * (longest - len(text)) for text in texts])
     return Case(target=target, draft=trained_draft(target, padded, steps=40))

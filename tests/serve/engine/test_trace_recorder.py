@@ -89,21 +89,31 @@ def check_states(models: TinyModels, trace: Trace, tokens: Sequence[int]) -> int
     unread = max(0, LENGTHS[int(trace.request_id)] - 1 - first)
     assert not trace.last_TH[:unread].any(), "of a prompt only the last state counts"
     torch.testing.assert_close(trace.last_TH[unread:].float(), last_BTH[0, first + unread : end], **rounding)
-    start = 0
-    for r, (root, count, accepted) in enumerate(
-        zip(trace.round_root_R.tolist(), trace.num_proposed_R.tolist(), trace.num_accepted_R.tolist(), strict=True)
-    ):
-        if not count:
-            continue
-        proposed = trace.proposal_RK[r, :count].tolist()
-        path = [*tokens[: first + root + 1], *proposed]
-        last_TH = target.forward_uncached(torch.tensor([path]))[1][0, first + root :]
-        for i in range(count):
-            at = trace.last_TH[root + i] if i <= accepted else trace.rejected_last_NH[start + i - accepted - 1]
-            torch.testing.assert_close(at.float(), last_TH[i], **rounding)
-            p, expected = target.logits(at[None].float()).softmax(-1), target.logits(last_TH[i][None]).softmax(-1)
-            assert (p - expected).abs().max() < 0.02
+    rounds = [
+        (r, root, count, accepted)
+        for r, (root, count, accepted) in enumerate(
+            zip(trace.round_root_R.tolist(), trace.num_proposed_R.tolist(), trace.num_accepted_R.tolist(), strict=True)
+        )
+        if count
+    ]
+    if not rounds:
+        return 0
+    paths = [
+        torch.tensor([*tokens[: first + root + 1], *trace.proposal_RK[r, :count].tolist()])
+        for r, root, count, _ in rounds
+    ]
+    # One pass for all rounds: what pads a path comes after it, and a position sees none after it.
+    last_RTH = target.forward_uncached(torch.nn.utils.rnn.pad_sequence(paths, batch_first=True))[1]
+    start, found, expected = 0, [], []
+    for (r, root, count, accepted), last_TH in zip(rounds, last_RTH, strict=True):
+        num_kept = min(count, accepted + 1)
+        expected.append(last_TH[first + root :][:count])
+        found += [trace.last_TH[root:][:num_kept], trace.rejected_last_NH[start:][: count - num_kept]]
         start += int(trace.num_rejected_R[r])
+    found_NH, expected_NH = torch.cat(found).float(), torch.cat(expected)
+    torch.testing.assert_close(found_NH, expected_NH, **rounding)
+    p_NV, expected_NV = target.logits(found_NH).softmax(-1), target.logits(expected_NH).softmax(-1)
+    assert (p_NV - expected_NV).abs().max() < 0.02
     return start
 
 
