@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -137,6 +138,7 @@ def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: S
         "--speculative-config": json.dumps(speculation),
         "--worker-extension-cls": WORKER_EXTENSION,
     }
+    vllm_arguments = [re.sub(r"^-sc(?=[.=]|$)", "--speculative-config", argument) for argument in vllm_arguments]
     arguments = _with_file(vllm_arguments)
     names = [argument.partition("=")[0].partition(".") for argument in arguments]
     given = {name.replace("_", "-") for name, _, _ in names}
@@ -226,8 +228,10 @@ def _with_file(arguments: Sequence[str]) -> list[str]:
 
     Raises ConfigError.
     """
+    if any(argument.startswith("--config=") for argument in arguments):
+        raise ConfigError("vLLM does not read the file of --config=FILE; write --config FILE")
     path = _value_of("--config", arguments)
-    if path is None:
+    if path is None or not Path(path).exists():  # it may be where vLLM is started by hand; else vLLM says so
         return list(arguments)
     try:
         settings_of_file = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -55,7 +55,6 @@ def save_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.b
     Raises CheckpointError if there is anything else, as `check_replaceable` does.
     """
     check_replaceable(folder)
-    folder = folder.absolute()  # "." has no name
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -67,7 +66,12 @@ def save_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.b
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise CheckpointError unless `folder` is absent, empty or a draft: replacing it deletes everything in it."""
+    """Raise CheckpointError unless `folder` is absent, empty or a draft: replacing it deletes everything in it.
+
+    Nor may it be the present folder, which shells would be left without.
+    """
+    if folder.absolute() == Path.cwd():
+        raise CheckpointError(f"{folder} is the present folder, which would be replaced; name a folder in it")
     if not folder.exists() or not any(folder.iterdir()):
         return
     try:

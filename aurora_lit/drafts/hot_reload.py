@@ -144,6 +144,8 @@ class HotReloader:
                 _log.exception("checking for a new draft failed")
             self._wake.wait(WATCH_S)
             self._wake.clear()
+        for bad, reason in list(self._unrecorded.items()):
+            self._record_rollback(bad, reason)
 
     def _check(self) -> None:
         while self._rollbacks:
@@ -181,7 +183,8 @@ class HotReloader:
             if bad not in self._unrecorded:
                 _log.warning("the rollback of %s cannot be recorded, which is tried again: %s", bad, error)
             self._unrecorded[bad] = reason
-            self._record_again_s = self._monotonic_s() + RECORD_EVERY_S
+            in_use = isinstance(error, BlockingIOError)  # by a learner that publishes: over at one of the next looks
+            self._record_again_s = self._monotonic_s() + (0.0 if in_use else RECORD_EVERY_S)
         else:
             self._unrecorded.pop(bad, None)
 

@@ -102,10 +102,9 @@ def test_what_vllms_own_file_gives_is_not_added(tmp_path: Path) -> None:
         command_of(tmp_path, "--config", str(tmp_path / "my.yaml"))
 
 
-@pytest.mark.parametrize("text", [None, "a: [", "only a text"])
-def test_a_file_of_vllm_that_cannot_be_read_is_told(tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "my.yaml").write_text(text)
+@pytest.mark.parametrize("text", ["a: [", "only a text"])
+def test_a_file_of_vllm_that_cannot_be_read_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "my.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"(?s)--config .*my\.yaml .* name a YAML file"):
         command_of(tmp_path, "--config", str(tmp_path / "my.yaml"))
 
@@ -122,6 +121,22 @@ def test_fields_of_a_speculative_config_are_added_to_ours(tmp_path: Path, in_fil
     assert "--speculative-config.num_speculative_tokens" not in command
     other = command_of(tmp_path, "--speculative-config.method=ngram")
     assert not any(word.startswith("--speculative-config") for word in other if word != other[-1]), "ours would not fit"
+
+
+def test_vllms_short_name_of_its_speculative_config_is_joined_too(tmp_path: Path) -> None:
+    command = command_of(tmp_path, "-sc.num_speculative_tokens", "5")
+    assert value(command, "--speculative-config.num_speculative_tokens") == "5"
+    assert value(command, "--speculative-config.method") == "eagle3"
+    whole = command_of(tmp_path, "-sc", '{"method": "ngram"}')
+    assert [word for word in whole if word.startswith("--speculative-config")] == ["--speculative-config"]
+
+
+def test_a_config_file_that_vllm_would_not_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("model: other")
+    with pytest.raises(ConfigError, match="write --config FILE"):
+        command_of(tmp_path, f"--config={tmp_path / 'my.yaml'}")
+    elsewhere = command_of(tmp_path, "--config", "/only/in/a/container.yaml")
+    assert value(elsewhere, "--model") == str(tmp_path / "target")
 
 
 @pytest.mark.parametrize("is_ignored", [False, True])

@@ -283,9 +283,26 @@ def test_a_rollback_waits_for_nobody_who_holds_the_folder(store, loader):
         ending.join(10)
         assert reloader.poll().version == "draft-000001"
         assert store.current() == "draft-000002", "not recorded yet"
-    look_at(1.0 + RECORD_EVERY_S)
+    look_at(1.1)
     assert store.current() == "draft-000001"
     assert store.versions()[-1].retired == "slow"
+
+
+def test_a_rollback_that_was_not_recorded_is_at_the_end(store, loader):
+    """Or the next start would serve the bad version."""
+    publish(store, 2)
+    reloader = HotReloader(store, loader)
+    reloader.first()
+    with (store.folder / ".lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        reloader.start(on_change=lambda: None)
+        reloader.roll_back(bad="draft-000002", reason="slow")
+        while reloader.poll() is None:
+            time.sleep(0.01)
+        reloader._ending = True
+        fcntl.flock(held, fcntl.LOCK_UN)
+    reloader.close()
+    assert store.current() == "draft-000001"
 
 
 def test_a_rollback_that_was_not_recorded_gives_way_to_a_promotion(store, loader, monkeypatch):

@@ -92,7 +92,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _raw(value: Any, here: list[torch.Tensor], there: list[torch.Tensor]) -> Any:
-    """The values of the device's tensors in it; notes the tensors of both devices. pytree would do it ten times slower."""
+    """The values of the device's tensors in it; notes the tensors of both devices. pytree takes ten times as long."""
     if isinstance(value, FakeDeviceTensor):
         here.append(value.raw)
         return value.raw

@@ -296,6 +296,8 @@ def read_traces(
             raise AuroraError(
                 f"{folder / name} was deleted by the server that records there; replay a copy of the folder"
             ) from error
+        except (OSError, MemoryError):  # not the file's fault, and other processes may have read it
+            raise
         except Exception as error:  # whatever is wrong with one file, the others can be read
             _log.warning("%s cannot be read, and its traces are skipped: %r", folder / name, error)
             on_damaged(counts.get(name, 0))

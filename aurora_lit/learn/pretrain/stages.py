@@ -94,8 +94,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         raise ConfigError(f"--out: {error}") from error
     console = Console()
     use_threads(config.engine.threads)
-    out = options.out.absolute()  # "." has no name
-    traces = out.with_name(f"{out.name}.traces")
+    traces = options.out.with_name(f"{options.out.name}.traces")
     tokenizer, target = load_tokenizer(config), load_target(config)
     # Loaded first, so that an unusable draft is refused before hours of work.
     draft = load_draft(options.start_from, target) if options.start_from else None
@@ -141,8 +140,8 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     if answers:
         trainer.fit(traces, answers, until_positions=options.positions)
     report = trainer.validate(traces, shards, logsumexp=target.logsumexp)
-    save_draft(module.draft, out)
-    (out / "training.json").write_text(json.dumps(_record(options, shards, report), indent=2) + "\n")
+    save_draft(module.draft, options.out)
+    (options.out / "training.json").write_text(json.dumps(_record(options, shards, report), indent=2) + "\n")
     console.print_json(data=report)
     more = " learn.from_scratch=false checkpoint.run=NEW" if config.learn.from_scratch else ""
     console.print(f"draft written to {options.out}; serve it with draft.checkpoint={options.out}{more}", soft_wrap=True)

@@ -313,7 +313,7 @@ class Engine:
             return Allowed(bool(sequences), bool(sequences))
         if self._prefill.sequences:
             return Allowed(False, False)
-        return self.floor.allows(RoundKind.of(sequences, all_threads=self.planner.updates_costs))
+        return self.floor.allows(RoundKind.of(sequences, threads=torch.get_num_threads()))
 
     def _judge(self, plan: RoundPlan, columns: Columns) -> tuple[list[Verdict], dict[int, torch.Tensor]]:
         """What each decoding row has come to; and the target's logits [T, V] of rows that ask for log-probabilities."""
@@ -347,7 +347,7 @@ class Engine:
         self.planner.observe_round(len(rows), num_columns, seconds - draft_s)
         if self.floor is None:
             return
-        kind = RoundKind.of([row.sequence for row in rows], all_threads=self.planner.updates_costs)
+        kind = RoundKind.of([row.sequence for row in rows], threads=torch.get_num_threads())
         # What grammars force costs nothing to propose, and is no merit of copies or of the draft.
         if any(row.proposal.is_forced for row in rows):
             self.floor.pass_untimed(kind)

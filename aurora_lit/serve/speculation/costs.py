@@ -33,6 +33,8 @@ _OWN_WEIGHT, _OWN_PRIOR = 0.01, 16
 _TIMED_CATCH_UP, _CATCH_UP_WEIGHT = 64, 0.2
 """Positions from which on a prefill of the draft's cache is a measure of what one takes, and none of the chain; and the
 weight of one measurement."""
+_FORGOTTEN = 0.0005
+"""Share that a round forgets of what was learned about that prefill, which decides whether any more is measured."""
 
 _Key = tuple[int, int]
 """(batch size, query length)."""
@@ -194,6 +196,11 @@ class Costs:
         if not batch_size:
             return 0.0
         return self.target(batch_size, 1 + (sum(counts) / batch_size if self.ragged else max(counts, default=0)))
+
+    def observe_round(self, batch_size: int, query_length: float, seconds: float) -> None:
+        """Update by a round's time but for drafting; `query_length` may be a mean over the batch."""
+        self.target.update(batch_size, query_length, seconds)
+        self._prefill_slowdown += _FORGOTTEN * (1 - self._prefill_slowdown)
 
     def column_s(self, batch_size: int, num_proposals: int) -> float:
         """What one more proposal adds to a round in which one sequence has so many."""

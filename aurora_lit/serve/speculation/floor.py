@@ -64,18 +64,18 @@ class RoundKind(NamedTuple):
     batch_size: int
     sampled: bool
     """True if any sequence is."""
-    all_threads: bool = True
-    """False if the round leaves threads to other processes."""
+    threads: int = 0
+    """That the round computes with; others may have been left to other processes."""
 
     @classmethod
-    def of(cls, sequences: Sequence[RunningSequence], *, all_threads: bool = True) -> RoundKind:
+    def of(cls, sequences: Sequence[RunningSequence], *, threads: int) -> RoundKind:
         """That of a round in which these sequences decode."""
-        return cls(len(sequences), any(sequence.temperature > 0 for sequence in sequences), all_threads)
+        return cls(len(sequences), any(sequence.temperature > 0 for sequence in sequences), threads)
 
     @property
-    def group(self) -> tuple[int, bool, bool]:
+    def group(self) -> tuple[int, bool, int]:
         """The same for kinds with about as many sequences."""
-        return (self.batch_size - 1).bit_length(), self.sampled, self.all_threads
+        return (self.batch_size - 1).bit_length(), self.sampled, self.threads
 
 
 @dataclass(kw_only=True)
@@ -166,7 +166,7 @@ class SpeculationFloor:
 
     def __init__(self) -> None:
         self._plain: defaultdict[RoundKind, _PlainRounds] = defaultdict(_PlainRounds)
-        self._accounts: dict[tuple[int, bool, bool], _Accounts] = {}
+        self._accounts: dict[tuple[int, bool, int], _Accounts] = {}
         """By group."""
         self.num_rests = 0
         """How often speculation was turned off."""

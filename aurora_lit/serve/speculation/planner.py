@@ -289,7 +289,7 @@ class SpeculationPlanner:
     def observe_round(self, batch_size: int, columns: int, seconds: float) -> None:
         """Update by a round's time but for drafting; `columns`: query positions of the whole batch."""
         if self.updates_costs:
-            self.costs.target.update(batch_size, columns / batch_size, seconds)
+            self.costs.observe_round(batch_size, columns / batch_size, seconds)
 
     def observe_draft(self, num_drafting: int, length: int, seconds: float, *, uncached: int = 0) -> None:
         """Update by the time that drafting took, the prefill of `uncached` positions included."""

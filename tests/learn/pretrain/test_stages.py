@@ -116,15 +116,13 @@ def test_a_folder_of_other_files_is_refused_before_any_work(
     assert [path.name for path in options.out.iterdir()] == ["live"]
 
 
-def test_a_draft_is_written_to_the_present_folder(
+def test_the_present_folder_is_not_replaced(
     config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options.out.mkdir()
     monkeypatch.chdir(options.out)
-    pretrain(config, dataclasses.replace(options, out=Path("."), positions=128))
-    monkeypatch.chdir(options.out.parent)
-    assert {"config.json", "training.json"} <= {path.name for path in options.out.iterdir()}
-    assert options.out.with_name("first.traces").is_dir()
+    with pytest.raises(ConfigError, match="--out: . is the present folder"):
+        pretrain(config, dataclasses.replace(options, out=Path(".")))
 
 
 def test_a_finished_training_answers_no_prompts_that_are_added(

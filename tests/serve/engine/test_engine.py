@@ -404,11 +404,11 @@ def test_rests_end_though_rounds_with_forced_tokens_are_untimed(
 
     monkeypatch.setattr(engine.proposer, "propose", forced)
     rounds = len(run(engine, [models.request(0, max_tokens=6)])["0"].rounds)
-    assert passed == [RoundKind(1, sampled=False)] * rounds
+    assert passed == [RoundKind(1, sampled=False, threads=torch.get_num_threads())] * rounds
     assert not engine.floor.compared_s
 
 
-def test_rounds_without_all_threads_are_judged_among_themselves(
+def test_rounds_with_fewer_threads_are_judged_among_themselves(
     models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = models.engine(adaptive=True)
@@ -420,11 +420,11 @@ def test_rounds_without_all_threads_are_judged_among_themselves(
         observe(kind, **outcome)
 
     monkeypatch.setattr(engine.floor, "observe", note)
-    for all_threads in (False, True):
+    for threads in (3, 1):  # a learner takes some of many, other work all but one
         observed.clear()
-        engine.planner.updates_costs = all_threads
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
         rounds = len(run(engine, [models.request(0, max_tokens=6)])["0"].rounds)
-        assert observed == [RoundKind(1, sampled=False, all_threads=all_threads)] * rounds
+        assert observed == [RoundKind(1, sampled=False, threads=threads)] * rounds
 
 
 def test_what_the_end_of_a_request_takes_is_not_a_rounds_time(
@@ -463,7 +463,8 @@ def test_requests_without_speculation_end_no_rest(models: TinyModels, monkeypatc
 
 
 def test_another_draft_ends_the_rest_that_the_last_one_has_caused(models: TinyModels) -> None:
-    engine, kind = models.engine(adaptive=True), RoundKind(1, sampled=False)
+    engine = models.engine(adaptive=True)
+    kind = RoundKind(1, sampled=False, threads=torch.get_num_threads())
     assert engine.floor is not None
     for speculated, seconds in ((False, 0.01), (True, 0.1)):
         for _ in range(12):

@@ -339,9 +339,9 @@ def test_a_plain_round_that_is_due_may_be_one_of_requests_without_speculation() 
     assert floor.allows(GREEDY).copies
 
 
-def test_rounds_without_all_threads_have_a_balance_of_their_own() -> None:
+def test_rounds_with_fewer_threads_have_a_balance_of_their_own() -> None:
     """Where a thread is given up, a further column can cost more than it brings."""
-    floor, fewer = SpeculationFloor(), GREEDY._replace(all_threads=False)
+    floor, fewer = SpeculationFloor(), GREEDY._replace(threads=1)
     rounds = Environment(speedup=0.8, kind=fewer).play(floor, 3000)
     assert relative_speed(rounds) > 1 / 1.03
     assert floor.num_rests

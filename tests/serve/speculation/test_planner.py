@@ -483,3 +483,16 @@ def test_what_columns_cost_is_asked_again_after_sixteen_rounds() -> None:
     assert asked[:2] == [0.0, 0.0]
     assert len(set(asked[14:31])) == 2
     assert asked[35] > asked[20] > 0
+
+
+def test_a_slow_prefill_is_forgotten_where_no_prompt_is_read_any_more() -> None:
+    """It may be held for so slow that none is, so that nothing would ever say otherwise."""
+    planner = chain_planner()
+    costs = planner.costs
+    costs.prefill_position_s = 1e-5
+    for _ in range(40):
+        planner.observe_draft(1, 1, costs.draft_s(1, 1) + 500 * 8e-5, uncached=502)
+    assert costs.catch_up_s(1, uncached=502) > 500 * 7e-5
+    for _ in range(10_000):
+        planner.observe_round(1, 1, PLAIN_S)
+    assert costs.catch_up_s(1, uncached=502) == pytest.approx(500 * 1e-5, rel=0.1)
