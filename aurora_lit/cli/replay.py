@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from aurora_lit.config import AuroraConfig
 from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import check_replaceable, save_draft
 from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
+from aurora_lit.ipc.process_lifetime import sigterm_as_exit
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.replay import (
     ARMS,
@@ -92,7 +90,7 @@ def run(
     if first:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # fails now, and not after hours, if `out` cannot be written
-    with _sigterm_as_exit(), tempfile.TemporaryDirectory() as scratch, _progress(shown=first) as bar:
+    with sigterm_as_exit(), tempfile.TemporaryDirectory() as scratch, _progress(shown=first) as bar:
         replayed = Replay(
             config,
             target_head=target_head,
@@ -141,16 +139,6 @@ def run(
     if ended_by is not None:
         raise ended_by
     return result
-
-
-@contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that no folder with clients' traces is left."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def report(replayed: Replay, *, window: int) -> dict[str, Any]:

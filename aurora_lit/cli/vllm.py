@@ -29,13 +29,13 @@ from aurora_lit.drafts.checkpoint import VALUE_NAME, read_config
 from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
-from aurora_lit.ipc.process_lifetime import die_with_parent
+from aurora_lit.ipc.process_lifetime import die_with_parent, handle_ending
 from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
 from aurora_lit.models.source import find_target, unreadable_weights, with_fixed_target
 from aurora_lit.serve.http.metrics import LearnerCollector
 from aurora_lit.serve.http.status import ring_counters
 from aurora_lit.serve.learner_child import LearnerChild, learner_command
-from aurora_lit.serve.server import ENDING, check_learning, settings_for_learner
+from aurora_lit.serve.server import check_learning, settings_for_learner
 from aurora_lit.vllm.deployment import VARIABLE, Deployment
 
 WORKER_EXTENSION = "aurora_lit.vllm.worker.WorkerExtension"
@@ -109,9 +109,7 @@ def start(
             if process is not None:
                 process.terminate()
 
-        for number in ENDING:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, end)
+        handle_ending(end)
         if config.learn.enabled:
             _learn_beside(process, status, learner_page, _learner_command(folder, gpus=learner_gpus), ending)
         elif process is not None:

@@ -1,4 +1,4 @@
-"""Lifetimes of processes: children end with their parent, and the end of a process wakes an event loop.
+"""Lifetimes of processes: children end with their parent, the end of a process wakes an event loop, and signals end it.
 
 Leaves out restarting: a server whose worker died ends, and is restarted by whatever supervises it.
 """
@@ -6,12 +6,16 @@ Leaves out restarting: a server whose worker died ends, and is restarted by what
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The signals that end a server: of a service manager, of Ctrl-C and of a closed terminal."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -80,3 +84,20 @@ def call_when_process_ends(pid: int, callback: Callable[[], None]) -> Callable[[
 
     loop.add_reader(descriptor, ended)
     return stop
+
+
+def handle_ending(handle: Callable[[int, FrameType | None], None]) -> None:
+    """Have the signals that end a server handled so; under nohup SIGHUP stays ignored."""
+    for number in ENDING:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handle)
+
+
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that what it began is cleaned up."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

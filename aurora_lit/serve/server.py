@@ -38,7 +38,7 @@ from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, RankStatusPage, WorkerState, rank_path
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.messages import WorkerChannel
-from aurora_lit.ipc.process_lifetime import tie_forked_children_to_parent
+from aurora_lit.ipc.process_lifetime import ENDING, handle_ending, tie_forked_children_to_parent
 from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
 from aurora_lit.models.source import with_fixed_target
 from aurora_lit.serve.backend import Backend, real_backend
@@ -51,8 +51,6 @@ if TYPE_CHECKING:
 
 WORKER_GRACE_S = 1.0
 """How long a server without a worker still answers /health and its clients."""
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""A service manager, Ctrl-C, and a terminal that is closed."""
 _WRITE_S = 5.0
 """How long an engine process may take to end after the HTTP process has ended."""
 _log = logging.getLogger(__name__)
@@ -77,9 +75,7 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
         http_end, worker_end = socket.socketpair()
         ours = http_end.dup()  # stays open when LitServe closes the other
         try:
-            for number in ENDING:
-                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                    signal.signal(number, _interrupt)
+            handle_ending(_interrupt)
             workers += start_engine_processes(config, backend, folder, WorkerChannel(worker_end))
             worker_end.close()  # so that the HTTP process sees the end of the worker
             tie_forked_children_to_parent()

@@ -11,10 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from aurora_lit.drafts.checkpoint import check_replaceable, load_draft, save_dra
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, count_tokens, initial_draft
 from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import CheckpointError, ConfigError
+from aurora_lit.ipc.process_lifetime import sigterm_as_exit
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.learn.pretrain.record_text import record_pieces, text_pieces
@@ -162,17 +161,6 @@ def _check_begun(config: AuroraConfig, options: PretrainOptions, traces: Path) -
         )
 
 
-@contextmanager
-def _closing(writer: TraceLogWriter) -> Iterator[None]:
-    """Write the pending traces and close the writer however the block ends; SIGTERM ends it as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        writer.close()
-        signal.signal(signal.SIGTERM, before)
-
-
 def _record_text(target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path) -> None:
     """Stage one: record text; pieces that an earlier run has stored are skipped."""
     stored = [shard for shard in read_index(traces) if shard.kind == "text"]
@@ -181,7 +169,7 @@ def _record_text(target: Target, tokenizer: PreTrainedTokenizerBase, options: Pr
     writer = TraceLogWriter(traces, kind="text")
     done = sum(shard.num_sequences for shard in stored)
     pieces = itertools.islice(_text_in_turn(tokenizer, options.text), done, None)
-    with Progress() as bar, _closing(writer):
+    with Progress() as bar, sigterm_as_exit(), closing(writer):
         task = bar.add_task("recording text", total=options.text_positions, completed=writer.num_positions)
         while writer.num_positions < options.text_positions:
             batch = list(itertools.islice(pieces, _PIECES_AT_ONCE))
@@ -218,7 +206,7 @@ def _answer_prompts(
     if not remaining:
         return
     writer = TraceLogWriter(traces, kind="answer")
-    with Progress() as bar, _closing(writer):
+    with Progress() as bar, sigterm_as_exit(), closing(writer):
         task = bar.add_task("answering", total=len(prompts), completed=len(prompts) - len(remaining))
         for trace in generate_answers(
             target,

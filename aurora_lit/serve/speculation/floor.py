@@ -10,8 +10,8 @@ round, so the sum of a few dozen rounds is negative by chance every now and then
 debt together (E. S. Page's cumulative sum, Biometrika 41, 1954).
 
 Kinds with about as many sequences (1, 2, 3 to 4, 5 to 8, …) share a balance, since few rounds are of exactly the same
-kind while requests come and go. Rounds that have given up a thread to other processes are kinds of their own. Rounds
-that only copy have a balance of their own, or a draft that does not pay would end copies too, which cost little.
+kind while requests come and go. Rounds with fewer threads, since other processes use the rest, have balances of their
+own, and so have rounds that only copy: a draft that does not pay would end copies too, which cost little.
 
 Times are those of whole rounds, with planning, drafting and verification; not with what follows the end of a request,
 which comes more often in a plain round, since the last token has no proposal. Only what a draft takes to read a
