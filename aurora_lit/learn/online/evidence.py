@@ -19,6 +19,9 @@ MAX_CHANGE = 0.3
 """A request counts with at most so many tokens a round, either way: a bet needs a bound."""
 _BETS = (0.4, 0.8)
 """Shares of the wealth that the largest change could win or lose; half of the stake is bet at each."""
+_MOST_LOG_WEALTH = 50.0
+"""What a bet wins beyond it is given away, which leaves the e-value valid. A draft that passes and cannot be published,
+as the disk is full, goes on winning."""
 
 
 class Evidence:
@@ -43,7 +46,7 @@ class Evidence:
         for change in changes:
             bounded = max(-MAX_CHANGE, min(MAX_CHANGE, change))
             self._log_wealth = [
-                log_wealth + math.log1p(bet * bounded / MAX_CHANGE)
+                min(_MOST_LOG_WEALTH, log_wealth + math.log1p(bet * bounded / MAX_CHANGE))
                 for log_wealth, bet in zip(self._log_wealth, _BETS, strict=True)
             ]
 

@@ -91,6 +91,15 @@ def test_evidence_without_end_passes_equal_drafts_with_its_probability_at_most()
     assert 0.15 < passed / 300 < 0.28
 
 
+def test_evidence_stays_finite_where_what_passes_cannot_be_published() -> None:
+    """A full disk: the champion stays, so the evidence is not cleared, and every further trial adds to it."""
+    evidence = Evidence()
+    evidence.add([0.3] * 3000)
+    assert 1e20 < evidence.value < 1e30
+    evidence.add([-0.3] * 120)
+    assert evidence.value < 1
+
+
 def test_a_draft_that_is_five_per_cent_better_passes_within_a_few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [(6, NOISE, 6, 0.6), (12, NOISE, 4, 0.75), (30, NOISE, 1, 0.4), (30, NOISE, 3, 0.7), (12, 0.1, 1, 0.7)]
     for requests, noise, within, least in cases:
