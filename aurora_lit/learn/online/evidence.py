@@ -50,6 +50,11 @@ class Evidence:
                 for log_wealth, bet in zip(self._log_wealth, _BETS, strict=True)
             ]
 
+    def forget_losses(self) -> None:
+        """Begin again if more speaks against the challengers until now than for them."""
+        if self.value < 1:
+            self.clear()
+
     def clear(self) -> None:
         """Begin again, with another champion or another lineage of challengers."""
         self._log_wealth = [0.0] * len(_BETS)

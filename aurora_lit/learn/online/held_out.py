@@ -2,8 +2,8 @@
 
 The newest requests wait for a trial before they are learned from (test-then-train), so that evidence costs no traffic.
 A few of those that have waited are never learned from, as a sample of the domains of the past. Evidence adds up within
-a lineage of challengers, which ends when the champion changes or learning restarts. Leaves out scores and the decision
-(learn/online/gate.py).
+a lineage of challengers, which ends when the champion changes, learning restarts, or traffic is new and more speaks
+against the lineage than for it (learn/online/intake.py). Leaves out scores and the decision (learn/online/gate.py).
 
     held_out.add(trace)
     for trace in held_out.release(16): ...      # of requests that have waited; they are learned from now

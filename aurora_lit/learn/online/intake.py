@@ -46,6 +46,8 @@ class TraceIntake:
         """
         self._controller, self._batcher, self._held_out = controller, batcher, held_out
         controller.on_merge = self._rename_domain
+        # Or challengers would first have to make up for what steady traffic has cost those before them.
+        controller.on_raised_heat = held_out.evidence.forget_losses
         self._num_waiting, self._max_repeated_share = num_waiting, max_repeated_share
         self._num_added = 0
         self._released: dict[str, None] = {}

@@ -56,6 +56,8 @@ class DomainController:
         self._max_labels = max_labels
         self.on_merge: Callable[[str, str], None] = lambda removed, kept: None
         """Called when a domain went into another one: what has its name has that one's from now on."""
+        self.on_raised_heat: Callable[[], None] = lambda: None
+        """Called when a domain was founded or traffic has shifted."""
         self.num_labels_dropped = 0
         """Traces whose label was not kept, since this object was made."""
         self._explore_shares = explore_shares
@@ -164,3 +166,4 @@ class DomainController:
     def _raise_heat(self, domain: str, novelty: float) -> None:
         for schedule in self._schedules:
             schedule.raise_heat(domain, novelty)
+        self.on_raised_heat()

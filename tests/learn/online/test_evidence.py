@@ -29,7 +29,7 @@ class Trials:
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, *, requests: int = 12, noise: float = NOISE, heat: float = 0.0
     ) -> None:
-        self._heat = heat
+        self.heat = heat
         self._random, self._requests, self._num_requests, self._noise = random.Random(0), requests, 0, noise
         self._noises: dict[str, float] = {}
         self.held_out = HeldOut(seed=0)
@@ -52,7 +52,7 @@ class Trials:
             self.held_out.add(trace)
         self.held_out.release(32)
         drafts: Any = {"champion": None, "challenger": lead}
-        decision = compare_drafts(self.held_out, batch_positions=1024, heat=self._heat, **drafts)
+        decision = compare_drafts(self.held_out, batch_positions=1024, heat=self.heat, **drafts)
         assert decision is not None
         return decision
 
@@ -126,6 +126,27 @@ def test_the_more_is_left_to_learn_the_sooner_a_better_draft_passes_and_a_worse_
     assert passed_at_once(0.0, 0.5) < 0.3
     assert passed_at_once(0.0, 1.0) < 0.55, "it must be ahead"
     assert passed_at_once(-0.1 * CHAMPION, 1.0) < 0.02
+
+
+def test_what_steady_traffic_has_cost_does_not_delay_drafts_for_new_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of equal drafts at heat 0, a shift after some of them, then better ones, or equal ones, at heat 1 or 0."""
+
+    def passed_after_a_shift(lead: float, heat: float, *, within: int) -> float:
+        trials, found = Trials(monkeypatch, noise=0.2), 0
+        for number in range(180):
+            trials.heat = 0.0
+            trials.held_out.clear_champion_scores()
+            for _ in range(number % 12):
+                if trials.hold(0.0).passed:
+                    trials.held_out.clear_champion_scores()
+            trials.held_out.evidence.forget_losses()
+            trials.heat = heat
+            found += any(trials.hold(lead).passed for _ in range(within))
+        return found / 180
+
+    assert passed_after_a_shift(0.05 * CHAMPION, 1.0, within=1) > 0.8
+    assert passed_after_a_shift(0.0, 1.0, within=1) < 0.55, "it must be ahead"
+    assert passed_after_a_shift(0.0, 0.0, within=12) < 0.3
 
 
 def test_worse_drafts_do_not_creep_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,3 +97,21 @@ def test_requests_wait_before_they_are_learned_from_and_at_the_start_every_secon
     assert [len(request.traces) for request in held_out.newest] == [1, 1, 1, 2]
     controller.on_merge("auto-1", "auto-2")
     assert renamed == [("auto-1", "auto-2")]
+
+
+def test_what_speaks_against_challengers_is_forgotten_when_traffic_is_new(traffic: list[Trace]) -> None:
+    """And not what speaks for them: the next one may well be as good."""
+    batches: Any = SimpleNamespace(add=lambda trace: None)
+    held_out, number = HeldOut(seed=0), itertools.count()
+    intake = TraceIntake(make_controller(), batches, held_out, num_waiting=4, max_repeated_share=1.0)
+
+    def evidence_after(domain: str, changes: list[float]) -> float:
+        held_out.evidence.clear()
+        held_out.evidence.add(changes)
+        intake.add(replace(traffic[0], request_id=f"r{next(number)}", domain=domain))
+        return held_out.evidence.value
+
+    assert evidence_after("chat", [-0.2] * 3) == 1.0
+    assert evidence_after("chat", [-0.2] * 3) < 0.5, "nothing is new"
+    assert evidence_after("code", [-0.2] * 3) == 1.0
+    assert evidence_after("mails", [0.2] * 3) > 2.0

@@ -50,13 +50,15 @@ def test_a_trace_gets_the_detectors_domain_and_a_new_domain_raises_the_rate() ->
             decay_tokens=50.0,
         )
     )
-    prompts = PromptMaker()
+    prompts, raised = PromptMaker(), list[int]()
+    controller.on_raised_heat = lambda: raised.append(controller.num_shifts)
     for n in range(100):
         trace = controller.assign_domain(prompts.trace(("code", "chat")[n % 2], label="auto-99"))
         controller.record_batch(FakeBatch((trace.domain, 40, True)))  # type: ignore[arg-type]
         calm_rate = step()
     assert trace.domain not in ("", "auto-99")
     assert calm_rate < 0.25
+    assert set(raised) == {0}, "domains were founded"
     rates = []
     for _ in range(20):
         trace = controller.assign_domain(prompts.trace("prose"))
@@ -65,6 +67,7 @@ def test_a_trace_gets_the_detectors_domain_and_a_new_domain_raises_the_rate() ->
     assert max(rates) > 0.6
     assert controller.last_shift is not None
     assert (controller.num_shifts, controller.last_shift.domain) == (1, trace.domain)
+    assert raised.count(1) == 1, "once for the shift"
     assert trace.domain in controller.describe()
 
 
