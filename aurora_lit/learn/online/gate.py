@@ -52,6 +52,8 @@ TRIAL_POSITIONS = 1024
 _MAX_ROOTS, _MAX_SAMPLED_ROOTS = 32, 16
 """Positions of a segment from which the draft continues; of a longer one only every second, third, … does. Those of a
 sampled request take more time, and vary less."""
+_ROUNDING_VARIANCE = 1 / _MAX_ROOTS**2 / 12
+"""Of a score that is a multiple of 1 / _MAX_ROOTS."""
 _LEAST_PROBABILITY = 0.01
 """Proposals that are reached with a smaller probability are not counted."""
 
@@ -122,13 +124,17 @@ def decide(
 
 
 def _compare(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """Means of champion and challenger, and their difference in standard errors (0 if there is only one pair)."""
+    """Means of champion and challenger, and their difference in standard errors (0 if there is only one pair).
+
+    A standard error is at least that of rounding. Scores of greedy requests are multiples of 1 / _MAX_ROOTS at best, so
+    two requests often change by exactly as much, which tells nothing about how much others would.
+    """
     count = len(pairs)
     before, after = (sum(side) / count for side in zip(*pairs, strict=True))
     if count < 2:
         return before, after, 0.0
     variance = sum((b - a - (after - before)) ** 2 for a, b in pairs) / (count - 1)
-    return before, after, (after - before) / max(math.sqrt(variance / count), 1e-9)
+    return before, after, (after - before) / math.sqrt(max(variance, _ROUNDING_VARIANCE) / count)
 
 
 def compare_drafts(

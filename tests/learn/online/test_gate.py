@@ -253,6 +253,26 @@ def test_equal_drafts_are_rarely_refused_for_a_domain_however_many_domains_there
     assert refused(-1.0, requests=12) > 0.95
 
 
+def test_two_requests_that_happen_to_lose_alike_refuse_no_draft() -> None:
+    """Scores of greedy requests are multiples of a 32nd, so their changes are often equal: a variance of 0."""
+    chance = torch.Generator().manual_seed(0)
+    better = [(2.0, 2.4 + i / 50) for i in range(12)]
+
+    def refused(shift: float, *, noise: float, requests: int) -> float:
+        changes = ((shift + noise * torch.randn(1000, 6, requests, generator=chance)) * 32).round() / 32
+        decisions = [
+            decide(better, {str(i): [(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)}, evidence=9.0)
+            for table in changes.tolist()
+        ]
+        return sum(not decision.passed for decision in decisions) / 1000
+
+    for noise in (0.05, 0.1, 0.25):
+        for requests in (2, 3, 4):
+            assert refused(0.0, noise=noise, requests=requests) < 0.09, (noise, requests)
+    assert refused(-0.2, noise=0.1, requests=4) > 0.9
+    assert refused(-1.0, noise=0.0, requests=2) > 0.9, "what is lost alike and is much counts"
+
+
 def test_traces_longer_than_the_drafts_rotary_table_are_scored_as_with_a_longer_one(
     target: Target, served: list[Trace]
 ) -> None:
