@@ -86,7 +86,7 @@ class LearnerStatus:
     activity: str = text(128)
     """Current activity, as text."""
     error: str = text(1024)
-    """Why the last learner ended, unless it left regularly."""
+    """Why the last learner ended, unless it left regularly; what fails at present, such as saving on a full disk."""
 
     @property
     def heartbeat_age_s(self) -> float:

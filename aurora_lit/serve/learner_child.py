@@ -70,7 +70,7 @@ class LearnerChild:
             wait_s = RESTART_AFTER_S[faults - 1]
             _log.warning("the learner ended (%s); it restarts in %.0f s, serving continues", _cause(code), wait_s)
             status = self._page.read()
-            self._page.write(restarts=status.restarts + 1, error=status.error or _cause(code))
+            self._page.write(restarts=status.restarts + 1, error=_with_cause(status.error, code))
             self._is_ending.wait(wait_s)
 
     def _run_once(self) -> int:
@@ -94,3 +94,10 @@ class LearnerChild:
 
 def _cause(code: int) -> str:
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _with_cause(error: str, code: int) -> str:
+    """What the learner told, and why it ended, unless that is what it told: it tells faults, but not what killed it."""
+    if not error:
+        return _cause(code)
+    return error if code >= 0 or _cause(code) in error else f"{_cause(code)}; {error}"

@@ -207,6 +207,21 @@ def test_a_learner_that_exits_cleanly_is_not_restarted_and_one_that_fails_is_res
     child.end()
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [("", "killed by signal 9"), ("the state could not be saved", "killed by signal 9; the state could not be saved")],
+)
+def test_what_killed_a_learner_is_told_whatever_it_had_told_itself(error, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
+    page = LearnerStatusPage.create(tmp_path / "page")
+    page.write(error=error)
+    child = learner_child.LearnerChild(["sh", "-c", "kill -9 $$"], page)
+    child.start()
+    child._thread.join(20)
+    assert (page.read().restarts, page.read().error) == (2, told), "once"
+    child.end()
+
+
 def test_faults_of_a_learner_that_had_run_for_long_do_not_add_up(tmp_path, monkeypatch):
     monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
     monkeypatch.setattr(learner_child, "_SETTLED_S", 0.0)

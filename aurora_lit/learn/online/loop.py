@@ -109,6 +109,8 @@ class OnlineLoop:
         self._lost_steps = max(0, before.steps - learner.steps)
         self._lost_positions = max(0, before.positions - learner.positions)
         """Of a learner that was killed: what it had not saved."""
+        self._failures: dict[str, str] = {}
+        """What fails at present, told on the status page, by operation."""
         self._skip_reasons: set[str] = set()
         self.records, self.skipped, self.batcher.num_stale = before.records, before.skipped, before.stale
         self.published, self.refused_by_gate = before.published, before.gate_refused
@@ -221,9 +223,10 @@ class OnlineLoop:
         if (detector := self.learner.controller.detector) is None:
             return
         try:
-            self._centroid_publisher.publish_when_due(detector)
+            if self._centroid_publisher.publish_when_due(detector):
+                self._tell("publishing domains", "")
         except OSError as error:  # a full disk: learning continues, and requests are assigned by the file before
-            self._environment.page.write(error=f"the domains could not be published: {error}")
+            self._tell("publishing domains", f"the domains could not be published: {error}")
 
     # -- budget ----------------------------------------------------------------------------------------------------
 
@@ -259,6 +262,7 @@ class OnlineLoop:
         try:
             current = self._environment.store.current()
             if current == self._current_version:
+                self._tell("loading a version", "")
                 if self._learns_from_later():  # published, and rolled back before this loop has looked
                     self.held_out.evidence.clear()
                     self._passed_version = None
@@ -269,8 +273,9 @@ class OnlineLoop:
             self._load_champion(current)
         except CheckpointError as error:  # damaged, or deleted in this moment
             self._refused = (current, now_s + _RETRY_S)
-            self._environment.page.write(error=f"learning goes on beside the draft before: {error}")
+            self._tell("loading a version", f"learning goes on beside the draft before: {error}")
             return
+        self._tell("loading a version", "")
         if self._learns_from_later():
             self._restart_from_champion()
 
@@ -334,8 +339,9 @@ class OnlineLoop:
                         module.draft, record=record | decision.record
                     )
                 self.published, self._passed_version = self.published + 1, self.learner.version
+                self._tell("publishing a draft", "")
             except (OSError, CheckpointError) as error:  # a full disk: learning continues; the next trial tries again
-                self._environment.page.write(error=f"a draft could not be published: {error}")
+                self._tell("publishing a draft", f"a draft could not be published: {error}")
         self.refused_by_gate += decision.refused
         if (decision.passed or decision.refused) and self.learner.apply_gate_decision(
             passed=decision.passed, champion=self._champion.draft, version=self._current_version or STARTING_VERSION
@@ -362,8 +368,15 @@ class OnlineLoop:
         try:
             with self._saving_limit.measured():
                 self.learner.save()
+            self._tell("saving", "")
         except OSError as error:
-            self._environment.page.write(error=f"the learner's state could not be saved: {error}")
+            self._tell("saving", f"the learner's state could not be saved: {error}")
+
+    def _tell(self, operation: str, failure: str) -> None:
+        """Tell why an operation failed, until it succeeds: "" then."""
+        if failure != self._failures.get(operation, ""):
+            self._failures[operation] = failure
+            self._environment.page.write(error="; ".join(filter(None, self._failures.values())))
 
     def _report_when_due(self) -> None:
         """While nothing is done: what changes is told at once."""
@@ -376,7 +389,7 @@ class OnlineLoop:
     def _report(self) -> None:
         self._last_report_s, self._told_activity = self._environment.monotonic_s(), self._activity
         if error := self.learner.take_logging_error():
-            self._environment.page.write(error=error)
+            self._tell("logging", error)
         learner, decision, controller = self.learner, self.decision, self.learner.controller
         shift = controller.last_shift
         self._environment.page.write(

@@ -463,14 +463,19 @@ def test_a_full_disk_is_reported_and_learning_continues(
     def full(*_: Any, **__: Any) -> str:
         raise error
 
-    monkeypatch.setattr(harness.store, "publish", full)
     harness.held_out.champion_score = 0.0
     harness.ring.records.extend(asked_again(traffic, 4))
-    for failure in ("draft could not be published", "state could not be saved"):
-        harness.tick_until(lambda: failure in harness.page.read().error)  # noqa: B023
-    steps = harness.learner.steps
-    harness.tick_until(lambda: harness.learner.steps > steps)
-    assert (harness.loop.published, harness.learner.version) == (0, STARTING_VERSION)
+    failures = ("draft could not be published", "state could not be saved")
+    with monkeypatch.context() as patched:
+        patched.setattr(harness.store, "publish", full)
+        harness.tick_until(lambda: all(failure in harness.page.read().error for failure in failures))
+        steps = harness.learner.steps
+        harness.tick_until(lambda: harness.learner.steps > steps)
+        assert (harness.loop.published, harness.learner.version) == (0, STARTING_VERSION)
+    (tmp_path / "learner.tmp").rmdir()
+    harness.tick_until(lambda: failures[1] not in harness.page.read().error)
+    harness.tick_until(lambda: harness.page.read().error == "", max_ticks=100)
+    assert harness.loop.published == 1, "what failed once is not told for ever"
 
 
 def test_metrics_that_cannot_be_written_are_reported_and_learning_continues(
@@ -512,6 +517,9 @@ def test_beside_a_version_that_cannot_be_loaded_learning_goes_on_from_the_one_be
     assert loaded == [damaged], "not in each turn"
     assert damaged in harness.page.read().error
     assert harness.loop._current_version == sound
+    harness.store.roll_back(bad=damaged, reason="test")
+    harness.loop._follow_versions()
+    assert harness.page.read().error == ""
     again = LearnerHarness(target, tmp_path)
     assert again.loop._current_version == sound, "a learner that is started then takes it too"
     (harness.store.folder / "CURRENT").write_text("nonsense")
@@ -581,6 +589,7 @@ def test_domains_are_published_beside_the_drafts_and_a_full_disk_is_reported(
         harness.tick_until(lambda: "domains could not be published" in harness.page.read().error)
     harness.loop._centroid_publisher._last_s = -float("inf")  # the pause after a failure is over
     harness.tick_until(path.exists)
+    assert harness.page.read().error == ""
     centroids, version = read_centroids(path, harness.target_head)
     assert (centroids.names, version) == (("chat",), 1), "the traffic's label"
 
