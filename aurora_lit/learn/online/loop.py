@@ -364,10 +364,11 @@ class OnlineLoop:
             self._save()
 
     def _save(self) -> None:
-        self._last_save_s, self._last_saved_steps = self._environment.monotonic_s(), self.learner.steps
+        self._last_save_s = self._environment.monotonic_s()
         try:
             with self._saving_limit.measured():
                 self.learner.save()
+            self._last_saved_steps = self.learner.steps
             self._tell("saving", "")
         except OSError as error:
             self._tell("saving", f"the learner's state could not be saved: {error}")

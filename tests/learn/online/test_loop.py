@@ -21,7 +21,7 @@ from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, read_centroids, writ
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import CheckpointError
 from aurora_lit.learn.online import gate, loop
-from aurora_lit.learn.online.budget import Budget, ServerLoad
+from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.centroids import Centroids
@@ -340,6 +340,24 @@ def test_saving_takes_a_small_share_of_the_time_that_learning_takes(
         harness.loop.tick()
     assert len(saved_at_s) >= 2
     assert all(later - earlier >= 0.3 / 0.03 for earlier, later in itertools.pairwise(saved_at_s))
+
+
+def test_a_save_that_failed_is_tried_again_though_no_step_was_taken_since(
+    target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = LearnerHarness(target, tmp_path, save_every_s=0.0, publish_every_s=3600.0)
+    harness.loop._saving_limit = ShareLimit(1.0)
+    harness.ring.records.extend(traffic[:10])
+    (tmp_path / "learner.tmp").mkdir()  # nothing can be written there
+    harness.tick_until(lambda: "state could not be saved" in harness.page.read().error)
+    monkeypatch.setattr(harness.loop, "_step", lambda: False)
+    (tmp_path / "learner.tmp").rmdir()
+    harness.loop.tick()
+    assert harness.learner.resume()
+    assert harness.page.read().error == ""
+    (tmp_path / "learner.safetensors").unlink()
+    harness.loop.tick()
+    assert not harness.learner.resume(), "once is enough"
 
 
 def test_trials_take_a_small_share_of_the_time_that_learning_takes(
