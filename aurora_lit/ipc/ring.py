@@ -72,14 +72,12 @@ class RingCounters:
     """Payloads larger than the whole ring, dropped."""
     torn: int
     """Records that were damaged and skipped."""
+    queued_records: int
+    """Records written and not read yet; one more for each time that the writer was killed while it wrote them. Not what
+    the counts above leave: a record that is overwritten while it is read may be in two of them."""
     queued_bytes: int
-    """Bytes written and not read yet, record headers included."""
+    """Their bytes, record headers included."""
     capacity_bytes: int
-
-    @property
-    def queued_records(self) -> int:
-        """Records written and not read yet; off by one if the reader or the writer was killed during a record."""
-        return max(0, self.pushed - self.popped - self.overwritten - self.torn)
 
 
 class _Ring:
@@ -116,15 +114,29 @@ class _Ring:
     def counters(self) -> RingCounters:
         """One reading; the numbers may be from slightly different moments."""
         words = self._words
+        queued_records, queued_bytes = self._queued()
         return RingCounters(
             pushed=words[_Word.PUSHED],
             popped=words[_Word.POPPED],
             overwritten=words[_Word.OVERWRITTEN],
             too_large=words[_Word.TOO_LARGE],
             torn=words[_Word.TORN],
-            queued_bytes=max(0, words[_Word.HEAD] - max(words[_Word.CURSOR], words[_Word.OLDEST])),
+            queued_records=queued_records,
+            queued_bytes=queued_bytes,
             capacity_bytes=self._capacity,
         )
+
+    def _queued(self) -> tuple[int, int]:
+        """Records and bytes written and not read yet, by the number of the first one."""
+        words = self._words
+        while True:
+            cursor, head = max(words[_Word.CURSOR], words[_Word.OLDEST]), words[_Word.HEAD]
+            if cursor >= head:
+                return 0, 0
+            number, size = self._word(cursor) // 2 - 1, head - cursor
+            if words[_Word.OLDEST] <= cursor:  # else it may be another record's number already
+                # A damaged one says anything.
+                return min(max(0, words[_Word.PUSHED] - number), size // _RECORD_BYTES), size
 
     @property
     def is_reserved(self) -> bool:

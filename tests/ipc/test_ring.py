@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -208,9 +209,12 @@ def test_a_damaged_record_is_skipped_and_counted(
     writer, reader = ring
     push(writer, 3)
     damage(path, place, data)
+    assert 0 <= reader.lag_records <= 8, "its lock word may say anything"
     assert drain(reader) == kept or (data == bytes(24) and drain(reader) == [])
     assert reader.counters.torn >= 1
+    assert reader.lag_records == 0
     push(writer, 2)
+    assert reader.lag_records == 2
     assert drain(reader) == [3, 4]
 
 
@@ -250,6 +254,48 @@ def test_a_record_that_is_written_over_while_it_is_read_is_not_returned(
     read = drain(reader)
     assert read == list(range(read[0], 40 + pushes))
     assert read[0] == writer.counters.overwritten
+    push(writer, 3)
+    assert reader.lag_records == 3
+
+
+def test_a_record_that_is_written_over_when_it_has_just_been_read_is_not_missing_among_those_that_wait(
+    ring: tuple[RingWriter, RingReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer counts it as overwritten, and the reader as read."""
+    writer, reader = ring
+    push(writer, 40)
+    checksum = zlib.crc32
+
+    def slow(data: bytes, seed: int) -> int:
+        monkeypatch.undo()
+        push(writer, 1)
+        return checksum(data, seed)
+
+    for _ in range(20):
+        push(writer, 1)
+        monkeypatch.setattr(zlib, "crc32", slow)
+        reader.pop()
+    counters = reader.counters
+    assert counters.popped + counters.overwritten + len(drain(reader)) > counters.pushed, "or nothing was counted twice"
+    push(writer, 4)
+    assert (reader.lag_records, read_counters(reader.path).queued_records) == (4, 4)
+
+
+def test_records_are_counted_as_waiting_while_they_are_written_over(
+    ring: tuple[RingWriter, RingReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = ring
+    push(writer, 60)
+    at_once = reader._word
+
+    def slow(offset: int) -> int:
+        monkeypatch.undo()
+        push(writer, 25)
+        return at_once(offset)
+
+    monkeypatch.setattr(reader, "_word", slow)
+    counted = reader.lag_records
+    assert counted == len(drain(reader)) > 10
 
 
 # -- death ---------------------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def test_a_few_large_traces_are_not_too_many() -> None:
     """Of a model of 8B one trace may fill an eighth of the ring."""
     none_read = {"popped": 0, "overwritten": 0, "too_large": 0, "torn": 0}
     for number, size, is_behind in ((1, 300, False), (7, 700, False), (8, 700, True), (8, 100, False)):
-        ring = RingCounters(pushed=number, queued_bytes=size, capacity_bytes=800, **none_read)
+        ring = RingCounters(pushed=number, queued_records=number, queued_bytes=size, capacity_bytes=800, **none_read)
         assert _is_behind(ring) == is_behind
 
 
