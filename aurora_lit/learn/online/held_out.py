@@ -42,6 +42,8 @@ class HeldOutRequest:
     """Of the last trial that scored the request, unless another segment has arrived."""
     was_tried: bool = False
     """True if a challenger's evidence contains it: it may not count again."""
+    draw: float = 0.0
+    """Drawn from [0, 1) when it is one of the older requests, of which the smallest draws are kept."""
 
     @property
     def num_bytes(self) -> int:
@@ -59,7 +61,9 @@ class HeldOut:
         self.evidence = Evidence()
         """What speaks for the present lineage of challengers."""
         self.old: dict[str, list[HeldOutRequest]] = {}
-        self._num_remembered: dict[str, int] = {}
+        """Of each domain, by ascending draw."""
+        self._least_dropped: dict[str, float] = {}
+        """The smallest draw of a domain that was not kept."""
         self._random = random.Random(seed)
         self._half_bytes = limit_bytes // 2
 
@@ -98,9 +102,11 @@ class HeldOut:
             # Or they would go to batches and the reservoir as traces of a domain that is gone.
             request.traces = [replace(t, domain=kept) if t.domain == removed else t for t in request.traces]
         if removed in self.old:
-            moved = self.old.pop(removed)
-            self.old[kept] = (self.old.get(kept, []) + moved)[:_OLD_REQUESTS]
-            self._num_remembered[kept] = self._num_remembered.get(kept, 0) + self._num_remembered.pop(removed)
+            dropped = [self._least_dropped.pop(domain, 1.0) for domain in (removed, kept)]
+            self._least_dropped[kept] = min(dropped)
+            both = [r for r in self.old.pop(removed) + self.old.get(kept, []) if r.draw < min(dropped)]
+            self.old[kept] = sorted(both, key=lambda request: request.draw)
+            self._drop_beyond(_OLD_REQUESTS)
 
     @property
     def untried(self) -> list[HeldOutRequest]:
@@ -126,24 +132,33 @@ class HeldOut:
             yield from requests
 
     def _remember(self, request: HeldOutRequest) -> None:
-        """Move a request to the older ones: reservoir sampling (Vitter's algorithm R) within its domain."""
+        """Move a request to the older ones: a uniform sample of all that its domain had, by the smallest draws.
+
+        Where requests differ in size, a reservoir that adds whatever still fits prefers small ones and recent ones.
+        """
         domain = request.domain if request.domain in self.old or len(self.old) < MAX_DOMAINS else ""
+        request.draw = self._random.random()
+        if request.draw >= self._least_dropped.get(domain, 1.0):
+            return
         kept = self.old.setdefault(domain, [])
-        self._num_remembered[domain] = self._num_remembered.get(domain, 0) + 1
-        size = max(1, min(_OLD_REQUESTS, _MAX_OLD_REQUESTS // len(self.old)))
-        for requests in self.old.values():
-            del requests[size:]
-        has_room = len(kept) < size and self._num_old_bytes() + request.num_bytes <= self._half_bytes
-        if not kept or has_room:
-            kept.append(request)
-        elif (index := self._random.randrange(self._num_remembered[domain])) < len(kept):
-            kept[index] = request
+        kept.append(request)
+        kept.sort(key=lambda request: request.draw)
+        self._drop_beyond(max(1, min(_OLD_REQUESTS, _MAX_OLD_REQUESTS // len(self.old))))
         while self._num_old_bytes() > self._half_bytes:
-            several = [requests for requests in self.old.values() if len(requests) > 1]
+            several = [name for name, requests in self.old.items() if len(requests) > 1]
             if not several:
                 break
-            largest = max(several, key=lambda requests: sum(each.num_bytes for each in requests))
-            del largest[self._random.randrange(len(largest))]
+            self._drop_last(max(several, key=lambda name: sum(each.num_bytes for each in self.old[name])))
+
+    def _drop_beyond(self, size: int) -> None:
+        """Keep `size` requests of each domain at most."""
+        for domain, requests in self.old.items():
+            while len(requests) > size:
+                self._drop_last(domain)
+
+    def _drop_last(self, domain: str) -> None:
+        """From now on no request of the domain with a larger draw than this one's is kept."""
+        self._least_dropped[domain] = self.old[domain].pop().draw
 
     def _num_old_bytes(self) -> int:
         return sum(request.num_bytes for requests in self.old.values() for request in requests)

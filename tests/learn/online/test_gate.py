@@ -161,8 +161,25 @@ def test_requests_of_a_domain_that_went_into_another_are_of_that(served: list[Tr
     held_out.rename_domain("b", "d")
     assert {domain: len(requests) for domain, requests in held_out.old.items()} == {"c": 2, "d": 4}
     assert [request.domain for request in held_out.newest] == ["d", "d", "c"]
-    assert held_out._num_remembered == {"c": 2, "d": 4}
     assert {trace.domain for request in held_out for trace in request.traces} == {"c", "d"}, "released as such"
+
+
+def test_requests_of_merged_domains_are_kept_as_if_they_had_been_of_one(
+    served: list[Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the frequent one's 96, not as many as of the rare one's 12."""
+    monkeypatch.setattr(held_out_module, "_KEPT_EVERY", 1)
+    rare = total = 0
+    for seed in range(40):
+        held_out = HeldOut(seed=seed)
+        for i in range(108):
+            held_out.add(replace(served[0], request_id=str(i), domain="rare" if i % 9 == 0 else "frequent"))
+            held_out.release(0)
+        held_out.rename_domain("rare", "frequent")
+        total += len(held_out.old["frequent"])
+        rare += sum(int(request.request_id) % 9 == 0 for request in held_out.old["frequent"])
+    assert total > 10 * 40
+    assert 0.07 < rare / total < 0.16, "a ninth"
 
 
 def test_older_requests_are_kept_by_domain_within_bounds(served: list[Trace], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +211,24 @@ def test_large_requests_wait_less_long_and_fewer_older_ones_are_kept(
         held_out.add(replace(served[0], request_id=str(i), domain="busy", first_position=8))
         held_out.release(16)
     assert len(held_out.newest) == 8, "a trial needs six"
+
+
+def test_older_requests_are_a_sample_of_all_times_and_sizes_also_where_memory_is_full(
+    served: list[Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_out_module, "_KEPT_EVERY", 1)
+    size = HeldOutRequest(request_id="", domain="", traces=[served[0]]).num_bytes
+    kept: list[HeldOutRequest] = []
+    for seed in range(40):
+        held_out = HeldOut(seed=seed, limit_bytes=2 * (16 * size))
+        for i in range(400):
+            for place in range(1 if i % 2 else 4):  # large ones and small ones in turn: 6.4 fit on average
+                held_out.add(replace(served[0], request_id=str(i), domain="d", first_position=place))
+            held_out.release(0)
+        kept += held_out.old["d"]
+    assert 5 * 40 < len(kept) < 8 * 40
+    assert 0.4 < sum(int(request.request_id) >= 200 for request in kept) / len(kept) < 0.6
+    assert 0.35 < sum(len(request.traces) == 4 for request in kept) / len(kept) < 0.6
 
 
 def test_requests_that_have_waited_are_learned_from_but_for_a_few(served: list[Trace]) -> None:
