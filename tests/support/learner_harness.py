@@ -60,6 +60,7 @@ class LearnerHarness:
     """A loop with a ring that the test fills, a real store and status page, and a budget without limit.
 
     Trials have no limit either, unless `limits_trials`. `told_before`: what the learner before has written to the page.
+    `resumes`: it continues from the state that a learner has saved in the folder.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class LearnerHarness:
         controller: DomainController | None = None,
         limits_trials: bool = False,
         told_before: Mapping[str, int] | None = None,
+        resumes: bool = False,
         **settings: Any,
     ) -> None:
         config = LearnSettings(
@@ -100,6 +102,7 @@ class LearnerHarness:
             target_head=self.target_head,
             version=STARTING_VERSION,
         )
+        assert not resumes or self.learner.resume()
         self.load = ServerLoad.SPARE
         self.sleeps_s: list[float] = []
         self.environment = LearnerEnvironment(

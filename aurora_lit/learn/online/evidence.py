@@ -55,6 +55,14 @@ class Evidence:
         if self.value < 1:
             self.clear()
 
+    def state_dict(self) -> list[float]:
+        """The logarithm of what each bet has made of its stake."""
+        return list(self._log_wealth)
+
+    def load_state_dict(self, state: list[float]) -> None:
+        """Continue from what `state_dict` returned."""
+        self._log_wealth = list(state)
+
     def clear(self) -> None:
         """Begin again, with another champion or another lineage of challengers."""
         self._log_wealth = [0.0] * len(_BETS)

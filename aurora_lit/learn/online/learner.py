@@ -88,6 +88,8 @@ class Learner:
         """Positions trained on, replay included."""
         self._num_refused = 0
         """Refusals by the gate since a draft passed or learning restarted."""
+        self.lineage: dict[str, Any] = {}
+        """What whoever holds the trials knows of them, as plain data: saved with the state, empty after a restart."""
         self.num_nonfinite = 0
         """Batches since this object was made that were skipped because loss or gradient was not finite."""
         self._before_step = before_step
@@ -188,7 +190,7 @@ class Learner:
         self.draft.load_state_dict(draft.state_dict())
         self._target_head.install_head(self.module.module)
         self.version = version
-        self._num_refused = 0
+        self._num_refused, self.lineage = 0, {}
         self.num_weight_changes += 1
         self._average = self._new_average()
         self._new_optimizers()
@@ -217,6 +219,8 @@ class Learner:
             "version": self.version,
             "steps": self.steps,
             "positions": self.positions,
+            "refused": self._num_refused,
+            "lineage": self.lineage,
             "origin": self._origin,
             "starting": self._starting_digest,
         }
@@ -229,6 +233,8 @@ class Learner:
         for schedule, of_schedule in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(of_schedule)
         self.version, self.steps, self.positions = state["version"], state["steps"], state["positions"]
+        # An older state does not say.
+        self._num_refused, self.lineage = state.get("refused", 0), state.get("lineage", {})
         self.num_weight_changes += 1
 
     def _mismatch(self, state: dict[str, Any]) -> str:

@@ -139,6 +139,8 @@ class OnlineLoop:
         self._trial_limit, self._saving_limit = ShareLimit(_TRIAL_SHARE), ShareLimit(_SAVING_SHARE)
         self._reading_limit = ShareLimit(_READING_SHARE)
         self._load_champion(newest_usable(environment.store, environment.served_draft)[0])
+        if learner.lineage and learner.lineage["champion"] == self._current_version:
+            held_out.evidence.load_state_dict(learner.lineage["evidence"])
 
     def stop(self) -> None:
         """Stop after the current turn, or in the middle of a trial; safe in a signal handler."""
@@ -365,6 +367,7 @@ class OnlineLoop:
 
     def _save(self) -> None:
         self._last_save_s = self._environment.monotonic_s()
+        self.learner.lineage = {"champion": self._current_version, "evidence": self.held_out.evidence.state_dict()}
         try:
             with self._saving_limit.measured():
                 self.learner.save()

@@ -16,7 +16,8 @@ from aurora_lit.drafts.initial import initial_draft
 from aurora_lit.learn.data.labelled_trace import first_trained_position, label_traces
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.online.learner import STARTING_VERSION, Learner, weights_digest
+from aurora_lit.learn.data.training_state import write_state
+from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION, Learner, weights_digest
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.detector import DomainDetector
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
@@ -131,6 +132,30 @@ def test_a_resumed_learner_continues_as_if_it_had_not_stopped(
     (tmp_path / "state").write_bytes(whole)
     other = online_module(target, random_draft(target, intermediate_size=96))
     assert not Learner(other, make_controller(), tmp_path / "state", target_head=target_head, version="start").resume()
+
+
+def test_a_resumed_learner_goes_on_counting_refusals(target: Target, tmp_path: Path) -> None:
+    draft = random_draft(target)
+
+    def a_learner() -> Learner:
+        module = online_module(target, copy.deepcopy(draft))
+        return Learner(module, make_controller(), tmp_path / "state", target_head=TargetHead(target), version="start")
+
+    def refused(learner: Learner) -> bool:
+        return learner.apply_gate_decision(passed=False, champion=draft, version="start")
+
+    first = a_learner()
+    assert not any(refused(first) for _ in range(PATIENCE_TRIALS - 1))
+    first.save()
+    again = a_learner()
+    assert again.resume()
+    assert refused(again), "learning restarts"
+    state = first.state_dict()
+    del state["refused"], state["lineage"]
+    write_state(tmp_path / "state", state)
+    earlier = a_learner()
+    assert earlier.resume(), "a state of an earlier version"
+    assert not refused(earlier)
 
 
 def test_a_state_of_another_starting_draft_is_not_used(target: Target, tmp_path: Path) -> None:

@@ -430,6 +430,23 @@ def test_after_repeated_refusals_the_learner_restarts_from_the_served_draft_at_h
     assert not is_unchanged(), "learning continues from a draft that passed"
 
 
+def test_evidence_goes_on_after_a_restart_while_the_same_draft_is_served(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    """Or an equal draft would pass sooner or later, a chance for each restart."""
+    first = LearnerHarness(target, tmp_path, publish_every_s=3600.0)
+    first.ring.records.extend(traffic[:10])
+    first.tick_until(lambda: first.learner.steps >= 1)
+    first.held_out.evidence.add([-0.2] * 6)
+    first.loop.stop()
+    first.loop.run()
+    again = LearnerHarness(target, tmp_path, resumes=True)
+    assert again.held_out.evidence.value == first.held_out.evidence.value < 0.2
+    first.store.publish(first.starting, record={})
+    other = LearnerHarness(target, tmp_path, resumes=True)
+    assert other.held_out.evidence.value == 1.0, "it was against another draft"
+
+
 def test_the_status_page_shows_the_busy_threads_only_while_learning_computes(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
