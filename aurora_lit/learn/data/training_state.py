@@ -11,6 +11,7 @@ Tuples are read back as lists. Leaves out what a state holds (learn/online/learn
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 """Names of dtypes in safetensors."""
+_log = logging.getLogger(__name__)
 
 
 def to_bytes(state: dict[str, Any]) -> bytes:
@@ -71,11 +73,14 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """The state last written, on the CPU; None if there is none that can be read."""
+    """The state last written, on the CPU; None if there is none, or, with a warning, if it cannot be read."""
     _unfinished(path).unlink(missing_ok=True)  # left by a process that was killed while it wrote
     try:
         return from_bytes(path.read_bytes())
-    except (OSError, ValueError):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        _log.warning("the state in %s is not used: %s", path, error)
         return None
 
 

@@ -201,7 +201,10 @@ class Learner:
             write_state(self.state_path, self.state_dict())
 
     def resume(self) -> bool:
-        """Load the saved state; False, and nothing changes, if there is none or it is not of this draft."""
+        """Load the saved state; False, and nothing changes, if there is none.
+
+        The same, with a warning, if it cannot be read or is not of this draft; the next `save` replaces it.
+        """
         state = read_state(self.state_path)
         if state is None:
             return False

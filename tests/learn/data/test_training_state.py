@@ -49,14 +49,19 @@ def test_a_state_comes_back_with_its_types_keys_and_order(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
 
-def test_what_is_not_a_whole_state_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_a_whole_state_is_refused_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole, path = to_bytes(a_state()), tmp_path / "state"
     for data in (b"", b"no state", whole[:7], whole[:60], whole[: len(whole) // 2], whole[:-1], pickle.dumps(1)):
         with pytest.raises(ValueError, match="not the state of a training"):
             from_bytes(data)
         path.write_bytes(data)
         assert read_state(path) is None
+    caplog.clear()
     assert read_state(tmp_path / "missing") is None
+    assert not caplog.text
+    (tmp_path / "unreadable").mkdir()
+    assert read_state(tmp_path / "unreadable") is None
+    assert "unreadable is not used: [Errno 21] Is a directory" in caplog.text
 
 
 def test_a_write_that_fails_leaves_the_last_state_and_one_that_was_killed_is_swept_up(tmp_path: Path) -> None:

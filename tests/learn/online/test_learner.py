@@ -95,7 +95,7 @@ def test_the_average_takes_positions_that_only_one_of_both_was_given(
 
 
 def test_a_resumed_learner_continues_as_if_it_had_not_stopped(
-    target: Target, traffic: list[Trace], tmp_path: Path
+    target: Target, traffic: list[Trace], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     target_head = TargetHead(target)
     batch = collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0)
@@ -107,6 +107,7 @@ def test_a_resumed_learner_continues_as_if_it_had_not_stopped(
 
     first = a_learner(0)
     assert not first.resume(), "there is nothing yet"
+    assert "is not used" not in caplog.text
     for trace in traffic[:6]:
         first.controller.assign_domain(trace)
     for _ in range(3):
@@ -128,7 +129,9 @@ def test_a_resumed_learner_continues_as_if_it_had_not_stopped(
 
     whole = (tmp_path / "state").read_bytes()
     (tmp_path / "state").write_bytes(whole[: len(whole) // 2])
+    caplog.clear()
     assert not a_learner(5).resume(), "a file cut short is no state"
+    assert f"the state in {tmp_path / 'state'} is not used: not the state of a training" in caplog.text
     (tmp_path / "state").write_bytes(whole)
     other = online_module(target, random_draft(target, intermediate_size=96))
     assert not Learner(other, make_controller(), tmp_path / "state", target_head=target_head, version="start").resume()
