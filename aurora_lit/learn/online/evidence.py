@@ -2,10 +2,13 @@
 
 A challenger is tried, learns on, and is tried again. With a t-test in each trial, equal drafts would pass in one of
 them sooner or later. An e-value bets instead: it starts at 1, and each request multiplies it by 1 + λ·x, where x is how
-far the challenger is ahead there. If no challenger is better than the champion on the request that comes next, the
-e-value is a nonnegative supermartingale, and the probability that it ever reaches 1/a is at most a (Ville's
-inequality), however often it is looked at and however the challenger changes in between. Each request may be bet on
-only once.
+far the challenger is ahead there, cut at ±MAX_CHANGE. If no challenger's cut change has a mean above 0 on the request
+that comes next, the e-value is a nonnegative supermartingale, and the probability that it ever reaches 1/a is at most a
+(Ville's inequality), however often it is looked at and however the challenger changes in between. Each request may be
+bet on only once.
+
+So the bound holds for equal drafts, whose changes are symmetric around 0, and not for all that are no better in the
+mean: a draft that gains a little on most requests and loses a token a round on a few may pass.
 
 Source: Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, arXiv 2010.09686.
 Leaves out which requests are bet on, and what else a draft needs to pass (learn/online/gate.py).
