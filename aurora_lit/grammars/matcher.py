@@ -21,6 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -32,6 +33,11 @@ from aurora_lit.request import StructuredOutputsParams
 
 _MOST_KEPT = 8
 """Compiled grammars that are kept for requests that ask for the same."""
+_MOST_BEGUN = 16
+"""Outputs that begin with one compiled grammar. They share a lexer, which keeps what it has computed, up to 1 MiB an
+output, and at a limit fails for all. Most grammars compile in 1 to 10 ms, and a first output's masks take as much."""
+_MOST_RENEWED = 2
+"""How often an output's grammar is compiled again before its proposals, which then reach the limits, are left out."""
 _IN_NO_TEXT = "\U0010fffd"
 """A character for private use, the last there is."""
 Mask = NDArray[np.uint8]
@@ -64,7 +70,7 @@ class Branch:
         self._matcher.rollback(1)
 
     def copy(self) -> Branch:
-        """The same place, from which to walk on."""
+        """The same place, from which to walk on. Both share a lexer, and fail where one of them reaches its limits."""
         return Branch(self._matcher.deep_copy(), vocab_size=self._vocab_size, end_tokens=self._end_tokens)
 
     def forced(self) -> list[int]:
@@ -84,32 +90,58 @@ class Branch:
 
 
 class Grammar:
-    """The place of one output in its grammar."""
+    """The place of one output in its grammar.
 
-    def __init__(self, start: Branch) -> None:
-        """At the beginning of the output. Raises RequestError if llguidance cannot go on."""
-        self._here = start
+    A limit of llguidance may have been reached by another output, which shares its lexer, or by a proposal. So the
+    grammar is then compiled again, for this output alone, and only what fails there too is an error.
+    """
+
+    def __init__(self, start: Branch, *, compile_again: Callable[[], Branch]) -> None:
+        """At the beginning of the output. `compile_again`: the beginning, with a lexer of its own.
+
+        Raises RequestError if llguidance cannot go on.
+        """
+        self._here, self._compile_again = start, compile_again
+        self._output: list[int] = []
+        self._num_renewed = 0
         self._look_ahead()
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Go on with tokens that were allowed. Raises RequestError if llguidance cannot go on."""
+        self._output += tokens
         for token in tokens:
             self._here.enter(token)
         after = self.forced[len(tokens) :]
         self._look_ahead(after if self.forced[: len(tokens)] == list(tokens) else [])
 
-    def branch(self) -> Branch:
-        """A copy to walk on, which leaves this one where it is."""
-        return self._here.copy()
+    def branch(self) -> Branch | None:
+        """A copy to walk on, which leaves this one where it is; None: walks have reached limits too often."""
+        return self._here.copy() if self._num_renewed < _MOST_RENEWED else None
 
     def _look_ahead(self, forced: list[int] | None = None) -> None:
         """`forced`: what is known to follow, since finding it out takes as long as it is long."""
-        allowed_W, self.forced = self._here.allowed(), forced or self._here.forced()
+        allowed_W = self._here.allowed()
+        if allowed_W is None:
+            self._here = self._compile_again()
+            self._num_renewed += 1
+            for token in self._output:
+                self._here.enter(token)
+            allowed_W = self._here.allowed()
         if allowed_W is None:
             reason = self._here.error or "no token of the vocabulary goes on with the output"
             raise RequestError(f"no answer can follow the grammar: {reason}", param="structured_outputs")
         self.allowed: Mask = allowed_W
         """The tokens that may follow."""
+        self.forced = forced or self._here.forced()
+
+
+@dataclass(eq=False)
+class _Compiled:
+    """A compiled grammar, for requests that ask for the same."""
+
+    asked: StructuredOutputsParams
+    start: LLMatcher
+    num_begun: int = 1
 
 
 class GrammarCompiler:
@@ -122,9 +154,11 @@ class GrammarCompiler:
         """
         self._tokenizer_json, self._vocab_size, self._eos = tokenizer_json, vocab_size, sorted(eos_token_ids)
         self._tokenizers: dict[bool, LLTokenizer] = {}
-        self._compiled: deque[tuple[StructuredOutputsParams, LLMatcher]] = deque(maxlen=_MOST_KEPT)
+        self._compiled: deque[_Compiled] = deque(maxlen=_MOST_KEPT)
         self._changing_compiled = threading.Lock()
         self._thread, self._beginning = grammar_thread(), grammar_thread()
+        self._compiling_again = grammar_thread()
+        """Waits for no other grammar, since a round waits for it."""
 
     def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
         """The beginning of an output that `end_tokens` may end. The future raises RequestError.
@@ -134,25 +168,39 @@ class GrammarCompiler:
         start = self._kept(asked)
         if start is None:
             return self._thread.submit(self._compile, asked, end_tokens)
-        return self._beginning.submit(self._begin, start, end_tokens)
+        return self._beginning.submit(self._begin, asked, start, end_tokens)
 
     def _compile(self, asked: StructuredOutputsParams, end_tokens: frozenset[int]) -> Grammar:
         start = self._kept(asked)  # perhaps since it was asked for
         if start is not None:
-            return self._begin(start, end_tokens)
+            return self._begin(asked, start, end_tokens)
         start = self._matcher(asked)
-        grammar = self._begin(start, end_tokens)  # one that cannot begin is not kept
+        grammar = self._begin(asked, start, end_tokens)  # one that cannot begin is not kept
         with self._changing_compiled:
-            self._compiled.append((asked, start))
+            self._compiled.append(_Compiled(asked, start))
         return grammar
 
     def _kept(self, asked: StructuredOutputsParams) -> LLMatcher | None:
         # Choices of one request have the same grammar, and so have most requests of one application.
         with self._changing_compiled:
-            return next((matcher for before, matcher in self._compiled if before == asked), None)
+            for kept in self._compiled:
+                if kept.asked == asked:
+                    kept.num_begun += 1
+                    if kept.num_begun == _MOST_BEGUN:
+                        self._compiled.remove(kept)
+                    return kept.start
+        return None
 
-    def _begin(self, start: LLMatcher, end_tokens: frozenset[int]) -> Grammar:
-        return Grammar(Branch(start.deep_copy(), vocab_size=self._vocab_size, end_tokens=end_tokens))
+    def _begin(self, asked: StructuredOutputsParams, start: LLMatcher, end_tokens: frozenset[int]) -> Grammar:
+        def compile_again() -> Branch:  # in a round, if an output has begun
+            with self._changing_compiled:  # whatever begins with it would fail too
+                for kept in [kept for kept in self._compiled if kept.start is start]:
+                    self._compiled.remove(kept)
+            matcher = self._compiling_again.submit(self._matcher, asked).result()
+            return Branch(matcher, vocab_size=self._vocab_size, end_tokens=end_tokens)
+
+        beginning = Branch(start.deep_copy(), vocab_size=self._vocab_size, end_tokens=end_tokens)
+        return Grammar(beginning, compile_again=compile_again)
 
     def _matcher(self, asked: StructuredOutputsParams) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer(named=False), grammar_of(asked), log_level=0)

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llguidance import LLMatcher, LLParserLimits
 from support.grammars import END, TOKENS, VOCAB_SIZE, allowed_after, backend, compiler
 
 from aurora_lit.errors import RequestError
+from aurora_lit.grammars import matcher as matcher_module
 from aurora_lit.grammars.matcher import Branch, Grammar, GrammarCompiler, Mask
 from aurora_lit.request import StructuredOutputsParams
 
@@ -39,6 +41,7 @@ def test_the_allowed_tokens_are_those_of_the_language_on_every_path(regex: str) 
         expected = allowed_after(LANGUAGES[regex], output)
         assert tokens_of(place.allowed) == expected, output
         branch = place.branch()
+        assert branch is not None
         for token in expected - {END}:
             branch.enter(token)
             assert tokens_of(branch.allowed()) >= allowed_after(LANGUAGES[regex], [*output, token])
@@ -164,3 +167,88 @@ def test_a_compiled_grammar_does_not_wait_for_one_that_is_being_compiled(monkeyp
     go.set()
     assert tokens_of(ready.result().allowed) == {TOKENS.index("b")}
     assert tokens_of(waiting.result().allowed) == {TOKENS.index("c")}
+
+
+A, B, C = (TOKENS.index(text) for text in "abc")
+HARD = "([abc]{0,9}a){1,9}0"
+"""What may follow is the harder to find out the more often "a" came."""
+MANY_STATES = "[ab]*a[ab]{6}0"
+"""The last letters are remembered, so that each output needs other states than another one."""
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> list[LLMatcher]:
+    """Lower llguidance's limits. Returns what is compiled from now on."""
+    made = list[LLMatcher]()
+
+    def make(*args: Any, **kwargs: Any) -> LLMatcher:
+        made.append(LLMatcher(*args, **kwargs, limits=LLParserLimits(**limits)))
+        return made[-1]
+
+    monkeypatch.setattr(matcher_module, "LLMatcher", make)
+    return made
+
+
+def begin(of_one: GrammarCompiler, regex: str) -> Grammar:
+    return of_one.compile(StructuredOutputsParams(regex=regex), end_tokens=frozenset([END])).result()
+
+
+def letters(number: int) -> list[int]:
+    """An output of MANY_STATES without its end."""
+    return [number >> bit & 1 for bit in range(8)] * 2
+
+
+def test_a_limit_that_a_proposal_reaches_cuts_that_proposal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = limited(monkeypatch, step_lexer_fuel=90)
+    place, beside, plain = begin(of_one := compiler(), HARD), begin(of_one, HARD), begin(compiler(), HARD)
+    num_walks = 0
+    for token in [B, C, B, C, C, B]:
+        branch = place.branch()
+        if branch is not None:
+            num_walks += 1
+            branch.enter(A)
+            branch.enter(A)
+            assert branch.allowed() is None
+        for each in (place, beside, plain):
+            each.advance([token])
+        assert tokens_of(place.allowed) == tokens_of(beside.allowed) == tokens_of(plain.allowed)
+        assert place.forced == plain.forced
+    assert num_walks == 2, "then proposals of this output are left alone, so that rounds do not compile for ever"
+    assert beside.branch() is not None
+    assert len(made) == 2 + 3, "two for `place`, one for what shared its lexer"
+
+
+def test_a_limit_that_the_output_itself_reaches_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    limited(monkeypatch, step_lexer_fuel=90)
+    place = begin(compiler(), HARD)
+    with pytest.raises(RequestError, match="no answer can follow the grammar: .*too many expressions"):
+        place.advance([A, A])
+
+
+def test_outputs_do_not_reach_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them needs at most 60 states of a lexer, and all share one."""
+    made = limited(monkeypatch, max_lexer_states=80)
+    of_one = compiler()
+    beside = begin(of_one, MANY_STATES)
+    beside.advance(letters(7)[:3])
+    for number in range(1, 60):
+        place = begin(of_one, MANY_STATES)
+        for token in letters(number):
+            place.advance([token])
+        assert {A, B} <= tokens_of(place.allowed)
+    beside.advance(letters(7)[3:])
+    assert {A, B} <= tokens_of(beside.allowed)
+    assert len(made) < 60
+
+
+def test_what_has_failed_or_begun_many_outputs_is_kept_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lexer would grow for ever."""
+    made = limited(monkeypatch, step_lexer_fuel=90)
+    of_one = compiler()
+    for _ in range(33):
+        begin(of_one, HARD)
+    assert len(made) == 3
+    with pytest.raises(RequestError):
+        begin(of_one, HARD).advance([A, A])
+    assert len(made) == 4, "it was tried again"
+    begin(of_one, HARD), begin(of_one, HARD)
+    assert len(made) == 5

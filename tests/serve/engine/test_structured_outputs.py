@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections import Counter
@@ -13,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits
 from scipy.stats import chi2
 from support.grammars import END, TOKENS, VOCAB_SIZE, backend, compiler, law, text_of
 from support.tiny_models import Answer, make_engine, random_draft, request, run, save_model, trained_draft
 from support.trace_examples import keep_in
 
 from aurora_lit.errors import RequestError
+from aurora_lit.grammars import matcher
 from aurora_lit.grammars.matcher import Grammar, GrammarCompiler
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
@@ -342,6 +344,18 @@ def test_a_limit_that_llguidance_reaches_ends_its_request_alone(case: Case, monk
     assert answers[bad.request_id].rounds[-1].error == "too complex"
     assert text_of(answers[good.request_id].token_ids) in LANGUAGE
     assert engine.num_running == 0
+
+
+def test_a_limit_that_outputs_and_proposals_reach_together_changes_no_output(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = requests(40, regex="[ab]*a[ab]{6}0")
+    plain = run(case.engine(drafts=False), asked)
+    limits = LLParserLimits(max_lexer_states=70)  # one output needs up to 50 of 128
+    monkeypatch.setattr(matcher, "LLMatcher", functools.partial(LLMatcher, limits=limits))
+    answers = run(case.engine(**WAYS["all"], max_batch_size=8), asked)
+    assert tokens(answers) == tokens(plain)
+    assert {answer.finish_reason for answer in answers.values()} <= {"stop", "length"}
 
 
 @pytest.mark.parametrize("how", ["no tokenizer", "no end", "ignored end"])
