@@ -4,11 +4,11 @@ An observation is a first choice of the draft after first choices that were all 
 lookup and exploring rounds do not count): whether it is the token that came, proposed or not. It is compared with how
 often those of the previous version, or of the last one with enough of such traffic, were right in the same kind of
 traffic and at the same place of a round's chain: how many tokens are drafted and proposed changes with load, with
-acceptance and with how sure the draft is, and traffic changes its mix of domains, temperatures and grammars, none of
-which makes a draft a worse one. A version is bad when it has been wrong many more times and the share of its choices
-that were right is lower beyond noise. Rounds of one request are alike, so noise is estimated from whole requests, of
-both versions. A version is on trial once, in its first rounds, and only until their mean shows that it is no worse: a
-bad draft is bad from its first round on, later changes are due to traffic. Leaves out the rollback itself
+acceptance and with how sure the draft is, and traffic changes its mix of domains, temperatures, grammars and options,
+none of which makes a draft a worse one. A version is bad when it has been wrong many more times and the share of its
+choices that were right is lower beyond noise. Rounds of one request are alike, so noise is estimated from whole
+requests, of both versions. A version is on trial once, in its first rounds, and only until their mean shows that it is
+no worse: a bad draft is bad from its first round on, later changes are due to traffic. Leaves out the rollback itself
 (drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
 
     watch = RollbackWatch()
@@ -58,6 +58,8 @@ class TrafficKind(NamedTuple):
     """The request's, to a tenth; 0: greedy."""
     has_grammar: bool = False
     """True if a grammar constrains the answer."""
+    has_options: bool = False
+    """True if penalties, a bias, top-k, top-p or min-p change the target's distribution; the draft knows of none."""
 
 
 _Kind = tuple[TrafficKind, int]

@@ -45,6 +45,8 @@ class RequestInfo:
     """The client's label."""
     has_grammar: bool = False
     """True if structured output is asked for."""
+    has_options: bool = False
+    """True if penalties, a bias, top-k, top-p or min-p change the target's distribution."""
     recordable: bool = True
     """False if its client opted out, or if it is not plain text of the target."""
 
@@ -295,7 +297,12 @@ class Capture:
 
 
 def _kind(info: RequestInfo) -> TrafficKind:
-    return TrafficKind(domain=info.domain, temperature=round(info.temperature, 1), has_grammar=info.has_grammar)
+    return TrafficKind(
+        domain=info.domain,
+        temperature=round(info.temperature, 1),
+        has_grammar=info.has_grammar,
+        has_options=info.has_options,
+    )
 
 
 def _cut(each: _Round, end: int) -> _Round:

@@ -65,6 +65,7 @@ def new_requests(scheduler_output: Any) -> list[tuple[RequestInfo, int]]:
             temperature=float(params.temperature),
             domain=domain,
             has_grammar=params.structured_outputs is not None,
+            has_options=_has_options(params),
             recordable=may_be_stored
             and new.lora_request is None
             and not new.mm_features
@@ -72,6 +73,12 @@ def new_requests(scheduler_output: Any) -> list[tuple[RequestInfo, int]]:
         )
         found.append((info, int(new.num_computed_tokens)))
     return found
+
+
+def _has_options(params: Any) -> bool:
+    shifted = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.logit_bias
+    truncated = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    return bool(shifted) or (truncated and params.temperature > 0)
 
 
 def resumed_requests(scheduler_output: Any) -> list[tuple[str, int]]:

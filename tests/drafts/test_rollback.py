@@ -175,13 +175,14 @@ def test_a_bad_draft_is_rolled_back_even_if_it_proposes_fewer_tokens_than_any_be
         (TrafficKind(temperature=0.0), TrafficKind(temperature=1.0)),
         (TrafficKind(temperature=0.5), TrafficKind(temperature=1.0)),
         (TrafficKind(has_grammar=False), TrafficKind(has_grammar=True)),
+        (TrafficKind(has_options=False), TrafficKind(has_options=True)),
     ],
 )
 @pytest.mark.parametrize("share_before", [0.8, 1.0])
 def test_another_mix_of_traffic_is_not_blamed_on_the_draft(
     easy: TrafficKind, hard: TrafficKind, share_before: float
 ) -> None:
-    """Of domains, temperatures or grammars; nor is traffic of a kind that nobody asked for before the swap."""
+    """Of domains, temperatures, grammars or options; nor is traffic of a kind that nobody asked for before the swap."""
     rng = random.Random(5)
     code, chat = rounds(rng, 0.8, traffic=easy), rounds(rng, 0.3, traffic=hard)
 

@@ -36,6 +36,13 @@ def params(**changes: Any) -> SimpleNamespace:
         "max_tokens": 10_000,
         "temperature": 0.0,
         "structured_outputs": None,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logit_bias": None,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
     }
     return SimpleNamespace(**{**fields, **changes})
 

@@ -242,14 +242,22 @@ def test_a_label_is_the_traces_domain() -> None:
     assert (trace.domain, trace.verify, trace.temperature) == ("code", "sampled", 0.5)
 
 
-def test_a_trial_tells_requests_apart_by_label_temperature_and_structured_output() -> None:
+def test_a_trial_tells_requests_apart_by_label_temperature_options_and_structured_output() -> None:
     recorded = Recorded(MadeV1Runner())
     rows = [Rows(request_id="r", position=0, count=4), *answer(4, (3, 2))]
     asked = {"aurora_lit_domain": "code"}
     recorded.run(one_request(*rows, prompt=4))
     recorded.run(one_request(*rows, prompt=4, temperature=0.71, structured_outputs=object(), extra_args=asked))
+    for changed in ({"logit_bias": {3: 1.0}}, {"temperature": 1.0, "top_k": 4}, {"top_k": 4}):
+        recorded.run(one_request(*rows, prompt=4, **changed))
     kinds = [each.traffic for each in recorded.outcomes]
-    assert kinds == [TrafficKind(), TrafficKind("code", temperature=0.7, has_grammar=True)]
+    assert kinds == [
+        TrafficKind(),
+        TrafficKind("code", temperature=0.7, has_grammar=True),
+        TrafficKind(has_options=True),
+        TrafficKind(temperature=1.0, has_options=True),
+        TrafficKind(),
+    ]
 
 
 def test_no_round_explores_so_that_none_reaches_the_policy_loss() -> None:

@@ -30,10 +30,14 @@ def is_greedy(params: SamplingParams) -> bool:
 
 def uses_temperature_only(params: SamplingParams) -> bool:
     """True if p is the softmax of the target's raw logits at the temperature (at 0: their argmax) and nothing else."""
+    return params.structured_outputs is None and not has_options(params)
+
+
+def has_options(params: SamplingParams) -> bool:
+    """True if penalties, a bias, top-k, top-p or min-p change p; the last three do not if it is greedy."""
     shifted = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.logit_bias
     truncated = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-    restricted = shifted or params.structured_outputs is not None
-    return not restricted and (is_greedy(params) or not truncated)
+    return bool(shifted) or (truncated and not is_greedy(params))
 
 
 def apply_bias_and_penalties(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from aurora_lit.drafts.rollback import TrafficKind
 from aurora_lit.ipc.messages import Call, Delta
+from aurora_lit.modules.sampling.distribution import has_options
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.worker.parts import EngineInterface
 
@@ -146,6 +147,7 @@ def _kind(request: Request, output: Output) -> TrafficKind:
         domain=output.domain or request.domain,
         temperature=round(params.temperature, 1),
         has_grammar=params.structured_outputs is not None,
+        has_options=has_options(params),
     )
 
 

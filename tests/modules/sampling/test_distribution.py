@@ -17,12 +17,13 @@ from transformers.generation.logits_process import (
 
 from aurora_lit.modules.sampling.distribution import (
     apply_bias_and_penalties,
+    has_options,
     is_greedy,
     probabilities,
     token_logprobs,
     uses_temperature_only,
 )
-from aurora_lit.request import SamplingParams
+from aurora_lit.request import SamplingParams, StructuredOutputsParams
 
 
 def distribution(
@@ -104,6 +105,9 @@ def test_a_token_outside_the_vocabulary_is_refused(params: SamplingParams) -> No
 )
 def test_which_requests_need_nothing_but_temperature(params: SamplingParams, temperature_only: bool) -> None:
     assert uses_temperature_only(params) == temperature_only
+    assert has_options(params) != temperature_only
+    constrained = replace(params, structured_outputs=StructuredOutputsParams(regex="a"))
+    assert (uses_temperature_only(constrained), has_options(constrained)) == (False, has_options(params))
 
 
 def test_temperatures_too_small_to_divide_by_are_greedy() -> None:

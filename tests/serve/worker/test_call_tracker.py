@@ -169,11 +169,14 @@ def test_outputs_have_their_kind_in_the_round_that_ends_their_request_too(tracke
     assert tracker.active_calls() == []
 
 
-def test_a_trial_tells_requests_apart_by_served_domain_temperature_and_grammar(tracker, engine):
+def test_a_trial_tells_requests_apart_by_served_domain_temperature_options_and_grammar(tracker, engine):
     choice = StructuredOutputsParams(choice=("a", "b"))
     tracker.add(call("a", "abc", temperature=0.0, domain="code"))
     tracker.add(call("b", "abc", temperature=0.71))
     tracker.add(call("c", "abc", structured_outputs=choice))
+    tracker.add(call("d", "abc", temperature=0.0, presence_penalty=1.0))
+    tracker.add(call("e", "abc", top_p=0.9, structured_outputs=choice))
+    tracker.add(call("f", "abc", temperature=0.0, top_p=0.9))
     tracker.add(call("gone", "abc"))
     outputs = [replace(output, domain=output.domain or "auto-1") for output in engine.round()]
     tracker.cancel("gone")
@@ -181,5 +184,8 @@ def test_a_trial_tells_requests_apart_by_served_domain_temperature_and_grammar(t
         TrafficKind("code", temperature=0.0),
         TrafficKind("auto-1", temperature=0.7),
         TrafficKind("auto-1", temperature=1.0, has_grammar=True),
+        TrafficKind("auto-1", temperature=0.0, has_options=True),
+        TrafficKind("auto-1", temperature=1.0, has_grammar=True, has_options=True),
+        TrafficKind("auto-1", temperature=0.0),
         None,
     ]
